@@ -1,0 +1,85 @@
+"""A report as one HTML file: headings, paragraphs, tables, and pictures that are drawn by matplotlib and embedded."""
+
+import base64
+import html
+import io
+from pathlib import Path
+from typing import Any
+
+from openmimo.core.files import write_text_atomic
+
+_STYLE = """
+:root { color-scheme: light dark; }
+body { font: 16px/1.55 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.7rem; } h2 { font-size: 1.25rem; margin-top: 2.2rem; }
+figure { margin: 1rem 0; } img { max-width: 100%; background: #fff; border-radius: 6px; }
+figcaption { font-size: .9rem; opacity: .8; }
+table { border-collapse: collapse; margin: 1rem 0; } th, td { padding: .25rem .8rem; border-bottom: 1px solid #8884; }
+td { font-variant-numeric: tabular-nums; } th { text-align: left; }
+pre { background: #8881; padding: .8rem; border-radius: 6px; overflow-x: auto; white-space: pre-wrap; }
+"""
+
+
+class Report:
+    """Collects parts in order and writes them as a page that needs nothing from outside."""
+
+    def __init__(self, title: str):
+        self.title = title
+        self._parts: list[str] = [f"<h1>{html.escape(title)}</h1>"]
+
+    def heading(self, text: str) -> None:
+        """A section's heading."""
+        self._parts.append(f"<h2>{html.escape(text)}</h2>")
+
+    def paragraph(self, text: str) -> None:
+        """Plain text."""
+        self._parts.append(f"<p>{html.escape(text)}</p>")
+
+    def code(self, text: str) -> None:
+        """Text as it stands, such as commands or generated samples."""
+        self._parts.append(f"<pre>{html.escape(text)}</pre>")
+
+    def table(self, header: list[str], rows: list[list[Any]]) -> None:
+        """A table; numbers are shown with four significant digits."""
+        head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
+        body = "".join("<tr>" + "".join(f"<td>{html.escape(_shown(cell))}</td>" for cell in row) + "</tr>" for row in rows)
+        self._parts.append(f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
+
+    def figure(self, figure: Any, caption: str) -> None:
+        """A matplotlib figure, embedded as PNG; the caption is its alternative text as well. Closes the figure."""
+        from matplotlib import pyplot
+
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
+        pyplot.close(figure)
+        data, text = base64.b64encode(buffer.getvalue()).decode(), html.escape(caption)
+        self._parts.append(
+            f'<figure><img alt="{text}" src="data:image/png;base64,{data}"><figcaption>{text}</figcaption></figure>'
+        )
+
+    def write(self, path: Path) -> Path:
+        """Writes the page and returns its path."""
+        page = (
+            '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+            '<meta name="viewport" content="width=device-width">'
+            f"<title>{html.escape(self.title)}</title><style>{_STYLE}</style></head><body>{''.join(self._parts)}</body></html>"
+        )
+        write_text_atomic(path, page)
+        return path
+
+
+def new_figure(*, width: float = 7.5, height: float = 3.6, columns: int = 1) -> tuple[Any, Any]:
+    """A matplotlib figure and its axes (an array for several columns), drawn without a display."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, columns, figsize=(width, height), layout="constrained")
+    for axis in axes if columns > 1 else [axes]:
+        axis.grid(alpha=0.3)
+    return figure, axes
+
+
+def _shown(cell: Any) -> str:
+    return f"{cell:.4g}" if isinstance(cell, float) else str(cell)

@@ -1,0 +1,77 @@
+"""Grouped-query causal attention over packed sequences, with an optional window and an optional learned sink.
+
+Shapes: T packed queries, S packed keys, N query heads, G key/value heads (query head n reads head n // (N / G)),
+K key dim, V value dim. Sequence b owns `query_lengths[b]` consecutive queries and `key_lengths[b]` consecutive keys;
+its queries are the last positions of its keys, so query i of it may see keys j <= key_length - query_length + i, and
+with a window only the last `window_keys` of those, itself included (paper section 2.2; equations 2-4 for the sink).
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from openmimo.kernels.dispatch import Dispatcher
+
+DISPATCHER = Dispatcher("openmimo.kernels.attention", "OPENMIMO_ATTENTION")
+
+
+@dataclass(frozen=True)
+class AttentionNeed:
+    """What one call asks for: all that a backend may look at before it accepts."""
+
+    query_lengths: tuple[int, ...]
+    key_lengths: tuple[int, ...]
+    num_heads: int
+    num_kv_heads: int
+    key_dim: int
+    value_dim: int
+    window_keys: int | None
+    has_sink: bool
+    needs_gradients: bool
+    dtype: torch.dtype
+    on_cpu: bool
+
+    @property
+    def is_self_attention(self) -> bool:
+        """Every sequence brings as many queries as keys: training, and a prefill from nothing."""
+        return self.query_lengths == self.key_lengths
+
+
+def attend(
+    q_TNK: torch.Tensor,
+    k_SGK: torch.Tensor,
+    v_SGV: torch.Tensor,
+    sink_N: torch.Tensor | None,
+    *,
+    query_lengths: tuple[int, ...],
+    key_lengths: tuple[int, ...],
+    window_keys: int | None,
+) -> torch.Tensor:
+    """Attention output [T, N, V] in the dtype of `q_TNK`; logits are scaled by 1/sqrt(K), the sink logit is not scaled.
+
+    Differentiable in q, k, v and sink. Raises ValueError when lengths and shapes disagree.
+    """
+    T, N, K = q_TNK.shape
+    S, G, V = v_SGV.shape
+    if sum(query_lengths) != T or sum(key_lengths) != S or k_SGK.shape != (S, G, K) or N % G:
+        raise ValueError(
+            f"attention shapes do not fit: q {tuple(q_TNK.shape)}, k {tuple(k_SGK.shape)}, v {tuple(v_SGV.shape)}, "
+            f"{sum(query_lengths)} queries and {sum(key_lengths)} keys by length"
+        )
+    tensors = (q_TNK, k_SGK, v_SGV) if sink_N is None else (q_TNK, k_SGK, v_SGV, sink_N)
+    need = AttentionNeed(
+        query_lengths=query_lengths,
+        key_lengths=key_lengths,
+        num_heads=N,
+        num_kv_heads=G,
+        key_dim=K,
+        value_dim=V,
+        window_keys=window_keys,
+        has_sink=sink_N is not None,
+        needs_gradients=torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors),
+        dtype=q_TNK.dtype,
+        on_cpu=q_TNK.device.type == "cpu",
+    )
+    _, backend = DISPATCHER.choose(need)
+    return backend.run(q_TNK, k_SGK, v_SGV, sink_N, need=need, scale=1.0 / math.sqrt(K))

@@ -1,0 +1,54 @@
+"""The expert MLPs of a sparse layer: each token visits its A chosen experts, and their outputs are summed by weight.
+
+Shapes: T tokens, D model dim, E experts, A active experts a token, F expert hidden dim. An expert is a SwiGLU:
+down(silu(gate(x)) * up(x)); `gate_up` holds the gate rows first (paper section 2.1).
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from openmimo.kernels.dispatch import Dispatcher
+
+DISPATCHER = Dispatcher("openmimo.kernels.experts", "OPENMIMO_EXPERTS")
+
+
+@dataclass(frozen=True)
+class ExpertsNeed:
+    """What one call asks for: all that a backend may look at before it accepts."""
+
+    num_tokens: int
+    num_experts: int
+    experts_per_token: int
+    model_dim: int
+    expert_dim: int
+    dtype: torch.dtype
+    needs_gradients: bool
+    on_cpu: bool
+
+
+def apply_experts(
+    x_TD: torch.Tensor,
+    expert_ids_TA: torch.Tensor,
+    weights_TA: torch.Tensor,
+    gate_up_EHD: torch.Tensor,
+    down_EDF: torch.Tensor,
+) -> torch.Tensor:
+    """Weighted sum over each token's experts, [T, D] in the dtype of `x_TD`; the sum runs in float32 (float64 stays).
+
+    `expert_ids_TA` is integer, `weights_TA` float32, `gate_up_EHD` is [E, 2F, D], `down_EDF` is [E, D, F], both in the
+    dtype of x. Differentiable in x, weights and both parameters.
+    """
+    need = ExpertsNeed(
+        num_tokens=x_TD.shape[0],
+        num_experts=gate_up_EHD.shape[0],
+        experts_per_token=expert_ids_TA.shape[1],
+        model_dim=x_TD.shape[1],
+        expert_dim=down_EDF.shape[2],
+        dtype=x_TD.dtype,
+        needs_gradients=torch.is_grad_enabled()
+        and any(tensor.requires_grad for tensor in (x_TD, weights_TA, gate_up_EHD, down_EDF)),
+        on_cpu=x_TD.device.type == "cpu",
+    )
+    _, backend = DISPATCHER.choose(need)
+    return backend.run(x_TD, expert_ids_TA, weights_TA, gate_up_EHD, down_EDF, need=need)

@@ -1,0 +1,150 @@
+"""Rewriting a checkpoint in another dtype or layout, shard by shard, and listing what a checkpoint must hold."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from openmimo.core.errors import CheckpointError, ConfigError
+from openmimo.core.files import new_folder_atomic
+from openmimo.model import fp8
+from openmimo.model.config import ModelConfig
+from openmimo.model.hf import DTYPES, check_fit, copy_tokenizer, open_checkpoint, write_config
+from openmimo.model.hf_names import Slot, is_fp8_in_hub_layout, slots
+from openmimo.model.hf_reader import CheckpointReader, fuse
+from openmimo.model.hf_writer import DEFAULT_SHARD_BYTES, Entry, write_shards
+from openmimo.model.mimo import MiMo
+
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class ConvertConfig:
+    """How `convert` writes.
+
+    dtype: of the written tensors ("fp8" writes 128 x 128 block-scaled F8_E4M3 as the published checkpoint does, and
+    bfloat16 for what it leaves unquantised). projections: "split" q/k/v, or "fused_qkv" stacked by rank.
+    """
+
+    dtype: str = "bfloat16"
+    projections: str = "split"
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES
+    window_keys: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype not in (*DTYPES, "fp8"):
+            raise ConfigError(f"dtype {self.dtype!r} is unknown; write one of {', '.join(DTYPES)} or fp8.")
+        if self.projections not in ("split", "fused_qkv"):
+            raise ConfigError(f"projections {self.projections!r} is unknown; write 'split' or 'fused_qkv'.")
+
+
+def convert(
+    source: str | Path, destination: str | Path, config: ConvertConfig, *, start: Callable[[int], Progress]
+) -> None:
+    """Rewrites a checkpoint in another dtype or layout, tensor by tensor; never holds more than a shard of it.
+
+    `start(total_bytes)` is called once and gives the function that is told the bytes of each finished tensor. Raises
+    CheckpointError before anything is written.
+    """
+    source, destination = Path(source), Path(destination)
+    if destination.exists():
+        raise CheckpointError(f"{destination} exists already; name a new folder.")
+    model_config, reader = open_checkpoint(source, config.window_keys)
+    with torch.device("meta"):
+        model = MiMo(model_config)
+    check_fit(model, reader)
+    entries = list(_converted_entries(model, reader, config))
+    extra = {"attention_projection_layout": config.projections} if config.projections != "split" else {}
+    if config.dtype == "fp8":
+        extra["quantization_config"] = {
+            "quant_method": "fp8",
+            "fmt": "e4m3",
+            "weight_block_size": [fp8.BLOCK, fp8.BLOCK],
+        }
+    with new_folder_atomic(destination) as folder:
+        copy_tokenizer(source, folder)
+        write_config(model_config, folder, dtype="bfloat16" if config.dtype == "fp8" else config.dtype, extra=extra)
+        on_tensor = start(sum(entry.num_bytes for entry in entries))
+        write_shards(folder, entries, max_shard_bytes=config.max_shard_bytes, on_tensor=on_tensor)
+
+
+def checkpoint_layout(config: ModelConfig, *, quantised: bool) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of a checkpoint of this model; with `quantised`, the FP8 scales as well."""
+    with torch.device("meta"):
+        model = MiMo(config)
+    shapes = {slot.name: tuple(slot.target.shape) for slot in slots(model)}
+    if quantised:
+        for name in [name for name in shapes if is_fp8_in_hub_layout(name)]:
+            shapes[name + "_scale_inv"] = _scale_shape(name, shapes, model)
+    return shapes
+
+
+def _scale_shape(name: str, shapes: dict[str, tuple[int, ...]], model: MiMo) -> tuple[int, int]:
+    rows, columns = shapes[name]
+    blocks = fp8.num_blocks(rows)
+    if name.endswith(".k_proj.weight") and _has_rank_grid(name, model):
+        ranks = model.config.qkv_ranks
+        blocks = ranks * fp8.num_blocks(rows // ranks)
+    return blocks, fp8.num_blocks(columns)
+
+
+def _has_rank_grid(name: str, model: MiMo) -> bool:
+    """Whether the rows of one rank's keys end inside a block, so that the grid per rank is not the uniform one."""
+    spec = model.get_submodule(name.rsplit(".", 2)[0]).spec
+    return spec.num_kv_heads * spec.key_dim // model.config.qkv_ranks % fp8.BLOCK != 0
+
+
+def _converted_entries(model: MiMo, reader: CheckpointReader, config: ConvertConfig) -> Iterator[Entry]:
+    dtype = torch.bfloat16 if config.dtype == "fp8" else DTYPES[config.dtype]
+    by_name = {slot.name: slot for slot in slots(model)}
+    for slot in by_name.values():
+        if config.projections == "fused_qkv" and ".self_attn." in slot.name and slot.name.endswith("_proj.weight"):
+            if slot.name.endswith(".q_proj.weight"):
+                yield from _fused_entries(slot.name, by_name, model, reader, config)
+            if not slot.name.endswith(".o_proj.weight"):
+                continue
+        if config.dtype == "fp8" and is_fp8_in_hub_layout(slot.name):
+            yield from _fp8_entries(slot, model, reader)
+        else:
+            yield Entry(
+                slot.name,
+                tuple(slot.target.shape),
+                torch.float32 if slot.is_router else dtype,
+                lambda name=slot.name: reader.read(name, model.config),
+            )
+
+
+def _fp8_entries(slot: Slot, model: MiMo, reader: CheckpointReader) -> Iterator[Entry]:
+    scale_shape = _scale_shape(slot.name, {slot.name: tuple(slot.target.shape)}, model)
+
+    def quantised(index: int) -> torch.Tensor:
+        name, ranks = slot.name, model.config.qkv_ranks
+        k_name, v_name = (name.replace(name.split(".")[-2], part) for part in ("k_proj", "v_proj"))
+        if name in (k_name, v_name) and _has_rank_grid(name, model):
+            k, v = reader.read(k_name, model.config), reader.read(v_name, model.config)
+            k_code, v_code, k_scale, v_scale = fp8.quantise_rank_keys_values(k, v, ranks)
+            return ((k_code, k_scale) if name == k_name else (v_code, v_scale))[index]
+        return fp8.quantise(reader.read(name, model.config))[index]
+
+    yield Entry(slot.name, tuple(slot.target.shape), torch.float8_e4m3fn, lambda: quantised(0))
+    yield Entry(slot.name + "_scale_inv", scale_shape, torch.float32, lambda: quantised(1))
+
+
+def _fused_entries(
+    q_name: str, by_name: dict[str, Slot], model: MiMo, reader: CheckpointReader, config: ConvertConfig
+) -> Iterator[Entry]:
+    names = [q_name.replace("q_proj", part) for part in ("q_proj", "k_proj", "v_proj")]
+    rows = sum(by_name[name].target.shape[0] for name in names)
+    columns, ranks = by_name[q_name].target.shape[1], model.config.qkv_ranks
+    fused_name = q_name.replace("q_proj", "qkv_proj")
+
+    def fused() -> torch.Tensor:
+        return fuse(*(reader.read(name, model.config) for name in names), num_ranks=ranks)
+
+    if config.dtype != "fp8":
+        yield Entry(fused_name, (rows, columns), DTYPES[config.dtype], fused)
+        return
+    scale_shape = (ranks * fp8.num_blocks(rows // ranks), fp8.num_blocks(columns))
+    yield Entry(fused_name, (rows, columns), torch.float8_e4m3fn, lambda: fp8.quantise_ranks(fused(), ranks)[0])
+    yield Entry(fused_name + "_scale_inv", scale_shape, torch.float32, lambda: fp8.quantise_ranks(fused(), ranks)[1])

@@ -1,0 +1,49 @@
+"""Counting parameters and floating-point operations from a config alone, without torch."""
+
+from openmimo.model.attention import KINDS
+from openmimo.model.config import AttentionConfig, ModelConfig
+
+
+def attention_parameters(config: ModelConfig, spec: AttentionConfig) -> int:
+    """Projections, biases and sinks of one attention layer."""
+    inputs = spec.num_heads * spec.key_dim + spec.num_kv_heads * (spec.key_dim + spec.value_dim)
+    weights = config.hidden_size * (inputs + spec.num_heads * spec.value_dim)
+    return weights + (inputs if config.attention_bias else 0) + (spec.num_heads if spec.sink else 0)
+
+
+def active_matmul_parameters(config: ModelConfig) -> int:
+    """Weights of the main model that one token multiplies with, the output head included, embedding and norms not."""
+    D = config.hidden_size
+    total = D * config.vocab_size
+    for layer in config.layers:
+        total += attention_parameters(config, layer.attention)
+        if layer.ffn == "dense":
+            total += 3 * D * config.dense_ffn_dim
+        else:
+            total += D * config.moe.num_experts + config.moe.experts_per_token * 3 * D * config.moe.expert_dim
+    return total
+
+
+def mtp_matmul_parameters(config: ModelConfig) -> int:
+    """The same for all MTP heads, each with its pass through the output head."""
+    if config.mtp is None:
+        return 0
+    D = config.hidden_size
+    block = 2 * D * D + attention_parameters(config, config.mtp.attention) + 3 * D * config.dense_ffn_dim
+    return config.mtp.num_heads * (block + D * config.vocab_size)
+
+
+def attention_flops_per_token(spec: AttentionConfig, length: int) -> float:
+    """Scores and weighted values of one layer, forward, averaged over the positions of a sequence of `length`."""
+    kind = KINDS.get(spec.kind)
+    reach = kind.visible_keys(spec, length - 1)
+    # The first `reach` queries see 1, 2, ... reach keys; the others see `reach`.
+    mean_keys = (reach * (reach + 1) / 2 + (length - reach) * reach) / length
+    return 2 * spec.num_heads * (spec.key_dim + spec.value_dim) * mean_keys
+
+
+def training_flops_per_token(config: ModelConfig, length: int) -> float:
+    """Forward and backward of one token in a sequence of `length`: three times the forward pass, MTP heads included."""
+    matmul = 2 * (active_matmul_parameters(config) + mtp_matmul_parameters(config))
+    attention = sum(attention_flops_per_token(spec, length) for spec in config.attention_layers())
+    return 3 * (matmul + attention)

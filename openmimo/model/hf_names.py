@@ -1,0 +1,82 @@
+"""Which checkpoint tensor fills which part of which parameter.
+
+Our attribute names are the checkpoint's, so most tensors map to the parameter of the same name. Two things differ:
+experts are stored one by one and held stacked, and the MiMo-7B family calls the parts of its MTP layer otherwise and
+concatenates hidden state before embedding.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from openmimo.model.config import ModelConfig
+from openmimo.model.mimo import MiMo
+
+_MIMO_7B_MTP_NAMES = {
+    "enorm": "token_layernorm",
+    "hnorm": "hidden_layernorm",
+    "eh_proj": "input_proj",
+    "pre_mlp_layernorm": "post_attention_layernorm",
+}
+
+
+@dataclass(frozen=True)
+class Slot:
+    """The place of one checkpoint tensor in the model.
+
+    `target` is the view of the parameter or buffer that it fills (a meta tensor on a meta model). swaps_halves: the
+    checkpoint holds the two column halves the other way round. is_router: kept in float32 whatever the model's dtype.
+    """
+
+    name: str
+    target: torch.Tensor
+    swaps_halves: bool = False
+    is_router: bool = False
+
+    def from_checkpoint(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A checkpoint tensor, arranged as the model holds it; also its own inverse."""
+        return torch.cat(tensor.chunk(2, dim=1)[::-1], dim=1) if self.swaps_halves else tensor
+
+
+def slots(model: MiMo) -> Iterator[Slot]:
+    """Every checkpoint tensor of the model, in checkpoint order by module. Works on a meta-device model."""
+    tied = model.config.tie_embeddings
+    for name, tensor in model.state_dict(keep_vars=False).items():
+        if tied and name == "lm_head.weight":
+            continue
+        if name.endswith(".experts.gate_up_proj"):
+            yield from _gate_up_slots(name, tensor)
+        elif name.endswith(".experts.down_proj"):
+            prefix = name.removesuffix("down_proj")
+            for expert in range(len(tensor)):
+                yield Slot(f"{prefix}{expert}.down_proj.weight", tensor[expert])
+        elif model.config.family == "mimo" and name.startswith("model.mtp."):
+            yield _mimo_7b_mtp_slot(name, tensor)
+        else:
+            yield Slot(name, tensor, is_router=".mlp.gate." in name)
+
+
+def _gate_up_slots(name: str, tensor_EHD: torch.Tensor) -> Iterator[Slot]:
+    prefix, half = name.removesuffix("gate_up_proj"), tensor_EHD.shape[1] // 2
+    for expert in range(len(tensor_EHD)):
+        yield Slot(f"{prefix}{expert}.gate_proj.weight", tensor_EHD[expert, :half])
+        yield Slot(f"{prefix}{expert}.up_proj.weight", tensor_EHD[expert, half:])
+
+
+def _mimo_7b_mtp_slot(name: str, tensor: torch.Tensor) -> Slot:
+    head, part, *rest = name.removeprefix("model.mtp.layers.").split(".")
+    hub_name = ".".join(["model.mtp_layers", head, _MIMO_7B_MTP_NAMES.get(part, part), *rest])
+    return Slot(hub_name, tensor, swaps_halves=part == "eh_proj")
+
+
+def count_mtp_heads(names: set[str], config: ModelConfig) -> int:
+    """How many MTP heads a checkpoint has; the hub's config of V2-Flash does not say."""
+    prefix = "model.mtp_layers." if config.family == "mimo" else "model.mtp.layers."
+    return len({name.removeprefix(prefix).split(".")[0] for name in names if name.startswith(prefix)})
+
+
+def is_fp8_in_hub_layout(name: str) -> bool:
+    """Whether the published FP8 checkpoint quantises this tensor: attention inputs and every FFN, but not o_proj."""
+    quantised = ("q_proj", "k_proj", "v_proj", "qkv_proj", "gate_proj", "up_proj", "down_proj")
+    return name.endswith(tuple(f".{part}.weight" for part in quantised))

@@ -1,0 +1,83 @@
+"""The parts of a decoder layer. Attribute names follow the published checkpoint, so names map nearly one to one.
+
+T packed tokens, D model dim, N query heads, G key/value heads, K key dim, V value dim.
+
+Parameters may be kept in a wider dtype than the activations (float32 master weights, bfloat16 activations): every layer
+casts its weights to the dtype of what it is given.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from openmimo.kernels.norm import rms_norm
+from openmimo.kernels.rotary import apply_rotary
+from openmimo.model.config import AttentionConfig, ModelConfig
+from openmimo.model.context import AttentionContext
+
+
+class Linear(nn.Linear):
+    """A linear layer that computes in the dtype of its input."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., in] to [..., out]."""
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm; statistics in float32, the weight applied after the cast back (as transformers does)."""
+
+    def __init__(self, dim: int, epsilon: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.epsilon = epsilon
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., D] to the same shape and dtype."""
+        return rms_norm(x, self.weight, self.epsilon)
+
+
+class DenseFFN(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, model_dim: int, ffn_dim: int):
+        super().__init__()
+        self.gate_proj = Linear(model_dim, ffn_dim, bias=False)
+        self.up_proj = Linear(model_dim, ffn_dim, bias=False)
+        self.down_proj = Linear(ffn_dim, model_dim, bias=False)
+
+    def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
+        """[T, D] to [T, D]."""
+        return self.down_proj(F.silu(self.gate_proj(x_TD)) * self.up_proj(x_TD))
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with partial RoPE, a value scale, and a learned sink where the geometry has one.
+
+    The values are scaled right after their projection, so a cache holds them scaled (paper section 2.2; the scale and
+    the sink logit's place are those of the published checkpoint).
+    """
+
+    def __init__(self, config: ModelConfig, spec: AttentionConfig):
+        super().__init__()
+        self.spec = spec
+        self.value_scale = config.value_scale
+        D, bias = config.hidden_size, config.attention_bias
+        self.q_proj = Linear(D, spec.num_heads * spec.key_dim, bias=bias)
+        self.k_proj = Linear(D, spec.num_kv_heads * spec.key_dim, bias=bias)
+        self.v_proj = Linear(D, spec.num_kv_heads * spec.value_dim, bias=bias)
+        self.o_proj = Linear(spec.num_heads * spec.value_dim, D, bias=False)
+        self.attention_sink_bias = nn.Parameter(torch.zeros(spec.num_heads)) if spec.sink else None
+
+    def forward(self, x_TD: torch.Tensor, context: AttentionContext, layer: int) -> torch.Tensor:
+        """[T, D] to [T, D]; `layer` is the index under which the context remembers keys."""
+        spec, T = self.spec, x_TD.shape[0]
+        cos_TR, sin_TR = context.rotary(spec, x_TD.dtype)
+        q_TNK = apply_rotary(self.q_proj(x_TD).view(T, spec.num_heads, spec.key_dim), cos_TR, sin_TR)
+        k_TGK = apply_rotary(self.k_proj(x_TD).view(T, spec.num_kv_heads, spec.key_dim), cos_TR, sin_TR)
+        v_TGV = self.v_proj(x_TD).view(T, spec.num_kv_heads, spec.value_dim)
+        if self.value_scale != 1.0:
+            v_TGV = v_TGV * self.value_scale
+        out_TNV = context.attend(layer, spec, q_TNK, k_TGK, v_TGV, self.attention_sink_bias)
+        return self.o_proj(out_TNV.reshape(T, spec.num_heads * spec.value_dim))

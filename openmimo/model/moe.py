@@ -1,0 +1,122 @@
+"""Sparse feed-forward layers: a sigmoid router in float32, top-k by biased score, and expert MLPs.
+
+T tokens, D model dim, E experts, A active experts, F expert hidden dim.
+
+Balance (paper section 3.1): a selection bias per expert, moved without gradient towards the mean load after each
+optimiser step (`update_selection_bias`), and a small sequence-level loss whose gradient is injected at the router, so
+that it needs no way through the rest of the model.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from openmimo.kernels.experts import apply_experts
+from openmimo.model.config import MoEConfig
+from openmimo.model.context import AttentionContext, SequenceBalance
+
+
+class Router(nn.Module):
+    """Scores experts; the bias takes part in the choice only, never in the weights."""
+
+    def __init__(self, model_dim: int, moe: MoEConfig):
+        super().__init__()
+        self.moe = moe
+        self.weight = nn.Parameter(torch.empty(moe.num_experts, model_dim))
+        self.register_buffer("e_score_correction_bias", torch.zeros(moe.num_experts))
+
+    def forward(self, x_TD: torch.Tensor, context: AttentionContext, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The chosen expert ids, int64 [T, A], and their weights, float32 [T, A]."""
+        dtype = torch.float64 if x_TD.dtype == torch.float64 else torch.float32
+        scores_TE = F.linear(x_TD.to(dtype), self.weight.to(dtype)).sigmoid()
+        ids_TA = self._choose(scores_TE.detach())
+        if layer in context.routing.replayed:
+            replayed_TA = context.routing.replayed[layer].to(ids_TA.device, torch.int64)
+            ids_TA = torch.where(replayed_TA < 0, ids_TA, replayed_TA)
+        if context.routing.record:
+            context.routing.recorded[layer] = ids_TA
+        weights_TA = scores_TE.gather(1, ids_TA)
+        if self.moe.normalise_weights:
+            weights_TA = weights_TA / (weights_TA.sum(dim=-1, keepdim=True) + 1e-20)
+        weights_TA = weights_TA * self.moe.routed_scale
+        if context.sequence_balance is not None and torch.is_grad_enabled():
+            loss = sequence_balance_loss(scores_TE, ids_TA, context.sequence_balance)
+            weights_TA = _AddLoss.apply(weights_TA, context.sequence_balance.weight * loss)
+        return ids_TA, weights_TA
+
+    def _choose(self, scores_TE: torch.Tensor) -> torch.Tensor:
+        biased_TE = scores_TE + self.e_score_correction_bias
+        if self.moe.num_groups > 1:
+            groups = biased_TE.view(len(biased_TE), self.moe.num_groups, -1)
+            group_scores = groups.topk(2, dim=-1).values.sum(dim=-1)
+            best = group_scores.topk(self.moe.groups_per_token, dim=-1).indices
+            open_groups = torch.zeros_like(group_scores, dtype=torch.bool).scatter_(1, best, True)
+            biased_TE = groups.masked_fill(~open_groups[..., None], float("-inf")).flatten(1)
+        return biased_TE.topk(self.moe.experts_per_token, dim=-1).indices
+
+    @torch.no_grad()
+    def update_selection_bias(self, load_E: torch.Tensor, rate: float) -> None:
+        """Moves each expert's bias by `rate` towards the mean load (aux-loss-free balancing, arXiv 2408.15664).
+
+        `load_E`: tokens that chose each expert in the last optimiser step. The mean of the bias is kept at zero: a
+        common offset changes no choice, and left alone it drifts.
+        """
+        load_E = load_E.to(self.e_score_correction_bias.dtype)
+        step_E = rate * torch.sign(load_E.mean() - load_E)
+        self.e_score_correction_bias += step_E - step_E.mean()
+
+
+class Experts(nn.Module):
+    """The expert MLPs, stacked: gate and up rows [E, 2F, D] (gate first) and down [E, D, F]."""
+
+    def __init__(self, model_dim: int, moe: MoEConfig):
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.empty(moe.num_experts, 2 * moe.expert_dim, model_dim))
+        self.down_proj = nn.Parameter(torch.empty(moe.num_experts, model_dim, moe.expert_dim))
+
+    def forward(self, x_TD: torch.Tensor, ids_TA: torch.Tensor, weights_TA: torch.Tensor) -> torch.Tensor:
+        """[T, D] to [T, D]."""
+        return apply_experts(x_TD, ids_TA, weights_TA, self.gate_up_proj.to(x_TD.dtype), self.down_proj.to(x_TD.dtype))
+
+
+class MoE(nn.Module):
+    """A router and its experts; no shared expert."""
+
+    def __init__(self, model_dim: int, moe: MoEConfig):
+        super().__init__()
+        self.gate = Router(model_dim, moe)
+        self.experts = Experts(model_dim, moe)
+
+    def forward(self, x_TD: torch.Tensor, context: AttentionContext, layer: int) -> torch.Tensor:
+        """[T, D] to [T, D]; `layer` is the index under which routing is recorded."""
+        ids_TA, weights_TA = self.gate(x_TD, context, layer)
+        return self.experts(x_TD, ids_TA, weights_TA)
+
+
+def sequence_balance_loss(scores_TE: torch.Tensor, ids_TA: torch.Tensor, balance: SequenceBalance) -> torch.Tensor:
+    """Mean over sequences of sum_e f_e P_e (DeepSeek-V3 equations 17-20, used by the report).
+
+    f_e: share of the sequence's choices that fell on expert e, times E; P_e: mean normalised score of e. 1 when even.
+    """
+    E, A = scores_TE.shape[1], ids_TA.shape[1]
+    ones_TA = torch.ones_like(ids_TA, dtype=scores_TE.dtype)
+    chosen_TE = torch.zeros_like(scores_TE).scatter_(1, ids_TA, ones_TA)
+    normalised_TE = scores_TE / scores_TE.sum(dim=-1, keepdim=True)
+    length = torch.bincount(balance.sequence_T, minlength=balance.num_sequences).to(scores_TE.dtype)[:, None]
+    zeros = scores_TE.new_zeros(balance.num_sequences, E)
+    frequency = zeros.index_add(0, balance.sequence_T, chosen_TE) * (E / A) / length
+    probability = zeros.index_add(0, balance.sequence_T, normalised_TE) / length
+    return (frequency * probability).sum(dim=-1).mean()
+
+
+class _AddLoss(torch.autograd.Function):
+    """Passes a tensor on unchanged, and gives `loss` a gradient of 1 in the backward pass, whatever comes from above."""
+
+    @staticmethod
+    def forward(ctx, tensor: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
+        ctx.loss_dtype = loss.dtype
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return gradient, torch.ones((), dtype=ctx.loss_dtype, device=gradient.device)

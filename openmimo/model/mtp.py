@@ -1,0 +1,52 @@
+"""Multi-token prediction heads (paper section 2.3): the same definition serves the training loss and the drafting.
+
+T packed tokens, D model dim.
+
+Head k at position i reads the embedding of token i+1+k and the main model's hidden state at i, and predicts token
+i+2+k. Heads are not chained: each reads the main model's state, never another head's. Embedding and output head are
+those of the main model.
+"""
+
+import torch
+from torch import nn
+
+from openmimo.model.config import ModelConfig
+from openmimo.model.context import AttentionContext
+from openmimo.model.layers import Attention, DenseFFN, Linear, RMSNorm
+
+
+class MTPBlock(nn.Module):
+    """One head: norms of both inputs, their projection, one attention layer, one dense FFN, a norm of its own."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        D, epsilon = config.hidden_size, config.norm_epsilon
+        self.enorm = RMSNorm(D, epsilon)
+        self.hnorm = RMSNorm(D, epsilon)
+        self.eh_proj = Linear(2 * D, D, bias=False)
+        self.input_layernorm = RMSNorm(D, epsilon)
+        self.self_attn = Attention(config, config.mtp.attention)
+        self.pre_mlp_layernorm = RMSNorm(D, epsilon)
+        self.mlp = DenseFFN(D, config.dense_ffn_dim)
+        self.final_layernorm = RMSNorm(D, epsilon)
+
+    def forward(
+        self, embedding_TD: torch.Tensor, hidden_TD: torch.Tensor, context: AttentionContext, layer: int
+    ) -> torch.Tensor:
+        """Embeddings of the shifted tokens and main-model states, both [T, D], to states for the output head [T, D]."""
+        x_TD = self.eh_proj(torch.cat([self.enorm(embedding_TD), self.hnorm(hidden_TD)], dim=-1))
+        x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), context, layer)
+        x_TD = x_TD + self.mlp(self.pre_mlp_layernorm(x_TD))
+        return self.final_layernorm(x_TD)
+
+
+def shift_within_documents(
+    tokens_T: torch.Tensor, document_lengths: tuple[int, ...], by: int, fill: int
+) -> torch.Tensor:
+    """Token i+by at place i, or `fill` where that lies in another document (or beyond the end)."""
+    T = len(tokens_T)
+    lengths = torch.tensor(document_lengths)
+    end_T = torch.repeat_interleave(torch.cumsum(lengths, 0), lengths).to(tokens_T.device)
+    source_T = torch.arange(T, device=tokens_T.device) + by
+    shifted_T = tokens_T[source_T.clamp(max=T - 1)]
+    return torch.where(source_T < end_T, shifted_T, fill)

@@ -1,0 +1,128 @@
+"""Models by name, without torch: `tiny` for a CPU, `small` for one GPU, `flash` (309B-A15B), and the dense `mimo_7b`."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from openmimo.core.config import read_json
+from openmimo.core.errors import ConfigError
+from openmimo.model.config import AttentionConfig, LayerConfig, ModelConfig, MoEConfig, MTPConfig
+from openmimo.model.hf_config import config_from_hf
+
+
+def hybrid_layers(
+    num_layers: int, *, full: AttentionConfig, sliding: AttentionConfig, moe: bool
+) -> tuple[LayerConfig, ...]:
+    """The report's pattern: layer 0 and every sixth layer are full, layer 0 has a dense FFN (paper section 2.1)."""
+    return tuple(
+        LayerConfig(
+            attention=full if index == 0 or (index + 1) % 6 == 0 else sliding,
+            ffn="moe" if moe and index > 0 else "dense",
+        )
+        for index in range(num_layers)
+    )
+
+
+def tiny() -> ModelConfig:
+    """1.5 million parameters: six layers, two of them full, eight experts of which two work, one MTP head."""
+    full = AttentionConfig("full", num_heads=4, num_kv_heads=1, key_dim=48, value_dim=32, rotary_dim=16, rope_theta=1e4)
+    sliding = replace(full, kind="sliding", num_kv_heads=2, window_keys=32, sink=True)
+    return ModelConfig(
+        vocab_size=512,
+        hidden_size=128,
+        dense_ffn_dim=256,
+        layers=hybrid_layers(6, full=full, sliding=sliding, moe=True),
+        moe=MoEConfig(num_experts=8, experts_per_token=2, expert_dim=64),
+        mtp=MTPConfig(num_heads=1, attention=sliding),
+        value_scale=0.707,
+        max_positions=512,
+    )
+
+
+def tiny_all_global() -> ModelConfig:
+    """`tiny` with full attention in every layer: the first arm of the report's ablation."""
+    config = tiny()
+    full = config.layers[0].attention
+    return replace(
+        config,
+        layers=tuple(replace(layer, attention=full) for layer in config.layers),
+        mtp=replace(config.mtp, attention=full),
+    )
+
+
+def tiny_no_sink() -> ModelConfig:
+    """`tiny` without sinks: the second arm of the report's ablation."""
+    config = tiny()
+    layers = tuple(replace(layer, attention=replace(layer.attention, sink=False)) for layer in config.layers)
+    return replace(config, layers=layers, mtp=replace(config.mtp, attention=replace(config.mtp.attention, sink=False)))
+
+
+def small() -> ModelConfig:
+    """190 million parameters, 60 million active, for one GPU."""
+    full = AttentionConfig(
+        "full", num_heads=8, num_kv_heads=2, key_dim=96, value_dim=64, rotary_dim=32, rope_theta=640_000.0
+    )
+    sliding = replace(full, kind="sliding", num_kv_heads=4, window_keys=128, sink=True, rope_theta=10_000.0)
+    return ModelConfig(
+        vocab_size=16384,
+        hidden_size=512,
+        dense_ffn_dim=2048,
+        layers=hybrid_layers(12, full=full, sliding=sliding, moe=True),
+        moe=MoEConfig(num_experts=32, experts_per_token=4, expert_dim=256),
+        mtp=MTPConfig(num_heads=1, attention=sliding),
+        value_scale=0.707,
+        init_std=0.006,
+        max_positions=32768,
+    )
+
+
+def flash() -> ModelConfig:
+    """MiMo-V2-Flash, 309B-A15B, with its three published MTP heads (paper table 1)."""
+    full = AttentionConfig(
+        "full", num_heads=64, num_kv_heads=4, key_dim=192, value_dim=128, rotary_dim=64, rope_theta=5_000_000.0
+    )
+    sliding = replace(full, kind="sliding", num_kv_heads=8, window_keys=129, sink=True, rope_theta=10_000.0)
+    return ModelConfig(
+        vocab_size=152576,
+        hidden_size=4096,
+        dense_ffn_dim=16384,
+        layers=hybrid_layers(48, full=full, sliding=sliding, moe=True),
+        moe=MoEConfig(num_experts=256, experts_per_token=8, expert_dim=2048),
+        mtp=MTPConfig(num_heads=3, attention=sliding),
+        value_scale=0.707,
+        init_std=0.006,
+        max_positions=262144,
+    )
+
+
+def mimo_7b() -> ModelConfig:
+    """MiMo-7B: 36 dense full layers with query/key/value biases and one full MTP layer (arXiv 2505.07608)."""
+    full = AttentionConfig(
+        "full", num_heads=32, num_kv_heads=8, key_dim=128, value_dim=128, rotary_dim=128, rope_theta=640_000.0
+    )
+    return ModelConfig(
+        vocab_size=151680,
+        hidden_size=4096,
+        dense_ffn_dim=11008,
+        layers=(LayerConfig(full, "dense"),) * 36,
+        mtp=MTPConfig(num_heads=1, attention=full, hidden="post_norm"),
+        attention_bias=True,
+        max_positions=32768,
+        family="mimo",
+    )
+
+
+PRESETS: dict[str, Callable[[], ModelConfig]] = {
+    preset.__name__: preset for preset in (tiny, tiny_all_global, tiny_no_sink, small, flash, mimo_7b)
+}
+
+
+def model_config(name_or_path: str) -> ModelConfig:
+    """The config of a preset by name, or of a `config.json` (Hugging Face keys) by path. Raises ConfigError."""
+    if name_or_path in PRESETS:
+        return PRESETS[name_or_path]()
+    path = Path(name_or_path)
+    path = path / "config.json" if path.is_dir() else path
+    if path.suffix != ".json":
+        raise ConfigError(f"model {name_or_path!r} is neither a preset ({', '.join(PRESETS)}) nor a config.json.")
+    return config_from_hf(read_json(path), where=str(path))

@@ -1,0 +1,60 @@
+"""Settings and models that many tests share."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from openmimo.model.config import ModelConfig
+from openmimo.model.mimo import MiMo
+from openmimo.model.presets import tiny
+
+
+@pytest.fixture(autouse=True)
+def _exact_float32():
+    """float32 products in full precision, whatever a test before this one asked for."""
+    torch.set_float32_matmul_precision("highest")
+
+
+@torch.no_grad()
+def randomise(model: MiMo, seed: int) -> MiMo:
+    """Draws everything that initialisation leaves at a constant: norms, sinks, biases; and wider weights."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        noise = torch.randn(tensor.shape, generator=generator)
+        if name.endswith("norm.weight"):
+            tensor.copy_(1 + 0.2 * noise)
+        elif "sink" in name:
+            tensor.copy_(noise)
+        elif "correction_bias" in name or name.endswith(".bias"):
+            tensor.copy_(0.3 * noise)
+        else:
+            tensor.copy_(0.15 * noise)
+    return model.eval()
+
+
+def tiny_config(*, window_keys: int = 9, num_layers: int = 7, mtp_heads: int = 0) -> ModelConfig:
+    """A model of a few thousand parameters that has every part: both attention kinds, experts, MTP heads on demand."""
+    base = tiny()
+    full = replace(base.layers[0].attention, num_heads=8, num_kv_heads=2, key_dim=24, value_dim=16, rotary_dim=8)
+    sliding = replace(full, kind="sliding", num_kv_heads=4, window_keys=window_keys, sink=True)
+    full = replace(full, rope_theta=5e6)
+    kinds = ["full" if index == 0 or (index + 1) % 6 == 0 else "sliding" for index in range(num_layers)]
+    layers = tuple(
+        replace(base.layers[min(index, 1)], attention=full if kind == "full" else sliding)
+        for index, kind in enumerate(kinds)
+    )
+    return replace(
+        base,
+        vocab_size=160,
+        hidden_size=64,
+        dense_ffn_dim=96,
+        layers=layers,
+        moe=replace(base.moe, expert_dim=32),
+        mtp=replace(base.mtp, num_heads=mtp_heads, attention=sliding) if mtp_heads else None,
+    )
+
+
+def tiny_model(seed: int = 0, **config_changes) -> MiMo:
+    """A random model of `tiny_config`."""
+    return randomise(MiMo(tiny_config(**config_changes)), seed)
