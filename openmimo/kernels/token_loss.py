@@ -1,16 +1,169 @@
+"""Log-probabilities and losses of tokens, straight from hidden states, without a [T, vocabulary] tensor.
+
+Tokens are taken a tile at a time, so that the logits of one tile stay near the processor; the softmax computes in
+float32 (float64 inputs stay float64).
+
+T tokens, M tokens of a tile, D model dim, V vocabulary.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
 import torch
-import torch.nn.functional as F
+
+TILE_TOKENS = 512
+MAX_TILE_LOGITS = 1 << 26
+IGNORED_LABEL = -1
 
 
-def token_logprobs(hidden_TD, weight_VD, labels_T, *, temperature=1.0):
-    lp = F.log_softmax((hidden_TD @ weight_VD.T).float() / temperature, -1)
-    out = lp.gather(1, labels_T.clamp(min=0)[:, None])[:, 0]
-    return torch.where(labels_T >= 0, out, torch.zeros_like(out))
+def token_logprobs(
+    hidden_TD: torch.Tensor, weight_VD: torch.Tensor, labels_T: torch.Tensor, *, temperature: float = 1.0
+) -> torch.Tensor:
+    """log p(label) under softmax(hidden @ weight.T / temperature): [T] float32, or float64 for float64 inputs.
+
+    `labels_T` is integer; label -1 is ignored: it gives 0, and no gradient. Differentiable in hidden and weight; the
+    backward pass computes the logits again.
+    """
+    return _TokenLogprobs.apply(hidden_TD, weight_VD, labels_T, temperature)
 
 
-def token_loss(hidden_TD, weight_VD, labels_T, weights_T):
-    return -(token_logprobs(hidden_TD, weight_VD, labels_T) * weights_T).sum()
+def token_loss(
+    hidden_TD: torch.Tensor, weight_VD: torch.Tensor, labels_T: torch.Tensor, weights_T: torch.Tensor
+) -> torch.Tensor:
+    """-sum over tokens of weights_T * log p(label): a float32 scalar, or float64 for float64 inputs.
+
+    Labels as in `token_logprobs`; rows with label -1 or weight 0 cost nothing. `weights_T` is a constant. Where hidden
+    or weight needs a gradient, it is computed in the forward pass, tile by tile, and only scaled in the backward pass:
+    three matrix products in all, and nothing computed twice.
+    """
+    kept = torch.nonzero((labels_T != IGNORED_LABEL) & (weights_T != 0)).squeeze(1)
+    if len(kept) < len(labels_T):
+        hidden_TD, labels_T, weights_T = hidden_TD[kept], labels_T[kept], weights_T[kept]
+    needs_gradients = torch.is_grad_enabled() and (hidden_TD.requires_grad or weight_VD.requires_grad)
+    return _TokenLoss.apply(hidden_TD, weight_VD, labels_T, weights_T.detach(), needs_gradients)
 
 
-def token_argmax(hidden_TD, weight_VD):
-    return (hidden_TD @ weight_VD.T).argmax(-1)
+def token_argmax(hidden_TD: torch.Tensor, weight_VD: torch.Tensor) -> torch.Tensor:
+    """The most probable token of each row, LongTensor [T]."""
+    hidden_TD, weight_VD = hidden_TD.detach(), weight_VD.detach()
+    best_T = torch.empty(len(hidden_TD), dtype=torch.int64, device=hidden_TD.device)
+    for tile in _tiles(len(hidden_TD), len(weight_VD)):
+        best_T[tile] = (hidden_TD[tile] @ weight_VD.T).argmax(dim=-1)
+    return best_T
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_TD: torch.Tensor, weight_VD: torch.Tensor, labels_T: torch.Tensor, temperature: float
+    ) -> torch.Tensor:
+        ctx.save_for_backward(hidden_TD, weight_VD, labels_T)
+        ctx.temperature = temperature
+        softmax = _TiledSoftmax(hidden_TD, weight_VD, labels_T, temperature)
+        logprobs_T = torch.zeros(len(hidden_TD), dtype=_wide(hidden_TD.dtype), device=hidden_TD.device)
+        for tile in softmax.tiles:
+            _, logprobs_T[tile] = softmax(tile)
+        return logprobs_T.masked_fill_(labels_T == IGNORED_LABEL, 0.0)
+
+    @staticmethod
+    def backward(ctx: Any, grad_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
+        hidden_TD, weight_VD, labels_T = ctx.saved_tensors
+        coefficients_T = (-grad_T / ctx.temperature).masked_fill(labels_T == IGNORED_LABEL, 0.0)
+        softmax = _TiledSoftmax(hidden_TD, weight_VD, labels_T, ctx.temperature)
+        gradients = _Gradients(hidden_TD, weight_VD)
+        for tile in softmax.tiles:
+            probabilities_MV, _ = softmax(tile)
+            gradients.add(tile, probabilities_MV, labels_T[tile], coefficients_T[tile])
+        return gradients.hidden_TD, gradients.weight_VD.to(weight_VD.dtype), None, None
+
+
+class _TokenLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_TD: torch.Tensor,
+        weight_VD: torch.Tensor,
+        labels_T: torch.Tensor,
+        weights_T: torch.Tensor,
+        needs_gradients: bool,
+    ) -> torch.Tensor:
+        loss = torch.zeros((), dtype=_wide(hidden_TD.dtype), device=hidden_TD.device)
+        softmax = _TiledSoftmax(hidden_TD, weight_VD, labels_T, temperature=1.0)
+        gradients = _Gradients(hidden_TD, weight_VD) if needs_gradients else None
+        for tile in softmax.tiles:
+            probabilities_MV, logprobs_M = softmax(tile)
+            loss -= (weights_T[tile] * logprobs_M).sum()
+            if gradients is not None:
+                gradients.add(tile, probabilities_MV, labels_T[tile], weights_T[tile])
+        if gradients is not None:
+            ctx.save_for_backward(gradients.hidden_TD, gradients.weight_VD.to(weight_VD.dtype))
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None, None]:
+        hidden_TD, weight_VD = ctx.saved_tensors
+        return hidden_TD * grad.to(hidden_TD.dtype), weight_VD * grad.to(weight_VD.dtype), None, None, None
+
+
+class _TiledSoftmax:
+    """Softmax of the logits, a tile of tokens at a time, in buffers that all tiles share."""
+
+    def __init__(
+        self, hidden_TD: torch.Tensor, weight_VD: torch.Tensor, labels_T: torch.Tensor, temperature: float
+    ):
+        self.tiles = list(_tiles(len(hidden_TD), len(weight_VD)))
+        self._inputs = (hidden_TD, weight_VD, labels_T)
+        self._temperature = temperature
+        shape = (self.tiles[0].stop if self.tiles else 0, len(weight_VD))
+        self._logits_MV = hidden_TD.new_empty(shape)
+        wide = _wide(hidden_TD.dtype)
+        self._wide_MV = self._logits_MV if wide == hidden_TD.dtype else hidden_TD.new_empty(shape, dtype=wide)
+
+    def __call__(self, tile: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """Probabilities [M, V], which the next call overwrites, and the log-probability of each label [M].
+
+        The largest probability is exp(0) / sum, which gives the log of the sum without another pass of exponentials.
+        """
+        hidden_TD, weight_VD, labels_T = self._inputs
+        num_tokens = tile.stop - tile.start
+        logits_MV = torch.mm(hidden_TD[tile], weight_VD.T, out=self._logits_MV[:num_tokens])
+        probabilities_MV = self._wide_MV[:num_tokens]
+        if self._temperature != 1.0:
+            logits_MV = torch.div(logits_MV, self._temperature, out=probabilities_MV)
+        label_logits_M1 = logits_MV.gather(1, labels_T[tile].clamp(min=0)[:, None])
+        relative_M1 = label_logits_M1.to(probabilities_MV.dtype) - logits_MV.amax(dim=-1, keepdim=True)
+        torch.softmax(logits_MV, dim=-1, dtype=probabilities_MV.dtype, out=probabilities_MV)
+        log_sum_M1 = -probabilities_MV.amax(dim=-1, keepdim=True).log()
+        return probabilities_MV, (relative_M1 - log_sum_M1).squeeze(1)
+
+
+class _Gradients:
+    """Gradients of sum_t coefficient_t * -log p(label_t), gathered over tiles; the weight's in float32 or better."""
+
+    def __init__(self, hidden_TD: torch.Tensor, weight_VD: torch.Tensor):
+        self._inputs = (hidden_TD, weight_VD)
+        self.hidden_TD = torch.empty_like(hidden_TD)
+        self.weight_VD = torch.zeros_like(weight_VD, dtype=_wide(weight_VD.dtype))
+        self._term_VD = torch.empty_like(weight_VD)
+
+    def add(
+        self, tile: slice, probabilities_MV: torch.Tensor, labels_M: torch.Tensor, coefficients_M: torch.Tensor
+    ) -> None:
+        """Adds one tile; overwrites `probabilities_MV`. A row with coefficient 0 adds nothing."""
+        hidden_TD, weight_VD = self._inputs
+        coefficients_M1 = coefficients_M.to(probabilities_MV.dtype)[:, None]
+        grad_MV = probabilities_MV.mul_(coefficients_M1)
+        grad_MV.scatter_add_(1, labels_M.clamp(min=0)[:, None], -coefficients_M1)
+        grad_MV = grad_MV.to(hidden_TD.dtype)
+        torch.mm(grad_MV, weight_VD, out=self.hidden_TD[tile])
+        self.weight_VD += torch.mm(grad_MV.T, hidden_TD[tile], out=self._term_VD)
+
+
+def _tiles(num_tokens: int, vocabulary: int) -> Iterator[slice]:
+    size = max(1, min(TILE_TOKENS, MAX_TILE_LOGITS // vocabulary))
+    for start in range(0, num_tokens, size):
+        yield slice(start, min(start + size, num_tokens))
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -58,7 +58,7 @@ def tiny_no_sink() -> ModelConfig:
 
 
 def small() -> ModelConfig:
-    """190 million parameters, 60 million active, for one GPU."""
+    """170 million parameters, 40 million of them at work on a token, for one GPU."""
     full = AttentionConfig(
         "full", num_heads=8, num_kv_heads=2, key_dim=96, value_dim=64, rotary_dim=32, rope_theta=640_000.0
     )

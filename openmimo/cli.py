@@ -1,0 +1,273 @@
+"""The command line: a verb, often a recipe, typed overrides. Heavy imports come after the arguments are understood.
+
+    openmimo VERB [RECIPE] [--overrides]
+
+A recipe is a function in `recipes/` that returns a complete config; `openmimo VERB RECIPE --help` lists every field with
+its type, default and meaning. What a user can mend is printed as one paragraph, and the exit code is 1.
+"""
+
+import importlib
+import pkgutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console
+
+from openmimo.core import config as config_io
+from openmimo.core.errors import ConfigError, UserError
+from openmimo.core.records import SamplingParams
+
+_STDERR = Console(stderr=True)
+
+
+@dataclass(frozen=True)
+class Verb:
+    """One command: what it does in a line, and what runs with the arguments that follow it."""
+
+    help: str
+    run: Callable[[list[str]], None]
+
+
+def main() -> None:
+    """Entry point of `openmimo`."""
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_overview())
+        sys.exit(0 if arguments else 2)
+    try:
+        if arguments[0] not in VERBS:
+            raise ConfigError(f"there is no verb {arguments[0]!r}. Verbs: {', '.join(VERBS)}.")
+        VERBS[arguments[0]].run(arguments[1:])
+    except UserError as error:
+        _STDERR.print(f"[bold red]error:[/] {error}", soft_wrap=True, highlight=False, markup=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        _STDERR.print("interrupted; the same command goes on from the newest checkpoint, if it writes any")
+        sys.exit(130)
+
+
+def _overview() -> str:
+    lines = [f"  {name:<10}{verb.help}" for name, verb in VERBS.items()]
+    return "\n".join(
+        [
+            "usage: openmimo VERB [RECIPE] [--overrides]\n",
+            *lines,
+            f"\nrecipes: {', '.join(recipe_names())}",
+            "openmimo VERB [RECIPE] --help lists every option with its type and default.",
+        ]
+    )
+
+
+# --- recipes ---------------------------------------------------------------------------------------------------------
+
+
+def recipe_names() -> list[str]:
+    """The files in `recipes/`."""
+    return sorted(module.name for module in pkgutil.iter_modules(importlib.import_module("recipes").__path__))
+
+
+def load_recipe(name: str, verb: str) -> Any:
+    """The config that recipe `name` (or `name:function`) has for `verb`. Raises ConfigError."""
+    module_name, _, function = name.partition(":")
+    if module_name not in recipe_names():
+        raise ConfigError(f"there is no recipe {module_name!r}. Recipes: {', '.join(recipe_names())}.")
+    module = importlib.import_module(f"recipes.{module_name}")
+    functions = {key: value for key, value in vars(module).items() if callable(value) and value.__module__ == module.__name__}
+    if (function or verb) not in functions:
+        raise ConfigError(
+            f"recipe {module_name!r} has nothing called {function or verb!r}; it has {', '.join(functions)}. "
+            f"Name one as {module_name}:FUNCTION."
+        )
+    return functions[function or verb]()
+
+
+def _with_overrides(verb: str, arguments: list[str], config_type: type) -> Any:
+    """The config of a recipe, or of `--from config.json`, with the command line's overrides applied."""
+    if arguments[:1] == ["--from"]:
+        if len(arguments) < 2:
+            raise ConfigError("--from needs the path of a config.json.")
+        default, rest, name = config_io.load(config_type, arguments[1]), arguments[2:], "--from"
+    else:
+        named = bool(arguments) and not arguments[0].startswith("-")
+        name, rest = (arguments[0], arguments[1:]) if named else ("tiny_cpu", arguments)
+        default = load_recipe(name, verb)
+    return tyro.cli(config_type, default=default, args=rest, prog=f"openmimo {verb} {name}")
+
+
+# --- verbs: training -------------------------------------------------------------------------------------------------
+
+
+def _pretrain(arguments: list[str]) -> None:
+    from openmimo.train.config import PretrainConfig
+
+    config = _with_overrides("pretrain", arguments, PretrainConfig)
+    from openmimo.train.pretrain import pretrain
+
+    pretrain(config)
+
+
+def _extend(arguments: list[str]) -> None:
+    from openmimo.train.config import ExtendConfig
+
+    config = _with_overrides("extend", arguments, ExtendConfig)
+    from openmimo.train.pretrain import extend
+
+    extend(config)
+
+
+def _demo(arguments: list[str]) -> None:
+    from openmimo.demo.config import DemoConfig
+
+    config = tyro.cli(DemoConfig, args=arguments, prog="openmimo demo")
+    from openmimo.demo.story import run
+
+    run(config)
+
+
+# --- verbs: checkpoints ----------------------------------------------------------------------------------------------
+
+
+def _convert(arguments: list[str]) -> None:
+    """Rewrites a checkpoint in another dtype or layout, shard by shard."""
+
+    def parse(
+        source: tyro.conf.Positional[str],
+        destination: tyro.conf.Positional[str],
+        dtype: str = "bfloat16",
+        projections: str = "split",
+        window_keys: int | None = None,
+        max_shard_gigabytes: float = 4.0,
+    ) -> dict[str, Any]:
+        """Rewrite a checkpoint folder in another dtype or layout; at most one shard is in memory.
+
+        Args:
+            source: A checkpoint folder in the Hugging Face layout.
+            destination: A folder that does not exist yet.
+            dtype: float32, bfloat16, float16, or fp8 (128 x 128 block scales, as published).
+            projections: split (q, k, v) or fused_qkv (stacked by rank).
+            window_keys: How many keys a sliding query sees, itself included, if config.json is to say otherwise.
+            max_shard_gigabytes: Size of a file, at most.
+        """
+        return locals()
+
+    values = tyro.cli(parse, args=arguments, prog="openmimo convert")
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+    from openmimo.model.convert import ConvertConfig, convert
+
+    config = ConvertConfig(
+        dtype=values["dtype"],
+        projections=values["projections"],
+        window_keys=values["window_keys"],
+        max_shard_bytes=int(values["max_shard_gigabytes"] * 2**30),
+    )
+    with Progress(BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(), console=_STDERR) as bar:
+
+        def start(total_bytes: int) -> Callable[[int], None]:
+            task = bar.add_task("convert", total=total_bytes)
+            return lambda num_bytes: bar.advance(task, num_bytes)
+
+        convert(values["source"], values["destination"], config, start=start)
+    print(f"wrote {values['destination']}")
+
+
+def _audit(arguments: list[str]) -> None:
+    def parse(model: tyro.conf.Positional[str] = "flash", quantised: bool = False, tensors: bool = False) -> tuple:
+        """Count the parameters of a model and list its checkpoint's tensors, without allocating any of them.
+
+        Args:
+            model: A preset, or the path of a config.json.
+            quantised: Count the scales of the published FP8 layout, too.
+            tensors: Print every tensor's name and shape.
+        """
+        return model, quantised, tensors
+
+    model, quantised, tensors = tyro.cli(parse, args=arguments, prog="openmimo audit")
+    from openmimo.model.audit import audit, print_audit
+    from openmimo.model.presets import model_config
+
+    print_audit(audit(model_config(model), quantised=quantised), list_tensors=tensors)
+
+
+# --- verbs: speaking -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SpeakOptions:
+    """How to speak with a checkpoint.
+
+    path: a checkpoint folder with a tokenizer. speculative: draft with the MTP heads (by default if there are any; the
+    text is the same either way). thinking: let a chat model think before it answers.
+    """
+
+    path: tyro.conf.Positional[str]
+    sampling: Annotated[SamplingParams, tyro.conf.arg(name="")] = SamplingParams()
+    speculative: bool | None = None
+    dtype: str = "float32"
+    device: str = "auto"
+    thinking: bool = False
+    system: str | None = None
+
+
+@dataclass(frozen=True)
+class GenerateOptions(SpeakOptions):
+    """Continue a text.
+
+    prompt: the text to go on from; "-" reads it from standard input. chat: put the prompt into the chat template.
+    """
+
+    prompt: str = "-"
+    chat: bool = False
+
+
+def _generate(arguments: list[str]) -> None:
+    options = tyro.cli(GenerateOptions, args=arguments, prog="openmimo generate")
+    from openmimo.engine.speak import generate
+
+    generate(options)
+
+
+def _chat(arguments: list[str]) -> None:
+    options = tyro.cli(SpeakOptions, args=arguments, prog="openmimo chat")
+    from openmimo.engine.speak import chat
+
+    chat(options)
+
+
+# --- verbs: measuring ------------------------------------------------------------------------------------------------
+
+
+def _eval(arguments: list[str]) -> None:
+    from openmimo.evals.config import EvalConfig
+
+    config = tyro.cli(EvalConfig, args=arguments, prog="openmimo eval")
+    from openmimo.evals.runner import run_and_print
+
+    run_and_print(config)
+
+
+def _bench(arguments: list[str]) -> None:
+    try:
+        bench = importlib.import_module("benchmarks.bench_cpu")
+    except ModuleNotFoundError as error:
+        raise ConfigError("the benchmarks are in the source tree, not in the package; run this from a clone.") from error
+    bench.main(arguments)
+
+
+VERBS: dict[str, Verb] = {
+    "demo": Verb("the whole story on a laptop: train, extend, measure, speak; writes report.html", _demo),
+    "pretrain": Verb("pre-train in stages from a recipe", _pretrain),
+    "extend": Verb("extend the context of a checkpoint", _extend),
+    "eval": Verb("measure retrieval and loss over long contexts", _eval),
+    "generate": Verb("continue a prompt", _generate),
+    "chat": Verb("talk with a checkpoint in the terminal", _chat),
+    "convert": Verb("rewrite a checkpoint in another dtype or layout", _convert),
+    "audit": Verb("count a model's parameters and tensors without allocating them", _audit),
+    "bench": Verb("time kernels, training and decoding against their peers", _bench),
+}
+
+if __name__ == "__main__":
+    main()

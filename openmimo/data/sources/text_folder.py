@@ -1,0 +1,33 @@
+"""Your own texts: a file, or a folder of .txt, .md and .py files, each file one document."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from openmimo.data.source import TextSource, find_files, fingerprint_files, read_text
+
+SUFFIXES = (".txt", ".md", ".py")
+
+
+@dataclass(frozen=True)
+class Options:
+    """path: a text file, or a folder that is read with all its subfolders."""
+
+    path: str
+
+
+def documents(options: Options) -> Iterator[str]:
+    """One document a file, in the order of the paths."""
+    return (read_text(file) for file in find_files(options.path, SUFFIXES))
+
+
+def fingerprint(options: Options) -> str:
+    """The files' names, sizes and times."""
+    return fingerprint_files(find_files(options.path, SUFFIXES))
+
+
+PLUGIN = TextSource(
+    describe="a folder of .txt, .md and .py files, or one text file (option: path)",
+    options=Options,
+    documents=documents,
+    fingerprint=fingerprint,
+)

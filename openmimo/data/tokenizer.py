@@ -1,0 +1,369 @@
+"""Byte-level BPE of the Qwen2 kind, as MiMo uses it: trained here, or read from a checkpoint folder.
+
+Text is NFC-normalised and cut by Qwen2's pattern (digits one at a time); there is no beginning-of-text token and no
+prefix space. Every byte has a token, so any text can be encoded and special tokens are never needed for it.
+"""
+
+import codecs
+import functools
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from openmimo.core.errors import DataError
+from openmimo.core.files import write_text_atomic
+from openmimo.core.records import Message
+from openmimo.data.chat_template import message_dict, mimo_template, render
+
+END_OF_TEXT = "<|endoftext|>"
+TURN_START = "<|im_start|>"
+TURN_END = "<|im_end|>"
+CONTROL_TOKENS = (END_OF_TEXT, TURN_START, TURN_END)
+MARKUP_TOKENS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>")
+SPECIAL_TOKENS = CONTROL_TOKENS + MARKUP_TOKENS
+
+# One alternative a line: contractions; a word with the character before it; one digit; punctuation with the line ends
+# after it; line ends with the blanks before them; trailing blanks; other blanks.
+SPLIT_PATTERN = "|".join(
+    (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)",
+        r"[^\r\n\p{L}\p{N}]?\p{L}+",
+        r"\p{N}",
+        r" ?[^\s\p{L}\p{N}]+[\r\n]*",
+        r"\s*[\r\n]+",
+        r"\s+(?!\S)",
+        r"\s+",
+    )
+)
+
+
+class Tokenizer:
+    """Text to token ids and back.
+
+    Plain `encode` never yields a special token, whatever the text says; special tokens come from a chat template or
+    from `allow_special=True`.
+    """
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        *,
+        eos_token_ids: Sequence[int],
+        pad_id: int,
+        chat_template: str | None = None,
+    ):
+        self._backend = backend
+        self._eos_token_ids = tuple(eos_token_ids)
+        self._pad_id = pad_id
+        self._chat_template = chat_template
+        added = backend.get_added_tokens_decoder()
+        self._special_ids = {token.content: token_id for token_id, token in added.items()}
+        self._control_ids = frozenset(token_id for token_id, token in added.items() if token.special)
+
+    @classmethod
+    def train(
+        cls, texts: Iterable[str], vocab_size: int, special_tokens: Sequence[str] = SPECIAL_TOKENS
+    ) -> "Tokenizer":
+        """Learns a vocabulary of at most `vocab_size` ids: 256 bytes, merges, then `special_tokens` as the last ids.
+
+        A text too small for that many merges gives a smaller vocabulary. Raises DataError if the bytes and special
+        tokens do not fit. The same texts give the same tokenizer.
+        """
+        smallest = 256 + len(special_tokens)
+        if vocab_size < smallest:
+            raise DataError(
+                f"A vocabulary of {vocab_size} is too small: 256 bytes and {len(special_tokens)} special tokens take "
+                f"{smallest}."
+            )
+        if END_OF_TEXT not in special_tokens or TURN_END not in special_tokens:
+            raise DataError(f"special_tokens must hold {END_OF_TEXT} and {TURN_END}, which end texts and turns.")
+        backend = _new_backend()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size - len(special_tokens),
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        backend.train_from_iterator(texts, trainer)
+        backend.add_tokens(
+            [tokenizers.AddedToken(t, normalized=False, special=t not in MARKUP_TOKENS) for t in special_tokens]
+        )
+        end_of_text, turn_end = (backend.token_to_id(token) for token in (END_OF_TEXT, TURN_END))
+        return cls(backend, eos_token_ids=(turn_end, end_of_text), pad_id=end_of_text)
+
+    @classmethod
+    def load(cls, folder: Path | str) -> "Tokenizer":
+        """Reads a checkpoint folder: tokenizer.json, and if there tokenizer_config.json, chat_template.jinja and
+        generation_config.json. Raises DataError for a missing, malformed or not byte-level tokenizer.json.
+        """
+        folder = Path(folder)
+        description = _read_json(folder / "tokenizer.json")
+        if description is None:
+            raise DataError(
+                f"{folder} holds no tokenizer.json. Copy tokenizer.json and tokenizer_config.json from the checkpoint "
+                "that this folder came from, or train a tokenizer and save it there (openmimo.data.tokenizer)."
+            )
+        _check_byte_level(description, folder / "tokenizer.json")
+        backend = tokenizers.Tokenizer.from_str(json.dumps(description))
+        config = _read_json(folder / "tokenizer_config.json") or {}
+        generation = _read_json(folder / "generation_config.json") or {}
+        template_file = folder / "chat_template.jinja"
+        own_template = template_file.read_text(encoding="utf-8") if template_file.exists() else None
+        eos_token_ids = _eos_token_ids(backend, config, generation, folder)
+        pad_id = backend.token_to_id(_token_text(config.get("pad_token")) or END_OF_TEXT)
+        return cls(
+            backend,
+            eos_token_ids=eos_token_ids,
+            pad_id=eos_token_ids[-1] if pad_id is None else pad_id,
+            chat_template=own_template or _default_template(config),
+        )
+
+    def save(self, folder: Path | str) -> None:
+        """Writes tokenizer.json and tokenizer_config.json, which `load` and transformers' AutoTokenizer read."""
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "eos_token": self._backend.id_to_token(self._eos_token_ids[0]),
+            "pad_token": self._backend.id_to_token(self._pad_id),
+            "add_bos_token": False,
+            "add_prefix_space": False,
+            "clean_up_tokenization_spaces": False,
+            "chat_template": self.chat_template,
+        }
+        write_text_atomic(Path(folder) / "tokenizer.json", self._backend.to_str(pretty=True))
+        write_text_atomic(Path(folder) / "tokenizer_config.json", json.dumps(config, indent=2, ensure_ascii=False))
+
+    @functools.cached_property
+    def vocab_size(self) -> int:
+        """Number of ids, special tokens included. A model's embedding may be padded beyond it."""
+        return max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """The ids that end a reply: the end of a turn first, then the end of a text."""
+        return self._eos_token_ids
+
+    @property
+    def pad_id(self) -> int:
+        """The id for padding."""
+        return self._pad_id
+
+    @property
+    def end_of_text_id(self) -> int:
+        """The id put after each document in training."""
+        return self.id_of(END_OF_TEXT) if END_OF_TEXT in self._special_ids else self._eos_token_ids[-1]
+
+    @property
+    def special_token_ids(self) -> frozenset[int]:
+        """Every id that plain text cannot give."""
+        return frozenset(self._special_ids.values())
+
+    @property
+    def control_token_ids(self) -> frozenset[int]:
+        """The special ids that `decode` leaves out: ends of texts and turns, not `<think>` and tool markup."""
+        return self._control_ids
+
+    @property
+    def chat_template(self) -> str:
+        """The Jinja source of the checkpoint's chat template, or MiMo's if it brings none."""
+        return self._chat_template or mimo_template()
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """A short name of this vocabulary: equal for tokenizers that give the same ids."""
+        return hashlib.sha256(self._backend.to_str().encode()).hexdigest()[:16]
+
+    def id_of(self, token: str) -> int:
+        """The id of a special token, or of a text that is exactly one token. Raises DataError if there is none."""
+        if token in self._special_ids:
+            return self._special_ids[token]
+        ids = self.encode(token)
+        if len(ids) != 1:
+            raise DataError(f"{token!r} is not one token of this tokenizer; it takes {len(ids)}.")
+        return ids[0]
+
+    def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
+        """The ids of `text`. With `allow_special`, the text of a special token becomes that token."""
+        backend = self._backend if allow_special else self._plain_backend
+        return backend.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` for many texts at once, on all cores."""
+        encodings = self._plain_backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    def encode_chat(
+        self,
+        messages: Iterable[Message | Mapping[str, Any]],
+        *,
+        tools: Iterable[Mapping[str, Any]] = (),
+        add_generation_prompt: bool = True,
+        enable_thinking: bool = False,
+        keep_all_reasoning: bool = False,
+    ) -> list[int]:
+        """The ids of a conversation in this tokenizer's chat format; arguments as in `chat_template.render`.
+
+        Special tokens come from the template and from assistant turns only: the same words inside any other turn are
+        plain text, so a user or a tool cannot open or close a turn.
+        """
+        text = render(
+            [self._guard(message_dict(message)) for message in messages],
+            template=self.chat_template,
+            tools=tools,
+            add_generation_prompt=add_generation_prompt,
+            enable_thinking=enable_thinking,
+            keep_all_reasoning=keep_all_reasoning,
+            special_tokens={"eos_token": self._backend.id_to_token(self._eos_token_ids[0])},
+        )
+        ids: list[int] = []
+        for piece in self._special_pattern.split(text):
+            if piece in self._special_ids:
+                ids.append(self._special_ids[piece])
+            else:
+                ids.extend(self.encode(_unescape(piece)))
+        return ids
+
+    def decode(self, token_ids: Iterable[int], *, skip_special: bool = True) -> str:
+        """The text of `token_ids`, without control tokens unless asked (`<think>` and tool markup are always kept).
+
+        Bytes that are not UTF-8 become U+FFFD. Ids beyond the vocabulary (padding rows of an embedding) give nothing.
+        """
+        skipped = self._control_ids if skip_special else ()
+        return b"".join(self.token_bytes(i) for i in token_ids if i not in skipped).decode("utf-8", errors="replace")
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that one token stands for; empty for an id beyond the vocabulary."""
+        token = self._backend.id_to_token(int(token_id))
+        if token is None:
+            return b""
+        if token in self._special_ids or not _BYTE_OF_CHARACTER.keys() >= set(token):
+            return token.encode()
+        return bytes(_BYTE_OF_CHARACTER[character] for character in token)
+
+    @functools.cached_property
+    def _plain_backend(self) -> tokenizers.Tokenizer:
+        """The same vocabulary without special tokens: it reads their text as text."""
+        description = json.loads(self._backend.to_str())
+        description["added_tokens"] = []
+        return tokenizers.Tokenizer.from_str(json.dumps(description))
+
+    @functools.cached_property
+    def _special_pattern(self) -> re.Pattern[str]:
+        longest_first = sorted(self._special_ids, key=len, reverse=True)
+        return re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
+
+    def _guard(self, turn: dict[str, Any]) -> dict[str, Any]:
+        """Breaks up special tokens inside a turn that no model wrote; `_unescape` makes them whole after the split."""
+        if turn["role"] == "assistant":
+            return turn
+        content = turn["content"].replace(_ESCAPE, _ESCAPED_ESCAPE)
+        return {**turn, "content": self._special_pattern.sub(lambda m: m[0][0] + _BREAK + m[0][1:], content)}
+
+
+class StreamDecoder:
+    """Decodes a stream of ids to text as it comes, holding back the bytes of an unfinished UTF-8 character.
+
+    All texts from `push`, then `flush`, joined, equal `Tokenizer.decode` of all the ids.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = True):
+        self._tokenizer = tokenizer
+        self._skipped = tokenizer.control_token_ids if skip_special else frozenset()
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token_ids: Iterable[int]) -> str:
+        """The new text that `token_ids` complete; may be empty."""
+        new_bytes = b"".join(self._tokenizer.token_bytes(i) for i in token_ids if i not in self._skipped)
+        return self._utf8.decode(new_bytes)
+
+    def flush(self) -> str:
+        """What is left at the end of the stream: U+FFFD for a character that never came whole."""
+        return self._utf8.decode(b"", final=True)
+
+
+# U+FDD0 is a Unicode noncharacter: it has no meaning in text, and if it occurs it is escaped too.
+_ESCAPE = "\ufdd0"
+_ESCAPED_ESCAPE = _ESCAPE + "e"
+_BREAK = _ESCAPE + "b"
+
+
+def _unescape(text: str) -> str:
+    return text.replace(_BREAK, "").replace(_ESCAPED_ESCAPE, _ESCAPE)
+
+
+def _byte_of_character() -> dict[str, int]:
+    """Byte-level BPE writes each byte as a printable character: itself, or the next free one from U+0100 on."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    table = {chr(byte): byte for byte in printable}
+    table.update({chr(256 + index): byte for index, byte in enumerate(others)})
+    return table
+
+
+_BYTE_OF_CHARACTER = _byte_of_character()
+
+
+def _new_backend() -> tokenizers.Tokenizer:
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.normalizer = normalizers.NFC()
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(tokenizers.Regex(SPLIT_PATTERN), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.post_processor = processors.ByteLevel(trim_offsets=False)
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a JSON file; None if there is no such file."""
+    if not path.exists():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} is not valid JSON ({error}). Copy it again from the checkpoint.") from error
+
+
+def _check_byte_level(description: dict[str, Any], path: Path) -> None:
+    model_type = (description.get("model") or {}).get("type")
+    decoder_type = (description.get("decoder") or {}).get("type")
+    if (model_type, decoder_type) != ("BPE", "ByteLevel"):
+        raise DataError(
+            f"{path} is a {model_type} tokenizer with a {decoder_type} decoder; openmimo reads byte-level BPE "
+            "tokenizers (BPE with a ByteLevel decoder), the kind of MiMo and Qwen2."
+        )
+
+
+def _eos_token_ids(
+    backend: tokenizers.Tokenizer, config: dict[str, Any], generation: dict[str, Any], folder: Path
+) -> tuple[int, ...]:
+    """The stop ids: generation_config.json's if it names some, else the eos token and the two ends of MiMo's format."""
+    named = generation.get("eos_token_id")
+    if named is not None:
+        return tuple(named) if isinstance(named, list) else (named,)
+    candidates = (_token_text(config.get("eos_token")), TURN_END, END_OF_TEXT)
+    found = [backend.token_to_id(token) for token in candidates if token]
+    unique = tuple(dict.fromkeys(token_id for token_id in found if token_id is not None))
+    if not unique:
+        raise DataError(f"{folder} names no token that ends a text: give tokenizer_config.json an 'eos_token'.")
+    return unique
+
+
+def _token_text(entry: Any) -> str | None:
+    """Token entries of tokenizer_config.json are a string or, in older files, an object with its content."""
+    return entry["content"] if isinstance(entry, dict) else entry
+
+
+def _default_template(config: dict[str, Any]) -> str | None:
+    """The chat template of tokenizer_config.json: a string, or a list of named ones of which "default" is taken."""
+    template = config.get("chat_template")
+    if isinstance(template, list):
+        return {entry["name"]: entry["template"] for entry in template}.get("default")
+    return template

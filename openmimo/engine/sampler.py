@@ -1,0 +1,84 @@
+"""From logits to tokens: greedy, or by one random number a token that depends on seed and position alone.
+
+R rows (one per position to decide), V vocabulary.
+
+The random number of a position is a hash, not the state of a generator, so it does not matter in which batch, in which
+order or how often (a drafted token is judged before it is confirmed) a position is decided: it comes out the same.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from openmimo.core.records import SamplingParams
+
+_MASK_64 = (1 << 64) - 1
+_UNIFORM_BITS = 52  # one fewer than float64 holds, so that u < 1 and u * total < total survive rounding
+
+
+class Draw(NamedTuple):
+    """One position to decide: how, with which seed, and where the token will stand in its sequence."""
+
+    params: SamplingParams
+    seed: int
+    position: int
+
+
+def sample(logits_RV: torch.Tensor, draws: list[Draw]) -> list[int]:
+    """A token for each row: the arg max at temperature 0, else drawn from the row's filtered distribution."""
+    tokens_R = logits_RV.argmax(dim=-1)
+    sampled = [row for row, draw in enumerate(draws) if draw.params.temperature > 0.0]
+    if sampled:
+        rows = torch.tensor(sampled, device=logits_RV.device)
+        tokens_R[rows] = _draw(logits_RV[rows], [draws[row] for row in sampled])
+    return tokens_R.tolist()
+
+
+def chosen_logprobs(logits_RV: torch.Tensor, tokens: list[int], draws: list[Draw]) -> list[float]:
+    """Log-probability of each row's token at the sampling temperature (1 where greedy), before top-p and top-k."""
+    temperature_R1 = logits_RV.new_tensor([[draw.params.temperature or 1.0] for draw in draws])
+    tokens_R1 = torch.tensor(tokens, device=logits_RV.device)[:, None]
+    return (logits_RV / temperature_R1).log_softmax(dim=-1).gather(1, tokens_R1)[:, 0].tolist()
+
+
+def filtered_probabilities(logits_RV: torch.Tensor, params: list[SamplingParams]) -> torch.Tensor:
+    """The distribution each row is drawn from, float64 [R, V], not normalised: temperature, then top-p and top-k.
+
+    Top-p keeps the smallest set of most likely tokens that holds that probability, top-k at most that many of them.
+    """
+    temperature_R1 = _column([p.temperature for p in params], logits_RV)
+    probabilities_RV = (logits_RV.double() / temperature_R1).softmax(dim=-1)
+    if all(p.top_p == 1.0 and p.top_k == 0 for p in params):
+        return probabilities_RV
+    vocab_size = logits_RV.shape[1]
+    # 2 stands for "no limit": a running sum may round to above 1.
+    top_p_R1 = _column([p.top_p if p.top_p < 1.0 else 2.0 for p in params], logits_RV)
+    top_k_R1 = _column([p.top_k or vocab_size for p in params], logits_RV)
+    sorted_RV, order_RV = probabilities_RV.sort(dim=-1, descending=True, stable=True)
+    before_RV = sorted_RV.cumsum(dim=-1) - sorted_RV
+    rank_V = torch.arange(vocab_size, device=logits_RV.device)
+    kept_RV = (before_RV < top_p_R1) & (rank_V < top_k_R1)
+    return torch.zeros_like(probabilities_RV).scatter(1, order_RV, sorted_RV * kept_RV)
+
+
+def uniform(seed: int, position: int) -> float:
+    """A number in [0, 1) for this seed and position (splitmix64, Steele et al. 2014, as a counter-based hash)."""
+    return (_mix(_mix(seed & _MASK_64) ^ position) >> (64 - _UNIFORM_BITS)) / (1 << _UNIFORM_BITS)
+
+
+def _draw(logits_RV: torch.Tensor, draws: list[Draw]) -> torch.Tensor:
+    """Inverts each row's cumulative distribution, in order of token id, at the position's random number."""
+    cumulative_RV = filtered_probabilities(logits_RV, [draw.params for draw in draws]).cumsum(dim=-1)
+    uniform_R1 = _column([uniform(draw.seed, draw.position) for draw in draws], logits_RV)
+    return torch.searchsorted(cumulative_RV, uniform_R1 * cumulative_RV[:, -1:], right=True)[:, 0]
+
+
+def _column(values: list[float], like: torch.Tensor) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float64, device=like.device)[:, None]
+
+
+def _mix(value: int) -> int:
+    value = (value + 0x9E3779B97F4A7C15) & _MASK_64
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK_64
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK_64
+    return value ^ (value >> 31)

@@ -1,0 +1,53 @@
+"""What the engine counts while it works."""
+
+from dataclasses import dataclass, field
+
+from openmimo.engine.sequence import Sequence
+
+
+@dataclass
+class EngineStats:
+    """Sums since the engine was made, or since its statistics were last reset.
+
+    num_steps: decoding passes of the main model (prefill passes are not among them). num_decoded_tokens: tokens those
+    passes gave; the first token of a sequence comes from its prefill. sequence_steps: the sequences in each of those
+    passes, added up. offered, accepted: per head, drafts judged (those behind a rejected one are not) and found right.
+    """
+
+    num_prompt_tokens: int = 0
+    num_new_tokens: int = 0
+    num_decoded_tokens: int = 0
+    num_steps: int = 0
+    sequence_steps: int = 0
+    seconds: float = 0.0
+    cache_bytes: int = 0
+    all_global_cache_bytes: int = 0
+    offered: list[int] = field(default_factory=list)
+    accepted: list[int] = field(default_factory=list)
+
+    def count_drafts(self, num_offered: int, num_accepted: int) -> None:
+        """One verification: of `num_offered` drafts the first `num_accepted` were right."""
+        for head in range(min(num_accepted + 1, num_offered)):
+            self.offered[head] += 1
+            self.accepted[head] += head < num_accepted
+
+    def observe_caches(self, sequences: list[Sequence]) -> None:
+        """Keeps the peak of the bytes held, and what a model of full layers would have held at that moment."""
+        cache_bytes = sum(sequence.cache.num_bytes for sequence in sequences)
+        if cache_bytes > self.cache_bytes:
+            self.cache_bytes = cache_bytes
+            self.all_global_cache_bytes = sum(sequence.cache.all_global_bytes for sequence in sequences)
+
+    def report(self) -> dict[str, float | int | list[float]]:
+        """The numbers to read: see `LLM.stats`."""
+        return {
+            "accepted_tokens_per_step": self.num_decoded_tokens / max(self.sequence_steps, 1),
+            "acceptance_by_head": [a / max(o, 1) for a, o in zip(self.accepted, self.offered, strict=True)],
+            "cache_bytes": self.cache_bytes,
+            "all_global_cache_bytes": self.all_global_cache_bytes,
+            "tokens_per_second": self.num_new_tokens / self.seconds if self.seconds else 0.0,
+            "seconds": self.seconds,
+            "num_steps": self.num_steps,
+            "num_new_tokens": self.num_new_tokens,
+            "num_prompt_tokens": self.num_prompt_tokens,
+        }

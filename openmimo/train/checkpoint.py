@@ -1,0 +1,150 @@
+"""Complete checkpoints of a run: model, optimiser, place in schedule and data, random generators.
+
+A checkpoint is a model folder in the Hugging Face layout (so every one of them can be loaded, served and converted) with
+a `trainer/` folder beside the weights. It appears whole or not at all, and carries the checksum of each of its files, so
+that a damaged one is recognised and the one before it used.
+"""
+
+import hashlib
+import json
+import re
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from openmimo.core.config import read_json
+from openmimo.core.errors import CheckpointError
+from openmimo.core.files import new_folder_atomic
+from openmimo.data.tokenizer import Tokenizer
+from openmimo.model.hf import load_model, write_model
+from openmimo.model.mimo import MiMo
+from openmimo.runtime.device import rng_state, set_rng_state
+from openmimo.train.config import CheckpointConfig
+
+_MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is: optimiser steps and tokens done, and the state of the loader of stage `stage_index`."""
+
+    step: int
+    tokens: int
+    stage_index: int
+    loader: dict[str, Any]
+
+    @classmethod
+    def beginning(cls) -> "Progress":
+        """The progress of a run that has not started."""
+        return cls(step=0, tokens=0, stage_index=0, loader={})
+
+
+class Checkpoints:
+    """The checkpoints of one run folder, in `checkpoints/step-00000200`."""
+
+    def __init__(self, run_folder: Path, policy: CheckpointConfig):
+        self.folder = run_folder / "checkpoints"
+        self.policy = policy
+
+    def save(
+        self, model: MiMo, optimiser: torch.optim.Optimizer, tokenizer: Tokenizer, progress: Progress
+    ) -> Path:
+        """Writes a checkpoint, then deletes those that the policy no longer keeps.
+
+        Raises CheckpointError if it cannot be written (a full disk, say); the ones before it are untouched.
+        """
+        path = self.folder / f"step-{progress.step:08d}"
+        try:
+            with new_folder_atomic(path) as folder:
+                _write(folder, model, optimiser, tokenizer, progress)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"the checkpoint {path} could not be written: {error}.") from error
+        self._delete_old()
+        return path
+
+    def newest_intact(self) -> Path | None:
+        """The newest checkpoint whose files match their checksums; damaged ones are reported and passed over."""
+        for path in reversed(self._all()):
+            damage = find_damage(path)
+            if damage is None:
+                return path
+            print(f"warning: {damage} This checkpoint is passed over for the one before it.", file=sys.stderr)
+        return None
+
+    def _all(self) -> list[Path]:
+        return sorted(path for path in self.folder.glob("step-*") if re.fullmatch(r"step-\d{8}", path.name))
+
+    def _delete_old(self) -> None:
+        every = self.policy.keep_every
+        for path in self._all()[: -max(self.policy.keep_last, 1)]:
+            if not (every and int(path.name.removeprefix("step-")) % every == 0):
+                shutil.rmtree(path)
+
+
+def restore(
+    path: Path, device: torch.device
+) -> tuple[MiMo, dict[str, torch.Tensor], Progress]:
+    """The model of a checkpoint in float32, its optimiser state by name (for `load_optimiser_state`), and its progress.
+
+    Also puts the random generators back.
+    """
+    model = load_model(path, dtype="float32", device=str(device))
+    tensors = load_file(path / "trainer" / "optimiser.safetensors", device="cpu")
+    set_rng_state({name.removeprefix("rng."): tensors.pop(name) for name in list(tensors) if name.startswith("rng.")}, device)
+    return model, tensors, Progress(**read_json(path / "trainer" / "progress.json"))
+
+
+def optimiser_state(model: MiMo, optimiser: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """The optimiser's tensors under `<parameter>/<what>`, independent of the order of its groups."""
+    return {
+        f"{name}/{key}": value.detach().clone().contiguous()
+        for name, parameter in model.named_parameters()
+        for key, value in optimiser.state.get(parameter, {}).items()
+    }
+
+
+def load_optimiser_state(model: MiMo, optimiser: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
+    """Puts back what `optimiser_state` gave; parameters that it does not name start afresh (new MTP heads)."""
+    parameters = dict(model.named_parameters())
+    for name, value in tensors.items():
+        parameter_name, key = name.rsplit("/", 1)
+        parameter = parameters[parameter_name]
+        device = "cpu" if key == "step" and not optimiser.defaults.get("fused") else parameter.device
+        optimiser.state[parameter][key] = value.to(device)
+
+
+def find_damage(path: Path) -> str | None:
+    """A sentence that says what is wrong with a checkpoint, or None if every file matches its checksum."""
+    manifest_path = path / "trainer" / _MANIFEST
+    if not manifest_path.exists():
+        return f"{path} has no trainer/{_MANIFEST}."
+    for name, checksum in json.loads(manifest_path.read_text()).items():
+        if not (path / name).exists():
+            return f"{path / name} is missing."
+        if _checksum(path / name) != checksum:
+            return f"{path / name} does not match its checksum: it was cut short or altered."
+    return None
+
+
+def _write(folder: Path, model: MiMo, optimiser: torch.optim.Optimizer, tokenizer: Tokenizer, progress: Progress) -> None:
+    write_model(model, folder)
+    tokenizer.save(folder)
+    trainer = folder / "trainer"
+    trainer.mkdir()
+    generators = {f"rng.{name}": state for name, state in rng_state(model.device).items()}
+    save_file({**optimiser_state(model, optimiser), **generators}, trainer / "optimiser.safetensors")
+    (trainer / "progress.json").write_text(json.dumps(vars(progress)))
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    manifest = {str(path.relative_to(folder)): _checksum(path) for path in files}
+    (trainer / _MANIFEST).write_text(json.dumps(manifest, indent=2))
+
+
+def _checksum(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,175 @@
+"""What a pre-training run is, without torch: stages, schedules, mixtures. Recipes in `recipes/` return these."""
+
+from dataclasses import dataclass
+
+from openmimo.core.errors import ConfigError
+from openmimo.data.config import MixtureConfig
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of training (paper section 3.1).
+
+    steps: optimiser steps. sequence_length: tokens in a row. rows: rows in an optimiser step. The learning rate warms up
+    linearly over `warmup_steps`, stays at `peak_lr` for `constant_steps`, then falls on a cosine to `end_lr` over what is
+    left. `rows_warmup_steps` raises the number of rows linearly from `rows_at_start`. mtp_weight: weight of the mean loss
+    of the MTP heads. bias_rate: step of the experts' selection bias. full_rope_theta: RoPE base of the full layers from
+    here on (None: unchanged). mtp_heads: heads from here on, grown by copying the last (None: unchanged). mixture: the
+    data and its weights.
+    """
+
+    name: str
+    steps: int
+    sequence_length: int
+    rows: int
+    peak_lr: float
+    end_lr: float
+    mixture: MixtureConfig
+    warmup_steps: int = 0
+    constant_steps: int = 0
+    rows_at_start: int | None = None
+    rows_warmup_steps: int = 0
+    mtp_weight: float = 0.3
+    bias_rate: float = 1e-3
+    full_rope_theta: float | None = None
+    mtp_heads: int | None = None
+
+    def __post_init__(self) -> None:
+        where = f"stage {self.name!r}"
+        for name in ("steps", "sequence_length", "rows"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{where} has {name} {getattr(self, name)}; it must be 1 or more.")
+        if self.warmup_steps + self.constant_steps > self.steps:
+            raise ConfigError(
+                f"{where} warms up for {self.warmup_steps} and holds for {self.constant_steps} steps, which is more than "
+                f"its {self.steps} steps."
+            )
+        if (self.rows_at_start is None) != (self.rows_warmup_steps == 0):
+            raise ConfigError(f"{where}: rows_at_start and rows_warmup_steps have an effect only together.")
+
+
+@dataclass(frozen=True)
+class OptimiserConfig:
+    """AdamW as in the report: β 0.9 and 0.95, decay 0.1 on matrices, gradient norm clipped at 1."""
+
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-8
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When to write a checkpoint, and which to keep: the newest `keep_last`, and every `keep_every` steps (0: none)."""
+
+    every_steps: int = 200
+    keep_last: int = 2
+    keep_every: int = 0
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Validation on held-out documents: every so many steps, over so many micro-batches."""
+
+    every_steps: int = 100
+    batches: int = 2
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """path: a folder with a tokenizer.json; or None, to train a byte-level BPE on the first stage's text.
+
+    train_megabytes: how much text to train it on (10^6 bytes).
+    """
+
+    path: str | None = None
+    train_megabytes: float = 4.0
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """A complete pre-training run.
+
+    model: a preset (`openmimo/model/presets.py`) or the path of a config.json. run_folder: where everything goes; a run
+    that finds its own checkpoints there goes on from the newest. init_from: a checkpoint folder to start from instead of
+    random weights. rows_per_microbatch: rows held in memory at once; an optimiser step accumulates over several.
+    dtype: of the activations; the parameters and the optimiser stay in float32. balance_weight: of the sequence-level
+    balance loss. loader_workers: threads that prepare batches ahead (the batches are the same for any number).
+    """
+
+    run_folder: str
+    stages: tuple[Stage, ...]
+    model: str = "tiny"
+    init_from: str | None = None
+    seed: int = 0
+    device: str = "auto"
+    dtype: str = "bfloat16"
+    threads: int = 0
+    rows_per_microbatch: int = 8
+    activation_checkpointing: bool = False
+    balance_weight: float = 1e-5
+    loader_workers: int = 0
+    tensorboard: bool = False
+    log_every_steps: int = 10
+    optimiser: OptimiserConfig = OptimiserConfig()
+    checkpoints: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+
+    def __post_init__(self) -> None:
+        if not self.stages:
+            raise ConfigError("the run has no stages.")
+        if self.dtype not in ("float32", "bfloat16", "float64"):
+            raise ConfigError(f"dtype {self.dtype!r} is unknown; train in 'bfloat16' or 'float32'.")
+        names = [stage.name for stage in self.stages]
+        if len(set(names)) != len(names):
+            raise ConfigError(f"two stages share a name: {', '.join(names)}.")
+
+
+@dataclass(frozen=True)
+class ExtendConfig:
+    """Context extension alone: the report's stage 3 on a checkpoint that exists.
+
+    checkpoint: a model folder. sequence_length: the new one. full_rope_theta: the new RoPE base of the full layers (the
+    report multiplies it about as much as the length). The rest is as in a stage and a run of `pretrain`.
+    """
+
+    checkpoint: str
+    run_folder: str
+    mixture: MixtureConfig
+    sequence_length: int
+    full_rope_theta: float
+    steps: int
+    rows: int
+    peak_lr: float
+    end_lr: float
+    warmup_steps: int = 0
+    mtp_weight: float = 0.1
+    bias_rate: float = 1e-5
+    mtp_heads: int | None = None
+    seed: int = 0
+    device: str = "auto"
+    dtype: str = "bfloat16"
+    threads: int = 0
+    rows_per_microbatch: int = 1
+    activation_checkpointing: bool = False
+    balance_weight: float = 1e-5
+    loader_workers: int = 0
+    tensorboard: bool = False
+    log_every_steps: int = 10
+    optimiser: OptimiserConfig = OptimiserConfig()
+    checkpoints: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    def as_pretraining(self) -> PretrainConfig:
+        """The same run as a pre-training run of one stage that starts from the checkpoint."""
+        shared = ("run_folder", "seed", "device", "dtype", "threads", "rows_per_microbatch", "activation_checkpointing",
+                  "balance_weight", "loader_workers", "tensorboard", "log_every_steps", "optimiser", "checkpoints",
+                  "evaluation")  # fmt: skip
+        of_stage = ("steps", "sequence_length", "rows", "peak_lr", "end_lr", "mixture", "warmup_steps", "mtp_weight",
+                    "bias_rate", "full_rope_theta", "mtp_heads")  # fmt: skip
+        stage = Stage(name="extend", **{name: getattr(self, name) for name in of_stage})
+        return PretrainConfig(
+            init_from=self.checkpoint, stages=(stage,), **{name: getattr(self, name) for name in shared}
+        )

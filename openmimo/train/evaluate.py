@@ -1,0 +1,106 @@
+"""Validation on held-out rows: loss by head and by position, and how often each MTP head's draft would be accepted.
+
+T packed tokens, D model dim.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from openmimo.data.loader import Batch
+from openmimo.kernels.token_loss import token_argmax, token_logprobs
+from openmimo.model.context import PackedContext
+from openmimo.model.mimo import MiMo
+from openmimo.train.batches import to_device
+from openmimo.train.loss import IGNORED, MicroBatch, head_states
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """losses: mean cross-entropy of each head, nats. acceptance: share of places where an MTP head's most likely token is
+    the one that the main head finds most likely there, given the true tokens in between. loss_by_position: mean loss of
+    the main head in buckets of position that double in width; `position_edges` are their upper ends.
+    """
+
+    losses: list[float]
+    acceptance: list[float]
+    loss_by_position: list[float]
+    position_edges: list[int]
+
+    def metrics(self) -> dict:
+        """The figures under the names that go to `metrics.jsonl`."""
+        return {
+            "validation/main": self.losses[0],
+            **{f"validation/mtp_{head}": loss for head, loss in enumerate(self.losses[1:])},
+            **{f"validation/acceptance_{head}": share for head, share in enumerate(self.acceptance)},
+            "validation/loss_by_position": self.loss_by_position,
+            "validation/position_edges": self.position_edges,
+        }
+
+
+@torch.no_grad()
+def evaluate(model: MiMo, batches: Iterable[Batch], sequence_length: int) -> Evaluation:
+    """Scores held-out batches, whose documents are at most `sequence_length` tokens long."""
+    model.eval()
+    heads = model.config.num_mtp_heads
+    loss_sums, counts = torch.zeros(1 + heads), torch.zeros(1 + heads)
+    accepted, drafted = torch.zeros(heads), torch.zeros(heads)
+    edges = _position_edges(sequence_length)
+    position_sums, position_counts = torch.zeros(len(edges)), torch.zeros(len(edges))
+    for batch in batches:
+        micro = to_device(batch, heads, model.device)
+        context = PackedContext(micro.document_lengths, device=model.device)
+        states = head_states(model, micro, model(micro.tokens_T, context), context)
+        weight = model.lm_head.weight.to(states[0].dtype)
+        for head, (states_TD, labels_T) in enumerate(zip(states, micro.labels, strict=True)):
+            losses_T = -token_logprobs(states_TD, weight, labels_T).cpu()
+            loss_sums[head] += losses_T.sum()
+            counts[head] += (labels_T != IGNORED).sum().cpu()
+            if head == 0:
+                _add_by_position(losses_T, labels_T.cpu(), context.positions_T.cpu(), edges, position_sums, position_counts)
+        agreed, places = _agreement(states, weight, micro)
+        accepted += agreed
+        drafted += places
+    return Evaluation(
+        losses=(loss_sums / counts.clamp(min=1)).tolist(),
+        acceptance=(accepted / drafted.clamp(min=1)).tolist(),
+        loss_by_position=(position_sums / position_counts.clamp(min=1)).tolist(),
+        position_edges=edges.tolist(),
+    )
+
+
+def _agreement(states: list[torch.Tensor], weight: torch.Tensor, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    """By MTP head: at how many places its choice is the main head's, and how many places there are."""
+    main_T = token_argmax(states[0], weight)
+    agreed, places = [], []
+    for head, states_TD in enumerate(states[1:]):
+        draft_T = token_argmax(states_TD, weight)
+        # Head k at i drafts token i+2+k; the main head chooses that token at place i+1+k.
+        valid_T = batch.labels[1 + head] != IGNORED
+        target_T = torch.roll(main_T, -(1 + head))
+        agreed.append(((draft_T == target_T) & valid_T).sum())
+        places.append(valid_T.sum())
+    if not agreed:
+        return torch.zeros(0), torch.zeros(0)
+    return torch.stack(agreed).cpu(), torch.stack(places).cpu()
+
+
+def _position_edges(sequence_length: int) -> torch.Tensor:
+    edges = [16]
+    while edges[-1] < sequence_length:
+        edges.append(edges[-1] * 2)
+    return torch.tensor(edges)
+
+
+def _add_by_position(
+    losses_T: torch.Tensor,
+    labels_T: torch.Tensor,
+    positions_T: torch.Tensor,
+    edges: torch.Tensor,
+    sums: torch.Tensor,
+    counts: torch.Tensor,
+) -> None:
+    bucket_T = torch.bucketize(positions_T, edges, right=True)
+    sums.index_add_(0, bucket_T, losses_T)
+    counts.index_add_(0, bucket_T, (labels_T != IGNORED).float())

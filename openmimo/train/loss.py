@@ -1,0 +1,78 @@
+"""The training loss: next token, plus the weighted mean of the MTP heads (paper sections 2.3 and 3.1).
+
+T packed tokens, D model dim.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from openmimo.kernels.token_loss import token_loss
+from openmimo.model.context import PackedContext
+from openmimo.model.mimo import Hidden, MiMo
+from openmimo.model.mtp import shift_within_documents
+
+IGNORED = -1
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Packed tokens on the device, and what each head has to predict at each place (-1: nothing).
+
+    labels: int64 [T] per head, the main head first, then the MTP heads.
+    """
+
+    tokens_T: torch.Tensor
+    document_lengths: tuple[int, ...]
+    labels: tuple[torch.Tensor, ...]
+
+    def label_counts(self) -> torch.Tensor:
+        """Number of labels of each head, int64 [heads]."""
+        return torch.stack([(labels_T != IGNORED).sum() for labels_T in self.labels])
+
+
+def micro_batch(
+    tokens_T: torch.Tensor, document_lengths: tuple[int, ...], loss_mask_T: torch.Tensor | None, num_mtp_heads: int
+) -> MicroBatch:
+    """Labels from packed tokens: head k (0: the main one) predicts the token k+1 places on, in the same document.
+
+    loss_mask_T, bool [T]: which tokens count as labels (None: all).
+    """
+    label_tokens_T = tokens_T if loss_mask_T is None else torch.where(loss_mask_T, tokens_T, IGNORED)
+    labels = tuple(
+        shift_within_documents(label_tokens_T, document_lengths, by=1 + head, fill=IGNORED)
+        for head in range(1 + num_mtp_heads)
+    )
+    return MicroBatch(tokens_T, document_lengths, labels)
+
+
+def training_loss(
+    model: MiMo, batch: MicroBatch, context: PackedContext, *, label_counts: torch.Tensor, mtp_weight: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss of a micro-batch, and each head's share of its mean cross-entropy, in nats, float32 [heads].
+
+    `label_counts` are those of the whole optimiser step, so that shares add up over micro-batches to means over tokens.
+    """
+    hidden = model(batch.tokens_T, context)
+    losses = [
+        _head_loss(model, states_TD, labels_T, label_counts[head])
+        for head, (states_TD, labels_T) in enumerate(zip(head_states(model, batch, hidden, context), batch.labels, strict=True))
+    ]
+    total = losses[0]
+    if len(losses) > 1:
+        total = total + mtp_weight * torch.stack(losses[1:]).mean()
+    return total, torch.stack([loss.detach() for loss in losses])
+
+
+def head_states(model: MiMo, batch: MicroBatch, hidden: Hidden, context: PackedContext) -> list[torch.Tensor]:
+    """States [T, D] of every head, the main one first, each ready for the output head."""
+    states = [hidden.post_norm_TD]
+    for head in range(len(batch.labels) - 1):
+        shifted_T = shift_within_documents(batch.tokens_T, batch.document_lengths, by=1 + head, fill=0)
+        states.append(model.mtp(head, hidden, shifted_T, context))
+    return states
+
+
+def _head_loss(model: MiMo, states_TD: torch.Tensor, labels_T: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+    weights_T = torch.ones_like(labels_T, dtype=torch.float32) / count.clamp(min=1)
+    return token_loss(states_TD, model.lm_head.weight.to(states_TD.dtype), labels_T, weights_T)

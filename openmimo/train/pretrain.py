@@ -1,0 +1,122 @@
+"""`openmimo pretrain` and `openmimo extend`: set a run up, find where it stopped, train, report."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from openmimo.core import config as config_io
+from openmimo.core.errors import ConfigError
+from openmimo.data.config import MixtureConfig
+from openmimo.data.source import TextSource, open_source, training_documents
+from openmimo.data.tokenizer import Tokenizer
+from openmimo.model.config import ModelConfig
+from openmimo.model.hf import load_model, save_model
+from openmimo.model.mimo import MiMo
+from openmimo.model.presets import model_config
+from openmimo.runtime.device import resolve_device
+from openmimo.train.checkpoint import Checkpoints, Progress, restore
+from openmimo.train.config import ExtendConfig, PretrainConfig
+from openmimo.train.report import write_report
+from openmimo.train.trainer import Trainer, without_location
+
+
+def pretrain(config: PretrainConfig, *, console: Console | None = None) -> Path:
+    """Runs or resumes a pre-training run. Returns the folder of the finished model, `<run_folder>/model`."""
+    console = console or Console(stderr=True)
+    run_folder = Path(config.run_folder)
+    device = resolve_device(config.device)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    _keep_config(config, run_folder)
+    newest = Checkpoints(run_folder, config.checkpoints).newest_intact()
+    if newest is None:
+        tokenizer = _tokenizer(config, run_folder, console)
+        model = _new_model(config, tokenizer, device)
+        trainer = Trainer(config, model, tokenizer, device=device, start=Progress.beginning(), console=console)
+    else:
+        console.print(f"going on from {newest}")
+        model, optimiser_tensors, progress = restore(newest, device)
+        trainer = Trainer(
+            config,
+            model,
+            Tokenizer.load(newest),
+            device=device,
+            start=progress,
+            optimiser_tensors=optimiser_tensors,
+            console=console,
+        )
+    trainer.run()
+    model_folder = run_folder / "model"
+    save_model(trainer.model, model_folder)
+    trainer.tokenizer.save(model_folder)
+    report = write_report(run_folder)
+    console.print(f"model   {model_folder}\nreport  {report}")
+    return model_folder
+
+
+def extend(config: ExtendConfig, *, console: Console | None = None) -> Path:
+    """Runs or resumes a context extension. Returns the folder of the finished model."""
+    return pretrain(config.as_pretraining(), console=console)
+
+
+def _keep_config(config: PretrainConfig, run_folder: Path) -> None:
+    """Saves the config in the run folder; refuses to go on with a run that was started with another one."""
+    path = run_folder / "config.json"
+    if path.exists():
+        before = config_io.to_dict(without_location(config_io.load(PretrainConfig, path)))
+        now = config_io.to_dict(without_location(config))
+        changed = [name for name in now if now[name] != before[name]]
+        if changed:
+            raise ConfigError(
+                f"{run_folder} holds a run with another {', '.join(changed)}. Name another run_folder for a new run, or "
+                f"repeat the old one with --from {path}."
+            )
+    run_folder.mkdir(parents=True, exist_ok=True)
+    config_io.save(config, path)
+
+
+def _tokenizer(config: PretrainConfig, run_folder: Path, console: Console) -> Tokenizer:
+    folder = config.tokenizer.path or config.init_from
+    if folder is not None:
+        return Tokenizer.load(Path(folder))
+    own = run_folder / "tokenizer"
+    if own.exists():
+        return Tokenizer.load(own)
+    vocab_size = model_config(config.model).vocab_size
+    console.print(f"training a tokenizer of {vocab_size} tokens")
+    tokenizer = Tokenizer.train(_training_text(config.stages[0].mixture, config.tokenizer.train_megabytes), vocab_size)
+    tokenizer.save(own)
+    return tokenizer
+
+
+def _training_text(mixture: MixtureConfig, megabytes: float) -> Iterator[str]:
+    """Text for a tokenizer: from each source of text its share of `megabytes`; synthetic sources need no tokenizer."""
+    sources = [config for config in mixture.sources if isinstance(open_source(config)[0], TextSource)]
+    if not sources:
+        raise ConfigError("the first stage has no source of text to train a tokenizer on; name one as tokenizer.path.")
+    total_weight = sum(config.weight for config in sources)
+    for config in sources:
+        share = replace(config, max_megabytes=megabytes * config.weight / total_weight)
+        yield from training_documents(share, mixture.validation_fraction)
+
+
+def _new_model(config: PretrainConfig, tokenizer: Tokenizer, device: torch.device) -> MiMo:
+    if config.init_from is not None:
+        return load_model(config.init_from, dtype="float32", device=str(device))
+    described = _with_token_ids(model_config(config.model), tokenizer)
+    if tokenizer.vocab_size > described.vocab_size:
+        raise ConfigError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, but model {config.model!r} has vocab_size "
+            f"{described.vocab_size}."
+        )
+    model = MiMo(described)
+    model.initialise(torch.Generator().manual_seed(config.seed))
+    return model.to(device)
+
+
+def _with_token_ids(model: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
+    ids = {"bos_token_id": None, "eos_token_id": list(tokenizer.eos_token_ids), "pad_token_id": tokenizer.pad_id}
+    return replace(model, token_ids=ids)

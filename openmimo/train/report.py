@@ -1,0 +1,114 @@
+"""The report of a run, from its `metrics.jsonl` alone: losses, acceptance, expert load, speed, loss by position."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from openmimo.core.metrics import read_metrics
+from openmimo.core.report import Report, new_figure
+
+Rows = list[dict[str, Any]]
+
+
+def write_report(run_folder: Path) -> Path:
+    """Writes `report.html` in the run folder and returns its path."""
+    rows = read_metrics(run_folder / "metrics.jsonl")
+    report = Report(f"openmimo run {run_folder.name}")
+    add_training_figures(report, rows)
+    report.heading("Configuration")
+    report.code(json.dumps(json.loads((run_folder / "config.json").read_text()), indent=2))
+    return report.write(run_folder / "report.html")
+
+
+def add_training_figures(report: Report, rows: Rows) -> None:
+    """Adds what there is to see in a run's metrics to a report."""
+    train = [row for row in rows if "loss/main" in row]
+    validation = [row for row in rows if "validation/main" in row]
+    report.heading("Loss")
+    report.figure(_losses(train, validation, rows), "Cross-entropy in nats per token: training (lines), held out (dots).")
+    if validation:
+        report.figure(_by_position(validation), "Held-out loss by position in the document, first and last evaluation.")
+    if validation and "validation/acceptance_0" in validation[-1]:
+        report.heading("Multi-token prediction")
+        report.figure(_acceptance(validation), "Share of held-out places where an MTP head drafts what the model would say.")
+    if train and "expert_load/by_layer" in train[-1]:
+        report.heading("Experts")
+        report.figure(_expert_load(train), "Busiest expert against the mean by layer over time, and the last step's load.")
+    report.heading("Optimisation and speed")
+    report.figure(_speed(train), "Learning rate, gradient norm before clipping, and tokens per second.")
+    report.table(*_summary(train, validation))
+
+
+def _losses(train: Rows, validation: Rows, rows: Rows) -> Any:
+    figure, axis = new_figure()
+    for name in [name for name in train[-1] if name.startswith("loss/")]:
+        _plot(axis, train, name, label=name.removeprefix("loss/"))
+    _plot(axis, validation, "validation/main", label="main, held out", marker="o", linestyle="none", color="black")
+    for before, row in zip(rows, rows[1:], strict=False):
+        if row["stage"] != before["stage"]:
+            axis.axvline(before["step"], color="grey", linestyle=":")
+    axis.set(xlabel="optimiser step", ylabel="nats per token")
+    axis.legend()
+    return figure
+
+
+def _by_position(validation: Rows) -> Any:
+    figure, axis = new_figure()
+    for row in (validation[0], validation[-1]):
+        axis.plot(row["validation/position_edges"], row["validation/loss_by_position"], marker="o", label=f"step {row['step']}")
+    axis.set(xlabel="position, up to", ylabel="nats per token", xscale="log")
+    axis.set_xscale("log", base=2)
+    axis.legend()
+    return figure
+
+
+def _acceptance(validation: Rows) -> Any:
+    figure, axis = new_figure()
+    for name in [name for name in validation[-1] if name.startswith("validation/acceptance_")]:
+        _plot(axis, validation, name, label=f"head {name.rsplit('_', 1)[1]}", marker="o")
+    axis.set(xlabel="optimiser step", ylabel="acceptance", ylim=(0, 1))
+    axis.legend()
+    return figure
+
+
+def _expert_load(train: Rows) -> Any:
+    figure, (over_time, last) = new_figure(columns=2, width=10)
+    for name in [name for name in train[-1] if name.startswith("expert_load/max_over_mean_")]:
+        _plot(over_time, train, name, label=f"layer {name.rsplit('_', 1)[1]}")
+    over_time.set(xlabel="optimiser step", ylabel="max / mean load")
+    over_time.legend()
+    load = train[-1]["expert_load/by_layer"]
+    shares = [[count / max(sum(layer), 1) for count in layer] for layer in load]
+    last.grid(False)
+    image = last.imshow(shares, aspect="auto", cmap="viridis", vmin=0)
+    last.set(xlabel="expert", ylabel="sparse layer", title="share of tokens, last step")
+    figure.colorbar(image, ax=last)
+    return figure
+
+
+def _speed(train: Rows) -> Any:
+    figure, axes = new_figure(columns=3, width=11, height=3)
+    for axis, name in zip(axes, ("lr", "gradient/norm", "tokens_per_second"), strict=True):
+        _plot(axis, train, name)
+        axis.set(xlabel="optimiser step", title=name)
+    return figure
+
+
+def _summary(train: Rows, validation: Rows) -> tuple[list[str], list[list[Any]]]:
+    last = train[-1]
+    rows = [
+        ["optimiser steps", last["step"]],
+        ["tokens", last["tokens"]],
+        ["tokens per second, last step", float(last["tokens_per_second"])],
+        ["model FLOPs utilisation, last step", float(last["mfu"])],
+        ["peak memory, MiB", float(last["memory_bytes"] / 2**20)],
+        ["gradient entries that are exactly zero", last["gradient/num_zeros"]],
+    ]
+    if validation:
+        rows.append(["held-out loss, nats per token", float(validation[-1]["validation/main"])])
+    return ["figure", "value"], rows
+
+
+def _plot(axis: Any, rows: Rows, name: str, label: str | None = None, **style: Any) -> None:
+    points = [(row["step"], row[name]) for row in rows if name in row]
+    axis.plot([step for step, _ in points], [value for _, value in points], label=label, **style)

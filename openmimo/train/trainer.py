@@ -1,0 +1,216 @@
+"""The training loop: stages, optimiser steps, balance, metrics, validation, checkpoints.
+
+A step reads rows from the stage's loader, accumulates gradients over micro-batches, clips, steps, and moves the experts'
+selection bias. Everything that decides what happens next (parameters, optimiser, place in schedule and data) is in the
+checkpoint, so that a run killed at any moment and started again computes what it would have computed.
+"""
+
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as ProgressBar
+
+from openmimo.core.errors import CheckpointError
+from openmimo.core.metrics import MetricsWriter
+from openmimo.data.loader import Loader
+from openmimo.data.tokenizer import Tokenizer
+from openmimo.model.context import PackedContext, RoutingTape
+from openmimo.model.flops import training_flops_per_token
+from openmimo.model.mimo import MiMo
+from openmimo.runtime.device import measured_peak_flops, peak_memory_bytes, synchronise
+from openmimo.train.batches import expert_load, load_micro_batches
+from openmimo.train.checkpoint import Checkpoints, Progress, load_optimiser_state, optimiser_state
+from openmimo.train.config import PretrainConfig, Stage
+from openmimo.train.evaluate import evaluate
+from openmimo.train.loss import training_loss
+from openmimo.train.optim import build_optimiser, clip_gradients
+from openmimo.train.schedule import learning_rate, place_of, rows_of_step, total_steps
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one optimiser step saw: mean loss of each head in nats, gradient figures, experts' load by layer, tokens."""
+
+    losses: list[float]
+    gradient_norm: float
+    num_zero_gradients: int
+    load: dict[int, torch.Tensor]
+    tokens: int
+
+
+class Trainer:
+    """One run, from wherever `start` left it to the end of its last stage."""
+
+    def __init__(
+        self,
+        config: PretrainConfig,
+        model: MiMo,
+        tokenizer: Tokenizer,
+        *,
+        device: torch.device,
+        start: Progress,
+        optimiser_tensors: dict[str, torch.Tensor] | None = None,
+        console: Console | None = None,
+    ):
+        self.config = config
+        self.model = model.train()
+        self.model.compute_dtype = DTYPES[config.dtype]
+        self.model.activation_checkpointing = config.activation_checkpointing
+        self.tokenizer = tokenizer
+        self.device = device
+        self.console = console or Console(stderr=True)
+        self.run_folder = Path(config.run_folder)
+        self.checkpoints = Checkpoints(self.run_folder, config.checkpoints)
+        self.metrics = MetricsWriter(self.run_folder, tensorboard=config.tensorboard)
+        self.metrics.truncate_after(start.step)
+        self.step, self.tokens = start.step, start.tokens
+        self._stage_index = -1
+        self.optimiser = build_optimiser(self.model, config.optimiser)
+        if optimiser_tensors is not None:
+            load_optimiser_state(self.model, self.optimiser, optimiser_tensors)
+        self.loader = self._enter_stage(place_of(self.step, config.stages).stage_index)
+        if start.loader and start.stage_index == self._stage_index:
+            self.loader.load_state(start.loader)
+        self._peak_flops = measured_peak_flops(device, self.model.compute_dtype)
+
+    def run(self, *, stop_after_step: int | None = None) -> None:
+        """Trains to the end, or to `stop_after_step`. Writes metrics and checkpoints on the way and one at the end."""
+        last = total_steps(self.config.stages)
+        last = last if stop_after_step is None else min(last, stop_after_step)
+        if self.step == 0:
+            self._evaluate()
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with ProgressBar(*columns, console=self.console) as bar:
+            task = bar.add_task("training", total=last, completed=self.step)
+            while self.step < last:
+                started = time.perf_counter()
+                stage = self._stage_of_step()
+                report = self.train_step(stage, self.step - self._steps_before_stage())
+                synchronise(self.device)
+                seconds = time.perf_counter() - started
+                self._after_step(stage, report, seconds, is_last=self.step == last)
+                bar.update(task, completed=self.step, description=f"{stage.name} loss {report.losses[0]:.3f}")
+        self.metrics.close()
+
+    def train_step(self, stage: Stage, stage_step: int) -> StepReport:
+        """One optimiser step of `stage`; advances the counters."""
+        rows = rows_of_step(stage, stage_step)
+        micro_batches = load_micro_batches(
+            self.loader,
+            rows,
+            rows_per_microbatch=self.config.rows_per_microbatch,
+            num_mtp_heads=self.model.config.num_mtp_heads,
+            device=self.device,
+        )
+        counts = sum(batch.label_counts() for batch in micro_batches)
+        losses = torch.zeros(len(counts), device=self.device)
+        load: dict[int, torch.Tensor] = {}
+        for batch in micro_batches:
+            context = PackedContext(
+                batch.document_lengths,
+                device=self.device,
+                routing=RoutingTape(record=True),
+                balance_weight=self.config.balance_weight / len(micro_batches),
+            )
+            loss, shares = training_loss(
+                self.model, batch, context, label_counts=counts, mtp_weight=stage.mtp_weight
+            )
+            loss.backward()
+            losses += shares
+            expert_load(context.routing, self.model, add_to=load)
+        gradients = clip_gradients(self.model, self.config.optimiser.clip_norm)
+        for group in self.optimiser.param_groups:
+            group["lr"] = learning_rate(stage, stage_step)
+        self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        for layer, router in self.model.routers().items():
+            router.update_selection_bias(load[layer], stage.bias_rate)
+        self.step += 1
+        tokens = sum(len(batch.tokens_T) for batch in micro_batches)
+        self.tokens += tokens
+        return StepReport(losses.tolist(), gradients.norm, gradients.num_zeros, load, tokens)
+
+    def save(self) -> Path:
+        """Writes a checkpoint of this moment."""
+        progress = Progress(self.step, self.tokens, self._stage_index, self.loader.state())
+        return self.checkpoints.save(self.model, self.optimiser, self.tokenizer, progress)
+
+    def _stage_of_step(self) -> Stage:
+        place = place_of(self.step, self.config.stages)
+        if place.stage_index != self._stage_index:
+            self.loader = self._enter_stage(place.stage_index)
+        return place.stage
+
+    def _steps_before_stage(self) -> int:
+        return sum(stage.steps for stage in self.config.stages[: self._stage_index])
+
+    def _enter_stage(self, index: int) -> Loader:
+        """Applies what the stage changes in the model, and opens its data."""
+        stage = self.config.stages[index]
+        self._stage_index = index
+        self.model.extend_context(full_rope_theta=stage.full_rope_theta, max_positions=stage.sequence_length)
+        if stage.mtp_heads is not None and stage.mtp_heads > self.model.config.num_mtp_heads:
+            kept = optimiser_state(self.model, self.optimiser)
+            self.model.replicate_mtp_heads(stage.mtp_heads)
+            self.optimiser = build_optimiser(self.model, self.config.optimiser)
+            load_optimiser_state(self.model, self.optimiser, kept)
+        return Loader(
+            stage.mixture,
+            self.tokenizer,
+            sequence_length=stage.sequence_length,
+            seed=self.config.seed,
+            stage=index,
+            num_workers=self.config.loader_workers,
+        )
+
+    def _after_step(self, stage: Stage, report: StepReport, seconds: float, *, is_last: bool) -> None:
+        if self.step % self.config.log_every_steps == 0 or is_last:
+            self.metrics.write(self.step, self._step_metrics(stage, report, seconds))
+        if self.step % self.config.evaluation.every_steps == 0 or is_last:
+            self._evaluate()
+        if is_last:
+            self.save()
+        elif self.step % self.config.checkpoints.every_steps == 0:
+            try:
+                self.save()
+            except CheckpointError as error:
+                self.console.print(f"[yellow]warning:[/] {error} Training goes on; the checkpoint before it is intact.")
+
+    def _step_metrics(self, stage: Stage, report: StepReport, seconds: float) -> dict:
+        flops = training_flops_per_token(self.model.config, stage.sequence_length) * report.tokens
+        values = {
+            "stage": stage.name,
+            "tokens": self.tokens,
+            "loss/main": report.losses[0],
+            **{f"loss/mtp_{head}": loss for head, loss in enumerate(report.losses[1:])},
+            "gradient/norm": report.gradient_norm,
+            "gradient/num_zeros": report.num_zero_gradients,
+            "lr": self.optimiser.param_groups[0]["lr"],
+            "tokens_per_second": report.tokens / seconds,
+            "flops": flops,
+            "mfu": flops / seconds / self._peak_flops,
+            "memory_bytes": peak_memory_bytes(self.device),
+        }
+        for layer, load_E in report.load.items():
+            values[f"expert_load/max_over_mean_{layer}"] = float(load_E.max() / load_E.float().mean())
+        if report.load:
+            values["expert_load/by_layer"] = [load_E.tolist() for load_E in report.load.values()]
+        return values
+
+    def _evaluate(self) -> None:
+        stage = self.config.stages[self._stage_index]
+        batches = self.loader.fixed_batches(self.config.rows_per_microbatch, self.config.evaluation.batches)
+        result = evaluate(self.model, batches, stage.sequence_length)
+        self.metrics.write(self.step, {"stage": stage.name, **result.metrics()})
+        self.model.train()
+
+
+def without_location(config: PretrainConfig) -> PretrainConfig:
+    """The config with what may differ between two starts of one run taken out."""
+    return replace(config, run_folder="", device="auto", threads=0, loader_workers=0, tensorboard=False, log_every_steps=1)

@@ -1,0 +1,95 @@
+"""Sampling: the random numbers, the filters, and the distribution that comes out."""
+
+import pytest
+import torch
+
+from openmimo.core.records import SamplingParams
+from openmimo.engine.sampler import Draw, chosen_logprobs, filtered_probabilities, sample, uniform
+
+VOCAB = 11
+
+
+def _logits(rows=1, seed=0):
+    return 2 * torch.randn(rows, VOCAB, generator=torch.Generator().manual_seed(seed))
+
+
+def test_random_numbers_are_uniform_and_independent():
+    numbers = torch.tensor([[uniform(seed, position) for position in range(200)] for seed in range(200)])
+    assert 0.0 <= numbers.min() and numbers.max() < 1.0
+    counts = torch.histc(numbers, bins=20, min=0.0, max=1.0)
+    chi_square = ((counts - 2000) ** 2 / 2000).sum()
+    assert chi_square < 45  # 19 degrees of freedom: above it once in 1500
+    centred = numbers - 0.5
+    assert (centred[1:] * centred[:-1]).mean().abs() < 0.002
+    assert (centred[:, 1:] * centred[:, :-1]).mean().abs() < 0.002
+    assert len({uniform(seed, position) for seed in range(50) for position in range(50)}) == 2500
+
+
+def test_random_numbers_stay_what_they_are():
+    """A seed given today must give the same text tomorrow."""
+    assert uniform(0, 0) == 0.6524484863740321
+    assert uniform(2**64 - 1, 12345) == 0.6785045720544753
+    assert uniform(-1, 7) == uniform(2**64 - 1, 7)
+
+
+def test_greedy_is_the_arg_max():
+    logits = _logits(5)
+    params = SamplingParams(temperature=0.0)
+    assert sample(logits, [Draw(params, 0, row) for row in range(5)]) == logits.argmax(dim=-1).tolist()
+
+
+def _by_definition(logits, params):
+    """The filters, token by token in Python floats."""
+    probabilities = (logits.double() / params.temperature).softmax(dim=-1).tolist()
+    kept, mass = set(), 0.0
+    for token in sorted(range(VOCAB), key=lambda token: -probabilities[token]):
+        if mass >= params.top_p or (params.top_k and len(kept) == params.top_k):
+            break
+        kept.add(token)
+        mass += probabilities[token]
+    return torch.tensor([p if token in kept else 0.0 for token, p in enumerate(probabilities)]) / mass
+
+
+PARAMS = [
+    SamplingParams(temperature=0.7),
+    SamplingParams(temperature=1.3, top_p=0.8),
+    SamplingParams(temperature=1.0, top_k=3),
+    SamplingParams(temperature=2.0, top_p=0.6, top_k=4),
+    SamplingParams(temperature=1.0, top_p=1e-6),
+]
+
+
+@pytest.mark.parametrize("params", PARAMS)
+def test_filters_by_definition(params):
+    logits = _logits(seed=3)
+    found = filtered_probabilities(logits, [params])[0]
+    assert torch.allclose((found / found.sum()).float(), _by_definition(logits[0], params), atol=1e-6)
+
+
+@pytest.mark.parametrize("params", PARAMS)
+def test_frequencies_follow_the_distribution(params):
+    count = 20_000
+    logits = _logits(seed=4)
+    tokens = sample(logits.expand(count, -1), [Draw(params, seed, 17) for seed in range(count)])
+    observed = torch.bincount(torch.tensor(tokens), minlength=VOCAB).double()
+    expected = _by_definition(logits[0], params).double() * count
+    assert observed[expected == 0].sum() == 0
+    possible = expected > 0
+    chi_square = ((observed - expected)[possible] ** 2 / expected[possible]).sum()
+    assert chi_square < 30  # at most 10 degrees of freedom: above it once in 1000
+
+
+def test_a_row_does_not_depend_on_the_others():
+    logits = _logits(5, seed=5)
+    draws = [Draw(params, 7 + row, 3 * row) for row, params in enumerate(PARAMS)]
+    draws[2] = Draw(SamplingParams(temperature=0.0), 0, 0)
+    together = sample(logits, draws)
+    assert together == [sample(logits[row : row + 1], [draws[row]])[0] for row in range(5)]
+
+
+def test_logprobs_are_at_the_sampling_temperature_before_the_filters():
+    logits = _logits(3, seed=6)
+    params = [SamplingParams(temperature=0.0), SamplingParams(temperature=0.5, top_k=1), SamplingParams(top_p=0.1)]
+    found = chosen_logprobs(logits, [1, 2, 3], [Draw(p, 0, 0) for p in params])
+    expected = [(logits[row] / t).log_softmax(-1)[row + 1].item() for row, t in enumerate([1.0, 0.5, 1.0])]
+    assert found == pytest.approx(expected, abs=1e-6)
