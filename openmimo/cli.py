@@ -11,7 +11,7 @@ import pkgutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
@@ -197,16 +197,21 @@ def _audit(arguments: list[str]) -> None:
 
 @dataclass(frozen=True)
 class SpeakOptions:
-    """How to speak with a checkpoint.
+    """Which checkpoint speaks, and how.
 
-    path: a checkpoint folder with a tokenizer. speculative: draft with the MTP heads (by default if there are any; the
-    text is the same either way). thinking: let a chat model think before it answers.
+    Attributes:
+        path: A checkpoint folder with a tokenizer.
+        speculative: Draft with the MTP heads (by default wherever there are some; the text is the same either way).
+        dtype: Of weights and activations.
+        device: auto (an accelerator if there is one), cpu, or a device of torch.
+        thinking: Let a chat model think before it answers.
+        system: The first turn of a chat.
     """
 
     path: tyro.conf.Positional[str]
     sampling: Annotated[SamplingParams, tyro.conf.arg(name="")] = SamplingParams()
     speculative: bool | None = None
-    dtype: str = "float32"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: str = "auto"
     thinking: bool = False
     system: str | None = None
@@ -214,9 +219,11 @@ class SpeakOptions:
 
 @dataclass(frozen=True)
 class GenerateOptions(SpeakOptions):
-    """Continue a text.
+    """Continue a text, or answer it.
 
-    prompt: the text to go on from; "-" reads it from standard input. chat: put the prompt into the chat template.
+    Attributes:
+        prompt: The text to go on from; "-" reads it from standard input.
+        chat: Answer the prompt through the chat template.
     """
 
     prompt: str = "-"
@@ -225,16 +232,29 @@ class GenerateOptions(SpeakOptions):
 
 def _generate(arguments: list[str]) -> None:
     options = tyro.cli(GenerateOptions, args=arguments, prog="openmimo generate")
-    from openmimo.engine.speak import generate
+    if not options.chat and (options.thinking or options.system):
+        raise ConfigError("--thinking and --system belong to the chat template; they have no effect without --chat.")
+    from openmimo.engine import terminal
 
-    generate(options)
+    terminal.check_prompt(options.prompt)
+    terminal.generate(
+        _load(options), options.prompt, options.sampling,
+        as_chat=options.chat, thinking=options.thinking, system=options.system,
+    )  # fmt: skip
 
 
 def _chat(arguments: list[str]) -> None:
+    """Talk with a checkpoint."""
     options = tyro.cli(SpeakOptions, args=arguments, prog="openmimo chat")
-    from openmimo.engine.speak import chat
+    from openmimo.engine import terminal
 
-    chat(options)
+    terminal.chat(_load(options), options.sampling, thinking=options.thinking, system=options.system)
+
+
+def _load(options: SpeakOptions) -> Any:
+    from openmimo.engine import terminal
+
+    return terminal.load(options.path, speculative=options.speculative, dtype=options.dtype, device=options.device)
 
 
 # --- verbs: measuring ------------------------------------------------------------------------------------------------

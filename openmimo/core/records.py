@@ -20,11 +20,17 @@ class Message:
 class SamplingParams:
     """How one request is decoded.
 
-    max_tokens: new tokens at most. temperature: 0 is greedy. top_p, top_k: keep the smallest set of tokens with that
-    probability, and at most that many (0: no limit). seed: same seed, same text, whatever else runs in the batch; None
-    draws one. stop: end before one of these strings. stop_token_ids: end after one of these ids (beside the
-    checkpoint's own). logprobs: return the log-probability of each new token under the raw distribution at the
-    sampling temperature (before top-p and top-k; at temperature 0, that of temperature 1).
+    Attributes:
+        max_tokens: New tokens, at most.
+        temperature: Flattens or sharpens the distribution; 0 is greedy.
+        top_p: Keep the smallest set of tokens with this much probability.
+        top_k: Keep at most so many tokens (0: no limit).
+        seed: Same seed, same text, whatever else runs in the batch; None draws one.
+        stop: End before one of these strings.
+        stop_token_ids: End after one of these ids, beside the checkpoint's own.
+        ignore_eos: Go on after the checkpoint's end-of-text ids.
+        logprobs: Return the log-probability of each new token under the raw distribution at the sampling temperature
+            (before top-p and top-k; at temperature 0, that of temperature 1).
     """
 
     max_tokens: int = 128

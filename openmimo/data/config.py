@@ -9,9 +9,11 @@ from openmimo.core.errors import ConfigError
 class SourceConfig:
     """One source of a mixture.
 
-    name: a file in `openmimo/data/sources`, or `package.module:Object`. weight: its share of the rows, relative to the
-    other weights. options: settings of that source (its `options` dataclass lists them). max_megabytes: read no more
-    text than this (10^6 bytes of UTF-8; 0 reads all); only for sources of text.
+    Attributes:
+        name: A file in `openmimo/data/sources`, or `package.module:Object`.
+        weight: Its share of the rows, relative to the other weights.
+        options: Settings of that source (its `options` dataclass lists them).
+        max_megabytes: Read no more text than this (10^6 bytes of UTF-8; 0 reads all); only for sources of text.
     """
 
     name: str
@@ -30,8 +32,10 @@ class SourceConfig:
 class MixtureConfig:
     """The sources of one training stage.
 
-    validation_fraction: share of the documents that is held out, chosen by the hash of their text, so that a document
-    and its copies are either trained on or validated on, in every stage and run.
+    Attributes:
+        sources: What is mixed.
+        validation_fraction: Share of the documents that is held out, chosen by the hash of their text, so that a
+            document and its copies are either trained on or validated on, in every stage and run.
     """
 
     sources: tuple[SourceConfig, ...]

@@ -47,9 +47,8 @@ class CachedContext:
         *,
         first_layer: int,
         rotary: RotaryRows,
-        routing: RoutingTape | None = None,
     ):
-        self.routing = routing or RoutingTape()
+        self.routing = RoutingTape()
         self.sequence_balance = None
         self._caches = caches
         self._new_lengths = new_lengths

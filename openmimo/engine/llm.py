@@ -21,8 +21,6 @@ from openmimo.model.hf import load_model
 from openmimo.model.mimo import MiMo
 from openmimo.runtime.device import resolve_device
 
-_SCORED_TOKENS_AT_ONCE = 1024
-
 Prompts = str | list[str] | list[list[int]]
 
 
@@ -107,11 +105,8 @@ class LLM:
         self._check_prompt(token_ids, "the token ids to score", room=0)
         tokens_T = torch.tensor(token_ids, device=self.model.device)
         states_TD = self.model(tokens_T, PackedContext((len(token_ids),), device=self.model.device)).post_norm_TD
-        chunks = zip(
-            states_TD[:-1].split(_SCORED_TOKENS_AT_ONCE), tokens_T[1:].split(_SCORED_TOKENS_AT_ONCE), strict=True
-        )
-        weight_VD = self.model.lm_head.weight
-        return torch.cat([token_logprobs(states, weight_VD, labels).float().cpu() for states, labels in chunks])
+        weight_VD = self.model.lm_head.weight.to(states_TD.dtype)
+        return token_logprobs(states_TD[:-1], weight_VD, tokens_T[1:]).float().cpu()
 
     def stats(self) -> dict[str, float | int | list[float]]:
         """What was counted since the LLM was made or `reset_stats` was called.

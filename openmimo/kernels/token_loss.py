@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 TILE_TOKENS = 512
+TILE_VOCABULARY = 4096
 MAX_TILE_LOGITS = 1 << 26
 IGNORED_LABEL = -1
 
@@ -117,7 +118,7 @@ class _TiledSoftmax:
         shape = (self.tiles[0].stop if self.tiles else 0, len(weight_VD))
         self._logits_MV = hidden_TD.new_empty(shape)
         wide = _wide(hidden_TD.dtype)
-        self._wide_MV = self._logits_MV if wide == hidden_TD.dtype else hidden_TD.new_empty(shape, dtype=wide)
+        self._wide_MV = None if wide == hidden_TD.dtype else hidden_TD.new_empty(shape, dtype=wide)
 
     def __call__(self, tile: slice) -> tuple[torch.Tensor, torch.Tensor]:
         """Probabilities [M, V], which the next call overwrites, and the log-probability of each label [M].
@@ -127,12 +128,12 @@ class _TiledSoftmax:
         hidden_TD, weight_VD, labels_T = self._inputs
         num_tokens = tile.stop - tile.start
         logits_MV = torch.mm(hidden_TD[tile], weight_VD.T, out=self._logits_MV[:num_tokens])
-        probabilities_MV = self._wide_MV[:num_tokens]
+        wide_MV = logits_MV if self._wide_MV is None else self._wide_MV[:num_tokens].copy_(logits_MV)
         if self._temperature != 1.0:
-            logits_MV = torch.div(logits_MV, self._temperature, out=probabilities_MV)
-        label_logits_M1 = logits_MV.gather(1, labels_T[tile].clamp(min=0)[:, None])
-        relative_M1 = label_logits_M1.to(probabilities_MV.dtype) - logits_MV.amax(dim=-1, keepdim=True)
-        torch.softmax(logits_MV, dim=-1, dtype=probabilities_MV.dtype, out=probabilities_MV)
+            wide_MV.div_(self._temperature)
+        label_logits_M1 = wide_MV.gather(1, labels_T[tile].clamp(min=0)[:, None])
+        relative_M1 = label_logits_M1 - wide_MV.amax(dim=-1, keepdim=True)
+        probabilities_MV = torch.softmax(wide_MV, dim=-1, out=wide_MV)
         log_sum_M1 = -probabilities_MV.amax(dim=-1, keepdim=True).log()
         return probabilities_MV, (relative_M1 - log_sum_M1).squeeze(1)
 
@@ -144,7 +145,6 @@ class _Gradients:
         self._inputs = (hidden_TD, weight_VD)
         self.hidden_TD = torch.empty_like(hidden_TD)
         self.weight_VD = torch.zeros_like(weight_VD, dtype=_wide(weight_VD.dtype))
-        self._term_VD = torch.empty_like(weight_VD)
 
     def add(
         self, tile: slice, probabilities_MV: torch.Tensor, labels_M: torch.Tensor, coefficients_M: torch.Tensor
@@ -154,9 +154,13 @@ class _Gradients:
         coefficients_M1 = coefficients_M.to(probabilities_MV.dtype)[:, None]
         grad_MV = probabilities_MV.mul_(coefficients_M1)
         grad_MV.scatter_add_(1, labels_M.clamp(min=0)[:, None], -coefficients_M1)
-        grad_MV = grad_MV.to(hidden_TD.dtype)
-        torch.mm(grad_MV, weight_VD, out=self.hidden_TD[tile])
-        self.weight_VD += torch.mm(grad_MV.T, hidden_TD[tile], out=self._term_VD)
+        grad_hidden_MD = torch.zeros_like(hidden_TD[tile], dtype=grad_MV.dtype)
+        for start in range(0, len(weight_VD), TILE_VOCABULARY):
+            words = slice(start, start + TILE_VOCABULARY)
+            grad_part = grad_MV[:, words].to(hidden_TD.dtype)
+            grad_hidden_MD += grad_part @ weight_VD[words]
+            self.weight_VD[words] += grad_part.T @ hidden_TD[tile]
+        self.hidden_TD[tile] = grad_hidden_MD
 
 
 def _tiles(num_tokens: int, vocabulary: int) -> Iterator[slice]:

@@ -10,12 +10,22 @@ from openmimo.data.config import MixtureConfig
 class Stage:
     """One stage of training (paper section 3.1).
 
-    steps: optimiser steps. sequence_length: tokens in a row. rows: rows in an optimiser step. The learning rate warms up
-    linearly over `warmup_steps`, stays at `peak_lr` for `constant_steps`, then falls on a cosine to `end_lr` over what is
-    left. `rows_warmup_steps` raises the number of rows linearly from `rows_at_start`. mtp_weight: weight of the mean loss
-    of the MTP heads. bias_rate: step of the experts' selection bias. full_rope_theta: RoPE base of the full layers from
-    here on (None: unchanged). mtp_heads: heads from here on, grown by copying the last (None: unchanged). mixture: the
-    data and its weights.
+    Attributes:
+        name: Shown in metrics and plots.
+        steps: Optimiser steps.
+        sequence_length: Tokens in a row.
+        rows: Rows in an optimiser step.
+        peak_lr: Learning rate after the warm-up.
+        end_lr: Learning rate at the end of the cosine.
+        mixture: The data and its weights.
+        warmup_steps: Steps of linear warm-up of the learning rate.
+        constant_steps: Steps at the peak, before the cosine.
+        rows_at_start: Rows in the first step of a batch-size warm-up (None: no such warm-up).
+        rows_warmup_steps: Steps in which the rows rise linearly to `rows`.
+        mtp_weight: Weight of the mean loss of the MTP heads.
+        bias_rate: Step of the experts' selection bias.
+        full_rope_theta: RoPE base of the full layers from here on (None: unchanged).
+        mtp_heads: MTP heads from here on, grown by copying the last (None: unchanged).
     """
 
     name: str
@@ -50,7 +60,15 @@ class Stage:
 
 @dataclass(frozen=True)
 class OptimiserConfig:
-    """AdamW as in the report: β 0.9 and 0.95, decay 0.1 on matrices, gradient norm clipped at 1."""
+    """AdamW as in the report (paper section 3.1).
+
+    Attributes:
+        beta1: Decay of the gradient's running mean.
+        beta2: Decay of its running square.
+        epsilon: Added to the root of the running square.
+        weight_decay: On matrices; norms, sinks and biases have none.
+        clip_norm: Gradients are scaled down to this norm.
+    """
 
     beta1: float = 0.9
     beta2: float = 0.95
@@ -61,7 +79,13 @@ class OptimiserConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """When to write a checkpoint, and which to keep: the newest `keep_last`, and every `keep_every` steps (0: none)."""
+    """When to write a checkpoint, and which to keep.
+
+    Attributes:
+        every_steps: Optimiser steps between two.
+        keep_last: How many of the newest are kept.
+        keep_every: Those of every so many steps are kept for good (0: none).
+    """
 
     every_steps: int = 200
     keep_last: int = 2
@@ -70,7 +94,12 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """Validation on held-out documents: every so many steps, over so many micro-batches."""
+    """Validation on held-out documents.
+
+    Attributes:
+        every_steps: Optimiser steps between two.
+        batches: Micro-batches in each.
+    """
 
     every_steps: int = 100
     batches: int = 2
@@ -78,9 +107,11 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """path: a folder with a tokenizer.json; or None, to train a byte-level BPE on the first stage's text.
+    """Where the tokenizer comes from.
 
-    train_megabytes: how much text to train it on (10^6 bytes).
+    Attributes:
+        path: A folder with a tokenizer.json (None: train a byte-level BPE on the first stage's text).
+        train_megabytes: How much text to train it on (10^6 bytes).
     """
 
     path: str | None = None
@@ -91,11 +122,25 @@ class TokenizerConfig:
 class PretrainConfig:
     """A complete pre-training run.
 
-    model: a preset (`openmimo/model/presets.py`) or the path of a config.json. run_folder: where everything goes; a run
-    that finds its own checkpoints there goes on from the newest. init_from: a checkpoint folder to start from instead of
-    random weights. rows_per_microbatch: rows held in memory at once; an optimiser step accumulates over several.
-    dtype: of the activations; the parameters and the optimiser stay in float32. balance_weight: of the sequence-level
-    balance loss. loader_workers: threads that prepare batches ahead (the batches are the same for any number).
+    Attributes:
+        run_folder: Where everything goes; a run that finds its own checkpoints there goes on from the newest.
+        stages: One after the other.
+        model: A preset of `openmimo/model/presets.py`, or the path of a config.json.
+        init_from: A checkpoint folder to start from instead of random weights.
+        seed: Decides initial weights and the order of the data.
+        device: auto (an accelerator if there is one), cpu, or a device of torch.
+        dtype: Of the activations; parameters and optimiser stay in float32.
+        threads: CPU threads of torch (0: as torch chooses).
+        rows_per_microbatch: Rows in memory at once; an optimiser step accumulates over several.
+        activation_checkpointing: Recompute each layer in the backward pass instead of keeping its activations.
+        balance_weight: Of the sequence-level balance loss.
+        loader_workers: Threads that prepare rows ahead (the rows are the same for any number).
+        tensorboard: Write event files to `<run_folder>/tensorboard` too.
+        log_every_steps: Optimiser steps between two lines of metrics.
+        optimiser: AdamW and gradient clipping.
+        checkpoints: When they are written, which are kept.
+        evaluation: Validation on held-out documents.
+        tokenizer: Where it comes from.
     """
 
     run_folder: str
@@ -129,10 +174,35 @@ class PretrainConfig:
 
 @dataclass(frozen=True)
 class ExtendConfig:
-    """Context extension alone: the report's stage 3 on a checkpoint that exists.
+    """Context extension alone: the report's stage 3 on a checkpoint that exists (paper section 3.1).
 
-    checkpoint: a model folder. sequence_length: the new one. full_rope_theta: the new RoPE base of the full layers (the
-    report multiplies it about as much as the length). The rest is as in a stage and a run of `pretrain`.
+    Attributes:
+        checkpoint: The model folder to extend.
+        run_folder: Where everything goes; a run that finds its own checkpoints there goes on from the newest.
+        mixture: The data and its weights.
+        sequence_length: Tokens in a row from now on.
+        full_rope_theta: RoPE base of the full layers from now on (the report raises it as it raises the length).
+        steps: Optimiser steps.
+        rows: Rows in an optimiser step.
+        peak_lr: Learning rate after the warm-up.
+        end_lr: Learning rate at the end of the cosine.
+        warmup_steps: Steps of linear warm-up of the learning rate.
+        mtp_weight: Weight of the mean loss of the MTP heads.
+        bias_rate: Step of the experts' selection bias.
+        mtp_heads: MTP heads from here on, grown by copying the last (None: unchanged).
+        seed: Decides initial weights and the order of the data.
+        device: auto (an accelerator if there is one), cpu, or a device of torch.
+        dtype: Of the activations; parameters and optimiser stay in float32.
+        threads: CPU threads of torch (0: as torch chooses).
+        rows_per_microbatch: Rows in memory at once; an optimiser step accumulates over several.
+        activation_checkpointing: Recompute each layer in the backward pass instead of keeping its activations.
+        balance_weight: Of the sequence-level balance loss.
+        loader_workers: Threads that prepare rows ahead (the rows are the same for any number).
+        tensorboard: Write event files to `<run_folder>/tensorboard` too.
+        log_every_steps: Optimiser steps between two lines of metrics.
+        optimiser: AdamW and gradient clipping.
+        checkpoints: When they are written, which are kept.
+        evaluation: Validation on held-out documents.
     """
 
     checkpoint: str

@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import os
+import subprocess
 import tarfile
 
 import numpy as np
@@ -27,6 +28,7 @@ PATH_NAMES = [
 ]
 TEXTS = ["First text.\nTwo lines.", "Second, ünïcode 日本.", "Third."]
 SEQUENCE_LENGTH = 200
+REAL_FETCH_ARCHIVE = enwik8.fetch_archive
 
 WIKI_PAGE = """  <page>
     <title>{title}</title>
@@ -214,6 +216,13 @@ def test_enwik8_refuses_other_bytes_and_names_the_alternative(monkeypatch):
     monkeypatch.setattr(enwik8, "SHA1", "0" * 40)
     with pytest.raises(DataError, match="SHA-1.*python_stdlib"):
         list(read_documents(SourceConfig("enwik8")))
+
+
+def test_enwik8_says_why_it_cannot_be_fetched(tmp_path, monkeypatch):
+    failed = subprocess.CompletedProcess([], returncode=1, stdout="", stderr="warning\nERROR: no network\n")
+    monkeypatch.setattr(enwik8.subprocess, "run", lambda *args, **options: failed)
+    with pytest.raises(DataError, match="ERROR: no network.*python_stdlib"):
+        REAL_FETCH_ARCHIVE(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -89,7 +89,8 @@ def test_greedy_generation_by_definition():
 
 @pytest.mark.parametrize("heads", [0, 2])
 def test_same_seed_same_tokens_whatever_runs_beside(heads):
-    model = tiny_model(3, mtp_heads=heads)
+    # In float32 a batch of another size rounds otherwise, which moves a draw once in 10,000 tokens.
+    model = tiny_model(3, mtp_heads=heads).to(torch.float64)
     prompts = [_ids(length, length) for length in (5, 30, 12, 50)]
     params = [
         SamplingParams(max_tokens=25, temperature=1.0, seed=11),

@@ -70,7 +70,7 @@ def test_what_is_gone_cannot_come_back():
 
 
 def test_sliding_layers_hold_their_window_only():
-    """Bytes by hand, after far more positions than the window: full layers all of them, sliding ones window and slack."""
+    """Bytes by hand, far beyond the window: full layers hold every position, sliding ones their window and slack."""
     config = tiny_config(window_keys=32, num_layers=7)
     cache = KVCache(config.attention_layers(), max_positions=1000)
     for index, spec in enumerate(config.attention_layers()):

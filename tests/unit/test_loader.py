@@ -193,7 +193,7 @@ def test_state_of_other_rows_is_refused_by_name(open_loader, mixture, text_file,
         "seed": {"seed": 6},
         "stage": {"stage": 1},
         "sequence_length": {"sequence_length": 49},
-        "tokenizer": {"tokenizer": Tokenizer.train(DOCUMENTS, vocab_size=285)},
+        "tokenizer": {"tokenizer": Tokenizer.train(DOCUMENTS, vocab_size=270)},
         "sources": {"mixture": other_weight},
     }.items():
         with pytest.raises(CheckpointError, match=f"loader state has {named} "):
@@ -254,7 +254,7 @@ def test_stores_are_made_once_and_again_when_the_text_changes(mixture, tokenizer
     stamp = (folders[0] / "train.bin").stat().st_mtime_ns
     prepare_mixture(mixture, tokenizer)
     assert (folders[0] / "train.bin").stat().st_mtime_ns == stamp
-    prepare_mixture(mixture, Tokenizer.train(DOCUMENTS, vocab_size=285))
+    prepare_mixture(mixture, Tokenizer.train(DOCUMENTS, vocab_size=270))
     assert len(list((cache / "tokens").iterdir())) == 2
 
 

@@ -160,7 +160,7 @@ def fetch_archive(folder: Path) -> Path:
     archives = list(folder.glob("*.tar.gz"))
     if result.returncode != 0 or len(archives) != 1:
         reason = (result.stderr.strip().splitlines() or ["no archive came"])[-1]
-        raise DataError(f"enwik8 could not be fetched: {reason} {alternative}")
+        raise DataError(f"enwik8 could not be fetched ({reason}). {alternative}")
     return archives[0]
 
 

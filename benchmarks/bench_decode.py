@@ -1,0 +1,145 @@
+"""Decoding speed against transformers' `generate` on the same weights, in the same process, turn by turn."""
+
+import json
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+
+import torch
+
+from openmimo.core.records import SamplingParams
+from openmimo.engine.llm import LLM
+from openmimo.model.hf import save_model
+from openmimo.model.mimo import MiMo
+from openmimo.model.presets import tiny
+
+
+@dataclass(frozen=True)
+class DecodeRow:
+    """One batch size: new tokens per second of both, medians over the rounds, and whether the tokens were the same."""
+
+    batch_size: int
+    openmimo_tokens_per_second: float
+    transformers_tokens_per_second: float
+    ratio: float
+    same_tokens: bool
+
+
+@dataclass(frozen=True)
+class SpeculationRow:
+    """Plain against speculative decoding of the same request."""
+
+    plain_tokens_per_second: float
+    speculative_tokens_per_second: float
+    ratio: float
+    accepted_tokens_per_step: float
+
+
+def measure_against_transformers(
+    *, batch_sizes: tuple[int, ...] = (1, 8), num_threads: int = 2, rounds: int = 5, prompt_tokens: int = 32,
+    new_tokens: int = 128,
+) -> list[DecodeRow]:  # fmt: skip
+    """Greedy, plain decoding of the `tiny` preset with random weights. transformers runs with its cache, no padding."""
+    from transformers import AutoModelForCausalLM
+
+    torch.set_num_threads(num_threads)
+    model = random_model()
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        save_model(model, folder)
+        theirs = AutoModelForCausalLM.from_pretrained(folder).eval()
+    llm = LLM(model, speculative=False)
+    params = SamplingParams(max_tokens=new_tokens, temperature=0.0, ignore_eos=True)
+    rows = []
+    for batch_size in batch_sizes:
+        generator = torch.Generator().manual_seed(batch_size)
+        prompts = torch.randint(0, model.config.vocab_size, (batch_size, prompt_tokens), generator=generator)
+
+        def run_ours(prompts: torch.Tensor = prompts) -> list[list[int]]:
+            return [completion.token_ids for completion in llm.generate(prompts.tolist(), params)]
+
+        def run_theirs(prompts: torch.Tensor = prompts) -> list[list[int]]:
+            ids = theirs.generate(
+                prompts,
+                attention_mask=torch.ones_like(prompts),
+                max_new_tokens=new_tokens,
+                min_new_tokens=new_tokens,
+                do_sample=False,
+                use_cache=True,
+                pad_token_id=0,
+            )
+            return ids[:, prompt_tokens:].tolist()
+
+        same_tokens = run_ours() == run_theirs()
+        ours_seconds, theirs_seconds = median_seconds([run_ours, run_theirs], rounds)
+        total = batch_size * new_tokens
+        rows.append(
+            DecodeRow(
+                batch_size=batch_size,
+                openmimo_tokens_per_second=total / ours_seconds,
+                transformers_tokens_per_second=total / theirs_seconds,
+                ratio=theirs_seconds / ours_seconds,
+                same_tokens=same_tokens,
+            )
+        )
+    return rows
+
+
+def measure_speculation(*, num_threads: int = 2, rounds: int = 5, new_tokens: int = 128) -> SpeculationRow:
+    """The most that one MTP head can give: `tiny`, rigged so that it counts and its head always guesses right."""
+    torch.set_num_threads(num_threads)
+    model = counting_model()
+    params = SamplingParams(max_tokens=new_tokens, temperature=0.0, ignore_eos=True)
+    plain, speculative = LLM(model, speculative=False), LLM(model, speculative=True)
+    prompt = [list(range(32))]
+    for llm in (plain, speculative):
+        llm.generate(prompt, params)
+    plain_seconds, speculative_seconds = median_seconds(
+        [lambda: plain.generate(prompt, params), lambda: speculative.generate(prompt, params)], rounds
+    )
+    return SpeculationRow(
+        plain_tokens_per_second=new_tokens / plain_seconds,
+        speculative_tokens_per_second=new_tokens / speculative_seconds,
+        ratio=plain_seconds / speculative_seconds,
+        accepted_tokens_per_step=speculative.stats()["accepted_tokens_per_step"],
+    )
+
+
+def random_model() -> MiMo:
+    """The `tiny` preset with weights wide enough that its greedy text is not one token over and over."""
+    model = MiMo(replace(tiny(), max_positions=4096, init_std=0.1))
+    model.initialise(torch.Generator().manual_seed(0))
+    return model.eval()
+
+
+@torch.no_grad()
+def counting_model() -> MiMo:
+    """A model that follows token t by t+1: its layers add nothing, and its output head looks one embedding back."""
+    model = random_model()
+    embedding = model.model.embed_tokens.weight
+    model.lm_head.weight.copy_(embedding.roll(1, dims=0))
+    for name, parameter in model.named_parameters():
+        if "o_proj" in name or "down_proj" in name:
+            parameter.zero_()
+    eye = torch.eye(model.config.hidden_size)
+    for block in model.model.mtp.layers:
+        block.eh_proj.weight.copy_(torch.cat([eye, torch.zeros_like(eye)], dim=1))
+    return model
+
+
+def median_seconds(calls: list[Callable[[], object]], rounds: int) -> list[float]:
+    """Median wall time of each call, all of them once a round, so that other load on the machine meets them alike."""
+    seconds: list[list[float]] = [[] for _ in calls]
+    for _ in range(rounds):
+        for times, call in zip(seconds, calls, strict=True):
+            start = time.perf_counter()
+            call()
+            times.append(time.perf_counter() - start)
+    return [statistics.median(times) for times in seconds]
+
+
+if __name__ == "__main__":
+    print(json.dumps([asdict(row) for row in [*measure_against_transformers(), measure_speculation()]], indent=2))

@@ -1,0 +1,91 @@
+"""`openmimo generate` and `openmimo chat`: a checkpoint in the terminal, text as it comes, figures at the end."""
+
+import sys
+from dataclasses import replace
+from typing import Any
+
+from rich.console import Console
+
+from openmimo.core.errors import UserError
+from openmimo.core.records import Message, SamplingParams
+from openmimo.data.tokenizer import Tokenizer
+from openmimo.engine.llm import LLM
+
+_STDERR = Console(stderr=True)
+_CHAT_HELP = "/reset forgets the conversation, /quit (or the end of input) leaves"
+
+
+def load(path: str, *, speculative: bool | None, dtype: str, device: str) -> LLM:
+    """An LLM that speaks text. Raises DataError if the folder has no tokenizer."""
+    return LLM(path, Tokenizer.load(path), speculative=speculative, dtype=dtype, device=device)
+
+
+def generate(llm: LLM, prompt: str, sampling: SamplingParams, *, as_chat: bool, thinking: bool, system: str | None) -> None:
+    """Prints the continuation of `prompt` ("-": standard input), and the engine's figures on standard error."""
+    text = sys.stdin.read() if prompt == "-" else prompt
+    given: str | list[int] = text
+    if as_chat:
+        turns = [Message("system", system)] if system else []
+        given = llm.tokenizer.encode_chat([*turns, Message("user", text)], enable_thinking=thinking)
+    _print_stream(llm, given, sampling)
+    _print_figures(llm.stats())
+
+
+def chat(llm: LLM, sampling: SamplingParams, *, thinking: bool, system: str | None) -> None:
+    """A conversation until /quit or the end of input. A conversation that outgrows the model starts afresh."""
+    opening = [Message("system", system)] if system else []
+    turns = list(opening)
+    _STDERR.print(_CHAT_HELP, style="dim")
+    while True:
+        said = _ask()
+        if said is None or said == "/quit":
+            return
+        if said == "/reset":
+            turns = list(opening)
+            continue
+        if not said:
+            continue
+        turns.append(Message("user", said))
+        ids = llm.tokenizer.encode_chat(turns, enable_thinking=thinking)
+        room = llm.model.config.max_positions - len(ids)
+        if room < 1:
+            _STDERR.print(f"the conversation has outgrown the model's {llm.model.config.max_positions} positions", style="yellow")
+            turns = list(opening)
+            continue
+        llm.reset_stats()
+        answer = _print_stream(llm, ids, replace(sampling, max_tokens=min(sampling.max_tokens, room)))
+        turns.append(Message("assistant", answer))
+        _print_figures(llm.stats())
+
+
+def _ask() -> str | None:
+    try:
+        return input("\n> ").strip()
+    except EOFError:
+        return None
+
+
+def _print_stream(llm: LLM, prompt: str | list[int], sampling: SamplingParams) -> str:
+    pieces = []
+    try:
+        for piece in llm.stream(prompt, sampling):
+            pieces.append(piece)
+            print(piece, end="", flush=True)
+    except KeyboardInterrupt:
+        _STDERR.print("\n[dim]stopped[/]", end="")
+    print()
+    return "".join(pieces)
+
+
+def _print_figures(stats: dict[str, Any]) -> None:
+    line = f"{stats['num_new_tokens']} tokens, {stats['tokens_per_second']:.0f} tokens/s"
+    if stats["acceptance_by_head"]:
+        shares = ", ".join(f"{share:.0%}" for share in stats["acceptance_by_head"])
+        line += f", {stats['accepted_tokens_per_step']:.2f} tokens a step (drafts accepted by head: {shares})"
+    _STDERR.print(line, style="dim", highlight=False)
+
+
+def check_prompt(prompt: str) -> None:
+    """Refuses to wait for a prompt that nobody will type."""
+    if prompt == "-" and sys.stdin.isatty():
+        raise UserError("no prompt: give --prompt TEXT, or pipe one into standard input.")

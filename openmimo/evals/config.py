@@ -1,0 +1,34 @@
+"""What an evaluation measures, without torch."""
+
+from dataclasses import dataclass, field
+
+import tyro
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Measure a checkpoint on a task at several context lengths.
+
+    Attributes:
+        path: A checkpoint folder with a tokenizer.
+        task: A file in `openmimo/evals/tasks`, or `package.module:Object`.
+        lengths: Tokens of an example, question and answer included.
+        examples: Examples of each length.
+        seed: Decides which examples.
+        batch: Examples decoded together.
+        device: auto, cpu, or a device of torch.
+        dtype: Of weights and activations.
+        options: Settings of the task.
+        output: A JSON file for the scores (None: print only).
+    """
+
+    path: tyro.conf.Positional[str]
+    task: str = "needle"
+    lengths: tuple[int, ...] = (128, 256, 512, 1024, 2048)
+    examples: int = 64
+    seed: int = 0
+    batch: int = 16
+    device: str = "auto"
+    dtype: str = "float32"
+    options: dict[str, int | float | str | bool] = field(default_factory=dict)
+    output: str | None = None

@@ -1,0 +1,58 @@
+"""Running a task at several lengths through the engine, greedily, and printing the scores."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from openmimo.core.config import from_dict, to_dict
+from openmimo.core.files import write_text_atomic
+from openmimo.core.records import SamplingParams
+from openmimo.engine.llm import LLM
+from openmimo.evals.config import EvalConfig
+from openmimo.evals.task import TASKS, Example, Score, Task, wilson_interval
+
+
+def run(config: EvalConfig, llm: LLM) -> list[Score]:
+    """The scores at each length. The same config gives the same examples."""
+    task = TASKS.get(config.task)
+    return [_score_length(config, task, llm, length) for length in config.lengths]
+
+
+def examples_of(config: EvalConfig, task: Task, llm: LLM, length: int) -> Iterator[Example]:
+    """The examples of one length, a pure function of the seed and their number."""
+    options = from_dict(task.options, config.options, where=f"options of task {config.task!r}")
+    for index in range(config.examples):
+        yield task.example(options, llm.tokenizer, length, np.random.default_rng((config.seed, length, index)))
+
+
+def run_and_print(config: EvalConfig) -> None:
+    """`openmimo eval`: loads the checkpoint, runs the task, prints a table, writes JSON if asked."""
+    llm = LLM(config.path, device=config.device, dtype=config.dtype)
+    scores = run(config, llm)
+    table = Table("tokens", "examples", "score", "95 % interval", title=f"{config.task} on {config.path}")
+    for score in scores:
+        table.add_row(str(score.length), str(score.examples), f"{score.mean:.3f}", f"{score.low:.3f} to {score.high:.3f}")
+    Console().print(table)
+    if config.output is not None:
+        result = {"config": to_dict(config), "version": TASKS.get(config.task).version, "scores": to_dict(scores)}
+        write_text_atomic(Path(config.output), json.dumps(result, indent=2) + "\n")
+
+
+def _score_length(config: EvalConfig, task: Task, llm: LLM, length: int) -> Score:
+    examples = list(examples_of(config, task, llm, length))
+    starts = range(0, len(examples), config.batch)
+    total = 0.0
+    for start in track(starts, description=f"{config.task} {length}", console=Console(stderr=True), transient=True):
+        batch = examples[start : start + config.batch]
+        params = [
+            SamplingParams(max_tokens=len(example.answer_ids), temperature=0.0, ignore_eos=True) for example in batch
+        ]
+        completions = llm.generate([example.prompt_ids for example in batch], params)
+        total += sum(task.score(example, done.token_ids) for example, done in zip(batch, completions, strict=True))
+    mean = total / len(examples)
+    return Score(length, len(examples), mean, *wilson_interval(mean, len(examples)))
