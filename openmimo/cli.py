@@ -7,6 +7,7 @@ its type, default and meaning. What a user can mend is printed as one paragraph,
 """
 
 import importlib
+import os
 import pkgutil
 import sys
 from collections.abc import Callable
@@ -33,6 +34,8 @@ class Verb:
 
 def main() -> None:
     """Entry point of `openmimo`."""
+    # Threads that spin while they wait make a run on shared cores many times slower; read when torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_overview())
@@ -121,7 +124,7 @@ def _extend(arguments: list[str]) -> None:
 def _demo(arguments: list[str]) -> None:
     from openmimo.demo.config import DemoConfig
 
-    config = tyro.cli(DemoConfig, args=arguments, prog="openmimo demo")
+    config = _with_overrides("demo", arguments, DemoConfig)
     from openmimo.demo.story import run
 
     run(config)

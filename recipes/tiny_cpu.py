@@ -1,59 +1,78 @@
-"""The report's three stages at a size that a laptop trains in minutes: 1.6 million parameters, real text, one MTP head."""
+"""The report's three stages at a size that a laptop trains in minutes: 1.6 million parameters, real text, one MTP head.
+
+Small steps (2,048 tokens) and many of them: at this size retrieval emerges by the number of steps (docs/log.md).
+"""
+
+from dataclasses import replace
 
 from openmimo.data.config import MixtureConfig, SourceConfig
+from openmimo.demo.config import DemoConfig
 from openmimo.train.config import CheckpointConfig, EvaluationConfig, ExtendConfig, PretrainConfig, Stage
 
-TEXT = SourceConfig("python_stdlib", weight=0.5, max_megabytes=8.0)
-REPEATS = SourceConfig("repeats", weight=0.25, options={"alphabet": "characters"})
+TEXT = SourceConfig("python_stdlib", weight=0.3, max_megabytes=8.0)
+REPEATS = SourceConfig("repeats", weight=0.3, options={"alphabet": "characters", "min_length": 64})
 
 
-def needles(*, weight: float, min_length: int) -> SourceConfig:
-    """Retrieval examples of `min_length` tokens up to a whole row."""
-    return SourceConfig("needles", weight=weight, options={"min_length": min_length})
+def needles(*, weight: float, min_length: int, num_pairs: int) -> SourceConfig:
+    """Retrieval examples of `min_length` tokens up to a whole row, every fact of which is asked."""
+    return SourceConfig("needles", weight=weight, options={"min_length": min_length, "num_pairs": num_pairs})
+
+
+def mixture(*sources: SourceConfig) -> MixtureConfig:
+    """Five percent held out: the corpus is small, and one percent of it would be three files."""
+    return MixtureConfig(sources, validation_fraction=0.05)
 
 
 def pretrain() -> PretrainConfig:
-    """Three stages: general, more synthetic reasoning, and a longer context with a larger RoPE base."""
-    general = MixtureConfig((TEXT, REPEATS, needles(weight=0.25, min_length=48)))
-    reasoning = MixtureConfig((TEXT, needles(weight=0.5, min_length=48)))
+    """Three stages: general, more text, and a longer context with a larger RoPE base."""
+    general = mixture(TEXT, REPEATS, needles(weight=0.4, min_length=64, num_pairs=8))
+    more_text = mixture(replace(TEXT, weight=0.7), needles(weight=0.3, min_length=64, num_pairs=6))
+    long = mixture(replace(TEXT, weight=0.6), needles(weight=0.4, min_length=64, num_pairs=4))
     return PretrainConfig(
         run_folder="runs/tiny_cpu",
         model="tiny",
         stages=(
             Stage(
-                name="general", steps=400, sequence_length=128, rows=64, rows_at_start=32, rows_warmup_steps=100,
-                warmup_steps=40, constant_steps=240, peak_lr=3e-3, end_lr=1e-3, mixture=general, mtp_weight=0.3,
+                name="general", steps=1200, sequence_length=64, rows=32, rows_at_start=16, rows_warmup_steps=100,
+                warmup_steps=60, constant_steps=1140, peak_lr=3e-3, end_lr=3e-3, mixture=general, mtp_weight=0.3,
                 bias_rate=1e-2,
             ),
             Stage(
-                name="reasoning", steps=100, sequence_length=128, rows=64, peak_lr=1e-3, end_lr=5e-4, mixture=reasoning,
+                name="text", steps=250, sequence_length=128, rows=16, peak_lr=3e-3, end_lr=1e-3, mixture=more_text,
                 mtp_weight=0.1, bias_rate=1e-2,
             ),
             Stage(
-                name="long", steps=60, sequence_length=1024, rows=8, peak_lr=5e-4, end_lr=1e-4, mixture=reasoning,
-                mtp_weight=0.1, bias_rate=1e-4, full_rope_theta=80_000.0,
+                name="long", steps=100, sequence_length=256, rows=16, peak_lr=1e-3, end_lr=3e-4, mixture=long,
+                mtp_weight=0.1, bias_rate=1e-4, full_rope_theta=40_000.0,
             ),
         ),
-        rows_per_microbatch=64,
-        checkpoints=CheckpointConfig(every_steps=100),
-        evaluation=EvaluationConfig(every_steps=100, batches=1),
+        rows_per_microbatch=32,
+        checkpoints=CheckpointConfig(every_steps=200),
+        evaluation=EvaluationConfig(every_steps=200, batches=2),
     )  # fmt: skip
 
 
 def extend() -> ExtendConfig:
-    """Eight times the context for a checkpoint of `pretrain`, with eight times the RoPE base."""
+    """Four times the context for a checkpoint of `pretrain`, with four times the RoPE base and three MTP heads."""
     return ExtendConfig(
         checkpoint="runs/tiny_cpu/model",
         run_folder="runs/tiny_cpu_extended",
-        mixture=MixtureConfig((TEXT, needles(weight=0.5, min_length=128))),
-        sequence_length=2048,
+        mixture=mixture(replace(TEXT, weight=0.5), needles(weight=0.5, min_length=64, num_pairs=4)),
+        sequence_length=1024,
         full_rope_theta=160_000.0,
-        steps=60,
+        steps=120,
         rows=4,
         rows_per_microbatch=4,
-        peak_lr=5e-4,
+        peak_lr=1e-3,
         end_lr=1e-4,
+        mtp_weight=0.3,
+        mtp_heads=3,
         bias_rate=1e-4,
-        checkpoints=CheckpointConfig(every_steps=30),
-        evaluation=EvaluationConfig(every_steps=30, batches=1),
+        checkpoints=CheckpointConfig(every_steps=40),
+        evaluation=EvaluationConfig(every_steps=40, batches=2),
     )
+
+
+def demo() -> DemoConfig:
+    """Both, with the measurements between them."""
+    return DemoConfig(folder="runs/demo", pretrain=pretrain(), extend=extend())

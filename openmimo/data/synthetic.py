@@ -11,6 +11,7 @@ from openmimo.data.source import Row
 def document_lengths(sequence_length: int, *, shortest: int, longest: int, rng: np.random.Generator) -> list[int]:
     """Divides a row evenly into documents no longer than a length drawn log-uniformly from [shortest, longest]."""
     drawn = math.exp(rng.uniform(math.log(shortest), math.log(longest)))
+    drawn = min(max(drawn, shortest), longest)  # exp(log(n)) may fall a rounding error short of n
     number = math.ceil(sequence_length / drawn)
     length, remainder = divmod(sequence_length, number)
     return [length + 1] * remainder + [length] * (number - remainder)

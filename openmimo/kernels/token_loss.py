@@ -109,9 +109,7 @@ class _TokenLoss(torch.autograd.Function):
 class _TiledSoftmax:
     """Softmax of the logits, a tile of tokens at a time, in buffers that all tiles share."""
 
-    def __init__(
-        self, hidden_TD: torch.Tensor, weight_VD: torch.Tensor, labels_T: torch.Tensor, temperature: float
-    ):
+    def __init__(self, hidden_TD: torch.Tensor, weight_VD: torch.Tensor, labels_T: torch.Tensor, temperature: float):
         self.tiles = list(_tiles(len(hidden_TD), len(weight_VD)))
         self._inputs = (hidden_TD, weight_VD, labels_T)
         self._temperature = temperature

@@ -35,6 +35,7 @@ def tiny() -> ModelConfig:
         moe=MoEConfig(num_experts=8, experts_per_token=2, expert_dim=64),
         mtp=MTPConfig(num_heads=1, attention=sliding),
         value_scale=0.707,
+        init_std=0.06,  # the report's 0.006 is for 4096 dims; at 128 it delays retrieval by millions of tokens (docs/log.md)
         max_positions=512,
     )
 

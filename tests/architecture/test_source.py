@@ -50,6 +50,13 @@ def test_imports_go_downwards(path):
         assert LEVELS[layer_of(module)] < LEVELS[own], f"{path.relative_to(ROOT)} ({own}) imports {module}"
 
 
+def test_recipes_import_configs_only():
+    for path in (ROOT / "recipes").glob("*.py"):
+        for module in imports_of(path):
+            is_config = module.startswith("openmimo.") and ".config" in module
+            assert is_config or not module.startswith("openmimo"), f"{path.name} imports {module}"
+
+
 def test_every_folder_has_a_level():
     folders = {path.name for path in PACKAGE.iterdir() if path.is_dir() and (path / "__init__.py").exists()}
     assert folders <= set(LEVELS)

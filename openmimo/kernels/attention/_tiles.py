@@ -1,29 +1,61 @@
 """What the tiled backends share: a tile is some queries against the keys that any of them may see.
 
 The R = N / G query heads that read one key/value head are folded into the rows of the tile, so a tile is two plain
-matrix products and keys are never repeated. A sink is one more column: a zero key whose logit is then overwritten and
-a zero value, which makes its share of the softmax, and of the gradient, come out by itself.
+matrix products and keys are never repeated. A sink is one more key: a zero key, whose logit is then overwritten, with
+a zero value; its share of the softmax and of the gradient comes out by itself. Nothing of the softmax is kept for the
+backward pass, which computes it again from queries and keys.
 
 Logits and probabilities are held in the dtype of the inputs; the softmax between them computes in float32 or better.
 
-J tiles, M rows of a tile (R x B), B queries of a tile, C columns of a tile (its keys, then the sink if there is one),
-N query heads, G key/value heads, R = N / G, K key dim, V value dim. X is any feature dim.
+J tiles, B queries of a tile, M = R x B rows of a tile, C columns of a tile (its keys, then the sink if there is one),
+N query heads, G key/value heads, R = N / G, K key dim, V value dim, X either of these. A tile of one key/value head is
+one entry of a batch of matrix products: L = J x G.
 """
 
 import torch
-import torch.nn.functional as F
 
 
-def pack_rows(x_TNX: torch.Tensor, *, num_tiles: int, num_kv_heads: int) -> torch.Tensor:
-    """[J * B, N, X] to [J * G, R * B, X]: the rows of tile j and head group g are together, query head by query head."""
-    length, N, X = x_TNX.shape
-    x_JBGRX = x_TNX.reshape(num_tiles, length // num_tiles, num_kv_heads, N // num_kv_heads, X)
-    return x_JBGRX.permute(0, 2, 3, 1, 4).reshape(num_tiles * num_kv_heads, -1, X)
+def pack_rows(x_TNX: torch.Tensor, *, block: int, num_kv_heads: int) -> torch.Tensor:
+    """[J * B, N, X] to [L, M, X] with `block` = B; the rows of a tile run over query heads, then over queries."""
+    _, N, X = x_TNX.shape
+    x_JBGRX = x_TNX.reshape(-1, block, num_kv_heads, N // num_kv_heads, X)
+    return x_JBGRX.permute(0, 2, 3, 1, 4).reshape(-1, N // num_kv_heads * block, X)
 
 
-def unpack_rows(x_JMX: torch.Tensor, *, num_tiles: int, num_heads: int) -> torch.Tensor:
-    """The inverse of `pack_rows`, as a view [J, B, N's parts G and R, X] that is not contiguous."""
-    groups, rows, X = x_JMX.shape
-    num_kv_heads = groups // num_tiles
-    x_JGRBX = x_JMX.view(num_tiles, num_kv_heads, num_heads // num_kv_heads, -1, X)
-    return x_JGRBX.permute(0, 3, 1, 2, 4)
+def unpack_rows(x_LMX: torch.Tensor, out_TNX: torch.Tensor, *, block: int, num_kv_heads: int) -> None:
+    """The inverse of `pack_rows`: writes J * B tokens at the start of `out_TNX`."""
+    L, M, X = x_LMX.shape
+    x_JGRBX = x_LMX.view(L // num_kv_heads, num_kv_heads, M // block, block, X)
+    out_JBGRX = out_TNX[: L // num_kv_heads * block].view(-1, block, num_kv_heads, M // block, X)
+    out_JBGRX.copy_(x_JGRBX.permute(0, 3, 1, 2, 4))
+
+
+def scaled_product(a_LMX: torch.Tensor, b_LXC: torch.Tensor, scale: float) -> torch.Tensor:
+    """scale * a b, [L, M, C]."""
+    unread = a_LMX.new_empty(1, 1, 1)
+    return torch.baddbmm(unread, a_LMX, b_LXC, beta=0, alpha=scale)
+
+
+def write_sink(logits_LMC: torch.Tensor, sink_N: torch.Tensor, *, block: int, num_kv_heads: int) -> None:
+    """Overwrites the logits of the last column with the sink of each row's query head."""
+    L, M, C = logits_LMC.shape
+    logits_JGRBC = logits_LMC.view(L // num_kv_heads, num_kv_heads, M // block, block, C)
+    logits_JGRBC[..., -1] = sink_N.view(num_kv_heads, -1, 1)
+
+
+def sink_gradient(grad_logits_LMC: torch.Tensor, *, block: int, num_kv_heads: int) -> torch.Tensor:
+    """Gradient of the sinks [N], float32 or better, from that of the logits."""
+    L, M, _ = grad_logits_LMC.shape
+    grad_JNB = grad_logits_LMC[:, :, -1].reshape(L // num_kv_heads, num_kv_heads * (M // block), block)
+    return grad_JNB.to(wide_dtype(grad_JNB.dtype)).sum(dim=(0, 2))
+
+
+def logits_gradient(probabilities_LMC: torch.Tensor, v_LCV: torch.Tensor, grad_out_LMV: torch.Tensor) -> torch.Tensor:
+    """Gradient of the logits, [L, M, C]."""
+    grad_LMC = torch.bmm(grad_out_LMV, v_LCV.transpose(1, 2))
+    return torch._softmax_backward_data(grad_LMC, probabilities_LMC, -1, probabilities_LMC.dtype)
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which gradients are summed over tiles: float32, or float64 for float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -22,7 +22,9 @@ def run(
     queries = q_TNK.split(need.query_lengths)
     keys = k_SGK.split(need.key_lengths)
     values = v_SGV.split(need.key_lengths)
-    outputs = [_one_sequence(q, k, v, sink_N, need.window_keys, scale) for q, k, v in zip(queries, keys, values, strict=True)]
+    outputs = [
+        _one_sequence(q, k, v, sink_N, need.window_keys, scale) for q, k, v in zip(queries, keys, values, strict=True)
+    ]
     return torch.cat(outputs)
 
 

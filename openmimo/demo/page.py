@@ -1,0 +1,90 @@
+"""The demo's report: what was trained, what the extension did for retrieval, what drafts and windows do for decoding."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from openmimo.core.metrics import read_metrics
+from openmimo.core.report import Report, new_figure
+from openmimo.demo.config import DemoConfig
+from openmimo.train.report import add_training_figures
+
+if TYPE_CHECKING:
+    from openmimo.demo.story import Findings
+
+
+def write_page(folder: Path, config: DemoConfig, findings: "Findings") -> Path:
+    """Writes `report.html` in the demo's folder and returns its path."""
+    report = Report("openmimo demo: a tiny MiMo, from random weights to speculative decoding")
+    minutes = sum(findings.seconds.values()) / 60
+    report.paragraph(
+        "A model with 5:1 sliding-window and global attention, learnable sinks, eight experts and multi-token prediction, "
+        f"trained on the text of Python's standard library and synthetic retrieval in {minutes:.1f} minutes on this machine."
+    )
+    report.heading("Context extension")
+    trained = max(stage.sequence_length for stage in config.pretrain.stages)
+    report.paragraph(
+        f"Pre-training saw at most {trained} tokens at once; the extension went on at {config.extend.sequence_length} with "
+        "a larger RoPE base in the full layers. One fact among several, asked at the end of the context:"
+    )
+    report.figure(_retrieval(findings, config), "Share of facts found by context length, with 95 % intervals.")
+    report.heading("Decoding")
+    report.figure(_decoding(findings.decoding), "Greedy decoding of held-out text at batch 1, and drafts accepted by head.")
+    report.paragraph(
+        "The text with drafts is the text without them."
+        if findings.decoding["same_text"]
+        else "The texts differ: at some place two tokens were equally likely to within rounding."
+    )
+    report.figure(_cache(findings.decoding), "Cache of one sequence: this model, and the same with every layer global.")
+    for sample in findings.decoding["samples"][:2]:
+        report.code(f"{sample['prompt']}⟨here the model goes on⟩{sample['text']}")
+    for name, title in (("pretrain", "Pre-training"), ("extend", "Extension")):
+        report.heading(title)
+        add_training_figures(report, read_metrics(folder / name / "metrics.jsonl"))
+    report.heading("Time")
+    report.table(["part", "seconds"], [[name, float(seconds)] for name, seconds in findings.seconds.items()])
+    return report.write(folder / "report.html")
+
+
+def _retrieval(findings: "Findings", config: DemoConfig) -> Any:
+    figure, axis = new_figure()
+    for scores, label in ((findings.before, "before the extension"), (findings.after, "after")):
+        lengths = [score["length"] for score in scores]
+        means = [score["mean"] for score in scores]
+        below = [score["mean"] - score["low"] for score in scores]
+        above = [score["high"] - score["mean"] for score in scores]
+        axis.errorbar(lengths, means, yerr=[below, above], marker="o", capsize=3, label=label)
+    for length, label in (
+        (max(stage.sequence_length for stage in config.pretrain.stages), "trained to"),
+        (config.extend.sequence_length, "extended to"),
+    ):
+        axis.axvline(length, color="grey", linestyle=":")
+        axis.annotate(label, (length, 1.03), ha="center", fontsize=8)
+    axis.set_xscale("log", base=2)
+    axis.set(xlabel="context length, tokens", ylabel="facts found", ylim=(-0.03, 1.1))
+    axis.legend()
+    return figure
+
+
+def _decoding(decoding: dict[str, Any]) -> Any:
+    figure, (speed, heads) = new_figure(columns=2, width=9)
+    values = [decoding["plain"]["tokens_per_second"], decoding["speculative"]["tokens_per_second"]]
+    speed.bar(["plain", "with MTP drafts"], values)
+    speed.bar_label(speed.containers[0], fmt="%.0f")
+    speed.set(ylabel="tokens per second")
+    acceptance = decoding["speculative"]["acceptance_by_head"]
+    heads.bar([f"head {head}" for head in range(len(acceptance))], acceptance)
+    heads.bar_label(heads.containers[0], fmt="%.2f")
+    heads.set(
+        ylabel="drafts accepted", ylim=(0, 1.1), title=f"{decoding['speculative']['accepted_tokens_per_step']:.2f} tokens a step"
+    )
+    return figure
+
+
+def _cache(decoding: dict[str, Any]) -> Any:
+    figure, axis = new_figure(height=2.2)
+    sizes = [decoding["cache_bytes"] / 1024, decoding["all_global_cache_bytes"] / 1024]
+    axis.barh(["this model", "all layers global"], sizes)
+    axis.bar_label(axis.containers[0], fmt="%.0f KiB", padding=3)
+    axis.set(xlabel=f"KiB at {decoding['cache_positions']} positions", xlim=(0, 1.2 * max(sizes)))
+    axis.invert_yaxis()
+    return figure

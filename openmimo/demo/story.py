@@ -1,0 +1,103 @@
+"""`openmimo demo`: trains a model on real text, extends its context, measures what came of it, and writes a report.
+
+Each part leaves its result in the demo's folder and is skipped when it is there; a training part that was interrupted
+goes on from its newest checkpoint.
+"""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from openmimo.core.files import write_text_atomic
+from openmimo.demo.config import DemoConfig
+from openmimo.demo.measure import measure_decoding, measure_retrieval
+from openmimo.demo.page import write_page
+from openmimo.train.pretrain import extend, pretrain
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What the parts measured, as plain JSON values: retrieval by length before and after, decoding, seconds by part."""
+
+    before: list[dict[str, Any]]
+    after: list[dict[str, Any]]
+    decoding: dict[str, Any]
+    seconds: dict[str, float]
+
+
+def run(config: DemoConfig) -> Path:
+    """Runs the story, or what is left of it. Returns the path of the report."""
+    console = Console()
+    folder = Path(config.folder)
+    parts = _Parts(folder, console)
+    first = replace(config.pretrain, run_folder=str(folder / "pretrain"))
+    second = replace(config.extend, run_folder=str(folder / "extend"), checkpoint=str(folder / "pretrain" / "model"))
+
+    parts.run("pretrain", "1/4  a tokenizer, and a model from random weights", lambda: _done(pretrain(first)))
+    parts.run("extend", "2/4  a longer context, and three MTP heads", lambda: _done(extend(second)))
+    before = parts.run("retrieval_before", "3/4  retrieval before", lambda: measure_retrieval(config, second.checkpoint))
+    model_folder = folder / "extend" / "model"
+    after = parts.run("retrieval_after", "     and after", lambda: measure_retrieval(config, str(model_folder)))
+    decoding = parts.run("decoding", "4/4  decoding, plain and speculative", lambda: measure_decoding(config, model_folder))
+
+    findings = Findings(before["scores"], after["scores"], decoding, parts.seconds())
+    report = write_page(folder, config, findings)
+    _say_what_came_of_it(console, findings, report, model_folder)
+    return report
+
+
+class _Parts:
+    """Runs each part once; its result and its time are kept in `<folder>/results`."""
+
+    def __init__(self, folder: Path, console: Console):
+        self.folder = folder / "results"
+        self.console = console
+
+    def run(self, name: str, title: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The result of a part, from its file if it ran before."""
+        self.console.print(f"[bold]{title}[/]")
+        path = self.folder / f"{name}.json"
+        if path.exists():
+            return json.loads(path.read_text())["result"]
+        started = time.perf_counter()
+        result = work()
+        seconds = time.perf_counter() - started
+        write_text_atomic(path, json.dumps({"result": result, "seconds": seconds}, indent=2) + "\n")
+        return result
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds of each part, when it ran to its end."""
+        return {path.stem: json.loads(path.read_text())["seconds"] for path in sorted(self.folder.glob("*.json"))}
+
+
+def _done(model_folder: Path) -> dict[str, Any]:
+    return {"model": str(model_folder)}
+
+
+def _say_what_came_of_it(console: Console, findings: Findings, report: Path, model_folder: Path) -> None:
+    def shown(scores: list[dict[str, Any]]) -> str:
+        return "  ".join(f"{score['length']}: {score['mean']:.0%}" for score in scores)
+
+    decoding = findings.decoding
+    speculative, plain = decoding["speculative"], decoding["plain"]
+    console.print()
+    console.print(f"retrieval before  {shown(findings.before)}", highlight=False)
+    console.print(f"retrieval after   {shown(findings.after)}", highlight=False)
+    console.print(
+        f"decoding          {plain['tokens_per_second']:.0f} tokens/s plain, {speculative['tokens_per_second']:.0f} with "
+        f"MTP drafts ({speculative['accepted_tokens_per_step']:.2f} tokens a step, the same text)",
+        highlight=False,
+    )
+    console.print(
+        f"cache             {decoding['cache_bytes'] / 1024:.0f} KiB at {decoding['cache_positions']} positions; "
+        f"{decoding['all_global_cache_bytes'] / 1024:.0f} KiB if every layer were global",
+        highlight=False,
+    )
+    console.print(f"report            {report}")
+    console.print(f"model             {model_folder}   (transformers loads it, too)")
+    console.print(f"talk to it        openmimo generate {model_folder} --prompt 'def main('")

@@ -1,0 +1,258 @@
+"""Sliding windows by blocks of queries: time and memory are linear in length (paper section 2.2).
+
+A pack of whole documents is one stream of tiles, whatever their lengths: a tile holds B consecutive queries and the
+B + window - 1 keys that end with its last query, and a mask hides the keys outside the window and those of the
+document before. Tiles are computed some at a time (a segment), so that their logits stay in the cache of a processor.
+
+Shapes as in `_tiles`; T queries; P keys of a stream: window - 1 before the first query, then those of whole tiles.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from openmimo.kernels.attention import AttentionNeed
+from openmimo.kernels.attention._tiles import (
+    logits_gradient,
+    pack_rows,
+    scaled_product,
+    sink_gradient,
+    unpack_rows,
+    wide_dtype,
+    write_sink,
+)
+from openmimo.kernels.dispatch import Backend
+
+SEGMENT_LOGITS = 1 << 19
+COLUMNS_MULTIPLE = 32
+MIN_BLOCK = 24
+MIN_ROWS = 128
+
+
+def run(
+    q_TNK: torch.Tensor,
+    k_SGK: torch.Tensor,
+    v_SGV: torch.Tensor,
+    sink_N: torch.Tensor | None,
+    *,
+    need: AttentionNeed,
+    scale: float,
+) -> torch.Tensor:
+    """See `openmimo.kernels.attention.attend`."""
+    bands = _Bands.for_need(need, scale)
+    if need.is_self_attention:
+        lengths = torch.tensor(need.query_lengths)
+        starts_T = (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
+        return _attend_stream(q_TNK, k_SGK, v_SGV, sink_N, starts_T, bands)
+    outputs = []
+    keys, values = k_SGK.split(need.key_lengths), v_SGV.split(need.key_lengths)
+    for q, k, v in zip(q_TNK.split(need.query_lengths), keys, values, strict=True):
+        unseen = max(0, len(k) - len(q) - bands.past)
+        starts_T = torch.zeros(len(q), dtype=torch.int64)
+        outputs.append(_attend_stream(q, k[unseen:], v[unseen:], sink_N, starts_T, bands))
+    return torch.cat(outputs)
+
+
+def refuse(need: AttentionNeed) -> str | None:
+    """Windows only."""
+    return "it computes sliding windows only" if need.window_keys is None else None
+
+
+@dataclass(frozen=True)
+class _Bands:
+    """How a call is cut: `past` keys before a query's own, `block` queries and `columns` columns a tile."""
+
+    past: int
+    block: int
+    columns: int
+    tiles: int
+    num_kv_heads: int
+    scale: float
+
+    @classmethod
+    def for_need(cls, need: AttentionNeed, scale: float) -> "_Bands":
+        """Columns are rounded up to whole vectors, and the block then grows to use them."""
+        past, sink = min(need.window_keys, max(need.key_lengths)) - 1, int(need.has_sink)
+        min_block = max(MIN_BLOCK, MIN_ROWS * need.num_kv_heads // need.num_heads)
+        columns = math.ceil((past + min_block + sink) / COLUMNS_MULTIPLE) * COLUMNS_MULTIPLE
+        block = columns - past - sink
+        tiles = max(1, SEGMENT_LOGITS // (need.num_heads * block * columns))
+        return cls(past, block, columns, tiles, need.num_kv_heads, scale)
+
+    def segments(self, num_queries: int) -> Iterator[tuple[slice, int]]:
+        """The queries of each segment, and its number of tiles; the last tile may be partly empty."""
+        for start in range(0, num_queries, self.tiles * self.block):
+            queries = slice(start, min(start + self.tiles * self.block, num_queries))
+            yield queries, math.ceil((queries.stop - start) / self.block)
+
+
+def _attend_stream(
+    q_TNK: torch.Tensor,
+    k_SGK: torch.Tensor,
+    v_SGV: torch.Tensor,
+    sink_N: torch.Tensor | None,
+    starts_T: torch.Tensor,
+    bands: _Bands,
+) -> torch.Tensor:
+    """Queries whose own keys are the last T keys. `starts_T` is the first key, counted in S, that a query may see."""
+    before = bands.past - (len(k_SGK) - len(q_TNK))
+    after = -len(q_TNK) % bands.block
+    k_PGK, v_PGV = (F.pad(x, (0, 0, 0, 0, before, after)) for x in (k_SGK, v_SGV))
+    first_T = (starts_T + before).to(q_TNK.device)
+    return _Banded.apply(q_TNK, k_PGK, v_PGV, sink_N, first_T, bands)
+
+
+class _Banded(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q_TNK: torch.Tensor,
+        k_PGK: torch.Tensor,
+        v_PGV: torch.Tensor,
+        sink_N: torch.Tensor | None,
+        first_T: torch.Tensor,
+        bands: _Bands,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(q_TNK, k_PGK, v_PGV, sink_N, first_T)
+        ctx.bands = bands
+        stream = _Stream(q_TNK, k_PGK, v_PGV, sink_N, first_T, bands)
+        out_TNV = stream.new_tokens(v_PGV.shape[2])
+        for queries, num_tiles in bands.segments(len(q_TNK)):
+            tiles = stream.tiles(queries, num_tiles)
+            stream.store(torch.bmm(tiles.probabilities_LMC, tiles.v_LCV), out_TNV, queries)
+        return out_TNV[: len(q_TNK)]
+
+    @staticmethod
+    def backward(ctx: Any, grad_TNV: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        q_TNK, k_PGK, v_PGV, sink_N, first_T = ctx.saved_tensors
+        bands = ctx.bands
+        heads = {"block": bands.block, "num_kv_heads": bands.num_kv_heads}
+        stream = _Stream(q_TNK, k_PGK, v_PGV, sink_N, first_T, bands)
+        grad_q_TNK = stream.new_tokens(q_TNK.shape[2])
+        grad_k, grad_v = _StreamSum(k_PGK, bands), _StreamSum(v_PGV, bands)
+        grad_sink_N = None if sink_N is None else torch.zeros_like(sink_N, dtype=wide_dtype(sink_N.dtype))
+        for queries, num_tiles in bands.segments(len(q_TNK)):
+            tiles = stream.tiles(queries, num_tiles)
+            grad_LMV = stream.rows(grad_TNV, queries, num_tiles)
+            grad_logits_LMC = logits_gradient(tiles.probabilities_LMC, tiles.v_LCV, grad_LMV)
+            stream.store(scaled_product(grad_logits_LMC, tiles.k_LCK, bands.scale), grad_q_TNK, queries)
+            grad_k.add(scaled_product(grad_logits_LMC.transpose(1, 2), tiles.q_LMK, bands.scale), queries)
+            grad_v.add(torch.bmm(tiles.probabilities_LMC.transpose(1, 2), grad_LMV), queries)
+            if grad_sink_N is not None:
+                grad_sink_N += sink_gradient(grad_logits_LMC, **heads)
+        if grad_sink_N is not None:
+            grad_sink_N = grad_sink_N.to(sink_N.dtype)
+        return grad_q_TNK[: len(q_TNK)], grad_k.total(), grad_v.total(), grad_sink_N, None, None
+
+
+@dataclass(frozen=True)
+class _Tiles:
+    q_LMK: torch.Tensor
+    k_LCK: torch.Tensor
+    v_LCV: torch.Tensor
+    probabilities_LMC: torch.Tensor
+
+
+class _Stream:
+    """The tiles of a call, a segment at a time."""
+
+    def __init__(
+        self,
+        q_TNK: torch.Tensor,
+        k_PGK: torch.Tensor,
+        v_PGV: torch.Tensor,
+        sink_N: torch.Tensor | None,
+        first_T: torch.Tensor,
+        bands: _Bands,
+    ):
+        self._q_TNK, self._k_PGK, self._v_PGV, self._sink_N, self._first_T = q_TNK, k_PGK, v_PGV, sink_N, first_T
+        self._bands = bands
+        self._column_C = torch.arange(bands.columns, device=q_TNK.device)
+        distance_BC = self._column_C - torch.arange(bands.block, device=q_TNK.device)[:, None]
+        outside_BC = (distance_BC < 0) | (distance_BC > bands.past)
+        tiles_of_heads = min(bands.tiles, math.ceil(len(q_TNK) / bands.block)) * bands.num_kv_heads
+        self._k_LCK = k_PGK.new_zeros(tiles_of_heads, bands.columns, k_PGK.shape[2])
+        self._v_LCV = v_PGV.new_zeros(tiles_of_heads, bands.columns, v_PGV.shape[2])
+        self._band_BC = q_TNK.new_zeros(outside_BC.shape).masked_fill_(outside_BC, -math.inf)
+
+    def tiles(self, queries: slice, num_tiles: int) -> _Tiles:
+        """Inputs and probabilities of the tiles of one segment."""
+        bands = self._bands
+        keys = slice(queries.start, queries.start + num_tiles * bands.block + bands.past)
+        q_LMK = self.rows(self._q_TNK, queries, num_tiles)
+        k_LCK = self._gather(self._k_PGK[keys], self._k_LCK)
+        v_LCV = self._gather(self._v_PGV[keys], self._v_LCV)
+        logits_LMC = scaled_product(q_LMK, k_LCK.transpose(1, 2), bands.scale)
+        logits_JXBC = logits_LMC.view(num_tiles, -1, bands.block, bands.columns)
+        logits_JXBC += self._mask(queries, num_tiles)[:, None]
+        if self._sink_N is not None:
+            write_sink(logits_LMC, self._sink_N, block=bands.block, num_kv_heads=bands.num_kv_heads)
+        probabilities_LMC = torch.softmax(logits_LMC, dim=-1, out=logits_LMC)
+        return _Tiles(q_LMK, k_LCK, v_LCV, probabilities_LMC)
+
+    def rows(self, x_TNX: torch.Tensor, queries: slice, num_tiles: int) -> torch.Tensor:
+        """[T, N, X] to the rows [L, M, X] of one segment, zeros beyond the last query."""
+        missing = num_tiles * self._bands.block - (queries.stop - queries.start)
+        x_TNX = x_TNX[queries]
+        if missing:
+            x_TNX = F.pad(x_TNX, (0, 0, 0, 0, 0, missing))
+        return pack_rows(x_TNX, block=self._bands.block, num_kv_heads=self._bands.num_kv_heads)
+
+    def new_tokens(self, dim: int) -> torch.Tensor:
+        """Room for the T queries, rounded up to whole tiles: [.., N, dim]."""
+        T, N, _ = self._q_TNK.shape
+        return self._q_TNK.new_empty(T + -T % self._bands.block, N, dim)
+
+    def store(self, x_LMX: torch.Tensor, out_TNX: torch.Tensor, queries: slice) -> None:
+        """Writes the rows of a segment where its queries are."""
+        unpack_rows(x_LMX, out_TNX[queries.start:], block=self._bands.block, num_kv_heads=self._bands.num_kv_heads)
+
+    def _gather(self, x_PGX: torch.Tensor, columns_LCX: torch.Tensor) -> torch.Tensor:
+        """Copies the keys or values of each tile into its columns; neighbouring tiles share keys. A sink stays zero."""
+        bands = self._bands
+        num_keys = bands.block + bands.past
+        x_JGCX = x_PGX.unfold(0, num_keys, bands.block).transpose(2, 3)
+        columns_LCX = columns_LCX[: x_JGCX.shape[0] * x_JGCX.shape[1]]
+        columns_LCX.view(len(x_JGCX), -1, *columns_LCX.shape[1:])[:, :, :num_keys] = x_JGCX
+        return columns_LCX
+
+    def _mask(self, queries: slice, num_tiles: int) -> torch.Tensor:
+        """0 where a query sees a key, -inf elsewhere: [J, B, C] in the dtype of q."""
+        block = self._bands.block
+        missing = num_tiles * block - (queries.stop - queries.start)
+        first_JB = F.pad(self._first_T[queries], (0, missing)).view(num_tiles, block)
+        tile_start_J1 = queries.start + block * torch.arange(num_tiles, device=first_JB.device)[:, None]
+        before_JBC = self._column_C < (first_JB - tile_start_J1)[:, :, None]
+        return torch.where(before_JBC, -math.inf, self._band_BC)
+
+
+class _StreamSum:
+    """The gradient of keys or values: the sum over the tiles that share them."""
+
+    def __init__(self, x_PGX: torch.Tensor, bands: _Bands):
+        P, G, X = x_PGX.shape
+        self._bands = bands
+        self._like = x_PGX
+        self._sum = x_PGX.new_zeros(P + bands.block, G, X, dtype=wide_dtype(x_PGX.dtype))
+
+    def add(self, x_LCX: torch.Tensor, queries: slice) -> None:
+        """Adds the columns of a segment's tiles, one block of columns of all tiles at a time: these never overlap."""
+        block, num_keys = self._bands.block, self._bands.block + self._bands.past
+        _, G, X = self._sum.shape
+        x_JCGX = x_LCX.view(-1, G, *x_LCX.shape[1:]).transpose(1, 2)
+        for column in range(0, num_keys, block):
+            part_JBGX = x_JCGX[:, column : min(column + block, num_keys)]
+            start = queries.start + column
+            target_JBGX = self._sum[start : start + len(x_JCGX) * block].view(-1, block, G, X)
+            target_JBGX[:, : part_JBGX.shape[1]] += part_JBGX
+
+    def total(self) -> torch.Tensor:
+        """The gradient, in the shape and dtype of what it is the gradient of."""
+        return self._sum[: len(self._like)].to(self._like.dtype)
+
+
+PLUGIN = Backend(rank=10, run=run, refuse=refuse)

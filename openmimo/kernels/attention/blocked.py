@@ -1,0 +1,162 @@
+"""Causal attention by blocks of queries, each against the keys that any of them may see: never T x T memory.
+
+A tile is a block of consecutive queries of the pack, whatever sequences they belong to, and the run of keys from the
+first that its first query sees to the own key of its last query. Only the ends of that run need a mask.
+
+Shapes as in `_tiles`, where L is G: one tile at a time. T queries, S keys.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from openmimo.kernels.attention import AttentionNeed
+from openmimo.kernels.attention._tiles import (
+    logits_gradient,
+    pack_rows,
+    scaled_product,
+    sink_gradient,
+    unpack_rows,
+    wide_dtype,
+    write_sink,
+)
+from openmimo.kernels.dispatch import Backend
+
+TILE_LOGITS = 1 << 21
+MIN_BLOCK = 16
+MAX_BLOCK = 128
+
+
+def run(
+    q_TNK: torch.Tensor,
+    k_SGK: torch.Tensor,
+    v_SGV: torch.Tensor,
+    sink_N: torch.Tensor | None,
+    *,
+    need: AttentionNeed,
+    scale: float,
+) -> torch.Tensor:
+    """See `openmimo.kernels.attention.attend`."""
+    k_GSK, v_GSV = k_SGK.transpose(0, 1).contiguous(), v_SGV.transpose(0, 1).contiguous()
+    return _Blocked.apply(q_TNK, k_GSK, v_GSV, sink_N, _plan(need), scale)
+
+
+@dataclass(frozen=True)
+class _Tile:
+    """Queries `queries` against keys `keys`. Query i sees the keys of the tile from first_B[i] to own_B[i].
+
+    Columns in `left` hold keys before the first of some query, columns in `right` keys after the own of some query.
+    """
+
+    queries: slice
+    keys: slice
+    first_B: torch.Tensor
+    own_B: torch.Tensor
+    left: slice
+    right: slice
+
+
+def _plan(need: AttentionNeed) -> list[_Tile]:
+    """The tiles of a call. First and own keys only ever grow along a pack, so a tile's ends bound all of it."""
+    query_lengths, key_lengths = torch.tensor(need.query_lengths), torch.tensor(need.key_lengths)
+    key_ends_T = key_lengths.cumsum(0).repeat_interleave(query_lengths)
+    query_ends_T = query_lengths.cumsum(0).repeat_interleave(query_lengths)
+    own_T = key_ends_T - query_ends_T + torch.arange(len(key_ends_T))
+    first_T = key_ends_T - key_lengths.repeat_interleave(query_lengths)
+    if need.window_keys is not None:
+        first_T = torch.maximum(first_T, own_T - need.window_keys + 1)
+    own, first, query_ends = own_T.tolist(), first_T.tolist(), query_ends_T.tolist()
+    tiles, start = [], 0
+    while start < len(own):
+        span = own[start] + 1 - first[start]
+        block = min(MAX_BLOCK, max(MIN_BLOCK, TILE_LOGITS // (need.num_heads * span)))
+        last_allowed = query_ends[start] if span > block else len(own)
+        stop = min(start + block, last_allowed)
+        low, high = first[start], own[stop - 1] + 1
+        tiles.append(
+            _Tile(
+                queries=slice(start, stop),
+                keys=slice(low, high),
+                first_B=first_T[start:stop] - low,
+                own_B=own_T[start:stop] - low,
+                left=slice(0, first[stop - 1] - low),
+                right=slice(own[start] + 1 - low, high - low),
+            )
+        )
+        start = stop
+    return tiles
+
+
+class _Blocked(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q_TNK: torch.Tensor,
+        k_GSK: torch.Tensor,
+        v_GSV: torch.Tensor,
+        sink_N: torch.Tensor | None,
+        tiles: list[_Tile],
+        scale: float,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(q_TNK, k_GSK, v_GSV, sink_N)
+        ctx.tiles, ctx.scale = tiles, scale
+        out_TNV = q_TNK.new_empty(*q_TNK.shape[:2], v_GSV.shape[2])
+        for tile in tiles:
+            block = tile.queries.stop - tile.queries.start
+            q_GMK = pack_rows(q_TNK[tile.queries], block=block, num_kv_heads=len(k_GSK))
+            k_GCK, v_GCV = _columns(k_GSK, tile, sink_N), _columns(v_GSV, tile, sink_N)
+            probabilities_GMC = _probabilities(q_GMK, k_GCK, sink_N, tile, scale)
+            out_GMV = torch.bmm(probabilities_GMC, v_GCV)
+            unpack_rows(out_GMV, out_TNV[tile.queries], block=block, num_kv_heads=len(k_GSK))
+        return out_TNV
+
+    @staticmethod
+    def backward(ctx: Any, grad_TNV: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        q_TNK, k_GSK, v_GSV, sink_N = ctx.saved_tensors
+        grad_q_TNK = torch.empty_like(q_TNK)
+        grad_k_GSK = torch.zeros_like(k_GSK, dtype=wide_dtype(k_GSK.dtype))
+        grad_v_GSV = torch.zeros_like(v_GSV, dtype=wide_dtype(v_GSV.dtype))
+        grad_sink_N = None if sink_N is None else torch.zeros_like(sink_N, dtype=wide_dtype(sink_N.dtype))
+        for tile in ctx.tiles:
+            rows = {"block": tile.queries.stop - tile.queries.start, "num_kv_heads": len(k_GSK)}
+            q_GMK, grad_GMV = pack_rows(q_TNK[tile.queries], **rows), pack_rows(grad_TNV[tile.queries], **rows)
+            k_GCK, v_GCV = _columns(k_GSK, tile, sink_N), _columns(v_GSV, tile, sink_N)
+            probabilities_GMC = _probabilities(q_GMK, k_GCK, sink_N, tile, ctx.scale)
+            grad_logits_GMC = logits_gradient(probabilities_GMC, v_GCV, grad_GMV)
+            unpack_rows(scaled_product(grad_logits_GMC, k_GCK, ctx.scale), grad_q_TNK[tile.queries], **rows)
+            num_keys = tile.keys.stop - tile.keys.start
+            grad_k_GCK = scaled_product(grad_logits_GMC.transpose(1, 2), q_GMK, ctx.scale)
+            grad_k_GSK[:, tile.keys] += grad_k_GCK[:, :num_keys]
+            grad_v_GSV[:, tile.keys] += torch.bmm(probabilities_GMC.transpose(1, 2), grad_GMV)[:, :num_keys]
+            if grad_sink_N is not None:
+                grad_sink_N += sink_gradient(grad_logits_GMC, **rows)
+        if grad_sink_N is not None:
+            grad_sink_N = grad_sink_N.to(sink_N.dtype)
+        return grad_q_TNK, grad_k_GSK.to(k_GSK.dtype), grad_v_GSV.to(v_GSV.dtype), grad_sink_N, None, None
+
+
+def _columns(x_GSX: torch.Tensor, tile: _Tile, sink_N: torch.Tensor | None) -> torch.Tensor:
+    """The keys or values of a tile [G, C, X], and a row of zeros for the sink."""
+    x_GCX = x_GSX[:, tile.keys]
+    return x_GCX if sink_N is None else F.pad(x_GCX, (0, 0, 0, 1))
+
+
+def _probabilities(
+    q_GMK: torch.Tensor, k_GCK: torch.Tensor, sink_N: torch.Tensor | None, tile: _Tile, scale: float
+) -> torch.Tensor:
+    block = tile.queries.stop - tile.queries.start
+    logits_GMC = scaled_product(q_GMK, k_GCK.transpose(1, 2), scale)
+    logits_XBC = logits_GMC.view(-1, block, k_GCK.shape[1])
+    columns_C = torch.arange(k_GCK.shape[1], device=q_GMK.device)
+    before_BC = columns_C[tile.left] < tile.first_B.to(q_GMK.device)[:, None]
+    after_BC = columns_C[tile.right] > tile.own_B.to(q_GMK.device)[:, None]
+    logits_XBC[..., tile.left].masked_fill_(before_BC, float("-inf"))
+    logits_XBC[..., tile.right].masked_fill_(after_BC, float("-inf"))
+    if sink_N is not None:
+        write_sink(logits_GMC, sink_N, block=block, num_kv_heads=len(k_GCK))
+    return torch.softmax(logits_GMC, dim=-1, out=logits_GMC)
+
+
+PLUGIN = Backend(rank=20, run=run, refuse=lambda need: None)

@@ -1,0 +1,44 @@
+"""Expert MLPs as two grouped matrix products on sorted tokens, by torch's own kernel.
+
+T tokens, D model dim, E experts, A active experts a token, F expert hidden dim.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from openmimo.kernels.dispatch import Backend
+from openmimo.kernels.experts import ExpertsNeed
+from openmimo.kernels.experts._sorting import combine, sort_by_expert
+
+_ALIGNMENT_BYTES = 16
+
+
+def run(
+    x_TD: torch.Tensor,
+    expert_ids_TA: torch.Tensor,
+    weights_TA: torch.Tensor,
+    gate_up_EHD: torch.Tensor,
+    down_EDF: torch.Tensor,
+    *,
+    need: ExpertsNeed,
+) -> torch.Tensor:
+    """See `openmimo.kernels.experts.apply_experts`."""
+    sorted_tokens = sort_by_expert(x_TD, expert_ids_TA, need.num_experts)
+    ends_E = sorted_tokens.counts_E.cumsum(0).to(torch.int32)
+    gate, up = F.grouped_mm(sorted_tokens.rows_PD, gate_up_EHD.transpose(1, 2), offs=ends_E).chunk(2, dim=-1)
+    y_PD = F.grouped_mm(F.silu(gate) * up, down_EDF.transpose(1, 2), offs=ends_E)
+    return combine(y_PD, sorted_tokens.place_M, weights_TA)
+
+
+def refuse(need: ExpertsNeed) -> str | None:
+    """What torch's kernel cannot take, and where it is slower than a loop."""
+    if need.on_cpu:
+        return "on a CPU it is a loop that cannot choose its shapes"
+    if need.dtype != torch.bfloat16:
+        return f"torch's grouped product does not take {need.dtype}"
+    if 2 * need.model_dim % _ALIGNMENT_BYTES or 2 * need.expert_dim % _ALIGNMENT_BYTES:
+        return f"rows must be multiples of {_ALIGNMENT_BYTES} bytes"
+    return None
+
+
+PLUGIN = Backend(rank=10, run=run, refuse=refuse)

@@ -1,0 +1,48 @@
+"""Expert MLPs one after another on sorted tokens, for the CPU: an expert's tokens stand together, so each expert is two
+dense products. In inference, experts that no token chose are not visited.
+
+T tokens, D model dim, E experts, A active experts a token, F expert hidden dim, P rows of the sorted buffer.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from openmimo.kernels.dispatch import Backend
+from openmimo.kernels.experts import ExpertsNeed
+from openmimo.kernels.experts._sorting import combine, sort_by_expert
+
+# oneDNN compiles a bfloat16 product anew for each number of rows it has not seen, which takes longer than the product:
+# with the counts of a router as they fall, a step of the tiny model spent half its time there (docs/log.md).
+_ROW_MULTIPLE = 64
+
+
+def run(
+    x_TD: torch.Tensor,
+    expert_ids_TA: torch.Tensor,
+    weights_TA: torch.Tensor,
+    gate_up_EHD: torch.Tensor,
+    down_EDF: torch.Tensor,
+    *,
+    need: ExpertsNeed,
+) -> torch.Tensor:
+    """See `openmimo.kernels.experts.apply_experts`."""
+    rows_per_expert = need.num_tokens * need.experts_per_token // need.num_experts
+    multiple = _ROW_MULTIPLE if need.dtype == torch.bfloat16 and rows_per_expert >= _ROW_MULTIPLE else 1
+    sorted_tokens = sort_by_expert(x_TD, expert_ids_TA, need.num_experts, multiple=multiple)
+    counts = sorted_tokens.counts_E.tolist()
+    outputs = []
+    # unbind, not indexing: its backward stacks the experts' gradients once, where indexing would allocate E times all.
+    parts = zip(sorted_tokens.rows_PD.split(counts), gate_up_EHD.unbind(0), down_EDF.unbind(0), strict=True)
+    for rows_PD, gate_up_HD, down_DF in parts:
+        if len(rows_PD) or need.needs_gradients:
+            gate, up = F.linear(rows_PD, gate_up_HD).chunk(2, dim=-1)
+            outputs.append(F.linear(F.silu(gate) * up, down_DF))
+    return combine(torch.cat(outputs), sorted_tokens.place_M, weights_TA)
+
+
+def refuse(need: ExpertsNeed) -> str | None:
+    """An accelerator would wait for the counts of each expert."""
+    return None if need.on_cpu else "it reads the experts' counts on the host"
+
+
+PLUGIN = Backend(rank=20, run=run, refuse=refuse)

@@ -1,0 +1,52 @@
+"""Every shipped recipe builds, is saved and read back, and its stages fit together."""
+
+import importlib
+import json
+
+import pytest
+
+from openmimo.cli import load_recipe, recipe_names
+from openmimo.core import config as config_io
+from openmimo.core.errors import ConfigError
+from openmimo.model.presets import model_config
+from openmimo.train.config import ExtendConfig, PretrainConfig
+from openmimo.train.schedule import learning_rate, total_steps
+
+
+def all_recipes():
+    for name in recipe_names():
+        module = importlib.import_module(f"recipes.{name}")
+        for function in vars(module).values():
+            if callable(function) and getattr(function, "__module__", "") == module.__name__:
+                annotation = function.__annotations__.get("return")
+                if annotation in (PretrainConfig, ExtendConfig) and not function.__name__.startswith("_"):
+                    yield f"{name}:{function.__name__}"
+
+
+@pytest.mark.parametrize("name", all_recipes())
+def test_recipe(name):
+    config = load_recipe(name, "pretrain")
+    assert config_io.from_dict(type(config), json.loads(json.dumps(config_io.to_dict(config)))) == config
+    run = config.as_pretraining() if isinstance(config, ExtendConfig) else config
+    model_config(run.model)
+    for stage in run.stages:
+        rates = [learning_rate(stage, step) for step in range(0, stage.steps, max(1, stage.steps // 100))]
+        assert 0 < min(rates) <= max(rates) <= stage.peak_lr
+
+
+def test_the_report_in_numbers():
+    """27T tokens; the learning rate at the seams of the report's schedule."""
+    stages = load_recipe("flash_309b", "pretrain").stages
+    tokens = [stage.steps * stage.rows * stage.sequence_length for stage in stages]
+    assert [round(count / 1e12, 2) for count in tokens] == [22.0, 4.0, 1.0]
+    assert total_steps(stages) == sum(stage.steps for stage in stages)
+    first = stages[0]
+    assert learning_rate(first, first.warmup_steps) == pytest.approx(3.2e-4)
+    assert learning_rate(first, first.steps - 1) == pytest.approx(1e-4, rel=1e-3)
+
+
+def test_unknown_recipes_are_refused_by_name():
+    with pytest.raises(ConfigError, match="tiny_cpu"):
+        load_recipe("tiny_gpu", "pretrain")
+    with pytest.raises(ConfigError, match="all_global"):
+        load_recipe("ablation", "pretrain")

@@ -1,0 +1,283 @@
+"""Schedules, loss, optimiser state, and the bitwise oracle: a run that was killed and resumed is the run that was not."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_model
+from safetensors.torch import load_file
+
+from openmimo.core import config as config_io
+from openmimo.core.errors import CheckpointError, ConfigError
+from openmimo.core.metrics import read_metrics
+from openmimo.data.config import MixtureConfig, SourceConfig
+from openmimo.model.context import PackedContext
+from openmimo.train import checkpoint as checkpoint_module
+from openmimo.train.checkpoint import Checkpoints, find_damage
+from openmimo.train.config import CheckpointConfig, EvaluationConfig, PretrainConfig, Stage, TokenizerConfig
+from openmimo.train.loss import micro_batch, training_loss
+from openmimo.train.optim import build_optimiser, clip_gradients, parameter_groups
+from openmimo.train.pretrain import pretrain
+from openmimo.train.schedule import learning_rate, place_of, rows_of_step
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def run_config(folder: Path, **changes) -> PretrainConfig:
+    """Two short stages: the second has a longer context, a new RoPE base and more MTP heads."""
+    text = folder / "text"
+    if not text.exists():
+        text.mkdir(parents=True)
+        for number in range(40):
+            words = " ".join(f"word{(number * 7 + place * 3) % 50}" for place in range(150))
+            (text / f"{number}.txt").write_text(words)
+    mixture = MixtureConfig(
+        (
+            SourceConfig("text_folder", options={"path": str(text)}),
+            SourceConfig("repeats", options={"alphabet": "characters", "min_length": 32, "max_period": 10}),
+        ),
+        validation_fraction=0.2,
+    )
+    first = Stage("short", steps=6, sequence_length=32, rows=4, peak_lr=1e-3, end_lr=1e-4, mixture=mixture)
+    second = replace(first, name="long", steps=4, sequence_length=64, rows=2, full_rope_theta=4e4, mtp_heads=2)
+    return PretrainConfig(
+        run_folder=str(folder / "run"),
+        stages=(first, second),
+        device="cpu",
+        dtype="float32",
+        threads=1,
+        rows_per_microbatch=2,
+        log_every_steps=1,
+        tokenizer=TokenizerConfig(train_megabytes=0.1),
+        checkpoints=CheckpointConfig(every_steps=2, keep_last=3),
+        evaluation=EvaluationConfig(every_steps=5, batches=1),
+        **changes,
+    )
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+class TestSchedule:
+    stage = Stage(
+        "s", steps=100, sequence_length=8, rows=64, peak_lr=1.0, end_lr=0.1, mixture=MixtureConfig((SourceConfig("x"),)),
+        warmup_steps=10, constant_steps=40, rows_at_start=16, rows_warmup_steps=20,
+    )  # fmt: skip
+
+    def test_learning_rate(self):
+        rates = [learning_rate(self.stage, step) for step in range(100)]
+        assert rates[0] == pytest.approx(0.1)
+        assert rates[9:50] == [1.0] * 41
+        assert rates[75] == pytest.approx(0.55)
+        assert rates[99] == pytest.approx(0.1, rel=0.01)
+        assert rates[50:] == sorted(rates[50:], reverse=True)
+
+    def test_rows(self):
+        assert [rows_of_step(self.stage, step) for step in (0, 10, 20, 99)] == [16, 40, 64, 64]
+
+    def test_places(self):
+        stages = (self.stage, replace(self.stage, name="t"))
+        assert place_of(99, stages).stage_index == 0
+        assert (place_of(100, stages).stage_index, place_of(100, stages).stage_step) == (1, 0)
+
+    def test_contradictions_are_refused(self):
+        with pytest.raises(ConfigError, match="more than"):
+            replace(self.stage, warmup_steps=90)
+        with pytest.raises(ConfigError, match="together"):
+            replace(self.stage, rows_at_start=None)
+
+
+def test_loss_is_the_definition():
+    """Next token within documents, plus the weighted mean of the heads; shares of micro-batches add up."""
+    model = tiny_model(mtp_heads=2)
+    lengths = (20, 1, 9)
+    tokens = torch.randint(0, 160, (30,))
+    mask = torch.rand(30) > 0.3
+    batch = micro_batch(tokens, lengths, mask, 2)
+    loss, shares = training_loss(model, batch, PackedContext(lengths), label_counts=batch.label_counts(), mtp_weight=0.3)
+    context = PackedContext(lengths)
+    hidden = model(tokens, context)
+    means = []
+    for head in range(3):
+        if head:
+            shifted = torch.zeros(30, dtype=torch.int64)
+            for start, end in ((0, 20), (20, 21), (21, 30)):
+                for i in range(start, end - head):
+                    shifted[i] = tokens[i + head]
+            states = model.mtp(head - 1, hidden, shifted, context)
+        else:
+            states = hidden.post_norm_TD
+        logprobs = model.head(states).log_softmax(-1)
+        losses = [
+            -logprobs[i, tokens[i + 1 + head]]
+            for start, end in ((0, 20), (20, 21), (21, 30))
+            for i in range(start, end - 1 - head)
+            if mask[i + 1 + head]
+        ]
+        means.append(torch.stack(losses).mean())
+    assert torch.allclose(shares, torch.stack(means), atol=1e-5)
+    assert torch.allclose(loss, means[0] + 0.3 * (means[1] + means[2]) / 2, atol=1e-5)
+
+
+def test_decay_is_for_matrices_and_zeros_are_counted():
+    model = tiny_model()
+    decayed, free = parameter_groups(model)
+    assert "model.layers.1.mlp.experts.gate_up_proj" in decayed
+    assert "model.layers.1.self_attn.attention_sink_bias" in free
+    assert len(decayed) + len(free) == len(list(model.parameters()))
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    model.model.norm.weight.grad.zero_()
+    total = sum(parameter.numel() for parameter in model.parameters())
+    report = clip_gradients(model, 1.0)
+    assert report.num_zeros == 64
+    assert report.norm == pytest.approx((total - 64) ** 0.5, rel=1e-5)
+    norm = torch.stack([parameter.grad.norm() for parameter in model.parameters()]).norm()
+    assert norm == pytest.approx(1.0, rel=1e-4)
+    assert build_optimiser(model, run_config_optimiser()).param_groups[1]["weight_decay"] == 0.0
+
+
+def run_config_optimiser():
+    from openmimo.train.config import OptimiserConfig
+
+    return OptimiserConfig()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """One uninterrupted run, shared by the tests below."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("finished")
+    pretrain(run_config(folder))
+    return folder
+
+
+def test_a_run_leaves_what_it_says(finished):
+    run = finished / "run"
+    rows = read_metrics(run / "metrics.jsonl")
+    train = [row for row in rows if "loss/main" in row]
+    assert [row["step"] for row in train] == list(range(1, 11))
+    assert train[-1]["loss/main"] < train[0]["loss/main"]
+    assert {"loss/mtp_0", "gradient/num_zeros", "mfu", "flops", "tokens_per_second", "expert_load/by_layer"} <= set(train[0])
+    assert "loss/mtp_1" in train[-1]
+    assert "loss/mtp_1" not in train[0]
+    assert sum(train[0]["expert_load/by_layer"][0]) == 4 * 32 * 2
+    validation = [row for row in rows if "validation/main" in row]
+    assert {"validation/acceptance_0", "validation/loss_by_position"} <= set(validation[0])
+    assert (run / "report.html").read_text().count("<img") >= 5
+    assert [path.name for path in sorted((run / "checkpoints").iterdir())] == [
+        "step-00000006", "step-00000008", "step-00000010",
+    ]  # fmt: skip
+    config = json.loads((run / "model" / "config.json").read_text())
+    assert config["num_nextn_predict_layers"] == 2
+    assert config["rope_theta"] == 4e4
+
+
+@pytest.mark.parametrize("kill_at_step", [3, 6])
+def test_killed_and_resumed_is_uninterrupted_bit_for_bit(finished, tmp_path, kill_at_step):
+    """kill -9 while steps run, at a place inside a stage and at the seam of two."""
+    (tmp_path / "text").mkdir()
+    for file in (finished / "text").iterdir():
+        (tmp_path / "text" / file.name).write_text(file.read_text())
+    config = run_config(finished)
+    config = replace(config, run_folder=str(tmp_path / "run"), loader_workers=2)
+    path = tmp_path / "start.json"
+    config_io.save(config, path)
+    command = [sys.executable, "-m", "openmimo", "pretrain", "--from", str(path)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        if metrics.exists() and any(row["step"] >= kill_at_step for row in read_metrics(metrics)):
+            break
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    pretrain(config)
+    expected = weights(finished / "run" / "model")
+    resumed = weights(tmp_path / "run" / "model")
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in expected.items())
+    steps = [row["step"] for row in read_metrics(metrics) if "loss/main" in row]
+    assert steps == list(range(1, 11))
+    losses = [row["loss/main"] for row in read_metrics(finished / "run" / "metrics.jsonl") if "loss/main" in row]
+    assert [row["loss/main"] for row in read_metrics(metrics) if "loss/main" in row] == losses
+
+
+def test_a_damaged_newest_checkpoint_is_reported_and_passed_over(finished, tmp_path, capsys):
+    import shutil
+
+    shutil.copytree(finished / "run", tmp_path / "run")
+    newest = tmp_path / "run" / "checkpoints" / "step-00000010"
+    data = (newest / "model.safetensors").read_bytes()
+    (newest / "model.safetensors").write_bytes(data[:-10])
+    assert "does not match" in find_damage(newest)
+    pretrain(replace(run_config(finished), run_folder=str(tmp_path / "run")))
+    assert "step-00000010" in capsys.readouterr().err
+    assert find_damage(newest) is None
+    expected, again = weights(finished / "run" / "model"), weights(tmp_path / "run" / "model")
+    assert all(torch.equal(tensor, again[name]) for name, tensor in expected.items())
+
+
+def test_a_full_disk_costs_a_checkpoint_and_not_the_run(finished, tmp_path, monkeypatch, capsys):
+    real, calls = checkpoint_module.save_file, []
+
+    def full_now_and_then(tensors, path):
+        calls.append(path)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        real(tensors, path)
+
+    monkeypatch.setattr(checkpoint_module, "save_file", full_now_and_then)
+    pretrain(replace(run_config(finished), run_folder=str(tmp_path / "run")))
+    assert "No space left" in capsys.readouterr().err
+    names = [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()]
+    assert "step-00000004" not in names
+    assert not [name for name in names if name.startswith(".")]
+    assert all(torch.equal(t, weights(tmp_path / "run" / "model")[n]) for n, t in weights(finished / "run" / "model").items())
+
+
+def test_a_checkpoint_that_cannot_be_written_names_itself(tmp_path, monkeypatch, finished):
+    from openmimo.data.tokenizer import Tokenizer
+    from openmimo.train.checkpoint import Progress
+
+    def full(tensors, path):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint_module, "save_file", full)
+    model = tiny_model()
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig())
+    with pytest.raises(CheckpointError, match="step-00000000"):
+        checkpoints.save(
+            model, build_optimiser(model, run_config_optimiser()), Tokenizer.load(finished / "run" / "model"),
+            Progress.beginning(),
+        )  # fmt: skip
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+def test_another_config_does_not_continue_a_run(finished):
+    with pytest.raises(ConfigError, match="seed"):
+        pretrain(replace(run_config(finished), seed=1))
+
+
+def test_accumulation_over_microbatches_changes_nothing(finished, tmp_path):
+    pretrain(replace(run_config(finished), run_folder=str(tmp_path / "run"), rows_per_microbatch=4, balance_weight=0.0))
+    pretrain(replace(run_config(finished), run_folder=str(tmp_path / "run2"), rows_per_microbatch=1, balance_weight=0.0))
+    one = [row["loss/main"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss/main" in row]
+    four = [row["loss/main"] for row in read_metrics(tmp_path / "run2" / "metrics.jsonl") if "loss/main" in row]
+    assert one == pytest.approx(four, rel=1e-4)
