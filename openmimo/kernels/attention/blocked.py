@@ -24,7 +24,7 @@ from openmimo.kernels.attention._tiles import (
 )
 from openmimo.kernels.dispatch import Backend
 
-TILE_LOGITS = 1 << 21
+TILE_LOGITS = 1 << 22
 MIN_BLOCK = 16
 MAX_BLOCK = 128
 

@@ -1,17 +1,20 @@
-"""Decoding: a few queries a sequence against a cache, for inference only.
+"""Decoding: a few new queries a sequence against its cached keys. Inference only.
 
-The R = N / G query heads and the few queries that share a key/value head are the rows of one matrix product with its
-keys, so a cache is read once and never repeated.
+The query heads that read one key/value head, times the queries, are the rows of one matrix product with the cache,
+which is read in place and never repeated. Where a call has several sequences and few keys each, the cost is not the
+arithmetic but the number of steps, so their keys are gathered into one batch.
 
-T queries, S keys, N query heads, G key/value heads, R = N / G, K key dim, V value dim.
+Shapes as in `_tiles`: a sequence is a tile (J sequences, B queries each).
 """
 
 import torch
 
 from openmimo.kernels.attention import AttentionNeed
+from openmimo.kernels.attention._tiles import pack_rows, scaled_product, unpack_rows
 from openmimo.kernels.dispatch import Backend
 
-_MOST_QUERIES = 16
+MAX_QUERIES = 16
+MAX_GATHERED_NUMBERS = 1 << 17
 
 
 def run(
@@ -24,46 +27,88 @@ def run(
     scale: float,
 ) -> torch.Tensor:
     """See `openmimo.kernels.attention.attend`."""
-    q_TNK = q_TNK * scale
-    if len(need.query_lengths) == 1:
-        return _one_sequence(q_TNK, k_SGK, v_SGV, sink_N, need.window_keys)
-    queries, keys = q_TNK.split(need.query_lengths), k_SGK.split(need.key_lengths)
-    values = v_SGV.split(need.key_lengths)
-    return torch.cat(
-        [_one_sequence(q, k, v, sink_N, need.window_keys) for q, k, v in zip(queries, keys, values, strict=True)]
-    )
+    seen = [_keys_seen(need, sequence) for sequence in range(len(need.key_lengths))]
+    numbers_a_key = need.num_kv_heads * (need.key_dim + need.value_dim)
+    same_queries = len(set(need.query_lengths)) == 1
+    if len(seen) > 1 and same_queries and max(seen) * numbers_a_key <= MAX_GATHERED_NUMBERS:
+        return _gathered(q_TNK, k_SGK, v_SGV, sink_N, max(seen), need, scale)
+    outputs = []
+    keys, values = k_SGK.split(need.key_lengths), v_SGV.split(need.key_lengths)
+    for q, k, v, count in zip(q_TNK.split(need.query_lengths), keys, values, seen, strict=True):
+        k_GCK, v_GCV = k[len(k) - count :].transpose(0, 1), v[len(v) - count :].transpose(0, 1)
+        hidden_JBC = _hidden(len(q), count, torch.tensor([count]), need.window_keys).to(q.device)
+        outputs.append(_attend(q, k_GCK, v_GCV, sink_N, hidden_JBC, scale))
+    return torch.cat(outputs)
 
 
 def refuse(need: AttentionNeed) -> str | None:
-    """No gradients, and few queries."""
+    """A few queries a sequence, no gradients."""
     if need.needs_gradients:
         return "it has no backward pass"
-    if max(need.query_lengths) > _MOST_QUERIES:
-        return f"it serves at most {_MOST_QUERIES} queries a sequence"
+    if max(need.query_lengths) > MAX_QUERIES:
+        return f"it is for at most {MAX_QUERIES} queries a sequence, not {max(need.query_lengths)}"
     return None
 
 
-def _one_sequence(
-    q_TNK: torch.Tensor, k_SGK: torch.Tensor, v_SGV: torch.Tensor, sink_N: torch.Tensor | None, window_keys: int | None
+def _keys_seen(need: AttentionNeed, sequence: int) -> int:
+    """How many of the last keys of a sequence any of its queries may see."""
+    keys = need.key_lengths[sequence]
+    if need.window_keys is None:
+        return keys
+    return min(keys, need.query_lengths[sequence] + need.window_keys - 1)
+
+
+def _gathered(
+    q_TNK: torch.Tensor,
+    k_SGK: torch.Tensor,
+    v_SGV: torch.Tensor,
+    sink_N: torch.Tensor | None,
+    columns: int,
+    need: AttentionNeed,
+    scale: float,
 ) -> torch.Tensor:
-    T, N, K = q_TNK.shape
-    S, G, V = v_SGV.shape
-    rows_GMK = q_TNK.view(T, G, N // G, K).permute(1, 2, 0, 3).reshape(G, -1, K)
-    logits_GMS = torch.matmul(rows_GMK, k_SGK.permute(1, 2, 0))
-    if logits_GMS.dtype != torch.float64:
-        logits_GMS = logits_GMS.float()
-    if T > 1 or (window_keys is not None and S > window_keys):
-        distance_TS = torch.arange(S - T, S, device=q_TNK.device)[:, None] - torch.arange(S, device=q_TNK.device)
-        hidden_TS = distance_TS < 0
-        if window_keys is not None:
-            hidden_TS |= distance_TS >= window_keys
-        logits_GMS.view(G, N // G, T, S).masked_fill_(hidden_TS, float("-inf"))
+    """All sequences at once: the last `columns` keys of each, short ones filled up with keys that the mask hides."""
+    lengths_J = torch.tensor(need.key_lengths)
+    key_JC = (lengths_J.cumsum(0)[:, None] - columns + torch.arange(columns)).clamp_(min=0)
+    head_JGC = key_JC[:, None, :] * need.num_kv_heads + torch.arange(need.num_kv_heads)[:, None]
+    row_X = head_JGC.flatten().to(q_TNK.device)
+    k_LCK = k_SGK.flatten(0, 1).index_select(0, row_X).view(-1, columns, need.key_dim)
+    v_LCV = v_SGV.flatten(0, 1).index_select(0, row_X).view(-1, columns, need.value_dim)
+    hidden_JBC = _hidden(need.query_lengths[0], columns, lengths_J, need.window_keys)
+    return _attend(q_TNK, k_LCK, v_LCV, sink_N, hidden_JBC.to(q_TNK.device), scale)
+
+
+def _hidden(queries: int, columns: int, lengths_J: torch.Tensor, window_keys: int | None) -> torch.Tensor:
+    """Which columns a query may not see, [J, B, C]; the last column is the own key of the last query."""
+    column_C = torch.arange(columns)
+    own_B1 = torch.arange(columns - queries, columns)[:, None]
+    hidden_BC = column_C > own_B1
+    if window_keys is not None:
+        hidden_BC |= column_C <= own_B1 - window_keys
+    return hidden_BC | (column_C < columns - lengths_J[:, None, None])
+
+
+def _attend(
+    q_TNK: torch.Tensor,
+    k_LCK: torch.Tensor,
+    v_LCV: torch.Tensor,
+    sink_N: torch.Tensor | None,
+    hidden_JBC: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    num_sequences, block, columns = hidden_JBC.shape
+    heads = {"block": block, "num_kv_heads": len(k_LCK) // num_sequences}
+    logits_LMC = scaled_product(pack_rows(q_TNK, **heads), k_LCK.transpose(1, 2), scale)
+    logits_JNBC = logits_LMC.view(num_sequences, -1, block, columns)
+    logits_JNBC.masked_fill_(hidden_JBC[:, None], float("-inf"))
     if sink_N is not None:
-        sink_GM1 = sink_N.to(logits_GMS.dtype).view(G, -1, 1).expand(G, N // G, T).reshape(G, -1, 1)
-        logits_GMS = torch.cat([logits_GMS, sink_GM1], dim=-1)
-    probabilities_GMS = logits_GMS.softmax(dim=-1)[..., :S].to(v_SGV.dtype)
-    out_GMV = torch.matmul(probabilities_GMS, v_SGV.transpose(0, 1))
-    return out_GMV.view(G, N // G, T, V).permute(2, 0, 1, 3).reshape(T, N, V)
+        sink_JNB1 = sink_N.to(logits_JNBC.dtype)[:, None, None].expand(num_sequences, -1, block, 1)
+        logits_JNBC = torch.cat([logits_JNBC, sink_JNB1], dim=-1)
+    probabilities_JNBC = torch.softmax(logits_JNBC, dim=-1)[..., :columns]
+    out_LMV = torch.bmm(probabilities_JNBC.reshape(logits_LMC.shape), v_LCV)
+    out_TNV = q_TNK.new_empty(*q_TNK.shape[:2], v_LCV.shape[2])
+    unpack_rows(out_LMV, out_TNV, **heads)
+    return out_TNV
 
 
-PLUGIN = Backend(rank=10, run=run, refuse=refuse)
+PLUGIN = Backend(rank=5, run=run, refuse=refuse)

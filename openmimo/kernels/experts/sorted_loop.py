@@ -30,7 +30,7 @@ def run(
     multiple = _ROW_MULTIPLE if need.dtype == torch.bfloat16 and rows_per_expert >= _ROW_MULTIPLE else 1
     sorted_tokens = sort_by_expert(x_TD, expert_ids_TA, need.num_experts, multiple=multiple)
     counts = sorted_tokens.counts_E.tolist()
-    outputs = []
+    outputs = [x_TD.new_empty(0, need.model_dim)]
     # unbind, not indexing: its backward stacks the experts' gradients once, where indexing would allocate E times all.
     parts = zip(sorted_tokens.rows_PD.split(counts), gate_up_EHD.unbind(0), down_EDF.unbind(0), strict=True)
     for rows_PD, gate_up_HD, down_DF in parts:

@@ -1,0 +1,125 @@
+"""Every attention backend computes what `reference` computes, forward and backward, or refuses; lengths well above the
+window, ragged packs, cached prefixes, random sinks, and memory that is poisoned before it is written.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from openmimo.core.errors import ConfigError
+from openmimo.kernels.attention import DISPATCHER, AttentionNeed, attend
+
+BACKENDS = [name for name, _ in DISPATCHER.backends() if name != "reference"]
+
+# query lengths, key lengths, query heads, key/value heads, key dim, value dim, window, sink
+CALLS = {
+    "window": ((300,), (300,), 8, 2, 24, 16, 9, True),
+    "window of a block": ((200,), (200,), 4, 1, 48, 32, 64, True),
+    "window beyond a block": ((331,), (331,), 4, 4, 24, 16, 129, True),
+    "window of one": ((70,), (70,), 2, 1, 8, 12, 1, True),
+    "window without sink": ((300,), (300,), 8, 8, 24, 16, 33, False),
+    "packed windows": ((130, 1, 77, 64, 5, 40), (130, 1, 77, 64, 5, 40), 8, 2, 24, 16, 33, True),
+    "many short documents": ((7,) * 40, (7,) * 40, 4, 2, 12, 20, 9, True),
+    "full": ((300,), (300,), 8, 2, 24, 16, None, False),
+    "full with sink": ((190,), (190,), 8, 1, 192, 128, None, True),
+    "packed full": ((130, 1, 77, 64, 5, 40), (130, 1, 77, 64, 5, 40), 8, 2, 24, 16, None, True),
+    "equal documents": ((64,) * 5, (64,) * 5, 4, 2, 24, 16, None, False),
+    "chunk after a cache": ((150,), (420,), 8, 2, 24, 16, None, True),
+    "chunk after a window": ((150,), (182,), 8, 2, 24, 16, 33, True),
+    "chunks of two": ((40, 90), (72, 100), 8, 2, 24, 16, 33, True),
+    "decode": ((1, 1, 1), (50, 301, 9), 8, 2, 24, 16, None, True),
+    "decode a window": ((1, 1), (33, 9), 8, 2, 24, 16, 33, True),
+    "verify drafts": ((4, 2), (300, 7), 8, 2, 24, 16, None, False),
+    "verify drafts in a window": ((4, 4), (36, 11), 8, 2, 24, 16, 33, True),
+}
+
+
+def tensors_of(call, dtype, gradients):
+    query_lengths, key_lengths, N, G, K, V, window, has_sink = call
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_(gradients)
+
+    T, S = sum(query_lengths), sum(key_lengths)
+    tensors = [draw(T, N, K), draw(S, G, K), draw(S, G, V), draw(N) if has_sink else None]
+    need = AttentionNeed(query_lengths, key_lengths, N, G, K, V, window, has_sink, gradients, dtype, True)
+    return need, tensors
+
+
+def run(name, need, tensors):
+    """Output and gradients of a backend, in order."""
+    backend = dict(DISPATCHER.backends())[name]
+    out = backend.run(*tensors, need=need, scale=need.key_dim**-0.5)
+    if not need.needs_gradients:
+        return [out]
+    weights = torch.cos(torch.arange(out.numel(), dtype=torch.float64)).view(out.shape).to(out.dtype)
+    return [out, *torch.autograd.grad(out, [tensor for tensor in tensors if tensor is not None], weights)]
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Memory that is allocated without being written holds NaN, so that reading it shows."""
+    real = {name: getattr(torch, name) for name in ("empty", "empty_like", "empty_strided")}
+    real_new_empty = torch.Tensor.new_empty
+
+    def fill(tensor):
+        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+    for name, function in real.items():
+        monkeypatch.setattr(torch, name, lambda *args, _f=function, **kwargs: fill(_f(*args, **kwargs)))
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda self, *a, **k: fill(real_new_empty(self, *a, **k)))
+
+
+@pytest.mark.parametrize("gradients", [True, False], ids=["with gradients", "inference"])
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("name", BACKENDS)
+def test_backend_is_the_reference_or_refuses(name, call, gradients, poisoned):
+    need, tensors = tensors_of(CALLS[call], torch.float64, gradients)
+    if dict(DISPATCHER.backends())[name].refuse(need):
+        pytest.skip(dict(DISPATCHER.backends())[name].refuse(need))
+    for ours, theirs in zip(run(name, need, tensors), run("reference", need, tensors), strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 4e-2)])
+@pytest.mark.parametrize("call", ["packed windows", "packed full", "decode", "verify drafts in a window"])
+@pytest.mark.parametrize("name", BACKENDS)
+def test_lower_precisions_stay_close(name, call, dtype, tolerance):
+    exact_need, exact = tensors_of(CALLS[call], torch.float64, False)
+    need, tensors = tensors_of(CALLS[call], dtype, False)
+    if dict(DISPATCHER.backends())[name].refuse(need):
+        pytest.skip("refused")
+    expected = run("reference", exact_need, exact)[0]
+    error = (run(name, need, tensors)[0].double() - expected).norm() / expected.norm()
+    assert error < tolerance
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("gradients", [True, False])
+def test_something_fast_serves_every_call_on_a_cpu(call, gradients):
+    need, _ = tensors_of(CALLS[call], torch.float32, gradients)
+    if gradients and not need.is_self_attention:
+        return
+    assert DISPATCHER.choose(need)[0] != "reference"
+
+
+def test_one_more_key_in_the_window_shows():
+    need, tensors = tensors_of(CALLS["window"], torch.float64, False)
+    right = run("reference", need, tensors)[0]
+    wrong = run("reference", replace(need, window_keys=10), tensors)[0]
+    assert (right - wrong).abs().max() > 1e-2
+
+
+def test_a_forced_backend_that_refuses_says_why(monkeypatch):
+    monkeypatch.setenv("OPENMIMO_ATTENTION", "packed_rows")
+    q, k, v = torch.randn(20, 2, 8), torch.randn(20, 1, 8), torch.randn(20, 1, 8)
+    with pytest.raises(ConfigError, match="packed_rows"):
+        attend(q, k, v, None, query_lengths=(20,), key_lengths=(20,), window_keys=4)
+
+
+def test_shapes_that_do_not_fit_are_refused():
+    q, k, v = torch.randn(20, 2, 8), torch.randn(20, 1, 8), torch.randn(20, 1, 8)
+    with pytest.raises(ValueError, match="shapes do not fit"):
+        attend(q, k, v, None, query_lengths=(19,), key_lengths=(20,), window_keys=None)

@@ -1,0 +1,101 @@
+"""Token losses against torch's cross-entropy over whole logits, and that no whole logits are ever held."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from openmimo.kernels import token_loss as module
+from openmimo.kernels.token_loss import token_argmax, token_logprobs, token_loss
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    """Tiles far smaller than the inputs, so that every seam is crossed."""
+    monkeypatch.setattr(module, "TILE_TOKENS", 16)
+    monkeypatch.setattr(module, "TILE_VOCABULARY", 32)
+    monkeypatch.setattr(module, "MAX_TILE_LOGITS", 16 * 32)
+
+
+def inputs(dtype=torch.float64, tokens=53, vocabulary=101):
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(tokens, 12, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    weight = torch.randn(vocabulary, 12, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    labels = torch.randint(0, vocabulary, (tokens,), generator=generator)
+    labels[::5] = -1
+    return hidden, weight, labels
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_logprobs_and_their_gradients(temperature):
+    hidden, weight, labels = inputs()
+    ours = token_logprobs(hidden, weight, labels, temperature=temperature)
+    expected = -F.cross_entropy(hidden @ weight.T / temperature, labels, ignore_index=-1, reduction="none")
+    assert torch.allclose(ours, expected, atol=1e-12)
+    assert (ours[::5] == 0).all()
+    upstream = torch.cos(torch.arange(53, dtype=torch.float64))
+    for a, b in zip(
+        torch.autograd.grad(ours, (hidden, weight), upstream),
+        torch.autograd.grad(expected, (hidden, weight), upstream),
+        strict=True,
+    ):
+        assert torch.allclose(a, b, atol=1e-11)
+
+
+def test_loss_and_its_gradients():
+    hidden, weight, labels = inputs()
+    weights = torch.rand(53)
+    weights[3] = 0.0
+    ours = 2.0 * token_loss(hidden, weight, labels, weights)
+    losses = F.cross_entropy(hidden @ weight.T, labels, ignore_index=-1, reduction="none")
+    expected = 2.0 * (losses * weights.double()).sum()
+    assert torch.allclose(ours.double(), expected, atol=1e-10)
+    for a, b in zip(
+        torch.autograd.grad(ours, (hidden, weight)), torch.autograd.grad(expected, (hidden, weight)), strict=True
+    ):
+        assert torch.allclose(a, b, atol=1e-10)
+
+
+def test_bfloat16_inputs_give_float32_losses():
+    hidden, weight, labels = inputs(torch.bfloat16)
+    loss = token_loss(hidden, weight, labels, torch.full((53,), 1 / 42))
+    exact = F.cross_entropy(hidden.double() @ weight.double().T, labels, ignore_index=-1)
+    assert loss.dtype == torch.float32
+    assert abs(loss.item() - exact.item()) < 2e-2
+    gradient = torch.autograd.grad(loss, hidden)[0]
+    expected = torch.autograd.grad(exact, hidden)[0]
+    assert gradient.dtype == torch.bfloat16
+    assert (gradient.double() - expected).norm() / expected.norm() < 2e-2
+
+
+def test_nothing_to_predict_is_zero_and_has_zero_gradients():
+    hidden, weight, _ = inputs()
+    loss = token_loss(hidden, weight, torch.full((53,), -1), torch.ones(53))
+    loss.backward()
+    assert loss.item() == 0
+    assert hidden.grad.abs().sum() == weight.grad.abs().sum() == 0
+
+
+def test_argmax():
+    hidden, weight, _ = inputs()
+    assert torch.equal(token_argmax(hidden, weight), (hidden @ weight.T).argmax(-1))
+
+
+def test_no_tensor_of_all_logits_is_made(monkeypatch):
+    """Every tensor that torch operations return while the loss and its gradients run is smaller than [T, vocabulary]."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    largest = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor):
+                largest.append(out.numel())
+            return out
+
+    hidden, weight, labels = inputs(torch.float32, tokens=200, vocabulary=400)
+    with Watch():
+        token_loss(hidden, weight, labels, torch.ones(200)).backward()
+        token_logprobs(hidden, weight, labels).sum().backward()
+    assert max(largest) <= 400 * 16
+    assert max(largest) < 200 * 400 / 10
