@@ -1,15 +1,12 @@
-"""Decoding speed against transformers' `generate` on the same weights, in the same process, turn by turn."""
+"""Decoding against transformers, and speculative against plain decoding; `bench_cpu --only decode` runs both."""
 
-import json
-import statistics
 import tempfile
-import time
 import warnings
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 import torch
 
+from benchmarks.harness import median_milliseconds
 from openmimo.core.records import SamplingParams
 from openmimo.engine.llm import LLM
 from openmimo.model.hf import save_model
@@ -74,14 +71,14 @@ def measure_against_transformers(
             return ids[:, prompt_tokens:].tolist()
 
         same_tokens = run_ours() == run_theirs()
-        ours_seconds, theirs_seconds = median_seconds([run_ours, run_theirs], rounds)
-        total = batch_size * new_tokens
+        ours_ms, theirs_ms = median_milliseconds([run_ours, run_theirs], rounds=rounds)
+        total = 1e3 * batch_size * new_tokens
         rows.append(
             DecodeRow(
                 batch_size=batch_size,
-                openmimo_tokens_per_second=total / ours_seconds,
-                transformers_tokens_per_second=total / theirs_seconds,
-                ratio=theirs_seconds / ours_seconds,
+                openmimo_tokens_per_second=total / ours_ms,
+                transformers_tokens_per_second=total / theirs_ms,
+                ratio=theirs_ms / ours_ms,
                 same_tokens=same_tokens,
             )
         )
@@ -89,21 +86,19 @@ def measure_against_transformers(
 
 
 def measure_speculation(*, num_threads: int = 2, rounds: int = 5, new_tokens: int = 128) -> SpeculationRow:
-    """The most that one MTP head can give: `tiny`, rigged so that it counts and its head always guesses right."""
+    """The most that one MTP head can give: `tiny`, rigged so that it counts and its head is always right."""
     torch.set_num_threads(num_threads)
     model = counting_model()
     params = SamplingParams(max_tokens=new_tokens, temperature=0.0, ignore_eos=True)
     plain, speculative = LLM(model, speculative=False), LLM(model, speculative=True)
     prompt = [list(range(32))]
-    for llm in (plain, speculative):
-        llm.generate(prompt, params)
-    plain_seconds, speculative_seconds = median_seconds(
-        [lambda: plain.generate(prompt, params), lambda: speculative.generate(prompt, params)], rounds
+    plain_ms, speculative_ms = median_milliseconds(
+        [lambda: plain.generate(prompt, params), lambda: speculative.generate(prompt, params)], rounds=rounds
     )
     return SpeculationRow(
-        plain_tokens_per_second=new_tokens / plain_seconds,
-        speculative_tokens_per_second=new_tokens / speculative_seconds,
-        ratio=plain_seconds / speculative_seconds,
+        plain_tokens_per_second=1e3 * new_tokens / plain_ms,
+        speculative_tokens_per_second=1e3 * new_tokens / speculative_ms,
+        ratio=plain_ms / speculative_ms,
         accepted_tokens_per_step=speculative.stats()["accepted_tokens_per_step"],
     )
 
@@ -128,18 +123,3 @@ def counting_model() -> MiMo:
     for block in model.model.mtp.layers:
         block.eh_proj.weight.copy_(torch.cat([eye, torch.zeros_like(eye)], dim=1))
     return model
-
-
-def median_seconds(calls: list[Callable[[], object]], rounds: int) -> list[float]:
-    """Median wall time of each call, all of them once a round, so that other load on the machine meets them alike."""
-    seconds: list[list[float]] = [[] for _ in calls]
-    for _ in range(rounds):
-        for times, call in zip(seconds, calls, strict=True):
-            start = time.perf_counter()
-            call()
-            times.append(time.perf_counter() - start)
-    return [statistics.median(times) for times in seconds]
-
-
-if __name__ == "__main__":
-    print(json.dumps([asdict(row) for row in [*measure_against_transformers(), measure_speculation()]], indent=2))

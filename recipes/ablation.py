@@ -9,7 +9,7 @@ from recipes import tiny_cpu
 
 
 def sink() -> PretrainConfig:
-    """Hybrid with sinks: `tiny` as it is, through the first two stages of `tiny_cpu`."""
+    """Hybrid with sinks: `tiny` as it is, through the first three stages of `tiny_cpu`."""
     return _arm("sink", "tiny")
 
 
@@ -25,4 +25,4 @@ def all_global() -> PretrainConfig:
 
 def _arm(name: str, model: str) -> PretrainConfig:
     base = tiny_cpu.pretrain()
-    return replace(base, run_folder=f"runs/ablation_{name}", model=model, stages=base.stages[:2])
+    return replace(base, run_folder=f"runs/ablation_{name}", model=model, stages=base.stages[:3])

@@ -1,6 +1,8 @@
-"""The report's three stages at a size that a laptop trains in minutes: 1.6 million parameters, real text, one MTP head.
+"""The report's stages at a size that a laptop trains in minutes: 1.6 million parameters, real text, one MTP head.
 
-Small steps (2,048 tokens) and many of them: at this size retrieval emerges by the number of steps (docs/log.md).
+Two things are peculiar to this size (docs/log.md): many small steps (2,048 tokens), because retrieval emerges by steps and
+not by tokens; and a short first stage of repeated segments, longer than the first half of a window, from which the full
+layers learn to copy by content before anything else.
 """
 
 from dataclasses import replace
@@ -10,7 +12,9 @@ from openmimo.demo.config import DemoConfig
 from openmimo.train.config import CheckpointConfig, EvaluationConfig, ExtendConfig, PretrainConfig, Stage
 
 TEXT = SourceConfig("python_stdlib", weight=0.3, max_megabytes=8.0)
-REPEATS = SourceConfig("repeats", weight=0.3, options={"alphabet": "characters", "min_length": 64})
+REPEATS = SourceConfig(
+    "repeats", weight=0.3, options={"alphabet": "characters", "min_length": 64, "min_period": 20, "max_period": 31}
+)
 
 
 def needles(*, weight: float, min_length: int, num_pairs: int) -> SourceConfig:
@@ -24,18 +28,21 @@ def mixture(*sources: SourceConfig) -> MixtureConfig:
 
 
 def pretrain() -> PretrainConfig:
-    """Three stages: general, more text, and a longer context with a larger RoPE base."""
+    """Copying, then the report's three stages: general, more text, and a longer context with a larger RoPE base."""
     general = mixture(TEXT, REPEATS, needles(weight=0.4, min_length=64, num_pairs=8))
-    more_text = mixture(replace(TEXT, weight=0.7), needles(weight=0.3, min_length=64, num_pairs=6))
-    long = mixture(replace(TEXT, weight=0.6), needles(weight=0.4, min_length=64, num_pairs=4))
+    more_text = mixture(replace(TEXT, weight=0.6), needles(weight=0.4, min_length=64, num_pairs=6))
+    long = mixture(replace(TEXT, weight=0.5), needles(weight=0.5, min_length=64, num_pairs=4))
     return PretrainConfig(
         run_folder="runs/tiny_cpu",
         model="tiny",
         stages=(
             Stage(
-                name="general", steps=1200, sequence_length=64, rows=32, rows_at_start=16, rows_warmup_steps=100,
-                warmup_steps=60, constant_steps=1140, peak_lr=3e-3, end_lr=3e-3, mixture=general, mtp_weight=0.3,
-                bias_rate=1e-2,
+                name="copy", steps=300, sequence_length=64, rows=32, warmup_steps=40, constant_steps=260, peak_lr=3e-3,
+                end_lr=3e-3, mixture=mixture(REPEATS), mtp_weight=0.3, bias_rate=1e-2,
+            ),
+            Stage(
+                name="general", steps=450, sequence_length=64, rows=32, constant_steps=450, peak_lr=3e-3, end_lr=3e-3,
+                mixture=general, mtp_weight=0.3, bias_rate=1e-2,
             ),
             Stage(
                 name="text", steps=250, sequence_length=128, rows=16, peak_lr=3e-3, end_lr=1e-3, mixture=more_text,
@@ -60,7 +67,7 @@ def extend() -> ExtendConfig:
         mixture=mixture(replace(TEXT, weight=0.5), needles(weight=0.5, min_length=64, num_pairs=4)),
         sequence_length=1024,
         full_rope_theta=160_000.0,
-        steps=120,
+        steps=150,
         rows=4,
         rows_per_microbatch=4,
         peak_lr=1e-3,
@@ -68,8 +75,8 @@ def extend() -> ExtendConfig:
         mtp_weight=0.3,
         mtp_heads=3,
         bias_rate=1e-4,
-        checkpoints=CheckpointConfig(every_steps=40),
-        evaluation=EvaluationConfig(every_steps=40, batches=2),
+        checkpoints=CheckpointConfig(every_steps=50),
+        evaluation=EvaluationConfig(every_steps=50, batches=2),
     )
 
 

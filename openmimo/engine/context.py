@@ -52,11 +52,11 @@ class CachedContext:
         self.sequence_balance = None
         self._caches = caches
         self._new_lengths = new_lengths
-        self._starts = [cache.length(first_layer) for cache in caches]
-        spans = zip(self._starts, new_lengths, strict=True)
-        positions = [position for start, length in spans for position in range(start, start + length)]
-        self.positions_T = torch.tensor(positions, device=rotary.device)
-        self._end = max(positions) + 1
+        starts = [cache.length(first_layer) for cache in caches]
+        spans = [range(start, start + length) for start, length in zip(starts, new_lengths, strict=True)]
+        self.positions_T = torch.tensor([position for span in spans for position in span], device=rotary.device)
+        self._table_length = max(span.stop for span in spans)
+        self._table_rows = slice(spans[0].start, spans[0].stop) if len(spans) == 1 else self.positions_T
         self._rotary = rotary
         self._picked: dict[_Geometry, tuple[torch.Tensor, torch.Tensor]] = {}
 
@@ -64,8 +64,8 @@ class CachedContext:
         """cos and sin [T, R] of the new tokens."""
         geometry = (spec.rotary_dim, spec.rope_theta, dtype)
         if geometry not in self._picked:
-            cos, sin = self._rotary.tables(spec, dtype, self._end)
-            self._picked[geometry] = (cos[self.positions_T], sin[self.positions_T])
+            cos, sin = self._rotary.tables(spec, dtype, self._table_length)
+            self._picked[geometry] = (cos[self._table_rows], sin[self._table_rows])
         return self._picked[geometry]
 
     def attend(

@@ -38,7 +38,8 @@ class Router(nn.Module):
         weights_TA = scores_TE.gather(1, ids_TA)
         if self.moe.normalise_weights:
             weights_TA = weights_TA / (weights_TA.sum(dim=-1, keepdim=True) + 1e-20)
-        weights_TA = weights_TA * self.moe.routed_scale
+        if self.moe.routed_scale != 1.0:
+            weights_TA = weights_TA * self.moe.routed_scale
         if context.sequence_balance is not None and torch.is_grad_enabled():
             loss = sequence_balance_loss(scores_TE, ids_TA, context.sequence_balance)
             weights_TA = _AddLoss.apply(weights_TA, context.sequence_balance.weight * loss)

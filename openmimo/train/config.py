@@ -110,7 +110,7 @@ class TokenizerConfig:
     """Where the tokenizer comes from.
 
     Attributes:
-        path: A folder with a tokenizer.json (None: train a byte-level BPE on the first stage's text).
+        path: A folder with a tokenizer.json (None: train a byte-level BPE on the first stage that has text).
         train_megabytes: How much text to train it on (10^6 bytes).
     """
 

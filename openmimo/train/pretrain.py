@@ -9,7 +9,6 @@ from rich.console import Console
 
 from openmimo.core import config as config_io
 from openmimo.core.errors import ConfigError
-from openmimo.data.config import MixtureConfig
 from openmimo.data.source import TextSource, open_source, training_documents
 from openmimo.data.tokenizer import Tokenizer
 from openmimo.model.config import ModelConfig
@@ -87,20 +86,23 @@ def _tokenizer(config: PretrainConfig, run_folder: Path, console: Console) -> To
         return Tokenizer.load(own)
     vocab_size = model_config(config.model).vocab_size
     console.print(f"training a tokenizer of {vocab_size} tokens")
-    tokenizer = Tokenizer.train(_training_text(config.stages[0].mixture, config.tokenizer.train_megabytes), vocab_size)
+    tokenizer = Tokenizer.train(_training_text(config), vocab_size)
     tokenizer.save(own)
     return tokenizer
 
 
-def _training_text(mixture: MixtureConfig, megabytes: float) -> Iterator[str]:
-    """Text for a tokenizer: from each source of text its share of `megabytes`; synthetic sources need no tokenizer."""
-    sources = [config for config in mixture.sources if isinstance(open_source(config)[0], TextSource)]
-    if not sources:
-        raise ConfigError("the first stage has no source of text to train a tokenizer on; name one as tokenizer.path.")
-    total_weight = sum(config.weight for config in sources)
-    for config in sources:
-        share = replace(config, max_megabytes=megabytes * config.weight / total_weight)
-        yield from training_documents(share, mixture.validation_fraction)
+def _training_text(config: PretrainConfig) -> Iterator[str]:
+    """Text for a tokenizer, from the first stage that has any: each source gives its share of the megabytes."""
+    for stage in config.stages:
+        sources = [source for source in stage.mixture.sources if isinstance(open_source(source)[0], TextSource)]
+        if sources:
+            break
+    else:
+        raise ConfigError("no stage has a source of text to train a tokenizer on; name one as tokenizer.path.")
+    total_weight = sum(source.weight for source in sources)
+    for source in sources:
+        megabytes = config.tokenizer.train_megabytes * source.weight / total_weight
+        yield from training_documents(replace(source, max_megabytes=megabytes), stage.mixture.validation_fraction)
 
 
 def _new_model(config: PretrainConfig, tokenizer: Tokenizer, device: torch.device) -> MiMo:

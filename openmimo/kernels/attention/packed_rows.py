@@ -2,10 +2,12 @@
 
 The query heads that read one key/value head, times the queries, are the rows of one matrix product with the cache,
 which is read in place and never repeated. Where a call has several sequences and few keys each, the cost is not the
-arithmetic but the number of steps, so their keys are gathered into one batch.
+arithmetic but the number of steps, so their keys are gathered into one batch of products.
 
 Shapes as in `_tiles`: a sequence is a tile (J sequences, B queries each).
 """
+
+from collections.abc import Callable
 
 import torch
 
@@ -14,7 +16,7 @@ from openmimo.kernels.attention._tiles import pack_rows, scaled_product, unpack_
 from openmimo.kernels.dispatch import Backend
 
 MAX_QUERIES = 16
-MAX_GATHERED_NUMBERS = 1 << 17
+MAX_GATHERED_NUMBERS = 1 << 18
 
 
 def run(
@@ -37,7 +39,7 @@ def run(
     for q, k, v, count in zip(q_TNK.split(need.query_lengths), keys, values, seen, strict=True):
         k_GCK, v_GCV = k[len(k) - count :].transpose(0, 1), v[len(v) - count :].transpose(0, 1)
         hidden_JBC = _hidden(len(q), count, torch.tensor([count]), need.window_keys).to(q.device)
-        outputs.append(_attend(q, k_GCK, v_GCV, sink_N, hidden_JBC, scale))
+        outputs.append(_attend(q, k_GCK, v_GCV, sink_N, hidden_JBC, scale, _head_by_head))
     return torch.cat(outputs)
 
 
@@ -75,7 +77,7 @@ def _gathered(
     k_LCK = k_SGK.flatten(0, 1).index_select(0, row_X).view(-1, columns, need.key_dim)
     v_LCV = v_SGV.flatten(0, 1).index_select(0, row_X).view(-1, columns, need.value_dim)
     hidden_JBC = _hidden(need.query_lengths[0], columns, lengths_J, need.window_keys)
-    return _attend(q_TNK, k_LCK, v_LCV, sink_N, hidden_JBC.to(q_TNK.device), scale)
+    return _attend(q_TNK, k_LCK, v_LCV, sink_N, hidden_JBC.to(q_TNK.device), scale, scaled_product)
 
 
 def _hidden(queries: int, columns: int, lengths_J: torch.Tensor, window_keys: int | None) -> torch.Tensor:
@@ -95,20 +97,29 @@ def _attend(
     sink_N: torch.Tensor | None,
     hidden_JBC: torch.Tensor,
     scale: float,
+    product: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor],
 ) -> torch.Tensor:
     num_sequences, block, columns = hidden_JBC.shape
     heads = {"block": block, "num_kv_heads": len(k_LCK) // num_sequences}
-    logits_LMC = scaled_product(pack_rows(q_TNK, **heads), k_LCK.transpose(1, 2), scale)
+    logits_LMC = product(pack_rows(q_TNK, **heads), k_LCK.transpose(1, 2), scale)
     logits_JNBC = logits_LMC.view(num_sequences, -1, block, columns)
     logits_JNBC.masked_fill_(hidden_JBC[:, None], float("-inf"))
     if sink_N is not None:
         sink_JNB1 = sink_N.to(logits_JNBC.dtype)[:, None, None].expand(num_sequences, -1, block, 1)
         logits_JNBC = torch.cat([logits_JNBC, sink_JNB1], dim=-1)
     probabilities_JNBC = torch.softmax(logits_JNBC, dim=-1)[..., :columns]
-    out_LMV = torch.bmm(probabilities_JNBC.reshape(logits_LMC.shape), v_LCV)
+    out_LMV = product(probabilities_JNBC.reshape(logits_LMC.shape), v_LCV, 1.0)
     out_TNV = q_TNK.new_empty(*q_TNK.shape[:2], v_LCV.shape[2])
     unpack_rows(out_LMV, out_TNV, **heads)
     return out_TNV
+
+
+def _head_by_head(a_LMX: torch.Tensor, b_LXC: torch.Tensor, scale: float) -> torch.Tensor:
+    """scale * a b, one key/value head after another: a batched product would first copy heads that are interleaved."""
+    out_LMC = a_LMX.new_empty(a_LMX.shape[0], a_LMX.shape[1], b_LXC.shape[2])
+    for a_MX, b_XC, out_MC in zip(a_LMX, b_LXC, out_LMC, strict=True):
+        torch.addmm(out_MC, a_MX, b_XC, beta=0, alpha=scale, out=out_MC)
+    return out_LMC
 
 
 PLUGIN = Backend(rank=5, run=run, refuse=refuse)

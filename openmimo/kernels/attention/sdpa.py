@@ -1,7 +1,6 @@
-"""Full causal attention on an accelerator through torch's own kernels: cuDNN first, which takes unequal key and value
-dims and grouped heads as they are.
+"""Full causal attention through `F.scaled_dot_product_attention`: accelerators only, cuDNN before flash.
 
-T queries, N query heads, G key/value heads, K key dim, V value dim.
+On the CPU that call multiplies out T x T numbers when key and value dims differ, so it is refused there.
 """
 
 import torch
@@ -11,7 +10,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from openmimo.kernels.attention import AttentionNeed
 from openmimo.kernels.dispatch import Backend
 
-_KERNELS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+PREFERRED = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
 
 
 def run(
@@ -23,7 +27,7 @@ def run(
     need: AttentionNeed,
     scale: float,
 ) -> torch.Tensor:
-    """See `openmimo.kernels.attention.attend`. Documents of one length are one batch, others follow one another."""
+    """See `openmimo.kernels.attention.attend`. Sequences of one length are a batch; others go one after another."""
     lengths = need.query_lengths
     if len(set(lengths)) == 1:
         return _batch(q_TNK, k_SGK, v_SGV, len(lengths), scale)
@@ -32,25 +36,25 @@ def run(
 
 
 def refuse(need: AttentionNeed) -> str | None:
-    """An accelerator's half precision, full layers without a sink, no cached prefix."""
+    """Self-attention in half precision on an accelerator, no window, no sink."""
     if need.on_cpu:
-        return "on a CPU torch computes unequal key and value dims by the slow path"
-    if need.window_keys is not None:
-        return "torch's kernels take no window"
-    if need.has_sink:
-        return "torch's kernels take no sink"
+        return "it is for accelerators"
+    if need.window_keys is not None or need.has_sink:
+        return "the torch call has neither windows nor sinks"
     if not need.is_self_attention:
-        return "torch aligns causal masks at the first key, not at the last"
+        return "its causal mask is for sequences with as many queries as keys"
     if need.dtype not in (torch.bfloat16, torch.float16):
-        return "torch's fast kernels compute in half precision only"
+        return f"its fast kernels are for half precision, not {need.dtype}"
     return None
 
 
-def _batch(q_TNK: torch.Tensor, k_TGK: torch.Tensor, v_TGV: torch.Tensor, num_documents: int, scale: float) -> torch.Tensor:
-    q, k, v = (x.unflatten(0, (num_documents, -1)).transpose(1, 2) for x in (q_TNK, k_TGK, v_TGV))
-    with sdpa_kernel(_KERNELS, set_priority=True):
+def _batch(
+    q_TNK: torch.Tensor, k_SGK: torch.Tensor, v_SGV: torch.Tensor, num_sequences: int, scale: float
+) -> torch.Tensor:
+    q, k, v = (x.unflatten(0, (num_sequences, -1)).transpose(1, 2) for x in (q_TNK, k_SGK, v_SGV))
+    with sdpa_kernel(PREFERRED, set_priority=True):
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
     return out.transpose(1, 2).flatten(0, 1)
 
 
-PLUGIN = Backend(rank=5, run=run, refuse=refuse)
+PLUGIN = Backend(rank=1, run=run, refuse=refuse)
