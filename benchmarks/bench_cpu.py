@@ -61,7 +61,14 @@ def measure_full(rounds: int) -> list[Row]:
         q, k, v, _ = _attention_inputs(4096, dtype)
         ours, peer = median_milliseconds([lambda: _ours(q, k, v, None, None), lambda: _sdpa(q, k, v)], rounds=rounds)
         rows.append(
-            Row(f"full causal 4096 {name}", ours, peer, "F.scaled_dot_product_attention, causal", _floor(4096, dtype, None), 5.0)
+            Row(
+                f"full causal 4096 {name}",
+                ours,
+                peer,
+                "F.scaled_dot_product_attention, causal",
+                _floor(4096, dtype, None),
+                5.0,
+            )
         )
     return rows
 

@@ -48,7 +48,9 @@ class Row:
         return None if self.peer_ms is None else self.peer_ms / self.ours_ms
 
 
-def median_milliseconds(calls: list[Callable[[], object]], *, rounds: int, device: torch.device | None = None) -> list[float]:
+def median_milliseconds(
+    calls: list[Callable[[], object]], *, rounds: int, device: torch.device | None = None
+) -> list[float]:
     """Median wall time of each call after one warm-up; all calls once a round, so that other load meets them alike."""
     device = device or torch.device("cpu")
     for call in calls:

@@ -78,7 +78,9 @@ def load_recipe(name: str, verb: str) -> Any:
     if module_name not in recipe_names():
         raise ConfigError(f"there is no recipe {module_name!r}. Recipes: {', '.join(recipe_names())}.")
     module = importlib.import_module(f"recipes.{module_name}")
-    functions = {key: value for key, value in vars(module).items() if callable(value) and value.__module__ == module.__name__}
+    functions = {
+        key: value for key, value in vars(module).items() if callable(value) and value.__module__ == module.__name__
+    }
     if (function or verb) not in functions:
         raise ConfigError(
             f"recipe {module_name!r} has nothing called {function or verb!r}; it has {', '.join(functions)}. "
@@ -276,7 +278,9 @@ def _bench(arguments: list[str]) -> None:
     try:
         bench = importlib.import_module("benchmarks.bench_cpu")
     except ModuleNotFoundError as error:
-        raise ConfigError("the benchmarks are in the source tree, not in the package; run this from a clone.") from error
+        raise ConfigError(
+            "the benchmarks are in the source tree, not in the package; run this from a clone."
+        ) from error
     bench.main(arguments)
 
 

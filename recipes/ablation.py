@@ -4,12 +4,12 @@ with sinks. `openmimo pretrain ablation:all_global`, `ablation:no_sink`, `ablati
 
 from dataclasses import replace
 
-from openmimo.train.config import PretrainConfig
+from openmimo.train.config import EvaluationConfig, PretrainConfig, Stage
 from recipes import tiny_cpu
 
 
 def sink() -> PretrainConfig:
-    """Hybrid with sinks: `tiny` as it is, through the first three stages of `tiny_cpu`."""
+    """Hybrid with sinks: `tiny` as it is."""
     return _arm("sink", "tiny")
 
 
@@ -24,5 +24,16 @@ def all_global() -> PretrainConfig:
 
 
 def _arm(name: str, model: str) -> PretrainConfig:
-    base = tiny_cpu.pretrain()
-    return replace(base, run_folder=f"runs/ablation_{name}", model=model, stages=base.stages[:3])
+    """One million tokens of text in rows of 256, eight windows long."""
+    text = Stage(
+        name="text", steps=500, sequence_length=256, rows=8, warmup_steps=30, peak_lr=3e-3, end_lr=3e-4,
+        mixture=tiny_cpu.mixture(tiny_cpu.TEXT), bias_rate=1e-2,
+    )  # fmt: skip
+    return replace(
+        tiny_cpu.pretrain(),
+        run_folder=f"runs/ablation_{name}",
+        model=model,
+        stages=(text,),
+        rows_per_microbatch=8,
+        evaluation=EvaluationConfig(every_steps=100, batches=16),
+    )

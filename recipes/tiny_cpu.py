@@ -64,10 +64,10 @@ def extend() -> ExtendConfig:
     return ExtendConfig(
         checkpoint="runs/tiny_cpu/model",
         run_folder="runs/tiny_cpu_extended",
-        mixture=mixture(replace(TEXT, weight=0.5), needles(weight=0.5, min_length=64, num_pairs=4)),
+        mixture=mixture(replace(TEXT, weight=0.4), needles(weight=0.6, min_length=64, num_pairs=4)),
         sequence_length=1024,
         full_rope_theta=160_000.0,
-        steps=150,
+        steps=250,
         rows=4,
         rows_per_microbatch=4,
         peak_lr=1e-3,

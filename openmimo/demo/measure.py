@@ -62,8 +62,8 @@ def measure_decoding(config: DemoConfig, model_folder: Path) -> dict[str, Any]:
 
 
 def _held_out_prompts(config: DemoConfig, tokenizer: Tokenizer) -> list[list[int]]:
-    """The beginnings of held-out documents of the first stage's text."""
-    mixture = config.pretrain.stages[0].mixture
+    """The beginnings of held-out documents of the extension's text."""
+    mixture = config.extend.mixture
     source = next(source for source in mixture.sources if isinstance(open_source(source)[0], TextSource))
     prompts: list[list[int]] = []
     for text in read_documents(source):

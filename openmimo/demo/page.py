@@ -28,7 +28,9 @@ def write_page(folder: Path, config: DemoConfig, findings: "Findings") -> Path:
     )
     report.figure(_retrieval(findings, config), "Share of facts found by context length, with 95 % intervals.")
     report.heading("Decoding")
-    report.figure(_decoding(findings.decoding), "Greedy decoding of held-out text at batch 1, and drafts accepted by head.")
+    report.figure(
+        _decoding(findings.decoding), "Greedy decoding of held-out text at batch 1, and drafts accepted by head."
+    )
     report.paragraph(
         "The text with drafts is the text without them."
         if findings.decoding["same_text"]
@@ -75,7 +77,9 @@ def _decoding(decoding: dict[str, Any]) -> Any:
     heads.bar([f"head {head}" for head in range(len(acceptance))], acceptance)
     heads.bar_label(heads.containers[0], fmt="%.2f")
     heads.set(
-        ylabel="drafts accepted", ylim=(0, 1.1), title=f"{decoding['speculative']['accepted_tokens_per_step']:.2f} tokens a step"
+        ylabel="drafts accepted",
+        ylim=(0, 1.1),
+        title=f"{decoding['speculative']['accepted_tokens_per_step']:.2f} tokens a step",
     )
     return figure
 

@@ -40,10 +40,14 @@ def run(config: DemoConfig) -> Path:
 
     parts.run("pretrain", "1/4  a tokenizer, and a model from random weights", lambda: _done(pretrain(first)))
     parts.run("extend", "2/4  a longer context, and three MTP heads", lambda: _done(extend(second)))
-    before = parts.run("retrieval_before", "3/4  retrieval before", lambda: measure_retrieval(config, second.checkpoint))
+    before = parts.run(
+        "retrieval_before", "3/4  retrieval before", lambda: measure_retrieval(config, second.checkpoint)
+    )
     model_folder = folder / "extend" / "model"
     after = parts.run("retrieval_after", "     and after", lambda: measure_retrieval(config, str(model_folder)))
-    decoding = parts.run("decoding", "4/4  decoding, plain and speculative", lambda: measure_decoding(config, model_folder))
+    decoding = parts.run(
+        "decoding", "4/4  decoding, plain and speculative", lambda: measure_decoding(config, model_folder)
+    )
 
     findings = Findings(before["scores"], after["scores"], decoding, parts.seconds())
     report = write_page(folder, config, findings)

@@ -20,7 +20,9 @@ def load(path: str, *, speculative: bool | None, dtype: str, device: str) -> LLM
     return LLM(path, Tokenizer.load(path), speculative=speculative, dtype=dtype, device=device)
 
 
-def generate(llm: LLM, prompt: str, sampling: SamplingParams, *, as_chat: bool, thinking: bool, system: str | None) -> None:
+def generate(
+    llm: LLM, prompt: str, sampling: SamplingParams, *, as_chat: bool, thinking: bool, system: str | None
+) -> None:
     """Prints the continuation of `prompt` ("-": standard input), and the engine's figures on standard error."""
     text = sys.stdin.read() if prompt == "-" else prompt
     given: str | list[int] = text
@@ -49,7 +51,9 @@ def chat(llm: LLM, sampling: SamplingParams, *, thinking: bool, system: str | No
         ids = llm.tokenizer.encode_chat(turns, enable_thinking=thinking)
         room = llm.model.config.max_positions - len(ids)
         if room < 1:
-            _STDERR.print(f"the conversation has outgrown the model's {llm.model.config.max_positions} positions", style="yellow")
+            _STDERR.print(
+                f"the conversation has outgrown the model's {llm.model.config.max_positions} positions", style="yellow"
+            )
             turns = list(opening)
             continue
         llm.reset_stats()

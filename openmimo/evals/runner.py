@@ -36,7 +36,9 @@ def run_and_print(config: EvalConfig) -> None:
     scores = run(config, llm)
     table = Table("tokens", "examples", "score", "95 % interval", title=f"{config.task} on {config.path}")
     for score in scores:
-        table.add_row(str(score.length), str(score.examples), f"{score.mean:.3f}", f"{score.low:.3f} to {score.high:.3f}")
+        table.add_row(
+            str(score.length), str(score.examples), f"{score.mean:.3f}", f"{score.low:.3f} to {score.high:.3f}"
+        )
     Console().print(table)
     if config.output is not None:
         result = {"config": to_dict(config), "version": TASKS.get(config.task).version, "scores": to_dict(scores)}

@@ -11,7 +11,17 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Ten
     The mean is taken in float32 (float64 stays); the quotient is cast to the dtype of x before the weight multiplies
     it, as Hugging Face does. Differentiable in x and weight.
     """
-    return _RmsNorm.apply(x, weight.to(x.dtype), epsilon)
+    weight = weight.to(x.dtype)
+    if torch.is_grad_enabled():
+        return _RmsNorm.apply(x, weight, epsilon)
+    return (x * _inverse_rms(x, epsilon)).to(x.dtype) * weight
+
+
+def _inverse_rms(x: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """1 / sqrt(mean of squares + epsilon) of each row, [..., 1], in float32 or float64."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
+    return torch.full_like(norm, epsilon).addcmul_(norm, norm, value=1 / x.shape[-1]).rsqrt_()
 
 
 class _RmsNorm(torch.autograd.Function):
@@ -22,9 +32,7 @@ class _RmsNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
-        inverse_rms = torch.rsqrt(norm.square() / x.shape[-1] + epsilon)
+        inverse_rms = _inverse_rms(x, epsilon)
         ctx.save_for_backward(x, weight, inverse_rms)
         return (x * inverse_rms).to(x.dtype) * weight
 

@@ -29,7 +29,9 @@ def apply_rotary(x_THK: torch.Tensor, cos_TR: torch.Tensor, sin_TR: torch.Tensor
 
     Differentiable in x. The table must be in the dtype of x.
     """
-    return _Rotate.apply(x_THK, cos_TR, sin_TR)
+    if torch.is_grad_enabled():
+        return _Rotate.apply(x_THK, cos_TR, sin_TR)
+    return _rotate(x_THK, cos_TR, sin_TR)
 
 
 class _Rotate(torch.autograd.Function):
@@ -50,4 +52,5 @@ def _rotate(x_THK: torch.Tensor, cos_TR: torch.Tensor, sin_TR: torch.Tensor) -> 
     half = cos_TR.shape[-1] // 2
     cos, sin = cos_TR[:, None, :half], sin_TR[:, None, :half]
     first, second, rest = x_THK[..., :half], x_THK[..., half : 2 * half], x_THK[..., 2 * half :]
-    return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
+    turned_first = torch.addcmul(first * cos, second, sin, value=-1)
+    return torch.cat([turned_first, torch.addcmul(second * cos, first, sin), rest], dim=-1)

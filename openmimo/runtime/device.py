@@ -11,7 +11,7 @@ from openmimo.core.errors import ConfigError
 
 
 def resolve_device(name: str) -> torch.device:
-    """"auto" is the accelerator if there is one, else the CPU. Raises ConfigError for a device that is not there."""
+    """ "auto" is the accelerator if there is one, else the CPU. Raises ConfigError for a device that is not there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -60,9 +60,11 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     cpu_info = Path("/proc/cpuinfo")
-    models = [line.split(":")[1].strip() for line in cpu_info.read_text().splitlines() if "model name" in line] if (
-        cpu_info.exists()
-    ) else []
+    models = (
+        [line.split(":")[1].strip() for line in cpu_info.read_text().splitlines() if "model name" in line]
+        if (cpu_info.exists())
+        else []
+    )
     return f"{models[0] if models else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
 
 

@@ -52,9 +52,7 @@ class Checkpoints:
         self.folder = run_folder / "checkpoints"
         self.policy = policy
 
-    def save(
-        self, model: MiMo, optimiser: torch.optim.Optimizer, tokenizer: Tokenizer, progress: Progress
-    ) -> Path:
+    def save(self, model: MiMo, optimiser: torch.optim.Optimizer, tokenizer: Tokenizer, progress: Progress) -> Path:
         """Writes a checkpoint, then deletes those that the policy no longer keeps.
 
         Raises CheckpointError if it cannot be written (a full disk, say); the ones before it are untouched.
@@ -87,16 +85,16 @@ class Checkpoints:
                 shutil.rmtree(path)
 
 
-def restore(
-    path: Path, device: torch.device
-) -> tuple[MiMo, dict[str, torch.Tensor], Progress]:
+def restore(path: Path, device: torch.device) -> tuple[MiMo, dict[str, torch.Tensor], Progress]:
     """The model of a checkpoint in float32, its optimiser state by name (for `load_optimiser_state`), and its progress.
 
     Also puts the random generators back.
     """
     model = load_model(path, dtype="float32", device=str(device))
     tensors = load_file(path / "trainer" / "optimiser.safetensors", device="cpu")
-    set_rng_state({name.removeprefix("rng."): tensors.pop(name) for name in list(tensors) if name.startswith("rng.")}, device)
+    set_rng_state(
+        {name.removeprefix("rng."): tensors.pop(name) for name in list(tensors) if name.startswith("rng.")}, device
+    )
     return model, tensors, Progress(**read_json(path / "trainer" / "progress.json"))
 
 
@@ -132,7 +130,9 @@ def find_damage(path: Path) -> str | None:
     return None
 
 
-def _write(folder: Path, model: MiMo, optimiser: torch.optim.Optimizer, tokenizer: Tokenizer, progress: Progress) -> None:
+def _write(
+    folder: Path, model: MiMo, optimiser: torch.optim.Optimizer, tokenizer: Tokenizer, progress: Progress
+) -> None:
     write_model(model, folder)
     tokenizer.save(folder)
     trainer = folder / "trainer"

@@ -58,7 +58,9 @@ def evaluate(model: MiMo, batches: Iterable[Batch], sequence_length: int) -> Eva
             loss_sums[head] += losses_T.sum()
             counts[head] += (labels_T != IGNORED).sum().cpu()
             if head == 0:
-                _add_by_position(losses_T, labels_T.cpu(), context.positions_T.cpu(), edges, position_sums, position_counts)
+                _add_by_position(
+                    losses_T, labels_T.cpu(), context.positions_T.cpu(), edges, position_sums, position_counts
+                )
         agreed, places = _agreement(states, weight, micro)
         accepted += agreed
         drafted += places
@@ -70,7 +72,9 @@ def evaluate(model: MiMo, batches: Iterable[Batch], sequence_length: int) -> Eva
     )
 
 
-def _agreement(states: list[torch.Tensor], weight: torch.Tensor, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
+def _agreement(
+    states: list[torch.Tensor], weight: torch.Tensor, batch: MicroBatch
+) -> tuple[torch.Tensor, torch.Tensor]:
     """By MTP head: at how many places its choice is the main head's, and how many places there are."""
     main_T = token_argmax(states[0], weight)
     agreed, places = [], []

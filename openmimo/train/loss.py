@@ -56,7 +56,9 @@ def training_loss(
     hidden = model(batch.tokens_T, context)
     losses = [
         _head_loss(model, states_TD, labels_T, label_counts[head])
-        for head, (states_TD, labels_T) in enumerate(zip(head_states(model, batch, hidden, context), batch.labels, strict=True))
+        for head, (states_TD, labels_T) in enumerate(
+            zip(head_states(model, batch, hidden, context), batch.labels, strict=True)
+        )
     ]
     total = losses[0]
     if len(losses) > 1:

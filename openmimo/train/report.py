@@ -25,15 +25,21 @@ def add_training_figures(report: Report, rows: Rows) -> None:
     train = [row for row in rows if "loss/main" in row]
     validation = [row for row in rows if "validation/main" in row]
     report.heading("Loss")
-    report.figure(_losses(train, validation, rows), "Cross-entropy in nats per token: training (lines), held out (dots).")
+    report.figure(
+        _losses(train, validation, rows), "Cross-entropy in nats per token: training (lines), held out (dots)."
+    )
     if validation:
         report.figure(_by_position(validation), "Held-out loss by position in the document, first and last evaluation.")
     if validation and "validation/acceptance_0" in validation[-1]:
         report.heading("Multi-token prediction")
-        report.figure(_acceptance(validation), "Share of held-out places where an MTP head drafts what the model would say.")
+        report.figure(
+            _acceptance(validation), "Share of held-out places where an MTP head drafts what the model would say."
+        )
     if train and "expert_load/by_layer" in train[-1]:
         report.heading("Experts")
-        report.figure(_expert_load(train), "Busiest expert against the mean by layer over time, and the last step's load.")
+        report.figure(
+            _expert_load(train), "Busiest expert against the mean by layer over time, and the last step's load."
+        )
     report.heading("Optimisation and speed")
     report.figure(_speed(train), "Learning rate, gradient norm before clipping, and tokens per second.")
     report.table(*_summary(train, validation))
@@ -55,7 +61,12 @@ def _losses(train: Rows, validation: Rows, rows: Rows) -> Any:
 def _by_position(validation: Rows) -> Any:
     figure, axis = new_figure()
     for row in (validation[0], validation[-1]):
-        axis.plot(row["validation/position_edges"], row["validation/loss_by_position"], marker="o", label=f"step {row['step']}")
+        axis.plot(
+            row["validation/position_edges"],
+            row["validation/loss_by_position"],
+            marker="o",
+            label=f"step {row['step']}",
+        )
     axis.set(xlabel="position, up to", ylabel="nats per token", xscale="log")
     axis.set_xscale("log", base=2)
     axis.legend()

@@ -118,9 +118,7 @@ class Trainer:
                 routing=RoutingTape(record=True),
                 balance_weight=self.config.balance_weight / len(micro_batches),
             )
-            loss, shares = training_loss(
-                self.model, batch, context, label_counts=counts, mtp_weight=stage.mtp_weight
-            )
+            loss, shares = training_loss(self.model, batch, context, label_counts=counts, mtp_weight=stage.mtp_weight)
             loss.backward()
             losses += shares
             expert_load(context.routing, self.model, add_to=load)
@@ -213,4 +211,6 @@ class Trainer:
 
 def without_location(config: PretrainConfig) -> PretrainConfig:
     """The config with what may differ between two starts of one run taken out."""
-    return replace(config, run_folder="", device="auto", threads=0, loader_workers=0, tensorboard=False, log_every_steps=1)
+    return replace(
+        config, run_folder="", device="auto", threads=0, loader_workers=0, tensorboard=False, log_every_steps=1
+    )

@@ -73,5 +73,7 @@ def test_something_fast_serves_a_cpu():
 
 def test_no_tokens_give_no_rows():
     empty = torch.zeros(0, 8)
-    out = apply_experts(empty, torch.zeros(0, 2, dtype=torch.int64), torch.zeros(0, 2), torch.zeros(4, 6, 8), torch.zeros(4, 8, 3))
+    out = apply_experts(
+        empty, torch.zeros(0, 2, dtype=torch.int64), torch.zeros(0, 2), torch.zeros(4, 6, 8), torch.zeros(4, 8, 3)
+    )
     assert out.shape == (0, 8)

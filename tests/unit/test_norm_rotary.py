@@ -7,7 +7,9 @@ from openmimo.kernels.norm import rms_norm
 from openmimo.kernels.rotary import apply_rotary, rotary_table
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)]
+)
 def test_rms_norm(dtype, tolerance):
     x64, w64 = torch.randn(31, 40, dtype=torch.float64), 1 + 0.2 * torch.randn(40, dtype=torch.float64)
     x, w = x64.to(dtype).requires_grad_(), w64.to(dtype).requires_grad_()

@@ -110,7 +110,9 @@ def test_loss_is_the_definition():
     tokens = torch.randint(0, 160, (30,))
     mask = torch.rand(30) > 0.3
     batch = micro_batch(tokens, lengths, mask, 2)
-    loss, shares = training_loss(model, batch, PackedContext(lengths), label_counts=batch.label_counts(), mtp_weight=0.3)
+    loss, shares = training_loss(
+        model, batch, PackedContext(lengths), label_counts=batch.label_counts(), mtp_weight=0.3
+    )
     context = PackedContext(lengths)
     hidden = model(tokens, context)
     means = []
@@ -174,7 +176,9 @@ def test_a_run_leaves_what_it_says(finished):
     train = [row for row in rows if "loss/main" in row]
     assert [row["step"] for row in train] == list(range(1, 11))
     assert train[-1]["loss/main"] < train[0]["loss/main"]
-    assert {"loss/mtp_0", "gradient/num_zeros", "mfu", "flops", "tokens_per_second", "expert_load/by_layer"} <= set(train[0])
+    assert {"loss/mtp_0", "gradient/num_zeros", "mfu", "flops", "tokens_per_second", "expert_load/by_layer"} <= set(
+        train[0]
+    )
     assert "loss/mtp_1" in train[-1]
     assert "loss/mtp_1" not in train[0]
     assert sum(train[0]["expert_load/by_layer"][0]) == 4 * 32 * 2
@@ -249,7 +253,9 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(finished, tmp_path, monk
     names = [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()]
     assert "step-00000004" not in names
     assert not [name for name in names if name.startswith(".")]
-    assert all(torch.equal(t, weights(tmp_path / "run" / "model")[n]) for n, t in weights(finished / "run" / "model").items())
+    assert all(
+        torch.equal(t, weights(tmp_path / "run" / "model")[n]) for n, t in weights(finished / "run" / "model").items()
+    )
 
 
 def test_a_checkpoint_that_cannot_be_written_names_itself(tmp_path, monkeypatch, finished):
@@ -277,7 +283,9 @@ def test_another_config_does_not_continue_a_run(finished):
 
 def test_accumulation_over_microbatches_changes_nothing(finished, tmp_path):
     pretrain(replace(run_config(finished), run_folder=str(tmp_path / "run"), rows_per_microbatch=4, balance_weight=0.0))
-    pretrain(replace(run_config(finished), run_folder=str(tmp_path / "run2"), rows_per_microbatch=1, balance_weight=0.0))
+    pretrain(
+        replace(run_config(finished), run_folder=str(tmp_path / "run2"), rows_per_microbatch=1, balance_weight=0.0)
+    )
     one = [row["loss/main"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss/main" in row]
     four = [row["loss/main"] for row in read_metrics(tmp_path / "run2" / "metrics.jsonl") if "loss/main" in row]
     assert one == pytest.approx(four, rel=1e-4)

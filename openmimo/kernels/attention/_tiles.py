@@ -5,6 +5,9 @@ matrix products and keys are never repeated. A sink is one more key: a zero key,
 a zero value; its share of the softmax and of the gradient comes out by itself. Nothing of the softmax is kept for the
 backward pass, which computes it again from queries and keys.
 
+The number of columns is kept to multiples of `COLUMNS_MULTIPLE`, with keys that the mask hides: on a CPU, oneDNN
+compiles each bfloat16 product anew for sizes that it has not seen, which takes longer than a small product.
+
 Logits and probabilities are held in the dtype of the inputs; the softmax between them computes in float32 or better.
 
 J tiles, B queries of a tile, M = R x B rows of a tile, C columns of a tile (its keys, then the sink if there is one),
@@ -13,21 +16,37 @@ one entry of a batch of matrix products: L = J x G.
 """
 
 import torch
+import torch.nn.functional as F
+
+COLUMNS_MULTIPLE = 64
+
+
+def whole_columns(count: int) -> int:
+    """`count` rounded up to a multiple of `COLUMNS_MULTIPLE`."""
+    return -(-count // COLUMNS_MULTIPLE) * COLUMNS_MULTIPLE
 
 
 def pack_rows(x_TNX: torch.Tensor, *, block: int, num_kv_heads: int) -> torch.Tensor:
-    """[J * B, N, X] to [L, M, X] with `block` = B; the rows of a tile run over query heads, then over queries."""
-    _, N, X = x_TNX.shape
+    """[T, N, X] to [L, M, X] with `block` = B; the rows of a tile run over query heads, then over queries.
+
+    The last tile is filled up with zeros.
+    """
+    T, N, X = x_TNX.shape
+    if T % block:
+        x_TNX = F.pad(x_TNX, (0, 0, 0, 0, 0, -T % block))
     x_JBGRX = x_TNX.reshape(-1, block, num_kv_heads, N // num_kv_heads, X)
     return x_JBGRX.permute(0, 2, 3, 1, 4).reshape(-1, N // num_kv_heads * block, X)
 
 
 def unpack_rows(x_LMX: torch.Tensor, out_TNX: torch.Tensor, *, block: int, num_kv_heads: int) -> None:
-    """The inverse of `pack_rows`: writes J * B tokens at the start of `out_TNX`."""
+    """The inverse of `pack_rows`: writes all of `out_TNX`."""
     L, M, X = x_LMX.shape
     x_JGRBX = x_LMX.view(L // num_kv_heads, num_kv_heads, M // block, block, X)
-    out_JBGRX = out_TNX[: L // num_kv_heads * block].view(-1, block, num_kv_heads, M // block, X)
-    out_JBGRX.copy_(x_JGRBX.permute(0, 3, 1, 2, 4))
+    x_JBGRX = x_JGRBX.permute(0, 3, 1, 2, 4)
+    if len(out_TNX) % block:
+        out_TNX.copy_(x_JBGRX.reshape(-1, *out_TNX.shape[1:])[: len(out_TNX)])
+    else:
+        out_TNX.view(x_JBGRX.shape).copy_(x_JBGRX)
 
 
 def scaled_product(a_LMX: torch.Tensor, b_LXC: torch.Tensor, scale: float) -> torch.Tensor:

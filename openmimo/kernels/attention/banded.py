@@ -27,7 +27,9 @@ from openmimo.kernels.attention._tiles import (
 )
 from openmimo.kernels.dispatch import Backend
 
-SEGMENT_LOGITS = 1 << 19
+SEGMENT_LOGITS_CPU = 1 << 19
+SEGMENT_LOGITS_ACCELERATOR = 1 << 25
+MAX_WINDOW_CPU = 256
 COLUMNS_MULTIPLE = 32
 MIN_BLOCK = 24
 MIN_ROWS = 128
@@ -58,8 +60,17 @@ def run(
 
 
 def refuse(need: AttentionNeed) -> str | None:
-    """Windows only."""
-    return "it computes sliding windows only" if need.window_keys is None else None
+    """Windows only, and on a CPU not wide ones."""
+    if need.window_keys is None:
+        return "it computes sliding windows only"
+    if need.on_cpu and _window_in_use(need) > MAX_WINDOW_CPU:
+        return f"on a CPU the blocked backend is faster beyond a window of {MAX_WINDOW_CPU} keys"
+    return None
+
+
+def _window_in_use(need: AttentionNeed) -> int:
+    """The window, or the longest sequence if that is shorter."""
+    return min(need.window_keys, max(need.key_lengths))
 
 
 @dataclass(frozen=True)
@@ -76,12 +87,18 @@ class _Bands:
     @classmethod
     def for_need(cls, need: AttentionNeed, scale: float) -> "_Bands":
         """Columns are rounded up to whole vectors, and the block then grows to use them."""
-        past, sink = min(need.window_keys, max(need.key_lengths)) - 1, int(need.has_sink)
+        past, sink = _window_in_use(need) - 1, int(need.has_sink)
         min_block = max(MIN_BLOCK, MIN_ROWS * need.num_kv_heads // need.num_heads)
         columns = math.ceil((past + min_block + sink) / COLUMNS_MULTIPLE) * COLUMNS_MULTIPLE
         block = columns - past - sink
-        tiles = max(1, SEGMENT_LOGITS // (need.num_heads * block * columns))
+        logits = SEGMENT_LOGITS_CPU if need.on_cpu else SEGMENT_LOGITS_ACCELERATOR
+        tiles = max(1, logits // (need.num_heads * block * columns))
         return cls(past, block, columns, tiles, need.num_kv_heads, scale)
+
+    @property
+    def rows(self) -> dict[str, int]:
+        """The arguments of `pack_rows` and its relatives."""
+        return {"block": self.block, "num_kv_heads": self.num_kv_heads}
 
     def segments(self, num_queries: int) -> Iterator[tuple[slice, int]]:
         """The queries of each segment, and its number of tiles; the last tile may be partly empty."""
@@ -120,33 +137,33 @@ class _Banded(torch.autograd.Function):
         ctx.save_for_backward(q_TNK, k_PGK, v_PGV, sink_N, first_T)
         ctx.bands = bands
         stream = _Stream(q_TNK, k_PGK, v_PGV, sink_N, first_T, bands)
-        out_TNV = stream.new_tokens(v_PGV.shape[2])
+        out_TNV = q_TNK.new_empty(*q_TNK.shape[:2], v_PGV.shape[2])
         for queries, num_tiles in bands.segments(len(q_TNK)):
             tiles = stream.tiles(queries, num_tiles)
-            stream.store(torch.bmm(tiles.probabilities_LMC, tiles.v_LCV), out_TNV, queries)
-        return out_TNV[: len(q_TNK)]
+            unpack_rows(torch.bmm(tiles.probabilities_LMC, tiles.v_LCV), out_TNV[queries], **bands.rows)
+        return out_TNV
 
     @staticmethod
     def backward(ctx: Any, grad_TNV: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         q_TNK, k_PGK, v_PGV, sink_N, first_T = ctx.saved_tensors
         bands = ctx.bands
-        heads = {"block": bands.block, "num_kv_heads": bands.num_kv_heads}
         stream = _Stream(q_TNK, k_PGK, v_PGV, sink_N, first_T, bands)
-        grad_q_TNK = stream.new_tokens(q_TNK.shape[2])
+        grad_q_TNK = torch.empty_like(q_TNK)
         grad_k, grad_v = _StreamSum(k_PGK, bands), _StreamSum(v_PGV, bands)
         grad_sink_N = None if sink_N is None else torch.zeros_like(sink_N, dtype=wide_dtype(sink_N.dtype))
         for queries, num_tiles in bands.segments(len(q_TNK)):
             tiles = stream.tiles(queries, num_tiles)
-            grad_LMV = stream.rows(grad_TNV, queries, num_tiles)
+            grad_LMV = pack_rows(grad_TNV[queries], **bands.rows)
             grad_logits_LMC = logits_gradient(tiles.probabilities_LMC, tiles.v_LCV, grad_LMV)
-            stream.store(scaled_product(grad_logits_LMC, tiles.k_LCK, bands.scale), grad_q_TNK, queries)
+            grad_q_LMK = scaled_product(grad_logits_LMC, tiles.k_LCK, bands.scale)
+            unpack_rows(grad_q_LMK, grad_q_TNK[queries], **bands.rows)
             grad_k.add(scaled_product(grad_logits_LMC.transpose(1, 2), tiles.q_LMK, bands.scale), queries)
             grad_v.add(torch.bmm(tiles.probabilities_LMC.transpose(1, 2), grad_LMV), queries)
             if grad_sink_N is not None:
-                grad_sink_N += sink_gradient(grad_logits_LMC, **heads)
+                grad_sink_N += sink_gradient(grad_logits_LMC, **bands.rows)
         if grad_sink_N is not None:
             grad_sink_N = grad_sink_N.to(sink_N.dtype)
-        return grad_q_TNK[: len(q_TNK)], grad_k.total(), grad_v.total(), grad_sink_N, None, None
+        return grad_q_TNK, grad_k.total(), grad_v.total(), grad_sink_N, None, None
 
 
 @dataclass(frozen=True)
@@ -183,33 +200,16 @@ class _Stream:
         """Inputs and probabilities of the tiles of one segment."""
         bands = self._bands
         keys = slice(queries.start, queries.start + num_tiles * bands.block + bands.past)
-        q_LMK = self.rows(self._q_TNK, queries, num_tiles)
+        q_LMK = pack_rows(self._q_TNK[queries], **bands.rows)
         k_LCK = self._gather(self._k_PGK[keys], self._k_LCK)
         v_LCV = self._gather(self._v_PGV[keys], self._v_LCV)
         logits_LMC = scaled_product(q_LMK, k_LCK.transpose(1, 2), bands.scale)
         logits_JXBC = logits_LMC.view(num_tiles, -1, bands.block, bands.columns)
         logits_JXBC += self._mask(queries, num_tiles)[:, None]
         if self._sink_N is not None:
-            write_sink(logits_LMC, self._sink_N, block=bands.block, num_kv_heads=bands.num_kv_heads)
+            write_sink(logits_LMC, self._sink_N, **bands.rows)
         probabilities_LMC = torch.softmax(logits_LMC, dim=-1, out=logits_LMC)
         return _Tiles(q_LMK, k_LCK, v_LCV, probabilities_LMC)
-
-    def rows(self, x_TNX: torch.Tensor, queries: slice, num_tiles: int) -> torch.Tensor:
-        """[T, N, X] to the rows [L, M, X] of one segment, zeros beyond the last query."""
-        missing = num_tiles * self._bands.block - (queries.stop - queries.start)
-        x_TNX = x_TNX[queries]
-        if missing:
-            x_TNX = F.pad(x_TNX, (0, 0, 0, 0, 0, missing))
-        return pack_rows(x_TNX, block=self._bands.block, num_kv_heads=self._bands.num_kv_heads)
-
-    def new_tokens(self, dim: int) -> torch.Tensor:
-        """Room for the T queries, rounded up to whole tiles: [.., N, dim]."""
-        T, N, _ = self._q_TNK.shape
-        return self._q_TNK.new_empty(T + -T % self._bands.block, N, dim)
-
-    def store(self, x_LMX: torch.Tensor, out_TNX: torch.Tensor, queries: slice) -> None:
-        """Writes the rows of a segment where its queries are."""
-        unpack_rows(x_LMX, out_TNX[queries.start:], block=self._bands.block, num_kv_heads=self._bands.num_kv_heads)
 
     def _gather(self, x_PGX: torch.Tensor, columns_LCX: torch.Tensor) -> torch.Tensor:
         """Copies the keys or values of each tile into its columns; neighbouring tiles share keys. A sink stays zero."""

@@ -1,7 +1,8 @@
 """Causal attention by blocks of queries, each against the keys that any of them may see: never T x T memory.
 
-A tile is a block of consecutive queries of the pack, whatever sequences they belong to, and the run of keys from the
-first that its first query sees to the own key of its last query. Only the ends of that run need a mask.
+A tile is a block of consecutive queries of the pack, and the run of keys from the first that its first query sees to
+the own key of its last query. Only the ends of that run need a mask. Long sequences end their tile, short ones share
+one. Both sizes of a tile are rounded up: with queries that are dropped again, and with keys that the mask hides.
 
 Shapes as in `_tiles`, where L is G: one tile at a time. T queries, S keys.
 """
@@ -14,19 +15,23 @@ import torch.nn.functional as F
 
 from openmimo.kernels.attention import AttentionNeed
 from openmimo.kernels.attention._tiles import (
+    COLUMNS_MULTIPLE,
     logits_gradient,
     pack_rows,
     scaled_product,
     sink_gradient,
     unpack_rows,
+    whole_columns,
     wide_dtype,
     write_sink,
 )
 from openmimo.kernels.dispatch import Backend
 
-TILE_LOGITS = 1 << 22
-MIN_BLOCK = 16
-MAX_BLOCK = 128
+TILE_LOGITS_CPU = 1 << 22
+TILE_LOGITS_ACCELERATOR = 1 << 27
+BLOCK_MULTIPLE = 16
+MAX_BLOCK_CPU = 128
+MAX_BLOCK_ACCELERATOR = 1024
 
 
 def run(
@@ -39,18 +44,19 @@ def run(
     scale: float,
 ) -> torch.Tensor:
     """See `openmimo.kernels.attention.attend`."""
-    k_GSK, v_GSV = k_SGK.transpose(0, 1).contiguous(), v_SGV.transpose(0, 1).contiguous()
+    k_GSK, v_GSV = (F.pad(x.transpose(0, 1), (0, 0, 0, COLUMNS_MULTIPLE)) for x in (k_SGK, v_SGV))
     return _Blocked.apply(q_TNK, k_GSK, v_GSV, sink_N, _plan(need), scale)
 
 
 @dataclass(frozen=True)
 class _Tile:
-    """Queries `queries` against keys `keys`. Query i sees the keys of the tile from first_B[i] to own_B[i].
+    """Queries `queries`, filled up to `block`, against keys `keys`. Query i sees keys first_B[i] to own_B[i] of these.
 
     Columns in `left` hold keys before the first of some query, columns in `right` keys after the own of some query.
     """
 
     queries: slice
+    block: int
     keys: slice
     first_B: torch.Tensor
     own_B: torch.Tensor
@@ -68,21 +74,27 @@ def _plan(need: AttentionNeed) -> list[_Tile]:
     if need.window_keys is not None:
         first_T = torch.maximum(first_T, own_T - need.window_keys + 1)
     own, first, query_ends = own_T.tolist(), first_T.tolist(), query_ends_T.tolist()
+    sink = int(need.has_sink)
+    tile_logits = TILE_LOGITS_CPU if need.on_cpu else TILE_LOGITS_ACCELERATOR
+    max_block = MAX_BLOCK_CPU if need.on_cpu else MAX_BLOCK_ACCELERATOR
     tiles, start = [], 0
     while start < len(own):
         span = own[start] + 1 - first[start]
-        block = min(MAX_BLOCK, max(MIN_BLOCK, TILE_LOGITS // (need.num_heads * span)))
-        last_allowed = query_ends[start] if span > block else len(own)
-        stop = min(start + block, last_allowed)
-        low, high = first[start], own[stop - 1] + 1
+        affordable = tile_logits // (need.num_heads * span) // BLOCK_MULTIPLE * BLOCK_MULTIPLE
+        block = min(max_block, max(BLOCK_MULTIPLE, affordable))
+        stop = min(start + block, query_ends[start] if span > block else len(own))
+        low = first[start]
+        num_keys = whole_columns(own[stop - 1] + 1 - low + sink) - sink
+        unused = -(stop - start) % BLOCK_MULTIPLE
         tiles.append(
             _Tile(
                 queries=slice(start, stop),
-                keys=slice(low, high),
-                first_B=first_T[start:stop] - low,
-                own_B=own_T[start:stop] - low,
+                block=stop - start + unused,
+                keys=slice(low, low + num_keys),
+                first_B=F.pad(first_T[start:stop] - low, (0, unused)),
+                own_B=F.pad(own_T[start:stop] - low, (0, unused)),
                 left=slice(0, first[stop - 1] - low),
-                right=slice(own[start] + 1 - low, high - low),
+                right=slice(own[start] + 1 - low, num_keys),
             )
         )
         start = stop
@@ -104,12 +116,11 @@ class _Blocked(torch.autograd.Function):
         ctx.tiles, ctx.scale = tiles, scale
         out_TNV = q_TNK.new_empty(*q_TNK.shape[:2], v_GSV.shape[2])
         for tile in tiles:
-            block = tile.queries.stop - tile.queries.start
-            q_GMK = pack_rows(q_TNK[tile.queries], block=block, num_kv_heads=len(k_GSK))
+            q_GMK = pack_rows(q_TNK[tile.queries], block=tile.block, num_kv_heads=len(k_GSK))
             k_GCK, v_GCV = _columns(k_GSK, tile, sink_N), _columns(v_GSV, tile, sink_N)
             probabilities_GMC = _probabilities(q_GMK, k_GCK, sink_N, tile, scale)
             out_GMV = torch.bmm(probabilities_GMC, v_GCV)
-            unpack_rows(out_GMV, out_TNV[tile.queries], block=block, num_kv_heads=len(k_GSK))
+            unpack_rows(out_GMV, out_TNV[tile.queries], block=tile.block, num_kv_heads=len(k_GSK))
         return out_TNV
 
     @staticmethod
@@ -120,7 +131,7 @@ class _Blocked(torch.autograd.Function):
         grad_v_GSV = torch.zeros_like(v_GSV, dtype=wide_dtype(v_GSV.dtype))
         grad_sink_N = None if sink_N is None else torch.zeros_like(sink_N, dtype=wide_dtype(sink_N.dtype))
         for tile in ctx.tiles:
-            rows = {"block": tile.queries.stop - tile.queries.start, "num_kv_heads": len(k_GSK)}
+            rows = {"block": tile.block, "num_kv_heads": len(k_GSK)}
             q_GMK, grad_GMV = pack_rows(q_TNK[tile.queries], **rows), pack_rows(grad_TNV[tile.queries], **rows)
             k_GCK, v_GCV = _columns(k_GSK, tile, sink_N), _columns(v_GSV, tile, sink_N)
             probabilities_GMC = _probabilities(q_GMK, k_GCK, sink_N, tile, ctx.scale)
@@ -146,16 +157,15 @@ def _columns(x_GSX: torch.Tensor, tile: _Tile, sink_N: torch.Tensor | None) -> t
 def _probabilities(
     q_GMK: torch.Tensor, k_GCK: torch.Tensor, sink_N: torch.Tensor | None, tile: _Tile, scale: float
 ) -> torch.Tensor:
-    block = tile.queries.stop - tile.queries.start
     logits_GMC = scaled_product(q_GMK, k_GCK.transpose(1, 2), scale)
-    logits_XBC = logits_GMC.view(-1, block, k_GCK.shape[1])
+    logits_XBC = logits_GMC.view(-1, tile.block, k_GCK.shape[1])
     columns_C = torch.arange(k_GCK.shape[1], device=q_GMK.device)
     before_BC = columns_C[tile.left] < tile.first_B.to(q_GMK.device)[:, None]
     after_BC = columns_C[tile.right] > tile.own_B.to(q_GMK.device)[:, None]
     logits_XBC[..., tile.left].masked_fill_(before_BC, float("-inf"))
     logits_XBC[..., tile.right].masked_fill_(after_BC, float("-inf"))
     if sink_N is not None:
-        write_sink(logits_GMC, sink_N, block=block, num_kv_heads=len(k_GCK))
+        write_sink(logits_GMC, sink_N, block=tile.block, num_kv_heads=len(k_GCK))
     return torch.softmax(logits_GMC, dim=-1, out=logits_GMC)
 
 

@@ -7,12 +7,12 @@ arithmetic but the number of steps, so their keys are gathered into one batch of
 Shapes as in `_tiles`: a sequence is a tile (J sequences, B queries each).
 """
 
-from collections.abc import Callable
+import functools
 
 import torch
 
 from openmimo.kernels.attention import AttentionNeed
-from openmimo.kernels.attention._tiles import pack_rows, scaled_product, unpack_rows
+from openmimo.kernels.attention._tiles import pack_rows, scaled_product, unpack_rows, whole_columns
 from openmimo.kernels.dispatch import Backend
 
 MAX_QUERIES = 16
@@ -29,18 +29,51 @@ def run(
     scale: float,
 ) -> torch.Tensor:
     """See `openmimo.kernels.attention.attend`."""
-    seen = [_keys_seen(need, sequence) for sequence in range(len(need.key_lengths))]
+    if len(need.query_lengths) == 1:
+        return _one_sequence(q_TNK, k_SGK, v_SGV, sink_N, need.window_keys, scale)
+    columns = [_columns(need, sequence) for sequence in range(len(need.key_lengths))]
     numbers_a_key = need.num_kv_heads * (need.key_dim + need.value_dim)
     same_queries = len(set(need.query_lengths)) == 1
-    if len(seen) > 1 and same_queries and max(seen) * numbers_a_key <= MAX_GATHERED_NUMBERS:
-        return _gathered(q_TNK, k_SGK, v_SGV, sink_N, max(seen), need, scale)
-    outputs = []
-    keys, values = k_SGK.split(need.key_lengths), v_SGV.split(need.key_lengths)
-    for q, k, v, count in zip(q_TNK.split(need.query_lengths), keys, values, seen, strict=True):
-        k_GCK, v_GCV = k[len(k) - count :].transpose(0, 1), v[len(v) - count :].transpose(0, 1)
-        hidden_JBC = _hidden(len(q), count, torch.tensor([count]), need.window_keys).to(q.device)
-        outputs.append(_attend(q, k_GCK, v_GCV, sink_N, hidden_JBC, scale, _head_by_head))
-    return torch.cat(outputs)
+    if same_queries and max(columns) * numbers_a_key <= MAX_GATHERED_NUMBERS:
+        return _gathered(q_TNK, k_SGK, v_SGV, sink_N, max(columns), need, scale)
+    queries, keys = q_TNK.split(need.query_lengths), k_SGK.split(need.key_lengths)
+    values = v_SGV.split(need.key_lengths)
+    return torch.cat(
+        [_one_sequence(q, k, v, sink_N, need.window_keys, scale) for q, k, v in zip(queries, keys, values, strict=True)]
+    )
+
+
+def _one_sequence(
+    q_TNK: torch.Tensor,
+    k_SGK: torch.Tensor,
+    v_SGV: torch.Tensor,
+    sink_N: torch.Tensor | None,
+    window_keys: int | None,
+    scale: float,
+) -> torch.Tensor:
+    """The case that decoding lives on: every operation here is paid per layer and token, so there are few."""
+    T, N, K = q_TNK.shape
+    S, G, V = v_SGV.shape
+    q_TGRK = q_TNK.view(T, G, N // G, K)
+    rows_GMK = q_TGRK[0] if T == 1 else q_TGRK.permute(1, 2, 0, 3).reshape(G, -1, K)
+    logits_GMS = torch.baddbmm(q_TNK.new_empty(()), rows_GMK, k_SGK.permute(1, 2, 0), beta=0, alpha=scale)
+    logits_GMS = logits_GMS.to(torch.promote_types(logits_GMS.dtype, torch.float32))
+    if T > 1 or (window_keys is not None and S > window_keys):
+        logits_GMS.view(G, N // G, T, S).masked_fill_(_hidden_from(T, S, window_keys, q_TNK.device), float("-inf"))
+    if sink_N is not None:
+        sink_GR1 = sink_N.to(logits_GMS.dtype).view(G, -1, 1)
+        logits_GMS = torch.cat([logits_GMS, sink_GR1.repeat_interleave(T, dim=1) if T > 1 else sink_GR1], dim=-1)
+    probabilities_GMS = logits_GMS.softmax(dim=-1)[..., :S].to(v_SGV.dtype)
+    out_GMV = torch.bmm(probabilities_GMS, v_SGV.transpose(0, 1))
+    return out_GMV.view(G, N // G, T, V).permute(2, 0, 1, 3).reshape(T, N, V)
+
+
+@functools.lru_cache(maxsize=64)
+def _hidden_from(queries: int, keys: int, window_keys: int | None, device: torch.device) -> torch.Tensor:
+    """Which keys of one sequence its last queries may not see, bool [T, S]."""
+    distance_TS = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)
+    hidden_TS = distance_TS < 0
+    return hidden_TS if window_keys is None else hidden_TS | (distance_TS >= window_keys)
 
 
 def refuse(need: AttentionNeed) -> str | None:
@@ -52,11 +85,11 @@ def refuse(need: AttentionNeed) -> str | None:
     return None
 
 
-def _keys_seen(need: AttentionNeed, sequence: int) -> int:
-    """How many of the last keys of a sequence any of its queries may see."""
+def _columns(need: AttentionNeed, sequence: int) -> int:
+    """How many keys, ending with the last of a sequence, its queries are computed against."""
     keys = need.key_lengths[sequence]
     if need.window_keys is None:
-        return keys
+        return whole_columns(keys)
     return min(keys, need.query_lengths[sequence] + need.window_keys - 1)
 
 
@@ -69,25 +102,28 @@ def _gathered(
     need: AttentionNeed,
     scale: float,
 ) -> torch.Tensor:
-    """All sequences at once: the last `columns` keys of each, short ones filled up with keys that the mask hides."""
+    """All sequences at once: the last `columns` keys of each, which for a short one begin before it."""
     lengths_J = torch.tensor(need.key_lengths)
     key_JC = (lengths_J.cumsum(0)[:, None] - columns + torch.arange(columns)).clamp_(min=0)
     head_JGC = key_JC[:, None, :] * need.num_kv_heads + torch.arange(need.num_kv_heads)[:, None]
     row_X = head_JGC.flatten().to(q_TNK.device)
     k_LCK = k_SGK.flatten(0, 1).index_select(0, row_X).view(-1, columns, need.key_dim)
     v_LCV = v_SGV.flatten(0, 1).index_select(0, row_X).view(-1, columns, need.value_dim)
-    hidden_JBC = _hidden(need.query_lengths[0], columns, lengths_J, need.window_keys)
-    return _attend(q_TNK, k_LCK, v_LCV, sink_N, hidden_JBC.to(q_TNK.device), scale, scaled_product)
+    own_J = torch.full_like(lengths_J, columns - 1)
+    hidden_JBC = _hidden(need.query_lengths[0], columns, own_J, columns - lengths_J, need.window_keys)
+    return _attend(q_TNK, k_LCK, v_LCV, sink_N, hidden_JBC.to(q_TNK.device), scale)
 
 
-def _hidden(queries: int, columns: int, lengths_J: torch.Tensor, window_keys: int | None) -> torch.Tensor:
-    """Which columns a query may not see, [J, B, C]; the last column is the own key of the last query."""
+def _hidden(
+    queries: int, columns: int, own_J: torch.Tensor, first_J: torch.Tensor, window_keys: int | None
+) -> torch.Tensor:
+    """Which columns a query may not see, [J, B, C], from the columns of the last query's own key and the first key."""
     column_C = torch.arange(columns)
-    own_B1 = torch.arange(columns - queries, columns)[:, None]
-    hidden_BC = column_C > own_B1
+    own_JB1 = own_J[:, None, None] - torch.arange(queries - 1, -1, -1)[:, None]
+    hidden_JBC = (column_C > own_JB1) | (column_C < first_J[:, None, None])
     if window_keys is not None:
-        hidden_BC |= column_C <= own_B1 - window_keys
-    return hidden_BC | (column_C < columns - lengths_J[:, None, None])
+        hidden_JBC |= column_C <= own_JB1 - window_keys
+    return hidden_JBC
 
 
 def _attend(
@@ -97,29 +133,20 @@ def _attend(
     sink_N: torch.Tensor | None,
     hidden_JBC: torch.Tensor,
     scale: float,
-    product: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor],
 ) -> torch.Tensor:
     num_sequences, block, columns = hidden_JBC.shape
     heads = {"block": block, "num_kv_heads": len(k_LCK) // num_sequences}
-    logits_LMC = product(pack_rows(q_TNK, **heads), k_LCK.transpose(1, 2), scale)
+    logits_LMC = scaled_product(pack_rows(q_TNK, **heads), k_LCK.transpose(1, 2), scale)
     logits_JNBC = logits_LMC.view(num_sequences, -1, block, columns)
     logits_JNBC.masked_fill_(hidden_JBC[:, None], float("-inf"))
     if sink_N is not None:
         sink_JNB1 = sink_N.to(logits_JNBC.dtype)[:, None, None].expand(num_sequences, -1, block, 1)
         logits_JNBC = torch.cat([logits_JNBC, sink_JNB1], dim=-1)
     probabilities_JNBC = torch.softmax(logits_JNBC, dim=-1)[..., :columns]
-    out_LMV = product(probabilities_JNBC.reshape(logits_LMC.shape), v_LCV, 1.0)
+    out_LMV = scaled_product(probabilities_JNBC.reshape(logits_LMC.shape), v_LCV, 1.0)
     out_TNV = q_TNK.new_empty(*q_TNK.shape[:2], v_LCV.shape[2])
     unpack_rows(out_LMV, out_TNV, **heads)
     return out_TNV
-
-
-def _head_by_head(a_LMX: torch.Tensor, b_LXC: torch.Tensor, scale: float) -> torch.Tensor:
-    """scale * a b, one key/value head after another: a batched product would first copy heads that are interleaved."""
-    out_LMC = a_LMX.new_empty(a_LMX.shape[0], a_LMX.shape[1], b_LXC.shape[2])
-    for a_MX, b_XC, out_MC in zip(a_LMX, b_LXC, out_LMC, strict=True):
-        torch.addmm(out_MC, a_MX, b_XC, beta=0, alpha=scale, out=out_MC)
-    return out_LMC
 
 
 PLUGIN = Backend(rank=5, run=run, refuse=refuse)

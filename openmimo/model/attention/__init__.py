@@ -1,5 +1,6 @@
 """Attention kinds: one file each. A kind says what a layer computes and what it must remember between calls."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -32,6 +33,7 @@ class AttentionKind:
 KINDS: Registry[AttentionKind] = Registry("openmimo.model.attention", AttentionKind)
 
 
+@functools.cache
 def kv_spec(spec: AttentionConfig) -> KVSpec:
     """What a cache must hold for a layer of this geometry."""
     return KINDS.get(spec.kind).kv(spec)

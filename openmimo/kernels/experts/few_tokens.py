@@ -1,0 +1,48 @@
+"""Decoding: a handful of tokens, each multiplied with its own experts' weights where they lie. Nothing is sorted.
+
+T tokens, D model dim, E experts, A active experts a token, F expert hidden dim.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from openmimo.kernels.dispatch import Backend
+from openmimo.kernels.experts import ExpertsNeed
+
+_MOST_TOKENS = 8
+
+
+def run(
+    x_TD: torch.Tensor,
+    expert_ids_TA: torch.Tensor,
+    weights_TA: torch.Tensor,
+    gate_up_EHD: torch.Tensor,
+    down_EDF: torch.Tensor,
+    *,
+    need: ExpertsNeed,
+) -> torch.Tensor:
+    """See `openmimo.kernels.experts.apply_experts`."""
+    wide = torch.promote_types(x_TD.dtype, torch.float32)
+    rows = []
+    for token, experts in enumerate(expert_ids_TA.tolist()):
+        x_1D = x_TD[token : token + 1]
+        outputs = []
+        for expert in experts:
+            gate, up = F.linear(x_1D, gate_up_EHD[expert]).chunk(2, dim=-1)
+            outputs.append(F.linear(F.silu(gate) * up, down_EDF[expert]))
+        rows.append(weights_TA[token : token + 1].to(wide) @ torch.cat(outputs).to(wide))
+    return (rows[0] if len(rows) == 1 else torch.cat(rows)).to(x_TD.dtype)
+
+
+def refuse(need: ExpertsNeed) -> str | None:
+    """A few tokens on a CPU, no gradients."""
+    if need.needs_gradients:
+        return "it has no backward pass"
+    if not need.on_cpu:
+        return "it reads the chosen experts on the host"
+    if not 1 <= need.num_tokens <= _MOST_TOKENS:
+        return f"it serves 1 to {_MOST_TOKENS} tokens"
+    return None
+
+
+PLUGIN = Backend(rank=5, run=run, refuse=refuse)
