@@ -2,12 +2,10 @@
 
     python -m benchmarks.bench_cpu [--only NAME] [--quick] [--threads N]
 
-Predictions before the first run, from the arithmetic: windows 4096 / (2 x 128 + 64) of the causal half, so at least 6x fewer
-products than causal attention and 30x against a peer that takes the slow path for unequal dims; causal attention half the
-products of that path. docs/log.md has what came of them.
+Predictions before the first run, from the arithmetic: windows 4096 / (2 x 128 + 64) of the causal half, so at least 6x
+fewer products than causal attention and 30x against a peer that takes the slow path for unequal dims; causal attention
+half the products of that path. docs/log.md has what came of them.
 """
-
-from benchmarks import harness  # first: it sets what torch reads when it is imported  # isort: skip
 
 import argparse
 import tempfile
@@ -31,18 +29,18 @@ from openmimo.runtime.device import measured_peak_flops
 
 CPU = torch.device("cpu")
 HEADS, KV_HEADS, KEY_DIM, VALUE_DIM, WINDOW = 16, 2, 192, 128, 128
+SDPA = "F.scaled_dot_product_attention, causal"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def measure_sliding(rounds: int) -> list[Row]:
-    """Windows of 128 at 4,096 tokens against torch's causal attention on the same shapes, and growth to 32,768 tokens."""
+    """Windows of 128 at 4,096 tokens against torch's causal attention on the same shapes, and growth to 32,768."""
     rows = []
     for name, dtype in DTYPES.items():
         q, k, v, sink = _attention_inputs(4096, dtype)
         ours, peer = median_milliseconds([lambda: _ours(q, k, v, sink, WINDOW), lambda: _sdpa(q, k, v)], rounds=rounds)
         rows.append(
-            Row(f"sliding 4096 {name}", ours, peer, "F.scaled_dot_product_attention, causal", _floor(4096, dtype, WINDOW), 20.0,
-                "torch has no window and no sink")
+            Row(f"sliding 4096 {name}", ours, peer, SDPA, _floor(4096, dtype, WINDOW), 20.0, "no window there")
         )  # fmt: skip
         both = [lambda: _forward_backward(_ours, q, k, v, sink, WINDOW)]
         rows.append(Row(f"sliding 4096 {name}, forward and backward", median_milliseconds(both, rounds=rounds)[0]))
@@ -65,7 +63,7 @@ def measure_full(rounds: int) -> list[Row]:
                 f"full causal 4096 {name}",
                 ours,
                 peer,
-                "F.scaled_dot_product_attention, causal",
+                SDPA,
                 _floor(4096, dtype, None),
                 5.0,
             )
@@ -124,12 +122,12 @@ def measure_token_loss(rounds: int) -> list[Row]:
 
 
 def measure_training_step(rounds: int) -> list[Row]:
-    """`tiny` without MTP heads on one sequence of 2,048 tokens: loss, gradients and AdamW, both from the same weights."""
+    """`tiny` without MTP heads on one sequence of 2,048 tokens: loss, gradients and AdamW, from the same weights."""
     return [_training_step(name, dtype, rounds) for name, dtype in DTYPES.items()]
 
 
 def measure_decode(rounds: int) -> list[Row]:
-    """Greedy decoding of `tiny` against `generate`, and speculative against plain decoding where every draft is right."""
+    """Greedy decoding of `tiny` against `generate`, and speculative against plain where every draft is right."""
     rows = []
     threads = torch.get_num_threads()
     for row in bench_decode.measure_against_transformers(num_threads=threads, rounds=rounds):

@@ -28,7 +28,8 @@ RESULTS = Path(__file__).parent / "results"
 
 @dataclass(frozen=True)
 class Row:
-    """One measurement: ours and the peer's median milliseconds of the same run, and their ratio (above 1: we are faster).
+    """One measurement: ours and the peer's median milliseconds of the same run, and their ratio (above 1: we are
+    faster).
 
     floor_ms: what the arithmetic alone takes at the measured rate of a large matrix product (None: not counted). goal:
     the least ratio that this project set itself (None: none).

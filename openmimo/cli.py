@@ -2,8 +2,8 @@
 
     openmimo VERB [RECIPE] [--overrides]
 
-A recipe is a function in `recipes/` that returns a complete config; `openmimo VERB RECIPE --help` lists every field with
-its type, default and meaning. What a user can mend is printed as one paragraph, and the exit code is 1.
+A recipe is a function in `recipes/` that returns a complete config; `openmimo VERB RECIPE --help` lists every field
+with its type, default and meaning. What a user can mend is printed as one paragraph, and the exit code is 1.
 """
 
 import importlib

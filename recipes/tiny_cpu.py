@@ -1,8 +1,8 @@
 """The report's stages at a size that a laptop trains in minutes: 1.6 million parameters, real text, one MTP head.
 
-Two things are peculiar to this size (docs/log.md): many small steps (2,048 tokens), because retrieval emerges by steps and
-not by tokens; and a short first stage of repeated segments, longer than the first half of a window, from which the full
-layers learn to copy by content before anything else.
+Two things are peculiar to this size (docs/log.md): many small steps (2,048 tokens), because retrieval emerges by steps
+and not by tokens; and a short first stage of repeated segments, longer than the first half of a window, from which the
+full layers learn to copy by content before anything else.
 """
 
 from dataclasses import replace

@@ -1,7 +1,7 @@
 """The errors that a user can mend. The command line prints them as one paragraph, without a traceback, and exits 1."""
 
 
-class UserError(ValueError):
+class UserError(Exception):
     """Something the user gave is wrong. The message names the thing, the place (file, key, line) and the mend."""
 
 

@@ -1,4 +1,4 @@
-"""The demo's report: what was trained, what the extension did for retrieval, what drafts and windows do for decoding."""
+"""The demo's report: what was trained, what the extension did for retrieval, what drafts do for decoding."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,14 +17,16 @@ def write_page(folder: Path, config: DemoConfig, findings: "Findings") -> Path:
     report = Report("openmimo demo: a tiny MiMo, from random weights to speculative decoding")
     minutes = sum(findings.seconds.values()) / 60
     report.paragraph(
-        "A model with 5:1 sliding-window and global attention, learnable sinks, eight experts and multi-token prediction, "
-        f"trained on the text of Python's standard library and synthetic retrieval in {minutes:.1f} minutes on this machine."
+        "A model with 5:1 sliding-window and global attention, learnable sinks, eight experts and multi-token "
+        "prediction, trained on the text of Python's standard library and synthetic retrieval in "
+        f"{minutes:.1f} minutes on this machine."
     )
     report.heading("Context extension")
     trained = max(stage.sequence_length for stage in config.pretrain.stages)
     report.paragraph(
-        f"Pre-training saw at most {trained} tokens at once; the extension went on at {config.extend.sequence_length} with "
-        "a larger RoPE base in the full layers. One fact among several, asked at the end of the context:"
+        f"Pre-training saw at most {trained} tokens at once; the extension went on at "
+        f"{config.extend.sequence_length} with a larger RoPE base in the full layers. One fact among several, asked at "
+        "the end of the context:"
     )
     report.figure(_retrieval(findings, config), "Share of facts found by context length, with 95 % intervals.")
     report.heading("Decoding")

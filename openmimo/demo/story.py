@@ -22,7 +22,7 @@ from openmimo.train.pretrain import extend, pretrain
 
 @dataclass(frozen=True)
 class Findings:
-    """What the parts measured, as plain JSON values: retrieval by length before and after, decoding, seconds by part."""
+    """What the parts measured, as plain JSON: retrieval by length before and after, decoding, seconds by part."""
 
     before: list[dict[str, Any]]
     after: list[dict[str, Any]]
@@ -93,8 +93,9 @@ def _say_what_came_of_it(console: Console, findings: Findings, report: Path, mod
     console.print(f"retrieval before  {shown(findings.before)}", highlight=False)
     console.print(f"retrieval after   {shown(findings.after)}", highlight=False)
     console.print(
-        f"decoding          {plain['tokens_per_second']:.0f} tokens/s plain, {speculative['tokens_per_second']:.0f} with "
-        f"MTP drafts ({speculative['accepted_tokens_per_step']:.2f} tokens a step, the same text)",
+        f"decoding          {plain['tokens_per_second']:.0f} tokens/s plain, "
+        f"{speculative['tokens_per_second']:.0f} with MTP drafts "
+        f"({speculative['accepted_tokens_per_step']:.2f} tokens a step, the same text)",
         highlight=False,
     )
     console.print(

@@ -12,6 +12,7 @@ from rich.table import Table
 from openmimo.core.config import from_dict, to_dict
 from openmimo.core.files import write_text_atomic
 from openmimo.core.records import SamplingParams
+from openmimo.data.tokenizer import Tokenizer
 from openmimo.engine.llm import LLM
 from openmimo.evals.config import EvalConfig
 from openmimo.evals.task import TASKS, Example, Score, Task, wilson_interval
@@ -32,7 +33,7 @@ def examples_of(config: EvalConfig, task: Task, llm: LLM, length: int) -> Iterat
 
 def run_and_print(config: EvalConfig) -> None:
     """`openmimo eval`: loads the checkpoint, runs the task, prints a table, writes JSON if asked."""
-    llm = LLM(config.path, device=config.device, dtype=config.dtype)
+    llm = LLM(config.path, Tokenizer.load(config.path), device=config.device, dtype=config.dtype)
     scores = run(config, llm)
     table = Table("tokens", "examples", "score", "95 % interval", title=f"{config.task} on {config.path}")
     for score in scores:

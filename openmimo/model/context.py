@@ -1,8 +1,8 @@
 """What a forward pass needs beside the tokens: where they stand, what they may attend to, where they are routed.
 
-`model(tokens_T, context)` works on packed tokens [T]; every attention layer calls `context.attend(...)`. The model never
-asks whether a cache exists: `PackedContext` (training, scoring) attends within each document; the engine's context
-writes and reads a cache behind the same call. Nothing is global, so several models live in one process.
+`model(tokens_T, context)` works on packed tokens [T]; every attention layer calls `context.attend(...)`. The model
+never asks whether a cache exists: `PackedContext` (training, scoring) attends within each document; the engine's
+context writes and reads a cache behind the same call. Nothing is global, so several models live in one process.
 
 T packed tokens, N query heads, G key/value heads, K key dim, V value dim, A active experts.
 """

@@ -2,9 +2,9 @@
 
 G key/value heads, K key dim, V value dim, D model dim.
 
-Two layouts exist. Most matrices use one uniform grid of blocks. Where key and value rows were quantised per rank, as one
-slice [Q_r | K_r | V_r] of a fused matrix, the grid starts anew at each rank, and a block may hold the last rows of a
-rank's keys and the first of its values (docs/model.md tells how the split K and V scales must be read then).
+Two layouts exist. Most matrices use one uniform grid of blocks. Where key and value rows were quantised per rank, as
+one slice [Q_r | K_r | V_r] of a fused matrix, the grid starts anew at each rank, and a block may hold the last rows of
+a rank's keys and the first of its values (docs/model.md tells how the split K and V scales must be read then).
 """
 
 import torch
@@ -38,7 +38,7 @@ def quantise(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def dequantise_ranks(weight: torch.Tensor, scale: torch.Tensor, num_ranks: int) -> torch.Tensor:
-    """A matrix stacked of `num_ranks` slices, each with a grid of its own; scale [ranks * ceil(rows/ranks/128), ...]."""
+    """A matrix stacked of `num_ranks` slices, each with its own grid; scale [ranks * ceil(rows/ranks/128), ...]."""
     slices = zip(weight.chunk(num_ranks), scale.chunk(num_ranks), strict=True)
     return torch.cat([dequantise(*pair) for pair in slices])
 
@@ -72,7 +72,7 @@ def dequantise_rank_keys_values(
 def quantise_rank_keys_values(
     k: torch.Tensor, v: torch.Tensor, num_ranks: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The inverse: codes of K and V, then their scales, laid out as the published checkpoint lays out its full layers."""
+    """The inverse: codes of K and V, then their scales, laid out as in the full layers of the published checkpoint."""
     rows = torch.cat([_per_rank(k, num_ranks), _per_rank(v, num_ranks)], dim=1).flatten(0, 1)
     codes, scale = quantise_ranks(rows, num_ranks)
     key_rows = k.shape[0] // num_ranks

@@ -39,8 +39,8 @@ def load_model(
 
     dtype: float32, bfloat16, float16 or float64, for all but the router, which stays float32 (float64 in float64).
     window_keys: overrides how many keys a sliding layer's query sees (see `hf_config`). The weights are streamed: peak
-    memory is the model and one shard. Raises CheckpointError that lists all missing, unexpected, misshaped and unreadable
-    tensors at once, before any is read.
+    memory is the model and one shard. Raises CheckpointError that lists all missing, unexpected, misshaped and
+    unreadable tensors at once, before any is read.
     """
     config, reader = open_checkpoint(Path(path), window_keys)
     with torch.device("meta"):

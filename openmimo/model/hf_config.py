@@ -6,8 +6,8 @@ agree. A key that nobody reads, or two that contradict each other, is a ConfigEr
 dialects at once, so that transformers, the hub's remote code and we read the same model from one file.
 
 The window. Implementations differ on whether `sliding_window_size: 128` shows a query 128 keys or 129, itself included
-(docs/model.md). `window_keys`, our own key, decides where it stands; else a native `sliding_window: n` means n keys, and
-a hub `sliding_window_size: n` means n + 1, as transformers (5.20 and later) and SGLang read it.
+(docs/model.md). `window_keys`, our own key, decides where it stands; else a native `sliding_window: n` means n keys,
+and a hub `sliding_window_size: n` means n + 1, as transformers (5.20 and later) and SGLang read it.
 """
 
 from typing import Any
@@ -172,8 +172,8 @@ class _Reader:
         size, native = values.get("sliding_window_size"), values.get("sliding_window")
         if size is not None and native is not None and native not in (size, size + 1):
             raise ConfigError(
-                f"{self.where} contradicts itself: sliding_window {native} and sliding_window_size {size} must be equal "
-                "or differ by the query itself."
+                f"{self.where} contradicts itself: sliding_window {native} and sliding_window_size {size} must be "
+                "equal or differ by the query itself."
             )
         if values.get("window_keys") is not None:
             return values["window_keys"]
@@ -251,8 +251,8 @@ class _Reader:
 def config_to_hf(config: ModelConfig, *, dtype: str = "float32") -> dict[str, Any]:
     """The `config.json` of a model, in both dialects.
 
-    A model that the native transformers class would silently compute wrongly (it derives sinks and sliding geometry from
-    the layer kind) is written without an architecture that it knows, so that it refuses instead.
+    A model that the native transformers class would silently compute wrongly (it derives sinks and sliding geometry
+    from the layer kind) is written without an architecture that it knows, so that it refuses instead.
     """
     kinds = {layer.attention.kind: layer.attention for layer in config.layers}
     if config.mtp:
@@ -358,7 +358,7 @@ def _refuse_mixed_geometry(config: ModelConfig, kinds: dict[str, AttentionConfig
     for number, layer in enumerate(config.layers):
         if layer.attention != kinds[layer.attention.kind]:
             raise ConfigError(
-                f"layer {number} has a geometry of its own; config.json can state one for full and one for sliding layers."
+                f"layer {number} has a geometry of its own; config.json can state one for each kind of layer."
             )
 
 

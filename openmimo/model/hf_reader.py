@@ -66,7 +66,8 @@ class CheckpointReader:
         if stored.dtype == "F8_E4M3":
             return None if has_scale else f"{name} in {stored.file} is F8_E4M3 without {name}{_SCALE}"
         if stored.dtype not in _FLOAT_DTYPES:
-            return f"{name} in {stored.file} has dtype {stored.dtype}; readable are {', '.join(sorted(_FLOAT_DTYPES))}, F8_E4M3"
+            readable = ", ".join([*sorted(_FLOAT_DTYPES), "F8_E4M3"])
+            return f"{name} in {stored.file} has dtype {stored.dtype}; readable are {readable}"
         return None
 
     def read(self, name: str, config: ModelConfig) -> torch.Tensor:
@@ -119,7 +120,7 @@ class CheckpointReader:
 
 
 def split_fused(tensor: torch.Tensor, spec: AttentionConfig, num_ranks: int) -> dict[str, torch.Tensor]:
-    """A fused [ranks * (Q_r + K_r + V_r), D] matrix as q, k and v: each rank's slice holds its own heads of all three."""
+    """A fused [ranks * (Q_r + K_r + V_r), D] matrix as q, k and v: a rank's slice holds its heads of all three."""
     rows = [
         spec.num_heads * spec.key_dim // num_ranks,
         spec.num_kv_heads * spec.key_dim // num_ranks,

@@ -111,7 +111,7 @@ def sequence_balance_loss(scores_TE: torch.Tensor, ids_TA: torch.Tensor, balance
 
 
 class _AddLoss(torch.autograd.Function):
-    """Passes a tensor on unchanged, and gives `loss` a gradient of 1 in the backward pass, whatever comes from above."""
+    """Passes a tensor on unchanged, and gives `loss` a gradient of 1 whatever comes from above."""
 
     @staticmethod
     def forward(ctx, tensor: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Models by name, without torch: `tiny` for a CPU, `small` for one GPU, `flash` (309B-A15B), and the dense `mimo_7b`."""
+"""Models by name, without torch: `tiny` for a CPU, `small` for one GPU, `flash` (309B-A15B), the dense `mimo_7b`."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -35,7 +35,7 @@ def tiny() -> ModelConfig:
         moe=MoEConfig(num_experts=8, experts_per_token=2, expert_dim=64),
         mtp=MTPConfig(num_heads=1, attention=sliding),
         value_scale=0.707,
-        init_std=0.06,  # the report's 0.006 is for 4096 dims; at 128 it delays retrieval by millions of tokens (docs/log.md)
+        init_std=0.06,  # the report's 0.006 is for 4096 dims; at 128 it learns far too late (docs/log.md)
         max_positions=512,
     )
 

@@ -1,8 +1,8 @@
 """Complete checkpoints of a run: model, optimiser, place in schedule and data, random generators.
 
-A checkpoint is a model folder in the Hugging Face layout (so every one of them can be loaded, served and converted) with
-a `trainer/` folder beside the weights. It appears whole or not at all, and carries the checksum of each of its files, so
-that a damaged one is recognised and the one before it used.
+A checkpoint is a model folder in the Hugging Face layout (so every one of them can be loaded, served and converted)
+with a `trainer/` folder beside the weights. It appears whole or not at all, and carries the checksum of each of its
+files, so that a damaged one is recognised and the one before it used.
 """
 
 import hashlib

@@ -51,8 +51,8 @@ class Stage:
                 raise ConfigError(f"{where} has {name} {getattr(self, name)}; it must be 1 or more.")
         if self.warmup_steps + self.constant_steps > self.steps:
             raise ConfigError(
-                f"{where} warms up for {self.warmup_steps} and holds for {self.constant_steps} steps, which is more than "
-                f"its {self.steps} steps."
+                f"{where} warms up for {self.warmup_steps} and holds for {self.constant_steps} steps, which is more "
+                f"than its {self.steps} steps."
             )
         if (self.rows_at_start is None) != (self.rows_warmup_steps == 0):
             raise ConfigError(f"{where}: rows_at_start and rows_warmup_steps have an effect only together.")

@@ -12,7 +12,7 @@ from openmimo.core.errors import ConfigError
 from openmimo.data.source import TextSource, open_source, training_documents
 from openmimo.data.tokenizer import Tokenizer
 from openmimo.model.config import ModelConfig
-from openmimo.model.hf import load_model, save_model
+from openmimo.model.hf import load_config, load_model, save_model
 from openmimo.model.mimo import MiMo
 from openmimo.model.presets import model_config
 from openmimo.runtime.device import resolve_device
@@ -29,6 +29,7 @@ def pretrain(config: PretrainConfig, *, console: Console | None = None) -> Path:
     device = resolve_device(config.device)
     if config.threads:
         torch.set_num_threads(config.threads)
+    _check_start(config)
     _keep_config(config, run_folder)
     newest = Checkpoints(run_folder, config.checkpoints).newest_intact()
     if newest is None:
@@ -61,6 +62,18 @@ def extend(config: ExtendConfig, *, console: Console | None = None) -> Path:
     return pretrain(config.as_pretraining(), console=console)
 
 
+def _check_start(config: PretrainConfig) -> None:
+    """Refuses a model, a checkpoint or a source that is not there, before anything is written."""
+    if config.init_from is not None:
+        load_config(config.init_from)
+        Tokenizer.load(Path(config.init_from))
+    else:
+        model_config(config.model)
+    for stage in config.stages:
+        for source in stage.mixture.sources:
+            open_source(source)
+
+
 def _keep_config(config: PretrainConfig, run_folder: Path) -> None:
     """Saves the config in the run folder; refuses to go on with a run that was started with another one."""
     path = run_folder / "config.json"
@@ -70,8 +83,8 @@ def _keep_config(config: PretrainConfig, run_folder: Path) -> None:
         changed = [name for name in now if now[name] != before[name]]
         if changed:
             raise ConfigError(
-                f"{run_folder} holds a run with another {', '.join(changed)}. Name another run_folder for a new run, or "
-                f"repeat the old one with --from {path}."
+                f"{run_folder} holds a run with another {', '.join(changed)}. Name another run_folder for a new run, "
+                f"or repeat the old one with --from {path}."
             )
     run_folder.mkdir(parents=True, exist_ok=True)
     config_io.save(config, path)

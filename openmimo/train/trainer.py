@@ -1,8 +1,8 @@
 """The training loop: stages, optimiser steps, balance, metrics, validation, checkpoints.
 
-A step reads rows from the stage's loader, accumulates gradients over micro-batches, clips, steps, and moves the experts'
-selection bias. Everything that decides what happens next (parameters, optimiser, place in schedule and data) is in the
-checkpoint, so that a run killed at any moment and started again computes what it would have computed.
+A step reads rows from the stage's loader, accumulates gradients over micro-batches, clips, steps, and moves the
+experts' selection bias. Everything that decides what happens next (parameters, optimiser, place in schedule and data)
+is in the checkpoint, so that a run killed at any moment and started again computes what it would have computed.
 """
 
 import time

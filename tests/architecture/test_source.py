@@ -65,7 +65,8 @@ def test_every_folder_has_a_level():
 def test_core_configs_and_recipes_import_without_torch():
     recipes = [f"recipes.{path.stem}" for path in (ROOT / "recipes").glob("*.py")]
     core = [f"openmimo.core.{path.stem}" for path in (PACKAGE / "core").glob("*.py")]
-    code = "import importlib, sys\nfor name in sys.argv[1:]: importlib.import_module(name)\nassert 'torch' not in sys.modules"
+    load = "import importlib, sys\nfor name in sys.argv[1:]: importlib.import_module(name)\n"
+    code = load + "assert 'torch' not in sys.modules"
     modules = [*TORCH_FREE, *recipes, *core]
     subprocess.run([sys.executable, "-c", code, *modules], cwd=ROOT, check=True)
 

@@ -81,7 +81,7 @@ def test_argmax():
 
 
 def test_no_tensor_of_all_logits_is_made(monkeypatch):
-    """Every tensor that torch operations return while the loss and its gradients run is smaller than [T, vocabulary]."""
+    """Every tensor that torch operations return during loss and gradients is smaller than [T, vocabulary]."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     largest = []

@@ -1,4 +1,4 @@
-"""Schedules, loss, optimiser state, and the bitwise oracle: a run that was killed and resumed is the run that was not."""
+"""Schedules, loss, optimiser state, and the bitwise oracle: a run killed and resumed is the run that was not."""
 
 import json
 import os
@@ -76,8 +76,9 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 class TestSchedule:
     stage = Stage(
-        "s", steps=100, sequence_length=8, rows=64, peak_lr=1.0, end_lr=0.1, mixture=MixtureConfig((SourceConfig("x"),)),
-        warmup_steps=10, constant_steps=40, rows_at_start=16, rows_warmup_steps=20,
+        "s", steps=100, sequence_length=8, rows=64, peak_lr=1.0, end_lr=0.1,
+        mixture=MixtureConfig((SourceConfig("x"),)), warmup_steps=10, constant_steps=40, rows_at_start=16,
+        rows_warmup_steps=20,
     )  # fmt: skip
 
     def test_learning_rate(self):

@@ -58,7 +58,7 @@ def _one_sequence(
     rows_GMK = q_TGRK[0] if T == 1 else q_TGRK.permute(1, 2, 0, 3).reshape(G, -1, K)
     logits_GMS = torch.baddbmm(q_TNK.new_empty(()), rows_GMK, k_SGK.permute(1, 2, 0), beta=0, alpha=scale)
     logits_GMS = logits_GMS.to(torch.promote_types(logits_GMS.dtype, torch.float32))
-    if T > 1 or (window_keys is not None and S > window_keys):
+    if T > 1 or (window_keys is not None and window_keys < S):
         logits_GMS.view(G, N // G, T, S).masked_fill_(_hidden_from(T, S, window_keys, q_TNK.device), float("-inf"))
     if sink_N is not None:
         sink_GR1 = sink_N.to(logits_GMS.dtype).view(G, -1, 1)

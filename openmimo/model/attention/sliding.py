@@ -1,4 +1,4 @@
-"""Sliding-window attention: a query reads its own key and the `window_keys - 1` before it; only those are remembered."""
+"""Sliding-window attention: a query reads its own key and the `window_keys - 1` before it, and only they are kept."""
 
 from openmimo.model.attention import AttentionKind, KVSpec
 

@@ -1,0 +1,154 @@
+"""The command line as its users meet it: help for every option, one paragraph and exit code 1 for what they can mend."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import tiny_model
+
+import openmimo
+from openmimo import cli
+from openmimo.data.tokenizer import Tokenizer
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(capsys, *arguments: str) -> tuple[int, str, str]:
+    """Exit code, standard output and standard error of a command, run in this process."""
+    before, sys.argv = sys.argv, ["openmimo", *arguments]
+    try:
+        cli.main()
+        code = 0
+    except SystemExit as stopped:
+        code = int(stopped.code or 0)
+    finally:
+        sys.argv = before
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    folder = tmp_path / "model"
+    model = tiny_model(mtp_heads=2)
+    openmimo.save_model(model, folder)
+    return folder
+
+
+@pytest.fixture
+def speaking(tmp_path):
+    """A checkpoint with a tokenizer."""
+    from dataclasses import replace
+
+    from conftest import randomise, tiny_config
+
+    from openmimo.model.mimo import MiMo
+
+    folder = tmp_path / "speaking"
+    model = randomise(MiMo(replace(tiny_config(mtp_heads=2), vocab_size=300)), 0)
+    openmimo.save_model(model, folder)
+    Tokenizer.train(["some words and some more words"] * 30, 300).save(folder)
+    return folder
+
+
+def test_help_needs_no_torch_and_names_every_verb():
+    code = "import sys, openmimo.cli as c; sys.argv = ['openmimo', '--help']\ntry: c.main()\nexcept SystemExit: pass\n"
+    out = subprocess.run(
+        [sys.executable, "-c", code + "assert 'torch' not in sys.modules"],
+        cwd=ROOT, capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    ).stdout  # fmt: skip
+    assert all(re.search(rf"^  {verb} ", out, flags=re.MULTILINE) for verb in cli.VERBS)
+    assert "tiny_cpu" in out
+
+
+@pytest.mark.parametrize("verb", [verb for verb in cli.VERBS if verb != "bench"])
+def test_every_option_has_a_default_and_a_line(verb, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    code, out, _ = run(capsys, verb, "--help")
+    assert code == 0
+    options = re.split(r"\n│ (?=--)", out)[1:]
+    for option in options:
+        words = re.sub(r"[│╭╮╰╯─\s]+", " ", option)
+        name, _, rest = words.partition(" ")
+        described = re.sub(r"\(default:.*|\(required\).*", "", rest)
+        assert len(re.findall(r"[a-z]{2,}", described)) >= 2, f"{verb} {name} has no line of help: {words!r}"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["frobnicate"], "frobnicate"),
+        (["pretrain", "tiny_gpu"], "tiny_gpu"),
+        (["pretrain", "--from", "nowhere.json"], "nowhere.json"),
+        (["pretrain", "tiny_cpu", "--model", "huge", "--run-folder", "RUN"], "huge"),
+        (["pretrain", "tiny_cpu", "--dtype", "float8", "--run-folder", "RUN"], "float8"),
+        (["pretrain", "tiny_cpu", "--stages.0.warmup-steps", "9999", "--run-folder", "RUN"], "warms up"),
+        (["extend", "tiny_cpu", "--checkpoint", "nowhere", "--run-folder", "RUN"], "nowhere"),
+        (["generate", "nowhere", "--prompt", "x"], "nowhere"),
+        (["generate", "CHECKPOINT", "--prompt", "x"], "tokenizer.json"),
+        (["generate", "CHECKPOINT", "--prompt", "x", "--temperature", "-1"], "temperature"),
+        (["eval", "CHECKPOINT"], "tokenizer.json"),
+        (["convert", "CHECKPOINT", "CHECKPOINT"], "exists already"),
+        (["convert", "CHECKPOINT", "RUN", "--dtype", "int3"], "int3"),
+        (["convert", "nowhere", "RUN"], "nowhere"),
+        (["audit", "enormous"], "enormous"),
+    ],
+)
+def test_bad_input_is_one_paragraph_and_exit_code_1(arguments, named, checkpoint, tmp_path, capsys):
+    given = [{"CHECKPOINT": str(checkpoint), "RUN": str(tmp_path / "new")}.get(word, word) for word in arguments]
+    before = sorted(tmp_path.rglob("*"))
+    code, out, err = run(capsys, *given)
+    assert code == 1
+    assert named in err
+    assert "Traceback" not in err
+    assert err.strip().count("\n\n") == 0
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_corrupt_weights_stop_a_conversion_before_it_writes(checkpoint, tmp_path, capsys):
+    data = (checkpoint / "model.safetensors").read_bytes()
+    (checkpoint / "model.safetensors").write_bytes(data[: len(data) // 3])
+    code, _, err = run(capsys, "convert", str(checkpoint), str(tmp_path / "new"))
+    assert code == 1
+    assert "model.safetensors" in err
+    assert not (tmp_path / "new").exists()
+
+
+def test_convert_audit_and_back(checkpoint, tmp_path, capsys):
+    code, out, _ = run(capsys, "convert", str(checkpoint), str(tmp_path / "bf16"), "--dtype", "bfloat16")
+    assert (code, json.loads((tmp_path / "bf16" / "config.json").read_text())["dtype"]) == (0, "bfloat16")
+    code, out, _ = run(capsys, "audit", str(checkpoint), "--tensors")
+    assert code == 0
+    assert "model.mtp.layers.1.eh_proj.weight\t[64, 128]" in out
+
+
+def test_generate_speaks_and_reports(speaking, capsys):
+    sampling = ["--max-tokens", "12", "--temperature", "0", "--ignore-eos"]
+    code, out, err = run(capsys, "generate", str(speaking), "--prompt", "some words", *sampling)
+    assert code == 0
+    assert "12 tokens" in err
+    assert "drafts accepted" in err
+    code, plain, _ = run(
+        capsys, "generate", str(speaking), "--prompt", "some words", *sampling, "--speculative", "False"
+    )
+    assert plain == out
+
+
+def test_chat_takes_turns_until_quit(speaking, capsys, monkeypatch):
+    said = iter(["hi", "/reset", "more", "/quit"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(said))
+    code, _, err = run(capsys, "chat", str(speaking), "--max-tokens", "5", "--seed", "1")
+    assert code == 0
+    assert err.count("tokens/s") == 2
+
+
+def test_eval_writes_scores(speaking, tmp_path, capsys):
+    output = tmp_path / "scores.json"
+    arguments = ["--lengths", "64", "128", "--examples", "3", "--output", str(output)]
+    code, out, _ = run(capsys, "eval", str(speaking), *arguments)
+    assert code == 0
+    assert [score["length"] for score in json.loads(output.read_text())["scores"]] == [64, 128]

@@ -1,0 +1,62 @@
+"""The demo at toy size: every part runs, the report is there, the second start does nothing, transformers loads it."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import openmimo
+from openmimo.cli import load_recipe
+from openmimo.demo.story import run
+
+
+def toy():
+    """The shipped demo with few and small steps."""
+    demo = load_recipe("tiny_cpu", "demo")
+
+    def short(stage):
+        return replace(
+            stage, steps=3, rows=4, rows_at_start=None, rows_warmup_steps=0, warmup_steps=0, constant_steps=0,
+            mixture=replace(
+                stage.mixture,
+                sources=tuple(replace(s, max_megabytes=0.4 if s.max_megabytes else 0.0) for s in stage.mixture.sources),
+            ),
+        )  # fmt: skip
+
+    pretrain = replace(
+        demo.pretrain, stages=tuple(map(short, demo.pretrain.stages)), threads=1, log_every_steps=1,
+        tokenizer=replace(demo.pretrain.tokenizer, train_megabytes=0.3),
+    )  # fmt: skip
+    extend = replace(
+        demo.extend, steps=2, rows=1, sequence_length=256, threads=1, log_every_steps=1,
+        mixture=short(demo.pretrain.stages[1]).mixture,
+    )  # fmt: skip
+    return replace(
+        demo, pretrain=pretrain, extend=extend, retrieval_lengths=(64,), retrieval_examples=4, decode_prompts=2,
+        decode_tokens=20,
+    )  # fmt: skip
+
+
+def test_the_story(tmp_path, capsys):
+    before = torch.get_num_threads()
+    config = replace(toy(), folder=str(tmp_path / "demo"))
+    report = run(config)
+    page = report.read_text()
+    assert page.count("<img") >= 10
+    assert "Context extension" in page
+    out = capsys.readouterr().out
+    assert "retrieval after" in out
+    assert "the same text" in out
+    written = report.stat().st_mtime_ns, (tmp_path / "demo" / "extend" / "metrics.jsonl").stat().st_mtime_ns
+    run(config)
+    assert (tmp_path / "demo" / "extend" / "metrics.jsonl").stat().st_mtime_ns == written[1]
+
+    transformers = pytest.importorskip("transformers")
+    model_folder = tmp_path / "demo" / "extend" / "model"
+    ids = torch.tensor(transformers.AutoTokenizer.from_pretrained(model_folder).encode("def main(argv):\n    return 0"))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
+    ours = openmimo.load_model(model_folder)
+    assert len(ours.model.mtp.layers) == 3
+    with torch.no_grad():
+        assert (theirs(ids[None]).logits[0] - ours.logits(ids)).abs().max() < 1e-4
+    torch.set_num_threads(before)
