@@ -1,4 +1,4 @@
-"""The command line as its users meet it: help for every option, one paragraph and exit code 1 for what they can mend."""
+"""The command line as its users meet it: help for every option, one paragraph and exit code 1 for mistakes."""
 
 import json
 import os
