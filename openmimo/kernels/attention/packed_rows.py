@@ -52,6 +52,9 @@ def _one_sequence(
     scale: float,
 ) -> torch.Tensor:
     """The case that decoding lives on: every operation here is paid per layer and token, so there are few."""
+    if window_keys is not None and len(k_SGK) >= len(q_TNK) + window_keys:
+        seen = len(q_TNK) + window_keys - 1
+        k_SGK, v_SGV = k_SGK[-seen:], v_SGV[-seen:]
     T, N, K = q_TNK.shape
     S, G, V = v_SGV.shape
     q_TGRK = q_TNK.view(T, G, N // G, K)
