@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
+from rich.markup import escape
 
 from openmimo.core import config as config_io
 from openmimo.core.errors import ConfigError, UserError
@@ -44,8 +45,10 @@ def main() -> None:
         if arguments[0] not in VERBS:
             raise ConfigError(f"there is no verb {arguments[0]!r}. Verbs: {', '.join(VERBS)}.")
         VERBS[arguments[0]].run(arguments[1:])
-    except UserError as error:
-        _STDERR.print(f"[bold red]error:[/] {error}", soft_wrap=True, highlight=False, markup=True)
+    except BrokenPipeError:
+        sys.exit(1)
+    except (UserError, OSError) as error:
+        _STDERR.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
         sys.exit(1)
     except KeyboardInterrupt:
         _STDERR.print("interrupted; the same command goes on from the newest checkpoint, if it writes any")
@@ -277,11 +280,11 @@ def _eval(arguments: list[str]) -> None:
 def _bench(arguments: list[str]) -> None:
     try:
         bench = importlib.import_module("benchmarks.bench_cpu")
+        bench.main(arguments)
     except ModuleNotFoundError as error:
         raise ConfigError(
-            "the benchmarks are in the source tree, not in the package; run this from a clone."
+            f"the benchmarks need a clone of the source and its development packages (make test installs them): {error}"
         ) from error
-    bench.main(arguments)
 
 
 VERBS: dict[str, Verb] = {

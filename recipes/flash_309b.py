@@ -4,6 +4,8 @@ It states what the report states and is here to be read, derived from and checke
 The corpora are not public: put your own in the place of the text folders.
 """
 
+import math
+
 from openmimo.data.config import MixtureConfig, SourceConfig
 from openmimo.train.config import CheckpointConfig, EvaluationConfig, PretrainConfig, Stage
 
@@ -17,26 +19,41 @@ def text(folder: str, *, weight: float = 1.0) -> SourceConfig:
     return SourceConfig("text_folder", weight=weight, options={"path": folder})
 
 
+ROWS = 2048
+ROWS_AT_START = 128  # not in the report, which states the ramp's length and end
+# While rows rise linearly, a step reads half of the first and the last number on average.
+RAMP_STEPS = round(0.5 * TRILLION / (SHORT * (ROWS_AT_START + ROWS) / 2))
+
+
 def short_steps(tokens: float) -> int:
     """Optimiser steps that read `tokens` tokens in 2,048 rows of 32K."""
-    return round(tokens / (2048 * SHORT))
+    return round(tokens / (ROWS * SHORT))
+
+
+def steps_from_start(tokens: float) -> int:
+    """Optimiser steps that read the first `tokens` tokens of stage 1, while rows rise and after."""
+    if tokens >= 0.5 * TRILLION:
+        return RAMP_STEPS + short_steps(tokens - 0.5 * TRILLION)
+    slope = (ROWS - ROWS_AT_START) / RAMP_STEPS
+    return round((math.sqrt(ROWS_AT_START**2 + 2 * slope * tokens / SHORT) - ROWS_AT_START) / slope)
 
 
 def pretrain() -> PretrainConfig:
     """22T tokens at 32K, 4T with more code and 5 % synthetic reasoning, 1T at 256K with the larger RoPE base."""
+    warmup = steps_from_start(0.05 * TRILLION)
     code = MixtureConfig((text("corpus/code_and_general", weight=0.95), text("corpus/synthetic", weight=0.05)))
     return PretrainConfig(
         run_folder="runs/flash_309b",
-        model="flash",
+        model="flash_base",
         stages=(
             Stage(
-                name="1", steps=short_steps(22 * TRILLION), sequence_length=SHORT, rows=2048, rows_at_start=128,
-                rows_warmup_steps=short_steps(0.5 * TRILLION), warmup_steps=short_steps(0.05 * TRILLION),
-                constant_steps=short_steps(12 * TRILLION), peak_lr=3.2e-4, end_lr=1e-4, mtp_weight=0.3, bias_rate=1e-3,
-                full_rope_theta=640_000.0, mixture=MixtureConfig((text("corpus/general"),)),
+                name="1", steps=steps_from_start(22 * TRILLION), sequence_length=SHORT, rows=ROWS,
+                rows_at_start=ROWS_AT_START, rows_warmup_steps=RAMP_STEPS, warmup_steps=warmup,
+                constant_steps=steps_from_start(12.05 * TRILLION) - warmup, peak_lr=3.2e-4, end_lr=1e-4,
+                mtp_weight=0.3, bias_rate=1e-3, mixture=MixtureConfig((text("corpus/general"),)),
             ),
             Stage(
-                name="2", steps=short_steps(4 * TRILLION), sequence_length=SHORT, rows=2048, peak_lr=1e-4, end_lr=3e-5,
+                name="2", steps=short_steps(4 * TRILLION), sequence_length=SHORT, rows=ROWS, peak_lr=1e-4, end_lr=3e-5,
                 mtp_weight=0.1, bias_rate=1e-3,
                 mixture=code,
             ),

@@ -54,6 +54,7 @@ def pretrain() -> PretrainConfig:
             ),
         ),
         rows_per_microbatch=32,
+        threads=1,  # at this size a second thread gains nothing, and spins where cores are shared (docs/log.md)
         checkpoints=CheckpointConfig(every_steps=200),
         evaluation=EvaluationConfig(every_steps=200, batches=2),
     )  # fmt: skip
@@ -67,9 +68,10 @@ def extend() -> ExtendConfig:
         mixture=mixture(replace(TEXT, weight=0.4), needles(weight=0.6, min_length=64, num_pairs=4)),
         sequence_length=1024,
         full_rope_theta=160_000.0,
-        steps=250,
+        steps=180,
         rows=4,
         rows_per_microbatch=4,
+        threads=1,
         peak_lr=1e-3,
         end_lr=1e-4,
         mtp_weight=0.3,

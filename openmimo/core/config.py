@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from openmimo.core.errors import ConfigError
+from openmimo.core.files import write_text_atomic
 
 Config = TypeVar("Config")
 
@@ -31,7 +32,7 @@ def from_dict(config_type: type[Config], values: Any, where: str = "config") -> 
 
 def save(config: Any, path: Path) -> None:
     """Writes a dataclass tree as JSON."""
-    path.write_text(json.dumps(to_dict(config), indent=2) + "\n")
+    write_text_atomic(path, json.dumps(to_dict(config), indent=2) + "\n")
 
 
 def load(config_type: type[Config], path: Path) -> Config:

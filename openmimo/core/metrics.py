@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from openmimo.core.files import write_text_atomic
+
 
 class MetricsWriter:
     """Appends to `folder/metrics.jsonl`; with `tensorboard=True` also writes event files to `folder/tensorboard`.
@@ -27,7 +29,7 @@ class MetricsWriter:
         if not self.path.exists():
             return
         kept = [row for row in read_metrics(self.path) if row["step"] <= step]
-        self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        write_text_atomic(self.path, "".join(json.dumps(row) + "\n" for row in kept))
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Records `values` (numbers, strings or lists of numbers) at optimiser step `step`."""

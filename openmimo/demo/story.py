@@ -5,12 +5,15 @@ goes on from its newest checkpoint.
 """
 
 import json
+import os
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from openmimo.core.files import write_text_atomic
@@ -33,6 +36,8 @@ class Findings:
 def run(config: DemoConfig) -> Path:
     """Runs the story, or what is left of it. Returns the path of the report."""
     console = Console()
+    if config.pretrain.threads:
+        torch.set_num_threads(config.pretrain.threads)
     folder = Path(config.folder)
     parts = _Parts(folder, console)
     first = replace(config.pretrain, run_folder=str(folder / "pretrain"))
@@ -89,13 +94,14 @@ def _say_what_came_of_it(console: Console, findings: Findings, report: Path, mod
 
     decoding = findings.decoding
     speculative, plain = decoding["speculative"], decoding["plain"]
+    agreement = "the same text" if decoding["same_text"] else "texts differ where two tokens were equally likely"
     console.print()
     console.print(f"retrieval before  {shown(findings.before)}", highlight=False)
     console.print(f"retrieval after   {shown(findings.after)}", highlight=False)
     console.print(
         f"decoding          {plain['tokens_per_second']:.0f} tokens/s plain, "
         f"{speculative['tokens_per_second']:.0f} with MTP drafts "
-        f"({speculative['accepted_tokens_per_step']:.2f} tokens a step, the same text)",
+        f"({speculative['accepted_tokens_per_step']:.2f} tokens a step; {agreement})",
         highlight=False,
     )
     console.print(
@@ -105,4 +111,5 @@ def _say_what_came_of_it(console: Console, findings: Findings, report: Path, mod
     )
     console.print(f"report            {report}")
     console.print(f"model             {model_folder}   (transformers loads it, too)")
-    console.print(f"talk to it        openmimo generate {model_folder} --prompt 'def main('")
+    command = Path(os.path.relpath(sys.executable)).parent / "openmimo"
+    console.print(f"talk to it        {command} generate {model_folder} --prompt 'def main('")

@@ -97,11 +97,12 @@ class LLM:
         return self._stream(sequence)
 
     @torch.inference_mode()
-    def score(self, token_ids: list[int]) -> torch.Tensor:
+    def score(self, token_ids: list[int] | torch.Tensor) -> torch.Tensor:
         """Log-probability of each token given those before it, float32 on the CPU, [len(token_ids) - 1].
 
         Entry i belongs to token i+1: the first token has nothing before it, and so no entry.
         """
+        token_ids = token_ids.tolist() if isinstance(token_ids, torch.Tensor) else token_ids
         self._check_prompt(token_ids, "the token ids to score", room=0)
         tokens_T = torch.tensor(token_ids, device=self.model.device)
         states_TD = self.model(tokens_T, PackedContext((len(token_ids),), device=self.model.device)).post_norm_TD

@@ -122,7 +122,10 @@ class ModelConfig:
             else layer
             for layer in self.layers
         )
-        return replace(self, layers=layers)
+        mtp = self.mtp
+        if mtp is not None and mtp.attention.kind == "full":
+            mtp = replace(mtp, attention=replace(mtp.attention, rope_theta=theta))
+        return replace(self, layers=layers, mtp=mtp)
 
     def with_mtp_heads(self, num_heads: int) -> "ModelConfig":
         """The same model with `num_heads` prediction heads; it must have at least one to take the geometry from."""

@@ -90,9 +90,16 @@ def _scale_shape(name: str, shapes: dict[str, tuple[int, ...]], model: MiMo) -> 
 
 
 def _has_rank_grid(name: str, model: MiMo) -> bool:
-    """Whether the rows of one rank's keys end inside a block, so that the grid per rank is not the uniform one."""
-    spec = model.get_submodule(name.rsplit(".", 2)[0]).spec
-    return spec.num_kv_heads * spec.key_dim // model.config.qkv_ranks % fp8.BLOCK != 0
+    """Whether a layer's keys and values are quantised per rank, as in the published full layers.
+
+    That is where a rank's keys end inside a block, and the split scales still tell that they do: K has more rows of
+    scales than uniform blocks would have, and V at least one for each rank. Every other layer takes uniform blocks.
+    """
+    spec, ranks = model.get_submodule(name.rsplit(".", 2)[0]).spec, model.config.qkv_ranks
+    key_rows = spec.num_kv_heads * spec.key_dim
+    key_blocks = fp8.num_blocks(key_rows // ranks)
+    both_blocks = fp8.num_blocks(spec.num_kv_heads * (spec.key_dim + spec.value_dim) // ranks)
+    return fp8.has_rank_scales(ranks * key_blocks, ranks, key_rows) and both_blocks > key_blocks
 
 
 def _converted_entries(model: MiMo, reader: CheckpointReader, config: ConvertConfig) -> Iterator[Entry]:

@@ -62,12 +62,24 @@ def load_model(
 def save_model(model: MiMo, path: str | Path, *, max_shard_bytes: int = DEFAULT_SHARD_BYTES) -> None:
     """Writes safetensors and `config.json` that transformers and we load; the folder appears whole or not at all.
 
-    Tensors keep their dtype. Tokenizer files already in the folder stay.
+    Tensors keep their dtype. A checkpoint that is there already is replaced, its tokenizer files stay; a folder that
+    holds anything else is refused with a CheckpointError.
     """
     path = Path(path)
+    others = [file.name for file in path.iterdir() if not _is_checkpoint_file(file)] if path.is_dir() else []
+    if others:
+        raise CheckpointError(f"{path} holds {others[0]}, which is no part of a checkpoint; save to a new folder.")
     with new_folder_atomic(path) as folder:
         copy_tokenizer(path, folder)
         write_model(model, folder, max_shard_bytes=max_shard_bytes)
+
+
+def _is_checkpoint_file(path: Path) -> bool:
+    return path.suffix == ".safetensors" or path.name in (
+        "config.json",
+        "model.safetensors.index.json",
+        *_TOKENIZER_FILES,
+    )
 
 
 def write_model(model: MiMo, folder: Path, *, max_shard_bytes: int = DEFAULT_SHARD_BYTES) -> None:
@@ -124,7 +136,7 @@ def check_fit(model: MiMo, reader: CheckpointReader) -> None:
             for name in present
             if reader.shape(name, model.config) != expected[name]
         ],
-        "unreadable": [problem for name in present if (problem := reader.problem(name))],
+        "unreadable": [problem for name in present if (problem := reader.problem(name, model.config))],
     }
     if any(findings.values()):
         listed = "; ".join(f"{len(names)} {what}: {', '.join(names[:20])}" for what, names in findings.items() if names)

@@ -10,6 +10,7 @@ The window. Implementations differ on whether `sliding_window_size: 128` shows a
 and a hub `sliding_window_size: n` means n + 1, as transformers (5.20 and later) and SGLang read it.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 from openmimo.core.config import unknown_key_message
@@ -58,8 +59,10 @@ def config_from_hf(
     reader.refuse_unknown_keys()
     reader.refuse_unsupported_values()
     family = values["model_type"]
-    sliding_window = window_keys or reader.window_keys()
     kinds = reader.attention_kinds()
+    if window_keys is not None and "sliding" not in kinds:
+        raise ConfigError(f"{where} has no sliding layer, so window_keys {window_keys} would have no effect.")
+    sliding_window = reader.window_keys() if window_keys is None else window_keys
     full = reader.attention("full", None)
     sliding = reader.attention("sliding", sliding_window) if "sliding" in kinds or family != "mimo" else None
     layers = tuple(
@@ -68,7 +71,7 @@ def config_from_hf(
     )
     heads = num_mtp_heads if num_mtp_heads is not None else int(values.get("num_nextn_predict_layers") or 0)
     default_hidden = "post_norm" if family == "mimo" else "pre_norm"
-    mtp_attention = full if family == "mimo" or "sliding" not in kinds else sliding
+    mtp_attention = full if _mtp_is_full(family, kinds) else sliding
     mtp = MTPConfig(heads, mtp_attention, values.get("mtp_hidden", default_hidden)) if heads else None
     return ModelConfig(
         vocab_size=reader.required("vocab_size"),
@@ -106,6 +109,11 @@ class _Reader:
                 )
 
     def refuse_unsupported_values(self) -> None:
+        quantisation = self.values.get("quantization_config")
+        if quantisation is not None and (
+            quantisation.get("quant_method") != "fp8" or quantisation.get("weight_block_size") != [128, 128]
+        ):
+            raise ConfigError(f"{self.where}: of quantised checkpoints only FP8 in 128 x 128 blocks can be read.")
         if self.values.get("model_type") not in ARCHITECTURES:
             raise ConfigError(
                 f"{self.where} has model_type {self.values.get('model_type')!r}; known are {', '.join(ARCHITECTURES)}."
@@ -125,10 +133,17 @@ class _Reader:
             if self.values.get(key, good[0]) not in good:
                 raise ConfigError(f"{self.where} has {key} {self.values[key]!r}; supported is {good[-1]!r} only.")
 
-    def required(self, key: str) -> Any:
-        if self.values.get(key) is None:
+    def required(self, key: str) -> int:
+        """A number that the model cannot be built without."""
+        value = self.values.get(key)
+        if value is None:
             raise ConfigError(f"{self.where} lacks {key!r}, which the model cannot be built without.")
-        return self.values[key]
+        return self._whole(key, value)
+
+    def _whole(self, key: str, value: Any) -> int:
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ConfigError(f"{self.where} has {key} {value!r}; it must be a whole number of 1 or more.")
+        return value
 
     def agreed(self, keys: tuple[str, ...], default: Any) -> Any:
         """The value under any of several names of one thing; two that differ are an error."""
@@ -180,6 +195,7 @@ class _Reader:
         return native if size is None else size + 1
 
     def attention(self, kind: str, window_keys: int | None) -> AttentionConfig:
+        self.required("num_attention_heads")
         key_dim = self._geometry(kind, "head_dim", None)
         if key_dim is None:
             key_dim = self.required("hidden_size") // self.required("num_attention_heads")
@@ -189,6 +205,8 @@ class _Reader:
         kv_heads = self._geometry(kind, "num_key_value_heads", None)
         if kv_heads is None:
             raise ConfigError(f"{self.where} lacks 'num_key_value_heads'.")
+        for key, value in (("head_dim", key_dim), ("v_head_dim", value_dim), ("num_key_value_heads", kv_heads)):
+            self._whole(key, value)
         # The native class has no key for it and gives sliding layers twice the key/value heads of full ones.
         if kind == "sliding" and "swa_num_key_value_heads" not in self.values:
             kv_heads = 2 * kv_heads
@@ -360,6 +378,13 @@ def _refuse_mixed_geometry(config: ModelConfig, kinds: dict[str, AttentionConfig
             raise ConfigError(
                 f"layer {number} has a geometry of its own; config.json can state one for each kind of layer."
             )
+    if config.mtp and config.mtp.attention != kinds["full" if _mtp_is_full(config.family, kinds) else "sliding"]:
+        raise ConfigError("the MTP heads have a geometry of their own; config.json gives them that of a kind of layer.")
+
+
+def _mtp_is_full(family: str, kinds: Iterable[str]) -> bool:
+    """MTP heads are sliding layers wherever the model has any."""
+    return family == "mimo" or "sliding" not in kinds
 
 
 def _rotary_factor(spec: AttentionConfig) -> float:
@@ -372,6 +397,8 @@ def _rotary_factor(spec: AttentionConfig) -> float:
 def _per_layer(values: Any, names: dict[Any, str], where: str) -> tuple[str, ...] | None:
     if values is None:
         return None
+    if not isinstance(values, list):
+        raise ConfigError(f"{where} describes its layers by {values!r}; it must be a list with one entry a layer.")
     for value in values:
         if value not in names:
             raise ConfigError(f"{where} calls a layer {value!r}; known are {', '.join(map(repr, names))}.")

@@ -59,16 +59,31 @@ class CheckpointReader:
         rows = {"q_proj": spec.num_heads * spec.key_dim, "k_proj": spec.num_kv_heads * spec.key_dim}
         return (rows.get(part, spec.num_kv_heads * spec.value_dim), *tail)
 
-    def problem(self, name: str) -> str | None:
+    def problem(self, name: str, config: ModelConfig) -> str | None:
         """What forbids reading this tensor, found from its header; None if nothing does."""
         stored = self._stored(name)
         has_scale = self._physical(name) + _SCALE in self.stored
         if stored.dtype == "F8_E4M3":
-            return None if has_scale else f"{name} in {stored.file} is F8_E4M3 without {name}{_SCALE}"
+            if not has_scale:
+                return f"{name} in {stored.file} is F8_E4M3 without {name}{_SCALE}"
+            return self._scale_problem(self._physical(name), config)
         if stored.dtype not in _FLOAT_DTYPES:
             readable = ", ".join([*sorted(_FLOAT_DTYPES), "F8_E4M3"])
             return f"{name} in {stored.file} has dtype {stored.dtype}; readable are {readable}"
         return None
+
+    def _scale_problem(self, name: str, config: ModelConfig) -> str | None:
+        (rows, columns), scale = self.stored[name].shape, self.stored[name + _SCALE].shape
+        ranks = config.qkv_ranks
+        allowed = {fp8.num_blocks(rows)}
+        if ".qkv_proj." in name or ".k_proj." in name:
+            allowed.add(ranks * fp8.num_blocks(rows // ranks))
+        if ".v_proj." in name:  # per rank, V has the blocks that K leaves of their common slice
+            key_rows = self.stored[name.replace(".v_proj.", ".k_proj.")].shape[0] // ranks
+            allowed.add(ranks * (fp8.num_blocks(key_rows + rows // ranks) - fp8.num_blocks(key_rows)))
+        if scale[1:] == (fp8.num_blocks(columns),) and scale[0] in allowed:
+            return None
+        return f"{name}{_SCALE} has shape {list(scale)}, which are not the 128 x 128 blocks of {[rows, columns]}"
 
     def read(self, name: str, config: ModelConfig) -> torch.Tensor:
         """A logical tensor in its stored dtype, or float32 if it was FP8."""

@@ -120,6 +120,8 @@ class MiMo(nn.Module):
         self.config = self.config.with_full_rope_theta(full_rope_theta)
         for layer, layer_config in zip(self.model.layers, self.config.layers, strict=True):
             layer.self_attn.spec = layer_config.attention
+        for block in self.model.mtp.layers:
+            block.self_attn.spec = self.config.mtp.attention
 
     def replicate_mtp_heads(self, num_heads: int) -> None:
         """Grows to `num_heads` MTP heads, each new one a copy of the last (post-training, paper section 2.3)."""

@@ -24,7 +24,7 @@ def hybrid_layers(
 
 
 def tiny() -> ModelConfig:
-    """1.5 million parameters: six layers, two of them full, eight experts of which two work, one MTP head."""
+    """1.6 million parameters: six layers, two of them full, eight experts of which two work, one MTP head."""
     full = AttentionConfig("full", num_heads=4, num_kv_heads=1, key_dim=48, value_dim=32, rotary_dim=16, rope_theta=1e4)
     sliding = replace(full, kind="sliding", num_kv_heads=2, window_keys=32, sink=True)
     return ModelConfig(
@@ -96,6 +96,11 @@ def flash() -> ModelConfig:
     )
 
 
+def flash_base() -> ModelConfig:
+    """`flash` as it is pre-trained: with one MTP head, and the RoPE base of the first stages (paper section 3.1)."""
+    return flash().with_mtp_heads(1).with_full_rope_theta(640_000.0)
+
+
 def mimo_7b() -> ModelConfig:
     """MiMo-7B: 36 dense full layers with query/key/value biases and one full MTP layer (arXiv 2505.07608)."""
     full = AttentionConfig(
@@ -114,7 +119,7 @@ def mimo_7b() -> ModelConfig:
 
 
 PRESETS: dict[str, Callable[[], ModelConfig]] = {
-    preset.__name__: preset for preset in (tiny, tiny_all_global, tiny_no_sink, small, flash, mimo_7b)
+    preset.__name__: preset for preset in (tiny, tiny_all_global, tiny_no_sink, small, flash, flash_base, mimo_7b)
 }
 
 

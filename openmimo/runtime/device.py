@@ -71,7 +71,7 @@ def device_name(device: torch.device) -> str:
 def measured_peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of a large matrix product on this device now: the denominator of model FLOPs utilisation."""
     size = 8192 if device.type == "cuda" else 1024
-    a = torch.randn(size, size, device=device).to(dtype)
+    a = torch.rand(size, size, generator=torch.Generator().manual_seed(0)).to(device, dtype)
     best = float("inf")
     for _ in range(5):
         synchronise(device)

@@ -67,12 +67,20 @@ class Checkpoints:
         return path
 
     def newest_intact(self) -> Path | None:
-        """The newest checkpoint whose files match their checksums; damaged ones are reported and passed over."""
+        """The newest checkpoint whose files match their checksums; damaged ones are reported and passed over.
+
+        None if there is no checkpoint. Raises CheckpointError if there are some and every one is damaged. Also removes
+        what a process that was killed while it wrote has left half done.
+        """
+        for leftover in [*self.folder.glob(".step-*.tmp"), *self.folder.glob(".step-*.old")]:
+            shutil.rmtree(leftover)
         for path in reversed(self._all()):
             damage = find_damage(path)
             if damage is None:
                 return path
             print(f"warning: {damage} This checkpoint is passed over for the one before it.", file=sys.stderr)
+        if self._all():
+            raise CheckpointError(f"every checkpoint in {self.folder} is damaged; move the folder away to start anew.")
         return None
 
     def _all(self) -> list[Path]:
@@ -122,7 +130,11 @@ def find_damage(path: Path) -> str | None:
     manifest_path = path / "trainer" / _MANIFEST
     if not manifest_path.exists():
         return f"{path} has no trainer/{_MANIFEST}."
-    for name, checksum in json.loads(manifest_path.read_text()).items():
+    try:
+        checksums = json.loads(manifest_path.read_text())
+    except ValueError:
+        return f"{manifest_path} is not readable."
+    for name, checksum in checksums.items():
         if not (path / name).exists():
             return f"{path / name} is missing."
         if _checksum(path / name) != checksum:

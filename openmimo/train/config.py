@@ -1,9 +1,16 @@
 """What a pre-training run is, without torch: stages, schedules, mixtures. Recipes in `recipes/` return these."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from openmimo.core.errors import ConfigError
 from openmimo.data.config import MixtureConfig
+
+
+def _check_at_least_1(config: Any, where: str, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) < 1:
+            raise ConfigError(f"{where} has {name} {getattr(config, name)}; it must be 1 or more.")
 
 
 @dataclass(frozen=True)
@@ -46,9 +53,9 @@ class Stage:
 
     def __post_init__(self) -> None:
         where = f"stage {self.name!r}"
-        for name in ("steps", "sequence_length", "rows"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{where} has {name} {getattr(self, name)}; it must be 1 or more.")
+        _check_at_least_1(self, where, "steps", "sequence_length", "rows")
+        if self.rows_at_start is not None:
+            _check_at_least_1(self, where, "rows_at_start")
         if self.warmup_steps + self.constant_steps > self.steps:
             raise ConfigError(
                 f"{where} warms up for {self.warmup_steps} and holds for {self.constant_steps} steps, which is more "
@@ -91,6 +98,9 @@ class CheckpointConfig:
     keep_last: int = 2
     keep_every: int = 0
 
+    def __post_init__(self) -> None:
+        _check_at_least_1(self, "checkpoints", "every_steps", "keep_last")
+
 
 @dataclass(frozen=True)
 class EvaluationConfig:
@@ -103,6 +113,9 @@ class EvaluationConfig:
 
     every_steps: int = 100
     batches: int = 2
+
+    def __post_init__(self) -> None:
+        _check_at_least_1(self, "evaluation", "every_steps", "batches")
 
 
 @dataclass(frozen=True)
@@ -165,6 +178,7 @@ class PretrainConfig:
     def __post_init__(self) -> None:
         if not self.stages:
             raise ConfigError("the run has no stages.")
+        _check_at_least_1(self, "the run", "rows_per_microbatch", "log_every_steps")
         if self.dtype not in ("float32", "bfloat16", "float64"):
             raise ConfigError(f"dtype {self.dtype!r} is unknown; train in 'bfloat16' or 'float32'.")
         names = [stage.name for stage in self.stages]

@@ -18,10 +18,9 @@ from openmimo.train.loss import IGNORED, MicroBatch, head_states
 
 @dataclass(frozen=True)
 class Evaluation:
-    """losses: mean cross-entropy of each head, nats. acceptance: share of places where an MTP head's most likely token
-    is
-    the one that the main head finds most likely there, given the true tokens in between. loss_by_position: mean loss of
-    the main head in buckets of position that double in width; `position_edges` are their upper ends.
+    """losses: mean cross-entropy of each head, nats. acceptance: share of places where an MTP head's first choice
+    is the main head's there, given the true tokens in between. loss_by_position: mean loss of the main head in buckets
+    of position that double in width; `position_edges` are their upper ends.
     """
 
     losses: list[float]

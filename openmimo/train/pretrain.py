@@ -64,12 +64,14 @@ def extend(config: ExtendConfig, *, console: Console | None = None) -> Path:
 
 def _check_start(config: PretrainConfig) -> None:
     """Refuses a model, a checkpoint or a source that is not there, before anything is written."""
-    if config.init_from is not None:
-        load_config(config.init_from)
+    described = load_config(config.init_from) if config.init_from else model_config(config.model)
+    if config.init_from is not None and config.tokenizer.path is None:
         Tokenizer.load(Path(config.init_from))
-    else:
-        model_config(config.model)
+    heads = described.num_mtp_heads
     for stage in config.stages:
+        if stage.mtp_heads is not None and (heads == 0 or stage.mtp_heads < heads):
+            raise ConfigError(f"stage {stage.name!r} asks for {stage.mtp_heads} MTP heads of a model with {heads}.")
+        heads = stage.mtp_heads or heads
         for source in stage.mixture.sources:
             open_source(source)
 
@@ -77,14 +79,14 @@ def _check_start(config: PretrainConfig) -> None:
 def _keep_config(config: PretrainConfig, run_folder: Path) -> None:
     """Saves the config in the run folder; refuses to go on with a run that was started with another one."""
     path = run_folder / "config.json"
-    if path.exists():
+    if path.exists() and (run_folder / "checkpoints").exists():
         before = config_io.to_dict(without_location(config_io.load(PretrainConfig, path)))
         now = config_io.to_dict(without_location(config))
         changed = [name for name in now if now[name] != before[name]]
         if changed:
             raise ConfigError(
                 f"{run_folder} holds a run with another {', '.join(changed)}. Name another run_folder for a new run, "
-                f"or repeat the old one with --from {path}."
+                f"or repeat the old one with: openmimo pretrain --from {path}."
             )
     run_folder.mkdir(parents=True, exist_ok=True)
     config_io.save(config, path)
@@ -119,15 +121,15 @@ def _training_text(config: PretrainConfig) -> Iterator[str]:
 
 
 def _new_model(config: PretrainConfig, tokenizer: Tokenizer, device: torch.device) -> MiMo:
-    if config.init_from is not None:
-        return load_model(config.init_from, dtype="float32", device=str(device))
-    described = _with_token_ids(model_config(config.model), tokenizer)
+    described = load_config(config.init_from) if config.init_from else model_config(config.model)
     if tokenizer.vocab_size > described.vocab_size:
         raise ConfigError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens, but model {config.model!r} has vocab_size "
+            f"the tokenizer has {tokenizer.vocab_size} tokens, but {config.init_from or config.model!r} has vocab_size "
             f"{described.vocab_size}."
         )
-    model = MiMo(described)
+    if config.init_from is not None:
+        return load_model(config.init_from, dtype="float32", device=str(device))
+    model = MiMo(_with_token_ids(described, tokenizer))
     model.initialise(torch.Generator().manual_seed(config.seed))
     return model.to(device)
 

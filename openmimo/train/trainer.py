@@ -142,6 +142,7 @@ class Trainer:
     def _stage_of_step(self) -> Stage:
         place = place_of(self.step, self.config.stages)
         if place.stage_index != self._stage_index:
+            self.loader.close()
             self.loader = self._enter_stage(place.stage_index)
         return place.stage
 

@@ -98,6 +98,58 @@ def test_fp8_full_layers_have_the_published_scale_layout(tmp_path):
     assert (wrong - right).norm() / right.norm() > 0.1
 
 
+@pytest.mark.parametrize("kv_heads, key_dim, value_dim", [(1, 48, 32), (2, 96, 64), (2, 192, 128), (4, 192, 192)])
+def test_fp8_survives_other_geometries(tmp_path, kv_heads, key_dim, value_dim):
+    """Where the split scales could not tell a grid per rank from a uniform one, the uniform one is written and read."""
+    config = tiny_config(num_layers=2)
+    full = replace(
+        config.layers[0].attention,
+        num_heads=4,
+        num_kv_heads=kv_heads,
+        key_dim=key_dim,
+        value_dim=value_dim,
+        rotary_dim=8,
+    )
+    sliding = replace(full, kind="sliding", num_kv_heads=2 * kv_heads, num_heads=8, window_keys=9, sink=True)
+    layers = (replace(config.layers[0], attention=full), replace(config.layers[1], attention=sliding))
+    model = randomise(MiMo(replace(config, layers=layers)), 0)
+    openmimo.save_model(model, tmp_path / "m")
+    convert(tmp_path / "m", tmp_path / "q", ConvertConfig(dtype="fp8"), start=quiet)
+    restored = openmimo.load_model(tmp_path / "q").state_dict()
+    for name, tensor in model.state_dict().items():
+        assert (restored[name] - tensor).norm() / tensor.norm() < 0.03, name
+
+
+def test_a_scale_of_another_shape_is_refused(tmp_path):
+    openmimo.save_model(real_dims_model(), tmp_path / "m")
+    convert(tmp_path / "m", tmp_path / "q", ConvertConfig(dtype="fp8"), start=quiet)
+    tensors = load_file(tmp_path / "q" / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight_scale_inv"
+    tensors[name] = torch.ones(4, 8)
+    save_file(tensors, tmp_path / "q" / "model.safetensors")
+    with pytest.raises(CheckpointError, match="up_proj.weight_scale_inv"):
+        openmimo.load_model(tmp_path / "q")
+
+
+def test_extension_of_full_mtp_heads_survives_a_round_trip(tmp_path):
+    config = tiny_config(num_layers=2, mtp_heads=1)
+    full = config.layers[0].attention
+    layers = tuple(replace(layer, attention=full) for layer in config.layers)
+    model = randomise(MiMo(replace(config, layers=layers, mtp=replace(config.mtp, attention=full))), 0)
+    model.extend_context(full_rope_theta=7e4, max_positions=4096)
+    openmimo.save_model(model, tmp_path / "m")
+    loaded = openmimo.load_model(tmp_path / "m")
+    assert loaded.config == model.config
+    assert loaded.model.mtp.layers[0].self_attn.spec == model.model.mtp.layers[0].self_attn.spec
+
+
+def test_save_refuses_a_folder_that_holds_something_else(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(CheckpointError, match="notes.txt"):
+        openmimo.save_model(tiny_model(), tmp_path)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
 def test_weight_and_scale_may_lie_in_different_files(tmp_path):
     openmimo.save_model(real_dims_model(), tmp_path / "m")
     convert(tmp_path / "m", tmp_path / "q", ConvertConfig(dtype="fp8"), start=quiet)

@@ -3,6 +3,7 @@
 import importlib
 import json
 
+import numpy as np
 import pytest
 
 from openmimo.cli import load_recipe, recipe_names
@@ -10,7 +11,7 @@ from openmimo.core import config as config_io
 from openmimo.core.errors import ConfigError
 from openmimo.model.presets import model_config
 from openmimo.train.config import ExtendConfig, PretrainConfig
-from openmimo.train.schedule import learning_rate, total_steps
+from openmimo.train.schedule import learning_rate, rows_of_step, total_steps
 
 
 def all_recipes():
@@ -37,10 +38,15 @@ def test_recipe(name):
 def test_the_report_in_numbers():
     """27T tokens; the learning rate at the seams of the report's schedule."""
     stages = load_recipe("flash_309b", "pretrain").stages
-    tokens = [stage.steps * stage.rows * stage.sequence_length for stage in stages]
-    assert [round(count / 1e12, 2) for count in tokens] == [22.0, 4.0, 1.0]
-    assert total_steps(stages) == sum(stage.steps for stage in stages)
     first = stages[0]
+    read = np.cumsum([rows_of_step(first, step) for step in range(first.steps)]) * first.sequence_length / 1e12
+    assert read[-1] == pytest.approx(22, rel=1e-3)
+    assert read[first.rows_warmup_steps - 1] == pytest.approx(0.5, rel=1e-3)
+    assert read[first.warmup_steps - 1] == pytest.approx(0.05, rel=1e-2)
+    assert read[first.warmup_steps + first.constant_steps - 1] == pytest.approx(12.05, rel=1e-3)
+    later = [stage.steps * stage.rows * stage.sequence_length for stage in stages[1:]]
+    assert [round(count / 1e12, 3) for count in later] == [4.0, 1.0]
+    assert total_steps(stages) == sum(stage.steps for stage in stages)
     assert learning_rate(first, first.warmup_steps) == pytest.approx(3.2e-4)
     assert learning_rate(first, first.steps - 1) == pytest.approx(1e-4, rel=1e-3)
 
