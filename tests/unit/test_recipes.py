@@ -24,7 +24,7 @@ def all_recipes():
                     yield f"{name}:{function.__name__}"
 
 
-@pytest.mark.parametrize("name", all_recipes())
+@pytest.mark.parametrize("name", list(all_recipes()))
 def test_recipe(name):
     config = load_recipe(name, "pretrain")
     assert config_io.from_dict(type(config), json.loads(json.dumps(config_io.to_dict(config)))) == config
