@@ -17,9 +17,12 @@ from openmimo.engine.text import TextStream
 from openmimo.kernels.token_loss import token_logprobs
 from openmimo.model.config import ModelConfig
 from openmimo.model.context import PackedContext
+from openmimo.model.flops import active_matmul_parameters
 from openmimo.model.hf import load_model
 from openmimo.model.mimo import MiMo
-from openmimo.runtime.device import resolve_device
+from openmimo.runtime.device import at_most_threads, resolve_device
+
+_SMALL_MODEL_PARAMETERS = 20_000_000  # below, waking a second CPU thread for a token takes longer than it saves
 
 Prompts = str | list[str] | list[list[int]]
 
@@ -66,6 +69,8 @@ class LLM:
         self._eos_ids = _eos_ids(model.config, tokenizer)
         self._max_sequences = max_sequences
         self._prefill_tokens = prefill_tokens
+        is_small = active_matmul_parameters(model.config) < _SMALL_MODEL_PARAMETERS
+        self._decode_threads = 1 if is_small else torch.get_num_threads()
         self.reset_stats()
 
     def generate(
@@ -139,7 +144,8 @@ class LLM:
                 running += joining
             going = [sequence for sequence in running if not sequence.finish_reason]
             if going:
-                self._runner.step(going)
+                with at_most_threads(self._decode_threads):
+                    self._runner.step(going)
             finished = [sequence for sequence in running if sequence.finish_reason]
             if finished:
                 self._stats.observe_caches(running)

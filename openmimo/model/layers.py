@@ -16,13 +16,18 @@ from openmimo.model.config import AttentionConfig, ModelConfig
 from openmimo.model.context import AttentionContext
 
 
+def as_dtype(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`tensor.to(dtype)`, at no cost where it has that dtype: decoding asks a hundred times a token."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
 class Linear(nn.Linear):
     """A linear layer that computes in the dtype of its input."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in] to [..., out]."""
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.weight.to(x.dtype), bias)
+        bias = None if self.bias is None else as_dtype(self.bias, x.dtype)
+        return F.linear(x, as_dtype(self.weight, x.dtype), bias)
 
 
 class RMSNorm(nn.Module):
@@ -74,8 +79,9 @@ class Attention(nn.Module):
         """[T, D] to [T, D]; `layer` is the index under which the context remembers keys."""
         spec, T = self.spec, x_TD.shape[0]
         cos_TR, sin_TR = context.rotary(spec, x_TD.dtype)
-        q_TNK = apply_rotary(self.q_proj(x_TD).view(T, spec.num_heads, spec.key_dim), cos_TR, sin_TR)
-        k_TGK = apply_rotary(self.k_proj(x_TD).view(T, spec.num_kv_heads, spec.key_dim), cos_TR, sin_TR)
+        queries_and_keys = torch.cat([self.q_proj(x_TD), self.k_proj(x_TD)], dim=-1).view(T, -1, spec.key_dim)
+        rotated = apply_rotary(queries_and_keys, cos_TR, sin_TR)
+        q_TNK, k_TGK = rotated.split([spec.num_heads, spec.num_kv_heads], dim=1)
         v_TGV = self.v_proj(x_TD).view(T, spec.num_kv_heads, spec.value_dim)
         if self.value_scale != 1.0:
             v_TGV = v_TGV * self.value_scale

@@ -14,6 +14,7 @@ from torch import nn
 from openmimo.kernels.experts import apply_experts
 from openmimo.model.config import MoEConfig
 from openmimo.model.context import AttentionContext, SequenceBalance
+from openmimo.model.layers import as_dtype
 
 
 class Router(nn.Module):
@@ -28,7 +29,7 @@ class Router(nn.Module):
     def forward(self, x_TD: torch.Tensor, context: AttentionContext, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The chosen expert ids, int64 [T, A], and their weights, float32 [T, A]."""
         dtype = torch.float64 if x_TD.dtype == torch.float64 else torch.float32
-        scores_TE = F.linear(x_TD.to(dtype), self.weight.to(dtype)).sigmoid()
+        scores_TE = F.linear(as_dtype(x_TD, dtype), as_dtype(self.weight, dtype)).sigmoid()
         ids_TA = self._choose(scores_TE.detach())
         if layer in context.routing.replayed:
             replayed_TA = context.routing.replayed[layer].to(ids_TA.device, torch.int64)
@@ -77,7 +78,8 @@ class Experts(nn.Module):
 
     def forward(self, x_TD: torch.Tensor, ids_TA: torch.Tensor, weights_TA: torch.Tensor) -> torch.Tensor:
         """[T, D] to [T, D]."""
-        return apply_experts(x_TD, ids_TA, weights_TA, self.gate_up_proj.to(x_TD.dtype), self.down_proj.to(x_TD.dtype))
+        gate_up_EHD, down_EDF = as_dtype(self.gate_up_proj, x_TD.dtype), as_dtype(self.down_proj, x_TD.dtype)
+        return apply_experts(x_TD, ids_TA, weights_TA, gate_up_EHD, down_EDF)
 
 
 class MoE(nn.Module):

@@ -1,8 +1,10 @@
 """The one file that names an accelerator: which device to use, how to wait for it, how fast it can be."""
 
+import contextlib
 import os
 import platform
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -66,6 +68,20 @@ def device_name(device: torch.device) -> str:
         else []
     )
     return f"{models[0] if models else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+
+
+@contextlib.contextmanager
+def at_most_threads(count: int) -> Iterator[None]:
+    """Inside, torch computes with at most `count` CPU threads."""
+    before = torch.get_num_threads()
+    if before <= count:
+        yield
+        return
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def measured_peak_flops(device: torch.device, dtype: torch.dtype) -> float:

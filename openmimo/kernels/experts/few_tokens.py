@@ -23,6 +23,7 @@ def run(
 ) -> torch.Tensor:
     """See `openmimo.kernels.experts.apply_experts`."""
     wide = torch.promote_types(x_TD.dtype, torch.float32)
+    weights_TA = weights_TA.to(wide)
     rows = []
     for token, experts in enumerate(expert_ids_TA.tolist()):
         x_1D = x_TD[token : token + 1]
@@ -30,7 +31,8 @@ def run(
         for expert in experts:
             gate, up = F.linear(x_1D, gate_up_EHD[expert]).chunk(2, dim=-1)
             outputs.append(F.linear(F.silu(gate) * up, down_EDF[expert]))
-        rows.append(weights_TA[token : token + 1].to(wide) @ torch.cat(outputs).to(wide))
+        y_AD = torch.cat(outputs)
+        rows.append(weights_TA[token : token + 1] @ (y_AD if y_AD.dtype == wide else y_AD.to(wide)))
     return (rows[0] if len(rows) == 1 else torch.cat(rows)).to(x_TD.dtype)
 
 

@@ -12,8 +12,9 @@ from openmimo.kernels.experts import ExpertsNeed
 from openmimo.kernels.experts._sorting import combine, sort_by_expert
 
 # oneDNN compiles a bfloat16 product anew for each number of rows it has not seen, which takes longer than the product:
-# with the counts of a router as they fall, a step of the tiny model spent half its time there (docs/log.md).
-_ROW_MULTIPLE = 64
+# with the counts of a router as they fall, a step of the tiny model spent half its time there (docs/log.md). So rows
+# are padded to a multiple, an eighth to a quarter of what an expert gets on average.
+_LARGEST_MULTIPLE = 64
 
 
 def run(
@@ -27,7 +28,9 @@ def run(
 ) -> torch.Tensor:
     """See `openmimo.kernels.experts.apply_experts`."""
     rows_per_expert = need.num_tokens * need.experts_per_token // need.num_experts
-    multiple = _ROW_MULTIPLE if need.dtype == torch.bfloat16 and rows_per_expert >= _ROW_MULTIPLE else 1
+    multiple = 1
+    while need.dtype == torch.bfloat16 and multiple < _LARGEST_MULTIPLE and 8 * multiple <= rows_per_expert:
+        multiple *= 2
     sorted_tokens = sort_by_expert(x_TD, expert_ids_TA, need.num_experts, multiple=multiple)
     counts = sorted_tokens.counts_E.tolist()
     outputs = [x_TD.new_empty(0, need.model_dim)]
