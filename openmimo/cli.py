@@ -7,6 +7,7 @@ with its type, default and meaning. What a user can mend is printed as one parag
 """
 
 import importlib
+import inspect
 import os
 import pkgutil
 import sys
@@ -82,7 +83,9 @@ def load_recipe(name: str, verb: str) -> Any:
         raise ConfigError(f"there is no recipe {module_name!r}. Recipes: {', '.join(recipe_names())}.")
     module = importlib.import_module(f"recipes.{module_name}")
     functions = {
-        key: value for key, value in vars(module).items() if callable(value) and value.__module__ == module.__name__
+        key: value
+        for key, value in vars(module).items()
+        if callable(value) and value.__module__ == module.__name__ and not inspect.signature(value).parameters
     }
     if (function or verb) not in functions:
         raise ConfigError(

@@ -84,4 +84,13 @@ def extend() -> ExtendConfig:
 
 def demo() -> DemoConfig:
     """Both, with the measurements between them."""
-    return DemoConfig(folder="runs/demo", pretrain=pretrain(), extend=extend())
+    return demo_in("runs/demo")
+
+
+def demo_in(folder: str) -> DemoConfig:
+    """The demo with everything in `folder`."""
+    return DemoConfig(
+        folder=folder,
+        pretrain=replace(pretrain(), run_folder=f"{folder}/pretrain"),
+        extend=replace(extend(), run_folder=f"{folder}/extend", checkpoint=f"{folder}/pretrain/model"),
+    )

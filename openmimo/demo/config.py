@@ -10,9 +10,9 @@ class DemoConfig:
     """The whole story on a laptop: train, extend, measure, speak.
 
     Attributes:
-        folder: Where everything goes; every finished part is kept, and the same command goes on after an interruption.
+        folder: Where results and report go; a finished part is kept, and the same command goes on after a stop.
         pretrain: The first part.
-        extend: The second; its checkpoint is the first one's model.
+        extend: The second; its checkpoint should be the first one's model.
         retrieval_lengths: Context lengths at which retrieval is measured before and after the extension.
         retrieval_examples: Examples of each length.
         retrieval_pairs: Facts in an example, of which one is asked.

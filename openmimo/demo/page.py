@@ -41,9 +41,9 @@ def write_page(folder: Path, config: DemoConfig, findings: "Findings") -> Path:
     report.figure(_cache(findings.decoding), "Cache of one sequence: this model, and the same with every layer global.")
     for sample in findings.decoding["samples"][:2]:
         report.code(f"{sample['prompt']}⟨here the model goes on⟩{sample['text']}")
-    for name, title in (("pretrain", "Pre-training"), ("extend", "Extension")):
+    for run_folder, title in ((config.pretrain.run_folder, "Pre-training"), (config.extend.run_folder, "Extension")):
         report.heading(title)
-        add_training_figures(report, read_metrics(folder / name / "metrics.jsonl"))
+        add_training_figures(report, read_metrics(Path(run_folder) / "metrics.jsonl"))
     report.heading("Time")
     report.table(["part", "seconds"], [[name, float(seconds)] for name, seconds in findings.seconds.items()])
     return report.write(folder / "report.html")

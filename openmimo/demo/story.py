@@ -9,13 +9,15 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
+from openmimo.core import config as config_io
+from openmimo.core.errors import ConfigError
 from openmimo.core.files import write_text_atomic
 from openmimo.demo.config import DemoConfig
 from openmimo.demo.measure import measure_decoding, measure_retrieval
@@ -40,15 +42,11 @@ def run(config: DemoConfig) -> Path:
         torch.set_num_threads(config.pretrain.threads)
     folder = Path(config.folder)
     parts = _Parts(folder, console)
-    first = replace(config.pretrain, run_folder=str(folder / "pretrain"))
-    second = replace(config.extend, run_folder=str(folder / "extend"), checkpoint=str(folder / "pretrain" / "model"))
-
-    parts.run("pretrain", "1/4  a tokenizer, and a model from random weights", lambda: _done(pretrain(first)))
-    parts.run("extend", "2/4  a longer context, and three MTP heads", lambda: _done(extend(second)))
-    before = parts.run(
-        "retrieval_before", "3/4  retrieval before", lambda: measure_retrieval(config, second.checkpoint)
-    )
-    model_folder = folder / "extend" / "model"
+    _keep_config(config, folder)
+    checkpoint, model_folder = config.extend.checkpoint, Path(config.extend.run_folder) / "model"
+    parts.run("pretrain", "1/4  a tokenizer, and a model from random weights", lambda: _done(pretrain(config.pretrain)))
+    parts.run("extend", "2/4  a longer context, and three MTP heads", lambda: _done(extend(config.extend)))
+    before = parts.run("retrieval_before", "3/4  retrieval before", lambda: measure_retrieval(config, checkpoint))
     after = parts.run("retrieval_after", "     and after", lambda: measure_retrieval(config, str(model_folder)))
     decoding = parts.run(
         "decoding", "4/4  decoding, plain and speculative", lambda: measure_decoding(config, model_folder)
@@ -58,6 +56,15 @@ def run(config: DemoConfig) -> Path:
     report = write_page(folder, config, findings)
     _say_what_came_of_it(console, findings, report, model_folder)
     return report
+
+
+def _keep_config(config: DemoConfig, folder: Path) -> None:
+    """Saves the config beside the results; refuses to mix results of different ones."""
+    path = folder / "config.json"
+    if path.exists() and config_io.load(DemoConfig, path) != config:
+        raise ConfigError(f"{folder} holds a demo with other settings; name another --folder, or remove it.")
+    folder.mkdir(parents=True, exist_ok=True)
+    config_io.save(config, path)
 
 
 class _Parts:

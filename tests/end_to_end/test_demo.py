@@ -6,13 +6,14 @@ import pytest
 import torch
 
 import openmimo
-from openmimo.cli import load_recipe
+from openmimo.core.errors import ConfigError
 from openmimo.demo.story import run
+from recipes import tiny_cpu
 
 
-def toy():
+def toy(folder):
     """The shipped demo with few and small steps."""
-    demo = load_recipe("tiny_cpu", "demo")
+    demo = tiny_cpu.demo_in(str(folder))
 
     def short(stage):
         return replace(
@@ -39,7 +40,7 @@ def toy():
 
 def test_the_story(tmp_path, capsys):
     before = torch.get_num_threads()
-    config = replace(toy(), folder=str(tmp_path / "demo"))
+    config = toy(tmp_path / "demo")
     report = run(config)
     page = report.read_text()
     assert page.count("<img") >= 10
@@ -50,6 +51,9 @@ def test_the_story(tmp_path, capsys):
     written = report.stat().st_mtime_ns, (tmp_path / "demo" / "extend" / "metrics.jsonl").stat().st_mtime_ns
     run(config)
     assert (tmp_path / "demo" / "extend" / "metrics.jsonl").stat().st_mtime_ns == written[1]
+
+    with pytest.raises(ConfigError, match="other settings"):
+        run(replace(config, decode_tokens=21))
 
     transformers = pytest.importorskip("transformers")
     model_folder = tmp_path / "demo" / "extend" / "model"
