@@ -41,7 +41,7 @@ def pretrain() -> PretrainConfig:
                 end_lr=3e-3, mixture=mixture(REPEATS), mtp_weight=0.3, bias_rate=1e-2,
             ),
             Stage(
-                name="general", steps=450, sequence_length=64, rows=32, constant_steps=450, peak_lr=3e-3, end_lr=3e-3,
+                name="general", steps=700, sequence_length=64, rows=32, constant_steps=700, peak_lr=3e-3, end_lr=3e-3,
                 mixture=general, mtp_weight=0.3, bias_rate=1e-2,
             ),
             Stage(

@@ -1,5 +1,10 @@
 """Settings and models that many tests share."""
 
+import os
+
+# Before torch is imported: threads that spin while they wait slow tests down many times on shared cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 from dataclasses import replace
 
 import pytest
