@@ -166,7 +166,7 @@ MEASUREMENTS: dict[str, Callable[[int], list[Row]]] = {
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs the measurements, prints a table, and writes the results unless --quick or --only cut them short."""
+    """Runs the measurements, prints a table, and writes the results unless --quick cut them short."""
     parser = argparse.ArgumentParser(prog="openmimo bench", description=__doc__.split("\n\n")[0])
     parser.add_argument("--only", choices=MEASUREMENTS, help="one measurement alone")
     parser.add_argument("--quick", action="store_true", help="one round instead of five")
@@ -177,8 +177,9 @@ def main(arguments: list[str] | None = None) -> None:
     names = [options.only] if options.only else list(MEASUREMENTS)
     rows = [row for name in names for row in MEASUREMENTS[name](1 if options.quick else 5)]
     print_rows(rows)
-    if not options.quick and not options.only:
-        print(f"wrote {write_rows('bench_cpu', rows, device=CPU, threads=options.threads)}")
+    if not options.quick:
+        name = f"bench_cpu_{options.only}" if options.only else "bench_cpu"
+        print(f"wrote {write_rows(name, rows, device=CPU, threads=options.threads)}")
 
 
 def _attention_inputs(length: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
