@@ -22,6 +22,8 @@ from rich.markup import escape
 from openmimo.core import config as config_io
 from openmimo.core.errors import ConfigError, UserError
 from openmimo.core.records import SamplingParams
+from openmimo.engine.config import EngineConfig
+from openmimo.engine.server.config import ServerConfig
 
 _STDERR = Console(stderr=True)
 
@@ -268,6 +270,42 @@ def _load(options: SpeakOptions) -> Any:
     return terminal.load(options.path, speculative=options.speculative, dtype=options.dtype, device=options.device)
 
 
+@dataclass(frozen=True)
+class ServeOptions:
+    """Serve a checkpoint: an OpenAI-compatible API under /v1, a chat page at /, metrics at /metrics.
+
+    Attributes:
+        path: A checkpoint folder with a tokenizer (none with --stub).
+        stub: Serve no model: every message is said back, word by word. For trying clients.
+        dtype: Of weights and activations (auto: bfloat16 on an accelerator, else float32).
+        device: auto (an accelerator if there is one), cpu, or a device of torch.
+        threads: CPU threads for the model (none: all cores).
+    """
+
+    path: tyro.conf.Positional[str] = ""
+    server: Annotated[ServerConfig, tyro.conf.arg(name="")] = ServerConfig()
+    engine: Annotated[EngineConfig, tyro.conf.arg(name="")] = EngineConfig()
+    stub: bool = False
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: str = "auto"
+    threads: int | None = None
+
+
+def _serve(arguments: list[str]) -> None:
+    options = tyro.cli(ServeOptions, args=arguments, prog="openmimo serve")
+    if bool(options.path) == options.stub:
+        raise ConfigError("give the folder of a checkpoint to serve, or --stub to serve none.")
+    from openmimo.engine.server.launch import launch, launch_stub
+
+    if options.stub:
+        launch_stub(options.server)
+    else:
+        launch(
+            options.path, options.server, options.engine,
+            dtype=options.dtype, device=options.device, threads=options.threads,
+        )  # fmt: skip
+
+
 # --- verbs: measuring ------------------------------------------------------------------------------------------------
 
 
@@ -297,6 +335,7 @@ VERBS: dict[str, Verb] = {
     "eval": Verb("measure retrieval and loss over long contexts", _eval),
     "generate": Verb("continue a prompt", _generate),
     "chat": Verb("talk with a checkpoint in the terminal", _chat),
+    "serve": Verb("serve a checkpoint: OpenAI-compatible API and a chat page", _serve),
     "convert": Verb("rewrite a checkpoint in another dtype or layout", _convert),
     "audit": Verb("count a model's parameters and tensors without allocating them", _audit),
     "bench": Verb("time kernels, training and decoding against their peers", _bench),

@@ -1,9 +1,12 @@
-"""The plain records that cross every border: between the command line, the engine and, later, servers and trainers."""
+"""The plain records that cross every border: between the command line, the engine, the server and trainers."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from openmimo.core.errors import ConfigError
+
+STRUCTURE_KINDS = ("json_object", "json_schema", "regex", "grammar")
 
 
 @dataclass(frozen=True)
@@ -17,50 +20,175 @@ class Message:
 
 
 @dataclass(frozen=True)
+class Structure:
+    """What a text must look like. kind: one of STRUCTURE_KINDS; source: the schema (JSON), pattern or Lark grammar."""
+
+    kind: str
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        if self.kind not in STRUCTURE_KINDS:
+            raise ConfigError(f"Structure.kind is {self.kind!r}; it must be one of {', '.join(STRUCTURE_KINDS)}.")
+        if bool(self.source) == (self.kind == "json_object"):
+            raise ConfigError(
+                f"Structure of kind {self.kind!r} "
+                + ("takes no source." if self.source else "needs a source (a schema, pattern or grammar).")
+            )
+
+
+@dataclass(frozen=True)
 class SamplingParams:
     """How one request is decoded.
 
+    The order of the steps is that of the fields: biases and penalties change the logits, then temperature, then top_k,
+    top_p and min_p cut the distribution, all three by the probabilities before any cut.
+
     Attributes:
         max_tokens: New tokens, at most.
+        min_tokens: New tokens, at least: until then no stop id can be chosen and no stop string ends the text.
+        logit_bias: Added to the logits of these token ids.
+        repetition_penalty: Above 1, makes tokens of the prompt and of the text less likely (positive logits are divided
+            by it, negative ones multiplied).
+        presence_penalty: Subtracted from the logit of every token that the text already has.
+        frequency_penalty: Subtracted from a token's logit once for each time the text already has it.
         temperature: Flattens or sharpens the distribution; 0 is greedy.
         top_p: Keep the smallest set of tokens with this much probability.
         top_k: Keep at most so many tokens (0: no limit).
+        min_p: Keep only tokens at least this fraction as likely as the likeliest.
         seed: Same seed, same text, whatever else runs in the batch; None draws one.
         stop: End before one of these strings.
         stop_token_ids: End after one of these ids, beside the checkpoint's own.
         ignore_eos: Go on after the checkpoint's end-of-text ids.
+        max_repeats: End (finish reason "repetition") once the text closes with one passage of at most 64 tokens so many
+            times in a row (0: never).
+        structure: The text must be of this form.
+        skip_special_tokens: Leave special tokens out of the text.
         logprobs: Return the log-probability of each new token under the raw distribution at the sampling temperature
-            (before top-p and top-k; at temperature 0, that of temperature 1).
+            (before biases, penalties and cuts; at temperature 0, that of temperature 1).
+        top_logprobs: Return so many of the likeliest tokens at each position too.
+        prompt_logprobs: Return the log-probabilities of the prompt's tokens.
+        routed_experts: Return the experts that each token was routed to.
     """
 
     max_tokens: int = 128
+    min_tokens: int = 0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
     seed: int | None = None
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    max_repeats: int = 0
+    structure: Structure | None = None
+    skip_special_tokens: bool = True
     logprobs: bool = False
+    top_logprobs: int = 0
+    prompt_logprobs: bool = False
+    routed_experts: bool = False
 
     def __post_init__(self) -> None:
         rules = {
             "max_tokens": (self.max_tokens >= 1, "at least 1"),
-            "temperature": (self.temperature >= 0.0, "0 (greedy) or more"),
+            "min_tokens": (0 <= self.min_tokens <= self.max_tokens, f"0 to max_tokens ({self.max_tokens})"),
+            "logit_bias": (all(-100.0 <= bias <= 100.0 for bias in self.logit_bias.values()), "within -100 to 100"),
+            "repetition_penalty": (self.repetition_penalty > 0.0, "above 0 (1: none)"),
+            "presence_penalty": (-2.0 <= self.presence_penalty <= 2.0, "within -2 to 2"),
+            "frequency_penalty": (-2.0 <= self.frequency_penalty <= 2.0, "within -2 to 2"),
+            "temperature": (0.0 <= self.temperature < float("inf"), "0 (greedy) or more"),
             "top_p": (0.0 < self.top_p <= 1.0, "above 0 and at most 1"),
             "top_k": (self.top_k >= 0, "0 (no limit) or more"),
+            "min_p": (0.0 <= self.min_p <= 1.0, "within 0 to 1"),
+            "stop": (all(self.stop), "without empty strings"),
+            "max_repeats": (self.max_repeats == 0 or self.max_repeats >= 2, "0 (never) or at least 2"),
+            "top_logprobs": (0 <= self.top_logprobs <= 20, "within 0 to 20"),
         }
         for name, (good, expected) in rules.items():
             if not good:
                 raise ConfigError(f"SamplingParams.{name} is {getattr(self, name)!r}; it must be {expected}.")
 
+    @property
+    def changes_logits(self) -> bool:
+        """Whether the choice depends on more than the model's own logits."""
+        return bool(
+            self.logit_bias
+            or self.repetition_penalty != 1.0
+            or self.presence_penalty
+            or self.frequency_penalty
+            or self.min_tokens
+            or self.structure
+        )
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt for the engine.
+
+    id: unique among the running ones. priority: lower runs first. session: requests of one session (turns of one
+    rollout) reuse each other's cache and routed experts, and share nothing with others; None shares prefixes freely.
+    """
+
+    id: str
+    prompt_token_ids: tuple[int, ...]
+    params: SamplingParams
+    priority: int = 0
+    session: str | None = None
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A token's log-probability, and the likeliest (id, log-probability) pairs at its position."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What one engine step added to one request.
+
+    drafted: for each new token, whether an MTP head had proposed it. text may lag behind the ids: text that may be the
+    start of a stop string or of a character is held back. finish_reason: "" while it runs, then "stop", "length",
+    "repetition", "abort" or "error" (with `error`). num_cached_tokens: prompt tokens that were not computed anew.
+    """
+
+    request_id: str
+    token_ids: tuple[int, ...] = ()
+    text: str = ""
+    logprobs: tuple[TokenLogprob, ...] = ()
+    drafted: tuple[bool, ...] = ()
+    finish_reason: str = ""
+    error: str = ""
+    num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+
 
 @dataclass
 class Completion:
-    """What came of one request. `finish_reason` is "stop" (a stop string or id) or "length"."""
+    """What came of one request.
+
+    finish_reason: as in Delta. logprobs: of the new tokens, if asked for; top_logprobs: beside each, the likeliest (id,
+    log-probability) pairs. prompt_logprobs: of the prompt's tokens but the first. policy_versions: for each new token,
+    the version of the weights that chose it. drafted: for each, whether an MTP head had proposed it. routed_experts: a
+    NumPy array [prompt and new tokens but the last, sparse layers, experts a token], uint8 up to 256 experts, else
+    int16. num_cached_tokens: prompt tokens that were not computed anew.
+    """
 
     prompt_token_ids: list[int]
     token_ids: list[int] = field(default_factory=list)
     text: str = ""
     logprobs: list[float] | None = None
     finish_reason: str = ""
+    top_logprobs: list[tuple[tuple[int, float], ...]] | None = None
+    prompt_logprobs: list[float] | None = None
+    policy_versions: list[int] = field(default_factory=list)
+    drafted: list[bool] = field(default_factory=list)
+    routed_experts: Any = None
+    num_cached_tokens: int = 0

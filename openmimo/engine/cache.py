@@ -1,162 +1,187 @@
-"""Keys and values of one sequence, layer by layer: full layers keep every position, sliding layers only their window.
+"""The key/value cache: one arena of equal pages, from which layers of every kind draw. Nothing splits it beforehand.
 
-T new positions, S positions a call reads, G key/value heads, K key dim, V value dim.
+X pages of the arena, P positions a page, G key/value heads, K key dim, V value dim, B sequences, Y pages of a table.
 
-Every layer's rows lie in order in one buffer, so a call always reads a contiguous view. A sliding layer's buffer has a
-few rows of slack beside its window; when it is full, the window moves back to its start.
+Layers that remember the same (`KVSpec`) form a group and share page tables: a page holds P positions for all of them.
+Groups differ in bytes per position, and so in P, but every page has the same bytes. A position has a fixed place:
+row p % P of the page `table[p // P]`. Full layers keep all their pages; sliding layers give back those behind their
+window. MTP heads lag behind the main layers, but use the same positions, and so the same tables.
+
+Pages are counted by reference, because requests with the same beginning share them (`openmimo.engine.prefix`).
 """
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from openmimo.model.attention import KVSpec, kv_spec
 from openmimo.model.config import AttentionConfig
 
-_FIRST_ROWS = 64
-_LEAST_SLACK_ROWS = 16
+_USUAL_POSITIONS = 1024  # what a page's half-filled end is weighed against in layers that keep everything
+_MOST_PAGE_POSITIONS = 64
+_MOST_BLOCK_POSITIONS = 128
+_LEAST_BLOCK_POSITIONS = 16
+_COST_OF_SMALL_PAGES = 0.01
+_FIRST_TABLE_PAGES = 64
 
 
-class LayerCache:
-    """One layer of one sequence.
+@dataclass(frozen=True)
+class PageGroup:
+    """Layers that remember the same, and how many positions one page holds for all of them."""
 
-    max_positions: the most positions it will ever see. slack_rows: how many rows beyond the window a sliding layer may
-    hold, which is also how many of the newest can be taken back.
-    """
+    spec: KVSpec
+    layers: tuple[int, ...]
+    page_positions: int
 
-    def __init__(
-        self, spec: KVSpec, *, max_positions: int, slack_rows: int, dtype: torch.dtype, device: torch.device | str
-    ):
-        self.keep_positions = max_positions if spec.keep_positions is None else spec.keep_positions
-        self.max_rows = min(max_positions, self.keep_positions + slack_rows)
-        self.max_positions = max_positions
-        self.length = 0
-        self._rows = 0
-        self._keys_SGK = torch.empty(0, spec.num_kv_heads, spec.key_dim, dtype=dtype, device=device)
-        self._values_SGV = torch.empty(0, spec.num_kv_heads, spec.value_dim, dtype=dtype, device=device)
-        self._grow(min(self.max_rows, _FIRST_ROWS))
+    def first_page_kept(self, length: int, margin: int) -> int:
+        """The first page that a query at position `length` (or up to `margin` before it) still reads."""
+        if self.spec.keep_positions is None:
+            return 0
+        return max(length - self.spec.keep_positions - margin, 0) // self.page_positions
 
-    @property
-    def num_bytes(self) -> int:
-        """Bytes allocated."""
-        return self._keys_SGK.nbytes + self._values_SGV.nbytes
-
-    @property
-    def kept_positions(self) -> int:
-        """How many of the latest positions are held."""
-        return self._rows
-
-    def append(self, k_TGK: torch.Tensor, v_TGV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Remembers new positions. Returns what they read: the kept past and themselves, [S, G, K] and [S, G, V].
-
-        The result is a view into the cache, good until the next call.
-        """
-        T = k_TGK.shape[0]
-        past = min(self._rows, self.keep_positions)
-        if self._rows + T > self._keys_SGK.shape[0]:
-            if past + T > self.max_rows:
-                return self._append_beyond_buffer(k_TGK, v_TGV)
-            self._make_room(T)
-        start, stop = self._rows, self._rows + T
-        self._keys_SGK[start:stop] = k_TGK
-        self._values_SGV[start:stop] = v_TGV
-        self._rows = stop
-        self.length += T
-        return self._keys_SGK[start - past : stop], self._values_SGV[start - past : stop]
-
-    def truncate(self, length: int) -> None:
-        """Forgets the positions from `length` on. Raises AssertionError if the window before them is gone."""
-        rows = self._rows - (self.length - length)
-        if length > self.length or rows < min(self.keep_positions, length):
-            raise AssertionError(f"cannot go from {self.length} positions back to {length}: {self._rows} are held")
-        self._rows = rows
-        self.length = length
-
-    def _append_beyond_buffer(self, k_TGK: torch.Tensor, v_TGV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """More new rows than the buffer holds (prefill): they read a temporary, of which the last rows are kept."""
-        if self.length + k_TGK.shape[0] > self.max_positions:
-            raise AssertionError(f"a cache for {self.max_positions} positions cannot hold more")
-        past = slice(self._rows - min(self._rows, self.keep_positions), self._rows)
-        k_SGK = torch.cat([self._keys_SGK[past], k_TGK])
-        v_SGV = torch.cat([self._values_SGV[past], v_TGV])
-        self._rows = 0
-        self._grow(self.max_rows)
-        self._keys_SGK[:] = k_SGK[-self.max_rows :]
-        self._values_SGV[:] = v_SGV[-self.max_rows :]
-        self._rows = self.max_rows
-        self.length += k_TGK.shape[0]
-        return k_SGK, v_SGV
-
-    def _make_room(self, new_rows: int) -> None:
-        capacity = self._keys_SGK.shape[0]
-        if capacity < self.max_rows:
-            self._grow(min(self.max_rows, max(2 * capacity, self._rows + new_rows)))
-        if self._rows + new_rows > self._keys_SGK.shape[0]:
-            self._move_window_to_start()
-
-    def _grow(self, capacity: int) -> None:
-        self._keys_SGK = _grown(self._keys_SGK, capacity, self._rows)
-        self._values_SGV = _grown(self._values_SGV, capacity, self._rows)
-
-    def _move_window_to_start(self) -> None:
-        past = min(self._rows, self.keep_positions)
-        for buffer in (self._keys_SGK, self._values_SGV):
-            buffer[:past] = buffer[self._rows - past : self._rows].clone()  # the two may overlap
-        self._rows = past
+    def pages_until(self, length: int) -> int:
+        """How many pages cover the positions below `length`."""
+        return -(-length // self.page_positions)
 
 
-def _grown(buffer: torch.Tensor, capacity: int, rows: int) -> torch.Tensor:
-    grown = buffer.new_empty(capacity, *buffer.shape[1:])
-    grown[:rows] = buffer[:rows]
-    return grown
+@dataclass(frozen=True)
+class PageLayout:
+    """How an arena is cut. block_positions: the fewest positions, times a whole number, that fill pages everywhere."""
+
+    groups: tuple[PageGroup, ...]
+    page_numbers: int
+    block_positions: int
 
 
-class KVCache:
-    """All layers of one sequence: `layers` is `ModelConfig.attention_layers()`, the main layers and then the MTP heads.
+def plan_pages(layers: Sequence[AttentionConfig]) -> PageLayout:
+    """Groups the layers and picks the page size that wastes least: unused ends of pages, and half-filled last pages."""
+    layers_of: dict[KVSpec, list[int]] = {}
+    for index, layer in enumerate(layers):
+        layers_of.setdefault(kv_spec(layer), []).append(index)
+    numbers = {spec: len(indices) * spec.bytes_per_position(1) for spec, indices in layers_of.items()}
+    sizes = {positions * numbers[spec] for spec in numbers for positions in range(1, _MOST_PAGE_POSITIONS + 1)}
+    fitting = [size for size in sizes if size >= max(numbers.values())]
+    page_numbers = min(sorted(fitting), key=lambda size: _waste(size, numbers))
+    groups = tuple(
+        PageGroup(spec, tuple(indices), min(page_numbers // numbers[spec], _MOST_PAGE_POSITIONS))
+        for spec, indices in layers_of.items()
+    )
+    block = math.lcm(*(group.page_positions for group in groups))
+    return PageLayout(groups, page_numbers, block * -(-_LEAST_BLOCK_POSITIONS // block))
 
-    max_positions: the most positions the sequence will ever have. max_drafts: how many drafted tokens a verification
-    may bring and take back. MTP heads lag behind the main layers, so each layer has its own length.
+
+def _waste(page_numbers: int, numbers: dict[KVSpec, int]) -> float:
+    positions = {spec: min(page_numbers // numbers[spec], _MOST_PAGE_POSITIONS) for spec in numbers}
+    if math.lcm(*positions.values()) > _MOST_BLOCK_POSITIONS:
+        return math.inf
+    shares = []
+    for spec, count in positions.items():
+        kept = _USUAL_POSITIONS if spec.keep_positions is None else spec.keep_positions
+        shares.append(1 - count * numbers[spec] / page_numbers + count / kept)
+    return max(shares) + _COST_OF_SMALL_PAGES / min(positions.values())
+
+
+class PageArena:
+    """The memory of all caches of one engine.
+
+    layers: `ModelConfig.attention_layers()`, the main layers and then the MTP heads that draft. cache_bytes: the whole
+    budget; untouched pages cost nothing on a CPU, where memory is given out on first use. dtype: of keys and values as
+    stored. The arena starts zeroed, so that a row nobody wrote is finite.
     """
 
     def __init__(
         self,
         layers: Sequence[AttentionConfig],
         *,
-        max_positions: int,
-        max_drafts: int = 0,
+        cache_bytes: int,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ):
-        # In one round a head runs over the accepted drafts, the bonus token and the slots it redoes: 2 x drafts + 1.
-        self._specs = tuple(layers)
-        self._dtype = dtype
-        slack_rows = max(_LEAST_SLACK_ROWS, 2 * max_drafts + 1)
-        self.layers = [
-            LayerCache(kv_spec(spec), max_positions=max_positions, slack_rows=slack_rows, dtype=dtype, device=device)
-            for spec in layers
-        ]
+        self.layout = plan_pages(layers)
+        self.page_bytes = self.layout.page_numbers * dtype.itemsize
+        self.num_pages = cache_bytes // self.page_bytes
+        self.dtype = dtype
+        self._layers = tuple(layers)
+        self._free = list(range(self.num_pages - 1, -1, -1))
+        self._references = [0] * self.num_pages
+        storage = _zeros(self.num_pages, self.layout.page_numbers, dtype, torch.device(device))
+        self.group_of_layer = [0] * len(layers)
+        self._views: list[tuple[torch.Tensor, torch.Tensor]] = [(storage, storage)] * len(layers)
+        for number, group in enumerate(self.layout.groups):
+            for place, layer in enumerate(group.layers):
+                self.group_of_layer[layer] = number
+                self._views[layer] = _layer_views(storage, group, place)
 
-    def append(self, layer: int, k_TGK: torch.Tensor, v_TGV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """See LayerCache.append."""
-        return self.layers[layer].append(k_TGK, v_TGV)
-
-    def truncate(self, layer: int, length: int) -> None:
-        """See LayerCache.truncate."""
-        self.layers[layer].truncate(length)
-
-    def length(self, layer: int) -> int:
-        """How many positions layer `layer` has seen."""
-        return self.layers[layer].length
+    def layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """A layer's keys [X, P, G, K] and values [X, P, G, V]: views into the arena."""
+        return self._views[layer]
 
     @property
-    def num_bytes(self) -> int:
-        """Bytes allocated, all layers together."""
-        return sum(layer.num_bytes for layer in self.layers)
+    def num_free(self) -> int:
+        """Pages that nobody holds."""
+        return len(self._free)
 
     @property
-    def all_global_bytes(self) -> int:
-        """Bytes for the positions of the first layer if every layer were full, see `all_global_cache_bytes`."""
-        return all_global_cache_bytes(self._specs, self.layers[0].length, self._dtype)
+    def num_used(self) -> int:
+        """Pages that somebody holds."""
+        return self.num_pages - len(self._free)
+
+    def take(self) -> int:
+        """A free page, now held once. The caller has made sure that there is one."""
+        page = self._free.pop()
+        self._references[page] = 1
+        return page
+
+    def share(self, page: int) -> None:
+        """One more holder of a held page."""
+        self._references[page] += 1
+
+    def release(self, page: int) -> None:
+        """One holder fewer; the last one frees the page."""
+        self._references[page] -= 1
+        if self._references[page] == 0:
+            self._free.append(page)
+
+    def is_shared(self, page: int) -> bool:
+        """Whether several hold the page."""
+        return self._references[page] > 1
+
+    def pages_for(self, length: int, margin: int) -> int:
+        """Pages that a sequence of `length` positions holds."""
+        return sum(group.pages_until(length) - group.first_page_kept(length, margin) for group in self.layout.groups)
+
+    def ideal_bytes(self, length: int) -> int:
+        """Bytes of what `length` positions must remember, without pages."""
+        kept = (kv_spec(layer) for layer in self._layers)
+        return sum(
+            (length if spec.keep_positions is None else min(length, spec.keep_positions))
+            * spec.bytes_per_position(self.dtype.itemsize)
+            for spec in kept
+        )
+
+    def all_global_bytes(self, length: int) -> int:
+        """Bytes of `length` positions in a model of full layers, see `all_global_cache_bytes`."""
+        return all_global_cache_bytes(self._layers, length, self.dtype)
+
+
+def _zeros(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros; on a CPU from the system, which gives memory on first use (torch.zeros writes it all)."""
+    if device.type == "cpu":
+        empty = np.zeros(rows * columns * dtype.itemsize, dtype=np.uint8)
+        return torch.from_numpy(empty).view(dtype).view(rows, columns)
+    return torch.zeros(rows, columns, dtype=dtype, device=device)
+
+
+def _layer_views(storage: torch.Tensor, group: PageGroup, place: int) -> tuple[torch.Tensor, torch.Tensor]:
+    pages, page_numbers = storage.shape
+    P, G, K, V = group.page_positions, group.spec.num_kv_heads, group.spec.key_dim, group.spec.value_dim
+    start = place * P * G * (K + V)
+    keys = storage.as_strided((pages, P, G, K), (page_numbers, G * K, K, 1), start)
+    values = storage.as_strided((pages, P, G, V), (page_numbers, G * V, V, 1), start + P * G * K)
+    return keys, values
 
 
 def all_global_cache_bytes(layers: Sequence[AttentionConfig], num_positions: int, dtype: torch.dtype) -> int:
@@ -166,3 +191,91 @@ def all_global_cache_bytes(layers: Sequence[AttentionConfig], num_positions: int
     """
     full = next((spec for spec in layers if kv_spec(spec).keep_positions is None), None)
     return num_positions * sum(kv_spec(full or spec).bytes_per_position(dtype.itemsize) for spec in layers)
+
+
+class PageTables:
+    """Which pages one sequence holds, group by group: int32 arrays from page number to page, -1 where none is held.
+
+    margin: how many positions before its newest a sequence may still have to read from (MTP heads lag).
+    """
+
+    def __init__(self, arena: PageArena, margin: int):
+        self._arena = arena
+        self._margin = margin
+        self._tables = [np.full(_FIRST_TABLE_PAGES, -1, dtype=np.int32) for _ in arena.layout.groups]
+        self._first = [0] * len(self._tables)  # pages before it were given back
+        self._stop = [0] * len(self._tables)
+
+    def table(self, group: int) -> np.ndarray:
+        """The table of a group, int32 [pages so far]."""
+        return self._tables[group][: self._stop[group]]
+
+    @property
+    def num_pages(self) -> int:
+        """Pages held."""
+        return sum(int((self.table(group) >= 0).sum()) for group in range(len(self._tables)))
+
+    def missing(self, length: int) -> int:
+        """How many pages `reach(length)` must find free."""
+        count = 0
+        for number, group in enumerate(self._arena.layout.groups):
+            stop = group.pages_until(length)
+            if stop > self._stop[number]:
+                count += stop - max(self._stop[number], group.first_page_kept(length, self._margin))
+        return count
+
+    def reach(self, length: int, *, spare_pages: int = 0) -> None:
+        """Takes the pages for all positions below `length`.
+
+        Positions that sliding layers will have left behind by then get a page only out of `spare_pages`: nobody has to
+        remember them, but another request with the same beginning could use them.
+        """
+        for number, group in enumerate(self._arena.layout.groups):
+            stop = group.pages_until(length)
+            if stop <= self._stop[number]:
+                continue
+            table = self._grown(number, stop)
+            wanted = max(self._stop[number], group.first_page_kept(length, self._margin))
+            spared = min(wanted - self._stop[number], spare_pages)
+            spare_pages -= spared
+            for page in range(wanted - spared, stop):
+                table[page] = self._arena.take()
+            self._stop[number] = stop
+
+    def adopt(self, group: int, pages: list[int]) -> None:
+        """Starts an empty table with pages of others (-1: none), of which it becomes one more holder."""
+        self._grown(group, len(pages))[: len(pages)] = pages
+        self._stop[group] = len(pages)
+        for page in pages:
+            if page >= 0:
+                self._arena.share(page)
+
+    def leave_behind(self, length: int) -> None:
+        """Gives back what a sequence of `length` positions no longer reads."""
+        for number, group in enumerate(self._arena.layout.groups):
+            first = group.first_page_kept(length, self._margin)
+            if first > self._first[number]:
+                self._release(number, self._first[number], min(first, self._stop[number]))
+                self._first[number] = first
+
+    def release(self) -> None:
+        """Gives back everything."""
+        for number in range(len(self._tables)):
+            self._release(number, self._first[number], self._stop[number])
+            self._first[number] = self._stop[number] = 0
+
+    def _release(self, group: int, first: int, stop: int) -> None:
+        table = self._tables[group]
+        for place in range(first, stop):
+            page = int(table[place])
+            if page >= 0:
+                self._arena.release(page)
+                table[place] = -1
+
+    def _grown(self, group: int, pages: int) -> np.ndarray:
+        table = self._tables[group]
+        if pages > len(table):
+            table = np.full(max(pages, 2 * len(table)), -1, dtype=np.int32)
+            table[: self._stop[group]] = self._tables[group][: self._stop[group]]
+            self._tables[group] = table
+        return table

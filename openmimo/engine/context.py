@@ -1,17 +1,23 @@
-"""The engine's attention context: packed new tokens of several sequences, each reading and writing its own cache.
+"""The engine's attention context: packed new tokens of several sequences, each reading and writing its own pages.
 
-T packed new tokens, N query heads, G key/value heads, K key dim, V value dim, R rotated dims.
+T packed new tokens, S keys, N query heads, G key/value heads, K key dim, V value dim, R rotated dims, B sequences, Y
+pages of a table.
 """
 
+from typing import NamedTuple
+
+import numpy as np
 import torch
 
-from openmimo.engine.cache import KVCache
+from openmimo.engine.cache import PageArena, PageTables
 from openmimo.kernels.attention import attend
+from openmimo.kernels.paged_attention import Pages, paged_attend
 from openmimo.kernels.rotary import rotary_table
 from openmimo.model.config import AttentionConfig
 from openmimo.model.context import RoutingTape
 
 _FIRST_POSITIONS = 512
+_MOST_SHORT_TOKENS = 16  # new tokens a sequence up to which a pass reads its keys in the pages
 _Geometry = tuple[int, float, torch.dtype]
 
 
@@ -33,32 +39,52 @@ class RotaryRows:
         return tables
 
 
-class CachedContext:
-    """An AttentionContext (see `openmimo.model.context`) over caches: `new_lengths[b]` new tokens of sequence b.
+class Span(NamedTuple):
+    """Positions `start` to `stop` of one sequence, new in a pass, and its pages."""
 
-    first_layer: the layer whose length tells where the new tokens stand. The main model and each MTP head stand
-    elsewhere, so each of their passes has a context of its own.
+    pages: PageTables
+    start: int
+    stop: int
+
+
+class _Placement(NamedTuple):
+    """Where a pass writes and reads in one group of layers.
+
+    rows: which new tokens have a page, if not all; page_T and slot_T: where these go. tables_BY: as in `Pages`.
     """
 
-    def __init__(
-        self,
-        caches: list[KVCache],
-        new_lengths: tuple[int, ...],
-        *,
-        first_layer: int,
-        rotary: RotaryRows,
-    ):
+    rows: torch.Tensor | None
+    page_T: torch.Tensor
+    slot_T: torch.Tensor
+    tables_BY: torch.Tensor
+
+
+class PagedContext:
+    """An AttentionContext (see `openmimo.model.context`) over an arena: the new tokens of `spans`, packed in order.
+
+    Passes of few tokens a sequence (decoding, verification) store their keys and read all where they lie. Longer ones
+    (prefill) are computed from the new keys and a copy of what their layer still remembers of the past; of the new keys
+    a sliding layer may store only the last.
+    """
+
+    def __init__(self, arena: PageArena, spans: list[Span], *, rotary: RotaryRows):
         self.routing = RoutingTape()
         self.sequence_balance = None
-        self._caches = caches
-        self._new_lengths = new_lengths
-        starts = [cache.length(first_layer) for cache in caches]
-        spans = [range(start, start + length) for start, length in zip(starts, new_lengths, strict=True)]
-        self.positions_T = torch.tensor([position for span in spans for position in span], device=rotary.device)
-        self._table_length = max(span.stop for span in spans)
-        self._table_rows = slice(spans[0].start, spans[0].stop) if len(spans) == 1 else self.positions_T
+        self._arena = arena
+        self._spans = spans
+        self._lengths = tuple(span.stop - span.start for span in spans)
+        self._stops = tuple(span.stop for span in spans)
+        self._is_short = max(self._lengths) <= _MOST_SHORT_TOKENS
+        if len(spans) == 1:
+            self.positions_T = torch.arange(spans[0].start, spans[0].stop, device=rotary.device)
+            self._table_rows = slice(spans[0].start, spans[0].stop)
+        else:
+            positions = np.concatenate([np.arange(span.start, span.stop) for span in spans])
+            self.positions_T = self._table_rows = torch.from_numpy(positions).to(rotary.device)
+        self._table_length = max(self._stops)
         self._rotary = rotary
         self._picked: dict[_Geometry, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._placements: dict[int, _Placement] = {}
 
     def rotary(self, spec: AttentionConfig, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin [T, R] of the new tokens."""
@@ -77,21 +103,85 @@ class CachedContext:
         v_TGV: torch.Tensor,
         sink_N: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Attention output [T, N, V] over what each cache kept and the new tokens, which it remembers."""
-        if len(self._caches) == 1:
-            k_SGK, v_SGV = self._caches[0].append(layer, k_TGK, v_TGV)
-            key_lengths = (k_SGK.shape[0],)
-        else:
-            news = zip(self._caches, k_TGK.split(self._new_lengths), v_TGV.split(self._new_lengths), strict=True)
-            keys, values = zip(*(cache.append(layer, k, v) for cache, k, v in news), strict=True)
-            key_lengths = tuple(len(k) for k in keys)
-            k_SGK, v_SGV = torch.cat(keys), torch.cat(values)
+        """Attention output [T, N, V] over what each sequence remembers and the new tokens, which it remembers too."""
+        keys_XPGK, values_XPGV = self._arena.layer(layer)
+        placement = self._placement(self._arena.group_of_layer[layer])
+        pages = Pages(keys_XPGK, values_XPGV, placement.tables_BY)
+        if self._is_short and placement.rows is None:
+            self._store(placement, pages, k_TGK, v_TGV)
+            return paged_attend(
+                q_TNK,
+                pages,
+                sink_N,
+                query_lengths=self._lengths,
+                key_lengths=self._stops,
+                window_keys=spec.window_keys,
+            )
+        k_SGK, v_SGV, key_lengths = self._with_past(pages, spec, k_TGK, v_TGV)
+        self._store(placement, pages, k_TGK, v_TGV)
         return attend(
             q_TNK,
             k_SGK,
             v_SGV,
             sink_N,
-            query_lengths=self._new_lengths,
+            query_lengths=self._lengths,
             key_lengths=key_lengths,
             window_keys=spec.window_keys,
+        )
+
+    def _store(self, placement: _Placement, pages: Pages, k_TGK: torch.Tensor, v_TGV: torch.Tensor) -> None:
+        if placement.rows is not None:
+            k_TGK, v_TGV = k_TGK[placement.rows], v_TGV[placement.rows]
+        stored = pages.keys_XPGK.dtype
+        pages.keys_XPGK[placement.page_T, placement.slot_T] = k_TGK.to(stored)
+        pages.values_XPGV[placement.page_T, placement.slot_T] = v_TGV.to(stored)
+
+    def _with_past(
+        self, pages: Pages, spec: AttentionConfig, k_TGK: torch.Tensor, v_TGV: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, tuple[int, ...]]:
+        """Keys, values and their counts, of each sequence's remembered past followed by its new tokens."""
+        if not any(span.start for span in self._spans):
+            return k_TGK, v_TGV, self._lengths
+        keys, values, key_lengths = [], [], []
+        news = zip(self._spans, k_TGK.split(self._lengths), v_TGV.split(self._lengths), strict=True)
+        for row, (span, k_new, v_new) in enumerate(news):
+            first = 0 if spec.window_keys is None else max(span.start - spec.window_keys + 1, 0)
+            positions = torch.arange(first, span.start, device=k_new.device)
+            P = pages.keys_XPGK.shape[1]
+            page, slot = pages.tables_BY[row][positions // P].long(), positions % P
+            keys += [pages.keys_XPGK[page, slot].to(k_new.dtype), k_new]
+            values += [pages.values_XPGV[page, slot].to(v_new.dtype), v_new]
+            key_lengths.append(span.stop - first)
+        return torch.cat(keys), torch.cat(values), tuple(key_lengths)
+
+    def _placement(self, group: int) -> _Placement:
+        if group not in self._placements:
+            self._placements[group] = self._placed(group)
+        return self._placements[group]
+
+    def _placed(self, group: int) -> _Placement:
+        P = self._arena.layout.groups[group].page_positions
+        tables = [span.pages.table(group) for span in self._spans]
+        if len(tables) == 1:
+            start, stop = self._spans[0].start, self._spans[0].stop
+            tables_BY = tables[0][None]
+            positions = np.arange(start, stop)
+            page_T = tables[0][positions // P]
+        else:
+            tables_BY = np.full((len(tables), max(len(table) for table in tables)), -1, dtype=np.int32)
+            for row, table in enumerate(tables):
+                tables_BY[row, : len(table)] = table
+            positions = np.concatenate([np.arange(span.start, span.stop) for span in self._spans])
+            page_T = tables_BY[np.repeat(np.arange(len(tables)), self._lengths), positions // P]
+        device = self._rotary.device
+        rows = None
+        if page_T.min() < 0:
+            kept = np.flatnonzero(page_T >= 0)
+            rows = torch.from_numpy(kept).to(device)
+            positions, page_T = positions[kept], page_T[kept]
+        return _Placement(
+            rows,
+            torch.from_numpy(page_T.astype(np.int64)).to(device),
+            torch.from_numpy(positions % P).to(device),
+            torch.from_numpy(tables_BY).to(device),
         )

@@ -1,28 +1,22 @@
 """The engine's front: prompts in, completions out."""
 
-import secrets
-import time
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
-from openmimo.core.errors import ConfigError, UserError
-from openmimo.core.records import Completion, SamplingParams
-from openmimo.data.tokenizer import StreamDecoder, Tokenizer
-from openmimo.engine.runner import Runner
+from openmimo.core.errors import UserError
+from openmimo.core.records import Completion, Request, SamplingParams
+from openmimo.data.tokenizer import Tokenizer
+from openmimo.engine.config import EngineConfig
+from openmimo.engine.engine import Engine, check_token_ids
 from openmimo.engine.sequence import Sequence
-from openmimo.engine.stats import EngineStats
-from openmimo.engine.text import TextStream
 from openmimo.kernels.token_loss import token_logprobs
-from openmimo.model.config import ModelConfig
 from openmimo.model.context import PackedContext
-from openmimo.model.flops import active_matmul_parameters
 from openmimo.model.hf import load_model
 from openmimo.model.mimo import MiMo
-from openmimo.runtime.device import at_most_threads, resolve_device
-
-_SMALL_MODEL_PARAMETERS = 20_000_000  # below, waking a second CPU thread for a token takes longer than it saves
+from openmimo.runtime.device import resolve_device
 
 Prompts = str | list[str] | list[list[int]]
 
@@ -32,10 +26,9 @@ class LLM:
 
     model: a checkpoint folder in the Hugging Face layout, or a model in memory, which stays the caller's: its weights
     may be changed between calls. tokenizer: that of the folder by default; without one, token ids go in and come out,
-    and no text. speculative: draft with the model's MTP heads; by default wherever there are some. num_drafts: how many
-    heads draft (all by default). dtype, device: how a folder is loaded ("auto": the accelerator if there is one).
-    max_sequences: how many requests run at once; the others wait. prefill_tokens: prompt tokens per pass at most.
-    Raises UserError.
+    and no text. dtype, device: how a folder is loaded ("auto": the accelerator if there is one). The others are those
+    of `EngineConfig`: speculative and num_drafts (drafting with the MTP heads), max_sequences (how many requests run at
+    once), prefill_tokens, cache_gigabytes, prefix_cache. Raises UserError.
     """
 
     def __init__(
@@ -49,29 +42,28 @@ class LLM:
         device: str = "auto",
         max_sequences: int = 64,
         prefill_tokens: int = 1024,
+        cache_gigabytes: float | None = None,
+        prefix_cache: bool = True,
     ):
-        if max_sequences < 1 or prefill_tokens < 1:
-            raise ConfigError(
-                f"max_sequences ({max_sequences}) and prefill_tokens ({prefill_tokens}) must be 1 or more."
-            )
+        config = EngineConfig(
+            max_sequences=max_sequences,
+            prefill_tokens=prefill_tokens,
+            mixed_prefill_tokens=prefill_tokens,  # nobody waits for single tokens of a batch
+            cache_gigabytes=cache_gigabytes,
+            prefix_cache=prefix_cache,
+            speculative=speculative,
+            num_drafts=num_drafts,
+        )
+        self._is_borrowed = isinstance(model, MiMo)
         if not isinstance(model, MiMo):
             if tokenizer is None and (Path(model) / "tokenizer.json").exists():
                 tokenizer = Tokenizer.load(model)
             model = load_model(model, dtype=dtype, device=str(resolve_device(device)))
         self.model = model
         self.tokenizer = tokenizer
-        self.num_drafts = _num_drafts(model.config, speculative, num_drafts)
-        if tokenizer is not None and tokenizer.vocab_size > model.config.vocab_size:
-            raise ConfigError(
-                f"the tokenizer has {tokenizer.vocab_size} ids, but the model embeds {model.config.vocab_size}; "
-                "they are not of the same checkpoint."
-            )
-        self._eos_ids = _eos_ids(model.config, tokenizer)
-        self._max_sequences = max_sequences
-        self._prefill_tokens = prefill_tokens
-        is_small = active_matmul_parameters(model.config) < _SMALL_MODEL_PARAMETERS
-        self._decode_threads = 1 if is_small else torch.get_num_threads()
-        self.reset_stats()
+        self.engine = Engine(model, tokenizer, config)
+        self.num_drafts = self.engine.num_drafts
+        self._request_numbers = itertools.count()
 
     def generate(
         self, prompts: Prompts, params: SamplingParams | list[SamplingParams] | None = None
@@ -89,8 +81,9 @@ class LLM:
                 f"{len(prompts)} prompts came with {len(each)} SamplingParams; give one for all or one each."
             )
         pairs = zip(prompts, each, strict=True)
-        sequences = [self._sequence(prompt, p, f"prompt {number}") for number, (prompt, p) in enumerate(pairs)]
-        for _ in self._decode(sequences):
+        requests = [self._request(prompt, p, f"prompt {number}") for number, (prompt, p) in enumerate(pairs)]
+        sequences = [self.engine.submit(request) for request in requests]
+        for _ in self._run(sequences):
             pass
         return [sequence.completion() for sequence in sequences]
 
@@ -98,8 +91,7 @@ class LLM:
         """The text of one completion, in pieces as they become certain: a stop string never shows, not even in part."""
         if self.tokenizer is None:
             raise UserError("stream gives text, but this LLM has no tokenizer; give one, or use generate.")
-        sequence = self._sequence(prompt, params or SamplingParams(), "the prompt")
-        return self._stream(sequence)
+        return self._stream(self._request(prompt, params or SamplingParams(), "the prompt"))
 
     @torch.inference_mode()
     def score(self, token_ids: list[int] | torch.Tensor) -> torch.Tensor:
@@ -108,7 +100,7 @@ class LLM:
         Entry i belongs to token i+1: the first token has nothing before it, and so no entry.
         """
         token_ids = token_ids.tolist() if isinstance(token_ids, torch.Tensor) else token_ids
-        self._check_prompt(token_ids, "the token ids to score", room=0)
+        check_token_ids(tuple(token_ids), self.model.config, "the token ids to score", room=0)
         tokens_T = torch.tensor(token_ids, device=self.model.device)
         states_TD = self.model(tokens_T, PackedContext((len(token_ids),), device=self.model.device)).post_norm_TD
         weight_VD = self.model.lm_head.weight.to(states_TD.dtype)
@@ -121,62 +113,41 @@ class LLM:
         acceptance_by_head: per MTP head, the share of its drafts found right, of those behind no wrong one.
         cache_bytes: most bytes that the caches held at once; all_global_cache_bytes: what the same positions take in a
         model whose layers are all full. tokens_per_second: new tokens by wall time, prefill included.
-        num_steps: decoding passes. Also seconds, num_new_tokens, num_prompt_tokens.
+        num_steps: decoding passes. num_prompt_tokens: prompt tokens computed, num_cached_tokens: those reused. Also
+        seconds, num_new_tokens.
         """
-        return self._stats.report()
+        return self.engine.stats.report()
 
     def reset_stats(self) -> None:
         """Starts counting anew."""
-        self._stats = EngineStats(offered=[0] * self.num_drafts, accepted=[0] * self.num_drafts)
-        self._runner = Runner(
-            self.model, num_drafts=self.num_drafts, prefill_tokens=self._prefill_tokens, stats=self._stats
-        )
+        self.engine.reset_stats()
 
-    def _decode(self, sequences: list[Sequence]) -> Iterator[None]:
-        """Runs the sequences to their ends, and pauses after every step. Waiting ones join as others leave."""
-        waiting, running = list(sequences), []
-        while waiting or running:
-            start = time.perf_counter()
-            room = self._max_sequences - len(running)
-            joining, waiting = waiting[:room], waiting[room:]
-            if joining:
-                self._runner.prefill(joining)
-                running += joining
-            going = [sequence for sequence in running if not sequence.finish_reason]
-            if going:
-                with at_most_threads(self._decode_threads):
-                    self._runner.step(going)
-            finished = [sequence for sequence in running if sequence.finish_reason]
-            if finished:
-                self._stats.observe_caches(running)
-            for sequence in finished:
-                sequence.release()
-            running = [sequence for sequence in running if not sequence.finish_reason]
-            self._stats.seconds += time.perf_counter() - start
-            yield
+    def _run(self, sequences: list[Sequence]) -> Iterator[None]:
+        """Steps until these sequences have ended, pausing after every step. If the caller stops early, they end."""
+        try:
+            while not all(sequence.finish_reason for sequence in sequences):
+                self.engine.step()
+                yield
+        finally:
+            for sequence in sequences:
+                if not sequence.finish_reason:
+                    self.engine.abort(sequence.request.id)
+            if self._is_borrowed:
+                self.engine.forget_cached()
 
-    def _stream(self, sequence: Sequence) -> Iterator[str]:
-        for _ in self._decode([sequence]):
+    def _stream(self, request: Request) -> Iterator[str]:
+        sequence = self.engine.submit(request)
+        for _ in self._run([sequence]):
             piece = sequence.text.take()
             if piece:
                 yield piece
 
-    def _sequence(self, prompt: str | list[int], params: SamplingParams, where: str) -> Sequence:
-        token_ids = self._encode(prompt, where)
-        self._check_prompt(token_ids, where, room=1)
-        if params.stop and self.tokenizer is None:
-            raise UserError("SamplingParams.stop is text, but this LLM has no tokenizer; use stop_token_ids.")
-        max_length = min(len(token_ids) + params.max_tokens, self.model.config.max_positions)
-        eos_ids = frozenset() if params.ignore_eos else self._eos_ids
-        return Sequence(
-            tokens=token_ids,
-            prompt_length=len(token_ids),
-            params=params,
-            seed=secrets.randbits(63) if params.seed is None else params.seed,
-            max_length=max_length,
-            stop_ids=eos_ids | frozenset(params.stop_token_ids),
-            text=TextStream(StreamDecoder(self.tokenizer), params.stop) if self.tokenizer else None,
-        )
+    def _request(self, prompt: str | list[int], params: SamplingParams, where: str) -> Request:
+        token_ids = tuple(self._encode(prompt, where))
+        check_token_ids(token_ids, self.model.config, where, room=1)
+        request = Request(str(next(self._request_numbers)), token_ids, params)
+        self.engine.check(request)
+        return request
 
     def _encode(self, prompt: str | list[int], where: str) -> list[int]:
         if isinstance(prompt, str):
@@ -186,41 +157,3 @@ class LLM:
         if not isinstance(prompt, (list, tuple)):
             raise UserError(f"{where} is a {type(prompt).__name__}; a prompt is a text or a list of token ids.")
         return list(prompt)
-
-    def _check_prompt(self, token_ids: list[int], where: str, *, room: int) -> None:
-        config = self.model.config
-        if not token_ids:
-            raise UserError(f"{where} is empty; give at least one token.")
-        if len(token_ids) + room > config.max_positions:
-            raise UserError(
-                f"{where} has {len(token_ids)} tokens, but the model has {config.max_positions} positions; shorten it."
-            )
-        outside = [token for token in token_ids if not 0 <= token < config.vocab_size]
-        if outside:
-            raise UserError(f"{where} holds id {outside[0]}, but the model's ids are 0 to {config.vocab_size - 1}.")
-
-
-def _num_drafts(config: ModelConfig, speculative: bool | None, num_drafts: int | None) -> int:
-    """How many heads draft. Raises ConfigError where that contradicts the model or itself."""
-    heads = config.num_mtp_heads
-    if speculative and not heads:
-        raise ConfigError(
-            "speculative=True, but the model has no MTP heads to draft with; use speculative=False, or a checkpoint "
-            "with heads."
-        )
-    if num_drafts is not None and speculative is False:
-        raise ConfigError(
-            f"num_drafts is {num_drafts}, which has no effect with speculative=False; give one of the two."
-        )
-    if num_drafts is not None and not 1 <= num_drafts <= heads:
-        raise ConfigError(f"num_drafts is {num_drafts}; the model has {heads} MTP heads, so it must be 1 to {heads}.")
-    if speculative is False:
-        return 0
-    return heads if num_drafts is None else num_drafts
-
-
-def _eos_ids(config: ModelConfig, tokenizer: Tokenizer | None) -> frozenset[int]:
-    """Every id that the checkpoint says ends a text."""
-    of_config = config.token_ids.get("eos_token_id")
-    ids = [] if of_config is None else of_config if isinstance(of_config, list) else [of_config]
-    return frozenset(ids) | frozenset(tokenizer.eos_token_ids if tokenizer else ())

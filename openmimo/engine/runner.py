@@ -1,164 +1,195 @@
-"""Runs the model for a batch of sequences: prompts in bounded passes, then one step after another.
+"""Runs the model for one step of a plan: a pass of decoding sequences, and a pass of prompts that are being read.
 
-Plain decoding is the case of no drafts: a step feeds each sequence's newest token and whatever drafts it has, decides a
-token at every position, and keeps those up to the first that was not drafted.
+Plain decoding is the case of no drafts: a pass feeds each sequence's newest token and whatever drafts it has, decides a
+token at every position, and keeps those up to the first that was not drafted. Prompts run in a pass of their own, so
+that the arithmetic of a decoding token does not depend on who reads a prompt beside it.
 
-T packed new tokens, R rows to decide.
+T packed new tokens, R rows to decide, L sparse layers, A active experts.
 """
 
 import itertools
-from collections.abc import Iterator
-from typing import NamedTuple
+import time
 
+import numpy as np
 import torch
 
-from openmimo.engine.cache import KVCache
-from openmimo.engine.context import CachedContext, RotaryRows
-from openmimo.engine.sampler import Draw, chosen_logprobs, sample
-from openmimo.engine.sequence import Sequence
+from openmimo.core.records import TokenLogprob
+from openmimo.engine.cache import PageArena
+from openmimo.engine.context import PagedContext, RotaryRows, Span
+from openmimo.engine.draft_length import DraftLength
+from openmimo.engine.sampler import Draw, LogitChange, chosen_logprobs, sample
+from openmimo.engine.sequence import Decision, Sequence
 from openmimo.engine.speculative import Drafter, count_accepted
 from openmimo.engine.stats import EngineStats
+from openmimo.kernels.token_loss import token_logprobs
 from openmimo.model.mimo import Hidden, MiMo
 
 
-class Piece(NamedTuple):
-    """Tokens `start` to `stop` of a prompt."""
-
-    sequence: Sequence
-    start: int
-    stop: int
-
-
 class Runner:
-    """A model, and the heads that draft for it (none if `num_drafts` is 0). The sequences hold all that changes.
+    """A model, its arena, and the heads that draft for it (none if `num_drafts` is 0). The sequences hold the rest."""
 
-    prefill_tokens: how many prompt tokens one pass takes at most, which bounds its memory.
-    """
-
-    def __init__(self, model: MiMo, *, num_drafts: int, prefill_tokens: int, stats: EngineStats):
-        self.model = model
-        self.num_drafts = num_drafts
-        self.prefill_tokens = prefill_tokens
+    def __init__(
+        self, model: MiMo, arena: PageArena, *, num_drafts: int, draft_length: DraftLength, stats: EngineStats
+    ):
         self.stats = stats
+        self._model = model
+        self._arena = arena
         self._rotary = RotaryRows(model.device)
-        self._drafter = Drafter(model, num_drafts, self._rotary) if num_drafts else None
-        self._num_main_layers = len(model.config.layers)
-        self._cached_layers = model.config.attention_layers()[: self._num_main_layers + num_drafts]
-        self._dtype = model.compute_dtype or model.model.embed_tokens.weight.dtype
+        self._drafter = Drafter(model, arena, num_drafts, self._rotary) if num_drafts else None
+        self._draft_length = draft_length
+        self._routing_dtype = np.uint8 if model.config.moe and model.config.moe.num_experts <= 256 else np.int16
 
     @torch.inference_mode()
-    def prefill(self, sequences: list[Sequence]) -> None:
-        """Reads the prompts of new sequences and decides the first token of each."""
-        for sequence in sequences:
-            sequence.cache = self._new_cache(sequence.max_length)
-        for pieces in prefill_passes(sequences, self.prefill_tokens):
-            self._read(pieces)
-        self.stats.num_prompt_tokens += sum(sequence.prompt_length for sequence in sequences)
-        self.stats.num_new_tokens += len(sequences)
-        self._draft(sequences)
-
-    @torch.inference_mode()
-    def step(self, sequences: list[Sequence]) -> None:
+    def decode(self, sequences: list[Sequence], policy_version: int) -> None:
         """Gives every sequence at least one more token, and up to one more than it had drafts."""
+        start = time.perf_counter()
+        num_drafted = max(len(sequence.drafts) for sequence in sequences)
         fed = [[sequence.tokens[-1], *sequence.drafts] for sequence in sequences]
-        draws = [
-            Draw(sequence.params, sequence.seed, len(sequence.tokens) + offset)
-            for sequence, row in zip(sequences, fed, strict=True)
-            for offset in range(len(row))
-        ]
-        hidden = self._forward(sequences, fed)
-        decided = self._decide(hidden.post_norm_TD, draws)
+        hidden, routing = self._forward(sequences, fed)
+        decided = self._decide(hidden.post_norm_TD, [draw for sequence in sequences for draw in draws_of(sequence)])
+        self.stats.num_prompt_tokens += sum(sequence.computed < sequence.prompt_length for sequence in sequences)
         first = 0
         for sequence, row in zip(sequences, fed, strict=True):
-            self._confirm(sequence, hidden, first, decided[first : first + len(row)])
+            rows = slice(first, first + len(row))
+            self._confirm(sequence, hidden, rows, decided[rows], policy_version)
+            if sequence.params.routed_experts:
+                sequence.routing.append(routing[first : first + self._num_new_rows(sequence, len(row))])
             first += len(row)
         self.stats.num_steps += 1
         self.stats.sequence_steps += len(sequences)
         self._draft(sequences)
+        self._draft_length.observe(len(sequences), num_drafted, time.perf_counter() - start)
 
-    def _read(self, pieces: list[Piece]) -> None:
-        """One prefill pass; a sequence whose prompt ends in it gets its first token."""
-        sequences = [piece.sequence for piece in pieces]
-        hidden = self._forward(sequences, [piece.sequence.tokens[piece.start : piece.stop] for piece in pieces])
-        ends = list(itertools.accumulate(piece.stop - piece.start for piece in pieces))
+    @torch.inference_mode()
+    def prefill(self, prefills: list[tuple[Sequence, int]], policy_version: int) -> None:
+        """Reads pieces of prompts, each up to its stop; a sequence that is then wholly read gets its next token."""
+        sequences = [sequence for sequence, _ in prefills]
+        fed = [sequence.tokens[sequence.computed : stop] for sequence, stop in prefills]
+        hidden, routing = self._forward(sequences, fed)
+        ends = list(itertools.accumulate(map(len, fed)))
+        for sequence, tokens, end in zip(sequences, fed, ends, strict=True):
+            rows = slice(end - len(tokens), end)
+            if sequence.params.prompt_logprobs:
+                self._score_prompt(sequence, hidden.post_norm_TD[rows], tokens)
+            if sequence.params.routed_experts:
+                sequence.routing.append(routing[rows])
+            sequence.computed += len(tokens)
+            if self._drafter:
+                self._drafter.observe(sequence, hidden, rows)
+        read = [(sequence, end - 1) for sequence, end in zip(sequences, ends, strict=True) if not sequence.remaining]
         if self._drafter:
-            for (sequence, start, stop), end in zip(pieces, ends, strict=True):
-                self._drafter.observe(sequence, hidden, slice(end - (stop - start), end))
             self._drafter.follow_prompt(sequences)
-        read_whole = [
-            (piece.sequence, end - 1)
-            for piece, end in zip(pieces, ends, strict=True)
-            if piece.stop == piece.sequence.prompt_length
-        ]
-        if read_whole:
-            draws = [Draw(sequence.params, sequence.seed, sequence.prompt_length) for sequence, _ in read_whole]
-            last_rows = torch.tensor([row for _, row in read_whole], device=self.model.device)
-            decided = self._decide(hidden.post_norm_TD[last_rows], draws)
-            for (sequence, _), (token, logprob) in zip(read_whole, decided, strict=True):
-                sequence.add(token, logprob)
+        self.stats.num_prompt_tokens += sum(map(len, fed))
+        if read:
+            last_rows = torch.tensor([row for _, row in read], device=self._model.device)
+            decided = self._decide(hidden.post_norm_TD[last_rows], [draws_of(sequence)[0] for sequence, _ in read])
+            for (sequence, _), decision in zip(read, decided, strict=True):
+                sequence.add(decision, drafted=False, policy_version=policy_version)
+            self.stats.num_new_tokens += len(read)
+            self._draft([sequence for sequence, _ in read])
 
     def _confirm(
-        self, sequence: Sequence, hidden: Hidden, first_row: int, decided: list[tuple[int, float | None]]
+        self, sequence: Sequence, hidden: Hidden, rows: slice, decided: list[Decision], policy_version: int
     ) -> None:
-        """Keeps a sequence's tokens up to the first that was not drafted, and takes the rest out of its cache."""
-        num_offered = len(sequence.drafts)
-        num_accepted = count_accepted(sequence.drafts, [token for token, _ in decided])
-        if num_accepted < num_offered:
-            for layer in range(self._num_main_layers):
-                sequence.cache.truncate(layer, len(sequence.tokens) + num_accepted)
+        """Keeps a sequence's tokens up to the first that was not drafted."""
+        drafts, sequence.drafts = sequence.drafts, []
+        num_accepted = count_accepted(drafts, [decision.token for decision in decided])
         if self._drafter:
-            self._drafter.observe(sequence, hidden, slice(first_row, first_row + num_accepted + 1))
-            self.stats.count_drafts(num_offered, num_accepted)
+            self._drafter.observe(sequence, hidden, slice(rows.start, rows.start + num_accepted + 1))
+            self.stats.count_drafts(len(drafts), num_accepted)
+            self._draft_length.judge(len(drafts), num_accepted)
         length_before = len(sequence.tokens)
-        for token, logprob in decided[: num_accepted + 1]:
+        for index, decision in enumerate(decided[: num_accepted + 1]):
             if not sequence.finish_reason:
-                sequence.add(token, logprob)
+                sequence.add(decision, drafted=index < num_accepted, policy_version=policy_version)
+        sequence.computed = min(sequence.computed + num_accepted + 1, len(sequence.tokens) - 1)
         self.stats.num_decoded_tokens += len(sequence.tokens) - length_before
         self.stats.num_new_tokens += len(sequence.tokens) - length_before
+
+    def _num_new_rows(self, sequence: Sequence, num_fed: int) -> int:
+        """How many of the rows just fed belong to positions that count as computed now."""
+        recorded = sum(map(len, sequence.routing))
+        return min(sequence.computed - recorded, num_fed)
 
     def _draft(self, sequences: list[Sequence]) -> None:
         running = [sequence for sequence in sequences if not sequence.finish_reason]
         if self._drafter and running:
-            self._drafter.draft(running)
+            self._drafter.draft(running, self._draft_length.choose(len(running)))
 
-    def _forward(self, sequences: list[Sequence], token_lists: list[list[int]]) -> Hidden:
-        lengths = tuple(len(tokens) for tokens in token_lists)
-        caches = [sequence.cache for sequence in sequences]
-        context = CachedContext(caches, lengths, first_layer=0, rotary=self._rotary)
-        tokens = [token for tokens in token_lists for token in tokens]
-        return self.model(torch.tensor(tokens, device=self.model.device), context)
+    def _forward(self, sequences: list[Sequence], fed: list[list[int]]) -> tuple[Hidden, np.ndarray | None]:
+        """One pass over the next tokens of each; the second is its routed experts [T, L, A], if any sequence asks."""
+        spans = [
+            Span(sequence.pages, sequence.computed, sequence.computed + len(tokens))
+            for sequence, tokens in zip(sequences, fed, strict=True)
+        ]
+        context = PagedContext(self._arena, spans, rotary=self._rotary)
+        context.routing.record = any(sequence.params.routed_experts for sequence in sequences)
+        tokens = [token for tokens in fed for token in tokens]
+        hidden = self._model(torch.tensor(tokens, device=self._model.device), context)
+        if not context.routing.record:
+            return hidden, None
+        ids = [context.routing.recorded[layer] for layer in sorted(context.routing.recorded)]
+        return hidden, torch.stack(ids, dim=1).cpu().numpy().astype(self._routing_dtype)
 
-    def _new_cache(self, max_positions: int) -> KVCache:
-        return KVCache(
-            self._cached_layers,
-            max_positions=max_positions,
-            max_drafts=self.num_drafts,
-            dtype=self._dtype,
-            device=self.model.device,
-        )
-
-    def _decide(self, states_RD: torch.Tensor, draws: list[Draw]) -> list[tuple[int, float | None]]:
+    def _decide(self, states_RD: torch.Tensor, draws: list[Draw]) -> list[Decision]:
         """A token for each row, with its log-probability if any request of the batch asks for them."""
-        logits_RV = self.model.head(states_RD)
+        logits_RV = self._model.head(states_RD)
         tokens = sample(logits_RV, draws)
-        if not any(draw.params.logprobs for draw in draws):
-            return [(token, None) for token in tokens]
-        return list(zip(tokens, chosen_logprobs(logits_RV, tokens, draws), strict=True))
+        if not any(draw.params.logprobs or draw.params.top_logprobs for draw in draws):
+            return [Decision(token, None) for token in tokens]
+        return [
+            Decision(token, logprob)
+            for token, logprob in zip(tokens, chosen_logprobs(logits_RV, tokens, draws), strict=True)
+        ]
+
+    def _score_prompt(self, sequence: Sequence, states_TD: torch.Tensor, tokens: list[int]) -> None:
+        """Log-probabilities of the tokens after the ones just read, as far as they belong to the prompt."""
+        known = len(sequence.prompt_logprobs)  # more than none where a preempted prompt is read again
+        first = max(sequence.computed, known)
+        stop = min(sequence.computed + len(tokens), sequence.prompt_length - 1)
+        if first >= stop:
+            return
+        targets = sequence.tokens[first + 1 : stop + 1]
+        rows = slice(first - sequence.computed, stop - sequence.computed)
+        scaled_TD = states_TD[rows] / (sequence.params.temperature or 1.0)
+        weight_VD = self._model.lm_head.weight.to(scaled_TD.dtype)
+        logprobs = token_logprobs(scaled_TD, weight_VD, torch.tensor(targets, device=scaled_TD.device)).tolist()
+        sequence.prompt_logprobs += [TokenLogprob(*pair) for pair in zip(targets, logprobs, strict=True)]
 
 
-def prefill_passes(sequences: list[Sequence], tokens_per_pass: int) -> Iterator[list[Piece]]:
-    """Cuts prompts into passes of at most `tokens_per_pass` tokens, in order; a sequence is in a pass at most once."""
-    pieces: list[Piece] = []
-    room = tokens_per_pass
-    for sequence in sequences:
-        start = 0
-        while start < sequence.prompt_length:
-            stop = min(start + room, sequence.prompt_length)
-            pieces.append(Piece(sequence, start, stop))
-            room -= stop - start
-            start = stop
-            if room == 0:
-                yield pieces
-                pieces, room = [], tokens_per_pass
-    if pieces:
-        yield pieces
+def draws_of(sequence: Sequence) -> list[Draw]:
+    """What to decide after a sequence's newest token and after each of its drafts."""
+    params, length = sequence.params, len(sequence.tokens)
+    if not params.changes_logits:
+        return [Draw(params, sequence.seed, length + offset) for offset in range(len(sequence.drafts) + 1)]
+    changes = _changes(sequence)
+    return [Draw(params, sequence.seed, length + offset, change) for offset, change in enumerate(changes)]
+
+
+def _changes(sequence: Sequence) -> list[LogitChange]:
+    """The logit changes at each position to decide, as if the drafts before it were text.
+
+    Behind a draft that the structure forbids, nothing matters: that draft will not be chosen.
+    """
+    new_tokens = len(sequence.tokens) - sequence.prompt_length
+    prompt = frozenset(sequence.request.prompt_token_ids)
+    counts = sequence.token_counts.copy()
+    changes, num_accepted, is_open = [], 0, True
+    for offset, draft in enumerate([*sequence.drafts, None]):
+        allowed_V = None
+        if sequence.structure is not None and is_open:
+            allowed_V = sequence.structure.allowed()
+        must_go_on = new_tokens + offset < sequence.params.min_tokens
+        forbidden = sequence.stop_ids if must_go_on else frozenset()
+        changes.append(LogitChange(prompt, counts.copy(), forbidden, allowed_V))
+        if draft is None:
+            break
+        counts[draft] += 1
+        if allowed_V is not None:
+            is_open = bool(allowed_V[draft]) and draft not in sequence.stop_ids
+            if is_open:
+                sequence.structure.accept(draft)
+                num_accepted += 1
+    if num_accepted:
+        sequence.structure.rollback(num_accepted)
+    return changes

@@ -1,74 +1,177 @@
 """The state of one request while it is decoded."""
 
+from collections import Counter
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
 
-from openmimo.core.records import Completion, SamplingParams
-from openmimo.engine.cache import KVCache
+from openmimo.core.records import Completion, Delta, Request, SamplingParams, TokenLogprob
+from openmimo.engine.cache import PageTables
 from openmimo.engine.text import TextStream
 
+if TYPE_CHECKING:
+    from openmimo.engine.prefix import PrefixNode
+    from openmimo.engine.structured import StructureState
 
-@dataclass
+_LONGEST_REPEATED_PASSAGE = 64
+
+
+class Decision(NamedTuple):
+    """The token chosen at one position, and its log-probability if asked for."""
+
+    token: int
+    logprob: TokenLogprob | None
+
+
+@dataclass(eq=False)
 class Sequence:
-    """One request: its confirmed tokens (prompt first), its cache, and what is still to be confirmed.
+    """One request: its confirmed tokens (prompt first), its pages, and what is still to be confirmed.
 
-    Between steps the main layers have seen every token but the last. max_length: tokens at most, prompt included.
-    cache: held from the prefill to the last token. drafts: tokens that the MTP heads expect next. states_TD: main-model
-    states of the last slots, which the heads will read (again). text: None where there is no tokenizer. finish_reason:
-    as in Completion, "" while it runs.
+    computed: how many positions the main layers have seen; all tokens but the last while it decodes, fewer while its
+    prompt is read, or read again after a preemption. max_length: tokens at most, prompt included. drafts: tokens that
+    the MTP heads expect next. states_TD: main-model states of the last slots, which the heads will read (again).
+    head_lengths: how many slots each head has seen. text: None where there is no tokenizer. node: the place in the
+    prefix cache up to which its blocks are known there. routing: routed experts of the computed positions, if asked
+    for. finish_reason: as in Delta, "" while it runs.
     """
 
+    request: Request
     tokens: list[int]
-    prompt_length: int
-    params: SamplingParams
     seed: int
     max_length: int
     stop_ids: frozenset[int]
-    cache: KVCache | None = None
+    arrival: int = 0
+    pages: PageTables | None = None
+    computed: int = 0
+    num_cached_tokens: int = 0
     text: TextStream | None = None
+    structure: "StructureState | None" = None
+    node: "PrefixNode | None" = None
     drafts: list[int] = field(default_factory=list)
     states_TD: torch.Tensor | None = None
-    logprobs: list[float] = field(default_factory=list)
+    head_lengths: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    policy_versions: list[int] = field(default_factory=list)
+    drafted: list[bool] = field(default_factory=list)
+    routing: list[np.ndarray] = field(default_factory=list)
+    token_counts: Counter[int] | None = None
     finish_reason: str = ""
+    error: str = ""
+    num_reported: int = 0
+
+    @property
+    def params(self) -> SamplingParams:
+        """How it is decoded."""
+        return self.request.params
+
+    @property
+    def prompt_length(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.request.prompt_token_ids)
+
+    @property
+    def remaining(self) -> int:
+        """How many of its tokens the main layers have not seen: 1 while it decodes."""
+        return len(self.tokens) - self.computed
 
     @property
     def room(self) -> int:
         """How many tokens may still come."""
         return self.max_length - len(self.tokens)
 
-    def add(self, token: int, logprob: float | None) -> None:
-        """Confirms one token, and decides whether it is the last: a stop id, a stop string, or no room for more."""
+    @property
+    def must_go_on(self) -> bool:
+        """Whether the text is still too short to end."""
+        return len(self.tokens) - self.prompt_length < self.params.min_tokens
+
+    def add(self, decision: Decision, *, drafted: bool, policy_version: int) -> None:
+        """Confirms one token, and decides whether it is the last."""
+        token = decision.token
         self.tokens.append(token)
-        if logprob is not None:
-            self.logprobs.append(logprob)
+        self.drafted.append(drafted)
+        self.policy_versions.append(policy_version)
+        if decision.logprob is not None:
+            self.logprobs.append(decision.logprob)
+        if self.token_counts is not None:
+            self.token_counts[token] += 1
         if token in self.stop_ids:
-            self._finish("stop")
+            self.finish("stop")
             return
-        if self.text is not None:
-            self.text.push(token)
-            if self.text.stopped:
-                self._finish("stop")
+        if self.structure is not None:
+            self.structure.accept(token)
+            if self.structure.error:
+                self.finish("error", f"the structure cannot be followed further: {self.structure.error}")
                 return
-        if self.room == 0:
-            self._finish("length")
+        if self.text is not None:
+            self.text.push(token, may_stop=not self.must_go_on)
+            if self.text.stopped:
+                self.finish("stop")
+                return
+        if self.params.max_repeats and self._is_repeating():
+            self.finish("repetition")
+        elif self.room == 0:
+            self.finish("length")
+
+    def finish(self, reason: str, error: str = "") -> None:
+        """Ends it: nothing more will be added."""
+        self.finish_reason = reason
+        self.error = error
+        self.drafts = []
+        if self.text is not None:
+            self.text.finish()
+
+    def forget_computed(self) -> None:
+        """Gives back its pages and all that was computed from them; its tokens stay, to be read again."""
+        if self.pages is not None:
+            self.pages.release()
+        self.pages = None
+        self.node = None
+        self.computed = 0
+        self.drafts = []
+        self.states_TD = None
+        self.head_lengths = [0] * len(self.head_lengths)
+        self.routing = []
+
+    def take_delta(self) -> Delta:
+        """What has come since the last call."""
+        start, new = self.num_reported, len(self.tokens) - self.prompt_length
+        self.num_reported = new
+        return Delta(
+            request_id=self.request.id,
+            token_ids=tuple(self.tokens[self.prompt_length + start :]),
+            text=self.text.take() if self.text is not None else "",
+            logprobs=tuple(self.logprobs[start:new]) if self.params.logprobs else (),
+            drafted=tuple(self.drafted[start:]),
+            finish_reason=self.finish_reason,
+            error=self.error,
+            num_prompt_tokens=self.prompt_length,
+            num_cached_tokens=self.num_cached_tokens,
+            prompt_logprobs=tuple(self.prompt_logprobs) if start == 0 else (),
+        )
 
     def completion(self) -> Completion:
         """The record that the caller gets. The token that ended it is in `token_ids` but not in the text."""
+        params = self.params
         return Completion(
             prompt_token_ids=self.tokens[: self.prompt_length],
             token_ids=self.tokens[self.prompt_length :],
             text=self.text.text if self.text is not None else "",
-            logprobs=self.logprobs if self.params.logprobs else None,
+            logprobs=[entry.logprob for entry in self.logprobs] if params.logprobs else None,
             finish_reason=self.finish_reason,
+            top_logprobs=[entry.top for entry in self.logprobs] if params.top_logprobs else None,
+            prompt_logprobs=[entry.logprob for entry in self.prompt_logprobs] if params.prompt_logprobs else None,
+            policy_versions=self.policy_versions,
+            drafted=self.drafted,
+            routed_experts=np.concatenate(self.routing) if params.routed_experts and self.routing else None,
+            num_cached_tokens=self.num_cached_tokens,
         )
 
-    def release(self) -> None:
-        """Gives back the memory that only decoding needs."""
-        self.cache = None
-        self.states_TD = None
-
-    def _finish(self, reason: str) -> None:
-        self.finish_reason = reason
-        if self.text is not None:
-            self.text.finish()
+    def _is_repeating(self) -> bool:
+        times, new = self.params.max_repeats, len(self.tokens) - self.prompt_length
+        for length in range(1, min(_LONGEST_REPEATED_PASSAGE, new // times) + 1):
+            if self.tokens[-length * times : -length] == self.tokens[-length * (times - 1) :]:
+                return True
+        return False

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from openmimo.engine.cache import PageArena
 from openmimo.engine.sequence import Sequence
 
 
@@ -9,12 +10,14 @@ from openmimo.engine.sequence import Sequence
 class EngineStats:
     """Sums since the engine was made, or since its statistics were last reset.
 
+    num_prompt_tokens: prompt tokens that were computed; num_cached_tokens: those that did not have to be.
     num_steps: decoding passes of the main model (prefill passes are not among them). num_decoded_tokens: tokens those
     passes gave; the first token of a sequence comes from its prefill. sequence_steps: the sequences in each of those
     passes, added up. offered, accepted: per head, drafts judged (those behind a rejected one are not) and found right.
     """
 
     num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
     num_new_tokens: int = 0
     num_decoded_tokens: int = 0
     num_steps: int = 0
@@ -31,12 +34,16 @@ class EngineStats:
             self.offered[head] += 1
             self.accepted[head] += head < num_accepted
 
-    def observe_caches(self, sequences: list[Sequence]) -> None:
-        """Keeps the peak of the bytes held, and what a model of full layers would have held at that moment."""
-        cache_bytes = sum(sequence.cache.num_bytes for sequence in sequences)
+    def observe_cache(self, arena: PageArena, sequences: list[Sequence]) -> None:
+        """Keeps the peak of the bytes that running sequences hold, and what a model of full layers would have held."""
+        cache_bytes = arena.page_bytes * sum(sequence.pages.num_pages for sequence in sequences)
         if cache_bytes > self.cache_bytes:
             self.cache_bytes = cache_bytes
-            self.all_global_cache_bytes = sum(sequence.cache.all_global_bytes for sequence in sequences)
+            self.all_global_cache_bytes = sum(arena.all_global_bytes(sequence.computed) for sequence in sequences)
+
+    def reset(self) -> None:
+        """Starts counting anew."""
+        self.__init__(offered=[0] * len(self.offered), accepted=[0] * len(self.accepted))
 
     def report(self) -> dict[str, float | int | list[float]]:
         """The numbers to read: see `LLM.stats`."""
@@ -50,4 +57,5 @@ class EngineStats:
             "num_steps": self.num_steps,
             "num_new_tokens": self.num_new_tokens,
             "num_prompt_tokens": self.num_prompt_tokens,
+            "num_cached_tokens": self.num_cached_tokens,
         }

@@ -14,13 +14,13 @@ class TextStream:
         self._held_back = ""
         self._num_taken = 0
 
-    def push(self, token_id: int) -> None:
-        """Adds one token."""
-        self._release(self._decoder.push([token_id]))
+    def push(self, token_id: int, *, may_stop: bool = True) -> None:
+        """Adds one token. may_stop: whether a stop string that it completes ends the text (or is text like another)."""
+        self._release(self._decoder.push([token_id]), may_stop)
 
     def finish(self) -> None:
         """Ends the text: what was held back belongs to it, unless a stop string was met."""
-        self._release(self._decoder.flush())
+        self._release(self._decoder.flush(), may_stop=True)
         if not self.stopped:
             self.text += self._held_back
             self._held_back = ""
@@ -31,10 +31,14 @@ class TextStream:
         self._num_taken = len(self.text)
         return piece
 
-    def _release(self, new_text: str) -> None:
+    def _release(self, new_text: str, may_stop: bool) -> None:
         if self.stopped:
             return
         pending = self._held_back + new_text
+        if not may_stop:
+            self.text += pending
+            self._held_back = ""
+            return
         found = [place for place in map(pending.find, self._stop) if place >= 0]
         if found:
             self.stopped = True

@@ -5,6 +5,7 @@ refuse runs. `reference` refuses nothing and has the worst rank, so there is alw
 a part of the call: it computes it, or refuses.
 """
 
+import functools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,10 +14,17 @@ from typing import Any
 from openmimo.core.errors import ConfigError
 from openmimo.core.registry import Registry
 
+# What os.environ wraps. Asking os.environ for a variable that is not set takes longer than all else here.
+_ENVIRONMENT = os.environ._data
+_REMEMBERED_NEEDS = 4096  # decoding asks the same a hundred times a token
+
 
 @dataclass(frozen=True)
 class Backend:
-    """One way to compute an operation. `refuse(need)` gives a reason, or None if `run` can serve the call."""
+    """One way to compute an operation. `refuse(need)` gives a reason, or None if `run` can serve the call.
+
+    The answer is remembered, so it depends on `need` and on what stays as it is while the process runs.
+    """
 
     rank: int
     run: Callable[..., Any]
@@ -29,7 +37,9 @@ class Dispatcher:
     def __init__(self, package: str, variable: str):
         self._registry: Registry[Backend] = Registry(package, Backend)
         self._variable = variable
+        self._key = os.environ.encodekey(variable)
         self._ordered: list[tuple[str, Backend]] | None = None
+        self._remembered = functools.lru_cache(maxsize=_REMEMBERED_NEEDS)(self._choose)
 
     def backends(self) -> list[tuple[str, Backend]]:
         """Every (name, backend), best rank first."""
@@ -39,14 +49,21 @@ class Dispatcher:
         return self._ordered
 
     def choose(self, need: Any) -> tuple[str, Backend]:
-        """The fastest backend that serves `need`. A forced backend that refuses is a ConfigError with its reason."""
-        forced = os.environ.get(self._variable)
-        if forced:
+        """The fastest backend that serves `need` (hashable). Raises ConfigError if the one that is forced refuses."""
+        return self._remembered(_ENVIRONMENT.get(self._key), need)
+
+    def _choose(self, forced_key: bytes | str | None, need: Any) -> tuple[str, Backend]:
+        if forced_key:
+            forced = os.fsdecode(forced_key)
             backend = self._registry.get(forced)
             reason = backend.refuse(need)
             if reason:
                 raise ConfigError(f"{self._variable}={forced}, but this backend refuses the call: {reason}.")
             return forced, backend
+        return self.fastest(need)
+
+    def fastest(self, need: Any) -> tuple[str, Backend]:
+        """The fastest backend that serves `need`, whichever is forced."""
         for name, backend in self.backends():
             if backend.refuse(need) is None:
                 return name, backend

@@ -1,8 +1,15 @@
 """Root-mean-square normalisation (arXiv 1910.07467)."""
 
+import functools
+import struct
 from typing import Any
 
 import torch
+
+from openmimo.kernels import native
+
+_MOST_NATIVE_NUMBERS = 1 << 18  # more are worth torch's threads
+_CALL = struct.Struct("3P3qd")  # `norm_call` of native/rows.c
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
@@ -11,10 +18,30 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Ten
     The mean is taken in float32 (float64 stays); the quotient is cast to the dtype of x before the weight multiplies
     it, as Hugging Face does. Differentiable in x and weight.
     """
-    weight = weight.to(x.dtype)
+    weight = weight if weight.dtype == x.dtype else weight.to(x.dtype)
     if torch.is_grad_enabled():
         return _RmsNorm.apply(x, weight, epsilon)
+    if x.is_cpu and x.numel() <= _MOST_NATIVE_NUMBERS and _is_readable(x, weight):
+        return _native_rms_norm(x.contiguous(), weight.contiguous(), epsilon)
     return (x * _inverse_rms(x, epsilon)).to(x.dtype) * weight
+
+
+def _is_readable(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether the native kernel is there and can read these by address."""
+    return x.dtype in native.DTYPES and weight.shape[0] == x.shape[-1] and native.library() is not None
+
+
+def _native_rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+    out = torch.empty_like(x)
+    dims = weight.shape[0]
+    rows, is_bfloat16 = x.numel() // max(dims, 1), x.dtype == torch.bfloat16
+    _entry()(_CALL.pack(x.data_ptr(), weight.data_ptr(), out.data_ptr(), rows, dims, is_bfloat16, epsilon))
+    return out
+
+
+@functools.cache
+def _entry() -> native.Entry:
+    return native.entry("openmimo_rms_norm")
 
 
 def _inverse_rms(x: torch.Tensor, epsilon: float) -> torch.Tensor:

@@ -3,9 +3,16 @@
 T tokens, H heads, K head dim, R rotary dim (R <= K, even). Dim i turns with dim i + R/2 inside the first R dims.
 """
 
+import functools
+import struct
 from typing import Any
 
 import torch
+
+from openmimo.kernels import native
+
+_MOST_NATIVE_NUMBERS = 1 << 18  # more are worth torch's threads
+_CALL = struct.Struct("4P8q")  # `rotary_call` of native/rows.c
 
 
 def rotary_table(
@@ -31,7 +38,42 @@ def apply_rotary(x_THK: torch.Tensor, cos_TR: torch.Tensor, sin_TR: torch.Tensor
     """
     if torch.is_grad_enabled():
         return _Rotate.apply(x_THK, cos_TR, sin_TR)
+    if x_THK.is_cpu and x_THK.numel() <= _MOST_NATIVE_NUMBERS and _is_readable(x_THK, cos_TR, sin_TR):
+        return _native_rotate(x_THK, cos_TR, sin_TR)
     return _rotate(x_THK, cos_TR, sin_TR)
+
+
+def _is_readable(x_THK: torch.Tensor, cos_TR: torch.Tensor, sin_TR: torch.Tensor) -> bool:
+    """Whether the native kernel is there and can read these by address."""
+    return (
+        x_THK.dtype in native.DTYPES
+        and x_THK.dtype == cos_TR.dtype
+        and x_THK.stride(2) == cos_TR.stride(1) == 1
+        and cos_TR.shape == sin_TR.shape
+        and cos_TR.stride() == sin_TR.stride()
+        and cos_TR.shape[0] == x_THK.shape[0]
+        and native.library() is not None
+    )
+
+
+def _native_rotate(x_THK: torch.Tensor, cos_TR: torch.Tensor, sin_TR: torch.Tensor) -> torch.Tensor:
+    T, H, K = x_THK.shape
+    out_THK = x_THK.new_empty(T, H, K)
+    row_stride, head_stride, _ = x_THK.stride()
+    call = _CALL.pack(
+        x_THK.data_ptr(),
+        cos_TR.data_ptr(),
+        sin_TR.data_ptr(),
+        out_THK.data_ptr(),
+        *(T, H, K, cos_TR.shape[1], row_stride, head_stride, cos_TR.stride(0), x_THK.dtype == torch.bfloat16),
+    )
+    _entry()(call)
+    return out_THK
+
+
+@functools.cache
+def _entry() -> native.Entry:
+    return native.entry("openmimo_rotary")
 
 
 class _Rotate(torch.autograd.Function):

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from openmimo.runtime.device import cpu_multiplies_bfloat16
+
 TILE_TOKENS = 512
 TILE_VOCABULARY = 4096
 MAX_TILE_LOGITS = 1 << 26
@@ -25,7 +27,7 @@ def token_logprobs(
     `labels_T` is integer; label -1 is ignored: it gives 0, and no gradient. Differentiable in hidden and weight; the
     backward pass computes the logits again.
     """
-    return _TokenLogprobs.apply(hidden_TD, weight_VD, labels_T, temperature)
+    return _TokenLogprobs.apply(_multipliable(hidden_TD), _multipliable(weight_VD), labels_T, temperature)
 
 
 def token_loss(
@@ -41,12 +43,13 @@ def token_loss(
     if len(kept) < len(labels_T):
         hidden_TD, labels_T, weights_T = hidden_TD[kept], labels_T[kept], weights_T[kept]
     needs_gradients = torch.is_grad_enabled() and (hidden_TD.requires_grad or weight_VD.requires_grad)
+    hidden_TD, weight_VD = _multipliable(hidden_TD), _multipliable(weight_VD)
     return _TokenLoss.apply(hidden_TD, weight_VD, labels_T, weights_T.detach(), needs_gradients)
 
 
 def token_argmax(hidden_TD: torch.Tensor, weight_VD: torch.Tensor) -> torch.Tensor:
     """The most probable token of each row, LongTensor [T]."""
-    hidden_TD, weight_VD = hidden_TD.detach(), weight_VD.detach()
+    hidden_TD, weight_VD = _multipliable(hidden_TD.detach()), _multipliable(weight_VD.detach())
     best_T = torch.empty(len(hidden_TD), dtype=torch.int64, device=hidden_TD.device)
     for tile in _tiles(len(hidden_TD), len(weight_VD)):
         best_T[tile] = (hidden_TD[tile] @ weight_VD.T).argmax(dim=-1)
@@ -165,6 +168,11 @@ def _tiles(num_tokens: int, vocabulary: int) -> Iterator[slice]:
     size = max(1, min(TILE_TOKENS, MAX_TILE_LOGITS // vocabulary))
     for start in range(0, num_tokens, size):
         yield slice(start, min(start + size, num_tokens))
+
+
+def _multipliable(x: torch.Tensor) -> torch.Tensor:
+    """The same numbers as float32 where they are bfloat16 on a CPU that has no products of these."""
+    return x.float() if x.dtype == torch.bfloat16 and x.is_cpu and not cpu_multiplies_bfloat16() else x
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

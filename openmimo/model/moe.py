@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from openmimo.kernels import router
 from openmimo.kernels.experts import apply_experts
 from openmimo.model.config import MoEConfig
 from openmimo.model.context import AttentionContext, SequenceBalance
@@ -28,14 +29,30 @@ class Router(nn.Module):
 
     def forward(self, x_TD: torch.Tensor, context: AttentionContext, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The chosen expert ids, int64 [T, A], and their weights, float32 [T, A]."""
+        moe, routing, weight_ED = self.moe, context.routing, self.weight
+        if moe.num_groups == 1 and layer not in routing.replayed and router.serves(x_TD, weight_ED):
+            ids_TA, weights_TA = router.route(
+                x_TD,
+                weight_ED,
+                self.e_score_correction_bias,
+                experts_per_token=moe.experts_per_token,
+                normalise_weights=moe.normalise_weights,
+                routed_scale=moe.routed_scale,
+            )
+        else:
+            ids_TA, weights_TA = self._route(x_TD, context, layer)
+        if routing.record:
+            routing.recorded[layer] = ids_TA
+        return ids_TA, weights_TA
+
+    def _route(self, x_TD: torch.Tensor, context: AttentionContext, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The definition, differentiable: with groups, replayed choices, and the gradient of the balance loss."""
         dtype = torch.float64 if x_TD.dtype == torch.float64 else torch.float32
         scores_TE = F.linear(as_dtype(x_TD, dtype), as_dtype(self.weight, dtype)).sigmoid()
         ids_TA = self._choose(scores_TE.detach())
         if layer in context.routing.replayed:
             replayed_TA = context.routing.replayed[layer].to(ids_TA.device, torch.int64)
             ids_TA = torch.where(replayed_TA < 0, ids_TA, replayed_TA)
-        if context.routing.record:
-            context.routing.recorded[layer] = ids_TA
         weights_TA = scores_TE.gather(1, ids_TA)
         if self.moe.normalise_weights:
             weights_TA = weights_TA / (weights_TA.sum(dim=-1, keepdim=True) + 1e-20)

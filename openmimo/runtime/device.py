@@ -1,6 +1,7 @@
 """The one file that names an accelerator: which device to use, how to wait for it, how fast it can be."""
 
 import contextlib
+import functools
 import os
 import platform
 import time
@@ -40,6 +41,27 @@ def peak_memory_bytes(device: torch.device) -> int:
         return 0
     line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) * 1024
+
+
+def free_memory_bytes(device: torch.device) -> int:
+    """Memory that can still be used: of the accelerator, or of this machine (4 GiB where that is not told)."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    known = Path("/proc/meminfo")
+    if not known.exists():
+        return 4 * 2**30
+    line = next(line for line in known.read_text().splitlines() if line.startswith("MemAvailable"))
+    return int(line.split()[1]) * 1024
+
+
+@functools.cache
+def cpu_multiplies_bfloat16() -> bool:
+    """Whether this CPU has instructions for products of bfloat16; without, torch's take many times those of float32."""
+    known = Path("/proc/cpuinfo")
+    if not known.exists():
+        return True  # not told; Apple's processors have them
+    words = set(known.read_text().split())
+    return bool(words & {"avx512_bf16", "amx_bf16", "bf16"})
 
 
 def rng_state(device: torch.device) -> dict[str, torch.Tensor]:

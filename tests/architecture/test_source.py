@@ -18,7 +18,8 @@ LEVELS = {
 }  # fmt: skip
 TORCH_FREE = ["openmimo", "openmimo.cli", "openmimo.train.config", "openmimo.train.schedule", "openmimo.model.config",
               "openmimo.model.presets", "openmimo.model.hf_config", "openmimo.model.flops", "openmimo.data.config",
-              "openmimo.evals.config", "openmimo.demo.config"]  # fmt: skip
+              "openmimo.evals.config", "openmimo.demo.config", "openmimo.engine.config",
+              "openmimo.engine.server.config"]  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

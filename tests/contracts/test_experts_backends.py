@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+from openmimo.kernels import native
 from openmimo.kernels.experts import DISPATCHER, ExpertsNeed, apply_experts
 
+needs_library = pytest.mark.skipif(native.library() is None, reason="there is no C compiler")
 BACKENDS = [name for name, _ in DISPATCHER.backends() if name != "reference"]
 
 # tokens, experts, active, model dim, expert dim, experts that are ever chosen
@@ -77,3 +79,75 @@ def test_no_tokens_give_no_rows():
         empty, torch.zeros(0, 2, dtype=torch.int64), torch.zeros(0, 2), torch.zeros(4, 6, 8), torch.zeros(4, 8, 3)
     )
     assert out.shape == (0, 8)
+
+
+# tokens, experts, active, model dim, expert dim, experts that are ever chosen
+SMALL_CALLS = {
+    "one token": (1, 8, 2, 48, 24, 8),
+    "odd sizes": (5, 3, 2, 7, 5, 3),
+    "crowded": (40, 6, 2, 200, 33, 2),
+    "sparse": (7, 64, 4, 64, 32, 64),
+    "most visits": (64, 4, 4, 16, 48, 4),
+}
+
+
+def inside_poison(tensor):
+    """The same numbers with NaN before and behind them, so that reading too much shows."""
+    around = torch.full((tensor.numel() + 128,), float("nan"), dtype=tensor.dtype)
+    return around[64:-64].view(tensor.shape).copy_(tensor)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-6), (torch.bfloat16, 1e-2)], ids=str)
+@pytest.mark.parametrize("call", SMALL_CALLS)
+@pytest.mark.parametrize("name", BACKENDS)
+def test_a_few_tokens_in_inference(name, call, dtype, tolerance):
+    need, (x, ids, weights, gate_up, down) = tensors_of(SMALL_CALLS[call], dtype, False)
+    if reason := dict(DISPATCHER.backends())[name].refuse(need):
+        pytest.skip(reason)
+    wide = [tensor.double() for tensor in (x, gate_up, down)]
+    exact_need = need._replace(dtype=torch.float64)
+    (exact,) = run("reference", exact_need, (wide[0], ids, weights, wide[1], wide[2]))
+    poisoned = [inside_poison(tensor) for tensor in (x, gate_up, down)]
+    (ours,) = run(name, need, (poisoned[0], ids, weights.float(), poisoned[1], poisoned[2]))
+    assert ours.dtype == dtype
+    assert (ours.double() - exact).norm() / exact.norm() < tolerance
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("call", SMALL_CALLS)
+def test_native_gives_a_token_the_same_bits_alone_and_in_any_batch(call, dtype):
+    _, (x, ids, weights, gate_up, down) = tensors_of(SMALL_CALLS[call], dtype, False)
+    visits = list(zip(x.split(1), ids.split(1), weights.split(1), strict=True))
+    alone = torch.cat([apply_experts(*visit, gate_up, down) for visit in visits])
+    for first in range(len(x)):
+        assert torch.equal(apply_experts(x[first:], ids[first:], weights[first:], gate_up, down), alone[first:])
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_threads_change_no_bit(dtype):
+    """The experts are large enough to be shared out."""
+    _, (x, ids, weights, gate_up, down) = tensors_of((5, 4, 2, 800, 450, 4), dtype, False)
+    before = torch.get_num_threads()
+    outputs = []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        outputs.append(apply_experts(x, ids, weights, gate_up, down))
+    torch.set_num_threads(before)
+    assert torch.equal(*outputs)
+
+
+@needs_library
+def test_native_takes_an_expert_twice_and_names_one_that_is_not_there():
+    need, (x, _, weights, gate_up, down) = tensors_of((3, 4, 2, 16, 8, 4), torch.float32, False)
+    twice = torch.tensor([[1, 1], [0, 3], [2, 2]])
+    (ours,), (exact,) = (
+        run(name, need, (x, twice, weights.float(), gate_up, down)) for name in ("native", "reference")
+    )
+    assert torch.allclose(ours, exact, atol=1e-5)
+    for wrong in (-1, 4):
+        with pytest.raises(IndexError, match="4 experts"):
+            run("native", need, (x, torch.full((3, 2), wrong), weights.float(), gate_up, down))
+    with pytest.raises(ValueError, match="do not fit"):
+        run("native", need, (x, twice, weights.float(), gate_up[:, :-2], down))

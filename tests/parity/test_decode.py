@@ -10,8 +10,8 @@ import openmimo
 from openmimo.core.errors import UserError
 from openmimo.core.records import SamplingParams
 from openmimo.data.tokenizer import Tokenizer
-from openmimo.engine.cache import KVCache
-from openmimo.engine.context import CachedContext, RotaryRows
+from openmimo.engine.cache import PageArena, PageTables
+from openmimo.engine.context import PagedContext, RotaryRows, Span
 from openmimo.engine.llm import LLM
 from openmimo.model.mimo import MiMo
 
@@ -22,14 +22,31 @@ def _ids(count, seed=0, vocab_size=160):
     return torch.randint(0, vocab_size, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
+def _arena(model, cache_bytes=1 << 22):
+    return PageArena(
+        model.config.attention_layers(), cache_bytes=cache_bytes, dtype=model.lm_head.weight.dtype, device="cpu"
+    )
+
+
+def _read(model, arena, rotary, work):
+    """Logits of the next tokens of some sequences: (pages, where they start, the tokens)."""
+    for pages, start, ids in work:
+        pages.reach(start + len(ids))
+    spans = [Span(pages, start, start + len(ids)) for pages, start, ids in work]
+    tokens = torch.tensor([token for _, _, ids in work for token in ids])
+    logits = model.head(model(tokens, PagedContext(arena, spans, rotary=rotary)).post_norm_TD)
+    for pages, start, ids in work:
+        pages.leave_behind(start + len(ids))
+    return logits
+
+
 def _cached_logits(model, ids, chunk_lengths):
     """Logits of one sequence read in chunks through a cache."""
-    cache = KVCache(model.config.attention_layers(), max_positions=len(ids), dtype=model.lm_head.weight.dtype)
-    rotary = RotaryRows("cpu")
-    logits = []
-    for chunk in torch.tensor(ids).split(chunk_lengths):
-        context = CachedContext([cache], (len(chunk),), first_layer=0, rotary=rotary)
-        logits.append(model.head(model(chunk, context).post_norm_TD))
+    arena, rotary = _arena(model), RotaryRows("cpu")
+    pages, start, logits = PageTables(arena, margin=0), 0, []
+    for length in chunk_lengths:
+        logits.append(_read(model, arena, rotary, [(pages, start, ids[start : start + length])]))
+        start += length
     return torch.cat(logits)
 
 
@@ -51,15 +68,13 @@ def test_reading_in_chunks_changes_nothing(window_keys, chunk_lengths, dtype):
 @torch.inference_mode()
 def test_packed_sequences_do_not_see_each_other():
     model = tiny_model(1)
-    rotary = RotaryRows("cpu")
+    arena, rotary = _arena(model), RotaryRows("cpu")
     sequences = [_ids(60, 1), _ids(41, 2), _ids(5, 3)]
-    caches = [KVCache(model.config.attention_layers(), max_positions=80) for _ in sequences]
-    rounds = [(40, 20, 1), (1, 20, 3), (19, 1, 1)]
+    tables = [PageTables(arena, margin=0) for _ in sequences]
     starts, logits = [0, 0, 0], [[], [], []]
-    for lengths in rounds:
+    for lengths in [(40, 20, 1), (1, 20, 3), (19, 1, 1)]:
         news = [ids[start : start + n] for ids, start, n in zip(sequences, starts, lengths, strict=True)]
-        context = CachedContext(caches, lengths, first_layer=0, rotary=rotary)
-        out = model.head(model(torch.tensor(sum(news, [])), context).post_norm_TD)
+        out = _read(model, arena, rotary, list(zip(tables, starts, news, strict=True)))
         for rows, mine in zip(logits, out.split(lengths), strict=True):
             rows.append(mine)
         starts = [start + n for start, n in zip(starts, lengths, strict=True)]

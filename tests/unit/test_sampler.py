@@ -92,4 +92,5 @@ def test_logprobs_are_at_the_sampling_temperature_before_the_filters():
     params = [SamplingParams(temperature=0.0), SamplingParams(temperature=0.5, top_k=1), SamplingParams(top_p=0.1)]
     found = chosen_logprobs(logits, [1, 2, 3], [Draw(p, 0, 0) for p in params])
     expected = [(logits[row] / t).log_softmax(-1)[row + 1].item() for row, t in enumerate([1.0, 0.5, 1.0])]
-    assert found == pytest.approx(expected, abs=1e-6)
+    assert [entry.token_id for entry in found] == [1, 2, 3]
+    assert [entry.logprob for entry in found] == pytest.approx(expected, abs=1e-6)

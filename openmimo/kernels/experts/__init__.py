@@ -4,7 +4,7 @@ Shapes: T tokens, D model dim, E experts, A active experts a token, F expert hid
 down(silu(gate(x)) * up(x)); `gate_up` holds the gate rows first (paper section 2.1).
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -13,8 +13,7 @@ from openmimo.kernels.dispatch import Dispatcher
 DISPATCHER = Dispatcher("openmimo.kernels.experts", "OPENMIMO_EXPERTS")
 
 
-@dataclass(frozen=True)
-class ExpertsNeed:
+class ExpertsNeed(NamedTuple):
     """What one call asks for: all that a backend may look at before it accepts."""
 
     num_tokens: int
@@ -39,16 +38,17 @@ def apply_experts(
     `expert_ids_TA` is integer, `weights_TA` float32, `gate_up_EHD` is [E, 2F, D], `down_EDF` is [E, D, F], both in the
     dtype of x. Differentiable in x, weights and both parameters.
     """
+    num_tokens, model_dim = x_TD.shape
+    num_experts, _, expert_dim = down_EDF.shape
     need = ExpertsNeed(
-        num_tokens=x_TD.shape[0],
-        num_experts=gate_up_EHD.shape[0],
-        experts_per_token=expert_ids_TA.shape[1],
-        model_dim=x_TD.shape[1],
-        expert_dim=down_EDF.shape[2],
-        dtype=x_TD.dtype,
-        needs_gradients=torch.is_grad_enabled()
-        and any(tensor.requires_grad for tensor in (x_TD, weights_TA, gate_up_EHD, down_EDF)),
-        on_cpu=x_TD.device.type == "cpu",
+        num_tokens,
+        num_experts,
+        expert_ids_TA.shape[1],
+        model_dim,
+        expert_dim,
+        x_TD.dtype,
+        torch.is_grad_enabled() and any(t.requires_grad for t in (x_TD, weights_TA, gate_up_EHD, down_EDF)),
+        x_TD.is_cpu,
     )
     _, backend = DISPATCHER.choose(need)
     return backend.run(x_TD, expert_ids_TA, weights_TA, gate_up_EHD, down_EDF, need=need)

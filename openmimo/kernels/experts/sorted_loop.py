@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from openmimo.kernels.dispatch import Backend
 from openmimo.kernels.experts import ExpertsNeed
 from openmimo.kernels.experts._sorting import combine, sort_by_expert
+from openmimo.kernels.linear import linear
+from openmimo.runtime.device import cpu_multiplies_bfloat16
 
 # oneDNN compiles a bfloat16 product anew for each number of rows it has not seen, which takes longer than the product:
 # with the counts of a router as they fall, a step of the tiny model spent half its time there (docs/log.md). So rows
@@ -27,20 +29,24 @@ def run(
     need: ExpertsNeed,
 ) -> torch.Tensor:
     """See `openmimo.kernels.experts.apply_experts`."""
-    rows_per_expert = need.num_tokens * need.experts_per_token // need.num_experts
-    multiple = 1
-    while need.dtype == torch.bfloat16 and multiple < _LARGEST_MULTIPLE and 8 * multiple <= rows_per_expert:
-        multiple *= 2
-    sorted_tokens = sort_by_expert(x_TD, expert_ids_TA, need.num_experts, multiple=multiple)
+    sorted_tokens = sort_by_expert(x_TD, expert_ids_TA, need.num_experts, multiple=_row_multiple(need))
     counts = sorted_tokens.counts_E.tolist()
     outputs = [x_TD.new_empty(0, need.model_dim)]
     # unbind, not indexing: its backward stacks the experts' gradients once, where indexing would allocate E times all.
     parts = zip(sorted_tokens.rows_PD.split(counts), gate_up_EHD.unbind(0), down_EDF.unbind(0), strict=True)
     for rows_PD, gate_up_HD, down_DF in parts:
         if len(rows_PD) or need.needs_gradients:
-            gate, up = F.linear(rows_PD, gate_up_HD).chunk(2, dim=-1)
-            outputs.append(F.linear(F.silu(gate) * up, down_DF))
+            gate, up = linear(rows_PD, gate_up_HD).chunk(2, dim=-1)
+            outputs.append(linear(F.silu(gate) * up, down_DF))
     return combine(torch.cat(outputs), sorted_tokens.place_M, weights_TA)
+
+
+def _row_multiple(need: ExpertsNeed) -> int:
+    multiple, rows_per_expert = 1, need.num_tokens * need.experts_per_token // need.num_experts
+    if need.dtype == torch.bfloat16 and cpu_multiplies_bfloat16():
+        while multiple < _LARGEST_MULTIPLE and 8 * multiple <= rows_per_expert:
+            multiple *= 2
+    return multiple
 
 
 PLUGIN = Backend(rank=20, run=run, refuse=lambda need: None)

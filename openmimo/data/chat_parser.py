@@ -1,0 +1,274 @@
+"""The text of a reply in MiMo's chat format to reasoning, content and tool calls, as it comes.
+
+    <think>reasoning</think>content<tool_call>
+    <function=NAME>
+    <parameter=NAME>value</parameter>
+    </function>
+    </tool_call>
+
+Marks are cut out of the stream first, everywhere alike; what a mark means depends on where it stands, and a mark that
+means nothing there is text. So nothing is lost, and the events do not depend on how the text was cut. Only blanks
+between the marks of a call are left out.
+
+- The first `</parameter>` ends a value; any other mark inside is part of it.
+- Text between the parameters of a call, and a parameter that the call already has, comes out as text after the call.
+- A call without `</function>` ends where `</tool_call>`, `<tool_call>` or a thinking mark stands instead.
+- A call that the end of the stream cuts off is left open: its arguments are not closed to valid JSON and no
+  ToolCallEnd comes, so that nobody takes half a call for a whole one.
+"""
+
+import itertools
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from enum import Enum, auto
+from typing import Any
+
+from openmimo.data.tool_arguments import ArgumentValue, argument_types, quoted
+
+_THINK, _END_OF_THINK = "<think>", "</think>"
+_BLOCK, _END_OF_BLOCK = "<tool_call>", "</tool_call>"
+_FUNCTION, _END_OF_FUNCTION = "<function=", "</function>"
+_PARAMETER, _END_OF_PARAMETER = "<parameter=", "</parameter>"
+_FIXED_MARKS = (_THINK, _END_OF_THINK, _BLOCK, _END_OF_BLOCK, _END_OF_FUNCTION, _END_OF_PARAMETER)
+
+# Names are bounded, so that what may become a mark is held back for so many characters and no more.
+_NAME = r"(?:<function=|<parameter=)[^<>\n]"
+_MARK = re.compile("|".join([*_FIXED_MARKS, _NAME + "{1,256}>"]))
+_BEGUN_NAME = re.compile(_NAME + "{0,256}")
+
+
+@dataclass(frozen=True)
+class ReasoningText:
+    """A piece of the thinking."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class ContentText:
+    """A piece of the answer."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class ToolCallStart:
+    """A call of the function `name` begins; calls are counted from 0."""
+
+    index: int
+    name: str
+
+
+@dataclass(frozen=True)
+class ToolCallArguments:
+    """A piece of the JSON object of a call's arguments."""
+
+    index: int
+    text: str
+
+
+@dataclass(frozen=True)
+class ToolCallEnd:
+    """The call is whole: the pieces of its arguments are one JSON object."""
+
+    index: int
+
+
+ChatEvent = ReasoningText | ContentText | ToolCallStart | ToolCallArguments | ToolCallEnd
+
+
+class _Place(Enum):
+    """Where in the format the stream is."""
+
+    TEXT = auto()  # in thinking or in content
+    BLOCK = auto()  # after <tool_call>
+    CALL = auto()  # after <function=NAME> or a parameter
+    VALUE = auto()  # after <parameter=NAME>
+    AFTER_CALL = auto()  # after </function>
+
+
+class ChatParser:
+    """One reply's parser. Takes time linear in the reply's length, however it is cut, and raises for no text.
+
+    tools: the functions that the model was shown, in OpenAI's form. Their schemas say which arguments are strings: a
+    value for a string is taken as it is, any other as JSON, or as a string if it is none. Where the schema is silent,
+    or allows strings and other things, JSON of another type than string wins (`5`, `null`, `[1]`), else it is a
+    string. Calls are recognised whether or not their function is among the tools.
+    starts_thinking: whether the prompt's end has opened `<think>`.
+    """
+
+    def __init__(self, *, tools: Iterable[Mapping[str, Any]] = (), starts_thinking: bool = False):
+        self._schemas = {name: schema for name, schema in map(_name_and_schema, tools)}
+        self._is_thinking = starts_thinking
+        self._place = _Place.TEXT
+        self._events: list[ChatEvent] = []
+        self._begun_mark = ""
+        self._doubtful: list[str] = []  # what is markup if a call follows, and else text
+        self._num_calls = 0
+        self._function = ""
+        self._arguments: set[str] = set()
+        self._between: list[str] = []  # what came since the last mark of the call
+        self._misplaced: list[str] = []  # what comes out after the call
+        self._value = ArgumentValue(())
+
+    def push(self, text: str) -> list[ChatEvent]:
+        """What `text` adds, in order; text that may be the beginning of a mark waits for the next push."""
+        text = self._begun_mark + text
+        end = 0
+        for mark in _MARK.finditer(text):
+            self._take_text(text[end : mark.start()])
+            self._take_mark(mark[0])
+            end = mark.end()
+        self._begun_mark = _begun_mark(text[end:])
+        self._take_text(text[end : len(text) - len(self._begun_mark)])
+        return self._new_events()
+
+    def finish(self) -> list[ChatEvent]:
+        """What was held back, now that nothing follows."""
+        self._take_text(self._begun_mark)
+        self._begun_mark = ""
+        if self._place is _Place.VALUE:
+            self._argue(self._value.cut())
+        if self._place in (_Place.CALL, _Place.VALUE):
+            self._release_misplaced()
+        self._release_doubtful()
+        return self._new_events()
+
+    def _new_events(self) -> list[ChatEvent]:
+        events, self._events = self._events, []
+        return list(_merged(events))
+
+    def _take_text(self, text: str) -> None:
+        if not text:
+            return
+        match self._place:
+            case _Place.TEXT:
+                self._say(text)
+            case _Place.BLOCK | _Place.AFTER_CALL:
+                self._doubtful.append(text)
+                if not text.isspace():
+                    self._release_doubtful()
+            case _Place.CALL:
+                self._between.append(text)
+            case _Place.VALUE:
+                self._argue(self._value.push(text))
+
+    def _take_mark(self, mark: str) -> None:
+        match self._place:
+            case _Place.TEXT:
+                self._take_mark_in_text(mark)
+            case _Place.BLOCK | _Place.AFTER_CALL:
+                self._take_mark_around_calls(mark)
+            case _Place.CALL:
+                self._take_mark_in_call(mark)
+            case _Place.VALUE if mark == _END_OF_PARAMETER:
+                self._argue(self._value.finish())
+                self._place = _Place.CALL
+            case _Place.VALUE:
+                self._argue(self._value.push(mark))
+
+    def _take_mark_in_text(self, mark: str) -> None:
+        if mark == (_END_OF_THINK if self._is_thinking else _THINK):
+            self._is_thinking = not self._is_thinking
+        elif mark == _BLOCK:
+            self._place = _Place.BLOCK
+            self._doubtful = [mark]
+        else:
+            self._say(mark)
+
+    def _take_mark_around_calls(self, mark: str) -> None:
+        if mark.startswith(_FUNCTION):
+            self._doubtful = []
+            self._begin_call(_name_in(mark))
+        elif mark == _END_OF_BLOCK and self._place is _Place.AFTER_CALL:
+            self._doubtful = []
+            self._place = _Place.TEXT
+        else:
+            self._release_doubtful()
+            self._take_mark_in_text(mark)
+
+    def _take_mark_in_call(self, mark: str) -> None:
+        if mark.startswith(_PARAMETER) and _name_in(mark) not in self._arguments:
+            self._begin_value(_name_in(mark))
+        elif mark == _END_OF_FUNCTION:
+            self._end_call(_Place.AFTER_CALL)
+        elif mark == _END_OF_BLOCK:
+            self._end_call(_Place.TEXT)
+        elif mark in (_THINK, _END_OF_THINK, _BLOCK):
+            self._end_call(_Place.TEXT)
+            self._take_mark_in_text(mark)
+        else:
+            self._between.append(mark)
+
+    def _begin_call(self, name: str) -> None:
+        self._place = _Place.CALL
+        self._function = name
+        self._arguments = set()
+        self._events.append(ToolCallStart(self._num_calls, name))
+        self._num_calls += 1
+
+    def _begin_value(self, name: str) -> None:
+        self._keep_misplaced()
+        self._place = _Place.VALUE
+        self._argue(f"{', ' if self._arguments else '{'}{quoted(name)}: ")
+        self._arguments.add(name)
+        self._value = ArgumentValue(argument_types(self._schemas.get(self._function), name))
+
+    def _end_call(self, place: _Place) -> None:
+        self._argue("}" if self._arguments else "{}")
+        self._events.append(ToolCallEnd(self._num_calls - 1))
+        self._release_misplaced()
+        self._place = place
+
+    def _keep_misplaced(self) -> None:
+        between = "".join(self._between)
+        self._between = []
+        if not between.isspace():
+            self._misplaced.append(between)
+
+    def _release_misplaced(self) -> None:
+        self._keep_misplaced()
+        self._say("".join(self._misplaced))
+        self._misplaced = []
+
+    def _release_doubtful(self) -> None:
+        self._say("".join(self._doubtful))
+        self._doubtful = []
+        self._place = _Place.TEXT
+
+    def _say(self, text: str) -> None:
+        if text:
+            self._events.append(ReasoningText(text) if self._is_thinking else ContentText(text))
+
+    def _argue(self, json_text: str) -> None:
+        if json_text:
+            self._events.append(ToolCallArguments(self._num_calls - 1, json_text))
+
+
+def _begun_mark(text: str) -> str:
+    """The end of `text` that may become a mark: marks have one `<`, at their beginning."""
+    place = text.rfind("<")
+    tail = text[place:] if place >= 0 else ""
+    named = (_FUNCTION, _PARAMETER)
+    is_begun = any(mark.startswith(tail) for mark in (*_FIXED_MARKS, *named)) or _BEGUN_NAME.fullmatch(tail)
+    return tail if is_begun else ""
+
+
+def _name_in(mark: str) -> str:
+    return mark.partition("=")[2][:-1]
+
+
+def _merged(events: Sequence[ChatEvent]) -> Iterator[ChatEvent]:
+    """The events with neighbouring texts of one kind as one. Between the arguments of two calls a call begins."""
+    for kind, group in itertools.groupby(events, type):
+        if kind in (ToolCallStart, ToolCallEnd):
+            yield from group
+        else:
+            first, *others = group
+            yield replace(first, text="".join([first.text, *(event.text for event in others)]))
+
+
+def _name_and_schema(tool: Mapping[str, Any]) -> tuple[str, Any]:
+    function = tool.get("function", tool)
+    return function["name"], function.get("parameters")

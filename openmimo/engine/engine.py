@@ -1,0 +1,333 @@
+"""The engine: requests in, tokens out, one step at a time. It runs the modules that the trainer trains.
+
+Nothing here is global and nothing runs by itself: the caller calls `step()`, so several engines live in one process,
+and weights can be changed between two steps.
+"""
+
+import secrets
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+
+from openmimo.core.errors import ConfigError, UserError
+from openmimo.core.records import Request
+from openmimo.data.tokenizer import StreamDecoder, Tokenizer
+from openmimo.engine.cache import PageArena, plan_pages
+from openmimo.engine.config import EngineConfig
+from openmimo.engine.draft_length import DraftLength
+from openmimo.engine.prefix import PrefixCache
+from openmimo.engine.runner import Runner
+from openmimo.engine.scheduler import Scheduler
+from openmimo.engine.sequence import Sequence
+from openmimo.engine.stats import EngineStats
+from openmimo.engine.text import TextStream
+from openmimo.model.config import AttentionConfig, ModelConfig
+from openmimo.model.flops import active_matmul_parameters
+from openmimo.model.mimo import MiMo
+from openmimo.runtime.device import at_most_threads, free_memory_bytes
+
+if TYPE_CHECKING:
+    from openmimo.engine.structured import StructureCompiler
+
+_SMALL_MODEL_PARAMETERS = 20_000_000  # below, waking a second CPU thread for a token takes longer than it saves
+_SHARE_OF_FREE_MEMORY = 0.4
+_MOST_IDLE_SESSIONS = 4096
+_CACHE_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "fp8": torch.float8_e4m3fn,
+}
+
+
+class Engine:
+    """A model that serves many requests at once.
+
+    model: its weights stay the caller's, and may be changed between steps (tell `update_weights`). tokenizer: for text,
+    stop strings and structured output; without one, token ids go in and come out. Raises ConfigError where the settings
+    contradict the model.
+    """
+
+    def __init__(self, model: MiMo, tokenizer: Tokenizer | None = None, config: EngineConfig | None = None):
+        config = config or EngineConfig()
+        self.model = model
+        self.tokenizer = tokenizer
+        self.config = config
+        self.num_drafts = config.drafts_for(model.config.num_mtp_heads)
+        if tokenizer is not None and tokenizer.vocab_size > model.config.vocab_size:
+            raise ConfigError(
+                f"the tokenizer has {tokenizer.vocab_size} ids, but the model embeds {model.config.vocab_size}; "
+                "they are not of the same checkpoint."
+            )
+        self.policy_version = 0
+        self.eos_ids = _eos_ids(model.config, tokenizer)
+        self.arena = self._new_arena()
+        self.prefix = PrefixCache(self.arena) if config.prefix_cache else None
+        self.scheduler = Scheduler(
+            self.arena, self.prefix, config, num_drafts=self.num_drafts, free_idle=self._free_idle_session
+        )
+        draft_length = DraftLength(self.num_drafts, adaptive=config.adaptive_drafts)
+        self.stats = EngineStats(offered=[0] * self.num_drafts, accepted=[0] * self.num_drafts)
+        self._runner = Runner(
+            model, self.arena, num_drafts=self.num_drafts, draft_length=draft_length, stats=self.stats
+        )
+        is_small = active_matmul_parameters(model.config) < _SMALL_MODEL_PARAMETERS
+        self._decode_threads = 1 if is_small else torch.get_num_threads()
+        self._sequences: dict[str, Sequence] = {}
+        self._idle_sessions: OrderedDict[str, Sequence] = OrderedDict()
+        self._num_arrivals = 0
+        self._paused = False
+        self._structures: StructureCompiler | None = None
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a request waits or runs."""
+        return bool(self._sequences)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that have not been admitted, or were preempted."""
+        return len(self.scheduler.waiting)
+
+    @property
+    def num_running(self) -> int:
+        """Requests that hold pages and take part in steps."""
+        return len(self.scheduler.running)
+
+    def check(self, request: Request) -> None:
+        """Raises UserError if the request can never run: empty, too long, an unknown id, a bad structure."""
+        ids, params, config = request.prompt_token_ids, request.params, self.model.config
+        check_token_ids(ids, config, "the prompt", room=1)
+        if params.stop and self.tokenizer is None:
+            raise UserError("SamplingParams.stop is text, but there is no tokenizer; use stop_token_ids.")
+        outside = [
+            token for token in (*params.logit_bias, *params.stop_token_ids) if not 0 <= token < config.vocab_size
+        ]
+        if outside:
+            raise UserError(
+                f"logit_bias or stop_token_ids name id {outside[0]}, but the model's ids are 0 to "
+                f"{config.vocab_size - 1}."
+            )
+        if params.routed_experts and config.moe is None:
+            raise UserError("routed_experts was asked for, but the model has no experts.")
+        if params.structure is not None:
+            if params.ignore_eos:
+                raise UserError("ignore_eos and structure contradict each other: a complete structure ends the text.")
+            self._structure_compiler().check(params.structure)
+        needed = self.scheduler.pages_at_most(self._max_length(request))
+        if needed > self.arena.num_pages:
+            raise UserError(
+                f"the request may need {needed} cache pages, but there are {self.arena.num_pages}; shorten it, lower "
+                "max_tokens, or give the engine more cache_gigabytes."
+            )
+
+    def submit(self, request: Request) -> Sequence:
+        """Accepts a request; its tokens come from `step`. Raises UserError as `check` does, or for an id in use."""
+        self.check(request)
+        if request.id in self._sequences:
+            raise UserError(f"a request with id {request.id!r} is running already; ids must differ.")
+        params = request.params
+        eos_ids = frozenset() if params.ignore_eos else self.eos_ids
+        decoder = self.tokenizer and StreamDecoder(self.tokenizer, skip_special=params.skip_special_tokens)
+        sequence = Sequence(
+            request=request,
+            tokens=list(request.prompt_token_ids),
+            seed=secrets.randbits(63) if params.seed is None else params.seed,
+            max_length=self._max_length(request),
+            stop_ids=eos_ids | frozenset(params.stop_token_ids),
+            arrival=self._num_arrivals,
+            text=TextStream(decoder, params.stop) if decoder else None,
+            structure=self._structure_compiler().start(params.structure) if params.structure else None,
+            head_lengths=[0] * self.num_drafts,
+            token_counts=Counter() if params.changes_logits else None,
+        )
+        self._num_arrivals += 1
+        self._sequences[request.id] = sequence
+        if request.session is not None:
+            self._continue_session(sequence)
+        self.scheduler.add(sequence)
+        return sequence
+
+    def abort(self, request_id: str) -> Sequence | None:
+        """Ends a request at once and frees its pages; None if there is no such request (any more)."""
+        sequence = self._sequences.get(request_id)
+        if sequence is not None:
+            sequence.finish("abort")
+            self._retire(sequence)
+        return sequence
+
+    def step(self) -> list[Sequence]:
+        """One step. The sequences that gained tokens or ended; `take_delta` says what is new.
+
+        Does nothing while paused, or without work.
+        """
+        if self._paused or not self._sequences:
+            return []
+        start = time.perf_counter()
+        plan = self.scheduler.plan()
+        if plan.decodes:
+            with at_most_threads(self._decode_threads):
+                self._runner.decode(plan.decodes, self.policy_version)
+        if plan.prefills:
+            self._runner.prefill(plan.prefills, self.policy_version)
+        touched = plan.decodes + [sequence for sequence, _ in plan.prefills if sequence.remaining <= 1]
+        self._after(touched, [sequence for sequence, _ in plan.prefills])
+        self.stats.seconds += time.perf_counter() - start
+        return touched
+
+    def pause(self) -> None:
+        """Stops serving: `step` does nothing until `resume`. Requests keep their pages."""
+        self._paused = True
+
+    def resume(self) -> None:
+        """Goes on after `pause`."""
+        self._paused = False
+
+    @torch.no_grad()
+    def update_weights(
+        self, tensors: Mapping[str, torch.Tensor] | None, *, version: int, recompute: bool = True
+    ) -> None:
+        """Puts new weights in place between two steps, while requests run.
+
+        tensors: by parameter name, any part of them; None if the caller has changed the model's own already. version:
+        recorded with every token from now on. recompute: read what is running again with the new weights (its tokens
+        stay); otherwise it goes on with keys and values of the old ones. Prefixes and idle sessions are forgotten.
+        Raises UserError, before anything is changed, for a name or shape that the model does not have.
+        """
+        own = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+        for name, tensor in (tensors or {}).items():
+            if name not in own or own[name].shape != tensor.shape:
+                shape = tuple(own[name].shape) if name in own else "no such parameter"
+                raise UserError(f"update_weights: {name} has shape {tuple(tensor.shape)}; the model has {shape}.")
+        for name, tensor in (tensors or {}).items():
+            own[name].copy_(tensor)
+        self.policy_version = version
+        self.forget_cached()
+        if recompute:
+            self.scheduler.restart_running()
+
+    def forget_cached(self) -> None:
+        """Gives back every page that no running request holds."""
+        if self.prefix is not None:
+            self.prefix.clear()
+        while self._free_idle_session():
+            pass
+
+    def reset_stats(self) -> None:
+        """Starts counting anew."""
+        self.stats.reset()
+
+    def _after(self, touched: list[Sequence], read: list[Sequence]) -> None:
+        for sequence in dict.fromkeys(touched + read):
+            if self.prefix is not None and sequence.node is not None:
+                self.prefix.extend(sequence)
+                if sequence in read and sequence.remaining <= 1:
+                    self.prefix.mark_end(sequence.node)
+            sequence.pages.leave_behind(sequence.computed)
+        finished = [sequence for sequence in touched if sequence.finish_reason]
+        if finished:
+            self.stats.observe_cache(self.arena, self.scheduler.running)
+        for sequence in finished:
+            self._retire(sequence)
+
+    def _retire(self, sequence: Sequence) -> None:
+        del self._sequences[sequence.request.id]
+        self.stats.num_cached_tokens += sequence.num_cached_tokens
+        self.scheduler.remove(sequence)
+        session = sequence.request.session
+        if session is not None and sequence.finish_reason != "abort" and sequence.pages is not None:
+            self._idle_sessions[session] = sequence
+            while len(self._idle_sessions) > _MOST_IDLE_SESSIONS:
+                self._free_idle_session()
+            return
+        if self.prefix is not None:
+            self.prefix.mark_end(sequence.node)
+        self._release(sequence)
+
+    def _release(self, sequence: Sequence) -> None:
+        routing = sequence.routing
+        sequence.forget_computed()
+        sequence.routing = routing
+
+    def _continue_session(self, sequence: Sequence) -> None:
+        """Takes over what an earlier turn of the session computed, if this prompt goes on from it."""
+        earlier = self._idle_sessions.pop(sequence.request.session, None)
+        if earlier is None:
+            return
+        known = earlier.tokens[: earlier.computed]
+        has_routing = earlier.params.routed_experts or not sequence.params.routed_experts
+        goes_on = len(sequence.tokens) > len(known) and sequence.tokens[: len(known)] == known
+        if not goes_on or not has_routing or sequence.params.prompt_logprobs:
+            self._release(earlier)
+            return
+        sequence.pages, earlier.pages = earlier.pages, None
+        sequence.computed = sequence.num_cached_tokens = earlier.computed
+        sequence.states_TD, sequence.head_lengths = earlier.states_TD, earlier.head_lengths
+        if sequence.params.routed_experts:
+            sequence.routing = list(earlier.routing)
+
+    def _free_idle_session(self) -> bool:
+        if not self._idle_sessions:
+            return False
+        _, sequence = self._idle_sessions.popitem(last=False)
+        self._release(sequence)
+        return True
+
+    def _max_length(self, request: Request) -> int:
+        return min(len(request.prompt_token_ids) + request.params.max_tokens, self.model.config.max_positions)
+
+    def _structure_compiler(self) -> "StructureCompiler":
+        if self.tokenizer is None:
+            raise UserError("structured output was asked for, but there is no tokenizer; give one.")
+        if self._structures is None:
+            from openmimo.engine.structured import StructureCompiler  # its library is only needed here
+
+            self._structures = StructureCompiler(self.tokenizer, self.model.config.vocab_size, self.eos_ids)
+        return self._structures
+
+    def _new_arena(self) -> PageArena:
+        layers = self.model.config.attention_layers()[: len(self.model.config.layers) + self.num_drafts]
+        activations = self.model.compute_dtype or self.model.model.embed_tokens.weight.dtype
+        dtype = _CACHE_DTYPES.get(self.config.cache_dtype, activations)
+        if self.config.cache_gigabytes is not None:
+            cache_bytes = int(self.config.cache_gigabytes * 2**30)
+        else:
+            free = int(_SHARE_OF_FREE_MEMORY * free_memory_bytes(self.model.device))
+            cache_bytes = min(free, _most_useful_bytes(layers, dtype, self.model.config, self.config))
+        return PageArena(layers, cache_bytes=cache_bytes, dtype=dtype, device=self.model.device)
+
+
+def check_token_ids(token_ids: tuple[int, ...], config: ModelConfig, where: str, *, room: int) -> None:
+    """Raises UserError for no tokens, more than leave `room` positions, or an id outside the vocabulary."""
+    if not token_ids:
+        raise UserError(f"{where} is empty; give at least one token.")
+    if len(token_ids) + room > config.max_positions:
+        raise UserError(
+            f"{where} has {len(token_ids)} tokens, but the model has {config.max_positions} positions; shorten it."
+        )
+    low, high = min(token_ids), max(token_ids)
+    if low < 0 or high >= config.vocab_size:
+        outside = low if low < 0 else high
+        raise UserError(f"{where} holds id {outside}, but the model's ids are 0 to {config.vocab_size - 1}.")
+
+
+def _most_useful_bytes(
+    layers: tuple[AttentionConfig, ...], dtype: torch.dtype, model: ModelConfig, config: EngineConfig
+) -> int:
+    """What max_sequences of the longest texts hold, and once more as much for prefixes."""
+    layout = plan_pages(layers)
+    pages = sum(
+        group.pages_until(min(model.max_positions, 2 * (group.spec.keep_positions or model.max_positions) + 64)) + 2
+        for group in layout.groups
+    )
+    return 2 * config.max_sequences * pages * layout.page_numbers * dtype.itemsize
+
+
+def _eos_ids(config: ModelConfig, tokenizer: Tokenizer | None) -> frozenset[int]:
+    """Every id that the checkpoint says ends a text."""
+    of_config = config.token_ids.get("eos_token_id")
+    ids = [] if of_config is None else of_config if isinstance(of_config, list) else [of_config]
+    return frozenset(ids) | frozenset(tokenizer.eos_token_ids if tokenizer else ())

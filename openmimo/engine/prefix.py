@@ -1,0 +1,224 @@
+"""Reuse of computed prefixes across requests.
+
+A tree of blocks of tokens. A node holds the pages of its block in every group of layers. Sliding layers only ever read
+their last window, so a node may have given back their pages and still serve as the beginning of a longer prefix; but a
+request can start only after a node where the whole last window of each sliding group is still held.
+
+Pages of nodes are memory that nobody needs just now: when requests need it, the least useful goes first. That is
+sliding pages in the middle of a text, where no request has ever started; then, by time of last use, other sliding pages
+and the full pages of leaves. So a long shared beginning and the ends of conversations stay, and reuse shrinks step by
+step.
+
+Routed experts are kept beside the pages where they were recorded; a request that asks for them starts only after nodes
+that have them.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from openmimo.engine.cache import PageArena
+from openmimo.engine.sequence import Sequence
+
+_LEAST_EVICTED_SHARE = 16  # an eviction frees at least this fraction of what is cached, so that scans stay rare
+
+
+class PrefixNode:
+    """One block after its parent's.
+
+    pages: by group, None where they were given back. is_useful: whether its sliding pages belong to a window that a
+    request started after or a text ended with. last_use: by a clock of matches and insertions. attached: whether it is
+    still in the tree.
+    """
+
+    def __init__(self, parent: "PrefixNode | None", tokens: tuple[int, ...], num_groups: int):
+        self.parent = parent
+        self.attached = True
+        self.tokens = tokens
+        self.depth = 0 if parent is None else parent.depth + 1
+        self.children: dict[tuple[int, ...], PrefixNode] = {}
+        self.pages: list[list[int] | None] = [None] * num_groups
+        self.routing: np.ndarray | None = None
+        self.is_useful = False
+        self.last_use = 0
+
+
+class PrefixCache:
+    """The tree of one arena. It is emptied when the weights change."""
+
+    def __init__(self, arena: PageArena):
+        self._arena = arena
+        self._groups = arena.layout.groups
+        self._block = arena.layout.block_positions
+        self._blocks_in_window = [
+            None if group.spec.keep_positions is None else -(-group.spec.keep_positions // self._block)
+            for group in self._groups
+        ]
+        self._pages_a_block = [
+            self._block // group.page_positions if keep is None else -(-min(keep, self._block) // group.page_positions)
+            for group in self._groups
+            for keep in [group.spec.keep_positions]
+        ]
+        self._clock = 0
+        self._root = PrefixNode(None, (), len(self._groups))
+
+    @property
+    def num_reclaimable(self) -> int:
+        """Pages that only the tree holds."""
+        return sum(
+            not self._arena.is_shared(page)
+            for node in self._nodes()
+            for pages in node.pages
+            if pages is not None
+            for page in pages
+        )
+
+    def start(self, sequence: Sequence) -> None:
+        """Gives a sequence without pages the longest prefix that it can start after; at least one token is left."""
+        node = self._root
+        if sequence.params.prompt_logprobs:
+            path: list[PrefixNode] = []
+        else:
+            path = self._match(sequence.tokens[:-1], needs_routing=sequence.params.routed_experts)
+        if path:
+            node = path[-1]
+            self._touch(path)
+            self.mark_end(node)
+            for number in range(len(self._groups)):
+                window = self._blocks_in_window[number]
+                held = path if window is None else path[-window:]
+                pages = [page for block in held for page in block.pages[number]]
+                behind = [-1] * (self._groups[number].pages_until(len(path) * self._block) - len(pages))
+                sequence.pages.adopt(number, behind + pages)
+            if sequence.params.routed_experts:
+                sequence.routing = [block.routing for block in path]
+        sequence.node = node
+        sequence.computed = len(path) * self._block
+        sequence.num_cached_tokens = min(sequence.computed, sequence.prompt_length)
+
+    def extend(self, sequence: Sequence) -> None:
+        """Enters the blocks that a sequence has completed since it was last seen."""
+        while sequence.node is not None and (sequence.node.depth + 1) * self._block <= sequence.computed:
+            if not sequence.node.attached:
+                sequence.node = None
+                return
+            start = sequence.node.depth * self._block
+            tokens = tuple(sequence.tokens[start : start + self._block])
+            node = sequence.node.children.get(tokens)
+            if node is None:
+                if not self._holds_all(sequence, start):
+                    sequence.node = None  # a full page is missing: nothing below could be started
+                    return
+                node = PrefixNode(sequence.node, tokens, len(self._groups))
+                sequence.node.children[tokens] = node
+            self._fill(node, sequence, start)
+            self._touch([node])
+            sequence.node = node
+
+    def mark_end(self, node: PrefixNode | None) -> None:
+        """Notes that a prompt or a text ended after this node: the next turn is likely to start there."""
+        for _ in range(max((window or 0 for window in self._blocks_in_window), default=0)):
+            if node is None:
+                return
+            node.is_useful = True
+            node = node.parent
+
+    def evict(self, num_pages: int) -> None:
+        """Frees at least so many pages, if the tree alone holds as many."""
+        nodes = sorted(self._nodes(), key=lambda node: (node.last_use, -node.depth))
+        goal = self._arena.num_free + max(num_pages, len(nodes) // _LEAST_EVICTED_SHARE)
+        for node in nodes:
+            if self._arena.num_free >= goal:
+                return
+            if not node.is_useful:
+                self._release_sliding(node)
+        for node in nodes:
+            if self._arena.num_free >= goal:
+                return
+            self._release_sliding(node)
+            self._remove_leaf(node)
+
+    def clear(self) -> None:
+        """Gives back everything."""
+        for node in [self._root, *self._nodes()]:
+            node.attached = False
+            for number in range(len(self._groups)):
+                self._release(node, number)
+        self._root = PrefixNode(None, (), len(self._groups))
+
+    def _match(self, tokens: list[int], *, needs_routing: bool) -> list[PrefixNode]:
+        path: list[PrefixNode] = []
+        node = self._root
+        for start in range(0, len(tokens) - self._block + 1, self._block):
+            node = node.children.get(tuple(tokens[start : start + self._block]))
+            if node is None or (needs_routing and node.routing is None):
+                break
+            path.append(node)
+        while path and not self._can_start_after(path):
+            path.pop()
+        return path
+
+    def _can_start_after(self, path: list[PrefixNode]) -> bool:
+        return all(
+            window is None or all(node.pages[number] is not None for node in path[-window:])
+            for number, window in enumerate(self._blocks_in_window)
+        )
+
+    def _holds_all(self, sequence: Sequence, start: int) -> bool:
+        return all(
+            window is not None or self._pages_of(sequence, number, start) is not None
+            for number, window in enumerate(self._blocks_in_window)
+        )
+
+    def _pages_of(self, sequence: Sequence, number: int, start: int) -> list[int] | None:
+        """The pages of a block that the tree keeps: of sliding layers, what a query after the block still reads."""
+        stop = (start + self._block) // self._groups[number].page_positions
+        pages = sequence.pages.table(number)[stop - self._pages_a_block[number] : stop].tolist()
+        return None if min(pages) < 0 else pages
+
+    def _fill(self, node: PrefixNode, sequence: Sequence, start: int) -> None:
+        for number in range(len(self._groups)):
+            if node.pages[number] is not None:
+                continue
+            pages = self._pages_of(sequence, number, start)
+            if pages is not None:
+                node.pages[number] = pages
+                for page in pages:
+                    self._arena.share(page)
+        if sequence.params.routed_experts and node.routing is None:
+            rows = np.concatenate(sequence.routing)[start : start + self._block]
+            node.routing = rows.copy()
+
+    def _touch(self, path: list[PrefixNode]) -> None:
+        self._clock += 1
+        for node in path:
+            while node is not None and node.last_use != self._clock:
+                node.last_use = self._clock
+                node = node.parent
+
+    def _release(self, node: PrefixNode, number: int) -> None:
+        for page in node.pages[number] or ():
+            self._arena.release(page)
+        node.pages[number] = None
+
+    def _release_sliding(self, node: PrefixNode) -> None:
+        for number, window in enumerate(self._blocks_in_window):
+            pages = node.pages[number]
+            if window is not None and pages and not any(map(self._arena.is_shared, pages)):
+                self._release(node, number)
+
+    def _remove_leaf(self, node: PrefixNode) -> None:
+        held = [page for pages in node.pages if pages is not None for page in pages]
+        if node.children or any(map(self._arena.is_shared, held)):
+            return
+        for number in range(len(self._groups)):
+            self._release(node, number)
+        del node.parent.children[node.tokens]
+        node.attached = False
+
+    def _nodes(self) -> Iterator[PrefixNode]:
+        stack = list(self._root.children.values())
+        while stack:
+            node = stack.pop()
+            yield node
+            stack.extend(node.children.values())

@@ -1,0 +1,151 @@
+"""Which requests run in the next step, and how many tokens of each. No tensors here.
+
+Every step serves all decoding sequences, and reads a bounded number of prompt tokens beside them, shared evenly between
+the prompts that are being read: a long prompt delays neither the tokens of others nor their prompts. Requests are
+admitted by priority, then in order of arrival, when the cache has room for their prompt. When the cache is full, what
+no request needs goes first (prefixes, then idle sessions); then the last in that same order is preempted: it gives
+back its pages, keeps its tokens, and waits to be read again. The first in the order can thus always go on.
+"""
+
+import bisect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from openmimo.engine.cache import PageArena, PageTables
+from openmimo.engine.config import EngineConfig
+from openmimo.engine.prefix import PrefixCache
+from openmimo.engine.sequence import Sequence
+
+_SPARED_SHARE = 8  # this fraction of the arena is left free by positions that only a later request might use
+
+
+@dataclass
+class Plan:
+    """One step. prefills: sequence and the position up to which its tokens are read."""
+
+    decodes: list[Sequence] = field(default_factory=list)
+    prefills: list[tuple[Sequence, int]] = field(default_factory=list)
+
+
+def rank(sequence: Sequence) -> tuple[int, int]:
+    """The order in which requests are served."""
+    return (sequence.request.priority, sequence.arrival)
+
+
+class Scheduler:
+    """The waiting and the running sequences of one engine.
+
+    prefix: None without reuse. free_idle: gives back the pages of the idle session that was used longest ago, and says
+    whether there was one.
+    """
+
+    def __init__(
+        self,
+        arena: PageArena,
+        prefix: PrefixCache | None,
+        config: EngineConfig,
+        *,
+        num_drafts: int,
+        free_idle: Callable[[], bool],
+    ):
+        self.waiting: list[Sequence] = []
+        self.running: list[Sequence] = []
+        self.num_preemptions = 0
+        self._arena = arena
+        self._prefix = prefix
+        self._config = config
+        self._margin = num_drafts
+        self._free_idle = free_idle
+
+    def pages_at_most(self, max_length: int) -> int:
+        """Pages that a sequence of `max_length` may need at once, alone."""
+        kept = [group.spec.keep_positions for group in self._arena.layout.groups]
+        while_read = sum(
+            group.pages_until(keep + self._margin) + 2
+            for group, keep in zip(self._arena.layout.groups, kept, strict=True)
+            if keep is not None
+        )
+        return self._arena.pages_for(max_length, self._margin) + while_read
+
+    def add(self, sequence: Sequence) -> None:
+        """Puts a sequence in its place among the waiting."""
+        bisect.insort(self.waiting, sequence, key=rank)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Takes out a sequence, wherever it is. Its pages stay its own."""
+        (self.waiting if sequence in self.waiting else self.running).remove(sequence)
+
+    def plan(self) -> Plan:
+        """The next step. Pages for it are taken."""
+        plan = Plan()
+        self._admit()
+        for sequence in list(self.running):
+            is_decoding = sequence.remaining == 1 and sequence in self.running
+            if is_decoding and self._reach(sequence, sequence.computed + 1 + len(sequence.drafts)):
+                plan.decodes.append(sequence)
+        self._plan_prefills(plan)
+        # a sequence planned early may have been preempted for one of higher rank
+        plan.decodes = [sequence for sequence in plan.decodes if sequence.pages is not None]
+        plan.prefills = [(sequence, stop) for sequence, stop in plan.prefills if sequence.pages is not None]
+        return plan
+
+    def restart_running(self) -> None:
+        """Preempts everything: all that runs will be read again from its first token."""
+        for sequence in list(self.running):
+            self._preempt(sequence)
+
+    def _plan_prefills(self, plan: Plan) -> None:
+        reading = [sequence for sequence in self.running if sequence.remaining > 1]
+        budget = self._config.mixed_prefill_tokens if plan.decodes else self._config.prefill_tokens
+        for index, sequence in enumerate(reading):
+            if budget < 1:
+                return
+            if sequence.pages is None:
+                continue
+            later = reading[index + 1 :]
+            fair_share = max(budget // (len(later) + 1), 1)
+            unused = sum(max(fair_share - other.remaining, 0) for other in later)
+            count = min(sequence.remaining, fair_share + unused, budget)
+            if self._reach(sequence, sequence.computed + count):
+                plan.prefills.append((sequence, sequence.computed + count))
+                budget -= count
+
+    def _admit(self) -> None:
+        while self.waiting and len(self.running) < self._config.max_sequences:
+            sequence = self.waiting[0]
+            if sequence.pages is None:
+                sequence.pages = PageTables(self._arena, self._margin)
+                if self._prefix is not None and sequence.request.session is None:
+                    self._prefix.start(sequence)
+            needed = sequence.pages.missing(len(sequence.tokens) + 1 + self._margin) + len(self._arena.layout.groups)
+            if self.running and not self._make_room(needed):
+                sequence.forget_computed()
+                return
+            del self.waiting[0]
+            bisect.insort(self.running, sequence, key=rank)
+
+    def _reach(self, sequence: Sequence, length: int) -> bool:
+        """Takes the pages for `length` positions; False if the sequence had to be preempted itself."""
+        missing = sequence.pages.missing(length)
+        while missing > self._arena.num_free and not self._make_room(missing):
+            victim = self.running[-1]
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+        spare = self._arena.num_free - missing - self._arena.num_pages // _SPARED_SHARE
+        sequence.pages.reach(length, spare_pages=max(spare, 0) if self._prefix is not None else 0)
+        return True
+
+    def _make_room(self, num_pages: int) -> bool:
+        """Frees what no running request needs, until so many pages are free or nothing is left."""
+        if num_pages > self._arena.num_free and self._prefix is not None:
+            self._prefix.evict(num_pages - self._arena.num_free)
+        while num_pages > self._arena.num_free and self._free_idle():
+            pass
+        return num_pages <= self._arena.num_free
+
+    def _preempt(self, victim: Sequence) -> None:
+        self.running.remove(victim)
+        victim.forget_computed()
+        self.add(victim)
+        self.num_preemptions += 1

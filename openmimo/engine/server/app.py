@@ -1,0 +1,57 @@
+"""The server as an ASGI app."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+
+from openmimo.engine.server.backend import Backend
+from openmimo.engine.server.config import ServerConfig
+from openmimo.engine.server.errors import ErrorBody, install_handlers
+from openmimo.engine.server.generation import Service
+from openmimo.engine.server.middleware import CountRequests, LimitBody, RequireKey
+from openmimo.engine.server.routes_chat import chat_routes
+from openmimo.engine.server.routes_completions import completion_routes
+from openmimo.engine.server.routes_models import model_routes
+from openmimo.engine.server.routes_operations import operation_routes
+from openmimo.engine.server.routes_page import PAGE, PageFiles, page_routes
+from openmimo.engine.server.routes_responses import response_routes
+from openmimo.engine.server.routes_tokens import token_routes
+
+_ERRORS = {
+    "4XX": {"model": ErrorBody, "description": "The request is refused; param names the field at fault."},
+    "5XX": {"model": ErrorBody, "description": "The server or its engine failed, is busy ending, or took too long."},
+}
+
+
+def create_app(backend: Backend, config: ServerConfig) -> FastAPI:
+    """The app; `app.state.service` is its `Service`. The backend is closed when the app ends."""
+    service = Service(backend, config)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        await backend.close()
+
+    app = FastAPI(
+        title="openmimo",
+        lifespan=lifespan,
+        docs_url=None,  # these pages load scripts from another host
+        redoc_url=None,
+        responses=_ERRORS,
+    )
+    app.state.service = service
+    install_handlers(app)
+    for routes in (model_routes, completion_routes, chat_routes, response_routes, token_routes, operation_routes):
+        app.include_router(routes(service))
+    app.include_router(page_routes())
+    app.mount("/page", PageFiles(directory=PAGE))
+    paths = frozenset(app.openapi()["paths"]) | {"/"}
+    # The middleware added last runs first: a request is counted, then asked for its key, and only then read.
+    app.add_middleware(LimitBody, max_bytes=config.max_body_bytes, timeout_seconds=config.request_timeout_seconds)
+    if config.required_key is not None:
+        app.add_middleware(RequireKey, api_key=config.required_key)
+    app.add_middleware(
+        CountRequests, count=lambda path, status: service.metrics.http_requests.labels(path, status).inc(), paths=paths
+    )
+    return app

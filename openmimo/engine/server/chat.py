@@ -1,0 +1,206 @@
+"""A conversation to a prompt, and what comes back to the parts of a message."""
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from openmimo.core.errors import DataError
+from openmimo.core.records import Delta
+from openmimo.data.chat_parser import (
+    ChatEvent,
+    ChatParser,
+    ContentText,
+    ReasoningText,
+    ToolCallArguments,
+    ToolCallEnd,
+    ToolCallStart,
+)
+from openmimo.data.tokenizer import Tokenizer
+from openmimo.engine.server.errors import invalid
+from openmimo.engine.server.schema import ChatMessage, TemplateOptions
+from openmimo.engine.server.tools import ToolPolicy
+
+_THINK, _END_OF_THINK = "<think>", "</think>"
+_THINKING_EFFORTS = ("low", "medium", "high", "xhigh")
+
+
+@dataclass(frozen=True)
+class ChatPrompt:
+    """token_ids: what the model reads. opening: their last text, which is already part of the reply. starts_thinking:
+    whether the reply begins inside `<think>`."""
+
+    token_ids: tuple[int, ...]
+    policy: ToolPolicy
+    starts_thinking: bool
+
+
+def template_options(options: TemplateOptions | None, effort: str | None, effort_param: str) -> TemplateOptions:
+    """chat_template_kwargs and reasoning effort as one. The model thinks or does not; any effort from low on does."""
+    options = options or TemplateOptions()
+    thinks = None if effort is None else effort in _THINKING_EFFORTS
+    if None not in (thinks, options.enable_thinking) and thinks != options.enable_thinking:
+        raise invalid(f"{effort_param} and chat_template_kwargs.enable_thinking contradict each other.", effort_param)
+    enable = options.enable_thinking if thinks is None else thinks
+    return TemplateOptions(enable_thinking=bool(enable), keep_all_reasoning=options.keep_all_reasoning)
+
+
+def chat_prompt(
+    tokenizer: Tokenizer,
+    messages: Sequence[dict[str, Any]],
+    policy: ToolPolicy,
+    options: TemplateOptions,
+    *,
+    param: str = "messages",
+) -> ChatPrompt:
+    """The prompt of a conversation in the model's chat format. Raises ApiError if the template refuses it."""
+    if options.enable_thinking and policy.opening:
+        raise invalid("A call that must come leaves no room for thinking: turn one of the two off.", "tool_choice")
+    ids = encode_messages(tokenizer, messages, policy.tools, options, param=param)
+    starts_thinking = _ends_in_thought(tokenizer, ids)
+    ids += tokenizer.encode(policy.opening, allow_special=True)
+    return ChatPrompt(tuple(ids), policy, starts_thinking)
+
+
+def encode_messages(
+    tokenizer: Tokenizer,
+    messages: Sequence[dict[str, Any]],
+    tools: Sequence[dict[str, Any]],
+    options: TemplateOptions,
+    *,
+    add_generation_prompt: bool = True,
+    param: str = "messages",
+) -> list[int]:
+    """The ids of a conversation. Raises ApiError if the template refuses it."""
+    try:
+        return tokenizer.encode_chat(
+            messages,
+            tools=tools,
+            add_generation_prompt=add_generation_prompt,
+            enable_thinking=bool(options.enable_thinking),
+            keep_all_reasoning=options.keep_all_reasoning,
+        )
+    except DataError as error:
+        raise invalid(str(error), param) from error
+
+
+def template_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
+    """Messages as templates take them: "developer" is OpenAI's newer word for "system"."""
+    turns = []
+    for message in messages:
+        turn = message.model_dump(exclude_none=True)
+        turn["role"] = "system" if message.role == "developer" else message.role
+        turns.append(turn)
+    return turns
+
+
+@dataclass
+class ToolCallState:
+    """A call of a reply, as far as it has come."""
+
+    name: str
+    id: str = field(default_factory=lambda: f"call_{secrets.token_hex(12)}")
+    arguments: str = ""
+
+    def to_message(self) -> dict[str, Any]:
+        """The call as a part of a message."""
+        return {"id": self.id, "type": "function", "function": {"name": self.name, "arguments": self.arguments}}
+
+
+class ChatReply:
+    """One reply as it grows: its reasoning, content and calls, all of them made of the text alone.
+
+    token_ids, finish_reason, num_cached_tokens: as the deltas told. num_reasoning_tokens: between `<think>` marks.
+    is_complete: whether nothing that could follow belongs to the reply (one call was allowed, and it has ended).
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt: ChatPrompt):
+        self.reasoning = ""
+        self.content = ""
+        self.tool_calls: list[ToolCallState] = []
+        self.token_ids: list[int] = []
+        self.finish_reason = ""
+        self.num_cached_tokens = 0
+        self.num_reasoning_tokens = 0
+        self.num_drafted_tokens = 0
+        self.is_complete = False
+        self._parser = ChatParser(tools=prompt.policy.tools, starts_thinking=prompt.starts_thinking)
+        self._one_call = prompt.policy.one_call
+        self._marks = (_id_of(tokenizer, _THINK), _id_of(tokenizer, _END_OF_THINK))
+        self._is_thinking = prompt.starts_thinking
+        self._opening = prompt.policy.opening
+
+    def push(self, delta: Delta) -> list[ChatEvent]:
+        """What one delta adds, in order. Nothing is added once the reply is complete."""
+        self._count(delta)
+        events = self._parser.push(self._opening + delta.text)
+        self._opening = ""
+        if delta.finish_reason:
+            events += self._parser.finish()
+            self.finish_reason = delta.finish_reason
+        taken = []
+        for event in events:
+            if self.is_complete:
+                break
+            self._take(event)
+            taken.append(event)
+        return taken
+
+    @property
+    def openai_finish_reason(self) -> str:
+        """The finish reason in OpenAI's words; a reply cut for repeating itself counts as too long."""
+        if self.tool_calls and self.finish_reason == "stop":
+            return "tool_calls"
+        return "length" if self.finish_reason == "repetition" else self.finish_reason
+
+    def message(self) -> dict[str, Any]:
+        """The whole reply as a message."""
+        message: dict[str, Any] = {"role": "assistant", "content": self.content or (None if self.tool_calls else "")}
+        if self.reasoning:
+            message["reasoning_content"] = self.reasoning
+        if self.tool_calls:
+            message["tool_calls"] = [call.to_message() for call in self.tool_calls]
+        return message
+
+    def _take(self, event: ChatEvent) -> None:
+        match event:
+            case ReasoningText():
+                self.reasoning += event.text
+            case ContentText():
+                self.content += event.text
+            case ToolCallStart():
+                self.tool_calls.append(ToolCallState(event.name))
+            case ToolCallArguments():
+                self.tool_calls[event.index].arguments += event.text
+            case ToolCallEnd():
+                self._end_early()
+
+    def _end_early(self) -> None:
+        if self._one_call and not self.finish_reason:
+            self.finish_reason = "stop"
+        self.is_complete = self._one_call
+
+    def _count(self, delta: Delta) -> None:
+        self.token_ids += delta.token_ids
+        self.num_drafted_tokens += sum(delta.drafted)
+        self.num_cached_tokens = max(self.num_cached_tokens, delta.num_cached_tokens)
+        for token_id in delta.token_ids:
+            if token_id in self._marks:
+                self._is_thinking = token_id == self._marks[0]
+            else:
+                self.num_reasoning_tokens += self._is_thinking
+
+
+def _ends_in_thought(tokenizer: Tokenizer, ids: Sequence[int]) -> bool:
+    """Whether a template has opened the model's thinking at the end of the prompt."""
+    opening, closing = _id_of(tokenizer, _THINK), _id_of(tokenizer, _END_OF_THINK)
+    last = next((token for token in reversed(ids) if token in (opening, closing)), None)
+    return last is not None and last == opening
+
+
+def _id_of(tokenizer: Tokenizer, mark: str) -> int | None:
+    """The id of a mark, if it is one token of this tokenizer."""
+    try:
+        return tokenizer.id_of(mark)
+    except DataError:
+        return None

@@ -1,0 +1,149 @@
+"""Every error in OpenAI's shape: {"error": {"message", "type", "param", "code"}}."""
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+
+from openmimo.core.errors import UserError
+from openmimo.engine.server.disconnect import ClientGoneError
+
+_TYPES = {
+    401: "authentication_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+    500: "server_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
+_FIELD = re.compile(r"[a-z_]+")  # others are pydantic's names for members of unions
+
+
+class ErrorDetails(BaseModel):
+    """What went wrong. param: the field of the request at fault. code: a word for programs."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """The body of every response that is not a success."""
+
+    error: ErrorDetails
+
+
+class ApiError(Exception):
+    """An error to tell the client. param: the field at fault. code: a word for programs."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ):
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.param = param
+        self.code = code
+        self.headers = dict(headers or {})
+
+    def body(self) -> dict[str, Any]:
+        """The error in OpenAI's shape."""
+        kind = _TYPES.get(self.status, "invalid_request_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+    def response(self) -> JSONResponse:
+        """The error as a whole response."""
+        return JSONResponse(self.body(), status_code=self.status, headers=self.headers)
+
+
+def invalid(message: str, param: str | None, *, code: str | None = None) -> ApiError:
+    """A 400: what the client asked for is wrong."""
+    return ApiError(400, message, param=param, code=code)
+
+
+def engine_failed(reason: str) -> ApiError:
+    """A 500: the engine broke while it worked on a reply."""
+    return ApiError(500, f"The engine failed: {reason}", code="engine_error")
+
+
+def install_handlers(app: FastAPI) -> None:
+    """Lets every error of the app's routes leave in OpenAI's shape."""
+    app.add_exception_handler(ApiError, _on_api_error)
+    app.add_exception_handler(UserError, _on_user_error)
+    app.add_exception_handler(RequestValidationError, _on_validation_error)
+    app.add_exception_handler(HTTPException, _on_http_error)
+    app.add_exception_handler(ClientGoneError, _on_client_gone)
+    app.add_exception_handler(Exception, _on_bug)
+
+
+async def _on_api_error(request: Request, error: ApiError) -> JSONResponse:
+    return error.response()
+
+
+async def _on_user_error(request: Request, error: UserError) -> JSONResponse:
+    return invalid(str(error), None).response()
+
+
+async def _on_validation_error(request: Request, error: RequestValidationError) -> JSONResponse:
+    first = _telling(error.errors())
+    if first["type"] == "json_invalid":
+        return invalid(f"The body is not valid JSON: {first['ctx']['error']}", None, code="invalid_json").response()
+    param = _param(first["loc"])
+    if param is None:
+        return invalid("The body must be a JSON object, sent as Content-Type: application/json.", None).response()
+    if first["type"] == "extra_forbidden":
+        return invalid(f"{param} is not a field that this server knows.", param, code="unknown_parameter").response()
+    if first["type"] == "missing":
+        return invalid(f"{param} is missing.", param, code="missing_parameter").response()
+    reason = str(first["msg"]).removeprefix("Value error, ")
+    return invalid(f"{param}: {reason}", param, code="invalid_value").response()
+
+
+def _telling(errors: Sequence[Any]) -> dict[str, Any]:
+    """The error to report, of the first field that has any. Each member of a union reports its own; the one that the
+    client meant went deepest into the value, and found the least wrong there."""
+    of_field = [error for error in errors if error["loc"][:2] == errors[0]["loc"][:2]]
+    members = Counter(error["loc"][:3] for error in of_field)
+    return max(of_field, key=lambda error: (len(error["loc"]), -members[error["loc"][:3]]))
+
+
+def _param(location: tuple[Any, ...]) -> str | None:
+    """The field's path, such as messages[0].content, without the names that pydantic gives to members of unions."""
+    path = ""
+    for part in location[1:]:
+        if isinstance(part, int):
+            path += f"[{part}]"
+        elif _FIELD.fullmatch(part) and part not in ("str", "int"):
+            path += f".{part}" if path else part
+    return path or None
+
+
+async def _on_http_error(request: Request, error: HTTPException) -> JSONResponse:
+    message = error.detail
+    if error.status_code == 404:
+        message = f"There is nothing at {request.url.path}."
+    elif error.status_code == 405:
+        message = f"{request.method} is not a method of {request.url.path}."
+    return ApiError(error.status_code, message, headers=error.headers).response()
+
+
+async def _on_client_gone(request: Request, error: ClientGoneError) -> Response:
+    return Response(status_code=499)  # nobody reads it; metrics count it
+
+
+async def _on_bug(request: Request, error: Exception) -> JSONResponse:
+    # Starlette raises the exception again after this response, and the web server logs it with its traceback.
+    return ApiError(500, "The server failed; its log says more.", code="internal_error").response()

@@ -1,0 +1,234 @@
+"""Runs requests on the backend within the server's limits: a bounded queue, a deadline, a graceful end."""
+
+import asyncio
+import functools
+import logging
+import math
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing
+
+from openmimo.core.errors import UserError
+from openmimo.core.records import Delta, Request
+from openmimo.engine.server.backend import Backend
+from openmimo.engine.server.config import ServerConfig
+from openmimo.engine.server.errors import ApiError, engine_failed, invalid
+from openmimo.engine.server.metrics import Metrics
+
+_LOG = logging.getLogger(__name__)
+
+
+class Service:
+    """The backend behind the limits of a config.
+
+    is_draining: whether new requests are refused because the server is about to end.
+    """
+
+    def __init__(self, backend: Backend, config: ServerConfig):
+        self.backend = backend
+        self.config = config
+        self.metrics = Metrics(backend)
+        self.model_name = config.model_name or backend.model_name
+        self.created = int(time.time())
+        self.is_draining = False
+        self.num_waiting = 0
+        self._generations: set[Generation] = set()
+
+    @property
+    def num_active(self) -> int:
+        """HTTP requests whose replies are being made."""
+        return len(self._generations)
+
+    def check_model(self, name: str | None) -> None:
+        """Raises ApiError if a client wants another model than the one there is."""
+        if name is not None and name != self.model_name:
+            message = f"There is no model {name!r} here; the one that is served is {self.model_name!r}."
+            raise ApiError(404, message, param="model", code="model_not_found")
+
+    def refusal(self) -> ApiError | None:
+        """Why no request can be accepted now: the server is about to end, or the engine has died."""
+        if self.is_draining:
+            return ApiError(
+                503, "The server is about to end; ask again later.", code="draining", headers=self._retry_after(1)
+            )
+        if not self.backend.gauges().is_healthy:
+            return ApiError(503, "The engine is not running.", code="engine_unhealthy", headers=self._retry_after(1))
+        return None
+
+    def start(self, requests: Sequence[Request], *, param: str) -> "Generation":
+        """Begins to answer. param: the field that holds the prompt.
+
+        Raises ApiError: 400 if a request can never run, 429 if too many wait, 503 as `refusal` says.
+        """
+        if (refusal := self.refusal()) is not None:
+            raise refusal
+        if len(requests) > self.config.max_choices:
+            raise invalid(
+                f"This asks for {len(requests)} replies (prompts times n); at most {self.config.max_choices} at once.",
+                "n",
+            )
+        for request in requests:
+            self._check(request, param)
+        # A request that is larger than the whole queue must still be served when nobody waits.
+        if self.num_waiting and self.num_waiting + len(requests) > self.config.max_queue:
+            raise ApiError(
+                429,
+                f"{self.num_waiting} requests are waiting already, of at most {self.config.max_queue}; try again.",
+                code="queue_full",
+                headers=self._retry_after(self.config.retry_after_seconds),
+            )
+        return Generation(self, requests, self._generations)
+
+    async def drain(self) -> None:
+        """Refuses new requests and lets those that run finish; ends them once the drain timeout has passed."""
+        self.is_draining = True
+        deadline = time.monotonic() + self.config.drain_timeout_seconds
+        while self._generations and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
+        self.end_all()
+
+    def end_all(self) -> None:
+        """Ends what runs, with an error."""
+        for generation in tuple(self._generations):
+            generation.fail(ApiError(503, "The server ended before the reply did.", code="draining"))
+
+    def _check(self, request: Request, param: str) -> None:
+        num_tokens, positions = len(request.prompt_token_ids), self.backend.max_positions
+        if num_tokens >= positions:
+            raise invalid(
+                f"The prompt has {num_tokens} tokens, but the model has {positions} positions for prompt and reply.",
+                param,
+                code="context_length_exceeded",
+            )
+        try:
+            self.backend.check(request)
+        except UserError as error:
+            raise invalid(str(error), param) from error
+
+    @staticmethod
+    def _retry_after(seconds: int) -> dict[str, str]:
+        return {"Retry-After": str(seconds)}
+
+
+class Generation:
+    """The replies to one HTTP request, made from the moment it exists; `close` aborts what is not finished.
+
+    Iterate once over `deltas`.
+    """
+
+    def __init__(self, service: Service, requests: Sequence[Request], running: "set[Generation]"):
+        self._service = service
+        self._events: asyncio.Queue[tuple[int, Delta] | ApiError] = asyncio.Queue()
+        self._num_running = len(requests)
+        self._unread = set(range(len(requests)))
+        self._arrival = time.monotonic()
+        self._failed = False
+        self._running = running
+        running.add(self)
+        timeout = service.config.request_timeout_seconds
+        late = ApiError(504, f"The reply took longer than {timeout:g} s.", code="timeout")
+        self._timer = asyncio.get_running_loop().call_later(timeout, self.fail, late)
+        self._meters = [_Meter(service, self._arrival) for _ in requests]
+        self._tasks = [asyncio.create_task(self._pump(index, request)) for index, request in enumerate(requests)]
+        for task, meter in zip(self._tasks, self._meters, strict=True):
+            task.add_done_callback(functools.partial(self._on_done, meter))
+
+    async def deltas(self) -> AsyncIterator[tuple[int, Delta]]:
+        """(choice, delta) in the order in which they come. Raises ApiError if a reply cannot be finished."""
+        while self._unread:
+            event = await self._events.get()
+            if isinstance(event, ApiError):
+                raise event
+            index, delta = event
+            if index in self._unread:
+                if delta.finish_reason:
+                    self._unread.remove(index)
+                yield event
+
+    def fail(self, error: ApiError) -> None:
+        """Ends all replies with an error."""
+        if not self._failed:
+            self._failed = True
+            self._events.put_nowait(error)
+        for task in self._tasks:
+            task.cancel()
+
+    def abort(self, index: int) -> None:
+        """Ends one reply that needs no more tokens; `deltas` tells no more of it."""
+        self._unread.discard(index)
+        self._meters[index].finish_reason = "stop"
+        self._tasks[index].cancel()
+
+    async def close(self) -> None:
+        """Aborts what is not finished, and returns when the backend has let go of it."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _pump(self, index: int, request: Request) -> None:
+        """Moves one reply from the backend to the queue of events."""
+        async with aclosing(self._service.backend.generate(request)) as deltas:
+            async for delta in deltas:
+                if delta.finish_reason in ("error", "abort"):
+                    raise engine_failed(delta.error or "it gave the request up.")
+                self._meters[index].see(delta)
+                self._events.put_nowait((index, delta))
+                if delta.finish_reason:
+                    return
+        raise engine_failed("the reply broke off.")
+
+    def _on_done(self, meter: "_Meter", task: asyncio.Task[None]) -> None:
+        # Not at the end of the task's own code: a task that is cancelled before it starts never runs it.
+        meter.end()
+        self._num_running -= 1
+        if not self._num_running:
+            self._timer.cancel()
+            self._running.discard(self)
+        error = None if task.cancelled() else task.exception()
+        if isinstance(error, ApiError):
+            self.fail(error)
+        elif isinstance(error, UserError):
+            self.fail(invalid(str(error), None))
+        elif error is not None:
+            _LOG.error("the engine failed", exc_info=error)
+            self.fail(engine_failed(type(error).__name__))
+
+
+class _Meter:
+    """Times one reply, and counts it among those that wait until its first token comes."""
+
+    def __init__(self, service: Service, arrival: float):
+        self._service = service
+        self._arrival = arrival
+        self._first = math.nan
+        self._last = arrival
+        self._num_tokens = 0
+        self.finish_reason = "abort"
+        self._is_waiting = True
+        service.num_waiting += 1
+
+    def see(self, delta: Delta) -> None:
+        """One more step."""
+        if delta.token_ids:
+            self._last = time.monotonic()
+            if not self._num_tokens:
+                self._stop_waiting()
+                self._first = self._last
+                self._service.metrics.seconds_to_first_token.observe(self._first - self._arrival)
+            self._num_tokens += len(delta.token_ids)
+        self.finish_reason = delta.finish_reason or self.finish_reason
+
+    def end(self) -> None:
+        """The reply has ended, one way or another."""
+        self._stop_waiting()
+        metrics = self._service.metrics
+        metrics.replies.labels(self.finish_reason).inc()
+        if self.finish_reason == "abort":
+            return
+        metrics.seconds_in_all.observe(time.monotonic() - self._arrival)
+        if self._num_tokens > 1:
+            metrics.seconds_per_token.observe((self._last - self._first) / (self._num_tokens - 1))
+
+    def _stop_waiting(self) -> None:
+        self._service.num_waiting -= self._is_waiting
+        self._is_waiting = False

@@ -1,0 +1,38 @@
+"""`openmimo serve`: a checkpoint, or the stub, behind the server."""
+
+from pathlib import Path
+
+import torch
+
+from openmimo.core.errors import ConfigError
+from openmimo.data.tokenizer import Tokenizer
+from openmimo.engine.config import EngineConfig
+from openmimo.engine.engine import Engine
+from openmimo.engine.server.config import ServerConfig
+from openmimo.engine.server.engine_backend import EngineBackend
+from openmimo.engine.server.serve import serve
+from openmimo.engine.server.stub import StubBackend
+from openmimo.model.hf import load_model
+from openmimo.runtime.device import resolve_device
+
+
+def launch(
+    path: str, server: ServerConfig, engine: EngineConfig, *, dtype: str, device: str, threads: int | None
+) -> None:
+    """Loads the checkpoint in `path` and answers requests until told to end. Raises UserError before that."""
+    if threads is not None:
+        if threads < 1:
+            raise ConfigError(f"threads is {threads}; it must be at least 1.")
+        torch.set_num_threads(threads)
+    tokenizer = Tokenizer.load(path)
+    place = resolve_device(device)
+    if dtype == "auto":
+        dtype = "float32" if place.type == "cpu" else "bfloat16"
+    model = load_model(path, dtype=dtype, device=str(place))
+    backend = EngineBackend(Engine(model, tokenizer, engine), tokenizer, model_name=Path(path).resolve().name)
+    serve(backend, server)
+
+
+def launch_stub(server: ServerConfig) -> None:
+    """Serves no model: `stub.echo` answers."""
+    serve(StubBackend(), server)

@@ -1,0 +1,84 @@
+"""Prometheus metrics of one app, in a registry of its own, so that several apps live in one process."""
+
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from openmimo.engine.server.backend import Backend, BackendGauges
+
+_SECONDS_TO_FIRST = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
+_SECONDS_PER_TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
+_SECONDS_IN_ALL = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
+
+
+class Metrics:
+    """What the server counts itself, and what it asks the backend for when it is read."""
+
+    def __init__(self, backend: Backend):
+        self._registry = CollectorRegistry()
+        self.http_requests = Counter(
+            "openmimo_http_requests", "Answered HTTP requests.", ["path", "status"], registry=self._registry
+        )
+        self.replies = Counter(
+            "openmimo_replies", "Replies that ended, by how.", ["finish_reason"], registry=self._registry
+        )
+        self.seconds_to_first_token = Histogram(
+            "openmimo_time_to_first_token_seconds",
+            "From a request's arrival to its first token.",
+            buckets=_SECONDS_TO_FIRST,
+            registry=self._registry,
+        )
+        self.seconds_per_token = Histogram(
+            "openmimo_time_per_output_token_seconds",
+            "Time between tokens after the first, averaged over a reply.",
+            buckets=_SECONDS_PER_TOKEN,
+            registry=self._registry,
+        )
+        self.seconds_in_all = Histogram(
+            "openmimo_request_seconds",
+            "From a request's arrival to the end of its reply.",
+            buckets=_SECONDS_IN_ALL,
+            registry=self._registry,
+        )
+        self._registry.register(_BackendCollector(backend))
+
+    def text(self) -> bytes:
+        """All metrics in Prometheus' text format."""
+        return generate_latest(self._registry)
+
+
+class _BackendCollector(Collector):
+    def __init__(self, backend: Backend):
+        self._backend = backend
+
+    def describe(self) -> Iterator[Metric]:
+        """What `collect` gives, without asking the backend."""
+        return _families(BackendGauges())
+
+    def collect(self) -> Iterator[Metric]:
+        """The backend's gauges at this moment."""
+        return _families(self._backend.gauges())
+
+
+def _families(gauges: BackendGauges) -> Iterator[Metric]:
+    yield GaugeMetricFamily("openmimo_requests_waiting", "Requests in the engine's queue.", gauges.num_waiting)
+    yield GaugeMetricFamily("openmimo_requests_running", "Requests that the engine works on.", gauges.num_running)
+    yield GaugeMetricFamily("openmimo_cache_used_bytes", "Cache held by requests.", gauges.cache_bytes_used)
+    yield GaugeMetricFamily("openmimo_cache_bytes", "Size of the cache.", gauges.cache_bytes_total)
+    yield GaugeMetricFamily("openmimo_healthy", "Whether the engine can answer.", float(gauges.is_healthy))
+    yield CounterMetricFamily("openmimo_prompt_tokens", "Tokens of prompts.", gauges.num_prompt_tokens)
+    yield CounterMetricFamily(
+        "openmimo_prefix_hit_tokens", "Prompt tokens that were not computed anew.", gauges.num_cached_tokens
+    )
+    yield CounterMetricFamily("openmimo_generated_tokens", "Tokens generated.", gauges.num_new_tokens)
+    yield _by_position("openmimo_drafts_offered", "Drafts that were judged.", gauges.drafts_offered)
+    yield _by_position("openmimo_drafts_accepted", "Drafts that were right.", gauges.drafts_accepted)
+
+
+def _by_position(name: str, help_line: str, counts: tuple[int, ...]) -> CounterMetricFamily:
+    family = CounterMetricFamily(name, help_line, labels=["position"])
+    for position, count in enumerate(counts, start=1):
+        family.add_metric([str(position)], count)
+    return family

@@ -1,0 +1,107 @@
+"""What happens to every request before its route: it is counted, asked for its key, and read up to a size."""
+
+import asyncio
+import hmac
+from collections.abc import Callable
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from openmimo.engine.server.errors import ApiError
+
+_GUARDED = ("/v1/", "/tokenize", "/detokenize")
+
+
+class CountRequests:
+    """Calls `count(path, status)` for every answered request; path is that of the route, so that few exist."""
+
+    def __init__(self, app: ASGIApp, count: Callable[[str, int], None], paths: frozenset[str]):
+        self._app = app
+        self._count = count
+        self._paths = paths
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers as an ASGI app."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+
+        async def count_and_send(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                self._count(scope["path"] if scope["path"] in self._paths else "other", message["status"])
+            await send(message)
+
+        await self._app(scope, receive, count_and_send)
+
+
+class RequireKey:
+    """Refuses requests to the API that do not carry the key."""
+
+    def __init__(self, app: ASGIApp, api_key: str):
+        self._app = app
+        self._expected = f"Bearer {api_key}".encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers as an ASGI app."""
+        if scope["type"] == "http" and scope["path"].startswith(_GUARDED) and not self._knows_key(scope):
+            error = ApiError(
+                401,
+                "The API key is missing or wrong; send it as Authorization: Bearer KEY.",
+                code="invalid_api_key",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
+            await error.response()(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+    def _knows_key(self, scope: Scope) -> bool:
+        given = dict(scope["headers"]).get(b"authorization", b"")
+        return hmac.compare_digest(given, self._expected)
+
+
+class LimitBody:
+    """Reads the body before the route runs, and refuses it as soon as it is too large, chunked or not."""
+
+    def __init__(self, app: ASGIApp, max_bytes: int, timeout_seconds: float):
+        self._app = app
+        self._max_bytes = max_bytes
+        self._timeout_seconds = timeout_seconds
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers as an ASGI app."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        try:
+            body = await self._read(scope, receive)
+        except ApiError as error:
+            await error.response()(scope, receive, send)
+            return
+        unread = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def replay() -> Message:
+            return unread.pop() if unread else await receive()
+
+        await self._app(scope, replay, send)
+
+    async def _read(self, scope: Scope, receive: Receive) -> bytes:
+        """The body; of a client that has vanished, what came of it. Raises ApiError."""
+        # What is not read of a body would be taken for the next request, so these errors end the connection.
+        headers = {"Connection": "close"}
+        too_large = ApiError(
+            413, f"The request is larger than {self._max_bytes} bytes.", code="request_too_large", headers=headers
+        )
+        declared = dict(scope["headers"]).get(b"content-length", b"0")
+        if declared.isdigit() and int(declared) > self._max_bytes:
+            raise too_large
+        body = bytearray()
+        try:
+            async with asyncio.timeout(self._timeout_seconds):
+                while True:
+                    message = await receive()
+                    body += message.get("body", b"")
+                    if len(body) > self._max_bytes:
+                        raise too_large
+                    if not message.get("more_body", False):
+                        return bytes(body)
+        except TimeoutError as error:
+            raise ApiError(408, "The request did not arrive in time.", code="timeout", headers=headers) from error

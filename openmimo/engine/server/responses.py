@@ -1,0 +1,161 @@
+"""OpenAI's Responses API: its input as a conversation, and a reply as its output items and events."""
+
+import secrets
+from collections.abc import Iterator
+from typing import Any
+
+from openmimo.data.chat_parser import (
+    ChatEvent,
+    ContentText,
+    ReasoningText,
+    ToolCallArguments,
+    ToolCallEnd,
+    ToolCallStart,
+)
+from openmimo.engine.server.chat import ChatReply
+from openmimo.engine.server.schema_responses import (
+    FunctionCallItem,
+    FunctionOutputItem,
+    InputItem,
+    MessageItem,
+    ReasoningItem,
+    ResponseRequest,
+    TextPart,
+)
+
+Event = dict[str, Any]
+
+
+def input_messages(body: ResponseRequest) -> list[dict[str, Any]]:
+    """The conversation as templates take it. What the model said between two turns of others is one turn."""
+    turns = [{"role": "system", "content": body.instructions}] if body.instructions else []
+    if isinstance(body.input, str):
+        return [*turns, {"role": "user", "content": body.input}]
+    for item in body.input:
+        _append(turns, item)
+    return turns
+
+
+def _append(turns: list[dict[str, Any]], item: InputItem) -> None:
+    match item:
+        case ReasoningItem():
+            turn = _assistant_turn(turns, unless=("content", "tool_calls"))
+            turn["reasoning_content"] = turn.get("reasoning_content", "") + _text(item.content)
+        case FunctionCallItem():
+            call = {"id": item.call_id, "function": {"name": item.name, "arguments": item.arguments}}
+            _assistant_turn(turns).setdefault("tool_calls", []).append(call)
+        case FunctionOutputItem():
+            turns.append({"role": "tool", "tool_call_id": item.call_id, "content": _text(item.output)})
+        case MessageItem(role="assistant"):
+            turn = _assistant_turn(turns, unless=("tool_calls",))
+            turn["content"] = turn.get("content", "") + _text(item.content)
+        case MessageItem():
+            role = "system" if item.role == "developer" else item.role
+            turns.append({"role": role, "content": _text(item.content)})
+
+
+def _assistant_turn(turns: list[dict[str, Any]], unless: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The assistant's turn at the end, or a new one where that has a field that must come later."""
+    if not turns or turns[-1]["role"] != "assistant" or any(name in turns[-1] for name in unless):
+        turns.append({"role": "assistant"})
+    return turns[-1]
+
+
+def _text(content: str | list[TextPart] | None) -> str:
+    if content is None or isinstance(content, str):
+        return content or ""
+    return "".join(part.text for part in content)
+
+
+class OutputItems:
+    """The output of a response as it grows. Each method gives the events, without their sequence numbers."""
+
+    def __init__(self, reply: ChatReply):
+        self.items: list[dict[str, Any]] = []
+        self._reply = reply
+        self._is_open = False
+
+    def push(self, part: ChatEvent) -> Iterator[Event]:
+        """One more part of the reply."""
+        match part:
+            case ReasoningText():
+                yield from self._open("reasoning")
+                self._part["text"] += part.text
+                yield self._event("response.reasoning_text.delta", content_index=0, delta=part.text)
+            case ContentText():
+                yield from self._open("message")
+                self._part["text"] += part.text
+                yield self._event("response.output_text.delta", content_index=0, delta=part.text, logprobs=[])
+            case ToolCallStart():
+                yield from self.close("completed")
+                yield from self._open_call(part.index)
+            case ToolCallArguments():
+                self.items[-1]["arguments"] += part.text
+                yield self._event("response.function_call_arguments.delta", delta=part.text)
+            case ToolCallEnd():
+                yield from self._end("completed")
+
+    def close(self, status: str) -> Iterator[Event]:
+        """Ends the item that is open, if one is. status: completed or incomplete; a call that is open was cut off."""
+        if self._is_open:
+            is_call = self.items[-1]["type"] == "function_call"
+            yield from self._end("incomplete" if is_call else status)
+
+    def _end(self, status: str) -> Iterator[Event]:
+        self._is_open = False
+        item = self.items[-1]
+        item["status"] = status
+        if item["type"] == "function_call":
+            arguments = item["arguments"]
+            yield self._event("response.function_call_arguments.done", arguments=arguments, name=item["name"])
+        elif item["type"] == "reasoning":
+            yield self._event("response.reasoning_text.done", content_index=0, text=self._part["text"])
+        else:
+            yield self._event("response.output_text.done", content_index=0, text=self._part["text"], logprobs=[])
+        if item["type"] != "function_call":
+            yield self._event("response.content_part.done", content_index=0, part=dict(self._part))
+        yield self._item_event("response.output_item.done")
+
+    @property
+    def _part(self) -> dict[str, Any]:
+        return self.items[-1]["content"][0]
+
+    def _open(self, kind: str) -> Iterator[Event]:
+        """Begins an item of text, unless the open one is of its kind."""
+        if self._is_open and self.items[-1]["type"] == kind:
+            return
+        yield from self.close("completed")
+        if kind == "reasoning":
+            item = {"id": _new_id("rs"), "type": kind, "summary": [], "content": []}
+            part: dict[str, Any] = {"type": "reasoning_text", "text": ""}
+        else:
+            item = {"id": _new_id("msg"), "type": kind, "role": "assistant", "content": []}
+            part = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
+        yield from self._add(item)
+        item["content"].append(part)
+        yield self._event("response.content_part.added", content_index=0, part=dict(part))
+
+    def _open_call(self, index: int) -> Iterator[Event]:
+        call = self._reply.tool_calls[index]
+        item = {"id": _new_id("fc"), "type": "function_call", "call_id": call.id, "name": call.name, "arguments": ""}
+        yield from self._add(item)
+
+    def _add(self, item: dict[str, Any]) -> Iterator[Event]:
+        item["status"] = "in_progress"
+        self.items.append(item)
+        self._is_open = True
+        yield self._item_event("response.output_item.added")
+
+    def _item_event(self, kind: str) -> Event:
+        return {"type": kind, "output_index": len(self.items) - 1, "item": _copy(self.items[-1])}
+
+    def _event(self, kind: str, **fields: Any) -> Event:
+        return {"type": kind, "item_id": self.items[-1]["id"], "output_index": len(self.items) - 1, **fields}
+
+
+def _copy(item: dict[str, Any]) -> dict[str, Any]:
+    return {**item, "content": [dict(part) for part in item["content"]]} if "content" in item else dict(item)
+
+
+def _new_id(prefix: str) -> str:
+    return f"{prefix}_{secrets.token_hex(12)}"

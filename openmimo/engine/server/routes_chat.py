@@ -1,0 +1,209 @@
+"""POST /v1/chat/completions."""
+
+import secrets
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+
+from openmimo.data.chat_parser import ChatEvent, ContentText, ReasoningText, ToolCallArguments, ToolCallStart
+from openmimo.engine.server.chat import (
+    ChatPrompt,
+    ChatReply,
+    chat_prompt,
+    template_messages,
+    template_options,
+)
+from openmimo.engine.server.disconnect import unless_disconnected
+from openmimo.engine.server.errors import invalid
+from openmimo.engine.server.generation import Generation, Service
+from openmimo.engine.server.json_body import JsonRoute
+from openmimo.engine.server.sampling import engine_requests, sampling_params, structure_of, token_limit
+from openmimo.engine.server.schema import ChatRequest, StreamOptions
+from openmimo.engine.server.streaming import DONE, STREAMED, EventStream, event
+from openmimo.engine.server.tokens import TokenDetails, chat_logprobs
+from openmimo.engine.server.tools import ToolPolicy, tool_policy
+from openmimo.engine.server.usage import usage
+
+
+def chat_routes(service: Service) -> APIRouter:
+    """The chat endpoint on a service."""
+    router = APIRouter(route_class=JsonRoute)
+
+    @router.post("/v1/chat/completions", responses=STREAMED)
+    async def chat_completions(body: ChatRequest, request: Request) -> Response:
+        """Answers a conversation."""
+        service.check_model(body.model)
+        answer = _start(service, body)
+        if body.stream:
+            return EventStream(answer.events(body.stream_options or StreamOptions()), answer.generation)
+        try:
+            return JSONResponse(await unless_disconnected(request.receive, answer.whole()))
+        finally:
+            await answer.generation.close()
+
+    return router
+
+
+def _start(service: Service, body: ChatRequest) -> "_ChatAnswer":
+    if body.stream_options and not body.stream:
+        raise invalid("stream_options belongs to a stream; set stream to true.", "stream_options")
+    if body.top_logprobs and not body.logprobs:
+        raise invalid("top_logprobs needs logprobs: true.", "top_logprobs")
+    policy = _tool_policy(body)
+    options = template_options(body.chat_template_kwargs, body.reasoning_effort, "reasoning_effort")
+    structure = structure_of(body, body.response_format)
+    if structure is not None:
+        check_structure_alone(policy, thinks=bool(options.enable_thinking))
+    tokenizer = service.backend.tokenizer
+    prompt = chat_prompt(tokenizer, template_messages(body.messages), policy, options)
+    params = sampling_params(
+        body,
+        max_tokens=_max_tokens(service, body, prompt),
+        structure=structure or policy.structure,
+        logprobs=bool(body.logprobs),
+        top_logprobs=body.top_logprobs or 0,
+    )
+    num_choices = body.n or 1
+    requests = engine_requests([prompt.token_ids], params, body, num_choices=num_choices)
+    replies = [ChatReply(tokenizer, prompt) for _ in range(num_choices)]
+    return _ChatAnswer(service, body, prompt, replies, service.start(requests, param="messages"))
+
+
+def check_structure_alone(policy: ToolPolicy, *, thinks: bool, param: str = "response_format") -> None:
+    """A structure binds the whole reply, so it leaves no room for thoughts or calls. Raises ApiError."""
+    if thinks:
+        raise invalid("A reply of a fixed form has no room for thinking: turn one of the two off.", param)
+    if policy.tools:
+        raise invalid(
+            'A reply of a fixed form has no room for tool calls: leave the tools out, or set tool_choice to "none".',
+            param,
+        )
+
+
+def _tool_policy(body: ChatRequest) -> ToolPolicy:
+    tools = [tool.model_dump(exclude_none=True, exclude={"function": {"strict"}}) for tool in body.tools or []]
+    choice = body.tool_choice or "auto"
+    if isinstance(choice, str):
+        return tool_policy(tools, mode=choice, function=None, parallel=body.parallel_tool_calls)
+    return tool_policy(tools, mode="function", function=choice.function.name, parallel=body.parallel_tool_calls)
+
+
+def _max_tokens(service: Service, body: ChatRequest, prompt: ChatPrompt) -> int:
+    if None not in (body.max_tokens, body.max_completion_tokens) and body.max_tokens != body.max_completion_tokens:
+        raise invalid("max_tokens and max_completion_tokens contradict each other; give one.", "max_tokens")
+    param = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
+    asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    room = max(service.backend.max_positions - len(prompt.token_ids), 1)
+    return token_limit(asked, room, service.config.max_tokens, param)
+
+
+class _ChatAnswer:
+    """The replies to one chat request, whole or as a stream of chunks."""
+
+    def __init__(
+        self,
+        service: Service,
+        body: ChatRequest,
+        prompt: ChatPrompt,
+        replies: list[ChatReply],
+        generation: Generation,
+    ):
+        self.generation = generation
+        self._tokenizer = service.backend.tokenizer
+        self._body = body
+        self._prompt = prompt
+        self._replies = replies
+        self._envelope = {
+            "id": f"chatcmpl-{secrets.token_hex(12)}",
+            "created": int(time.time()),
+            "model": service.model_name,
+        }
+
+    async def whole(self) -> dict[str, Any]:
+        """The chat completion object."""
+        logprobs: list[list[dict[str, Any]]] = [[] for _ in self._replies]
+        async for index, delta in self.generation.deltas():
+            self._push(index, delta)
+            if delta.logprobs:
+                logprobs[index] += chat_logprobs(self._tokenizer, delta.logprobs)["content"]
+        choices = []
+        for index, reply in enumerate(self._replies):
+            choice: dict[str, Any] = {
+                "index": index,
+                "message": reply.message(),
+                "logprobs": {"content": logprobs[index], "refusal": None} if self._body.logprobs else None,
+                "finish_reason": reply.openai_finish_reason,
+            }
+            if self._body.return_token_ids:
+                choice["token_ids"] = reply.token_ids
+            choices.append(choice)
+        answer = {**self._envelope, "object": "chat.completion", "choices": choices, "usage": self._usage()}
+        if self._body.return_token_ids:
+            answer["prompt_token_ids"] = list(self._prompt.token_ids)
+        return answer
+
+    async def events(self, options: StreamOptions) -> AsyncIterator[bytes]:
+        """The stream of chunks: each choice's role, what it says, and why it ended; then the usage if asked for."""
+        details = [TokenDetails(self._tokenizer) for _ in self._replies]
+        for index in range(len(self._replies)):
+            yield self._chunk({"index": index, "delta": {"role": "assistant", "content": ""}, "finish_reason": None})
+        async for index, delta in self.generation.deltas():
+            reply = self._replies[index]
+            events = self._push(index, delta)
+            choice: dict[str, Any] = {"index": index, "delta": _delta(events, reply), "finish_reason": None}
+            if delta.logprobs:
+                choice["logprobs"] = chat_logprobs(self._tokenizer, delta.logprobs)
+            if options.token_details and delta.token_ids:
+                choice["token_details"] = details[index].entries(delta)
+            if self._body.return_token_ids and delta.token_ids:
+                choice["token_ids"] = list(delta.token_ids)
+            if choice["delta"] or len(choice) > 3:
+                yield self._chunk(choice)
+            if reply.finish_reason:
+                yield self._chunk({"index": index, "delta": {}, "finish_reason": reply.openai_finish_reason})
+        if options.include_usage:
+            yield event({**self._envelope, "object": "chat.completion.chunk", "choices": [], "usage": self._usage()})
+        yield DONE
+
+    def _push(self, index: int, delta: Any) -> list[ChatEvent]:
+        events = self._replies[index].push(delta)
+        if self._replies[index].is_complete:
+            self.generation.abort(index)
+        return events
+
+    def _chunk(self, choice: dict[str, Any]) -> bytes:
+        return event({**self._envelope, "object": "chat.completion.chunk", "choices": [choice]})
+
+    def _usage(self) -> dict[str, Any]:
+        return usage(
+            num_prompt_tokens=len(self._prompt.token_ids),
+            num_new_tokens=sum(len(reply.token_ids) for reply in self._replies),
+            num_cached_tokens=max(reply.num_cached_tokens for reply in self._replies),
+            num_reasoning_tokens=sum(reply.num_reasoning_tokens for reply in self._replies),
+            num_drafted_tokens=sum(reply.num_drafted_tokens for reply in self._replies),
+        )
+
+
+def _delta(events: list[ChatEvent], reply: ChatReply) -> dict[str, Any]:
+    """The delta object of a chunk."""
+    delta: dict[str, Any] = {}
+    calls: dict[int, dict[str, Any]] = {}
+    for part in events:
+        match part:
+            case ReasoningText():
+                delta["reasoning_content"] = delta.get("reasoning_content", "") + part.text
+            case ContentText():
+                delta["content"] = delta.get("content", "") + part.text
+            case ToolCallStart():
+                function = {"name": part.name, "arguments": ""}
+                call_id = reply.tool_calls[part.index].id
+                calls[part.index] = {"index": part.index, "id": call_id, "type": "function", "function": function}
+            case ToolCallArguments():
+                call = calls.setdefault(part.index, {"index": part.index, "function": {"arguments": ""}})
+                call["function"]["arguments"] += part.text
+    if calls:
+        delta["tool_calls"] = list(calls.values())
+    return delta

@@ -1,0 +1,180 @@
+"""POST /v1/completions."""
+
+import secrets
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+
+from openmimo.core.records import Delta, SamplingParams
+from openmimo.data.tokenizer import Tokenizer
+from openmimo.engine.server.disconnect import unless_disconnected
+from openmimo.engine.server.errors import invalid
+from openmimo.engine.server.generation import Generation, Service
+from openmimo.engine.server.json_body import JsonRoute
+from openmimo.engine.server.sampling import engine_requests, sampling_params, structure_of, token_limit
+from openmimo.engine.server.schema import CompletionRequest, StreamOptions
+from openmimo.engine.server.streaming import DONE, STREAMED, EventStream, event
+from openmimo.engine.server.tokens import CompletionLogprobs, TokenDetails
+from openmimo.engine.server.usage import usage
+
+_DEFAULT_MAX_TOKENS = 16  # OpenAI's
+
+
+def completion_routes(service: Service) -> APIRouter:
+    """The completions endpoint on a service."""
+    router = APIRouter(route_class=JsonRoute)
+
+    @router.post("/v1/completions", responses=STREAMED)
+    async def completions(body: CompletionRequest, request: Request) -> Response:
+        """Continues one or several texts."""
+        service.check_model(body.model)
+        answer = _start(service, body)
+        if body.stream:
+            return EventStream(answer.events(body.stream_options or StreamOptions()), answer.generation)
+        try:
+            return JSONResponse(await unless_disconnected(request.receive, answer.whole()))
+        finally:
+            await answer.generation.close()
+
+    return router
+
+
+def _start(service: Service, body: CompletionRequest) -> "_CompletionAnswer":
+    num_choices = body.n or 1
+    if body.stream_options and not body.stream:
+        raise invalid("stream_options belongs to a stream; set stream to true.", "stream_options")
+    if body.best_of not in (None, num_choices):
+        raise invalid("best_of must equal n: replies are not ranked here.", "best_of")
+    prompts = _prompts(service.backend.tokenizer, body)
+    requests = engine_requests(prompts, _params(service, body), body, num_choices=num_choices)
+    generation = service.start(requests, param="prompt")
+    replies = [_Continuation(service.backend.tokenizer, request.prompt_token_ids, body) for request in requests]
+    return _CompletionAnswer(service, body, replies, generation)
+
+
+def _prompts(tokenizer: Tokenizer, body: CompletionRequest) -> list[list[int]]:
+    prompt = body.prompt
+    if isinstance(prompt, str):
+        return [tokenizer.encode(prompt)]
+    if isinstance(prompt[0], int):
+        return [prompt]
+    return [tokenizer.encode(one) if isinstance(one, str) else one for one in prompt]
+
+
+def _params(service: Service, body: CompletionRequest) -> SamplingParams:
+    if body.max_tokens == 0 and not body.echo:
+        raise invalid("max_tokens is 0, so there is nothing to answer; it may be 0 with echo only.", "max_tokens")
+    limit = token_limit(body.max_tokens, _DEFAULT_MAX_TOKENS, service.config.max_tokens, "max_tokens")
+    return sampling_params(
+        body,
+        max_tokens=max(limit, 1),  # a prompt is only read for the sake of a token; at 0 that token is dropped
+        structure=structure_of(body),
+        logprobs=body.logprobs is not None,
+        top_logprobs=body.logprobs or 0,
+        prompt_logprobs=bool(body.echo) and body.logprobs is not None,
+        skip_special_tokens=True,
+    )
+
+
+class _Continuation:
+    """One choice as it grows."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt_token_ids: tuple[int, ...], body: CompletionRequest):
+        self.prompt_token_ids = prompt_token_ids
+        self.token_ids: list[int] = []
+        self.finish_reason = ""
+        self.num_cached_tokens = 0
+        self.num_drafted_tokens = 0
+        self._tokenizer = tokenizer
+        self._echo = bool(body.echo)
+        self._only_prompt = body.max_tokens == 0
+        self._logprobs = None if body.logprobs is None else CompletionLogprobs(tokenizer, body.logprobs)
+
+    def push(self, delta: Delta) -> dict[str, Any]:
+        """What one delta adds to the choice: its text and, if asked for, its log-probabilities."""
+        text, logprobs = ("", ()) if self._only_prompt else (delta.text, delta.logprobs)
+        if self._echo:
+            self._echo = False
+            text = self._tokenizer.decode(self.prompt_token_ids, skip_special=False) + text
+            logprobs = self.prompt_token_ids[:1] + delta.prompt_logprobs + logprobs
+        if not self._only_prompt:
+            self.token_ids += delta.token_ids
+            self.num_drafted_tokens += sum(delta.drafted)
+        self.num_cached_tokens = max(self.num_cached_tokens, delta.num_cached_tokens)
+        reason = "length" if delta.finish_reason and self._only_prompt else delta.finish_reason
+        self.finish_reason = "length" if reason == "repetition" else reason
+        return {"text": text, "logprobs": self._logprobs and self._logprobs.entries(logprobs)}
+
+
+class _CompletionAnswer:
+    """The replies to one completion request, whole or as a stream of chunks."""
+
+    def __init__(self, service: Service, body: CompletionRequest, replies: list[_Continuation], generation: Generation):
+        self.generation = generation
+        self._tokenizer = service.backend.tokenizer
+        self._body = body
+        self._replies = replies
+        self._envelope = {
+            "id": f"cmpl-{secrets.token_hex(12)}",
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": service.model_name,
+        }
+
+    async def whole(self) -> dict[str, Any]:
+        """The completion object."""
+        parts: list[list[dict[str, Any]]] = [[] for _ in self._replies]
+        async for index, delta in self.generation.deltas():
+            parts[index].append(self._replies[index].push(delta))
+        choices = []
+        for index, reply in enumerate(self._replies):
+            choice = {
+                "index": index,
+                "text": "".join(part["text"] for part in parts[index]),
+                "logprobs": _joined([part["logprobs"] for part in parts[index] if part["logprobs"]]),
+                "finish_reason": reply.finish_reason,
+            }
+            if self._body.return_token_ids:
+                choice |= {"token_ids": reply.token_ids, "prompt_token_ids": list(reply.prompt_token_ids)}
+            choices.append(choice)
+        return {**self._envelope, "choices": choices, "usage": self._usage()}
+
+    async def events(self, options: StreamOptions) -> AsyncIterator[bytes]:
+        """The stream of chunks, and the usage if asked for."""
+        details = [TokenDetails(self._tokenizer) for _ in self._replies]
+        started: set[int] = set()
+        async for index, delta in self.generation.deltas():
+            reply = self._replies[index]
+            choice = {"index": index, **reply.push(delta), "finish_reason": delta.finish_reason or None}
+            if delta.finish_reason:
+                choice["finish_reason"] = reply.finish_reason
+            if options.token_details:
+                choice["token_details"] = details[index].entries(delta)
+            if self._body.return_token_ids:
+                choice["token_ids"] = list(delta.token_ids)
+                if index not in started:
+                    choice["prompt_token_ids"] = list(reply.prompt_token_ids)
+            started.add(index)
+            yield event({**self._envelope, "choices": [choice]})
+        if options.include_usage:
+            yield event({**self._envelope, "choices": [], "usage": self._usage()})
+        yield DONE
+
+    def _usage(self) -> dict[str, Any]:
+        first_choices = self._replies[:: self._body.n or 1]  # a prompt is read once for all its choices
+        return usage(
+            num_prompt_tokens=sum(len(reply.prompt_token_ids) for reply in first_choices),
+            num_new_tokens=sum(len(reply.token_ids) for reply in self._replies),
+            num_cached_tokens=sum(reply.num_cached_tokens for reply in first_choices),
+            num_reasoning_tokens=0,
+            num_drafted_tokens=sum(reply.num_drafted_tokens for reply in self._replies),
+        )
+
+
+def _joined(parts: list[dict[str, list[Any]]]) -> dict[str, list[Any]] | None:
+    if not parts:
+        return None
+    return {column: [entry for part in parts for entry in part[column]] for column in parts[0]}

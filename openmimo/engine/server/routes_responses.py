@@ -1,0 +1,197 @@
+"""POST /v1/responses."""
+
+import secrets
+import time
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+
+from openmimo.core.records import Structure
+from openmimo.engine.server.chat import ChatPrompt, ChatReply, chat_prompt, template_options
+from openmimo.engine.server.disconnect import unless_disconnected
+from openmimo.engine.server.errors import ApiError
+from openmimo.engine.server.generation import Generation, Service
+from openmimo.engine.server.json_body import JsonRoute
+from openmimo.engine.server.responses import Event, OutputItems, input_messages
+from openmimo.engine.server.routes_chat import check_structure_alone
+from openmimo.engine.server.sampling import engine_requests, sampling_params, structure_of, token_limit
+from openmimo.engine.server.schema import JsonSchemaFormat, ResponseFormat
+from openmimo.engine.server.schema_responses import ResponseRequest, ResponseTool
+from openmimo.engine.server.streaming import STREAMED, EventStream, event
+from openmimo.engine.server.tools import ToolPolicy, tool_policy
+
+
+def response_routes(service: Service) -> APIRouter:
+    """The Responses endpoint on a service."""
+    router = APIRouter(route_class=JsonRoute)
+
+    @router.post("/v1/responses", responses=STREAMED)
+    async def responses(body: ResponseRequest, request: Request) -> Response:
+        """Answers a conversation with a list of items."""
+        service.check_model(body.model)
+        answer = _start(service, body)
+        if body.stream:
+            return EventStream(answer.stream(), answer.generation)
+        try:
+            return JSONResponse(await unless_disconnected(request.receive, answer.whole()))
+        finally:
+            await answer.generation.close()
+
+    return router
+
+
+def _start(service: Service, body: ResponseRequest) -> "_ResponseAnswer":
+    policy = _tool_policy(body)
+    effort = body.reasoning.effort if body.reasoning else None
+    options = template_options(body.chat_template_kwargs, effort, "reasoning.effort")
+    structure = _structure(body)
+    if structure is not None:
+        check_structure_alone(policy, thinks=bool(options.enable_thinking), param="text.format")
+    tokenizer = service.backend.tokenizer
+    prompt = chat_prompt(tokenizer, input_messages(body), policy, options, param="input")
+    room = max(service.backend.max_positions - len(prompt.token_ids), 1)
+    limit = token_limit(body.max_output_tokens, room, service.config.max_tokens, "max_output_tokens")
+    params = sampling_params(body, max_tokens=limit, structure=structure or policy.structure)
+    requests = engine_requests([prompt.token_ids], params, body, num_choices=1)
+    generation = service.start(requests, param="input")
+    return _ResponseAnswer(service, body, prompt, ChatReply(tokenizer, prompt), generation)
+
+
+def _structure(body: ResponseRequest) -> Structure | None:
+    given = body.text.format if body.text else None
+    if given is None:
+        return structure_of(body)
+    schema = None if given.json_schema is None else JsonSchemaFormat(schema=given.json_schema)
+    return structure_of(body, ResponseFormat(type=given.type, json_schema=schema))
+
+
+def _tool_policy(body: ResponseRequest) -> ToolPolicy:
+    shown = {"name", "description", "parameters"}
+    tools = [
+        {"type": "function", "function": tool.model_dump(exclude_none=True, include=shown)} for tool in body.tools or []
+    ]
+    choice = body.tool_choice or "auto"
+    if isinstance(choice, str):
+        return tool_policy(tools, mode=choice, function=None, parallel=body.parallel_tool_calls)
+    return tool_policy(tools, mode="function", function=choice.name, parallel=body.parallel_tool_calls)
+
+
+class _ResponseAnswer:
+    """The reply to one request, whole or as a stream of events."""
+
+    def __init__(
+        self,
+        service: Service,
+        body: ResponseRequest,
+        prompt: ChatPrompt,
+        reply: ChatReply,
+        generation: Generation,
+    ):
+        self.generation = generation
+        self._prompt = prompt
+        self._reply = reply
+        self._output = OutputItems(reply)
+        self._response = _new_response(service, body)
+        self._num_events = 0
+
+    async def whole(self) -> dict[str, Any]:
+        """The finished response object."""
+        async for _ in self._events():
+            pass
+        return self._response
+
+    async def stream(self) -> AsyncIterator[bytes]:
+        """The events as they come; the last is response.completed, .incomplete or .failed."""
+        yield self._encoded({"type": "response.created", "response": self._response})
+        yield self._encoded({"type": "response.in_progress", "response": self._response})
+        try:
+            async for one in self._events():
+                yield self._encoded(one)
+        except ApiError as error:
+            self._response |= {
+                "status": "failed",
+                "error": {"code": "server_error", "message": error.message},
+                "output": self._output.items,
+            }
+            yield self._encoded({"type": "response.failed", "response": self._response})
+            raise
+
+    async def _events(self) -> AsyncIterator[Event]:
+        async for _, delta in self.generation.deltas():
+            for part in self._reply.push(delta):
+                for one in self._output.push(part):
+                    yield one
+            if self._reply.is_complete:
+                self.generation.abort(0)
+        for one in self._finish():
+            yield one
+
+    def _finish(self) -> Iterator[Event]:
+        is_whole = self._reply.openai_finish_reason != "length"
+        status = "completed" if is_whole else "incomplete"
+        yield from self._output.close(status)
+        self._response |= {
+            "status": status,
+            "incomplete_details": None if is_whole else {"reason": "max_output_tokens"},
+            "completed_at": int(time.time()),
+            "output": self._output.items,
+            "usage": self._usage(),
+        }
+        yield {"type": f"response.{status}", "response": self._response}
+
+    def _usage(self) -> dict[str, Any]:
+        num_input, num_output = len(self._prompt.token_ids), len(self._reply.token_ids)
+        return {
+            "input_tokens": num_input,
+            "input_tokens_details": {"cached_tokens": self._reply.num_cached_tokens},
+            "output_tokens": num_output,
+            "output_tokens_details": {"reasoning_tokens": self._reply.num_reasoning_tokens},
+            "total_tokens": num_input + num_output,
+        }
+
+    def _encoded(self, one: Event) -> bytes:
+        numbered = {**one, "sequence_number": self._num_events}
+        self._num_events += 1
+        return event(numbered, one["type"])
+
+
+def _new_response(service: Service, body: ResponseRequest) -> dict[str, Any]:
+    """The response object before anything was said: the request's settings, as OpenAI gives them back."""
+    choice = body.tool_choice or "auto"
+    return {
+        "id": f"resp_{secrets.token_hex(12)}",
+        "object": "response",
+        "created_at": int(time.time()),
+        "model": service.model_name,
+        "status": "in_progress",
+        "error": None,
+        "incomplete_details": None,
+        "instructions": body.instructions,
+        "max_output_tokens": body.max_output_tokens,
+        "metadata": body.metadata or {},
+        "output": [],
+        "parallel_tool_calls": body.parallel_tool_calls is not False,
+        "previous_response_id": None,
+        "reasoning": body.reasoning.model_dump() if body.reasoning else {"effort": None, "summary": None},
+        "store": False,
+        "temperature": 1.0 if body.temperature is None else body.temperature,
+        "text": {"format": _format_dict(body)},
+        "tool_choice": choice if isinstance(choice, str) else choice.model_dump(),
+        "tools": [_tool_dict(tool) for tool in body.tools or []],
+        "top_p": 1.0 if body.top_p is None else body.top_p,
+        "truncation": "disabled",
+        "usage": None,
+        "user": body.user,
+    }
+
+
+def _format_dict(body: ResponseRequest) -> dict[str, Any]:
+    if body.text is None or body.text.format is None:
+        return {"type": "text"}
+    return body.text.format.model_dump(by_alias=True, exclude_none=True)
+
+
+def _tool_dict(tool: ResponseTool) -> dict[str, Any]:
+    return {"strict": None, "parameters": None, **tool.model_dump(exclude_none=True)}

@@ -1,0 +1,108 @@
+"""From the fields of a request to `SamplingParams` and engine requests."""
+
+import hashlib
+import json
+import re
+import secrets
+from collections.abc import Sequence
+from dataclasses import replace
+
+from openmimo.core.records import Request, SamplingParams, Structure
+from openmimo.engine.server.errors import invalid
+from openmimo.engine.server.schema import CommonFields, ResponseFormat, StructuredOutputs
+
+_SAME_NAME = (
+    "temperature", "top_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "top_k", "min_p",
+    "min_tokens", "ignore_eos", "max_repeats",
+)  # fmt: skip
+
+
+def sampling_params(
+    fields: CommonFields,
+    *,
+    max_tokens: int,
+    structure: Structure | None = None,
+    logprobs: bool = False,
+    top_logprobs: int = 0,
+    prompt_logprobs: bool = False,
+    skip_special_tokens: bool = False,
+) -> SamplingParams:
+    """How a reply is decoded; what the client left out has the default of `SamplingParams`. Raises ApiError."""
+    if (fields.min_tokens or 0) > max_tokens:
+        raise invalid(f"min_tokens is {fields.min_tokens}, which is more than {max_tokens}, the limit.", "min_tokens")
+    given = {name: getattr(fields, name) for name in _SAME_NAME if getattr(fields, name) is not None}
+    stop = [fields.stop] if isinstance(fields.stop, str) else fields.stop or []
+    return SamplingParams(
+        max_tokens=max_tokens,
+        seed=None if fields.seed is None else fields.seed % 2**63,
+        stop=tuple(stop),
+        stop_token_ids=tuple(fields.stop_token_ids or ()),
+        logit_bias={int(key): bias for key, bias in (fields.logit_bias or {}).items()},
+        structure=structure,
+        skip_special_tokens=skip_special_tokens,
+        logprobs=logprobs,
+        top_logprobs=top_logprobs,
+        prompt_logprobs=prompt_logprobs,
+        **given,
+    )
+
+
+def token_limit(asked: int | None, default: int, most: int, param: str) -> int:
+    """New tokens, at most. Raises ApiError if a client asks for more than the server's `most`."""
+    if asked is not None and asked > most:
+        raise invalid(f"{param} is {asked}; this server gives at most {most}.", param)
+    return min(default if asked is None else asked, most)
+
+
+def engine_requests(
+    prompts: Sequence[Sequence[int]], params: SamplingParams, fields: CommonFields, *, num_choices: int
+) -> list[Request]:
+    """num_choices requests for each prompt, in order. Choice i has a seed that depends on the client's and i alone."""
+    if fields.session is not None and len(prompts) * num_choices > 1:
+        raise invalid("A session has one turn at a time: give one prompt and n 1.", "session")
+    return [
+        Request(
+            id=secrets.token_hex(12),
+            prompt_token_ids=tuple(prompt),
+            params=replace(params, seed=_derived_seed(params.seed, choice)),
+            priority=fields.priority or 0,
+            session=fields.session,
+        )
+        for prompt in prompts
+        for choice in range(num_choices)
+    ]
+
+
+def structure_of(fields: CommonFields, response_format: ResponseFormat | None = None) -> Structure | None:
+    """What the text must look like, from either of the fields that say it."""
+    formatted = _of_response_format(response_format)
+    if fields.structured_outputs is None:
+        return formatted
+    if formatted is not None:
+        raise invalid("structured_outputs and response_format both constrain the text.", "structured_outputs")
+    return _of_structured_outputs(fields.structured_outputs)
+
+
+def _of_response_format(response_format: ResponseFormat | None) -> Structure | None:
+    if response_format is None or response_format.type == "text":
+        return None
+    if response_format.json_schema is None:
+        return Structure("json_object")
+    return Structure("json_schema", json.dumps(response_format.json_schema.json_schema))
+
+
+def _of_structured_outputs(outputs: StructuredOutputs) -> Structure:
+    if outputs.json_schema is not None:
+        return Structure("json_schema", json.dumps(outputs.json_schema))
+    if outputs.regex is not None:
+        return Structure("regex", outputs.regex)
+    if outputs.grammar is not None:
+        return Structure("grammar", outputs.grammar)
+    return Structure("regex", "|".join(re.escape(choice) for choice in outputs.choice or ()))
+
+
+def _derived_seed(seed: int | None, choice: int) -> int | None:
+    if seed is None or choice == 0:
+        return seed
+    digest = hashlib.sha256(f"{seed}:{choice}".encode()).digest()
+    return int.from_bytes(digest[:8]) >> 1

@@ -1,0 +1,55 @@
+"""Server-sent events: a reply as it grows, its errors included."""
+
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from openmimo.engine.server.disconnect import ClientGoneError, unless_disconnected
+from openmimo.engine.server.errors import ApiError
+from openmimo.engine.server.generation import Generation
+
+STREAMED = {200: {"description": "The reply, or with stream its events.", "content": {"text/event-stream": {}}}}
+DONE = b"data: [DONE]\n\n"
+_LINE_ENDS = {ord(character): f"\\u{ord(character):04x}" for character in "\u0085\u2028\u2029"}
+_HEADERS = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-store", "x-accel-buffering": "no"}
+
+
+def event(data: dict[str, Any], name: str | None = None) -> bytes:
+    """One event; with a name, as the Responses API has them."""
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    text = text.translate(_LINE_ENDS)  # some clients take these for the ends of lines
+    return (f"event: {name}\n" if name else "").encode() + f"data: {text}\n\n".encode()
+
+
+class EventStream(Response):
+    """Sends events as they come, and ends `generation` when they end or the client goes away.
+
+    An ApiError among the events becomes a last event in OpenAI's shape, which its clients raise.
+    """
+
+    def __init__(self, events: AsyncIterator[bytes], generation: Generation):
+        super().__init__(headers=_HEADERS)
+        del self.headers["content-length"]
+        self._events = events
+        self._generation = generation
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers as an ASGI app."""
+        try:
+            await unless_disconnected(receive, self._send_all(send))
+        except ClientGoneError:
+            pass
+        finally:
+            await self._generation.close()
+
+    async def _send_all(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        try:
+            async for part in self._events:
+                await send({"type": "http.response.body", "body": part, "more_body": True})
+        except ApiError as error:
+            await send({"type": "http.response.body", "body": event(error.body()), "more_body": True})
+        await send({"type": "http.response.body", "body": b""})

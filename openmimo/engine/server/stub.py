@@ -1,0 +1,185 @@
+"""A backend without a model: it plays replies from a script. The server's tests and `openmimo serve --stub` use it."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Iterable
+from contextlib import aclosing
+from dataclasses import dataclass
+
+from openmimo.core.errors import UserError
+from openmimo.core.records import Delta, Request, TokenLogprob
+from openmimo.data.tokenizer import StreamDecoder, Tokenizer
+from openmimo.engine.server.backend import BackendGauges
+from openmimo.engine.text import TextStream
+
+_CORPUS = ["The quick brown fox jumps over the lazy dog, 0123456789.\n", "def add(a, b):\n    return a + b\n"]
+_PAGE_TOKENS = 16
+_BYTES_PER_TOKEN = 1024
+
+
+@dataclass(frozen=True)
+class Step:
+    """One engine step of a scripted reply.
+
+    tokens: the texts of its tokens; a text may be several tokens of the tokenizer, then all have the same fate. All
+    but the last were drafted. A step with an error ends the reply.
+    """
+
+    tokens: tuple[str, ...]
+    error: str = ""
+
+
+Script = Callable[[str, Request], Iterable[Step]]
+
+
+def echo(prompt: str, request: Request) -> Iterable[Step]:
+    """Says the last turn of a chat, or the whole prompt, back word by word."""
+    said = prompt.rsplit("<|im_start|>user\n", 1)[-1].split("<|im_end|>")[0]
+    return [Step((word,)) for word in said.replace(" ", "\0 ").split("\0")]
+
+
+class StubBackend:
+    """Plays `script(prompt text, request)` with a tokenizer of its own.
+
+    It honours max_tokens, stop strings and log-probabilities (made up, the same for the same token), and counts as a
+    real backend does. step_seconds: pause before each step. slots: requests that run at once; the others wait.
+    """
+
+    def __init__(
+        self,
+        script: Script = echo,
+        *,
+        tokenizer: Tokenizer | None = None,
+        model_name: str = "stub",
+        max_positions: int = 4096,
+        step_seconds: float = 0.0,
+        slots: int = 64,
+    ):
+        self.model_name = model_name
+        self.tokenizer = tokenizer or Tokenizer.train(_CORPUS, vocab_size=320)
+        self.max_positions = max_positions
+        self.running: set[str] = set()
+        self.requests: list[Request] = []
+        self.is_healthy = True
+        self._script = script
+        self._step_seconds = step_seconds
+        self._slots = asyncio.Semaphore(slots)
+        self._num_waiting = 0
+        self._num_prompt_tokens = 0
+        self._num_new_tokens = 0
+        self._offered = [0, 0, 0]
+        self._accepted = [0, 0, 0]
+
+    def check(self, request: Request) -> None:
+        """Raises UserError for an empty prompt, one that leaves no room, or an id outside the vocabulary."""
+        ids = request.prompt_token_ids
+        if not ids:
+            raise UserError("the prompt is empty; give at least one token.")
+        if len(ids) >= self.max_positions:
+            raise UserError(f"the prompt has {len(ids)} tokens, but there are {self.max_positions} positions.")
+        outside = [token for token in (*ids, *request.params.logit_bias) if not 0 <= token < self.tokenizer.vocab_size]
+        if outside:
+            raise UserError(f"id {outside[0]} is not in the vocabulary of {self.tokenizer.vocab_size} ids.")
+
+    async def generate(self, request: Request) -> AsyncGenerator[Delta, None]:
+        """The script's reply, one delta a step."""
+        self.requests.append(request)
+        self._num_waiting += 1
+        try:
+            await self._slots.acquire()
+        finally:
+            self._num_waiting -= 1
+        self.running.add(request.id)
+        self._num_prompt_tokens += len(request.prompt_token_ids)
+        try:
+            async with aclosing(self._play(request)) as deltas:
+                async for delta in deltas:
+                    self._num_new_tokens += len(delta.token_ids)
+                    yield delta
+        finally:
+            self.running.discard(request.id)
+            self._slots.release()
+
+    def gauges(self) -> BackendGauges:
+        """What /metrics and /health report; every running request holds one page."""
+        return BackendGauges(
+            num_waiting=self._num_waiting,
+            num_running=len(self.running),
+            cache_bytes_used=len(self.running) * _PAGE_TOKENS * _BYTES_PER_TOKEN,
+            cache_bytes_total=self.max_positions * _BYTES_PER_TOKEN,
+            num_prompt_tokens=self._num_prompt_tokens,
+            num_new_tokens=self._num_new_tokens,
+            drafts_offered=tuple(self._offered),
+            drafts_accepted=tuple(self._accepted),
+            is_healthy=self.is_healthy,
+        )
+
+    async def close(self) -> None:
+        """From now on unhealthy."""
+        self.is_healthy = False
+
+    async def _play(self, request: Request) -> AsyncGenerator[Delta, None]:
+        params = request.params
+        text = TextStream(StreamDecoder(self.tokenizer, skip_special=params.skip_special_tokens), params.stop)
+        num_prompt_tokens = len(request.prompt_token_ids)
+        room = min(params.max_tokens, self.max_positions - num_prompt_tokens)
+        prompt = self.tokenizer.decode(request.prompt_token_ids, skip_special=False)
+        prompt_logprobs = self._logprobs(request.prompt_token_ids[1:], request) if params.prompt_logprobs else ()
+        for step in self._script(prompt, request):
+            await asyncio.sleep(self._step_seconds)
+            if step.error:
+                yield Delta(request.id, finish_reason="error", error=step.error, num_prompt_tokens=num_prompt_tokens)
+                return
+            ids, drafted = self._tokens_of(step)
+            ids = ids[:room]
+            room -= len(ids)
+            for token_id in ids:
+                text.push(token_id)
+            if not room or text.stopped:
+                text.finish()
+            yield Delta(
+                request.id,
+                token_ids=tuple(ids),
+                text=text.take(),
+                logprobs=self._logprobs(ids, request) if params.logprobs else (),
+                drafted=tuple(drafted[: len(ids)]),
+                finish_reason="stop" if text.stopped else "" if room else "length",
+                num_prompt_tokens=num_prompt_tokens,
+                prompt_logprobs=prompt_logprobs,
+            )
+            if text.stopped or not room:
+                return
+            prompt_logprobs = ()
+        text.finish()
+        yield Delta(
+            request.id,
+            text=text.take(),
+            finish_reason="stop",
+            num_prompt_tokens=num_prompt_tokens,
+            prompt_logprobs=prompt_logprobs,
+        )
+
+    def _tokens_of(self, step: Step) -> tuple[list[int], list[bool]]:
+        ids, drafted = [], []
+        for place, piece in enumerate(step.tokens):
+            new = self.tokenizer.encode(piece, allow_special=True)
+            ids += new
+            drafted += [place < len(step.tokens) - 1] * len(new)
+        num_accepted = min(sum(drafted), len(self._offered))
+        for position in range(min(num_accepted + 1, len(self._offered))):
+            self._offered[position] += 1
+            self._accepted[position] += position < num_accepted
+        return ids, drafted
+
+    def _logprobs(self, ids: Iterable[int], request: Request) -> tuple[TokenLogprob, ...]:
+        vocab_size = self.tokenizer.vocab_size
+        return tuple(
+            TokenLogprob(
+                token_id,
+                -(token_id % 7) / 4 - 0.25,
+                tuple(
+                    ((token_id + rank) % vocab_size, -(token_id % 7) / 4 - 0.25 - rank)
+                    for rank in range(request.params.top_logprobs)
+                ),
+            )
+            for token_id in ids
+        )

@@ -1,0 +1,74 @@
+"""Tokens as the API shows them: log-probabilities, and the text that each of them gave."""
+
+from typing import Any
+
+from openmimo.core.records import Delta, TokenLogprob
+from openmimo.data.tokenizer import StreamDecoder, Tokenizer
+
+_LEAST_LOGPROB = -9999.0  # JSON has no minus infinity
+
+
+def chat_logprobs(tokenizer: Tokenizer, logprobs: tuple[TokenLogprob, ...]) -> dict[str, Any]:
+    """Log-probabilities as chats have them: of every token of the reply, thinking and calls included."""
+    return {"content": [_chat_entry(tokenizer, entry) for entry in logprobs], "refusal": None}
+
+
+class CompletionLogprobs:
+    """Log-probabilities as completions have them, with the place of each token in the text."""
+
+    def __init__(self, tokenizer: Tokenizer, num_top: int):
+        self._tokenizer = tokenizer
+        self._num_top = num_top
+        self._offset = 0
+
+    def entries(self, logprobs: tuple[TokenLogprob | int, ...]) -> dict[str, list[Any]]:
+        """The next tokens; a bare id (the first token of an echoed prompt) has no log-probability."""
+        columns: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        for entry in logprobs:
+            token_id = entry if isinstance(entry, int) else entry.token_id
+            text = _text(self._tokenizer, token_id)
+            known = None if isinstance(entry, int) else entry
+            columns["tokens"].append(text)
+            columns["token_logprobs"].append(known and _finite(known.logprob))
+            columns["top_logprobs"].append(known and self._top(known))
+            columns["text_offset"].append(self._offset)
+            self._offset += len(text)
+        return columns
+
+    def _top(self, entry: TokenLogprob) -> dict[str, float]:
+        pairs = entry.top[: self._num_top]
+        return {_text(self._tokenizer, token_id): _finite(logprob) for token_id, logprob in pairs}
+
+
+class TokenDetails:
+    """The text of each token of a reply, and whether an MTP head had drafted it."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._decoder = StreamDecoder(tokenizer, skip_special=False)
+
+    def entries(self, delta: Delta) -> list[dict[str, Any]]:
+        """The new tokens. The bytes of one character may be several tokens; the last of them has its text."""
+        flags = delta.drafted or (False,) * len(delta.token_ids)
+        return [
+            {"text": self._decoder.push([token_id]), "drafted": drafted}
+            for token_id, drafted in zip(delta.token_ids, flags, strict=True)
+        ]
+
+
+def _chat_entry(tokenizer: Tokenizer, entry: TokenLogprob) -> dict[str, Any]:
+    pairs = [_token_entry(tokenizer, token_id, logprob) for token_id, logprob in entry.top]
+    return {**_token_entry(tokenizer, entry.token_id, entry.logprob), "top_logprobs": pairs}
+
+
+def _token_entry(tokenizer: Tokenizer, token_id: int, logprob: float) -> dict[str, Any]:
+    token_bytes = tokenizer.token_bytes(token_id)
+    text = token_bytes.decode("utf-8", errors="replace")
+    return {"token": text, "logprob": _finite(logprob), "bytes": list(token_bytes)}
+
+
+def _text(tokenizer: Tokenizer, token_id: int) -> str:
+    return tokenizer.decode([token_id], skip_special=False)
+
+
+def _finite(logprob: float) -> float:
+    return max(logprob, _LEAST_LOGPROB)

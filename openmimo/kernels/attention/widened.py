@@ -1,0 +1,41 @@
+"""Bfloat16 on a CPU that cannot multiply it: the same call in float32, by whichever backend is fastest there."""
+
+from dataclasses import replace
+
+import torch
+
+from openmimo.kernels.attention import DISPATCHER, AttentionNeed
+from openmimo.kernels.dispatch import Backend
+from openmimo.runtime.device import cpu_multiplies_bfloat16
+
+
+def run(
+    q_TNK: torch.Tensor,
+    k_SGK: torch.Tensor,
+    v_SGV: torch.Tensor,
+    sink_N: torch.Tensor | None,
+    *,
+    need: AttentionNeed,
+    scale: float,
+) -> torch.Tensor:
+    """See `openmimo.kernels.attention.attend`."""
+    _, backend = DISPATCHER.fastest(replace(need, dtype=torch.float32))
+    sink_N = None if sink_N is None else sink_N.float()
+    wide = backend.run(
+        q_TNK.float(), k_SGK.float(), v_SGV.float(), sink_N, need=replace(need, dtype=torch.float32), scale=scale
+    )
+    return wide.to(q_TNK.dtype)
+
+
+def refuse(need: AttentionNeed) -> str | None:
+    """Bfloat16 alone, and a CPU without instructions for it."""
+    if not need.on_cpu:
+        return "it is for CPUs"
+    if need.dtype != torch.bfloat16:
+        return f"{need.dtype} need not be widened"
+    if cpu_multiplies_bfloat16():
+        return "this CPU multiplies bfloat16 itself"
+    return None
+
+
+PLUGIN = Backend(rank=1, run=run, refuse=refuse)

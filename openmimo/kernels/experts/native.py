@@ -1,0 +1,85 @@
+"""A few tokens on a CPU: an expert's weights are read once for all its tokens, one call a layer (native/experts.c).
+
+A token's output has the same bits whatever other tokens the call computes. Sums run in float32 from the first product
+to the last weight; in bfloat16 only the activations between the two products are rounded.
+"""
+
+import functools
+import struct
+
+import torch
+
+from openmimo.kernels import native
+from openmimo.kernels.dispatch import Backend
+from openmimo.kernels.experts import ExpertsNeed
+
+MAX_VISITS = 256
+_CALL = struct.Struct("6P7q")  # `experts_call` of native/experts.c
+_STATUS_NO_EXPERT = 1
+
+
+def run(
+    x_TD: torch.Tensor,
+    expert_ids_TA: torch.Tensor,
+    weights_TA: torch.Tensor,
+    gate_up_EHD: torch.Tensor,
+    down_EDF: torch.Tensor,
+    *,
+    need: ExpertsNeed,
+) -> torch.Tensor:
+    """See `openmimo.kernels.experts.apply_experts`.
+
+    Raises IndexError for an id that is no expert's, ValueError when shapes or dtypes disagree.
+    """
+    E, D, F = down_EDF.shape
+    shapes_fit = gate_up_EHD.shape == (E, 2 * F, D) and x_TD.shape[1] == D and expert_ids_TA.shape == weights_TA.shape
+    if not shapes_fit or not x_TD.dtype == gate_up_EHD.dtype == down_EDF.dtype:
+        raise ValueError(
+            f"experts do not fit: x {tuple(x_TD.shape)}, ids {tuple(expert_ids_TA.shape)}, weights "
+            f"{tuple(weights_TA.shape)}, gate_up {tuple(gate_up_EHD.shape)}, down {tuple(down_EDF.shape)}; dtypes "
+            f"{x_TD.dtype}, {gate_up_EHD.dtype}, {down_EDF.dtype}"
+        )
+    if expert_ids_TA.dtype != torch.int64 or weights_TA.dtype != torch.float32:
+        expert_ids_TA, weights_TA = expert_ids_TA.to(torch.int64), weights_TA.to(torch.float32)
+    x_TD, expert_ids_TA, weights_TA = x_TD.contiguous(), expert_ids_TA.contiguous(), weights_TA.contiguous()
+    gate_up_EHD, down_EDF = gate_up_EHD.contiguous(), down_EDF.contiguous()
+    out_TD = torch.empty_like(x_TD)
+    call = _CALL.pack(
+        x_TD.data_ptr(),
+        expert_ids_TA.data_ptr(),
+        weights_TA.data_ptr(),
+        gate_up_EHD.data_ptr(),
+        down_EDF.data_ptr(),
+        out_TD.data_ptr(),
+        *(*expert_ids_TA.shape, E, D, F),
+        *(torch.get_num_threads(), x_TD.dtype == torch.bfloat16),
+    )
+    status = _entry()(call)
+    if status == _STATUS_NO_EXPERT:
+        raise IndexError(f"there are {E} experts; the ids run to {int(expert_ids_TA.max())}")
+    if status:
+        raise MemoryError(f"no memory for visits {tuple(expert_ids_TA.shape)} to experts")
+    return out_TD
+
+
+@functools.cache
+def _entry() -> native.Entry:
+    return native.entry("openmimo_experts")
+
+
+def refuse(need: ExpertsNeed) -> str | None:
+    """A few tokens of float32 or bfloat16 on a CPU, no gradients."""
+    if need.needs_gradients:
+        return "it has no backward pass"
+    if not need.on_cpu:
+        return "it is for CPUs"
+    if need.dtype not in native.DTYPES:
+        return f"it takes float32 and bfloat16, not {need.dtype}"
+    if not 1 <= need.num_tokens * need.experts_per_token <= MAX_VISITS:
+        return f"it takes 1 to {MAX_VISITS} visits of tokens to experts"
+    if native.library() is None:
+        return "the native library is not there"
+    return None
+
+
+PLUGIN = Backend(rank=1, run=run, refuse=refuse)

@@ -1,0 +1,68 @@
+"""A few rows on a CPU, at the speed at which its memory gives the weights (native/linear.c).
+
+A row of the output has the same bits whatever other rows the call computes, so a token decoded alone, in a batch, or
+verified among drafts comes out the same.
+"""
+
+import functools
+import struct
+
+import torch
+
+from openmimo.kernels import native
+from openmimo.kernels.dispatch import Backend
+from openmimo.kernels.linear import LinearNeed, WeightAndBias
+
+MAX_ROWS = 32  # as in native/linear.c
+
+
+def run(x_RD: torch.Tensor, layers: tuple[WeightAndBias, ...]) -> torch.Tensor:
+    """See `openmimo.kernels.linear.joined_linear`."""
+    rows, dims = x_RD.shape
+    if x_RD.stride(1) != 1:
+        x_RD = x_RD.contiguous()
+    outputs, parts = 0, []
+    for weight_OD, bias_O in layers:
+        outputs += weight_OD.shape[0]
+        parts += weight_OD.data_ptr(), 0 if bias_O is None else bias_O.data_ptr(), weight_OD.shape[0]
+    out_RO = x_RD.new_empty(rows, outputs)
+    call = _layout(len(layers)).pack(
+        x_RD.data_ptr(),
+        out_RO.data_ptr(),
+        *(rows, dims, x_RD.stride(0), outputs, len(layers), torch.get_num_threads(), x_RD.dtype == torch.bfloat16),
+        *parts,
+    )
+    if _entry()(call):
+        raise MemoryError(f"no memory for {rows} rows of {dims} numbers")
+    return out_RO
+
+
+@functools.cache
+def _layout(num_parts: int) -> struct.Struct:
+    """`linear_call` of native/linear.c."""
+    return struct.Struct("2P7q" + num_parts * "2Pq")
+
+
+@functools.cache
+def _entry() -> native.Entry:
+    return native.entry("openmimo_linear")
+
+
+def refuse(need: LinearNeed) -> str | None:
+    """A few rows of float32 or bfloat16 on a CPU, no gradients."""
+    if not need.on_cpu:
+        return "it is for CPUs"
+    if need.needs_gradients:
+        return "it has no backward pass"
+    if need.dtype not in native.DTYPES:
+        return f"it takes float32 and bfloat16, not {need.dtype}"
+    if need.num_rows is None or not 1 <= need.num_rows <= MAX_ROWS:
+        return f"it takes a matrix of 1 to {MAX_ROWS} rows"
+    if not need.readable:
+        return "it reads weights and biases that are contiguous, and fit x"
+    if native.library() is None:
+        return "the native library is not there"
+    return None
+
+
+PLUGIN = Backend(rank=10, run=run, refuse=refuse)

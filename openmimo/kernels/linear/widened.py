@@ -1,0 +1,57 @@
+"""Bfloat16 on a CPU that cannot multiply it: products run in float32, weights widened for the length of one product.
+
+R rows, D input dim, O output dim.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from openmimo.kernels.dispatch import Backend
+from openmimo.kernels.linear import LinearNeed, WeightAndBias
+from openmimo.runtime.device import cpu_multiplies_bfloat16
+
+
+def run(x: torch.Tensor, layers: tuple[WeightAndBias, ...]) -> torch.Tensor:
+    """See `openmimo.kernels.linear.joined_linear`."""
+    outputs = [_Widened.apply(x, weight_OD, bias_O) for weight_OD, bias_O in layers]
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+
+
+class _Widened(torch.autograd.Function):
+    """Keeps the narrow tensors for the backward pass and widens them again there."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight_OD: torch.Tensor, bias_O: torch.Tensor | None) -> torch.Tensor:
+        ctx.save_for_backward(x, weight_OD)
+        return F.linear(x.float(), weight_OD.float(), None if bias_O is None else bias_O.float()).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight_OD = ctx.saved_tensors
+        wide_RO = gradient.float().flatten(0, -2)
+        of_x = of_weight = of_bias = None
+        if ctx.needs_input_grad[0]:
+            of_x = (wide_RO @ weight_OD.float()).to(x.dtype).view_as(x)
+        if ctx.needs_input_grad[1]:
+            of_weight = (wide_RO.T @ x.float().flatten(0, -2)).to(weight_OD.dtype)
+        if ctx.needs_input_grad[2]:
+            of_bias = wide_RO.sum(dim=0).to(weight_OD.dtype)
+        return of_x, of_weight, of_bias
+
+
+def refuse(need: LinearNeed) -> str | None:
+    """Bfloat16 alone, and a CPU without instructions for it."""
+    if not need.on_cpu:
+        return "it is for CPUs"
+    if need.dtype != torch.bfloat16:
+        return f"{need.dtype} need not be widened"
+    if not need.readable:
+        return "weights and biases have the dtype and sizes that x asks for"
+    if cpu_multiplies_bfloat16():
+        return "this CPU multiplies bfloat16 itself"
+    return None
+
+
+PLUGIN = Backend(rank=20, run=run, refuse=refuse)

@@ -1,0 +1,361 @@
+/* Attention of a few queries a sequence to a paged cache, read in place. Float32 or bfloat16 in and out.
+ *
+ * A row is one query of one query head. Keys are taken in blocks that begin at multiples of BLOCK positions, with a
+ * running maximum and sum a row. A block that a row does not see changes nothing of it, not even a rounding, so what
+ * a row becomes depends on its own keys alone: not on the other queries, sequences, pages or threads of the call.
+ *
+ * Numbers of bfloat16 are computed in float32. Two of them lie in one word, and taking words apart puts the even ones
+ * before the odd ones; keys, queries and sums share that order, which the output undoes.
+ */
+
+#include "attention.h"
+
+#include <math.h>
+
+#define BLOCK 64    /* positions between two looks at the running maximum */
+#define TILE 16     /* positions whose keys or values are held as float32 at a time */
+#define MAX_ROWS 32 /* rows that share one reading of the keys */
+#define MAX_DIM 256
+#define LOWEST -1e30f  /* below every logit, and finite: a difference of two is not NaN */
+#define ROWS 4 /* rows, and keys, that are multiplied in registers */
+#define MIN_PARALLEL_PRODUCTS (1 << 20) /* fewer are done before a second thread is awake */
+
+/* One call, as openmimo/kernels/paged_attention/native.py packs it. Strides count numbers, not bytes. */
+typedef struct {
+    const void *queries, *keys, *values; /* [T, N, K], [X, P, G, K], [X, P, G, V] */
+    const float *sinks;                  /* [N] or none */
+    void *out;                           /* [T, N, V] */
+    const int32_t *tables;               /* [B, Y] */
+    int64_t sequences, heads, kv_heads, key_dim, value_dim;
+    int64_t page_positions, key_page_stride, key_stride, value_page_stride, value_stride, table_stride;
+    int64_t window; /* none: longer than any sequence */
+    int64_t threads, bfloat16;
+} paged_call;
+
+typedef struct {
+    int64_t first_query, queries, keys;
+    const int32_t *table;
+} paged_sequence;
+
+/* Some rows of one sequence, which read one key/value head. */
+typedef struct {
+    float queries[MAX_ROWS + ROWS][MAX_DIM]; /* times scale and log2(e) */
+    float sums[MAX_ROWS + ROWS][MAX_DIM];    /* of weights times values */
+    float weights[MAX_ROWS + ROWS][BLOCK];   /* logits, then probabilities relative to 2^peak */
+    floats norms[MAX_ROWS];           /* sums of weights */
+    float peaks[MAX_ROWS];
+    int64_t first[MAX_ROWS], last[MAX_ROWS]; /* positions that the row sees */
+    int64_t rows, begin, end; /* `begin` to `end`: positions that some row sees */
+    float tile[TILE][MAX_DIM];
+} row_group;
+
+static const float zeros[MAX_DIM];
+
+static __attribute__((noinline)) void read_numbers(const void *from, float *to, int64_t count, int64_t bfloat16) {
+    if (!bfloat16) {
+        memcpy(to, from, count * sizeof(float));
+        return;
+    }
+    const uint16_t *numbers = from;
+    int64_t i = 0;
+    for (; i + 2 * LANES <= count; i += 2 * LANES) {
+        words pairs;
+        memcpy(&pairs, numbers + i, sizeof pairs);
+        store(to + i, (floats)(pairs << 16));
+        store(to + i + LANES, (floats)(pairs & 0xffff0000u));
+    }
+    if (i < count) {
+        halves rest;
+        memcpy(&rest, numbers + i, sizeof rest);
+        store(to + i, (floats)(__builtin_convertvector(rest, words) << 16));
+    }
+}
+
+/* The upper half of each word is the number rounded to bfloat16, to even. */
+static inline words round_numbers(floats x) {
+    words bits = (words)x, rounded = bits + 0x7fff + ((bits >> 16) & 1);
+    return (words)choose(x == x, (floats)rounded, all(NAN));
+}
+
+static void write_numbers(const float *from, void *to, int64_t count, int64_t bfloat16) {
+    if (!bfloat16) {
+        memcpy(to, from, count * sizeof(float));
+        return;
+    }
+    uint16_t *numbers = to;
+    int64_t i = 0;
+    for (; i + 2 * LANES <= count; i += 2 * LANES) {
+        words pairs = round_numbers(load(from + i)) >> 16 | (round_numbers(load(from + i + LANES)) & 0xffff0000u);
+        memcpy(numbers + i, &pairs, sizeof pairs);
+    }
+    if (i < count) {
+        halves rest = __builtin_convertvector(round_numbers(load(from + i)) >> 16, halves);
+        memcpy(numbers + i, &rest, sizeof rest);
+    }
+}
+
+#ifdef __AVX512F__
+
+/* Sums of the lanes of a, b, c, d: in each quarter of the result, one quarter of the way for a, b, c, d. */
+static inline floats gather_sums(floats a, floats b, floats c, floats d) {
+    floats ab = SHUFFLE(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29) +
+                SHUFFLE(a, b, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
+    floats cd = SHUFFLE(c, d, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29) +
+                SHUFFLE(c, d, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
+    return SHUFFLE(ab, cd, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
+           SHUFFLE(ab, cd, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+}
+
+/* Products of four rows with four keys: sixteen sums over the dims, each in an order that is the same for all. */
+static __attribute__((noinline)) void multiply_keys(float (*queries)[MAX_DIM], const float *keys[ROWS], int64_t dims,
+                                 float (*weights)[BLOCK], int64_t column) {
+    floats sums[ROWS][ROWS] = {};
+    int64_t dim = 0;
+    do {
+        for (int row = 0; row < ROWS; row++) {
+            floats query = load(queries[row] + dim);
+            for (int key = 0; key < ROWS; key++) sums[row][key] += query * load(keys[key] + dim);
+        }
+    } while ((dim += LANES) < dims);
+    floats row[ROWS];
+    for (int i = 0; i < ROWS; i++) row[i] = gather_sums(sums[i][0], sums[i][1], sums[i][2], sums[i][3]);
+    floats upper = SHUFFLE(row[0], row[1], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+                   SHUFFLE(row[0], row[1], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+    floats lower = SHUFFLE(row[2], row[3], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+                   SHUFFLE(row[2], row[3], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+    floats logits = SHUFFLE(upper, lower, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
+                    SHUFFLE(upper, lower, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+    for (int i = 0; i < ROWS; i++) memcpy(weights[i] + column, (float *)&logits + ROWS * i, ROWS * sizeof(float));
+}
+
+/* Adds a tile of values, times their weights, to four rows. */
+static __attribute__((noinline)) void add_values(float (*sums)[MAX_DIM], float (*weights)[BLOCK], int64_t column,
+                              const float *values[TILE], int64_t dims) {
+    for (int64_t dim = 0; dim < dims; dim += 2 * LANES) {
+        floats low[ROWS], high[ROWS];
+        for (int row = 0; row < ROWS; row++) low[row] = load(sums[row] + dim), high[row] = load(sums[row] + dim + LANES);
+        for (int key = 0; key < TILE; key++) {
+            floats value_low = load(values[key] + dim), value_high = load(values[key] + dim + LANES);
+            for (int row = 0; row < ROWS; row++) {
+                low[row] += value_low * weights[row][column + key];
+                high[row] += value_high * weights[row][column + key];
+            }
+        }
+        for (int row = 0; row < ROWS; row++) store(sums[row] + dim, low[row]), store(sums[row] + dim + LANES, high[row]);
+    }
+}
+
+#else
+
+/* The same two where vectors are shorter: what sixteen registers hold. */
+typedef float eight __attribute__((vector_size(32)));
+
+static inline eight load_eight(const float *from) {
+    eight x;
+    memcpy(&x, from, sizeof x);
+    return x;
+}
+
+static inline void store_eight(float *to, eight x) { memcpy(to, &x, sizeof x); }
+
+static inline float total_of_eight(eight x) {
+    return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7]));
+}
+
+static __attribute__((noinline)) void multiply_keys(float (*queries)[MAX_DIM], const float *keys[ROWS], int64_t dims,
+                                                    float (*weights)[BLOCK], int64_t column) {
+    for (int first = 0; first < ROWS; first += 2) {
+        eight sums[2][ROWS] = {};
+        for (int64_t dim = 0; dim < dims; dim += 8)
+            for (int key = 0; key < ROWS; key++) {
+                eight numbers = load_eight(keys[key] + dim);
+                for (int row = 0; row < 2; row++) sums[row][key] += load_eight(queries[first + row] + dim) * numbers;
+            }
+        for (int row = 0; row < 2; row++)
+            for (int key = 0; key < ROWS; key++) weights[first + row][column + key] = total_of_eight(sums[row][key]);
+    }
+}
+
+static __attribute__((noinline)) void add_values(float (*sums)[MAX_DIM], float (*weights)[BLOCK], int64_t column,
+                                                 const float *values[TILE], int64_t dims) {
+    for (int64_t dim = 0; dim < dims; dim += 16) {
+        eight low[ROWS], high[ROWS];
+        for (int row = 0; row < ROWS; row++) {
+            low[row] = load_eight(sums[row] + dim);
+            high[row] = load_eight(sums[row] + dim + 8);
+        }
+        for (int key = 0; key < TILE; key++) {
+            eight value_low = load_eight(values[key] + dim), value_high = load_eight(values[key] + dim + 8);
+            for (int row = 0; row < ROWS; row++) {
+                low[row] += value_low * weights[row][column + key];
+                high[row] += value_high * weights[row][column + key];
+            }
+        }
+        for (int row = 0; row < ROWS; row++) {
+            store_eight(sums[row] + dim, low[row]);
+            store_eight(sums[row] + dim + 8, high[row]);
+        }
+    }
+}
+
+#endif
+
+/* Logits of a block become weights; sums so far are brought to the new peak. */
+static __attribute__((noinline)) void weigh(row_group *group, int64_t row, int64_t block, int64_t value_dim) {
+    const ints lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    float *weights = group->weights[row];
+    int32_t first = group->first[row] > block ? (int32_t)(group->first[row] - block) : 0;
+    int32_t last = group->last[row] < block + BLOCK ? (int32_t)(group->last[row] - block) : BLOCK;
+    floats logits[BLOCK / LANES], most = all(-INFINITY);
+    for (int i = 0; i < BLOCK / LANES; i++) {
+        ints column = lane + LANES * i;
+        logits[i] = choose((column < first) | (column > last), all(-INFINITY), load(weights + LANES * i));
+        most = greater(logits[i], most);
+    }
+    float old = group->peaks[row], peak = largest(most);
+    peak = peak > old ? peak : old;
+    float shrink = power_of_two(all(old - peak))[0];
+    floats norm = group->norms[row] * shrink;
+    for (int i = 0; i < BLOCK / LANES; i++) {
+        floats weight = power_of_two(logits[i] - peak);
+        norm += weight;
+        store(weights + LANES * i, weight);
+    }
+    group->norms[row] = norm;
+    group->peaks[row] = peak;
+    if (shrink != 1.0f) {
+        float *sums = group->sums[row];
+        for (int64_t dim = 0; dim < value_dim; dim += LANES) store(sums + dim, load(sums + dim) * shrink);
+    }
+}
+
+/* The keys, or values, of a sequence at one key/value head. */
+typedef struct {
+    const char *pages;
+    const int32_t *table;
+    int64_t page_positions, page_bytes, position_bytes, dims, bfloat16;
+} stream;
+
+/* The numbers of sixteen positions as float32, and where those one page further lie (none: not needed). */
+typedef struct {
+    const float *numbers[TILE];
+    const char *ahead[TILE];
+} tile;
+
+/* A position that no row sees is zero, and is not read. */
+static void find_tile(const stream *stream, row_group *group, int64_t position, tile *found) {
+    int64_t page = position / stream->page_positions, offset = position % stream->page_positions;
+    for (int key = 0; key < TILE; key++, position++, offset++) {
+        if (offset == stream->page_positions) offset = 0, page++;
+        found->ahead[key] = NULL;
+        found->numbers[key] = zeros;
+        if (position < group->begin || position >= group->end) continue;
+        const char *numbers = stream->pages + offset * stream->position_bytes;
+        if (position + stream->page_positions < group->end)
+            found->ahead[key] = numbers + stream->table[page + 1] * stream->page_bytes;
+        numbers += stream->table[page] * stream->page_bytes;
+        if (stream->bfloat16) read_numbers(numbers, group->tile[key], stream->dims, 1);
+        found->numbers[key] = stream->bfloat16 ? group->tile[key] : (const float *)numbers;
+    }
+}
+
+/* Asks for some positions of the next page, little by little: more at once than the core can wait for would stop it. */
+static void fetch_ahead(const stream *stream, const tile *found, int from, int count) {
+    int64_t bytes = stream->dims * (stream->bfloat16 ? 2 : 4);
+    for (int key = from; key < from + count; key++)
+        for (int64_t byte = 0; found->ahead[key] && byte < bytes; byte += 64)
+            __builtin_prefetch(found->ahead[key] + byte, 0, 2);
+}
+
+static void attend_block(const stream *keys, const stream *values, row_group *group, int64_t block) {
+    tile found;
+    int64_t start = group->begin > block ? (group->begin - block) / TILE * TILE : 0;
+    int64_t stop = group->end < block + BLOCK ? group->end - block : BLOCK;
+    for (int64_t column = start; column < stop; column += TILE) {
+        find_tile(keys, group, block + column, &found);
+        for (int key = 0; key < TILE; key += ROWS) {
+            fetch_ahead(keys, &found, key, ROWS);
+            for (int64_t row = 0; row < group->rows; row += ROWS)
+                multiply_keys(group->queries + row, found.numbers + key, keys->dims, group->weights + row,
+                              column + key);
+        }
+    }
+    for (int64_t row = 0; row < group->rows; row++) weigh(group, row, block, values->dims);
+    for (int64_t column = start; column < stop; column += TILE) {
+        find_tile(values, group, block + column, &found);
+        for (int64_t row = 0, from = 0; row < group->rows; row += ROWS, from += TILE / 2) {
+            if (from < TILE) fetch_ahead(values, &found, from, TILE / 2);
+            add_values(group->sums + row, group->weights + row, column, found.numbers, values->dims);
+        }
+    }
+}
+
+/* A row's number among the queries and heads of the call: rows are the heads of a group, query after query. */
+static int64_t place(const paged_call *call, const paged_sequence *sequence, int64_t kv_head, int64_t row) {
+    int64_t group_heads = call->heads / call->kv_heads;
+    return (sequence->first_query + row / group_heads) * call->heads + kv_head * group_heads + row % group_heads;
+}
+
+static void start_rows(const paged_call *call, const paged_sequence *sequence, int64_t kv_head, int64_t from,
+                       row_group *group) {
+    int64_t size = call->bfloat16 ? 2 : 4;
+    float scale = LOG2_E / sqrtf((float)call->key_dim);
+    memset(group->queries, 0, (group->rows + ROWS) * sizeof group->queries[0]); /* also the rows that fill up */
+    memset(group->sums, 0, (group->rows + ROWS) * sizeof group->sums[0]);
+    for (int64_t row = 0; row < group->rows; row++) {
+        int64_t number = place(call, sequence, kv_head, from + row);
+        const char *query = (const char *)call->queries + size * number * call->key_dim;
+        read_numbers(query, group->queries[row], call->key_dim, call->bfloat16);
+        for (int64_t dim = 0; dim < call->key_dim; dim++) group->queries[row][dim] *= scale;
+        int64_t own = sequence->keys - sequence->queries + number / call->heads - sequence->first_query;
+        group->last[row] = own;
+        group->first[row] = own >= call->window ? own - call->window + 1 : 0;
+        group->peaks[row] = call->sinks ? call->sinks[number % call->heads] * LOG2_E : LOWEST;
+        group->norms[row] = (floats){call->sinks ? 1.0f : 0.0f};
+    }
+    group->begin = group->first[0];
+    group->end = group->last[group->rows - 1] + 1;
+}
+
+static void attend_rows(const paged_call *call, const paged_sequence *sequence, int64_t kv_head, int64_t from,
+                        row_group *group) {
+    int64_t size = call->bfloat16 ? 2 : 4;
+    stream keys = {(const char *)call->keys + size * kv_head * call->key_dim, sequence->table, call->page_positions,
+                   size * call->key_page_stride, size * call->key_stride, call->key_dim, call->bfloat16};
+    stream values = {(const char *)call->values + size * kv_head * call->value_dim, sequence->table,
+                     call->page_positions, size * call->value_page_stride, size * call->value_stride,
+                     call->value_dim, call->bfloat16};
+    start_rows(call, sequence, kv_head, from, group);
+    for (int64_t block = group->begin / BLOCK * BLOCK; block < group->end; block += BLOCK)
+        attend_block(&keys, &values, group, block);
+    for (int64_t row = 0; row < group->rows; row++) {
+        float norm = total(group->norms[row]);
+        for (int64_t dim = 0; dim < call->value_dim; dim++) group->sums[row][dim] /= norm;
+        char *out = (char *)call->out + size * place(call, sequence, kv_head, from + row) * call->value_dim;
+        write_numbers(group->sums[row], out, call->value_dim, call->bfloat16);
+    }
+}
+
+/* `lengths`: the number of queries of each sequence, then the number of keys of each. */
+void openmimo_paged_attention(const paged_call *call, const int64_t *lengths) {
+    paged_sequence sequences[call->sequences];
+    int64_t first_query = 0, products = 0;
+    for (int64_t i = 0; i < call->sequences; i++) {
+        int64_t queries = lengths[i], keys = lengths[call->sequences + i];
+        sequences[i] = (paged_sequence){first_query, queries, keys, call->tables + i * call->table_stride};
+        first_query += queries;
+        products += queries * (keys < call->window ? keys : call->window) * call->heads * call->key_dim;
+    }
+    int64_t tasks = call->sequences * call->kv_heads;
+    int threads = products < MIN_PARALLEL_PRODUCTS ? 1 : (int)call->threads;
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
+    for (int64_t task = 0; task < tasks; task++) {
+        const paged_sequence *sequence = sequences + task / call->kv_heads;
+        int64_t rows = sequence->queries * (call->heads / call->kv_heads);
+        row_group group;
+        for (int64_t from = 0; from < rows; from += MAX_ROWS) {
+            group.rows = rows - from < MAX_ROWS ? rows - from : MAX_ROWS;
+            attend_rows(call, sequence, task % call->kv_heads, from, &group);
+        }
+    }
+}

@@ -1,0 +1,57 @@
+"""The definition: the positions that a sequence's queries may see are gathered, and `attend` does the rest.
+
+Refuses nothing: prefill chunks with long pasts, every dtype of cache, CPUs and accelerators. Letters as in the package.
+"""
+
+import torch
+
+from openmimo.kernels.attention import attend
+from openmimo.kernels.dispatch import Backend
+from openmimo.kernels.paged_attention import Pages
+
+
+def run(
+    q_TNK: torch.Tensor,
+    pages: Pages,
+    sink_N: torch.Tensor | None,
+    *,
+    query_lengths: tuple[int, ...],
+    key_lengths: tuple[int, ...],
+    window_keys: int | None,
+) -> torch.Tensor:
+    """See `openmimo.kernels.paged_attention.paged_attend`."""
+    first = [
+        0 if window_keys is None else max(0, keys - queries - window_keys + 1)
+        for queries, keys in zip(query_lengths, key_lengths, strict=True)
+    ]
+    rows_S = _rows(pages, first, key_lengths).to(q_TNK.device)
+    return attend(
+        q_TNK,
+        _gather(pages.keys_XPGK, rows_S, q_TNK.dtype),
+        _gather(pages.values_XPGV, rows_S, q_TNK.dtype),
+        sink_N,
+        query_lengths=query_lengths,
+        key_lengths=tuple(keys - begin for begin, keys in zip(first, key_lengths, strict=True)),
+        window_keys=window_keys,
+    )
+
+
+def _rows(pages: Pages, first: list[int], key_lengths: tuple[int, ...]) -> torch.Tensor:
+    """The place, counted in positions of the cache, of each position from `first` of each sequence: int64 [S]."""
+    page_positions = pages.keys_XPGK.shape[1]
+    device = pages.tables_BY.device
+    rows = []
+    for table_Y, begin, end in zip(pages.tables_BY, first, key_lengths, strict=True):
+        positions = torch.arange(begin, end, device=device)
+        page = table_Y[positions // page_positions].long()
+        rows.append(page * page_positions + positions % page_positions)
+    return torch.cat(rows)
+
+
+def _gather(x_XPGK: torch.Tensor, rows_S: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Keys or values of some places, [S, G, K], converted to `dtype`."""
+    page_positions = x_XPGK.shape[1]
+    return x_XPGK[rows_S // page_positions, rows_S % page_positions].to(dtype)
+
+
+PLUGIN = Backend(rank=1000, run=run, refuse=lambda need: None)

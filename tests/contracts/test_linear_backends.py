@@ -1,0 +1,164 @@
+"""Every linear backend computes what float64 computes, or refuses; the native one gives a row the same bits always."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from openmimo.kernels import native
+from openmimo.kernels.linear import DISPATCHER, LinearNeed, joined_linear, linear
+from openmimo.kernels.linear._int8 import int8_linear, quantise_rows
+from openmimo.kernels.linear.native import MAX_ROWS
+
+BACKENDS = dict(DISPATCHER.backends())
+DTYPES = {"float32": (torch.float32, 2e-6), "bfloat16": (torch.bfloat16, 4e-3)}  # relative error of a whole output
+SIZES = [(1, 1), (3, 7), (5, 48), (17, 200), (64, 128), (33, 65), (2, 1000)]  # outputs, input dim
+needs_library = pytest.mark.skipif(native.library() is None, reason="there is no C compiler")
+
+
+def draw(*shape, dtype, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def inside_poison(tensor):
+    """The same numbers with NaN before and behind them, so that reading too much shows."""
+    around = torch.full((tensor.numel() + 128,), float("nan"), dtype=tensor.dtype)
+    return around[64:-64].view(tensor.shape).copy_(tensor)
+
+
+def relative_error(ours, exact):
+    return ((ours.double() - exact).norm() / exact.norm()).item()
+
+
+@pytest.mark.parametrize("with_bias", [False, True], ids=["no bias", "bias"])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", BACKENDS)
+@torch.inference_mode()
+def test_backend_is_float64_or_refuses(name, dtype, size, with_bias):
+    (outputs, dims), (dtype, tolerance) = size, DTYPES[dtype]
+    weight = inside_poison(draw(outputs, dims, dtype=dtype, seed=1))
+    bias = inside_poison(draw(outputs, dtype=dtype, seed=2)) if with_bias else None
+    for rows in range(1, 34):
+        if BACKENDS[name].refuse(LinearNeed(rows, dtype, False, True, True)):
+            continue
+        x = inside_poison(draw(rows, dims, dtype=dtype, seed=3))
+        exact = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
+        assert relative_error(BACKENDS[name].run(x, ((weight, bias),)), exact) < tolerance
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_few_rows_on_a_cpu_are_native(dtype):
+    for rows in (1, MAX_ROWS):
+        assert DISPATCHER.choose(LinearNeed(rows, DTYPES[dtype][0], False, True, True))[0] == "native"
+
+
+@needs_library
+@pytest.mark.parametrize("size", [*SIZES, (300, 4096)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+@torch.inference_mode()
+def test_a_row_has_the_same_bits_alone_and_in_any_batch(dtype, size):
+    (outputs, dims), (dtype, _) = size, DTYPES[dtype]
+    weight, x = draw(outputs, dims, dtype=dtype, seed=1), draw(MAX_ROWS, dims, dtype=dtype)
+    alone = torch.cat([linear(row[None], weight) for row in x])
+    for rows in range(1, MAX_ROWS + 1):
+        assert torch.equal(linear(x[:rows], weight), alone[:rows])
+        assert torch.equal(linear(x[-rows:], weight), alone[-rows:])
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", DTYPES)
+@torch.inference_mode()
+def test_threads_change_no_bit(dtype):
+    """The weights are large enough to be shared out."""
+    weight, x = draw(2000, 1200, dtype=DTYPES[dtype][0], seed=1), draw(5, 1200, dtype=DTYPES[dtype][0])
+    before = torch.get_num_threads()
+    outputs = []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        outputs.append(linear(x, weight))
+    torch.set_num_threads(before)
+    assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", BACKENDS)
+@torch.inference_mode()
+def test_joined_layers_stand_side_by_side(name, dtype):
+    dtype, tolerance = DTYPES[dtype]
+    if BACKENDS[name].refuse(LinearNeed(6, dtype, False, True, True)):
+        pytest.skip("refused")
+    x = draw(6, 40, dtype=dtype)
+    layers = tuple(
+        (draw(outputs, 40, dtype=dtype, seed=outputs), draw(outputs, dtype=dtype) if outputs != 9 else None)
+        for outputs in (16, 9, 35)
+    )
+    exact = [F.linear(x.double(), w.double(), None if b is None else b.double()) for w, b in layers]
+    assert relative_error(BACKENDS[name].run(x, layers), torch.cat(exact, dim=-1)) < tolerance
+
+
+@torch.inference_mode()
+def test_strided_x_and_strided_weights():
+    wide, weight = draw(8, 96, dtype=torch.float32), draw(30, 48, dtype=torch.float32, seed=1)
+    for x in (wide[:, 16:64], wide[::2, :48], draw(48, 8, dtype=torch.float32).t()):
+        exact = F.linear(x.double(), weight.double())
+        assert relative_error(linear(x, weight), exact) < 2e-6
+        assert relative_error(linear(x, weight.t().contiguous().t()), exact) < 2e-6
+
+
+@torch.inference_mode()
+def test_no_rows_no_outputs_and_more_axes():
+    weight = draw(6, 5, dtype=torch.float32)
+    assert linear(torch.zeros(0, 5), weight).shape == (0, 6)
+    assert linear(torch.zeros(3, 5), weight[:0]).shape == (3, 0)
+    x = draw(2, 3, 5, dtype=torch.float32)
+    assert torch.allclose(linear(x, weight), F.linear(x, weight), atol=1e-6)
+
+
+def test_gradients_go_to_all():
+    x, weight, bias = (torch.randn(shape, requires_grad=True) for shape in ((3, 5), (4, 5), (4,)))
+    ours = torch.autograd.grad(joined_linear(x, ((weight, bias), (weight, None))).sum(), (x, weight, bias))
+    theirs = torch.autograd.grad((F.linear(x, weight, bias) + F.linear(x, weight)).sum(), (x, weight, bias))
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("name", [name for name in BACKENDS if name != "native"])
+def test_gradients_of_bfloat16_are_those_of_float64(name):
+    draws = [
+        draw(*shape, dtype=torch.bfloat16, seed=s) for s, shape in enumerate([(70, 40), (30, 40), (30,), (70, 30)])
+    ]
+    x, weight, bias = (tensor.requires_grad_() for tensor in draws[:3])
+    if reason := BACKENDS[name].refuse(LinearNeed(70, x.dtype, True, True, True)):
+        pytest.skip(reason)
+    inputs = (x, weight, bias)
+    ours = torch.autograd.grad(BACKENDS[name].run(x, ((weight, bias),)), inputs, draws[3])
+    exact = torch.autograd.grad(F.linear(*(t.double() for t in inputs)), inputs, draws[3].double())
+    for mine, theirs in zip(ours, exact, strict=True):
+        assert relative_error(mine, theirs.double()) < 1e-2
+
+
+@pytest.mark.parametrize("weight", [torch.zeros(4, 6), torch.zeros(4, 5, dtype=torch.float64)], ids=["size", "dtype"])
+@torch.inference_mode()
+def test_what_does_not_fit_is_torchs_error(weight):
+    with pytest.raises(RuntimeError):
+        linear(torch.zeros(2, 5), weight)
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+@torch.inference_mode()
+def test_int8_weights(dtype, size):
+    (outputs, dims), (dtype, tolerance) = size, DTYPES[dtype]
+    weight = draw(outputs, dims, dtype=torch.float32, seed=1)
+    weight[0] = 0.0
+    quantised, scale = (inside_poison(t) if t.is_floating_point() else t for t in quantise_rows(weight))
+    assert ((quantised * scale[:, None] - weight).abs() <= 0.5001 * scale[:, None]).all()
+    x = inside_poison(draw(MAX_ROWS, dims, dtype=dtype))
+    exact = F.linear(x.double(), quantised.double() * scale.double()[:, None])
+    for rows in range(1, MAX_ROWS + 1):
+        ours = int8_linear(x[:rows], quantised, scale)
+        assert torch.allclose(ours.double(), exact[:rows], rtol=tolerance, atol=tolerance * exact.abs().max().item())
+        if native.library() is not None:
+            assert torch.equal(ours[-1:], int8_linear(x[rows - 1 : rows], quantised, scale))
+    more = int8_linear(torch.cat([x, x]), quantised, scale)
+    assert torch.allclose(more.double(), exact.repeat(2, 1), rtol=tolerance, atol=tolerance * exact.abs().max().item())

@@ -1,0 +1,117 @@
+"""Every paged backend computes what float64 attention over gathered keys computes: shuffled and shared pages, ragged
+batches, verification, windows, sinks, a cache poisoned wherever nobody wrote, and lengths well above window and block.
+"""
+
+import math
+
+import pytest
+import torch
+
+from openmimo.kernels import native
+from openmimo.kernels.paged_attention import DISPATCHER, PagedNeed, Pages, paged_attend
+
+BACKENDS = [name for name, _ in DISPATCHER.backends()]
+TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
+
+# query lengths, key lengths, query heads, key/value heads, key dim, value dim, page positions, window, sink
+CALLS = {
+    "one": ((1,), (1,), 4, 2, 48, 32, 16, None, False),
+    "decode": ((1, 1, 1), (50, 301, 9), 8, 2, 48, 32, 16, None, True),
+    "window": ((1, 1), (300, 9), 8, 2, 48, 32, 5, 33, True),
+    "verify": ((4, 2, 16), (300, 7, 64), 8, 2, 48, 32, 16, None, False),
+    "verify in a window": ((4, 4, 16), (200, 11, 90), 16, 4, 192, 128, 7, 33, True),
+    "many heads": ((3, 1), (130, 77), 64, 4, 192, 128, 64, 129, True),
+    "window of one": ((1, 3), (20, 40), 4, 1, 16, 32, 3, 1, True),
+}
+
+
+def call_of(name, dtype, seed=0):
+    """Queries, pages whose unused places are NaN, the sink, and the arguments of one call."""
+    query_lengths, key_lengths, N, G, K, V, P, window, has_sink = CALLS[name]
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    counts = [-(-length // P) for length in key_lengths]
+    keys, values = (torch.full((sum(counts) + 3, P, G, dim), math.nan, dtype=dtype) for dim in (K, V))
+    order = torch.randperm(len(keys), generator=generator)
+    tables = torch.full((len(counts), max(counts)), -1, dtype=torch.int32)
+    used = 0
+    for row, (queries, length) in enumerate(zip(query_lengths, key_lengths, strict=True)):
+        tables[row, : counts[row]] = order[used : used + counts[row]]
+        used += counts[row]
+        first = 0 if window is None else max(0, length - queries - window + 1)
+        for position in range(first, length):
+            keys[tables[row, position // P], position % P] = draw(G, K)
+            values[tables[row, position // P], position % P] = draw(G, V)
+        tables[row, : first // P] = -1  # given back
+    sink = draw(N).float() if has_sink else None
+    arguments = {"query_lengths": query_lengths, "key_lengths": key_lengths, "window_keys": window}
+    return draw(sum(query_lengths), N, K), Pages(keys, values, tables), sink, arguments
+
+
+def exact_output(q, pages, sink, *, query_lengths, key_lengths, window_keys):
+    """Row by row, in float64."""
+    rows, first_query = [], 0
+    P = pages.keys_XPGK.shape[1]
+    for sequence, (queries, length) in enumerate(zip(query_lengths, key_lengths, strict=True)):
+        for index in range(queries):
+            own = length - queries + index
+            first = 0 if window_keys is None else max(0, own - window_keys + 1)
+            places = [(int(pages.tables_BY[sequence, p // P]), p % P) for p in range(first, own + 1)]
+            k, v = (torch.stack([x[place] for place in places]).double() for x in pages[:2])
+            heads = q.shape[1] // k.shape[1]
+            query = q[first_query + index].double()
+            k, v = k.repeat_interleave(heads, dim=1), v.repeat_interleave(heads, dim=1)
+            logits = torch.einsum("nk,snk->ns", query, k) / math.sqrt(q.shape[2])
+            if sink is not None:
+                logits = torch.cat([logits, sink.double()[:, None]], dim=1)
+            weights = logits.softmax(dim=1)[:, : len(places)]
+            rows.append(torch.einsum("ns,snv->nv", weights, v))
+        first_query += queries
+    return torch.stack(rows)
+
+
+def need_of(q, pages, query_lengths):
+    _, _, _, value_dim = pages.values_XPGV.shape
+    return PagedNeed(max(query_lengths), q.shape[2], value_dim, False, q.dtype, pages.keys_XPGK.dtype, True)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("backend", BACKENDS)
+@torch.inference_mode()
+def test_backend_is_float64_or_refuses(backend, name, dtype):
+    q, pages, sink, arguments = call_of(name, dtype)
+    chosen = dict(DISPATCHER.backends())[backend]
+    if reason := chosen.refuse(need_of(q, pages, arguments["query_lengths"])):
+        pytest.skip(reason)
+    out = chosen.run(q, pages, sink, **arguments)
+    exact = exact_output(q, pages, sink, **arguments)
+    assert out.dtype == dtype
+    assert (out.double() - exact).norm() / exact.norm() < TOLERANCES[dtype]
+
+
+@pytest.mark.skipif(native.library() is None, reason="there is no C compiler")
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@torch.inference_mode()
+def test_a_sequence_has_the_same_bits_alone_and_in_a_batch(dtype):
+    q, pages, sink, arguments = call_of("verify in a window", dtype)
+    together, start = paged_attend(q, pages, sink, **arguments), 0
+    for row, (queries, keys) in enumerate(zip(arguments["query_lengths"], arguments["key_lengths"], strict=True)):
+        own = Pages(pages.keys_XPGK, pages.values_XPGV, pages.tables_BY[row : row + 1])
+        for index in range(queries):
+            rows = slice(start + index, start + index + 1)
+            alone = paged_attend(
+                q[rows], own, sink, query_lengths=(1,), key_lengths=(keys - queries + index + 1,), window_keys=33
+            )
+            assert torch.equal(alone, together[rows])
+        start += queries
+
+
+def test_lengths_that_do_not_fit_are_refused():
+    q, pages, sink, arguments = call_of("decode", torch.float32)
+    for wrong in ({"query_lengths": (1, 1)}, {"key_lengths": (50, 3000, 9)}):
+        with pytest.raises(ValueError, match="do not fit"):
+            paged_attend(q, pages, sink, **{**arguments, **wrong})
