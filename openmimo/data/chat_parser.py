@@ -89,7 +89,7 @@ class _Place(Enum):
 
 
 class ChatParser:
-    """One reply's parser. Takes time linear in the reply's length, however it is cut, and raises for no text.
+    """One reply's parser. It takes time linear in the reply's length, however it is cut, and never raises.
 
     tools: the functions that the model was shown, in OpenAI's form. Their schemas say which arguments are strings: a
     value for a string is taken as it is, any other as JSON, or as a string if it is none. Where the schema is silent,
@@ -99,7 +99,7 @@ class ChatParser:
     """
 
     def __init__(self, *, tools: Iterable[Mapping[str, Any]] = (), starts_thinking: bool = False):
-        self._schemas = {name: schema for name, schema in map(_name_and_schema, tools)}
+        self._schemas = dict(map(_name_and_schema, tools))
         self._is_thinking = starts_thinking
         self._place = _Place.TEXT
         self._events: list[ChatEvent] = []

@@ -120,3 +120,4 @@ def _say_what_came_of_it(console: Console, findings: Findings, report: Path, mod
     console.print(f"model             {model_folder}   (transformers loads it, too)")
     command = Path(os.path.relpath(sys.executable)).parent / "openmimo"
     console.print(f"talk to it        {command} generate {model_folder} --prompt 'def main('")
+    console.print(f"serve it          {command} serve {model_folder}   (API and chat page at http://127.0.0.1:8000)")

@@ -15,8 +15,8 @@ from openmimo.core.records import Structure
 from openmimo.data.tokenizer import Tokenizer
 
 _REMEMBERED_GRAMMARS = 64
-# Blanks between the parts of a JSON text are free, but few: a model cannot fill its reply with them.
-_JSON_OPTIONS = {"whitespace_pattern": r"[ \n\t]{0,24}"}
+# Between the parts of a JSON text: nothing, a space, or a line end and an indent. A model cannot fill its reply with them.
+_JSON_OPTIONS = {"whitespace_pattern": r"( |\n[ \t]{0,24})?"}
 
 
 class StructureState:

@@ -1,0 +1,158 @@
+"""Whatever is sent, the server answers as its OpenAPI schema says, and never with a 500."""
+
+import json
+import socket
+
+import httpx
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from server_thread import running
+
+from openmimo.engine.server.app import create_app
+from openmimo.engine.server.config import ServerConfig
+from openmimo.engine.server.stub import StubBackend
+
+requests = pytest.importorskip("requests", reason="needs requests")
+schemathesis = pytest.importorskip("schemathesis", reason="needs schemathesis")
+from schemathesis import checks  # noqa: E402
+
+FEW = settings(max_examples=25, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+FEWER = settings(FEW, max_examples=10)  # beside some 2,000 bodies at the edges of the schema
+CHECKS = [
+    checks.not_a_server_error,
+    checks.status_code_conformance,
+    checks.content_type_conformance,
+    checks.response_schema_conformance,
+]
+PATHS = ["/v1/chat/completions", "/v1/completions", "/v1/responses", "/tokenize", "/detokenize"]
+
+
+@pytest.fixture(scope="module")
+def url():
+    with running(StubBackend(), request_timeout_seconds=20) as server:
+        yield server.url
+
+
+@pytest.fixture(scope="module")
+def client(url):
+    with httpx.Client(base_url=url) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def session():
+    with requests.Session() as session:
+        session.trust_env = False  # looking for proxies takes as long as the request
+        yield session
+
+
+schema = schemathesis.openapi.from_dict(create_app(StubBackend(), ServerConfig()).openapi())
+
+
+@schema.parametrize()
+@FEWER
+def test_every_answer_is_one_that_the_schema_promises(url, session, case):
+    case.call_and_validate(base_url=url, session=session, checks=CHECKS)
+
+
+# --- bodies near to what is right -------------------------------------------------------------------------------------
+
+WORDS = st.sampled_from(
+    [
+        "",
+        "a",
+        "user",
+        "assistant",
+        "tool",
+        "function",
+        "text",
+        "<think>",
+        "<|im_end|>",
+        "</tool_call>",
+        "\x00",
+        "日",
+        "{}",
+    ]
+)
+SCALARS = st.none() | st.booleans() | st.integers(-2, 10**20) | st.floats() | WORDS
+JSON = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(WORDS, inner, max_size=3))
+CALLS = st.lists(st.fixed_dictionaries({"function": st.fixed_dictionaries({"name": WORDS, "arguments": WORDS | JSON})}))
+TURNS = st.fixed_dictionaries(
+    {"role": st.sampled_from(["system", "user", "assistant", "tool"]), "content": WORDS | st.none()},
+    optional={
+        "reasoning_content": WORDS,
+        "tool_calls": CALLS | JSON,
+    },
+)
+TOOLS = st.lists(
+    st.fixed_dictionaries(
+        {
+            "type": st.just("function"),
+            "function": st.fixed_dictionaries(
+                {"name": st.sampled_from(["f", "g"]), "parameters": st.dictionaries(st.just("properties"), JSON) | JSON}
+            ),
+        }
+    ),
+    max_size=2,
+)
+BODIES = st.fixed_dictionaries(
+    {
+        "messages": st.lists(TURNS, max_size=4) | JSON,
+        "prompt": WORDS | JSON,
+        "input": WORDS | st.lists(TURNS, max_size=3) | JSON,
+        "tokens": st.lists(st.integers(-1, 400)) | JSON,
+    },
+    optional={
+        "tools": TOOLS | JSON,
+        "tool_choice": st.sampled_from(["none", "auto", "required", "maybe"]) | JSON,
+        "stop": WORDS | JSON,
+        "logit_bias": st.dictionaries(st.sampled_from(["1", "-1", "9999", "x"]), SCALARS),
+        "stream": SCALARS,
+        "max_tokens": SCALARS,
+        "n": SCALARS,
+        "seed": SCALARS,
+        "logprobs": SCALARS,
+        "echo": SCALARS,
+        "metadata": JSON,
+    },
+)
+FIELDS = {
+    "/v1/chat/completions": {"messages"},
+    "/v1/completions": {"prompt"},
+    "/v1/responses": {"input"},
+    "/tokenize": {"messages"},
+    "/detokenize": {"tokens"},
+}
+PROMPT_FIELDS = set().union(*FIELDS.values())
+
+
+def assert_answered(response: httpx.Response) -> None:
+    assert response.status_code in (200, 400, 404), response.text
+    if response.status_code != 200:
+        assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+    elif response.headers["content-type"].startswith("text/event-stream"):
+        assert '"error":' not in response.text.rsplit("data: ", 2)[-2]
+
+
+@pytest.mark.parametrize("path", PATHS)
+@FEW
+@given(body=BODIES)
+def test_bodies_near_to_what_is_right(client, path, body):
+    own = {name: value for name, value in body.items() if name not in PROMPT_FIELDS or name in FIELDS[path]}
+    assert_answered(client.post(path, content=json.dumps(own), headers={"Content-Type": "application/json"}))
+
+
+@pytest.mark.parametrize("path", PATHS)
+@FEW
+@given(body=st.binary(max_size=40) | JSON.map(lambda value: json.dumps(value).encode()))
+def test_bodies_far_from_it(client, path, body):
+    assert_answered(client.post(path, content=body, headers={"Content-Type": "application/json"}))
+
+
+@FEW
+@given(raw=st.binary(min_size=1, max_size=80))
+def test_bytes_that_are_no_http(client, raw):
+    with socket.create_connection((client.base_url.host, client.base_url.port)) as connection:
+        connection.sendall(b"POST /v1/completions HTTP/1.1\r\n" + raw)
+    assert client.get("/health").status_code == 200
