@@ -64,6 +64,12 @@ def cpu_multiplies_bfloat16() -> bool:
     return bool(words & {"avx512_bf16", "amx_bf16", "bf16"})
 
 
+def fastest_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the device has products of it, else float32."""
+    narrow = device.type != "cpu" or cpu_multiplies_bfloat16()
+    return torch.bfloat16 if narrow else torch.float32
+
+
 def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
     """The state of torch's random generators that a run on `device` draws from."""
     state = {"cpu": torch.get_rng_state()}

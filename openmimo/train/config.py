@@ -142,7 +142,8 @@ class PretrainConfig:
         init_from: A checkpoint folder to start from instead of random weights.
         seed: Decides initial weights and the order of the data.
         device: auto (an accelerator if there is one), cpu, or a device of torch.
-        dtype: Of the activations; parameters and optimiser stay in float32.
+        dtype: Of the activations: float32, bfloat16, or auto (bfloat16 wherever there are instructions for it);
+            parameters and optimiser stay in float32.
         threads: CPU threads of torch (0: as torch chooses).
         rows_per_microbatch: Rows in memory at once; an optimiser step accumulates over several.
         activation_checkpointing: Recompute each layer in the backward pass instead of keeping its activations.
@@ -162,7 +163,7 @@ class PretrainConfig:
     init_from: str | None = None
     seed: int = 0
     device: str = "auto"
-    dtype: str = "bfloat16"
+    dtype: str = "auto"
     threads: int = 0
     rows_per_microbatch: int = 8
     activation_checkpointing: bool = False
@@ -179,8 +180,8 @@ class PretrainConfig:
         if not self.stages:
             raise ConfigError("the run has no stages.")
         _check_at_least_1(self, "the run", "rows_per_microbatch", "log_every_steps")
-        if self.dtype not in ("float32", "bfloat16", "float64"):
-            raise ConfigError(f"dtype {self.dtype!r} is unknown; train in 'bfloat16' or 'float32'.")
+        if self.dtype not in ("auto", "float32", "bfloat16", "float64"):
+            raise ConfigError(f"dtype {self.dtype!r} is unknown; train in 'auto', 'bfloat16' or 'float32'.")
         names = [stage.name for stage in self.stages]
         if len(set(names)) != len(names):
             raise ConfigError(f"two stages share a name: {', '.join(names)}.")
@@ -206,7 +207,8 @@ class ExtendConfig:
         mtp_heads: MTP heads from here on, grown by copying the last (None: unchanged).
         seed: Decides initial weights and the order of the data.
         device: auto (an accelerator if there is one), cpu, or a device of torch.
-        dtype: Of the activations; parameters and optimiser stay in float32.
+        dtype: Of the activations: float32, bfloat16, or auto (bfloat16 wherever there are instructions for it);
+            parameters and optimiser stay in float32.
         threads: CPU threads of torch (0: as torch chooses).
         rows_per_microbatch: Rows in memory at once; an optimiser step accumulates over several.
         activation_checkpointing: Recompute each layer in the backward pass instead of keeping its activations.
@@ -234,7 +236,7 @@ class ExtendConfig:
     mtp_heads: int | None = None
     seed: int = 0
     device: str = "auto"
-    dtype: str = "bfloat16"
+    dtype: str = "auto"
     threads: int = 0
     rows_per_microbatch: int = 1
     activation_checkpointing: bool = False

@@ -21,7 +21,7 @@ from openmimo.data.tokenizer import Tokenizer
 from openmimo.model.context import PackedContext, RoutingTape
 from openmimo.model.flops import training_flops_per_token
 from openmimo.model.mimo import MiMo
-from openmimo.runtime.device import measured_peak_flops, peak_memory_bytes, synchronise
+from openmimo.runtime.device import fastest_dtype, measured_peak_flops, peak_memory_bytes, synchronise
 from openmimo.train.batches import expert_load, load_micro_batches
 from openmimo.train.checkpoint import Checkpoints, Progress, load_optimiser_state, optimiser_state
 from openmimo.train.config import PretrainConfig, Stage
@@ -60,7 +60,7 @@ class Trainer:
     ):
         self.config = config
         self.model = model.train()
-        self.model.compute_dtype = DTYPES[config.dtype]
+        self.model.compute_dtype = fastest_dtype(device) if config.dtype == "auto" else DTYPES[config.dtype]
         self.model.activation_checkpointing = config.activation_checkpointing
         self.tokenizer = tokenizer
         self.device = device

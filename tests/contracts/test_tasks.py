@@ -37,3 +37,7 @@ def test_wilson_interval_contains_the_mean_and_narrows():
     narrower = wilson_interval(0.9, 640)
     assert narrower[1] - narrower[0] < high - low
     assert wilson_interval(1.0, 64)[1] == 1.0
+    for examples in range(1, 200):
+        for found in range(examples + 1):
+            low, high = wilson_interval(found / examples, examples)
+            assert 0.0 <= low <= found / examples <= high <= 1.0

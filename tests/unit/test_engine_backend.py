@@ -1,0 +1,102 @@
+"""The engine behind the server's event loop: replies, aborts that free pages, refusals, and an engine that dies."""
+
+import asyncio
+from contextlib import aclosing
+
+import pytest
+from conftest import tiny_model
+
+from openmimo.core.errors import UserError
+from openmimo.core.records import Request, SamplingParams
+from openmimo.data.tokenizer import Tokenizer
+from openmimo.engine.config import EngineConfig
+from openmimo.engine.engine import Engine
+from openmimo.engine.llm import LLM
+from openmimo.engine.server.engine_backend import EngineBackend
+
+TOKENIZER = Tokenizer.train(["some words"], vocab_size=270)
+PROMPT = (5, 6, 7)
+GREEDY = SamplingParams(max_tokens=30, temperature=0.0, ignore_eos=True)
+
+
+@pytest.fixture
+def engine():
+    return Engine(tiny_model(1, mtp_heads=2), config=EngineConfig(prefix_cache=False))
+
+
+def with_backend(engine, work):
+    """Runs `work(backend)` in an event loop, and closes the backend."""
+
+    async def run():
+        backend = EngineBackend(engine, TOKENIZER, model_name="tiny")
+        try:
+            return await asyncio.wait_for(work(backend), timeout=60)
+        finally:
+            await backend.close()
+
+    return asyncio.run(run())
+
+
+async def tokens_of(backend, request):
+    async with aclosing(backend.generate(request)) as deltas:
+        return [token async for delta in deltas for token in delta.token_ids]
+
+
+def test_replies_side_by_side_are_those_of_the_engine_alone(engine):
+    async def ask(backend):
+        requests = [Request(str(number), (number, 6, 7), GREEDY) for number in range(5)]
+        return await asyncio.gather(*(tokens_of(backend, request) for request in requests))
+
+    expected = LLM(tiny_model(1, mtp_heads=2)).generate([[number, 6, 7] for number in range(5)], GREEDY)
+    assert with_backend(engine, ask) == [completion.token_ids for completion in expected]
+
+
+def test_a_reader_that_leaves_frees_its_pages_at_once(engine):
+    async def leave(backend):
+        long = Request("long", PROMPT, SamplingParams(max_tokens=200, temperature=0.0, ignore_eos=True))
+        async with aclosing(backend.generate(long)) as deltas:
+            assert (await anext(deltas)).token_ids
+            assert engine.arena.num_used > 0
+        assert engine.arena.num_used == 0 and not engine.has_work
+        return await tokens_of(backend, Request("next", PROMPT, GREEDY))
+
+    assert len(with_backend(engine, leave)) == 30
+
+
+def test_a_task_that_is_cancelled_before_it_hears_anything_leaves_nothing_behind(engine):
+    async def cancel(backend):
+        tasks = [asyncio.create_task(tokens_of(backend, Request(str(n), PROMPT, GREEDY))) for n in range(8)]
+        await asyncio.sleep(0.01)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        return backend.gauges()
+
+    gauges = with_backend(engine, cancel)
+    assert (gauges.num_running, gauges.num_waiting, gauges.cache_bytes_used) == (0, 0, 0)
+
+
+def test_what_the_engine_refuses_is_raised(engine):
+    async def ask(backend):
+        with pytest.raises(UserError, match="999"):
+            backend.check(Request("1", (999,), GREEDY))
+        with pytest.raises(UserError, match="999"):
+            await tokens_of(backend, Request("1", (999,), GREEDY))
+        return await tokens_of(backend, Request("1", PROMPT, GREEDY))
+
+    assert len(with_backend(engine, ask)) == 30
+
+
+def test_an_engine_that_dies_tells_its_clients_and_its_health(engine, monkeypatch):
+    def fail():
+        raise RuntimeError("out of memory")
+
+    async def ask(backend):
+        monkeypatch.setattr(engine, "step", fail)
+        async with aclosing(backend.generate(Request("1", PROMPT, GREEDY))) as deltas:
+            last = [delta async for delta in deltas][-1]
+        return last, backend.gauges().is_healthy
+
+    last, is_healthy = with_backend(engine, ask)
+    assert last.finish_reason == "error" and "log" in last.error
+    assert not is_healthy
