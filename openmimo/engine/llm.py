@@ -6,12 +6,13 @@ from pathlib import Path
 
 import torch
 
-from openmimo.core.errors import UserError
+from openmimo.core.errors import ConfigError, UserError
 from openmimo.core.records import Completion, Request, SamplingParams
 from openmimo.data.tokenizer import Tokenizer
 from openmimo.engine.config import EngineConfig
 from openmimo.engine.engine import Engine, check_token_ids
 from openmimo.engine.sequence import Sequence
+from openmimo.engine.weights import quantise_linears
 from openmimo.kernels.token_loss import token_logprobs
 from openmimo.model.context import PackedContext
 from openmimo.model.hf import load_model
@@ -28,7 +29,8 @@ class LLM:
     may be changed between calls. tokenizer: that of the folder by default; without one, token ids go in and come out,
     and no text. dtype, device: how a folder is loaded ("auto": the accelerator if there is one). The others are those
     of `EngineConfig`: speculative and num_drafts (drafting with the MTP heads), max_sequences (how many requests run at
-    once), prefill_tokens, cache_gigabytes, prefix_cache. Raises UserError.
+    once), prefill_tokens, cache_gigabytes, prefix_cache. int8: keep linear layers (not the experts) as int8. Raises
+    UserError.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class LLM:
         prefill_tokens: int = 1024,
         cache_gigabytes: float | None = None,
         prefix_cache: bool = True,
+        int8: bool = False,
     ):
         config = EngineConfig(
             max_sequences=max_sequences,
@@ -59,6 +62,10 @@ class LLM:
             if tokenizer is None and (Path(model) / "tokenizer.json").exists():
                 tokenizer = Tokenizer.load(model)
             model = load_model(model, dtype=dtype, device=str(resolve_device(device)))
+            if int8:
+                quantise_linears(model)
+        elif int8:
+            raise ConfigError("int8 would change the weights of a model that is the caller's; give a folder instead.")
         self.model = model
         self.tokenizer = tokenizer
         self.engine = Engine(model, tokenizer, config)

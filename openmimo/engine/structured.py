@@ -15,7 +15,7 @@ from openmimo.core.records import Structure
 from openmimo.data.tokenizer import Tokenizer
 
 _REMEMBERED_GRAMMARS = 64
-# Between the parts of a JSON text: nothing, a space, or a line end and an indent. A model cannot fill its reply with them.
+# Between the parts of a JSON text: nothing, a space, or a line end and an indent. Nobody can fill a reply with these.
 _JSON_OPTIONS = {"whitespace_pattern": r"( |\n[ \t]{0,24})?"}
 
 

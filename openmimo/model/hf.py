@@ -82,8 +82,15 @@ def _is_checkpoint_file(path: Path) -> bool:
     )
 
 
+def _check_floating(model: MiMo) -> None:
+    narrow = next((name for name, tensor in model.named_parameters() if not tensor.is_floating_point()), None)
+    if narrow:
+        raise CheckpointError(f"{narrow} is {model.get_parameter(narrow).dtype}; a quantised model cannot be saved.")
+
+
 def write_model(model: MiMo, folder: Path, *, max_shard_bytes: int = DEFAULT_SHARD_BYTES) -> None:
     """The files of `save_model`, into a folder that exists and that the caller makes atomic."""
+    _check_floating(model)
     entries = [
         Entry(
             slot.name,

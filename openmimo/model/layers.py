@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from openmimo.kernels.int8_linear import int8_linear, quantise_rows
 from openmimo.kernels.linear import joined_linear
 from openmimo.kernels.norm import rms_norm
 from openmimo.kernels.rotary import apply_rotary
@@ -23,16 +24,37 @@ def as_dtype(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 class Linear(nn.Linear):
-    """A linear layer that computes in the dtype of its input."""
+    """A linear layer that computes in the dtype of its input. scale_O: of int8 weights, after `quantise`."""
+
+    scale_O: torch.Tensor | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in] to [..., out]."""
-        return joined_linear(x, (self.parameters_as(x.dtype),))
+        return project(x, (self,))
+
+    def quantise(self) -> None:
+        """Keeps the weight as int8 with a scale for each output from now on: for inference, and not to be saved."""
+        weight_OD, self.scale_O = quantise_rows(self.weight)
+        self.weight = nn.Parameter(weight_OD, requires_grad=False)
 
     def parameters_as(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Weight and bias (or None) in `dtype`."""
         weight, bias = self._parameters["weight"], self._parameters["bias"]  # a fifth of the time of self.weight
         return as_dtype(weight, dtype), None if bias is None else as_dtype(bias, dtype)
+
+
+def project(x: torch.Tensor, layers: tuple[Linear, ...]) -> torch.Tensor:
+    """Several layers of one input x [..., in], side by side: [..., sum of their out]."""
+    if all(layer.scale_O is None for layer in layers):
+        return joined_linear(x, tuple([layer.parameters_as(x.dtype) for layer in layers]))
+    outputs = []
+    for layer in layers:
+        if layer.scale_O is None:
+            outputs.append(layer(x))
+        else:
+            out = int8_linear(x, layer.weight, layer.scale_O)
+            outputs.append(out if layer.bias is None else out + as_dtype(layer.bias, x.dtype))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
 
 
 class RMSNorm(nn.Module):
@@ -85,8 +107,7 @@ class Attention(nn.Module):
         spec, T = self.spec, x_TD.shape[0]
         N, G, K, V = spec.num_heads, spec.num_kv_heads, spec.key_dim, spec.value_dim
         cos_TR, sin_TR = context.rotary(spec, x_TD.dtype)
-        projections = (self.q_proj, self.k_proj, self.v_proj)
-        joined = joined_linear(x_TD, tuple([projection.parameters_as(x_TD.dtype) for projection in projections]))
+        joined = project(x_TD, (self.q_proj, self.k_proj, self.v_proj))
         queries_and_keys, values = joined.split_with_sizes([(N + G) * K, G * V], dim=1)
         rotated = apply_rotary(queries_and_keys.view(T, N + G, K), cos_TR, sin_TR)
         q_TNK, k_TGK = rotated.split_with_sizes([N, G], dim=1)

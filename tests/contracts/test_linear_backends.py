@@ -3,11 +3,17 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import tiny_model
 
+from openmimo.core.errors import CheckpointError, ConfigError
+from openmimo.core.records import SamplingParams
+from openmimo.engine.llm import LLM
+from openmimo.engine.weights import quantise_linears
 from openmimo.kernels import native
+from openmimo.kernels.int8_linear import int8_linear, quantise_rows
 from openmimo.kernels.linear import DISPATCHER, LinearNeed, joined_linear, linear
-from openmimo.kernels.linear._int8 import int8_linear, quantise_rows
 from openmimo.kernels.linear.native import MAX_ROWS
+from openmimo.model.hf import save_model
 
 BACKENDS = dict(DISPATCHER.backends())
 DTYPES = {"float32": (torch.float32, 2e-6), "bfloat16": (torch.bfloat16, 4e-3)}  # relative error of a whole output
@@ -162,3 +168,21 @@ def test_int8_weights(dtype, size):
             assert torch.equal(ours[-1:], int8_linear(x[rows - 1 : rows], quantised, scale))
     more = int8_linear(torch.cat([x, x]), quantised, scale)
     assert torch.allclose(more.double(), exact.repeat(2, 1), rtol=tolerance, atol=tolerance * exact.abs().max().item())
+
+
+def test_a_quantised_model_decodes_near_to_its_own_and_is_not_saved(tmp_path):
+    model, exact = (tiny_model(3, mtp_heads=1) for _ in range(2))
+    quantise_linears(model)
+    ids = torch.randint(0, 160, (60,), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        difference = (model.logits(ids).softmax(-1) - exact.logits(ids).softmax(-1)).abs().sum(-1).mean()
+    assert 0 < difference < 0.2
+    params = SamplingParams(max_tokens=20, temperature=0.0)
+    plain, drafted = (
+        LLM(model, speculative=speculative).generate([ids.tolist()], params) for speculative in (False, True)
+    )
+    assert plain[0].token_ids == drafted[0].token_ids
+    with pytest.raises(CheckpointError, match="quantised"):
+        save_model(model, tmp_path / "model")
+    with pytest.raises(ConfigError, match="caller's"):
+        LLM(exact, int8=True)

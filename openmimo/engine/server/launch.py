@@ -12,12 +12,13 @@ from openmimo.engine.server.config import ServerConfig
 from openmimo.engine.server.engine_backend import EngineBackend
 from openmimo.engine.server.serve import serve
 from openmimo.engine.server.stub import StubBackend
+from openmimo.engine.weights import quantise_linears
 from openmimo.model.hf import load_model
 from openmimo.runtime.device import resolve_device
 
 
 def launch(
-    path: str, server: ServerConfig, engine: EngineConfig, *, dtype: str, device: str, threads: int | None
+    path: str, server: ServerConfig, engine: EngineConfig, *, dtype: str, device: str, threads: int | None, int8: bool
 ) -> None:
     """Loads the checkpoint in `path` and answers requests until told to end. Raises UserError before that."""
     if threads is not None:
@@ -29,6 +30,8 @@ def launch(
     if dtype == "auto":
         dtype = "float32" if place.type == "cpu" else "bfloat16"
     model = load_model(path, dtype=dtype, device=str(place))
+    if int8:
+        quantise_linears(model)
     backend = EngineBackend(Engine(model, tokenizer, engine), tokenizer, model_name=Path(path).resolve().name)
     serve(backend, server)
 

@@ -2,10 +2,14 @@
 
 #include "products.h"
 
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
+
 #define MAX_ROWS 32
 #define TOGETHER 4 /* rows, and weight rows, that are multiplied in registers */
 
-/* As openmimo/kernels/linear/_int8.py packs it. */
+/* As openmimo/kernels/int8_linear.py packs it. */
 typedef struct {
     const float *x;       /* [rows, dims] */
     const int8_t *weight; /* [outputs, dims] */
@@ -14,37 +18,69 @@ typedef struct {
     int64_t rows, dims, outputs, threads;
 } int8_call;
 
-typedef int8_t bytes __attribute__((vector_size(LANES)));
-
-INLINE floats load_bytes(const int8_t *from, int64_t count) {
-    bytes numbers = {};
-    if (count >= LANES) memcpy(&numbers, from, LANES);
-    else memcpy(&numbers, from, count);
+/* Vectors of what a register holds. */
 #ifdef __AVX512F__
-    return (floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32((__m128i)numbers));
+#define WIDTH 16
 #else
-    return __builtin_convertvector(__builtin_convertvector(numbers, ints), floats);
+#define WIDTH 8
+#endif
+typedef float numbers __attribute__((vector_size(4 * WIDTH)));
+typedef int32_t integers __attribute__((vector_size(4 * WIDTH)));
+typedef int8_t bytes __attribute__((vector_size(WIDTH)));
+
+INLINE numbers load_numbers(const float *from) {
+    numbers x;
+    memcpy(&x, from, sizeof x);
+    return x;
+}
+
+INLINE numbers load_bytes(const int8_t *from) {
+    bytes x;
+    memcpy(&x, from, sizeof x);
+#ifdef __AVX512F__
+    return (numbers)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32((__m128i)x));
+#elif defined(__AVX2__)
+    return (numbers)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)&x)));
+#else
+    return __builtin_convertvector(__builtin_convertvector(x, integers), numbers);
 #endif
 }
 
-/* Four outputs of `count` rows: each a sum of sixteen lanes from first to last, as in products.h. */
+/* sum + a x b, rounded alike wherever it stands (see wide.c). */
+INLINE numbers add_product(numbers sum, numbers a, numbers b) {
+#if defined(__AVX512F__)
+    return (numbers)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)sum);
+#elif defined(__FMA__)
+    return (numbers)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)sum);
+#else
+    return sum + a * b;
+#endif
+}
+
+/* The sum of the lanes, and the numbers behind the last whole vector. Not inlined: every caller rounds alike. */
+static __attribute__((noinline)) float finish(numbers lanes, const float *x, const int8_t *weight, int64_t dim,
+                                              int64_t dims) {
+    float sum = 0.0f;
+    for (int lane = 0; lane < WIDTH; lane++) sum += lanes[lane];
+    for (; dim < dims; dim++) sum += x[dim] * (float)weight[dim];
+    return sum;
+}
+
+/* Four outputs of `count` rows: each a sum of WIDTH lanes that run from the first number to the last. */
 INLINE void multiply_bytes(int count, const int8_call *call, int64_t row, const int8_t *const *weights,
                            float (*sums)[TOGETHER]) {
-    floats lanes[TOGETHER][TOGETHER] = {};
+    numbers lanes[TOGETHER][TOGETHER] = {};
     int64_t dims = call->dims, dim = 0;
-    for (; dim + LANES <= dims; dim += LANES)
+    for (; dim + WIDTH <= dims; dim += WIDTH)
         for (int i = 0; i < TOGETHER; i++) {
-            floats weight = load_bytes(weights[i] + dim, LANES);
-            if (!row) __builtin_prefetch(weights[i] + dim + TOGETHER * dims, 0, 2);
-            for (int r = 0; r < count; r++) lanes[r][i] += load(call->x + (row + r) * dims + dim) * weight;
-        }
-    if (dim < dims)
-        for (int i = 0; i < TOGETHER; i++) {
-            floats weight = load_bytes(weights[i] + dim, dims - dim);
+            numbers weight = load_bytes(weights[i] + dim);
+            if (!row && dim % 64 == 0) __builtin_prefetch(weights[i] + dim + TOGETHER * dims, 0, 2);
             for (int r = 0; r < count; r++)
-                lanes[r][i] += load_some(call->x + (row + r) * dims + dim, dims - dim) * weight;
+                lanes[r][i] = add_product(lanes[r][i], load_numbers(call->x + (row + r) * dims + dim), weight);
         }
-    for (int r = 0; r < count; r++) add_lanes(lanes[r][0], lanes[r][1], lanes[r][2], lanes[r][3], sums[r]);
+    for (int r = 0; r < count; r++)
+        for (int i = 0; i < TOGETHER; i++)
+            sums[r][i] = finish(lanes[r][i], call->x + (row + r) * dims, weights[i], dim, dims);
 }
 
 static void fill_outputs(const int8_call *call, int64_t first) {
@@ -53,8 +89,10 @@ static void fill_outputs(const int8_call *call, int64_t first) {
     float sums[MAX_ROWS][TOGETHER];
     for (int64_t i = 0; i < TOGETHER; i++)
         weights[i] = call->weight + (first + (i < outputs ? i : outputs - 1)) * call->dims;
+#ifdef __AVX512F__ /* elsewhere there are no registers for so many */
     for (; row + 4 <= call->rows; row += 4) multiply_bytes(4, call, row, weights, sums + row);
-    if (call->rows - row >= 2) multiply_bytes(2, call, row, weights, sums + row), row += 2;
+#endif
+    for (; call->rows - row >= 2; row += 2) multiply_bytes(2, call, row, weights, sums + row);
     if (call->rows - row == 1) multiply_bytes(1, call, row, weights, sums + row);
     for (row = 0; row < call->rows; row++)
         for (int64_t i = 0; i < outputs; i++)

@@ -10,6 +10,10 @@
 
 #if !defined(__AVX512F__)
 
+#ifdef __FMA__
+#include <immintrin.h>
+#endif
+
 #define INLINE static inline __attribute__((always_inline))
 #define LANES 8
 #define BLOCK 16 /* numbers whose order the packing changes */
@@ -28,6 +32,24 @@
 
 typedef float eight __attribute__((vector_size(32)));
 typedef uint32_t eight_words __attribute__((vector_size(32)));
+
+/* sum + a x b, rounded once wherever the processor can: left to itself, a compiler does so here and not there, and a row
+ * would differ between batches. */
+INLINE eight add_product(eight sum, eight a, eight b) {
+#ifdef __FMA__
+    return (eight)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)sum);
+#else
+    return sum + a * b;
+#endif
+}
+
+INLINE float add_one_product(float sum, float a, float b) {
+#ifdef __FMA__
+    return __builtin_fmaf(a, b, sum);
+#else
+    return sum + a * b;
+#endif
+}
 
 INLINE eight load(const float *from) {
     eight x;
@@ -80,7 +102,7 @@ INLINE void add_products(int rows, int outputs, const float *const *x, const flo
         for (int i = 0; i < outputs; i++) {
             eight weight = load(weights[i] + dim);
             KEEP(weight);
-            for (int row = 0; row < rows; row++) lanes[row][i] += number[row] * weight;
+            for (int row = 0; row < rows; row++) lanes[row][i] = add_product(lanes[row][i], number[row], weight);
         }
     }
     for (int row = 0; row < rows; row++)
@@ -89,7 +111,7 @@ INLINE void add_products(int rows, int outputs, const float *const *x, const flo
 
 /* What is left of `dims` behind the last whole vector. */
 static void add_rest(const float *x, const float *weight, int64_t dims, float *sums) {
-    for (int64_t dim = dims / LANES * LANES; dim < dims; dim++) sums[dim % LANES] += x[dim] * weight[dim];
+    for (int64_t dim = dims / LANES * LANES; dim < dims; dim++) sums[dim % LANES] = add_one_product(sums[dim % LANES], x[dim], weight[dim]);
 }
 
 static void add_chunk(const float *const *x, int64_t count, const float *const *weights, int64_t dims,
@@ -111,8 +133,8 @@ INLINE void add_block(int rows, const float *const *x, int64_t dim, const uint16
     eight_words pairs = load_words(weight);
     eight even = even_numbers(pairs), odd = odd_numbers(pairs);
     for (int row = 0; row < rows; row++) {
-        lanes[row * step] += load(x[row] + dim) * even;
-        lanes[row * step] += load(x[row] + dim + LANES) * odd;
+        lanes[row * step] = add_product(lanes[row * step], load(x[row] + dim), even);
+        lanes[row * step] = add_product(lanes[row * step], load(x[row] + dim + LANES), odd);
     }
 }
 
@@ -137,7 +159,8 @@ INLINE void multiply_few(int rows, int outputs, const float *const *x, const uin
             for (int row = 0; row < rows; row++) {
                 float *sum = sums[row][first + i];
                 store(sum, lanes[row * outputs + i]);
-                for (int j = 0; j < padded(dims - dim); j++) sum[j % LANES] += x[row][dim + j] * rest[j];
+                for (int j = 0; j < padded(dims - dim); j++)
+                    sum[j % LANES] = add_one_product(sum[j % LANES], x[row][dim + j], rest[j]);
             }
         }
     }
