@@ -78,8 +78,13 @@ def print_rows(rows: list[Row]) -> None:
     Console().print(table)
 
 
-def write_rows(benchmark: str, rows: list[Row], *, device: torch.device, threads: int) -> Path:
-    """Writes `results/<machine>/<date>_<benchmark>.json`, then RESULTS.md anew from all results."""
+def write_rows(
+    benchmark: str, rows: list[Row], *, device: torch.device, threads: int, remarks: tuple[str, ...] = ()
+) -> Path:
+    """Writes `results/<machine>/<date>_<benchmark>.json`, then RESULTS.md anew from all results.
+
+    remarks: what the run found beside times, a sentence each.
+    """
     machine = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
     path = RESULTS / machine / f"{date.today().isoformat()}_{benchmark}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -90,6 +95,7 @@ def write_rows(benchmark: str, rows: list[Row], *, device: torch.device, threads
         "commit": _commit(),
         "versions": {name: _version(name) for name in ("torch", "numpy", "transformers", "triton")}
         | {"python": platform.python_version()},
+        "remarks": list(remarks),
         "rows": [asdict(row) | {"ratio": row.ratio} for row in rows],
     }
     path.write_text(json.dumps(result, indent=2) + "\n")
@@ -118,6 +124,8 @@ def write_results_page() -> None:
             ]  # fmt: skip
             lines.append("| " + " | ".join(cells) + " |")
         lines.append("")
+        if result.get("remarks"):
+            lines += [*(f"- {remark}" for remark in result["remarks"]), ""]
     (RESULTS.parent / "RESULTS.md").write_text("\n".join(lines))
 
 

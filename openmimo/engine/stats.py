@@ -1,9 +1,14 @@
 """What the engine counts while it works."""
 
+import warnings
 from dataclasses import dataclass, field
 
 from openmimo.engine.cache import PageArena
 from openmimo.engine.sequence import Sequence
+
+# Heads that were loaded from the wrong tensors, or never trained, are right by chance: say so, once.
+_DRAFTS_OF_A_CHECK = 1000
+_LEAST_ACCEPTED = 50
 
 
 @dataclass
@@ -33,6 +38,13 @@ class EngineStats:
         for head in range(min(num_accepted + 1, num_offered)):
             self.offered[head] += 1
             self.accepted[head] += head < num_accepted
+        if num_offered and self.offered[0] == _DRAFTS_OF_A_CHECK and self.accepted[0] < _LEAST_ACCEPTED:
+            warnings.warn(
+                f"of {self.offered[0]} drafts of the first MTP head {self.accepted[0]} were right, no more than by "
+                "chance: the heads are untrained or not those of this model, and drafting only costs; use "
+                "speculative=False.",
+                stacklevel=2,
+            )
 
     def observe_cache(self, arena: PageArena, sequences: list[Sequence]) -> None:
         """Keeps the peak of the bytes that running sequences hold, and what a model of full layers would have held."""

@@ -1,6 +1,7 @@
 """The engine behind the server's event loop: replies, aborts that free pages, refusals, and an engine that dies."""
 
 import asyncio
+import warnings
 from contextlib import aclosing
 
 import pytest
@@ -13,6 +14,7 @@ from openmimo.engine.config import EngineConfig
 from openmimo.engine.engine import Engine
 from openmimo.engine.llm import LLM
 from openmimo.engine.server.engine_backend import EngineBackend
+from openmimo.engine.stats import EngineStats
 
 TOKENIZER = Tokenizer.train(["some words"], vocab_size=270)
 PROMPT = (5, 6, 7)
@@ -100,3 +102,19 @@ def test_an_engine_that_dies_tells_its_clients_and_its_health(engine, monkeypatc
     last, is_healthy = with_backend(engine, ask)
     assert last.finish_reason == "error" and "log" in last.error
     assert not is_healthy
+
+
+def test_heads_that_are_right_by_chance_are_told_of_once():
+    stats = EngineStats(offered=[0], accepted=[0])
+    with pytest.warns(UserWarning, match="no more than by chance"):
+        for step in range(1000):
+            stats.count_drafts(1, int(step % 100 == 0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2000):
+            stats.count_drafts(1, 0)
+    good = EngineStats(offered=[0], accepted=[0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for step in range(3000):
+            good.count_drafts(1, int(step % 3 == 0))

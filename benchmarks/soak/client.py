@@ -1,0 +1,201 @@
+"""Sends a request as a client does, reads the reply to its end, and finds fault with what is not as promised."""
+
+import asyncio
+import json
+import time
+from collections import defaultdict
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import httpx
+
+from benchmarks.soak.load import SCHEMA, Planned
+
+_JSON = {"content-type": "application/json"}
+_MOST_REFUSALS = 60
+_ERROR_TYPES = {400: "invalid_request_error", 404: "not_found_error", 429: "rate_limit_error"}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a request.
+
+    status: of the last attempt (0: none came). problem: what is wrong with the reply ("": nothing). texts: by choice.
+    Times are those of the attempt that was answered. seconds_to_first, seconds_per_token: of streams alone, the second
+    of those with one choice.
+    """
+
+    planned: Planned
+    status: int = 0
+    problem: str = ""
+    was_cancelled: bool = False
+    num_refusals: int = 0
+    retry_after_seconds: float | None = None
+    texts: tuple[str, ...] = ()
+    num_tokens: int = 0
+    seconds_in_all: float = 0.0
+    seconds_to_first: float | None = None
+    seconds_per_token: float | None = None
+
+
+async def ask(client: httpx.AsyncClient, planned: Planned) -> Outcome:
+    """Sends the request, again and again after a 429 as Retry-After says, until it is answered or cancelled."""
+    for num_refusals in range(_MOST_REFUSALS):
+        try:
+            async with asyncio.timeout(planned.cancel_after_seconds):
+                outcome = await _attempt(client, planned)
+        except TimeoutError:
+            return Outcome(planned, was_cancelled=True, num_refusals=num_refusals)
+        except httpx.HTTPError as error:
+            return Outcome(planned, problem=f"lost: {type(error).__name__} {error}", num_refusals=num_refusals)
+        if outcome.status != 429 or outcome.problem:
+            return replace(outcome, num_refusals=num_refusals)
+        await asyncio.sleep(outcome.retry_after_seconds)
+    return replace(outcome, problem=f"refused with 429 {_MOST_REFUSALS} times")
+
+
+async def _attempt(client: httpx.AsyncClient, planned: Planned) -> Outcome:
+    start = time.perf_counter()
+    async with client.stream("POST", planned.path, content=planned.content, headers=_JSON) as response:
+        if response.status_code != 200 or not planned.streams:
+            await response.aread()
+            if response.status_code != 200:
+                return _refused(planned, response)
+            reply = _Reply(planned, start)
+            reply.take_whole(response.json())
+            return reply.outcome()
+        reply = _Reply(planned, start)
+        num_events = 0
+        async for line in response.aiter_lines():
+            if line.startswith("data: "):
+                reply.take_event(line.removeprefix("data: "))
+                num_events += 1
+            if num_events == planned.cancel_after_events:
+                return Outcome(planned, status=200, was_cancelled=True)
+        return reply.outcome()
+
+
+def _refused(planned: Planned, response: httpx.Response) -> Outcome:
+    """An answer that is no success, which must be the one that was expected (or a 429), in OpenAI's shape."""
+    status = response.status_code
+    retry_after = response.headers.get("retry-after", "")
+    outcome = Outcome(planned, status=status, retry_after_seconds=float(retry_after) if retry_after.isdigit() else None)
+    error = _error_of(response)
+    if status not in (planned.status, 429):
+        problem = f"status {status} instead of {planned.status}: {response.text[:200]}"
+    elif error is None or not error["message"] or error["type"] != _ERROR_TYPES[status]:
+        problem = f"a {status} that is not in OpenAI's shape: {response.text[:200]}"
+    elif status == 429:
+        problem = "" if retry_after.isdigit() else "a 429 without Retry-After"
+    else:
+        is_other = planned.error_code not in (None, error["code"])
+        problem = f"code {error['code']!r} instead of {planned.error_code!r}" if is_other else ""
+    return replace(outcome, problem=problem)
+
+
+def _error_of(response: httpx.Response) -> dict[str, Any] | None:
+    try:
+        error = response.json()["error"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return error if set(error) == {"message", "type", "param", "code"} else None
+
+
+@dataclass
+class _Choice:
+    text: str = ""
+    num_tokens: int = 0
+    num_logprobs: int = 0
+    finish_reason: str | None = None
+
+    def take(self, data: dict[str, Any]) -> None:
+        """One choice object, of a whole reply or of a chunk."""
+        said = data.get("message") or data.get("delta") or {}
+        self.text += data.get("text") or said.get("content") or ""
+        self.num_tokens += len(data.get("token_ids") or ())
+        logprobs = data.get("logprobs") or {}
+        self.num_logprobs += len(logprobs.get("content") or logprobs.get("tokens") or ())
+        self.finish_reason = data.get("finish_reason") or self.finish_reason
+
+
+@dataclass
+class _Reply:
+    """A reply as it comes."""
+
+    planned: Planned
+    start: float
+    choices: dict[int, _Choice] = field(default_factory=lambda: defaultdict(_Choice))
+    first: float | None = None
+    last: float = 0.0
+    usage: dict[str, Any] | None = None
+    is_done: bool = False
+    error: str = ""
+
+    def take_whole(self, data: dict[str, Any]) -> None:
+        """A reply that is not a stream."""
+        self._take(data)
+        self.is_done = True
+
+    def take_event(self, text: str) -> None:
+        """What an event of a stream holds."""
+        if text == "[DONE]":
+            self.is_done = True
+            return
+        data = json.loads(text)
+        if "error" in data:
+            self.error = f"the stream ended with {data['error']}"
+            return
+        self._take(data)
+        if any(choice.get("token_ids") for choice in data["choices"]):
+            self.last = time.perf_counter()
+            self.first = self.last if self.first is None else self.first
+
+    def outcome(self) -> Outcome:
+        """What came of it, once all has been read."""
+        num_tokens = sum(choice.num_tokens for choice in self.choices.values())
+        per_token = None
+        if self.first is not None and len(self.choices) == 1 and num_tokens > 1:
+            per_token = (self.last - self.first) / (num_tokens - 1)
+        return Outcome(
+            self.planned,
+            status=200,
+            problem=self.error or self._problem(),
+            texts=tuple(self.choices[index].text for index in sorted(self.choices)),
+            num_tokens=num_tokens,
+            seconds_in_all=time.perf_counter() - self.start,
+            seconds_to_first=None if self.first is None else self.first - self.start,
+            seconds_per_token=per_token,
+        )
+
+    def _take(self, data: dict[str, Any]) -> None:
+        for choice in data["choices"]:
+            self.choices[choice["index"]].take(choice)
+        self.usage = data.get("usage") or self.usage
+
+    def _problem(self) -> str:
+        body, choices = self.planned.body, self.choices.values()
+        if self.planned.status != 200:
+            return f"status 200 instead of {self.planned.status}"
+        if not self.is_done or any(choice.finish_reason is None for choice in choices):
+            return "the reply broke off"
+        if len(choices) != body.get("n", 1):
+            return f"{len(choices)} choices instead of {body.get('n', 1)}"
+        num_tokens = sum(choice.num_tokens for choice in choices)
+        if self.usage is None or self.usage["completion_tokens"] != num_tokens:
+            return f"{num_tokens} tokens, but usage says {self.usage}"
+        if body.get("logprobs") and any(choice.num_logprobs != choice.num_tokens for choice in choices):
+            return "there is not one log-probability a token"
+        if "response_format" in body or "structured_outputs" in body:
+            return next(filter(None, map(_json_problem, choices)), "")
+        return ""
+
+
+def _json_problem(choice: _Choice) -> str:
+    """What is wrong with a text that had to follow the schema; one that met its limit of tokens is not whole."""
+    if choice.finish_reason != "stop":
+        return ""
+    try:
+        is_right = set(json.loads(choice.text)) == set(SCHEMA["required"])
+    except ValueError:
+        is_right = False
+    return "" if is_right else f"not of the schema: {choice.text!r}"

@@ -1,0 +1,93 @@
+"""`openmimo serve` in a process of its own: where it listens, what it uses, how it ends. Linux alone."""
+
+import os
+import re
+import subprocess
+import sys
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from benchmarks.soak.load import CORPUS
+from openmimo.data.tokenizer import Tokenizer
+from openmimo.model.hf import save_model
+from openmimo.model.mimo import MiMo
+from openmimo.model.presets import tiny
+
+_START_SECONDS = 120
+_POSITIONS = 2048
+
+
+class ServerProcess:
+    """A running server. url: where it answers. log: the file that its standard error goes to."""
+
+    def __init__(self, arguments: list[str], log: Path):
+        """Starts it, and returns once it listens. Raises RuntimeError if it never does."""
+        self.log = log
+        environment = {name: value for name, value in os.environ.items() if name != "OPENMIMO_API_KEY"}
+        with log.open("wb") as stderr:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "openmimo", "serve", *arguments, "--host", "127.0.0.1", "--port", "0"],
+                stdout=subprocess.PIPE, stderr=stderr, env=environment, text=True,
+            )  # fmt: skip
+        self.url = self._read_url()
+
+    @property
+    def resident_bytes(self) -> int:
+        """Memory that the process has now; 0 once it has ended."""
+        lines = [line for line in self._read("status").splitlines() if line.startswith("VmRSS")]
+        return int(lines[0].split()[1]) * 1024 if lines else 0
+
+    @property
+    def cpu_seconds(self) -> float:
+        """CPU time of all its threads since it started."""
+        fields = self._read("stat").rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    @property
+    def core_wait_seconds(self) -> float:
+        """How long its threads were ready to run, but had no core."""
+        tasks = Path(f"/proc/{self._process.pid}/task").iterdir()
+        return sum(int((task / "schedstat").read_text().split()[1]) for task in tasks) / 1e9
+
+    def terminate(self) -> None:
+        """Sends SIGTERM."""
+        self._process.terminate()
+
+    def wait(self, seconds: float) -> int | None:
+        """The exit status; None if it has not ended by then."""
+        try:
+            return self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return None
+
+    def kill(self) -> None:
+        """Ends it if it still runs."""
+        self._process.kill()
+        self._process.wait()
+        self._process.stdout.close()
+
+    def _read(self, name: str) -> str:
+        return Path(f"/proc/{self._process.pid}/{name}").read_text()
+
+    def _read_url(self) -> str:
+        watchdog = threading.Timer(_START_SECONDS, self._process.kill)
+        watchdog.start()
+        line = self._process.stdout.readline()
+        watchdog.cancel()
+        found = re.search(r"http://\S+", line)
+        if found is None:
+            self.kill()
+            raise RuntimeError(f"the server did not start: {self.log.read_text()[-2000:]}")
+        return found.group()
+
+
+def save_random_tiny(folder: Path) -> None:
+    """Writes a checkpoint: the `tiny` preset with random weights and 2,048 positions, and a tokenizer of its own."""
+    tokenizer = Tokenizer.train(CORPUS, vocab_size=tiny().vocab_size)
+    model = MiMo(replace(tiny(), vocab_size=tokenizer.vocab_size, max_positions=_POSITIONS))
+    model.initialise(torch.Generator().manual_seed(0))
+    save_model(model, folder)
+    tokenizer.save(folder)
