@@ -143,6 +143,7 @@ def measure_verify(run: Run) -> list[Row]:
         goal = GOALS.get(("verify", batch_size), {}).get("openmimo")
         note = f"costs {verify / plain:.2f} plain steps ({cpu:.2f} by CPU time)"
         name = f"verify 1+3 and 3 heads, batch {batch_size}"
+        print(f"[{time.strftime('%H:%M:%S')}] {name}: {note}", flush=True)
         rows.append(Row(name, verify, plain, "openmimo, plain step", goal=goal, note=note))
     return rows
 
