@@ -11,6 +11,7 @@ import torch
 
 from openmimo.engine.cache import PageArena, PageTables
 from openmimo.kernels.attention import attend
+from openmimo.kernels.page_store import store
 from openmimo.kernels.paged_attention import Pages, paged_attend
 from openmimo.kernels.rotary import rotary_table
 from openmimo.model.config import AttentionConfig
@@ -132,9 +133,7 @@ class PagedContext:
     def _store(self, placement: _Placement, pages: Pages, k_TGK: torch.Tensor, v_TGV: torch.Tensor) -> None:
         if placement.rows is not None:
             k_TGK, v_TGV = k_TGK[placement.rows], v_TGV[placement.rows]
-        stored = pages.keys_XPGK.dtype
-        pages.keys_XPGK[placement.page_T, placement.slot_T] = k_TGK.to(stored)
-        pages.values_XPGV[placement.page_T, placement.slot_T] = v_TGV.to(stored)
+        store(pages, placement.page_T, placement.slot_T, k_TGK, v_TGV)
 
     def _with_past(
         self, pages: Pages, spec: AttentionConfig, k_TGK: torch.Tensor, v_TGV: torch.Tensor

@@ -359,3 +359,22 @@ void openmimo_paged_attention(const paged_call *call, const int64_t *lengths) {
         }
     }
 }
+
+/* As openmimo/kernels/page_store.py packs it. Strides count bytes. */
+typedef struct {
+    const char *keys, *values; /* the new tokens' rows */
+    char *key_pages, *value_pages;
+    const int64_t *pages, *slots; /* [tokens] */
+    int64_t tokens, key_bytes, value_bytes, key_row, value_row;
+    int64_t key_page_stride, key_stride, value_page_stride, value_stride;
+} store_call;
+
+void openmimo_store_rows(const store_call *call) {
+    for (int64_t i = 0; i < call->tokens; i++) {
+        int64_t page = call->pages[i], slot = call->slots[i];
+        memcpy(call->key_pages + page * call->key_page_stride + slot * call->key_stride, call->keys + i * call->key_row,
+               call->key_bytes);
+        memcpy(call->value_pages + page * call->value_page_stride + slot * call->value_stride,
+               call->values + i * call->value_row, call->value_bytes);
+    }
+}
