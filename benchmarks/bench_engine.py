@@ -9,7 +9,8 @@ a thing, is left out of it; nothing is filled in. Weights and activations are bf
 128 keys, themselves included. Sides take turns within a round; a row shows the medians of all rounds on the clock, its
 note the CPU time of all threads, which other load disturbs less.
 
-Predictions before the first run, for `med` and one thread. Decoding is bound by reading weights, so that at batch 1 the
+Predictions for `med` and one thread. Those of batch 32, of long prompts, of verification and of the cache come before
+any measurement; single tries at batch 1 and 8 and with 512 tokens had been seen. Decoding is bound by reading weights, so that at batch 1 the
 engines that read at bandwidth (llama.cpp, ours) lie within 1.5x of the floor and of each other, and transformers, with
 dozens of small operations a layer, at 3x. At batch 8 and 32 most experts are at work, each for a few tokens: who reads
 an expert once for all its tokens wins, ours at 1.2x of llama.cpp and 2x of transformers. Prefill is bound by products:
