@@ -10,14 +10,15 @@ a thing, is left out of it; nothing is filled in. Weights and activations are bf
 note the CPU time of all threads, which other load disturbs less.
 
 Predictions for `med` and one thread. Those of batch 32, of long prompts, of verification and of the cache come before
-any measurement; single tries at batch 1 and 8 and with 512 tokens had been seen. Decoding is bound by reading weights, so that at batch 1 the
-engines that read at bandwidth (llama.cpp, ours) lie within 1.5x of the floor and of each other, and transformers, with
-dozens of small operations a layer, at 3x. At batch 8 and 32 most experts are at work, each for a few tokens: who reads
-an expert once for all its tokens wins, ours at 1.2x of llama.cpp and 2x of transformers. Prefill is bound by products:
-on a processor without bfloat16 products, whoever widens blocks to float32 (ours) reaches half of the floor, who does
-not (llama.cpp, transformers) a quarter or far less; at 16,384 tokens ours loses a quarter of its rate, because three
-layers of twelve are full. A verifying step at batch 1 reads up to four times the experts and three dense heads: 2.5
-plain steps; at batch 32 nearly all experts are read anyway: 1.5. Pages waste less than 5 % of the cache.
+any measurement; single tries at batch 1 and 8 and with 512 tokens had been seen. Decoding is bound by reading weights,
+so that at batch 1 the engines that read at bandwidth (llama.cpp, ours) lie within 1.5x of the floor and of each other,
+and transformers, with dozens of small operations a layer, at 3x. At batch 8 and 32 most experts are at work, each for a
+few tokens: who reads an expert once for all its tokens wins, ours at 1.2x of llama.cpp and 2x of transformers. Prefill
+is bound by products: on a processor without bfloat16 products, whoever widens blocks to float32 (ours) reaches half of
+the floor, who does not (llama.cpp, transformers) a quarter or far less; at 16,384 tokens ours loses a quarter of its
+rate, because three layers of twelve are full. A verifying step at batch 1 reads up to four times the experts and three
+dense heads: 2.5 plain steps; at batch 32 nearly all experts are read anyway: 1.5. Pages waste less than 5 % of the
+cache.
 """
 
 import argparse

@@ -1,12 +1,14 @@
-"""How many heads should draft: the number that has given the most tokens a second, by what was measured just now.
+"""How many heads should draft: the number that gives the most tokens a second, by what was measured.
 
-More drafts mean more accepted tokens, with falling returns, and a dearer step. Acceptance and step times are running
-averages, times by size of batch, because a batch that fills the machine pays for every token that it verifies in vain.
+More drafts mean more accepted tokens, with falling returns, and a dearer step. Each number is tried once for each size
+of batch, because a batch that fills the machine pays for every token that it verifies in vain; then the best is used,
+and a neighbour is tried now and then. Acceptance and step times are running averages.
 The choice changes speed only: the text is the same with any number of drafts.
 """
 
 _SMOOTHING = 0.1
-_STEPS_BETWEEN_TRIALS = 64
+_SLOWEST_LEARNING = 0.02
+_STEPS_BETWEEN_TRIALS = 128
 _STEPS_OF_A_TRIAL = 2
 
 
@@ -16,7 +18,8 @@ class DraftLength:
     def __init__(self, num_heads: int, *, adaptive: bool):
         self._num_heads = num_heads
         self._adaptive = adaptive
-        self._acceptance = [1.0] * num_heads
+        self._acceptance = [0.5] * num_heads
+        self._num_judged = [0] * num_heads
         self._seconds: dict[int, list[float | None]] = {}
         self._steps = 0
 
@@ -24,15 +27,19 @@ class DraftLength:
         """How many heads draft for the next step of a batch of this size."""
         if not self._adaptive or not self._num_heads:
             return self._num_heads
+        known = self._of(batch_size)
+        untried = [count for count, seconds in enumerate(known) if seconds is None]
+        if untried:
+            return untried[-1]
         self._steps += 1
-        best = max(range(self._num_heads + 1), key=lambda count: (self._tokens_a_second(batch_size, count), count))
+        best = max(range(self._num_heads + 1), key=lambda count: (self._tokens_a_step(count) / known[count], count))
         trial, step = divmod(self._steps, _STEPS_BETWEEN_TRIALS)
-        if step < _STEPS_OF_A_TRIAL and trial:
+        if trial and step < _STEPS_OF_A_TRIAL:
             return min(best + 1, self._num_heads) if trial % 2 else max(best - 1, 0)
         return best
 
     def observe(self, batch_size: int, num_drafts: int, seconds: float) -> None:
-        """A step in which this many heads had drafted took so long."""
+        """A step that verified so many drafts a sequence, and made as many for the next, took so long."""
         known = self._of(batch_size)
         old = known[num_drafts]
         # the first step of a kind may pay for things that happen once
@@ -41,25 +48,16 @@ class DraftLength:
     def judge(self, num_offered: int, num_accepted: int) -> None:
         """One verification: of `num_offered` drafts the first `num_accepted` were right."""
         for head in range(min(num_accepted + 1, num_offered)):
-            self._acceptance[head] += _SMOOTHING / 4 * ((head < num_accepted) - self._acceptance[head])
+            self._num_judged[head] += 1
+            rate = max(1 / (self._num_judged[head] + 1), _SLOWEST_LEARNING)
+            self._acceptance[head] += rate * ((head < num_accepted) - self._acceptance[head])
 
-    def _tokens_a_second(self, batch_size: int, count: int) -> float:
+    def _tokens_a_step(self, count: int) -> float:
         tokens, chance = 1.0, 1.0
         for acceptance in self._acceptance[:count]:
             chance *= acceptance
             tokens += chance
-        return tokens / self._expected_seconds(batch_size, count)
-
-    def _expected_seconds(self, batch_size: int, count: int) -> float:
-        """Measured, or what the nearest measured count says if a draft costs a tenth of a plain step."""
-        known = self._of(batch_size)
-        if known[count] is not None:
-            return known[count]
-        measured = [other for other, seconds in enumerate(known) if seconds is not None]
-        if not measured:
-            return 1.0 + 0.1 * count
-        nearest = min(measured, key=lambda other: abs(other - count))
-        return known[nearest] * (1.0 + 0.1 * count) / (1.0 + 0.1 * nearest)
+        return tokens
 
     def _of(self, batch_size: int) -> list[float | None]:
         return self._seconds.setdefault(batch_size.bit_length(), [None] * (self._num_heads + 1))

@@ -28,8 +28,8 @@ class LLM:
     model: a checkpoint folder in the Hugging Face layout, or a model in memory, which stays the caller's: its weights
     may be changed between calls. tokenizer: that of the folder by default; without one, token ids go in and come out,
     and no text. dtype, device: how a folder is loaded ("auto": the accelerator if there is one). The others are those
-    of `EngineConfig`: speculative and num_drafts (drafting with the MTP heads), max_sequences (how many requests run at
-    once), prefill_tokens, cache_gigabytes, prefix_cache. int8: keep linear layers (not the experts) as int8. Raises
+    of `EngineConfig`: speculative, num_drafts and adaptive_drafts (drafting with the MTP heads), max_sequences (how many
+    requests run at once), prefill_tokens, cache_gigabytes, prefix_cache. int8: keep linear layers (not the experts) as int8. Raises
     UserError.
     """
 
@@ -40,6 +40,7 @@ class LLM:
         *,
         speculative: bool | None = None,
         num_drafts: int | None = None,
+        adaptive_drafts: bool = True,
         dtype: str = "float32",
         device: str = "auto",
         max_sequences: int = 64,
@@ -56,6 +57,7 @@ class LLM:
             prefix_cache=prefix_cache,
             speculative=speculative,
             num_drafts=num_drafts,
+            adaptive_drafts=adaptive_drafts,
         )
         self._is_borrowed = isinstance(model, MiMo)
         if not isinstance(model, MiMo):

@@ -57,8 +57,8 @@ class Runner:
             first += len(row)
         self.stats.num_steps += 1
         self.stats.sequence_steps += len(sequences)
-        self._draft(sequences)
-        self._draft_length.observe(len(sequences), num_drafted, time.perf_counter() - start)
+        if self._draft(sequences) == num_drafted:
+            self._draft_length.observe(len(sequences), num_drafted, time.perf_counter() - start)
 
     @torch.inference_mode()
     def prefill(self, prefills: list[tuple[Sequence, int]], policy_version: int) -> None:
@@ -111,10 +111,14 @@ class Runner:
         recorded = sum(map(len, sequence.routing))
         return min(sequence.computed - recorded, num_fed)
 
-    def _draft(self, sequences: list[Sequence]) -> None:
+    def _draft(self, sequences: list[Sequence]) -> int:
+        """Gives those that go on their next drafts; how many at most."""
         running = [sequence for sequence in sequences if not sequence.finish_reason]
-        if self._drafter and running:
-            self._drafter.draft(running, self._draft_length.choose(len(running)))
+        if not self._drafter or not running:
+            return 0
+        num_drafts = self._draft_length.choose(len(running))
+        self._drafter.draft(running, num_drafts)
+        return num_drafts
 
     def _forward(self, sequences: list[Sequence], fed: list[list[int]]) -> tuple[Hidden, np.ndarray | None]:
         """One pass over the next tokens of each; the second is its routed experts [T, L, A], if any sequence asks."""

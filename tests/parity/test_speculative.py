@@ -136,14 +136,14 @@ def test_the_distribution_is_the_models():
 def test_a_sure_model_needs_a_fraction_of_the_steps():
     params = SamplingParams(max_tokens=101, temperature=0.0)
     prompt = list(range(30))
-    llm = LLM(counting_model(3, noise=0.05))
+    llm = LLM(counting_model(3, noise=0.05), adaptive_drafts=False)
     completion = llm.generate([prompt], params)[0]
     assert completion.token_ids == [(30 + offset) % VOCAB for offset in range(101)]
     stats = llm.stats()
     assert stats["num_steps"] == 25
     assert stats["accepted_tokens_per_step"] == 4.0
     assert stats["acceptance_by_head"] == [1.0, 1.0, 1.0]
-    one_head = LLM(counting_model(3, noise=0.05), num_drafts=1)
+    one_head = LLM(counting_model(3, noise=0.05), num_drafts=1, adaptive_drafts=False)
     one_head.generate([prompt], params)
     assert one_head.stats()["num_steps"] == 50
     assert one_head.stats()["cache_bytes"] < stats["cache_bytes"]
@@ -151,7 +151,7 @@ def test_a_sure_model_needs_a_fraction_of_the_steps():
 
 def test_statistics_count_what_happened():
     model = counting_model(2, noise=0.5)
-    llm = LLM(model)
+    llm = LLM(model, adaptive_drafts=False)
     completions = llm.generate(_prompts(), SamplingParams(max_tokens=50, temperature=0.5, seed=1))
     stats = llm.stats()
     assert stats["num_new_tokens"] == sum(len(c.token_ids) for c in completions) == 250
