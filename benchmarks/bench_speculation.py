@@ -3,8 +3,9 @@
     python -m benchmarks.bench_speculation CHECKPOINT [--rounds 5] [--threads 1] [--no-write]
 
 Random weights cannot accept drafts, so this needs a checkpoint whose heads were trained: `runs/demo/extend/model`
-(make demo), or `runs/drafts_cpu/model` (`openmimo pretrain drafts_cpu`, after the demo). Two kinds of text: held-out Python
-files, and passages that repeat, as edited code does. Greedy, 128 new tokens, the same prompts on both sides, interleaved.
+(make demo), or `runs/drafts_cpu/model` (`openmimo pretrain drafts_cpu`, after the demo). Two kinds of text: held-out
+Python files, and passages that repeat, as edited code does. Greedy, 128 new tokens, the same prompts on both sides,
+interleaved.
 
 Predictions. A step of `tiny` is calls, not bytes: three heads of one layer each beside six layers, and more products of
 the output head, make a drafting step about 1.6 times a plain one at batch 1. So 2.2 tokens a step give 1.4 times the
