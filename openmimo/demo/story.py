@@ -103,21 +103,26 @@ def _say_what_came_of_it(console: Console, findings: Findings, report: Path, mod
     speculative, plain = decoding["speculative"], decoding["plain"]
     agreement = "the same text" if decoding["same_text"] else "texts differ where two tokens were equally likely"
     console.print()
-    console.print(f"retrieval before  {shown(findings.before)}", highlight=False)
-    console.print(f"retrieval after   {shown(findings.after)}", highlight=False)
+    console.print(f"retrieval before  {shown(findings.before)}", highlight=False, soft_wrap=True)
+    console.print(f"retrieval after   {shown(findings.after)}", highlight=False, soft_wrap=True)
     console.print(
         f"decoding          {plain['tokens_per_second']:.0f} tokens/s plain, "
         f"{speculative['tokens_per_second']:.0f} with MTP drafts "
         f"({speculative['accepted_tokens_per_step']:.2f} tokens a step; {agreement})",
         highlight=False,
+        soft_wrap=True,
     )
     console.print(
         f"cache             {decoding['cache_bytes'] / 1024:.0f} KiB at {decoding['cache_positions']} positions; "
         f"{decoding['all_global_cache_bytes'] / 1024:.0f} KiB if every layer were global",
         highlight=False,
+        soft_wrap=True,
     )
-    console.print(f"report            {report}")
-    console.print(f"model             {model_folder}   (transformers loads it, too)")
+    console.print(f"report            {report}", soft_wrap=True)
+    console.print(f"model             {model_folder}   (transformers loads it, too)", soft_wrap=True)
     command = Path(os.path.relpath(sys.executable)).parent / "openmimo"
-    console.print(f"talk to it        {command} generate {model_folder} --prompt 'def main('")
-    console.print(f"serve it          {command} serve {model_folder}   (API and chat page at http://127.0.0.1:8000)")
+    console.print(f"talk to it        {command} generate {model_folder} --prompt 'def main('", soft_wrap=True)
+    console.print(
+        f"serve it          {command} serve {model_folder}   (API and chat page at http://127.0.0.1:8000)",
+        soft_wrap=True,
+    )
