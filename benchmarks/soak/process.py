@@ -27,6 +27,8 @@ class ServerProcess:
         """Starts it, and returns once it listens. Raises RuntimeError if it never does."""
         self.log = log
         environment = {name: value for name, value in os.environ.items() if name != "OPENMIMO_API_KEY"}
+        # Heads of random weights are right by chance, and the engine rightly says so.
+        environment["PYTHONWARNINGS"] = "ignore:of 1000 drafts:UserWarning"
         with log.open("wb") as stderr:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "openmimo", "serve", *arguments, "--host", "127.0.0.1", "--port", "0"],
