@@ -98,9 +98,10 @@ def _change(logits_V: torch.Tensor, params: SamplingParams, change: LogitChange)
 
 
 def filtered_probabilities(logits_RV: torch.Tensor, params: list[SamplingParams]) -> torch.Tensor:
-    """The distribution each row is drawn from, float64 [R, V], not normalised: temperature, then top-p and top-k.
+    """The distribution each row is drawn from, float64 [R, V], not normalised: temperature, then the cuts.
 
-    Top-p keeps the smallest set of most likely tokens that holds that probability, top-k at most that many of them.
+    Top-p keeps the smallest set of most likely tokens that holds that probability, top-k at most that many of them,
+    min-p those at least this fraction as likely as the likeliest.
     """
     temperature_R1 = _column([p.temperature for p in params], logits_RV)
     probabilities_RV = (logits_RV.double() / temperature_R1).softmax(dim=-1)

@@ -27,8 +27,9 @@ _THINKING_EFFORTS = ("low", "medium", "high", "xhigh")
 
 @dataclass(frozen=True)
 class ChatPrompt:
-    """token_ids: what the model reads. opening: their last text, which is already part of the reply. starts_thinking:
-    whether the reply begins inside `<think>`."""
+    """token_ids: what the model reads; they end with the policy's opening, which is already part of the reply.
+    starts_thinking: whether the reply begins inside `<think>`.
+    """
 
     token_ids: tuple[int, ...]
     policy: ToolPolicy
