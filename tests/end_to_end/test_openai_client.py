@@ -108,7 +108,9 @@ def test_completions_whole_and_streamed(client, model):
 
 
 def test_token_ids_are_prompts_and_are_echoed(client, model):
-    whole = client.completions.create(model=model, prompt=[[65, 66], [67]], max_tokens=3, echo=True, logprobs=0)
+    whole = client.completions.create(
+        model=model, prompt=[[65, 66], [67]], max_tokens=3, echo=True, logprobs=0, extra_body={"ignore_eos": True}
+    )
     assert [choice.logprobs.token_logprobs[0] for choice in whole.choices] == [None, None]
     assert len(whole.choices[0].logprobs.tokens) == 2 + 3
     assert whole.usage.prompt_tokens == 3
