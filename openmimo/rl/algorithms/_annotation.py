@@ -1,0 +1,87 @@
+"""From samples to tensors over their policy-written tokens, and back into the samples' annotations.
+
+N policy-written tokens of the learnable samples of a step, B learnable samples.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from openmimo.core.samples import Sample
+from openmimo.rl.algorithm import PolicyOptions
+from openmimo.rl.losses import normalise
+
+
+def is_learnable(sample: Sample) -> bool:
+    """Whether a sample may be learned from: its infrastructure did not fail, and the policy wrote something."""
+    return sample.finish_reason != "error" and sample.num_answer_tokens > 0
+
+
+def numbers_of(names: Sequence[str]) -> torch.Tensor:
+    """int64, 0 and up: the same number for the same name."""
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
+    return torch.tensor([numbers[name] for name in names], dtype=torch.int64)
+
+
+def lengths_of(samples: list[Sample]) -> torch.Tensor:
+    """Policy-written tokens of each sample, int64 [B]."""
+    return torch.tensor([sample.num_answer_tokens for sample in samples], dtype=torch.int64)
+
+
+def written_values(samples: list[Sample], values: list[list[float]], *, what: str) -> torch.Tensor:
+    """The entries of policy-written tokens, float64 [N]. Raises ValueError if a list is not aligned with token_ids."""
+    written: list[float] = []
+    for index, (sample, own) in enumerate(zip(samples, values, strict=True)):
+        if not len(own) == len(sample.loss_mask) == len(sample.token_ids):
+            raise ValueError(
+                f"Sample {index} of group {sample.group!r} has {len(sample.token_ids)} tokens, a loss mask of "
+                f"{len(sample.loss_mask)} and {len(own)} {what}; entry i of each must belong to token i."
+            )
+        written += [value for value, is_written in zip(own, sample.loss_mask, strict=True) if is_written]
+    return torch.tensor(written, dtype=torch.float64)
+
+
+def outcome_advantages(
+    samples: list[Sample], advantages_of: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    """Each sample's advantages_of(rewards, groups), float64 [B]. Raises ValueError for a missing reward."""
+    rewards_B = torch.tensor([sample.reward for sample in samples], dtype=torch.float64)
+    if not rewards_B.isfinite().all():
+        index = int((~rewards_B.isfinite()).nonzero()[0])
+        raise ValueError(
+            f"A sample of group {samples[index].group!r} has reward {samples[index].reward}. Score every sample, or "
+            "set its finish_reason to 'error' if it cannot be scored."
+        )
+    return advantages_of(rewards_B, numbers_of([sample.group for sample in samples])) if samples else rewards_B
+
+
+def write_annotations(samples: list[Sample], advantages_N: torch.Tensor, weights_N: torch.Tensor) -> None:
+    """Fills `advantages` and `weights` of all samples: 0 outside the loss mask, and for samples not learned from."""
+    advantages, weights = iter(advantages_N.tolist()), iter(weights_N.tolist())
+    for sample in samples:
+        mask = sample.loss_mask if is_learnable(sample) else [False] * len(sample.loss_mask)
+        sample.advantages = [next(advantages) if is_written else 0.0 for is_written in mask]
+        sample.weights = [next(weights) if is_written else 0.0 for is_written in mask]
+
+
+def annotate_outcomes(
+    samples: list[Sample],
+    options: PolicyOptions,
+    advantages_of: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+) -> None:
+    """Annotates with the same advantage for all tokens of a sample, and weights by the options' normalisation."""
+    learnable = [sample for sample in samples if is_learnable(sample)]
+    lengths_B = lengths_of(learnable)
+    advantages_B = outcome_advantages(learnable, advantages_of)
+    write_annotations(samples, advantages_B.repeat_interleave(lengths_B), _weights(lengths_B, options))
+
+
+def _weights(lengths_B: torch.Tensor, options: PolicyOptions) -> torch.Tensor:
+    match options.normalisation:
+        case "token":
+            return normalise.token_weights(lengths_B)
+        case "sequence":
+            return normalise.sequence_weights(lengths_B)
+        case "constant":
+            max_length = options.max_answer_tokens or max(lengths_B.tolist(), default=1)
+            return normalise.constant_weights(lengths_B, max_length=max_length)

@@ -1,0 +1,48 @@
+"""CISPO: the ratio is a clipped weight, so that no token loses its gradient (MiniMax-M1, 2506.13585)."""
+
+from dataclasses import dataclass
+
+import torch
+
+from openmimo.core.errors import ConfigError
+from openmimo.core.samples import Sample
+from openmimo.rl.algorithm import Algorithm, RatioOptions
+from openmimo.rl.algorithms._annotation import annotate_outcomes
+from openmimo.rl.algorithms._correction import corrected_for_engine
+from openmimo.rl.losses import objectives
+from openmimo.rl.losses.advantages import grpo_advantages
+from openmimo.rl.losses.tokens import TokenBatch
+
+
+@dataclass(frozen=True)
+class Options(RatioOptions):
+    """low_ratio, high_ratio: bounds of a token's weight. The paper uses the upper one alone, and does not print it."""
+
+    low_ratio: float = 0.0
+    high_ratio: float = 5.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.low_ratio < self.high_ratio:
+            raise ConfigError(f"low_ratio {self.low_ratio} and high_ratio {self.high_ratio} must be 0 <= low < high.")
+
+
+def annotate(samples: list[Sample], options: Options, policy_logprobs: list[list[float]]) -> None:
+    """(reward - mean) / std over the group."""
+    annotate_outcomes(samples, options, grpo_advantages)
+
+
+def token_losses(batch: TokenBatch, options: Options) -> torch.Tensor:
+    """The weighted REINFORCE loss, [N]."""
+    losses_N = objectives.cispo(
+        batch, low_ratio=options.low_ratio, high_ratio=options.high_ratio, old_policy=options.old_policy
+    )
+    return corrected_for_engine(losses_N, batch, options)
+
+
+PLUGIN = Algorithm(
+    describe="CISPO: clips a token's weight, never its gradient",
+    options=Options,
+    annotate=annotate,
+    token_losses=token_losses,
+)

@@ -1,0 +1,42 @@
+"""Dr. GRPO: no division by the std of a group, nor by the length of an answer (2503.20783)."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from openmimo.core.samples import Sample
+from openmimo.rl.algorithm import Algorithm, RatioOptions
+from openmimo.rl.algorithms._annotation import annotate_outcomes
+from openmimo.rl.algorithms._correction import corrected_for_engine
+from openmimo.rl.losses import objectives
+from openmimo.rl.losses.advantages import dr_grpo_advantages
+from openmimo.rl.losses.tokens import TokenBatch
+
+
+@dataclass(frozen=True)
+class Options(RatioOptions):
+    """low, high: the policy ratio is clipped to 1 - low and 1 + high."""
+
+    normalisation: Literal["token", "sequence", "constant"] = "constant"
+    low: float = 0.2
+    high: float = 0.2
+
+
+def annotate(samples: list[Sample], options: Options, policy_logprobs: list[list[float]]) -> None:
+    """reward - mean over the group."""
+    annotate_outcomes(samples, options, dr_grpo_advantages)
+
+
+def token_losses(batch: TokenBatch, options: Options) -> torch.Tensor:
+    """The clipped loss, [N]."""
+    losses_N = objectives.clipped(batch, low=options.low, high=options.high, old_policy=options.old_policy)
+    return corrected_for_engine(losses_N, batch, options)
+
+
+PLUGIN = Algorithm(
+    describe="Dr. GRPO: no std, and a constant denominator",
+    options=Options,
+    annotate=annotate,
+    token_losses=token_losses,
+)

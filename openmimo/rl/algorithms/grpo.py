@@ -1,0 +1,53 @@
+"""GRPO as MiMo-7B uses it: every token the same weight, clip-higher, no KL term (2505.07608, section 3.3)."""
+
+import math
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from openmimo.core.errors import ConfigError
+from openmimo.core.samples import Sample
+from openmimo.rl.algorithm import Algorithm, RatioOptions
+from openmimo.rl.algorithms._annotation import annotate_outcomes
+from openmimo.rl.algorithms._correction import corrected_for_engine
+from openmimo.rl.losses import objectives
+from openmimo.rl.losses.advantages import grpo_advantages
+from openmimo.rl.losses.tokens import TokenBatch
+
+
+@dataclass(frozen=True)
+class Options(RatioOptions):
+    """low, high: the policy ratio is clipped to 1 - low and 1 + high. dual_clip: the most that a token of negative
+    advantage may lose, in multiples of it (above 1; None: no limit). epsilon: added to the std of a group's rewards.
+    """
+
+    low: float = 0.2
+    high: float = 0.28
+    dual_clip: float | None = None
+    epsilon: float = 1e-6
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.dual_clip is not None and self.dual_clip <= 1:
+            raise ConfigError(f"dual_clip is {self.dual_clip}; it must be above 1.")
+
+
+def annotate(samples: list[Sample], options: Options, policy_logprobs: list[list[float]]) -> None:
+    """(reward - mean) / std over the group."""
+    annotate_outcomes(samples, options, partial(grpo_advantages, epsilon=options.epsilon))
+
+
+def token_losses(batch: TokenBatch, options: Options) -> torch.Tensor:
+    """The clipped loss, [N]."""
+    dual = math.inf if options.dual_clip is None else options.dual_clip
+    losses_N = objectives.clipped(batch, low=options.low, high=options.high, dual=dual, old_policy=options.old_policy)
+    return corrected_for_engine(losses_N, batch, options)
+
+
+PLUGIN = Algorithm(
+    describe="GRPO with clip-higher, averaged over tokens, no KL term (MiMo-7B)",
+    options=Options,
+    annotate=annotate,
+    token_losses=token_losses,
+)

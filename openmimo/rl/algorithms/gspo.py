@@ -1,0 +1,44 @@
+"""GSPO: the policy ratio, its clipping and the average are those of whole sequences (2507.18071)."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from openmimo.core.samples import Sample
+from openmimo.rl.algorithm import Algorithm, RatioOptions
+from openmimo.rl.algorithms._annotation import annotate_outcomes
+from openmimo.rl.algorithms._correction import corrected_for_engine
+from openmimo.rl.losses import objectives
+from openmimo.rl.losses.advantages import grpo_advantages
+from openmimo.rl.losses.tokens import TokenBatch
+
+
+@dataclass(frozen=True)
+class Options(RatioOptions):
+    """low, high: the geometric mean ratio of a sequence is clipped to 1 - low and 1 + high; far closer to 1 than the
+    ratios of tokens.
+    """
+
+    normalisation: Literal["token", "sequence", "constant"] = "sequence"
+    low: float = 3e-4
+    high: float = 4e-4
+
+
+def annotate(samples: list[Sample], options: Options, policy_logprobs: list[list[float]]) -> None:
+    """(reward - mean) / std over the group."""
+    annotate_outcomes(samples, options, grpo_advantages)
+
+
+def token_losses(batch: TokenBatch, options: Options) -> torch.Tensor:
+    """The loss clipped by sequence, [N]."""
+    losses_N = objectives.gspo(batch, low=options.low, high=options.high, old_policy=options.old_policy)
+    return corrected_for_engine(losses_N, batch, options)
+
+
+PLUGIN = Algorithm(
+    describe="GSPO: clips the ratio of whole sequences",
+    options=Options,
+    annotate=annotate,
+    token_losses=token_losses,
+)

@@ -1,0 +1,84 @@
+"""What to watch in training: plain numbers from the log-probabilities of a batch.
+
+The gap between trainer and engine is logged itself, not only what a gate drops: a fixed gate can drop fewer tokens
+while the gap widens.
+
+N policy-written tokens, V vocabulary.
+"""
+
+import torch
+
+from openmimo.rl.losses.tokens import TokenBatch
+
+EXTREME_RATIOS = (2, 5, 10)
+
+
+def batch_diagnostics(
+    batch: TokenBatch,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    teacher_logprobs_N: torch.Tensor | None = None,
+    entropy_N: torch.Tensor | None = None,
+) -> dict[str, float]:
+    """All that can be said of a batch; empty for an empty one. `low` and `high`: those of the gate, if there is one."""
+    if not len(batch.logprobs_N):
+        return {}
+    metrics = mismatch(batch.logprobs_N, batch.behaviour_logprobs_N)
+    metrics |= gate_shares(batch.logprobs_N - batch.behaviour_logprobs_N, low=low, high=high)
+    metrics["staleness_mean"] = float(batch.staleness_N.double().mean())
+    metrics["staleness_max"] = float(batch.staleness_N.max())
+    if teacher_logprobs_N is not None:
+        metrics |= teacher_gap(batch.logprobs_N, teacher_logprobs_N)
+    if entropy_N is not None:
+        metrics["entropy"] = float(entropy_N.detach().mean())
+    return metrics
+
+
+def mismatch(logprobs_N: torch.Tensor, behaviour_logprobs_N: torch.Tensor) -> dict[str, float]:
+    """How far trainer and engine are apart on the sampled tokens, with r = π / μ.
+
+    mismatch_k1: mean log μ - log π. mismatch_k3: mean r - 1 - log r. logprob_difference_mean, _max: of |log π - log μ|.
+    extreme_ratio_share_τ: share of tokens with max(r, 1 / r) > τ, the F(τ) of R3 (2510.11370).
+    """
+    log_ratio_N = (logprobs_N.detach() - behaviour_logprobs_N.detach()).double()
+    distance_N = log_ratio_N.abs()
+    metrics = {
+        "mismatch_k1": float(-log_ratio_N.mean()),
+        "mismatch_k3": float((log_ratio_N.exp() - 1 - log_ratio_N).mean()),
+        "logprob_difference_mean": float(distance_N.mean()),
+        "logprob_difference_max": float(distance_N.max()),
+    }
+    shares = {f"extreme_ratio_share_{limit}": _share(distance_N.exp() > limit) for limit in EXTREME_RATIOS}
+    return metrics | shares
+
+
+def gate_shares(log_ratio_N: torch.Tensor, *, low: float | None, high: float | None) -> dict[str, float]:
+    """gated_low_share, gated_high_share: shares of tokens with a ratio below `low`, above `high` (None: not given)."""
+    ratio_N = log_ratio_N.detach().exp()
+    metrics = {}
+    if low is not None:
+        metrics["gated_low_share"] = _share(ratio_N < low)
+    if high is not None:
+        metrics["gated_high_share"] = _share(ratio_N > high)
+    return metrics
+
+
+def teacher_gap(logprobs_N: torch.Tensor, teacher_logprobs_N: torch.Tensor) -> dict[str, float]:
+    """teacher_kl: mean log π_θ - log π_teacher where the teacher answered (NaN if nowhere), the estimate of the reverse
+    KL; teacher_missing_share: share of tokens where it did not (NaN).
+    """
+    missing_N = teacher_logprobs_N.isnan()
+    gap_N = logprobs_N.detach()[~missing_N] - teacher_logprobs_N[~missing_N]
+    return {"teacher_kl": float(gap_N.mean()), "teacher_missing_share": _share(missing_N)}
+
+
+def top_k_overlap(student_logits_NV: torch.Tensor, teacher_logits_NV: torch.Tensor, *, k: int) -> float:
+    """The share of the teacher's k most probable tokens that are among the student's, over all tokens (2604.13016)."""
+    student_NK = student_logits_NV.detach().topk(k, dim=-1).indices
+    teacher_NK = teacher_logits_NV.detach().topk(k, dim=-1).indices
+    return _share((teacher_NK[:, :, None] == student_NK[:, None, :]).any(dim=-1))
+
+
+def _share(flags: torch.Tensor) -> float:
+    return float(flags.double().mean())
