@@ -1,0 +1,43 @@
+"""Which Python runs inside the jail: one that the jail's user can read, with the folder that must be shown to it."""
+
+import os
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from openmimo.runtime.sandbox.records import SandboxUnavailableError
+
+
+@dataclass(frozen=True)
+class Interpreter:
+    """An executable, and the folder with its standard library (shown read-only in the jail, at the same place)."""
+
+    executable: str
+    prefix: str
+
+
+def find_interpreter() -> Interpreter:
+    """The Python that runs this process, without its virtual environment; where only root can read it, the system's.
+
+    Raises SandboxUnavailableError if there is none.
+    """
+    own = Path(sys.base_prefix) / "bin" / f"python{sys.version_info.major}.{sys.version_info.minor}"
+    system = [Path(found) for found in ("/usr/bin/python3", "/usr/local/bin/python3") if shutil.which(found)]
+    candidates = [Interpreter(str(own), sys.base_prefix)]
+    candidates += [Interpreter(str(path.resolve()), str(path.parents[1])) for path in system]
+    for candidate in candidates:
+        path = Path(candidate.executable)
+        narrow = Path(candidate.prefix).resolve() not in (Path("/"), Path.home().resolve(), *Path.home().parents)
+        if path.exists() and narrow and (os.geteuid() != 0 or readable_by_all(path)):
+            return candidate
+    raise SandboxUnavailableError(
+        f"Model-written code runs as the user nobody, who cannot read the Python at {own}, and there is none at "
+        "/usr/bin/python3. Install the system's Python, e.g. with apt-get install python3-minimal."
+    )
+
+
+def readable_by_all(path: Path) -> bool:
+    """Whether any user can reach and read `path`."""
+    resolved = path.resolve()
+    return bool(resolved.stat().st_mode & 0o004) and all(parent.stat().st_mode & 0o001 for parent in resolved.parents)

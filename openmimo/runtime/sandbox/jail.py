@@ -1,0 +1,221 @@
+"""One jailed process: started and waiting, given one job, watched while it runs, killed with all that it started."""
+
+import contextlib
+import json
+import os
+import selectors
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+from openmimo.runtime.sandbox import watch
+from openmimo.runtime.sandbox.records import JailError, SandboxLimits, SandboxResult
+from openmimo.runtime.sandbox.tiers import Place, Tier
+
+START = Path(__file__).with_name("jailed_start.py")
+START_SECONDS = 20.0
+WATCH_SECONDS = 0.1
+DRAIN_SECONDS = 0.5  # for output that is still in the pipes when the program has ended
+MOST_TIMES_OUTPUT = 16
+
+
+class _Inlet:
+    """Bytes on their way into a pipe."""
+
+    def __init__(self, descriptor: int, data: bytes):
+        self.descriptor, self.data = descriptor, memoryview(data)
+
+    def move(self) -> bool:
+        """Writes what fits. False when all is written, or nobody reads."""
+        try:
+            self.data = self.data[os.write(self.descriptor, self.data[: 2**16]) :]
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        return len(self.data) > 0
+
+
+class _Outlet:
+    """What came out of a pipe: the first `limit` bytes are kept, the rest is counted."""
+
+    def __init__(self, descriptor: int, limit: int):
+        self.descriptor, self.limit = descriptor, limit
+        self.kept, self.total = bytearray(), 0
+
+    def move(self) -> bool:
+        """Reads what is there. False when every writer has gone."""
+        try:
+            chunk = os.read(self.descriptor, 2**16)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        self.total += len(chunk)
+        self.kept += chunk[: self.limit - len(self.kept)]
+        return len(chunk) > 0
+
+
+class Jail:
+    """A Python waiting in a jail. It runs one job, in a working folder that the host may fill until then.
+
+    The kernel kills it when the thread that made this object ends (or its process), so that nothing outlives a trainer.
+    """
+
+    def __init__(self, tier: Tier, place: Place, limits: SandboxLimits):
+        self.tier, self.place, self.limits = tier, place, limits
+        self.marker = f"JAIL={place.work.parent.name}"
+        inputs, outputs = [os.pipe() for _ in range(2)], [os.pipe() for _ in range(3)]
+        (stdin, self._stdin), (control, self._control) = inputs
+        (self._stdout, stdout), (self._stderr, stderr), (self._result, result) = outputs
+        self._open = {self._stdin, self._control, self._stdout, self._stderr, self._result}
+        settings = {"limits": limits.resource_limits(), "control": control, "result": result}
+        python = [place.interpreter.executable, "-s", "-S", "-B", "-c", START.read_text(), json.dumps(settings)]
+        inside = tier.isolates
+        try:
+            self.process = subprocess.Popen(
+                tier.command(python, place, limits),
+                stdin=stdin,
+                stdout=stdout,
+                stderr=stderr,
+                pass_fds=(control, result),
+                env=self._environment("/workspace" if inside else str(place.work)),
+                cwd="/" if inside else place.work,
+                start_new_session=True,
+            )
+        except OSError as error:
+            self._close(*self._open)
+            raise JailError(f"the jail {tier.name!r} cannot be started: {error}") from error
+        finally:
+            for descriptor in (stdin, control, stdout, stderr, result):
+                os.close(descriptor)
+        for descriptor in self._open:
+            os.set_blocking(descriptor, False)
+
+    def _environment(self, home: str) -> dict[str, str]:
+        """All that the program sees of an environment. PATH serves the building of the jail, too."""
+        folders = ["/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin"]
+        own = str(Path(self.place.interpreter.executable).parent)
+        name, _, value = self.marker.partition("=")
+        return {
+            "PATH": ":".join(folders if own in folders else [own, *folders]),
+            "HOME": home,
+            "TMPDIR": "/tmp" if self.tier.isolates else home,
+            "LANG": "C.UTF-8",
+            "PYTHONHASHSEED": "0",
+            "PYTHONDONTWRITEBYTECODE": "1",
+            name: value,
+        }
+
+    def wait_until_ready(self) -> None:
+        """Returns when the jail stands and its Python waits. Raises JailError if it never does."""
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._result, selectors.EVENT_READ)
+            ready = bool(selector.select(START_SECONDS)) and os.read(self._result, 1) == b"R"
+        if not ready:
+            said = ""
+            with contextlib.suppress(BlockingIOError):
+                said = os.read(self._stderr, 2000).decode(errors="replace").strip()
+            self.kill()
+            raise JailError(f"the jail {self.tier.name!r} did not come up: {said or 'it said nothing'}")
+
+    def alive(self) -> bool:
+        """Whether it can still be given a job."""
+        return bool(self._open) and self.process.poll() is None
+
+    def run(self, job: dict, stdin: bytes) -> SandboxResult:
+        """Runs {"argv": [...]} or {"source": "..."} to its end, or to a limit. Afterwards the jail is no more."""
+        started = time.monotonic()
+        most = self.limits.output_bytes
+        inlets = [_Inlet(self._control, json.dumps(job).encode()), _Inlet(self._stdin, stdin)]
+        outputs = [_Outlet(self._stdout, most), _Outlet(self._stderr, most)]
+        result = _Outlet(self._result, most * MOST_TIMES_OUTPUT)
+        try:
+            killed_by = self._exchange(inlets, [*outputs, result], started + self.limits.wall_seconds)
+        finally:
+            self.kill()
+        code = self.process.returncode
+        code = 128 - code if code < 0 else code
+        return SandboxResult(
+            exit_code=code,
+            stdout=bytes(outputs[0].kept),
+            stderr=bytes(outputs[1].kept),
+            timed_out=killed_by == "wall",
+            truncated=any(output.total > output.limit for output in outputs),
+            killed_by=killed_by or _signal_name(code),
+            seconds=time.monotonic() - started,
+            result=bytes(result.kept),
+        )
+
+    def _exchange(self, inlets: list[_Inlet], outlets: list[_Outlet], deadline: float) -> str | None:
+        """Moves bytes in and out until the program has ended or must be. Returns the limit that it broke, if any."""
+        with selectors.DefaultSelector() as selector:
+            for inlet in inlets:
+                if inlet.data:
+                    selector.register(inlet.descriptor, selectors.EVENT_WRITE, inlet)
+                else:
+                    self._close(inlet.descriptor)
+            for outlet in outlets:
+                selector.register(outlet.descriptor, selectors.EVENT_READ, outlet)
+            killed_by, next_watch = None, 0.0
+            while killed_by is None and self.process.poll() is None:
+                now = time.monotonic()
+                if now >= deadline:
+                    killed_by = "wall"
+                elif any(outlet.total > self.limits.output_bytes * MOST_TIMES_OUTPUT for outlet in outlets):
+                    killed_by = "output"
+                elif now >= next_watch:
+                    killed_by, next_watch = self._overuse(), time.monotonic() + WATCH_SECONDS
+                self._move(selector, min(WATCH_SECONDS, max(0.0, deadline - now)))
+            self._signal_all()
+            drained = time.monotonic() + DRAIN_SECONDS
+            while any(key.events & selectors.EVENT_READ for key in selector.get_map().values()):
+                if time.monotonic() > drained:
+                    break
+                self._move(selector, WATCH_SECONDS)
+            return killed_by
+
+    def _move(self, selector: selectors.BaseSelector, seconds: float) -> None:
+        """One round: waits up to `seconds` for a pipe that can move, or for the end of the process."""
+        if not selector.get_map():
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(seconds)
+            return
+        for key, _ in selector.select(seconds):
+            if not key.data.move():
+                selector.unregister(key.fd)
+                self._close(key.fd)
+
+    def _overuse(self) -> str | None:
+        if watch.exceeds_memory(self.process.pid, self.limits.memory_bytes):
+            return "memory"
+        return "disk" if watch.exceeds_disk(self.place.work, self.limits.file_bytes) else None
+
+    def _signal_all(self) -> None:
+        """SIGKILL for everything in the jail: its first process takes the others with it, where it has a namespace."""
+        if self.process.returncode is None or (self._open and not self.tier.isolates):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+        if self._open and not self.tier.isolates:
+            watch.kill_marked(self.marker)
+
+    def kill(self) -> None:
+        """Ends the jail, whatever it is doing. May be called again."""
+        self._signal_all()
+        self.process.wait()
+        self._close(*self._open)
+
+    def _close(self, *descriptors: int) -> None:
+        for descriptor in descriptors:
+            if descriptor in self._open:
+                self._open.discard(descriptor)
+                os.close(descriptor)
+
+
+def _signal_name(exit_code: int) -> str | None:
+    """The signal behind an exit code above 128. A program can exit with such a code itself."""
+    with contextlib.suppress(ValueError):
+        name = signal.Signals(exit_code - 128).name
+        return "cpu" if name == "SIGXCPU" else name
+    return None

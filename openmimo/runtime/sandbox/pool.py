@@ -1,0 +1,131 @@
+"""Jails that are up before they are needed. Each runs one job and is replaced, so that no job can spoil the next.
+
+A job of one line takes, on two shared cores, 36 ms in a fresh jail of bubblewrap, 85 ms in one of unshare, 30 ms with
+resource limits only, and 8 to 10 ms in one that is up. The work of starting a jail is hidden, not saved: a pool helps
+while there is a processor to refill it.
+"""
+
+import asyncio
+import threading
+import time
+from collections.abc import Mapping
+
+from openmimo.runtime.sandbox.jail import Jail
+from openmimo.runtime.sandbox.records import JailError, SandboxLimits, SandboxResult
+from openmimo.runtime.sandbox.sandbox import Sandbox
+from openmimo.runtime.sandbox.workspace import Program, Workspace, job_of
+
+RETRY_SECONDS = 0.5
+
+
+class SandboxPool:
+    """Keeps `size` jails waiting; `run` is that of `Sandbox`, without the time that a jail takes to come up.
+
+    With none waiting, a job starts a jail itself. Use it as a context manager, or close it.
+    """
+
+    def __init__(self, size: int, sandbox: Sandbox | None = None):
+        self._sandbox = sandbox or Sandbox()
+        self._size, self._busy, self._closed = size, 0, False
+        self._idle: list[tuple[Workspace, Jail]] = []
+        self._changed = threading.Condition()
+        # One thread starts all jails and outlives them: the kernel ends a jail with the thread that started it.
+        self._filler = threading.Thread(target=self._fill, name="sandbox-pool", daemon=True)
+        self._filler.start()
+
+    def __enter__(self) -> "SandboxPool":
+        return self
+
+    def __exit__(self, *unused) -> None:
+        self.close()
+
+    @property
+    def limits(self) -> SandboxLimits:
+        """The limits of each job."""
+        return self._sandbox.limits
+
+    def describe(self) -> str:
+        """The jail in one line, for logs and reports."""
+        return f"{self._sandbox.describe()}, {self._size} waiting"
+
+    def wait_until_warm(self, timeout_seconds: float = 30.0) -> bool:
+        """Waits until all jails are up. False if they are not by then."""
+        with self._changed:
+            return self._changed.wait_for(lambda: len(self._idle) >= self._size, timeout_seconds)
+
+    def run(
+        self, program: Program, files: Mapping[str, bytes | str] | None = None, stdin: bytes = b""
+    ) -> SandboxResult:
+        """Runs Python source (a string) or a command (a list) in a fresh folder that holds `files`."""
+        job = job_of(program)
+        taken = self._take()
+        if taken is None:
+            return self._sandbox.run(program, files, stdin)
+        workspace, jail = taken
+        try:
+            workspace.write_all(files or {})
+            return jail.run(job, stdin)
+        finally:
+            _discard(taken)
+            with self._changed:
+                self._busy -= 1
+                self._changed.notify_all()
+
+    async def run_async(
+        self, program: Program, files: Mapping[str, bytes | str] | None = None, stdin: bytes = b""
+    ) -> SandboxResult:
+        """`run` in a thread. Cancelling the wait does not end the program before its wall limit."""
+        return await asyncio.to_thread(self.run, program, files, stdin)
+
+    def close(self) -> None:
+        """Waits for jobs that run, and ends the jails that wait."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self._filler.join()
+
+    def _take(self) -> tuple[Workspace, Jail] | None:
+        """A jail that is up and alive, now busy; None if there is none. Dead ones are dropped, and so replaced."""
+        with self._changed:
+            while self._idle and not self._closed:
+                taken = self._idle.pop(0)
+                self._changed.notify_all()
+                if taken[1].alive():
+                    self._busy += 1
+                    return taken
+                _discard(taken)
+        return None
+
+    def _fill(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._closed or len(self._idle) < self._size)
+                if self._closed:
+                    self._changed.wait_for(lambda: self._busy == 0)
+                    break
+            entry = self._start()
+            if entry is None:
+                time.sleep(RETRY_SECONDS)
+                continue
+            with self._changed:
+                self._idle.append(entry)
+                self._changed.notify_all()
+        for entry in self._idle:
+            _discard(entry)
+
+    def _start(self) -> tuple[Workspace, Jail] | None:
+        """A jail that is up, or None: `run` then meets the failure in a thread that can report it."""
+        workspace = self._sandbox.workspace()
+        try:
+            jail = self._sandbox.start(workspace.place)
+            jail.wait_until_ready()
+        except JailError:
+            workspace.close()
+            return None
+        return workspace, jail
+
+
+def _discard(entry: tuple[Workspace, Jail]) -> None:
+    workspace, jail = entry
+    jail.kill()
+    workspace.close()

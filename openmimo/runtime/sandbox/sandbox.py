@@ -1,0 +1,90 @@
+"""Runs programs that nobody has read: the best jail of this machine, or a refusal."""
+
+import asyncio
+from collections.abc import Mapping
+
+from openmimo.core.errors import ConfigError
+from openmimo.runtime.sandbox.interpreter import find_interpreter
+from openmimo.runtime.sandbox.jail import Jail
+from openmimo.runtime.sandbox.records import SandboxLimits, SandboxResult, SandboxUnavailableError
+from openmimo.runtime.sandbox.selftest import why_not
+from openmimo.runtime.sandbox.tiers import TIERS, Place, Tier
+from openmimo.runtime.sandbox.workspace import Program, Workspace
+
+
+class Sandbox:
+    """Runs Python source and commands in a jail, one after another or from many threads at once.
+
+    tier: "bubblewrap", "unshare", "rlimits", or None for the best that passes its self-test here. allow_unsafe: also
+    run where no jail holds, with resource limits only; the program can then read this machine's files and use its
+    network. Raises SandboxUnavailableError where the tier does not hold and ConfigError where it is unknown.
+    """
+
+    def __init__(self, limits: SandboxLimits | None = None, tier: str | None = None, allow_unsafe: bool = False):
+        self.limits = limits or SandboxLimits()
+        self.tier = choose_tier(tier, allow_unsafe)
+        self._interpreter = find_interpreter()
+
+    def describe(self) -> str:
+        """The jail in one line, for logs and reports."""
+        tested = "; its self-test passed" if self.tier.isolates else ""
+        return f"{self.tier.name}: {self.tier.summary}; runs {self._interpreter.executable}{tested}"
+
+    def run(
+        self, program: Program, files: Mapping[str, bytes | str] | None = None, stdin: bytes = b""
+    ) -> SandboxResult:
+        """Runs Python source (a string) or a command (a list) in a fresh folder that holds `files`.
+
+        Raises JailError if the jail itself breaks down; whatever the program does is in the result.
+        """
+        with self.workspace(files) as workspace:
+            return workspace.run(program, stdin)
+
+    async def run_async(
+        self, program: Program, files: Mapping[str, bytes | str] | None = None, stdin: bytes = b""
+    ) -> SandboxResult:
+        """`run` in a thread. Cancelling the wait does not end the program before its wall limit."""
+        return await asyncio.to_thread(self.run, program, files, stdin)
+
+    def workspace(self, files: Mapping[str, bytes | str] | None = None) -> Workspace:
+        """A folder for many commands, each in a jail of its own: `with sandbox.workspace() as workspace: ...`."""
+        workspace = Workspace(self.start, self._interpreter)
+        try:
+            workspace.write_all(files or {})
+        except BaseException:
+            workspace.close()
+            raise
+        return workspace
+
+    def start(self, place: Place) -> Jail:
+        """A jail around a folder, coming up."""
+        return Jail(self.tier, place, self.limits)
+
+
+def choose_tier(name: str | None, allow_unsafe: bool) -> Tier:
+    """The tier of that name, or the best one that holds on this machine."""
+    if name is not None and name not in TIERS:
+        raise ConfigError(f"sandbox tier {name!r} is unknown; there are {', '.join(TIERS)}.")
+    wanted = [tier for tier in TIERS.values() if name in (None, tier.name)]
+    reasons = []
+    for tier in wanted:
+        if not tier.isolates and not allow_unsafe:
+            reasons.append(f"{tier.name}: no jail, and allow_unsafe was not set")
+        elif reason := why_not(tier.name):
+            reasons.append(f"{tier.name}: {reason}")
+        else:
+            return tier
+    raise SandboxUnavailableError(_refusal(reasons))
+
+
+def _refusal(reasons: list[str]) -> str:
+    install = ", or ".join(tier.install for tier in TIERS.values() if tier.install)
+    return (
+        "Model-written code is not run, since no jail holds on this machine.\n"
+        + "".join(f"  {reason}\n" for reason in reasons)
+        + f"Install {install}. In a container, allow user namespaces: Docker needs --security-opt with each of "
+        "seccomp=unconfined, apparmor=unconfined and systempaths=unconfined, Ubuntu needs "
+        "sysctl kernel.apparmor_restrict_unprivileged_userns=0.\n"
+        "On a machine that holds nothing of worth and has no network, allow_unsafe=True runs the code with resource "
+        "limits only: it can then read every file of its user and use the network."
+    )
