@@ -131,6 +131,33 @@ def _extend(arguments: list[str]) -> None:
     extend(config)
 
 
+def _sft(arguments: list[str]) -> None:
+    from openmimo.train.config import SftConfig
+
+    config = _with_overrides("sft", arguments, SftConfig)
+    from openmimo.train.pretrain import sft
+
+    sft(config)
+
+
+def _rl(arguments: list[str]) -> None:
+    from openmimo.rl.config import RlConfig
+
+    config = _with_overrides("rl", arguments, RlConfig)
+    from openmimo.rl.run import train
+
+    train(config)
+
+
+def _mopd(arguments: list[str]) -> None:
+    from openmimo.rl.config import MopdConfig
+
+    config = _with_overrides("mopd", arguments, MopdConfig)
+    from openmimo.rl.run import train
+
+    train(config)
+
+
 def _demo(arguments: list[str]) -> None:
     from openmimo.demo.config import DemoConfig
 
@@ -334,6 +361,9 @@ VERBS: dict[str, Verb] = {
     "demo": Verb("the whole story on a laptop: train, extend, measure, speak; writes report.html", _demo),
     "pretrain": Verb("pre-train in stages from a recipe", _pretrain),
     "extend": Verb("extend the context of a checkpoint", _extend),
+    "sft": Verb("fine-tune a checkpoint on conversations or demonstrations", _sft),
+    "rl": Verb("reinforcement learning with verifiable rewards, from a checkpoint", _rl),
+    "mopd": Verb("distil teachers into a student on the student's own answers", _mopd),
     "eval": Verb("measure retrieval and loss over long contexts", _eval),
     "generate": Verb("continue a prompt", _generate),
     "chat": Verb("talk with a checkpoint in the terminal", _chat),

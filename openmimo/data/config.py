@@ -1,7 +1,9 @@
 """What a run reads: sources and their shares, without torch."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
+from openmimo.core.config import to_dict
 from openmimo.core.errors import ConfigError
 
 
@@ -18,7 +20,7 @@ class SourceConfig:
 
     name: str
     weight: float = 1.0
-    options: dict[str, bool | int | float | str] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
     max_megabytes: float = 0.0
 
     def __post_init__(self) -> None:
@@ -46,3 +48,36 @@ class MixtureConfig:
             raise ConfigError("A mixture needs at least one source.")
         if not 0.0 <= self.validation_fraction < 1.0:
             raise ConfigError(f"validation_fraction is {self.validation_fraction}; it must be at least 0 and below 1.")
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """Problems of one family of verifiable tasks.
+
+    Attributes:
+        name: A file in `openmimo/data/tasks`, or `package.module:Object`.
+        min_difficulty: The easiest problems drawn; what a level means is the family's own.
+        max_difficulty: The hardest ones; levels in between are equally likely.
+        weight: Its share of the problems where several tasks are mixed, relative to the other weights.
+        options: Settings of that family (its `options` dataclass lists them).
+    """
+
+    name: str
+    min_difficulty: int = 2
+    max_difficulty: int = 2
+    weight: float = 1.0
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.weight > 0.0:
+            raise ConfigError(f"The weight of task {self.name!r} is {self.weight}; it must be above 0.")
+        if self.min_difficulty > self.max_difficulty:
+            raise ConfigError(
+                f"Task {self.name!r} has min_difficulty {self.min_difficulty} above max_difficulty "
+                f"{self.max_difficulty}."
+            )
+
+
+def demonstrations(*tasks: TaskConfig, weight: float = 1.0, noise: float = 0.0, system: str = "") -> SourceConfig:
+    """The source of demonstrations of `tasks`; `openmimo/data/sources/tasks.py` says what its options mean."""
+    return SourceConfig("tasks", weight, {"tasks": [to_dict(task) for task in tasks], "noise": noise, "system": system})

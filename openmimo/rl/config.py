@@ -1,10 +1,18 @@
 """What reinforcement learning may be told, without torch."""
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
 
 from openmimo.core.errors import ConfigError
+from openmimo.engine.config import EngineConfig
+from openmimo.train.config import CheckpointConfig, OptimiserConfig
+
+
+def _check(owner: str, config: object, rules: dict[str, tuple[bool, str]]) -> None:
+    for name, (good, expected) in rules.items():
+        if not good:
+            raise ConfigError(f"{owner}: {name} is {getattr(config, name)!r}; it must be {expected}.")
 
 
 @dataclass(frozen=True)
@@ -121,7 +129,173 @@ class SchedulerConfig:
             )
 
 
-def _check(owner: str, config: object, rules: dict[str, tuple[bool, str]]) -> None:
-    for name, (good, expected) in rules.items():
-        if not good:
-            raise ConfigError(f"{owner}: {name} is {getattr(config, name)!r}; it must be {expected}.")
+@dataclass(frozen=True)
+class RlSource(SourceQuota):
+    """One source of a run: an environment with its settings, and its part of every batch.
+
+    Attributes:
+        environment: A file in `openmimo/rl/environments`, or `package.module:Object`.
+        options: Settings of that environment (its `options` dataclass lists them).
+    """
+
+    environment: str = "task"
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RlEvaluation:
+    """Held-out problems, answered greedily.
+
+    Attributes:
+        every_steps: Steps between two; there is one before the first step and one after the last, too.
+        problems: Of each source.
+    """
+
+    every_steps: int = 50
+    problems: int = 100
+
+    def __post_init__(self) -> None:
+        _check(
+            "evaluation", self, {name: (getattr(self, name) >= 1, "at least 1") for name in ("every_steps", "problems")}
+        )
+
+
+@dataclass(frozen=True)
+class RlConfig:
+    """A complete run of reinforcement learning, from a checkpoint to a better one.
+
+    Attributes:
+        checkpoint: The model folder to start from.
+        run_folder: Where everything goes; a run that finds its own checkpoints there goes on from the newest.
+        sources: Where problems come from; the name of a source is its domain.
+        steps: Batches to learn from.
+        algorithm: A file in `openmimo/rl/algorithms`, or `package.module:Object`.
+        algorithm_options: Settings of that algorithm (its `options` dataclass lists them).
+        groups_per_step: Prompts of a batch.
+        updates_per_step: Optimiser steps on each batch, over its groups in as many parts.
+        learning_rate: After the warm-up.
+        warmup_steps: Steps in which it rises linearly.
+        dynamic_sampling: Draw other problems in place of those whose samples all have the same reward.
+        max_draws: How many problems a step may draw, at most, as a multiple of its groups.
+        easy_fraction: Problems that were solved every time are drawn with this probability only (none: like others).
+        unfinished: What happens to samples that are not finished when a batch is: abort, or partial (they go on).
+        max_staleness: Tokens so many policy versions old are learned from; older ones never.
+        replay_routing: Route in training as the engine routed (R3).
+        bias_rate: Step of the experts' selection bias.
+        mtp_weight: Weight of the MTP heads' own loss, which moves nothing but the heads.
+        max_running: Samples in the engine at once.
+        tokens_per_microbatch: Packed tokens in memory at once.
+        reward_threads: Threads in which slow environments answer.
+        seed: Decides problems and samples.
+        device: auto (an accelerator if there is one), cpu, or a device of torch.
+        dtype: Of the activations, in training and in the engine: float32, bfloat16 or auto.
+        threads: CPU threads of torch (0: as torch chooses).
+        tensorboard: Write event files to `<run_folder>/tensorboard` too.
+        engine: Cache and drafting of the rollouts.
+        optimiser: AdamW and gradient clipping.
+        checkpoints: When they are written, which are kept.
+        evaluation: Held-out problems.
+    """
+
+    checkpoint: str
+    run_folder: str
+    sources: tuple[RlSource, ...]
+    steps: int = 200
+    algorithm: str = "grpo"
+    algorithm_options: dict[str, Any] = field(default_factory=dict)
+    groups_per_step: int = 16
+    updates_per_step: int = 1
+    learning_rate: float = 1e-6
+    warmup_steps: int = 0
+    dynamic_sampling: bool = True
+    max_draws: float = 4.0
+    easy_fraction: float | None = 0.1
+    unfinished: Literal["abort", "partial"] = "abort"
+    max_staleness: int = 4
+    replay_routing: bool = True
+    bias_rate: float = 0.0
+    mtp_weight: float = 0.1
+    max_running: int = 128
+    tokens_per_microbatch: int = 8192
+    reward_threads: int = 4
+    seed: int = 0
+    device: str = "auto"
+    dtype: str = "auto"
+    threads: int = 0
+    tensorboard: bool = False
+    engine: EngineConfig = EngineConfig(
+        max_sequences=128, prefill_tokens=4096, mixed_prefill_tokens=1024, speculative=False
+    )
+    optimiser: OptimiserConfig = OptimiserConfig(weight_decay=0.0)
+    checkpoints: CheckpointConfig = CheckpointConfig(every_steps=20)
+    evaluation: RlEvaluation = RlEvaluation()
+
+    def __post_init__(self) -> None:
+        at_least_1 = (
+            "steps",
+            "groups_per_step",
+            "updates_per_step",
+            "max_running",
+            "tokens_per_microbatch",
+            "reward_threads",
+        )
+        rules = {name: (getattr(self, name) >= 1, "at least 1") for name in at_least_1}
+        rules["learning_rate"] = (self.learning_rate > 0.0, "above 0")
+        rules["warmup_steps"] = (self.warmup_steps >= 0, "0 or more")
+        rules["updates_per_step"] = (1 <= self.updates_per_step <= self.groups_per_step, "1 to groups_per_step")
+        rules["dtype"] = (self.dtype in ("auto", "float32", "bfloat16"), "auto, float32 or bfloat16")
+        _check("the run", self, rules)
+        if any(source.temperature == 0.0 for source in self.sources):
+            raise ConfigError("a source has temperature 0: all samples of a group would be the same. Give it 1.0.")
+        self.scheduler()
+
+    def scheduler(self) -> SchedulerConfig:
+        """The part of it that the data scheduler reads."""
+        shared = (
+            "groups_per_step",
+            "seed",
+            "dynamic_sampling",
+            "max_draws",
+            "easy_fraction",
+            "unfinished",
+            "max_staleness",
+        )
+        quota_fields = [own.name for own in fields(SourceQuota)]
+        quotas = tuple(SourceQuota(**{name: getattr(source, name) for name in quota_fields}) for source in self.sources)
+        return SchedulerConfig(quotas, **{name: getattr(self, name) for name in shared})
+
+
+@dataclass(frozen=True)
+class MopdConfig(RlConfig):
+    """A run of multi-teacher on-policy distillation: the student writes, the teacher of the domain judges every token.
+
+    Attributes:
+        teachers: A checkpoint folder for each source, or "self" for the one that the student starts from.
+        signal: How a teacher teaches: sampled (log-probabilities of what the student wrote, equations 7 to 9), full
+            (reverse KL over the whole vocabulary), top_k (the same over the teacher's likeliest, corrected), forward
+            (forward KL over the whole vocabulary), or imitate (cross-entropy on what the teacher wrote).
+        top_k: Only with signal top_k (none: 64).
+        writer: Who writes what is learned from: the student (on-policy), or the teacher (the usual distillation, for
+            comparison).
+        min_reward: Learn only from samples with at least this reward (none: from all); with signal imitate, this is
+            rejection-sampled fine-tuning.
+    """
+
+    teachers: dict[str, str] = field(default_factory=dict)
+    signal: Literal["sampled", "full", "top_k", "forward", "imitate"] = "sampled"
+    top_k: int | None = None
+    writer: Literal["student", "teacher"] = "student"
+    min_reward: float | None = None
+    algorithm: str = "mopd"
+    groups_per_step: int = 64
+    dynamic_sampling: bool = False
+    easy_fraction: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.top_k is not None and self.signal != "top_k":
+            raise ConfigError(f"top_k has no effect with signal {self.signal!r}; leave it out.")
+        if self.writer == "teacher" and self.signal == "sampled":
+            raise ConfigError("signal 'sampled' scores what the student wrote; with writer 'teacher' take another.")
+        if self.signal == "imitate" and self.writer == "student":
+            raise ConfigError("signal 'imitate' copies what was written; with writer 'student' that teaches nothing.")

@@ -250,12 +250,87 @@ class ExtendConfig:
 
     def as_pretraining(self) -> PretrainConfig:
         """The same run as a pre-training run of one stage that starts from the checkpoint."""
-        shared = ("run_folder", "seed", "device", "dtype", "threads", "rows_per_microbatch", "activation_checkpointing",
-                  "balance_weight", "loader_workers", "tensorboard", "log_every_steps", "optimiser", "checkpoints",
-                  "evaluation")  # fmt: skip
-        of_stage = ("steps", "sequence_length", "rows", "peak_lr", "end_lr", "mixture", "warmup_steps", "mtp_weight",
-                    "bias_rate", "full_rope_theta", "mtp_heads")  # fmt: skip
-        stage = Stage(name="extend", **{name: getattr(self, name) for name in of_stage})
+        stage = _one_stage("extend", self, full_rope_theta=self.full_rope_theta)
         return PretrainConfig(
-            init_from=self.checkpoint, stages=(stage,), **{name: getattr(self, name) for name in shared}
+            init_from=self.checkpoint, stages=(stage,), **{name: getattr(self, name) for name in _OF_RUN}
         )
+
+
+@dataclass(frozen=True)
+class SftConfig:
+    """Supervised fine-tuning of a checkpoint on conversations (paper section 4.2; the defaults are the report's).
+
+    Attributes:
+        checkpoint: The model folder to start from.
+        run_folder: Where everything goes; a run that finds its own checkpoints there goes on from the newest.
+        mixture: Demonstrations: sources such as `chat` (conversations of your own) and `tasks`. Only what the assistant
+            wrote is learned.
+        steps: Optimiser steps.
+        sequence_length: Tokens in a row; whole conversations are packed into it.
+        rows: Rows in an optimiser step.
+        peak_lr: Learning rate after the warm-up.
+        end_lr: Learning rate at the end of the cosine.
+        warmup_steps: Steps of linear warm-up of the learning rate.
+        mtp_weight: Weight of the mean loss of the MTP heads.
+        mtp_heads: MTP heads from here on, grown by copying the last (None: unchanged; the report grows them here).
+        bias_rate: Step of the experts' selection bias. With Adam's epsilon, what the count of zero gradients is most
+            sensitive to: it should stay flat.
+        seed: Decides the order of the data.
+        device: auto (an accelerator if there is one), cpu, or a device of torch.
+        dtype: Of the activations: float32, bfloat16, or auto.
+        threads: CPU threads of torch (0: as torch chooses).
+        rows_per_microbatch: Rows in memory at once; an optimiser step accumulates over several.
+        activation_checkpointing: Recompute each layer in the backward pass instead of keeping its activations.
+        balance_weight: Of the sequence-level balance loss.
+        loader_workers: Threads that prepare rows ahead (the rows are the same for any number).
+        tensorboard: Write event files to `<run_folder>/tensorboard` too.
+        log_every_steps: Optimiser steps between two lines of metrics.
+        optimiser: AdamW and gradient clipping.
+        checkpoints: When they are written, which are kept.
+        evaluation: Validation on held-out rows.
+    """
+
+    checkpoint: str
+    run_folder: str
+    mixture: MixtureConfig
+    steps: int
+    sequence_length: int
+    rows: int = 128
+    peak_lr: float = 5e-5
+    end_lr: float = 5e-6
+    warmup_steps: int = 0
+    mtp_weight: float = 0.1
+    mtp_heads: int | None = None
+    bias_rate: float = 1e-4
+    seed: int = 0
+    device: str = "auto"
+    dtype: str = "auto"
+    threads: int = 0
+    rows_per_microbatch: int = 8
+    activation_checkpointing: bool = False
+    balance_weight: float = 1e-6
+    loader_workers: int = 0
+    tensorboard: bool = False
+    log_every_steps: int = 10
+    optimiser: OptimiserConfig = OptimiserConfig()
+    checkpoints: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    def as_pretraining(self) -> PretrainConfig:
+        """The same run as a pre-training run of one stage that starts from the checkpoint."""
+        return PretrainConfig(
+            init_from=self.checkpoint,
+            stages=(_one_stage("sft", self),),
+            **{name: getattr(self, name) for name in _OF_RUN},
+        )
+
+
+_OF_RUN = ("run_folder", "seed", "device", "dtype", "threads", "rows_per_microbatch", "activation_checkpointing",
+           "balance_weight", "loader_workers", "tensorboard", "log_every_steps", "optimiser", "checkpoints",
+           "evaluation")  # fmt: skip
+_OF_STAGE = ("steps", "sequence_length", "rows", "peak_lr", "end_lr", "mixture", "warmup_steps", "mtp_weight",
+             "bias_rate", "mtp_heads")  # fmt: skip
+
+
+def _one_stage(name: str, config: "ExtendConfig | SftConfig", **changes: Any) -> Stage:
+    return Stage(name=name, **{own: getattr(config, own) for own in _OF_STAGE}, **changes)

@@ -1,4 +1,4 @@
-"""`openmimo pretrain` and `openmimo extend`: set a run up, find where it stopped, train, report."""
+"""`openmimo pretrain`, `extend` and `sft`: set a run up, find where it stopped, train, report."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,7 +17,7 @@ from openmimo.model.mimo import MiMo
 from openmimo.model.presets import model_config
 from openmimo.runtime.device import resolve_device
 from openmimo.train.checkpoint import Checkpoints, Progress, restore
-from openmimo.train.config import ExtendConfig, PretrainConfig
+from openmimo.train.config import ExtendConfig, PretrainConfig, SftConfig
 from openmimo.train.report import write_report
 from openmimo.train.trainer import Trainer, without_location
 
@@ -59,6 +59,11 @@ def pretrain(config: PretrainConfig, *, console: Console | None = None) -> Path:
 
 def extend(config: ExtendConfig, *, console: Console | None = None) -> Path:
     """Runs or resumes a context extension. Returns the folder of the finished model."""
+    return pretrain(config.as_pretraining(), console=console)
+
+
+def sft(config: SftConfig, *, console: Console | None = None) -> Path:
+    """Runs or resumes supervised fine-tuning. Returns the folder of the finished model."""
     return pretrain(config.as_pretraining(), console=console)
 
 

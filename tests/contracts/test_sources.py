@@ -23,6 +23,7 @@ from openmimo.data.tokenizer import Tokenizer
 NAMES = SOURCES.names()
 TEXT_NAMES = [name for name in NAMES if isinstance(SOURCES.get(name), TextSource)]
 SYNTHETIC_NAMES = [name for name in NAMES if isinstance(SOURCES.get(name), SyntheticSource)]
+SYNTHETIC_NAMES.remove("chat")  # needs a file of its own form: tests/unit/test_chat_sources.py holds it to the same
 PATH_NAMES = [
     name for name in TEXT_NAMES if any(f.name == "path" for f in dataclasses.fields(SOURCES.get(name).options))
 ]

@@ -1,0 +1,15 @@
+"""How sure a mean is."""
+
+import random
+from collections.abc import Sequence
+
+_RESAMPLES = 1000
+
+
+def bootstrap_interval(values: Sequence[float], *, seed: int = 0) -> tuple[float, float]:
+    """The 95 % bootstrap interval of the mean: values drawn with replacement, again and again. NaN for no values."""
+    if not values:
+        return float("nan"), float("nan")
+    rng = random.Random(seed)
+    means = sorted(sum(rng.choices(values, k=len(values))) / len(values) for _ in range(_RESAMPLES))
+    return means[int(0.025 * _RESAMPLES)], means[int(0.975 * _RESAMPLES) - 1]

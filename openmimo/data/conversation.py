@@ -1,0 +1,141 @@
+"""Conversations as token ids with a mask of what the model wrote: for fine-tuning, and the prompts of rollouts.
+
+An assistant turn begins with the tokens by which the chat template asks for an answer, and ends with a stop token. No
+other turn can hold these tokens, as `Tokenizer.encode_chat` keeps special tokens out of what people and tools said.
+"""
+
+import functools
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from openmimo.core.errors import DataError
+from openmimo.core.records import Message
+from openmimo.data.chat_template import message_dict
+from openmimo.data.tokenizer import Tokenizer
+
+AnyMessage = Message | Mapping[str, Any]
+
+THINK_START, THINK_END = "<think>", "</think>"
+
+
+def encode_prompt(
+    tokenizer: Tokenizer,
+    messages: Iterable[AnyMessage],
+    *,
+    tools: Iterable[Mapping[str, Any]] = (),
+    enable_thinking: bool = False,
+) -> list[int]:
+    """The ids of a conversation up to where the model answers.
+
+    They are the first ids of `encode_conversation` of the same messages and the answer.
+    """
+    turns = [_plain_turn(message, enable_thinking) for message in messages]
+    return tokenizer.encode_chat(turns, tools=tools, enable_thinking=enable_thinking)
+
+
+def encode_conversation(
+    tokenizer: Tokenizer,
+    messages: Iterable[AnyMessage],
+    *,
+    tools: Iterable[Mapping[str, Any]] = (),
+    enable_thinking: bool = False,
+) -> tuple[np.ndarray, np.ndarray]:
+    """(token ids int32 [T], mask bool [T]): the mask is True where the assistant wrote the token.
+
+    That is its text and tool calls and the token that ends its turn, but not what the prompt gives it: the turn's head
+    and, without thinking, the empty thinking block. Without thinking, reasoning is left out. With thinking, reasoning
+    counts, and only turns after the last question do: of earlier ones the template hides the reasoning, so no model
+    answers like that (`conversations_by_question` makes each question the last once). Raises DataError if the
+    assistant's turns cannot be told from the tokens.
+    """
+    turns = [_plain_turn(message, enable_thinking) for message in messages]
+    token_ids = tokenizer.encode_chat(turns, tools=tools, add_generation_prompt=False, enable_thinking=enable_thinking)
+    answers = [turn for turn in turns if turn["role"] == "assistant"]
+    _refuse_control_tokens(tokenizer, answers)
+    spans = _assistant_spans(tokenizer, token_ids, enable_thinking)
+    if len(spans) != len(answers):
+        raise DataError(
+            f"The conversation has {len(answers)} assistant turns, but {len(spans)} are found among its tokens: the "
+            "chat template must begin each as it begins the answer to a prompt, and end it with a stop token."
+        )
+    mask = np.zeros(len(token_ids), dtype=bool)
+    num_counted = len(_answers_to_last_question(turns)) if enable_thinking else len(spans)
+    for start, end in spans[len(spans) - num_counted :]:
+        mask[start:end] = True
+    return np.array(token_ids, dtype=np.int32), mask
+
+
+def has_reasoning(messages: Iterable[AnyMessage]) -> bool:
+    """Whether an assistant turn of the conversation comes with its reasoning."""
+    return any("reasoning_content" in _plain_turn(message, enable_thinking=True) for message in messages)
+
+
+def conversations_by_question(messages: Sequence[AnyMessage]) -> list[list[AnyMessage]]:
+    """For each answered question, the conversation up to its last answer; without any question, the whole."""
+    roles = [message_dict(message)["role"] for message in messages]
+    questions = [place for place, role in enumerate(roles) if role == "user"] or [0]
+    ends = [*questions[1:], len(roles)]
+    return [list(messages[:end]) for start, end in zip(questions, ends, strict=True) if "assistant" in roles[start:end]]
+
+
+def _answers_to_last_question(turns: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    roles = [turn["role"] for turn in turns]
+    start = len(roles) - roles[::-1].index("user") if "user" in roles else 0
+    return [turn for turn in turns[start:] if turn["role"] == "assistant"]
+
+
+def _plain_turn(message: AnyMessage, enable_thinking: bool) -> dict[str, Any]:
+    """A turn in OpenAI's form, with reasoning in its own field, or without it if the model is not to think."""
+    turn = message_dict(message)
+    if turn["role"] != "assistant":
+        return turn
+    content = turn["content"]
+    if content.startswith(THINK_START) and THINK_END in content:
+        reasoning, _, turn["content"] = content.removeprefix(THINK_START).partition(THINK_END)
+        turn.setdefault("reasoning_content", reasoning)
+    if not enable_thinking or not turn.get("reasoning_content"):
+        turn.pop("reasoning_content", None)
+    return turn
+
+
+def _assistant_spans(tokenizer: Tokenizer, token_ids: Sequence[int], enable_thinking: bool) -> list[tuple[int, int]]:
+    """Where each assistant turn starts, after its head, and ends, after its stop token."""
+    head = _turn_head(tokenizer, enable_thinking)
+    spans, position = [], 0
+    while position + len(head) <= len(token_ids):
+        if tuple(token_ids[position : position + len(head)]) != head:
+            position += 1
+            continue
+        start = position + len(head)
+        stops = (place for place in range(start, len(token_ids)) if token_ids[place] in tokenizer.eos_token_ids)
+        end = next(stops, None)
+        if end is None:
+            break
+        spans.append((start, end + 1))
+        position = end + 1
+    return spans
+
+
+@functools.lru_cache(maxsize=16)
+def _turn_head(tokenizer: Tokenizer, enable_thinking: bool) -> tuple[int, ...]:
+    """The tokens by which the chat template asks for an answer."""
+    question = [{"role": "user", "content": "x"}]
+    asked = tokenizer.encode_chat(question, enable_thinking=enable_thinking)
+    told = tokenizer.encode_chat(question, enable_thinking=enable_thinking, add_generation_prompt=False)
+    if asked[: len(told)] != told or len(asked) == len(told):
+        raise DataError(
+            "The chat template has no words that ask for an answer, so answers cannot be told from prompts."
+        )
+    return tuple(asked[len(told) :])
+
+
+def _refuse_control_tokens(tokenizer: Tokenizer, answers: Iterable[Mapping[str, Any]]) -> None:
+    """An assistant turn that spells out a control token would end there."""
+    controls = [tokenizer.decode([token_id], skip_special=False) for token_id in tokenizer.control_token_ids]
+    for turn in answers:
+        text = f"{turn['content']}\n{turn.get('reasoning_content', '')}\n{turn.get('tool_calls', '')}"
+        for control in controls:
+            if control in text:
+                raise DataError(f"An assistant turn spells out the control token {control}, which would end it there.")

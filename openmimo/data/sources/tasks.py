@@ -1,0 +1,94 @@
+"""Demonstrations of verifiable tasks as training rows: question and reference answer, in the chat format.
+
+Only problems of the training split are shown, so the held-out ones measure what was learnt from them.
+"""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from openmimo.core.errors import ConfigError, DataError
+from openmimo.core.records import Message
+from openmimo.data.config import TaskConfig
+from openmimo.data.conversation import encode_conversation
+from openmimo.data.conversation_rows import Document, join_row, make_document
+from openmimo.data.source import Row, RowMaker, SyntheticSource
+from openmimo.data.task import Problem, Task, open_task, prompt_messages
+from openmimo.data.tokenizer import Tokenizer
+
+DEFAULT_TASKS = (TaskConfig("addition", 1, 2), TaskConfig("sorting", 2, 8), TaskConfig("reverse", 2, 7))
+_STREAM = 2**62  # problems are drawn from so many
+
+
+@dataclass(frozen=True)
+class Options:
+    """tasks: what is demonstrated, each by its weight. noise: share of demonstrations that show a wrong answer, the one
+    of another problem. system: the system turn (empty by default; rollouts must use the same).
+    """
+
+    tasks: tuple[TaskConfig, ...] = DEFAULT_TASKS
+    noise: float = 0.0
+    system: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.tasks:
+            raise ConfigError("Source 'tasks' needs at least one task.")
+        if not 0.0 <= self.noise <= 1.0:
+            raise ConfigError(f"noise of source 'tasks' is {self.noise}; it must be between 0.0 and 1.0.")
+
+
+def row_maker(options: Options, tokenizer: Tokenizer, sequence_length: int) -> RowMaker:
+    """Rows of whole demonstrations; only the assistant's tokens count. Raises DataError if the hardest are too long."""
+    tasks = [open_task(config) for config in options.tasks]
+    weights = [config.weight for config in options.tasks]
+
+    def encode(problem: Problem, answer: str) -> Document:
+        messages = [*prompt_messages(problem, options.system), Message("assistant", answer)]
+        return make_document(encode_conversation(tokenizer, messages), tokenizer.end_of_text_id)
+
+    def demonstration(rng: random.Random) -> Document:
+        task = rng.choices(tasks, weights)[0]
+        problem = task.problem_at(rng.randrange(_STREAM), split="train", seed=0)
+        return encode(problem, _wrong_answer(task, problem, rng) if rng.random() < options.noise else problem.answer)
+
+    def make_row(rng: np.random.Generator) -> Row:
+        draws = random.Random(int(rng.integers(2**63)))
+        documents, room = [], sequence_length
+        while len((document := demonstration(draws)).token_ids) <= room:
+            documents.append(document)
+            room -= len(document.token_ids)
+        return join_row(documents, sequence_length, filler=lambda: document)
+
+    for task in tasks:
+        _check_length(task, encode, sequence_length)
+    return make_row
+
+
+def _wrong_answer(task: Task, problem: Problem, rng: random.Random) -> str:
+    """The answer to another problem of that difficulty; the right one if all draws have it."""
+    for _ in range(100):
+        other = task.family.make(rng, problem.difficulty, task.options).answer
+        if task.score(problem, other) < 1.0:
+            return other
+    return problem.answer
+
+
+def _check_length(task: Task, encode: Callable[[Problem, str], Document], sequence_length: int) -> None:
+    """Tries some of the hardest problems, as the longest are found among them."""
+    for number in range(20):
+        problem = task.family.make(random.Random(number), task.config.max_difficulty, task.options)
+        length = len(encode(problem, problem.answer).token_ids)
+        if length > sequence_length:
+            raise DataError(
+                f"Source 'tasks' cannot fit a demonstration of {task.config.name!r} at difficulty {problem.difficulty} "
+                f"({length} tokens) into rows of {sequence_length}. Lengthen the rows or lower max_difficulty."
+            )
+
+
+PLUGIN = SyntheticSource(
+    describe="demonstrations of verifiable tasks in the chat format (options: tasks, noise, system)",
+    options=Options,
+    row_maker=row_maker,
+)

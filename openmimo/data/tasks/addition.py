@@ -1,0 +1,42 @@
+"""Sums: `27+35`. The answer is written from the last digit on, as small models learn it better (arXiv 2307.03381)."""
+
+import random
+from dataclasses import dataclass
+
+from openmimo.data.answers import exact_score
+from openmimo.data.task import Problem, TaskFamily
+
+
+@dataclass(frozen=True)
+class Options:
+    """reversed_answer: write the sum from its last digit to its first. terms: numbers to add up."""
+
+    reversed_answer: bool = True
+    terms: int = 2
+
+
+def make(rng: random.Random, difficulty: int, options: Options) -> Problem:
+    """Adds numbers of `difficulty` digits."""
+    smallest = 10 ** (difficulty - 1) if difficulty > 1 else 0
+    numbers = [rng.randrange(smallest, 10**difficulty) for _ in range(options.terms)]
+    answer = str(sum(numbers))
+    return Problem(
+        family="addition",
+        difficulty=difficulty,
+        prompt="+".join(map(str, numbers)),
+        answer=answer[::-1] if options.reversed_answer else answer,
+    )
+
+
+def score(problem: Problem, text: str) -> float:
+    """1.0 for the sum."""
+    return exact_score(problem.answer, text)
+
+
+PLUGIN = TaskFamily(
+    describe="add numbers of as many digits as the difficulty (options: reversed_answer, terms)",
+    options=Options,
+    difficulties=range(1, 21),
+    make=make,
+    score=score,
+)

@@ -1,0 +1,51 @@
+"""Open brackets to close: `close ([]{` gives `})`."""
+
+import random
+from dataclasses import dataclass
+
+from openmimo.core.errors import ConfigError
+from openmimo.data.answers import exact_score
+from openmimo.data.task import Problem, TaskFamily
+
+PAIRS = {"(": ")", "[": "]", "{": "}", "<": ">"}
+
+
+@dataclass(frozen=True)
+class Options:
+    """num_kinds: how many kinds of brackets there are."""
+
+    num_kinds: int = 4
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.num_kinds <= len(PAIRS):
+            raise ConfigError(f"num_kinds of task 'brackets' is {self.num_kinds}; it must be 1 to {len(PAIRS)}.")
+
+
+def make(rng: random.Random, difficulty: int, options: Options) -> Problem:
+    """A text with `difficulty` open brackets, and up to one more closed pairs among them."""
+    kinds = list(PAIRS)[: options.num_kinds]
+    still_open = rng.choices(kinds, k=difficulty)
+    text = list(still_open)
+    for _ in range(rng.randint(0, difficulty + 1)):
+        place, kind = rng.randint(0, len(text)), rng.choice(kinds)
+        text[place:place] = [kind, PAIRS[kind]]
+    return Problem(
+        family="brackets",
+        difficulty=difficulty,
+        prompt="close " + "".join(text),
+        answer="".join(PAIRS[bracket] for bracket in reversed(still_open)),
+    )
+
+
+def score(problem: Problem, text: str) -> float:
+    """1.0 for the closing brackets."""
+    return exact_score(problem.answer, text)
+
+
+PLUGIN = TaskFamily(
+    describe="close as many open brackets as the difficulty (options: num_kinds)",
+    options=Options,
+    difficulties=range(1, 17),
+    make=make,
+    score=score,
+)

@@ -1,0 +1,47 @@
+"""Letters to shift along the alphabet: `rot2 abz` gives `cdb`."""
+
+import random
+import string
+from dataclasses import dataclass
+
+from openmimo.core.errors import ConfigError
+from openmimo.data.answers import exact_score
+from openmimo.data.task import Problem, TaskFamily
+
+
+@dataclass(frozen=True)
+class Options:
+    """max_shift: letters are moved by 1 to so many places."""
+
+    max_shift: int = 5
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.max_shift <= 25:
+            raise ConfigError(f"max_shift of task 'caesar' is {self.max_shift}; it must be between 1 and 25.")
+
+
+def make(rng: random.Random, difficulty: int, options: Options) -> Problem:
+    """Asks to shift `difficulty` letters."""
+    alphabet = string.ascii_lowercase
+    letters = rng.choices(alphabet, k=difficulty)
+    shift = rng.randint(1, options.max_shift)
+    return Problem(
+        family="caesar",
+        difficulty=difficulty,
+        prompt=f"rot{shift} " + "".join(letters),
+        answer="".join(alphabet[(alphabet.index(letter) + shift) % 26] for letter in letters),
+    )
+
+
+def score(problem: Problem, text: str) -> float:
+    """1.0 for the shifted letters."""
+    return exact_score(problem.answer, text)
+
+
+PLUGIN = TaskFamily(
+    describe="shift as many letters as the difficulty along the alphabet (options: max_shift)",
+    options=Options,
+    difficulties=range(2, 33),
+    make=make,
+    score=score,
+)

@@ -1,0 +1,62 @@
+"""A target to reach with given numbers: `3,7,5=22` is answered by `3*5+7`, or any other way to do it."""
+
+import random
+from dataclasses import dataclass
+
+from openmimo.core.errors import ConfigError
+from openmimo.data.answers import final_answer
+from openmimo.data.arithmetic import ExpressionError, evaluate
+from openmimo.data.task import Problem, TaskFamily
+
+
+@dataclass(frozen=True)
+class Options:
+    """max_number: the given numbers are 1 to this. max_target: what is asked for is at most this."""
+
+    max_number: int = 9
+    max_target: int = 99
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.max_number <= self.max_target // 2:
+            raise ConfigError(
+                f"Task 'countdown' has max_number {self.max_number} and max_target {self.max_target}; max_number must "
+                "be at least 1 and at most half of max_target."
+            )
+
+
+def make(rng: random.Random, difficulty: int, options: Options) -> Problem:
+    """Gives `difficulty` numbers, each to be used exactly once with `+ - * /` and parentheses."""
+    numbers = [rng.randint(1, options.max_number) for _ in range(difficulty)]
+    order = rng.sample(numbers, difficulty)
+    text, value, is_sum = str(order[0]), order[0], False
+    for number in order[1:]:
+        results = {"+": value + number, "-": value - number, "*": value * number}
+        sign = rng.choice([sign for sign, result in results.items() if 0 <= result <= options.max_target])
+        if sign == "*" and is_sum:
+            text = f"({text})"
+        text, value, is_sum = f"{text}{sign}{number}", results[sign], sign != "*"
+    return Problem(
+        family="countdown",
+        difficulty=difficulty,
+        prompt=",".join(map(str, numbers)) + f"={value}",
+        answer=text,
+        meta={"numbers": tuple(numbers), "target": value},
+    )
+
+
+def score(problem: Problem, text: str) -> float:
+    """1.0 for an expression that has the target as its value and uses each number exactly once."""
+    try:
+        value, numbers = evaluate(final_answer(text))
+    except ExpressionError:
+        return 0.0
+    return float(value == problem.meta["target"] and sorted(numbers) == sorted(problem.meta["numbers"]))
+
+
+PLUGIN = TaskFamily(
+    describe="reach a target with as many numbers as the difficulty (options: max_number, max_target)",
+    options=Options,
+    difficulties=range(2, 9),
+    make=make,
+    score=score,
+)

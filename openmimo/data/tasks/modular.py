@@ -1,0 +1,41 @@
+"""Remainders: `(3*4+5)%7` gives `3`."""
+
+import random
+from dataclasses import dataclass
+
+from openmimo.data.answers import exact_score
+from openmimo.data.task import Problem, TaskFamily
+
+
+@dataclass(frozen=True)
+class Options:
+    """max_modulus: the largest divisor; 0 allows as many digits as the other numbers have."""
+
+    max_modulus: int = 9
+
+
+def make(rng: random.Random, difficulty: int, options: Options) -> Problem:
+    """A product, a sum and a remainder of numbers of `difficulty` digits."""
+    smallest = 10 ** (difficulty - 1) if difficulty > 1 else 0
+    a, b, c = (rng.randrange(smallest, 10**difficulty) for _ in range(3))
+    modulus = rng.randint(2, max(2, options.max_modulus or 10**difficulty - 1))
+    return Problem(
+        family="modular",
+        difficulty=difficulty,
+        prompt=f"({a}*{b}+{c})%{modulus}",
+        answer=str((a * b + c) % modulus),
+    )
+
+
+def score(problem: Problem, text: str) -> float:
+    """1.0 for the remainder."""
+    return exact_score(problem.answer, text)
+
+
+PLUGIN = TaskFamily(
+    describe="a*b+c modulo m, of numbers of as many digits as the difficulty (options: max_modulus)",
+    options=Options,
+    difficulties=range(1, 11),
+    make=make,
+    score=score,
+)

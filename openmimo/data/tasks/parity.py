@@ -1,0 +1,38 @@
+"""Whether the number of ones is odd: `par 1011` gives `1`, or with a scratchpad `1101=1`."""
+
+import random
+from dataclasses import dataclass
+
+from openmimo.data.answers import exact_score, final_answer
+from openmimo.data.task import Problem, TaskFamily
+
+
+@dataclass(frozen=True)
+class Options:
+    """scratchpad: demonstrations write the parity up to each digit before the answer. Only the answer is scored."""
+
+    scratchpad: bool = False
+
+
+def make(rng: random.Random, difficulty: int, options: Options) -> Problem:
+    """Asks for the parity of `difficulty` binary digits."""
+    digits = rng.choices("01", k=difficulty)
+    parities = [digits[: end + 1].count("1") % 2 for end in range(difficulty)]
+    answer = str(parities[-1])
+    if options.scratchpad:
+        answer = "".join(map(str, parities)) + "=" + answer
+    return Problem(family="parity", difficulty=difficulty, prompt="par " + "".join(digits), answer=answer)
+
+
+def score(problem: Problem, text: str) -> float:
+    """1.0 if what follows the last `=`, or else the whole text, is the parity."""
+    return exact_score(problem.answer.rpartition("=")[2], final_answer(text).rpartition("=")[2])
+
+
+PLUGIN = TaskFamily(
+    describe="parity of as many binary digits as the difficulty (options: scratchpad)",
+    options=Options,
+    difficulties=range(6, 65),
+    make=make,
+    score=score,
+)

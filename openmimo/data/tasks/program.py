@@ -1,0 +1,131 @@
+"""Programs to find from examples: `prog 312>324 45>65` is answered by `rev;inc1`, in `openmimo.data.mini_language`.
+
+The answer runs on hidden tests, which are grouped by how many of a set of flawed programs pass them: the reference with
+an operation left out, exchanged or misplaced.
+"""
+
+import random
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from openmimo.core.errors import ConfigError
+from openmimo.data.answers import final_answer
+from openmimo.data.graded_tests import difficulty_groups, soft_reward, strict_reward
+from openmimo.data.mini_language import Program, ProgramError, parse, passes, random_operation, run, to_text
+from openmimo.data.task import Problem, TaskFamily
+
+Tests = tuple[tuple[str, str], ...]
+
+_MAX_TRIES = 100
+
+
+@dataclass(frozen=True)
+class Options:
+    """num_examples: shown in the prompt, with inputs of 2 to max_digits digits. num_tests: hidden ones, with inputs of
+    1 to 8 digits. num_groups: levels of difficulty among them. reward: "strict" and "soft" as in
+    `openmimo.data.graded_tests`, or "all" for 1.0 only if every test passes.
+    """
+
+    num_examples: int = 2
+    max_digits: int = 4
+    num_tests: int = 16
+    num_groups: int = 4
+    reward: Literal["strict", "soft", "all"] = "strict"
+
+    def __post_init__(self) -> None:
+        if self.num_examples < 1 or self.num_tests < 1 or self.num_groups < 1 or self.max_digits < 2:
+            raise ConfigError(
+                "Task 'program' needs at least one example, one test and one group, and a max_digits of at least 2."
+            )
+
+
+def make(rng: random.Random, difficulty: int, options: Options) -> Problem:
+    """Asks for a program of `difficulty` operations, none of which the tests show to be idle."""
+    lengths = [1 + number * 8 // options.num_tests for number in range(options.num_tests)]
+    for _ in range(_MAX_TRIES):
+        program = _random_program(rng, difficulty)
+        tests = tuple((digits, run(program, digits)) for digits in (_random_digits(rng, length) for length in lengths))
+        if not any(all(_passed(shorter, tests)) for shorter in [(), *_without_one(program)]):
+            break
+    examples = [_example(rng, program, options.max_digits) for _ in range(options.num_examples)]
+    table = [_passed(flawed, tests) for flawed in _flawed_programs(program, rng)]
+    return Problem(
+        family="program",
+        difficulty=difficulty,
+        prompt="prog " + " ".join(f"{digits}>{result}" for digits, result in examples),
+        answer=to_text(program),
+        meta={
+            "tests": tests,
+            "groups": difficulty_groups(np.array(table), options.num_groups),
+            "reward": options.reward,
+        },
+    )
+
+
+def _random_program(rng: random.Random, length: int) -> Program:
+    """With `dup` at most once, so that results stay short and within the budget of steps."""
+    while True:
+        program = tuple(random_operation(rng) for _ in range(length))
+        if program.count(("dup", None)) <= 1:
+            return program
+
+
+def _random_digits(rng: random.Random, length: int) -> str:
+    return "".join(rng.choices("0123456789", k=length))
+
+
+def _example(rng: random.Random, program: Program, max_digits: int) -> tuple[str, str]:
+    """An input and its output, if possible one that the program changes and does not empty."""
+    for _ in range(_MAX_TRIES):
+        digits = _random_digits(rng, rng.randint(2, max_digits))
+        result = run(program, digits)
+        if result not in ("", digits):
+            break
+    return digits, result
+
+
+def _without_one(program: Program) -> list[Program]:
+    return [program[:place] + program[place + 1 :] for place in range(len(program))]
+
+
+def _flawed_programs(program: Program, rng: random.Random) -> list[Program]:
+    """Without one operation, with another in one place, with two neighbours exchanged, and random ones."""
+    places = range(len(program))
+    changed = [program[:place] + (random_operation(rng),) + program[place + 1 :] for place in places for _ in range(4)]
+    swapped = [program[:place] + (program[place + 1], program[place]) + program[place + 2 :] for place in places[:-1]]
+    return [*_without_one(program), *changed, *swapped, *((random_operation(rng),) for _ in range(4))]
+
+
+def _passed(program: Program, tests: Tests) -> tuple[bool, ...]:
+    return tuple(passes(program, digits, expected) for digits, expected in tests)
+
+
+def passed_tests(problem: Problem, text: str) -> tuple[bool, ...]:
+    """Of each hidden test, whether the program in `text` passes it; none if it is no program."""
+    tests: Tests = problem.meta["tests"]
+    try:
+        return _passed(parse(final_answer(text)), tests)
+    except ProgramError:
+        return (False,) * len(tests)
+
+
+def score(problem: Problem, text: str) -> float:
+    """The reward of the hidden tests."""
+    passed = passed_tests(problem, text)
+    if all(passed):
+        return 1.0
+    if problem.meta["reward"] == "all":
+        return 0.0
+    reward = strict_reward if problem.meta["reward"] == "strict" else soft_reward
+    return reward(passed, problem.meta["groups"])
+
+
+PLUGIN = TaskFamily(
+    describe="find a program of as many operations as the difficulty (options: num_examples, num_tests, reward, ...)",
+    options=Options,
+    difficulties=range(1, 9),
+    make=make,
+    score=score,
+)

@@ -1,0 +1,39 @@
+"""Digits to sort: `sort 3142` gives `1234`."""
+
+import random
+from dataclasses import dataclass
+
+from openmimo.data.answers import exact_score
+from openmimo.data.task import Problem, TaskFamily
+
+
+@dataclass(frozen=True)
+class Options:
+    """descending: the largest digit first."""
+
+    descending: bool = False
+
+
+def make(rng: random.Random, difficulty: int, options: Options) -> Problem:
+    """Asks to sort `difficulty` digits."""
+    digits = rng.choices("0123456789", k=difficulty)
+    return Problem(
+        family="sorting",
+        difficulty=difficulty,
+        prompt="sort " + "".join(digits),
+        answer="".join(sorted(digits, reverse=options.descending)),
+    )
+
+
+def score(problem: Problem, text: str) -> float:
+    """1.0 for all digits in order."""
+    return exact_score(problem.answer, text)
+
+
+PLUGIN = TaskFamily(
+    describe="sort as many digits as the difficulty (options: descending)",
+    options=Options,
+    difficulties=range(2, 33),
+    make=make,
+    score=score,
+)

@@ -1,0 +1,44 @@
+"""Repeated digits to leave out: `uniq 3313` gives `31`."""
+
+import random
+from dataclasses import dataclass
+
+from openmimo.core.errors import ConfigError
+from openmimo.data.answers import exact_score
+from openmimo.data.task import Problem, TaskFamily
+
+
+@dataclass(frozen=True)
+class Options:
+    """num_digits: how many different digits there are, from 0 on."""
+
+    num_digits: int = 10
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.num_digits <= 10:
+            raise ConfigError(f"num_digits of task 'unique' is {self.num_digits}; it must be between 2 and 10.")
+
+
+def make(rng: random.Random, difficulty: int, options: Options) -> Problem:
+    """Asks for the different ones among `difficulty` digits, in the order in which they first come."""
+    digits = rng.choices("0123456789"[: options.num_digits], k=difficulty)
+    return Problem(
+        family="unique",
+        difficulty=difficulty,
+        prompt="uniq " + "".join(digits),
+        answer="".join(dict.fromkeys(digits)),
+    )
+
+
+def score(problem: Problem, text: str) -> float:
+    """1.0 for the different digits in order."""
+    return exact_score(problem.answer, text)
+
+
+PLUGIN = TaskFamily(
+    describe="leave out repeats among as many digits as the difficulty (options: num_digits)",
+    options=Options,
+    difficulties=range(2, 33),
+    make=make,
+    score=score,
+)

@@ -1,0 +1,71 @@
+"""Verifiable tasks as episodes of one turn: the answer is scored by the task's own key."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from openmimo.core.records import Message
+from openmimo.data.config import TaskConfig
+from openmimo.data.source import Split
+from openmimo.data.task import Problem as TaskProblem
+from openmimo.data.task import Task, open_task, prompt_messages
+from openmimo.rl.environment import Answer, Environment
+from openmimo.rl.problems import Problem
+
+
+@dataclass(frozen=True)
+class Options:
+    """task: which problems, and how hard. distinct: so many different problems, round and round (0: endlessly new
+    ones). system: the system turn.
+    """
+
+    task: TaskConfig
+    distinct: int = 0
+    system: str = ""
+
+
+class TaskEpisode:
+    """Asks once, and scores what comes."""
+
+    tools: tuple[Mapping[str, Any], ...] = ()
+    stop: tuple[str, ...] = ()
+
+    def __init__(self, task: Task, problem: TaskProblem, system: str):
+        self.messages: tuple[Message, ...] = tuple(prompt_messages(problem, system))
+        self._task, self._problem, self._text = task, problem, ""
+
+    def respond(self, text: str) -> Answer:
+        """See Episode."""
+        self._text = text
+        return Answer()
+
+    def reward(self) -> float:
+        """See Episode. An answer that came to its limit of tokens has no end, and is scored as it stands."""
+        return self._task.score(self._problem, self._text)
+
+    def close(self) -> None:
+        """See Episode."""
+
+
+def problems(options: Options, split: Split, seed: int) -> Callable[[int], Problem]:
+    """The stream of a task, or its first `distinct` problems again and again."""
+    task = open_task(options.task)
+
+    def problem_at(index: int) -> Problem:
+        problem = task.problem_at(index % options.distinct if options.distinct else index, split=split, seed=seed)
+        return Problem(problem.id, problem)
+
+    return problem_at
+
+
+def open_episode(problem: Problem, options: Options) -> TaskEpisode:
+    """An attempt at a problem of `problems`."""
+    return TaskEpisode(open_task(options.task), problem.content, options.system)
+
+
+PLUGIN = Environment(
+    describe="verifiable tasks of one turn (options: task, distinct, system)",
+    options=Options,
+    problems=problems,
+    open=open_episode,
+)

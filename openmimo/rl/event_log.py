@@ -1,0 +1,83 @@
+"""What happened to the data scheduler since the last checkpoint, so that a killed run loses and repeats no sample.
+
+The scheduler's decisions depend on the order of its calls only. Every call that brings something from outside is a line
+of `events.jsonl`; a run that is started again calls the scheduler the same way, without sampling anything anew, and
+goes on where the file ends.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from openmimo.core.files import write_text_atomic
+from openmimo.core.samples import Sample
+from openmimo.rl.groups import GroupRequest
+from openmimo.rl.sample_io import sample_from_dict, sample_to_dict
+from openmimo.rl.scheduler import DataScheduler
+
+
+class LoggedScheduler:
+    """A data scheduler whose calls are written down, by step, before they are made."""
+
+    def __init__(self, scheduler: DataScheduler, path: Path):
+        self.scheduler = scheduler
+        self._path = path
+        self._step = 0
+        self._file = None
+        self._is_first = True
+
+    def begin_step(self, step: int) -> list[GroupRequest]:
+        """Begins a step, and repeats the calls that the file has for it.
+
+        What is returned was on its way when the process before this one ended, and has to be rolled out anew.
+        """
+        self._step = step
+        self.close()
+        self.scheduler.begin_step(step)
+        for event in [event for event in _read(self._path) if event["step"] == step]:
+            if event["event"] == "submit":
+                self.scheduler.next_submissions(event["slots"])
+            else:
+                self.scheduler.on_sample(event["group"], sample_from_dict(event["sample"]))
+        self.scheduler.take_cancelled()
+        self._file = open(self._path, "a")  # noqa: SIM115
+        is_first, self._is_first = self._is_first, False
+        return self.scheduler.in_flight() if is_first else []
+
+    def next_submissions(self, num_free_slots: int) -> list[GroupRequest]:
+        """See DataScheduler."""
+        self._write({"event": "submit", "slots": num_free_slots})
+        return self.scheduler.next_submissions(num_free_slots)
+
+    def on_sample(self, sample: Sample) -> None:
+        """See DataScheduler."""
+        self._write({"event": "sample", "group": sample.group, "sample": sample_to_dict(sample)})
+        self.scheduler.on_sample(sample.group, sample)
+
+    def forget_before(self, step: int) -> None:
+        """Drops the lines of steps that a checkpoint has in it."""
+        kept = [json.dumps(event) + "\n" for event in _read(self._path) if event["step"] >= step]
+        self.close()
+        write_text_atomic(self._path, "".join(kept))
+
+    def close(self) -> None:
+        """Closes the file."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _write(self, event: dict[str, Any]) -> None:
+        self._file.write(json.dumps({"step": self._step, **event}) + "\n")
+        self._file.flush()
+
+
+def _read(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines; one that a crash cut short ends the file."""
+    if not path.exists():
+        return
+    with open(path) as file:
+        for line in file:
+            if not line.endswith("\n"):
+                return
+            yield json.loads(line)

@@ -1,0 +1,235 @@
+"""The loop of post-training: roll out, judge, learn, hand the new weights to the engine.
+
+`openmimo rl` and `openmimo mopd` are this loop with different algorithms. In one process trainer and engine run the
+very same model, so that new weights are there at once; whatever else rolls out implements `Rollouts`. Everything that
+decides what happens next is in a checkpoint or in the event log behind it, so that a run killed at any moment goes on
+as if it had not been, with no sample lost and none learned from twice.
+"""
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as ProgressBar
+
+from openmimo.core.errors import CheckpointError
+from openmimo.core.metrics import MetricsWriter
+from openmimo.core.samples import Sample
+from openmimo.data.tokenizer import Tokenizer
+from openmimo.engine.engine import Engine
+from openmimo.model.mimo import MiMo
+from openmimo.rl.algorithm import open_algorithm
+from openmimo.rl.config import MopdConfig, RlConfig
+from openmimo.rl.environment import open_environment
+from openmimo.rl.evaluate import episode_opener, evaluate_policy, mean_rewards, streams_of
+from openmimo.rl.event_log import LoggedScheduler
+from openmimo.rl.policy_trainer import Objective, PolicyTrainer, UpdateReport, weighted_sum
+from openmimo.rl.rollout import EngineRollouts, Rollouts
+from openmimo.rl.scheduler import DataScheduler
+from openmimo.rl.teaching import TeacherRollouts, Teaching
+from openmimo.train.checkpoint import Checkpoints, Progress, load_optimiser_state
+
+
+class RlRun:
+    """One run, from wherever its newest checkpoint left it.
+
+    model: the policy, which the engine shares. start: how far the run is; optimiser_tensors: what belongs to it. Raises
+    UserError for settings that contradict each other or the model.
+    """
+
+    def __init__(
+        self,
+        config: RlConfig,
+        model: MiMo,
+        tokenizer: Tokenizer,
+        *,
+        start: Progress,
+        optimiser_tensors: dict[str, torch.Tensor] | None = None,
+        console: Console | None = None,
+    ):
+        self.config, self.model, self.tokenizer = config, model, tokenizer
+        self.console = console or Console(stderr=True)
+        self.run_folder = Path(config.run_folder)
+        self.step, self.tokens = start.step, start.tokens
+        self.algorithm, self.options = open_algorithm(config.algorithm, config.algorithm_options)
+        self.trainer = PolicyTrainer(
+            model,
+            config.optimiser,
+            tokens_per_microbatch=config.tokens_per_microbatch,
+            replay_routing=config.replay_routing,
+            bias_rate=config.bias_rate,
+            mtp_weight=config.mtp_weight,
+        )
+        if optimiser_tensors is not None:
+            load_optimiser_state(model, self.trainer.optimiser, optimiser_tensors)
+        self.engine = Engine(model, tokenizer, config.engine)
+        self.teaching = Teaching(config, model, self.console) if isinstance(config, MopdConfig) else None
+        self.rollouts = self._open_rollouts()
+        scheduler = DataScheduler(config.scheduler(), streams_of(config.sources, "train", config.seed))
+        if start.loader:
+            scheduler.load_state(start.loader)
+        self.log = LoggedScheduler(scheduler, self.run_folder / "events.jsonl")
+        self.checkpoints = Checkpoints(self.run_folder, config.checkpoints)
+        self.metrics = MetricsWriter(self.run_folder, tensorboard=config.tensorboard)
+        self.metrics.truncate_after(start.step)
+        self.engine.update_weights(None, version=self.step)
+
+    def run(self, *, stop_after_step: int | None = None) -> None:
+        """Learns to the end, or to `stop_after_step`. Writes metrics and checkpoints on the way and one at the end."""
+        last = self.config.steps if stop_after_step is None else min(self.config.steps, stop_after_step)
+        if self.step == 0:
+            self._evaluate()
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with ProgressBar(*columns, console=self.console) as bar:
+            task = bar.add_task("rolling out", total=self.config.steps, completed=self.step)
+            while self.step < last:
+                reward = self._one_step()
+                bar.update(task, completed=self.step, description=f"reward {reward:.2f}")
+        self.rollouts.close()
+        self.metrics.close()
+        self.log.close()
+
+    def _one_step(self) -> float:
+        """Rolls out a batch and learns from it. Returns its mean reward."""
+        started = time.perf_counter()
+        batch, report = self.collect()
+        rolled_out = time.perf_counter()
+        samples = [sample for group in batch for sample in group]
+        update = self._learn(batch)
+        learned = time.perf_counter()
+        self.step += 1
+        self.tokens += sum(len(sample.token_ids) for sample in samples)
+        self.rollouts.update_weights(self.step)
+        values = _sample_metrics(samples) | {f"scheduler/{name}": value for name, value in report.items()}
+        values |= _update_metrics(update) | (self.teaching.metrics() if self.teaching else {})
+        values |= {"seconds/rollout": rolled_out - started, "seconds/update": learned - rolled_out}
+        self.metrics.write(self.step, values)
+        self._after_step()
+        return values["reward/mean"]
+
+    def collect(self) -> tuple[list[list[Sample]], dict[str, float]]:
+        """The next batch, and the scheduler's report of it."""
+        for request in self.log.begin_step(self.step):
+            self.rollouts.submit(request)
+        scheduler, has_news = self.log.scheduler, True
+        while not scheduler.is_complete():
+            free = self.config.max_running - self.rollouts.num_running
+            if has_news and free > 0:
+                for request in self.log.next_submissions(free):
+                    self.rollouts.submit(request)
+            has_news = False
+            if self.rollouts.num_running:
+                for sample in self.rollouts.poll():
+                    self.log.on_sample(sample)
+                    has_news = True
+            else:
+                has_news = True
+            self.rollouts.cancel(scheduler.take_cancelled())
+        batch, report = scheduler.take_batch()
+        self.rollouts.cancel(scheduler.take_cancelled())
+        return batch, report
+
+    def _learn(self, batch: list[list[Sample]]) -> list[UpdateReport]:
+        """The optimiser steps of a batch: one for each part of its groups."""
+        samples = [sample for group in batch for sample in group]
+        parts = _parts(batch, self.config.updates_per_step)
+        old = self.trainer.logprobs(samples) if len(parts) > 1 else []
+        old_of = {id(sample): own for sample, own in zip(samples, old, strict=bool(old))}
+        reports = []
+        for part in parts:
+            if self.teaching is not None:
+                self.teaching.annotate(part, self.trainer, self.algorithm, self.options)
+            else:
+                self.algorithm.annotate(part, self.options, [[] for _ in part])
+            report = self.trainer.update(
+                part,
+                self._objective(),
+                learning_rate=self._learning_rate(),
+                version=self.step,
+                old_logprobs=[old_of[id(sample)] for sample in part] if old else None,
+                pack_key=lambda sample: sample.domain if self.teaching else "",
+            )
+            reports.append(report)
+        return reports
+
+    def _objective(self) -> Objective:
+        if self.teaching is not None and self.teaching.objective is not None:
+            return self.teaching.objective
+        return weighted_sum(lambda token_batch: self.algorithm.token_losses(token_batch, self.options))
+
+    def _learning_rate(self) -> float:
+        return self.config.learning_rate * min(1.0, (self.step + 1) / max(1, self.config.warmup_steps))
+
+    def _after_step(self) -> None:
+        is_last = self.step == self.config.steps
+        if self.step % self.config.evaluation.every_steps == 0 or is_last:
+            self._evaluate()
+        if self.step % self.config.checkpoints.every_steps == 0 or is_last:
+            try:
+                self.save()
+            except CheckpointError as error:
+                if is_last:
+                    raise
+                self.console.print(f"[yellow]warning:[/] {error} Training goes on; the checkpoint before it is intact.")
+
+    def save(self) -> Path:
+        """Writes a checkpoint of this moment, between two steps."""
+        progress = Progress(self.step, self.tokens, 0, self.log.scheduler.state())
+        path = self.checkpoints.save(self.model, self.trainer.optimiser, self.tokenizer, progress)
+        self.log.forget_before(self.step)
+        return path
+
+    def _evaluate(self) -> None:
+        config = self.config
+        rewards = evaluate_policy(self.engine, config.sources, problems=config.evaluation.problems, seed=config.seed)
+        values = {f"evaluation/{name}": value for name, value in mean_rewards(rewards).items()}
+        self.metrics.write(self.step, {**values, "evaluation/rewards": rewards})
+
+    def _open_rollouts(self) -> Rollouts:
+        config = self.config
+        open_episode = episode_opener(config.sources)
+        if isinstance(config, MopdConfig) and config.writer == "teacher":
+            domains = [source.name for source in config.sources]
+            return TeacherRollouts(
+                self.teaching.teachers, self.tokenizer, config.engine, open_episode, domains, config.seed
+            )
+        instant = all(open_environment(source.environment, source.options)[0].instant for source in config.sources)
+        executor = None if instant else ThreadPoolExecutor(config.reward_threads, thread_name_prefix="episode")
+        return EngineRollouts(self.engine, open_episode, executor=executor, seed=config.seed)
+
+
+def _parts(batch: list[list[Sample]], count: int) -> list[list[Sample]]:
+    """The groups in `count` parts of nearly the same size, empty ones left out; groups stay whole."""
+    edges = [round(len(batch) * part / count) for part in range(count + 1)]
+    parts = [[sample for group in batch[start:stop] for sample in group] for start, stop in zip(edges, edges[1:])]  # noqa: B905
+    return [part for part in parts if part]
+
+
+def _sample_metrics(samples: list[Sample]) -> dict[str, Any]:
+    """Rewards and lengths of a batch, over all and by domain."""
+    values: dict[str, Any] = {}
+    for domain in ("", *dict.fromkeys(sample.domain for sample in samples)):
+        own = [sample for sample in samples if domain in ("", sample.domain)]
+        suffix = f"/{domain}" if domain else ""
+        values[f"reward{suffix}/mean"] = sum(sample.reward for sample in own) / max(1, len(own))
+        values[f"answer_tokens{suffix}/mean"] = sum(sample.num_answer_tokens for sample in own) / max(1, len(own))
+    cut = sum(sample.finish_reason == "length" for sample in samples)
+    return values | {"samples": len(samples), "length_limit_share": cut / max(1, len(samples))}
+
+
+def _update_metrics(reports: list[UpdateReport]) -> dict[str, Any]:
+    """Means over the optimiser steps of a batch."""
+    if not reports:
+        return {}
+    names = reports[0].diagnostics
+    values = {name: sum(report.diagnostics[name] for report in reports) / len(reports) for name in names}
+    values["loss"] = sum(report.loss for report in reports) / len(reports)
+    values["gradient/norm"] = sum(report.gradient_norm for report in reports) / len(reports)
+    values["gradient/num_zeros"] = reports[-1].num_zero_gradients
+    for layer, load_E in reports[-1].load.items():
+        values[f"expert_load/max_over_mean_{layer}"] = float(load_E.max() / load_E.float().mean())
+    return values

@@ -1,0 +1,302 @@
+"""The policy's side of post-training: log-probabilities of samples, and optimiser steps on them.
+
+The trainer is blind to algorithms. A sample says by token how much better than expected it was (`advantages`) and what
+share of the loss it has (`weights`); an objective says what the loss of a token is. Samples are packed into
+micro-batches, whole, and routed as the engine routed them (R3, paper section 4.6.1).
+
+T packed tokens, N policy-written tokens of a micro-batch, D model dim, V vocabulary, A experts a token.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from openmimo.core.samples import Sample
+from openmimo.kernels.token_loss import token_logprobs
+from openmimo.model.context import PackedContext, RoutingTape
+from openmimo.model.mimo import Hidden, MiMo
+from openmimo.rl.losses.diagnostics import batch_diagnostics
+from openmimo.rl.losses.tokens import TokenBatch
+from openmimo.train.batches import expert_load
+from openmimo.train.config import OptimiserConfig
+from openmimo.train.loss import head_states, micro_batch
+from openmimo.train.optim import build_optimiser, clip_gradients
+
+NOT_RECORDED = -1
+
+
+@dataclass(frozen=True)
+class PackedSamples:
+    """Whole samples, one after another, and where their policy-written tokens are.
+
+    samples: which. tokens_T, lengths: the pack. rows_N: the row that predicts each written token. labels_N: that token.
+    sequence_N: its sample's number in the pack. temperature_N: at which it was sampled.
+    """
+
+    samples: list[Sample]
+    tokens_T: torch.Tensor
+    lengths: tuple[int, ...]
+    rows_N: torch.Tensor
+    labels_N: torch.Tensor
+    sequence_N: torch.Tensor
+    temperature_N: torch.Tensor
+
+    def written(self, values: Callable[[Sample], list[float]], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The entries of the written tokens in a list that each sample has, [N]."""
+        kept = [value for sample in self.samples for value, is_in in zip(values(sample), sample.loss_mask, strict=True)
+                if is_in]  # fmt: skip
+        return torch.tensor(kept, dtype=dtype, device=self.tokens_T.device)
+
+
+@dataclass(frozen=True)
+class Forward:
+    """A micro-batch after the model's forward pass: what an objective may use.
+
+    states_ND: the rows that predict written tokens, ready for the output head, with gradient. batch: their numbers.
+    weights_N: their shares of the step's loss.
+    """
+
+    pack: PackedSamples
+    states_ND: torch.Tensor
+    batch: TokenBatch
+    weights_N: torch.Tensor
+
+
+Objective = Callable[[Forward], torch.Tensor]
+
+
+@dataclass
+class UpdateReport:
+    """What an optimiser step saw. diagnostics: means over the step's written tokens."""
+
+    loss: float = 0.0
+    gradient_norm: float = 0.0
+    num_zero_gradients: int = 0
+    num_tokens: int = 0
+    diagnostics: dict[str, float] = field(default_factory=dict)
+    load: dict[int, torch.Tensor] = field(default_factory=dict)
+
+
+class PolicyTrainer:
+    """Holds the optimiser of a policy, whose weights stay the caller's.
+
+    tokens_per_microbatch: packed tokens in memory at once (one sample, at least). replay_routing: route as the samples
+    say. bias_rate: step of the experts' selection bias. mtp_weight: weight of the MTP heads' own loss on what the
+    policy wrote, which moves nothing but the heads, so that they keep up with the policy they draft for.
+    """
+
+    def __init__(
+        self,
+        model: MiMo,
+        optimiser: OptimiserConfig,
+        *,
+        tokens_per_microbatch: int = 8192,
+        replay_routing: bool = True,
+        bias_rate: float = 0.0,
+        mtp_weight: float = 0.0,
+    ):
+        self.model = model.train()
+        self.config = optimiser
+        self.optimiser = build_optimiser(model, optimiser)
+        self.tokens_per_microbatch = tokens_per_microbatch
+        self.replay_routing = replay_routing
+        self.bias_rate = bias_rate
+        self.mtp_weight = mtp_weight
+
+    @torch.no_grad()
+    def logprobs(self, samples: list[Sample]) -> list[list[float]]:
+        """log π of each sample's written tokens at its temperature, aligned with token_ids; 0.0 outside the mask."""
+        return score_samples(
+            self.model, samples, tokens_per_microbatch=self.tokens_per_microbatch, replay=self.replay_routing
+        )
+
+    def update(
+        self,
+        samples: list[Sample],
+        objective: Objective,
+        *,
+        learning_rate: float,
+        version: int,
+        old_logprobs: list[list[float]] | None = None,
+        pack_key: Callable[[Sample], str] = lambda sample: "",
+    ) -> UpdateReport:
+        """One optimiser step on annotated samples.
+
+        version: of the weights now. old_logprobs: log π_old, if these samples have been stepped on already (None: π_old
+        is the policy as it stands). pack_key: samples with different keys are never packed together.
+        """
+        report, sums = UpdateReport(), {}
+        learned = [sample for sample in samples if any(sample.weights)]
+        old = {id(sample): own for sample, own in zip(samples, old_logprobs or [], strict=bool(old_logprobs))}
+        written = sum(sample.num_answer_tokens for sample in learned)
+        for pack in packs(learned, self.tokens_per_microbatch, device=self.model.device, key=pack_key):
+            context, hidden = self._forward(pack)
+            forward = self._tokens(pack, hidden, version, old)
+            loss = objective(forward)
+            if self.mtp_weight and self.model.config.num_mtp_heads:
+                loss = loss + self.mtp_weight * self._heads_loss(pack, hidden, context, written)
+            loss.backward()
+            report.loss += float(loss.detach())
+            _add_means(sums, batch_diagnostics(forward.batch), len(pack.labels_N))
+            expert_load(context.routing, self.model, add_to=report.load)
+            report.num_tokens += len(pack.tokens_T)
+        gradients = clip_gradients(self.model, self.config.clip_norm)
+        for group in self.optimiser.param_groups:
+            group["lr"] = learning_rate
+        if learned:
+            self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        for layer, router in self.model.routers().items():
+            if self.bias_rate and layer in report.load:
+                router.update_selection_bias(report.load[layer], self.bias_rate)
+        report.gradient_norm, report.num_zero_gradients = gradients.norm, gradients.num_zeros
+        report.diagnostics = _means(sums)
+        return report
+
+    def _forward(self, pack: PackedSamples) -> tuple[PackedContext, Hidden]:
+        replayed = replayed_routes(self.model, pack.samples) if self.replay_routing else {}
+        routing = RoutingTape(record=True, replayed=replayed)
+        context = PackedContext(pack.lengths, device=self.model.device, routing=routing)
+        return context, self.model(pack.tokens_T, context)
+
+    def _tokens(self, pack: PackedSamples, hidden: Hidden, version: int, old: dict[int, list[float]]) -> Forward:
+        states_ND = hidden.post_norm_TD[pack.rows_N]
+        logprobs_N = _logprobs(self.model, states_ND, pack)
+        versions_N = pack.written(lambda sample: sample.versions, dtype=torch.int64)
+        old_N = pack.written(lambda sample: old[id(sample)]) if old else logprobs_N.detach()
+        batch = TokenBatch(
+            logprobs_N=logprobs_N,
+            old_logprobs_N=old_N,
+            behaviour_logprobs_N=pack.written(lambda sample: sample.logprobs),
+            advantages_N=pack.written(lambda sample: sample.advantages),
+            sequence_N=pack.sequence_N,
+            staleness_N=(version - versions_N).clamp(min=0),
+            num_sequences=len(pack.samples),
+        )
+        return Forward(pack, states_ND, batch, pack.written(lambda sample: sample.weights))
+
+    def _heads_loss(self, pack: PackedSamples, hidden: Hidden, context: PackedContext, written: int) -> torch.Tensor:
+        """Cross-entropy of the MTP heads on written tokens, cut off from the trunk and the output head."""
+        mask_T = torch.zeros(len(pack.tokens_T), dtype=torch.bool, device=self.model.device)
+        mask_T[pack.rows_N + 1] = True
+        heads = self.model.config.num_mtp_heads
+        batch = micro_batch(pack.tokens_T, pack.lengths, mask_T, heads)
+        trunk = Hidden(hidden.pre_norm_TD.detach(), hidden.post_norm_TD.detach())
+        weight_VD = self.model.lm_head.weight.detach()
+        losses = []
+        for states_TD, labels_T in zip(
+            head_states(self.model, batch, trunk, context)[1:], batch.labels[1:], strict=True
+        ):
+            logprobs_T = token_logprobs(states_TD, weight_VD.to(states_TD.dtype), labels_T)
+            losses.append(-logprobs_T.sum() / max(written, 1))
+        return torch.stack(losses).mean()
+
+
+def weighted_sum(token_losses: Callable[[TokenBatch], torch.Tensor]) -> Objective:
+    """The objective of algorithms that need nothing but the numbers of tokens."""
+    return lambda forward: (token_losses(forward.batch) * forward.weights_N).sum()
+
+
+@torch.no_grad()
+def score_samples(
+    model: MiMo, samples: list[Sample], *, tokens_per_microbatch: int = 8192, replay: bool = True
+) -> list[list[float]]:
+    """log-probabilities of the written tokens under `model`, aligned with token_ids; 0.0 outside the mask."""
+    scores = []
+    for pack in packs(samples, tokens_per_microbatch, device=model.device):
+        routing = RoutingTape(replayed=replayed_routes(model, pack.samples) if replay else {})
+        hidden = model(pack.tokens_T, PackedContext(pack.lengths, device=model.device, routing=routing))
+        written = iter(_logprobs(model, hidden.post_norm_TD[pack.rows_N], pack).tolist())
+        scores += [[next(written) if is_in else 0.0 for is_in in sample.loss_mask] for sample in pack.samples]
+    return scores
+
+
+def packs(
+    samples: Iterable[Sample],
+    tokens_per_pack: int,
+    *,
+    device: torch.device,
+    key: Callable[[Sample], str] = lambda sample: "",
+) -> Iterable[PackedSamples]:
+    """Whole samples in order, as many together as fit; different keys apart."""
+    waiting: list[Sample] = []
+    for sample in samples:
+        size = sum(len(other.token_ids) for other in waiting) + len(sample.token_ids)
+        if waiting and (size > tokens_per_pack or key(waiting[0]) != key(sample)):
+            yield pack_samples(waiting, device=device)
+            waiting = []
+        waiting.append(sample)
+    if waiting:
+        yield pack_samples(waiting, device=device)
+
+
+def pack_samples(samples: list[Sample], *, device: torch.device) -> PackedSamples:
+    """One pack of these samples. The first token of a sample cannot have been written: nothing predicts it."""
+    rows, labels, sequence, temperature, start = [], [], [], [], 0
+    for number, sample in enumerate(samples):
+        places = [place for place, is_in in enumerate(sample.loss_mask) if is_in]
+        if places[:1] == [0]:
+            raise ValueError(f"A sample of group {sample.group!r} has its first token in the loss mask.")
+        rows += [start + place - 1 for place in places]
+        labels += [sample.token_ids[place] for place in places]
+        sequence += [number] * len(places)
+        temperature += [sample.temperature] * len(places)
+        start += len(sample.token_ids)
+    return PackedSamples(
+        samples=samples,
+        tokens_T=torch.tensor([token for sample in samples for token in sample.token_ids], device=device),
+        lengths=tuple(len(sample.token_ids) for sample in samples),
+        rows_N=torch.tensor(rows, dtype=torch.int64, device=device),
+        labels_N=torch.tensor(labels, dtype=torch.int64, device=device),
+        sequence_N=torch.tensor(sequence, dtype=torch.int64, device=device),
+        temperature_N=torch.tensor(temperature, dtype=torch.float32, device=device),
+    )
+
+
+def replayed_routes(model: MiMo, samples: list[Sample]) -> dict[int, torch.Tensor]:
+    """Recorded routes of a pack by layer, int64 [T, A]; -1, and so the router's own choice, where there are none.
+
+    The last token of a sample is never read by the engine, so it has no row there.
+    """
+    layers = sorted(model.routers())
+    if not layers or all(sample.routed_experts is None for sample in samples):
+        return {}
+    active = model.config.moe.experts_per_token
+    rows = []
+    for sample in samples:
+        routes = np.full((len(sample.token_ids), len(layers), active), NOT_RECORDED, dtype=np.int64)
+        if sample.routed_experts is not None:
+            recorded = np.asarray(sample.routed_experts)
+            if recorded.shape[1:] != routes.shape[1:] or len(recorded) > len(routes):
+                raise ValueError(
+                    f"A sample of group {sample.group!r} has routes of shape {recorded.shape}; its {len(routes)} "
+                    f"tokens and this model need at most {routes.shape}."
+                )
+            routes[: len(recorded)] = recorded
+        rows.append(routes)
+    routes_TLA = torch.from_numpy(np.concatenate(rows)).to(model.device)
+    return {layer: routes_TLA[:, place].contiguous() for place, layer in enumerate(layers)}
+
+
+def _logprobs(model: MiMo, states_ND: torch.Tensor, pack: PackedSamples) -> torch.Tensor:
+    if bool((pack.temperature_N != 1.0).any()):
+        states_ND = states_ND / pack.temperature_N.to(states_ND.dtype)[:, None]
+    return token_logprobs(states_ND, model.lm_head.weight.to(states_ND.dtype), pack.labels_N)
+
+
+def _add_means(sums: dict[str, list[tuple[float, int]]], values: dict[str, float], count: int) -> None:
+    for name, value in values.items():
+        sums.setdefault(name, []).append((value, count))
+
+
+def _means(sums: dict[str, list[tuple[float, int]]]) -> dict[str, float]:
+    """Means over micro-batches by their tokens; of maxima, the maximum."""
+    means = {}
+    for name, pairs in sums.items():
+        if "max" in name:
+            means[name] = max(value for value, _ in pairs)
+        else:
+            means[name] = sum(value * count for value, count in pairs) / max(1, sum(count for _, count in pairs))
+    return means

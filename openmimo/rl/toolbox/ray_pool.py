@@ -1,0 +1,89 @@
+"""Workers as Ray actors on a cluster, behind the interface of `WorkerPool`. Needs the extra `ray`.
+
+For tools whose arguments and answers can be pickled, such as a search service. An episode's own environment (a working
+folder) stays in the process that rolls out, and so do the tools that need it.
+"""
+
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from openmimo.core.errors import ConfigError
+from openmimo.rl.toolbox.records import ToolFailureError, ToolMistakeError, WorkerTimeoutError
+from openmimo.rl.toolbox.workers import IdleWorkers, Worker
+
+
+class RayWorkers:
+    """One actor for each worker; an actor that hangs is killed, one that died is replaced.
+
+    make_worker: must be picklable (a function or class of a module, or a partial of one). actor_options: for
+    `ray.remote`, such as {"num_cpus": 0.1, "resources": {"tools": 1}}. `ray.init` is the caller's. Raises ConfigError
+    if Ray is not installed.
+    """
+
+    def __init__(self, make_worker: Callable[[], Worker], size: int, actor_options: Mapping[str, Any] | None = None):
+        try:
+            import ray
+        except ImportError as error:
+            raise ConfigError("Tools on a cluster need Ray: pip install 'openmimo[ray]'") from error
+        self.num_restarts = 0
+        self._ray, self._make_worker = ray, make_worker
+        self._actor_class = ray.remote(**{"num_cpus": 0, **(actor_options or {})})(ActorBody)
+        self._idle = IdleWorkers()
+        for _ in range(size):
+            self._idle.put(self._actor_class.remote(make_worker))
+
+    def take(self, patience_seconds: float, cancelled: threading.Event) -> Any:
+        """See WorkerPool."""
+        return self._idle.take(patience_seconds, cancelled)
+
+    def give_back(self, worker: Any) -> None:
+        """See WorkerPool."""
+        if not self._idle.put(worker):
+            self._ray.kill(worker)
+
+    def run(self, worker: Any, arguments: Mapping[str, Any], timeout_seconds: float, on_end: Callable[[], None]) -> Any:
+        """See WorkerPool. The time that a new actor takes to come up counts, too."""
+        try:
+            kind, value = self._ray.get(worker.call.remote(dict(arguments)), timeout=timeout_seconds)
+        except self._ray.exceptions.GetTimeoutError:
+            self._replace(worker)
+            raise WorkerTimeoutError(f"the call took longer than {timeout_seconds:g} seconds") from None
+        except Exception as error:  # a dead actor, a lost node, arguments that cannot be pickled
+            self._replace(worker)
+            raise ToolFailureError(f"the actor is lost: {error!r}") from error
+        finally:
+            on_end()
+        if kind == "failure":
+            self._replace(worker)
+            raise ToolFailureError(f"the worker broke: {value}")
+        self.give_back(worker)
+        if kind == "mistake":
+            raise ToolMistakeError(value)
+        return value
+
+    def close(self) -> None:
+        """See WorkerPool."""
+        for worker in self._idle.close():
+            self._ray.kill(worker)
+
+    def _replace(self, worker: Any) -> None:
+        self._ray.kill(worker)
+        self.num_restarts += 1
+        self.give_back(self._actor_class.remote(self._make_worker))
+
+
+class ActorBody:
+    """What runs inside an actor."""
+
+    def __init__(self, make_worker: Callable[[], Worker]):
+        self._worker = make_worker()
+
+    def call(self, arguments: Mapping[str, Any]) -> tuple[str, Any]:
+        """("answer", value), ("mistake", text) or ("failure", text): exceptions need not be picklable then."""
+        try:
+            return "answer", self._worker.call(arguments)
+        except ToolMistakeError as mistake:
+            return "mistake", str(mistake)
+        except Exception as error:  # told to the caller, who replaces this actor
+            return "failure", repr(error)

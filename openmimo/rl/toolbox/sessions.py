@@ -1,0 +1,166 @@
+"""The tools of one episode: its environment, its calls, and its reward as soon as its sequence has ended.
+
+This is the paper's Tool Manager (section 4.6.3): it sits beside the rollout engine, warms environments up, begins a
+sequence's reward without waiting for the others, recovers from time-outs, and counts. Global policy is the Toolbox's.
+"""
+
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from typing import Any
+
+from openmimo.rl.toolbox.box import Toolbox
+from openmimo.rl.toolbox.records import ToolFailureError, ToolResult
+from openmimo.rl.toolbox.warm import WarmEnvironments
+
+REWARD_ATTEMPTS = 2
+
+
+class ToolSessions:
+    """Opens sessions on one toolbox, and owns it. Use it as a context manager, or close it.
+
+    environments: what each session takes one of at its first call, None if tools need none. patience_seconds: how long
+    a session waits for its environment.
+    """
+
+    def __init__(self, toolbox: Toolbox, environments: WarmEnvironments | None = None, patience_seconds: float = 300.0):
+        self.toolbox, self.environments, self.patience_seconds = toolbox, environments, patience_seconds
+        self.num_open = self.num_opened = self.num_reward_retries = self.num_lost_environments = 0
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> "ToolSessions":
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        self.close()
+
+    def open(self, prepare: Callable[[Any], None] = lambda environment: None) -> "ToolSession":
+        """A session for one episode. prepare: puts the episode's things into its environment, before the first call."""
+        self.count(num_open=1, num_opened=1)
+        return ToolSession(self, prepare)
+
+    def metrics(self) -> dict[str, float]:
+        """The counters of sessions, environments and tools."""
+        names = ("open", "opened", "reward_retries", "lost_environments")
+        with self._lock:
+            found = {f"sessions/{name}": float(getattr(self, f"num_{name}")) for name in names}
+        return found | (self.environments.metrics() if self.environments else {}) | self.toolbox.metrics()
+
+    def close(self) -> None:
+        """Ends the toolbox and the environments."""
+        self.toolbox.close()
+        if self.environments is not None:
+            self.environments.close()
+
+    def count(self, **more: int) -> None:
+        """Adds to the counters of these names."""
+        with self._lock:
+            for name, amount in more.items():
+                setattr(self, name, getattr(self, name) + amount)
+
+
+class ToolSession:
+    """One episode's tools. Calls come one after another; `close` may come at any moment from another thread.
+
+    The environment goes back when the session is closed and the last call has really ended, even if that call's caller
+    has long given it up. Tools get it as the argument "environment".
+    """
+
+    def __init__(self, sessions: ToolSessions, prepare: Callable[[Any], None]):
+        self._sessions, self._prepare = sessions, prepare
+        self._environment: Any = None
+        self._num_calls = 0
+        self._reward: Future[Any] | None = None
+        self._cancelled = threading.Event()
+        self._lock = threading.Lock()
+
+    def call(self, name: str, arguments: Mapping[str, Any]) -> ToolResult:
+        """Calls a tool. Mistakes of the model are in the result.
+
+        So are time-outs, if there is no environment. With one, a call that is cut off leaves it in a state that nobody
+        knows: that is a ToolFailureError, and the episode should be rolled out again. Tools that run what a model wrote
+        should therefore have a shorter limit of their own, and tell the model of it.
+        """
+        self._begin()
+        given = {} if self._sessions.environments is None else {"environment": self._environment}
+        result = self._sessions.toolbox.call(name, {**arguments, **given}, cancelled=self._cancelled, on_end=self._end)
+        if result.error == "timeout" and given:
+            self._sessions.count(num_lost_environments=1)
+            self.close()
+            raise ToolFailureError(f"tool {name!r}: {result.value}; its environment is given up")
+        return result
+
+    def start_reward(self, name: str, arguments: Mapping[str, Any]) -> None:
+        """Begins to score the episode by a tool, in a thread of its own; `reward` waits for it."""
+        self._reward = Future()
+        thread = threading.Thread(
+            target=self._score, args=(self._reward, name, arguments), name="tool-reward", daemon=True
+        )
+        thread.start()
+
+    def reward(self) -> Any:
+        """What the scoring tool said. Raises ToolFailureError if it could not."""
+        if self._reward is None:
+            raise ToolFailureError("no reward was begun")
+        return self._reward.result()
+
+    def close(self) -> None:
+        """Ends the session, once or more often; a call that waits is given up, one that runs ends first."""
+        with self._lock:
+            if self._cancelled.is_set():
+                return
+            self._cancelled.set()
+        self._sessions.count(num_open=-1)
+        self._release()
+
+    def _begin(self) -> None:
+        """Counts a call in, and takes the environment at the first."""
+        with self._lock:
+            if self._cancelled.is_set():
+                raise ToolFailureError("the session is closed")
+            self._num_calls += 1
+        environments = self._sessions.environments
+        if environments is None or self._environment is not None:
+            return
+        try:
+            self._environment = environments.take(self._sessions.patience_seconds)
+            self._prepare(self._environment)
+        except BaseException:
+            self._end()
+            self.close()
+            raise
+
+    def _end(self) -> None:
+        with self._lock:
+            self._num_calls -= 1
+        self._release()
+
+    def _release(self) -> None:
+        """Gives the environment back if the session is closed and nobody uses it."""
+        with self._lock:
+            if not self._cancelled.is_set() or self._num_calls or self._environment is None:
+                return
+            environment, self._environment = self._environment, None
+        self._sessions.environments.give_back(environment)
+
+    def _score(self, future: "Future[Any]", name: str, arguments: Mapping[str, Any]) -> None:
+        try:
+            future.set_result(self._scored(name, arguments))
+        except BaseException as error:  # whatever it is, `reward` raises it
+            future.set_exception(error)
+
+    def _scored(self, name: str, arguments: Mapping[str, Any]) -> Any:
+        """Scoring changes nothing, so after a failure it is tried once more; a closed session fails at once."""
+        for attempt in range(1, REWARD_ATTEMPTS + 1):
+            try:
+                result = self.call(name, arguments)
+            except ToolFailureError:
+                if attempt == REWARD_ATTEMPTS or self._cancelled.is_set():
+                    raise
+            else:
+                if not result.error:
+                    return result.value
+                if attempt == REWARD_ATTEMPTS or result.error == "mistake":
+                    raise ToolFailureError(f"scoring by {name!r} failed: {result.value}")
+            self._sessions.count(num_reward_retries=1)
+        raise AssertionError("unreachable")

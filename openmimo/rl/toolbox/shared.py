@@ -1,0 +1,40 @@
+"""The sessions that all episodes of this process share: a quota is one only if everybody draws on the same."""
+
+import atexit
+import threading
+from collections.abc import Callable, Hashable
+
+from openmimo.rl.toolbox.sessions import ToolSessions
+
+_lock = threading.Lock()
+_sessions: dict[tuple[str, Hashable], ToolSessions] = {}
+
+
+def shared(name: str, key: Hashable, make: Callable[[], ToolSessions]) -> ToolSessions:
+    """The sessions of this name and key, made at the first call. name: of the environment; key: its options."""
+    with _lock:
+        if (name, key) not in _sessions:
+            if not _sessions:
+                atexit.register(close_shared)
+            _sessions[name, key] = make()
+        return _sessions[name, key]
+
+
+def shared_metrics() -> dict[str, float]:
+    """All counters, as `tools/<environment>/<counter>`; of several with one name, the sums."""
+    with _lock:
+        entries = list(_sessions.items())
+    found: dict[str, float] = {}
+    for (name, _), sessions in entries:
+        for key, value in sessions.metrics().items():
+            found[f"tools/{name}/{key}"] = found.get(f"tools/{name}/{key}", 0.0) + value
+    return found
+
+
+def close_shared() -> None:
+    """Ends all shared sessions, at the end of a run. Episodes that come later begin new ones."""
+    with _lock:
+        entries = list(_sessions.values())
+        _sessions.clear()
+    for sessions in entries:
+        sessions.close()

@@ -1,0 +1,141 @@
+"""Problems from outside: your own JSON Lines, the library reasoning-gym, and math-verify as a scorer."""
+
+import json
+import sys
+import threading
+
+import pytest
+
+from openmimo.core.errors import ConfigError, DataError
+from openmimo.data.answers import score_answer
+from openmimo.data.config import TaskConfig
+from openmimo.data.task import Problem, open_task
+
+ROWS = [
+    {"prompt": f"What is {number} + 1?", "answer": number + 1, "difficulty": 1 + number % 2, "id": f"sum-{number}"}
+    for number in range(60)
+]
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write_lines(rows, **options):
+        path = tmp_path / "own.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return {"path": str(path), **options}
+
+    return write_lines
+
+
+def without(monkeypatch, package: str) -> None:
+    """Makes the package look as if it were not installed."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+
+
+def test_own_problems_by_difficulty_and_split(write):
+    task = open_task(TaskConfig("jsonl", 2, 2, options=write(ROWS, scoring="numeric")))
+    ids = {split: {task.problem_at(index, split=split, seed=0).id for index in range(400)}
+           for split in ("train", "validation")}  # fmt: skip
+    assert not ids["train"] & ids["validation"]
+    assert ids["train"] | ids["validation"] == {row["id"] for row in ROWS if row["difficulty"] == 2}
+    problem = task.problem_at(0, split="train", seed=0)
+    assert task.score(problem, f"It is {problem.answer}.") == 1.0
+    assert task.score(problem, "It is 100.") == 0.0
+
+
+def test_problems_without_difficulty_belong_to_all(write):
+    options = write([{"question": f"q{number}", "key": "a"} for number in range(30)],
+                    prompt_field="question", answer_field="key")  # fmt: skip
+    problem = open_task(TaskConfig("jsonl", 7, 7, options=options)).problem_at(0, split="train", seed=0)
+    assert problem.prompt.startswith("q") and problem.answer == "a" and problem.difficulty == 7
+    assert problem.id == Problem("jsonl", 1, problem.prompt, "").id
+
+
+def test_missing_difficulty_is_named(write):
+    with pytest.raises(DataError, match="no problem of difficulty 5; it has 1, 2"):
+        open_task(TaskConfig("jsonl", 5, 5, options=write(ROWS))).problem_at(0, split="train", seed=0)
+
+
+@pytest.mark.parametrize(
+    ("row", "named"),
+    [
+        ({"answer": "1"}, "line 1: no text or number under 'prompt'"),
+        ({"prompt": "p", "answer": None}, "line 1: no text or number under 'answer'"),
+        ({"prompt": "p", "answer": "a", "difficulty": "easy"}, "line 1: the difficulty must be a whole number"),
+        ([1], "line 1: a JSON object is needed, not a list"),
+    ],
+)
+def test_bad_lines_are_named(write, row, named):
+    task = open_task(TaskConfig("jsonl", 1, 1, options=write([row])))
+    with pytest.raises(DataError, match=named):
+        task.problem_at(0, split="train", seed=0)
+
+
+def test_math_without_its_package_says_what_to_install(write, monkeypatch):
+    without(monkeypatch, "math_verify")
+    task = open_task(TaskConfig("jsonl", 1, 1, options=write(ROWS, scoring="math")))
+    with pytest.raises(ConfigError, match="pip install math-verify"):
+        task.problem_at(0, split="train", seed=0)
+
+
+def test_reasoning_gym_without_its_package_says_what_to_install(monkeypatch):
+    without(monkeypatch, "reasoning_gym")
+    task = open_task(TaskConfig("reasoning_gym", 1, 1, options={"dataset": "no_such_set"}))
+    with pytest.raises(ConfigError, match="pip install reasoning-gym"):
+        task.problem_at(0, split="train", seed=0)
+
+
+MATH_CASES = [
+    (r"\frac{1}{2}", "0.5", 1.0), (r"\frac{1}{2}", r"so it is $\frac{2}{4}$", 1.0), ("x+1", "$1+x$", 1.0),
+    ("7", r"\boxed{7}", 1.0), ("7", r"<think>8</think>The answer is \boxed{7}.", 1.0), ("7", "8", 0.0), ("7", "", 0.0),
+    (r"\sqrt{8}", r"$2\sqrt{2}$", 1.0), ("7", r"\frac{", 0.0), ("7", "$" * 50, 0.0), ("7", "\x00", 0.0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("answer", "text", "right"), MATH_CASES)
+def test_math_scoring(answer, text, right):
+    pytest.importorskip("math_verify")
+    assert score_answer("math", answer, text) == right
+
+
+def test_math_scoring_works_in_threads():
+    pytest.importorskip("math_verify")
+    scores = []
+    thread = threading.Thread(target=lambda: scores.append(score_answer("math", "1/2", "0.5")))
+    thread.start()
+    thread.join()
+    assert scores == [1.0]
+
+
+@pytest.mark.parametrize("dataset", ["chain_sum", "spell_backward", "basic_arithmetic", "letter_counting"])
+def test_reasoning_gym_problems(dataset):
+    pytest.importorskip("reasoning_gym")
+    for difficulty in (1, 2):
+        task = open_task(TaskConfig("reasoning_gym", difficulty, difficulty, options={"dataset": dataset}))
+        problems = [task.problem_at(index, split="train", seed=0) for index in range(10)]
+        assert problems == [task.problem_at(index, split="train", seed=0) for index in range(10)]
+        held_out = {task.problem_at(index, split="validation", seed=0).prompt for index in range(10)}
+        assert not held_out & {problem.prompt for problem in problems}
+        for problem in problems:
+            assert task.score(problem, f"<think>easy</think>{problem.answer}") == 1.0
+            for text in ("", "nonsense", "\x00", "9" * 999):
+                assert 0.0 <= task.score(problem, text) < 1.0
+
+
+def test_reasoning_gym_difficulty_grows():
+    pytest.importorskip("reasoning_gym")
+
+    def mean_length(difficulty):
+        task = open_task(TaskConfig("reasoning_gym", difficulty, difficulty, options={"dataset": "chain_sum"}))
+        return sum(len(task.problem_at(index, split="train", seed=0).prompt) for index in range(30))
+
+    assert mean_length(1) < mean_length(2) < mean_length(4)
+
+
+def test_reasoning_gym_names_its_data_sets():
+    pytest.importorskip("reasoning_gym")
+    task = open_task(TaskConfig("reasoning_gym", 1, 1, options={"dataset": "no_such_set"}))
+    with pytest.raises(ConfigError, match="no data set 'no_such_set'; it has .*chain_sum"):
+        task.problem_at(0, split="train", seed=0)
