@@ -158,6 +158,43 @@ def _mopd(arguments: list[str]) -> None:
     train(config)
 
 
+def _compare(arguments: list[str]) -> None:
+    from openmimo.rl.config import CompareConfig
+
+    config = _with_overrides("compare", arguments, CompareConfig)
+    from openmimo.rl.compare import compare
+
+    compare(config)
+
+
+def _merge(arguments: list[str]) -> None:
+    def parse(
+        base: tyro.conf.Positional[str],
+        destination: tyro.conf.Positional[str],
+        children: tuple[str, ...],
+        method: Literal["average", "task_arithmetic"] = "average",
+        scale: float = 1.0,
+    ) -> dict[str, Any]:
+        """Merge fine-tuned checkpoints of one base by their weights.
+
+        Args:
+            base: The checkpoint that all started from.
+            destination: A folder for the merged model.
+            children: The fine-tuned checkpoints.
+            method: average (base + scale x the mean of their changes) or task_arithmetic (base + scale x the sum).
+            scale: See method.
+        """
+        return locals()
+
+    values = tyro.cli(parse, args=arguments, prog="openmimo merge")
+    from openmimo.rl.merge import merge
+
+    merge(
+        values["base"], list(values["children"]), values["destination"],
+        method=values["method"], scale=values["scale"],
+    )  # fmt: skip
+
+
 def _demo(arguments: list[str]) -> None:
     from openmimo.demo.config import DemoConfig
 
@@ -364,6 +401,8 @@ VERBS: dict[str, Verb] = {
     "sft": Verb("fine-tune a checkpoint on conversations or demonstrations", _sft),
     "rl": Verb("reinforcement learning with verifiable rewards, from a checkpoint", _rl),
     "mopd": Verb("distil teachers into a student on the student's own answers", _mopd),
+    "compare": Verb("a see-saw report: base, teachers and students in every domain", _compare),
+    "merge": Verb("merge fine-tuned checkpoints by their weights", _merge),
     "eval": Verb("measure retrieval and loss over long contexts", _eval),
     "generate": Verb("continue a prompt", _generate),
     "chat": Verb("talk with a checkpoint in the terminal", _chat),

@@ -3,13 +3,24 @@
 Two things are peculiar to this size (docs/log.md): many small steps (2,048 tokens), because retrieval emerges by steps
 and not by tokens; and a short first stage of repeated segments, longer than the first half of a window, from which the
 full layers learn to copy by content before anything else.
+
+After that come demonstrations of four tasks, a teacher for each of three of them, and one student of all:
+
+    openmimo sft
+    openmimo rl tiny_cpu:sorting; openmimo rl tiny_cpu:unique; openmimo rl tiny_cpu:reverse
+    openmimo mopd && openmimo compare
+
+The answers to these tasks are known, so demonstrations alone could teach everything. To leave something to learn from
+rewards, most of them are easier than what is asked later (docs/rl.md).
 """
 
 from dataclasses import replace
 
-from openmimo.data.config import MixtureConfig, SourceConfig
+from openmimo.data.config import MixtureConfig, SourceConfig, TaskConfig, demonstrations
 from openmimo.demo.config import DemoConfig
-from openmimo.train.config import CheckpointConfig, EvaluationConfig, ExtendConfig, PretrainConfig, Stage
+from openmimo.engine.config import EngineConfig
+from openmimo.rl.config import CompareConfig, MopdConfig, RlConfig, RlEvaluation, RlSource
+from openmimo.train.config import CheckpointConfig, EvaluationConfig, ExtendConfig, PretrainConfig, SftConfig, Stage
 
 TEXT = SourceConfig("python_stdlib", weight=0.3, max_megabytes=8.0)
 REPEATS = SourceConfig(
@@ -84,15 +95,141 @@ def extend() -> ExtendConfig:
     )
 
 
+DEMONSTRATED = (
+    TaskConfig("sorting", 2, 8), TaskConfig("unique", 2, 8), TaskConfig("reverse", 2, 6), TaskConfig("lookup", 1, 4),
+)  # fmt: skip
+ASKED = {
+    "sorting": TaskConfig("sorting", 9, 10), "unique": TaskConfig("unique", 9, 10),
+    "reverse": TaskConfig("reverse", 5, 6), "lookup": TaskConfig("lookup", 4, 8),
+}  # fmt: skip
+TAUGHT = ("sorting", "unique", "reverse")
+SHORT_PROMPTS = EngineConfig(
+    max_sequences=128, prefill_tokens=4096, mixed_prefill_tokens=4096, prefix_cache=False, speculative=False
+)
+
+
+def domain(name: str, *, samples_per_prompt: int = 8) -> RlSource:
+    """The problems that one teacher learns, and on which everyone is compared."""
+    task = ASKED[name]
+    options = {"task": {"name": name, "min_difficulty": task.min_difficulty, "max_difficulty": task.max_difficulty}}
+    return RlSource(name=name, samples_per_prompt=samples_per_prompt, max_answer_tokens=16, options=options)
+
+
+def sft() -> SftConfig:
+    """Demonstrations for the extended model of `extend`."""
+    return SftConfig(
+        checkpoint="runs/tiny_cpu_extended/model",
+        run_folder="runs/tiny_cpu_sft",
+        mixture=MixtureConfig((demonstrations(*DEMONSTRATED),), validation_fraction=0.05),
+        steps=300,
+        sequence_length=256,
+        rows=8,
+        rows_per_microbatch=8,
+        threads=1,
+        peak_lr=3e-3,
+        end_lr=2e-4,
+        warmup_steps=20,
+        mtp_weight=0.3,
+        checkpoints=CheckpointConfig(every_steps=100),
+        evaluation=EvaluationConfig(every_steps=100, batches=2),
+    )
+
+
+def rl_on(*names: str) -> RlConfig:
+    """GRPO on these domains, from the model of `sft`."""
+    return RlConfig(
+        checkpoint="runs/tiny_cpu_sft/model",
+        run_folder=f"runs/tiny_cpu_rl_{'_'.join(names)}",
+        sources=tuple(domain(name) for name in names),
+        steps=30,
+        groups_per_step=16,
+        learning_rate=5e-4,
+        warmup_steps=5,
+        threads=1,
+        engine=SHORT_PROMPTS,
+        checkpoints=CheckpointConfig(every_steps=10),
+        evaluation=RlEvaluation(every_steps=10, problems=100),
+    )
+
+
+def sorting() -> RlConfig:
+    """The teacher of sorting."""
+    return rl_on("sorting")
+
+
+def unique() -> RlConfig:
+    """The teacher of leaving out repeats."""
+    return rl_on("unique")
+
+
+def reverse() -> RlConfig:
+    """The teacher of writing backwards."""
+    return rl_on("reverse")
+
+
+def rl() -> RlConfig:
+    """All three domains at once: what distillation is compared with."""
+    return rl_on(*TAUGHT)
+
+
+def mopd() -> MopdConfig:
+    """One student of three teachers, and of its former self in the domain that has none."""
+    return MopdConfig(
+        checkpoint="runs/tiny_cpu_sft/model",
+        run_folder="runs/tiny_cpu_mopd",
+        sources=tuple(domain(name, samples_per_prompt=2) for name in ASKED),
+        teachers={name: f"runs/tiny_cpu_rl_{name}/model" for name in TAUGHT} | {"lookup": "self"},
+        signal="full",
+        steps=40,
+        groups_per_step=64,
+        learning_rate=5e-4,
+        warmup_steps=5,
+        threads=1,
+        engine=SHORT_PROMPTS,
+        checkpoints=CheckpointConfig(every_steps=10),
+        evaluation=RlEvaluation(every_steps=10, problems=100),
+    )
+
+
+def compare() -> CompareConfig:
+    """Fine-tuned model, teachers and student in all four domains."""
+    teachers = {f"{name} teacher": (f"runs/tiny_cpu_rl_{name}/model",) for name in TAUGHT}
+    return CompareConfig(
+        run_folder="runs/tiny_cpu_compare",
+        base="runs/tiny_cpu_sft/model",
+        sources=tuple(domain(name) for name in ASKED),
+        models=teachers | {"student": ("runs/tiny_cpu_mopd/model",)},
+        teachers={name: f"{name} teacher" for name in TAUGHT},
+        threads=1,
+        engine=SHORT_PROMPTS,
+    )
+
+
 def demo() -> DemoConfig:
-    """Both, with the measurements between them."""
+    """All of it, with the measurements between."""
     return demo_in("runs/demo")
 
 
 def demo_in(folder: str) -> DemoConfig:
     """The demo with everything in `folder`."""
+    base, student = f"{folder}/sft/model", f"{folder}/mopd/model"
+    taught = {name: f"{folder}/rl_{name}" for name in TAUGHT}
     return DemoConfig(
         folder=folder,
         pretrain=replace(pretrain(), run_folder=f"{folder}/pretrain"),
         extend=replace(extend(), run_folder=f"{folder}/extend", checkpoint=f"{folder}/pretrain/model"),
+        sft=replace(sft(), run_folder=f"{folder}/sft", checkpoint=f"{folder}/extend/model"),
+        teachers=tuple(replace(rl_on(name), run_folder=run, checkpoint=base) for name, run in taught.items()),
+        mopd=replace(
+            mopd(),
+            run_folder=f"{folder}/mopd",
+            checkpoint=base,
+            teachers={name: f"{run}/model" for name, run in taught.items()} | {"lookup": "self"},
+        ),
+        compare=replace(
+            compare(),
+            run_folder=f"{folder}/seesaw",
+            base=base,
+            models={f"{name} teacher": (f"{run}/model",) for name, run in taught.items()} | {"student": (student,)},
+        ),
     )

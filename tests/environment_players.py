@@ -25,10 +25,10 @@ def play(episode: Episode, script: Script) -> float:
     return episode.reward()
 
 
-def call(name: str, **arguments: str) -> str:
+def call(function: str, /, **arguments: str) -> str:
     """A call in the chat format."""
     lines = [f"<parameter={key}>{value}</parameter>" for key, value in arguments.items()]
-    return "\n".join(["<tool_call>", f"<function={name}>", *lines, "</function>", "</tool_call>"])
+    return "\n".join(["<tool_call>", f"<function={function}>", *lines, "</function>", "</tool_call>"])
 
 
 def task(problem: Problem) -> Script:

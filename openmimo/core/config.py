@@ -75,7 +75,10 @@ def _build(expected: Any, value: Any, where: str) -> Any:
         item_type = typing.get_args(expected)[0]
         return tuple(_build(item_type, item, f"{where}[{index}]") for index, item in enumerate(value))
     if origin is dict:
-        return dict(value)
+        if not isinstance(value, dict):
+            raise ConfigError(f"{where} must be an object, not {type(value).__name__}.")
+        item_type = typing.get_args(expected)[1]
+        return {key: _build(item_type, item, f"{where}.{key}") for key, item in value.items()}
     if dataclasses.is_dataclass(expected):
         return _build_dataclass(expected, value, where)
     if expected is Any:

@@ -6,6 +6,7 @@ from typing import Any
 
 from openmimo.core.config import to_dict
 from openmimo.core.records import SamplingParams
+from openmimo.data.conversation import encode_prompt
 from openmimo.data.source import TextSource, open_source, read_documents, split_of
 from openmimo.data.tokenizer import Tokenizer
 from openmimo.demo.config import DemoConfig
@@ -13,6 +14,7 @@ from openmimo.engine.llm import LLM
 from openmimo.evals.config import EvalConfig
 from openmimo.evals.runner import run as run_evaluation
 from openmimo.model.hf import load_model
+from openmimo.rl.environment import open_environment
 
 _PROMPT_TOKENS = 64
 
@@ -59,6 +61,24 @@ def measure_decoding(config: DemoConfig, model_folder: Path) -> dict[str, Any]:
             for prompt, text in zip(prompts, texts["plain"], strict=True)
         ],
     }
+
+
+def measure_answers(config: DemoConfig) -> dict[str, Any]:
+    """Drafting on held-out problems, sampled at temperature 1, before and after distillation."""
+    results = {}
+    for name, folder in (("sft", config.sft.run_folder), ("student", config.mopd.run_folder)):
+        llm = LLM(Path(folder) / "model", speculative=True, adaptive_drafts=False)
+        prompts = []
+        for source in config.mopd.sources:
+            environment, options = open_environment(source.environment, source.options)
+            problem_at = environment.problems(options, "validation", config.mopd.seed)
+            for index in range(config.decode_prompts):
+                episode = environment.open(problem_at(index), options)
+                prompts.append(encode_prompt(llm.tokenizer, episode.messages))
+        for number, prompt in enumerate(prompts):
+            llm.generate([prompt], SamplingParams(max_tokens=16, temperature=1.0, seed=number))
+        results[name] = llm.stats()
+    return results
 
 
 def _held_out_prompts(config: DemoConfig, tokenizer: Tokenizer) -> list[list[int]]:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from openmimo.core.metrics import read_metrics
 from openmimo.core.report import Report, new_figure
 from openmimo.demo.config import DemoConfig
+from openmimo.rl.compare import Cell, seesaw_figure, seesaw_table
 from openmimo.train.report import add_training_figures
 
 if TYPE_CHECKING:
@@ -41,12 +42,30 @@ def write_page(folder: Path, config: DemoConfig, findings: "Findings") -> Path:
     report.figure(_cache(findings.decoding), "Cache of one sequence: this model, and the same with every layer global.")
     for sample in findings.decoding["samples"][:2]:
         report.code(f"{sample['prompt']}⟨here the model goes on⟩{sample['text']}")
+    report.heading("Post-training: the see-saw")
+    report.paragraph(
+        "Fine-tuned on demonstrations, then one teacher for each domain by reinforcement learning on verified answers, "
+        "each better at home and often worse elsewhere; then one student that learned from all of them on its own "
+        "answers, with its own former self as the teacher of the domain that has no other."
+    )
+    report.figure(seesaw_figure(config.compare, _cells(findings)), "Mean reward on held-out problems, by domain.")
+    header, rows = seesaw_table(config.compare, _cells(findings))
+    report.table(header, rows)
+    drafts = {name: stats["accepted_tokens_per_step"] for name, stats in findings.answers.items()}
+    report.paragraph(
+        f"Tokens a step with three heads drafting on such problems: {drafts['sft']:.2f} before distillation, "
+        f"{drafts['student']:.2f} after."
+    )
     for run_folder, title in ((config.pretrain.run_folder, "Pre-training"), (config.extend.run_folder, "Extension")):
         report.heading(title)
         add_training_figures(report, read_metrics(Path(run_folder) / "metrics.jsonl"))
     report.heading("Time")
     report.table(["part", "seconds"], [[name, float(seconds)] for name, seconds in findings.seconds.items()])
     return report.write(folder / "report.html")
+
+
+def _cells(findings: "Findings") -> dict[str, dict[str, Cell]]:
+    return {name: {domain: Cell(**cell) for domain, cell in row.items()} for name, row in findings.seesaw.items()}
 
 
 def _retrieval(findings: "Findings", config: DemoConfig) -> Any:

@@ -20,18 +20,25 @@ from openmimo.core import config as config_io
 from openmimo.core.errors import ConfigError
 from openmimo.core.files import write_text_atomic
 from openmimo.demo.config import DemoConfig
-from openmimo.demo.measure import measure_decoding, measure_retrieval
+from openmimo.demo.measure import measure_answers, measure_decoding, measure_retrieval
 from openmimo.demo.page import write_page
-from openmimo.train.pretrain import extend, pretrain
+from openmimo.demo.teachers import run_teachers
+from openmimo.rl.compare import compare
+from openmimo.rl.run import train
+from openmimo.train.pretrain import extend, pretrain, sft
 
 
 @dataclass(frozen=True)
 class Findings:
-    """What the parts measured, as plain JSON: retrieval by length before and after, decoding, seconds by part."""
+    """What the parts measured, as plain JSON: retrieval by length before and after, decoding, the see-saw's cells by
+    model and domain, drafting on problems before and after distillation, seconds by part.
+    """
 
     before: list[dict[str, Any]]
     after: list[dict[str, Any]]
     decoding: dict[str, Any]
+    seesaw: dict[str, dict[str, dict[str, Any]]]
+    answers: dict[str, dict[str, Any]]
     seconds: dict[str, float]
 
 
@@ -44,17 +51,22 @@ def run(config: DemoConfig) -> Path:
     parts = _Parts(folder, console)
     _keep_config(config, folder)
     checkpoint, model_folder = config.extend.checkpoint, Path(config.extend.run_folder) / "model"
-    parts.run("pretrain", "1/4  a tokenizer, and a model from random weights", lambda: _done(pretrain(config.pretrain)))
-    parts.run("extend", "2/4  a longer context, and three MTP heads", lambda: _done(extend(config.extend)))
-    before = parts.run("retrieval_before", "3/4  retrieval before", lambda: measure_retrieval(config, checkpoint))
+    parts.run("pretrain", "1/8  a tokenizer, and a model from random weights", lambda: _done(pretrain(config.pretrain)))
+    parts.run("extend", "2/8  a longer context, and three MTP heads", lambda: _done(extend(config.extend)))
+    before = parts.run("retrieval_before", "3/8  retrieval before", lambda: measure_retrieval(config, checkpoint))
     after = parts.run("retrieval_after", "     and after", lambda: measure_retrieval(config, str(model_folder)))
     decoding = parts.run(
-        "decoding", "4/4  decoding, plain and speculative", lambda: measure_decoding(config, model_folder)
+        "decoding", "4/8  decoding, plain and speculative", lambda: measure_decoding(config, model_folder)
     )
+    parts.run("sft", "5/8  fine-tuning on demonstrations", lambda: _done(sft(config.sft)))
+    parts.run("teachers", "6/8  a teacher for each domain, by reinforcement", lambda: run_teachers(config.teachers))
+    parts.run("mopd", "7/8  one student of all teachers", lambda: _done(train(config.mopd)))
+    seesaw = parts.run("seesaw", "8/8  everyone in every domain", lambda: _seesaw(config))
+    answers = parts.run("answers", "     and drafts before and after", lambda: measure_answers(config))
 
-    findings = Findings(before["scores"], after["scores"], decoding, parts.seconds())
+    findings = Findings(before["scores"], after["scores"], decoding, seesaw, answers, parts.seconds())
     report = write_page(folder, config, findings)
-    _say_what_came_of_it(console, findings, report, model_folder)
+    _say_what_came_of_it(console, findings, report, model_folder, Path(config.mopd.run_folder) / "model")
     return report
 
 
@@ -95,7 +107,13 @@ def _done(model_folder: Path) -> dict[str, Any]:
     return {"model": str(model_folder)}
 
 
-def _say_what_came_of_it(console: Console, findings: Findings, report: Path, model_folder: Path) -> None:
+def _seesaw(config: DemoConfig) -> dict[str, Any]:
+    return {name: {domain: vars(cell) for domain, cell in row.items()} for name, row in compare(config.compare).items()}
+
+
+def _say_what_came_of_it(
+    console: Console, findings: Findings, report: Path, model_folder: Path, student_folder: Path
+) -> None:
     def shown(scores: list[dict[str, Any]]) -> str:
         return "  ".join(f"{score['length']}: {score['mean']:.0%}" for score in scores)
 
@@ -118,11 +136,25 @@ def _say_what_came_of_it(console: Console, findings: Findings, report: Path, mod
         highlight=False,
         soft_wrap=True,
     )
+    _say_who_can_what(console, findings)
     console.print(f"report            {report}", soft_wrap=True)
     console.print(f"model             {model_folder}   (transformers loads it, too)", soft_wrap=True)
+    console.print(f"student           {student_folder}", soft_wrap=True)
     command = Path(os.path.relpath(sys.executable)).parent / "openmimo"
     console.print(f"talk to it        {command} generate {model_folder} --prompt 'def main('", soft_wrap=True)
+    question = "sort 31524"
+    console.print(f"ask the student   {command} generate {student_folder} --chat --prompt '{question}'", soft_wrap=True)
     console.print(
-        f"serve it          {command} serve {model_folder}   (API and chat page at http://127.0.0.1:8000)",
+        f"serve it          {command} serve {student_folder}   (API and chat page at http://127.0.0.1:8000)",
         soft_wrap=True,
+    )
+
+
+def _say_who_can_what(console: Console, findings: Findings) -> None:
+    for name, row in findings.seesaw.items():
+        shown = "  ".join(f"{domain}: {cell['mean']:.0%}" for domain, cell in row.items())
+        console.print(f"{name:<17} {shown}", highlight=False, soft_wrap=True)
+    before, after = (findings.answers[name]["accepted_tokens_per_step"] for name in ("sft", "student"))
+    console.print(
+        f"drafts on answers {before:.2f} tokens a step before distillation, {after:.2f} after", highlight=False
     )

@@ -184,6 +184,10 @@ class RlConfig:
         bias_rate: Step of the experts' selection bias.
         mtp_weight: Weight of the MTP heads' own loss, which moves nothing but the heads.
         max_running: Samples in the engine at once.
+        rollouts: Who samples: engine (in this process, in turns with the trainer), processes (workers of this machine),
+            or ray (actors of a cluster). Workers have a copy of the policy, and with unfinished "partial" they begin
+            the next batch while the trainer learns from this one.
+        rollout_workers: How many; only with processes and ray.
         tokens_per_microbatch: Packed tokens in memory at once.
         reward_threads: Threads in which slow environments answer.
         seed: Decides problems and samples.
@@ -216,6 +220,8 @@ class RlConfig:
     bias_rate: float = 0.0
     mtp_weight: float = 0.1
     max_running: int = 128
+    rollouts: Literal["engine", "processes", "ray"] = "engine"
+    rollout_workers: int = 1
     tokens_per_microbatch: int = 8192
     reward_threads: int = 4
     seed: int = 0
@@ -236,6 +242,7 @@ class RlConfig:
             "groups_per_step",
             "updates_per_step",
             "max_running",
+            "rollout_workers",
             "tokens_per_microbatch",
             "reward_threads",
         )
@@ -244,7 +251,10 @@ class RlConfig:
         rules["warmup_steps"] = (self.warmup_steps >= 0, "0 or more")
         rules["updates_per_step"] = (1 <= self.updates_per_step <= self.groups_per_step, "1 to groups_per_step")
         rules["dtype"] = (self.dtype in ("auto", "float32", "bfloat16"), "auto, float32 or bfloat16")
+        rules["rollouts"] = (self.rollouts in ("engine", "processes", "ray"), "engine, processes or ray")
         _check("the run", self, rules)
+        if self.rollouts == "engine" and self.rollout_workers != 1:
+            raise ConfigError("rollout_workers has no effect with rollouts 'engine'; set rollouts to processes or ray.")
         if any(source.temperature == 0.0 for source in self.sources):
             raise ConfigError("a source has temperature 0: all samples of a group would be the same. Give it 1.0.")
         self.scheduler()
@@ -293,9 +303,42 @@ class MopdConfig(RlConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.writer == "teacher" and self.rollouts != "engine":
+            raise ConfigError(f"rollouts {self.rollouts!r} has no effect with writer 'teacher'; leave it out.")
         if self.top_k is not None and self.signal != "top_k":
             raise ConfigError(f"top_k has no effect with signal {self.signal!r}; leave it out.")
         if self.writer == "teacher" and self.signal == "sampled":
             raise ConfigError("signal 'sampled' scores what the student wrote; with writer 'teacher' take another.")
         if self.signal == "imitate" and self.writer == "student":
             raise ConfigError("signal 'imitate' copies what was written; with writer 'student' that teaches nothing.")
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """A see-saw report: models in every domain, against the base and each domain's teacher.
+
+    Attributes:
+        run_folder: Where report and results go.
+        base: The checkpoint that all of them started from.
+        sources: The domains.
+        models: By name, the checkpoints of a method: one for each seed.
+        teachers: For each domain that has one, the name of its teacher among the models.
+        problems: Held-out problems of each domain.
+        temperature: 0 answers greedily.
+        seed: Decides the problems (and answers, above temperature 0).
+        device: auto (an accelerator if there is one), cpu, or a device of torch.
+        threads: CPU threads of torch (0: as torch chooses).
+        engine: Cache and batching.
+    """
+
+    run_folder: str
+    base: str
+    sources: tuple[RlSource, ...]
+    models: dict[str, tuple[str, ...]]
+    teachers: dict[str, str] = field(default_factory=dict)
+    problems: int = 200
+    temperature: float = 0.0
+    seed: int = 0
+    device: str = "auto"
+    threads: int = 0
+    engine: EngineConfig = EngineConfig(max_sequences=128, prefill_tokens=4096, speculative=False)

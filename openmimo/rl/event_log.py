@@ -25,12 +25,14 @@ class LoggedScheduler:
         self._path = path
         self._step = 0
         self._file = None
-        self._is_first = True
+        self._last_logged = max((event["step"] for event in _read(path)), default=-1)
+        self._has_resumed = False
 
     def begin_step(self, step: int) -> list[GroupRequest]:
         """Begins a step, and repeats the calls that the file has for it.
 
-        What is returned was on its way when the process before this one ended, and has to be rolled out anew.
+        What is returned was on its way when the process before this one ended, and has to be rolled out anew: nothing,
+        until the last step that the file has.
         """
         self._step = step
         self.close()
@@ -40,10 +42,14 @@ class LoggedScheduler:
                 self.scheduler.next_submissions(event["slots"])
             else:
                 self.scheduler.on_sample(event["group"], sample_from_dict(event["sample"]))
-        self.scheduler.take_cancelled()
-        self._file = open(self._path, "a")  # noqa: SIM115
-        is_first, self._is_first = self._is_first, False
-        return self.scheduler.in_flight() if is_first else []
+        if self._has_resumed or step < self._last_logged:
+            return []
+        self._has_resumed = True
+        return self.scheduler.in_flight()
+
+    def knows(self, step: int) -> bool:
+        """Whether an earlier process began this step, so that what it submitted then is repeated."""
+        return step <= self._last_logged
 
     def next_submissions(self, num_free_slots: int) -> list[GroupRequest]:
         """See DataScheduler."""
@@ -68,6 +74,8 @@ class LoggedScheduler:
             self._file = None
 
     def _write(self, event: dict[str, Any]) -> None:
+        if self._file is None:
+            self._file = open(self._path, "a")  # noqa: SIM115
         self._file.write(json.dumps({"step": self._step, **event}) + "\n")
         self._file.flush()
 

@@ -1,11 +1,13 @@
 """The loop of post-training: roll out, judge, learn, hand the new weights to the engine.
 
 `openmimo rl` and `openmimo mopd` are this loop with different algorithms. In one process trainer and engine run the
-very same model, so that new weights are there at once; whatever else rolls out implements `Rollouts`. Everything that
+very same model, so that new weights are there at once; whatever else rolls out implements `Rollouts`. Workers in other
+processes begin the next batch before the trainer learns from this one, and so are one version behind it. Everything that
 decides what happens next is in a checkpoint or in the event log behind it, so that a run killed at any moment goes on
 as if it had not been, with no sample lost and none learned from twice.
 """
 
+import functools
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -28,9 +30,13 @@ from openmimo.rl.environment import open_environment
 from openmimo.rl.evaluate import episode_opener, evaluate_policy, mean_rewards, streams_of
 from openmimo.rl.event_log import LoggedScheduler
 from openmimo.rl.policy_trainer import Objective, PolicyTrainer, UpdateReport, weighted_sum
+from openmimo.rl.process_rollouts import ProcessRollouts
+from openmimo.rl.ray_rollouts import RayRollouts
 from openmimo.rl.rollout import EngineRollouts, Rollouts
+from openmimo.rl.rollout_worker import WorkerSetup
 from openmimo.rl.scheduler import DataScheduler
 from openmimo.rl.teaching import TeacherRollouts, Teaching
+from openmimo.rl.worker_rollouts import WorkerRollouts
 from openmimo.train.checkpoint import Checkpoints, Progress, load_optimiser_state
 
 
@@ -73,6 +79,7 @@ class RlRun:
         if start.loader:
             scheduler.load_state(start.loader)
         self.log = LoggedScheduler(scheduler, self.run_folder / "events.jsonl")
+        self._before_early_step: dict[str, Any] | None = None
         self.checkpoints = Checkpoints(self.run_folder, config.checkpoints)
         self.metrics = MetricsWriter(self.run_folder, tensorboard=config.tensorboard)
         self.metrics.truncate_after(start.step)
@@ -99,6 +106,7 @@ class RlRun:
         batch, report = self.collect()
         rolled_out = time.perf_counter()
         samples = [sample for group in batch for sample in group]
+        self._begin_early()
         update = self._learn(batch)
         learned = time.perf_counter()
         self.step += 1
@@ -107,20 +115,20 @@ class RlRun:
         values = _sample_metrics(samples) | {f"scheduler/{name}": value for name, value in report.items()}
         values |= _update_metrics(update) | (self.teaching.metrics() if self.teaching else {})
         values |= {"seconds/rollout": rolled_out - started, "seconds/update": learned - rolled_out}
+        values |= self.rollouts.metrics() if isinstance(self.rollouts, WorkerRollouts) else {}
         self.metrics.write(self.step, values)
         self._after_step()
         return values["reward/mean"]
 
     def collect(self) -> tuple[list[list[Sample]], dict[str, float]]:
         """The next batch, and the scheduler's report of it."""
-        for request in self.log.begin_step(self.step):
-            self.rollouts.submit(request)
+        if self._before_early_step is None:
+            self._begin(self.step)
+        self._before_early_step = None
         scheduler, has_news = self.log.scheduler, True
         while not scheduler.is_complete():
-            free = self.config.max_running - self.rollouts.num_running
-            if has_news and free > 0:
-                for request in self.log.next_submissions(free):
-                    self.rollouts.submit(request)
+            if has_news:
+                self._submit_more()
             has_news = False
             if self.rollouts.num_running:
                 for sample in self.rollouts.poll():
@@ -132,6 +140,28 @@ class RlRun:
         batch, report = scheduler.take_batch()
         self.rollouts.cancel(scheduler.take_cancelled())
         return batch, report
+
+    def _begin(self, step: int) -> None:
+        for request in self.log.begin_step(step):
+            self.rollouts.submit(request)
+
+    def _begin_early(self) -> None:
+        """Begins the next step before this one is learned from, if workers can go on meanwhile.
+
+        Its first tokens are then one version old when the step is learned from. The scheduler's state of now is kept:
+        in a checkpoint, the next step has not begun, and what it did since is in the event log.
+        """
+        goes_on = isinstance(self.rollouts, WorkerRollouts) and self.config.unfinished == "partial"
+        if goes_on and self.step + 1 < self.config.steps:
+            self._before_early_step = self.log.scheduler.state()
+            self._begin(self.step + 1)
+            if not self.log.knows(self.step + 1):
+                self._submit_more()
+
+    def _submit_more(self) -> None:
+        free = self.config.max_running - self.rollouts.num_running
+        for request in self.log.next_submissions(free) if free > 0 else ():
+            self.rollouts.submit(request)
 
     def _learn(self, batch: list[list[Sample]]) -> list[UpdateReport]:
         """The optimiser steps of a batch: one for each part of its groups."""
@@ -178,7 +208,7 @@ class RlRun:
 
     def save(self) -> Path:
         """Writes a checkpoint of this moment, between two steps."""
-        progress = Progress(self.step, self.tokens, 0, self.log.scheduler.state())
+        progress = Progress(self.step, self.tokens, 0, self._before_early_step or self.log.scheduler.state())
         path = self.checkpoints.save(self.model, self.trainer.optimiser, self.tokenizer, progress)
         self.log.forget_before(self.step)
         return path
@@ -198,6 +228,18 @@ class RlRun:
                 self.teaching.teachers, self.tokenizer, config.engine, open_episode, domains, config.seed
             )
         instant = all(open_environment(source.environment, source.options)[0].instant for source in config.sources)
+        if config.rollouts != "engine":
+            setup = WorkerSetup(
+                self.model.config,
+                self.tokenizer,
+                config.engine,
+                functools.partial(episode_opener, config.sources),
+                compute_dtype=self.model.compute_dtype,
+                reward_threads=0 if instant else config.reward_threads,
+                seed=config.seed,
+            )
+            kind = ProcessRollouts if config.rollouts == "processes" else RayRollouts
+            return kind(self.model, setup, num_workers=config.rollout_workers, version=self.step)
         executor = None if instant else ThreadPoolExecutor(config.reward_threads, thread_name_prefix="episode")
         return EngineRollouts(self.engine, open_episode, executor=executor, seed=config.seed)
 

@@ -1,4 +1,4 @@
-"""Endless streams of generated problems for environments: each has a number, and train and validation share no prompt."""
+"""Endless streams of generated problems for environments; train and validation share no prompt."""
 
 import hashlib
 import random

@@ -113,6 +113,8 @@ class WeightBuffer:
         while True:
             half = int(self._counts.argmax())
             count, version = int(self._counts[half]), int(self._versions[half])
+            if count < 0:
+                continue
             take(self._layout.views(self._halves[half]), version)
             if int(self._counts[half]) == count:
                 return

@@ -26,6 +26,14 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
+def worker_device(device: torch.device, number: int) -> torch.device:
+    """The device of worker `number` beside a process on `device`: the other accelerators in turn, if there are any."""
+    if device.type != "cuda" or torch.cuda.device_count() == 1:
+        return device
+    own, count = device.index or 0, torch.cuda.device_count()
+    return torch.device("cuda", (own + 1 + number % (count - 1)) % count)
+
+
 def synchronise(device: torch.device) -> None:
     """Waits until the device has done what was asked of it."""
     if device.type == "cuda":

@@ -22,7 +22,6 @@ from openmimo.rl.problems import Problem
 from openmimo.rl.toolbox import (
     Tool,
     Toolbox,
-    ToolFailureError,
     ToolLimits,
     ToolMistakeError,
     ToolSession,
@@ -143,6 +142,8 @@ class ReplaceWorker:
             workspace.write(path, text.replace(old, arguments["new_str"]))
         except WorkspaceError as error:
             raise ToolMistakeError(str(error)) from error
+        except IsADirectoryError as error:
+            raise ToolMistakeError(f"{path} is a folder") from error
         except UnicodeError as error:
             raise ToolMistakeError(f"{path} is not text") from error
         return f"{path} is changed"
@@ -197,10 +198,7 @@ class CodeEpisode(ChatToolEpisode):
             self.is_over = True
             self._session.start_reward("tests", {"repository": self._repository})
             return ""
-        result = self._session.call(name, arguments)
-        if result.error == "timeout":
-            raise ToolFailureError(result.text)
-        return result.text
+        return self._session.call(name, arguments).text
 
     def reward(self) -> float:
         """See Episode. Nothing without `finish`."""

@@ -12,6 +12,7 @@ from openmimo.rl.toolbox.warm import WarmEnvironments
 from openmimo.rl.toolbox.workers import ThreadWorkers, Worker, WorkerPool
 
 __all__ = [
-    "ThreadWorkers", "Tool", "ToolCounts", "ToolFailureError", "ToolLimits", "ToolMistakeError", "ToolResult", "ToolSession",
-    "ToolSessions", "Toolbox", "WarmEnvironments", "Worker", "WorkerPool", "close_shared", "shared", "shared_metrics",
+    "ThreadWorkers", "Tool", "ToolCounts", "ToolFailureError", "ToolLimits", "ToolMistakeError", "ToolResult",
+    "ToolSession", "ToolSessions", "Toolbox", "WarmEnvironments", "Worker", "WorkerPool", "close_shared", "shared",
+    "shared_metrics",
 ]  # fmt: skip

@@ -14,7 +14,7 @@ class TokenBucket:
         self._lock = threading.Lock()
 
     def reserve(self, patience_seconds: float) -> float | None:
-        """Takes a token, now or of the future: the seconds until it is there. None, and no token, if beyond patience."""
+        """Takes a token, now or of the future: the seconds until it is there. None, taking none, if beyond patience."""
         with self._lock:
             now = self._clock()
             self._tokens = min(self._burst, self._tokens + (now - self._filled) * self._rate)

@@ -25,7 +25,8 @@ class ToolSessions:
 
     def __init__(self, toolbox: Toolbox, environments: WarmEnvironments | None = None, patience_seconds: float = 300.0):
         self.toolbox, self.environments, self.patience_seconds = toolbox, environments, patience_seconds
-        self.num_open = self.num_opened = self.num_reward_retries = self.num_lost_environments = 0
+        self.num_opened = self.num_reward_retries = self.num_lost_environments = 0
+        self._open: set[ToolSession] = set()
         self._lock = threading.Lock()
 
     def __enter__(self) -> "ToolSessions":
@@ -36,21 +37,34 @@ class ToolSessions:
 
     def open(self, prepare: Callable[[Any], None] = lambda environment: None) -> "ToolSession":
         """A session for one episode. prepare: puts the episode's things into its environment, before the first call."""
-        self.count(num_open=1, num_opened=1)
-        return ToolSession(self, prepare)
+        self.count(num_opened=1)
+        session = ToolSession(self, prepare)
+        with self._lock:
+            self._open.add(session)
+        return session
 
     def metrics(self) -> dict[str, float]:
         """The counters of sessions, environments and tools."""
-        names = ("open", "opened", "reward_retries", "lost_environments")
+        names = ("opened", "reward_retries", "lost_environments")
         with self._lock:
             found = {f"sessions/{name}": float(getattr(self, f"num_{name}")) for name in names}
+            found["sessions/open"] = float(len(self._open))
         return found | (self.environments.metrics() if self.environments else {}) | self.toolbox.metrics()
 
     def close(self) -> None:
-        """Ends the toolbox and the environments."""
+        """Ends all sessions, the toolbox and the environments."""
+        with self._lock:
+            sessions = list(self._open)
+        for session in sessions:
+            session.close()
         self.toolbox.close()
         if self.environments is not None:
             self.environments.close()
+
+    def forget(self, session: "ToolSession") -> None:
+        """Takes note that a session is closed."""
+        with self._lock:
+            self._open.discard(session)
 
     def count(self, **more: int) -> None:
         """Adds to the counters of these names."""
@@ -110,7 +124,7 @@ class ToolSession:
             if self._cancelled.is_set():
                 return
             self._cancelled.set()
-        self._sessions.count(num_open=-1)
+        self._sessions.forget(self)
         self._release()
 
     def _begin(self) -> None:

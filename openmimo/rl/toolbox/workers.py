@@ -31,7 +31,7 @@ class WorkerPool(Protocol):
     num_restarts: int
 
     def take(self, patience_seconds: float, cancelled: threading.Event) -> Any:
-        """A worker of one's own, or None where `cancelled` is set first. Raises ToolFailureError where none comes free."""
+        """A worker of one's own; None if `cancelled` is set first. Raises ToolFailureError if none comes free."""
         ...
 
     def give_back(self, worker: Any) -> None:

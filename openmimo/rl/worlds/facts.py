@@ -39,11 +39,20 @@ RELATIONS: dict[str, dict[str, tuple[str, str, str]]] = {
 }
 # kind -> (sentence of the page, description in a question)
 TRAITS = {
-    "person": ("{name} was born in the year {year} and collects {trait}.", "the person who collects {trait}, born {when}"),
-    "city": ("{name} got its charter in {year} and is known for {trait}.", "the city known for {trait}, chartered {when}"),
-    "company": ("{name} was set up in {year} and trades in {trait}.", "the company that trades in {trait}, set up {when}"),
+    "person": (
+        "{name} was born in the year {year} and collects {trait}.",
+        "the person who collects {trait}, born {when}",
+    ),
+    "city": (
+        "{name} got its charter in {year} and is known for {trait}.",
+        "the city known for {trait}, chartered {when}",
+    ),
+    "company": (
+        "{name} was set up in {year} and trades in {trait}.",
+        "the company that trades in {trait}, set up {when}",
+    ),
     "book": ("{name} came out in {year} and is about {trait}.", "the book about {trait} that came out {when}"),
-}  # fmt: skip
+}
 SUBJECTS = (
     "amber", "bells", "beetles", "bridges", "candles", "clocks", "coins", "copper", "ferns", "glass", "honey", "kites",
     "lace", "lanterns", "maps", "masks", "mosses", "paper", "pearls", "rope", "salt", "shells", "silk", "violins",

@@ -58,8 +58,6 @@ class Workspace:
         with self._folder_of(path) as (folder, name):
             flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
             with os.fdopen(_open(name, flags, folder, path), "rb") as file:
-                if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                    raise WorkspaceError(f"{path!r} is not a plain file.")
                 return file.read(limit_bytes)
 
     def write(self, path: str, content: bytes | str) -> None:
@@ -68,8 +66,6 @@ class Workspace:
         with self._folder_of(path, create=True) as (folder, name):
             flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
             with os.fdopen(_open(name, flags, folder, path), "wb") as file:
-                if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                    raise WorkspaceError(f"{path!r} is not a plain file.")
                 file.truncate()
                 file.write(content)
                 _give_away(file.fileno())
@@ -121,9 +117,13 @@ def job_of(program: Program) -> dict:
 
 def _open(name: str, flags: int, folder: int, path: str) -> int:
     try:
-        return os.open(name, flags, 0o644, dir_fd=folder)
+        descriptor = os.open(name, flags, 0o644, dir_fd=folder)
     except OSError as error:
         raise WorkspaceError(f"{path!r} cannot be opened in the working folder: {error.strerror}.") from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise WorkspaceError(f"{path!r} is not a plain file.")
+    return descriptor
 
 
 def _give_away(descriptor: int) -> None:

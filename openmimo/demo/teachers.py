@@ -1,0 +1,31 @@
+"""The demo's teachers: each a process of its own, as many at a time as there are cores."""
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from openmimo.core import config as config_io
+from openmimo.core.errors import UserError
+from openmimo.rl.config import RlConfig
+
+
+def run_teachers(teachers: tuple[RlConfig, ...]) -> dict[str, Any]:
+    """Runs or resumes `openmimo rl` for each, and waits. Raises UserError with the log's end if one fails."""
+    with ThreadPoolExecutor(max_workers=max(1, min(len(teachers), os.cpu_count() or 1))) as pool:
+        return {"models": list(pool.map(_run, teachers))}
+
+
+def _run(config: RlConfig) -> str:
+    folder = Path(config.run_folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    recipe, log = folder / "teacher.json", folder / "log.txt"
+    config_io.save(config, recipe)
+    with open(log, "a") as file:
+        command = [sys.executable, "-m", "openmimo", "rl", "--from", str(recipe)]
+        code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL).returncode
+    if code:
+        raise UserError(f"the run of {folder} ended with code {code}: {log.read_text()[-500:]}")
+    return str(folder / "model")

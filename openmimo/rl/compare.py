@@ -1,0 +1,159 @@
+"""The see-saw report: what every student can do in every domain, against the base and each domain's teacher.
+
+Training in one domain tends to cost others. The report shows by domain how much of the teacher's lead over the base a
+student has (headroom recovered), and where a student is worse than the base beyond chance.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from openmimo.core.errors import ConfigError
+from openmimo.core.files import write_text_atomic
+from openmimo.core.report import Report, new_figure
+from openmimo.core.statistics import bootstrap_interval
+from openmimo.data.tokenizer import Tokenizer
+from openmimo.engine.engine import Engine
+from openmimo.model.hf import load_model
+from openmimo.rl.config import CompareConfig
+from openmimo.rl.evaluate import evaluate_policy
+from openmimo.runtime.device import resolve_device
+
+_SMALLEST_HEADROOM = 0.05
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One model in one domain: mean reward with its 95 % interval, over problems and seeds.
+
+    recovered: the share of the teacher's lead over the base (NaN where that lead is below 0.05). regressed: whether the
+    model is worse than the base, with the 95 % interval of the difference below zero.
+    """
+
+    mean: float
+    low: float
+    high: float
+    recovered: float
+    regressed: bool
+
+
+def compare(config: CompareConfig, *, console: Console | None = None) -> dict[str, dict[str, Cell]]:
+    """Evaluates every model, writes `report.html` and `results.json` into the run folder, prints the table.
+
+    Returns the cells by model and domain. Raises ConfigError for a checkpoint or a teacher that is not there.
+    """
+    console = console or Console()
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    models = {"base": (config.base,), **config.models}
+    unknown = sorted(set(config.teachers.values()) - set(models))
+    if unknown:
+        raise ConfigError(f"teachers name {', '.join(unknown)}, which is not among the models: {', '.join(models)}.")
+    missing = [path for paths in models.values() for path in paths if not (Path(path) / "config.json").exists()]
+    if missing:
+        raise ConfigError(f"there is no checkpoint in {', '.join(missing)}.")
+    rewards = {
+        name: [_rewards(config, path) for path in paths]
+        for name, paths in track(models.items(), description="evaluating", console=Console(stderr=True), transient=True)
+    }
+    cells = {name: _cells(config, rewards, name) for name in models}
+    folder = Path(config.run_folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text_atomic(folder / "results.json", json.dumps({"rewards": rewards}, indent=1) + "\n")
+    _print(console, config, cells)
+    path = _report(config, cells).write(folder / "report.html")
+    console.print(f"report  {path}")
+    return cells
+
+
+def _rewards(config: CompareConfig, path: str) -> dict[str, list[float]]:
+    """The reward of every held-out problem, by domain."""
+    model = load_model(path, dtype="float32", device=str(resolve_device(config.device)))
+    engine = Engine(model, Tokenizer.load(Path(path)), config.engine)
+    return evaluate_policy(
+        engine, config.sources, problems=config.problems, seed=config.seed, temperature=config.temperature
+    )
+
+
+def _cells(config: CompareConfig, rewards: dict[str, list[dict[str, list[float]]]], name: str) -> dict[str, Cell]:
+    cells = {}
+    for source in config.sources:
+        domain = source.name
+        own = _over_seeds(rewards[name], domain)
+        base = _over_seeds(rewards["base"], domain)
+        teacher = _over_seeds(rewards[config.teachers.get(domain, "base")], domain)
+        headroom = _mean(teacher) - _mean(base)
+        recovered = (_mean(own) - _mean(base)) / headroom if headroom >= _SMALLEST_HEADROOM else float("nan")
+        change = bootstrap_interval([mine - before for mine, before in zip(own, base, strict=True)])
+        cells[domain] = Cell(_mean(own), *bootstrap_interval(own), recovered, change[1] < 0)
+    return cells
+
+
+def _over_seeds(runs: list[dict[str, list[float]]], domain: str) -> list[float]:
+    """The mean over seeds of each problem's reward: problems are the same for all models, so they are paired."""
+    return [_mean(values) for values in zip(*(run[domain] for run in runs), strict=True)]
+
+
+def _print(console: Console, config: CompareConfig, cells: dict[str, dict[str, Cell]]) -> None:
+    table = Table("model", *(source.name for source in config.sources), title="mean reward (headroom recovered)")
+    for name, row in cells.items():
+        table.add_row(name, *(_shown(cell) for cell in row.values()))
+    console.print(table)
+    console.print("▼: worse than the base, beyond chance (95 %)", highlight=False)
+
+
+def _shown(cell: Cell) -> str:
+    recovered = "" if cell.recovered != cell.recovered else f" ({cell.recovered:.0%})"
+    return f"{cell.mean:.3f}{recovered}{' ▼' if cell.regressed else ''}"
+
+
+def _report(config: CompareConfig, cells: dict[str, dict[str, Cell]]) -> Report:
+    report = Report("The see-saw: every student in every domain")
+    report.paragraph(
+        f"{config.problems} held-out problems of each domain, the same for all models, at temperature "
+        f"{config.temperature:g}. Bars: 95 % bootstrap intervals over problems; seeds of a method are averaged. "
+        "In brackets: the share of the teacher's lead over the base. ▼: worse than the base beyond chance."
+    )
+    report.figure(seesaw_figure(config, cells), "Mean reward by domain and model; each domain's teacher is hatched.")
+    report.table(*seesaw_table(config, cells))
+    names = [source.name for source in config.sources]
+    intervals = [[name, *(f"{row[d].low:.3f} to {row[d].high:.3f}" for d in names)] for name, row in cells.items()]
+    report.heading("95 % intervals")
+    report.table(["model", *names], intervals)
+    return report
+
+
+def seesaw_table(config: CompareConfig, cells: dict[str, dict[str, Cell]]) -> tuple[list[str], list[list[Any]]]:
+    """Header and rows: every model's mean in every domain, with the headroom recovered."""
+    names = [source.name for source in config.sources]
+    return ["model", *names], [[name, *(_shown(row[domain]) for domain in names)] for name, row in cells.items()]
+
+
+def seesaw_figure(config: CompareConfig, cells: dict[str, dict[str, Cell]]) -> Any:
+    """A matplotlib figure of bars with their intervals."""
+    figure, axis = new_figure(width=max(7.5, 1.1 * len(cells)), height=4.2)
+    width = 0.8 / len(cells)
+    for place, (name, row) in enumerate(cells.items()):
+        for number, source in enumerate(config.sources):
+            cell = row[source.name]
+            axis.bar(
+                number + (place + 0.5) * width - 0.4, cell.mean, width, color=f"C{place % 10}",
+                yerr=[[max(0.0, cell.mean - cell.low)], [max(0.0, cell.high - cell.mean)]],
+                hatch="//" if config.teachers.get(source.name) == name else None,
+                label=name if number == 0 else None, error_kw={"linewidth": 0.8},
+            )  # fmt: skip
+    axis.set_xticks(range(len(config.sources)), [source.name for source in config.sources])
+    axis.set(ylabel="mean reward", ylim=(0, 1.02))
+    axis.legend(fontsize="small", ncols=2)
+    return figure
+
+
+def _mean(values: Any) -> float:
+    values = list(values)
+    return sum(values) / max(1, len(values))

@@ -1,0 +1,152 @@
+"""Rollouts by worker processes of this machine, which go on while the trainer learns.
+
+Orders and samples go through pipes, weights through shared memory. A worker ends with its trainer, however that ends.
+"""
+
+import multiprocessing
+import os
+import queue
+import signal
+import threading
+import time
+from multiprocessing.connection import Connection, wait
+from multiprocessing.reduction import ForkingPickler
+from typing import Any
+
+import torch
+
+from openmimo.model.mimo import MiMo
+from openmimo.rl.rollout_worker import Failure, Order, Report, WorkerSetup, serve
+from openmimo.rl.weight_buffer import WeightBuffer, WeightLayout, layout_of, model_tensors
+from openmimo.rl.worker_rollouts import WorkerLostError, WorkerRollouts
+from openmimo.runtime.device import worker_device
+
+_GLANCE_SECONDS = 0.5
+_FLUSH_SECONDS = 5.0
+
+
+class ProcessRollouts(WorkerRollouts):
+    """Rollouts by processes, each with a copy of the policy. See WorkerRollouts.
+
+    model: the policy; `update_weights` reads it. version: of its weights now. Where there are several accelerators, the
+    workers' are those after the model's. Raises UserError if there is too little shared memory for the weights, twice.
+    """
+
+    def __init__(self, model: MiMo, setup: WorkerSetup, *, num_workers: int = 1, version: int = 0):
+        self._model, self._setup = model, setup
+        self._layout = layout_of(model)
+        self._weights = WeightBuffer(self._layout)
+        self._weights.write(model_tensors(model), version)
+        self._threads = max(1, torch.get_num_threads() // num_workers)
+        super().__init__(num_workers)
+
+    def process_ids(self) -> list[int]:
+        """Of the workers."""
+        return [link.process.pid for link in self._links]
+
+    def _start(self, number: int) -> "ProcessLink":
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe()
+        device = str(worker_device(self._model.device, number))
+        arguments = (self._setup, self._layout, self._weights, theirs, device, self._threads, os.getpid())
+        process = context.Process(target=_work, args=arguments, name=f"rollout-worker-{number}", daemon=True)
+        process.start()
+        theirs.close()  # so that the pipe ends when the worker does
+        return ProcessLink(process, PipeChannel(ours))
+
+    def _wait(self, links: list[Any], seconds: float) -> list[Any]:
+        link_of = {link.channel.connection: link for link in links} | {link.process.sentinel: link for link in links}
+        return list(dict.fromkeys(link_of[ready] for ready in wait(list(link_of), seconds)))
+
+    def _publish(self, version: int) -> None:
+        self._weights.write(model_tensors(self._model), version)
+
+
+class PipeChannel:
+    """One end of a pipe. Sending never waits: a thread writes, so that two ends that both send cannot block."""
+
+    def __init__(self, connection: Connection):
+        self.connection = connection
+        self._outgoing: queue.SimpleQueue = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._write, name="pipe-writer", daemon=True)
+        self._thread.start()
+
+    def send(self, message: Any) -> None:
+        """Sends a message; says nothing if nobody will read it. Raises what pickling it raises."""
+        self._outgoing.put(ForkingPickler.dumps(message))
+
+    def receive(self, seconds: float) -> list[Any]:
+        """What came in; waits at most so long for something. Raises EOFError or OSError if the other end is gone."""
+        messages = []
+        while self.connection.poll(0.0 if messages else seconds):
+            try:
+                messages.append(self.connection.recv())
+            except (EOFError, OSError):
+                if not messages:
+                    raise
+                return messages
+        return messages
+
+    def close(self) -> None:
+        """Waits a little until what was sent is written."""
+        self._outgoing.put(None)
+        self._thread.join(_FLUSH_SECONDS)
+
+    def _write(self) -> None:
+        while (item := self._outgoing.get()) is not None:
+            try:
+                self.connection.send_bytes(item)
+            except OSError:
+                return
+
+
+class ProcessLink:
+    """The trainer's end. See WorkerLink."""
+
+    def __init__(self, process: Any, channel: PipeChannel):
+        self.process, self.channel = process, channel
+
+    def send(self, order: Order) -> None:
+        """See WorkerLink."""
+        self.channel.send(order)
+
+    def receive(self) -> list[Report | Failure]:
+        """See WorkerLink."""
+        has_ended = not self.process.is_alive()  # before the pipe is looked at, which may still hold what it said
+        try:
+            messages = self.channel.receive(0.0)
+        except (EOFError, OSError):
+            messages, has_ended = [], True
+        if has_ended and not messages:
+            self.process.join(_GLANCE_SECONDS)
+            raise WorkerLostError(f"process {self.process.pid} ended with exit code {self.process.exitcode}")
+        return messages
+
+    def end(self, patience_seconds: float) -> None:
+        """See WorkerLink."""
+        self.process.join(patience_seconds)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
+        self.channel.close()
+        self.channel.connection.close()
+
+
+def _work(
+    setup: WorkerSetup, layout: WeightLayout, weights: WeightBuffer, connection: Connection, device: str, threads: int,
+    trainer: int,
+) -> None:  # fmt: skip
+    """A worker process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the trainer gets it too, and ends this process as it likes
+    threading.Thread(target=_end_with, args=(trainer,), name="trainer-watch", daemon=True).start()
+    torch.set_num_threads(threads)
+    channel = PipeChannel(connection)
+    serve(setup, layout, weights, channel, device)
+    channel.close()
+
+
+def _end_with(trainer: int) -> None:
+    """Ends this process as soon as the trainer's has ended, whatever it is at."""
+    while os.getppid() == trainer:
+        time.sleep(_GLANCE_SECONDS)
+    os._exit(1)

@@ -1,0 +1,192 @@
+"""Rollouts by Ray actors, on however many machines, which go on while the trainer learns. Needs the extra `ray`.
+
+Where an actor runs is left to Ray. Weights go through its object store, once to each machine.
+"""
+
+import queue
+import threading
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from openmimo.core.errors import ConfigError
+from openmimo.model.mimo import MiMo
+from openmimo.rl.rollout_worker import Failure, Order, Report, WorkerSetup, serve
+from openmimo.rl.weight_buffer import Take, WeightLayout, layout_of, model_tensors
+from openmimo.rl.worker_rollouts import WorkerLostError, WorkerRollouts
+
+_LISTEN_SECONDS = 0.05
+
+
+class RayRollouts(WorkerRollouts):
+    """Rollouts by actors, each with a copy of the policy. See WorkerRollouts.
+
+    model: the policy; `update_weights` reads it. version: of its weights now. actor_options: for `ray.remote`; by
+    default a CPU for each actor, and an accelerator if the model is on one. Connects to the cluster that RAY_ADDRESS
+    names, or starts Ray here, if the caller has not. Raises ConfigError if Ray is not installed.
+    """
+
+    def __init__(
+        self,
+        model: MiMo,
+        setup: WorkerSetup,
+        *,
+        num_workers: int = 1,
+        version: int = 0,
+        actor_options: Mapping[str, Any] | None = None,
+    ):
+        try:
+            import ray
+        except ImportError as error:
+            raise ConfigError("Rollouts on a cluster need Ray: pip install 'openmimo[ray]'") from error
+        if not ray.is_initialized():
+            ray.init(log_to_driver=False, include_dashboard=False)
+        self._ray, self._model = ray, model
+        self._layout = layout_of(model)
+        options = {"num_cpus": 1, "num_gpus": int(model.device.type != "cpu"), **(actor_options or {})}
+        self._actor_class = ray.remote(**options)(ActorBody)
+        device = "cpu" if not options["num_gpus"] else "auto"
+        self._arguments = (ray.put(setup), self._layout, device, int(max(1, options["num_cpus"])))
+        self._links: list[RayLink] = []
+        self._publish(version)
+        super().__init__(num_workers)
+
+    def _start(self, number: int) -> "RayLink":
+        link = RayLink(self._ray, self._actor_class.remote(*self._arguments))
+        link.give_weights(self._weights)
+        return link
+
+    def _wait(self, links: list[Any], seconds: float) -> list[Any]:
+        link_of = {link.listening(): link for link in links}
+        self._ray.wait(list(link_of), num_returns=1, timeout=seconds)
+        ready, _ = self._ray.wait(list(link_of), num_returns=len(link_of), timeout=0.0)  # none is passed over
+        return [link_of[reference] for reference in ready]
+
+    def _publish(self, version: int) -> None:
+        memory = torch.empty(self._layout.num_bytes, dtype=torch.uint8)
+        self._layout.write(memory, model_tensors(self._model))
+        self._weights = (version, [self._ray.put(memory.numpy())])  # in a list: Ray hands the reference over as it is
+        for link in self._links:
+            link.give_weights(self._weights)
+
+
+class RayLink:
+    """The trainer's end. See WorkerLink."""
+
+    def __init__(self, ray: Any, actor: Any):
+        self._ray, self._actor = ray, actor
+        self._listening: Any = None
+
+    def send(self, order: Order) -> None:
+        """See WorkerLink."""
+        self._actor.order.remote(order)
+
+    def give_weights(self, weights: tuple[int, list[Any]]) -> None:
+        """Tells the actor of new weights; it takes them before any order that is sent after this."""
+        self._actor.renew.remote(*weights)
+
+    def listening(self) -> Any:
+        """The reference of what the actor will say next."""
+        if self._listening is None:
+            self._listening = self._actor.listen.remote()
+        return self._listening
+
+    def receive(self) -> list[Report | Failure]:
+        """See WorkerLink."""
+        reference, self._listening = self.listening(), None
+        try:
+            return self._ray.get(reference)
+        except self._ray.exceptions.RayError as error:
+            raise WorkerLostError(str(error)) from error
+
+    def end(self, patience_seconds: float) -> None:
+        """See WorkerLink."""
+        if patience_seconds:
+            self._ray.wait([self._actor.finish.remote()], timeout=patience_seconds)
+        self._ray.kill(self._actor)
+
+
+class ActorBody:
+    """What runs inside an actor: `serve` in a thread, and calls that hand orders in and reports out, one at a time."""
+
+    def __init__(self, setup: WorkerSetup, layout: WeightLayout, device: str, threads: int):
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # it is only read
+        self._weights = ObjectWeights(layout)
+        self._channel = QueueChannel()
+        self._thread = threading.Thread(
+            target=self._serve, args=(setup, layout, device, threads), name="rollout-worker", daemon=True
+        )
+
+    def renew(self, version: int, reference: list[Any]) -> None:
+        """Takes note of new weights. The first make the worker begin."""
+        self._weights.newest = (version, reference[0])
+        if not self._thread.is_alive() and self._thread.ident is None:
+            self._thread.start()
+
+    def order(self, order: Order) -> None:
+        """Hands an order in."""
+        self._channel.orders.put(order)
+
+    def listen(self) -> list[Report | Failure]:
+        """What the worker has said since the last call; waits a little for something."""
+        return _take_all(self._channel.messages, _LISTEN_SECONDS)
+
+    def finish(self) -> None:
+        """Returns when the worker has ended."""
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    def _serve(self, setup: WorkerSetup, layout: WeightLayout, device: str, threads: int) -> None:
+        torch.set_num_threads(threads)  # holds for the thread that calls it
+        serve(setup, layout, self._weights, self._channel, device)
+
+
+class ObjectWeights:
+    """Weights in Ray's object store. See WeightSource. newest: a version and the reference of its flat memory."""
+
+    def __init__(self, layout: WeightLayout):
+        self._layout = layout
+        self.newest: tuple[int, Any] = (-1, None)
+
+    @property
+    def version(self) -> int:
+        """See WeightSource."""
+        return self.newest[0]
+
+    def read(self, take: Take) -> None:
+        """See WeightSource. What is in the store never changes."""
+        import ray
+
+        version, reference = self.newest
+        memory: np.ndarray = ray.get(reference)
+        take(self._layout.views(torch.from_numpy(memory)), version)
+
+
+class QueueChannel:
+    """The worker's line within its actor. See WorkerChannel."""
+
+    def __init__(self) -> None:
+        self.orders: queue.SimpleQueue = queue.SimpleQueue()
+        self.messages: queue.SimpleQueue = queue.SimpleQueue()
+
+    def receive(self, seconds: float) -> list[Order]:
+        """See WorkerChannel."""
+        return _take_all(self.orders, seconds)
+
+    def send(self, message: Report | Failure) -> None:
+        """See WorkerChannel."""
+        self.messages.put(message)
+
+
+def _take_all(items: queue.SimpleQueue, seconds: float) -> list[Any]:
+    """Everything in the queue; waits at most so long for a first thing."""
+    taken: list[Any] = []
+    try:
+        taken.append(items.get(timeout=seconds) if seconds else items.get_nowait())
+        while True:
+            taken.append(items.get_nowait())
+    except queue.Empty:
+        return taken
