@@ -95,10 +95,14 @@ class ChatParser:
     value for a string is taken as it is, any other as JSON, or as a string if it is none. Where the schema is silent,
     or allows strings and other things, JSON of another type than string wins (`5`, `null`, `[1]`), else it is a
     string. Calls are recognised whether or not their function is among the tools.
-    starts_thinking: whether the prompt's end has opened `<think>`.
+    starts_thinking: whether the prompt's end has opened `<think>`. reads_calls: whether there may be calls; without,
+    their markup is text like any other.
     """
 
-    def __init__(self, *, tools: Iterable[Mapping[str, Any]] = (), starts_thinking: bool = False):
+    def __init__(
+        self, *, tools: Iterable[Mapping[str, Any]] = (), starts_thinking: bool = False, reads_calls: bool = True
+    ):
+        self._reads_calls = reads_calls
         self._schemas = dict(map(_name_and_schema, tools))
         self._is_thinking = starts_thinking
         self._place = _Place.TEXT
@@ -171,7 +175,7 @@ class ChatParser:
     def _take_mark_in_text(self, mark: str) -> None:
         if mark == (_END_OF_THINK if self._is_thinking else _THINK):
             self._is_thinking = not self._is_thinking
-        elif mark == _BLOCK:
+        elif mark == _BLOCK and self._reads_calls:
             self._place = _Place.BLOCK
             self._doubtful = [mark]
         else:

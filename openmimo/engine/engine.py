@@ -209,6 +209,12 @@ class Engine:
         if recompute:
             self.scheduler.restart_running()
 
+    def end_session(self, session: str) -> None:
+        """Gives back what an idle session holds: no more turns of it will come. Does nothing if there is none."""
+        sequence = self._idle_sessions.pop(session, None)
+        if sequence is not None:
+            self._release(sequence)
+
     def forget_cached(self) -> None:
         """Gives back every page that no running request holds."""
         if self.prefix is not None:

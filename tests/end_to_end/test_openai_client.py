@@ -145,6 +145,21 @@ def test_a_stop_string_ends_the_text_without_it(client, model):
     assert stopped.finish_reason == "stop"
 
 
+@scripted
+def test_without_tool_choice_a_call_is_text(client, model):
+    ask = {"model": model, "messages": [{"role": "user", "content": "weather?"}], "tools": [WEATHER]}
+    choice = client.chat.completions.create(**ask, tool_choice="none").choices[0]
+    assert choice.message.tool_calls is None and "<function=get_weather>" in choice.message.content
+    assert choice.finish_reason == "stop"
+
+
+@scripted
+def test_a_call_cut_off_is_no_reason_to_run_tools(client, model):
+    ask = {"model": model, "messages": [{"role": "user", "content": "weather?"}], "tools": [WEATHER]}
+    choice = client.chat.completions.create(**ask, stop=["</parameter>"]).choices[0]
+    assert choice.finish_reason == "stop"
+
+
 def test_a_call_that_must_come_comes(client, model):
     named = {"type": "function", "function": {"name": "get_weather"}}
     ask = {"model": model, "messages": HELLO, "tools": [WEATHER], "max_tokens": 100, "seed": 1}

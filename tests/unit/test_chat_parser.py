@@ -445,3 +445,12 @@ def test_a_tokenized_turn_comes_back_from_any_cut_of_its_tokens():
     ids = tokenizer.encode_chat([Message("user", "?"), turn], tools=TOOLS, add_generation_prompt=False)
     text = tokenizer.decode(ids[len(prompt) : -1], skip_special=False)
     assert told_by(parse([text])) == told_by(parse(text)) == turn
+
+
+def test_where_no_call_may_come_its_markup_is_text():
+    parser = ChatParser(reads_calls=False)
+    text = "<think>a</think>b <tool_call>\n<function=f>\n</function>\n</tool_call>"
+    events = [event for piece in (text[:30], text[30:]) for event in parser.push(piece)] + parser.finish()
+    assert {type(event).__name__ for event in events} == {"ReasoningText", "ContentText"}
+    said = "".join(event.text for event in events if type(event).__name__ == "ContentText")
+    assert said == text.removeprefix("<think>a</think>")

@@ -125,7 +125,12 @@ class ChatReply:
         self.num_reasoning_tokens = 0
         self.num_drafted_tokens = 0
         self.is_complete = False
-        self._parser = ChatParser(tools=prompt.policy.tools, starts_thinking=prompt.starts_thinking)
+        self._parser = ChatParser(
+            tools=prompt.policy.tools,
+            starts_thinking=prompt.starts_thinking,
+            reads_calls=prompt.policy.reads_calls,
+        )
+        self._has_whole_call = False
         self._one_call = prompt.policy.one_call
         self._marks = (_id_of(tokenizer, _THINK), _id_of(tokenizer, _END_OF_THINK))
         self._is_thinking = prompt.starts_thinking
@@ -150,7 +155,7 @@ class ChatReply:
     @property
     def openai_finish_reason(self) -> str:
         """The finish reason in OpenAI's words; a reply cut for repeating itself counts as too long."""
-        if self.tool_calls and self.finish_reason == "stop":
+        if self._has_whole_call and self.finish_reason == "stop":
             return "tool_calls"
         return "length" if self.finish_reason == "repetition" else self.finish_reason
 
@@ -174,6 +179,7 @@ class ChatReply:
             case ToolCallArguments():
                 self.tool_calls[event.index].arguments += event.text
             case ToolCallEnd():
+                self._has_whole_call = True
                 self._end_early()
 
     def _end_early(self) -> None:

@@ -18,12 +18,14 @@ _CALL_OPENING = "<tool_call>\n<function="
 @dataclass(frozen=True)
 class ToolPolicy:
     """tools: shown to the model, in OpenAI's chat form. opening: text that the reply begins with. structure: what the
-    text after the opening must look like. one_call: whether the reply ends after its first call."""
+    text after the opening must look like. one_call: whether the reply ends after its first call. reads_calls: whether
+    what looks like a call is one."""
 
     tools: tuple[dict[str, Any], ...] = ()
     opening: str = ""
     structure: Structure | None = None
     one_call: bool = False
+    reads_calls: bool = True
 
 
 def tool_policy(
@@ -34,7 +36,7 @@ def tool_policy(
     if len(set(names)) < len(names):
         raise invalid("Two tools have the same function name.", "tools")
     if mode == "none":
-        return ToolPolicy()
+        return ToolPolicy(reads_calls=False)
     one_call = parallel is False
     if mode == "auto":
         return ToolPolicy(tuple(tools), one_call=one_call)
