@@ -143,12 +143,13 @@ def rl_on(*names: str) -> RlConfig:
         sources=tuple(domain(name) for name in names),
         steps=30,
         groups_per_step=16,
+        updates_per_step=4,
         learning_rate=5e-4,
         warmup_steps=5,
         threads=1,
         engine=SHORT_PROMPTS,
         checkpoints=CheckpointConfig(every_steps=10),
-        evaluation=RlEvaluation(every_steps=10, problems=100),
+        evaluation=RlEvaluation(every_steps=10, problems=100, temperature=1.0),
     )
 
 
@@ -187,7 +188,7 @@ def mopd() -> MopdConfig:
         threads=1,
         engine=SHORT_PROMPTS,
         checkpoints=CheckpointConfig(every_steps=10),
-        evaluation=RlEvaluation(every_steps=10, problems=100),
+        evaluation=RlEvaluation(every_steps=10, problems=100, temperature=1.0),
     )
 
 
@@ -200,6 +201,7 @@ def compare() -> CompareConfig:
         sources=tuple(domain(name) for name in ASKED),
         models=teachers | {"student": ("runs/tiny_cpu_mopd/model",)},
         teachers={name: f"{name} teacher" for name in TAUGHT},
+        temperature=1.0,
         threads=1,
         engine=SHORT_PROMPTS,
     )

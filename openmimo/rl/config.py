@@ -144,15 +144,17 @@ class RlSource(SourceQuota):
 
 @dataclass(frozen=True)
 class RlEvaluation:
-    """Held-out problems, answered greedily.
+    """Held-out problems.
 
     Attributes:
         every_steps: Steps between two; there is one before the first step and one after the last, too.
         problems: Of each source.
+        temperature: 0 answers greedily; 1 measures the policy that is trained.
     """
 
     every_steps: int = 50
     problems: int = 100
+    temperature: float = 0.0
 
     def __post_init__(self) -> None:
         _check(
@@ -272,7 +274,10 @@ class RlConfig:
         )
         quota_fields = [own.name for own in fields(SourceQuota)]
         quotas = tuple(SourceQuota(**{name: getattr(source, name) for name in quota_fields}) for source in self.sources)
-        return SchedulerConfig(quotas, **{name: getattr(self, name) for name in shared})
+        # where every group is accepted, and what is too much would be thrown away, none is submitted in reserve
+        exact = not self.dynamic_sampling and self.unfinished == "abort"
+        reserve = {"initial_acceptance": 1.0, "margin": 0.0} if exact else {}
+        return SchedulerConfig(quotas, **{name: getattr(self, name) for name in shared}, **reserve)
 
 
 @dataclass(frozen=True)

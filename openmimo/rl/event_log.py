@@ -6,26 +6,36 @@ goes on where the file ends.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from openmimo.core.files import write_text_atomic
 from openmimo.core.samples import Sample
 from openmimo.rl.groups import GroupRequest
-from openmimo.rl.sample_io import sample_from_dict, sample_to_dict
+from openmimo.rl.sample_io import remove_cut_line, sample_from_dict, sample_to_dict
 from openmimo.rl.scheduler import DataScheduler
 
 
 class LoggedScheduler:
-    """A data scheduler whose calls are written down, by step, before they are made."""
+    """A data scheduler whose calls are written down, by step, before they are made.
 
-    def __init__(self, scheduler: DataScheduler, path: Path):
+    start: the step of the checkpoint that the scheduler's state is from. repeats_exactly: what is rolled out again
+    comes out the same and in the same order. A step that was cut short is then begun anew, as only the same samples
+    side by side in the engine have the same log-probabilities to the last bit.
+    """
+
+    def __init__(self, scheduler: DataScheduler, path: Path, *, start: int = 0, repeats_exactly: bool = False):
         self.scheduler = scheduler
         self._path = path
-        self._step = 0
+        self._repeats_exactly = repeats_exactly
+        self._step = start
         self._file = None
-        self._last_logged = max((event["step"] for event in _read(path)), default=-1)
+        self._events = [event for event in _read(path) if event["step"] >= start]
+        if self._events and self._events[0]["step"] > start:  # of after a checkpoint that turned out to be damaged
+            self._events = []
+            self._path.unlink()
+        self._last_logged = max((event["step"] for event in self._events), default=-1)
         self._has_resumed = False
 
     def begin_step(self, step: int) -> list[GroupRequest]:
@@ -35,13 +45,18 @@ class LoggedScheduler:
         until the last step that the file has.
         """
         self._step = step
-        self.close()
+        before = self.scheduler.state() if step == self._last_logged else {}
         self.scheduler.begin_step(step)
-        for event in [event for event in _read(self._path) if event["step"] == step]:
+        for event in [event for event in self._events if event["step"] == step]:
             if event["event"] == "submit":
                 self.scheduler.next_submissions(event["slots"])
             else:
                 self.scheduler.on_sample(event["group"], sample_from_dict(event["sample"]))
+        self._events = [event for event in self._events if event["step"] > step]
+        if before and self._repeats_exactly and not self.scheduler.is_complete():
+            self.scheduler.load_state(before)
+            self.scheduler.begin_step(step)
+            self._keep(lambda event: event["step"] < step)
         if self._has_resumed or step < self._last_logged:
             return []
         self._has_resumed = True
@@ -63,9 +78,7 @@ class LoggedScheduler:
 
     def forget_before(self, step: int) -> None:
         """Drops the lines of steps that a checkpoint has in it."""
-        kept = [json.dumps(event) + "\n" for event in _read(self._path) if event["step"] >= step]
-        self.close()
-        write_text_atomic(self._path, "".join(kept))
+        self._keep(lambda event: event["step"] >= step)
 
     def close(self) -> None:
         """Closes the file."""
@@ -73,10 +86,15 @@ class LoggedScheduler:
             self._file.close()
             self._file = None
 
+    def _keep(self, is_kept: Callable[[dict[str, Any]], bool]) -> None:
+        self.close()
+        write_text_atomic(self._path, "".join(json.dumps(event) + "\n" for event in _read(self._path) if is_kept(event)))
+
     def _write(self, event: dict[str, Any]) -> None:
         if self._file is None:
-            self._file = open(self._path, "a")  # noqa: SIM115
-        self._file.write(json.dumps({"step": self._step, **event}) + "\n")
+            self._file = open(self._path, "ab+")  # noqa: SIM115
+            remove_cut_line(self._file)
+        self._file.write((json.dumps({"step": self._step, **event}) + "\n").encode())
         self._file.flush()
 
 

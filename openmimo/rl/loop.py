@@ -1,10 +1,10 @@
 """The loop of post-training: roll out, judge, learn, hand the new weights to the engine.
 
 `openmimo rl` and `openmimo mopd` are this loop with different algorithms. In one process trainer and engine run the
-very same model, so that new weights are there at once; whatever else rolls out implements `Rollouts`. Workers in other
-processes begin the next batch before the trainer learns from this one, and so are one version behind it. Everything that
-decides what happens next is in a checkpoint or in the event log behind it, so that a run killed at any moment goes on
-as if it had not been, with no sample lost and none learned from twice.
+very same model, so that new weights are there at once; whatever else rolls out implements `Rollouts`. Workers elsewhere
+begin the next batch before the trainer learns from this one, and so are a version behind. Everything that decides what
+happens next is in a checkpoint or in the event log behind it, so that a run killed at any moment goes on as if it had
+not been, with no sample lost and none learned from twice.
 """
 
 import functools
@@ -78,11 +78,16 @@ class RlRun:
         scheduler = DataScheduler(config.scheduler(), streams_of(config.sources, "train", config.seed))
         if start.loader:
             scheduler.load_state(start.loader)
-        self.log = LoggedScheduler(scheduler, self.run_folder / "events.jsonl")
+        repeats_exactly = (
+            isinstance(self.rollouts, EngineRollouts) and self.rollouts.is_instant and config.unfinished == "abort"
+        )
+        self.log = LoggedScheduler(
+            scheduler, self.run_folder / "events.jsonl", start=start.step, repeats_exactly=repeats_exactly
+        )
         self._before_early_step: dict[str, Any] | None = None
         self.checkpoints = Checkpoints(self.run_folder, config.checkpoints)
         self.metrics = MetricsWriter(self.run_folder, tensorboard=config.tensorboard)
-        self.metrics.truncate_after(start.step)
+        self.metrics.truncate_after(start.step or -1)  # the evaluation before the first step comes again
         self.engine.update_weights(None, version=self.step)
 
     def run(self, *, stop_after_step: int | None = None) -> None:
@@ -214,8 +219,12 @@ class RlRun:
         return path
 
     def _evaluate(self) -> None:
-        config = self.config
-        rewards = evaluate_policy(self.engine, config.sources, problems=config.evaluation.problems, seed=config.seed)
+        config, evaluation = self.config, self.config.evaluation
+        # what an engine has not finished stays in it from step to step, with unfinished="partial"
+        engine = Engine(self.model, self.tokenizer, config.engine) if self.engine.has_work else self.engine
+        rewards = evaluate_policy(
+            engine, config.sources, problems=evaluation.problems, seed=config.seed, temperature=evaluation.temperature
+        )
         values = {f"evaluation/{name}": value for name, value in mean_rewards(rewards).items()}
         self.metrics.write(self.step, {**values, "evaluation/rewards": rewards})
 
@@ -224,9 +233,10 @@ class RlRun:
         open_episode = episode_opener(config.sources)
         if isinstance(config, MopdConfig) and config.writer == "teacher":
             domains = [source.name for source in config.sources]
-            return TeacherRollouts(
-                self.teaching.teachers, self.tokenizer, config.engine, open_episode, domains, config.seed
-            )
+            teachers = self.teaching.teachers
+            rollouts = TeacherRollouts(teachers, self.tokenizer, config.engine, open_episode, domains, config.seed)
+            rollouts.update_weights(self.step)
+            return rollouts
         instant = all(open_environment(source.environment, source.options)[0].instant for source in config.sources)
         if config.rollouts != "engine":
             setup = WorkerSetup(

@@ -104,6 +104,7 @@ class PolicyTrainer:
         self.replay_routing = replay_routing
         self.bias_rate = bias_rate
         self.mtp_weight = mtp_weight
+        self._heads = list(model.model.mtp.parameters())
 
     @torch.no_grad()
     def logprobs(self, samples: list[Sample]) -> list[list[float]]:
@@ -135,14 +136,15 @@ class PolicyTrainer:
             context, hidden = self._forward(pack)
             forward = self._tokens(pack, hidden, version, old)
             loss = objective(forward)
-            if self.mtp_weight and self.model.config.num_mtp_heads:
-                loss = loss + self.mtp_weight * self._heads_loss(pack, hidden, context, written)
             loss.backward()
+            if self.mtp_weight and self.model.config.num_mtp_heads:
+                heads_loss = self.mtp_weight * self._heads_loss(pack, hidden, context, written)
+                heads_loss.backward(inputs=self._heads)  # not the embedding, which the heads read too
             report.loss += float(loss.detach())
             _add_means(sums, batch_diagnostics(forward.batch), len(pack.labels_N))
             expert_load(context.routing, self.model, add_to=report.load)
             report.num_tokens += len(pack.tokens_T)
-        gradients = clip_gradients(self.model, self.config.clip_norm)
+        gradients = clip_gradients(self.model, self.config.clip_norm, apart=self._heads)
         for group in self.optimiser.param_groups:
             group["lr"] = learning_rate
         if learned:

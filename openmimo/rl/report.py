@@ -17,7 +17,7 @@ def write_report(run_folder: Path) -> Path:
     train = [row for row in rows if "samples" in row]
     evaluations = [row for row in rows if "evaluation/rewards" in row]
     report = Report(f"openmimo run {run_folder.name}")
-    report.heading("Held-out problems, answered greedily")
+    report.heading("Held-out problems")
     report.figure(_lines(evaluations, "evaluation/", exclude="rewards"), "Mean reward by domain.")
     report.table(*_before_and_after(evaluations))
     if train:

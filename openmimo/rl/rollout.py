@@ -8,8 +8,8 @@ engine session, so that keys, values and routes of earlier turns stay those of t
 
 import functools
 import hashlib
-from collections.abc import Callable, Mapping
-from concurrent.futures import Executor, Future
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -25,6 +25,7 @@ from openmimo.rl.environment import Answer, Episode
 from openmimo.rl.groups import GroupRequest
 
 NOT_SAMPLED = -1
+POLL_SECONDS = 0.01
 
 EpisodeOpener = Callable[[GroupRequest], Episode]
 
@@ -105,13 +106,18 @@ class EngineRollouts:
         """See Rollouts."""
         return len(self._runs)
 
+    @property
+    def is_instant(self) -> bool:
+        """Whether episodes answer in this thread, so that the same requests give the same samples in the same order."""
+        return self._executor is None
+
     def submit(self, request: GroupRequest) -> None:
         """See Rollouts. A partial is read again and goes on where it stopped; one of several turns begins anew."""
         prompts: dict[tuple[Message, ...], list[int]] = {}
         for sample_id in request.sample_ids:
             episode = self._open_episode(request)
             sample = request.partials.get(sample_id)
-            if sample is None or not sample.token_ids:
+            if sample is None or not self._goes_on(sample, episode):
                 if episode.messages not in prompts:
                     prompts[episode.messages] = encode_prompt(self._tokenizer, episode.messages, tools=episode.tools)
                 sample = _new_sample(prompts[episode.messages], request, sample_id)
@@ -120,10 +126,12 @@ class EngineRollouts:
             self._next_turn(run)
 
     def poll(self) -> list[Sample]:
-        """See Rollouts."""
+        """See Rollouts. Waits at most a hundredth of a second, if there is nothing to do but to wait for episodes."""
         for sequence in self._engine.step():
             if sequence.finish_reason:
                 self._take_turn(self._runs[sequence.request.id], sequence.completion())
+        if not self._engine.has_work:
+            wait([run.pending for run in self._runs.values() if run.pending], POLL_SECONDS, FIRST_COMPLETED)
         ended = [run for run in self._runs.values() if run.pending is not None and run.pending.done()]
         finished = []
         for run in ended:
@@ -139,6 +147,8 @@ class EngineRollouts:
             run = self._runs.pop(sample_id, None)
             if run is not None:
                 self._engine.abort(sample_id)
+                if run.pending is not None:
+                    run.pending.cancel()
                 self._close(run)
 
     def update_weights(self, version: int) -> None:
@@ -150,16 +160,23 @@ class EngineRollouts:
         self.cancel(list(self._runs))
         self._engine.forget_cached()
 
-    def _next_turn(self, run: _Run) -> None:
-        """Asks the engine for the policy's next turn; ends the sample if it has no token left."""
+    def _goes_on(self, partial: Sample, episode: Episode) -> bool:
+        """Whether a new episode can take it: it has heard nothing of what an earlier one was told."""
+        written = partial.loss_mask[_prompt_length(partial) :]
+        is_one_turn = bool(written) and all(written) and not episode.stop and not episode.tools
+        return is_one_turn and partial.token_ids[-1] not in self._engine.eos_ids
+
+    def _next_turn(self, run: _Run, inserted: Sequence[int] = ()) -> None:
+        """Asks the engine for the policy's next turn, after what was inserted; ends the sample if no token is left."""
         room = min(
             run.request.max_answer_tokens - run.num_written,
-            self._engine.model.config.max_positions - len(run.sample.token_ids),
+            self._engine.model.config.max_positions - len(run.sample.token_ids) - len(inserted),
         )
         if room <= 0:
             run.finish_reason = "length"
             run.pending = self._call(run, run.episode.reward)
             return
+        run.sample = _with_inserted(run.sample, list(inserted))
         params = SamplingParams(
             max_tokens=room,
             temperature=run.request.temperature,
@@ -193,9 +210,7 @@ class EngineRollouts:
         answer = None if error else run.pending.result()
         if isinstance(answer, Answer):
             run.pending = None
-            inserted = self._inserted_ids(answer)
-            run.sample = _with_inserted(run.sample, inserted)
-            self._next_turn(run)
+            self._next_turn(run, self._inserted_ids(answer))
             return None
         self._close(run)
         failed = error is not None or answer is None
@@ -219,6 +234,7 @@ class EngineRollouts:
         return future
 
     def _close(self, run: _Run) -> None:
+        self._engine.end_session(run.id)
         self._call(run, run.episode.close)
 
 

@@ -97,9 +97,7 @@ class WorkerChannel(Protocol):
         ...
 
 
-def serve(
-    setup: WorkerSetup, layout: WeightLayout, weights: WeightSource, channel: WorkerChannel, device: str
-) -> None:
+def serve(setup: WorkerSetup, layout: WeightLayout, weights: WeightSource, channel: WorkerChannel, device: str) -> None:
     """Rolls out what comes in until the order to end. Whatever goes wrong is sent as a Failure."""
     try:
         worker = _Worker(setup, layout, weights, device)

@@ -53,7 +53,8 @@ def train(config: RlConfig, *, console: Console | None = None) -> Path:
 def _keep_config(config: RlConfig, run_folder: Path) -> None:
     """Saves the config in the run folder; refuses to go on with a run that was started with another one."""
     path = run_folder / "config.json"
-    if path.exists() and (run_folder / "checkpoints").exists():
+    has_begun = any((run_folder / name).exists() for name in ("checkpoints", "events.jsonl"))
+    if path.exists() and has_begun:
         before = _decisive(config_io.load(type(config), path))
         now = _decisive(config)
         changed = [name for name in now if now[name] != before[name]]

@@ -56,7 +56,7 @@ def append_samples(path: Path, samples: Iterable[Sample]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     text = "".join(json.dumps(sample_to_dict(sample)) + "\n" for sample in samples)
     with open(path, "ab+") as file:
-        _remove_cut_line(file)
+        remove_cut_line(file)
         file.write(text.encode())
         file.flush()
         os.fsync(file.fileno())
@@ -77,7 +77,8 @@ def read_samples(path: Path) -> list[Sample]:
     return samples
 
 
-def _remove_cut_line(file: Any) -> None:
+def remove_cut_line(file: Any) -> None:
+    """Cuts a file that is open for reading and writing bytes after its last whole line."""
     end = file.seek(0, os.SEEK_END)
     while end:
         start = max(0, end - 65536)

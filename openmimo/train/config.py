@@ -248,8 +248,11 @@ class ExtendConfig:
     checkpoints: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
 
+    def __post_init__(self) -> None:
+        self.as_pretraining()
+
     def as_pretraining(self) -> PretrainConfig:
-        """The same run as a pre-training run of one stage that starts from the checkpoint."""
+        """The same run as a pre-training run of one stage that starts from the checkpoint. Raises ConfigError."""
         stage = _one_stage("extend", self, full_rope_theta=self.full_rope_theta)
         return PretrainConfig(
             init_from=self.checkpoint, stages=(stage,), **{name: getattr(self, name) for name in _OF_RUN}
@@ -316,8 +319,11 @@ class SftConfig:
     checkpoints: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
 
+    def __post_init__(self) -> None:
+        self.as_pretraining()
+
     def as_pretraining(self) -> PretrainConfig:
-        """The same run as a pre-training run of one stage that starts from the checkpoint."""
+        """The same run as a pre-training run of one stage that starts from the checkpoint. Raises ConfigError."""
         return PretrainConfig(
             init_from=self.checkpoint,
             stages=(_one_stage("sft", self),),

@@ -1,5 +1,6 @@
 """The optimiser and its parameter groups, gradient clipping, and the counts that the report watches."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -35,9 +36,16 @@ class GradientReport:
     num_zeros: int
 
 
-def clip_gradients(model: MiMo, max_norm: float) -> GradientReport:
-    """Scales all gradients so that their common norm is at most `max_norm`; reports what they were."""
-    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    num_zeros = sum(gradient.numel() - int(torch.count_nonzero(gradient)) for gradient in gradients)
-    norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm))
+def clip_gradients(model: MiMo, max_norm: float, *, apart: Iterable[nn.Parameter] = ()) -> GradientReport:
+    """Scales all gradients so that their common norm is at most `max_norm`; reports what they were.
+
+    apart: parameters that have a norm of their own, which is not reported, so that neither scales the other.
+    """
+    apart = list(apart)
+    ids = {id(parameter) for parameter in apart}
+    common = [parameter for parameter in model.parameters() if parameter.grad is not None and id(parameter) not in ids]
+    num_zeros = sum(own.grad.numel() - int(torch.count_nonzero(own.grad)) for own in common)
+    norm = float(torch.nn.utils.clip_grad_norm_(common, max_norm))
+    if apart:
+        torch.nn.utils.clip_grad_norm_(apart, max_norm)
     return GradientReport(norm, num_zeros)

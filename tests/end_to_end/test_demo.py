@@ -32,8 +32,13 @@ def toy(folder):
         demo.extend, steps=2, rows=1, sequence_length=256, threads=1, log_every_steps=1,
         mixture=short(demo.pretrain.stages[1]).mixture,
     )  # fmt: skip
+    fast = {"steps": 1, "groups_per_step": 4, "max_draws": 1.0, "dynamic_sampling": False}
+    fast["evaluation"] = replace(demo.mopd.evaluation, problems=4)
+    sft = replace(demo.sft, steps=2, rows=2, warmup_steps=0, log_every_steps=1)
     return replace(
-        demo, pretrain=pretrain, extend=extend, retrieval_lengths=(64,), retrieval_examples=4, decode_prompts=2,
+        demo, sft=sft, teachers=tuple(replace(teacher, **fast) for teacher in demo.teachers),
+        mopd=replace(demo.mopd, **fast), compare=replace(demo.compare, problems=4),
+        pretrain=pretrain, extend=extend, retrieval_lengths=(64,), retrieval_examples=4, decode_prompts=2,
         decode_tokens=20,
     )  # fmt: skip
 
@@ -44,9 +49,9 @@ def test_the_story(tmp_path, capsys):
     report = run(config)
     page = report.read_text()
     assert page.count("<img") >= 10
-    assert "Context extension" in page
+    assert "Context extension" in page and "the see-saw" in page
     out = capsys.readouterr().out
-    assert "retrieval after" in out
+    assert "retrieval after" in out and "student" in out
     assert "the same text" in out
     written = report.stat().st_mtime_ns, (tmp_path / "demo" / "extend" / "metrics.jsonl").stat().st_mtime_ns
     run(config)
