@@ -70,5 +70,5 @@ def _keep_config(config: RlConfig, run_folder: Path) -> None:
 def _decisive(config: RlConfig) -> dict[str, Any]:
     """The settings that may not differ between two starts of one run."""
     return config_io.to_dict(
-        replace(config, run_folder="", device="auto", threads=0, tensorboard=False, reward_threads=1)
+        replace(config, run_folder="", device="auto", threads=0, tensorboard=False, reward_threads=1, rollout_workers=1)
     )
