@@ -7,8 +7,8 @@ report. Every run is a process of `openmimo rl` or `openmimo mopd`, as many at a
 is kept, and an interrupted one goes on. All students take as many optimiser steps; CPU seconds stand beside them.
 
 Methods: mopd (equations 7 to 9), mopd_full and mopd_top_k (whole or corrected top-k reverse KL), soft_kd (teachers
-write, forward KL), sft_on_teachers (cross-entropy on what teachers write), rejection (the same, right answers only), mixed_rl,
-sequential_rl (one domain after the other), average and task_arithmetic (weights alone).
+write, forward KL), sft_on_teachers (cross-entropy on what teachers write), rejection (the same, right answers only),
+mixed_rl, sequential_rl (one domain after the other), average and task_arithmetic (weights alone).
 
 Predictions, from measurements of others at a tenth of the size: full and top-k recover over nine tenths of the
 teachers' lead, sampled somewhat less; soft_kd and sft_on_teachers as much, where prompts are unlimited; averaging loses
@@ -88,7 +88,12 @@ class Study:
     def _placed(self, config: RlConfig, name: str, *, few: bool) -> Any:
         sources = tuple(self._limited(source) if few and self.few_prompts else source for source in config.sources)
         return replace(
-            config, checkpoint=self.base, run_folder=str(self.folder / name), sources=sources, evaluation=EVALUATION
+            config,
+            checkpoint=self.base,
+            run_folder=str(self.folder / name),
+            sources=sources,
+            evaluation=EVALUATION,
+            mtp_weight=0.0,
         )
 
     def _limited(self, source: RlSource) -> RlSource:

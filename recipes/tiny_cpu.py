@@ -103,9 +103,7 @@ ASKED = {
     "reverse": TaskConfig("reverse", 5, 6), "lookup": TaskConfig("lookup", 4, 8),
 }  # fmt: skip
 TAUGHT = ("sorting", "unique", "reverse")
-SHORT_PROMPTS = EngineConfig(
-    max_sequences=128, prefill_tokens=4096, mixed_prefill_tokens=4096, prefix_cache=False, speculative=False
-)
+ROLLOUTS = EngineConfig(max_sequences=128, prefill_tokens=4096, mixed_prefill_tokens=4096, speculative=False)
 
 
 def domain(name: str, *, samples_per_prompt: int = 8) -> RlSource:
@@ -141,13 +139,14 @@ def rl_on(*names: str) -> RlConfig:
         checkpoint="runs/tiny_cpu_sft/model",
         run_folder=f"runs/tiny_cpu_rl_{'_'.join(names)}",
         sources=tuple(domain(name) for name in names),
-        steps=30,
+        steps=40,
         groups_per_step=16,
         updates_per_step=4,
-        learning_rate=5e-4,
+        learning_rate=3e-4,
         warmup_steps=5,
+        mtp_weight=0.0,  # nobody drafts for a teacher
         threads=1,
-        engine=SHORT_PROMPTS,
+        engine=ROLLOUTS,
         checkpoints=CheckpointConfig(every_steps=10),
         evaluation=RlEvaluation(every_steps=10, problems=100, temperature=1.0),
     )
@@ -186,7 +185,7 @@ def mopd() -> MopdConfig:
         learning_rate=5e-4,
         warmup_steps=5,
         threads=1,
-        engine=SHORT_PROMPTS,
+        engine=ROLLOUTS,
         checkpoints=CheckpointConfig(every_steps=10),
         evaluation=RlEvaluation(every_steps=10, problems=100, temperature=1.0),
     )
@@ -203,7 +202,7 @@ def compare() -> CompareConfig:
         teachers={name: f"{name} teacher" for name in TAUGHT},
         temperature=1.0,
         threads=1,
-        engine=SHORT_PROMPTS,
+        engine=ROLLOUTS,
     )
 
 

@@ -88,7 +88,8 @@ class LoggedScheduler:
 
     def _keep(self, is_kept: Callable[[dict[str, Any]], bool]) -> None:
         self.close()
-        write_text_atomic(self._path, "".join(json.dumps(event) + "\n" for event in _read(self._path) if is_kept(event)))
+        kept = [json.dumps(event) + "\n" for event in _read(self._path) if is_kept(event)]
+        write_text_atomic(self._path, "".join(kept))
 
     def _write(self, event: dict[str, Any]) -> None:
         if self._file is None:

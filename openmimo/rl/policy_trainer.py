@@ -19,6 +19,7 @@ from openmimo.model.context import PackedContext, RoutingTape
 from openmimo.model.mimo import Hidden, MiMo
 from openmimo.rl.losses.diagnostics import batch_diagnostics
 from openmimo.rl.losses.tokens import TokenBatch
+from openmimo.rl.shared_prompt import PromptGroup, SharedPromptContext
 from openmimo.train.batches import expert_load
 from openmimo.train.config import OptimiserConfig
 from openmimo.train.loss import head_states, micro_batch
@@ -31,17 +32,34 @@ NOT_RECORDED = -1
 class PackedSamples:
     """Whole samples, one after another, and where their policy-written tokens are.
 
-    samples: which. tokens_T, lengths: the pack. rows_N: the row that predicts each written token. labels_N: that token.
-    sequence_N: its sample's number in the pack. temperature_N: at which it was sampled.
+    samples: which. tokens_T: the pack. groups: how it is made up; source_T: which token of the samples, one after
+    another, each is. rows_N: the row that predicts each written token. labels_N: that token. sequence_N: its sample's
+    number in the pack. temperature_N: at which it was sampled.
     """
 
     samples: list[Sample]
     tokens_T: torch.Tensor
-    lengths: tuple[int, ...]
+    groups: tuple[PromptGroup, ...]
+    source_T: torch.Tensor
     rows_N: torch.Tensor
     labels_N: torch.Tensor
     sequence_N: torch.Tensor
     temperature_N: torch.Tensor
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of each piece of the pack: of each sample, where no prompt is shared."""
+        return tuple(length for group in self.groups for length in (group.prompt, *group.answers))
+
+    def context(self, routing: RoutingTape | None = None) -> PackedContext:
+        """What the model needs beside the tokens."""
+        if any(group.answers for group in self.groups):
+            return SharedPromptContext(self.groups, device=self.tokens_T.device, routing=routing)
+        return PackedContext(self.lengths, device=self.tokens_T.device, routing=routing)
+
+    def routes(self, model: MiMo) -> dict[int, torch.Tensor]:
+        """Recorded routes by layer, int64 [T, A]; see `replayed_routes`."""
+        return {layer: routes_TA[self.source_T] for layer, routes_TA in replayed_routes(model, self.samples).items()}
 
     def written(self, values: Callable[[Sample], list[float]], dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The entries of the written tokens in a list that each sample has, [N]."""
@@ -129,15 +147,18 @@ class PolicyTrainer:
         is the policy as it stands). pack_key: samples with different keys are never packed together.
         """
         report, sums = UpdateReport(), {}
-        learned = [sample for sample in samples if any(sample.weights)]
+        learned = sorted((sample for sample in samples if any(sample.weights)), key=pack_key)
         old = {id(sample): own for sample, own in zip(samples, old_logprobs or [], strict=bool(old_logprobs))}
         written = sum(sample.num_answer_tokens for sample in learned)
-        for pack in packs(learned, self.tokens_per_microbatch, device=self.model.device, key=pack_key):
+        with_heads = bool(self.mtp_weight and self.model.config.num_mtp_heads)  # which read tokens across the seam
+        for pack in packs(
+            learned, self.tokens_per_microbatch, device=self.model.device, key=pack_key, share_prompts=not with_heads
+        ):
             context, hidden = self._forward(pack)
             forward = self._tokens(pack, hidden, version, old)
             loss = objective(forward)
             loss.backward()
-            if self.mtp_weight and self.model.config.num_mtp_heads:
+            if with_heads:
                 heads_loss = self.mtp_weight * self._heads_loss(pack, hidden, context, written)
                 heads_loss.backward(inputs=self._heads)  # not the embedding, which the heads read too
             report.loss += float(loss.detach())
@@ -158,9 +179,8 @@ class PolicyTrainer:
         return report
 
     def _forward(self, pack: PackedSamples) -> tuple[PackedContext, Hidden]:
-        replayed = replayed_routes(self.model, pack.samples) if self.replay_routing else {}
-        routing = RoutingTape(record=True, replayed=replayed)
-        context = PackedContext(pack.lengths, device=self.model.device, routing=routing)
+        routing = RoutingTape(record=True, replayed=pack.routes(self.model) if self.replay_routing else {})
+        context = pack.context(routing)
         return context, self.model(pack.tokens_T, context)
 
     def _tokens(self, pack: PackedSamples, hidden: Hidden, version: int, old: dict[int, list[float]]) -> Forward:
@@ -207,9 +227,8 @@ def score_samples(
 ) -> list[list[float]]:
     """log-probabilities of the written tokens under `model`, aligned with token_ids; 0.0 outside the mask."""
     scores = []
-    for pack in packs(samples, tokens_per_microbatch, device=model.device):
-        routing = RoutingTape(replayed=replayed_routes(model, pack.samples) if replay else {})
-        hidden = model(pack.tokens_T, PackedContext(pack.lengths, device=model.device, routing=routing))
+    for pack in packs(samples, tokens_per_microbatch, device=model.device, share_prompts=True):
+        hidden = model(pack.tokens_T, pack.context(RoutingTape(replayed=pack.routes(model) if replay else {})))
         written = iter(_logprobs(model, hidden.post_norm_TD[pack.rows_N], pack).tolist())
         scores += [[next(written) if is_in else 0.0 for is_in in sample.loss_mask] for sample in pack.samples]
     return scores
@@ -221,40 +240,88 @@ def packs(
     *,
     device: torch.device,
     key: Callable[[Sample], str] = lambda sample: "",
+    share_prompts: bool = False,
 ) -> Iterable[PackedSamples]:
-    """Whole samples in order, as many together as fit; different keys apart."""
+    """Whole samples in order, as many together as fit; different keys apart.
+
+    share_prompts: neighbours with the same prompt, routed the same, have it once.
+    """
     waiting: list[Sample] = []
+    size = 0
     for sample in samples:
-        size = sum(len(other.token_ids) for other in waiting) + len(sample.token_ids)
-        if waiting and (size > tokens_per_pack or key(waiting[0]) != key(sample)):
-            yield pack_samples(waiting, device=device)
-            waiting = []
+        new = len(sample.token_ids)
+        if share_prompts and waiting and (prompt := _prompt(sample)) and prompt == _prompt(waiting[-1]):
+            new -= prompt[0]
+        if waiting and (size + new > tokens_per_pack or key(waiting[0]) != key(sample)):
+            yield pack_samples(waiting, device=device, share_prompts=share_prompts)
+            waiting, size, new = [], 0, len(sample.token_ids)
         waiting.append(sample)
+        size += new
     if waiting:
-        yield pack_samples(waiting, device=device)
+        yield pack_samples(waiting, device=device, share_prompts=share_prompts)
 
 
-def pack_samples(samples: list[Sample], *, device: torch.device) -> PackedSamples:
+def pack_samples(samples: list[Sample], *, device: torch.device, share_prompts: bool = False) -> PackedSamples:
     """One pack of these samples. The first token of a sample cannot have been written: nothing predicts it."""
-    rows, labels, sequence, temperature, start = [], [], [], [], 0
-    for number, sample in enumerate(samples):
-        places = [place for place, is_in in enumerate(sample.loss_mask) if is_in]
-        if places[:1] == [0]:
-            raise ValueError(f"A sample of group {sample.group!r} has its first token in the loss mask.")
-        rows += [start + place - 1 for place in places]
-        labels += [sample.token_ids[place] for place in places]
-        sequence += [number] * len(places)
-        temperature += [sample.temperature] * len(places)
-        start += len(sample.token_ids)
+    groups, source, rows, origin = [], [], [], 0
+    for members in _members(samples, share_prompts):
+        prompt = len(members[0].token_ids) if len(members) == 1 else members[0].loss_mask.index(True)
+        start = len(source)  # of the prompt in the pack
+        source += range(origin, origin + prompt)
+        answers = []
+        for sample in members:
+            answer_start = len(source)
+            answers.append(len(sample.token_ids) - prompt)
+            source += range(origin + prompt, origin + len(sample.token_ids))
+            origin += len(sample.token_ids)
+            for place in _written_places(sample):
+                before = place - 1
+                rows.append(start + before if before < prompt else answer_start + before - prompt)
+        groups.append(PromptGroup(prompt, tuple(answers) if len(members) > 1 else ()))
+    places = [_written_places(sample) for sample in samples]
+    counts = torch.tensor([len(own) for own in places], device=device)
+    labels = [sample.token_ids[place] for sample, own in zip(samples, places, strict=True) for place in own]
+    tokens = torch.tensor([token for sample in samples for token in sample.token_ids], device=device)
+    source_T = torch.tensor(source, dtype=torch.int64, device=device)
+    temperatures = torch.tensor([sample.temperature for sample in samples], dtype=torch.float32, device=device)
     return PackedSamples(
         samples=samples,
-        tokens_T=torch.tensor([token for sample in samples for token in sample.token_ids], device=device),
-        lengths=tuple(len(sample.token_ids) for sample in samples),
+        tokens_T=tokens[source_T],
+        groups=tuple(groups),
+        source_T=source_T,
         rows_N=torch.tensor(rows, dtype=torch.int64, device=device),
         labels_N=torch.tensor(labels, dtype=torch.int64, device=device),
-        sequence_N=torch.tensor(sequence, dtype=torch.int64, device=device),
-        temperature_N=torch.tensor(temperature, dtype=torch.float32, device=device),
+        sequence_N=torch.arange(len(samples), device=device).repeat_interleave(counts),
+        temperature_N=temperatures.repeat_interleave(counts),
     )
+
+
+def _members(samples: list[Sample], share_prompts: bool) -> list[list[Sample]]:
+    """Neighbours with the same prompt together, if prompts are shared; otherwise each alone."""
+    members: list[list[Sample]] = []
+    for sample in samples:
+        prompt = _prompt(sample) if share_prompts else None
+        if prompt and members and prompt == _prompt(members[-1][-1]):
+            members[-1].append(sample)
+        else:
+            members.append([sample])
+    return members
+
+
+def _prompt(sample: Sample) -> tuple[int, tuple[int, ...], bytes] | None:
+    """Length, tokens and routes of what stands before the first written token; None if nothing was written."""
+    if True not in sample.loss_mask:
+        return None
+    length = sample.loss_mask.index(True)
+    routes = b"" if sample.routed_experts is None else np.asarray(sample.routed_experts)[:length].tobytes()
+    return length, tuple(sample.token_ids[:length]), routes
+
+
+def _written_places(sample: Sample) -> list[int]:
+    places = [place for place, is_in in enumerate(sample.loss_mask) if is_in]
+    if places[:1] == [0]:
+        raise ValueError(f"A sample of group {sample.group!r} has its first token in the loss mask.")
+    return places
 
 
 def replayed_routes(model: MiMo, samples: list[Sample]) -> dict[int, torch.Tensor]:

@@ -8,7 +8,7 @@ engine session, so that keys, values and routes of earlier turns stay those of t
 
 import functools
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -21,6 +21,7 @@ from openmimo.core.samples import Sample
 from openmimo.data.conversation import encode_prompt
 from openmimo.data.tokenizer import Tokenizer
 from openmimo.engine.engine import Engine
+from openmimo.engine.sequence import Sequence
 from openmimo.rl.environment import Answer, Episode
 from openmimo.rl.groups import GroupRequest
 
@@ -100,6 +101,7 @@ class EngineRollouts:
         self._seed, self._weights = seed, weights
         self._record_routing = record_routing and engine.model.config.moe is not None
         self._runs: dict[str, _Run] = {}
+        self._followers: list[tuple[Sequence, _Run]] = []  # and whom they wait for
 
     @property
     def num_running(self) -> int:
@@ -112,8 +114,12 @@ class EngineRollouts:
         return self._executor is None
 
     def submit(self, request: GroupRequest) -> None:
-        """See Rollouts. A partial is read again and goes on where it stopped; one of several turns begins anew."""
+        """See Rollouts. A partial is read again and goes on where it stopped; one of several turns begins anew.
+
+        Samples of one prompt begin once the first of them has read it, so that the others find it in the cache.
+        """
         prompts: dict[tuple[Message, ...], list[int]] = {}
+        leaders: dict[tuple[int, ...], Sequence] = {}
         for sample_id in request.sample_ids:
             episode = self._open_episode(request)
             sample = request.partials.get(sample_id)
@@ -123,13 +129,20 @@ class EngineRollouts:
                 sample = _new_sample(prompts[episode.messages], request, sample_id)
             run = _Run(sample_id, request, episode, replace(sample, finish_reason=""))
             self._runs[sample_id] = run
-            self._next_turn(run)
+            prompt = tuple(sample.token_ids)
+            if prompt in leaders:
+                self._followers.append((leaders[prompt], run))
+                continue
+            sequence = self._next_turn(run)
+            if sequence is not None and sequence.request.session is None and self._engine.config.prefix_cache:
+                leaders[prompt] = sequence
 
     def poll(self) -> list[Sample]:
         """See Rollouts. Waits at most a hundredth of a second, if there is nothing to do but to wait for episodes."""
         for sequence in self._engine.step():
             if sequence.finish_reason:
                 self._take_turn(self._runs[sequence.request.id], sequence.completion())
+        self._begin_followers()
         if not self._engine.has_work:
             wait([run.pending for run in self._runs.values() if run.pending], POLL_SECONDS, FIRST_COMPLETED)
         ended = [run for run in self._runs.values() if run.pending is not None and run.pending.done()]
@@ -166,8 +179,17 @@ class EngineRollouts:
         is_one_turn = bool(written) and all(written) and not episode.stop and not episode.tools
         return is_one_turn and partial.token_ids[-1] not in self._engine.eos_ids
 
-    def _next_turn(self, run: _Run, inserted: Sequence[int] = ()) -> None:
+    def _begin_followers(self) -> None:
+        waiting, self._followers = self._followers, []
+        for leader, run in waiting:
+            if leader.remaining > 1 and not leader.finish_reason:
+                self._followers.append((leader, run))
+            elif run.id in self._runs:
+                self._next_turn(run)
+
+    def _next_turn(self, run: _Run, inserted: Iterable[int] = ()) -> Sequence | None:
         """Asks the engine for the policy's next turn, after what was inserted; ends the sample if no token is left."""
+        inserted = list(inserted)
         room = min(
             run.request.max_answer_tokens - run.num_written,
             self._engine.model.config.max_positions - len(run.sample.token_ids) - len(inserted),
@@ -175,8 +197,8 @@ class EngineRollouts:
         if room <= 0:
             run.finish_reason = "length"
             run.pending = self._call(run, run.episode.reward)
-            return
-        run.sample = _with_inserted(run.sample, list(inserted))
+            return None
+        run.sample = _with_inserted(run.sample, inserted)
         params = SamplingParams(
             max_tokens=room,
             temperature=run.request.temperature,
@@ -187,8 +209,9 @@ class EngineRollouts:
             skip_special_tokens=False,
         )
         session = run.id if run.num_turns or run.episode.stop or run.episode.tools else None
-        self._engine.submit(Request(run.id, tuple(run.sample.token_ids), params, run.request.priority, session=session))
         run.num_turns += 1
+        request = Request(run.id, tuple(run.sample.token_ids), params, run.request.priority, session=session)
+        return self._engine.submit(request)
 
     def _take_turn(self, run: _Run, completion: Completion) -> None:
         """Adds the policy's turn to the sample, and hands it to the episode."""

@@ -13,7 +13,6 @@ from torch.utils.checkpoint import checkpoint
 from openmimo.core.errors import CheckpointError, ConfigError
 from openmimo.core.samples import Sample
 from openmimo.data.tokenizer import Tokenizer
-from openmimo.model.context import PackedContext
 from openmimo.model.hf import load_model
 from openmimo.model.mimo import MiMo
 from openmimo.rl.losses import distillation
@@ -85,7 +84,7 @@ class Teachers:
     def states(self, pack: PackedSamples) -> tuple[torch.Tensor, MiMo]:
         """States [N, D] of the teacher where the pack's written tokens are predicted, and the teacher."""
         model = self.model(pack.samples[0].domain)
-        hidden = model(pack.tokens_T, PackedContext(pack.lengths, device=model.device))
+        hidden = model(pack.tokens_T, pack.context())
         return hidden.post_norm_TD[pack.rows_N], model
 
 
@@ -115,15 +114,17 @@ def distillation_objective(student: MiMo, teachers: Teachers, divergence: Diverg
     def objective(forward: Forward) -> torch.Tensor:
         teacher_ND, teacher = teachers.states(forward.pack)
         temperature_N1 = forward.pack.temperature_N.to(teacher_ND.dtype)[:, None]
+        watched: set[int] = set()  # tiles, which are computed again in the backward pass
 
         def tile_loss(states_MD: torch.Tensor, rows: slice) -> torch.Tensor:
             student_MV = student.head(states_MD / temperature_N1[rows])
             with torch.no_grad():
                 teacher_MV = teacher.head(teacher_ND[rows] / temperature_N1[rows])
             divergence_M = divergence(student_MV, teacher_MV)
-            if not torch.is_grad_enabled():
+            if rows.start not in watched:
+                watched.add(rows.start)
                 overlap = top_k_overlap(student_MV, teacher_MV, k=min(OVERLAP_TOKENS, student_MV.shape[1]))
-                watch(forward.pack.samples[0].domain, divergence_M, overlap)
+                watch(forward.pack.samples[0].domain, divergence_M.detach(), overlap)
             return (divergence_M * forward.weights_N[rows]).sum()
 
         total = forward.states_ND.new_zeros(())

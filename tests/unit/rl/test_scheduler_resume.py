@@ -14,18 +14,18 @@ WORLD = {"error_rate": 0.1, "reward_delay": 30.0, "pass_rate": lambda problem_id
 
 @pytest.mark.parametrize(("unfinished", "interrupt"), [("abort", True), ("partial", True), ("partial", False)])
 def test_resuming_after_every_call_changes_nothing(unfinished, interrupt):
-    config = make_config(unfinished=unfinished, margin=0.5, easy_fraction=0.3)
+    config = make_config(unfinished=unfinished, margin=0.5, easy_fraction=0.3, groups_per_step=4)
     plain = World(make_scheduler(config, STREAMS), interrupt=interrupt, **WORLD)
     again = World(make_scheduler(config, STREAMS), interrupt=interrupt, resume_streams=STREAMS, **WORLD)
     for version in range(3):
         assert plain.step(version) == again.step(version)
         assert plain.submitted == again.submitted
-    assert plain.num_events == again.num_events > 100
+    assert plain.num_events == again.num_events > 60
     assert plain.scheduler.state() == again.scheduler.state()
     assert again.scheduler is not plain.scheduler
 
 
-@pytest.mark.parametrize("crash_after", range(0, 120, 7))
+@pytest.mark.parametrize("crash_after", range(0, 120, 11))
 def test_after_a_crash_nothing_is_lost_or_repeated(crash_after):
     config = make_config(unfinished="partial", margin=0.5)
     world = World(make_scheduler(config, STREAMS), **WORLD)

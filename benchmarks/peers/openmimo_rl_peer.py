@@ -1,0 +1,96 @@
+"""Our loop of post-training behind the wire of `serving`: steps of `openmimo rl` and of `openmimo mopd`, one by one."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from digit_reward import digit_share
+from serving import cost_of, serve
+
+from openmimo.data.tokenizer import Tokenizer
+from openmimo.model.hf import load_model
+from openmimo.rl.config import MopdConfig, RlConfig, RlEvaluation, RlSource
+from openmimo.rl.environment import Answer
+from openmimo.rl.environments import task
+from openmimo.rl.loop import RlRun
+from openmimo.rl.problems import Problem
+from openmimo.train.checkpoint import Progress
+from openmimo.train.config import CheckpointConfig
+from recipes.tiny_cpu import SHORT_PROMPTS
+
+_NEVER = 10**9
+
+
+class _Digits(task.TaskEpisode):
+    """The prompts of a task, and the reward of all sides."""
+
+    def respond(self, text: str) -> Answer:
+        """See Episode."""
+        self._answer = text
+        return Answer()
+
+    def reward(self) -> float:
+        """See Episode."""
+        return digit_share(self._answer)
+
+
+def _open(problem: Problem, options: task.Options) -> _Digits:
+    return _Digits(task.open_task(options.task), problem.content, options.system)
+
+
+DIGITS = replace(task.PLUGIN, open=_open)
+
+
+class _Run(RlRun):
+    """A run that is taken step by step."""
+
+    def step_once(self) -> None:
+        """All that a step of `run` does."""
+        self._one_step()
+
+
+class OpenMiMo:
+    """`RlRun` with the engine's settings of the recipes, float32, without drafts and without a loss of MTP heads."""
+
+    def load(
+        self, folder: str, run_folder: str, threads: int, task: dict, groups: int, samples_per_prompt: int,
+        new_tokens: int, learning_rate: float, teacher: str | None = None, signal: str | None = None,
+    ) -> dict[str, str]:  # fmt: skip
+        """signal: how the teacher teaches (None: GRPO, without one). Answers have `new_tokens` tokens, all of them."""
+        torch.set_num_threads(threads)
+        source = RlSource(
+            name="sorting", environment=f"{__name__}:DIGITS", options={"task": task}, max_answer_tokens=new_tokens,
+            samples_per_prompt=samples_per_prompt,
+        )  # fmt: skip
+        settings = {
+            "checkpoint": folder, "run_folder": run_folder, "sources": (source,), "steps": _NEVER,
+            "groups_per_step": groups, "learning_rate": learning_rate, "dynamic_sampling": False, "easy_fraction": None,
+            "mtp_weight": 0.0, "device": "cpu", "dtype": "float32", "engine": SHORT_PROMPTS,
+            "checkpoints": CheckpointConfig(every_steps=_NEVER), "evaluation": RlEvaluation(every_steps=_NEVER),
+        }  # fmt: skip
+        if signal is None:
+            config = RlConfig(**settings)
+        else:
+            config = MopdConfig(**settings, teachers={"sorting": teacher}, signal=signal)
+        model = load_model(folder, dtype="float32", device="cpu")
+        model.compute_dtype = torch.float32
+        self._run = _Run(config, model, Tokenizer.load(folder), start=Progress.beginning())
+        self._run.engine.eos_ids = frozenset()  # no answer ends before its limit
+        self._metrics = Path(run_folder) / "metrics.jsonl"
+        return {"versions": f"torch {torch.__version__}", "notes": ""}
+
+    def steps(self, count: int) -> list[dict[str, float]]:
+        """Costs, with `generate_ms` (rolling out) and `new_tokens` of the whole batch."""
+        return [cost_of(self._run.step_once) | self._last_step() for _ in range(count)]
+
+    def _last_step(self) -> dict[str, float]:
+        values = json.loads(self._metrics.read_text().splitlines()[-1])
+        return {
+            "generate_ms": 1e3 * values["seconds/rollout"],
+            "new_tokens": round(values["answer_tokens/mean"] * values["samples"]),
+        }
+
+
+if __name__ == "__main__":
+    serve(OpenMiMo())

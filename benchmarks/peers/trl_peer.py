@@ -1,0 +1,127 @@
+"""TRL behind the wire of `serving`: its GRPOTrainer and its DistillationTrainer, one optimiser step at a time.
+
+Settings are those that make it do our work and no more: no gradient checkpointing (its default), no logging, no
+reference model, one micro-batch, generation by transformers with its cache.
+"""
+
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable
+
+os.environ |= {"HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+import torch  # noqa: E402
+import transformers  # noqa: E402
+import trl  # noqa: E402
+from datasets import Dataset  # noqa: E402
+from digit_reward import digit_share  # noqa: E402
+from serving import cost_of, serve  # noqa: E402
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback  # noqa: E402
+from trl import DistillationConfig, DistillationTrainer, GRPOConfig, GRPOTrainer  # noqa: E402
+
+_MOST_STEPS = 10**6
+
+
+class _Pace(TrainerCallback):
+    """Holds a trainer, which runs in a thread of its own, before every optimiser step until it may go on."""
+
+    def __init__(self):
+        self._may_go: queue.Queue[None] = queue.Queue()
+        self._ended: queue.Queue[BaseException | None] = queue.Queue()
+
+    def begin(self, train: Callable[[], object]) -> None:
+        """Starts the trainer; it comes as far as its first step."""
+        threading.Thread(target=self._train, args=(train,), daemon=True).start()
+
+    def one_step(self) -> None:
+        """Lets one step happen. Raises what the trainer raised."""
+        self._may_go.put(None)
+        error = self._ended.get()
+        if error is not None:
+            raise error
+
+    def on_step_begin(self, *_, **__) -> None:
+        """Before the batch is generated."""
+        self._may_go.get()
+
+    def on_step_end(self, *_, **__) -> None:
+        """After the optimiser's step."""
+        self._ended.put(None)
+
+    def _train(self, train: Callable[[], object]) -> None:
+        try:
+            train()
+        except BaseException as error:  # handed to whoever waits for the step
+            self._ended.put(error)
+
+
+class Trl:
+    """One trainer of `transformers` models."""
+
+    def load(
+        self, folder: str, run_folder: str, threads: int, prompts: list[str], prompt_ids: list[list[int]],
+        samples_per_prompt: int, samples: int, new_tokens: int, learning_rate: float, teacher: str | None = None,
+    ) -> dict[str, str]:  # fmt: skip
+        """teacher: a folder for distillation (None: GRPO). prompt_ids: what the prompts must become, checked."""
+        torch.set_num_threads(threads)
+        transformers.logging.set_verbosity_error()
+        tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+        if tokenizer(prompts)["input_ids"] != prompt_ids:
+            raise ValueError("the prompts have other token ids here than in our tokenizer")
+        model, self._pace = _model(folder), _Pace()
+        settings = {
+            "output_dir": run_folder, "per_device_train_batch_size": samples, "gradient_accumulation_steps": 1,
+            "max_steps": _MOST_STEPS, "learning_rate": learning_rate, "lr_scheduler_type": "constant",
+            "optim": "adamw_torch_fused", "adam_beta2": 0.95, "max_grad_norm": 1.0, "use_cpu": True, "bf16": False,
+            "gradient_checkpointing": False, "max_completion_length": new_tokens, "shuffle_dataset": False,
+            "generation_kwargs": {"min_new_tokens": new_tokens}, "logging_strategy": "no", "save_strategy": "no",
+            "report_to": "none", "disable_tqdm": True,
+        }  # fmt: skip
+        common = {"model": model, "processing_class": tokenizer, "callbacks": [self._pace]}
+        if teacher is None:
+            dataset = Dataset.from_dict({"prompt": prompts})
+            config = GRPOConfig(**settings, num_generations=samples_per_prompt, beta=0.0, epsilon_high=0.28)
+            trainer = GRPOTrainer(**common, args=config, train_dataset=dataset, reward_funcs=_rewards)
+        else:
+            repeated = [prompt for prompt in prompts for _ in range(samples_per_prompt)]
+            dataset = Dataset.from_dict({"prompt": repeated})
+            config = DistillationConfig(**settings, beta=1.0)
+            trainer = DistillationTrainer(**common, args=config, train_dataset=dataset, teacher_model=_model(teacher))
+        self._watch_generation(model)
+        self._pace.begin(trainer.train)
+        attention, experts = model.config._attn_implementation, getattr(model.config, "_experts_implementation", None)
+        return {
+            "versions": f"trl {trl.__version__}, transformers {transformers.__version__}, torch {torch.__version__}",
+            "notes": f"{attention} attention" + (f", {experts} experts" if "mimo" in model.config.model_type else ""),
+        }
+
+    def steps(self, count: int) -> list[dict[str, float]]:
+        """Costs, with `generate_ms` and `new_tokens` of the whole batch."""
+        return [cost_of(self._pace.one_step) | self._generated for _ in range(count)]
+
+    def _watch_generation(self, model: transformers.PreTrainedModel) -> None:
+        generate = model.generate
+
+        def watched(*arguments, **settings) -> torch.Tensor:
+            start = time.perf_counter()
+            ids = generate(*arguments, **settings)
+            width = settings["input_ids"].shape[1]
+            milliseconds = 1e3 * (time.perf_counter() - start)
+            self._generated = {"generate_ms": milliseconds, "new_tokens": ids[:, width:].numel()}
+            return ids
+
+        model.generate = watched
+
+
+def _model(folder: str) -> transformers.PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def _rewards(completions: list[str], **_) -> list[float]:
+    return [digit_share(completion) for completion in completions]
+
+
+if __name__ == "__main__":
+    serve(Trl())

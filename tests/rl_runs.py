@@ -1,0 +1,205 @@
+"""Whole runs of the post-training loop on a tiny policy: what they learned from, and how to kill them on the way."""
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import threading
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rl_world import policy, tokenizer
+from safetensors.torch import load_file
+
+from openmimo.core.records import Message
+from openmimo.engine.config import EngineConfig
+from openmimo.engine.engine import Engine
+from openmimo.model.hf import save_model
+from openmimo.rl import run as run_module
+from openmimo.rl.config import MopdConfig, RlConfig, RlEvaluation, RlSource
+from openmimo.rl.environment import Answer, Environment
+from openmimo.rl.event_log import LoggedScheduler
+from openmimo.rl.loop import RlRun
+from openmimo.rl.problems import Problem
+from openmimo.train.config import CheckpointConfig, OptimiserConfig
+
+
+@dataclass(frozen=True)
+class LettersOptions:
+    """turns: of the policy."""
+
+    turns: int = 1
+
+
+class LettersEpisode:
+    """Pays for small letters, so that any policy gets something now and then. Kills the process where it is told to."""
+
+    tools, stop = (), ()
+
+    def __init__(self, problem: Problem, options: LettersOptions):
+        self.messages = (Message("user", f"write {problem.content}"),)
+        self._turns_left, self._text = options.turns - 1, ""
+
+    def respond(self, text: str) -> Answer:
+        self._text += text
+        self._turns_left -= 1
+        return Answer(messages=(Message("user", "more"),)) if self._turns_left >= 0 else Answer()
+
+    def reward(self) -> float:
+        kill_here("reward")
+        return min(1.0, sum(letter in "aeiounrst" for letter in self._text) / 8)
+
+    def close(self) -> None:
+        pass
+
+
+def letters_problems(options, split, seed):
+    def problem_at(index):
+        word = random.Random(f"{split} {seed} {index}").choice("abcdef")
+        return Problem(f"{split}-{index}", f"{word}{index}")
+
+    return problem_at
+
+
+LETTERS = Environment("letters", LettersOptions, letters_problems, LettersEpisode)
+SLOW_LETTERS = replace(LETTERS, instant=False)
+
+
+def source(name="letters", environment="rl_runs:LETTERS", samples_per_prompt=4, **options):
+    return RlSource(
+        name, samples_per_prompt=samples_per_prompt, max_answer_tokens=10, environment=environment, options=options
+    )
+
+
+def sorting_source():
+    return source("sort", "task", task={"name": "sorting", "min_difficulty": 2, "max_difficulty": 4})
+
+
+SHARED = {
+    "steps": 4,
+    "groups_per_step": 3,
+    "learning_rate": 1e-3,
+    "warmup_steps": 2,
+    "bias_rate": 1e-3,
+    "max_running": 24,
+    "tokens_per_microbatch": 600,
+    "device": "cpu",
+    "dtype": "float32",
+    "threads": 1,
+    "engine": EngineConfig(max_sequences=24, prefill_tokens=512, speculative=False, cache_gigabytes=0.02),
+    "optimiser": OptimiserConfig(weight_decay=0.0),
+    "checkpoints": CheckpointConfig(every_steps=2),
+    "evaluation": RlEvaluation(every_steps=3, problems=2),
+}
+
+
+def save_models(folder: Path) -> None:
+    """`start`, and `teacher`, which is near it."""
+    for name, noise in (("start", 0.0), ("teacher", 0.02)):
+        model = policy(0, mtp_heads=1)
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += noise * torch.randn(parameter.shape, generator=generator)
+        save_model(model, folder / name)
+        tokenizer().save(folder / name)
+
+
+def grpo_config(models: Path, run_folder: Path, **changes) -> RlConfig:
+    own = {"sources": (source(),), "updates_per_step": 2} | changes
+    return RlConfig(str(models / "start"), str(run_folder), **SHARED | own)
+
+
+def mopd_config(models: Path, run_folder: Path, **changes) -> MopdConfig:
+    own = {
+        "sources": (source(samples_per_prompt=2), replace(sorting_source(), samples_per_prompt=1)),
+        "teachers": {"letters": str(models / "teacher"), "sort": "self"},
+    } | changes
+    return MopdConfig(str(models / "start"), str(run_folder), **SHARED | own)
+
+
+def run(config: RlConfig, *, report: bool = False) -> Path:
+    """A run to its end, in this process. Beside what it writes itself, `batches.jsonl` has what each step learned.
+
+    report: draw its figures too, which takes longer than the run.
+    """
+    real, write_report = RlRun._learn, run_module.write_report
+
+    def learn(own, batch):
+        reports = real(own, batch)
+        samples = [
+            (sample.info["sample_id"], sample.token_ids, sample.logprobs, sample.versions, sample.reward)
+            for group in batch
+            for sample in group
+        ]
+        with open(own.run_folder / "batches.jsonl", "a") as file:
+            file.write(json.dumps({"step": own.step, "samples": samples}) + "\n")
+        return reports
+
+    RlRun._learn = learn
+    if not report:
+        run_module.write_report = lambda run_folder: run_folder
+    try:
+        return run_module.train(config, console=Console(quiet=True))
+    finally:
+        RlRun._learn, run_module.write_report = real, write_report
+
+
+def batches(run_folder: Path) -> dict[int, list]:
+    """What each step learned from; of a step that was run again, the last time."""
+    rows = [json.loads(line) for line in (run_folder / "batches.jsonl").read_text().splitlines()]
+    return {row["step"]: row["samples"] for row in rows}
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+_plan: dict[str, int] = {}
+_lock = threading.Lock()
+
+
+def kill_here(where: str) -> None:
+    """kill -9 of this process, if this is the call that the plan is about."""
+    with _lock:
+        if where in _plan:
+            _plan[where] -= 1
+            if _plan[where] < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+
+def run_and_kill(config: RlConfig, where: str, after_calls: int) -> None:
+    """Starts a run in another process that is killed at a call of `rollout` (a step of the engine), `reward`, `update`
+    (the optimiser has moved the weights) or `log` (a line of the event log is half written).
+    """
+    process = multiprocessing.get_context("fork").Process(target=_killed_run, args=(config, where, after_calls))
+    process.start()
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL, f"the run ended with {process.exitcode}"
+
+
+def _killed_run(config: RlConfig, where: str, after_calls: int) -> None:
+    torch.set_num_threads(1)
+    _plan[where] = after_calls
+    engine_step, optimiser_step, write_line = Engine.step, torch.optim.AdamW.step, LoggedScheduler._write
+
+    def step(own):
+        kill_here("rollout")
+        return engine_step(own)
+
+    def update(own, *arguments):
+        result = optimiser_step(own, *arguments)
+        kill_here("update")
+        return result
+
+    def write(own, event):
+        write_line(own, event)
+        if _plan.get("log") == 0:
+            os.truncate(own._path, own._path.stat().st_size - 20)
+        kill_here("log")
+
+    Engine.step, torch.optim.AdamW.step, LoggedScheduler._write = step, update, write
+    run(config)

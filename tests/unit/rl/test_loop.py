@@ -1,0 +1,250 @@
+"""Short runs of the post-training loop: what they write, and what they refuse."""
+
+import itertools
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from rl_runs import (
+    batches,
+    grpo_config,
+    mopd_config,
+    run,
+    save_models,
+    sorting_source,
+    source,
+    weights,
+)
+
+from openmimo.core.errors import ConfigError
+from openmimo.core.metrics import read_metrics
+from openmimo.core.samples import Sample
+from openmimo.model.hf import load_model
+from openmimo.rl.event_log import LoggedScheduler
+from openmimo.rl.problems import Problem
+from openmimo.rl.scheduler import DataScheduler
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("models")
+    save_models(folder)
+    return folder
+
+
+def check_run(config, folder):
+    """The files of a finished run, and that each step learned from a full batch of samples of its own."""
+    rows = read_metrics(folder / "metrics.jsonl")
+    steps = [row for row in rows if "loss" in row]
+    assert [row["step"] for row in steps] == list(range(1, config.steps + 1))
+    evaluations = [row["step"] for row in rows if "evaluation/rewards" in row]
+    every = config.evaluation.every_steps
+    assert evaluations == sorted({0, *range(every, config.steps + 1, every), config.steps})
+    learned = batches(folder)
+    assert sorted(learned) == list(range(config.steps))
+    ids = [sample[0] for samples in learned.values() for sample in samples]
+    assert len(set(ids)) == len(ids)
+    for row in steps:
+        if config.unfinished == "abort" and config.updates_per_step == 1:
+            assert row["staleness_max"] == 0
+            assert row["mismatch_k3"] < 1e-8
+        assert row["scheduler/short"] == 0
+        assert row["samples"] == len(learned[row["step"] - 1])
+    assert load_model(folder / "model").logits(torch.arange(20)).isfinite().all()
+    return steps
+
+
+@pytest.fixture(scope="module")
+def finished(models):
+    """A finished run of GRPO, and its config."""
+    config = grpo_config(models, models / "finished", steps=4)
+    run(config, report=True)
+    return config, models / "finished"
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    """Its config and folder, to do something to."""
+    config, folder = finished
+    shutil.copytree(folder, tmp_path / "run")
+    return replace(config, run_folder=str(tmp_path / "run")), tmp_path / "run"
+
+
+def test_grpo_learns_from_what_pays(models, finished):
+    config, folder = finished
+    steps = check_run(config, folder)
+    assert (folder / "report.html").exists()
+    assert all(0.0 < row["reward/mean"] < 1.0 for row in steps)
+    assert steps[0]["gradient/norm"] > 0
+    start, end = weights(models / "start"), weights(folder / "model")
+    assert start.keys() == end.keys()
+    moved = {name for name, tensor in end.items() if not torch.equal(tensor, start[name])}
+    assert any("mtp" in name for name in moved)
+    assert any("e_score_correction_bias" in name for name in moved)
+    assert "model.embed_tokens.weight" in moved
+
+
+def test_a_task_that_is_never_solved_is_no_error(models, tmp_path):
+    """All rewards are 0: with dynamic sampling, batches stay empty and the weights as they are."""
+    config = grpo_config(models, tmp_path / "run", sources=(sorting_source(),), steps=2, max_draws=1.0)
+    folder = run(config)
+    assert [len(samples) for samples in batches(tmp_path / "run").values()] == [0, 0]
+    start, end = weights(models / "start"), weights(folder)
+    assert all(torch.equal(tensor, start[name]) for name, tensor in end.items())
+    rows = [row for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if "samples" in row]
+    assert [row["scheduler/dropped_hard"] for row in rows] == [3, 3]
+
+
+def test_addition_without_dynamic_sampling(models, tmp_path):
+    own = replace(sorting_source(), name="add", options={"task": {"name": "addition"}})
+    config = grpo_config(models, tmp_path / "run", sources=(own,), steps=2, dynamic_sampling=False)
+    run(config)
+    steps = check_run(config, tmp_path / "run")
+    assert all(row["scheduler/drawn"] == row["samples"] / 4 == 3 for row in steps)  # none for nothing
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"signal": "top_k", "top_k": 8},
+        {"signal": "imitate", "writer": "teacher"},
+        {"algorithm_options": {"alpha": 0.5}},
+    ],
+)
+def test_mopd_learns_from_a_teacher_for_each_domain(models, tmp_path, changes):
+    config = mopd_config(models, tmp_path / "run", steps=2, **changes)
+    run(config)
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    steps = [row for row in rows if "loss" in row]
+    assert [row["scheduler/short"] for row in steps] == [0, 0]
+    if "writer" not in changes:
+        assert all(row["teacher_kl/letters"] > row["teacher_kl/sort"] for row in steps)
+        assert steps[0]["teacher_kl/sort"] == pytest.approx(0.0, abs=1e-6)
+        assert steps[0]["mismatch_k3"] < 1e-8
+    domains = {sample[0].split("/")[0] for samples in batches(tmp_path / "run").values() for sample in samples}
+    assert domains == {"letters", "sort"}
+
+
+def test_unfinished_samples_go_on_in_the_next_step(models, tmp_path):
+    config = grpo_config(
+        models, tmp_path / "run", steps=4, unfinished="partial", updates_per_step=1, max_running=40,
+        sources=(source(), replace(sorting_source(), max_answer_tokens=40)), dynamic_sampling=False,
+    )  # fmt: skip
+    run(config)
+    steps = check_run(config, tmp_path / "run")
+    assert max(row["staleness_max"] for row in steps) >= 1
+    versions = [set(sample[3]) - {-1} for samples in batches(tmp_path / "run").values() for sample in samples]
+    assert any(len(own) > 1 for own in versions)
+
+
+def test_slow_episodes_of_several_turns(models, tmp_path):
+    own = source(environment="rl_runs:SLOW_LETTERS", turns=2)
+    config = grpo_config(models, tmp_path / "run", sources=(replace(own, max_answer_tokens=30),), steps=2)
+    run(config)
+    check_run(config, tmp_path / "run")
+    rows = itertools.chain(*batches(tmp_path / "run").values())
+    versions = [versions[versions.index(max(versions)) :] for _, _, _, versions, _ in rows]
+    assert any(-1 in own for own in versions)  # something was put in between two turns
+
+
+def test_a_finished_run_is_left_as_it_is(copied):
+    config, folder = copied
+    expected, before = weights(folder / "model"), (folder / "metrics.jsonl").read_text()
+    again = weights(run(config))
+    assert (folder / "metrics.jsonl").read_text() == before
+    assert all(torch.equal(tensor, again[name]) for name, tensor in expected.items())
+
+
+def test_another_config_is_refused_in_the_same_folder(copied):
+    config, _ = copied
+    with pytest.raises(ConfigError, match="another learning_rate"):
+        run(replace(config, learning_rate=1e-5))
+    run(replace(config, reward_threads=2))
+    with pytest.raises(ConfigError, match="another seed"):
+        run(replace(config, seed=1))
+
+
+def test_another_config_is_refused_before_the_first_checkpoint_too(copied):
+    """What was rolled out under the old one is in the event log."""
+    config, folder = copied
+    shutil.rmtree(folder / "checkpoints")
+    (folder / "events.jsonl").write_text(json.dumps({"step": 0, "event": "submit", "slots": 4}) + "\n")
+    with pytest.raises(ConfigError, match="another seed"):
+        run(replace(config, seed=1))
+
+
+def test_nothing_of_a_damaged_checkpoints_future_is_repeated(copied):
+    """The log begins after the newest checkpoint; from the one before it, everything is rolled out anew."""
+    config, folder = copied
+    expected = weights(folder / "model")
+    newest = folder / "checkpoints" / "step-00000004"
+    (newest / "model.safetensors").write_bytes(b"damaged")
+    (folder / "events.jsonl").write_text(json.dumps({"step": 4, "event": "submit", "slots": 4}) + "\n")
+    again = weights(run(config))
+    assert all(torch.equal(tensor, again[name]) for name, tensor in expected.items())
+
+
+# The event log
+
+
+def open_log(path, **options):
+    config = replace(grpo_config(path.parent, path.parent).scheduler(), dynamic_sampling=False)
+    scheduler = DataScheduler(config, {"letters": lambda index: Problem(f"p{index}", index)})
+    return LoggedScheduler(scheduler, path, **options)
+
+
+def answer(request, index=0):
+    return Sample(
+        [1, 2], [False, True], [0.0, -0.5], [-1, 0],
+        group=request.group_id, reward=float(index % 2), finish_reason="stop",
+        info={"sample_id": request.sample_ids[index]},
+    )  # fmt: skip
+
+
+def test_the_log_repeats_what_came_and_hands_out_the_rest(tmp_path):
+    path = tmp_path / "events.jsonl"
+    log = open_log(path)
+    assert log.begin_step(0) == []
+    requests = log.next_submissions(100)
+    for index in range(3):
+        log.on_sample(answer(requests[0], index))
+    state = log.scheduler.state()
+    log.close()
+    again = open_log(path)
+    left = again.begin_step(0)
+    assert again.scheduler.state() == state
+    ids = [sample_id for request in left for sample_id in request.sample_ids]
+    expected = [sample_id for request in requests for sample_id in request.sample_ids]
+    assert ids == expected[3:]
+    anew = open_log(path, repeats_exactly=True)
+    assert anew.begin_step(0) == []
+    assert anew.next_submissions(100) == requests
+    anew.close()
+    assert len(path.read_text().splitlines()) == 1
+
+
+def test_a_line_that_was_cut_short_spoils_nothing(tmp_path):
+    path = tmp_path / "events.jsonl"
+    log = open_log(path)
+    log.begin_step(0)
+    requests = log.next_submissions(100)
+    log.on_sample(answer(requests[0], 0))
+    log.close()
+    text = path.read_text()
+    log.on_sample(answer(requests[0], 1))
+    log.close()
+    path.write_text(path.read_text()[:-30])
+    again = open_log(path)
+    again.begin_step(0)
+    again.on_sample(answer(requests[0], 1))
+    again.on_sample(answer(requests[0], 2))
+    again.close()
+    assert path.read_text().startswith(text)
+    assert [json.loads(line)["event"] for line in path.read_text().splitlines()] == ["submit"] + ["sample"] * 3
+    third = open_log(path)
+    third.begin_step(0)
+    assert third.scheduler.state() == again.scheduler.state()
