@@ -48,8 +48,8 @@ class Study:
     def __init__(self, arguments: argparse.Namespace):
         self.base, self.steps, self.few_prompts = arguments.base, arguments.steps, arguments.few_prompts
         self.folder = Path(arguments.folder)
+        self.teacher_folder = Path(arguments.teachers or arguments.folder)
         self.teacher_steps = arguments.teacher_steps
-        self.learning_rate = arguments.learning_rate
 
     def teacher(self, name: str) -> RlConfig:
         """The run of a teacher; teachers see all problems, also where students see few."""
@@ -60,22 +60,22 @@ class Study:
         if method == "mixed_rl":
             config = replace(rl_on(*TAUGHT), steps=self.steps)
         else:
-            teachers = {name: f"{self.folder}/teacher_{name}/model" for name in TAUGHT} | {"lookup": "self"}
+            teachers = {name: f"{self.teacher_folder}/teacher_{name}/model" for name in TAUGHT} | {"lookup": "self"}
             config = replace(mopd(), teachers=teachers, steps=self.steps, **SIGNALS[method])
-        return self._placed(replace(config, seed=seed, learning_rate=self.learning_rate), f"{method}_{seed}", few=True)
+        return self._placed(replace(config, seed=seed), f"{method}_{seed}", few=True)
 
     def sequence(self, seed: int) -> list[RlConfig]:
         """Sequential RL: each domain from where the one before it ended, with as many steps in all."""
         runs, start = [], self.base
         for name in TAUGHT:
-            config = replace(rl_on(name), steps=self.steps // len(TAUGHT), seed=seed, learning_rate=self.learning_rate)
+            config = replace(rl_on(name), steps=self.steps // len(TAUGHT), seed=seed)
             runs.append(replace(self._placed(config, f"sequential_rl_{seed}_{name}", few=True), checkpoint=start))
             start = f"{runs[-1].run_folder}/model"
         return runs
 
     def comparison(self, methods: list[str], seeds: int) -> CompareConfig:
         """Everyone in every domain."""
-        models = {f"{name} teacher": (f"{self.folder}/teacher_{name}/model",) for name in TAUGHT}
+        models = {f"{name} teacher": (f"{self.teacher_folder}/teacher_{name}/model",) for name in TAUGHT}
         for method in methods:
             ends = [f"{method}_{seed}" for seed in range(seeds)]
             if method == "sequential_rl":
@@ -128,7 +128,7 @@ def merge(study: Study, method: str) -> None:
         from openmimo.rl.merge import merge as merge_checkpoints
 
         destination.parent.mkdir(parents=True, exist_ok=True)
-        children = [f"{study.folder}/teacher_{name}/model" for name in TAUGHT]
+        children = [f"{study.teacher_folder}/teacher_{name}/model" for name in TAUGHT]
         merge_checkpoints(study.base, children, str(destination), method=method)
 
 
@@ -137,10 +137,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", required=True, help="the fine-tuned checkpoint that all start from")
     parser.add_argument("--folder", default="runs/seesaw")
+    parser.add_argument("--teachers", default="", help="the folder of an earlier study whose teachers are used again")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=mopd().steps, help="optimiser steps of a student")
     parser.add_argument("--teacher-steps", type=int, default=rl_on(TAUGHT[0]).steps)
-    parser.add_argument("--learning-rate", type=float, default=mopd().learning_rate)
     parser.add_argument("--few-prompts", type=int, default=0, help="students see only so many prompts of a domain")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
@@ -148,7 +148,8 @@ def main() -> None:
     study = Study(arguments)
     study.folder.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(arguments.processes) as pool:
-        list(pool.map(run, [study.teacher(name) for name in TAUGHT]))
+        if not arguments.teachers:
+            list(pool.map(run, [study.teacher(name) for name in TAUGHT]))
         jobs: list[Callable[[], Any]] = []
         for seed in range(arguments.seeds):
             for method in arguments.methods:

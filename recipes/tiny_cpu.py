@@ -139,7 +139,7 @@ def rl_on(*names: str) -> RlConfig:
         checkpoint="runs/tiny_cpu_sft/model",
         run_folder=f"runs/tiny_cpu_rl_{'_'.join(names)}",
         sources=tuple(domain(name) for name in names),
-        steps=40,
+        steps=30,
         groups_per_step=16,
         updates_per_step=4,
         learning_rate=3e-4,
@@ -148,7 +148,7 @@ def rl_on(*names: str) -> RlConfig:
         threads=1,
         engine=ROLLOUTS,
         checkpoints=CheckpointConfig(every_steps=10),
-        evaluation=RlEvaluation(every_steps=10, problems=100, temperature=1.0),
+        evaluation=RlEvaluation(every_steps=15, problems=100, temperature=1.0),
     )
 
 
@@ -180,14 +180,14 @@ def mopd() -> MopdConfig:
         sources=tuple(domain(name, samples_per_prompt=2) for name in ASKED),
         teachers={name: f"runs/tiny_cpu_rl_{name}/model" for name in TAUGHT} | {"lookup": "self"},
         signal="full",
-        steps=40,
+        steps=30,
         groups_per_step=64,
         learning_rate=5e-4,
         warmup_steps=5,
         threads=1,
         engine=ROLLOUTS,
         checkpoints=CheckpointConfig(every_steps=10),
-        evaluation=RlEvaluation(every_steps=10, problems=100, temperature=1.0),
+        evaluation=RlEvaluation(every_steps=15, problems=100, temperature=1.0),
     )
 
 

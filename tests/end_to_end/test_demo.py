@@ -34,10 +34,12 @@ def toy(folder):
     )  # fmt: skip
     fast = {"steps": 1, "groups_per_step": 4, "max_draws": 1.0, "dynamic_sampling": False}
     fast["evaluation"] = replace(demo.mopd.evaluation, problems=4)
+    taught = {demo.teachers[0].sources[0].name: f"{demo.teachers[0].run_folder}/model"}
     sft = replace(demo.sft, steps=2, rows=2, warmup_steps=0, log_every_steps=1)
     return replace(
-        demo, sft=sft, teachers=tuple(replace(teacher, **fast) for teacher in demo.teachers),
-        mopd=replace(demo.mopd, **fast), compare=replace(demo.compare, problems=4),
+        demo, sft=sft, teachers=(replace(demo.teachers[0], **fast),),
+        mopd=replace(demo.mopd, **fast, teachers={**dict.fromkeys(demo.mopd.teachers, "self"), **taught}),
+        compare=replace(demo.compare, problems=4, models={"student": (f"{folder}/mopd/model",)}, teachers={}),
         pretrain=pretrain, extend=extend, retrieval_lengths=(64,), retrieval_examples=4, decode_prompts=2,
         decode_tokens=20,
     )  # fmt: skip
