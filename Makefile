@@ -20,7 +20,7 @@ setup: $(VENV)/setup
 demo: $(VENV)/setup
 	$(BIN)/python -m openmimo demo
 test: $(VENV)/dev
-	$(BIN)/python -m pytest -q -m "not slow and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile -m "not slow and not gpu"
 check: $(VENV)/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

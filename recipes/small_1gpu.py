@@ -1,11 +1,17 @@
-"""A 170-million-parameter hybrid MoE on one GPU in an evening: English Wikipedia text and Python, 4K then 32K."""
+"""A 170-million-parameter hybrid MoE on one GPU in an evening: English Wikipedia text and Python, 4K then 32K.
 
-from openmimo.data.config import MixtureConfig, SourceConfig
+The post-training part is sized by the one of `tiny_cpu` and has not been run at this size yet.
+"""
+
+from openmimo.data.config import MixtureConfig, SourceConfig, TaskConfig, demonstrations
+from openmimo.engine.config import EngineConfig
+from openmimo.rl.config import MopdConfig, RlConfig, RlEvaluation, RlSource
 from openmimo.train.config import (
     CheckpointConfig,
     EvaluationConfig,
     ExtendConfig,
     PretrainConfig,
+    SftConfig,
     Stage,
     TokenizerConfig,
 )
@@ -58,4 +64,92 @@ def extend() -> ExtendConfig:
         end_lr=1e-5,
         mtp_heads=3,
         activation_checkpointing=True,
+    )
+
+
+DEMONSTRATED = (
+    TaskConfig("addition", 1, 6), TaskConfig("countdown", 3, 4), TaskConfig("program", 1, 2),
+    TaskConfig("boolean", 2, 8), TaskConfig("lookup", 4, 24, options={"hops": 2}),
+)  # fmt: skip
+ROLLOUTS = EngineConfig(max_sequences=512, prefill_tokens=16_384, mixed_prefill_tokens=4096, speculative=False)
+
+
+def domain(name: str, level: int, *, samples_per_prompt: int = 16, **options: int) -> RlSource:
+    """Problems of one family at one level."""
+    task = {"name": name, "min_difficulty": level, "max_difficulty": level, "options": options}
+    return RlSource(name=name, samples_per_prompt=samples_per_prompt, max_answer_tokens=256, options={"task": task})
+
+
+DOMAINS = {"addition": 8, "countdown": 4, "program": 3}
+
+
+def sft() -> SftConfig:
+    """Demonstrations for the extended model; your own conversations are the source `chat` (options: path)."""
+    return SftConfig(
+        checkpoint="runs/small_1gpu_extended/model",
+        run_folder="runs/small_1gpu_sft",
+        mixture=MixtureConfig((demonstrations(*DEMONSTRATED),)),
+        steps=2000,
+        sequence_length=2048,
+        rows=32,
+        rows_per_microbatch=32,
+        peak_lr=3e-4,
+        end_lr=3e-5,
+        warmup_steps=100,
+    )
+
+
+def rl_on(name: str) -> RlConfig:
+    """The teacher of one domain."""
+    return RlConfig(
+        checkpoint="runs/small_1gpu_sft/model",
+        run_folder=f"runs/small_1gpu_rl_{name}",
+        sources=(domain(name, DOMAINS[name]),),
+        steps=300,
+        groups_per_step=64,
+        updates_per_step=4,
+        learning_rate=2e-5,
+        end_learning_rate=5e-6,
+        warmup_steps=10,
+        mtp_weight=0.0,
+        max_running=1024,
+        tokens_per_microbatch=32_768,
+        engine=ROLLOUTS,
+        evaluation=RlEvaluation(every_steps=50, problems=500, temperature=1.0),
+    )
+
+
+def rl() -> RlConfig:
+    """The teacher of countdown; `addition` and `program` are the others."""
+    return rl_on("countdown")
+
+
+def addition() -> RlConfig:
+    """The teacher of addition."""
+    return rl_on("addition")
+
+
+def program() -> RlConfig:
+    """The teacher of writing programs, with the test-difficulty-driven reward."""
+    return rl_on("program")
+
+
+def mopd() -> MopdConfig:
+    """One student of the three, and of itself in logic."""
+    own = domain("boolean", 8, samples_per_prompt=4)
+    return MopdConfig(
+        checkpoint="runs/small_1gpu_sft/model",
+        run_folder="runs/small_1gpu_mopd",
+        sources=(*(domain(name, level, samples_per_prompt=4) for name, level in DOMAINS.items()), own),
+        teachers={name: f"runs/small_1gpu_rl_{name}/model" for name in DOMAINS} | {"boolean": "self"},
+        signal="full",
+        steps=150,
+        groups_per_step=256,
+        learning_rate=3e-5,
+        end_learning_rate=3e-6,
+        warmup_steps=10,
+        max_running=1024,
+        tokens_per_microbatch=32_768,
+        engine=ROLLOUTS,
+        evaluation=RlEvaluation(every_steps=25, problems=500, temperature=1.0),
     )

@@ -143,6 +143,7 @@ def rl_on(*names: str) -> RlConfig:
         groups_per_step=16,
         updates_per_step=4,
         learning_rate=3e-4,
+        end_learning_rate=1e-4,
         warmup_steps=5,
         mtp_weight=0.0,  # nobody drafts for a teacher
         threads=1,
@@ -182,7 +183,8 @@ def mopd() -> MopdConfig:
         signal="full",
         steps=30,
         groups_per_step=64,
-        learning_rate=5e-4,
+        learning_rate=7e-4,
+        end_learning_rate=3e-5,
         warmup_steps=5,
         threads=1,
         engine=ROLLOUTS,

@@ -137,20 +137,23 @@ def seesaw_table(config: CompareConfig, cells: dict[str, dict[str, Cell]]) -> tu
 
 def seesaw_figure(config: CompareConfig, cells: dict[str, dict[str, Cell]]) -> Any:
     """A matplotlib figure of bars with their intervals."""
-    figure, axis = new_figure(width=max(7.5, 1.1 * len(cells)), height=4.2)
+    figure, axis = new_figure(width=max(8.5, 1.1 * len(cells)), height=4.2)
+    from matplotlib import colormaps  # after new_figure has chosen a backend without a display
+
+    colours = colormaps["tab10" if len(cells) <= 10 else "tab20"]
     width = 0.8 / len(cells)
     for place, (name, row) in enumerate(cells.items()):
         for number, source in enumerate(config.sources):
             cell = row[source.name]
             axis.bar(
-                number + (place + 0.5) * width - 0.4, cell.mean, width, color=f"C{place % 10}",
+                number + (place + 0.5) * width - 0.4, cell.mean, width, color=colours(place % 20),
                 yerr=[[max(0.0, cell.mean - cell.low)], [max(0.0, cell.high - cell.mean)]],
                 hatch="//" if config.teachers.get(source.name) == name else None,
                 label=name if number == 0 else None, error_kw={"linewidth": 0.8},
             )  # fmt: skip
     axis.set_xticks(range(len(config.sources)), [source.name for source in config.sources])
     axis.set(ylabel="mean reward", ylim=(0, 1.02))
-    axis.legend(fontsize="small", ncols=2)
+    axis.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return figure
 
 

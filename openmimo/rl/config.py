@@ -176,6 +176,7 @@ class RlConfig:
         groups_per_step: Prompts of a batch.
         updates_per_step: Optimiser steps on each batch, over its groups in as many parts.
         learning_rate: After the warm-up.
+        end_learning_rate: To which it falls along a cosine until the last step (none: it stays).
         warmup_steps: Steps in which it rises linearly.
         dynamic_sampling: Draw other problems in place of those whose samples all have the same reward.
         max_draws: How many problems a step may draw, at most, as a multiple of its groups.
@@ -212,6 +213,7 @@ class RlConfig:
     groups_per_step: int = 16
     updates_per_step: int = 1
     learning_rate: float = 1e-6
+    end_learning_rate: float | None = None
     warmup_steps: int = 0
     dynamic_sampling: bool = True
     max_draws: float = 4.0
@@ -250,6 +252,8 @@ class RlConfig:
         )
         rules = {name: (getattr(self, name) >= 1, "at least 1") for name in at_least_1}
         rules["learning_rate"] = (self.learning_rate > 0.0, "above 0")
+        lowest = self.learning_rate if self.end_learning_rate is None else self.end_learning_rate
+        rules["end_learning_rate"] = (0.0 <= lowest <= self.learning_rate, "0 to learning_rate")
         rules["warmup_steps"] = (self.warmup_steps >= 0, "0 or more")
         rules["updates_per_step"] = (1 <= self.updates_per_step <= self.groups_per_step, "1 to groups_per_step")
         rules["dtype"] = (self.dtype in ("auto", "float32", "bfloat16"), "auto, float32 or bfloat16")

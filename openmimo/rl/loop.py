@@ -8,6 +8,7 @@ not been, with no sample lost and none learned from twice.
 """
 
 import functools
+import math
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -36,6 +37,7 @@ from openmimo.rl.rollout import EngineRollouts, Rollouts
 from openmimo.rl.rollout_worker import WorkerSetup
 from openmimo.rl.scheduler import DataScheduler
 from openmimo.rl.teaching import TeacherRollouts, Teaching
+from openmimo.rl.toolbox.shared import close_shared, shared_metrics
 from openmimo.rl.worker_rollouts import WorkerRollouts
 from openmimo.train.checkpoint import Checkpoints, Progress, load_optimiser_state
 
@@ -102,6 +104,7 @@ class RlRun:
                 reward = self._one_step()
                 bar.update(task, completed=self.step, description=f"reward {reward:.2f}")
         self.rollouts.close()
+        close_shared()
         self.metrics.close()
         self.log.close()
 
@@ -121,6 +124,7 @@ class RlRun:
         values |= _update_metrics(update) | (self.teaching.metrics() if self.teaching else {})
         values |= {"seconds/rollout": rolled_out - started, "seconds/update": learned - rolled_out}
         values |= self.rollouts.metrics() if isinstance(self.rollouts, WorkerRollouts) else {}
+        values |= shared_metrics()
         self.metrics.write(self.step, values)
         self._after_step()
         return values["reward/mean"]
@@ -197,7 +201,14 @@ class RlRun:
         return weighted_sum(lambda token_batch: self.algorithm.token_losses(token_batch, self.options))
 
     def _learning_rate(self) -> float:
-        return self.config.learning_rate * min(1.0, (self.step + 1) / max(1, self.config.warmup_steps))
+        config = self.config
+        if self.step < config.warmup_steps:
+            return config.learning_rate * (self.step + 1) / config.warmup_steps
+        if config.end_learning_rate is None:
+            return config.learning_rate
+        done = (self.step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+        fall = config.learning_rate - config.end_learning_rate
+        return config.end_learning_rate + fall * (1.0 + math.cos(math.pi * done)) / 2.0
 
     def _after_step(self) -> None:
         is_last = self.step == self.config.steps

@@ -1,6 +1,7 @@
 """Every shipped recipe builds, is saved and read back, and its stages fit together."""
 
 import importlib
+import inspect
 import json
 
 import numpy as np
@@ -9,8 +10,10 @@ import pytest
 from openmimo.cli import load_recipe, recipe_names
 from openmimo.core import config as config_io
 from openmimo.core.errors import ConfigError
+from openmimo.data.source import open_source
 from openmimo.model.presets import model_config
-from openmimo.train.config import ExtendConfig, PretrainConfig
+from openmimo.rl.environment import open_environment
+from openmimo.train.config import ExtendConfig, PretrainConfig, SftConfig
 from openmimo.train.schedule import learning_rate, rows_of_step, total_steps
 
 
@@ -33,6 +36,27 @@ def test_recipe(name):
     for stage in run.stages:
         rates = [learning_rate(stage, step) for step in range(0, stage.steps, max(1, stage.steps // 100))]
         assert 0 < min(rates) <= max(rates) <= stage.peak_lr
+
+
+def all_functions():
+    for name in recipe_names():
+        module = importlib.import_module(f"recipes.{name}")
+        for function in vars(module).values():
+            takes_nothing = callable(function) and not inspect.signature(function).parameters
+            if takes_nothing and getattr(function, "__module__", "") == module.__name__:
+                yield f"{name}:{function.__name__}"
+
+
+@pytest.mark.parametrize("name", list(all_functions()))
+def test_every_recipe_is_saved_and_read_back(name):
+    config = load_recipe(name, "")
+    assert config_io.from_dict(type(config), json.loads(json.dumps(config_io.to_dict(config)))) == config
+    for source in getattr(config, "sources", ()):
+        environment, options = open_environment(source.environment, source.options)
+        environment.problems(options, "train", 0)(0)
+    if isinstance(config, SftConfig):
+        for source in config.mixture.sources:
+            open_source(source)
 
 
 def test_the_report_in_numbers():
