@@ -131,7 +131,7 @@ class Algorithm:
 
     Attributes:
         describe: One line for people.
-        options: The frozen dataclass of its settings.
+        options: The frozen dataclass of its settings; `correction` is one of them.
         annotate: annotate(samples, options, policy_logprobs) fills `advantages` and `weights` of all samples of a step,
             over all ranks. policy_logprobs: log π_θ of each sample's tokens, at the sample's temperature, by the
             trainer, aligned with token_ids (entries outside the loss mask are not read; only algorithms with a teacher

@@ -191,6 +191,7 @@ class RlRun:
                 version=self.step,
                 old_logprobs=[old_of[id(sample)] for sample in part] if old else None,
                 pack_key=lambda sample: sample.domain if self.teaching else "",
+                gate=self.options.correction.limits(),
             )
             reports.append(report)
         return reports

@@ -7,7 +7,7 @@ micro-batches, whole, and routed as the engine routed them (R3, paper section 4.
 T packed tokens, N policy-written tokens of a micro-batch, D model dim, V vocabulary, A experts a token.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -140,12 +140,15 @@ class PolicyTrainer:
         version: int,
         old_logprobs: list[list[float]] | None = None,
         pack_key: Callable[[Sample], str] = lambda sample: "",
+        gate: Mapping[str, float] | None = None,
     ) -> UpdateReport:
         """One optimiser step on annotated samples.
 
         version: of the weights now. old_logprobs: log π_old, if these samples have been stepped on already (None: π_old
         is the policy as it stands). pack_key: samples with different keys are never packed together.
+        gate: "low" and "high" of the correction, to report what is outside.
         """
+        gate = gate or {}
         report, sums = UpdateReport(), {}
         learned = sorted((sample for sample in samples if any(sample.weights)), key=pack_key)
         old = {id(sample): own for sample, own in zip(samples, old_logprobs or [], strict=bool(old_logprobs))}
@@ -162,7 +165,9 @@ class PolicyTrainer:
                 heads_loss = self.mtp_weight * self._heads_loss(pack, hidden, context, written)
                 heads_loss.backward(inputs=self._heads)  # not the embedding, which the heads read too
             report.loss += float(loss.detach())
-            _add_means(sums, batch_diagnostics(forward.batch), len(pack.labels_N))
+            _add_means(
+                sums, batch_diagnostics(forward.batch, low=gate.get("low"), high=gate.get("high")), len(pack.labels_N)
+            )
             expert_load(context.routing, self.model, add_to=report.load)
             report.num_tokens += len(pack.tokens_T)
         gradients = clip_gradients(self.model, self.config.clip_norm, apart=self._heads)

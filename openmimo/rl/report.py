@@ -48,6 +48,11 @@ def _training_figures(report: Report, train: Rows) -> None:
         _panels(train, [("mismatch_k3", "k3, nats"), ("extreme_ratio_share_2", "share of tokens")]),
         "How far the trained policy is from the one that sampled: k3, and tokens with a ratio above 2 or below 1/2.",
     )
+    if "gated_high_share" in train[-1]:
+        report.figure(
+            _panels(train, [(name, "share of tokens") for name in train[-1] if name.startswith("gated_")]),
+            "Tokens whose ratio is outside the limits of the correction.",
+        )
     report.heading("Optimisation")
     report.figure(
         _panels(train, [("gradient/norm", "gradient norm"), ("gradient/num_zeros", "entries")]),

@@ -304,6 +304,7 @@ def _write_often(weights, stop):
         weights.write({name: torch.full((5000,), version) for name in "ab"}, version)
 
 
+@pytest.mark.slow
 def test_no_weights_are_half_written():
     layout = WeightLayout((Place("a", (5000,), torch.int64, 0, 40000), Place("b", (5000,), torch.int64, 40000, 80000)))
     weights, stop = WeightBuffer(layout), threading.Event()
