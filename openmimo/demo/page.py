@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def write_page(folder: Path, config: DemoConfig, findings: "Findings") -> Path:
     """Writes `report.html` in the demo's folder and returns its path."""
-    report = Report("openmimo demo: a tiny MiMo, from random weights to speculative decoding")
+    report = Report("openmimo demo: a tiny MiMo, from random weights to a student of three teachers")
     minutes = sum(findings.seconds.values()) / 60
     report.paragraph(
         "A model with 5:1 sliding-window and global attention, learnable sinks, eight experts and multi-token "
