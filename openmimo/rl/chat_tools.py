@@ -4,6 +4,7 @@ What is wrong with a call is told to the model, never raised: it can be learned 
 """
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -97,7 +98,7 @@ def _checked(name: str, arguments: str, tools: Sequence[Mapping[str, Any]]) -> T
     return ToolCall(name, values)
 
 
-class ChatToolEpisode:
+class ChatToolEpisode(ABC):
     """The turns of an agent with tools; a subclass runs the tools and scores the end.
 
     max_calls: after so many calls, malformed ones counted, the episode ends with the next turn. Attributes: `content`,
@@ -111,15 +112,15 @@ class ChatToolEpisode:
         self.content, self.is_over = "", False
         self._calls_left = max_calls
 
+    @abstractmethod
     def run(self, name: str, arguments: Mapping[str, Any]) -> str:
         """Runs one call whose arguments fit its schema. Raises ToolMistakeError for what is the model's fault."""
-        raise NotImplementedError
 
+    @abstractmethod
     def reward(self) -> float:
         """See Episode."""
-        raise NotImplementedError
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 (an episode that holds nothing has nothing to give back)
         """See Episode."""
 
     def respond(self, text: str) -> Answer:

@@ -17,7 +17,7 @@ from openmimo.engine.config import EngineConfig
 from openmimo.engine.engine import Engine
 from openmimo.model.mimo import MiMo
 from openmimo.rl.algorithm import Algorithm
-from openmimo.rl.algorithms._annotation import is_learnable, lengths_of, numbers_of, write_annotations
+from openmimo.rl.annotation import is_learnable, lengths_of, numbers_of, write_annotations
 from openmimo.rl.config import MopdConfig
 from openmimo.rl.groups import GroupRequest
 from openmimo.rl.losses import normalise

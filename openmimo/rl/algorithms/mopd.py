@@ -10,7 +10,8 @@ import torch
 from openmimo.core.errors import ConfigError
 from openmimo.core.samples import Sample
 from openmimo.rl.algorithm import Algorithm, Correction
-from openmimo.rl.algorithms._annotation import (
+from openmimo.rl.algorithms._correction import corrected_for_policy
+from openmimo.rl.annotation import (
     is_learnable,
     lengths_of,
     numbers_of,
@@ -18,7 +19,6 @@ from openmimo.rl.algorithms._annotation import (
     write_annotations,
     written_values,
 )
-from openmimo.rl.algorithms._correction import corrected_for_policy
 from openmimo.rl.losses import normalise, objectives
 from openmimo.rl.losses.advantages import grpo_advantages, mopd_advantages, teacher_advantages
 from openmimo.rl.losses.tokens import TokenBatch
