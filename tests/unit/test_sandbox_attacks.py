@@ -23,10 +23,11 @@ from openmimo.runtime.sandbox import (
 from openmimo.runtime.sandbox.selftest import why_not
 from openmimo.runtime.sandbox.tiers import TIERS
 
+# The seconds are for slow and busy machines, where filling the memory takes more than one. Tests that use them up set fewer.
 LIMITS = SandboxLimits(
-    cpu_seconds=1, wall_seconds=3, memory_bytes=256 * 2**20, processes=16, file_bytes=2**20, output_bytes=4096
+    cpu_seconds=15, wall_seconds=30, memory_bytes=256 * 2**20, processes=16, file_bytes=2**20, output_bytes=4096
 )
-SECONDS_TO_HANG = 30.0  # no program here runs longer than its wall limit; this is for machines that are very busy
+SECONDS_TO_HANG = 60.0  # no program here runs longer than its wall limit
 
 
 class Watched(Sandbox):
@@ -116,7 +117,7 @@ count = 0
 while count < 100:
     try: pid = os.fork()
     except OSError: break
-    if pid == 0: time.sleep(9)
+    if pid == 0: time.sleep(99)
     count += 1
 print(count)
 """
@@ -133,8 +134,8 @@ def test_memory_bomb(jail):
 def test_memory_bomb_of_many_processes(jail):
     bomb = """
 import os, time
-for _ in range(8): os.fork() or (bytearray(b"x") * (80 * 2**20), time.sleep(9))
-time.sleep(9)
+for _ in range(8): os.fork() or (bytearray(b"x") * (80 * 2**20), time.sleep(99))
+time.sleep(99)
 """
     assert jail.run(bomb).killed_by == "memory"
 
@@ -154,7 +155,7 @@ def test_long_output_is_cut_and_the_program_goes_on(jail):
 
 
 def test_endless_loop(jail):
-    result = jail.run("while True: pass")
+    result = with_limits(jail, cpu_seconds=1).run("while True: pass")
     assert result.killed_by == "cpu"
     assert not result.timed_out
 
@@ -187,7 +188,7 @@ def test_file_bombs(jail):
     assert "File too large" in one.error_text
     temporary = jail.run("for n in range(9): open(f'/tmp/{n}', 'wb').write(bytes(2**19))")
     assert "No space left" in temporary.error_text
-    many = jail.run("import time\nfor n in range(9): open(str(n), 'wb').write(bytes(2**19))\ntime.sleep(9)")
+    many = jail.run("import time\nfor n in range(9): open(str(n), 'wb').write(bytes(2**19))\ntime.sleep(99)")
     assert many.killed_by == "disk"
 
 
@@ -490,9 +491,7 @@ def square(n):
     return ["marker-of-the-inputs" in text, "marker-of-the-" + "SREWSNA".lower()[::-1] in text]
 """
     test = CallTest(["marker-of-the-inputs"], "marker-of-the-answers")
-    (outcome,) = outcomes(
-        with_limits(judge, cpu_seconds=3, wall_seconds=9), spy, [test], function="square", test_seconds=8
-    )
+    (outcome,) = outcomes(judge, spy, [test], function="square", test_seconds=20)
     assert outcome.reason == "returned [True, False]"
 
 
@@ -508,7 +507,7 @@ def square(n):
 
 def test_one_endless_test_does_not_lose_the_others(judge):
     solution = "import time\ndef square(n):\n    if n == 2: time.sleep(99)\n    return n * n"
-    assert grade(judge, solution, SQUARES, function="square", test_seconds=0.3) == [False, True, True]
+    assert grade(judge, solution, SQUARES, function="square", test_seconds=2) == [False, True, True]
 
 
 def test_tests_do_not_see_each_other(judge):
