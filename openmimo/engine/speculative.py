@@ -64,7 +64,8 @@ class Drafter:
                 if self._keep_positions is not None:
                     unseen = known - self._keep_positions - self.num_drafts
                     sequence.head_lengths[head] = max(sequence.head_lengths[head], min(unseen, stop))
-                if stop > sequence.head_lengths[head]:
+                # After a prefix hit, states of earlier slots were never computed: the head does without these slots.
+                if stop > max(sequence.head_lengths[head], _oldest_state(sequence)):
                     work.append((sequence, stop))
             if work:
                 self._run_head(head, work)
@@ -92,7 +93,7 @@ class Drafter:
         """Runs a head up to slot `stop` (exclusive) of each sequence; states [len(work), D] at the last."""
         spans, tokens, states = [], [], []
         for sequence, stop in work:
-            oldest = sequence.computed - sequence.states_TD.shape[0]
+            oldest = _oldest_state(sequence)
             start = max(sequence.head_lengths[head], oldest)
             spans.append(Span(sequence.pages, start, stop))
             tokens += _tokens_between(sequence, start + 1 + head, stop + 1 + head)
@@ -107,6 +108,11 @@ class Drafter:
             return out_TD
         last_rows = torch.tensor([span.stop - span.start for span in spans]).cumsum(0) - 1
         return out_TD[last_rows.to(out_TD.device)]
+
+
+def _oldest_state(sequence: Sequence) -> int:
+    """The first slot whose main-model state is still held."""
+    return sequence.computed - sequence.states_TD.shape[0]
 
 
 def _tokens_between(sequence: Sequence, start: int, stop: int) -> list[int]:

@@ -188,6 +188,18 @@ def test_prefixes_are_reused_where_the_window_is_still_held():
         )
 
 
+@pytest.mark.parametrize("new_tokens", [1, 2, 3, 4])
+def test_a_prefix_that_leaves_few_tokens_to_compute(new_tokens):
+    """A head lags behind the model: the states that its next slots need may be those of the prefix, which are gone."""
+    engine = _engine(MODEL, num_drafts=2)
+    block = engine.arena.layout.block_positions
+    prompt = _ids(5 * block + new_tokens, 4)
+    alone = _run(engine, [Request("1", tuple(prompt), GREEDY)])[0]
+    again = _run(engine, [Request("2", tuple(prompt), GREEDY)])[0]
+    assert again.num_cached_tokens == 5 * block
+    assert again.token_ids == alone.token_ids
+
+
 def test_a_full_arena_drops_what_is_least_useful():
     """The ends of old texts stay reusable after their middles have lost their sliding pages: no cliff."""
     engine = _engine(MODEL, cache_gigabytes=_gigabytes(MODEL, 260))
