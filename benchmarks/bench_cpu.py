@@ -25,7 +25,7 @@ from openmimo.model.context import PackedContext
 from openmimo.model.hf import save_model
 from openmimo.model.mimo import MiMo
 from openmimo.model.presets import tiny
-from openmimo.runtime.device import measured_peak_flops
+from openmimo.runtime.device import cpu_multiplies_bfloat16, measured_peak_flops
 
 CPU = torch.device("cpu")
 HEADS, KV_HEADS, KEY_DIM, VALUE_DIM, WINDOW = 16, 2, 192, 128, 128
@@ -207,6 +207,8 @@ def _forward_backward(function: Callable[..., torch.Tensor], q, k, v, *rest) -> 
 def _floor(length: int, dtype: torch.dtype, window_keys: int | None) -> float:
     """Milliseconds of the products that the definition asks for, at the rate of a large one."""
     pairs = length * (length + 1) / 2 if window_keys is None else length * window_keys
+    if dtype == torch.bfloat16 and not cpu_multiplies_bfloat16():
+        dtype = torch.float32
     return 2 * HEADS * (KEY_DIM + VALUE_DIM) * pairs / measured_peak_flops(CPU, dtype) * 1e3
 
 

@@ -10,13 +10,15 @@ PYTHON is the interpreter of an environment of TRL's own, made once, and never r
 Ours are the steps of `openmimo rl` (GRPO) and of `openmimo mopd` with its sampled and its full-vocabulary signal, of
 the `tiny` preset with random weights (and the small vocabulary that a tokenizer learns from the prompts), at the sizes
 of `recipes/tiny_cpu.py`: 128 answers a step to 16 (GRPO) or 64 (distillation) prompts of the `sorting` task, 16 tokens
-each; and GRPO with 64, too. TRL's are GRPOTrainer and DistillationTrainer (on-policy, reverse KL over the vocabulary,
-the only signal it has) on the same checkpoint through transformers' own class of the architecture, and on a dense Qwen2
-with as many weights at work on a token, which is kinder to it: no experts, and fused attention. Both sides: the same
-prompts and reward, answers of exactly the length stated (no end-of-text is accepted), temperature 1, float32, one AdamW
-step with clipping, no reference model, no loss of MTP heads. TRL takes the batch whole, ours in micro-batches of 8,192
-tokens at most (two with answers of 64 tokens, one otherwise). Ours also records and replays routes and writes its event
-log, as it always does. Answers of one length are kind to TRL, which otherwise generates until the longest has ended.
+each; GRPO with 64, too; and both with answers of unequal length: one token in 48 of the vocabulary ends an answer, so
+that lengths are geometric with a mean of 48, cut at 256. TRL's are GRPOTrainer and DistillationTrainer (on-policy,
+reverse KL over the vocabulary, the only signal it has) on the same checkpoint through transformers' own class of the
+architecture, and on a dense Qwen2 with as many weights at work on a token, which is kinder to it: no experts, and fused
+attention. Both sides: the same prompts and reward, answers of exactly the length stated (no end-of-text is accepted) or
+of the same distribution of lengths, temperature 1, float32, one AdamW step with clipping, no reference model, no loss
+of MTP heads. TRL takes the batch whole, ours in micro-batches of 8,192 tokens at most (two with answers of 64 tokens,
+one otherwise). Ours also records and replays routes and writes its event log, as it always does. Answers of one length
+are kind to TRL, which otherwise generates until the longest of 128 has ended and learns from a batch padded to it.
 Every side is a process of its own; sides take turns within a round; a row shows the medians of the rounds on the clock,
 its note the CPU time, which other load disturbs less. The floor is every product with a weight that such a step needs,
 at the measured rate of large ones: one pass to roll out, three to learn, one for a teacher, and with the sampled signal
@@ -28,6 +30,11 @@ takes ours 12 ms and transformers 27 ms. At 128 answers: 35 against 80 ms, so ro
 where more of a step is decoding. Distillation adds a pass of the teacher to both, and to the sampled signal another of
 the policy: 1.7 and 1.8 times. The dense Qwen2 has a third of the calls: ours is no faster, 0.8 times. The goal of 5
 times would then be missed.
+
+Of answers of unequal length, predicted before their first run and after the steps above were measured at 0.7 to 0.9
+times: TRL learns from 128 x 297 positions, ours from 128 x 48 and 16 prompts of 41, a sixth; both decode for 256 steps,
+ours with 48 rows instead of 128 on average, where a row costs as much as a step's calls do: GRPO 3 to 4 times,
+distillation 2.5 to 3.5.
 """
 
 import argparse
@@ -66,25 +73,40 @@ Costs = list[dict[str, float]]
 
 @dataclass(frozen=True)
 class Case:
-    """One kind of step. signals: of ours, by the name of the row (None: GRPO)."""
+    """One kind of step. signals: of ours, by the name of the row (None: GRPO). mean_tokens: None for equal lengths."""
 
     section: str
     signals: dict[str, str | None]
     groups: int
     new_tokens: int
     trainer: str
+    mean_tokens: int | None = None
 
     @property
     def samples_per_prompt(self) -> int:
         """Answers to a prompt."""
         return SAMPLES // self.groups
 
+    @property
+    def answers(self) -> str:
+        """What they look like, in words."""
+        length = f"{self.new_tokens} tokens"
+        if self.mean_tokens is not None:
+            length = f"{self.mean_tokens} tokens on average, {self.new_tokens} at most"
+        return f"{self.groups} x {self.samples_per_prompt} answers of {length}"
+
+    def end_ids(self, vocab_size: int) -> list[int]:
+        """The tokens that end an answer: with random weights, each is drawn about equally often."""
+        return [] if self.mean_tokens is None else list(range(self.mean_tokens - 1, vocab_size, self.mean_tokens))
+
 
 MOPD = {"MOPD, sampled": "sampled", "MOPD, full vocabulary": "full"}
 CASES = (
     Case("grpo", {"GRPO": None}, groups=16, new_tokens=16, trainer="GRPOTrainer"),
     Case("grpo", {"GRPO": None}, groups=16, new_tokens=64, trainer="GRPOTrainer"),
+    Case("grpo", {"GRPO": None}, groups=16, new_tokens=256, trainer="GRPOTrainer", mean_tokens=48),
     Case("mopd", MOPD, groups=64, new_tokens=16, trainer="DistillationTrainer"),
+    Case("mopd", MOPD, groups=64, new_tokens=256, trainer="DistillationTrainer", mean_tokens=48),
 )
 
 
@@ -137,9 +159,9 @@ def measure(case: Case, checkpoints: Checkpoints, options: argparse.Namespace, r
         for side in sides:
             side.close()
     for name, own in costs.items():
-        if any(cost["new_tokens"] != SAMPLES * case.new_tokens for cost in own):
+        if case.mean_tokens is None and any(cost["new_tokens"] != SAMPLES * case.new_tokens for cost in own):
             raise RuntimeError(f"{name} wrote {own[0]['new_tokens']} tokens, not {SAMPLES * case.new_tokens}")
-        print(f"[{time.strftime('%H:%M:%S')}] {name}, {case.new_tokens} tokens: {_spread(own)}", flush=True)
+        print(f"[{time.strftime('%H:%M:%S')}] {name}, {case.answers}: {_spread(own)}", flush=True)
     peers = [name for name in costs if name not in case.signals]
     floors = {name: _floor_ms(case, signal, checkpoints, options.flops) for name, signal in case.signals.items()}
     return [_row(case, name, peer, costs, floors[name]) for name in case.signals for peer in peers]
@@ -189,7 +211,8 @@ def _our_settings(case: Case, signal: str | None, checkpoints: Checkpoints, thre
     return {
         "folder": checkpoints.model("mimo"), "run_folder": _new_folder(checkpoints), "threads": threads,
         "task": asdict(TASK), "groups": case.groups, "samples_per_prompt": case.samples_per_prompt,
-        "new_tokens": case.new_tokens, "learning_rate": LEARNING_RATE, "signal": signal,
+        "new_tokens": case.new_tokens, "end_ids": case.end_ids(checkpoints.config.vocab_size),
+        "learning_rate": LEARNING_RATE, "signal": signal,
         "teacher": None if signal is None else checkpoints.model("mimo_teacher"),
     }  # fmt: skip
 
@@ -199,7 +222,8 @@ def _trl_settings(case: Case, model: str, checkpoints: Checkpoints, threads: int
     return {
         "folder": checkpoints.model(model), "run_folder": _new_folder(checkpoints), "threads": threads,
         "prompts": checkpoints.prompts, "prompt_ids": checkpoints.prompt_ids, "samples": SAMPLES,
-        "samples_per_prompt": case.samples_per_prompt, "new_tokens": case.new_tokens, "learning_rate": LEARNING_RATE,
+        "samples_per_prompt": case.samples_per_prompt, "new_tokens": case.new_tokens,
+        "end_ids": case.end_ids(checkpoints.config.vocab_size), "learning_rate": LEARNING_RATE,
         "teacher": None if is_grpo else checkpoints.model(f"{model}_teacher"),
     }  # fmt: skip
 
@@ -224,8 +248,9 @@ def _floor_ms(case: Case, signal: str | None, checkpoints: Checkpoints, flops_pe
     head = config.hidden_size * config.vocab_size
     body = active_matmul_parameters(config) - head
     passes = 4 + {None: 0, "full": 1, "sampled": 2}[signal]
-    tokens = len(checkpoints.prompt_ids[0]) + case.new_tokens
-    flops = 2 * passes * SAMPLES * (body * tokens + head * case.new_tokens)
+    answer = case.mean_tokens or case.new_tokens
+    tokens = len(checkpoints.prompt_ids[0]) * case.groups / SAMPLES + answer  # a prompt needs computing once
+    flops = 2 * passes * SAMPLES * (body * tokens + head * answer)
     return 1e3 * flops / flops_per_second
 
 
@@ -234,12 +259,13 @@ def _row(case: Case, name: str, peer: str, costs: dict[str, Costs], floor_ms: fl
     wall, their_wall = (_median(costs, "wall_ms") for costs in (ours, theirs))
     cpu, their_cpu = (_median(costs, "cpu_ms") for costs in (ours, theirs))
     rollout, their_rollout = (_median(costs, "generate_ms") for costs in (ours, theirs))
-    note = (
+    written, their_written = (_median(costs, "new_tokens") / SAMPLES for costs in (ours, theirs))
+    note = "" if case.mean_tokens is None else f"{written:.0f} and {their_written:.0f} tokens an answer; "
+    note += (
         f"{1e3 * SAMPLES / wall:.0f} against {1e3 * SAMPLES / their_wall:.0f} samples/s; rolling out {rollout:.0f} "
         f"against {their_rollout:.0f} ms of it; CPU {cpu:.0f} against {their_cpu:.0f} ms, {their_cpu / cpu:.2f}x"
     )
-    row = f"{name}: {case.groups} x {case.samples_per_prompt} answers of {case.new_tokens} tokens"
-    return Row(row, wall, their_wall, peer, floor_ms, GOAL, note)
+    return Row(f"{name}: {case.answers}", wall, their_wall, peer, floor_ms, GOAL, note)
 
 
 def _median(costs: Costs, key: str) -> float:

@@ -55,9 +55,13 @@ class OpenMiMo:
 
     def load(
         self, folder: str, run_folder: str, threads: int, task: dict, groups: int, samples_per_prompt: int,
-        new_tokens: int, learning_rate: float, teacher: str | None = None, signal: str | None = None,
+        new_tokens: int, end_ids: list[int], learning_rate: float, teacher: str | None = None,
+        signal: str | None = None,
     ) -> dict[str, str]:  # fmt: skip
-        """signal: how the teacher teaches (None: GRPO, without one). Answers have `new_tokens` tokens, all of them."""
+        """signal: how the teacher teaches (None: GRPO, without one).
+
+        Answers end with one of `end_ids` or after `new_tokens` tokens.
+        """
         torch.set_num_threads(threads)
         source = RlSource(
             name="sorting", environment=f"{__name__}:DIGITS", options={"task": task}, max_answer_tokens=new_tokens,
@@ -76,7 +80,7 @@ class OpenMiMo:
         model = load_model(folder, dtype="float32", device="cpu")
         model.compute_dtype = torch.float32
         self._run = _Run(config, model, Tokenizer.load(folder), start=Progress.beginning())
-        self._run.engine.eos_ids = frozenset()  # no answer ends before its limit
+        self._run.engine.eos_ids = frozenset(end_ids)
         self._metrics = Path(run_folder) / "metrics.jsonl"
         return {"versions": f"torch {torch.__version__}", "notes": ""}
 

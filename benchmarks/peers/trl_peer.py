@@ -62,22 +62,29 @@ class Trl:
 
     def load(
         self, folder: str, run_folder: str, threads: int, prompts: list[str], prompt_ids: list[list[int]],
-        samples_per_prompt: int, samples: int, new_tokens: int, learning_rate: float, teacher: str | None = None,
+        samples_per_prompt: int, samples: int, new_tokens: int, end_ids: list[int], learning_rate: float,
+        teacher: str | None = None,
     ) -> dict[str, str]:  # fmt: skip
-        """teacher: a folder for distillation (None: GRPO). prompt_ids: what the prompts must become, checked."""
+        """teacher: a folder for distillation (None: GRPO). prompt_ids: what the prompts must become, checked.
+
+        Answers end with one of `end_ids` (or with end-of-text) or after `new_tokens` tokens; without `end_ids`, all of
+        them have `new_tokens`.
+        """
         torch.set_num_threads(threads)
         transformers.logging.set_verbosity_error()
         tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
         if tokenizer(prompts)["input_ids"] != prompt_ids:
             raise ValueError("the prompts have other token ids here than in our tokenizer")
         model, self._pace = _model(folder), _Pace()
+        if end_ids:
+            model.generation_config.eos_token_id = end_ids
         settings = {
             "output_dir": run_folder, "per_device_train_batch_size": samples, "gradient_accumulation_steps": 1,
             "max_steps": _MOST_STEPS, "learning_rate": learning_rate, "lr_scheduler_type": "constant",
             "optim": "adamw_torch_fused", "adam_beta2": 0.95, "max_grad_norm": 1.0, "use_cpu": True, "bf16": False,
             "gradient_checkpointing": False, "max_completion_length": new_tokens, "shuffle_dataset": False,
-            "generation_kwargs": {"min_new_tokens": new_tokens}, "logging_strategy": "no", "save_strategy": "no",
-            "report_to": "none", "disable_tqdm": True,
+            "generation_kwargs": {} if end_ids else {"min_new_tokens": new_tokens}, "logging_strategy": "no",
+            "save_strategy": "no", "report_to": "none", "disable_tqdm": True,
         }  # fmt: skip
         common = {"model": model, "processing_class": tokenizer, "callbacks": [self._pace]}
         if teacher is None:
@@ -89,6 +96,7 @@ class Trl:
             dataset = Dataset.from_dict({"prompt": repeated})
             config = DistillationConfig(**settings, beta=1.0)
             trainer = DistillationTrainer(**common, args=config, train_dataset=dataset, teacher_model=_model(teacher))
+        self._end_ids = [*end_ids, tokenizer.eos_token_id]
         self._watch_generation(model)
         self._pace.begin(trainer.train)
         attention, experts = model.config._attn_implementation, getattr(model.config, "_experts_implementation", None)
@@ -109,10 +117,16 @@ class Trl:
             ids = generate(*arguments, **settings)
             width = settings["input_ids"].shape[1]
             milliseconds = 1e3 * (time.perf_counter() - start)
-            self._generated = {"generate_ms": milliseconds, "new_tokens": ids[:, width:].numel()}
+            self._generated = {"generate_ms": milliseconds, "new_tokens": _written(ids[:, width:], self._end_ids)}
             return ids
 
         model.generate = watched
+
+
+def _written(answers: torch.Tensor, end_ids: list[int]) -> int:
+    """Tokens up to each row's first end, that included."""
+    ends = torch.isin(answers, torch.tensor(end_ids))
+    return (ends.cumsum(1) - ends.int() == 0).sum().item()
 
 
 def _model(folder: str) -> transformers.PreTrainedModel:

@@ -23,7 +23,7 @@ from openmimo.runtime.sandbox import (
 from openmimo.runtime.sandbox.selftest import why_not
 from openmimo.runtime.sandbox.tiers import TIERS
 
-# The seconds are for slow and busy machines, where filling the memory takes more than one. Tests that use them up set fewer.
+# Seconds for slow and busy machines, where filling the memory takes more than one. Tests that use them up set fewer.
 LIMITS = SandboxLimits(
     cpu_seconds=15, wall_seconds=30, memory_bytes=256 * 2**20, processes=16, file_bytes=2**20, output_bytes=4096
 )

@@ -42,7 +42,7 @@ typedef struct {
     float queries[MAX_ROWS + ROWS][MAX_DIM]; /* times scale and log2(e) */
     float sums[MAX_ROWS + ROWS][MAX_DIM];    /* of weights times values */
     float weights[MAX_ROWS + ROWS][BLOCK];   /* logits, then probabilities relative to 2^peak */
-    floats norms[MAX_ROWS];           /* sums of weights */
+    vector norms[MAX_ROWS];           /* sums of weights */
     float peaks[MAX_ROWS];
     int64_t first[MAX_ROWS], last[MAX_ROWS]; /* positions that the row sees */
     int64_t rows, begin, end; /* `begin` to `end`: positions that some row sees */
@@ -74,7 +74,8 @@ static __attribute__((noinline)) void read_numbers(const void *from, float *to, 
 /* The upper half of each word is the number rounded to bfloat16, to even. */
 static inline words round_numbers(floats x) {
     words bits = (words)x, rounded = bits + 0x7fff + ((bits >> 16) & 1);
-    return (words)choose(x == x, (floats)rounded, all(NAN));
+    words is_number = (words)(x == x);
+    return (rounded & is_number) | (0x7fc00000u & ~is_number);
 }
 
 static void write_numbers(const float *from, void *to, int64_t count, int64_t bfloat16) {
@@ -148,28 +149,18 @@ static __attribute__((noinline)) void add_values(float (*sums)[MAX_DIM], float (
 #else
 
 /* The same two where vectors are shorter: what sixteen registers hold. */
-typedef float eight __attribute__((vector_size(32)));
-
-static inline eight load_eight(const float *from) {
-    eight x;
-    memcpy(&x, from, sizeof x);
-    return x;
-}
-
-static inline void store_eight(float *to, eight x) { memcpy(to, &x, sizeof x); }
-
-static inline float total_of_eight(eight x) {
+static inline float total_of_eight(vector x) {
     return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7]));
 }
 
 static __attribute__((noinline)) void multiply_keys(float (*queries)[MAX_DIM], const float *keys[ROWS], int64_t dims,
                                                     float (*weights)[BLOCK], int64_t column) {
     for (int first = 0; first < ROWS; first += 2) {
-        eight sums[2][ROWS] = {};
+        vector sums[2][ROWS] = {};
         for (int64_t dim = 0; dim < dims; dim += 8)
             for (int key = 0; key < ROWS; key++) {
-                eight numbers = load_eight(keys[key] + dim);
-                for (int row = 0; row < 2; row++) sums[row][key] += load_eight(queries[first + row] + dim) * numbers;
+                vector numbers = load_vector(keys[key] + dim);
+                for (int row = 0; row < 2; row++) sums[row][key] += load_vector(queries[first + row] + dim) * numbers;
             }
         for (int row = 0; row < 2; row++)
             for (int key = 0; key < ROWS; key++) weights[first + row][column + key] = total_of_eight(sums[row][key]);
@@ -179,21 +170,21 @@ static __attribute__((noinline)) void multiply_keys(float (*queries)[MAX_DIM], c
 static __attribute__((noinline)) void add_values(float (*sums)[MAX_DIM], float (*weights)[BLOCK], int64_t column,
                                                  const float *values[TILE], int64_t dims) {
     for (int64_t dim = 0; dim < dims; dim += 16) {
-        eight low[ROWS], high[ROWS];
+        vector low[ROWS], high[ROWS];
         for (int row = 0; row < ROWS; row++) {
-            low[row] = load_eight(sums[row] + dim);
-            high[row] = load_eight(sums[row] + dim + 8);
+            low[row] = load_vector(sums[row] + dim);
+            high[row] = load_vector(sums[row] + dim + 8);
         }
         for (int key = 0; key < TILE; key++) {
-            eight value_low = load_eight(values[key] + dim), value_high = load_eight(values[key] + dim + 8);
+            vector value_low = load_vector(values[key] + dim), value_high = load_vector(values[key] + dim + 8);
             for (int row = 0; row < ROWS; row++) {
                 low[row] += value_low * weights[row][column + key];
                 high[row] += value_high * weights[row][column + key];
             }
         }
         for (int row = 0; row < ROWS; row++) {
-            store_eight(sums[row] + dim, low[row]);
-            store_eight(sums[row] + dim + 8, high[row]);
+            store_vector(sums[row] + dim, low[row]);
+            store_vector(sums[row] + dim + 8, high[row]);
         }
     }
 }
@@ -202,30 +193,30 @@ static __attribute__((noinline)) void add_values(float (*sums)[MAX_DIM], float (
 
 /* Logits of a block become weights; sums so far are brought to the new peak. */
 static __attribute__((noinline)) void weigh(row_group *group, int64_t row, int64_t block, int64_t value_dim) {
-    const ints lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     float *weights = group->weights[row];
     int32_t first = group->first[row] > block ? (int32_t)(group->first[row] - block) : 0;
     int32_t last = group->last[row] < block + BLOCK ? (int32_t)(group->last[row] - block) : BLOCK;
-    floats logits[BLOCK / LANES], most = all(-INFINITY);
-    for (int i = 0; i < BLOCK / LANES; i++) {
-        ints column = lane + LANES * i;
-        logits[i] = choose((column < first) | (column > last), all(-INFINITY), load(weights + LANES * i));
+    vector logits[BLOCK / WIDTH], most = all(-INFINITY);
+    for (int i = 0; i < BLOCK / WIDTH; i++) {
+        lanes column = LANE_NUMBERS + WIDTH * i;
+        logits[i] = choose((column < first) | (column > last), all(-INFINITY), load_vector(weights + WIDTH * i));
         most = greater(logits[i], most);
     }
     float old = group->peaks[row], peak = largest(most);
     peak = peak > old ? peak : old;
     float shrink = power_of_two(all(old - peak))[0];
-    floats norm = group->norms[row] * shrink;
-    for (int i = 0; i < BLOCK / LANES; i++) {
-        floats weight = power_of_two(logits[i] - peak);
+    vector norm = group->norms[row] * shrink;
+    for (int i = 0; i < BLOCK / WIDTH; i++) {
+        vector weight = power_of_two(logits[i] - peak);
         norm += weight;
-        store(weights + LANES * i, weight);
+        store_vector(weights + WIDTH * i, weight);
     }
     group->norms[row] = norm;
     group->peaks[row] = peak;
     if (shrink != 1.0f) {
         float *sums = group->sums[row];
-        for (int64_t dim = 0; dim < value_dim; dim += LANES) store(sums + dim, load(sums + dim) * shrink);
+        for (int64_t dim = 0; dim < value_dim; dim += WIDTH)
+            store_vector(sums + dim, load_vector(sums + dim) * shrink);
     }
 }
 
@@ -311,7 +302,7 @@ static void start_rows(const paged_call *call, const paged_sequence *sequence, i
         group->last[row] = own;
         group->first[row] = own >= call->window ? own - call->window + 1 : 0;
         group->peaks[row] = call->sinks ? call->sinks[number % call->heads] * LOG2_E : LOWEST;
-        group->norms[row] = (floats){call->sinks ? 1.0f : 0.0f};
+        group->norms[row] = (vector){call->sinks ? 1.0f : 0.0f};
     }
     group->begin = group->first[0];
     group->end = group->last[group->rows - 1] + 1;
@@ -329,7 +320,7 @@ static void attend_rows(const paged_call *call, const paged_sequence *sequence, 
     for (int64_t block = group->begin / BLOCK * BLOCK; block < group->end; block += BLOCK)
         attend_block(&keys, &values, group, block);
     for (int64_t row = 0; row < group->rows; row++) {
-        float norm = total(group->norms[row]);
+        float norm = sum_of(group->norms[row]);
         for (int64_t dim = 0; dim < call->value_dim; dim++) group->sums[row][dim] /= norm;
         char *out = (char *)call->out + size * place(call, sequence, kv_head, from + row) * call->value_dim;
         write_numbers(group->sums[row], out, call->value_dim, call->bfloat16);

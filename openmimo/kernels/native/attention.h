@@ -1,10 +1,18 @@
-/* Vectors of sixteen floats in the vector language of GCC and Clang, and the powers of two of a softmax. */
+/* Vectors in the vector language of GCC and Clang, and the powers of two of a softmax.
+ *
+ * `floats` are always sixteen, for orders of summation that are the same everywhere. `vector` is what a register holds:
+ * compilers take comparisons of longer ones apart, number by number.
+ */
 
 #ifndef OPENMIMO_ATTENTION_H
 #define OPENMIMO_ATTENTION_H
 
 #include <stdint.h>
 #include <string.h>
+
+#ifdef __AVX__
+#include <immintrin.h>
+#endif
 
 #define LANES 16
 #define LOG2_E 1.44269504088896341f
@@ -28,36 +36,73 @@ static inline floats load(const float *from) {
 
 static inline void store(float *to, floats x) { memcpy(to, &x, sizeof x); }
 
-static inline floats all(float x) { return (floats){} + x; }
+#ifdef __AVX512F__
+#define WIDTH 16
+#else
+#define WIDTH 8
+#endif
 
-static inline floats choose(ints mask, floats yes, floats no) {
-    return (floats)(((ints)yes & mask) | ((ints)no & ~mask));
+typedef float vector __attribute__((vector_size(4 * WIDTH)));
+typedef int32_t lanes __attribute__((vector_size(4 * WIDTH)));
+
+#if WIDTH == 16
+#define LANE_NUMBERS (lanes){0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}
+#else
+#define LANE_NUMBERS (lanes){0, 1, 2, 3, 4, 5, 6, 7}
+#endif
+
+static inline vector load_vector(const float *from) {
+    vector x;
+    memcpy(&x, from, sizeof x);
+    return x;
+}
+
+static inline void store_vector(float *to, vector x) { memcpy(to, &x, sizeof x); }
+
+static inline vector all(float x) { return (vector){} + x; }
+
+static inline vector choose(lanes mask, vector yes, vector no) {
+    return (vector)(((lanes)yes & mask) | ((lanes)no & ~mask));
 }
 
 /* 2^x to 2e-7 of its value, exactly 1 for 0, 0 below 2^-126 and for -inf; NaN stays NaN. For x <= 0. */
-static inline floats power_of_two(floats x) {
+static inline vector power_of_two(vector x) {
     const float round_to_integer = 12582912.0f; /* 1.5 x 2^23: the integer ends in the low bits */
-    floats shifted = x + round_to_integer;
-    floats fraction = x - (shifted - round_to_integer);
-    floats power = all(1.5403530e-4f);
+    vector shifted = x + round_to_integer;
+    vector fraction = x - (shifted - round_to_integer);
+    vector power = all(1.5403530e-4f);
     power = power * fraction + 1.3333558e-3f;
     power = power * fraction + 9.6181291e-3f;
     power = power * fraction + 5.5504109e-2f;
     power = power * fraction + 2.4022651e-1f;
     power = power * fraction + 6.9314718e-1f;
     power = power * fraction + 1.0f;
-    floats scaled = (floats)((ints)power + ((ints)shifted << 23));
+    vector scaled = (vector)((lanes)power + ((lanes)shifted << 23));
     return choose(x < -126.0f, all(0.0f), scaled);
 }
 
-static inline floats greater(floats a, floats b) { return choose(a > b, a, b); }
+static inline vector greater(vector a, vector b) {
+#if defined(__AVX__) && WIDTH == 8
+    return (vector)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+    return choose(a > b, a, b);
+#endif
+}
 
-static inline float largest(floats x) {
-    x = greater(x, SHUFFLE(x, x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
-    x = greater(x, SHUFFLE(x, x, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11));
-    x = greater(x, SHUFFLE(x, x, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13));
-    x = greater(x, SHUFFLE(x, x, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14));
-    return x[0];
+static inline float largest(vector x) {
+    float most[WIDTH];
+    store_vector(most, x);
+    for (int half = WIDTH / 2; half; half /= 2)
+        for (int i = 0; i < half; i++) most[i] = most[i] > most[half + i] ? most[i] : most[half + i];
+    return most[0];
+}
+
+static inline float sum_of(vector x) {
+    float sum[WIDTH];
+    store_vector(sum, x);
+    for (int half = WIDTH / 2; half; half /= 2)
+        for (int i = 0; i < half; i++) sum[i] += sum[half + i];
+    return sum[0];
 }
 
 static inline float total(floats x) {

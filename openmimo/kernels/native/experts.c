@@ -105,8 +105,8 @@ static void pack(row_set set, int64_t dims) {
     openmimo_pack_rows(set.rows, set.count, dims, (uint32_t *)set.packed);
 }
 
-static inline floats swiglu(floats gate, floats up) {
-    floats power = power_of_two(choose(gate < 0.0f, gate, -gate) * LOG2_E), part = 1.0f / (1.0f + power);
+static inline vector swiglu(vector gate, vector up) {
+    vector power = power_of_two(choose(gate < 0.0f, gate, -gate) * LOG2_E), part = 1.0f / (1.0f + power);
     return gate * choose(gate < 0.0f, power * part, part) * up;
 }
 
@@ -122,7 +122,9 @@ static void activate(const experts_call *call, const visits *sorted, int64_t exp
     multiply(&set, matrix, call->hidden + from, outputs, call->dims, call->bfloat16, ups);
     for (int64_t visit = 0; visit < set.count; visit++) {
         int64_t row = (sorted->first[expert] + visit) * call->hidden + from;
-        floats activated = swiglu(load(sums[visit]), load(ups[visit]));
+        float activated[PANEL];
+        for (int64_t i = 0; i < PANEL; i += WIDTH)
+            store_vector(activated + i, swiglu(load_vector(sums[visit] + i), load_vector(ups[visit] + i)));
         for (int64_t i = 0; i < outputs; i++) write_number(sorted->hidden, row + i, activated[i], call->bfloat16);
     }
 }

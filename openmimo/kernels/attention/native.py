@@ -1,0 +1,71 @@
+"""Many queries on a CPU, float32, forward only: full attention and windows, packed or after a cache (native/causal.c).
+
+A row of the output does not depend on what else the call computes, to the bit.
+"""
+
+import ctypes
+import functools
+import struct
+from collections.abc import Callable
+
+import torch
+
+from openmimo.kernels import native
+from openmimo.kernels.attention import AttentionNeed
+from openmimo.kernels.dispatch import Backend
+
+NO_WINDOW = 1 << 62
+_CALL = struct.Struct("5P7q")  # `causal_call` of native/causal.c
+
+
+def run(
+    q_TNK: torch.Tensor,
+    k_SGK: torch.Tensor,
+    v_SGV: torch.Tensor,
+    sink_N: torch.Tensor | None,
+    *,
+    need: AttentionNeed,
+    scale: float,
+) -> torch.Tensor:
+    """See `openmimo.kernels.attention.attend`. Raises MemoryError where the keys cannot be laid out."""
+    q_TNK, k_SGK, v_SGV = q_TNK.contiguous(), k_SGK.contiguous(), v_SGV.contiguous()
+    out_TNV = q_TNK.new_empty(*q_TNK.shape[:2], v_SGV.shape[2])
+    if sink_N is not None:
+        sink_N = sink_N.to(torch.float32).contiguous()
+    num_sequences = len(need.query_lengths)
+    lengths = struct.pack(f"{2 * num_sequences}q", *need.query_lengths, *need.key_lengths)
+    call = _CALL.pack(
+        q_TNK.data_ptr(),
+        k_SGK.data_ptr(),
+        v_SGV.data_ptr(),
+        0 if sink_N is None else sink_N.data_ptr(),
+        out_TNV.data_ptr(),
+        *(num_sequences, need.num_heads, need.num_kv_heads, need.key_dim, need.value_dim),
+        *(need.window_keys or NO_WINDOW, torch.get_num_threads()),
+    )
+    if _entry()(call, lengths):
+        raise MemoryError(f"there is no memory to lay out {sum(need.key_lengths):,} keys for attention")
+    return out_TNV
+
+
+@functools.cache
+def _entry() -> Callable[[bytes, bytes], int]:
+    function = native.library().openmimo_causal_attention
+    function.argtypes, function.restype = (ctypes.c_char_p, ctypes.c_char_p), ctypes.c_int
+    return function
+
+
+def refuse(need: AttentionNeed) -> str | None:
+    """Float32 on a CPU without gradients."""
+    if not need.on_cpu:
+        return "it is for CPUs"
+    if need.needs_gradients:
+        return "it has no backward pass"
+    if need.dtype != torch.float32:
+        return f"it computes float32, not {need.dtype}"
+    if native.library() is None:
+        return "the native library is not there"
+    return None
+
+
+PLUGIN = Backend(rank=6, run=run, refuse=refuse)

@@ -1,0 +1,295 @@
+/* Causal attention of packed sequences, many queries of each: float32, forward only.
+ *
+ * Keys and values are first laid out in panels of PANEL_KEYS keys, or of as many dims of the values, so that both
+ * products are one: a few rows times a panel, held in registers. Then a unit of work is some consecutive queries of a
+ * sequence at the heads that read one key/value head: these rows go through the keys that any of them sees in blocks
+ * that begin at multiples of BLOCK, with a running maximum and sum a row. A row sees its own keys alone, whatever else is
+ * in the call.
+ */
+
+#include "attention.h"
+
+#include <math.h>
+#include <stdlib.h>
+
+#ifdef __AVX512F__
+#define ROWS 12 /* rows of a product: with two vectors of each, what the registers hold */
+#else
+#define ROWS 6
+#endif
+#define PANEL_WIDTH (2 * WIDTH)
+#define MAX_ROWS 96 /* of a unit */
+#define BLOCK 256   /* keys between two looks at the running maximum */
+#define MIN_PARALLEL_PRODUCTS (1 << 20) /* fewer are done before a second thread is awake */
+#define LOWEST -1e30f /* below every logit, and finite: a difference of two is not NaN */
+#define INLINE static inline __attribute__((always_inline))
+
+/* As openmimo/kernels/attention/native.py packs it. */
+typedef struct {
+    const float *queries, *keys, *values; /* [T, N, K], [S, G, K], [S, G, V] */
+    const float *sinks;                   /* [N] or none */
+    float *out;                           /* [T, N, V] */
+    int64_t sequences, heads, kv_heads, key_dim, value_dim;
+    int64_t window; /* none: longer than any sequence */
+    int64_t threads;
+} causal_call;
+
+typedef struct {
+    int64_t first_query, queries, first_key, keys;
+    int64_t first_unit, first_panel;   /* of those of the whole call, which run over the key/value heads, too */
+    float *key_panels, *value_panels;  /* of the first key/value head */
+} causal_sequence;
+
+/* What a thread works on. Rows run over queries, then over the heads of a group. */
+typedef struct {
+    float weights[MAX_ROWS][BLOCK]; /* logits, then probabilities relative to 2^peak */
+    float *queries;                 /* [row / ROWS][dim][ROWS], times scale and log2(e) */
+    float *sums;                    /* [row][value dim, whole panels]: of weights times values */
+    float norms[MAX_ROWS], peaks[MAX_ROWS];
+    int64_t rows, first[MAX_ROWS], last[MAX_ROWS]; /* the keys that a row sees */
+} unit;
+
+INLINE int64_t whole(int64_t count, int64_t size) { return (count + size - 1) / size * size; }
+
+/* sums[row][0 : PANEL_WIDTH] += rows times a panel. Number i of a row is at rows[row * row_step + i * step]. */
+INLINE void multiply_panel(const float *rows, int64_t row_step, int64_t step, const float *panel, int64_t count,
+                           float *sums, int64_t sums_step, int begins) {
+    vector low[ROWS], high[ROWS];
+#pragma GCC unroll 12
+    for (int row = 0; row < ROWS; row++) {
+        low[row] = begins ? (vector){} : load_vector(sums + row * sums_step);
+        high[row] = begins ? (vector){} : load_vector(sums + row * sums_step + WIDTH);
+    }
+    for (int64_t i = 0; i < count; i++) {
+        vector panel_low = load_vector(panel + i * PANEL_WIDTH), panel_high = load_vector(panel + i * PANEL_WIDTH + WIDTH);
+#pragma GCC unroll 12
+        for (int row = 0; row < ROWS; row++) {
+            float number = rows[row * row_step + i * step];
+            low[row] += panel_low * number;
+            high[row] += panel_high * number;
+        }
+    }
+#pragma GCC unroll 12
+    for (int row = 0; row < ROWS; row++) {
+        store_vector(sums + row * sums_step, low[row]);
+        store_vector(sums + row * sums_step + WIDTH, high[row]);
+    }
+}
+
+static __attribute__((noinline)) void multiply_keys(const float *queries, const float *panel, int64_t dims,
+                                                    float *logits) {
+    multiply_panel(queries, 1, ROWS, panel, dims, logits, BLOCK, 1);
+}
+
+static __attribute__((noinline)) void add_values(const float *weights, const float *panel, int64_t count, float *sums,
+                                                 int64_t sums_step) {
+    multiply_panel(weights, BLOCK, 1, panel, count, sums, sums_step, 0);
+}
+
+/* Keys from `from` on: [dim][PANEL_WIDTH]; zeros fill the last panel up. */
+static void pack_keys(const causal_call *call, const causal_sequence *sequence, int64_t head, int64_t from) {
+    int64_t count = sequence->keys - from < PANEL_WIDTH ? sequence->keys - from : PANEL_WIDTH;
+    float *panel = sequence->key_panels + (head * whole(sequence->keys, PANEL_WIDTH) + from) * call->key_dim;
+    const float *keys = call->keys + ((sequence->first_key + from) * call->kv_heads + head) * call->key_dim;
+    for (int64_t key = 0; key < PANEL_WIDTH; key++)
+        for (int64_t dim = 0; dim < call->key_dim; dim++)
+            panel[dim * PANEL_WIDTH + key] = key < count ? keys[key * call->kv_heads * call->key_dim + dim] : 0.0f;
+}
+
+/* Of some keys, all dims: [panel of dims][key][PANEL_WIDTH]; zeros fill the last panel up. */
+static void pack_values(const causal_call *call, const causal_sequence *sequence, int64_t head, int64_t from) {
+    int64_t stop = from + PANEL_WIDTH < sequence->keys ? from + PANEL_WIDTH : sequence->keys;
+    int64_t dims = whole(call->value_dim, PANEL_WIDTH);
+    float *panels = sequence->value_panels + head * sequence->keys * dims;
+    for (int64_t key = from; key < stop; key++) {
+        const float *value = call->values + ((sequence->first_key + key) * call->kv_heads + head) * call->value_dim;
+        for (int64_t dim = 0; dim < dims; dim++)
+            panels[(dim / PANEL_WIDTH * sequence->keys + key) * PANEL_WIDTH + dim % PANEL_WIDTH] =
+                dim < call->value_dim ? value[dim] : 0.0f;
+    }
+}
+
+/* A row's number among the queries and heads of the call. */
+INLINE int64_t place(const causal_call *call, const causal_sequence *sequence, int64_t head, int64_t row) {
+    int64_t group = call->heads / call->kv_heads;
+    return (sequence->first_query + row / group) * call->heads + head * group + row % group;
+}
+
+/* Rows from `from` on; those that fill up the last product repeat the last. */
+static void start_rows(const causal_call *call, const causal_sequence *sequence, int64_t head, int64_t from,
+                       unit *unit) {
+    float scale = LOG2_E / sqrtf((float)call->key_dim);
+    int64_t rows = whole(unit->rows, ROWS);
+    memset(unit->sums, 0, rows * whole(call->value_dim, PANEL_WIDTH) * sizeof(float));
+    for (int64_t row = 0; row < rows; row++) {
+        int64_t number = place(call, sequence, head, from + (row < unit->rows ? row : unit->rows - 1));
+        const float *query = call->queries + number * call->key_dim;
+        float *packed = unit->queries + row / ROWS * ROWS * call->key_dim + row % ROWS;
+        for (int64_t dim = 0; dim < call->key_dim; dim++) packed[dim * ROWS] = scale * query[dim];
+        int64_t own = sequence->keys - sequence->queries + number / call->heads - sequence->first_query;
+        unit->last[row] = own;
+        unit->first[row] = own >= call->window ? own - call->window + 1 : 0;
+        unit->peaks[row] = call->sinks ? call->sinks[number % call->heads] * LOG2_E : LOWEST;
+        unit->norms[row] = call->sinks ? 1.0f : 0.0f;
+    }
+}
+
+/* Logits of a block become weights; sums so far are brought to the new peak. Columns `begin` to `end` hold logits. */
+static __attribute__((noinline)) void weigh(unit *unit, int64_t row, int64_t block, int64_t begin, int64_t end,
+                                            int64_t dims) {
+    float *weights = unit->weights[row];
+    int32_t first = (int32_t)(unit->first[row] > block ? unit->first[row] - block : 0);
+    int32_t last = (int32_t)(unit->last[row] < block + BLOCK ? unit->last[row] - block : BLOCK);
+    if (begin < first || end - 1 > last)
+        for (int64_t column = begin; column < end; column += WIDTH) {
+            lanes columns = LANE_NUMBERS + (int32_t)column;
+            vector logits = load_vector(weights + column);
+            store_vector(weights + column, choose((columns < first) | (columns > last), all(-INFINITY), logits));
+        }
+    vector most[2] = {all(LOWEST), all(LOWEST)}, sums_of[2] = {};
+    for (int64_t column = begin; column < end; column += 2 * WIDTH)
+        for (int i = 0; i < 2; i++) most[i] = greater(load_vector(weights + column + i * WIDTH), most[i]);
+    float old = unit->peaks[row], peak = largest(greater(most[0], most[1]));
+    peak = peak > old ? peak : old;
+    for (int64_t column = begin; column < end; column += 2 * WIDTH)
+        for (int i = 0; i < 2; i++) {
+            vector weight = power_of_two(load_vector(weights + column + i * WIDTH) - peak);
+            sums_of[i] += weight;
+            store_vector(weights + column + i * WIDTH, weight);
+        }
+    float shrink = power_of_two(all(old - peak))[0];
+    unit->norms[row] = unit->norms[row] * shrink + sum_of(sums_of[0] + sums_of[1]);
+    unit->peaks[row] = peak;
+    if (shrink == 1.0f) return;
+    float *sums = unit->sums + row * dims;
+    for (int64_t dim = 0; dim < dims; dim += WIDTH) store_vector(sums + dim, load_vector(sums + dim) * shrink);
+}
+
+static void attend_block(const causal_call *call, const causal_sequence *sequence, int64_t head, int64_t block,
+                         unit *unit) {
+    int64_t rows = whole(unit->rows, ROWS), dims = whole(call->value_dim, PANEL_WIDTH);
+    int64_t first = unit->first[0] > block ? unit->first[0] - block : 0;
+    int64_t stop = unit->last[rows - 1] < block + BLOCK ? unit->last[rows - 1] + 1 - block : BLOCK;
+    int64_t begin = first / PANEL_WIDTH * PANEL_WIDTH, end = whole(stop, PANEL_WIDTH);
+    const float *keys = sequence->key_panels + (head * whole(sequence->keys, PANEL_WIDTH) + block) * call->key_dim;
+    const float *values = sequence->value_panels + head * sequence->keys * dims + (block + first) * PANEL_WIDTH;
+    for (int64_t key = begin; key < end; key += PANEL_WIDTH)
+        for (int64_t row = 0; row < rows; row += ROWS) {
+            const float *panel = keys + key * call->key_dim;
+            multiply_keys(unit->queries + row * call->key_dim, panel, call->key_dim, unit->weights[row] + key);
+        }
+    for (int64_t row = 0; row < rows; row++) weigh(unit, row, block, begin, end, dims);
+    for (int64_t dim = 0; dim < dims; dim += PANEL_WIDTH)
+        for (int64_t row = 0; row < rows; row += ROWS) {
+            const float *panel = values + dim * sequence->keys;
+            add_values(unit->weights[row] + first, panel, stop - first, unit->sums + row * dims + dim, dims);
+        }
+}
+
+static void attend_rows(const causal_call *call, const causal_sequence *sequence, int64_t head, int64_t from,
+                        unit *unit) {
+    int64_t dims = whole(call->value_dim, PANEL_WIDTH);
+    start_rows(call, sequence, head, from, unit);
+    for (int64_t block = unit->first[0] / BLOCK * BLOCK; block <= unit->last[unit->rows - 1]; block += BLOCK)
+        attend_block(call, sequence, head, block, unit);
+    for (int64_t row = 0; row < unit->rows; row++) {
+        float *out = call->out + place(call, sequence, head, from + row) * call->value_dim;
+        float inverse = 1.0f / unit->norms[row];
+        for (int64_t dim = 0; dim < call->value_dim; dim++) out[dim] = unit->sums[row * dims + dim] * inverse;
+    }
+}
+
+INLINE int64_t rows_of(const causal_call *call, const causal_sequence *sequence) {
+    return sequence->queries * (call->heads / call->kv_heads);
+}
+
+INLINE int64_t units_of(const causal_call *call, const causal_sequence *sequence) {
+    return (rows_of(call, sequence) + MAX_ROWS - 1) / MAX_ROWS;
+}
+
+INLINE int64_t panels_of(const causal_sequence *sequence) { return whole(sequence->keys, PANEL_WIDTH) / PANEL_WIDTH; }
+
+static void *allocate(int64_t bytes) { return aligned_alloc(64, whole(bytes > 0 ? bytes : 1, 64)); }
+
+/* The sequence that a unit, or a panel, belongs to: the last that does not begin after it. */
+static const causal_sequence *find(const causal_sequence *sequences, int64_t count, int64_t number, int panels) {
+    int64_t low = 0;
+    while (count > 1) {
+        const causal_sequence *middle = sequences + low + count / 2;
+        int after = number < (panels ? middle->first_panel : middle->first_unit);
+        if (!after) low += count / 2;
+        count = after ? count / 2 : count - count / 2;
+    }
+    return sequences + low;
+}
+
+static int attend_units(const causal_call *call, const causal_sequence *sequences, int64_t panels, int64_t units,
+                        int threads) {
+    int64_t numbers = (call->key_dim + whole(call->value_dim, PANEL_WIDTH)) * MAX_ROWS;
+    int failed = 0;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        unit *own = allocate(sizeof *own), *scratch = own ? allocate(numbers * sizeof(float)) : NULL;
+        if (!scratch) {
+#pragma omp atomic write
+            failed = 1;
+        }
+#pragma omp for schedule(static)
+        for (int64_t panel = 0; panel < panels; panel++) {
+            const causal_sequence *sequence = find(sequences, call->sequences, panel, 1);
+            int64_t number = panel - sequence->first_panel;
+            int64_t head = number / panels_of(sequence), from = number % panels_of(sequence) * PANEL_WIDTH;
+            pack_keys(call, sequence, head, from);
+            pack_values(call, sequence, head, from);
+        }
+        if (scratch) {
+            own->queries = (float *)scratch;
+            own->sums = own->queries + call->key_dim * MAX_ROWS;
+        }
+        /* later queries see more keys, so they come first */
+#pragma omp for schedule(dynamic)
+        for (int64_t unit = units - 1; unit >= 0; unit--) {
+            if (failed) continue;
+            const causal_sequence *sequence = find(sequences, call->sequences, unit, 0);
+            int64_t number = unit - sequence->first_unit;
+            int64_t head = number % call->kv_heads, from = number / call->kv_heads * MAX_ROWS;
+            int64_t left = rows_of(call, sequence) - from;
+            own->rows = left < MAX_ROWS ? left : MAX_ROWS;
+            attend_rows(call, sequence, head, from, own);
+        }
+        free(scratch), free(own);
+    }
+    return failed ? -1 : 0;
+}
+
+/* `lengths`: the number of queries of each sequence, then the number of keys of each. 0, or -1 for want of memory. */
+int openmimo_causal_attention(const causal_call *call, const int64_t *lengths) {
+    int64_t dims = whole(call->value_dim, PANEL_WIDTH);
+    int64_t queries = 0, keys = 0, padded_keys = 0, units = 0, panels = 0, products = 0;
+    causal_sequence *sequences = allocate(call->sequences * sizeof *sequences);
+    for (int64_t i = 0; i < call->sequences && sequences; i++) {
+        sequences[i] = (causal_sequence){.first_query = queries, .queries = lengths[i], .first_key = keys,
+                                         .keys = lengths[call->sequences + i], .first_unit = units, .first_panel = panels};
+        queries += sequences[i].queries;
+        keys += sequences[i].keys;
+        padded_keys += whole(sequences[i].keys, PANEL_WIDTH);
+        units += units_of(call, sequences + i) * call->kv_heads;
+        panels += panels_of(sequences + i) * call->kv_heads;
+        products += sequences[i].queries * (sequences[i].keys < call->window ? sequences[i].keys : call->window);
+    }
+    float *memory = allocate(call->kv_heads * (padded_keys * call->key_dim + keys * dims) * sizeof(float));
+    int failed = !sequences || !memory ? -1 : 0;
+    if (!failed) {
+        float *key_panels = memory, *value_panels = memory + call->kv_heads * padded_keys * call->key_dim;
+        for (int64_t i = 0; i < call->sequences; i++) {
+            sequences[i].key_panels = key_panels;
+            sequences[i].value_panels = value_panels;
+            key_panels += call->kv_heads * whole(sequences[i].keys, PANEL_WIDTH) * call->key_dim;
+            value_panels += call->kv_heads * sequences[i].keys * dims;
+        }
+        int threads = products * call->heads * call->key_dim < MIN_PARALLEL_PRODUCTS ? 1 : (int)call->threads;
+        failed = attend_units(call, sequences, panels, units, threads);
+    }
+    free(memory), free(sequences);
+    return failed;
+}
