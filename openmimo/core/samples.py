@@ -26,6 +26,8 @@ class Sample:
         advantages: Annotation: how much better than expected each token was.
         weights: Annotation: what share of the step's loss each token has; 0 outside the mask.
         teacher_logprobs: Annotation: log of the domain's teacher for the token; NaN where it gave none.
+        episode: The same for the samples that one episode made, when its context was replaced; "": it made this alone.
+        earlier: The episode's contexts before this one, oldest first. They have its reward.
         info: For people: the problem's id, counters of the environment.
     """
 
@@ -42,9 +44,15 @@ class Sample:
     advantages: list[float] = field(default_factory=list)
     weights: list[float] = field(default_factory=list)
     teacher_logprobs: list[float] = field(default_factory=list)
+    episode: str = ""
+    earlier: list["Sample"] = field(default_factory=list)
     info: dict[str, Any] = field(default_factory=dict)
 
     @property
     def num_answer_tokens(self) -> int:
         """Tokens that the policy wrote."""
         return sum(self.loss_mask)
+
+    def contexts(self) -> list["Sample"]:
+        """All contexts of the episode, this one the last."""
+        return [*self.earlier, self]

@@ -44,7 +44,10 @@ def written_values(samples: list[Sample], values: list[list[float]], *, what: st
 def outcome_advantages(
     samples: list[Sample], advantages_of: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 ) -> torch.Tensor:
-    """Each sample's advantages_of(rewards, groups), float64 [B]. Raises ValueError for a missing reward."""
+    """Each sample's advantages_of(rewards, groups), float64 [B]. Raises ValueError for a missing reward.
+
+    An episode counts once in its group, in however many contexts it was played.
+    """
     rewards_B = torch.tensor([sample.reward for sample in samples], dtype=torch.float64)
     if not rewards_B.isfinite().all():
         index = int((~rewards_B.isfinite()).nonzero()[0])
@@ -52,7 +55,13 @@ def outcome_advantages(
             f"A sample of group {samples[index].group!r} has reward {samples[index].reward}. Score every sample, or "
             "set its finish_reason to 'error' if it cannot be scored."
         )
-    return advantages_of(rewards_B, numbers_of([sample.group for sample in samples])) if samples else rewards_B
+    if not samples:
+        return rewards_B
+    episodes = [sample.episode or f"sample {index}" for index, sample in enumerate(samples)]
+    first = {name: index for index, name in reversed(list(enumerate(episodes)))}
+    one_of_each = [first[name] for name in dict.fromkeys(episodes)]
+    groups_E = numbers_of([samples[index].group for index in one_of_each])
+    return advantages_of(rewards_B[one_of_each], groups_E)[numbers_of(episodes)]
 
 
 def write_annotations(samples: list[Sample], advantages_N: torch.Tensor, weights_N: torch.Tensor) -> None:

@@ -2,9 +2,9 @@
 
 Past a share of the limit the whole history is archived where the tools can read it, a summary is made, and the episode
 goes on in a new conversation that has the task and the summary. Tokens that a policy has seen cannot be taken out of
-its sample, so each conversation is a part of its own: `respond` ends it, and `successor()` is the next. Whoever rolls
-out plays the parts one after another and gives all of them the reward of the last. A caller that knows nothing of parts
-still gets an ordinary episode: one whose policy came to the limit of its context, and is scored as it stands.
+its sample, so each conversation is a part of its own: `respond` ends it, and `successor()` is the next. Rollouts play
+the parts one after another and give all of them the reward of the last. A caller that knows nothing of parts still gets
+an ordinary episode: one whose policy came to the limit of its context, and is scored as it stands.
 """
 
 from collections.abc import Callable, Sequence

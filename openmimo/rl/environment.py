@@ -7,7 +7,7 @@ gives text: token ids are the rollout's, which never tokenises anything twice.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from openmimo.core.config import from_dict
 from openmimo.core.records import Message
@@ -57,6 +57,15 @@ class Episode(Protocol):
 
     def close(self) -> None:
         """Gives back what the episode holds, at whatever moment it ends."""
+        ...
+
+
+@runtime_checkable
+class ReplacesContext(Protocol):
+    """An episode whose conversation may give way to a shorter one (`rl/context_management.py`)."""
+
+    def successor(self) -> "Episode | None":
+        """After its last answer, the episode that goes on and now owns what it holds; None: it is over."""
         ...
 
 

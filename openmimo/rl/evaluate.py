@@ -1,6 +1,7 @@
 """How good a policy is: greedy answers to held-out problems of every source."""
 
 from collections.abc import Callable, Mapping
+from concurrent.futures import Executor
 
 from openmimo.data.source import Split
 from openmimo.engine.engine import Engine
@@ -33,10 +34,19 @@ def episode_opener(sources: tuple[RlSource, ...]) -> Callable[[GroupRequest], Ep
 
 
 def evaluate_policy(
-    engine: Engine, sources: tuple[RlSource, ...], *, problems: int, seed: int, temperature: float = 0.0
+    engine: Engine,
+    sources: tuple[RlSource, ...],
+    *,
+    problems: int,
+    seed: int,
+    temperature: float = 0.0,
+    executor: Executor | None = None,
 ) -> dict[str, list[float]]:
-    """The reward of each of the first `problems` held-out problems, by source. A failed one counts as 0."""
-    rollouts = EngineRollouts(engine, episode_opener(sources), seed=seed, record_routing=False)
+    """The reward of each of the first `problems` held-out problems, by source. A failed one counts as 0.
+
+    executor: where slow episodes answer (None: in this thread).
+    """
+    rollouts = EngineRollouts(engine, episode_opener(sources), executor=executor, seed=seed, record_routing=False)
     streams = streams_of(sources, "validation", seed)
     rewards: dict[str, dict[int, float]] = {source.name: {} for source in sources}
     for source in sources:

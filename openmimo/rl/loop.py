@@ -75,6 +75,7 @@ class RlRun:
         if optimiser_tensors is not None:
             load_optimiser_state(model, self.trainer.optimiser, optimiser_tensors)
         self.engine = Engine(model, tokenizer, config.engine)
+        self._episode_threads: ThreadPoolExecutor | None = None
         self.teaching = Teaching(config, model, self.console) if isinstance(config, MopdConfig) else None
         self.rollouts = self._open_rollouts()
         scheduler = DataScheduler(config.scheduler(), streams_of(config.sources, "train", config.seed))
@@ -104,6 +105,8 @@ class RlRun:
                 reward = self._one_step()
                 bar.update(task, completed=self.step, description=f"reward {reward:.2f}")
         self.rollouts.close()
+        if self._episode_threads is not None:
+            self._episode_threads.shutdown()
         close_shared()
         self.metrics.close()
         self.log.close()
@@ -118,7 +121,7 @@ class RlRun:
         update = self._learn(batch)
         learned = time.perf_counter()
         self.step += 1
-        self.tokens += sum(len(sample.token_ids) for sample in samples)
+        self.tokens += sum(len(context.token_ids) for sample in samples for context in sample.contexts())
         self.rollouts.update_weights(self.step)
         values = _sample_metrics(samples) | {f"scheduler/{name}": value for name, value in report.items()}
         values |= _update_metrics(update) | (self.teaching.metrics() if self.teaching else {})
@@ -174,6 +177,7 @@ class RlRun:
 
     def _learn(self, batch: list[list[Sample]]) -> list[UpdateReport]:
         """The optimiser steps of a batch: one for each part of its groups."""
+        batch = [[context for sample in group for context in sample.contexts()] for group in batch]
         samples = [sample for group in batch for sample in group]
         parts = _parts(batch, self.config.updates_per_step)
         old = self.trainer.logprobs(samples) if len(parts) > 1 else []
@@ -235,7 +239,12 @@ class RlRun:
         # what an engine has not finished stays in it from step to step, with unfinished="partial"
         engine = Engine(self.model, self.tokenizer, config.engine) if self.engine.has_work else self.engine
         rewards = evaluate_policy(
-            engine, config.sources, problems=evaluation.problems, seed=config.seed, temperature=evaluation.temperature
+            engine,
+            config.sources,
+            problems=evaluation.problems,
+            seed=config.seed,
+            temperature=evaluation.temperature,
+            executor=self._episode_threads,
         )
         values = {f"evaluation/{name}": value for name, value in mean_rewards(rewards).items()}
         self.metrics.write(self.step, {**values, "evaluation/rewards": rewards})
@@ -262,8 +271,9 @@ class RlRun:
             )
             kind = ProcessRollouts if config.rollouts == "processes" else RayRollouts
             return kind(self.model, setup, num_workers=config.rollout_workers, version=self.step)
-        executor = None if instant else ThreadPoolExecutor(config.reward_threads, thread_name_prefix="episode")
-        return EngineRollouts(self.engine, open_episode, executor=executor, seed=config.seed)
+        if not instant:
+            self._episode_threads = ThreadPoolExecutor(config.reward_threads, thread_name_prefix="episode")
+        return EngineRollouts(self.engine, open_episode, executor=self._episode_threads, seed=config.seed)
 
 
 def _parts(batch: list[list[Sample]], count: int) -> list[list[Sample]]:
@@ -280,7 +290,10 @@ def _sample_metrics(samples: list[Sample]) -> dict[str, Any]:
         own = [sample for sample in samples if domain in ("", sample.domain)]
         suffix = f"/{domain}" if domain else ""
         values[f"reward{suffix}/mean"] = sum(sample.reward for sample in own) / max(1, len(own))
-        values[f"answer_tokens{suffix}/mean"] = sum(sample.num_answer_tokens for sample in own) / max(1, len(own))
+        contexts = [context for sample in own for context in sample.contexts()]
+        written = sum(context.num_answer_tokens for context in contexts)
+        values[f"answer_tokens{suffix}/mean"] = written / max(1, len(own))
+        values[f"contexts{suffix}/mean"] = len(contexts) / max(1, len(own))
     cut = sum(sample.finish_reason == "length" for sample in samples)
     return values | {"samples": len(samples), "length_limit_share": cut / max(1, len(samples))}
 
@@ -294,6 +307,9 @@ def _update_metrics(reports: list[UpdateReport]) -> dict[str, Any]:
     values["loss"] = sum(report.loss for report in reports) / len(reports)
     values["gradient/norm"] = sum(report.gradient_norm for report in reports) / len(reports)
     values["gradient/num_zeros"] = reports[-1].num_zero_gradients
+    for domain in sorted({domain for report in reports for domain in report.gradient_shares}):
+        shares = [report.gradient_shares.get(domain, 0.0) for report in reports]
+        values[f"gradient_share/{domain}"] = sum(shares) / len(shares)
     for layer, load_E in reports[-1].load.items():
         values[f"expert_load/max_over_mean_{layer}"] = float(load_E.max() / load_E.float().mean())
     return values

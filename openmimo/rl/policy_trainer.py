@@ -7,6 +7,7 @@ micro-batches, whole, and routed as the engine routed them (R3, paper section 4.
 T packed tokens, N policy-written tokens of a micro-batch, D model dim, V vocabulary, A experts a token.
 """
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -87,7 +88,11 @@ Objective = Callable[[Forward], torch.Tensor]
 
 @dataclass
 class UpdateReport:
-    """What an optimiser step saw. diagnostics: means over the step's written tokens."""
+    """What an optimiser step saw. diagnostics: means over the step's written tokens.
+
+    gradient_shares: by domain, its part of the sum over written tokens of the length of the loss's gradient by the
+    state that the output head reads.
+    """
 
     loss: float = 0.0
     gradient_norm: float = 0.0
@@ -95,6 +100,7 @@ class UpdateReport:
     num_tokens: int = 0
     diagnostics: dict[str, float] = field(default_factory=dict)
     load: dict[int, torch.Tensor] = field(default_factory=dict)
+    gradient_shares: dict[str, float] = field(default_factory=dict)
 
 
 class PolicyTrainer:
@@ -159,6 +165,7 @@ class PolicyTrainer:
         ):
             context, hidden = self._forward(pack)
             forward = self._tokens(pack, hidden, version, old)
+            forward.states_ND.register_hook(functools.partial(_add_lengths, report.gradient_shares, pack))
             loss = objective(forward)
             loss.backward()
             if with_heads:
@@ -181,6 +188,8 @@ class PolicyTrainer:
                 router.update_selection_bias(report.load[layer], self.bias_rate)
         report.gradient_norm, report.num_zero_gradients = gradients.norm, gradients.num_zeros
         report.diagnostics = _means(sums)
+        whole = sum(report.gradient_shares.values())
+        report.gradient_shares = {domain: own / (whole or 1.0) for domain, own in report.gradient_shares.items()}
         return report
 
     def _forward(self, pack: PackedSamples) -> tuple[PackedContext, Hidden]:
@@ -358,6 +367,14 @@ def _logprobs(model: MiMo, states_ND: torch.Tensor, pack: PackedSamples) -> torc
     if bool((pack.temperature_N != 1.0).any()):
         states_ND = states_ND / pack.temperature_N.to(states_ND.dtype)[:, None]
     return token_logprobs(states_ND, model.lm_head.weight.to(states_ND.dtype), pack.labels_N)
+
+
+def _add_lengths(by_domain: dict[str, float], pack: PackedSamples, gradient_ND: torch.Tensor) -> None:
+    """Adds the lengths of the rows of a gradient to their samples' domains."""
+    lengths_B = torch.zeros(len(pack.samples), device=gradient_ND.device)
+    lengths_B.index_add_(0, pack.sequence_N, gradient_ND.detach().float().norm(dim=-1))
+    for sample, length in zip(pack.samples, lengths_B.tolist(), strict=True):
+        by_domain[sample.domain] = by_domain.get(sample.domain, 0.0) + length
 
 
 def _add_means(sums: dict[str, list[tuple[float, int]]], values: dict[str, float], count: int) -> None:

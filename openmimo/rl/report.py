@@ -58,6 +58,11 @@ def _training_figures(report: Report, train: Rows) -> None:
         _panels(train, [("gradient/norm", "gradient norm"), ("gradient/num_zeros", "entries")]),
         "Gradient norm before clipping, and gradient entries that are exactly zero.",
     )
+    if sum(name.startswith("gradient_share/") for name in train[-1]) > 1:
+        report.figure(
+            _panels(train, [("gradient_share", "share of the gradient")], by_domain=True),
+            "What each domain adds to the gradient: lengths of its tokens' gradients by the last hidden state.",
+        )
     report.figure(
         _panels(train, [("seconds", "seconds")], by_domain=True), "Seconds of a step, by what they went into."
     )

@@ -10,7 +10,7 @@ import functools
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,7 +22,7 @@ from openmimo.data.conversation import encode_prompt
 from openmimo.data.tokenizer import Tokenizer
 from openmimo.engine.engine import Engine
 from openmimo.engine.sequence import Sequence
-from openmimo.rl.environment import Answer, Episode
+from openmimo.rl.environment import Answer, Episode, ReplacesContext
 from openmimo.rl.groups import GroupRequest
 
 NOT_SAMPLED = -1
@@ -68,13 +68,14 @@ class _Run:
     request: GroupRequest
     episode: Episode
     sample: Sample
+    earlier: list[Sample] = field(default_factory=list)
     num_turns: int = 0
     pending: "Future[Any] | None" = None
     finish_reason: str = ""
 
     @property
     def num_written(self) -> int:
-        return self.sample.num_answer_tokens
+        return sum(context.num_answer_tokens for context in (*self.earlier, self.sample))
 
 
 class EngineRollouts:
@@ -228,18 +229,35 @@ class EngineRollouts:
         run.pending = self._call(run, functools.partial(_respond, run.episode, text, completion.finish_reason))
 
     def _answered(self, run: _Run) -> Sample | None:
-        """What the episode said: another turn (None), or the finished sample."""
+        """What the episode said: another turn or context (None), or the finished sample."""
         error = run.pending.exception()
         answer = None if error else run.pending.result()
         if isinstance(answer, Answer):
             run.pending = None
             self._next_turn(run, self._inserted_ids(answer))
             return None
+        if answer is not None and not isinstance(answer, float):
+            self._replace_context(run, answer)
+            return None
         self._close(run)
         failed = error is not None or answer is None
         reason = "error" if failed else run.finish_reason
         info = run.sample.info | {"turns": run.num_turns} | ({"error": repr(error)} if error else {})
-        return replace(run.sample, finish_reason=reason, reward=float("nan") if failed else answer, info=info)
+        reward = float("nan") if failed else answer
+        sample = replace(run.sample, finish_reason=reason, reward=reward, info=info)
+        if run.earlier and not failed:
+            sample.episode = run.id
+            sample.earlier = [replace(context, reward=reward, episode=run.id) for context in run.earlier]
+        return sample
+
+    def _replace_context(self, run: _Run, successor: Episode) -> None:
+        """The sample so far becomes an earlier one, and the policy reads a new prompt."""
+        self._engine.end_session(run.id)
+        run.earlier.append(replace(run.sample, finish_reason="context"))
+        run.episode, run.pending = successor, None
+        prompt = encode_prompt(self._tokenizer, successor.messages, tools=successor.tools)
+        run.sample = _new_sample(prompt, run.request, run.id)
+        self._next_turn(run)
 
     def _inserted_ids(self, answer: Answer) -> list[int]:
         if answer.messages:
@@ -273,12 +291,19 @@ def turn_ids(tokenizer: Tokenizer, messages: tuple[Message, ...]) -> list[int]:
     return asked[len(told) :]
 
 
-def _respond(episode: Episode, text: str, finish_reason: str) -> Answer | float:
-    """The episode's next answer, or the reward if that was its last (or the policy may write no more)."""
+def _respond(episode: Episode, text: str, finish_reason: str) -> Answer | Episode | float:
+    """The episode's next answer; the episode that goes on in another context; or the reward, if that was its last.
+
+    It is also its last if the policy may write no more.
+    """
     answer = episode.respond(text)
-    if answer.is_last or finish_reason != "stop":
-        return float(episode.reward())
-    return answer
+    if not answer.is_last and finish_reason == "stop":
+        return answer
+    if finish_reason == "stop" and isinstance(episode, ReplacesContext):
+        successor = episode.successor()
+        if successor is not None:
+            return successor
+    return float(episode.reward())
 
 
 def _new_sample(token_ids: list[int], request: GroupRequest, sample_id: str) -> Sample:

@@ -32,6 +32,8 @@ def sample_to_dict(sample: Sample) -> dict[str, Any]:
         "finish_reason": sample.finish_reason,
         "temperature": sample.temperature,
         "routed_experts": None if sample.routed_experts is None else _array_to_json(np.asarray(sample.routed_experts)),
+        "episode": sample.episode,
+        "earlier": [sample_to_dict(context) for context in sample.earlier],
         "info": sample.info,
     }
 
@@ -45,6 +47,7 @@ def sample_from_dict(values: dict[str, Any]) -> Sample:
         values["reward"] = _number_from_json(values["reward"])
         if values["routed_experts"] is not None:
             values["routed_experts"] = _array_from_json(values["routed_experts"])
+        values["earlier"] = [sample_from_dict(context) for context in values.get("earlier", ())]
         return Sample(**values)
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"This is not a saved sample: {error!r}.") from error

@@ -1,4 +1,6 @@
-"""Many queries on a CPU, float32, forward only: full attention and windows, packed or after a cache (native/causal.c).
+"""Many queries on a CPU, forward only: full attention and windows, packed or after a cache (native/causal.c).
+
+Products are those of float32, also of bfloat16 numbers, where the processor does not multiply these itself.
 
 A row of the output does not depend on what else the call computes, to the bit.
 """
@@ -13,9 +15,11 @@ import torch
 from openmimo.kernels import native
 from openmimo.kernels.attention import AttentionNeed
 from openmimo.kernels.dispatch import Backend
+from openmimo.runtime.device import cpu_multiplies_bfloat16
 
+FEW_QUERIES = 16  # which `packed_rows` serves
 NO_WINDOW = 1 << 62
-_CALL = struct.Struct("5P7q")  # `causal_call` of native/causal.c
+_CALL = struct.Struct("5P8q")  # `causal_call` of native/causal.c
 
 
 def run(
@@ -41,7 +45,7 @@ def run(
         0 if sink_N is None else sink_N.data_ptr(),
         out_TNV.data_ptr(),
         *(num_sequences, need.num_heads, need.num_kv_heads, need.key_dim, need.value_dim),
-        *(need.window_keys or NO_WINDOW, torch.get_num_threads()),
+        *(need.window_keys or NO_WINDOW, torch.get_num_threads(), q_TNK.dtype == torch.bfloat16),
     )
     if _entry()(call, lengths):
         raise MemoryError(f"there is no memory to lay out {sum(need.key_lengths):,} keys for attention")
@@ -56,16 +60,20 @@ def _entry() -> Callable[[bytes, bytes], int]:
 
 
 def refuse(need: AttentionNeed) -> str | None:
-    """Float32 on a CPU without gradients."""
+    """More than a few queries on a CPU, without gradients; in bfloat16 only where torch would be slow."""
     if not need.on_cpu:
         return "it is for CPUs"
     if need.needs_gradients:
         return "it has no backward pass"
-    if need.dtype != torch.float32:
-        return f"it computes float32, not {need.dtype}"
+    if need.dtype not in native.DTYPES:
+        return f"it computes float32 and bfloat16, not {need.dtype}"
+    if need.dtype == torch.bfloat16 and cpu_multiplies_bfloat16():
+        return "this CPU multiplies bfloat16 itself"
+    if max(need.query_lengths, default=0) <= FEW_QUERIES:
+        return f"with at most {FEW_QUERIES} queries a sequence, laying out the keys costs more than it saves"
     if native.library() is None:
         return "the native library is not there"
     return None
 
 
-PLUGIN = Backend(rank=6, run=run, refuse=refuse)
+PLUGIN = Backend(rank=0, run=run, refuse=refuse)

@@ -8,7 +8,7 @@
  * before the odd ones; keys, queries and sums share that order, which the output undoes.
  */
 
-#include "attention.h"
+#include "vectors.h"
 
 #include <math.h>
 

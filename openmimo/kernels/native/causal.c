@@ -1,4 +1,4 @@
-/* Causal attention of packed sequences, many queries of each: float32, forward only.
+/* Causal attention of packed sequences, many queries of each, forward only. Float32 or bfloat16 in and out.
  *
  * Keys and values are first laid out in panels of PANEL_KEYS keys, or of as many dims of the values, so that both
  * products are one: a few rows times a panel, held in registers. Then a unit of work is some consecutive queries of a
@@ -7,7 +7,7 @@
  * in the call.
  */
 
-#include "attention.h"
+#include "vectors.h"
 
 #include <math.h>
 #include <stdlib.h>
@@ -22,16 +22,15 @@
 #define BLOCK 256   /* keys between two looks at the running maximum */
 #define MIN_PARALLEL_PRODUCTS (1 << 20) /* fewer are done before a second thread is awake */
 #define LOWEST -1e30f /* below every logit, and finite: a difference of two is not NaN */
-#define INLINE static inline __attribute__((always_inline))
 
 /* As openmimo/kernels/attention/native.py packs it. */
 typedef struct {
-    const float *queries, *keys, *values; /* [T, N, K], [S, G, K], [S, G, V] */
-    const float *sinks;                   /* [N] or none */
-    float *out;                           /* [T, N, V] */
+    const void *queries, *keys, *values; /* [T, N, K], [S, G, K], [S, G, V] */
+    const float *sinks;                  /* [N] or none */
+    void *out;                           /* [T, N, V] */
     int64_t sequences, heads, kv_heads, key_dim, value_dim;
     int64_t window; /* none: longer than any sequence */
-    int64_t threads;
+    int64_t threads, bfloat16;
 } causal_call;
 
 typedef struct {
@@ -90,10 +89,11 @@ static __attribute__((noinline)) void add_values(const float *weights, const flo
 static void pack_keys(const causal_call *call, const causal_sequence *sequence, int64_t head, int64_t from) {
     int64_t count = sequence->keys - from < PANEL_WIDTH ? sequence->keys - from : PANEL_WIDTH;
     float *panel = sequence->key_panels + (head * whole(sequence->keys, PANEL_WIDTH) + from) * call->key_dim;
-    const float *keys = call->keys + ((sequence->first_key + from) * call->kv_heads + head) * call->key_dim;
-    for (int64_t key = 0; key < PANEL_WIDTH; key++)
+    int64_t first = ((sequence->first_key + from) * call->kv_heads + head) * call->key_dim;
+    memset(panel, 0, PANEL_WIDTH * call->key_dim * sizeof(float));
+    for (int64_t key = 0; key < count; key++, first += call->kv_heads * call->key_dim)
         for (int64_t dim = 0; dim < call->key_dim; dim++)
-            panel[dim * PANEL_WIDTH + key] = key < count ? keys[key * call->kv_heads * call->key_dim + dim] : 0.0f;
+            panel[dim * PANEL_WIDTH + key] = read_number(call->keys, first + dim, call->bfloat16);
 }
 
 /* Of some keys, all dims: [panel of dims][key][PANEL_WIDTH]; zeros fill the last panel up. */
@@ -102,10 +102,10 @@ static void pack_values(const causal_call *call, const causal_sequence *sequence
     int64_t dims = whole(call->value_dim, PANEL_WIDTH);
     float *panels = sequence->value_panels + head * sequence->keys * dims;
     for (int64_t key = from; key < stop; key++) {
-        const float *value = call->values + ((sequence->first_key + key) * call->kv_heads + head) * call->value_dim;
+        int64_t first = ((sequence->first_key + key) * call->kv_heads + head) * call->value_dim;
         for (int64_t dim = 0; dim < dims; dim++)
             panels[(dim / PANEL_WIDTH * sequence->keys + key) * PANEL_WIDTH + dim % PANEL_WIDTH] =
-                dim < call->value_dim ? value[dim] : 0.0f;
+                dim < call->value_dim ? read_number(call->values, first + dim, call->bfloat16) : 0.0f;
     }
 }
 
@@ -123,9 +123,9 @@ static void start_rows(const causal_call *call, const causal_sequence *sequence,
     memset(unit->sums, 0, rows * whole(call->value_dim, PANEL_WIDTH) * sizeof(float));
     for (int64_t row = 0; row < rows; row++) {
         int64_t number = place(call, sequence, head, from + (row < unit->rows ? row : unit->rows - 1));
-        const float *query = call->queries + number * call->key_dim;
         float *packed = unit->queries + row / ROWS * ROWS * call->key_dim + row % ROWS;
-        for (int64_t dim = 0; dim < call->key_dim; dim++) packed[dim * ROWS] = scale * query[dim];
+        for (int64_t dim = 0; dim < call->key_dim; dim++)
+            packed[dim * ROWS] = scale * read_number(call->queries, number * call->key_dim + dim, call->bfloat16);
         int64_t own = sequence->keys - sequence->queries + number / call->heads - sequence->first_query;
         unit->last[row] = own;
         unit->first[row] = own >= call->window ? own - call->window + 1 : 0;
@@ -193,9 +193,10 @@ static void attend_rows(const causal_call *call, const causal_sequence *sequence
     for (int64_t block = unit->first[0] / BLOCK * BLOCK; block <= unit->last[unit->rows - 1]; block += BLOCK)
         attend_block(call, sequence, head, block, unit);
     for (int64_t row = 0; row < unit->rows; row++) {
-        float *out = call->out + place(call, sequence, head, from + row) * call->value_dim;
+        int64_t first = place(call, sequence, head, from + row) * call->value_dim;
         float inverse = 1.0f / unit->norms[row];
-        for (int64_t dim = 0; dim < call->value_dim; dim++) out[dim] = unit->sums[row * dims + dim] * inverse;
+        for (int64_t dim = 0; dim < call->value_dim; dim++)
+            write_number(call->out, first + dim, unit->sums[row * dims + dim] * inverse, call->bfloat16);
     }
 }
 

@@ -8,7 +8,7 @@
 #ifndef OPENMIMO_PRODUCTS_H
 #define OPENMIMO_PRODUCTS_H
 
-#include "attention.h"
+#include "vectors.h"
 #include "tiles.h"
 #include "wide.h"
 
@@ -16,35 +16,11 @@
 #include <immintrin.h>
 #endif
 
-#define INLINE static inline __attribute__((always_inline))
 #define PANEL TILE_ROWS /* weight rows that are taken together: a unit of work */
 #define MAX_SUMS 16 /* sums that are held in registers: of 1 row with 16 weight rows, 2 with 8, or 4 with 4 */
 #define MIN_PARALLEL_BYTES (1 << 22) /* less weight is read before a second thread is awake */
 
 typedef uint16_t pairs __attribute__((vector_size(64))); /* 32 numbers of bfloat16 */
-
-INLINE float widen(uint16_t number) {
-    uint32_t bits = (uint32_t)number << 16;
-    float x;
-    memcpy(&x, &bits, sizeof x);
-    return x;
-}
-
-/* To the nearest bfloat16, ties to even; NaN stays NaN. */
-INLINE uint16_t narrow(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, sizeof bits);
-    return x == x ? (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16) : 0x7fc0;
-}
-
-INLINE float read_number(const void *numbers, int64_t index, int64_t bfloat16) {
-    return bfloat16 ? widen(((const uint16_t *)numbers)[index]) : ((const float *)numbers)[index];
-}
-
-INLINE void write_number(void *numbers, int64_t index, float x, int64_t bfloat16) {
-    if (bfloat16) ((uint16_t *)numbers)[index] = narrow(x);
-    else ((float *)numbers)[index] = x;
-}
 
 /* The first `count` lanes, and zeros. What lies behind them is not read. */
 INLINE floats load_some(const float *from, int64_t count) {

@@ -286,3 +286,15 @@ def test_mopd_refuses_a_skipped_forward_pass():
     algorithm, options = open_algorithm("mopd", {})
     with pytest.raises(ValueError, match="never computed"):
         algorithm.annotate([make_sample([0, 1, 1])], options, [[0.0, 0.0, 0.0]])
+
+
+@pytest.mark.parametrize("name", OUTCOME_NAMES)
+def test_an_episode_counts_once_in_its_group_in_however_many_contexts(name):
+    rewards = (1.0, 0.0, 0.0)
+    whole = annotate(name, [make_sample([0, 1, 1], reward=reward) for reward in rewards])
+    contexts = [make_sample([0, 1], reward=1.0) for _ in range(3)] + [make_sample([0, 1, 1], reward=0.0) for _ in "ab"]
+    for context in contexts[:3]:
+        context.episode = "g/0"
+    annotate(name, contexts)
+    assert [context.advantages[1] for context in contexts[:3]] == pytest.approx([whole[0].advantages[1]] * 3)
+    assert [context.advantages[1] for context in contexts[3:]] == pytest.approx([whole[1].advantages[1]] * 2)

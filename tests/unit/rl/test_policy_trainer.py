@@ -84,6 +84,17 @@ def test_micro_batches_do_not_change_gradients(samples):
             assert other.diagnostics[name] == pytest.approx(value, abs=1e-5)
 
 
+@pytest.mark.parametrize("factor", [1.0, 3.0])
+def test_a_domains_share_of_the_gradient_follows_its_weights(samples, factor):
+    """Two domains with the same samples, one of them weighed `factor` times as much."""
+    once = [replace(sample, domain="once") for sample in samples]
+    more = [replace(own, domain="more") for own in annotated(samples, weight=0.05 * factor)]
+    for size in (300, 100_000):
+        _, report = gradients_of(policy(0), once + more, tokens_per_microbatch=size)
+        expected = {"once": 1 / (1 + factor), "more": factor / (1 + factor)}
+        assert report.gradient_shares == pytest.approx(expected, rel=1e-4)
+
+
 def test_what_the_policy_did_not_write_is_in_no_loss(samples):
     """Numbers of prompts and tools change nothing, and a sample with no weight on written tokens is left out."""
     model = policy(0)

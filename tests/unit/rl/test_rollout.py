@@ -1,5 +1,6 @@
 """From problems to samples: every token with its mask, log-probability, version and routes, whatever happens."""
 
+import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -14,6 +15,7 @@ from openmimo.rl.environment import Answer
 from openmimo.rl.losses.diagnostics import mismatch
 from openmimo.rl.policy_trainer import PolicyTrainer
 from openmimo.rl.rollout import turn_ids
+from openmimo.rl.sample_io import sample_from_dict, sample_to_dict
 from openmimo.train.config import OptimiserConfig
 
 TOOL_TURNS = (Message("tool", "3"), Message("tool", "a <|im_end|> is text here"))
@@ -179,6 +181,48 @@ def test_versions_are_those_of_the_weights_that_sampled(model):
     assert {version for versions in written for version in versions} == {4, 5}
     for sample in samples:
         check_complete(sample, model)
+
+
+class Replaced(Scripted):
+    """Goes on as another episode after its last answer."""
+
+    def __init__(self, *answers, following=None, **options):
+        super().__init__(*answers, **options)
+        self.following = following
+
+    def successor(self):
+        return self.following
+
+
+def test_a_context_that_is_replaced_goes_on_and_all_of_it_is_learned_from():
+    model = policy(ends=60.0)  # turns end at once
+    last = Scripted(Answer(messages=TOOL_TURNS), question="go on", reward=0.25)
+    middle = Replaced(Answer(messages=TOOL_TURNS), following=last, question="go on, then")
+    rollouts = open_rollouts(model, lambda own: Replaced(following=middle, reward=RuntimeError("not asked")))
+    rollouts.submit(request(samples=1, max_answer_tokens=64))
+    (sample,) = finish(rollouts).values()
+    contexts = sample.contexts()
+    assert [len(inserted_runs(context)) for context in contexts] == [0, 1, 1]
+    assert [context.finish_reason for context in contexts] == ["context", "context", "stop"]
+    assert {(context.reward, context.group, context.episode) for context in contexts} == {(0.25, "math/0", "math/0/0")}
+    for context, question in zip(contexts, ("add 1 and 2", "go on, then", "go on"), strict=True):
+        assert question in tokenizer().decode(context.token_ids)
+        check_complete(context, model)
+    check_agrees(contexts, model)
+    assert last.num_closed == 1
+    assert pages_in_use(rollouts) == 0
+    kept = sample_from_dict(json.loads(json.dumps(sample_to_dict(sample))))
+    assert [context.token_ids for context in kept.contexts()] == [context.token_ids for context in contexts]
+
+
+def test_the_token_limit_is_that_of_all_contexts():
+    endless = Replaced()
+    endless.following = endless
+    rollouts = open_rollouts(policy(ends=60.0), lambda own: endless)
+    rollouts.submit(request(samples=1, max_answer_tokens=7))
+    (sample,) = finish(rollouts).values()
+    assert sum(context.num_answer_tokens for context in sample.contexts()) == 7
+    assert len(sample.earlier) > 1
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,11 @@
-/* Vectors in the vector language of GCC and Clang, and the powers of two of a softmax.
+/* Vectors in the vector language of GCC and Clang, the powers of two of a softmax, and numbers of either dtype.
  *
  * `floats` are always sixteen, for orders of summation that are the same everywhere. `vector` is what a register holds:
  * compilers take comparisons of longer ones apart, number by number.
  */
 
-#ifndef OPENMIMO_ATTENTION_H
-#define OPENMIMO_ATTENTION_H
+#ifndef OPENMIMO_VECTORS_H
+#define OPENMIMO_VECTORS_H
 
 #include <stdint.h>
 #include <string.h>
@@ -14,6 +14,7 @@
 #include <immintrin.h>
 #endif
 
+#define INLINE static inline __attribute__((always_inline))
 #define LANES 16
 #define LOG2_E 1.44269504088896341f
 
@@ -111,6 +112,29 @@ static inline float total(floats x) {
     x += SHUFFLE(x, x, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
     x += SHUFFLE(x, x, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
     return x[0];
+}
+
+INLINE float widen(uint16_t number) {
+    uint32_t bits = (uint32_t)number << 16;
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+/* To the nearest bfloat16, ties to even; NaN stays NaN. */
+INLINE uint16_t narrow(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return x == x ? (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16) : 0x7fc0;
+}
+
+INLINE float read_number(const void *numbers, int64_t index, int64_t bfloat16) {
+    return bfloat16 ? widen(((const uint16_t *)numbers)[index]) : ((const float *)numbers)[index];
+}
+
+INLINE void write_number(void *numbers, int64_t index, float x, int64_t bfloat16) {
+    if (bfloat16) ((uint16_t *)numbers)[index] = narrow(x);
+    else ((float *)numbers)[index] = x;
 }
 
 #endif
