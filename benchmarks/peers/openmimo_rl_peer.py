@@ -17,7 +17,7 @@ from openmimo.rl.loop import RlRun
 from openmimo.rl.problems import Problem
 from openmimo.train.checkpoint import Progress
 from openmimo.train.config import CheckpointConfig
-from recipes.tiny_cpu import SHORT_PROMPTS
+from recipes.tiny_cpu import ROLLOUTS
 
 _NEVER = 10**9
 
@@ -70,7 +70,7 @@ class OpenMiMo:
         settings = {
             "checkpoint": folder, "run_folder": run_folder, "sources": (source,), "steps": _NEVER,
             "groups_per_step": groups, "learning_rate": learning_rate, "dynamic_sampling": False, "easy_fraction": None,
-            "mtp_weight": 0.0, "device": "cpu", "dtype": "float32", "engine": SHORT_PROMPTS,
+            "mtp_weight": 0.0, "device": "cpu", "dtype": "float32", "engine": ROLLOUTS,
             "checkpoints": CheckpointConfig(every_steps=_NEVER), "evaluation": RlEvaluation(every_steps=_NEVER),
         }  # fmt: skip
         if signal is None:
