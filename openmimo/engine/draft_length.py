@@ -1,15 +1,18 @@
 """How many heads should draft: the number that gives the most tokens a second, by what was measured.
 
-More drafts mean more accepted tokens, with falling returns, and a dearer step. Each number is tried once for each size
-of batch, because a batch that fills the machine pays for every token that it verifies in vain; then the best is used,
-and a neighbour is tried now and then. Acceptance and step times are running averages.
+More drafts mean more accepted tokens, with falling returns, and a dearer step. Each number is tried a few times for
+each size of batch, because a batch that fills the machine pays for every token that it verifies in vain; then the best
+is used, and a neighbour is tried now and then. Acceptance and step times are running averages.
 The choice changes speed only: the text is the same with any number of drafts.
 """
+
+import math
 
 _SMOOTHING = 0.1
 _SLOWEST_LEARNING = 0.02
 _STEPS_BETWEEN_TRIALS = 128
 _STEPS_OF_A_TRIAL = 2
+_FIRST_LOOKS = 3  # the fastest of these counts: the first steps of a kind may pay for things that happen once
 
 
 class DraftLength:
@@ -20,15 +23,16 @@ class DraftLength:
         self._adaptive = adaptive
         self._acceptance = [0.5] * num_heads
         self._num_judged = [0] * num_heads
-        self._seconds: dict[int, list[float | None]] = {}
+        self._seconds: dict[int, list[float]] = {}
+        self._num_looks: dict[int, list[int]] = {}
         self._steps = 0
 
     def choose(self, batch_size: int) -> int:
         """How many heads draft for the next step of a batch of this size."""
         if not self._adaptive or not self._num_heads:
             return self._num_heads
-        known = self._of(batch_size)
-        untried = [count for count, seconds in enumerate(known) if seconds is None]
+        known, num_looks = self._of(batch_size)
+        untried = [count for count, looks in enumerate(num_looks) if looks < _FIRST_LOOKS]
         if untried:
             return untried[-1]
         self._steps += 1
@@ -40,10 +44,13 @@ class DraftLength:
 
     def observe(self, batch_size: int, num_drafts: int, seconds: float) -> None:
         """A step that verified so many drafts a sequence, and made as many for the next, took so long."""
-        known = self._of(batch_size)
+        known, num_looks = self._of(batch_size)
         old = known[num_drafts]
-        # the first step of a kind may pay for things that happen once
-        known[num_drafts] = seconds if old is None else min(old + _SMOOTHING * (seconds - old), 2 * seconds)
+        is_first_look = num_looks[num_drafts] < _FIRST_LOOKS
+        # a step that somebody else held up tells little, so none counts as more than twice the average
+        average = old + _SMOOTHING * (min(seconds, 2 * old) - old)
+        known[num_drafts] = min(old, seconds) if is_first_look else average
+        num_looks[num_drafts] += 1
 
     def judge(self, num_offered: int, num_accepted: int) -> None:
         """One verification: of `num_offered` drafts the first `num_accepted` were right."""
@@ -59,5 +66,7 @@ class DraftLength:
             tokens += chance
         return tokens
 
-    def _of(self, batch_size: int) -> list[float | None]:
-        return self._seconds.setdefault(batch_size.bit_length(), [None] * (self._num_heads + 1))
+    def _of(self, batch_size: int) -> tuple[list[float], list[int]]:
+        """Seconds of a step by number of drafts, and how often each was seen."""
+        size, counts = batch_size.bit_length(), self._num_heads + 1
+        return self._seconds.setdefault(size, [math.inf] * counts), self._num_looks.setdefault(size, [0] * counts)

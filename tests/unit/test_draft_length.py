@@ -42,6 +42,14 @@ def test_it_soon_finds_the_best(acceptance, seconds, best):
     assert choices[100:].count(best) > 0.9 * len(choices[100:])
 
 
+@pytest.mark.parametrize("first", range(4))
+def test_a_slow_first_step_of_a_kind_does_not_decide(first):
+    seconds = [1.0, 2.2, 3.4, 4.6]
+    length = DraftLength(3, adaptive=True)
+    length.observe(1, first, 50.0)
+    assert usual(play(length, acceptance=[0.9, 0.9, 0.9], seconds=seconds)[30:100]) == 0
+
+
 def test_batches_of_other_sizes_are_judged_apart():
     length = DraftLength(3, adaptive=True)
     acceptance = [0.7, 0.7, 0.7]
