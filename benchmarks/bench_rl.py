@@ -92,7 +92,7 @@ class Case:
         """What they look like, in words."""
         length = f"{self.new_tokens} tokens"
         if self.mean_tokens is not None:
-            length = f"{self.mean_tokens} tokens on average, {self.new_tokens} at most"
+            length = f"about {self.mean_tokens} tokens, {self.new_tokens} at most"
         return f"{self.groups} x {self.samples_per_prompt} answers of {length}"
 
     def end_ids(self, vocab_size: int) -> list[int]:
@@ -163,7 +163,10 @@ def measure(case: Case, checkpoints: Checkpoints, options: argparse.Namespace, r
             raise RuntimeError(f"{name} wrote {own[0]['new_tokens']} tokens, not {SAMPLES * case.new_tokens}")
         print(f"[{time.strftime('%H:%M:%S')}] {name}, {case.answers}: {_spread(own)}", flush=True)
     peers = [name for name in costs if name not in case.signals]
-    floors = {name: _floor_ms(case, signal, checkpoints, options.flops) for name, signal in case.signals.items()}
+    floors = {
+        name: _floor_ms(case, signal, checkpoints, _median(costs[name], "new_tokens") / SAMPLES, options.flops)
+        for name, signal in case.signals.items()
+    }
     return [_row(case, name, peer, costs, floors[name]) for name in case.signals for peer in peers]
 
 
@@ -242,13 +245,14 @@ def _in_turns(sides: list[Side], rounds: int) -> dict[str, Costs]:
     return costs
 
 
-def _floor_ms(case: Case, signal: str | None, checkpoints: Checkpoints, flops_per_second: float) -> float:
-    """Of our model; the output head reads written tokens alone."""
+def _floor_ms(
+    case: Case, signal: str | None, checkpoints: Checkpoints, answer: float, flops_per_second: float
+) -> float:
+    """Of our model, for answers of `answer` tokens; the output head reads written tokens alone."""
     config = checkpoints.config
     head = config.hidden_size * config.vocab_size
     body = active_matmul_parameters(config) - head
     passes = 4 + {None: 0, "full": 1, "sampled": 2}[signal]
-    answer = case.mean_tokens or case.new_tokens
     tokens = len(checkpoints.prompt_ids[0]) * case.groups / SAMPLES + answer  # a prompt needs computing once
     flops = 2 * passes * SAMPLES * (body * tokens + head * answer)
     return 1e3 * flops / flops_per_second

@@ -19,7 +19,8 @@ class Sample:
         domain: The data source, which names the teacher.
         group: The same for all samples of one prompt.
         reward: The verifier's, 0 to 1; NaN until it is known.
-        finish_reason: "stop", "length", "repetition", or "error" (infrastructure failed: never learned from).
+        finish_reason: "stop", "length", "repetition", "context" (it went on in another one), or "error" (infrastructure
+            failed: never learned from).
         temperature: At which it was sampled; log-probabilities of every model are taken at it.
         routed_experts: NumPy array [len(token_ids) - 1, sparse layers, experts a token] of the pass that sampled (R3);
             -1 where unknown; None if there are no experts or nothing was recorded.
@@ -52,6 +53,15 @@ class Sample:
     def num_answer_tokens(self) -> int:
         """Tokens that the policy wrote."""
         return sum(self.loss_mask)
+
+    def written_versions(self) -> list[int]:
+        """The policy version of each token that the policy wrote, in all contexts."""
+        return [
+            version
+            for context in self.contexts()
+            for version, is_written in zip(context.versions, context.loss_mask, strict=True)
+            if is_written
+        ]
 
     def contexts(self) -> list["Sample"]:
         """All contexts of the episode, this one the last."""

@@ -1,6 +1,6 @@
 """From samples to tensors over their policy-written tokens, and back into the samples' annotations.
 
-N policy-written tokens of the learnable samples of a step, B learnable samples.
+N policy-written tokens of the learnable samples of a step, B learnable samples, E episodes that made these.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,6 +26,18 @@ def numbers_of(names: Sequence[str]) -> torch.Tensor:
 def lengths_of(samples: list[Sample]) -> torch.Tensor:
     """Policy-written tokens of each sample, int64 [B]."""
     return torch.tensor([sample.num_answer_tokens for sample in samples], dtype=torch.int64)
+
+
+def episode_lengths(samples: list[Sample]) -> torch.Tensor:
+    """Policy-written tokens of each episode, int64 [E]. The contexts of one stand one after another."""
+    lengths, before = [], ""
+    for sample in samples:
+        if sample.episode and sample.episode == before:
+            lengths[-1] += sample.num_answer_tokens
+        else:
+            lengths.append(sample.num_answer_tokens)
+        before = sample.episode
+    return torch.tensor(lengths, dtype=torch.int64)
 
 
 def written_values(samples: list[Sample], values: list[list[float]], *, what: str) -> torch.Tensor:
@@ -58,8 +70,7 @@ def outcome_advantages(
     if not samples:
         return rewards_B
     episodes = [sample.episode or f"sample {index}" for index, sample in enumerate(samples)]
-    first = {name: index for index, name in reversed(list(enumerate(episodes)))}
-    one_of_each = [first[name] for name in dict.fromkeys(episodes)]
+    one_of_each = list({name: index for index, name in enumerate(episodes)}.values())
     groups_E = numbers_of([samples[index].group for index in one_of_each])
     return advantages_of(rewards_B[one_of_each], groups_E)[numbers_of(episodes)]
 
@@ -82,15 +93,16 @@ def annotate_outcomes(
     learnable = [sample for sample in samples if is_learnable(sample)]
     lengths_B = lengths_of(learnable)
     advantages_B = outcome_advantages(learnable, advantages_of)
-    write_annotations(samples, advantages_B.repeat_interleave(lengths_B), _weights(lengths_B, options))
+    weights_N = _weights(episode_lengths(learnable), options)
+    write_annotations(samples, advantages_B.repeat_interleave(lengths_B), weights_N)
 
 
-def _weights(lengths_B: torch.Tensor, options: PolicyOptions) -> torch.Tensor:
+def _weights(lengths_E: torch.Tensor, options: PolicyOptions) -> torch.Tensor:
     match options.normalisation:
         case "token":
-            return normalise.token_weights(lengths_B)
+            return normalise.token_weights(lengths_E)
         case "sequence":
-            return normalise.sequence_weights(lengths_B)
+            return normalise.sequence_weights(lengths_E)
         case "constant":
-            max_length = options.max_answer_tokens or max(lengths_B.tolist(), default=1)
-            return normalise.constant_weights(lengths_B, max_length=max_length)
+            max_length = options.max_answer_tokens or max(lengths_E.tolist(), default=1)
+            return normalise.constant_weights(lengths_E, max_length=max_length)

@@ -58,8 +58,7 @@ class SampleSlot:
     def keep(self, sample: Sample, status: str) -> None:
         """Takes over what was written."""
         self.sample, self.status = sample, status
-        written = [version for version, learned in zip(sample.versions, sample.loss_mask, strict=True) if learned]
-        self.oldest_version = min(written, default=None)
+        self.oldest_version = min(sample.written_versions(), default=None)
 
     def forget(self) -> None:
         """Starts from nothing."""

@@ -259,6 +259,8 @@ class RlRun:
             rollouts.update_weights(self.step)
             return rollouts
         instant = all(open_environment(source.environment, source.options)[0].instant for source in config.sources)
+        if not instant:
+            self._episode_threads = ThreadPoolExecutor(config.reward_threads, thread_name_prefix="episode")
         if config.rollouts != "engine":
             setup = WorkerSetup(
                 self.model.config,
@@ -271,8 +273,6 @@ class RlRun:
             )
             kind = ProcessRollouts if config.rollouts == "processes" else RayRollouts
             return kind(self.model, setup, num_workers=config.rollout_workers, version=self.step)
-        if not instant:
-            self._episode_threads = ThreadPoolExecutor(config.reward_threads, thread_name_prefix="episode")
         return EngineRollouts(self.engine, open_episode, executor=self._episode_threads, seed=config.seed)
 
 

@@ -74,6 +74,10 @@ class _Run:
     finish_reason: str = ""
 
     @property
+    def context_id(self) -> str:
+        return f"{self.id}/{len(self.earlier)}" if self.earlier else self.id
+
+    @property
     def num_written(self) -> int:
         return sum(context.num_answer_tokens for context in (*self.earlier, self.sample))
 
@@ -163,6 +167,7 @@ class EngineRollouts:
                 self._engine.abort(sample_id)
                 if run.pending is not None:
                     run.pending.cancel()
+                    run.pending.add_done_callback(_close_successor)
                 self._close(run)
 
     def update_weights(self, version: int) -> None:
@@ -178,7 +183,7 @@ class EngineRollouts:
         """Whether a new episode can take it: it has heard nothing of what an earlier one was told."""
         written = partial.loss_mask[_prompt_length(partial) :]
         is_one_turn = bool(written) and all(written) and not episode.stop and not episode.tools
-        return is_one_turn and partial.token_ids[-1] not in self._engine.eos_ids
+        return is_one_turn and not partial.earlier and partial.token_ids[-1] not in self._engine.eos_ids
 
     def _begin_followers(self) -> None:
         waiting, self._followers = self._followers, []
@@ -197,13 +202,13 @@ class EngineRollouts:
         )
         if room <= 0:
             run.finish_reason = "length"
-            run.pending = self._call(run, run.episode.reward)
+            run.pending = self._call(run, functools.partial(_reward, run.episode))
             return None
         run.sample = _with_inserted(run.sample, inserted)
         params = SamplingParams(
             max_tokens=room,
             temperature=run.request.temperature,
-            seed=_seed_of(self._seed, run.id, len(run.sample.token_ids), self._engine.policy_version),
+            seed=_seed_of(self._seed, run.context_id, len(run.sample.token_ids), self._engine.policy_version),
             stop=run.episode.stop,
             logprobs=True,
             routed_experts=self._record_routing,
@@ -236,8 +241,8 @@ class EngineRollouts:
             run.pending = None
             self._next_turn(run, self._inserted_ids(answer))
             return None
-        if answer is not None and not isinstance(answer, float):
-            self._replace_context(run, answer)
+        if isinstance(answer, _Successor):
+            self._replace_context(run, answer.episode)
             return None
         self._close(run)
         failed = error is not None or answer is None
@@ -255,7 +260,12 @@ class EngineRollouts:
         self._engine.end_session(run.id)
         run.earlier.append(replace(run.sample, finish_reason="context"))
         run.episode, run.pending = successor, None
-        prompt = encode_prompt(self._tokenizer, successor.messages, tools=successor.tools)
+        try:
+            prompt = encode_prompt(self._tokenizer, successor.messages, tools=successor.tools)
+        except Exception as error:  # of what the episode said
+            run.pending = Future()
+            run.pending.set_exception(error)
+            return
         run.sample = _new_sample(prompt, run.request, run.id)
         self._next_turn(run)
 
@@ -291,7 +301,24 @@ def turn_ids(tokenizer: Tokenizer, messages: tuple[Message, ...]) -> list[int]:
     return asked[len(told) :]
 
 
-def _respond(episode: Episode, text: str, finish_reason: str) -> Answer | Episode | float:
+@dataclass(frozen=True)
+class _Successor:
+    """The episode that goes on in another context."""
+
+    episode: Episode
+
+
+def _close_successor(pending: "Future[Any]") -> None:
+    """Nobody will play it."""
+    if not pending.cancelled() and not pending.exception() and isinstance(pending.result(), _Successor):
+        pending.result().episode.close()
+
+
+def _reward(episode: Episode) -> float:
+    return float(episode.reward())
+
+
+def _respond(episode: Episode, text: str, finish_reason: str) -> Answer | _Successor | float:
     """The episode's next answer; the episode that goes on in another context; or the reward, if that was its last.
 
     It is also its last if the policy may write no more.
@@ -302,8 +329,8 @@ def _respond(episode: Episode, text: str, finish_reason: str) -> Answer | Episod
     if finish_reason == "stop" and isinstance(episode, ReplacesContext):
         successor = episode.successor()
         if successor is not None:
-            return successor
-    return float(episode.reward())
+            return _Successor(successor)
+    return _reward(episode)
 
 
 def _new_sample(token_ids: list[int], request: GroupRequest, sample_id: str) -> Sample:

@@ -144,7 +144,8 @@ class DataScheduler:
             slot.forget()
             self._lose(group, slot)
             return
-        slot.sample.reward = reward
+        for context in slot.sample.contexts():
+            context.reward = reward
         slot.status = FINISHED
         self._settle(group)
 
@@ -420,12 +421,7 @@ class DataScheduler:
         ages: Counter[int] = Counter()
         for group in groups:
             for slot in group.slots:
-                sample = slot.sample
-                ages.update(
-                    self._version - version
-                    for version, learned in zip(sample.versions, sample.loss_mask, strict=True)
-                    if learned
-                )
+                ages.update(self._version - version for version in slot.sample.written_versions())
         num_samples = sum(len(group.slots) for group in groups)
         num_partial = sum(group.num_partial(self._version) for group in groups)
         histogram = {f"staleness/{age}": count / ages.total() for age, count in sorted(ages.items())}

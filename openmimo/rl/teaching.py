@@ -17,7 +17,7 @@ from openmimo.engine.config import EngineConfig
 from openmimo.engine.engine import Engine
 from openmimo.model.mimo import MiMo
 from openmimo.rl.algorithm import Algorithm
-from openmimo.rl.annotation import is_learnable, lengths_of, numbers_of, write_annotations
+from openmimo.rl.annotation import episode_lengths, is_learnable, lengths_of, numbers_of, write_annotations
 from openmimo.rl.config import MopdConfig
 from openmimo.rl.groups import GroupRequest
 from openmimo.rl.losses import normalise
@@ -65,7 +65,7 @@ class Teaching:
             algorithm.annotate(kept, options, policy)
             return
         lengths_B = lengths_of(kept)
-        weights_N = normalise.sequence_weights(lengths_B)
+        weights_N = normalise.sequence_weights(episode_lengths(kept))
         if options.balance_domains:
             weights_N = normalise.balance_domains(weights_N, lengths_B, numbers_of([sample.domain for sample in kept]))
         write_annotations(kept, torch.zeros_like(weights_N), weights_N)

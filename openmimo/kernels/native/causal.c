@@ -230,7 +230,8 @@ static int attend_units(const causal_call *call, const causal_sequence *sequence
     int failed = 0;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-        unit *own = allocate(sizeof *own), *scratch = own ? allocate(numbers * sizeof(float)) : NULL;
+        unit *own = allocate(sizeof *own);
+        float *scratch = own ? allocate(numbers * sizeof(float)) : NULL;
         if (!scratch) {
 #pragma omp atomic write
             failed = 1;
@@ -244,15 +245,15 @@ static int attend_units(const causal_call *call, const causal_sequence *sequence
             pack_values(call, sequence, head, from);
         }
         if (scratch) {
-            own->queries = (float *)scratch;
+            own->queries = scratch;
             own->sums = own->queries + call->key_dim * MAX_ROWS;
         }
         /* later queries see more keys, so they come first */
 #pragma omp for schedule(dynamic)
-        for (int64_t unit = units - 1; unit >= 0; unit--) {
+        for (int64_t work = units - 1; work >= 0; work--) {
             if (failed) continue;
-            const causal_sequence *sequence = find(sequences, call->sequences, unit, 0);
-            int64_t number = unit - sequence->first_unit;
+            const causal_sequence *sequence = find(sequences, call->sequences, work, 0);
+            int64_t number = work - sequence->first_unit;
             int64_t head = number % call->kv_heads, from = number / call->kv_heads * MAX_ROWS;
             int64_t left = rows_of(call, sequence) - from;
             own->rows = left < MAX_ROWS ? left : MAX_ROWS;

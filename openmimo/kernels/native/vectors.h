@@ -45,6 +45,7 @@ static inline void store(float *to, floats x) { memcpy(to, &x, sizeof x); }
 
 typedef float vector __attribute__((vector_size(4 * WIDTH)));
 typedef int32_t lanes __attribute__((vector_size(4 * WIDTH)));
+typedef uint32_t naturals __attribute__((vector_size(4 * WIDTH)));
 
 #if WIDTH == 16
 #define LANE_NUMBERS (lanes){0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}
@@ -78,7 +79,7 @@ static inline vector power_of_two(vector x) {
     power = power * fraction + 2.4022651e-1f;
     power = power * fraction + 6.9314718e-1f;
     power = power * fraction + 1.0f;
-    vector scaled = (vector)((lanes)power + ((lanes)shifted << 23));
+    vector scaled = (vector)((naturals)power + ((naturals)shifted << 23));
     return choose(x < -126.0f, all(0.0f), scaled);
 }
 

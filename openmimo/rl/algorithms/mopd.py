@@ -12,6 +12,7 @@ from openmimo.core.samples import Sample
 from openmimo.rl.algorithm import Algorithm, Correction
 from openmimo.rl.algorithms._correction import corrected_for_policy
 from openmimo.rl.annotation import (
+    episode_lengths,
     is_learnable,
     lengths_of,
     numbers_of,
@@ -70,7 +71,7 @@ def annotate(samples: list[Sample], options: Options, policy_logprobs: list[list
     if options.alpha > 0:
         outcome_N = outcome_advantages(learnable, grpo_advantages).repeat_interleave(lengths_B)
         advantages_N = mopd_advantages(advantages_N, outcome_N, alpha=options.alpha)
-    weights_N = normalise.sequence_weights(lengths_B)
+    weights_N = normalise.sequence_weights(episode_lengths(learnable))
     if options.balance_domains:
         weights_N = normalise.balance_domains(weights_N, lengths_B, domains_B)
     write_annotations(samples, advantages_N, weights_N)

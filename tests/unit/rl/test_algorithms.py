@@ -298,3 +298,6 @@ def test_an_episode_counts_once_in_its_group_in_however_many_contexts(name):
     annotate(name, contexts)
     assert [context.advantages[1] for context in contexts[:3]] == pytest.approx([whole[0].advantages[1]] * 3)
     assert [context.advantages[1] for context in contexts[3:]] == pytest.approx([whole[1].advantages[1]] * 2)
+    annotate(name, contexts, normalisation="sequence")
+    totals = [sum(context.weights) for context in contexts]
+    assert [sum(totals[:3]), *totals[3:]] == pytest.approx([1 / 3] * 3)
