@@ -78,6 +78,7 @@ class Engine:
         self._decode_threads = 1 if is_small else torch.get_num_threads()
         self._sequences: dict[str, Sequence] = {}
         self._idle_sessions: OrderedDict[str, Sequence] = OrderedDict()
+        self._busy_sessions: set[str] = set()
         self._num_arrivals = 0
         self._paused = False
         self._structures: StructureCompiler | None = None
@@ -129,6 +130,8 @@ class Engine:
         self.check(request)
         if request.id in self._sequences:
             raise UserError(f"a request with id {request.id!r} is running already; ids must differ.")
+        if request.session is not None and request.session in self._busy_sessions:
+            raise UserError(f"session {request.session!r} has a request that has not ended; wait for it.")
         params = request.params
         eos_ids = frozenset() if params.ignore_eos else self.eos_ids
         decoder = self.tokenizer and StreamDecoder(self.tokenizer, skip_special=params.skip_special_tokens)
@@ -147,6 +150,7 @@ class Engine:
         self._num_arrivals += 1
         self._sequences[request.id] = sequence
         if request.session is not None:
+            self._busy_sessions.add(request.session)
             self._continue_session(sequence)
         self.scheduler.add(sequence)
         return sequence
@@ -207,7 +211,7 @@ class Engine:
         self.policy_version = version
         self.forget_cached()
         if recompute:
-            self.scheduler.restart_running()
+            self.scheduler.restart()
 
     def end_session(self, session: str) -> None:
         """Gives back what an idle session holds: no more turns of it will come. Does nothing if there is none."""
@@ -244,6 +248,7 @@ class Engine:
         self.stats.num_cached_tokens += sequence.num_cached_tokens
         self.scheduler.remove(sequence)
         session = sequence.request.session
+        self._busy_sessions.discard(session)
         if session is not None and sequence.finish_reason != "abort" and sequence.pages is not None:
             self._idle_sessions[session] = sequence
             while len(self._idle_sessions) > _MOST_IDLE_SESSIONS:

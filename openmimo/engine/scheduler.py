@@ -3,8 +3,9 @@
 Every step serves all decoding sequences, and reads a bounded number of prompt tokens beside them, shared evenly between
 the prompts that are being read: a long prompt delays neither the tokens of others nor their prompts. Requests are
 admitted by priority, then in order of arrival, when the cache has room for their prompt. When the cache is full, what
-no request needs goes first (prefixes, then idle sessions); then the last in that same order is preempted: it gives
-back its pages, keeps its tokens, and waits to be read again. The first in the order can thus always go on.
+no running request needs goes first (prefixes, idle sessions, what waiting turns of sessions hold); then the last in
+that same order is preempted: it gives back its pages, keeps its tokens, and waits to be read again. The first in the
+order can thus always go on.
 """
 
 import bisect
@@ -89,10 +90,12 @@ class Scheduler:
         plan.prefills = [(sequence, stop) for sequence, stop in plan.prefills if sequence.pages is not None]
         return plan
 
-    def restart_running(self) -> None:
-        """Preempts everything: all that runs will be read again from its first token."""
+    def restart(self) -> None:
+        """Preempts everything: all requests will be read from their first token, also turns of a session that wait."""
         for sequence in list(self.running):
             self._preempt(sequence)
+        for sequence in self.waiting:
+            sequence.forget_computed()
 
     def _plan_prefills(self, plan: Plan) -> None:
         reading = [sequence for sequence in self.running if sequence.remaining > 1]
@@ -118,7 +121,7 @@ class Scheduler:
                 if self._prefix is not None and sequence.request.session is None:
                     self._prefix.start(sequence)
             needed = sequence.pages.missing(len(sequence.tokens) + 1 + self._margin) + len(self._arena.layout.groups)
-            if self.running and not self._make_room(needed):
+            if self.running and not self._make_room(needed, sequence):
                 sequence.forget_computed()
                 return
             del self.waiting[0]
@@ -136,12 +139,18 @@ class Scheduler:
         sequence.pages.reach(length, spare_pages=max(spare, 0) if self._prefix is not None else 0)
         return True
 
-    def _make_room(self, num_pages: int) -> bool:
-        """Frees what no running request needs, until so many pages are free or nothing is left."""
+    def _make_room(self, num_pages: int, admitted: Sequence | None = None) -> bool:
+        """Frees what no running request needs (nor the one that is to run), until so many pages are free or none is.
+
+        Waiting turns hold what their session had computed; the last to be served loses it first.
+        """
         if num_pages > self._arena.num_free and self._prefix is not None:
             self._prefix.evict(num_pages - self._arena.num_free)
         while num_pages > self._arena.num_free and self._free_idle():
             pass
+        for sequence in reversed(self.waiting):
+            if num_pages > self._arena.num_free and sequence is not admitted:
+                sequence.forget_computed()
         return num_pages <= self._arena.num_free
 
     def _preempt(self, victim: Sequence) -> None:

@@ -10,7 +10,7 @@ from conftest import randomise, tiny_config, tiny_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from openmimo.core.errors import UserError
+from openmimo.core.errors import ConfigError, UserError
 from openmimo.core.records import Request, SamplingParams, Structure
 from openmimo.data.tokenizer import Tokenizer
 from openmimo.engine.config import EngineConfig
@@ -168,6 +168,53 @@ def test_priorities_come_first():
     while engine.has_work:
         order += [sequence.request.id for sequence in engine.step() if sequence.finish_reason]
     assert order == ["c", "a", "b"]
+
+
+# --- sessions beside others -----------------------------------------------------------------------------------------
+
+
+def test_a_session_has_one_request_at_a_time():
+    engine = _engine(MODEL, prefix_cache=False)
+    engine.submit(Request("1", tuple(_ids(40, 1)), GREEDY, session="s"))
+    with pytest.raises(UserError, match="session 's' has a request that has not ended"):
+        engine.submit(Request("2", tuple(_ids(40, 2)), GREEDY, session="s"))
+    engine.abort("1")
+    _run(engine, [Request("2", tuple(_ids(40, 2)), GREEDY, session="s")])
+    engine.end_session("s")
+    assert engine.arena.num_used == 0
+
+
+def _first_turn(engine):
+    """The first turn of session s, and the prompt of its second."""
+    first = _run(engine, [Request("1", tuple(_ids(120, 1)), GREEDY, session="s")])[0]
+    return tuple([*first.prompt_token_ids, *first.token_ids, *_ids(3, 5)])
+
+
+def test_a_waiting_turn_gives_its_pages_to_a_running_request_that_needs_them():
+    engine = _engine(MODEL, cache_gigabytes=_gigabytes(MODEL, 45), max_sequences=1, prefix_cache=False)
+    prompt = _first_turn(engine)
+    completions = _run(engine, [Request("big", tuple(_ids(120, 2)), GREEDY), Request("2", prompt, GREEDY, session="s")])
+    assert engine.scheduler.num_preemptions < 5
+    for completion in completions:
+        assert completion.token_ids == _alone(completion.prompt_token_ids, GREEDY)
+
+
+def test_new_weights_are_those_of_a_waiting_turn_too():
+    engine = _engine(tiny_model(5, mtp_heads=1).to(torch.float64), max_sequences=1)
+    other = tiny_model(6, mtp_heads=1).to(torch.float64)
+    prompt = _first_turn(engine)
+    turn = engine.submit(Request("2", prompt, GREEDY, session="s"))
+    engine.update_weights(other.state_dict(), version=1)
+    while engine.has_work:
+        engine.step()
+    alone = _run(_engine(other), [Request("alone", prompt, GREEDY)])[0]
+    assert turn.completion().token_ids == alone.token_ids
+
+
+@pytest.mark.parametrize("name, value", [("temperature", 1e-310), ("repetition_penalty", 1e-45)])
+def test_numbers_that_leave_no_distribution_are_refused(name, value):
+    with pytest.raises(ConfigError, match=name):
+        SamplingParams(**{name: value})
 
 
 # --- prefixes -------------------------------------------------------------------------------------------------------
