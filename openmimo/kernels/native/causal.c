@@ -1,6 +1,6 @@
 /* Causal attention of packed sequences, many queries of each, forward only. Float32 or bfloat16 in and out.
  *
- * Keys and values are first laid out in panels of PANEL_KEYS keys, or of as many dims of the values, so that both
+ * Keys and values are first laid out in panels of PANEL_WIDTH keys, or of as many dims of the values, so that both
  * products are one: a few rows times a panel, held in registers. Then a unit of work is some consecutive queries of a
  * sequence at the heads that read one key/value head: these rows go through the keys that any of them sees in blocks
  * that begin at multiples of BLOCK, with a running maximum and sum a row. A row sees its own keys alone, whatever else is
