@@ -214,7 +214,7 @@ def test_a_full_queue_sends_clients_away():
                 assert (response.status_code, response.headers["retry-after"]) == (429, "7")
                 assert error_of(response)["code"] == "queue_full"
         wait_until(lambda: service.num_active == service.num_waiting == 0)
-        assert not backend.running
+        wait_until(lambda: not backend.running)
 
 
 def test_a_reply_that_takes_too_long():
@@ -224,7 +224,7 @@ def test_a_reply_that_takes_too_long():
         assert (response.status_code, error_of(response)["type"]) == (504, "timeout_error")
         last = events_of(client.post(CHAT, json={**HELLO, "stream": True}))[-1]
         assert last["error"]["type"] == "timeout_error"
-        assert not backend.running
+        wait_until(lambda: not backend.running)
 
 
 @pytest.mark.parametrize("path", [CHAT, "/v1/completions", "/v1/responses"])
