@@ -178,6 +178,9 @@ class PagedContext:
             kept = np.flatnonzero(page_T >= 0)
             rows = torch.from_numpy(kept).to(device)
             positions, page_T = positions[kept], page_T[kept]
+        # A head may have skipped slots that a window still covers, and that have no page. It reads page 0 there:
+        # its draft may be worse for it, and no text is another.
+        tables_BY = tables_BY.clip(min=0)
         return _Placement(
             rows,
             torch.from_numpy(page_T.astype(np.int64)).to(device),

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from openmimo.core.errors import ConfigError, UserError
 from openmimo.core.records import Request, SamplingParams, Structure
 from openmimo.data.tokenizer import Tokenizer
+from openmimo.engine import context
 from openmimo.engine.config import EngineConfig
 from openmimo.engine.engine import Engine
 from openmimo.engine.llm import LLM
@@ -168,6 +169,21 @@ def test_priorities_come_first():
     while engine.has_work:
         order += [sequence.request.id for sequence in engine.step() if sequence.finish_reason]
     assert order == ["c", "a", "b"]
+
+
+def test_no_pass_reads_a_page_that_is_not_there(monkeypatch):
+    """Heads skip slots of a prompt that is read in chunks, and their windows then reach over slots without a page."""
+    lowest, passes = [], context.paged_attend
+
+    def watched(q_TNK, pages, sink_N, **lengths):
+        lowest.append(int(pages.tables_BY.min()))
+        return passes(q_TNK, pages, sink_N, **lengths)
+
+    monkeypatch.setattr(context, "paged_attend", watched)
+    engine = _engine(MODEL, prefill_tokens=64, prefix_cache=False)
+    for length in range(66, 90):
+        _run(engine, [Request("1", tuple(_ids(length, length)), replace(GREEDY, max_tokens=2))])
+    assert min(lowest) >= 0
 
 
 # --- sessions beside others -----------------------------------------------------------------------------------------

@@ -116,7 +116,7 @@ class EngineBackend:
                 self._do_work()
                 for sequence in self._engine.step():
                     self._deliver(sequence.take_delta())
-        except Exception:  # whatever it is, clients must hear of it, and /health must tell
+        except BaseException:  # a panic of a library too: clients must hear of it, and /health must tell
             _LOG.exception("the engine has died")
             self._has_died = True
         for request_id in list(self._replies):
