@@ -46,10 +46,10 @@ class DraftLength:
         """A step that verified so many drafts a sequence, and made as many for the next, took so long."""
         known, num_looks = self._of(batch_size)
         old = known[num_drafts]
-        is_first_look = num_looks[num_drafts] < _FIRST_LOOKS
-        # a step that somebody else held up tells little, so none counts as more than twice the average
-        average = old + _SMOOTHING * (min(seconds, 2 * old) - old)
-        known[num_drafts] = min(old, seconds) if is_first_look else average
+        if num_looks[num_drafts] < _FIRST_LOOKS:
+            known[num_drafts] = min(old, seconds)
+        else:  # a step that somebody else held up tells little, so none counts as more than twice the average
+            known[num_drafts] += _SMOOTHING * (min(seconds, 2 * old) - old)
         num_looks[num_drafts] += 1
 
     def judge(self, num_offered: int, num_accepted: int) -> None:

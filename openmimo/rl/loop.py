@@ -8,7 +8,6 @@ not been, with no sample lost and none learned from twice.
 """
 
 import functools
-import math
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -40,6 +39,7 @@ from openmimo.rl.teaching import TeacherRollouts, Teaching
 from openmimo.rl.toolbox.shared import close_shared, shared_metrics
 from openmimo.rl.worker_rollouts import WorkerRollouts
 from openmimo.train.checkpoint import Checkpoints, Progress, load_optimiser_state
+from openmimo.train.schedule import warmed_cosine
 
 
 class RlRun:
@@ -206,14 +206,9 @@ class RlRun:
         return weighted_sum(lambda token_batch: self.algorithm.token_losses(token_batch, self.options))
 
     def _learning_rate(self) -> float:
-        config = self.config
-        if self.step < config.warmup_steps:
-            return config.learning_rate * (self.step + 1) / config.warmup_steps
-        if config.end_learning_rate is None:
-            return config.learning_rate
-        done = (self.step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
-        fall = config.learning_rate - config.end_learning_rate
-        return config.end_learning_rate + fall * (1.0 + math.cos(math.pi * done)) / 2.0
+        config, peak = self.config, self.config.learning_rate
+        end = peak if config.end_learning_rate is None else config.end_learning_rate
+        return warmed_cosine(self.step, steps=config.steps, peak=peak, end=end, warmup_steps=config.warmup_steps)
 
     def _after_step(self) -> None:
         is_last = self.step == self.config.steps

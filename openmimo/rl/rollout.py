@@ -262,7 +262,7 @@ class EngineRollouts:
         run.episode, run.pending = successor, None
         try:
             prompt = encode_prompt(self._tokenizer, successor.messages, tools=successor.tools)
-        except Exception as error:  # of what the episode said
+        except Exception as error:  # what an episode says may fit no template; it ends its sample, never the run
             run.pending = Future()
             run.pending.set_exception(error)
             return

@@ -30,14 +30,28 @@ def place_of(step: int, stages: tuple[Stage, ...]) -> Place:
 
 
 def learning_rate(stage: Stage, stage_step: int) -> float:
-    """Linear warm-up to the peak, a constant stretch, a cosine to the end (paper section 3.1)."""
-    if stage_step < stage.warmup_steps:
-        return stage.peak_lr * (stage_step + 1) / stage.warmup_steps
-    held = stage.warmup_steps + stage.constant_steps
-    if stage_step < held or stage.steps == held:
-        return stage.peak_lr
-    progress = (stage_step - held) / (stage.steps - held)
-    return stage.end_lr + (stage.peak_lr - stage.end_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+    """The learning rate of a step of a stage."""
+    return warmed_cosine(
+        stage_step,
+        steps=stage.steps,
+        peak=stage.peak_lr,
+        end=stage.end_lr,
+        warmup_steps=stage.warmup_steps,
+        constant_steps=stage.constant_steps,
+    )
+
+
+def warmed_cosine(
+    step: int, *, steps: int, peak: float, end: float, warmup_steps: int, constant_steps: int = 0
+) -> float:
+    """Linear warm-up to the peak, a constant stretch, a cosine to the end (paper section 3.1). step: 0 to steps - 1."""
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    held = warmup_steps + constant_steps
+    if step < held or steps == held:
+        return peak
+    progress = (step - held) / (steps - held)
+    return end + (peak - end) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def rows_of_step(stage: Stage, stage_step: int) -> int:

@@ -50,10 +50,10 @@ def tensors_of(call, dtype, gradients):
     return need, tensors
 
 
-def run(name, need, tensors):
+def run(name, need, tensors, scale=None):
     """Output and gradients of a backend, in order."""
     backend = dict(DISPATCHER.backends())[name]
-    out = backend.run(*tensors, need=need, scale=need.key_dim**-0.5)
+    out = backend.run(*tensors, need=need, scale=scale or need.key_dim**-0.5)
     if not need.needs_gradients:
         return [out]
     weights = torch.cos(torch.arange(out.numel(), dtype=torch.float64)).view(out.shape).to(out.dtype)
@@ -105,6 +105,16 @@ def test_something_fast_serves_every_call_on_a_cpu(call, gradients):
     if gradients and not need.is_self_attention:
         return
     assert DISPATCHER.choose(need)[0] != "reference"
+
+
+@pytest.mark.parametrize("call", ["packed windows", "packed full", "decode", "many short documents"])
+@pytest.mark.parametrize("name", BACKENDS)
+def test_the_scale_is_the_callers(name, call):
+    need, tensors = tensors_of(CALLS[call], torch.float32, False)
+    if dict(DISPATCHER.backends())[name].refuse(need):
+        pytest.skip("refused")
+    (ours,), (theirs,) = (run(backend, need, tensors, scale=0.7) for backend in (name, "reference"))
+    assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("far", ["an early key", "a late key", "a sink"])

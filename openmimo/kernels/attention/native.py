@@ -5,10 +5,8 @@ Products are those of float32, also of bfloat16 numbers, where the processor doe
 A row of the output does not depend on what else the call computes, to the bit.
 """
 
-import ctypes
 import functools
 import struct
-from collections.abc import Callable
 
 import torch
 
@@ -19,7 +17,7 @@ from openmimo.runtime.device import cpu_multiplies_bfloat16
 
 FEW_QUERIES = 16  # which `packed_rows` serves
 NO_WINDOW = 1 << 62
-_CALL = struct.Struct("5P8q")  # `causal_call` of native/causal.c
+_CALL = struct.Struct("5P8qd")  # `causal_call` of native/causal.c
 
 
 def run(
@@ -45,7 +43,7 @@ def run(
         0 if sink_N is None else sink_N.data_ptr(),
         out_TNV.data_ptr(),
         *(num_sequences, need.num_heads, need.num_kv_heads, need.key_dim, need.value_dim),
-        *(need.window_keys or NO_WINDOW, torch.get_num_threads(), q_TNK.dtype == torch.bfloat16),
+        *(need.window_keys or NO_WINDOW, torch.get_num_threads(), q_TNK.dtype == torch.bfloat16, scale),
     )
     if _entry()(call, lengths):
         raise MemoryError(f"there is no memory to lay out {sum(need.key_lengths):,} keys for attention")
@@ -53,10 +51,8 @@ def run(
 
 
 @functools.cache
-def _entry() -> Callable[[bytes, bytes], int]:
-    function = native.library().openmimo_causal_attention
-    function.argtypes, function.restype = (ctypes.c_char_p, ctypes.c_char_p), ctypes.c_int
-    return function
+def _entry() -> native.Entry:
+    return native.entry("openmimo_causal_attention", arguments=2)
 
 
 def refuse(need: AttentionNeed) -> str | None:

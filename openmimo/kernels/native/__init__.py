@@ -21,7 +21,7 @@ from pathlib import Path
 import torch  # first, so that its OpenMP runtime is the one that the library finds
 
 DTYPES = (torch.float32, torch.bfloat16)  # what the kernels compute
-Entry = Callable[[bytes], int]
+Entry = Callable[..., int]
 
 SOURCES = Path(__file__).parent
 # No -ffast-math: the kernels say themselves in which order they add, and it is part of what they promise.
@@ -53,10 +53,10 @@ def library() -> ctypes.CDLL | None:
         return None
 
 
-def entry(name: str) -> Entry:
-    """A function of the library that takes one packed struct and returns an int (or nothing)."""
+def entry(name: str, *, arguments: int = 1) -> Entry:
+    """A function of the library that takes so many packed structs and returns an int (or nothing)."""
     function = library()[name]
-    function.argtypes, function.restype = (ctypes.c_char_p,), ctypes.c_int
+    function.argtypes, function.restype = (ctypes.c_char_p,) * arguments, ctypes.c_int
     return function
 
 

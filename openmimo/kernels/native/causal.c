@@ -31,6 +31,7 @@ typedef struct {
     int64_t sequences, heads, kv_heads, key_dim, value_dim;
     int64_t window; /* none: longer than any sequence */
     int64_t threads, bfloat16;
+    double scale; /* of the products of queries and keys */
 } causal_call;
 
 typedef struct {
@@ -118,7 +119,7 @@ INLINE int64_t place(const causal_call *call, const causal_sequence *sequence, i
 /* Rows from `from` on; those that fill up the last product repeat the last. */
 static void start_rows(const causal_call *call, const causal_sequence *sequence, int64_t head, int64_t from,
                        unit *unit) {
-    float scale = LOG2_E / sqrtf((float)call->key_dim);
+    float scale = LOG2_E / (float)(1.0 / call->scale); /* divided as the paged kernel does, which decodes after this */
     int64_t rows = whole(unit->rows, ROWS);
     memset(unit->sums, 0, rows * whole(call->value_dim, PANEL_WIDTH) * sizeof(float));
     for (int64_t row = 0; row < rows; row++) {

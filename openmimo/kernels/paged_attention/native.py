@@ -3,10 +3,8 @@
 A row of the output does not depend on what else the call computes, to the bit.
 """
 
-import ctypes
 import functools
 import struct
-from collections.abc import Callable
 
 import torch
 
@@ -65,10 +63,8 @@ def _strides(x_XPGK: torch.Tensor) -> tuple[int, int]:
 
 
 @functools.cache
-def _entry() -> Callable[[bytes, bytes], None]:
-    function = native.library().openmimo_paged_attention
-    function.argtypes, function.restype = (ctypes.c_char_p, ctypes.c_char_p), None
-    return function
+def _entry() -> native.Entry:
+    return native.entry("openmimo_paged_attention", arguments=2)
 
 
 def refuse(need: PagedNeed) -> str | None:
