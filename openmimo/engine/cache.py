@@ -213,7 +213,12 @@ class PageTables:
     @property
     def num_pages(self) -> int:
         """Pages held."""
-        return sum(int((self.table(group) >= 0).sum()) for group in range(len(self._tables)))
+        return len(self.held())
+
+    def held(self) -> list[int]:
+        """The pages held."""
+        tables = [self.table(group)[first:] for group, first in enumerate(self._first)]
+        return [page for table in tables for page in table[table >= 0].tolist()]
 
     def missing(self, length: int) -> int:
         """How many pages `reach(length)` must find free."""

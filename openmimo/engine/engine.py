@@ -24,6 +24,7 @@ from openmimo.engine.scheduler import Scheduler
 from openmimo.engine.sequence import Sequence
 from openmimo.engine.stats import EngineStats
 from openmimo.engine.text import TextStream
+from openmimo.engine.weights import set_weight
 from openmimo.model.config import AttentionConfig, ModelConfig
 from openmimo.model.flops import active_matmul_parameters
 from openmimo.model.mimo import MiMo
@@ -199,6 +200,7 @@ class Engine:
         tensors: by parameter name, any part of them; None if the caller has changed the model's own already. version:
         recorded with every token from now on. recompute: read what is running again with the new weights (its tokens
         stay); otherwise it goes on with keys and values of the old ones. Prefixes and idle sessions are forgotten.
+        Linear layers that were quantised are quantised anew.
         Raises UserError, before anything is changed, for a name or shape that the model does not have.
         """
         own = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
@@ -207,7 +209,7 @@ class Engine:
                 shape = tuple(own[name].shape) if name in own else "no such parameter"
                 raise UserError(f"update_weights: {name} has shape {tuple(tensor.shape)}; the model has {shape}.")
         for name, tensor in (tensors or {}).items():
-            own[name].copy_(tensor)
+            set_weight(self.model, name, tensor)
         self.policy_version = version
         self.forget_cached()
         if recompute:
@@ -249,7 +251,7 @@ class Engine:
         self.scheduler.remove(sequence)
         session = sequence.request.session
         self._busy_sessions.discard(session)
-        if session is not None and sequence.finish_reason != "abort" and sequence.pages is not None:
+        if session is not None and sequence.finish_reason not in ("abort", "error") and sequence.pages is not None:
             self._idle_sessions[session] = sequence
             while len(self._idle_sessions) > _MOST_IDLE_SESSIONS:
                 self._free_idle_session()

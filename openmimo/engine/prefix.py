@@ -90,6 +90,7 @@ class PrefixCache:
                 pages = [page for block in held for page in block.pages[number]]
                 behind = [-1] * (self._groups[number].pages_until(len(path) * self._block) - len(pages))
                 sequence.pages.adopt(number, behind + pages)
+            sequence.pages.leave_behind(len(path) * self._block)  # whole blocks may be more than a window
             if sequence.params.routed_experts:
                 sequence.routing = [block.routing for block in path]
         sequence.node = node
@@ -136,7 +137,13 @@ class PrefixCache:
             if self._arena.num_free >= goal:
                 return
             self._release_sliding(node)
-            self._remove_leaf(node)
+            if self._holds_alone(node):
+                self._remove_leaf(node)
+        for node in nodes:  # pages above a block that a request shares: the tree lets go of the block first
+            if self._arena.num_free >= goal:
+                return
+            if any(map(self._holds_alone, _with_ancestors(node))):
+                self._remove_leaf(node)
 
     def clear(self) -> None:
         """Gives back everything."""
@@ -204,12 +211,15 @@ class PrefixCache:
     def _release_sliding(self, node: PrefixNode) -> None:
         for number, window in enumerate(self._blocks_in_window):
             pages = node.pages[number]
-            if window is not None and pages and not any(map(self._arena.is_shared, pages)):
+            if window is not None and pages and not all(map(self._arena.is_shared, pages)):
                 self._release(node, number)
 
+    def _holds_alone(self, node: PrefixNode) -> bool:
+        """Whether a page of the node is nobody else's."""
+        return any(not self._arena.is_shared(page) for pages in node.pages if pages is not None for page in pages)
+
     def _remove_leaf(self, node: PrefixNode) -> None:
-        held = [page for pages in node.pages if pages is not None for page in pages]
-        if node.children or any(map(self._arena.is_shared, held)):
+        if not node.attached or node.children:
             return
         for number in range(len(self._groups)):
             self._release(node, number)
@@ -222,3 +232,9 @@ class PrefixCache:
             node = stack.pop()
             yield node
             stack.extend(node.children.values())
+
+
+def _with_ancestors(node: PrefixNode | None) -> Iterator[PrefixNode]:
+    while node is not None:
+        yield node
+        node = node.parent

@@ -94,15 +94,16 @@ class Runner:
         """Keeps a sequence's tokens up to the first that was not drafted."""
         drafts, sequence.drafts = sequence.drafts, []
         num_accepted = count_accepted(drafts, [decision.token for decision in decided])
-        if self._drafter:
-            self._drafter.observe(sequence, hidden, slice(rows.start, rows.start + num_accepted + 1))
-            self.stats.count_drafts(len(drafts), num_accepted)
-            self._draft_length.judge(len(drafts), num_accepted)
-        length_before = len(sequence.tokens)
+        length_before, computed_before = len(sequence.tokens), sequence.computed
         for index, decision in enumerate(decided[: num_accepted + 1]):
             if not sequence.finish_reason:
                 sequence.add(decision, drafted=index < num_accepted, policy_version=policy_version)
         sequence.computed = min(sequence.computed + num_accepted + 1, len(sequence.tokens) - 1)
+        if self._drafter:
+            num_new = sequence.computed - computed_before  # fewer than were fed where the text ended among its drafts
+            self._drafter.observe(sequence, hidden, slice(rows.start, rows.start + num_new))
+            self.stats.count_drafts(len(drafts), num_accepted)
+            self._draft_length.judge(len(drafts), num_accepted)
         self.stats.num_decoded_tokens += len(sequence.tokens) - length_before
         self.stats.num_new_tokens += len(sequence.tokens) - length_before
 

@@ -13,6 +13,7 @@ import torch
 
 from openmimo.core.records import SamplingParams, TokenLogprob
 
+NO_TOKEN = -1
 _MASK_64 = (1 << 64) - 1
 _UNIFORM_BITS = 52  # one fewer than float64 holds, so that u < 1 and u * total < total survive rounding
 
@@ -40,18 +41,21 @@ class LogitChange(NamedTuple):
 
 
 def sample(logits_RV: torch.Tensor, draws: list[Draw]) -> list[int]:
-    """A token for each row: the arg max at temperature 0, else drawn from the row's filtered distribution."""
+    """A token for each row: the arg max at temperature 0, else drawn from the row's filtered distribution.
+
+    `NO_TOKEN` where the row has none to choose: it holds no finite number, or one that is not a number.
+    """
     changed = [row for row, draw in enumerate(draws) if draw.change is not None]
     if changed:
         logits_RV = logits_RV.clone()
         for row in changed:
             _change(logits_RV[row], draws[row].params, draws[row].change)
-    tokens_R = logits_RV.argmax(dim=-1)
+    largest_R, tokens_R = logits_RV.max(dim=-1)
     sampled = [row for row, draw in enumerate(draws) if draw.params.temperature > 0.0]
     if sampled:
         rows = torch.tensor(sampled, device=logits_RV.device)
         tokens_R[rows] = _draw(logits_RV[rows], [draws[row] for row in sampled])
-    return tokens_R.tolist()
+    return tokens_R.where(largest_R.isfinite(), NO_TOKEN).tolist()
 
 
 def chosen_logprobs(logits_RV: torch.Tensor, tokens: list[int], draws: list[Draw]) -> list[TokenLogprob]:
@@ -61,7 +65,7 @@ def chosen_logprobs(logits_RV: torch.Tensor, tokens: list[int], draws: list[Draw
     """
     temperature_R1 = logits_RV.new_tensor([[draw.params.temperature or 1.0] for draw in draws])
     logprobs_RV = (logits_RV / temperature_R1).log_softmax(dim=-1)
-    tokens_R1 = torch.tensor(tokens, device=logits_RV.device)[:, None]
+    tokens_R1 = torch.tensor(tokens, device=logits_RV.device).clamp(min=0)[:, None]  # NO_TOKEN: its value is unused
     chosen = logprobs_RV.gather(1, tokens_R1)[:, 0].tolist()
     tops: list[tuple[tuple[int, float], ...]] = [()] * len(draws)
     most = max(draw.params.top_logprobs for draw in draws)

@@ -118,12 +118,14 @@ class Scheduler:
             sequence = self.waiting[0]
             if sequence.pages is None:
                 sequence.pages = PageTables(self._arena, self._margin)
+                sequence.num_cached_tokens = 0
                 if self._prefix is not None and sequence.request.session is None:
                     self._prefix.start(sequence)
             needed = sequence.pages.missing(len(sequence.tokens) + 1 + self._margin) + len(self._arena.layout.groups)
-            if self.running and not self._make_room(needed, sequence):
+            if self.running and not self._could_have(needed, sequence):
                 sequence.forget_computed()
                 return
+            self._make_room(needed, sequence)
             del self.waiting[0]
             bisect.insort(self.running, sequence, key=rank)
 
@@ -138,6 +140,11 @@ class Scheduler:
         spare = self._arena.num_free - missing - self._arena.num_pages // _SPARED_SHARE
         sequence.pages.reach(length, spare_pages=max(spare, 0) if self._prefix is not None else 0)
         return True
+
+    def _could_have(self, num_pages: int, admitted: Sequence) -> bool:
+        """Whether so many pages are free, or would be if everything but the running requests gave theirs back."""
+        held = {page for sequence in (*self.running, admitted) for page in sequence.pages.held()}
+        return num_pages <= self._arena.num_pages - len(held)
 
     def _make_room(self, num_pages: int, admitted: Sequence | None = None) -> bool:
         """Frees what no running request needs (nor the one that is to run), until so many pages are free or none is.

@@ -9,6 +9,7 @@ import torch
 
 from openmimo.core.records import Completion, Delta, Request, SamplingParams, TokenLogprob
 from openmimo.engine.cache import PageTables
+from openmimo.engine.sampler import NO_TOKEN
 from openmimo.engine.text import TextStream
 
 if TYPE_CHECKING:
@@ -90,6 +91,9 @@ class Sequence:
     def add(self, decision: Decision, *, drafted: bool, policy_version: int) -> None:
         """Confirms one token, and decides whether it is the last."""
         token = decision.token
+        if token == NO_TOKEN:
+            self.finish("error", "no token can be chosen: the model's logits are not finite, check its weights")
+            return
         self.tokens.append(token)
         self.drafted.append(drafted)
         self.policy_versions.append(policy_version)

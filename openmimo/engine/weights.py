@@ -1,5 +1,7 @@
 """Weights kept narrower than they were loaded, so that a token reads fewer bytes of them."""
 
+import torch
+
 from openmimo.model.layers import Linear
 from openmimo.model.mimo import MiMo
 
@@ -9,3 +11,13 @@ def quantise_linears(model: MiMo) -> None:
     for name, module in model.named_modules():
         if isinstance(module, Linear) and name != "lm_head":
             module.quantise()
+
+
+def set_weight(model: MiMo, name: str, tensor: torch.Tensor) -> None:
+    """New numbers for the parameter or buffer `name`, in place; quantised anew where that is int8."""
+    owner, _, own_name = name.rpartition(".")
+    module = model.get_submodule(owner)
+    if isinstance(module, Linear) and own_name == "weight" and module.scale_O is not None:
+        module.quantise(tensor)
+    else:
+        getattr(module, own_name).copy_(tensor)

@@ -16,11 +16,14 @@ _CALL = struct.Struct("6P9q")  # `store_call` of native/attention.c
 
 
 def store(pages: Pages, page_T: torch.Tensor, slot_T: torch.Tensor, k_TGK: torch.Tensor, v_TGV: torch.Tensor) -> None:
-    """Row t goes to page `page_T[t]`, position `slot_T[t]` (int64) of both caches, in the dtype that they store."""
+    """Row t goes to page `page_T[t]`, position `slot_T[t]` (int64) of both caches, in the dtype that they store.
+
+    What a narrower dtype cannot hold becomes its largest number.
+    """
     keys, values = pages.keys_XPGK, pages.values_XPGV
     if not _is_readable(keys, k_TGK) or not _is_readable(values, v_TGV):
-        keys[page_T, slot_T] = k_TGK.to(keys.dtype)
-        values[page_T, slot_T] = v_TGV.to(values.dtype)
+        keys[page_T, slot_T] = _saturated(k_TGK, keys.dtype)
+        values[page_T, slot_T] = _saturated(v_TGV, values.dtype)
         return
     size = keys.element_size()
     T, G, K = k_TGK.shape
@@ -36,6 +39,11 @@ def store(pages: Pages, page_T: torch.Tensor, slot_T: torch.Tensor, k_TGK: torch
         *(keys.stride(0) * size, keys.stride(1) * size, values.stride(0) * size, values.stride(1) * size),
     )
     _entry()(call)
+
+
+def _saturated(rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    largest = torch.finfo(dtype).max
+    return (rows.clamp(-largest, largest) if largest < torch.finfo(rows.dtype).max else rows).to(dtype)
 
 
 def _is_readable(cache_XPGK: torch.Tensor, rows_TGK: torch.Tensor) -> bool:

@@ -32,9 +32,9 @@ class Linear(nn.Linear):
         """x [..., in] to [..., out]."""
         return project(x, (self,))
 
-    def quantise(self) -> None:
-        """Keeps the weight as int8 with a scale for each output from now on: for inference, and not to be saved."""
-        weight_OD, self.scale_O = quantise_rows(self.weight)
+    def quantise(self, weight_OD: torch.Tensor | None = None) -> None:
+        """Keeps the weight, or this new one, as int8 with a scale for each output: for inference, not to be saved."""
+        weight_OD, self.scale_O = quantise_rows(self.weight if weight_OD is None else weight_OD)
         self.weight = nn.Parameter(weight_OD, requires_grad=False)
 
     def parameters_as(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -17,6 +17,9 @@ from openmimo.engine import context
 from openmimo.engine.config import EngineConfig
 from openmimo.engine.engine import Engine
 from openmimo.engine.llm import LLM
+from openmimo.engine.weights import quantise_linears
+from openmimo.kernels.page_store import store
+from openmimo.kernels.paged_attention import Pages
 from openmimo.model.context import PackedContext, RoutingTape
 from openmimo.model.mimo import MiMo
 
@@ -200,6 +203,43 @@ def test_a_session_has_one_request_at_a_time():
     assert engine.arena.num_used == 0
 
 
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(
+    st.sampled_from([(9, 1, 3), (18, 1, 4), (18, 3, 7), (20, 3, 7)]),
+    st.integers(60, 300),
+    st.sampled_from([1, 10]),
+    st.sampled_from([7, 16, 32, 100]),
+    st.lists(st.integers(1, 300), min_size=1, max_size=4),
+)
+def test_a_request_alone_ends_in_an_arena_of_what_the_check_demands(shape, length, max_tokens, prefill, shared):
+    """After others, with so many tokens of the same beginning, have left their prefixes there."""
+    window, heads, num_layers = shape
+    model = tiny_model(1, window_keys=window, mtp_heads=heads, num_layers=num_layers)
+    pages = _engine(model).scheduler.pages_at_most(length + max_tokens)
+    engine = _engine(model, cache_gigabytes=_gigabytes(model, pages), prefill_tokens=prefill, mixed_prefill_tokens=8)
+    params = replace(GREEDY, max_tokens=max_tokens)
+    for number, count in enumerate(shared):
+        prompt = (_ids(300, 3)[:count] + _ids(300, number))[:length]
+        sequence = engine.submit(Request(str(number), tuple(prompt), params))
+        for _ in range(length + max_tokens):
+            engine.step()
+        assert sequence.finish_reason
+    assert engine.scheduler.num_preemptions <= len(shared)
+
+
+def test_a_request_that_has_to_wait_costs_idle_sessions_nothing():
+    pages = _engine(MODEL).scheduler.pages_at_most(460)
+    engine = _engine(MODEL, cache_gigabytes=_gigabytes(MODEL, pages + 30))
+    second = _first_turn(engine)
+    engine.submit(Request("big", tuple(_ids(400, 7)), replace(GREEDY, max_tokens=60)))
+    engine.step()
+    waits = engine.submit(Request("waits", tuple(_ids(440, 8)), GREEDY))
+    engine.step()
+    assert waits.pages is None
+    turn = engine.submit(Request("2", second, GREEDY, session="s", priority=-1))
+    assert turn.num_cached_tokens > 100
+
+
 def _first_turn(engine):
     """The first turn of session s, and the prompt of its second."""
     first = _run(engine, [Request("1", tuple(_ids(120, 1)), GREEDY, session="s")])[0]
@@ -225,6 +265,53 @@ def test_new_weights_are_those_of_a_waiting_turn_too():
         engine.step()
     alone = _run(_engine(other), [Request("alone", prompt, GREEDY)])[0]
     assert turn.completion().token_ids == alone.token_ids
+    assert turn.num_cached_tokens == 0  # all of it was read again
+
+
+def test_quantised_layers_take_new_weights_quantised_anew():
+    params = replace(GREEDY, max_tokens=20)
+    models = [tiny_model(seed, mtp_heads=1) for seed in (5, 6, 6)]
+    new = models[1].state_dict()
+    for model in (models[0], models[2]):
+        quantise_linears(model)
+    engine = _engine(models[0])
+    engine.update_weights(new, version=1)
+    completions = [_run(e, [Request("1", tuple(_ids(30)), params)])[0] for e in (engine, _engine(models[2]))]
+    assert completions[0].token_ids == completions[1].token_ids
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_weights_that_are_not_finite_end_a_request_and_not_the_engine(temperature):
+    model = tiny_model(5, mtp_heads=1)
+    good = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    engine = _engine(model)
+    running = engine.submit(Request("1", tuple(_ids(30)), replace(GREEDY, max_tokens=20, temperature=temperature)))
+    engine.step()
+    engine.update_weights({"model.norm.weight": torch.full_like(good["model.norm.weight"], torch.nan)}, version=1)
+    while engine.has_work:
+        engine.step()
+    assert running.finish_reason == "error" and "not finite" in running.error
+    assert len(running.completion().token_ids) == len(running.policy_versions)
+    engine.update_weights(good, version=2)
+    assert len(_run(engine, [Request("2", tuple(_ids(30)), GREEDY)])[0].token_ids) == 12
+    engine.forget_cached()
+    assert engine.arena.num_used == 0
+
+
+@torch.inference_mode()
+def test_the_next_turn_drafts_from_the_states_of_what_was_said():
+    """Also where a turn stopped among its accepted drafts: here all drafts are right, by force."""
+    prompt = _ids(30, 3)
+    said = prompt + _alone(prompt, GREEDY)
+    for stop in range(31, 36):
+        engine = _engine(MODEL, adaptive_drafts=False)
+        params = replace(GREEDY, stop_token_ids=(said[stop],))
+        turn = engine.submit(Request("1", tuple(prompt), params, session="s"))
+        while engine.has_work:
+            engine.step()
+            turn.drafts = said[len(turn.tokens) : len(turn.tokens) + len(turn.drafts)]
+        states = MODEL(torch.tensor(turn.tokens[:-1]), PackedContext((turn.computed,))).pre_norm_TD
+        assert torch.allclose(turn.states_TD[-2:], states[-2:])
 
 
 @pytest.mark.parametrize("name, value", [("temperature", 1e-310), ("repetition_penalty", 1e-45)])
@@ -447,6 +534,14 @@ def test_an_fp8_cache_takes_half_the_bytes_and_stays_near():
     near = _run(_engine(model, cache_dtype="fp8", prefill_tokens=20), [Request("1", tuple(prompt), params)])[0]
     difference = np.abs(np.array(exact) - np.array(near.prompt_logprobs)).mean()
     assert 0 < difference < 0.2
+
+
+@pytest.mark.parametrize("dtype, largest", [(torch.float8_e4m3fn, 448.0), (torch.float16, 65504.0)])
+def test_what_a_narrow_cache_cannot_hold_becomes_its_largest_number(dtype, largest):
+    pages = Pages(*(torch.zeros(1, 4, 1, 8, dtype=dtype) for _ in range(2)), torch.zeros(1, 1))
+    rows = torch.tensor([1.0, 1e6, -1e6]).view(3, 1, 1).expand(3, 1, 8)
+    store(pages, torch.zeros(3, dtype=torch.int64), torch.arange(3), rows, rows)
+    assert pages.keys_XPGK[0, :, 0, 0].tolist() == [1.0, largest, -largest, 0.0]
 
 
 # --- errors ---------------------------------------------------------------------------------------------------------

@@ -97,10 +97,13 @@ def test_an_engine_that_dies_tells_its_clients_and_its_health(engine, monkeypatc
         monkeypatch.setattr(engine, "step", fail)
         async with aclosing(backend.generate(Request("1", PROMPT, GREEDY))) as deltas:
             last = [delta async for delta in deltas][-1]
-        return last, backend.gauges().is_healthy
+        async with aclosing(backend.generate(Request("2", PROMPT, GREEDY))) as deltas:
+            late = [delta async for delta in deltas][-1]
+        return last, late, backend.gauges().is_healthy
 
-    last, is_healthy = with_backend(engine, ask)
-    assert last.finish_reason == "error" and "log" in last.error
+    last, late, is_healthy = with_backend(engine, ask)
+    for delta in (last, late):
+        assert delta.finish_reason == "error" and "log" in delta.error
     assert not is_healthy
 
 

@@ -32,7 +32,7 @@ class EngineBackend:
         self._work: collections.deque[Callable[[], None]] = collections.deque()
         self._wake = threading.Condition()
         self._is_closing = False
-        self._has_died = False
+        self._has_died = self._has_ended = False
         self._replies: dict[str, tuple[asyncio.AbstractEventLoop, _Reply]] = {}
         self._thread = threading.Thread(target=self._run, name="openmimo-engine", daemon=True)
         self._thread.start()
@@ -47,7 +47,8 @@ class EngineBackend:
         self._replies[request.id] = (asyncio.get_running_loop(), reply)
         is_whole = False
         try:
-            self._do(lambda: self._submit(request))
+            if not self._do(lambda: self._submit(request)):
+                reply.put_nowait(_engine_has_ended(request.id))
             while not is_whole:
                 delta = await reply.get()
                 if isinstance(delta, UserError):
@@ -85,11 +86,12 @@ class EngineBackend:
             self._wake.notify()
         await asyncio.to_thread(self._thread.join)
 
-    def _do(self, work: Callable[[], None]) -> None:
-        """Hands work to the engine's thread."""
+    def _do(self, work: Callable[[], None]) -> bool:
+        """Hands work to the engine's thread; False where that has ended."""
         with self._wake:
             self._work.append(work)
             self._wake.notify()
+            return not self._has_ended
 
     async def _abort(self, request_id: str) -> None:
         """Returns when the engine has let go of the request (at once where its thread has ended)."""
@@ -119,10 +121,10 @@ class EngineBackend:
         except BaseException:  # a panic of a library too: clients must hear of it, and /health must tell
             _LOG.exception("the engine has died")
             self._has_died = True
+        with self._wake:
+            self._has_ended = True
         for request_id in list(self._replies):
-            self._deliver(
-                Delta(request_id, finish_reason="error", error="the engine has ended; the server's log says why")
-            )
+            self._deliver(_engine_has_ended(request_id))
 
     def _wait_for_work(self) -> bool:
         """Whether to go on; sleeps while there is nothing to do."""
@@ -148,3 +150,7 @@ class EngineBackend:
         if known is not None:
             loop, reply = known
             loop.call_soon_threadsafe(reply.put_nowait, event)
+
+
+def _engine_has_ended(request_id: str) -> Delta:
+    return Delta(request_id, finish_reason="error", error="the engine has ended; the server's log says why")
