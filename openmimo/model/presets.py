@@ -1,4 +1,4 @@
-"""Models by name, without torch: `tiny` for a CPU, `small` for one GPU, `flash` (309B-A15B), the dense `mimo_7b`."""
+"""Models by name, without torch: `tiny` for a CPU, `deep` and `small` for one GPU, `flash` (309B-A15B), `mimo_7b`."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -56,6 +56,14 @@ def tiny_no_sink() -> ModelConfig:
     config = tiny()
     layers = tuple(replace(layer, attention=replace(layer.attention, sink=False)) for layer in config.layers)
     return replace(config, layers=layers, mtp=replace(config.mtp, attention=replace(config.mtp.attention, sink=False)))
+
+
+def deep() -> ModelConfig:
+    """13 million parameters: 48 layers of `tiny` and three MTP heads, so a head is as small a part as in `flash`."""
+    config = tiny()
+    full, sliding = config.layers[0].attention, config.layers[1].attention
+    layers = hybrid_layers(48, full=full, sliding=sliding, moe=True)
+    return replace(config, layers=layers).with_mtp_heads(3)
 
 
 def small() -> ModelConfig:
@@ -119,7 +127,7 @@ def mimo_7b() -> ModelConfig:
 
 
 PRESETS: dict[str, Callable[[], ModelConfig]] = {
-    preset.__name__: preset for preset in (tiny, tiny_all_global, tiny_no_sink, small, flash, flash_base, mimo_7b)
+    preset.__name__: preset for preset in (tiny, tiny_all_global, tiny_no_sink, deep, small, flash, flash_base, mimo_7b)
 }
 
 

@@ -1,12 +1,14 @@
 """The report of a run, from its `metrics.jsonl` alone: losses, acceptance, expert load, speed, loss by position."""
 
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
 from openmimo.core.metrics import read_metrics
 from openmimo.core.report import Report, new_figure
 
+_MOST_LINES = 8  # layers by name in one plot
 Rows = list[dict[str, Any]]
 
 
@@ -84,8 +86,14 @@ def _acceptance(validation: Rows) -> Any:
 
 def _expert_load(train: Rows) -> Any:
     figure, (over_time, last) = new_figure(columns=2, width=10)
-    for name in [name for name in train[-1] if name.startswith("expert_load/max_over_mean_")]:
-        _plot(over_time, train, name, label=f"layer {name.rsplit('_', 1)[1]}")
+    names = [name for name in train[-1] if name.startswith("expert_load/max_over_mean_")]
+    if len(names) <= _MOST_LINES:
+        for name in names:
+            _plot(over_time, train, name, label=f"layer {name.rsplit('_', 1)[1]}")
+    else:
+        steps = [row["step"] for row in train]
+        for label, pick in (("most uneven layer", max), ("median layer", statistics.median), ("most even layer", min)):
+            over_time.plot(steps, [pick(row[name] for name in names) for row in train], label=label)
     over_time.set(xlabel="optimiser step", ylabel="max / mean load")
     over_time.legend()
     load = train[-1]["expert_load/by_layer"]

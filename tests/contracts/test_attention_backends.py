@@ -135,6 +135,13 @@ def test_logits_that_leave_the_range_of_exp(name, far):
         assert torch.allclose(ours, theirs, rtol=1e-8, atol=1e-9)
 
 
+def test_an_accelerators_padded_batches_are_the_reference():
+    """sdpa refuses a CPU, where torch has no fast kernel for it, but what it computes can be seen there."""
+    need, tensors = tensors_of(CALLS["packed full"][:7] + (False,), torch.float64, True)
+    for ours, theirs in zip(run("sdpa", need, tensors), run("reference", need, tensors), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 def test_one_more_key_in_the_window_shows():
     need, tensors = tensors_of(CALLS["window"], torch.float64, False)
     right = run("reference", need, tensors)[0]

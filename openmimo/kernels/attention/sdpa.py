@@ -27,12 +27,23 @@ def run(
     need: AttentionNeed,
     scale: float,
 ) -> torch.Tensor:
-    """See `openmimo.kernels.attention.attend`. Sequences of one length are a batch; others go one after another."""
+    """See `openmimo.kernels.attention.attend`.
+
+    Sequences of one length are a batch. Others are padded to batches, one for each power of two that lengths round up
+    to: padding stands behind the last query, which the causal mask hides.
+    """
     lengths = need.query_lengths
     if len(set(lengths)) == 1:
         return _batch(q_TNK, k_SGK, v_SGV, len(lengths), scale)
-    parts = zip(q_TNK.split(lengths), k_SGK.split(lengths), v_SGV.split(lengths), strict=True)
-    return torch.cat([_batch(q, k, v, 1, scale) for q, k, v in parts])
+    place_T, outputs = torch.empty(len(q_TNK), dtype=torch.int64), []
+    num_rows = 0
+    for padded_length, rows_BL in _padded_batches(lengths).items():
+        is_real = rows_BL >= 0
+        place_T[rows_BL[is_real]] = num_rows + torch.nonzero(is_real.flatten())[:, 0]
+        rows = rows_BL.clamp(min=0).flatten().to(q_TNK.device)
+        outputs.append(_batch(q_TNK[rows], k_SGK[rows], v_SGV[rows], len(rows_BL), scale))
+        num_rows += len(rows_BL) * padded_length
+    return torch.cat(outputs)[place_T.to(q_TNK.device)]
 
 
 def refuse(need: AttentionNeed) -> str | None:
@@ -46,6 +57,21 @@ def refuse(need: AttentionNeed) -> str | None:
     if need.dtype not in (torch.bfloat16, torch.float16):
         return f"its fast kernels are for half precision, not {need.dtype}"
     return None
+
+
+def _padded_batches(lengths: tuple[int, ...]) -> dict[int, torch.Tensor]:
+    """By padded length L, the tokens of its sequences: rows of the pack, int64 [B, L], -1 where there is padding."""
+    of_length: dict[int, list[tuple[int, int]]] = {}
+    start = 0
+    for length in lengths:
+        of_length.setdefault(1 << max(length - 1, 0).bit_length(), []).append((start, length))
+        start += length
+    batches = {}
+    for padded_length, sequences in of_length.items():
+        starts_B1, lengths_B1 = torch.tensor(sequences).T[..., None]
+        place_L = torch.arange(padded_length)
+        batches[padded_length] = torch.where(place_L < lengths_B1, starts_B1 + place_L, -1)
+    return batches
 
 
 def _batch(
