@@ -1,11 +1,11 @@
 """Which requests run in the next step, and how many tokens of each. No tensors here.
 
-Every step serves all decoding sequences, and reads a bounded number of prompt tokens beside them, shared evenly between
-the prompts that are being read: a long prompt delays neither the tokens of others nor their prompts. Requests are
-admitted by priority, then in order of arrival, when the cache has room for their prompt. When the cache is full, what
-no running request needs goes first (prefixes, idle sessions, what waiting turns of sessions hold); then the last in
-that same order is preempted: it gives back its pages, keeps its tokens, and waits to be read again. The first in the
-order can thus always go on.
+Every step serves all decoding sequences, and reads a bounded number of prompt tokens beside them: prompts in the order
+of their requests, each at most half of what is left while others wait behind it. So a long prompt delays neither the
+tokens of others nor, by more than twice, their prompts. Requests are admitted by priority, then in order of arrival,
+when the cache has room for their prompt. When the cache is full, what no running request needs goes first (prefixes,
+idle sessions, what waiting turns of sessions hold); then the last in that same order is preempted: it gives back its
+pages, keeps its tokens, and waits to be read again. The first in the order can thus always go on.
 """
 
 import bisect
@@ -105,10 +105,8 @@ class Scheduler:
                 return
             if sequence.pages is None:
                 continue
-            later = reading[index + 1 :]
-            fair_share = max(budget // (len(later) + 1), 1)
-            unused = sum(max(fair_share - other.remaining, 0) for other in later)
-            count = min(sequence.remaining, fair_share + unused, budget)
+            others = sum(other.remaining for other in reading[index + 1 :])
+            count = min(sequence.remaining, max(budget - others, (budget + 1) // 2))
             if self._reach(sequence, sequence.computed + count):
                 plan.prefills.append((sequence, sequence.computed + count))
                 budget -= count

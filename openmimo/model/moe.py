@@ -122,8 +122,8 @@ def sequence_balance_loss(scores_TE: torch.Tensor, ids_TA: torch.Tensor, balance
     ones_TA = torch.ones_like(ids_TA, dtype=scores_TE.dtype)
     chosen_TE = torch.zeros_like(scores_TE).scatter_(1, ids_TA, ones_TA)
     normalised_TE = scores_TE / scores_TE.sum(dim=-1, keepdim=True)
-    length = torch.bincount(balance.sequence_T, minlength=balance.num_sequences).to(scores_TE.dtype)[:, None]
     zeros = scores_TE.new_zeros(balance.num_sequences, E)
+    length = zeros[:, :1].index_add(0, balance.sequence_T, torch.ones_like(scores_TE[:, :1]))
     frequency = zeros.index_add(0, balance.sequence_T, chosen_TE) * (E / A) / length
     probability = zeros.index_add(0, balance.sequence_T, normalised_TE) / length
     return (frequency * probability).sum(dim=-1).mean()

@@ -3,6 +3,7 @@
 import torch
 
 from openmimo.data.loader import Batch, Loader
+from openmimo.kernels.experts import count_experts
 from openmimo.model.context import RoutingTape
 from openmimo.model.mimo import MiMo
 from openmimo.train.loss import MicroBatch, micro_batch
@@ -29,5 +30,5 @@ def to_device(batch: Batch, num_mtp_heads: int, device: torch.device) -> MicroBa
 def expert_load(routing: RoutingTape, model: MiMo, *, add_to: dict[int, torch.Tensor]) -> None:
     """Adds to `add_to`, by layer, how many tokens visited each expert, int64 [E]."""
     for layer, ids_TA in routing.recorded.items():
-        counts_E = torch.bincount(ids_TA.flatten(), minlength=model.config.moe.num_experts)
+        counts_E = count_experts(ids_TA, model.config.moe.num_experts)
         add_to[layer] = add_to[layer] + counts_E if layer in add_to else counts_E

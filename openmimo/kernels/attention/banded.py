@@ -7,6 +7,7 @@ document before. Tiles are computed some at a time (a segment), so that their lo
 Shapes as in `_tiles`; T queries; P keys of a stream: window - 1 before the first query, then those of whole tiles.
 """
 
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -47,16 +48,23 @@ def run(
     """See `openmimo.kernels.attention.attend`."""
     bands = _Bands.for_need(need, scale)
     if need.is_self_attention:
-        lengths = torch.tensor(need.query_lengths)
-        starts_T = (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
+        starts_T = _starts(need.query_lengths, q_TNK.device)
         return _attend_stream(q_TNK, k_SGK, v_SGV, sink_N, starts_T, bands)
     outputs = []
     keys, values = k_SGK.split(need.key_lengths), v_SGV.split(need.key_lengths)
     for q, k, v in zip(q_TNK.split(need.query_lengths), keys, values, strict=True):
         unseen = max(0, len(k) - len(q) - bands.past)
-        starts_T = torch.zeros(len(q), dtype=torch.int64)
+        starts_T = torch.zeros(len(q), dtype=torch.int64, device=q.device)
         outputs.append(_attend_stream(q, k[unseen:], v[unseen:], sink_N, starts_T, bands))
     return torch.cat(outputs)
+
+
+@functools.lru_cache(maxsize=4)  # the layers of a pass ask alike
+@torch.inference_mode(False)  # a later pass may keep them for its gradients
+def _starts(lengths: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """Where the sequence of each packed token begins, int64 [T]."""
+    lengths_B = torch.tensor(lengths)
+    return (lengths_B.cumsum(0) - lengths_B).repeat_interleave(lengths_B).to(device)
 
 
 def refuse(need: AttentionNeed) -> str | None:
@@ -119,7 +127,7 @@ def _attend_stream(
     before = bands.past - (len(k_SGK) - len(q_TNK))
     after = -len(q_TNK) % bands.block
     k_PGK, v_PGV = (F.pad(x, (0, 0, 0, 0, before, after)) for x in (k_SGK, v_SGV))
-    first_T = (starts_T + before).to(q_TNK.device)
+    first_T = starts_T + before
     return _Banded.apply(q_TNK, k_PGK, v_PGV, sink_N, first_T, bands)
 
 

@@ -3,6 +3,8 @@
 On the CPU that call multiplies out T x T numbers when key and value dims differ, so it is refused there.
 """
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -35,15 +37,12 @@ def run(
     lengths = need.query_lengths
     if len(set(lengths)) == 1:
         return _batch(q_TNK, k_SGK, v_SGV, len(lengths), scale)
-    place_T, outputs = torch.empty(len(q_TNK), dtype=torch.int64), []
-    num_rows = 0
-    for padded_length, rows_BL in _padded_batches(lengths).items():
-        is_real = rows_BL >= 0
-        place_T[rows_BL[is_real]] = num_rows + torch.nonzero(is_real.flatten())[:, 0]
-        rows = rows_BL.clamp(min=0).flatten().to(q_TNK.device)
+    batches, place_T = _padded_batches(lengths, q_TNK.device)
+    outputs = []
+    for rows_BL in batches:
+        rows = rows_BL.flatten()
         outputs.append(_batch(q_TNK[rows], k_SGK[rows], v_SGV[rows], len(rows_BL), scale))
-        num_rows += len(rows_BL) * padded_length
-    return torch.cat(outputs)[place_T.to(q_TNK.device)]
+    return torch.cat(outputs)[place_T]
 
 
 def refuse(need: AttentionNeed) -> str | None:
@@ -59,19 +58,28 @@ def refuse(need: AttentionNeed) -> str | None:
     return None
 
 
-def _padded_batches(lengths: tuple[int, ...]) -> dict[int, torch.Tensor]:
-    """By padded length L, the tokens of its sequences: rows of the pack, int64 [B, L], -1 where there is padding."""
+@functools.lru_cache(maxsize=4)  # the layers of a pass ask alike
+@torch.inference_mode(False)  # a later pass may keep them for its gradients
+def _padded_batches(lengths: tuple[int, ...], device: torch.device) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """For each padded length L, the tokens of its sequences: rows of the pack, int64 [B, L] (padding repeats a row).
+
+    The second is where each token of the pack stands in all batches, one after another, int64 [T].
+    """
     of_length: dict[int, list[tuple[int, int]]] = {}
     start = 0
     for length in lengths:
         of_length.setdefault(1 << max(length - 1, 0).bit_length(), []).append((start, length))
         start += length
-    batches = {}
+    batches, place_T, num_rows = [], torch.empty(start, dtype=torch.int64), 0
     for padded_length, sequences in of_length.items():
         starts_B1, lengths_B1 = torch.tensor(sequences).T[..., None]
         place_L = torch.arange(padded_length)
-        batches[padded_length] = torch.where(place_L < lengths_B1, starts_B1 + place_L, -1)
-    return batches
+        is_real = place_L < lengths_B1
+        rows_BL = starts_B1 + torch.where(is_real, place_L, 0)
+        place_T[rows_BL[is_real]] = num_rows + torch.nonzero(is_real.flatten())[:, 0]
+        batches.append(rows_BL.to(device))
+        num_rows += rows_BL.numel()
+    return batches, place_T.to(device)
 
 
 def _batch(

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from openmimo.kernels.experts import count_experts
+
 
 @dataclass(frozen=True)
 class SortedTokens:
@@ -24,7 +26,7 @@ def sort_by_expert(
 ) -> SortedTokens:
     """Repeats each token once for each of its experts and sorts these rows by expert; differentiable in x."""
     ids_M = expert_ids_TA.flatten()
-    chosen_E = torch.bincount(ids_M, minlength=num_experts)
+    chosen_E = count_experts(ids_M, num_experts)
     counts_E = (chosen_E + multiple - 1) // multiple * multiple
     order = torch.argsort(ids_M, stable=True)
     # The sorted choices stand one after another; padding moves each expert's by what was added before it.
