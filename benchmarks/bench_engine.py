@@ -199,7 +199,8 @@ def main(arguments: list[str] | None = None) -> None:
                 side.close()
     print_rows(rows)
     if not options.quick and not options.no_write:
-        name = f"bench_engine_{options.config}"
+        part = [] if set(options.sections) == set(SECTIONS) else options.sections
+        name = "_".join(["bench_engine", options.config, *part])
         print(f"wrote {write_rows(name, rows, device=CPU, threads=options.threads, remarks=tuple(run.remarks))}")
 
 
