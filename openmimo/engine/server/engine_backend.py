@@ -116,15 +116,13 @@ class EngineBackend:
         try:
             while self._wait_for_work():
                 self._do_work()
-                for sequence in self._engine.step():
-                    self._deliver(sequence.take_delta())
+                self._deliver([sequence.take_delta() for sequence in self._engine.step()])
         except BaseException:  # a panic of a library too: clients must hear of it, and /health must tell
             _LOG.exception("the engine has died")
             self._has_died = True
         with self._wake:
             self._has_ended = True
-        for request_id in list(self._replies):
-            self._deliver(_engine_has_ended(request_id))
+        self._deliver([_engine_has_ended(request_id) for request_id in list(self._replies)])
 
     def _wait_for_work(self) -> bool:
         """Whether to go on; sleeps while there is nothing to do."""
@@ -140,17 +138,27 @@ class EngineBackend:
         try:
             self._engine.submit(request)
         except UserError as error:
-            self._tell(request.id, error)
+            self._hand_over([(request.id, error)])
 
-    def _deliver(self, delta: Delta) -> None:
-        self._tell(delta.request_id, delta)
+    def _deliver(self, deltas: list[Delta]) -> None:
+        self._hand_over([(delta.request_id, delta) for delta in deltas])
 
-    def _tell(self, request_id: str, event: Delta | UserError) -> None:
-        known = self._replies.get(request_id)
-        if known is not None:
-            loop, reply = known
-            loop.call_soon_threadsafe(reply.put_nowait, event)
+    def _hand_over(self, events: list[tuple[str, Delta | UserError]]) -> None:
+        """Wakes each event loop once for all events of a step."""
+        of_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Reply, Delta | UserError]]] = {}
+        for request_id, event in events:
+            known = self._replies.get(request_id)
+            if known is not None:
+                loop, reply = known
+                of_loop.setdefault(loop, []).append((reply, event))
+        for loop, replies in of_loop.items():
+            loop.call_soon_threadsafe(_put_all, replies)
 
 
 def _engine_has_ended(request_id: str) -> Delta:
     return Delta(request_id, finish_reason="error", error="the engine has ended; the server's log says why")
+
+
+def _put_all(events: list[tuple[_Reply, Delta | UserError]]) -> None:
+    for reply, event in events:
+        reply.put_nowait(event)

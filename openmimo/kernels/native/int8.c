@@ -8,6 +8,7 @@
 
 #define MAX_ROWS 32
 #define TOGETHER 4 /* rows, and weight rows, that are multiplied in registers */
+#define APART 4    /* from one of these weight rows to the next */
 
 /* As openmimo/kernels/int8_linear.py packs it. */
 typedef struct {
@@ -74,7 +75,7 @@ INLINE void multiply_bytes(int count, const int8_call *call, int64_t row, const 
     for (; dim + WIDTH <= dims; dim += WIDTH)
         for (int i = 0; i < TOGETHER; i++) {
             numbers weight = load_bytes(weights[i] + dim);
-            if (!row && dim % 64 == 0) __builtin_prefetch(weights[i] + dim + TOGETHER * dims, 0, 2);
+            if (!row && dim % 64 == 0) __builtin_prefetch(weights[i] + dim + TOGETHER * APART * dims, 0, 2);
             for (int r = 0; r < count; r++)
                 lanes[r][i] = add_product(lanes[r][i], load_numbers(call->x + (row + r) * dims + dim), weight);
         }
@@ -83,24 +84,30 @@ INLINE void multiply_bytes(int count, const int8_call *call, int64_t row, const 
             sums[r][i] = finish(lanes[r][i], call->x + (row + r) * dims, weights[i], dim, dims);
 }
 
+/* Outputs `first`, `first + APART`, and so on: weights that lie apart, which memory gives faster (see wide.c). */
 static void fill_outputs(const int8_call *call, int64_t first) {
-    int64_t outputs = call->outputs - first < TOGETHER ? call->outputs - first : TOGETHER, row = 0;
     const int8_t *weights[TOGETHER];
     float sums[MAX_ROWS][TOGETHER];
-    for (int64_t i = 0; i < TOGETHER; i++)
-        weights[i] = call->weight + (first + (i < outputs ? i : outputs - 1)) * call->dims;
+    int64_t row = 0;
+    for (int64_t i = 0; i < TOGETHER; i++) {
+        int64_t output = first + i * APART;
+        weights[i] = call->weight + (output < call->outputs ? output : call->outputs - 1) * call->dims;
+    }
 #ifdef __AVX512F__ /* elsewhere there are no registers for so many */
     for (; row + 4 <= call->rows; row += 4) multiply_bytes(4, call, row, weights, sums + row);
 #endif
     for (; call->rows - row >= 2; row += 2) multiply_bytes(2, call, row, weights, sums + row);
     if (call->rows - row == 1) multiply_bytes(1, call, row, weights, sums + row);
     for (row = 0; row < call->rows; row++)
-        for (int64_t i = 0; i < outputs; i++)
-            call->out[row * call->outputs + first + i] = sums[row][i] * call->scale[first + i];
+        for (int64_t i = 0; i < TOGETHER && first + i * APART < call->outputs; i++) {
+            int64_t output = first + i * APART;
+            call->out[row * call->outputs + output] = sums[row][i] * call->scale[output];
+        }
 }
 
 void openmimo_int8_linear(const int8_call *call) {
     int threads = call->outputs * call->dims < MIN_PARALLEL_BYTES ? 1 : (int)call->threads;
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (int64_t first = 0; first < call->outputs; first += TOGETHER) fill_outputs(call, first);
+    for (int64_t panel = 0; panel < call->outputs; panel += TOGETHER * APART)
+        for (int64_t i = 0; i < APART && panel + i < call->outputs; i++) fill_outputs(call, panel + i);
 }
