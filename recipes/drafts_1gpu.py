@@ -1,4 +1,4 @@
-"""What drafting gains where a head is as small a part of the model as in the report: `deep`, some eight minutes on one GPU.
+"""What drafting gains where a head is as small a part of the model as in the report: `deep`, eight minutes on one GPU.
 
 Its text and its repeated passages are those of `drafts_cpu`: `benchmarks/bench_speculation.py` measures both alike.
 """

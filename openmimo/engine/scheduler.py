@@ -1,11 +1,11 @@
 """Which requests run in the next step, and how many tokens of each. No tensors here.
 
 Every step serves all decoding sequences, and reads a bounded number of prompt tokens beside them: prompts in the order
-of their requests, each at most half of what is left while others wait behind it. So a long prompt delays neither the
-tokens of others nor, by more than twice, their prompts. Requests are admitted by priority, then in order of arrival,
-when the cache has room for their prompt. When the cache is full, what no running request needs goes first (prefixes,
-idle sessions, what waiting turns of sessions hold); then the last in that same order is preempted: it gives back its
-pages, keeps its tokens, and waits to be read again. The first in the order can thus always go on.
+of their requests, but one that a step cannot read whole takes only an even share. So a long prompt delays neither the
+tokens of others nor their prompts, and short ones do not all end late. Requests are admitted by priority, then in order
+of arrival, when the cache has room for their prompt. When the cache is full, what no running request needs goes first
+(prefixes, idle sessions, what waiting turns of sessions hold); then the last in that same order is preempted: it gives
+back its pages, keeps its tokens, and waits to be read again. The first in the order can thus always go on.
 """
 
 import bisect
@@ -100,13 +100,14 @@ class Scheduler:
     def _plan_prefills(self, plan: Plan) -> None:
         reading = [sequence for sequence in self.running if sequence.remaining > 1]
         budget = self._config.mixed_prefill_tokens if plan.decodes else self._config.prefill_tokens
+        share, longest = max(budget // max(len(reading), 1), 1), budget
         for index, sequence in enumerate(reading):
-            if budget < 1:
-                return
-            if sequence.pages is None:
+            later = [other.remaining for other in reading[index + 1 :]]
+            kept_for_long = share * sum(remaining > longest for remaining in later)
+            most = share if sequence.remaining > longest else max(budget - kept_for_long, share)
+            count = min(sequence.remaining, budget, max(most, budget - sum(later)))
+            if count < 1 or sequence.pages is None:
                 continue
-            others = sum(other.remaining for other in reading[index + 1 :])
-            count = min(sequence.remaining, max(budget - others, (budget + 1) // 2))
             if self._reach(sequence, sequence.computed + count):
                 plan.prefills.append((sequence, sequence.computed + count))
                 budget -= count

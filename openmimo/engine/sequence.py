@@ -92,7 +92,8 @@ class Sequence:
         """Confirms one token, and decides whether it is the last."""
         token = decision.token
         if token == NO_TOKEN:
-            self.finish("error", "no token can be chosen: the model's logits are not finite, check its weights")
+            message = "no token can be chosen: all are forbidden, or the model's logits are not finite (bad weights)"
+            self.finish("error", message)
             return
         self.tokens.append(token)
         self.drafted.append(drafted)

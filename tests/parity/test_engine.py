@@ -164,6 +164,19 @@ def test_a_long_prompt_does_not_stall_the_others():
     assert 0 < long.computed < 200
 
 
+def test_short_prompts_are_read_in_order_and_long_ones_beside_them():
+    """A step reads 40 tokens: two short prompts whole, and of a long one no more than its share until it is alone."""
+    engine = _engine(tiny_model(1), prefill_tokens=40, mixed_prefill_tokens=40, speculative=False)
+    long = [engine.submit(Request(f"long {number}", tuple(_ids(200, number)), GREEDY)) for number in range(2)]
+    short = [engine.submit(Request(f"short {number}", tuple(_ids(20, 9 + number)), GREEDY)) for number in range(3)]
+    engine.step()
+    assert [sequence.computed for sequence in long] == [8, 8]
+    assert [sequence.computed for sequence in short] == [20, 4, 0]
+    engine.step()
+    assert [sequence.computed for sequence in long] == [18, 18]
+    assert all(sequence.computed >= 20 for sequence in short[:2]) and short[2].computed == 4
+
+
 def test_priorities_come_first():
     engine = _engine(tiny_model(1), max_sequences=1)
     order = []

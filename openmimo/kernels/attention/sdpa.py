@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from openmimo.kernels.attention import AttentionNeed
 from openmimo.kernels.dispatch import Backend
 
+_LONGEST_PADDED = 1024
 PREFERRED = [
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,
@@ -32,7 +33,8 @@ def run(
     """See `openmimo.kernels.attention.attend`.
 
     Sequences of one length are a batch. Others are padded to batches, one for each power of two that lengths round up
-    to: padding stands behind the last query, which the causal mask hides.
+    to, unless they are long enough to be worth a call of their own: padding stands behind the last query, which the
+    causal mask hides.
     """
     lengths = need.query_lengths
     if len(set(lengths)) == 1:
@@ -68,7 +70,8 @@ def _padded_batches(lengths: tuple[int, ...], device: torch.device) -> tuple[lis
     of_length: dict[int, list[tuple[int, int]]] = {}
     start = 0
     for length in lengths:
-        of_length.setdefault(1 << max(length - 1, 0).bit_length(), []).append((start, length))
+        padded_length = length if length > _LONGEST_PADDED else 1 << max(length - 1, 0).bit_length()
+        of_length.setdefault(padded_length, []).append((start, length))
         start += length
     batches, place_T, num_rows = [], torch.empty(start, dtype=torch.int64), 0
     for padded_length, sequences in of_length.items():
