@@ -258,6 +258,7 @@ class Engine:
             return
         if self.prefix is not None:
             self.prefix.mark_end(sequence.node)
+            self.prefix.prune(sequence.node)
         self._release(sequence)
 
     def _release(self, sequence: Sequence) -> None:

@@ -124,6 +124,11 @@ class PrefixCache:
             node.is_useful = True
             node = node.parent
 
+    def prune(self, node: PrefixNode | None) -> None:
+        """Removes the last node of a text if it holds nothing, as a text read at once by sliding layers alone may."""
+        if node is not None and not any(node.pages):
+            self._remove_leaf(node)
+
     def evict(self, num_pages: int) -> None:
         """Frees at least so many pages, if the tree alone holds as many."""
         nodes = sorted(self._nodes(), key=lambda node: (node.last_use, -node.depth))
@@ -137,12 +142,17 @@ class PrefixCache:
             if self._arena.num_free >= goal:
                 return
             self._release_sliding(node)
-            if self._holds_alone(node):
+            if self._holds_alone(node) or not any(node.pages):
                 self._remove_leaf(node)
-        for node in nodes:  # pages above a block that a request shares: the tree lets go of the block first
+        # Pages above a block that a request shares: the tree lets go of the block first. Parents come last in `nodes`.
+        below_own_pages: set[PrefixNode] = set()
+        for node in reversed(nodes):
+            if node.attached and (node.parent in below_own_pages or self._holds_alone(node)):
+                below_own_pages.add(node)
+        for node in nodes:
             if self._arena.num_free >= goal:
                 return
-            if any(map(self._holds_alone, _with_ancestors(node))):
+            if node in below_own_pages:
                 self._remove_leaf(node)
 
     def clear(self) -> None:
@@ -219,12 +229,15 @@ class PrefixCache:
         return any(not self._arena.is_shared(page) for pages in node.pages if pages is not None for page in pages)
 
     def _remove_leaf(self, node: PrefixNode) -> None:
-        if not node.attached or node.children:
-            return
-        for number in range(len(self._groups)):
-            self._release(node, number)
-        del node.parent.children[node.tokens]
-        node.attached = False
+        """Removes the node if it is a leaf, and then what only led to it and holds nothing."""
+        while node.attached and node.parent is not None and not node.children:
+            for number in range(len(self._groups)):
+                self._release(node, number)
+            del node.parent.children[node.tokens]
+            node.attached = False
+            node = node.parent
+            if any(node.pages):
+                return
 
     def _nodes(self) -> Iterator[PrefixNode]:
         stack = list(self._root.children.values())
@@ -232,9 +245,3 @@ class PrefixCache:
             node = stack.pop()
             yield node
             stack.extend(node.children.values())
-
-
-def _with_ancestors(node: PrefixNode | None) -> Iterator[PrefixNode]:
-    while node is not None:
-        yield node
-        node = node.parent

@@ -121,8 +121,9 @@ class Scheduler:
                 if self._prefix is not None and sequence.request.session is None:
                     self._prefix.start(sequence)
             needed = sequence.pages.missing(len(sequence.tokens) + 1 + self._margin) + len(self._arena.layout.groups)
-            if self.running and not self._could_have(needed, sequence):
-                sequence.forget_computed()
+            if self.running and needed > self._arena.num_free and not self._could_have(needed, sequence):
+                if sequence.request.session is None:
+                    sequence.forget_computed()
                 return
             self._make_room(needed, sequence)
             del self.waiting[0]

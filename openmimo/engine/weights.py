@@ -14,10 +14,10 @@ def quantise_linears(model: MiMo) -> None:
 
 
 def set_weight(model: MiMo, name: str, tensor: torch.Tensor) -> None:
-    """New numbers for the parameter or buffer `name`, in place; quantised anew where that is int8."""
+    """New numbers for the parameter or buffer `name`, where that lies; quantised anew if it is int8."""
     owner, _, own_name = name.rpartition(".")
     module = model.get_submodule(owner)
     if isinstance(module, Linear) and own_name == "weight" and module.scale_O is not None:
-        module.quantise(tensor)
+        module.quantise(tensor.to(module.weight.device))
     else:
         getattr(module, own_name).copy_(tensor)

@@ -22,7 +22,7 @@ def quantise_rows(weight_OD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
     wide_OD = weight_OD.detach().float()
     largest_O = wide_OD.abs().amax(dim=1)
-    scale_O = torch.where(largest_O > 0, largest_O / _LARGEST, torch.ones_like(largest_O))
+    scale_O = torch.where(largest_O == 0, 1.0, largest_O / _LARGEST)  # NaN stays NaN
     return (wide_OD / scale_O[:, None]).round().to(torch.int8), scale_O
 
 

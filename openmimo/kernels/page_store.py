@@ -43,7 +43,10 @@ def store(pages: Pages, page_T: torch.Tensor, slot_T: torch.Tensor, k_TGK: torch
 
 def _saturated(rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     largest = torch.finfo(dtype).max
-    return (rows.clamp(-largest, largest) if largest < torch.finfo(rows.dtype).max else rows).to(dtype)
+    if largest < torch.finfo(rows.dtype).max:
+        wide = torch.promote_types(rows.dtype, torch.float32)  # bfloat16 would round the limit itself up
+        rows = rows.to(wide).clamp(-largest, largest)
+    return rows.to(dtype)
 
 
 def _is_readable(cache_XPGK: torch.Tensor, rows_TGK: torch.Tensor) -> bool:

@@ -44,7 +44,7 @@ def clip_gradients(model: MiMo, max_norm: float, *, apart: Iterable[nn.Parameter
     apart = list(apart)
     ids = {id(parameter) for parameter in apart}
     common = [parameter for parameter in model.parameters() if parameter.grad is not None and id(parameter) not in ids]
-    num_nonzero = torch.stack([torch.count_nonzero(own.grad) for own in common]).sum()  # asked for once, not each
+    num_nonzero = sum(torch.count_nonzero(own.grad) for own in common)  # a tensor: an accelerator is asked only once
     num_zeros = sum(own.grad.numel() for own in common) - int(num_nonzero)
     norm = float(torch.nn.utils.clip_grad_norm_(common, max_norm))
     if apart:

@@ -18,6 +18,7 @@ from openmimo.engine.config import EngineConfig
 from openmimo.engine.engine import Engine
 from openmimo.engine.llm import LLM
 from openmimo.engine.weights import quantise_linears
+from openmimo.kernels.int8_linear import quantise_rows
 from openmimo.kernels.page_store import store
 from openmimo.kernels.paged_attention import Pages
 from openmimo.model.context import PackedContext, RoutingTape
@@ -249,8 +250,24 @@ def test_a_request_that_has_to_wait_costs_idle_sessions_nothing():
     waits = engine.submit(Request("waits", tuple(_ids(440, 8)), GREEDY))
     engine.step()
     assert waits.pages is None
-    turn = engine.submit(Request("2", second, GREEDY, session="s", priority=-1))
-    assert turn.num_cached_tokens > 100
+    turn = engine.submit(Request("2", second + tuple(_ids(300, 9)), GREEDY, session="s", priority=-1))
+    known = turn.num_cached_tokens
+    assert known > 100
+    engine.step()
+    assert turn in engine.scheduler.waiting and turn.computed == known  # its own are kept while it waits, too
+
+
+def test_a_tree_of_sliding_layers_alone_does_not_grow_for_ever():
+    config = tiny_config(num_layers=2)
+    sliding = replace(config.layers[1], ffn="dense")
+    model = randomise(MiMo(replace(config, layers=(sliding, sliding))), 1)
+    pages = _engine(model).scheduler.pages_at_most(201)
+    engine = _engine(model, cache_gigabytes=_gigabytes(model, pages + 8))
+    sizes = []
+    for number in range(40):
+        _run(engine, [Request(str(number), tuple(_ids(200, number)), replace(GREEDY, max_tokens=1))])
+        sizes.append(sum(1 for _ in engine.prefix._nodes()))
+    assert max(sizes[20:]) <= max(sizes[:20]) <= 24  # what one or two texts leave
 
 
 def _first_turn(engine):
@@ -291,6 +308,12 @@ def test_quantised_layers_take_new_weights_quantised_anew():
     engine.update_weights(new, version=1)
     completions = [_run(e, [Request("1", tuple(_ids(30)), params)])[0] for e in (engine, _engine(models[2]))]
     assert completions[0].token_ids == completions[1].token_ids
+
+
+def test_int8_weights_that_are_not_finite_stay_so():
+    _, scale = quantise_rows(torch.tensor([[1.0, torch.nan], [torch.inf, 1.0], [0.0, 0.0]]))
+    assert not scale[:2].isfinite().any()
+    assert scale[2] == 1.0
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -549,10 +572,11 @@ def test_an_fp8_cache_takes_half_the_bytes_and_stays_near():
     assert 0 < difference < 0.2
 
 
+@pytest.mark.parametrize("computed", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dtype, largest", [(torch.float8_e4m3fn, 448.0), (torch.float16, 65504.0)])
-def test_what_a_narrow_cache_cannot_hold_becomes_its_largest_number(dtype, largest):
+def test_what_a_narrow_cache_cannot_hold_becomes_its_largest_number(dtype, largest, computed):
     pages = Pages(*(torch.zeros(1, 4, 1, 8, dtype=dtype) for _ in range(2)), torch.zeros(1, 1))
-    rows = torch.tensor([1.0, 1e6, -1e6]).view(3, 1, 1).expand(3, 1, 8)
+    rows = torch.tensor([1.0, 1e6, -1e6], dtype=computed).view(3, 1, 1).expand(3, 1, 8)
     store(pages, torch.zeros(3, dtype=torch.int64), torch.arange(3), rows, rows)
     assert pages.keys_XPGK[0, :, 0, 0].tolist() == [1.0, largest, -largest, 0.0]
 

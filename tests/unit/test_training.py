@@ -23,7 +23,7 @@ from openmimo.train import checkpoint as checkpoint_module
 from openmimo.train.checkpoint import Checkpoints, find_damage
 from openmimo.train.config import CheckpointConfig, EvaluationConfig, PretrainConfig, Stage, TokenizerConfig
 from openmimo.train.loss import micro_batch, training_loss
-from openmimo.train.optim import build_optimiser, clip_gradients, parameter_groups
+from openmimo.train.optim import GradientReport, build_optimiser, clip_gradients, parameter_groups
 from openmimo.train.pretrain import pretrain
 from openmimo.train.schedule import learning_rate, place_of, rows_of_step
 
@@ -290,3 +290,8 @@ def test_accumulation_over_microbatches_changes_nothing(finished, tmp_path):
     one = [row["loss/main"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss/main" in row]
     four = [row["loss/main"] for row in read_metrics(tmp_path / "run2" / "metrics.jsonl") if "loss/main" in row]
     assert one == pytest.approx(four, rel=1e-4)
+
+
+def test_a_model_without_gradients_has_none_to_clip():
+    """As after a part of a step in which nothing was worth learning from."""
+    assert clip_gradients(tiny_model(), 1.0) == GradientReport(norm=0.0, num_zeros=0)
