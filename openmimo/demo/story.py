@@ -141,9 +141,10 @@ def _say_what_came_of_it(
     console.print(f"model             {model_folder}   (transformers loads it, too)", soft_wrap=True)
     console.print(f"student           {student_folder}", soft_wrap=True)
     command = Path(os.path.relpath(sys.executable)).parent / "openmimo"
-    console.print(f"talk to it        {command} generate {model_folder} --prompt 'def main('", soft_wrap=True)
+    generate = f"{command} generate --temperature 0"
+    console.print(f"talk to it        {generate} {model_folder} --prompt 'def main('", soft_wrap=True)
     question = "sort 31524"
-    console.print(f"ask the student   {command} generate {student_folder} --chat --prompt '{question}'", soft_wrap=True)
+    console.print(f"ask the student   {generate} {student_folder} --chat --prompt '{question}'", soft_wrap=True)
     console.print(
         f"serve it          {command} serve {student_folder}   (API and chat page at http://127.0.0.1:8000)",
         soft_wrap=True,
