@@ -98,13 +98,15 @@ class Scheduler:
             sequence.forget_computed()
 
     def _plan_prefills(self, plan: Plan) -> None:
+        """Long prompts, which no step can read whole, get an even share each, short ones what these leave, in order."""
         reading = [sequence for sequence in self.running if sequence.remaining > 1]
         budget = self._config.mixed_prefill_tokens if plan.decodes else self._config.prefill_tokens
-        share, longest = max(budget // max(len(reading), 1), 1), budget
+        even_share, longest_short = max(budget // max(len(reading), 1), 1), budget
         for index, sequence in enumerate(reading):
             later = [other.remaining for other in reading[index + 1 :]]
-            kept_for_long = share * sum(remaining > longest for remaining in later)
-            most = share if sequence.remaining > longest else max(budget - kept_for_long, share)
+            kept_for_long = even_share * sum(remaining > longest_short for remaining in later)
+            is_long = sequence.remaining > longest_short
+            most = even_share if is_long else max(budget - kept_for_long, even_share)
             count = min(sequence.remaining, budget, max(most, budget - sum(later)))
             if count < 1 or sequence.pages is None:
                 continue

@@ -243,6 +243,7 @@ def test_a_client_that_leaves_frees_its_request(path, stream):
             wait_until(lambda: backend.running)
         wait_until(lambda: not backend.running)
         wait_until(lambda: server.config.app.state.service.num_active == 0)
+        assert backend.gauges().num_waiting == 0
 
 
 def test_waiting_requests_of_a_client_that_leaves_are_forgotten():
@@ -251,6 +252,7 @@ def test_waiting_requests_of_a_client_that_leaves_are_forgotten():
         with client.stream("POST", CHAT, json={**HELLO, "n": 3, "stream": True}):
             wait_until(lambda: backend.gauges().num_waiting == 2)
         wait_until(lambda: backend.gauges().num_waiting == 0 and not backend.running)
+        assert backend.gauges().num_running == 0
 
 
 def test_draining_lets_running_requests_finish():

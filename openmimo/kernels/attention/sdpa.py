@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from openmimo.kernels.attention import AttentionNeed
 from openmimo.kernels.dispatch import Backend
 
-_LONGEST_PADDED = 1024
+_LONGEST_PADDED = 1024  # tokens; for more, padding costs more than a call
 PREFERRED = [
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,
