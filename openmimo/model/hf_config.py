@@ -13,8 +13,8 @@ and a hub `sliding_window_size: n` means n + 1, as transformers (5.20 and later)
 from collections.abc import Iterable
 from typing import Any
 
-from openmimo.core.config import unknown_key_message
 from openmimo.core.errors import ConfigError
+from openmimo.core.fields import unknown_key_message
 from openmimo.model.config import AttentionConfig, LayerConfig, ModelConfig, MoEConfig, MTPConfig
 
 ARCHITECTURES = {"mimo_v2_flash": "MiMoV2FlashForCausalLM", "mimo": "MiMoForCausalLM"}

@@ -1,0 +1,202 @@
+"""Types and bounds of configuration fields: declared in the annotation, checked when the object is made.
+
+@dataclass(frozen=True)
+class Phase:
+    steps: PositiveInt
+    peak_lr: NonNegativeFloat
+
+    def __post_init__(self) -> None:
+        check_fields(self, "phase")
+"""
+
+import collections.abc
+import dataclasses
+import difflib
+import functools
+import math
+import numbers
+import types
+import typing
+from typing import Annotated, Any
+
+from openmimo.core.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class Bounds:
+    """What a number may be.
+
+    Attributes:
+        least: The smallest allowed value.
+        above: Every allowed value is larger.
+        most: The largest allowed value.
+        below: Every allowed value is smaller.
+    """
+
+    least: float | None = None
+    above: float | None = None
+    most: float | None = None
+    below: float | None = None
+
+    def allow(self, value: float) -> bool:
+        """Whether `value` lies within the bounds."""
+        return (
+            (self.least is None or value >= self.least)
+            and (self.above is None or value > self.above)
+            and (self.most is None or value <= self.most)
+            and (self.below is None or value < self.below)
+        )
+
+    def __str__(self) -> str:
+        limits = {"at least": self.least, "above": self.above, "at most": self.most, "below": self.below}
+        return " and ".join(f"{word} {limit}" for word, limit in limits.items() if limit is not None)
+
+
+PositiveInt = Annotated[int, Bounds(least=1)]
+NonNegativeInt = Annotated[int, Bounds(least=0)]
+PositiveFloat = Annotated[float, Bounds(above=0)]
+NonNegativeFloat = Annotated[float, Bounds(least=0)]
+Fraction = Annotated[float, Bounds(least=0, most=1)]
+Seed = Annotated[int, Bounds(least=0, below=2**63)]
+
+
+def check_fields(config: Any, where: str) -> None:
+    """Checks every field of a dataclass instance, frozen or not, against its annotation; call it in `__post_init__`.
+
+    An int in a float field becomes a float, a list in a tuple field a tuple, a NumPy number a Python number.
+
+    Args:
+        config: The instance.
+        where: Precedes the field's name in the message, such as "phase 'text'".
+
+    Raises:
+        ConfigError: A type is wrong, a float is not finite, or a bound does not hold. The message names the field.
+    """
+    for name, expected in _field_types(type(config)).items():
+        object.__setattr__(config, name, checked(expected, getattr(config, name), f"{where}.{name}"))
+
+
+def checked(expected: Any, value: Any, where: str) -> Any:
+    """`value` as the annotation `expected` has it. A dict becomes a dataclass where one is expected.
+
+    Raises:
+        ConfigError: As `check_fields`. The message begins with `where`.
+    """
+    origin, arguments = typing.get_origin(expected), typing.get_args(expected)
+    if origin is Annotated:
+        return _within(checked(arguments[0], value, where), arguments[1:], where)
+    if origin in (typing.Union, types.UnionType):
+        return _checked_union(arguments, value, where)
+    if origin is typing.Literal:
+        if not any(type(value) is type(choice) and value == choice for choice in arguments):
+            raise ConfigError(f"{where} is {value!r}; it must be one of {', '.join(map(repr, arguments))}.")
+        return value
+    if origin in (tuple, list):
+        return _checked_items(origin, arguments, value, where)
+    if origin in (dict, collections.abc.Mapping):
+        if not isinstance(value, collections.abc.Mapping):
+            raise ConfigError(f"{where} must be an object, not {_shown(value)}.")
+        return {
+            checked(arguments[0], key, f"a key of {where}"): checked(arguments[1], item, f"{where}.{key}")
+            for key, item in value.items()
+        }
+    if dataclasses.is_dataclass(expected):
+        return value if isinstance(value, expected) else _build(expected, value, where)
+    return _checked_scalar(expected, value, where)
+
+
+def unknown_key_message(key: str, known: typing.Iterable[str], where: str) -> str:
+    """The sentence for a key that is not read, with the nearest known one."""
+    close = difflib.get_close_matches(key, list(known), n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    return f"{where} has no field {key!r}{hint}"
+
+
+@functools.cache
+def _field_types(config_type: type) -> dict[str, Any]:
+    hints = typing.get_type_hints(config_type, include_extras=True)
+    return {field.name: hints[field.name] for field in dataclasses.fields(config_type)}
+
+
+def _within(value: Any, metadata: tuple[Any, ...], where: str) -> Any:
+    for bounds in metadata:
+        if isinstance(bounds, Bounds) and value is not None and not bounds.allow(value):
+            raise ConfigError(f"{where} is {value!r}; it must be {bounds}.")
+    return value
+
+
+def _checked_union(options: tuple[Any, ...], value: Any, where: str) -> Any:
+    """The first option that fits, one of the value's own type first: 3 stays an int in `float | int`."""
+    if value is None and type(None) in options:
+        return None
+    real = [option for option in options if option is not type(None)]
+    real.sort(key=lambda option: option is not type(value))
+    for option in real[:-1]:
+        try:
+            return checked(option, value, where)
+        except ConfigError:
+            continue
+    return checked(real[-1], value, where)
+
+
+def _checked_items(origin: type, arguments: tuple[Any, ...], value: Any, where: str) -> Any:
+    if not isinstance(value, (list, tuple)):
+        raise ConfigError(f"{where} must be a list, not {_shown(value)}.")
+    if origin is list or arguments[1:] == (Ellipsis,):
+        expected = [arguments[0]] * len(value)
+    elif len(value) != len(arguments):
+        raise ConfigError(f"{where} must have {len(arguments)} entries, not {len(value)}.")
+    else:
+        expected = list(arguments)
+    return origin(
+        checked(kind, item, f"{where}[{index}]") for index, (kind, item) in enumerate(zip(expected, value, strict=True))
+    )
+
+
+def _checked_scalar(expected: type, value: Any, where: str) -> Any:
+    if expected is Any:
+        return value
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if expected is int and is_number and isinstance(value, numbers.Integral):
+        return int(value)
+    if expected is float and is_number:
+        return _finite(value, where)
+    if not isinstance(value, expected) or (isinstance(value, bool) and expected is not bool):
+        raise ConfigError(f"{where} must be of type {expected.__name__}, not {_shown(value)}.")
+    return value
+
+
+def _finite(value: numbers.Real, where: str) -> float:
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise ConfigError(
+            f"{where} is {value if isinstance(value, float) else 'too large'}; it must be a finite number."
+        )
+    return number
+
+
+def _build(config_type: Any, values: Any, where: str) -> Any:
+    if not isinstance(values, dict):
+        raise ConfigError(f"{where} must be an object, not {_shown(values)}.")
+    hints = _field_types(config_type)
+    for key in values:
+        if key not in hints:
+            raise ConfigError(unknown_key_message(key, hints, where) + ".")
+    built = {key: checked(hints[key], value, f"{where}.{key}") for key, value in values.items()}
+    required = [
+        field.name
+        for field in dataclasses.fields(config_type)
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    ]
+    missing = [name for name in required if name not in built]
+    if missing:
+        raise ConfigError(f"{where} lacks {', '.join(map(repr, missing))}.")
+    return config_type(**built)
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return f"{type(value).__name__} ({text if len(text) <= 80 else text[:77] + '...'})"
