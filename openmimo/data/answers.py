@@ -1,16 +1,21 @@
 """Comparing an answer with its key: as text, as a number, or as mathematics. None of these raises on any text."""
 
+import importlib.util
 import math
 import re
 from fractions import Fraction
 
 from openmimo.core.errors import ConfigError
+from openmimo.runtime.isolated.calls import Call, isolated_calls
 
 THINK_END = "</think>"
 METHODS = ("exact", "contains", "numeric", "math")
 
-_NUMBER = re.compile(r"[-+]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{1,3})?(?:\s*/\s*\d+)?")
-_RELATIVE_TOLERANCE = 1e-6
+MATH_SECONDS = 5.0
+MAX_MATH_CHARACTERS = 10_000
+
+# A sign belongs to a number only where no word or bracket ends before it: in 10-5 the last number is 5.
+_NUMBER = re.compile(r"(?:(?<![\w.)\]])[-+])?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{1,3})?(?:\s*/\s*\d+)?")
 
 
 def final_answer(text: str) -> str:
@@ -40,12 +45,20 @@ def last_number(text: str) -> Fraction | None:
         return None
 
 
-def score_answer(method: str, answer: str, text: str) -> float:
+def score_answer(method: str, answer: str, text: str, *, tolerance: float = 0.0) -> float:
     """1.0 if `text` gives `answer`, else 0.0.
 
-    method: "exact" compares the normalised texts, "contains" looks for the normalised answer as whole words in the
-    text, "numeric" compares the last numbers of both, "math" asks math-verify whether both are the same mathematics.
-    Raises ConfigError for another method, and if math-verify is not installed.
+    Args:
+        method: "exact" compares the normalised texts, "contains" looks for the normalised answer as whole words in the
+            text, "numeric" compares the last numbers of both, "math" asks math-verify whether both are the same
+            mathematics, in a child process with a deadline.
+        answer: The key.
+        text: What the policy wrote; what stands before the end of its thinking does not count.
+        tolerance: For "numeric": the largest relative difference that still counts as equal, unless the key is an
+            integer, which must be met exactly.
+
+    Raises:
+        ConfigError: Another method, or math-verify is not installed.
     """
     text = final_answer(text)
     if method == "exact":
@@ -53,7 +66,7 @@ def score_answer(method: str, answer: str, text: str) -> float:
     if method == "contains":
         return float(bool(re.search(rf"(?<!\w){re.escape(normalised(answer))}(?!\w)", normalised(text))))
     if method == "numeric":
-        return float(_numbers_agree(last_number(answer), last_number(text)))
+        return float(_numbers_agree(last_number(answer), last_number(text), tolerance))
     if method == "math":
         return _math_score(answer, text)
     raise ConfigError(f"There is no scoring {method!r}; it must be one of {', '.join(METHODS)}.")
@@ -61,27 +74,47 @@ def score_answer(method: str, answer: str, text: str) -> float:
 
 def check_method(method: str) -> None:
     """Raises ConfigError if `method` cannot be used here."""
-    score_answer(method, "1", "1")
+    if method not in METHODS:
+        raise ConfigError(f"There is no scoring {method!r}; it must be one of {', '.join(METHODS)}.")
+    if method == "math" and not _has_math_verify():
+        raise ConfigError("Scoring 'math' needs the package math-verify: pip install math-verify")
 
 
-def _numbers_agree(expected: Fraction | None, given: Fraction | None) -> bool:
+def is_instant(method: str) -> bool:
+    """Whether scoring takes microseconds in this process; otherwise it waits for a child process."""
+    return method != "math"
+
+
+def math_verify(answer: str, text: str) -> float:
+    """1.0 if math-verify finds both to be the same mathematics. Hands the text to sympy: isolate this call."""
+    from math_verify import parse, verify
+
+    # no time limits of the library's own: they are alarms, and the process has a deadline
+    expected = parse(f"${answer}$", parsing_timeout=None)
+    given = parse(text, parsing_timeout=None) or parse(f"${text}$", parsing_timeout=None)
+    return float(verify(expected, given, timeout_seconds=None))
+
+
+def _numbers_agree(expected: Fraction | None, given: Fraction | None, tolerance: float) -> bool:
     if expected is None or given is None:
         return False
+    if expected == given or expected.denominator == 1 or not tolerance:
+        return expected == given
     try:
-        return expected == given or math.isclose(expected, given, rel_tol=_RELATIVE_TOLERANCE)
+        return math.isclose(expected, given, rel_tol=tolerance)
     except OverflowError:
         return False
 
 
+def _has_math_verify() -> bool:
+    try:
+        return importlib.util.find_spec("math_verify") is not None
+    except ValueError:  # a module that was imported without a specification
+        return False
+
+
 def _math_score(answer: str, text: str) -> float:
-    try:
-        from math_verify import parse, verify
-    except ImportError as error:
-        raise ConfigError("Scoring 'math' needs the package math-verify: pip install math-verify") from error
-    try:
-        # no timeouts: they are alarms, which work in the main thread only
-        expected = parse(f"${answer}$", parsing_timeout=None)
-        given = parse(text, parsing_timeout=None) or parse(f"${text}$", parsing_timeout=None)
-        return float(verify(expected, given, timeout_seconds=None))
-    except Exception:  # the parser fails in many ways on text that is not mathematics
-        return 0.0
+    check_method("math")
+    call = Call(f"{__name__}:math_verify", (answer, text[-MAX_MATH_CHARACTERS:]))
+    prepare = Call(f"{__name__}:math_verify", (answer, answer))
+    return isolated_calls().run(call, seconds=MATH_SECONDS, prepare=prepare).value or 0.0

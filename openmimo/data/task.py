@@ -45,10 +45,16 @@ class Problem:
 
 @dataclass(frozen=True)
 class TaskFamily:
-    """describe: one line for people. options: the frozen dataclass of its settings. difficulties: the levels it has.
+    """A kind of problems.
 
-    make(rng, difficulty, options): a problem, from nothing but its arguments. score(problem, text): how right the
-    answer `text` is, from 0.0 to 1.0; the reference answer gives 1.0, and no text raises.
+    Attributes:
+        describe: One line for people.
+        options: The frozen dataclass of its settings.
+        difficulties: The levels it has.
+        make: make(rng, difficulty, options) gives a problem, from nothing but its arguments.
+        score: score(problem, text) says how right the answer `text` is, from 0.0 to 1.0. The reference answer gives
+            1.0, and no text raises. Text is never run: what only a library can judge goes through `runtime/isolated`.
+        is_instant: is_instant(options) says whether scoring takes microseconds, so that it needs no thread.
     """
 
     describe: str
@@ -56,6 +62,7 @@ class TaskFamily:
     difficulties: range
     make: Callable[[random.Random, int, Any], Problem]
     score: Callable[[Problem, str], float]
+    is_instant: Callable[[Any], bool] = lambda options: True
 
 
 FAMILIES: Registry[TaskFamily] = Registry("openmimo.data.tasks", TaskFamily)

@@ -78,14 +78,14 @@ class Environment:
         options: The frozen dataclass of its settings.
         problems: problems(options, split, seed) gives the function from an index to a problem, always the same one.
         open: open(problem, options) begins an episode.
-        instant: Whether episodes answer in microseconds, so that they need no thread.
+        is_instant: is_instant(options) says whether episodes answer in microseconds, so that they need no thread.
     """
 
     describe: str
     options: type
     problems: Callable[[Any, Split, int], Callable[[int], Problem]]
     open: Callable[[Problem, Any], Episode]
-    instant: bool = True
+    is_instant: Callable[[Any], bool] = lambda options: True
 
 
 ENVIRONMENTS: Registry[Environment] = Registry("openmimo.rl.environments", Environment)

@@ -253,7 +253,8 @@ class RlRun:
             rollouts = TeacherRollouts(teachers, self.tokenizer, config.engine, open_episode, domains, config.seed)
             rollouts.update_weights(self.step)
             return rollouts
-        instant = all(open_environment(source.environment, source.options)[0].instant for source in config.sources)
+        opened = [open_environment(source.environment, source.options) for source in config.sources]
+        instant = all(environment.is_instant(options) for environment, options in opened)
         if not instant:
             self._episode_threads = ThreadPoolExecutor(config.reward_threads, thread_name_prefix="episode")
         if config.rollouts != "engine":

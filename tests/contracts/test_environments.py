@@ -95,7 +95,7 @@ def test_nothing_is_held_after_close(world):
     episode.close()
     held = {key: value for key, value in shared_metrics().items() if key.endswith(("/open", "/in_use", "/running"))}
     assert not any(held.values()), held
-    if not environment.instant:
+    if not environment.is_instant(options):
         with pytest.raises(ToolFailureError, match="closed"):
             episode.respond(next(ORACLES[name](problem)))
 

@@ -6,23 +6,37 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from openmimo.core.errors import DataError
-from openmimo.data.answers import check_method, score_answer
+from openmimo.core.errors import ConfigError, DataError
+from openmimo.core.fields import NonNegativeFloat, check_fields
+from openmimo.data.answers import check_method, is_instant, score_answer
 from openmimo.data.json_lines import read_objects
 from openmimo.data.task import Problem, TaskFamily
 
 
 @dataclass(frozen=True)
 class Options:
-    """path: a file, or a folder of .jsonl files. scoring: how an answer is compared with the key ("exact": as text;
-    "contains": found in the text; "numeric": the last number; "math": by math-verify). prompt_field, answer_field: the
-    keys.
+    """Where the problems are, and how answers are compared with their keys.
+
+    Attributes:
+        path: A file, or a folder of .jsonl files.
+        scoring: "exact" (as text), "contains" (the key stands in the text, possibly among other candidates), "numeric"
+            (the last number) or "math" (by math-verify).
+        tolerance: For "numeric": the largest relative difference that counts as equal (0: none). A key that is an
+            integer must be met exactly.
+        prompt_field: The key of the prompt.
+        answer_field: The key of the answer.
     """
 
     path: str
     scoring: Literal["exact", "contains", "numeric", "math"] = "exact"
+    tolerance: NonNegativeFloat = 0.0
     prompt_field: str = "prompt"
     answer_field: str = "answer"
+
+    def __post_init__(self) -> None:
+        check_fields(self, "options of task 'jsonl'")
+        if self.tolerance and self.scoring != "numeric":
+            raise ConfigError(f"tolerance has no effect with scoring {self.scoring!r}; it belongs to 'numeric'.")
 
 
 def make(rng: random.Random, difficulty: int, options: Options) -> Problem:
@@ -33,7 +47,8 @@ def make(rng: random.Random, difficulty: int, options: Options) -> Problem:
         levels = ", ".join(map(str, sorted(level for level in by_difficulty if level is not None)))
         raise DataError(f"{options.path} has no problem of difficulty {difficulty}; it has {levels or 'none at all'}.")
     prompt, answer, problem_id = candidates[rng.randrange(len(candidates))]
-    return Problem("jsonl", difficulty, prompt, answer, meta={"scoring": options.scoring}, id=problem_id)
+    meta = {"scoring": options.scoring, "tolerance": options.tolerance}
+    return Problem("jsonl", difficulty, prompt, answer, meta=meta, id=problem_id)
 
 
 @functools.lru_cache(maxsize=8)
@@ -64,13 +79,14 @@ def _text(row: Mapping[str, Any], field: str, where: str) -> str:
 
 def score(problem: Problem, text: str) -> float:
     """1.0 if the answer agrees with the key."""
-    return score_answer(problem.meta["scoring"], problem.answer, text)
+    return score_answer(problem.meta["scoring"], problem.answer, text, tolerance=problem.meta["tolerance"])
 
 
 PLUGIN = TaskFamily(
-    describe="problems from JSON Lines (options: path, scoring, prompt_field, answer_field)",
+    describe="problems from JSON Lines (options: path, scoring, tolerance, prompt_field, answer_field)",
     options=Options,
     difficulties=range(0, 1001),
     make=make,
     score=score,
+    is_instant=lambda options: is_instant(options.scoring),
 )

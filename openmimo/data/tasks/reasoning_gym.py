@@ -1,6 +1,8 @@
 """The generators of the library reasoning-gym (arXiv 2505.24760), more than a hundred, with their own scorers."""
 
+import base64
 import functools
+import pickle
 import random
 from dataclasses import dataclass
 from typing import Any
@@ -8,7 +10,10 @@ from typing import Any
 from openmimo.core.errors import ConfigError, DataError
 from openmimo.data.answers import final_answer
 from openmimo.data.task import Problem, TaskFamily
+from openmimo.runtime.isolated.calls import Call, isolated_calls
 
+SCORE_SECONDS = 5.0
+MAX_CHARACTERS = 10_000
 _STREAM = 2**31
 
 
@@ -30,19 +35,26 @@ def make(rng: random.Random, difficulty: int, options: Options) -> Problem:
         difficulty=difficulty,
         prompt=entry["question"],
         answer=entry["answer"],
-        meta={"dataset": options.dataset, "index": index},
+        meta={"dataset": options.dataset, "entry": base64.b64encode(pickle.dumps(entry)).decode()},
     )
 
 
 def score(problem: Problem, text: str) -> float:
-    """The library's own score; partial credit is possible. An answer on which its scorer fails gets 0.0."""
-    dataset = _dataset(problem.meta["dataset"], problem.difficulty)
-    entry = dataset[problem.meta["index"]]
-    try:
-        found = float(dataset.score_answer(final_answer(text), entry))
-    except Exception:  # scorers of the library raise all kinds of errors on answers they do not expect
-        return 0.0
+    """The library's own score; partial credit is possible. An answer on which its scorer fails or hangs gets 0.0."""
+    entry = (problem.meta["dataset"], problem.difficulty, problem.meta["entry"])
+    call = Call(f"{__name__}:library_score", (*entry, final_answer(text)[-MAX_CHARACTERS:]))
+    prepare = Call(f"{__name__}:library_score", (*entry, problem.answer))
+    found = isolated_calls().run(call, seconds=SCORE_SECONDS, prepare=prepare).value or 0.0
     return min(max(found, 0.0), 1.0)
+
+
+def library_score(dataset: str, difficulty: int, entry: str, answer: str) -> float:
+    """What the library's scorer returns. Some of its scorers pass the answer to `eval`: isolate this call.
+
+    entry: the library's own record of the problem, pickled, in base64. Another process would not make the same one from
+    the index: some generators depend on the order of sets.
+    """
+    return float(_dataset(dataset, difficulty).score_answer(answer, pickle.loads(base64.b64decode(entry))))
 
 
 @functools.lru_cache(maxsize=32)
@@ -69,4 +81,5 @@ PLUGIN = TaskFamily(
     difficulties=range(1, 11),
     make=make,
     score=score,
+    is_instant=lambda options: False,
 )

@@ -266,5 +266,5 @@ PLUGIN = Environment(
     options=Options,
     problems=problems,
     open=open_episode,
-    instant=False,
+    is_instant=lambda options: False,
 )

@@ -63,9 +63,16 @@ def open_episode(problem: Problem, options: Options) -> TaskEpisode:
     return TaskEpisode(open_task(options.task), problem.content, options.system)
 
 
+def is_instant(options: Options) -> bool:
+    """Whether the task's answers are scored in microseconds."""
+    task = open_task(options.task)
+    return task.family.is_instant(task.options)
+
+
 PLUGIN = Environment(
     describe="verifiable tasks of one turn (options: task, distinct, system)",
     options=Options,
     problems=problems,
     open=open_episode,
+    is_instant=is_instant,
 )

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import select
 import selectors
 import signal
 import subprocess
@@ -123,6 +124,38 @@ class Jail:
     def alive(self) -> bool:
         """Whether it can still be given a job."""
         return bool(self._open) and self.process.poll() is None
+
+    def begin(self, job: dict) -> None:
+        """Starts a job that `converse` talks to."""
+        inlet = _Inlet(self._control, json.dumps(job).encode())
+        while inlet.move():
+            select.select([], [self._control], [], WATCH_SECONDS)
+        self._close(self._control)
+
+    def converse(self, request: bytes, deadline: float) -> bytes | None:
+        """Writes to the job's stdin and returns the next line of its result, without the line's end.
+
+        None if there is none by `deadline` (of `time.monotonic`), the job has ended, or it exceeds a limit.
+        """
+        inlet = _Inlet(self._stdin, request)
+        reply = _Outlet(self._result, self.limits.output_bytes)
+        next_watch = 0.0
+        is_writing = True
+        while not reply.kept.endswith(b"\n"):
+            now = time.monotonic()
+            if now >= deadline or reply.total > reply.limit:
+                return None
+            if now >= next_watch:
+                if self._overuse():
+                    return None
+                next_watch = time.monotonic() + WATCH_SECONDS
+            readable, writable, _ = select.select(
+                [self._result], [self._stdin] if is_writing else [], [], WATCH_SECONDS
+            )
+            is_writing = inlet.move() if writable else is_writing
+            if readable and not reply.move():
+                return None
+        return bytes(reply.kept[:-1])
 
     def run(self, job: dict, stdin: bytes) -> SandboxResult:
         """Runs {"argv": [...]} or {"source": "..."} to its end, or to a limit. Afterwards the jail is no more."""

@@ -20,7 +20,7 @@ SYSTEM_FILES = ("/etc/ld.so.cache", "/etc/alternatives")
 # 1 of the jail, which holds no capability, outlives nothing, and passes its command's exit code on.
 BUILD_ROOT = r"""
 set -e
-root=$1 work=$2 size=$3 prefix=$4; shift 4
+root=$1 work=$2 size=$3 prefix=$4 others=$5; shift 5
 mount -t tmpfs -o size=1m,mode=755,nosuid,nodev jail "$root"
 cd "$root"
 show() { mount --rbind -o ro,nosuid,nodev "$1" ".$1"; }
@@ -35,6 +35,7 @@ cp -P /dev/fd /dev/stdin /dev/stdout /dev/stderr dev
 show /usr
 for file in /etc/ld.so.cache /etc/alternatives; do if [ -e $file ]; then show $file; fi; done
 case $prefix in /usr|/usr/*) ;; *) show "$prefix" ;; esac
+while [ "$others" -gt 0 ]; do mkdir -p ".$1"; show "$1"; shift; others=$((others - 1)); done
 for name in null zero random urandom; do mount --bind "/dev/$name" "dev/$name"; done
 mount -t proc -o nosuid,nodev,noexec proc proc
 mount -t tmpfs -o "size=$size,nosuid,nodev" shm dev/shm
@@ -52,11 +53,15 @@ exec setpriv --no-new-privs --bounding-set=-all --inh-caps=-all -- sh -c '"$@"; 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a jail stands on the host: `work` becomes its working folder, `root` is an empty folder to build in."""
+    """Where a jail stands on the host: `work` becomes its working folder, `root` is an empty folder to build in.
+
+    shown: folders that the jail may read, at the same path, besides those of its Python.
+    """
 
     work: Path
     root: Path
     interpreter: Interpreter
+    shown: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -102,6 +107,8 @@ def _bubblewrap(inner: list[str], place: Place, limits: SandboxLimits) -> list[s
         shown += ["--ro-bind-try", file, file]
     if not Path(place.interpreter.prefix).is_relative_to("/usr"):
         shown += ["--ro-bind", place.interpreter.prefix, place.interpreter.prefix]
+    for folder in place.shown:
+        shown += ["--ro-bind", str(folder), str(folder)]
     bounded = ["--size", str(limits.file_bytes), "--tmpfs"]
     return [
         *_identity(), find_program("bwrap"),
@@ -114,7 +121,14 @@ def _bubblewrap(inner: list[str], place: Place, limits: SandboxLimits) -> list[s
 
 def _unshare(inner: list[str], place: Place, limits: SandboxLimits) -> list[str]:
     """unshare and mount from util-linux: the same, built by a shell script."""
-    settings = [str(place.root), str(place.work), str(limits.file_bytes), place.interpreter.prefix]
+    settings = [
+        str(place.root),
+        str(place.work),
+        str(limits.file_bytes),
+        place.interpreter.prefix,
+        str(len(place.shown)),
+    ]
+    settings += [str(folder) for folder in place.shown]
     return [
         *_identity(), find_program("unshare"), "--user", "--map-root-user", "--mount", "--pid", "--fork", "--net",
         "--ipc", "--uts", "--cgroup", "--kill-child=KILL", "--", "/bin/sh", "-c", BUILD_ROOT, "sh", *settings, *inner,
@@ -155,3 +169,6 @@ TIERS = {
         ),
     )
 }
+
+# Not among those that `Sandbox` chooses from: for callers that restrict by other means what runs in the process.
+OWN_USER = Tier("own user", "a child process of this user, resource limits", False, "", (), lambda inner, *_: inner)

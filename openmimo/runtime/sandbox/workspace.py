@@ -24,13 +24,13 @@ class WorkspaceError(UserError):
 class Workspace:
     """A folder whose files persist from one jailed command to the next. Use it as a context manager, or close it.
 
-    `start(place)` starts a jail around it. Not for several threads at once.
+    `start(place)` starts a jail around it. shown: folders of the host that the jail may read. Not for several threads.
     """
 
-    def __init__(self, start: Callable, interpreter: Interpreter):
+    def __init__(self, start: Callable, interpreter: Interpreter, shown: tuple[Path, ...] = ()):
         self._start = start
         self._home = Path(tempfile.mkdtemp(prefix="openmimo-jail-"))
-        self.place = Place(self._home / "work", self._home / "root", interpreter)
+        self.place = Place(self._home / "work", self._home / "root", interpreter, shown)
         for folder in (self.place.work, self.place.root):
             folder.mkdir(mode=0o700)
         if os.geteuid() == 0:

@@ -1,0 +1,191 @@
+"""Calls of named functions on untrusted text, in child processes that a deadline can kill."""
+
+import atexit
+import dataclasses
+import functools
+import json
+import os
+import sys
+import threading
+import time
+import warnings
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import openmimo
+from openmimo.runtime.sandbox.interpreter import Interpreter, find_interpreter
+from openmimo.runtime.sandbox.jail import Jail
+from openmimo.runtime.sandbox.records import JailError, SandboxLimits, SandboxUnavailableError
+from openmimo.runtime.sandbox.sandbox import choose_tier
+from openmimo.runtime.sandbox.tiers import OWN_USER, Tier
+from openmimo.runtime.sandbox.workspace import Workspace
+
+PREPARE_SECONDS = 60.0
+GRACE_SECONDS = 5.0
+LIMITS = SandboxLimits(cpu_seconds=10**6, wall_seconds=10**6, memory_bytes=2 * 2**30, processes=64)
+
+Ended = Literal["returned", "raised", "timed out", "died"]
+
+
+@dataclass(frozen=True)
+class Call:
+    """A function of this package that returns a float, as "module:name", and its arguments, which are JSON values."""
+
+    function: str
+    arguments: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a call ended.
+
+    Attributes:
+        ended: "returned", "raised", "timed out", or "died" (the process ended by itself).
+        value: What the function returned, if it did.
+        error: The exception, if it raised one.
+    """
+
+    ended: Ended
+    value: float | None = None
+    error: str = ""
+
+
+class IsolatedCalls:
+    """Child processes that call named functions. Safe to use from many threads.
+
+    Each process runs in the best jail that holds on this machine. Where none holds, or the user of the jail cannot read
+    the packages of this Python, it is a plain child process of this user, and a warning says so. In either, text passed
+    to `eval` must be an expression (`expressions.py`), and a call that exceeds its deadline is killed.
+
+    Args:
+        processes: Calls that run at one time.
+    """
+
+    def __init__(self, processes: int = 2):
+        self.counts: Counter[str] = Counter()
+        self._own = threading.local()
+        self._children: list[_Child] = []
+        # The kernel ends a jail with the thread that started it, so the threads live as long as this object.
+        self._threads = ThreadPoolExecutor(processes, thread_name_prefix="isolated-call")
+
+    def run(self, call: Call, *, seconds: float, prepare: Call | None = None) -> Outcome:
+        """Makes a call, and waits for it.
+
+        Args:
+            call: The function that reads untrusted text.
+            seconds: Its deadline.
+            prepare: A trusted call that comes first, in the process that all later calls are forked from: what it
+                imports and caches stays. It has 60 seconds.
+
+        Raises:
+            JailError: The child process cannot be started, or the preparation fails.
+        """
+        outcome = self._threads.submit(self._run, call, seconds, prepare).result()
+        self.counts[outcome.ended] += 1
+        return outcome
+
+    def close(self) -> None:
+        """Ends the processes."""
+        self._threads.shutdown(cancel_futures=True)
+        for child in self._children:
+            child.close()
+
+    def _run(self, call: Call, seconds: float, prepare: Call | None) -> Outcome:
+        child = getattr(self._own, "child", None)
+        if child is None or not child.alive():
+            child = self._own.child = _start(call.function)
+            self._children.append(child)
+        request = {"call": dataclasses.astuple(call), "seconds": seconds}
+        request["prepare"] = prepare and dataclasses.astuple(prepare)
+        reply = child.ask(request, seconds + PREPARE_SECONDS + GRACE_SECONDS)
+        if reply is None:
+            self._children.remove(child)
+            child.close()
+            return Outcome("died")
+        if reply["ended"] == "unprepared":
+            raise JailError(f"{call.function} cannot be called: {reply.get('error')}")
+        return Outcome(reply["ended"], reply.get("value"), reply.get("error", ""))
+
+
+class _Child:
+    """A process that serves calls, in its jail and working folder."""
+
+    def __init__(self, tier: Tier, interpreter: Interpreter):
+        self._workspace = Workspace(lambda place: Jail(tier, place, LIMITS), interpreter, shown=_shown_folders())
+        self._jail = Jail(tier, self._workspace.place, LIMITS)
+        self._unread = b""
+        try:
+            self._jail.wait_until_ready()
+            self._jail.begin({"source": _program()})
+        except BaseException:
+            self.close()
+            raise
+
+    def alive(self) -> bool:
+        return self._jail.alive()
+
+    def ask(self, request: dict[str, Any], seconds: float) -> dict[str, Any] | None:
+        """The reply to one request; None if the process ended or the time is up."""
+        line = self._jail.converse(json.dumps(request).encode() + b"\n", time.monotonic() + seconds)
+        try:
+            reply = json.loads(line or b"")
+        except ValueError:
+            return None
+        return reply if isinstance(reply, dict) and reply.get("ended") else None
+
+    def close(self) -> None:
+        self._jail.kill()
+        self._workspace.close()
+
+
+@functools.cache
+def isolated_calls() -> IsolatedCalls:
+    """The child processes that all scorers of this process share; they end with it."""
+    calls = IsolatedCalls()
+    atexit.register(calls.close)
+    return calls
+
+
+def _start(function: str) -> _Child:
+    """A child process that can call `function`: jailed if possible."""
+    try:
+        interpreter = find_interpreter()
+        child = _Child(choose_tier(None, allow_unsafe=True), interpreter)
+    except (SandboxUnavailableError, JailError) as error:
+        return _start_plain(str(error))
+    load = ("openmimo.runtime.isolated.served:load", (function,))
+    ready = child.ask({"call": None, "seconds": 0, "prepare": load}, PREPARE_SECONDS)
+    if ready is not None and ready["ended"] == "prepared":
+        return child
+    child.close()
+    reason = ready.get("error") if ready else "the process ended"
+    return _start_plain(f"{function} cannot be loaded in the jail with {interpreter.executable}: {reason}")
+
+
+def _start_plain(reason: str) -> _Child:
+    warnings.warn(
+        f"Answers are scored in a child process without a jail: {reason}. Its text is still kept from running as code, "
+        "and its time and memory are limited.",
+        stacklevel=2,
+    )
+    return _Child(OWN_USER, Interpreter(sys.executable, sys.prefix))
+
+
+def _shown_folders() -> tuple[Path, ...]:
+    """What a child must read: this package, and the folders that installed packages are in."""
+    package = Path(openmimo.__file__).parent
+    installed = [Path(folder) for folder in sys.path if Path(folder).name in ("site-packages", "dist-packages")]
+    return (package, *(folder for folder in installed if folder.is_dir()))
+
+
+def _program() -> str:
+    """The source that a jailed Python runs: it finds the packages, then serves."""
+    package, *installed = map(str, _shown_folders())
+    paths = [os.path.dirname(package), *installed]
+    return (
+        f"import os, sys\nsys.path.extend({paths!r})\n"
+        "from openmimo.runtime.isolated.served import serve\nserve(int(os.environ['RESULT_FD']))\n"
+    )

@@ -1,0 +1,103 @@
+"""The child process: reads calls from stdin, makes each in a process of its own, and writes how it ended.
+
+A request is a JSON object on one line: `call` (["module:name", arguments], or null for none), `seconds`, and `prepare`
+(a trusted call, or null), which runs in the process that all calls are forked from: what it imports and caches stays.
+"""
+
+import contextlib
+import functools
+import importlib
+import json
+import os
+import resource
+import select
+import signal
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from openmimo.runtime.isolated.expressions import only_expressions
+
+MAX_REPLY_BYTES = 4096
+
+
+def serve(reply_descriptor: int) -> None:
+    """Answers the requests on stdin until it is closed."""
+    for line in sys.stdin.buffer:
+        reply = json.dumps(_answer(json.loads(line)))
+        os.write(reply_descriptor, reply.encode() + b"\n")
+
+
+def load(name: str) -> Callable[..., Any]:
+    """The function called "module:name". Raises ImportError or AttributeError."""
+    module, _, attribute = name.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def _answer(request: dict[str, Any]) -> dict[str, Any]:
+    try:
+        for name, arguments in [request["prepare"]] if request["prepare"] else []:
+            load(name)(*arguments)
+        if request["call"] is None:
+            return {"ended": "prepared"}
+        name, arguments = request["call"]
+        call = functools.partial(load(name), *arguments)
+    except Exception as error:  # a library may fail in any way; the host decides what that means
+        return {"ended": "unprepared", "error": f"{type(error).__name__}: {str(error)[:500]}"}
+    return _call(call, request["seconds"])
+
+
+def _call(function: Callable[[], float], seconds: float) -> dict[str, Any]:
+    """Makes one call in a child process and waits for it, for at most `seconds`."""
+    outlet, inlet = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.close(outlet)
+        _become(function, inlet, seconds)
+    os.close(inlet)
+    try:
+        written = _read(outlet, time.monotonic() + seconds)
+    finally:
+        os.close(outlet)
+        with contextlib.suppress(OSError):
+            os.killpg(pid, signal.SIGKILL)
+        with contextlib.suppress(OSError):
+            os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    if written is None:
+        return {"ended": "timed out"}
+    try:
+        reply = json.loads(written)
+    except ValueError:
+        return {"ended": "died"}
+    return reply if isinstance(reply, dict) else {"ended": "died"}
+
+
+def _become(function: Callable[[], float], inlet: int, seconds: float) -> None:
+    """Becomes one call; never returns."""
+    os.setsid()
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for descriptor in (0, 1, 2):
+        os.dup2(nowhere, descriptor)
+    resource.setrlimit(resource.RLIMIT_CPU, (int(seconds) + 1, int(seconds) + 1))
+    try:
+        with only_expressions():
+            reply = {"ended": "returned", "value": float(function())}
+    except BaseException as error:
+        reply = {"ended": "raised", "error": f"{type(error).__name__}: {str(error)[:500]}"}
+    os.write(inlet, json.dumps(reply).encode()[:MAX_REPLY_BYTES])
+    os._exit(0)
+
+
+def _read(outlet: int, deadline: float) -> bytes | None:
+    """What the call wrote until it closed its pipe; None if that is not before `deadline`."""
+    written = b""
+    while (left := deadline - time.monotonic()) > 0:
+        if not select.select([outlet], [], [], left)[0]:
+            return None
+        chunk = os.read(outlet, MAX_REPLY_BYTES)
+        written += chunk
+        if not chunk or len(written) > MAX_REPLY_BYTES:
+            return written
+    return None
