@@ -14,8 +14,6 @@ from typing import Any
 from openmimo.core.errors import ConfigError
 from openmimo.core.registry import Registry
 
-# What os.environ wraps. Asking os.environ for a variable that is not set takes longer than all else here.
-_ENVIRONMENT = os.environ._data
 _REMEMBERED_NEEDS = 4096  # decoding asks the same a hundred times a token
 
 
@@ -32,12 +30,15 @@ class Backend:
 
 
 class Dispatcher:
-    """The backends of one folder, fastest first. The environment variable `variable` forces one by name."""
+    """The backends of one folder, fastest first.
+
+    The environment variable `variable` forces one by name. It is read at the first choice and kept: reading it for
+    every call takes longer than the choice itself.
+    """
 
     def __init__(self, package: str, variable: str):
         self._registry: Registry[Backend] = Registry(package, Backend)
         self._variable = variable
-        self._key = os.environ.encodekey(variable)
         self._ordered: list[tuple[str, Backend]] | None = None
         self._remembered = functools.lru_cache(maxsize=_REMEMBERED_NEEDS)(self._choose)
 
@@ -50,14 +51,16 @@ class Dispatcher:
 
     def choose(self, need: Any) -> tuple[str, Backend]:
         """The fastest backend that serves `need` (hashable). Raises ConfigError if the one that is forced refuses."""
-        return self._remembered(_ENVIRONMENT.get(self._key), need)
+        return self._remembered(need)
 
-    def _choose(self, forced_key: bytes | str | None, need: Any) -> tuple[str, Backend]:
-        if forced_key:
-            forced = os.fsdecode(forced_key)
+    @functools.cached_property
+    def _forced(self) -> str:
+        return os.environ.get(self._variable, "")
+
+    def _choose(self, need: Any) -> tuple[str, Backend]:
+        if forced := self._forced:
             backend = self._registry.get(forced)
-            reason = backend.refuse(need)
-            if reason:
+            if reason := backend.refuse(need):
                 raise ConfigError(f"{self._variable}={forced}, but this backend refuses the call: {reason}.")
             return forced, backend
         return self.fastest(need)

@@ -54,7 +54,8 @@ def _inverse_rms(x: torch.Tensor, epsilon: float) -> torch.Tensor:
 class _RmsNorm(torch.autograd.Function):
     """Half the time of autograd through the formula: x, weight and one number a row are all that is kept.
 
-    With r = 1 / rms: dx = r g w - x r^3 mean(g w x), dw = sum over rows of r g x.
+    With r = 1 / rms: dx = r g w - x r^3 mean(g w x), dw = sum over rows of r g x. Products and sums are in float32 or
+    better: in bfloat16 a sum over the rows of a batch would lose most of its digits.
     """
 
     @staticmethod
@@ -66,8 +67,10 @@ class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
         x, weight, inverse_rms = ctx.saved_tensors
+        dtypes = x.dtype, weight.dtype
+        grad, x, weight = (tensor.to(inverse_rms.dtype) for tensor in (grad, x, weight))
         grad_x_product = (grad * x).flatten(0, -2)
         mean = (grad_x_product @ weight).view(inverse_rms.shape) / x.shape[-1]
-        grad_weight = inverse_rms.flatten().to(x.dtype) @ grad_x_product
+        grad_weight = inverse_rms.flatten() @ grad_x_product
         grad_x = (grad * weight * inverse_rms).sub_(x * (mean * inverse_rms.pow(3)))
-        return grad_x.to(x.dtype), grad_weight, None
+        return grad_x.to(dtypes[0]), grad_weight.to(dtypes[1]), None

@@ -40,6 +40,19 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+@functools.cache
+def has_fused_attention(num_heads: int, num_kv_heads: int, key_dim: int, value_dim: int, dtype: torch.dtype) -> bool:
+    """Whether one of torch's fused kernels computes causal attention with these heads on the accelerator."""
+    heads = ((num_heads, key_dim), (num_kv_heads, key_dim), (num_kv_heads, value_dim))
+    q, k, v = (torch.zeros(1, count, 64, dim, dtype=dtype, device="cuda", requires_grad=True) for count, dim in heads)
+    call = torch.backends.cuda.SDPAParams(q, k, v, None, 0.0, True, num_heads != num_kv_heads)
+    return (
+        torch.backends.cuda.can_use_cudnn_attention(call)
+        or torch.backends.cuda.can_use_flash_attention(call)
+        or torch.backends.cuda.can_use_efficient_attention(call)
+    )
+
+
 def peak_memory_bytes(device: torch.device) -> int:
     """The most memory this process has held: on the accelerator, or resident on the CPU."""
     if device.type == "cuda":

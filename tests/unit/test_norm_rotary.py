@@ -33,6 +33,16 @@ def test_rms_norm_keeps_float32_weights_over_bfloat16_activations():
     assert w.grad.dtype == torch.float32
 
 
+def test_bfloat16_gradients_are_computed_in_float32():
+    """A gradient along x changes nothing but the scale, which the norm removes: its two terms cancel."""
+    x = torch.randn(50, 64).bfloat16().requires_grad_()
+    weight = torch.ones(64, dtype=torch.bfloat16, requires_grad=True)
+    rms_norm(x, weight, 1e-12).backward(x.detach())
+    assert x.grad.abs().max() < 1e-5
+    expected = (x.double().square() * torch.rsqrt(x.double().square().mean(-1, keepdim=True))).sum(0)
+    assert (weight.grad.double() / expected - 1).abs().max() < 2**-8
+
+
 def test_published_frequencies():
     """Check values of the published bases: rotations per position of the 64 rotated dims."""
     for theta, checks in ((5e6, {1: 0.617528737, 31: 3.23871546e-7}), (1e4, {1: 0.749894202, 31: 1.3335215e-4})):

@@ -11,14 +11,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from openmimo.kernels.attention import AttentionNeed
 from openmimo.kernels.dispatch import Backend
+from openmimo.runtime.device import has_fused_attention
 
 _LONGEST_PADDED = 1024  # tokens; for more, padding costs more than a call
-PREFERRED = [
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-]
+# Not MATH, which holds T x T numbers: 16.6 GiB against 0.6 at 4,096 tokens and 64 heads. What these three refuse, this
+# backend refuses.
+PREFERRED = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
 
 
 def run(
@@ -57,6 +55,8 @@ def refuse(need: AttentionNeed) -> str | None:
         return "its causal mask is for sequences with as many queries as keys"
     if need.dtype not in (torch.bfloat16, torch.float16):
         return f"its fast kernels are for half precision, not {need.dtype}"
+    if not has_fused_attention(need.num_heads, need.num_kv_heads, need.key_dim, need.value_dim, need.dtype):
+        return "none of torch's fused kernels takes these heads on this accelerator"
     return None
 
 
