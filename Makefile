@@ -4,7 +4,7 @@ TORCH  ?= torch==2.13.0
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: setup demo test check bench
+.PHONY: setup demo test sanitize check bench
 
 # torch goes first and alone, so that every later range finds it satisfied
 $(VENV)/setup: pyproject.toml
@@ -21,6 +21,14 @@ demo: $(VENV)/setup
 	$(BIN)/python -m openmimo demo
 test: $(VENV)/dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile -m "not slow and not gpu"
+# the C kernels, compiled with gcc's address and undefined-behavior sanitizers, under the tests that call them
+sanitize: $(VENV)/dev
+	CC="gcc -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all" \
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0 OPENMIMO_SANITIZED=1 OMP_NUM_THREADS=2 \
+	$(BIN)/python -m pytest -q -m "not slow and not gpu" tests/unit/test_native.py tests/unit/test_norm_rotary.py \
+	    tests/contracts/test_attention_backends.py tests/contracts/test_experts_backends.py \
+	    tests/contracts/test_linear_backends.py tests/contracts/test_paged_attention_backends.py tests/parity/test_engine.py
 check: $(VENV)/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
