@@ -72,7 +72,7 @@ def check_fields(config: Any, where: str) -> None:
     Raises:
         ConfigError: A type is wrong, a float is not finite, or a bound does not hold. The message names the field.
     """
-    for name, expected in _field_types(type(config)).items():
+    for name, expected in field_types(type(config)).items():
         object.__setattr__(config, name, checked(expected, getattr(config, name), f"{where}.{name}"))
 
 
@@ -113,9 +113,20 @@ def unknown_key_message(key: str, known: typing.Iterable[str], where: str) -> st
 
 
 @functools.cache
-def _field_types(config_type: type) -> dict[str, Any]:
+def field_types(config_type: type) -> dict[str, Any]:
+    """The annotation of each field of a dataclass, bounds included."""
     hints = typing.get_type_hints(config_type, include_extras=True)
     return {field.name: hints[field.name] for field in dataclasses.fields(config_type)}
+
+
+@functools.cache
+def required_fields(config_type: type) -> list[str]:
+    """The fields of a dataclass that have no default."""
+    return [
+        field.name
+        for field in dataclasses.fields(config_type)
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    ]
 
 
 def _within(value: Any, metadata: tuple[Any, ...], where: str) -> Any:
@@ -181,17 +192,12 @@ def _finite(value: numbers.Real, where: str) -> float:
 def _build(config_type: Any, values: Any, where: str) -> Any:
     if not isinstance(values, dict):
         raise ConfigError(f"{where} must be an object, not {_shown(values)}.")
-    hints = _field_types(config_type)
+    hints = field_types(config_type)
     for key in values:
         if key not in hints:
             raise ConfigError(unknown_key_message(key, hints, where) + ".")
     built = {key: checked(hints[key], value, f"{where}.{key}") for key, value in values.items()}
-    required = [
-        field.name
-        for field in dataclasses.fields(config_type)
-        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-    ]
-    missing = [name for name in required if name not in built]
+    missing = [name for name in required_fields(config_type) if name not in built]
     if missing:
         raise ConfigError(f"{where} lacks {', '.join(map(repr, missing))}.")
     return config_type(**built)

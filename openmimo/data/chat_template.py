@@ -53,6 +53,14 @@ def render(
         raise DataError(f"The chat template cannot render this conversation: {error}") from error
 
 
+def check_template(source: str, path: Path) -> None:
+    """Raises DataError, naming `path` and line, for a chat template that is no Jinja."""
+    try:
+        _compile(source)
+    except jinja2.TemplateSyntaxError as error:
+        raise DataError(f"{path} holds a chat template that is not valid: line {error.lineno}: {error}") from error
+
+
 @functools.cache
 def mimo_template() -> str:
     """The Jinja source of MiMo's own chat format."""

@@ -8,9 +8,10 @@ import torch
 
 from openmimo.core.errors import CheckpointError, ConfigError
 from openmimo.core.files import new_folder_atomic
+from openmimo.data.companions import read_companions
 from openmimo.model import fp8
 from openmimo.model.config import ModelConfig
-from openmimo.model.hf import DTYPES, check_fit, copy_tokenizer, open_checkpoint, write_config
+from openmimo.model.hf import DTYPES, check_fit, open_checkpoint, write_config
 from openmimo.model.hf_names import Slot, is_fp8_in_hub_layout, slots
 from openmimo.model.hf_reader import CheckpointReader, fuse
 from openmimo.model.hf_writer import DEFAULT_SHARD_BYTES, Entry, write_shards
@@ -51,6 +52,7 @@ def convert(
     if destination.exists():
         raise CheckpointError(f"{destination} exists already; name a new folder.")
     model_config, reader = open_checkpoint(source, config.window_keys)
+    companions = read_companions(source)
     with torch.device("meta"):
         model = MiMo(model_config)
     check_fit(model, reader)
@@ -63,7 +65,7 @@ def convert(
             "weight_block_size": [fp8.BLOCK, fp8.BLOCK],
         }
     with new_folder_atomic(destination) as folder:
-        copy_tokenizer(source, folder)
+        companions.write(folder)
         write_config(model_config, folder, dtype="bfloat16" if config.dtype == "fp8" else config.dtype, extra=extra)
         on_tensor = start(sum(entry.num_bytes for entry in entries))
         write_shards(folder, entries, max_shard_bytes=config.max_shard_bytes, on_tensor=on_tensor)

@@ -47,10 +47,21 @@ def write_shards(
             tensors[entry.name] = entry.load().to(device="cpu", dtype=entry.dtype).contiguous()
             weight_map[entry.name] = file
             on_tensor(entry.num_bytes)
-        save_file(tensors, folder / file, metadata={"format": "pt"})
+        write_safetensors(tensors, folder / file)
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(entry.num_bytes for entry in entries)}, "weight_map": weight_map}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def write_safetensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Writes one safetensors file, readable for those whom the umask allows it (the library writes for its user alone).
+
+    tensors: contiguous, on the CPU.
+    """
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(mode)
 
 
 def _fill_shards(entries: list[Entry], max_shard_bytes: int) -> Iterator[list[Entry]]:
