@@ -4,8 +4,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from openmimo.core.config import read_json
 from openmimo.core.errors import ConfigError
+from openmimo.core.reading import read_json
 from openmimo.model.config import AttentionConfig, LayerConfig, ModelConfig, MoEConfig, MTPConfig
 from openmimo.model.hf_config import config_from_hf
 
@@ -138,5 +138,6 @@ def model_config(name_or_path: str) -> ModelConfig:
     path = Path(name_or_path)
     path = path / "config.json" if path.is_dir() else path
     if path.suffix != ".json":
-        raise ConfigError(f"model {name_or_path!r} is neither a preset ({', '.join(PRESETS)}) nor a config.json.")
+        found = "" if path.exists() else " (there is no such file)"
+        raise ConfigError(f"model {name_or_path!r}{found} is neither a preset ({', '.join(PRESETS)}) nor a config.json.")
     return config_from_hf(read_json(path), where=str(path))
