@@ -89,7 +89,7 @@ def checked(expected: Any, value: Any, where: str) -> Any:
         return _checked_union(arguments, value, where)
     if origin is typing.Literal:
         if not any(type(value) is type(choice) and value == choice for choice in arguments):
-            raise ConfigError(f"{where} is {value!r}; it must be one of {', '.join(map(repr, arguments))}.")
+            raise ConfigError(f"{where} is {shortened(value)}; it must be one of {', '.join(map(repr, arguments))}.")
         return value
     if origin in (tuple, list):
         return _checked_items(origin, arguments, value, where)
@@ -107,9 +107,9 @@ def checked(expected: Any, value: Any, where: str) -> Any:
 
 def unknown_key_message(key: str, known: typing.Iterable[str], where: str) -> str:
     """The sentence for a key that is not read, with the nearest known one."""
-    close = difflib.get_close_matches(key, list(known), n=1)
+    close = difflib.get_close_matches(key, list(known), n=1) if len(key) < 80 else []
     hint = f"; did you mean {close[0]!r}?" if close else ""
-    return f"{where} has no field {key!r}{hint}"
+    return f"{where} has no field {shortened(key)}{hint}"
 
 
 @functools.cache
@@ -132,7 +132,7 @@ def required_fields(config_type: type) -> list[str]:
 def _within(value: Any, metadata: tuple[Any, ...], where: str) -> Any:
     for bounds in metadata:
         if isinstance(bounds, Bounds) and value is not None and not bounds.allow(value):
-            raise ConfigError(f"{where} is {value!r}; it must be {bounds}.")
+            raise ConfigError(f"{where} is {shortened(value)}; it must be {bounds}.")
     return value
 
 
@@ -203,6 +203,11 @@ def _build(config_type: Any, values: Any, where: str) -> Any:
     return config_type(**built)
 
 
-def _shown(value: Any) -> str:
+def shortened(value: Any) -> str:
+    """`value` for a message, cut after 80 characters."""
     text = repr(value)
-    return f"{type(value).__name__} ({text if len(text) <= 80 else text[:77] + '...'})"
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _shown(value: Any) -> str:
+    return f"{type(value).__name__} ({shortened(value)})"

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from openmimo.core.errors import CheckpointError, ConfigError, UserError
-from openmimo.core.fields import checked, field_types, required_fields, unknown_key_message
+from openmimo.core.fields import checked, field_types, required_fields, shortened, unknown_key_message
 
 MOST_TEXT_BYTES = 1 << 28  # the index and tokenizer.json of the largest published models have a tenth of it
+_LISTED = 20
 _KINDS = {
     stat.S_IFIFO: "a pipe",
     stat.S_IFSOCK: "a socket",
@@ -41,7 +42,7 @@ def file_in_folder(folder: Path, name: str, error: type[UserError] = CheckpointE
     Raises `error` if the name is a path, or stands for anything but a readable regular file of that folder.
     """
     if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
-        raise error(f"{folder} names the file {name!r}; the files of a checkpoint are named without a path.")
+        raise error(f"{folder} names the file {shortened(name)}; the files of a checkpoint are named without a path.")
     path = folder / name
     if not os.path.lexists(path):
         return None
@@ -119,7 +120,8 @@ def read_known_keys(
     if lacking:
         findings.append(f"{where} lacks {', '.join(map(repr, lacking))}.")
     if findings:
-        raise error(" ".join(findings))
+        more = f" There are {len(findings) - _LISTED} more." if len(findings) > _LISTED else ""
+        raise error(" ".join(findings[:_LISTED]) + more)
     return schema(**built)
 
 
@@ -128,7 +130,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         keys = [key for key, _ in pairs]
         twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key {twice!r} stands twice in one object")
+        raise ValueError(f"the key {shortened(twice)} stands twice in one object")
     return found
 
 

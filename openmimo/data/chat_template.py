@@ -54,11 +54,13 @@ def render(
 
 
 def check_template(source: str, path: Path) -> None:
-    """Raises DataError, naming `path` and line, for a chat template that is no Jinja."""
+    """Raises DataError, naming `path` and where it can the line, for a chat template that is no Jinja."""
     try:
         _compile(source)
     except jinja2.TemplateSyntaxError as error:
         raise DataError(f"{path} holds a chat template that is not valid: line {error.lineno}: {error}") from error
+    except (RecursionError, ValueError, SyntaxError) as error:  # nested too deeply, a number of too many digits
+        raise DataError(f"{path} holds a chat template that is not valid: {error}") from error
 
 
 @functools.cache

@@ -138,6 +138,7 @@ def model_config(name_or_path: str) -> ModelConfig:
     path = Path(name_or_path)
     path = path / "config.json" if path.is_dir() else path
     if path.suffix != ".json":
-        found = "" if path.exists() else " (there is no such file)"
-        raise ConfigError(f"model {name_or_path!r}{found} is neither a preset ({', '.join(PRESETS)}) nor a config.json.")
+        missing = "" if path.exists() else " (there is no such file)"
+        known = ", ".join(PRESETS)
+        raise ConfigError(f"model {name_or_path!r}{missing} is neither a preset ({known}) nor a config.json.")
     return config_from_hf(read_json(path), where=str(path))
