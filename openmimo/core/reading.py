@@ -16,7 +16,7 @@ from openmimo.core.errors import CheckpointError, ConfigError, UserError
 from openmimo.core.fields import checked, field_types, required_fields, shortened, unknown_key_message
 
 MOST_TEXT_BYTES = 1 << 28  # the index and tokenizer.json of the largest published models have a tenth of it
-_LISTED = 20
+_LISTED, _MOST_CHARACTERS = 20, 500
 _KINDS = {
     stat.S_IFIFO: "a pipe",
     stat.S_IFSOCK: "a socket",
@@ -120,9 +120,15 @@ def read_known_keys(
     if lacking:
         findings.append(f"{where} lacks {', '.join(map(repr, lacking))}.")
     if findings:
-        more = f" There are {len(findings) - _LISTED} more." if len(findings) > _LISTED else ""
-        raise error(" ".join(findings[:_LISTED]) + more)
+        raise error(listed(findings))
     return schema(**built)
+
+
+def listed(findings: list[str], separator: str = " ") -> str:
+    """The findings of one check as one text: the first of them, and how many more there are."""
+    shown = [text if len(text) <= _MOST_CHARACTERS else text[:_MOST_CHARACTERS] + "..." for text in findings[:_LISTED]]
+    more = [f"There are {len(findings) - _LISTED} more."] if len(findings) > _LISTED else []
+    return separator.join(shown + more)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

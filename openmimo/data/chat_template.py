@@ -58,9 +58,9 @@ def check_template(source: str, path: Path) -> None:
     try:
         _compile(source)
     except jinja2.TemplateSyntaxError as error:
-        raise DataError(f"{path} holds a chat template that is not valid: line {error.lineno}: {error}") from error
+        raise DataError(f"{path}: the chat_template is not valid: line {error.lineno}: {error}") from error
     except (RecursionError, ValueError, SyntaxError) as error:  # nested too deeply, a number of too many digits
-        raise DataError(f"{path} holds a chat template that is not valid: {error}") from error
+        raise DataError(f"{path}: the chat_template is not valid: {error}") from error
 
 
 @functools.cache

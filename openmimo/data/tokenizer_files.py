@@ -95,6 +95,10 @@ def read_backend(text: str, path: Path) -> tokenizers.Tokenizer:
     values = parse_json(text, where, DataError)
     described = read_known_keys(_TokenizerFile, values, where, error=DataError)
     _check_byte_level(described, where)
+    added = [
+        read_known_keys(_AddedToken, entry, f"{where}: added_tokens[{number}]", error=DataError)
+        for number, entry in enumerate(described.added_tokens or [])
+    ]
     try:
         backend = tokenizers.Tokenizer.from_str(json.dumps(values))
     except Exception as error:  # the library raises nothing narrower
@@ -107,12 +111,11 @@ def read_backend(text: str, path: Path) -> tokenizers.Tokenizer:
         raise DataError(f"{where} has no token for {len(lacking)} of the 256 bytes; a text with them would be cut.")
     if max(vocabulary.values()) >= _MOST_IDS:
         raise DataError(f"{where} has the id {max(vocabulary.values())}; ids are below {_MOST_IDS}.")
-    for number, entry in enumerate(described.added_tokens or []):
-        added = read_known_keys(_AddedToken, entry, f"{where}: added_tokens[{number}]", error=DataError)
-        if not added.content or vocabulary.get(added.content) != added.id:
+    for number, token in enumerate(added):
+        if not token.content or vocabulary.get(token.content) != token.id:
             raise DataError(
-                f"{where}: added_tokens[{number}] is {added.content!r} with id {added.id}, but the tokenizer gives it "
-                f"{vocabulary.get(added.content)}."
+                f"{where}: added_tokens[{number}] is {token.content!r} with id {token.id}, but the tokenizer gives it "
+                f"{vocabulary.get(token.content)}."
             )
     return backend
 

@@ -114,7 +114,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         check_fields(self, "model")
         if not 1 <= len(self.layers) <= MOST_LAYERS:
-            raise ConfigError(f"the model has {len(self.layers)} layers; it must have 1 to {MOST_LAYERS}.")
+            raise ConfigError(f"model.layers has {len(self.layers)} entries; it must have 1 to {MOST_LAYERS}.")
         for number, layer in enumerate(self.layers):
             _check_attention(layer.attention, f"layer {number}")
             if layer.ffn == "moe" and self.moe is None:

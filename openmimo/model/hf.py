@@ -13,7 +13,7 @@ import torch
 
 from openmimo.core.errors import CheckpointError, ConfigError
 from openmimo.core.files import new_folder_atomic
-from openmimo.core.reading import file_in_folder, read_json, require_folder
+from openmimo.core.reading import file_in_folder, listed, read_json, require_folder
 from openmimo.data.companions import companion_names, read_companions
 from openmimo.data.tokenizer import Tokenizer
 from openmimo.model.config import ModelConfig
@@ -190,8 +190,8 @@ def check_fit(model: MiMo, reader: CheckpointReader) -> None:
         "unreadable": [problem for name in present if (problem := reader.problem(name, model.config))],
     }
     if any(findings.values()):
-        listed = "; ".join(f"{len(names)} {what}: {', '.join(names[:20])}" for what, names in findings.items() if names)
-        raise CheckpointError(f"{reader.folder} does not fit its config.json: {listed}.")
+        parts = [f"{len(names)} {what}: {listed(names, ', ')}" for what, names in findings.items() if names]
+        raise CheckpointError(f"{reader.folder} does not fit its config.json: {'; '.join(parts)}.")
     _check_tied(reader, model.config)
 
 

@@ -7,12 +7,11 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from openmimo.core.errors import CheckpointError
-from openmimo.core.reading import file_in_folder, parse_json, read_json, read_known_keys, require_folder
+from openmimo.core.reading import file_in_folder, listed, parse_json, read_json, read_known_keys, require_folder
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _MOST_HEADER_BYTES = 100_000_000  # the format's own limit
-_LISTED = 20
 
 
 @dataclass(frozen=True)
@@ -60,8 +59,7 @@ def read_headers(folder: Path) -> dict[str, StoredTensor]:
     if not findings:
         findings = _contradictions(folder / INDEX, weight_map, stored)
     if findings:
-        more = f" There are {len(findings) - _LISTED} more." if len(findings) > _LISTED else ""
-        raise CheckpointError(" ".join(findings[:_LISTED]) + more)
+        raise CheckpointError(listed(findings))
     return stored
 
 
