@@ -1,5 +1,6 @@
 """Files of a model folder: where they may lie, what they may say, and that saving carries them on unchanged."""
 
+import io
 import json
 import os
 import shutil
@@ -10,18 +11,23 @@ from pathlib import Path
 import pytest
 import torch
 from damaged_checkpoints import save_sound_checkpoint
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 import openmimo
 from openmimo.cli import main
 from openmimo.core.errors import CheckpointError, ConfigError, DataError, UserError
 from openmimo.core.registry import Registry
+from openmimo.data.companions import read_companions
+from openmimo.data.config import MixtureConfig, SourceConfig
 from openmimo.data.tokenizer import Tokenizer
 from openmimo.kernels.dispatch import Backend
 from openmimo.model.audit import audit
 from openmimo.model.convert import ConvertConfig, convert
 from openmimo.model.presets import model_config, tiny
 from openmimo.rl.merge import merge
+from openmimo.train.config import CheckpointConfig, SftConfig
+from openmimo.train.pretrain import sft
 
 INDEX = "model.safetensors.index.json"
 
@@ -279,6 +285,10 @@ def test_scales_and_fused_rows_are_checked(quantised, tmp_path, layout, part, ch
 # --- what is carried on ----------------------------------------------------------------------------------------------
 
 
+def companion_texts(folder: Path) -> dict[str, str]:
+    return dict(read_companions(folder).files)
+
+
 def carried(folder: Path) -> dict[str, str]:
     names = ("generation_config.json", "tokenizer_config.json", "tokenizer.json", "special_tokens_map.json",
              "chat_template.jinja", "additional_chat_templates/rag.jinja")  # fmt: skip
@@ -309,6 +319,27 @@ def test_a_saved_model_carries_the_files_of_its_folder(published, tmp_path):
     merge(str(published), [str(tmp_path / "copy")], str(tmp_path / "merged"))
     for other in ("converted", "merged"):
         assert carried(tmp_path / other) == carried(published)
+
+
+def test_fine_tuning_carries_the_files_of_its_folder(published, tmp_path):
+    (published / "chat_template.jinja").unlink()  # the template of the tests writes no turns to learn from
+    lines = [
+        {"messages": [{"role": "user", "content": f"q{n}"}, {"role": "assistant", "content": f"a{n}"}]}
+        for n in range(64)
+    ]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    source = SourceConfig("chat", options={"path": str(tmp_path / "chats.jsonl")})
+    config = SftConfig(
+        checkpoint=str(published), run_folder=str(tmp_path / "run"), device="cpu", dtype="float32", loader_workers=1,
+        mixture=MixtureConfig((source,), validation_fraction=0.5), steps=2, sequence_length=400, rows=2,
+        rows_per_microbatch=2, checkpoints=CheckpointConfig(every_steps=1),
+    )  # fmt: skip
+    model = sft(config, console=Console(file=io.StringIO()))
+    before = companion_texts(published)
+    assert "generation_config.json" in before
+    assert companion_texts(model) == before
+    assert companion_texts(tmp_path / "run" / "checkpoints" / "step-00000002") == before
+    assert Tokenizer.load(model).eos_token_ids == (290, 292, 5)
 
 
 def test_an_extended_model_changes_the_tokenizers_length_and_nothing_else(published, tmp_path):
