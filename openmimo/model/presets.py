@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from openmimo.core.errors import ConfigError
-from openmimo.core.reading import read_json
+from openmimo.core.reading import file_in_folder, read_json
 from openmimo.model.config import AttentionConfig, LayerConfig, ModelConfig, MoEConfig, MTPConfig
 from openmimo.model.hf_config import config_from_hf
 
@@ -136,7 +136,8 @@ def model_config(name_or_path: str) -> ModelConfig:
     if name_or_path in PRESETS:
         return PRESETS[name_or_path]()
     path = Path(name_or_path)
-    path = path / "config.json" if path.is_dir() else path
+    if path.is_dir():
+        path = file_in_folder(path, "config.json", ConfigError) or path / "config.json"
     if path.suffix != ".json":
         missing = "" if path.exists() else " (there is no such file)"
         known = ", ".join(PRESETS)
