@@ -47,7 +47,8 @@ class Companions:
 
 def companion_names(folder: Path) -> list[str]:
     """The companions that a folder holds, by name relative to it."""
-    templates = sorted((folder / _TEMPLATES).glob("*.jinja"))
+    subfolder = folder / _TEMPLATES
+    templates = [] if subfolder.is_symlink() else sorted(subfolder.glob("*.jinja"))
     return [name for name in _NAMES if (folder / name).exists()] + [f"{_TEMPLATES}/{path.name}" for path in templates]
 
 
