@@ -239,7 +239,7 @@ def _convert(arguments: list[str]) -> None:
         dtype=values["dtype"],
         projections=values["projections"],
         window_keys=values["window_keys"],
-        max_shard_bytes=int(values["max_shard_gigabytes"] * 2**30),
+        max_shard_gigabytes=values["max_shard_gigabytes"],
     )
     with Progress(BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(), console=_STDERR) as bar:
 

@@ -5,9 +5,11 @@ import json
 from pathlib import Path
 from typing import Any, TypeVar
 
-from openmimo.core.errors import ConfigError
 from openmimo.core.fields import checked
 from openmimo.core.files import write_text_atomic
+from openmimo.core.reading import read_json
+
+__all__ = ["from_dict", "load", "read_json", "save", "to_dict"]
 
 Config = TypeVar("Config")
 
@@ -36,13 +38,3 @@ def save(config: Any, path: Path) -> None:
 def load(config_type: type[Config], path: Path) -> Config:
     """Reads a dataclass tree that `save` wrote."""
     return from_dict(config_type, read_json(path), where=str(path))
-
-
-def read_json(path: Path) -> Any:
-    """Parses a JSON file; a missing or malformed one is a ConfigError that names file and line."""
-    try:
-        return json.loads(Path(path).read_text())
-    except FileNotFoundError as error:
-        raise ConfigError(f"{path} does not exist.") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid JSON: {error}") from error

@@ -72,7 +72,7 @@ def check_fields(config: Any, where: str) -> None:
     Raises:
         ConfigError: A type is wrong, a float is not finite, or a bound does not hold. The message names the field.
     """
-    for name, expected in _field_types(type(config)).items():
+    for name, expected in field_types(type(config)).items():
         object.__setattr__(config, name, checked(expected, getattr(config, name), f"{where}.{name}"))
 
 
@@ -89,7 +89,7 @@ def checked(expected: Any, value: Any, where: str) -> Any:
         return _checked_union(arguments, value, where)
     if origin is typing.Literal:
         if not any(type(value) is type(choice) and value == choice for choice in arguments):
-            raise ConfigError(f"{where} is {value!r}; it must be one of {', '.join(map(repr, arguments))}.")
+            raise ConfigError(f"{where} is {shortened(value)}; it must be one of {', '.join(map(repr, arguments))}.")
         return value
     if origin in (tuple, list):
         return _checked_items(origin, arguments, value, where)
@@ -107,21 +107,32 @@ def checked(expected: Any, value: Any, where: str) -> Any:
 
 def unknown_key_message(key: str, known: typing.Iterable[str], where: str) -> str:
     """The sentence for a key that is not read, with the nearest known one."""
-    close = difflib.get_close_matches(key, list(known), n=1)
+    close = difflib.get_close_matches(key, list(known), n=1) if len(key) < 80 else []
     hint = f"; did you mean {close[0]!r}?" if close else ""
-    return f"{where} has no field {key!r}{hint}"
+    return f"{where} has no field {shortened(key)}{hint}"
 
 
 @functools.cache
-def _field_types(config_type: type) -> dict[str, Any]:
+def field_types(config_type: type) -> dict[str, Any]:
+    """The annotation of each field of a dataclass, bounds included."""
     hints = typing.get_type_hints(config_type, include_extras=True)
     return {field.name: hints[field.name] for field in dataclasses.fields(config_type)}
+
+
+@functools.cache
+def required_fields(config_type: type) -> list[str]:
+    """The fields of a dataclass that have no default."""
+    return [
+        field.name
+        for field in dataclasses.fields(config_type)
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    ]
 
 
 def _within(value: Any, metadata: tuple[Any, ...], where: str) -> Any:
     for bounds in metadata:
         if isinstance(bounds, Bounds) and value is not None and not bounds.allow(value):
-            raise ConfigError(f"{where} is {value!r}; it must be {bounds}.")
+            raise ConfigError(f"{where} is {shortened(value)}; it must be {bounds}.")
     return value
 
 
@@ -181,22 +192,22 @@ def _finite(value: numbers.Real, where: str) -> float:
 def _build(config_type: Any, values: Any, where: str) -> Any:
     if not isinstance(values, dict):
         raise ConfigError(f"{where} must be an object, not {_shown(values)}.")
-    hints = _field_types(config_type)
+    hints = field_types(config_type)
     for key in values:
         if key not in hints:
             raise ConfigError(unknown_key_message(key, hints, where) + ".")
     built = {key: checked(hints[key], value, f"{where}.{key}") for key, value in values.items()}
-    required = [
-        field.name
-        for field in dataclasses.fields(config_type)
-        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-    ]
-    missing = [name for name in required if name not in built]
+    missing = [name for name in required_fields(config_type) if name not in built]
     if missing:
         raise ConfigError(f"{where} lacks {', '.join(map(repr, missing))}.")
     return config_type(**built)
 
 
-def _shown(value: Any) -> str:
+def shortened(value: Any) -> str:
+    """`value` for a message, cut after 80 characters."""
     text = repr(value)
-    return f"{type(value).__name__} ({text if len(text) <= 80 else text[:77] + '...'})"
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _shown(value: Any) -> str:
+    return f"{type(value).__name__} ({shortened(value)})"

@@ -53,6 +53,16 @@ def render(
         raise DataError(f"The chat template cannot render this conversation: {error}") from error
 
 
+def check_template(source: str, path: Path) -> None:
+    """Raises DataError, naming `path` and where it can the line, for a chat template that is no Jinja."""
+    try:
+        _compile(source)
+    except jinja2.TemplateSyntaxError as error:
+        raise DataError(f"{path}: the chat_template is not valid: line {error.lineno}: {error}") from error
+    except (RecursionError, ValueError, SyntaxError) as error:  # nested too deeply, a number of too many digits
+        raise DataError(f"{path}: the chat_template is not valid: {error}") from error
+
+
 @functools.cache
 def mimo_template() -> str:
     """The Jinja source of MiMo's own chat format."""

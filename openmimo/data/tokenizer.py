@@ -11,15 +11,17 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from openmimo.core.errors import DataError
-from openmimo.core.files import write_text_atomic
+from openmimo.core.reading import parse_json, read_known_keys, require_folder
 from openmimo.core.records import Message
-from openmimo.data.chat_template import message_dict, mimo_template, render
+from openmimo.data.chat_template import check_template, message_dict, mimo_template, render
+from openmimo.data.companions import Companions, read_companions
+from openmimo.data.tokenizer_files import GenerationConfig, TokenizerConfig, read_backend, token_text
 
 END_OF_TEXT = "<|endoftext|>"
 TURN_START = "<|im_start|>"
@@ -41,6 +43,7 @@ SPLIT_PATTERN = "|".join(
         r"\s+",
     )
 )
+Schema = TypeVar("Schema")
 
 
 class Tokenizer:
@@ -57,8 +60,10 @@ class Tokenizer:
         eos_token_ids: Sequence[int],
         pad_id: int,
         chat_template: str | None = None,
+        companions: Companions | None = None,
     ):
         self._backend = backend
+        self._loaded_companions = companions
         self._eos_token_ids = tuple(eos_token_ids)
         self._pad_id = pad_id
         self._chat_template = chat_template
@@ -99,32 +104,39 @@ class Tokenizer:
     @classmethod
     def load(cls, folder: Path | str) -> "Tokenizer":
         """Reads a checkpoint folder: tokenizer.json, and if there tokenizer_config.json, chat_template.jinja and
-        generation_config.json. Raises DataError for a missing, malformed or not byte-level tokenizer.json.
+        generation_config.json. Raises DataError for a file that is missing, malformed, contradictory or not
+        byte-level; the message names file and key.
         """
-        folder = Path(folder)
-        description = _read_json(folder / "tokenizer.json")
-        if description is None:
+        folder = require_folder(folder, DataError)
+        companions = read_companions(folder, DataError)
+        if "tokenizer.json" not in companions.files:
             raise DataError(
                 f"{folder} holds no tokenizer.json. Copy tokenizer.json and tokenizer_config.json from the checkpoint "
                 "that this folder came from, or train a tokenizer and save it there (openmimo.data.tokenizer)."
             )
-        _check_byte_level(description, folder / "tokenizer.json")
-        backend = tokenizers.Tokenizer.from_str(json.dumps(description))
-        config = _read_json(folder / "tokenizer_config.json") or {}
-        generation = _read_json(folder / "generation_config.json") or {}
-        template_file = folder / "chat_template.jinja"
-        own_template = template_file.read_text(encoding="utf-8") if template_file.exists() else None
+        backend = read_backend(companions.files["tokenizer.json"], folder / "tokenizer.json")
+        config = _read(TokenizerConfig, companions, folder, "tokenizer_config.json")
+        generation = _read(GenerationConfig, companions, folder, "generation_config.json")
         eos_token_ids = _eos_token_ids(backend, config, generation, folder)
-        pad_id = backend.token_to_id(_token_text(config.get("pad_token")) or END_OF_TEXT)
+        pad_text = token_text(config.pad_token, f"{folder / 'tokenizer_config.json'}: pad_token")
+        pad_id = backend.token_to_id(pad_text or END_OF_TEXT)
+        own_template = companions.files.get("chat_template.jinja")
+        template = own_template or config.default_template
+        if template is not None:
+            check_template(template, folder / ("chat_template.jinja" if own_template else "tokenizer_config.json"))
         return cls(
             backend,
             eos_token_ids=eos_token_ids,
             pad_id=eos_token_ids[-1] if pad_id is None else pad_id,
-            chat_template=own_template or _default_template(config),
+            chat_template=template,
+            companions=companions,
         )
 
-    def save(self, folder: Path | str) -> None:
-        """Writes tokenizer.json and tokenizer_config.json, which `load` and transformers' AutoTokenizer read."""
+    @property
+    def companions(self) -> Companions:
+        """The files that `save` writes: those that the tokenizer was loaded from, or those of a new one."""
+        if self._loaded_companions is not None:
+            return self._loaded_companions
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "eos_token": self._backend.id_to_token(self._eos_token_ids[0]),
@@ -134,8 +146,20 @@ class Tokenizer:
             "clean_up_tokenization_spaces": False,
             "chat_template": self.chat_template,
         }
-        write_text_atomic(Path(folder) / "tokenizer.json", self._backend.to_str(pretty=True))
-        write_text_atomic(Path(folder) / "tokenizer_config.json", json.dumps(config, indent=2, ensure_ascii=False))
+        return Companions(
+            {
+                "tokenizer.json": self._backend.to_str(pretty=True),
+                "tokenizer_config.json": json.dumps(config, indent=2, ensure_ascii=False),
+            }
+        )
+
+    def save(self, folder: Path | str) -> None:
+        """Writes the tokenizer's files, which `load` and transformers' AutoTokenizer read.
+
+        One that was loaded is written as it was, with its chat template and generation_config.json.
+        """
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        self.companions.write(Path(folder))
 
     @functools.cached_property
     def vocab_size(self) -> int:
@@ -321,49 +345,31 @@ def _new_backend() -> tokenizers.Tokenizer:
     return backend
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
-    """The object in a JSON file; None if there is no such file."""
-    if not path.exists():
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} is not valid JSON ({error}). Copy it again from the checkpoint.") from error
-
-
-def _check_byte_level(description: dict[str, Any], path: Path) -> None:
-    model_type = (description.get("model") or {}).get("type")
-    decoder_type = (description.get("decoder") or {}).get("type")
-    if (model_type, decoder_type) != ("BPE", "ByteLevel"):
-        raise DataError(
-            f"{path} is a {model_type} tokenizer with a {decoder_type} decoder; openmimo reads byte-level BPE "
-            "tokenizers (BPE with a ByteLevel decoder), the kind of MiMo and Qwen2."
-        )
+def _read(schema: type[Schema], companions: Companions, folder: Path, name: str) -> Schema:
+    """One JSON file of a folder as `schema`; the defaults if there is no such file."""
+    if name not in companions.files:
+        return schema()
+    where = str(folder / name)
+    return read_known_keys(schema, parse_json(companions.files[name], where, DataError), where, error=DataError)
 
 
 def _eos_token_ids(
-    backend: tokenizers.Tokenizer, config: dict[str, Any], generation: dict[str, Any], folder: Path
+    backend: tokenizers.Tokenizer, config: TokenizerConfig, generation: GenerationConfig, folder: Path
 ) -> tuple[int, ...]:
     """The stop ids: generation_config.json's if it names some, else the eos token and the two ends of MiMo's format."""
-    named = generation.get("eos_token_id")
+    named = generation.eos_token_id
     if named is not None:
-        return tuple(named) if isinstance(named, list) else (named,)
-    candidates = (_token_text(config.get("eos_token")), TURN_END, END_OF_TEXT)
+        ids = tuple(named) if isinstance(named, list) else (named,)
+        unknown = [token_id for token_id in ids if not 0 <= token_id < 1 << 32 or backend.id_to_token(token_id) is None]
+        if unknown or not ids:
+            raise DataError(
+                f"{folder / 'generation_config.json'} has eos_token_id {named}; it must name tokens of tokenizer.json."
+            )
+        return tuple(dict.fromkeys(ids))
+    eos_text = token_text(config.eos_token, f"{folder / 'tokenizer_config.json'}: eos_token")
+    candidates = (eos_text, TURN_END, END_OF_TEXT)
     found = [backend.token_to_id(token) for token in candidates if token]
     unique = tuple(dict.fromkeys(token_id for token_id in found if token_id is not None))
     if not unique:
         raise DataError(f"{folder} names no token that ends a text: give tokenizer_config.json an 'eos_token'.")
     return unique
-
-
-def _token_text(entry: Any) -> str | None:
-    """Token entries of tokenizer_config.json are a string or, in older files, an object with its content."""
-    return entry["content"] if isinstance(entry, dict) else entry
-
-
-def _default_template(config: dict[str, Any]) -> str | None:
-    """The chat template of tokenizer_config.json: a string, or a list of named ones of which "default" is taken."""
-    template = config.get("chat_template")
-    if isinstance(template, list):
-        return {entry["name"]: entry["template"] for entry in template}.get("default")
-    return template

@@ -5,8 +5,25 @@ base, and family members differ in more.
 """
 
 from dataclasses import dataclass, field, replace
+from typing import Annotated, Literal
 
 from openmimo.core.errors import ConfigError
+from openmimo.core.fields import Bounds, NonNegativeFloat, check_fields
+
+# The largest values are far above every published model: an impossible one is refused before a tensor is described, and
+# no product of them overflows 64 bits.
+MOST_LAYERS = 1024
+Size = Annotated[int, Bounds(least=1, most=1 << 20)]
+LayerCount = Annotated[int, Bounds(least=1, most=MOST_LAYERS)]
+HeadCount = Annotated[int, Bounds(least=1, most=1 << 16)]
+MTPHeadCount = Annotated[int, Bounds(least=1, most=64)]
+VocabSize = Annotated[int, Bounds(least=1, most=1 << 24)]
+Positions = Annotated[int, Bounds(least=1, most=1 << 31)]
+RopeTheta = Annotated[float, Bounds(least=1, most=1e15)]
+Scale = Annotated[float, Bounds(above=0, most=1e4)]
+Share = Annotated[float, Bounds(above=0, most=1)]
+Epsilon = Annotated[float, Bounds(above=0, most=1)]
+MOST_EXPERTS = 1 << 17  # of all layers together
 
 
 @dataclass(frozen=True)
@@ -19,14 +36,17 @@ class AttentionConfig:
     """
 
     kind: str
-    num_heads: int
-    num_kv_heads: int
-    key_dim: int
-    value_dim: int
-    rotary_dim: int
-    rope_theta: float
-    window_keys: int | None = None
+    num_heads: HeadCount
+    num_kv_heads: HeadCount
+    key_dim: Size
+    value_dim: Size
+    rotary_dim: Size
+    rope_theta: RopeTheta
+    window_keys: Positions | None = None
     sink: bool = False
+
+    def __post_init__(self) -> None:
+        check_fields(self, f"attention {self.kind!r}")
 
 
 @dataclass(frozen=True)
@@ -34,20 +54,26 @@ class LayerConfig:
     """One decoder layer: its attention, and whether its feed-forward part is "dense" or "moe"."""
 
     attention: AttentionConfig
-    ffn: str
+    ffn: Literal["dense", "moe"]
+
+    def __post_init__(self) -> None:
+        check_fields(self, "layer")
 
 
 @dataclass(frozen=True)
 class MoEConfig:
     """Sparse feed-forward layers: sigmoid scores, top-k by score plus selection bias, weights from the scores alone."""
 
-    num_experts: int
-    experts_per_token: int
-    expert_dim: int
-    num_groups: int = 1
-    groups_per_token: int = 1
+    num_experts: Size
+    experts_per_token: Size
+    expert_dim: Size
+    num_groups: Size = 1
+    groups_per_token: Size = 1
     normalise_weights: bool = True
-    routed_scale: float = 1.0
+    routed_scale: Scale = 1.0
+
+    def __post_init__(self) -> None:
+        check_fields(self, "moe")
 
 
 @dataclass(frozen=True)
@@ -58,45 +84,49 @@ class MTPConfig:
     norm). Head k at position i reads that state and the embedding of token i+1+k, and predicts token i+2+k.
     """
 
-    num_heads: int
+    num_heads: MTPHeadCount
     attention: AttentionConfig
-    hidden: str = "pre_norm"
+    hidden: Literal["pre_norm", "post_norm"] = "pre_norm"
+
+    def __post_init__(self) -> None:
+        check_fields(self, "mtp")
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """A whole model. `family` names the checkpoint layout: "mimo_v2_flash", or "mimo" for the dense MiMo-7B line."""
 
-    vocab_size: int
-    hidden_size: int
-    dense_ffn_dim: int
+    vocab_size: VocabSize
+    hidden_size: Size
+    dense_ffn_dim: Size
     layers: tuple[LayerConfig, ...]
     moe: MoEConfig | None = None
     mtp: MTPConfig | None = None
-    norm_epsilon: float = 1e-5
-    value_scale: float = 1.0
+    norm_epsilon: Epsilon = 1e-5
+    value_scale: Scale = 1.0
     attention_bias: bool = False
     tie_embeddings: bool = False
-    init_std: float = 0.02
-    max_positions: int = 32768
-    family: str = "mimo_v2_flash"
+    init_std: NonNegativeFloat = 0.02
+    max_positions: Positions = 32768
+    family: Literal["mimo_v2_flash", "mimo"] = "mimo_v2_flash"
     token_ids: dict[str, int | list[int] | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        check_fields(self, "model")
+        if not 1 <= len(self.layers) <= MOST_LAYERS:
+            raise ConfigError(f"model.layers has {len(self.layers)} entries; it must have 1 to {MOST_LAYERS}.")
         for number, layer in enumerate(self.layers):
             _check_attention(layer.attention, f"layer {number}")
-            if layer.ffn not in ("dense", "moe"):
-                raise ConfigError(f"layer {number} has ffn {layer.ffn!r}; it must be 'dense' or 'moe'.")
             if layer.ffn == "moe" and self.moe is None:
                 raise ConfigError(f"layer {number} is 'moe', but the config describes no experts (moe is None).")
         if self.moe is not None:
-            _check_moe(self.moe)
+            _check_moe(self.moe, sum(layer.ffn == "moe" for layer in self.layers))
         if self.mtp is not None:
             _check_attention(self.mtp.attention, "the MTP heads")
-            if self.mtp.hidden not in ("pre_norm", "post_norm"):
-                raise ConfigError(f"mtp.hidden is {self.mtp.hidden!r}; it must be 'pre_norm' or 'post_norm'.")
-        if self.family not in ("mimo_v2_flash", "mimo"):
-            raise ConfigError(f"family is {self.family!r}; it must be 'mimo_v2_flash' or 'mimo'.")
+        for name, ids in self.token_ids.items():
+            for token_id in ids if isinstance(ids, list) else [ids]:
+                if token_id is not None and not 0 <= token_id < self.vocab_size:
+                    raise ConfigError(f"{name} is {token_id}; the vocabulary has the ids 0 to {self.vocab_size - 1}.")
 
     @property
     def num_mtp_heads(self) -> int:
@@ -148,16 +178,22 @@ def _check_attention(attention: AttentionConfig, where: str) -> None:
         raise ConfigError(
             f"{where} is {attention.kind!r} with window_keys {attention.window_keys}; only sliding has one."
         )
-    if attention.window_keys is not None and attention.window_keys < 1:
+
+
+def _check_moe(moe: MoEConfig, num_layers: int) -> None:
+    if num_layers * moe.num_experts > MOST_EXPERTS:
         raise ConfigError(
-            f"{where} has window_keys {attention.window_keys}; a query sees at least itself, so 1 or more."
+            f"{num_layers} layers of {moe.num_experts} experts are more than {MOST_EXPERTS:,} experts in all."
         )
-
-
-def _check_moe(moe: MoEConfig) -> None:
-    if not 1 <= moe.experts_per_token <= moe.num_experts:
+    if moe.experts_per_token > moe.num_experts:
         raise ConfigError(f"experts_per_token is {moe.experts_per_token}; it must be 1 to {moe.num_experts}.")
     if moe.num_experts % moe.num_groups or moe.groups_per_token > moe.num_groups:
         raise ConfigError(
             f"{moe.num_experts} experts cannot form {moe.num_groups} groups, {moe.groups_per_token} chosen."
+        )
+    group_size = moe.num_experts // moe.num_groups
+    if moe.num_groups > 1 and (group_size < 2 or moe.groups_per_token * group_size < moe.experts_per_token):
+        raise ConfigError(
+            f"{moe.groups_per_token} chosen groups of {group_size} experts cannot give {moe.experts_per_token} experts "
+            "to a token (a group has two or more)."
         )

@@ -3,14 +3,17 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
 import torch
 
-from openmimo.core.errors import CheckpointError, ConfigError
+from openmimo.core.errors import CheckpointError
+from openmimo.core.fields import Bounds, check_fields
 from openmimo.core.files import new_folder_atomic
+from openmimo.data.companions import read_companions
 from openmimo.model import fp8
-from openmimo.model.config import ModelConfig
-from openmimo.model.hf import DTYPES, check_fit, copy_tokenizer, open_checkpoint, write_config
+from openmimo.model.config import ModelConfig, Positions
+from openmimo.model.hf import DTYPES, check_fit, open_checkpoint, write_config
 from openmimo.model.hf_names import Slot, is_fp8_in_hub_layout, slots
 from openmimo.model.hf_reader import CheckpointReader, fuse
 from openmimo.model.hf_writer import DEFAULT_SHARD_BYTES, Entry, write_shards
@@ -25,18 +28,16 @@ class ConvertConfig:
 
     dtype: of the written tensors ("fp8" writes 128 x 128 block-scaled F8_E4M3 as the published checkpoint does, and
     bfloat16 for what it leaves unquantised). projections: "split" q/k/v, or "fused_qkv" stacked by rank.
+    max_shard_gigabytes: size of a file, at most; a tensor is never cut.
     """
 
-    dtype: str = "bfloat16"
-    projections: str = "split"
-    max_shard_bytes: int = DEFAULT_SHARD_BYTES
-    window_keys: int | None = None
+    dtype: Literal["float32", "bfloat16", "float16", "float64", "fp8"] = "bfloat16"
+    projections: Literal["split", "fused_qkv"] = "split"
+    max_shard_gigabytes: Annotated[float, Bounds(least=0.001, most=1e6)] = DEFAULT_SHARD_BYTES / 2**30
+    window_keys: Positions | None = None
 
     def __post_init__(self) -> None:
-        if self.dtype not in (*DTYPES, "fp8"):
-            raise ConfigError(f"dtype {self.dtype!r} is unknown; write one of {', '.join(DTYPES)} or fp8.")
-        if self.projections not in ("split", "fused_qkv"):
-            raise ConfigError(f"projections {self.projections!r} is unknown; write 'split' or 'fused_qkv'.")
+        check_fields(self, "convert")
 
 
 def convert(
@@ -51,6 +52,7 @@ def convert(
     if destination.exists():
         raise CheckpointError(f"{destination} exists already; name a new folder.")
     model_config, reader = open_checkpoint(source, config.window_keys)
+    companions = read_companions(source)
     with torch.device("meta"):
         model = MiMo(model_config)
     check_fit(model, reader)
@@ -63,10 +65,10 @@ def convert(
             "weight_block_size": [fp8.BLOCK, fp8.BLOCK],
         }
     with new_folder_atomic(destination) as folder:
-        copy_tokenizer(source, folder)
+        companions.write(folder)
         write_config(model_config, folder, dtype="bfloat16" if config.dtype == "fp8" else config.dtype, extra=extra)
         on_tensor = start(sum(entry.num_bytes for entry in entries))
-        write_shards(folder, entries, max_shard_bytes=config.max_shard_bytes, on_tensor=on_tensor)
+        write_shards(folder, entries, max_shard_bytes=int(config.max_shard_gigabytes * 2**30), on_tensor=on_tensor)
 
 
 def checkpoint_layout(config: ModelConfig, *, quantised: bool) -> dict[str, tuple[int, ...]]:

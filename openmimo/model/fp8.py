@@ -51,7 +51,7 @@ def quantise_ranks(weight: torch.Tensor, num_ranks: int) -> tuple[torch.Tensor, 
 
 def has_rank_scales(scale_rows: int, num_ranks: int, rows: int) -> bool:
     """Whether a key matrix has scales per rank rather than uniform ones: it then has more rows of scales."""
-    return scale_rows == num_ranks * num_blocks(rows // num_ranks) != num_blocks(rows)
+    return rows % num_ranks == 0 and scale_rows == num_ranks * num_blocks(rows // num_ranks) != num_blocks(rows)
 
 
 def dequantise_rank_keys_values(

@@ -3,27 +3,28 @@
 Names are in `hf_names`, storage in `hf_reader` and `hf_writer`, other dtypes and layouts in `convert`.
 """
 
+import functools
 import json
-import shutil
+import re
+import sys
 from pathlib import Path
 
 import torch
 
-from openmimo.core.config import read_json
 from openmimo.core.errors import CheckpointError, ConfigError
 from openmimo.core.files import new_folder_atomic
+from openmimo.core.reading import file_in_folder, listed, read_json, require_folder
+from openmimo.data.companions import companion_names, read_companions
+from openmimo.data.tokenizer import Tokenizer
 from openmimo.model.config import ModelConfig
 from openmimo.model.hf_config import config_from_hf, config_to_hf
+from openmimo.model.hf_headers import INDEX
 from openmimo.model.hf_names import count_mtp_heads, slots
 from openmimo.model.hf_reader import CheckpointReader
 from openmimo.model.hf_writer import DEFAULT_SHARD_BYTES, Entry, write_shards
 from openmimo.model.mimo import MiMo
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-_TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "merges.txt", "chat_template.jinja", "generation_config.json",
-)  # fmt: skip
 
 
 def load_config(path: str | Path, *, window_keys: int | None = None) -> ModelConfig:
@@ -42,13 +43,16 @@ def load_model(
     memory is the model and one shard. Raises CheckpointError that lists all missing, unexpected, misshaped and
     unreadable tensors at once, before any is read.
     """
+    weights_dtype = _dtype(dtype)
     config, reader = open_checkpoint(Path(path), window_keys)
+    companions = read_companions(Path(path))
     with torch.device("meta"):
         model = MiMo(config)
     check_fit(model, reader)
-    model = model.to(_dtype(dtype))
+    model.companions = companions
+    model = model.to(weights_dtype)
     for router in model.routers().values():
-        router.to(torch.promote_types(_dtype(dtype), torch.float32))
+        router.to(torch.promote_types(weights_dtype, torch.float32))
     model = model.to_empty(device=device)
     if config.tie_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
@@ -59,27 +63,35 @@ def load_model(
     return model.eval()
 
 
-def save_model(model: MiMo, path: str | Path, *, max_shard_bytes: int = DEFAULT_SHARD_BYTES) -> None:
+def save_model(
+    model: MiMo,
+    path: str | Path,
+    *,
+    tokenizer: Tokenizer | None = None,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+) -> None:
     """Writes safetensors and `config.json` that transformers and we load; the folder appears whole or not at all.
 
-    Tensors keep their dtype. A checkpoint that is there already is replaced, its tokenizer files stay; a folder that
-    holds anything else is refused with a CheckpointError.
+    Tensors keep their dtype. The tokenizer's files, with chat template and stop tokens, are those of `tokenizer`, else
+    of the folder that the model was loaded from, else those that `path` holds already. A checkpoint that is there
+    already is replaced; a folder that holds anything else is refused with a CheckpointError.
     """
     path = Path(path)
-    others = [file.name for file in path.iterdir() if not _is_checkpoint_file(file)] if path.is_dir() else []
+    others = _other_files(path) if path.is_dir() else []
     if others:
         raise CheckpointError(f"{path} holds {others[0]}, which is no part of a checkpoint; save to a new folder.")
+    if path.exists() and not path.is_dir():
+        raise CheckpointError(f"{path} is a file; save to a new folder.")
+    kept = read_companions(path)
     with new_folder_atomic(path) as folder:
-        copy_tokenizer(path, folder)
-        write_model(model, folder, max_shard_bytes=max_shard_bytes)
+        kept.write(folder)
+        write_model(model, folder, tokenizer=tokenizer, max_shard_bytes=max_shard_bytes)
 
 
-def _is_checkpoint_file(path: Path) -> bool:
-    return path.suffix == ".safetensors" or path.name in (
-        "config.json",
-        "model.safetensors.index.json",
-        *_TOKENIZER_FILES,
-    )
+def _other_files(folder: Path) -> list[str]:
+    """What a folder holds that is no part of a checkpoint."""
+    ours = {"config.json", INDEX, *(name.split("/")[0] for name in companion_names(folder))}
+    return [path.name for path in folder.iterdir() if path.suffix != ".safetensors" and path.name not in ours]
 
 
 def _check_floating(model: MiMo) -> None:
@@ -88,9 +100,16 @@ def _check_floating(model: MiMo) -> None:
         raise CheckpointError(f"{narrow} is {model.get_parameter(narrow).dtype}; a quantised model cannot be saved.")
 
 
-def write_model(model: MiMo, folder: Path, *, max_shard_bytes: int = DEFAULT_SHARD_BYTES) -> None:
+def write_model(
+    model: MiMo, folder: Path, *, tokenizer: Tokenizer | None = None, max_shard_bytes: int = DEFAULT_SHARD_BYTES
+) -> None:
     """The files of `save_model`, into a folder that exists and that the caller makes atomic."""
     _check_floating(model)
+    companions = model.companions if tokenizer is None else tokenizer.companions
+    if model.is_extended:
+        companions = companions.with_max_length(model.config.max_positions)
+    if companions.files:
+        companions.write(folder)
     entries = [
         Entry(
             slot.name,
@@ -112,32 +131,57 @@ def write_config(config: ModelConfig, folder: Path, *, dtype: str = "float32", e
 
 def open_checkpoint(folder: Path, window_keys: int | None) -> tuple[ModelConfig, CheckpointReader]:
     """The config and an open reader of a checkpoint folder; MTP heads are counted where config.json is silent."""
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder} is not a folder; a checkpoint is a folder with config.json and *.safetensors.")
-    where = str(folder / "config.json")
-    values = read_json(folder / "config.json")
-    config = config_from_hf(values, where=where, window_keys=window_keys)
+    path = file_in_folder(require_folder(folder), "config.json")
+    if path is None:
+        raise CheckpointError(f"{folder} holds no config.json; a checkpoint is a folder with config.json and weights.")
+    values = read_json(path)
+    config = config_from_hf(values, where=str(path), window_keys=window_keys)
     reader = CheckpointReader(folder)
-    heads = count_mtp_heads(reader.names(), config)
+    names = reader.names()
+    heads = count_mtp_heads(names, config)
     stated = values.get("num_nextn_predict_layers")
-    if stated is not None and stated != heads:
+    if stated and not heads:
+        _warn_once(f"{path} states {stated} MTP heads, but the weights hold none: the model has no MTP heads.")
+    elif stated is not None and stated != heads:
         raise CheckpointError(
-            f"{where} states {stated} MTP heads (num_nextn_predict_layers), but the weights hold {heads}."
+            f"{path} states {stated} MTP heads (num_nextn_predict_layers), but the weights hold {heads}. "
+            f"Set it to {heads} if that is right."
         )
-    return config_from_hf(values, where=where, window_keys=window_keys, num_mtp_heads=heads), reader
+    _check_counts(config, names, path)
+    return config_from_hf(values, where=str(path), window_keys=window_keys, num_mtp_heads=heads), reader
+
+
+def _check_counts(config: ModelConfig, names: set[str], path: Path) -> None:
+    """Refuses a config.json of more layers or experts than the weights hold, before a model of that size is built."""
+    stated = {"num_hidden_layers": len(config.layers)}
+    numbers = {"num_hidden_layers": r"model\.layers\.(\d{1,9})\."}
+    if config.moe is not None:
+        stated["n_routed_experts"] = config.moe.num_experts
+        numbers["n_routed_experts"] = r"model\.layers\.\d+\.mlp\.experts\.(\d{1,9})\."
+    for key, pattern in numbers.items():
+        held = {int(match[1]) for name in names if (match := re.match(pattern, name))}
+        if stated[key] > max(held, default=-1) + 1:
+            raise CheckpointError(f"{path}: {key} is {stated[key]}, but the weights hold {max(held, default=-1) + 1}.")
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr)
 
 
 def check_fit(model: MiMo, reader: CheckpointReader) -> None:
-    """Raises one CheckpointError with everything that does not fit between the model and the files' headers."""
+    """Raises one CheckpointError with everything that does not fit between the model and the files' headers.
+
+    A stored output head of a model with tied embeddings is compared with them.
+    """
     expected = {slot.name: tuple(slot.target.shape) for slot in slots(model)}
     found = reader.names()
-    unexpected = found - set(expected)
-    if model.config.tie_embeddings:
-        unexpected -= {"lm_head.weight"}
+    if model.config.tie_embeddings and "lm_head.weight" in found:  # stored all the same, as some programs do
+        expected["lm_head.weight"] = expected["model.embed_tokens.weight"]
     present = sorted(found & set(expected))
     findings = {
         "missing": sorted(set(expected) - found),
-        "unexpected": sorted(unexpected),
+        "unexpected": sorted(found - set(expected)),
         "of another shape": [
             f"{name} (is {list(reader.shape(name, model.config))}, must be {list(expected[name])})"
             for name in present
@@ -146,15 +190,21 @@ def check_fit(model: MiMo, reader: CheckpointReader) -> None:
         "unreadable": [problem for name in present if (problem := reader.problem(name, model.config))],
     }
     if any(findings.values()):
-        listed = "; ".join(f"{len(names)} {what}: {', '.join(names[:20])}" for what, names in findings.items() if names)
-        raise CheckpointError(f"{reader.folder} does not fit its config.json: {listed}.")
+        parts = [f"{len(names)} {what}: {listed(names, ', ')}" for what, names in findings.items() if names]
+        raise CheckpointError(f"{reader.folder} does not fit its config.json: {'; '.join(parts)}.")
+    _check_tied(reader, model.config)
 
 
-def copy_tokenizer(source: Path, destination: Path) -> None:
-    """Copies the tokenizer's files from one checkpoint folder to another, those that exist."""
-    for name in _TOKENIZER_FILES:
-        if (source / name).exists():
-            shutil.copyfile(source / name, destination / name)
+def _check_tied(reader: CheckpointReader, config: ModelConfig) -> None:
+    """Refuses tied embeddings next to an output head of its own: one of the two statements is wrong."""
+    if not config.tie_embeddings or "lm_head.weight" not in reader.names():
+        return
+    head, embedding = (reader.read(name, config) for name in ("lm_head.weight", "model.embed_tokens.weight"))
+    if not torch.equal(head.float(), embedding.float()):
+        raise CheckpointError(
+            f"{reader.folder} has tie_word_embeddings true in its config.json, but an lm_head.weight that differs from "
+            "model.embed_tokens.weight. Set it to false, or remove the tensor."
+        )
 
 
 def _dtype(name: str) -> torch.dtype:

@@ -11,29 +11,33 @@ and a hub `sliding_window_size: n` means n + 1, as transformers (5.20 and later)
 """
 
 from collections.abc import Iterable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from openmimo.core.errors import ConfigError
-from openmimo.core.fields import unknown_key_message
-from openmimo.model.config import AttentionConfig, LayerConfig, ModelConfig, MoEConfig, MTPConfig
+from openmimo.core.fields import NonNegativeFloat
+from openmimo.core.reading import read_known_keys
+from openmimo.model.config import (
+    AttentionConfig,
+    Epsilon,
+    HeadCount,
+    LayerConfig,
+    LayerCount,
+    ModelConfig,
+    MoEConfig,
+    MTPConfig,
+    MTPHeadCount,
+    Positions,
+    RopeTheta,
+    Scale,
+    Share,
+    Size,
+    VocabSize,
+)
 
 ARCHITECTURES = {"mimo_v2_flash": "MiMoV2FlashForCausalLM", "mimo": "MiMoForCausalLM"}
 
 _TOKEN_ID_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
-_GEOMETRY_KEYS = ("num_attention_heads", "num_key_value_heads", "head_dim", "v_head_dim", "rope_theta")
-_SLIDING_KEYS = tuple(f"swa_{key}" for key in _GEOMETRY_KEYS)
-_READ_KEYS = {
-    *_TOKEN_ID_KEYS, *_GEOMETRY_KEYS, *_SLIDING_KEYS,
-    "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "hidden_act",
-    "max_position_embeddings", "initializer_range", "tie_word_embeddings", "attention_bias", "attention_dropout",
-    "rms_norm_eps", "layernorm_epsilon", "attention_value_scale", "rope_parameters", "rope_scaling",
-    "partial_rotary_factor", "layer_types", "hybrid_layer_pattern", "mlp_layer_types", "moe_layer_freq",
-    "sliding_window", "sliding_window_size", "window_keys", "add_swa_attention_sink_bias",
-    "add_full_attention_sink_bias", "moe_intermediate_size", "n_routed_experts", "num_local_experts",
-    "num_experts_per_tok", "n_shared_experts", "scoring_func", "topk_method", "n_group", "topk_group",
-    "norm_topk_prob", "routed_scaling_factor", "num_nextn_predict_layers", "mtp_hidden", "quantization_config",
-    "attention_projection_layout", "moe_router_dtype", "use_sliding_window",
-}  # fmt: skip
 # Bookkeeping of transformers and the hub that says nothing about the computation.
 _INERT_KEYS = {
     "architectures", "auto_map", "torch_dtype", "dtype", "transformers_version", "use_cache", "output_router_logits",
@@ -41,6 +45,94 @@ _INERT_KEYS = {
     "id2label", "label2id", "is_encoder_decoder", "output_attentions", "output_hidden_states", "problem_type",
     "return_dict", "router_aux_loss_coef", "openmimo_version",
 }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Rope:
+    """One entry of `rope_parameters`: of all layers, or of one kind of layer."""
+
+    rope_type: Literal["default"] = "default"
+    rope_theta: RopeTheta | None = None
+    partial_rotary_factor: Share | None = None
+
+
+@dataclass(frozen=True)
+class _RopeByKind(_Rope):
+    """`rope_parameters`: flat, or by kind of layer."""
+
+    full_attention: _Rope | None = None
+    sliding_attention: _Rope | None = None
+
+
+@dataclass(frozen=True)
+class _Quantization:
+    """What of `quantization_config` decides how tensors are read; the other keys name what is not quantised."""
+
+    quant_method: Literal["fp8"]
+    fmt: Literal["e4m3"] | None = None
+    weight_block_size: tuple[Literal[128], Literal[128]] | None = None
+
+
+@dataclass(frozen=True)
+class _HubConfig:
+    """Every key of `config.json` that is read, in both dialects. None stands for a key that is absent or null."""
+
+    model_type: Literal["mimo_v2_flash", "mimo"]
+    vocab_size: VocabSize
+    hidden_size: Size
+    intermediate_size: Size
+    num_hidden_layers: LayerCount
+    num_attention_heads: HeadCount
+    num_key_value_heads: HeadCount
+    head_dim: Size | None = None
+    v_head_dim: Size | None = None
+    rope_theta: RopeTheta | None = None
+    swa_num_attention_heads: HeadCount | None = None
+    swa_num_key_value_heads: HeadCount | None = None
+    swa_head_dim: Size | None = None
+    swa_v_head_dim: Size | None = None
+    swa_rope_theta: RopeTheta | None = None
+    rope_parameters: _RopeByKind | None = None
+    rope_scaling: Literal[None] = None
+    partial_rotary_factor: Share | None = None
+    attention_bias: bool | None = None
+    attention_dropout: Literal[0, 0.0] | None = None
+    attention_value_scale: Scale | None = None
+    attention_projection_layout: Literal["split", "fused_qkv"] | None = None
+    add_swa_attention_sink_bias: bool | None = None
+    add_full_attention_sink_bias: bool | None = None
+    layer_types: tuple[Literal["full_attention", "sliding_attention"], ...] | None = None
+    hybrid_layer_pattern: tuple[Literal[0, 1], ...] | None = None
+    mlp_layer_types: tuple[Literal["dense", "sparse"], ...] | None = None
+    moe_layer_freq: tuple[Literal[0, 1], ...] | None = None
+    sliding_window: Positions | None = None
+    sliding_window_size: Positions | None = None
+    window_keys: Positions | None = None
+    use_sliding_window: Literal[False] | None = None
+    hidden_act: Literal["silu"] = "silu"
+    rms_norm_eps: Epsilon | None = None
+    layernorm_epsilon: Epsilon | None = None
+    initializer_range: NonNegativeFloat | None = None
+    max_position_embeddings: Positions | None = None
+    tie_word_embeddings: bool | None = None
+    moe_intermediate_size: Size | None = None
+    n_routed_experts: Size | None = None
+    num_local_experts: Size | None = None
+    num_experts_per_tok: Size | None = None
+    n_shared_experts: Literal[0] | None = None
+    scoring_func: Literal["sigmoid"] | None = None
+    topk_method: Literal["noaux_tc"] | None = None
+    n_group: Size | None = None
+    topk_group: Size | None = None
+    norm_topk_prob: bool | None = None
+    routed_scaling_factor: Scale | None = None
+    moe_router_dtype: Literal["float32"] | None = None
+    num_nextn_predict_layers: MTPHeadCount | Literal[0] | None = None
+    mtp_hidden: Literal["pre_norm", "post_norm"] | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+    quantization_config: dict[str, Any] | None = None
 
 
 def config_from_hf(
@@ -53,216 +145,166 @@ def config_from_hf(
     """Reads a `config.json`, in either dialect.
 
     window_keys overrides the window of the sliding layers. num_mtp_heads overrides the number of heads, which the hub's
-    V2-Flash config does not state (the checkpoint's index does). Raises ConfigError.
+    V2-Flash config does not state (the checkpoint's index does). Raises ConfigError that names `where` and every key of
+    a wrong type or value at once.
     """
-    reader = _Reader(values, where)
-    reader.refuse_unknown_keys()
-    reader.refuse_unsupported_values()
-    family = values["model_type"]
-    kinds = reader.attention_kinds()
-    if window_keys is not None and "sliding" not in kinds:
-        raise ConfigError(f"{where} has no sliding layer, so window_keys {window_keys} would have no effect.")
-    sliding_window = reader.window_keys() if window_keys is None else window_keys
-    full = reader.attention("full", None)
-    sliding = reader.attention("sliding", sliding_window) if "sliding" in kinds or family != "mimo" else None
-    layers = tuple(
-        LayerConfig(attention=full if kind == "full" else sliding, ffn=ffn)
-        for kind, ffn in zip(kinds, reader.ffn_kinds(), strict=True)
-    )
-    heads = num_mtp_heads if num_mtp_heads is not None else int(values.get("num_nextn_predict_layers") or 0)
-    default_hidden = "post_norm" if family == "mimo" else "pre_norm"
-    mtp_attention = full if _mtp_is_full(family, kinds) else sliding
-    mtp = MTPConfig(heads, mtp_attention, values.get("mtp_hidden", default_hidden)) if heads else None
-    return ModelConfig(
-        vocab_size=reader.required("vocab_size"),
-        hidden_size=reader.required("hidden_size"),
-        dense_ffn_dim=reader.required("intermediate_size"),
-        layers=layers,
-        moe=reader.moe() if any(layer.ffn == "moe" for layer in layers) else None,
-        mtp=mtp,
-        norm_epsilon=reader.agreed(("layernorm_epsilon", "rms_norm_eps"), 1e-5),
-        value_scale=_or(values.get("attention_value_scale"), 1.0),
-        attention_bias=bool(values.get("attention_bias", False)),
-        tie_embeddings=bool(values.get("tie_word_embeddings", False)),
-        init_std=values.get("initializer_range", 0.02),
-        max_positions=values.get("max_position_embeddings", 32768),
-        family=family,
-        token_ids={key: values[key] for key in _TOKEN_ID_KEYS if key in values},
-    )
+    hub = read_known_keys(_HubConfig, values, where, inert=_INERT_KEYS)
+    if hub.quantization_config is not None:
+        read_known_keys(_Quantization, hub.quantization_config, f"{where}: quantization_config")
+    token_ids = {key: values[key] for key in _TOKEN_ID_KEYS if key in values}
+    try:
+        return _Reader(hub).model_config(window_keys, num_mtp_heads, token_ids)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from error
 
 
 class _Reader:
     """Looks keys up in one `config.json`, with the fallbacks between its two dialects."""
 
-    def __init__(self, values: dict[str, Any], where: str):
-        if not isinstance(values, dict):
-            raise ConfigError(f"{where} must hold a JSON object.")
-        self.values = values
-        self.where = where
+    def __init__(self, hub: _HubConfig):
+        self.hub = hub
 
-    def refuse_unknown_keys(self) -> None:
-        for key in self.values:
-            if key not in _READ_KEYS and key not in _INERT_KEYS:
-                raise ConfigError(
-                    unknown_key_message(key, _READ_KEYS, self.where)
-                    + ". Remove it if it changes nothing; a key that is ignored may be a model that is silently wrong."
-                )
+    def model_config(
+        self, window_keys: int | None, num_mtp_heads: int | None, token_ids: dict[str, Any]
+    ) -> ModelConfig:
+        hub = self.hub
+        kinds = self.attention_kinds()
+        if window_keys is not None and "sliding" not in kinds:
+            raise ConfigError(f"there is no sliding layer, so window_keys {window_keys} would have no effect.")
+        sliding_window = self.window_keys() if window_keys is None else window_keys
+        full = self.attention("full", None)
+        has_sliding = "sliding" in kinds or hub.model_type != "mimo"
+        sliding = self.attention("sliding", sliding_window) if has_sliding else None
+        layers = tuple(
+            LayerConfig(attention=full if kind == "full" else sliding, ffn=ffn)
+            for kind, ffn in zip(kinds, self.ffn_kinds(), strict=True)
+        )
+        heads = num_mtp_heads if num_mtp_heads is not None else hub.num_nextn_predict_layers or 0
+        default_hidden = "post_norm" if hub.model_type == "mimo" else "pre_norm"
+        mtp_attention = full if _mtp_is_full(hub.model_type, kinds) else sliding
+        return ModelConfig(
+            vocab_size=hub.vocab_size,
+            hidden_size=hub.hidden_size,
+            dense_ffn_dim=hub.intermediate_size,
+            layers=layers,
+            moe=self.moe() if any(layer.ffn == "moe" for layer in layers) else None,
+            mtp=MTPConfig(heads, mtp_attention, _or(hub.mtp_hidden, default_hidden)) if heads else None,
+            norm_epsilon=_or(self.agreed("layernorm_epsilon", "rms_norm_eps"), 1e-5),
+            value_scale=_or(hub.attention_value_scale, 1.0),
+            attention_bias=_or(hub.attention_bias, False),
+            tie_embeddings=_or(hub.tie_word_embeddings, False),
+            init_std=_or(hub.initializer_range, 0.02),
+            max_positions=_or(hub.max_position_embeddings, 32768),
+            family=hub.model_type,
+            token_ids=token_ids,
+        )
 
-    def refuse_unsupported_values(self) -> None:
-        quantisation = self.values.get("quantization_config")
-        if quantisation is not None and (
-            quantisation.get("quant_method") != "fp8" or quantisation.get("weight_block_size") != [128, 128]
-        ):
-            raise ConfigError(f"{self.where}: of quantised checkpoints only FP8 in 128 x 128 blocks can be read.")
-        if self.values.get("model_type") not in ARCHITECTURES:
-            raise ConfigError(
-                f"{self.where} has model_type {self.values.get('model_type')!r}; known are {', '.join(ARCHITECTURES)}."
-            )
-        allowed = {
-            "hidden_act": ("silu",),
-            "scoring_func": (None, "sigmoid"),
-            "topk_method": (None, "noaux_tc"),
-            "n_shared_experts": (None, 0),
-            "rope_scaling": (None,),
-            "attention_dropout": (0, 0.0, None),
-            "attention_projection_layout": (None, "split", "fused_qkv"),
-            "moe_router_dtype": (None, "float32"),
-            "use_sliding_window": (None, False),
-        }
-        for key, good in allowed.items():
-            if self.values.get(key, good[0]) not in good:
-                raise ConfigError(f"{self.where} has {key} {self.values[key]!r}; supported is {good[-1]!r} only.")
-
-    def required(self, key: str) -> int:
-        """A number that the model cannot be built without."""
-        value = self.values.get(key)
-        if value is None:
-            raise ConfigError(f"{self.where} lacks {key!r}, which the model cannot be built without.")
-        return self._whole(key, value)
-
-    def _whole(self, key: str, value: Any) -> int:
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ConfigError(f"{self.where} has {key} {value!r}; it must be a whole number of 1 or more.")
-        return value
-
-    def agreed(self, keys: tuple[str, ...], default: Any) -> Any:
-        """The value under any of several names of one thing; two that differ are an error."""
-        found = {key: self.values[key] for key in keys if self.values.get(key) is not None}
-        if len(set(map(str, found.values()))) > 1:
-            raise ConfigError(f"{self.where} contradicts itself: {_listed(found)} must agree.")
-        return next(iter(found.values()), default)
+    def agreed(self, *keys: str) -> Any:
+        """The value under any of several names of one thing, None if none is there; two that differ are an error."""
+        found = {key: value for key in keys if (value := getattr(self.hub, key)) is not None}
+        if len(set(found.values())) > 1:
+            raise ConfigError(f"{' and '.join(f'{key} {value!r}' for key, value in found.items())} must agree.")
+        return next(iter(found.values()), None)
 
     def attention_kinds(self) -> tuple[str, ...]:
-        pattern = _per_layer(self.values.get("hybrid_layer_pattern"), {0: "full", 1: "sliding"}, self.where)
-        types = _per_layer(
-            self.values.get("layer_types"), {"full_attention": "full", "sliding_attention": "sliding"}, self.where
-        )
-        default = ("full",) * self.required("num_hidden_layers") if self.values["model_type"] == "mimo" else None
-        return self._agreed_layers({"hybrid_layer_pattern": pattern, "layer_types": types}, default)
+        return self._layers(
+            {"hybrid_layer_pattern": {0: "full", 1: "sliding"},
+             "layer_types": {"full_attention": "full", "sliding_attention": "sliding"}},
+            "full",
+        )  # fmt: skip
 
     def ffn_kinds(self) -> tuple[str, ...]:
-        pattern = _per_layer(self.values.get("moe_layer_freq"), {0: "dense", 1: "moe"}, self.where)
-        types = _per_layer(self.values.get("mlp_layer_types"), {"dense": "dense", "sparse": "moe"}, self.where)
-        default = ("dense",) * self.required("num_hidden_layers") if self.values["model_type"] == "mimo" else None
-        return self._agreed_layers({"moe_layer_freq": pattern, "mlp_layer_types": types}, default)
+        return self._layers(
+            {"moe_layer_freq": {0: "dense", 1: "moe"}, "mlp_layer_types": {"dense": "dense", "sparse": "moe"}}, "dense"
+        )
 
-    def _agreed_layers(self, found: dict[str, tuple | None], default: tuple | None) -> tuple[str, ...]:
-        stated = {key: kinds for key, kinds in found.items() if kinds is not None}
+    def _layers(self, keys: dict[str, dict[Any, str]], mimo_7b_kind: str) -> tuple[str, ...]:
+        """What each layer is, from the keys that say it; the dense family has one kind and says nothing."""
+        stated = {
+            key: tuple(names[value] for value in values)
+            for key, names in keys.items()
+            if (values := getattr(self.hub, key)) is not None
+        }
+        count = self.hub.num_hidden_layers
         if not stated:
-            if default is None:
-                raise ConfigError(f"{self.where} has neither {' nor '.join(found)}; one must say what each layer is.")
-            return default
+            if self.hub.model_type != "mimo":
+                raise ConfigError(f"neither {' nor '.join(keys)} is there; one must say what each layer is.")
+            return (mimo_7b_kind,) * count
         if len(set(stated.values())) > 1:
-            raise ConfigError(f"{self.where} contradicts itself: {' and '.join(stated)} name different layers.")
+            raise ConfigError(f"{' and '.join(stated)} name different layers.")
         kinds = next(iter(stated.values()))
-        if len(kinds) != self.required("num_hidden_layers"):
-            raise ConfigError(
-                f"{self.where} has {len(kinds)} entries in {' and '.join(stated)}, but num_hidden_layers is "
-                f"{self.values['num_hidden_layers']}."
-            )
+        if len(kinds) != count:
+            raise ConfigError(f"{' and '.join(stated)} has {len(kinds)} entries, but num_hidden_layers is {count}.")
         return kinds
 
     def window_keys(self) -> int | None:
-        values = self.values
-        size, native = values.get("sliding_window_size"), values.get("sliding_window")
+        size, native = self.hub.sliding_window_size, self.hub.sliding_window
         if size is not None and native is not None and native not in (size, size + 1):
             raise ConfigError(
-                f"{self.where} contradicts itself: sliding_window {native} and sliding_window_size {size} must be "
-                "equal or differ by the query itself."
+                f"sliding_window {native} and sliding_window_size {size} must be equal or differ by the query itself."
             )
-        if values.get("window_keys") is not None:
-            return values["window_keys"]
+        if self.hub.window_keys is not None:
+            return self.hub.window_keys
         return native if size is None else size + 1
 
     def attention(self, kind: str, window_keys: int | None) -> AttentionConfig:
-        self.required("num_attention_heads")
-        key_dim = self._geometry(kind, "head_dim", None)
-        if key_dim is None:
-            key_dim = self.required("hidden_size") // self.required("num_attention_heads")
-        sliding_value_dim = key_dim if "swa_head_dim" in self.values else None
-        value_dim = self._geometry(kind, "v_head_dim", sliding_value_dim if kind == "sliding" else None) or key_dim
+        hub, is_sliding = self.hub, kind == "sliding"
+        num_heads, key_dim, value_dim = hub.num_attention_heads, hub.head_dim, hub.v_head_dim
+        kv_heads = hub.num_key_value_heads
+        if is_sliding:
+            num_heads = _or(hub.swa_num_attention_heads, num_heads)
+            key_dim = _or(hub.swa_head_dim, key_dim)
+            value_dim = _or(hub.swa_v_head_dim, _or(hub.swa_head_dim, value_dim))
+            # The native class has no key for it and gives sliding layers twice the key/value heads of full ones.
+            kv_heads = _or(hub.swa_num_key_value_heads, 2 * kv_heads)
+        key_dim = _or(key_dim, hub.hidden_size // hub.num_attention_heads)
         theta, factor = self._rope(kind)
-        kv_heads = self._geometry(kind, "num_key_value_heads", None)
-        if kv_heads is None:
-            raise ConfigError(f"{self.where} lacks 'num_key_value_heads'.")
-        for key, value in (("head_dim", key_dim), ("v_head_dim", value_dim), ("num_key_value_heads", kv_heads)):
-            self._whole(key, value)
-        # The native class has no key for it and gives sliding layers twice the key/value heads of full ones.
-        if kind == "sliding" and "swa_num_key_value_heads" not in self.values:
-            kv_heads = 2 * kv_heads
-        sink_key = "add_swa_attention_sink_bias" if kind == "sliding" else "add_full_attention_sink_bias"
-        native_default = kind == "sliding" and self.values["model_type"] == "mimo_v2_flash"
+        sink = hub.add_swa_attention_sink_bias if is_sliding else hub.add_full_attention_sink_bias
         return AttentionConfig(
             kind=kind,
-            num_heads=self._geometry(kind, "num_attention_heads", None),
+            num_heads=num_heads,
             num_kv_heads=kv_heads,
             key_dim=key_dim,
-            value_dim=value_dim,
+            value_dim=_or(value_dim, key_dim),
             rotary_dim=int(key_dim * factor),
-            rope_theta=float(theta),
+            rope_theta=theta,
             window_keys=window_keys,
-            sink=bool(_or(self.values.get(sink_key), native_default)),
+            sink=_or(sink, is_sliding and hub.model_type == "mimo_v2_flash"),
         )
-
-    def _geometry(self, kind: str, key: str, sliding_default: Any) -> Any:
-        """A value of one layer kind: `swa_<key>` for sliding layers, else the plain key."""
-        if kind == "sliding":
-            if self.values.get(f"swa_{key}") is not None:
-                return self.values[f"swa_{key}"]
-            if sliding_default is not None:
-                return sliding_default
-        return self.values.get(key)
 
     def _rope(self, kind: str) -> tuple[float, float]:
         """Base and rotated share of one layer kind, from the flat keys or from `rope_parameters`."""
-        nested = self.values.get("rope_parameters") or {}
-        nested = nested.get("sliding_attention" if kind == "sliding" else "full_attention", nested)
-        if nested.get("rope_type", "default") != "default":
-            raise ConfigError(f"{self.where} has rope_type {nested['rope_type']!r}; supported is 'default' only.")
-        flat = self.values.get("swa_rope_theta" if kind == "sliding" else "rope_theta")
-        theta = nested.get("rope_theta")
-        if flat is not None and theta is not None and float(flat) != float(theta):
-            raise ConfigError(f"{self.where} contradicts itself: RoPE base {flat} and {theta} for {kind} layers.")
-        factor, flat_factor = nested.get("partial_rotary_factor"), self.values.get("partial_rotary_factor")
-        if factor is not None and flat_factor is not None and factor != flat_factor:
-            raise ConfigError(f"{self.where} contradicts itself: partial_rotary_factor {factor} and {flat_factor}.")
-        theta = _or(flat, theta)
+        hub, nested = self.hub, self.hub.rope_parameters or _RopeByKind()
+        nested = (nested.sliding_attention if kind == "sliding" else nested.full_attention) or nested
+        flat = hub.swa_rope_theta if kind == "sliding" else hub.rope_theta
+        if None not in (flat, nested.rope_theta) and flat != nested.rope_theta:
+            raise ConfigError(f"RoPE base {flat} and {nested.rope_theta} (rope_parameters) for {kind} layers.")
+        factors = (nested.partial_rotary_factor, hub.partial_rotary_factor)
+        if None not in factors and factors[0] != factors[1]:
+            raise ConfigError(f"partial_rotary_factor {factors[1]} and {factors[0]} (rope_parameters) must agree.")
+        theta = _or(flat, nested.rope_theta)
         if theta is None:
-            raise ConfigError(f"{self.where} states no RoPE base for {kind} layers (rope_theta or rope_parameters).")
-        return theta, _or(factor, _or(flat_factor, 1.0))
+            raise ConfigError(f"no RoPE base for {kind} layers is stated (rope_theta or rope_parameters).")
+        return theta, _or(factors[0], _or(factors[1], 1.0))
 
     def moe(self) -> MoEConfig:
-        experts = self.agreed(("n_routed_experts", "num_local_experts"), None)
-        if experts is None:
-            raise ConfigError(f"{self.where} has sparse layers but no 'n_routed_experts'.")
+        hub, experts = self.hub, self.agreed("n_routed_experts", "num_local_experts")
+        needed = {
+            "n_routed_experts": experts,
+            "num_experts_per_tok": hub.num_experts_per_tok,
+            "moe_intermediate_size": hub.moe_intermediate_size,
+        }
+        lacking = [key for key, value in needed.items() if value is None]
+        if lacking:
+            raise ConfigError(f"there are sparse layers, but {', '.join(lacking)} is not there.")
         return MoEConfig(
             num_experts=experts,
-            experts_per_token=self.required("num_experts_per_tok"),
-            expert_dim=self.required("moe_intermediate_size"),
-            num_groups=_or(self.values.get("n_group"), 1),
-            groups_per_token=_or(self.values.get("topk_group"), 1),
-            normalise_weights=_or(self.values.get("norm_topk_prob"), True),
-            routed_scale=_or(self.values.get("routed_scaling_factor"), 1.0),
+            experts_per_token=hub.num_experts_per_tok,
+            expert_dim=hub.moe_intermediate_size,
+            num_groups=_or(hub.n_group, 1),
+            groups_per_token=_or(hub.topk_group, 1),
+            normalise_weights=_or(hub.norm_topk_prob, True),
+            routed_scale=_or(hub.routed_scaling_factor, 1.0),
         )
 
 
@@ -394,20 +436,5 @@ def _rotary_factor(spec: AttentionConfig) -> float:
     return 0.334 if int(spec.key_dim * 0.334) == spec.rotary_dim else (spec.rotary_dim + 0.5) / spec.key_dim
 
 
-def _per_layer(values: Any, names: dict[Any, str], where: str) -> tuple[str, ...] | None:
-    if values is None:
-        return None
-    if not isinstance(values, list):
-        raise ConfigError(f"{where} describes its layers by {values!r}; it must be a list with one entry a layer.")
-    for value in values:
-        if value not in names:
-            raise ConfigError(f"{where} calls a layer {value!r}; known are {', '.join(map(repr, names))}.")
-    return tuple(names[value] for value in values)
-
-
 def _or(value: Any, default: Any) -> Any:
     return default if value is None else value
-
-
-def _listed(found: dict[str, Any]) -> str:
-    return " and ".join(f"{key} {value!r}" for key, value in found.items())

@@ -6,29 +6,22 @@ Everything that can be found wrong from the files' headers is found before the f
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
-from openmimo.core.config import read_json
 from openmimo.core.errors import CheckpointError
 from openmimo.model import fp8
 from openmimo.model.config import AttentionConfig, ModelConfig
+from openmimo.model.hf_headers import StoredTensor, open_safetensors, read_headers
 
 _FLOAT_DTYPES = {"F64", "F32", "BF16", "F16"}
+_FP8_DTYPE = "F8_E4M3"
 _SCALE = "_scale_inv"
+_PARTS = ("q_proj", "k_proj", "v_proj")
 _MAX_OPEN_FILES = 2  # a weight and its scale may lie in different files; more would keep old shards in memory
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """A tensor as its file's header describes it."""
-
-    file: str
-    shape: tuple[int, ...]
-    dtype: str
 
 
 class CheckpointReader:
@@ -36,16 +29,17 @@ class CheckpointReader:
 
     def __init__(self, folder: Path):
         self.folder = Path(folder)
-        self.stored = _read_headers(self.folder)
-        self._open: dict[str, safe_open] = {}
+        self.stored = read_headers(self.folder)
+        self._open: dict[str, Any] = {}
 
     def names(self) -> set[str]:
-        """Names of the weights, without scales; a fused q/k/v counts as three."""
-        names = {name for name in self.stored if not name.endswith(_SCALE)}
+        """Names of the weights, and of scales without their weight; a fused q/k/v counts as three."""
+        names = {name for name in self.stored if not self._is_scale(name)}
         fused = {name for name in names if ".qkv_proj." in name}
-        return (names - fused) | {
-            name.replace("qkv_proj", part) for name in fused for part in ("q_proj", "k_proj", "v_proj")
-        }
+        return (names - fused) | {name.replace("qkv_proj", part) for name in fused for part in _PARTS}
+
+    def _is_scale(self, name: str) -> bool:
+        return name.endswith(_SCALE) and name.removesuffix(_SCALE) in self.stored
 
     def names_by_file(self, names: set[str]) -> Iterator[str]:
         """`names`, grouped by the file that holds them, so that reading in this order streams shard by shard."""
@@ -55,35 +49,70 @@ class CheckpointReader:
         """Shape of a logical tensor."""
         if name in self.stored:
             return self.stored[name].shape
-        spec, part, tail = _attention_of(name, config), _part(name), self._stored(name).shape[1:]
-        rows = {"q_proj": spec.num_heads * spec.key_dim, "k_proj": spec.num_kv_heads * spec.key_dim}
-        return (rows.get(part, spec.num_kv_heads * spec.value_dim), *tail)
+        return (_rows_by_part(_attention_of(name, config))[_part(name)], *self._stored(name).shape[1:])
 
     def problem(self, name: str, config: ModelConfig) -> str | None:
         """What forbids reading this tensor, found from its header; None if nothing does."""
-        stored = self._stored(name)
-        has_scale = self._physical(name) + _SCALE in self.stored
-        if stored.dtype == "F8_E4M3":
-            if not has_scale:
-                return f"{name} in {stored.file} is F8_E4M3 without {name}{_SCALE}"
-            return self._scale_problem(self._physical(name), config)
-        if stored.dtype not in _FLOAT_DTYPES:
-            readable = ", ".join([*sorted(_FLOAT_DTYPES), "F8_E4M3"])
+        physical = self._physical(name)
+        stored, scale_name = self.stored[physical], physical + _SCALE
+        if stored.dtype not in (*_FLOAT_DTYPES, _FP8_DTYPE):
+            readable = ", ".join([*sorted(_FLOAT_DTYPES), _FP8_DTYPE])
             return f"{name} in {stored.file} has dtype {stored.dtype}; readable are {readable}"
+        if stored.dtype == _FP8_DTYPE and scale_name not in self.stored:
+            return f"{name} in {stored.file} is {_FP8_DTYPE} without {name}{_SCALE}"
+        if stored.dtype != _FP8_DTYPE and scale_name in self.stored:
+            return f"{name} in {stored.file} is {stored.dtype}, but there is a {scale_name} for {_FP8_DTYPE} codes"
+        if _part(name) in _PARTS:
+            if physical == name and name.replace(_part(name), "qkv_proj") in self.stored:
+                return f"{name} stands there, and a fused qkv_proj that holds it as well"
+            if physical != name and (problem := self._fused_problem(name, physical, config)):
+                return problem
+        return self._scale_problem(physical, config) if scale_name in self.stored else None
+
+    def _fused_problem(self, name: str, physical: str, config: ModelConfig) -> str | None:
+        spec, ranks = _attention_of(name, config), config.qkv_ranks
+        parts = _rows_by_part(spec)
+        rows = self.stored[physical].shape[:1]
+        if rows != (sum(parts.values()),):
+            return f"{physical} has {list(rows)} rows, but q, k and v have {sum(parts.values())}"
+        if any(count % ranks for count in parts.values()):
+            return f"{physical} cannot be split by rank: {ranks} ranks do not divide its {list(parts.values())} rows"
         return None
 
     def _scale_problem(self, name: str, config: ModelConfig) -> str | None:
-        (rows, columns), scale = self.stored[name].shape, self.stored[name + _SCALE].shape
-        ranks = config.qkv_ranks
-        allowed = {fp8.num_blocks(rows)}
-        if ".qkv_proj." in name or ".k_proj." in name:
-            allowed.add(ranks * fp8.num_blocks(rows // ranks))
-        if ".v_proj." in name:  # per rank, V has the blocks that K leaves of their common slice
-            key_rows = self.stored[name.replace(".v_proj.", ".k_proj.")].shape[0] // ranks
-            allowed.add(ranks * (fp8.num_blocks(key_rows + rows // ranks) - fp8.num_blocks(key_rows)))
-        if scale[1:] == (fp8.num_blocks(columns),) and scale[0] in allowed:
+        shape, scale = self.stored[name].shape, self.stored[name + _SCALE]
+        if scale.dtype not in _FLOAT_DTYPES:
+            return f"{name}{_SCALE} in {scale.file} has dtype {scale.dtype}; scales are floats"
+        if ".k_proj." in name and self._has_rank_scales(name, config):
+            v_scale = name.replace(".k_proj.", ".v_proj.") + _SCALE
+            if v_scale not in self.stored:
+                return f"{name}{_SCALE} has blocks that the values share, but there is no {v_scale}"
+        if len(shape) == 2 and scale.shape in self._scale_shapes(name, config):
             return None
-        return f"{name}{_SCALE} has shape {list(scale)}, which are not the 128 x 128 blocks of {[rows, columns]}"
+        return f"{name}{_SCALE} has shape {list(scale.shape)}, which are not the 128 x 128 blocks of {list(shape)}"
+
+    def _scale_shapes(self, name: str, config: ModelConfig) -> set[tuple[int, int]]:
+        """The shapes that the scales of this FP8 matrix may have."""
+        (rows, columns), ranks = self.stored[name].shape, config.qkv_ranks
+        uniform, by_rank = fp8.num_blocks(rows), ranks * fp8.num_blocks(rows // ranks)
+        allowed = {uniform}
+        if ".qkv_proj." in name:
+            allowed = {by_rank}
+        elif ".k_proj." in name and rows % ranks == 0:
+            allowed = {uniform, by_rank}
+        elif ".v_proj." in name and rows % ranks == 0 and self._has_rank_scales(name, config):
+            # Per rank, V has the blocks that K leaves of their common slice.
+            key_rows = self.stored[name.replace(".v_proj.", ".k_proj.")].shape[0] // ranks
+            allowed = {ranks * (fp8.num_blocks(key_rows + rows // ranks) - fp8.num_blocks(key_rows))}
+        return {(blocks, fp8.num_blocks(columns)) for blocks in allowed}
+
+    def _has_rank_scales(self, name: str, config: ModelConfig) -> bool:
+        """Whether the keys of this layer, and with them its values, are quantised per rank."""
+        k_name = name.replace(_part(name), "k_proj")
+        weight, scale = self.stored.get(k_name), self.stored.get(k_name + _SCALE)
+        if weight is None or scale is None or not weight.shape or not scale.shape:
+            return False
+        return fp8.has_rank_scales(scale.shape[0], config.qkv_ranks, weight.shape[0])
 
     def read(self, name: str, config: ModelConfig) -> torch.Tensor:
         """A logical tensor in its stored dtype, or float32 if it was FP8."""
@@ -92,21 +121,14 @@ class CheckpointReader:
             return self._read_fused(name, physical, config)
         if name + _SCALE not in self.stored:
             return self._tensor(name)
-        if name.endswith((".k_proj.weight", ".v_proj.weight")):
-            return self._read_key_value(name, config)
-        return fp8.dequantise(self._tensor(name), self._tensor(name + _SCALE))
+        if _part(name) in ("k_proj", "v_proj") and self._has_rank_scales(name, config):
+            return self._read_rank_keys_values(name, config)
+        return fp8.dequantise(self._tensor(name), self._scale(name))
 
-    def _read_key_value(self, name: str, config: ModelConfig) -> torch.Tensor:
+    def _read_rank_keys_values(self, name: str, config: ModelConfig) -> torch.Tensor:
         k_name, v_name = (name.replace(_part(name), part) for part in ("k_proj", "v_proj"))
-        ranks = config.qkv_ranks
-        k_scale_name, v_scale_name = k_name + _SCALE, v_name + _SCALE
-        if k_scale_name not in self.stored or v_scale_name not in self.stored:
-            raise CheckpointError(f"{self.folder}: of {k_name} and {v_name} only one has a scale ({_SCALE}).")
-        rows = self.stored[k_name].shape[0]
-        if not fp8.has_rank_scales(self.stored[k_scale_name].shape[0], ranks, rows):
-            return fp8.dequantise(self._tensor(name), self._tensor(name + _SCALE))
         k, v = fp8.dequantise_rank_keys_values(
-            self._tensor(k_name), self._tensor(v_name), self._tensor(k_scale_name), self._tensor(v_scale_name), ranks
+            self._tensor(k_name), self._tensor(v_name), self._scale(k_name), self._scale(v_name), config.qkv_ranks
         )
         return k if name == k_name else v
 
@@ -114,12 +136,12 @@ class CheckpointReader:
         spec, ranks = _attention_of(name, config), config.qkv_ranks
         tensor = self._tensor(physical)
         if physical + _SCALE in self.stored:
-            tensor = fp8.dequantise_ranks(tensor, self._tensor(physical + _SCALE), ranks)
+            tensor = fp8.dequantise_ranks(tensor, self._scale(physical), ranks)
         return split_fused(tensor, spec, ranks)[_part(name)]
 
     def _physical(self, name: str) -> str:
         """The stored name that holds a logical tensor."""
-        fused = name.replace(_part(name), "qkv_proj") if _part(name) in ("q_proj", "k_proj", "v_proj") else name
+        fused = name.replace(_part(name), "qkv_proj") if _part(name) in _PARTS else name
         return name if name in self.stored else fused
 
     def _stored(self, name: str) -> StoredTensor:
@@ -130,24 +152,39 @@ class CheckpointReader:
         if file not in self._open:
             while len(self._open) >= _MAX_OPEN_FILES:
                 self._open.pop(next(iter(self._open)))
-            self._open[file] = _open_file(self.folder / file)
-        return self._open[file].get_tensor(name)
+            self._open[file] = open_safetensors(self.folder / file)
+        try:
+            return self._open[file].get_tensor(name)
+        except SafetensorError as error:
+            raise CheckpointError(f"{self.folder / file}: {name} cannot be read ({error}).") from error
+
+    def _scale(self, name: str) -> torch.Tensor:
+        """The scales of an FP8 matrix. Raises CheckpointError for one that is negative or not finite."""
+        scale = self._tensor(name + _SCALE)
+        if not (torch.isfinite(scale) & (scale >= 0)).all():
+            raise CheckpointError(f"{self.folder}: {name}{_SCALE} holds a negative value, an infinity or NaN.")
+        return scale
 
 
 def split_fused(tensor: torch.Tensor, spec: AttentionConfig, num_ranks: int) -> dict[str, torch.Tensor]:
     """A fused [ranks * (Q_r + K_r + V_r), D] matrix as q, k and v: a rank's slice holds its heads of all three."""
-    rows = [
-        spec.num_heads * spec.key_dim // num_ranks,
-        spec.num_kv_heads * spec.key_dim // num_ranks,
-        spec.num_kv_heads * spec.value_dim // num_ranks,
-    ]
+    rows = [count // num_ranks for count in _rows_by_part(spec).values()]
     parts = tensor.unflatten(0, (num_ranks, sum(rows))).split(rows, dim=1)
-    return {name: part.flatten(0, 1) for name, part in zip(("q_proj", "k_proj", "v_proj"), parts, strict=True)}
+    return {name: part.flatten(0, 1) for name, part in zip(_PARTS, parts, strict=True)}
 
 
 def fuse(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, num_ranks: int) -> torch.Tensor:
     """The inverse of `split_fused`."""
     return torch.cat([part.unflatten(0, (num_ranks, -1)) for part in (q, k, v)], dim=1).flatten(0, 1)
+
+
+def _rows_by_part(spec: AttentionConfig) -> dict[str, int]:
+    """How many rows q, k and v of a layer have."""
+    return {
+        "q_proj": spec.num_heads * spec.key_dim,
+        "k_proj": spec.num_kv_heads * spec.key_dim,
+        "v_proj": spec.num_kv_heads * spec.value_dim,
+    }
 
 
 def _attention_of(name: str, config: ModelConfig) -> AttentionConfig:
@@ -158,36 +195,3 @@ def _attention_of(name: str, config: ModelConfig) -> AttentionConfig:
 def _part(name: str) -> str:
     """The projection of `….self_attn.q_proj.weight`: `q_proj`."""
     return name.split(".")[-2] if "." in name else name
-
-
-def _read_headers(folder: Path) -> dict[str, StoredTensor]:
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder} is not a folder; a checkpoint is a folder with config.json and *.safetensors.")
-    index = folder / "model.safetensors.index.json"
-    weight_map = read_json(index)["weight_map"] if index.exists() else None
-    files = (
-        sorted(set(weight_map.values())) if weight_map else sorted(path.name for path in folder.glob("*.safetensors"))
-    )
-    if not files:
-        raise CheckpointError(f"{folder} holds no *.safetensors file.")
-    stored: dict[str, StoredTensor] = {}
-    for file in files:
-        with _open_file(folder / file) as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (not a dict)
-                piece = tensors.get_slice(name)
-                stored[name] = StoredTensor(file, tuple(piece.get_shape()), piece.get_dtype())
-    lost = sorted(name for name in weight_map or {} if name not in stored)
-    if lost:
-        raise CheckpointError(
-            f"{index} names {len(lost)} tensors that its files do not hold, such as {', '.join(lost[:5])}."
-        )
-    return stored
-
-
-def _open_file(path: Path) -> safe_open:
-    try:
-        return safe_open(path, framework="pt")
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is missing, but the checkpoint's index names it. Download it again.") from error
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}). It is truncated or corrupt; copy it again.") from error

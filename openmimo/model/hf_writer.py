@@ -1,5 +1,6 @@
 """Writing a checkpoint folder in the Hugging Face layout, streamed into shards of bounded size."""
 
+import contextlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -47,10 +48,20 @@ def write_shards(
             tensors[entry.name] = entry.load().to(device="cpu", dtype=entry.dtype).contiguous()
             weight_map[entry.name] = file
             on_tensor(entry.num_bytes)
-        save_file(tensors, folder / file, metadata={"format": "pt"})
+        with umask_mode(folder / file):
+            save_file(tensors, folder / file, metadata={"format": "pt"})
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(entry.num_bytes for entry in entries)}, "weight_map": weight_map}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+@contextlib.contextmanager
+def umask_mode(path: Path) -> Iterator[None]:
+    """Gives a file that the block writes the mode that the umask allows; safetensors writes for its own user alone."""
+    path.touch()
+    mode = path.stat().st_mode
+    yield
+    path.chmod(mode)
 
 
 def _fill_shards(entries: list[Entry], max_shard_bytes: int) -> Iterator[list[Entry]]:

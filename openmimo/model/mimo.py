@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from openmimo.data.companions import Companions
 from openmimo.model.config import LayerConfig, ModelConfig
 from openmimo.model.context import AttentionContext, PackedContext
 from openmimo.model.layers import Attention, DenseFFN, Linear, RMSNorm
@@ -53,6 +54,8 @@ class MiMo(nn.Module):
     The parameters are created on the current default device and left uninitialised where a checkpoint will fill them;
     call `initialise` for a model to train from nothing. compute_dtype: dtype of the activations (the parameters' own by
     default). activation_checkpointing: recompute each layer in the backward pass instead of keeping its activations.
+    companions: the tokenizer's files of the folder that the model was loaded from; they are saved with it. is_extended:
+    `extend_context` has given it more positions than that folder says.
     """
 
     def __init__(self, config: ModelConfig):
@@ -60,6 +63,8 @@ class MiMo(nn.Module):
         self.config = config
         self.compute_dtype: torch.dtype | None = None
         self.activation_checkpointing = False
+        self.companions = Companions()
+        self.is_extended = False
         self.model = nn.Module()
         self.model.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.model.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in config.layers)
@@ -114,6 +119,7 @@ class MiMo(nn.Module):
 
         Context extension, paper section 3.1; sliding layers keep their base.
         """
+        self.is_extended = self.is_extended or max_positions > self.config.max_positions
         self.config = replace(self.config, max_positions=max(max_positions, self.config.max_positions))
         if full_rope_theta is None:
             return

@@ -4,8 +4,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from openmimo.core.config import read_json
 from openmimo.core.errors import ConfigError
+from openmimo.core.reading import file_in_folder, read_json
 from openmimo.model.config import AttentionConfig, LayerConfig, ModelConfig, MoEConfig, MTPConfig
 from openmimo.model.hf_config import config_from_hf
 
@@ -136,7 +136,10 @@ def model_config(name_or_path: str) -> ModelConfig:
     if name_or_path in PRESETS:
         return PRESETS[name_or_path]()
     path = Path(name_or_path)
-    path = path / "config.json" if path.is_dir() else path
+    if path.is_dir():
+        path = file_in_folder(path, "config.json", ConfigError) or path / "config.json"
     if path.suffix != ".json":
-        raise ConfigError(f"model {name_or_path!r} is neither a preset ({', '.join(PRESETS)}) nor a config.json.")
+        missing = "" if path.exists() else " (there is no such file)"
+        known = ", ".join(PRESETS)
+        raise ConfigError(f"model {name_or_path!r}{missing} is neither a preset ({known}) nor a config.json.")
     return config_from_hf(read_json(path), where=str(path))

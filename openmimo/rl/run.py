@@ -43,8 +43,7 @@ def train(config: RlConfig, *, console: Console | None = None) -> Path:
     run = RlRun(config, model, tokenizer, start=start, optimiser_tensors=optimiser_tensors, console=console)
     run.run()
     model_folder = run_folder / "model"
-    save_model(model, model_folder)
-    tokenizer.save(model_folder)
+    save_model(model, model_folder, tokenizer=tokenizer)
     report = write_report(run_folder)
     console.print(f"model   {model_folder}\nreport  {report}")
     return model_folder

@@ -23,6 +23,7 @@ from openmimo.core.errors import CheckpointError
 from openmimo.core.files import new_folder_atomic
 from openmimo.data.tokenizer import Tokenizer
 from openmimo.model.hf import load_model, write_model
+from openmimo.model.hf_writer import umask_mode
 from openmimo.model.mimo import MiMo
 from openmimo.runtime.device import rng_state, set_rng_state
 from openmimo.train.config import CheckpointConfig
@@ -145,12 +146,13 @@ def find_damage(path: Path) -> str | None:
 def _write(
     folder: Path, model: MiMo, optimiser: torch.optim.Optimizer, tokenizer: Tokenizer, progress: Progress
 ) -> None:
-    write_model(model, folder)
-    tokenizer.save(folder)
+    write_model(model, folder, tokenizer=tokenizer)
     trainer = folder / "trainer"
     trainer.mkdir()
     generators = {f"rng.{name}": state for name, state in rng_state(model.device).items()}
-    save_file({**optimiser_state(model, optimiser), **generators}, trainer / "optimiser.safetensors")
+    optimiser_path = trainer / "optimiser.safetensors"
+    with umask_mode(optimiser_path):
+        save_file({**optimiser_state(model, optimiser), **generators}, optimiser_path)
     (trainer / "progress.json").write_text(json.dumps(vars(progress)))
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     manifest = {str(path.relative_to(folder)): _checksum(path) for path in files}

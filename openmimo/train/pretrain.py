@@ -50,8 +50,7 @@ def pretrain(config: PretrainConfig, *, console: Console | None = None) -> Path:
         )
     trainer.run()
     model_folder = run_folder / "model"
-    save_model(trainer.model, model_folder)
-    trainer.tokenizer.save(model_folder)
+    save_model(trainer.model, model_folder, tokenizer=trainer.tokenizer)
     report = write_report(run_folder)
     console.print(f"model   {model_folder}\nreport  {report}")
     return model_folder
@@ -133,7 +132,10 @@ def _new_model(config: PretrainConfig, tokenizer: Tokenizer, device: torch.devic
             f"{described.vocab_size}."
         )
     if config.init_from is not None:
-        return load_model(config.init_from, dtype="float32", device=str(device))
+        model = load_model(config.init_from, dtype="float32", device=str(device))
+        if config.tokenizer.path is not None:  # the ids in config.json are those of the tokenizer that is left behind
+            model.config = _with_token_ids(model.config, tokenizer)
+        return model
     model = MiMo(_with_token_ids(described, tokenizer))
     model.initialise(torch.Generator().manual_seed(config.seed))
     return model.to(device)
