@@ -67,7 +67,12 @@ def check(kind, path, *, whole_set_may_be_refused=True):
     except DataError as error:
         says = str(error)
         assert path.name in says and "\n" not in says.strip()
-        assert re.search(rf"{path.name}, line \d+: ", says) or "fits into rows" in says or "problem" in says or "is compressed" in says
+        assert (
+            re.search(rf"{path.name}, line \d+: ", says)
+            or "fits into rows" in says
+            or "problem" in says
+            or "is compressed" in says
+        )
         says.encode()
 
 
