@@ -1,33 +1,81 @@
-"""Objects from JSON Lines files, with errors that name file and line."""
+"""Objects from JSON Lines, with errors that name file and line.
+
+One bad line refuses the whole: what a run reads is what its files say, with nothing left out in silence.
+"""
 
 import json
+import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 from openmimo.core.errors import DataError
-from openmimo.data.source import find_files
+from openmimo.data.source import find_files, reading
 
 SUFFIXES = (".jsonl",)
+_MAY_HOLD_SURROGATES = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def read_objects(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """(where it stands, the object) of each line of a file, or of the .jsonl files of a folder.
 
-    Empty lines are skipped. A line that is not a JSON object is a DataError.
+    Empty lines are skipped. A line that is not a JSON object of real text and finite numbers is a DataError.
     """
     for file in find_files(path, SUFFIXES):
-        with open(file, "rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    where = f"{file}, line {number}"
-                    yield where, _parse(line, where)
+        number = 0
+        with reading(file), open(file, "rb") as lines:
+            while line := lines.readline():
+                number += 1
+                if line.isspace():
+                    continue
+                where = f"{file}, line {number}"
+                text = _text(line, where)
+                del line  # a line may be large, and is not needed while its object is used
+                value = _parsed(text, where)
+                if _MAY_HOLD_SURROGATES.search(text):
+                    _refuse_surrogates(value, where)
+                del text
+                yield where, value
+                del value
 
 
-def _parse(line: bytes, where: str) -> dict[str, Any]:
+def _text(line: bytes, where: str) -> str:
     try:
-        value = json.loads(line)
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise DataError(f"{where}: not valid JSON ({error}). Mend or delete the line.") from error
+        return line.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{where}: not UTF-8 (byte {error.start} of the line). Convert the file, or delete the line."
+        ) from error
+
+
+def _parsed(text: str, where: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: not valid JSON ({error}). Correct or delete the line.") from error
     if not isinstance(value, dict):
         raise DataError(f"{where}: a JSON object is needed, not a {type(value).__name__}.")
     return value
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _refuse_surrogates(value: Any, where: str, key: str = "") -> None:
+    """Half a character (a lone surrogate) has no UTF-8, so it can be neither encoded nor hashed."""
+    if isinstance(value, dict):
+        for name, item in value.items():
+            _refuse_surrogates(name, where, "a key")
+            _refuse_surrogates(item, where, key or repr(name))
+    elif isinstance(value, list):
+        for item in value:
+            _refuse_surrogates(item, where, key)
+    elif isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            half = ascii(value[error.start])
+            raise DataError(
+                f"{where}: the text under {key} holds half a character ({half}, a lone surrogate). Correct or delete "
+                "the line."
+            ) from error

@@ -6,6 +6,8 @@ be taken up again with another number of processes or workers.
 
 import concurrent.futures
 import functools
+import hashlib
+import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -16,8 +18,7 @@ import numpy as np
 from openmimo.core.errors import CheckpointError, ConfigError
 from openmimo.data.config import MixtureConfig
 from openmimo.data.mixing import MixtureRows, open_mixture
-from openmimo.data.source import Row, TextSource, open_source
-from openmimo.data.store import open_store
+from openmimo.data.source import Row
 from openmimo.data.tokenizer import Tokenizer
 
 _VALIDATION_SEED = (0, 0)  # not the run's: runs with other seeds are measured on the same rows
@@ -38,11 +39,19 @@ class Batch:
     source_rows: dict[str, int]
 
 
-def prepare_mixture(mixture: MixtureConfig, tokenizer: Tokenizer) -> None:
-    """Fetches and tokenises what the mixture needs. With several processes, one calls this before the others go on."""
-    for config in mixture.sources:
-        if isinstance(open_source(config)[0], TextSource):
-            open_store(config, tokenizer, validation_fraction=mixture.validation_fraction)
+def prepare_mixture(
+    mixture: MixtureConfig, tokenizer: Tokenizer, *, sequence_length: int, with_validation: bool
+) -> None:
+    """Fetches, tokenises and checks what a stage needs, so that it does not fail once it begins.
+
+    With several processes, one calls this before the others go on. Raises ConfigError or DataError, as `Loader` and,
+    with `with_validation`, `Loader.fixed_batches` would.
+    """
+    sources = open_mixture(mixture, tokenizer, sequence_length)
+    for split in ("train", "validation") if with_validation else ("train",):
+        MixtureRows(sources, split, _VALIDATION_SEED)
+        for source in sources:
+            source.rows(split, _VALIDATION_SEED).row(0)
 
 
 class Loader:
@@ -79,7 +88,6 @@ class Loader:
             "stage": stage,
             "sequence_length": sequence_length,
             "tokenizer": tokenizer.fingerprint,
-            "sources": [source.identity for source in self.sources],
         }
         self._rank, self._world_size = rank, world_size
         self._rows_consumed = 0
@@ -113,20 +121,44 @@ class Loader:
 
     def state(self) -> dict[str, Any]:
         """What to save for resuming, as plain JSON."""
-        return {"rows_consumed": self._rows_consumed, **self._identity}
+        sources = [{**source.identity, "place": source.place} for source in self.sources]
+        return {"rows_consumed": self._rows_consumed, **self._identity, "sources": sources}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Goes on after the rows that `state` has used. Raises CheckpointError, naming the difference, if the state
-        belongs to other data, weights, row length, tokenizer, stage or seed.
+        belongs to other data, weights, row length, tokenizer, stage or seed. Data may have been moved.
         """
         for key, ours in self._identity.items():
             if state.get(key) != ours:
                 raise CheckpointError(
                     f"The saved loader state has {key} {state.get(key)!r}, but this run has {ours!r}, so its rows are "
-                    f"others. Resume with the same {key}, or start the stage anew."
+                    f"others. Resume with the same {key}, or name another run_folder for a new run."
                 )
+        self._check_sources(state.get("sources", []))
         self._drop_ahead()
         self._rows_consumed = state["rows_consumed"]
+
+    def _check_sources(self, saved: list[dict[str, Any]]) -> None:
+        advice = "or name another run_folder for a new run."
+        if len(saved) != len(self.sources):
+            raise CheckpointError(
+                f"The saved loader state has {len(saved)} sources, but this run has {len(self.sources)}. Resume with "
+                f"the same sources, {advice}"
+            )
+        for source, before in zip(self.sources, saved, strict=True):
+            for key, ours in source.identity.items():
+                theirs = before.get(key)
+                if theirs == ours:
+                    continue
+                if key == "content":
+                    raise CheckpointError(
+                        f"The data of {source.place} has changed: the run was started on content {short(theirs)}, "
+                        f"read as {before.get('place')}; now it is {short(ours)}. Put back the data as it was, {advice}"
+                    )
+                raise CheckpointError(
+                    f"The saved loader state has {key} {theirs!r} for {before.get('place')}, but this run has {ours!r} "
+                    f"for {source.place}. Resume with the same {key}, {advice}"
+                )
 
     def close(self) -> None:
         """Ends the workers, if there are any."""
@@ -157,6 +189,11 @@ class Loader:
         for future in self._ahead.values():
             future.cancel()
         self._ahead.clear()
+
+
+def short(content: Any) -> str:
+    """A name of a content for people: twelve digits of one hash of it."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _join(named_rows: Iterable[tuple[str, Row]]) -> Batch:

@@ -13,7 +13,7 @@ import numpy as np
 from openmimo.core.errors import ConfigError, DataError
 from openmimo.data.config import MixtureConfig, SourceConfig
 from openmimo.data.packing import RowSource, StoreRows, SyntheticRows
-from openmimo.data.source import Row, RowMaker, Split, SyntheticSource, open_source
+from openmimo.data.source import Row, RowMaker, RowMakers, Split, SyntheticSource, open_source
 from openmimo.data.store import TokenStore, open_store
 from openmimo.data.tokenizer import Tokenizer
 
@@ -70,45 +70,75 @@ def _apportion(weights: Sequence[float]) -> np.ndarray:
 class OpenSource:
     """A source of a mixture, ready to give rows.
 
-    stores: the tokenised documents of a text source, by split; None for a synthetic one, which has `make_row`.
+    stores: the tokenised documents of a text source, by split; None for a synthetic one, which has `makers`.
     """
 
     config: SourceConfig
     sequence_length: int
+    validation_fraction: float
     stores: dict[Split, TokenStore] | None
-    make_row: RowMaker | None
+    makers: RowMakers | None
 
     @property
     def identity(self) -> dict[str, Any]:
         """What the rows depend on: equal data gives equal identities wherever it lies."""
-        content = self.config.options if self.stores is None else self.stores["train"].content
-        return {"name": self.config.name, "weight": self.config.weight, "content": content}
+        if self.stores is not None:
+            content = {split: store.content for split, store in self.stores.items()}
+        else:
+            content = self.makers.content or self.config.options
+        return {
+            "name": self.config.name,
+            "weight": self.config.weight,
+            "validation_fraction": self.validation_fraction,
+            "content": content,
+        }
+
+    @property
+    def place(self) -> str:
+        """The source and where its data lies, for messages."""
+        path = self.config.options.get("path")
+        return f"source {self.config.name!r}" + (f" ({path})" if path else "")
 
     def rows(self, split: Split, seed: Sequence[int]) -> RowSource:
-        """The numbered rows of one split. Raises DataError if its text does not fill a row."""
+        """The numbered rows of one split. Raises DataError if it holds too little for a row."""
+        if split == "validation" and self.validation_fraction == 0.0:
+            raise DataError(
+                f"Nothing of {self.place} is held out, as validation_fraction is 0, so there is nothing to evaluate "
+                "on. Set validation_fraction above 0."
+            )
         if self.stores is None:
-            return SyntheticRows(self.make_row, seed)
+            return SyntheticRows(self._maker(split), seed)
         num_tokens = len(self.stores[split].token_ids)
         if num_tokens < self.sequence_length:
-            mend = "raise validation_fraction, " if split == "validation" else ""
+            side = "raise" if split == "validation" else "lower"
             raise DataError(
-                f"The {split} part of source {self.config.name!r} has {num_tokens} tokens, which do not fill one row "
-                f"of {self.sequence_length}: {mend}give it more text, or shorten the rows."
+                f"The {split} part of {self.place} has {num_tokens} tokens, which do not fill one row "
+                f"of {self.sequence_length}: {side} validation_fraction, give it more text, or shorten the rows."
             )
         return StoreRows(self.stores[split], self.sequence_length, seed)
+
+    def _maker(self, split: Split) -> RowMaker:
+        if split not in self.makers.by_split:
+            raise DataError(
+                f"The {split} part of {self.place} is empty: none of its examples that fit into a row of "
+                f"{self.sequence_length} tokens is held out at validation_fraction {self.validation_fraction}. Raise "
+                "it, or give the source more examples."
+            )
+        return self.makers.by_split[split]
 
 
 def open_mixture(mixture: MixtureConfig, tokenizer: Tokenizer, sequence_length: int) -> tuple[OpenSource, ...]:
     """Opens every source, tokenising the texts that no earlier run has. Raises ConfigError or DataError."""
     opened = []
+    fraction = mixture.validation_fraction
     for config in mixture.sources:
         source, options = open_source(config)
-        stores, make_row = None, None
+        stores, makers = None, None
         if isinstance(source, SyntheticSource):
-            make_row = source.row_maker(options, tokenizer, sequence_length)
+            makers = source.row_makers(options, tokenizer, sequence_length, fraction)
         else:
-            stores = open_store(config, tokenizer, validation_fraction=mixture.validation_fraction)
-        opened.append(OpenSource(config, sequence_length, stores, make_row))
+            stores = open_store(config, tokenizer, validation_fraction=fraction)
+        opened.append(OpenSource(config, sequence_length, fraction, stores, makers))
     return tuple(opened)
 
 

@@ -6,12 +6,13 @@ from typing import Protocol
 
 import numpy as np
 
+from openmimo.data.permutation import permuted
 from openmimo.data.source import Row, RowMaker
 from openmimo.data.store import TokenStore
 
 
 class RowSource(Protocol):
-    """Whatever gives numbered rows."""
+    """What gives numbered rows."""
 
     def row(self, index: int) -> Row:
         """Row `index`, the same whenever it is asked for."""
@@ -23,7 +24,8 @@ class StoreRows:
     rows, and their pieces are listed in `document_lengths`.
 
     In each epoch every window comes once, in an order of that epoch, and the windows start at another phase, so that
-    documents are cut elsewhere. The store is read as a circle, and must hold at least one row.
+    documents are cut elsewhere. The store is read as a circle, and must hold at least one row. No order is kept in
+    memory: where a row lies is computed from its number.
     """
 
     def __init__(self, store: TokenStore, sequence_length: int, seed: Sequence[int]):
@@ -36,13 +38,15 @@ class StoreRows:
     def row(self, index: int) -> Row:
         """Row `index` of all epochs, one after another."""
         epoch, place = divmod(index, self._num_windows)
-        phase, order = self._epoch(epoch)
-        start = (phase + int(order[place]) * self._sequence_length) % len(self._store.token_ids)
+        phase, key = self._epoch(epoch)
+        window = permuted(place, self._num_windows, key)
+        start = (phase + window * self._sequence_length) % len(self._store.token_ids)
         return _window(self._store, start, self._sequence_length)
 
-    def _make_epoch(self, epoch: int) -> tuple[int, np.ndarray]:
+    def _make_epoch(self, epoch: int) -> tuple[int, int]:
+        """The phase of an epoch, and the key of its order."""
         rng = np.random.default_rng([*self._seed, epoch])
-        return int(rng.integers(len(self._store.token_ids))), rng.permutation(self._num_windows)
+        return int(rng.integers(len(self._store.token_ids))), int(rng.integers(2**63))
 
 
 class SyntheticRows:

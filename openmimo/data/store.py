@@ -1,8 +1,8 @@
 """Documents as token ids on disk: tokenised once, then read through memory maps by every run with the same settings.
 
 A store is a folder with, for each split, `<split>.bin` (ids of all documents one after another, each ended by the
-end-of-text token; uint16, or uint32 for a vocabulary over 65,536) and `<split>_offsets.npy` (int64 [documents + 1],
-where each begins), and `store.json`.
+end-of-text token; uint16, or uint32 for a vocabulary over 65,536) and `<split>_offsets.bin` (int64 [documents + 1],
+where each begins), and `store.json`. Writing and reading take little memory, however long a document or the whole is.
 """
 
 import hashlib
@@ -21,18 +21,19 @@ from openmimo.core.errors import DataError
 from openmimo.core.files import new_folder_atomic
 from openmimo.data.cache import cache_folder
 from openmimo.data.config import SourceConfig
-from openmimo.data.source import Split, TextSource, open_source, read_documents, split_of
+from openmimo.data.pieces import utf8_length
+from openmimo.data.source import Piece, Split, TextSource, divided_documents, open_source
 from openmimo.data.tokenizer import Tokenizer
 
-FORMAT_VERSION = 1
-BATCH_CHARACTERS = 4_000_000  # tokenised at once, on all cores
+FORMAT_VERSION = 2
+BATCH_CHARACTERS = 500_000  # tokenised at once, on all cores
 
 
 @dataclass(frozen=True)
 class TokenStore:
     """One split of one source.
 
-    token_ids: uint16 or uint32 [N], memory-mapped. offsets: int64 [documents + 1]. text_bytes: UTF-8 bytes of the
+    token_ids: uint16 or uint32 [N], offsets: int64 [documents + 1], both memory-mapped. text_bytes: UTF-8 bytes of the
     documents. content: SHA-256 of the ids, so equal for equal data wherever it lies.
     """
 
@@ -73,45 +74,61 @@ def _key(config: SourceConfig, tokenizer: Tokenizer, validation_fraction: float)
 
 
 class _SplitWriter:
-    def __init__(self, folder: Path, split: Split, dtype: type):
-        self._folder, self._split, self._dtype = folder, split, dtype
-        self._file = open(folder / f"{split}.bin", "wb")  # noqa: SIM115 - closed by `finish`
+    def __init__(self, folder: Path, split: Split, dtype: type, end_of_text_id: int):
+        self._dtype, self._end_of_text_id = dtype, end_of_text_id
+        self._tokens = open(folder / f"{split}.bin", "wb")  # noqa: SIM115 - closed by `close`
+        self._offsets = open(folder / f"{split}_offsets.bin", "wb")  # noqa: SIM115 - closed by `close`
         self._digest = hashlib.sha256()
-        self._offsets = [0]
-        self._text_bytes = 0
+        self._num_tokens = self._num_documents = self._text_bytes = 0
+        self._offsets.write(np.int64(0).tobytes())
 
-    def add(self, text: str, ids: list[int]) -> None:
-        data = np.array(ids, dtype=self._dtype).tobytes()
-        self._file.write(data)
+    def add(self, piece: Piece, ids: list[int]) -> None:
+        if piece.ends_document:
+            ids = [*ids, self._end_of_text_id]
+        self._tokens.write(np.array(ids, dtype=self._dtype).tobytes())
         self._digest.update(np.array(ids, dtype="<u4").tobytes())
-        self._offsets.append(self._offsets[-1] + len(ids))
-        self._text_bytes += len(text.encode())
+        self._num_tokens += len(ids)
+        self._text_bytes += utf8_length(piece.text)
+        if piece.ends_document:
+            self._num_documents += 1
+            self._offsets.write(np.int64(self._num_tokens).tobytes())
 
-    def finish(self) -> dict[str, int | str]:
-        self._file.close()
-        np.save(self._folder / f"{self._split}_offsets.npy", np.array(self._offsets, dtype=np.int64))
-        return {"tokens": self._offsets[-1], "text_bytes": self._text_bytes, "content": self._digest.hexdigest()}
+    def description(self) -> dict[str, int | str]:
+        return {
+            "tokens": self._num_tokens,
+            "documents": self._num_documents,
+            "text_bytes": self._text_bytes,
+            "content": self._digest.hexdigest(),
+        }
+
+    def close(self) -> None:
+        self._tokens.close()
+        self._offsets.close()
 
 
 def _write(folder: Path, config: SourceConfig, tokenizer: Tokenizer, validation_fraction: float) -> None:
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
-    writers = {split: _SplitWriter(folder, split, dtype) for split in get_args(Split)}
-    for texts in _batches(_with_progress(config)):
-        for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
-            writers[split_of(text, validation_fraction)].add(text, [*ids, tokenizer.end_of_text_id])
-    splits = {split: writer.finish() for split, writer in writers.items()}
+    writers = {split: _SplitWriter(folder, split, dtype, tokenizer.end_of_text_id) for split in get_args(Split)}
+    try:
+        for pieces in _batches(_with_progress(config, divided_documents(config, validation_fraction))):
+            for piece, ids in zip(pieces, tokenizer.encode_batch([piece.text for piece in pieces]), strict=True):
+                writers[piece.split].add(piece, ids)
+    finally:
+        for writer in writers.values():
+            writer.close()
+    splits = {split: writer.description() for split, writer in writers.items()}
     if not any(entry["tokens"] for entry in splits.values()):
         raise DataError(f"Source {config.name!r} with options {config.options} holds no text.")
     description = {"source": to_dict(config), "dtype": np.dtype(dtype).name, "splits": splits}
     (folder / "store.json").write_text(json.dumps(description, indent=2) + "\n")
 
 
-def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
-    """Lists of texts of some `BATCH_CHARACTERS` together."""
+def _batches(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
+    """Lists of pieces of some `BATCH_CHARACTERS` together."""
     batch, characters = [], 0
-    for text in texts:
-        batch.append(text)
-        characters += len(text)
+    for piece in pieces:
+        batch.append(piece)
+        characters += len(piece.text)
         if characters >= BATCH_CHARACTERS:
             yield batch
             batch, characters = [], 0
@@ -119,8 +136,8 @@ def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
         yield batch
 
 
-def _with_progress(config: SourceConfig) -> Iterator[str]:
-    """The documents of a source, with a line that shows how much text has been read, how fast, and the time left."""
+def _with_progress(config: SourceConfig, pieces: Iterator[Piece]) -> Iterator[Piece]:
+    """The pieces of a source, with a line that shows how much text has been read, how fast, and the time left."""
     columns = [
         rich.progress.TextColumn("tokenising {task.description}"),
         rich.progress.BarColumn(),
@@ -131,19 +148,22 @@ def _with_progress(config: SourceConfig) -> Iterator[str]:
     console = rich.console.Console(stderr=True)
     with rich.progress.Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task(config.name, total=config.max_megabytes * 1e6 or None)
-        for text in read_documents(config):
-            yield text
-            progress.advance(task, len(text.encode()))
+        for piece in pieces:
+            yield piece
+            progress.advance(task, utf8_length(piece.text))
 
 
 def _read_split(folder: Path, split: Split, description: dict) -> TokenStore:
     entry = description["splits"][split]
-    file, dtype = folder / f"{split}.bin", np.dtype(description["dtype"])
-    if file.stat().st_size != entry["tokens"] * dtype.itemsize:
-        raise DataError(f"{file} is damaged: it should hold {entry['tokens']} tokens. Delete {folder} to make it anew.")
     return TokenStore(
-        token_ids=np.memmap(file, dtype=dtype, mode="r") if entry["tokens"] else np.empty(0, dtype),
-        offsets=np.load(folder / f"{split}_offsets.npy"),
+        token_ids=_mapped(folder / f"{split}.bin", np.dtype(description["dtype"]), entry["tokens"]),
+        offsets=_mapped(folder / f"{split}_offsets.bin", np.dtype(np.int64), entry["documents"] + 1),
         text_bytes=entry["text_bytes"],
         content=entry["content"],
     )
+
+
+def _mapped(file: Path, dtype: np.dtype, length: int) -> np.ndarray:
+    if not file.is_file() or file.stat().st_size != length * dtype.itemsize:
+        raise DataError(f"{file} is damaged: it should hold {length} numbers. Delete {file.parent} to tokenise again.")
+    return np.memmap(file, dtype=dtype, mode="r") if length else np.empty(0, dtype)

@@ -1,11 +1,16 @@
 """Rows of synthetic documents: a row is divided into documents of one drawn length, which are made one by one."""
 
 import math
+from collections.abc import Callable
+from typing import TypeVar, get_args
 
 import numpy as np
 
 from openmimo.core.errors import DataError
-from openmimo.data.source import Row
+from openmimo.data.source import Row, RowMaker, RowMakers, Split, split_of_bytes
+
+SMALLEST_SHARE = 0.001
+Example = TypeVar("Example")
 
 
 def document_lengths(sequence_length: int, *, shortest: int, longest: int, rng: np.random.Generator) -> list[int]:
@@ -38,6 +43,54 @@ def length_range(
             f"{min_length} give some of {shortest_made}. Raise min_length or make the task smaller."
         )
     return shortest, longest
+
+
+def makers_by_split(
+    make_row: Callable[[np.random.Generator, Split], Row], validation_fraction: float, source: str
+) -> RowMakers:
+    """The makers of a source whose examples are drawn without end. Raises DataError for a share too small to draw."""
+    if validation_fraction == 0.0:
+        return RowMakers({"train": lambda rng: make_row(rng, "train")})
+    if not SMALLEST_SHARE <= validation_fraction <= 1.0 - SMALLEST_SHARE:
+        raise DataError(
+            f"Source {source!r} cannot divide what it makes by a validation_fraction of {validation_fraction}: it "
+            "draws until an example is on the wanted side. "
+            f"Take one from {SMALLEST_SHARE} to {1.0 - SMALLEST_SHARE}, or 0."
+        )
+
+    def maker(split: Split) -> RowMaker:
+        return lambda rng: make_row(rng, split)
+
+    return RowMakers({split: maker(split) for split in get_args(Split)})
+
+
+def draw_on_side(
+    draw: Callable[[np.random.Generator], Example],
+    content: Callable[[Example], np.ndarray],
+    rng: np.random.Generator,
+    *,
+    split: Split,
+    validation_fraction: float,
+    source: str,
+) -> Example:
+    """The first draw whose content is on the side `split`.
+
+    Only the first draw takes numbers from `rng`; any others take theirs from a generator of their own, so that the rest
+    of a row does not depend on how many were needed. Raises DataError if the source has too few different examples.
+    """
+    example = draw(rng)
+    if split_of_bytes(content(example).tobytes(), validation_fraction) == split:
+        return example
+    share = validation_fraction if split == "validation" else 1.0 - validation_fraction
+    others = rng.spawn(1)[0]
+    for _ in range(math.ceil(100 / share)):
+        example = draw(others)
+        if split_of_bytes(content(example).tobytes(), validation_fraction) == split:
+            return example
+    raise DataError(
+        f"Source {source!r} has too few different examples to divide: none of the {split} part is found at "
+        f"validation_fraction {validation_fraction}. Make its examples longer or more different."
+    )
 
 
 def join_documents(documents: list[np.ndarray], loss_masks: list[np.ndarray] | None) -> Row:

@@ -12,7 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 from openmimo.core.config import from_dict
 from openmimo.core.records import Message
 from openmimo.core.registry import Registry
-from openmimo.data.source import Split
+from openmimo.data.source import FileContent, Split
 from openmimo.rl.problems import Problem
 
 
@@ -79,6 +79,7 @@ class Environment:
         problems: problems(options, split, seed) gives the function from an index to a problem, always the same one.
         open: open(problem, options) begins an episode.
         is_instant: is_instant(options) says whether episodes answer in microseconds, so that they need no thread.
+        files: files(options) gives the files that the problems are read from, for a run that goes on later.
     """
 
     describe: str
@@ -86,6 +87,7 @@ class Environment:
     problems: Callable[[Any, Split, int], Callable[[int], Problem]]
     open: Callable[[Problem, Any], Episode]
     is_instant: Callable[[Any], bool] = lambda options: True
+    files: Callable[[Any], tuple[FileContent, ...]] = lambda options: ()
 
 
 ENVIRONMENTS: Registry[Environment] = Registry("openmimo.rl.environments", Environment)

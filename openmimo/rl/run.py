@@ -1,5 +1,6 @@
 """`openmimo rl` and `openmimo mopd`: set a run up, find where it stopped, learn, report."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,14 @@ from rich.console import Console
 
 from openmimo.core import config as config_io
 from openmimo.core.errors import ConfigError
+from openmimo.core.files import write_text_atomic
+from openmimo.data.config import without_paths
 from openmimo.data.tokenizer import Tokenizer
 from openmimo.model.hf import load_model, save_model
 from openmimo.rl.config import RlConfig
 from openmimo.rl.evaluate import streams_of
 from openmimo.rl.loop import RlRun
+from openmimo.rl.problem_files import PROBLEMS_FILE, check_same_problems, problem_files
 from openmimo.rl.report import write_report
 from openmimo.runtime.device import fastest_dtype, resolve_device
 from openmimo.train.checkpoint import Checkpoints, Progress, restore
@@ -52,8 +56,10 @@ def train(config: RlConfig, *, console: Console | None = None) -> Path:
 def _keep_config(config: RlConfig, run_folder: Path) -> None:
     """Saves the config in the run folder; refuses to go on with a run that was started with another one."""
     path = run_folder / "config.json"
+    files = problem_files(config.sources)
     has_begun = any((run_folder / name).exists() for name in ("checkpoints", "events.jsonl"))
     if path.exists() and has_begun:
+        check_same_problems(files, run_folder)
         before = _decisive(config_io.load(type(config), path))
         now = _decisive(config)
         changed = [name for name in now if now[name] != before[name]]
@@ -64,10 +70,15 @@ def _keep_config(config: RlConfig, run_folder: Path) -> None:
             )
     run_folder.mkdir(parents=True, exist_ok=True)
     config_io.save(config, path)
+    write_text_atomic(run_folder / PROBLEMS_FILE, json.dumps(config_io.to_dict(files), indent=2) + "\n")
 
 
 def _decisive(config: RlConfig) -> dict[str, Any]:
-    """The settings that may not differ between two starts of one run."""
-    return config_io.to_dict(
+    """The settings that may not differ between two starts of one run. Problem files may have been moved."""
+    decisive = config_io.to_dict(
         replace(config, run_folder="", device="auto", threads=0, tensorboard=False, reward_threads=1, rollout_workers=1)
     )
+    for source in decisive["sources"]:
+        if source["environment"] == "task":
+            source["options"] = without_paths(source["options"])
+    return decisive

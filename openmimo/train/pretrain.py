@@ -9,6 +9,7 @@ from rich.console import Console
 
 from openmimo.core import config as config_io
 from openmimo.core.errors import ConfigError
+from openmimo.data.config import without_paths
 from openmimo.data.source import TextSource, open_source, training_documents
 from openmimo.data.tokenizer import Tokenizer
 from openmimo.model.config import ModelConfig
@@ -84,8 +85,9 @@ def _keep_config(config: PretrainConfig, run_folder: Path) -> None:
     """Saves the config in the run folder; refuses to go on with a run that was started with another one."""
     path = run_folder / "config.json"
     if path.exists() and (run_folder / "checkpoints").exists():
-        before = config_io.to_dict(without_location(config_io.load(PretrainConfig, path)))
-        now = config_io.to_dict(without_location(config))
+        # The loader compares what data files hold, which may lie elsewhere now.
+        before = without_paths(config_io.to_dict(without_location(config_io.load(PretrainConfig, path))))
+        now = without_paths(config_io.to_dict(without_location(config)))
         changed = [name for name in now if now[name] != before[name]]
         if changed:
             raise ConfigError(

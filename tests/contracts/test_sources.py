@@ -2,6 +2,7 @@
 
 import dataclasses
 import gzip
+import hashlib
 import io
 import json
 import os
@@ -168,10 +169,12 @@ def test_texts_become_a_token_store(name, config_of, tokenizer):
     assert stored == [[*tokenizer.encode(text), tokenizer.end_of_text_id] for text in documents]
 
 
+@pytest.mark.parametrize("split", ["train", "validation"])
 @pytest.mark.parametrize("name", SYNTHETIC_NAMES)
-def test_rows_are_a_pure_function_of_the_generator(name, tokenizer):
+def test_rows_are_a_pure_function_of_the_generator(name, split, tokenizer):
     source, options = open_source(SourceConfig(name))
-    make_row, again = (source.row_maker(options, tokenizer, SEQUENCE_LENGTH) for _ in range(2))
+    makers = (source.row_makers(options, tokenizer, SEQUENCE_LENGTH, 0.2) for _ in range(2))
+    make_row, again = (maker.by_split[split] for maker in makers)
     rows = [make_row(np.random.default_rng(seed)) for seed in range(20)]
     for seed in reversed(range(20)):
         row = again(np.random.default_rng(seed))
@@ -183,7 +186,7 @@ def test_rows_are_a_pure_function_of_the_generator(name, tokenizer):
 @pytest.mark.parametrize("name", SYNTHETIC_NAMES)
 def test_rows_are_whole_documents_of_known_tokens(name, tokenizer):
     source, options = open_source(SourceConfig(name))
-    make_row = source.row_maker(options, tokenizer, SEQUENCE_LENGTH)
+    make_row = source.row_makers(options, tokenizer, SEQUENCE_LENGTH, 0.0).by_split["train"]
     for seed in range(20):
         row = make_row(np.random.default_rng(seed))
         assert row.token_ids.dtype == np.int32 and row.token_ids.shape == (SEQUENCE_LENGTH,)
@@ -194,11 +197,39 @@ def test_rows_are_whole_documents_of_known_tokens(name, tokenizer):
         assert row.loss_mask is None or row.loss_mask.shape == (SEQUENCE_LENGTH,)
 
 
+SMALL = {  # so few different examples that the sides would meet if they were not kept apart
+    "needles": {"num_pairs": 1, "num_keys": 2, "num_values": 3, "min_length": 8, "max_length": 8},
+    "repeats": {"min_period": 1, "max_period": 2, "min_length": 8, "max_length": 8, "alphabet": "characters"},
+    "tasks": {"tasks": [{"name": "addition", "min_difficulty": 1, "max_difficulty": 1}]},
+}
+
+
+@pytest.mark.parametrize("name", SYNTHETIC_NAMES)
+def test_no_document_is_on_both_sides(name, tokenizer):
+    source, options = open_source(SourceConfig(name, options=SMALL[name]))
+    makers = source.row_makers(options, tokenizer, SEQUENCE_LENGTH, 0.3)
+    documents = {}
+    for split, make_row in makers.by_split.items():
+        documents[split] = set()
+        for seed in range(150):
+            row = make_row(np.random.default_rng(seed))
+            mask = np.ones(SEQUENCE_LENGTH, dtype=bool) if row.loss_mask is None else row.loss_mask
+            ends = np.cumsum(row.document_lengths)
+            for start, end in zip(ends - row.document_lengths, ends, strict=True):
+                if mask[start:end].any():
+                    documents[split].add(row.token_ids[start:end].tobytes())
+    assert len(documents["train"]) > 2 and len(documents["validation"]) > 2
+    assert not documents["train"] & documents["validation"]
+    assert set(source.row_makers(options, tokenizer, SEQUENCE_LENGTH, 0.0).by_split) == {"train"}
+    with pytest.raises(DataError, match=f"{name}.*validation_fraction of 1e-09"):
+        source.row_makers(options, tokenizer, SEQUENCE_LENGTH, 1e-9)
+
+
 @pytest.mark.parametrize("name", SYNTHETIC_NAMES)
 def test_rows_too_short_for_the_task_are_refused(name, tokenizer):
     source, options = open_source(SourceConfig(name))
     with pytest.raises(DataError, match=name):
-        source.row_maker(options, tokenizer, 8)
+        source.row_makers(options, tokenizer, 8, 0.0)
 
 
 def test_enwik8_is_cleaned_to_prose():
@@ -219,10 +250,16 @@ def test_enwik8_refuses_other_bytes_and_names_the_alternative(monkeypatch):
         list(read_documents(SourceConfig("enwik8")))
 
 
-def test_enwik8_says_why_it_cannot_be_fetched(tmp_path, monkeypatch):
-    failed = subprocess.CompletedProcess([], returncode=1, stdout="", stderr="warning\nERROR: no network\n")
-    monkeypatch.setattr(enwik8.subprocess, "run", lambda *args, **options: failed)
-    with pytest.raises(DataError, match="ERROR: no network.*python_stdlib"):
+def test_enwik8_is_downloaded_without_running_anything_and_checked(tmp_path, monkeypatch):
+    (tmp_path / "served.tar.gz").write_bytes(b"some archive")
+    monkeypatch.setattr(enwik8, "ARCHIVE_URL", (tmp_path / "served.tar.gz").as_uri())
+    monkeypatch.setattr(subprocess, "Popen", None)
+    with pytest.raises(DataError, match="other bytes.*SHA-256.*python_stdlib"):
+        REAL_FETCH_ARCHIVE(tmp_path)
+    monkeypatch.setattr(enwik8, "ARCHIVE_SHA256", hashlib.sha256(b"some archive").hexdigest())
+    assert REAL_FETCH_ARCHIVE(tmp_path).read_bytes() == b"some archive"
+    monkeypatch.setattr(enwik8, "ARCHIVE_URL", (tmp_path / "nowhere.tar.gz").as_uri())
+    with pytest.raises(DataError, match="could not be fetched.*nowhere.*python_stdlib"):
         REAL_FETCH_ARCHIVE(tmp_path)
 
 

@@ -21,7 +21,7 @@ TASKS = (TaskConfig("addition", 1, 2, weight=3.0), TaskConfig("reverse", 2, 6))
 
 def rows_of(config: SourceConfig, number: int, sequence_length: int = 300):
     source, options = open_source(config)
-    make_row = source.row_maker(options, TOKENIZER, sequence_length)
+    make_row = source.row_makers(options, TOKENIZER, sequence_length, 0.0).by_split["train"]
     return [make_row(np.random.default_rng(seed)) for seed in range(number)]
 
 
@@ -104,7 +104,7 @@ def test_a_loader_reads_demonstrations_beside_other_sources():
 def test_impossible_demonstrations_are_refused():
     with pytest.raises(ConfigError, match="at least one task"):
         rows_of(demonstrations(), 1)
-    with pytest.raises(ConfigError, match="noise of source 'tasks' is 1.5"):
+    with pytest.raises(ConfigError, match="noise is 1.5"):
         rows_of(demonstrations(*TASKS, noise=1.5), 1)
     with pytest.raises(ConfigError, match="no TaskFamily called 'nothing'"):
         rows_of(demonstrations(TaskConfig("nothing")), 1)
@@ -202,7 +202,11 @@ def test_long_conversations_are_left_out_and_counted(write):
 @pytest.mark.parametrize(
     ("line", "named"),
     [
-        ({"text": "x"}, "line 1: 'messages' must be a list"),
+        ({"text": "x"}, "line 1: this is a line of the plain text form"),
+        ({"messages": "x"}, "line 1: 'messages' must be a list"),
+        ({"other": 1}, "line 1: there is no 'messages' .found: other"),
+        ({"instruction": "a", "input": "", "output": "b"}, "line 1: .*Alpaca form.*user turn of 'instruction'"),
+        ({"conversations": [{"from": "human", "value": "a"}]}, "line 1: .*ShareGPT form.*'from' to 'role'"),
         ({"messages": ["x"]}, "line 1: Every message"),
         ({"messages": [{"content": "x"}]}, "line 1: .*no 'role'"),
         ({"messages": [{"role": "assistant", "content": "<|im_end|>"}]}, "line 1: .*control token"),

@@ -9,7 +9,8 @@ import pytest
 from openmimo.core.errors import ConfigError, DataError
 from openmimo.data.answers import score_answer
 from openmimo.data.config import TaskConfig
-from openmimo.data.task import Problem, open_task
+from openmimo.data.source import split_of
+from openmimo.data.task import Problem, open_task, prompt_messages
 
 ROWS = [
     {"prompt": f"What is {number} + 1?", "answer": number + 1, "difficulty": 1 + number % 2, "id": f"sum-{number}"}
@@ -45,6 +46,69 @@ def test_own_problems_by_difficulty_and_split(write):
     assert task.score(problem, "It is 100.") == 0.0
 
 
+def test_every_problem_comes_once_an_epoch_in_an_order_of_its_own(write):
+    task = open_task(TaskConfig("jsonl", 1, 2, options=write(ROWS)))
+    held_out = {task.problem_at(index, split="validation", seed=0).id for index in range(60)}
+    size = len(ROWS) - len(held_out)
+    epochs = [
+        [task.problem_at(epoch * size + place, split="train", seed=3).id for place in range(size)] for epoch in range(3)
+    ]
+    assert all(sorted(epoch) == sorted({row["id"] for row in ROWS} - held_out) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert [task.problem_at(place, split="train", seed=4).id for place in range(size)] != epochs[0]
+    again = open_task(TaskConfig("jsonl", 1, 2, options=write(ROWS)))
+    assert [again.problem_at(size + place, split="train", seed=3).id for place in range(5)] == epochs[1][:5]
+
+
+def test_equal_prompts_are_on_one_side(write):
+    rows = [{"prompt": f"p{number % 30}", "answer": "a"} for number in range(120)]
+    task = open_task(TaskConfig("jsonl", 1, 1, options=write(rows)))
+    train, held_out = (
+        {task.problem_at(index, split=split, seed=0).prompt for index in range(200)}
+        for split in ("train", "validation")
+    )
+    assert train and held_out and not train & held_out
+
+
+def test_a_test_file_is_validated_on_and_its_problems_are_not_trained_on(write, tmp_path):
+    test = tmp_path / "test.jsonl"
+    test.write_text("".join(json.dumps(row) + "\n" for row in [*ROWS[:5], {"prompt": "other", "answer": 1}]))
+    task = open_task(TaskConfig("jsonl", 1, 2, options=write(ROWS, test_path=str(test))))
+    train, held_out = (
+        {task.problem_at(index, split=split, seed=0).prompt for index in range(100)}
+        for split in ("train", "validation")
+    )
+    assert held_out == {row["prompt"] for row in ROWS[:5]} | {"other"}
+    assert train == {row["prompt"] for row in ROWS[5:]}
+
+
+def test_a_set_that_cannot_be_divided_is_refused(write):
+    task = open_task(TaskConfig("jsonl", 1, 1, options=write([{"prompt": "only", "answer": "a"}])))
+    split = "validation" if split_of("only", 0.1) == "train" else "train"
+    with pytest.raises(DataError, match="None of the 1 problems of .*own.jsonl.*test_path"):
+        task.problem_at(0, split=split, seed=0)
+
+
+def test_problems_of_several_turns(write):
+    turns = [
+        {"role": "user", "content": "1+1?"},
+        {"role": "assistant", "content": "2"},
+        {"role": "user", "content": "+1?"},
+    ]
+    rows = [{"messages": turns, "answer": 3, "system": "Be brief."}, {"prompt": "p", "answer": "a", "system": "s"}]
+    task = open_task(TaskConfig("jsonl", 1, 1, options=write(rows, test_path=write(rows)["path"])))
+    found = {
+        tuple(
+            (turn.role, turn.content) for turn in prompt_messages(task.problem_at(i, split="validation", seed=0), "x")
+        )
+        for i in range(2)
+    }
+    assert found == {
+        (("system", "Be brief."), *((turn["role"], turn["content"]) for turn in turns)),
+        (("system", "s"), ("user", "p")),
+    }
+
+
 def test_problems_without_difficulty_belong_to_all(write):
     options = write([{"question": f"q{number}", "key": "a"} for number in range(30)],
                     prompt_field="question", answer_field="key")  # fmt: skip
@@ -65,6 +129,12 @@ def test_missing_difficulty_is_named(write):
         ({"prompt": "p", "answer": None}, "line 1: no text or number under 'answer'"),
         ({"prompt": "p", "answer": "a", "difficulty": "easy"}, "line 1: the difficulty must be a whole number"),
         ([1], "line 1: a JSON object is needed, not a list"),
+        ({"prompt": "p", "answer": 1e999}, "line 1: not valid JSON .*Infinity"),
+        ({"prompt": "p", "answer": "a", "id": {}}, "line 1: the id must be"),
+        ({"prompt": "p", "messages": [{"role": "user", "content": "a"}], "answer": "a"}, "line 1: there are both"),
+        ({"messages": [{"role": "assistant", "content": "a"}], "answer": "a"}, "line 1: the last turn"),
+        ({"messages": "hi", "answer": "a"}, "line 1: 'messages' must be a list"),
+        ({"prompt": "\ud83d", "answer": "a"}, "line 1: .*'prompt'.*lone surrogate"),
     ],
 )
 def test_bad_lines_are_named(write, row, named):

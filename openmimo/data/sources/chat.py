@@ -5,9 +5,11 @@ assistant reasons (`reasoning_content`, or `<think>` in the content) becomes one
 reasoning of earlier ones is hidden; any other is one example.
 """
 
+import hashlib
+import json
 import warnings
 from bisect import bisect_left, insort
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,7 +19,7 @@ from openmimo.core.errors import DataError
 from openmimo.data.conversation import conversations_by_question, encode_conversation, has_reasoning
 from openmimo.data.conversation_rows import Document, join_row, make_document
 from openmimo.data.json_lines import read_objects
-from openmimo.data.source import Row, RowMaker, SyntheticSource
+from openmimo.data.source import Row, RowMaker, RowMakers, Split, SyntheticSource, split_of
 from openmimo.data.tokenizer import Tokenizer
 
 
@@ -31,46 +33,110 @@ class Options:
     thinking: Literal["auto", "on", "off"] = "auto"
 
 
-def row_maker(options: Options, tokenizer: Tokenizer, sequence_length: int) -> RowMaker:
+def row_makers(options: Options, tokenizer: Tokenizer, sequence_length: int, validation_fraction: float) -> RowMakers:
     """Rows of whole conversations, drawn at random; all of them are kept in memory.
 
-    Conversations longer than a row are left out, with a warning that counts them. Raises DataError if none is left.
+    A conversation is held out with all its examples, and what it shares with another is not trained on. Conversations
+    longer than a row are left out, with a warning that counts them. Raises DataError if none is left to train on.
     """
-    documents = list(read_documents(options, tokenizer))
-    fitting = [document for document in documents if len(document.token_ids) <= sequence_length]
-    if not fitting:
+    examples = read_examples(options, tokenizer, validation_fraction)
+    held_out = {document.token_ids.tobytes() for document in examples["validation"]}
+    examples["train"] = [document for document in examples["train"] if document.token_ids.tobytes() not in held_out]
+    fitting = {
+        split: [document for document in documents if len(document.token_ids) <= sequence_length]
+        for split, documents in examples.items()
+    }
+    num_all, num_fitting = (sum(map(len, by_split.values())) for by_split in (examples, fitting))
+    if not fitting["train"]:
         raise DataError(
-            f"Source 'chat' finds no conversation in {options.path} that fits into rows of {sequence_length} tokens "
-            f"(there are {len(documents)} in which the assistant speaks). Lengthen the rows, or give it others."
+            f"Source 'chat' finds no conversation in {options.path} to train on that fits into rows of "
+            f"{sequence_length} tokens (the assistant speaks in {num_all}, of which {num_fitting} fit and "
+            f"{len(fitting['validation'])} of those are held out). Lengthen the rows, lower validation_fraction, or "
+            "give it more conversations."
         )
-    if len(fitting) < len(documents):
+    if num_fitting < num_all:
         warnings.warn(
-            f"{options.path}: {len(documents) - len(fitting)} of {len(documents)} conversations are longer than "
-            f"{sequence_length} tokens and are left out.",
+            f"{options.path}: {num_all - num_fitting} of {num_all} conversations are longer than {sequence_length} "
+            "tokens and are left out.",
             stacklevel=2,
         )
-    bins = pack([len(document.token_ids) for document in fitting], sequence_length)
+    makers = {split: _row_maker(documents, sequence_length) for split, documents in fitting.items() if documents}
+    return RowMakers(makers, _fingerprint(examples))
+
+
+def _row_maker(documents: list[Document], sequence_length: int) -> RowMaker:
+    bins = pack([len(document.token_ids) for document in documents], sequence_length)
 
     def make_row(rng: np.random.Generator) -> Row:
         chosen = rng.permutation(bins[rng.integers(len(bins))])
-        row = [fitting[number] for number in chosen]
-        return join_row(row, sequence_length, filler=lambda: fitting[rng.integers(len(fitting))])
+        row = [documents[number] for number in chosen]
+        return join_row(row, sequence_length, filler=lambda: documents[rng.integers(len(documents))])
 
     return make_row
 
 
-def read_documents(options: Options, tokenizer: Tokenizer) -> Iterator[Document]:
-    """The examples of the file as tokens. A conversation that cannot be rendered is a DataError with file and line."""
+def _fingerprint(examples: Mapping[Split, list[Document]]) -> str:
+    """The SHA-256 of all tokens and masks, side by side."""
+    digest = hashlib.sha256()
+    for split, documents in examples.items():
+        digest.update(f"{split} {len(documents)} ".encode())
+        for document in documents:
+            digest.update(document.token_ids.astype("<u4").tobytes())
+            digest.update(document.mask.tobytes())
+    return digest.hexdigest()
+
+
+def read_examples(options: Options, tokenizer: Tokenizer, validation_fraction: float) -> dict[Split, list[Document]]:
+    """The examples of the file on their sides. What cannot be rendered is a DataError with file and line."""
+    examples: dict[Split, list[Document]] = {"train": [], "validation": []}
     for where, line in read_objects(options.path):
-        messages, tools = line.get("messages"), [] if line.get("tools") is None else line["tools"]
+        messages, tools = _messages(line, where), [] if line.get("tools") is None else line["tools"]
         if not isinstance(messages, list) or not isinstance(tools, list):
             raise DataError(f"{where}: 'messages' must be a list, and so must 'tools' if there are any.")
+        side = examples[split_of(json.dumps([messages, tools], sort_keys=True), validation_fraction)]
         try:
-            for token_ids, mask in _encode(messages, tools, options, tokenizer):
-                if mask.any():
-                    yield make_document((token_ids, mask), tokenizer.end_of_text_id)
+            encoded = _encode(messages, tools, options, tokenizer)
         except DataError as error:
             raise DataError(f"{where}: {error}") from error
+        side.extend(make_document(pair, tokenizer.end_of_text_id) for pair in encoded if pair[1].any())
+    return examples
+
+
+def _messages(line: Mapping[str, Any], where: str) -> Any:
+    if "messages" in line:
+        return line["messages"]
+    for form, keys, advice in _OTHER_FORMS:
+        if keys <= line.keys():
+            raise DataError(f"{where}: this is a line of the {form} form, which is not read. {advice}")
+    raise DataError(
+        f"{where}: there is no 'messages' (found: {', '.join(line) or 'nothing'}). Give the conversation as a list of "
+        '{"role": ..., "content": ...} under \'messages\'.'
+    )
+
+
+_OTHER_FORMS = (
+    (
+        "ShareGPT",
+        {"conversations"},
+        "Rename 'conversations' to 'messages', 'from' to 'role' (human: user, gpt: assistant), 'value' to 'content'.",
+    ),
+    (
+        "Alpaca",
+        {"instruction", "output"},
+        "Write 'messages': a user turn of 'instruction' and 'input', and an assistant turn of 'output'.",
+    ),
+    (
+        "preference",
+        {"chosen", "rejected"},
+        "Write 'messages': the turns of 'prompt' and of 'chosen'.",
+    ),
+    (
+        "prompt and completion",
+        {"prompt", "completion"},
+        "Write 'messages': a user turn of 'prompt', and an assistant turn of 'completion'.",
+    ),
+    ("plain text", {"text"}, "Read texts with source 'jsonl', or write 'messages'."),
+)
 
 
 def _encode(
@@ -108,5 +174,5 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 PLUGIN = SyntheticSource(
     describe="conversations from JSON Lines, in the chat format (options: path, thinking)",
     options=Options,
-    row_maker=row_maker,
+    row_makers=row_makers,
 )

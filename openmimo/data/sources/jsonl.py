@@ -1,5 +1,6 @@
 """Documents in JSON Lines: one object a line, its text in one field."""
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -17,18 +18,21 @@ class Options:
 
 
 def documents(options: Options) -> Iterator[str]:
-    """One document a line; empty lines are left out. A bad line is a DataError with file and line."""
+    """One document a line; empty texts are left out. A bad line is a DataError with file and line."""
     for where, row in read_objects(options.path):
-        if not isinstance(row.get(options.field), str):
+        if options.field not in row:
             raise DataError(
-                f"{where}: no text under {options.field!r} (found: {', '.join(row)}). Name the right key by option "
-                "'field'."
+                f"{where}: there is no {options.field!r} (found: {', '.join(row) or 'nothing'}). Name the key of the "
+                "text by option 'field'."
             )
-        yield row[options.field]
+        text = row.pop(options.field)
+        if not isinstance(text, str):
+            raise DataError(f"{where}: {options.field!r} is {json.dumps(text)[:40]}, not text. Delete the line.")
+        yield text
 
 
 def fingerprint(options: Options) -> str:
-    """The files' names, sizes and times."""
+    """Of the files' names, sizes and times."""
     return fingerprint_files(find_files(options.path, SUFFIXES))
 
 

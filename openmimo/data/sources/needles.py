@@ -1,13 +1,15 @@
 """Retrieval examples as training rows; `openmimo.data.needles` says what an example is."""
 
+import functools
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 
-from openmimo.data.needles import TOKENS_PER_FACT, make_needle, needle_symbols
-from openmimo.data.source import Row, RowMaker, SyntheticSource
-from openmimo.data.synthetic import document_lengths, join_documents, length_range
+from openmimo.core.fields import Bounds, NonNegativeInt, PositiveInt
+from openmimo.data.needles import KEYS, TOKENS_PER_FACT, VALUES, make_needle, needle_symbols
+from openmimo.data.source import Row, RowMakers, Split, SyntheticSource
+from openmimo.data.synthetic import document_lengths, draw_on_side, join_documents, length_range, makers_by_split
 from openmimo.data.tokenizer import Tokenizer
 
 
@@ -18,16 +20,16 @@ class Options:
     tokens count, "answers" or "all".
     """
 
-    num_pairs: int = 4
-    num_queries: int = 0
-    min_length: int = 64
-    max_length: int = 0
-    num_keys: int = 26
-    num_values: int = 36
+    num_pairs: PositiveInt = 4
+    num_queries: NonNegativeInt = 0
+    min_length: PositiveInt = 64
+    max_length: NonNegativeInt = 0
+    num_keys: Annotated[int, Bounds(least=1, most=len(KEYS))] = len(KEYS)
+    num_values: Annotated[int, Bounds(least=1, most=len(VALUES))] = len(VALUES)
     loss: Literal["answers", "all"] = "all"
 
 
-def row_maker(options: Options, tokenizer: Tokenizer, sequence_length: int) -> RowMaker:
+def row_makers(options: Options, tokenizer: Tokenizer, sequence_length: int, validation_fraction: float) -> RowMakers:
     """Rows of whole examples, each ended by the end-of-text token."""
     symbols = needle_symbols(tokenizer, num_keys=options.num_keys, num_values=options.num_values)
     num_queries = options.num_queries or options.num_pairs
@@ -38,15 +40,20 @@ def row_maker(options: Options, tokenizer: Tokenizer, sequence_length: int) -> R
         smallest=TOKENS_PER_FACT * (options.num_pairs + num_queries) + 1,
         source="needles",
     )
-    make_needle(
-        symbols, length=longest, num_pairs=options.num_pairs, num_queries=num_queries, rng=np.random.default_rng(0)
-    )
 
-    def make_row(rng: np.random.Generator) -> Row:
+    def draw(rng: np.random.Generator, length: int) -> tuple[np.ndarray, np.ndarray]:
+        return make_needle(symbols, length=length, num_pairs=options.num_pairs, num_queries=num_queries, rng=rng)
+
+    def make_row(rng: np.random.Generator, split: Split) -> Row:
         documents, masks = [], []
         for length in document_lengths(sequence_length, shortest=shortest, longest=longest, rng=rng):
-            example, answers = make_needle(
-                symbols, length=length - 1, num_pairs=options.num_pairs, num_queries=num_queries, rng=rng
+            example, answers = draw_on_side(
+                functools.partial(draw, length=length - 1),
+                lambda example_and_answers: example_and_answers[0],
+                rng,
+                split=split,
+                validation_fraction=validation_fraction,
+                source="needles",
             )
             documents.append(np.append(example, np.int32(tokenizer.end_of_text_id)))
             mask = np.zeros(length, dtype=bool)
@@ -54,11 +61,12 @@ def row_maker(options: Options, tokenizer: Tokenizer, sequence_length: int) -> R
             masks.append(mask)
         return join_documents(documents, masks if options.loss == "answers" else None)
 
-    return make_row
+    draw(np.random.default_rng(0), longest)
+    return makers_by_split(make_row, validation_fraction, "needles")
 
 
 PLUGIN = SyntheticSource(
     describe="facts hidden in filler and asked at the end, as token ids (options: num_pairs, min_length, ...)",
     options=Options,
-    row_maker=row_maker,
+    row_makers=row_makers,
 )

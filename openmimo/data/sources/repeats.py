@@ -5,10 +5,11 @@ from typing import Literal
 
 import numpy as np
 
-from openmimo.core.errors import DataError
+from openmimo.core.errors import ConfigError
+from openmimo.core.fields import NonNegativeInt, PositiveInt
 from openmimo.data.needles import needle_symbols
-from openmimo.data.source import Row, RowMaker, SyntheticSource
-from openmimo.data.synthetic import document_lengths, join_documents, length_range
+from openmimo.data.source import Row, RowMakers, Split, SyntheticSource
+from openmimo.data.synthetic import document_lengths, draw_on_side, join_documents, length_range, makers_by_split
 from openmimo.data.tokenizer import Tokenizer
 
 
@@ -20,21 +21,20 @@ class Options:
     period, which nothing can predict) or "all".
     """
 
-    min_period: int = 8
-    max_period: int = 24
-    min_length: int = 64
-    max_length: int = 0
+    min_period: PositiveInt = 8
+    max_period: PositiveInt = 24
+    min_length: PositiveInt = 64
+    max_length: NonNegativeInt = 0
     alphabet: Literal["vocabulary", "characters"] = "vocabulary"
     loss: Literal["repeats", "all"] = "all"
 
+    def __post_init__(self) -> None:
+        if self.min_period > self.max_period:
+            raise ConfigError(f"Source 'repeats' has min_period {self.min_period} above max_period {self.max_period}.")
 
-def row_maker(options: Options, tokenizer: Tokenizer, sequence_length: int) -> RowMaker:
+
+def row_makers(options: Options, tokenizer: Tokenizer, sequence_length: int, validation_fraction: float) -> RowMakers:
     """Rows of whole documents, each ended by the end-of-text token."""
-    if not 1 <= options.min_period <= options.max_period:
-        raise DataError(
-            f"Source 'repeats' has min_period {options.min_period} and max_period {options.max_period}; "
-            "periods must be at least 1, and the range must not be empty."
-        )
     alphabet = _alphabet(options, tokenizer)
     shortest, longest = length_range(
         sequence_length,
@@ -44,17 +44,24 @@ def row_maker(options: Options, tokenizer: Tokenizer, sequence_length: int) -> R
         source="repeats",
     )
 
-    def make_row(rng: np.random.Generator) -> Row:
+    def draw(rng: np.random.Generator) -> np.ndarray:
+        return rng.choice(alphabet, int(rng.integers(options.min_period, options.max_period + 1)))
+
+    def content(segment: np.ndarray) -> np.ndarray:
+        return np.resize(segment, 2 * options.max_period)  # equal for two segments that repeat to the same text
+
+    def make_row(rng: np.random.Generator, split: Split) -> Row:
         documents, masks = [], []
         for length in document_lengths(sequence_length, shortest=shortest, longest=longest, rng=rng):
-            period = int(rng.integers(options.min_period, options.max_period + 1))
-            segment = rng.choice(alphabet, period)
+            segment = draw_on_side(
+                draw, content, rng, split=split, validation_fraction=validation_fraction, source="repeats"
+            )
             documents.append(np.append(np.resize(segment, length - 1), np.int32(tokenizer.end_of_text_id)))
             positions = np.arange(length)
-            masks.append((positions >= period) & (positions < length - 1))
+            masks.append((positions >= len(segment)) & (positions < length - 1))
         return join_documents(documents, masks if options.loss == "repeats" else None)
 
-    return make_row
+    return makers_by_split(make_row, validation_fraction, "repeats")
 
 
 def _alphabet(options: Options, tokenizer: Tokenizer) -> np.ndarray:
@@ -68,5 +75,5 @@ def _alphabet(options: Options, tokenizer: Tokenizer) -> np.ndarray:
 PLUGIN = SyntheticSource(
     describe="a random segment of tokens repeated to the end of the document (options: min_period, max_period, ...)",
     options=Options,
-    row_maker=row_maker,
+    row_makers=row_makers,
 )

@@ -1,20 +1,25 @@
 """Demonstrations of verifiable tasks as training rows: question and reference answer, in the chat format.
 
-Only problems of the training split are shown, so the held-out ones measure what was learnt from them.
+Problems are held out by a hash of their prompt, as in `openmimo.data.task`: what is trained on holds none of the
+problems on which environments and this source validate.
 """
 
+import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from openmimo.core.config import to_dict
 from openmimo.core.errors import ConfigError, DataError
+from openmimo.core.fields import Fraction
 from openmimo.core.records import Message
-from openmimo.data.config import TaskConfig
+from openmimo.data.config import TaskConfig, without_paths
 from openmimo.data.conversation import encode_conversation
 from openmimo.data.conversation_rows import Document, join_row, make_document
-from openmimo.data.source import Row, RowMaker, SyntheticSource
+from openmimo.data.source import Row, RowMakers, Split, SyntheticSource
+from openmimo.data.synthetic import makers_by_split
 from openmimo.data.task import Problem, Task, open_task, prompt_messages
 from openmimo.data.tokenizer import Tokenizer
 
@@ -29,41 +34,49 @@ class Options:
     """
 
     tasks: tuple[TaskConfig, ...] = DEFAULT_TASKS
-    noise: float = 0.0
+    noise: Fraction = 0.0
     system: str = ""
 
     def __post_init__(self) -> None:
         if not self.tasks:
             raise ConfigError("Source 'tasks' needs at least one task.")
-        if not 0.0 <= self.noise <= 1.0:
-            raise ConfigError(f"noise of source 'tasks' is {self.noise}; it must be between 0.0 and 1.0.")
 
 
-def row_maker(options: Options, tokenizer: Tokenizer, sequence_length: int) -> RowMaker:
+def row_makers(options: Options, tokenizer: Tokenizer, sequence_length: int, validation_fraction: float) -> RowMakers:
     """Rows of whole demonstrations; only the assistant's tokens count. Raises DataError if the hardest are too long."""
-    tasks = [open_task(config) for config in options.tasks]
+    tasks = [open_task(config, held_out_fraction=validation_fraction) for config in options.tasks]
     weights = [config.weight for config in options.tasks]
 
     def encode(problem: Problem, answer: str) -> Document:
         messages = [*prompt_messages(problem, options.system), Message("assistant", answer)]
         return make_document(encode_conversation(tokenizer, messages), tokenizer.end_of_text_id)
 
-    def demonstration(rng: random.Random) -> Document:
+    def demonstration(rng: random.Random, split: Split) -> Document:
         task = rng.choices(tasks, weights)[0]
-        problem = task.problem_at(rng.randrange(_STREAM), split="train", seed=0)
+        problem = task.problem_at(rng.randrange(_STREAM), split=split, seed=0)
         return encode(problem, _wrong_answer(task, problem, rng) if rng.random() < options.noise else problem.answer)
 
-    def make_row(rng: np.random.Generator) -> Row:
+    def make_row(rng: np.random.Generator, split: Split) -> Row:
         draws = random.Random(int(rng.integers(2**63)))
         documents, room = [], sequence_length
-        while len((document := demonstration(draws)).token_ids) <= room:
+        while len((document := demonstration(draws, split)).token_ids) <= room:
             documents.append(document)
             room -= len(document.token_ids)
         return join_row(documents, sequence_length, filler=lambda: document)
 
     for task in tasks:
+        task.problem_at(0, split="train", seed=0)
         _check_length(task, encode, sequence_length)
-    return make_row
+    makers = makers_by_split(make_row, validation_fraction, "tasks")
+    return RowMakers(makers.by_split, _content(options, tasks))
+
+
+def _content(options: Options, tasks: Sequence[Task]) -> str:
+    """The options without the paths of problem files, and the hashes of what these hold."""
+    files = [[file.sha256 for file in task.files] for task in tasks]
+    return (
+        json.dumps({"options": without_paths(to_dict(options)), "files": files}, sort_keys=True) if any(files) else ""
+    )
 
 
 def _wrong_answer(task: Task, problem: Problem, rng: random.Random) -> str:
@@ -90,5 +103,5 @@ def _check_length(task: Task, encode: Callable[[Problem, str], Document], sequen
 PLUGIN = SyntheticSource(
     describe="demonstrations of verifiable tasks in the chat format (options: tasks, noise, system)",
     options=Options,
-    row_maker=row_maker,
+    row_makers=row_makers,
 )

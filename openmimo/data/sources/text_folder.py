@@ -21,7 +21,7 @@ def documents(options: Options) -> Iterator[str]:
 
 
 def fingerprint(options: Options) -> str:
-    """The files' names, sizes and times."""
+    """Of the files' names, sizes and times."""
     return fingerprint_files(find_files(options.path, SUFFIXES))
 
 

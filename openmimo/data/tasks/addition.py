@@ -2,7 +2,9 @@
 
 import random
 from dataclasses import dataclass
+from typing import Annotated
 
+from openmimo.core.fields import Bounds
 from openmimo.data.answers import exact_score
 from openmimo.data.task import Problem, TaskFamily
 
@@ -12,7 +14,7 @@ class Options:
     """reversed_answer: write the sum from its last digit to its first. terms: numbers to add up."""
 
     reversed_answer: bool = True
-    terms: int = 2
+    terms: Annotated[int, Bounds(least=2, most=100)] = 2
 
 
 def make(rng: random.Random, difficulty: int, options: Options) -> Problem:

@@ -4,6 +4,7 @@ import random
 from dataclasses import dataclass
 
 from openmimo.core.errors import ConfigError
+from openmimo.core.fields import Fraction
 from openmimo.data.answers import exact_score
 from openmimo.data.task import Problem, TaskFamily
 
@@ -12,7 +13,7 @@ from openmimo.data.task import Problem, TaskFamily
 class Options:
     """negation: the chance that a value is negated. operators: some of `&`, `|` and `^` (exclusive or)."""
 
-    negation: float = 0.3
+    negation: Fraction = 0.3
     operators: str = "&|^"
 
     def __post_init__(self) -> None:

@@ -2,8 +2,10 @@
 
 import random
 from dataclasses import dataclass
+from typing import Annotated
 
 from openmimo.core.errors import ConfigError
+from openmimo.core.fields import Bounds
 from openmimo.data.answers import final_answer
 from openmimo.data.arithmetic import ExpressionError, evaluate
 from openmimo.data.task import Problem, TaskFamily
@@ -14,7 +16,7 @@ class Options:
     """max_number: the given numbers are 1 to this. max_target: what is asked for is at most this."""
 
     max_number: int = 9
-    max_target: int = 99
+    max_target: Annotated[int, Bounds(least=2, most=10**6)] = 99
 
     def __post_init__(self) -> None:
         if not 1 <= self.max_number <= self.max_target // 2:

@@ -1,16 +1,27 @@
-"""Problems of your own, in JSON Lines: each line has a prompt and an answer, and may have an id and a difficulty."""
+"""Problems of your own, in JSON Lines.
+
+Each line has a prompt (or `messages`, the turns up to the question) and an answer, and may have an id, a difficulty and
+a system turn. Problems come in epochs. Those with the same prompt are all trained on or all held out.
+"""
 
 import functools
+import hashlib
+import json
+import math
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from openmimo.core.errors import ConfigError, DataError
 from openmimo.core.fields import NonNegativeFloat, check_fields
+from openmimo.core.records import Message
 from openmimo.data.answers import check_method, is_instant, score_answer
-from openmimo.data.json_lines import read_objects
-from openmimo.data.task import Problem, TaskFamily
+from openmimo.data.json_lines import SUFFIXES, read_objects
+from openmimo.data.source import FileContent, find_files, fingerprint_files
+from openmimo.data.task import Problem, ProblemSet, TaskFamily
+
+ByDifficulty = Mapping[int | None, tuple[Problem, ...]]
 
 
 @dataclass(frozen=True)
@@ -19,6 +30,7 @@ class Options:
 
     Attributes:
         path: A file, or a folder of .jsonl files.
+        test_path: Another one to validate on (empty: a tenth of the prompts of `path` is held out).
         scoring: "exact" (as text), "contains" (the key stands in the text, possibly among other candidates), "numeric"
             (the last number) or "math" (by math-verify).
         tolerance: For "numeric": the largest relative difference that counts as equal (0: none). A key that is an
@@ -28,6 +40,7 @@ class Options:
     """
 
     path: str
+    test_path: str = ""
     scoring: Literal["exact", "contains", "numeric", "math"] = "exact"
     tolerance: NonNegativeFloat = 0.0
     prompt_field: str = "prompt"
@@ -40,41 +53,113 @@ class Options:
 
 
 def make(rng: random.Random, difficulty: int, options: Options) -> Problem:
-    """One of the problems of that difficulty; those that name none belong to all. Raises DataError without any."""
-    by_difficulty = _problems(options)
-    candidates = by_difficulty.get(difficulty, ()) + by_difficulty.get(None, ())
+    """Any problem of that difficulty, from either side; only for answers that are to be wrong, and for lengths."""
+    known = problem_set(options).by_difficulty
+    candidates = known.get(difficulty, ()) + known.get(None, ())
     if not candidates:
-        levels = ", ".join(map(str, sorted(level for level in by_difficulty if level is not None)))
-        raise DataError(f"{options.path} has no problem of difficulty {difficulty}; it has {levels or 'none at all'}.")
-    prompt, answer, problem_id = candidates[rng.randrange(len(candidates))]
-    meta = {"scoring": options.scoring, "tolerance": options.tolerance}
-    return Problem("jsonl", difficulty, prompt, answer, meta=meta, id=problem_id)
+        raise DataError(f"{options.path} has no problem of difficulty {difficulty}.")
+    return candidates[rng.randrange(len(candidates))]
 
 
-@functools.lru_cache(maxsize=8)
-def _problems(options: Options) -> Mapping[int | None, tuple[tuple[str, str, str], ...]]:
-    """(prompt, answer, id) of all problems, by difficulty."""
+def problem_set(options: Options) -> ProblemSet:
+    """All problems. Read again only if a file has changed. Raises DataError with file and line."""
+    paths = [path for path in (options.path, options.test_path) if path]
+    return _read(options, tuple(fingerprint_files(find_files(path, SUFFIXES)) for path in paths))
+
+
+@functools.lru_cache(maxsize=4)
+def _read(options: Options, fingerprints: tuple[str, ...]) -> ProblemSet:
     check_method(options.scoring)
-    found: dict[int | None, list[tuple[str, str, str]]] = {}
-    for where, row in read_objects(options.path):
+    by_difficulty, file = _read_side(options, options.path)
+    if not options.test_path:
+        return ProblemSet(by_difficulty, None, (file,))
+    held_out, test_file = _read_side(options, options.test_path)
+    return ProblemSet(by_difficulty, held_out, (file, test_file))
+
+
+def _read_side(options: Options, path: str) -> tuple[ByDifficulty, FileContent]:
+    """The problems of one path, and the hash of what was read."""
+    found: dict[int | None, list[Problem]] = {}
+    digest = hashlib.sha256()
+    prompts: dict[str, str] = {}
+    for where, difficulty, problem in _problems(options, path):
+        if prompts.setdefault(problem.id, problem.prompt) != problem.prompt:
+            raise DataError(f"{where}: id {problem.id!r} stands at another problem above. Give each its own, or none.")
+        turns = [[turn.role, turn.content] for turn in problem.turns]
+        digest.update(json.dumps([difficulty, problem.prompt, problem.answer, problem.id, turns]).encode())
+        found.setdefault(difficulty, []).append(problem)
+    if not found:
+        raise DataError(f"{path} holds no problem.")
+    return {level: tuple(problems) for level, problems in found.items()}, FileContent(path, digest.hexdigest())
+
+
+def _problems(options: Options, path: str) -> Iterator[tuple[str, int | None, Problem]]:
+    """(where it stands, difficulty if it has one, problem) of each line."""
+    for where, row in read_objects(path):
         difficulty = row.get("difficulty")
         if difficulty is not None and (not isinstance(difficulty, int) or isinstance(difficulty, bool)):
             raise DataError(f"{where}: the difficulty must be a whole number, not {difficulty!r}.")
-        prompt, answer = (_text(row, field, where) for field in (options.prompt_field, options.answer_field))
-        found.setdefault(difficulty, []).append((prompt, answer, str(row.get("id", ""))))
-    return {difficulty: tuple(problems) for difficulty, problems in found.items()}
+        answer, name, turns = _text(row, options.answer_field, where), _id(row, where), _turns(row, where)
+        if turns and options.prompt_field in row:
+            raise DataError(f"{where}: there are both {options.prompt_field!r} and 'messages'. Leave one out.")
+        if turns:
+            prompt = json.dumps([[turn.role, turn.content] for turn in turns], ensure_ascii=False)
+        else:
+            prompt = _text(row, options.prompt_field, where)
+        if (system := row.get("system")) is not None:
+            if not isinstance(system, str) or (turns and turns[0].role == "system"):
+                raise DataError(f"{where}: 'system' must be text, and the only system turn.")
+            turns = (Message("system", system), *(turns or (Message("user", prompt),)))
+        meta = {"scoring": options.scoring, "tolerance": options.tolerance}
+        yield where, difficulty, Problem("jsonl", difficulty or 0, prompt, answer, meta=meta, id=name, turns=turns)
+
+
+def _turns(row: Mapping[str, Any], where: str) -> tuple[Message, ...]:
+    """The turns under `messages`: text of a system, users and assistants, the last one a user's."""
+    if "messages" not in row:
+        return ()
+    roles, turns = ("system", "user", "assistant"), row["messages"]
+    if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
+        raise DataError(f"{where}: 'messages' must be a list of turns.")
+    for number, turn in enumerate(turns):
+        if turn.get("role") not in roles[number > 0 :] or not isinstance(turn.get("content"), str) or len(turn) != 2:
+            raise DataError(
+                f"{where}: turn {number + 1} of 'messages' must have a 'role' ({', '.join(roles[number > 0 :])}) and a "
+                "'content' that is text, and nothing else."
+            )
+    if turns[-1]["role"] != "user":
+        raise DataError(f"{where}: the last turn of 'messages' must be the user's.")
+    return tuple(Message(turn["role"], turn["content"]) for turn in turns)
+
+
+def _id(row: Mapping[str, Any], where: str) -> str:
+    value = row.get("id")
+    if value is None:
+        return ""
+    if isinstance(value, bool) or not isinstance(value, (str, int)):
+        raise DataError(f"{where}: the id must be text or a whole number, not {value!r}.")
+    return str(value)
 
 
 def _text(row: Mapping[str, Any], field: str, where: str) -> str:
     value = row.get(field)
     if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return str(value)
+        return _number(value, field, where)
     if not isinstance(value, str) or not value:
         raise DataError(
-            f"{where}: no text or number under {field!r} (found: {', '.join(row)}). Name the right keys by the options "
-            "prompt_field and answer_field."
+            f"{where}: no text or number under {field!r} (found: {', '.join(row) or 'nothing'}). Name the right keys "
+            "by the options prompt_field and answer_field."
         )
     return value
+
+
+def _number(value: int | float, field: str, where: str) -> str:
+    try:
+        if math.isfinite(value):
+            return str(value)
+    except (OverflowError, ValueError):  # an integer beyond every float, or with too many digits to write
+        pass
+    raise DataError(f"{where}: the number under {field!r} is too large. Write it as text.")
 
 
 def score(problem: Problem, text: str) -> float:
@@ -83,10 +168,11 @@ def score(problem: Problem, text: str) -> float:
 
 
 PLUGIN = TaskFamily(
-    describe="problems from JSON Lines (options: path, scoring, tolerance, prompt_field, answer_field)",
+    describe="problems from JSON Lines (options: path, test_path, scoring, tolerance, prompt_field, answer_field)",
     options=Options,
     difficulties=range(0, 1001),
     make=make,
     score=score,
     is_instant=lambda options: is_instant(options.scoring),
+    problem_set=problem_set,
 )

@@ -2,7 +2,9 @@
 
 import random
 from dataclasses import dataclass
+from typing import Annotated
 
+from openmimo.core.fields import Bounds
 from openmimo.data.answers import exact_score
 from openmimo.data.task import Problem, TaskFamily
 
@@ -11,7 +13,7 @@ from openmimo.data.task import Problem, TaskFamily
 class Options:
     """max_modulus: the largest divisor; 0 allows as many digits as the other numbers have."""
 
-    max_modulus: int = 9
+    max_modulus: Annotated[int, Bounds(least=0, most=10**6)] = 9
 
 
 def make(rng: random.Random, difficulty: int, options: Options) -> Problem:

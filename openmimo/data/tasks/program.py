@@ -6,11 +6,11 @@ an operation left out, exchanged or misplaced.
 
 import random
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 
-from openmimo.core.errors import ConfigError
+from openmimo.core.fields import Bounds
 from openmimo.data.answers import final_answer
 from openmimo.data.graded_tests import difficulty_groups, soft_reward, strict_reward
 from openmimo.data.mini_language import Program, ProgramError, parse, passes, random_operation, run, to_text
@@ -28,17 +28,11 @@ class Options:
     `openmimo.data.graded_tests`, or "all" for 1.0 only if every test passes.
     """
 
-    num_examples: int = 2
-    max_digits: int = 4
-    num_tests: int = 16
-    num_groups: int = 4
+    num_examples: Annotated[int, Bounds(least=1, most=100)] = 2
+    max_digits: Annotated[int, Bounds(least=2, most=100)] = 4
+    num_tests: Annotated[int, Bounds(least=1, most=1000)] = 16
+    num_groups: Annotated[int, Bounds(least=1, most=100)] = 4
     reward: Literal["strict", "soft", "all"] = "strict"
-
-    def __post_init__(self) -> None:
-        if self.num_examples < 1 or self.num_tests < 1 or self.num_groups < 1 or self.max_digits < 2:
-            raise ConfigError(
-                "Task 'program' needs at least one example, one test and one group, and a max_digits of at least 2."
-            )
 
 
 def make(rng: random.Random, difficulty: int, options: Options) -> Problem:

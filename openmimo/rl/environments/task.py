@@ -4,9 +4,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from openmimo.core.fields import NonNegativeInt
 from openmimo.core.records import Message
 from openmimo.data.config import TaskConfig
-from openmimo.data.source import Split
+from openmimo.data.source import FileContent, Split
 from openmimo.data.task import Problem as TaskProblem
 from openmimo.data.task import Task, open_task, prompt_messages
 from openmimo.rl.environment import Answer, Environment
@@ -20,7 +21,7 @@ class Options:
     """
 
     task: TaskConfig
-    distinct: int = 0
+    distinct: NonNegativeInt = 0
     system: str = ""
 
 
@@ -58,6 +59,11 @@ def problems(options: Options, split: Split, seed: int) -> Callable[[int], Probl
     return problem_at
 
 
+def files(options: Options) -> tuple[FileContent, ...]:
+    """What the problems are read from; nothing if they are generated."""
+    return open_task(options.task).files
+
+
 def open_episode(problem: Problem, options: Options) -> TaskEpisode:
     """An attempt at a problem of `problems`."""
     return TaskEpisode(open_task(options.task), problem.content, options.system)
@@ -75,4 +81,5 @@ PLUGIN = Environment(
     problems=problems,
     open=open_episode,
     is_instant=is_instant,
+    files=files,
 )

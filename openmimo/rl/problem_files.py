@@ -1,0 +1,43 @@
+"""Which problem files a run was started on, so that changed problems are not taken for the same when it goes on."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from openmimo.core.config import from_dict, read_json
+from openmimo.core.errors import CheckpointError
+from openmimo.data.source import FileContent
+from openmimo.rl.config import RlSource
+from openmimo.rl.environment import open_environment
+
+PROBLEMS_FILE = "problems.json"
+Files = Mapping[str, tuple[FileContent, ...]]
+
+
+def problem_files(sources: Sequence[RlSource]) -> dict[str, tuple[FileContent, ...]]:
+    """By source, what its problems are read from and the hash of what was read. Raises ConfigError or DataError."""
+    found = {}
+    for source in sources:
+        environment, options = open_environment(source.environment, source.options)
+        found[source.name] = environment.files(options)
+    return found
+
+
+def check_same_problems(files: Files, run_folder: Path) -> None:
+    """Raises CheckpointError if the run in `run_folder` was started on other problems. They may have been moved."""
+    path = run_folder / PROBLEMS_FILE
+    if not path.exists():
+        return
+    before = from_dict(dict[str, tuple[FileContent, ...]], read_json(path), where=str(path))
+    for name, now in files.items():
+        for old, new in zip(before.get(name, ()), now, strict=False):
+            if old.sha256 != new.sha256:
+                raise CheckpointError(
+                    f"The problems of source {name!r} in {new.path} have changed: the run in {run_folder} was started "
+                    f"on content {old.sha256[:12]}, read from {old.path}; now it is {new.sha256[:12]}. Put back the "
+                    "file as it was, or name another run_folder for a new run."
+                )
+        if len(before.get(name, ())) != len(now):
+            raise CheckpointError(
+                f"The problems of source {name!r} now come from {len(now)} files, but the run in {run_folder} was "
+                f"started on {len(before.get(name, ()))}. Take the same, or name another run_folder for a new run."
+            )

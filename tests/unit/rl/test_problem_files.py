@@ -1,0 +1,41 @@
+"""A run of RL that goes on: its problem files may have been moved, but hold what they held."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from rl_runs import grpo_config, run, save_models, source
+
+from openmimo.core.errors import ConfigError, DataError, UserError
+
+
+def test_changed_problems_are_refused_and_moved_ones_are_not(tmp_path):
+    torch.set_num_threads(1)
+    save_models(tmp_path)
+    rows = [{"prompt": f"write {number}", "answer": "a"} for number in range(40)]
+
+    def write(path, rows):
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        task = {"name": "jsonl", "options": {"path": str(path), "scoring": "contains"}}
+        return grpo_config(tmp_path, tmp_path / "run", sources=(source("own", "task", task=task),), steps=1)
+
+    first = write(tmp_path / "a.jsonl", rows)
+    run(first)
+    before = sorted(path.name for path in (tmp_path / "run").iterdir())
+    rows[3]["answer"] = "b"
+    with pytest.raises(
+        UserError, match=r"source 'own' in .*a.jsonl have changed: .*[0-9a-f]{12}.*now it is [0-9a-f]{12}"
+    ):
+        run(write(tmp_path / "a.jsonl", rows))
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == before
+    rows[3]["answer"] = "a"
+    run(write(tmp_path / "moved.jsonl", rows))
+    broken = write(tmp_path / "b.jsonl", [])
+    (tmp_path / "b.jsonl").write_text("{")
+    with pytest.raises(DataError, match="b.jsonl, line 1"):
+        run(replace(broken, run_folder=str(tmp_path / "other")))
+    assert not (tmp_path / "other").exists()
+    (tmp_path / "a.jsonl").write_text((tmp_path / "moved.jsonl").read_text())
+    with pytest.raises(ConfigError, match="another steps"):
+        run(grpo_config(tmp_path, tmp_path / "run", sources=first.sources, steps=2))
