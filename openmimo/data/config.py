@@ -1,10 +1,11 @@
 """What a run reads: sources and their shares, without torch."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 from openmimo.core.config import to_dict
 from openmimo.core.errors import ConfigError
+from openmimo.core.fields import Bounds, NonNegativeFloat, PositiveFloat, check_fields
 
 
 @dataclass(frozen=True)
@@ -19,15 +20,12 @@ class SourceConfig:
     """
 
     name: str
-    weight: float = 1.0
+    weight: PositiveFloat = 1.0
     options: dict[str, Any] = field(default_factory=dict)
-    max_megabytes: float = 0.0
+    max_megabytes: NonNegativeFloat = 0.0
 
     def __post_init__(self) -> None:
-        if not self.weight > 0.0:
-            raise ConfigError(f"The weight of source {self.name!r} is {self.weight}; it must be above 0.")
-        if self.max_megabytes < 0.0:
-            raise ConfigError(f"max_megabytes of source {self.name!r} is {self.max_megabytes}; 0 reads everything.")
+        check_fields(self, f"source {self.name!r}")
 
 
 @dataclass(frozen=True)
@@ -41,13 +39,12 @@ class MixtureConfig:
     """
 
     sources: tuple[SourceConfig, ...]
-    validation_fraction: float = 0.01
+    validation_fraction: Annotated[float, Bounds(least=0, below=1)] = 0.01
 
     def __post_init__(self) -> None:
+        check_fields(self, "mixture")
         if not self.sources:
             raise ConfigError("A mixture needs at least one source.")
-        if not 0.0 <= self.validation_fraction < 1.0:
-            raise ConfigError(f"validation_fraction is {self.validation_fraction}; it must be at least 0 and below 1.")
 
 
 @dataclass(frozen=True)
@@ -65,12 +62,11 @@ class TaskConfig:
     name: str
     min_difficulty: int = 2
     max_difficulty: int = 2
-    weight: float = 1.0
+    weight: PositiveFloat = 1.0
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not self.weight > 0.0:
-            raise ConfigError(f"The weight of task {self.name!r} is {self.weight}; it must be above 0.")
+        check_fields(self, f"task {self.name!r}")
         if self.min_difficulty > self.max_difficulty:
             raise ConfigError(
                 f"Task {self.name!r} has min_difficulty {self.min_difficulty} above max_difficulty "

@@ -11,7 +11,7 @@ import torch
 
 from openmimo.core.config import read_json
 from openmimo.core.errors import CheckpointError, ConfigError
-from openmimo.core.files import new_folder_atomic
+from openmimo.core.files import new_folder_atomic, recover_folder
 from openmimo.model.config import ModelConfig
 from openmimo.model.hf_config import config_from_hf, config_to_hf
 from openmimo.model.hf_names import count_mtp_heads, slots
@@ -66,12 +66,18 @@ def save_model(model: MiMo, path: str | Path, *, max_shard_bytes: int = DEFAULT_
     holds anything else is refused with a CheckpointError.
     """
     path = Path(path)
-    others = [file.name for file in path.iterdir() if not _is_checkpoint_file(file)] if path.is_dir() else []
-    if others:
-        raise CheckpointError(f"{path} holds {others[0]}, which is no part of a checkpoint; save to a new folder.")
+    recover_folder(path)
+    check_replaceable(path)
     with new_folder_atomic(path) as folder:
         copy_tokenizer(path, folder)
         write_model(model, folder, max_shard_bytes=max_shard_bytes)
+
+
+def check_replaceable(path: Path) -> None:
+    """Raises CheckpointError if the folder `path` holds anything but a checkpoint; it may be missing."""
+    others = [file.name for file in path.iterdir() if not _is_checkpoint_file(file)] if path.is_dir() else []
+    if others:
+        raise CheckpointError(f"{path} holds {others[0]}, which is no part of a checkpoint; save to a new folder.")
 
 
 def _is_checkpoint_file(path: Path) -> bool:
@@ -112,6 +118,7 @@ def write_config(config: ModelConfig, folder: Path, *, dtype: str = "float32", e
 
 def open_checkpoint(folder: Path, window_keys: int | None) -> tuple[ModelConfig, CheckpointReader]:
     """The config and an open reader of a checkpoint folder; MTP heads are counted where config.json is silent."""
+    recover_folder(folder)
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder; a checkpoint is a folder with config.json and *.safetensors.")
     where = str(folder / "config.json")

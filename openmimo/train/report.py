@@ -119,7 +119,7 @@ def _summary(train: Rows, validation: Rows) -> tuple[list[str], list[list[Any]]]
         ["optimiser steps", last["step"]],
         ["tokens", last["tokens"]],
         ["tokens per second, last step", float(last["tokens_per_second"])],
-        ["model FLOPs utilisation, last step", float(last["mfu"])],
+        ["model FLOP/s as a share of a measured matrix product's, last step", float(last["matmul_utilization"])],
         ["peak memory, MiB", float(last["memory_bytes"] / 2**20)],
         ["gradient entries that are exactly zero", last["gradient/num_zeros"]],
     ]
