@@ -203,11 +203,12 @@ class PolicyTrainer:
         return report
 
     def check_weights(self, where: str) -> None:
-        """Raises DivergedError if the weights are not finite, or give what they learned from no probability."""
+        """Raises DivergedError if the weights are not finite, or cannot be learned from any more."""
         self.guard.check_weights(f"the policy {where}")
-        if self._probe:
-            loss = -torch.tensor(self.logprobs(self._probe)[0])
-            self.guard.check_loss(loss.mean(), f"the policy's loss {where}, on a sample of the newest step,")
+        for pack in packs(self._probe, self.tokens_per_microbatch, device=self.model.device):
+            _, hidden = self._forward(pack)
+            loss = -_logprobs(self.model, hidden.post_norm_TD[pack.rows_N], pack).mean()
+            self.guard.check_step(loss, f"the policy {where}, on a sample of the newest step,")
 
     def _forward(self, pack: PackedSamples) -> tuple[PackedContext, Hidden]:
         routing = RoutingTape(record=True, replayed=pack.routes(self.model) if self.replay_routing else {})

@@ -78,6 +78,18 @@ class StepGuard:
         if num_bad.item():
             raise DivergedError(f"{where}: {name or 'a weight of another process'} is not finite.")
 
+    def check_step(self, loss: torch.Tensor, where: str) -> None:
+        """Raises DivergedError if a loss, a float with a graph, or one of its gradients is not finite.
+
+        Weights can be finite and still of no use, as after a step with a learning rate of 1e30. No gradients are left.
+        """
+        loss.backward()
+        gradients = ((name, own.grad) for name, own in self._model.named_parameters() if own.grad is not None)
+        name = first_not_finite([("the loss", loss), *gradients])
+        self._model.zero_grad(set_to_none=True)
+        if self._reduce(torch.tensor([float(name is not None)], device=loss.device)).item():
+            raise DivergedError(f"{where} gives numbers that are not finite (first: {name or 'in another process'}).")
+
     def check_loss(self, loss: torch.Tensor, where: str) -> None:
         """Raises DivergedError if a loss, float, is not finite."""
         if self._reduce((~loss.detach().isfinite()).any().float()[None]).item():

@@ -201,15 +201,13 @@ class Trainer:
         )
         return self.checkpoints.save(self.model, self.optimiser, self.tokenizer, progress)
 
-    @torch.no_grad()
     def _check_weights(self) -> None:
-        """Weights can be finite and still of no use, as after a step of 1e30: so a batch is read with them, too."""
         self.guard.check_weights(f"the model after step {self.step}")
         if self._probe is not None:
             context = PackedContext(self._probe.document_lengths, device=self.device)
             counts = self._probe.label_counts()
-            _, losses = training_loss(self.model, self._probe, context, label_counts=counts, mtp_weight=0.0)
-            self.guard.check_loss(losses, f"the loss that the model after step {self.step} has on a batch of that step")
+            loss, _ = training_loss(self.model, self._probe, context, label_counts=counts, mtp_weight=1.0)
+            self.guard.check_step(loss, f"the model after step {self.step}, on a micro-batch of that step,")
 
     def _stage_of_step(self) -> Stage:
         place = place_of(self.step, self.config.stages)
