@@ -7,6 +7,8 @@ from openmimo.core.config import to_dict
 from openmimo.core.errors import ConfigError
 from openmimo.core.fields import Bounds, NonNegativeFloat, PositiveFloat, check_fields
 
+PATH_OPTIONS = ("path", "test_path")
+
 
 @dataclass(frozen=True)
 class SourceConfig:
@@ -34,8 +36,9 @@ class MixtureConfig:
 
     Attributes:
         sources: What is mixed.
-        validation_fraction: Share of the documents that is held out, chosen by the hash of their text, so that a
-            document and its copies are either trained on or validated on, in every stage and run.
+        validation_fraction: Share of the documents, conversations, problems and generated examples that is held out,
+            chosen by the hash of their content, so that an example and its copies are either trained on or validated
+            on, in every stage and run. 0 holds out nothing, and allows no evaluation.
     """
 
     sources: tuple[SourceConfig, ...]
@@ -77,3 +80,13 @@ class TaskConfig:
 def demonstrations(*tasks: TaskConfig, weight: float = 1.0, noise: float = 0.0, system: str = "") -> SourceConfig:
     """The source of demonstrations of `tasks`; `openmimo/data/sources/tasks.py` says what its options mean."""
     return SourceConfig("tasks", weight, {"tasks": [to_dict(task) for task in tasks], "noise": noise, "system": system})
+
+
+def without_paths(tree: Any) -> Any:
+    """What `to_dict` gave, with the paths of data taken out of all options: where data lies does not change a run."""
+    if isinstance(tree, dict):
+        kept = {key: without_paths(value) for key, value in tree.items()}
+        if isinstance(kept.get("options"), dict):
+            kept["options"] = {key: value for key, value in kept["options"].items() if key not in PATH_OPTIONS}
+        return kept
+    return [without_paths(item) for item in tree] if isinstance(tree, list) else tree

@@ -22,6 +22,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 FREE = (
     "run_folder", "device", "threads", "tensorboard", "reward_threads", "rollout_workers", "checkpoints.*",
     "evaluation.*", "optimiser.max_skipped_steps", "environment_seconds", "max_lost_steps", "activation_checkpointing",
+    "*.options.path", "*.options.test_path",
 )  # fmt: skip
 _TRACES = ("checkpoints", "events.jsonl", "metrics.jsonl", "model")
 

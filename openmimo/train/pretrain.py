@@ -29,10 +29,11 @@ from openmimo.train.report import write_report
 from openmimo.train.schedule import place_of, total_steps
 from openmimo.train.trainer import Trainer
 
-# Settings that decide nothing about the weights: they may change when a run goes on.
+# Settings that decide nothing about the weights: they may change when a run goes on. Data may lie elsewhere: the loader
+# compares its content.
 FREE = (
     "run_folder", "device", "threads", "loader_workers", "tensorboard", "log_every_steps", "checkpoints.*",
-    "evaluation.*", "optimiser.max_skipped_steps",
+    "evaluation.*", "optimiser.max_skipped_steps", "*.options.path", "*.options.test_path",
 )  # fmt: skip
 TRACES = ("checkpoints", "tokenizer", "metrics.jsonl", "model")
 _TRAINED_ON = "trained_on.json"

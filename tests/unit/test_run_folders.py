@@ -322,3 +322,20 @@ def test_a_lock_is_let_go_with_its_file(tmp_path):
         fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
     with open(tmp_path / "run" / ".lock") as other:
         fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_a_cache_that_cannot_be_written_stops_a_run_before_it_trains(tmp_path, monkeypatch):
+    """The message names the variable that says where the cache is."""
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    monkeypatch.setenv("OPENMIMO_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(UserError, match="OPENMIMO_CACHE"):
+        pretrain(short_run(tmp_path))
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_unfinished_token_stores_of_dead_processes_are_removed(tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENMIMO_CACHE", str(tmp_path / "cache"))
+    leftover = tmp_path / "cache" / "tokens" / ".text_folder-0123.abcdef.tmp"
+    leftover.mkdir(parents=True)
+    pretrain(short_run(tmp_path))
+    assert not leftover.exists()
