@@ -26,6 +26,7 @@ from openmimo.demo.page import write_page
 from openmimo.demo.teachers import run_teachers
 from openmimo.rl.compare import compare
 from openmimo.rl.run import train
+from openmimo.train.config import check_path
 from openmimo.train.pretrain import extend, pretrain, sft
 
 
@@ -49,6 +50,7 @@ def run(config: DemoConfig) -> Path:
     if config.pretrain.threads:
         torch.set_num_threads(config.pretrain.threads)
     folder = Path(config.folder)
+    check_path(config.folder, "folder")
     _check_config(config, folder)
     with run_folder(folder):
         config_io.save(config, folder / "config.json")

@@ -25,6 +25,7 @@ from openmimo.model.hf import load_model
 from openmimo.rl.config import CompareConfig
 from openmimo.rl.evaluate import evaluate_policy
 from openmimo.runtime.device import resolve_device
+from openmimo.train.config import check_path
 
 _SMALLEST_HEADROOM = 0.05
 
@@ -50,6 +51,7 @@ def compare(config: CompareConfig, *, console: Console | None = None) -> dict[st
     Returns the cells by model and domain. Raises ConfigError for a checkpoint or a teacher that is not there.
     """
     console = console or Console()
+    check_path(config.run_folder, "run_folder")
     if config.threads:
         torch.set_num_threads(config.threads)
     models = {"base": (config.base,), **config.models}

@@ -15,6 +15,7 @@ from openmimo.rl.loop import RlRun
 from openmimo.rl.report import write_report
 from openmimo.runtime.device import fastest_dtype, resolve_device
 from openmimo.train.checkpoint import Checkpoints, Progress, restore
+from openmimo.train.config import check_path
 from openmimo.train.outcome import has_finished, write_outcome
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -35,6 +36,7 @@ def train(config: RlConfig, *, console: Console | None = None) -> Path:
         Interrupted: SIGINT or SIGTERM ended the run after a checkpoint.
     """
     console = console or Console(stderr=True)
+    check_path(config.run_folder, "run_folder")
     folder = Path(config.run_folder)
     device = resolve_device(config.device)
     if config.threads:

@@ -280,7 +280,7 @@ def test_a_full_disk_names_the_file(tmp_path):
         MetricsWriter(tmp_path).write(1, {"loss": 1.0})
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
 def test_a_signal_ends_a_run_after_a_checkpoint_and_the_run_goes_on(tmp_path, number):
     config = short_run(tmp_path, steps=2000, checkpoints=CheckpointConfig(every_steps=1000))
     config_io.save(config, tmp_path / "start.json")
