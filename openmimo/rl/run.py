@@ -25,7 +25,7 @@ FREE = (
     "evaluation.*", "optimiser.max_skipped_steps", "environment_seconds", "max_lost_steps", "activation_checkpointing",
     "*.options.path", "*.options.test_path",
 )  # fmt: skip
-_TRACES = ("checkpoints", "events.jsonl", "metrics.jsonl", "model")
+_TRACES = ("checkpoints", "events.jsonl", "events", "metrics.jsonl", "model")
 
 
 def train(config: RlConfig, *, console: Console | None = None) -> Path:

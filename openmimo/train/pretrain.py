@@ -102,7 +102,7 @@ def _check_start(config: PretrainConfig, checkpoints: Checkpoints, device: torch
     _check_vocabulary(config, tokenizer, described)
     if checkpoints.newest() is not None:
         return _Prepared()
-    model = load_model(config.init_from, dtype="float32", device=str(device)) if config.init_from else None
+    model = _initial_model(config, tokenizer, device) if config.init_from else None
     return _Prepared(model, _open_loaders(config, tokenizer))
 
 
@@ -139,7 +139,7 @@ def _open_trainer(
     newest = checkpoints.newest_intact()
     if newest is None:
         tokenizer = _given_tokenizer(config) or _own_tokenizer(config, console)
-        model = prepared.model or _new_model(config, tokenizer, device)
+        model = prepared.model or _initial_model(config, tokenizer, device)
         optimiser_tensors, start = None, Progress.beginning()
     else:
         console.print(f"going on from {newest}", soft_wrap=True)
@@ -227,11 +227,14 @@ def _fingerprint(source: SourceConfig) -> str:
     return plugin.fingerprint(options)
 
 
-def _new_model(config: PretrainConfig, tokenizer: Tokenizer, device: torch.device) -> MiMo:
+def _initial_model(config: PretrainConfig, tokenizer: Tokenizer, device: torch.device) -> MiMo:
     described = _described(config)
     _check_vocabulary(config, tokenizer, described)
     if config.init_from is not None:
-        return load_model(config.init_from, dtype="float32", device=str(device))
+        model = load_model(config.init_from, dtype="float32", device=str(device))
+        if config.tokenizer.path is not None:
+            model.config = _with_token_ids(model.config, tokenizer)
+        return model
     model = MiMo(_with_token_ids(described, tokenizer))
     model.initialise(torch.Generator().manual_seed(config.seed))
     return model.to(device)
