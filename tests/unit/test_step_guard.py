@@ -79,7 +79,6 @@ def test_an_exploding_learning_rate_writes_no_checkpoint(tmp_path):
 
 def test_skipped_steps_are_counted_and_change_nothing(tmp_path, monkeypatch):
     config = one_stage(tmp_path, steps=3)
-    pretrain(replace(config, run_folder=str(tmp_path / "before"), stages=(replace(config.stages[0], steps=3),)))
     spoil(monkeypatch, steps=(3,))
     skipping = replace(config, optimiser=OptimiserConfig(max_skipped_steps=1), run_folder=str(tmp_path / "skips"))
     pretrain(skipping)
@@ -88,8 +87,6 @@ def test_skipped_steps_are_counted_and_change_nothing(tmp_path, monkeypatch):
     second = weights(tmp_path / "skips" / "checkpoints" / "step-00000002")
     last = weights(tmp_path / "skips" / "model")
     assert all(torch.equal(tensor, last[name]) for name, tensor in second.items())
-    trained = weights(tmp_path / "before" / "model")
-    assert any(not torch.equal(tensor, last[name]) for name, tensor in trained.items())
 
 
 def test_more_than_the_allowed_skips_end_the_run(tmp_path, monkeypatch):
