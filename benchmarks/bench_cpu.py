@@ -25,7 +25,7 @@ from openmimo.model.context import PackedContext
 from openmimo.model.hf import save_model
 from openmimo.model.mimo import MiMo
 from openmimo.model.presets import tiny
-from openmimo.runtime.device import cpu_multiplies_bfloat16, measured_peak_flops
+from openmimo.runtime.device import cpu_multiplies_bfloat16, measured_matmul_flops
 
 CPU = torch.device("cpu")
 HEADS, KV_HEADS, KEY_DIM, VALUE_DIM, WINDOW = 16, 2, 192, 128, 128
@@ -100,7 +100,7 @@ def measure_experts(rounds: int) -> list[Row]:
             ],
             rounds=rounds,
         )
-        floor = 3 * 2 * tokens * 8 * 3 * 1024 * 512 / measured_peak_flops(CPU, torch.bfloat16) * 1e3
+        floor = 3 * 2 * tokens * 8 * 3 * 1024 * 512 / measured_matmul_flops(CPU, torch.bfloat16) * 1e3
         rows.append(Row(f"experts {tokens} tokens bfloat16", ours, peer, "F.grouped_mm on sorted tokens", floor))
     return rows
 
@@ -117,7 +117,7 @@ def measure_token_loss(rounds: int) -> list[Row]:
         ],
         rounds=rounds,
     )
-    floor = 3 * 2 * 1024 * 512 * 32768 / measured_peak_flops(CPU, torch.bfloat16) * 1e3
+    floor = 3 * 2 * 1024 * 512 * 32768 / measured_matmul_flops(CPU, torch.bfloat16) * 1e3
     return [Row("token loss 1024 x 32768 bfloat16", ours, peer, "F.cross_entropy on whole logits", floor)]
 
 
@@ -209,7 +209,7 @@ def _floor(length: int, dtype: torch.dtype, window_keys: int | None) -> float:
     pairs = length * (length + 1) / 2 if window_keys is None else length * window_keys
     if dtype == torch.bfloat16 and not cpu_multiplies_bfloat16():
         dtype = torch.float32
-    return 2 * HEADS * (KEY_DIM + VALUE_DIM) * pairs / measured_peak_flops(CPU, dtype) * 1e3
+    return 2 * HEADS * (KEY_DIM + VALUE_DIM) * pairs / measured_matmul_flops(CPU, dtype) * 1e3
 
 
 def _grouped_experts(x, ids, weights, gate_up, down) -> torch.Tensor:

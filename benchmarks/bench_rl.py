@@ -60,7 +60,7 @@ from openmimo.model.flops import active_matmul_parameters
 from openmimo.model.hf import save_model
 from openmimo.model.mimo import MiMo
 from openmimo.model.presets import tiny
-from openmimo.runtime.device import measured_peak_flops
+from openmimo.runtime.device import measured_matmul_flops
 
 CPU = torch.device("cpu")
 TASK = TaskConfig("sorting", 10, 10)  # one difficulty: prompts of one length
@@ -176,7 +176,7 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     if options.quick:
         options.rounds = 1
-    options.flops = max(measured_peak_flops(CPU, torch.float32) for _ in range(5))  # other load slows some
+    options.flops = max(measured_matmul_flops(CPU, torch.float32) for _ in range(5))  # other load slows some
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
         checkpoints = Checkpoints.write(Path(folder), num_prompts=64 * (options.rounds + 2))

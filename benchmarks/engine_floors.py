@@ -8,7 +8,7 @@ import torch
 from openmimo.model.attention import kv_spec
 from openmimo.model.config import ModelConfig
 from openmimo.model.flops import active_matmul_parameters, attention_flops_per_token, attention_parameters
-from openmimo.runtime.device import measured_peak_flops
+from openmimo.runtime.device import measured_matmul_flops
 
 CPU = torch.device("cpu")
 _READ_BYTES = 1 << 29  # far beyond every cache
@@ -25,7 +25,7 @@ class Machine:
     @classmethod
     def measured(cls) -> "Machine":
         """Takes a few seconds."""
-        rates = [measured_peak_flops(CPU, dtype) for dtype in (torch.bfloat16, torch.float32)]
+        rates = [measured_matmul_flops(CPU, dtype) for dtype in (torch.bfloat16, torch.float32)]
         return cls(_read_bytes_per_second(), max(rates))
 
 

@@ -6,10 +6,12 @@ A recipe is a function in `recipes/` that returns a complete config; `openmimo V
 with its type, default and meaning. What a user can mend is printed as one paragraph, and the exit code is 1.
 """
 
+import errno
 import importlib
 import inspect
 import os
 import pkgutil
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +23,7 @@ from rich.markup import escape
 
 from openmimo.core import config as config_io
 from openmimo.core.errors import ConfigError, UserError
+from openmimo.core.interrupt import Interrupted, terminable
 from openmimo.core.records import SamplingParams
 from openmimo.engine.config import EngineConfig
 from openmimo.engine.server.config import ServerConfig
@@ -30,10 +33,17 @@ _STDERR = Console(stderr=True)
 
 @dataclass(frozen=True)
 class Verb:
-    """One command: what it does in a line, and what runs with the arguments that follow it."""
+    """One command.
+
+    Attributes:
+        help: What it does, in a line.
+        run: What runs with the arguments that follow it.
+        kept: What there is of its work when a signal ends it and it does not say so itself.
+    """
 
     help: str
     run: Callable[[list[str]], None]
+    kept: str = "nothing was written"
 
 
 def main() -> None:
@@ -47,15 +57,34 @@ def main() -> None:
     try:
         if arguments[0] not in VERBS:
             raise ConfigError(f"there is no verb {arguments[0]!r}. Verbs: {', '.join(VERBS)}.")
-        VERBS[arguments[0]].run(arguments[1:])
+        with terminable():
+            VERBS[arguments[0]].run(arguments[1:])
     except BrokenPipeError:
         sys.exit(1)
     except (UserError, OSError) as error:
-        _STDERR.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
+        text = _os_error(error) if isinstance(error, OSError) else str(error)
+        _STDERR.print(f"[bold red]error:[/] {escape(text)}", soft_wrap=True, highlight=False)
         sys.exit(1)
-    except KeyboardInterrupt:
-        _STDERR.print("interrupted; the same command goes on from the newest checkpoint, if it writes any")
-        sys.exit(130)
+    except KeyboardInterrupt as interrupt:
+        number, kept = signal.SIGINT, ""
+        if isinstance(interrupt, Interrupted):
+            number, kept = interrupt.signal, interrupt.kept
+        text = f"ended by {signal.Signals(number).name}: {kept or VERBS[arguments[0]].kept}"
+        _STDERR.print(escape(f"{text.rstrip('.')}."), soft_wrap=True, highlight=False)
+        sys.exit(128 + number)
+
+
+def _os_error(error: OSError) -> str:
+    """The error in words, with its file and, where there is one, the way out."""
+    ways = {
+        errno.ENOSPC: " Make room and start the same command again; a run goes on from its newest checkpoint.",
+        errno.EDQUOT: " Make room and start the same command again; a run goes on from its newest checkpoint.",
+        errno.EROFS: " Name a folder that can be written.",
+        errno.EACCES: " Change its permissions, or name another file.",
+    }
+    if error.strerror is None or error.filename is None:
+        return str(error)
+    return f"{error.filename}: {error.strerror}.{ways.get(error.errno, '')}"
 
 
 def _overview() -> str:
@@ -394,22 +423,38 @@ def _bench(arguments: list[str]) -> None:
         ) from error
 
 
+_KEPT_RUN = "the checkpoints written so far are kept, and the same command goes on from the newest"
+_KEPT_DEMO = "finished parts and checkpoints are kept, and the same command goes on from them"
 VERBS: dict[str, Verb] = {
-    "demo": Verb("the whole story on a laptop: train, extend, measure, speak; writes report.html", _demo),
-    "pretrain": Verb("pre-train in stages from a recipe", _pretrain),
-    "extend": Verb("extend the context of a checkpoint", _extend),
-    "sft": Verb("fine-tune a checkpoint on conversations or demonstrations", _sft),
-    "rl": Verb("reinforcement learning with verifiable rewards, from a checkpoint", _rl),
-    "mopd": Verb("distil teachers into a student on the student's own answers", _mopd),
-    "compare": Verb("a see-saw report: base, teachers and students in every domain", _compare),
-    "merge": Verb("merge fine-tuned checkpoints by their weights", _merge),
-    "eval": Verb("measure retrieval and loss over long contexts", _eval),
-    "generate": Verb("continue a prompt", _generate),
-    "chat": Verb("talk with a checkpoint in the terminal", _chat),
-    "serve": Verb("serve a checkpoint: OpenAI-compatible API and a chat page", _serve),
-    "convert": Verb("rewrite a checkpoint in another dtype or layout", _convert),
+    "demo": Verb("the whole story on a laptop: train, extend, measure, speak; writes report.html", _demo, _KEPT_DEMO),
+    "pretrain": Verb("pre-train in stages from a recipe", _pretrain, _KEPT_RUN),
+    "extend": Verb("extend the context of a checkpoint", _extend, _KEPT_RUN),
+    "sft": Verb("fine-tune a checkpoint on conversations or demonstrations", _sft, _KEPT_RUN),
+    "rl": Verb("reinforcement learning with verifiable rewards, from a checkpoint", _rl, _KEPT_RUN),
+    "mopd": Verb("distil teachers into a student on the student's own answers", _mopd, _KEPT_RUN),
+    "compare": Verb(
+        "a see-saw report: base, teachers and students in every domain",
+        _compare,
+        "no report was written; the models are evaluated again",
+    ),
+    "merge": Verb("merge fine-tuned checkpoints by their weights", _merge, "the merged model was not written"),
+    "eval": Verb("measure retrieval and loss over long contexts", _eval, "the scores so far are not kept"),
+    "generate": Verb("continue a prompt", _generate, "the text so far is all there is"),
+    "chat": Verb("talk with a checkpoint in the terminal", _chat, "the conversation is not kept"),
+    "serve": Verb(
+        "serve a checkpoint: OpenAI-compatible API and a chat page",
+        _serve,
+        "the server has stopped; answers that were not finished are cut",
+    ),
+    "convert": Verb(
+        "rewrite a checkpoint in another dtype or layout",
+        _convert,
+        "the new checkpoint was not written; the old one is unchanged",
+    ),
     "audit": Verb("count a model's parameters and tensors without allocating them", _audit),
-    "bench": Verb("time kernels, training and decoding against their peers", _bench),
+    "bench": Verb(
+        "time kernels, training and decoding against their peers", _bench, "the measurements so far are not kept"
+    ),
 }
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ def pretrain() -> PretrainConfig:
     """Some ten minutes on a CPU, from `runs/demo/extend/model`."""
     return PretrainConfig(
         run_folder="runs/drafts_cpu",
-        model="tiny",
         init_from="runs/demo/extend/model",
         stages=(
             Stage(

@@ -45,7 +45,6 @@ def pretrain() -> PretrainConfig:
     long = mixture(replace(TEXT, weight=0.5), needles(weight=0.5, min_length=64, num_pairs=4))
     return PretrainConfig(
         run_folder="runs/tiny_cpu",
-        model="tiny",
         seed=1,  # retrieval is learned by some seeds within these steps and not by others (docs/log.md)
         stages=(
             Stage(

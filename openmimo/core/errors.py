@@ -15,3 +15,7 @@ class CheckpointError(UserError):
 
 class DataError(UserError):
     """A data source cannot be read, or holds something that cannot be trained on."""
+
+
+class DivergedError(UserError):
+    """A run cannot go on: its loss, gradients or weights are not finite."""

@@ -1,12 +1,18 @@
-"""Metrics of a run: one JSON object a line in `metrics.jsonl`, and the same numbers for TensorBoard on demand."""
+"""Metrics of a run: one JSON object a line in `metrics.jsonl`, and the same numbers for TensorBoard on demand.
+
+JSON has no NaN and no infinity: a number that is not finite is written as null, and read back as NaN.
+"""
 
 import json
 import math
-from collections.abc import Iterator
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
-from openmimo.core.files import write_text_atomic
+from openmimo.core.files import naming, write_text_atomic
+
+Row = dict[str, Any]
 
 
 class MetricsWriter:
@@ -25,21 +31,30 @@ class MetricsWriter:
             self._tensorboard = Writer(str(folder / "tensorboard"))
 
     def truncate_after(self, step: int) -> None:
-        """Drops the lines of steps later than `step`, and a last line that a crash left half written."""
+        """Drops the rows of later steps, and the lines that cannot be read; says which, but for a torn last line."""
         if not self.path.exists():
             return
         kept = [row for row in read_metrics(self.path) if row["step"] <= step]
-        write_text_atomic(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+        write_text_atomic(self.path, "".join(_line(row) for row in kept))
 
     def write(self, step: int, values: dict[str, Any]) -> None:
-        """Records `values` (numbers, strings or lists of numbers) at optimiser step `step`."""
-        with open(self.path, "a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+        """Records `values` (numbers, strings or lists of numbers) at optimizer step `step`.
+
+        Raises:
+            OSError: The file cannot be written (a full disk, say); the error names it.
+        """
+        with naming(self.path), open(self.path, "a", encoding="utf-8") as file:
+            file.write(_line({"step": step, **values}))
         if self._tensorboard is not None:
             for name, value in values.items():
                 if isinstance(value, (int, float)) and math.isfinite(value):
                     self._tensorboard.add_scalar(name, value, step)
             self._tensorboard.flush()
+
+    def sync(self) -> None:
+        """Flushes to the disk what was written."""
+        with naming(self.path), open(self.path, "ab") as file:
+            os.fsync(file.fileno())
 
     def close(self) -> None:
         """Closes the TensorBoard writer, if there is one."""
@@ -47,17 +62,48 @@ class MetricsWriter:
             self._tensorboard.close()
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a `metrics.jsonl`; a last line cut short by a crash is left out."""
-    return list(_rows(path))
+def read_metrics(path: Path) -> list[Row]:
+    """The rows of a `metrics.jsonl`. A last line cut short by a crash is left out; other damage too, with a warning."""
+    rows, damaged = [], []
+    lines = path.read_bytes().splitlines()
+    for number, line in enumerate(lines, start=1):
+        row = _row(line)
+        if row is not None:
+            rows.append(row)
+        elif number < len(lines):
+            damaged.append(number)
+    if damaged:
+        print(
+            f"warning: {path} is damaged; {len(damaged)} of its lines cannot be read and are left out (the first: line "
+            f"{damaged[0]}).",
+            file=sys.stderr,
+        )
+    return rows
 
 
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    lines = path.read_text().splitlines()
-    for number, line in enumerate(lines):
-        try:
-            yield json.loads(line)
-        except json.JSONDecodeError:
-            if number == len(lines) - 1:
-                return
-            raise
+def _row(line: bytes) -> Row | None:
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(row, dict) or type(row.get("step")) is not int:
+        return None
+    return {name: _read(value) for name, value in row.items()}
+
+
+def _read(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_read(item) for item in value]
+    return math.nan if value is None else value
+
+
+def _line(row: Row) -> str:
+    return json.dumps(_finite(row), allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -18,8 +18,8 @@ import rich.progress
 
 from openmimo.core.config import read_json, to_dict
 from openmimo.core.errors import DataError
-from openmimo.core.files import new_folder_atomic
-from openmimo.data.cache import cache_folder
+from openmimo.core.files import new_folder_atomic, remove_unfinished
+from openmimo.data.cache import cache_folder, writing_to_cache
 from openmimo.data.config import SourceConfig
 from openmimo.data.pieces import utf8_length
 from openmimo.data.source import Piece, Split, TextSource, divided_documents, open_source
@@ -51,7 +51,8 @@ def open_store(config: SourceConfig, tokenizer: Tokenizer, *, validation_fractio
     """
     folder = cache_folder() / "tokens" / f"{config.name}-{_key(config, tokenizer, validation_fraction)}"
     if not folder.exists():
-        with new_folder_atomic(folder) as unfinished:
+        remove_unfinished(folder.parent)
+        with writing_to_cache(), new_folder_atomic(folder) as unfinished:
             _write(unfinished, config, tokenizer, validation_fraction)
     description = read_json(folder / "store.json")
     return {split: _read_split(folder, split, description) for split in get_args(Split)}

@@ -19,12 +19,14 @@ from rich.console import Console
 from openmimo.core import config as config_io
 from openmimo.core.errors import ConfigError
 from openmimo.core.files import write_text_atomic
+from openmimo.core.run_folder import run_folder
 from openmimo.demo.config import DemoConfig
 from openmimo.demo.measure import measure_answers, measure_decoding, measure_retrieval
 from openmimo.demo.page import write_page
 from openmimo.demo.teachers import run_teachers
 from openmimo.rl.compare import compare
 from openmimo.rl.run import train
+from openmimo.train.config import check_path
 from openmimo.train.pretrain import extend, pretrain, sft
 
 
@@ -48,8 +50,15 @@ def run(config: DemoConfig) -> Path:
     if config.pretrain.threads:
         torch.set_num_threads(config.pretrain.threads)
     folder = Path(config.folder)
+    check_path(config.folder, "folder")
+    _check_config(config, folder)
+    with run_folder(folder):
+        config_io.save(config, folder / "config.json")
+        return _tell(config, folder, console)
+
+
+def _tell(config: DemoConfig, folder: Path, console: Console) -> Path:
     parts = _Parts(folder, console)
-    _keep_config(config, folder)
     checkpoint, model_folder = config.extend.checkpoint, Path(config.extend.run_folder) / "model"
     parts.run("pretrain", "1/8  a tokenizer, and a model from random weights", lambda: _done(pretrain(config.pretrain)))
     parts.run("extend", "2/8  a longer context, and three MTP heads", lambda: _done(extend(config.extend)))
@@ -70,13 +79,11 @@ def run(config: DemoConfig) -> Path:
     return report
 
 
-def _keep_config(config: DemoConfig, folder: Path) -> None:
-    """Saves the config beside the results; refuses to mix results of different ones."""
+def _check_config(config: DemoConfig, folder: Path) -> None:
+    """Refuses to mix results of different configs."""
     path = folder / "config.json"
     if path.exists() and config_io.load(DemoConfig, path) != config:
         raise ConfigError(f"{folder} holds a demo with other settings; name another --folder, or remove it.")
-    folder.mkdir(parents=True, exist_ok=True)
-    config_io.save(config, path)
 
 
 class _Parts:

@@ -14,18 +14,27 @@ from openmimo.rl.config import RlConfig
 
 def run_teachers(teachers: tuple[RlConfig, ...]) -> dict[str, Any]:
     """Runs or resumes `openmimo rl` for each, and waits. Raises UserError with the log's end if one fails."""
+    running: list[subprocess.Popen] = []
     with ThreadPoolExecutor(max_workers=max(1, min(len(teachers), os.cpu_count() or 1))) as pool:
-        return {"models": list(pool.map(_run, teachers))}
+        try:
+            return {"models": list(pool.map(lambda config: _run(config, running), teachers))}
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in running:  # each saves a checkpoint
+                process.terminate()
+            raise
 
 
-def _run(config: RlConfig) -> str:
+def _run(config: RlConfig, running: list[subprocess.Popen]) -> str:
     folder = Path(config.run_folder)
     folder.mkdir(parents=True, exist_ok=True)
     recipe, log = folder / "teacher.json", folder / "log.txt"
     config_io.save(config, recipe)
     with open(log, "a") as file:
         command = [sys.executable, "-m", "openmimo", "rl", "--from", str(recipe)]
-        code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL).returncode
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+        running.append(process)
+        code = process.wait()
     if code:
         raise UserError(f"the run of {folder} ended with code {code}: {log.read_text()[-500:]}")
     return str(folder / "model")

@@ -7,6 +7,7 @@ from typing import Any
 from rich.console import Console
 
 from openmimo.core.errors import UserError
+from openmimo.core.interrupt import Interrupted
 from openmimo.core.records import Message, SamplingParams
 from openmimo.data.tokenizer import Tokenizer
 from openmimo.engine.llm import LLM
@@ -29,7 +30,7 @@ def generate(
     if as_chat:
         turns = [Message("system", system)] if system else []
         given = llm.tokenizer.encode_chat([*turns, Message("user", text)], enable_thinking=thinking)
-    _print_stream(llm, given, sampling)
+    _print_stream(llm, given, sampling, can_stop=False)
     _print_figures(llm.stats())
 
 
@@ -57,7 +58,7 @@ def chat(llm: LLM, sampling: SamplingParams, *, thinking: bool, system: str | No
             turns = list(opening)
             continue
         llm.reset_stats()
-        answer = _print_stream(llm, ids, replace(sampling, max_tokens=min(sampling.max_tokens, room)))
+        answer = _print_stream(llm, ids, replace(sampling, max_tokens=min(sampling.max_tokens, room)), can_stop=True)
         turns.append(Message("assistant", answer))
         _print_figures(llm.stats())
 
@@ -69,14 +70,18 @@ def _ask() -> str | None:
         return None
 
 
-def _print_stream(llm: LLM, prompt: str | list[int], sampling: SamplingParams) -> str:
+def _print_stream(llm: LLM, prompt: str | list[int], sampling: SamplingParams, *, can_stop: bool) -> str:
+    """can_stop: Ctrl-C ends the text only, not the command."""
     pieces = []
     try:
         for piece in llm.stream(prompt, sampling):
             pieces.append(piece)
             print(piece, end="", flush=True)
-    except KeyboardInterrupt:
-        _STDERR.print("\n[dim]stopped[/]", end="")
+    except KeyboardInterrupt as interrupt:
+        print()
+        if not can_stop or isinstance(interrupt, Interrupted):
+            raise
+        _STDERR.print("[dim]stopped[/]", end="")
     print()
     return "".join(pieces)
 

@@ -82,7 +82,8 @@ class PackedContext:
     """Documents packed one after another; each token sees its own document only. Nothing is remembered.
 
     document_lengths: tokens of each document, in order. balance_weight: weight of the sequence-level balance loss
-    (paper section 3.1), added to the gradients of the router; 0 for none.
+    (paper section 3.1), added to the gradients of the router; 0 for none. balance_length: tokens of a sequence of that
+    loss, which is a whole training row in DeepSeek-V3 (None: each document is a sequence).
     """
 
     def __init__(
@@ -92,6 +93,7 @@ class PackedContext:
         device: torch.device | str = "cpu",
         routing: RoutingTape | None = None,
         balance_weight: float = 0.0,
+        balance_length: int | None = None,
     ):
         self.document_lengths = document_lengths
         lengths = torch.tensor(document_lengths)
@@ -101,7 +103,8 @@ class PackedContext:
         self.routing = routing or RoutingTape()
         self.sequence_balance = None
         if balance_weight > 0.0:
-            self.sequence_balance = SequenceBalance(balance_weight, index.to(device), len(document_lengths))
+            rows_T = index if balance_length is None else torch.arange(len(index)) // balance_length
+            self.sequence_balance = SequenceBalance(balance_weight, rows_T.to(device), int(rows_T[-1]) + 1)
         self._rotary = RotaryTables(self.positions_T)
 
     def rotary(self, spec: AttentionConfig, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from openmimo.core.errors import CheckpointError, ConfigError
-from openmimo.core.files import new_folder_atomic
+from openmimo.core.files import new_folder_atomic, recover_folder
 from openmimo.core.reading import file_in_folder, listed, read_json, require_folder
 from openmimo.data.companions import companion_names, read_companions
 from openmimo.data.tokenizer import Tokenizer
@@ -77,15 +77,21 @@ def save_model(
     already is replaced; a folder that holds anything else is refused with a CheckpointError.
     """
     path = Path(path)
-    others = _other_files(path) if path.is_dir() else []
-    if others:
-        raise CheckpointError(f"{path} holds {others[0]}, which is no part of a checkpoint; save to a new folder.")
-    if path.exists() and not path.is_dir():
-        raise CheckpointError(f"{path} is a file; save to a new folder.")
+    recover_folder(path)
+    check_replaceable(path)
     kept = read_companions(path)
     with new_folder_atomic(path) as folder:
         kept.write(folder)
         write_model(model, folder, tokenizer=tokenizer, max_shard_bytes=max_shard_bytes)
+
+
+def check_replaceable(path: Path) -> None:
+    """Raises CheckpointError if `path` is a file or a folder that holds anything but a checkpoint. It may be missing."""
+    if path.exists() and not path.is_dir():
+        raise CheckpointError(f"{path} is a file; save to a new folder.")
+    others = _other_files(path) if path.is_dir() else []
+    if others:
+        raise CheckpointError(f"{path} holds {others[0]}, which is no part of a checkpoint; save to a new folder.")
 
 
 def _other_files(folder: Path) -> list[str]:
@@ -131,6 +137,7 @@ def write_config(config: ModelConfig, folder: Path, *, dtype: str = "float32", e
 
 def open_checkpoint(folder: Path, window_keys: int | None) -> tuple[ModelConfig, CheckpointReader]:
     """The config and an open reader of a checkpoint folder; MTP heads are counted where config.json is silent."""
+    recover_folder(folder)
     path = file_in_folder(require_folder(folder), "config.json")
     if path is None:
         raise CheckpointError(f"{folder} holds no config.json; a checkpoint is a folder with config.json and weights.")

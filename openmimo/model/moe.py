@@ -116,6 +116,8 @@ class MoE(nn.Module):
 def sequence_balance_loss(scores_TE: torch.Tensor, ids_TA: torch.Tensor, balance: SequenceBalance) -> torch.Tensor:
     """Mean over sequences of sum_e f_e P_e (DeepSeek-V3 equations 17-20, used by the report).
 
+    The trainer's sequences are its rows, as in that paper.
+
     f_e: share of the sequence's choices that fell on expert e, times E; P_e: mean normalised score of e. 1 when even.
     """
     E, A = scores_TE.shape[1], ids_TA.shape[1]

@@ -17,6 +17,7 @@ from rich.table import Table
 from openmimo.core.errors import ConfigError
 from openmimo.core.files import write_text_atomic
 from openmimo.core.report import Report, new_figure
+from openmimo.core.run_folder import run_folder
 from openmimo.core.statistics import bootstrap_interval
 from openmimo.data.tokenizer import Tokenizer
 from openmimo.engine.engine import Engine
@@ -24,6 +25,7 @@ from openmimo.model.hf import load_model
 from openmimo.rl.config import CompareConfig
 from openmimo.rl.evaluate import evaluate_policy
 from openmimo.runtime.device import resolve_device
+from openmimo.train.config import check_path
 
 _SMALLEST_HEADROOM = 0.05
 
@@ -49,6 +51,7 @@ def compare(config: CompareConfig, *, console: Console | None = None) -> dict[st
     Returns the cells by model and domain. Raises ConfigError for a checkpoint or a teacher that is not there.
     """
     console = console or Console()
+    check_path(config.run_folder, "run_folder")
     if config.threads:
         torch.set_num_threads(config.threads)
     models = {"base": (config.base,), **config.models}
@@ -58,13 +61,19 @@ def compare(config: CompareConfig, *, console: Console | None = None) -> dict[st
     missing = [path for paths in models.values() for path in paths if not (Path(path) / "config.json").exists()]
     if missing:
         raise ConfigError(f"there is no checkpoint in {', '.join(missing)}.")
+    folder = Path(config.run_folder)
+    with run_folder(folder):
+        return _compare(config, models, folder, console)
+
+
+def _compare(
+    config: CompareConfig, models: dict[str, tuple[str, ...]], folder: Path, console: Console
+) -> dict[str, dict[str, Cell]]:
     rewards = {
         name: [_rewards(config, path) for path in paths]
         for name, paths in track(models.items(), description="evaluating", console=Console(stderr=True), transient=True)
     }
     cells = {name: _cells(config, rewards, name) for name in models}
-    folder = Path(config.run_folder)
-    folder.mkdir(parents=True, exist_ok=True)
     write_text_atomic(folder / "results.json", json.dumps({"rewards": rewards}, indent=1) + "\n")
     _print(console, config, cells)
     path = _report(config, cells).write(folder / "report.html")

@@ -6,11 +6,12 @@ goes on where the file ends.
 """
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from openmimo.core.files import write_text_atomic
+from openmimo.core.files import naming, write_text_atomic
 from openmimo.core.samples import Sample
 from openmimo.rl.groups import GroupRequest
 from openmimo.rl.sample_io import remove_cut_line, sample_from_dict, sample_to_dict
@@ -80,6 +81,12 @@ class LoggedScheduler:
         """Drops the lines of steps that a checkpoint has in it."""
         self._keep(lambda event: event["step"] >= step)
 
+    def sync(self) -> None:
+        """Flushes to the disk what was written."""
+        if self._file is not None:
+            with naming(self._path):
+                os.fsync(self._file.fileno())
+
     def close(self) -> None:
         """Closes the file."""
         if self._file is not None:
@@ -92,11 +99,12 @@ class LoggedScheduler:
         write_text_atomic(self._path, "".join(kept))
 
     def _write(self, event: dict[str, Any]) -> None:
-        if self._file is None:
-            self._file = open(self._path, "ab+")  # noqa: SIM115
-            remove_cut_line(self._file)
-        self._file.write((json.dumps({"step": self._step, **event}) + "\n").encode())
-        self._file.flush()
+        with naming(self._path):
+            if self._file is None:
+                self._file = open(self._path, "ab+")  # noqa: SIM115
+                remove_cut_line(self._file)
+            self._file.write((json.dumps({"step": self._step, **event}) + "\n").encode())
+            self._file.flush()
 
 
 def _read(path: Path) -> Iterator[dict[str, Any]]:

@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as ProgressBar
 
 from openmimo.core.errors import CheckpointError
+from openmimo.core.interrupt import Interrupted, StopRequest, stop_requests
 from openmimo.core.metrics import MetricsWriter
 from openmimo.core.samples import Sample
 from openmimo.data.tokenizer import Tokenizer
@@ -74,6 +75,8 @@ class RlRun:
         )
         if optimiser_tensors is not None:
             load_optimiser_state(model, self.trainer.optimiser, optimiser_tensors)
+        self.trainer.guard.num_skipped = start.skipped
+        self.trainer.guard.skipped_in_a_row = start.skipped_in_a_row
         self.engine = Engine(model, tokenizer, config.engine)
         self._episode_threads: ThreadPoolExecutor | None = None
         self.teaching = Teaching(config, model, self.console) if isinstance(config, MopdConfig) else None
@@ -88,22 +91,34 @@ class RlRun:
             scheduler, self.run_folder / "events.jsonl", start=start.step, repeats_exactly=repeats_exactly
         )
         self._before_early_step: dict[str, Any] | None = None
+        self._before_step: dict[str, Any] | None = None  # the scheduler's state, while a batch is rolled out
+        self._stop = StopRequest()
         self.checkpoints = Checkpoints(self.run_folder, config.checkpoints)
         self.metrics = MetricsWriter(self.run_folder, tensorboard=config.tensorboard)
         self.metrics.truncate_after(start.step or -1)  # the evaluation before the first step comes again
         self.engine.update_weights(None, version=self.step)
 
     def run(self, *, stop_after_step: int | None = None) -> None:
-        """Learns to the end, or to `stop_after_step`. Writes metrics and checkpoints on the way and one at the end."""
+        """Learns to the end, or to `stop_after_step`. Writes metrics and checkpoints on the way and one at the end.
+
+        Raises DivergedError, and Interrupted after SIGINT or SIGTERM: the last whole step then has a checkpoint.
+        """
+        with self.checkpoints.named_in_errors(), stop_requests() as self._stop:
+            self._run(stop_after_step)
+
+    def _run(self, stop_after_step: int | None) -> None:
         last = self.config.steps if stop_after_step is None else min(self.config.steps, stop_after_step)
+        self.trainer.check_weights(f"that step {self.step + 1} begins with")
         if self.step == 0:
             self._evaluate()
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with ProgressBar(*columns, console=self.console) as bar:
             task = bar.add_task("rolling out", total=self.config.steps, completed=self.step)
             while self.step < last:
+                self._end_if_asked()
                 reward = self._one_step()
                 bar.update(task, completed=self.step, description=f"reward {reward:.2f}")
+        self._end_if_asked()
         self.rollouts.close()
         if self._episode_threads is not None:
             self._episode_threads.shutdown()
@@ -127,18 +142,27 @@ class RlRun:
         values |= _update_metrics(update) | (self.teaching.metrics() if self.teaching else {})
         values |= {"seconds/rollout": rolled_out - started, "seconds/update": learned - rolled_out}
         values |= self.rollouts.metrics() if isinstance(self.rollouts, WorkerRollouts) else {}
-        values |= shared_metrics()
+        values |= shared_metrics() | {"skipped_steps": self.trainer.guard.num_skipped}
         self.metrics.write(self.step, values)
         self._after_step()
         return values["reward/mean"]
 
+    def _end_if_asked(self) -> None:
+        if self._stop.signal is None:
+            return
+        kept = self.checkpoints.save_before_end(self.step, self.save)
+        self.rollouts.close()
+        raise Interrupted(self._stop.signal, kept)
+
     def collect(self) -> tuple[list[list[Sample]], dict[str, float]]:
         """The next batch, and the scheduler's report of it."""
+        self._before_step = self._before_early_step or self.log.scheduler.state()
         if self._before_early_step is None:
             self._begin(self.step)
         self._before_early_step = None
         scheduler, has_news = self.log.scheduler, True
         while not scheduler.is_complete():
+            self._end_if_asked()
             if has_news:
                 self._submit_more()
             has_news = False
@@ -150,6 +174,7 @@ class RlRun:
                 has_news = True
             self.rollouts.cancel(scheduler.take_cancelled())
         batch, report = scheduler.take_batch()
+        self._before_step = None
         self.rollouts.cancel(scheduler.take_cancelled())
         return batch, report
 
@@ -220,11 +245,22 @@ class RlRun:
             except CheckpointError as error:
                 if is_last:
                     raise
-                self.console.print(f"[yellow]warning:[/] {error} Training goes on; the checkpoint before it is intact.")
+                self.console.print(f"[yellow]warning:[/] {error} Training goes on.", soft_wrap=True)
 
     def save(self) -> Path:
-        """Writes a checkpoint of this moment, between two steps."""
-        progress = Progress(self.step, self.tokens, 0, self._before_early_step or self.log.scheduler.state())
+        """Writes a checkpoint of the last whole step. Raises DivergedError if the weights are of no use."""
+        self.trainer.check_weights(f"after step {self.step}")
+        self.metrics.sync()
+        self.log.sync()
+        guard = self.trainer.guard
+        progress = Progress(
+            self.step,
+            self.tokens,
+            0,
+            self._before_step or self._before_early_step or self.log.scheduler.state(),
+            skipped=guard.num_skipped,
+            skipped_in_a_row=guard.skipped_in_a_row,
+        )
         path = self.checkpoints.save(self.model, self.trainer.optimiser, self.tokenizer, progress)
         self.log.forget_before(self.step)
         return path

@@ -23,10 +23,12 @@ from openmimo.rl.losses.tokens import TokenBatch
 from openmimo.rl.shared_prompt import PromptGroup, SharedPromptContext
 from openmimo.train.batches import expert_load
 from openmimo.train.config import OptimiserConfig
+from openmimo.train.guard import StepGuard
 from openmimo.train.loss import head_states, micro_batch
 from openmimo.train.optim import build_optimiser, clip_gradients
 
 NOT_RECORDED = -1
+_MAX_NAMED = 8  # groups in a message
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,8 @@ class PolicyTrainer:
         self.bias_rate = bias_rate
         self.mtp_weight = mtp_weight
         self._heads = list(model.model.mtp.parameters())
+        self.guard = StepGuard(model, max_skipped_steps=optimiser.max_skipped_steps)
+        self._probe: list[Sample] = []  # of the newest step that was taken
 
     @torch.no_grad()
     def logprobs(self, samples: list[Sample]) -> list[list[float]]:
@@ -148,7 +152,7 @@ class PolicyTrainer:
         pack_key: Callable[[Sample], str] = lambda sample: "",
         gate: Mapping[str, float] | None = None,
     ) -> UpdateReport:
-        """One optimiser step on annotated samples.
+        """One optimiser step on annotated samples. Raises DivergedError; see `StepGuard`.
 
         version: of the weights now. old_logprobs: log π_old, if these samples have been stepped on already (None: π_old
         is the policy as it stands). pack_key: samples with different keys are never packed together.
@@ -156,6 +160,7 @@ class PolicyTrainer:
         """
         gate = gate or {}
         report, sums = UpdateReport(), {}
+        losses = [torch.zeros((), device=self.model.device)]
         learned = sorted((sample for sample in samples if any(sample.weights)), key=pack_key)
         old = {id(sample): own for sample, own in zip(samples, old_logprobs or [], strict=bool(old_logprobs))}
         written = sum(sample.num_answer_tokens for sample in learned)
@@ -171,6 +176,8 @@ class PolicyTrainer:
             if with_heads:
                 heads_loss = self.mtp_weight * self._heads_loss(pack, hidden, context, written)
                 heads_loss.backward(inputs=self._heads)  # not the embedding, which the heads read too
+                losses.append(heads_loss.detach())
+            losses.append(loss.detach())
             report.loss += float(loss.detach())
             _add_means(
                 sums, batch_diagnostics(forward.batch, low=gate.get("low"), high=gate.get("high")), len(pack.labels_N)
@@ -180,17 +187,28 @@ class PolicyTrainer:
         gradients = clip_gradients(self.model, self.config.clip_norm, apart=self._heads)
         for group in self.optimiser.param_groups:
             group["lr"] = learning_rate
-        if learned:
+        groups = list(dict.fromkeys(sample.group for sample in learned))
+        where = f"step {version + 1} ({len(learned)} samples of the groups {', '.join(groups[:_MAX_NAMED])})"
+        if self.guard.allows_step(torch.stack(losses), gradients, where, has_data=bool(learned)):
             self.optimiser.step()
+            for layer, router in self.model.routers().items():
+                if self.bias_rate and layer in report.load:
+                    router.update_selection_bias(report.load[layer], self.bias_rate)
+            self._probe = learned[:1]
         self.optimiser.zero_grad(set_to_none=True)
-        for layer, router in self.model.routers().items():
-            if self.bias_rate and layer in report.load:
-                router.update_selection_bias(report.load[layer], self.bias_rate)
-        report.gradient_norm, report.num_zero_gradients = gradients.norm, gradients.num_zeros
+        report.gradient_norm, report.num_zero_gradients = float(gradients.norm), int(gradients.num_zeros)
         report.diagnostics = _means(sums)
         whole = sum(report.gradient_shares.values())
         report.gradient_shares = {domain: own / (whole or 1.0) for domain, own in report.gradient_shares.items()}
         return report
+
+    def check_weights(self, where: str) -> None:
+        """Raises DivergedError if the weights are not finite, or cannot be learned from any more."""
+        self.guard.check_weights(f"the policy {where}")
+        for pack in packs(self._probe, self.tokens_per_microbatch, device=self.model.device):
+            _, hidden = self._forward(pack)
+            loss = -_logprobs(self.model, hidden.post_norm_TD[pack.rows_N], pack).mean()
+            self.guard.check_step(loss, f"the policy {where}, on a sample of the newest step,")
 
     def _forward(self, pack: PackedSamples) -> tuple[PackedContext, Hidden]:
         routing = RoutingTape(record=True, replayed=pack.routes(self.model) if self.replay_routing else {})

@@ -1,10 +1,13 @@
 """Which problem files a run was started on, so that changed problems are not taken for the same when it goes on."""
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from openmimo.core.config import from_dict, read_json
+from openmimo.core.config import from_dict, to_dict
 from openmimo.core.errors import CheckpointError
+from openmimo.core.files import write_text_atomic
+from openmimo.core.reading import read_json
 from openmimo.data.source import FileContent
 from openmimo.rl.config import RlSource
 from openmimo.rl.environment import open_environment
@@ -20,6 +23,11 @@ def problem_files(sources: Sequence[RlSource]) -> dict[str, tuple[FileContent, .
         environment, options = open_environment(source.environment, source.options)
         found[source.name] = environment.files(options)
     return found
+
+
+def keep_problem_files(files: Files, run_folder: Path) -> None:
+    """Saves what a run is started on."""
+    write_text_atomic(run_folder / PROBLEMS_FILE, json.dumps(to_dict(files), indent=2) + "\n")
 
 
 def check_same_problems(files: Files, run_folder: Path) -> None:

@@ -1,84 +1,81 @@
 """`openmimo rl` and `openmimo mopd`: set a run up, find where it stopped, learn, report."""
 
-import json
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
 
-from openmimo.core import config as config_io
-from openmimo.core.errors import ConfigError
-from openmimo.core.files import write_text_atomic
-from openmimo.data.config import without_paths
+from openmimo.core.run_folder import check_same_run, keep_config, run_folder
 from openmimo.data.tokenizer import Tokenizer
-from openmimo.model.hf import load_model, save_model
-from openmimo.rl.config import RlConfig
+from openmimo.model.hf import check_replaceable, load_config, load_model
+from openmimo.rl.algorithm import open_algorithm
+from openmimo.rl.config import MopdConfig, RlConfig
 from openmimo.rl.evaluate import streams_of
 from openmimo.rl.loop import RlRun
-from openmimo.rl.problem_files import PROBLEMS_FILE, check_same_problems, problem_files
+from openmimo.rl.problem_files import check_same_problems, keep_problem_files, problem_files
 from openmimo.rl.report import write_report
 from openmimo.runtime.device import fastest_dtype, resolve_device
 from openmimo.train.checkpoint import Checkpoints, Progress, restore
+from openmimo.train.config import check_path
+from openmimo.train.outcome import has_finished, write_outcome
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# Settings that decide nothing about the weights: they may change when a run goes on.
+FREE = (
+    "run_folder", "device", "threads", "tensorboard", "reward_threads", "rollout_workers", "checkpoints.*",
+    "evaluation.*", "optimiser.max_skipped_steps", "environment_seconds", "max_lost_steps", "activation_checkpointing",
+    "*.options.path", "*.options.test_path",
+)  # fmt: skip
+_TRACES = ("checkpoints", "events.jsonl", "events", "metrics.jsonl", "model")
 
 
 def train(config: RlConfig, *, console: Console | None = None) -> Path:
-    """Runs or resumes a run of RL or, with a MopdConfig, of distillation. Returns the folder of the finished model."""
+    """Runs or resumes a run of RL or, with a MopdConfig, of distillation. Returns the folder of the finished model.
+
+    Raises:
+        UserError: Settings, problems or checkpoints do not fit, or the run diverged.
+        Interrupted: SIGINT or SIGTERM ended the run after a checkpoint.
+    """
     console = console or Console(stderr=True)
-    run_folder = Path(config.run_folder)
+    check_path(config.run_folder, "run_folder")
+    folder = Path(config.run_folder)
     device = resolve_device(config.device)
     if config.threads:
         torch.set_num_threads(config.threads)
+    checkpoints = Checkpoints(folder, config.checkpoints)
+    if has_finished(config, checkpoints, steps=config.steps, free=FREE, console=console):
+        return folder / "model"
+    tokenizer = _check_start(config, folder)
+    model = None if checkpoints.newest() else load_model(config.checkpoint, dtype="float32", device=str(device))
+    with run_folder(folder):
+        keep_config(config, folder, free=FREE, traces=_TRACES)
+        keep_problem_files(problem_files(config.sources), folder)
+        checkpoints.recover()
+        newest = checkpoints.newest_intact()
+        if newest is None:
+            model = model or load_model(config.checkpoint, dtype="float32", device=str(device))
+            start, optimiser_tensors = Progress.beginning(), None
+        else:
+            console.print(f"going on from {newest}", soft_wrap=True)
+            model, optimiser_tensors, start = restore(newest, device)
+        model.compute_dtype = fastest_dtype(device) if config.dtype == "auto" else DTYPES[config.dtype]
+        run = RlRun(config, model, tokenizer, start=start, optimiser_tensors=optimiser_tensors, console=console)
+        run.run()
+        return write_outcome(model, tokenizer, checkpoints, folder, write_report, console)
+
+
+def _check_start(config: RlConfig, folder: Path) -> Tokenizer:
+    """Refuses what is not there or does not fit, before anything is written. Returns the policy's tokenizer."""
+    if (folder / "config.json").exists() and any((folder / name).exists() for name in _TRACES):
+        check_same_run(config, folder / "config.json", free=FREE)
+        check_same_problems(problem_files(config.sources), folder)
+    check_replaceable(folder / "model")
+    open_algorithm(config.algorithm, config.algorithm_options)
+    load_config(config.checkpoint)
     tokenizer = Tokenizer.load(Path(config.checkpoint))
+    if isinstance(config, MopdConfig):
+        for teacher in set(config.teachers.values()) - {"self"}:
+            load_config(teacher)
     streams_of(config.sources, "train", config.seed)
     streams_of(config.sources, "validation", config.seed)
-    _keep_config(config, run_folder)
-    newest = Checkpoints(run_folder, config.checkpoints).newest_intact()
-    if newest is None:
-        model = load_model(config.checkpoint, dtype="float32", device=str(device))
-        start, optimiser_tensors = Progress.beginning(), None
-    else:
-        console.print(f"going on from {newest}")
-        model, optimiser_tensors, start = restore(newest, device)
-    model.compute_dtype = fastest_dtype(device) if config.dtype == "auto" else DTYPES[config.dtype]
-    run = RlRun(config, model, tokenizer, start=start, optimiser_tensors=optimiser_tensors, console=console)
-    run.run()
-    model_folder = run_folder / "model"
-    save_model(model, model_folder, tokenizer=tokenizer)
-    report = write_report(run_folder)
-    console.print(f"model   {model_folder}\nreport  {report}")
-    return model_folder
-
-
-def _keep_config(config: RlConfig, run_folder: Path) -> None:
-    """Saves the config in the run folder; refuses to go on with a run that was started with another one."""
-    path = run_folder / "config.json"
-    files = problem_files(config.sources)
-    has_begun = any((run_folder / name).exists() for name in ("checkpoints", "events.jsonl"))
-    if path.exists() and has_begun:
-        check_same_problems(files, run_folder)
-        before = _decisive(config_io.load(type(config), path))
-        now = _decisive(config)
-        changed = [name for name in now if now[name] != before[name]]
-        if changed:
-            raise ConfigError(
-                f"{run_folder} holds a run with another {', '.join(changed)}. Name another run_folder for a new run, "
-                f"or repeat the old one with --from {path}."
-            )
-    run_folder.mkdir(parents=True, exist_ok=True)
-    config_io.save(config, path)
-    write_text_atomic(run_folder / PROBLEMS_FILE, json.dumps(config_io.to_dict(files), indent=2) + "\n")
-
-
-def _decisive(config: RlConfig) -> dict[str, Any]:
-    """The settings that may not differ between two starts of one run. Problem files may have been moved."""
-    decisive = config_io.to_dict(
-        replace(config, run_folder="", device="auto", threads=0, tensorboard=False, reward_threads=1, rollout_workers=1)
-    )
-    for source in decisive["sources"]:
-        if source["environment"] == "task":
-            source["options"] = without_paths(source["options"])
-    return decisive
+    return tokenizer

@@ -133,8 +133,11 @@ def at_most_threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def measured_peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a large matrix product on this device now: the denominator of model FLOPs utilisation."""
+def measured_matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a large matrix product on this device now: the denominator of `matmul_utilization`.
+
+    It is below the data sheet's peak, and moves with the device's clock and load.
+    """
     size = 8192 if device.type == "cuda" else 1024
     a = torch.rand(size, size, generator=torch.Generator().manual_seed(0)).to(device, dtype)
     best = float("inf")

@@ -10,6 +10,8 @@ import json
 import re
 import shutil
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +20,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from openmimo.core.config import read_json
-from openmimo.core.errors import CheckpointError
-from openmimo.core.files import new_folder_atomic
+from openmimo.core import config as config_io
+from openmimo.core.errors import CheckpointError, DivergedError
+from openmimo.core.files import new_folder_atomic, recover_folder, remove_unfinished
 from openmimo.data.tokenizer import Tokenizer
 from openmimo.model.hf import load_model, write_model
 from openmimo.model.hf_writer import umask_mode
@@ -29,16 +31,28 @@ from openmimo.runtime.device import rng_state, set_rng_state
 from openmimo.train.config import CheckpointConfig
 
 _MANIFEST = "manifest.json"
+_REQUIRED = {"config.json", "trainer/progress.json", "trainer/optimiser.safetensors"}
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is: optimiser steps and tokens done, and the state of the loader of stage `stage_index`."""
+    """How far a run is.
+
+    Attributes:
+        step: Optimizer steps done, skipped ones included.
+        tokens: Tokens that they read.
+        stage_index: The stage of the newest step.
+        loader: State of that stage's loader.
+        skipped: Steps that the guard skipped.
+        skipped_in_a_row: The newest of them, without a step that was taken between.
+    """
 
     step: int
     tokens: int
     stage_index: int
     loader: dict[str, Any]
+    skipped: int = 0
+    skipped_in_a_row: int = 0
 
     @classmethod
     def beginning(cls) -> "Progress":
@@ -58,31 +72,73 @@ class Checkpoints:
 
         Raises CheckpointError if it cannot be written (a full disk, say); the ones before it are untouched.
         """
-        path = self.folder / f"step-{progress.step:08d}"
+        path = self._path(progress.step)
         try:
             with new_folder_atomic(path) as folder:
                 _write(folder, model, optimiser, tokenizer, progress)
         except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"the checkpoint {path} could not be written: {error}.") from error
+            raise CheckpointError(f"the checkpoint {path} could not be written: {error}. {self.standing()}") from error
         self._delete_old()
         return path
 
     def newest_intact(self) -> Path | None:
         """The newest checkpoint whose files match their checksums; damaged ones are reported and passed over.
 
-        None if there is no checkpoint. Raises CheckpointError if there are some and every one is damaged. Also removes
-        what a process that was killed while it wrote has left half done.
+        None if there is no checkpoint. Raises CheckpointError if there are some and every one is damaged.
         """
-        for leftover in [*self.folder.glob(".step-*.tmp"), *self.folder.glob(".step-*.old")]:
-            shutil.rmtree(leftover)
         for path in reversed(self._all()):
             damage = find_damage(path)
             if damage is None:
                 return path
             print(f"warning: {damage} This checkpoint is passed over for the one before it.", file=sys.stderr)
         if self._all():
-            raise CheckpointError(f"every checkpoint in {self.folder} is damaged; move the folder away to start anew.")
+            raise CheckpointError(
+                f"every checkpoint in {self.folder} is damaged; move the folder away to start from the beginning."
+            )
         return None
+
+    def recover(self) -> None:
+        """Removes or puts back what a process that was killed while it wrote has left. Only for the run's owner."""
+        for path in self.folder.glob(".step-*old"):
+            recover_folder(self.folder / path.name.split(".")[1])
+        remove_unfinished(self.folder)
+
+    def newest(self) -> Path | None:
+        """The newest checkpoint, intact or not; None if there is none."""
+        step = self.newest_step()
+        return None if step is None else self._path(step)
+
+    def newest_step(self) -> int | None:
+        """The step of the newest checkpoint, intact or not; None if there is none."""
+        return next((int(path.name.removeprefix("step-")) for path in reversed(self._all())), None)
+
+    def standing(self) -> str:
+        """A sentence that says from which checkpoint the run can go on."""
+        intact = next((path for path in reversed(self._all()) if find_damage(path) is None), None)
+        return "There is no checkpoint yet." if intact is None else f"The newest checkpoint, {intact}, is intact."
+
+    def save_before_end(self, step: int, save: Callable[[], Path]) -> str:
+        """Saves a run that a signal ends after `step`, if that step has no checkpoint; says what is kept."""
+        goes_on = "The same command goes on from there."
+        try:
+            if step == 0:
+                return "no step was done, and nothing but the start of the run is kept."
+            if step != self.newest_step():
+                save()
+            return f"the checkpoint of step {step} is saved. {goes_on}"
+        except (CheckpointError, DivergedError) as error:
+            return f"step {step} is lost: {error} {self.standing()}"
+
+    @contextmanager
+    def named_in_errors(self) -> Iterator[None]:
+        """Adds `standing` to a DivergedError of the block."""
+        try:
+            yield
+        except DivergedError as error:
+            raise DivergedError(f"{error} {self.standing()}") from error
+
+    def _path(self, step: int) -> Path:
+        return self.folder / f"step-{step:08d}"
 
     def _all(self) -> list[Path]:
         return sorted(path for path in self.folder.glob("step-*") if re.fullmatch(r"step-\d{8}", path.name))
@@ -104,13 +160,13 @@ def restore(path: Path, device: torch.device) -> tuple[MiMo, dict[str, torch.Ten
     set_rng_state(
         {name.removeprefix("rng."): tensors.pop(name) for name in list(tensors) if name.startswith("rng.")}, device
     )
-    return model, tensors, Progress(**read_json(path / "trainer" / "progress.json"))
+    return model, tensors, config_io.load(Progress, path / "trainer" / "progress.json")
 
 
 def optimiser_state(model: MiMo, optimiser: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """The optimiser's tensors under `<parameter>/<what>`, independent of the order of its groups."""
+    """The optimiser's own tensors, not copies, under `<parameter>/<what>`, independent of the order of its groups."""
     return {
-        f"{name}/{key}": value.detach().clone().contiguous()
+        f"{name}/{key}": value.detach().contiguous()
         for name, parameter in model.named_parameters()
         for key, value in optimiser.state.get(parameter, {}).items()
     }
@@ -133,10 +189,15 @@ def find_damage(path: Path) -> str | None:
         return f"{path} has no trainer/{_MANIFEST}."
     try:
         checksums = json.loads(manifest_path.read_text())
-    except ValueError:
+    except (OSError, ValueError, RecursionError):
         return f"{manifest_path} is not readable."
+    if not isinstance(checksums, dict):
+        return f"{manifest_path} is not a list of files with their checksums."
+    unlisted = sorted(_REQUIRED - set(checksums))
+    if unlisted or not any(name.endswith(".safetensors") and "/" not in name for name in checksums):
+        return f"{manifest_path} does not list {unlisted[0] if unlisted else 'the weights'}."
     for name, checksum in checksums.items():
-        if not (path / name).exists():
+        if not (path / name).is_file():
             return f"{path / name} is missing."
         if _checksum(path / name) != checksum:
             return f"{path / name} does not match its checksum: it was cut short or altered."

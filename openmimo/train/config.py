@@ -1,16 +1,28 @@
 """What a pre-training run is, without torch: stages, schedules, mixtures. Recipes in `recipes/` return these."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from openmimo.core.errors import ConfigError
+from openmimo.core.fields import (
+    Bounds,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Seed,
+    check_fields,
+)
 from openmimo.data.config import MixtureConfig
 
+Threads = Annotated[int, Bounds(least=0, most=1024)]
+Decay = Annotated[float, Bounds(least=0, below=1)]
 
-def _check_at_least_1(config: Any, where: str, *names: str) -> None:
-    for name in names:
-        if getattr(config, name) < 1:
-            raise ConfigError(f"{where} has {name} {getattr(config, name)}; it must be 1 or more.")
+
+def check_path(path: str | None, where: str) -> None:
+    """Raises ConfigError for a path that cannot be one; None is allowed."""
+    if path is not None and (not path.strip() or "\0" in path):
+        raise ConfigError(f"{where} is {path!r}; it must be the path of a folder.")
 
 
 @dataclass(frozen=True)
@@ -36,26 +48,28 @@ class Stage:
     """
 
     name: str
-    steps: int
-    sequence_length: int
-    rows: int
-    peak_lr: float
-    end_lr: float
+    steps: PositiveInt
+    sequence_length: PositiveInt
+    rows: PositiveInt
+    peak_lr: NonNegativeFloat
+    end_lr: NonNegativeFloat
     mixture: MixtureConfig
-    warmup_steps: int = 0
-    constant_steps: int = 0
-    rows_at_start: int | None = None
-    rows_warmup_steps: int = 0
-    mtp_weight: float = 0.3
-    bias_rate: float = 1e-3
-    full_rope_theta: float | None = None
-    mtp_heads: int | None = None
+    warmup_steps: NonNegativeInt = 0
+    constant_steps: NonNegativeInt = 0
+    rows_at_start: PositiveInt | None = None
+    rows_warmup_steps: NonNegativeInt = 0
+    mtp_weight: NonNegativeFloat = 0.3
+    bias_rate: NonNegativeFloat = 1e-3
+    full_rope_theta: PositiveFloat | None = None
+    mtp_heads: PositiveInt | None = None
 
     def __post_init__(self) -> None:
         where = f"stage {self.name!r}"
-        _check_at_least_1(self, where, "steps", "sequence_length", "rows")
-        if self.rows_at_start is not None:
-            _check_at_least_1(self, where, "rows_at_start")
+        check_fields(self, where)
+        if not self.name:
+            raise ConfigError("a stage has no name.")
+        if self.end_lr > self.peak_lr:
+            raise ConfigError(f"{where} has end_lr {self.end_lr} above peak_lr {self.peak_lr}.")
         if self.warmup_steps + self.constant_steps > self.steps:
             raise ConfigError(
                 f"{where} warms up for {self.warmup_steps} and holds for {self.constant_steps} steps, which is more "
@@ -63,6 +77,8 @@ class Stage:
             )
         if (self.rows_at_start is None) != (self.rows_warmup_steps == 0):
             raise ConfigError(f"{where}: rows_at_start and rows_warmup_steps have an effect only together.")
+        if self.rows_at_start is not None and self.rows_at_start > self.rows:
+            raise ConfigError(f"{where} has rows_at_start {self.rows_at_start} above rows {self.rows}.")
 
 
 @dataclass(frozen=True)
@@ -75,13 +91,19 @@ class OptimiserConfig:
         epsilon: Added to the root of the running square.
         weight_decay: On matrices; norms, sinks and biases have none.
         clip_norm: Gradients are scaled down to this norm.
+        max_skipped_steps: Steps in a row that are skipped if their loss or gradients are not finite; one more ends the
+            run (0: the first does).
     """
 
-    beta1: float = 0.9
-    beta2: float = 0.95
-    epsilon: float = 1e-8
-    weight_decay: float = 0.1
-    clip_norm: float = 1.0
+    beta1: Decay = 0.9
+    beta2: Decay = 0.95
+    epsilon: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.1
+    clip_norm: PositiveFloat = 1.0
+    max_skipped_steps: NonNegativeInt = 0
+
+    def __post_init__(self) -> None:
+        check_fields(self, "optimiser")
 
 
 @dataclass(frozen=True)
@@ -94,12 +116,12 @@ class CheckpointConfig:
         keep_every: Those of every so many steps are kept for good (0: none).
     """
 
-    every_steps: int = 200
-    keep_last: int = 2
-    keep_every: int = 0
+    every_steps: PositiveInt = 200
+    keep_last: PositiveInt = 2
+    keep_every: NonNegativeInt = 0
 
     def __post_init__(self) -> None:
-        _check_at_least_1(self, "checkpoints", "every_steps", "keep_last")
+        check_fields(self, "checkpoints")
 
 
 @dataclass(frozen=True)
@@ -111,11 +133,11 @@ class EvaluationConfig:
         batches: Micro-batches in each.
     """
 
-    every_steps: int = 100
-    batches: int = 2
+    every_steps: PositiveInt = 100
+    batches: PositiveInt = 2
 
     def __post_init__(self) -> None:
-        _check_at_least_1(self, "evaluation", "every_steps", "batches")
+        check_fields(self, "evaluation")
 
 
 @dataclass(frozen=True)
@@ -128,7 +150,11 @@ class TokenizerConfig:
     """
 
     path: str | None = None
-    train_megabytes: float = 4.0
+    train_megabytes: PositiveFloat = 4.0
+
+    def __post_init__(self) -> None:
+        check_fields(self, "tokenizer")
+        check_path(self.path, "tokenizer.path")
 
 
 @dataclass(frozen=True)
@@ -138,7 +164,8 @@ class PretrainConfig:
     Attributes:
         run_folder: Where everything goes; a run that finds its own checkpoints there goes on from the newest.
         stages: One after the other.
-        model: A preset of `openmimo/model/presets.py`, or the path of a config.json.
+        model: A preset of `openmimo/model/presets.py`, or the path of a config.json (None: tiny, or what `init_from`
+            holds).
         init_from: A checkpoint folder to start from instead of random weights.
         seed: Decides initial weights and the order of the data.
         device: auto (an accelerator if there is one), cpu, or a device of torch.
@@ -159,27 +186,37 @@ class PretrainConfig:
 
     run_folder: str
     stages: tuple[Stage, ...]
-    model: str = "tiny"
+    model: str | None = None
     init_from: str | None = None
-    seed: int = 0
+    seed: Seed = 0
     device: str = "auto"
     dtype: str = "auto"
-    threads: int = 0
-    rows_per_microbatch: int = 8
+    threads: Threads = 0
+    rows_per_microbatch: PositiveInt = 8
     activation_checkpointing: bool = False
-    balance_weight: float = 1e-5
-    loader_workers: int = 0
+    balance_weight: NonNegativeFloat = 1e-5
+    loader_workers: Threads = 0
     tensorboard: bool = False
-    log_every_steps: int = 10
+    log_every_steps: PositiveInt = 10
     optimiser: OptimiserConfig = OptimiserConfig()
     checkpoints: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
 
     def __post_init__(self) -> None:
+        check_fields(self, "the run")
         if not self.stages:
             raise ConfigError("the run has no stages.")
-        _check_at_least_1(self, "the run", "rows_per_microbatch", "log_every_steps")
+        check_path(self.run_folder, "run_folder")
+        check_path(self.init_from, "init_from")
+        if self.init_from is not None and self.model is not None:
+            raise ConfigError(
+                f"init_from {self.init_from!r} brings its own model, so model {self.model!r} has no effect; leave it "
+                "out (on the command line: --model None)."
+            )
+        has_tokenizer = self.init_from is not None or self.tokenizer.path is not None
+        if has_tokenizer and self.tokenizer.train_megabytes != TokenizerConfig.train_megabytes:
+            raise ConfigError("tokenizer.train_megabytes has no effect on a tokenizer that exists; leave it out.")
         if self.dtype not in ("auto", "float32", "bfloat16", "float64"):
             raise ConfigError(f"dtype {self.dtype!r} is unknown; train in 'auto', 'bfloat16' or 'float32'.")
         names = [stage.name for stage in self.stages]
@@ -224,31 +261,32 @@ class ExtendConfig:
     checkpoint: str
     run_folder: str
     mixture: MixtureConfig
-    sequence_length: int
-    full_rope_theta: float
-    steps: int
-    rows: int
-    peak_lr: float
-    end_lr: float
-    warmup_steps: int = 0
-    mtp_weight: float = 0.1
-    bias_rate: float = 1e-5
-    mtp_heads: int | None = None
-    seed: int = 0
+    sequence_length: PositiveInt
+    full_rope_theta: PositiveFloat
+    steps: PositiveInt
+    rows: PositiveInt
+    peak_lr: NonNegativeFloat
+    end_lr: NonNegativeFloat
+    warmup_steps: NonNegativeInt = 0
+    mtp_weight: NonNegativeFloat = 0.1
+    bias_rate: NonNegativeFloat = 1e-5
+    mtp_heads: PositiveInt | None = None
+    seed: Seed = 0
     device: str = "auto"
     dtype: str = "auto"
-    threads: int = 0
-    rows_per_microbatch: int = 1
+    threads: Threads = 0
+    rows_per_microbatch: PositiveInt = 1
     activation_checkpointing: bool = False
-    balance_weight: float = 1e-5
-    loader_workers: int = 0
+    balance_weight: NonNegativeFloat = 1e-5
+    loader_workers: Threads = 0
     tensorboard: bool = False
-    log_every_steps: int = 10
+    log_every_steps: PositiveInt = 10
     optimiser: OptimiserConfig = OptimiserConfig()
     checkpoints: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
 
     def __post_init__(self) -> None:
+        check_fields(self, "extend")
         self.as_pretraining()
 
     def as_pretraining(self) -> PretrainConfig:
@@ -296,30 +334,31 @@ class SftConfig:
     checkpoint: str
     run_folder: str
     mixture: MixtureConfig
-    steps: int
-    sequence_length: int
-    rows: int = 128
-    peak_lr: float = 5e-5
-    end_lr: float = 5e-6
-    warmup_steps: int = 0
-    mtp_weight: float = 0.1
-    mtp_heads: int | None = None
-    bias_rate: float = 1e-4
-    seed: int = 0
+    steps: PositiveInt
+    sequence_length: PositiveInt
+    rows: PositiveInt = 128
+    peak_lr: NonNegativeFloat = 5e-5
+    end_lr: NonNegativeFloat = 5e-6
+    warmup_steps: NonNegativeInt = 0
+    mtp_weight: NonNegativeFloat = 0.1
+    mtp_heads: PositiveInt | None = None
+    bias_rate: NonNegativeFloat = 1e-4
+    seed: Seed = 0
     device: str = "auto"
     dtype: str = "auto"
-    threads: int = 0
-    rows_per_microbatch: int = 8
+    threads: Threads = 0
+    rows_per_microbatch: PositiveInt = 8
     activation_checkpointing: bool = False
-    balance_weight: float = 1e-6
-    loader_workers: int = 0
+    balance_weight: NonNegativeFloat = 1e-6
+    loader_workers: Threads = 0
     tensorboard: bool = False
-    log_every_steps: int = 10
+    log_every_steps: PositiveInt = 10
     optimiser: OptimiserConfig = OptimiserConfig()
     checkpoints: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
 
     def __post_init__(self) -> None:
+        check_fields(self, "sft")
         self.as_pretraining()
 
     def as_pretraining(self) -> PretrainConfig:

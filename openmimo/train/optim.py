@@ -30,23 +30,44 @@ def parameter_groups(model: MiMo) -> tuple[dict[str, nn.Parameter], dict[str, nn
 
 @dataclass(frozen=True)
 class GradientReport:
-    """norm: of all gradients together, before clipping. num_zeros: gradient entries that are exactly zero."""
+    """What the gradients of a step were, before clipping; tensors without dimensions, on the device.
 
-    norm: float
-    num_zeros: int
+    Attributes:
+        norm: Of all gradients together, but for those apart.
+        num_zeros: Their entries that are exactly zero.
+        apart_norm: Of the gradients apart.
+    """
+
+    norm: torch.Tensor
+    num_zeros: torch.Tensor
+    apart_norm: torch.Tensor
 
 
 def clip_gradients(model: MiMo, max_norm: float, *, apart: Iterable[nn.Parameter] = ()) -> GradientReport:
     """Scales all gradients so that their common norm is at most `max_norm`; reports what they were.
 
-    apart: parameters that have a norm of their own, which is not reported, so that neither scales the other.
+    Gradients whose norm is not finite are left as they are. The accelerator is not waited for.
+
+    Args:
+        model: Its gradients are changed.
+        max_norm: Above 0.
+        apart: Parameters with a norm of their own, so that neither scales the other.
     """
     apart = list(apart)
     ids = {id(parameter) for parameter in apart}
     common = [parameter for parameter in model.parameters() if parameter.grad is not None and id(parameter) not in ids]
-    num_nonzero = sum(torch.count_nonzero(own.grad) for own in common)  # a tensor: an accelerator is asked only once
-    num_zeros = sum(own.grad.numel() for own in common) - int(num_nonzero)
-    norm = float(torch.nn.utils.clip_grad_norm_(common, max_norm))
-    if apart:
-        torch.nn.utils.clip_grad_norm_(apart, max_norm)
-    return GradientReport(norm, num_zeros)
+    num_zeros = torch.zeros((), dtype=torch.int64, device=model.device)
+    for parameter in common:
+        num_zeros += parameter.grad.numel() - torch.count_nonzero(parameter.grad)
+    norm = _clip(common, max_norm, model.device)
+    apart_norm = _clip([own for own in apart if own.grad is not None], max_norm, model.device)
+    return GradientReport(norm, num_zeros, apart_norm)
+
+
+def _clip(parameters: list[nn.Parameter], max_norm: float, device: torch.device) -> torch.Tensor:
+    if not parameters:
+        return torch.zeros((), device=device)
+    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+    # A norm of 0 scales by 1. NaN would spread to every gradient, and hide which one it came from.
+    torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, torch.where(norm.isfinite(), norm, 0.0))
+    return norm

@@ -1,7 +1,9 @@
 """`openmimo pretrain`, `extend` and `sft`: set a run up, find where it stopped, train, report."""
 
+import hashlib
+import json
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -9,52 +11,57 @@ from rich.console import Console
 
 from openmimo.core import config as config_io
 from openmimo.core.errors import ConfigError
-from openmimo.data.config import without_paths
+from openmimo.core.files import new_folder_atomic
+from openmimo.core.run_folder import check_same_run, keep_config, run_folder
+from openmimo.data.config import SourceConfig
+from openmimo.data.loader import Loader
 from openmimo.data.source import TextSource, open_source, training_documents
 from openmimo.data.tokenizer import Tokenizer
 from openmimo.model.config import ModelConfig
-from openmimo.model.hf import load_config, load_model, save_model
+from openmimo.model.hf import check_replaceable, load_config, load_model
 from openmimo.model.mimo import MiMo
 from openmimo.model.presets import model_config
 from openmimo.runtime.device import resolve_device
 from openmimo.train.checkpoint import Checkpoints, Progress, restore
 from openmimo.train.config import ExtendConfig, PretrainConfig, SftConfig
+from openmimo.train.outcome import has_finished, write_outcome
 from openmimo.train.report import write_report
-from openmimo.train.trainer import Trainer, without_location
+from openmimo.train.schedule import place_of, total_steps
+from openmimo.train.trainer import Trainer
+
+# Settings that decide nothing about the weights: they may change when a run goes on. Data may lie elsewhere: the loader
+# compares its content.
+FREE = (
+    "run_folder", "device", "threads", "loader_workers", "tensorboard", "log_every_steps", "checkpoints.*",
+    "evaluation.*", "optimiser.max_skipped_steps", "*.options.path", "*.options.test_path",
+)  # fmt: skip
+TRACES = ("checkpoints", "tokenizer", "metrics.jsonl", "model")
+_TRAINED_ON = "trained_on.json"
+_DEFAULT_MODEL = "tiny"
 
 
 def pretrain(config: PretrainConfig, *, console: Console | None = None) -> Path:
-    """Runs or resumes a pre-training run. Returns the folder of the finished model, `<run_folder>/model`."""
+    """Runs or resumes a pre-training run. Returns the folder of the finished model, `<run_folder>/model`.
+
+    Raises:
+        UserError: Settings, data or checkpoints do not fit, or the run diverged.
+        Interrupted: SIGINT or SIGTERM ended the run after a checkpoint.
+    """
     console = console or Console(stderr=True)
-    run_folder = Path(config.run_folder)
+    folder = Path(config.run_folder)
     device = resolve_device(config.device)
     if config.threads:
         torch.set_num_threads(config.threads)
-    _check_start(config)
-    _keep_config(config, run_folder)
-    newest = Checkpoints(run_folder, config.checkpoints).newest_intact()
-    if newest is None:
-        tokenizer = _tokenizer(config, run_folder, console)
-        model = _new_model(config, tokenizer, device)
-        trainer = Trainer(config, model, tokenizer, device=device, start=Progress.beginning(), console=console)
-    else:
-        console.print(f"going on from {newest}")
-        model, optimiser_tensors, progress = restore(newest, device)
-        trainer = Trainer(
-            config,
-            model,
-            Tokenizer.load(newest),
-            device=device,
-            start=progress,
-            optimiser_tensors=optimiser_tensors,
-            console=console,
-        )
-    trainer.run()
-    model_folder = run_folder / "model"
-    save_model(trainer.model, model_folder, tokenizer=trainer.tokenizer)
-    report = write_report(run_folder)
-    console.print(f"model   {model_folder}\nreport  {report}")
-    return model_folder
+    checkpoints = Checkpoints(folder, config.checkpoints)
+    if has_finished(config, checkpoints, steps=total_steps(config.stages), free=FREE, console=console):
+        return folder / "model"
+    prepared = _check_start(config, checkpoints, device)
+    with run_folder(folder):
+        keep_config(config, folder, free=FREE, traces=TRACES)
+        checkpoints.recover()
+        trainer = _open_trainer(config, prepared, checkpoints, device, console)
+        trainer.run()
+        return write_outcome(trainer.model, trainer.tokenizer, checkpoints, folder, write_report, console)
 
 
 def extend(config: ExtendConfig, *, console: Console | None = None) -> Path:
@@ -67,75 +74,165 @@ def sft(config: SftConfig, *, console: Console | None = None) -> Path:
     return pretrain(config.as_pretraining(), console=console)
 
 
-def _check_start(config: PretrainConfig) -> None:
-    """Refuses a model, a checkpoint or a source that is not there, before anything is written."""
-    described = load_config(config.init_from) if config.init_from else model_config(config.model)
-    if config.init_from is not None and config.tokenizer.path is None:
-        Tokenizer.load(Path(config.init_from))
+@dataclass(frozen=True)
+class _Prepared:
+    """What was opened to check it before anything is written: on a first start, if its tokenizer exists."""
+
+    model: MiMo | None = None
+    loaders: dict[int, Loader] | None = None
+
+
+def _check_start(config: PretrainConfig, checkpoints: Checkpoints, device: torch.device) -> _Prepared:
+    """Refuses what is not there or does not fit, before anything is written."""
+    folder = Path(config.run_folder)
+    if (folder / "config.json").exists() and any((folder / name).exists() for name in TRACES):
+        check_same_run(config, folder / "config.json", free=FREE)
+    check_replaceable(folder / "model")
+    described = _described(config)
+    tokenizer = _given_tokenizer(config)
+    _check_heads(config, described)
+    for stage in config.stages:
+        for source in stage.mixture.sources:
+            plugin, options = open_source(source)
+            if isinstance(plugin, TextSource):
+                plugin.fingerprint(options)
+    if tokenizer is None:
+        _text_sources(config)
+        return _Prepared()
+    _check_vocabulary(config, tokenizer, described)
+    if checkpoints.newest() is not None:
+        return _Prepared()
+    model = _initial_model(config, tokenizer, device) if config.init_from else None
+    return _Prepared(model, _open_loaders(config, tokenizer))
+
+
+def _check_heads(config: PretrainConfig, described: ModelConfig) -> None:
     heads = described.num_mtp_heads
     for stage in config.stages:
         if stage.mtp_heads is not None and (heads == 0 or stage.mtp_heads < heads):
             raise ConfigError(f"stage {stage.name!r} asks for {stage.mtp_heads} MTP heads of a model with {heads}.")
         heads = stage.mtp_heads or heads
-        for source in stage.mixture.sources:
-            open_source(source)
 
 
-def _keep_config(config: PretrainConfig, run_folder: Path) -> None:
-    """Saves the config in the run folder; refuses to go on with a run that was started with another one."""
-    path = run_folder / "config.json"
-    if path.exists() and (run_folder / "checkpoints").exists():
-        # The loader compares what data files hold, which may lie elsewhere now.
-        before = without_paths(config_io.to_dict(without_location(config_io.load(PretrainConfig, path))))
-        now = without_paths(config_io.to_dict(without_location(config)))
-        changed = [name for name in now if now[name] != before[name]]
-        if changed:
-            raise ConfigError(
-                f"{run_folder} holds a run with another {', '.join(changed)}. Name another run_folder for a new run, "
-                f"or repeat the old one with: openmimo pretrain --from {path}."
-            )
-    run_folder.mkdir(parents=True, exist_ok=True)
-    config_io.save(config, path)
+def _described(config: PretrainConfig) -> ModelConfig:
+    return load_config(config.init_from) if config.init_from else model_config(config.model or _DEFAULT_MODEL)
 
 
-def _tokenizer(config: PretrainConfig, run_folder: Path, console: Console) -> Tokenizer:
+def _given_tokenizer(config: PretrainConfig) -> Tokenizer | None:
+    """The tokenizer that the config names; None if the run trains its own."""
     folder = config.tokenizer.path or config.init_from
-    if folder is not None:
-        return Tokenizer.load(Path(folder))
-    own = run_folder / "tokenizer"
-    if own.exists():
+    return None if folder is None else Tokenizer.load(Path(folder))
+
+
+def _check_vocabulary(config: PretrainConfig, tokenizer: Tokenizer, described: ModelConfig) -> None:
+    if tokenizer.vocab_size > described.vocab_size:
+        name = config.init_from or config.model or _DEFAULT_MODEL
+        raise ConfigError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, but {name!r} has vocab_size {described.vocab_size}."
+        )
+
+
+def _open_trainer(
+    config: PretrainConfig, prepared: _Prepared, checkpoints: Checkpoints, device: torch.device, console: Console
+) -> Trainer:
+    """The trainer of a run where its newest intact checkpoint left it, with the data of every stage that is left."""
+    newest = checkpoints.newest_intact()
+    if newest is None:
+        tokenizer = _given_tokenizer(config) or _own_tokenizer(config, console)
+        model = prepared.model or _initial_model(config, tokenizer, device)
+        optimiser_tensors, start = None, Progress.beginning()
+    else:
+        console.print(f"going on from {newest}", soft_wrap=True)
+        tokenizer = Tokenizer.load(newest)
+        model, optimiser_tensors, start = restore(newest, device)
+    first_stage = place_of(start.step, config.stages).stage_index
+    return Trainer(
+        config,
+        model,
+        tokenizer,
+        prepared.loaders or _open_loaders(config, tokenizer, first_stage),
+        device=device,
+        start=start,
+        optimiser_tensors=optimiser_tensors,
+        console=console,
+    )
+
+
+def _open_loaders(config: PretrainConfig, tokenizer: Tokenizer, first_stage: int = 0) -> dict[int, Loader]:
+    """The data of each stage from `first_stage` on, tokenised, its held-out part looked at. Raises UserError."""
+    loaders = {}
+    for index, stage in enumerate(config.stages[first_stage:], start=first_stage):
+        loader = Loader(
+            stage.mixture,
+            tokenizer,
+            sequence_length=stage.sequence_length,
+            seed=config.seed,
+            stage=index,
+            num_workers=config.loader_workers,
+        )
+        if stage.mixture.validation_fraction > 0.0:
+            next(loader.fixed_batches(1, 1))
+        loaders[index] = loader
+    return loaders
+
+
+def _own_tokenizer(config: PretrainConfig, console: Console) -> Tokenizer:
+    """The tokenizer that the run trains on its text. One of an earlier start is taken if it was trained on the same."""
+    own = Path(config.run_folder) / "tokenizer"
+    trained_on = _identity_of_text(config)
+    if (own / _TRAINED_ON).exists() and (own / _TRAINED_ON).read_text() == trained_on:
         return Tokenizer.load(own)
-    vocab_size = model_config(config.model).vocab_size
+    vocab_size = _described(config).vocab_size
     console.print(f"training a tokenizer of {vocab_size} tokens")
     tokenizer = Tokenizer.train(_training_text(config), vocab_size)
-    tokenizer.save(own)
+    with new_folder_atomic(own) as unfinished:
+        tokenizer.save(unfinished)
+        (unfinished / _TRAINED_ON).write_text(trained_on)
     return tokenizer
 
 
-def _training_text(config: PretrainConfig) -> Iterator[str]:
-    """Text for a tokenizer, from the first stage that has any: each source gives its share of the megabytes."""
+def _text_sources(config: PretrainConfig) -> tuple[list[SourceConfig], float]:
+    """The sources of text that a tokenizer is trained on, each with its share of the megabytes; and the held-out share.
+
+    They are those of the first stage that has any. Raises ConfigError if none has.
+    """
     for stage in config.stages:
         sources = [source for source in stage.mixture.sources if isinstance(open_source(source)[0], TextSource)]
         if sources:
             break
     else:
         raise ConfigError("no stage has a source of text to train a tokenizer on; name one as tokenizer.path.")
-    total_weight = sum(source.weight for source in sources)
+    per_weight = config.tokenizer.train_megabytes / sum(source.weight for source in sources)
+    cut = [replace(source, max_megabytes=per_weight * source.weight) for source in sources]
+    return cut, stage.mixture.validation_fraction
+
+
+def _training_text(config: PretrainConfig) -> Iterator[str]:
+    sources, validation_fraction = _text_sources(config)
     for source in sources:
-        megabytes = config.tokenizer.train_megabytes * source.weight / total_weight
-        yield from training_documents(replace(source, max_megabytes=megabytes), stage.mixture.validation_fraction)
+        yield from training_documents(source, validation_fraction)
 
 
-def _new_model(config: PretrainConfig, tokenizer: Tokenizer, device: torch.device) -> MiMo:
-    described = load_config(config.init_from) if config.init_from else model_config(config.model)
-    if tokenizer.vocab_size > described.vocab_size:
-        raise ConfigError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens, but {config.init_from or config.model!r} has vocab_size "
-            f"{described.vocab_size}."
-        )
+def _identity_of_text(config: PretrainConfig) -> str:
+    """Changes when the tokenizer would, or its texts may have changed."""
+    sources, validation_fraction = _text_sources(config)
+    described = [[config_io.to_dict(source), _fingerprint(source)] for source in sources]
+    parts = [described, validation_fraction, _described(config).vocab_size]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest() + "\n"
+
+
+def _fingerprint(source: SourceConfig) -> str:
+    plugin, options = open_source(source)
+    assert isinstance(plugin, TextSource)
+    return plugin.fingerprint(options)
+
+
+def _initial_model(config: PretrainConfig, tokenizer: Tokenizer, device: torch.device) -> MiMo:
+    described = _described(config)
+    _check_vocabulary(config, tokenizer, described)
     if config.init_from is not None:
         model = load_model(config.init_from, dtype="float32", device=str(device))
-        if config.tokenizer.path is not None:  # the ids in config.json are those of the tokenizer that is left behind
+        if config.tokenizer.path is not None:
             model.config = _with_token_ids(model.config, tokenizer)
         return model
     model = MiMo(_with_token_ids(described, tokenizer))

@@ -1,6 +1,7 @@
 """The report of a run, from its `metrics.jsonl` alone: losses, acceptance, expert load, speed, loss by position."""
 
 import json
+import math
 import statistics
 from pathlib import Path
 from typing import Any
@@ -119,7 +120,7 @@ def _summary(train: Rows, validation: Rows) -> tuple[list[str], list[list[Any]]]
         ["optimiser steps", last["step"]],
         ["tokens", last["tokens"]],
         ["tokens per second, last step", float(last["tokens_per_second"])],
-        ["model FLOPs utilisation, last step", float(last["mfu"])],
+        ["FLOP/s over those of a measured matrix product", float(last.get("matmul_utilization", math.nan))],
         ["peak memory, MiB", float(last["memory_bytes"] / 2**20)],
         ["gradient entries that are exactly zero", last["gradient/num_zeros"]],
     ]

@@ -1,12 +1,13 @@
 """The training loop: stages, optimiser steps, balance, metrics, validation, checkpoints.
 
-A step reads rows from the stage's loader, accumulates gradients over micro-batches, clips, steps, and moves the
-experts' selection bias. Everything that decides what happens next (parameters, optimiser, place in schedule and data)
-is in the checkpoint, so that a run killed at any moment and started again computes what it would have computed.
+A step reads rows from the stage's loader, accumulates gradients over micro-batches, asks the guard, clips, steps, and
+moves the experts' selection bias. Everything that decides what happens next (parameters, optimiser, place in schedule
+and data) is in the checkpoint, so that a run killed at any moment and started again computes what it would have
+computed.
 """
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,18 +16,20 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as ProgressBar
 
 from openmimo.core.errors import CheckpointError
+from openmimo.core.interrupt import Interrupted, stop_requests
 from openmimo.core.metrics import MetricsWriter
 from openmimo.data.loader import Loader
 from openmimo.data.tokenizer import Tokenizer
 from openmimo.model.context import PackedContext, RoutingTape
 from openmimo.model.flops import training_flops_per_token
 from openmimo.model.mimo import MiMo
-from openmimo.runtime.device import fastest_dtype, measured_peak_flops, peak_memory_bytes, synchronise
+from openmimo.runtime.device import fastest_dtype, measured_matmul_flops, peak_memory_bytes, synchronise
 from openmimo.train.batches import expert_load, load_micro_batches
 from openmimo.train.checkpoint import Checkpoints, Progress, load_optimiser_state, optimiser_state
 from openmimo.train.config import PretrainConfig, Stage
 from openmimo.train.evaluate import evaluate
-from openmimo.train.loss import training_loss
+from openmimo.train.guard import StepGuard
+from openmimo.train.loss import MicroBatch, training_loss
 from openmimo.train.optim import build_optimiser, clip_gradients
 from openmimo.train.schedule import learning_rate, place_of, rows_of_step, total_steps
 
@@ -35,7 +38,15 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one optimiser step saw: mean loss of each head in nats, gradient figures, experts' load by layer, tokens."""
+    """What one optimizer step saw.
+
+    Attributes:
+        losses: Mean loss of each head, in nats.
+        gradient_norm: Before clipping.
+        num_zero_gradients: Gradient entries that are exactly zero.
+        load: Tokens that visited each expert, int64 [E], by layer.
+        tokens: Tokens read.
+    """
 
     losses: list[float]
     gradient_norm: float
@@ -45,13 +56,25 @@ class StepReport:
 
 
 class Trainer:
-    """One run, from wherever `start` left it to the end of its last stage."""
+    """One run, from wherever `start` left it to the end of its last stage.
+
+    Args:
+        config: What to train.
+        model: In float32, on `device`.
+        tokenizer: For the checkpoints.
+        loaders: The rows of each stage from that of `start` on, by its number.
+        device: Where to compute.
+        start: How far the run is.
+        optimiser_tensors: The optimizer's state there (None: the beginning).
+        console: For the progress bar and warnings.
+    """
 
     def __init__(
         self,
         config: PretrainConfig,
         model: MiMo,
         tokenizer: Tokenizer,
+        loaders: dict[int, Loader],
         *,
         device: torch.device,
         start: Progress,
@@ -68,8 +91,16 @@ class Trainer:
         self.run_folder = Path(config.run_folder)
         self.checkpoints = Checkpoints(self.run_folder, config.checkpoints)
         self.metrics = MetricsWriter(self.run_folder, tensorboard=config.tensorboard)
-        self.metrics.truncate_after(start.step)
+        self.metrics.truncate_after(start.step or -1)  # the evaluation before the first step comes again
         self.step, self.tokens = start.step, start.tokens
+        self.guard = StepGuard(
+            model,
+            max_skipped_steps=config.optimiser.max_skipped_steps,
+            num_skipped=start.skipped,
+            skipped_in_a_row=start.skipped_in_a_row,
+        )
+        self._probe: MicroBatch | None = None  # of the newest step that was taken
+        self._loaders = loaders
         self._stage_index = -1
         self.optimiser = build_optimiser(self.model, config.optimiser)
         if optimiser_tensors is not None:
@@ -77,30 +108,40 @@ class Trainer:
         self.loader = self._enter_stage(place_of(self.step, config.stages).stage_index)
         if start.loader and start.stage_index == self._stage_index:
             self.loader.load_state(start.loader)
-        self._peak_flops = measured_peak_flops(device, self.model.compute_dtype)
+        self._matmul_flops = measured_matmul_flops(device, self.model.compute_dtype)
 
     def run(self, *, stop_after_step: int | None = None) -> None:
-        """Trains to the end, or to `stop_after_step`. Writes metrics and checkpoints on the way and one at the end."""
+        """Trains to the end, or to `stop_after_step`. Writes metrics and checkpoints on the way and one at the end.
+
+        Raises:
+            DivergedError: Loss, gradients or weights are not finite; the message names the checkpoint to go on from.
+            Interrupted: SIGINT or SIGTERM came; the step in flight is done and its checkpoint written.
+        """
         last = total_steps(self.config.stages)
         last = last if stop_after_step is None else min(last, stop_after_step)
-        if self.step == 0:
-            self._evaluate()
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with ProgressBar(*columns, console=self.console) as bar:
-            task = bar.add_task("training", total=last, completed=self.step)
-            while self.step < last:
-                started = time.perf_counter()
-                stage = self._stage_of_step()
-                report = self.train_step(stage, self.step - self._steps_before_stage())
-                synchronise(self.device)
-                seconds = time.perf_counter() - started
-                self._after_step(stage, report, seconds, is_last=self.step == last)
-                bar.update(task, completed=self.step, description=f"{stage.name} loss {report.losses[0]:.3f}")
+        with self.checkpoints.named_in_errors(), stop_requests() as stop:
+            self.guard.check_weights(f"the model that step {self.step + 1} begins with")
+            if self.step == 0:
+                self._evaluate()
+            with ProgressBar(*columns, console=self.console) as bar:
+                task = bar.add_task("training", total=last, completed=self.step)
+                while self.step < last and stop.signal is None:
+                    started = time.perf_counter()
+                    stage = self._stage_of_step()
+                    report = self.train_step(stage, self.step - self._steps_before_stage())
+                    synchronise(self.device)
+                    seconds = time.perf_counter() - started
+                    self._after_step(stage, report, seconds, is_last=self.step == last)
+                    bar.update(task, completed=self.step, description=f"{stage.name} loss {report.losses[0]:.3f}")
+            if stop.signal is not None:
+                raise Interrupted(stop.signal, self.checkpoints.save_before_end(self.step, self.save))
         self.metrics.close()
 
     def train_step(self, stage: Stage, stage_step: int) -> StepReport:
-        """One optimiser step of `stage`; advances the counters."""
+        """One optimizer step of `stage`; advances the counters. Raises DivergedError."""
         rows = rows_of_step(stage, stage_step)
+        first_row = self.loader.rows_consumed
         micro_batches = load_micro_batches(
             self.loader,
             rows,
@@ -108,36 +149,65 @@ class Trainer:
             num_mtp_heads=self.model.config.num_mtp_heads,
             device=self.device,
         )
+        losses, load = self._accumulate(stage, micro_batches)
+        gradients = clip_gradients(self.model, self.config.optimiser.clip_norm)
+        where = f"step {self.step + 1} (stage {stage.name!r}, rows {first_row} to {first_row + rows - 1} of its data)"
+        for group in self.optimiser.param_groups:
+            group["lr"] = learning_rate(stage, stage_step)
+        if self.guard.allows_step(losses, gradients, where):
+            self.optimiser.step()
+            for layer, router in self.model.routers().items():
+                router.update_selection_bias(load[layer], stage.bias_rate)
+            self._probe = micro_batches[0]
+        self.optimiser.zero_grad(set_to_none=True)
+        self.step += 1
+        tokens = sum(len(batch.tokens_T) for batch in micro_batches)
+        self.tokens += tokens
+        return StepReport(losses.tolist(), float(gradients.norm), int(gradients.num_zeros), load, tokens)
+
+    def _accumulate(
+        self, stage: Stage, micro_batches: list[MicroBatch]
+    ) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
+        """Adds up the gradients of a step. Returns each head's mean loss, float32 [heads], and the experts' load."""
         counts = sum(batch.label_counts() for batch in micro_batches)
         losses = torch.zeros(len(counts), device=self.device)
         load: dict[int, torch.Tensor] = {}
+        tokens = sum(len(batch.tokens_T) for batch in micro_batches)
         for batch in micro_batches:
             context = PackedContext(
                 batch.document_lengths,
                 device=self.device,
                 routing=RoutingTape(record=True),
-                balance_weight=self.config.balance_weight / len(micro_batches),
+                balance_weight=self.config.balance_weight * len(batch.tokens_T) / tokens,
+                balance_length=stage.sequence_length,
             )
             loss, shares = training_loss(self.model, batch, context, label_counts=counts, mtp_weight=stage.mtp_weight)
             loss.backward()
             losses += shares
             expert_load(context.routing, self.model, add_to=load)
-        gradients = clip_gradients(self.model, self.config.optimiser.clip_norm)
-        for group in self.optimiser.param_groups:
-            group["lr"] = learning_rate(stage, stage_step)
-        self.optimiser.step()
-        self.optimiser.zero_grad(set_to_none=True)
-        for layer, router in self.model.routers().items():
-            router.update_selection_bias(load[layer], stage.bias_rate)
-        self.step += 1
-        tokens = sum(len(batch.tokens_T) for batch in micro_batches)
-        self.tokens += tokens
-        return StepReport(losses.tolist(), gradients.norm, gradients.num_zeros, load, tokens)
+        return losses, load
 
     def save(self) -> Path:
-        """Writes a checkpoint of this moment."""
-        progress = Progress(self.step, self.tokens, self._stage_index, self.loader.state())
+        """Writes a checkpoint of this moment. Raises DivergedError if the weights are of no use."""
+        self._check_weights()
+        self.metrics.sync()
+        progress = Progress(
+            self.step,
+            self.tokens,
+            self._stage_index,
+            self.loader.state(),
+            skipped=self.guard.num_skipped,
+            skipped_in_a_row=self.guard.skipped_in_a_row,
+        )
         return self.checkpoints.save(self.model, self.optimiser, self.tokenizer, progress)
+
+    def _check_weights(self) -> None:
+        self.guard.check_weights(f"the model after step {self.step}")
+        if self._probe is not None:
+            context = PackedContext(self._probe.document_lengths, device=self.device)
+            counts = self._probe.label_counts()
+            loss, _ = training_loss(self.model, self._probe, context, label_counts=counts, mtp_weight=1.0)
+            self.guard.check_step(loss, f"the model after step {self.step}, on a micro-batch of that step,")
 
     def _stage_of_step(self) -> Stage:
         place = place_of(self.step, self.config.stages)
@@ -159,17 +229,10 @@ class Trainer:
             self.model.replicate_mtp_heads(stage.mtp_heads)
             self.optimiser = build_optimiser(self.model, self.config.optimiser)
             load_optimiser_state(self.model, self.optimiser, kept)
-        return Loader(
-            stage.mixture,
-            self.tokenizer,
-            sequence_length=stage.sequence_length,
-            seed=self.config.seed,
-            stage=index,
-            num_workers=self.config.loader_workers,
-        )
+        return self._loaders[index]
 
     def _after_step(self, stage: Stage, report: StepReport, seconds: float, *, is_last: bool) -> None:
-        if self.step % self.config.log_every_steps == 0 or is_last:
+        if self.step % self.config.log_every_steps == 0 or is_last or self.guard.skipped_in_a_row:
             self.metrics.write(self.step, self._step_metrics(stage, report, seconds))
         if self.step % self.config.evaluation.every_steps == 0 or is_last:
             self._evaluate()
@@ -179,7 +242,7 @@ class Trainer:
             try:
                 self.save()
             except CheckpointError as error:
-                self.console.print(f"[yellow]warning:[/] {error} Training goes on; the checkpoint before it is intact.")
+                self.console.print(f"[yellow]warning:[/] {error} Training goes on.", soft_wrap=True)
 
     def _step_metrics(self, stage: Stage, report: StepReport, seconds: float) -> dict:
         flops = training_flops_per_token(self.model.config, stage.sequence_length) * report.tokens
@@ -193,7 +256,8 @@ class Trainer:
             "lr": self.optimiser.param_groups[0]["lr"],
             "tokens_per_second": report.tokens / seconds,
             "flops": flops,
-            "mfu": flops / seconds / self._peak_flops,
+            "matmul_utilization": flops / seconds / self._matmul_flops,
+            "skipped_steps": self.guard.num_skipped,
             "memory_bytes": peak_memory_bytes(self.device),
         }
         for layer, load_E in report.load.items():
@@ -204,14 +268,10 @@ class Trainer:
 
     def _evaluate(self) -> None:
         stage = self.config.stages[self._stage_index]
+        if stage.mixture.validation_fraction == 0.0:
+            return
         batches = self.loader.fixed_batches(self.config.rows_per_microbatch, self.config.evaluation.batches)
         result = evaluate(self.model, batches, stage.sequence_length)
-        self.metrics.write(self.step, {"stage": stage.name, **result.metrics()})
         self.model.train()
-
-
-def without_location(config: PretrainConfig) -> PretrainConfig:
-    """The config with what may differ between two starts of one run taken out."""
-    return replace(
-        config, run_folder="", device="auto", threads=0, loader_workers=0, tensorboard=False, log_every_steps=1
-    )
+        self.metrics.write(self.step, {"stage": stage.name, **result.metrics()})
+        self.guard.check_loss(torch.tensor(result.losses), f"the held-out loss after step {self.step}")

@@ -1,10 +1,13 @@
 """The command line as its users meet it: help for every option, one paragraph and exit code 1 for mistakes."""
 
+import errno
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,7 @@ from conftest import tiny_model
 
 import openmimo
 from openmimo import cli
+from openmimo.core.interrupt import Interrupted
 from openmimo.data.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -42,8 +46,6 @@ def checkpoint(tmp_path):
 @pytest.fixture
 def speaking(tmp_path):
     """A checkpoint with a tokenizer."""
-    from dataclasses import replace
-
     from conftest import randomise, tiny_config
 
     from openmimo.model.mimo import MiMo
@@ -96,6 +98,11 @@ def test_every_option_has_a_default_and_a_line(verb, capsys, monkeypatch):
         (["convert", "CHECKPOINT", "RUN", "--dtype", "int3"], "int3"),
         (["convert", "nowhere", "RUN"], "nowhere"),
         (["audit", "enormous"], "enormous"),
+        (["pretrain", "tiny_cpu", "--threads", "100000", "--run-folder", "RUN"], "threads"),
+        (["pretrain", "tiny_cpu", "--run-folder", ""], "run_folder"),
+        (["pretrain", "tiny_cpu", "--init-from", "CHECKPOINT", "--model", "deep", "--run-folder", "RUN"], "deep"),
+        (["pretrain", "flash_309b", "--run-folder", "RUN"], "corpus/general"),
+        (["rl", "tiny_cpu", "--algorithm", "nope", "--run-folder", "RUN"], "nope"),
     ],
 )
 def test_bad_input_is_one_paragraph_and_exit_code_1(arguments, named, checkpoint, tmp_path, capsys):
@@ -152,3 +159,45 @@ def test_eval_writes_scores(speaking, tmp_path, capsys):
     code, out, _ = run(capsys, "eval", str(speaking), *arguments)
     assert code == 0
     assert [score["length"] for score in json.loads(output.read_text())["scores"]] == [64, 128]
+
+
+@pytest.mark.parametrize(
+    ("verb", "said"), [("generate", "the text so far"), ("convert", "old one is unchanged"), ("eval", "scores")]
+)
+@pytest.mark.parametrize(
+    ("interrupt", "code"),
+    [(KeyboardInterrupt(), 130), (Interrupted(signal.SIGTERM), 143), (Interrupted(signal.SIGINT), 130)],
+)
+def test_a_verb_that_a_signal_ends_says_what_is_kept(verb, said, interrupt, code, capsys, monkeypatch):
+    def end(arguments):
+        raise interrupt
+
+    monkeypatch.setitem(cli.VERBS, verb, replace(cli.VERBS[verb], run=end))
+    found, out, err = run(capsys, verb)
+    assert found == code
+    assert said in err
+    assert "checkpoint" not in err or verb == "convert"
+    assert err.strip().count("\n") == 0
+
+
+def test_sigterm_ends_a_verb_with_a_paragraph(speaking):
+    command = [sys.executable, "-m", "openmimo", "chat", str(speaking)]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    process.stderr.readline()  # what chat says once it listens
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert "ended by SIGTERM: the conversation is not kept." in err
+    assert "Traceback" not in err
+
+
+def test_an_os_error_names_its_file(capsys, monkeypatch):
+    def full(arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/x/metrics.jsonl")
+
+    monkeypatch.setitem(cli.VERBS, "pretrain", replace(cli.VERBS["pretrain"], run=full))
+    code, _, err = run(capsys, "pretrain")
+    assert code == 1
+    assert err.startswith("error: runs/x/metrics.jsonl: No space left on device. Make room")

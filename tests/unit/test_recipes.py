@@ -32,7 +32,7 @@ def test_recipe(name):
     config = load_recipe(name, "pretrain")
     assert config_io.from_dict(type(config), json.loads(json.dumps(config_io.to_dict(config)))) == config
     run = config.as_pretraining() if isinstance(config, ExtendConfig) else config
-    model_config(run.model)
+    model_config(run.model or "tiny")
     for stage in run.stages:
         rates = [learning_rate(stage, step) for step in range(0, stage.steps, max(1, stage.steps // 100))]
         assert 0 < min(rates) <= max(rates) <= stage.peak_lr

@@ -177,9 +177,14 @@ def test_a_run_leaves_what_it_says(finished):
     train = [row for row in rows if "loss/main" in row]
     assert [row["step"] for row in train] == list(range(1, 11))
     assert train[-1]["loss/main"] < train[0]["loss/main"]
-    assert {"loss/mtp_0", "gradient/num_zeros", "mfu", "flops", "tokens_per_second", "expert_load/by_layer"} <= set(
-        train[0]
-    )
+    assert {
+        "loss/mtp_0",
+        "gradient/num_zeros",
+        "matmul_utilization",
+        "flops",
+        "tokens_per_second",
+        "expert_load/by_layer",
+    } <= set(train[0])
     assert "loss/mtp_1" in train[-1]
     assert "loss/mtp_1" not in train[0]
     assert sum(train[0]["expert_load/by_layer"][0]) == 4 * 32 * 2
@@ -294,4 +299,4 @@ def test_accumulation_over_microbatches_changes_nothing(finished, tmp_path):
 
 def test_a_model_without_gradients_has_none_to_clip():
     """As after a part of a step in which nothing was worth learning from."""
-    assert clip_gradients(tiny_model(), 1.0) == GradientReport(norm=0.0, num_zeros=0)
+    assert clip_gradients(tiny_model(), 1.0) == GradientReport(norm=0.0, num_zeros=0, apart_norm=0.0)

@@ -23,7 +23,7 @@ import rich.progress
 
 from openmimo.core.errors import DataError
 from openmimo.core.files import write_text_atomic
-from openmimo.data.cache import cache_folder
+from openmimo.data.cache import cache_folder, writing_to_cache
 from openmimo.data.source import TextSource, reading
 
 ARCHIVE_URL = (
@@ -55,7 +55,8 @@ def documents(options: Options) -> Iterator[str]:
             pages, description="cleaning enwik8", console=console, disable=not console.is_terminal
         )
         articles = [article for page in progress if (article := clean_page(page)) is not None]
-        write_text_atomic(cached, "".join(json.dumps(article) + "\n" for article in articles))
+        with writing_to_cache():
+            write_text_atomic(cached, "".join(json.dumps(article) + "\n" for article in articles))
     with reading(cached), open(cached, encoding="utf-8") as lines:
         for line in lines:
             yield json.loads(line)

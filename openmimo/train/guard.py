@@ -1,0 +1,125 @@
+"""The guard before the optimizer: no step is taken on a loss or gradients that are not finite (NaN or infinite).
+
+The verdict is one tensor of counts. With several processes, `reduce` sums it over all of them, so that each takes the
+same branch.
+"""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import nn
+
+from openmimo.core.errors import DivergedError
+from openmimo.train.optim import GradientReport
+
+Reduce = Callable[[torch.Tensor], torch.Tensor]
+
+
+class StepGuard:
+    """Says of each step whether the optimizer may take it, and counts the steps that it may not.
+
+    Attributes:
+        num_skipped: Steps of the run that were skipped.
+        skipped_in_a_row: The newest of them, without a step that was taken between.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        max_skipped_steps: int = 0,
+        num_skipped: int = 0,
+        skipped_in_a_row: int = 0,
+        reduce: Reduce = lambda counts: counts,
+    ):
+        """
+        Args:
+            model: The model that is trained.
+            max_skipped_steps: How many steps in a row may be skipped (0: the first bad step ends the run).
+            num_skipped: Of the run so far.
+            skipped_in_a_row: Of the run so far.
+            reduce: Sums a float32 tensor over all processes of the run.
+        """
+        self._model = model
+        self._max_skipped_steps = max_skipped_steps
+        self._reduce = reduce
+        self.num_skipped = num_skipped
+        self.skipped_in_a_row = skipped_in_a_row
+
+    def allows_step(self, loss: torch.Tensor, gradients: GradientReport, where: str, *, has_data: bool = True) -> bool:
+        """Whether the optimizer may use the gradients; if not, the step leaves everything as it is.
+
+        Args:
+            loss: One or more losses of this process, float.
+            gradients: What `clip_gradients` reported.
+            where: The step and its data, for the message.
+            has_data: Whether this process has a sample in the step. Without one in any process, no step is taken.
+
+        Raises:
+            DivergedError: More than `max_skipped_steps` steps in a row have a loss or gradients that are not finite.
+        """
+        values = torch.cat([loss.detach().flatten().float(), gradients.norm[None], gradients.apart_norm[None]])
+        num_bad = (~values.isfinite()).sum()
+        counts = torch.stack([num_bad.float(), torch.full_like(num_bad, int(has_data)).float()])
+        num_bad, num_with_data = self._reduce(counts).tolist()
+        if not num_bad:
+            self.skipped_in_a_row = 0 if num_with_data else self.skipped_in_a_row
+            return bool(num_with_data)
+        self.num_skipped += 1
+        self.skipped_in_a_row += 1
+        if self.skipped_in_a_row <= self._max_skipped_steps:
+            return False
+        raise DivergedError(self._describe(loss, gradients, where))
+
+    def check_weights(self, where: str) -> None:
+        """Raises DivergedError, naming the first one, if a parameter or buffer holds a number that is not finite."""
+        name = first_not_finite([*self._model.named_parameters(), *self._model.named_buffers()])
+        num_bad = self._reduce(torch.tensor([float(name is not None)], device=next(self._model.parameters()).device))
+        if num_bad.item():
+            raise DivergedError(f"{where}: {name or 'a weight of another process'} is not finite.")
+
+    def check_step(self, loss: torch.Tensor, where: str) -> None:
+        """Raises DivergedError if a loss, a float with a graph, or one of its gradients is not finite.
+
+        Weights can be finite and still of no use, as after a step with a learning rate of 1e30. No gradients are left.
+        """
+        loss.backward()
+        gradients = ((name, own.grad) for name, own in self._model.named_parameters() if own.grad is not None)
+        name = first_not_finite([("the loss", loss), *gradients])
+        self._model.zero_grad(set_to_none=True)
+        if self._reduce(torch.tensor([float(name is not None)], device=loss.device)).item():
+            raise DivergedError(f"{where} gives numbers that are not finite (first: {name or 'in another process'}).")
+
+    def check_loss(self, loss: torch.Tensor, where: str) -> None:
+        """Raises DivergedError if a loss, float, is not finite."""
+        if self._reduce((~loss.detach().isfinite()).any().float()[None]).item():
+            raise DivergedError(f"{where} is not finite ({_shown(loss)}).")
+
+    def _describe(self, loss: torch.Tensor, gradients: GradientReport, where: str) -> str:
+        weights = first_not_finite([*self._model.named_parameters(), *self._model.named_buffers()])
+        with_gradient = ((name, own.grad) for name, own in self._model.named_parameters() if own.grad is not None)
+        if weights is not None:
+            first = f"the weights of {weights} are not finite"
+        elif (name := first_not_finite(with_gradient)) is not None:
+            first = f"the first gradient that is not finite is that of {name}"
+        else:
+            first = "every gradient by itself is finite"
+        skipped = f" The {self.skipped_in_a_row - 1} steps before were skipped." if self.skipped_in_a_row > 1 else ""
+        return (
+            f"{where} has a loss of {_shown(loss)} and a gradient norm of {float(gradients.norm):g}; {first}. The "
+            f"optimizer has not taken this step.{skipped} Lower the learning rate, look at the data of this step, or "
+            "let such steps be skipped with optimiser.max_skipped_steps."
+        )
+
+
+def first_not_finite(tensors: Iterable[tuple[str, torch.Tensor]]) -> str | None:
+    """The name of the first floating-point tensor with a NaN or an infinity, if there is one."""
+    floating = [(name, tensor) for name, tensor in tensors if tensor.is_floating_point()]
+    if not floating:
+        return None
+    is_finite = torch.stack([tensor.detach().isfinite().all() for _, tensor in floating]).tolist()
+    return next((name for (name, _), finite in zip(floating, is_finite, strict=True) if not finite), None)
+
+
+def _shown(loss: torch.Tensor) -> str:
+    return ", ".join(f"{value:g}" for value in loss.detach().flatten().tolist())

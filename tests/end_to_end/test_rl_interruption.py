@@ -1,0 +1,101 @@
+"""Runs of post-training that diverge, are ended by a signal, or are started twice."""
+
+import multiprocessing
+import os
+import signal
+
+import pytest
+import torch
+from rl_runs import grpo_config, mopd_config, run, save_models, weights
+
+from openmimo.core.errors import ConfigError, DivergedError
+from openmimo.core.interrupt import Interrupted
+from openmimo.core.metrics import read_metrics
+from openmimo.core.run_folder import run_folder
+from openmimo.engine.engine import Engine
+from openmimo.rl.policy_trainer import PolicyTrainer
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("models")
+    save_models(folder)
+    return folder
+
+
+@pytest.mark.parametrize("make_config", [grpo_config, mopd_config])
+def test_a_bad_step_ends_the_run_and_good_checkpoints_stay(models, tmp_path, monkeypatch, make_config):
+    real = PolicyTrainer._tokens
+
+    def tokens(trainer, pack, hidden, version, old):
+        forward = real(trainer, pack, hidden, version, old)
+        if version == 3:
+            forward.states_ND.register_hook(lambda gradient: gradient * float("nan"))
+        return forward
+
+    monkeypatch.setattr(PolicyTrainer, "_tokens", tokens)
+    with pytest.raises(DivergedError) as caught:
+        run(make_config(models, tmp_path / "run"))
+    assert "step 4" in str(caught.value)
+    assert "step-00000002, is intact" in str(caught.value)
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"]
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def test_a_signal_in_a_rollout_saves_the_last_whole_step_and_the_run_goes_on(models, tmp_path, monkeypatch):
+    config = grpo_config(models, tmp_path / "run")
+    run(grpo_config(models, tmp_path / "whole"))
+    real, calls = Engine.step, []
+
+    def step(engine):
+        calls.append(engine)
+        if len(calls) == 58:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(engine)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "step", step)
+        with pytest.raises(Interrupted) as caught:
+            run(config)
+    assert caught.value.signal == signal.SIGTERM
+    done = max(row["step"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl"))
+    assert f"the checkpoint of step {done} is saved" in caught.value.kept
+    run(config)
+    expected, resumed = weights(tmp_path / "whole" / "model"), weights(tmp_path / "run" / "model")
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in expected.items())
+
+
+def test_a_finished_run_is_not_run_again_and_a_running_one_not_twice(models, tmp_path):
+    config = grpo_config(models, tmp_path / "run", steps=1)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "report.html").write_text("in place of figures, which take longer to draw than the run")
+    run(config)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    run(config)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
+    process = multiprocessing.get_context("fork").Process(target=_second_run, args=(models, tmp_path / "other"))
+    with run_folder(tmp_path / "other"):
+        process.start()
+        process.join(120)
+    assert process.exitcode == 0
+
+
+def _second_run(models, folder) -> None:
+    with pytest.raises(ConfigError, match="a run is going on here"):
+        run(grpo_config(models, folder))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"algorithm": "nope"}, {"checkpoint": "/nowhere"}, {"teachers": {"letters": "/nowhere", "sort": "self"}}],
+)
+def test_nothing_is_written_before_the_checks(models, tmp_path, changes):
+    from dataclasses import replace
+
+    from openmimo.core.errors import UserError
+
+    make_config = mopd_config if "teachers" in changes else grpo_config
+    with pytest.raises(UserError, match="nope|nowhere"):
+        run(replace(make_config(models, tmp_path / "run"), **changes))
+    assert not (tmp_path / "run").exists()

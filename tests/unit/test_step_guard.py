@@ -1,0 +1,243 @@
+"""The guard before the optimizer: no step on what is not finite, no checkpoint of it, the same verdict everywhere."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import tiny_model
+from test_training import run_config, weights
+
+from openmimo.core.errors import ConfigError, DivergedError
+from openmimo.core.metrics import read_metrics
+from openmimo.model.hf import load_model, save_model
+from openmimo.train.checkpoint import find_damage
+from openmimo.train.config import CheckpointConfig, OptimiserConfig
+from openmimo.train.guard import StepGuard
+from openmimo.train.loss import training_loss
+from openmimo.train.optim import clip_gradients
+from openmimo.train.pretrain import pretrain
+from openmimo.train.trainer import Trainer
+
+
+@pytest.fixture(autouse=True)
+def _quick_report(monkeypatch):
+    """A report without figures, which take longer to draw than these runs."""
+
+    def write(folder):
+        (folder / "report.html").write_text("<html>")
+        return folder / "report.html"
+
+    monkeypatch.setattr("openmimo.train.pretrain.write_report", write)
+
+
+def one_stage(folder, *, steps=4, every_steps=1, **changes):
+    config = run_config(folder)
+    stage = replace(config.stages[0], steps=steps, **changes)
+    return replace(config, stages=(stage,), checkpoints=CheckpointConfig(every_steps=every_steps, keep_last=2))
+
+
+def spoil(monkeypatch, *, steps: tuple[int, ...]) -> None:
+    """Makes the loss of these steps NaN, as a bad batch would."""
+    real = Trainer._accumulate
+
+    def accumulate(trainer, stage, micro_batches):
+        losses, load = real(trainer, stage, micro_batches)
+        if trainer.step + 1 in steps:
+            trainer.model.get_parameter("model.layers.2.self_attn.q_proj.weight").grad[0, 0] = float("nan")
+            losses = losses * float("nan")
+        return losses, load
+
+    monkeypatch.setattr(Trainer, "_accumulate", accumulate)
+
+
+def test_a_bad_step_ends_the_run_and_good_checkpoints_stay(tmp_path, monkeypatch):
+    spoil(monkeypatch, steps=(3,))
+    config = one_stage(tmp_path)
+    with pytest.raises(DivergedError) as caught:
+        pretrain(config)
+    message = str(caught.value)
+    assert "step 3" in message
+    assert "stage 'short'" in message
+    assert "rows 8 to 11" in message
+    assert "model.layers.2.self_attn.q_proj.weight" in message
+    assert "step-00000002, is intact" in message
+    names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert names == ["step-00000001", "step-00000002"]
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def test_an_exploding_learning_rate_writes_no_checkpoint(tmp_path):
+    """Its weights are finite for a step: reading a batch with them shows what they are."""
+    config = one_stage(tmp_path, peak_lr=1e30, end_lr=1e30)
+    with pytest.raises(DivergedError, match="no checkpoint yet"):
+        pretrain(config)
+    assert not list((tmp_path / "run" / "checkpoints").glob("*"))
+    for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=pytest.fail)
+
+
+def test_skipped_steps_are_counted_and_change_nothing(tmp_path, monkeypatch):
+    config = one_stage(tmp_path, steps=3)
+    spoil(monkeypatch, steps=(3,))
+    skipping = replace(config, optimiser=OptimiserConfig(max_skipped_steps=1), run_folder=str(tmp_path / "skips"))
+    pretrain(skipping)
+    rows = read_metrics(tmp_path / "skips" / "metrics.jsonl")
+    assert [row["skipped_steps"] for row in rows if "skipped_steps" in row] == [0, 0, 1]
+    second = weights(tmp_path / "skips" / "checkpoints" / "step-00000002")
+    last = weights(tmp_path / "skips" / "model")
+    assert all(torch.equal(tensor, last[name]) for name, tensor in second.items())
+
+
+def test_more_than_the_allowed_skips_end_the_run(tmp_path, monkeypatch):
+    spoil(monkeypatch, steps=(2, 3))
+    config = replace(one_stage(tmp_path), optimiser=OptimiserConfig(max_skipped_steps=1))
+    with pytest.raises(DivergedError, match="step 3"):
+        pretrain(config)
+
+
+def test_a_model_that_is_not_finite_is_named_before_it_is_trained(tmp_path):
+    config = one_stage(tmp_path, steps=1)
+    model_folder = pretrain(replace(config, run_folder=str(tmp_path / "first")))
+    model = load_model(model_folder)
+    model.model.layers[3].self_attn.o_proj.weight.data[0, 0] = float("inf")
+    save_model(model, model_folder)
+    with pytest.raises(DivergedError, match=r"model.layers.3.self_attn.o_proj.weight is not finite"):
+        pretrain(replace(config, init_from=str(model_folder), tokenizer=type(config.tokenizer)()))
+
+
+def test_every_process_takes_the_same_branch():
+    """Two processes, of which the second has a NaN and no sample of its own."""
+    counts = []
+
+    def verdict(loss: float, has_data: bool, others: list[torch.Tensor]) -> bool:
+        def reduce(own):
+            counts.append(own)
+            return sum(others, own)
+
+        model = tiny_model()
+        guard = StepGuard(model, max_skipped_steps=1, reduce=reduce)
+        return guard.allows_step(torch.tensor([loss]), clip_gradients(model, 1.0), "step 1", has_data=has_data)
+
+    assert verdict(1.0, True, []) is True
+    good = counts[-1]
+    assert verdict(1.0, False, []) is False
+    assert verdict(1.0, False, [good]) is True
+    assert verdict(float("nan"), False, [good]) is False
+    bad = counts[-1]
+    assert verdict(1.0, True, [bad]) is False
+
+
+def test_gradients_that_are_not_finite_are_not_spread_by_clipping():
+    model = tiny_model()
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    bad = model.get_parameter("model.norm.weight")
+    bad.grad[0] = float("inf")
+    assert not torch.isfinite(clip_gradients(model, 1.0).norm)
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters() if parameter is not bad)
+
+
+def test_a_manifest_that_lists_nothing_is_damage(tmp_path):
+    pretrain(one_stage(tmp_path, steps=1))
+    newest = tmp_path / "run" / "checkpoints" / "step-00000001"
+    assert find_damage(newest) is None
+    for content in ("[]", "{}", '{"config.json": "0"}', "\0", "[" * 100_000):
+        (newest / "trainer" / "manifest.json").write_text(content)
+        assert find_damage(newest) is not None
+
+
+def test_the_optimizer_state_is_written_without_a_copy(tmp_path):
+    from openmimo.train.checkpoint import optimiser_state
+    from openmimo.train.optim import build_optimiser
+
+    model = tiny_model()
+    optimizer = build_optimiser(model, OptimiserConfig())
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    own = {tensor.data_ptr() for state in optimizer.state.values() for tensor in state.values()}
+    assert {tensor.data_ptr() for tensor in optimiser_state(model, optimizer).values()} == own
+
+
+def test_the_balance_loss_is_of_training_rows():
+    """DeepSeek-V3's sequence is a row: how documents lie in it changes nothing, and each row counts the same."""
+    from openmimo.model.context import PackedContext, RoutingTape
+    from openmimo.train.loss import micro_batch
+
+    tokens = torch.arange(64) % 160
+
+    def router_gradient(lengths, balance_weight):
+        model = tiny_model().train()
+        model.zero_grad()
+        context = PackedContext(
+            lengths, routing=RoutingTape(record=True), balance_weight=balance_weight, balance_length=32
+        )
+        batch = micro_batch(tokens, lengths, None, 0)
+        loss, _ = training_loss(model, batch, context, label_counts=batch.label_counts(), mtp_weight=0.0)
+        loss.backward()
+        return context.sequence_balance
+
+    balance = router_gradient((3, 29, 32), 1.0)
+    assert balance.num_sequences == 2
+    assert balance.sequence_T.tolist() == [0] * 32 + [1] * 32
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"peak_lr": float("nan")}, "peak_lr"),
+        ({"peak_lr": float("inf")}, "peak_lr"),
+        ({"peak_lr": -1.0}, "peak_lr"),
+        ({"end_lr": 2e-3}, "end_lr"),
+        ({"warmup_steps": -3}, "warmup_steps"),
+        ({"mtp_weight": -1.0}, "mtp_weight"),
+        ({"bias_rate": float("nan")}, "bias_rate"),
+        ({"full_rope_theta": -5.0}, "full_rope_theta"),
+        ({"full_rope_theta": 0.0}, "full_rope_theta"),
+        ({"rows_at_start": 9, "rows_warmup_steps": 2}, "rows_at_start"),
+        ({"steps": 1.5}, "steps"),
+    ],
+)
+def test_a_stage_out_of_range_is_refused(tmp_path, changes, named):
+    with pytest.raises(ConfigError, match=named):
+        replace(run_config(tmp_path).stages[0], **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"clip_norm": 0.0}, "clip_norm"),
+        ({"clip_norm": -1.0}, "clip_norm"),
+        ({"weight_decay": -1.0}, "weight_decay"),
+        ({"beta1": 1.0}, "beta1"),
+        ({"beta2": -0.1}, "beta2"),
+        ({"epsilon": 0.0}, "epsilon"),
+        ({"max_skipped_steps": -1}, "max_skipped_steps"),
+    ],
+)
+def test_an_optimizer_out_of_range_is_refused(changes, named):
+    with pytest.raises(ConfigError, match=named):
+        OptimiserConfig(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"threads": -1}, "threads"),
+        ({"threads": 100_000}, "threads"),
+        ({"run_folder": ""}, "run_folder"),
+        ({"balance_weight": float("nan")}, "balance_weight"),
+        ({"init_from": "somewhere", "model": "deep"}, "model"),
+        ({"init_from": "somewhere"}, "train_megabytes"),
+        ({"seed": -1}, "seed"),
+    ],
+)
+def test_a_run_out_of_range_is_refused(tmp_path, changes, named):
+    with pytest.raises(ConfigError, match=named):
+        replace(run_config(tmp_path), **changes)
+
+
+def test_a_checkpoint_policy_out_of_range_is_refused():
+    with pytest.raises(ConfigError, match="keep_every"):
+        CheckpointConfig(keep_every=-3)
