@@ -86,7 +86,7 @@ def save_model(
 
 
 def check_replaceable(path: Path) -> None:
-    """Raises CheckpointError if `path` is a file or a folder that holds anything but a checkpoint. It may be missing."""
+    """Raises CheckpointError if `path` is a file, or a folder that holds anything but a checkpoint."""
     if path.exists() and not path.is_dir():
         raise CheckpointError(f"{path} is a file; save to a new folder.")
     others = _other_files(path) if path.is_dir() else []
