@@ -198,7 +198,7 @@ def test_last_number(text, number):
     [
         ("exact", "New  York", " new york.", 1.0), ("exact", "a", "b", 0.0), ("exact", "a", "<think>b</think>a", 1.0),
         ("contains", "paris", "It is Paris, of course.", 1.0), ("contains", "4", "it is 42", 0.0),
-        ("numeric", "0.5", "so 1/2", 1.0), ("numeric", "3", "3.0000000001", 1.0), ("numeric", "3", "3.1", 0.0),
+        ("numeric", "0.5", "so 1/2", 1.0), ("numeric", "3", "3.0000000001", 0.0), ("numeric", "3", "3.1", 0.0),
         ("numeric", "3", "", 0.0), ("numeric", "1e999", "9" * 900, 0.0), ("numeric", "none", "none", 0.0),
     ],
 )  # fmt: skip

@@ -37,5 +37,5 @@ def test_changed_problems_are_refused_and_moved_ones_are_not(tmp_path):
         run(replace(broken, run_folder=str(tmp_path / "other")))
     assert not (tmp_path / "other").exists()
     (tmp_path / "a.jsonl").write_text((tmp_path / "moved.jsonl").read_text())
-    with pytest.raises(ConfigError, match="another steps"):
+    with pytest.raises(ConfigError, match="steps was 1 and is now 2"):
         run(grpo_config(tmp_path, tmp_path / "run", sources=first.sources, steps=2))
