@@ -117,8 +117,7 @@ class SandboxPool:
         """A jail that is up, or None: `run` then meets the failure in a thread that can report it."""
         workspace = self._sandbox.workspace()
         try:
-            jail = self._sandbox.start(workspace.place)
-            jail.wait_until_ready()
+            jail = workspace.start()
         except JailError:
             workspace.close()
             return None
