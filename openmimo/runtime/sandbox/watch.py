@@ -97,7 +97,7 @@ def exceeds_files(stores: Iterable[int]) -> bool:
 def exceeds_disk(folder: Path, limit_bytes: int, pid: int | None = None) -> bool:
     """Whether the files in `folder`, and those that the tree of `pid` keeps open or mapped without a name, take more
     than `limit_bytes`, or are too many, too deep or too hidden to count."""
-    total = _nameless_bytes(pid, limit_bytes) if pid else 0
+    total = _nameless_bytes(pid) if pid else 0
     files = 0
     waiting = [str(folder)]
     while waiting and total <= limit_bytes:
@@ -116,21 +116,36 @@ def exceeds_disk(folder: Path, limit_bytes: int, pid: int | None = None) -> bool
     return total > limit_bytes
 
 
-def _nameless_bytes(pid: int, most_of_one: int) -> int:
-    """Bytes of deleted files that a process tree still holds. One that is only mapped counts as large as any can be."""
+def _nameless_bytes(pid: int) -> int:
+    """Bytes of deleted files that a process tree still has open or mapped."""
     held: dict[int, int] = {}
     for process in process_tree(pid):
         with contextlib.suppress(OSError):
             for entry in os.scandir(f"/proc/{process}/fd"):
-                with contextlib.suppress(OSError):
-                    status = os.stat(entry.path)
-                    if stat.S_ISREG(status.st_mode) and status.st_nlink == 0:
-                        held[status.st_ino] = status.st_blocks * 512
+                _count(held, entry.path)
         with contextlib.suppress(OSError), open(f"/proc/{process}/maps", "rb") as file:
             for line in file.read(MOST_MAPPINGS_BYTES).splitlines():
                 if line.endswith(b" (deleted)") and not line.endswith(b"/dev/zero (deleted)"):
-                    held.setdefault(int(line.split()[4]), most_of_one)
+                    _count_mapping(held, process, line.decode(errors="replace"))
     return sum(held.values())
+
+
+def _count(held: dict[int, int], path: str) -> bool:
+    """Adds a file to `held`, by its inode, if it has no name. False if it cannot be looked at."""
+    with contextlib.suppress(OSError):
+        status = os.stat(path)
+        if stat.S_ISREG(status.st_mode) and status.st_nlink == 0:
+            held[status.st_ino] = status.st_blocks * 512
+        return True
+    return False
+
+
+def _count_mapping(held: dict[int, int], process: int, line: str) -> None:
+    """Adds a mapped file to `held`: its bytes for root; for others, who may not look at it, as far as it is mapped."""
+    span, _, offset, _, inode = line.split()[:5]
+    if not _count(held, f"/proc/{process}/map_files/{span}"):
+        start, end = (int(part, 16) for part in span.split("-"))
+        held[int(inode)] = max(held.get(int(inode), 0), int(offset, 16) + end - start)
 
 
 def _entries(folder: str) -> Iterator[tuple[str, os.stat_result]]:
