@@ -19,6 +19,7 @@ from openmimo.runtime.sandbox import (
     SandboxUnavailableError,
     StreamTest,
     grade,
+    jail,
     outcomes,
     selftest,
 )
@@ -117,10 +118,7 @@ Sandbox(tier={sandbox.tier.name!r}, allow_unsafe=True).run(["sh", "-c", "sleep {
     finally:
         trainer.send_signal(signal.SIGKILL)
         trainer.wait()
-    if sandbox.tier.isolates:
-        assert _until(lambda: not living())
-    for pid in living():
-        os.kill(int(pid), signal.SIGKILL)
+    assert _until(lambda: not living())
 
 
 def _until(condition, seconds=20.0):
@@ -165,9 +163,10 @@ def test_the_self_test_finds_a_jail_that_leaks(monkeypatch):
     from dataclasses import replace
 
     leaky = replace(TIERS["rlimits"], name="leaky", isolates=True)
+    monkeypatch.setattr(jail, "STORES", ())
     monkeypatch.setitem(selftest.TIERS, "leaky", leaky)
     reason = why_not("leaky")
-    for words in ("reaches the network", "reads /etc/passwd", "writes in /"):
+    for words in ("reaches the network", "reaches sockets of the host", "reads /etc/passwd"):
         assert words in reason
 
 

@@ -1,8 +1,11 @@
 """Programs that attack the jail, its host or its judge, each in every kind of jail that holds on this machine."""
 
+import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -13,13 +16,19 @@ from openmimo.runtime.sandbox import (
     CallTest,
     Sandbox,
     SandboxLimits,
+    SandboxResult,
     SandboxUnavailableError,
     StreamTest,
     WorkspaceError,
+    cgroup,
+    folders,
     grade,
     outcomes,
+    seccomp,
+    shown,
     watch,
 )
+from openmimo.runtime.sandbox.interpreter import find_interpreter
 from openmimo.runtime.sandbox.selftest import why_not
 from openmimo.runtime.sandbox.tiers import TIERS
 
@@ -77,6 +86,14 @@ def jail(request):
     yield sandbox
     sandbox.assert_nothing_is_left()
     assert time.monotonic() - started < SECONDS_TO_HANG
+
+
+@pytest.fixture(params=[holding(name) for name in TIERS])
+def everywhere(request):
+    """A sandbox of each tier, also of the one that does not isolate."""
+    sandbox = Watched(LIMITS, request.param, allow_unsafe=True)
+    yield sandbox
+    sandbox.assert_nothing_is_left()
 
 
 @pytest.fixture
@@ -188,8 +205,8 @@ def test_file_bombs(jail):
     assert "File too large" in one.error_text
     temporary = jail.run("for n in range(9): open(f'/tmp/{n}', 'wb').write(bytes(2**19))")
     assert "No space left" in temporary.error_text
-    many = jail.run("import time\nfor n in range(9): open(str(n), 'wb').write(bytes(2**19))\ntime.sleep(99)")
-    assert many.killed_by == "disk"
+    many = jail.run("for n in range(9): open(str(n), 'wb').write(bytes(2**19))")
+    assert "No space left" in many.error_text
 
 
 def test_folders_deeper_than_recursion_and_longer_than_paths(judge):
@@ -208,7 +225,241 @@ def test_folders_that_cannot_be_counted_are_full(tmp_path):
     assert not watch.exceeds_disk(tmp_path / "missing", 2**30)
 
 
+# Memory and disk that no process shows
+
+
+@pytest.fixture(params=["control groups", "without control groups"])
+def groups(request, monkeypatch):
+    """With and without control groups, where this machine has them to give."""
+    if request.param == "without control groups":
+        monkeypatch.setattr(cgroup, "parents", dict)
+    elif "memory" not in cgroup.parents():
+        pytest.skip("no control group for memory can be made here")
+    return request.param
+
+
+HIDDEN_MEMORY = {
+    "a memory file": "os.memfd_create('x')",
+    "a SysV segment": "shared(libc.shmget(0, 2**24, 0o1600))",
+    "a SysV message queue": "shared(libc.msgget(0, 0o1600))",
+    "a POSIX message queue": "shared(libc.mq_open(b'/q', 0o102, 0o600, None))",
+    "a secret memory file": "shared(libc.syscall(447, 0))",
+    "shared memory without a file": "mmap.mmap(-1, 2**24)",
+    "huge pages": "mmap.mmap(-1, 2**21, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x40000)",
+    "larger buffers of sockets": "socket.socketpair()[0].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2**24)",
+    "watches of files": "shared(libc.inotify_init())",
+    "pages spliced into pipes": "shared(libc.vmsplice(os.pipe()[1], None, 0, 0))",
+}
+
+
+def test_memory_that_no_process_shows_is_refused(everywhere):
+    attempts = "\n".join(f"attempt(lambda: {way})" for way in HIDDEN_MEMORY.values())
+    program = f"""
+import ctypes, mmap, os, socket
+libc = ctypes.CDLL(None, use_errno=True)
+def shared(descriptor):
+    if descriptor < 0: raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+def attempt(way):
+    try: print("got", way())
+    except OSError as error: print(error.strerror)
+{attempts}
+"""
+    said = dict(zip(HIDDEN_MEMORY, everywhere.run(program).text.splitlines(), strict=True))
+    assert set(said.values()) <= {"Operation not permitted", "Function not implemented"}, said
+
+
+def test_unread_bytes_in_sockets_count_as_memory(everywhere, groups):
+    """Each of six processes fills 120 pairs of sockets: 300 MB that are in no process."""
+    program = """
+import os, socket, time
+def fill():
+    held = [socket.socketpair() for _ in range(120)]
+    for pair in held:
+        for end in pair:
+            end.setblocking(False)
+            try:
+                while True: end.send(bytes(2**16))
+            except BlockingIOError: pass
+    time.sleep(99)
+for _ in range(6): os.fork() or fill()
+time.sleep(99)
+"""
+    assert with_limits(everywhere, memory_bytes=128 * 2**20, processes=64).run(program).killed_by == "memory"
+
+
+def test_shared_pages_of_the_zero_device_count_as_memory(everywhere, groups):
+    """Each round leaves one page mapped, and the kernel keeps the other 64 MB with it."""
+    program = """
+import ctypes, mmap, os, time
+libc = ctypes.CDLL(None)
+libc.mmap.restype = ctypes.c_void_p
+zero = os.open("/dev/zero", os.O_RDWR)
+for _ in range(8):
+    place = libc.mmap(None, ctypes.c_size_t(2**26), 3, mmap.MAP_SHARED, zero, ctypes.c_long(0))
+    ctypes.memset(place, 1, 2**26)
+    libc.munmap(ctypes.c_void_p(place + 4096), ctypes.c_size_t(2**26 - 4096))
+time.sleep(99)
+"""
+    assert everywhere.run(program).killed_by == "memory"
+
+
+def test_page_tables_count_as_memory(everywhere, groups):
+    """Pages a gigabyte apart cost three pages of tables each."""
+    program = """
+import ctypes, os, time
+libc = ctypes.CDLL(None)
+libc.mmap.restype = ctypes.c_void_p
+def spread():
+    for n in range(1, 16000):
+        place = 2**40 + n * 2**30
+        libc.mmap(ctypes.c_void_p(place), ctypes.c_size_t(4096), 3, 0x100022, -1, ctypes.c_long(0))
+        ctypes.memset(place, 1, 1)
+    time.sleep(99)
+for _ in range(4): os.fork() or spread()
+time.sleep(99)
+"""
+    assert everywhere.run(program).killed_by == "memory"
+
+
+def test_deleted_files_that_are_open_count_as_disk(everywhere):
+    program = """
+import os, time
+held = []
+for n in range(200):
+    held.append(open("x", "wb", buffering=0)); os.unlink("x")
+    held[-1].write(bytes(2**19))
+time.sleep(99)
+"""
+    result = everywhere.run(program)
+    assert result.killed_by == "disk" or "No space left" in result.error_text
+
+
+def test_deleted_files_that_are_mapped_count_as_disk(everywhere):
+    program = """
+import mmap, os, time
+held = []
+for n in range(200):
+    with open("x", "w+b") as file:
+        os.unlink("x"); file.truncate(2**19)
+        held.append(mmap.mmap(file.fileno(), 2**19))
+        held[-1].write(bytes(2**19))
+time.sleep(99)
+"""
+    result = everywhere.run(program)
+    assert result.killed_by in ("disk", "SIGBUS") or "No space left" in result.error_text
+
+
+@pytest.mark.parametrize("folder", [".", "/tmp", "/dev/shm"])
+def test_numbers_of_files(jail, folder):
+    program = f"""
+import os, time
+os.chdir({folder!r})
+for n in range(20_000): os.mkdir(str(n))
+time.sleep(99)
+"""
+    result = jail.run(program)
+    assert result.killed_by == "disk" or "No space left" in result.error_text
+
+
+def test_sparse_files_do_not_fill_the_next_jail(jail):
+    """Files of holes are larger than their folder; the next command gets them as holes."""
+    with jail.workspace({"kept": "text"}) as workspace:
+        workspace.run("for n in range(500): open(str(n), 'w').truncate(2**20)")
+        counted = workspace.run("import os\nprint(len(os.listdir()), os.stat('7').st_size, os.stat('7').st_blocks)")
+        assert counted.text == f"501 {2**20} 0\n"
+
+
+def test_what_cannot_be_given_to_the_next_jail_is_an_error(jail):
+    with jail.workspace() as workspace:
+        workspace.run("import os\nfor _ in range(1200):\n    os.mkdir('dddd')\n    os.chdir('dddd')")
+        with pytest.raises(WorkspaceError, match="cannot be given to a new jail"):
+            workspace.run("print(1)")
+
+
 # What it may reach
+
+
+def test_the_program_cannot_do_without_the_filter(everywhere):
+    """Neither its supervisor nor its parents run without it, and it holds for what they start."""
+    program = """
+import ctypes, os, subprocess
+for path in ("environ", "mem", "fd/0", "cwd/x"):
+    try: print("opened", os.open(f"/proc/{os.getppid()}/{path}", os.O_RDWR))
+    except OSError: pass
+status = subprocess.run(["cat", "/proc/self/status"], capture_output=True, text=True).stdout
+print([line for line in status.splitlines() if line.startswith(("NoNewPrivs", "Seccomp:"))])
+"""
+    assert everywhere.run(program).text == "['NoNewPrivs:\\t1', 'Seccomp:\\t2']\n"
+
+
+def test_socket_families_without_a_namespace(everywhere):
+    program = """
+import socket
+for family, kind, protocol in ((40, 1, 0), (16, 3, 0), (38, 5, 0), (17, 3, 0), (2, 1, 132), (2, 1, 262), (31, 1, 0)):
+    try: print("opened", socket.socket(family, kind, protocol))
+    except OSError as error: print(error.strerror)
+"""
+    said = everywhere.run(program).text.splitlines()
+    assert said == ["Address family not supported by protocol"] * 4 + ["Protocol not supported"] * 2 + said[:1]
+
+
+def test_kernel_interfaces_that_nothing_needs(everywhere):
+    refused = seccomp.numbers(name for name, row in seccomp.REFUSED.items() if None not in row and name != "reboot")
+    program = f"""
+import ctypes, errno
+libc = ctypes.CDLL(None, use_errno=True)
+for name, number in {refused}.items():
+    if libc.syscall(number, 0, 0, 0, 0, 0, 0) >= 0 or ctypes.get_errno() != errno.EPERM: print(name)
+for number in (435, 463, 10_000, 0x40000000 + 39):
+    if libc.syscall(number, 0, 0, 0, 0, 0, 0) >= 0 or ctypes.get_errno() != errno.ENOSYS: print(number)
+for flags in (0x10000000, 0x20000000, 0x00020000, 0x40000000):
+    if libc.syscall({seccomp.JUDGED["clone"][seccomp.ARCHITECTURES[os.uname().machine].column]}, flags | 17) >= 0:
+        print("clone", flags)
+"""
+    result = everywhere.run(program)
+    assert (result.exit_code, result.stdout) == (0, b"")
+
+
+def test_signals_to_the_supervisor_and_to_everybody(everywhere):
+    """Also those that a limit or a descriptor sends."""
+    program = """
+import fcntl, os, resource, signal
+above = os.getppid()
+for attempt in (
+    lambda: os.kill(above, 9), lambda: os.kill(-1, 0), lambda: os.killpg(above, 9), lambda: os.kill(above, 19),
+    lambda: signal.pidfd_send_signal(os.pidfd_open(above), 9),
+    lambda: resource.prlimit(above, resource.RLIMIT_CPU, (0, 0)),
+    lambda: fcntl.fcntl(0, fcntl.F_SETOWN, above), lambda: fcntl.fcntl(0, fcntl.F_SETSIG, 9),
+):
+    try: print("sent", attempt())
+    except OSError: pass
+os.kill(os.getpid(), 0)
+os.kill(0, 0)
+print("alive")
+"""
+    assert everywhere.run(program).stdout == b"alive\n"
+
+
+def test_packages_of_the_system_are_not_shown(jail):
+    program = """
+import glob, os, sys
+packages = [path for pattern in ("site-packages", "dist-packages") for root in ("/usr", sys.prefix)
+            for path in glob.glob(f"{root}/lib*/python*/{pattern}")]
+print([path for path in packages if os.listdir(path)], os.path.exists("/usr/local/etc"), os.listdir("/etc"))
+for name in ("cmdline", "kallsyms", "keys", "modules", "kcore"):
+    try: print(open(f"/proc/{name}").read(10))
+    except OSError: pass
+"""
+    shown = jail.run(program).text.splitlines()
+    assert shown[0].startswith("[] False")
+    assert not any(shown[1:])
+
+
+def test_a_package_installed_for_the_system_is_hidden(tmp_path, monkeypatch):
+    """Even one that lies outside the usual folders."""
+    monkeypatch.setattr(shown, "OWN_PACKAGE", Path("/usr/lib/python3"))
+    what = shown.what_is_shown(find_interpreter())
+    assert "/usr/lib/python3" in what.hidden or not Path("/usr/lib/python3").is_dir()
 
 
 def test_network(jail):
@@ -348,6 +599,56 @@ def _text(path: Path) -> str:
         return path.read_text()
     except OSError:
         return ""
+
+
+def test_daemons_end_with_the_program(everywhere):
+    """Two forks, a new session, an empty environment and closed files: only their ancestors tell whose they are."""
+    token = f"97.{os.getpid()}"
+    program = f"""
+import os, signal
+for _ in range(3):
+    if os.fork() == 0:
+        os.setsid()
+        if os.fork() == 0:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            os.closerange(0, 99)
+            os.execve("/usr/bin/env", ["env", "-i", "sleep", "{token}"], {{}})
+        os._exit(0)
+    os.wait()
+print("done")
+"""
+    for ending in ("", "import time\ntime.sleep(99)", "os.kill(os.getpid(), 9)"):
+        with_limits(everywhere, wall_seconds=1.5).run(program + ending)
+        waited = time.monotonic() + 10
+        while (left := [path for path in Path("/proc").glob("[0-9]*/cmdline") if token in _text(path)]) and (
+            time.monotonic() < waited
+        ):
+            time.sleep(0.02)
+        assert not left
+
+
+def test_folders_of_a_killed_host_are_swept(tmp_path, monkeypatch):
+    host = """
+import os
+from openmimo.runtime.sandbox import Sandbox
+workspace = Sandbox(allow_unsafe=True).workspace({"a": "b"})
+workspace.start()
+print(workspace.place.work.parent, flush=True)
+os.kill(os.getpid(), 9)
+"""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    tmp_path.chmod(0o711)
+    left = Path(subprocess.run([sys.executable, "-c", host], stdout=subprocess.PIPE, text=True).stdout.strip())
+    assert left.exists() and left.parent == tmp_path
+    with Sandbox(LIMITS, allow_unsafe=True).workspace() as living:
+        assert not left.exists()
+        folders.sweep()
+        assert living.place.work.exists()
+        assert not any(parent.folder.joinpath(left.name).exists() for parent in cgroup.parents().values())
+    (tmp_path / "openmimo-jail-link").symlink_to(tmp_path)
+    folders.sweep()
+    assert tmp_path.exists()
 
 
 # The working folder, seen from the host
@@ -523,3 +824,84 @@ def test_an_orphan_of_a_test_does_not_hold_it_up(judge):
 @pytest.mark.parametrize("cheat", ["print('PASS')", "import os; os._exit(0)", "while True: print(1)", "1/0", "exit(1)"])
 def test_cheating_programs_pass_no_test(judge, cheat):
     assert grade(judge, cheat, [StreamTest("3\n", "9\n"), StreamTest("", "0")], test_seconds=0.3) == [False, False]
+
+
+FORGED = """
+import ctypes, os, sys
+line = {line}
+for pid in (os.getppid(), 1):
+    try: handle = os.pidfd_open(pid)
+    except OSError: continue
+    for number in range(64):
+        copied = ctypes.CDLL(None).syscall(438, handle, number, 0)
+        for fd in ([copied] if copied >= 0 else []):
+            try: os.write(fd, line)
+            except OSError: pass
+    for number in range(64):
+        try: os.write(os.open(f"/proc/{{pid}}/fd/{{number}}", os.O_WRONLY | os.O_NONBLOCK), line)
+        except OSError: pass
+def square(n): return -1
+"""
+
+
+def test_the_result_channel_cannot_be_taken(judge):
+    """A report that is forged would pass every test: the solution here knows the answers of its tests."""
+    reports = [{"number": number, "written": '{"value": 4}', "status": 0} for number in range(3)]
+    line = "".join("\n" + json.dumps(report) for report in reports).encode() + b"\n"
+    tests = [CallTest([n], 4) for n in range(3)]
+    assert grade(judge, FORGED.format(line=line), tests, function="square") == NONE_PASSED
+
+
+class Forger:
+    """A runner whose program has written its own results."""
+
+    limits = LIMITS
+
+    def __init__(self, *written):
+        lines = [json.dumps({"number": number, "written": text, "status": 0}) for number, text in enumerate(written)]
+        self._result = "\n".join(lines).encode()
+
+    def run(self, program, files=None, stdin=b""):
+        return SandboxResult(0, b"", b"", False, False, None, 0.0, self._result)
+
+
+COLLIDING = [{"int": hex(n * (2**61 - 1))} for n in range(20_000)]
+COSTLY = {
+    "a set of integers of one hash": {"set": COLLIDING},
+    "keys of one hash": {"dict": [[key, 0] for key in COLLIDING]},
+    "tuples of one hash": {"set": [{"tuple": [key]} for key in COLLIDING]},
+    "floats of one hash": {"set": [float(n * (2**61 - 1)) for n in range(20_000)]},
+    "many lists": [[[]]] * 20_000,
+    "a long integer": {"int": "0x" + "f" * 500_000},
+}
+
+
+@pytest.mark.parametrize("kind", COSTLY)
+def test_a_forged_value_costs_the_host_little(kind):
+    """Counted in processor seconds, at limits far wider than any honest value needs."""
+    forger = Forger(json.dumps({"value": COSTLY[kind]}))
+    forger.limits = SandboxLimits(output_bytes=2**24)
+    started = time.process_time()
+    for expected in ({1, 2}, set(range(20_000)), {n: 0 for n in range(20_000)}, [[]] * 20_000):
+        assert not outcomes(forger, "", [CallTest([], expected)], function="f")[0].passed
+    assert time.process_time() - started < 10
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        '{"value": {"set": 5}}',
+        '{"value": {"dict": [1]}}', '{"value": {"dict": [[1, 2, 3]]}}', '{"value": {"int": 4}}',
+        '{"value": {"int": "0xg"}}', '{"value": {"bytes": "zz"}}', '{"value": {"x": 1, "y": 2}}', '{"value": {}}', "[]",
+        '"error"', "5", "{", '{"value": {"set": [[1]]}}', '{"value": ' + "[" * 2000, "9" * 4000, '{"value": 1e999}',
+        '{"value": {"tuple": {"set": []}}}', '{"value": {"set": [{"dict": []}]}}',
+    ],
+)  # fmt: skip
+def test_forged_values_pass_nothing_and_break_nothing(written):
+    for expected in ({1}, {1: 2}, 4, b"", [1], (), None, "x"):
+        assert not outcomes(Forger(written), "", [CallTest([], expected)], function="f")[0].passed
+
+
+def test_a_forged_report_longer_than_any_is_left_out():
+    long = '{"value": [' + "1," * LIMITS.output_bytes + "1]}"
+    assert "not reached" in outcomes(Forger(long), "", [CallTest([], 1)], function="f")[0].reason

@@ -111,7 +111,10 @@ class BashWorker:
         if not arguments["command"].strip() or "\0" in arguments["command"]:
             raise ToolMistakeError("there is no command")
         workspace: Workspace = arguments["environment"]
-        return self._told(workspace.run(["bash", "-c", arguments["command"]]))
+        try:
+            return self._told(workspace.run(["bash", "-c", arguments["command"]]))
+        except WorkspaceError as error:
+            raise ToolMistakeError(str(error)) from error
 
     def close(self) -> None:
         """See Worker."""
@@ -166,7 +169,10 @@ class TestWorker:
         tests = [CallTest(test.arguments, test.expected) for test in repository.tests]
         source = f"from {repository.module} import {repository.function}"
         runner = _FolderRunner(arguments["environment"], self._limits)
-        found = outcomes(runner, source, tests, function=repository.function)
+        try:
+            found = outcomes(runner, source, tests, function=repository.function)
+        except WorkspaceError:  # what the agent left cannot be tested
+            return [False] * len(tests)
         return [outcome.passed for outcome in found]
 
     def close(self) -> None:

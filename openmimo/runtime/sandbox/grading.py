@@ -12,19 +12,35 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from openmimo.core.errors import ConfigError
+from openmimo.runtime.sandbox.compare import ABSOLUTE, RELATIVE, equal, matches
 from openmimo.runtime.sandbox.jailed_tests import decode, encode
 from openmimo.runtime.sandbox.records import SandboxLimits, SandboxResult
 
+__all__ = ["CallTest", "StreamTest", "TestOutcome", "equal", "grade", "outcomes"]
+
 RUNNER = Path(__file__).with_name("jailed_tests.py")
+LONGEST_SHOWN = 2000
 
 
 @dataclass(frozen=True)
 class CallTest:
-    """A call of the solution's function, and its value. Plain data: numbers, text, bytes, and containers of them."""
+    """A call of the solution's function, and its value. Plain data: numbers, text, bytes, and containers of them.
+
+    relative, absolute: how far a float may be from an expected float, as in `math.isclose`. Integers are exact.
+    """
 
     arguments: Sequence[Any]
     expected: Any
     keywords: Mapping[str, Any] = field(default_factory=dict)
+    relative: float = RELATIVE
+    absolute: float = ABSOLUTE
+
+    def __post_init__(self):
+        if not (0 <= self.relative < 1 and 0 <= self.absolute < math.inf):
+            raise ConfigError(
+                f"A CallTest has the tolerances relative={self.relative} and absolute={self.absolute}; the first must "
+                "be at least 0 and below 1, the second at least 0 and finite."
+            )
 
 
 @dataclass(frozen=True)
@@ -78,9 +94,9 @@ def outcomes(
 
     function: for CallTests, the name that is called, or "Class.method" (the class is made without arguments).
     test_seconds: for each test; the runner's wall limit holds for all of them together, and tests that it cuts off
-    have not passed. Values are equal as in Python, but tuples equal lists, and floats equal what is within 1e-6 of
-    them; stdout is compared without blanks at the ends of lines and of the whole.
-    Raises ConfigError for tests of the wrong kind, JailError if the jail breaks down.
+    have not passed. Values are equal as `compare.equal` says: as in Python, but tuples equal lists, and two floats are
+    equal within the test's tolerance; stdout is compared without blanks at the ends of lines and of the whole.
+    Raises ConfigError for tests of the wrong kind or not of plain data, JailError if the jail breaks down.
     """
     if not tests:
         return []
@@ -95,7 +111,7 @@ def outcomes(
         "most_bytes": runner.limits.output_bytes,
     }
     ended = runner.run(RUNNER.read_text(), stdin=json.dumps(job).encode())
-    reports = _reports(ended.result)
+    reports = _reports(ended.result, len(tests), runner.limits.output_bytes)
     lost = TestOutcome(False, f"not reached: the run ended with {ended.killed_by or f'exit code {ended.exit_code}'}")
     return [_judge(test, reports[number]) if number in reports else lost for number, test in enumerate(tests)]
 
@@ -104,10 +120,14 @@ def _inputs(test: CallTest | StreamTest) -> dict:
     """What of a test goes into the jail."""
     if isinstance(test, StreamTest):
         return {"stdin": test.stdin}
-    return {"arguments": encode(list(test.arguments)), "keywords": encode(dict(test.keywords))}
+    try:
+        encode(test.expected)
+        return {"arguments": encode(list(test.arguments)), "keywords": encode(dict(test.keywords))}
+    except TypeError as error:
+        raise ConfigError(f"A CallTest holds something else than plain data: {error}.") from error
 
 
-def _reports(result: bytes) -> dict[int, dict]:
+def _reports(result: bytes, count: int, most_characters: int) -> dict[int, dict]:
     """The reports by test, the first of each. The solution may have written here too: anything odd is left out."""
     reports: dict[int, dict] = {}
     for line in result.split(b"\n"):
@@ -115,8 +135,11 @@ def _reports(result: bytes) -> dict[int, dict]:
             report = json.loads(line)
         except (ValueError, RecursionError):
             continue
-        if isinstance(report, dict) and type(report.get("number")) is int and isinstance(report.get("written"), str):
-            reports.setdefault(report["number"], report)
+        if not isinstance(report, dict):
+            continue
+        number, written = report.get("number"), report.get("written")
+        if type(number) is int and 0 <= number < count and isinstance(written, str) and len(written) <= most_characters:
+            reports.setdefault(number, report)
     return reports
 
 
@@ -134,33 +157,19 @@ def _judge(test: CallTest | StreamTest, report: dict) -> TestOutcome:
         answer = json.loads(written)
         if "error" in answer:
             return TestOutcome(False, f"raised {str(answer['error'])[:300]}")
-        value = decode(answer["value"])
-        passed = equal(value, test.expected)
+        passed = matches(answer["value"], encode(test.expected), test.relative, test.absolute)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError):
         return TestOutcome(False, f"no value came out; exit code {status}")
-    return TestOutcome(passed, "" if passed else f"returned {_shown(value)}")
+    return TestOutcome(passed, "" if passed else f"returned {_shown(answer['value'], len(written))}")
 
 
 def _lines(text: str) -> list[str]:
     return [line.rstrip() for line in text.strip().splitlines()]
 
 
-def _shown(value: Any) -> str:
+def _shown(coded: Any, length: int) -> str:
+    """A value in a few words. Only short ones are decoded, for that makes sets of what the solution chose."""
     try:
-        return repr(value)[:200]
-    except (ValueError, RecursionError):  # an int of thousands of digits
-        return f"a {type(value).__name__}"
-
-
-def equal(value: Any, expected: Any) -> bool:
-    """Python's equality of plain data, but tuples equal lists, and floats equal what is within 1e-6 of them."""
-    if isinstance(expected, (list, tuple)):
-        return isinstance(value, (list, tuple)) and len(value) == len(expected) and all(map(equal, value, expected))
-    if isinstance(expected, dict):
-        same_keys = isinstance(value, dict) and value.keys() == expected.keys()
-        return same_keys and all(equal(value[key], expected[key]) for key in expected)
-    if isinstance(value, float) or isinstance(expected, float):
-        numbers = all(isinstance(number, (int, float)) for number in (value, expected))
-        both_nan = value != value and expected != expected
-        return numbers and (both_nan or math.isclose(value, expected, rel_tol=1e-6, abs_tol=1e-9))
-    return value == expected
+        return repr(decode(coded))[:200] if length <= LONGEST_SHOWN else f"a value of {length} characters"
+    except (ValueError, TypeError, AttributeError, RecursionError):  # such as an int of thousands of digits
+        return f"a {type(coded).__name__}"

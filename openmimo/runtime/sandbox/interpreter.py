@@ -33,7 +33,7 @@ def find_interpreter() -> Interpreter:
             return candidate
     raise SandboxUnavailableError(
         f"Model-written code runs as the user nobody, who cannot read the Python at {own}, and there is none at "
-        "/usr/bin/python3. Install the system's Python, e.g. with apt-get install python3-minimal."
+        "/usr/bin/python3. Install the system's Python, e.g. with apt-get install python3."
     )
 
 

@@ -1,6 +1,7 @@
 """One jailed process: started and waiting, given one job, watched while it runs, killed with all that it started."""
 
 import contextlib
+import functools
 import json
 import os
 import select
@@ -10,15 +11,16 @@ import subprocess
 import time
 from pathlib import Path
 
-from openmimo.runtime.sandbox import watch
+from openmimo.runtime.sandbox import cgroup, seccomp, watch
 from openmimo.runtime.sandbox.records import JailError, SandboxLimits, SandboxResult
-from openmimo.runtime.sandbox.tiers import Place, Tier
+from openmimo.runtime.sandbox.tiers import STORES, WORKSPACE, Place, Tier
 
 START = Path(__file__).with_name("jailed_start.py")
 START_SECONDS = 20.0
 WATCH_SECONDS = 0.1
 DRAIN_SECONDS = 0.5  # for output that is still in the pipes when the program has ended
 MOST_TIMES_OUTPUT = 16
+FILTER = functools.cache(seccomp.program)
 
 
 class _Inlet:
@@ -67,11 +69,13 @@ class Jail:
     def __init__(self, tier: Tier, place: Place, limits: SandboxLimits):
         self.tier, self.place, self.limits = tier, place, limits
         self.marker = f"JAIL={place.work.parent.name}"
+        self.stores: dict[str, int] = {}  # the folders inside that can be written, open, where they are the jail's own
+        self._group: cgroup.Group | None = None
         inputs, outputs = [os.pipe() for _ in range(2)], [os.pipe() for _ in range(3)]
         (stdin, self._stdin), (control, self._control) = inputs
         (self._stdout, stdout), (self._stderr, stderr), (self._result, result) = outputs
         self._open = {self._stdin, self._control, self._stdout, self._stderr, self._result}
-        settings = {"limits": limits.resource_limits(), "control": control, "result": result}
+        settings = {"limits": limits.resource_limits(), "control": control, "result": result, "filter": FILTER()}
         python = [place.interpreter.executable, "-s", "-S", "-B", "-c", START.read_text(), json.dumps(settings)]
         inside = tier.isolates
         try:
@@ -120,6 +124,27 @@ class Jail:
                 said = os.read(self._stderr, 2000).decode(errors="replace").strip()
             self.kill()
             raise JailError(f"the jail {self.tier.name!r} did not come up: {said or 'it said nothing'}")
+        try:
+            self._take_hold(list(watch.process_tree(self.process.pid)))
+        except OSError as error:
+            self.kill()
+            raise JailError(f"the jail {self.tier.name!r} came up, but cannot be held: {error}") from error
+
+    def _take_hold(self, pids: list[int]) -> None:
+        """Puts the waiting processes into a group, and opens the jail's own folders from outside."""
+        if cgroup.parents():
+            room = len(STORES) * self.limits.file_bytes  # files in memory count, too
+            memory, processes = self.limits.memory_bytes + room, self.limits.processes + len(pids)
+            self._group = cgroup.Group(self.place.root.parent.name, memory, processes)
+            self._group.add(pids)
+        if self.tier.isolates:
+            for path in STORES:
+                self.stores[path] = os.open(f"/proc/{pids[-1]}/root{path}", os.O_RDONLY | os.O_DIRECTORY)
+
+    @property
+    def work(self) -> int | None:
+        """The working folder, open, where it is the jail's own."""
+        return self.stores.get(WORKSPACE)
 
     def alive(self) -> bool:
         """Whether it can still be given a job."""
@@ -166,6 +191,8 @@ class Jail:
         result = _Outlet(self._result, most * MOST_TIMES_OUTPUT)
         try:
             killed_by = self._exchange(inlets, [*outputs, result], started + self.limits.wall_seconds)
+            if killed_by is None and self._group and self._group.ran_out_of_memory():
+                killed_by = "memory"
         finally:
             self.kill()
         code = self.process.returncode
@@ -221,23 +248,36 @@ class Jail:
                 self._close(key.fd)
 
     def _overuse(self) -> str | None:
-        if watch.exceeds_memory(self.process.pid, self.limits.memory_bytes):
+        """The limit that the jail has passed, of those that are not kept by the kernel at once."""
+        pid, limits = self.process.pid, self.limits
+        if self._group and self._group.memory:
+            if self._group.ran_out_of_memory():
+                return "memory"
+        elif watch.exceeds_memory(pid, limits.memory_bytes):
             return "memory"
-        return "disk" if watch.exceeds_disk(self.place.work, self.limits.file_bytes) else None
+        if self.tier.isolates:
+            return "disk" if watch.exceeds_files(self.stores.values()) else None
+        return "disk" if watch.exceeds_disk(self.place.work, limits.file_bytes, pid) else None
 
     def _signal_all(self) -> None:
         """SIGKILL for everything in the jail: its first process takes the others with it, where it has a namespace."""
-        if self.process.returncode is None or (self._open and not self.tier.isolates):
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(self.process.pid, signal.SIGKILL)
-        if self._open and not self.tier.isolates:
-            watch.kill_marked(self.marker)
+        if self.process.returncode is not None:
+            return
+        if not self.tier.isolates:
+            watch.end_tree(self.process.pid)
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, signal.SIGKILL)
 
     def kill(self) -> None:
         """Ends the jail, whatever it is doing. May be called again."""
         self._signal_all()
         self.process.wait()
         self._close(*self._open)
+        while self.stores:
+            os.close(self.stores.popitem()[1])
+        if self._group:
+            self._group.close()
+            self._group = None
 
     def _close(self, *descriptors: int) -> None:
         for descriptor in descriptors:

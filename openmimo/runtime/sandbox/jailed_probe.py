@@ -1,8 +1,12 @@
 """Runs inside a jail and tries to get out, as far as that can be tried in a moment. Reports what it could do.
 
-Settings come as JSON on stdin: `port` of a listener on the host, `files` to read, `folders` to write in, `processes`.
+Settings come as JSON on stdin: `isolates`, whether it is a jail or limits only; for a jail `port` and `abstract`, which
+are listeners of the host, `files` to read and `folders` to write in; `processes` and `file_bytes`, the limits; `calls`,
+the numbers of system calls that must be refused, by name.
 """
 
+import ctypes
+import errno
 import json
 import os
 import signal
@@ -10,11 +14,45 @@ import socket
 import sys
 import time
 
+VSOCK, NETLINK = 40, 16
+
 
 def network(port):
     """Connects to the host that started the jail."""
     with socket.create_connection(("127.0.0.1", port), timeout=1):
         return True
+
+
+def abstract(name):
+    """Connects to a socket of the host that is no file."""
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect("\0" + name)
+        return True
+
+
+def family(number):
+    """Opens a socket of a family that no namespace holds."""
+    with socket.socket(number, socket.SOCK_DGRAM if number == NETLINK else socket.SOCK_STREAM):
+        return True
+
+
+def call(number):
+    """Makes a system call without arguments; True unless the kernel refuses the very call."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    result = libc.syscall(number, 0, 0, 0, 0, 0, 0)
+    return result >= 0 or ctypes.get_errno() not in (errno.EPERM, errno.ENOSYS)
+
+
+def nameless(size):
+    """Fills four files of `size` bytes that have no name."""
+    held = []
+    for number in range(4):
+        path = f"nameless-{number}"
+        held.append(open(path, "wb", buffering=0))  # noqa: SIM115
+        os.unlink(path)
+        if held[-1].write(bytes(size)) < size:
+            return False
+    return True
 
 
 def read(path):
@@ -61,18 +99,32 @@ def succeeds(attempt, target):
 def probe():
     """Makes every attempt, and one of what must work: a file in the working folder."""
     settings = json.load(sys.stdin)
-    broken = []
-    if succeeds(network, settings["port"]):
-        broken.append("it reaches the network")
-    broken += ["it reads " + path for path in settings["files"] if succeeds(read, path)]
-    broken += ["it writes in " + folder for folder in settings["folders"] if succeeds(write, folder)]
-    if len([name for name in os.listdir("/proc") if name.isdigit()]) > 8:
-        broken.append("it sees the host's processes")
+    broken = broken_walls(settings) if settings["isolates"] else []
+    broken += [f"it may call {name}" for name, number in settings["calls"].items() if succeeds(call, number)]
+    broken += [f"it opens sockets of family {number}" for number in (VSOCK, NETLINK) if succeeds(family, number)]
+    if succeeds(read, f"/proc/{os.getppid()}/environ"):
+        broken.append("it reads its supervisor")
     if not succeeds(write, os.getcwd()):
         broken.append("it cannot write in its working folder")
     if succeeds(processes, settings["processes"]):
         broken.append("it starts more processes than it may")
     os.write(int(os.environ["RESULT_FD"]), json.dumps(broken).encode())
+
+
+def broken_walls(settings):
+    """What gets out of a jail that should hold."""
+    broken = []
+    if succeeds(network, settings["port"]):
+        broken.append("it reaches the network")
+    if succeeds(abstract, settings["abstract"]):
+        broken.append("it reaches sockets of the host")
+    broken += ["it reads " + path for path in settings["files"] if succeeds(read, path)]
+    broken += ["it writes in " + folder for folder in settings["folders"] if succeeds(write, folder)]
+    if len([name for name in os.listdir("/proc") if name.isdigit()]) > 8:
+        broken.append("it sees the host's processes")
+    if succeeds(nameless, settings["file_bytes"]):
+        broken.append("it keeps more in files than it may")
+    return broken
 
 
 probe()

@@ -1,6 +1,8 @@
-"""The first program inside every jail: takes its limits, says that it is ready, waits for one job and becomes it.
+"""The first program inside every jail: limits itself, starts the process that waits for one job, and outlives it.
 
-Runs from its source text under a Python that need not know this package, so it imports the standard library only.
+It stays as the supervisor. Job processes cannot signal it, trace it or open its files; it adopts their orphans and ends
+them with the job. Runs from its source text under a Python that need not know this package, so it imports the standard
+library only.
 """
 
 import sys
@@ -9,11 +11,29 @@ sys.path[:] = [folder for folder in sys.path if folder]  # the working folder ma
 
 import _sitebuiltins  # noqa: E402
 import builtins  # noqa: E402
+import ctypes  # noqa: E402
 import json  # noqa: E402
 import os  # noqa: E402
 import resource  # noqa: E402
 import signal  # noqa: E402
+import struct  # noqa: E402
 import types  # noqa: E402
+
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 4, 22, 36, 38
+SECCOMP_MODE_FILTER = 2
+libc = ctypes.CDLL(None, use_errno=True)
+
+
+class FilterProgram(ctypes.Structure):
+    """struct sock_fprog."""
+
+    _fields_ = [("length", ctypes.c_ushort), ("code", ctypes.c_char_p)]
+
+
+def prctl(option, argument, pointer=0):
+    """prctl(2), with OSError where it fails."""
+    if libc.prctl(option, ctypes.c_ulong(argument), pointer, ctypes.c_ulong(0), ctypes.c_ulong(0)):
+        raise OSError(ctypes.get_errno(), f"prctl {option}: {os.strerror(ctypes.get_errno())}")
 
 
 def limit(limits):
@@ -23,6 +43,17 @@ def limit(limits):
         if highest != resource.RLIM_INFINITY:
             soft, hard = min(soft, highest), min(hard, highest)
         resource.setrlimit(getattr(resource, name), (soft, hard))
+
+
+def install(code):
+    """Installs a seccomp filter for this process and all that it starts. Constants may be names of processes."""
+    own = os.getpid()
+    host = os.getppid() or own  # zero across a process namespace
+    names = {"supervisor": own, "supervisor's group": -own, "host": host, "host's group": -host}
+    words = [(code, yes, no, names.get(value, value) & 0xFFFFFFFF) for code, yes, no, value in code]
+    program = FilterProgram(len(words), b"".join(struct.pack("=HBBI", *word) for word in words))
+    prctl(PR_SET_NO_NEW_PRIVS, 1)
+    prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.byref(program))
 
 
 def receive(descriptor):
@@ -52,10 +83,53 @@ def become_source(source):
     exec(compile(source, "main.py", "exec", dont_inherit=True), main.__dict__)
 
 
+def end_children():
+    """Kills all children, and theirs as they become this process's own, until there is none."""
+    while True:
+        with open(f"/proc/self/task/{os.getpid()}/children") as children:
+            for pid in children.read().split():
+                os.kill(int(pid), signal.SIGKILL)
+        try:
+            os.wait()
+        except ChildProcessError:
+            return
+
+
+def supervise(job):
+    """Waits for the job's process, ends what it left behind, and exits with its code, 128 + n for signal n."""
+    ended = None
+    while ended != job:
+        ended, status = os.wait()
+    end_children()
+    code = os.waitstatus_to_exitcode(status)
+    os._exit(code if code >= 0 else 128 - code)
+
+
+def stop(number, frame):
+    """The host has gone."""
+    end_children()
+    os._exit(128 + number)
+
+
 def start():
     """Waits for a job on the control pipe: {"argv": [...]} or {"source": "..."}; nothing at all means: end."""
     settings = json.loads(sys.argv[1])
     limit(settings["limits"])
+    prctl(PR_SET_CHILD_SUBREAPER, 1)
+    prctl(PR_SET_DUMPABLE, 0)
+    signal.signal(signal.SIGTERM, stop)
+    if os.getpid() != 1:  # process 1 of a namespace is killed with its parent, and takes all others with it
+        prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    install(settings["filter"])
+    job = os.fork()
+    if job:
+        os.close(settings["control"])
+        os.close(settings["result"])
+        supervise(job)
+    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    prctl(PR_SET_DUMPABLE, 1)
+    os.setsid()
     os.write(settings["result"], b"R")
     text = receive(settings["control"])
     if not text:

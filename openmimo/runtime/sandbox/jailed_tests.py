@@ -5,6 +5,7 @@ host imports `encode` and `decode` from here. Expected values never come in. Eve
 """
 
 import contextlib
+import ctypes
 import json
 import os
 import select
@@ -12,6 +13,8 @@ import signal
 import sys
 import time
 import types
+
+PR_SET_DUMPABLE = 4
 
 
 def encode(value):
@@ -101,10 +104,16 @@ def be_program(job, test, out):
         sys.stdout.flush()
 
 
+def set_open(is_open):
+    """Whether other processes of this user may reach this one's memory and descriptors, through /proc for example."""
+    ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, ctypes.c_ulong(is_open), 0, 0, 0)
+
+
 def be_test(job, test, out, result):
     """Becomes one test, in a child process; never returns."""
     os.setsid()
     os.close(result)
+    set_open(True)
     code = 1
     try:
         (be_call if job["function"] else be_program)(job, test, out)
@@ -149,6 +158,7 @@ def run_test(job, test, result):
 
 def main():
     """Reads the job from stdin; writes a line per test: its number, what it wrote, how it ended."""
+    set_open(False)
     job = json.load(sys.stdin)
     result = int(os.environ.pop("RESULT_FD"))
     with open(result, "w") as lines:

@@ -1,7 +1,7 @@
 """Jails that are up before they are needed. Each runs one job and is replaced, so that no job can spoil the next.
 
-A job of one line takes, on two shared cores, 36 ms in a fresh jail of bubblewrap, 85 ms in one of unshare, 30 ms with
-resource limits only, and 8 to 10 ms in one that is up. The work of starting a jail is hidden, not saved: a pool helps
+A job of one line takes, on two shared cores, 39 to 60 ms in a fresh jail of bubblewrap, 67 to 73 ms in one of unshare,
+33 to 47 ms with resource limits only, and 10 to 27 ms in one that is up. The work of starting a jail is hidden, not saved: a pool helps
 while there is a processor to refill it.
 """
 
@@ -117,8 +117,7 @@ class SandboxPool:
         """A jail that is up, or None: `run` then meets the failure in a thread that can report it."""
         workspace = self._sandbox.workspace()
         try:
-            jail = self._sandbox.start(workspace.place)
-            jail.wait_until_ready()
+            jail = workspace.start()
         except JailError:
             workspace.close()
             return None

@@ -5,6 +5,8 @@ from dataclasses import dataclass, fields
 
 from openmimo.core.errors import ConfigError, UserError
 
+MOST_FILES = 4096
+
 
 class SandboxUnavailableError(UserError):
     """This machine cannot jail a program well enough, or the jail that was asked for does not hold here."""
@@ -20,8 +22,8 @@ class SandboxLimits:
 
     cpu_seconds: of each process. wall_seconds: of the run, however it waits. memory_bytes: address space of each
     process, and memory of all together. processes: at one time, threads counted. file_bytes: any one file, the
-    working folder as a whole, and each of /tmp and /dev/shm. output_bytes: kept of stdout and of stderr, each; a run
-    that writes sixteen times as much is killed.
+    working folder as a whole, and each of /tmp and /dev/shm; each of these holds at most MOST_FILES files and folders.
+    output_bytes: kept of stdout and of stderr, each; a run that writes sixteen times as much is killed.
     """
 
     cpu_seconds: float = 5.0
@@ -46,6 +48,10 @@ class SandboxLimits:
             "RLIMIT_NPROC": (self.processes, self.processes),
             "RLIMIT_NOFILE": (256, 256),
             "RLIMIT_CORE": (0, 0),
+            "RLIMIT_MEMLOCK": (2**16, 2**16),
+            "RLIMIT_MSGQUEUE": (0, 0),
+            "RLIMIT_SIGPENDING": (256, 256),
+            "RLIMIT_RTPRIO": (0, 0),
         }
 
 

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Mapping
 
 from openmimo.core.errors import ConfigError
+from openmimo.runtime.sandbox import cgroup, folders
 from openmimo.runtime.sandbox.interpreter import find_interpreter
 from openmimo.runtime.sandbox.jail import Jail
 from openmimo.runtime.sandbox.records import SandboxLimits, SandboxResult, SandboxUnavailableError
@@ -22,13 +23,15 @@ class Sandbox:
 
     def __init__(self, limits: SandboxLimits | None = None, tier: str | None = None, allow_unsafe: bool = False):
         self.limits = limits or SandboxLimits()
+        folders.sweep()
         self.tier = choose_tier(tier, allow_unsafe)
         self._interpreter = find_interpreter()
 
     def describe(self) -> str:
         """The jail in one line, for logs and reports."""
         tested = "; its self-test passed" if self.tier.isolates else ""
-        return f"{self.tier.name}: {self.tier.summary}; runs {self._interpreter.executable}{tested}"
+        groups = f"control groups for {' and '.join(cgroup.parents())}" if cgroup.parents() else "no control groups"
+        return f"{self.tier.name}: {self.tier.summary}; {groups}; runs {self._interpreter.executable}{tested}"
 
     def run(
         self, program: Program, files: Mapping[str, bytes | str] | None = None, stdin: bytes = b""

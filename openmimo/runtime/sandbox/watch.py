@@ -1,14 +1,23 @@
-"""What a running jail uses, seen from outside: memory of its processes, bytes of its files, processes left behind."""
+"""What a running jail uses, seen from outside: memory of its processes, bytes and number of its files.
+
+The kernel keeps these limits where it can (control groups, small file systems); this is for where it cannot. A look
+takes place now and then, so a limit is passed by what fits in between.
+"""
 
 import contextlib
 import os
 import signal
 import stat
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-MOST_FILES = 10_000  # a working folder with more counts as full,
-LONGEST_PATH = 1024  # as does one with a longer path, since every look at deep folders walks all the way down
+from openmimo.runtime.sandbox.records import MOST_FILES
+
+LONGEST_PATH = 1024  # a working folder with a longer path counts as full, since every look walks all the way down
+MOST_MAPPINGS_BYTES = 2**20  # of /proc/PID/maps; each mapping is kernel memory
+SOCKET_BYTES = 212_992  # what a socket holds unread by default, and cannot be set higher in a jail
+ENDING_SECONDS = 5.0
 
 
 def process_tree(pid: int) -> Iterator[int]:
@@ -22,34 +31,76 @@ def process_tree(pid: int) -> Iterator[int]:
                 waiting += [int(child) for child in Path(task.path, "children").read_text().split()]
 
 
+def end_tree(pid: int) -> None:
+    """Kills everything under `pid`, which adopts orphans, and then `pid` itself."""
+    deadline = time.monotonic() + ENDING_SECONDS
+    while (below := list(process_tree(pid))[1:]) and time.monotonic() < deadline:
+        for child in below:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(child, signal.SIGKILL)
+        time.sleep(0.001)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+
+
 def exceeds_memory(pid: int, limit_bytes: int) -> bool:
     """Whether the tree of `pid` holds more than `limit_bytes`. The cheap count first: it is never the smaller one."""
     pids = list(process_tree(pid))
-    if sum(map(_resident_bytes, pids)) <= limit_bytes:
+    if any(map(_hides_memory, pids)):
+        return True
+    sockets = SOCKET_BYTES * len({link for pid in pids for link in _descriptors(pid) if link.startswith("socket:")})
+    if sockets + sum(map(_resident_bytes, pids)) <= limit_bytes:
         return False
-    return sum(map(_private_bytes, pids)) > limit_bytes
+    return sockets + sum(map(_private_bytes, pids)) > limit_bytes
+
+
+def _hides_memory(pid: int) -> bool:
+    """Whether a process has mapped shared memory without a file, whose pages stay when all but one are unmapped."""
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/maps", "rb") as file:
+        text = file.read(MOST_MAPPINGS_BYTES)
+        return len(text) == MOST_MAPPINGS_BYTES or b"/dev/zero (deleted)\n" in text
+    return False
+
+
+def _descriptors(pid: int) -> Iterator[str]:
+    """What the open descriptors of a process lead to."""
+    with contextlib.suppress(OSError):
+        for entry in os.scandir(f"/proc/{pid}/fd"):
+            with contextlib.suppress(OSError):
+                yield os.readlink(entry.path)
 
 
 def _resident_bytes(pid: int) -> int:
-    with contextlib.suppress(OSError):
-        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    return 0
+    return sum(_kilobytes(f"/proc/{pid}/status", ("VmRSS:", "VmPTE:", "VmSwap:"))) * 1024
 
 
 def _private_bytes(pid: int) -> int:
-    """The proportional set size: a page shared by n processes is an n-th of a page."""
+    """The proportional set size: a page shared by n processes is an n-th of a page. With the page tables."""
+    proportional = _kilobytes(f"/proc/{pid}/smaps_rollup", ("Pss:", "SwapPss:"))
+    if not proportional:
+        return _resident_bytes(pid)
+    return sum(proportional + _kilobytes(f"/proc/{pid}/status", ("VmPTE:",))) * 1024
+
+
+def _kilobytes(path: str, names: tuple[str, ...]) -> list[int]:
+    """The numbers of some lines of a file in /proc, if it is there."""
     with contextlib.suppress(OSError):
-        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-            if line.startswith("Pss:"):
-                return int(line.split()[1]) * 1024
-    return _resident_bytes(pid)
+        return [int(line.split()[1]) for line in Path(path).read_text().splitlines() if line.startswith(names)]
+    return []
 
 
-def exceeds_disk(folder: Path, limit_bytes: int) -> bool:
-    """Whether the files in `folder` take more than `limit_bytes`, or are too many, too deep or too hidden to count."""
-    total = files = 0
+def exceeds_files(stores: Iterable[int]) -> bool:
+    """Whether one of these small file systems holds more than MOST_FILES; its bytes the kernel limits."""
+    return any(system.f_files - system.f_ffree > MOST_FILES for system in map(os.fstatvfs, stores))
+
+
+def exceeds_disk(folder: Path, limit_bytes: int, pid: int | None = None) -> bool:
+    """Whether the files in `folder`, and those that the tree of `pid` keeps open or mapped without a name, take more
+    than `limit_bytes`, or are too many, too deep or too hidden to count."""
+    total = _nameless_bytes(pid) if pid else 0
+    files = 0
     waiting = [str(folder)]
-    while waiting:
+    while waiting and total <= limit_bytes:
         try:
             for path, status in _entries(waiting.pop()):
                 total += status.st_blocks * 512
@@ -62,7 +113,39 @@ def exceeds_disk(folder: Path, limit_bytes: int) -> bool:
             continue
         except OSError:
             return True
+    return total > limit_bytes
+
+
+def _nameless_bytes(pid: int) -> int:
+    """Bytes of deleted files that a process tree still has open or mapped."""
+    held: dict[int, int] = {}
+    for process in process_tree(pid):
+        with contextlib.suppress(OSError):
+            for entry in os.scandir(f"/proc/{process}/fd"):
+                _count(held, entry.path)
+        with contextlib.suppress(OSError), open(f"/proc/{process}/maps", "rb") as file:
+            for line in file.read(MOST_MAPPINGS_BYTES).splitlines():
+                if line.endswith(b" (deleted)") and not line.endswith(b"/dev/zero (deleted)"):
+                    _count_mapping(held, process, line.decode(errors="replace"))
+    return sum(held.values())
+
+
+def _count(held: dict[int, int], path: str) -> bool:
+    """Adds a file to `held`, by its inode, if it has no name. False if it cannot be looked at."""
+    with contextlib.suppress(OSError):
+        status = os.stat(path)
+        if stat.S_ISREG(status.st_mode) and status.st_nlink == 0:
+            held[status.st_ino] = status.st_blocks * 512
+        return True
     return False
+
+
+def _count_mapping(held: dict[int, int], process: int, line: str) -> None:
+    """Adds a mapped file to `held`: its bytes for root; for others, who may not look at it, as far as it is mapped."""
+    span, _, offset, _, inode = line.split()[:5]
+    if not _count(held, f"/proc/{process}/map_files/{span}"):
+        start, end = (int(part, 16) for part in span.split("-"))
+        held[int(inode)] = max(held.get(int(inode), 0), int(offset, 16) + end - start)
 
 
 def _entries(folder: str) -> Iterator[tuple[str, os.stat_result]]:
@@ -74,16 +157,3 @@ def _entries(folder: str) -> Iterator[tuple[str, os.stat_result]]:
             except FileNotFoundError:
                 continue
             yield entry.path, status
-
-
-def kill_marked(marker: str) -> None:
-    """Kills every process that was started with `marker` in its environment, wherever it has gone since."""
-    for _ in range(5):
-        found = False
-        for name in filter(str.isdigit, os.listdir("/proc") if os.path.isdir("/proc") else []):
-            with contextlib.suppress(OSError):
-                if marker.encode() in Path(f"/proc/{name}/environ").read_bytes():
-                    os.kill(int(name), signal.SIGKILL)
-                    found = True
-        if not found:
-            return

@@ -1,19 +1,23 @@
 """The working folder of a jail, seen from the host: files go in and out, and no link of the program's leads outside."""
 
 import contextlib
+import ctypes
 import os
-import shutil
 import stat
 import subprocess
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 from openmimo.core.errors import UserError
+from openmimo.runtime.sandbox import folders
 from openmimo.runtime.sandbox.interpreter import Interpreter
+from openmimo.runtime.sandbox.jail import Jail
 from openmimo.runtime.sandbox.records import SandboxResult
 from openmimo.runtime.sandbox.tiers import NOBODY, Place
 
+FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+WRITE = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 Program = str | Sequence[str]
 
 
@@ -24,18 +28,21 @@ class WorkspaceError(UserError):
 class Workspace:
     """A folder whose files persist from one jailed command to the next. Use it as a context manager, or close it.
 
-    `start(place)` starts a jail around it. shown: folders of the host that the jail may read. Not for several threads.
+    `start(place)` starts a jail around it. Files lie in a folder on the disk until the first command; each jail has a
+    folder of its own in memory, which gets the files of the one before and outlives its jail for as long as it is open
+    here. shown: folders of the host that the jail may read. Not for several threads at once.
     """
 
-    def __init__(self, start: Callable, interpreter: Interpreter, shown: tuple[Path, ...] = ()):
+    def __init__(self, start: Callable[[Place], Jail], interpreter: Interpreter, shown: tuple[Path, ...] = ()):
         self._start = start
-        self._home = Path(tempfile.mkdtemp(prefix="openmimo-jail-"))
+        self._home, self._lock = folders.make_home()
+        self._home.chmod(0o711)
         self.place = Place(self._home / "work", self._home / "root", interpreter, shown)
         for folder in (self.place.work, self.place.root):
             folder.mkdir(mode=0o700)
-        if os.geteuid() == 0:
-            for folder in (self._home, self.place.work, self.place.root):
+            if os.geteuid() == 0:
                 os.chown(folder, NOBODY, NOBODY)
+        self._folder = os.open(self.place.work, os.O_RDONLY | os.O_DIRECTORY)
 
     def __enter__(self) -> "Workspace":
         return self
@@ -49,26 +56,41 @@ class Workspace:
         Processes that it leaves in the background end with it.
         """
         job = job_of(program)
+        return self.start().run(job, stdin)
+
+    def start(self) -> Jail:
+        """A jail that waits for its job, with the files of this folder.
+
+        Raises JailError if it does not come up, WorkspaceError if the files do not fit in.
+        """
         jail = self._start(self.place)
         jail.wait_until_ready()
-        return jail.run(job, stdin)
+        if jail.work is not None:
+            try:
+                carry(self._folder, jail.work)
+            except WorkspaceError:
+                jail.kill()
+                raise
+            os.close(self._folder)
+            self._folder = os.dup(jail.work)
+        return jail
 
     def read(self, path: str, limit_bytes: int = 2**24) -> bytes:
         """A file's content, up to `limit_bytes`. Raises WorkspaceError for links, folders, pipes and paths outside."""
-        with self._folder_of(path) as (folder, name):
-            flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-            with os.fdopen(_open(name, flags, folder, path), "rb") as file:
-                return file.read(limit_bytes)
+        with self._folder_of(path) as (folder, name), os.fdopen(_open(name, READ, folder, path), "rb") as file:
+            return file.read(limit_bytes)
 
     def write(self, path: str, content: bytes | str) -> None:
         """Writes a file, and the folders above it. Raises WorkspaceError where a link or a pipe is in the way."""
         content = content.encode() if isinstance(content, str) else content
         with self._folder_of(path, create=True) as (folder, name):
-            flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-            with os.fdopen(_open(name, flags, folder, path), "wb") as file:
-                file.truncate()
-                file.write(content)
-                _give_away(file.fileno())
+            descriptor = _open(name, WRITE, folder, path)
+            try:
+                with os.fdopen(descriptor, "wb") as file:
+                    file.truncate()
+                    file.write(content)
+            except OSError as error:
+                raise WorkspaceError(f"{path!r} cannot be written in the working folder: {error.strerror}.") from error
 
     def write_all(self, files: Mapping[str, bytes | str]) -> None:
         """Writes several files, by their paths."""
@@ -77,11 +99,12 @@ class Workspace:
 
     def close(self) -> None:
         """Removes the folder."""
-        with contextlib.suppress(OSError, RecursionError):
-            shutil.rmtree(self._home)
-        if self._home.exists():  # folders without permissions, or thousands of levels deep
-            for command in (["chmod", "-R", "u+rwx"], ["rm", "-rf"]):
-                subprocess.run([*command, "--", self._home], check=False, stderr=subprocess.DEVNULL)
+        if self._folder < 0:
+            return
+        os.close(self._folder)
+        self._folder = -1
+        folders.remove(self._home)
+        os.close(self._lock)
 
     @contextlib.contextmanager
     def _folder_of(self, path: str, create: bool = False) -> Iterator[tuple[int, str]]:
@@ -89,21 +112,37 @@ class Workspace:
         parts = PurePosixPath(path).parts
         if not parts or path.startswith("/") or ".." in parts or "\0" in path:
             raise WorkspaceError(f"{path!r} is not a path inside the working folder; give a relative one without '..'.")
-        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-        folder = os.open(self.place.work, flags)
-        try:
-            for part in parts[:-1]:
-                if create:
-                    with contextlib.suppress(FileExistsError):
-                        os.mkdir(part, 0o755, dir_fd=folder)
-                below = _open(part, flags, folder, path)
+        with _as_jailed_user():
+            folder = os.dup(self._folder)
+            try:
+                for part in parts[:-1]:
+                    if create:
+                        _make_folder(part, folder, path)
+                    below = _open(part, FOLDER, folder, path)
+                    os.close(folder)
+                    folder = below
+                yield folder, parts[-1]
+            finally:
                 os.close(folder)
-                folder = below
-                if create:
-                    _give_away(folder)
-            yield folder, parts[-1]
-        finally:
-            os.close(folder)
+
+
+@contextlib.contextmanager
+def _as_jailed_user() -> Iterator[None]:
+    """As root: gives this thread only the rights of the jail's user over files.
+
+    A jail's own folder in memory knows no other user, and no link of the program's reaches more than the program does.
+    """
+    if os.geteuid() != 0:
+        yield
+        return
+    libc = ctypes.CDLL(None)
+    libc.setfsgid(NOBODY)
+    libc.setfsuid(NOBODY)
+    try:
+        yield
+    finally:
+        libc.setfsuid(0)
+        libc.setfsgid(os.getegid())
 
 
 def job_of(program: Program) -> dict:
@@ -115,6 +154,30 @@ def job_of(program: Program) -> dict:
     return {"argv": list(program)}
 
 
+def carry(source: int, target: int) -> None:
+    """Copies what is in one open folder into another that is empty. No program may have either in use.
+
+    Raises WorkspaceError where something cannot be copied.
+    """
+    if not os.listdir(source):
+        return
+    command = ["cp", "-a", "--", f"/proc/self/fd/{source}/.", f"/proc/self/fd/{target}/"]
+    user = {"user": NOBODY, "group": NOBODY, "extra_groups": []} if os.geteuid() == 0 else {}
+    done = subprocess.run(command, pass_fds=(source, target), capture_output=True, check=False, **user)
+    if done.returncode:
+        said = done.stderr[:300].decode(errors="replace").splitlines()[:1]
+        raise WorkspaceError(f"the files of the working folder cannot be given to a new jail: {' '.join(said)}.")
+
+
+def _make_folder(name: str, folder: int, path: str) -> None:
+    try:
+        os.mkdir(name, 0o755, dir_fd=folder)
+    except FileExistsError:
+        pass
+    except OSError as error:
+        raise WorkspaceError(f"{path!r} cannot be made in the working folder: {error.strerror}.") from error
+
+
 def _open(name: str, flags: int, folder: int, path: str) -> int:
     try:
         descriptor = os.open(name, flags, 0o644, dir_fd=folder)
@@ -124,9 +187,3 @@ def _open(name: str, flags: int, folder: int, path: str) -> int:
         os.close(descriptor)
         raise WorkspaceError(f"{path!r} is not a plain file.")
     return descriptor
-
-
-def _give_away(descriptor: int) -> None:
-    """As root: to the user that the jail runs as."""
-    if os.geteuid() == 0:
-        os.fchown(descriptor, NOBODY, NOBODY)

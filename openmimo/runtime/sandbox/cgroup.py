@@ -1,0 +1,155 @@
+"""Limits that the kernel keeps on the memory and the processes of a jail as a whole: control groups.
+
+They count what a look at processes cannot see, such as buffers of sockets and files in memory. A group is made below
+the one that this process is in, or next to it where that one has no limit of its own, so that no limit of this
+process is passed. Many machines and most containers permit neither; the jail then has its other limits.
+"""
+
+import contextlib
+import functools
+import os
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+CONTROLLERS = ("memory", "pids")
+REMOVAL_SECONDS = 2.0  # processes that were killed leave their group a moment later
+
+
+@dataclass(frozen=True)
+class Parent:
+    """A folder in which groups of a controller can be made, and the version of its interface."""
+
+    folder: Path
+    version: int
+
+
+class Group:
+    """The groups of one jail, one for each controller (the same folder for both in version 2)."""
+
+    def __init__(self, name: str, memory_bytes: int, processes: int):
+        self.folders: dict[Path, int] = {}
+        self.memory: Path | None = None
+        try:
+            for controller, parent in parents().items():
+                folder = parent.folder / name
+                folder.mkdir(exist_ok=folder in self.folders)
+                self.folders[folder] = parent.version
+                if controller == "pids":
+                    (folder / "pids.max").write_text(str(processes))
+                else:
+                    _limit_memory(folder, parent.version, memory_bytes)
+                    self.memory = folder
+        except BaseException:
+            self.close()
+            raise
+
+    def add(self, pids: list[int]) -> None:
+        """Moves processes in; all that they start later is in, too."""
+        for folder in self.folders:
+            for pid in pids:
+                (folder / "cgroup.procs").write_text(str(pid))
+
+    def ran_out_of_memory(self) -> bool:
+        """Whether the kernel has killed a process of the group for its memory."""
+        if self.memory is None:
+            return False
+        version = self.folders[self.memory]
+        text = (self.memory / ("memory.events" if version == 2 else "memory.oom_control")).read_text()
+        return any(line.startswith("oom_kill ") and int(line.split()[1]) > 0 for line in text.splitlines())
+
+    def close(self) -> None:
+        """Kills what is left, and removes the groups."""
+        deadline = time.monotonic() + REMOVAL_SECONDS
+        for folder in self.folders:
+            while not _remove(folder) and time.monotonic() < deadline:
+                for pid in _pids(folder):
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+                time.sleep(0.002)
+        self.folders = {}
+
+
+def _limit_memory(folder: Path, version: int, limit: int) -> None:
+    """Sets the limit, with nothing on top of it in the swap space."""
+    if version == 2:
+        settings = {"memory.max": limit, "memory.swap.max": 0, "memory.oom.group": 1}
+    else:
+        settings = {"memory.limit_in_bytes": limit, "memory.memsw.limit_in_bytes": limit, "memory.swappiness": 0}
+    for name, value in settings.items():
+        if (folder / name).exists():
+            (folder / name).write_text(str(value))
+
+
+def _pids(folder: Path) -> list[int]:
+    with contextlib.suppress(OSError):
+        return [int(pid) for pid in (folder / "cgroup.procs").read_text().split()]
+    return []
+
+
+def _remove(folder: Path) -> bool:
+    with contextlib.suppress(FileNotFoundError):
+        try:
+            folder.rmdir()
+        except OSError:
+            return False
+    return True
+
+
+def sweep(prefix: str, is_alive) -> None:
+    """Removes empty groups with that prefix whose names are not alive."""
+    for parent in set(parents().values()):
+        for folder in parent.folder.glob(prefix + "*"):
+            if not is_alive(folder.name):
+                _remove(folder)
+
+
+@functools.cache
+def parents() -> dict[str, Parent]:
+    """By controller, where this process may make groups; empty where it may not. Found out once per process."""
+    found = {}
+    for controller in CONTROLLERS:
+        for parent in (_unified(controller), _legacy(controller)):
+            if parent and os.access(parent.folder, os.W_OK):
+                found[controller] = parent
+                break
+    return found
+
+
+def _unified(controller: str) -> Parent | None:
+    """Version 2: this process's own group or, where that has no limit, the one above; its children need the limit."""
+    own = _own_folder("0::", "cgroup2", "")
+    if own is None:
+        return None
+    free = _text(own / f"{controller}.max") == "max"
+    for folder in (own, own.parent) if free else (own,):
+        if controller in _text(folder / "cgroup.subtree_control").split():
+            return Parent(folder, 2)
+    return None
+
+
+def _legacy(controller: str) -> Parent | None:
+    """Version 1: below this process's own group."""
+    own = _own_folder(f":{controller}:", "cgroup", controller)
+    return Parent(own, 1) if own else None
+
+
+def _own_folder(mark: str, kind: str, option: str) -> Path | None:
+    """Where the group of this process lies in the file system of that kind, or None."""
+    lines = [line for line in _text(Path("/proc/self/cgroup")).splitlines() if mark in line]
+    for mount in _text(Path("/proc/self/mountinfo")).splitlines():
+        place, _, system = mount.partition(" - ")
+        root, point = place.split()[3:5]
+        name, _, options = system.split(maxsplit=2)
+        if lines and name == kind and (not option or option in options.split(",")):
+            path = lines[0].split(":", 2)[2]
+            folder = Path(point) / os.path.relpath(path, root)
+            return folder if Path(path).is_relative_to(root) and folder.is_dir() else None
+    return None
+
+
+def _text(path: Path) -> str:
+    with contextlib.suppress(OSError):
+        return path.read_text().strip()
+    return ""
