@@ -287,6 +287,7 @@ time.sleep(99)
     assert with_limits(everywhere, memory_bytes=128 * 2**20, processes=64).run(program).killed_by == "memory"
 
 
+@pytest.mark.slow
 def test_shared_pages_of_the_zero_device_count_as_memory(everywhere, groups):
     """Each round leaves one page mapped, and the kernel keeps the other 64 MB with it."""
     program = """
@@ -303,6 +304,7 @@ time.sleep(99)
     assert everywhere.run(program).killed_by == "memory"
 
 
+@pytest.mark.slow
 def test_page_tables_count_as_memory(everywhere, groups):
     """Pages a gigabyte apart cost three pages of tables each."""
     program = """
