@@ -31,6 +31,7 @@ def create_app(backend: Backend, config: ServerConfig) -> FastAPI:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
+        await service.close()
         await backend.close()
 
     app = FastAPI(
