@@ -79,6 +79,13 @@ BAD_CHATS = {
     "session": {**HELLO, "session": "a", "n": 2},
     "audio": {**HELLO, "audio": {}},
     "functions": {**HELLO, "functions": []},
+    "maxTokens2": {**HELLO, "maxTokens2": 5},
+    "stream_options.token-details": {**HELLO, "stream": True, "stream_options": {"token-details": True}},
+    "stop": {**HELLO, "stop": ["x"] * 17},
+    "stop[1]": {**HELLO, "stop": ["x", 3]},
+    "logit_bias.7": {**HELLO, "logit_bias": {"7": "x"}},
+    "tools[0].function.parameters": {**HELLO, "tools": [
+        {"type": "function", "function": {"name": "f", "parameters": {"properties": 3}}}]},
     "modalities[0]": {**HELLO, "modalities": ["audio"]},
 }  # fmt: skip
 
@@ -171,6 +178,71 @@ def test_a_host_that_others_reach_needs_a_key():
         ServerConfig(max_queue=0)
 
 
+HOSTS = [  # given, of a server without a key, answered
+    ("localhost:8000", (), True),
+    ("127.5.5.5:80", (), True),
+    ("[::1]:8000", (), True),
+    ("LocalHost.", (), True),
+    ("rebound.example:8000", (), False),
+    ("localhost.evil.example", (), False),
+    ("evil.example/localhost", (), False),
+    ("models.example", ("models.example",), True),
+    ("other.example", ("models.example",), False),
+    ("any.example", ("*",), True),
+]
+
+
+@pytest.mark.parametrize(("host", "allowed", "answered"), HOSTS)
+def test_a_name_of_another_site_is_not_answered(host, allowed, answered):
+    with running(StubBackend(), allowed_hosts=allowed) as server, httpx.Client(base_url=server.url) as client:
+        for method, path in (("GET", "/"), ("GET", "/health"), ("GET", "/metrics"), ("POST", "/tokenize")):
+            body = {"json": {"prompt": "x"}} if method == "POST" else {}
+            response = client.request(method, path, headers={"Host": host}, **body)
+            assert response.status_code == (200 if answered else 403), path
+            if not answered:
+                assert error_of(response)["code"] == "host_not_allowed"
+                assert "--allowed-hosts" in error_of(response)["message"]
+
+
+def test_with_a_key_any_name_is_answered_unless_some_are_named():
+    for allowed, status in (((), 200), (("models.example",), 403)):
+        with running(StubBackend(), api_key="k", allowed_hosts=allowed) as server:
+            assert httpx.get(server.url + "/health", headers={"Host": "other.example"}).status_code == status
+
+
+def test_a_page_of_another_origin_may_not_send_anything(client):
+    address = client.base_url.netloc.decode()
+    for origin, status in ((f"http://{address}", 200), ("null", 403), ("https://evil.example", 403), (address, 403)):
+        response = client.post("/tokenize", json={"prompt": "x"}, headers={"Origin": origin})
+        assert response.status_code == status, origin
+        assert "access-control-allow-origin" not in response.headers
+    ask = {"Origin": "https://evil.example", "Access-Control-Request-Method": "POST"}
+    response = client.options(CHAT, headers=ask)
+    assert response.status_code == 403 and "--allowed-origins" in error_of(response)["message"]
+
+
+def test_pages_of_allowed_origins_may_use_the_server():
+    page = "https://page.example"
+    ask = {"Origin": page, "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
+    settings = {"api_key": "k", "allowed_origins": (page,)}
+    with running(StubBackend(), **settings) as server, httpx.Client(base_url=server.url) as client:
+        leave = client.options(CHAT, headers=ask)
+        assert (leave.status_code, leave.headers["access-control-allow-origin"]) == (204, page)
+        assert "POST" in leave.headers["access-control-allow-methods"]
+        assert leave.headers["access-control-allow-headers"] == "authorization"
+        key = {"Authorization": "Bearer k"}
+        for headers, status in ((key, 200), ({}, 401)):
+            response = client.post(CHAT, json=HELLO, headers={"Origin": page, **headers})
+            assert (response.status_code, response.headers["access-control-allow-origin"]) == (status, page)
+            assert response.headers["vary"] == "Origin" and response.headers["access-control-expose-headers"]
+        other = client.post(CHAT, json=HELLO, headers={"Origin": "https://other.example", **key})
+        assert "access-control-allow-origin" not in other.headers
+    with pytest.raises(ConfigError, match="allowed_origins"):
+        ServerConfig(allowed_origins=("page.example",))
+    with pytest.raises(ConfigError, match="allowed_hosts"):
+        ServerConfig(allowed_hosts=("http://page.example",))
+
+
 def test_the_key_guards_the_api_and_nothing_else():
     with running(StubBackend(), api_key="secret") as server, httpx.Client(base_url=server.url) as client:
         for path in ("/v1/models", "/v1/nothing"):
@@ -235,7 +307,8 @@ def test_a_client_that_leaves_frees_its_request(path, stream):
         path
     ]
     body = json.dumps({**prompt, "stream": stream}).encode()
-    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    headers = f"Host: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+    head = f"POST {path} HTTP/1.1\r\n{headers}\r\n\r\n"
     with running(backend) as server:
         address = server.servers[0].sockets[0].getsockname()
         with socket.create_connection(address) as connection:
