@@ -1,5 +1,6 @@
 """The server on its stub backend: limits, errors, disconnects, draining, metrics, and what reaches the engine."""
 
+import asyncio
 import json
 import os
 import re
@@ -15,7 +16,11 @@ import pytest
 from server_thread import running, wait_until
 
 from openmimo.core.errors import ConfigError
+from openmimo.core.records import Request, SamplingParams
+from openmimo.engine.server import limits
 from openmimo.engine.server.config import ServerConfig
+from openmimo.engine.server.errors import ApiError
+from openmimo.engine.server.generation import Service
 from openmimo.engine.server.stub import Step, StubBackend
 
 CHAT = "/v1/chat/completions"
@@ -633,3 +638,99 @@ def test_the_page_may_load_nothing_from_elsewhere(client):
     assert client.get("/page/chat.js").headers["content-security-policy"] == policy
     assert client.get("/page/../app.py").status_code == client.get("/page/%2e%2e/app.py").status_code == 404
     assert client.get("/docs").status_code == 404
+
+
+# --- bounds -----------------------------------------------------------------------------------------------------------
+
+
+def test_replies_are_counted_before_any_prompt_is_encoded(client, backend, monkeypatch):
+    def encode(*_, **__):
+        raise AssertionError("a prompt was encoded")
+
+    monkeypatch.setattr(type(backend.tokenizer), "encode", encode)
+    response = client.post("/v1/completions", json={"prompt": ["a"] * 100, "n": 128})
+    assert (response.status_code, error_of(response)["param"]) == (400, "n")
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/v1/completions", {"prompt": [None] * 200_000}, "prompt[0]"),
+        ("/v1/completions", {"prompt": [""] * 100_000}, "prompt"),
+        ("/v1/completions", {"prompt": "x", **{f"x{i}": 1 for i in range(100_000)}}, "x0"),
+        ("/v1/completions", {"prompt": "word " * 200_000}, "prompt"),
+        ("/v1/completions", {"prompt": "x" * 600_000}, "prompt"),
+        ("/v1/completions", {"prompt": "x", "structured_outputs": {"grammar": 'start: "a"\n' * 600}},
+         "structured_outputs.grammar"),
+        (CHAT, {**HELLO, "tools": [WEATHER] * 600}, "tools"),
+        (CHAT, {**HELLO, "logit_bias": {str(i): 0 for i in range(5000)}}, "logit_bias"),
+        (CHAT, {**HELLO, "response_format": {"type": "json_schema", "json_schema": {
+            "schema": {"anyOf": [{"$ref": "#"}] * 300}}}}, "response_format.json_schema.schema"),
+        ("/detokenize", {"tokens": [1] * 300_000}, "tokens"),
+    ],
+    ids=range(10),
+)  # fmt: skip
+def test_what_is_too_much_is_named_with_one_short_error(client, path, body, param):
+    response = client.post(path, json=body)
+    assert (response.status_code, error_of(response)["param"]) == (400, param)
+    assert len(response.content) < 2000
+
+
+def test_health_answers_while_requests_are_prepared(monkeypatch):
+    backend, goes_on = StubBackend(), threading.Event()
+    monkeypatch.setattr(backend, "check", lambda request: goes_on.wait(20))
+    with running(backend, max_queue=1) as server, httpx.Client(base_url=server.url) as client:
+        asking = [threading.Thread(target=lambda: httpx.post(server.url + CHAT, json=HELLO)) for _ in range(2)]
+        for thread in asking:
+            thread.start()
+        lane = server.config.app.state.service._small
+        wait_until(lane._free.locked)
+        assert client.get("/health").status_code == 200  # both threads are taken
+        with socket.create_connection(server.servers[0].sockets[0].getsockname()) as connection:
+            body = json.dumps(HELLO).encode()
+            head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+            wait_until(lambda: lane._num_waiting == 1)
+            response = client.post(CHAT, json=HELLO)
+            assert (response.status_code, error_of(response)["code"]) == (429, "queue_full")
+            assert client.get("/health").status_code == 200
+        wait_until(lambda: lane._num_waiting == 0)  # a client that has left waits no longer
+        goes_on.set()
+        for thread in asking:
+            thread.join()
+        assert client.post(CHAT, json=HELLO).status_code == 200
+
+
+def test_the_sizes_of_open_requests_are_limited_together():
+    backend = StubBackend(endless, step_seconds=0.01, max_positions=10**6)
+    body = {**HELLO, "metadata": {str(i): "x" * 4000 for i in range(50)}}
+    with running(backend, max_open_bytes=300_000) as server, httpx.Client(base_url=server.url) as client:
+        with client.stream("POST", CHAT, json={**body, "stream": True}):
+            wait_until(lambda: backend.running)
+            response = client.post(CHAT, json=body)
+            assert (response.status_code, error_of(response)["code"]) == (429, "queue_full")
+            with client.stream("POST", CHAT, json={**HELLO, "stream": True}) as small:
+                assert small.status_code == 200
+        wait_until(lambda: not backend.running)
+        with client.stream("POST", CHAT, json={**body, "stream": True}) as response:
+            assert response.status_code == 200
+
+
+def test_a_reply_that_is_not_read_is_cut_off(monkeypatch):
+    monkeypatch.setattr(limits, "UNREAD_DELTAS", 50)
+
+    async def leave_unread() -> str:
+        backend = StubBackend(endless, max_positions=10**6)
+        request = Request("1", (5,), SamplingParams(max_tokens=10**5))
+        generation = Service(backend, ServerConfig()).start([request])
+        async with asyncio.timeout(20):
+            while not backend.running:
+                await asyncio.sleep(0)
+            while backend.running:
+                await asyncio.sleep(0)
+        with pytest.raises(ApiError) as error:
+            async for _ in generation.deltas():
+                pass
+        return error.value.code
+
+    assert asyncio.run(leave_unread()) == "client_too_slow"
