@@ -21,6 +21,7 @@ from openmimo.core.reading import parse_json, read_known_keys, require_folder
 from openmimo.core.records import Message
 from openmimo.data.chat_template import check_template, message_dict, mimo_template, render
 from openmimo.data.companions import Companions, read_companions
+from openmimo.data.text_pieces import text_pieces
 from openmimo.data.tokenizer_files import GenerationConfig, TokenizerConfig, read_backend, token_text
 
 END_OF_TEXT = "<|endoftext|>"
@@ -210,10 +211,20 @@ class Tokenizer:
             raise DataError(f"{token!r} is not one token of this tokenizer; it takes {len(ids)}.")
         return ids[0]
 
-    def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
-        """The ids of `text`. With `allow_special`, the text of a special token becomes that token."""
+    def encode(self, text: str, *, allow_special: bool = False, most_tokens: int | None = None) -> list[int]:
+        """The ids of `text`. With `allow_special`, the text of a special token becomes that token.
+
+        With `most_tokens`, a text that has more may be read in part only: there are then more ids than `most_tokens`.
+        Other threads of Python run meanwhile.
+        """
         backend = self._backend if allow_special else self._plain_backend
-        return backend.encode(text, add_special_tokens=False).ids
+        ids: list[int] = []
+        for piece in [text] if allow_special else text_pieces(text):
+            # A batch of one: `encode` holds the interpreter's lock.
+            ids += backend.encode_batch_fast([piece], add_special_tokens=False)[0].ids
+            if most_tokens is not None and len(ids) > most_tokens:
+                break
+        return ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` for many texts at once, on all cores."""
@@ -228,8 +239,10 @@ class Tokenizer:
         add_generation_prompt: bool = True,
         enable_thinking: bool = False,
         keep_all_reasoning: bool = False,
+        most_tokens: int | None = None,
     ) -> list[int]:
-        """The ids of a conversation in this tokenizer's chat format; arguments as in `chat_template.render`.
+        """The ids of a conversation in this tokenizer's chat format; arguments as in `chat_template.render`, and
+        `most_tokens` as in `encode`.
 
         Special tokens come from the template and from assistant turns only: the same words inside any other turn are
         plain text, so a user or a tool cannot open or close a turn.
@@ -245,10 +258,12 @@ class Tokenizer:
         )
         ids: list[int] = []
         for piece in self._special_pattern.split(text):
+            if most_tokens is not None and len(ids) > most_tokens:
+                break
             if piece in self._special_ids:
                 ids.append(self._special_ids[piece])
             else:
-                ids.extend(self.encode(_unescape(piece)))
+                ids.extend(self.encode(_unescape(piece), most_tokens=most_tokens))
         return ids
 
     def decode(self, token_ids: Iterable[int], *, skip_special: bool = True) -> str:

@@ -3,18 +3,22 @@
 import asyncio
 import warnings
 from contextlib import aclosing
+from dataclasses import replace
 
+import httpx
 import pytest
-from conftest import tiny_model
+from conftest import tiny_config, tiny_model
+from server_thread import running
 
 from openmimo.core.errors import UserError
-from openmimo.core.records import Request, SamplingParams
+from openmimo.core.records import Request, SamplingParams, Structure
 from openmimo.data.tokenizer import Tokenizer
 from openmimo.engine.config import EngineConfig
 from openmimo.engine.engine import Engine
 from openmimo.engine.llm import LLM
 from openmimo.engine.server.engine_backend import EngineBackend
 from openmimo.engine.stats import EngineStats
+from openmimo.model.mimo import MiMo
 
 TOKENIZER = Tokenizer.train(["some words"], vocab_size=270)
 PROMPT = (5, 6, 7)
@@ -121,3 +125,44 @@ def test_heads_that_are_right_by_chance_are_told_of_once():
         warnings.simplefilter("error")
         for step in range(3000):
             good.count_drafts(1, int(step % 3 == 0))
+
+
+BAD_FORMS = [
+    ("/v1/completions", {"structured_outputs": {"regex": "("}}, "structured_outputs"),
+    ("/v1/completions", {"structured_outputs": {"grammar": "start: nothing"}}, "structured_outputs"),
+    ("/v1/completions", {"logit_bias": {"99999": 1}}, "logit_bias"),
+    ("/v1/completions", {"stop_token_ids": [99999]}, "stop_token_ids"),
+    ("/v1/completions", {"prompt": [99999]}, "prompt"),
+    ("/v1/chat/completions", {"response_format": {
+        "type": "json_schema", "json_schema": {"schema": {"type": "no type"}}}}, "response_format"),
+    ("/v1/responses", {"text": {"format": {"type": "json_schema", "schema": {"type": "no type"}}}}, "text.format"),
+]  # fmt: skip
+
+
+def test_what_the_engine_refuses_names_the_field_at_fault():
+    tokenizer = Tokenizer.train(["some words"], vocab_size=300)
+    model = MiMo(replace(tiny_config(), vocab_size=tokenizer.vocab_size, max_positions=512)).eval()
+    backend = EngineBackend(Engine(model, tokenizer, EngineConfig(cache_gigabytes=0.01)), tokenizer, model_name="tiny")
+    messages = [{"role": "user", "content": "x"}]
+    prompts = {"/v1/completions": {"prompt": "x"}, "/v1/responses": {"input": "x"}}
+    with running(backend) as server:
+        for path, fields, param in BAD_FORMS:
+            body = {**prompts.get(path, {"messages": messages}), **fields}
+            response = httpx.post(server.url + path, json=body)
+            assert (response.status_code, response.json()["error"]["param"]) == (400, param), response.text
+
+
+def test_structures_are_checked_from_several_threads_at_once():
+    tokenizer = Tokenizer.train(["some words"], vocab_size=300)
+    model = MiMo(replace(tiny_config(), vocab_size=tokenizer.vocab_size)).eval()
+    engine = Engine(model, tokenizer, EngineConfig(cache_gigabytes=0.01))
+
+    async def check(backend):
+        def one(number):
+            params = replace(GREEDY, ignore_eos=False, structure=Structure("regex", f"a{{{number % 5 + 1}}}"))
+            backend.check(Request(str(number), PROMPT, params))
+
+        await asyncio.gather(*(asyncio.to_thread(one, number) for number in range(20)))
+        return engine._structures._compiled.cache_info().misses
+
+    assert with_backend(engine, check) == 5  # one compiler, and each grammar once

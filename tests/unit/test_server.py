@@ -1,5 +1,6 @@
 """The server on its stub backend: limits, errors, disconnects, draining, metrics, and what reaches the engine."""
 
+import asyncio
 import json
 import os
 import re
@@ -15,7 +16,11 @@ import pytest
 from server_thread import running, wait_until
 
 from openmimo.core.errors import ConfigError
+from openmimo.core.records import Request, SamplingParams
+from openmimo.engine.server import limits
 from openmimo.engine.server.config import ServerConfig
+from openmimo.engine.server.errors import ApiError
+from openmimo.engine.server.generation import Service
 from openmimo.engine.server.stub import Step, StubBackend
 
 CHAT = "/v1/chat/completions"
@@ -79,6 +84,13 @@ BAD_CHATS = {
     "session": {**HELLO, "session": "a", "n": 2},
     "audio": {**HELLO, "audio": {}},
     "functions": {**HELLO, "functions": []},
+    "maxTokens2": {**HELLO, "maxTokens2": 5},
+    "stream_options.token-details": {**HELLO, "stream": True, "stream_options": {"token-details": True}},
+    "stop": {**HELLO, "stop": ["x"] * 17},
+    "stop[1]": {**HELLO, "stop": ["x", 3]},
+    "logit_bias.7": {**HELLO, "logit_bias": {"7": "x"}},
+    "tools[0].function.parameters": {**HELLO, "tools": [
+        {"type": "function", "function": {"name": "f", "parameters": {"properties": 3}}}]},
     "modalities[0]": {**HELLO, "modalities": ["audio"]},
 }  # fmt: skip
 
@@ -171,6 +183,71 @@ def test_a_host_that_others_reach_needs_a_key():
         ServerConfig(max_queue=0)
 
 
+HOSTS = [  # given, of a server without a key, answered
+    ("localhost:8000", (), True),
+    ("127.5.5.5:80", (), True),
+    ("[::1]:8000", (), True),
+    ("LocalHost.", (), True),
+    ("rebound.example:8000", (), False),
+    ("localhost.evil.example", (), False),
+    ("evil.example/localhost", (), False),
+    ("models.example", ("models.example",), True),
+    ("other.example", ("models.example",), False),
+    ("any.example", ("*",), True),
+]
+
+
+@pytest.mark.parametrize(("host", "allowed", "answered"), HOSTS)
+def test_a_name_of_another_site_is_not_answered(host, allowed, answered):
+    with running(StubBackend(), allowed_hosts=allowed) as server, httpx.Client(base_url=server.url) as client:
+        for method, path in (("GET", "/"), ("GET", "/health"), ("GET", "/metrics"), ("POST", "/tokenize")):
+            body = {"json": {"prompt": "x"}} if method == "POST" else {}
+            response = client.request(method, path, headers={"Host": host}, **body)
+            assert response.status_code == (200 if answered else 403), path
+            if not answered:
+                assert error_of(response)["code"] == "host_not_allowed"
+                assert "--allowed-hosts" in error_of(response)["message"]
+
+
+def test_with_a_key_any_name_is_answered_unless_some_are_named():
+    for allowed, status in (((), 200), (("models.example",), 403)):
+        with running(StubBackend(), api_key="k", allowed_hosts=allowed) as server:
+            assert httpx.get(server.url + "/health", headers={"Host": "other.example"}).status_code == status
+
+
+def test_a_page_of_another_origin_may_not_send_anything(client):
+    address = client.base_url.netloc.decode()
+    for origin, status in ((f"http://{address}", 200), ("null", 403), ("https://evil.example", 403), (address, 403)):
+        response = client.post("/tokenize", json={"prompt": "x"}, headers={"Origin": origin})
+        assert response.status_code == status, origin
+        assert "access-control-allow-origin" not in response.headers
+    ask = {"Origin": "https://evil.example", "Access-Control-Request-Method": "POST"}
+    response = client.options(CHAT, headers=ask)
+    assert response.status_code == 403 and "--allowed-origins" in error_of(response)["message"]
+
+
+def test_pages_of_allowed_origins_may_use_the_server():
+    page = "https://page.example"
+    ask = {"Origin": page, "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
+    settings = {"api_key": "k", "allowed_origins": (page,)}
+    with running(StubBackend(), **settings) as server, httpx.Client(base_url=server.url) as client:
+        leave = client.options(CHAT, headers=ask)
+        assert (leave.status_code, leave.headers["access-control-allow-origin"]) == (204, page)
+        assert "POST" in leave.headers["access-control-allow-methods"]
+        assert leave.headers["access-control-allow-headers"] == "authorization"
+        key = {"Authorization": "Bearer k"}
+        for headers, status in ((key, 200), ({}, 401)):
+            response = client.post(CHAT, json=HELLO, headers={"Origin": page, **headers})
+            assert (response.status_code, response.headers["access-control-allow-origin"]) == (status, page)
+            assert response.headers["vary"] == "Origin" and response.headers["access-control-expose-headers"]
+        other = client.post(CHAT, json=HELLO, headers={"Origin": "https://other.example", **key})
+        assert "access-control-allow-origin" not in other.headers
+    with pytest.raises(ConfigError, match="allowed_origins"):
+        ServerConfig(allowed_origins=("page.example",))
+    with pytest.raises(ConfigError, match="allowed_hosts"):
+        ServerConfig(allowed_hosts=("http://page.example",))
+
+
 def test_the_key_guards_the_api_and_nothing_else():
     with running(StubBackend(), api_key="secret") as server, httpx.Client(base_url=server.url) as client:
         for path in ("/v1/models", "/v1/nothing"):
@@ -183,7 +260,7 @@ def test_the_key_guards_the_api_and_nothing_else():
 
 
 def test_the_size_of_a_body_is_limited_chunked_or_not():
-    body = json.dumps({**HELLO, "user": "x" * 5000}).encode()
+    body = json.dumps({"messages": [{"role": "user", "content": "x" * 3000}], "user": "x" * 2000}).encode()
     json_type = {"Content-Type": "application/json"}
 
     def chunks():
@@ -235,7 +312,8 @@ def test_a_client_that_leaves_frees_its_request(path, stream):
         path
     ]
     body = json.dumps({**prompt, "stream": stream}).encode()
-    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    headers = f"Host: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+    head = f"POST {path} HTTP/1.1\r\n{headers}\r\n\r\n"
     with running(backend) as server:
         address = server.servers[0].sockets[0].getsockname()
         with socket.create_connection(address) as connection:
@@ -560,3 +638,99 @@ def test_the_page_may_load_nothing_from_elsewhere(client):
     assert client.get("/page/chat.js").headers["content-security-policy"] == policy
     assert client.get("/page/../app.py").status_code == client.get("/page/%2e%2e/app.py").status_code == 404
     assert client.get("/docs").status_code == 404
+
+
+# --- bounds -----------------------------------------------------------------------------------------------------------
+
+
+def test_replies_are_counted_before_any_prompt_is_encoded(client, backend, monkeypatch):
+    def encode(*_, **__):
+        raise AssertionError("a prompt was encoded")
+
+    monkeypatch.setattr(type(backend.tokenizer), "encode", encode)
+    response = client.post("/v1/completions", json={"prompt": ["a"] * 100, "n": 128})
+    assert (response.status_code, error_of(response)["param"]) == (400, "n")
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/v1/completions", {"prompt": [None] * 200_000}, "prompt[0]"),
+        ("/v1/completions", {"prompt": [""] * 100_000}, "prompt"),
+        ("/v1/completions", {"prompt": "x", **{f"x{i}": 1 for i in range(100_000)}}, "x0"),
+        ("/v1/completions", {"prompt": "word " * 200_000}, "prompt"),
+        ("/v1/completions", {"prompt": "x" * 600_000}, "prompt"),
+        ("/v1/completions", {"prompt": "x", "structured_outputs": {"grammar": 'start: "a"\n' * 600}},
+         "structured_outputs.grammar"),
+        (CHAT, {**HELLO, "tools": [WEATHER] * 600}, "tools"),
+        (CHAT, {**HELLO, "logit_bias": {str(i): 0 for i in range(5000)}}, "logit_bias"),
+        (CHAT, {**HELLO, "response_format": {"type": "json_schema", "json_schema": {
+            "schema": {"anyOf": [{"$ref": "#"}] * 300}}}}, "response_format.json_schema.schema"),
+        ("/detokenize", {"tokens": [1] * 300_000}, "tokens"),
+    ],
+    ids=range(10),
+)  # fmt: skip
+def test_what_is_too_much_is_named_with_one_short_error(client, path, body, param):
+    response = client.post(path, json=body)
+    assert (response.status_code, error_of(response)["param"]) == (400, param)
+    assert len(response.content) < 2000
+
+
+def test_health_answers_while_requests_are_prepared(monkeypatch):
+    backend, goes_on = StubBackend(), threading.Event()
+    monkeypatch.setattr(backend, "check", lambda request: goes_on.wait(20))
+    with running(backend, max_queue=1) as server, httpx.Client(base_url=server.url) as client:
+        asking = [threading.Thread(target=lambda: httpx.post(server.url + CHAT, json=HELLO)) for _ in range(2)]
+        for thread in asking:
+            thread.start()
+        lane = server.config.app.state.service._small
+        wait_until(lane._free.locked)
+        assert client.get("/health").status_code == 200  # both threads are taken
+        with socket.create_connection(server.servers[0].sockets[0].getsockname()) as connection:
+            body = json.dumps(HELLO).encode()
+            head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+            wait_until(lambda: lane._num_waiting == 1)
+            response = client.post(CHAT, json=HELLO)
+            assert (response.status_code, error_of(response)["code"]) == (429, "queue_full")
+            assert client.get("/health").status_code == 200
+        wait_until(lambda: lane._num_waiting == 0)  # a client that has left waits no longer
+        goes_on.set()
+        for thread in asking:
+            thread.join()
+        assert client.post(CHAT, json=HELLO).status_code == 200
+
+
+def test_the_sizes_of_open_requests_are_limited_together():
+    backend = StubBackend(endless, step_seconds=0.01, max_positions=10**6)
+    body = {**HELLO, "metadata": {str(i): "x" * 4000 for i in range(50)}}
+    with running(backend, max_open_bytes=300_000) as server, httpx.Client(base_url=server.url) as client:
+        with client.stream("POST", CHAT, json={**body, "stream": True}):
+            wait_until(lambda: backend.running)
+            response = client.post(CHAT, json=body)
+            assert (response.status_code, error_of(response)["code"]) == (429, "queue_full")
+            with client.stream("POST", CHAT, json={**HELLO, "stream": True}) as small:
+                assert small.status_code == 200
+        wait_until(lambda: not backend.running)
+        with client.stream("POST", CHAT, json={**body, "stream": True}) as response:
+            assert response.status_code == 200
+
+
+def test_a_reply_that_is_not_read_is_cut_off(monkeypatch):
+    monkeypatch.setattr(limits, "UNREAD_DELTAS", 50)
+
+    async def leave_unread() -> str:
+        backend = StubBackend(endless, max_positions=10**6)
+        request = Request("1", (5,), SamplingParams(max_tokens=10**5))
+        generation = Service(backend, ServerConfig()).start([request])
+        async with asyncio.timeout(20):
+            while not backend.running:
+                await asyncio.sleep(0)
+            while backend.running:
+                await asyncio.sleep(0)
+        with pytest.raises(ApiError) as error:
+            async for _ in generation.deltas():
+                pass
+        return error.value.code
+
+    assert asyncio.run(leave_unread()) == "client_too_slow"

@@ -1,6 +1,7 @@
 """The tokenizer against tokenizers and transformers, and against its own promises."""
 
 import json
+import random
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import tokenizers
 
 from openmimo.core.errors import DataError
 from openmimo.core.records import Message
+from openmimo.data import text_pieces
 from openmimo.data.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, StreamDecoder, Tokenizer
 
 TEXTS = [
@@ -195,3 +197,25 @@ def test_stream_equals_decode_on_any_ids(tokenizer):
             stream = StreamDecoder(tokenizer, skip_special=skip_special)
             text = "".join(stream.push(ids[i : i + 3]) for i in range(0, 30, 3)) + stream.flush()
             assert text == tokenizer.decode(ids, skip_special=skip_special)
+
+
+def test_a_long_text_in_pieces_has_the_tokens_of_the_whole(tokenizer, monkeypatch):
+    monkeypatch.setattr(text_pieces, "PIECE_CHARACTERS", 8)
+    monkeypatch.setattr(text_pieces, "_WINDOW_CHARACTERS", 5)
+    draw = random.Random(0)
+    characters = "abc é\u0301\n\r\t 1²'s.=日\u1161\u1100 \x1c\x85"
+    num_pieces = 0
+    for _ in range(2000):
+        text = "".join(draw.choice(characters) for _ in range(60))
+        pieces = list(text_pieces.text_pieces(text))
+        assert "".join(pieces) == text
+        assert tokenizer.encode(text) == tokenizer._plain_backend.encode(text, add_special_tokens=False).ids
+        num_pieces += len(pieces)
+    assert num_pieces > 3000
+
+
+def test_a_text_with_too_many_tokens_is_read_in_part(tokenizer):
+    text = "the words of a text " * 20_000
+    assert 100 < len(tokenizer.encode(text, most_tokens=100)) < len(tokenizer.encode(text))
+    turns = [Message("user", text)]
+    assert 100 < len(tokenizer.encode_chat(turns, most_tokens=100)) < len(tokenizer.encode_chat(turns))

@@ -6,6 +6,7 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI
 
 from openmimo.engine.server.backend import Backend
+from openmimo.engine.server.browser import CheckHost, CheckOrigin
 from openmimo.engine.server.config import ServerConfig
 from openmimo.engine.server.errors import ErrorBody, install_handlers
 from openmimo.engine.server.generation import Service
@@ -31,6 +32,7 @@ def create_app(backend: Backend, config: ServerConfig) -> FastAPI:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
+        await service.close()
         await backend.close()
 
     app = FastAPI(
@@ -47,10 +49,20 @@ def create_app(backend: Backend, config: ServerConfig) -> FastAPI:
     app.include_router(page_routes())
     app.mount("/page", PageFiles(directory=PAGE))
     paths = frozenset(app.openapi()["paths"]) | {"/"}
-    # The middleware added last runs first: a request is counted, then asked for its key, and only then read.
-    app.add_middleware(LimitBody, max_bytes=config.max_body_bytes, timeout_seconds=config.request_timeout_seconds)
+    # The middleware added last runs first: a request is counted, its Host and Origin are looked at, it is asked for its
+    # key, and only then read.
+    app.add_middleware(
+        LimitBody,
+        max_bytes=config.max_body_bytes,
+        max_open_bytes=config.max_open_bytes,
+        timeout_seconds=config.request_timeout_seconds,
+        retry_after_seconds=config.retry_after_seconds,
+    )
     if config.required_key is not None:
         app.add_middleware(RequireKey, api_key=config.required_key)
+    app.add_middleware(CheckOrigin, allowed=config.allowed_origins, refuses_others=config.required_key is None)
+    if config.answered_hosts is not None:
+        app.add_middleware(CheckHost, allowed=config.answered_hosts)
     app.add_middleware(
         CountRequests, count=lambda path, status: service.metrics.http_requests.labels(path, status).inc(), paths=paths
     )

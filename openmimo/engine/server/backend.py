@@ -31,7 +31,7 @@ class BackendGauges:
 
 
 class Backend(Protocol):
-    """Makes tokens. Everything is called on the event loop's thread.
+    """Makes tokens. All but `check` is called on the event loop's thread.
 
     model_name: what clients call it. max_positions: tokens of prompt and reply together, at most.
     """
@@ -41,7 +41,10 @@ class Backend(Protocol):
     max_positions: int
 
     def check(self, request: Request) -> None:
-        """Raises UserError if the request can never run (too long, an id out of range, a bad structure)."""
+        """Raises UserError if the request can never run (too long, an id out of range, a bad structure).
+
+        Called from several threads at once.
+        """
 
     def generate(self, request: Request) -> AsyncGenerator[Delta, None]:
         """The reply as it grows; the last delta has a finish_reason. Closing the iterator aborts the request."""

@@ -18,6 +18,7 @@ from openmimo.data.chat_parser import (
 )
 from openmimo.data.tokenizer import Tokenizer
 from openmimo.engine.server.errors import invalid
+from openmimo.engine.server.prompts import encode_messages
 from openmimo.engine.server.schema import ChatMessage, TemplateOptions
 from openmimo.engine.server.tools import ToolPolicy
 
@@ -52,37 +53,17 @@ def chat_prompt(
     policy: ToolPolicy,
     options: TemplateOptions,
     *,
+    most_tokens: int,
     param: str = "messages",
 ) -> ChatPrompt:
-    """The prompt of a conversation in the model's chat format. Raises ApiError if the template refuses it."""
+    """The prompt of a conversation in the model's chat format. Raises ApiError if the template refuses it, or for more
+    than `most_tokens`."""
     if options.enable_thinking and policy.opening:
         raise invalid("A call that must come leaves no room for thinking: turn one of the two off.", "tool_choice")
-    ids = encode_messages(tokenizer, messages, policy.tools, options, param=param)
+    ids = encode_messages(tokenizer, messages, policy.tools, options, most_tokens=most_tokens, param=param)
     starts_thinking = _ends_in_thought(tokenizer, ids)
     ids += tokenizer.encode(policy.opening, allow_special=True)
     return ChatPrompt(tuple(ids), policy, starts_thinking)
-
-
-def encode_messages(
-    tokenizer: Tokenizer,
-    messages: Sequence[dict[str, Any]],
-    tools: Sequence[dict[str, Any]],
-    options: TemplateOptions,
-    *,
-    add_generation_prompt: bool = True,
-    param: str = "messages",
-) -> list[int]:
-    """The ids of a conversation. Raises ApiError if the template refuses it."""
-    try:
-        return tokenizer.encode_chat(
-            messages,
-            tools=tools,
-            add_generation_prompt=add_generation_prompt,
-            enable_thinking=bool(options.enable_thinking),
-            keep_all_reasoning=options.keep_all_reasoning,
-        )
-    except DataError as error:
-        raise invalid(str(error), param) from error
 
 
 def template_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """The engine as the server's backend: it steps in a thread of its own, and replies cross over to the event loop.
 
-The thread alone touches the engine's state. The event loop hands it work (submit, abort) through a queue that it
+The thread alone changes the engine's state (`check` changes nothing but the compiler of structures, which makes each
+grammar once). The event loop hands it work (submit, abort) through a queue that it
 empties before each step, and gets back what each step added. So a client that goes away frees its pages before the
 next step.
 """
@@ -34,12 +35,17 @@ class EngineBackend:
         self._is_closing = False
         self._has_died = self._has_ended = False
         self._replies: dict[str, tuple[asyncio.AbstractEventLoop, _Reply]] = {}
+        self._structure_lock = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="openmimo-engine", daemon=True)
         self._thread.start()
 
     def check(self, request: Request) -> None:
-        """Raises UserError if the request can never run."""
-        self._engine.check(request)
+        """Raises UserError if the request can never run. May be called from any thread."""
+        if request.params.structure is None:
+            self._engine.check(request)  # reads what never changes
+        else:
+            with self._structure_lock:  # the first structure makes the compiler
+                self._engine.check(request)
 
     async def generate(self, request: Request) -> AsyncGenerator[Delta, None]:
         """The reply, one delta for each step that adds to it. Closing the iterator aborts it and frees its pages."""

@@ -1,18 +1,17 @@
 """Every error in OpenAI's shape: {"error": {"message", "type", "param", "code"}}."""
 
 import re
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 
 from openmimo.core.errors import UserError
 from openmimo.engine.server.disconnect import ClientGoneError
+from openmimo.engine.server.limits import shortened
 
 _TYPES = {
     401: "authentication_error",
@@ -22,7 +21,8 @@ _TYPES = {
     503: "overloaded_error",
     504: "timeout_error",
 }
-_FIELD = re.compile(r"[a-z_]+")  # others are pydantic's names for members of unions
+_TAG = re.compile(r"<[a-z ]+>")
+_PARAM_CHARACTERS = 200
 
 
 class ErrorDetails(BaseModel):
@@ -62,7 +62,8 @@ class ApiError(Exception):
     def body(self) -> dict[str, Any]:
         """The error in OpenAI's shape."""
         kind = _TYPES.get(self.status, "invalid_request_error")
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+        param = self.param and shortened(self.param, _PARAM_CHARACTERS)
+        return {"error": {"message": shortened(self.message), "type": kind, "param": param, "code": self.code}}
 
     def response(self) -> JSONResponse:
         """The error as a whole response."""
@@ -83,7 +84,6 @@ def install_handlers(app: FastAPI) -> None:
     """Lets every error of the app's routes leave in OpenAI's shape."""
     app.add_exception_handler(ApiError, _on_api_error)
     app.add_exception_handler(UserError, _on_user_error)
-    app.add_exception_handler(RequestValidationError, _on_validation_error)
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(ClientGoneError, _on_client_gone)
     app.add_exception_handler(Exception, _on_bug)
@@ -97,36 +97,28 @@ async def _on_user_error(request: Request, error: UserError) -> JSONResponse:
     return invalid(str(error), None).response()
 
 
-async def _on_validation_error(request: Request, error: RequestValidationError) -> JSONResponse:
-    first = _telling(error.errors())
-    if first["type"] == "json_invalid":
-        return invalid(f"The body is not valid JSON: {first['ctx']['error']}", None, code="invalid_json").response()
-    param = _param(first["loc"])
-    if param is None:
-        return invalid("The body must be a JSON object, sent as Content-Type: application/json.", None).response()
-    if first["type"] == "extra_forbidden":
-        return invalid(f"{param} is not a field that this server knows.", param, code="unknown_parameter").response()
-    if first["type"] == "missing":
-        return invalid(f"{param} is missing.", param, code="missing_parameter").response()
+def validation_error(error: ValidationError) -> ApiError:
+    """A 400 that names the first field at fault."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    kind, context, location = first["type"], first.get("ctx", {}), first["loc"]
+    if kind == "unknown_field":
+        path = _param(location)
+        param = f"{path}.{context['name']}" if path else context["name"]
+        return invalid(f"{param} is not a field that this server knows.", param, code="unknown_parameter")
+    param = _param(location)
+    if kind == "missing":
+        return invalid(f"{param} is missing.", param, code="missing_parameter")
     reason = str(first["msg"]).removeprefix("Value error, ")
-    return invalid(f"{param}: {reason}", param, code="invalid_value").response()
+    return invalid(f"{param}: {reason}" if param else reason, param, code="invalid_value")
 
 
-def _telling(errors: Sequence[Any]) -> dict[str, Any]:
-    """The error to report, of the first field that has any. Each member of a union reports its own; the one that the
-    client meant went deepest into the value, and found the least wrong there."""
-    of_field = [error for error in errors if error["loc"][:2] == errors[0]["loc"][:2]]
-    members = Counter(error["loc"][:3] for error in of_field)
-    return max(of_field, key=lambda error: (len(error["loc"]), -members[error["loc"][:3]]))
-
-
-def _param(location: tuple[Any, ...]) -> str | None:
-    """The field's path, such as messages[0].content, without the names that pydantic gives to members of unions."""
+def _param(location: tuple[int | str, ...]) -> str | None:
+    """The field's path, such as messages[0].content, without the <tags> that stand for members of unions."""
     path = ""
-    for part in location[1:]:
+    for part in location:
         if isinstance(part, int):
             path += f"[{part}]"
-        elif _FIELD.fullmatch(part) and part not in ("str", "int"):
+        elif not _TAG.fullmatch(part):
             path += f".{part}" if path else part
     return path or None
 

@@ -5,17 +5,22 @@ import functools
 import logging
 import math
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing
+from dataclasses import replace
+from typing import TypeVar
 
 from openmimo.core.errors import UserError
-from openmimo.core.records import Delta, Request
+from openmimo.core.records import Delta, Request, SamplingParams
+from openmimo.engine.server import limits
 from openmimo.engine.server.backend import Backend
 from openmimo.engine.server.config import ServerConfig
 from openmimo.engine.server.errors import ApiError, engine_failed, invalid
 from openmimo.engine.server.metrics import Metrics
+from openmimo.engine.server.preparation import Lane
 
 _LOG = logging.getLogger(__name__)
+_Result = TypeVar("_Result")
 
 
 class Service:
@@ -33,6 +38,8 @@ class Service:
         self.is_draining = False
         self.num_waiting = 0
         self._generations: set[Generation] = set()
+        # Two lanes, so that long documents do not hold up chats.
+        self._small, self._large = self._lane("small", num_threads=2), self._lane("large", num_threads=1)
 
     @property
     def num_active(self) -> int:
@@ -55,20 +62,46 @@ class Service:
             return ApiError(503, "The engine is not running.", code="engine_unhealthy", headers=self._retry_after(1))
         return None
 
-    def start(self, requests: Sequence[Request], *, param: str) -> "Generation":
-        """Begins to answer. param: the field that holds the prompt.
+    async def prepared(self, work: Callable[[], _Result], *, is_large: bool) -> _Result:
+        """The result of `work`, which runs in a thread beside the event loop. is_large: it may take long.
 
-        Raises ApiError: 400 if a request can never run, 429 if too many wait, 503 as `refusal` says.
+        Raises what `work` raises, and ApiError: 429 if too much waits, 503 as `refusal` says, 504 after too long.
         """
         if (refusal := self.refusal()) is not None:
             raise refusal
-        if len(requests) > self.config.max_choices:
+        try:
+            async with asyncio.timeout(self.config.request_timeout_seconds):
+                return await (self._large if is_large else self._small).run(work)
+        except TimeoutError as error:
+            raise ApiError(504, "The request waited too long before it was read.", code="timeout") from error
+
+    def check_num_replies(self, num_prompts: int, num_choices: int) -> None:
+        """Raises ApiError for too many replies to one request, before any prompt is encoded."""
+        asked, most = num_prompts * num_choices, self.config.max_choices
+        if asked > most:
+            raise invalid(f"This asks for {asked} replies (prompts times n); at most {most} at once.", "n")
+
+    def check(self, requests: Sequence[Request], *, param: str, structure_param: str) -> None:
+        """Raises ApiError (400) if a request can never run. May be called from any thread; a grammar takes its time.
+
+        param, structure_param: the fields that hold the prompt, and the form of the reply.
+        """
+        num_tokens = sum(len(request.prompt_token_ids) for request in requests)
+        if num_tokens > limits.REPLY_PROMPT_TOKENS:
             raise invalid(
-                f"This asks for {len(requests)} replies (prompts times n); at most {self.config.max_choices} at once.",
+                f"The prompts of all replies have {num_tokens} tokens; at most {limits.REPLY_PROMPT_TOKENS} at once.",
                 "n",
             )
+        checked: set[int] = set()
         for request in requests:
-            self._check(request, param)
+            if id(request.prompt_token_ids) not in checked:  # the choices of a prompt share it
+                checked.add(id(request.prompt_token_ids))
+                self._check(request, param, structure_param)
+
+    def start(self, requests: Sequence[Request]) -> "Generation":
+        """Begins to answer what was checked. Raises ApiError: 429 if too many wait, 503 as `refusal` says."""
+        if (refusal := self.refusal()) is not None:
+            raise refusal
         # A request that is larger than the whole queue must still be served when nobody waits.
         if self.num_waiting and self.num_waiting + len(requests) > self.config.max_queue:
             raise ApiError(
@@ -92,7 +125,20 @@ class Service:
         for generation in tuple(self._generations):
             generation.fail(ApiError(503, "The server ended before the reply did.", code="draining"))
 
-    def _check(self, request: Request, param: str) -> None:
+    async def close(self) -> None:
+        """Returns when no thread prepares anything any more."""
+        for lane in (self._small, self._large):
+            await asyncio.to_thread(lane.close)
+
+    def _lane(self, name: str, *, num_threads: int) -> Lane:
+        return Lane(
+            name,
+            num_threads=num_threads,
+            most_waiting=self.config.max_queue,
+            retry_after_seconds=self.config.retry_after_seconds,
+        )
+
+    def _check(self, request: Request, param: str, structure_param: str) -> None:
         num_tokens, positions = len(request.prompt_token_ids), self.backend.max_positions
         if num_tokens >= positions:
             raise invalid(
@@ -100,8 +146,20 @@ class Service:
                 param,
                 code="context_length_exceeded",
             )
+        # Part by part, so that an error names the field at fault.
+        params = request.params
+        parts = replace(params, structure=None, logit_bias={}, stop_token_ids=())
+        self._ask_backend(request, parts, param)
+        parts = replace(parts, stop_token_ids=params.stop_token_ids)
+        self._ask_backend(request, parts, "stop_token_ids")
+        parts = replace(parts, logit_bias=params.logit_bias)
+        self._ask_backend(request, parts, "logit_bias")
+        if params.structure is not None:
+            self._ask_backend(request, params, structure_param)
+
+    def _ask_backend(self, request: Request, params: SamplingParams, param: str) -> None:
         try:
-            self.backend.check(request)
+            self.backend.check(replace(request, params=params))
         except UserError as error:
             raise invalid(str(error), param) from error
 
@@ -171,6 +229,8 @@ class Generation:
             async for delta in deltas:
                 if delta.finish_reason in ("error", "abort"):
                     raise engine_failed(delta.error or "it gave the request up.")
+                if self._events.qsize() >= limits.UNREAD_DELTAS:
+                    raise ApiError(503, "The client does not read its reply.", code="client_too_slow")
                 self._meters[index].see(delta)
                 self._events.put_nowait((index, delta))
                 if delta.finish_reason:

@@ -3,10 +3,12 @@
 import asyncio
 import hmac
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from openmimo.engine.server.errors import ApiError
+from openmimo.engine.server.limits import LARGE_BODY_BYTES
 
 _GUARDED = ("/v1/", "/tokenize", "/detokenize")
 
@@ -59,31 +61,42 @@ class RequireKey:
 
 
 class LimitBody:
-    """Reads the body before the route runs, and refuses it as soon as it is too large, chunked or not."""
+    """Reads the body before the route runs, and refuses it as soon as it is too large, chunked or not.
 
-    def __init__(self, app: ASGIApp, max_bytes: int, timeout_seconds: float):
+    max_open_bytes: of all bodies that are read or whose requests are answered, together; small ones do not count.
+    """
+
+    def __init__(
+        self, app: ASGIApp, *, max_bytes: int, max_open_bytes: int, timeout_seconds: float, retry_after_seconds: int
+    ):
         self._app = app
         self._max_bytes = max_bytes
+        self._max_open_bytes = max_open_bytes
+        self._num_open_bytes = 0
         self._timeout_seconds = timeout_seconds
+        self._retry_after_seconds = retry_after_seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers as an ASGI app."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        size = _Size()
         try:
-            body = await self._read(scope, receive)
-        except ApiError as error:
-            await error.response()(scope, receive, send)
-            return
-        unread = [{"type": "http.request", "body": body, "more_body": False}]
+            try:
+                unread = [{"type": "http.request", "body": await self._read(scope, receive, size), "more_body": False}]
+            except ApiError as error:
+                await error.response()(scope, receive, send)
+                return
 
-        async def replay() -> Message:
-            return unread.pop() if unread else await receive()
+            async def replay() -> Message:
+                return unread.pop() if unread else await receive()
 
-        await self._app(scope, replay, send)
+            await self._app(scope, replay, send)
+        finally:
+            self._num_open_bytes -= size.num_bytes
 
-    async def _read(self, scope: Scope, receive: Receive) -> bytes:
+    async def _read(self, scope: Scope, receive: Receive, size: "_Size") -> bytes:
         """The body; of a client that has vanished, what came of it. Raises ApiError."""
         # What is not read of a body would be taken for the next request, so these errors end the connection.
         headers = {"Connection": "close"}
@@ -101,7 +114,29 @@ class LimitBody:
                     body += message.get("body", b"")
                     if len(body) > self._max_bytes:
                         raise too_large
+                    self._count(size, len(body))
                     if not message.get("more_body", False):
                         return bytes(body)
         except TimeoutError as error:
             raise ApiError(408, "The request did not arrive in time.", code="timeout", headers=headers) from error
+
+    def _count(self, size: "_Size", num_bytes: int) -> None:
+        """Counts a body that has grown to `num_bytes`. Raises ApiError where all of them are too large together."""
+        if num_bytes <= LARGE_BODY_BYTES:
+            return
+        self._num_open_bytes += num_bytes - size.num_bytes
+        size.num_bytes = num_bytes
+        if self._num_open_bytes > max(self._max_open_bytes, num_bytes):
+            raise ApiError(
+                429,
+                f"Requests of {self._max_open_bytes} bytes are read or answered already; try again.",
+                code="queue_full",
+                headers={"Retry-After": str(self._retry_after_seconds), "Connection": "close"},
+            )
+
+
+@dataclass
+class _Size:
+    """What one body adds to the open bytes."""
+
+    num_bytes: int = 0

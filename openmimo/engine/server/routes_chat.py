@@ -3,11 +3,12 @@
 import secrets
 import time
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse
 
+from openmimo.core.records import Request as EngineRequest
 from openmimo.data.chat_parser import ChatEvent, ContentText, ReasoningText, ToolCallArguments, ToolCallStart
 from openmimo.engine.server.chat import (
     ChatPrompt,
@@ -20,9 +21,15 @@ from openmimo.engine.server.disconnect import unless_disconnected
 from openmimo.engine.server.errors import invalid
 from openmimo.engine.server.generation import Generation, Service
 from openmimo.engine.server.json_body import JsonRoute
-from openmimo.engine.server.sampling import engine_requests, sampling_params, structure_of, token_limit
+from openmimo.engine.server.sampling import (
+    engine_requests,
+    sampling_params,
+    structure_field,
+    structure_of,
+    token_limit,
+)
 from openmimo.engine.server.schema import ChatRequest, StreamOptions
-from openmimo.engine.server.streaming import DONE, STREAMED, EventStream, event
+from openmimo.engine.server.streaming import DONE, STREAMED, event, respond
 from openmimo.engine.server.tokens import TokenDetails, chat_logprobs
 from openmimo.engine.server.tools import ToolPolicy, tool_policy
 from openmimo.engine.server.usage import usage
@@ -36,29 +43,45 @@ def chat_routes(service: Service) -> APIRouter:
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         """Answers a conversation."""
         service.check_model(body.model)
-        answer = _start(service, body)
-        if body.stream:
-            return EventStream(answer.events(body.stream_options or StreamOptions()), answer.generation)
-        try:
-            return JSONResponse(await unless_disconnected(request.receive, answer.whole()))
-        finally:
-            await answer.generation.close()
+        _check_options(body)
+        has_form = body.structured_outputs is not None or body.response_format is not None
+        is_large = request.state.is_large or has_form
+        work = service.prepared(lambda: _prepare(service, body), is_large=is_large)
+        chat = await unless_disconnected(request.receive, work)
+        answer = _ChatAnswer(service, body, chat, service.start(chat.requests))
+        return await respond(request, answer, answer.events() if body.stream else None)
 
     return router
 
 
-def _start(service: Service, body: ChatRequest) -> "_ChatAnswer":
+def _check_options(body: ChatRequest) -> None:
     if body.stream_options and not body.stream:
         raise invalid("stream_options belongs to a stream; set stream to true.", "stream_options")
     if body.top_logprobs and not body.logprobs:
         raise invalid("top_logprobs needs logprobs: true.", "top_logprobs")
+
+
+@dataclass(frozen=True)
+class _Chat:
+    """A chat request ready for the engine: one of `requests` and of `replies` for each choice."""
+
+    prompt: ChatPrompt
+    requests: list[EngineRequest]
+    replies: list[ChatReply]
+
+
+def _prepare(service: Service, body: ChatRequest) -> _Chat:
+    """The engine's requests, checked. Runs in a thread."""
+    num_choices = body.n or 1
+    service.check_num_replies(1, num_choices)
     policy = _tool_policy(body)
     options = template_options(body.chat_template_kwargs, body.reasoning_effort, "reasoning_effort")
     structure = structure_of(body, body.response_format)
     if structure is not None:
         check_structure_alone(policy, thinks=bool(options.enable_thinking))
     tokenizer = service.backend.tokenizer
-    prompt = chat_prompt(tokenizer, template_messages(body.messages), policy, options)
+    messages = template_messages(body.messages)
+    prompt = chat_prompt(tokenizer, messages, policy, options, most_tokens=service.backend.max_positions)
     params = sampling_params(
         body,
         max_tokens=_max_tokens(service, body, prompt),
@@ -66,10 +89,10 @@ def _start(service: Service, body: ChatRequest) -> "_ChatAnswer":
         logprobs=bool(body.logprobs),
         top_logprobs=body.top_logprobs or 0,
     )
-    num_choices = body.n or 1
     requests = engine_requests([prompt.token_ids], params, body, num_choices=num_choices)
-    replies = [ChatReply(tokenizer, prompt) for _ in range(num_choices)]
-    return _ChatAnswer(service, body, prompt, replies, service.start(requests, param="messages"))
+    structure_param = "tools" if structure is None else structure_field(body, "response_format")
+    service.check(requests, param="messages", structure_param=structure_param)
+    return _Chat(prompt, requests, [ChatReply(tokenizer, prompt) for _ in range(num_choices)])
 
 
 def check_structure_alone(policy: ToolPolicy, *, thinks: bool, param: str = "response_format") -> None:
@@ -107,15 +130,14 @@ class _ChatAnswer:
         self,
         service: Service,
         body: ChatRequest,
-        prompt: ChatPrompt,
-        replies: list[ChatReply],
+        chat: _Chat,
         generation: Generation,
     ):
         self.generation = generation
         self._tokenizer = service.backend.tokenizer
         self._body = body
-        self._prompt = prompt
-        self._replies = replies
+        self._prompt = chat.prompt
+        self._replies = chat.replies
         self._envelope = {
             "id": f"chatcmpl-{secrets.token_hex(12)}",
             "created": int(time.time()),
@@ -145,8 +167,9 @@ class _ChatAnswer:
             answer["prompt_token_ids"] = list(self._prompt.token_ids)
         return answer
 
-    async def events(self, options: StreamOptions) -> AsyncIterator[bytes]:
+    async def events(self) -> AsyncIterator[bytes]:
         """The stream of chunks: each choice's role, what it says, and why it ended; then the usage if asked for."""
+        options = self._body.stream_options or StreamOptions()
         details = [TokenDetails(self._tokenizer) for _ in self._replies]
         for index in range(len(self._replies)):
             yield self._chunk({"index": index, "delta": {"role": "assistant", "content": ""}, "finish_reason": None})

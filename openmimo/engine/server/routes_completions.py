@@ -2,21 +2,22 @@
 
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse
 
 from openmimo.core.records import Delta, SamplingParams
+from openmimo.core.records import Request as EngineRequest
 from openmimo.data.tokenizer import Tokenizer
 from openmimo.engine.server.disconnect import unless_disconnected
 from openmimo.engine.server.errors import invalid
 from openmimo.engine.server.generation import Generation, Service
 from openmimo.engine.server.json_body import JsonRoute
+from openmimo.engine.server.prompts import encode_text
 from openmimo.engine.server.sampling import engine_requests, sampling_params, structure_of, token_limit
 from openmimo.engine.server.schema import CompletionRequest, StreamOptions
-from openmimo.engine.server.streaming import DONE, STREAMED, EventStream, event
+from openmimo.engine.server.streaming import DONE, STREAMED, event, respond
 from openmimo.engine.server.tokens import CompletionLogprobs, TokenDetails
 from openmimo.engine.server.usage import usage
 
@@ -31,37 +32,43 @@ def completion_routes(service: Service) -> APIRouter:
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Continues one or several texts."""
         service.check_model(body.model)
-        answer = _start(service, body)
-        if body.stream:
-            return EventStream(answer.events(body.stream_options or StreamOptions()), answer.generation)
-        try:
-            return JSONResponse(await unless_disconnected(request.receive, answer.whole()))
-        finally:
-            await answer.generation.close()
+        _check_options(body)
+        is_large = request.state.is_large or body.structured_outputs is not None
+        work = service.prepared(lambda: _requests(service, body), is_large=is_large)
+        requests = await unless_disconnected(request.receive, work)
+        answer = _CompletionAnswer(service, body, requests, service.start(requests))
+        return await respond(request, answer, answer.events() if body.stream else None)
 
     return router
 
 
-def _start(service: Service, body: CompletionRequest) -> "_CompletionAnswer":
-    num_choices = body.n or 1
+def _check_options(body: CompletionRequest) -> None:
     if body.stream_options and not body.stream:
         raise invalid("stream_options belongs to a stream; set stream to true.", "stream_options")
-    if body.best_of not in (None, num_choices):
+    if body.best_of not in (None, body.n or 1):
         raise invalid("best_of must equal n: replies are not ranked here.", "best_of")
-    prompts = _prompts(service.backend.tokenizer, body)
-    requests = engine_requests(prompts, _params(service, body), body, num_choices=num_choices)
-    generation = service.start(requests, param="prompt")
-    replies = [_Continuation(service.backend.tokenizer, request.prompt_token_ids, body) for request in requests]
-    return _CompletionAnswer(service, body, replies, generation)
 
 
-def _prompts(tokenizer: Tokenizer, body: CompletionRequest) -> list[list[int]]:
-    prompt = body.prompt
-    if isinstance(prompt, str):
-        return [tokenizer.encode(prompt)]
-    if isinstance(prompt[0], int):
-        return [prompt]
-    return [tokenizer.encode(one) if isinstance(one, str) else one for one in prompt]
+def _requests(service: Service, body: CompletionRequest) -> list[EngineRequest]:
+    """The engine's requests, checked. Runs in a thread."""
+    num_choices = body.n or 1
+    params = _params(service, body)
+    prompts = _prompts(body)
+    service.check_num_replies(len(prompts), num_choices)
+    tokenizer, most = service.backend.tokenizer, service.backend.max_positions
+    ids = [
+        encode_text(tokenizer, prompt, most_tokens=most, param="prompt") if isinstance(prompt, str) else prompt
+        for prompt in prompts
+    ]
+    requests = engine_requests(ids, params, body, num_choices=num_choices)
+    service.check(requests, param="prompt", structure_param="structured_outputs")
+    return requests
+
+
+def _prompts(body: CompletionRequest) -> Sequence[str | list[int]]:
+    if isinstance(body.prompt, str):
+        return [body.prompt]
+    return [body.prompt] if isinstance(body.prompt[0], int) else body.prompt
 
 
 def _params(service: Service, body: CompletionRequest) -> SamplingParams:
@@ -112,11 +119,13 @@ class _Continuation:
 class _CompletionAnswer:
     """The replies to one completion request, whole or as a stream of chunks."""
 
-    def __init__(self, service: Service, body: CompletionRequest, replies: list[_Continuation], generation: Generation):
+    def __init__(
+        self, service: Service, body: CompletionRequest, requests: list[EngineRequest], generation: Generation
+    ):
         self.generation = generation
         self._tokenizer = service.backend.tokenizer
         self._body = body
-        self._replies = replies
+        self._replies = [_Continuation(self._tokenizer, request.prompt_token_ids, body) for request in requests]
         self._envelope = {
             "id": f"cmpl-{secrets.token_hex(12)}",
             "object": "text_completion",
@@ -142,8 +151,9 @@ class _CompletionAnswer:
             choices.append(choice)
         return {**self._envelope, "choices": choices, "usage": self._usage()}
 
-    async def events(self, options: StreamOptions) -> AsyncIterator[bytes]:
+    async def events(self) -> AsyncIterator[bytes]:
         """The stream of chunks, and the usage if asked for."""
+        options = self._body.stream_options or StreamOptions()
         details = [TokenDetails(self._tokenizer) for _ in self._replies]
         started: set[int] = set()
         async for index, delta in self.generation.deltas():

@@ -6,8 +6,8 @@ from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse
 
+from openmimo.core.records import Request as EngineRequest
 from openmimo.core.records import Structure
 from openmimo.engine.server.chat import ChatPrompt, ChatReply, chat_prompt, template_options
 from openmimo.engine.server.disconnect import unless_disconnected
@@ -16,10 +16,16 @@ from openmimo.engine.server.generation import Generation, Service
 from openmimo.engine.server.json_body import JsonRoute
 from openmimo.engine.server.responses import Event, OutputItems, input_messages
 from openmimo.engine.server.routes_chat import check_structure_alone
-from openmimo.engine.server.sampling import engine_requests, sampling_params, structure_of, token_limit
+from openmimo.engine.server.sampling import (
+    engine_requests,
+    sampling_params,
+    structure_field,
+    structure_of,
+    token_limit,
+)
 from openmimo.engine.server.schema import JsonSchemaFormat, ResponseFormat
 from openmimo.engine.server.schema_responses import ResponseRequest, ResponseTool
-from openmimo.engine.server.streaming import STREAMED, EventStream, event
+from openmimo.engine.server.streaming import STREAMED, event, respond
 from openmimo.engine.server.tools import ToolPolicy, tool_policy
 
 
@@ -31,32 +37,33 @@ def response_routes(service: Service) -> APIRouter:
     async def responses(body: ResponseRequest, request: Request) -> Response:
         """Answers a conversation with a list of items."""
         service.check_model(body.model)
-        answer = _start(service, body)
-        if body.stream:
-            return EventStream(answer.stream(), answer.generation)
-        try:
-            return JSONResponse(await unless_disconnected(request.receive, answer.whole()))
-        finally:
-            await answer.generation.close()
+        has_form = body.structured_outputs is not None or body.text is not None
+        is_large = request.state.is_large or has_form
+        work = service.prepared(lambda: _prepare(service, body), is_large=is_large)
+        prompt, requests = await unless_disconnected(request.receive, work)
+        answer = _ResponseAnswer(service, body, prompt, service.start(requests))
+        return await respond(request, answer, answer.stream() if body.stream else None)
 
     return router
 
 
-def _start(service: Service, body: ResponseRequest) -> "_ResponseAnswer":
+def _prepare(service: Service, body: ResponseRequest) -> tuple[ChatPrompt, list[EngineRequest]]:
+    """The prompt, and the engine's one request, checked. Runs in a thread."""
     policy = _tool_policy(body)
     effort = body.reasoning.effort if body.reasoning else None
     options = template_options(body.chat_template_kwargs, effort, "reasoning.effort")
     structure = _structure(body)
     if structure is not None:
         check_structure_alone(policy, thinks=bool(options.enable_thinking), param="text.format")
-    tokenizer = service.backend.tokenizer
-    prompt = chat_prompt(tokenizer, input_messages(body), policy, options, param="input")
-    room = max(service.backend.max_positions - len(prompt.token_ids), 1)
+    tokenizer, positions = service.backend.tokenizer, service.backend.max_positions
+    prompt = chat_prompt(tokenizer, input_messages(body), policy, options, most_tokens=positions, param="input")
+    room = max(positions - len(prompt.token_ids), 1)
     limit = token_limit(body.max_output_tokens, room, service.config.max_tokens, "max_output_tokens")
     params = sampling_params(body, max_tokens=limit, structure=structure or policy.structure)
     requests = engine_requests([prompt.token_ids], params, body, num_choices=1)
-    generation = service.start(requests, param="input")
-    return _ResponseAnswer(service, body, prompt, ChatReply(tokenizer, prompt), generation)
+    structure_param = "tools" if structure is None else structure_field(body, "text.format")
+    service.check(requests, param="input", structure_param=structure_param)
+    return prompt, requests
 
 
 def _structure(body: ResponseRequest) -> Structure | None:
@@ -86,13 +93,12 @@ class _ResponseAnswer:
         service: Service,
         body: ResponseRequest,
         prompt: ChatPrompt,
-        reply: ChatReply,
         generation: Generation,
     ):
         self.generation = generation
         self._prompt = prompt
-        self._reply = reply
-        self._output = OutputItems(reply)
+        self._reply = ChatReply(service.backend.tokenizer, prompt)
+        self._output = OutputItems(self._reply)
         self._response = _new_response(service, body)
         self._num_events = 0
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from openmimo.core.records import Request, SamplingParams, Structure
+from openmimo.engine.server import limits
 from openmimo.engine.server.errors import invalid
 from openmimo.engine.server.schema import CommonFields, ResponseFormat, StructuredOutputs
 
@@ -60,15 +61,16 @@ def engine_requests(
     """num_choices requests for each prompt, in order. Choice i has a seed that depends on the client's and i alone."""
     if fields.session is not None and len(prompts) * num_choices > 1:
         raise invalid("A session has one turn at a time: give one prompt and n 1.", "session")
+    shared = [tuple(prompt) for prompt in prompts]
     return [
         Request(
             id=secrets.token_hex(12),
-            prompt_token_ids=tuple(prompt),
+            prompt_token_ids=prompt,
             params=replace(params, seed=_derived_seed(params.seed, choice)),
             priority=fields.priority or 0,
             session=fields.session,
         )
-        for prompt in prompts
+        for prompt in shared
         for choice in range(num_choices)
     ]
 
@@ -81,6 +83,11 @@ def structure_of(fields: CommonFields, response_format: ResponseFormat | None = 
     if formatted is not None:
         raise invalid("structured_outputs and response_format both constrain the text.", "structured_outputs")
     return _of_structured_outputs(fields.structured_outputs)
+
+
+def structure_field(fields: CommonFields, format_field: str) -> str:
+    """The field that a structure comes from. format_field: where the endpoint has the form of the reply."""
+    return format_field if fields.structured_outputs is None else "structured_outputs"
 
 
 def _of_response_format(response_format: ResponseFormat | None) -> Structure | None:
@@ -98,7 +105,12 @@ def _of_structured_outputs(outputs: StructuredOutputs) -> Structure:
         return Structure("regex", outputs.regex)
     if outputs.grammar is not None:
         return Structure("grammar", outputs.grammar)
-    return Structure("regex", "|".join(re.escape(choice) for choice in outputs.choice or ()))
+    pattern = "|".join(re.escape(choice) for choice in outputs.choice or ())
+    if len(pattern) > limits.STRUCTURE_CHARACTERS:
+        raise invalid(
+            f"The choices have more than {limits.STRUCTURE_CHARACTERS} characters.", "structured_outputs.choice"
+        )
+    return Structure("regex", pattern)
 
 
 def _derived_seed(seed: int | None, choice: int) -> int | None:

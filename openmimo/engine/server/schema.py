@@ -2,23 +2,76 @@
 
 A field that this server does not know is refused by its name. None is as good as absent. Fields under "not in OpenAI's
 API" are what `SamplingParams` and `Request` offer beyond it.
+
+Validation stops at the first fault of each list, and a value of several possible types is validated as one of them
+only, so that a hostile body gives few errors. Tags of such types are written <so>, to tell them from fields.
 """
 
+import functools
+import json
 from typing import Annotated, Any, Literal
 
-import pydantic_core
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from openmimo.engine.server import limits
+from openmimo.engine.server.json_values import check_tree, parse_arguments
 
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Probability = Annotated[float, Field(gt=0.0, le=1.0)]
 Penalty = Annotated[float, Field(ge=-2.0, le=2.0)]
 Text = Annotated[str, Field(min_length=1)]
+Name = Annotated[str, Field(max_length=limits.SHORT_CHARACTERS)]
+Label = Annotated[str, Field(max_length=limits.LABEL_CHARACTERS)]
+StopText = Annotated[str, Field(min_length=1, max_length=limits.STOP_CHARACTERS)]
+
+
+def few_entries(most: int) -> BeforeValidator:
+    """At most `most` entries of an object, counted before any is validated."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > most:
+            raise ValueError(f"it has {len(value)} entries; at most {most} are allowed.")
+        return value
+
+    return BeforeValidator(check)
+
+
+def text_or(tag: str) -> Discriminator:
+    """Tells a text, <text>, from what stands under `tag`: whatever else it is, it is meant to be that."""
+    return Discriminator(lambda value: "<text>" if isinstance(value, str) else tag)
+
+
+@functools.cache
+def _field_names(model: type[BaseModel]) -> frozenset[str]:
+    return frozenset(field.alias or name for name, field in model.model_fields.items())
 
 
 class Fields(BaseModel):
     """A JSON object whose every field is known."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _knows_every_field(cls, value: Any) -> Any:
+        # Otherwise pydantic reports each unknown field, of which there may be a hundred thousand.
+        if isinstance(value, dict):
+            known = _field_names(cls)
+            for name in value:
+                if name not in known:
+                    raise PydanticCustomError("unknown_field", "unknown", {"name": name})
+        return value
 
 
 class LenientFields(BaseModel):
@@ -39,13 +92,33 @@ class StreamOptions(Fields):
     include_obfuscation: bool | None = None
 
 
+def _check_grammar(grammar: str) -> str:
+    if grammar.count(":") > limits.STRUCTURE_RULES:
+        raise ValueError(f"it has more than {limits.STRUCTURE_RULES} rules.")
+    return grammar
+
+
+def _check_output_schema(schema: dict[str, Any]) -> dict[str, Any]:
+    check_tree(schema, limits.SCHEMA_VALUES)
+    text = json.dumps(schema)
+    if len(text) > limits.STRUCTURE_CHARACTERS:
+        raise ValueError(f"it has {len(text)} characters; at most {limits.STRUCTURE_CHARACTERS} are allowed.")
+    if text.count('"$ref"') > limits.SCHEMA_REFERENCES:
+        raise ValueError(f"it holds more than {limits.SCHEMA_REFERENCES} references ($ref).")
+    return schema
+
+
+_GRAMMAR = AfterValidator(_check_grammar)
+OutputSchema = Annotated[dict[str, Any], AfterValidator(_check_output_schema)]
+
+
 class StructuredOutputs(Fields):
     """What the text must look like: exactly one of these (not in OpenAI's API)."""
 
-    json_schema: dict[str, JsonValue] | None = Field(None, alias="json")
-    regex: Text | None = None
-    grammar: Text | None = None
-    choice: Annotated[list[Text], Field(min_length=1)] | None = None
+    json_schema: OutputSchema | None = Field(None, alias="json")
+    regex: Annotated[Text, Field(max_length=limits.STRUCTURE_CHARACTERS)] | None = None
+    grammar: Annotated[Text, Field(max_length=limits.STRUCTURE_CHARACTERS), _GRAMMAR] | None = None
+    choice: Annotated[list[Text], Field(min_length=1, max_length=limits.CHOICES, fail_fast=True)] | None = None
 
     @model_validator(mode="after")
     def _exactly_one(self) -> "StructuredOutputs":
@@ -64,16 +137,25 @@ class TemplateOptions(Fields):
 class CommonFields(Fields):
     """What all three generating endpoints take."""
 
-    model: str | None = None
+    model: Name | None = None
     stream: bool | None = None
     temperature: Annotated[float, Field(ge=0.0, le=100.0)] | None = None
     top_p: Probability | None = None
 
     # Not in OpenAI's API, or not in all of it.
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: Text | Annotated[list[Text], Field(max_length=16)] | None = None
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=256)] | None = None
-    logit_bias: dict[str, Annotated[float, Field(ge=-100.0, le=100.0)]] | None = None
+    stop: (
+        Annotated[
+            Annotated[StopText, Tag("<text>")]
+            | Annotated[list[StopText], Field(max_length=16, fail_fast=True), Tag("<texts>")],
+            text_or("<texts>"),
+        ]
+        | None
+    ) = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=256, fail_fast=True)] | None = None
+    logit_bias: (
+        Annotated[dict[str, Annotated[float, Field(ge=-100.0, le=100.0)]], few_entries(limits.BIASES)] | None
+    ) = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     repetition_penalty: Annotated[float, Field(gt=0.0, le=100.0)] | None = None
@@ -84,16 +166,16 @@ class CommonFields(Fields):
     max_repeats: Annotated[int, Field(ge=0, le=1000)] | None = None
     structured_outputs: StructuredOutputs | None = None
     priority: Annotated[int, Field(ge=-1000, le=1000)] | None = None
-    session: Text | None = None
+    session: Annotated[Text, Field(max_length=limits.SHORT_CHARACTERS)] | None = None
 
     # Accepted because clients send them; with one model on one server they change nothing.
-    user: str | None = None
-    metadata: dict[str, str] | None = None
+    user: Label | None = None
+    metadata: Annotated[dict[Name, Label], few_entries(limits.LABELS)] | None = None
     store: bool | None = None
-    service_tier: str | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
-    prompt_cache_retention: str | None = None
+    service_tier: Name | None = None
+    safety_identifier: Label | None = None
+    prompt_cache_key: Label | None = None
+    prompt_cache_retention: Name | None = None
 
     @field_validator("logit_bias")
     @classmethod
@@ -111,10 +193,37 @@ class CommonFields(Fields):
         return value
 
 
+def _prompt_tag(value: Any) -> str | None:
+    """What a prompt means to be, by its first element."""
+    if isinstance(value, str):
+        return "<text>"
+    if not isinstance(value, list):
+        return None
+    first = value[0] if value else ""
+    return "<texts>" if isinstance(first, str) else "<lists of ids>" if isinstance(first, list) else "<ids>"
+
+
+Prompt = Annotated[
+    Annotated[str, Tag("<text>")]
+    | Annotated[list[str], Field(min_length=1, max_length=limits.PROMPTS, fail_fast=True), Tag("<texts>")]
+    | Annotated[list[TokenId], Field(min_length=1, fail_fast=True), Tag("<ids>")]
+    | Annotated[
+        list[Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]],
+        Field(min_length=1, max_length=limits.PROMPTS, fail_fast=True),
+        Tag("<lists of ids>"),
+    ],
+    Discriminator(
+        _prompt_tag,
+        custom_error_type="prompt",
+        custom_error_message="it must be a text, a list of texts, a list of token ids, or a list of such lists",
+    ),
+]
+
+
 class CompletionRequest(CommonFields):
     """POST /v1/completions. `suffix` is not offered: the model was not trained to fill in the middle."""
 
-    prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
+    prompt: Prompt
     max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     n: Annotated[int, Field(ge=1, le=128)] | None = None
     best_of: Annotated[int, Field(ge=1, le=128)] | None = None
@@ -122,13 +231,6 @@ class CompletionRequest(CommonFields):
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     stream_options: StreamOptions | None = None
     return_token_ids: bool | None = None
-
-    @field_validator("prompt")
-    @classmethod
-    def _not_empty(cls, value: Any) -> Any:
-        if isinstance(value, list) and (not value or any(prompt == [] for prompt in value)):
-            raise ValueError("it must not be empty.")
-        return value
 
 
 class ContentPart(LenientFields):
@@ -142,18 +244,23 @@ class CalledFunction(LenientFields):
     """What a tool call calls; arguments: a JSON object, as text or as it is."""
 
     name: Text
-    arguments: str | dict[str, JsonValue] = ""
+    arguments: Annotated[
+        Annotated[str, Tag("<text>")] | Annotated[dict[str, Any], Tag("<object>")], text_or("<object>")
+    ] = ""
 
     @field_validator("arguments")
     @classmethod
     def _is_object(cls, value: str | dict[str, Any]) -> dict[str, Any]:
-        return parse_arguments(value) if isinstance(value, str) else value
+        if isinstance(value, str):
+            return parse_arguments(value)
+        check_tree(value, limits.SCHEMA_VALUES)
+        return value
 
 
 class ToolCall(LenientFields):
     """A call that the model made in an earlier turn."""
 
-    id: str | None = None
+    id: Label | None = None
     type: Literal["function"] = "function"
     function: CalledFunction
 
@@ -162,20 +269,35 @@ class ChatMessage(LenientFields):
     """One turn of the conversation. reasoning_content: what the model thought in that turn, as the server gave it."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[ContentPart] | None = None
+    content: (
+        Annotated[
+            Annotated[str, Tag("<text>")]
+            | Annotated[list[ContentPart], Field(max_length=limits.PARTS, fail_fast=True), Tag("<parts>")],
+            text_or("<parts>"),
+        ]
+        | None
+    ) = None
     reasoning_content: str | None = None
-    tool_calls: list[ToolCall] | None = None
-    tool_call_id: str | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=limits.CALLS, fail_fast=True)] | None = None
+    tool_call_id: Label | None = None
 
 
-def _check_properties(parameters: dict[str, Any] | None) -> dict[str, Any] | None:
-    properties = (parameters or {}).get("properties") or {}
+def _check_parameters(parameters: dict[str, Any]) -> dict[str, Any]:
+    check_tree(parameters, limits.SCHEMA_VALUES)
+    properties = parameters.get("properties") or {}
     if not isinstance(properties, dict) or not all(isinstance(one, dict) for one in properties.values()):
         raise ValueError("properties must be an object that gives each parameter's schema, an object too.")
     return parameters
 
 
-FunctionParameters = Annotated[dict[str, JsonValue] | None, AfterValidator(_check_properties)]
+def check_tools(tools: list[Any]) -> list[Any]:
+    """Raises ValueError if the schemas of tools hold too many values together."""
+    if sum(check_tree(tool.parameters_schema, limits.SCHEMA_VALUES) for tool in tools) > limits.TOOL_VALUES:
+        raise ValueError(f"their parameters hold more than {limits.TOOL_VALUES} values together.")
+    return tools
+
+
+FunctionParameters = Annotated[dict[str, Any], AfterValidator(_check_parameters)] | None
 
 
 class FunctionSchema(Fields):
@@ -193,6 +315,14 @@ class Tool(Fields):
     type: Literal["function"]
     function: FunctionSchema
 
+    @property
+    def parameters_schema(self) -> dict[str, Any] | None:
+        """What the arguments must look like."""
+        return self.function.parameters
+
+
+Tools = Annotated[list[Tool], Field(max_length=limits.TOOLS, fail_fast=True), AfterValidator(check_tools)]
+
 
 class FunctionName(Fields):
     """The name of a function."""
@@ -207,12 +337,15 @@ class NamedToolChoice(Fields):
     function: FunctionName
 
 
+ToolMode = Annotated[Literal["none", "auto", "required"], Tag("<text>")]
+
+
 class JsonSchemaFormat(Fields):
     """A JSON schema that the reply must follow."""
 
-    name: str | None = None
+    name: Name | None = None
     description: str | None = None
-    json_schema: dict[str, JsonValue] = Field(alias="schema")
+    json_schema: OutputSchema = Field(alias="schema")
     strict: bool | None = None
 
 
@@ -229,21 +362,24 @@ class ResponseFormat(Fields):
         return self
 
 
+Messages = Annotated[list[ChatMessage], Field(min_length=1, max_length=limits.MESSAGES, fail_fast=True)]
+
+
 class ChatRequest(CommonFields):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Messages
     max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     n: Annotated[int, Field(ge=1, le=128)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    tools: list[Tool] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
+    tools: Tools | None = None
+    tool_choice: Annotated[ToolMode | Annotated[NamedToolChoice, Tag("<named>")], text_or("<named>")] | None = None
     parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
-    modalities: list[Literal["text"]] | None = None
+    modalities: Annotated[list[Literal["text"]], Field(max_length=8, fail_fast=True)] | None = None
     stream_options: StreamOptions | None = None
     chat_template_kwargs: TemplateOptions | None = None
     return_token_ids: bool | None = None
@@ -252,11 +388,11 @@ class ChatRequest(CommonFields):
 class TokenizeRequest(Fields):
     """POST /tokenize: the ids of a text, or of a conversation in the model's chat format."""
 
-    model: str | None = None
+    model: Name | None = None
     prompt: str | None = None
     allow_special: bool = False
-    messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
-    tools: list[Tool] | None = None
+    messages: Messages | None = None
+    tools: Tools | None = None
     add_generation_prompt: bool = True
     chat_template_kwargs: TemplateOptions | None = None
 
@@ -270,13 +406,5 @@ class TokenizeRequest(Fields):
 class DetokenizeRequest(Fields):
     """POST /detokenize: the text of token ids, special tokens included."""
 
-    model: str | None = None
-    tokens: list[TokenId]
-
-
-def parse_arguments(text: str) -> dict[str, Any]:
-    """The arguments of a call. Raises ValueError unless they are a JSON object (no text: an empty one)."""
-    value = pydantic_core.from_json(text or "{}", allow_inf_nan=False)
-    if not isinstance(value, dict):
-        raise ValueError("the arguments must be a JSON object.")
-    return value
+    model: Name | None = None
+    tokens: Annotated[list[TokenId], Field(max_length=limits.DETOKENIZED_TOKENS, fail_fast=True)]

@@ -2,16 +2,23 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, JsonValue, Tag, field_validator, model_validator
+from pydantic import AfterValidator, Discriminator, Field, Tag, field_validator, model_validator
 
+from openmimo.engine.server import limits
+from openmimo.engine.server.json_values import parse_arguments
 from openmimo.engine.server.schema import (
     CommonFields,
     Fields,
     FunctionParameters,
+    Label,
     LenientFields,
+    Name,
+    OutputSchema,
     TemplateOptions,
     Text,
-    parse_arguments,
+    ToolMode,
+    check_tools,
+    text_or,
 )
 
 
@@ -22,26 +29,33 @@ class TextPart(LenientFields):
     text: str
 
 
+TextParts = Annotated[list[TextPart], Field(max_length=limits.PARTS, fail_fast=True)]
+TextOrParts = Annotated[
+    Annotated[str, Tag("<text>")] | Annotated[TextParts, Tag("<parts>")],
+    text_or("<parts>"),
+]
+
+
 class MessageItem(LenientFields):
     """A turn of the conversation."""
 
     type: Literal["message"] = "message"
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart] | None = None
+    content: TextOrParts | None = None
 
 
 class ReasoningItem(LenientFields):
     """What the model thought in an earlier turn, as the server gave it."""
 
     type: Literal["reasoning"]
-    content: list[TextPart] | None = None
+    content: TextParts | None = None
 
 
 class FunctionCallItem(LenientFields):
     """A call that the model made in an earlier turn; arguments: a JSON object, as text."""
 
     type: Literal["function_call"]
-    call_id: Text
+    call_id: Label
     name: Text
     arguments: str
 
@@ -56,8 +70,8 @@ class FunctionOutputItem(LenientFields):
     """What a call gave."""
 
     type: Literal["function_call_output"]
-    call_id: Text
-    output: str | list[TextPart]
+    call_id: Label
+    output: TextOrParts
 
 
 def _tag(item: Any) -> str | None:
@@ -66,18 +80,17 @@ def _tag(item: Any) -> str | None:
     return _TAGS.get(kind) if isinstance(kind, str) else None
 
 
-# Tags begin with a capital so that errors can tell them from fields.
 _TAGS = {
-    "message": "Message",
-    "reasoning": "Reasoning",
-    "function_call": "FunctionCall",
-    "function_call_output": "FunctionOutput",
+    "message": "<message>",
+    "reasoning": "<reasoning>",
+    "function_call": "<function call>",
+    "function_call_output": "<function output>",
 }
 InputItem = Annotated[
-    Annotated[MessageItem, Tag("Message")]
-    | Annotated[ReasoningItem, Tag("Reasoning")]
-    | Annotated[FunctionCallItem, Tag("FunctionCall")]
-    | Annotated[FunctionOutputItem, Tag("FunctionOutput")],
+    Annotated[MessageItem, Tag("<message>")]
+    | Annotated[ReasoningItem, Tag("<reasoning>")]
+    | Annotated[FunctionCallItem, Tag("<function call>")]
+    | Annotated[FunctionOutputItem, Tag("<function output>")],
     Discriminator(
         _tag,
         custom_error_type="input_item",
@@ -95,6 +108,11 @@ class ResponseTool(Fields):
     parameters: FunctionParameters = None
     strict: bool | None = None
 
+    @property
+    def parameters_schema(self) -> dict[str, Any] | None:
+        """What the arguments must look like."""
+        return self.parameters
+
 
 class ResponseToolChoice(Fields):
     """The one function to call."""
@@ -107,9 +125,9 @@ class TextFormat(Fields):
     """The form of the text."""
 
     type: Literal["text", "json_object", "json_schema"]
-    name: str | None = None
+    name: Name | None = None
     description: str | None = None
-    json_schema: dict[str, JsonValue] | None = Field(None, alias="schema")
+    json_schema: OutputSchema | None = Field(None, alias="schema")
     strict: bool | None = None
 
     @model_validator(mode="after")
@@ -129,13 +147,18 @@ class ReasoningOptions(Fields):
     """How much the model thinks. summary: accepted; the reasoning is given whole."""
 
     effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
-    summary: str | None = None
+    summary: Name | None = None
 
 
 class ResponseStreamOptions(Fields):
     """include_obfuscation: accepted; nothing is obfuscated."""
 
     include_obfuscation: bool | None = None
+
+
+ResponseTools = Annotated[
+    list[ResponseTool], Field(max_length=limits.TOOLS, fail_fast=True), AfterValidator(check_tools)
+]
 
 
 class ResponseRequest(CommonFields):
@@ -145,20 +168,25 @@ class ResponseRequest(CommonFields):
     background are refused.
     """
 
-    input: Text | Annotated[list[InputItem], Field(min_length=1)]
+    input: Annotated[
+        Annotated[Text, Tag("<text>")]
+        | Annotated[list[InputItem], Field(min_length=1, max_length=limits.MESSAGES, fail_fast=True), Tag("<items>")],
+        text_or("<items>"),
+    ]
     instructions: str | None = None
     max_output_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
-    tools: list[ResponseTool] | None = None
-    tool_choice: Literal["none", "auto", "required"] | ResponseToolChoice | None = None
+    tools: ResponseTools | None = None
+    tool_choice: Annotated[ToolMode | Annotated[ResponseToolChoice, Tag("<named>")], text_or("<named>")] | None = None
     parallel_tool_calls: bool | None = None
     text: TextOptions | None = None
     reasoning: ReasoningOptions | None = None
-    include: list[Literal["reasoning.encrypted_content"]] | None = None  # reasoning is given in the open
+    # Reasoning is given in the open.
+    include: Annotated[list[Literal["reasoning.encrypted_content"]], Field(max_length=8, fail_fast=True)] | None = None
     stream_options: ResponseStreamOptions | None = None
     chat_template_kwargs: TemplateOptions | None = None
-    truncation: str | None = None
-    previous_response_id: str | None = None
-    conversation: JsonValue | None = None
+    truncation: Name | None = None
+    previous_response_id: Name | None = None
+    conversation: Any | None = None
     background: bool | None = None
 
     @field_validator("truncation")

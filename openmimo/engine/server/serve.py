@@ -1,6 +1,7 @@
 """Runs the app until it is told to end: a first SIGTERM or Ctrl-C drains it, a second one ends what still runs."""
 
 import asyncio
+import gc
 import socket
 from types import FrameType
 
@@ -68,4 +69,6 @@ class Server(uvicorn.Server):
 
 def serve(backend: Backend, config: ServerConfig) -> None:
     """Answers requests until SIGTERM or Ctrl-C, then drains."""
+    gc.collect()
+    gc.freeze()  # what is loaded by now stays: a collection that visits it would hold up every request
     Server(backend, config).run()

@@ -2,8 +2,10 @@
 
 import json
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, Protocol
 
+from fastapi import Request
+from fastapi.responses import JSONResponse
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -22,6 +24,25 @@ def event(data: dict[str, Any], name: str | None = None) -> bytes:
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     text = text.translate(_LINE_ENDS)  # some clients take these for the ends of lines
     return (f"event: {name}\n" if name else "").encode() + f"data: {text}\n\n".encode()
+
+
+class Answer(Protocol):
+    """The replies to one request. generation: makes them."""
+
+    generation: Generation
+
+    async def whole(self) -> dict[str, Any]:
+        """The answer as one object."""
+
+
+async def respond(request: Request, answer: Answer, events: AsyncIterator[bytes] | None) -> Response:
+    """An answer as `events`, or whole if there are none; its generation ends with it."""
+    if events is not None:
+        return EventStream(events, answer.generation)
+    try:
+        return JSONResponse(await unless_disconnected(request.receive, answer.whole()))
+    finally:
+        await answer.generation.close()
 
 
 class EventStream(Response):

@@ -1,0 +1,118 @@
+"""What a browser may do: which Host names are answered, and which pages of other origins may ask.
+
+A page of any site can make a browser on this machine send requests here. A name that the site owns may be pointed at
+this machine (DNS rebinding), which makes the page one of the same origin: the Host header tells. Other pages send an
+Origin header with all that can change a state.
+"""
+
+from collections.abc import Sequence
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from openmimo.engine.server.config import is_loopback
+from openmimo.engine.server.errors import ApiError
+
+ANY = "*"
+_SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
+_EXPOSED = "Retry-After"
+_PREFLIGHT_SECONDS = "600"
+
+
+class CheckHost:
+    """Refuses requests whose Host header names another server. allowed: names without ports."""
+
+    def __init__(self, app: ASGIApp, allowed: Sequence[str]):
+        self._app = app
+        self._allowed = frozenset(_host_name(name) for name in allowed)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers as an ASGI app."""
+        if scope["type"] == "http":
+            for host in Headers(scope=scope).getlist("host"):
+                if not self._allows(_host_name(host)):
+                    error = ApiError(
+                        403,
+                        f"This server does not answer to the name {host!r}; start it with --allowed-hosts NAME to "
+                        "allow the name, or with an API key to allow all.",
+                        code="host_not_allowed",
+                    )
+                    await error.response()(scope, receive, send)
+                    return
+        await self._app(scope, receive, send)
+
+    def _allows(self, name: str) -> bool:
+        return name in self._allowed or is_loopback(name)
+
+
+class CheckOrigin:
+    """Answers pages of `allowed` origins as CORS has it.
+
+    Others are given no leave to read an answer. With `refuses_others`, they cannot send what changes a state either.
+    """
+
+    def __init__(self, app: ASGIApp, allowed: Sequence[str], *, refuses_others: bool):
+        self._app = app
+        self._allowed = frozenset(origin.lower().rstrip("/") for origin in allowed)
+        self._refuses_others = refuses_others
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers as an ASGI app."""
+        headers = Headers(scope=scope) if scope["type"] == "http" else Headers()
+        origin = headers.get("origin")
+        if origin is None:
+            await self._app(scope, receive, send)
+        elif ANY in self._allowed or origin.lower() in self._allowed:
+            await self._answer_allowed(origin, headers, scope, receive, send)
+        elif scope["method"] == "OPTIONS" or (self._refuses_others and self._is_foreign(origin, headers, scope)):
+            error = ApiError(
+                403,
+                f"Pages of the origin {origin!r} may not use this server; start it with --allowed-origins ORIGIN to "
+                "allow them.",
+                code="origin_not_allowed",
+            )
+            await error.response()(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
+
+    @staticmethod
+    def _is_foreign(origin: str, headers: Headers, scope: Scope) -> bool:
+        if scope["method"] in _SAFE_METHODS:
+            return False
+        return urlsplit(origin).netloc.lower() != headers.get("host", "").lower() or "://" not in origin
+
+    async def _answer_allowed(self, origin: str, headers: Headers, scope: Scope, receive: Receive, send: Send) -> None:
+        async def allow_and_send(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                given = MutableHeaders(scope=message)
+                given["Access-Control-Allow-Origin"] = origin
+                given["Access-Control-Expose-Headers"] = _EXPOSED
+                given.add_vary_header("Origin")
+            await send(message)
+
+        app = self._app
+        if scope["method"] == "OPTIONS" and "access-control-request-method" in headers:
+            app = _preflight(headers)
+        await app(scope, receive, allow_and_send)
+
+
+def _preflight(headers: Headers) -> Response:
+    """The answer to a browser that asks before it sends."""
+    allowed = {
+        "Access-Control-Allow-Methods": "GET, HEAD, POST, OPTIONS",
+        "Access-Control-Allow-Headers": headers.get("access-control-request-headers", "authorization, content-type"),
+        "Access-Control-Max-Age": _PREFLIGHT_SECONDS,
+    }
+    if "access-control-request-private-network" in headers:
+        allowed["Access-Control-Allow-Private-Network"] = "true"
+    return Response(status_code=204, headers=allowed)
+
+
+def _host_name(host: str) -> str:
+    """The name in a Host header, without its port: the brackets of an IPv6 address go, too."""
+    host = host.strip().lower()
+    if host.startswith("["):
+        return host[1:].partition("]")[0]
+    return host if host.count(":") > 1 else host.partition(":")[0].rstrip(".")

@@ -1,0 +1,86 @@
+"""Texts and conversations of requests to token ids, with bounded time and memory. Runs in a thread."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from openmimo.core.errors import DataError
+from openmimo.data.text_pieces import text_pieces
+from openmimo.data.tokenizer import Tokenizer
+from openmimo.engine.server import limits
+from openmimo.engine.server.errors import ApiError, invalid
+from openmimo.engine.server.schema import TemplateOptions
+
+
+def encode_text(
+    tokenizer: Tokenizer, text: str, *, most_tokens: int, param: str, allow_special: bool = False
+) -> list[int]:
+    """The ids of a text. Raises ApiError for more than `most_tokens`; a text that is longer is not read to its end."""
+    _check_passages([text], param, in_one_piece=allow_special)
+    ids = tokenizer.encode(text, allow_special=allow_special, most_tokens=most_tokens)
+    return _few_enough(ids, most_tokens, param)
+
+
+def encode_messages(
+    tokenizer: Tokenizer,
+    messages: Sequence[dict[str, Any]],
+    tools: Sequence[dict[str, Any]],
+    options: TemplateOptions,
+    *,
+    most_tokens: int,
+    add_generation_prompt: bool = True,
+    param: str = "messages",
+) -> list[int]:
+    """The ids of a conversation. Raises ApiError if the template refuses it, or for more than `most_tokens`."""
+    _check_passages(_texts(messages), param)
+    _check_passages(_texts(tools), "tools")
+    try:
+        ids = tokenizer.encode_chat(
+            messages,
+            tools=tools,
+            add_generation_prompt=add_generation_prompt,
+            enable_thinking=bool(options.enable_thinking),
+            keep_all_reasoning=options.keep_all_reasoning,
+            most_tokens=most_tokens,
+        )
+    except DataError as error:
+        raise invalid(str(error), param) from error
+    return _few_enough(ids, most_tokens, param)
+
+
+def too_long(num_tokens: str, most_tokens: int, param: str) -> ApiError:
+    """A prompt that does not fit. num_tokens: how many it has, in words."""
+    return invalid(
+        f"The prompt has {num_tokens} tokens, but there is room for {most_tokens}.",
+        param,
+        code="context_length_exceeded",
+    )
+
+
+def _few_enough(ids: list[int], most_tokens: int, param: str) -> list[int]:
+    if len(ids) > most_tokens:
+        raise too_long(f"more than {most_tokens}", most_tokens, param)
+    return ids
+
+
+def _check_passages(texts: Iterable[str], param: str, *, in_one_piece: bool = False) -> None:
+    """Raises ApiError for a text whose tokenization would take hundreds of megabytes."""
+    most = limits.PASSAGE_CHARACTERS
+    for text in texts:
+        if len(text) > most and (in_one_piece or any(len(piece) > most for piece in text_pieces(text))):
+            raise invalid(
+                f"It holds a passage of more than {most} characters without a space between words or a line end; "
+                "break it up.",
+                param,
+            )
+
+
+def _texts(value: Any) -> Iterable[str]:
+    """Every text inside parsed JSON."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for inner in value.values():
+            yield from _texts(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _texts(inner)
