@@ -31,7 +31,7 @@ class LogitChange(NamedTuple):
     """What a request does to the logits of one position, beside its `params`.
 
     prompt: the tokens of the prompt. counts: how often each token is in the text before this position. forbidden: ids
-    that cannot be chosen here. allowed_V: bool mask of those that can (None: all).
+    that cannot be chosen here. allowed_V: bool mask of those that can (None: all), on any device.
     """
 
     prompt: frozenset[int]
@@ -92,7 +92,7 @@ def _change(logits_V: torch.Tensor, params: SamplingParams, change: LogitChange)
         counts = logits_V.new_tensor(list(change.counts.values()))
         logits_V[index(change.counts)] -= params.presence_penalty + params.frequency_penalty * counts
     if change.allowed_V is not None:
-        logits_V.masked_fill_(~change.allowed_V, float("-inf"))
+        logits_V.masked_fill_(~change.allowed_V.to(logits_V.device), float("-inf"))
     if change.forbidden:
         forbidden = index(change.forbidden)
         kept = logits_V[forbidden]
@@ -114,7 +114,7 @@ def filtered_probabilities(logits_RV: torch.Tensor, params: list[SamplingParams]
     vocab_size = logits_RV.shape[1]
     # 2 stands for "no limit": a running sum may round to above 1.
     top_p_R1 = _column([p.top_p if p.top_p < 1.0 else 2.0 for p in params], logits_RV)
-    top_k_R1 = _column([p.top_k or vocab_size for p in params], logits_RV)
+    top_k_R1 = _column([min(p.top_k or vocab_size, vocab_size) for p in params], logits_RV)
     sorted_RV, order_RV = probabilities_RV.sort(dim=-1, descending=True, stable=True)
     before_RV = sorted_RV.cumsum(dim=-1) - sorted_RV
     rank_V = torch.arange(vocab_size, device=logits_RV.device)
