@@ -14,6 +14,7 @@ import torch
 from openmimo.core.records import SamplingParams, TokenLogprob
 
 NO_TOKEN = -1
+_MAX_DISTRIBUTION_NUMBERS = 1 << 21  # 16 MiB in float64, of which sorting holds several copies
 _MASK_64 = (1 << 64) - 1
 _UNIFORM_BITS = 52  # one fewer than float64 holds, so that u < 1 and u * total < total survive rounding
 
@@ -129,7 +130,16 @@ def uniform(seed: int, position: int) -> float:
 
 
 def _draw(logits_RV: torch.Tensor, draws: list[Draw]) -> torch.Tensor:
-    """Inverts each row's cumulative distribution, in order of token id, at the position's random number."""
+    """Inverts each row's cumulative distribution, in order of token id, at the position's random number.
+
+    Some rows at a time, because the float64 distributions take many times the memory of the logits.
+    """
+    rows = max(_MAX_DISTRIBUTION_NUMBERS // logits_RV.shape[1], 1)
+    starts = range(0, len(draws), rows)
+    return torch.cat([_draw_rows(logits_RV[start : start + rows], draws[start : start + rows]) for start in starts])
+
+
+def _draw_rows(logits_RV: torch.Tensor, draws: list[Draw]) -> torch.Tensor:
     cumulative_RV = filtered_probabilities(logits_RV, [draw.params for draw in draws]).cumsum(dim=-1)
     uniform_R1 = _column([uniform(draw.seed, draw.position) for draw in draws], logits_RV)
     return torch.searchsorted(cumulative_RV, uniform_R1 * cumulative_RV[:, -1:], right=True)[:, 0]
