@@ -17,7 +17,8 @@ class EngineConfig:
         mixed_prefill_tokens: The same for a step in which others decode: how long their next token may wait.
         cache_gigabytes: Memory for keys and values (none: what max_sequences of the longest texts need, and at most
             40 % of what is free).
-        cache_dtype: Of stored keys and values: auto (that of the activations), float32, bfloat16, float16 or fp8.
+        cache_dtype: Of stored keys and values: auto (that of the activations), float32, bfloat16, float16 or fp8. With
+            one narrower than the activations, texts depend on chunk sizes and prefix hits.
         prefix_cache: Reuse what requests with the same beginning computed.
         speculative: Draft with the MTP heads (none: wherever there are some).
         num_drafts: MTP heads that draft (none: all).
