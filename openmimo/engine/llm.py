@@ -28,10 +28,10 @@ class LLM:
 
     model: a checkpoint folder in the Hugging Face layout, or a model in memory, which stays the caller's: its weights
     may be changed between calls. tokenizer: that of the folder by default; without one, token ids go in and come out,
-    and no text. dtype, device: how a folder is loaded ("auto": the accelerator if there is one); in
-    bfloat16 a text may depend on the prompts that are read with it. int8: keep linear layers (not the experts) as int8. The others are those of `EngineConfig`: speculative, num_drafts and
-    adaptive_drafts (drafting with the MTP heads), max_sequences (how many requests run at once), prefill_tokens,
-    cache_gigabytes, prefix_cache. Raises UserError.
+    and no text. dtype, device: how a folder is loaded ("auto": the accelerator if there is one); in bfloat16 a text may
+    depend on the prompts that are read with it. int8: keep linear layers (not the experts) as int8. The others are
+    those of `EngineConfig`: speculative, num_drafts and adaptive_drafts (drafting with the MTP heads), max_sequences
+    (how many requests run at once), prefill_tokens, cache_gigabytes, prefix_cache. Raises UserError.
     """
 
     def __init__(
