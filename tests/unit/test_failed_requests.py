@@ -3,15 +3,19 @@
 import math
 import sys
 
+import httpx
 import pytest
 import torch
+from server_thread import running
 from tiny_checkpoint import save_tiny_checkpoint
 
 from openmimo import cli
 from openmimo.core.errors import UserError
 from openmimo.core.records import SamplingParams, Structure
 from openmimo.data.tokenizer import Tokenizer
+from openmimo.engine.engine import Engine
 from openmimo.engine.llm import LLM
+from openmimo.engine.server.engine_backend import EngineBackend
 from openmimo.model.hf import load_model, save_model
 
 LARGE = Structure("regex", "([a-z]{1,40} ?){200,300}")
@@ -113,3 +117,24 @@ def test_settings_that_a_terminal_does_not_show_are_refused(option, capsys, monk
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert ended.value.code == 1 and option.split()[0] in capsys.readouterr().err
+
+
+def test_the_server_answers_400_for_a_structure_and_goes_on(folder):
+    tokenizer = Tokenizer.load(folder)
+    letters = {str(tokenizer.encode(letter)[0]): 100.0 for letter in "ab"}
+    engine = Engine(load_model(folder), tokenizer)
+
+    def ask(client, **fields):
+        return client.post("/v1/completions", json={"prompt": "x", "max_tokens": 900, **fields}, timeout=120)
+
+    with (
+        running(EngineBackend(engine, tokenizer, model_name="tiny")) as server,
+        httpx.Client(base_url=server.url) as client,
+    ):
+        for form in ({"json": {"$ref": "#"}}, {"regex": r"[^\s\S]"}, {"regex": "a{20000000}"}):
+            assert ask(client, structured_outputs=form).status_code == 400
+        for _ in range(2):
+            reply = ask(client, structured_outputs={"regex": LARGE.source}, logit_bias=letters, seed=1)
+            assert reply.status_code == 400 and "structure cannot be followed" in reply.json()["error"]["message"]
+        fine = ask(client, structured_outputs={"regex": "(yes|no)"})
+        assert fine.json()["choices"][0]["text"] in ("yes", "no")
