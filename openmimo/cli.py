@@ -343,6 +343,7 @@ def _generate(arguments: list[str]) -> None:
     from openmimo.engine import terminal
 
     terminal.check_prompt(options.prompt)
+    terminal.check_sampling(options.sampling)
     terminal.generate(
         _load(options), options.prompt, options.sampling,
         as_chat=options.chat, thinking=options.thinking, system=options.system,
@@ -354,6 +355,7 @@ def _chat(arguments: list[str]) -> None:
     options = tyro.cli(SpeakOptions, args=arguments, prog="openmimo chat")
     from openmimo.engine import terminal
 
+    terminal.check_sampling(options.sampling)
     terminal.chat(_load(options), options.sampling, thinking=options.thinking, system=options.system)
 
 

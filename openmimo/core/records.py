@@ -2,10 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 from openmimo.core.errors import ConfigError
+from openmimo.core.fields import Bounds, Fraction, NonNegativeInt, PositiveInt, Seed, check_fields
 
+_MIN_TEMPERATURE = 1e-5
 STRUCTURE_KINDS = ("json_object", "json_schema", "regex", "grammar")
 
 
@@ -18,6 +20,9 @@ class Message:
     reasoning_content: str = ""
     tool_calls: tuple[dict[str, Any], ...] = ()
 
+    def __post_init__(self) -> None:
+        check_fields(self, "Message")
+
 
 @dataclass(frozen=True)
 class Structure:
@@ -27,6 +32,7 @@ class Structure:
     source: str = ""
 
     def __post_init__(self) -> None:
+        check_fields(self, "Structure")
         if self.kind not in STRUCTURE_KINDS:
             raise ConfigError(f"Structure.kind is {self.kind!r}; it must be one of {', '.join(STRUCTURE_KINDS)}.")
         if bool(self.source) == (self.kind == "json_object"):
@@ -55,8 +61,8 @@ class SamplingParams:
         top_p: Keep the smallest set of tokens with this much probability.
         top_k: Keep at most so many tokens (0: no limit).
         min_p: Keep only tokens at least this fraction as likely as the likeliest.
-        seed: Same seed, same text, whatever else runs in the batch; None draws one.
-        stop: End before one of these strings.
+        seed: Same seed, same text, alone and in every batch; None draws one. See docs/engine.md for the limits of this.
+        stop: End before one of these strings (one string may be given alone).
         stop_token_ids: End after one of these ids, beside the checkpoint's own.
         ignore_eos: Go on after the checkpoint's end-of-text ids.
         max_repeats: End (finish reason "repetition") once the text closes with one passage of at most 64 tokens so many
@@ -70,46 +76,40 @@ class SamplingParams:
         routed_experts: Return the experts that each token was routed to.
     """
 
-    max_tokens: int = 128
-    min_tokens: int = 0
-    logit_bias: Mapping[int, float] = field(default_factory=dict)
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    seed: int | None = None
+    max_tokens: PositiveInt = 128
+    min_tokens: NonNegativeInt = 0
+    logit_bias: Mapping[NonNegativeInt, Annotated[float, Bounds(least=-100, most=100)]] = field(default_factory=dict)
+    repetition_penalty: Annotated[float, Bounds(least=0.01, most=100)] = 1.0
+    presence_penalty: Annotated[float, Bounds(least=-2, most=2)] = 0.0
+    frequency_penalty: Annotated[float, Bounds(least=-2, most=2)] = 0.0
+    temperature: Annotated[float, Bounds(least=0)] = 1.0
+    top_p: Annotated[float, Bounds(above=0, most=1)] = 1.0
+    top_k: NonNegativeInt = 0
+    min_p: Fraction = 0.0
+    seed: Seed | None = None
     stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
+    stop_token_ids: tuple[NonNegativeInt, ...] = ()
     ignore_eos: bool = False
-    max_repeats: int = 0
+    max_repeats: NonNegativeInt = 0
     structure: Structure | None = None
     skip_special_tokens: bool = True
     logprobs: bool = False
-    top_logprobs: int = 0
+    top_logprobs: Annotated[int, Bounds(least=0, most=20)] = 0
     prompt_logprobs: bool = False
     routed_experts: bool = False
 
     def __post_init__(self) -> None:
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        check_fields(self, "SamplingParams")
         rules = {
-            "max_tokens": (self.max_tokens >= 1, "at least 1"),
-            "min_tokens": (0 <= self.min_tokens <= self.max_tokens, f"0 to max_tokens ({self.max_tokens})"),
-            "logit_bias": (all(-100.0 <= bias <= 100.0 for bias in self.logit_bias.values()), "within -100 to 100"),
-            "repetition_penalty": (0.01 <= self.repetition_penalty <= 100.0, "within 0.01 to 100 (1: none)"),
-            "presence_penalty": (-2.0 <= self.presence_penalty <= 2.0, "within -2 to 2"),
-            "frequency_penalty": (-2.0 <= self.frequency_penalty <= 2.0, "within -2 to 2"),
+            "min_tokens": (self.min_tokens <= self.max_tokens, f"at most max_tokens ({self.max_tokens})"),
             "temperature": (
-                self.temperature == 0.0 or 1e-5 <= self.temperature < float("inf"),
-                "0 (greedy), or at least 0.00001",
+                self.temperature == 0.0 or self.temperature >= _MIN_TEMPERATURE,
+                f"0 (greedy), or at least {_MIN_TEMPERATURE:.5f}",
             ),
-            "top_p": (0.0 < self.top_p <= 1.0, "above 0 and at most 1"),
-            "top_k": (self.top_k >= 0, "0 (no limit) or more"),
-            "min_p": (0.0 <= self.min_p <= 1.0, "within 0 to 1"),
             "stop": (all(self.stop), "without empty strings"),
-            "max_repeats": (self.max_repeats == 0 or self.max_repeats >= 2, "0 (never) or at least 2"),
-            "top_logprobs": (0 <= self.top_logprobs <= 20, "within 0 to 20"),
+            "max_repeats": (self.max_repeats != 1, "0 (never) or at least 2"),
         }
         for name, (good, expected) in rules.items():
             if not good:
@@ -158,7 +158,8 @@ class Delta:
 
     drafted: for each new token, whether an MTP head had proposed it. text may lag behind the ids: text that may be the
     start of a stop string or of a character is held back. finish_reason: "" while it runs, then "stop", "length",
-    "repetition", "abort" or "error" (with `error`). num_cached_tokens: prompt tokens that were not computed anew.
+    "repetition", "abort" or "error" (with `error`). is_request_error: whether the request is to blame for the error (a
+    structure that cannot be followed), and not the engine. num_cached_tokens: prompt tokens that were reused.
     """
 
     request_id: str
@@ -168,6 +169,7 @@ class Delta:
     drafted: tuple[bool, ...] = ()
     finish_reason: str = ""
     error: str = ""
+    is_request_error: bool = False
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
@@ -177,11 +179,11 @@ class Delta:
 class Completion:
     """What came of one request.
 
-    finish_reason: as in Delta. logprobs: of the new tokens, if asked for; top_logprobs: beside each, the likeliest (id,
-    log-probability) pairs. prompt_logprobs: of the prompt's tokens but the first. policy_versions: for each new token,
-    the version of the weights that chose it. drafted: for each, whether an MTP head had proposed it. routed_experts: a
-    NumPy array [prompt and new tokens but the last, sparse layers, experts a token], uint8 up to 256 experts, else
-    int16. num_cached_tokens: prompt tokens that were not computed anew.
+    finish_reason, error: as in Delta. logprobs: of the new tokens, if asked for; top_logprobs: beside each, the
+    likeliest (id, log-probability) pairs. prompt_logprobs: of the prompt's tokens but the first. policy_versions: for
+    each new token, the version of the weights that chose it. drafted: for each, whether an MTP head had proposed it.
+    routed_experts: a NumPy array [prompt and new tokens but the last, sparse layers, experts a token], uint8 up to 256
+    experts, else int16. num_cached_tokens: prompt tokens that were reused.
     """
 
     prompt_token_ids: list[int]
@@ -195,3 +197,4 @@ class Completion:
     drafted: list[bool] = field(default_factory=list)
     routed_experts: Any = None
     num_cached_tokens: int = 0
+    error: str = ""

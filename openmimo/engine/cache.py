@@ -213,12 +213,19 @@ class PageTables:
     @property
     def num_pages(self) -> int:
         """Pages held."""
-        return len(self.held())
+        return sum(int(np.count_nonzero(table >= 0)) for table in self._held_tables())
 
     def held(self) -> list[int]:
         """The pages held."""
-        tables = [self.table(group)[first:] for group, first in enumerate(self._first)]
-        return [page for table in tables for page in table[table >= 0].tolist()]
+        return [page for table in self._held_tables() for page in table[table >= 0].tolist()]
+
+    def mark_held(self, is_held: np.ndarray) -> None:
+        """Sets the entries of the pages held in a bool array of all pages."""
+        for table in self._held_tables():
+            is_held[table[table >= 0]] = True
+
+    def _held_tables(self) -> list[np.ndarray]:
+        return [self.table(group)[first:] for group, first in enumerate(self._first)]
 
     def missing(self, length: int) -> int:
         """How many pages `reach(length)` must find free."""

@@ -1,10 +1,10 @@
 """What an engine may use, without torch."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from openmimo.core.errors import ConfigError
-
-CACHE_DTYPES = ("auto", "float32", "bfloat16", "float16", "fp8")
+from openmimo.core.fields import PositiveFloat, PositiveInt, check_fields
 
 
 @dataclass(frozen=True)
@@ -17,33 +17,26 @@ class EngineConfig:
         mixed_prefill_tokens: The same for a step in which others decode: how long their next token may wait.
         cache_gigabytes: Memory for keys and values (none: what max_sequences of the longest texts need, and at most
             40 % of what is free).
-        cache_dtype: Of stored keys and values: auto (that of the activations), float32, bfloat16, float16 or fp8.
+        cache_dtype: Of stored keys and values: auto (that of the activations), float32, bfloat16, float16 or fp8. With
+            one narrower than the activations, texts depend on chunk sizes and prefix hits.
         prefix_cache: Reuse what requests with the same beginning computed.
         speculative: Draft with the MTP heads (none: wherever there are some).
         num_drafts: MTP heads that draft (none: all).
         adaptive_drafts: Use fewer heads while they do not pay.
     """
 
-    max_sequences: int = 64
-    prefill_tokens: int = 1024
-    mixed_prefill_tokens: int = 256
-    cache_gigabytes: float | None = None
-    cache_dtype: str = "auto"
+    max_sequences: PositiveInt = 64
+    prefill_tokens: PositiveInt = 1024
+    mixed_prefill_tokens: PositiveInt = 256
+    cache_gigabytes: PositiveFloat | None = None
+    cache_dtype: Literal["auto", "float32", "bfloat16", "float16", "fp8"] = "auto"
     prefix_cache: bool = True
     speculative: bool | None = None
-    num_drafts: int | None = None
+    num_drafts: PositiveInt | None = None
     adaptive_drafts: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("max_sequences", "prefill_tokens", "mixed_prefill_tokens"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"EngineConfig.{name} is {getattr(self, name)}; it must be at least 1.")
-        if self.cache_gigabytes is not None and self.cache_gigabytes <= 0:
-            raise ConfigError(f"EngineConfig.cache_gigabytes is {self.cache_gigabytes}; it must be above 0.")
-        if self.cache_dtype not in CACHE_DTYPES:
-            raise ConfigError(
-                f"EngineConfig.cache_dtype is {self.cache_dtype!r}; it must be one of {', '.join(CACHE_DTYPES)}."
-            )
+        check_fields(self, "EngineConfig")
         if self.num_drafts is not None and self.speculative is False:
             raise ConfigError(
                 f"num_drafts is {self.num_drafts}, which has no effect with speculative=False; give one of the two."

@@ -18,6 +18,7 @@ from openmimo.model.config import AttentionConfig
 from openmimo.model.context import RoutingTape
 
 _FIRST_POSITIONS = 512
+_ROTARY_PIECE = 1 << 16
 _MOST_SHORT_TOKENS = 16  # new tokens a sequence up to which a pass reads its keys in the pages
 _Geometry = tuple[int, float, torch.dtype]
 
@@ -34,10 +35,24 @@ class RotaryRows:
         geometry = (spec.rotary_dim, spec.rope_theta, dtype)
         tables = self._tables.get(geometry)
         if tables is None or tables[0].shape[0] < length:
-            positions = torch.arange(max(_FIRST_POSITIONS, 2 * length), device=self.device)
-            tables = rotary_table(positions, spec.rotary_dim, spec.rope_theta, dtype)
+            tables = self._grown(tables, spec, dtype, length)
             self._tables[geometry] = tables
         return tables
+
+    def _grown(
+        self, known: tuple[torch.Tensor, torch.Tensor] | None, spec: AttentionConfig, dtype: torch.dtype, length: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tables of at least twice the positions. Only new rows are computed, in pieces, which bounds temporary memory.
+
+        Pieces are whole multiples of a size, so that every row is computed by the same vector instructions.
+        """
+        num_known = 0 if known is None else known[0].shape[0]
+        stop = -(-max(length, 2 * num_known) // _FIRST_POSITIONS) * _FIRST_POSITIONS
+        pieces = [] if known is None else [known]
+        for start in range(num_known, stop, _ROTARY_PIECE):
+            positions = torch.arange(start, min(start + _ROTARY_PIECE, stop), device=self.device)
+            pieces.append(rotary_table(positions, spec.rotary_dim, spec.rope_theta, dtype))
+        return torch.cat([cos for cos, _ in pieces]), torch.cat([sin for _, sin in pieces])
 
 
 class Span(NamedTuple):

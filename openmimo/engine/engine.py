@@ -5,6 +5,7 @@ and weights can be changed between two steps.
 """
 
 import secrets
+import threading
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Mapping
@@ -83,6 +84,7 @@ class Engine:
         self._num_arrivals = 0
         self._paused = False
         self._structures: StructureCompiler | None = None
+        self._structures_lock = threading.Lock()
 
     @property
     def has_work(self) -> bool:
@@ -100,19 +102,20 @@ class Engine:
         return len(self.scheduler.running)
 
     def check(self, request: Request) -> None:
-        """Raises UserError if the request can never run: empty, too long, an unknown id, a bad structure."""
+        """Raises UserError if the request can never run: empty, too long, an unknown id, a bad structure.
+
+        Any thread may call it at any time: it reads nothing that a step changes.
+        """
         ids, params, config = request.prompt_token_ids, request.params, self.model.config
         check_token_ids(ids, config, "the prompt", room=1)
         if params.stop and self.tokenizer is None:
             raise UserError("SamplingParams.stop is text, but there is no tokenizer; use stop_token_ids.")
-        outside = [
-            token for token in (*params.logit_bias, *params.stop_token_ids) if not 0 <= token < config.vocab_size
-        ]
-        if outside:
-            raise UserError(
-                f"logit_bias or stop_token_ids name id {outside[0]}, but the model's ids are 0 to "
-                f"{config.vocab_size - 1}."
-            )
+        for name, named_ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
+            outside = max(named_ids, default=0)
+            if outside >= config.vocab_size:
+                raise ConfigError(
+                    f"SamplingParams.{name} names id {outside}, but the model's ids are 0 to {config.vocab_size - 1}."
+                )
         if params.routed_experts and config.moe is None:
             raise UserError("routed_experts was asked for, but the model has no experts.")
         if params.structure is not None:
@@ -178,7 +181,8 @@ class Engine:
                 self._runner.decode(plan.decodes, self.policy_version)
         if plan.prefills:
             self._runner.prefill(plan.prefills, self.policy_version)
-        touched = plan.decodes + [sequence for sequence, _ in plan.prefills if sequence.remaining <= 1]
+        read = [sequence for sequence, _ in plan.prefills if sequence.remaining <= 1 or sequence.finish_reason]
+        touched = plan.decodes + read
         self._after(touched, [sequence for sequence, _ in plan.prefills])
         self.stats.seconds += time.perf_counter() - start
         return touched
@@ -281,7 +285,7 @@ class Engine:
         sequence.computed = sequence.num_cached_tokens = earlier.computed
         sequence.states_TD, sequence.head_lengths = earlier.states_TD, earlier.head_lengths
         if sequence.params.routed_experts:
-            sequence.routing = list(earlier.routing)
+            sequence.routing = earlier.routing.copy()
 
     def _free_idle_session(self) -> bool:
         if not self._idle_sessions:
@@ -296,28 +300,38 @@ class Engine:
     def _structure_compiler(self) -> "StructureCompiler":
         if self.tokenizer is None:
             raise UserError("structured output was asked for, but there is no tokenizer; give one.")
-        if self._structures is None:
-            from openmimo.engine.structured import StructureCompiler  # its library is only needed here
+        with self._structures_lock:
+            if self._structures is None:
+                from openmimo.engine.structured import StructureCompiler  # its library is only needed here
 
-            self._structures = StructureCompiler(self.tokenizer, self.model.config.vocab_size, self.eos_ids)
-        return self._structures
+                self._structures = StructureCompiler(self.tokenizer, self.model.config.vocab_size, self.eos_ids)
+            return self._structures
 
     def _new_arena(self) -> PageArena:
         layers = self.model.config.attention_layers()[: len(self.model.config.layers) + self.num_drafts]
         activations = self.model.compute_dtype or self.model.model.embed_tokens.weight.dtype
         dtype = _CACHE_DTYPES.get(self.config.cache_dtype, activations)
+        free_bytes = free_memory_bytes(self.model.device)
         if self.config.cache_gigabytes is not None:
             cache_bytes = int(self.config.cache_gigabytes * 2**30)
+            if cache_bytes > free_bytes:
+                raise ConfigError(
+                    f"EngineConfig.cache_gigabytes is {self.config.cache_gigabytes:g}, but only "
+                    f"{free_bytes / 2**30:.2f} GiB of memory are free."
+                )
         else:
-            free = int(_SHARE_OF_FREE_MEMORY * free_memory_bytes(self.model.device))
-            cache_bytes = min(free, _most_useful_bytes(layers, dtype, self.model.config, self.config))
+            useful_bytes = _most_useful_bytes(layers, dtype, self.model.config, self.config)
+            cache_bytes = min(int(_SHARE_OF_FREE_MEMORY * free_bytes), useful_bytes)
         return PageArena(layers, cache_bytes=cache_bytes, dtype=dtype, device=self.model.device)
 
 
 def check_token_ids(token_ids: tuple[int, ...], config: ModelConfig, where: str, *, room: int) -> None:
-    """Raises UserError for no tokens, more than leave `room` positions, or an id outside the vocabulary."""
+    """Raises UserError for no tokens, more than leave `room` positions, or what is no id of the vocabulary."""
     if not token_ids:
         raise UserError(f"{where} is empty; give at least one token.")
+    if set(map(type, token_ids)) != {int}:
+        wrong = next(token for token in token_ids if type(token) is not int)
+        raise UserError(f"{where} holds {wrong!r}, a {type(wrong).__name__}; token ids are whole numbers.")
     if len(token_ids) + room > config.max_positions:
         raise UserError(
             f"{where} has {len(token_ids)} tokens, but the model has {config.max_positions} positions; shorten it."

@@ -4,20 +4,21 @@ import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from openmimo.core.errors import ConfigError, UserError
+from openmimo.core.fields import checked
 from openmimo.core.records import Completion, Request, SamplingParams
 from openmimo.data.tokenizer import Tokenizer
 from openmimo.engine.config import EngineConfig
 from openmimo.engine.engine import Engine, check_token_ids
-from openmimo.engine.sequence import Sequence
+from openmimo.engine.sequence import NOT_FINITE, Sequence
 from openmimo.engine.weights import quantise_linears
 from openmimo.kernels.token_loss import token_logprobs
 from openmimo.model.context import PackedContext
 from openmimo.model.hf import load_model
 from openmimo.model.mimo import MiMo
-from openmimo.runtime.device import resolve_device
 
 Prompts = str | list[str] | list[list[int]]
 
@@ -27,10 +28,10 @@ class LLM:
 
     model: a checkpoint folder in the Hugging Face layout, or a model in memory, which stays the caller's: its weights
     may be changed between calls. tokenizer: that of the folder by default; without one, token ids go in and come out,
-    and no text. dtype, device: how a folder is loaded ("auto": the accelerator if there is one). int8: keep linear
-    layers (not the experts) as int8. The others are those of `EngineConfig`: speculative, num_drafts and
-    adaptive_drafts (drafting with the MTP heads), max_sequences (how many requests run at once), prefill_tokens,
-    cache_gigabytes, prefix_cache. Raises UserError.
+    and no text. dtype, device: how a folder is loaded ("auto": the accelerator if there is one); in bfloat16 a text may
+    depend on the prompts that are read with it. int8: keep linear layers (not the experts) as int8. The others are
+    those of `EngineConfig`: speculative, num_drafts and adaptive_drafts (drafting with the MTP heads), max_sequences
+    (how many requests run at once), prefill_tokens, cache_gigabytes, prefix_cache. Raises UserError.
     """
 
     def __init__(
@@ -59,11 +60,16 @@ class LLM:
             num_drafts=num_drafts,
             adaptive_drafts=adaptive_drafts,
         )
+        if not isinstance(model, (str, Path, MiMo)):
+            raise ConfigError(f"model is a {type(model).__name__}; give a checkpoint folder, or a MiMo.")
+        if not (tokenizer is None or isinstance(tokenizer, Tokenizer)):
+            raise ConfigError(f"tokenizer is a {type(tokenizer).__name__}; give what Tokenizer.load returns.")
+        int8 = checked(bool, int8, "int8")
         self._is_borrowed = isinstance(model, MiMo)
         if not isinstance(model, MiMo):
             if tokenizer is None and (Path(model) / "tokenizer.json").exists():
                 tokenizer = Tokenizer.load(model)
-            model = load_model(model, dtype=dtype, device=str(resolve_device(device)))
+            model = load_model(model, dtype=dtype, device=device)
             if int8:
                 quantise_linears(model)
         elif int8:
@@ -80,11 +86,18 @@ class LLM:
         """Completes texts or lists of token ids, all in one batch that sequences leave as they finish.
 
         One `params` for all, or one each. The completions are in the order of the prompts. A sequence that reaches the
-        model's last position ends there with finish_reason "length". Raises UserError for an empty or too long prompt,
-        an id outside the vocabulary, or text without a tokenizer.
+        model's last position ends there with finish_reason "length". One that fails (weights that are not finite, a
+        structure that cannot be followed) ends with "error" and says why in `Completion.error`; the others go on.
+        Raises UserError for an empty or too long prompt, an id outside the vocabulary, text without a tokenizer, or an
+        argument of a wrong type.
         """
         prompts = [prompts] if isinstance(prompts, str) else prompts
-        each = params if isinstance(params, list) else [params or SamplingParams()] * len(prompts)
+        if not isinstance(prompts, (list, tuple)):
+            raise UserError(
+                f"prompts is a {type(prompts).__name__}; give a text, or a list of texts or of lists of token ids."
+            )
+        each = params if isinstance(params, (list, tuple)) else [params] * len(prompts)
+        each = [_checked_params(p) for p in each]
         if len(each) != len(prompts):
             raise UserError(
                 f"{len(prompts)} prompts came with {len(each)} SamplingParams; give one for all or one each."
@@ -97,23 +110,30 @@ class LLM:
         return [sequence.completion() for sequence in sequences]
 
     def stream(self, prompt: str | list[int], params: SamplingParams | None = None) -> Iterator[str]:
-        """The text of one completion, in pieces as they become certain: a stop string never shows, not even in part."""
+        """The text of one completion, in pieces as they become certain: a stop string never shows, not even in part.
+
+        Raises UserError as `generate` does; while the text is read, where `generate` gives a `Completion.error`.
+        """
         if self.tokenizer is None:
             raise UserError("stream gives text, but this LLM has no tokenizer; give one, or use generate.")
-        return self._stream(self._request(prompt, params or SamplingParams(), "the prompt"))
+        return self._stream(self._request(prompt, _checked_params(params), "the prompt"))
 
     @torch.inference_mode()
     def score(self, token_ids: list[int] | torch.Tensor) -> torch.Tensor:
         """Log-probability of each token given those before it, float32 on the CPU, [len(token_ids) - 1].
 
-        Entry i belongs to token i+1: the first token has nothing before it, and so no entry.
+        Entry i belongs to token i+1: the first token has nothing before it, and so no entry. Raises UserError for what
+        are no ids of the vocabulary, and for weights that give values which are not finite.
         """
-        token_ids = token_ids.tolist() if isinstance(token_ids, torch.Tensor) else token_ids
-        check_token_ids(tuple(token_ids), self.model.config, "the token ids to score", room=0)
+        token_ids = _token_list(token_ids, "token_ids")
+        check_token_ids(tuple(token_ids), self.model.config, "token_ids", room=0)
         tokens_T = torch.tensor(token_ids, device=self.model.device)
         states_TD = self.model(tokens_T, PackedContext((len(token_ids),), device=self.model.device)).post_norm_TD
         weight_VD = self.model.lm_head.weight.to(states_TD.dtype)
-        return token_logprobs(states_TD[:-1], weight_VD, tokens_T[1:]).float().cpu()
+        logprobs = token_logprobs(states_TD[:-1], weight_VD, tokens_T[1:]).float().cpu()
+        if not logprobs.isfinite().all():
+            raise UserError(f"{NOT_FINITE}.")
+        return logprobs
 
     def stats(self) -> dict[str, float | int | list[float]]:
         """What was counted since the LLM was made or `reset_stats` was called.
@@ -150,6 +170,8 @@ class LLM:
             piece = sequence.text.take()
             if piece:
                 yield piece
+        if sequence.error:
+            raise UserError(f"{sequence.error}.")
 
     def _request(self, prompt: str | list[int], params: SamplingParams, where: str) -> Request:
         token_ids = tuple(self._encode(prompt, where))
@@ -162,7 +184,25 @@ class LLM:
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise UserError(f"{where} is text, but this LLM has no tokenizer; give one, or give token ids.")
+            if any("\ud800" <= character <= "\udfff" for character in prompt):
+                raise UserError(f"{where} holds half a character (a lone surrogate), which UTF-8 cannot express.")
             return self.tokenizer.encode(prompt)
-        if not isinstance(prompt, (list, tuple)):
-            raise UserError(f"{where} is a {type(prompt).__name__}; a prompt is a text or a list of token ids.")
-        return list(prompt)
+        return _token_list(prompt, where)
+
+
+def _token_list(ids: list[int] | torch.Tensor, where: str) -> list[int]:
+    """Token ids as a list, from one of a user's or a tensor; numbers of NumPy become Python's. Raises UserError."""
+    if isinstance(ids, (torch.Tensor, np.ndarray)):
+        if ids.ndim != 1:
+            raise UserError(f"{where} has {ids.ndim} dimensions; token ids are a list or a tensor of one dimension.")
+        return ids.tolist()
+    if not isinstance(ids, (list, tuple)):
+        raise UserError(f"{where} is a {type(ids).__name__}; give a text or a list of token ids.")
+    return [int(token) if isinstance(token, np.integer) else token for token in ids]
+
+
+def _checked_params(params: SamplingParams | None) -> SamplingParams:
+    """The defaults for None. Raises ConfigError for what is no SamplingParams."""
+    if not (params is None or isinstance(params, SamplingParams)):
+        raise ConfigError(f"params is a {type(params).__name__}; give SamplingParams, or a list of them.")
+    return params or SamplingParams()

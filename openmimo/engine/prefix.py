@@ -92,7 +92,8 @@ class PrefixCache:
                 sequence.pages.adopt(number, behind + pages)
             sequence.pages.leave_behind(len(path) * self._block)  # whole blocks may be more than a window
             if sequence.params.routed_experts:
-                sequence.routing = [block.routing for block in path]
+                for block in path:
+                    sequence.routing.append(block.routing)
         sequence.node = node
         sequence.computed = len(path) * self._block
         sequence.num_cached_tokens = min(sequence.computed, sequence.prompt_length)
@@ -203,8 +204,7 @@ class PrefixCache:
                 for page in pages:
                     self._arena.share(page)
         if sequence.params.routed_experts and node.routing is None:
-            rows = np.concatenate(sequence.routing)[start : start + self._block]
-            node.routing = rows.copy()
+            node.routing = sequence.routing.between(start, start + self._block).copy()
 
     def _touch(self, path: list[PrefixNode]) -> None:
         self._clock += 1

@@ -8,6 +8,7 @@ T packed new tokens, R rows to decide, L sparse layers, A active experts.
 """
 
 import itertools
+import math
 import time
 
 import numpy as np
@@ -18,7 +19,7 @@ from openmimo.engine.cache import PageArena
 from openmimo.engine.context import PagedContext, RotaryRows, Span
 from openmimo.engine.draft_length import DraftLength
 from openmimo.engine.sampler import Draw, LogitChange, chosen_logprobs, sample
-from openmimo.engine.sequence import Decision, Sequence
+from openmimo.engine.sequence import NOT_FINITE, Decision, Sequence
 from openmimo.engine.speculative import Drafter, count_accepted
 from openmimo.engine.stats import EngineStats
 from openmimo.kernels.token_loss import token_logprobs
@@ -53,7 +54,8 @@ class Runner:
             rows = slice(first, first + len(row))
             self._confirm(sequence, hidden, rows, decided[rows], policy_version)
             if sequence.params.routed_experts:
-                sequence.routing.append(routing[first : first + self._num_new_rows(sequence, len(row))])
+                num_new = min(sequence.computed - len(sequence.routing), len(row))
+                sequence.routing.append(routing[first : first + num_new])
             first += len(row)
         self.stats.num_steps += 1
         self.stats.sequence_steps += len(sequences)
@@ -76,7 +78,11 @@ class Runner:
             sequence.computed += len(tokens)
             if self._drafter:
                 self._drafter.observe(sequence, hidden, rows)
-        read = [(sequence, end - 1) for sequence, end in zip(sequences, ends, strict=True) if not sequence.remaining]
+        read = [
+            (sequence, end - 1)
+            for sequence, end in zip(sequences, ends, strict=True)
+            if not (sequence.remaining or sequence.finish_reason)
+        ]
         if self._drafter:
             self._drafter.follow_prompt(sequences)
         self.stats.num_prompt_tokens += sum(map(len, fed))
@@ -106,11 +112,6 @@ class Runner:
             self._draft_length.judge(len(drafts), num_accepted)
         self.stats.num_decoded_tokens += len(sequence.tokens) - length_before
         self.stats.num_new_tokens += len(sequence.tokens) - length_before
-
-    def _num_new_rows(self, sequence: Sequence, num_fed: int) -> int:
-        """How many of the rows just fed belong to positions that count as computed now."""
-        recorded = sum(map(len, sequence.routing))
-        return min(sequence.computed - recorded, num_fed)
 
     def _draft(self, sequences: list[Sequence]) -> int:
         """Gives those that go on their next drafts; how many at most."""
@@ -148,7 +149,10 @@ class Runner:
         ]
 
     def _score_prompt(self, sequence: Sequence, states_TD: torch.Tensor, tokens: list[int]) -> None:
-        """Log-probabilities of the tokens after the ones just read, as far as they belong to the prompt."""
+        """Log-probabilities of the tokens after the ones just read, as far as they belong to the prompt.
+
+        Ends the sequence where one is not finite.
+        """
         known = len(sequence.prompt_logprobs)  # more than none where a preempted prompt is read again
         first = max(sequence.computed, known)
         stop = min(sequence.computed + len(tokens), sequence.prompt_length - 1)
@@ -159,6 +163,9 @@ class Runner:
         scaled_TD = states_TD[rows] / (sequence.params.temperature or 1.0)
         weight_VD = self._model.lm_head.weight.to(scaled_TD.dtype)
         logprobs = token_logprobs(scaled_TD, weight_VD, torch.tensor(targets, device=scaled_TD.device)).tolist()
+        if not all(map(math.isfinite, logprobs)):
+            sequence.finish("error", NOT_FINITE)
+            return
         sequence.prompt_logprobs += [TokenLogprob(*pair) for pair in zip(targets, logprobs, strict=True)]
 
 

@@ -14,6 +14,7 @@ import torch
 from openmimo.core.records import SamplingParams, TokenLogprob
 
 NO_TOKEN = -1
+_MAX_DISTRIBUTION_NUMBERS = 1 << 21  # 16 MiB in float64, of which sorting holds several copies
 _MASK_64 = (1 << 64) - 1
 _UNIFORM_BITS = 52  # one fewer than float64 holds, so that u < 1 and u * total < total survive rounding
 
@@ -31,7 +32,7 @@ class LogitChange(NamedTuple):
     """What a request does to the logits of one position, beside its `params`.
 
     prompt: the tokens of the prompt. counts: how often each token is in the text before this position. forbidden: ids
-    that cannot be chosen here. allowed_V: bool mask of those that can (None: all).
+    that cannot be chosen here. allowed_V: bool mask of those that can (None: all), on any device.
     """
 
     prompt: frozenset[int]
@@ -92,7 +93,7 @@ def _change(logits_V: torch.Tensor, params: SamplingParams, change: LogitChange)
         counts = logits_V.new_tensor(list(change.counts.values()))
         logits_V[index(change.counts)] -= params.presence_penalty + params.frequency_penalty * counts
     if change.allowed_V is not None:
-        logits_V.masked_fill_(~change.allowed_V, float("-inf"))
+        logits_V.masked_fill_(~change.allowed_V.to(logits_V.device), float("-inf"))
     if change.forbidden:
         forbidden = index(change.forbidden)
         kept = logits_V[forbidden]
@@ -114,7 +115,7 @@ def filtered_probabilities(logits_RV: torch.Tensor, params: list[SamplingParams]
     vocab_size = logits_RV.shape[1]
     # 2 stands for "no limit": a running sum may round to above 1.
     top_p_R1 = _column([p.top_p if p.top_p < 1.0 else 2.0 for p in params], logits_RV)
-    top_k_R1 = _column([p.top_k or vocab_size for p in params], logits_RV)
+    top_k_R1 = _column([min(p.top_k or vocab_size, vocab_size) for p in params], logits_RV)
     sorted_RV, order_RV = probabilities_RV.sort(dim=-1, descending=True, stable=True)
     before_RV = sorted_RV.cumsum(dim=-1) - sorted_RV
     rank_V = torch.arange(vocab_size, device=logits_RV.device)
@@ -129,7 +130,16 @@ def uniform(seed: int, position: int) -> float:
 
 
 def _draw(logits_RV: torch.Tensor, draws: list[Draw]) -> torch.Tensor:
-    """Inverts each row's cumulative distribution, in order of token id, at the position's random number."""
+    """Inverts each row's cumulative distribution, in order of token id, at the position's random number.
+
+    Some rows at a time, because the float64 distributions take many times the memory of the logits.
+    """
+    rows = max(_MAX_DISTRIBUTION_NUMBERS // logits_RV.shape[1], 1)
+    starts = range(0, len(draws), rows)
+    return torch.cat([_draw_rows(logits_RV[start : start + rows], draws[start : start + rows]) for start in starts])
+
+
+def _draw_rows(logits_RV: torch.Tensor, draws: list[Draw]) -> torch.Tensor:
     cumulative_RV = filtered_probabilities(logits_RV, [draw.params for draw in draws]).cumsum(dim=-1)
     uniform_R1 = _column([uniform(draw.seed, draw.position) for draw in draws], logits_RV)
     return torch.searchsorted(cumulative_RV, uniform_R1 * cumulative_RV[:, -1:], right=True)[:, 0]

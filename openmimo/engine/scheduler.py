@@ -12,12 +12,15 @@ import bisect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from openmimo.engine.cache import PageArena, PageTables
 from openmimo.engine.config import EngineConfig
 from openmimo.engine.prefix import PrefixCache
 from openmimo.engine.sequence import Sequence
 
 _SPARED_SHARE = 8  # this fraction of the arena is left free by positions that only a later request might use
+_STEPS_BETWEEN_TRIES = 8  # of a request that the cache has no room for; matching its prompt costs time
 
 
 @dataclass
@@ -57,6 +60,8 @@ class Scheduler:
         self._config = config
         self._margin = num_drafts
         self._free_idle = free_idle
+        self._refused: Sequence | None = None
+        self._steps_to_next_try = 0
 
     def pages_at_most(self, max_length: int) -> int:
         """Pages that a sequence of `max_length` may need at once, alone."""
@@ -74,6 +79,7 @@ class Scheduler:
 
     def remove(self, sequence: Sequence) -> None:
         """Takes out a sequence, wherever it is. Its pages stay its own."""
+        self._refused = None
         (self.waiting if sequence in self.waiting else self.running).remove(sequence)
 
     def plan(self) -> Plan:
@@ -117,6 +123,9 @@ class Scheduler:
     def _admit(self) -> None:
         while self.waiting and len(self.running) < self._config.max_sequences:
             sequence = self.waiting[0]
+            if self.running and sequence is self._refused and self._steps_to_next_try:
+                self._steps_to_next_try -= 1
+                return
             if sequence.pages is None:
                 sequence.pages = PageTables(self._arena, self._margin)
                 sequence.num_cached_tokens = 0
@@ -126,6 +135,7 @@ class Scheduler:
             if self.running and needed > self._arena.num_free and not self._could_have(needed, sequence):
                 if sequence.request.session is None:
                     sequence.forget_computed()
+                self._refused, self._steps_to_next_try = sequence, _STEPS_BETWEEN_TRIES
                 return
             self._make_room(needed, sequence)
             del self.waiting[0]
@@ -145,8 +155,10 @@ class Scheduler:
 
     def _could_have(self, num_pages: int, admitted: Sequence) -> bool:
         """Whether so many pages are free, or would be if everything but the running requests gave theirs back."""
-        held = {page for sequence in (*self.running, admitted) for page in sequence.pages.held()}
-        return num_pages <= self._arena.num_pages - len(held)
+        is_held = np.zeros(self._arena.num_pages, dtype=bool)
+        for sequence in (*self.running, admitted):
+            sequence.pages.mark_held(is_held)
+        return num_pages <= self._arena.num_pages - np.count_nonzero(is_held)
 
     def _make_room(self, num_pages: int, admitted: Sequence | None = None) -> bool:
         """Frees what no running request needs (nor the one that is to run), until so many pages are free or none is.
@@ -164,6 +176,7 @@ class Scheduler:
 
     def _preempt(self, victim: Sequence) -> None:
         self.running.remove(victim)
+        self._refused = None
         victim.forget_computed()
         self.add(victim)
         self.num_preemptions += 1

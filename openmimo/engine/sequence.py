@@ -4,11 +4,11 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
 import torch
 
 from openmimo.core.records import Completion, Delta, Request, SamplingParams, TokenLogprob
 from openmimo.engine.cache import PageTables
+from openmimo.engine.routed_rows import RoutedRows
 from openmimo.engine.sampler import NO_TOKEN
 from openmimo.engine.text import TextStream
 
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from openmimo.engine.structured import StructureState
 
 _LONGEST_REPEATED_PASSAGE = 64
+NOT_FINITE = (
+    "the model's logits are not finite: its weights hold NaN or infinite values, or its config.json does not fit them"
+)
 
 
 class Decision(NamedTuple):
@@ -35,7 +38,7 @@ class Sequence:
     the MTP heads expect next. states_TD: main-model states of the last slots, which the heads will read (again).
     head_lengths: how many slots each head has seen. text: None where there is no tokenizer. node: the place in the
     prefix cache up to which its blocks are known there. routing: routed experts of the computed positions, if asked
-    for. finish_reason: as in Delta, "" while it runs.
+    for. finish_reason, error, is_request_error: as in Delta, "" while it runs.
     """
 
     request: Request
@@ -57,10 +60,11 @@ class Sequence:
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     policy_versions: list[int] = field(default_factory=list)
     drafted: list[bool] = field(default_factory=list)
-    routing: list[np.ndarray] = field(default_factory=list)
+    routing: RoutedRows = field(default_factory=RoutedRows)
     token_counts: Counter[int] | None = None
     finish_reason: str = ""
     error: str = ""
+    is_request_error: bool = False
     num_reported: int = 0
 
     @property
@@ -92,8 +96,10 @@ class Sequence:
         """Confirms one token, and decides whether it is the last."""
         token = decision.token
         if token == NO_TOKEN:
-            message = "no token can be chosen: all are forbidden, or the model's logits are not finite (bad weights)"
-            self.finish("error", message)
+            if self.structure is None or self.structure.allowed().any():
+                self.finish("error", NOT_FINITE)
+            else:
+                self._fail_structure()
             return
         self.tokens.append(token)
         self.drafted.append(drafted)
@@ -108,7 +114,7 @@ class Sequence:
         if self.structure is not None:
             self.structure.accept(token)
             if self.structure.error:
-                self.finish("error", f"the structure cannot be followed further: {self.structure.error}")
+                self._fail_structure()
                 return
         if self.text is not None:
             self.text.push(token, may_stop=not self.must_go_on)
@@ -120,10 +126,11 @@ class Sequence:
         elif self.room == 0:
             self.finish("length")
 
-    def finish(self, reason: str, error: str = "") -> None:
+    def finish(self, reason: str, error: str = "", *, is_request_error: bool = False) -> None:
         """Ends it: nothing more will be added."""
         self.finish_reason = reason
         self.error = error
+        self.is_request_error = is_request_error
         self.drafts = []
         if self.text is not None:
             self.text.finish()
@@ -138,7 +145,7 @@ class Sequence:
         self.drafts = []
         self.states_TD = None
         self.head_lengths = [0] * len(self.head_lengths)
-        self.routing = []
+        self.routing = RoutedRows()
 
     def take_delta(self) -> Delta:
         """What has come since the last call."""
@@ -152,6 +159,7 @@ class Sequence:
             drafted=tuple(self.drafted[start:]),
             finish_reason=self.finish_reason,
             error=self.error,
+            is_request_error=self.is_request_error,
             num_prompt_tokens=self.prompt_length,
             num_cached_tokens=self.num_cached_tokens,
             prompt_logprobs=tuple(self.prompt_logprobs) if start == 0 else (),
@@ -170,9 +178,14 @@ class Sequence:
             prompt_logprobs=[entry.logprob for entry in self.prompt_logprobs] if params.prompt_logprobs else None,
             policy_versions=self.policy_versions,
             drafted=self.drafted,
-            routed_experts=np.concatenate(self.routing) if params.routed_experts and self.routing else None,
+            routed_experts=self.routing.between(0, len(self.routing)).copy() if len(self.routing) else None,
             num_cached_tokens=self.num_cached_tokens,
+            error=self.error,
         )
+
+    def _fail_structure(self) -> None:
+        message = f"the structure cannot be followed further: {self.structure.error or 'no token is allowed'}"
+        self.finish("error", message, is_request_error=True)
 
     def _is_repeating(self) -> bool:
         times, new = self.params.max_repeats, len(self.tokens) - self.prompt_length

@@ -5,6 +5,7 @@ expressions and Lark grammars, and can take tokens back, which judging drafts ne
 """
 
 import functools
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -13,43 +14,70 @@ from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 from openmimo.core.errors import UserError
 from openmimo.core.records import Structure
 from openmimo.data.tokenizer import Tokenizer
+from openmimo.engine.structure_check import StructureChecker, error_of, new_matcher
 
-_REMEMBERED_GRAMMARS = 64
-# Between the parts of a JSON text: nothing, a space, or a line end and an indent. Nobody can fill a reply with these.
-_JSON_OPTIONS = {"whitespace_pattern": r"( |\n[ \t]{0,24})?"}
+_REMEMBERED_VERDICTS = 64
+_CHECKER = StructureChecker()
 
 
 class StructureState:
-    """How far one text has come in its structure. error: why it cannot go on ("" if it can)."""
+    """How far one text has come in its structure.
 
-    def __init__(self, matcher: LLMatcher, vocab_size: int):
-        self._matcher = matcher
+    Args:
+        new: Makes a matcher at the start of a text. Copies of one matcher share a lexer, and a lexer that met a limit
+            stays unusable, so every state has a matcher of its own.
+        vocab_size: Of the model.
+    """
+
+    def __init__(self, new: Callable[[], LLMatcher], vocab_size: int):
+        self._new = new
+        self._matcher = new()
         self._vocab_size = vocab_size
+        self._tokens: list[int] = []
 
     @property
     def error(self) -> str:
-        """A limit of the grammar engine that was met (a grammar too complex to follow), or ""."""
-        return self._matcher.get_error()
+        """Why the text cannot go on, or "": a limit of the library was met, or no text of the form continues it."""
+        return error_of(self._matcher)
 
     def allowed(self) -> torch.Tensor:
-        """Bool [V]: the tokens that may come next; the ends of a text among them once it is complete."""
+        """Bool [V]: the tokens that may come next; the ends of a text among them once it is complete.
+
+        None is allowed where the matcher fails on the way, and `error` says why; the library allows the ends there.
+        """
         bits = np.unpackbits(np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8), bitorder="little")
         allowed_V = np.zeros(self._vocab_size, dtype=bool)
         known = min(len(bits), self._vocab_size)
-        allowed_V[:known] = bits[:known]
+        if not self._matcher.is_error():
+            allowed_V[:known] = bits[:known]
         return torch.from_numpy(allowed_V)
 
     def accept(self, token: int) -> None:
         """The text goes on with this token; one that was not allowed is an error."""
         self._matcher.consume_token(token)
+        self._tokens.append(token)
 
     def rollback(self, num_tokens: int) -> None:
-        """Takes back the tokens accepted last."""
-        self._matcher.rollback(num_tokens)
+        """Takes back the tokens accepted last, and an error that was met behind them."""
+        del self._tokens[len(self._tokens) - num_tokens :]
+        if self._matcher.is_error():
+            self._matcher = self._new()
+            self._matcher.consume_tokens(self._tokens)
+        else:
+            self._matcher.rollback(num_tokens)
 
 
 class StructureCompiler:
-    """Grammars for one tokenizer. vocab_size: of the model. eos_ids: what ends a text. Raises UserError for none."""
+    """Grammars for one tokenizer. Threads may share a compiler.
+
+    Args:
+        tokenizer: Its bytes are what a grammar is matched with.
+        vocab_size: Of the model.
+        eos_ids: What ends a text.
+
+    Raises:
+        UserError: There is no end-of-text id.
+    """
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_ids: frozenset[int]):
         if not eos_ids:
@@ -58,24 +86,24 @@ class StructureCompiler:
             )
         self._vocab_size = vocab_size
         self._tokenizer = LLTokenizer(TokenizerWrapper(_Vocabulary(tokenizer, eos_ids)), eos_token=sorted(eos_ids))
-        self._compiled = functools.lru_cache(maxsize=_REMEMBERED_GRAMMARS)(self._compile)
 
     def check(self, structure: Structure) -> None:
-        """Raises UserError if there is no such grammar, schema or pattern."""
-        self._compiled(structure)
+        """Raises UserError for a grammar, schema or pattern that is wrong, has no text or is too complex."""
+        problem = _problem(structure)
+        if problem:
+            raise UserError(f"the {structure.kind} {problem}.")
 
     def start(self, structure: Structure) -> StructureState:
         """The state of an empty text. Raises UserError as `check` does."""
-        return StructureState(self._compiled(structure).deep_copy(), self._vocab_size)
+        self.check(structure)
+        new = functools.partial(new_matcher, self._tokenizer, structure)
+        return StructureState(new, self._vocab_size)
 
-    def _compile(self, structure: Structure) -> LLMatcher:
-        try:
-            matcher = LLMatcher(self._tokenizer, _grammar(structure), log_level=0)
-        except ValueError as error:
-            raise UserError(f"the {structure.kind} cannot be read: {error}") from error
-        if matcher.is_error():
-            raise UserError(f"the {structure.kind} cannot be followed: {' '.join(matcher.get_error().split())}")
-        return matcher
+
+@functools.lru_cache(maxsize=_REMEMBERED_VERDICTS)
+def _problem(structure: Structure) -> str:
+    """Why a structure cannot be used, "" if it can."""
+    return _CHECKER.problem(structure)
 
 
 class _Vocabulary:
@@ -90,13 +118,3 @@ class _Vocabulary:
 
     def __call__(self, text: bytes | str) -> list[int]:
         return self._tokenizer.encode(text.decode() if isinstance(text, bytes) else text)
-
-
-def _grammar(structure: Structure) -> str:
-    """The structure in llguidance's own form. Raises ValueError for a schema that is no JSON."""
-    if structure.kind == "regex":
-        return LLMatcher.grammar_from_regex(structure.source)
-    if structure.kind == "grammar":
-        return LLMatcher.grammar_from_lark(structure.source)
-    schema = structure.source if structure.kind == "json_schema" else '{"type": "object"}'
-    return LLMatcher.grammar_from_json_schema(schema, overrides=_JSON_OPTIONS)

@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.console import Console
 
-from openmimo.core.errors import UserError
+from openmimo.core.errors import ConfigError, UserError
 from openmimo.core.interrupt import Interrupted
 from openmimo.core.records import Message, SamplingParams
 from openmimo.data.tokenizer import Tokenizer
@@ -14,6 +14,16 @@ from openmimo.engine.llm import LLM
 
 _STDERR = Console(stderr=True)
 _CHAT_HELP = "/reset forgets the conversation, /quit (or the end of input) leaves"
+
+
+_NO_OUTPUT = ("logprobs", "top_logprobs", "prompt_logprobs", "routed_experts")
+
+
+def check_sampling(sampling: SamplingParams) -> None:
+    """Raises ConfigError for settings whose result a terminal does not show."""
+    for name in _NO_OUTPUT:
+        if getattr(sampling, name):
+            raise ConfigError(f"--{name.replace('_', '-')} has no effect here: only the text is printed. Omit it.")
 
 
 def load(path: str, *, speculative: bool | None, dtype: str, device: str) -> LLM:
@@ -24,7 +34,10 @@ def load(path: str, *, speculative: bool | None, dtype: str, device: str) -> LLM
 def generate(
     llm: LLM, prompt: str, sampling: SamplingParams, *, as_chat: bool, thinking: bool, system: str | None
 ) -> None:
-    """Prints the continuation of `prompt` ("-": standard input), and the engine's figures on standard error."""
+    """Prints the continuation of `prompt` ("-": standard input), and the engine's figures on standard error.
+
+    Raises UserError where the engine cannot finish it.
+    """
     text = sys.stdin.read() if prompt == "-" else prompt
     given: str | list[int] = text
     if as_chat:
@@ -35,7 +48,10 @@ def generate(
 
 
 def chat(llm: LLM, sampling: SamplingParams, *, thinking: bool, system: str | None) -> None:
-    """A conversation until /quit or the end of input. A conversation that outgrows the model starts afresh."""
+    """A conversation until /quit or the end of input. A conversation that outgrows the model starts afresh.
+
+    Raises UserError where the engine cannot finish an answer.
+    """
     opening = [Message("system", system)] if system else []
     turns = list(opening)
     _STDERR.print(_CHAT_HELP, style="dim")
@@ -82,6 +98,10 @@ def _print_stream(llm: LLM, prompt: str | list[int], sampling: SamplingParams, *
         if not can_stop or isinstance(interrupt, Interrupted):
             raise
         _STDERR.print("[dim]stopped[/]", end="")
+    except UserError:
+        if pieces:
+            print()
+        raise
     print()
     return "".join(pieces)
 

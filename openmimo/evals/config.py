@@ -4,6 +4,9 @@ from dataclasses import dataclass, field
 
 import tyro
 
+from openmimo.core.errors import ConfigError
+from openmimo.core.fields import NonNegativeInt, PositiveInt, check_fields
+
 
 @dataclass(frozen=True)
 class EvalConfig:
@@ -24,11 +27,16 @@ class EvalConfig:
 
     path: tyro.conf.Positional[str]
     task: str = "needle"
-    lengths: tuple[int, ...] = (128, 256, 512, 1024, 2048)
-    examples: int = 64
-    seed: int = 0
-    batch: int = 16
+    lengths: tuple[PositiveInt, ...] = (128, 256, 512, 1024, 2048)
+    examples: PositiveInt = 64
+    seed: NonNegativeInt = 0
+    batch: PositiveInt = 16
     device: str = "auto"
     dtype: str = "float32"
     options: dict[str, int | float | str | bool] = field(default_factory=dict)
     output: str | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self, "EvalConfig")
+        if not self.lengths:
+            raise ConfigError("EvalConfig.lengths is empty; give at least one length.")

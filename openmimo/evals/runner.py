@@ -10,17 +10,26 @@ from rich.progress import track
 from rich.table import Table
 
 from openmimo.core.config import from_dict, to_dict
+from openmimo.core.errors import ConfigError, UserError
 from openmimo.core.files import write_text_atomic
 from openmimo.core.records import SamplingParams
 from openmimo.data.tokenizer import Tokenizer
 from openmimo.engine.llm import LLM
 from openmimo.evals.config import EvalConfig
 from openmimo.evals.task import TASKS, Example, Score, Task, wilson_interval
+from openmimo.model.config import ModelConfig
+from openmimo.model.hf import load_config
 
 
 def run(config: EvalConfig, llm: LLM) -> list[Score]:
-    """The scores at each length. The same config gives the same examples."""
+    """The scores at each length. The same config gives the same examples.
+
+    Raises UserError before anything runs if a length does not fit the model or the task, and where the engine fails.
+    """
     task = TASKS.get(config.task)
+    _check_lengths(config, llm.model.config)
+    for length in config.lengths:
+        next(examples_of(config, task, llm, length))
     return [_score_length(config, task, llm, length) for length in config.lengths]
 
 
@@ -33,6 +42,9 @@ def examples_of(config: EvalConfig, task: Task, llm: LLM, length: int) -> Iterat
 
 def run_and_print(config: EvalConfig) -> None:
     """`openmimo eval`: loads the checkpoint, runs the task, prints a table, writes JSON if asked."""
+    _check_lengths(config, load_config(config.path))
+    if config.output is not None and not Path(config.output).absolute().parent.is_dir():
+        raise ConfigError(f"EvalConfig.output is {config.output!r}, but its folder does not exist; make it first.")
     llm = LLM(config.path, Tokenizer.load(config.path), device=config.device, dtype=config.dtype)
     scores = run(config, llm)
     table = Table("tokens", "examples", "score", "95 % interval", title=f"{config.task} on {config.path}")
@@ -46,6 +58,16 @@ def run_and_print(config: EvalConfig) -> None:
         write_text_atomic(Path(config.output), json.dumps(result, indent=2) + "\n")
 
 
+def _check_lengths(config: EvalConfig, model: ModelConfig) -> None:
+    fitting = [length for length in config.lengths if length <= model.max_positions]
+    if len(fitting) < len(config.lengths):
+        advice = f"--lengths {' '.join(map(str, fitting))}" if fitting else "shorter --lengths"
+        raise ConfigError(
+            f"--lengths asks for {max(config.lengths)} tokens, but the model has {model.max_positions} positions; "
+            f"give {advice}."
+        )
+
+
 def _score_length(config: EvalConfig, task: Task, llm: LLM, length: int) -> Score:
     examples = list(examples_of(config, task, llm, length))
     starts = range(0, len(examples), config.batch)
@@ -56,6 +78,9 @@ def _score_length(config: EvalConfig, task: Task, llm: LLM, length: int) -> Scor
             SamplingParams(max_tokens=len(example.answer_ids), temperature=0.0, ignore_eos=True) for example in batch
         ]
         completions = llm.generate([example.prompt_ids for example in batch], params)
+        failed = next((done for done in completions if done.error), None)
+        if failed is not None:
+            raise UserError(f"{config.task} at {length} tokens: {failed.error}.")
         total += sum(task.score(example, done.token_ids) for example, done in zip(batch, completions, strict=True))
     mean = total / len(examples)
     return Score(length, len(examples), mean, *wilson_interval(mean, len(examples)))

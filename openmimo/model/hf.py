@@ -23,6 +23,7 @@ from openmimo.model.hf_names import count_mtp_heads, slots
 from openmimo.model.hf_reader import CheckpointReader
 from openmimo.model.hf_writer import DEFAULT_SHARD_BYTES, Entry, write_shards
 from openmimo.model.mimo import MiMo
+from openmimo.runtime.device import resolve_device
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
@@ -43,7 +44,9 @@ def load_model(
     memory is the model and one shard. Raises CheckpointError that lists all missing, unexpected, misshaped and
     unreadable tensors at once, before any is read.
     """
-    weights_dtype = _dtype(dtype)
+    if not isinstance(path, (str, Path)):
+        raise ConfigError(f"path is {path!r}, a {type(path).__name__}; give the path of a checkpoint folder.")
+    weights_dtype, weights_device = _dtype(dtype), resolve_device(device)
     config, reader = open_checkpoint(Path(path), window_keys)
     companions = read_companions(Path(path))
     with torch.device("meta"):
@@ -53,7 +56,7 @@ def load_model(
     model = model.to(weights_dtype)
     for router in model.routers().values():
         router.to(torch.promote_types(weights_dtype, torch.float32))
-    model = model.to_empty(device=device)
+    model = model.to_empty(device=weights_device)
     if config.tie_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
     by_name = {slot.name: slot for slot in slots(model)}
@@ -215,6 +218,6 @@ def _check_tied(reader: CheckpointReader, config: ModelConfig) -> None:
 
 
 def _dtype(name: str) -> torch.dtype:
-    if name not in DTYPES:
+    if not isinstance(name, str) or name not in DTYPES:
         raise ConfigError(f"dtype {name!r} is unknown; it must be one of {', '.join(DTYPES)}.")
     return DTYPES[name]

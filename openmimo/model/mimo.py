@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from openmimo.core.errors import UserError
 from openmimo.data.companions import Companions
 from openmimo.model.config import LayerConfig, ModelConfig
 from openmimo.model.context import AttentionContext, PackedContext
@@ -110,9 +111,21 @@ class MiMo(nn.Module):
         return logits if logits.dtype == torch.float64 else logits.float()
 
     def logits(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """One causal sequence, LongTensor [T], to float32 logits [T, vocab]."""
+        """One causal sequence, LongTensor [T], to float32 logits [T, vocab]. Raises UserError for another tensor."""
+        self._check_ids(token_ids)
         context = PackedContext((len(token_ids),), device=self.device)
         return self.head(self(token_ids.to(self.device), context).post_norm_TD)
+
+    def _check_ids(self, token_ids: torch.Tensor) -> None:
+        if not isinstance(token_ids, torch.Tensor) or token_ids.dtype not in (torch.int64, torch.int32):
+            given = token_ids.dtype if isinstance(token_ids, torch.Tensor) else type(token_ids).__name__
+            raise UserError(f"token_ids is of type {given}; give a LongTensor of one dimension.")
+        if token_ids.ndim != 1 or not len(token_ids):
+            raise UserError(f"token_ids has the shape {list(token_ids.shape)}; give one dimension, not empty.")
+        low, high = token_ids.min().item(), token_ids.max().item()
+        if low < 0 or high >= self.config.vocab_size:
+            outside = low if low < 0 else high
+            raise UserError(f"token_ids holds id {outside}, but the model's ids are 0 to {self.config.vocab_size - 1}.")
 
     def extend_context(self, *, full_rope_theta: float | None, max_positions: int) -> None:
         """Gives the full-attention layers another RoPE base (None: the same) and the model more positions.

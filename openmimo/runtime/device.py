@@ -13,16 +13,20 @@ import torch
 from openmimo.core.errors import ConfigError
 
 
-def resolve_device(name: str) -> torch.device:
+def resolve_device(name: str | torch.device) -> torch.device:
     """ "auto" is the accelerator if there is one, else the CPU. Raises ConfigError for a device that is not there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"device {name!r} is unknown; use 'auto', 'cpu' or 'cuda'.") from error
+        device = torch.device(name) if isinstance(name, (str, torch.device)) else None
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device {name!r} is unknown; use 'auto', 'cpu' or 'cuda'.")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device 'cuda' was asked for, but torch sees no accelerator; use 'cpu' or 'auto'.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"device {str(device)!r} was asked for, but torch sees {torch.cuda.device_count()} of them.")
     return device
 
 
@@ -65,14 +69,62 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def free_memory_bytes(device: torch.device) -> int:
-    """Memory that can still be used: of the accelerator, or of this machine (4 GiB where that is not told)."""
+    """Free memory of the accelerator; on a CPU, MemAvailable within the limits of the control groups.
+
+    4 GiB where the system does not say.
+    """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     known = Path("/proc/meminfo")
     if not known.exists():
         return 4 * 2**30
     line = next(line for line in known.read_text().splitlines() if line.startswith("MemAvailable"))
-    return int(line.split()[1]) * 1024
+    return min([int(line.split()[1]) * 1024, *free_cgroup_bytes()])
+
+
+def free_cgroup_bytes(membership: Path = Path("/proc/self/cgroup"), mount: Path = Path("/sys/fs/cgroup")) -> list[int]:
+    """What each memory limit of this process's control groups leaves: of its own group and those around it.
+
+    Inactive file pages do not count as used: the kernel gives them back, as it does for MemAvailable. Reads versions 1
+    and 2 of control groups. In a container, where the path of the group is not mounted, the mount's root is the group.
+
+    Args:
+        membership: Lines `number:controllers:path`.
+        mount: Where the file systems of control groups are mounted.
+    """
+    if not membership.exists():
+        return []
+    free = []
+    for line in membership.read_text().splitlines():
+        number, controllers, path = line.split(":", 2)
+        if number == "0":
+            root, limits, usage, inactive = mount, ("memory.max", "memory.high"), "memory.current", "inactive_file"
+        elif "memory" in controllers.split(","):
+            root, limits, usage = mount / "memory", ("memory.limit_in_bytes",), "memory.usage_in_bytes"
+            inactive = "total_inactive_file"
+        else:
+            continue
+        own = root / path.lstrip("/")
+        groups = [own, *(group for group in own.parents if group.is_relative_to(root))] if own.is_dir() else [root]
+        for group in groups:
+            known = [int(text) for limit in limits if (text := _text(group / limit)).isdigit()]
+            used = _text(group / usage)
+            if known and used.isdigit():
+                free.append(max(min(known) - int(used) + _statistic(group / "memory.stat", inactive), 0))
+    return free
+
+
+def _text(path: Path) -> str:
+    """The content of a small system file, "" if it cannot be read."""
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""
+
+
+def _statistic(path: Path, name: str) -> int:
+    rows = (line.split() for line in _text(path).splitlines())
+    return next((int(row[1]) for row in rows if row[0] == name), 0)
 
 
 @functools.cache

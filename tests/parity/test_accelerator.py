@@ -9,8 +9,10 @@ import torch
 from conftest import tiny_model
 
 import openmimo
+from openmimo.core.records import SamplingParams
 from openmimo.data.config import MixtureConfig, SourceConfig
 from openmimo.engine.llm import LLM
+from openmimo.engine.sampler import Draw, LogitChange, sample
 from openmimo.kernels.attention import DISPATCHER as ATTENTION
 from openmimo.kernels.attention import AttentionNeed
 from openmimo.kernels.experts import DISPATCHER as EXPERTS
@@ -137,3 +139,16 @@ def test_training_runs_and_resumes(device, tmp_path):
     assert losses[-1] < losses[0] - 1
     folder = pretrain(replace(config, loader_workers=1))
     assert LLM(folder, device=str(device)).generate(["def f("])[0].token_ids
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_masks_of_structures_are_moved_to_the_logits(device, temperature):
+    """The grammar library computes its masks on the CPU."""
+    logits = torch.randn(2, 50, device=device)
+    allowed = torch.zeros(50, dtype=torch.bool)
+    allowed[17] = True
+    params = SamplingParams(temperature=temperature, logit_bias={3: 100.0}, frequency_penalty=1.0)
+    changes = [
+        LogitChange(frozenset({1}), {2: 1}, frozenset({4}), mask) for mask in (allowed, torch.zeros_like(allowed))
+    ]
+    assert sample(logits, [Draw(params, 0, 5, change) for change in changes]) == [17, -1]

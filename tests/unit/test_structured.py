@@ -92,3 +92,102 @@ def test_what_cannot_be_followed_is_refused(compiler, structure):
 def test_a_tokenizer_without_an_end_is_refused():
     with pytest.raises(UserError, match="end-of-text"):
         StructureCompiler(TOKENIZER, VOCAB, frozenset())
+
+
+def _schema(**fields):
+    return Structure("json_schema", json.dumps(fields))
+
+
+WITHOUT_TEXT = [
+    _schema(**{"$ref": "#"}),
+    _schema(**{"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}}),
+    _schema(type="object", properties={"a": {"$ref": "#"}}, required=["a"]),
+    _schema(type="array", items={"$ref": "#"}, minItems=1),
+    _schema(type="integer", minimum=5, maximum=3),
+    _schema(allOf=[{"type": "string"}, {"type": "integer"}]),
+    Structure("regex", r"[^\s\S]"),
+    Structure("regex", r"ab[^\s\S]"),
+    Structure("grammar", "start: a\na: a"),
+    Structure("grammar", 'start: "x" a\na: "b" a | a "c"'),
+    Structure("grammar", 'start: "x" start'),
+    Structure("grammar", 'start: "(" start ")" | ("x" | "y") start+'),
+    Structure("grammar", 'start: "x" A\nA: /a+/ & /b+/'),
+]
+TOO_COMPLEX = [
+    Structure("regex", "a{20000000}"),
+    Structure("regex", "((a{1,100}){1,100}){1,100}"),
+    _schema(type="integer", multipleOf=10000019),
+    Structure("grammar", "start: r0\n" + "\n".join(f'r{i}: "a" r{i + 1} | "b"' for i in range(9000)) + '\nr9000: "x"'),
+    Structure("regex", "a" * (1 << 19)),
+]
+
+
+@pytest.mark.parametrize("structure", WITHOUT_TEXT, ids=lambda structure: structure.source[:60])
+def test_a_form_without_any_text_is_refused(compiler, structure):
+    with pytest.raises(UserError, match="allows no text|Unsatisfiable"):
+        compiler.start(structure)
+
+
+@pytest.mark.parametrize("structure", TOO_COMPLEX, ids=lambda structure: structure.source[:30])
+def test_a_form_that_is_too_complex_is_refused_and_harms_no_other(compiler, structure):
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"too complex|characters; give at most"):
+            compiler.start(structure)
+    assert not compiler.start(STRUCTURES["regex"][0]).error
+
+
+@pytest.mark.parametrize(
+    "structure",
+    [
+        _schema(type="object", properties={"next": {"anyOf": [{"$ref": "#"}, {"type": "null"}]}}, required=["next"]),
+        _schema(type="array", items={"$ref": "#"}),
+        _schema(type="object", properties={"a": {"type": "integer", "minimum": 5, "maximum": 3}}),
+        Structure("grammar", 'start: "(" start ")" | b  // a comment\n  | "y" start*\nb: "w"'),
+        Structure("grammar", 'start: "x" j\nj: %json {"type": "integer"}'),
+        Structure("grammar", "start: r0\n" + "\n".join(f'r{i}: "a" r{i + 1}' for i in range(300)) + '\nr300: "x"'),
+        Structure("regex", "(a|)"),
+    ],
+    ids=lambda structure: structure.source[:60],
+)
+def test_recursion_that_can_end_is_accepted(compiler, structure):
+    assert compiler.start(structure).allowed().any()
+
+
+LARGE = Structure("regex", "([a-z]{1,40} ?){200,300}")
+
+
+def _until_it_fails(state):
+    """Words of two letters until nothing is allowed."""
+    letters, tokens = [TOKENIZER.encode(letter)[0] for letter in "ab"], 0
+    while state.allowed().any():
+        state.accept(letters[tokens % 2])
+        tokens += 1
+        assert tokens < 10_000
+    return tokens
+
+
+def test_a_limit_met_on_the_way_allows_no_token_and_leaves_other_texts_alone(compiler):
+    state = compiler.start(LARGE)
+    first = _until_it_fails(state)
+    assert first > 10 and "too many" in state.error
+    again = compiler.start(LARGE)
+    assert not again.error and _until_it_fails(again) == first
+
+
+def test_an_error_behind_a_draft_is_taken_back_with_it(compiler):
+    state = compiler.start(STRUCTURES["regex"][0])
+    state.accept(TOKENIZER.encode("n")[0])
+    expected = state.allowed()
+    state.accept(TOKENIZER.encode("o")[0])
+    state.accept(TOKENIZER.encode("z")[0])
+    assert state.error
+    state.rollback(2)
+    assert not state.error and state.allowed().equal(expected)
+
+
+def test_threads_may_check_and_start_at_once(compiler):
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(8) as pool:
+        states = list(pool.map(lambda n: compiler.start(Structure("regex", f"a{{{n % 4 + 1}}}")), range(32)))
+    assert all(state.allowed().any() for state in states)

@@ -227,6 +227,8 @@ class Generation:
         """Moves one reply from the backend to the queue of events."""
         async with aclosing(self._service.backend.generate(request)) as deltas:
             async for delta in deltas:
+                if delta.is_request_error:
+                    raise invalid(delta.error, None)
                 if delta.finish_reason in ("error", "abort"):
                     raise engine_failed(delta.error or "it gave the request up.")
                 if self._events.qsize() >= limits.UNREAD_DELTAS:

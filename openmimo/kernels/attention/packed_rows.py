@@ -61,8 +61,11 @@ def _one_sequence(
     rows_GMK = q_TGRK[0] if T == 1 else q_TGRK.permute(1, 2, 0, 3).reshape(G, -1, K)
     logits_GMS = torch.baddbmm(q_TNK.new_empty(()), rows_GMK, k_SGK.permute(1, 2, 0), beta=0, alpha=scale)
     logits_GMS = logits_GMS.to(torch.promote_types(logits_GMS.dtype, torch.float32))
-    if T > 1 or (window_keys is not None and window_keys < S):
+    if window_keys is not None and window_keys < S:
         logits_GMS.view(G, N // G, T, S).masked_fill_(_hidden_from(T, S, window_keys, q_TNK.device), float("-inf"))
+    elif T > 1:  # only the last T keys are hidden from some of the queries
+        newest_GRTT = logits_GMS.view(G, N // G, T, S)[..., S - T :]
+        newest_GRTT.masked_fill_(_hidden_from(T, T, None, q_TNK.device), float("-inf"))
     if sink_N is not None:
         sink_GR1 = sink_N.to(logits_GMS.dtype).view(G, -1, 1)
         logits_GMS = torch.cat([logits_GMS, sink_GR1.repeat_interleave(T, dim=1) if T > 1 else sink_GR1], dim=-1)
@@ -73,7 +76,10 @@ def _one_sequence(
 
 @functools.lru_cache(maxsize=64)
 def _hidden_from(queries: int, keys: int, window_keys: int | None, device: torch.device) -> torch.Tensor:
-    """Which keys of one sequence its last queries may not see, bool [T, S]."""
+    """Which keys of one sequence its last queries may not see, bool [T, S].
+
+    What is remembered is small: S is at most T and a window, at any length of the text.
+    """
     distance_TS = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)
     hidden_TS = distance_TS < 0
     return hidden_TS if window_keys is None else hidden_TS | (distance_TS >= window_keys)

@@ -1,8 +1,8 @@
 """Jails that are up before they are needed. Each runs one job and is replaced, so that no job can spoil the next.
 
 A job of one line takes, on two shared cores, 39 to 60 ms in a fresh jail of bubblewrap, 67 to 73 ms in one of unshare,
-33 to 47 ms with resource limits only, and 10 to 27 ms in one that is up. The work of starting a jail is hidden, not saved: a pool helps
-while there is a processor to refill it.
+33 to 47 ms with resource limits only, and 10 to 27 ms in one that is up. The work of starting a jail is hidden, not
+saved: a pool helps while there is a processor to refill it.
 """
 
 import asyncio

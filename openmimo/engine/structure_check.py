@@ -1,0 +1,155 @@
+"""Checks that a form can be compiled, in a child process with limits on time, memory and stack.
+
+llguidance limits most of its own work. Some forms pass these limits: a large `multipleOf` or an intersection of
+patterns takes minutes, thousands of chained rules overflow the stack. The library cannot be interrupted, so a new form
+is compiled in a child process first. The child works on bytes, so it serves every tokenizer.
+
+The child runs this module, which imports llguidance and no torch.
+"""
+
+import atexit
+import json
+import math
+import os
+import resource
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+
+from openmimo.core.records import Structure
+from openmimo.engine.structure_texts import has_text
+
+# Between the parts of a JSON text: nothing, a space, or a line end and an indent. They cannot fill a reply.
+_JSON_OPTIONS = {"whitespace_pattern": r"( |\n[ \t]{0,24})?"}
+_MAX_SOURCE_CHARACTERS = 1 << 18
+_MAX_CPU_SECONDS = 2
+_MAX_WALL_SECONDS = 60.0
+_MAX_MEMORY_BYTES = 1 << 30
+_STACK_BYTES = 4 << 20  # less than a thread of the engine has
+_TRIED_BYTES = 64
+_DEAD_END = "NoExtensionBias"  # of llguidance: no token is possible
+_NO_TEXT = "allows no text"
+
+
+def new_matcher(tokenizer: LLTokenizer, structure: Structure) -> LLMatcher:
+    """A matcher at the start of a text. Raises ValueError for a schema that is no JSON."""
+    if structure.kind == "regex":
+        grammar = LLMatcher.grammar_from_regex(structure.source)
+    elif structure.kind == "grammar":
+        grammar = LLMatcher.grammar_from_lark(structure.source)
+    else:
+        schema = structure.source if structure.kind == "json_schema" else '{"type": "object"}'
+        grammar = LLMatcher.grammar_from_json_schema(schema, overrides=_JSON_OPTIONS)
+    return LLMatcher(tokenizer, grammar, log_level=0, limits=LLParserLimits(verbose_errors=False))
+
+
+def error_of(matcher: LLMatcher) -> str:
+    """The error that a matcher met, in one line; "" for none."""
+    message = " ".join(matcher.get_error().replace("<non-verbose/>", "").split())
+    return "no text of the form goes on from here" if message == _DEAD_END else message
+
+
+class StructureChecker:
+    """Starts the child at the first check, and again after one that it did not survive. Threads may share a checker."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._child: subprocess.Popen[str] | None = None
+
+    def problem(self, structure: Structure) -> str:
+        """Why the form cannot be used, as the end of a sentence about it; "" if it can."""
+        if len(structure.source) > _MAX_SOURCE_CHARACTERS:
+            return f"has {len(structure.source)} characters; give at most {_MAX_SOURCE_CHARACTERS}"
+        with self._lock:
+            answer = self._ask(json.dumps([structure.kind, structure.source]))
+        if answer:
+            return json.loads(answer)
+        return (
+            f"is too complex: compiling it takes more than {_MAX_CPU_SECONDS} s, {_MAX_MEMORY_BYTES >> 30} GiB or the "
+            "stack; simplify it"
+        )
+
+    def close(self) -> None:
+        """Ends the child."""
+        if self._child is not None:
+            self._child.kill()
+            self._child.communicate()
+            self._child = None
+            atexit.unregister(self.close)
+
+    def _ask(self, question: str) -> str:
+        """The child's answer, "" if it died over the question."""
+        if self._child is None:
+            paths = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
+            self._child = subprocess.Popen(
+                [sys.executable, "-P", "-m", "openmimo.engine.structure_check"],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)}, start_new_session=True,
+            )  # fmt: skip
+            atexit.register(self.close)
+        timer = threading.Timer(_MAX_WALL_SECONDS, self._child.kill)
+        timer.start()
+        try:
+            self._child.stdin.write(question + "\n")
+            self._child.stdin.flush()
+            answer = self._child.stdout.readline()
+        except BrokenPipeError:
+            answer = ""
+        finally:
+            timer.cancel()
+        if not answer:
+            self.close()
+        return answer
+
+
+# --- in the child -----------------------------------------------------------------------------------------------------
+
+
+def _serve() -> None:
+    """Answers one line with one line until the input ends."""
+    tokenizer = LLTokenizer("byte")
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_DATA, (_MAX_MEMORY_BYTES, _MAX_MEMORY_BYTES))
+    for line in sys.stdin:
+        limit = math.ceil(time.process_time()) + _MAX_CPU_SECONDS
+        resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.RLIM_INFINITY))
+        print(json.dumps(_problem(tokenizer, Structure(*json.loads(line)))), flush=True)
+
+
+def _problem(tokenizer: LLTokenizer, structure: Structure) -> str:
+    """See `StructureChecker.problem`."""
+    try:
+        matcher = new_matcher(tokenizer, structure)
+    except ValueError as error:
+        return f"cannot be read: {error}"
+    if matcher.is_error():
+        return f"cannot be followed: {error_of(matcher)}"
+    return _problem_of_texts(matcher) if has_text(structure) else _NO_TEXT
+
+
+def _problem_of_texts(matcher: LLMatcher) -> str:
+    """Follows one text for some bytes: that meets limits and dead ends that the start does not show."""
+    is_only_text = True  # no end and no other byte was possible so far
+    for _ in range(_TRIED_BYTES):
+        bits = matcher.compute_bitmask()
+        if matcher.is_error():
+            if _DEAD_END not in matcher.get_error():
+                return f"is too complex: {error_of(matcher)}; simplify it"
+            return _NO_TEXT if is_only_text else ""
+        allowed = [byte for byte in range(256) if bits[byte // 8] >> byte % 8 & 1]
+        is_only_text = is_only_text and len(allowed) == 1 and not matcher.is_accepting()
+        if not allowed or matcher.is_stopped():
+            return ""
+        matcher.consume_token(allowed[len(allowed) // 2])
+    return ""
+
+
+if __name__ == "__main__":
+    threading.stack_size(_STACK_BYTES)
+    server = threading.Thread(target=_serve)
+    server.start()
+    server.join()

@@ -1,0 +1,140 @@
+"""Work on the host and memory of the engine: they do not grow with the square of a text's length."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_config, tiny_model
+
+from openmimo.core.records import Request, SamplingParams
+from openmimo.engine.cache import PageArena, PageTables
+from openmimo.engine.config import EngineConfig
+from openmimo.engine.context import RotaryRows
+from openmimo.engine.engine import Engine
+from openmimo.engine.prefix import PrefixCache
+from openmimo.engine.routed_rows import RoutedRows
+from openmimo.engine.sampler import Draw, sample
+from openmimo.kernels.attention import AttentionNeed, packed_rows
+from openmimo.kernels.rotary import rotary_table
+
+SPEC = tiny_config().layers[0].attention
+
+
+def test_routed_rows_copy_each_row_a_few_times_at_most(monkeypatch):
+    copied, real = 0, RoutedRows.between
+
+    def between(rows, start, stop):
+        nonlocal copied
+        copied += stop - start
+        return real(rows, start, stop)
+
+    monkeypatch.setattr(RoutedRows, "between", between)
+    rows = RoutedRows()
+    for position in range(4000):
+        rows.append(np.full((1, 2, 3), position % 200, dtype=np.uint8))
+    assert len(rows) == 4000 and copied < 2 * 4000
+    assert rows.between(3990, 4000)[:, 1, 2].tolist() == [position % 200 for position in range(3990, 4000)]
+
+
+def test_recorded_routing_reads_a_block_at_a_time(monkeypatch):
+    """Each block that the prefix tree enters reads its own rows, not all rows so far."""
+    read, real = [], RoutedRows.between
+    monkeypatch.setattr(RoutedRows, "between", lambda self, a, b: read.append(b - a) or real(self, a, b))
+    engine = Engine(tiny_model(1), config=EngineConfig())
+    params = SamplingParams(max_tokens=200, temperature=0.0, ignore_eos=True, routed_experts=True)
+    sequence = engine.submit(Request("1", tuple(range(20)), params))
+    while engine.has_work:
+        engine.step()
+    assert len(read) >= 200 // engine.arena.layout.block_positions
+    assert sum(read) <= 4 * len(sequence.tokens)
+    assert sequence.completion().routed_experts.shape[0] == len(sequence.tokens) - 1
+
+
+def test_a_prompt_that_has_no_room_is_not_matched_in_every_step(monkeypatch):
+    matched, real = [], PrefixCache.start
+    monkeypatch.setattr(PrefixCache, "start", lambda self, s: matched.append(s.request.id) or real(self, s))
+    length, roomy = 300, Engine(tiny_model(1))
+    cache_bytes = (roomy.scheduler.pages_at_most(length + 100) + 1) * roomy.arena.page_bytes
+    engine = Engine(tiny_model(1), config=EngineConfig(cache_gigabytes=cache_bytes / 2**30))
+    params = SamplingParams(max_tokens=100, temperature=0.0, ignore_eos=True)
+    ids = [tuple(int(token) for token in np.random.default_rng(seed).integers(0, 160, length)) for seed in (0, 1)]
+    first, second = (engine.submit(Request(str(number), prompt, params)) for number, prompt in enumerate(ids))
+    steps = 0
+    while not first.finish_reason:
+        engine.step()
+        steps += second.pages is None
+    while engine.has_work:
+        engine.step()
+    assert steps > 20 and matched.count("1") <= steps // 4
+    assert len(second.tokens) == length + 100
+
+
+def test_held_pages_are_counted_once():
+    arena = PageArena(tiny_config().attention_layers(), cache_bytes=1 << 20)
+    tables = [PageTables(arena, 0) for _ in range(2)]
+    tables[0].reach(100)
+    full = next(i for i, group in enumerate(arena.layout.groups) if group.spec.keep_positions is None)
+    tables[1].adopt(full, tables[0].table(full).tolist())
+    is_held = np.zeros(arena.num_pages, dtype=bool)
+    for table in tables:
+        table.mark_held(is_held)
+    assert is_held.sum() == arena.num_used == len(set(tables[0].held())) == tables[0].num_pages
+
+
+def test_masks_of_a_decoding_pass_do_not_grow_with_the_text():
+    packed_rows._hidden_from.cache_clear()
+    q, generator = torch.randn(4, 8, 24), torch.Generator().manual_seed(0)
+    for keys in range(500, 600):
+        k, v = torch.randn(keys, 2, 24, generator=generator), torch.randn(keys, 2, 16, generator=generator)
+        need = AttentionNeed((4,), (keys,), 8, 2, 24, 16, None, False, False, torch.float32, True)
+        found = packed_rows.run(q, k, v, None, need=need, scale=24**-0.5)
+    assert packed_rows._hidden_from.cache_info().currsize == 1
+    logits = torch.einsum("tgrk,sgk->grts", q.view(4, 2, 4, 24), k) * 24**-0.5
+    hidden = torch.arange(keys) > torch.arange(keys - 4, keys)[:, None]
+    expected = torch.einsum("grts,sgv->tgrv", logits.masked_fill(hidden, float("-inf")).softmax(-1), v).reshape(
+        4, 8, 16
+    )
+    assert (found - expected).abs().max() < 1e-5
+
+
+def test_rotation_tables_grow_by_new_rows_only(monkeypatch):
+    computed = []
+
+    def table(positions, *arguments):
+        computed.append(len(positions))
+        return rotary_table(positions, *arguments)
+
+    monkeypatch.setattr("openmimo.engine.context.rotary_table", table)
+    rows = RotaryRows("cpu")
+    for length in (10, 700, 1500, 3000, 200_001):
+        cos, sin = rows.tables(SPEC, torch.float32, length)
+    assert sum(computed) == len(cos) < 1.1 * 200_001 and max(computed) <= 1 << 16
+    expected = rotary_table(torch.arange(len(cos)), SPEC.rotary_dim, SPEC.rope_theta, torch.float32)
+    assert torch.equal(cos, expected[0]) and torch.equal(sin, expected[1])
+
+
+@pytest.mark.parametrize("filters", [{}, {"top_p": 0.9, "top_k": 50, "min_p": 0.001}], ids=["plain", "filtered"])
+def test_distributions_are_made_for_some_rows_at_a_time(monkeypatch, filters):
+    """And no row is another for it."""
+    sizes, real = [], torch.Tensor.double
+    monkeypatch.setattr(torch.Tensor, "double", lambda self: sizes.append(self.numel()) or real(self))
+    logits = torch.randn(90, 50_000, generator=torch.Generator().manual_seed(0))
+    draws = [Draw(SamplingParams(temperature=0.8, **filters), seed, 3) for seed in range(90)]
+    together = sample(logits, draws)
+    assert max(sizes) <= 1 << 21 and sum(sizes) == logits.numel()
+    assert together[::9] == [sample(logits[row : row + 1], [draws[row]])[0] for row in range(0, 90, 9)]
+
+
+def test_a_refused_prompt_is_tried_again_once_another_ends():
+    """Its tokens do not depend on how often it was tried."""
+    params = SamplingParams(max_tokens=60, temperature=0.0, ignore_eos=True)
+    alone = Engine(tiny_model(1))
+    expected = alone.submit(Request("x", tuple(range(80)), params))
+    while alone.has_work:
+        alone.step()
+    engine = Engine(tiny_model(1), config=replace(EngineConfig(), cache_gigabytes=0.0006))
+    sequences = [engine.submit(Request(str(n), tuple(range(80)), params)) for n in range(4)]
+    while engine.has_work:
+        engine.step()
+    assert all(sequence.tokens == expected.tokens for sequence in sequences)
