@@ -171,7 +171,7 @@ def test_own_template_gets_the_same_extras_as_in_transformers(tokenizer, tmp_pat
         ([Message("robot", "x")], None, "unknown role robot"),
         ([{"content": "x"}], None, "'role'"),
         ([{"role": "user", "content": [{"type": "image_url"}]}], None, "text"),
-        ([{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}], None, "'f'"),
+        ([{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": [1]}}]}], None, "'f'"),
         ([Message("user", "x")], "{% if %}", "chat template"),
         ([Message("user", "x")], "{{ ''.__class__.__mro__ }}", "unsafe"),
     ],
