@@ -19,7 +19,7 @@ from openmimo.data.chat_parser import (
 from openmimo.data.tokenizer import Tokenizer
 from openmimo.engine.server.errors import invalid
 from openmimo.engine.server.schema import ChatMessage, TemplateOptions
-from openmimo.engine.server.tools import ToolPolicy
+from openmimo.engine.server.tools import CALL_MARK, ToolPolicy
 
 _THINK, _END_OF_THINK = "<think>", "</think>"
 _THINKING_EFFORTS = ("low", "medium", "high", "xhigh")
@@ -59,7 +59,9 @@ def chat_prompt(
         raise invalid("A call that must come leaves no room for thinking: turn one of the two off.", "tool_choice")
     ids = encode_messages(tokenizer, messages, policy.tools, options, param=param)
     starts_thinking = _ends_in_thought(tokenizer, ids)
-    ids += tokenizer.encode(policy.opening, allow_special=True)
+    if policy.opening:
+        ids += tokenizer.encode(CALL_MARK, allow_special=True)
+        ids += tokenizer.encode(policy.opening.removeprefix(CALL_MARK))
     return ChatPrompt(tuple(ids), policy, starts_thinking)
 
 
@@ -130,7 +132,7 @@ class ChatReply:
             starts_thinking=prompt.starts_thinking,
             reads_calls=prompt.policy.reads_calls,
         )
-        self._has_whole_call = False
+        self._num_whole_calls = 0
         self._one_call = prompt.policy.one_call
         self._marks = (_id_of(tokenizer, _THINK), _id_of(tokenizer, _END_OF_THINK))
         self._is_thinking = prompt.starts_thinking
@@ -146,6 +148,8 @@ class ChatReply:
             self.finish_reason = delta.finish_reason
         taken = []
         for event in events:
+            if self._one_call and self.tool_calls and isinstance(event, ToolCallStart):
+                self._end_early()
             if self.is_complete:
                 break
             self._take(event)
@@ -155,9 +159,14 @@ class ChatReply:
     @property
     def openai_finish_reason(self) -> str:
         """The finish reason in OpenAI's words; a reply cut for repeating itself counts as too long."""
-        if self._has_whole_call and self.finish_reason == "stop":
+        if self.tool_calls and not self.has_open_call and self.finish_reason == "stop":
             return "tool_calls"
         return "length" if self.finish_reason == "repetition" else self.finish_reason
+
+    @property
+    def has_open_call(self) -> bool:
+        """Whether a call was cut off, by a limit or by the model: its arguments are no whole JSON object."""
+        return self._num_whole_calls < len(self.tool_calls)
 
     def message(self) -> dict[str, Any]:
         """The whole reply as a message."""
@@ -179,7 +188,7 @@ class ChatReply:
             case ToolCallArguments():
                 self.tool_calls[event.index].arguments += event.text
             case ToolCallEnd():
-                self._has_whole_call = True
+                self._num_whole_calls += 1
                 self._end_early()
 
     def _end_early(self) -> None:

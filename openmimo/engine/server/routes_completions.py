@@ -56,12 +56,12 @@ def _start(service: Service, body: CompletionRequest) -> "_CompletionAnswer":
 
 
 def _prompts(tokenizer: Tokenizer, body: CompletionRequest) -> list[list[int]]:
-    prompt = body.prompt
+    prompt, special = body.prompt, bool(body.parse_special)
     if isinstance(prompt, str):
-        return [tokenizer.encode(prompt)]
+        return [tokenizer.encode(prompt, allow_special=special)]
     if isinstance(prompt[0], int):
         return [prompt]
-    return [tokenizer.encode(one) if isinstance(one, str) else one for one in prompt]
+    return [tokenizer.encode(one, allow_special=special) if isinstance(one, str) else one for one in prompt]
 
 
 def _params(service: Service, body: CompletionRequest) -> SamplingParams:

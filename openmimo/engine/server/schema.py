@@ -6,8 +6,16 @@ API" are what `SamplingParams` and `Request` offer beyond it.
 
 from typing import Annotated, Any, Literal
 
-import pydantic_core
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    AliasChoices,
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    field_validator,
+    model_validator,
+)
 
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Probability = Annotated[float, Field(gt=0.0, le=1.0)]
@@ -112,7 +120,11 @@ class CommonFields(Fields):
 
 
 class CompletionRequest(CommonFields):
-    """POST /v1/completions. `suffix` is not offered: the model was not trained to fill in the middle."""
+    """POST /v1/completions. `suffix` is not offered: the model was not trained to fill in the middle.
+
+    parse_special (not in OpenAI's API; llama.cpp's name): the names of special tokens in a prompt become those tokens,
+    for clients that render the chat template themselves. Otherwise they are text.
+    """
 
     prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
     max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
@@ -122,6 +134,7 @@ class CompletionRequest(CommonFields):
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     stream_options: StreamOptions | None = None
     return_token_ids: bool | None = None
+    parse_special: bool | None = None
 
     @field_validator("prompt")
     @classmethod
@@ -139,15 +152,10 @@ class ContentPart(LenientFields):
 
 
 class CalledFunction(LenientFields):
-    """What a tool call calls; arguments: a JSON object, as text or as it is."""
+    """What a tool call calls; arguments: a JSON object, as text or as it is. A call that was cut off has other text."""
 
     name: Text
     arguments: str | dict[str, JsonValue] = ""
-
-    @field_validator("arguments")
-    @classmethod
-    def _is_object(cls, value: str | dict[str, Any]) -> dict[str, Any]:
-        return parse_arguments(value) if isinstance(value, str) else value
 
 
 class ToolCall(LenientFields):
@@ -170,8 +178,8 @@ class ChatMessage(LenientFields):
 
 def _check_properties(parameters: dict[str, Any] | None) -> dict[str, Any] | None:
     properties = (parameters or {}).get("properties") or {}
-    if not isinstance(properties, dict) or not all(isinstance(one, dict) for one in properties.values()):
-        raise ValueError("properties must be an object that gives each parameter's schema, an object too.")
+    if not isinstance(properties, dict) or not all(isinstance(one, dict | bool) for one in properties.values()):
+        raise ValueError("properties must be an object that gives each parameter's schema, an object or a boolean.")
     return parameters
 
 
@@ -254,7 +262,7 @@ class TokenizeRequest(Fields):
 
     model: str | None = None
     prompt: str | None = None
-    allow_special: bool = False
+    allow_special: bool = Field(False, validation_alias=AliasChoices("parse_special", "allow_special"))
     messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
     tools: list[Tool] | None = None
     add_generation_prompt: bool = True
@@ -272,11 +280,3 @@ class DetokenizeRequest(Fields):
 
     model: str | None = None
     tokens: list[TokenId]
-
-
-def parse_arguments(text: str) -> dict[str, Any]:
-    """The arguments of a call. Raises ValueError unless they are a JSON object (no text: an empty one)."""
-    value = pydantic_core.from_json(text or "{}", allow_inf_nan=False)
-    if not isinstance(value, dict):
-        raise ValueError("the arguments must be a JSON object.")
-    return value

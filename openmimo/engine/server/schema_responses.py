@@ -11,7 +11,6 @@ from openmimo.engine.server.schema import (
     LenientFields,
     TemplateOptions,
     Text,
-    parse_arguments,
 )
 
 
@@ -38,18 +37,12 @@ class ReasoningItem(LenientFields):
 
 
 class FunctionCallItem(LenientFields):
-    """A call that the model made in an earlier turn; arguments: a JSON object, as text."""
+    """A call that the model made in an earlier turn; arguments: as the server gave them."""
 
     type: Literal["function_call"]
     call_id: Text
     name: Text
     arguments: str
-
-    @field_validator("arguments")
-    @classmethod
-    def _is_object(cls, value: str) -> str:
-        parse_arguments(value)
-        return value
 
 
 class FunctionOutputItem(LenientFields):
