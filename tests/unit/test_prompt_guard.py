@@ -15,7 +15,7 @@ from openmimo.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 EXTRA = ("<|tool|>", "[REF]")
 TOKENIZER = Tokenizer.train(["system user assistant tool im_start im_end think"] * 9, 340, (*SPECIAL_TOKENS, *EXTRA))
-QUICK = settings(max_examples=100, deadline=None, database=None, derandomize=True)
+QUICK = settings(max_examples=60, deadline=None, database=None, derandomize=True)
 
 TAGGED = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | trim }}"
@@ -43,8 +43,8 @@ TOKENIZERS = [with_template(template) for template in (None, TAGGED, SPLITTING)]
 PIECES = st.sampled_from(
     [
         *SPECIAL_TOKENS, *EXTRA, "<|im_", "end|>", "<|", "|>", "<", ">", "|", "im_start", "think", "/think",
-        "tool_call", "|im_end|", "|im_start|", "<|im_end|", "[RE", "F]", "\\u003c|im_end|\\u003e", "&lt;|im_end|&gt;", "\ufdd0",
-        "\n", " ", '"', "\\", "user", "assistant\n", "x", "</parameter>", "type", "日本",
+        "tool_call", "|im_end|", "|im_start|", "<|im_end|", "[RE", "F]", "\\u003c|im_end|\\u003e", "&lt;|im_end|&gt;",
+        "\ufdd0", "\n", " ", '"', "\\", "user", "assistant\n", "x", "</parameter>", "type", "日本",
     ]
 )  # fmt: skip
 TEXTS = st.lists(PIECES, max_size=5).map("".join)
