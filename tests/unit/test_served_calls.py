@@ -18,7 +18,9 @@ WHOLE = "<tool_call>\n<function=get_weather>\n<parameter=city>Oslo</parameter>\n
 ASKED = {"messages": [{"role": "user", "content": "weather?"}], "tools": [WEATHER]}
 
 
-@pytest.mark.parametrize("cut", ["<tool_call>\n<function=get_weather>\n", WHOLE[:60], WHOLE[:75], WHOLE[:79]])
+@pytest.mark.parametrize(
+    "cut", ["<tool_call>\n<function=get_weather>\n", WHOLE[:60], WHOLE[:75], WHOLE[: WHOLE.index("</function>") + 5]]
+)
 @pytest.mark.parametrize("before", ["", WHOLE])
 def test_a_reply_with_an_open_call_does_not_ask_for_calls_and_is_taken_back(before, cut):
     with running(StubBackend(lambda prompt, request: [Step((before + cut,))])) as server:
