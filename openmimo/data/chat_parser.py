@@ -10,11 +10,14 @@ Marks are cut out of the stream first, everywhere alike; what a mark means depen
 means nothing there is text. So nothing is lost, and the events do not depend on how the text was cut. Only blanks
 between the marks of a call are left out.
 
-- The first `</parameter>` ends a value; any other mark inside is part of it.
+- The first `</parameter>` ends a value. Where it is missing, a value ends before `<parameter=NAME>` on a new line, if
+  the function has such a parameter; before `</function>`, blanks and `</tool_call>`; and before `<tool_call>` and the
+  opening of a known function. In the last two cases a `</parameter>` that follows at once makes all of it part of the
+  value. Any other mark inside is part of the value. The line end before such a mark is not.
 - Text between the parameters of a call, and a parameter that the call already has, comes out as text after the call.
 - A call without `</function>` ends where `</tool_call>`, `<tool_call>` or a thinking mark stands instead.
-- A call that the end of the stream cuts off is left open: its arguments are not closed to valid JSON and no
-  ToolCallEnd comes, so that nobody takes half a call for a whole one.
+- A call that the end of the stream cuts off is left open: its arguments are no valid JSON (`{` if none has begun) and
+  no ToolCallEnd comes, so half a call is never taken for a whole one. A mark that the cut left unfinished is dropped.
 """
 
 import itertools
@@ -36,6 +39,23 @@ _FIXED_MARKS = (_THINK, _END_OF_THINK, _BLOCK, _END_OF_BLOCK, _END_OF_FUNCTION, 
 _NAME = r"(?:<function=|<parameter=)[^<>\n]"
 _MARK = re.compile("|".join([*_FIXED_MARKS, _NAME + "{1,256}>"]))
 _BEGUN_NAME = re.compile(_NAME + "{0,256}")
+
+
+# What may end a value that lacks `</parameter>`: from a state and a mark to the next state. Blanks may stand between.
+_ENDINGS = {
+    ("", _END_OF_FUNCTION): "function end",
+    ("", _END_OF_BLOCK): "block end",
+    ("", _BLOCK): "block",
+    ("function end", _END_OF_FUNCTION): "function end",
+    ("function end", _END_OF_BLOCK): "call end",
+    ("function end", _BLOCK): "block",
+    ("block end", _BLOCK): "block",
+    ("block", _FUNCTION): "new call",
+    ("new call", _END_OF_FUNCTION): "new call's function end",
+    ("new call's function end", _END_OF_BLOCK): "new call's end",
+}
+# In these states only a `</parameter>` that follows at once can still make the marks a part of the value.
+_ENDED = frozenset(["call end", "new call", "new call's function end", "new call's end"])
 
 
 @dataclass(frozen=True)
@@ -115,6 +135,8 @@ class ChatParser:
         self._between: list[str] = []  # what came since the last mark of the call
         self._misplaced: list[str] = []  # what comes out after the call
         self._value = ArgumentValue(())
+        self._held: list[str] = []  # the end of a value that may not belong to it: a line end, marks, blanks
+        self._ending = ""  # how far the held marks have come in _ENDINGS
 
     def push(self, text: str) -> list[ChatEvent]:
         """What `text` adds, in order; text that may be the beginning of a mark waits for the next push."""
@@ -130,11 +152,15 @@ class ChatParser:
 
     def finish(self) -> list[ChatEvent]:
         """What was held back, now that nothing follows."""
-        self._take_text(self._begun_mark)
-        self._begun_mark = ""
+        begun, self._begun_mark = self._begun_mark, ""
+        if self._place is _Place.VALUE and self._ending in _ENDED:
+            self._end_open_value()
+        if self._place in (_Place.TEXT, _Place.BLOCK):
+            self._take_text(begun)
         if self._place is _Place.VALUE:
             self._argue(self._value.cut())
         if self._place in (_Place.CALL, _Place.VALUE):
+            self._argue("" if self._arguments else "{")
             self._release_misplaced()
         self._release_doubtful()
         return self._new_events()
@@ -156,7 +182,7 @@ class ChatParser:
             case _Place.CALL:
                 self._between.append(text)
             case _Place.VALUE:
-                self._argue(self._value.push(text))
+                self._take_text_in_value(text)
 
     def _take_mark(self, mark: str) -> None:
         match self._place:
@@ -166,11 +192,8 @@ class ChatParser:
                 self._take_mark_around_calls(mark)
             case _Place.CALL:
                 self._take_mark_in_call(mark)
-            case _Place.VALUE if mark == _END_OF_PARAMETER:
-                self._argue(self._value.finish())
-                self._place = _Place.CALL
             case _Place.VALUE:
-                self._argue(self._value.push(mark))
+                self._take_mark_in_value(mark)
 
     def _take_mark_in_text(self, mark: str) -> None:
         if mark == (_END_OF_THINK if self._is_thinking else _THINK):
@@ -204,6 +227,68 @@ class ChatParser:
             self._take_mark_in_text(mark)
         else:
             self._between.append(mark)
+
+    def _take_text_in_value(self, text: str) -> None:
+        if self._ending and text.isspace():
+            self._held.append(text)
+        elif self._ending in _ENDED:
+            self._end_open_value()
+            self._take_text(text)
+        else:
+            self._grow_value(text)
+
+    def _take_mark_in_value(self, mark: str) -> None:
+        if mark == _END_OF_PARAMETER:
+            self._argue(self._value.push("".join(self._held)))
+            self._end_value()
+            return
+        key = _FUNCTION if self._opens_known_function(mark) else mark
+        if (self._ending, key) not in _ENDINGS:
+            if self._ending in _ENDED:
+                self._end_open_value()
+                self._take_mark(mark)
+                return
+            self._grow_value("")
+            if self._held and mark.startswith(_PARAMETER) and self._has_parameter(_name_in(mark)):
+                self._end_value()
+                self._take_mark(mark)
+                return
+        if (self._ending, key) in _ENDINGS:
+            self._held.append(mark)
+            self._ending = _ENDINGS[self._ending, key]
+        else:
+            self._grow_value(mark)
+
+    def _grow_value(self, text: str) -> None:
+        """What is held and `text` are part of the value, but for a line end at their end, which waits."""
+        text = "".join(self._held) + text
+        kept = text.removesuffix("\n")
+        self._held, self._ending = ["\n"] if kept != text else [], ""
+        self._argue(self._value.push(kept))
+
+    def _end_value(self) -> None:
+        self._argue(self._value.finish())
+        self._held, self._ending = [], ""
+        self._place = _Place.CALL
+
+    def _end_open_value(self) -> None:
+        """The value ended before the held marks, which are now read for what they are."""
+        held = self._held[self._held[0] == "\n" :]
+        self._end_value()
+        for piece in held:
+            if piece.isspace():
+                self._take_text(piece)
+            elif piece != _END_OF_FUNCTION or self._place is _Place.CALL:  # a second one says nothing new
+                self._take_mark(piece)
+
+    def _opens_known_function(self, mark: str) -> bool:
+        return mark.startswith(_FUNCTION) and (not self._schemas or _name_in(mark) in self._schemas)
+
+    def _has_parameter(self, name: str) -> bool:
+        """Whether the function of the call has the parameter; one that lists none may have any."""
+        schema = self._schemas.get(self._function)
+        properties = schema.get("properties") if isinstance(schema, Mapping) else None
+        return not properties or not isinstance(properties, Mapping) or name in properties
 
     def _begin_call(self, name: str) -> None:
         self._place = _Place.CALL

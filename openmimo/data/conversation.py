@@ -1,10 +1,11 @@
 """Conversations as token ids with a mask of what the model wrote: for fine-tuning, and the prompts of rollouts.
 
 An assistant turn begins with the tokens by which the chat template asks for an answer, and ends with a stop token. No
-other turn can hold these tokens, as `Tokenizer.encode_chat` keeps special tokens out of what people and tools said.
+text of a conversation can hold these tokens: `Tokenizer.encode_chat` takes special tokens from the template only.
 """
 
 import functools
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -47,13 +48,15 @@ def encode_conversation(
     That is its text and tool calls and the token that ends its turn, but not what the prompt gives it: the turn's head
     and, without thinking, the empty thinking block. Without thinking, reasoning is left out. With thinking, reasoning
     counts, and only turns after the last question do: of earlier ones the template hides the reasoning, so no model
-    answers like that (`conversations_by_question` makes each question the last once). Raises DataError if the
-    assistant's turns cannot be told from the tokens.
+    answers like that (`conversations_by_question` makes each question the last once). A turn with OpenAI's `weight: 0`
+    does not count. Raises DataError for another weight than 0 and 1, for a turn that counts and spells out control
+    tokens or calls, and if the assistant's turns cannot be found among the tokens.
     """
     turns = [_plain_turn(message, enable_thinking) for message in messages]
     token_ids = tokenizer.encode_chat(turns, tools=tools, add_generation_prompt=False, enable_thinking=enable_thinking)
     answers = [turn for turn in turns if turn["role"] == "assistant"]
-    _refuse_control_tokens(tokenizer, answers)
+    counts = [counted for turn in turns for counted in [_counts(turn)] if turn["role"] == "assistant"]
+    _refuse_markup(tokenizer, [turn for turn, counted in zip(answers, counts, strict=True) if counted])
     spans = _assistant_spans(tokenizer, token_ids, enable_thinking)
     if len(spans) != len(answers):
         raise DataError(
@@ -62,14 +65,16 @@ def encode_conversation(
         )
     mask = np.zeros(len(token_ids), dtype=bool)
     num_counted = len(_answers_to_last_question(turns)) if enable_thinking else len(spans)
-    for start, end in spans[len(spans) - num_counted :]:
-        mask[start:end] = True
+    first = len(spans) - num_counted
+    for (start, end), counted in zip(spans[first:], counts[first:], strict=True):
+        mask[start:end] = counted
     return np.array(token_ids, dtype=np.int32), mask
 
 
 def has_reasoning(messages: Iterable[AnyMessage]) -> bool:
-    """Whether an assistant turn of the conversation comes with its reasoning."""
-    return any("reasoning_content" in _plain_turn(message, enable_thinking=True) for message in messages)
+    """Whether an assistant turn that counts comes with its reasoning. Blank reasoning is none."""
+    turns = (_plain_turn(message, enable_thinking=True) for message in messages)
+    return any("reasoning_content" in turn for turn in turns if _counts(turn))
 
 
 def conversations_by_question(messages: Sequence[AnyMessage]) -> list[list[AnyMessage]]:
@@ -95,9 +100,21 @@ def _plain_turn(message: AnyMessage, enable_thinking: bool) -> dict[str, Any]:
     if content.startswith(THINK_START) and THINK_END in content:
         reasoning, _, turn["content"] = content.removeprefix(THINK_START).partition(THINK_END)
         turn.setdefault("reasoning_content", reasoning)
-    if not enable_thinking or not turn.get("reasoning_content"):
+        if not enable_thinking or not reasoning.strip():
+            turn["content"] = turn["content"].lstrip("\n")  # it parted the answer from the reasoning
+    if not enable_thinking or not turn.get("reasoning_content", "").strip():
         turn.pop("reasoning_content", None)
     return turn
+
+
+def _counts(turn: Mapping[str, Any]) -> bool:
+    """Whether a turn is trained on: the assistant's, unless its weight is 0. Raises DataError for another weight."""
+    weight = turn.get("weight")
+    if weight is not None and (isinstance(weight, bool) or weight not in (0, 1)):
+        raise DataError(f"The weight of a turn is {weight!r}; it must be 0 (not trained on) or 1.")
+    if turn["role"] != "assistant" and weight:
+        raise DataError(f"A turn of role {turn['role']!r} has weight 1, but only assistant turns can be trained on.")
+    return turn["role"] == "assistant" and weight != 0
 
 
 def _assistant_spans(tokenizer: Tokenizer, token_ids: Sequence[int], enable_thinking: bool) -> list[tuple[int, int]]:
@@ -131,11 +148,25 @@ def _turn_head(tokenizer: Tokenizer, enable_thinking: bool) -> tuple[int, ...]:
     return tuple(asked[len(told) :])
 
 
-def _refuse_control_tokens(tokenizer: Tokenizer, answers: Iterable[Mapping[str, Any]]) -> None:
-    """An assistant turn that spells out a control token would end there."""
+def _refuse_markup(tokenizer: Tokenizer, answers: Iterable[Mapping[str, Any]]) -> None:
+    """Text of a turn is encoded as text, so a model would learn to spell control tokens and calls letter by letter."""
     controls = [tokenizer.decode([token_id], skip_special=False) for token_id in tokenizer.control_token_ids]
     for turn in answers:
-        text = f"{turn['content']}\n{turn.get('reasoning_content', '')}\n{turn.get('tool_calls', '')}"
+        calls = turn.get("tool_calls", [])
+        text = f"{turn['content']}\n{turn.get('reasoning_content', '')}"
         for control in controls:
-            if control in text:
-                raise DataError(f"An assistant turn spells out the control token {control}, which would end it there.")
+            if control in f"{text}\n{calls}":
+                raise DataError(
+                    f"An assistant turn spells out the control token {control}. Leave it out: the template ends turns."
+                )
+        if _CALL.search(text):
+            raise DataError("An assistant turn spells out a tool call. Give it as 'tool_calls' of the turn.")
+        for call in calls:
+            if isinstance(call["function"]["arguments"], str):
+                raise DataError(
+                    f"The arguments of tool call {call['function']['name']!r} are no JSON object: "
+                    f"{call['function']['arguments']!r}."
+                )
+
+
+_CALL = re.compile(r"<tool_call>\s*(<function=|\{)")

@@ -19,7 +19,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from openmimo.core.errors import DataError
 from openmimo.core.reading import parse_json, read_known_keys, require_folder
 from openmimo.core.records import Message
-from openmimo.data.chat_template import check_template, message_dict, mimo_template, render
+from openmimo.data.chat_template import check_template, mimo_template, render
 from openmimo.data.companions import Companions, read_companions
 from openmimo.data.text_pieces import text_pieces
 from openmimo.data.tokenizer_files import GenerationConfig, TokenizerConfig, read_backend, token_text
@@ -244,26 +244,28 @@ class Tokenizer:
         """The ids of a conversation in this tokenizer's chat format; arguments as in `chat_template.render`, and
         `most_tokens` as in `encode`.
 
-        Special tokens come from the template and from assistant turns only: the same words inside any other turn are
-        plain text, so a user or a tool cannot open or close a turn.
+        Special tokens, `<think>` and tool markup included, come from the template only. Their names in a message of any
+        role, a tool or the arguments of a call are plain text, so no text of a conversation opens or closes a turn.
         """
         text = render(
-            [self._guard(message_dict(message)) for message in messages],
+            messages,
             template=self.chat_template,
             tools=tools,
             add_generation_prompt=add_generation_prompt,
             enable_thinking=enable_thinking,
             keep_all_reasoning=keep_all_reasoning,
-            special_tokens={"eos_token": self._backend.id_to_token(self._eos_token_ids[0])},
+            special_tokens=self._named_tokens,
+            marks=self._marks,
         )
+        id_of_mark = {mark: self._special_ids[token] for token, mark in self._marks.items()}
         ids: list[int] = []
-        for piece in self._special_pattern.split(text):
+        for piece in _MARK.split(text):
             if most_tokens is not None and len(ids) > most_tokens:
                 break
-            if piece in self._special_ids:
-                ids.append(self._special_ids[piece])
+            if piece in id_of_mark:
+                ids.append(id_of_mark[piece])
             else:
-                ids.extend(self.encode(_unescape(piece), most_tokens=most_tokens))
+                ids.extend(self.encode(piece, most_tokens=most_tokens))
         return ids
 
     def decode(self, token_ids: Iterable[int], *, skip_special: bool = True) -> str:
@@ -288,19 +290,47 @@ class Tokenizer:
         """The same vocabulary without special tokens: it reads their text as text."""
         description = json.loads(self._backend.to_str())
         description["added_tokens"] = []
+        model = description["model"]
+        # Some checkpoints list special tokens in the vocabulary too, where merges could make them of plain text.
+        listed = {token for token in self._special_ids if len(token) > 1 and token in model["vocab"]}
+        if listed:
+            model["vocab"] = {token: number for token, number in model["vocab"].items() if token not in listed}
+            model["merges"] = [merge for merge in model["merges"] if not listed & {"".join(merge), *merge}]
         return tokenizers.Tokenizer.from_str(json.dumps(description))
 
     @functools.cached_property
-    def _special_pattern(self) -> re.Pattern[str]:
-        longest_first = sorted(self._special_ids, key=len, reverse=True)
-        return re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
+    def _marks(self) -> dict[str, str]:
+        """The special tokens that the chat template can write, each with the character that marks it in a rendering.
 
-    def _guard(self, turn: dict[str, Any]) -> dict[str, Any]:
-        """Breaks up special tokens inside a turn that no model wrote; `_unescape` makes them whole after the split."""
-        if turn["role"] == "assistant":
-            return turn
-        content = turn["content"].replace(_ESCAPE, _ESCAPED_ESCAPE)
-        return {**turn, "content": self._special_pattern.sub(lambda m: m[0][0] + _BREAK + m[0][1:], content)}
+        Raises DataError if the template puts special tokens together of parts, which cannot be marked.
+        """
+        template, eos_token = self.chat_template, self._named_tokens["eos_token"]
+        written = [token for token in self._special_ids if token == eos_token or token in template]
+        marks = {token: chr(0xD800 + number) for number, token in enumerate(written)}
+        question = [{"role": "user", "content": "x"}]
+        try:
+            plain, marked = (
+                render(question, template=template, special_tokens=self._named_tokens, marks=given)
+                for given in (None, marks)
+            )
+        except DataError:  # a template that refuses this question is judged by the conversations that it takes
+            return marks
+        longest_first = sorted(self._special_ids, key=len, reverse=True)
+        found = re.findall("|".join(map(re.escape, longest_first)), plain) if longest_first else []
+        if [marks.get(token) for token in found] != _MARK.findall(marked):
+            raise DataError(
+                "The chat template puts special tokens together of parts (such as '<|' + role + '|>'), so they cannot "
+                "be distinguished from the text of a conversation. Write each of them whole in the template."
+            )
+        return marks
+
+    @property
+    def _named_tokens(self) -> dict[str, str]:
+        """The special tokens that templates know by name."""
+        return {"eos_token": self._backend.id_to_token(self._eos_token_ids[0]) or ""}
+
+
+_MARK = re.compile("([\ud800-\udfff])")
 
 
 class StreamDecoder:
@@ -322,16 +352,6 @@ class StreamDecoder:
     def flush(self) -> str:
         """What is left at the end of the stream: U+FFFD for a character that never came whole."""
         return self._utf8.decode(b"", final=True)
-
-
-# U+FDD0 is a Unicode noncharacter: it has no meaning in text, and if it occurs it is escaped too.
-_ESCAPE = "\ufdd0"
-_ESCAPED_ESCAPE = _ESCAPE + "e"
-_BREAK = _ESCAPE + "b"
-
-
-def _unescape(text: str) -> str:
-    return text.replace(_BREAK, "").replace(_ESCAPED_ESCAPE, _ESCAPE)
 
 
 def _byte_of_character() -> dict[str, int]:

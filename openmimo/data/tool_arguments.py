@@ -63,6 +63,20 @@ class ArgumentValue:
         return any(opening.startswith(head) or head.startswith(opening) for opening in self._openings)
 
 
+def read_arguments(text: str) -> dict[str, Any] | str:
+    """The arguments of a call in a conversation: the JSON object that the text holds, or the text if it holds none.
+
+    A call that was cut off has no whole object. No text, and `null`, are an empty object.
+    """
+    try:
+        value = json.loads(text.strip() or "{}", parse_constant=_refuse)
+    except (ValueError, RecursionError):
+        return text
+    if value is None:
+        return {}
+    return value if isinstance(value, dict) else text
+
+
 def quoted(text: str) -> str:
     """A text as a JSON string."""
     return json.dumps(text, ensure_ascii=False)

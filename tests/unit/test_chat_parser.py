@@ -146,7 +146,7 @@ def test_text_between_parameters_comes_after_the_call(inside, arguments, after):
         ("</tool_call>b", [ContentText("b")]),
         ("</function>b", [ContentText("b")]),
         ("</function>\n", [ContentText("\n")]),
-        ("</function>\n</tool_", [ContentText("\n</tool_")]),
+        ("</function>\n</tool_", [ContentText("\n")]),
         (call(), called("{}", index=1)),
         (f"</function>{call()}", called("{}", index=1)),
         ("<think>b", [ReasoningText("b")]),
@@ -166,9 +166,12 @@ def test_a_call_in_thought_ends_with_the_thought():
 @pytest.mark.parametrize(
     ("inside", "arguments"),
     [
-        ("", ""),
+        ("", "{"),
         ("<parameter=text>one\ntw", '{"text": "one\\ntw'),
-        ("<parameter=text>a</para", '{"text": "a</para'),
+        ("<parameter=text>a</para", '{"text": "a'),
+        ("<parameter=text>a\n</function>\n", '{"text": "a'),
+        ("<parameter=text>a\n<tool_call>", '{"text": "a'),
+        ("\n<parameter=te", "{"),
         ("<parameter=items>[1, 2", '{"items": [1, 2'),
         ("<parameter=text>a</parameter>\n<parameter=maybe>nul", '{"text": "a", "maybe": nul'),
         ("<parameter=text>a</parameter>\n", '{"text": "a"'),
@@ -176,14 +179,46 @@ def test_a_call_in_thought_ends_with_the_thought():
 )
 def test_a_call_cut_off_by_the_end_is_left_open(inside, arguments):
     events = parse(f"<tool_call>\n<function=act>\n{inside}")
-    assert events == [ToolCallStart(0, "act"), *([ToolCallArguments(0, arguments)] if arguments else [])]
+    assert events == [ToolCallStart(0, "act"), ToolCallArguments(0, arguments)]
     with pytest.raises(json.JSONDecodeError):
         json.loads(arguments)
 
 
 def test_a_call_cut_off_by_the_end_loses_no_text():
     events = parse("<tool_call>\n<function=act>\nhello <param")
-    assert events == [ToolCallStart(0, "act"), ContentText("\nhello <param")]
+    assert events == [ToolCallStart(0, "act"), ToolCallArguments(0, "{"), ContentText("\nhello ")]
+
+
+@pytest.mark.parametrize(
+    ("inside", "arguments"),
+    [
+        ("<parameter=city>Oslo\n<parameter=count>3</parameter>\n", '{"city": "Oslo", "count": 3}'),
+        ("<parameter=count>3\n<parameter=city>Oslo</parameter>\n", '{"count": 3, "city": "Oslo"}'),
+        ("<parameter=city>\n<parameter=text>\n<parameter=count>3\n", '{"city": "", "text": "", "count": 3}'),
+        ("<parameter=city>Oslo\n", '{"city": "Oslo"}'),
+        ("<parameter=city>Oslo", '{"city": "Oslo"}'),
+        ("<parameter=city>Oslo</function>\n", '{"city": "Oslo"}'),
+        ("<parameter=city>two\nlines\n\n", '{"city": "two\\nlines\\n"}'),
+        ("<parameter=text>a\n<parameter=nope>b</parameter>\n", '{"text": "a\\n<parameter=nope>b"}'),
+        (
+            "<parameter=text>a </function> b\n<parameter=count>1</parameter>\n",
+            '{"text": "a </function> b", "count": 1}',
+        ),
+    ],
+)
+def test_a_missing_end_of_a_value_swallows_neither_parameter_nor_call(inside, arguments):
+    first = f"<tool_call>\n<function=act>\n{inside}</function>\n</tool_call>"
+    assert parse([first]) == parse(first) == called(arguments)
+    reply = f"{first}{call(('text', 'hi'))}"
+    assert parse([reply]) == parse(reply) == [*called(arguments), *called('{"text": "hi"}', index=1)]
+
+
+@pytest.mark.parametrize("end", ["", "</tool_call>", "\n</tool_call>\n", "\n</function>\n"])
+def test_a_call_without_any_end_does_not_swallow_the_next(end):
+    reply = f"<tool_call>\n<function=act>\n<parameter=city>Oslo{end}{call(('city', 'Rome'))}"
+    events = [event for event in parse([reply]) if not isinstance(event, ContentText)]
+    assert events == [*called('{"city": "Oslo"}'), *called('{"city": "Rome"}', index=1)]
+    assert parse([reply]) == parse(reply)
 
 
 # --- values ----------------------------------------------------------------------------------------------------------
@@ -266,7 +301,7 @@ def test_arguments_grow_as_they_come():
     parser = ChatParser(tools=TOOLS)
     parser.push("<tool_call>\n<function=act>\n<parameter=text>")
     grown = [event.text for word in ("one ", 'two "', "three\n") for event in parser.push(word)]
-    assert grown == ['"one ', 'two \\"', "three\\n"]
+    assert grown == ['"one ', 'two \\"', "three"]  # the line end waits for what follows
     for parameter in ("maybe", "either", "count", "unheard_of"):
         parser = ChatParser(tools=TOOLS)
         parser.push(f"<tool_call>\n<function=act>\n<parameter={parameter}>")

@@ -171,7 +171,7 @@ def test_own_template_gets_the_same_extras_as_in_transformers(tokenizer, tmp_pat
         ([Message("robot", "x")], None, "unknown role robot"),
         ([{"content": "x"}], None, "'role'"),
         ([{"role": "user", "content": [{"type": "image_url"}]}], None, "text"),
-        ([{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}], None, "'f'"),
+        ([{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": [1]}}]}], None, "'f'"),
         ([Message("user", "x")], "{% if %}", "chat template"),
         ([Message("user", "x")], "{{ ''.__class__.__mro__ }}", "unsafe"),
     ],
@@ -183,3 +183,44 @@ def test_what_cannot_be_rendered_is_named(messages, template, named):
 
 def test_mimo_is_the_default_template():
     assert render([Message("user", "x")], template=mimo_template()) == render([Message("user", "x")])
+
+
+CUT_CALL = {"type": "function", "function": {"name": "get_weather", "arguments": '{"city": "Zür'}}
+PARTS = [{"type": "text", "text": "Weather "}, {"type": "text", "text": "today?"}]
+OPENAI_FORM = [
+    {"role": "system", "content": PARTS},
+    {"role": "user", "content": PARTS},
+    {"role": "assistant", "content": None, "tool_calls": [CUT_CALL]},
+    {"role": "tool", "content": PARTS},
+    {"role": "assistant", "content": PARTS},
+    {"role": "user", "content": "so?"},
+]
+ANYTHING = {"name": "f", "parameters": {"type": "object", "properties": {"any": True, "never": False, "a": {}}}}
+
+
+def test_other_engines_can_give_the_template_parts_and_arguments_as_text(tokenizer, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    tokenizer.save(tmp_path)
+    peer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    text = peer.apply_chat_template(OPENAI_FORM, tools=[ANYTHING], tokenize=False, add_generation_prompt=True)
+    assert text == render(OPENAI_FORM, tools=[ANYTHING])
+    assert '<function=get_weather>\n{"city": "Zür\n</function>' in text
+    assert "<|im_start|>user\nWeather today?<|im_end|>" in text
+    assert "<name>any</name>" in text and "never" not in text
+    assert tokenizer.encode_chat(OPENAI_FORM, tools=[ANYTHING]) == peer(text, add_special_tokens=False).input_ids
+    with pytest.raises(Exception, match="only text parts"):
+        peer.apply_chat_template([{"role": "user", "content": [{"type": "image", "url": "x"}]}], tokenize=False)
+
+
+@pytest.mark.parametrize(
+    "arguments", ['{"city": ', "[1]", '"text"', "5", "nothing", '{"a": NaN}', "[" * 5000, '{"a": ' * 5000, "1" * 5000]
+)
+def test_arguments_that_are_no_object_are_written_as_they_are(arguments):
+    turn = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}
+    assert f"<function=f>\n{arguments}\n</function>" in render([Message("user", "x"), turn])
+
+
+@pytest.mark.parametrize("arguments", ["", " ", "null", None, "{}", {}])
+def test_no_arguments_are_an_empty_object(arguments):
+    turn = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}
+    assert "<function=f>\n</function>" in render([Message("user", "x"), turn])

@@ -149,3 +149,42 @@ def test_has_reasoning():
     assert has_reasoning(DIALOGUE)
     assert has_reasoning([{"role": "assistant", "content": "<think>so</think>yes"}])
     assert not has_reasoning([QUESTION, {"role": "assistant", "content": "<think></think>yes"}])
+    assert not has_reasoning([QUESTION, {"role": "assistant", "content": "<think>\n\n</think>\n\nyes"}])
+    assert not has_reasoning([QUESTION, {"role": "assistant", "content": "yes", "reasoning_content": " \n"}])
+    assert not has_reasoning([{**ANSWER, "weight": 0}, {"role": "assistant", "content": "yes"}])
+
+
+def test_a_blank_thought_is_none():
+    turn = {"role": "assistant", "content": "<think>\n\n</think>\n\nyes"}
+    assert masked_text([QUESTION, turn]) == f"yes{TURN_END}"
+    assert masked_text([QUESTION, turn], enable_thinking=True) == f"<think></think>yes{TURN_END}"
+
+
+@pytest.mark.parametrize("thinking", [False, True])
+def test_a_turn_of_weight_0_is_read_but_not_learned(thinking):
+    turns = [QUESTION, {**CALLING, "weight": 0}, RESULT, {**ANSWER, "weight": 1}]
+    text = masked_text(turns, tools=TOOLS, enable_thinking=thinking)
+    assert text == ("<think>\nsimple\n</think>" if thinking else "") + f"It is 7.{TURN_END}"
+    unweighted = [QUESTION, CALLING, RESULT, ANSWER]
+    ids, other_ids = (
+        encode_conversation(TOKENIZER, one, tools=TOOLS, enable_thinking=thinking)[0] for one in (turns, unweighted)
+    )
+    assert np.array_equal(ids, other_ids)
+    broken = {"role": "assistant", "weight": 0, "tool_calls": [{"function": {"name": "add", "arguments": '{"a": '}}]}
+    assert masked_text([QUESTION, broken, RESULT, WELCOME]) == f"Welcome!{TURN_END}"
+
+
+@pytest.mark.parametrize(
+    ("turn", "named"),
+    [
+        ({**ANSWER, "weight": 0.5}, "weight of a turn is 0.5"),
+        ({**ANSWER, "weight": True}, "weight"),
+        ({**ANSWER, "weight": "0"}, "weight"),
+        ({**THANKS, "weight": 1}, "only assistant turns"),
+        ({"role": "assistant", "tool_calls": [{"function": {"name": "add", "arguments": '{"a": '}}]}, "no JSON object"),
+        ({"role": "assistant", "content": CALL_TEXT}, "spells out a tool call"),
+    ],
+)
+def test_turns_that_cannot_be_learned_from_are_refused(turn, named):
+    with pytest.raises(DataError, match=named):
+        encode_conversation(TOKENIZER, [QUESTION, turn])

@@ -65,8 +65,8 @@ BAD_CHATS = {
     "messages[0].role": {"messages": [{"role": "wizard", "content": "x"}]},
     "messages[0].content[1].type": {"messages": [{"role": "user", "content": [
         {"type": "text", "text": "x"}, {"type": "image_url", "image_url": {"url": "x"}}]}]},
-    "messages[0].tool_calls[0].function.arguments": {"messages": [
-        {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "[1"}}]}]},
+    "messages[0].tool_calls[0].function.name": {"messages": [
+        {"role": "assistant", "tool_calls": [{"function": {"name": "", "arguments": "{}"}}]}]},
     "temperature": {**HELLO, "temperature": -1},
     "top_p": {**HELLO, "top_p": 0},
     "logit_bias": {**HELLO, "logit_bias": {"x": 1}},
@@ -493,7 +493,8 @@ def test_tool_choice_begins_the_call_that_must_come(client, backend):
     client.post(CHAT, json={**tools, "tool_choice": "required"})
     assert prompt_of(backend).endswith("<tool_call>\n<function=")
     pattern = backend.requests[-1].params.structure.source
-    assert re.fullmatch(pattern, "get_time>\n<parameter=a>\nb</parameter>") and not re.fullmatch(pattern, "other>\n")
+    assert re.fullmatch(pattern, "get_time>\n<parameter=a>\nb</parameter>\n</function>\n</tool_call>")
+    assert not re.fullmatch(pattern, "other>\n</function>") and not re.fullmatch(pattern, "get_time>\n")
     answer = client.post(CHAT, json={**tools, "tool_choice": {"type": "function", "function": {"name": "nope"}}})
     assert error_of(answer)["param"] == "tool_choice"
 

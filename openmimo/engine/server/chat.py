@@ -20,7 +20,7 @@ from openmimo.data.tokenizer import Tokenizer
 from openmimo.engine.server.errors import invalid
 from openmimo.engine.server.prompts import encode_messages
 from openmimo.engine.server.schema import ChatMessage, TemplateOptions
-from openmimo.engine.server.tools import ToolPolicy
+from openmimo.engine.server.tools import CALL_MARK, ToolPolicy
 
 _THINK, _END_OF_THINK = "<think>", "</think>"
 _THINKING_EFFORTS = ("low", "medium", "high", "xhigh")
@@ -62,7 +62,9 @@ def chat_prompt(
         raise invalid("A call that must come leaves no room for thinking: turn one of the two off.", "tool_choice")
     ids = encode_messages(tokenizer, messages, policy.tools, options, most_tokens=most_tokens, param=param)
     starts_thinking = _ends_in_thought(tokenizer, ids)
-    ids += tokenizer.encode(policy.opening, allow_special=True)
+    if policy.opening:
+        ids += tokenizer.encode(CALL_MARK, allow_special=True)
+        ids += tokenizer.encode(policy.opening.removeprefix(CALL_MARK))
     return ChatPrompt(tuple(ids), policy, starts_thinking)
 
 
@@ -111,7 +113,7 @@ class ChatReply:
             starts_thinking=prompt.starts_thinking,
             reads_calls=prompt.policy.reads_calls,
         )
-        self._has_whole_call = False
+        self._num_whole_calls = 0
         self._one_call = prompt.policy.one_call
         self._marks = (_id_of(tokenizer, _THINK), _id_of(tokenizer, _END_OF_THINK))
         self._is_thinking = prompt.starts_thinking
@@ -127,6 +129,8 @@ class ChatReply:
             self.finish_reason = delta.finish_reason
         taken = []
         for event in events:
+            if self._one_call and self.tool_calls and isinstance(event, ToolCallStart):
+                self._end_early()
             if self.is_complete:
                 break
             self._take(event)
@@ -136,9 +140,14 @@ class ChatReply:
     @property
     def openai_finish_reason(self) -> str:
         """The finish reason in OpenAI's words; a reply cut for repeating itself counts as too long."""
-        if self._has_whole_call and self.finish_reason == "stop":
+        if self.tool_calls and not self.has_open_call and self.finish_reason == "stop":
             return "tool_calls"
         return "length" if self.finish_reason == "repetition" else self.finish_reason
+
+    @property
+    def has_open_call(self) -> bool:
+        """Whether a call was cut off, by a limit or by the model: its arguments are no whole JSON object."""
+        return self._num_whole_calls < len(self.tool_calls)
 
     def message(self) -> dict[str, Any]:
         """The whole reply as a message."""
@@ -160,7 +169,7 @@ class ChatReply:
             case ToolCallArguments():
                 self.tool_calls[event.index].arguments += event.text
             case ToolCallEnd():
-                self._has_whole_call = True
+                self._num_whole_calls += 1
                 self._end_early()
 
     def _end_early(self) -> None:

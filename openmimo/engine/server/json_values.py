@@ -10,7 +10,7 @@ from openmimo.engine.server import limits
 
 def read_json(content: bytes, most_values: int) -> Any:
     """The value in a JSON text. Raises ValueError for any other text, and for more than `most_values` values."""
-    _check_counts(content, most_values)
+    check_counts(content, most_values)
     return pydantic_core.from_json(content, allow_inf_nan=False)
 
 
@@ -28,16 +28,7 @@ def check_tree(value: Any, most_values: int) -> int:
     return count
 
 
-def parse_arguments(text: str) -> dict[str, Any]:
-    """The arguments of a call. Raises ValueError unless they are a JSON object (no text: an empty one)."""
-    value = read_json(text.encode() or b"{}", limits.SCHEMA_VALUES)
-    if not isinstance(value, dict):
-        raise ValueError("the arguments must be a JSON object.")
-    check_tree(value, limits.SCHEMA_VALUES)
-    return value
-
-
-def _check_counts(content: bytes, most_values: int) -> None:
+def check_counts(content: bytes, most_values: int) -> None:
     """Raises ValueError for too many values, without making any: the parser holds the interpreter while it makes them.
 
     In valid JSON all values but the first of a list or an object come after a comma, and every second part between

@@ -56,8 +56,11 @@ def _requests(service: Service, body: CompletionRequest) -> list[EngineRequest]:
     prompts = _prompts(body)
     service.check_num_replies(len(prompts), num_choices)
     tokenizer, most = service.backend.tokenizer, service.backend.max_positions
+    special = bool(body.parse_special)
     ids = [
-        encode_text(tokenizer, prompt, most_tokens=most, param="prompt") if isinstance(prompt, str) else prompt
+        encode_text(tokenizer, prompt, most_tokens=most, param="prompt", allow_special=special)
+        if isinstance(prompt, str)
+        else prompt
         for prompt in prompts
     ]
     requests = engine_requests(ids, params, body, num_choices=num_choices)

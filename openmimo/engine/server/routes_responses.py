@@ -135,12 +135,13 @@ class _ResponseAnswer:
             yield one
 
     def _finish(self) -> Iterator[Event]:
-        is_whole = self._reply.openai_finish_reason != "length"
+        is_cut = self._reply.openai_finish_reason == "length"
+        is_whole = not is_cut and not self._reply.has_open_call
         status = "completed" if is_whole else "incomplete"
-        yield from self._output.close(status)
+        yield from self._output.close("incomplete" if is_cut else "completed")
         self._response |= {
             "status": status,
-            "incomplete_details": None if is_whole else {"reason": "max_output_tokens"},
+            "incomplete_details": None if is_whole else {"reason": "max_output_tokens" if is_cut else "stop"},
             "completed_at": int(time.time()),
             "output": self._output.items,
             "usage": self._usage(),

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
+    AliasChoices,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -25,7 +26,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from openmimo.engine.server import limits
-from openmimo.engine.server.json_values import check_tree, parse_arguments
+from openmimo.engine.server.json_values import check_counts, check_tree
 
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Probability = Annotated[float, Field(gt=0.0, le=1.0)]
@@ -221,7 +222,11 @@ Prompt = Annotated[
 
 
 class CompletionRequest(CommonFields):
-    """POST /v1/completions. `suffix` is not offered: the model was not trained to fill in the middle."""
+    """POST /v1/completions. `suffix` is not offered: the model was not trained to fill in the middle.
+
+    parse_special (not in OpenAI's API; llama.cpp's name): the names of special tokens in a prompt become those tokens,
+    for clients that render the chat template themselves. Otherwise they are text.
+    """
 
     prompt: Prompt
     max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
@@ -231,6 +236,7 @@ class CompletionRequest(CommonFields):
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     stream_options: StreamOptions | None = None
     return_token_ids: bool | None = None
+    parse_special: bool | None = None
 
 
 class ContentPart(LenientFields):
@@ -241,7 +247,7 @@ class ContentPart(LenientFields):
 
 
 class CalledFunction(LenientFields):
-    """What a tool call calls; arguments: a JSON object, as text or as it is."""
+    """What a tool call calls; arguments: a JSON object, as text or as it is. A call that was cut off has other text."""
 
     name: Text
     arguments: Annotated[
@@ -250,10 +256,11 @@ class CalledFunction(LenientFields):
 
     @field_validator("arguments")
     @classmethod
-    def _is_object(cls, value: str | dict[str, Any]) -> dict[str, Any]:
+    def _is_bounded(cls, value: str | dict[str, Any]) -> str | dict[str, Any]:
         if isinstance(value, str):
-            return parse_arguments(value)
-        check_tree(value, limits.SCHEMA_VALUES)
+            check_counts(value.encode(), limits.SCHEMA_VALUES)
+        else:
+            check_tree(value, limits.SCHEMA_VALUES)
         return value
 
 
@@ -285,8 +292,8 @@ class ChatMessage(LenientFields):
 def _check_parameters(parameters: dict[str, Any]) -> dict[str, Any]:
     check_tree(parameters, limits.SCHEMA_VALUES)
     properties = parameters.get("properties") or {}
-    if not isinstance(properties, dict) or not all(isinstance(one, dict) for one in properties.values()):
-        raise ValueError("properties must be an object that gives each parameter's schema, an object too.")
+    if not isinstance(properties, dict) or not all(isinstance(one, dict | bool) for one in properties.values()):
+        raise ValueError("properties must be an object that gives each parameter's schema, an object or a boolean.")
     return parameters
 
 
@@ -390,7 +397,7 @@ class TokenizeRequest(Fields):
 
     model: Name | None = None
     prompt: str | None = None
-    allow_special: bool = False
+    allow_special: bool = Field(False, validation_alias=AliasChoices("parse_special", "allow_special"))
     messages: Messages | None = None
     tools: Tools | None = None
     add_generation_prompt: bool = True

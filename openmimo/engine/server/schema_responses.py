@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Discriminator, Field, Tag, field_validator, model_validator
 
 from openmimo.engine.server import limits
-from openmimo.engine.server.json_values import parse_arguments
+from openmimo.engine.server.json_values import check_counts
 from openmimo.engine.server.schema import (
     CommonFields,
     Fields,
@@ -52,7 +52,7 @@ class ReasoningItem(LenientFields):
 
 
 class FunctionCallItem(LenientFields):
-    """A call that the model made in an earlier turn; arguments: a JSON object, as text."""
+    """A call that the model made in an earlier turn; arguments: as the server gave them."""
 
     type: Literal["function_call"]
     call_id: Label
@@ -61,8 +61,8 @@ class FunctionCallItem(LenientFields):
 
     @field_validator("arguments")
     @classmethod
-    def _is_object(cls, value: str) -> str:
-        parse_arguments(value)
+    def _is_bounded(cls, value: str) -> str:
+        check_counts(value.encode(), limits.SCHEMA_VALUES)
         return value
 
 

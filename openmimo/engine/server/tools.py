@@ -1,7 +1,8 @@
 """Which tools a reply sees, and how `tool_choice` binds it.
 
 A call that must come is begun for the model: the opening of MiMo's call markup becomes the end of the prompt, so the
-reply is its continuation. With several functions to choose from, a pattern lets only their names follow.
+reply is its continuation. A pattern lets only names of functions follow, and no end of the reply before the call is
+whole; a function with required parameters gets one of them at least.
 """
 
 import re
@@ -12,7 +13,9 @@ from typing import Any
 from openmimo.core.records import Structure
 from openmimo.engine.server.errors import invalid
 
-_CALL_OPENING = "<tool_call>\n<function="
+CALL_MARK = "<tool_call>"
+_CALL_OPENING = CALL_MARK + "\n<function="
+_REST_OF_CALL = "(.|\n)*</function>(.|\n)*"
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,17 @@ def tool_policy(
     if not names:
         raise invalid("tool_choice asks for a call, but there are no tools.", "tool_choice")
     if mode == "function" or len(names) == 1:
-        opening = f"{_CALL_OPENING}{function or names[0]}>\n"
-        return ToolPolicy(tuple(tools), opening, one_call=one_call or mode == "function")
-    pattern = f"({'|'.join(map(re.escape, names))})>\n(.|\n)*"
+        name = function or names[0]
+        structure = Structure("regex", _first_parameter(tools[names.index(name)]) + _REST_OF_CALL)
+        return ToolPolicy(tuple(tools), f"{_CALL_OPENING}{name}>\n", structure, one_call=one_call or mode == "function")
+    openings = (f"{re.escape(name)}>\n{_first_parameter(tool)}" for name, tool in zip(names, tools, strict=True))
+    pattern = f"({'|'.join(openings)}){_REST_OF_CALL}"
     return ToolPolicy(tuple(tools), _CALL_OPENING, Structure("regex", pattern), one_call)
+
+
+def _first_parameter(tool: dict[str, Any]) -> str:
+    """The pattern of a required parameter; empty if the function requires none."""
+    required = (tool["function"].get("parameters") or {}).get("required")
+    names = required if isinstance(required, list) else []
+    known = [re.escape(name) for name in names if isinstance(name, str) and re.fullmatch(r"[\w.\-]{1,128}", name)]
+    return f"<parameter=({'|'.join(known)})>(.|\n)*</parameter>\n" if known else ""
