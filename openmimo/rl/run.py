@@ -9,8 +9,10 @@ from rich.console import Console
 
 from openmimo.core import config as config_io
 from openmimo.core.errors import ConfigError
+from openmimo.core.metrics import read_metrics
 from openmimo.data.tokenizer import Tokenizer
 from openmimo.model.hf import load_model, save_model
+from openmimo.rl.algorithm import algorithm_of
 from openmimo.rl.config import RlConfig
 from openmimo.rl.evaluate import streams_of
 from openmimo.rl.loop import RlRun
@@ -28,6 +30,7 @@ def train(config: RlConfig, *, console: Console | None = None) -> Path:
     device = resolve_device(config.device)
     if config.threads:
         torch.set_num_threads(config.threads)
+    algorithm_of(config)
     tokenizer = Tokenizer.load(Path(config.checkpoint))
     streams_of(config.sources, "train", config.seed)
     streams_of(config.sources, "validation", config.seed)
@@ -46,8 +49,17 @@ def train(config: RlConfig, *, console: Console | None = None) -> Path:
     save_model(model, model_folder)
     tokenizer.save(model_folder)
     report = write_report(run_folder)
-    console.print(f"model   {model_folder}\nreport  {report}")
+    console.print(f"model   {model_folder}\nreport  {report}\n{learned_in(config, run_folder)}", highlight=False)
     return model_folder
+
+
+def learned_in(config: RlConfig, run_folder: Path) -> str:
+    """How many steps learned from how many samples; a warning where none did."""
+    learned = [row["learned_samples"] for row in read_metrics(run_folder / "metrics.jsonl") if "learned_samples" in row]
+    text = f"{sum(count > 0 for count in learned)} of {config.steps} steps learned, from {sum(learned)} samples"
+    if any(learned):
+        return text
+    return f"[yellow]warning:[/] {text}: this model is the one that the run started from."
 
 
 def _keep_config(config: RlConfig, run_folder: Path) -> None:
@@ -70,5 +82,8 @@ def _keep_config(config: RlConfig, run_folder: Path) -> None:
 def _decisive(config: RlConfig) -> dict[str, Any]:
     """The settings that may not differ between two starts of one run."""
     return config_io.to_dict(
-        replace(config, run_folder="", device="auto", threads=0, tensorboard=False, reward_threads=1, rollout_workers=1)
-    )
+        replace(
+            config, run_folder="", device="auto", threads=0, tensorboard=False, reward_threads=1, rollout_workers=1,
+            environment_seconds=1.0, max_lost_steps=0, activation_checkpointing=False,
+        )
+    )  # fmt: skip

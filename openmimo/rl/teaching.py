@@ -4,7 +4,7 @@ T packed tokens, N policy-written tokens, V vocabulary.
 """
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from openmimo.rl.config import MopdConfig
 from openmimo.rl.groups import GroupRequest
 from openmimo.rl.losses import normalise
 from openmimo.rl.policy_trainer import Forward, Objective, PolicyTrainer
-from openmimo.rl.rollout import EngineRollouts, EpisodeOpener
+from openmimo.rl.rollout import EngineRollouts
 from openmimo.rl.teachers import FOREIGN_KL, Teachers, distillation_objective, divergence_named
 
 TOP_K = 64
@@ -116,16 +116,19 @@ class TeacherRollouts:
     """The teachers write: each source by an engine of its own teacher (off-policy distillation)."""
 
     def __init__(
-        self, teachers: Teachers, tokenizer: Tokenizer, config: EngineConfig, open_episode: EpisodeOpener,
-        domains: list[str], seed: int,
-    ):  # fmt: skip
+        self,
+        teachers: Teachers,
+        tokenizer: Tokenizer,
+        config: EngineConfig,
+        domains: list[str],
+        open_rollouts: Callable[[Engine], EngineRollouts],
+    ):
         engines: dict[int, EngineRollouts] = {}
         self._by_domain = {}
         for domain in domains:
             model = teachers.model(domain)
             if id(model) not in engines:
-                engine = Engine(model, tokenizer, config)
-                engines[id(model)] = EngineRollouts(engine, open_episode, seed=seed, record_routing=False)
+                engines[id(model)] = open_rollouts(Engine(model, tokenizer, config))
             self._by_domain[domain] = engines[id(model)]
         self._engines = list(engines.values())
 

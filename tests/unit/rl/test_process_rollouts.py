@@ -366,6 +366,7 @@ def test_a_run_overlaps_and_goes_on_after_it_was_killed(folder, tmp_path):
         def watched(batch):
             batches[name].append(written(batch))
             if run.step == stop:
+                assert run.rollouts.num_running > 0  # of the next step, while this one is learned from
                 raise KeyboardInterrupt
             return learn(batch)
 
@@ -375,9 +376,6 @@ def test_a_run_overlaps_and_goes_on_after_it_was_killed(folder, tmp_path):
     watch(run, "first", stop=2)
     with pytest.raises(KeyboardInterrupt):
         run.run()
-    assert run.rollouts.num_running > 0  # of the next step, while this one was learned from
-    run.rollouts.close()
-    run.log.close()
     run = open_run(config)
     watch(run, "second", stop=None)
     run.run()
