@@ -32,9 +32,12 @@ class MetricsWriter:
         write_text_atomic(self.path, "".join(json.dumps(row) + "\n" for row in kept))
 
     def write(self, step: int, values: dict[str, Any]) -> None:
-        """Records `values` (numbers, strings or lists of numbers) at optimiser step `step`."""
+        """Records `values` (numbers, strings or lists of numbers) at optimiser step `step`.
+
+        NaN and infinities are no JSON: they are left out, or null in a list.
+        """
         with open(self.path, "a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+            file.write(json.dumps(_json({"step": step, **values}), allow_nan=False) + "\n")
         if self._tensorboard is not None:
             for name, value in values.items():
                 if isinstance(value, (int, float)) and math.isfinite(value):
@@ -45,6 +48,16 @@ class MetricsWriter:
         """Closes the TensorBoard writer, if there is one."""
         if self._tensorboard is not None:
             self._tensorboard.close()
+
+
+def _json(value: Any) -> Any:
+    """The same without numbers that JSON has not."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        plain = {key: _json(item) for key, item in value.items()}
+        return {key: item for key, item in plain.items() if item is not None}
+    return [_json(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

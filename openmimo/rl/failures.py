@@ -91,10 +91,10 @@ class Failures:
 
     def _lost_message(self, source: str, steps: int) -> str:
         last = self._last_error.get(source, "see the warnings of the earlier process")
+        span = "a step" if steps == 1 else f"{steps} steps in a row"
         return (
-            f"source {source!r} lost every sample of {'a step' if steps == 1 else f'{steps} steps in a row'} to errors, "
-            f"so it has nothing to learn from. The last: {last}. Correct the environment, or allow more such steps in a "
-            "row (max_lost_steps)."
+            f"source {source!r} lost every sample of {span} to errors, so it has nothing to learn from. The last: {last}. "
+            "Correct the environment, or allow more such steps in a row (max_lost_steps)."
         )
 
     def _too_long_message(self, source: str) -> str:

@@ -92,9 +92,10 @@ class RlRun:
             isinstance(self.rollouts, EngineRollouts) and self.rollouts.is_instant and config.unfinished == "abort"
         )
         self.log = LoggedScheduler(
-            scheduler, self.run_folder / "events.jsonl", start=start.step, repeats_exactly=repeats_exactly
+            scheduler, self.run_folder / "events", start=start.step, repeats_exactly=repeats_exactly
         )
-        self._before_early_step: dict[str, Any] | None = None
+        self._early_step_began = False
+        self._before_early_step: dict[str, Any] | None = None  # the scheduler's state then, where it is saved
         self.checkpoints = Checkpoints(self.run_folder, config.checkpoints)
         self.metrics = MetricsWriter(self.run_folder, tensorboard=config.tensorboard)
         self.metrics.truncate_after(start.step or -1)  # the evaluation before the first step comes again
@@ -179,9 +180,9 @@ class RlRun:
 
     def collect(self) -> tuple[list[list[Sample]], dict[str, float]]:
         """The next batch, and the scheduler's report of it."""
-        if self._before_early_step is None:
+        if not self._early_step_began:
             self._begin(self.step)
-        self._before_early_step = None
+        self._early_step_began = False
         scheduler, has_news = self.log.scheduler, True
         while not scheduler.is_complete():
             if has_news:
@@ -209,7 +210,9 @@ class RlRun:
         """
         goes_on = isinstance(self.rollouts, WorkerRollouts) and self.config.unfinished == "partial"
         if goes_on and self.step + 1 < self.config.steps:
-            self._before_early_step = self.log.scheduler.state()
+            is_saved = (self.step + 1) % self.config.checkpoints.every_steps == 0
+            self._early_step_began = True
+            self._before_early_step = self.log.scheduler.state() if is_saved else None
             self._begin(self.step + 1)
             if not self.log.knows(self.step + 1):
                 self._submit_more()
@@ -268,7 +271,9 @@ class RlRun:
 
     def save(self) -> Path:
         """Writes a checkpoint of this moment, between two steps."""
-        progress = Progress(self.step, self.tokens, 0, self._before_early_step or self.log.scheduler.state())
+        state = self._before_early_step if self._early_step_began else self.log.scheduler.state()
+        assert state is not None, "the next step has begun, and the state before it was not kept"
+        progress = Progress(self.step, self.tokens, 0, state)
         path = self.checkpoints.save(self.model, self.trainer.optimiser, self.tokenizer, progress)
         self.log.forget_before(self.step)
         return path

@@ -65,7 +65,7 @@ def learned_in(config: RlConfig, run_folder: Path) -> str:
 def _keep_config(config: RlConfig, run_folder: Path) -> None:
     """Saves the config in the run folder; refuses to go on with a run that was started with another one."""
     path = run_folder / "config.json"
-    has_begun = any((run_folder / name).exists() for name in ("checkpoints", "events.jsonl"))
+    has_begun = any((run_folder / name).exists() for name in ("checkpoints", "events"))
     if path.exists() and has_begun:
         before = _decisive(config_io.load(type(config), path))
         now = _decisive(config)

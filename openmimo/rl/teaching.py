@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from openmimo.core.errors import ConfigError
 from openmimo.core.samples import Sample
 from openmimo.data.tokenizer import Tokenizer
 from openmimo.engine.config import EngineConfig
@@ -47,6 +48,8 @@ class Teaching:
         if config.signal == "imitate":
             self.objective = imitation
         elif config.signal != "sampled":
+            if config.top_k is not None and config.top_k > student.config.vocab_size:
+                raise ConfigError(f"top_k is {config.top_k}; the vocabulary has {student.config.vocab_size} tokens.")
             divergence = divergence_named(config.signal, config.top_k or TOP_K)
             self.objective = distillation_objective(student, self.teachers, divergence, watch=self._watch)
 
