@@ -196,7 +196,8 @@ class RlConfig:
         sources: Where problems come from; the name of a source is its domain.
         steps: Batches to learn from.
         algorithm: A file in `openmimo/rl/algorithms`, or `package.module:Object`.
-        algorithm_options: Settings of that algorithm (its `options` dataclass lists them).
+        algorithm_options: Settings of that algorithm (its `options` dataclass lists them); on the command line,
+            `--algorithm-options.NAME VALUE` for each.
         groups_per_step: Prompts of a batch.
         updates_per_step: Optimiser steps on each batch, over its groups in as many parts.
         learning_rate: After the warm-up.

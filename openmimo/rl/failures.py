@@ -93,8 +93,8 @@ class Failures:
         last = self._last_error.get(source, "see the warnings of the earlier process")
         span = "a step" if steps == 1 else f"{steps} steps in a row"
         return (
-            f"source {source!r} lost every sample of {span} to errors, so it has nothing to learn from. The last: {last}. "
-            "Correct the environment, or allow more such steps in a row (max_lost_steps)."
+            f"source {source!r} lost every sample of {span} to errors, so it has nothing to learn from. The last: "
+            f"{last}. Correct the environment, or allow more such steps in a row (max_lost_steps)."
         )
 
     def _too_long_message(self, source: str) -> str:

@@ -8,19 +8,23 @@ from rich.console import Console
 from rl_runs import grpo_config, mopd_config, run, save_models, source
 from rl_world import Scripted, finish, open_rollouts, policy, request, roll_out, tokenizer
 
+from openmimo.cli import main
+from openmimo.core.config import save
 from openmimo.core.errors import ConfigError
 from openmimo.core.metrics import read_metrics
+from openmimo.core.records import Request, SamplingParams
 from openmimo.core.samples import Sample
 from openmimo.data.conversation import encode_prompt
+from openmimo.engine.config import EngineConfig
+from openmimo.engine.engine import Engine
 from openmimo.model.mimo import MiMo
 from openmimo.rl import run as run_module
 from openmimo.rl.algorithm import Correction, algorithm_of
 from openmimo.rl.config import SchedulingConfig
-from openmimo.rl.policy_trainer import PolicyTrainer
+from openmimo.rl.policy_trainer import score_samples
 from openmimo.rl.problems import Problem
 from openmimo.rl.rollout import without_thoughts
 from openmimo.rl.scheduler import DataScheduler
-from openmimo.train.config import OptimiserConfig
 
 
 @pytest.fixture(scope="module")
@@ -133,18 +137,24 @@ def test_entropy_is_logged(models, tmp_path):
     assert 0.0 < entropy < torch.tensor(320.0).log()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_temperature_divides_logits_as_in_the_engine(dtype):
-    """In bfloat16, dividing the states instead would round: the trainer's numbers would not be the engine's."""
+@torch.no_grad()
+def test_temperature_divides_logits_and_not_states():
+    """In bfloat16 the states would round: the trainer's log-probabilities would not be those the engine samples by."""
     model = policy(ends=1.0)
-    model.compute_dtype = dtype
-    samples = roll_out(model, lambda own: Scripted(), request(temperature=0.7))
-    trainer = PolicyTrainer(model, OptimiserConfig(weight_decay=0.0))
-    for sample, own in zip(samples, trainer.logprobs(samples), strict=True):
-        written = [pair[:2] for pair in zip(own, sample.logprobs, sample.loss_mask, strict=True) if pair[2]]
-        trained, engine = map(torch.tensor, zip(*written, strict=True))
-        tolerance = 1e-5 if dtype == torch.float32 else 0.06
-        assert (trained - engine).abs().max() < tolerance
+    model.compute_dtype = torch.bfloat16
+    (sample,) = roll_out(model, lambda own: Scripted(), request(temperature=0.7, samples=1))
+    logprobs_TV = (model.logits(torch.tensor(sample.token_ids)).float() / 0.7).log_softmax(-1)
+    prompt = Request("p", tuple(sample.token_ids), SamplingParams(max_tokens=1, temperature=0.7, prompt_logprobs=True))
+    engine = Engine(model, tokenizer(), EngineConfig(prefill_tokens=512, speculative=False, cache_gigabytes=0.01))
+    sequence = engine.submit(prompt)
+    while engine.has_work:
+        engine.step()
+    scored = score_samples(model, [sample], replay=False)[0]
+    for place in range(1, len(sample.token_ids)):
+        expected = float(logprobs_TV[place - 1, sample.token_ids[place]])
+        assert sequence.prompt_logprobs[place - 1].logprob == pytest.approx(expected, abs=1e-3)
+        if sample.loss_mask[place]:
+            assert scored[place] == pytest.approx(expected, abs=1e-5)
 
 
 def test_rollouts_in_thinking_mode_ask_for_thoughts():
@@ -184,3 +194,17 @@ def test_thinking_is_an_option_of_a_run(models, tmp_path):
     run(grpo_config(models, tmp_path / "run", steps=1, thinking=True))
     rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert any("samples" in row for row in rows)
+
+
+def test_algorithm_options_come_from_the_command_line(models, tmp_path, monkeypatch):
+    configs = []
+    monkeypatch.setattr(run_module, "train", configs.append)
+    path = tmp_path / "config.json"
+    save(mopd_config(models, tmp_path / "run", algorithm_options={"correction": {"kind": "icepop", "high": 3.0}}), path)
+    own = ["--algorithm-options.alpha", "0.5", "--algorithm-options.correction.high=4", "--steps", "7"]
+    monkeypatch.setattr("sys.argv", ["openmimo", "mopd", "--from", str(path), *own])
+    main()
+    (config,) = configs
+    assert config.steps == 7
+    assert config.algorithm_options == {"alpha": 0.5, "correction": {"kind": "icepop", "high": 4}}
+    assert algorithm_of(config)[1].correction.high == 4.0
