@@ -69,4 +69,4 @@ class FailingEpisode:
 
 
 FAILING = Environment("fails", FailingOptions, letters_problems, FailingEpisode)
-SLOW_FAILING = replace(FAILING, instant=False)
+SLOW_FAILING = replace(FAILING, is_instant=lambda options: False)

@@ -65,7 +65,7 @@ def letters_problems(options, split, seed):
 
 
 LETTERS = Environment("letters", LettersOptions, letters_problems, LettersEpisode)
-SLOW_LETTERS = replace(LETTERS, instant=False)
+SLOW_LETTERS = replace(LETTERS, is_instant=lambda options: False)
 
 
 def source(name="letters", environment="rl_runs:LETTERS", samples_per_prompt=4, **options):

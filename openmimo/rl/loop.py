@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as ProgressBar
 
 from openmimo.core.errors import CheckpointError
@@ -122,11 +122,11 @@ class RlRun:
         with ProgressBar(*columns, console=self.console) as bar:
             task = bar.add_task("rolling out", total=self.config.steps, completed=self.step)
             while self.step < last:
-                self._one_step(bar, task)
+                bar.update(task, description=_description(self._one_step()), completed=self.step)
         self._failures.end_run()
 
-    def _one_step(self, bar: ProgressBar, task: TaskID) -> None:
-        """Rolls out a batch and learns from it."""
+    def _one_step(self) -> dict[str, Any]:
+        """Rolls out a batch and learns from it. Returns its metrics."""
         started = time.perf_counter()
         batch, report = self.collect()
         failed = self._failures.end_step(report, [source.name for source in self.config.sources])
@@ -147,8 +147,8 @@ class RlRun:
         values |= shared_metrics()
         self.metrics.write(self.step, values)
         self._warn_if_nothing_was_learned(values)
-        bar.update(task, completed=self.step, description=_description(values))
         self._after_step()
+        return values
 
     def _has_lesson(self, sample: Sample) -> bool:
         """Whether an annotated sample moved the policy: it has weight and, where they count, an advantage not 0."""

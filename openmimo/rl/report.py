@@ -49,8 +49,8 @@ def _training_figures(report: Report, train: Rows) -> None:
         _panels(
             train, [("mismatch_k3", "k3, nats"), ("extreme_ratio_share_2", "share of tokens"), ("entropy", "nats")]
         ),
-        "How far the trained policy is from the one that sampled: k3, and tokens with a ratio above 2 or below 1/2; the "
-        "policy's entropy.",
+        "How far the trained policy is from the one that sampled: k3, and tokens with a ratio above 2 or below 1/2. "
+        "The policy's entropy.",
     )
     if "gated_high_share" in names:
         report.figure(

@@ -137,7 +137,7 @@ class EngineRollouts:
         return self._calls.is_instant
 
     def submit(self, request: GroupRequest) -> None:
-        """See Rollouts. A partial is read again and goes on where it stopped; one of several turns begins anew.
+        """See Rollouts. A partial is read again and goes on where it stopped; one of several turns begins again.
 
         Samples of one prompt begin once the first of them has read it, so that the others find it in the cache.
         """

@@ -446,3 +446,29 @@ def test_a_prompt_that_fills_the_context_ends_at_once(model):
     assert sample.num_answer_tokens == 0
     assert sample.finish_reason == "too_long"
     assert sample.info["prompt_tokens"] > sample.info["limit"] == model.config.max_positions - 1
+
+
+def test_an_episode_that_opens_too_late_is_closed(model):
+    may_open, late = threading.Event(), Scripted()
+
+    def open_episode(own):
+        if own.problem.id == "p1":
+            may_open.wait(30)
+            return late
+        return Scripted()
+
+    calls = EpisodeCalls(seconds=0.2)
+    rollouts = open_rollouts(model, open_episode, calls=calls)
+    rollouts.submit(request(1, samples=1))
+    rollouts.submit(request(0, samples=2))
+    samples = finish(rollouts)
+    assert samples["math/1/0"].finish_reason == "error" and samples["math/1/0"].info["error_kind"] == "timeout"
+    assert [samples[f"math/0/{index}"].reward for index in range(2)] == [1.0, 1.0]
+    assert calls.num_hung == 1
+    may_open.set()
+    rollouts.close()
+    calls.close()
+    for thread in threading.enumerate():
+        if thread.name == "episode" and thread is not threading.current_thread():
+            thread.join(10)
+    assert late.num_closed == 1 and calls.num_hung == 0
