@@ -61,13 +61,32 @@ def refusal(config):
     return str(caught.value), out.getvalue()
 
 
-@pytest.mark.parametrize("how", ["nan", "inf", "hundred", "minus", "text", "none", "list", "numpy_nan"])
+def slowly(*values):
+    """Further members of a kind."""
+    return [pytest.param(*value, marks=pytest.mark.slow) for value in values]
+
+
+PLACES = [
+    ("rl_failing:FAILING", "open"),
+    ("rl_failing:SLOW_FAILING", "reward"),
+    *slowly(
+        ("rl_failing:FAILING", "respond"),
+        ("rl_failing:FAILING", "reward"),
+        ("rl_failing:SLOW_FAILING", "open"),
+        ("rl_failing:SLOW_FAILING", "respond"),
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    "how", ["nan", "hundred", "text", *slowly(("inf",), ("minus",), ("none",), ("list",), ("numpy_nan",))]
+)
 def test_what_is_no_reward_ends_the_run_and_is_named(models, tmp_path, how):
     message, _ = refusal(config_of(models, tmp_path / "run", failing(how=how)))
     assert "rl_failing:FAILING" in message and "validation-" in message and repr(REWARDS[how]) in message
 
 
-@pytest.mark.parametrize("how", ["nan", "hundred"])
+@pytest.mark.parametrize("how", ["nan", *slowly(("hundred",))])
 def test_a_reward_that_is_none_ends_the_run_in_the_middle_of_training(models, tmp_path, how):
     """Some NaN only, from threads, and after the evaluation."""
     message, _ = refusal(config_of(models, tmp_path / "run", failing("rl_failing:SLOW_FAILING", how=how, every=9)))
@@ -81,8 +100,7 @@ def test_numbers_of_any_kind_are_rewards(models, tmp_path, monkeypatch):
         assert rows[0]["reward/mean"] == value
 
 
-@pytest.mark.parametrize("where", ["open", "respond", "reward"])
-@pytest.mark.parametrize("environment", ["rl_failing:FAILING", "rl_failing:SLOW_FAILING"])
+@pytest.mark.parametrize(("environment", "where"), PLACES)
 def test_a_run_that_loses_every_sample_ends_with_the_exception(models, tmp_path, where, environment):
     config = config_of(models, tmp_path / "run", failing(environment, where=where))
     message, _ = refusal(config)
@@ -159,8 +177,7 @@ def test_the_prompt_limit_of_a_source_holds(models, tmp_path, monkeypatch):
     assert "at most 1 are allowed" in message
 
 
-@pytest.mark.parametrize("environment", ["rl_failing:FAILING", "rl_failing:SLOW_FAILING"])
-@pytest.mark.parametrize("where", ["open", "respond", "reward"])
+@pytest.mark.parametrize(("environment", "where"), PLACES)
 def test_an_environment_that_hangs_now_and_then_does_not_hold_the_run_up(
     models, tmp_path, monkeypatch, where, environment
 ):
