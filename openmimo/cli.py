@@ -6,6 +6,7 @@ A recipe is a function in `recipes/` that returns a complete config; `openmimo V
 with its type, default and meaning. What a user can mend is printed as one paragraph, and the exit code is 1.
 """
 
+import dataclasses
 import errno
 import importlib
 import inspect
@@ -169,10 +170,19 @@ def _sft(arguments: list[str]) -> None:
     sft(config)
 
 
+def _with_algorithm_options(verb: str, arguments: list[str], config_type: type) -> Any:
+    """As `_with_overrides`, and with `--algorithm-options.NAME VALUE`, which tyro has no type for."""
+    from openmimo.rl.option_arguments import algorithm_arguments, merged
+
+    options, others = algorithm_arguments(arguments)
+    config = _with_overrides(verb, others, config_type)
+    return dataclasses.replace(config, algorithm_options=merged(config.algorithm_options, options))
+
+
 def _rl(arguments: list[str]) -> None:
     from openmimo.rl.config import RlConfig
 
-    config = _with_overrides("rl", arguments, RlConfig)
+    config = _with_algorithm_options("rl", arguments, RlConfig)
     from openmimo.rl.run import train
 
     train(config)
@@ -181,7 +191,7 @@ def _rl(arguments: list[str]) -> None:
 def _mopd(arguments: list[str]) -> None:
     from openmimo.rl.config import MopdConfig
 
-    config = _with_overrides("mopd", arguments, MopdConfig)
+    config = _with_algorithm_options("mopd", arguments, MopdConfig)
     from openmimo.rl.run import train
 
     train(config)

@@ -18,9 +18,9 @@ class Sample:
         versions: The policy version that sampled the token; -1 outside the mask.
         domain: The data source, which names the teacher.
         group: The same for all samples of one prompt.
-        reward: The verifier's, 0 to 1; NaN until it is known.
-        finish_reason: "stop", "length", "repetition", "context" (it went on in another one), or "error" (infrastructure
-            failed: never learned from).
+        reward: The verifier's, 0 to 1; NaN where there is none: while the sample is written, and where it failed.
+        finish_reason: "stop", "length", "repetition", "context" (it went on in another one), "error" (infrastructure
+            failed: never learned from), or "too_long" (its prompt is: nothing was sampled).
         temperature: At which it was sampled; log-probabilities of every model are taken at it.
         routed_experts: NumPy array [len(token_ids) - 1, sparse layers, experts a token] of the pass that sampled (R3);
             -1 where unknown; None if there are no experts or nothing was recorded.

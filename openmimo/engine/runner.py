@@ -160,9 +160,10 @@ class Runner:
             return
         targets = sequence.tokens[first + 1 : stop + 1]
         rows = slice(first - sequence.computed, stop - sequence.computed)
-        scaled_TD = states_TD[rows] / (sequence.params.temperature or 1.0)
-        weight_VD = self._model.lm_head.weight.to(scaled_TD.dtype)
-        logprobs = token_logprobs(scaled_TD, weight_VD, torch.tensor(targets, device=scaled_TD.device)).tolist()
+        weight_VD = self._model.lm_head.weight.to(states_TD.dtype)
+        targets_T = torch.tensor(targets, device=states_TD.device)
+        temperature = sequence.params.temperature or 1.0
+        logprobs = token_logprobs(states_TD[rows], weight_VD, targets_T, temperature=temperature).tolist()
         if not all(map(math.isfinite, logprobs)):
             sequence.finish("error", NOT_FINITE)
             return

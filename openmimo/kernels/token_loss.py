@@ -20,10 +20,11 @@ IGNORED_LABEL = -1
 
 
 def token_logprobs(
-    hidden_TD: torch.Tensor, weight_VD: torch.Tensor, labels_T: torch.Tensor, *, temperature: float = 1.0
+    hidden_TD: torch.Tensor, weight_VD: torch.Tensor, labels_T: torch.Tensor, *, temperature: float | torch.Tensor = 1.0
 ) -> torch.Tensor:
     """log p(label) under softmax(hidden @ weight.T / temperature): [T] float32, or float64 for float64 inputs.
 
+    The temperature, one for all or [T], divides the logits in that dtype, as the engine's sampler does.
     `labels_T` is integer; label -1 is ignored: it gives 0, and no gradient. Differentiable in hidden and weight; the
     backward pass computes the logits again.
     """
@@ -59,7 +60,11 @@ def token_argmax(hidden_TD: torch.Tensor, weight_VD: torch.Tensor) -> torch.Tens
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden_TD: torch.Tensor, weight_VD: torch.Tensor, labels_T: torch.Tensor, temperature: float
+        ctx: Any,
+        hidden_TD: torch.Tensor,
+        weight_VD: torch.Tensor,
+        labels_T: torch.Tensor,
+        temperature: float | torch.Tensor,
     ) -> torch.Tensor:
         ctx.save_for_backward(hidden_TD, weight_VD, labels_T)
         ctx.temperature = temperature
@@ -112,7 +117,13 @@ class _TokenLoss(torch.autograd.Function):
 class _TiledSoftmax:
     """Softmax of the logits, a tile of tokens at a time, in buffers that all tiles share."""
 
-    def __init__(self, hidden_TD: torch.Tensor, weight_VD: torch.Tensor, labels_T: torch.Tensor, temperature: float):
+    def __init__(
+        self,
+        hidden_TD: torch.Tensor,
+        weight_VD: torch.Tensor,
+        labels_T: torch.Tensor,
+        temperature: float | torch.Tensor,
+    ):
         self.tiles = list(_tiles(len(hidden_TD), len(weight_VD)))
         self._inputs = (hidden_TD, weight_VD, labels_T)
         self._temperature = temperature
@@ -130,7 +141,9 @@ class _TiledSoftmax:
         num_tokens = tile.stop - tile.start
         logits_MV = torch.mm(hidden_TD[tile], weight_VD.T, out=self._logits_MV[:num_tokens])
         wide_MV = logits_MV if self._wide_MV is None else self._wide_MV[:num_tokens].copy_(logits_MV)
-        if self._temperature != 1.0:
+        if isinstance(self._temperature, torch.Tensor):
+            wide_MV.div_(self._temperature[tile, None])
+        elif self._temperature != 1.0:
             wide_MV.div_(self._temperature)
         label_logits_M1 = wide_MV.gather(1, labels_T[tile].clamp(min=0)[:, None])
         relative_M1 = label_logits_M1 - wide_MV.amax(dim=-1, keepdim=True)

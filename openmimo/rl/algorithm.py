@@ -7,13 +7,15 @@ The trainer knows nothing else of it. Settings are frozen dataclasses of plain v
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from openmimo.core.config import from_dict
 from openmimo.core.errors import ConfigError
+from openmimo.core.fields import NonNegativeFloat, NonNegativeInt, PositiveInt, check_fields
 from openmimo.core.registry import Registry
 from openmimo.core.samples import Sample
+from openmimo.rl.config import MopdConfig, RlConfig
 
 if TYPE_CHECKING:
     import torch
@@ -47,15 +49,14 @@ class Correction:
     """
 
     kind: Literal["none", "tis", "icepop", "clip", "sequence_mask", "sequence_tis", "staleness_tis"] = "none"
-    low: float | None = None
-    high: float | None = None
-    decay: float | None = None
-    max_staleness: int | None = None
-    veto_below: float = 0.0
+    low: NonNegativeFloat | None = None
+    high: NonNegativeFloat | None = None
+    decay: NonNegativeFloat | None = None
+    max_staleness: NonNegativeInt | None = None
+    veto_below: NonNegativeFloat = 0.0
 
     def __post_init__(self) -> None:
-        if self.kind not in CORRECTION_LIMITS:
-            raise ConfigError(f"correction.kind is {self.kind!r}; it must be one of {', '.join(CORRECTION_LIMITS)}.")
+        check_fields(self, "correction")
         used = CORRECTION_LIMITS[self.kind]
         for name in ("low", "high", "decay", "max_staleness"):
             if vars(self)[name] is not None and name not in used:
@@ -92,14 +93,13 @@ class PolicyOptions:
     """
 
     normalisation: Literal["token", "sequence", "constant"] = "token"
-    max_answer_tokens: int | None = None
+    max_answer_tokens: PositiveInt | None = None
     correction: Correction = Correction("tis")
 
     def __post_init__(self) -> None:
+        check_fields(self, "algorithm_options")
         if self.max_answer_tokens is not None and self.normalisation != "constant":
             raise ConfigError("max_answer_tokens has no effect unless normalisation is 'constant'; leave it out.")
-        if self.max_answer_tokens is not None and self.max_answer_tokens < 1:
-            raise ConfigError(f"max_answer_tokens is {self.max_answer_tokens}; it must be 1 or more.")
 
 
 @dataclass(frozen=True)
@@ -156,3 +156,62 @@ def open_algorithm(name: str, options: Mapping[str, Any]) -> tuple[Algorithm, An
     """The plug-in of that name and its checked options. Raises ConfigError for an unknown name or option."""
     algorithm = ALGORITHMS.get(name)
     return algorithm, from_dict(algorithm.options, dict(options), where=f"options of algorithm {name!r}")
+
+
+def algorithm_of(config: RlConfig) -> tuple[Algorithm, Any]:
+    """The algorithm of a run and its options.
+
+    With unfinished "partial", tokens are of different ages: where no correction was chosen, `staleness_tis` takes the
+    place of `tis`. Raises ConfigError for an algorithm that does not fit the run, and for options without effect.
+    """
+    algorithm, options = open_algorithm(config.algorithm, config.algorithm_options)
+    if isinstance(config, MopdConfig):
+        _check_distillation(config, algorithm, options)
+    elif algorithm.uses_teacher:
+        raise ConfigError(
+            f"algorithm {config.algorithm!r} learns from teachers, which `openmimo rl` has none of. Run `openmimo "
+            "mopd`, or take another algorithm, such as grpo."
+        )
+    is_chosen = "correction" in config.algorithm_options
+    if config.unfinished == "partial" and not is_chosen and options.correction == Correction("tis"):
+        correction = Correction("staleness_tis", max_staleness=config.max_staleness)
+        options = replace(options, correction=correction)
+    return algorithm, options
+
+
+def _check_distillation(config: MopdConfig, algorithm: Algorithm, options: Any) -> None:
+    values = {field.name: getattr(options, field.name) for field in fields(options)}
+    if not algorithm.uses_teacher:
+        raise ConfigError(
+            f"algorithm {config.algorithm!r} learns from rewards and would ignore the teachers. Take algorithm 'mopd', "
+            "or run `openmimo rl` without teachers."
+        )
+    if config.signal != "sampled":
+        if "balance_domains" not in values:
+            raise ConfigError(f"signal {config.signal!r} does not use algorithm {config.algorithm!r}; take 'mopd'.")
+        usual = vars(type(options)())
+        changed = [name for name, value in values.items() if name != "balance_domains" and value != usual[name]]
+        if changed:
+            raise ConfigError(
+                f"algorithm_options.{changed[0]} is {values[changed[0]]!r}, which has no effect with signal "
+                f"{config.signal!r}: its loss is a divergence, without advantages. Leave it out, or take signal "
+                "'sampled'."
+            )
+    if values.get("scale_domains") and len(config.sources) == 1:
+        raise ConfigError("algorithm_options.scale_domains has no effect with one source; leave it out.")
+    if values.get("alpha"):
+        _check_alpha(config, values["alpha"])
+
+
+def _check_alpha(config: MopdConfig, alpha: float) -> None:
+    """Outcome advantages compare the answers to one prompt; with one answer, or only the good ones, they are 0."""
+    if all(source.samples_per_prompt == 1 for source in config.sources):
+        raise ConfigError(
+            f"algorithm_options.alpha is {alpha}, which has no effect with samples_per_prompt 1: an only answer has "
+            "nothing to be compared with. Ask for at least 2 in a source, or leave alpha out."
+        )
+    if config.min_reward is not None:
+        raise ConfigError(
+            f"algorithm_options.alpha is {alpha}, and min_reward leaves only answers of at least {config.min_reward} "
+            "to compare. Set one of the two."
+        )

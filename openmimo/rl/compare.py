@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 
@@ -70,7 +71,7 @@ def _compare(
     config: CompareConfig, models: dict[str, tuple[str, ...]], folder: Path, console: Console
 ) -> dict[str, dict[str, Cell]]:
     rewards = {
-        name: [_rewards(config, path) for path in paths]
+        name: [_rewards(config, path, console) for path in paths]
         for name, paths in track(models.items(), description="evaluating", console=Console(stderr=True), transient=True)
     }
     cells = {name: _cells(config, rewards, name) for name in models}
@@ -81,13 +82,17 @@ def _compare(
     return cells
 
 
-def _rewards(config: CompareConfig, path: str) -> dict[str, list[float]]:
-    """The reward of every held-out problem, by domain."""
+def _rewards(config: CompareConfig, path: str, console: Console) -> dict[str, list[float]]:
+    """The reward of every held-out problem, by domain. Says which have none."""
     model = load_model(path, dtype="float32", device=str(resolve_device(config.device)))
     engine = Engine(model, Tokenizer.load(Path(path)), config.engine)
-    return evaluate_policy(
-        engine, config.sources, problems=config.problems, seed=config.seed, temperature=config.temperature
-    )
+    evaluation = evaluate_policy(
+        engine, config.sources, problems=config.problems, seed=config.seed, temperature=config.temperature,
+        thinking=config.thinking,
+    )  # fmt: skip
+    for text in evaluation.failures().values():
+        console.print(f"[yellow]warning:[/] {escape(f'{path}: {text}')}", highlight=False)
+    return evaluation.rewards
 
 
 def _cells(config: CompareConfig, rewards: dict[str, list[dict[str, list[float]]]], name: str) -> dict[str, Cell]:

@@ -1,18 +1,25 @@
-"""What reinforcement learning may be told, without torch."""
+"""The settings of reinforcement learning, without torch."""
 
-import math
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from openmimo.core.errors import ConfigError
+from openmimo.core.fields import (
+    Bounds,
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Seed,
+    check_fields,
+)
 from openmimo.engine.config import EngineConfig
 from openmimo.train.config import CheckpointConfig, OptimiserConfig
 
-
-def _check(owner: str, config: object, rules: dict[str, tuple[bool, str]]) -> None:
-    for name, (good, expected) in rules.items():
-        if not good:
-            raise ConfigError(f"{owner}: {name} is {getattr(config, name)!r}; it must be {expected}.")
+PositiveFraction = Annotated[float, Bounds(above=0, most=1)]
+AtLeastOne = Annotated[float, Bounds(least=1)]
+MAX_STALENESS = 4
 
 
 @dataclass(frozen=True)
@@ -25,36 +32,62 @@ class SourceQuota:
             SchedulerConfig.groups_per_step are numbers of groups.
         priority: Sources with lower numbers are submitted first, such as those whose rewards take long.
         samples_per_prompt: Answers to each problem, which make a group.
-        max_prompt_tokens: Problems with longer prompts are left out (none: no limit).
+        max_prompt_tokens: Problems with longer prompts are dropped and counted (none: those that leave the model no
+            room for an answer).
         max_answer_tokens: Tokens of an answer, at most, over all the steps in which it is written.
         temperature: At which answers are sampled.
+        environment: A file in `openmimo/rl/environments`, or `package.module:Object`.
     """
 
     name: str
-    quota: float = 1.0
+    quota: PositiveFloat = 1.0
     priority: int = 0
-    samples_per_prompt: int = 8
-    max_prompt_tokens: int | None = None
-    max_answer_tokens: int = 1024
-    temperature: float = 1.0
+    samples_per_prompt: PositiveInt = 8
+    max_prompt_tokens: PositiveInt | None = None
+    max_answer_tokens: PositiveInt = 1024
+    temperature: NonNegativeFloat = 1.0
+    environment: str = "task"
 
     def __post_init__(self) -> None:
-        _check(
-            f"SourceQuota {self.name!r}",
-            self,
-            {
-                "name": (bool(self.name) and "/" not in self.name, "a name without '/'"),
-                "quota": (0.0 < self.quota < math.inf, "above 0"),
-                "samples_per_prompt": (self.samples_per_prompt >= 1, "at least 1"),
-                "max_prompt_tokens": (self.max_prompt_tokens is None or self.max_prompt_tokens >= 1, "at least 1"),
-                "max_answer_tokens": (self.max_answer_tokens >= 1, "at least 1"),
-                "temperature": (0.0 <= self.temperature < math.inf, "0 (greedy) or more"),
-            },
-        )
+        check_fields(self, f"source {self.name!r}")
+        if not self.name or "/" in self.name:
+            raise ConfigError(f"a source has the name {self.name!r}; it must be a name without '/'.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SchedulingConfig:
+    """How the data scheduler weighs speed against waste.
+
+    Attributes:
+        margin: Submit this share more groups than are expected to be needed.
+        initial_acceptance: The share of groups that is expected to be accepted before any is known.
+        min_acceptance: The lowest such expectation, which bounds how many groups run at once.
+        source_smoothing: Weight of the newest group in the running means of a source.
+        remembered_problems: Problems in the easy pool of a source, at most; the longest unseen go first.
+        max_sample_retries: How often a sample is rolled out again after an infrastructure error; then its group goes.
+        wait_age: Only with unfinished "partial": a step waits for unfinished groups that are at least this many
+            versions old, and leaves younger ones for later. 0 waits for every group older than those selected;
+            max_staleness waits only for those that would be too old next time; max_staleness + 1, the default, never
+            waits, so that one endless answer holds nothing up and is dropped once it is too old.
+        max_partial_fraction: Only with unfinished "partial": of the samples of a full batch, at most this share may
+            have tokens older than the policy.
+    """
+
+    margin: NonNegativeFloat = 0.1
+    initial_acceptance: PositiveFraction = 0.5
+    min_acceptance: PositiveFraction = 0.05
+    source_smoothing: PositiveFraction = 0.05
+    remembered_problems: PositiveInt = 100_000
+    max_sample_retries: NonNegativeInt = 2
+    wait_age: NonNegativeInt | None = None
+    max_partial_fraction: PositiveFraction = 1.0
+
+    def __post_init__(self) -> None:
+        check_fields(self, "scheduling")
 
 
 @dataclass(frozen=True)
-class SchedulerConfig:
+class SchedulerConfig(SchedulingConfig):
     """What is rolled out, and what a batch is.
 
     Attributes:
@@ -62,71 +95,66 @@ class SchedulerConfig:
         groups_per_step: Groups in a batch.
         seed: Decides which draws come from the easy problems.
         dynamic_sampling: Drop groups whose rewards are all equal, and draw others in their place.
-        max_draws: The draws of a source in one step, at most, as a multiple of its groups in the batch. A step that
-            comes to this end is content with what it has.
-        margin: Submit this share more groups than are expected to be needed.
-        initial_acceptance: The share of groups that is expected to be accepted before any is known.
-        min_acceptance: The lowest such expectation, which bounds how many groups run at once.
-        source_smoothing: Weight of the newest group in the running means of a source.
-        problem_smoothing: Weight of the newest group in the running mean of a problem.
+        max_draws: The draws of a source in one step, at most, as a multiple of its groups in the batch. When the limit
+            is reached, the step trains on a smaller batch.
         easy_fraction: Problems that were solved in every sample are drawn with this probability only, all of them
             together (none: they stay in their stream like the others).
-        remembered_problems: Problems of a source of which the pass rate is kept, at most; the longest unseen go first.
-        max_sample_retries: How often a sample is rolled out again after an infrastructure error; then its group goes.
         unfinished: What happens to groups that are not finished when a batch is: "abort" drops them, and with them the
             finished groups that the batch has no room for (keeping only those would favour short answers); "partial"
             carries both over to the next step.
-        max_staleness: Samples with a token that many versions older than the policy are learned from; older ones never.
-        wait_age: Only with "partial": a step waits for unfinished groups that are at least this many versions old, and
-            leaves younger ones for later. 0 waits for every group older than those selected; max_staleness waits only
-            for those that would be too old next time.
-        max_partial_fraction: Of the samples of a full batch, at most this share may have tokens older than the policy.
+        max_staleness: Only with unfinished "partial": samples with a token that many versions older than the policy are
+            learned from; older ones never.
     """
 
     sources: tuple[SourceQuota, ...]
-    groups_per_step: int = 32
-    seed: int = 0
+    groups_per_step: PositiveInt = 32
+    seed: Seed = 0
     dynamic_sampling: bool = True
-    max_draws: float = 10.0
-    margin: float = 0.1
-    initial_acceptance: float = 0.5
-    min_acceptance: float = 0.05
-    source_smoothing: float = 0.05
-    problem_smoothing: float = 0.5
-    easy_fraction: float | None = 0.1
-    remembered_problems: int = 100_000
-    max_sample_retries: int = 2
+    max_draws: AtLeastOne = 10.0
+    easy_fraction: Fraction | None = 0.1
     unfinished: Literal["abort", "partial"] = "abort"
-    max_staleness: int = 4
-    wait_age: int = 0
-    max_partial_fraction: float = 1.0
+    max_staleness: NonNegativeInt = MAX_STALENESS
 
     def __post_init__(self) -> None:
+        check_fields(self, "the scheduler")
         names = [source.name for source in self.sources]
-        carries = self.unfinished == "partial"
-        rules = {
-            "sources": (bool(names) and len(set(names)) == len(names), "at least one, each with a name of its own"),
-            "groups_per_step": (self.groups_per_step >= 1, "at least 1"),
-            "max_draws": (1.0 <= self.max_draws < math.inf, "at least 1"),
-            "margin": (0.0 <= self.margin < math.inf, "0 or more"),
-            "min_acceptance": (0.0 < self.min_acceptance <= 1.0, "above 0 and at most 1"),
-            "initial_acceptance": (0.0 < self.initial_acceptance <= 1.0, "above 0 and at most 1"),
-            "source_smoothing": (0.0 < self.source_smoothing <= 1.0, "above 0 and at most 1"),
-            "problem_smoothing": (0.0 < self.problem_smoothing <= 1.0, "above 0 and at most 1"),
-            "easy_fraction": (self.easy_fraction is None or 0.0 <= self.easy_fraction <= 1.0, "0 to 1, or none"),
-            "remembered_problems": (self.remembered_problems >= 1, "at least 1"),
-            "max_sample_retries": (self.max_sample_retries >= 0, "0 or more"),
-            "unfinished": (self.unfinished in ("abort", "partial"), "abort or partial"),
-            "max_staleness": (self.max_staleness >= carries, "0 or more, and at least 1 with unfinished='partial'"),
-            "wait_age": (0 <= self.wait_age <= self.max_staleness * carries, "0 with 'abort'; at most max_staleness"),
-            "max_partial_fraction": (0.0 < self.max_partial_fraction <= 1.0, "above 0 and at most 1"),
-        }
-        _check("SchedulerConfig", self, rules)
+        if not names or len(set(names)) < len(names):
+            raise ConfigError(f"the sources are {names}; there must be at least one, each with a name of its own.")
+        if self.unfinished == "partial":
+            self._check_partial()
+        else:
+            if self.wait_age:
+                raise ConfigError(
+                    f"wait_age is {self.wait_age}, which has no effect with unfinished 'abort'; leave it out."
+                )
         if self.dynamic_sampling and any(source.samples_per_prompt == 1 for source in self.sources):
             raise ConfigError(
                 "With samples_per_prompt=1 all rewards of a group are equal, so dynamic_sampling would drop every "
                 "group; ask for more samples, or set dynamic_sampling=False."
             )
+
+    def _check_partial(self) -> None:
+        if self.max_staleness < 1:
+            raise ConfigError("max_staleness is 0; with unfinished 'partial' it must be at least 1.")
+        if self.effective_wait_age > self.max_staleness + 1:
+            raise ConfigError(
+                f"wait_age is {self.wait_age}; it must be at most max_staleness + 1, which is {self.max_staleness + 1}."
+            )
+
+    @property
+    def effective_wait_age(self) -> int:
+        """See `wait_age`. With "abort" every group counts: there is no later step."""
+        if self.unfinished == "abort":
+            return 0
+        return self.max_staleness + 1 if self.wait_age is None else self.wait_age
+
+
+def _refuse_changed(config: object, defaults: dict[str, Any], setting: str) -> None:
+    """Raises ConfigError for a field that is not at its default, and has no effect with `setting`."""
+    for name, default in defaults.items():
+        value = getattr(config, name)
+        if value != default:
+            raise ConfigError(f"{name} is {value!r}, which has no effect with {setting}; leave it out.")
 
 
 @dataclass(frozen=True)
@@ -134,11 +162,9 @@ class RlSource(SourceQuota):
     """One source of a run: an environment with its settings, and its part of every batch.
 
     Attributes:
-        environment: A file in `openmimo/rl/environments`, or `package.module:Object`.
-        options: Settings of that environment (its `options` dataclass lists them).
+        options: Settings of the environment (its `options` dataclass lists them).
     """
 
-    environment: str = "task"
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -152,14 +178,12 @@ class RlEvaluation:
         temperature: 0 answers greedily; 1 measures the policy that is trained.
     """
 
-    every_steps: int = 50
-    problems: int = 100
-    temperature: float = 0.0
+    every_steps: PositiveInt = 50
+    problems: PositiveInt = 100
+    temperature: NonNegativeFloat = 0.0
 
     def __post_init__(self) -> None:
-        _check(
-            "evaluation", self, {name: (getattr(self, name) >= 1, "at least 1") for name in ("every_steps", "problems")}
-        )
+        check_fields(self, "evaluation")
 
 
 @dataclass(frozen=True)
@@ -172,7 +196,8 @@ class RlConfig:
         sources: Where problems come from; the name of a source is its domain.
         steps: Batches to learn from.
         algorithm: A file in `openmimo/rl/algorithms`, or `package.module:Object`.
-        algorithm_options: Settings of that algorithm (its `options` dataclass lists them).
+        algorithm_options: Settings of that algorithm (its `options` dataclass lists them); on the command line,
+            `--algorithm-options.NAME VALUE` for each.
         groups_per_step: Prompts of a batch.
         updates_per_step: Optimiser steps on each batch, over its groups in as many parts.
         learning_rate: After the warm-up.
@@ -182,7 +207,16 @@ class RlConfig:
         max_draws: How many problems a step may draw, at most, as a multiple of its groups.
         easy_fraction: Problems that were solved every time are drawn with this probability only (none: like others).
         unfinished: What happens to samples that are not finished when a batch is: abort, or partial (they go on).
-        max_staleness: Tokens so many policy versions old are learned from; older ones never.
+        max_staleness: Only with unfinished "partial": tokens that many policy versions old are learned from; older
+            ones never.
+        scheduling: Reserves, retries, and what "partial" waits for.
+        environment_seconds: How long opening an episode, answering the policy, or a reward may take. A call that takes
+            longer is given up and counted (a Python thread cannot be killed: it stays until it returns).
+        timeout_reward: The reward of a sample whose environment took too long (none: it counts as lost to a failure of
+            the infrastructure, and is rolled out again).
+        max_lost_steps: Steps in a row in which a source may lose every sample to errors of its environment; one more
+            ends the run.
+        thinking: Ask for answers with thoughts before them, which environments do not see.
         replay_routing: Route in training as the engine routed (R3).
         bias_rate: Step of the experts' selection bias.
         mtp_weight: Weight of the MTP heads' own loss, which moves nothing but the heads.
@@ -192,6 +226,7 @@ class RlConfig:
             the next batch while the trainer learns from this one.
         rollout_workers: How many; only with processes and ray.
         tokens_per_microbatch: Packed tokens in memory at once.
+        activation_checkpointing: Recompute each layer in the backward pass instead of keeping its activations.
         reward_threads: Threads in which slow environments answer.
         seed: Decides problems and samples.
         device: auto (an accelerator if there is one), cpu, or a device of torch.
@@ -207,31 +242,37 @@ class RlConfig:
     checkpoint: str
     run_folder: str
     sources: tuple[RlSource, ...]
-    steps: int = 200
+    steps: PositiveInt = 200
     algorithm: str = "grpo"
     algorithm_options: dict[str, Any] = field(default_factory=dict)
-    groups_per_step: int = 16
-    updates_per_step: int = 1
-    learning_rate: float = 1e-6
-    end_learning_rate: float | None = None
-    warmup_steps: int = 0
+    groups_per_step: PositiveInt = 16
+    updates_per_step: PositiveInt = 1
+    learning_rate: PositiveFloat = 1e-6
+    end_learning_rate: NonNegativeFloat | None = None
+    warmup_steps: NonNegativeInt = 0
     dynamic_sampling: bool = True
-    max_draws: float = 4.0
-    easy_fraction: float | None = 0.1
+    max_draws: AtLeastOne = 4.0
+    easy_fraction: Fraction | None = 0.1
     unfinished: Literal["abort", "partial"] = "abort"
-    max_staleness: int = 4
+    max_staleness: NonNegativeInt = MAX_STALENESS
+    scheduling: SchedulingConfig = SchedulingConfig()
+    environment_seconds: PositiveFloat = 300.0
+    timeout_reward: Fraction | None = None
+    max_lost_steps: NonNegativeInt = 0
+    thinking: bool = False
     replay_routing: bool = True
-    bias_rate: float = 0.0
-    mtp_weight: float = 0.1
-    max_running: int = 128
+    bias_rate: NonNegativeFloat = 0.0
+    mtp_weight: NonNegativeFloat = 0.1
+    max_running: PositiveInt = 128
     rollouts: Literal["engine", "processes", "ray"] = "engine"
-    rollout_workers: int = 1
-    tokens_per_microbatch: int = 8192
-    reward_threads: int = 4
-    seed: int = 0
+    rollout_workers: PositiveInt = 1
+    tokens_per_microbatch: PositiveInt = 8192
+    activation_checkpointing: bool = False
+    reward_threads: PositiveInt = 4
+    seed: Seed = 0
     device: str = "auto"
-    dtype: str = "auto"
-    threads: int = 0
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    threads: NonNegativeInt = 0
     tensorboard: bool = False
     engine: EngineConfig = EngineConfig(
         max_sequences=128, prefill_tokens=4096, mixed_prefill_tokens=1024, speculative=False
@@ -241,24 +282,21 @@ class RlConfig:
     evaluation: RlEvaluation = RlEvaluation()
 
     def __post_init__(self) -> None:
-        at_least_1 = (
-            "steps",
-            "groups_per_step",
-            "updates_per_step",
-            "max_running",
-            "rollout_workers",
-            "tokens_per_microbatch",
-            "reward_threads",
-        )
-        rules = {name: (getattr(self, name) >= 1, "at least 1") for name in at_least_1}
-        rules["learning_rate"] = (self.learning_rate > 0.0, "above 0")
-        lowest = self.learning_rate if self.end_learning_rate is None else self.end_learning_rate
-        rules["end_learning_rate"] = (0.0 <= lowest <= self.learning_rate, "0 to learning_rate")
-        rules["warmup_steps"] = (self.warmup_steps >= 0, "0 or more")
-        rules["updates_per_step"] = (1 <= self.updates_per_step <= self.groups_per_step, "1 to groups_per_step")
-        rules["dtype"] = (self.dtype in ("auto", "float32", "bfloat16"), "auto, float32 or bfloat16")
-        rules["rollouts"] = (self.rollouts in ("engine", "processes", "ray"), "engine, processes or ray")
-        _check("the run", self, rules)
+        check_fields(self, "the run")
+        if self.end_learning_rate is not None and self.end_learning_rate > self.learning_rate:
+            raise ConfigError(
+                f"end_learning_rate is {self.end_learning_rate}; it must be at most learning_rate, "
+                f"{self.learning_rate}."
+            )
+        if self.updates_per_step > self.groups_per_step:
+            raise ConfigError(
+                f"updates_per_step is {self.updates_per_step}; it must be at most groups_per_step, "
+                f"{self.groups_per_step}."
+            )
+        if self.unfinished == "abort":
+            setting = "unfinished 'abort', which carries no sample over"
+            _refuse_changed(self, {"max_staleness": MAX_STALENESS}, setting)
+            _refuse_changed(self.scheduling, {"wait_age": None, "max_partial_fraction": 1.0}, setting)
         if self.rollouts == "engine" and self.rollout_workers != 1:
             raise ConfigError("rollout_workers has no effect with rollouts 'engine'; set rollouts to processes or ray.")
         if any(source.temperature == 0.0 for source in self.sources):
@@ -278,10 +316,14 @@ class RlConfig:
         )
         quota_fields = [own.name for own in fields(SourceQuota)]
         quotas = tuple(SourceQuota(**{name: getattr(source, name) for name in quota_fields}) for source in self.sources)
+        details = {own.name: getattr(self.scheduling, own.name) for own in fields(SchedulingConfig)}
         # where every group is accepted, and what is too much would be thrown away, none is submitted in reserve
-        exact = not self.dynamic_sampling and self.unfinished == "abort"
-        reserve = {"initial_acceptance": 1.0, "margin": 0.0} if exact else {}
-        return SchedulerConfig(quotas, **{name: getattr(self, name) for name in shared}, **reserve)
+        if not self.dynamic_sampling and self.unfinished == "abort":
+            usual = SchedulingConfig()
+            without_effect = {name: getattr(usual, name) for name in ("margin", "initial_acceptance")}
+            _refuse_changed(self.scheduling, without_effect, "dynamic_sampling off and unfinished 'abort'")
+            details |= {"initial_acceptance": 1.0, "margin": 0.0}
+        return SchedulerConfig(quotas, **{name: getattr(self, name) for name in shared}, **details)
 
 
 @dataclass(frozen=True)
@@ -302,13 +344,13 @@ class MopdConfig(RlConfig):
 
     teachers: dict[str, str] = field(default_factory=dict)
     signal: Literal["sampled", "full", "top_k", "forward", "imitate"] = "sampled"
-    top_k: int | None = None
+    top_k: PositiveInt | None = None
     writer: Literal["student", "teacher"] = "student"
-    min_reward: float | None = None
+    min_reward: PositiveFraction | None = None
     algorithm: str = "mopd"
-    groups_per_step: int = 64
+    groups_per_step: PositiveInt = 64
     dynamic_sampling: bool = False
-    easy_fraction: float | None = None
+    easy_fraction: Fraction | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -335,6 +377,7 @@ class CompareConfig:
         problems: Held-out problems of each domain.
         temperature: 0 answers greedily.
         seed: Decides the problems (and answers, above temperature 0).
+        thinking: Ask for answers with thoughts before them.
         device: auto (an accelerator if there is one), cpu, or a device of torch.
         threads: CPU threads of torch (0: as torch chooses).
         engine: Cache and batching.
@@ -345,9 +388,13 @@ class CompareConfig:
     sources: tuple[RlSource, ...]
     models: dict[str, tuple[str, ...]]
     teachers: dict[str, str] = field(default_factory=dict)
-    problems: int = 200
-    temperature: float = 0.0
-    seed: int = 0
+    problems: PositiveInt = 200
+    temperature: NonNegativeFloat = 0.0
+    seed: Seed = 0
+    thinking: bool = False
     device: str = "auto"
-    threads: int = 0
+    threads: NonNegativeInt = 0
     engine: EngineConfig = EngineConfig(max_sequences=128, prefill_tokens=4096, speculative=False)
+
+    def __post_init__(self) -> None:
+        check_fields(self, "the comparison")

@@ -33,8 +33,13 @@ class Answer:
         return not self.messages and not self.text
 
 
+@runtime_checkable
 class Episode(Protocol):
     """One attempt at one problem. `respond`, `reward` and `close` may take long, and run in a thread then.
+
+    Opening an episode, `respond` with the `reward` behind it, and `close` have a deadline each (`environment_seconds`
+    of the run). A call that is late is given up: its sample is lost, or has the run's `timeout_reward`. Its thread
+    cannot be killed, so what may hang for good belongs into a child process with a deadline of its own.
 
     messages: the conversation up to the policy's first turn. tools: function schemas of the chat template. stop:
     strings after which the policy stops for an answer, beside the end of its turn.
@@ -49,9 +54,10 @@ class Episode(Protocol):
         ...
 
     def reward(self) -> float:
-        """0 to 1, once `respond` has said its last or the policy has come to its limit of tokens.
+        """A number from 0 to 1, once `respond` has said its last or the policy has come to its limit of tokens.
 
-        An exception here or in `respond` counts as a failure of the infrastructure: the sample is rolled out again.
+        An exception here or in `respond` counts as a failure of the infrastructure: the sample is rolled out again. A
+        value that is no number from 0 to 1 ends the run.
         """
         ...
 

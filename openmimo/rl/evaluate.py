@@ -1,12 +1,16 @@
 """How good a policy is: greedy answers to held-out problems of every source."""
 
-from collections.abc import Callable, Mapping
-from concurrent.futures import Executor
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
+from openmimo.core.errors import UserError
+from openmimo.core.samples import Sample
 from openmimo.data.source import Split
 from openmimo.engine.engine import Engine
 from openmimo.rl.config import RlSource
 from openmimo.rl.environment import Episode, open_environment
+from openmimo.rl.episode_calls import EpisodeCalls
 from openmimo.rl.groups import GroupRequest
 from openmimo.rl.problems import Problem
 from openmimo.rl.rollout import EngineRollouts
@@ -33,6 +37,44 @@ def episode_opener(sources: tuple[RlSource, ...]) -> Callable[[GroupRequest], Ep
     return open_episode
 
 
+@dataclass
+class Evaluation:
+    """The reward of each held-out problem, by source; 0.0 where there is none.
+
+    Attributes:
+        rewards: By source, in the order of the problems.
+        num_errors: By source, how many were lost to failures of its environment.
+        num_too_long: By source, how many prompts were too long.
+        first_failure: By source, what happened to the first of these.
+    """
+
+    rewards: dict[str, list[float]] = field(default_factory=dict)
+    num_errors: Counter[str] = field(default_factory=Counter)
+    num_too_long: Counter[str] = field(default_factory=Counter)
+    first_failure: dict[str, str] = field(default_factory=dict)
+
+    def means(self) -> dict[str, float]:
+        """The mean reward of each source."""
+        return {name: sum(values) / len(values) for name, values in self.rewards.items()}
+
+    def failures(self) -> dict[str, str]:
+        """A sentence for each source that has no reward for some problem."""
+        return {
+            name: f"{self.num_errors[name]} of {len(self.rewards[name])} held-out problems of source {name!r} failed "
+            f"and {self.num_too_long[name]} have too long prompts; they count as 0. The first: {text}."
+            for name, text in self.first_failure.items()
+        }
+
+    def refuse_if_all_failed(self) -> None:
+        """Raises UserError for a source that has a reward for no problem at all."""
+        for name, text in self.first_failure.items():
+            if self.num_errors[name] + self.num_too_long[name] == len(self.rewards[name]):
+                raise UserError(
+                    f"none of the {len(self.rewards[name])} held-out problems of source {name!r} could be scored. The "
+                    f"first: {text}."
+                )
+
+
 def evaluate_policy(
     engine: Engine,
     sources: tuple[RlSource, ...],
@@ -40,32 +82,52 @@ def evaluate_policy(
     problems: int,
     seed: int,
     temperature: float = 0.0,
-    executor: Executor | None = None,
-) -> dict[str, list[float]]:
-    """The reward of each of the first `problems` held-out problems, by source. A failed one counts as 0.
+    calls: EpisodeCalls | None = None,
+    timeout_reward: float | None = None,
+    thinking: bool = False,
+) -> Evaluation:
+    """Answers the first `problems` held-out problems of each source.
 
-    executor: where slow episodes answer (None: in this thread).
+    calls, timeout_reward, thinking: see EngineRollouts. Raises UserError if a source has a reward for no problem.
     """
-    rollouts = EngineRollouts(engine, episode_opener(sources), executor=executor, seed=seed, record_routing=False)
+    rollouts = EngineRollouts(
+        engine, episode_opener(sources), calls=calls, timeout_reward=timeout_reward, seed=seed, record_routing=False,
+        thinking=thinking,
+    )  # fmt: skip
     streams = streams_of(sources, "validation", seed)
-    rewards: dict[str, dict[int, float]] = {source.name: {} for source in sources}
     for source in sources:
         for index in range(problems):
-            sample_id = f"{source.name}/evaluation/{index}"
-            problem = streams[source.name](index)
-            rollouts.submit(
-                GroupRequest(
-                    sample_id, source.name, problem, (sample_id,), {}, temperature, source.max_answer_tokens, 0
-                )
-            )
+            rollouts.submit(_request(source, streams[source.name](index), index, temperature))
+    samples: dict[str, dict[int, Sample]] = {source.name: {} for source in sources}
     while rollouts.num_running:
         for sample in rollouts.poll():
-            index = int(sample.group.rpartition("/")[2])
-            rewards[sample.domain][index] = 0.0 if sample.finish_reason == "error" else sample.reward
+            samples[sample.domain][int(sample.group.rpartition("/")[2])] = sample
     rollouts.close()
-    return {name: [by_index[index] for index in sorted(by_index)] for name, by_index in rewards.items()}
+    evaluation = Evaluation()
+    for name, by_index in samples.items():
+        evaluation.rewards[name] = [_reward(by_index[index], evaluation) for index in sorted(by_index)]
+    evaluation.refuse_if_all_failed()
+    return evaluation
 
 
-def mean_rewards(rewards: Mapping[str, list[float]]) -> dict[str, float]:
-    """The mean of each source."""
-    return {name: sum(values) / len(values) for name, values in rewards.items()}
+def _request(source: RlSource, problem: Problem, index: int, temperature: float) -> GroupRequest:
+    sample_id = f"{source.name}/evaluation/{index}"
+    return GroupRequest(
+        sample_id, source.name, problem, (sample_id,), {}, temperature, source.max_answer_tokens, 0,
+        max_prompt_tokens=source.max_prompt_tokens, environment=source.environment,
+    )  # fmt: skip
+
+
+def _reward(sample: Sample, evaluation: Evaluation) -> float:
+    """The reward of a sample; 0.0, and counted, if it has none."""
+    name = sample.domain
+    if sample.finish_reason not in ("error", "too_long"):
+        return sample.reward
+    if sample.finish_reason == "error":
+        evaluation.num_errors[name] += 1
+        text = str(sample.info.get("error", "the cause is not known"))
+    else:
+        evaluation.num_too_long[name] += 1
+        text = f"its prompt has {sample.info['prompt_tokens']} tokens, and at most {sample.info['limit']} are allowed"
+    evaluation.first_failure.setdefault(name, f"problem {sample.info['problem']}: {text}")
+    return 0.0

@@ -8,7 +8,7 @@ from openmimo.core.samples import Sample
 from openmimo.rl.problems import Problem
 from openmimo.rl.sample_io import sample_from_dict, sample_to_dict
 
-WAITING, RUNNING, UNSCORED, FINISHED = "waiting", "running", "unscored", "finished"
+WAITING, RUNNING, FINISHED = "waiting", "running", "finished"
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,9 @@ class GroupRequest:
         temperature: At which to sample.
         max_answer_tokens: Limit of an answer, with the tokens of its partial.
         priority: Of the source; lower runs first.
+        max_prompt_tokens: Samples with longer prompts come back at once, with finish_reason "too_long" (none: only
+            those that leave the model no room).
+        environment: Its name, for messages.
     """
 
     group_id: str
@@ -35,6 +38,8 @@ class GroupRequest:
     temperature: float
     max_answer_tokens: int
     priority: int
+    max_prompt_tokens: int | None = None
+    environment: str = ""
 
 
 @dataclass
@@ -43,7 +48,7 @@ class SampleSlot:
 
     Attributes:
         id: The sample's id.
-        status: waiting (to be rolled out), running, unscored (its reward is not known yet) or finished.
+        status: waiting (to be rolled out), running or finished.
         sample: What is written so far; None if nothing is.
         oldest_version: The oldest policy version that wrote a token of it, as far as that is known.
         retries: How often it was lost to an infrastructure error.

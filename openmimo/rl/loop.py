@@ -9,12 +9,12 @@ not been, with no sample lost and none learned from twice.
 
 import functools
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as ProgressBar
 
@@ -25,11 +25,13 @@ from openmimo.core.samples import Sample
 from openmimo.data.tokenizer import Tokenizer
 from openmimo.engine.engine import Engine
 from openmimo.model.mimo import MiMo
-from openmimo.rl.algorithm import open_algorithm
+from openmimo.rl.algorithm import algorithm_of
 from openmimo.rl.config import MopdConfig, RlConfig
 from openmimo.rl.environment import open_environment
-from openmimo.rl.evaluate import episode_opener, evaluate_policy, mean_rewards, streams_of
+from openmimo.rl.episode_calls import EpisodeCalls
+from openmimo.rl.evaluate import episode_opener, evaluate_policy, streams_of
 from openmimo.rl.event_log import LoggedScheduler
+from openmimo.rl.failures import COUNTED, Failures
 from openmimo.rl.policy_trainer import Objective, PolicyTrainer, UpdateReport, weighted_sum
 from openmimo.rl.process_rollouts import ProcessRollouts
 from openmimo.rl.ray_rollouts import RayRollouts
@@ -64,7 +66,8 @@ class RlRun:
         self.console = console or Console(stderr=True)
         self.run_folder = Path(config.run_folder)
         self.step, self.tokens = start.step, start.tokens
-        self.algorithm, self.options = open_algorithm(config.algorithm, config.algorithm_options)
+        self.algorithm, self.options = algorithm_of(config)
+        model.activation_checkpointing = config.activation_checkpointing
         self.trainer = PolicyTrainer(
             model,
             config.optimiser,
@@ -78,7 +81,11 @@ class RlRun:
         self.trainer.guard.num_skipped = start.skipped
         self.trainer.guard.skipped_in_a_row = start.skipped_in_a_row
         self.engine = Engine(model, tokenizer, config.engine)
-        self._episode_threads: ThreadPoolExecutor | None = None
+        opened = [open_environment(source.environment, source.options) for source in config.sources]
+        instant = all(environment.is_instant(options) for environment, options in opened)
+        self._calls = EpisodeCalls(threads=0 if instant else config.reward_threads, seconds=config.environment_seconds)
+        self._failures = Failures(self.console, max_lost_steps=config.max_lost_steps)
+        self._learned_nothing = False
         self.teaching = Teaching(config, model, self.console) if isinstance(config, MopdConfig) else None
         self.rollouts = self._open_rollouts()
         scheduler = DataScheduler(config.scheduler(), streams_of(config.sources, "train", config.seed))
@@ -88,10 +95,10 @@ class RlRun:
             isinstance(self.rollouts, EngineRollouts) and self.rollouts.is_instant and config.unfinished == "abort"
         )
         self.log = LoggedScheduler(
-            scheduler, self.run_folder / "events.jsonl", start=start.step, repeats_exactly=repeats_exactly
+            scheduler, self.run_folder / "events", start=start.step, repeats_exactly=repeats_exactly
         )
-        self._before_early_step: dict[str, Any] | None = None
-        self._before_step: dict[str, Any] | None = None  # the scheduler's state, while a batch is rolled out
+        self._early_step_began = False
+        self._before_step: dict[str, Any] | None = None  # the scheduler's state when the step that is going on began
         self._stop = StopRequest()
         self.checkpoints = Checkpoints(self.run_folder, config.checkpoints)
         self.metrics = MetricsWriter(self.run_folder, tensorboard=config.tensorboard)
@@ -101,13 +108,22 @@ class RlRun:
     def run(self, *, stop_after_step: int | None = None) -> None:
         """Learns to the end, or to `stop_after_step`. Writes metrics and checkpoints on the way and one at the end.
 
-        Raises DivergedError, and Interrupted after SIGINT or SIGTERM: the last whole step then has a checkpoint.
+        Raises:
+            UserError: Rewards that are none, all samples of a source lost to errors, or a step that diverges.
+            Interrupted: After SIGINT or SIGTERM; the last whole step then has a checkpoint.
         """
-        with self.checkpoints.named_in_errors(), stop_requests() as self._stop:
-            self._run(stop_after_step)
-
-    def _run(self, stop_after_step: int | None) -> None:
         last = self.config.steps if stop_after_step is None else min(self.config.steps, stop_after_step)
+        try:
+            with self.checkpoints.named_in_errors(), stop_requests() as self._stop:
+                self._run(last)
+        finally:
+            self.rollouts.close()
+            self._calls.close()
+            close_shared()
+            self.metrics.close()
+            self.log.close()
+
+    def _run(self, last: int) -> None:
         self.trainer.check_weights(f"that step {self.step + 1} begins with")
         if self.step == 0:
             self._evaluate()
@@ -116,20 +132,15 @@ class RlRun:
             task = bar.add_task("rolling out", total=self.config.steps, completed=self.step)
             while self.step < last:
                 self._end_if_asked()
-                reward = self._one_step()
-                bar.update(task, completed=self.step, description=f"reward {reward:.2f}")
+                bar.update(task, description=_description(self._one_step()), completed=self.step)
         self._end_if_asked()
-        self.rollouts.close()
-        if self._episode_threads is not None:
-            self._episode_threads.shutdown()
-        close_shared()
-        self.metrics.close()
-        self.log.close()
+        self._failures.end_run()
 
-    def _one_step(self) -> float:
-        """Rolls out a batch and learns from it. Returns its mean reward."""
+    def _one_step(self) -> dict[str, Any]:
+        """Rolls out a batch and learns from it. Returns its metrics."""
         started = time.perf_counter()
         batch, report = self.collect()
+        failed = self._failures.end_step(report, [source.name for source in self.config.sources])
         rolled_out = time.perf_counter()
         samples = [sample for group in batch for sample in group]
         self._begin_early()
@@ -138,14 +149,45 @@ class RlRun:
         self.step += 1
         self.tokens += sum(len(context.token_ids) for sample in samples for context in sample.contexts())
         self.rollouts.update_weights(self.step)
-        values = _sample_metrics(samples) | {f"scheduler/{name}": value for name, value in report.items()}
+        values = _sample_metrics(samples) | {"learned_samples": sum(map(self._has_lesson, samples))}
+        values |= {f"scheduler/{name}": value for name, value in report.items()}
+        values |= failed | {"hung_calls": self._calls.num_hung}
         values |= _update_metrics(update) | (self.teaching.metrics() if self.teaching else {})
         values |= {"seconds/rollout": rolled_out - started, "seconds/update": learned - rolled_out}
         values |= self.rollouts.metrics() if isinstance(self.rollouts, WorkerRollouts) else {}
         values |= shared_metrics() | {"skipped_steps": self.trainer.guard.num_skipped}
         self.metrics.write(self.step, values)
+        self._warn_if_nothing_was_learned(values)
         self._after_step()
-        return values["reward/mean"]
+        return values
+
+    def _has_lesson(self, sample: Sample) -> bool:
+        """Whether an annotated sample moved the policy: it has weight and, where they count, an advantage not 0."""
+        by_divergence = self.teaching is not None and self.teaching.objective is not None
+        return any(
+            weight and (by_divergence or advantage)
+            for context in sample.contexts()
+            for weight, advantage in zip(context.weights, context.advantages, strict=True)
+        )
+
+    def _warn_if_nothing_was_learned(self, values: dict[str, Any]) -> None:
+        """Says so at the first such step, and again only after one that learned."""
+        has_learned = values["learned_samples"] > 0
+        if not has_learned and not self._learned_nothing:
+            dropped = {
+                "never solved": values["scheduler/dropped_hard"],
+                "always solved": values["scheduler/dropped_easy"],
+                "one reward for all answers": values["scheduler/dropped_equal"],
+                "errors": values["scheduler/dropped_error"],
+                "too long prompts": values["scheduler/dropped_too_long"],
+            }
+            reasons = ", ".join(f"{reason}: {count:g}" for reason, count in dropped.items() if count)
+            self.console.print(
+                f"[yellow]warning:[/] step {self.step} learned nothing: of the {values['samples']} samples of its "
+                f"batch none has an advantage. Groups dropped before: {reasons or 'none'}.",
+                highlight=False,
+            )
+        self._learned_nothing = not has_learned
 
     def _end_if_asked(self) -> None:
         if self._stop.signal is None:
@@ -156,21 +198,20 @@ class RlRun:
 
     def collect(self) -> tuple[list[list[Sample]], dict[str, float]]:
         """The next batch, and the scheduler's report of it."""
-        self._before_step = self._before_early_step or self.log.scheduler.state()
-        if self._before_early_step is None:
+        if not self._early_step_began:
+            self._before_step = self.log.scheduler.state()
             self._begin(self.step)
-        self._before_early_step = None
+        self._early_step_began = False
         scheduler, has_news = self.log.scheduler, True
         while not scheduler.is_complete():
             self._end_if_asked()
             if has_news:
                 self._submit_more()
             has_news = False
-            if self.rollouts.num_running:
-                for sample in self.rollouts.poll():
-                    self.log.on_sample(sample)
-                    has_news = True
-            else:
+            assert self.rollouts.num_running or scheduler.is_complete(), "nothing runs, and the batch is not complete"
+            for sample in self.rollouts.poll():
+                self._failures.add(sample)
+                self.log.on_sample(sample)
                 has_news = True
             self.rollouts.cancel(scheduler.take_cancelled())
         batch, report = scheduler.take_batch()
@@ -190,7 +231,8 @@ class RlRun:
         """
         goes_on = isinstance(self.rollouts, WorkerRollouts) and self.config.unfinished == "partial"
         if goes_on and self.step + 1 < self.config.steps:
-            self._before_early_step = self.log.scheduler.state()
+            self._early_step_began = True
+            self._before_step = self.log.scheduler.state()
             self._begin(self.step + 1)
             if not self.log.knows(self.step + 1):
                 self._submit_more()
@@ -257,7 +299,7 @@ class RlRun:
             self.step,
             self.tokens,
             0,
-            self._before_step or self._before_early_step or self.log.scheduler.state(),
+            self._before_step or self.log.scheduler.state(),
             skipped=guard.num_skipped,
             skipped_in_a_row=guard.skipped_in_a_row,
         )
@@ -266,46 +308,68 @@ class RlRun:
         return path
 
     def _evaluate(self) -> None:
-        config, evaluation = self.config, self.config.evaluation
+        config, settings = self.config, self.config.evaluation
         # what an engine has not finished stays in it from step to step, with unfinished="partial"
         engine = Engine(self.model, self.tokenizer, config.engine) if self.engine.has_work else self.engine
-        rewards = evaluate_policy(
+        evaluation = evaluate_policy(
             engine,
             config.sources,
-            problems=evaluation.problems,
+            problems=settings.problems,
             seed=config.seed,
-            temperature=evaluation.temperature,
-            executor=self._episode_threads,
+            temperature=settings.temperature,
+            calls=self._calls,
+            timeout_reward=config.timeout_reward,
+            thinking=config.thinking,
         )
-        values = {f"evaluation/{name}": value for name, value in mean_rewards(rewards).items()}
-        self.metrics.write(self.step, {**values, "evaluation/rewards": rewards})
+        for text in evaluation.failures().values():
+            self.console.print(f"[yellow]warning:[/] {escape(text)}", highlight=False)
+        values: dict[str, Any] = {f"evaluation/{name}": value for name, value in evaluation.means().items()}
+        values |= {f"evaluation_errors/{name}": count for name, count in evaluation.num_errors.items()}
+        values |= {f"evaluation_too_long/{name}": count for name, count in evaluation.num_too_long.items()}
+        self.metrics.write(self.step, {**values, "evaluation/rewards": evaluation.rewards})
 
     def _open_rollouts(self) -> Rollouts:
         config = self.config
-        open_episode = episode_opener(config.sources)
         if isinstance(config, MopdConfig) and config.writer == "teacher":
             domains = [source.name for source in config.sources]
-            teachers = self.teaching.teachers
-            rollouts = TeacherRollouts(teachers, self.tokenizer, config.engine, open_episode, domains, config.seed)
+            open_rollouts = functools.partial(self._engine_rollouts, record_routing=False)
+            rollouts = TeacherRollouts(self.teaching.teachers, self.tokenizer, config.engine, domains, open_rollouts)
             rollouts.update_weights(self.step)
             return rollouts
-        opened = [open_environment(source.environment, source.options) for source in config.sources]
-        instant = all(environment.is_instant(options) for environment, options in opened)
-        if not instant:
-            self._episode_threads = ThreadPoolExecutor(config.reward_threads, thread_name_prefix="episode")
-        if config.rollouts != "engine":
-            setup = WorkerSetup(
-                self.model.config,
-                self.tokenizer,
-                config.engine,
-                functools.partial(episode_opener, config.sources),
-                compute_dtype=self.model.compute_dtype,
-                reward_threads=0 if instant else config.reward_threads,
-                seed=config.seed,
-            )
-            kind = ProcessRollouts if config.rollouts == "processes" else RayRollouts
-            return kind(self.model, setup, num_workers=config.rollout_workers, version=self.step)
-        return EngineRollouts(self.engine, open_episode, executor=self._episode_threads, seed=config.seed)
+        if config.rollouts == "engine":
+            return self._engine_rollouts(self.engine)
+        setup = WorkerSetup(
+            self.model.config,
+            self.tokenizer,
+            config.engine,
+            functools.partial(episode_opener, config.sources),
+            compute_dtype=self.model.compute_dtype,
+            reward_threads=0 if self._calls.is_instant else config.reward_threads,
+            environment_seconds=config.environment_seconds,
+            timeout_reward=config.timeout_reward,
+            thinking=config.thinking,
+            seed=config.seed,
+        )
+        kind = ProcessRollouts if config.rollouts == "processes" else RayRollouts
+        return kind(self.model, setup, num_workers=config.rollout_workers, version=self.step)
+
+    def _engine_rollouts(self, engine: Engine, *, record_routing: bool = True) -> EngineRollouts:
+        return EngineRollouts(
+            engine,
+            episode_opener(self.config.sources),
+            calls=self._calls,
+            timeout_reward=self.config.timeout_reward,
+            seed=self.config.seed,
+            record_routing=record_routing,
+            thinking=self.config.thinking,
+        )
+
+
+def _description(values: dict[str, Any]) -> str:
+    """What the progress bar says of the last step."""
+    parts = [f"reward {values['reward/mean']:.2f}" if values["samples"] else "no samples"]
+    parts += [f"{values[name]} {name.replace('_', ' ')}" for name in COUNTED if values[name]]
+    return ", ".join(parts)
 
 
 def _parts(batch: list[list[Sample]], count: int) -> list[list[Sample]]:
@@ -316,32 +380,36 @@ def _parts(batch: list[list[Sample]], count: int) -> list[list[Sample]]:
 
 
 def _sample_metrics(samples: list[Sample]) -> dict[str, Any]:
-    """Rewards and lengths of a batch, over all and by domain."""
-    values: dict[str, Any] = {}
+    """Rewards and lengths of a batch, over all and by domain; no means of nothing."""
+    values: dict[str, Any] = {"samples": len(samples)}
+    if not samples:
+        return values
     for domain in ("", *dict.fromkeys(sample.domain for sample in samples)):
         own = [sample for sample in samples if domain in ("", sample.domain)]
         suffix = f"/{domain}" if domain else ""
-        values[f"reward{suffix}/mean"] = sum(sample.reward for sample in own) / max(1, len(own))
+        values[f"reward{suffix}/mean"] = _mean([sample.reward for sample in own])
         contexts = [context for sample in own for context in sample.contexts()]
         written = sum(context.num_answer_tokens for context in contexts)
-        values[f"answer_tokens{suffix}/mean"] = written / max(1, len(own))
-        values[f"contexts{suffix}/mean"] = len(contexts) / max(1, len(own))
-    cut = sum(sample.finish_reason == "length" for sample in samples)
-    return values | {"samples": len(samples), "length_limit_share": cut / max(1, len(samples))}
+        values[f"answer_tokens{suffix}/mean"] = written / len(own)
+        values[f"contexts{suffix}/mean"] = len(contexts) / len(own)
+    return values | {"length_limit_share": _mean([sample.finish_reason == "length" for sample in samples])}
 
 
 def _update_metrics(reports: list[UpdateReport]) -> dict[str, Any]:
-    """Means over the optimiser steps of a batch."""
+    """Means over the optimiser steps of a batch that had something to learn from."""
+    reports = [report for report in reports if report.num_tokens]
     if not reports:
         return {}
-    names = reports[0].diagnostics
-    values = {name: sum(report.diagnostics[name] for report in reports) / len(reports) for name in names}
-    values["loss"] = sum(report.loss for report in reports) / len(reports)
-    values["gradient/norm"] = sum(report.gradient_norm for report in reports) / len(reports)
+    values = {name: _mean([report.diagnostics[name] for report in reports]) for name in reports[0].diagnostics}
+    values["loss"] = _mean([report.loss for report in reports])
+    values["gradient/norm"] = _mean([report.gradient_norm for report in reports])
     values["gradient/num_zeros"] = reports[-1].num_zero_gradients
     for domain in sorted({domain for report in reports for domain in report.gradient_shares}):
-        shares = [report.gradient_shares.get(domain, 0.0) for report in reports]
-        values[f"gradient_share/{domain}"] = sum(shares) / len(shares)
+        values[f"gradient_share/{domain}"] = _mean([report.gradient_shares.get(domain, 0.0) for report in reports])
     for layer, load_E in reports[-1].load.items():
         values[f"expert_load/max_over_mean_{layer}"] = float(load_E.max() / load_E.float().mean())
     return values
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)

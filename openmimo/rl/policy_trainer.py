@@ -29,6 +29,7 @@ from openmimo.train.optim import build_optimiser, clip_gradients
 
 NOT_RECORDED = -1
 _MAX_NAMED = 8  # groups in a message
+ENTROPY_ROWS = 128  # of a micro-batch: the output head is computed once more for them
 
 
 @dataclass(frozen=True)
@@ -179,9 +180,11 @@ class PolicyTrainer:
                 losses.append(heads_loss.detach())
             losses.append(loss.detach())
             report.loss += float(loss.detach())
-            _add_means(
-                sums, batch_diagnostics(forward.batch, low=gate.get("low"), high=gate.get("high")), len(pack.labels_N)
+            entropies = _entropies(self.model, forward.states_ND, pack.temperature_N)
+            diagnostics = batch_diagnostics(
+                forward.batch, low=gate.get("low"), high=gate.get("high"), entropy_N=entropies
             )
+            _add_means(sums, diagnostics, len(pack.labels_N))
             expert_load(context.routing, self.model, add_to=report.load)
             report.num_tokens += len(pack.tokens_T)
         gradients = clip_gradients(self.model, self.config.clip_norm, apart=self._heads)
@@ -382,9 +385,16 @@ def replayed_routes(model: MiMo, samples: list[Sample]) -> dict[int, torch.Tenso
 
 
 def _logprobs(model: MiMo, states_ND: torch.Tensor, pack: PackedSamples) -> torch.Tensor:
-    if bool((pack.temperature_N != 1.0).any()):
-        states_ND = states_ND / pack.temperature_N.to(states_ND.dtype)[:, None]
-    return token_logprobs(states_ND, model.lm_head.weight.to(states_ND.dtype), pack.labels_N)
+    weight_VD = model.lm_head.weight.to(states_ND.dtype)
+    return token_logprobs(states_ND, weight_VD, pack.labels_N, temperature=pack.temperature_N)
+
+
+@torch.no_grad()
+def _entropies(model: MiMo, states_ND: torch.Tensor, temperature_N: torch.Tensor) -> torch.Tensor:
+    """The policy's entropy in nats at evenly spaced rows, at most ENTROPY_ROWS of them, [rows]."""
+    rows = torch.arange(0, len(states_ND), -(-len(states_ND) // ENTROPY_ROWS), device=states_ND.device)
+    logprobs_RV = (model.head(states_ND[rows]) / temperature_N[rows, None]).log_softmax(dim=-1)
+    return -(logprobs_RV.exp() * logprobs_RV).sum(dim=-1)
 
 
 def _add_lengths(by_domain: dict[str, float], pack: PackedSamples, gradient_ND: torch.Tensor) -> None:

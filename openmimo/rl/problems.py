@@ -1,4 +1,4 @@
-"""Which problem comes next: streams with a cursor, pass rates, and the pool of problems that have become easy.
+"""Which problem comes next: streams with a cursor, means of a source, and the pool of problems that became easy.
 
 Problems that every sample solved teach nothing for now, but dropping them for good makes training unstable: they go to
 a pool, and a small share of the draws comes from there (MiMo-7B, section 3.3.2).
@@ -18,7 +18,6 @@ class Problem(NamedTuple):
 
     id: str
     content: Any = None
-    num_prompt_tokens: int = 0
 
 
 class Draw(NamedTuple):
@@ -44,7 +43,6 @@ class ProblemSource:
         self._config = config
         self._cursor = 0
         self._num_draws = 0
-        self._pass_rates: dict[str, float] = {}
         self._easy: dict[str, int] = {}
 
     @property
@@ -60,10 +58,6 @@ class ProblemSource:
     def problem(self, index: int) -> Problem:
         """The problem at a place of the stream."""
         return Problem(*self._stream(index))
-
-    def problem_pass_rate(self, problem_id: str) -> float | None:
-        """The running mean of the problem's rewards; None if it is not known."""
-        return self._pass_rates.get(problem_id)
 
     def draw(self) -> Draw:
         """The next problem: one of the easy pool with its probability, else the next of the stream that is not easy."""
@@ -88,14 +82,11 @@ class ProblemSource:
         known = reward if self.pass_rate is None else self.pass_rate
         self.pass_rate = known + config.source_smoothing * (reward - known)
         self.acceptance += config.source_smoothing * (accepted - self.acceptance)
-        known = self._pass_rates.pop(problem_id, reward)
-        self._pass_rates[problem_id] = known + config.problem_smoothing * (reward - known)
         self._easy.pop(problem_id, None)
         if config.easy_fraction is not None and reward >= _SOLVED:
             self._easy[problem_id] = index
-        for memory in (self._pass_rates, self._easy):
-            if len(memory) > config.remembered_problems:
-                del memory[next(iter(memory))]
+        if len(self._easy) > config.remembered_problems:
+            del self._easy[next(iter(self._easy))]
 
     def state(self) -> dict[str, Any]:
         """What to save for resuming, as plain JSON."""
@@ -104,7 +95,6 @@ class ProblemSource:
             "num_draws": self._num_draws,
             "pass_rate": self.pass_rate,
             "acceptance": self.acceptance,
-            "pass_rates": list(self._pass_rates.items()),
             "easy": list(self._easy.items()),
         }
 
@@ -114,5 +104,4 @@ class ProblemSource:
         self._num_draws = state["num_draws"]
         self.pass_rate = state["pass_rate"]
         self.acceptance = state["acceptance"]
-        self._pass_rates = dict(state["pass_rates"])
         self._easy = dict(state["easy"])

@@ -37,7 +37,8 @@ def _training_figures(report: Report, train: Rows) -> None:
         _panels(train, [("scheduler/waste_share", "wasted samples"), ("staleness_mean", "policy versions")]),
         "Share of samples that were rolled out and never learned from; mean age of the tokens.",
     )
-    if any(name.startswith("teacher_kl/") for name in train[-1]):
+    names = _names(train)
+    if any(name.startswith("teacher_kl/") for name in names):
         report.heading("Teachers")
         report.figure(
             _panels(train, [("teacher_kl", "nats a token"), ("top_8_overlap", "share")], by_domain=True),
@@ -45,12 +46,15 @@ def _training_figures(report: Report, train: Rows) -> None:
         )
     report.heading("Trainer against engine")
     report.figure(
-        _panels(train, [("mismatch_k3", "k3, nats"), ("extreme_ratio_share_2", "share of tokens")]),
-        "How far the trained policy is from the one that sampled: k3, and tokens with a ratio above 2 or below 1/2.",
+        _panels(
+            train, [("mismatch_k3", "k3, nats"), ("extreme_ratio_share_2", "share of tokens"), ("entropy", "nats")]
+        ),
+        "How far the trained policy is from the one that sampled: k3, and tokens with a ratio above 2 or below 1/2. "
+        "The policy's entropy.",
     )
-    if "gated_high_share" in train[-1]:
+    if "gated_high_share" in names:
         report.figure(
-            _panels(train, [(name, "share of tokens") for name in train[-1] if name.startswith("gated_")]),
+            _panels(train, [(name, "share of tokens") for name in names if name.startswith("gated_")]),
             "Tokens whose ratio is outside the limits of the correction.",
         )
     report.heading("Optimisation")
@@ -58,7 +62,7 @@ def _training_figures(report: Report, train: Rows) -> None:
         _panels(train, [("gradient/norm", "gradient norm"), ("gradient/num_zeros", "entries")]),
         "Gradient norm before clipping, and gradient entries that are exactly zero.",
     )
-    if sum(name.startswith("gradient_share/") for name in train[-1]) > 1:
+    if sum(name.startswith("gradient_share/") for name in names) > 1:
         report.figure(
             _panels(train, [("gradient_share", "share of the gradient")], by_domain=True),
             "What each domain adds to the gradient: lengths of its tokens' gradients by the last hidden state.",
@@ -69,6 +73,11 @@ def _training_figures(report: Report, train: Rows) -> None:
     last = train[-1]
     kept = sorted(name for name, value in last.items() if isinstance(value, (int, float)))
     report.table(["last step", "value"], [[name, last[name]] for name in kept])
+
+
+def _names(rows: Rows) -> list[str]:
+    """All metrics of these rows: a step that learned nothing has fewer than others."""
+    return list(dict.fromkeys(name for row in rows for name in row))
 
 
 def _before_and_after(evaluations: Rows) -> tuple[list[str], list[list[Any]]]:
@@ -95,7 +104,7 @@ def _panels(rows: Rows, panels: list[tuple[str, str]], *, by_domain: bool = Fals
     """One picture for each metric; by_domain: with a line for each `<metric>/<domain>` there is."""
     figure, axes = new_figure(columns=len(panels))
     for axis, (metric, unit) in zip(axes if len(panels) > 1 else [axes], panels, strict=True):
-        names = [name for name in rows[-1] if name.startswith(metric + "/")] if by_domain else [metric]
+        names = [name for name in _names(rows) if name.startswith(metric + "/")] if by_domain else [metric]
         for name in names:
             known = [row for row in rows if name in row]
             label = name.removeprefix(metric).strip("/").removesuffix("/mean").removesuffix("mean") or "all"

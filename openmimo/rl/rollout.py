@@ -8,8 +8,10 @@ engine session, so that keys, values and routes of earlier turns stay those of t
 
 import functools
 import hashlib
+import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -18,12 +20,14 @@ import numpy as np
 from openmimo.core.errors import ConfigError
 from openmimo.core.records import Completion, Message, Request, SamplingParams
 from openmimo.core.samples import Sample
-from openmimo.data.conversation import encode_prompt
+from openmimo.data.conversation import THINK_END, THINK_START, encode_prompt
 from openmimo.data.tokenizer import Tokenizer
 from openmimo.engine.engine import Engine
 from openmimo.engine.sequence import Sequence
 from openmimo.rl.environment import Answer, Episode, ReplacesContext
+from openmimo.rl.episode_calls import EpisodeCalls, EpisodeTimeoutError
 from openmimo.rl.groups import GroupRequest
+from openmimo.rl.rewards import RewardError, checked_reward
 
 NOT_SAMPLED = -1
 POLL_SECONDS = 0.01
@@ -62,11 +66,11 @@ class Rollouts(Protocol):
 
 @dataclass
 class _Run:
-    """One sample on its way."""
+    """One sample on its way. episode: None if it could not be opened."""
 
     id: str
     request: GroupRequest
-    episode: Episode
+    episode: Episode | None
     sample: Sample
     earlier: list[Sample] = field(default_factory=list)
     num_turns: int = 0
@@ -85,8 +89,19 @@ class _Run:
 class EngineRollouts:
     """Rollouts by an engine in this process, which may run the very model that is trained.
 
-    open_episode: from a request (its problem and source) to an episode. executor: where slow episodes answer (None: all
-    are instant). seed: with a sample's id and its turn, decides its tokens. record_routing: keep the routes (R3).
+    A sample whose episode fails comes back with finish_reason "error"; its info has `error`, and `error_kind`, which is
+    the same for failures of one kind. One whose prompt is too long comes back as "too_long", with `prompt_tokens` and
+    the `limit` in its info.
+
+    Args:
+        engine: Samples; must have a tokenizer.
+        open_episode: From a request (its problem and source) to an episode.
+        calls: Runs the episodes (None: in turn, with the usual deadline).
+        timeout_reward: Of a sample whose episode takes too long (None: it failed).
+        seed: With a sample's id and its turn, decides its tokens.
+        record_routing: Keep the routes (R3).
+        thinking: Ask for answers with thoughts before them. Episodes do not see the thoughts.
+        weights: New weights for `update_weights`; None if the engine's model has them already.
     """
 
     def __init__(
@@ -94,16 +109,19 @@ class EngineRollouts:
         engine: Engine,
         open_episode: EpisodeOpener,
         *,
-        executor: Executor | None = None,
+        calls: EpisodeCalls | None = None,
+        timeout_reward: float | None = None,
         seed: int = 0,
         record_routing: bool = True,
+        thinking: bool = False,
         weights: Callable[[], Mapping[str, Any] | None] = lambda: None,
     ):
         if engine.tokenizer is None:
             raise ConfigError("rollouts need an engine with a tokenizer: environments speak text.")
         self._engine, self._tokenizer = engine, engine.tokenizer
-        self._open_episode, self._executor = open_episode, executor
-        self._seed, self._weights = seed, weights
+        self._open_episode, self._timeout_reward = open_episode, timeout_reward
+        self._calls, self._owns_calls = calls or EpisodeCalls(), calls is None
+        self._seed, self._weights, self._thinking = seed, weights, thinking
         self._record_routing = record_routing and engine.model.config.moe is not None
         self._runs: dict[str, _Run] = {}
         self._followers: list[tuple[Sequence, _Run]] = []  # and whom they wait for
@@ -115,26 +133,22 @@ class EngineRollouts:
 
     @property
     def is_instant(self) -> bool:
-        """Whether episodes answer in this thread, so that the same requests give the same samples in the same order."""
-        return self._executor is None
+        """Whether each call of an episode is waited for, so that the same requests give the same samples in order."""
+        return self._calls.is_instant
 
     def submit(self, request: GroupRequest) -> None:
-        """See Rollouts. A partial is read again and goes on where it stopped; one of several turns begins anew.
+        """See Rollouts. A partial is read again and goes on where it stopped; one of several turns begins again.
 
         Samples of one prompt begin once the first of them has read it, so that the others find it in the cache.
         """
         prompts: dict[tuple[Message, ...], list[int]] = {}
         leaders: dict[tuple[int, ...], Sequence] = {}
         for sample_id in request.sample_ids:
-            episode = self._open_episode(request)
-            sample = request.partials.get(sample_id)
-            if sample is None or not self._goes_on(sample, episode):
-                if episode.messages not in prompts:
-                    prompts[episode.messages] = encode_prompt(self._tokenizer, episode.messages, tools=episode.tools)
-                sample = _new_sample(prompts[episode.messages], request, sample_id)
-            run = _Run(sample_id, request, episode, replace(sample, finish_reason=""))
+            run = self._open(request, sample_id, prompts)
             self._runs[sample_id] = run
-            prompt = tuple(sample.token_ids)
+            if run.pending is not None:
+                continue
+            prompt = tuple(run.sample.token_ids)
             if prompt in leaders:
                 self._followers.append((leaders[prompt], run))
                 continue
@@ -142,12 +156,55 @@ class EngineRollouts:
             if sequence is not None and sequence.request.session is None and self._engine.config.prefix_cache:
                 leaders[prompt] = sequence
 
+    def _open(self, request: GroupRequest, sample_id: str, prompts: dict[tuple[Message, ...], list[int]]) -> _Run:
+        """The run of a sample, with its episode opened. It has ended already if that failed, or its prompt is too long.
+
+        prompts: the ids of those that were encoded already.
+        """
+        run = _Run(sample_id, request, None, _new_sample([], request, sample_id))
+        opening = functools.partial(_at, "open", functools.partial(self._open_episode, request))
+        opened = self._calls.wait_for(opening, discard=_close_late)
+        if opened.exception() is not None:
+            run.pending = opened
+            return run
+        run.episode = episode = opened.result()
+        partial = request.partials.get(sample_id)
+        if partial is not None and self._goes_on(partial, episode):
+            run.sample = replace(partial, finish_reason="")
+            return run
+        if episode.messages not in prompts:
+            encoded = self._encoded(episode)
+            if encoded.exception() is not None:
+                run.pending = encoded
+                return run
+            prompts[episode.messages] = encoded.result()
+        run.sample = _new_sample(prompts[episode.messages], request, sample_id)
+        limit = min(request.max_prompt_tokens or math.inf, self._engine.model.config.max_positions - 1)
+        if len(run.sample.token_ids) > limit:
+            run.finish_reason = "too_long"
+            run.sample.info |= {"prompt_tokens": len(run.sample.token_ids), "limit": limit}
+            run.pending = _done(None)
+        return run
+
+    def _encoded(self, episode: Episode) -> "Future[list[int]]":
+        """The ids of an episode's prompt. One that fits no template ends its sample, not the run."""
+        encode = functools.partial(
+            encode_prompt, self._tokenizer, episode.messages, tools=episode.tools, enable_thinking=self._thinking
+        )
+        future: Future[list[int]] = Future()
+        try:
+            future.set_result(_at("the prompt", encode))
+        except EpisodeError as error:
+            future.set_exception(error)
+        return future
+
     def poll(self) -> list[Sample]:
         """See Rollouts. Waits at most a hundredth of a second, if there is nothing to do but to wait for episodes."""
         for sequence in self._engine.step():
             if sequence.finish_reason:
                 self._take_turn(self._runs[sequence.request.id], sequence.completion())
         self._begin_followers()
+        self._calls.give_up_overdue()
         if not self._engine.has_work:
             wait([run.pending for run in self._runs.values() if run.pending], POLL_SECONDS, FIRST_COMPLETED)
         ended = [run for run in self._runs.values() if run.pending is not None and run.pending.done()]
@@ -167,7 +224,7 @@ class EngineRollouts:
                 self._engine.abort(sample_id)
                 if run.pending is not None:
                     run.pending.cancel()
-                    run.pending.add_done_callback(_close_successor)
+                    run.pending.add_done_callback(_close_unplayed)
                 self._close(run)
 
     def update_weights(self, version: int) -> None:
@@ -178,6 +235,8 @@ class EngineRollouts:
         """See Rollouts."""
         self.cancel(list(self._runs))
         self._engine.forget_cached()
+        if self._owns_calls:
+            self._calls.close()
 
     def _goes_on(self, partial: Sample, episode: Episode) -> bool:
         """Whether a new episode can take it: it has heard nothing of what an earlier one was told."""
@@ -202,7 +261,7 @@ class EngineRollouts:
         )
         if room <= 0:
             run.finish_reason = "length"
-            run.pending = self._call(run, functools.partial(_reward, run.episode))
+            run.pending = self._call(functools.partial(_reward, run.episode, run.request))
             return None
         run.sample = _with_inserted(run.sample, inserted)
         params = SamplingParams(
@@ -225,75 +284,95 @@ class EngineRollouts:
         run.sample = _extended(run.sample, completion)
         run.finish_reason = completion.finish_reason
         if completion.finish_reason == "error":
-            run.pending = _done(None)
+            run.pending = _failed("the engine could not go on with it")
             return
         written = run.sample.token_ids[start:]
         if written[-1] in self._engine.eos_ids:
             written = written[:-1]
         text = self._tokenizer.decode(written, skip_special=False)
-        run.pending = self._call(run, functools.partial(_respond, run.episode, text, completion.finish_reason))
+        if self._thinking:
+            text = without_thoughts(text, stop=run.episode.stop)
+        answering = functools.partial(_respond, run.episode, run.request, text, completion.finish_reason)
+        run.pending = self._call(answering)
 
     def _answered(self, run: _Run) -> Sample | None:
         """What the episode said: another turn or context (None), or the finished sample."""
         error = run.pending.exception()
+        if isinstance(error, RewardError):
+            raise error
         answer = None if error else run.pending.result()
         if isinstance(answer, Answer):
-            run.pending = None
-            self._next_turn(run, self._inserted_ids(answer))
-            return None
+            return self._go_on(run, answer)
         if isinstance(answer, _Successor):
             self._replace_context(run, answer.episode)
             return None
         self._close(run)
-        failed = error is not None or answer is None
-        reason = "error" if failed else run.finish_reason
-        info = run.sample.info | {"turns": run.num_turns} | ({"error": repr(error)} if error else {})
-        reward = float("nan") if failed else answer
-        sample = replace(run.sample, finish_reason=reason, reward=reward, info=info)
-        if run.earlier and not failed:
+        if run.finish_reason == "too_long":
+            return replace(run.sample, finish_reason="too_long")
+        info = run.sample.info | {"turns": run.num_turns}
+        if isinstance(error, EpisodeTimeoutError):
+            info["timeout"] = True
+            if self._timeout_reward is not None and run.num_written:
+                error, answer = None, self._timeout_reward
+        if error is not None:
+            return replace(run.sample, finish_reason="error", reward=float("nan"), info=info | _described(error))
+        sample = replace(run.sample, finish_reason=run.finish_reason, reward=answer, info=info)
+        if run.earlier:
             sample.episode = run.id
-            sample.earlier = [replace(context, reward=reward, episode=run.id) for context in run.earlier]
+            sample.earlier = [replace(context, reward=answer, episode=run.id) for context in run.earlier]
         return sample
+
+    def _go_on(self, run: _Run, answer: Answer) -> None:
+        """The policy's next turn, after what the episode answered."""
+        run.pending = None
+        try:
+            inserted = _at("respond", functools.partial(self._inserted_ids, answer))
+        except EpisodeError as error:
+            run.pending = Future()
+            run.pending.set_exception(error)
+            return
+        self._next_turn(run, inserted)
 
     def _replace_context(self, run: _Run, successor: Episode) -> None:
         """The sample so far becomes an earlier one, and the policy reads a new prompt."""
         self._engine.end_session(run.id)
         run.earlier.append(replace(run.sample, finish_reason="context"))
         run.episode, run.pending = successor, None
-        try:
-            prompt = encode_prompt(self._tokenizer, successor.messages, tools=successor.tools)
-        except Exception as error:  # what an episode says may fit no template; it ends its sample, never the run
-            run.pending = Future()
-            run.pending.set_exception(error)
+        encoded = self._encoded(successor)
+        if encoded.exception() is not None:
+            run.pending = encoded
             return
-        run.sample = _new_sample(prompt, run.request, run.id)
+        run.sample = _new_sample(encoded.result(), run.request, run.id)
         self._next_turn(run)
 
     def _inserted_ids(self, answer: Answer) -> list[int]:
         if answer.messages:
-            return turn_ids(self._tokenizer, answer.messages)
+            return turn_ids(self._tokenizer, answer.messages, enable_thinking=self._thinking)
         return self._tokenizer.encode(answer.text)
 
-    def _call(self, run: _Run, function: Callable[[], Any]) -> "Future[Any]":
-        if self._executor is not None:
-            return self._executor.submit(function)
-        future: Future[Any] = Future()
-        try:
-            future.set_result(function())
-        except Exception as error:  # an environment's failure ends its sample, never the run
-            future.set_exception(error)
-        return future
+    def _call(self, function: Callable[[], Any]) -> "Future[Any]":
+        return self._calls.submit(function, discard=_close_late)
 
     def _close(self, run: _Run) -> None:
         self._engine.end_session(run.id)
-        self._call(run, run.episode.close)
+        if run.episode is not None:
+            self._calls.submit(functools.partial(_close_episode, run.episode, run.request))
 
 
-def turn_ids(tokenizer: Tokenizer, messages: tuple[Message, ...]) -> list[int]:
+def without_thoughts(text: str, *, stop: tuple[str, ...] = ()) -> str:
+    """What comes after the thoughts; nothing if they are cut off. A piece that ends in a stop string stays as it is."""
+    _, end, answer = text.partition(THINK_END)
+    if end:
+        return answer
+    has_stopped = any(text.endswith(ending) for ending in stop)
+    return "" if text.startswith(THINK_START) and not has_stopped else text
+
+
+def turn_ids(tokenizer: Tokenizer, messages: tuple[Message, ...], *, enable_thinking: bool = False) -> list[int]:
     """The ids of turns that follow an answer of the policy, up to its next turn; its own end of turn is not in them."""
     before = [Message("system"), Message("user", "x"), Message("assistant", "y")]
-    told = tokenizer.encode_chat(before, add_generation_prompt=False)
-    asked = tokenizer.encode_chat([*before, *messages])
+    told = tokenizer.encode_chat(before, add_generation_prompt=False, enable_thinking=enable_thinking)
+    asked = tokenizer.encode_chat([*before, *messages], enable_thinking=enable_thinking)
     if asked[: len(told)] != told:
         raise ConfigError(
             "the chat template changes earlier turns when later ones come; it cannot be used for rollouts."
@@ -308,29 +387,77 @@ class _Successor:
     episode: Episode
 
 
-def _close_successor(pending: "Future[Any]") -> None:
-    """Nobody will play it."""
-    if not pending.cancelled() and not pending.exception() and isinstance(pending.result(), _Successor):
-        pending.result().episode.close()
+class EpisodeError(Exception):
+    """An episode raised an exception. kind: the same for those of one type from one method."""
+
+    def __init__(self, method: str, error: BaseException):
+        super().__init__(f"{method} raised {type(error).__name__}: {error}")
+        self.kind = f"{method} raised {type(error).__name__}"
 
 
-def _reward(episode: Episode) -> float:
-    return float(episode.reward())
+def _at(method: str, function: Callable[[], Any]) -> Any:
+    """function(), with its exceptions as EpisodeErrors."""
+    try:
+        return function()
+    except Exception as error:
+        raise EpisodeError(method, error) from error
 
 
-def _respond(episode: Episode, text: str, finish_reason: str) -> Answer | _Successor | float:
+def _described(error: BaseException) -> dict[str, str]:
+    """What a failed sample's info says."""
+    if isinstance(error, EpisodeError):
+        return {"error": str(error), "error_kind": error.kind}
+    kind = "timeout" if isinstance(error, EpisodeTimeoutError) else type(error).__name__
+    return {"error": f"{kind}: {error}", "error_kind": kind}
+
+
+def _failed(why: str) -> "Future[Any]":
+    future: Future[Any] = Future()
+    future.set_exception(RuntimeError(why))
+    return future
+
+
+def _close_unplayed(pending: "Future[Any]") -> None:
+    """Closes the episode that was to go on in another context, once it is there."""
+    if not pending.cancelled() and not pending.exception():
+        _close_late(pending.result())
+
+
+def _close_late(result: Any) -> None:
+    """Closes an episode that came after its deadline."""
+    if isinstance(result, _Successor):
+        result.episode.close()
+    elif isinstance(result, Episode):
+        result.close()
+
+
+def _close_episode(episode: Episode, request: GroupRequest) -> None:
+    try:
+        episode.close()
+    except Exception as error:  # the sample is scored already
+        kind = f"closing an episode of environment {request.environment!r} raised {type(error).__name__}"
+        warnings.warn(f"{kind}: {error}", stacklevel=1)
+
+
+def _reward(episode: Episode, request: GroupRequest) -> float:
+    return checked_reward(_at("reward", episode.reward), request)
+
+
+def _respond(episode: Episode, request: GroupRequest, text: str, finish_reason: str) -> Answer | _Successor | float:
     """The episode's next answer; the episode that goes on in another context; or the reward, if that was its last.
 
     It is also its last if the policy may write no more.
     """
-    answer = episode.respond(text)
+    answer = _at("respond", functools.partial(episode.respond, text))
+    if not isinstance(answer, Answer):
+        raise EpisodeError("respond", TypeError(f"it must return an Answer, not a {type(answer).__name__}"))
     if not answer.is_last and finish_reason == "stop":
         return answer
     if finish_reason == "stop" and isinstance(episode, ReplacesContext):
-        successor = episode.successor()
+        successor = _at("successor", episode.successor)
         if successor is not None:
             return _Successor(successor)
-    return _reward(episode)
+    return _reward(episode, request)
 
 
 def _new_sample(token_ids: list[int], request: GroupRequest, sample_id: str) -> Sample:

@@ -3,7 +3,6 @@
 import time
 import traceback
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,6 +14,7 @@ from openmimo.data.tokenizer import Tokenizer
 from openmimo.engine.config import EngineConfig
 from openmimo.engine.engine import Engine
 from openmimo.model.config import ModelConfig
+from openmimo.rl.episode_calls import EpisodeCalls
 from openmimo.rl.groups import GroupRequest
 from openmimo.rl.rollout import EngineRollouts, EpisodeOpener
 from openmimo.rl.weight_buffer import WeightLayout, WeightSource
@@ -36,6 +36,9 @@ class WorkerSetup:
         make_opener: Called once in the worker: how it opens episodes. A function of a module, or a partial of one.
         compute_dtype: Of the activations (none: that of the weights).
         reward_threads: Threads in which slow episodes answer (0: all are instant).
+        environment_seconds: How long a call of an environment may take.
+        timeout_reward: See EngineRollouts.
+        thinking: See EngineRollouts.
         seed: See EngineRollouts.
         record_routing: See EngineRollouts.
     """
@@ -46,6 +49,9 @@ class WorkerSetup:
     make_opener: Callable[[], EpisodeOpener]
     compute_dtype: torch.dtype | None = None
     reward_threads: int = 0
+    environment_seconds: float = 300.0
+    timeout_reward: float | None = None
+    thinking: bool = False
     seed: int = 0
     record_routing: bool = True
 
@@ -117,11 +123,13 @@ class _Worker:
         model.compute_dtype = setup.compute_dtype
         self._weights = weights
         self._engine = Engine(model, setup.tokenizer, setup.engine)
-        self._executor = ThreadPoolExecutor(setup.reward_threads, "episode") if setup.reward_threads else None
+        self._calls = EpisodeCalls(threads=setup.reward_threads, seconds=setup.environment_seconds)
         self._rollouts = EngineRollouts(
             self._engine,
             setup.make_opener(),
-            executor=self._executor,
+            calls=self._calls,
+            timeout_reward=setup.timeout_reward,
+            thinking=setup.thinking,
             seed=setup.seed,
             record_routing=setup.record_routing,
         )
@@ -137,8 +145,7 @@ class _Worker:
         for order in self._orders(channel):
             if order is None:
                 self._rollouts.close()
-                if self._executor is not None:
-                    self._executor.shutdown(wait=False, cancel_futures=True)
+                self._calls.close()
                 return False
             if isinstance(order, Cancel):
                 self._rollouts.cancel(list(order.sample_ids))

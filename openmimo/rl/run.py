@@ -5,10 +5,11 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from openmimo.core.metrics import read_metrics
 from openmimo.core.run_folder import check_same_run, keep_config, run_folder
 from openmimo.data.tokenizer import Tokenizer
 from openmimo.model.hf import check_replaceable, load_config, load_model
-from openmimo.rl.algorithm import open_algorithm
+from openmimo.rl.algorithm import algorithm_of
 from openmimo.rl.config import MopdConfig, RlConfig
 from openmimo.rl.evaluate import streams_of
 from openmimo.rl.loop import RlRun
@@ -61,7 +62,9 @@ def train(config: RlConfig, *, console: Console | None = None) -> Path:
         model.compute_dtype = fastest_dtype(device) if config.dtype == "auto" else DTYPES[config.dtype]
         run = RlRun(config, model, tokenizer, start=start, optimiser_tensors=optimiser_tensors, console=console)
         run.run()
-        return write_outcome(model, tokenizer, checkpoints, folder, write_report, console)
+        written = write_outcome(model, tokenizer, checkpoints, folder, write_report, console)
+        console.print(learned_in(config, folder), highlight=False)
+        return written
 
 
 def _check_start(config: RlConfig, folder: Path) -> Tokenizer:
@@ -70,7 +73,7 @@ def _check_start(config: RlConfig, folder: Path) -> Tokenizer:
         check_same_run(config, folder / "config.json", free=FREE)
         check_same_problems(problem_files(config.sources), folder)
     check_replaceable(folder / "model")
-    open_algorithm(config.algorithm, config.algorithm_options)
+    algorithm_of(config)
     load_config(config.checkpoint)
     tokenizer = Tokenizer.load(Path(config.checkpoint))
     if isinstance(config, MopdConfig):
@@ -79,3 +82,12 @@ def _check_start(config: RlConfig, folder: Path) -> Tokenizer:
     streams_of(config.sources, "train", config.seed)
     streams_of(config.sources, "validation", config.seed)
     return tokenizer
+
+
+def learned_in(config: RlConfig, run_folder: Path) -> str:
+    """How many steps learned from how many samples; a warning where none did."""
+    learned = [row["learned_samples"] for row in read_metrics(run_folder / "metrics.jsonl") if "learned_samples" in row]
+    text = f"{sum(count > 0 for count in learned)} of {config.steps} steps learned, from {sum(learned)} samples"
+    if any(learned):
+        return text
+    return f"[yellow]warning:[/] {text}: this model is the one that the run started from."

@@ -1,11 +1,7 @@
-"""Samples as plain JSON and back, and files of them: one JSON object a line."""
+"""Samples as plain JSON, or as JSON and binary arrays, and back."""
 
 import base64
-import json
 import math
-import os
-from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +11,8 @@ from openmimo.core.samples import Sample
 
 _FLOAT_LISTS = ("logprobs", "advantages", "weights", "teacher_logprobs")
 _INTEGER_LISTS = ("token_ids", "versions")
+_PLAIN = ("domain", "group", "finish_reason", "temperature", "episode", "info")
+_DTYPES = {"token_ids": "<i4", "versions": "<i4", "loss_mask": "?"} | dict.fromkeys(_FLOAT_LISTS, "<f8")
 
 
 def sample_to_dict(sample: Sample) -> dict[str, Any]:
@@ -53,45 +51,41 @@ def sample_from_dict(values: dict[str, Any]) -> Sample:
         raise DataError(f"This is not a saved sample: {error!r}.") from error
 
 
-def append_samples(path: Path, samples: Iterable[Sample]) -> None:
-    """Adds samples to a file of JSON lines, on the disk when this returns. A line that a crash cut short is removed."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = "".join(json.dumps(sample_to_dict(sample)) + "\n" for sample in samples)
-    with open(path, "ab+") as file:
-        remove_cut_line(file)
-        file.write(text.encode())
-        file.flush()
-        os.fsync(file.fileno())
+def pack_sample(sample: Sample) -> tuple[dict[str, Any], bytes]:
+    """A sample as JSON, and its lists and routes as bytes, one array after another, those of earlier contexts last.
 
-
-def read_samples(path: Path) -> list[Sample]:
-    """The samples of a file of JSON lines; a last line that a crash cut short is left out.
-
-    Raises DataError, naming the line, for what is not a sample.
+    Numbers stay what they are to the last bit. Raises DataError for expert ids beyond int16.
     """
-    samples = []
-    lines = Path(path).read_text().split("\n")
-    for number, line in enumerate(lines[:-1], start=1):  # what follows the last newline is nothing, or cut short
-        try:
-            samples.append(sample_from_dict(json.loads(line)))
-        except (json.JSONDecodeError, DataError, TypeError) as error:
-            raise DataError(f"{path}, line {number}: not a saved sample ({error}).") from error
-    return samples
+    arrays = {name: np.array(getattr(sample, name), dtype) for name, dtype in _DTYPES.items()}
+    if sample.routed_experts is not None:
+        arrays["routed_experts"] = _narrowed(np.asarray(sample.routed_experts))
+    earlier = [pack_sample(context) for context in sample.earlier]
+    plain = {name: getattr(sample, name) for name in _PLAIN} | {
+        "reward": _number_to_json(sample.reward),
+        "arrays": [[name, array.dtype.str, list(array.shape)] for name, array in arrays.items()],
+        "earlier": [values for values, _ in earlier],
+    }
+    return plain, b"".join([*(array.tobytes() for array in arrays.values()), *(data for _, data in earlier)])
 
 
-def remove_cut_line(file: Any) -> None:
-    """Cuts a file that is open for reading and writing bytes after its last whole line."""
-    end = file.seek(0, os.SEEK_END)
-    while end:
-        start = max(0, end - 65536)
-        file.seek(start)
-        newline = file.read(end - start).rfind(b"\n")
-        if newline >= 0:
-            end = start + newline + 1
-            break
-        end = start
-    file.truncate(end)
+def unpack_sample(plain: dict[str, Any], data: bytes) -> Sample:
+    """The sample that `pack_sample` was given."""
+    sample, _ = _unpacked(plain, data, 0)
+    return sample
+
+
+def _unpacked(plain: dict[str, Any], data: bytes, start: int) -> tuple[Sample, int]:
+    values: dict[str, Any] = {name: plain[name] for name in _PLAIN} | {"reward": _number_from_json(plain["reward"])}
+    for name, dtype, shape in plain["arrays"]:
+        count = math.prod(shape)
+        array = np.frombuffer(data, np.dtype(dtype), count, start).reshape(shape)
+        start += array.nbytes
+        values[name] = array.astype(array.dtype.newbyteorder("=")) if name == "routed_experts" else array.tolist()
+    values["earlier"] = []
+    for own in plain["earlier"]:
+        context, start = _unpacked(own, data, start)
+        values["earlier"].append(context)
+    return Sample(**values), start
 
 
 def _number_to_json(value: float) -> float | str | None:
@@ -106,13 +100,19 @@ def _number_from_json(value: float | str | None) -> float:
 
 
 def _array_to_json(array: np.ndarray) -> dict[str, Any]:
+    array = _narrowed(array)
+    name = array.dtype.newbyteorder("=").name
+    return {"dtype": name, "shape": list(array.shape), "base64": base64.b64encode(array.tobytes()).decode()}
+
+
+def _narrowed(array: np.ndarray) -> np.ndarray:
+    """Expert ids in the smallest of uint8 and little-endian int16 that holds them; both stay what they are."""
     if array.dtype not in (np.uint8, np.int16):
         low, high = (int(array.min()), int(array.max())) if array.size else (0, 0)
         if low < -(2**15) or high >= 2**15:
             raise DataError(f"routed_experts go from {low} to {high}, which int16 cannot hold.")
         array = array.astype(np.uint8 if low >= 0 and high < 256 else np.int16)
-    data = array.astype(array.dtype.newbyteorder("<")).tobytes()
-    return {"dtype": array.dtype.name, "shape": list(array.shape), "base64": base64.b64encode(data).decode()}
+    return array.astype(array.dtype.newbyteorder("<"))
 
 
 def _array_from_json(values: dict[str, Any]) -> np.ndarray:

@@ -6,7 +6,7 @@ It runs nothing itself. A loop asks it what to submit, tells it what came back, 
     while not scheduler.is_complete():
         submit(scheduler.next_submissions(num_free_slots))     # and stop what take_cancelled() lists
         if anything_runs():                                    # else the step is complete now
-            ...                                                # on_sample, on_reward, on_partial as things come back
+            ...                                                # on_sample, on_partial as things come back
     batch, report = scheduler.take_batch()
 
 Continuous rollout, submissions by expected acceptance, and early termination in the order of starting are those of
@@ -23,14 +23,14 @@ from openmimo.core.errors import CheckpointError, ConfigError
 from openmimo.core.samples import Sample
 from openmimo.rl.config import SchedulerConfig
 from openmimo.rl.early_stop import Selection, select
-from openmimo.rl.groups import FINISHED, RUNNING, UNSCORED, WAITING, Group, GroupRequest, SampleSlot, group_from_state
+from openmimo.rl.groups import FINISHED, RUNNING, WAITING, Group, GroupRequest, SampleSlot, group_from_state
 from openmimo.rl.problems import Problem, ProblemSource
 
 _EQUAL_REWARDS = 1e-6
 _WASTED = ("dropped_stale", "dropped_error", "surplus", "aborted")
 _COUNTED = (
-    "drawn", "drawn_easy", "too_long", "carried_in", "accepted", "dropped_easy", "dropped_hard", "dropped_equal",
-    *_WASTED, "errors", "late",
+    "drawn", "drawn_easy", "carried_in", "accepted", "dropped_easy", "dropped_hard", "dropped_equal",
+    "dropped_too_long", *_WASTED, "scored", "errors", "late",
 )  # fmt: skip
 
 
@@ -103,8 +103,8 @@ class DataScheduler:
         """Takes a sample that came to its end; its info["sample_id"] says which of the request's it is.
 
         finish_reason "error" (infrastructure failed; not: the policy ran out of time) rolls it out again, from its
-        partial if it has one. A reward of NaN means that `on_reward` will follow. Samples of groups that have ended
-        meanwhile are counted and left. Raises ValueError for samples that are not being rolled out.
+        partial if it has one. "too_long" drops the group. Samples of groups that have ended meanwhile are counted and
+        left. Raises ValueError for samples that are not being rolled out, or have no reward.
         """
         if sample.finish_reason in ("", "abort"):
             raise ValueError(f"A sample of group {group_id!r} has not come to its end; give it to on_partial.")
@@ -115,8 +115,14 @@ class DataScheduler:
         if sample.finish_reason == "error":
             self._lose(group, slot)
             return
+        if sample.finish_reason == "too_long":
+            self._end(group, "dropped_too_long")
+            return
+        if not math.isfinite(sample.reward):
+            raise ValueError(f"Sample {slot.id!r} has the reward {sample.reward}; only a failed one has none.")
+        self._counts[group.source]["scored"] += 1
         sample.group = group_id
-        slot.keep(sample, UNSCORED if math.isnan(sample.reward) else FINISHED)
+        slot.keep(sample, FINISHED)
         self._settle(group)
 
     def on_partial(self, group_id: str, sample: Sample) -> None:
@@ -128,26 +134,6 @@ class DataScheduler:
         if found is not None:
             sample.group = group_id
             found[1].keep(sample, WAITING)
-
-    def on_reward(self, sample_id: str, reward: float) -> None:
-        """Takes the reward of a sample that came without. NaN: the infrastructure failed; it is rolled out again.
-
-        Rewards for groups that have ended meanwhile are counted and left. Raises ValueError if none is awaited.
-        """
-        group = self._find(sample_id.rpartition("/")[0])
-        if group is None:
-            return
-        slot = group.slot(sample_id)
-        if slot.status != UNSCORED or slot.sample is None:
-            raise ValueError(f"Sample {sample_id!r} is {slot.status}; it awaits no reward.")
-        if math.isnan(reward):
-            slot.forget()
-            self._lose(group, slot)
-            return
-        for context in slot.sample.contexts():
-            context.reward = reward
-        slot.status = FINISHED
-        self._settle(group)
 
     def is_complete(self) -> bool:
         """Whether the batch can be taken: each source is full, or has come to its last draw with nothing running."""
@@ -180,7 +166,7 @@ class DataScheduler:
         return batch, report
 
     def take_cancelled(self) -> list[str]:
-        """Samples that are no longer wanted since the last call: running ones, and such as await their reward."""
+        """Running samples that are no longer wanted since the last call."""
         cancelled, self._cancelled = self._cancelled, []
         return cancelled
 
@@ -193,20 +179,12 @@ class DataScheduler:
                 requests.append(self._request(group, running))
         return requests
 
-    def awaiting_reward(self) -> list[Sample]:
-        """Samples that came without a reward; after load_state, the loop scores them again."""
-        slots = [slot for group in self._groups.values() for slot in group.slots]
-        return [slot.sample for slot in slots if slot.status == UNSCORED and slot.sample is not None]
-
-    def problem_pass_rate(self, source: str, problem_id: str) -> float | None:
-        """The running mean of a problem's rewards; None if it is not known."""
-        return self._sources[source].problem_pass_rate(problem_id)
-
     def report(self) -> dict[str, float]:
         """Counters of this step, in groups if not said otherwise, and means of all time; `source/...` for one source.
 
-        carried_in + drawn = accepted + dropped_* + surplus + aborted + in_flight. errors and late count samples; late
-        ones came after their group had ended. short: by how many groups the batch is smaller than it should be.
+        carried_in + drawn = accepted + dropped_* + surplus + aborted + in_flight. scored, errors (lost to failures of
+        the infrastructure) and late count samples; late ones came after their group had ended. short: by how many
+        groups the batch is smaller than it should be.
         in_flight: unfinished, and finished but not taken. waste_share: of the samples that were ended in this step and
         not dropped by dynamic sampling, how many are never learned from.
         """
@@ -245,7 +223,7 @@ class DataScheduler:
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Goes on from what `state` gave, as if nothing had been in between; see in_flight and awaiting_reward.
+        """Goes on from what `state` gave, as if nothing had been in between; see in_flight.
 
         Raises CheckpointError if the state is that of another seed or of other sources.
         """
@@ -291,7 +269,7 @@ class DataScheduler:
             self._groups.values(),
             self._step_quotas,
             version=self._version,
-            wait_age=self._config.wait_age,
+            wait_age=self._config.effective_wait_age,
             max_partial=int(self._config.max_partial_fraction * planned),
         )
 
@@ -318,22 +296,19 @@ class DataScheduler:
         return min(names, key=rank.__getitem__, default=None)
 
     def _start_group(self, name: str) -> Group | None:
-        """Draws until a prompt is short enough; None if the draws of the step are used up before."""
+        """Draws a problem; None if the draws of the step are used up."""
         quota, counts = self._quotas[name], self._counts[name]
-        while self._draws_left[name] > 0:
-            self._draws_left[name] -= 1
-            problem, index, easy = self._sources[name].draw()
-            if quota.max_prompt_tokens is not None and problem.num_prompt_tokens > quota.max_prompt_tokens:
-                counts["too_long"] += 1
-                continue
-            counts["drawn"] += 1
-            counts["drawn_easy"] += easy
-            group = Group(f"{name}/{self._num_started}", name, problem, index)
-            group.slots = [SampleSlot(f"{group.id}/{number}") for number in range(quota.samples_per_prompt)]
-            self._num_started += 1
-            self._groups[group.id] = group
-            return group
-        return None
+        if self._draws_left[name] == 0:
+            return None
+        self._draws_left[name] -= 1
+        problem, index, easy = self._sources[name].draw()
+        counts["drawn"] += 1
+        counts["drawn_easy"] += easy
+        group = Group(f"{name}/{self._num_started}", name, problem, index)
+        group.slots = [SampleSlot(f"{group.id}/{number}") for number in range(quota.samples_per_prompt)]
+        self._num_started += 1
+        self._groups[group.id] = group
+        return group
 
     def _submit(self, group: Group, num_free_slots: int, requests: list[GroupRequest]) -> int:
         """Requests as many waiting samples of a group as there are slots for; returns how many."""
@@ -357,6 +332,8 @@ class DataScheduler:
             temperature=quota.temperature,
             max_answer_tokens=quota.max_answer_tokens,
             priority=quota.priority,
+            max_prompt_tokens=quota.max_prompt_tokens,
+            environment=quota.environment,
         )
 
     def _find(self, group_id: str) -> Group | None:
@@ -389,7 +366,7 @@ class DataScheduler:
             self._end(group, "dropped_error")
 
     def _settle(self, group: Group) -> None:
-        """Once all rewards of a group are known: accepts it, or drops it."""
+        """Once all samples of a group are scored: accepts it, or drops it."""
         if not group.is_finished:
             return
         if self._is_stale(group):
@@ -414,7 +391,7 @@ class DataScheduler:
         counts[reason] += 1
         if reason in _WASTED:
             counts["samples_wasted"] += group.num_begun
-        self._cancelled += [slot.id for slot in group.slots if slot.status in (RUNNING, UNSCORED)]
+        self._cancelled += [slot.id for slot in group.slots if slot.status == RUNNING]
 
     def _batch_report(self, groups: list[Group]) -> dict[str, float]:
         """How old the batch is: its share of partial samples, and the share of its tokens at each staleness."""

@@ -113,13 +113,13 @@ def distillation_objective(student: MiMo, teachers: Teachers, divergence: Diverg
 
     def objective(forward: Forward) -> torch.Tensor:
         teacher_ND, teacher = teachers.states(forward.pack)
-        temperature_N1 = forward.pack.temperature_N.to(teacher_ND.dtype)[:, None]
+        temperature_N1 = forward.pack.temperature_N[:, None]  # float32: it divides logits, not states
         watched: set[int] = set()  # tiles, which are computed again in the backward pass
 
         def tile_loss(states_MD: torch.Tensor, rows: slice) -> torch.Tensor:
-            student_MV = student.head(states_MD / temperature_N1[rows])
+            student_MV = student.head(states_MD) / temperature_N1[rows]
             with torch.no_grad():
-                teacher_MV = teacher.head(teacher_ND[rows] / temperature_N1[rows])
+                teacher_MV = teacher.head(teacher_ND[rows]) / temperature_N1[rows]
             divergence_M = divergence(student_MV, teacher_MV)
             if rows.start not in watched:
                 watched.add(rows.start)

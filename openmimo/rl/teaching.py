@@ -4,13 +4,14 @@ T packed tokens, N policy-written tokens, V vocabulary.
 """
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
+from openmimo.core.errors import ConfigError
 from openmimo.core.samples import Sample
 from openmimo.data.tokenizer import Tokenizer
 from openmimo.engine.config import EngineConfig
@@ -22,7 +23,7 @@ from openmimo.rl.config import MopdConfig
 from openmimo.rl.groups import GroupRequest
 from openmimo.rl.losses import normalise
 from openmimo.rl.policy_trainer import Forward, Objective, PolicyTrainer
-from openmimo.rl.rollout import EngineRollouts, EpisodeOpener
+from openmimo.rl.rollout import EngineRollouts
 from openmimo.rl.teachers import FOREIGN_KL, Teachers, distillation_objective, divergence_named
 
 TOP_K = 64
@@ -47,6 +48,8 @@ class Teaching:
         if config.signal == "imitate":
             self.objective = imitation
         elif config.signal != "sampled":
+            if config.top_k is not None and config.top_k > student.config.vocab_size:
+                raise ConfigError(f"top_k is {config.top_k}; the vocabulary has {student.config.vocab_size} tokens.")
             divergence = divergence_named(config.signal, config.top_k or TOP_K)
             self.objective = distillation_objective(student, self.teachers, divergence, watch=self._watch)
 
@@ -116,16 +119,19 @@ class TeacherRollouts:
     """The teachers write: each source by an engine of its own teacher (off-policy distillation)."""
 
     def __init__(
-        self, teachers: Teachers, tokenizer: Tokenizer, config: EngineConfig, open_episode: EpisodeOpener,
-        domains: list[str], seed: int,
-    ):  # fmt: skip
+        self,
+        teachers: Teachers,
+        tokenizer: Tokenizer,
+        config: EngineConfig,
+        domains: list[str],
+        open_rollouts: Callable[[Engine], EngineRollouts],
+    ):
         engines: dict[int, EngineRollouts] = {}
         self._by_domain = {}
         for domain in domains:
             model = teachers.model(domain)
             if id(model) not in engines:
-                engine = Engine(model, tokenizer, config)
-                engines[id(model)] = EngineRollouts(engine, open_episode, seed=seed, record_routing=False)
+                engines[id(model)] = open_rollouts(Engine(model, tokenizer, config))
             self._by_domain[domain] = engines[id(model)]
         self._engines = list(engines.values())
 

@@ -1,6 +1,8 @@
 """Weights on their way from the trainer to rollout workers: one flat piece of memory, and two of it that take turns."""
 
-from collections.abc import Callable, Mapping
+import contextlib
+import multiprocessing
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -11,6 +13,7 @@ from openmimo.model.config import ModelConfig
 from openmimo.model.mimo import MiMo
 
 _ALIGNMENT_BYTES = 64
+_LOCK_SECONDS = 5.0  # it is held for microseconds
 
 Take = Callable[[Mapping[str, torch.Tensor], int], None]
 
@@ -77,13 +80,15 @@ class WeightSource(Protocol):
 class WeightBuffer:
     """The weights in memory that processes share, twice: the newest ones, and those that are being written.
 
-    One process writes, any number reads, and nobody waits for another: a reader that was overtaken twice while it
-    copied sees that and copies again. Can be handed to a process that is being spawned. Raises UserError if the machine
-    has too little shared memory.
+    One process writes, any number reads, and no copy waits for another: a reader that was overtaken twice while it
+    copied sees that and copies again. A lock guards the counts alone. Taking and releasing it also orders the copies
+    before and after it in memory, which processors other than x86 do not promise by themselves. Can be handed to a
+    process that is being spawned. Raises UserError if the machine has too little shared memory.
     """
 
     def __init__(self, layout: WeightLayout):
         self._layout = layout
+        self._lock = multiprocessing.get_context("spawn").Lock()
         # For each half: how many times it or the other was written when it was (-1: it is being written), and what.
         self._counts = torch.tensor([0, -1]).share_memory_()
         self._versions = torch.tensor([-1, -1]).share_memory_()
@@ -98,26 +103,42 @@ class WeightBuffer:
     @property
     def version(self) -> int:
         """See WeightSource."""
-        return int(self._versions[self._counts.argmax()])
+        return self._newest()[2]
 
     def write(self, tensors: Mapping[str, torch.Tensor], version: int) -> None:
         """Makes these the newest weights. For one process only."""
-        half = int(self._counts.argmin())
-        self._counts[half] = -1
+        with self._guarded():
+            half = int(self._counts.argmin())
+            self._counts[half] = -1
         self._layout.write(self._halves[half], tensors)
-        self._versions[half] = version
-        self._counts[half] = self._counts.max() + 1
+        with self._guarded():
+            self._versions[half] = version
+            self._counts[half] = self._counts.max() + 1
 
     def read(self, take: Take) -> None:
         """See WeightSource."""
         while True:
-            half = int(self._counts.argmax())
-            count, version = int(self._counts[half]), int(self._versions[half])
-            if count < 0:
-                continue
+            half, count, version = self._newest()
             take(self._layout.views(self._halves[half]), version)
-            if int(self._counts[half]) == count:
-                return
+            with self._guarded():
+                if int(self._counts[half]) == count:
+                    return
+
+    def _newest(self) -> tuple[int, int, int]:
+        """The half with the newest weights, its count, and their version."""
+        with self._guarded():
+            half = int(self._counts.argmax())
+            return half, int(self._counts[half]), int(self._versions[half])
+
+    @contextlib.contextmanager
+    def _guarded(self) -> Iterator[None]:
+        """Holds the lock. A process that was killed while it held it is waited for no longer than a moment."""
+        self._lock.acquire(timeout=_LOCK_SECONDS)
+        try:
+            yield
+        finally:
+            with contextlib.suppress(ValueError):  # two of them gave up waiting
+                self._lock.release()
 
 
 def layout_of(model: MiMo) -> WeightLayout:

@@ -162,5 +162,6 @@ def _failed(sample_id: str, request: GroupRequest, why: str) -> Sample:
         group=request.group_id,
         finish_reason="error",
         temperature=request.temperature,
-        info={"sample_id": sample_id, "problem": request.problem.id, "error": f"the rollout worker is lost: {why}"},
+        info={"sample_id": sample_id, "problem": request.problem.id, "error": f"the rollout worker is lost: {why}",
+              "error_kind": "a rollout worker is lost"},
     )  # fmt: skip

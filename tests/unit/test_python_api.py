@@ -76,7 +76,7 @@ PROMPTS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("prompts", PROMPTS, ids=lambda prompts: str(prompts)[:30])
+@pytest.mark.parametrize("prompts", PROMPTS, ids=map(str, range(len(PROMPTS))))
 def test_generate_names_the_wrong_prompt(llm, prompts):
     with pytest.raises(UserError, match="prompt"):
         llm.generate(prompts, SamplingParams(max_tokens=1))

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from openmimo.core.errors import ConfigError
+from openmimo.core.fields import NonNegativeFloat
 from openmimo.core.samples import Sample
 from openmimo.rl.algorithm import Algorithm, RatioOptions
 from openmimo.rl.algorithms._correction import corrected_for_engine
@@ -18,8 +19,8 @@ from openmimo.rl.losses.tokens import TokenBatch
 class Options(RatioOptions):
     """low_ratio, high_ratio: bounds of a token's weight. The paper uses the upper one alone, and does not print it."""
 
-    low_ratio: float = 0.0
-    high_ratio: float = 5.0
+    low_ratio: NonNegativeFloat = 0.0
+    high_ratio: NonNegativeFloat = 5.0
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -5,6 +5,7 @@ from typing import Literal
 
 import torch
 
+from openmimo.core.fields import Fraction, NonNegativeFloat
 from openmimo.core.samples import Sample
 from openmimo.rl.algorithm import Algorithm, RatioOptions
 from openmimo.rl.algorithms._correction import corrected_for_engine
@@ -19,8 +20,8 @@ class Options(RatioOptions):
     """low, high: the policy ratio is clipped to 1 - low and 1 + high."""
 
     normalisation: Literal["token", "sequence", "constant"] = "constant"
-    low: float = 0.2
-    high: float = 0.2
+    low: Fraction = 0.2
+    high: NonNegativeFloat = 0.2
 
 
 def annotate(samples: list[Sample], options: Options, policy_logprobs: list[list[float]]) -> None:

@@ -3,10 +3,11 @@
 import math
 from dataclasses import dataclass
 from functools import partial
+from typing import Annotated
 
 import torch
 
-from openmimo.core.errors import ConfigError
+from openmimo.core.fields import Bounds, Fraction, NonNegativeFloat, PositiveFloat
 from openmimo.core.samples import Sample
 from openmimo.rl.algorithm import Algorithm, RatioOptions
 from openmimo.rl.algorithms._correction import corrected_for_engine
@@ -15,6 +16,8 @@ from openmimo.rl.losses import objectives
 from openmimo.rl.losses.advantages import grpo_advantages
 from openmimo.rl.losses.tokens import TokenBatch
 
+AboveOne = Annotated[float, Bounds(above=1)]
+
 
 @dataclass(frozen=True)
 class Options(RatioOptions):
@@ -22,15 +25,10 @@ class Options(RatioOptions):
     advantage may lose, in multiples of it (above 1; None: no limit). epsilon: added to the std of a group's rewards.
     """
 
-    low: float = 0.2
-    high: float = 0.28
-    dual_clip: float | None = None
-    epsilon: float = 1e-6
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.dual_clip is not None and self.dual_clip <= 1:
-            raise ConfigError(f"dual_clip is {self.dual_clip}; it must be above 1.")
+    low: Fraction = 0.2
+    high: NonNegativeFloat = 0.28
+    dual_clip: AboveOne | None = None
+    epsilon: PositiveFloat = 1e-6
 
 
 def annotate(samples: list[Sample], options: Options, policy_logprobs: list[list[float]]) -> None:

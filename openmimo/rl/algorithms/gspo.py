@@ -5,6 +5,7 @@ from typing import Literal
 
 import torch
 
+from openmimo.core.fields import Fraction, NonNegativeFloat
 from openmimo.core.samples import Sample
 from openmimo.rl.algorithm import Algorithm, RatioOptions
 from openmimo.rl.algorithms._correction import corrected_for_engine
@@ -21,8 +22,8 @@ class Options(RatioOptions):
     """
 
     normalisation: Literal["token", "sequence", "constant"] = "sequence"
-    low: float = 3e-4
-    high: float = 4e-4
+    low: Fraction = 3e-4
+    high: NonNegativeFloat = 4e-4
 
 
 def annotate(samples: list[Sample], options: Options, policy_logprobs: list[list[float]]) -> None:

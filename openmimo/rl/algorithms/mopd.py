@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from openmimo.core.errors import ConfigError
+from openmimo.core.fields import NonNegativeFloat, PositiveFloat, check_fields
 from openmimo.core.samples import Sample
 from openmimo.rl.algorithm import Algorithm, Correction
 from openmimo.rl.algorithms._correction import corrected_for_policy
@@ -38,16 +38,13 @@ class Options:
     """
 
     correction: Correction = Correction("icepop", low=0.5, high=2.0)
-    advantage_limit: float = 5.0
-    alpha: float = 0.0
+    advantage_limit: PositiveFloat = 5.0
+    alpha: NonNegativeFloat = 0.0
     balance_domains: bool = True
     scale_domains: bool = False
 
     def __post_init__(self) -> None:
-        if self.advantage_limit <= 0 or self.alpha < 0:
-            raise ConfigError(
-                f"advantage_limit must be above 0 and alpha 0 or more; they are {self.advantage_limit}, {self.alpha}."
-            )
+        check_fields(self, "algorithm_options")
 
 
 def annotate(samples: list[Sample], options: Options, policy_logprobs: list[list[float]]) -> None:

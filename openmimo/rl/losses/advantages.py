@@ -37,15 +37,6 @@ def rloo_advantages(rewards_B: torch.Tensor, groups_B: torch.Tensor) -> torch.Te
     return dr_grpo_advantages(rewards_B, groups_B) * sizes_B / (sizes_B - 1).clamp(min=1)
 
 
-def maxrl_advantages(rewards_B: torch.Tensor, groups_B: torch.Tensor) -> torch.Tensor:
-    """(reward - group mean) / group mean, [B], for rewards of 0 and more: hard prompts count most; 0 if none is solved.
-
-    MaxRL: the gradient of the log of the pass rate, rather than of the pass rate.
-    """
-    mean_B = _group_mean(rewards_B, groups_B)
-    return dr_grpo_advantages(rewards_B, groups_B) / torch.where(mean_B == 0, 1.0, mean_B)
-
-
 def teacher_advantages(
     teacher_logprobs_N: torch.Tensor, policy_logprobs_N: torch.Tensor, *, limit: float
 ) -> torch.Tensor:

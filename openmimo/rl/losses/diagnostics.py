@@ -18,18 +18,18 @@ def batch_diagnostics(
     *,
     low: float | None = None,
     high: float | None = None,
-    teacher_logprobs_N: torch.Tensor | None = None,
     entropy_N: torch.Tensor | None = None,
 ) -> dict[str, float]:
-    """All that can be said of a batch; empty for an empty one. `low` and `high`: those of the gate, if there is one."""
+    """All that can be said of a batch; empty for an empty one.
+
+    low, high: those of the gate, if there is one. entropy_N: of the policy, in nats, at some of the tokens.
+    """
     if not len(batch.logprobs_N):
         return {}
     metrics = mismatch(batch.logprobs_N, batch.behaviour_logprobs_N)
     metrics |= gate_shares(batch.logprobs_N - batch.behaviour_logprobs_N, low=low, high=high)
     metrics["staleness_mean"] = float(batch.staleness_N.double().mean())
     metrics["staleness_max"] = float(batch.staleness_N.max())
-    if teacher_logprobs_N is not None:
-        metrics |= teacher_gap(batch.logprobs_N, teacher_logprobs_N)
     if entropy_N is not None:
         metrics["entropy"] = float(entropy_N.detach().mean())
     return metrics
@@ -62,15 +62,6 @@ def gate_shares(log_ratio_N: torch.Tensor, *, low: float | None, high: float | N
     if high is not None:
         metrics["gated_high_share"] = _share(ratio_N > high)
     return metrics
-
-
-def teacher_gap(logprobs_N: torch.Tensor, teacher_logprobs_N: torch.Tensor) -> dict[str, float]:
-    """teacher_kl: mean log π_θ - log π_teacher where the teacher answered (NaN if nowhere), the estimate of the reverse
-    KL; teacher_missing_share: share of tokens where it did not (NaN).
-    """
-    missing_N = teacher_logprobs_N.isnan()
-    gap_N = logprobs_N.detach()[~missing_N] - teacher_logprobs_N[~missing_N]
-    return {"teacher_kl": float(gap_N.mean()), "teacher_missing_share": _share(missing_N)}
 
 
 def top_k_overlap(student_logits_NV: torch.Tensor, teacher_logits_NV: torch.Tensor, *, k: int) -> float:

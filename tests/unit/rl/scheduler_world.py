@@ -1,4 +1,4 @@
-"""A world in simulated time for the data scheduler: slots that write one token a tick, rewards that come later."""
+"""A world in simulated time for the data scheduler: slots that write one token a tick, and scoring that takes time."""
 
 import json
 import math
@@ -92,7 +92,7 @@ class World:
         return taken
 
     def submit(self):
-        free = self.slots - len(self.jobs)
+        free = max(0, self.slots - len(self.jobs))  # what was being scored at a crash runs again
         requests = self.scheduler.next_submissions(free)
         self.after_call()
         assert sum(len(request.sample_ids) for request in requests) <= free
@@ -119,13 +119,13 @@ class World:
             self.rewards.pop(sample_id, None)
 
     def next_event(self):
-        """The next answer that ends, or the next reward that comes."""
+        """The next answer that ends, or the next one that is scored."""
         events = [(job["start"] + job["left"], job["order"], key) for key, job in self.jobs.items()]
         events += [(when, order, key) for key, (when, order, _) in self.rewards.items()]
         self.now, _, sample_id = min(events)
         self.num_events += 1
         if sample_id in self.rewards:
-            self.scheduler.on_reward(sample_id, self.rewards.pop(sample_id)[2])
+            self.scheduler.on_sample(*self.rewards.pop(sample_id)[2])
         else:
             self.finish(sample_id, self.jobs.pop(sample_id))
 
@@ -136,14 +136,13 @@ class World:
             return
         job["versions"] += [self.version] * job["left"]
         sample = self.sample(sample_id, job, finish_reason="stop")
-        reward = self.reward(sample_id, job["problem"].id)
+        sample.reward = self.reward(sample_id, job["problem"].id)
         delay = self.chance("delay", sample_id).random() * self.reward_delay
         if delay:
             self.num_orders += 1
-            self.rewards[sample_id] = (self.now + delay, self.num_orders, reward)
+            self.rewards[sample_id] = (self.now + delay, self.num_orders, (job["group_id"], sample))
         else:
-            sample.reward = reward
-        self.scheduler.on_sample(job["group_id"], sample)
+            self.scheduler.on_sample(job["group_id"], sample)
 
     def sample(self, sample_id, job, finish_reason):
         versions = list(job["versions"])

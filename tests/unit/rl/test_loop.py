@@ -1,10 +1,10 @@
 """Short runs of the post-training loop: what they write, and what they refuse."""
 
 import itertools
-import json
 import shutil
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from rl_runs import (
@@ -22,7 +22,7 @@ from openmimo.core.errors import ConfigError
 from openmimo.core.metrics import read_metrics
 from openmimo.core.samples import Sample
 from openmimo.model.hf import load_model
-from openmimo.rl.event_log import LoggedScheduler
+from openmimo.rl.event_log import LoggedScheduler, _records
 from openmimo.rl.problems import Problem
 from openmimo.rl.scheduler import DataScheduler
 
@@ -172,7 +172,10 @@ def test_another_config_is_refused_before_the_first_checkpoint_too(copied):
     """What was rolled out under the old one is in the event log."""
     config, folder = copied
     shutil.rmtree(folder / "checkpoints")
-    (folder / "events.jsonl").write_text(json.dumps({"step": 0, "event": "submit", "slots": 4}) + "\n")
+    log = open_log(folder / "events")
+    log.begin_step(0)
+    log.next_submissions(4)
+    log.close()
     with pytest.raises(ConfigError, match="another seed"):
         run(replace(config, seed=1))
 
@@ -183,7 +186,10 @@ def test_nothing_of_a_damaged_checkpoints_future_is_repeated(copied):
     expected = weights(folder / "model")
     newest = folder / "checkpoints" / "step-00000004"
     (newest / "model.safetensors").write_bytes(b"damaged")
-    (folder / "events.jsonl").write_text(json.dumps({"step": 4, "event": "submit", "slots": 4}) + "\n")
+    log = open_log(folder / "events")
+    log.begin_step(4)
+    log.next_submissions(4)
+    log.close()
     again = weights(run(config))
     assert all(torch.equal(tensor, again[name]) for name, tensor in expected.items())
 
@@ -206,7 +212,7 @@ def answer(request, index=0):
 
 
 def test_the_log_repeats_what_came_and_hands_out_the_rest(tmp_path):
-    path = tmp_path / "events.jsonl"
+    path = tmp_path / "events"
     log = open_log(path)
     assert log.begin_step(0) == []
     requests = log.next_submissions(100)
@@ -224,27 +230,64 @@ def test_the_log_repeats_what_came_and_hands_out_the_rest(tmp_path):
     assert anew.begin_step(0) == []
     assert anew.next_submissions(100) == requests
     anew.close()
-    assert len(path.read_text().splitlines()) == 1
+    assert [event["event"] for event, _ in _records(path / "step-00000000.events")] == ["submit"]
 
 
-def test_a_line_that_was_cut_short_spoils_nothing(tmp_path):
-    path = tmp_path / "events.jsonl"
+@pytest.mark.parametrize("damage", ["cut", "zeros", "noise"])
+def test_a_record_that_was_cut_short_or_damaged_spoils_nothing(tmp_path, damage):
+    path = tmp_path / "events"
     log = open_log(path)
     log.begin_step(0)
     requests = log.next_submissions(100)
     log.on_sample(answer(requests[0], 0))
     log.close()
-    text = path.read_text()
+    file = path / "step-00000000.events"
+    whole = file.read_bytes()
     log.on_sample(answer(requests[0], 1))
     log.close()
-    path.write_text(path.read_text()[:-30])
+    rest = file.read_bytes()[len(whole) :]
+    bad = {"cut": rest[:-30], "zeros": bytes(len(rest)), "noise": rest[:-9] + b"?" + rest[-8:]}[damage]
+    file.write_bytes(whole + bad)
     again = open_log(path)
     again.begin_step(0)
     again.on_sample(answer(requests[0], 1))
     again.on_sample(answer(requests[0], 2))
     again.close()
-    assert path.read_text().startswith(text)
-    assert [json.loads(line)["event"] for line in path.read_text().splitlines()] == ["submit"] + ["sample"] * 3
+    assert file.read_bytes().startswith(whole)
+    assert [event["event"] for event, _ in _records(file)] == ["submit"] + ["sample"] * 3
     third = open_log(path)
     third.begin_step(0)
     assert third.scheduler.state() == again.scheduler.state()
+
+
+def test_a_checkpoint_deletes_files_and_writes_none(tmp_path):
+    log = open_log(tmp_path / "events")
+    for step in range(3):
+        log.begin_step(step)
+        (request, *_) = log.next_submissions(12)
+        before = {path.name: path.stat().st_ino for path in (tmp_path / "events").iterdir()}
+        while not log.scheduler.is_complete():
+            for slot in [one for one in log.scheduler.in_flight()]:
+                log.on_sample(answer(slot, 0))
+        log.scheduler.take_batch()
+    log.forget_before(2)
+    left = {path.name: path.stat().st_ino for path in (tmp_path / "events").iterdir()}
+    assert left == {"step-00000002.events": before["step-00000002.events"]}
+
+
+def test_routes_are_kept_as_bytes(tmp_path):
+    """An answer of 1,000 tokens at 47 layers and 8 experts has 376,000 of them."""
+    log = open_log(tmp_path / "events")
+    log.begin_step(0)
+    (request, *_) = log.next_submissions(12)
+    long = Sample(
+        list(range(1001)), [False] + [True] * 1000, [-0.5] * 1001, [0] * 1001,
+        group=request.group_id, reward=1.0, finish_reason="stop", info={"sample_id": request.sample_ids[0]},
+        routed_experts=np.arange(1000 * 47 * 8, dtype=np.int64).reshape(1000, 47, 8) % 256,
+    )  # fmt: skip
+    log.on_sample(long)
+    log.close()
+    assert (tmp_path / "events" / "step-00000000.events").stat().st_size < 376_000 + 1001 * 20 + 2000
+    again = open_log(tmp_path / "events")
+    again.begin_step(0)
+    assert again.scheduler.state() == log.scheduler.state()

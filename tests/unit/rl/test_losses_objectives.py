@@ -169,10 +169,7 @@ def test_a_dropped_loss_may_be_infinite():
 
 def test_diagnostics_by_hand():
     batch = make_batch([1.0] * 4, [0.0] * 4, engine_ratios=[1.0, 3.0, 1 / 6, 12.0], staleness=[0, 0, 1, 3])
-    teacher = batch.logprobs_N.detach() - torch.tensor([0.5, 0.5, 2.0, NAN])
-    metrics = diagnostics.batch_diagnostics(
-        batch, low=0.5, high=5.0, teacher_logprobs_N=teacher, entropy_N=torch.tensor([1.0, 2.0, 3.0, 4.0])
-    )
+    metrics = diagnostics.batch_diagnostics(batch, low=0.5, high=5.0, entropy_N=torch.tensor([1.0, 2.0, 3.0, 4.0]))
     logs = [0.0, math.log(3), -math.log(6), math.log(12)]
     assert metrics == pytest.approx(
         {
@@ -187,8 +184,6 @@ def test_diagnostics_by_hand():
             "gated_high_share": 0.25,
             "staleness_mean": 1.0,
             "staleness_max": 3.0,
-            "teacher_kl": 1.0,
-            "teacher_missing_share": 0.25,
             "entropy": 2.5,
         }
     )

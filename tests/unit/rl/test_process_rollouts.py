@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import rl_world
 import torch
 from conftest import randomise
 from tiny_checkpoint import save_tiny_checkpoint
@@ -22,6 +23,7 @@ from openmimo.data.tokenizer import Tokenizer
 from openmimo.engine.config import EngineConfig
 from openmimo.engine.engine import Engine
 from openmimo.model.hf import load_model
+from openmimo.rl import weight_buffer
 from openmimo.rl.config import MopdConfig, RlConfig, RlEvaluation, RlSource
 from openmimo.rl.evaluate import episode_opener, streams_of
 from openmimo.rl.groups import GroupRequest
@@ -30,7 +32,7 @@ from openmimo.rl.policy_trainer import score_samples
 from openmimo.rl.process_rollouts import ProcessRollouts
 from openmimo.rl.rollout import EngineRollouts
 from openmimo.rl.rollout_worker import Failure, WorkerSetup, serve
-from openmimo.rl.weight_buffer import Place, WeightBuffer, WeightLayout, layout_of
+from openmimo.rl.weight_buffer import Place, WeightBuffer, WeightLayout, layout_of, model_tensors
 from openmimo.rl.worker_rollouts import WorkerLostError, WorkerRollouts
 from openmimo.train.checkpoint import Progress
 
@@ -366,6 +368,7 @@ def test_a_run_overlaps_and_goes_on_after_it_was_killed(folder, tmp_path):
         def watched(batch):
             batches[name].append(written(batch))
             if run.step == stop:
+                assert run.rollouts.num_running > 0  # of the next step, while this one is learned from
                 raise KeyboardInterrupt
             return learn(batch)
 
@@ -375,9 +378,6 @@ def test_a_run_overlaps_and_goes_on_after_it_was_killed(folder, tmp_path):
     watch(run, "first", stop=2)
     with pytest.raises(KeyboardInterrupt):
         run.run()
-    assert run.rollouts.num_running > 0  # of the next step, while this one was learned from
-    run.rollouts.close()
-    run.log.close()
     run = open_run(config)
     watch(run, "second", stop=None)
     run.run()
@@ -397,3 +397,18 @@ def test_settings_without_effect_are_errors(folder, tmp_path):
         config_of(folder, tmp_path, rollouts="engine", rollout_workers=2)
     with pytest.raises(ConfigError, match="no effect with writer 'teacher'"):
         MopdConfig("model", "run", (SOURCE,), rollouts="processes", writer="teacher", signal="forward")
+
+
+def test_a_process_killed_with_the_lock_of_the_weights_holds_up_no_other(monkeypatch):
+    monkeypatch.setattr(weight_buffer, "_LOCK_SECONDS", 0.05)
+    model = rl_world.policy()
+    buffer = WeightBuffer(layout_of(model))
+    buffer.write(model_tensors(model), 3)
+    buffer._lock.acquire()  # by a process that never gives it back
+    assert buffer.version == 3
+    buffer._lock.acquire()
+    buffer.write(model_tensors(model), 4)
+    seen = []
+    buffer.read(lambda tensors, version: seen.append(version))
+    assert seen == [4]
+    assert buffer._lock.acquire(timeout=1)  # it is whole again

@@ -2,7 +2,7 @@
 
 import json
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -12,6 +12,7 @@ from rl_world import Scripted, finish, open_rollouts, pages_in_use, policy, requ
 
 from openmimo.core.records import Message
 from openmimo.rl.environment import Answer
+from openmimo.rl.episode_calls import EpisodeCalls
 from openmimo.rl.losses.diagnostics import mismatch
 from openmimo.rl.policy_trainer import PolicyTrainer
 from openmimo.rl.rollout import turn_ids
@@ -26,6 +27,14 @@ USER_TURN = (Message("user", words(12)),)
 def model():
     torch.set_num_threads(1)
     return policy()
+
+
+@contextmanager
+def episode_calls(threads):
+    """Threads for episodes, which have ended afterwards."""
+    calls = EpisodeCalls(threads=threads)
+    yield calls
+    calls.close()
 
 
 def open_many_turns(own):
@@ -234,8 +243,8 @@ def test_what_goes_on_after_it_was_cancelled_is_closed():
             go_on.wait(30)
             return Answer()
 
-    with ThreadPoolExecutor(1) as threads:
-        rollouts = open_rollouts(policy(ends=60.0), lambda own: Slow(following=last), executor=threads)
+    with episode_calls(1) as calls:
+        rollouts = open_rollouts(policy(ends=60.0), lambda own: Slow(following=last), calls=calls)
         rollouts.submit(request(samples=1))
         while not asked.is_set():
             rollouts.poll()
@@ -318,10 +327,10 @@ def test_slow_episodes_answer_in_threads_while_others_go_on(model):
             may_answer.wait(30)
             return super().respond(text)
 
-    with ThreadPoolExecutor(8, thread_name_prefix="episode") as executor:
+    with episode_calls(8) as calls:
         rollouts = open_rollouts(
             model, lambda own: Slow(Answer(messages=TOOL_TURNS)) if own.problem.content else Scripted(),
-            executor=executor,
+            calls=calls,
         )  # fmt: skip
         rollouts.submit(request(1, samples=3, max_answer_tokens=60))
         rollouts.submit(request(0, samples=3))
@@ -352,8 +361,8 @@ def test_what_is_cancelled_before_it_could_answer_never_does(model):
         opened.append(Slow())
         return opened[-1]
 
-    with ThreadPoolExecutor(1) as executor:
-        rollouts = open_rollouts(model, open_episode, executor=executor)
+    with episode_calls(1) as calls:
+        rollouts = open_rollouts(model, open_episode, calls=calls)
         rollouts.submit(request(samples=4))
         while any(run.pending is None for run in rollouts._runs.values()):
             rollouts.poll()
@@ -435,4 +444,31 @@ def test_an_answer_that_leaves_no_room_is_not_put_in(model):
 def test_a_prompt_that_fills_the_context_ends_at_once(model):
     (sample,) = roll_out(model, lambda own: Scripted(question=words(400), reward=0.0), request(samples=1))
     assert sample.num_answer_tokens == 0
-    assert (sample.finish_reason, sample.reward) == ("length", 0.0)
+    assert sample.finish_reason == "too_long"
+    assert sample.info["prompt_tokens"] > sample.info["limit"] == model.config.max_positions - 1
+
+
+def test_an_episode_that_opens_too_late_is_closed(model):
+    may_open, late = threading.Event(), Scripted()
+
+    def open_episode(own):
+        if own.problem.id == "p1":
+            may_open.wait(30)
+            return late
+        return Scripted()
+
+    calls = EpisodeCalls(seconds=0.2)
+    rollouts = open_rollouts(model, open_episode, calls=calls)
+    rollouts.submit(request(1, samples=1))
+    rollouts.submit(request(0, samples=2))
+    samples = finish(rollouts)
+    assert samples["math/1/0"].finish_reason == "error" and samples["math/1/0"].info["error_kind"] == "timeout"
+    assert [samples[f"math/0/{index}"].reward for index in range(2)] == [1.0, 1.0]
+    assert calls.num_hung == 1
+    may_open.set()
+    rollouts.close()
+    calls.close()
+    for thread in threading.enumerate():
+        if thread.name == "episode" and thread is not threading.current_thread():
+            thread.join(10)
+    assert late.num_closed == 1 and calls.num_hung == 0

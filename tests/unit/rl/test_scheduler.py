@@ -14,7 +14,6 @@ from scheduler_world import World, endless, make_config, make_scheduler, round_r
 from openmimo.core.errors import ConfigError
 from openmimo.core.samples import Sample
 from openmimo.rl.config import SchedulerConfig, SourceQuota
-from openmimo.rl.problems import Problem
 from openmimo.rl.scheduler import DataScheduler
 
 DROPS = ("dropped_easy", "dropped_hard", "dropped_equal", "dropped_stale", "dropped_error", "surplus", "aborted")
@@ -39,7 +38,7 @@ def check_batch(config, batch, report):
         assert count == report[f"{source.name}/accepted"] <= report[f"{source.name}/quota"]
         assert report[f"{source.name}/short"] == report[f"{source.name}/quota"] - count
         limit = math.ceil(config.max_draws * report[f"{source.name}/quota"])
-        drawn = report[f"{source.name}/drawn"] + report[f"{source.name}/too_long"]
+        drawn = report[f"{source.name}/drawn"]
         assert drawn <= limit
         assert count == report[f"{source.name}/quota"] or drawn == limit
     ended = sum(report[name] for name in DROPS)
@@ -194,33 +193,28 @@ def test_errors_are_tried_again_and_never_learned_from():
     assert report["dropped_error"] == 0
 
 
-def test_a_failed_verifier_has_the_sample_rolled_out_again():
+def test_a_sample_without_a_reward_is_refused():
     scheduler = make_scheduler(SchedulerConfig((SourceQuota("a", samples_per_prompt=2),), groups_per_step=1))
-    world = World(scheduler, reward_delay=10.0)
-    world.begin_step(0)
-    world.submit()
-    while not world.rewards:
-        world.next_event()
-    (sample_id,) = world.rewards
-    del world.rewards[sample_id]
-    assert [sample.info["sample_id"] for sample in scheduler.awaiting_reward()] == [sample_id]
-    scheduler.on_reward(sample_id, math.nan)
-    assert scheduler.awaiting_reward() == []
-    assert sample_id in [again for request in scheduler.next_submissions(1) for again in request.sample_ids]
-    assert scheduler.report()["errors"] == 1
+    scheduler.begin_step(0)
+    (request,) = scheduler.next_submissions(2)
+    for reward in (math.nan, math.inf):
+        with pytest.raises(ValueError, match="has the reward"):
+            scheduler.on_sample(request.group_id, sample_for(request, reward=reward))
 
 
-def test_long_prompts_are_left_out_and_counted():
+def test_groups_with_too_long_prompts_are_dropped_and_counted():
     sources = (SourceQuota("a", samples_per_prompt=2, max_prompt_tokens=10),)
-    config = SchedulerConfig(sources, groups_per_step=4, max_draws=50)
-    world = World(make_scheduler(config, {"a": lambda index: Problem(f"{index}", None, 5 + 10 * (index % 2))}))
-    batch, report = world.step(0)
-    assert len(batch) == 4
-    assert report["too_long"] >= report["drawn"] - 1
-    world = World(make_scheduler(config, {"a": lambda index: Problem(f"{index}", None, 11)}))
-    batch, report = world.step(0)
+    scheduler = make_scheduler(SchedulerConfig(sources, groups_per_step=4, max_draws=5), {"a": endless("a")})
+    scheduler.begin_step(0)
+    while not scheduler.is_complete():
+        for request in scheduler.next_submissions(8):
+            assert request.max_prompt_tokens == 10
+            long = sample_for(request, finish_reason="too_long", reward=math.nan)
+            scheduler.on_sample(request.group_id, long)
+    batch, report = scheduler.take_batch()
     assert batch == []
-    assert report["too_long"] == 200
+    assert report["dropped_too_long"] == report["drawn"] == 20
+    assert report["errors"] == report["scored"] == 0
 
 
 def test_easy_problems_come_at_their_share():
@@ -247,17 +241,15 @@ def test_solved_problems_leave_the_stream_and_come_back_when_unsolved():
     num_before = len(world.requests)
     world.step(2)
     assert {request.problem.id for request in world.requests[num_before:]} <= {"a-4", "a-5"}
-    assert world.scheduler.problem_pass_rate("a", "a-0") == 1.0
     assert world.scheduler.report()["a/easy_pool"] >= 4
 
-    config = replace(config, easy_fraction=0.5, problem_smoothing=0.5)
+    config = replace(config, easy_fraction=0.5)
     world = World(make_scheduler(config, {"a": round_robin("a", 6)}), pass_rate=1.0)
     world.step(0)
     assert world.scheduler.report()["a/easy_pool"] == 6
     world.pass_rate = 0.0
     world.step(1)
     assert world.scheduler.report()["a/easy_pool"] == 0
-    assert world.scheduler.problem_pass_rate("a", "a-0") < 1.0
 
 
 def test_with_no_easy_fraction_solved_problems_stay():
@@ -272,11 +264,10 @@ def test_with_no_easy_fraction_solved_problems_stay():
 
 
 def test_memory_of_problems_is_bounded():
-    world = World(make_scheduler(make_config(remembered_problems=5)), pass_rate=0.5)
+    world = World(make_scheduler(make_config(remembered_problems=5)), pass_rate=1.0)
     for version in range(5):
         world.step(version)
     for source in world.scheduler.state()["sources"].values():
-        assert len(source["pass_rates"]) == 5
         assert len(source["easy"]) <= 5
 
 
@@ -303,8 +294,6 @@ def test_misuse_is_refused():
         scheduler.on_sample(request.group_id, sample_for(request, info={}))
     with pytest.raises(ValueError, match="on_partial"):
         scheduler.on_sample(request.group_id, sample_for(request, finish_reason="abort"))
-    with pytest.raises(ValueError, match="awaits no reward"):
-        scheduler.on_reward(request.sample_ids[0], 1.0)
     scheduler.on_sample(request.group_id, sample_for(request))
     with pytest.raises(ValueError, match="not running"):
         scheduler.on_sample(request.group_id, sample_for(request))
@@ -341,7 +330,7 @@ def test_versions_do_not_go_back():
         ({"max_draws": 0.5}, "max_draws"),
         ({"unfinished": "partial", "max_staleness": 0}, "max_staleness"),
         ({"wait_age": 1}, "wait_age"),
-        ({"unfinished": "partial", "max_staleness": 1, "wait_age": 2}, "wait_age"),
+        ({"unfinished": "partial", "max_staleness": 1, "wait_age": 3}, "wait_age"),
         ({"easy_fraction": 1.5}, "easy_fraction"),
     ],
 )
