@@ -1,4 +1,4 @@
-"""The folders of jails on the host: each is locked by the process that made it, so that leftovers can be told apart.
+"""The folders of jails on the host: each is locked by the process that made it, so that leftovers can be recognized.
 
 The kernel drops a lock with the last process that holds it, however that ended. Hence a folder that can be locked is in
 use by no process.
