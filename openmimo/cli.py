@@ -52,8 +52,8 @@ class Verb:
 
 def main() -> None:
     """Entry point of `openmimo`."""
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # closed by the shell (>&-)
-    sys.stderr = sys.stderr or open(os.devnull, "w")
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 (closed by the shell: >&-)
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8 shows the rest
     # Threads that spin while they wait make a run on shared cores many times slower; read when torch is imported.
@@ -154,7 +154,7 @@ def _with_overrides(verb: str, arguments: list[str], config_type: type) -> Any:
         default = load_recipe(name, verb)
     if not isinstance(default, config_type):
         raise ConfigError(
-            f"recipe {name!r} gives a {type(default).__name__}, but {verb} needs a {config_type.__name__}; "
+            f"recipe {name!r} gives {type(default).__name__}, but {verb} needs {config_type.__name__}; "
             "name another recipe or another verb."
         )
     return parse(config_type, rest, f"openmimo {verb} {name}", default)

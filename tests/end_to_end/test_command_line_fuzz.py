@@ -26,8 +26,8 @@ BYTES = 6 << 30  # address space of a command
 WORDS = ("", " ", "-1", "0", "nan", "inf", "-inf", "1e309", "1e30", "9" * 400, "1.5", "true", "None", "x", "a\nb",
          "/nope", "/dev/null", "/proc/self/mem", "..", "[]", "{}", "\ud800", "\udcff", "\x1b[31m", "é" * 300, "--", "-",
          "--nope", "a" * 5000)  # fmt: skip
-VALUES = (None, True, -1, 0, 2**70, 10**400, 1.5, float("nan"), float("inf"), 1e308, "", "x", "a\nb", "\ud800", [], [1], {},
-          {"x": 1}, [[]], "false")  # fmt: skip
+VALUES = (None, True, -1, 0, 2**70, 10**400, 1.5, float("nan"), float("inf"), 1e308, "", "x", "a\nb", "\ud800", [], [1],
+          {}, {"x": 1}, [[]], "false")  # fmt: skip
 # An option whose every value of WORDS is refused, for each verb: what it is given before, and the option.
 REFUSING = {
     "generate": (("/nope",), ("--max-tokens", "--temperature", "--top-p", "--device", "--dtype", "--seed", "--nope")),
@@ -92,7 +92,7 @@ def commands(draw: st.DrawFn) -> list[str]:
     first, options = REFUSING[verb]
     words = st.one_of(st.sampled_from(WORDS), st.text(max_size=8).map(lambda text: text.replace("\0", "")))
     rest = [word for option in draw(st.lists(st.sampled_from(options), min_size=1, max_size=3))
-            for word in ([option] if draw(st.booleans()) and option == "--nope" else [option, draw(words)])]  # fmt: skip
+            for word in (option, draw(words))]  # fmt: skip
     return [verb, *first, *rest]
 
 
@@ -132,7 +132,7 @@ def check_command(arguments: list[str], folder: Path, run, capsys) -> None:
 
 
 def check_file(verb: str, content: bytes | None, folder: Path, run, capsys) -> None:
-    """The config is read and checked only: an option that does not exist follows, so no run starts where it is sound."""
+    """The config is read and checked only: an unknown option follows, so no run starts where it is sound."""
     path = folder / "odd.json"
     path.unlink(missing_ok=True)
     if content is None:
@@ -142,7 +142,7 @@ def check_file(verb: str, content: bytes | None, folder: Path, run, capsys) -> N
     arguments = [verb, "--from", str(path), "--no-such-option"]
     code, err = run(arguments, capsys)
     assert_refused(arguments, code, err, folder, {path})
-    assert str(path) in err or "--no-such-option" in err or "Error parsing" in err or "." in err.split(" is ")[0]
+    assert str(path) in err or "--no-such-option" in err
 
 
 @settings(max_examples=40, **SETTING)
@@ -184,7 +184,8 @@ SYNTAX = [
     (["generate"], "PATH"), (["chat"], "PATH"), (["eval"], "PATH"), (["convert", "a"], "DESTINATION"),
     (["merge", "a", "b"], "--children"), (["pretrain", "tiny_cpu", "--nope", "3"], "--nope"),
     (["pretrain", "tiny_cpu", "extra"], "extra"), (["pretrain", "tiny_cpu", "--threads", "x"], "--threads"),
-    (["pretrain", "tiny_cpu", "--run-folder"], "--run-folder"), (["pretrain", "tiny_cpu", "--from", "x"], "--from FILE"),
+    (["pretrain", "tiny_cpu", "--run-folder"], "--run-folder"),
+    (["pretrain", "tiny_cpu", "--from", "x"], "--from FILE"),
     (["pretrain", "--from"], "--from"), (["pretrain", "--from="], "--from"), (["generate", "\udcff"], "UTF-8"),
     (["serve", "--stub", "--port", "x"], "--port"), (["bench", "--nope"], "--nope"),
     (["bench", "--threads", "-1"], "--threads"), (["generate", "/x", "--dtype", "int3"], "--dtype"),
@@ -254,7 +255,7 @@ def test_a_reader_that_leaves_ends_the_command_quietly():
 
 def test_the_benchmarks_start_from_any_folder(tmp_path):
     done = subprocess.run(
-        [sys.executable, "-c", "import sys; sys.path[0] = ''; from openmimo.cli import main; main()", "bench", "--help"],
+        [sys.executable, "-c", "import sys; from openmimo.cli import main; main()", "bench", "--help"],
         cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
