@@ -165,13 +165,25 @@ MEASUREMENTS: dict[str, Callable[[int], list[Row]]] = {
 }
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Runs the measurements, prints a table, and writes the results unless --quick cut them short."""
+def main() -> None:
+    """The command line: parses and runs."""
+    run(parse(None))
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """The options (None: those of this process). Ends the process with code 2 for what it cannot parse."""
     parser = argparse.ArgumentParser(prog="openmimo bench", description=__doc__.split("\n\n")[0])
     parser.add_argument("--only", choices=MEASUREMENTS, help="one measurement alone")
     parser.add_argument("--quick", action="store_true", help="one round instead of five")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
     options = parser.parse_args(arguments)
+    if not 1 <= options.threads <= 1024:
+        parser.error(f"--threads is {options.threads}; it must be 1 to 1024")
+    return options
+
+
+def run(options: argparse.Namespace) -> None:
+    """Runs the measurements, prints a table, and writes the results unless --quick cut them short."""
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     names = [options.only] if options.only else list(MEASUREMENTS)

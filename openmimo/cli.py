@@ -10,18 +10,21 @@ import dataclasses
 import errno
 import importlib
 import inspect
+import io
 import os
 import pkgutil
 import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
 from rich.markup import escape
 
+from openmimo.arguments import UsageError, paragraph, parse, usage_paragraph
 from openmimo.core import config as config_io
 from openmimo.core.errors import ConfigError, UserError
 from openmimo.core.interrupt import Interrupted, terminable
@@ -49,6 +52,10 @@ class Verb:
 
 def main() -> None:
     """Entry point of `openmimo`."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 (closed by the shell: >&-)
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8 shows the rest
     # Threads that spin while they wait make a run on shared cores many times slower; read when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     arguments = sys.argv[1:]
@@ -60,12 +67,14 @@ def main() -> None:
             raise ConfigError(f"there is no verb {arguments[0]!r}. Verbs: {', '.join(VERBS)}.")
         with terminable():
             VERBS[arguments[0]].run(arguments[1:])
+            sys.stdout.flush()
     except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes once more when it ends
         sys.exit(1)
-    except (UserError, OSError) as error:
-        text = _os_error(error) if isinstance(error, OSError) else str(error)
+    except (UserError, OSError, MemoryError) as error:
+        text = paragraph(_in_words(error))
         _STDERR.print(f"[bold red]error:[/] {escape(text)}", soft_wrap=True, highlight=False)
-        sys.exit(1)
+        sys.exit(2 if isinstance(error, UsageError) else 1)
     except KeyboardInterrupt as interrupt:
         number, kept = signal.SIGINT, ""
         if isinstance(interrupt, Interrupted):
@@ -75,8 +84,12 @@ def main() -> None:
         sys.exit(128 + number)
 
 
-def _os_error(error: OSError) -> str:
-    """The error in words, with its file and, where there is one, the way out."""
+def _in_words(error: UserError | OSError | MemoryError) -> str:
+    """The error in words; that of a file with its name and, where there is one, the way out."""
+    if isinstance(error, MemoryError):
+        return f"there is not enough memory. {error}"
+    if isinstance(error, UserError):
+        return str(error)
     ways = {
         errno.ENOSPC: " Make room and start the same command again; a run goes on from its newest checkpoint.",
         errno.EDQUOT: " Make room and start the same command again; a run goes on from its newest checkpoint.",
@@ -129,15 +142,31 @@ def load_recipe(name: str, verb: str) -> Any:
 
 def _with_overrides(verb: str, arguments: list[str], config_type: type) -> Any:
     """The config of a recipe, or of `--from config.json`, with the command line's overrides applied."""
-    if arguments[:1] == ["--from"]:
-        if len(arguments) < 2:
-            raise ConfigError("--from needs the path of a config.json.")
-        default, rest, name = config_io.load(config_type, arguments[1]), arguments[2:], "--from"
+    if arguments and arguments[0].split("=")[0] == "--from":
+        name = "--from"
+        path, rest = _after_from(arguments)
+        default = config_io.load(config_type, path)
+    elif any(word.split("=")[0] == "--from" for word in arguments):
+        raise UsageError(f"--from FILE takes the place of a recipe: openmimo {verb} --from FILE [--overrides].")
     else:
         named = bool(arguments) and not arguments[0].startswith("-")
         name, rest = (arguments[0], arguments[1:]) if named else ("tiny_cpu", arguments)
         default = load_recipe(name, verb)
-    return tyro.cli(config_type, default=default, args=rest, prog=f"openmimo {verb} {name}")
+    if not isinstance(default, config_type):
+        raise ConfigError(
+            f"recipe {name!r} gives {type(default).__name__}, but {verb} needs {config_type.__name__}; "
+            "name another recipe or another verb."
+        )
+    return parse(config_type, rest, f"openmimo {verb} {name}", default)
+
+
+def _after_from(arguments: list[str]) -> tuple[str, list[str]]:
+    """The file of `--from FILE` or `--from=FILE`, and what follows."""
+    _, equals, path = arguments[0].partition("=")
+    given = [path] if equals else arguments[1:2]
+    if not given or not given[0]:
+        raise UsageError("--from needs the path of a config.json.")
+    return given[0], arguments[1:] if equals else arguments[2:]
 
 
 # --- verbs: training -------------------------------------------------------------------------------------------------
@@ -207,9 +236,9 @@ def _compare(arguments: list[str]) -> None:
 
 
 def _merge(arguments: list[str]) -> None:
-    def parse(
-        base: tyro.conf.Positional[str],
-        destination: tyro.conf.Positional[str],
+    def options(
+        base: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="BASE")],
+        destination: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DESTINATION")],
         children: tuple[str, ...],
         method: Literal["average", "task_arithmetic"] = "average",
         scale: float = 1.0,
@@ -225,7 +254,7 @@ def _merge(arguments: list[str]) -> None:
         """
         return locals()
 
-    values = tyro.cli(parse, args=arguments, prog="openmimo merge")
+    values = parse(options, arguments, "openmimo merge")
     from openmimo.rl.merge import merge
 
     merge(
@@ -249,9 +278,9 @@ def _demo(arguments: list[str]) -> None:
 def _convert(arguments: list[str]) -> None:
     """Rewrites a checkpoint in another dtype or layout, shard by shard."""
 
-    def parse(
-        source: tyro.conf.Positional[str],
-        destination: tyro.conf.Positional[str],
+    def options(
+        source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")],
+        destination: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DESTINATION")],
         dtype: str = "bfloat16",
         projections: str = "split",
         window_keys: int | None = None,
@@ -269,7 +298,7 @@ def _convert(arguments: list[str]) -> None:
         """
         return locals()
 
-    values = tyro.cli(parse, args=arguments, prog="openmimo convert")
+    values = parse(options, arguments, "openmimo convert")
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
     from openmimo.model.convert import ConvertConfig, convert
@@ -291,7 +320,7 @@ def _convert(arguments: list[str]) -> None:
 
 
 def _audit(arguments: list[str]) -> None:
-    def parse(model: tyro.conf.Positional[str] = "flash", quantised: bool = False, tensors: bool = False) -> tuple:
+    def options(model: tyro.conf.Positional[str] = "flash", quantised: bool = False, tensors: bool = False) -> tuple:
         """Count the parameters of a model and list its checkpoint's tensors, without allocating any of them.
 
         Args:
@@ -301,7 +330,7 @@ def _audit(arguments: list[str]) -> None:
         """
         return model, quantised, tensors
 
-    model, quantised, tensors = tyro.cli(parse, args=arguments, prog="openmimo audit")
+    model, quantised, tensors = parse(options, arguments, "openmimo audit")
     from openmimo.model.audit import audit, print_audit
     from openmimo.model.presets import model_config
 
@@ -324,7 +353,7 @@ class SpeakOptions:
         system: The first turn of a chat.
     """
 
-    path: tyro.conf.Positional[str]
+    path: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PATH")]
     sampling: Annotated[SamplingParams, tyro.conf.arg(name="")] = SamplingParams()
     speculative: bool | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -347,7 +376,7 @@ class GenerateOptions(SpeakOptions):
 
 
 def _generate(arguments: list[str]) -> None:
-    options = tyro.cli(GenerateOptions, args=arguments, prog="openmimo generate")
+    options = parse(GenerateOptions, arguments, "openmimo generate")
     if not options.chat and (options.thinking or options.system):
         raise ConfigError("--thinking and --system belong to the chat template; they have no effect without --chat.")
     from openmimo.engine import terminal
@@ -362,7 +391,7 @@ def _generate(arguments: list[str]) -> None:
 
 def _chat(arguments: list[str]) -> None:
     """Talk with a checkpoint."""
-    options = tyro.cli(SpeakOptions, args=arguments, prog="openmimo chat")
+    options = parse(SpeakOptions, arguments, "openmimo chat")
     from openmimo.engine import terminal
 
     terminal.check_sampling(options.sampling)
@@ -399,7 +428,7 @@ class ServeOptions:
 
 
 def _serve(arguments: list[str]) -> None:
-    options = tyro.cli(ServeOptions, args=arguments, prog="openmimo serve")
+    options = parse(ServeOptions, arguments, "openmimo serve")
     if bool(options.path) == options.stub:
         raise ConfigError("give the folder of a checkpoint to serve, or --stub to serve none.")
     from openmimo.engine.server.launch import launch, launch_stub
@@ -419,20 +448,25 @@ def _serve(arguments: list[str]) -> None:
 def _eval(arguments: list[str]) -> None:
     from openmimo.evals.config import EvalConfig
 
-    config = tyro.cli(EvalConfig, args=arguments, prog="openmimo eval")
+    config = parse(EvalConfig, arguments, "openmimo eval")
     from openmimo.evals.runner import run_and_print
 
     run_and_print(config)
 
 
 def _bench(arguments: list[str]) -> None:
+    clone = str(Path(__file__).parents[1])
+    if clone not in sys.path:
+        sys.path.append(clone)  # the benchmarks lie next to the package, and an installed script does not look there
     try:
         bench = importlib.import_module("benchmarks.bench_cpu")
-        bench.main(arguments)
     except ModuleNotFoundError as error:
         raise ConfigError(
             f"the benchmarks need a clone of the source and its development packages (make test installs them): {error}"
         ) from error
+    with usage_paragraph("openmimo bench"):
+        options = bench.parse(arguments)
+    bench.run(options)
 
 
 _KEPT_RUN = "the checkpoints written so far are kept, and the same command goes on from the newest"

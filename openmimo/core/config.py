@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any, TypeVar
 
+from openmimo.core.errors import ConfigError
 from openmimo.core.fields import checked
 from openmimo.core.files import write_text_atomic
 from openmimo.core.reading import read_json
@@ -36,5 +37,10 @@ def save(config: Any, path: Path) -> None:
 
 
 def load(config_type: type[Config], path: Path) -> Config:
-    """Reads a dataclass tree that `save` wrote."""
-    return from_dict(config_type, read_json(path), where=str(path))
+    """Reads a dataclass tree that `save` wrote. Raises ConfigError, which names the file."""
+    try:
+        return from_dict(config_type, read_json(path), where=str(path))
+    except ConfigError as error:
+        if str(path) in str(error):
+            raise
+        raise ConfigError(f"{path}: {error}") from error

@@ -38,7 +38,7 @@ def generate(
 
     Raises UserError where the engine cannot finish it.
     """
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = _piped_text() if prompt == "-" else prompt
     given: str | list[int] = text
     if as_chat:
         turns = [Message("system", system)] if system else []
@@ -81,9 +81,27 @@ def chat(llm: LLM, sampling: SamplingParams, *, thinking: bool, system: str | No
 
 def _ask() -> str | None:
     try:
-        return input("\n> ").strip()
+        return _encodable(input("\n> ").strip())
     except EOFError:
         return None
+    except UnicodeDecodeError as error:
+        raise UserError(f"standard input is not UTF-8 text: {error}.") from error
+
+
+def _piped_text() -> str:
+    try:
+        return _encodable(sys.stdin.read())
+    except UnicodeDecodeError as error:
+        raise UserError(f"standard input is not UTF-8 text: {error}.") from error
+
+
+def _encodable(text: str) -> str:
+    """`text`; raises UserError for what stands for bytes that are not UTF-8, as some locales read them."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(f"standard input is not UTF-8 text: {error}.") from error
+    return text
 
 
 def _print_stream(llm: LLM, prompt: str | list[int], sampling: SamplingParams, *, can_stop: bool) -> str:
@@ -116,5 +134,5 @@ def _print_figures(stats: dict[str, Any]) -> None:
 
 def check_prompt(prompt: str) -> None:
     """Refuses to wait for a prompt that nobody will type."""
-    if prompt == "-" and sys.stdin.isatty():
+    if prompt == "-" and (sys.stdin is None or sys.stdin.isatty()):
         raise UserError("no prompt: give --prompt TEXT, or pipe one into standard input.")

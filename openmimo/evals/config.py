@@ -1,6 +1,7 @@
 """What an evaluation measures, without torch."""
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import tyro
 
@@ -25,7 +26,7 @@ class EvalConfig:
         output: A JSON file for the scores (None: print only).
     """
 
-    path: tyro.conf.Positional[str]
+    path: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PATH")]
     task: str = "needle"
     lengths: tuple[PositiveInt, ...] = (128, 256, 512, 1024, 2048)
     examples: PositiveInt = 64

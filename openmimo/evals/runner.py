@@ -42,10 +42,11 @@ def examples_of(config: EvalConfig, task: Task, llm: LLM, length: int) -> Iterat
 
 def run_and_print(config: EvalConfig) -> None:
     """`openmimo eval`: loads the checkpoint, runs the task, prints a table, writes JSON if asked."""
+    tokenizer = Tokenizer.load(config.path)
     _check_lengths(config, load_config(config.path))
     if config.output is not None and not Path(config.output).absolute().parent.is_dir():
         raise ConfigError(f"EvalConfig.output is {config.output!r}, but its folder does not exist; make it first.")
-    llm = LLM(config.path, Tokenizer.load(config.path), device=config.device, dtype=config.dtype)
+    llm = LLM(config.path, tokenizer, device=config.device, dtype=config.dtype)
     scores = run(config, llm)
     table = Table("tokens", "examples", "score", "95 % interval", title=f"{config.task} on {config.path}")
     for score in scores:

@@ -44,8 +44,7 @@ def load_model(
     memory is the model and one shard. Raises CheckpointError that lists all missing, unexpected, misshaped and
     unreadable tensors at once, before any is read.
     """
-    if not isinstance(path, (str, Path)):
-        raise ConfigError(f"path is {path!r}, a {type(path).__name__}; give the path of a checkpoint folder.")
+    _check_path(path)
     weights_dtype, weights_device = _dtype(dtype), resolve_device(device)
     config, reader = open_checkpoint(Path(path), window_keys)
     companions = read_companions(Path(path))
@@ -79,6 +78,13 @@ def save_model(
     of the folder that the model was loaded from, else those that `path` holds already. A checkpoint that is there
     already is replaced; a folder that holds anything else is refused with a CheckpointError.
     """
+    _check_path(path)
+    if not isinstance(model, MiMo):
+        raise ConfigError(f"model is of type {type(model).__name__}; give a MiMo, such as load_model returns.")
+    if tokenizer is not None and not isinstance(tokenizer, Tokenizer):
+        raise ConfigError(f"tokenizer is of type {type(tokenizer).__name__}; give a Tokenizer or None.")
+    if not isinstance(max_shard_bytes, int) or isinstance(max_shard_bytes, bool) or max_shard_bytes < 1:
+        raise ConfigError(f"max_shard_bytes is {max_shard_bytes!r}; it must be an integer of at least 1.")
     path = Path(path)
     recover_folder(path)
     check_replaceable(path)
@@ -215,6 +221,14 @@ def _check_tied(reader: CheckpointReader, config: ModelConfig) -> None:
             f"{reader.folder} has tie_word_embeddings true in its config.json, but an lm_head.weight that differs from "
             "model.embed_tokens.weight. Set it to false, or remove the tensor."
         )
+
+
+def _check_path(path: str | Path) -> None:
+    """Raises ConfigError for what cannot be the path of a folder."""
+    if not isinstance(path, (str, Path)):
+        raise ConfigError(f"path is {path!r}, a {type(path).__name__}; give the path of a checkpoint folder.")
+    if not str(path) or "\0" in str(path):
+        raise ConfigError(f"path is {str(path)!r}; give the path of a checkpoint folder.")
 
 
 def _dtype(name: str) -> torch.dtype:

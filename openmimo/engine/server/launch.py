@@ -1,5 +1,6 @@
 """`openmimo serve`: a checkpoint, or the stub, behind the server."""
 
+import socket
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ def launch(
     path: str, server: ServerConfig, engine: EngineConfig, *, dtype: str, device: str, threads: int | None, int8: bool
 ) -> None:
     """Loads the checkpoint in `path` and answers requests until told to end. Raises UserError before that."""
+    check_address(server)
     if threads is not None:
         if threads < 1:
             raise ConfigError(f"threads is {threads}; it must be at least 1.")
@@ -38,4 +40,21 @@ def launch(
 
 def launch_stub(server: ServerConfig) -> None:
     """Serves no model: `stub.echo` answers."""
+    check_address(server)
     serve(StubBackend(), server)
+
+
+def check_address(server: ServerConfig) -> None:
+    """Raises ConfigError if the server cannot listen at its host and port, before a model is loaded."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(server.host, server.port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as trial:
+            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            trial.bind(address)
+            trial.listen()
+    except (OSError, UnicodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "this is no host name"
+        raise ConfigError(
+            f"the server cannot listen on --host {server.host} --port {server.port}: {reason}. Name another port "
+            "(0: a free one) or an address of this machine."
+        ) from error

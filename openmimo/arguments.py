@@ -1,0 +1,91 @@
+"""Parsing the words of a command: anything wrong with them is one paragraph, a UsageError."""
+
+import contextlib
+import io
+import os
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import tyro
+
+from openmimo.core.errors import UserError
+
+_MOST_CHARACTERS = 2000
+_ESCAPE = re.compile(r"\x1b\[[0-9;]*m")
+
+
+class UsageError(UserError):
+    """The command line cannot be parsed. The exit code is 2."""
+
+
+def parse(target: Callable[..., Any], arguments: list[str], prog: str, default: Any = None) -> Any:
+    """What tyro makes of `arguments`: an object of the dataclass `target`, or what the function `target` returns.
+
+    Args:
+        target: The dataclass or function.
+        arguments: The words after the verb.
+        prog: The command before them, for messages.
+        default: An object of `target` that the arguments change (None: the defaults of its fields).
+
+    Raises:
+        UsageError: An option is unknown, lacks its value, or has a value of another type; a word is not UTF-8.
+        ConfigError: A value is out of its range.
+    """
+    _check_encoding(arguments, prog)
+    given = {} if default is None else {"default": default}
+    with usage_paragraph(prog):
+        return tyro.cli(target, args=arguments, prog=prog, **given)
+
+
+@contextlib.contextmanager
+def usage_paragraph(prog: str) -> Iterator[None]:
+    """Turns what a parser prints on standard error before it exits with code 2 into a UsageError."""
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(printed):
+            yield
+    except SystemExit as stopped:
+        if stopped.code != 2:
+            raise
+        raise UsageError(f"{_sentence(printed.getvalue())} Run `{prog} --help` to see every option.") from None
+
+
+def paragraph(text: str) -> str:
+    """`text` on one line, without control characters, of at most 2,000 characters."""
+    line = " ".join(text.split())
+    if len(line) > _MOST_CHARACTERS:
+        line = f"{line[: _MOST_CHARACTERS // 2]} ... {line[-_MOST_CHARACTERS // 2 :]}"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in line)
+
+
+def _check_encoding(arguments: list[str], prog: str) -> None:
+    for place, word in enumerate(arguments, start=1):
+        try:
+            word.encode("utf-8")
+        except UnicodeEncodeError:
+            shown = ascii(os.fsencode(word))[1:] if _is_bytes(word) else ascii(word)
+            raise UsageError(f"{prog}: word {place}, {shown[:200]}, is not UTF-8 text; write it in UTF-8.") from None
+
+
+def _is_bytes(word: str) -> bool:
+    """Whether the lone surrogates of `word` stand for bytes, as those of the command line do."""
+    return all(not "\ud800" <= c <= "\udfff" or "\udc80" <= c <= "\udcff" for c in word)
+
+
+def _sentence(printed: str) -> str:
+    """The text of a box of tyro, or argparse's last line, without the frame, the help of the option and the advice.
+
+    A box has a title, a rule (UTF-8 terminals: a frame with the title in it), the text, a rule and more.
+    """
+    lines = [line.strip("│ ") for line in _ESCAPE.sub("", printed).splitlines()]
+    if printed.startswith("usage:"):
+        return lines[-1].rstrip(".") + "."
+    inside = [line for line in lines if line and not line.startswith("╰")]
+    start = 1 if inside and inside[0].startswith("╭") else 2
+    text: list[str] = []
+    for line in inside[start:]:
+        if set(line) <= {"─", "-"}:
+            break
+        text.append(line)
+    return " ".join(" ".join(text).split()).rstrip(".") + "."
