@@ -64,7 +64,10 @@ def find_program(name: str) -> str | None:
 
 
 def _identity(signal: str) -> list[str]:
-    """As root: change to the user of jails, for RLIMIT_NPROC does not count root's processes. Always: a signal as the parent dies."""
+    """As root: change to the user of jails, since RLIMIT_NPROC does not count root's processes.
+
+    Always: `signal` when the parent dies.
+    """
     setpriv = find_program("setpriv")
     if not setpriv:
         return []
