@@ -10,6 +10,7 @@ import functools
 import os
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,14 +62,19 @@ class Group:
 
     def close(self) -> None:
         """Kills what is left, and removes the groups."""
-        deadline = time.monotonic() + REMOVAL_SECONDS
         for folder in self.folders:
-            while not _remove(folder) and time.monotonic() < deadline:
-                for pid in _pids(folder):
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(pid, signal.SIGKILL)
-                time.sleep(0.002)
+            _end(folder)
         self.folders = {}
+
+
+def _end(folder: Path) -> None:
+    """Kills what is in a group, and removes it."""
+    deadline = time.monotonic() + REMOVAL_SECONDS
+    while not _remove(folder) and time.monotonic() < deadline:
+        for pid in _pids(folder):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.002)
 
 
 def _limit_memory(folder: Path, version: int, limit: int) -> None:
@@ -97,8 +103,14 @@ def _remove(folder: Path) -> bool:
     return True
 
 
-def sweep(prefix: str, is_alive) -> None:
-    """Removes empty groups with that prefix whose names are not alive."""
+def end(name: str) -> None:
+    """Ends the groups of a jail whose owner has gone: kills what is in them, and removes them."""
+    for parent in set(parents().values()):
+        _end(parent.folder / name)
+
+
+def sweep(prefix: str, is_alive: Callable[[str], bool]) -> None:
+    """Removes empty groups with that prefix whose names are not alive. One with processes may be of another folder."""
     for parent in set(parents().values()):
         for folder in parent.folder.glob(prefix + "*"):
             if not is_alive(folder.name):

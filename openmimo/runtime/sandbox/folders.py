@@ -57,6 +57,7 @@ def sweep() -> None:
     for path in folder.glob(PREFIX + "*"):
         lock = lock_of(path)
         if lock is not None:
+            cgroup.end(path.name)
             remove(path)
             os.close(lock)
     cgroup.sweep(PREFIX, lambda name: (folder / name).exists())
