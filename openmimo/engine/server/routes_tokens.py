@@ -42,7 +42,8 @@ def token_routes(service: Service) -> APIRouter:
 def _tokenized(service: Service, body: TokenizeRequest) -> dict[str, Any]:
     tokenizer, most = service.backend.tokenizer, limits.TOKENIZED_TOKENS
     if body.prompt is not None:
-        ids = encode_text(tokenizer, body.prompt, most_tokens=most, param="prompt", allow_special=body.allow_special)
+        special = body.parse_special or body.allow_special
+        ids = encode_text(tokenizer, body.prompt, most_tokens=most, param="prompt", allow_special=special)
     else:
         ids = encode_messages(
             tokenizer,

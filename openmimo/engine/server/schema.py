@@ -13,7 +13,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
-    AliasChoices,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -393,11 +392,15 @@ class ChatRequest(CommonFields):
 
 
 class TokenizeRequest(Fields):
-    """POST /tokenize: the ids of a text, or of a conversation in the model's chat format."""
+    """POST /tokenize: the ids of a text, or of a conversation in the model's chat format.
+
+    parse_special: as in CompletionRequest; allow_special is another name of it.
+    """
 
     model: Name | None = None
     prompt: str | None = None
-    allow_special: bool = Field(False, validation_alias=AliasChoices("parse_special", "allow_special"))
+    parse_special: bool = False
+    allow_special: bool = False
     messages: Messages | None = None
     tools: Tools | None = None
     add_generation_prompt: bool = True

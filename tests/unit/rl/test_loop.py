@@ -161,10 +161,10 @@ def test_a_finished_run_is_left_as_it_is(copied):
 
 def test_another_config_is_refused_in_the_same_folder(copied):
     config, _ = copied
-    with pytest.raises(ConfigError, match="another learning_rate"):
+    with pytest.raises(ConfigError, match="learning_rate was 0.001 and is now 1e-05"):
         run(replace(config, learning_rate=1e-5))
     run(replace(config, reward_threads=2))
-    with pytest.raises(ConfigError, match="another seed"):
+    with pytest.raises(ConfigError, match="seed was 0 and is now 1"):
         run(replace(config, seed=1))
 
 
@@ -176,7 +176,7 @@ def test_another_config_is_refused_before_the_first_checkpoint_too(copied):
     log.begin_step(0)
     log.next_submissions(4)
     log.close()
-    with pytest.raises(ConfigError, match="another seed"):
+    with pytest.raises(ConfigError, match="seed was 0 and is now 1"):
         run(replace(config, seed=1))
 
 

@@ -449,7 +449,7 @@ def test_a_prompt_that_fills_the_context_ends_at_once(model):
 
 
 def test_an_episode_that_opens_too_late_is_closed(model):
-    may_open, late = threading.Event(), Scripted()
+    may_open, late, others = threading.Event(), Scripted(), set(threading.enumerate())
 
     def open_episode(own):
         if own.problem.id == "p1":
@@ -468,7 +468,6 @@ def test_an_episode_that_opens_too_late_is_closed(model):
     may_open.set()
     rollouts.close()
     calls.close()
-    for thread in threading.enumerate():
-        if thread.name == "episode" and thread is not threading.current_thread():
-            thread.join(10)
+    for thread in set(threading.enumerate()) - others:
+        thread.join(10)
     assert late.num_closed == 1 and calls.num_hung == 0
