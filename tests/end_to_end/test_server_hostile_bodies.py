@@ -77,7 +77,7 @@ def server(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", HOSTILE)
-def test_a_body_holds_up_nobody(server, name):
+def test_a_body_holds_up_no_other_client(server, name):
     path, body = HOSTILE[name]
     before = server.resident_bytes()
     start = time.monotonic()

@@ -1,6 +1,7 @@
 """The engine behind the server's event loop: replies, aborts that free pages, refusals, and an engine that dies."""
 
 import asyncio
+import time
 import warnings
 from contextlib import aclosing
 from dataclasses import replace
@@ -18,6 +19,7 @@ from openmimo.engine.engine import Engine
 from openmimo.engine.llm import LLM
 from openmimo.engine.server.engine_backend import EngineBackend
 from openmimo.engine.stats import EngineStats
+from openmimo.engine.structured import StructureCompiler
 from openmimo.model.mimo import MiMo
 
 TOKENIZER = Tokenizer.train(["some words"], vocab_size=270)
@@ -152,7 +154,16 @@ def test_what_the_engine_refuses_names_the_field_at_fault():
             assert (response.status_code, response.json()["error"]["param"]) == (400, param), response.text
 
 
-def test_structures_are_checked_from_several_threads_at_once():
+def test_structures_are_checked_from_several_threads_at_once(monkeypatch):
+    made = []
+    make = StructureCompiler.__init__
+
+    def slow_make(self, *arguments):
+        made.append(self)
+        time.sleep(0.05)
+        make(self, *arguments)
+
+    monkeypatch.setattr(StructureCompiler, "__init__", slow_make)
     tokenizer = Tokenizer.train(["some words"], vocab_size=300)
     model = MiMo(replace(tiny_config(), vocab_size=tokenizer.vocab_size)).eval()
     engine = Engine(model, tokenizer, EngineConfig(cache_gigabytes=0.01))
@@ -170,3 +181,4 @@ def test_structures_are_checked_from_several_threads_at_once():
         return await asyncio.gather(*(asyncio.to_thread(one, number) for number in range(20)))
 
     assert with_backend(engine, check) == ["fine", "fine", "fine", "fine", "refused"] * 4
+    assert len(made) == 1

@@ -22,7 +22,7 @@ class ServerConfig:
         port: Port to listen on (0: a free one).
         api_key: What clients must send as "Authorization: Bearer KEY" (none: what the environment variable
             OPENMIMO_API_KEY holds; where that is not set either, nothing is asked).
-        allowed_hosts: Names, beside the host's own and those of this machine, that requests may give as their Host
+        allowed_hosts: Names, besides the host's own and those of this machine, that requests may give as their Host
             ("*": any). Without an api_key no other name is answered, so that no web site can point its own at this
             server; with one, any is, unless this says which.
         allowed_origins: Web pages that may use the server, such as https://example.org ("*": all). The chat page needs

@@ -35,17 +35,12 @@ class EngineBackend:
         self._is_closing = False
         self._has_died = self._has_ended = False
         self._replies: dict[str, tuple[asyncio.AbstractEventLoop, _Reply]] = {}
-        self._structure_lock = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="openmimo-engine", daemon=True)
         self._thread.start()
 
     def check(self, request: Request) -> None:
         """Raises UserError if the request can never run. May be called from any thread."""
-        if request.params.structure is None:
-            self._engine.check(request)  # reads what never changes
-        else:
-            with self._structure_lock:  # the first structure makes the compiler
-                self._engine.check(request)
+        self._engine.check(request)  # reads what never changes; the compiler of structures has a lock
 
     async def generate(self, request: Request) -> AsyncGenerator[Delta, None]:
         """The reply, one delta for each step that adds to it. Closing the iterator aborts it and frees its pages."""

@@ -63,7 +63,7 @@ class Service:
         return None
 
     async def prepared(self, work: Callable[[], _Result], *, is_large: bool) -> _Result:
-        """The result of `work`, which runs in a thread beside the event loop. is_large: it may take long.
+        """The result of `work`, which runs in a thread while the event loop goes on. is_large: it may take long.
 
         Raises what `work` raises, and ApiError: 429 if too much waits, 503 as `refusal` says, 504 after too long.
         """

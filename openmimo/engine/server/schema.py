@@ -48,7 +48,7 @@ def few_entries(most: int) -> BeforeValidator:
 
 
 def text_or(tag: str) -> Discriminator:
-    """Tells a text, <text>, from what stands under `tag`: whatever else it is, it is meant to be that."""
+    """Tells a text, <text>, from what stands under `tag`, which any other value is meant to be."""
     return Discriminator(lambda value: "<text>" if isinstance(value, str) else tag)
 
 
