@@ -179,7 +179,7 @@ class Delta:
 class Completion:
     """What came of one request.
 
-    finish_reason, error: as in Delta. logprobs: of the new tokens, if asked for; top_logprobs: beside each, the
+    finish_reason, error: as in Delta. logprobs: of the new tokens, if asked for; top_logprobs: for each, the
     likeliest (id, log-probability) pairs. prompt_logprobs: of the prompt's tokens but the first. policy_versions: for
     each new token, the version of the weights that chose it. drafted: for each, whether an MTP head had proposed it.
     routed_experts: a NumPy array [prompt and new tokens but the last, sparse layers, experts a token], uint8 up to 256

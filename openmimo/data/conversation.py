@@ -140,12 +140,12 @@ def _turn_head(tokenizer: Tokenizer, enable_thinking: bool) -> tuple[int, ...]:
     """The tokens by which the chat template asks for an answer."""
     question = [{"role": "user", "content": "x"}]
     asked = tokenizer.encode_chat(question, enable_thinking=enable_thinking)
-    told = tokenizer.encode_chat(question, enable_thinking=enable_thinking, add_generation_prompt=False)
-    if asked[: len(told)] != told or len(asked) == len(told):
+    known = tokenizer.encode_chat(question, enable_thinking=enable_thinking, add_generation_prompt=False)
+    if asked[: len(known)] != known or len(asked) == len(known):
         raise DataError(
             "The chat template has no words that ask for an answer, so answers cannot be told from prompts."
         )
-    return tuple(asked[len(told) :])
+    return tuple(asked[len(known) :])
 
 
 def _refuse_markup(tokenizer: Tokenizer, answers: Iterable[Mapping[str, Any]]) -> None:

@@ -371,7 +371,7 @@ def without_thoughts(text: str, *, stop: tuple[str, ...] = ()) -> str:
 def turn_ids(tokenizer: Tokenizer, messages: tuple[Message, ...], *, enable_thinking: bool = False) -> list[int]:
     """The ids of turns that follow an answer of the policy, up to its next turn; its own end of turn is not in them."""
     before = [Message("system"), Message("user", "x"), Message("assistant", "y")]
-    told = tokenizer.encode_chat(before, add_generation_prompt=False, enable_thinking=enable_thinking)
+    known = tokenizer.encode_chat(before, add_generation_prompt=False, enable_thinking=enable_thinking)
     asked = tokenizer.encode_chat([*before, *messages], enable_thinking=enable_thinking)
     if asked[: len(told)] != told:
         raise ConfigError(

@@ -44,7 +44,7 @@ def documents(options: Options) -> Iterator[str]:
 
 
 def _rows_at_once(group: pyarrow.parquet.RowGroupMetaData, column: str) -> int:
-    """So many rows that their text, uncompressed, takes about `BYTES_AT_ONCE`."""
+    """The number of rows whose text, uncompressed, takes about `BYTES_AT_ONCE`."""
     chunks = (group.column(number) for number in range(group.num_columns))
     size = sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema == column)
     return max(1, min(ROWS_AT_ONCE, BYTES_AT_ONCE * group.num_rows // max(size, 1)))
