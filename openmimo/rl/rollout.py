@@ -373,11 +373,11 @@ def turn_ids(tokenizer: Tokenizer, messages: tuple[Message, ...], *, enable_thin
     before = [Message("system"), Message("user", "x"), Message("assistant", "y")]
     known = tokenizer.encode_chat(before, add_generation_prompt=False, enable_thinking=enable_thinking)
     asked = tokenizer.encode_chat([*before, *messages], enable_thinking=enable_thinking)
-    if asked[: len(told)] != told:
+    if asked[: len(known)] != known:
         raise ConfigError(
             "the chat template changes earlier turns when later ones come; it cannot be used for rollouts."
         )
-    return asked[len(told) :]
+    return asked[len(known) :]
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,9 @@ from openmimo.kernels.dispatch import Backend
 from openmimo.runtime.device import has_fused_attention
 
 _LONGEST_PADDED = 1024  # tokens; for more, padding costs more than a call
-# Not MATH, which holds T x T numbers: 16.6 GiB against 0.6 at 4,096 tokens and 64 heads. What these three refuse, this
-# backend refuses.
+# MATH, which holds T x T numbers (16.6 GiB against 0.6 at 4,096 tokens and 64 heads), is for short sequences only: cuDNN
+# takes none of one token. What the other three refuse, this backend refuses.
+_SHORT = 64  # tokens
 PREFERRED = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
 
 
@@ -89,7 +90,8 @@ def _batch(
     q_TNK: torch.Tensor, k_SGK: torch.Tensor, v_SGV: torch.Tensor, num_sequences: int, scale: float
 ) -> torch.Tensor:
     q, k, v = (x.unflatten(0, (num_sequences, -1)).transpose(1, 2) for x in (q_TNK, k_SGK, v_SGV))
-    with sdpa_kernel(PREFERRED, set_priority=True):
+    backends = PREFERRED if q.shape[2] > _SHORT else [*PREFERRED, SDPBackend.MATH]
+    with sdpa_kernel(backends, set_priority=True):
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
     return out.transpose(1, 2).flatten(0, 1)
 
