@@ -14,8 +14,8 @@ from openmimo.kernels.dispatch import Backend
 from openmimo.runtime.device import has_fused_attention
 
 _LONGEST_PADDED = 1024  # tokens; for more, padding costs more than a call
-# MATH, which holds T x T numbers (16.6 GiB against 0.6 at 4,096 tokens and 64 heads), is for short sequences only: cuDNN
-# takes none of one token. What the other three refuse, this backend refuses.
+# MATH, which holds T x T numbers (16.6 GiB against 0.6 at 4,096 tokens and 64 heads), is for short sequences only:
+# cuDNN takes none of one token. What the other three refuse, this backend refuses.
 _SHORT = 64  # tokens
 PREFERRED = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
 
