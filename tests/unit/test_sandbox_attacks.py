@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -629,7 +630,15 @@ print("done")
         assert not left
 
 
-def test_folders_of_a_killed_host_are_swept(tmp_path, monkeypatch):
+@pytest.fixture
+def open_folder():
+    """An empty folder that every user can reach, unlike pytest's own."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o711)
+        yield Path(folder)
+
+
+def test_folders_of_a_killed_host_are_swept(open_folder, monkeypatch):
     host = """
 import os
 from openmimo.runtime.sandbox import Sandbox
@@ -638,19 +647,18 @@ workspace.start()
 print(workspace.place.work.parent, flush=True)
 os.kill(os.getpid(), 9)
 """
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setenv("TMPDIR", str(open_folder))
     monkeypatch.setattr("tempfile.tempdir", None)
-    tmp_path.chmod(0o711)
     left = Path(subprocess.run([sys.executable, "-c", host], stdout=subprocess.PIPE, text=True).stdout.strip())
-    assert left.exists() and left.parent == tmp_path
+    assert left.exists() and left.parent == open_folder
     with Sandbox(LIMITS, allow_unsafe=True).workspace() as living:
         assert not left.exists()
         folders.sweep()
         assert living.place.work.exists()
         assert not any(parent.folder.joinpath(left.name).exists() for parent in cgroup.parents().values())
-    (tmp_path / "openmimo-jail-link").symlink_to(tmp_path)
+    (open_folder / "openmimo-jail-link").symlink_to(open_folder)
     folders.sweep()
-    assert tmp_path.exists()
+    assert open_folder.exists()
 
 
 # The working folder, seen from the host
