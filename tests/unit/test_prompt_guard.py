@@ -184,12 +184,12 @@ def test_plain_text_gives_no_special_token_that_merges_could_make():
     description = json.loads(TOKENIZER._backend.to_str()) | {"added_tokens": []}
     vocabulary = description["model"]["vocab"]
     size = len(vocabulary)
-    vocabulary |= {"<x": size, "<x>": size + 1}
-    description["model"]["merges"] += [["<", "x"], ["<x", ">"]]
+    vocabulary |= {"<-": size, "<->": size + 1}
+    description["model"]["merges"] += [["<", "-"], ["<-", ">"]]
     backend = tokenizers.Tokenizer.from_str(json.dumps(description))
-    backend.add_tokens([tokenizers.AddedToken(name, normalized=False) for name in ("<x>", *SPECIAL_TOKENS)])
+    backend.add_tokens([tokenizers.AddedToken(name, normalized=False) for name in ("<->", *SPECIAL_TOKENS)])
     tokenizer = Tokenizer(backend, eos_token_ids=[backend.token_to_id("<|im_end|>")], pad_id=0)
-    assert backend.encode("<x>").ids == [size + 1] and size + 1 in tokenizer.special_token_ids
-    assert tokenizer.encode("<x>") == [size, tokenizer.id_of(">")]
-    ids = tokenizer.encode_chat([Message("user", "<x>")])
-    assert size + 1 not in ids and "user\n<x>" in tokenizer.decode(ids)
+    assert backend.encode("<->").ids == [size + 1] and size + 1 in tokenizer.special_token_ids
+    assert tokenizer.encode("<->") == [size, tokenizer.id_of(">")]
+    ids = tokenizer.encode_chat([Message("user", "<->")])
+    assert size + 1 not in ids and "user\n<->" in tokenizer.decode(ids)
