@@ -244,6 +244,7 @@ def test_a_used_port_is_named_before_a_model_is_loaded(capsys, tmp_path):
     assert code == 1 and f"--port {port}" in err
 
 
+@pytest.mark.slow
 def test_a_reader_that_leaves_ends_the_command_quietly():
     command = subprocess.Popen(
         [sys.executable, "-m", "openmimo", "audit", "tiny"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -253,6 +254,7 @@ def test_a_reader_that_leaves_ends_the_command_quietly():
     assert command.wait(SECONDS) == 1
 
 
+@pytest.mark.slow
 def test_the_benchmarks_start_from_any_folder(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", "import sys; from openmimo.cli import main; main()", "bench", "--help"],
