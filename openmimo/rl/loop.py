@@ -41,6 +41,7 @@ from openmimo.rl.scheduler import DataScheduler
 from openmimo.rl.teaching import TeacherRollouts, Teaching
 from openmimo.rl.toolbox.shared import close_shared, shared_metrics
 from openmimo.rl.worker_rollouts import WorkerRollouts
+from openmimo.runtime.isolated.calls import call_metrics
 from openmimo.train.checkpoint import Checkpoints, Progress, load_optimiser_state
 from openmimo.train.schedule import warmed_cosine
 
@@ -155,7 +156,7 @@ class RlRun:
         values |= _update_metrics(update) | (self.teaching.metrics() if self.teaching else {})
         values |= {"seconds/rollout": rolled_out - started, "seconds/update": learned - rolled_out}
         values |= self.rollouts.metrics() if isinstance(self.rollouts, WorkerRollouts) else {}
-        values |= shared_metrics() | {"skipped_steps": self.trainer.guard.num_skipped}
+        values |= shared_metrics() | call_metrics() | {"skipped_steps": self.trainer.guard.num_skipped}
         self.metrics.write(self.step, values)
         self._warn_if_nothing_was_learned(values)
         self._after_step()

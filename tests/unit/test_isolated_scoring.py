@@ -1,12 +1,17 @@
 """Text of the policy's that a library scores: never run as code, never able to stop a run or to write its own score."""
 
 import threading
+from dataclasses import replace
 
 import pytest
+from rl_runs import LETTERS, LettersEpisode, grpo_config, save_models, source
 
+from openmimo.core.metrics import read_metrics
+from openmimo.data import answers
 from openmimo.data.answers import score_answer
 from openmimo.data.config import TaskConfig
 from openmimo.data.task import open_task
+from openmimo.rl.run import train
 from openmimo.runtime.isolated import calls
 from openmimo.runtime.isolated.calls import Call, IsolatedCalls, isolated_calls
 from openmimo.runtime.isolated.expressions import RefusedExpressionError, check_expression
@@ -118,3 +123,26 @@ def test_other_text_is_refused(text):
 )
 def test_numbers_agree_exactly_unless_a_tolerance_is_given(key, text, tolerance, expected):
     assert score_answer("numeric", key, text, tolerance=tolerance) == expected
+
+
+class MathLetters(LettersEpisode):
+    """Has an answer without an end scored before its own reward."""
+
+    def reward(self):
+        assert score_answer("math", "5", "$9^{9^9}$") == 0.0
+        return super().reward()
+
+
+MATH_LETTERS = replace(LETTERS, open=MathLetters, is_instant=lambda options: False)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_and_its_metrics_count_the_time_outs(tmp_path, monkeypatch):
+    pytest.importorskip("math_verify")
+    monkeypatch.setattr(answers, "MATH_SECONDS", 0.3)
+    save_models(tmp_path)
+    own = source("math", "test_isolated_scoring:MATH_LETTERS", samples_per_prompt=2)
+    config = grpo_config(tmp_path, tmp_path / "run", sources=(own,), steps=1, groups_per_step=2)
+    train(config)
+    rows = [row for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if "scoring/timed_out" in row]
+    assert rows[-1]["scoring/timed_out"] >= 2

@@ -13,7 +13,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import openmimo
 from openmimo.runtime.sandbox.interpreter import Interpreter, find_interpreter
@@ -147,6 +147,12 @@ def isolated_calls() -> IsolatedCalls:
     calls = IsolatedCalls()
     atexit.register(calls.close)
     return calls
+
+
+def call_metrics() -> dict[str, float]:
+    """How the calls of this process ended so far, for metrics: nothing before the first."""
+    counts = isolated_calls().counts
+    return {f"scoring/{ended.replace(' ', '_')}": counts[ended] for ended in get_args(Ended)} if counts else {}
 
 
 def _start(function: str) -> _Child:
