@@ -3,6 +3,7 @@
 Words and files are drawn by hypothesis. The fast tests run `cli.main` in this process; the slow ones run real commands.
 """
 
+import functools
 import json
 import os
 import resource
@@ -41,6 +42,8 @@ REFUSING = {
 }
 PATHS = {"pretrain": "run_folder", "extend": "run_folder", "sft": "run_folder", "rl": "run_folder",
          "mopd": "run_folder", "compare": "output", "demo": "folder"}  # fmt: skip
+MISSING = {"pretrain": "--init-from", "extend": "--checkpoint", "sft": "--checkpoint", "rl": "--checkpoint",
+           "mopd": "--checkpoint"}  # fmt: skip
 SETTING = dict(deadline=None, suppress_health_check=list(HealthCheck))
 
 
@@ -122,6 +125,29 @@ def config_files(draw: st.DrawFn) -> tuple[str, bytes | None]:
     return verb, json.dumps(values).encode()
 
 
+@functools.cache
+def training_options(verb: str) -> list[str]:
+    """The options of a verb's recipe that take one word, as the command line names them."""
+
+    def leaves(value, name):
+        if isinstance(value, dict):
+            return [leaf for key, inner in value.items() for leaf in leaves(inner, [*name, key])]
+        if isinstance(value, list):
+            return [leaf for key, inner in enumerate(value) for leaf in leaves(inner, [*name, str(key)])]
+        return ["--" + ".".join(name).replace("_", "-")]
+
+    held = config_io.to_dict(cli.load_recipe("tiny_cpu", verb))
+    return [option for option in leaves(held, []) if option not in (MISSING[verb], "--run-folder")]
+
+
+@st.composite
+def training_commands(draw: st.DrawFn) -> list[str]:
+    """A verb that trains, a checkpoint that is not there, and one option with an odd value."""
+    verb = draw(st.sampled_from(sorted(MISSING)))
+    option = draw(st.sampled_from(training_options(verb)))
+    return [verb, "tiny_cpu", "--run-folder", "NEW", MISSING[verb], "/nope", option, draw(st.sampled_from(WORDS))]
+
+
 def check_command(arguments: list[str], folder: Path, run, capsys) -> None:
     given = [str(folder / "new") if word == "NEW" else word for word in arguments]
     before = set(folder.rglob("*"))
@@ -149,6 +175,19 @@ def check_file(verb: str, content: bytes | None, folder: Path, run, capsys) -> N
 @given(arguments=commands().filter(lambda given: given[0] not in ("bench", "audit")))
 def test_odd_values_of_options_are_refused_in_a_paragraph(arguments, tmp_path_factory, capsys):
     check_command(arguments, tmp_path_factory.mktemp("words"), run_here, capsys)
+
+
+@settings(max_examples=30, **SETTING)
+@given(arguments=training_commands())
+def test_odd_settings_of_a_training_run_are_refused_before_anything_is_written(arguments, tmp_path_factory, capsys):
+    check_command(arguments, tmp_path_factory.mktemp("settings"), run_here, capsys)
+
+
+@pytest.mark.slow
+@settings(max_examples=400, **SETTING)
+@given(arguments=training_commands())
+def test_many_odd_settings_of_training_runs(arguments, tmp_path_factory, capsys):
+    check_command(arguments, tmp_path_factory.mktemp("settings"), run_here, capsys)
 
 
 @settings(max_examples=25, **SETTING)
