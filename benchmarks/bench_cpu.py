@@ -8,6 +8,7 @@ half the products of that path. docs/log.md has what came of them.
 """
 
 import argparse
+import importlib.util
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 
 from benchmarks import bench_decode
 from benchmarks.harness import Row, median_milliseconds, print_rows, write_rows
+from openmimo.core.errors import UserError
 from openmimo.kernels.attention import attend
 from openmimo.kernels.experts import apply_experts
 from openmimo.kernels.token_loss import token_loss
@@ -165,6 +167,9 @@ MEASUREMENTS: dict[str, Callable[[int], list[Row]]] = {
 }
 
 
+AGAINST_TRANSFORMERS = ("training_step", "decode")
+
+
 def main() -> None:
     """The command line: parses and runs."""
     run(parse(None))
@@ -182,11 +187,26 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
+def chosen(only: str | None) -> list[str]:
+    """The measurements to make: without transformers, those that need it as a peer are left out, and a line says so.
+
+    Raises:
+        UserError: The one that was asked for needs transformers.
+    """
+    names = [only] if only else list(MEASUREMENTS)
+    if importlib.util.find_spec("transformers") is not None:
+        return names
+    if only in AGAINST_TRANSFORMERS:
+        raise UserError(f"{only} is measured against transformers, which is not installed: make test installs it.")
+    print(f"left out, as transformers is not installed (make test installs it): {', '.join(AGAINST_TRANSFORMERS)}")
+    return [name for name in names if name not in AGAINST_TRANSFORMERS]
+
+
 def run(options: argparse.Namespace) -> None:
     """Runs the measurements, prints a table, and writes the results unless --quick cut them short."""
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    names = [options.only] if options.only else list(MEASUREMENTS)
+    names = chosen(options.only)
     rows = [row for name in names for row in MEASUREMENTS[name](1 if options.quick else 5)]
     print_rows(rows)
     if not options.quick:

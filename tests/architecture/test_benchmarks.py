@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 import benchmarks
+from benchmarks import bench_cpu
+from openmimo.core.errors import UserError
 
 PEERS = Path(benchmarks.__file__).parent / "peers"
 MODULES = [module.name for module in pkgutil.iter_modules(benchmarks.__path__) if not module.ispkg]
@@ -23,3 +25,12 @@ def test_our_side_of_each_comparison_imports(name, monkeypatch):
     """As a script in its folder, the way it is started."""
     monkeypatch.syspath_prepend(PEERS)
     assert callable(importlib.import_module(name).OpenMiMo.load)
+
+
+def test_without_the_peer_its_measurements_are_left_out(monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert set(bench_cpu.AGAINST_TRANSFORMERS) & set(bench_cpu.chosen(None)) == set()
+    assert "left out" in capsys.readouterr().out
+    assert bench_cpu.chosen("sliding") == ["sliding"]
+    with pytest.raises(UserError, match="decode is measured against transformers"):
+        bench_cpu.chosen("decode")
