@@ -180,6 +180,7 @@ def test_a_verb_that_a_signal_ends_says_what_is_kept(verb, said, interrupt, code
     assert err.strip().count("\n") == 0
 
 
+@pytest.mark.slow
 def test_sigterm_ends_a_verb_with_a_paragraph(speaking):
     command = [sys.executable, "-m", "openmimo", "chat", str(speaking)]
     process = subprocess.Popen(

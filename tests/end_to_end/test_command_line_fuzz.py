@@ -171,7 +171,7 @@ def check_file(verb: str, content: bytes | None, folder: Path, run, capsys) -> N
     assert str(path) in err or "--no-such-option" in err
 
 
-@settings(max_examples=40, **SETTING)
+@settings(max_examples=25, **SETTING)
 @given(arguments=commands().filter(lambda given: given[0] not in ("bench", "audit")))
 def test_odd_values_of_options_are_refused_in_a_paragraph(arguments, tmp_path_factory, capsys):
     check_command(arguments, tmp_path_factory.mktemp("words"), run_here, capsys)
@@ -190,7 +190,7 @@ def test_many_odd_settings_of_training_runs(arguments, tmp_path_factory, capsys)
     check_command(arguments, tmp_path_factory.mktemp("settings"), run_here, capsys)
 
 
-@settings(max_examples=25, **SETTING)
+@settings(max_examples=10, **SETTING)
 @given(drawn=config_files())
 def test_odd_config_files_are_refused_in_a_paragraph(drawn, tmp_path_factory, capsys):
     check_file(*drawn, tmp_path_factory.mktemp("files"), run_here, capsys)

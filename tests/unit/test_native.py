@@ -79,6 +79,7 @@ def test_it_is_built_once_and_again_when_a_source_changes(monkeypatch, tmp_path)
     assert native.build(native.find_compiler()) != first
 
 
+@pytest.mark.slow
 @needs_library
 def test_several_may_build_at_once(monkeypatch, tmp_path):
     monkeypatch.setenv("OPENMIMO_CACHE", str(tmp_path))

@@ -269,6 +269,7 @@ def attempt(way):
     assert set(said.values()) <= {"Operation not permitted", "Function not implemented"}, said
 
 
+@pytest.mark.slow
 def test_unread_bytes_in_sockets_count_as_memory(everywhere, groups):
     """Each of six processes fills 120 pairs of sockets: 300 MB that are in no process."""
     program = """

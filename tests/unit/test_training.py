@@ -199,7 +199,7 @@ def test_a_run_leaves_what_it_says(finished):
     assert config["rope_theta"] == 4e4
 
 
-@pytest.mark.parametrize("kill_at_step", [3, 6])
+@pytest.mark.parametrize("kill_at_step", [3, pytest.param(6, marks=pytest.mark.slow)])
 def test_killed_and_resumed_is_uninterrupted_bit_for_bit(finished, tmp_path, kill_at_step):
     """kill -9 while steps run, at a place inside a stage and at the seam of two."""
     (tmp_path / "text").mkdir()
