@@ -399,7 +399,7 @@ def _at(method: str, function: Callable[[], Any]) -> Any:
     """function(), with its exceptions as EpisodeErrors."""
     try:
         return function()
-    except Exception as error:
+    except Exception as error:  # an environment may raise anything; the run counts it and shows the first
         raise EpisodeError(method, error) from error
 
 
