@@ -25,7 +25,7 @@ test: $(VENV)/dev
 sanitize: $(VENV)/dev
 	CC="gcc -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all" \
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
-	ASAN_OPTIONS=detect_leaks=0 OPENMIMO_SANITIZED=1 OMP_NUM_THREADS=2 \
+	ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 \
 	$(BIN)/python -m pytest -q -m "not slow and not gpu" tests/unit/test_native.py tests/unit/test_norm_rotary.py \
 	    tests/contracts/test_attention_backends.py tests/contracts/test_experts_backends.py \
 	    tests/contracts/test_linear_backends.py tests/contracts/test_paged_attention_backends.py tests/parity/test_engine.py

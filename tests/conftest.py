@@ -4,6 +4,9 @@ import os
 
 # Before torch is imported: threads that spin while they wait slow tests down many times on shared cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# `make sanitize` preloads the sanitizers into this process. The shadow memory of one that a child inherited would count
+# against the memory limits that some children run under.
+os.environ.pop("LD_PRELOAD", None)
 
 from contextlib import suppress
 from dataclasses import replace
