@@ -258,7 +258,7 @@ def _training_step(name: str, dtype: torch.dtype, rounds: int) -> Row:
     from transformers import AutoModelForCausalLM
 
     model = MiMo(replace(tiny(), mtp=None, max_positions=4096))
-    model.initialise(torch.Generator().manual_seed(0))
+    model.initialize(torch.Generator().manual_seed(0))
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         save_model(model, folder)
@@ -266,18 +266,18 @@ def _training_step(name: str, dtype: torch.dtype, rounds: int) -> Row:
     model.compute_dtype = dtype
     ids = torch.randint(0, 512, (2048,), generator=torch.Generator().manual_seed(1))
     labels, weights = torch.cat([ids[1:], torch.tensor([-1])]), torch.full((2048,), 1 / 2047)
-    ours_optimiser, theirs_optimiser = (torch.optim.AdamW(m.parameters(), lr=1e-4, fused=True) for m in (model, theirs))
+    ours_optimizer, theirs_optimizer = (torch.optim.AdamW(m.parameters(), lr=1e-4, fused=True) for m in (model, theirs))
 
     def ours_step() -> None:
         hidden = model(ids, PackedContext((2048,))).post_norm_TD
         token_loss(hidden, model.lm_head.weight.to(dtype), labels, weights).backward()
-        ours_optimiser.step()
-        ours_optimiser.zero_grad()
+        ours_optimizer.step()
+        ours_optimizer.zero_grad()
 
     def theirs_step() -> None:
         theirs(ids[None], labels=ids[None]).loss.backward()
-        theirs_optimiser.step()
-        theirs_optimiser.zero_grad()
+        theirs_optimizer.step()
+        theirs_optimizer.zero_grad()
 
     ours, peer = median_milliseconds([ours_step, theirs_step], rounds=rounds)
     note = f"{2048e3 / ours:.0f} against {2048e3 / peer:.0f} tokens/s"

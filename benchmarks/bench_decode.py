@@ -106,7 +106,7 @@ def measure_speculation(*, num_threads: int = 2, rounds: int = 5, new_tokens: in
 def random_model() -> MiMo:
     """The `tiny` preset with weights wide enough that its greedy text is not one token over and over."""
     model = MiMo(replace(tiny(), max_positions=4096, init_std=0.1))
-    model.initialise(torch.Generator().manual_seed(0))
+    model.initialize(torch.Generator().manual_seed(0))
     return model.eval()
 
 

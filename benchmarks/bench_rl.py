@@ -51,8 +51,8 @@ import torch
 
 from benchmarks.harness import Row, print_rows, write_rows
 from benchmarks.peers.side import Side
+from openmimo.data.chat.conversation import encode_prompt
 from openmimo.data.config import TaskConfig
-from openmimo.data.conversation import encode_prompt
 from openmimo.data.task import open_task, prompt_messages
 from openmimo.data.tokenizer import Tokenizer
 from openmimo.model.config import ModelConfig
@@ -133,7 +133,7 @@ class Checkpoints:
         config = replace(config, vocab_size=tokenizer.vocab_size)
         for seed, suffix in enumerate(("", "_teacher")):
             model = MiMo(config)
-            model.initialise(torch.Generator().manual_seed(seed))
+            model.initialize(torch.Generator().manual_seed(seed))
             save_model(model, folder / f"mimo{suffix}")
             _save_dense(config, folder / f"qwen2{suffix}", seed)
             for name in ("mimo", "qwen2"):

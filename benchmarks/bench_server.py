@@ -34,7 +34,7 @@ from benchmarks.soak.client import Outcome, ask
 from benchmarks.soak.load import Planned, long_stream, plan_load, warm_up
 from benchmarks.soak.process import ServerProcess, save_random_tiny
 
-MOST_MEMORY_GROWTH = 0.10
+MAX_MEMORY_GROWTH = 0.10
 QUICK_REQUESTS = 60
 _TINY_CACHE_GIGABYTES = 1 / 32
 _SAMPLE_SECONDS = 0.1
@@ -299,8 +299,8 @@ def _memory_check(findings: Findings) -> Check:
     later = [resident for num_done, resident in findings.resident_bytes if num_done >= quarter]
     growth = later[-1] / later[0] - 1 if later else float("inf")
     megabytes = f"{later[0] / 2**20:.1f} to {later[-1] / 2**20:.1f} MiB" if later else "no samples"
-    seen = f"{megabytes} ({growth:+.1%}; at most {MOST_MEMORY_GROWTH:.0%})"
-    return Check("memory is flat after a quarter of the requests", growth < MOST_MEMORY_GROWTH, seen)
+    seen = f"{megabytes} ({growth:+.1%}; at most {MAX_MEMORY_GROWTH:.0%})"
+    return Check("memory is flat after a quarter of the requests", growth < MAX_MEMORY_GROWTH, seen)
 
 
 def _same_text_check(outcomes: list[Outcome]) -> Check:

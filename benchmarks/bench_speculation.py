@@ -21,8 +21,8 @@ import torch
 from benchmarks.harness import Row, median_milliseconds, print_rows, write_rows
 from openmimo.core.records import SamplingParams
 from openmimo.data.config import SourceConfig
-from openmimo.data.needles import needle_symbols
 from openmimo.data.source import read_documents, split_of
+from openmimo.data.tasks._needles import needle_symbols
 from openmimo.data.tokenizer import Tokenizer
 from openmimo.engine.llm import LLM
 

@@ -75,7 +75,7 @@ def _random_model(config: ModelConfig) -> MiMo:
     for router in model.routers().values():
         router.float()
     model = model.to_empty(device="cpu")
-    model.initialise(generator)
+    model.initialize(generator)
     for name, tensor in model.state_dict().items():
         if "norm" in name:
             tensor.normal_(mean=1.0, std=0.1, generator=generator)

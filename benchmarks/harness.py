@@ -21,7 +21,7 @@ import torch  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
-from openmimo.runtime.device import device_name, synchronise  # noqa: E402
+from openmimo.runtime.device import device_name, synchronize  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -59,10 +59,10 @@ def median_milliseconds(
     seconds: list[list[float]] = [[] for _ in calls]
     for _ in range(rounds):
         for times, call in zip(seconds, calls, strict=True):
-            synchronise(device)
+            synchronize(device)
             start = time.perf_counter()
             call()
-            synchronise(device)
+            synchronize(device)
             times.append(time.perf_counter() - start)
     return [1e3 * statistics.median(times) for times in seconds]
 

@@ -4,7 +4,7 @@
 
 Trains teachers from the base (one for each domain), then a student by each method and seed, and writes the see-saw
 report. Every run is a process of `openmimo rl` or `openmimo mopd`, as many at a time as there are cores; a finished run
-is kept, and an interrupted one goes on. All students take as many optimiser steps; CPU seconds stand beside them.
+is kept, and an interrupted one goes on. All students take as many optimizer steps; CPU seconds stand beside them.
 
 Methods: mopd (equations 7 to 9), mopd_full and mopd_top_k (whole or corrected top-k reverse KL), soft_kd (teachers
 write, forward KL), sft_on_teachers (cross-entropy on what teachers write), rejection (the same, right answers only),
@@ -125,7 +125,7 @@ def merge(study: Study, method: str) -> None:
     """One of the two merges of the teachers."""
     destination = study.folder / method / "model"
     if not (destination / "config.json").exists():
-        from openmimo.rl.merge import merge as merge_checkpoints
+        from openmimo.model.merge import merge as merge_checkpoints
 
         destination.parent.mkdir(parents=True, exist_ok=True)
         children = [f"{study.teacher_folder}/teacher_{name}/model" for name in TAUGHT]
@@ -139,7 +139,7 @@ def main() -> None:
     parser.add_argument("--folder", default="runs/seesaw")
     parser.add_argument("--teachers", default="", help="the folder of an earlier study whose teachers are used again")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=mopd().steps, help="optimiser steps of a student")
+    parser.add_argument("--steps", type=int, default=mopd().steps, help="optimizer steps of a student")
     parser.add_argument("--teacher-steps", type=int, default=rl_on(TAUGHT[0]).steps)
     parser.add_argument("--few-prompts", type=int, default=0, help="students see only so many prompts of a domain")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))

@@ -11,7 +11,7 @@ import tyro
 
 from openmimo.core.errors import UserError
 
-_MOST_CHARACTERS = 2000
+_MAX_CHARACTERS = 2000
 _ESCAPE = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -54,8 +54,8 @@ def usage_paragraph(prog: str) -> Iterator[None]:
 def paragraph(text: str) -> str:
     """`text` on one line, without control characters, of at most 2,000 characters."""
     line = " ".join(text.split())
-    if len(line) > _MOST_CHARACTERS:
-        line = f"{line[: _MOST_CHARACTERS // 2]} ... {line[-_MOST_CHARACTERS // 2 :]}"
+    if len(line) > _MAX_CHARACTERS:
+        line = f"{line[: _MAX_CHARACTERS // 2]} ... {line[-_MAX_CHARACTERS // 2 :]}"
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in line)
 
 

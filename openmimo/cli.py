@@ -201,7 +201,7 @@ def _sft(arguments: list[str]) -> None:
 
 def _with_algorithm_options(verb: str, arguments: list[str], config_type: type) -> Any:
     """As `_with_overrides`, and with `--algorithm-options.NAME VALUE`, which tyro has no type for."""
-    from openmimo.rl.option_arguments import algorithm_arguments, merged
+    from openmimo.rl.agents.option_arguments import algorithm_arguments, merged
 
     options, others = algorithm_arguments(arguments)
     config = _with_overrides(verb, others, config_type)
@@ -255,7 +255,7 @@ def _merge(arguments: list[str]) -> None:
         return locals()
 
     values = parse(options, arguments, "openmimo merge")
-    from openmimo.rl.merge import merge
+    from openmimo.model.merge import merge
 
     merge(
         values["base"], list(values["children"]), values["destination"],
@@ -320,21 +320,21 @@ def _convert(arguments: list[str]) -> None:
 
 
 def _audit(arguments: list[str]) -> None:
-    def options(model: tyro.conf.Positional[str] = "flash", quantised: bool = False, tensors: bool = False) -> tuple:
+    def options(model: tyro.conf.Positional[str] = "flash", quantized: bool = False, tensors: bool = False) -> tuple:
         """Count the parameters of a model and list its checkpoint's tensors, without allocating any of them.
 
         Args:
             model: A preset, or the path of a config.json.
-            quantised: Count the scales of the published FP8 layout, too.
+            quantized: Count the scales of the published FP8 layout, too.
             tensors: Print every tensor's name and shape.
         """
-        return model, quantised, tensors
+        return model, quantized, tensors
 
-    model, quantised, tensors = parse(options, arguments, "openmimo audit")
+    model, quantized, tensors = parse(options, arguments, "openmimo audit")
     from openmimo.model.audit import audit, print_audit
     from openmimo.model.presets import model_config
 
-    print_audit(audit(model_config(model), quantised=quantised), list_tensors=tensors)
+    print_audit(audit(model_config(model), quantized=quantized), list_tensors=tensors)
 
 
 # --- verbs: speaking -------------------------------------------------------------------------------------------------

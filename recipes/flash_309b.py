@@ -26,12 +26,12 @@ RAMP_STEPS = round(0.5 * TRILLION / (SHORT * (ROWS_AT_START + ROWS) / 2))
 
 
 def short_steps(tokens: float) -> int:
-    """Optimiser steps that read `tokens` tokens in 2,048 rows of 32K."""
+    """Optimizer steps that read `tokens` tokens in 2,048 rows of 32K."""
     return round(tokens / (ROWS * SHORT))
 
 
 def steps_from_start(tokens: float) -> int:
-    """Optimiser steps that read the first `tokens` tokens of stage 1, while rows rise and after."""
+    """Optimizer steps that read the first `tokens` tokens of stage 1, while rows rise and after."""
     if tokens >= 0.5 * TRILLION:
         return RAMP_STEPS + short_steps(tokens - 0.5 * TRILLION)
     slope = (ROWS - ROWS_AT_START) / RAMP_STEPS

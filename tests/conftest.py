@@ -32,8 +32,8 @@ def _exact_float32():
 
 
 @torch.no_grad()
-def randomise(model: MiMo, seed: int) -> MiMo:
-    """Draws everything that initialisation leaves at a constant: norms, sinks, biases; and wider weights."""
+def randomize(model: MiMo, seed: int) -> MiMo:
+    """Draws everything that initialization leaves at a constant: norms, sinks, biases; and wider weights."""
     generator = torch.Generator().manual_seed(seed)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         noise = torch.randn(tensor.shape, generator=generator)
@@ -72,4 +72,4 @@ def tiny_config(*, window_keys: int = 9, num_layers: int = 7, mtp_heads: int = 0
 
 def tiny_model(seed: int = 0, **config_changes) -> MiMo:
     """A random model of `tiny_config`."""
-    return randomise(MiMo(tiny_config(**config_changes)), seed)
+    return randomize(MiMo(tiny_config(**config_changes)), seed)

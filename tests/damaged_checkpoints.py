@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from conftest import randomise, tiny_config
+from conftest import randomize, tiny_config
 from hypothesis import strategies as st
 
 from openmimo.data.tokenizer import Tokenizer
@@ -41,7 +41,7 @@ def save_sound_checkpoint(folder: Path) -> Path:
     tokenizer = Tokenizer.train(["The quick brown fox jumps over the lazy dog, 0123456789.\n"], vocab_size=300)
     config = replace(tiny_config(num_layers=2, mtp_heads=1), vocab_size=tokenizer.vocab_size)
     ids = {"bos_token_id": None, "eos_token_id": list(tokenizer.eos_token_ids), "pad_token_id": tokenizer.pad_id}
-    model = randomise(MiMo(replace(config, token_ids=ids)), 0)
+    model = randomize(MiMo(replace(config, token_ids=ids)), 0)
     save_model(model, folder, tokenizer=tokenizer, max_shard_bytes=200_000)
     generation = {"eos_token_id": list(tokenizer.eos_token_ids), "temperature": 0.3, "top_p": 0.95}
     (folder / "generation_config.json").write_text(json.dumps(generation))

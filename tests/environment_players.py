@@ -3,11 +3,11 @@
 import re
 from collections.abc import Generator
 
-from openmimo.rl.environment import Answer, Episode
-from openmimo.rl.problems import Problem
+from openmimo.rl.agents.environment import EnvResponse, Episode
+from openmimo.rl.scheduling.problems import Problem
 from openmimo.rl.worlds.facts import fact_world
 
-Script = Generator[str, Answer, None]
+Script = Generator[str, EnvResponse, None]
 
 # Settings under which the contract tests play each environment; all others are tested as they come.
 OPTIONS = {"task": {"task": {"name": "addition"}}}

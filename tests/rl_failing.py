@@ -10,7 +10,7 @@ import torch
 from rl_runs import letters_problems
 
 from openmimo.core.records import Message
-from openmimo.rl.environment import Answer, Environment
+from openmimo.rl.agents.environment import Environment, EnvResponse
 
 REWARDS = {
     "nan": math.nan, "inf": math.inf, "hundred": 100.0, "minus": -1.0, "text": "0.5", "none": None, "list": [1.0],
@@ -56,7 +56,7 @@ class FailingEpisode:
     def respond(self, text):
         self._text = text
         self._fail("respond")
-        return Answer()
+        return EnvResponse()
 
     def reward(self):
         self._fail("reward")

@@ -19,12 +19,12 @@ from openmimo.engine.config import EngineConfig
 from openmimo.engine.engine import Engine
 from openmimo.model.hf import save_model
 from openmimo.rl import run as run_module
+from openmimo.rl.agents.environment import Environment, EnvResponse
 from openmimo.rl.config import MopdConfig, RlConfig, RlEvaluation, RlSource
-from openmimo.rl.environment import Answer, Environment
-from openmimo.rl.event_log import LoggedScheduler
 from openmimo.rl.loop import RlRun
-from openmimo.rl.problems import Problem
-from openmimo.train.config import CheckpointConfig, OptimiserConfig
+from openmimo.rl.scheduling.event_log import LoggedScheduler
+from openmimo.rl.scheduling.problems import Problem
+from openmimo.train.config import CheckpointConfig, OptimizerConfig
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,10 @@ class LettersEpisode:
         self.messages = (Message("user", f"write {problem.content}"),)
         self._turns_left, self._text = options.turns - 1, ""
 
-    def respond(self, text: str) -> Answer:
+    def respond(self, text: str) -> EnvResponse:
         self._text += text
         self._turns_left -= 1
-        return Answer(messages=(Message("user", "more"),)) if self._turns_left >= 0 else Answer()
+        return EnvResponse(messages=(Message("user", "more"),)) if self._turns_left >= 0 else EnvResponse()
 
     def reward(self) -> float:
         kill_here("reward")
@@ -90,7 +90,7 @@ SHARED = {
     "dtype": "float32",
     "threads": 1,
     "engine": EngineConfig(max_sequences=24, prefill_tokens=512, speculative=False, cache_gigabytes=0.02),
-    "optimiser": OptimiserConfig(weight_decay=0.0),
+    "optimizer": OptimizerConfig(weight_decay=0.0),
     "checkpoints": CheckpointConfig(every_steps=2),
     "evaluation": RlEvaluation(every_steps=3, problems=2),
 }
@@ -173,7 +173,7 @@ def kill_here(where: str) -> None:
 
 def run_and_kill(config: RlConfig, where: str, after_calls: int) -> None:
     """Starts a run in another process that is killed at a call of `rollout` (a step of the engine), `reward`, `update`
-    (the optimiser has moved the weights) or `log` (a line of the event log is half written).
+    (the optimizer has moved the weights) or `log` (a line of the event log is half written).
     """
     process = multiprocessing.get_context("fork").Process(target=_killed_run, args=(config, where, after_calls))
     process.start()
@@ -184,14 +184,14 @@ def run_and_kill(config: RlConfig, where: str, after_calls: int) -> None:
 def _killed_run(config: RlConfig, where: str, after_calls: int) -> None:
     torch.set_num_threads(1)
     _plan[where] = after_calls
-    engine_step, optimiser_step, write_line = Engine.step, torch.optim.AdamW.step, LoggedScheduler._write
+    engine_step, optimizer_step, write_line = Engine.step, torch.optim.AdamW.step, LoggedScheduler._write
 
     def step(own):
         kill_here("rollout")
         return engine_step(own)
 
     def update(own, *arguments):
-        result = optimiser_step(own, *arguments)
+        result = optimizer_step(own, *arguments)
         kill_here("update")
         return result
 

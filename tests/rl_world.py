@@ -6,7 +6,7 @@ import re
 from dataclasses import replace
 
 import torch
-from conftest import randomise, tiny_config
+from conftest import randomize, tiny_config
 
 from openmimo.core.records import Message
 from openmimo.core.samples import Sample
@@ -14,10 +14,10 @@ from openmimo.data.tokenizer import Tokenizer
 from openmimo.engine.config import EngineConfig
 from openmimo.engine.engine import Engine
 from openmimo.model.mimo import MiMo
-from openmimo.rl.environment import Answer
-from openmimo.rl.groups import GroupRequest
-from openmimo.rl.problems import Problem
-from openmimo.rl.rollout import EngineRollouts
+from openmimo.rl.agents.environment import EnvResponse
+from openmimo.rl.rollouts.engine import EngineRollouts
+from openmimo.rl.scheduling.groups import GroupRequest
+from openmimo.rl.scheduling.problems import Problem
 
 _CORPUS = ["The quick brown fox jumps over the lazy dog, 0123456789.\n", "def add(a, b):\n    return a + b\n"]
 
@@ -32,7 +32,7 @@ def policy(seed: int = 0, *, num_layers: int = 3, mtp_heads: int = 0, ends: floa
     """A random model of full and sliding attention with experts. ends: the larger, the more often it ends its turn."""
     config = tiny_config(num_layers=num_layers, mtp_heads=mtp_heads)
     config = replace(config, vocab_size=tokenizer().vocab_size, max_positions=320)
-    model = randomise(MiMo(config), seed)
+    model = randomize(MiMo(config), seed)
     model.lm_head.weight[list(tokenizer().eos_token_ids)] *= ends
     return model
 
@@ -43,14 +43,16 @@ class Scripted:
     An exception in its place is raised.
     """
 
-    def __init__(self, *answers: Answer | Exception, reward: float | Exception = 1.0, question: str = "add 1 and 2"):
+    def __init__(
+        self, *answers: EnvResponse | Exception, reward: float | Exception = 1.0, question: str = "add 1 and 2"
+    ):
         self.messages = (Message("user", question),)
         self.tools, self.stop = (), ()
         self.heard, self.num_closed, self._answers, self._reward = [], 0, list(answers), reward
 
-    def respond(self, text: str) -> Answer:
+    def respond(self, text: str) -> EnvResponse:
         self.heard.append(text)
-        return _said(self._answers.pop(0)) if self._answers else Answer()
+        return _said(self._answers.pop(0)) if self._answers else EnvResponse()
 
     def reward(self) -> float:
         return _said(self._reward)

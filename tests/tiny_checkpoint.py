@@ -3,7 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
-from conftest import randomise, tiny_config
+from conftest import randomize, tiny_config
 
 from openmimo.data.tokenizer import Tokenizer
 from openmimo.model.hf import save_model
@@ -16,6 +16,6 @@ def save_tiny_checkpoint(folder: Path) -> Path:
     """Writes the checkpoint; its model has 4,096 positions."""
     tokenizer = Tokenizer.train(_CORPUS, vocab_size=320)
     config = replace(tiny_config(mtp_heads=3), vocab_size=tokenizer.vocab_size, max_positions=4096)
-    save_model(randomise(MiMo(config), 0), folder)
+    save_model(randomize(MiMo(config), 0), folder)
     tokenizer.save(folder)
     return folder

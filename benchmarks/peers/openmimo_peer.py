@@ -12,7 +12,7 @@ import openmimo
 from openmimo.core.records import Request, SamplingParams
 from openmimo.engine.config import EngineConfig
 from openmimo.engine.engine import Engine
-from openmimo.engine.sequence import Sequence
+from openmimo.engine.request_state import RequestState
 from openmimo.model.hf import load_model
 
 _FOREVER = 1 << 20  # new tokens: nothing ends while it is measured
@@ -79,7 +79,7 @@ class OpenMiMo:
             adaptive_drafts=False,
         )  # fmt: skip
         self._engine = Engine(self._model, config=config)
-        self._running: list[Sequence] = []
+        self._running: list[RequestState] = []
 
     def _read(self, prompt: list[int], steps: list[dict[str, float]] | None = None) -> None:
         sequence = self._submit(prompt)
@@ -89,7 +89,7 @@ class OpenMiMo:
                 steps.append(cost)
         self._engine.abort(sequence.request.id)
 
-    def _submit(self, prompt: list[int], *, max_tokens: int = _FOREVER, logprobs: bool = False) -> Sequence:
+    def _submit(self, prompt: list[int], *, max_tokens: int = _FOREVER, logprobs: bool = False) -> RequestState:
         self._number += 1
         params = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True, logprobs=logprobs)
         return self._engine.submit(Request(str(self._number), tuple(prompt), params))

@@ -10,11 +10,11 @@ from serving import cost_of, serve
 
 from openmimo.data.tokenizer import Tokenizer
 from openmimo.model.hf import load_model
+from openmimo.rl.agents.environment import EnvResponse
 from openmimo.rl.config import MopdConfig, RlConfig, RlEvaluation, RlSource
-from openmimo.rl.environment import Answer
 from openmimo.rl.environments import task
 from openmimo.rl.loop import RlRun
-from openmimo.rl.problems import Problem
+from openmimo.rl.scheduling.problems import Problem
 from openmimo.train.checkpoint import Progress
 from openmimo.train.config import CheckpointConfig
 from recipes.tiny_cpu import ROLLOUTS
@@ -25,10 +25,10 @@ _NEVER = 10**9
 class _Digits(task.TaskEpisode):
     """The prompts of a task, and the reward of all sides."""
 
-    def respond(self, text: str) -> Answer:
+    def respond(self, text: str) -> EnvResponse:
         """See Episode."""
         self._answer = text
-        return Answer()
+        return EnvResponse()
 
     def reward(self) -> float:
         """See Episode."""

@@ -1,4 +1,4 @@
-"""TRL behind the wire of `serving`: its GRPOTrainer and its DistillationTrainer, one optimiser step at a time.
+"""TRL behind the wire of `serving`: its GRPOTrainer and its DistillationTrainer, one optimizer step at a time.
 
 Settings are those that make it do our work and no more: no gradient checkpointing (its default), no logging, no
 reference model, one micro-batch, generation by transformers with its cache.
@@ -21,11 +21,11 @@ from serving import cost_of, serve  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback  # noqa: E402
 from trl import DistillationConfig, DistillationTrainer, GRPOConfig, GRPOTrainer  # noqa: E402
 
-_MOST_STEPS = 10**6
+_MAX_STEPS = 10**6
 
 
 class _Pace(TrainerCallback):
-    """Holds a trainer, which runs in a thread of its own, before every optimiser step until it may go on."""
+    """Holds a trainer, which runs in a thread of its own, before every optimizer step until it may go on."""
 
     def __init__(self):
         self._may_go: queue.Queue[None] = queue.Queue()
@@ -47,7 +47,7 @@ class _Pace(TrainerCallback):
         self._may_go.get()
 
     def on_step_end(self, *_, **__) -> None:
-        """After the optimiser's step."""
+        """After the optimizer's step."""
         self._ended.put(None)
 
     def _train(self, train: Callable[[], object]) -> None:
@@ -80,7 +80,7 @@ class Trl:
             model.generation_config.eos_token_id = end_ids
         settings = {
             "output_dir": run_folder, "per_device_train_batch_size": samples, "gradient_accumulation_steps": 1,
-            "max_steps": _MOST_STEPS, "learning_rate": learning_rate, "lr_scheduler_type": "constant",
+            "max_steps": _MAX_STEPS, "learning_rate": learning_rate, "lr_scheduler_type": "constant",
             "optim": "adamw_torch_fused", "adam_beta2": 0.95, "max_grad_norm": 1.0, "use_cpu": True, "bf16": False,
             "gradient_checkpointing": False, "max_completion_length": new_tokens, "shuffle_dataset": False,
             "generation_kwargs": {} if end_ids else {"min_new_tokens": new_tokens}, "logging_strategy": "no",

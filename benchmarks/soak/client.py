@@ -12,7 +12,7 @@ import httpx
 from benchmarks.soak.load import SCHEMA, Planned
 
 _JSON = {"content-type": "application/json"}
-_MOST_REFUSALS = 60
+_MAX_REFUSALS = 60
 _ERROR_TYPES = {400: "invalid_request_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
@@ -40,7 +40,7 @@ class Outcome:
 
 async def ask(client: httpx.AsyncClient, planned: Planned) -> Outcome:
     """Sends the request, again and again after a 429 as Retry-After says, until it is answered or cancelled."""
-    for num_refusals in range(_MOST_REFUSALS):
+    for num_refusals in range(_MAX_REFUSALS):
         try:
             async with asyncio.timeout(planned.cancel_after_seconds):
                 outcome = await _attempt(client, planned)
@@ -51,7 +51,7 @@ async def ask(client: httpx.AsyncClient, planned: Planned) -> Outcome:
         if outcome.status != 429 or outcome.problem:
             return replace(outcome, num_refusals=num_refusals)
         await asyncio.sleep(outcome.retry_after_seconds)
-    return replace(outcome, problem=f"refused with 429 {_MOST_REFUSALS} times")
+    return replace(outcome, problem=f"refused with 429 {_MAX_REFUSALS} times")
 
 
 async def _attempt(client: httpx.AsyncClient, planned: Planned) -> Outcome:

@@ -11,18 +11,18 @@ _TEXT = (
     "client stream reply prompt length seed schema queue memory thread river mountain garden window letter morning "
     "seven eleven forty quick brown lazy the of and to in is it that was for on are with as at be this have from or"
 )
-CORPUS = [_TEXT + ".\n", '{"name": "x", "count": 12, "colour": "red"}\n', "0123456789 def add(a, b):\n"]
+CORPUS = [_TEXT + ".\n", '{"name": "x", "count": 12, "color": "red"}\n', "0123456789 def add(a, b):\n"]
 SCHEMA = {
     "type": "object",
     "properties": {
         "name": {"type": "string", "maxLength": 8},
         "count": {"type": "integer", "minimum": 0, "maximum": 99},
-        "colour": {"enum": ["red", "green", "blue"]},
+        "color": {"enum": ["red", "green", "blue"]},
     },
-    "required": ["name", "count", "colour"],
+    "required": ["name", "count", "color"],
     "additionalProperties": False,
 }
-_MOST_NEW_TOKENS, _JSON_TOKENS, _TOKENS_TO_CANCEL = 120, 200, 200
+_MAX_NEW_TOKENS, _JSON_TOKENS, _TOKENS_TO_CANCEL = 120, 200, 200
 _NUM_PREFIXES, _PREFIX_WORDS = 4, 60
 _HI = [{"role": "user", "content": "hi"}]
 _MALFORMED: tuple[tuple[str, Any], ...] = (
@@ -38,7 +38,7 @@ _MALFORMED: tuple[tuple[str, Any], ...] = (
     (CHAT, {"messages": _HI, "response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "star"}}}}),
     (CHAT, {"messages": _HI, "top_logprobs": 2}),
     (CHAT, {"messages": _HI, "stream": True, "n": 0}),
-    (CHAT, {"messages": _HI, "colour": "red"}),
+    (CHAT, {"messages": _HI, "color": "red"}),
     (COMPLETION, {"prompt": []}),
     (COMPLETION, {"prompt": "hi", "max_tokens": -1}),
     (COMPLETION, {"prompt": "hi", "stream_options": {"include_usage": True}}),
@@ -117,7 +117,7 @@ def warm_up(model_name: str) -> list[Planned]:
 
 def _good(draw: random.Random, prefixes: list[str]) -> Planned:
     body: dict[str, Any] = {
-        "max_tokens": draw.randint(4, _MOST_NEW_TOKENS),
+        "max_tokens": draw.randint(4, _MAX_NEW_TOKENS),
         "temperature": draw.choice([0.0, 0.7, 1.0]),
         "stream": draw.random() < 0.5,
     }

@@ -90,6 +90,6 @@ def save_random_tiny(folder: Path) -> None:
     """Writes a checkpoint: the `tiny` preset with random weights and 2,048 positions, and a tokenizer of its own."""
     tokenizer = Tokenizer.train(CORPUS, vocab_size=tiny().vocab_size)
     model = MiMo(replace(tiny(), vocab_size=tokenizer.vocab_size, max_positions=_POSITIONS))
-    model.initialise(torch.Generator().manual_seed(0))
+    model.initialize(torch.Generator().manual_seed(0))
     save_model(model, folder)
     tokenizer.save(folder)

@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 from openmimo.core.errors import CheckpointError, ConfigError, UserError
 from openmimo.core.fields import checked, field_types, required_fields, shortened, unknown_key_message
 
-MOST_TEXT_BYTES = 1 << 28  # the index and tokenizer.json of the largest published models have a tenth of it
-_LISTED, _MOST_CHARACTERS = 20, 500
+MAX_TEXT_BYTES = 1 << 28  # the index and tokenizer.json of the largest published models have a tenth of it
+_LISTED, _MAX_CHARACTERS = 20, 500
 _KINDS = {
     stat.S_IFIFO: "a pipe",
     stat.S_IFSOCK: "a socket",
@@ -52,12 +52,12 @@ def file_in_folder(folder: Path, name: str, error: type[UserError] = CheckpointE
 
 
 def read_text(path: Path | str, error: type[UserError] = ConfigError) -> str:
-    """The text of a regular UTF-8 file of at most MOST_TEXT_BYTES. Raises `error` for anything else."""
+    """The text of a regular UTF-8 file of at most MAX_TEXT_BYTES. Raises `error` for anything else."""
     path = Path(path)
     _check_regular(path, error)
     size = path.stat().st_size
-    if size > MOST_TEXT_BYTES:
-        raise error(f"{path} has {size:,} bytes; a file of this kind has at most {MOST_TEXT_BYTES:,}.")
+    if size > MAX_TEXT_BYTES:
+        raise error(f"{path} has {size:,} bytes; a file of this kind has at most {MAX_TEXT_BYTES:,}.")
     try:
         return path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as problem:
@@ -126,7 +126,7 @@ def read_known_keys(
 
 def listed(findings: list[str], separator: str = " ") -> str:
     """The findings of one check as one text: the first of them, and how many more there are."""
-    shown = [text if len(text) <= _MOST_CHARACTERS else text[:_MOST_CHARACTERS] + "..." for text in findings[:_LISTED]]
+    shown = [text if len(text) <= _MAX_CHARACTERS else text[:_MAX_CHARACTERS] + "..." for text in findings[:_LISTED]]
     more = [f"There are {len(findings) - _LISTED} more."] if len(findings) > _LISTED else []
     return separator.join(shown + more)
 

@@ -1,7 +1,7 @@
 """Plug-ins by file name: a name is a file in a folder that exports one `PLUGIN`, or `package.module:Object`.
 
 There is no table to edit and no import-time registration: dropping a file into the folder adds the name, and the
-contract tests, which are parametrised over `names()`, hold it to the rules.
+contract tests, which are parametrized over `names()`, hold it to the rules.
 """
 
 import importlib

@@ -1,6 +1,6 @@
 """What post-training learns from: token sequences with one number per token for everything that is known of them.
 
-Rollouts make samples, algorithms annotate them, the trainer only reads the annotations. Text is never tokenised again.
+Rollouts make samples, algorithms annotate them, the trainer only reads the annotations. Text is never tokenized again.
 """
 
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""Where downloaded and tokenised data is kept between runs."""
+"""Where downloaded and tokenized data is kept between runs."""
 
 import contextlib
 import os

@@ -42,7 +42,7 @@ class Batch:
 def prepare_mixture(
     mixture: MixtureConfig, tokenizer: Tokenizer, *, sequence_length: int, with_validation: bool
 ) -> None:
-    """Fetches, tokenises and checks what a stage needs, so that it does not fail once it begins.
+    """Fetches, tokenizes and checks what a stage needs, so that it does not fail once it begins.
 
     With several processes, one calls this before the others go on. Raises ConfigError or DataError, as `Loader` and,
     with `with_validation`, `Loader.fixed_batches` would.

@@ -70,7 +70,7 @@ def _apportion(weights: Sequence[float]) -> np.ndarray:
 class OpenSource:
     """A source of a mixture, ready to give rows.
 
-    stores: the tokenised documents of a text source, by split; None for a synthetic one, which has `makers`.
+    stores: the tokenized documents of a text source, by split; None for a synthetic one, which has `makers`.
     """
 
     config: SourceConfig
@@ -128,7 +128,7 @@ class OpenSource:
 
 
 def open_mixture(mixture: MixtureConfig, tokenizer: Tokenizer, sequence_length: int) -> tuple[OpenSource, ...]:
-    """Opens every source, tokenising the texts that no earlier run has. Raises ConfigError or DataError."""
+    """Opens every source, tokenizing the texts that no earlier run has. Raises ConfigError or DataError."""
     opened = []
     fraction = mixture.validation_fraction
     for config in mixture.sources:

@@ -1,7 +1,7 @@
 """Long texts in pieces: what is encoded at once is bounded, and the ids stay those of the whole text.
 
 A cut goes where byte-level BPE of MiMo's kind splits a text before it merges: after a line end or before a blank, with
-something printed on both sides. Unicode normalisation joins nothing there either.
+something printed on both sides. Unicode normalization joins nothing there either.
 """
 
 import re

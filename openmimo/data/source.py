@@ -1,6 +1,6 @@
 """What a data source is: one file in `openmimo/data/sources` that exports `PLUGIN`, a TextSource or a SyntheticSource.
 
-A text source gives documents, which are tokenised once and cut into rows (`store`, `packing`). A synthetic source makes
+A text source gives documents, which are tokenized once and cut into rows (`store`, `packing`). A synthetic source makes
 whole rows of token ids from a random generator. Either says by a frozen dataclass which options it takes.
 """
 

@@ -1,4 +1,4 @@
-"""Documents as token ids on disk: tokenised once, then read through memory maps by every run with the same settings.
+"""Documents as token ids on disk: tokenized once, then read through memory maps by every run with the same settings.
 
 A store is a folder with, for each split, `<split>.bin` (ids of all documents one after another, each ended by the
 end-of-text token; uint16, or uint32 for a vocabulary over 65,536) and `<split>_offsets.bin` (int64 [documents + 1],
@@ -26,7 +26,7 @@ from openmimo.data.source import Piece, Split, TextSource, divided_documents, op
 from openmimo.data.tokenizer import Tokenizer
 
 FORMAT_VERSION = 2
-BATCH_CHARACTERS = 500_000  # tokenised at once, on all cores
+BATCH_CHARACTERS = 500_000  # tokenized at once, on all cores
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class TokenStore:
 
 
 def open_store(config: SourceConfig, tokenizer: Tokenizer, *, validation_fraction: float) -> dict[Split, TokenStore]:
-    """Both splits of a text source, tokenised now if no earlier run has.
+    """Both splits of a text source, tokenized now if no earlier run has.
 
     With several processes, let one call this first: the others then find the store. Raises DataError if the source
     cannot be read or is empty.
@@ -140,7 +140,7 @@ def _batches(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
 def _with_progress(config: SourceConfig, pieces: Iterator[Piece]) -> Iterator[Piece]:
     """The pieces of a source, with a line that shows how much text has been read, how fast, and the time left."""
     columns = [
-        rich.progress.TextColumn("tokenising {task.description}"),
+        rich.progress.TextColumn("tokenizing {task.description}"),
         rich.progress.BarColumn(),
         rich.progress.DownloadColumn(),
         rich.progress.TransferSpeedColumn(),
@@ -166,5 +166,5 @@ def _read_split(folder: Path, split: Split, description: dict) -> TokenStore:
 
 def _mapped(file: Path, dtype: np.dtype, length: int) -> np.ndarray:
     if not file.is_file() or file.stat().st_size != length * dtype.itemsize:
-        raise DataError(f"{file} is damaged: it should hold {length} numbers. Delete {file.parent} to tokenise again.")
+        raise DataError(f"{file} is damaged: it should hold {length} numbers. Delete {file.parent} to tokenize again.")
     return np.memmap(file, dtype=dtype, mode="r") if length else np.empty(0, dtype)

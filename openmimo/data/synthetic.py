@@ -9,7 +9,7 @@ import numpy as np
 from openmimo.core.errors import DataError
 from openmimo.data.source import Row, RowMaker, RowMakers, Split, split_of_bytes
 
-SMALLEST_SHARE = 0.001
+MIN_SHARE = 0.001
 Example = TypeVar("Example")
 
 
@@ -51,11 +51,11 @@ def makers_by_split(
     """The makers of a source whose examples are drawn without end. Raises DataError for a share too small to draw."""
     if validation_fraction == 0.0:
         return RowMakers({"train": lambda rng: make_row(rng, "train")})
-    if not SMALLEST_SHARE <= validation_fraction <= 1.0 - SMALLEST_SHARE:
+    if not MIN_SHARE <= validation_fraction <= 1.0 - MIN_SHARE:
         raise DataError(
             f"Source {source!r} cannot divide what it makes by a validation_fraction of {validation_fraction}: it "
             "draws until an example is on the wanted side. "
-            f"Take one from {SMALLEST_SHARE} to {1.0 - SMALLEST_SHARE}, or 0."
+            f"Take one from {MIN_SHARE} to {1.0 - MIN_SHARE}, or 0."
         )
 
     def maker(split: Split) -> RowMaker:

@@ -1,6 +1,6 @@
 """Byte-level BPE of the Qwen2 kind, as MiMo uses it: trained here, or read from a checkpoint folder.
 
-Text is NFC-normalised and cut by Qwen2's pattern (digits one at a time); there is no beginning-of-text token and no
+Text is NFC-normalized and cut by Qwen2's pattern (digits one at a time); there is no beginning-of-text token and no
 prefix space. Every byte has a token, so any text can be encoded and special tokens are never needed for it.
 """
 
@@ -19,7 +19,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from openmimo.core.errors import DataError
 from openmimo.core.reading import parse_json, read_known_keys, require_folder
 from openmimo.core.records import Message
-from openmimo.data.chat_template import check_template, mimo_template, render
+from openmimo.data.chat.template import check_template, mimo_template, render
 from openmimo.data.companions import Companions, read_companions
 from openmimo.data.text_pieces import text_pieces
 from openmimo.data.tokenizer_files import GenerationConfig, TokenizerConfig, read_backend, token_text

@@ -11,7 +11,7 @@ from tokenizers import pre_tokenizers
 from openmimo.core.errors import DataError
 from openmimo.core.reading import parse_json, read_known_keys
 
-_MOST_IDS = 1 << 24  # as many as a model's vocabulary may have
+_MAX_IDS = 1 << 24  # as many as a model's vocabulary may have
 
 
 @dataclass(frozen=True)
@@ -109,8 +109,8 @@ def read_backend(text: str, path: Path) -> tokenizers.Tokenizer:
     lacking = [character for character in pre_tokenizers.ByteLevel.alphabet() if character not in vocabulary]
     if lacking:
         raise DataError(f"{where} has no token for {len(lacking)} of the 256 bytes; a text with them would be cut.")
-    if max(vocabulary.values()) >= _MOST_IDS:
-        raise DataError(f"{where} has the id {max(vocabulary.values())}; ids are below {_MOST_IDS}.")
+    if max(vocabulary.values()) >= _MAX_IDS:
+        raise DataError(f"{where} has the id {max(vocabulary.values())}; ids are below {_MAX_IDS}.")
     for number, token in enumerate(added):
         if not token.content or vocabulary.get(token.content) != token.id:
             raise DataError(

@@ -6,7 +6,7 @@ from typing import Any
 
 from openmimo.core.config import to_dict
 from openmimo.core.records import SamplingParams
-from openmimo.data.conversation import encode_prompt
+from openmimo.data.chat.conversation import encode_prompt
 from openmimo.data.source import TextSource, open_source, read_documents, split_of
 from openmimo.data.tokenizer import Tokenizer
 from openmimo.demo.config import DemoConfig
@@ -14,7 +14,7 @@ from openmimo.engine.llm import LLM
 from openmimo.evals.config import EvalConfig
 from openmimo.evals.runner import run as run_evaluation
 from openmimo.model.hf import load_model
-from openmimo.rl.environment import open_environment
+from openmimo.rl.agents.environment import open_environment
 
 _PROMPT_TOKENS = 64
 

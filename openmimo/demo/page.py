@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from openmimo.core.metrics import read_metrics
-from openmimo.core.report import Report, new_figure
 from openmimo.demo.config import DemoConfig
 from openmimo.rl.compare import Cell, seesaw_figure, seesaw_table
+from openmimo.runtime.report import Report, new_figure
 from openmimo.train.report import add_training_figures
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def _retrieval(findings: "Findings", config: DemoConfig) -> Any:
         (max(stage.sequence_length for stage in config.pretrain.stages), "trained to"),
         (config.extend.sequence_length, "extended to"),
     ):
-        axis.axvline(length, color="grey", linestyle=":")
+        axis.axvline(length, color="gray", linestyle=":")
         axis.annotate(label, (length, 1.03), ha="center", fontsize=8)
     axis.set_xscale("log", base=2)
     axis.set(xlabel="context length, tokens", ylabel="facts found", ylim=(-0.03, 1.1))

@@ -21,9 +21,9 @@ from openmimo.model.attention import KVSpec, kv_spec
 from openmimo.model.config import AttentionConfig
 
 _USUAL_POSITIONS = 1024  # what a page's half-filled end is weighed against in layers that keep everything
-_MOST_PAGE_POSITIONS = 64
-_MOST_BLOCK_POSITIONS = 128
-_LEAST_BLOCK_POSITIONS = 16
+_MAX_PAGE_POSITIONS = 64
+_MAX_BLOCK_POSITIONS = 128
+_MIN_BLOCK_POSITIONS = 16
 _COST_OF_SMALL_PAGES = 0.01
 _FIRST_TABLE_PAGES = 64
 
@@ -62,20 +62,20 @@ def plan_pages(layers: Sequence[AttentionConfig]) -> PageLayout:
     for index, layer in enumerate(layers):
         layers_of.setdefault(kv_spec(layer), []).append(index)
     numbers = {spec: len(indices) * spec.bytes_per_position(1) for spec, indices in layers_of.items()}
-    sizes = {positions * numbers[spec] for spec in numbers for positions in range(1, _MOST_PAGE_POSITIONS + 1)}
+    sizes = {positions * numbers[spec] for spec in numbers for positions in range(1, _MAX_PAGE_POSITIONS + 1)}
     fitting = [size for size in sizes if size >= max(numbers.values())]
     page_numbers = min(sorted(fitting), key=lambda size: _waste(size, numbers))
     groups = tuple(
-        PageGroup(spec, tuple(indices), min(page_numbers // numbers[spec], _MOST_PAGE_POSITIONS))
+        PageGroup(spec, tuple(indices), min(page_numbers // numbers[spec], _MAX_PAGE_POSITIONS))
         for spec, indices in layers_of.items()
     )
     block = math.lcm(*(group.page_positions for group in groups))
-    return PageLayout(groups, page_numbers, block * -(-_LEAST_BLOCK_POSITIONS // block))
+    return PageLayout(groups, page_numbers, block * -(-_MIN_BLOCK_POSITIONS // block))
 
 
 def _waste(page_numbers: int, numbers: dict[KVSpec, int]) -> float:
-    positions = {spec: min(page_numbers // numbers[spec], _MOST_PAGE_POSITIONS) for spec in numbers}
-    if math.lcm(*positions.values()) > _MOST_BLOCK_POSITIONS:
+    positions = {spec: min(page_numbers // numbers[spec], _MAX_PAGE_POSITIONS) for spec in numbers}
+    if math.lcm(*positions.values()) > _MAX_BLOCK_POSITIONS:
         return math.inf
     shares = []
     for spec, count in positions.items():

@@ -19,7 +19,7 @@ from openmimo.model.context import RoutingTape
 
 _FIRST_POSITIONS = 512
 _ROTARY_PIECE = 1 << 16
-_MOST_SHORT_TOKENS = 16  # new tokens a sequence up to which a pass reads its keys in the pages
+_MAX_SHORT_TOKENS = 16  # new tokens a sequence up to which a pass reads its keys in the pages
 _Geometry = tuple[int, float, torch.dtype]
 
 
@@ -90,7 +90,7 @@ class PagedContext:
         self._spans = spans
         self._lengths = tuple(span.stop - span.start for span in spans)
         self._stops = tuple(span.stop for span in spans)
-        self._is_short = max(self._lengths) <= _MOST_SHORT_TOKENS
+        self._is_short = max(self._lengths) <= _MAX_SHORT_TOKENS
         if len(spans) == 1:
             self.positions_T = torch.arange(spans[0].start, spans[0].stop, device=rotary.device)
             self._table_rows = slice(spans[0].start, spans[0].stop)

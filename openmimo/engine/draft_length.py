@@ -2,7 +2,7 @@
 
 More drafts mean more accepted tokens, with falling returns, and a dearer step. Each number is tried a few times for
 each size of batch, because a batch that fills the machine pays for every token that it verifies in vain; then the best
-is used, and a neighbour is tried now and then. Acceptance and step times are running averages.
+is used, and a neighbor is tried now and then. Acceptance and step times are running averages.
 The choice changes speed only: the text is the same with any number of drafts.
 """
 

@@ -20,9 +20,9 @@ from openmimo.engine.cache import PageArena, plan_pages
 from openmimo.engine.config import EngineConfig
 from openmimo.engine.draft_length import DraftLength
 from openmimo.engine.prefix import PrefixCache
+from openmimo.engine.request_state import RequestState
 from openmimo.engine.runner import Runner
 from openmimo.engine.scheduler import Scheduler
-from openmimo.engine.sequence import Sequence
 from openmimo.engine.stats import EngineStats
 from openmimo.engine.text import TextStream
 from openmimo.engine.weights import set_weight
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 _SMALL_MODEL_PARAMETERS = 20_000_000  # below, waking a second CPU thread for a token takes longer than it saves
 _SHARE_OF_FREE_MEMORY = 0.4
-_MOST_IDLE_SESSIONS = 4096
+_MAX_IDLE_SESSIONS = 4096
 _CACHE_DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -78,8 +78,8 @@ class Engine:
         )
         is_small = active_matmul_parameters(model.config) < _SMALL_MODEL_PARAMETERS
         self._decode_threads = 1 if is_small else torch.get_num_threads()
-        self._sequences: dict[str, Sequence] = {}
-        self._idle_sessions: OrderedDict[str, Sequence] = OrderedDict()
+        self._sequences: dict[str, RequestState] = {}
+        self._idle_sessions: OrderedDict[str, RequestState] = OrderedDict()
         self._busy_sessions: set[str] = set()
         self._num_arrivals = 0
         self._paused = False
@@ -129,7 +129,7 @@ class Engine:
                 "max_tokens, or give the engine more cache_gigabytes."
             )
 
-    def submit(self, request: Request) -> Sequence:
+    def submit(self, request: Request) -> RequestState:
         """Accepts a request; its tokens come from `step`. Raises UserError as `check` does, or for an id in use."""
         self.check(request)
         if request.id in self._sequences:
@@ -139,7 +139,7 @@ class Engine:
         params = request.params
         eos_ids = frozenset() if params.ignore_eos else self.eos_ids
         decoder = self.tokenizer and StreamDecoder(self.tokenizer, skip_special=params.skip_special_tokens)
-        sequence = Sequence(
+        sequence = RequestState(
             request=request,
             tokens=list(request.prompt_token_ids),
             seed=secrets.randbits(63) if params.seed is None else params.seed,
@@ -159,7 +159,7 @@ class Engine:
         self.scheduler.add(sequence)
         return sequence
 
-    def abort(self, request_id: str) -> Sequence | None:
+    def abort(self, request_id: str) -> RequestState | None:
         """Ends a request at once and frees its pages; None if there is no such request (any more)."""
         sequence = self._sequences.get(request_id)
         if sequence is not None:
@@ -167,7 +167,7 @@ class Engine:
             self._retire(sequence)
         return sequence
 
-    def step(self) -> list[Sequence]:
+    def step(self) -> list[RequestState]:
         """One step. The sequences that gained tokens or ended; `take_delta` says what is new.
 
         Does nothing while paused, or without work.
@@ -204,7 +204,7 @@ class Engine:
         tensors: by parameter name, any part of them; None if the caller has changed the model's own already. version:
         recorded with every token from now on. recompute: read what is running again with the new weights (its tokens
         stay); otherwise it goes on with keys and values of the old ones. Prefixes and idle sessions are forgotten.
-        Linear layers that were quantised are quantised anew.
+        Linear layers that were quantized are quantized anew.
         Raises UserError, before anything is changed, for a name or shape that the model does not have.
         """
         own = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
@@ -236,7 +236,7 @@ class Engine:
         """Starts counting anew."""
         self.stats.reset()
 
-    def _after(self, touched: list[Sequence], read: list[Sequence]) -> None:
+    def _after(self, touched: list[RequestState], read: list[RequestState]) -> None:
         for sequence in dict.fromkeys(touched + read):
             if self.prefix is not None and sequence.node is not None:
                 self.prefix.extend(sequence)
@@ -249,7 +249,7 @@ class Engine:
         for sequence in finished:
             self._retire(sequence)
 
-    def _retire(self, sequence: Sequence) -> None:
+    def _retire(self, sequence: RequestState) -> None:
         del self._sequences[sequence.request.id]
         self.stats.num_cached_tokens += sequence.num_cached_tokens
         self.scheduler.remove(sequence)
@@ -257,7 +257,7 @@ class Engine:
         self._busy_sessions.discard(session)
         if session is not None and sequence.finish_reason not in ("abort", "error") and sequence.pages is not None:
             self._idle_sessions[session] = sequence
-            while len(self._idle_sessions) > _MOST_IDLE_SESSIONS:
+            while len(self._idle_sessions) > _MAX_IDLE_SESSIONS:
                 self._free_idle_session()
             return
         if self.prefix is not None:
@@ -265,12 +265,12 @@ class Engine:
             self.prefix.prune(sequence.node)
         self._release(sequence)
 
-    def _release(self, sequence: Sequence) -> None:
+    def _release(self, sequence: RequestState) -> None:
         routing = sequence.routing
         sequence.forget_computed()
         sequence.routing = routing
 
-    def _continue_session(self, sequence: Sequence) -> None:
+    def _continue_session(self, sequence: RequestState) -> None:
         """Takes over what an earlier turn of the session computed, if this prompt goes on from it."""
         earlier = self._idle_sessions.pop(sequence.request.session, None)
         if earlier is None:

@@ -13,8 +13,8 @@ from openmimo.core.records import Completion, Request, SamplingParams
 from openmimo.data.tokenizer import Tokenizer
 from openmimo.engine.config import EngineConfig
 from openmimo.engine.engine import Engine, check_token_ids
-from openmimo.engine.sequence import NOT_FINITE, Sequence
-from openmimo.engine.weights import quantise_linears
+from openmimo.engine.request_state import NOT_FINITE, RequestState
+from openmimo.engine.weights import quantize_linears
 from openmimo.kernels.token_loss import token_logprobs
 from openmimo.model.context import PackedContext
 from openmimo.model.hf import load_model
@@ -71,7 +71,7 @@ class LLM:
                 tokenizer = Tokenizer.load(model)
             model = load_model(model, dtype=dtype, device=device)
             if int8:
-                quantise_linears(model)
+                quantize_linears(model)
         elif int8:
             raise ConfigError("int8 would change the weights of a model that is the caller's; give a folder instead.")
         self.model = model
@@ -151,7 +151,7 @@ class LLM:
         """Starts counting anew."""
         self.engine.reset_stats()
 
-    def _run(self, sequences: list[Sequence]) -> Iterator[None]:
+    def _run(self, sequences: list[RequestState]) -> Iterator[None]:
         """Steps until these sequences have ended, pausing after every step. If the caller stops early, they end."""
         try:
             while not all(sequence.finish_reason for sequence in sequences):

@@ -18,9 +18,9 @@ from collections.abc import Iterator
 import numpy as np
 
 from openmimo.engine.cache import PageArena
-from openmimo.engine.sequence import Sequence
+from openmimo.engine.request_state import RequestState
 
-_LEAST_EVICTED_SHARE = 16  # an eviction frees at least this fraction of what is cached, so that scans stay rare
+_MIN_EVICTED_SHARE = 16  # an eviction frees at least this fraction of what is cached, so that scans stay rare
 
 
 class PrefixNode:
@@ -73,7 +73,7 @@ class PrefixCache:
             for page in pages
         )
 
-    def start(self, sequence: Sequence) -> None:
+    def start(self, sequence: RequestState) -> None:
         """Gives a sequence without pages the longest prefix that it can start after; at least one token is left."""
         node = self._root
         if sequence.params.prompt_logprobs:
@@ -98,7 +98,7 @@ class PrefixCache:
         sequence.computed = len(path) * self._block
         sequence.num_cached_tokens = min(sequence.computed, sequence.prompt_length)
 
-    def extend(self, sequence: Sequence) -> None:
+    def extend(self, sequence: RequestState) -> None:
         """Enters the blocks that a sequence has completed since it was last seen."""
         while sequence.node is not None and (sequence.node.depth + 1) * self._block <= sequence.computed:
             if not sequence.node.attached:
@@ -133,7 +133,7 @@ class PrefixCache:
     def evict(self, num_pages: int) -> None:
         """Frees at least so many pages, if the tree alone holds as many."""
         nodes = sorted(self._nodes(), key=lambda node: (node.last_use, -node.depth))
-        goal = self._arena.num_free + max(num_pages, len(nodes) // _LEAST_EVICTED_SHARE)
+        goal = self._arena.num_free + max(num_pages, len(nodes) // _MIN_EVICTED_SHARE)
         for node in nodes:
             if self._arena.num_free >= goal:
                 return
@@ -182,19 +182,19 @@ class PrefixCache:
             for number, window in enumerate(self._blocks_in_window)
         )
 
-    def _holds_all(self, sequence: Sequence, start: int) -> bool:
+    def _holds_all(self, sequence: RequestState, start: int) -> bool:
         return all(
             window is not None or self._pages_of(sequence, number, start) is not None
             for number, window in enumerate(self._blocks_in_window)
         )
 
-    def _pages_of(self, sequence: Sequence, number: int, start: int) -> list[int] | None:
+    def _pages_of(self, sequence: RequestState, number: int, start: int) -> list[int] | None:
         """The pages of a block that the tree keeps: of sliding layers, what a query after the block still reads."""
         stop = (start + self._block) // self._groups[number].page_positions
         pages = sequence.pages.table(number)[stop - self._pages_a_block[number] : stop].tolist()
         return None if min(pages) < 0 else pages
 
-    def _fill(self, node: PrefixNode, sequence: Sequence, start: int) -> None:
+    def _fill(self, node: PrefixNode, sequence: RequestState, start: int) -> None:
         for number in range(len(self._groups)):
             if node.pages[number] is not None:
                 continue

@@ -18,8 +18,8 @@ from openmimo.core.records import TokenLogprob
 from openmimo.engine.cache import PageArena
 from openmimo.engine.context import PagedContext, RotaryRows, Span
 from openmimo.engine.draft_length import DraftLength
+from openmimo.engine.request_state import NOT_FINITE, Decision, RequestState
 from openmimo.engine.sampler import Draw, LogitChange, chosen_logprobs, sample
-from openmimo.engine.sequence import NOT_FINITE, Decision, Sequence
 from openmimo.engine.speculative import Drafter, count_accepted
 from openmimo.engine.stats import EngineStats
 from openmimo.kernels.token_loss import token_logprobs
@@ -41,7 +41,7 @@ class Runner:
         self._routing_dtype = np.uint8 if model.config.moe and model.config.moe.num_experts <= 256 else np.int16
 
     @torch.inference_mode()
-    def decode(self, sequences: list[Sequence], policy_version: int) -> None:
+    def decode(self, sequences: list[RequestState], policy_version: int) -> None:
         """Gives every sequence at least one more token, and up to one more than it had drafts."""
         start = time.perf_counter()
         num_drafted = max(len(sequence.drafts) for sequence in sequences)
@@ -63,7 +63,7 @@ class Runner:
             self._draft_length.observe(len(sequences), num_drafted, time.perf_counter() - start)
 
     @torch.inference_mode()
-    def prefill(self, prefills: list[tuple[Sequence, int]], policy_version: int) -> None:
+    def prefill(self, prefills: list[tuple[RequestState, int]], policy_version: int) -> None:
         """Reads pieces of prompts, each up to its stop; a sequence that is then wholly read gets its next token."""
         sequences = [sequence for sequence, _ in prefills]
         fed = [sequence.tokens[sequence.computed : stop] for sequence, stop in prefills]
@@ -95,7 +95,7 @@ class Runner:
             self._draft([sequence for sequence, _ in read])
 
     def _confirm(
-        self, sequence: Sequence, hidden: Hidden, rows: slice, decided: list[Decision], policy_version: int
+        self, sequence: RequestState, hidden: Hidden, rows: slice, decided: list[Decision], policy_version: int
     ) -> None:
         """Keeps a sequence's tokens up to the first that was not drafted."""
         drafts, sequence.drafts = sequence.drafts, []
@@ -113,7 +113,7 @@ class Runner:
         self.stats.num_decoded_tokens += len(sequence.tokens) - length_before
         self.stats.num_new_tokens += len(sequence.tokens) - length_before
 
-    def _draft(self, sequences: list[Sequence]) -> int:
+    def _draft(self, sequences: list[RequestState]) -> int:
         """Gives those that go on their next drafts; how many at most."""
         running = [sequence for sequence in sequences if not sequence.finish_reason]
         if not self._drafter or not running:
@@ -122,7 +122,7 @@ class Runner:
         self._drafter.draft(running, num_drafts)
         return num_drafts
 
-    def _forward(self, sequences: list[Sequence], fed: list[list[int]]) -> tuple[Hidden, np.ndarray | None]:
+    def _forward(self, sequences: list[RequestState], fed: list[list[int]]) -> tuple[Hidden, np.ndarray | None]:
         """One pass over the next tokens of each; the second is its routed experts [T, L, A], if any sequence asks."""
         spans = [
             Span(sequence.pages, sequence.computed, sequence.computed + len(tokens))
@@ -148,7 +148,7 @@ class Runner:
             for token, logprob in zip(tokens, chosen_logprobs(logits_RV, tokens, draws), strict=True)
         ]
 
-    def _score_prompt(self, sequence: Sequence, states_TD: torch.Tensor, tokens: list[int]) -> None:
+    def _score_prompt(self, sequence: RequestState, states_TD: torch.Tensor, tokens: list[int]) -> None:
         """Log-probabilities of the tokens after the ones just read, as far as they belong to the prompt.
 
         Ends the sequence where one is not finite.
@@ -170,7 +170,7 @@ class Runner:
         sequence.prompt_logprobs += [TokenLogprob(*pair) for pair in zip(targets, logprobs, strict=True)]
 
 
-def draws_of(sequence: Sequence) -> list[Draw]:
+def draws_of(sequence: RequestState) -> list[Draw]:
     """What to decide after a sequence's newest token and after each of its drafts."""
     params, length = sequence.params, len(sequence.tokens)
     if not params.changes_logits:
@@ -179,7 +179,7 @@ def draws_of(sequence: Sequence) -> list[Draw]:
     return [Draw(params, sequence.seed, length + offset, change) for offset, change in enumerate(changes)]
 
 
-def _changes(sequence: Sequence) -> list[LogitChange]:
+def _changes(sequence: RequestState) -> list[LogitChange]:
     """The logit changes at each position to decide, as if the drafts before it were text.
 
     Behind a draft that the structure forbids, nothing matters: that draft will not be chosen.

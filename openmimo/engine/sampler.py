@@ -103,7 +103,7 @@ def _change(logits_V: torch.Tensor, params: SamplingParams, change: LogitChange)
 
 
 def filtered_probabilities(logits_RV: torch.Tensor, params: list[SamplingParams]) -> torch.Tensor:
-    """The distribution each row is drawn from, float64 [R, V], not normalised: temperature, then the cuts.
+    """The distribution each row is drawn from, float64 [R, V], not normalized: temperature, then the cuts.
 
     Top-p keeps the smallest set of most likely tokens that holds that probability, top-k at most that many of them,
     min-p those at least this fraction as likely as the likeliest.

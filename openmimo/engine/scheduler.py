@@ -17,7 +17,7 @@ import numpy as np
 from openmimo.engine.cache import PageArena, PageTables
 from openmimo.engine.config import EngineConfig
 from openmimo.engine.prefix import PrefixCache
-from openmimo.engine.sequence import Sequence
+from openmimo.engine.request_state import RequestState
 
 _SPARED_SHARE = 8  # this fraction of the arena is left free by positions that only a later request might use
 _STEPS_BETWEEN_TRIES = 8  # of a request that the cache has no room for; matching its prompt costs time
@@ -27,11 +27,11 @@ _STEPS_BETWEEN_TRIES = 8  # of a request that the cache has no room for; matchin
 class Plan:
     """One step. prefills: sequence and the position up to which its tokens are read."""
 
-    decodes: list[Sequence] = field(default_factory=list)
-    prefills: list[tuple[Sequence, int]] = field(default_factory=list)
+    decodes: list[RequestState] = field(default_factory=list)
+    prefills: list[tuple[RequestState, int]] = field(default_factory=list)
 
 
-def rank(sequence: Sequence) -> tuple[int, int]:
+def rank(sequence: RequestState) -> tuple[int, int]:
     """The order in which requests are served."""
     return (sequence.request.priority, sequence.arrival)
 
@@ -52,15 +52,15 @@ class Scheduler:
         num_drafts: int,
         free_idle: Callable[[], bool],
     ):
-        self.waiting: list[Sequence] = []
-        self.running: list[Sequence] = []
+        self.waiting: list[RequestState] = []
+        self.running: list[RequestState] = []
         self.num_preemptions = 0
         self._arena = arena
         self._prefix = prefix
         self._config = config
         self._margin = num_drafts
         self._free_idle = free_idle
-        self._refused: Sequence | None = None
+        self._refused: RequestState | None = None
         self._steps_to_next_try = 0
 
     def pages_at_most(self, max_length: int) -> int:
@@ -73,11 +73,11 @@ class Scheduler:
         )
         return self._arena.pages_for(max_length, self._margin) + while_read
 
-    def add(self, sequence: Sequence) -> None:
+    def add(self, sequence: RequestState) -> None:
         """Puts a sequence in its place among the waiting."""
         bisect.insort(self.waiting, sequence, key=rank)
 
-    def remove(self, sequence: Sequence) -> None:
+    def remove(self, sequence: RequestState) -> None:
         """Takes out a sequence, wherever it is. Its pages stay its own."""
         self._refused = None
         (self.waiting if sequence in self.waiting else self.running).remove(sequence)
@@ -141,7 +141,7 @@ class Scheduler:
             del self.waiting[0]
             bisect.insort(self.running, sequence, key=rank)
 
-    def _reach(self, sequence: Sequence, length: int) -> bool:
+    def _reach(self, sequence: RequestState, length: int) -> bool:
         """Takes the pages for `length` positions; False if the sequence had to be preempted itself."""
         missing = sequence.pages.missing(length)
         while missing > self._arena.num_free and not self._make_room(missing):
@@ -153,14 +153,14 @@ class Scheduler:
         sequence.pages.reach(length, spare_pages=max(spare, 0) if self._prefix is not None else 0)
         return True
 
-    def _could_have(self, num_pages: int, admitted: Sequence) -> bool:
+    def _could_have(self, num_pages: int, admitted: RequestState) -> bool:
         """Whether so many pages are free, or would be if everything but the running requests gave theirs back."""
         is_held = np.zeros(self._arena.num_pages, dtype=bool)
         for sequence in (*self.running, admitted):
             sequence.pages.mark_held(is_held)
         return num_pages <= self._arena.num_pages - np.count_nonzero(is_held)
 
-    def _make_room(self, num_pages: int, admitted: Sequence | None = None) -> bool:
+    def _make_room(self, num_pages: int, admitted: RequestState | None = None) -> bool:
         """Frees what no running request needs (nor the one that is to run), until so many pages are free or none is.
 
         Waiting turns hold what their session had computed; the last to be served loses it first.
@@ -174,7 +174,7 @@ class Scheduler:
                 sequence.forget_computed()
         return num_pages <= self._arena.num_free
 
-    def _preempt(self, victim: Sequence) -> None:
+    def _preempt(self, victim: RequestState) -> None:
         self.running.remove(victim)
         self._refused = None
         victim.forget_computed()

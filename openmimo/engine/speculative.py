@@ -18,7 +18,7 @@ import torch
 
 from openmimo.engine.cache import PageArena
 from openmimo.engine.context import PagedContext, RotaryRows, Span
-from openmimo.engine.sequence import Sequence
+from openmimo.engine.request_state import RequestState
 from openmimo.model.attention import kv_spec
 from openmimo.model.mimo import Hidden, MiMo
 
@@ -48,13 +48,13 @@ class Drafter:
         self._reads_pre_norm = model.config.mtp.hidden == "pre_norm"
         self._keep_positions = kv_spec(model.config.mtp.attention).keep_positions
 
-    def observe(self, sequence: Sequence, hidden: Hidden, rows: slice) -> None:
+    def observe(self, sequence: RequestState, hidden: Hidden, rows: slice) -> None:
         """Adds the main-model states of a sequence's newest computed slots, rows of the last pass."""
         states_TD = (hidden.pre_norm_TD if self._reads_pre_norm else hidden.post_norm_TD)[rows]
         known = sequence.states_TD
         sequence.states_TD = states_TD if known is None else torch.cat([known, states_TD])
 
-    def follow_prompt(self, sequences: list[Sequence]) -> None:
+    def follow_prompt(self, sequences: list[RequestState]) -> None:
         """Prefill: brings the heads up to the slots whose tokens are known, where their drafts will still see them."""
         for head in range(self.num_drafts):
             work = []
@@ -71,7 +71,7 @@ class Drafter:
                 self._run_head(head, work)
         self.forget_old_states(sequences)
 
-    def draft(self, sequences: list[Sequence], num_drafts: int) -> None:
+    def draft(self, sequences: list[RequestState], num_drafts: int) -> None:
         """Gives each sequence its next drafts, at most one fewer than it has room for (a step adds one token more)."""
         for head in range(num_drafts):
             ready = [sequence for sequence in sequences if sequence.room > head + 1]
@@ -84,12 +84,12 @@ class Drafter:
                 sequence.head_lengths[head] = max(sequence.computed - head, 0)
         self.forget_old_states(sequences)
 
-    def forget_old_states(self, sequences: list[Sequence]) -> None:
+    def forget_old_states(self, sequences: list[RequestState]) -> None:
         """Keeps what the last head, which lags most, still has to read. A copy, to let go of the pass it came from."""
         for sequence in sequences:
             sequence.states_TD = sequence.states_TD[-self.num_drafts :].clone()
 
-    def _run_head(self, head: int, work: list[tuple[Sequence, int]]) -> torch.Tensor:
+    def _run_head(self, head: int, work: list[tuple[RequestState, int]]) -> torch.Tensor:
         """Runs a head up to slot `stop` (exclusive) of each sequence; states [len(work), D] at the last."""
         spans, tokens, states = [], [], []
         for sequence, stop in work:
@@ -110,12 +110,12 @@ class Drafter:
         return out_TD[last_rows.to(out_TD.device)]
 
 
-def _oldest_state(sequence: Sequence) -> int:
+def _oldest_state(sequence: RequestState) -> int:
     """The first slot whose main-model state is still held."""
     return sequence.computed - sequence.states_TD.shape[0]
 
 
-def _tokens_between(sequence: Sequence, start: int, stop: int) -> list[int]:
+def _tokens_between(sequence: RequestState, start: int, stop: int) -> list[int]:
     """Tokens `start` to `stop` of the sequence with its drafts appended."""
     num_confirmed = len(sequence.tokens)
     return sequence.tokens[start:stop] + sequence.drafts[max(start - num_confirmed, 0) : max(stop - num_confirmed, 0)]

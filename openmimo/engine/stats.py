@@ -4,11 +4,11 @@ import warnings
 from dataclasses import dataclass, field
 
 from openmimo.engine.cache import PageArena
-from openmimo.engine.sequence import Sequence
+from openmimo.engine.request_state import RequestState
 
 # Heads that were loaded from the wrong tensors, or never trained, are right by chance: say so, once.
 _DRAFTS_OF_A_CHECK = 1000
-_LEAST_ACCEPTED = 50
+_MIN_ACCEPTED = 50
 
 
 @dataclass
@@ -38,7 +38,7 @@ class EngineStats:
         for head in range(min(num_accepted + 1, num_offered)):
             self.offered[head] += 1
             self.accepted[head] += head < num_accepted
-        if num_offered and self.offered[0] == _DRAFTS_OF_A_CHECK and self.accepted[0] < _LEAST_ACCEPTED:
+        if num_offered and self.offered[0] == _DRAFTS_OF_A_CHECK and self.accepted[0] < _MIN_ACCEPTED:
             warnings.warn(
                 f"of {self.offered[0]} drafts of the first MTP head {self.accepted[0]} were right, no more than by "
                 "chance: the heads are untrained or not those of this model, and drafting only costs; use "
@@ -46,7 +46,7 @@ class EngineStats:
                 stacklevel=2,
             )
 
-    def observe_cache(self, arena: PageArena, sequences: list[Sequence]) -> None:
+    def observe_cache(self, arena: PageArena, sequences: list[RequestState]) -> None:
         """Keeps the peak of the bytes that running sequences hold, and what a model of full layers would have held."""
         cache_bytes = arena.page_bytes * sum(sequence.pages.num_pages for sequence in sequences)
         if cache_bytes > self.cache_bytes:

@@ -6,18 +6,18 @@ from openmimo.model.layers import Linear
 from openmimo.model.mimo import MiMo
 
 
-def quantise_linears(model: MiMo) -> None:
+def quantize_linears(model: MiMo) -> None:
     """Linear layers to int8 with a scale for each output, in place; experts, routers, embedding and head stay."""
     for name, module in model.named_modules():
         if isinstance(module, Linear) and name != "lm_head":
-            module.quantise()
+            module.quantize()
 
 
 def set_weight(model: MiMo, name: str, tensor: torch.Tensor) -> None:
-    """New numbers for the parameter or buffer `name`, where that lies; quantised anew if it is int8."""
+    """New numbers for the parameter or buffer `name`, where that lies; quantized anew if it is int8."""
     owner, _, own_name = name.rpartition(".")
     module = model.get_submodule(owner)
     if isinstance(module, Linear) and own_name == "weight" and module.scale_O is not None:
-        module.quantise(tensor.to(module.weight.device))
+        module.quantize(tensor.to(module.weight.device))
     else:
         getattr(module, own_name).copy_(tensor)

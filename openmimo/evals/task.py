@@ -51,7 +51,7 @@ class Score:
 def wilson_interval(mean: float, examples: int) -> tuple[float, float]:
     """The 95 % Wilson interval of a share observed over `examples` trials."""
     z = 1.96
-    centre = (mean + z * z / (2 * examples)) / (1 + z * z / examples)
+    center = (mean + z * z / (2 * examples)) / (1 + z * z / examples)
     spread = z / (1 + z * z / examples) * math.sqrt(mean * (1 - mean) / examples + z * z / (4 * examples**2))
     # to within rounding the interval holds the mean already; plots want it exactly
-    return min(max(0.0, centre - spread), mean), max(min(1.0, centre + spread), mean)
+    return min(max(0.0, center - spread), mean), max(min(1.0, center + spread), mean)

@@ -15,7 +15,7 @@ _LARGEST = 127
 _CALL = struct.Struct("4P4q")  # `int8_call` of native/int8.c
 
 
-def quantise_rows(weight_OD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_rows(weight_OD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The nearest int8 [O, D], symmetric about 0, and the float32 scales [O] that give the weight back.
 
     A row's largest magnitude becomes 127, so no number is off by more than half of its row's scale.

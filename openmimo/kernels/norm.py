@@ -1,4 +1,4 @@
-"""Root-mean-square normalisation (arXiv 1910.07467)."""
+"""Root-mean-square normalization (arXiv 1910.07467)."""
 
 import functools
 import struct
@@ -8,7 +8,7 @@ import torch
 
 from openmimo.kernels import native
 
-_MOST_NATIVE_NUMBERS = 1 << 18  # more are worth torch's threads
+_MAX_NATIVE_NUMBERS = 1 << 18  # more are worth torch's threads
 _CALL = struct.Struct("3P3qd")  # `norm_call` of native/rows.c
 
 
@@ -21,7 +21,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Ten
     weight = weight if weight.dtype == x.dtype else weight.to(x.dtype)
     if torch.is_grad_enabled():
         return _RmsNorm.apply(x, weight, epsilon)
-    if x.is_cpu and x.numel() <= _MOST_NATIVE_NUMBERS and _is_readable(x, weight):
+    if x.is_cpu and x.numel() <= _MAX_NATIVE_NUMBERS and _is_readable(x, weight):
         return _native_rms_norm(x.contiguous(), weight.contiguous(), epsilon)
     return (x * _inverse_rms(x, epsilon)).to(x.dtype) * weight
 

@@ -11,7 +11,7 @@ import torch
 
 from openmimo.kernels import native
 
-_MOST_NATIVE_NUMBERS = 1 << 18  # more are worth torch's threads
+_MAX_NATIVE_NUMBERS = 1 << 18  # more are worth torch's threads
 _CALL = struct.Struct("4P8q")  # `rotary_call` of native/rows.c
 
 
@@ -38,7 +38,7 @@ def apply_rotary(x_THK: torch.Tensor, cos_TR: torch.Tensor, sin_TR: torch.Tensor
     """
     if torch.is_grad_enabled():
         return _Rotate.apply(x_THK, cos_TR, sin_TR)
-    if x_THK.is_cpu and x_THK.numel() <= _MOST_NATIVE_NUMBERS and _is_readable(x_THK, cos_TR, sin_TR):
+    if x_THK.is_cpu and x_THK.numel() <= _MAX_NATIVE_NUMBERS and _is_readable(x_THK, cos_TR, sin_TR):
         return _native_rotate(x_THK, cos_TR, sin_TR)
     return _rotate(x_THK, cos_TR, sin_TR)
 

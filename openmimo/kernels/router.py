@@ -33,12 +33,12 @@ def route(
     bias_E: torch.Tensor,
     *,
     experts_per_token: int,
-    normalise_weights: bool,
+    normalize_weights: bool,
     routed_scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Expert ids, int64 [T, A], best first by sigmoid score plus `bias_E`, and weights, float32 [T, A].
 
-    The weights are the scores, divided by their sum if `normalise_weights`, times `routed_scale`. Everything runs in
+    The weights are the scores, divided by their sum if `normalize_weights`, times `routed_scale`. Everything runs in
     float32, and a token's bits do not depend on the others.
     """
     T, D = x_TD.shape
@@ -52,7 +52,7 @@ def route(
         bias_E.data_ptr(),
         ids_TA.data_ptr(),
         weights_TA.data_ptr(),
-        *(T, D, weight_ED.shape[0], experts_per_token, normalise_weights),
+        *(T, D, weight_ED.shape[0], experts_per_token, normalize_weights),
         *(x_TD.dtype == bfloat16, weight_ED.dtype == bfloat16, bias_E.dtype == bfloat16),
         routed_scale,
     )

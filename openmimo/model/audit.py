@@ -24,9 +24,9 @@ class Audit:
     num_mtp_heads: int
 
 
-def audit(config: ModelConfig, *, quantised: bool = False) -> Audit:
-    """Counts a model without allocating it; with `quantised`, lists the scales of the published FP8 layout as well."""
-    shapes = checkpoint_layout(config, quantised=quantised)
+def audit(config: ModelConfig, *, quantized: bool = False) -> Audit:
+    """Counts a model without allocating it; with `quantized`, lists the scales of the published FP8 layout as well."""
+    shapes = checkpoint_layout(config, quantized=quantized)
     sizes = {name: prod(shape) for name, shape in shapes.items() if not name.endswith("_scale_inv")}
     mtp = sum(size for name, size in sizes.items() if name.startswith("model.mtp"))
     heads = config.num_mtp_heads

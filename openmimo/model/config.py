@@ -12,9 +12,9 @@ from openmimo.core.fields import Bounds, NonNegativeFloat, check_fields
 
 # The largest values are far above every published model: an impossible one is refused before a tensor is described, and
 # no product of them overflows 64 bits.
-MOST_LAYERS = 1024
+MAX_LAYERS = 1024
 Size = Annotated[int, Bounds(least=1, most=1 << 20)]
-LayerCount = Annotated[int, Bounds(least=1, most=MOST_LAYERS)]
+LayerCount = Annotated[int, Bounds(least=1, most=MAX_LAYERS)]
 HeadCount = Annotated[int, Bounds(least=1, most=1 << 16)]
 MTPHeadCount = Annotated[int, Bounds(least=1, most=64)]
 VocabSize = Annotated[int, Bounds(least=1, most=1 << 24)]
@@ -23,7 +23,7 @@ RopeTheta = Annotated[float, Bounds(least=1, most=1e15)]
 Scale = Annotated[float, Bounds(above=0, most=1e4)]
 Share = Annotated[float, Bounds(above=0, most=1)]
 Epsilon = Annotated[float, Bounds(above=0, most=1)]
-MOST_EXPERTS = 1 << 17  # of all layers together
+MAX_EXPERTS = 1 << 17  # of all layers together
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class MoEConfig:
     expert_dim: Size
     num_groups: Size = 1
     groups_per_token: Size = 1
-    normalise_weights: bool = True
+    normalize_weights: bool = True
     routed_scale: Scale = 1.0
 
     def __post_init__(self) -> None:
@@ -113,8 +113,8 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, "model")
-        if not 1 <= len(self.layers) <= MOST_LAYERS:
-            raise ConfigError(f"model.layers has {len(self.layers)} entries; it must have 1 to {MOST_LAYERS}.")
+        if not 1 <= len(self.layers) <= MAX_LAYERS:
+            raise ConfigError(f"model.layers has {len(self.layers)} entries; it must have 1 to {MAX_LAYERS}.")
         for number, layer in enumerate(self.layers):
             _check_attention(layer.attention, f"layer {number}")
             if layer.ffn == "moe" and self.moe is None:
@@ -181,9 +181,9 @@ def _check_attention(attention: AttentionConfig, where: str) -> None:
 
 
 def _check_moe(moe: MoEConfig, num_layers: int) -> None:
-    if num_layers * moe.num_experts > MOST_EXPERTS:
+    if num_layers * moe.num_experts > MAX_EXPERTS:
         raise ConfigError(
-            f"{num_layers} layers of {moe.num_experts} experts are more than {MOST_EXPERTS:,} experts in all."
+            f"{num_layers} layers of {moe.num_experts} experts are more than {MAX_EXPERTS:,} experts in all."
         )
     if moe.experts_per_token > moe.num_experts:
         raise ConfigError(f"experts_per_token is {moe.experts_per_token}; it must be 1 to {moe.num_experts}.")

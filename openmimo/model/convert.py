@@ -27,7 +27,7 @@ class ConvertConfig:
     """How `convert` writes.
 
     dtype: of the written tensors ("fp8" writes 128 x 128 block-scaled F8_E4M3 as the published checkpoint does, and
-    bfloat16 for what it leaves unquantised). projections: "split" q/k/v, or "fused_qkv" stacked by rank.
+    bfloat16 for what it leaves unquantized). projections: "split" q/k/v, or "fused_qkv" stacked by rank.
     max_shard_gigabytes: size of a file, at most; a tensor is never cut.
     """
 
@@ -71,12 +71,12 @@ def convert(
         write_shards(folder, entries, max_shard_bytes=int(config.max_shard_gigabytes * 2**30), on_tensor=on_tensor)
 
 
-def checkpoint_layout(config: ModelConfig, *, quantised: bool) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of a checkpoint of this model; with `quantised`, the FP8 scales as well."""
+def checkpoint_layout(config: ModelConfig, *, quantized: bool) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of a checkpoint of this model; with `quantized`, the FP8 scales as well."""
     with torch.device("meta"):
         model = MiMo(config)
     shapes = {slot.name: tuple(slot.target.shape) for slot in slots(model)}
-    if quantised:
+    if quantized:
         for name in [name for name in shapes if is_fp8_in_hub_layout(name)]:
             shapes[name + "_scale_inv"] = _scale_shape(name, shapes, model)
     return shapes
@@ -92,7 +92,7 @@ def _scale_shape(name: str, shapes: dict[str, tuple[int, ...]], model: MiMo) -> 
 
 
 def _has_rank_grid(name: str, model: MiMo) -> bool:
-    """Whether a layer's keys and values are quantised per rank, as in the published full layers.
+    """Whether a layer's keys and values are quantized per rank, as in the published full layers.
 
     That is where a rank's keys end inside a block, and the split scales still tell that they do: K has more rows of
     scales than uniform blocks would have, and V at least one for each rank. Every other layer takes uniform blocks.
@@ -127,17 +127,17 @@ def _converted_entries(model: MiMo, reader: CheckpointReader, config: ConvertCon
 def _fp8_entries(slot: Slot, model: MiMo, reader: CheckpointReader) -> Iterator[Entry]:
     scale_shape = _scale_shape(slot.name, {slot.name: tuple(slot.target.shape)}, model)
 
-    def quantised(index: int) -> torch.Tensor:
+    def quantized(index: int) -> torch.Tensor:
         name, ranks = slot.name, model.config.qkv_ranks
         k_name, v_name = (name.replace(name.split(".")[-2], part) for part in ("k_proj", "v_proj"))
         if name in (k_name, v_name) and _has_rank_grid(name, model):
             k, v = reader.read(k_name, model.config), reader.read(v_name, model.config)
-            k_code, v_code, k_scale, v_scale = fp8.quantise_rank_keys_values(k, v, ranks)
+            k_code, v_code, k_scale, v_scale = fp8.quantize_rank_keys_values(k, v, ranks)
             return ((k_code, k_scale) if name == k_name else (v_code, v_scale))[index]
-        return fp8.quantise(reader.read(name, model.config))[index]
+        return fp8.quantize(reader.read(name, model.config))[index]
 
-    yield Entry(slot.name, tuple(slot.target.shape), torch.float8_e4m3fn, lambda: quantised(0))
-    yield Entry(slot.name + "_scale_inv", scale_shape, torch.float32, lambda: quantised(1))
+    yield Entry(slot.name, tuple(slot.target.shape), torch.float8_e4m3fn, lambda: quantized(0))
+    yield Entry(slot.name + "_scale_inv", scale_shape, torch.float32, lambda: quantized(1))
 
 
 def _fused_entries(
@@ -155,5 +155,5 @@ def _fused_entries(
         yield Entry(fused_name, (rows, columns), DTYPES[config.dtype], fused)
         return
     scale_shape = (ranks * fp8.num_blocks(rows // ranks), fp8.num_blocks(columns))
-    yield Entry(fused_name, (rows, columns), torch.float8_e4m3fn, lambda: fp8.quantise_ranks(fused(), ranks)[0])
-    yield Entry(fused_name + "_scale_inv", scale_shape, torch.float32, lambda: fp8.quantise_ranks(fused(), ranks)[1])
+    yield Entry(fused_name, (rows, columns), torch.float8_e4m3fn, lambda: fp8.quantize_ranks(fused(), ranks)[0])
+    yield Entry(fused_name + "_scale_inv", scale_shape, torch.float32, lambda: fp8.quantize_ranks(fused(), ranks)[1])

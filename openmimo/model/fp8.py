@@ -2,7 +2,7 @@
 
 G key/value heads, K key dim, V value dim, D model dim.
 
-Two layouts exist. Most matrices use one uniform grid of blocks. Where key and value rows were quantised per rank, as
+Two layouts exist. Most matrices use one uniform grid of blocks. Where key and value rows were quantized per rank, as
 one slice [Q_r | K_r | V_r] of a fused matrix, the grid starts anew at each rank, and a block may hold the last rows of
 a rank's keys and the first of its values (docs/model.md tells how the split K and V scales must be read then).
 """
@@ -18,14 +18,14 @@ def num_blocks(rows: int) -> int:
     return -(-rows // BLOCK)
 
 
-def dequantise(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+def dequantize(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """Uniform blocks: weight [rows, cols] float8_e4m3fn, scale [ceil(rows/128), ceil(cols/128)] float32, to float32."""
     rows, cols = weight.shape
     grid = scale.float().repeat_interleave(BLOCK, 0)[:rows].repeat_interleave(BLOCK, 1)[:, :cols]
     return weight.float() * grid
 
 
-def quantise(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The inverse: float8_e4m3fn codes, and scales amax/448 per block (1 where a block is all zero)."""
     rows, cols = weight.shape
     padded = torch.zeros(num_blocks(rows) * BLOCK, num_blocks(cols) * BLOCK, dtype=torch.float32)
@@ -37,15 +37,15 @@ def quantise(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return codes.view(padded.shape)[:rows, :cols].contiguous(), scale
 
 
-def dequantise_ranks(weight: torch.Tensor, scale: torch.Tensor, num_ranks: int) -> torch.Tensor:
+def dequantize_ranks(weight: torch.Tensor, scale: torch.Tensor, num_ranks: int) -> torch.Tensor:
     """A matrix stacked of `num_ranks` slices, each with its own grid; scale [ranks * ceil(rows/ranks/128), ...]."""
     slices = zip(weight.chunk(num_ranks), scale.chunk(num_ranks), strict=True)
-    return torch.cat([dequantise(*pair) for pair in slices])
+    return torch.cat([dequantize(*pair) for pair in slices])
 
 
-def quantise_ranks(weight: torch.Tensor, num_ranks: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The inverse of `dequantise_ranks`."""
-    codes, scales = zip(*(quantise(part) for part in weight.chunk(num_ranks)), strict=True)
+def quantize_ranks(weight: torch.Tensor, num_ranks: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The inverse of `dequantize_ranks`."""
+    codes, scales = zip(*(quantize(part) for part in weight.chunk(num_ranks)), strict=True)
     return torch.cat(codes), torch.cat(scales)
 
 
@@ -54,27 +54,27 @@ def has_rank_scales(scale_rows: int, num_ranks: int, rows: int) -> bool:
     return rows % num_ranks == 0 and scale_rows == num_ranks * num_blocks(rows // num_ranks) != num_blocks(rows)
 
 
-def dequantise_rank_keys_values(
+def dequantize_rank_keys_values(
     k: torch.Tensor, v: torch.Tensor, k_scale: torch.Tensor, v_scale: torch.Tensor, num_ranks: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Split K [G*K, D] and V [G*V, D] that were quantised as one slice [K_r | V_r] per rank; both to float32.
+    """Split K [G*K, D] and V [G*V, D] that were quantized as one slice [K_r | V_r] per rank; both to float32.
 
     With K = 192 and V = 128 the slice of a rank has 320 rows and three rows of scales, of which the export put two with
     K and one with V: the second holds for K rows 128-191 and V rows 0-63.
     """
     scale = torch.cat([_per_rank(k_scale, num_ranks), _per_rank(v_scale, num_ranks)], dim=1).flatten(0, 1)
     rows = torch.cat([_per_rank(k, num_ranks), _per_rank(v, num_ranks)], dim=1)
-    restored = dequantise_ranks(rows.flatten(0, 1), scale, num_ranks).view(num_ranks, -1, k.shape[1])
+    restored = dequantize_ranks(rows.flatten(0, 1), scale, num_ranks).view(num_ranks, -1, k.shape[1])
     key_rows = k.shape[0] // num_ranks
     return restored[:, :key_rows].flatten(0, 1), restored[:, key_rows:].flatten(0, 1)
 
 
-def quantise_rank_keys_values(
+def quantize_rank_keys_values(
     k: torch.Tensor, v: torch.Tensor, num_ranks: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The inverse: codes of K and V, then their scales, laid out as in the full layers of the published checkpoint."""
     rows = torch.cat([_per_rank(k, num_ranks), _per_rank(v, num_ranks)], dim=1).flatten(0, 1)
-    codes, scale = quantise_ranks(rows, num_ranks)
+    codes, scale = quantize_ranks(rows, num_ranks)
     key_rows = k.shape[0] // num_ranks
     codes, scale = _per_rank(codes, num_ranks), _per_rank(scale, num_ranks)
     key_blocks = num_blocks(key_rows)

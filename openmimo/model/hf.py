@@ -112,7 +112,7 @@ def _other_files(folder: Path) -> list[str]:
 def _check_floating(model: MiMo) -> None:
     narrow = next((name for name, tensor in model.named_parameters() if not tensor.is_floating_point()), None)
     if narrow:
-        raise CheckpointError(f"{narrow} is {model.get_parameter(narrow).dtype}; a quantised model cannot be saved.")
+        raise CheckpointError(f"{narrow} is {model.get_parameter(narrow).dtype}; a quantized model cannot be saved.")
 
 
 def write_model(

@@ -66,7 +66,7 @@ class _RopeByKind(_Rope):
 
 @dataclass(frozen=True)
 class _Quantization:
-    """What of `quantization_config` decides how tensors are read; the other keys name what is not quantised."""
+    """What of `quantization_config` decides how tensors are read; the other keys name what is not quantized."""
 
     quant_method: Literal["fp8"]
     fmt: Literal["e4m3"] | None = None
@@ -303,7 +303,7 @@ class _Reader:
             expert_dim=hub.moe_intermediate_size,
             num_groups=_or(hub.n_group, 1),
             groups_per_token=_or(hub.topk_group, 1),
-            normalise_weights=_or(hub.norm_topk_prob, True),
+            normalize_weights=_or(hub.norm_topk_prob, True),
             routed_scale=_or(hub.routed_scaling_factor, 1.0),
         )
 
@@ -387,7 +387,7 @@ def _hybrid_keys(config: ModelConfig, kinds: dict[str, AttentionConfig], referen
             "moe_intermediate_size": config.moe.expert_dim,
             "n_group": config.moe.num_groups,
             "topk_group": config.moe.groups_per_token,
-            "norm_topk_prob": config.moe.normalise_weights,
+            "norm_topk_prob": config.moe.normalize_weights,
             "routed_scaling_factor": config.moe.routed_scale,
             "scoring_func": "sigmoid",
             "topk_method": "noaux_tc",

@@ -11,7 +11,7 @@ from openmimo.core.reading import file_in_folder, listed, parse_json, read_json,
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-_MOST_HEADER_BYTES = 100_000_000  # the format's own limit
+_MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def _read_header(folder: Path, name: str) -> dict[str, StoredTensor]:
         raise CheckpointError(f"{folder / name} is missing, but the checkpoint's index names it. Download it again.")
     with open_safetensors(path), open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        text = file.read(min(length, _MOST_HEADER_BYTES)).decode("utf-8")
+        text = file.read(min(length, _MAX_HEADER_BYTES)).decode("utf-8")
     # The library has accepted the header; it keeps the last of two tensors of one name, which parse_json refuses.
     header = parse_json(text, f"the header of {path}", CheckpointError)
     header.pop("__metadata__", None)

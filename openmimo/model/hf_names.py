@@ -77,6 +77,6 @@ def count_mtp_heads(names: set[str], config: ModelConfig) -> int:
 
 
 def is_fp8_in_hub_layout(name: str) -> bool:
-    """Whether the published FP8 checkpoint quantises this tensor: attention inputs and every FFN, but not o_proj."""
-    quantised = ("q_proj", "k_proj", "v_proj", "qkv_proj", "gate_proj", "up_proj", "down_proj")
-    return name.endswith(tuple(f".{part}.weight" for part in quantised))
+    """Whether the published FP8 checkpoint quantizes this tensor: attention inputs and every FFN, but not o_proj."""
+    quantized = ("q_proj", "k_proj", "v_proj", "qkv_proj", "gate_proj", "up_proj", "down_proj")
+    return name.endswith(tuple(f".{part}.weight" for part in quantized))

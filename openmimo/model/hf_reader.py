@@ -107,7 +107,7 @@ class CheckpointReader:
         return {(blocks, fp8.num_blocks(columns)) for blocks in allowed}
 
     def _has_rank_scales(self, name: str, config: ModelConfig) -> bool:
-        """Whether the keys of this layer, and with them its values, are quantised per rank."""
+        """Whether the keys of this layer, and with them its values, are quantized per rank."""
         k_name = name.replace(_part(name), "k_proj")
         weight, scale = self.stored.get(k_name), self.stored.get(k_name + _SCALE)
         if weight is None or scale is None or not weight.shape or not scale.shape:
@@ -123,11 +123,11 @@ class CheckpointReader:
             return self._tensor(name)
         if _part(name) in ("k_proj", "v_proj") and self._has_rank_scales(name, config):
             return self._read_rank_keys_values(name, config)
-        return fp8.dequantise(self._tensor(name), self._scale(name))
+        return fp8.dequantize(self._tensor(name), self._scale(name))
 
     def _read_rank_keys_values(self, name: str, config: ModelConfig) -> torch.Tensor:
         k_name, v_name = (name.replace(_part(name), part) for part in ("k_proj", "v_proj"))
-        k, v = fp8.dequantise_rank_keys_values(
+        k, v = fp8.dequantize_rank_keys_values(
             self._tensor(k_name), self._tensor(v_name), self._scale(k_name), self._scale(v_name), config.qkv_ranks
         )
         return k if name == k_name else v
@@ -136,7 +136,7 @@ class CheckpointReader:
         spec, ranks = _attention_of(name, config), config.qkv_ranks
         tensor = self._tensor(physical)
         if physical + _SCALE in self.stored:
-            tensor = fp8.dequantise_ranks(tensor, self._scale(physical), ranks)
+            tensor = fp8.dequantize_ranks(tensor, self._scale(physical), ranks)
         return split_fused(tensor, spec, ranks)[_part(name)]
 
     def _physical(self, name: str) -> str:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from openmimo.kernels.int8_linear import int8_linear, quantise_rows
+from openmimo.kernels.int8_linear import int8_linear, quantize_rows
 from openmimo.kernels.linear import joined_linear
 from openmimo.kernels.norm import rms_norm
 from openmimo.kernels.rotary import apply_rotary
@@ -24,7 +24,7 @@ def as_dtype(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 class Linear(nn.Linear):
-    """A linear layer that computes in the dtype of its input. scale_O: of int8 weights, after `quantise`."""
+    """A linear layer that computes in the dtype of its input. scale_O: of int8 weights, after `quantize`."""
 
     scale_O: torch.Tensor | None = None
 
@@ -32,9 +32,9 @@ class Linear(nn.Linear):
         """x [..., in] to [..., out]."""
         return project(x, (self,))
 
-    def quantise(self, weight_OD: torch.Tensor | None = None) -> None:
+    def quantize(self, weight_OD: torch.Tensor | None = None) -> None:
         """Keeps the weight, or this new one, as int8 with a scale for each output: for inference, not to be saved."""
-        weight_OD, self.scale_O = quantise_rows(self.weight if weight_OD is None else weight_OD)
+        weight_OD, self.scale_O = quantize_rows(self.weight if weight_OD is None else weight_OD)
         self.weight = nn.Parameter(weight_OD, requires_grad=False)
 
     def parameters_as(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -52,8 +52,8 @@ class DecoderLayer(nn.Module):
 class MiMo(nn.Module):
     """The model with its MTP heads.
 
-    The parameters are created on the current default device and left uninitialised where a checkpoint will fill them;
-    call `initialise` for a model to train from nothing. compute_dtype: dtype of the activations (the parameters' own by
+    The parameters are created on the current default device and left uninitialized where a checkpoint will fill them;
+    call `initialize` for a model to train from nothing. compute_dtype: dtype of the activations (the parameters' own by
     default). activation_checkpointing: recompute each layer in the backward pass instead of keeping its activations.
     companions: the tokenizer's files of the folder that the model was loaded from; they are saved with it. is_extended:
     `extend_context` has given it more positions than that folder says.
@@ -151,7 +151,7 @@ class MiMo(nn.Module):
         self.config = self.config.with_mtp_heads(len(self.model.mtp.layers))
 
     @torch.no_grad()
-    def initialise(self, generator: torch.Generator) -> None:
+    def initialize(self, generator: torch.Generator) -> None:
         """Weights from N(0, init_std) (paper section 3.1), norms at one, biases, sinks and selection biases at zero."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding, Router)):

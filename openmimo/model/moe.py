@@ -3,7 +3,7 @@
 T tokens, D model dim, E experts, A active experts, F expert hidden dim.
 
 Balance (paper section 3.1): a selection bias per expert, moved without gradient towards the mean load after each
-optimiser step (`update_selection_bias`), and a small sequence-level loss whose gradient is injected at the router, so
+optimizer step (`update_selection_bias`), and a small sequence-level loss whose gradient is injected at the router, so
 that it needs no way through the rest of the model.
 """
 
@@ -36,7 +36,7 @@ class Router(nn.Module):
                 weight_ED,
                 self.e_score_correction_bias,
                 experts_per_token=moe.experts_per_token,
-                normalise_weights=moe.normalise_weights,
+                normalize_weights=moe.normalize_weights,
                 routed_scale=moe.routed_scale,
             )
         else:
@@ -54,7 +54,7 @@ class Router(nn.Module):
             replayed_TA = context.routing.replayed[layer].to(ids_TA.device, torch.int64)
             ids_TA = torch.where(replayed_TA < 0, ids_TA, replayed_TA)
         weights_TA = scores_TE.gather(1, ids_TA)
-        if self.moe.normalise_weights:
+        if self.moe.normalize_weights:
             weights_TA = weights_TA / (weights_TA.sum(dim=-1, keepdim=True) + 1e-20)
         if self.moe.routed_scale != 1.0:
             weights_TA = weights_TA * self.moe.routed_scale
@@ -77,7 +77,7 @@ class Router(nn.Module):
     def update_selection_bias(self, load_E: torch.Tensor, rate: float) -> None:
         """Moves each expert's bias by `rate` towards the mean load (aux-loss-free balancing, arXiv 2408.15664).
 
-        `load_E`: tokens that chose each expert in the last optimiser step. The mean of the bias is kept at zero: a
+        `load_E`: tokens that chose each expert in the last optimizer step. The mean of the bias is kept at zero: a
         common offset changes no choice, and left alone it drifts.
         """
         load_E = load_E.to(self.e_score_correction_bias.dtype)
@@ -118,16 +118,16 @@ def sequence_balance_loss(scores_TE: torch.Tensor, ids_TA: torch.Tensor, balance
 
     The trainer's sequences are its rows, as in that paper.
 
-    f_e: share of the sequence's choices that fell on expert e, times E; P_e: mean normalised score of e. 1 when even.
+    f_e: share of the sequence's choices that fell on expert e, times E; P_e: mean normalized score of e. 1 when even.
     """
     E, A = scores_TE.shape[1], ids_TA.shape[1]
     ones_TA = torch.ones_like(ids_TA, dtype=scores_TE.dtype)
     chosen_TE = torch.zeros_like(scores_TE).scatter_(1, ids_TA, ones_TA)
-    normalised_TE = scores_TE / scores_TE.sum(dim=-1, keepdim=True)
+    normalized_TE = scores_TE / scores_TE.sum(dim=-1, keepdim=True)
     zeros = scores_TE.new_zeros(balance.num_sequences, E)
     length = zeros[:, :1].index_add(0, balance.sequence_T, torch.ones_like(scores_TE[:, :1]))
     frequency = zeros.index_add(0, balance.sequence_T, chosen_TE) * (E / A) / length
-    probability = zeros.index_add(0, balance.sequence_T, normalised_TE) / length
+    probability = zeros.index_add(0, balance.sequence_T, normalized_TE) / length
     return (frequency * probability).sum(dim=-1).mean()
 
 

@@ -85,21 +85,21 @@ class PolicyOptions:
     """Settings of every algorithm that learns from rewards.
 
     Attributes:
-        normalisation: What a token counts: token (all tokens of the step the same), sequence (all answers the same), or
+        normalization: What a token counts: token (all tokens of the step the same), sequence (all answers the same), or
             constant (1 / (answers * max_answer_tokens)).
         max_answer_tokens: Only with constant (None: the longest answer of the step; give the limit of the rollouts for
             the same number at every step).
         correction: For the gap between trainer and engine.
     """
 
-    normalisation: Literal["token", "sequence", "constant"] = "token"
+    normalization: Literal["token", "sequence", "constant"] = "token"
     max_answer_tokens: PositiveInt | None = None
     correction: Correction = Correction("tis")
 
     def __post_init__(self) -> None:
         check_fields(self, "algorithm_options")
-        if self.max_answer_tokens is not None and self.normalisation != "constant":
-            raise ConfigError("max_answer_tokens has no effect unless normalisation is 'constant'; leave it out.")
+        if self.max_answer_tokens is not None and self.normalization != "constant":
+            raise ConfigError("max_answer_tokens has no effect unless normalization is 'constant'; leave it out.")
 
 
 @dataclass(frozen=True)

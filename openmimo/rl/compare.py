@@ -17,7 +17,6 @@ from rich.table import Table
 
 from openmimo.core.errors import ConfigError
 from openmimo.core.files import write_text_atomic
-from openmimo.core.report import Report, new_figure
 from openmimo.core.run_folder import run_folder
 from openmimo.core.statistics import bootstrap_interval
 from openmimo.data.tokenizer import Tokenizer
@@ -26,9 +25,10 @@ from openmimo.model.hf import load_model
 from openmimo.rl.config import CompareConfig
 from openmimo.rl.evaluate import evaluate_policy
 from openmimo.runtime.device import resolve_device
+from openmimo.runtime.report import Report, new_figure
 from openmimo.train.config import check_path
 
-_SMALLEST_HEADROOM = 0.05
+_MIN_HEADROOM = 0.05
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def _cells(config: CompareConfig, rewards: dict[str, list[dict[str, list[float]]
         base = _over_seeds(rewards["base"], domain)
         teacher = _over_seeds(rewards[config.teachers.get(domain, "base")], domain)
         headroom = _mean(teacher) - _mean(base)
-        recovered = (_mean(own) - _mean(base)) / headroom if headroom >= _SMALLEST_HEADROOM else float("nan")
+        recovered = (_mean(own) - _mean(base)) / headroom if headroom >= _MIN_HEADROOM else float("nan")
         change = bootstrap_interval([mine - before for mine, before in zip(own, base, strict=True)])
         cells[domain] = Cell(_mean(own), *bootstrap_interval(own), recovered, change[1] < 0)
     return cells
@@ -154,13 +154,13 @@ def seesaw_figure(config: CompareConfig, cells: dict[str, dict[str, Cell]]) -> A
     figure, axis = new_figure(width=max(8.5, 1.1 * len(cells)), height=4.2)
     from matplotlib import colormaps  # after new_figure has chosen a backend without a display
 
-    colours = colormaps["tab10" if len(cells) <= 10 else "tab20"]
+    colors = colormaps["tab10" if len(cells) <= 10 else "tab20"]
     width = 0.8 / len(cells)
     for place, (name, row) in enumerate(cells.items()):
         for number, source in enumerate(config.sources):
             cell = row[source.name]
             axis.bar(
-                number + (place + 0.5) * width - 0.4, cell.mean, width, color=colours(place % 20),
+                number + (place + 0.5) * width - 0.4, cell.mean, width, color=colors(place % 20),
                 yerr=[[max(0.0, cell.mean - cell.low)], [max(0.0, cell.high - cell.mean)]],
                 hatch="//" if config.teachers.get(source.name) == name else None,
                 label=name if number == 0 else None, error_kw={"linewidth": 0.8},

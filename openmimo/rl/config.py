@@ -15,7 +15,7 @@ from openmimo.core.fields import (
     check_fields,
 )
 from openmimo.engine.config import EngineConfig
-from openmimo.train.config import CheckpointConfig, OptimiserConfig
+from openmimo.train.config import CheckpointConfig, OptimizerConfig
 
 PositiveFraction = Annotated[float, Bounds(above=0, most=1)]
 AtLeastOne = Annotated[float, Bounds(least=1)]
@@ -100,7 +100,7 @@ class SchedulerConfig(SchedulingConfig):
         easy_fraction: Problems that were solved in every sample are drawn with this probability only, all of them
             together (none: they stay in their stream like the others).
         unfinished: What happens to groups that are not finished when a batch is: "abort" drops them, and with them the
-            finished groups that the batch has no room for (keeping only those would favour short answers); "partial"
+            finished groups that the batch has no room for (keeping only those would favor short answers); "partial"
             carries both over to the next step.
         max_staleness: Only with unfinished "partial": samples with a token that many versions older than the policy are
             learned from; older ones never.
@@ -199,7 +199,7 @@ class RlConfig:
         algorithm_options: Settings of that algorithm (its `options` dataclass lists them); on the command line,
             `--algorithm-options.NAME VALUE` for each.
         groups_per_step: Prompts of a batch.
-        updates_per_step: Optimiser steps on each batch, over its groups in as many parts.
+        updates_per_step: Optimizer steps on each batch, over its groups in as many parts.
         learning_rate: After the warm-up.
         end_learning_rate: To which it falls along a cosine until the last step (none: it stays).
         warmup_steps: Steps in which it rises linearly.
@@ -234,7 +234,7 @@ class RlConfig:
         threads: CPU threads of torch (0: as torch chooses).
         tensorboard: Write event files to `<run_folder>/tensorboard` too.
         engine: Cache and drafting of the rollouts.
-        optimiser: AdamW and gradient clipping.
+        optimizer: AdamW and gradient clipping.
         checkpoints: When they are written, which are kept.
         evaluation: Held-out problems.
     """
@@ -277,7 +277,7 @@ class RlConfig:
     engine: EngineConfig = EngineConfig(
         max_sequences=128, prefill_tokens=4096, mixed_prefill_tokens=1024, speculative=False
     )
-    optimiser: OptimiserConfig = OptimiserConfig(weight_decay=0.0)
+    optimizer: OptimizerConfig = OptimizerConfig(weight_decay=0.0)
     checkpoints: CheckpointConfig = CheckpointConfig(every_steps=20)
     evaluation: RlEvaluation = RlEvaluation()
 

@@ -8,12 +8,12 @@ from openmimo.core.errors import UserError
 from openmimo.core.samples import Sample
 from openmimo.data.source import Split
 from openmimo.engine.engine import Engine
+from openmimo.rl.agents.environment import Episode, open_environment
+from openmimo.rl.agents.episode_calls import EpisodeCalls
 from openmimo.rl.config import RlSource
-from openmimo.rl.environment import Episode, open_environment
-from openmimo.rl.episode_calls import EpisodeCalls
-from openmimo.rl.groups import GroupRequest
-from openmimo.rl.problems import Problem
-from openmimo.rl.rollout import EngineRollouts
+from openmimo.rl.rollouts.engine import EngineRollouts
+from openmimo.rl.scheduling.groups import GroupRequest
+from openmimo.rl.scheduling.problems import Problem
 
 
 def streams_of(sources: tuple[RlSource, ...], split: Split, seed: int) -> dict[str, Callable[[int], Problem]]:

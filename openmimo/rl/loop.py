@@ -25,31 +25,31 @@ from openmimo.core.samples import Sample
 from openmimo.data.tokenizer import Tokenizer
 from openmimo.engine.engine import Engine
 from openmimo.model.mimo import MiMo
+from openmimo.rl.agents.environment import open_environment
+from openmimo.rl.agents.episode_calls import EpisodeCalls
 from openmimo.rl.algorithm import algorithm_of
 from openmimo.rl.config import MopdConfig, RlConfig
-from openmimo.rl.environment import open_environment
-from openmimo.rl.episode_calls import EpisodeCalls
 from openmimo.rl.evaluate import episode_opener, evaluate_policy, streams_of
-from openmimo.rl.event_log import LoggedScheduler
-from openmimo.rl.failures import COUNTED, Failures
-from openmimo.rl.policy_trainer import Objective, PolicyTrainer, UpdateReport, weighted_sum
-from openmimo.rl.process_rollouts import ProcessRollouts
-from openmimo.rl.ray_rollouts import RayRollouts
-from openmimo.rl.rollout import EngineRollouts, Rollouts
-from openmimo.rl.rollout_worker import WorkerSetup
-from openmimo.rl.scheduler import DataScheduler
-from openmimo.rl.teaching import TeacherRollouts, Teaching
+from openmimo.rl.learning.policy_trainer import Objective, PolicyTrainer, UpdateReport, weighted_sum
+from openmimo.rl.rollouts.engine import EngineRollouts, Rollouts
+from openmimo.rl.rollouts.processes import ProcessRollouts
+from openmimo.rl.rollouts.ray_workers import RayRollouts
+from openmimo.rl.rollouts.remote import WorkerRollouts
+from openmimo.rl.rollouts.worker import WorkerSetup
+from openmimo.rl.scheduling.event_log import LoggedScheduler
+from openmimo.rl.scheduling.failures import COUNTED, Failures
+from openmimo.rl.scheduling.scheduler import DataScheduler
+from openmimo.rl.teaching.teaching import TeacherRollouts, Teaching
 from openmimo.rl.toolbox.shared import close_shared, shared_metrics
-from openmimo.rl.worker_rollouts import WorkerRollouts
 from openmimo.runtime.isolated.calls import call_metrics
-from openmimo.train.checkpoint import Checkpoints, Progress, load_optimiser_state
+from openmimo.train.checkpoint import Checkpoints, Progress, load_optimizer_state
 from openmimo.train.schedule import warmed_cosine
 
 
 class RlRun:
     """One run, from wherever its newest checkpoint left it.
 
-    model: the policy, which the engine shares. start: how far the run is; optimiser_tensors: what belongs to it. Raises
+    model: the policy, which the engine shares. start: how far the run is; optimizer_tensors: what belongs to it. Raises
     UserError for settings that contradict each other or the model.
     """
 
@@ -60,7 +60,7 @@ class RlRun:
         tokenizer: Tokenizer,
         *,
         start: Progress,
-        optimiser_tensors: dict[str, torch.Tensor] | None = None,
+        optimizer_tensors: dict[str, torch.Tensor] | None = None,
         console: Console | None = None,
     ):
         self.config, self.model, self.tokenizer = config, model, tokenizer
@@ -71,14 +71,14 @@ class RlRun:
         model.activation_checkpointing = config.activation_checkpointing
         self.trainer = PolicyTrainer(
             model,
-            config.optimiser,
+            config.optimizer,
             tokens_per_microbatch=config.tokens_per_microbatch,
             replay_routing=config.replay_routing,
             bias_rate=config.bias_rate,
             mtp_weight=config.mtp_weight,
         )
-        if optimiser_tensors is not None:
-            load_optimiser_state(model, self.trainer.optimiser, optimiser_tensors)
+        if optimizer_tensors is not None:
+            load_optimizer_state(model, self.trainer.optimizer, optimizer_tensors)
         self.trainer.guard.num_skipped = start.skipped
         self.trainer.guard.skipped_in_a_row = start.skipped_in_a_row
         self.engine = Engine(model, tokenizer, config.engine)
@@ -244,7 +244,7 @@ class RlRun:
             self.rollouts.submit(request)
 
     def _learn(self, batch: list[list[Sample]]) -> list[UpdateReport]:
-        """The optimiser steps of a batch: one for each part of its groups."""
+        """The optimizer steps of a batch: one for each part of its groups."""
         batch = [[context for sample in group for context in sample.contexts()] for group in batch]
         samples = [sample for group in batch for sample in group]
         parts = _parts(batch, self.config.updates_per_step)
@@ -304,7 +304,7 @@ class RlRun:
             skipped=guard.num_skipped,
             skipped_in_a_row=guard.skipped_in_a_row,
         )
-        path = self.checkpoints.save(self.model, self.trainer.optimiser, self.tokenizer, progress)
+        path = self.checkpoints.save(self.model, self.trainer.optimizer, self.tokenizer, progress)
         self.log.forget_before(self.step)
         return path
 
@@ -397,7 +397,7 @@ def _sample_metrics(samples: list[Sample]) -> dict[str, Any]:
 
 
 def _update_metrics(reports: list[UpdateReport]) -> dict[str, Any]:
-    """Means over the optimiser steps of a batch that had something to learn from."""
+    """Means over the optimizer steps of a batch that had something to learn from."""
     reports = [report for report in reports if report.num_tokens]
     if not reports:
         return {}

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from openmimo.core.metrics import read_metrics
-from openmimo.core.report import Report, new_figure
 from openmimo.core.statistics import bootstrap_interval
+from openmimo.runtime.report import Report, new_figure
 
 Rows = list[dict[str, Any]]
 
@@ -57,7 +57,7 @@ def _training_figures(report: Report, train: Rows) -> None:
             _panels(train, [(name, "share of tokens") for name in names if name.startswith("gated_")]),
             "Tokens whose ratio is outside the limits of the correction.",
         )
-    report.heading("Optimisation")
+    report.heading("Optimization")
     report.figure(
         _panels(train, [("gradient/norm", "gradient norm"), ("gradient/num_zeros", "entries")]),
         "Gradient norm before clipping, and gradient entries that are exactly zero.",

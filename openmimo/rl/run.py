@@ -9,11 +9,11 @@ from openmimo.core.metrics import read_metrics
 from openmimo.core.run_folder import check_same_run, keep_config, run_folder
 from openmimo.data.tokenizer import Tokenizer
 from openmimo.model.hf import check_replaceable, load_config, load_model
+from openmimo.rl.agents.problem_files import check_same_problems, keep_problem_files, problem_files
 from openmimo.rl.algorithm import algorithm_of
 from openmimo.rl.config import MopdConfig, RlConfig
 from openmimo.rl.evaluate import streams_of
 from openmimo.rl.loop import RlRun
-from openmimo.rl.problem_files import check_same_problems, keep_problem_files, problem_files
 from openmimo.rl.report import write_report
 from openmimo.runtime.device import fastest_dtype, resolve_device
 from openmimo.train.checkpoint import Checkpoints, Progress, restore
@@ -24,7 +24,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Settings that decide nothing about the weights: they may change when a run goes on.
 FREE = (
     "run_folder", "device", "threads", "tensorboard", "reward_threads", "rollout_workers", "checkpoints.*",
-    "evaluation.*", "optimiser.max_skipped_steps", "environment_seconds", "max_lost_steps", "activation_checkpointing",
+    "evaluation.*", "optimizer.max_skipped_steps", "environment_seconds", "max_lost_steps", "activation_checkpointing",
     "*.options.path", "*.options.test_path",
 )  # fmt: skip
 _TRACES = ("checkpoints", "events.jsonl", "events", "metrics.jsonl", "model")
@@ -55,12 +55,12 @@ def train(config: RlConfig, *, console: Console | None = None) -> Path:
         newest = checkpoints.newest_intact()
         if newest is None:
             model = model or load_model(config.checkpoint, dtype="float32", device=str(device))
-            start, optimiser_tensors = Progress.beginning(), None
+            start, optimizer_tensors = Progress.beginning(), None
         else:
             console.print(f"going on from {newest}", soft_wrap=True)
-            model, optimiser_tensors, start = restore(newest, device)
+            model, optimizer_tensors, start = restore(newest, device)
         model.compute_dtype = fastest_dtype(device) if config.dtype == "auto" else DTYPES[config.dtype]
-        run = RlRun(config, model, tokenizer, start=start, optimiser_tensors=optimiser_tensors, console=console)
+        run = RlRun(config, model, tokenizer, start=start, optimizer_tensors=optimizer_tensors, console=console)
         run.run()
         written = write_outcome(model, tokenizer, checkpoints, folder, write_report, console)
         console.print(learned_in(config, folder), highlight=False)

@@ -38,7 +38,7 @@ def worker_device(device: torch.device, number: int) -> torch.device:
     return torch.device("cuda", (own + 1 + number % (count - 1)) % count)
 
 
-def synchronise(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
     """Waits until the device has done what was asked of it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -194,9 +194,9 @@ def measured_matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
     a = torch.rand(size, size, generator=torch.Generator().manual_seed(0)).to(device, dtype)
     best = float("inf")
     for _ in range(5):
-        synchronise(device)
+        synchronize(device)
         start = time.perf_counter()
         a @ a
-        synchronise(device)
+        synchronize(device)
         best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best

@@ -1,8 +1,8 @@
-"""Complete checkpoints of a run: model, optimiser, place in schedule and data, random generators.
+"""Complete checkpoints of a run: model, optimizer, place in schedule and data, random generators.
 
 A checkpoint is a model folder in the Hugging Face layout (so every one of them can be loaded, served and converted)
 with a `trainer/` folder beside the weights. It appears whole or not at all, and carries the checksum of each of its
-files, so that a damaged one is recognised and the one before it used.
+files, so that a damaged one is recognized and the one before it used.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ from openmimo.runtime.device import rng_state, set_rng_state
 from openmimo.train.config import CheckpointConfig
 
 _MANIFEST = "manifest.json"
-_REQUIRED = {"config.json", "trainer/progress.json", "trainer/optimiser.safetensors"}
+_REQUIRED = {"config.json", "trainer/progress.json", "trainer/optimizer.safetensors"}
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Checkpoints:
         self.folder = run_folder / "checkpoints"
         self.policy = policy
 
-    def save(self, model: MiMo, optimiser: torch.optim.Optimizer, tokenizer: Tokenizer, progress: Progress) -> Path:
+    def save(self, model: MiMo, optimizer: torch.optim.Optimizer, tokenizer: Tokenizer, progress: Progress) -> Path:
         """Writes a checkpoint, then deletes those that the policy no longer keeps.
 
         Raises CheckpointError if it cannot be written (a full disk, say); the ones before it are untouched.
@@ -75,7 +75,7 @@ class Checkpoints:
         path = self._path(progress.step)
         try:
             with new_folder_atomic(path) as folder:
-                _write(folder, model, optimiser, tokenizer, progress)
+                _write(folder, model, optimizer, tokenizer, progress)
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"the checkpoint {path} could not be written: {error}. {self.standing()}") from error
         self._delete_old()
@@ -151,35 +151,35 @@ class Checkpoints:
 
 
 def restore(path: Path, device: torch.device) -> tuple[MiMo, dict[str, torch.Tensor], Progress]:
-    """The model of a checkpoint in float32, its optimiser state by name (for `load_optimiser_state`), and its progress.
+    """The model of a checkpoint in float32, its optimizer state by name (for `load_optimizer_state`), and its progress.
 
     Also puts the random generators back.
     """
     model = load_model(path, dtype="float32", device=str(device))
-    tensors = load_file(path / "trainer" / "optimiser.safetensors", device="cpu")
+    tensors = load_file(path / "trainer" / "optimizer.safetensors", device="cpu")
     set_rng_state(
         {name.removeprefix("rng."): tensors.pop(name) for name in list(tensors) if name.startswith("rng.")}, device
     )
     return model, tensors, config_io.load(Progress, path / "trainer" / "progress.json")
 
 
-def optimiser_state(model: MiMo, optimiser: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """The optimiser's own tensors, not copies, under `<parameter>/<what>`, independent of the order of its groups."""
+def optimizer_state(model: MiMo, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """The optimizer's own tensors, not copies, under `<parameter>/<what>`, independent of the order of its groups."""
     return {
         f"{name}/{key}": value.detach().contiguous()
         for name, parameter in model.named_parameters()
-        for key, value in optimiser.state.get(parameter, {}).items()
+        for key, value in optimizer.state.get(parameter, {}).items()
     }
 
 
-def load_optimiser_state(model: MiMo, optimiser: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
-    """Puts back what `optimiser_state` gave; parameters that it does not name start afresh (new MTP heads)."""
+def load_optimizer_state(model: MiMo, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
+    """Puts back what `optimizer_state` gave; parameters that it does not name start afresh (new MTP heads)."""
     parameters = dict(model.named_parameters())
     for name, value in tensors.items():
         parameter_name, key = name.rsplit("/", 1)
         parameter = parameters[parameter_name]
-        device = "cpu" if key == "step" and not optimiser.defaults.get("fused") else parameter.device
-        optimiser.state[parameter][key] = value.to(device)
+        device = "cpu" if key == "step" and not optimizer.defaults.get("fused") else parameter.device
+        optimizer.state[parameter][key] = value.to(device)
 
 
 def find_damage(path: Path) -> str | None:
@@ -205,15 +205,15 @@ def find_damage(path: Path) -> str | None:
 
 
 def _write(
-    folder: Path, model: MiMo, optimiser: torch.optim.Optimizer, tokenizer: Tokenizer, progress: Progress
+    folder: Path, model: MiMo, optimizer: torch.optim.Optimizer, tokenizer: Tokenizer, progress: Progress
 ) -> None:
     write_model(model, folder, tokenizer=tokenizer)
     trainer = folder / "trainer"
     trainer.mkdir()
     generators = {f"rng.{name}": state for name, state in rng_state(model.device).items()}
-    optimiser_path = trainer / "optimiser.safetensors"
-    with umask_mode(optimiser_path):
-        save_file({**optimiser_state(model, optimiser), **generators}, optimiser_path)
+    optimizer_path = trainer / "optimizer.safetensors"
+    with umask_mode(optimizer_path):
+        save_file({**optimizer_state(model, optimizer), **generators}, optimizer_path)
     (trainer / "progress.json").write_text(json.dumps(vars(progress)))
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     manifest = {str(path.relative_to(folder)): _checksum(path) for path in files}

@@ -31,9 +31,9 @@ class Stage:
 
     Attributes:
         name: Shown in metrics and plots.
-        steps: Optimiser steps.
+        steps: Optimizer steps.
         sequence_length: Tokens in a row.
-        rows: Rows in an optimiser step.
+        rows: Rows in an optimizer step.
         peak_lr: Learning rate after the warm-up.
         end_lr: Learning rate at the end of the cosine.
         mixture: The data and its weights.
@@ -82,7 +82,7 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class OptimiserConfig:
+class OptimizerConfig:
     """AdamW as in the report (paper section 3.1).
 
     Attributes:
@@ -103,7 +103,7 @@ class OptimiserConfig:
     max_skipped_steps: NonNegativeInt = 0
 
     def __post_init__(self) -> None:
-        check_fields(self, "optimiser")
+        check_fields(self, "optimizer")
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class CheckpointConfig:
     """When to write a checkpoint, and which to keep.
 
     Attributes:
-        every_steps: Optimiser steps between two.
+        every_steps: Optimizer steps between two.
         keep_last: How many of the newest are kept.
         keep_every: Those of every so many steps are kept for good (0: none).
     """
@@ -129,7 +129,7 @@ class EvaluationConfig:
     """Validation on held-out documents.
 
     Attributes:
-        every_steps: Optimiser steps between two.
+        every_steps: Optimizer steps between two.
         batches: Micro-batches in each.
     """
 
@@ -170,15 +170,15 @@ class PretrainConfig:
         seed: Decides initial weights and the order of the data.
         device: auto (an accelerator if there is one), cpu, or a device of torch.
         dtype: Of the activations: float32, bfloat16, or auto (bfloat16 wherever there are instructions for it);
-            parameters and optimiser stay in float32.
+            parameters and optimizer stay in float32.
         threads: CPU threads of torch (0: as torch chooses).
-        rows_per_microbatch: Rows in memory at once; an optimiser step accumulates over several.
+        rows_per_microbatch: Rows in memory at once; an optimizer step accumulates over several.
         activation_checkpointing: Recompute each layer in the backward pass instead of keeping its activations.
         balance_weight: Of the sequence-level balance loss.
         loader_workers: Threads that prepare rows ahead (the rows are the same for any number).
         tensorboard: Write event files to `<run_folder>/tensorboard` too.
-        log_every_steps: Optimiser steps between two lines of metrics.
-        optimiser: AdamW and gradient clipping.
+        log_every_steps: Optimizer steps between two lines of metrics.
+        optimizer: AdamW and gradient clipping.
         checkpoints: When they are written, which are kept.
         evaluation: Validation on held-out documents.
         tokenizer: Where it comes from.
@@ -198,7 +198,7 @@ class PretrainConfig:
     loader_workers: Threads = 0
     tensorboard: bool = False
     log_every_steps: PositiveInt = 10
-    optimiser: OptimiserConfig = OptimiserConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
     checkpoints: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
@@ -234,8 +234,8 @@ class ExtendConfig:
         mixture: The data and its weights.
         sequence_length: Tokens in a row from now on.
         full_rope_theta: RoPE base of the full layers from now on (the report raises it as it raises the length).
-        steps: Optimiser steps.
-        rows: Rows in an optimiser step.
+        steps: Optimizer steps.
+        rows: Rows in an optimizer step.
         peak_lr: Learning rate after the warm-up.
         end_lr: Learning rate at the end of the cosine.
         warmup_steps: Steps of linear warm-up of the learning rate.
@@ -245,15 +245,15 @@ class ExtendConfig:
         seed: Decides initial weights and the order of the data.
         device: auto (an accelerator if there is one), cpu, or a device of torch.
         dtype: Of the activations: float32, bfloat16, or auto (bfloat16 wherever there are instructions for it);
-            parameters and optimiser stay in float32.
+            parameters and optimizer stay in float32.
         threads: CPU threads of torch (0: as torch chooses).
-        rows_per_microbatch: Rows in memory at once; an optimiser step accumulates over several.
+        rows_per_microbatch: Rows in memory at once; an optimizer step accumulates over several.
         activation_checkpointing: Recompute each layer in the backward pass instead of keeping its activations.
         balance_weight: Of the sequence-level balance loss.
         loader_workers: Threads that prepare rows ahead (the rows are the same for any number).
         tensorboard: Write event files to `<run_folder>/tensorboard` too.
-        log_every_steps: Optimiser steps between two lines of metrics.
-        optimiser: AdamW and gradient clipping.
+        log_every_steps: Optimizer steps between two lines of metrics.
+        optimizer: AdamW and gradient clipping.
         checkpoints: When they are written, which are kept.
         evaluation: Validation on held-out documents.
     """
@@ -281,7 +281,7 @@ class ExtendConfig:
     loader_workers: Threads = 0
     tensorboard: bool = False
     log_every_steps: PositiveInt = 10
-    optimiser: OptimiserConfig = OptimiserConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
     checkpoints: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
 
@@ -306,9 +306,9 @@ class SftConfig:
         run_folder: Where everything goes; a run that finds its own checkpoints there goes on from the newest.
         mixture: Demonstrations: sources such as `chat` (conversations of your own) and `tasks`. Only what the assistant
             wrote is learned.
-        steps: Optimiser steps.
+        steps: Optimizer steps.
         sequence_length: Tokens in a row; whole conversations are packed into it.
-        rows: Rows in an optimiser step.
+        rows: Rows in an optimizer step.
         peak_lr: Learning rate after the warm-up.
         end_lr: Learning rate at the end of the cosine.
         warmup_steps: Steps of linear warm-up of the learning rate.
@@ -320,13 +320,13 @@ class SftConfig:
         device: auto (an accelerator if there is one), cpu, or a device of torch.
         dtype: Of the activations: float32, bfloat16, or auto.
         threads: CPU threads of torch (0: as torch chooses).
-        rows_per_microbatch: Rows in memory at once; an optimiser step accumulates over several.
+        rows_per_microbatch: Rows in memory at once; an optimizer step accumulates over several.
         activation_checkpointing: Recompute each layer in the backward pass instead of keeping its activations.
         balance_weight: Of the sequence-level balance loss.
         loader_workers: Threads that prepare rows ahead (the rows are the same for any number).
         tensorboard: Write event files to `<run_folder>/tensorboard` too.
-        log_every_steps: Optimiser steps between two lines of metrics.
-        optimiser: AdamW and gradient clipping.
+        log_every_steps: Optimizer steps between two lines of metrics.
+        optimizer: AdamW and gradient clipping.
         checkpoints: When they are written, which are kept.
         evaluation: Validation on held-out rows.
     """
@@ -353,7 +353,7 @@ class SftConfig:
     loader_workers: Threads = 0
     tensorboard: bool = False
     log_every_steps: PositiveInt = 10
-    optimiser: OptimiserConfig = OptimiserConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
     checkpoints: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
 
@@ -371,7 +371,7 @@ class SftConfig:
 
 
 _OF_RUN = ("run_folder", "seed", "device", "dtype", "threads", "rows_per_microbatch", "activation_checkpointing",
-           "balance_weight", "loader_workers", "tensorboard", "log_every_steps", "optimiser", "checkpoints",
+           "balance_weight", "loader_workers", "tensorboard", "log_every_steps", "optimizer", "checkpoints",
            "evaluation")  # fmt: skip
 _OF_STAGE = ("steps", "sequence_length", "rows", "peak_lr", "end_lr", "mixture", "warmup_steps", "mtp_weight",
              "bias_rate", "mtp_heads")  # fmt: skip

@@ -108,7 +108,7 @@ class StepGuard:
         return (
             f"{where} has a loss of {_shown(loss)} and a gradient norm of {float(gradients.norm):g}; {first}. The "
             f"optimizer has not taken this step.{skipped} Lower the learning rate, look at the data of this step, or "
-            "let such steps be skipped with optimiser.max_skipped_steps."
+            "let such steps be skipped with optimizer.max_skipped_steps."
         )
 
 

@@ -51,7 +51,7 @@ def training_loss(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The loss of a micro-batch, and each head's share of its mean cross-entropy, in nats, float32 [heads].
 
-    `label_counts` are those of the whole optimiser step, so that shares add up over micro-batches to means over tokens.
+    `label_counts` are those of the whole optimizer step, so that shares add up over micro-batches to means over tokens.
     """
     hidden = model(batch.tokens_T, context)
     losses = [

@@ -1,4 +1,4 @@
-"""The optimiser and its parameter groups, gradient clipping, and the counts that the report watches."""
+"""The optimizer and its parameter groups, gradient clipping, and the counts that the report watches."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from openmimo.model.mimo import MiMo
-from openmimo.train.config import OptimiserConfig
+from openmimo.train.config import OptimizerConfig
 
 
-def build_optimiser(model: MiMo, config: OptimiserConfig) -> torch.optim.AdamW:
+def build_optimizer(model: MiMo, config: OptimizerConfig) -> torch.optim.AdamW:
     """AdamW with decay on matrices (embedding, projections, experts, router), none on norms, sinks and biases."""
     decayed, free = parameter_groups(model)
     groups = [

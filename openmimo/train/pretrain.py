@@ -33,7 +33,7 @@ from openmimo.train.trainer import Trainer
 # compares its content.
 FREE = (
     "run_folder", "device", "threads", "loader_workers", "tensorboard", "log_every_steps", "checkpoints.*",
-    "evaluation.*", "optimiser.max_skipped_steps", "*.options.path", "*.options.test_path",
+    "evaluation.*", "optimizer.max_skipped_steps", "*.options.path", "*.options.test_path",
 )  # fmt: skip
 TRACES = ("checkpoints", "tokenizer", "metrics.jsonl", "model")
 _TRAINED_ON = "trained_on.json"
@@ -140,11 +140,11 @@ def _open_trainer(
     if newest is None:
         tokenizer = _given_tokenizer(config) or _own_tokenizer(config, console)
         model = prepared.model or _initial_model(config, tokenizer, device)
-        optimiser_tensors, start = None, Progress.beginning()
+        optimizer_tensors, start = None, Progress.beginning()
     else:
         console.print(f"going on from {newest}", soft_wrap=True)
         tokenizer = Tokenizer.load(newest)
-        model, optimiser_tensors, start = restore(newest, device)
+        model, optimizer_tensors, start = restore(newest, device)
     first_stage = place_of(start.step, config.stages).stage_index
     return Trainer(
         config,
@@ -153,13 +153,13 @@ def _open_trainer(
         prepared.loaders or _open_loaders(config, tokenizer, first_stage),
         device=device,
         start=start,
-        optimiser_tensors=optimiser_tensors,
+        optimizer_tensors=optimizer_tensors,
         console=console,
     )
 
 
 def _open_loaders(config: PretrainConfig, tokenizer: Tokenizer, first_stage: int = 0) -> dict[int, Loader]:
-    """The data of each stage from `first_stage` on, tokenised, its held-out part looked at. Raises UserError."""
+    """The data of each stage from `first_stage` on, tokenized, its held-out part looked at. Raises UserError."""
     loaders = {}
     for index, stage in enumerate(config.stages[first_stage:], start=first_stage):
         loader = Loader(
@@ -236,7 +236,7 @@ def _initial_model(config: PretrainConfig, tokenizer: Tokenizer, device: torch.d
             model.config = _with_token_ids(model.config, tokenizer)
         return model
     model = MiMo(_with_token_ids(described, tokenizer))
-    model.initialise(torch.Generator().manual_seed(config.seed))
+    model.initialize(torch.Generator().manual_seed(config.seed))
     return model.to(device)
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from openmimo.core.metrics import read_metrics
-from openmimo.core.report import Report, new_figure
+from openmimo.runtime.report import Report, new_figure
 
-_MOST_LINES = 8  # layers by name in one plot
+_MAX_LINES = 8  # layers by name in one plot
 Rows = list[dict[str, Any]]
 
 
@@ -43,7 +43,7 @@ def add_training_figures(report: Report, rows: Rows) -> None:
         report.figure(
             _expert_load(train), "Busiest expert against the mean by layer over time, and the last step's load."
         )
-    report.heading("Optimisation and speed")
+    report.heading("Optimization and speed")
     report.figure(_speed(train), "Learning rate, gradient norm before clipping, and tokens per second.")
     report.table(*_summary(train, validation))
 
@@ -55,8 +55,8 @@ def _losses(train: Rows, validation: Rows, rows: Rows) -> Any:
     _plot(axis, validation, "validation/main", label="main, held out", marker="o", linestyle="none", color="black")
     for before, row in zip(rows, rows[1:], strict=False):
         if row["stage"] != before["stage"]:
-            axis.axvline(before["step"], color="grey", linestyle=":")
-    axis.set(xlabel="optimiser step", ylabel="nats per token")
+            axis.axvline(before["step"], color="gray", linestyle=":")
+    axis.set(xlabel="optimizer step", ylabel="nats per token")
     axis.legend()
     return figure
 
@@ -80,7 +80,7 @@ def _acceptance(validation: Rows) -> Any:
     figure, axis = new_figure()
     for name in [name for name in validation[-1] if name.startswith("validation/acceptance_")]:
         _plot(axis, validation, name, label=f"head {name.rsplit('_', 1)[1]}", marker="o")
-    axis.set(xlabel="optimiser step", ylabel="acceptance", ylim=(0, 1))
+    axis.set(xlabel="optimizer step", ylabel="acceptance", ylim=(0, 1))
     axis.legend()
     return figure
 
@@ -88,14 +88,14 @@ def _acceptance(validation: Rows) -> Any:
 def _expert_load(train: Rows) -> Any:
     figure, (over_time, last) = new_figure(columns=2, width=10)
     names = [name for name in train[-1] if name.startswith("expert_load/max_over_mean_")]
-    if len(names) <= _MOST_LINES:
+    if len(names) <= _MAX_LINES:
         for name in names:
             _plot(over_time, train, name, label=f"layer {name.rsplit('_', 1)[1]}")
     else:
         steps = [row["step"] for row in train]
         for label, pick in (("most uneven layer", max), ("median layer", statistics.median), ("most even layer", min)):
             over_time.plot(steps, [pick(row[name] for name in names) for row in train], label=label)
-    over_time.set(xlabel="optimiser step", ylabel="max / mean load")
+    over_time.set(xlabel="optimizer step", ylabel="max / mean load")
     over_time.legend()
     load = train[-1]["expert_load/by_layer"]
     shares = [[count / max(sum(layer), 1) for count in layer] for layer in load]
@@ -110,14 +110,14 @@ def _speed(train: Rows) -> Any:
     figure, axes = new_figure(columns=3, width=11, height=3)
     for axis, name in zip(axes, ("lr", "gradient/norm", "tokens_per_second"), strict=True):
         _plot(axis, train, name)
-        axis.set(xlabel="optimiser step", title=name)
+        axis.set(xlabel="optimizer step", title=name)
     return figure
 
 
 def _summary(train: Rows, validation: Rows) -> tuple[list[str], list[list[Any]]]:
     last = train[-1]
     rows = [
-        ["optimiser steps", last["step"]],
+        ["optimizer steps", last["step"]],
         ["tokens", last["tokens"]],
         ["tokens per second, last step", float(last["tokens_per_second"])],
         ["FLOP/s over those of a measured matrix product", float(last.get("matmul_utilization", math.nan))],

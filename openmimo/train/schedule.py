@@ -7,8 +7,8 @@ from openmimo.train.config import Stage
 
 
 @dataclass(frozen=True)
-class Place:
-    """Optimiser step `step` of the run (from 0) is step `stage_step` of stage number `stage_index`."""
+class SchedulePosition:
+    """Optimizer step `step` of the run (from 0) is step `stage_step` of stage number `stage_index`."""
 
     stage_index: int
     stage: Stage
@@ -16,15 +16,15 @@ class Place:
 
 
 def total_steps(stages: tuple[Stage, ...]) -> int:
-    """Optimiser steps of all stages."""
+    """Optimizer steps of all stages."""
     return sum(stage.steps for stage in stages)
 
 
-def place_of(step: int, stages: tuple[Stage, ...]) -> Place:
-    """The place of optimiser step `step`; past the end, the last step's stage."""
+def place_of(step: int, stages: tuple[Stage, ...]) -> SchedulePosition:
+    """The place of optimizer step `step`; past the end, the last step's stage."""
     for index, stage in enumerate(stages):
         if step < stage.steps or index == len(stages) - 1:
-            return Place(index, stage, step)
+            return SchedulePosition(index, stage, step)
         step -= stage.steps
     raise AssertionError("a run has at least one stage")
 
@@ -55,7 +55,7 @@ def warmed_cosine(
 
 
 def rows_of_step(stage: Stage, stage_step: int) -> int:
-    """Rows in an optimiser step: a linear batch-size warm-up, then constant."""
+    """Rows in an optimizer step: a linear batch-size warm-up, then constant."""
     if stage.rows_at_start is None or stage_step >= stage.rows_warmup_steps:
         return stage.rows
     share = stage_step / stage.rows_warmup_steps

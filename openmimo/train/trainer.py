@@ -1,7 +1,7 @@
-"""The training loop: stages, optimiser steps, balance, metrics, validation, checkpoints.
+"""The training loop: stages, optimizer steps, balance, metrics, validation, checkpoints.
 
 A step reads rows from the stage's loader, accumulates gradients over micro-batches, asks the guard, clips, steps, and
-moves the experts' selection bias. Everything that decides what happens next (parameters, optimiser, place in schedule
+moves the experts' selection bias. Everything that decides what happens next (parameters, optimizer, place in schedule
 and data) is in the checkpoint, so that a run killed at any moment and started again computes what it would have
 computed.
 """
@@ -23,14 +23,14 @@ from openmimo.data.tokenizer import Tokenizer
 from openmimo.model.context import PackedContext, RoutingTape
 from openmimo.model.flops import training_flops_per_token
 from openmimo.model.mimo import MiMo
-from openmimo.runtime.device import fastest_dtype, measured_matmul_flops, peak_memory_bytes, synchronise
+from openmimo.runtime.device import fastest_dtype, measured_matmul_flops, peak_memory_bytes, synchronize
 from openmimo.train.batches import expert_load, load_micro_batches
-from openmimo.train.checkpoint import Checkpoints, Progress, load_optimiser_state, optimiser_state
+from openmimo.train.checkpoint import Checkpoints, Progress, load_optimizer_state, optimizer_state
 from openmimo.train.config import PretrainConfig, Stage
 from openmimo.train.evaluate import evaluate
 from openmimo.train.guard import StepGuard
 from openmimo.train.loss import MicroBatch, training_loss
-from openmimo.train.optim import build_optimiser, clip_gradients
+from openmimo.train.optim import build_optimizer, clip_gradients
 from openmimo.train.schedule import learning_rate, place_of, rows_of_step, total_steps
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -65,7 +65,7 @@ class Trainer:
         loaders: The rows of each stage from that of `start` on, by its number.
         device: Where to compute.
         start: How far the run is.
-        optimiser_tensors: The optimizer's state there (None: the beginning).
+        optimizer_tensors: The optimizer's state there (None: the beginning).
         console: For the progress bar and warnings.
     """
 
@@ -78,7 +78,7 @@ class Trainer:
         *,
         device: torch.device,
         start: Progress,
-        optimiser_tensors: dict[str, torch.Tensor] | None = None,
+        optimizer_tensors: dict[str, torch.Tensor] | None = None,
         console: Console | None = None,
     ):
         self.config = config
@@ -95,16 +95,16 @@ class Trainer:
         self.step, self.tokens = start.step, start.tokens
         self.guard = StepGuard(
             model,
-            max_skipped_steps=config.optimiser.max_skipped_steps,
+            max_skipped_steps=config.optimizer.max_skipped_steps,
             num_skipped=start.skipped,
             skipped_in_a_row=start.skipped_in_a_row,
         )
         self._probe: MicroBatch | None = None  # of the newest step that was taken
         self._loaders = loaders
         self._stage_index = -1
-        self.optimiser = build_optimiser(self.model, config.optimiser)
-        if optimiser_tensors is not None:
-            load_optimiser_state(self.model, self.optimiser, optimiser_tensors)
+        self.optimizer = build_optimizer(self.model, config.optimizer)
+        if optimizer_tensors is not None:
+            load_optimizer_state(self.model, self.optimizer, optimizer_tensors)
         self.loader = self._enter_stage(place_of(self.step, config.stages).stage_index)
         if start.loader and start.stage_index == self._stage_index:
             self.loader.load_state(start.loader)
@@ -130,7 +130,7 @@ class Trainer:
                     started = time.perf_counter()
                     stage = self._stage_of_step()
                     report = self.train_step(stage, self.step - self._steps_before_stage())
-                    synchronise(self.device)
+                    synchronize(self.device)
                     seconds = time.perf_counter() - started
                     self._after_step(stage, report, seconds, is_last=self.step == last)
                     bar.update(task, completed=self.step, description=f"{stage.name} loss {report.losses[0]:.3f}")
@@ -150,16 +150,16 @@ class Trainer:
             device=self.device,
         )
         losses, load = self._accumulate(stage, micro_batches)
-        gradients = clip_gradients(self.model, self.config.optimiser.clip_norm)
+        gradients = clip_gradients(self.model, self.config.optimizer.clip_norm)
         where = f"step {self.step + 1} (stage {stage.name!r}, rows {first_row} to {first_row + rows - 1} of its data)"
-        for group in self.optimiser.param_groups:
+        for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(stage, stage_step)
         if self.guard.allows_step(losses, gradients, where):
-            self.optimiser.step()
+            self.optimizer.step()
             for layer, router in self.model.routers().items():
                 router.update_selection_bias(load[layer], stage.bias_rate)
             self._probe = micro_batches[0]
-        self.optimiser.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         tokens = sum(len(batch.tokens_T) for batch in micro_batches)
         self.tokens += tokens
@@ -199,7 +199,7 @@ class Trainer:
             skipped=self.guard.num_skipped,
             skipped_in_a_row=self.guard.skipped_in_a_row,
         )
-        return self.checkpoints.save(self.model, self.optimiser, self.tokenizer, progress)
+        return self.checkpoints.save(self.model, self.optimizer, self.tokenizer, progress)
 
     def _check_weights(self) -> None:
         self.guard.check_weights(f"the model after step {self.step}")
@@ -225,10 +225,10 @@ class Trainer:
         self._stage_index = index
         self.model.extend_context(full_rope_theta=stage.full_rope_theta, max_positions=stage.sequence_length)
         if stage.mtp_heads is not None and stage.mtp_heads > self.model.config.num_mtp_heads:
-            kept = optimiser_state(self.model, self.optimiser)
+            kept = optimizer_state(self.model, self.optimizer)
             self.model.replicate_mtp_heads(stage.mtp_heads)
-            self.optimiser = build_optimiser(self.model, self.config.optimiser)
-            load_optimiser_state(self.model, self.optimiser, kept)
+            self.optimizer = build_optimizer(self.model, self.config.optimizer)
+            load_optimizer_state(self.model, self.optimizer, kept)
         return self._loaders[index]
 
     def _after_step(self, stage: Stage, report: StepReport, seconds: float, *, is_last: bool) -> None:
@@ -253,7 +253,7 @@ class Trainer:
             **{f"loss/mtp_{head}": loss for head, loss in enumerate(report.losses[1:])},
             "gradient/norm": report.gradient_norm,
             "gradient/num_zeros": report.num_zero_gradients,
-            "lr": self.optimiser.param_groups[0]["lr"],
+            "lr": self.optimizer.param_groups[0]["lr"],
             "tokens_per_second": report.tokens / seconds,
             "flops": flops,
             "matmul_utilization": flops / seconds / self._matmul_flops,

@@ -19,7 +19,7 @@ LEVELS = {
 TORCH_FREE = ["openmimo", "openmimo.cli", "openmimo.train.config", "openmimo.train.schedule", "openmimo.model.config",
               "openmimo.model.presets", "openmimo.model.hf_config", "openmimo.model.flops", "openmimo.data.config",
               "openmimo.evals.config", "openmimo.demo.config", "openmimo.engine.config",
-              "openmimo.engine.server.config", "openmimo.rl.config", "openmimo.rl.scheduler",
+              "openmimo.engine.server.config", "openmimo.rl.config", "openmimo.rl.scheduling.scheduler",
               "openmimo.rl.algorithm", "openmimo.data.task", "openmimo.runtime.sandbox"]  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))
 

@@ -6,7 +6,7 @@ import pytest
 from environment_players import OPTIONS, ORACLES, lazy, play
 
 from openmimo.core.errors import ConfigError
-from openmimo.rl.environment import ENVIRONMENTS, Answer, open_environment
+from openmimo.rl.agents.environment import ENVIRONMENTS, EnvResponse, open_environment
 from openmimo.rl.toolbox import ToolFailureError, close_shared, shared_metrics
 from openmimo.runtime.sandbox import Sandbox, SandboxUnavailableError
 
@@ -81,7 +81,7 @@ def test_garbage_is_answered(world):
     problem = environment.problems(options, "train", 0)(0)
     for text in GARBAGE:
         episode = environment.open(problem, options)
-        assert isinstance(episode.respond(text), Answer)
+        assert isinstance(episode.respond(text), EnvResponse)
         assert episode.reward() == 0.0
         episode.close()
 

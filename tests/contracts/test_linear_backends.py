@@ -8,9 +8,9 @@ from conftest import tiny_model
 from openmimo.core.errors import CheckpointError, ConfigError
 from openmimo.core.records import SamplingParams
 from openmimo.engine.llm import LLM
-from openmimo.engine.weights import quantise_linears
+from openmimo.engine.weights import quantize_linears
 from openmimo.kernels import native
-from openmimo.kernels.int8_linear import int8_linear, quantise_rows
+from openmimo.kernels.int8_linear import int8_linear, quantize_rows
 from openmimo.kernels.linear import DISPATCHER, LinearNeed, joined_linear, linear
 from openmimo.kernels.linear.native import MAX_ROWS
 from openmimo.model.hf import save_model
@@ -157,22 +157,22 @@ def test_int8_weights(dtype, size):
     (outputs, dims), (dtype, tolerance) = size, DTYPES[dtype]
     weight = draw(outputs, dims, dtype=torch.float32, seed=1)
     weight[0] = 0.0
-    quantised, scale = (inside_poison(t) if t.is_floating_point() else t for t in quantise_rows(weight))
-    assert ((quantised * scale[:, None] - weight).abs() <= 0.5001 * scale[:, None]).all()
+    quantized, scale = (inside_poison(t) if t.is_floating_point() else t for t in quantize_rows(weight))
+    assert ((quantized * scale[:, None] - weight).abs() <= 0.5001 * scale[:, None]).all()
     x = inside_poison(draw(MAX_ROWS, dims, dtype=dtype))
-    exact = F.linear(x.double(), quantised.double() * scale.double()[:, None])
+    exact = F.linear(x.double(), quantized.double() * scale.double()[:, None])
     for rows in range(1, MAX_ROWS + 1):
-        ours = int8_linear(x[:rows], quantised, scale)
+        ours = int8_linear(x[:rows], quantized, scale)
         assert torch.allclose(ours.double(), exact[:rows], rtol=tolerance, atol=tolerance * exact.abs().max().item())
         if native.library() is not None:
-            assert torch.equal(ours[-1:], int8_linear(x[rows - 1 : rows], quantised, scale))
-    more = int8_linear(torch.cat([x, x]), quantised, scale)
+            assert torch.equal(ours[-1:], int8_linear(x[rows - 1 : rows], quantized, scale))
+    more = int8_linear(torch.cat([x, x]), quantized, scale)
     assert torch.allclose(more.double(), exact.repeat(2, 1), rtol=tolerance, atol=tolerance * exact.abs().max().item())
 
 
-def test_a_quantised_model_decodes_near_to_its_own_and_is_not_saved(tmp_path):
+def test_a_quantized_model_decodes_near_to_its_own_and_is_not_saved(tmp_path):
     model, exact = (tiny_model(3, mtp_heads=1) for _ in range(2))
-    quantise_linears(model)
+    quantize_linears(model)
     ids = torch.randint(0, 160, (60,), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         difference = (model.logits(ids).softmax(-1) - exact.logits(ids).softmax(-1)).abs().sum(-1).mean()
@@ -182,7 +182,7 @@ def test_a_quantised_model_decodes_near_to_its_own_and_is_not_saved(tmp_path):
         LLM(model, speculative=speculative).generate([ids.tolist()], params) for speculative in (False, True)
     )
     assert plain[0].token_ids == drafted[0].token_ids
-    with pytest.raises(CheckpointError, match="quantised"):
+    with pytest.raises(CheckpointError, match="quantized"):
         save_model(model, tmp_path / "model")
     with pytest.raises(ConfigError, match="caller's"):
         LLM(exact, int8=True)

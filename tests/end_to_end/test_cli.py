@@ -46,12 +46,12 @@ def checkpoint(tmp_path):
 @pytest.fixture
 def speaking(tmp_path):
     """A checkpoint with a tokenizer."""
-    from conftest import randomise, tiny_config
+    from conftest import randomize, tiny_config
 
     from openmimo.model.mimo import MiMo
 
     folder = tmp_path / "speaking"
-    model = randomise(MiMo(replace(tiny_config(mtp_heads=2), vocab_size=300)), 0)
+    model = randomize(MiMo(replace(tiny_config(mtp_heads=2), vocab_size=300)), 0)
     openmimo.save_model(model, folder)
     Tokenizer.train(["some words and some more words"] * 30, 300).save(folder)
     return folder

@@ -37,7 +37,7 @@ REFUSING = {
     "eval": (("/nope",), ("--lengths", "--examples", "--seed", "--batch", "--task", "--dtype", "--output")),
     "convert": (("/nope", "NEW"), ("--dtype", "--projections", "--window-keys", "--max-shard-gigabytes")),
     "merge": (("/nope", "NEW"), ("--children", "--method", "--scale")),
-    "audit": ((), ("--model", "--quantised", "nope")),
+    "audit": ((), ("--model", "--quantized", "nope")),
     "bench": ((), ("--only", "--threads", "--nope")),
 }
 PATHS = {"pretrain": "run_folder", "extend": "run_folder", "sft": "run_folder", "rl": "run_folder",

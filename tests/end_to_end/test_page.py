@@ -397,16 +397,16 @@ def test_a_phone_needs_no_sideways_scroll(open_page):
 
 
 CONTRAST = """() => {
-  const channels = (colour) => colour.match(/[\\d.]+/g).map(Number);
-  const luminance = (colour) => {
+  const channels = (color) => color.match(/[\\d.]+/g).map(Number);
+  const luminance = (color) => {
     const linear = (share) => (share <= 0.04045 ? share / 12.92 : ((share + 0.055) / 1.055) ** 2.4);
-    const [red, green, blue] = channels(colour).map((channel) => linear(channel / 255));
+    const [red, green, blue] = channels(color).map((channel) => linear(channel / 255));
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue;
   };
   const ground = (node) => {
     for (; node; node = node.parentElement) {
-      const colour = getComputedStyle(node).backgroundColor;
-      if ((channels(colour)[3] ?? 1) > 0) return colour;
+      const color = getComputedStyle(node).backgroundColor;
+      if ((channels(color)[3] ?? 1) > 0) return color;
     }
     throw new Error("no ground");
   };

@@ -13,7 +13,7 @@ from openmimo.core.interrupt import Interrupted
 from openmimo.core.metrics import read_metrics
 from openmimo.core.run_folder import run_folder
 from openmimo.engine.engine import Engine
-from openmimo.rl.policy_trainer import PolicyTrainer
+from openmimo.rl.learning.policy_trainer import PolicyTrainer
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import randomise, tiny_config, tiny_model
+from conftest import randomize, tiny_config, tiny_model
 
 import openmimo
 from openmimo.core.errors import UserError
@@ -151,7 +151,7 @@ def test_score_is_the_log_softmax_of_the_logits():
 
 
 def test_a_sequence_ends_at_the_last_position_of_the_model():
-    model = randomise(MiMo(replace(tiny_config(mtp_heads=3), max_positions=40)), 6)
+    model = randomize(MiMo(replace(tiny_config(mtp_heads=3), max_positions=40)), 6)
     completion = LLM(model).generate([_ids(30)], SamplingParams(max_tokens=100, temperature=0.0))[0]
     assert len(completion.token_ids) == 10
     assert completion.finish_reason == "length"
@@ -159,7 +159,7 @@ def test_a_sequence_ends_at_the_last_position_of_the_model():
 
 def test_stop_ids_and_the_checkpoints_own():
     config = replace(tiny_config(), token_ids={"eos_token_id": None})
-    model = randomise(MiMo(config), 2)
+    model = randomize(MiMo(config), 2)
     prompt = _ids(40, 40)
     expected = _greedy_by_definition(model, prompt, 12)
     stop = expected[4]
@@ -177,7 +177,7 @@ def test_stop_ids_and_the_checkpoints_own():
 def text_llm():
     """A random model with a tokenizer: it babbles bytes."""
     tokenizer = Tokenizer.train(["some words to learn from, and some more words"], vocab_size=300)
-    model = randomise(MiMo(replace(tiny_config(mtp_heads=2), vocab_size=tokenizer.vocab_size)), 7)
+    model = randomize(MiMo(replace(tiny_config(mtp_heads=2), vocab_size=tokenizer.vocab_size)), 7)
     return LLM(model, tokenizer)
 
 

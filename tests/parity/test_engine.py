@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import randomise, tiny_config, tiny_model
+from conftest import randomize, tiny_config, tiny_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -17,8 +17,8 @@ from openmimo.engine import context
 from openmimo.engine.config import EngineConfig
 from openmimo.engine.engine import Engine
 from openmimo.engine.llm import LLM
-from openmimo.engine.weights import quantise_linears
-from openmimo.kernels.int8_linear import quantise_rows
+from openmimo.engine.weights import quantize_linears
+from openmimo.kernels.int8_linear import quantize_rows
 from openmimo.kernels.page_store import store
 from openmimo.kernels.paged_attention import Pages
 from openmimo.model.context import PackedContext, RoutingTape
@@ -260,7 +260,7 @@ def test_a_request_that_has_to_wait_costs_idle_sessions_nothing():
 def test_a_tree_of_sliding_layers_alone_does_not_grow_for_ever():
     config = tiny_config(num_layers=2)
     sliding = replace(config.layers[1], ffn="dense")
-    model = randomise(MiMo(replace(config, layers=(sliding, sliding))), 1)
+    model = randomize(MiMo(replace(config, layers=(sliding, sliding))), 1)
     pages = _engine(model).scheduler.pages_at_most(201)
     engine = _engine(model, cache_gigabytes=_gigabytes(model, pages + 8))
     sizes = []
@@ -298,12 +298,12 @@ def test_new_weights_are_those_of_a_waiting_turn_too():
     assert turn.num_cached_tokens == 0  # all of it was read again
 
 
-def test_quantised_layers_take_new_weights_quantised_anew():
+def test_quantized_layers_take_new_weights_quantized_anew():
     params = replace(GREEDY, max_tokens=20)
     models = [tiny_model(seed, mtp_heads=1) for seed in (5, 6, 6)]
     new = models[1].state_dict()
     for model in (models[0], models[2]):
-        quantise_linears(model)
+        quantize_linears(model)
     engine = _engine(models[0])
     engine.update_weights(new, version=1)
     completions = [_run(e, [Request("1", tuple(_ids(30)), params)])[0] for e in (engine, _engine(models[2]))]
@@ -311,7 +311,7 @@ def test_quantised_layers_take_new_weights_quantised_anew():
 
 
 def test_int8_weights_that_are_not_finite_stay_so():
-    _, scale = quantise_rows(torch.tensor([[1.0, torch.nan], [torch.inf, 1.0], [0.0, 0.0]]))
+    _, scale = quantize_rows(torch.tensor([[1.0, torch.nan], [torch.inf, 1.0], [0.0, 0.0]]))
     assert not scale[:2].isfinite().any()
     assert scale[2] == 1.0
 
@@ -604,7 +604,7 @@ def test_a_request_that_can_never_run_is_refused_at_once():
 def test_structured_text_is_as_asked_with_and_without_drafts():
     tokenizer = Tokenizer.train(["some words to learn from, 12 and 34"], vocab_size=300)
     config = replace(tiny_config(mtp_heads=2), vocab_size=tokenizer.vocab_size)
-    model = randomise(MiMo(config), 7).to(torch.float64)
+    model = randomize(MiMo(config), 7).to(torch.float64)
     structure = Structure("regex", "(yes|no), [0-9]{3}")
     params = SamplingParams(max_tokens=40, temperature=1.0, seed=5, structure=structure)
     texts = {

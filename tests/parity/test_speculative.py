@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import randomise, tiny_config, tiny_model
+from conftest import randomize, tiny_config, tiny_model
 
 from openmimo.core.errors import ConfigError
 from openmimo.core.records import Request, SamplingParams
@@ -21,8 +21,8 @@ VOCAB = 160
 
 @torch.no_grad()
 def counting_model(heads, *, noise, num_layers=4, vocab_size=VOCAB):
-    """A model whose favourite after token t is t+1, for itself and for its heads, but for `noise` from its layers."""
-    model = randomise(MiMo(replace(tiny_config(mtp_heads=heads, num_layers=num_layers), vocab_size=vocab_size)), 0)
+    """A model whose favorite after token t is t+1, for itself and for its heads, but for `noise` from its layers."""
+    model = randomize(MiMo(replace(tiny_config(mtp_heads=heads, num_layers=num_layers), vocab_size=vocab_size)), 0)
     embedding = model.model.embed_tokens.weight
     embedding.copy_(torch.randn(embedding.shape, generator=torch.Generator().manual_seed(1)))
     model.lm_head.weight.copy_(embedding.roll(1, dims=0) / 8)
@@ -45,7 +45,7 @@ def _prompts(count=5, seed=0):
 
 MODELS = {
     "random": lambda: tiny_model(1, mtp_heads=3),
-    "post_norm": lambda: randomise(
+    "post_norm": lambda: randomize(
         MiMo(replace(tiny_config(mtp_heads=3), mtp=replace(tiny_config(mtp_heads=3).mtp, hidden="post_norm"))), 2
     ),
     "noisy": lambda: counting_model(3, noise=0.8),

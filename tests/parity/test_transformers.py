@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import randomise, tiny_config, tiny_model
+from conftest import randomize, tiny_config, tiny_model
 
 import openmimo
 from openmimo.kernels.token_loss import token_loss
@@ -90,7 +90,7 @@ def test_mimo_7b_family_matches_qwen2(tmp_path):
         tiny_config(), layers=(LayerConfig(full, "dense"),) * 3, moe=None, attention_bias=True, family="mimo",
         value_scale=1.0, hidden_size=128,
     )  # fmt: skip
-    model = randomise(MiMo(config), 0)
+    model = randomize(MiMo(config), 0)
     theirs = transformers.Qwen2ForCausalLM(
         transformers.Qwen2Config(
             vocab_size=160, hidden_size=128, intermediate_size=96, num_hidden_layers=3, num_attention_heads=8,

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from openmimo.core.records import Message
-from openmimo.data.chat_parser import (
+from openmimo.data.chat.parser import (
     ChatEvent,
     ChatParser,
     ContentText,
@@ -17,7 +17,7 @@ from openmimo.data.chat_parser import (
     ToolCallEnd,
     ToolCallStart,
 )
-from openmimo.data.chat_template import render
+from openmimo.data.chat.template import render
 from openmimo.data.tokenizer import Tokenizer
 
 PROPERTIES = {
@@ -42,7 +42,7 @@ QUICK = settings(max_examples=150, deadline=None, database=None, derandomize=Tru
 
 
 def parse(pieces, *, starts_thinking: bool = False) -> list[ChatEvent]:
-    """The events of a reply that comes in pieces, with neighbours merged."""
+    """The events of a reply that comes in pieces, with neighbors merged."""
     parser = ChatParser(tools=TOOLS, starts_thinking=starts_thinking)
     merged = []
     for event in [one for piece in pieces for one in parser.push(piece)] + parser.finish():

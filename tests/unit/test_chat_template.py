@@ -6,7 +6,7 @@ import pytest
 
 from openmimo.core.errors import DataError
 from openmimo.core.records import Message
-from openmimo.data.chat_template import mimo_template, render
+from openmimo.data.chat.template import mimo_template, render
 from openmimo.data.tokenizer import Tokenizer
 
 GOLDEN = Path(__file__).parent.parent / "golden"

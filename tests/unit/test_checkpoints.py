@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import randomise, tiny_config, tiny_model
+from conftest import randomize, tiny_config, tiny_model
 from safetensors.torch import load_file, save_file
 
 import openmimo
@@ -32,7 +32,7 @@ def real_dims_model() -> MiMo:
     full = replace(config.layers[0].attention, num_heads=8, num_kv_heads=4, key_dim=192, value_dim=128, rotary_dim=64)
     sliding = replace(full, kind="sliding", num_kv_heads=8, window_keys=9, sink=True)
     layers = (replace(config.layers[0], attention=full), replace(config.layers[1], attention=sliding))
-    return randomise(MiMo(replace(config, layers=layers, mtp=replace(config.mtp, attention=sliding))), 0)
+    return randomize(MiMo(replace(config, layers=layers, mtp=replace(config.mtp, attention=sliding))), 0)
 
 
 def test_round_trip_with_mtp_heads_over_many_shards(tmp_path):
@@ -57,7 +57,7 @@ def test_mimo_7b_layer_names_and_swapped_halves(tmp_path):
         mimo_7b(), vocab_size=160, hidden_size=64, dense_ffn_dim=96, mtp=replace(mimo_7b().mtp, attention=attention),
         layers=tuple(replace(layer, attention=attention) for layer in mimo_7b().layers[:2]),
     )  # fmt: skip
-    model = randomise(MiMo(config), 0)
+    model = randomize(MiMo(config), 0)
     openmimo.save_model(model, tmp_path / "m")
     stored = load_file(tmp_path / "m" / "model.safetensors")
     ours = model.model.mtp.layers[0].eh_proj.weight
@@ -93,7 +93,7 @@ def test_fp8_full_layers_have_the_published_scale_layout(tmp_path):
     shared = torch.cat([k[192 + 128 : 2 * 192], v[128 : 128 + 64]]).abs().max() / 448
     assert torch.isclose(stored[prefix + "k_proj.weight_scale_inv"][3, 0], shared)
     # Uniform blocks, the obvious reading, give another matrix.
-    wrong = fp8.dequantise(stored[prefix + "v_proj.weight"], stored[prefix + "v_proj.weight_scale_inv"])
+    wrong = fp8.dequantize(stored[prefix + "v_proj.weight"], stored[prefix + "v_proj.weight_scale_inv"])
     right = openmimo.load_model(tmp_path / "q").model.layers[0].self_attn.v_proj.weight
     assert (wrong - right).norm() / right.norm() > 0.1
 
@@ -112,7 +112,7 @@ def test_fp8_survives_other_geometries(tmp_path, kv_heads, key_dim, value_dim):
     )
     sliding = replace(full, kind="sliding", num_kv_heads=2 * kv_heads, num_heads=8, window_keys=9, sink=True)
     layers = (replace(config.layers[0], attention=full), replace(config.layers[1], attention=sliding))
-    model = randomise(MiMo(replace(config, layers=layers)), 0)
+    model = randomize(MiMo(replace(config, layers=layers)), 0)
     openmimo.save_model(model, tmp_path / "m")
     convert(tmp_path / "m", tmp_path / "q", ConvertConfig(dtype="fp8"), start=quiet)
     restored = openmimo.load_model(tmp_path / "q").state_dict()
@@ -135,7 +135,7 @@ def test_extension_of_full_mtp_heads_survives_a_round_trip(tmp_path):
     config = tiny_config(num_layers=2, mtp_heads=1)
     full = config.layers[0].attention
     layers = tuple(replace(layer, attention=full) for layer in config.layers)
-    model = randomise(MiMo(replace(config, layers=layers, mtp=replace(config.mtp, attention=full))), 0)
+    model = randomize(MiMo(replace(config, layers=layers, mtp=replace(config.mtp, attention=full))), 0)
     model.extend_context(full_rope_theta=7e4, max_positions=4096)
     openmimo.save_model(model, tmp_path / "m")
     loaded = openmimo.load_model(tmp_path / "m")
@@ -173,7 +173,7 @@ def test_fused_and_split_hold_the_same_weights(tmp_path):
 
 
 def test_audit_counts_the_published_checkpoint():
-    result = audit(flash(), quantised=True)
+    result = audit(flash(), quantized=True)
     assert result.main == 308_778_780_864
     assert result.mtp_block == 329_273_408
     main = [name for name in result.shapes if not name.startswith("model.mtp")]
@@ -198,7 +198,7 @@ def test_layout_lists_what_save_writes(tmp_path):
     model = tiny_model(mtp_heads=2)
     openmimo.save_model(model, tmp_path / "m")
     stored = {name: tuple(t.shape) for name, t in load_file(tmp_path / "m" / "model.safetensors").items()}
-    assert stored == checkpoint_layout(model.config, quantised=False)
+    assert stored == checkpoint_layout(model.config, quantized=False)
 
 
 class TestBadCheckpoints:

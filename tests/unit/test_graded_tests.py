@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from openmimo.core.errors import ConfigError
-from openmimo.data.graded_tests import difficulty_groups, soft_reward, strict_reward
+from openmimo.data.tasks._graded_tests import difficulty_groups, soft_reward, strict_reward
 
 # pass rates 1.0, 0.75, 0.5, 0.25, 0.0
 TABLE = np.array([[1, 1, 1, 1, 0], [1, 1, 1, 0, 0], [1, 1, 0, 0, 0], [1, 0, 0, 0, 0]], dtype=bool)

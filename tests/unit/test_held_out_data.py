@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import randomise, tiny_config
+from conftest import randomize, tiny_config
 
 from openmimo.core.errors import CheckpointError, DataError
 from openmimo.core.metrics import read_metrics
@@ -101,7 +101,7 @@ def test_loss_on_held_out_letters_does_not_fall_below_chance(tmp_path, monkeypat
     config = write_chats(tmp_path / "a.jsonl", 8, letters=40)
     start = tmp_path / "start"
     shape = replace(tiny_config(mtp_heads=0), vocab_size=TOKENIZER.vocab_size, max_positions=128)
-    save_model(randomise(MiMo(shape), 0), start)
+    save_model(randomize(MiMo(shape), 0), start)
     TOKENIZER.save(start)
     stage = Stage(
         "sft", steps=60, sequence_length=96, rows=4, peak_lr=1e-2, end_lr=1e-3, mtp_weight=0.0,

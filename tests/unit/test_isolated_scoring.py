@@ -7,10 +7,10 @@ import pytest
 from rl_runs import LETTERS, LettersEpisode, grpo_config, save_models, source
 
 from openmimo.core.metrics import read_metrics
-from openmimo.data import answers
-from openmimo.data.answers import score_answer
 from openmimo.data.config import TaskConfig
 from openmimo.data.task import open_task
+from openmimo.data.tasks import _answers as answers
+from openmimo.data.tasks._answers import score_answer
 from openmimo.rl.run import train
 from openmimo.runtime.isolated import calls
 from openmimo.runtime.isolated.calls import Call, IsolatedCalls, isolated_calls

@@ -184,9 +184,9 @@ def test_bfloat16_activations_over_float32_weights():
     assert all(p.grad is None or p.grad.dtype == torch.float32 for p in model.parameters())
 
 
-def test_initialisation_has_the_reports_standard_deviation():
+def test_initialization_has_the_reports_standard_deviation():
     model = MiMo(replace(tiny(), init_std=0.006))
-    model.initialise(torch.Generator().manual_seed(0))
+    model.initialize(torch.Generator().manual_seed(0))
     assert model.model.layers[1].mlp.experts.gate_up_proj.std().item() == pytest.approx(0.006, rel=0.02)
     assert model.model.layers[1].mlp.gate.weight.std().item() == pytest.approx(0.006, rel=0.1)
     assert torch.equal(model.model.norm.weight, torch.ones(128))

@@ -24,8 +24,8 @@ from openmimo.data.tokenizer import Tokenizer
 from openmimo.kernels.dispatch import Backend
 from openmimo.model.audit import audit
 from openmimo.model.convert import ConvertConfig, convert
+from openmimo.model.merge import merge
 from openmimo.model.presets import model_config, tiny
-from openmimo.rl.merge import merge
 from openmimo.train.config import CheckpointConfig, SftConfig
 from openmimo.train.pretrain import sft
 
@@ -249,7 +249,7 @@ def test_heads_that_transformers_has_dropped_are_no_error(folder, capsys):
 
 
 @pytest.fixture(scope="module")
-def quantised(sound, tmp_path_factory):
+def quantized(sound, tmp_path_factory):
     target = tmp_path_factory.mktemp("fp8")
     for layout in ("split", "fused_qkv"):
         config = ConvertConfig(dtype="fp8", projections=layout)
@@ -271,8 +271,8 @@ def quantised(sound, tmp_path_factory):
         ("fused_qkv", "self_attn.qkv_proj.weight_scale_inv", lambda scale: torch.ones(1, 1), "blocks"),
     ],
 )
-def test_scales_and_fused_rows_are_checked(quantised, tmp_path, layout, part, change, named):
-    folder = Path(shutil.copytree(quantised / layout, tmp_path / "m"))
+def test_scales_and_fused_rows_are_checked(quantized, tmp_path, layout, part, change, named):
+    folder = Path(shutil.copytree(quantized / layout, tmp_path / "m"))
     path, name = folder / "model.safetensors", f"model.layers.0.{part}"
     tensors = load_file(path)
     changed = change(tensors.pop(name))

@@ -121,7 +121,7 @@ def test_rotary_of_strided_heads_is_float64s(dtype, rotary_dim):
 
 @needs_library
 @pytest.mark.parametrize("dtypes", [("float32", "float32"), ("bfloat16", "bfloat16"), ("bfloat16", "float32")], ids=str)
-@pytest.mark.parametrize("moe", [MoEConfig(9, 3, 8), MoEConfig(8, 1, 8, normalise_weights=False, routed_scale=2.5)])
+@pytest.mark.parametrize("moe", [MoEConfig(9, 3, 8), MoEConfig(8, 1, 8, normalize_weights=False, routed_scale=2.5)])
 @torch.inference_mode()
 def test_router_chooses_as_its_definition_does(monkeypatch, moe, dtypes):
     x_dtype, weight_dtype = (DTYPES[name][0] for name in dtypes)

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import randomise, tiny_config
+from conftest import randomize, tiny_config
 
 import openmimo
 from openmimo.core.errors import UserError
@@ -26,7 +26,7 @@ NAN, INFINITE = math.nan, math.inf
 @pytest.fixture(scope="module")
 def llm():
     config = replace(tiny_config(), vocab_size=TOKENIZER.vocab_size, max_positions=64)
-    return LLM(randomise(MiMo(config), 0), TOKENIZER)
+    return LLM(randomize(MiMo(config), 0), TOKENIZER)
 
 
 WRONG_PARAMS = [

@@ -12,7 +12,7 @@ from openmimo.core import config as config_io
 from openmimo.core.errors import ConfigError
 from openmimo.data.source import open_source
 from openmimo.model.presets import model_config
-from openmimo.rl.environment import open_environment
+from openmimo.rl.agents.environment import open_environment
 from openmimo.train.config import ExtendConfig, PretrainConfig, SftConfig
 from openmimo.train.schedule import learning_rate, rows_of_step, total_steps
 

@@ -19,9 +19,9 @@ def test_random_numbers_are_uniform_and_independent():
     counts = torch.histc(numbers, bins=20, min=0.0, max=1.0)
     chi_square = ((counts - 2000) ** 2 / 2000).sum()
     assert chi_square < 45  # 19 degrees of freedom: above it once in 1500
-    centred = numbers - 0.5
-    assert (centred[1:] * centred[:-1]).mean().abs() < 0.002
-    assert (centred[:, 1:] * centred[:, :-1]).mean().abs() < 0.002
+    centered = numbers - 0.5
+    assert (centered[1:] * centered[:-1]).mean().abs() < 0.002
+    assert (centered[:, 1:] * centered[:, :-1]).mean().abs() < 0.002
     assert len({uniform(seed, position) for seed in range(50) for position in range(50)}) == 2500
 
 

@@ -83,7 +83,7 @@ def test_files_persist_between_commands(sandbox):
         assert workspace.run("print(open('b.txt').read(), open('deep/er/c.txt', 'rb').read())").stdout == (
             b"new b'\\x00\\xff'\n"
         )
-        home = workspace.place.work
+        home = workspace.paths.work
         assert home.exists()
     assert not home.parent.exists()
 

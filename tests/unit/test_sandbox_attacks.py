@@ -213,7 +213,7 @@ def test_file_bombs(jail):
 def test_folders_deeper_than_recursion_and_longer_than_paths(judge):
     with judge.workspace() as workspace:
         workspace.run("import os\nfor _ in range(1200):\n    os.mkdir('dddd')\n    os.chdir('dddd')")
-        home = workspace.place.work.parent
+        home = workspace.paths.work.parent
     assert not home.exists()
 
 
@@ -645,7 +645,7 @@ import os
 from openmimo.runtime.sandbox import Sandbox
 workspace = Sandbox(allow_unsafe=True).workspace({"a": "b"})
 workspace.start()
-print(workspace.place.work.parent, flush=True)
+print(workspace.paths.work.parent, flush=True)
 os.kill(os.getpid(), 9)
 """
     monkeypatch.setenv("TMPDIR", str(open_folder))
@@ -687,7 +687,7 @@ def test_links_and_pipes_in_the_working_folder_lead_nowhere(jail, tmp_path):
 def test_a_working_folder_without_permissions_is_removed(jail):
     with jail.workspace() as workspace:
         workspace.run(["sh", "-c", "mkdir -p a/b; touch a/b/c; chmod 0 a/b a"])
-        home = workspace.place.work.parent
+        home = workspace.paths.work.parent
     assert not home.exists()
 
 

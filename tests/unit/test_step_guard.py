@@ -12,7 +12,7 @@ from openmimo.core.errors import ConfigError, DivergedError
 from openmimo.core.metrics import read_metrics
 from openmimo.model.hf import load_model, save_model
 from openmimo.train.checkpoint import find_damage
-from openmimo.train.config import CheckpointConfig, OptimiserConfig
+from openmimo.train.config import CheckpointConfig, OptimizerConfig
 from openmimo.train.guard import StepGuard
 from openmimo.train.loss import training_loss
 from openmimo.train.optim import clip_gradients
@@ -80,7 +80,7 @@ def test_an_exploding_learning_rate_writes_no_checkpoint(tmp_path):
 def test_skipped_steps_are_counted_and_change_nothing(tmp_path, monkeypatch):
     config = one_stage(tmp_path, steps=3)
     spoil(monkeypatch, steps=(3,))
-    skipping = replace(config, optimiser=OptimiserConfig(max_skipped_steps=1), run_folder=str(tmp_path / "skips"))
+    skipping = replace(config, optimizer=OptimizerConfig(max_skipped_steps=1), run_folder=str(tmp_path / "skips"))
     pretrain(skipping)
     rows = read_metrics(tmp_path / "skips" / "metrics.jsonl")
     assert [row["skipped_steps"] for row in rows if "skipped_steps" in row] == [0, 0, 1]
@@ -91,7 +91,7 @@ def test_skipped_steps_are_counted_and_change_nothing(tmp_path, monkeypatch):
 
 def test_more_than_the_allowed_skips_end_the_run(tmp_path, monkeypatch):
     spoil(monkeypatch, steps=(2, 3))
-    config = replace(one_stage(tmp_path), optimiser=OptimiserConfig(max_skipped_steps=1))
+    config = replace(one_stage(tmp_path), optimizer=OptimizerConfig(max_skipped_steps=1))
     with pytest.raises(DivergedError, match="step 3"):
         pretrain(config)
 
@@ -148,16 +148,16 @@ def test_a_manifest_that_lists_nothing_is_damage(tmp_path):
 
 
 def test_the_optimizer_state_is_written_without_a_copy(tmp_path):
-    from openmimo.train.checkpoint import optimiser_state
-    from openmimo.train.optim import build_optimiser
+    from openmimo.train.checkpoint import optimizer_state
+    from openmimo.train.optim import build_optimizer
 
     model = tiny_model()
-    optimizer = build_optimiser(model, OptimiserConfig())
+    optimizer = build_optimizer(model, OptimizerConfig())
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
     own = {tensor.data_ptr() for state in optimizer.state.values() for tensor in state.values()}
-    assert {tensor.data_ptr() for tensor in optimiser_state(model, optimizer).values()} == own
+    assert {tensor.data_ptr() for tensor in optimizer_state(model, optimizer).values()} == own
 
 
 def test_the_balance_loss_is_of_training_rows():
@@ -218,7 +218,7 @@ def test_a_stage_out_of_range_is_refused(tmp_path, changes, named):
 )
 def test_an_optimizer_out_of_range_is_refused(changes, named):
     with pytest.raises(ConfigError, match=named):
-        OptimiserConfig(**changes)
+        OptimizerConfig(**changes)
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,10 @@ import threading
 import pytest
 
 from openmimo.core.errors import ConfigError, DataError
-from openmimo.data.answers import score_answer
 from openmimo.data.config import TaskConfig
 from openmimo.data.source import split_of
 from openmimo.data.task import Problem, open_task, prompt_messages
+from openmimo.data.tasks._answers import score_answer
 
 ROWS = [
     {"prompt": f"What is {number} + 1?", "answer": number + 1, "difficulty": 1 + number % 2, "id": f"sum-{number}"}

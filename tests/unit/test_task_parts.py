@@ -10,12 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from openmimo.core.errors import ConfigError
-from openmimo.data.answers import final_answer, last_number, score_answer
-from openmimo.data.arithmetic import ExpressionError, evaluate
 from openmimo.data.config import TaskConfig
-from openmimo.data.mini_language import MAX_STEPS, ProgramError, parse, random_operation, run, to_text
 from openmimo.data.task import Problem, open_task
 from openmimo.data.tasks import program
+from openmimo.data.tasks._answers import final_answer, last_number, score_answer
+from openmimo.data.tasks._arithmetic import ExpressionError, evaluate
+from openmimo.data.tasks._mini_language import MAX_STEPS, ProgramError, parse, random_operation, run, to_text
 
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 

@@ -56,7 +56,7 @@ def test_a_text_too_small_for_the_vocabulary_gives_a_smaller_one():
     assert Tokenizer.train(["ab ab"], vocab_size=400).vocab_size < 270
 
 
-def test_text_is_normalised_to_nfc(tokenizer):
+def test_text_is_normalized_to_nfc(tokenizer):
     assert tokenizer.decode(tokenizer.encode("e\u0301")) == "é"
 
 

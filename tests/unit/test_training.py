@@ -1,4 +1,4 @@
-"""Schedules, loss, optimiser state, and the bitwise oracle: a run killed and resumed is the run that was not."""
+"""Schedules, loss, optimizer state, and the bitwise oracle: a run killed and resumed is the run that was not."""
 
 import json
 import os
@@ -23,7 +23,7 @@ from openmimo.train import checkpoint as checkpoint_module
 from openmimo.train.checkpoint import Checkpoints, find_damage
 from openmimo.train.config import CheckpointConfig, EvaluationConfig, PretrainConfig, Stage, TokenizerConfig
 from openmimo.train.loss import micro_batch, training_loss
-from openmimo.train.optim import GradientReport, build_optimiser, clip_gradients, parameter_groups
+from openmimo.train.optim import GradientReport, build_optimizer, clip_gradients, parameter_groups
 from openmimo.train.pretrain import pretrain
 from openmimo.train.schedule import learning_rate, place_of, rows_of_step
 
@@ -153,13 +153,13 @@ def test_decay_is_for_matrices_and_zeros_are_counted():
     assert report.norm == pytest.approx((total - 64) ** 0.5, rel=1e-5)
     norm = torch.stack([parameter.grad.norm() for parameter in model.parameters()]).norm()
     assert norm == pytest.approx(1.0, rel=1e-4)
-    assert build_optimiser(model, run_config_optimiser()).param_groups[1]["weight_decay"] == 0.0
+    assert build_optimizer(model, run_config_optimizer()).param_groups[1]["weight_decay"] == 0.0
 
 
-def run_config_optimiser():
-    from openmimo.train.config import OptimiserConfig
+def run_config_optimizer():
+    from openmimo.train.config import OptimizerConfig
 
-    return OptimiserConfig()
+    return OptimizerConfig()
 
 
 @pytest.fixture(scope="module")
@@ -276,7 +276,7 @@ def test_a_checkpoint_that_cannot_be_written_names_itself(tmp_path, monkeypatch,
     checkpoints = Checkpoints(tmp_path, CheckpointConfig())
     with pytest.raises(CheckpointError, match="step-00000000"):
         checkpoints.save(
-            model, build_optimiser(model, run_config_optimiser()), Tokenizer.load(finished / "run" / "model"),
+            model, build_optimizer(model, run_config_optimizer()), Tokenizer.load(finished / "run" / "model"),
             Progress.beginning(),
         )  # fmt: skip
     assert list((tmp_path / "checkpoints").iterdir()) == []

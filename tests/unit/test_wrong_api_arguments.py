@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import randomise, tiny_config, tiny_model
+from conftest import randomize, tiny_config, tiny_model
 
 import openmimo
 from openmimo.core.errors import UserError
@@ -25,7 +25,7 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def llm(tokenizer):
     config = replace(tiny_config(num_layers=2), vocab_size=tokenizer.vocab_size)
-    return openmimo.LLM(randomise(MiMo(config), 0), tokenizer)
+    return openmimo.LLM(randomize(MiMo(config), 0), tokenizer)
 
 
 @pytest.mark.parametrize("path", [None, 3, b"x", "", "a\0b", ["x"]], ids=repr)

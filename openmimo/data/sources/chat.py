@@ -16,8 +16,8 @@ from typing import Any, Literal
 import numpy as np
 
 from openmimo.core.errors import DataError
-from openmimo.data.conversation import conversations_by_question, encode_conversation, has_reasoning
-from openmimo.data.conversation_rows import Document, join_row, make_document
+from openmimo.data.chat.conversation import conversations_by_question, encode_conversation, has_reasoning
+from openmimo.data.chat.rows import Document, join_row, make_document
 from openmimo.data.json_lines import read_objects
 from openmimo.data.source import Row, RowMaker, RowMakers, Split, SyntheticSource, split_of
 from openmimo.data.tokenizer import Tokenizer

@@ -1,4 +1,4 @@
-"""Retrieval examples as training rows; `openmimo.data.needles` says what an example is."""
+"""Retrieval examples as training rows; `openmimo.data.tasks._needles` says what an example is."""
 
 import functools
 from dataclasses import dataclass
@@ -7,9 +7,9 @@ from typing import Annotated, Literal
 import numpy as np
 
 from openmimo.core.fields import Bounds, NonNegativeInt, PositiveInt
-from openmimo.data.needles import KEYS, TOKENS_PER_FACT, VALUES, make_needle, needle_symbols
 from openmimo.data.source import Row, RowMakers, Split, SyntheticSource
 from openmimo.data.synthetic import document_lengths, draw_on_side, join_documents, length_range, makers_by_split
+from openmimo.data.tasks._needles import KEYS, TOKENS_PER_FACT, VALUES, make_needle, needle_symbols
 from openmimo.data.tokenizer import Tokenizer
 
 

@@ -7,9 +7,9 @@ import numpy as np
 
 from openmimo.core.errors import ConfigError
 from openmimo.core.fields import NonNegativeInt, PositiveInt
-from openmimo.data.needles import needle_symbols
 from openmimo.data.source import Row, RowMakers, Split, SyntheticSource
 from openmimo.data.synthetic import document_lengths, draw_on_side, join_documents, length_range, makers_by_split
+from openmimo.data.tasks._needles import needle_symbols
 from openmimo.data.tokenizer import Tokenizer
 
 

@@ -15,9 +15,9 @@ from openmimo.core.config import to_dict
 from openmimo.core.errors import ConfigError, DataError
 from openmimo.core.fields import Fraction
 from openmimo.core.records import Message
+from openmimo.data.chat.conversation import encode_conversation
+from openmimo.data.chat.rows import Document, join_row, make_document
 from openmimo.data.config import TaskConfig, without_paths
-from openmimo.data.conversation import encode_conversation
-from openmimo.data.conversation_rows import Document, join_row, make_document
 from openmimo.data.source import Row, RowMakers, Split, SyntheticSource
 from openmimo.data.synthetic import makers_by_split
 from openmimo.data.task import Problem, Task, open_task, prompt_messages

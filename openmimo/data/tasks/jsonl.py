@@ -16,10 +16,10 @@ from typing import Any, Literal
 from openmimo.core.errors import ConfigError, DataError
 from openmimo.core.fields import NonNegativeFloat, check_fields
 from openmimo.core.records import Message
-from openmimo.data.answers import check_method, is_instant, score_answer
 from openmimo.data.json_lines import SUFFIXES, read_objects
 from openmimo.data.source import FileContent, find_files, fingerprint_files
 from openmimo.data.task import Problem, ProblemSet, TaskFamily
+from openmimo.data.tasks._answers import check_method, is_instant, score_answer
 
 ByDifficulty = Mapping[int | None, tuple[Problem, ...]]
 

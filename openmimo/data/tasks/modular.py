@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from openmimo.core.fields import Bounds
-from openmimo.data.answers import exact_score
 from openmimo.data.task import Problem, TaskFamily
+from openmimo.data.tasks._answers import exact_score
 
 
 @dataclass(frozen=True)

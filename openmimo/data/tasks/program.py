@@ -1,4 +1,4 @@
-"""Programs to find from examples: `prog 312>324 45>65` is answered by `rev;inc1`, in `openmimo.data.mini_language`.
+"""Programs to find from examples: `prog 312>324 45>65` is answered by `rev;inc1`, in `_mini_language`.
 
 The answer runs on hidden tests, which are grouped by how many of a set of flawed programs pass them: the reference with
 an operation left out, exchanged or misplaced.
@@ -11,10 +11,10 @@ from typing import Annotated, Literal
 import numpy as np
 
 from openmimo.core.fields import Bounds
-from openmimo.data.answers import final_answer
-from openmimo.data.graded_tests import difficulty_groups, soft_reward, strict_reward
-from openmimo.data.mini_language import Program, ProgramError, parse, passes, random_operation, run, to_text
 from openmimo.data.task import Problem, TaskFamily
+from openmimo.data.tasks._answers import final_answer
+from openmimo.data.tasks._graded_tests import difficulty_groups, soft_reward, strict_reward
+from openmimo.data.tasks._mini_language import Program, ProgramError, parse, passes, random_operation, run, to_text
 
 Tests = tuple[tuple[str, str], ...]
 
@@ -25,7 +25,7 @@ _MAX_TRIES = 100
 class Options:
     """num_examples: shown in the prompt, with inputs of 2 to max_digits digits. num_tests: hidden ones, with inputs of
     1 to 8 digits. num_groups: levels of difficulty among them. reward: "strict" and "soft" as in
-    `openmimo.data.graded_tests`, or "all" for 1.0 only if every test passes.
+    `openmimo.data.tasks._graded_tests`, or "all" for 1.0 only if every test passes.
     """
 
     num_examples: Annotated[int, Bounds(least=1, most=100)] = 2
@@ -85,7 +85,7 @@ def _without_one(program: Program) -> list[Program]:
 
 
 def _flawed_programs(program: Program, rng: random.Random) -> list[Program]:
-    """Without one operation, with another in one place, with two neighbours exchanged, and random ones."""
+    """Without one operation, with another in one place, with two neighbors exchanged, and random ones."""
     places = range(len(program))
     changed = [program[:place] + (random_operation(rng),) + program[place + 1 :] for place in places for _ in range(4)]
     swapped = [program[:place] + (program[place + 1], program[place]) + program[place + 2 :] for place in places[:-1]]

@@ -5,8 +5,8 @@ import string
 from dataclasses import dataclass
 
 from openmimo.core.errors import ConfigError
-from openmimo.data.answers import exact_score
 from openmimo.data.task import Problem, TaskFamily
+from openmimo.data.tasks._answers import exact_score
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,8 @@
 import random
 from dataclasses import dataclass
 
-from openmimo.data.answers import exact_score
 from openmimo.data.task import Problem, TaskFamily
+from openmimo.data.tasks._answers import exact_score
 
 
 @dataclass(frozen=True)

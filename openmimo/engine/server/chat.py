@@ -7,7 +7,7 @@ from typing import Any
 
 from openmimo.core.errors import DataError
 from openmimo.core.records import Delta
-from openmimo.data.chat_parser import (
+from openmimo.data.chat.parser import (
     ChatEvent,
     ChatParser,
     ContentText,

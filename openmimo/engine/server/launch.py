@@ -13,7 +13,7 @@ from openmimo.engine.server.config import ServerConfig
 from openmimo.engine.server.engine_backend import EngineBackend
 from openmimo.engine.server.serve import serve
 from openmimo.engine.server.stub import StubBackend
-from openmimo.engine.weights import quantise_linears
+from openmimo.engine.weights import quantize_linears
 from openmimo.model.hf import load_model
 from openmimo.runtime.device import resolve_device
 
@@ -33,7 +33,7 @@ def launch(
         dtype = "float32" if place.type == "cpu" else "bfloat16"
     model = load_model(path, dtype=dtype, device=str(place))
     if int8:
-        quantise_linears(model)
+        quantize_linears(model)
     backend = EngineBackend(Engine(model, tokenizer, engine), tokenizer, model_name=Path(path).resolve().name)
     serve(backend, server)
 

@@ -4,7 +4,7 @@ import secrets
 from collections.abc import Iterator
 from typing import Any
 
-from openmimo.data.chat_parser import (
+from openmimo.data.chat.parser import (
     ChatEvent,
     ContentText,
     ReasoningText,

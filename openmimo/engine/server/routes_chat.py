@@ -9,7 +9,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from openmimo.core.records import Request as EngineRequest
-from openmimo.data.chat_parser import ChatEvent, ContentText, ReasoningText, ToolCallArguments, ToolCallStart
+from openmimo.data.chat.parser import ChatEvent, ContentText, ReasoningText, ToolCallArguments, ToolCallStart
 from openmimo.engine.server.chat import (
     ChatPrompt,
     ChatReply,

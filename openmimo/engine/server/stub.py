@@ -40,7 +40,7 @@ def echo(prompt: str, request: Request) -> Iterable[Step]:
 class StubBackend:
     """Plays `script(prompt text, request)` with a tokenizer of its own.
 
-    It honours max_tokens, stop strings and log-probabilities (made up, the same for the same token), and counts as a
+    It honors max_tokens, stop strings and log-probabilities (made up, the same for the same token), and counts as a
     real backend does. step_seconds: pause before each step. slots: requests that run at once; the others wait.
     """
 

@@ -5,7 +5,7 @@ from typing import Any
 from openmimo.core.records import Delta, TokenLogprob
 from openmimo.data.tokenizer import StreamDecoder, Tokenizer
 
-_LEAST_LOGPROB = -9999.0  # JSON has no minus infinity
+_MIN_LOGPROB = -9999.0  # JSON has no minus infinity
 
 
 def chat_logprobs(tokenizer: Tokenizer, logprobs: tuple[TokenLogprob, ...]) -> dict[str, Any]:
@@ -71,4 +71,4 @@ def _text(tokenizer: Tokenizer, token_id: int) -> str:
 
 
 def _finite(logprob: float) -> float:
-    return max(logprob, _LEAST_LOGPROB)
+    return max(logprob, _MIN_LOGPROB)

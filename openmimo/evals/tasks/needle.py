@@ -1,10 +1,10 @@
-"""Retrieval of one fact among several, in token ids; the examples are those of `openmimo.data.needles`."""
+"""Retrieval of one fact among several, in token ids; the examples are those of `openmimo.data.tasks._needles`."""
 
 from dataclasses import dataclass
 
 import numpy as np
 
-from openmimo.data.needles import make_needle, needle_symbols
+from openmimo.data.tasks._needles import make_needle, needle_symbols
 from openmimo.data.tokenizer import Tokenizer
 from openmimo.evals.task import Example, Task
 

@@ -220,7 +220,7 @@ class _Stream:
         return _Tiles(q_LMK, k_LCK, v_LCV, probabilities_LMC)
 
     def _gather(self, x_PGX: torch.Tensor, columns_LCX: torch.Tensor) -> torch.Tensor:
-        """Copies the keys or values of each tile into its columns; neighbouring tiles share keys. A sink stays zero."""
+        """Copies the keys or values of each tile into its columns; neighboring tiles share keys. A sink stays zero."""
         bands = self._bands
         num_keys = bands.block + bands.past
         x_JGCX = x_PGX.unfold(0, num_keys, bands.block).transpose(2, 3)

@@ -13,7 +13,7 @@ from openmimo.kernels.attention import AttentionNeed
 from openmimo.kernels.dispatch import Backend
 from openmimo.runtime.device import has_fused_attention
 
-_LONGEST_PADDED = 1024  # tokens; for more, padding costs more than a call
+_MAX_PADDED = 1024  # tokens; for more, padding costs more than a call
 # MATH, which holds T x T numbers (16.6 GiB against 0.6 at 4,096 tokens and 64 heads), is for short sequences only:
 # cuDNN takes none of one token. What the other three refuse, this backend refuses.
 _SHORT = 64  # tokens
@@ -71,7 +71,7 @@ def _padded_batches(lengths: tuple[int, ...], device: torch.device) -> tuple[lis
     of_length: dict[int, list[tuple[int, int]]] = {}
     start = 0
     for length in lengths:
-        padded_length = length if length > _LONGEST_PADDED else 1 << max(length - 1, 0).bit_length()
+        padded_length = length if length > _MAX_PADDED else 1 << max(length - 1, 0).bit_length()
         of_length.setdefault(padded_length, []).append((start, length))
         start += length
     batches, place_T, num_rows = [], torch.empty(start, dtype=torch.int64), 0

@@ -35,7 +35,7 @@ def sort_by_expert(
     place_M[order] = torch.arange(len(ids_M), device=ids_M.device) + added_E[ids_M[order]]
     num_rows = len(ids_M) if multiple == 1 else int(counts_E.sum())
     rows_MD = x_TD[:, None].expand(-1, expert_ids_TA.shape[1], -1).flatten(0, 1)
-    return SortedTokens(_Place.apply(rows_MD, place_M, num_rows), place_M, counts_E)
+    return SortedTokens(_Scatter.apply(rows_MD, place_M, num_rows), place_M, counts_E)
 
 
 def combine(y_PD: torch.Tensor, place_M: torch.Tensor, weights_TA: torch.Tensor) -> torch.Tensor:
@@ -45,7 +45,7 @@ def combine(y_PD: torch.Tensor, place_M: torch.Tensor, weights_TA: torch.Tensor)
     return (y_TAD.to(wide) * weights_TA.to(wide)[..., None]).sum(dim=1).to(y_PD.dtype)
 
 
-class _Place(torch.autograd.Function):
+class _Scatter(torch.autograd.Function):
     """Row m to row `place_M[m]` of a zero buffer. Places differ, so the gradient is a plain read."""
 
     @staticmethod
@@ -60,7 +60,7 @@ class _Place(torch.autograd.Function):
 
 
 class _Take(torch.autograd.Function):
-    """The inverse of `_Place`; its gradient is `_Place`, not the accumulation that plain indexing would do."""
+    """The inverse of `_Scatter`; its gradient is `_Scatter`, not the accumulation that plain indexing would do."""
 
     @staticmethod
     def forward(ctx, rows_PD: torch.Tensor, place_M: torch.Tensor) -> torch.Tensor:

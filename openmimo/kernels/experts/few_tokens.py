@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from openmimo.kernels.dispatch import Backend
 from openmimo.kernels.experts import ExpertsNeed
 
-_MOST_TOKENS = 8
+_MAX_TOKENS = 8
 
 
 def run(
@@ -42,8 +42,8 @@ def refuse(need: ExpertsNeed) -> str | None:
         return "it has no backward pass"
     if not need.on_cpu:
         return "it reads the chosen experts on the host"
-    if not 1 <= need.num_tokens <= _MOST_TOKENS:
-        return f"it serves 1 to {_MOST_TOKENS} tokens"
+    if not 1 <= need.num_tokens <= _MAX_TOKENS:
+        return f"it serves 1 to {_MAX_TOKENS} tokens"
     return None
 
 

@@ -16,7 +16,7 @@ from openmimo.runtime.device import cpu_multiplies_bfloat16
 # oneDNN compiles a bfloat16 product anew for each number of rows it has not seen, which takes longer than the product:
 # with the counts of a router as they fall, a step of the tiny model spent half its time there (docs/log.md). So rows
 # are padded to a multiple, an eighth to a quarter of what an expert gets on average.
-_LARGEST_MULTIPLE = 64
+_MAX_MULTIPLE = 64
 
 
 def run(
@@ -44,7 +44,7 @@ def run(
 def _row_multiple(need: ExpertsNeed) -> int:
     multiple, rows_per_expert = 1, need.num_tokens * need.experts_per_token // need.num_experts
     if need.dtype == torch.bfloat16 and cpu_multiplies_bfloat16():
-        while multiple < _LARGEST_MULTIPLE and 8 * multiple <= rows_per_expert:
+        while multiple < _MAX_MULTIPLE and 8 * multiple <= rows_per_expert:
             multiple *= 2
     return multiple
 

@@ -1,4 +1,4 @@
-/* What a decoder layer does to a few rows beside its products: normalise, rotate, choose experts. One thread. */
+/* What a decoder layer does to a few rows beside its products: normalize, rotate, choose experts. One thread. */
 
 #include "products.h"
 
@@ -12,7 +12,7 @@ typedef struct {
     double epsilon;
 } norm_call;
 
-INLINE void normalise(const norm_call *call, int64_t row, int64_t bfloat16) {
+INLINE void normalize(const norm_call *call, int64_t row, int64_t bfloat16) {
     int64_t first = row * call->dims, dim = 0;
     floats lanes = {};
     for (; dim + LANES <= call->dims; dim += LANES) {
@@ -35,8 +35,8 @@ INLINE void normalise(const norm_call *call, int64_t row, int64_t bfloat16) {
 
 void openmimo_rms_norm(const norm_call *call) {
     for (int64_t row = 0; row < call->rows; row++) {
-        if (call->bfloat16) normalise(call, row, 1);
-        else normalise(call, row, 0);
+        if (call->bfloat16) normalize(call, row, 1);
+        else normalize(call, row, 0);
     }
 }
 
@@ -74,7 +74,7 @@ typedef struct {
     const void *x, *weight, *bias; /* [rows, dims], [experts, dims], [experts] */
     int64_t *ids;                  /* [rows, active] */
     float *weights;                /* [rows, active] */
-    int64_t rows, dims, experts, active, normalise;
+    int64_t rows, dims, experts, active, normalize;
     int64_t x_bfloat16, weight_bfloat16, bias_bfloat16; /* weights of bfloat16 go with x of bfloat16 */
     double scale;
 } router_call;
@@ -111,7 +111,7 @@ static void choose_experts(const router_call *call, int64_t row, const float *sc
         sum += scores[best];
     }
     for (int64_t slot = 0; slot < call->active; slot++) {
-        if (call->normalise) weights[slot] /= sum + 1e-20f;
+        if (call->normalize) weights[slot] /= sum + 1e-20f;
         weights[slot] *= (float)call->scale;
     }
 }

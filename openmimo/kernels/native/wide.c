@@ -20,7 +20,7 @@
 #define CHUNK 256
 #define MAX_ROWS 32 /* rows whose sums are kept between chunks */
 #define ROWS 3
-#define MOST_FEW 18 /* rows for which weights are widened in registers, again for every three */
+#define MAX_FEW 18 /* rows for which weights are widened in registers, again for every three */
 #define OUTPUTS 4
 
 /* Holds a vector in a register; the compiler would rather load it again for each use, and loads are what is scarce. */
@@ -140,7 +140,7 @@ INLINE void add_block(int rows, const float *const *x, int64_t dim, const uint16
 
 /* At most three rows with sixteen weight rows of bfloat16, four at a time, because each sum waits for its last addition.
  * The four lie four rows apart: each then reads its own stretch of memory in order, which processors fetch ahead. Of
- * neighbouring rows, two share a page, and memory gives a quarter less. */
+ * neighboring rows, two share a page, and memory gives a quarter less. */
 INLINE void multiply_few(int rows, const float *const *x, const uint16_t *const *weights, int64_t dims,
                          float (*sums)[TILE_ROWS][LANES]) {
     const int apart = TILE_ROWS / OUTPUTS;
@@ -213,7 +213,7 @@ void openmimo_multiply_wide(const float *const *rows, int64_t count, const void 
     }
     for (; count > 0; count -= MAX_ROWS, rows += MAX_ROWS, sums += MAX_ROWS) {
         int64_t together = count < MAX_ROWS ? count : MAX_ROWS;
-        if (bfloat16 && together <= MOST_FEW) multiply_few_rows(rows, together, (const void *)weights, dims, lanes);
+        if (bfloat16 && together <= MAX_FEW) multiply_few_rows(rows, together, (const void *)weights, dims, lanes);
         else multiply_rows(rows, together, weights, dims, bfloat16, lanes);
         for (int64_t row = 0; row < together; row++)
             for (int i = 0; i < TILE_ROWS; i++) sums[row][i] = total(lanes[row][i]);

@@ -24,13 +24,13 @@ def corrected_for_engine(losses_N: torch.Tensor, batch: TokenBatch, options: Rat
     Decoupled: that rest is π_old / μ. Bypass: the ratio goes all the way, and what is left is a gate on π_θ / μ.
     """
     policy_logprobs_N = batch.old_logprobs_N if options.old_policy == "decoupled" else batch.logprobs_N
-    log_ratio_N = policy_logprobs_N - batch.behaviour_logprobs_N
+    log_ratio_N = policy_logprobs_N - batch.behavior_logprobs_N
     return corrections.apply(losses_N, correction_weights(batch, log_ratio_N, options.correction))
 
 
 def corrected_for_policy(losses_N: torch.Tensor, batch: TokenBatch, correction: Correction) -> torch.Tensor:
     """Losses without a policy ratio, times the correction for all the way from engine to policy, π_θ / μ, [N]."""
-    log_ratio_N = batch.logprobs_N - batch.behaviour_logprobs_N
+    log_ratio_N = batch.logprobs_N - batch.behavior_logprobs_N
     return corrections.apply(losses_N, correction_weights(batch, log_ratio_N, correction))
 
 

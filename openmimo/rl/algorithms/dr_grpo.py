@@ -9,7 +9,7 @@ from openmimo.core.fields import Fraction, NonNegativeFloat
 from openmimo.core.samples import Sample
 from openmimo.rl.algorithm import Algorithm, RatioOptions
 from openmimo.rl.algorithms._correction import corrected_for_engine
-from openmimo.rl.annotation import annotate_outcomes
+from openmimo.rl.learning.annotation import annotate_outcomes
 from openmimo.rl.losses import objectives
 from openmimo.rl.losses.advantages import dr_grpo_advantages
 from openmimo.rl.losses.tokens import TokenBatch
@@ -19,7 +19,7 @@ from openmimo.rl.losses.tokens import TokenBatch
 class Options(RatioOptions):
     """low, high: the policy ratio is clipped to 1 - low and 1 + high."""
 
-    normalisation: Literal["token", "sequence", "constant"] = "constant"
+    normalization: Literal["token", "sequence", "constant"] = "constant"
     low: Fraction = 0.2
     high: NonNegativeFloat = 0.2
 

@@ -11,7 +11,7 @@ from openmimo.core.fields import Bounds, Fraction, NonNegativeFloat, PositiveFlo
 from openmimo.core.samples import Sample
 from openmimo.rl.algorithm import Algorithm, RatioOptions
 from openmimo.rl.algorithms._correction import corrected_for_engine
-from openmimo.rl.annotation import annotate_outcomes
+from openmimo.rl.learning.annotation import annotate_outcomes
 from openmimo.rl.losses import objectives
 from openmimo.rl.losses.advantages import grpo_advantages
 from openmimo.rl.losses.tokens import TokenBatch

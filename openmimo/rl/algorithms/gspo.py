@@ -9,7 +9,7 @@ from openmimo.core.fields import Fraction, NonNegativeFloat
 from openmimo.core.samples import Sample
 from openmimo.rl.algorithm import Algorithm, RatioOptions
 from openmimo.rl.algorithms._correction import corrected_for_engine
-from openmimo.rl.annotation import annotate_outcomes
+from openmimo.rl.learning.annotation import annotate_outcomes
 from openmimo.rl.losses import objectives
 from openmimo.rl.losses.advantages import grpo_advantages
 from openmimo.rl.losses.tokens import TokenBatch
@@ -21,7 +21,7 @@ class Options(RatioOptions):
     ratios of tokens.
     """
 
-    normalisation: Literal["token", "sequence", "constant"] = "sequence"
+    normalization: Literal["token", "sequence", "constant"] = "sequence"
     low: Fraction = 3e-4
     high: NonNegativeFloat = 4e-4
 

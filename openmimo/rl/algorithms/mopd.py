@@ -11,7 +11,7 @@ from openmimo.core.fields import NonNegativeFloat, PositiveFloat, check_fields
 from openmimo.core.samples import Sample
 from openmimo.rl.algorithm import Algorithm, Correction
 from openmimo.rl.algorithms._correction import corrected_for_policy
-from openmimo.rl.annotation import (
+from openmimo.rl.learning.annotation import (
     episode_lengths,
     is_learnable,
     lengths_of,
@@ -20,7 +20,7 @@ from openmimo.rl.annotation import (
     write_annotations,
     written_values,
 )
-from openmimo.rl.losses import normalise, objectives
+from openmimo.rl.losses import normalize, objectives
 from openmimo.rl.losses.advantages import grpo_advantages, mopd_advantages, teacher_advantages
 from openmimo.rl.losses.tokens import TokenBatch
 
@@ -62,15 +62,15 @@ def annotate(samples: list[Sample], options: Options, policy_logprobs: list[list
     domains_B = numbers_of([sample.domain for sample in learnable])
     advantages_N = teacher_advantages(teacher_N, policy_N, limit=options.advantage_limit)
     if options.scale_domains:
-        advantages_N = advantages_N * normalise.domain_scales(
+        advantages_N = advantages_N * normalize.domain_scales(
             teacher_N - policy_N, domains_B.repeat_interleave(lengths_B)
         )
     if options.alpha > 0:
         outcome_N = outcome_advantages(learnable, grpo_advantages).repeat_interleave(lengths_B)
         advantages_N = mopd_advantages(advantages_N, outcome_N, alpha=options.alpha)
-    weights_N = normalise.sequence_weights(episode_lengths(learnable))
+    weights_N = normalize.sequence_weights(episode_lengths(learnable))
     if options.balance_domains:
-        weights_N = normalise.balance_domains(weights_N, lengths_B, domains_B)
+        weights_N = normalize.balance_domains(weights_N, lengths_B, domains_B)
     write_annotations(samples, advantages_N, weights_N)
 
 

@@ -8,7 +8,7 @@ import torch
 from openmimo.core.samples import Sample
 from openmimo.rl.algorithm import Algorithm, PolicyOptions
 from openmimo.rl.algorithms._correction import corrected_for_policy
-from openmimo.rl.annotation import annotate_outcomes
+from openmimo.rl.learning.annotation import annotate_outcomes
 from openmimo.rl.losses import objectives
 from openmimo.rl.losses.advantages import rloo_advantages
 from openmimo.rl.losses.tokens import TokenBatch
@@ -16,9 +16,9 @@ from openmimo.rl.losses.tokens import TokenBatch
 
 @dataclass(frozen=True)
 class Options(PolicyOptions):
-    """A constant denominator keeps the gradient that of the expected reward; other normalisations weigh by length."""
+    """A constant denominator keeps the gradient that of the expected reward; other normalizations weigh by length."""
 
-    normalisation: Literal["token", "sequence", "constant"] = "constant"
+    normalization: Literal["token", "sequence", "constant"] = "constant"
 
 
 def annotate(samples: list[Sample], options: Options, policy_logprobs: list[list[float]]) -> None:

@@ -10,12 +10,12 @@ from typing import Any
 
 from openmimo.core.errors import ConfigError
 from openmimo.core.records import Message
-from openmimo.data.answers import exact_score
-from openmimo.data.arithmetic import ExpressionError, evaluate
 from openmimo.data.source import Split
-from openmimo.rl.environment import Answer, Environment
-from openmimo.rl.problem_stream import Question, check_difficulties, problem_stream
-from openmimo.rl.problems import Problem
+from openmimo.data.tasks._answers import exact_score
+from openmimo.data.tasks._arithmetic import ExpressionError, evaluate
+from openmimo.rl.agents.environment import Environment, EnvResponse
+from openmimo.rl.agents.problem_stream import Question, check_difficulties, problem_stream
+from openmimo.rl.scheduling.problems import Problem
 
 CALL, END_OF_CALL = "<c>", "</c>"
 DIFFICULTIES = range(1, 13)
@@ -71,17 +71,17 @@ class CalculatorEpisode:
         self._answer, self._options = content.answer, options
         self._text, self._calls_left = "", options.max_calls
 
-    def respond(self, text: str) -> Answer:
+    def respond(self, text: str) -> EnvResponse:
         """See Episode. The text after the last call is the answer."""
         self._text = text
         if END_OF_CALL not in text:
-            return Answer()
+            return EnvResponse()
         if self._calls_left <= 0:
-            return Answer()
+            return EnvResponse()
         self._calls_left -= 1
         written, _, _ = text.partition(END_OF_CALL)
         before, mark, expression = written.rpartition(CALL)
-        return Answer(text=f"={self._result(expression) if mark else f'error: there is no {CALL}'};")
+        return EnvResponse(text=f"={self._result(expression) if mark else f'error: there is no {CALL}'};")
 
     def reward(self) -> float:
         """See Episode."""

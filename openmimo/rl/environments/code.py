@@ -13,12 +13,12 @@ from typing import Any, Literal
 
 from openmimo.core.errors import ConfigError
 from openmimo.core.records import Message
-from openmimo.data.graded_tests import soft_reward, strict_reward
 from openmimo.data.source import Split
-from openmimo.rl.chat_tools import ChatToolEpisode, function_tool
-from openmimo.rl.environment import Environment
-from openmimo.rl.problem_stream import Question, check_difficulties, problem_stream
-from openmimo.rl.problems import Problem
+from openmimo.data.tasks._graded_tests import soft_reward, strict_reward
+from openmimo.rl.agents.chat_tools import ChatToolEpisode, function_tool
+from openmimo.rl.agents.environment import Environment
+from openmimo.rl.agents.problem_stream import Question, check_difficulties, problem_stream
+from openmimo.rl.scheduling.problems import Problem
 from openmimo.rl.toolbox import (
     Tool,
     Toolbox,
@@ -69,7 +69,7 @@ class Options:
         min_difficulty: Functions in the smallest repositories (1 to 8).
         max_difficulty: Functions in the largest ones.
         rewarded: "all" pays only if all hidden tests pass; "strict" and "soft" pay by groups of tests of unequal
-            difficulty, as `openmimo.data.graded_tests` says (so even work that mends nothing may be paid a little).
+            difficulty, as `data.tasks._graded_tests` says (partial work may earn a little).
         max_calls: After so many calls the episode ends.
         quota: Calls of each tool at one time, of all episodes.
         wall_seconds: For one command; the model is told if it is cut off.
@@ -224,7 +224,7 @@ class CodeEpisode(ChatToolEpisode):
 def lay_out(workspace: Workspace, repository: Repository) -> None:
     """Writes a repository into an empty working folder. All files get one time, which tells nothing."""
     workspace.write_all(repository.files)
-    for folder, _, names in os.walk(workspace.place.work, topdown=False):
+    for folder, _, names in os.walk(workspace.paths.work, topdown=False):
         for path in (*(os.path.join(folder, name) for name in names), folder):
             os.utime(path, (FIXED_TIME, FIXED_TIME))
 

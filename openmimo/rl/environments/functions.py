@@ -13,10 +13,10 @@ from typing import Any
 from openmimo.core.errors import ConfigError
 from openmimo.core.records import Message
 from openmimo.data.source import Split
-from openmimo.rl.chat_tools import ChatToolEpisode, function_tool
-from openmimo.rl.environment import Environment
-from openmimo.rl.problem_stream import Question, check_difficulties, problem_stream
-from openmimo.rl.problems import Problem
+from openmimo.rl.agents.chat_tools import ChatToolEpisode, function_tool
+from openmimo.rl.agents.environment import Environment
+from openmimo.rl.agents.problem_stream import Question, check_difficulties, problem_stream
+from openmimo.rl.scheduling.problems import Problem
 from openmimo.rl.toolbox import ToolMistakeError
 
 DIFFICULTIES = range(1, 7)

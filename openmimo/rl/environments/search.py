@@ -12,13 +12,13 @@ from typing import Any, Literal
 
 from openmimo.core.errors import ConfigError
 from openmimo.core.records import Message
-from openmimo.data.answers import score_answer
 from openmimo.data.source import Split
-from openmimo.rl.chat_tools import ChatToolEpisode, function_tool
-from openmimo.rl.context_management import ContextLimits, ManagedEpisode
-from openmimo.rl.environment import Environment, Episode
-from openmimo.rl.problem_stream import Question, check_difficulties, problem_stream
-from openmimo.rl.problems import Problem
+from openmimo.data.tasks._answers import score_answer
+from openmimo.rl.agents.chat_tools import ChatToolEpisode, function_tool
+from openmimo.rl.agents.context_management import ContextLimits, ManagedEpisode
+from openmimo.rl.agents.environment import Environment, Episode
+from openmimo.rl.agents.problem_stream import Question, check_difficulties, problem_stream
+from openmimo.rl.scheduling.problems import Problem
 from openmimo.rl.toolbox import Tool, Toolbox, ToolLimits, ToolMistakeError, ToolSession, ToolSessions, shared
 from openmimo.rl.worlds.facts import MAX_DEPTH, MIN_ENTITIES, FactQuestion, FactWorld, fact_world
 
@@ -31,7 +31,7 @@ TOOLS = (
     ),
 )
 INSTRUCTION = "Look it up with the functions. In the end answer with the name alone."
-MOST_LINES = 10
+MAX_LINES = 10
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ class SearchEpisode(ChatToolEpisode):
 def lines_with(text: str, wanted: str) -> str:
     """The lines of a text that hold another one, in whatever case."""
     found = [line for line in text.splitlines() if wanted.casefold() in line.casefold()]
-    return "\n".join(found[:MOST_LINES]) or "not found"
+    return "\n".join(found[:MAX_LINES]) or "not found"
 
 
 def make(rng: random.Random, difficulty: int, options: Options) -> Question | None:

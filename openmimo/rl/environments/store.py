@@ -12,9 +12,9 @@ from typing import Any
 from openmimo.core.errors import ConfigError
 from openmimo.core.records import Message
 from openmimo.data.source import Split
-from openmimo.rl.environment import Answer, Environment
-from openmimo.rl.problem_stream import Question, check_difficulties, problem_stream
-from openmimo.rl.problems import Problem
+from openmimo.rl.agents.environment import Environment, EnvResponse
+from openmimo.rl.agents.problem_stream import Question, check_difficulties, problem_stream
+from openmimo.rl.scheduling.problems import Problem
 
 DIFFICULTIES = range(1, 9)
 
@@ -65,13 +65,13 @@ class StoreEpisode:
         self._values, self._wanted = dict(content.before), dict(content.after)
         self._calls_left = options.max_calls
 
-    def respond(self, text: str) -> Answer:
+    def respond(self, text: str) -> EnvResponse:
         """See Episode. Text without a call is the end."""
         written, end, _ = text.partition(">")
         if not end or self._calls_left <= 0:
-            return Answer()
+            return EnvResponse()
         self._calls_left -= 1
-        return Answer(text=f"={self._result(written.rpartition('<')[2].split())};")
+        return EnvResponse(text=f"={self._result(written.rpartition('<')[2].split())};")
 
     def reward(self) -> float:
         """See Episode. 1 if every value is as it should be, those not spoken of too."""

@@ -10,8 +10,8 @@ from openmimo.data.config import TaskConfig
 from openmimo.data.source import FileContent, Split
 from openmimo.data.task import Problem as TaskProblem
 from openmimo.data.task import Task, open_task, prompt_messages
-from openmimo.rl.environment import Answer, Environment
-from openmimo.rl.problems import Problem
+from openmimo.rl.agents.environment import Environment, EnvResponse
+from openmimo.rl.scheduling.problems import Problem
 
 
 @dataclass(frozen=True)
@@ -35,10 +35,10 @@ class TaskEpisode:
         self.messages: tuple[Message, ...] = tuple(prompt_messages(problem, system))
         self._task, self._problem, self._text = task, problem, ""
 
-    def respond(self, text: str) -> Answer:
+    def respond(self, text: str) -> EnvResponse:
         """See Episode."""
         self._text = text
-        return Answer()
+        return EnvResponse()
 
     def reward(self) -> float:
         """See Episode. An answer that came to its limit of tokens has no end, and is scored as it stands."""

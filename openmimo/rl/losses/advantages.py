@@ -14,13 +14,13 @@ def grpo_advantages(rewards_B: torch.Tensor, groups_B: torch.Tensor, *, epsilon:
     `groups_B` is int64, 0 and up: the answers to one prompt share a number. The std is over the group itself (divided
     by n, not n - 1). GRPO (DeepSeekMath, 2402.03300), as MiMo-7B uses it (2505.07608, section 3.3).
     """
-    centred_B = dr_grpo_advantages(rewards_B, groups_B)
-    std_B = _group_mean(centred_B.square(), groups_B).sqrt()
-    return centred_B / (std_B + epsilon)
+    centered_B = dr_grpo_advantages(rewards_B, groups_B)
+    std_B = _group_mean(centered_B.square(), groups_B).sqrt()
+    return centered_B / (std_B + epsilon)
 
 
 def dr_grpo_advantages(rewards_B: torch.Tensor, groups_B: torch.Tensor) -> torch.Tensor:
-    """reward - group mean, [B]: no division by the std, which favours prompts that are nearly always or never solved.
+    """reward - group mean, [B]: no division by the std, which favors prompts that are nearly always or never solved.
 
     Exactly 0 where all rewards of the group are the same. Dr. GRPO (2503.20783).
     """

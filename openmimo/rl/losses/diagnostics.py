@@ -26,8 +26,8 @@ def batch_diagnostics(
     """
     if not len(batch.logprobs_N):
         return {}
-    metrics = mismatch(batch.logprobs_N, batch.behaviour_logprobs_N)
-    metrics |= gate_shares(batch.logprobs_N - batch.behaviour_logprobs_N, low=low, high=high)
+    metrics = mismatch(batch.logprobs_N, batch.behavior_logprobs_N)
+    metrics |= gate_shares(batch.logprobs_N - batch.behavior_logprobs_N, low=low, high=high)
     metrics["staleness_mean"] = float(batch.staleness_N.double().mean())
     metrics["staleness_max"] = float(batch.staleness_N.max())
     if entropy_N is not None:
@@ -35,13 +35,13 @@ def batch_diagnostics(
     return metrics
 
 
-def mismatch(logprobs_N: torch.Tensor, behaviour_logprobs_N: torch.Tensor) -> dict[str, float]:
+def mismatch(logprobs_N: torch.Tensor, behavior_logprobs_N: torch.Tensor) -> dict[str, float]:
     """How far trainer and engine are apart on the sampled tokens, with r = π / μ.
 
     mismatch_k1: mean log μ - log π. mismatch_k3: mean r - 1 - log r. logprob_difference_mean, _max: of |log π - log μ|.
     extreme_ratio_share_τ: share of tokens with max(r, 1 / r) > τ, the F(τ) of R3 (2510.11370).
     """
-    log_ratio_N = (logprobs_N.detach() - behaviour_logprobs_N.detach()).double()
+    log_ratio_N = (logprobs_N.detach() - behavior_logprobs_N.detach()).double()
     distance_N = log_ratio_N.abs()
     metrics = {
         "mismatch_k1": float(-log_ratio_N.mean()),

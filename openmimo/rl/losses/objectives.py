@@ -1,6 +1,6 @@
-"""Policy losses, one number per token: what to minimise so that tokens of positive advantage become more likely.
+"""Policy losses, one number per token: what to minimize so that tokens of positive advantage become more likely.
 
-They do not add tokens up: how much each counts is its weight (`normalise`), and what the engine's own probabilities
+They do not add tokens up: how much each counts is its weight (`normalize`), and what the engine's own probabilities
 are worth is its correction (`corrections`).
 
 The policy ratio is π_θ / π_old ("decoupled": the trainer before and after its updates; the gap between trainer and
@@ -26,7 +26,7 @@ def policy_log_ratio(batch: TokenBatch, old_policy: OldPolicy) -> torch.Tensor:
 
     Held within ±20: a ratio that overflows would give NaN gradients even where it is clipped.
     """
-    old_logprobs_N = batch.old_logprobs_N if old_policy == "decoupled" else batch.behaviour_logprobs_N
+    old_logprobs_N = batch.old_logprobs_N if old_policy == "decoupled" else batch.behavior_logprobs_N
     return (batch.logprobs_N - old_logprobs_N.detach()).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
 
 

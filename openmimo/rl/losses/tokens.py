@@ -17,7 +17,7 @@ class TokenBatch:
     Attributes:
         logprobs_N: log π_θ, by the trainer, with gradient.
         old_logprobs_N: log π_old, by the trainer before the first update of the step.
-        behaviour_logprobs_N: log μ, by the engine that sampled the token.
+        behavior_logprobs_N: log μ, by the engine that sampled the token.
         advantages_N: How much better than expected the token was.
         sequence_N: int64, 0 to B - 1, the sequence of each token.
         staleness_N: int64, the current policy version minus the one that sampled the token.
@@ -28,7 +28,7 @@ class TokenBatch:
 
     logprobs_N: torch.Tensor
     old_logprobs_N: torch.Tensor
-    behaviour_logprobs_N: torch.Tensor
+    behavior_logprobs_N: torch.Tensor
     advantages_N: torch.Tensor
     sequence_N: torch.Tensor
     staleness_N: torch.Tensor

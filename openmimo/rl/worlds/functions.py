@@ -56,7 +56,7 @@ def longest_run(text):
 ''', lambda rng, k: (_text(rng, k),), 3, 9),
     Template("window_sums", '''
 def window_sums(values):
-    """The sum of every $K neighbours, from left to right."""
+    """The sum of every $K neighbors, from left to right."""
     sums = []
     for start in range(len(values) - $K + 1):
         total = 0

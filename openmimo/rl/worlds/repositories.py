@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from openmimo.data.graded_tests import Groups, difficulty_groups
+from openmimo.data.tasks._graded_tests import Groups, difficulty_groups
 from openmimo.rl.worlds.functions import TEMPLATES, Template
 from openmimo.rl.worlds.mutations import Mutant, mutants_of, normal_form
 

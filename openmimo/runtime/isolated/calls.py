@@ -115,7 +115,7 @@ class _Child:
 
     def __init__(self, tier: Tier, interpreter: Interpreter):
         self._workspace = Workspace(lambda place: Jail(tier, place, LIMITS), interpreter, shown=_shown_folders())
-        self._jail = Jail(tier, self._workspace.place, LIMITS)
+        self._jail = Jail(tier, self._workspace.paths, LIMITS)
         self._unread = b""
         try:
             self._jail.wait_until_ready()

@@ -19,7 +19,7 @@ from openmimo.runtime.sandbox.records import SandboxLimits, SandboxResult
 __all__ = ["CallTest", "StreamTest", "TestOutcome", "equal", "grade", "outcomes"]
 
 RUNNER = Path(__file__).with_name("jailed_tests.py")
-LONGEST_SHOWN = 2000
+MAX_SHOWN = 2000
 
 
 @dataclass(frozen=True)
@@ -170,6 +170,6 @@ def _lines(text: str) -> list[str]:
 def _shown(coded: Any, length: int) -> str:
     """A value in a few words. Only short ones are decoded, for that makes sets of what the solution chose."""
     try:
-        return repr(decode(coded))[:200] if length <= LONGEST_SHOWN else f"a value of {length} characters"
+        return repr(decode(coded))[:200] if length <= MAX_SHOWN else f"a value of {length} characters"
     except (ValueError, TypeError, AttributeError, RecursionError):  # such as an int of thousands of digits
         return f"a {type(coded).__name__}"

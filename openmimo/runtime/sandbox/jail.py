@@ -13,13 +13,13 @@ from pathlib import Path
 
 from openmimo.runtime.sandbox import cgroup, seccomp, watch
 from openmimo.runtime.sandbox.records import JailError, SandboxLimits, SandboxResult
-from openmimo.runtime.sandbox.tiers import STORES, WORKSPACE, Place, Tier
+from openmimo.runtime.sandbox.tiers import STORES, WORKSPACE, JailPaths, Tier
 
 START = Path(__file__).with_name("jailed_start.py")
 START_SECONDS = 20.0
 WATCH_SECONDS = 0.1
 DRAIN_SECONDS = 0.5  # for output that is still in the pipes when the program has ended
-MOST_TIMES_OUTPUT = 16
+MAX_TIMES_OUTPUT = 16
 FILTER = functools.cache(seccomp.program)
 
 
@@ -66,9 +66,9 @@ class Jail:
     The kernel kills it when the thread that made this object ends (or its process), so that nothing outlives a trainer.
     """
 
-    def __init__(self, tier: Tier, place: Place, limits: SandboxLimits):
-        self.tier, self.place, self.limits = tier, place, limits
-        self.marker = f"JAIL={place.work.parent.name}"
+    def __init__(self, tier: Tier, paths: JailPaths, limits: SandboxLimits):
+        self.tier, self.paths, self.limits = tier, paths, limits
+        self.marker = f"JAIL={paths.work.parent.name}"
         self.stores: dict[str, int] = {}  # the folders inside that can be written, open, where they are the jail's own
         self._group: cgroup.Group | None = None
         inputs, outputs = [os.pipe() for _ in range(2)], [os.pipe() for _ in range(3)]
@@ -76,17 +76,17 @@ class Jail:
         (self._stdout, stdout), (self._stderr, stderr), (self._result, result) = outputs
         self._open = {self._stdin, self._control, self._stdout, self._stderr, self._result}
         settings = {"limits": limits.resource_limits(), "control": control, "result": result, "filter": FILTER()}
-        python = [place.interpreter.executable, "-s", "-S", "-B", "-c", START.read_text(), json.dumps(settings)]
+        python = [paths.interpreter.executable, "-s", "-S", "-B", "-c", START.read_text(), json.dumps(settings)]
         inside = tier.isolates
         try:
             self.process = subprocess.Popen(
-                tier.command(python, place, limits),
+                tier.command(python, paths, limits),
                 stdin=stdin,
                 stdout=stdout,
                 stderr=stderr,
                 pass_fds=(control, result),
-                env=self._environment("/workspace" if inside else str(place.work)),
-                cwd="/" if inside else place.work,
+                env=self._environment("/workspace" if inside else str(paths.work)),
+                cwd="/" if inside else paths.work,
                 start_new_session=True,
             )
         except OSError as error:
@@ -101,7 +101,7 @@ class Jail:
     def _environment(self, home: str) -> dict[str, str]:
         """All that the program sees of an environment. PATH serves the building of the jail, too."""
         folders = ["/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin"]
-        own = str(Path(self.place.interpreter.executable).parent)
+        own = str(Path(self.paths.interpreter.executable).parent)
         name, _, value = self.marker.partition("=")
         return {
             "PATH": ":".join(folders if own in folders else [own, *folders]),
@@ -135,7 +135,7 @@ class Jail:
         if cgroup.parents():
             room = len(STORES) * self.limits.file_bytes  # files in memory count, too
             memory, processes = self.limits.memory_bytes + room, self.limits.processes + len(pids)
-            self._group = cgroup.Group(self.place.root.parent.name, memory, processes)
+            self._group = cgroup.Group(self.paths.root.parent.name, memory, processes)
             self._group.add(pids)
         if self.tier.isolates:
             for path in STORES:
@@ -188,7 +188,7 @@ class Jail:
         most = self.limits.output_bytes
         inlets = [_Inlet(self._control, json.dumps(job).encode()), _Inlet(self._stdin, stdin)]
         outputs = [_Outlet(self._stdout, most), _Outlet(self._stderr, most)]
-        result = _Outlet(self._result, most * MOST_TIMES_OUTPUT)
+        result = _Outlet(self._result, most * MAX_TIMES_OUTPUT)
         try:
             killed_by = self._exchange(inlets, [*outputs, result], started + self.limits.wall_seconds)
             if killed_by is None and self._group and self._group.ran_out_of_memory():
@@ -223,7 +223,7 @@ class Jail:
                 now = time.monotonic()
                 if now >= deadline:
                     killed_by = "wall"
-                elif any(outlet.total > self.limits.output_bytes * MOST_TIMES_OUTPUT for outlet in outlets):
+                elif any(outlet.total > self.limits.output_bytes * MAX_TIMES_OUTPUT for outlet in outlets):
                     killed_by = "output"
                 elif now >= next_watch:
                     killed_by, next_watch = self._overuse(), time.monotonic() + WATCH_SECONDS
@@ -257,7 +257,7 @@ class Jail:
             return "memory"
         if self.tier.isolates:
             return "disk" if watch.exceeds_files(self.stores.values()) else None
-        return "disk" if watch.exceeds_disk(self.place.work, limits.file_bytes, pid) else None
+        return "disk" if watch.exceeds_disk(self.paths.work, limits.file_bytes, pid) else None
 
     def _signal_all(self) -> None:
         """SIGKILL for everything in the jail: its first process takes the others with it, where it has a namespace."""

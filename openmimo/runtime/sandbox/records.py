@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 
 from openmimo.core.errors import ConfigError, UserError
 
-MOST_FILES = 4096
+MAX_FILES = 4096
 
 
 class SandboxUnavailableError(UserError):
@@ -22,7 +22,7 @@ class SandboxLimits:
 
     cpu_seconds: of each process. wall_seconds: of the run, however it waits. memory_bytes: address space of each
     process, and memory of all together. processes: at one time, threads counted. file_bytes: any one file, the
-    working folder as a whole, and each of /tmp and /dev/shm; each of these holds at most MOST_FILES files and folders.
+    working folder as a whole, and each of /tmp and /dev/shm; each of these holds at most MAX_FILES files and folders.
     output_bytes: kept of stdout and of stderr, each; a run that writes sixteen times as much is killed.
     """
 

@@ -9,7 +9,7 @@ from openmimo.runtime.sandbox.interpreter import find_interpreter
 from openmimo.runtime.sandbox.jail import Jail
 from openmimo.runtime.sandbox.records import SandboxLimits, SandboxResult, SandboxUnavailableError
 from openmimo.runtime.sandbox.selftest import why_not
-from openmimo.runtime.sandbox.tiers import TIERS, Place, Tier
+from openmimo.runtime.sandbox.tiers import TIERS, JailPaths, Tier
 from openmimo.runtime.sandbox.workspace import Program, Workspace
 
 
@@ -59,9 +59,9 @@ class Sandbox:
             raise
         return workspace
 
-    def start(self, place: Place) -> Jail:
+    def start(self, paths: JailPaths) -> Jail:
         """A jail around a folder, coming up."""
-        return Jail(self.tier, place, self.limits)
+        return Jail(self.tier, paths, self.limits)
 
 
 def choose_tier(name: str | None, allow_unsafe: bool) -> Tier:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from openmimo.runtime.sandbox.interpreter import Interpreter
-from openmimo.runtime.sandbox.records import MOST_FILES, SandboxLimits
+from openmimo.runtime.sandbox.records import MAX_FILES, SandboxLimits
 from openmimo.runtime.sandbox.shown import what_is_shown
 
 NOBODY = 65534
@@ -28,7 +28,7 @@ TELLING = ("cmdline", "config.gz", "kallsyms", "kcore", "keys", "key-users", "mo
 
 
 @dataclass(frozen=True)
-class Place:
+class JailPaths:
     """Where a jail stands on the host: an empty folder `root` to build in, and `work`, the working folder of a program
     that no jail holds.
 
@@ -43,14 +43,14 @@ class Place:
 
 @dataclass(frozen=True)
 class Tier:
-    """One way to build a jail. `command(inner, place, limits)` is the argument list that runs `inner` in it."""
+    """One way to build a jail. `command(inner, paths, limits)` is the argument list that runs `inner` in it."""
 
     name: str
     summary: str
     isolates: bool
     install: str
     programs: tuple[str, ...]
-    command: Callable[[list[str], Place, SandboxLimits], list[str]]
+    command: Callable[[list[str], JailPaths, SandboxLimits], list[str]]
 
     def missing(self) -> str | None:
         """The programs that this tier needs and that are not installed, or None."""
@@ -75,9 +75,9 @@ def _identity(signal: str) -> list[str]:
     return [setpriv, "--pdeathsig", signal, *user, "--"]
 
 
-def _bubblewrap(inner: list[str], place: Place, limits: SandboxLimits) -> list[str]:
+def _bubblewrap(inner: list[str], paths: JailPaths, limits: SandboxLimits) -> list[str]:
     """bwrap: new namespaces of every kind, a root folder built from read-only views."""
-    shown = what_is_shown(place.interpreter, place.shown)
+    shown = what_is_shown(paths.interpreter, paths.shown)
     arguments = ["--tmpfs", "/dev"]
     for path in STORES:
         arguments += ["--perms", "1777", "--size", str(limits.file_bytes), "--tmpfs", path]
@@ -101,27 +101,27 @@ def _bubblewrap(inner: list[str], place: Place, limits: SandboxLimits) -> list[s
     ]  # fmt: skip
 
 
-def _unshare(inner: list[str], place: Place, limits: SandboxLimits) -> list[str]:
+def _unshare(inner: list[str], paths: JailPaths, limits: SandboxLimits) -> list[str]:
     """unshare from util-linux, and a root folder built by `jailed_root.py`."""
-    shown = what_is_shown(place.interpreter, place.shown)
+    shown = what_is_shown(paths.interpreter, paths.shown)
     plan = {
-        "root": str(place.root),
+        "root": str(paths.root),
         "shown": shown.paths,
         "hidden": shown.hidden,
         "links": shown.links | DEVICE_LINKS,
         "devices": DEVICES,
         "stores": STORES,
         "size": limits.file_bytes,
-        "files": MOST_FILES,
+        "files": MAX_FILES,
     }
-    builder = [place.interpreter.executable, "-I", "-S", "-B", "-c", ROOT_BUILDER.read_text(), json.dumps(plan)]
+    builder = [paths.interpreter.executable, "-I", "-S", "-B", "-c", ROOT_BUILDER.read_text(), json.dumps(plan)]
     return [
         *_identity("KILL"), find_program("unshare"), "--user", "--map-root-user", "--mount", "--pid", "--fork", "--net",
         "--ipc", "--uts", "--cgroup", "--kill-child=KILL", "--", *builder, *inner,
     ]  # fmt: skip
 
 
-def _resource_limits(inner: list[str], place: Place, limits: SandboxLimits) -> list[str]:
+def _resource_limits(inner: list[str], paths: JailPaths, limits: SandboxLimits) -> list[str]:
     """Nothing but what the program's own process has set; and, as root, another user."""
     return [*_identity("TERM"), *inner]
 

@@ -12,10 +12,10 @@ import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from openmimo.runtime.sandbox.records import MOST_FILES
+from openmimo.runtime.sandbox.records import MAX_FILES
 
-LONGEST_PATH = 1024  # a working folder with a longer path counts as full, since every look walks all the way down
-MOST_MAPPINGS_BYTES = 2**20  # of /proc/PID/maps; each mapping is kernel memory
+MAX_PATH = 1024  # a working folder with a longer path counts as full, since every look walks all the way down
+MAX_MAPPINGS_BYTES = 2**20  # of /proc/PID/maps; each mapping is kernel memory
 SOCKET_BYTES = 212_992  # what a socket holds unread by default, and cannot be set higher in a jail
 ENDING_SECONDS = 5.0
 
@@ -57,8 +57,8 @@ def exceeds_memory(pid: int, limit_bytes: int) -> bool:
 def _hides_memory(pid: int) -> bool:
     """Whether a process has mapped shared memory without a file, whose pages stay when all but one are unmapped."""
     with contextlib.suppress(OSError), open(f"/proc/{pid}/maps", "rb") as file:
-        text = file.read(MOST_MAPPINGS_BYTES)
-        return len(text) == MOST_MAPPINGS_BYTES or b"/dev/zero (deleted)\n" in text
+        text = file.read(MAX_MAPPINGS_BYTES)
+        return len(text) == MAX_MAPPINGS_BYTES or b"/dev/zero (deleted)\n" in text
     return False
 
 
@@ -90,8 +90,8 @@ def _kilobytes(path: str, names: tuple[str, ...]) -> list[int]:
 
 
 def exceeds_files(stores: Iterable[int]) -> bool:
-    """Whether one of these small file systems holds more than MOST_FILES; its bytes the kernel limits."""
-    return any(system.f_files - system.f_ffree > MOST_FILES for system in map(os.fstatvfs, stores))
+    """Whether one of these small file systems holds more than MAX_FILES; its bytes the kernel limits."""
+    return any(system.f_files - system.f_ffree > MAX_FILES for system in map(os.fstatvfs, stores))
 
 
 def exceeds_disk(folder: Path, limit_bytes: int, pid: int | None = None) -> bool:
@@ -105,7 +105,7 @@ def exceeds_disk(folder: Path, limit_bytes: int, pid: int | None = None) -> bool
             for path, status in _entries(waiting.pop()):
                 total += status.st_blocks * 512
                 files += 1
-                if total > limit_bytes or files > MOST_FILES or len(path) > LONGEST_PATH:
+                if total > limit_bytes or files > MAX_FILES or len(path) > MAX_PATH:
                     return True
                 if stat.S_ISDIR(status.st_mode):
                     waiting.append(path)
@@ -124,7 +124,7 @@ def _nameless_bytes(pid: int) -> int:
             for entry in os.scandir(f"/proc/{process}/fd"):
                 _count(held, entry.path)
         with contextlib.suppress(OSError), open(f"/proc/{process}/maps", "rb") as file:
-            for line in file.read(MOST_MAPPINGS_BYTES).splitlines():
+            for line in file.read(MAX_MAPPINGS_BYTES).splitlines():
                 if line.endswith(b" (deleted)") and not line.endswith(b"/dev/zero (deleted)"):
                     _count_mapping(held, process, line.decode(errors="replace"))
     return sum(held.values())

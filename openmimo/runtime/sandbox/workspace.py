@@ -13,7 +13,7 @@ from openmimo.runtime.sandbox import folders
 from openmimo.runtime.sandbox.interpreter import Interpreter
 from openmimo.runtime.sandbox.jail import Jail
 from openmimo.runtime.sandbox.records import SandboxResult
-from openmimo.runtime.sandbox.tiers import NOBODY, Place
+from openmimo.runtime.sandbox.tiers import NOBODY, JailPaths
 
 FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -28,21 +28,21 @@ class WorkspaceError(UserError):
 class Workspace:
     """A folder whose files persist from one jailed command to the next. Use it as a context manager, or close it.
 
-    `start(place)` starts a jail around it. Files lie in a folder on the disk until the first command; each jail has a
+    `start(paths)` starts a jail around it. Files lie in a folder on the disk until the first command; each jail has a
     folder of its own in memory, which gets the files of the one before and outlives its jail for as long as it is open
     here. shown: folders of the host that the jail may read. Not for several threads at once.
     """
 
-    def __init__(self, start: Callable[[Place], Jail], interpreter: Interpreter, shown: tuple[Path, ...] = ()):
+    def __init__(self, start: Callable[[JailPaths], Jail], interpreter: Interpreter, shown: tuple[Path, ...] = ()):
         self._start = start
         self._home, self._lock = folders.make_home()
         self._home.chmod(0o711)
-        self.place = Place(self._home / "work", self._home / "root", interpreter, shown)
-        for folder in (self.place.work, self.place.root):
+        self.paths = JailPaths(self._home / "work", self._home / "root", interpreter, shown)
+        for folder in (self.paths.work, self.paths.root):
             folder.mkdir(mode=0o700)
             if os.geteuid() == 0:
                 os.chown(folder, NOBODY, NOBODY)
-        self._folder = os.open(self.place.work, os.O_RDONLY | os.O_DIRECTORY)
+        self._folder = os.open(self.paths.work, os.O_RDONLY | os.O_DIRECTORY)
 
     def __enter__(self) -> "Workspace":
         return self
@@ -63,7 +63,7 @@ class Workspace:
 
         Raises JailError if it does not come up, WorkspaceError if the files do not fit in.
         """
-        jail = self._start(self.place)
+        jail = self._start(self.paths)
         jail.wait_until_ready()
         if jail.work is not None:
             try:

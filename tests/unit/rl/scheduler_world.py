@@ -7,8 +7,8 @@ from dataclasses import replace
 
 from openmimo.core.samples import Sample
 from openmimo.rl.config import SchedulerConfig, SourceQuota
-from openmimo.rl.problems import Problem
-from openmimo.rl.scheduler import DataScheduler
+from openmimo.rl.scheduling.problems import Problem
+from openmimo.rl.scheduling.scheduler import DataScheduler
 
 
 def endless(name):

@@ -153,9 +153,9 @@ def engine_gap_batch(advantage=1.0):
     """π_θ / π_old of 1.1, π_old / μ of 1.5, 3 and 0.1; the last is of a sequence of its own, and three versions old."""
     logprobs = torch.full((3,), -1.0, dtype=torch.float64, requires_grad=True)
     old = logprobs.detach() - torch.tensor(1.1, dtype=torch.float64).log()
-    behaviour = old - torch.tensor([1.5, 3.0, 0.1], dtype=torch.float64).log()
+    behavior = old - torch.tensor([1.5, 3.0, 0.1], dtype=torch.float64).log()
     advantages = torch.full((3,), advantage, dtype=torch.float64)
-    return TokenBatch(logprobs, old, behaviour, advantages, torch.tensor([0, 0, 1]), torch.tensor([0, 1, 3]), 2)
+    return TokenBatch(logprobs, old, behavior, advantages, torch.tensor([0, 0, 1]), torch.tensor([0, 1, 3]), 2)
 
 
 @pytest.mark.parametrize(
@@ -270,7 +270,7 @@ def test_mopd_needs_rewards_for_alpha_only():
 @pytest.mark.parametrize("name", ["teacher", "policy"])
 @pytest.mark.parametrize("cut", [slice(1, None), slice(None, -1), slice(0, 0)])
 def test_scores_that_are_not_aligned_with_the_tokens_are_refused(name, cut):
-    """Off by one: a list without the prompt, or without the last token, would score each token by its neighbour."""
+    """Off by one: a list without the prompt, or without the last token, would score each token by its neighbor."""
     sample = make_sample([0, 1, 1])
     policy = list(sample.logprobs)
     if name == "teacher":
@@ -298,6 +298,6 @@ def test_an_episode_counts_once_in_its_group_in_however_many_contexts(name):
     annotate(name, contexts)
     assert [context.advantages[1] for context in contexts[:3]] == pytest.approx([whole[0].advantages[1]] * 3)
     assert [context.advantages[1] for context in contexts[3:]] == pytest.approx([whole[1].advantages[1]] * 2)
-    annotate(name, contexts, normalisation="sequence")
+    annotate(name, contexts, normalization="sequence")
     totals = [sum(context.weights) for context in contexts]
     assert [sum(totals[:3]), *totals[3:]] == pytest.approx([1 / 3] * 3)

@@ -158,7 +158,7 @@ def exact_policy_gradient(policy):
 @pytest.mark.parametrize(("name", "factor"), [("rloo", 1.0), ("dr_grpo", 0.5), ("grpo", 1.0)])
 def test_expected_gradient_is_that_of_the_expected_reward(policy, name, factor):
     """RLOO exactly; a mean with the answer itself in it shrinks it by (n - 1) / n; std of 0/1 pairs only scales it."""
-    options = {"normalisation": "constant", "max_answer_tokens": 1}
+    options = {"normalization": "constant", "max_answer_tokens": 1}
     indices, weights, groups = pairs(policy)
     ours = expected_gradient(policy, name, options, indices, weights, groups=groups)
     exact = exact_policy_gradient(policy)
@@ -172,7 +172,7 @@ def test_all_algorithms_agree_in_direction_where_they_should(policy):
     for name in ("grpo", "dr_grpo", "gspo", "cispo", "rloo"):
         ours = expected_gradient(policy, name, {}, indices, weights, groups=groups)
         cosine = torch.nn.functional.cosine_similarity(ours.reshape(-1), exact.reshape(-1), dim=0)
-        assert cosine > 1 - 1e-9, name  # all answers are of one length, so that normalisations only scale
+        assert cosine > 1 - 1e-9, name  # all answers are of one length, so that normalizations only scale
 
 
 def test_mopd_with_outcomes_adds_the_policy_gradient(policy, teacher):

@@ -9,7 +9,7 @@ import pytest
 from environment_players import ORACLES, call, play
 
 from openmimo.core.errors import ConfigError
-from openmimo.rl.environment import ENVIRONMENTS
+from openmimo.rl.agents.environment import ENVIRONMENTS
 from openmimo.rl.environments import code, functions, search
 from openmimo.rl.toolbox import ToolFailureError, close_shared, shared_metrics
 from openmimo.rl.worlds.facts import RELATIONS, fact_world

@@ -6,10 +6,10 @@ from environment_players import call, play
 from openmimo.core.errors import ConfigError
 from openmimo.core.records import Message
 from openmimo.data.tokenizer import Tokenizer
-from openmimo.rl.chat_tools import ChatToolEpisode, function_tool, read_reply
-from openmimo.rl.context_management import ContextLimits, ManagedEpisode
-from openmimo.rl.environment import Answer
-from openmimo.rl.rollout import turn_ids
+from openmimo.rl.agents.chat_tools import ChatToolEpisode, function_tool, read_reply
+from openmimo.rl.agents.context_management import ContextLimits, ManagedEpisode
+from openmimo.rl.agents.environment import EnvResponse
+from openmimo.rl.rollouts.engine import turn_ids
 from openmimo.rl.toolbox import ToolMistakeError
 
 TOOLS = (
@@ -79,7 +79,7 @@ def test_several_calls_have_several_answers():
     episode = Looking()
     answer = episode.respond(call("look", place="a", times="1") + call("look", place="nowhere", times="1"))
     assert [turn.content[:7] for turn in answer.messages] == ["a: xxxx", "error: "]
-    assert episode.respond(call("look", place="a", times="1") + call("stop") + call("stop")) == Answer()
+    assert episode.respond(call("look", place="a", times="1") + call("stop") + call("stop")) == EnvResponse()
 
 
 def test_the_last_call_says_so_and_then_it_is_over():
@@ -104,7 +104,7 @@ def test_a_short_conversation_is_left_alone():
     episode = ManagedEpisode(Looking(), ContextLimits(max_length=10_000))
     assert episode.respond(call("look", place="a", times="1")).messages
     assert episode.successor() is None
-    assert episode.respond("found") == Answer()
+    assert episode.respond("found") == EnvResponse()
     assert (episode.reward(), episode.successor()) == (1.0, None)
 
 

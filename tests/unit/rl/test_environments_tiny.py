@@ -2,9 +2,9 @@
 
 import pytest
 
-from openmimo.data.arithmetic import evaluate
-from openmimo.rl.environment import ENVIRONMENTS
-from openmimo.rl.problems import Problem
+from openmimo.data.tasks._arithmetic import evaluate
+from openmimo.rl.agents.environment import ENVIRONMENTS
+from openmimo.rl.scheduling.problems import Problem
 
 
 def open_sum(expression, **options):

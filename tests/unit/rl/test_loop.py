@@ -22,9 +22,9 @@ from openmimo.core.errors import ConfigError
 from openmimo.core.metrics import read_metrics
 from openmimo.core.samples import Sample
 from openmimo.model.hf import load_model
-from openmimo.rl.event_log import LoggedScheduler, _records
-from openmimo.rl.problems import Problem
-from openmimo.rl.scheduler import DataScheduler
+from openmimo.rl.scheduling.event_log import LoggedScheduler, _records
+from openmimo.rl.scheduling.problems import Problem
+from openmimo.rl.scheduling.scheduler import DataScheduler
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from openmimo.rl.losses import normalise
+from openmimo.rl.losses import normalize as normalize
 from openmimo.rl.losses.advantages import (
     dr_grpo_advantages,
     grpo_advantages,
@@ -87,25 +87,25 @@ def test_outcome_is_added_after_the_clip():
 
 def test_weights_by_hand():
     lengths = torch.tensor([1, 3])
-    assert_close(normalise.token_weights(lengths), *[0.25] * 4)
-    assert_close(normalise.sequence_weights(lengths), 1 / 2, 1 / 6, 1 / 6, 1 / 6)
-    assert_close(normalise.constant_weights(lengths, max_length=5), *[0.1] * 4)
+    assert_close(normalize.token_weights(lengths), *[0.25] * 4)
+    assert_close(normalize.sequence_weights(lengths), 1 / 2, 1 / 6, 1 / 6, 1 / 6)
+    assert_close(normalize.constant_weights(lengths, max_length=5), *[0.1] * 4)
 
 
 def test_long_answers_own_the_gradient_unless_domains_are_balanced():
     # two answers of domain 0 with 2 tokens each, one of domain 1 with 96
     lengths, domains = torch.tensor([2, 96, 2]), torch.tensor([0, 1, 0])
     of_domain_1 = domains.repeat_interleave(lengths) == 1
-    token = normalise.token_weights(lengths)
-    sequence = normalise.sequence_weights(lengths)
+    token = normalize.token_weights(lengths)
+    sequence = normalize.sequence_weights(lengths)
     assert token[of_domain_1].sum() == pytest.approx(0.96)
     assert sequence[of_domain_1].sum() == pytest.approx(1 / 3)
-    for weights in (token, sequence, normalise.constant_weights(lengths, max_length=100)):
-        balanced = normalise.balance_domains(weights, lengths, domains)
+    for weights in (token, sequence, normalize.constant_weights(lengths, max_length=100)):
+        balanced = normalize.balance_domains(weights, lengths, domains)
         assert balanced[of_domain_1].sum() == pytest.approx(float(weights.sum()) / 2)
         assert balanced.sum() == pytest.approx(float(weights.sum()))
     # within a domain, proportions stay
-    assert_close(normalise.balance_domains(sequence, lengths, domains)[:2], 0.125, 0.125)
+    assert_close(normalize.balance_domains(sequence, lengths, domains)[:2], 0.125, 0.125)
 
 
 def test_domain_scales_by_hand():
@@ -113,7 +113,7 @@ def test_domain_scales_by_hand():
     domains = torch.tensor([0, 0, 1, 1, 2, 2, 1])
     overall = gaps[:6].std(correction=0).item()
     expected = [overall / 1, overall / 1, overall / 3, overall / 3, 1, 1, overall / 3]
-    assert_close(normalise.domain_scales(gaps, domains), *expected)
+    assert_close(normalize.domain_scales(gaps, domains), *expected)
     extreme = tensor(0.01, -0.01, 50.0, -50.0)
-    assert_close(normalise.domain_scales(extreme, torch.tensor([0, 0, 1, 1])), 4.0, 4.0, 2**-0.5, 2**-0.5)
-    assert (normalise.domain_scales(tensor(NAN, NAN), torch.tensor([0, 1])) == 1).all()
+    assert_close(normalize.domain_scales(extreme, torch.tensor([0, 0, 1, 1])), 4.0, 4.0, 2**-0.5, 2**-0.5)
+    assert (normalize.domain_scales(tensor(NAN, NAN), torch.tensor([0, 1])) == 1).all()

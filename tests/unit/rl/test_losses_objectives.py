@@ -16,12 +16,12 @@ def make_batch(ratios, advantages, *, lengths=None, engine_ratios=None, stalenes
     lengths = lengths or [len(ratios)]
     logprobs = torch.linspace(-2.0, -0.5, len(ratios), dtype=torch.float64)
     old = logprobs - torch.tensor(ratios, dtype=torch.float64).log()
-    behaviour = old - torch.tensor(engine_ratios or [1.0] * len(ratios), dtype=torch.float64).log()
+    behavior = old - torch.tensor(engine_ratios or [1.0] * len(ratios), dtype=torch.float64).log()
     sequence = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
     return TokenBatch(
         logprobs.requires_grad_(),
         old,
-        behaviour,
+        behavior,
         torch.tensor(advantages, dtype=torch.float64),
         sequence,
         torch.tensor(staleness or [0] * len(ratios)),
@@ -122,7 +122,7 @@ def test_the_gate_includes_its_ends():
 
 def test_sequence_corrections_by_hand():
     batch = make_batch([1.0] * 5, [1.0] * 5, lengths=[2, 3], engine_ratios=[4.0, 0.25, 2.0, 2.0, 2.0])
-    log_ratio = batch.old_logprobs_N - batch.behaviour_logprobs_N
+    log_ratio = batch.old_logprobs_N - batch.behavior_logprobs_N
     # geometric means 1 and 2, products 1 and 8
     assert_close(corrections.sequence_masked(log_ratio, batch, low=0.9, high=1.1), 1, 1, 0, 0, 0)
     assert_close(corrections.sequence_masked(log_ratio, batch, low=1.9, high=2.1), 0, 0, 1, 1, 1)
@@ -132,7 +132,7 @@ def test_sequence_corrections_by_hand():
 
 def test_one_impossible_token_vetoes_its_sequence():
     batch = make_batch([1.0] * 4, [1.0] * 4, lengths=[2, 2], engine_ratios=[1.0, 9e-5, 1.1e-4, 1.0])
-    log_ratio = batch.old_logprobs_N - batch.behaviour_logprobs_N
+    log_ratio = batch.old_logprobs_N - batch.behavior_logprobs_N
     assert_close(corrections.veto(log_ratio, batch, lowest=1e-4), 0, 0, 1, 1)
 
 

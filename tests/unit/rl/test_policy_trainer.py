@@ -1,4 +1,4 @@
-"""The policy's optimiser steps: what moves, what does not, and that it moves the right way; and the teachers."""
+"""The policy's optimizer steps: what moves, what does not, and that it moves the right way; and the teachers."""
 
 import copy
 from dataclasses import replace
@@ -13,14 +13,14 @@ from openmimo.core.records import Message
 from openmimo.data.tokenizer import Tokenizer
 from openmimo.model.hf import save_model
 from openmimo.model.mimo import MiMo
+from openmimo.rl.agents.environment import EnvResponse
 from openmimo.rl.algorithm import open_algorithm
 from openmimo.rl.config import MopdConfig, RlSource
-from openmimo.rl.environment import Answer
+from openmimo.rl.learning.policy_trainer import PolicyTrainer, packs, weighted_sum
 from openmimo.rl.losses.distillation import reverse_kl
-from openmimo.rl.policy_trainer import PolicyTrainer, packs, weighted_sum
-from openmimo.rl.teachers import Teachers
-from openmimo.rl.teaching import Teaching
-from openmimo.train.config import OptimiserConfig
+from openmimo.rl.teaching.teachers import Teachers
+from openmimo.rl.teaching.teaching import Teaching
+from openmimo.train.config import OptimizerConfig
 
 REINFORCE = weighted_sum(lambda batch: -batch.advantages_N * batch.logprobs_N)
 
@@ -37,7 +37,7 @@ def samples():
     turns = (Message("tool", words(8)),)
     found = roll_out(
         model,
-        lambda own: Scripted(Answer(messages=turns)),
+        lambda own: Scripted(EnvResponse(messages=turns)),
         *(request(number, samples=4, max_answer_tokens=16) for number in (0, 1)),
     )
     return annotated(found)
@@ -57,14 +57,14 @@ def annotated(samples, weight=0.05):
 
 def gradients_of(model, samples, objective=REINFORCE, **options):
     """The gradients of one update without clipping, and its report. The model stays as it is."""
-    trainer = PolicyTrainer(copy.deepcopy(model), OptimiserConfig(clip_norm=1e9), **options)
+    trainer = PolicyTrainer(copy.deepcopy(model), OptimizerConfig(clip_norm=1e9), **options)
     kept = {}
 
     def keep():
         named = trainer.model.named_parameters()
         kept.update({name: own.grad.clone() for name, own in named if own.grad is not None})
 
-    trainer.optimiser.step = keep
+    trainer.optimizer.step = keep
     report = trainer.update(samples, objective, learning_rate=0.0, version=0)
     return kept, report
 
@@ -118,7 +118,7 @@ def test_what_the_policy_did_not_write_is_in_no_loss(samples):
 def test_each_written_token_is_predicted_by_the_row_before_it(samples):
     """Against the plain logits of one sequence at a time."""
     model = policy(0)
-    trainer = PolicyTrainer(model, OptimiserConfig(), replay_routing=False)
+    trainer = PolicyTrainer(model, OptimizerConfig(), replay_routing=False)
     for temperature in (1.0, 0.5):
         own = [replace(sample, temperature=temperature) for sample in samples]
         for sample, found in zip(own, trainer.logprobs(own), strict=True):
@@ -130,7 +130,7 @@ def test_each_written_token_is_predicted_by_the_row_before_it(samples):
 
 
 def test_temperatures_may_differ_within_a_pack(samples):
-    trainer = PolicyTrainer(policy(0), OptimiserConfig())
+    trainer = PolicyTrainer(policy(0), OptimizerConfig())
     mixed = [replace(sample, temperature=0.5 + 0.25 * (number % 3)) for number, sample in enumerate(samples)]
     apart = [trainer.logprobs([sample])[0] for sample in mixed]
     for found, expected in zip(trainer.logprobs(mixed), apart, strict=True):
@@ -160,7 +160,7 @@ def test_the_heads_do_not_change_the_policys_step_through_clipping_either(sample
     stepped = []
     for weight in (0.01, 50.0):
         model = policy(0, mtp_heads=2)
-        trainer = PolicyTrainer(model, OptimiserConfig(clip_norm=0.01), mtp_weight=weight)
+        trainer = PolicyTrainer(model, OptimizerConfig(clip_norm=0.01), mtp_weight=weight)
         report = trainer.update(samples, REINFORCE, learning_rate=1e-3, version=0)
         stepped.append((dict(model.named_parameters()), report.gradient_norm))
     (little, norm), (much, other_norm) = stepped
@@ -174,7 +174,7 @@ def test_the_heads_do_not_change_the_policys_step_through_clipping_either(sample
 
 def test_the_heads_learn_what_the_policy_writes(samples):
     model = policy(0, mtp_heads=2)
-    trainer = PolicyTrainer(model, OptimiserConfig(), mtp_weight=1.0)
+    trainer = PolicyTrainer(model, OptimizerConfig(), mtp_weight=1.0)
     nothing = weighted_sum(lambda batch: 0.0 * batch.logprobs_N)
     losses = []
     real = trainer._heads_loss
@@ -189,7 +189,7 @@ def test_rewarded_answers_become_likelier_and_others_less_likely(samples, algori
     model = policy(0)
     plugin, options = open_algorithm(algorithm, {})
     own = [replace(sample, reward=float(number % 2)) for number, sample in enumerate(samples)]
-    trainer = PolicyTrainer(model, OptimiserConfig())
+    trainer = PolicyTrainer(model, OptimizerConfig())
     before = [sum(logprobs) for logprobs in trainer.logprobs(own)]
     for version in range(3):
         plugin.annotate(own, options, [[] for _ in own])
@@ -209,7 +209,7 @@ def test_old_logprobs_are_those_that_are_given(samples):
         seen.append(forward.batch)
         return forward.batch.logprobs_N.sum() * 0.0
 
-    trainer = PolicyTrainer(model, OptimiserConfig())
+    trainer = PolicyTrainer(model, OptimizerConfig())
     old = [[-0.25 * is_in for is_in in sample.loss_mask] for sample in samples]
     trainer.update(samples, objective, learning_rate=0.0, version=7, old_logprobs=old)
     trainer.update(samples, objective, learning_rate=0.0, version=7)
@@ -221,7 +221,7 @@ def test_old_logprobs_are_those_that_are_given(samples):
 def test_an_update_without_a_sample_to_learn_from_changes_nothing(samples):
     model = policy(0)
     before = copy.deepcopy(model.state_dict())
-    trainer = PolicyTrainer(model, OptimiserConfig(), bias_rate=0.1)
+    trainer = PolicyTrainer(model, OptimizerConfig(), bias_rate=0.1)
     for own in ([], [replace(sample, weights=[0.0] * len(sample.token_ids)) for sample in samples]):
         report = trainer.update(own, REINFORCE, learning_rate=1.0, version=0)
         assert (report.loss, report.gradient_norm, report.num_tokens) == (0.0, 0.0, 0)
@@ -299,7 +299,7 @@ def learn(teaching, trainer, samples, *, rate, version=0):
 def test_every_signal_brings_the_student_nearer_to_its_teacher(folders, changes):
     student, teacher = policy(0, ends=2.0), child_of(policy(0, ends=2.0), 1)
     teaching = open_teaching(folders, student, **changes)
-    trainer = PolicyTrainer(student, OptimiserConfig(), replay_routing="writer" not in changes)
+    trainer = PolicyTrainer(student, OptimizerConfig(), replay_routing="writer" not in changes)
     held_out = roll_out(student, lambda own: Scripted(), request(9, samples=6), seed=9)
     before = distance(student, teacher, held_out)
     assert before > 0.1
@@ -327,8 +327,8 @@ def test_a_student_is_its_own_teacher_at_first(folders, signal):
     assert teaching.teachers.model("math") is not student
     samples = roll_out(student, lambda own: Scripted(), request(0), request(1))
     kept, report = {}, None
-    trainer = PolicyTrainer(student, OptimiserConfig(), tokens_per_microbatch=8192)
-    trainer.optimiser.step = lambda: kept.update({name: own.grad for name, own in student.named_parameters()})
+    trainer = PolicyTrainer(student, OptimizerConfig(), tokens_per_microbatch=8192)
+    trainer.optimizer.step = lambda: kept.update({name: own.grad for name, own in student.named_parameters()})
     report = learn(teaching, trainer, samples, rate=0.0)
     assert any(sample.weights[-1] > 0 for sample in samples)
     assert abs(report.loss) < 1e-6
@@ -346,7 +346,7 @@ def test_the_self_teacher_stays_what_the_student_was(folders):
         noise = torch.randn(student.lm_head.weight.shape, generator=torch.Generator().manual_seed(0))
         student.lm_head.weight += 0.2 * noise
     moved = distance(student, teaching.teachers.model("math"), samples)
-    trainer = PolicyTrainer(student, OptimiserConfig())
+    trainer = PolicyTrainer(student, OptimizerConfig())
     for _ in range(3):
         learn(teaching, trainer, samples, rate=1e-3)
     assert distance(student, teaching.teachers.model("math"), samples) < moved
@@ -375,7 +375,7 @@ def test_each_domain_is_scored_by_its_own_teacher(folders):
 
 def test_one_checkpoint_is_loaded_once(folders, monkeypatch):
     loaded = []
-    from openmimo.rl import teachers as module
+    from openmimo.rl.teaching import teachers as module
 
     real = module.load_model
     monkeypatch.setattr(module, "load_model", lambda path, **own: loaded.append(path) or real(path, **own))

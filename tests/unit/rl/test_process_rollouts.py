@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import rl_world
 import torch
-from conftest import randomise
+from conftest import randomize
 from tiny_checkpoint import save_tiny_checkpoint
 
 from openmimo.core.errors import ConfigError, UserError
@@ -23,17 +23,17 @@ from openmimo.data.tokenizer import Tokenizer
 from openmimo.engine.config import EngineConfig
 from openmimo.engine.engine import Engine
 from openmimo.model.hf import load_model
-from openmimo.rl import weight_buffer
 from openmimo.rl.config import MopdConfig, RlConfig, RlEvaluation, RlSource
 from openmimo.rl.evaluate import episode_opener, streams_of
-from openmimo.rl.groups import GroupRequest
+from openmimo.rl.learning.policy_trainer import score_samples
 from openmimo.rl.loop import RlRun
-from openmimo.rl.policy_trainer import score_samples
-from openmimo.rl.process_rollouts import ProcessRollouts
-from openmimo.rl.rollout import EngineRollouts
-from openmimo.rl.rollout_worker import Failure, WorkerSetup, serve
-from openmimo.rl.weight_buffer import Place, WeightBuffer, WeightLayout, layout_of, model_tensors
-from openmimo.rl.worker_rollouts import WorkerLostError, WorkerRollouts
+from openmimo.rl.rollouts import weight_buffer
+from openmimo.rl.rollouts.engine import EngineRollouts
+from openmimo.rl.rollouts.processes import ProcessRollouts
+from openmimo.rl.rollouts.remote import WorkerLostError, WorkerRollouts
+from openmimo.rl.rollouts.weight_buffer import TensorSlice, WeightBuffer, WeightLayout, layout_of, model_tensors
+from openmimo.rl.rollouts.worker import Failure, WorkerSetup, serve
+from openmimo.rl.scheduling.groups import GroupRequest
 from openmimo.train.checkpoint import Progress
 
 pytestmark = pytest.mark.skipif(not Path("/proc").exists(), reason="reads /proc to see which processes are left")
@@ -115,7 +115,7 @@ NEXT_VERSION = itertools.count(1)
 def renew(model, rollouts):
     """Gives model and workers new weights. Their version."""
     version = next(NEXT_VERSION)
-    randomise(model, version)
+    randomize(model, version)
     rollouts.update_weights(version)
     return version
 
@@ -308,7 +308,9 @@ def _write_often(weights, stop):
 
 @pytest.mark.slow
 def test_no_weights_are_half_written():
-    layout = WeightLayout((Place("a", (5000,), torch.int64, 0, 40000), Place("b", (5000,), torch.int64, 40000, 80000)))
+    layout = WeightLayout(
+        (TensorSlice("a", (5000,), torch.int64, 0, 40000), TensorSlice("b", (5000,), torch.int64, 40000, 80000))
+    )
     weights, stop = WeightBuffer(layout), threading.Event()
     writer = threading.Thread(target=_write_often, args=(weights, stop))
     weights.write({name: torch.zeros(5000, dtype=torch.int64) for name in "ab"}, 0)

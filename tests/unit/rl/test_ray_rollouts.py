@@ -3,7 +3,7 @@
 import functools
 
 import pytest
-from conftest import randomise
+from conftest import randomize
 from tiny_checkpoint import save_tiny_checkpoint
 
 from openmimo.core.errors import ConfigError
@@ -13,11 +13,11 @@ from openmimo.engine.engine import Engine
 from openmimo.model.hf import load_model
 from openmimo.rl.config import RlSource
 from openmimo.rl.evaluate import episode_opener, streams_of
-from openmimo.rl.groups import GroupRequest
-from openmimo.rl.policy_trainer import score_samples
-from openmimo.rl.ray_rollouts import RayRollouts
-from openmimo.rl.rollout import EngineRollouts
-from openmimo.rl.rollout_worker import WorkerSetup
+from openmimo.rl.learning.policy_trainer import score_samples
+from openmimo.rl.rollouts.engine import EngineRollouts
+from openmimo.rl.rollouts.ray_workers import RayRollouts
+from openmimo.rl.rollouts.worker import WorkerSetup
+from openmimo.rl.scheduling.groups import GroupRequest
 
 SOURCE = RlSource("addition", options={"task": {"name": "addition"}}, max_answer_tokens=24)
 ENGINE = EngineConfig(max_sequences=16, speculative=False, cache_gigabytes=0.05)
@@ -69,7 +69,7 @@ def test_actors_roll_out_as_an_engine_here_does_and_are_replaced(policy, setup):
         name: (sample.token_ids, sample.versions, sample.reward) for name, sample in expected.items()
     }
 
-    randomise(model, 1)
+    randomize(model, 1)
     there.update_weights(1)
     there.submit(request(4))
     news = list(all_of(there).values())

@@ -11,13 +11,13 @@ import torch
 from rl_world import Scripted, finish, open_rollouts, pages_in_use, policy, request, roll_out, tokenizer, words
 
 from openmimo.core.records import Message
-from openmimo.rl.environment import Answer
-from openmimo.rl.episode_calls import EpisodeCalls
+from openmimo.rl.agents.environment import EnvResponse
+from openmimo.rl.agents.episode_calls import EpisodeCalls
+from openmimo.rl.learning.policy_trainer import PolicyTrainer
 from openmimo.rl.losses.diagnostics import mismatch
-from openmimo.rl.policy_trainer import PolicyTrainer
-from openmimo.rl.rollout import turn_ids
-from openmimo.rl.sample_io import sample_from_dict, sample_to_dict
-from openmimo.train.config import OptimiserConfig
+from openmimo.rl.rollouts.engine import turn_ids
+from openmimo.rl.scheduling.sample_files import sample_from_dict, sample_to_dict
+from openmimo.train.config import OptimizerConfig
 
 TOOL_TURNS = (Message("tool", "3"), Message("tool", "a <|im_end|> is text here"))
 USER_TURN = (Message("user", words(12)),)
@@ -40,10 +40,10 @@ def episode_calls(threads):
 def open_many_turns(own):
     """Turns of tools, of users, and words inside a turn."""
     if own.problem.content % 2:
-        episode = Scripted(Answer(text="= 3, so"), Answer(text=" and"), Answer(messages=USER_TURN))
+        episode = Scripted(EnvResponse(text="= 3, so"), EnvResponse(text=" and"), EnvResponse(messages=USER_TURN))
         episode.stop = (" ",)
         return episode
-    return Scripted(Answer(messages=TOOL_TURNS), Answer(messages=USER_TURN), reward=0.5)
+    return Scripted(EnvResponse(messages=TOOL_TURNS), EnvResponse(messages=USER_TURN), reward=0.5)
 
 
 def check_complete(sample, model):
@@ -60,7 +60,7 @@ def check_complete(sample, model):
 
 def check_agrees(samples, model):
     """The oracle of engine and trainer: the same weights in float32 give the same numbers."""
-    trainer = PolicyTrainer(model, OptimiserConfig(), tokens_per_microbatch=300)
+    trainer = PolicyTrainer(model, OptimizerConfig(), tokens_per_microbatch=300)
     for sample, own in zip(samples, trainer.logprobs(samples), strict=True):
         ours, theirs = torch.tensor(own), torch.tensor(sample.logprobs)
         metrics = mismatch(ours[sample.loss_mask], theirs[sample.loss_mask])
@@ -205,8 +205,8 @@ class Replaced(Scripted):
 
 def test_a_context_that_is_replaced_goes_on_and_all_of_it_is_learned_from():
     model = policy(ends=60.0)  # turns end at once
-    last = Scripted(Answer(messages=TOOL_TURNS), question="go on", reward=0.25)
-    middle = Replaced(Answer(messages=TOOL_TURNS), following=last, question="go on, then")
+    last = Scripted(EnvResponse(messages=TOOL_TURNS), question="go on", reward=0.25)
+    middle = Replaced(EnvResponse(messages=TOOL_TURNS), following=last, question="go on, then")
     rollouts = open_rollouts(model, lambda own: Replaced(following=middle, reward=RuntimeError("not asked")))
     rollouts.submit(request(samples=1, max_answer_tokens=64))
     (sample,) = finish(rollouts).values()
@@ -217,7 +217,7 @@ def test_a_context_that_is_replaced_goes_on_and_all_of_it_is_learned_from():
     for context, question in zip(contexts, ("add 1 and 2", "go on, then", "go on"), strict=True):
         assert question in tokenizer().decode(context.token_ids)
         check_complete(context, model)
-    for context, own in zip(contexts, PolicyTrainer(model, OptimiserConfig()).logprobs(contexts), strict=True):
+    for context, own in zip(contexts, PolicyTrainer(model, OptimizerConfig()).logprobs(contexts), strict=True):
         assert own == pytest.approx(context.logprobs, abs=1e-4)  # the logits of its end of turn are far from zero
     assert last.num_closed == 1
     assert pages_in_use(rollouts) == 0
@@ -241,7 +241,7 @@ def test_what_goes_on_after_it_was_cancelled_is_closed():
         def respond(self, text):
             asked.set()
             go_on.wait(30)
-            return Answer()
+            return EnvResponse()
 
     with episode_calls(1) as calls:
         rollouts = open_rollouts(policy(ends=60.0), lambda own: Slow(following=last), calls=calls)
@@ -274,7 +274,7 @@ def test_rewards_need_not_be_floats():
     [
         lambda: Scripted(RuntimeError("the tool is broken")),
         lambda: Scripted(reward=RuntimeError("the checker is broken")),
-        lambda: Scripted(Answer(messages=TOOL_TURNS), RuntimeError("at the second turn")),
+        lambda: Scripted(EnvResponse(messages=TOOL_TURNS), RuntimeError("at the second turn")),
     ],
 )
 def test_an_episode_that_fails_makes_an_error_and_nothing_else(episode):
@@ -329,7 +329,7 @@ def test_slow_episodes_answer_in_threads_while_others_go_on(model):
 
     with episode_calls(8) as calls:
         rollouts = open_rollouts(
-            model, lambda own: Slow(Answer(messages=TOOL_TURNS)) if own.problem.content else Scripted(),
+            model, lambda own: Slow(EnvResponse(messages=TOOL_TURNS)) if own.problem.content else Scripted(),
             calls=calls,
         )  # fmt: skip
         rollouts.submit(request(1, samples=3, max_answer_tokens=60))
@@ -343,7 +343,7 @@ def test_slow_episodes_answer_in_threads_while_others_go_on(model):
     assert len(slow) == 3
     assert threads and all(name.startswith("episode") for name in threads)
     instant = roll_out(
-        model, lambda own: Scripted(Answer(messages=TOOL_TURNS)), request(1, samples=3, max_answer_tokens=60)
+        model, lambda own: Scripted(EnvResponse(messages=TOOL_TURNS)), request(1, samples=3, max_answer_tokens=60)
     )
     assert [sample.token_ids for sample in slow.values()] == [sample.token_ids for sample in instant]
 
@@ -433,7 +433,7 @@ def test_partials_that_no_new_episode_can_take_begin_anew(model):
 
 
 def test_an_answer_that_leaves_no_room_is_not_put_in(model):
-    long = Answer(messages=(Message("user", words(400)),))
+    long = EnvResponse(messages=(Message("user", words(400)),))
     model = policy(ends=60.0)
     for sample in roll_out(model, lambda own: Scripted(long, reward=0.25), request(max_answer_tokens=500)):
         check_complete(sample, model)

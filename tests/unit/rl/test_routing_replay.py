@@ -10,9 +10,8 @@ from rl_world import Scripted, policy, request, roll_out, words
 
 from openmimo.core.records import Message
 from openmimo.model.context import PackedContext, RoutingTape
-from openmimo.rl.environment import Answer
-from openmimo.rl.losses.diagnostics import mismatch
-from openmimo.rl.policy_trainer import (
+from openmimo.rl.agents.environment import EnvResponse
+from openmimo.rl.learning.policy_trainer import (
     NOT_RECORDED,
     PolicyTrainer,
     packs,
@@ -20,7 +19,8 @@ from openmimo.rl.policy_trainer import (
     score_samples,
     weighted_sum,
 )
-from openmimo.train.config import OptimiserConfig
+from openmimo.rl.losses.diagnostics import mismatch
+from openmimo.train.config import OptimizerConfig
 
 TWO_TURNS = (Message("tool", words(12)),)
 
@@ -92,7 +92,7 @@ def test_what_noise_in_the_router_does_falls_at_least_fivefold():
 def test_the_routes_of_many_turns_are_replayed():
     model = policy(2)
     engine_model = engine_copy(model, bias_noise=0.3)
-    samples = roll_out_with(engine_model, open_episode=lambda own: Scripted(Answer(messages=TWO_TURNS)))
+    samples = roll_out_with(engine_model, open_episode=lambda own: Scripted(EnvResponse(messages=TWO_TURNS)))
     assert max(sample.info["turns"] for sample in samples) == 2
     assert distances(model, samples, replay=True)["logprob_difference_max"] <= 1e-5
     assert distances(model, samples, replay=False)["logprob_difference_max"] > 0.1
@@ -177,10 +177,10 @@ def gradients_of(model, samples, *, checkpointing=False, replay_routing=True):
     model = copy.deepcopy(model)
     model.activation_checkpointing = checkpointing
     trainer = PolicyTrainer(
-        model, OptimiserConfig(clip_norm=1e9), tokens_per_microbatch=150, replay_routing=replay_routing
+        model, OptimizerConfig(clip_norm=1e9), tokens_per_microbatch=150, replay_routing=replay_routing
     )
     kept = {}
-    trainer.optimiser.step = lambda: kept.update(
+    trainer.optimizer.step = lambda: kept.update(
         {name: own.grad.clone() for name, own in model.named_parameters() if own.grad is not None}
     )
     objective = weighted_sum(lambda batch: -batch.advantages_N * batch.logprobs_N)
@@ -250,7 +250,7 @@ def test_what_is_computed_again_in_the_backward_pass_is_routed_the_same(world):
 def test_the_selection_bias_follows_the_replayed_load(world):
     model, samples = copy.deepcopy(world[0]), world[1][:1]  # alone, as tokens of a shared prompt count once
     before = {layer: router.e_score_correction_bias.clone() for layer, router in model.routers().items()}
-    trainer = PolicyTrainer(model, OptimiserConfig(), tokens_per_microbatch=150, bias_rate=0.01)
+    trainer = PolicyTrainer(model, OptimizerConfig(), tokens_per_microbatch=150, bias_rate=0.01)
     objective = weighted_sum(lambda batch: -batch.advantages_N * batch.logprobs_N)
     report = trainer.update(annotated(samples), objective, learning_rate=0.0, version=0)
     num_experts = model.config.moe.num_experts

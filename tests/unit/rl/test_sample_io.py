@@ -8,7 +8,7 @@ import pytest
 
 from openmimo.core.errors import DataError
 from openmimo.core.samples import Sample
-from openmimo.rl.sample_io import pack_sample, sample_from_dict, sample_to_dict, unpack_sample
+from openmimo.rl.scheduling.sample_files import pack_sample, sample_from_dict, sample_to_dict, unpack_sample
 
 
 def make_sample(routed_experts=None):
@@ -62,7 +62,7 @@ def test_what_does_not_fit_is_refused():
         sample_to_dict(make_sample(np.array([[[40_000]]])))
     values = sample_to_dict(make_sample())
     with pytest.raises(DataError, match="not a saved sample"):
-        sample_from_dict(values | {"colour": 1})
+        sample_from_dict(values | {"color": 1})
     with pytest.raises(DataError, match="reward"):
         sample_from_dict({key: value for key, value in values.items() if key != "reward"})
 

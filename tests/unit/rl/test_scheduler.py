@@ -14,7 +14,7 @@ from scheduler_world import World, endless, make_config, make_scheduler, round_r
 from openmimo.core.errors import ConfigError
 from openmimo.core.samples import Sample
 from openmimo.rl.config import SchedulerConfig, SourceQuota
-from openmimo.rl.scheduler import DataScheduler
+from openmimo.rl.scheduling.scheduler import DataScheduler
 
 DROPS = ("dropped_easy", "dropped_hard", "dropped_equal", "dropped_stale", "dropped_error", "surplus", "aborted")
 
@@ -349,5 +349,5 @@ def test_sources_need_good_values_and_streams():
 
 
 def test_it_needs_no_torch():
-    code = "import sys, openmimo.rl.scheduler; assert 'torch' not in sys.modules"
+    code = "import sys, openmimo.rl.scheduling.scheduler; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

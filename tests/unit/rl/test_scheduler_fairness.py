@@ -1,4 +1,4 @@
-"""Long answers are learned from as often as they are given: early termination and partial rollouts favour no length."""
+"""Long answers are learned from as often as they are given: early termination and partial rollouts favor no length."""
 
 import math
 from collections import Counter
@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 from scheduler_world import World, make_config, make_scheduler, sample_ids
 
-from openmimo.rl import early_stop
+from openmimo.rl.scheduling import early_stop
 
 STEPS = 30
 
@@ -32,12 +32,12 @@ def run(config, *, steps=STEPS, interrupt=True):
 
 
 @pytest.mark.parametrize("steps", [STEPS, pytest.param(150, marks=pytest.mark.slow)])
-def test_early_termination_favours_no_length(steps):
+def test_early_termination_favors_no_length(steps):
     world, accepted, _ = run(make_config(margin=2.0), steps=steps)
     assert abs(length_bias(world, accepted)) < 3.0
 
 
-def test_first_come_first_served_would_favour_short_answers(monkeypatch):
+def test_first_come_first_served_would_favor_short_answers(monkeypatch):
     """That the test above can fail: without the rule, the same world is far off."""
     monkeypatch.setattr(early_stop, "holds_up", lambda group, *, version, wait_age: False)
     world, accepted, _ = run(make_config(margin=2.0))
@@ -46,7 +46,7 @@ def test_first_come_first_served_would_favour_short_answers(monkeypatch):
 
 @pytest.mark.parametrize("interrupt", [True, False])
 @pytest.mark.parametrize("wait_age", [0, 3])
-def test_partial_rollouts_favour_no_length_and_lose_none(wait_age, interrupt):
+def test_partial_rollouts_favor_no_length_and_lose_none(wait_age, interrupt):
     config = make_config(margin=1.0, unfinished="partial", max_staleness=3, wait_age=wait_age)
     world, accepted, totals = run(config, interrupt=interrupt)
     assert abs(length_bias(world, accepted)) < 3.0

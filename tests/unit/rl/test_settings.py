@@ -14,17 +14,17 @@ from openmimo.core.errors import ConfigError
 from openmimo.core.metrics import read_metrics
 from openmimo.core.records import Request, SamplingParams
 from openmimo.core.samples import Sample
-from openmimo.data.conversation import encode_prompt
+from openmimo.data.chat.conversation import encode_prompt
 from openmimo.engine.config import EngineConfig
 from openmimo.engine.engine import Engine
 from openmimo.model.mimo import MiMo
 from openmimo.rl import run as run_module
 from openmimo.rl.algorithm import Correction, algorithm_of
 from openmimo.rl.config import SchedulingConfig
-from openmimo.rl.policy_trainer import score_samples
-from openmimo.rl.problems import Problem
-from openmimo.rl.rollout import without_thoughts
-from openmimo.rl.scheduler import DataScheduler
+from openmimo.rl.learning.policy_trainer import score_samples
+from openmimo.rl.rollouts.engine import without_thoughts
+from openmimo.rl.scheduling.problems import Problem
+from openmimo.rl.scheduling.scheduler import DataScheduler
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from rl_world import policy
 from openmimo.core.samples import Sample
 from openmimo.kernels.token_loss import token_logprobs
 from openmimo.model.context import RoutingTape
-from openmimo.rl.policy_trainer import packs
+from openmimo.rl.learning.policy_trainer import packs
 
 
 def group(rng, *, prompt, answers, vocabulary):
@@ -47,7 +47,7 @@ def test_logprobs_and_gradients_are_those_of_whole_samples(num_answers):
         assert (shared[2][name] - gradient).abs().max() <= 1e-9 * gradient.abs().max() + 1e-12, name
 
 
-def test_only_neighbours_with_the_same_prompt_and_routes_share_it():
+def test_only_neighbors_with_the_same_prompt_and_routes_share_it():
     rng = random.Random(1)
     first, second = (group(rng, prompt=9, answers=(4, 5), vocabulary=50) for _ in range(2))
     (pack,) = packs([*first, *second], 1000, device=torch.device("cpu"), share_prompts=True)

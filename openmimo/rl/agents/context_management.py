@@ -13,9 +13,9 @@ from typing import Protocol
 
 from openmimo.core.errors import ConfigError
 from openmimo.core.records import Message
-from openmimo.rl.environment import Answer, Episode
+from openmimo.rl.agents.environment import EnvResponse, Episode
 
-Summarise = Callable[[Sequence[Message]], str]
+Summarize = Callable[[Sequence[Message]], str]
 
 
 class ArchivingEpisode(Episode, Protocol):
@@ -61,7 +61,7 @@ class ManagedEpisode:
         self,
         inner: ArchivingEpisode,
         limits: ContextLimits,
-        summarise: Summarise = latest_results,
+        summarize: Summarize = latest_results,
         *,
         messages: tuple[Message, ...] | None = None,
         part: int = 1,
@@ -69,7 +69,7 @@ class ManagedEpisode:
         self.messages = inner.messages if messages is None else messages
         self.tools, self.stop = inner.tools, inner.stop
         self.part = part
-        self._inner, self._limits, self._summarise = inner, limits, summarise
+        self._inner, self._limits, self._summarize = inner, limits, summarize
         self._history = list(self.messages)
         self._successor: ManagedEpisode | None = None
         self._is_handed_over = False
@@ -79,7 +79,7 @@ class ManagedEpisode:
         """Of the conversation so far, in the unit of the limits."""
         return sum(self._limits.measure(turn.content) for turn in self._history)
 
-    def respond(self, text: str) -> Answer:
+    def respond(self, text: str) -> EnvResponse:
         """See Episode. It is over too when the context is to be replaced; then there is a successor."""
         answer = self._inner.respond(text)
         self._history.append(Message("assistant", text + answer.text))
@@ -87,7 +87,7 @@ class ManagedEpisode:
         if answer.is_last or not answer.messages or self.length <= self._limits.share * self._limits.max_length:
             return answer
         self._successor = self._next_part()
-        return Answer()
+        return EnvResponse()
 
     def successor(self) -> "ManagedEpisode | None":
         """The next part, which now owns what the episode holds; None if the episode is over."""
@@ -106,7 +106,7 @@ class ManagedEpisode:
     def _next_part(self) -> "ManagedEpisode":
         record = "\n\n".join(f"[{turn.role}]\n{turn.content}" for turn in self._history)
         where = self._inner.archive(f"history-{self.part}", record)
-        note = f"This goes on from an earlier conversation. {where}\n{self._summarise(self._history)}"
+        note = f"This goes on from an earlier conversation. {where}\n{self._summarize(self._history)}"
         *before, task = self._inner.messages
         messages = (*before, Message(task.role, f"{task.content}\n\n{note}"))
-        return ManagedEpisode(self._inner, self._limits, self._summarise, messages=messages, part=self.part + 1)
+        return ManagedEpisode(self._inner, self._limits, self._summarize, messages=messages, part=self.part + 1)

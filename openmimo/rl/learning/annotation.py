@@ -9,7 +9,7 @@ import torch
 
 from openmimo.core.samples import Sample
 from openmimo.rl.algorithm import PolicyOptions
-from openmimo.rl.losses import normalise
+from openmimo.rl.losses import normalize as normalize
 
 
 def is_learnable(sample: Sample) -> bool:
@@ -89,7 +89,7 @@ def annotate_outcomes(
     options: PolicyOptions,
     advantages_of: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
 ) -> None:
-    """Annotates with the same advantage for all tokens of a sample, and weights by the options' normalisation."""
+    """Annotates with the same advantage for all tokens of a sample, and weights by the options' normalization."""
     learnable = [sample for sample in samples if is_learnable(sample)]
     lengths_B = lengths_of(learnable)
     advantages_B = outcome_advantages(learnable, advantages_of)
@@ -98,11 +98,11 @@ def annotate_outcomes(
 
 
 def _weights(lengths_E: torch.Tensor, options: PolicyOptions) -> torch.Tensor:
-    match options.normalisation:
+    match options.normalization:
         case "token":
-            return normalise.token_weights(lengths_E)
+            return normalize.token_weights(lengths_E)
         case "sequence":
-            return normalise.sequence_weights(lengths_E)
+            return normalize.sequence_weights(lengths_E)
         case "constant":
             max_length = options.max_answer_tokens or max(lengths_E.tolist(), default=1)
-            return normalise.constant_weights(lengths_E, max_length=max_length)
+            return normalize.constant_weights(lengths_E, max_length=max_length)

@@ -1,4 +1,4 @@
-"""The policy's side of post-training: log-probabilities of samples, and optimiser steps on them.
+"""The policy's side of post-training: log-probabilities of samples, and optimizer steps on them.
 
 The trainer is blind to algorithms. A sample says by token how much better than expected it was (`advantages`) and what
 share of the loss it has (`weights`); an objective says what the loss of a token is. Samples are packed into
@@ -18,14 +18,14 @@ from openmimo.core.samples import Sample
 from openmimo.kernels.token_loss import token_logprobs
 from openmimo.model.context import PackedContext, RoutingTape
 from openmimo.model.mimo import Hidden, MiMo
+from openmimo.rl.learning.shared_prompt import PromptGroup, SharedPromptContext
 from openmimo.rl.losses.diagnostics import batch_diagnostics
 from openmimo.rl.losses.tokens import TokenBatch
-from openmimo.rl.shared_prompt import PromptGroup, SharedPromptContext
 from openmimo.train.batches import expert_load
-from openmimo.train.config import OptimiserConfig
+from openmimo.train.config import OptimizerConfig
 from openmimo.train.guard import StepGuard
 from openmimo.train.loss import head_states, micro_batch
-from openmimo.train.optim import build_optimiser, clip_gradients
+from openmimo.train.optim import build_optimizer, clip_gradients
 
 NOT_RECORDED = -1
 _MAX_NAMED = 8  # groups in a message
@@ -91,7 +91,7 @@ Objective = Callable[[Forward], torch.Tensor]
 
 @dataclass
 class UpdateReport:
-    """What an optimiser step saw. diagnostics: means over the step's written tokens.
+    """What an optimizer step saw. diagnostics: means over the step's written tokens.
 
     gradient_shares: by domain, its part of the sum over written tokens of the length of the loss's gradient by the
     state that the output head reads.
@@ -107,7 +107,7 @@ class UpdateReport:
 
 
 class PolicyTrainer:
-    """Holds the optimiser of a policy, whose weights stay the caller's.
+    """Holds the optimizer of a policy, whose weights stay the caller's.
 
     tokens_per_microbatch: packed tokens in memory at once (one sample, at least). replay_routing: route as the samples
     say. bias_rate: step of the experts' selection bias. mtp_weight: weight of the MTP heads' own loss on what the
@@ -117,7 +117,7 @@ class PolicyTrainer:
     def __init__(
         self,
         model: MiMo,
-        optimiser: OptimiserConfig,
+        optimizer: OptimizerConfig,
         *,
         tokens_per_microbatch: int = 8192,
         replay_routing: bool = True,
@@ -125,14 +125,14 @@ class PolicyTrainer:
         mtp_weight: float = 0.0,
     ):
         self.model = model.train()
-        self.config = optimiser
-        self.optimiser = build_optimiser(model, optimiser)
+        self.config = optimizer
+        self.optimizer = build_optimizer(model, optimizer)
         self.tokens_per_microbatch = tokens_per_microbatch
         self.replay_routing = replay_routing
         self.bias_rate = bias_rate
         self.mtp_weight = mtp_weight
         self._heads = list(model.model.mtp.parameters())
-        self.guard = StepGuard(model, max_skipped_steps=optimiser.max_skipped_steps)
+        self.guard = StepGuard(model, max_skipped_steps=optimizer.max_skipped_steps)
         self._probe: list[Sample] = []  # of the newest step that was taken
 
     @torch.no_grad()
@@ -153,7 +153,7 @@ class PolicyTrainer:
         pack_key: Callable[[Sample], str] = lambda sample: "",
         gate: Mapping[str, float] | None = None,
     ) -> UpdateReport:
-        """One optimiser step on annotated samples. Raises DivergedError; see `StepGuard`.
+        """One optimizer step on annotated samples. Raises DivergedError; see `StepGuard`.
 
         version: of the weights now. old_logprobs: log π_old, if these samples have been stepped on already (None: π_old
         is the policy as it stands). pack_key: samples with different keys are never packed together.
@@ -188,17 +188,17 @@ class PolicyTrainer:
             expert_load(context.routing, self.model, add_to=report.load)
             report.num_tokens += len(pack.tokens_T)
         gradients = clip_gradients(self.model, self.config.clip_norm, apart=self._heads)
-        for group in self.optimiser.param_groups:
+        for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         groups = list(dict.fromkeys(sample.group for sample in learned))
         where = f"step {version + 1} ({len(learned)} samples of the groups {', '.join(groups[:_MAX_NAMED])})"
         if self.guard.allows_step(torch.stack(losses), gradients, where, has_data=bool(learned)):
-            self.optimiser.step()
+            self.optimizer.step()
             for layer, router in self.model.routers().items():
                 if self.bias_rate and layer in report.load:
                     router.update_selection_bias(report.load[layer], self.bias_rate)
             self._probe = learned[:1]
-        self.optimiser.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=True)
         report.gradient_norm, report.num_zero_gradients = float(gradients.norm), int(gradients.num_zeros)
         report.diagnostics = _means(sums)
         whole = sum(report.gradient_shares.values())
@@ -226,7 +226,7 @@ class PolicyTrainer:
         batch = TokenBatch(
             logprobs_N=logprobs_N,
             old_logprobs_N=old_N,
-            behaviour_logprobs_N=pack.written(lambda sample: sample.logprobs),
+            behavior_logprobs_N=pack.written(lambda sample: sample.logprobs),
             advantages_N=pack.written(lambda sample: sample.advantages),
             sequence_N=pack.sequence_N,
             staleness_N=(version - versions_N).clamp(min=0),
@@ -279,7 +279,7 @@ def packs(
 ) -> Iterable[PackedSamples]:
     """Whole samples in order, as many together as fit; different keys apart.
 
-    share_prompts: neighbours with the same prompt, routed the same, have it once.
+    share_prompts: neighbors with the same prompt, routed the same, have it once.
     """
     waiting: list[Sample] = []
     size = 0
@@ -332,7 +332,7 @@ def pack_samples(samples: list[Sample], *, device: torch.device, share_prompts: 
 
 
 def _members(samples: list[Sample], share_prompts: bool) -> list[list[Sample]]:
-    """Neighbours with the same prompt together, if prompts are shared; otherwise each alone."""
+    """Neighbors with the same prompt together, if prompts are shared; otherwise each alone."""
     members: list[list[Sample]] = []
     for sample in samples:
         prompt = _prompt(sample) if share_prompts else None

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 from openmimo.model.mimo import MiMo
-from openmimo.rl.rollout_worker import Failure, Order, Report, WorkerSetup, serve
-from openmimo.rl.weight_buffer import WeightBuffer, WeightLayout, layout_of, model_tensors
-from openmimo.rl.worker_rollouts import WorkerLostError, WorkerRollouts
+from openmimo.rl.rollouts.remote import WorkerLostError, WorkerRollouts
+from openmimo.rl.rollouts.weight_buffer import WeightBuffer, WeightLayout, layout_of, model_tensors
+from openmimo.rl.rollouts.worker import Failure, Order, Report, WorkerSetup, serve
 from openmimo.runtime.device import worker_device
 
 _GLANCE_SECONDS = 0.5

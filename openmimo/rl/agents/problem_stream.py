@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from openmimo.core.errors import ConfigError, DataError
 from openmimo.data.source import Split, split_of
 from openmimo.data.task import HELD_OUT_FRACTION, MAX_DRAWS
-from openmimo.rl.problems import Problem
+from openmimo.rl.scheduling.problems import Problem
 
 
 class Question(NamedTuple):

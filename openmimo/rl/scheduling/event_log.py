@@ -24,9 +24,9 @@ from typing import Any, BinaryIO
 
 from openmimo.core.files import naming
 from openmimo.core.samples import Sample
-from openmimo.rl.groups import GroupRequest
-from openmimo.rl.sample_io import pack_sample, unpack_sample
-from openmimo.rl.scheduler import DataScheduler
+from openmimo.rl.scheduling.groups import GroupRequest
+from openmimo.rl.scheduling.sample_files import pack_sample, unpack_sample
+from openmimo.rl.scheduling.scheduler import DataScheduler
 
 _HEAD = struct.Struct("<III")
 _SYNC_SECONDS = 1.0

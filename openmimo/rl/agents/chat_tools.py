@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from openmimo.core.records import Message
-from openmimo.data.chat_parser import (
+from openmimo.data.chat.parser import (
     ChatEvent,
     ChatParser,
     ContentText,
@@ -18,7 +18,7 @@ from openmimo.data.chat_parser import (
     ToolCallEnd,
     ToolCallStart,
 )
-from openmimo.rl.environment import Answer
+from openmimo.rl.agents.environment import EnvResponse
 from openmimo.rl.toolbox import ToolMistakeError
 
 _TYPES = {"string": str, "integer": int, "number": (int, float), "boolean": bool, "array": list, "object": dict}
@@ -123,18 +123,18 @@ class ChatToolEpisode(ABC):
     def close(self) -> None:  # noqa: B027 (an episode that holds nothing has nothing to give back)
         """See Episode."""
 
-    def respond(self, text: str) -> Answer:
+    def respond(self, text: str) -> EnvResponse:
         """See Episode. A turn without a call is the last."""
         reply = read_reply(text, self.tools)
         self.content = reply.content
         if not reply.calls or self._calls_left <= 0:
-            return Answer()
+            return EnvResponse()
         turns = []
         for call in reply.calls:
             turns.append(Message("tool", self._result(call)))
             if self.is_over:
-                return Answer()
-        return Answer(messages=tuple(turns))
+                return EnvResponse()
+        return EnvResponse(messages=tuple(turns))
 
     def _result(self, call: ToolCall) -> str:
         if self._calls_left <= 0:

@@ -2,7 +2,7 @@
 
 An environment has problems, and opens an episode for every sample of one. An episode gives the prompt; each time the
 policy stops, it goes on with turns or text of its own (never learned from), or ends and has a reward. It sees text and
-gives text: token ids are the rollout's, which never tokenises anything twice.
+gives text: token ids are the rollout's, which never tokenizes anything twice.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,11 +13,11 @@ from openmimo.core.config import from_dict
 from openmimo.core.records import Message
 from openmimo.core.registry import Registry
 from openmimo.data.source import FileContent, Split
-from openmimo.rl.problems import Problem
+from openmimo.rl.scheduling.problems import Problem
 
 
 @dataclass(frozen=True)
-class Answer:
+class EnvResponse:
     """What an episode says to a piece of the policy's writing.
 
     messages: turns of tools or users, after which the policy has its turn again. text: words to insert right there, so
@@ -49,7 +49,7 @@ class Episode(Protocol):
     tools: tuple[Mapping[str, Any], ...]
     stop: tuple[str, ...]
 
-    def respond(self, text: str) -> Answer:
+    def respond(self, text: str) -> EnvResponse:
         """Takes all that the policy wrote since the prompt or the last answer, without the token that ended it."""
         ...
 
@@ -68,7 +68,7 @@ class Episode(Protocol):
 
 @runtime_checkable
 class ReplacesContext(Protocol):
-    """An episode whose conversation may give way to a shorter one (`rl/context_management.py`)."""
+    """An episode whose conversation may give way to a shorter one (`rl/agents/context_management.py`)."""
 
     def successor(self) -> "Episode | None":
         """After its last answer, the episode that goes on and now owns what it holds; None: it is over."""

@@ -24,7 +24,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from openmimo.core.errors import DataError
 from openmimo.core.records import Message
-from openmimo.data.tool_arguments import read_arguments
+from openmimo.data.chat.tool_arguments import read_arguments
 
 
 def render(

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from openmimo.core.samples import Sample
-from openmimo.rl.problems import Problem
-from openmimo.rl.sample_io import sample_from_dict, sample_to_dict
+from openmimo.rl.scheduling.problems import Problem
+from openmimo.rl.scheduling.sample_files import sample_from_dict, sample_to_dict
 
 WAITING, RUNNING, FINISHED = "waiting", "running", "finished"
 

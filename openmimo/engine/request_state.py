@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from openmimo.engine.prefix import PrefixNode
     from openmimo.engine.structured import StructureState
 
-_LONGEST_REPEATED_PASSAGE = 64
+_MAX_REPEATED_PASSAGE = 64
 NOT_FINITE = (
     "the model's logits are not finite: its weights hold NaN or infinite values, or its config.json does not fit them"
 )
@@ -30,7 +30,7 @@ class Decision(NamedTuple):
 
 
 @dataclass(eq=False)
-class Sequence:
+class RequestState:
     """One request: its confirmed tokens (prompt first), its pages, and what is still to be confirmed.
 
     computed: how many positions the main layers have seen; all tokens but the last while it decodes, fewer while its
@@ -189,7 +189,7 @@ class Sequence:
 
     def _is_repeating(self) -> bool:
         times, new = self.params.max_repeats, len(self.tokens) - self.prompt_length
-        for length in range(1, min(_LONGEST_REPEATED_PASSAGE, new // times) + 1):
+        for length in range(1, min(_MAX_REPEATED_PASSAGE, new // times) + 1):
             if self.tokens[-length * times : -length] == self.tokens[-length * (times - 1) :]:
                 return True
         return False

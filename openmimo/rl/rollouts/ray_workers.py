@@ -14,9 +14,9 @@ import torch
 
 from openmimo.core.errors import ConfigError
 from openmimo.model.mimo import MiMo
-from openmimo.rl.rollout_worker import Failure, Order, Report, WorkerSetup, serve
-from openmimo.rl.weight_buffer import Take, WeightLayout, layout_of, model_tensors
-from openmimo.rl.worker_rollouts import WorkerLostError, WorkerRollouts
+from openmimo.rl.rollouts.remote import WorkerLostError, WorkerRollouts
+from openmimo.rl.rollouts.weight_buffer import Take, WeightLayout, layout_of, model_tensors
+from openmimo.rl.rollouts.worker import Failure, Order, Report, WorkerSetup, serve
 
 _LISTEN_SECONDS = 0.05
 

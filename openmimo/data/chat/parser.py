@@ -27,7 +27,7 @@ from dataclasses import dataclass, replace
 from enum import Enum, auto
 from typing import Any
 
-from openmimo.data.tool_arguments import ArgumentValue, argument_types, quoted
+from openmimo.data.chat.tool_arguments import ArgumentValue, argument_types, quoted
 
 _THINK, _END_OF_THINK = "<think>", "</think>"
 _BLOCK, _END_OF_BLOCK = "<tool_call>", "</tool_call>"
@@ -98,7 +98,7 @@ class ToolCallEnd:
 ChatEvent = ReasoningText | ContentText | ToolCallStart | ToolCallArguments | ToolCallEnd
 
 
-class _Place(Enum):
+class _ParserState(Enum):
     """Where in the format the stream is."""
 
     TEXT = auto()  # in thinking or in content
@@ -114,7 +114,7 @@ class ChatParser:
     tools: the functions that the model was shown, in OpenAI's form. Their schemas say which arguments are strings: a
     value for a string is taken as it is, any other as JSON, or as a string if it is none. Where the schema is silent,
     or allows strings and other things, JSON of another type than string wins (`5`, `null`, `[1]`), else it is a
-    string. Calls are recognised whether or not their function is among the tools.
+    string. Calls are recognized whether or not their function is among the tools.
     starts_thinking: whether the prompt's end has opened `<think>`. reads_calls: whether there may be calls; without,
     their markup is text like any other.
     """
@@ -125,7 +125,7 @@ class ChatParser:
         self._reads_calls = reads_calls
         self._schemas = dict(map(_name_and_schema, tools))
         self._is_thinking = starts_thinking
-        self._place = _Place.TEXT
+        self._state = _ParserState.TEXT
         self._events: list[ChatEvent] = []
         self._begun_mark = ""
         self._doubtful: list[str] = []  # what is markup if a call follows, and else text
@@ -153,13 +153,13 @@ class ChatParser:
     def finish(self) -> list[ChatEvent]:
         """What was held back, now that nothing follows."""
         begun, self._begun_mark = self._begun_mark, ""
-        if self._place is _Place.VALUE and self._ending in _ENDED:
+        if self._state is _ParserState.VALUE and self._ending in _ENDED:
             self._end_open_value()
-        if self._place in (_Place.TEXT, _Place.BLOCK):
+        if self._state in (_ParserState.TEXT, _ParserState.BLOCK):
             self._take_text(begun)
-        if self._place is _Place.VALUE:
+        if self._state is _ParserState.VALUE:
             self._argue(self._value.cut())
-        if self._place in (_Place.CALL, _Place.VALUE):
+        if self._state in (_ParserState.CALL, _ParserState.VALUE):
             self._argue("" if self._arguments else "{")
             self._release_misplaced()
         self._release_doubtful()
@@ -172,34 +172,34 @@ class ChatParser:
     def _take_text(self, text: str) -> None:
         if not text:
             return
-        match self._place:
-            case _Place.TEXT:
+        match self._state:
+            case _ParserState.TEXT:
                 self._say(text)
-            case _Place.BLOCK | _Place.AFTER_CALL:
+            case _ParserState.BLOCK | _ParserState.AFTER_CALL:
                 self._doubtful.append(text)
                 if not text.isspace():
                     self._release_doubtful()
-            case _Place.CALL:
+            case _ParserState.CALL:
                 self._between.append(text)
-            case _Place.VALUE:
+            case _ParserState.VALUE:
                 self._take_text_in_value(text)
 
     def _take_mark(self, mark: str) -> None:
-        match self._place:
-            case _Place.TEXT:
+        match self._state:
+            case _ParserState.TEXT:
                 self._take_mark_in_text(mark)
-            case _Place.BLOCK | _Place.AFTER_CALL:
+            case _ParserState.BLOCK | _ParserState.AFTER_CALL:
                 self._take_mark_around_calls(mark)
-            case _Place.CALL:
+            case _ParserState.CALL:
                 self._take_mark_in_call(mark)
-            case _Place.VALUE:
+            case _ParserState.VALUE:
                 self._take_mark_in_value(mark)
 
     def _take_mark_in_text(self, mark: str) -> None:
         if mark == (_END_OF_THINK if self._is_thinking else _THINK):
             self._is_thinking = not self._is_thinking
         elif mark == _BLOCK and self._reads_calls:
-            self._place = _Place.BLOCK
+            self._state = _ParserState.BLOCK
             self._doubtful = [mark]
         else:
             self._say(mark)
@@ -208,9 +208,9 @@ class ChatParser:
         if mark.startswith(_FUNCTION):
             self._doubtful = []
             self._begin_call(_name_in(mark))
-        elif mark == _END_OF_BLOCK and self._place is _Place.AFTER_CALL:
+        elif mark == _END_OF_BLOCK and self._state is _ParserState.AFTER_CALL:
             self._doubtful = []
-            self._place = _Place.TEXT
+            self._state = _ParserState.TEXT
         else:
             self._release_doubtful()
             self._take_mark_in_text(mark)
@@ -219,11 +219,11 @@ class ChatParser:
         if mark.startswith(_PARAMETER) and _name_in(mark) not in self._arguments:
             self._begin_value(_name_in(mark))
         elif mark == _END_OF_FUNCTION:
-            self._end_call(_Place.AFTER_CALL)
+            self._end_call(_ParserState.AFTER_CALL)
         elif mark == _END_OF_BLOCK:
-            self._end_call(_Place.TEXT)
+            self._end_call(_ParserState.TEXT)
         elif mark in (_THINK, _END_OF_THINK, _BLOCK):
-            self._end_call(_Place.TEXT)
+            self._end_call(_ParserState.TEXT)
             self._take_mark_in_text(mark)
         else:
             self._between.append(mark)
@@ -269,7 +269,7 @@ class ChatParser:
     def _end_value(self) -> None:
         self._argue(self._value.finish())
         self._held, self._ending = [], ""
-        self._place = _Place.CALL
+        self._state = _ParserState.CALL
 
     def _end_open_value(self) -> None:
         """The value ended before the held marks, which are now read for what they are."""
@@ -278,7 +278,7 @@ class ChatParser:
         for piece in held:
             if piece.isspace():
                 self._take_text(piece)
-            elif piece != _END_OF_FUNCTION or self._place is _Place.CALL:  # a second one says nothing new
+            elif piece != _END_OF_FUNCTION or self._state is _ParserState.CALL:  # a second one says nothing new
                 self._take_mark(piece)
 
     def _opens_known_function(self, mark: str) -> bool:
@@ -291,7 +291,7 @@ class ChatParser:
         return not properties or not isinstance(properties, Mapping) or name in properties
 
     def _begin_call(self, name: str) -> None:
-        self._place = _Place.CALL
+        self._state = _ParserState.CALL
         self._function = name
         self._arguments = set()
         self._events.append(ToolCallStart(self._num_calls, name))
@@ -299,16 +299,16 @@ class ChatParser:
 
     def _begin_value(self, name: str) -> None:
         self._keep_misplaced()
-        self._place = _Place.VALUE
+        self._state = _ParserState.VALUE
         self._argue(f"{', ' if self._arguments else '{'}{quoted(name)}: ")
         self._arguments.add(name)
         self._value = ArgumentValue(argument_types(self._schemas.get(self._function), name))
 
-    def _end_call(self, place: _Place) -> None:
+    def _end_call(self, state: _ParserState) -> None:
         self._argue("}" if self._arguments else "{}")
         self._events.append(ToolCallEnd(self._num_calls - 1))
         self._release_misplaced()
-        self._place = place
+        self._state = state
 
     def _keep_misplaced(self) -> None:
         between = "".join(self._between)
@@ -324,7 +324,7 @@ class ChatParser:
     def _release_doubtful(self) -> None:
         self._say("".join(self._doubtful))
         self._doubtful = []
-        self._place = _Place.TEXT
+        self._state = _ParserState.TEXT
 
     def _say(self, text: str) -> None:
         if text:
@@ -349,7 +349,7 @@ def _name_in(mark: str) -> str:
 
 
 def _merged(events: Sequence[ChatEvent]) -> Iterator[ChatEvent]:
-    """The events with neighbouring texts of one kind as one. Between the arguments of two calls a call begins."""
+    """The events with neighboring texts of one kind as one. Between the arguments of two calls a call begins."""
     for kind, group in itertools.groupby(events, type):
         if kind in (ToolCallStart, ToolCallEnd):
             yield from group

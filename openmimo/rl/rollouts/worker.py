@@ -14,10 +14,10 @@ from openmimo.data.tokenizer import Tokenizer
 from openmimo.engine.config import EngineConfig
 from openmimo.engine.engine import Engine
 from openmimo.model.config import ModelConfig
-from openmimo.rl.episode_calls import EpisodeCalls
-from openmimo.rl.groups import GroupRequest
-from openmimo.rl.rollout import EngineRollouts, EpisodeOpener
-from openmimo.rl.weight_buffer import WeightLayout, WeightSource
+from openmimo.rl.agents.episode_calls import EpisodeCalls
+from openmimo.rl.rollouts.engine import EngineRollouts, EpisodeOpener
+from openmimo.rl.rollouts.weight_buffer import WeightLayout, WeightSource
+from openmimo.rl.scheduling.groups import GroupRequest
 from openmimo.runtime.device import resolve_device
 
 _REPORT_SECONDS = 1.0

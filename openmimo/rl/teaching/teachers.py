@@ -15,9 +15,9 @@ from openmimo.core.samples import Sample
 from openmimo.data.tokenizer import Tokenizer
 from openmimo.model.hf import load_model
 from openmimo.model.mimo import MiMo
+from openmimo.rl.learning.policy_trainer import Forward, Objective, PackedSamples, score_samples
 from openmimo.rl.losses import distillation
 from openmimo.rl.losses.diagnostics import top_k_overlap
-from openmimo.rl.policy_trainer import Forward, Objective, PackedSamples, score_samples
 
 SELF = "self"
 TILE_ROWS = 512

@@ -28,7 +28,7 @@ def exact_score(answer: str, text: str) -> float:
     return float(final_answer(text) == answer.strip())
 
 
-def normalised(text: str) -> str:
+def normalized(text: str) -> str:
     """In lower case, blanks made single, without a full stop at the end."""
     return " ".join(text.casefold().split()).removesuffix(".").strip()
 
@@ -49,7 +49,7 @@ def score_answer(method: str, answer: str, text: str, *, tolerance: float = 0.0)
     """1.0 if `text` gives `answer`, else 0.0.
 
     Args:
-        method: "exact" compares the normalised texts, "contains" looks for the normalised answer as whole words in the
+        method: "exact" compares the normalized texts, "contains" looks for the normalized answer as whole words in the
             text, "numeric" compares the last numbers of both, "math" asks math-verify whether both are the same
             mathematics, in a child process with a deadline.
         answer: The key.
@@ -62,9 +62,9 @@ def score_answer(method: str, answer: str, text: str, *, tolerance: float = 0.0)
     """
     text = final_answer(text)
     if method == "exact":
-        return float(normalised(text) == normalised(answer))
+        return float(normalized(text) == normalized(answer))
     if method == "contains":
-        return float(bool(re.search(rf"(?<!\w){re.escape(normalised(answer))}(?!\w)", normalised(text))))
+        return float(bool(re.search(rf"(?<!\w){re.escape(normalized(answer))}(?!\w)", normalized(text))))
     if method == "numeric":
         return float(_numbers_agree(last_number(answer), last_number(text), tolerance))
     if method == "math":

@@ -18,13 +18,13 @@ from openmimo.engine.config import EngineConfig
 from openmimo.engine.engine import Engine
 from openmimo.model.mimo import MiMo
 from openmimo.rl.algorithm import Algorithm
-from openmimo.rl.annotation import episode_lengths, is_learnable, lengths_of, numbers_of, write_annotations
 from openmimo.rl.config import MopdConfig
-from openmimo.rl.groups import GroupRequest
-from openmimo.rl.losses import normalise
-from openmimo.rl.policy_trainer import Forward, Objective, PolicyTrainer
-from openmimo.rl.rollout import EngineRollouts
-from openmimo.rl.teachers import FOREIGN_KL, Teachers, distillation_objective, divergence_named
+from openmimo.rl.learning.annotation import episode_lengths, is_learnable, lengths_of, numbers_of, write_annotations
+from openmimo.rl.learning.policy_trainer import Forward, Objective, PolicyTrainer
+from openmimo.rl.losses import normalize as normalize
+from openmimo.rl.rollouts.engine import EngineRollouts
+from openmimo.rl.scheduling.groups import GroupRequest
+from openmimo.rl.teaching.teachers import FOREIGN_KL, Teachers, distillation_objective, divergence_named
 
 TOP_K = 64
 
@@ -68,9 +68,9 @@ class Teaching:
             algorithm.annotate(kept, options, policy)
             return
         lengths_B = lengths_of(kept)
-        weights_N = normalise.sequence_weights(episode_lengths(kept))
+        weights_N = normalize.sequence_weights(episode_lengths(kept))
         if options.balance_domains:
-            weights_N = normalise.balance_domains(weights_N, lengths_B, numbers_of([sample.domain for sample in kept]))
+            weights_N = normalize.balance_domains(weights_N, lengths_B, numbers_of([sample.domain for sample in kept]))
         write_annotations(kept, torch.zeros_like(weights_N), weights_N)
 
     def metrics(self) -> dict[str, float]:

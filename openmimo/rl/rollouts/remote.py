@@ -9,11 +9,11 @@ from typing import Any, Protocol
 
 from openmimo.core.errors import UserError
 from openmimo.core.samples import Sample
-from openmimo.rl.groups import GroupRequest
-from openmimo.rl.rollout_worker import Cancel, Failure, Order, Report
+from openmimo.rl.rollouts.worker import Cancel, Failure, Order, Report
+from openmimo.rl.scheduling.groups import GroupRequest
 
 POLL_SECONDS = 0.1
-_MOST_LOSSES = 3
+_MAX_LOSSES = 3
 
 
 class WorkerLostError(Exception):
@@ -141,7 +141,7 @@ class WorkerRollouts(ABC):
         """Starts another worker in the place of one that died. What it was at, as failed samples."""
         self._links[number].end(patience_seconds=0.0)
         self._losses[number] += 1
-        if self._losses[number] > _MOST_LOSSES:
+        if self._losses[number] > _MAX_LOSSES:
             raise RuntimeError(
                 f"rollout worker {number} died {self._losses[number]} times without finishing a sample; the last time: "
                 f"{last_words}"

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from openmimo.core.errors import UserError
-from openmimo.rl.groups import GroupRequest
+from openmimo.rl.scheduling.groups import GroupRequest
 
 ROUNDING = 1e-6
 

@@ -14,9 +14,9 @@ _OPENINGS = {
     "boolean": ("true", "false"),
     "null": ("null",),
 }
-_LONGEST_OPENING = 5
+_MAX_OPENING = 5
 _JSON_BLANKS = " \t\n\r"
-_MOST_SCHEMAS = 64
+_MAX_SCHEMAS = 64
 
 
 class ArgumentValue:
@@ -40,8 +40,8 @@ class ArgumentValue:
         if self._is_string:
             return quoted(text)[1:-1]
         self._waiting.append(text)
-        if len(self._head) < _LONGEST_OPENING:
-            self._head = (self._head + text).lstrip(_JSON_BLANKS)[:_LONGEST_OPENING]
+        if len(self._head) < _MAX_OPENING:
+            self._head = (self._head + text).lstrip(_JSON_BLANKS)[:_MAX_OPENING]
         if self._may_be_json():
             return ""
         self._is_string = True
@@ -92,7 +92,7 @@ def argument_types(schema: Any, name: str) -> tuple[str, ...]:
         return ()
     types: list[str] = []
     waiting = [properties[name]]
-    for _ in range(_MOST_SCHEMAS):
+    for _ in range(_MAX_SCHEMAS):
         if not waiting:
             break
         part = waiting.pop()

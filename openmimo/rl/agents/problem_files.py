@@ -9,8 +9,8 @@ from openmimo.core.errors import CheckpointError
 from openmimo.core.files import write_text_atomic
 from openmimo.core.reading import read_json
 from openmimo.data.source import FileContent
+from openmimo.rl.agents.environment import open_environment
 from openmimo.rl.config import RlSource
-from openmimo.rl.environment import open_environment
 
 PROBLEMS_FILE = "problems.json"
 Files = Mapping[str, tuple[FileContent, ...]]

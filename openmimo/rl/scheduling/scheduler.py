@@ -22,9 +22,9 @@ from typing import Any
 from openmimo.core.errors import CheckpointError, ConfigError
 from openmimo.core.samples import Sample
 from openmimo.rl.config import SchedulerConfig
-from openmimo.rl.early_stop import Selection, select
-from openmimo.rl.groups import FINISHED, RUNNING, WAITING, Group, GroupRequest, SampleSlot, group_from_state
-from openmimo.rl.problems import Problem, ProblemSource
+from openmimo.rl.scheduling.early_stop import Selection, select
+from openmimo.rl.scheduling.groups import FINISHED, RUNNING, WAITING, Group, GroupRequest, SampleSlot, group_from_state
+from openmimo.rl.scheduling.problems import Problem, ProblemSource
 
 _EQUAL_REWARDS = 1e-6
 _WASTED = ("dropped_stale", "dropped_error", "surplus", "aborted")

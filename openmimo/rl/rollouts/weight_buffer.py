@@ -19,7 +19,7 @@ Take = Callable[[Mapping[str, torch.Tensor], int], None]
 
 
 @dataclass(frozen=True)
-class Place:
+class TensorSlice:
     """Where a tensor lies in the flat memory."""
 
     name: str
@@ -33,7 +33,7 @@ class Place:
 class WeightLayout:
     """Where each parameter and buffer of a model lies, one after another. Can be pickled."""
 
-    places: tuple[Place, ...]
+    places: tuple[TensorSlice, ...]
 
     @property
     def num_bytes(self) -> int:
@@ -146,7 +146,7 @@ def layout_of(model: MiMo) -> WeightLayout:
     places, start = [], 0
     for name, tensor in model_tensors(model).items():
         stop = start + tensor.numel() * tensor.element_size()
-        places.append(Place(name, tuple(tensor.shape), tensor.dtype, start, stop))
+        places.append(TensorSlice(name, tuple(tensor.shape), tensor.dtype, start, stop))
         start = -(-stop // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
     return WeightLayout(tuple(places))
 

@@ -7,7 +7,7 @@ are chosen by when they started, never by when they finished (MiMo-7B, section 3
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from openmimo.rl.groups import Group
+from openmimo.rl.scheduling.groups import Group
 
 
 @dataclass

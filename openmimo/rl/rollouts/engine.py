@@ -1,4 +1,4 @@
-"""Rollouts: problems in, samples out, through an engine. Tokens in, tokens out: no text is ever tokenised again.
+"""Rollouts: problems in, samples out, through an engine. Tokens in, tokens out: no text is ever tokenized again.
 
 The engine samples; an episode answers each time the policy stops; what comes of it is one sample with a
 log-probability, a policy version and, for a model with experts, the routes of every token. Turns of one sample share an
@@ -20,14 +20,14 @@ import numpy as np
 from openmimo.core.errors import ConfigError
 from openmimo.core.records import Completion, Message, Request, SamplingParams
 from openmimo.core.samples import Sample
-from openmimo.data.conversation import THINK_END, THINK_START, encode_prompt
+from openmimo.data.chat.conversation import THINK_END, THINK_START, encode_prompt
 from openmimo.data.tokenizer import Tokenizer
 from openmimo.engine.engine import Engine
-from openmimo.engine.sequence import Sequence
-from openmimo.rl.environment import Answer, Episode, ReplacesContext
-from openmimo.rl.episode_calls import EpisodeCalls, EpisodeTimeoutError
-from openmimo.rl.groups import GroupRequest
-from openmimo.rl.rewards import RewardError, checked_reward
+from openmimo.engine.request_state import RequestState
+from openmimo.rl.agents.environment import EnvResponse, Episode, ReplacesContext
+from openmimo.rl.agents.episode_calls import EpisodeCalls, EpisodeTimeoutError
+from openmimo.rl.scheduling.groups import GroupRequest
+from openmimo.rl.scheduling.rewards import RewardError, checked_reward
 
 NOT_SAMPLED = -1
 POLL_SECONDS = 0.01
@@ -124,7 +124,7 @@ class EngineRollouts:
         self._seed, self._weights, self._thinking = seed, weights, thinking
         self._record_routing = record_routing and engine.model.config.moe is not None
         self._runs: dict[str, _Run] = {}
-        self._followers: list[tuple[Sequence, _Run]] = []  # and whom they wait for
+        self._followers: list[tuple[RequestState, _Run]] = []  # and whom they wait for
 
     @property
     def num_running(self) -> int:
@@ -142,7 +142,7 @@ class EngineRollouts:
         Samples of one prompt begin once the first of them has read it, so that the others find it in the cache.
         """
         prompts: dict[tuple[Message, ...], list[int]] = {}
-        leaders: dict[tuple[int, ...], Sequence] = {}
+        leaders: dict[tuple[int, ...], RequestState] = {}
         for sample_id in request.sample_ids:
             run = self._open(request, sample_id, prompts)
             self._runs[sample_id] = run
@@ -252,7 +252,7 @@ class EngineRollouts:
             elif run.id in self._runs:
                 self._next_turn(run)
 
-    def _next_turn(self, run: _Run, inserted: Iterable[int] = ()) -> Sequence | None:
+    def _next_turn(self, run: _Run, inserted: Iterable[int] = ()) -> RequestState | None:
         """Asks the engine for the policy's next turn, after what was inserted; ends the sample if no token is left."""
         inserted = list(inserted)
         room = min(
@@ -301,7 +301,7 @@ class EngineRollouts:
         if isinstance(error, RewardError):
             raise error
         answer = None if error else run.pending.result()
-        if isinstance(answer, Answer):
+        if isinstance(answer, EnvResponse):
             return self._go_on(run, answer)
         if isinstance(answer, _Successor):
             self._replace_context(run, answer.episode)
@@ -322,7 +322,7 @@ class EngineRollouts:
             sample.earlier = [replace(context, reward=answer, episode=run.id) for context in run.earlier]
         return sample
 
-    def _go_on(self, run: _Run, answer: Answer) -> None:
+    def _go_on(self, run: _Run, answer: EnvResponse) -> None:
         """The policy's next turn, after what the episode answered."""
         run.pending = None
         try:
@@ -345,7 +345,7 @@ class EngineRollouts:
         run.sample = _new_sample(encoded.result(), run.request, run.id)
         self._next_turn(run)
 
-    def _inserted_ids(self, answer: Answer) -> list[int]:
+    def _inserted_ids(self, answer: EnvResponse) -> list[int]:
         if answer.messages:
             return turn_ids(self._tokenizer, answer.messages, enable_thinking=self._thinking)
         return self._tokenizer.encode(answer.text)
@@ -443,14 +443,16 @@ def _reward(episode: Episode, request: GroupRequest) -> float:
     return checked_reward(_at("reward", episode.reward), request)
 
 
-def _respond(episode: Episode, request: GroupRequest, text: str, finish_reason: str) -> Answer | _Successor | float:
+def _respond(
+    episode: Episode, request: GroupRequest, text: str, finish_reason: str
+) -> EnvResponse | _Successor | float:
     """The episode's next answer; the episode that goes on in another context; or the reward, if that was its last.
 
     It is also its last if the policy may write no more.
     """
     answer = _at("respond", functools.partial(episode.respond, text))
-    if not isinstance(answer, Answer):
-        raise EpisodeError("respond", TypeError(f"it must return an Answer, not a {type(answer).__name__}"))
+    if not isinstance(answer, EnvResponse):
+        raise EpisodeError("respond", TypeError(f"it must return an EnvResponse, not a {type(answer).__name__}"))
     if not answer.is_last and finish_reason == "stop":
         return answer
     if finish_reason == "stop" and isinstance(episode, ReplacesContext):

@@ -1,0 +1,1 @@
+"""Conversations: their template, the parser of replies, training rows."""

@@ -1,0 +1,1 @@
+"""What an environment is, and the services that every environment uses."""

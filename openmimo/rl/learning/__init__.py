@@ -1,0 +1,1 @@
+"""The policy update: packing, annotation and the trainer."""

@@ -1,0 +1,1 @@
+"""Rollouts: problems to samples, in this process, in others, or on Ray."""

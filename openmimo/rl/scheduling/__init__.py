@@ -1,0 +1,1 @@
+"""The data scheduler: which problems are rolled out, which samples make a batch, and its log."""
