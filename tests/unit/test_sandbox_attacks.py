@@ -655,7 +655,7 @@ os.kill(os.getpid(), 9)
     with Sandbox(LIMITS, allow_unsafe=True).workspace() as living:
         assert not left.exists()
         folders.sweep()
-        assert living.place.work.exists()
+        assert living.paths.work.exists()
         assert not any(parent.folder.joinpath(left.name).exists() for parent in cgroup.parents().values())
     (open_folder / "openmimo-jail-link").symlink_to(open_folder)
     folders.sweep()
