@@ -1,4 +1,4 @@
-"""The one file that names an accelerator: which device to use, how to wait for it, how fast it can be."""
+"""Devices: selection, synchronization, memory and speed. The only file that names an accelerator."""
 
 import contextlib
 import functools
@@ -14,7 +14,11 @@ from openmimo.core.errors import ConfigError
 
 
 def resolve_device(name: str | torch.device) -> torch.device:
-    """ "auto" is the accelerator if there is one, else the CPU. Raises ConfigError for a device that is not there."""
+    """The device of that name; "auto" is the accelerator if there is one, else the CPU.
+
+    Raises:
+        ConfigError: The name is unknown, or the device is absent.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -24,14 +28,14 @@ def resolve_device(name: str | torch.device) -> torch.device:
     if device is None or device.type not in ("cpu", "cuda"):
         raise ConfigError(f"device {name!r} is unknown; use 'auto', 'cpu' or 'cuda'.")
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device 'cuda' was asked for, but torch sees no accelerator; use 'cpu' or 'auto'.")
+        raise ConfigError("device 'cuda' was requested, but torch sees no accelerator; use 'cpu' or 'auto'.")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"device {str(device)!r} was asked for, but torch sees {torch.cuda.device_count()} of them.")
+        raise ConfigError(f"device {str(device)!r} was requested, but torch sees {torch.cuda.device_count()} of them.")
     return device
 
 
 def worker_device(device: torch.device, number: int) -> torch.device:
-    """The device of worker `number` beside a process on `device`: the other accelerators in turn, if there are any."""
+    """The device of worker `number` of a process on `device`: the other accelerators in turn, if there are any."""
     if device.type != "cuda" or torch.cuda.device_count() == 1:
         return device
     own, count = device.index or 0, torch.cuda.device_count()
@@ -39,14 +43,14 @@ def worker_device(device: torch.device, number: int) -> torch.device:
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits until the device has done what was asked of it."""
+    """Waits until the device has finished all queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 @functools.cache
 def has_fused_attention(num_heads: int, num_kv_heads: int, key_dim: int, value_dim: int, dtype: torch.dtype) -> bool:
-    """Whether one of torch's fused kernels computes causal attention with these heads on the accelerator."""
+    """Whether a fused kernel of torch computes causal attention with this geometry on the accelerator."""
     heads = ((num_heads, key_dim), (num_kv_heads, key_dim), (num_kv_heads, value_dim))
     q, k, v = (torch.zeros(1, count, 64, dim, dtype=dtype, device="cuda", requires_grad=True) for count, dim in heads)
     call = torch.backends.cuda.SDPAParams(q, k, v, None, 0.0, True, num_heads != num_kv_heads)
@@ -58,7 +62,7 @@ def has_fused_attention(num_heads: int, num_kv_heads: int, key_dim: int, value_d
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory this process has held: on the accelerator, or resident on the CPU."""
+    """Peak memory of this process: allocated on the accelerator, or resident on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")
@@ -71,7 +75,7 @@ def peak_memory_bytes(device: torch.device) -> int:
 def free_memory_bytes(device: torch.device) -> int:
     """Free memory of the accelerator; on a CPU, MemAvailable within the limits of the control groups.
 
-    4 GiB where the system does not say.
+    4 GiB if the system does not report it.
     """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
@@ -83,10 +87,11 @@ def free_memory_bytes(device: torch.device) -> int:
 
 
 def free_cgroup_bytes(membership: Path = Path("/proc/self/cgroup"), mount: Path = Path("/sys/fs/cgroup")) -> list[int]:
-    """What each memory limit of this process's control groups leaves: of its own group and those around it.
+    """Bytes left under each memory limit of this process's control group and its ancestors.
 
-    Inactive file pages do not count as used: the kernel gives them back, as it does for MemAvailable. Reads versions 1
-    and 2 of control groups. In a container, where the path of the group is not mounted, the mount's root is the group.
+    Inactive file pages do not count as used, because the kernel reclaims them, as in MemAvailable. Reads versions 1 and
+    2 of control groups. In a container the path of the group may not be mounted; the root of the mount is then the
+    group.
 
     Args:
         membership: Lines `number:controllers:path`.
@@ -98,10 +103,11 @@ def free_cgroup_bytes(membership: Path = Path("/proc/self/cgroup"), mount: Path 
     for line in membership.read_text().splitlines():
         number, controllers, path = line.split(":", 2)
         if number == "0":
-            root, limits, usage, inactive = mount, ("memory.max", "memory.high"), "memory.current", "inactive_file"
+            root, usage, inactive = mount, "memory.current", "inactive_file"
+            limits = ["memory.max", "memory.high"]
         elif "memory" in controllers.split(","):
-            root, limits, usage = mount / "memory", ("memory.limit_in_bytes",), "memory.usage_in_bytes"
-            inactive = "total_inactive_file"
+            root, usage, inactive = mount / "memory", "memory.usage_in_bytes", "total_inactive_file"
+            limits = ["memory.limit_in_bytes"]
         else:
             continue
         own = root / path.lstrip("/")
@@ -115,7 +121,7 @@ def free_cgroup_bytes(membership: Path = Path("/proc/self/cgroup"), mount: Path 
 
 
 def _text(path: Path) -> str:
-    """The content of a small system file, "" if it cannot be read."""
+    """The content of a small system file; "" if it cannot be read."""
     try:
         return path.read_text().strip()
     except OSError:
@@ -129,22 +135,22 @@ def _statistic(path: Path, name: str) -> int:
 
 @functools.cache
 def cpu_multiplies_bfloat16() -> bool:
-    """Whether this CPU has instructions for products of bfloat16; without, torch's take many times those of float32."""
+    """Whether this CPU has bfloat16 multiply instructions. Without them torch's products are slower than in float32."""
     known = Path("/proc/cpuinfo")
     if not known.exists():
-        return True  # not told; Apple's processors have them
+        return True  # no such file on macOS; Apple's processors have them
     words = set(known.read_text().split())
     return bool(words & {"avx512_bf16", "amx_bf16", "bf16"})
 
 
 def fastest_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where the device has products of it, else float32."""
+    """bfloat16 if the device multiplies it in hardware, else float32."""
     narrow = device.type != "cpu" or cpu_multiplies_bfloat16()
     return torch.bfloat16 if narrow else torch.float32
 
 
 def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
-    """The state of torch's random generators that a run on `device` draws from."""
+    """The state of the torch random generators that a run on `device` uses."""
     state = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         state["accelerator"] = torch.cuda.get_rng_state(device)
@@ -152,14 +158,14 @@ def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
 
 
 def set_rng_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
-    """Puts back what `rng_state` gave."""
+    """Restores a state from `rng_state`."""
     torch.set_rng_state(state["cpu"])
     if device.type == "cuda" and "accelerator" in state:
         torch.cuda.set_rng_state(state["accelerator"], device)
 
 
 def device_name(device: torch.device) -> str:
-    """The model of the accelerator, or of the CPU with its number of cores."""
+    """The model name of the accelerator, or of the CPU with its number of cores."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     cpu_info = Path("/proc/cpuinfo")
@@ -173,7 +179,7 @@ def device_name(device: torch.device) -> str:
 
 @contextlib.contextmanager
 def at_most_threads(count: int) -> Iterator[None]:
-    """Inside, torch computes with at most `count` CPU threads."""
+    """A context in which torch uses at most `count` CPU threads."""
     before = torch.get_num_threads()
     if before <= count:
         yield
@@ -186,9 +192,9 @@ def at_most_threads(count: int) -> Iterator[None]:
 
 
 def measured_matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a large matrix product on this device now: the denominator of `matmul_utilization`.
+    """Measured FLOP/s of a large matrix product on this device: the denominator of `matmul_utilization`.
 
-    It is below the data sheet's peak, and moves with the device's clock and load.
+    It is below the peak of the data sheet, and varies with the clock and the load of the device.
     """
     size = 8192 if device.type == "cuda" else 1024
     a = torch.rand(size, size, generator=torch.Generator().manual_seed(0)).to(device, dtype)

@@ -1,4 +1,4 @@
-"""A report as one HTML file: headings, paragraphs, tables, and pictures that are drawn by matplotlib and embedded."""
+"""Reports as one HTML file: headings, paragraphs, tables and embedded matplotlib figures."""
 
 import base64
 import html
@@ -21,26 +21,26 @@ pre { background: #8881; padding: .8rem; border-radius: 6px; overflow-x: auto; w
 
 
 class Report:
-    """Collects parts in order and writes them as a page that needs nothing from outside."""
+    """Collects parts in order and writes them as a self-contained page."""
 
     def __init__(self, title: str):
         self.title = title
         self._parts: list[str] = [f"<h1>{html.escape(title)}</h1>"]
 
     def heading(self, text: str) -> None:
-        """A section's heading."""
+        """Adds a section heading."""
         self._parts.append(f"<h2>{html.escape(text)}</h2>")
 
     def paragraph(self, text: str) -> None:
-        """Plain text."""
+        """Adds a paragraph of plain text."""
         self._parts.append(f"<p>{html.escape(text)}</p>")
 
     def code(self, text: str) -> None:
-        """Text as it stands, such as commands or generated samples."""
+        """Adds preformatted text, such as commands or generated samples."""
         self._parts.append(f"<pre>{html.escape(text)}</pre>")
 
     def table(self, header: list[str], rows: list[list[Any]]) -> None:
-        """A table; numbers are shown with four significant digits."""
+        """Adds a table. Floats are shown with four significant digits."""
         head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
         body = "".join(
             "<tr>" + "".join(f"<td>{html.escape(_shown(cell))}</td>" for cell in row) + "</tr>" for row in rows
@@ -48,7 +48,7 @@ class Report:
         self._parts.append(f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
 
     def figure(self, figure: Any, caption: str) -> None:
-        """A matplotlib figure, embedded as PNG; the caption is its alternative text as well. Closes the figure."""
+        """Embeds a matplotlib figure as PNG and closes it. The caption is also its alternative text."""
         from matplotlib import pyplot
 
         buffer = io.BytesIO()
@@ -71,7 +71,7 @@ class Report:
 
 
 def new_figure(*, width: float = 7.5, height: float = 3.6, columns: int = 1) -> tuple[Any, Any]:
-    """A matplotlib figure and its axes (an array for several columns), drawn without a display."""
+    """A matplotlib figure and its axes (an array for several columns), rendered without a display."""
     import matplotlib
 
     matplotlib.use("Agg")

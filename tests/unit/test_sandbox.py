@@ -183,7 +183,7 @@ def test_a_jail_that_does_not_come_up_is_no_result(sandbox, monkeypatch):
 
     broken = replace(sandbox.tier, command=lambda inner, place, limits: ["sh", "-c", "echo no room >&2; exit 1"])
     sandbox.tier = broken
-    with pytest.raises(JailError, match="did not come up: no room"):
+    with pytest.raises(JailError, match="did not start: no room"):
         sandbox.run("print(1)")
 
 

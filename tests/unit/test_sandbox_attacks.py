@@ -376,7 +376,7 @@ def test_sparse_files_do_not_fill_the_next_jail(jail):
 def test_what_cannot_be_given_to_the_next_jail_is_an_error(jail):
     with jail.workspace() as workspace:
         workspace.run("import os\nfor _ in range(1200):\n    os.mkdir('dddd')\n    os.chdir('dddd')")
-        with pytest.raises(WorkspaceError, match="cannot be given to a new jail"):
+        with pytest.raises(WorkspaceError, match="cannot be copied into a new jail"):
             workspace.run("print(1)")
 
 

@@ -1,1 +1,1 @@
-"""Calls of library functions on text that a model wrote: in a killable child process, jailed where a jail holds."""
+"""Calls of library functions on model-written text, in killable child processes that are jailed if possible."""

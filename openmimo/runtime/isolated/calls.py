@@ -1,4 +1,4 @@
-"""Calls of named functions on untrusted text, in child processes that a deadline can kill."""
+"""Calls of named functions on untrusted text, in child processes that are killed at a deadline."""
 
 import atexit
 import dataclasses
@@ -32,7 +32,7 @@ Ended = Literal["returned", "raised", "timed out", "died"]
 
 @dataclass(frozen=True)
 class Call:
-    """A function of this package that returns a float, as "module:name", and its arguments, which are JSON values."""
+    """A function of this package, as "module:name", that returns a float; and its arguments, which are JSON values."""
 
     function: str
     arguments: tuple[Any, ...]
@@ -40,12 +40,12 @@ class Call:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a call ended.
+    """The outcome of a call.
 
     Attributes:
-        ended: "returned", "raised", "timed out", or "died" (the process ended by itself).
-        value: What the function returned, if it did.
-        error: The exception, if it raised one.
+        ended: "returned", "raised", "timed out", or "died" (the process exited by itself).
+        value: The return value, if any.
+        error: The exception, if any.
     """
 
     ended: Ended
@@ -54,31 +54,31 @@ class Outcome:
 
 
 class IsolatedCalls:
-    """Child processes that call named functions. Safe to use from many threads.
+    """Child processes that call named functions. Thread-safe.
 
-    Each process runs in the best jail that holds on this machine. Where none holds, or the user of the jail cannot read
-    the packages of this Python, it is a plain child process of this user, and a warning says so. In either, text passed
-    to `eval` must be an expression (`expressions.py`), and a call that exceeds its deadline is killed.
+    Each process runs in the best jail of this machine. If no jail works, or the user of the jail cannot read the
+    packages of this Python, the process is a plain child process of this user, and a warning says so. In both cases,
+    text passed to `eval` must be an expression (`expressions.py`), and a call that exceeds its deadline is killed.
 
     Args:
-        processes: Calls that run at one time.
+        processes: Number of simultaneous calls.
     """
 
     def __init__(self, processes: int = 2):
         self.counts: Counter[str] = Counter()
         self._own = threading.local()
         self._children: list[_Child] = []
-        # The kernel ends a jail with the thread that started it, so the threads live as long as this object.
+        # The kernel kills a jail when the thread that started it ends, so the threads live as long as this object.
         self._threads = ThreadPoolExecutor(processes, thread_name_prefix="isolated-call")
 
     def run(self, call: Call, *, seconds: float, prepare: Call | None = None) -> Outcome:
-        """Makes a call, and waits for it.
+        """Makes a call and waits for it.
 
         Args:
             call: The function that reads untrusted text.
-            seconds: Its deadline.
-            prepare: A trusted call that comes first, in the process that all later calls are forked from: what it
-                imports and caches stays. It has 60 seconds.
+            seconds: The deadline of the call.
+            prepare: A trusted call that runs first, in the process from which all calls are forked, so that its
+                imports and caches persist. Its deadline is 60 seconds.
 
         Raises:
             JailError: The child process cannot be started, or the preparation fails.
@@ -111,10 +111,10 @@ class IsolatedCalls:
 
 
 class _Child:
-    """A process that serves calls, in its jail and working folder."""
+    """A process that serves calls, with its jail and working folder."""
 
     def __init__(self, tier: Tier, interpreter: Interpreter):
-        self._workspace = Workspace(lambda place: Jail(tier, place, LIMITS), interpreter, shown=_shown_folders())
+        self._workspace = Workspace(lambda paths: Jail(tier, paths, LIMITS), interpreter, shown=_shown_folders())
         self._jail = Jail(tier, self._workspace.paths, LIMITS)
         self._unread = b""
         try:
@@ -128,7 +128,7 @@ class _Child:
         return self._jail.alive()
 
     def ask(self, request: dict[str, Any], seconds: float) -> dict[str, Any] | None:
-        """The reply to one request; None if the process ended or the time is up."""
+        """The reply to one request; None if the process exits or the time runs out."""
         line = self._jail.converse(json.dumps(request).encode() + b"\n", time.monotonic() + seconds)
         try:
             reply = json.loads(line or b"")
@@ -143,20 +143,20 @@ class _Child:
 
 @functools.cache
 def isolated_calls() -> IsolatedCalls:
-    """The child processes that all scorers of this process share; they end with it."""
+    """The child processes that all scorers of this process share. They end with this process."""
     calls = IsolatedCalls()
     atexit.register(calls.close)
     return calls
 
 
 def call_metrics() -> dict[str, float]:
-    """How the calls of this process ended so far, for metrics: nothing before the first."""
+    """Counts of outcomes of this process's calls, for metrics; empty before the first call."""
     counts = isolated_calls().counts
     return {f"scoring/{ended.replace(' ', '_')}": counts[ended] for ended in get_args(Ended)} if counts else {}
 
 
 def _start(function: str) -> _Child:
-    """A child process that can call `function`: jailed if possible."""
+    """Starts a child process that can call `function`, jailed if possible."""
     try:
         interpreter = find_interpreter()
         child = _Child(choose_tier(None, allow_unsafe=True), interpreter)
@@ -173,22 +173,22 @@ def _start(function: str) -> _Child:
 
 def _start_plain(reason: str) -> _Child:
     warnings.warn(
-        f"Answers are scored in a child process without a jail: {reason}. Its text is still kept from running as code, "
-        "and its time and memory are limited.",
+        f"Answers are scored in a child process without a jail: {reason}. The text still cannot run as code, and its "
+        "time and memory are limited.",
         stacklevel=2,
     )
     return _Child(OWN_USER, Interpreter(sys.executable, sys.prefix))
 
 
 def _shown_folders() -> tuple[Path, ...]:
-    """What a child must read: this package, and the folders that installed packages are in."""
+    """The folders that a child must read: this package, and those of installed packages."""
     package = Path(openmimo.__file__).parent
     installed = [Path(folder) for folder in sys.path if Path(folder).name in ("site-packages", "dist-packages")]
     return (package, *(folder for folder in installed if folder.is_dir()))
 
 
 def _program() -> str:
-    """The source that a jailed Python runs: it finds the packages, then serves."""
+    """The source that a jailed Python runs: it sets the import path, then serves calls."""
     package, *installed = map(str, _shown_folders())
     paths = [os.path.dirname(package), *installed]
     return (

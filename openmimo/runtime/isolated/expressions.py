@@ -1,8 +1,8 @@
-"""Keeps `eval` to expressions while a library reads text that a model wrote.
+"""Restricts `eval` to expressions while a library reads model-written text.
 
-Scorers of several libraries hand an answer to `eval`, some through sympy's `parse_expr`. In the child process such text
-could still run code of its own and write a score. Here `eval` and `compile` accept arithmetic, containers, comparisons
-and calls of sympy's classes and of a few functions. Attributes, lambdas, comprehensions and other calls are refused.
+Scorers of several libraries pass an answer to `eval`, some through sympy's `parse_expr`. Even in the child process such
+text could run code and write its own score. Here `eval` and `compile` accept arithmetic, containers, comparisons, and
+calls of sympy's classes and of a few functions. They refuse attributes, lambdas, comprehensions and other calls.
 """
 
 import ast
@@ -25,11 +25,11 @@ ALLOWED = (
 
 
 class RefusedExpressionError(ValueError):
-    """The text is more than an expression."""
+    """The text is not an allowed expression."""
 
 
 def check_expression(source: str | bytes | ast.AST) -> None:
-    """Raises RefusedExpressionError, or SyntaxError, unless `source` is an expression of the kind allowed here."""
+    """Raises RefusedExpressionError or SyntaxError unless `source` is an allowed expression."""
     tree = source if isinstance(source, ast.AST) else ast.parse(source, mode="eval")
     for node in ast.walk(tree):
         if not isinstance(node, ALLOWED):
@@ -42,7 +42,7 @@ def check_expression(source: str | bytes | ast.AST) -> None:
 
 @contextlib.contextmanager
 def only_expressions() -> Iterator[None]:
-    """Makes `eval` and `compile` refuse what `check_expression` refuses, except for the standard library."""
+    """A context in which `eval` and `compile` apply `check_expression`, except for callers in the standard library."""
     plain_eval, plain_compile = builtins.eval, builtins.compile
 
     def guarded_eval(source: Any, globals: Any = None, locals: Any = None, /) -> Any:
@@ -66,7 +66,7 @@ def only_expressions() -> Iterator[None]:
 
 
 def _may_be_called(name: str) -> bool:
-    sympy = sys.modules.get("sympy")
+    sympy: Any = sys.modules.get("sympy")
     found = getattr(sympy, name, None)
     return name in FUNCTIONS or isinstance(found, type) and issubclass(found, sympy.Basic)
 

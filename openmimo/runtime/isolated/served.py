@@ -1,7 +1,7 @@
-"""The child process: reads calls from stdin, makes each in a process of its own, and writes how it ended.
+"""The child process: it reads calls from stdin, makes each in a forked process, and writes the outcome.
 
 A request is a JSON object on one line: `call` (["module:name", arguments], or null for none), `seconds`, and `prepare`
-(a trusted call, or null), which runs in the process that all calls are forked from: what it imports and caches stays.
+(a trusted call, or null). The latter runs in the process from which calls are forked, so imports and caches persist.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ MAX_REPLY_BYTES = 4096
 
 
 def serve(reply_descriptor: int) -> None:
-    """Answers the requests on stdin until it is closed."""
+    """Serves the requests on stdin until it is closed."""
     for line in sys.stdin.buffer:
         reply = json.dumps(_answer(json.loads(line)))
         os.write(reply_descriptor, reply.encode() + b"\n")
@@ -43,13 +43,13 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
             return {"ended": "prepared"}
         name, arguments = request["call"]
         call = functools.partial(load(name), *arguments)
-    except Exception as error:  # a library may fail in any way; the host decides what that means
+    except Exception as error:  # a library may raise any exception; the host decides
         return {"ended": "unprepared", "error": f"{type(error).__name__}: {str(error)[:500]}"}
     return _call(call, request["seconds"])
 
 
 def _call(function: Callable[[], float], seconds: float) -> dict[str, Any]:
-    """Makes one call in a child process and waits for it, for at most `seconds`."""
+    """Makes one call in a forked process, and waits at most `seconds` for it."""
     outlet, inlet = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -75,15 +75,15 @@ def _call(function: Callable[[], float], seconds: float) -> dict[str, Any]:
 
 
 def _become(function: Callable[[], float], inlet: int, seconds: float) -> None:
-    """Becomes one call; never returns."""
+    """Makes one call in this process. Never returns."""
     os.setsid()
-    nowhere = os.open(os.devnull, os.O_RDWR)
+    null = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1, 2):
-        os.dup2(nowhere, descriptor)
+        os.dup2(null, descriptor)
     resource.setrlimit(resource.RLIMIT_CPU, (int(seconds) + 1, int(seconds) + 1))
     try:
         with only_expressions():
-            reply = {"ended": "returned", "value": float(function())}
+            reply: dict[str, Any] = {"ended": "returned", "value": float(function())}
     except BaseException as error:
         reply = {"ended": "raised", "error": f"{type(error).__name__}: {str(error)[:500]}"}
     os.write(inlet, json.dumps(reply).encode()[:MAX_REPLY_BYTES])
@@ -91,7 +91,7 @@ def _become(function: Callable[[], float], inlet: int, seconds: float) -> None:
 
 
 def _read(outlet: int, deadline: float) -> bytes | None:
-    """What the call wrote until it closed its pipe; None if that is not before `deadline`."""
+    """The bytes that the call wrote until it closed its pipe; None if `deadline` passes first."""
     written = b""
     while (left := deadline - time.monotonic()) > 0:
         if not select.select([outlet], [], [], left)[0]:

@@ -1,4 +1,4 @@
-"""Programs that a model wrote, run so that they cannot harm the machine, read it, or cheat whoever judges them."""
+"""Runs model-written programs so that they cannot harm the machine, read its files, or cheat the grader."""
 
 from openmimo.runtime.sandbox.grading import CallTest, StreamTest, TestOutcome, grade, outcomes
 from openmimo.runtime.sandbox.pool import SandboxPool

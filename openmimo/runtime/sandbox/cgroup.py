@@ -1,8 +1,8 @@
-"""Limits that the kernel keeps on the memory and the processes of a jail as a whole: control groups.
+"""Control groups: kernel limits on the memory and the number of processes of a whole jail.
 
-They count what a look at processes cannot see, such as buffers of sockets and files in memory. A group is made below
-the one that this process is in, or next to it where that one has no limit of its own, so that no limit of this
-process is passed. Many machines and most containers permit neither; the jail then has its other limits.
+Control groups count memory that is invisible per process, such as socket buffers and files in memory. The group of a
+jail is a child of this process's group, or a sibling if that group has no limit, so that the limits of this process
+still hold. Many machines and most containers permit neither; the jail then has only its other limits.
 """
 
 import contextlib
@@ -15,19 +15,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 CONTROLLERS = ("memory", "pids")
-REMOVAL_SECONDS = 2.0  # processes that were killed leave their group a moment later
+REMOVAL_SECONDS = 2.0  # killed processes leave their group with a short delay
 
 
 @dataclass(frozen=True)
 class Parent:
-    """A folder in which groups of a controller can be made, and the version of its interface."""
+    """A folder in which groups of a controller can be created, and the version of its interface."""
 
     folder: Path
     version: int
 
 
 class Group:
-    """The groups of one jail, one for each controller (the same folder for both in version 2)."""
+    """The control groups of one jail: one per controller, or one folder for both in version 2."""
 
     def __init__(self, name: str, memory_bytes: int, processes: int):
         self.folders: dict[Path, int] = {}
@@ -47,13 +47,13 @@ class Group:
             raise
 
     def add(self, pids: list[int]) -> None:
-        """Moves processes in; all that they start later is in, too."""
+        """Moves processes into the groups. Their later children are members as well."""
         for folder in self.folders:
             for pid in pids:
                 (folder / "cgroup.procs").write_text(str(pid))
 
     def ran_out_of_memory(self) -> bool:
-        """Whether the kernel has killed a process of the group for its memory."""
+        """Whether the kernel has killed a process of the group for exceeding the memory limit."""
         if self.memory is None:
             return False
         version = self.folders[self.memory]
@@ -61,14 +61,14 @@ class Group:
         return any(line.startswith("oom_kill ") and int(line.split()[1]) > 0 for line in text.splitlines())
 
     def close(self) -> None:
-        """Kills what is left, and removes the groups."""
+        """Kills the remaining processes and removes the groups."""
         for folder in self.folders:
             _end(folder)
         self.folders = {}
 
 
 def _end(folder: Path) -> None:
-    """Kills what is in a group, and removes it."""
+    """Kills the processes of a group and removes it."""
     deadline = time.monotonic() + REMOVAL_SECONDS
     while not _remove(folder) and time.monotonic() < deadline:
         for pid in _pids(folder):
@@ -78,7 +78,7 @@ def _end(folder: Path) -> None:
 
 
 def _limit_memory(folder: Path, version: int, limit: int) -> None:
-    """Sets the limit, with nothing on top of it in the swap space."""
+    """Sets the memory limit and permits no swap."""
     if version == 2:
         settings = {"memory.max": limit, "memory.swap.max": 0, "memory.oom.group": 1}
     else:
@@ -104,13 +104,13 @@ def _remove(folder: Path) -> bool:
 
 
 def end(name: str) -> None:
-    """Ends the groups of a jail whose owner has gone: kills what is in them, and removes them."""
+    """Kills the processes of a jail whose owner has exited, and removes its groups."""
     for parent in set(parents().values()):
         _end(parent.folder / name)
 
 
 def sweep(prefix: str, is_alive: Callable[[str], bool]) -> None:
-    """Removes empty groups with that prefix whose names are not alive. One with processes may be of another folder."""
+    """Removes empty groups with this prefix, unless `is_alive(name)`. Others may belong to another temporary folder."""
     for parent in set(parents().values()):
         for folder in parent.folder.glob(prefix + "*"):
             if not is_alive(folder.name):
@@ -119,7 +119,7 @@ def sweep(prefix: str, is_alive: Callable[[str], bool]) -> None:
 
 @functools.cache
 def parents() -> dict[str, Parent]:
-    """By controller, where this process may make groups; empty where it may not. Found out once per process."""
+    """The parent of new groups by controller; empty if this process may create none. Determined once per process."""
     found = {}
     for controller in CONTROLLERS:
         for parent in (_unified(controller), _legacy(controller)):
@@ -130,7 +130,7 @@ def parents() -> dict[str, Parent]:
 
 
 def _unified(controller: str) -> Parent | None:
-    """Version 2: this process's own group or, where that has no limit, the one above; its children need the limit."""
+    """Version 2: the group of this process, or its parent if the group has no limit."""
     own = _own_folder("0::", "cgroup2", "")
     if own is None:
         return None
@@ -142,17 +142,17 @@ def _unified(controller: str) -> Parent | None:
 
 
 def _legacy(controller: str) -> Parent | None:
-    """Version 1: below this process's own group."""
+    """Version 1: the group of this process."""
     own = _own_folder(f":{controller}:", "cgroup", controller)
     return Parent(own, 1) if own else None
 
 
 def _own_folder(mark: str, kind: str, option: str) -> Path | None:
-    """Where the group of this process lies in the file system of that kind, or None."""
+    """The folder of this process's group in the file system of that kind, or None."""
     lines = [line for line in _text(Path("/proc/self/cgroup")).splitlines() if mark in line]
     for mount in _text(Path("/proc/self/mountinfo")).splitlines():
-        place, _, system = mount.partition(" - ")
-        root, point = place.split()[3:5]
+        location, _, system = mount.partition(" - ")
+        root, point = location.split()[3:5]
         name, _, options = system.split(maxsplit=2)
         if lines and name == kind and (not option or option in options.split(",")):
             path = lines[0].split(":", 2)[2]

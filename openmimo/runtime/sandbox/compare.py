@@ -1,7 +1,7 @@
-"""Equality of plain values, one of them from a jail and still as `jailed_tests.encode` coded it.
+"""Equality of plain values. One of them comes from a jail, in the encoding of `jailed_tests.encode`.
 
-Nothing that a jail sent is ever put into a set or a dictionary: whoever chooses integers of one hash makes each look-up
-walk through all of them. Members and keys are compared by a text of their value instead.
+Values from a jail are never put into a set or a dictionary: a program can choose integers with equal hashes, which
+makes every look-up linear. Members and keys are compared by a text of their value instead.
 """
 
 import json
@@ -14,40 +14,47 @@ RELATIVE, ABSOLUTE = 1e-6, 1e-9
 
 
 def equal(value: Any, expected: Any, relative: float = RELATIVE, absolute: float = ABSOLUTE) -> bool:
-    """Python's equality of plain data, but tuples equal lists, and two floats are equal within a tolerance.
+    """Whether two plain values are equal as in Python, except for tuples and floats.
 
-    The tolerance (`math.isclose`: relative to the larger number, or absolute) holds where both numbers are floats and
-    are no members of sets and no keys. An integer equals a float only of exactly its value: 4 equals 4.0, and nothing
-    near it. Raises TypeError for what is not plain data.
+    Tuples equal lists. Two floats are equal within the tolerance of `math.isclose`, unless they are members of sets or
+    keys. An integer equals a float only if their values are equal: 4 equals 4.0, and no float near it.
+
+    Raises:
+        TypeError: A value is not plain data.
     """
     return matches(encode(value), encode(expected), relative, absolute)
 
 
 def matches(coded: Any, expected: Any, relative: float = RELATIVE, absolute: float = ABSOLUTE) -> bool:
-    """`equal` for two coded values. The first may be anything that JSON can hold.
+    """`equal` for two encoded values. The first may be any JSON value.
 
-    Raises ValueError, TypeError, AttributeError or RecursionError where it is nothing that `encode` makes.
+    Raises:
+        ValueError, TypeError, AttributeError, RecursionError: The first value is not an encoding.
     """
     kind, content = _kind(coded)
-    wanted_kind, wanted = _kind(expected)
-    if kind != wanted_kind:
+    expected_kind, expected_content = _kind(expected)
+    if kind != expected_kind:
         return False
-    if kind in ("sequence", "set", "dict") and len(content) != len(wanted):
+    if kind in ("sequence", "set", "dict") and len(content) != len(expected_content):
         return False
     if kind == "sequence":
-        return all(matches(one, other, relative, absolute) for one, other in zip(content, wanted, strict=True))
+        return all(
+            matches(one, other, relative, absolute) for one, other in zip(content, expected_content, strict=True)
+        )
     if kind == "set":
-        return sorted(map(_text, content)) == sorted(map(_text, wanted))
+        return sorted(map(_text, content)) == sorted(map(_text, expected_content))
     if kind == "dict":
-        mine, theirs = (sorted(((_text(key), item) for key, item in pairs), key=_key) for pairs in (content, wanted))
+        items, expected_items = (
+            sorted(((_text(key), item) for key, item in pairs), key=_key) for pairs in (content, expected_content)
+        )
         return all(
             key == other_key and matches(item, other, relative, absolute)
-            for (key, item), (other_key, other) in zip(mine, theirs, strict=True)
+            for (key, item), (other_key, other) in zip(items, expected_items, strict=True)
         )
-    if kind == "number" and isinstance(content, float) and isinstance(wanted, float):
-        both_nan = content != content and wanted != wanted
-        return both_nan or math.isclose(content, wanted, rel_tol=relative, abs_tol=absolute)
-    return content == wanted
+    if kind == "number" and isinstance(content, float) and isinstance(expected_content, float):
+        both_nan = math.isnan(content) and math.isnan(expected_content)
+        return both_nan or math.isclose(content, expected_content, rel_tol=relative, abs_tol=absolute)
+    return content == expected_content
 
 
 def _key(pair: tuple[str, Any]) -> str:
@@ -55,7 +62,7 @@ def _key(pair: tuple[str, Any]) -> str:
 
 
 def _kind(coded: Any) -> tuple[str, Any]:
-    """What sort of value a coded one is, and its number, text, bytes or list of coded members."""
+    """The kind of an encoded value, and its number, text, bytes or list of encoded members."""
     if coded is None:
         return "none", None
     if isinstance(coded, (bool, int, float)):
@@ -75,7 +82,7 @@ def _kind(coded: Any) -> tuple[str, Any]:
 
 
 def _text(coded: Any) -> str:
-    """A text that two members of sets, or keys, share if and only if they are equal."""
+    """A text that is the same for two set members or keys if and only if they are equal."""
     kind, content = _kind(coded)
     if kind == "number":
         whole = not isinstance(content, float) or content.is_integer()
@@ -88,4 +95,4 @@ def _text(coded: Any) -> str:
         return f"b{content.hex()}"
     if kind in ("text", "none"):
         return json.dumps(content)
-    raise TypeError(f"a {kind} can be no member and no key")
+    raise TypeError(f"a {kind} cannot be a set member or a key")

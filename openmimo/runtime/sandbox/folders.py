@@ -1,7 +1,7 @@
-"""The folders of jails on the host: each is locked by the process that made it, so that leftovers can be recognized.
+"""The folders of jails on the host. Each is locked by its process, so that leftovers can be recognized.
 
-The kernel drops a lock with the last process that holds it, however that ended. Hence a folder that can be locked is in
-use by no process.
+The kernel releases a lock when the last process that holds it exits for any reason. A folder that can be locked is
+therefore unused.
 """
 
 import contextlib
@@ -18,18 +18,18 @@ PREFIX = "openmimo-jail-"
 
 
 def make_home() -> tuple[Path, int]:
-    """A new folder, and the open descriptor that locks it."""
+    """Creates a folder. Returns it with the open descriptor that locks it."""
     while True:
         path = Path(tempfile.mkdtemp(prefix=PREFIX))
         lock = lock_of(path)
         if lock is not None and path.exists():
             return path, lock
-        if lock is not None:  # a sweep came first
+        if lock is not None:  # a sweep removed the folder before it was locked
             os.close(lock)
 
 
 def lock_of(path: Path) -> int | None:
-    """A descriptor that locks a folder of this user's, or None if it is in use, gone, or another's."""
+    """A descriptor that locks a folder; None if it is in use, absent, or owned by another user."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError:
@@ -43,7 +43,7 @@ def lock_of(path: Path) -> int | None:
 
 
 def remove(path: Path) -> None:
-    """Removes a folder with all that is in it."""
+    """Removes a folder with its content."""
     with contextlib.suppress(OSError, RecursionError):
         shutil.rmtree(path)
     if path.exists():  # folders without permissions, or thousands of levels deep
@@ -52,7 +52,7 @@ def remove(path: Path) -> None:
 
 
 def sweep() -> None:
-    """Removes what killed processes have left: folders of this user's that nothing locks, and their groups."""
+    """Removes what killed processes left behind: unlocked folders of this user, and their control groups."""
     folder = Path(tempfile.gettempdir())
     for path in folder.glob(PREFIX + "*"):
         lock = lock_of(path)

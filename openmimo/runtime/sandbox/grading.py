@@ -1,7 +1,7 @@
-"""Judges a Python solution by unit tests: its inputs go into a jail, what comes out is compared outside of it.
+"""Grades a Python solution by unit tests: inputs go into a jail, and outputs are compared outside of it.
 
-Nothing that the solution does to the checker, to `==` or to the result channel can help it: what it must produce is
-known to the host only. One bool per test, for rewards that weigh tests by difficulty (MiMo-7B, section 3.3.1).
+A solution cannot cheat by changing the checker, `==` or the result channel: only the host knows the expected values.
+The result is one bool per test, for rewards that weight tests by difficulty (MiMo-7B, section 3.3.1).
 """
 
 import json
@@ -24,9 +24,14 @@ MAX_SHOWN = 2000
 
 @dataclass(frozen=True)
 class CallTest:
-    """A call of the solution's function, and its value. Plain data: numbers, text, bytes, and containers of them.
+    """A call of the solution's function and its expected value: numbers, text, bytes, and containers of them.
 
-    relative, absolute: how far a float may be from an expected float, as in `math.isclose`. Integers are exact.
+    Attributes:
+        arguments: Positional arguments.
+        expected: The value that the call must return.
+        keywords: Keyword arguments.
+        relative: Relative tolerance between two floats, as in `math.isclose`. Integers are compared exactly.
+        absolute: Absolute tolerance between two floats.
     """
 
     arguments: Sequence[Any]
@@ -45,7 +50,7 @@ class CallTest:
 
 @dataclass(frozen=True)
 class StreamTest:
-    """What the program reads from stdin, and what it must write to stdout."""
+    """The text that the program reads from stdin, and the text that it must write to stdout."""
 
     stdin: str
     expected: str
@@ -53,7 +58,7 @@ class StreamTest:
 
 @dataclass(frozen=True)
 class TestOutcome:
-    """Whether one test passed, and if not, why (partly in the solution's words, so not to be trusted)."""
+    """Whether one test passed, and otherwise why. The reason may quote the solution, so it is untrusted text."""
 
     __test__ = False  # for pytest: not a class of tests
 
@@ -62,7 +67,7 @@ class TestOutcome:
 
 
 class Runner(Protocol):
-    """A Sandbox or a SandboxPool."""
+    """Runs programs: a Sandbox or a SandboxPool."""
 
     limits: SandboxLimits
 
@@ -78,7 +83,7 @@ def grade(
     function: str | None = None,
     test_seconds: float = 2.0,
 ) -> list[bool]:
-    """Whether the solution passes each test, in order. As `outcomes`, without the reasons."""
+    """Whether the solution passes each test, in order: `outcomes` without the reasons."""
     return [outcome.passed for outcome in outcomes(runner, source, tests, function=function, test_seconds=test_seconds)]
 
 
@@ -90,18 +95,27 @@ def outcomes(
     function: str | None = None,
     test_seconds: float = 2.0,
 ) -> list[TestOutcome]:
-    """Runs the solution on every test, each in a process of its own, and compares what came out.
+    """Runs the solution on each test in a separate process, and compares the outputs.
 
-    function: for CallTests, the name that is called, or "Class.method" (the class is made without arguments).
-    test_seconds: for each test; the runner's wall limit holds for all of them together, and tests that it cuts off
-    have not passed. Values are equal as `compare.equal` says: as in Python, but tuples equal lists, and two floats are
-    equal within the test's tolerance; stdout is compared without blanks at the ends of lines and of the whole.
-    Raises ConfigError for tests of the wrong kind or not of plain data, JailError if the jail breaks down.
+    Values are compared by `compare.equal`: as in Python, except that tuples equal lists, and floats are equal within
+    the tolerance of the test. stdout is compared without trailing blanks of lines and without surrounding blank lines.
+
+    Args:
+        runner: Runs the program.
+        source: The solution.
+        tests: All CallTests, or all StreamTests.
+        function: For CallTests, the called function, or "Class.method" (the class is created without arguments).
+        test_seconds: Time limit of each test. The runner's wall limit holds for all tests together; a test that it cuts
+            off has failed.
+
+    Raises:
+        ConfigError: The tests are of the wrong kind or not plain data.
+        JailError: The jail failed.
     """
     if not tests:
         return []
-    wanted = CallTest if function else StreamTest
-    if not all(isinstance(test, wanted) for test in tests):
+    kind: type = CallTest if function else StreamTest
+    if not all(isinstance(test, kind) for test in tests):
         raise ConfigError("CallTests need function=..., StreamTests must not have it; the two cannot be mixed.")
     job = {
         "source": source,
@@ -113,22 +127,22 @@ def outcomes(
     ended = runner.run(RUNNER.read_text(), stdin=json.dumps(job).encode())
     reports = _reports(ended.result, len(tests), runner.limits.output_bytes)
     lost = TestOutcome(False, f"not reached: the run ended with {ended.killed_by or f'exit code {ended.exit_code}'}")
-    return [_judge(test, reports[number]) if number in reports else lost for number, test in enumerate(tests)]
+    return [_outcome(tests[number], reports[number]) if number in reports else lost for number in range(len(tests))]
 
 
 def _inputs(test: CallTest | StreamTest) -> dict:
-    """What of a test goes into the jail."""
+    """The part of a test that is sent into the jail."""
     if isinstance(test, StreamTest):
         return {"stdin": test.stdin}
     try:
         encode(test.expected)
         return {"arguments": encode(list(test.arguments)), "keywords": encode(dict(test.keywords))}
     except TypeError as error:
-        raise ConfigError(f"A CallTest holds something else than plain data: {error}.") from error
+        raise ConfigError(f"A CallTest holds a value that is not plain data: {error}.") from error
 
 
 def _reports(result: bytes, count: int, most_characters: int) -> dict[int, dict]:
-    """The reports by test, the first of each. The solution may have written here too: anything odd is left out."""
+    """The first report of each test. The solution can write to this channel, so malformed lines are ignored."""
     reports: dict[int, dict] = {}
     for line in result.split(b"\n"):
         try:
@@ -143,8 +157,8 @@ def _reports(result: bytes, count: int, most_characters: int) -> dict[int, dict]
     return reports
 
 
-def _judge(test: CallTest | StreamTest, report: dict) -> TestOutcome:
-    """Compares what a test brought out with what it should have."""
+def _outcome(test: CallTest | StreamTest, report: dict) -> TestOutcome:
+    """Compares the output of a test with its expected value."""
     status, written = report.get("status"), report["written"]
     if status is None:
         return TestOutcome(False, "stopped: too slow, or too much output")
@@ -168,7 +182,7 @@ def _lines(text: str) -> list[str]:
 
 
 def _shown(coded: Any, length: int) -> str:
-    """A value in a few words. Only short ones are decoded, for that makes sets of what the solution chose."""
+    """A short description of a value. Long ones are not decoded, because decoding builds sets of untrusted values."""
     try:
         return repr(decode(coded))[:200] if length <= MAX_SHOWN else f"a value of {length} characters"
     except (ValueError, TypeError, AttributeError, RecursionError):  # such as an int of thousands of digits

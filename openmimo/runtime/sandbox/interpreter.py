@@ -1,4 +1,4 @@
-"""Which Python runs inside the jail: one that the jail's user can read, with the folder that must be shown to it."""
+"""The Python that runs inside the jail: one that the user of the jail can read."""
 
 import os
 import shutil
@@ -11,16 +11,17 @@ from openmimo.runtime.sandbox.records import SandboxUnavailableError
 
 @dataclass(frozen=True)
 class Interpreter:
-    """An executable, and the folder with its standard library (shown read-only in the jail, at the same place)."""
+    """An executable, and the folder of its standard library, which the jail shows read-only at the same path."""
 
     executable: str
     prefix: str
 
 
 def find_interpreter() -> Interpreter:
-    """The Python that runs this process, without its virtual environment; where only root can read it, the system's.
+    """The base Python of this process, or the system's Python if only root can read the former.
 
-    Raises SandboxUnavailableError if there is none.
+    Raises:
+        SandboxUnavailableError: There is none.
     """
     own = Path(sys.base_prefix) / "bin" / f"python{sys.version_info.major}.{sys.version_info.minor}"
     system = [Path(found) for found in ("/usr/bin/python3", "/usr/local/bin/python3") if shutil.which(found)]

@@ -1,4 +1,4 @@
-"""One jailed process: started and waiting, given one job, watched while it runs, killed with all that it started."""
+"""One jailed process: it starts, waits for one job, is watched while it runs, and is killed with its descendants."""
 
 import contextlib
 import functools
@@ -18,19 +18,19 @@ from openmimo.runtime.sandbox.tiers import STORES, WORKSPACE, JailPaths, Tier
 START = Path(__file__).with_name("jailed_start.py")
 START_SECONDS = 20.0
 WATCH_SECONDS = 0.1
-DRAIN_SECONDS = 0.5  # for output that is still in the pipes when the program has ended
+DRAIN_SECONDS = 0.5  # for output that is still in the pipes when the program exits
 MAX_TIMES_OUTPUT = 16
 FILTER = functools.cache(seccomp.program)
 
 
 class _Inlet:
-    """Bytes on their way into a pipe."""
+    """Bytes to be written into a pipe."""
 
     def __init__(self, descriptor: int, data: bytes):
         self.descriptor, self.data = descriptor, memoryview(data)
 
     def move(self) -> bool:
-        """Writes what fits. False when all is written, or nobody reads."""
+        """Writes what fits. Returns False when everything is written or the reader has closed the pipe."""
         try:
             self.data = self.data[os.write(self.descriptor, self.data[: 2**16]) :]
         except BlockingIOError:
@@ -41,14 +41,14 @@ class _Inlet:
 
 
 class _Outlet:
-    """What came out of a pipe: the first `limit` bytes are kept, the rest is counted."""
+    """Bytes read from a pipe: the first `limit` bytes are kept, the rest is counted."""
 
     def __init__(self, descriptor: int, limit: int):
         self.descriptor, self.limit = descriptor, limit
         self.kept, self.total = bytearray(), 0
 
     def move(self) -> bool:
-        """Reads what is there. False when every writer has gone."""
+        """Reads what is available. Returns False when every writer has closed the pipe."""
         try:
             chunk = os.read(self.descriptor, 2**16)
         except BlockingIOError:
@@ -61,15 +61,15 @@ class _Outlet:
 
 
 class Jail:
-    """A Python waiting in a jail. It runs one job, in a working folder that the host may fill until then.
+    """A Python process that waits in a jail for one job. Until then the host may fill its working folder.
 
-    The kernel kills it when the thread that made this object ends (or its process), so that nothing outlives a trainer.
+    The kernel kills the process when the thread that created this object ends, so no jail outlives a trainer.
     """
 
     def __init__(self, tier: Tier, paths: JailPaths, limits: SandboxLimits):
         self.tier, self.paths, self.limits = tier, paths, limits
         self.marker = f"JAIL={paths.work.parent.name}"
-        self.stores: dict[str, int] = {}  # the folders inside that can be written, open, where they are the jail's own
+        self.stores: dict[str, int] = {}  # descriptors of the writable folders, if they are private to the jail
         self._group: cgroup.Group | None = None
         inputs, outputs = [os.pipe() for _ in range(2)], [os.pipe() for _ in range(3)]
         (stdin, self._stdin), (control, self._control) = inputs
@@ -99,12 +99,12 @@ class Jail:
             os.set_blocking(descriptor, False)
 
     def _environment(self, home: str) -> dict[str, str]:
-        """All that the program sees of an environment. PATH serves the building of the jail, too."""
+        """The environment variables of the program. PATH is also used to build the jail."""
         folders = ["/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin"]
-        own = str(Path(self.paths.interpreter.executable).parent)
+        interpreter_folder = str(Path(self.paths.interpreter.executable).parent)
         name, _, value = self.marker.partition("=")
         return {
-            "PATH": ":".join(folders if own in folders else [own, *folders]),
+            "PATH": ":".join(folders if interpreter_folder in folders else [interpreter_folder, *folders]),
             "HOME": home,
             "TMPDIR": "/tmp" if self.tier.isolates else home,
             "LANG": "C.UTF-8",
@@ -114,26 +114,30 @@ class Jail:
         }
 
     def wait_until_ready(self) -> None:
-        """Returns when the jail stands and its Python waits. Raises JailError if it never does."""
+        """Returns when the jail is built and its Python waits for a job.
+
+        Raises:
+            JailError: The jail did not start.
+        """
         with selectors.DefaultSelector() as selector:
             selector.register(self._result, selectors.EVENT_READ)
             ready = bool(selector.select(START_SECONDS)) and os.read(self._result, 1) == b"R"
         if not ready:
-            said = ""
+            stderr_text = ""
             with contextlib.suppress(BlockingIOError):
-                said = os.read(self._stderr, 2000).decode(errors="replace").strip()
+                stderr_text = os.read(self._stderr, 2000).decode(errors="replace").strip()
             self.kill()
-            raise JailError(f"the jail {self.tier.name!r} did not come up: {said or 'it said nothing'}")
+            raise JailError(f"the jail {self.tier.name!r} did not start: {stderr_text or 'it wrote no message'}")
         try:
-            self._take_hold(list(watch.process_tree(self.process.pid)))
+            self._attach(list(watch.process_tree(self.process.pid)))
         except OSError as error:
             self.kill()
-            raise JailError(f"the jail {self.tier.name!r} came up, but cannot be held: {error}") from error
+            raise JailError(f"the jail {self.tier.name!r} started, but cannot be controlled: {error}") from error
 
-    def _take_hold(self, pids: list[int]) -> None:
-        """Puts the waiting processes into a group, and opens the jail's own folders from outside."""
+    def _attach(self, pids: list[int]) -> None:
+        """Moves the waiting processes into a control group, and opens the private folders of the jail."""
         if cgroup.parents():
-            room = len(STORES) * self.limits.file_bytes  # files in memory count, too
+            room = len(STORES) * self.limits.file_bytes  # the group also counts files in memory
             memory, processes = self.limits.memory_bytes + room, self.limits.processes + len(pids)
             self._group = cgroup.Group(self.paths.root.parent.name, memory, processes)
             self._group.add(pids)
@@ -143,24 +147,24 @@ class Jail:
 
     @property
     def work(self) -> int | None:
-        """The working folder, open, where it is the jail's own."""
+        """The descriptor of the working folder, if it is private to the jail."""
         return self.stores.get(WORKSPACE)
 
     def alive(self) -> bool:
-        """Whether it can still be given a job."""
+        """Whether the jail can still run a job."""
         return bool(self._open) and self.process.poll() is None
 
     def begin(self, job: dict) -> None:
-        """Starts a job that `converse` talks to."""
+        """Starts a job for `converse`."""
         inlet = _Inlet(self._control, json.dumps(job).encode())
         while inlet.move():
             select.select([], [self._control], [], WATCH_SECONDS)
         self._close(self._control)
 
     def converse(self, request: bytes, deadline: float) -> bytes | None:
-        """Writes to the job's stdin and returns the next line of its result, without the line's end.
+        """Writes to the job's stdin. Returns the next line of its result, without the line break.
 
-        None if there is none by `deadline` (of `time.monotonic`), the job has ended, or it exceeds a limit.
+        Returns None if `deadline` (of `time.monotonic`) passes, the job exits, or it exceeds a limit.
         """
         inlet = _Inlet(self._stdin, request)
         reply = _Outlet(self._result, self.limits.output_bytes)
@@ -183,7 +187,7 @@ class Jail:
         return bytes(reply.kept[:-1])
 
     def run(self, job: dict, stdin: bytes) -> SandboxResult:
-        """Runs {"argv": [...]} or {"source": "..."} to its end, or to a limit. Afterwards the jail is no more."""
+        """Runs {"argv": [...]} or {"source": "..."} until it exits or exceeds a limit, and ends the jail."""
         started = time.monotonic()
         most = self.limits.output_bytes
         inlets = [_Inlet(self._control, json.dumps(job).encode()), _Inlet(self._stdin, stdin)]
@@ -209,7 +213,7 @@ class Jail:
         )
 
     def _exchange(self, inlets: list[_Inlet], outlets: list[_Outlet], deadline: float) -> str | None:
-        """Moves bytes in and out until the program has ended or must be. Returns the limit that it broke, if any."""
+        """Moves bytes in and out until the program exits or exceeds a limit. Returns that limit, if any."""
         with selectors.DefaultSelector() as selector:
             for inlet in inlets:
                 if inlet.data:
@@ -237,7 +241,7 @@ class Jail:
             return killed_by
 
     def _move(self, selector: selectors.BaseSelector, seconds: float) -> None:
-        """One round: waits up to `seconds` for a pipe that can move, or for the end of the process."""
+        """Waits up to `seconds` for a pipe that is ready, or for the process to exit; then moves bytes."""
         if not selector.get_map():
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(seconds)
@@ -248,7 +252,7 @@ class Jail:
                 self._close(key.fd)
 
     def _overuse(self) -> str | None:
-        """The limit that the jail has passed, of those that are not kept by the kernel at once."""
+        """The exceeded limit, of those that the kernel does not enforce immediately."""
         pid, limits = self.process.pid, self.limits
         if self._group and self._group.memory:
             if self._group.ran_out_of_memory():
@@ -260,7 +264,7 @@ class Jail:
         return "disk" if watch.exceeds_disk(self.paths.work, limits.file_bytes, pid) else None
 
     def _signal_all(self) -> None:
-        """SIGKILL for everything in the jail: its first process takes the others with it, where it has a namespace."""
+        """Kills every process of the jail. In a process namespace the others die with the first process."""
         if self.process.returncode is not None:
             return
         if not self.tier.isolates:
@@ -269,7 +273,7 @@ class Jail:
             os.killpg(self.process.pid, signal.SIGKILL)
 
     def kill(self) -> None:
-        """Ends the jail, whatever it is doing. May be called again."""
+        """Ends the jail. May be called repeatedly."""
         self._signal_all()
         self.process.wait()
         self._close(*self._open)
@@ -287,7 +291,7 @@ class Jail:
 
 
 def _signal_name(exit_code: int) -> str | None:
-    """The signal behind an exit code above 128. A program can exit with such a code itself."""
+    """The signal of an exit code above 128. A program can also exit with such a code on its own."""
     with contextlib.suppress(ValueError):
         name = signal.Signals(exit_code - 128).name
         return "cpu" if name == "SIGXCPU" else name

@@ -1,7 +1,7 @@
-"""Runs inside a jail and tries to get out, as far as that can be tried in a moment. Reports what it could do.
+"""Runs inside a jail, makes quick attempts to escape, and reports those that succeed.
 
-Settings come as JSON on stdin: `isolates`, whether it is a jail or limits only; for a jail `port` and `abstract`, which
-are listeners of the host, `files` to read and `folders` to write in; `processes` and `file_bytes`, the limits; `calls`,
+The settings are JSON on stdin: `isolates`: whether it is a jail, or limits only; for a jail `port` and `abstract`
+(listeners of the host), `files` to read and `folders` to write in; `processes` and `file_bytes`: the limits; `calls`:
 the numbers of system calls that must be refused, by name.
 """
 
@@ -24,20 +24,20 @@ def network(port):
 
 
 def abstract(name):
-    """Connects to a socket of the host that is no file."""
+    """Connects to an abstract socket of the host."""
     with socket.socket(socket.AF_UNIX) as client:
         client.connect("\0" + name)
         return True
 
 
 def family(number):
-    """Opens a socket of a family that no namespace holds."""
+    """Opens a socket of a family that namespaces do not isolate."""
     with socket.socket(number, socket.SOCK_DGRAM if number == NETLINK else socket.SOCK_STREAM):
         return True
 
 
 def call(number):
-    """Makes a system call without arguments; True unless the kernel refuses the very call."""
+    """Makes a system call without arguments. True unless the kernel refuses the call itself."""
     libc = ctypes.CDLL(None, use_errno=True)
     result = libc.syscall(number, 0, 0, 0, 0, 0, 0)
     return result >= 0 or ctypes.get_errno() not in (errno.EPERM, errno.ENOSYS)
@@ -70,8 +70,8 @@ def write(folder):
 
 
 def processes(limit):
-    """Starts processes until it is refused, or has more than `limit`."""
-    children = []
+    """Starts processes until the kernel refuses, or there are more than `limit`."""
+    children: list[int] = []
     try:
         while len(children) <= limit:
             pid = os.fork()
@@ -89,7 +89,7 @@ def processes(limit):
 
 
 def succeeds(attempt, target):
-    """Whether an attempt worked."""
+    """Whether an attempt succeeded."""
     try:
         return attempt(target)
     except OSError:
@@ -97,7 +97,7 @@ def succeeds(attempt, target):
 
 
 def probe():
-    """Makes every attempt, and one of what must work: a file in the working folder."""
+    """Makes every attempt. One must succeed: to write a file in the working folder."""
     settings = json.load(sys.stdin)
     broken = broken_walls(settings) if settings["isolates"] else []
     broken += [f"it may call {name}" for name, number in settings["calls"].items() if succeeds(call, number)]
@@ -112,7 +112,7 @@ def probe():
 
 
 def broken_walls(settings):
-    """What gets out of a jail that should hold."""
+    """The attempts that succeed although the jail should prevent them."""
     broken = []
     if succeeds(network, settings["port"]):
         broken.append("it reaches the network")

@@ -1,7 +1,7 @@
-"""Builds the root folder of an unshare jail from inside its new namespaces, then becomes the jail's first program.
+"""Builds the root folder of an unshare jail inside its new namespaces, then executes the first program of the jail.
 
-Runs as process 1, as root of the jail's user namespace, from its source text: it imports the standard library only. Its
-arguments are a plan as JSON (see `tiers.py`) and the command that follows. It gives up every capability.
+It runs as process 1 and as root of the jail's user namespace, from its source text, so it imports the standard library
+only. Its arguments are a plan as JSON (see `tiers.py`) and a command. It drops every capability before the command.
 """
 
 import ctypes
@@ -30,7 +30,7 @@ def mount(source, target, kind, flags, options=""):
 
 
 def show(source, root):
-    """Shows a folder or file of the host, read-only with all that is mounted in it, at the same place under `root`."""
+    """Mounts a folder or file of the host read-only, with its submounts, at the same path under `root`."""
     target = root + source
     if os.path.isdir(source):
         os.makedirs(target, exist_ok=True)
@@ -46,13 +46,13 @@ def show(source, root):
 
 
 def store(folder, options):
-    """An empty folder that holds no more than the options say."""
+    """Creates an empty file system in memory with the limits in `options`."""
     os.makedirs(folder, exist_ok=True)
     mount("jail", folder, "tmpfs", NOSUID | NODEV, options)
 
 
 def build(plan):
-    """Makes the root folder, in a small file system of its own, and moves into it."""
+    """Creates the root folder in a small file system in memory, and enters it."""
     root = plan["root"]
     mount("jail", root, "tmpfs", NOSUID | NODEV, "size=1m,nr_inodes=2048,mode=755")
     for path in plan["stores"]:
@@ -75,7 +75,7 @@ def build(plan):
 
 
 def enter(root):
-    """Makes `root` the root folder; the old one is out of reach then."""
+    """Makes `root` the root folder and detaches the old one."""
     os.chdir(root)
     check(libc.pivot_root(b".", b"."), "pivot_root")
     check(libc.umount2(b".", MNT_DETACH), "umount2")
@@ -83,16 +83,16 @@ def enter(root):
     libc.sethostname(b"jail", ctypes.c_size_t(4))
 
 
-def give_up_capabilities():
-    """With an empty bounding set, the next program has no capability, though its user is the namespace's root."""
+def drop_capabilities():
+    """Empties the bounding set: the next program has no capability, although its user is root of the namespace."""
     capability = 0
     while libc.prctl(PR_CAPBSET_DROP, ctypes.c_ulong(capability), 0, 0, 0) == 0:
         capability += 1
     one = ctypes.c_ulong(1)
-    check(libc.prctl(PR_SET_NO_NEW_PRIVS, one, 0, 0, 0) or capability < 38, "giving up capabilities")
+    check(libc.prctl(PR_SET_NO_NEW_PRIVS, one, 0, 0, 0) or capability < 38, "dropping capabilities")
 
 
 build(json.loads(sys.argv[1]))
-give_up_capabilities()
+drop_capabilities()
 os.chdir("/workspace")
 os.execv(sys.argv[2], sys.argv[2:])

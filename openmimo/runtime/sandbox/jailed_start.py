@@ -1,13 +1,13 @@
-"""The first program inside every jail: limits itself, starts the process that waits for one job, and outlives it.
+"""The first program inside every jail: it sets limits, starts the process that waits for one job, and supervises it.
 
-It stays as the supervisor. Job processes cannot signal it, trace it or open its files; it adopts their orphans and ends
-them with the job. Runs from its source text under a Python that need not know this package, so it imports the standard
-library only.
+Job processes cannot signal the supervisor, trace it or open its files. The supervisor adopts their orphans and kills
+them when the job exits. It runs from its source text under a Python that may lack this package, so it imports the
+standard library only.
 """
 
 import sys
 
-sys.path[:] = [folder for folder in sys.path if folder]  # the working folder may hold a json.py of the program's own
+sys.path[:] = [folder for folder in sys.path if folder]  # the working folder may contain a json.py
 
 import _sitebuiltins  # noqa: E402
 import builtins  # noqa: E402
@@ -31,13 +31,13 @@ class FilterProgram(ctypes.Structure):
 
 
 def prctl(option, argument, pointer=0):
-    """prctl(2), with OSError where it fails."""
+    """prctl(2). Raises OSError if it fails."""
     if libc.prctl(option, ctypes.c_ulong(argument), pointer, ctypes.c_ulong(0), ctypes.c_ulong(0)):
         raise OSError(ctypes.get_errno(), f"prctl {option}: {os.strerror(ctypes.get_errno())}")
 
 
 def limit(limits):
-    """Lowers this process's limits; those of its children can then never be higher."""
+    """Lowers the limits of this process, which its children inherit and cannot raise."""
     for name, (soft, hard) in limits.items():
         highest = resource.getrlimit(getattr(resource, name))[1]
         if highest != resource.RLIM_INFINITY:
@@ -46,7 +46,7 @@ def limit(limits):
 
 
 def install(code):
-    """Installs a seccomp filter for this process and all that it starts. Constants may be names of processes."""
+    """Installs a seccomp filter for this process and its descendants. Constants may be names of processes."""
     own = os.getpid()
     host = os.getppid() or own  # zero across a process namespace
     names = {"supervisor": own, "supervisor's group": -own, "host": host, "host's group": -host}
@@ -57,13 +57,13 @@ def install(code):
 
 
 def receive(descriptor):
-    """All that comes over a pipe until its other end is closed."""
+    """The bytes from a pipe until its other end is closed."""
     with open(descriptor, "rb") as pipe:
         return pipe.read()
 
 
 def become_command(argv):
-    """Replaces this process by a command."""
+    """Replaces this process with a command."""
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
     try:
@@ -77,14 +77,14 @@ def become_source(source):
     """Runs Python source as the main module of this process."""
     builtins.exit = builtins.quit = _sitebuiltins.Quitter("exit", "Ctrl-D (end of file)")
     main = sys.modules["__main__"] = types.ModuleType("__main__")
-    main.__builtins__ = builtins
+    main.__dict__["__builtins__"] = builtins
     sys.argv = ["main.py"]
     sys.path.insert(0, os.getcwd())
     exec(compile(source, "main.py", "exec", dont_inherit=True), main.__dict__)
 
 
 def end_children():
-    """Kills all children, and theirs as they become this process's own, until there is none."""
+    """Kills all children, and adopted grandchildren, until there are none."""
     while True:
         with open(f"/proc/self/task/{os.getpid()}/children") as children:
             for pid in children.read().split():
@@ -96,7 +96,7 @@ def end_children():
 
 
 def supervise(job):
-    """Waits for the job's process, ends what it left behind, and exits with its code, 128 + n for signal n."""
+    """Waits for the job, kills its leftover processes, and exits with its code (128 + n for signal n)."""
     ended = None
     while ended != job:
         ended, status = os.wait()
@@ -106,13 +106,13 @@ def supervise(job):
 
 
 def stop(number, frame):
-    """The host has gone."""
+    """Handles the exit of the host process."""
     end_children()
     os._exit(128 + number)
 
 
 def start():
-    """Waits for a job on the control pipe: {"argv": [...]} or {"source": "..."}; nothing at all means: end."""
+    """Waits for a job on the control pipe: {"argv": [...]} or {"source": "..."}. An empty message ends the process."""
     settings = json.loads(sys.argv[1])
     limit(settings["limits"])
     prctl(PR_SET_CHILD_SUBREAPER, 1)

@@ -1,7 +1,7 @@
-"""Runs a solution against the inputs of its tests, inside a jail, and reports what came out. Judges nothing.
+"""Runs a solution on the inputs of its tests inside a jail, and reports the outputs without grading them.
 
-Runs from its source text under a Python that need not know this package, so it imports the standard library only; the
-host imports `encode` and `decode` from here. Expected values never come in. Every test runs in a process of its own.
+It runs from its source text under a Python that may lack this package, so it imports the standard library only. The
+host imports `encode` and `decode` from here. Expected values never enter the jail. Each test runs in its own process.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ PR_SET_DUMPABLE = 4
 
 
 def encode(value):
-    """A plain Python value as JSON can hold it, with the kind of container kept. Raises TypeError for anything else."""
+    """Encodes a plain Python value as JSON, with the kind of container. Raises TypeError for any other value."""
     if value is None or isinstance(value, (bool, float)):
         return value
     if isinstance(value, str):
@@ -39,7 +39,7 @@ def encode(value):
 
 
 def decode(coded):
-    """The value that `encode` was given. Raises ValueError, TypeError or AttributeError for what it never makes."""
+    """The inverse of `encode`. Raises ValueError, TypeError or AttributeError for a malformed encoding."""
     if isinstance(coded, list):
         return [decode(item) for item in coded]
     if not isinstance(coded, dict):
@@ -59,14 +59,14 @@ def decode(coded):
 
 
 def module(name):
-    """An empty module that imports of that name find."""
+    """Registers an empty module under a name."""
     sys.modules[name] = types.ModuleType(name)
-    sys.modules[name].__builtins__ = __builtins__
+    sys.modules[name].__dict__["__builtins__"] = __builtins__
     return sys.modules[name]
 
 
 def call(source, name, coded):
-    """The value of one call. `name` is a function, or Class.method: the class is made without arguments."""
+    """The value of one call. `name` is a function, or Class.method: the class is created without arguments."""
     solution = module("solution")
     exec(compile(source, "solution.py", "exec", dont_inherit=True), solution.__dict__)
     owner, _, method = name.rpartition(".")
@@ -75,10 +75,10 @@ def call(source, name, coded):
 
 
 def be_call(job, test, out):
-    """Becomes one function call test: its value, or what it raised, goes into the pipe `out`."""
-    nowhere = os.open(os.devnull, os.O_RDWR)
+    """Runs one CallTest in this process: writes its value or its exception into the pipe `out`."""
+    null = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1, 2):
-        os.dup2(nowhere, descriptor)
+        os.dup2(null, descriptor)
     try:
         answer = {"value": call(job["source"], job["function"], test)}
     except BaseException as error:
@@ -88,7 +88,7 @@ def be_call(job, test, out):
 
 
 def be_program(job, test, out):
-    """Becomes one program test: the test's text on stdin, the pipe `out` as stdout."""
+    """Runs one StreamTest in this process, with its text as stdin and the pipe `out` as stdout."""
     with open("stdin", "wb+", buffering=0) as text:
         os.unlink("stdin")
         text.write(test["stdin"].encode())
@@ -105,12 +105,12 @@ def be_program(job, test, out):
 
 
 def set_open(is_open):
-    """Whether other processes of this user may reach this one's memory and descriptors, through /proc for example."""
+    """Sets whether processes of the same user may access the memory and descriptors of this process, e.g. by /proc."""
     ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, ctypes.c_ulong(is_open), 0, 0, 0)
 
 
 def be_test(job, test, out, result):
-    """Becomes one test, in a child process; never returns."""
+    """Runs one test in a child process. Never returns."""
     os.setsid()
     os.close(result)
     set_open(True)
@@ -127,7 +127,7 @@ def be_test(job, test, out, result):
 
 
 def run_test(job, test, result):
-    """Runs one test in a child process: (what it wrote, exit status or None if it was stopped)."""
+    """Runs one test in a child process. Returns its output and its exit status (None if it was stopped)."""
     out, inward = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -137,7 +137,7 @@ def run_test(job, test, result):
     os.set_blocking(out, False)
     deadline, written, status, is_open = time.monotonic() + job["seconds"], b"", None, True
     while status is None and time.monotonic() < deadline and len(written) <= job["most_bytes"]:
-        # with the pipe closed there is nothing to wait for but the end of the process
+        # after the pipe is closed only the exit of the process remains to be awaited
         ready = select.select([out] if is_open else [], [], [], 0.05 if is_open else 0.002)[0]
         chunk = os.read(out, 65536) if ready else b""
         is_open = is_open and not (ready and not chunk)
@@ -157,7 +157,7 @@ def run_test(job, test, result):
 
 
 def main():
-    """Reads the job from stdin; writes a line per test: its number, what it wrote, how it ended."""
+    """Reads the job from stdin. Writes a line per test: its number, output and exit status."""
     set_open(False)
     job = json.load(sys.stdin)
     result = int(os.environ.pop("RESULT_FD"))

@@ -1,8 +1,8 @@
-"""Jails that are up before they are needed. Each runs one job and is replaced, so that no job can spoil the next.
+"""A pool of jails that are started in advance. Each runs one job and is replaced, so jobs cannot affect each other.
 
-A job of one line takes, on two shared cores, 39 to 60 ms in a fresh jail of bubblewrap, 67 to 73 ms in one of unshare,
-33 to 47 ms with resource limits only, and 10 to 27 ms in one that is up. The work of starting a jail is hidden, not
-saved: a pool helps while there is a processor to refill it.
+On two shared cores a job of one line takes 39 to 60 ms in a new bubblewrap jail, 67 to 73 ms in a new unshare jail, 33
+to 47 ms with resource limits only, and 10 to 27 ms in a waiting jail. The pool hides the work of starting a jail and
+does not save it: it helps while a processor is free to refill the pool.
 """
 
 import asyncio
@@ -19,9 +19,9 @@ RETRY_SECONDS = 0.5
 
 
 class SandboxPool:
-    """Keeps `size` jails waiting; `run` is that of `Sandbox`, without the time that a jail takes to come up.
+    """Keeps `size` jails waiting. `run` works as in `Sandbox`, without the start time of a jail.
 
-    With none waiting, a job starts a jail itself. Use it as a context manager, or close it.
+    If no jail is waiting, a job starts one itself. Use the pool as a context manager, or close it.
     """
 
     def __init__(self, size: int, sandbox: Sandbox | None = None):
@@ -29,7 +29,7 @@ class SandboxPool:
         self._size, self._busy, self._closed = size, 0, False
         self._idle: list[tuple[Workspace, Jail]] = []
         self._changed = threading.Condition()
-        # One thread starts all jails and outlives them: the kernel ends a jail with the thread that started it.
+        # One thread starts all jails and outlives them: the kernel kills a jail when the thread that started it ends.
         self._filler = threading.Thread(target=self._fill, name="sandbox-pool", daemon=True)
         self._filler.start()
 
@@ -49,14 +49,14 @@ class SandboxPool:
         return f"{self._sandbox.describe()}, {self._size} waiting"
 
     def wait_until_warm(self, timeout_seconds: float = 30.0) -> bool:
-        """Waits until all jails are up. False if they are not by then."""
+        """Waits until all jails are ready. Returns False after the time-out."""
         with self._changed:
             return self._changed.wait_for(lambda: len(self._idle) >= self._size, timeout_seconds)
 
     def run(
         self, program: Program, files: Mapping[str, bytes | str] | None = None, stdin: bytes = b""
     ) -> SandboxResult:
-        """Runs Python source (a string) or a command (a list) in a fresh folder that holds `files`."""
+        """Runs Python source (a string) or a command (a list) in a new folder that contains `files`."""
         job = job_of(program)
         taken = self._take()
         if taken is None:
@@ -78,14 +78,14 @@ class SandboxPool:
         return await asyncio.to_thread(self.run, program, files, stdin)
 
     def close(self) -> None:
-        """Waits for jobs that run, and ends the jails that wait."""
+        """Waits for running jobs, and ends the waiting jails."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
         self._filler.join()
 
     def _take(self) -> tuple[Workspace, Jail] | None:
-        """A jail that is up and alive, now busy; None if there is none. Dead ones are dropped, and so replaced."""
+        """Takes a waiting jail and marks it busy; None if there is none. Dead jails are dropped and replaced."""
         with self._changed:
             while self._idle and not self._closed:
                 taken = self._idle.pop(0)
@@ -114,7 +114,7 @@ class SandboxPool:
             _discard(entry)
 
     def _start(self) -> tuple[Workspace, Jail] | None:
-        """A jail that is up, or None: `run` then meets the failure in a thread that can report it."""
+        """Starts a jail; None if that fails. `run` then fails in a thread that can report the error."""
         workspace = self._sandbox.workspace()
         try:
             jail = workspace.start()

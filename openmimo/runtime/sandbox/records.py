@@ -1,4 +1,4 @@
-"""What goes into a jail and what comes out: limits, results, and the two ways in which the jail itself can fail."""
+"""Limits and results of jailed programs, and the two errors of the jail itself."""
 
 import math
 from dataclasses import dataclass, fields
@@ -9,21 +9,25 @@ MAX_FILES = 4096
 
 
 class SandboxUnavailableError(UserError):
-    """This machine cannot jail a program well enough, or the jail that was asked for does not hold here."""
+    """This machine cannot isolate programs, or the requested jail fails its self-test."""
 
 
 class JailError(RuntimeError):
-    """The jail broke down before the program began. Says nothing about the program: try again, do not score it."""
+    """The jail failed before the program began. The program must be run again, not scored."""
 
 
 @dataclass(frozen=True)
 class SandboxLimits:
-    """What one run may use. Whatever goes over is refused by the kernel, or the run is killed.
+    """Resource limits of one run. The kernel refuses what exceeds them, or the run is killed.
 
-    cpu_seconds: of each process. wall_seconds: of the run, however it waits. memory_bytes: address space of each
-    process, and memory of all together. processes: at one time, threads counted. file_bytes: any one file, the
-    working folder as a whole, and each of /tmp and /dev/shm; each of these holds at most MAX_FILES files and folders.
-    output_bytes: kept of stdout and of stderr, each; a run that writes sixteen times as much is killed.
+    Attributes:
+        cpu_seconds: CPU time of each process.
+        wall_seconds: Wall time of the run.
+        memory_bytes: Address space of each process, and memory of all processes together.
+        processes: Simultaneous processes, including threads.
+        file_bytes: Size of each file, of the working folder, of /tmp and of /dev/shm. Each of these folders holds at
+            most MAX_FILES files and folders.
+        output_bytes: Bytes kept of stdout and of stderr each. A run that writes sixteen times as much is killed.
     """
 
     cpu_seconds: float = 5.0
@@ -39,7 +43,7 @@ class SandboxLimits:
                 raise ConfigError(f"SandboxLimits.{field.name} is {getattr(self, field.name)}; it must be above zero.")
 
     def resource_limits(self) -> dict[str, tuple[int, int]]:
-        """Soft and hard values by the names of the `resource` module; a second lies between being told and killed."""
+        """Soft and hard limits by their names in the module `resource`. The hard CPU limit is one second later."""
         seconds = math.ceil(self.cpu_seconds)
         return {
             "RLIMIT_CPU": (seconds, seconds + 1),
@@ -57,12 +61,17 @@ class SandboxLimits:
 
 @dataclass(frozen=True)
 class SandboxResult:
-    """How a run ended.
+    """The result of one run.
 
-    exit_code: the program's, 128 + n where signal n ended it. stdout, stderr: the first `output_bytes` of each.
-    truncated: whether either was longer. killed_by: None, or the limit that ended the run ("wall", "cpu", "memory",
-    "output", "disk"), or the name of a signal. result: what a Python program wrote to the file descriptor named by the
-    environment variable RESULT_FD, apart from its output.
+    Attributes:
+        exit_code: Of the program; 128 + n if signal n ended it.
+        stdout: The first `output_bytes` bytes.
+        stderr: The first `output_bytes` bytes.
+        timed_out: Whether the wall limit ended the run.
+        truncated: Whether stdout or stderr was longer.
+        killed_by: None, the limit that ended the run ("wall", "cpu", "memory", "output", "disk"), or a signal's name.
+        seconds: Wall time.
+        result: What a Python program wrote to the file descriptor in the environment variable RESULT_FD.
     """
 
     exit_code: int

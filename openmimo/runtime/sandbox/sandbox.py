@@ -1,4 +1,4 @@
-"""Runs programs that nobody has read: the best jail of this machine, or a refusal."""
+"""Runs untrusted programs in the best jail of this machine, or refuses."""
 
 import asyncio
 from collections.abc import Mapping
@@ -14,11 +14,17 @@ from openmimo.runtime.sandbox.workspace import Program, Workspace
 
 
 class Sandbox:
-    """Runs Python source and commands in a jail, one after another or from many threads at once.
+    """Runs Python source and commands in jails. Thread-safe.
 
-    tier: "bubblewrap", "unshare", "rlimits", or None for the best that passes its self-test here. allow_unsafe: also
-    run where no jail holds, with resource limits only; the program can then read this machine's files and use its
-    network. Raises SandboxUnavailableError where the tier does not hold and ConfigError where it is unknown.
+    Args:
+        limits: Of each run.
+        tier: "bubblewrap", "unshare" or "rlimits". None selects the best tier that passes its self-test here.
+        allow_unsafe: Run with resource limits only if no tier passes. The program can then read the files of this
+            machine and use its network.
+
+    Raises:
+        SandboxUnavailableError: The tier fails its self-test.
+        ConfigError: The tier is unknown.
     """
 
     def __init__(self, limits: SandboxLimits | None = None, tier: str | None = None, allow_unsafe: bool = False):
@@ -36,9 +42,10 @@ class Sandbox:
     def run(
         self, program: Program, files: Mapping[str, bytes | str] | None = None, stdin: bytes = b""
     ) -> SandboxResult:
-        """Runs Python source (a string) or a command (a list) in a fresh folder that holds `files`.
+        """Runs Python source (a string) or a command (a list) in a new folder that contains `files`.
 
-        Raises JailError if the jail itself breaks down; whatever the program does is in the result.
+        Raises:
+            JailError: The jail failed. Failures of the program are in the result.
         """
         with self.workspace(files) as workspace:
             return workspace.run(program, stdin)
@@ -50,7 +57,7 @@ class Sandbox:
         return await asyncio.to_thread(self.run, program, files, stdin)
 
     def workspace(self, files: Mapping[str, bytes | str] | None = None) -> Workspace:
-        """A folder for many commands, each in a jail of its own: `with sandbox.workspace() as workspace: ...`."""
+        """A folder for several commands, each in its own jail: `with sandbox.workspace() as workspace: ...`."""
         workspace = Workspace(self.start, self._interpreter)
         try:
             workspace.write_all(files or {})
@@ -60,17 +67,16 @@ class Sandbox:
         return workspace
 
     def start(self, paths: JailPaths) -> Jail:
-        """A jail around a folder, coming up."""
+        """Starts a jail around a folder."""
         return Jail(self.tier, paths, self.limits)
 
 
 def choose_tier(name: str | None, allow_unsafe: bool) -> Tier:
-    """The tier of that name, or the best one that holds on this machine."""
+    """The tier of that name, or the best tier that passes its self-test on this machine."""
     if name is not None and name not in TIERS:
         raise ConfigError(f"sandbox tier {name!r} is unknown; there are {', '.join(TIERS)}.")
-    wanted = [tier for tier in TIERS.values() if name in (None, tier.name)]
     reasons = []
-    for tier in wanted:
+    for tier in TIERS.values() if name is None else [TIERS[name]]:
         if not tier.isolates and not allow_unsafe:
             reasons.append(f"{tier.name}: no jail, and allow_unsafe was not set")
         elif reason := why_not(tier.name):
@@ -83,11 +89,11 @@ def choose_tier(name: str | None, allow_unsafe: bool) -> Tier:
 def _refusal(reasons: list[str]) -> str:
     install = ", or ".join(tier.install for tier in TIERS.values() if tier.install)
     return (
-        "Model-written code is not run, since no jail holds on this machine.\n"
+        "Model-written code is not run, because no jail works on this machine.\n"
         + "".join(f"  {reason}\n" for reason in reasons)
         + f"Install {install}. In a container, allow user namespaces: Docker needs --security-opt with each of "
         "seccomp=unconfined, apparmor=unconfined and systempaths=unconfined, Ubuntu needs "
         "sysctl kernel.apparmor_restrict_unprivileged_userns=0.\n"
-        "On a machine that holds nothing of worth and has no network, allow_unsafe=True runs the code with resource "
+        "On a machine without valuable data and without a network, allow_unsafe=True runs the code with resource "
         "limits only: it can then read every file of its user and use the network."
     )

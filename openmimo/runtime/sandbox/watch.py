@@ -1,7 +1,7 @@
-"""What a running jail uses, seen from outside: memory of its processes, bytes and number of its files.
+"""The resource usage of a running jail, measured from outside: memory of its processes, bytes and number of files.
 
-The kernel keeps these limits where it can (control groups, small file systems); this is for where it cannot. A look
-takes place now and then, so a limit is passed by what fits in between.
+These checks apply where the kernel cannot enforce the limits (by control groups and small file systems). They run
+periodically, so usage can exceed a limit between two checks.
 """
 
 import contextlib
@@ -14,14 +14,14 @@ from pathlib import Path
 
 from openmimo.runtime.sandbox.records import MAX_FILES
 
-MAX_PATH = 1024  # a working folder with a longer path counts as full, since every look walks all the way down
+MAX_PATH = 1024  # a working folder with a longer path counts as full, because every check walks to the bottom
 MAX_MAPPINGS_BYTES = 2**20  # of /proc/PID/maps; each mapping is kernel memory
-SOCKET_BYTES = 212_992  # what a socket holds unread by default, and cannot be set higher in a jail
+SOCKET_BYTES = 212_992  # the default buffer of a socket, which a jail cannot raise
 ENDING_SECONDS = 5.0
 
 
 def process_tree(pid: int) -> Iterator[int]:
-    """`pid` and everything under it. Inside a process namespace orphans stay under its first process."""
+    """`pid` and its descendants. In a process namespace, orphans become children of its first process."""
     waiting = [pid]
     while waiting:
         pid = waiting.pop()
@@ -32,7 +32,7 @@ def process_tree(pid: int) -> Iterator[int]:
 
 
 def end_tree(pid: int) -> None:
-    """Kills everything under `pid`, which adopts orphans, and then `pid` itself."""
+    """Kills the descendants of `pid`, which adopts orphans, and then `pid` itself."""
     deadline = time.monotonic() + ENDING_SECONDS
     while (below := list(process_tree(pid))[1:]) and time.monotonic() < deadline:
         for child in below:
@@ -44,7 +44,7 @@ def end_tree(pid: int) -> None:
 
 
 def exceeds_memory(pid: int, limit_bytes: int) -> bool:
-    """Whether the tree of `pid` holds more than `limit_bytes`. The cheap count first: it is never the smaller one."""
+    """Whether the process tree of `pid` uses more than `limit_bytes`. The first, cheap estimate is an upper bound."""
     pids = list(process_tree(pid))
     if any(map(_hides_memory, pids)):
         return True
@@ -55,7 +55,7 @@ def exceeds_memory(pid: int, limit_bytes: int) -> bool:
 
 
 def _hides_memory(pid: int) -> bool:
-    """Whether a process has mapped shared memory without a file, whose pages stay when all but one are unmapped."""
+    """Whether a process maps shared memory without a file; its pages persist when all but one are unmapped."""
     with contextlib.suppress(OSError), open(f"/proc/{pid}/maps", "rb") as file:
         text = file.read(MAX_MAPPINGS_BYTES)
         return len(text) == MAX_MAPPINGS_BYTES or b"/dev/zero (deleted)\n" in text
@@ -63,7 +63,7 @@ def _hides_memory(pid: int) -> bool:
 
 
 def _descriptors(pid: int) -> Iterator[str]:
-    """What the open descriptors of a process lead to."""
+    """The targets of a process's open descriptors."""
     with contextlib.suppress(OSError):
         for entry in os.scandir(f"/proc/{pid}/fd"):
             with contextlib.suppress(OSError):
@@ -75,7 +75,7 @@ def _resident_bytes(pid: int) -> int:
 
 
 def _private_bytes(pid: int) -> int:
-    """The proportional set size: a page shared by n processes is an n-th of a page. With the page tables."""
+    """The proportional set size plus page tables: a page shared by n processes counts 1/n."""
     proportional = _kilobytes(f"/proc/{pid}/smaps_rollup", ("Pss:", "SwapPss:"))
     if not proportional:
         return _resident_bytes(pid)
@@ -83,20 +83,23 @@ def _private_bytes(pid: int) -> int:
 
 
 def _kilobytes(path: str, names: tuple[str, ...]) -> list[int]:
-    """The numbers of some lines of a file in /proc, if it is there."""
+    """The numbers on the lines of a /proc file that start with `names`; none if the file is absent."""
     with contextlib.suppress(OSError):
         return [int(line.split()[1]) for line in Path(path).read_text().splitlines() if line.startswith(names)]
     return []
 
 
 def exceeds_files(stores: Iterable[int]) -> bool:
-    """Whether one of these small file systems holds more than MAX_FILES; its bytes the kernel limits."""
+    """Whether one of these file systems holds more than MAX_FILES. The kernel limits their bytes."""
     return any(system.f_files - system.f_ffree > MAX_FILES for system in map(os.fstatvfs, stores))
 
 
 def exceeds_disk(folder: Path, limit_bytes: int, pid: int | None = None) -> bool:
-    """Whether the files in `folder`, and those that the tree of `pid` keeps open or mapped without a name, take more
-    than `limit_bytes`, or are too many, too deep or too hidden to count."""
+    """Whether files exceed a limit.
+
+    Counts the files in `folder`, and the deleted files that the process tree of `pid` has open or mapped. More than
+    MAX_FILES files, paths longer than MAX_PATH and folders that cannot be read also exceed the limit.
+    """
     total = _nameless_bytes(pid) if pid else 0
     files = 0
     waiting = [str(folder)]
@@ -117,7 +120,7 @@ def exceeds_disk(folder: Path, limit_bytes: int, pid: int | None = None) -> bool
 
 
 def _nameless_bytes(pid: int) -> int:
-    """Bytes of deleted files that a process tree still has open or mapped."""
+    """Bytes of the deleted files that a process tree has open or mapped."""
     held: dict[int, int] = {}
     for process in process_tree(pid):
         with contextlib.suppress(OSError):
@@ -131,7 +134,7 @@ def _nameless_bytes(pid: int) -> int:
 
 
 def _count(held: dict[int, int], path: str) -> bool:
-    """Adds a file to `held`, by its inode, if it has no name. False if it cannot be looked at."""
+    """Adds a deleted file to `held`, by its inode. Returns False if the file cannot be examined."""
     with contextlib.suppress(OSError):
         status = os.stat(path)
         if stat.S_ISREG(status.st_mode) and status.st_nlink == 0:
@@ -141,7 +144,7 @@ def _count(held: dict[int, int], path: str) -> bool:
 
 
 def _count_mapping(held: dict[int, int], process: int, line: str) -> None:
-    """Adds a mapped file to `held`: its bytes for root; for others, who may not look at it, as far as it is mapped."""
+    """Adds a mapped file to `held`: its size for root, the mapped length for other users."""
     span, _, offset, _, inode = line.split()[:5]
     if not _count(held, f"/proc/{process}/map_files/{span}"):
         start, end = (int(part, 16) for part in span.split("-"))
@@ -149,7 +152,7 @@ def _count_mapping(held: dict[int, int], process: int, line: str) -> None:
 
 
 def _entries(folder: str) -> Iterator[tuple[str, os.stat_result]]:
-    """What is in a folder; what vanishes meanwhile is left out."""
+    """The entries of a folder, without those that vanish during the walk."""
     with os.scandir(folder) as entries:
         for entry in entries:
             try:

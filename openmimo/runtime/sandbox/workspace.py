@@ -1,4 +1,4 @@
-"""The working folder of a jail, seen from the host: files go in and out, and no link of the program's leads outside."""
+"""The working folder of a jail on the host. Reads and writes never follow a link of the program to the outside."""
 
 import contextlib
 import ctypes
@@ -22,15 +22,19 @@ Program = str | Sequence[str]
 
 
 class WorkspaceError(UserError):
-    """A path leaves the working folder, or is no plain file in it."""
+    """A path leads outside the working folder, or is not a plain file."""
 
 
 class Workspace:
     """A folder whose files persist from one jailed command to the next. Use it as a context manager, or close it.
 
-    `start(paths)` starts a jail around it. Files lie in a folder on the disk until the first command; each jail has a
-    folder of its own in memory, which gets the files of the one before and outlives its jail for as long as it is open
-    here. shown: folders of the host that the jail may read. Not for several threads at once.
+    Files are on the disk until the first command. Each jail then has a private folder in memory, into which the files
+    of the previous one are copied, and which stays open here after its jail ends. Not thread-safe.
+
+    Args:
+        start: Starts a jail around the folder.
+        interpreter: The Python of the jail.
+        shown: Folders of the host that the jail may read.
     """
 
     def __init__(self, start: Callable[[JailPaths], Jail], interpreter: Interpreter, shown: tuple[Path, ...] = ()):
@@ -51,17 +55,19 @@ class Workspace:
         self.close()
 
     def run(self, program: Program, stdin: bytes = b"") -> SandboxResult:
-        """Runs Python source (a string) or a command (a list) in a jail of its own, in this folder.
+        """Runs Python source (a string) or a command (a list) in a new jail, in this folder.
 
-        Processes that it leaves in the background end with it.
+        Its background processes end with it.
         """
         job = job_of(program)
         return self.start().run(job, stdin)
 
     def start(self) -> Jail:
-        """A jail that waits for its job, with the files of this folder.
+        """Starts a jail with the files of this folder.
 
-        Raises JailError if it does not come up, WorkspaceError if the files do not fit in.
+        Raises:
+            JailError: The jail does not start.
+            WorkspaceError: The files do not fit.
         """
         jail = self._start(self.paths)
         jail.wait_until_ready()
@@ -76,12 +82,12 @@ class Workspace:
         return jail
 
     def read(self, path: str, limit_bytes: int = 2**24) -> bytes:
-        """A file's content, up to `limit_bytes`. Raises WorkspaceError for links, folders, pipes and paths outside."""
+        """The first `limit_bytes` bytes of a plain file inside the folder. Raises WorkspaceError for other paths."""
         with self._folder_of(path) as (folder, name), os.fdopen(_open(name, READ, folder, path), "rb") as file:
             return file.read(limit_bytes)
 
     def write(self, path: str, content: bytes | str) -> None:
-        """Writes a file, and the folders above it. Raises WorkspaceError where a link or a pipe is in the way."""
+        """Writes a file and its parent folders. Raises WorkspaceError if a part of the path is a link or a pipe."""
         content = content.encode() if isinstance(content, str) else content
         with self._folder_of(path, create=True) as (folder, name):
             descriptor = _open(name, WRITE, folder, path)
@@ -93,7 +99,7 @@ class Workspace:
                 raise WorkspaceError(f"{path!r} cannot be written in the working folder: {error.strerror}.") from error
 
     def write_all(self, files: Mapping[str, bytes | str]) -> None:
-        """Writes several files, by their paths."""
+        """Writes several files, given by path."""
         for path, content in files.items():
             self.write(path, content)
 
@@ -108,7 +114,7 @@ class Workspace:
 
     @contextlib.contextmanager
     def _folder_of(self, path: str, create: bool = False) -> Iterator[tuple[int, str]]:
-        """An open folder and a name in it, reached one real folder at a time."""
+        """Opens the parent folder of a path, one real folder at a time. Yields its descriptor and the file name."""
         parts = PurePosixPath(path).parts
         if not parts or path.startswith("/") or ".." in parts or "\0" in path:
             raise WorkspaceError(f"{path!r} is not a path inside the working folder; give a relative one without '..'.")
@@ -128,9 +134,9 @@ class Workspace:
 
 @contextlib.contextmanager
 def _as_jailed_user() -> Iterator[None]:
-    """As root: gives this thread only the rights of the jail's user over files.
+    """As root, limits this thread's file permissions to those of the jail's user.
 
-    A jail's own folder in memory knows no other user, and no link of the program's reaches more than the program does.
+    The private folder of a jail has no other user, and a link of the program then reaches no more than the program.
     """
     if os.geteuid() != 0:
         yield
@@ -146,7 +152,7 @@ def _as_jailed_user() -> Iterator[None]:
 
 
 def job_of(program: Program) -> dict:
-    """What a jail is told to do: run Python source, or a command with its arguments."""
+    """The job record of a program: Python source, or a command with its arguments."""
     if isinstance(program, str):
         return {"source": program}
     if not program or not all(isinstance(word, str) and "\0" not in word for word in program):
@@ -155,18 +161,24 @@ def job_of(program: Program) -> dict:
 
 
 def carry(source: int, target: int) -> None:
-    """Copies what is in one open folder into another that is empty. No program may have either in use.
+    """Copies the content of an open folder into an empty one. No program may be using either.
 
-    Raises WorkspaceError where something cannot be copied.
+    Raises:
+        WorkspaceError: An entry cannot be copied.
     """
     if not os.listdir(source):
         return
     command = ["cp", "-a", "--", f"/proc/self/fd/{source}/.", f"/proc/self/fd/{target}/"]
-    user = {"user": NOBODY, "group": NOBODY, "extra_groups": []} if os.geteuid() == 0 else {}
-    done = subprocess.run(command, pass_fds=(source, target), capture_output=True, check=False, **user)
+    is_root = os.geteuid() == 0
+    done = subprocess.run(
+        command, pass_fds=(source, target), capture_output=True, check=False,
+        user=NOBODY if is_root else None, group=NOBODY if is_root else None, extra_groups=[] if is_root else None,
+    )  # fmt: skip
     if done.returncode:
-        said = done.stderr[:300].decode(errors="replace").splitlines()[:1]
-        raise WorkspaceError(f"the files of the working folder cannot be given to a new jail: {' '.join(said)}.")
+        first_line = done.stderr[:300].decode(errors="replace").splitlines()[:1]
+        raise WorkspaceError(
+            f"the files of the working folder cannot be copied into a new jail: {' '.join(first_line)}."
+        )
 
 
 def _make_folder(name: str, folder: int, path: str) -> None:
