@@ -9,6 +9,7 @@ from openmimo.core.errors import ConfigError
 from openmimo.core.fields import checked
 from openmimo.core.files import write_text_atomic
 from openmimo.core.reading import read_json
+from openmimo.core.renamed import one_warning
 
 __all__ = ["from_dict", "load", "read_json", "save", "to_dict"]
 
@@ -27,8 +28,12 @@ def to_dict(config: Any) -> Any:
 
 
 def from_dict(config_type: type[Config], values: Any, where: str = "config") -> Config:
-    """Builds `config_type` from what `to_dict` gave. `where` is the path used in error messages."""
-    return checked(config_type, values, where)
+    """Builds `config_type` from what `to_dict` gave. `where` is the path used in messages.
+
+    Keys of the version before are read under their new names, with one warning.
+    """
+    with one_warning(where):
+        return checked(config_type, values, where)
 
 
 def save(config: Any, path: Path) -> None:

@@ -20,6 +20,7 @@ import typing
 from typing import Annotated, Any
 
 from openmimo.core.errors import ConfigError
+from openmimo.core.renamed import with_new_keys
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,6 +194,7 @@ def _build(config_type: Any, values: Any, where: str) -> Any:
     if not isinstance(values, dict):
         raise ConfigError(f"{where} must be an object, not {_shown(values)}.")
     hints = field_types(config_type)
+    values = with_new_keys(config_type, values, where)
     for key in values:
         if key not in hints:
             raise ConfigError(unknown_key_message(key, hints, where) + ".")
