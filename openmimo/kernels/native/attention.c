@@ -1,26 +1,35 @@
-/* Attention of a few queries a sequence to a paged cache, read in place. Float32 or bfloat16 in and out.
+/* Attention of a few queries per sequence to a paged KV cache, read in place. Input and output in float32 or bfloat16.
  *
- * A row is one query of one query head. Keys are taken in blocks that begin at multiples of BLOCK positions, with a
- * running maximum and sum a row. A block that a row does not see changes nothing of it, not even a rounding, so what
- * a row becomes depends on its own keys alone: not on the other queries, sequences, pages or threads of the call.
+ * A row is one query of one query head. Up to MAX_ROWS rows of one sequence and one KV head form a row group, so that
+ * each key and value is read once for all of them. The group visits the positions in blocks that begin at multiples of
+ * BLOCK, with an online softmax (running maximum and running sum per row):
  *
- * Numbers of bfloat16 are computed in float32. Two of them lie in one word, and taking words apart puts the even ones
- * before the odd ones; keys, queries and sums share that order, which the output undoes.
+ *     positions   0        64       128      192      256
+ *                 |  skipped |  block |  block |  block |
+ *     row 0       ............xxxxxxxxxxxxxxx..........      x: visible, first[row] to last[row]
+ *     row 1       .............xxxxxxxxxxxxxxx.........      (a sliding window; a full layer begins at 0)
+ *                 begin (of row 0) ^          ^ end (after the last position of row 1)
+ *
+ * A fully masked block leaves a row bit-identical, so the result of a row depends only on its own keys, and not on the
+ * other queries, sequences, pages or threads of the call (batch invariance).
+ *
+ * bfloat16 is computed in float32. A word holds two numbers, and unpacking words puts the even numbers before the odd
+ * ones. Keys, queries and sums share that order; the output restores the original one.
  */
 
 #include "vectors.h"
 
 #include <math.h>
 
-#define BLOCK 64    /* positions between two looks at the running maximum */
-#define TILE 16     /* positions whose keys or values are held as float32 at a time */
-#define MAX_ROWS 32 /* rows that share one reading of the keys */
+#define BLOCK 64    /* positions per update of the running maximum */
+#define TILE 16     /* positions whose keys or values are unpacked to float32 at once */
+#define MAX_ROWS 32 /* rows of a group */
 #define MAX_DIM 256
-#define LOWEST -1e30f  /* below every logit, and finite: a difference of two is not NaN */
-#define ROWS 4 /* rows, and keys, that are multiplied in registers */
-#define MIN_PARALLEL_PRODUCTS (1 << 20) /* fewer are done before a second thread is awake */
+#define LOWEST -1e30f  /* below every logit, and finite, so that the difference of two is not NaN */
+#define ROWS 4 /* rows and keys of a register tile */
+#define MIN_PARALLEL_PRODUCTS (1 << 20) /* a smaller call takes less time than waking a second thread */
 
-/* One call, as openmimo/kernels/paged_attention/native.py packs it. Strides count numbers, not bytes. */
+/* The call record that paged_attention/native.py packs. Strides count numbers, not bytes. */
 typedef struct {
     const void *queries, *keys, *values; /* [T, N, K], [X, P, G, K], [X, P, G, V] */
     const float *sinks;                  /* [N] or none */
@@ -28,7 +37,7 @@ typedef struct {
     const int32_t *tables;               /* [B, Y] */
     int64_t sequences, heads, kv_heads, key_dim, value_dim;
     int64_t page_positions, key_page_stride, key_stride, value_page_stride, value_stride, table_stride;
-    int64_t window; /* none: longer than any sequence */
+    int64_t window; /* longer than any sequence if there is no window */
     int64_t threads, bfloat16;
 } paged_call;
 
@@ -37,15 +46,15 @@ typedef struct {
     const int32_t *table;
 } paged_sequence;
 
-/* Some rows of one sequence, which read one key/value head. */
+/* Rows of one sequence that read one KV head. */
 typedef struct {
     float queries[MAX_ROWS + ROWS][MAX_DIM]; /* times scale and log2(e) */
-    float sums[MAX_ROWS + ROWS][MAX_DIM];    /* of weights times values */
+    float sums[MAX_ROWS + ROWS][MAX_DIM];    /* sums of weights times values */
     float weights[MAX_ROWS + ROWS][BLOCK];   /* logits, then probabilities relative to 2^peak */
     vector norms[MAX_ROWS];           /* sums of weights */
     float peaks[MAX_ROWS];
-    int64_t first[MAX_ROWS], last[MAX_ROWS]; /* positions that the row sees */
-    int64_t rows, begin, end; /* `begin` to `end`: positions that some row sees */
+    int64_t first[MAX_ROWS], last[MAX_ROWS]; /* first and last visible position of a row */
+    int64_t rows, begin, end; /* `begin` to `end`: positions visible to any row */
     float tile[TILE][MAX_DIM];
 } row_group;
 
@@ -71,7 +80,7 @@ static __attribute__((noinline)) void read_numbers(const void *from, float *to, 
     }
 }
 
-/* The upper half of each word is the number rounded to bfloat16, to even. */
+/* Rounds to bfloat16 (ties to even), in the upper half of each word. */
 static inline words round_numbers(floats x) {
     words bits = (words)x, rounded = bits + 0x7fff + ((bits >> 16) & 1);
     words is_number = (words)(x == x);
@@ -97,7 +106,7 @@ static void write_numbers(const float *from, void *to, int64_t count, int64_t bf
 
 #ifdef __AVX512F__
 
-/* Sums of the lanes of a, b, c, d: in each quarter of the result, one quarter of the way for a, b, c, d. */
+/* Partial lane sums: each quarter of the result holds one partial sum of a, b, c and d. */
 static inline floats gather_sums(floats a, floats b, floats c, floats d) {
     floats ab = SHUFFLE(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29) +
                 SHUFFLE(a, b, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
@@ -107,7 +116,7 @@ static inline floats gather_sums(floats a, floats b, floats c, floats d) {
            SHUFFLE(ab, cd, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
 }
 
-/* Products of four rows with four keys: sixteen sums over the dims, each in an order that is the same for all. */
+/* Products of four rows with four keys: sixteen sums over the dims, all in the same order of summation. */
 static __attribute__((noinline)) void multiply_keys(float (*queries)[MAX_DIM], const float *keys[ROWS], int64_t dims,
                                  float (*weights)[BLOCK], int64_t column) {
     floats sums[ROWS][ROWS] = {};
@@ -129,7 +138,7 @@ static __attribute__((noinline)) void multiply_keys(float (*queries)[MAX_DIM], c
     for (int i = 0; i < ROWS; i++) memcpy(weights[i] + column, (float *)&logits + ROWS * i, ROWS * sizeof(float));
 }
 
-/* Adds a tile of values, times their weights, to four rows. */
+/* Adds a tile of values times their weights to four rows. */
 static __attribute__((noinline)) void add_values(float (*sums)[MAX_DIM], float (*weights)[BLOCK], int64_t column,
                               const float *values[TILE], int64_t dims) {
     for (int64_t dim = 0; dim < dims; dim += 2 * LANES) {
@@ -148,7 +157,7 @@ static __attribute__((noinline)) void add_values(float (*sums)[MAX_DIM], float (
 
 #else
 
-/* The same two where vectors are shorter: what sixteen registers hold. */
+/* The same two functions for shorter vectors: tiles that fit sixteen registers. */
 static inline float total_of_eight(vector x) {
     return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7]));
 }
@@ -191,8 +200,10 @@ static __attribute__((noinline)) void add_values(float (*sums)[MAX_DIM], float (
 
 #endif
 
-/* Logits of a block become weights; sums so far are brought to the new peak. */
-static __attribute__((noinline)) void weigh(row_group *group, int64_t row, int64_t block, int64_t value_dim) {
+/* The online softmax step of one row: turns the logits of a block into weights 2^(logit - peak), where peak is the
+ * running maximum, and rescales the sums of earlier blocks by 2^(old peak - peak). Masked logits are -inf, so their
+ * weight is exactly 0; if the whole block is masked, the peak stays and the rescaling factor is exactly 1. */
+static __attribute__((noinline)) void update_row(row_group *group, int64_t row, int64_t block, int64_t value_dim) {
     float *weights = group->weights[row];
     int32_t first = group->first[row] > block ? (int32_t)(group->first[row] - block) : 0;
     int32_t last = group->last[row] < block + BLOCK ? (int32_t)(group->last[row] - block) : BLOCK;
@@ -220,20 +231,20 @@ static __attribute__((noinline)) void weigh(row_group *group, int64_t row, int64
     }
 }
 
-/* The keys, or values, of a sequence at one key/value head. */
+/* The keys or the values of a sequence at one KV head. */
 typedef struct {
     const char *pages;
     const int32_t *table;
     int64_t page_positions, page_bytes, position_bytes, dims, bfloat16;
 } stream;
 
-/* The numbers of sixteen positions as float32, and where those one page further lie (none: not needed). */
+/* Sixteen positions as float32, and the addresses one page ahead for prefetching (NULL: none). */
 typedef struct {
     const float *numbers[TILE];
     const char *ahead[TILE];
 } tile;
 
-/* A position that no row sees is zero, and is not read. */
+/* Positions that are visible to no row are replaced by zeros and not read. */
 static void find_tile(const stream *stream, row_group *group, int64_t position, tile *found) {
     int64_t page = position / stream->page_positions, offset = position % stream->page_positions;
     for (int key = 0; key < TILE; key++, position++, offset++) {
@@ -250,7 +261,7 @@ static void find_tile(const stream *stream, row_group *group, int64_t position, 
     }
 }
 
-/* Asks for some positions of the next page, little by little: more at once than the core can wait for would stop it. */
+/* Prefetches a few positions of the next page per call: more than the core's outstanding misses would stall it. */
 static void fetch_ahead(const stream *stream, const tile *found, int from, int count) {
     int64_t bytes = stream->dims * (stream->bfloat16 ? 2 : 4);
     for (int key = from; key < from + count; key++)
@@ -258,6 +269,7 @@ static void fetch_ahead(const stream *stream, const tile *found, int from, int c
             __builtin_prefetch(found->ahead[key] + byte, 0, 2);
 }
 
+/* One block for all rows of a group: logits by tiles of keys, the softmax step per row, then sums by tiles of values. */
 static void attend_block(const stream *keys, const stream *values, row_group *group, int64_t block) {
     tile found;
     int64_t start = group->begin > block ? (group->begin - block) / TILE * TILE : 0;
@@ -271,7 +283,7 @@ static void attend_block(const stream *keys, const stream *values, row_group *gr
                               column + key);
         }
     }
-    for (int64_t row = 0; row < group->rows; row++) weigh(group, row, block, values->dims);
+    for (int64_t row = 0; row < group->rows; row++) update_row(group, row, block, values->dims);
     for (int64_t column = start; column < stop; column += TILE) {
         find_tile(values, group, block + column, &found);
         for (int64_t row = 0, from = 0; row < group->rows; row += ROWS, from += TILE / 2) {
@@ -281,8 +293,8 @@ static void attend_block(const stream *keys, const stream *values, row_group *gr
     }
 }
 
-/* A row's number among the queries and heads of the call: rows are the heads of a group, query after query. */
-static int64_t place(const paged_call *call, const paged_sequence *sequence, int64_t kv_head, int64_t row) {
+/* The index [query, head] of a row in the call. Rows run over the query heads of the KV head, then over the queries. */
+static int64_t row_index(const paged_call *call, const paged_sequence *sequence, int64_t kv_head, int64_t row) {
     int64_t group_heads = call->heads / call->kv_heads;
     return (sequence->first_query + row / group_heads) * call->heads + kv_head * group_heads + row % group_heads;
 }
@@ -291,16 +303,16 @@ static void start_rows(const paged_call *call, const paged_sequence *sequence, i
                        row_group *group) {
     int64_t size = call->bfloat16 ? 2 : 4;
     float scale = LOG2_E / sqrtf((float)call->key_dim);
-    memset(group->queries, 0, (group->rows + ROWS) * sizeof group->queries[0]); /* also the rows that fill up */
+    memset(group->queries, 0, (group->rows + ROWS) * sizeof group->queries[0]); /* including the padding rows */
     memset(group->sums, 0, (group->rows + ROWS) * sizeof group->sums[0]);
     for (int64_t row = 0; row < group->rows; row++) {
-        int64_t number = place(call, sequence, kv_head, from + row);
+        int64_t number = row_index(call, sequence, kv_head, from + row);
         const char *query = (const char *)call->queries + size * number * call->key_dim;
         read_numbers(query, group->queries[row], call->key_dim, call->bfloat16);
         for (int64_t dim = 0; dim < call->key_dim; dim++) group->queries[row][dim] *= scale;
-        int64_t own = sequence->keys - sequence->queries + number / call->heads - sequence->first_query;
-        group->last[row] = own;
-        group->first[row] = own >= call->window ? own - call->window + 1 : 0;
+        int64_t position = sequence->keys - sequence->queries + number / call->heads - sequence->first_query;
+        group->last[row] = position;
+        group->first[row] = position >= call->window ? position - call->window + 1 : 0;
         group->peaks[row] = call->sinks ? call->sinks[number % call->heads] * LOG2_E : LOWEST;
         group->norms[row] = (vector){call->sinks ? 1.0f : 0.0f};
     }
@@ -322,7 +334,7 @@ static void attend_rows(const paged_call *call, const paged_sequence *sequence, 
     for (int64_t row = 0; row < group->rows; row++) {
         float norm = sum_of(group->norms[row]);
         for (int64_t dim = 0; dim < call->value_dim; dim++) group->sums[row][dim] /= norm;
-        char *out = (char *)call->out + size * place(call, sequence, kv_head, from + row) * call->value_dim;
+        char *out = (char *)call->out + size * row_index(call, sequence, kv_head, from + row) * call->value_dim;
         write_numbers(group->sums[row], out, call->value_dim, call->bfloat16);
     }
 }
@@ -351,7 +363,7 @@ void openmimo_paged_attention(const paged_call *call, const int64_t *lengths) {
     }
 }
 
-/* As openmimo/kernels/page_store.py packs it. Strides count bytes. */
+/* The call record that the page store packs. Strides count bytes. */
 typedef struct {
     const char *keys, *values; /* the new tokens' rows */
     char *key_pages, *value_pages;

@@ -1,10 +1,14 @@
-/* Causal attention of packed sequences, many queries of each, forward only. Float32 or bfloat16 in and out.
+/* Causal attention of packed sequences with many queries each, forward only. Input and output in float32 or bfloat16.
  *
- * Keys and values are first laid out in panels of PANEL_WIDTH keys, or of as many dims of the values, so that both
- * products are one: a few rows times a panel, held in registers. Then a unit of work is some consecutive queries of a
- * sequence at the heads that read one key/value head: these rows go through the keys that any of them sees in blocks
- * that begin at multiples of BLOCK, with a running maximum and sum a row. A row sees its own keys alone, whatever else is
- * in the call.
+ * Keys are first packed in panels of PANEL_WIDTH keys, values in panels of PANEL_WIDTH dims. Both products then have one
+ * form, a few rows times a panel, with sums in registers:
+ *
+ *     logits[row][key of a panel] += query[row][dim]  * key_panel[dim][key]      over the dims
+ *     sums[row][dim of a panel]   += weight[row][key] * value_panel[key][dim]    over the keys of a block
+ *
+ * A unit of work is up to MAX_ROWS rows: consecutive queries of a sequence at the query heads of one KV head. The unit
+ * visits the keys that any of its rows sees in blocks that begin at multiples of BLOCK, with an online softmax (running
+ * maximum and running sum per row). The result of a row depends only on its own keys (batch invariance).
  */
 
 #include "vectors.h"
@@ -13,45 +17,45 @@
 #include <stdlib.h>
 
 #ifdef __AVX512F__
-#define ROWS 12 /* rows of a product: with two vectors of each, what the registers hold */
+#define ROWS 12 /* rows of a register tile, which has two vectors per row */
 #else
 #define ROWS 6
 #endif
 #define PANEL_WIDTH (2 * WIDTH)
-#define MAX_ROWS 96 /* of a unit */
-#define BLOCK 256   /* keys between two looks at the running maximum */
-#define MIN_PARALLEL_PRODUCTS (1 << 20) /* fewer are done before a second thread is awake */
-#define LOWEST -1e30f /* below every logit, and finite: a difference of two is not NaN */
+#define MAX_ROWS 96 /* rows of a unit */
+#define BLOCK 256   /* keys per update of the running maximum */
+#define MIN_PARALLEL_PRODUCTS (1 << 20) /* a smaller call takes less time than waking a second thread */
+#define LOWEST -1e30f /* below every logit, and finite, so that the difference of two is not NaN */
 
-/* As openmimo/kernels/attention/native.py packs it. */
+/* The call record that attention/native.py packs. */
 typedef struct {
     const void *queries, *keys, *values; /* [T, N, K], [S, G, K], [S, G, V] */
     const float *sinks;                  /* [N] or none */
     void *out;                           /* [T, N, V] */
     int64_t sequences, heads, kv_heads, key_dim, value_dim;
-    int64_t window; /* none: longer than any sequence */
+    int64_t window; /* longer than any sequence if there is no window */
     int64_t threads, bfloat16;
-    double scale; /* of the products of queries and keys */
+    double scale; /* of the logits */
 } causal_call;
 
 typedef struct {
     int64_t first_query, queries, first_key, keys;
-    int64_t first_unit, first_panel;   /* of those of the whole call, which run over the key/value heads, too */
-    float *key_panels, *value_panels;  /* of the first key/value head */
+    int64_t first_unit, first_panel;   /* numbered over all sequences and KV heads of the call */
+    float *key_panels, *value_panels;  /* of the first KV head */
 } causal_sequence;
 
-/* What a thread works on. Rows run over queries, then over the heads of a group. */
+/* The state of one unit. Rows run over the query heads of the KV head, then over the queries. */
 typedef struct {
     float weights[MAX_ROWS][BLOCK]; /* logits, then probabilities relative to 2^peak */
     float *queries;                 /* [row / ROWS][dim][ROWS], times scale and log2(e) */
-    float *sums;                    /* [row][value dim, whole panels]: of weights times values */
+    float *sums;                    /* [row][value dim, padded to panels]: sums of weights times values */
     float norms[MAX_ROWS], peaks[MAX_ROWS];
-    int64_t rows, first[MAX_ROWS], last[MAX_ROWS]; /* the keys that a row sees */
+    int64_t rows, first[MAX_ROWS], last[MAX_ROWS]; /* first and last visible key of a row */
 } unit;
 
 INLINE int64_t whole(int64_t count, int64_t size) { return (count + size - 1) / size * size; }
 
-/* sums[row][0 : PANEL_WIDTH] += rows times a panel. Number i of a row is at rows[row * row_step + i * step]. */
+/* sums[row][0 : PANEL_WIDTH] += rows times a panel. Element i of a row is rows[row * row_step + i * step]. */
 INLINE void multiply_panel(const float *rows, int64_t row_step, int64_t step, const float *panel, int64_t count,
                            float *sums, int64_t sums_step, int begins) {
     vector low[ROWS], high[ROWS];
@@ -86,7 +90,7 @@ static __attribute__((noinline)) void add_values(const float *weights, const flo
     multiply_panel(weights, BLOCK, 1, panel, count, sums, sums_step, 0);
 }
 
-/* Keys from `from` on: [dim][PANEL_WIDTH]; zeros fill the last panel up. */
+/* Packs one panel of keys, from key `from`: [dim][PANEL_WIDTH], padded with zeros. */
 static void pack_keys(const causal_call *call, const causal_sequence *sequence, int64_t head, int64_t from) {
     int64_t count = sequence->keys - from < PANEL_WIDTH ? sequence->keys - from : PANEL_WIDTH;
     float *panel = sequence->key_panels + (head * whole(sequence->keys, PANEL_WIDTH) + from) * call->key_dim;
@@ -97,7 +101,7 @@ static void pack_keys(const causal_call *call, const causal_sequence *sequence, 
             panel[dim * PANEL_WIDTH + key] = read_number(call->keys, first + dim, call->bfloat16);
 }
 
-/* Of some keys, all dims: [panel of dims][key][PANEL_WIDTH]; zeros fill the last panel up. */
+/* Packs all dims of PANEL_WIDTH values, from key `from`: [panel of dims][key][PANEL_WIDTH], padded with zeros. */
 static void pack_values(const causal_call *call, const causal_sequence *sequence, int64_t head, int64_t from) {
     int64_t stop = from + PANEL_WIDTH < sequence->keys ? from + PANEL_WIDTH : sequence->keys;
     int64_t dims = whole(call->value_dim, PANEL_WIDTH);
@@ -110,34 +114,35 @@ static void pack_values(const causal_call *call, const causal_sequence *sequence
     }
 }
 
-/* A row's number among the queries and heads of the call. */
-INLINE int64_t place(const causal_call *call, const causal_sequence *sequence, int64_t head, int64_t row) {
+/* The index [query, head] of a row in the call. */
+INLINE int64_t row_index(const causal_call *call, const causal_sequence *sequence, int64_t head, int64_t row) {
     int64_t group = call->heads / call->kv_heads;
     return (sequence->first_query + row / group) * call->heads + head * group + row % group;
 }
 
-/* Rows from `from` on; those that fill up the last product repeat the last. */
+/* Initializes the rows from `from`. The padding rows of the last register tile repeat the last row. */
 static void start_rows(const causal_call *call, const causal_sequence *sequence, int64_t head, int64_t from,
                        unit *unit) {
-    float scale = LOG2_E / (float)(1.0 / call->scale); /* divided as the paged kernel does, which decodes after this */
+    float scale = LOG2_E / (float)(1.0 / call->scale); /* rounded as in the paged kernel, which decodes later tokens */
     int64_t rows = whole(unit->rows, ROWS);
     memset(unit->sums, 0, rows * whole(call->value_dim, PANEL_WIDTH) * sizeof(float));
     for (int64_t row = 0; row < rows; row++) {
-        int64_t number = place(call, sequence, head, from + (row < unit->rows ? row : unit->rows - 1));
+        int64_t number = row_index(call, sequence, head, from + (row < unit->rows ? row : unit->rows - 1));
         float *packed = unit->queries + row / ROWS * ROWS * call->key_dim + row % ROWS;
         for (int64_t dim = 0; dim < call->key_dim; dim++)
             packed[dim * ROWS] = scale * read_number(call->queries, number * call->key_dim + dim, call->bfloat16);
-        int64_t own = sequence->keys - sequence->queries + number / call->heads - sequence->first_query;
-        unit->last[row] = own;
-        unit->first[row] = own >= call->window ? own - call->window + 1 : 0;
+        int64_t position = sequence->keys - sequence->queries + number / call->heads - sequence->first_query;
+        unit->last[row] = position;
+        unit->first[row] = position >= call->window ? position - call->window + 1 : 0;
         unit->peaks[row] = call->sinks ? call->sinks[number % call->heads] * LOG2_E : LOWEST;
         unit->norms[row] = call->sinks ? 1.0f : 0.0f;
     }
 }
 
-/* Logits of a block become weights; sums so far are brought to the new peak. Columns `begin` to `end` hold logits. */
-static __attribute__((noinline)) void weigh(unit *unit, int64_t row, int64_t block, int64_t begin, int64_t end,
-                                            int64_t dims) {
+/* The online softmax step of one row: turns the logits in columns `begin` to `end` of a block into weights
+ * 2^(logit - peak), where peak is the running maximum, and rescales the sums of earlier blocks by 2^(old peak - peak). */
+static __attribute__((noinline)) void update_row(unit *unit, int64_t row, int64_t block, int64_t begin, int64_t end,
+                                                 int64_t dims) {
     float *weights = unit->weights[row];
     int32_t first = (int32_t)(unit->first[row] > block ? unit->first[row] - block : 0);
     int32_t last = (int32_t)(unit->last[row] < block + BLOCK ? unit->last[row] - block : BLOCK);
@@ -166,6 +171,7 @@ static __attribute__((noinline)) void weigh(unit *unit, int64_t row, int64_t blo
     for (int64_t dim = 0; dim < dims; dim += WIDTH) store_vector(sums + dim, load_vector(sums + dim) * shrink);
 }
 
+/* One block for all rows of a unit: logits, the softmax step per row, then the sums. */
 static void attend_block(const causal_call *call, const causal_sequence *sequence, int64_t head, int64_t block,
                          unit *unit) {
     int64_t rows = whole(unit->rows, ROWS), dims = whole(call->value_dim, PANEL_WIDTH);
@@ -179,7 +185,7 @@ static void attend_block(const causal_call *call, const causal_sequence *sequenc
             const float *panel = keys + key * call->key_dim;
             multiply_keys(unit->queries + row * call->key_dim, panel, call->key_dim, unit->weights[row] + key);
         }
-    for (int64_t row = 0; row < rows; row++) weigh(unit, row, block, begin, end, dims);
+    for (int64_t row = 0; row < rows; row++) update_row(unit, row, block, begin, end, dims);
     for (int64_t dim = 0; dim < dims; dim += PANEL_WIDTH)
         for (int64_t row = 0; row < rows; row += ROWS) {
             const float *panel = values + dim * sequence->keys;
@@ -194,7 +200,7 @@ static void attend_rows(const causal_call *call, const causal_sequence *sequence
     for (int64_t block = unit->first[0] / BLOCK * BLOCK; block <= unit->last[unit->rows - 1]; block += BLOCK)
         attend_block(call, sequence, head, block, unit);
     for (int64_t row = 0; row < unit->rows; row++) {
-        int64_t first = place(call, sequence, head, from + row) * call->value_dim;
+        int64_t first = row_index(call, sequence, head, from + row) * call->value_dim;
         float inverse = 1.0f / unit->norms[row];
         for (int64_t dim = 0; dim < call->value_dim; dim++)
             write_number(call->out, first + dim, unit->sums[row * dims + dim] * inverse, call->bfloat16);
@@ -213,7 +219,7 @@ INLINE int64_t panels_of(const causal_sequence *sequence) { return whole(sequenc
 
 static void *allocate(int64_t bytes) { return aligned_alloc(64, whole(bytes > 0 ? bytes : 1, 64)); }
 
-/* The sequence that a unit, or a panel, belongs to: the last that does not begin after it. */
+/* The sequence of a unit or a panel, by binary search: the last one that does not begin after it. */
 static const causal_sequence *find(const causal_sequence *sequences, int64_t count, int64_t number, int panels) {
     int64_t low = 0;
     while (count > 1) {
@@ -231,8 +237,8 @@ static int attend_units(const causal_call *call, const causal_sequence *sequence
     int failed = 0;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-        unit *own = allocate(sizeof *own);
-        float *scratch = own ? allocate(numbers * sizeof(float)) : NULL;
+        unit *state = allocate(sizeof *state);
+        float *scratch = state ? allocate(numbers * sizeof(float)) : NULL;
         if (!scratch) {
 #pragma omp atomic write
             failed = 1;
@@ -246,10 +252,10 @@ static int attend_units(const causal_call *call, const causal_sequence *sequence
             pack_values(call, sequence, head, from);
         }
         if (scratch) {
-            own->queries = scratch;
-            own->sums = own->queries + call->key_dim * MAX_ROWS;
+            state->queries = scratch;
+            state->sums = state->queries + call->key_dim * MAX_ROWS;
         }
-        /* later queries see more keys, so they come first */
+        /* later queries see more keys: the longest units come first, which balances the threads */
 #pragma omp for schedule(dynamic)
         for (int64_t work = units - 1; work >= 0; work--) {
             if (failed) continue;
@@ -257,15 +263,15 @@ static int attend_units(const causal_call *call, const causal_sequence *sequence
             int64_t number = work - sequence->first_unit;
             int64_t head = number % call->kv_heads, from = number / call->kv_heads * MAX_ROWS;
             int64_t left = rows_of(call, sequence) - from;
-            own->rows = left < MAX_ROWS ? left : MAX_ROWS;
-            attend_rows(call, sequence, head, from, own);
+            state->rows = left < MAX_ROWS ? left : MAX_ROWS;
+            attend_rows(call, sequence, head, from, state);
         }
-        free(scratch), free(own);
+        free(scratch), free(state);
     }
     return failed ? -1 : 0;
 }
 
-/* `lengths`: the number of queries of each sequence, then the number of keys of each. 0, or -1 for want of memory. */
+/* `lengths`: the number of queries of each sequence, then the number of keys of each. Returns -1 if memory runs out. */
 int openmimo_causal_attention(const causal_call *call, const int64_t *lengths) {
     int64_t dims = whole(call->value_dim, PANEL_WIDTH);
     int64_t queries = 0, keys = 0, padded_keys = 0, units = 0, panels = 0, products = 0;

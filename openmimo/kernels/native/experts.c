@@ -1,4 +1,10 @@
-/* The expert MLPs of a few tokens: tokens are grouped by expert, so that an expert's weights are read once. */
+/* The expert MLPs of a few tokens. Tokens are grouped by expert, so that the weights of an expert are read once:
+ *
+ *     tokens x active ids  ->  visits sorted by expert  ->  gate_up, SwiGLU  ->  down  ->  sum over a token's visits
+ *
+ * Threads share the panels of the experts' weight rows. A token's outputs are added in the order of its ids, so its bits
+ * do not depend on the batch.
+ */
 
 #include "products.h"
 
@@ -11,7 +17,7 @@ static int this_thread(void) { return omp_get_thread_num(); }
 static int this_thread(void) { return 0; }
 #endif
 
-/* As openmimo/kernels/experts/native.py packs it. A visit is one token at one of its experts. */
+/* The call record that experts/native.py packs. A visit is one token at one of its experts. */
 typedef struct {
     const void *x;              /* [tokens, dims] */
     const int64_t *ids;         /* [tokens, active] */
@@ -21,13 +27,13 @@ typedef struct {
     int64_t tokens, active, experts, dims, hidden, threads, bfloat16;
 } experts_call;
 
-/* The visits sorted by expert, tokens in order, and what is computed for them. */
+/* The visits sorted by expert (tokens in order), and their intermediate results. */
 typedef struct {
-    int64_t *first; /* [experts + 1]: where an expert's visits begin */
-    int64_t *group; /* [experts]: how many groups of TILE_ROWS visits there are before an expert's */
-    int64_t *place; /* [tokens, active]: where a visit stands */
+    int64_t *first; /* [experts + 1]: index of an expert's first visit */
+    int64_t *group; /* [experts]: number of groups of TILE_ROWS visits before an expert's first */
+    int64_t *place; /* [tokens, active]: index of a visit in the sorted order */
     const void **inputs, **activated;           /* [visits]: a visit's token, and its row of `hidden` */
-    uint32_t *packed_inputs, *packed_activated; /* both again, by group, for tiles; or none */
+    uint32_t *packed_inputs, *packed_activated; /* both, packed by group for tiles; or NULL */
     char *hidden;                               /* [visits, hidden], in the dtype of x */
     float *outputs;                             /* [visits, dims] */
     float (*sums)[PANEL];                       /* [threads, 2 * visits] */
@@ -41,7 +47,7 @@ static void *take(uintptr_t *cursor, int64_t bytes) {
     return (void *)start;
 }
 
-/* Parts the memory at `start`. Returns how much of it is needed. */
+/* Divides the memory at `start` into arrays. Returns the size that it needs. */
 static int64_t lay_out(const experts_call *call, int threads, int tiles, uintptr_t start, visits *sorted) {
     uintptr_t cursor = start;
     int64_t count = call->tokens * call->active, size = call->bfloat16 ? 2 : 4;
@@ -62,7 +68,7 @@ static int64_t lay_out(const experts_call *call, int threads, int tiles, uintptr
     return cursor - start;
 }
 
-/* Returns 0 if an id names no expert. */
+/* Returns 0 if an id is out of range. */
 static int sort_visits(const experts_call *call, visits *sorted) {
     int64_t count = call->tokens * call->active, size = call->bfloat16 ? 2 : 4, groups = 0;
     memset(sorted->first, 0, (call->experts + 1) * sizeof *sorted->first);
@@ -76,7 +82,7 @@ static int sort_visits(const experts_call *call, visits *sorted) {
         sorted->first[expert + 1] += sorted->first[expert];
     }
     for (int64_t i = 0; i < count; i++) {
-        int64_t place = sorted->first[call->ids[i]]++; /* ends as where the next expert begins */
+        int64_t place = sorted->first[call->ids[i]]++; /* ends as the start of the next expert */
         sorted->place[i] = place;
         sorted->inputs[place] = (const char *)call->x + i / call->active * call->dims * size;
         sorted->activated[place] = sorted->hidden + place * call->hidden * size;
@@ -86,7 +92,7 @@ static int sort_visits(const experts_call *call, visits *sorted) {
     return 1;
 }
 
-/* The inputs of an expert's visits, or what was activated of them. */
+/* The inputs or the activations of an expert's visits. */
 static row_set set_of(const visits *sorted, int64_t expert, const void **rows, uint32_t *packed, int64_t dims) {
     int64_t first = sorted->first[expert];
     if (packed) packed += sorted->group[expert] * openmimo_packed_words(1, dims);
@@ -141,7 +147,7 @@ static void project_down(const experts_call *call, const visits *sorted, int64_t
                outputs * sizeof(float));
 }
 
-/* A token's outputs are added in the order of its experts, so its sum does not depend on the batch. */
+/* Adds a token's outputs in the order of its ids, so that the sum does not depend on the batch. */
 static void combine(const experts_call *call, const visits *sorted, int64_t token) {
     for (int64_t dim = 0; dim < call->dims; dim++) {
         float sum = 0.0f;
@@ -151,7 +157,7 @@ static void combine(const experts_call *call, const visits *sorted, int64_t toke
     }
 }
 
-/* What one thread does; the loops are shared with the others. */
+/* The work of one thread. The loops are shared between threads. */
 static void run_thread(const experts_call *call, const visits *sorted) {
     float(*sums)[PANEL] = sorted->sums + 2 * call->tokens * call->active * this_thread();
     if (sorted->packed_inputs) {
@@ -181,7 +187,7 @@ static void run_thread(const experts_call *call, const visits *sorted) {
     for (int64_t token = 0; token < call->tokens; token++) combine(call, sorted, token);
 }
 
-/* 0: done. 1: an id names no expert. 2: no memory. */
+/* Returns 0 on success, 1 if an id is out of range, 2 if memory runs out. */
 int openmimo_experts(const experts_call *call) {
     int64_t count = call->tokens * call->active, used = count < call->experts ? count : call->experts;
     int64_t bytes = used * 3 * call->hidden * call->dims * (call->bfloat16 ? 2 : 4);

@@ -1,4 +1,4 @@
-/* A few rows of float32 times a weight matrix of int8 with a scale for each of its rows. */
+/* A few rows of float32 times an int8 weight matrix with one scale per weight row. */
 
 #include "products.h"
 
@@ -7,8 +7,8 @@
 #endif
 
 #define MAX_ROWS 32
-#define TOGETHER 4 /* rows, and weight rows, that are multiplied in registers */
-#define APART 4    /* from one of these weight rows to the next */
+#define TOGETHER 4 /* rows and weight rows of a register tile */
+#define APART 4    /* distance between the weight rows of a tile */
 
 /* As openmimo/kernels/int8_linear.py packs it. */
 typedef struct {
@@ -19,7 +19,7 @@ typedef struct {
     int64_t rows, dims, outputs, threads;
 } int8_call;
 
-/* Vectors of what a register holds. */
+/* Vectors of the width of a register. */
 #ifdef __AVX512F__
 #define WIDTH 16
 #else
@@ -47,7 +47,7 @@ INLINE numbers load_bytes(const int8_t *from) {
 #endif
 }
 
-/* sum + a x b, rounded alike wherever it stands (see wide.c). */
+/* sum + a x b, fused in every place or in none (see wide.c). */
 INLINE numbers add_product(numbers sum, numbers a, numbers b) {
 #if defined(__AVX512F__)
     return (numbers)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)sum);
@@ -58,7 +58,7 @@ INLINE numbers add_product(numbers sum, numbers a, numbers b) {
 #endif
 }
 
-/* The sum of the lanes, and the numbers behind the last whole vector. Not inlined: every caller rounds alike. */
+/* The sum of the lanes plus the numbers after the last whole vector. Not inlined, so that every caller rounds equally. */
 static __attribute__((noinline)) float finish(numbers lanes, const float *x, const int8_t *weight, int64_t dim,
                                               int64_t dims) {
     float sum = 0.0f;
@@ -84,7 +84,7 @@ INLINE void multiply_bytes(int count, const int8_call *call, int64_t row, const 
             sums[r][i] = finish(lanes[r][i], call->x + (row + r) * dims, weights[i], dim, dims);
 }
 
-/* Outputs `first`, `first + APART`, and so on: weights that lie apart, which memory gives faster (see wide.c). */
+/* Outputs `first`, `first + APART`, ...: weight rows at a distance are read faster (see wide.c). */
 static void fill_outputs(const int8_call *call, int64_t first) {
     const int8_t *weights[TOGETHER];
     float sums[MAX_ROWS][TOGETHER];
@@ -93,7 +93,7 @@ static void fill_outputs(const int8_call *call, int64_t first) {
         int64_t output = first + i * APART;
         weights[i] = call->weight + (output < call->outputs ? output : call->outputs - 1) * call->dims;
     }
-#ifdef __AVX512F__ /* elsewhere there are no registers for so many */
+#ifdef __AVX512F__ /* other processors lack the registers */
     for (; row + 4 <= call->rows; row += 4) multiply_bytes(4, call, row, weights, sums + row);
 #endif
     for (; call->rows - row >= 2; row += 2) multiply_bytes(2, call, row, weights, sums + row);

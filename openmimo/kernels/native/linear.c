@@ -1,4 +1,4 @@
-/* A few rows times one or more weight matrices, whose outputs stand side by side. */
+/* A few rows times one or more weight matrices. The outputs are concatenated. */
 
 #include "products.h"
 
@@ -11,7 +11,7 @@ typedef struct {
     int64_t outputs;
 } linear_part;
 
-/* As openmimo/kernels/linear/native.py packs it; strides count numbers. */
+/* The call record that linear/native.py packs. Strides count numbers. */
 typedef struct {
     const void *x; /* [rows, dims] */
     void *out;
@@ -46,7 +46,7 @@ static void run_parts(const linear_call *call, const row_set *rows, int threads)
     }
 }
 
-/* 0: done. 2: no memory. */
+/* Returns 2 if memory runs out, else 0. */
 int openmimo_linear(const linear_call *call) {
     const void *rows[MAX_ROWS];
     int64_t size = call->bfloat16 ? 2 : 4;

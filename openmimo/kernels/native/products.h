@@ -1,8 +1,8 @@
-/* Products of a few rows with the rows of a weight matrix: what `linear`, the experts and the router share.
+/* Products of a few rows with the rows of a weight matrix, for linear layers, experts and the router.
  *
  * Rows and weights are both float32, or both bfloat16 (as uint16_t). Each product of a row with a weight row is one sum
- * of sixteen lanes, from the first number to the last, whichever other rows and weights are computed beside it: a row
- * of a batch has the bits that it has alone.
+ * of sixteen lanes, from the first number to the last, independent of the other rows and weights of the call. A row
+ * therefore has the same bits in every batch.
  */
 
 #ifndef OPENMIMO_PRODUCTS_H
@@ -16,13 +16,13 @@
 #include <immintrin.h>
 #endif
 
-#define PANEL TILE_ROWS /* weight rows that are taken together: a unit of work */
-#define MAX_SUMS 16 /* sums that are held in registers: of 1 row with 16 weight rows, 2 with 8, or 4 with 4 */
-#define MIN_PARALLEL_BYTES (1 << 22) /* less weight is read before a second thread is awake */
+#define PANEL TILE_ROWS /* weight rows of a unit of work */
+#define MAX_SUMS 16 /* sums in registers: 1 row by 16 weight rows, 2 by 8, or 4 by 4 */
+#define MIN_PARALLEL_BYTES (1 << 22) /* reading fewer bytes takes less time than waking a second thread */
 
 typedef uint16_t pairs __attribute__((vector_size(64))); /* 32 numbers of bfloat16 */
 
-/* The first `count` lanes, and zeros. What lies behind them is not read. */
+/* The first `count` lanes, padded with zeros. Memory after them is not read. */
 INLINE floats load_some(const float *from, int64_t count) {
 #if defined(__AVX512F__) && defined(__AVX512BW__)
     return (floats)_mm512_maskz_loadu_ps((__mmask16)((1u << count) - 1), from);
@@ -60,7 +60,7 @@ INLINE floats add_pair_products(floats sum, pairs a, pairs b) {
 #endif
 }
 
-/* The sums of the lanes of four vectors, each in the same order. */
+/* The lane sums of four vectors, all in the same order of summation. */
 INLINE void add_lanes(floats a, floats b, floats c, floats d, float *sums) {
     floats ab = SHUFFLE(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29) +
                 SHUFFLE(a, b, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
@@ -74,7 +74,7 @@ INLINE void add_lanes(floats a, floats b, floats c, floats d, float *sums) {
 }
 
 /* Products of `count` rows with `outputs` weight rows, count x outputs <= MAX_SUMS: column by column into `sums`.
- * `ahead`: how many numbers further on the weights lie that are needed next; 0: they were asked for before.
+ * `ahead`: distance in numbers to the weights to prefetch; 0: they are prefetched already.
  */
 INLINE void multiply_floats(int count, int outputs, const float *const *rows, const float *const *weights, int64_t dims,
                             int64_t ahead, float (*sums)[PANEL]) {
@@ -148,7 +148,7 @@ INLINE void multiply_panel(int count, const void *const *rows, const void *const
     }
 }
 
-/* Some rows that are multiplied with the same weights; packed: for tiles, or none. */
+/* Rows that are multiplied with the same weights. packed: the rows packed for tiles, or NULL. */
 typedef struct {
     const void *const *rows;
     int64_t count;
@@ -170,7 +170,7 @@ static __attribute__((noinline)) void multiply(const row_set *x, const void *mat
 #endif
     const void *weights[PANEL];
     for (int64_t i = 0; i < PANEL; i++) {
-        int64_t output = first + (i < outputs ? i : outputs - 1); /* the last again, where there is no whole panel */
+        int64_t output = first + (i < outputs ? i : outputs - 1); /* repeats the last row if the panel is partial */
         weights[i] = (const char *)matrix + output * dims * (bfloat16 ? 2 : 4);
     }
     int64_t row = 0, ahead = PANEL * dims;

@@ -1,10 +1,10 @@
-/* What a decoder layer does to a few rows beside its products: normalize, rotate, choose experts. One thread. */
+/* The row operations of a decoder layer other than its products: RMS norm, RoPE, router. Single-threaded. */
 
 #include "products.h"
 
 #include <math.h>
 
-/* As openmimo/kernels/norm.py packs it. */
+/* The call record of the norm. */
 typedef struct {
     const void *x, *weight; /* [rows, dims], [dims] */
     void *out;
@@ -28,7 +28,7 @@ INLINE void normalize(const norm_call *call, int64_t row, int64_t bfloat16) {
     float inverse = 1.0f / sqrtf(sum / (float)call->dims + (float)call->epsilon);
     for (dim = 0; dim < call->dims; dim++) {
         float x = read_number(call->x, first + dim, bfloat16) * inverse;
-        if (bfloat16) x = widen(narrow(x)); /* the quotient has the dtype of x before the weight multiplies it */
+        if (bfloat16) x = widen(narrow(x)); /* the normalized value is rounded to the dtype of x before the weight multiplies it */
         write_number(call->out, first + dim, x * read_number(call->weight, dim, bfloat16), bfloat16);
     }
 }
@@ -40,7 +40,7 @@ void openmimo_rms_norm(const norm_call *call) {
     }
 }
 
-/* As openmimo/kernels/rotary.py packs it; strides count numbers. */
+/* The call record of the rotation. Strides count numbers. */
 typedef struct {
     const void *x, *cosines, *sines; /* [rows, heads, dims], [rows, rotary_dims] twice */
     void *out;                       /* [rows, heads, dims] */
@@ -69,13 +69,13 @@ void openmimo_rotary(const rotary_call *call) {
         }
 }
 
-/* As openmimo/kernels/router.py packs it. */
+/* The call record of the router. */
 typedef struct {
     const void *x, *weight, *bias; /* [rows, dims], [experts, dims], [experts] */
     int64_t *ids;                  /* [rows, active] */
     float *weights;                /* [rows, active] */
     int64_t rows, dims, experts, active, normalize;
-    int64_t x_bfloat16, weight_bfloat16, bias_bfloat16; /* weights of bfloat16 go with x of bfloat16 */
+    int64_t x_bfloat16, weight_bfloat16, bias_bfloat16; /* a bfloat16 weight requires a bfloat16 x */
     double scale;
 } router_call;
 
@@ -95,7 +95,8 @@ static void score(const router_call *call, int64_t row, float *wide, float *scor
     }
 }
 
-/* The best by score plus bias, best first; of equals the lower id. Weights are scores, without the bias. */
+/* Selects the experts with the largest score plus bias, in descending order; ties go to the lower id. Weights are
+ * scores without the bias. */
 static void choose_experts(const router_call *call, int64_t row, const float *scores, const float *biased,
                            char *taken) {
     int64_t *ids = call->ids + row * call->active;

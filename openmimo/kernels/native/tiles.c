@@ -16,7 +16,7 @@ int64_t openmimo_packed_words(int64_t count, int64_t dims) {
     return divide_up(count, TILE_ROWS) * divide_up(dims, 2 * TILE_PAIRS) * TILE_WORDS;
 }
 
-/* Tile after tile along the dims, then for the next sixteen rows; in a tile, word [pair][row]. Zeros fill it up. */
+/* Tiles run along the dims, then over groups of sixteen rows. In a tile, words are [pair][row], padded with zeros. */
 void openmimo_pack_rows(const void *const *rows, int64_t count, int64_t dims, uint32_t *packed) {
     int64_t group_words = openmimo_packed_words(1, dims);
     memset(packed, 0, openmimo_packed_words(count, dims) * sizeof(uint32_t));
@@ -37,7 +37,7 @@ int openmimo_has_tiles(void) {
     return known;
 }
 
-/* The compiler does not see what the tile instructions read: all that was stored must be in memory before them. */
+/* A compiler barrier: the compiler does not see the reads of tile instructions, so all stores must precede them. */
 #define STORE_ALL(from) __asm__ volatile("" : : "r"(from) : "memory")
 
 void openmimo_begin_tiles(void) {
@@ -53,7 +53,7 @@ void openmimo_begin_tiles(void) {
 
 void openmimo_end_tiles(void) { _tile_release(); }
 
-/* Loads one tile of weights; what lies outside the matrix is zero, and is not read. */
+/* Loads one tile of weights. Numbers outside the matrix are zero and not read. */
 static inline void load_weights(const uint16_t *weights, int64_t outputs, int64_t dims, int64_t dim) {
     int64_t numbers = dims - dim < 2 * TILE_PAIRS ? dims - dim : 2 * TILE_PAIRS;
     if (outputs == TILE_ROWS && numbers == 2 * TILE_PAIRS) {
@@ -72,7 +72,7 @@ static void write_sums(const float (*tile)[TILE_ROWS], int64_t count, float (*su
         for (int64_t i = 0; i < TILE_ROWS; i++) sums[row][i] = tile[i][row];
 }
 
-/* Thirty-two rows at a time, which share one reading of the weights. */
+/* Thirty-two rows at a time share one load of the weights. */
 void openmimo_multiply_tiles(const uint32_t *packed, int64_t count, const uint16_t *matrix, int64_t first,
                              int64_t outputs, int64_t dims, float (*sums)[TILE_ROWS]) {
     const uint16_t *weights = matrix + first * dims;
@@ -98,7 +98,7 @@ void openmimo_multiply_tiles(const uint32_t *packed, int64_t count, const uint16
     }
 }
 
-#elif defined(__AVX512F__) /* vectors of bfloat16 (or of its halves, see products.h) serve as well */
+#elif defined(__AVX512F__) /* bfloat16 vector products (see products.h) are as fast */
 
 int openmimo_has_tiles(void) { return 0; }
 

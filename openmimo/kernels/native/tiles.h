@@ -1,10 +1,11 @@
-/* Products of rows of bfloat16 that are packed once, in one of two ways.
+/* Products of bfloat16 rows that are packed once per call. There are three cases:
  *
- * By the tile unit of the processor (AMX), where there is one: sixteen weight rows are one operand of a tile product, as
- * they lie in memory; up to sixteen packed rows are the other. Where there are no vectors of 512 bits either, rows are
- * packed as float32, and weights are widened a piece at a time (wide.c). In between, where the processor multiplies
- * vectors of bfloat16, nothing is packed. An output is one sum from the first number to the last, whatever other rows
- * are multiplied beside it.
+ * - With AMX, sixteen weight rows, as they are in memory, are one operand of a tile product, and up to sixteen packed
+ *   rows are the other.
+ * - With vectors of 512 bits and no AMX, nothing is packed: the processor multiplies vectors of bfloat16.
+ * - With shorter vectors, rows are packed as float32, and weights are widened in chunks (wide.c).
+ *
+ * An output is one sum from the first number to the last, independent of the other rows of the call.
  */
 
 #ifndef OPENMIMO_TILES_H
@@ -12,17 +13,17 @@
 
 #include <stdint.h>
 
-#define TILE_ROWS 16  /* rows, and weight rows, of a tile */
-#define TILE_PAIRS 16 /* pairs of numbers that a tile takes of each */
+#define TILE_ROWS 16  /* rows and weight rows of a tile */
+#define TILE_PAIRS 16 /* pairs of numbers per row of a tile */
 
-/* Whether rows of bfloat16 are to be packed on this processor. */
+/* Whether bfloat16 rows are packed on this processor. */
 int openmimo_has_tiles(void);
 
-/* Every thread that multiplies tiles says so before, and after. */
+/* Every thread that multiplies tiles calls these before and after. */
 void openmimo_begin_tiles(void);
 void openmimo_end_tiles(void);
 
-/* How many words `count` packed rows take, and packing them. */
+/* The number of words of `count` packed rows, and the packing. */
 int64_t openmimo_packed_words(int64_t count, int64_t dims);
 void openmimo_pack_rows(const void *const *rows, int64_t count, int64_t dims, uint32_t *packed);
 

@@ -1,7 +1,7 @@
-/* Vectors in the vector language of GCC and Clang, the powers of two of a softmax, and numbers of either dtype.
+/* Vectors in the extension of GCC and Clang, 2^x for softmax, and loads and stores of either dtype.
  *
- * `floats` are always sixteen, for orders of summation that are the same everywhere. `vector` is what a register holds:
- * compilers take comparisons of longer ones apart, number by number.
+ * `floats` always has sixteen lanes, for an order of summation that is the same on every processor. `vector` has the width
+ * of a register, because compilers split comparisons of longer vectors into scalars.
  */
 
 #ifndef OPENMIMO_VECTORS_H
@@ -67,9 +67,9 @@ static inline vector choose(lanes mask, vector yes, vector no) {
     return (vector)(((lanes)yes & mask) | ((lanes)no & ~mask));
 }
 
-/* 2^x to 2e-7 of its value, exactly 1 for 0, 0 below 2^-126 and for -inf; NaN stays NaN. For x <= 0. */
+/* 2^x for x <= 0, with a relative error below 2e-7. Exactly 1 for 0; 0 below 2^-126 and for -inf; NaN stays NaN. */
 static inline vector power_of_two(vector x) {
-    const float round_to_integer = 12582912.0f; /* 1.5 x 2^23: the integer ends in the low bits */
+    const float round_to_integer = 12582912.0f; /* 1.5 x 2^23 moves the integer into the low bits */
     vector shifted = x + round_to_integer;
     vector fraction = x - (shifted - round_to_integer);
     vector power = all(1.5403530e-4f);
@@ -122,7 +122,7 @@ INLINE float widen(uint16_t number) {
     return x;
 }
 
-/* To the nearest bfloat16, ties to even; NaN stays NaN. */
+/* Rounds to the nearest bfloat16, ties to even. NaN stays NaN. */
 INLINE uint16_t narrow(float x) {
     uint32_t bits;
     memcpy(&bits, &x, sizeof bits);

@@ -1,7 +1,9 @@
-/* Rows and weights are multiplied in vectors of eight floats, three rows with four weight rows at a time: what sixteen
- * registers hold. Every sum has eight lanes that run from the first number to the last, so a row has the same bits in
- * every batch. Weights of bfloat16 are widened CHUNK numbers at a time for all rows; the even ones of sixteen come
- * before the odd ones there, and in packed rows. For a few rows, which wait for memory alone, they are widened in registers.
+/* Products of rows and weights for processors without vectors of 512 bits, in vectors of eight floats.
+ *
+ * A register tile is three rows by four weight rows, which fits sixteen registers. Every sum has eight lanes that run
+ * from the first number to the last, so a row has the same bits in every batch. bfloat16 weights are widened to float32
+ * CHUNK numbers at a time and reused for all rows. Widening puts the even numbers of a block of sixteen before the odd
+ * ones; packed rows have the same order. For a few rows, which are limited by memory, weights are widened in registers.
  */
 
 #include "wide.h"
@@ -16,14 +18,14 @@
 
 #define INLINE static inline __attribute__((always_inline))
 #define LANES 8
-#define BLOCK 16 /* numbers whose order the packing changes */
+#define BLOCK 16 /* numbers that widening permutes */
 #define CHUNK 256
-#define MAX_ROWS 32 /* rows whose sums are kept between chunks */
+#define MAX_ROWS 32 /* rows whose sums are kept across chunks */
 #define ROWS 3
-#define MAX_FEW 18 /* rows for which weights are widened in registers, again for every three */
+#define MAX_FEW 18 /* up to this number of rows, weights are widened in registers, once per three rows */
 #define OUTPUTS 4
 
-/* Holds a vector in a register; the compiler would rather load it again for each use, and loads are what is scarce. */
+/* Keeps a vector in a register. Otherwise the compiler reloads it for each use, and loads are the bottleneck. */
 #ifdef __AVX__
 #define KEEP(x) __asm__("" : "+x"(x))
 #else
@@ -33,8 +35,8 @@
 typedef float eight __attribute__((vector_size(32)));
 typedef uint32_t eight_words __attribute__((vector_size(32)));
 
-/* sum + a x b, rounded once wherever the processor can: left to itself, a compiler does so here and not there, and a row
- * would differ between batches. */
+/* sum + a x b, always fused if the processor can. A compiler fuses in some places only, and the bits of a row would
+ * then depend on the batch. */
 INLINE eight add_product(eight sum, eight a, eight b) {
 #ifdef __FMA__
     return (eight)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)sum);
@@ -77,7 +79,7 @@ static void widen_block(const uint16_t *from, float *to) {
     store(to + LANES, odd_numbers(pairs));
 }
 
-/* `count` numbers of bfloat16 to float32, zeros behind them up to a whole block. */
+/* Widens `count` numbers of bfloat16 to float32 and pads them with zeros to a whole block. */
 static void widen_numbers(const uint16_t *from, int64_t count, float *to) {
     int64_t i = 0;
     for (; i + BLOCK <= count; i += BLOCK) widen_block(from + i, to + i);
@@ -109,7 +111,7 @@ INLINE void add_products(int rows, int outputs, const float *const *x, const flo
         for (int i = 0; i < outputs; i++) store(sums[row][i], lanes[row][i]);
 }
 
-/* What is left of `dims` behind the last whole vector. */
+/* The products of the numbers after the last whole vector. */
 static void add_rest(const float *x, const float *weight, int64_t dims, float *sums) {
     for (int64_t dim = dims / LANES * LANES; dim < dims; dim++) sums[dim % LANES] = add_one_product(sums[dim % LANES], x[dim], weight[dim]);
 }
@@ -128,7 +130,7 @@ static void add_chunk(const float *const *x, int64_t count, const float *const *
         for (int i = 0; i < TILE_ROWS; i++) add_rest(x[row], weights[i], dims, sums[row][i]);
 }
 
-/* A block of one weight row with each of `rows` rows. */
+/* Adds the products of one block of a weight row with `rows` rows. */
 INLINE void add_block(int rows, const float *const *x, int64_t dim, const uint16_t *weight, eight *lanes, int step) {
     eight_words pairs = load_words(weight);
     eight even = even_numbers(pairs), odd = odd_numbers(pairs);
@@ -138,9 +140,9 @@ INLINE void add_block(int rows, const float *const *x, int64_t dim, const uint16
     }
 }
 
-/* At most three rows with sixteen weight rows of bfloat16, four at a time, because each sum waits for its last addition.
- * The four lie four rows apart: each then reads its own stretch of memory in order, which processors fetch ahead. Of
- * neighboring rows, two share a page, and memory gives a quarter less. */
+/* Products of at most three rows with sixteen weight rows of bfloat16, four at a time to hide the latency of additions.
+ * The four are four rows apart, so that each is a sequential stream of its own, which the hardware prefetcher follows.
+ * Four adjacent rows share memory pages and reach a quarter less bandwidth (docs/log.md). */
 INLINE void multiply_few(int rows, const float *const *x, const uint16_t *const *weights, int64_t dims,
                          float (*sums)[TILE_ROWS][LANES]) {
     const int apart = TILE_ROWS / OUTPUTS;
@@ -208,7 +210,7 @@ void openmimo_multiply_wide(const float *const *rows, int64_t count, const void 
     float lanes[MAX_ROWS][TILE_ROWS][LANES];
     const char *weights[TILE_ROWS];
     for (int64_t i = 0; i < TILE_ROWS; i++) {
-        int64_t output = first + (i < outputs ? i : outputs - 1); /* the last again, where there are no sixteen */
+        int64_t output = first + (i < outputs ? i : outputs - 1); /* repeats the last row if there are fewer than sixteen */
         weights[i] = (const char *)matrix + output * dims * (bfloat16 ? 2 : 4);
     }
     for (; count > 0; count -= MAX_ROWS, rows += MAX_ROWS, sums += MAX_ROWS) {
@@ -222,7 +224,7 @@ void openmimo_multiply_wide(const float *const *rows, int64_t count, const void 
 
 int openmimo_has_tiles(void) { return 1; }
 
-/* A row takes a whole number of blocks; rows are counted in sixteens, as other ways of packing need it. */
+/* A row is padded to whole blocks. The number of rows is padded to sixteen, which the other packings need. */
 int64_t openmimo_packed_words(int64_t count, int64_t dims) {
     return (count + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS * padded(dims);
 }

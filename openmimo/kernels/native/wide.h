@@ -1,4 +1,4 @@
-/* Products of rows of float32, for processors whose vectors are shorter than 512 bits. */
+/* Products of float32 rows, for processors with vectors shorter than 512 bits. */
 
 #ifndef OPENMIMO_WIDE_H
 #define OPENMIMO_WIDE_H
