@@ -431,7 +431,7 @@ def _serve(arguments: list[str]) -> None:
     options = parse(ServeOptions, arguments, "openmimo serve")
     if bool(options.path) == options.stub:
         raise ConfigError("give the folder of a checkpoint to serve, or --stub to serve none.")
-    from openmimo.engine.server.launch import launch, launch_stub
+    from openmimo.engine.server.serve import launch, launch_stub
 
     if options.stub:
         launch_stub(options.server)

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from openmimo.core.records import Request
 from openmimo.data.tokenizer import SPECIAL_TOKENS, Tokenizer
-from openmimo.engine.server.stub import Step, StubBackend
+from openmimo.engine.server.backends.stub import Step, StubBackend
 
 _BOLD = "A **several tokens** "
 _HOSTILE = (

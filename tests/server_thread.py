@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from openmimo.engine.server.backend import Backend
+from openmimo.engine.server.backends.protocol import Backend
 from openmimo.engine.server.config import ServerConfig
 from openmimo.engine.server.serve import Server
 

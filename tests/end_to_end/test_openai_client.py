@@ -9,8 +9,8 @@ from tiny_checkpoint import save_tiny_checkpoint
 
 from openmimo.data.tokenizer import Tokenizer
 from openmimo.engine.engine import Engine
-from openmimo.engine.server.engine_backend import EngineBackend
-from openmimo.engine.server.stub import Step, StubBackend
+from openmimo.engine.server.backends.engine import EngineBackend
+from openmimo.engine.server.backends.stub import Step, StubBackend
 from openmimo.model.hf import load_model
 
 openai = pytest.importorskip("openai", reason="needs the openai client")

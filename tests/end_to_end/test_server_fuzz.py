@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from server_thread import running
 
 from openmimo.engine.server.app import create_app
+from openmimo.engine.server.backends.stub import StubBackend
 from openmimo.engine.server.config import ServerConfig
-from openmimo.engine.server.stub import StubBackend
 
 requests = pytest.importorskip("requests", reason="needs requests")
 schemathesis = pytest.importorskip("schemathesis", reason="needs schemathesis")

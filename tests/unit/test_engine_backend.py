@@ -17,7 +17,7 @@ from openmimo.data.tokenizer import Tokenizer
 from openmimo.engine.config import EngineConfig
 from openmimo.engine.engine import Engine
 from openmimo.engine.llm import LLM
-from openmimo.engine.server.engine_backend import EngineBackend
+from openmimo.engine.server.backends.engine import EngineBackend
 from openmimo.engine.stats import EngineStats
 from openmimo.engine.structured import StructureCompiler
 from openmimo.model.mimo import MiMo

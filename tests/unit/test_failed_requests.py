@@ -15,7 +15,7 @@ from openmimo.core.records import SamplingParams, Structure
 from openmimo.data.tokenizer import Tokenizer
 from openmimo.engine.engine import Engine
 from openmimo.engine.llm import LLM
-from openmimo.engine.server.engine_backend import EngineBackend
+from openmimo.engine.server.backends.engine import EngineBackend
 from openmimo.model.hf import load_model, save_model
 
 LARGE = Structure("regex", "([a-z]{1,40} ?){200,300}")

@@ -8,8 +8,8 @@ from server_thread import running
 from tiny_checkpoint import save_tiny_checkpoint
 
 from openmimo.engine.llm import LLM
-from openmimo.engine.server.engine_backend import EngineBackend
-from openmimo.engine.server.stub import Step, StubBackend
+from openmimo.engine.server.backends.engine import EngineBackend
+from openmimo.engine.server.backends.stub import Step, StubBackend
 
 CHAT = "/v1/chat/completions"
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}, "any": True}, "required": ["city"]}

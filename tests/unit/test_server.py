@@ -17,11 +17,11 @@ from server_thread import running, wait_until
 
 from openmimo.core.errors import ConfigError
 from openmimo.core.records import Request, SamplingParams
-from openmimo.engine.server import limits
+from openmimo.engine.server.backends.stub import Step, StubBackend
 from openmimo.engine.server.config import ServerConfig
-from openmimo.engine.server.errors import ApiError
-from openmimo.engine.server.generation import Service
-from openmimo.engine.server.stub import Step, StubBackend
+from openmimo.engine.server.http import limits
+from openmimo.engine.server.http.errors import ApiError
+from openmimo.engine.server.http.service import Service
 
 CHAT = "/v1/chat/completions"
 HELLO = {"messages": [{"role": "user", "content": "hello there"}]}
@@ -364,7 +364,7 @@ def test_draining_ends_what_does_not_finish():
 def test_sigterm_drains_a_process():
     code = (
         "from openmimo.engine.server.serve import serve\n"
-        "from openmimo.engine.server.stub import Step, StubBackend\n"
+        "from openmimo.engine.server.backends.stub import Step, StubBackend\n"
         "from openmimo.engine.server.config import ServerConfig\n"
         "steps = lambda prompt, request: [Step((' word',))] * 30\n"
         "serve(StubBackend(steps, step_seconds=0.02), ServerConfig(port=0))\n"

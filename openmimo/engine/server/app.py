@@ -5,19 +5,17 @@ from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
 
-from openmimo.engine.server.backend import Backend
-from openmimo.engine.server.browser import CheckHost, CheckOrigin
+from openmimo.engine.server.backends.protocol import Backend
 from openmimo.engine.server.config import ServerConfig
-from openmimo.engine.server.errors import ErrorBody, install_handlers
-from openmimo.engine.server.generation import Service
-from openmimo.engine.server.middleware import CountRequests, LimitBody, RequireKey
-from openmimo.engine.server.routes_chat import chat_routes
-from openmimo.engine.server.routes_completions import completion_routes
-from openmimo.engine.server.routes_models import model_routes
-from openmimo.engine.server.routes_operations import operation_routes
-from openmimo.engine.server.routes_page import PAGE, PageFiles, page_routes
-from openmimo.engine.server.routes_responses import response_routes
-from openmimo.engine.server.routes_tokens import token_routes
+from openmimo.engine.server.http.browser import CheckHost, CheckOrigin
+from openmimo.engine.server.http.errors import ErrorBody, install_handlers
+from openmimo.engine.server.http.middleware import CountRequests, LimitBody, RequireKey
+from openmimo.engine.server.http.operations import PAGE, PageFiles, operation_routes, page_routes
+from openmimo.engine.server.http.service import Service
+from openmimo.engine.server.openai.routes_chat import chat_routes
+from openmimo.engine.server.openai.routes_completions import completion_routes
+from openmimo.engine.server.openai.routes_models import model_routes, token_routes
+from openmimo.engine.server.openai.routes_responses import response_routes
 
 _ERRORS = {
     "4XX": {"model": ErrorBody, "description": "The request is refused; param names the field at fault."},

@@ -10,16 +10,14 @@ from fastapi import APIRouter, Request, Response
 from openmimo.core.records import Delta, SamplingParams
 from openmimo.core.records import Request as EngineRequest
 from openmimo.data.tokenizer import Tokenizer
-from openmimo.engine.server.disconnect import unless_disconnected
-from openmimo.engine.server.errors import invalid
-from openmimo.engine.server.generation import Generation, Service
-from openmimo.engine.server.json_body import JsonRoute
-from openmimo.engine.server.prompts import encode_text
-from openmimo.engine.server.sampling import engine_requests, sampling_params, structure_of, token_limit
-from openmimo.engine.server.schema import CompletionRequest, StreamOptions
-from openmimo.engine.server.streaming import DONE, STREAMED, event, respond
-from openmimo.engine.server.tokens import CompletionLogprobs, TokenDetails
-from openmimo.engine.server.usage import usage
+from openmimo.engine.server.http.bodies import JsonRoute, unless_disconnected
+from openmimo.engine.server.http.errors import invalid
+from openmimo.engine.server.http.service import Generation, Service
+from openmimo.engine.server.http.streaming import DONE, STREAMED, event, respond
+from openmimo.engine.server.openai.prompts import encode_text
+from openmimo.engine.server.openai.sampling import engine_requests, sampling_params, structure_of, token_limit
+from openmimo.engine.server.openai.schema import CompletionRequest, StreamOptions
+from openmimo.engine.server.openai.tokens import CompletionLogprobs, TokenDetails, usage
 
 _DEFAULT_MAX_TOKENS = 16  # OpenAI's
 

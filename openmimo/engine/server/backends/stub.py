@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from openmimo.core.errors import UserError
 from openmimo.core.records import Delta, Request, TokenLogprob
 from openmimo.data.tokenizer import StreamDecoder, Tokenizer
-from openmimo.engine.server.backend import BackendGauges
+from openmimo.engine.server.backends.protocol import BackendGauges
 from openmimo.engine.text import TextStream
 
 _CORPUS = ["The quick brown fox jumps over the lazy dog, 0123456789.\n", "def add(a, b):\n    return a + b\n"]

@@ -6,21 +6,58 @@ import logging
 import math
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import replace
 from typing import TypeVar
 
 from openmimo.core.errors import UserError
 from openmimo.core.records import Delta, Request, SamplingParams
-from openmimo.engine.server import limits
-from openmimo.engine.server.backend import Backend
+from openmimo.engine.server.backends.protocol import Backend
 from openmimo.engine.server.config import ServerConfig
-from openmimo.engine.server.errors import ApiError, engine_failed, invalid
-from openmimo.engine.server.metrics import Metrics
-from openmimo.engine.server.preparation import Lane
+from openmimo.engine.server.http import limits
+from openmimo.engine.server.http.errors import ApiError, engine_failed, invalid
+from openmimo.engine.server.http.metrics import Metrics
 
 _LOG = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
+
+
+class _Lane:
+    """A few threads, and a bounded queue in front of them.
+
+    Work that runs cannot be stopped, so its thread stays taken when the client goes away; work that waits is forgotten.
+    """
+
+    def __init__(self, name: str, *, num_threads: int, most_waiting: int, retry_after_seconds: int):
+        self._executor = ThreadPoolExecutor(num_threads, thread_name_prefix=f"openmimo-{name}")
+        self._free = asyncio.Semaphore(num_threads)
+        self._most_waiting = most_waiting
+        self._num_waiting = 0
+        self._retry_after_seconds = retry_after_seconds
+
+    async def run(self, work: Callable[[], _Result]) -> _Result:
+        """The result of `work`. Raises what it raises, and ApiError (429) if too much waits already."""
+        if self._num_waiting >= self._most_waiting:
+            raise ApiError(
+                429,
+                f"{self._num_waiting} requests wait to be read already; try again.",
+                code="queue_full",
+                headers={"Retry-After": str(self._retry_after_seconds)},
+            )
+        self._num_waiting += 1
+        try:
+            await self._free.acquire()
+        finally:
+            self._num_waiting -= 1
+        loop = asyncio.get_running_loop()
+        future = self._executor.submit(work)
+        future.add_done_callback(lambda _: loop.call_soon_threadsafe(self._free.release))
+        return await asyncio.wrap_future(future)
+
+    def close(self) -> None:
+        """Returns when the work that runs has ended."""
+        self._executor.shutdown()
 
 
 class Service:
@@ -43,7 +80,7 @@ class Service:
 
     @property
     def num_active(self) -> int:
-        """HTTP requests whose replies are being made."""
+        """HTTP requests whose replies are being generated."""
         return len(self._generations)
 
     def check_model(self, name: str | None) -> None:
@@ -116,7 +153,7 @@ class Service:
         """Refuses new requests and lets those that run finish; ends them once the drain timeout has passed."""
         self.is_draining = True
         deadline = time.monotonic() + self.config.drain_timeout_seconds
-        while self._generations and time.monotonic() < deadline:
+        while self.num_active and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
         self.end_all()
 
@@ -130,8 +167,8 @@ class Service:
         for lane in (self._small, self._large):
             await asyncio.to_thread(lane.close)
 
-    def _lane(self, name: str, *, num_threads: int) -> Lane:
-        return Lane(
+    def _lane(self, name: str, *, num_threads: int) -> _Lane:
+        return _Lane(
             name,
             num_threads=num_threads,
             most_waiting=self.config.max_queue,

@@ -1,4 +1,4 @@
-"""Tokens as the API shows them: log-probabilities, and the text that each of them gave."""
+"""Tokens in OpenAI's forms: log-probabilities, the text of each token, and the counts of a reply (usage)."""
 
 from typing import Any
 
@@ -38,6 +38,27 @@ class CompletionLogprobs:
     def _top(self, entry: TokenLogprob) -> dict[str, float]:
         pairs = entry.top[: self._num_top]
         return {_text(self._tokenizer, token_id): _finite(logprob) for token_id, logprob in pairs}
+
+
+def usage(
+    *,
+    num_prompt_tokens: int,
+    num_new_tokens: int,
+    num_cached_tokens: int,
+    num_reasoning_tokens: int,
+    num_drafted_tokens: int,
+) -> dict[str, Any]:
+    """The usage object of completions and chats. accepted_prediction_tokens: tokens that MTP heads had drafted."""
+    return {
+        "prompt_tokens": num_prompt_tokens,
+        "completion_tokens": num_new_tokens,
+        "total_tokens": num_prompt_tokens + num_new_tokens,
+        "prompt_tokens_details": {"cached_tokens": num_cached_tokens},
+        "completion_tokens_details": {
+            "reasoning_tokens": num_reasoning_tokens,
+            "accepted_prediction_tokens": num_drafted_tokens,
+        },
+    }
 
 
 class TokenDetails:

@@ -4,21 +4,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Discriminator, Field, Tag, field_validator, model_validator
 
-from openmimo.engine.server import limits
-from openmimo.engine.server.json_values import check_counts
-from openmimo.engine.server.schema import (
+from openmimo.engine.server.http import limits
+from openmimo.engine.server.http.bodies import check_counts
+from openmimo.engine.server.http.fields import Fields, Label, LenientFields, Name, Text, text_or
+from openmimo.engine.server.openai.schema import (
     CommonFields,
-    Fields,
     FunctionParameters,
-    Label,
-    LenientFields,
-    Name,
     OutputSchema,
     TemplateOptions,
-    Text,
     ToolMode,
     check_tools,
-    text_or,
 )
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from openmimo.engine.server.errors import ApiError
-from openmimo.engine.server.limits import LARGE_BODY_BYTES
+from openmimo.engine.server.http.errors import ApiError
+from openmimo.engine.server.http.limits import LARGE_BODY_BYTES
 
 _GUARDED = ("/v1/", "/tokenize", "/detokenize")
 

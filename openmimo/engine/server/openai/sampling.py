@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from openmimo.core.records import Request, SamplingParams, Structure
-from openmimo.engine.server import limits
-from openmimo.engine.server.errors import invalid
-from openmimo.engine.server.schema import CommonFields, ResponseFormat, StructuredOutputs
+from openmimo.engine.server.http import limits
+from openmimo.engine.server.http.errors import invalid
+from openmimo.engine.server.openai.schema import CommonFields, ResponseFormat, StructuredOutputs
 
 _SAME_NAME = (
     "temperature", "top_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "top_k", "min_p",

@@ -10,29 +10,27 @@ from fastapi import APIRouter, Request, Response
 
 from openmimo.core.records import Request as EngineRequest
 from openmimo.data.chat.parser import ChatEvent, ContentText, ReasoningText, ToolCallArguments, ToolCallStart
-from openmimo.engine.server.chat import (
+from openmimo.engine.server.http.bodies import JsonRoute, unless_disconnected
+from openmimo.engine.server.http.errors import invalid
+from openmimo.engine.server.http.service import Generation, Service
+from openmimo.engine.server.http.streaming import DONE, STREAMED, event, respond
+from openmimo.engine.server.openai.chat import (
     ChatPrompt,
     ChatReply,
     chat_prompt,
     template_messages,
     template_options,
 )
-from openmimo.engine.server.disconnect import unless_disconnected
-from openmimo.engine.server.errors import invalid
-from openmimo.engine.server.generation import Generation, Service
-from openmimo.engine.server.json_body import JsonRoute
-from openmimo.engine.server.sampling import (
+from openmimo.engine.server.openai.sampling import (
     engine_requests,
     sampling_params,
     structure_field,
     structure_of,
     token_limit,
 )
-from openmimo.engine.server.schema import ChatRequest, StreamOptions
-from openmimo.engine.server.streaming import DONE, STREAMED, event, respond
-from openmimo.engine.server.tokens import TokenDetails, chat_logprobs
-from openmimo.engine.server.tools import ToolPolicy, tool_policy
-from openmimo.engine.server.usage import usage
+from openmimo.engine.server.openai.schema import ChatRequest, StreamOptions
+from openmimo.engine.server.openai.tokens import TokenDetails, chat_logprobs, usage
+from openmimo.engine.server.openai.tools import ToolPolicy, check_structure_alone, tool_policy
 
 
 def chat_routes(service: Service) -> APIRouter:
@@ -93,17 +91,6 @@ def _prepare(service: Service, body: ChatRequest) -> _Chat:
     structure_param = "tools" if structure is None else structure_field(body, "response_format")
     service.check(requests, param="messages", structure_param=structure_param)
     return _Chat(prompt, requests, [ChatReply(tokenizer, prompt) for _ in range(num_choices)])
-
-
-def check_structure_alone(policy: ToolPolicy, *, thinks: bool, param: str = "response_format") -> None:
-    """A structure binds the whole reply, so it leaves no room for thoughts or calls. Raises ApiError."""
-    if thinks:
-        raise invalid("A reply of a fixed form has no room for thinking: turn one of the two off.", param)
-    if policy.tools:
-        raise invalid(
-            'A reply of a fixed form has no room for tool calls: leave the tools out, or set tool_choice to "none".',
-            param,
-        )
 
 
 def _tool_policy(body: ChatRequest) -> ToolPolicy:

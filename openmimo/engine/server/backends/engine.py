@@ -16,7 +16,7 @@ from openmimo.core.errors import UserError
 from openmimo.core.records import Delta, Request
 from openmimo.data.tokenizer import Tokenizer
 from openmimo.engine.engine import Engine
-from openmimo.engine.server.backend import BackendGauges
+from openmimo.engine.server.backends.protocol import BackendGauges
 
 _LOG = logging.getLogger(__name__)
 _Reply = asyncio.Queue[Delta | UserError]

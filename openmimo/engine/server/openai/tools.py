@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from openmimo.core.records import Structure
-from openmimo.engine.server.errors import invalid
+from openmimo.engine.server.http.errors import invalid
 
 CALL_MARK = "<tool_call>"
 _CALL_OPENING = CALL_MARK + "\n<function="
@@ -62,3 +62,14 @@ def _first_parameter(tool: dict[str, Any]) -> str:
     names = required if isinstance(required, list) else []
     known = [re.escape(name) for name in names if isinstance(name, str) and re.fullmatch(r"[\w.\-]{1,128}", name)]
     return f"<parameter=({'|'.join(known)})>(.|\n)*</parameter>\n" if known else ""
+
+
+def check_structure_alone(policy: ToolPolicy, *, thinks: bool, param: str = "response_format") -> None:
+    """A structure binds the whole reply, so it leaves no room for thoughts or calls. Raises ApiError."""
+    if thinks:
+        raise invalid("A reply of a fixed form has no room for thinking: turn one of the two off.", param)
+    if policy.tools:
+        raise invalid(
+            'A reply of a fixed form has no room for tool calls: leave the tools out, or set tool_choice to "none".',
+            param,
+        )

@@ -9,9 +9,9 @@ from fastapi.responses import JSONResponse
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from openmimo.engine.server.disconnect import ClientGoneError, unless_disconnected
-from openmimo.engine.server.errors import ApiError
-from openmimo.engine.server.generation import Generation
+from openmimo.engine.server.http.bodies import unless_disconnected
+from openmimo.engine.server.http.errors import ApiError, ClientGoneError
+from openmimo.engine.server.http.service import Generation
 
 STREAMED = {200: {"description": "The reply, or with stream its events.", "content": {"text/event-stream": {}}}}
 DONE = b"data: [DONE]\n\n"

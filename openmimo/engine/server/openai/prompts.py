@@ -6,9 +6,9 @@ from typing import Any
 from openmimo.core.errors import DataError
 from openmimo.data.text_pieces import text_pieces
 from openmimo.data.tokenizer import Tokenizer
-from openmimo.engine.server import limits
-from openmimo.engine.server.errors import ApiError, invalid
-from openmimo.engine.server.schema import TemplateOptions
+from openmimo.engine.server.http import limits
+from openmimo.engine.server.http.errors import ApiError, invalid
+from openmimo.engine.server.openai.schema import TemplateOptions
 
 
 def encode_text(

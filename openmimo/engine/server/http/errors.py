@@ -10,8 +10,7 @@ from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 
 from openmimo.core.errors import UserError
-from openmimo.engine.server.disconnect import ClientGoneError
-from openmimo.engine.server.limits import shortened
+from openmimo.engine.server.http.limits import shortened
 
 _TYPES = {
     401: "authentication_error",
@@ -68,6 +67,10 @@ class ApiError(Exception):
     def response(self) -> JSONResponse:
         """The error as a whole response."""
         return JSONResponse(self.body(), status_code=self.status, headers=self.headers)
+
+
+class ClientGoneError(Exception):
+    """The client closed the connection before the answer was ready."""
 
 
 def invalid(message: str, param: str | None, *, code: str | None = None) -> ApiError:

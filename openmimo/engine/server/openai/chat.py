@@ -17,10 +17,10 @@ from openmimo.data.chat.parser import (
     ToolCallStart,
 )
 from openmimo.data.tokenizer import Tokenizer
-from openmimo.engine.server.errors import invalid
-from openmimo.engine.server.prompts import encode_messages
-from openmimo.engine.server.schema import ChatMessage, TemplateOptions
-from openmimo.engine.server.tools import CALL_MARK, ToolPolicy
+from openmimo.engine.server.http.errors import invalid
+from openmimo.engine.server.openai.prompts import encode_messages
+from openmimo.engine.server.openai.schema import ChatMessage, TemplateOptions
+from openmimo.engine.server.openai.tools import CALL_MARK, ToolPolicy
 
 _THINK, _END_OF_THINK = "<think>", "</think>"
 _THINKING_EFFORTS = ("low", "medium", "high", "xhigh")

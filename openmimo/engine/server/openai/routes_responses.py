@@ -9,24 +9,22 @@ from fastapi import APIRouter, Request, Response
 
 from openmimo.core.records import Request as EngineRequest
 from openmimo.core.records import Structure
-from openmimo.engine.server.chat import ChatPrompt, ChatReply, chat_prompt, template_options
-from openmimo.engine.server.disconnect import unless_disconnected
-from openmimo.engine.server.errors import ApiError
-from openmimo.engine.server.generation import Generation, Service
-from openmimo.engine.server.json_body import JsonRoute
-from openmimo.engine.server.responses import Event, OutputItems, input_messages
-from openmimo.engine.server.routes_chat import check_structure_alone
-from openmimo.engine.server.sampling import (
+from openmimo.engine.server.http.bodies import JsonRoute, unless_disconnected
+from openmimo.engine.server.http.errors import ApiError
+from openmimo.engine.server.http.service import Generation, Service
+from openmimo.engine.server.http.streaming import STREAMED, event, respond
+from openmimo.engine.server.openai.chat import ChatPrompt, ChatReply, chat_prompt, template_options
+from openmimo.engine.server.openai.response_items import Event, OutputItems, input_messages
+from openmimo.engine.server.openai.sampling import (
     engine_requests,
     sampling_params,
     structure_field,
     structure_of,
     token_limit,
 )
-from openmimo.engine.server.schema import JsonSchemaFormat, ResponseFormat
-from openmimo.engine.server.schema_responses import ResponseRequest, ResponseTool
-from openmimo.engine.server.streaming import STREAMED, event, respond
-from openmimo.engine.server.tools import ToolPolicy, tool_policy
+from openmimo.engine.server.openai.schema import JsonSchemaFormat, ResponseFormat
+from openmimo.engine.server.openai.schema_responses import ResponseRequest, ResponseTool
+from openmimo.engine.server.openai.tools import ToolPolicy, check_structure_alone, tool_policy
 
 
 def response_routes(service: Service) -> APIRouter:

@@ -13,7 +13,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from openmimo.engine.server.config import is_loopback
-from openmimo.engine.server.errors import ApiError
+from openmimo.engine.server.http.errors import ApiError
 
 ANY = "*"
 _SAFE_METHODS = ("GET", "HEAD", "OPTIONS")

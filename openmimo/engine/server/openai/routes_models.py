@@ -1,4 +1,4 @@
-"""POST /tokenize and /detokenize."""
+"""GET /v1/models and /v1/models/{id}, POST /tokenize and /detokenize: the served model and its tokenizer."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,13 +6,41 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
-from openmimo.engine.server import limits
-from openmimo.engine.server.chat import template_messages
-from openmimo.engine.server.disconnect import unless_disconnected
-from openmimo.engine.server.generation import Service
-from openmimo.engine.server.json_body import JsonRoute
-from openmimo.engine.server.prompts import encode_messages, encode_text
-from openmimo.engine.server.schema import DetokenizeRequest, TemplateOptions, TokenizeRequest
+from openmimo.engine.server.http import limits
+from openmimo.engine.server.http.bodies import JsonRoute, unless_disconnected
+from openmimo.engine.server.http.service import Service
+from openmimo.engine.server.openai.chat import template_messages
+from openmimo.engine.server.openai.prompts import encode_messages, encode_text
+from openmimo.engine.server.openai.schema import DetokenizeRequest, TemplateOptions, TokenizeRequest
+
+
+def model_routes(service: Service) -> APIRouter:
+    """The model endpoints on a service, which has one model."""
+    router = APIRouter()
+
+    @router.get("/v1/models")
+    async def list_models() -> dict[str, Any]:
+        """Lists the one model."""
+        return {"object": "list", "data": [_model(service)]}
+
+    # A path: names of models may hold slashes.
+    @router.get("/v1/models/{model:path}")
+    async def get_model(model: str) -> dict[str, Any]:
+        """Describes a model."""
+        service.check_model(model)
+        return _model(service)
+
+    return router
+
+
+def _model(service: Service) -> dict[str, Any]:
+    return {
+        "id": service.model_name,
+        "object": "model",
+        "created": service.created,
+        "owned_by": "openmimo",
+        "max_model_len": service.backend.max_positions,
+    }
 
 
 def token_routes(service: Service) -> APIRouter:

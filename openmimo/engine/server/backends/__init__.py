@@ -1,0 +1,1 @@
+"""What makes the tokens behind the server: the engine, or a stub."""

@@ -1,0 +1,125 @@
+"""Request bodies: JSON that is counted, parsed strictly and validated in a thread, while the client is connected."""
+
+import asyncio
+import re
+from collections.abc import Callable, Coroutine, Iterator
+from typing import Any, TypeVar
+
+import pydantic_core
+from fastapi import Request, Response
+from fastapi.routing import APIRoute
+from pydantic import BaseModel, ValidationError
+from starlette.types import Receive
+
+from openmimo.engine.server.http import limits
+from openmimo.engine.server.http.errors import ClientGoneError, invalid, validation_error
+
+_JSON_TYPE = re.compile(r"application/([a-z0-9.-]+\+)?json")
+_Body = TypeVar("_Body", bound=BaseModel)
+_Result = TypeVar("_Result")
+
+
+class JsonRoute(APIRoute):
+    """A route whose endpoint takes `body`, a model, and `request`; what else the framework offers is not used.
+
+    The body of the request is not kept: `request.state.is_large` tells whether it was large.
+    """
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """The handler."""
+        endpoint, model = self.endpoint, self.endpoint.__annotations__["body"]
+
+        async def handle(request: Request) -> Response:
+            _check_content_type(request)
+            content = (await request.receive()).get("body", b"")
+            request.state.is_large = len(content) > limits.LARGE_BODY_BYTES
+            service = request.app.state.service
+            most = max(limits.VALUES, 2 * service.backend.max_positions)
+            work = service.prepared(lambda: read_body(content, model, most), is_large=request.state.is_large)
+            return await endpoint(body=await unless_disconnected(request.receive, work), request=request)
+
+        return handle
+
+
+def read_body(content: bytes, model: type[_Body], most_values: int = limits.VALUES) -> _Body:
+    """The request in a body. Raises ApiError, which names the field at fault."""
+    try:
+        value = read_json(content, most_values)
+    except ValueError as error:
+        raise invalid(f"The body is not valid JSON: {error}", None, code="invalid_json") from error
+    if not isinstance(value, dict):
+        raise invalid("The body must be a JSON object.", None)
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        raise validation_error(error) from error
+
+
+def _check_content_type(request: Request) -> None:
+    # A page of another origin may send text/plain and forms without asking first, but not JSON.
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if not _JSON_TYPE.fullmatch(media_type):
+        raise invalid("The body must be a JSON object, sent as Content-Type: application/json.", None)
+
+
+def read_json(content: bytes, most_values: int) -> Any:
+    """The value in a JSON text. Raises ValueError for any other text, and for more than `most_values` values."""
+    check_counts(content, most_values)
+    return pydantic_core.from_json(content, allow_inf_nan=False)
+
+
+def check_tree(value: Any, most_values: int) -> int:
+    """The number of values in parsed JSON. Raises ValueError beyond `most_values`, or beyond `limits.DEPTH` levels."""
+    count, depth, level = 0, 0, [value]
+    while level:
+        count += len(level)
+        if count > most_values:
+            raise ValueError(f"it holds more than {most_values} values.")
+        depth += 1
+        if depth > limits.DEPTH:
+            raise ValueError(f"it is nested more than {limits.DEPTH} levels deep.")
+        level = [inner for outer in level for inner in _inside(outer)]
+    return count
+
+
+def check_counts(content: bytes, most_values: int) -> None:
+    """Raises ValueError for too many values, without making any: the parser holds the interpreter while it makes them.
+
+    In valid JSON all values but the first of a list or an object come after a comma, and every second part between
+    quotes is outside of strings.
+    """
+    unescaped = content.replace(b"\\\\", b"").replace(b'\\"', b"")
+    if unescaped.count(b'"') > 2 * limits.STRINGS:
+        raise ValueError(f"it holds more than {limits.STRINGS} strings.")
+    outside = b"".join(unescaped.split(b'"')[::2])
+    if sum(outside.count(mark) for mark in (b",", b"[", b"{")) > most_values:
+        raise ValueError(f"it holds more than {most_values} values.")
+
+
+def _inside(value: Any) -> Iterator[Any]:
+    if isinstance(value, dict):
+        yield from value.values()
+    elif isinstance(value, list):
+        yield from value
+
+
+async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, _Result]) -> _Result:
+    """The result of `work`; if the client goes away first, `work` is cancelled and ClientGoneError raised.
+
+    The body of the request must have been read: `receive` is left with nothing but the disconnect to tell.
+    """
+    tasks = asyncio.ensure_future(work), asyncio.ensure_future(_disconnect(receive))
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if not tasks[0].done():
+            raise ClientGoneError
+        return tasks[0].result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

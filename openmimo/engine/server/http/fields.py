@@ -1,0 +1,66 @@
+"""Building blocks of request models: strict and lenient objects, bounded texts, unions told apart by a tag.
+
+A field that a strict object does not know is refused by its name. Validation stops at the first fault of each list, and
+a value of several possible types is validated as one of them only, so that a hostile body gives few errors. Tags of
+such types are written <so>, to tell them from fields.
+"""
+
+import functools
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from openmimo.engine.server.http import limits
+
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+Probability = Annotated[float, Field(gt=0.0, le=1.0)]
+Penalty = Annotated[float, Field(ge=-2.0, le=2.0)]
+Text = Annotated[str, Field(min_length=1)]
+Name = Annotated[str, Field(max_length=limits.SHORT_CHARACTERS)]
+Label = Annotated[str, Field(max_length=limits.LABEL_CHARACTERS)]
+StopText = Annotated[str, Field(min_length=1, max_length=limits.STOP_CHARACTERS)]
+
+
+def few_entries(most: int) -> BeforeValidator:
+    """At most `most` entries of an object, counted before any is validated."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > most:
+            raise ValueError(f"it has {len(value)} entries; at most {most} are allowed.")
+        return value
+
+    return BeforeValidator(check)
+
+
+def text_or(tag: str) -> Discriminator:
+    """Tells a text, <text>, from what stands under `tag`, which any other value is meant to be."""
+    return Discriminator(lambda value: "<text>" if isinstance(value, str) else tag)
+
+
+@functools.cache
+def _field_names(model: type[BaseModel]) -> frozenset[str]:
+    return frozenset(field.alias or name for name, field in model.model_fields.items())
+
+
+class Fields(BaseModel):
+    """A JSON object whose every field is known."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _knows_every_field(cls, value: Any) -> Any:
+        # Otherwise pydantic reports each unknown field, of which there may be a hundred thousand.
+        if isinstance(value, dict):
+            known = _field_names(cls)
+            for name in value:
+                if name not in known:
+                    raise PydanticCustomError("unknown_field", "unknown", {"name": name})
+        return value
+
+
+class LenientFields(BaseModel):
+    """A JSON object that clients send back as they got it, so unknown fields (refusal, annotations) mean nothing."""
+
+    model_config = ConfigDict(extra="ignore", strict=True, allow_inf_nan=False)

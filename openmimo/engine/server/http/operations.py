@@ -1,0 +1,60 @@
+"""GET /health and /metrics for whoever runs the server, and GET / for the chat page."""
+
+from pathlib import Path
+from typing import Any
+
+from fastapi import APIRouter, Response
+from fastapi.responses import FileResponse, PlainTextResponse
+from starlette.staticfiles import StaticFiles
+from starlette.types import Scope
+
+from openmimo.engine.server.http.service import Service
+
+PAGE = Path(__file__).parents[1] / "page"
+_HEADERS = {
+    "Content-Security-Policy": "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+}
+
+
+def operation_routes(service: Service) -> APIRouter:
+    """What those who run the server look at."""
+    router = APIRouter()
+
+    @router.get("/health")
+    async def health() -> dict[str, Any]:
+        """Tells whether requests are accepted: 503 while the server ends or when the engine has died."""
+        if (refusal := service.refusal()) is not None:
+            raise refusal
+        return {"status": "ok"}
+
+    @router.get("/metrics", response_class=PlainTextResponse)
+    async def metrics() -> Response:
+        """Gives the metrics in Prometheus' text format."""
+        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    return router
+
+
+class PageFiles(StaticFiles):
+    """The page's files, each with headers that let a browser load nothing from another host."""
+
+    async def get_response(self, path: str, scope: Scope) -> Response:
+        """The file, or a 404."""
+        response = await super().get_response(path, scope)
+        response.headers.update(_HEADERS)
+        return response
+
+
+def page_routes() -> APIRouter:
+    """The page itself."""
+    router = APIRouter(include_in_schema=False)
+
+    @router.get("/")
+    async def page() -> Response:
+        """Answers with the chat page."""
+        return FileResponse(PAGE / "index.html", headers=_HEADERS)
+
+    return router
