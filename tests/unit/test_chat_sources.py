@@ -202,9 +202,9 @@ def test_long_conversations_are_left_out_and_counted(write):
 @pytest.mark.parametrize(
     ("line", "named"),
     [
-        ({"text": "x"}, "line 1: this is a line of the plain text form"),
+        ({"text": "x"}, "line 1: this is a line in the plain text format"),
         ({"messages": "x"}, "line 1: 'messages' must be a list"),
-        ({"other": 1}, "line 1: there is no 'messages' .found: other"),
+        ({"other": 1}, "line 1: the key 'messages' is missing .found: other"),
         ({"instruction": "a", "input": "", "output": "b"}, "line 1: .*Alpaca form.*user turn of 'instruction'"),
         ({"conversations": [{"from": "human", "value": "a"}]}, "line 1: .*ShareGPT form.*'from' to 'role'"),
         ({"messages": ["x"]}, "line 1: Every message"),

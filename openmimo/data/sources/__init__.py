@@ -1,1 +1,1 @@
-"""Data sources, one file each; a file's name is the source's name."""
+"""Data sources, one file each. The name of a source is the name of its file."""

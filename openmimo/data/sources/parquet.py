@@ -1,4 +1,4 @@
-"""Documents in Parquet files: one row a document, its text in one column."""
+"""Documents from Parquet files: one document per row, with the text in one column."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,14 +17,19 @@ BYTES_AT_ONCE = 4_000_000
 
 @dataclass(frozen=True)
 class Options:
-    """path: a file, or a folder of .parquet files. column: the column that holds the text."""
+    """Options of source `parquet`.
+
+    Attributes:
+        path: A file, or a folder of .parquet files.
+        column: The column of the text.
+    """
 
     path: str
     column: str = "text"
 
 
 def documents(options: Options) -> Iterator[str]:
-    """One document a row; rows without text are left out. Some megabytes are in memory at once."""
+    """One document per row, without null rows. Reads a few megabytes at a time."""
     for path in find_files(options.path, SUFFIXES):
         row = 0
         try:
@@ -39,12 +44,12 @@ def documents(options: Options) -> Iterator[str]:
                                 yield text
         except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
             raise DataError(
-                f"{path} cannot be read after row {row}: {str(error).strip()}. Write the file again, or take it away."
+                f"{path} cannot be read after row {row}: {str(error).strip()}. Write the file again, or remove it."
             ) from error
 
 
 def _rows_at_once(group: pyarrow.parquet.RowGroupMetaData, column: str) -> int:
-    """The number of rows whose text, uncompressed, takes about `BYTES_AT_ONCE`."""
+    """The number of rows whose uncompressed text has about `BYTES_AT_ONCE` bytes."""
     chunks = (group.column(number) for number in range(group.num_columns))
     size = sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema == column)
     return max(1, min(ROWS_AT_ONCE, BYTES_AT_ONCE * group.num_rows // max(size, 1)))
@@ -54,22 +59,22 @@ def _check_column(schema: pyarrow.Schema, path: Path, column: str) -> None:
     if schema.names.count(column) != 1:
         raise DataError(
             f"{path} has {'several columns' if column in schema.names else 'no column'} {column!r}; it has "
-            f"{', '.join(schema.names)}. Name one by option 'column'."
+            f"{', '.join(schema.names)}. Set option 'column' to one of them."
         )
     kind = schema.field(column).type
     values = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
     is_text = (pyarrow.types.is_string, pyarrow.types.is_large_string, pyarrow.types.is_string_view)
     if not any(check(values) for check in is_text):
-        raise DataError(f"{path}: column {column!r} holds {kind}, not text. Name a column of text by option 'column'.")
+        raise DataError(f"{path}: column {column!r} has type {kind}, not text. Set option 'column' to a text column.")
 
 
 def fingerprint(options: Options) -> str:
-    """Of the files' names, sizes and times."""
+    """A digest of the files' names, sizes and modification times."""
     return fingerprint_files(find_files(options.path, SUFFIXES))
 
 
 PLUGIN = TextSource(
-    describe="Parquet files, one document a row (options: path, column)",
+    describe="Parquet files, one document per row (options: path, column)",
     options=Options,
     documents=documents,
     fingerprint=fingerprint,

@@ -1,4 +1,4 @@
-"""The Python files of the running interpreter's standard library: about 12 MB of code and prose, always at hand."""
+"""The Python files of the interpreter's standard library: about 12 MB of code and prose, available offline."""
 
 import os
 import sys
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from openmimo.data.source import TextSource, read_text
 
-# Tests repeat themselves and hold files that are broken on purpose; installed packages differ between machines.
+# Tests are repetitive and contain intentionally malformed files; installed packages differ between machines.
 SKIPPED_FOLDERS = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"})
 
 
@@ -19,7 +19,7 @@ class Options:
 
 
 def documents(options: Options) -> Iterator[str]:
-    """One document a file, in the order of the paths."""
+    """One document per file, in the order of the paths."""
     for folder, subfolders, files in os.walk(sysconfig.get_path("stdlib")):
         subfolders[:] = sorted(name for name in subfolders if name not in SKIPPED_FOLDERS)
         for name in sorted(files):
@@ -28,12 +28,12 @@ def documents(options: Options) -> Iterator[str]:
 
 
 def fingerprint(options: Options) -> str:
-    """The exact interpreter; its library is not expected to be edited."""
+    """The version of the interpreter and the path of its library, which is assumed to be unmodified."""
     return f"{sys.version} {sysconfig.get_path('stdlib')}"
 
 
 PLUGIN = TextSource(
-    describe="the Python standard library's own .py files (about 12 MB, no download)",
+    describe="the .py files of the Python standard library (about 12 MB, no download)",
     options=Options,
     documents=documents,
     fingerprint=fingerprint,

@@ -1,4 +1,4 @@
-"""A random segment of tokens repeated to the end: what a model learns induction (copying from context) on."""
+"""A random segment of tokens, repeated to the end of the document: it teaches induction (copying from context)."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -15,10 +15,16 @@ from openmimo.data.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Options:
-    """min_period, max_period: tokens of the repeated segment. min_length, max_length: tokens of a document, drawn
-    log-uniformly (max_length 0: the row). alphabet: "vocabulary" draws from all tokens but the special ones,
-    "characters" from the keys and values of source `needles`. loss: which tokens count, "repeats" (all after the first
-    period, which nothing can predict) or "all".
+    """Options of source `repeats`.
+
+    Attributes:
+        min_period: Minimum tokens of the repeated segment.
+        max_period: Maximum tokens of the repeated segment.
+        min_length: Minimum tokens of a document. Lengths are drawn log-uniformly.
+        max_length: Maximum tokens of a document (0: the row).
+        alphabet: "vocabulary" draws from all tokens except special ones, "characters" from the keys and values of
+            source `needles`.
+        loss: The tokens that enter the loss: "repeats" (all after the first period, which is unpredictable) or "all".
     """
 
     min_period: PositiveInt = 8
@@ -34,7 +40,7 @@ class Options:
 
 
 def row_makers(options: Options, tokenizer: Tokenizer, sequence_length: int, validation_fraction: float) -> RowMakers:
-    """Rows of whole documents, each ended by the end-of-text token."""
+    """Rows of whole documents, each with a final end-of-text token."""
     alphabet = _alphabet(options, tokenizer)
     shortest, longest = length_range(
         sequence_length,
@@ -48,7 +54,7 @@ def row_makers(options: Options, tokenizer: Tokenizer, sequence_length: int, val
         return rng.choice(alphabet, int(rng.integers(options.min_period, options.max_period + 1)))
 
     def content(segment: np.ndarray) -> np.ndarray:
-        return np.resize(segment, 2 * options.max_period)  # equal for two segments that repeat to the same text
+        return np.resize(segment, 2 * options.max_period)  # equal for segments with the same repetition
 
     def make_row(rng: np.random.Generator, split: Split) -> Row:
         documents, masks = [], []

@@ -1,7 +1,7 @@
-"""Demonstrations of verifiable tasks as training rows: question and reference answer, in the chat format.
+"""Demonstrations of verifiable tasks as training rows: question and reference answer in the chat format.
 
-Problems are held out by a hash of their prompt, as in `openmimo.data.task`: what is trained on holds none of the
-problems on which environments and this source validate.
+Problems are held out by a hash of their prompt, as in `openmimo.data.task`. The training rows therefore contain none of
+the validation problems of the environments and of this source.
 """
 
 import json
@@ -24,13 +24,17 @@ from openmimo.data.task import Problem, Task, open_task, prompt_messages
 from openmimo.data.tokenizer import Tokenizer
 
 DEFAULT_TASKS = (TaskConfig("addition", 1, 2), TaskConfig("sorting", 2, 8), TaskConfig("reverse", 2, 7))
-_STREAM = 2**62  # problems are drawn from so many
+_STREAM = 2**62  # number of problems in the stream
 
 
 @dataclass(frozen=True)
 class Options:
-    """tasks: what is demonstrated, each by its weight. noise: share of demonstrations that show a wrong answer, the one
-    of another problem. system: the system turn (empty by default; rollouts must use the same).
+    """Options of source `tasks`.
+
+    Attributes:
+        tasks: The demonstrated tasks with their weights.
+        noise: Share of demonstrations with a wrong answer (that of another problem).
+        system: The system message. Rollouts must use the same one.
     """
 
     tasks: tuple[TaskConfig, ...] = DEFAULT_TASKS
@@ -43,7 +47,7 @@ class Options:
 
 
 def row_makers(options: Options, tokenizer: Tokenizer, sequence_length: int, validation_fraction: float) -> RowMakers:
-    """Rows of whole demonstrations; only the assistant's tokens count. Raises DataError if the hardest are too long."""
+    """Rows of whole demonstrations, with loss on assistant tokens. Raises DataError if the longest do not fit."""
     tasks = [open_task(config, held_out_fraction=validation_fraction) for config in options.tasks]
     weights = [config.weight for config in options.tasks]
 
@@ -72,7 +76,7 @@ def row_makers(options: Options, tokenizer: Tokenizer, sequence_length: int, val
 
 
 def _content(options: Options, tasks: Sequence[Task]) -> str:
-    """The options without the paths of problem files, and the hashes of what these hold."""
+    """The options without the paths of problem files, and the hashes of those files."""
     files = [[file.sha256 for file in task.files] for task in tasks]
     return (
         json.dumps({"options": without_paths(to_dict(options)), "files": files}, sort_keys=True) if any(files) else ""
@@ -80,7 +84,7 @@ def _content(options: Options, tasks: Sequence[Task]) -> str:
 
 
 def _wrong_answer(task: Task, problem: Problem, rng: random.Random) -> str:
-    """The answer to another problem of that difficulty; the right one if all draws have it."""
+    """The answer of another problem of the same difficulty; the right answer if all draws agree with it."""
     for _ in range(100):
         other = task.family.make(rng, problem.difficulty, task.options).answer
         if task.score(problem, other) < 1.0:
@@ -89,7 +93,7 @@ def _wrong_answer(task: Task, problem: Problem, rng: random.Random) -> str:
 
 
 def _check_length(task: Task, encode: Callable[[Problem, str], Document], sequence_length: int) -> None:
-    """Tries some of the hardest problems, as the longest are found among them."""
+    """Checks the length of some of the hardest problems, which tend to be the longest."""
     for number in range(20):
         problem = task.family.make(random.Random(number), task.config.max_difficulty, task.options)
         length = len(encode(problem, problem.answer).token_ids)

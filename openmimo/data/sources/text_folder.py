@@ -1,4 +1,4 @@
-"""Your own texts: a file, or a folder of .txt, .md and .py files, each file one document."""
+"""Local texts: a file, or a folder of .txt, .md and .py files. Each file is one document."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,18 +10,22 @@ SUFFIXES = (".txt", ".md", ".py")
 
 @dataclass(frozen=True)
 class Options:
-    """path: a text file, or a folder that is read with all its subfolders."""
+    """Options of source `text_folder`.
+
+    Attributes:
+        path: A text file, or a folder that is read recursively.
+    """
 
     path: str
 
 
 def documents(options: Options) -> Iterator[str]:
-    """One document a file, in the order of the paths."""
+    """One document per file, in the order of the paths."""
     return (read_text(file) for file in find_files(options.path, SUFFIXES))
 
 
 def fingerprint(options: Options) -> str:
-    """Of the files' names, sizes and times."""
+    """A digest of the files' names, sizes and modification times."""
     return fingerprint_files(find_files(options.path, SUFFIXES))
 
 

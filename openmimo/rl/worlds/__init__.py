@@ -1,1 +1,1 @@
-"""Generated worlds that environments play in: a fact graph to search, small repositories with a bug."""
+"""Generated worlds for environments: a fact graph to search, and small repositories with a bug."""

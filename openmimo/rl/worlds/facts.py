@@ -1,8 +1,8 @@
-"""A generated world of entities and facts, with a page for each entity and questions of many hops (section 4.3.2).
+"""A generated world of entities and facts, with a page per entity and multi-hop questions (section 4.3.2).
 
-A question is made from its answer backwards: an entity that points to the answer stands for it, then one that points to
-that, and so on; every relation has one value, so the answer is unique. Names and facts are invented, so that nothing a
-model has read helps.
+A question is built backwards from its answer: an entity whose relation points to the answer replaces it, then an entity
+that points to that one, and so on. Every relation has one value, so the answer is unique. Names and facts are invented,
+so a model cannot know them from training.
 """
 
 import functools
@@ -62,7 +62,16 @@ _WORD = re.compile(r"[a-z0-9]+")
 
 @dataclass(frozen=True)
 class Entity:
-    """page: the id of its page. facts: the names of other entities by relation."""
+    """An entity of a world.
+
+    Attributes:
+        page: The id of its page.
+        kind: One of KINDS.
+        name: Unique in the world.
+        year: Stated on the page.
+        trait: One of SUBJECTS.
+        facts: Relation to the name of another entity.
+    """
 
     page: str
     kind: str
@@ -72,7 +81,7 @@ class Entity:
     facts: Mapping[str, str]
 
     def text(self) -> str:
-        """Its page."""
+        """The text of the page."""
         sentences = [TRAITS[self.kind][0].format(name=self.name, year=self.year, trait=self.trait)]
         for relation, value in self.facts.items():
             sentences.append(RELATIONS[self.kind][relation][1].format(name=self.name, value=value))
@@ -83,8 +92,11 @@ class Entity:
 class FactQuestion:
     """A question about a world.
 
-    path: (entity, relation) from the first look-up to the one whose value is the answer. first: the words that lead to
-    the first entity.
+    Attributes:
+        prompt: The question.
+        answer: The name of an entity.
+        path: (entity, relation) from the first look-up to the one whose value is the answer.
+        first: The words that identify the first entity.
     """
 
     prompt: str
@@ -94,7 +106,7 @@ class FactQuestion:
 
 
 class FactWorld:
-    """Entities by name, and a search over their pages by shared words, rare words first."""
+    """Entities by name, with a search over their pages that weights rare words higher."""
 
     def __init__(self, entities: list[Entity]):
         self.entities = {entity.name: entity for entity in entities}
@@ -107,7 +119,7 @@ class FactWorld:
                 self._sources[value].append((entity.name, relation))
 
     def search(self, query: str, most: int) -> list[str]:
-        """The ids of the pages that fit best, at most so many."""
+        """The ids of the best matching pages, at most `most`."""
         words = set(_WORD.findall(query.lower())) & set(self._num_pages)
         weights = {word: math.log(1 + len(self.pages) / self._num_pages[word]) for word in words}
         scores = {page: self._score(counts, weights) for page, counts in self._words.items()}
@@ -115,9 +127,12 @@ class FactWorld:
         return found[:most]
 
     def question(self, rng: random.Random, depth: int, obfuscation: int) -> FactQuestion | None:
-        """A question of `depth` hops, or None if this draw comes to nothing.
+        """Draws a question of `depth` hops; None if this draw fails.
 
-        obfuscation: 0 gives the first entity's name, 1 describes it instead, 2 is vague about the year, too.
+        Args:
+            rng: Source of randomness.
+            depth: Number of look-ups.
+            obfuscation: 0 names the first entity, 1 describes it, 2 describes it with a range of years.
         """
         answer = name = rng.choice(list(self.entities))
         path: list[tuple[str, str]] = []
@@ -128,9 +143,10 @@ class FactWorld:
                 return None
             path.insert(0, rng.choice(sources))
             name = path[0][0]
-        words = first = self._described(rng, self.entities[name], obfuscation)
-        if words is None:
+        first = self._described(rng, self.entities[name], obfuscation)
+        if first is None:
             return None
+        words = first
         for entity, relation in path:
             words = RELATIONS[self.entities[entity].kind][relation][2].format(x=words)
         return FactQuestion(f"What is the name of {words}?", answer, tuple(path), first)
@@ -139,7 +155,7 @@ class FactWorld:
         return sum(weight * min(counts[word], 2) for word, weight in weights.items())
 
     def _described(self, rng: random.Random, entity: Entity, obfuscation: int) -> str | None:
-        """Words for an entity that fit no other one; None if there are none."""
+        """A description that fits only this entity; None if there is none."""
         if not obfuscation:
             return entity.name
         earliest = entity.year - rng.randint(0, 10) if obfuscation > 1 else entity.year
@@ -155,11 +171,11 @@ class FactWorld:
 
 @functools.lru_cache(maxsize=8)
 def fact_world(num_entities: int, seed: int) -> FactWorld:
-    """The world of that size and seed, always the same one."""
+    """The world of this size and seed (deterministic)."""
     rng = random.Random(f"facts {seed}")
     names = _names(rng, num_entities)
     kinds = [KINDS[number % len(KINDS)] for number in range(num_entities)]
-    of_kind = {kind: [name for name, own in zip(names, kinds, strict=True) if own == kind] for kind in KINDS}
+    of_kind = {kind: [name for name, its_kind in zip(names, kinds, strict=True) if its_kind == kind] for kind in KINDS}
     numbers = rng.sample(range(1000, 1000 + 9 * num_entities), num_entities)
     entities = []
     for name, kind, number in zip(names, kinds, numbers, strict=True):
@@ -172,7 +188,7 @@ def fact_world(num_entities: int, seed: int) -> FactWorld:
 
 
 def _names(rng: random.Random, count: int) -> list[str]:
-    """Invented names of two words, no word in two of them."""
+    """Invented names of two words; no word is used twice."""
     words: list[str] = []
     seen = set(SUBJECTS)
     while len(words) < 2 * count:

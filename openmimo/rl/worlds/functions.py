@@ -1,6 +1,7 @@
-"""Small Python functions with makers of arguments, to be broken by `mutations`. All end whatever is broken: no `while`.
+"""Templates of small Python functions with argument generators, for `mutations` to break.
 
-Each template has a number `$K` that is drawn, so that there are many different functions.
+No template has a `while` loop, so every mutant terminates. The number `$K` of a template is drawn, which gives many
+different functions.
 """
 
 import random
@@ -11,7 +12,15 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Template:
-    """source: with `$K` for a number. arguments(rng, k): the arguments of one test. least, most: the numbers."""
+    """A function template.
+
+    Attributes:
+        name: Of the function.
+        source: Python source with `$K` for a number.
+        arguments: `arguments(rng, k)` draws the arguments of one test.
+        least: Smallest `$K`.
+        most: Largest `$K`.
+    """
 
     name: str
     source: str

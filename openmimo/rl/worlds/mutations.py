@@ -1,4 +1,4 @@
-"""Breaks a function in one place, in several kinds of ways: the bugs that code agents are to mend (section 4.3.2)."""
+"""Mutations of a function in one place: the bugs that code agents must fix (section 4.3.2)."""
 
 import ast
 from typing import NamedTuple
@@ -12,31 +12,36 @@ KINDS = ("comparison", "arithmetic", "constant", "logic", "negation", "omission"
 
 
 class Mutant(NamedTuple):
-    """kind: one of KINDS. source: of the whole function, broken."""
+    """A mutated function.
+
+    Attributes:
+        kind: One of KINDS.
+        source: Source of the function with the bug.
+    """
 
     kind: str
     source: str
 
 
 def mutants_of(source: str) -> list[Mutant]:
-    """All ways to break a function in one place, in a fixed order; some may make no difference to what it does."""
+    """All mutants of a function, in a fixed order. Some may behave like the original."""
     found = []
     for number, node in enumerate(ast.walk(ast.parse(source))):
         for kind in KINDS if isinstance(node, _BREAKABLE) else ():
             tree = ast.parse(source)
-            same = next(other for place, other in enumerate(ast.walk(tree)) if place == number)
+            same = next(other for index, other in enumerate(ast.walk(tree)) if index == number)
             if _break(same, kind):
                 found.append(Mutant(kind, ast.unparse(tree) + "\n"))
     return [mutant for mutant in dict.fromkeys(found) if mutant.source != normal_form(source)]
 
 
 def normal_form(source: str) -> str:
-    """A source as `mutants_of` writes it, unbroken."""
+    """The original source in the format of `mutants_of`."""
     return ast.unparse(ast.parse(source)) + "\n"
 
 
 def _break(node: ast.AST, kind: str) -> bool:
-    """Changes a node in one way, if it is one that can be."""
+    """Applies a mutation of this kind to a node. Returns False if it does not apply."""
     match node, kind:
         case ast.Compare(ops=[operator]), "comparison" if type(operator) in _COMPARISONS:
             node.ops = [_COMPARISONS[type(operator)]()]
@@ -57,7 +62,7 @@ def _break(node: ast.AST, kind: str) -> bool:
 
 
 def _omit(node: ast.For | ast.If) -> bool:
-    """Leaves out the last statement of a block that has others."""
+    """Removes the last statement of a block with several."""
     if len(node.body) < 2:
         return False
     node.body = node.body[:-1]

@@ -1,7 +1,7 @@
-"""Generated small repositories with one bug, an issue that reports it, and hidden tests that find it (section 4.3.2).
+"""Generated small repositories with one bug, an issue that reports it, and hidden tests that detect it (section 4.3.2).
 
-There is no history to find the mend in: no `.git`, no backup, and all files are of one fixed time (appendix B). The
-hidden tests are calls with their right values, and are no part of the repository.
+No history reveals the fix: there is no `.git` and no backup, and all files have one fixed time (appendix B). The hidden
+tests are calls with their expected values; they are not part of the repository.
 """
 
 import functools
@@ -25,7 +25,7 @@ MODULES = ("numbers", "series", "tables", "basics", "parts", "pieces")
 
 @dataclass(frozen=True)
 class HiddenTest:
-    """A call of the broken function, and what the right one gives."""
+    """A call of the function, and the value that the correct function returns."""
 
     arguments: tuple[Any, ...]
     expected: Any
@@ -36,15 +36,16 @@ class Repository:
     """A repository with one bug.
 
     Attributes:
-        issue: What is reported.
+        issue: The bug report.
         files: The repository, by path.
         module: The dotted module of the function.
         function: Its name.
         path: The file with the bug.
-        broken, whole: The function's source with the bug and without.
-        kind: Of the bug, one of `mutations.KINDS`.
+        broken: Source of the function with the bug.
+        whole: Source of the correct function.
+        kind: Kind of the bug, one of `mutations.KINDS`.
         tests: The hidden tests.
-        groups: The tests by how many bugs each finds, the easiest first (MiMo-7B, section 3.3.1).
+        groups: The tests grouped by the number of bugs that each detects, easiest first (MiMo-7B, section 3.3.1).
     """
 
     issue: str
@@ -61,7 +62,7 @@ class Repository:
 
 @dataclass(frozen=True)
 class _Function:
-    """A whole function, its tests, and the bugs that at least one test finds. passed: bool [bugs, tests]."""
+    """A correct function, its tests, and the mutants that at least one test detects. passed: bool [mutants, tests]."""
 
     template: Template
     source: str
@@ -71,7 +72,7 @@ class _Function:
 
 
 def make_repository(rng: random.Random, num_functions: int) -> Repository:
-    """A repository of so many functions in one module. The issue depends on the bug only."""
+    """A repository with `num_functions` functions in one module. The issue depends on the bug only."""
     templates = rng.sample(TEMPLATES, min(num_functions, len(TEMPLATES)))
     sources = [_function(template.name, rng.randint(template.least, template.most)) for template in templates]
     chosen = sources[0]
@@ -109,7 +110,7 @@ def _function(name: str, k: int) -> _Function:
 
 
 def _loaded(source: str, name: str) -> Callable[..., Any]:
-    """The function of a source of this package's own making, broken or not; never of what a model wrote."""
+    """Loads a function from a source of this package (original or mutant), never from model-written text."""
     scope: dict[str, Any] = {}
     exec(compile(source, name, "exec", dont_inherit=True), scope)
     return scope[name]
@@ -127,11 +128,11 @@ def _outcome(function: Callable[..., Any], arguments: Sequence[Any]) -> str:
 
 
 def _issue(name: str, tests: Sequence[HiddenTest], mutant: Mutant, passed: Sequence[bool]) -> str:
-    """The first call that goes wrong, and the order to mend it."""
+    """The issue text: the first failing call, and the request to fix it."""
     test = next(test for test, is_right in zip(tests, passed, strict=True) if not is_right)
     call = f"{name}({', '.join(map(repr, test.arguments))})"
-    given = _outcome(_loaded(mutant.source, name), test.arguments)
+    returned = _outcome(_loaded(mutant.source, name), test.arguments)
     return (
-        f"`{name}` does not do what its docstring says: `{call}` should give `{test.expected!r}`, but it gives "
-        f"`{given}`. Find the bug, mend it for all arguments, and call `finish`."
+        f"`{name}` does not do what its docstring says: `{call}` should return `{test.expected!r}`, but it returns "
+        f"`{returned}`. Find the bug, fix it for all arguments, and call `finish`."
     )
