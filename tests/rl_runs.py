@@ -126,12 +126,13 @@ def run(config: RlConfig, *, report: bool = False) -> Path:
 
     report: draw its figures too, which takes longer than the run.
     """
+    names = ("token_ids", "logprobs", "versions")
     real, write_report = RlRun._learn, run_module.write_report
 
     def learn(own, batch):
         reports = real(own, batch)
         samples = [
-            (sample.info["sample_id"], sample.token_ids, sample.logprobs, sample.versions, sample.reward)
+            (sample.info["sample_id"], *(getattr(sample, name).tolist() for name in names), sample.reward)
             for group in batch
             for sample in group
         ]

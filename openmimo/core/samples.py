@@ -1,68 +1,143 @@
-"""What post-training learns from: token sequences with one number per token for everything that is known of them.
+"""The records of post-training: token sequences with one number per token for each property, as NumPy arrays.
 
-Rollouts make samples, algorithms annotate them, the trainer only reads the annotations. Text is never tokenized again.
+Rollouts make samples, algorithms annotate them, the trainer reads the annotations. Text is never tokenized again.
 """
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, fields
 from typing import Any
 
+import numpy as np
 
-@dataclass
+TOKEN_DTYPES = {
+    "token_ids": np.dtype(np.int32),
+    "loss_mask": np.dtype(np.bool_),
+    "logprobs": np.dtype(np.float64),
+    "versions": np.dtype(np.int32),
+    "advantages": np.dtype(np.float64),
+    "weights": np.dtype(np.float64),
+    "teacher_logprobs": np.dtype(np.float64),
+}
+ANNOTATIONS = ("advantages", "weights", "teacher_logprobs")
+
+
+@dataclass(eq=False)
 class Sample:
-    """One sequence of the policy. Lists have one entry per token of `token_ids`; entry i belongs to token i.
+    """One sequence of the policy. Entry i of a per-token array belongs to token i; T tokens.
+
+    Per-token arrays accept any sequence of numbers when they are set, and are stored with the dtype of `TOKEN_DTYPES`.
+    Log-probabilities and annotations are float64: it holds every float32 value of the engine and the trainer exactly.
 
     Attributes:
-        token_ids: The prompt, what the policy wrote, and what tools answered, in order.
-        loss_mask: Which tokens the policy wrote. Only these are ever part of a loss or of a mean.
-        logprobs: log μ(token | tokens before), by the policy that sampled it, at its temperature; 0.0 outside the mask.
-        versions: The policy version that sampled the token; -1 outside the mask.
+        token_ids: int32 [T]. The prompt, the tokens of the policy and the responses of tools, in order.
+        loss_mask: bool [T]. The tokens that the policy wrote. Only these enter a loss or a mean.
+        logprobs: float64 [T]. log μ(token | tokens before) of the policy that sampled it, at its temperature; 0.0
+            outside the mask.
+        versions: int32 [T]. The policy version that sampled the token; -1 outside the mask.
         domain: The data source, which names the teacher.
         group: The same for all samples of one prompt.
-        reward: The verifier's, 0 to 1; NaN where there is none: while the sample is written, and where it failed.
-        finish_reason: "stop", "length", "repetition", "context" (it went on in another one), "error" (infrastructure
-            failed: never learned from), or "too_long" (its prompt is: nothing was sampled).
+        reward: Of the verifier, 0 to 1; NaN while the sample is written, and where verification failed.
+        finish_reason: "stop", "length", "repetition", "context" (the episode continued in another context), "error"
+            (the infrastructure failed: never learned from), or "too_long" (the prompt is: nothing was sampled).
         temperature: At which it was sampled; log-probabilities of every model are taken at it.
-        routed_experts: NumPy array [len(token_ids) - 1, sparse layers, experts a token] of the pass that sampled (R3);
-            -1 where unknown; None if there are no experts or nothing was recorded.
-        advantages: Annotation: how much better than expected each token was.
-        weights: Annotation: what share of the step's loss each token has; 0 outside the mask.
-        teacher_logprobs: Annotation: log of the domain's teacher for the token; NaN where it gave none.
-        episode: The same for the samples that one episode made, when its context was replaced; "": it made this alone.
-        earlier: The episode's contexts before this one, oldest first. They have its reward.
-        info: For people: the problem's id, counters of the environment.
+        routed_experts: Integers [T - 1, sparse layers, experts a token] of the pass that sampled (R3); -1 where
+            unknown; None if there are no experts or nothing was recorded.
+        advantages: Annotation, float64 [T] or empty: how much better than expected each token was.
+        weights: Annotation, float64 [T] or empty: the share of each token in the loss of the step; 0 outside the mask.
+        teacher_logprobs: Annotation, float64 [T] or empty: log-probability by the teacher of the domain; NaN where it
+            gave none.
+        episode: The same for the samples of one episode whose context was replaced; "" for an episode of one sample.
+        earlier: The earlier contexts of the episode, oldest first. They have its reward.
+        info: For people: the id of the problem, counters of the environment.
+
+    Raises:
+        ValueError: Arrays of different lengths, or numbers that a dtype does not hold.
     """
 
-    token_ids: list[int]
-    loss_mask: list[bool]
-    logprobs: list[float]
-    versions: list[int]
+    token_ids: np.ndarray
+    loss_mask: np.ndarray
+    logprobs: np.ndarray
+    versions: np.ndarray
     domain: str = ""
     group: str = ""
-    reward: float = float("nan")
+    reward: float = math.nan
     finish_reason: str = ""
     temperature: float = 1.0
-    routed_experts: Any = None
-    advantages: list[float] = field(default_factory=list)
-    weights: list[float] = field(default_factory=list)
-    teacher_logprobs: list[float] = field(default_factory=list)
+    routed_experts: np.ndarray | None = None
+    advantages: np.ndarray = ()
+    weights: np.ndarray = ()
+    teacher_logprobs: np.ndarray = ()
     episode: str = ""
     earlier: list["Sample"] = field(default_factory=list)
     info: dict[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        lengths = {name: len(getattr(self, name)) for name in TOKEN_DTYPES}
+        allowed = {name: {len(self), 0} if name in ANNOTATIONS else {len(self)} for name in lengths}
+        wrong = [f"{lengths[name]} {name}" for name in lengths if lengths[name] not in allowed[name]]
+        if wrong:
+            raise ValueError(f"A sample of group {self.group!r} has {len(self)} tokens, but {', '.join(wrong)}.")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        dtype = TOKEN_DTYPES.get(name)
+        super().__setattr__(name, value if dtype is None else _token_array(name, value, dtype))
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Sample):
+            return NotImplemented
+        return all(_are_equal(getattr(self, own.name), getattr(other, own.name)) for own in fields(self))
+
+    __hash__ = None
+
     @property
     def num_answer_tokens(self) -> int:
         """Tokens that the policy wrote."""
-        return sum(self.loss_mask)
+        return int(np.count_nonzero(self.loss_mask))
 
-    def written_versions(self) -> list[int]:
-        """The policy version of each token that the policy wrote, in all contexts."""
-        return [
-            version
-            for context in self.contexts()
-            for version, is_written in zip(context.versions, context.loss_mask, strict=True)
-            if is_written
-        ]
+    @property
+    def prompt_length(self) -> int:
+        """Tokens before the first one that the policy wrote; all of them if it wrote none."""
+        return int(self.loss_mask.argmax()) if self.loss_mask.any() else len(self)
+
+    def written_versions(self) -> np.ndarray:
+        """The policy version of each token that the policy wrote, in all contexts, int32."""
+        return np.concatenate([context.versions[context.loss_mask] for context in self.contexts()])
 
     def contexts(self) -> list["Sample"]:
         """All contexts of the episode, this one the last."""
         return [*self.earlier, self]
+
+
+def _token_array(name: str, values: Any, dtype: np.dtype) -> np.ndarray:
+    """The values as an array [T] of the dtype; the same object if it is one.
+
+    Raises:
+        ValueError: The dtype cannot hold the values.
+    """
+    array = np.asarray(values)
+    if array.dtype == dtype and array.ndim == 1:
+        return array
+    if array.size == 0:
+        return np.zeros(0, dtype)
+    with np.errstate(invalid="ignore"):
+        converted = array.astype(dtype)
+    if array.ndim != 1 or not np.array_equal(converted, array, equal_nan=array.dtype.kind == "f"):
+        raise ValueError(
+            f"Sample.{name} must be numbers [tokens] that {dtype} holds; it is {array.dtype} {array.shape}."
+        )
+    return converted
+
+
+def _are_equal(own: Any, other: Any) -> bool:
+    """Equality in which NaN equals NaN and arrays of different dtypes differ."""
+    if isinstance(own, np.ndarray) or isinstance(other, np.ndarray):
+        same_kind = isinstance(own, np.ndarray) and isinstance(other, np.ndarray) and own.dtype == other.dtype
+        return same_kind and np.array_equal(own, other, equal_nan=own.dtype.kind == "f")
+    is_nan = isinstance(own, float) and math.isnan(own)
+    return own == other or (is_nan and isinstance(other, float) and math.isnan(other))

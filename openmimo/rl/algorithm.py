@@ -6,7 +6,7 @@ The trainer knows nothing else of it. Settings are frozen dataclasses of plain v
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -122,7 +122,7 @@ class RatioOptions(PolicyOptions):
             )
 
 
-Annotate = Callable[[list[Sample], Any, list[list[float]]], None]
+Annotate = Callable[[list[Sample], Any, Sequence[Sequence[float]]], None]
 
 
 @dataclass(frozen=True)

@@ -148,7 +148,7 @@ class RlRun:
         update = self._learn(batch)
         learned = time.perf_counter()
         self.step += 1
-        self.tokens += sum(len(context.token_ids) for sample in samples for context in sample.contexts())
+        self.tokens += sum(len(context) for sample in samples for context in sample.contexts())
         self.rollouts.update_weights(self.step)
         values = _sample_metrics(samples) | {"learned_samples": sum(map(self._has_lesson, samples))}
         values |= {f"scheduler/{name}": value for name, value in report.items()}
@@ -166,9 +166,8 @@ class RlRun:
         """Whether an annotated sample moved the policy: it has weight and, where they count, an advantage not 0."""
         by_divergence = self.teaching is not None and self.teaching.objective is not None
         return any(
-            weight and (by_divergence or advantage)
+            bool(((context.weights != 0) & (by_divergence | (context.advantages != 0))).any())
             for context in sample.contexts()
-            for weight, advantage in zip(context.weights, context.advantages, strict=True)
         )
 
     def _warn_if_nothing_was_learned(self, values: dict[str, Any]) -> None:

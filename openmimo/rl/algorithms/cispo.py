@@ -1,5 +1,6 @@
 """CISPO: the ratio is a clipped weight, so that no token loses its gradient (MiniMax-M1, 2506.13585)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,7 +29,7 @@ class Options(RatioOptions):
             raise ConfigError(f"low_ratio {self.low_ratio} and high_ratio {self.high_ratio} must be 0 <= low < high.")
 
 
-def annotate(samples: list[Sample], options: Options, policy_logprobs: list[list[float]]) -> None:
+def annotate(samples: list[Sample], options: Options, policy_logprobs: Sequence[Sequence[float]]) -> None:
     """(reward - mean) / std over the group."""
     annotate_outcomes(samples, options, grpo_advantages)
 

@@ -1,5 +1,6 @@
 """Dr. GRPO: no division by the std of a group, nor by the length of an answer (2503.20783)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,7 +25,7 @@ class Options(RatioOptions):
     high: NonNegativeFloat = 0.2
 
 
-def annotate(samples: list[Sample], options: Options, policy_logprobs: list[list[float]]) -> None:
+def annotate(samples: list[Sample], options: Options, policy_logprobs: Sequence[Sequence[float]]) -> None:
     """reward - mean over the group."""
     annotate_outcomes(samples, options, dr_grpo_advantages)
 

@@ -1,6 +1,7 @@
 """GRPO as MiMo-7B uses it: every token the same weight, clip-higher, no KL term (2505.07608, section 3.3)."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated
@@ -31,7 +32,7 @@ class Options(RatioOptions):
     epsilon: PositiveFloat = 1e-6
 
 
-def annotate(samples: list[Sample], options: Options, policy_logprobs: list[list[float]]) -> None:
+def annotate(samples: list[Sample], options: Options, policy_logprobs: Sequence[Sequence[float]]) -> None:
     """(reward - mean) / std over the group."""
     annotate_outcomes(samples, options, partial(grpo_advantages, epsilon=options.epsilon))
 

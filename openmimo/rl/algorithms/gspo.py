@@ -1,5 +1,6 @@
 """GSPO: the policy ratio, its clipping and the average are those of whole sequences (2507.18071)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -26,7 +27,7 @@ class Options(RatioOptions):
     high: NonNegativeFloat = 4e-4
 
 
-def annotate(samples: list[Sample], options: Options, policy_logprobs: list[list[float]]) -> None:
+def annotate(samples: list[Sample], options: Options, policy_logprobs: Sequence[Sequence[float]]) -> None:
     """(reward - mean) / std over the group."""
     annotate_outcomes(samples, options, grpo_advantages)
 

@@ -3,6 +3,7 @@
 N policy-written tokens, B samples.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -47,7 +48,7 @@ class Options:
         check_fields(self, "algorithm_options")
 
 
-def annotate(samples: list[Sample], options: Options, policy_logprobs: list[list[float]]) -> None:
+def annotate(samples: list[Sample], options: Options, policy_logprobs: Sequence[Sequence[float]]) -> None:
     """Advantages of equations 8 and 9, weights of equation 7: 1 / (B |y|), then balanced over domains.
 
     Equation 8 has the policy of the moment: with several updates on the same samples, annotate again before each.

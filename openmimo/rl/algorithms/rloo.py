@@ -1,5 +1,6 @@
 """RLOO: REINFORCE against the mean reward of the other answers, which leaves it unbiased (2402.14740)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,7 +22,7 @@ class Options(PolicyOptions):
     normalization: Literal["token", "sequence", "constant"] = "constant"
 
 
-def annotate(samples: list[Sample], options: Options, policy_logprobs: list[list[float]]) -> None:
+def annotate(samples: list[Sample], options: Options, policy_logprobs: Sequence[Sequence[float]]) -> None:
     """reward - mean reward of the others in the group."""
     annotate_outcomes(samples, options, rloo_advantages)
 

@@ -5,6 +5,7 @@ N policy-written tokens of the learnable samples of a step, B learnable samples,
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 
 from openmimo.core.samples import Sample
@@ -40,17 +41,21 @@ def episode_lengths(samples: list[Sample]) -> torch.Tensor:
     return torch.tensor(lengths, dtype=torch.int64)
 
 
-def written_values(samples: list[Sample], values: list[list[float]], *, what: str) -> torch.Tensor:
-    """The entries of policy-written tokens, float64 [N]. Raises ValueError if a list is not aligned with token_ids."""
-    written: list[float] = []
+def written_values(samples: list[Sample], values: Sequence[Sequence[float]], *, what: str) -> torch.Tensor:
+    """The entries of policy-written tokens, float64 [N].
+
+    Raises:
+        ValueError: The values of a sample are not aligned with its tokens.
+    """
+    written = [np.zeros(0)]
     for index, (sample, own) in enumerate(zip(samples, values, strict=True)):
-        if not len(own) == len(sample.loss_mask) == len(sample.token_ids):
+        if not len(own) == len(sample.loss_mask) == len(sample):
             raise ValueError(
-                f"Sample {index} of group {sample.group!r} has {len(sample.token_ids)} tokens, a loss mask of "
+                f"Sample {index} of group {sample.group!r} has {len(sample)} tokens, a loss mask of "
                 f"{len(sample.loss_mask)} and {len(own)} {what}; entry i of each must belong to token i."
             )
-        written += [value for value, is_written in zip(own, sample.loss_mask, strict=True) if is_written]
-    return torch.tensor(written, dtype=torch.float64)
+        written.append(np.asarray(own, np.float64)[sample.loss_mask])
+    return torch.from_numpy(np.concatenate(written))
 
 
 def outcome_advantages(
@@ -77,11 +82,20 @@ def outcome_advantages(
 
 def write_annotations(samples: list[Sample], advantages_N: torch.Tensor, weights_N: torch.Tensor) -> None:
     """Fills `advantages` and `weights` of all samples: 0 outside the loss mask, and for samples not learned from."""
-    advantages, weights = iter(advantages_N.tolist()), iter(weights_N.tolist())
+    start = 0
     for sample in samples:
-        mask = sample.loss_mask if is_learnable(sample) else [False] * len(sample.loss_mask)
-        sample.advantages = [next(advantages) if is_written else 0.0 for is_written in mask]
-        sample.weights = [next(weights) if is_written else 0.0 for is_written in mask]
+        stop = start + (sample.num_answer_tokens if is_learnable(sample) else 0)
+        sample.advantages = spread(sample, advantages_N[start:stop])
+        sample.weights = spread(sample, weights_N[start:stop])
+        start = stop
+
+
+def spread(sample: Sample, values_N: torch.Tensor) -> np.ndarray:
+    """Values of the policy-written tokens of a sample as float64 [T], 0.0 elsewhere; all 0.0 for no values."""
+    values = np.zeros(len(sample))
+    if len(values_N):
+        values[sample.loss_mask] = values_N.double().cpu().numpy()
+    return values
 
 
 def annotate_outcomes(

@@ -8,7 +8,7 @@ T packed tokens, N policy-written tokens of a micro-batch, D model dim, V vocabu
 """
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,6 +18,7 @@ from openmimo.core.samples import Sample
 from openmimo.kernels.token_loss import token_logprobs
 from openmimo.model.context import PackedContext, RoutingTape
 from openmimo.model.mimo import Hidden, MiMo
+from openmimo.rl.learning.annotation import spread
 from openmimo.rl.learning.shared_prompt import PromptGroup, SharedPromptContext
 from openmimo.rl.losses.diagnostics import batch_diagnostics
 from openmimo.rl.losses.tokens import TokenBatch
@@ -62,14 +63,13 @@ class PackedSamples:
         return PackedContext(self.lengths, device=self.tokens_T.device, routing=routing)
 
     def routes(self, model: MiMo) -> dict[int, torch.Tensor]:
-        """Recorded routes by layer, int64 [T, A]; see `replayed_routes`."""
-        return {layer: routes_TA[self.source_T] for layer, routes_TA in replayed_routes(model, self.samples).items()}
+        """Recorded routes by layer, int16 [T, A]; see `replayed_routes`."""
+        return replayed_routes(model, self.samples, source_T=self.source_T)
 
-    def written(self, values: Callable[[Sample], list[float]], dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """The entries of the written tokens in a list that each sample has, [N]."""
-        kept = [value for sample in self.samples for value, is_in in zip(values(sample), sample.loss_mask, strict=True)
-                if is_in]  # fmt: skip
-        return torch.tensor(kept, dtype=dtype, device=self.tokens_T.device)
+    def written(self, values: Callable[[Sample], np.ndarray], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The entries of the written tokens in a per-token array of each sample, [N]."""
+        kept = np.concatenate([np.asarray(values(sample))[sample.loss_mask] for sample in self.samples])
+        return torch.from_numpy(kept).to(self.tokens_T.device, dtype)
 
 
 @dataclass(frozen=True)
@@ -136,8 +136,8 @@ class PolicyTrainer:
         self._probe: list[Sample] = []  # of the newest step that was taken
 
     @torch.no_grad()
-    def logprobs(self, samples: list[Sample]) -> list[list[float]]:
-        """log π of each sample's written tokens at its temperature, aligned with token_ids; 0.0 outside the mask."""
+    def logprobs(self, samples: list[Sample]) -> list[np.ndarray]:
+        """log π of the tokens of each sample at its temperature, float64 [T]; 0.0 outside the mask."""
         return score_samples(
             self.model, samples, tokens_per_microbatch=self.tokens_per_microbatch, replay=self.replay_routing
         )
@@ -149,7 +149,7 @@ class PolicyTrainer:
         *,
         learning_rate: float,
         version: int,
-        old_logprobs: list[list[float]] | None = None,
+        old_logprobs: Sequence[Sequence[float]] | None = None,
         pack_key: Callable[[Sample], str] = lambda sample: "",
         gate: Mapping[str, float] | None = None,
     ) -> UpdateReport:
@@ -162,7 +162,7 @@ class PolicyTrainer:
         gate = gate or {}
         report, sums = UpdateReport(), {}
         losses = [torch.zeros((), device=self.model.device)]
-        learned = sorted((sample for sample in samples if any(sample.weights)), key=pack_key)
+        learned = sorted((sample for sample in samples if sample.weights.any()), key=pack_key)
         old = {id(sample): own for sample, own in zip(samples, old_logprobs or [], strict=bool(old_logprobs))}
         written = sum(sample.num_answer_tokens for sample in learned)
         with_heads = bool(self.mtp_weight and self.model.config.num_mtp_heads)  # which read tokens across the seam
@@ -218,7 +218,7 @@ class PolicyTrainer:
         context = pack.context(routing)
         return context, self.model(pack.tokens_T, context)
 
-    def _tokens(self, pack: PackedSamples, hidden: Hidden, version: int, old: dict[int, list[float]]) -> Forward:
+    def _tokens(self, pack: PackedSamples, hidden: Hidden, version: int, old: dict[int, np.ndarray]) -> Forward:
         states_ND = hidden.post_norm_TD[pack.rows_N]
         logprobs_N = _logprobs(self.model, states_ND, pack)
         versions_N = pack.written(lambda sample: sample.versions, dtype=torch.int64)
@@ -259,13 +259,14 @@ def weighted_sum(token_losses: Callable[[TokenBatch], torch.Tensor]) -> Objectiv
 @torch.no_grad()
 def score_samples(
     model: MiMo, samples: list[Sample], *, tokens_per_microbatch: int = 8192, replay: bool = True
-) -> list[list[float]]:
-    """log-probabilities of the written tokens under `model`, aligned with token_ids; 0.0 outside the mask."""
+) -> list[np.ndarray]:
+    """Log-probabilities of the tokens of each sample under `model`, float64 [T]; 0.0 outside the mask."""
     scores = []
     for pack in packs(samples, tokens_per_microbatch, device=model.device, share_prompts=True):
         hidden = model(pack.tokens_T, pack.context(RoutingTape(replayed=pack.routes(model) if replay else {})))
-        written = iter(_logprobs(model, hidden.post_norm_TD[pack.rows_N], pack).tolist())
-        scores += [[next(written) if is_in else 0.0 for is_in in sample.loss_mask] for sample in pack.samples]
+        logprobs_N = _logprobs(model, hidden.post_norm_TD[pack.rows_N], pack).cpu()
+        counts = [sample.num_answer_tokens for sample in pack.samples]
+        scores += map(spread, pack.samples, logprobs_N.split(counts))
     return scores
 
 
@@ -284,12 +285,12 @@ def packs(
     waiting: list[Sample] = []
     size = 0
     for sample in samples:
-        new = len(sample.token_ids)
-        if share_prompts and waiting and (prompt := _prompt(sample)) and prompt == _prompt(waiting[-1]):
-            new -= prompt[0]
+        new = len(sample)
+        if share_prompts and waiting and _have_one_prompt(waiting[-1], sample):
+            new -= sample.prompt_length
         if waiting and (size + new > tokens_per_pack or key(waiting[0]) != key(sample)):
             yield pack_samples(waiting, device=device, share_prompts=share_prompts)
-            waiting, size, new = [], 0, len(sample.token_ids)
+            waiting, size, new = [], 0, len(sample)
         waiting.append(sample)
         size += new
     if waiting:
@@ -298,34 +299,32 @@ def packs(
 
 def pack_samples(samples: list[Sample], *, device: torch.device, share_prompts: bool = False) -> PackedSamples:
     """One pack of these samples. The first token of a sample cannot have been written: nothing predicts it."""
-    groups, source, rows, origin = [], [], [], 0
+    groups, source, rows, origin, start = [], [], [], 0, 0
     for members in _members(samples, share_prompts):
-        prompt = len(members[0].token_ids) if len(members) == 1 else members[0].loss_mask.index(True)
-        start = len(source)  # of the prompt in the pack
-        source += range(origin, origin + prompt)
-        answers = []
+        prompt = len(members[0]) if len(members) == 1 else members[0].prompt_length
+        source.append(np.arange(origin, origin + prompt))
+        answer_start, answers = start + prompt, []
         for sample in members:
-            answer_start = len(source)
-            answers.append(len(sample.token_ids) - prompt)
-            source += range(origin + prompt, origin + len(sample.token_ids))
-            origin += len(sample.token_ids)
-            for place in _written_places(sample):
-                before = place - 1
-                rows.append(start + before if before < prompt else answer_start + before - prompt)
+            answers.append(len(sample) - prompt)
+            source.append(np.arange(origin + prompt, origin + len(sample)))
+            before = _written_places(sample) - 1
+            rows.append(np.where(before < prompt, start + before, answer_start + before - prompt))
+            origin += len(sample)
+            answer_start += answers[-1]
         groups.append(PromptGroup(prompt, tuple(answers) if len(members) > 1 else ()))
-    places = [_written_places(sample) for sample in samples]
-    counts = torch.tensor([len(own) for own in places], device=device)
-    labels = [sample.token_ids[place] for sample, own in zip(samples, places, strict=True) for place in own]
-    tokens = torch.tensor([token for sample in samples for token in sample.token_ids], device=device)
-    source_T = torch.tensor(source, dtype=torch.int64, device=device)
+        start = answer_start
+    tokens = np.concatenate([sample.token_ids for sample in samples]).astype(np.int64)
+    labels = np.concatenate([sample.token_ids[sample.loss_mask] for sample in samples]).astype(np.int64)
+    counts = torch.tensor([sample.num_answer_tokens for sample in samples], device=device)
     temperatures = torch.tensor([sample.temperature for sample in samples], dtype=torch.float32, device=device)
+    source_T = np.concatenate(source)
     return PackedSamples(
         samples=samples,
-        tokens_T=tokens[source_T],
+        tokens_T=torch.from_numpy(tokens[source_T]).to(device),
         groups=tuple(groups),
-        source_T=source_T,
-        rows_N=torch.tensor(rows, dtype=torch.int64, device=device),
-        labels_N=torch.tensor(labels, dtype=torch.int64, device=device),
+        source_T=torch.from_numpy(source_T).to(device),
+        rows_N=torch.from_numpy(np.concatenate(rows)).to(device),
+        labels_N=torch.from_numpy(labels).to(device),
         sequence_N=torch.arange(len(samples), device=device).repeat_interleave(counts),
         temperature_N=temperatures.repeat_interleave(counts),
     )
@@ -335,53 +334,66 @@ def _members(samples: list[Sample], share_prompts: bool) -> list[list[Sample]]:
     """Neighbors with the same prompt together, if prompts are shared; otherwise each alone."""
     members: list[list[Sample]] = []
     for sample in samples:
-        prompt = _prompt(sample) if share_prompts else None
-        if prompt and members and prompt == _prompt(members[-1][-1]):
+        if share_prompts and members and _have_one_prompt(members[-1][-1], sample):
             members[-1].append(sample)
         else:
             members.append([sample])
     return members
 
 
-def _prompt(sample: Sample) -> tuple[int, tuple[int, ...], bytes] | None:
-    """Length, tokens and routes of what stands before the first written token; None if nothing was written."""
-    if True not in sample.loss_mask:
-        return None
-    length = sample.loss_mask.index(True)
-    routes = b"" if sample.routed_experts is None else np.asarray(sample.routed_experts)[:length].tobytes()
-    return length, tuple(sample.token_ids[:length]), routes
+def _have_one_prompt(one: Sample, other: Sample) -> bool:
+    """Whether the tokens before the first written one, and their routes, are the same; False if nothing was written."""
+    length = one.prompt_length
+    if length == len(one) or length != other.prompt_length or length == len(other):
+        return False
+    if (one.routed_experts is None) != (other.routed_experts is None):
+        return False
+    return np.array_equal(one.token_ids[:length], other.token_ids[:length]) and (
+        one.routed_experts is None or np.array_equal(one.routed_experts[:length], other.routed_experts[:length])
+    )
 
 
-def _written_places(sample: Sample) -> list[int]:
-    places = [place for place, is_in in enumerate(sample.loss_mask) if is_in]
-    if places[:1] == [0]:
+def _written_places(sample: Sample) -> np.ndarray:
+    if sample.loss_mask[:1].any():
         raise ValueError(f"A sample of group {sample.group!r} has its first token in the loss mask.")
-    return places
+    return np.flatnonzero(sample.loss_mask)
 
 
-def replayed_routes(model: MiMo, samples: list[Sample]) -> dict[int, torch.Tensor]:
-    """Recorded routes of a pack by layer, int64 [T, A]; -1, and so the router's own choice, where there are none.
+def replayed_routes(
+    model: MiMo, samples: list[Sample], *, source_T: torch.Tensor | None = None
+) -> dict[int, torch.Tensor]:
+    """Recorded routes of samples by layer, int16 [T, A]; -1, and so the choice of the router, where there are none.
 
-    The last token of a sample is never read by the engine, so it has no row there.
+    The engine never reads the last token of a sample, so it has no row there.
+
+    Args:
+        source_T: Which tokens of the samples, one after another, to take (None: all).
+
+    Raises:
+        ValueError: Routes of another model.
     """
     layers = sorted(model.routers())
     if not layers or all(sample.routed_experts is None for sample in samples):
         return {}
-    active = model.config.moe.experts_per_token
-    rows = []
+    total = sum(map(len, samples))
+    routes_TLA = np.full((total, len(layers), model.config.moe.experts_per_token), NOT_RECORDED, dtype=np.int16)
+    start = 0
     for sample in samples:
-        routes = np.full((len(sample.token_ids), len(layers), active), NOT_RECORDED, dtype=np.int64)
+        own = routes_TLA[start : start + len(sample)]
+        start += len(sample)
         if sample.routed_experts is not None:
-            recorded = np.asarray(sample.routed_experts)
-            if recorded.shape[1:] != routes.shape[1:] or len(recorded) > len(routes):
+            recorded = sample.routed_experts
+            if recorded.shape[1:] != own.shape[1:] or len(recorded) > len(own):
                 raise ValueError(
-                    f"A sample of group {sample.group!r} has routes of shape {recorded.shape}; its {len(routes)} "
-                    f"tokens and this model need at most {routes.shape}."
+                    f"A sample of group {sample.group!r} has routes of shape {recorded.shape}; its {len(own)} "
+                    f"tokens and this model need at most {own.shape}."
                 )
-            routes[: len(recorded)] = recorded
-        rows.append(routes)
-    routes_TLA = torch.from_numpy(np.concatenate(rows)).to(model.device)
-    return {layer: routes_TLA[:, place].contiguous() for place, layer in enumerate(layers)}
+            own[: len(recorded)] = recorded
+    routes = torch.from_numpy(routes_TLA)
+    if source_T is not None and len(source_T) < total:
+        routes = routes[source_T.cpu()]
+    routes = routes.to(model.device)
+    return {layer: routes[:, place] for place, layer in enumerate(layers)}
 
 
 def _logprobs(model: MiMo, states_ND: torch.Tensor, pack: PackedSamples) -> torch.Tensor:

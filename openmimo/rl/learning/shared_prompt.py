@@ -5,7 +5,6 @@ A group of eight answers of 16 tokens to a prompt of 40 is 168 tokens instead of
 T packed tokens, S keys gathered for all queries, N query heads, G key/value heads, K key dim, V value dim.
 """
 
-import itertools
 from dataclasses import dataclass
 
 import torch
@@ -44,7 +43,7 @@ class SharedPromptContext(PackedContext):
             start = prompt.stop
             for length in group.answers:
                 positions.append(torch.arange(group.prompt, group.prompt + length))
-                keys.append(torch.tensor([*itertools.chain(prompt, range(start, start + length))]))
+                keys += [torch.arange(prompt.start, prompt.stop), torch.arange(start, start + length)]
                 key_lengths.append(group.prompt + length)
                 start += length
         self.positions_T = torch.cat(positions).to(device)

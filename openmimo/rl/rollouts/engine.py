@@ -10,7 +10,7 @@ import functools
 import hashlib
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -148,7 +148,7 @@ class EngineRollouts:
             self._runs[sample_id] = run
             if run.pending is not None:
                 continue
-            prompt = tuple(run.sample.token_ids)
+            prompt = tuple(run.sample.token_ids.tolist())
             if prompt in leaders:
                 self._followers.append((leaders[prompt], run))
                 continue
@@ -180,9 +180,9 @@ class EngineRollouts:
             prompts[episode.messages] = encoded.result()
         run.sample = _new_sample(prompts[episode.messages], request, sample_id)
         limit = min(request.max_prompt_tokens or math.inf, self._engine.model.config.max_positions - 1)
-        if len(run.sample.token_ids) > limit:
+        if len(run.sample) > limit:
             run.finish_reason = "too_long"
-            run.sample.info |= {"prompt_tokens": len(run.sample.token_ids), "limit": limit}
+            run.sample.info |= {"prompt_tokens": len(run.sample), "limit": limit}
             run.pending = _done(None)
         return run
 
@@ -240,9 +240,9 @@ class EngineRollouts:
 
     def _goes_on(self, partial: Sample, episode: Episode) -> bool:
         """Whether a new episode can take it: it has heard nothing of what an earlier one was told."""
-        written = partial.loss_mask[_prompt_length(partial) :]
-        is_one_turn = bool(written) and all(written) and not episode.stop and not episode.tools
-        return is_one_turn and not partial.earlier and partial.token_ids[-1] not in self._engine.eos_ids
+        written = partial.loss_mask[partial.prompt_length :]
+        is_one_turn = len(written) > 0 and written.all() and not episode.stop and not episode.tools
+        return is_one_turn and not partial.earlier and int(partial.token_ids[-1]) not in self._engine.eos_ids
 
     def _begin_followers(self) -> None:
         waiting, self._followers = self._followers, []
@@ -257,7 +257,7 @@ class EngineRollouts:
         inserted = list(inserted)
         room = min(
             run.request.max_answer_tokens - run.num_written,
-            self._engine.model.config.max_positions - len(run.sample.token_ids) - len(inserted),
+            self._engine.model.config.max_positions - len(run.sample) - len(inserted),
         )
         if room <= 0:
             run.finish_reason = "length"
@@ -267,7 +267,7 @@ class EngineRollouts:
         params = SamplingParams(
             max_tokens=room,
             temperature=run.request.temperature,
-            seed=_seed_of(self._seed, run.context_id, len(run.sample.token_ids), self._engine.policy_version),
+            seed=_seed_of(self._seed, run.context_id, len(run.sample), self._engine.policy_version),
             stop=run.episode.stop,
             logprobs=True,
             routed_experts=self._record_routing,
@@ -275,18 +275,19 @@ class EngineRollouts:
         )
         session = run.id if run.num_turns or run.episode.stop or run.episode.tools else None
         run.num_turns += 1
-        request = Request(run.id, tuple(run.sample.token_ids), params, run.request.priority, session=session)
+        prompt = tuple(run.sample.token_ids.tolist())
+        request = Request(run.id, prompt, params, run.request.priority, session=session)
         return self._engine.submit(request)
 
     def _take_turn(self, run: _Run, completion: Completion) -> None:
         """Adds the policy's turn to the sample, and hands it to the episode."""
-        start = len(run.sample.token_ids) if run.num_turns > 1 else _prompt_length(run.sample)
+        start = len(run.sample) if run.num_turns > 1 else run.sample.prompt_length
         run.sample = _extended(run.sample, completion)
         run.finish_reason = completion.finish_reason
         if completion.finish_reason == "error":
             run.pending = _failed("the engine could not go on with it")
             return
-        written = run.sample.token_ids[start:]
+        written = run.sample.token_ids[start:].tolist()
         if written[-1] in self._engine.eos_ids:
             written = written[:-1]
         text = self._tokenizer.decode(written, skip_special=False)
@@ -463,12 +464,11 @@ def _respond(
 
 
 def _new_sample(token_ids: list[int], request: GroupRequest, sample_id: str) -> Sample:
-    length = len(token_ids)
     return Sample(
-        token_ids=list(token_ids),
-        loss_mask=[False] * length,
-        logprobs=[0.0] * length,
-        versions=[NOT_SAMPLED] * length,
+        token_ids=token_ids,
+        loss_mask=np.zeros(len(token_ids), bool),
+        logprobs=np.zeros(len(token_ids)),
+        versions=np.full(len(token_ids), NOT_SAMPLED),
         domain=request.source,
         group=request.group_id,
         temperature=request.temperature,
@@ -478,33 +478,29 @@ def _new_sample(token_ids: list[int], request: GroupRequest, sample_id: str) -> 
 
 def _extended(sample: Sample, completion: Completion) -> Sample:
     """The sample with what the engine wrote. Routes that were recorded before stay those of the pass that sampled."""
-    new = len(completion.token_ids)
     routes = completion.routed_experts
     if routes is not None and sample.routed_experts is not None:
         routes = np.concatenate([sample.routed_experts, routes[len(sample.routed_experts) :]])
-    return replace(
-        sample,
-        token_ids=sample.token_ids + completion.token_ids,
-        loss_mask=sample.loss_mask + [True] * new,
-        logprobs=sample.logprobs + list(completion.logprobs or []),
-        versions=sample.versions + completion.policy_versions,
-        routed_experts=routes,
-    )
+    longer = _longer(sample, completion.token_ids, completion.logprobs, completion.policy_versions, is_written=True)
+    return replace(longer, routed_experts=routes)
 
 
 def _with_inserted(sample: Sample, token_ids: list[int]) -> Sample:
-    length = len(token_ids)
+    count = len(token_ids)
+    return _longer(sample, token_ids, np.zeros(count), np.full(count, NOT_SAMPLED), is_written=False)
+
+
+def _longer(
+    sample: Sample, token_ids: list[int], logprobs: Sequence[float], versions: Sequence[int], *, is_written: bool
+) -> Sample:
+    """The sample with these tokens after its own."""
     return replace(
         sample,
-        token_ids=sample.token_ids + token_ids,
-        loss_mask=sample.loss_mask + [False] * length,
-        logprobs=sample.logprobs + [0.0] * length,
-        versions=sample.versions + [NOT_SAMPLED] * length,
+        token_ids=np.concatenate([sample.token_ids, np.asarray(token_ids, np.int32)]),
+        loss_mask=np.concatenate([sample.loss_mask, np.full(len(token_ids), is_written)]),
+        logprobs=np.concatenate([sample.logprobs, np.asarray(logprobs, np.float64)]),
+        versions=np.concatenate([sample.versions, np.asarray(versions, np.int32)]),
     )
-
-
-def _prompt_length(sample: Sample) -> int:
-    return sample.loss_mask.index(True) if True in sample.loss_mask else len(sample.loss_mask)
 
 
 def _seed_of(*parts: int | str) -> int:

@@ -63,7 +63,8 @@ class SampleSlot:
     def keep(self, sample: Sample, status: str) -> None:
         """Takes over what was written."""
         self.sample, self.status = sample, status
-        self.oldest_version = min(sample.written_versions(), default=None)
+        versions = sample.written_versions()
+        self.oldest_version = int(versions.min()) if len(versions) else None
 
     def forget(self) -> None:
         """Starts from nothing."""

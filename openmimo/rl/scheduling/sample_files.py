@@ -20,10 +20,10 @@ def sample_to_dict(sample: Sample) -> dict[str, Any]:
 
     `info` goes in as it is, so it must be JSON already. Raises DataError for expert ids beyond int16.
     """
-    values = {name: [int(item) for item in getattr(sample, name)] for name in _INTEGER_LISTS}
+    values = {name: getattr(sample, name).tolist() for name in _INTEGER_LISTS}
     values |= {name: [_number_to_json(item) for item in getattr(sample, name)] for name in _FLOAT_LISTS}
     return values | {
-        "loss_mask": [bool(item) for item in sample.loss_mask],
+        "loss_mask": sample.loss_mask.tolist(),
         "domain": sample.domain,
         "group": sample.group,
         "reward": _number_to_json(sample.reward),
@@ -80,7 +80,7 @@ def _unpacked(plain: dict[str, Any], data: bytes, start: int) -> tuple[Sample, i
         count = math.prod(shape)
         array = np.frombuffer(data, np.dtype(dtype), count, start).reshape(shape)
         start += array.nbytes
-        values[name] = array.astype(array.dtype.newbyteorder("=")) if name == "routed_experts" else array.tolist()
+        values[name] = array.astype(array.dtype.newbyteorder("="))
     values["earlier"] = []
     for own in plain["earlier"]:
         context, start = _unpacked(own, data, start)

@@ -19,6 +19,8 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
+
 from openmimo.core.errors import CheckpointError, ConfigError
 from openmimo.core.samples import Sample
 from openmimo.rl.config import SchedulerConfig
@@ -398,7 +400,8 @@ class DataScheduler:
         ages: Counter[int] = Counter()
         for group in groups:
             for slot in group.slots:
-                ages.update(self._version - version for version in slot.sample.written_versions())
+                versions, counts = np.unique(slot.sample.written_versions(), return_counts=True)
+                ages.update(dict(zip((self._version - versions).tolist(), counts.tolist(), strict=True)))
         num_samples = sum(len(group.slots) for group in groups)
         num_partial = sum(group.num_partial(self._version) for group in groups)
         histogram = {f"staleness/{age}": count / ages.total() for age, count in sorted(ages.items())}

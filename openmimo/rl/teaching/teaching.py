@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 
@@ -58,7 +59,7 @@ class Teaching:
         lowest = self._config.min_reward
         kept = [sample for sample in samples if is_learnable(sample) and (lowest is None or sample.reward >= lowest)]
         for sample in samples:
-            sample.advantages = sample.weights = [0.0] * len(sample.token_ids)
+            sample.advantages, sample.weights = np.zeros(len(sample)), np.zeros(len(sample))
         if not kept:
             return
         if self._config.signal == "sampled":
@@ -99,11 +100,10 @@ class Teaching:
         self._add(f"teacher_kl/{domain}", float(divergence_N.sum()), len(divergence_N))
         self._add(f"top_8_overlap/{domain}", overlap, 1)
 
-    def _watch_sampled(self, samples: list[Sample], policy: list[list[float]]) -> None:
+    def _watch_sampled(self, samples: list[Sample], policy: list[np.ndarray]) -> None:
         for sample, own in zip(samples, policy, strict=True):
-            rows = zip(own, sample.teacher_logprobs, sample.loss_mask, strict=True)
-            gaps = [mine - theirs for mine, theirs, is_in in rows if is_in]
-            self._add(f"teacher_kl/{sample.domain}", sum(gaps), len(gaps))
+            gaps = (own - sample.teacher_logprobs)[sample.loss_mask]
+            self._add(f"teacher_kl/{sample.domain}", float(gaps.sum()), len(gaps))
 
     def _add(self, name: str, value: float, count: int) -> None:
         self._sums[name][0] += value

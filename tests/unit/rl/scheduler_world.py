@@ -105,7 +105,7 @@ class World:
         for sample_id in request.sample_ids:
             assert sample_id not in self.jobs
             partial = request.partials.get(sample_id)
-            versions = [] if partial is None else partial.versions[1:]
+            versions = [] if partial is None else partial.versions[1:].tolist()
             self.submitted.append(sample_id)
             self.num_orders += 1
             self.jobs[sample_id] = {

@@ -85,7 +85,7 @@ def expected_gradient(policy, name, options, indices, probabilities, *, teacher=
     ]
     algorithm.annotate(samples, options, [[0.0, *row] for row in logprobs.tolist()])
     losses = algorithm.token_losses(batch_of(samples, logprobs), options).reshape(len(samples), LENGTH)
-    weights = torch.tensor([sample.weights[1:] for sample in samples], dtype=torch.float64)
+    weights = torch.tensor([sample.weights[1:].tolist() for sample in samples], dtype=torch.float64)
     loss = (losses * weights * len(samples) * probabilities[:, None]).sum()
     return torch.autograd.grad(loss, policy)[0]
 
@@ -95,8 +95,8 @@ def batch_of(samples, logprobs):
     return TokenBatch(
         flat,
         flat.detach(),
-        torch.tensor([sample.logprobs[1:] for sample in samples], dtype=torch.float64).reshape(-1),
-        torch.tensor([sample.advantages[1:] for sample in samples], dtype=torch.float64).reshape(-1),
+        torch.tensor([sample.logprobs[1:].tolist() for sample in samples], dtype=torch.float64).reshape(-1),
+        torch.tensor([sample.advantages[1:].tolist() for sample in samples], dtype=torch.float64).reshape(-1),
         torch.arange(len(samples)).repeat_interleave(LENGTH),
         torch.zeros(len(flat), dtype=torch.int64),
         len(samples),

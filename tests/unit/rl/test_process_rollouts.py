@@ -11,6 +11,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import rl_world
 import torch
@@ -132,7 +133,7 @@ def test_samples_are_those_of_an_engine_here_across_two_workers(policy, rollouts
     for sample_id, sample in found.items():
         other = expected[sample_id]
         same = ("token_ids", "loss_mask", "versions", "reward", "finish_reason", "group", "domain", "info")
-        assert all(getattr(sample, name) == getattr(other, name) for name in same)
+        assert all(np.array_equal(getattr(sample, name), getattr(other, name)) for name in same)
         assert sample.logprobs == pytest.approx(other.logprobs, abs=1e-5)
         assert (sample.routed_experts == other.routed_experts).all()
     assert 0.0 <= there.metrics()["rollout/idle_share"] <= 1.0
@@ -356,7 +357,10 @@ def open_run(config):
 
 
 def written(batch):
-    return [[(sample.info["sample_id"], sample.token_ids, sample.versions) for sample in group] for group in batch]
+    return [
+        [(sample.info["sample_id"], sample.token_ids.tolist(), sample.versions.tolist()) for sample in group]
+        for group in batch
+    ]
 
 
 @pytest.mark.slow

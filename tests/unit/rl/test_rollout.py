@@ -66,7 +66,7 @@ def check_agrees(samples, model):
         metrics = mismatch(ours[sample.loss_mask], theirs[sample.loss_mask])
         assert metrics["logprob_difference_max"] <= 1e-5
         assert metrics["extreme_ratio_share_2"] == 0.0
-        assert not ours[~torch.tensor(sample.loss_mask)].any()
+        assert not ours[~sample.loss_mask].any()
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -76,7 +76,7 @@ def test_samples_of_one_turn_are_complete_and_the_trainer_agrees(model, temperat
     assert len(samples) == 12
     for sample in samples:
         check_complete(sample, model)
-        start = sample.loss_mask.index(True)
+        start = sample.prompt_length
         assert all(sample.loss_mask[start:])
         assert sample.temperature == temperature
         assert sample.domain == "math"
@@ -92,7 +92,7 @@ def test_samples_of_one_turn_are_complete_and_the_trainer_agrees(model, temperat
 def test_the_prompt_is_that_of_the_chat_format(model):
     sample = roll_out(model)[0]
     prompt = tokenizer().encode_chat([Message("user", "add 1 and 2")])
-    assert sample.token_ids[: sample.loss_mask.index(True)] == prompt
+    assert sample.token_ids[: sample.prompt_length].tolist() == prompt
 
 
 def test_episodes_hear_what_was_written_without_the_end_of_the_turn(model):
@@ -128,10 +128,10 @@ def test_samples_of_many_turns_are_complete_and_the_trainer_agrees(model):
     inside = [sample for sample in samples if sample.group == "math/1" and sample.info["turns"] > 1]
     said = tokenizer().encode("= 3, so")
     for sample in inside:
-        first = sample.loss_mask.index(True)
-        start = sample.loss_mask.index(False, first)
-        assert sample.token_ids[start : start + len(said)] == said
-        assert sample.loss_mask[start : start + len(said) + 1] == [False] * len(said) + [True]
+        first = sample.prompt_length
+        start = sample.loss_mask.tolist().index(False, first)
+        assert sample.token_ids[start : start + len(said)].tolist() == said
+        assert sample.loss_mask[start : start + len(said) + 1].tolist() == [False] * len(said) + [True]
     assert inside
 
 
@@ -147,7 +147,7 @@ def test_turns_are_those_of_the_whole_conversation(model):
 
 def inserted_runs(sample):
     """What was put between the policy's turns."""
-    start = sample.loss_mask.index(True)
+    start = sample.prompt_length
     runs, before = [], True
     for token, written in zip(sample.token_ids[start:], sample.loss_mask[start:], strict=True):
         if not written:
@@ -164,17 +164,17 @@ def test_the_batch_does_not_decide_the_tokens(model):
     for samples in several[1:]:
         for sample, expected in zip(samples, several[0], strict=True):
             assert sample.info["sample_id"] == expected.info["sample_id"]
-            assert sample.token_ids == expected.token_ids
-            assert sample.loss_mask == expected.loss_mask
+            assert np.array_equal(sample.token_ids, expected.token_ids)
+            assert np.array_equal(sample.loss_mask, expected.loss_mask)
             assert np.array_equal(sample.routed_experts, expected.routed_experts)
             assert sample.logprobs == pytest.approx(expected.logprobs, abs=1e-5)
     other = roll_out(model, open_many_turns, *requests, seed=4)
-    assert [sample.token_ids for sample in other] != [sample.token_ids for sample in several[0]]
+    assert [sample.token_ids.tolist() for sample in other] != [sample.token_ids.tolist() for sample in several[0]]
 
 
 def test_the_same_requests_again_are_the_same_to_the_last_bit(model):
     one, other = (roll_out(model, open_many_turns, request(0), request(1)) for _ in range(2))
-    assert [(sample.token_ids, sample.logprobs) for sample in one] == [(s.token_ids, s.logprobs) for s in other]
+    assert one == other
 
 
 def test_versions_are_those_of_the_weights_that_sampled(model):
@@ -222,7 +222,7 @@ def test_a_context_that_is_replaced_goes_on_and_all_of_it_is_learned_from():
     assert last.num_closed == 1
     assert pages_in_use(rollouts) == 0
     kept = sample_from_dict(json.loads(json.dumps(sample_to_dict(sample))))
-    assert [context.token_ids for context in kept.contexts()] == [context.token_ids for context in contexts]
+    assert [context.token_ids.tolist() for context in kept.contexts()] == [own.token_ids.tolist() for own in contexts]
 
 
 def test_contexts_of_one_prompt_are_drawn_apart():
@@ -230,7 +230,7 @@ def test_contexts_of_one_prompt_are_drawn_apart():
     rollouts = open_rollouts(policy(ends=60.0), lambda own: Replaced(following=Replaced(following=last)))
     rollouts.submit(request(samples=1, max_answer_tokens=64, temperature=5.0))
     (sample,) = finish(rollouts).values()
-    first, second, _ = (context.token_ids for context in sample.contexts())
+    first, second, _ = (context.token_ids.tolist() for context in sample.contexts())
     assert first != second
 
 
@@ -345,7 +345,7 @@ def test_slow_episodes_answer_in_threads_while_others_go_on(model):
     instant = roll_out(
         model, lambda own: Scripted(EnvResponse(messages=TOOL_TURNS)), request(1, samples=3, max_answer_tokens=60)
     )
-    assert [sample.token_ids for sample in slow.values()] == [sample.token_ids for sample in instant]
+    assert [own.token_ids.tolist() for own in slow.values()] == [own.token_ids.tolist() for own in instant]
 
 
 def test_what_is_cancelled_before_it_could_answer_never_does(model):
@@ -375,7 +375,7 @@ def test_what_is_cancelled_before_it_could_answer_never_does(model):
 
 def cut(sample, num_written):
     """What is known of a sample after so many written tokens."""
-    end = sample.loss_mask.index(True) + num_written
+    end = sample.prompt_length + num_written
     lists = ("token_ids", "loss_mask", "logprobs", "versions")
     values = {name: getattr(sample, name)[:end] for name in lists}
     return replace(sample, **values, routed_experts=sample.routed_experts[: end - 1], finish_reason="abort")
@@ -396,11 +396,11 @@ def test_a_partial_goes_on_as_if_it_had_not_been_cut(num_written):
     (stitched,) = finish(rollouts).values()
     check_complete(stitched, model)
     end = len(partial.token_ids)
-    assert stitched.token_ids == single.token_ids
-    assert stitched.loss_mask == single.loss_mask
-    assert stitched.logprobs[:end] == partial.logprobs
+    assert np.array_equal(stitched.token_ids, single.token_ids)
+    assert np.array_equal(stitched.loss_mask, single.loss_mask)
+    assert np.array_equal(stitched.logprobs[:end], partial.logprobs)
     assert stitched.logprobs[end:] == pytest.approx(single.logprobs[end:], abs=1e-5)
-    assert stitched.versions == [*partial.versions, *[3] * (len(single.token_ids) - end)]
+    assert stitched.versions.tolist() == [*partial.versions, *[3] * (len(single.token_ids) - end)]
     assert np.array_equal(stitched.routed_experts[: end - 1], partial.routed_experts)
     assert np.array_equal(stitched.routed_experts[end - 1 :], single.routed_experts[end - 1 :])
     assert stitched.num_answer_tokens == 24
@@ -413,7 +413,7 @@ def test_the_episode_of_a_partial_hears_the_whole_turn():
     episode = Scripted()
     partial = cut(single, 6)
     roll_out(model, lambda own: episode, request(temperature=0.0, samples=1, partials={"math/0/0": partial}))
-    assert episode.heard == [tokenizer().decode(single.token_ids[single.loss_mask.index(True) :], skip_special=False)]
+    assert episode.heard == [tokenizer().decode(single.token_ids[single.prompt_length :], skip_special=False)]
 
 
 def test_partials_that_no_new_episode_can_take_begin_anew(model):
@@ -428,7 +428,7 @@ def test_partials_that_no_new_episode_can_take_begin_anew(model):
             sample_id = sample.info["sample_id"]
             own = replace(request(group, max_answer_tokens=60), sample_ids=(sample_id,), partials={sample_id: partial})
             (again,) = roll_out(model, open_many_turns, own)
-            assert again.token_ids == sample.token_ids
+            assert np.array_equal(again.token_ids, sample.token_ids)
             assert again.reward == sample.reward
 
 

@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 
+import numpy as np
 import pytest
 from scheduler_world import World, make_config, make_scheduler, sample_ids
 
@@ -86,7 +87,7 @@ def test_interrupted_answers_go_on_where_they_were():
         batch, _ = world.step(version)
         for sample in (sample for group in batch for sample in group):
             assert sample.num_answer_tokens == world.length(sample.info["sample_id"])
-            assert sample.versions == sorted(sample.versions)
+            assert (np.diff(sample.versions) >= 0).all()
             mixed += len(set(sample.versions)) > 2
     assert mixed > 5
     assert any(request.partials for request in world.requests)

@@ -144,7 +144,9 @@ def test_temperature_divides_logits_and_not_states():
     model.compute_dtype = torch.bfloat16
     (sample,) = roll_out(model, lambda own: Scripted(), request(temperature=0.7, samples=1))
     logprobs_TV = (model.logits(torch.tensor(sample.token_ids)).float() / 0.7).log_softmax(-1)
-    prompt = Request("p", tuple(sample.token_ids), SamplingParams(max_tokens=1, temperature=0.7, prompt_logprobs=True))
+    prompt = Request(
+        "p", tuple(sample.token_ids.tolist()), SamplingParams(max_tokens=1, temperature=0.7, prompt_logprobs=True)
+    )
     engine = Engine(model, tokenizer(), EngineConfig(prefill_tokens=512, speculative=False, cache_gigabytes=0.01))
     sequence = engine.submit(prompt)
     while engine.has_work:
@@ -171,8 +173,8 @@ def test_rollouts_in_thinking_mode_ask_for_thoughts():
     plain = encode_prompt(tokenizer(), episodes[0].messages)
     assert thinking != plain
     for sample in samples:
-        assert sample.token_ids[: len(thinking)] == thinking
-        assert sample.loss_mask[: len(thinking) + 1] == [False] * len(thinking) + [True]
+        assert sample.token_ids[: len(thinking)].tolist() == thinking
+        assert sample.loss_mask[: len(thinking) + 1].tolist() == [False] * len(thinking) + [True]
 
 
 @pytest.mark.parametrize(
