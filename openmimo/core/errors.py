@@ -1,8 +1,8 @@
-"""The errors that a user can mend. The command line prints them as one paragraph, without a traceback, and exits 1."""
+"""Errors that a user can fix. The command line prints them as one paragraph without a traceback, and exits with 1."""
 
 
 class UserError(Exception):
-    """Something the user gave is wrong. The message names the thing, the place (file, key, line) and the mend."""
+    """Invalid user input. The message says what is wrong, where (file, key, line), and how to fix it."""
 
 
 class ConfigError(UserError):
@@ -14,8 +14,8 @@ class CheckpointError(UserError):
 
 
 class DataError(UserError):
-    """A data source cannot be read, or holds something that cannot be trained on."""
+    """A data source cannot be read, or contains unusable data."""
 
 
 class DivergedError(UserError):
-    """A run cannot go on: its loss, gradients or weights are not finite."""
+    """A run cannot continue: its loss, gradients or weights are not finite."""

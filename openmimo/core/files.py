@@ -1,7 +1,7 @@
-"""Atomic file and folder writes, and the removal of what a killed process left unfinished.
+"""Atomic file and folder writes, and the removal of unfinished ones after a crash.
 
-Unfinished files and folders are named `.NAME.RANDOM.tmp`. The process that writes one holds its lock (flock), which the
-kernel releases when the process ends: so the unfinished work of a live process is never taken for a dead one's.
+Unfinished files and folders are named `.NAME.RANDOM.tmp`. The writer holds a lock (flock) on them, which the kernel
+releases when the writer exits. Unfinished work of a live process is therefore never removed.
 """
 
 import contextlib
@@ -20,10 +20,10 @@ _CANNOT_EXCHANGE = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 def write_text_atomic(path: Path, text: str) -> None:
-    """Writes `text` (UTF-8) under another name, flushes it to the disk, then renames it to `path`.
+    """Writes `text` (UTF-8) to a temporary file, flushes it to the disk, and renames it to `path`.
 
     Raises:
-        OSError: The file cannot be written; the error names it, and a file that was there before is unchanged.
+        OSError: The file cannot be written. The error names it, and an existing file is unchanged.
     """
     path = Path(path)
     with naming(path):
@@ -42,12 +42,12 @@ def write_text_atomic(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def new_folder_atomic(path: Path) -> Iterator[Path]:
-    """Yields an empty folder; renames it to `path` if the block succeeds, deletes it if the block fails.
+    """Yields an empty folder. Renames it to `path` if the block succeeds, and deletes it if the block fails.
 
-    An existing folder is replaced in one step once the new one is complete. Files get the mode that the umask gives.
+    An existing folder is replaced in one step when the new one is complete. The umask determines the mode of files.
 
     Raises:
-        OSError: The folder cannot be written; the error names a file. A folder that was there before is unchanged.
+        OSError: The folder cannot be written. The error names a file, and an existing folder is unchanged.
     """
     path = Path(os.path.realpath(path))
     with naming(path):
@@ -66,9 +66,10 @@ def new_folder_atomic(path: Path) -> Iterator[Path]:
 
 
 def recover_folder(path: Path) -> None:
-    """Finishes a replacement of the folder `path` during which the process was killed.
+    """Completes an interrupted replacement of the folder `path`.
 
-    Only file systems that cannot exchange two folders in one step need it: there, the old folder may have another name.
+    This is necessary only on file systems that cannot exchange two folders in one step. There, the old folder may be
+    left under a temporary name.
     """
     path = Path(path)
     for replaced in _hidden(path.parent, rf"\.{re.escape(path.name)}\.(\d+\.)?old"):
@@ -82,8 +83,8 @@ def remove_unfinished(folder: Path, *, of: str | None = None) -> None:
     """Removes the unfinished files and folders in `folder` whose writers are dead.
 
     Args:
-        folder: May be missing.
-        of: Only those that were to get this name (None: all).
+        folder: It need not exist.
+        of: Only those with this final name (None: all).
     """
     name = r"\..*" if of is None else rf"\.{re.escape(of)}\.[^.]+"
     for path in _hidden(Path(folder), rf"{name}\.tmp"):
@@ -96,11 +97,11 @@ def remove_unfinished(folder: Path, *, of: str | None = None) -> None:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[int]:
-    """Holds the lock of an existing file or folder inside the block; yields its descriptor.
+    """Holds the lock of an existing file or folder during the block, and yields its descriptor.
 
     Raises:
         BlockingIOError: Another process holds the lock.
-        OSError: The file cannot be opened, or its file system has no locks.
+        OSError: The file cannot be opened, or its file system does not support locks.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
     try:
@@ -112,7 +113,7 @@ def locked(path: Path) -> Iterator[int]:
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Gives an OSError of the block that names no file (a full disk, say) the name `path`."""
+    """Adds the file name `path` to an OSError of the block that has none (e.g. for a full disk)."""
     try:
         yield
     except OSError as error:
@@ -128,14 +129,14 @@ def _hidden(folder: Path, pattern: str) -> list[Path]:
 
 
 def _claim(path: Path, *, is_folder: bool) -> tuple[Path, int]:
-    """A new file or folder next to `path`, and its descriptor, which holds its lock."""
+    """Creates a temporary file or folder next to `path`. Returns it with the descriptor that holds its lock."""
     while True:
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
         if is_folder:
             temporary.mkdir()
         else:
             os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-        # Before the lock is held, another process may take it for abandoned and remove it: then claim another one.
+        # Another process may remove the entry before the lock is held, because it looks abandoned: then try again.
         with contextlib.suppress(FileNotFoundError):
             descriptor = os.open(temporary, os.O_RDONLY if is_folder else os.O_WRONLY)
             with contextlib.suppress(OSError):
@@ -156,7 +157,7 @@ def _put_in_place(folder: Path, path: Path) -> None:
 
 
 def _exchange(first: Path, second: Path) -> bool:
-    """Swaps two paths in one step (renameat2). False where the system or the file system cannot."""
+    """Exchanges two paths atomically (renameat2). Returns False if the system or the file system cannot."""
     try:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
     except AttributeError:

@@ -1,4 +1,4 @@
-"""Ending on SIGINT and SIGTERM: what can be saved is saved first."""
+"""Handling of SIGINT and SIGTERM: a command saves its state before it exits."""
 
 import contextlib
 import os
@@ -11,10 +11,10 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal ends the command.
+    """A signal ended the command.
 
     Attributes:
-        signal: Its number; the exit code is 128 more.
+        signal: The signal number. The exit code is 128 + signal.
         kept: A sentence that says what was saved (empty: unknown).
     """
 
@@ -26,26 +26,26 @@ class Interrupted(KeyboardInterrupt):
 
 @dataclass
 class StopRequest:
-    """The first signal, if one has come."""
+    """The first signal received, if any."""
 
     signal: int | None = None
 
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """Inside the block, the first SIGINT or SIGTERM is noted in what is yielded; a second one ends the process at once.
+    """Yields a record of the first SIGINT or SIGTERM in the block. A second signal ends the process immediately.
 
-    Signals reach the main thread only; in other threads the block changes nothing.
+    Only the main thread receives signals; in other threads the block has no effect.
     """
     request = StopRequest()
 
     def note(number: int, frame: object) -> None:
         name = signal.Signals(number).name
         if request.signal is not None:
-            os.write(2, f"\n{name} again: ends at once; what was saved before stays.\n".encode())
+            os.write(2, f"\n{name} again: exiting now; earlier checkpoints are kept.\n".encode())
             os._exit(128 + number)
         request.signal = number
-        os.write(2, f"\n{name}: finishes this step and saves a checkpoint (again: ends at once)\n".encode())
+        os.write(2, f"\n{name}: finishing this step and saving a checkpoint (repeat to exit now)\n".encode())
 
     if threading.current_thread() is not threading.main_thread():
         yield request
@@ -60,7 +60,7 @@ def stop_requests() -> Iterator[StopRequest]:
 
 @contextlib.contextmanager
 def terminable() -> Iterator[None]:
-    """Inside the block, SIGTERM raises Interrupted in the main thread, as SIGINT raises KeyboardInterrupt."""
+    """A block in which SIGTERM raises Interrupted in the main thread, as SIGINT raises KeyboardInterrupt."""
 
     def end(number: int, frame: object) -> None:
         raise Interrupted(number)

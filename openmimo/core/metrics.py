@@ -1,6 +1,6 @@
-"""Metrics of a run: one JSON object a line in `metrics.jsonl`, and the same numbers for TensorBoard on demand.
+"""Metrics of a run: one JSON object per line in `metrics.jsonl`, and optionally TensorBoard event files.
 
-JSON has no NaN and no infinity: a number that is not finite is written as null, and read back as NaN.
+JSON has no NaN and no infinity: a number that is not finite is written as null and read as NaN.
 """
 
 import json
@@ -18,7 +18,7 @@ Row = dict[str, Any]
 class MetricsWriter:
     """Appends to `folder/metrics.jsonl`; with `tensorboard=True` also writes event files to `folder/tensorboard`.
 
-    A resumed run calls `truncate_after(step)` first, so that steps which are run again do not stand there twice.
+    A resumed run calls `truncate_after(step)` first, so that repeated steps are not recorded twice.
     """
 
     def __init__(self, folder: Path, *, tensorboard: bool = False):
@@ -26,12 +26,12 @@ class MetricsWriter:
         self.path = folder / "metrics.jsonl"
         self._tensorboard = None
         if tensorboard:
-            from tensorboard.summary import Writer  # an import of seconds: only where it is asked for
+            from tensorboard.summary import Writer  # a slow import
 
             self._tensorboard = Writer(str(folder / "tensorboard"))
 
     def truncate_after(self, step: int) -> None:
-        """Drops the rows of later steps, and the lines that cannot be read; says which, but for a torn last line."""
+        """Removes the rows of later steps and damaged lines. Warns about damage, except for a truncated last line."""
         if not self.path.exists():
             return
         kept = [row for row in read_metrics(self.path) if row["step"] <= step]
@@ -41,7 +41,7 @@ class MetricsWriter:
         """Records `values` (numbers, strings or lists of numbers) at optimizer step `step`.
 
         Raises:
-            OSError: The file cannot be written (a full disk, say); the error names it.
+            OSError: The file cannot be written (e.g. the disk is full). The error names the file.
         """
         with naming(self.path), open(self.path, "a", encoding="utf-8") as file:
             file.write(_line({"step": step, **values}))
@@ -52,19 +52,20 @@ class MetricsWriter:
             self._tensorboard.flush()
 
     def sync(self) -> None:
-        """Flushes to the disk what was written."""
+        """Flushes the file to the disk."""
         with naming(self.path), open(self.path, "ab") as file:
             os.fsync(file.fileno())
 
     def close(self) -> None:
-        """Closes the TensorBoard writer, if there is one."""
+        """Closes the TensorBoard writer, if any."""
         if self._tensorboard is not None:
             self._tensorboard.close()
 
 
 def read_metrics(path: Path) -> list[Row]:
-    """The rows of a `metrics.jsonl`. A last line cut short by a crash is left out; other damage too, with a warning."""
-    rows, damaged = [], []
+    """The rows of a `metrics.jsonl`, without a truncated last line. Skips other damaged lines with a warning."""
+    rows: list[Row] = []
+    damaged: list[int] = []
     lines = path.read_bytes().splitlines()
     for number, line in enumerate(lines, start=1):
         row = _row(line)
@@ -74,7 +75,7 @@ def read_metrics(path: Path) -> list[Row]:
             damaged.append(number)
     if damaged:
         print(
-            f"warning: {path} is damaged; {len(damaged)} of its lines cannot be read and are left out (the first: line "
+            f"warning: {path} is damaged; {len(damaged)} of its lines are unreadable and skipped (the first: line "
             f"{damaged[0]}).",
             file=sys.stderr,
         )

@@ -1,8 +1,7 @@
-"""Reading files that other programs wrote: model folders above all.
+"""Reading of files that other programs wrote, above all model folders.
 
-Only regular files are opened, so a pipe or a device is refused at once and never waited for. A file of a model folder
-lies in that folder; the one link out of it that is followed is that of the Hugging Face cache, whose snapshots link to
-the `blobs` folder of the same repository.
+Only regular files are opened, so that a pipe or a device cannot block. A file of a model folder must be inside that
+folder, with one exception: snapshots in the Hugging Face cache link to the `blobs` folder of their repository.
 """
 
 import json
@@ -15,7 +14,7 @@ from typing import Any, TypeVar
 from openmimo.core.errors import CheckpointError, ConfigError, UserError
 from openmimo.core.fields import checked, field_types, required_fields, shortened, unknown_key_message
 
-MAX_TEXT_BYTES = 1 << 28  # the index and tokenizer.json of the largest published models have a tenth of it
+MAX_TEXT_BYTES = 1 << 28  # ten times the index and tokenizer.json of the largest published models
 _LISTED, _MAX_CHARACTERS = 20, 500
 _KINDS = {
     stat.S_IFIFO: "a pipe",
@@ -28,7 +27,7 @@ Schema = TypeVar("Schema")
 
 
 def require_folder(folder: Path | str, error: type[UserError] = CheckpointError) -> Path:
-    """`folder` as a path. Raises `error` if there is no such folder."""
+    """Returns `folder` as a path. Raises `error` if it is not a folder."""
     folder = Path(folder)
     if not folder.is_dir():
         found = "is a file, not a folder" if folder.exists() else "does not exist"
@@ -37,12 +36,14 @@ def require_folder(folder: Path | str, error: type[UserError] = CheckpointError)
 
 
 def file_in_folder(folder: Path, name: str, error: type[UserError] = CheckpointError) -> Path | None:
-    """The path of the file called `name` in a model folder; None if there is none.
+    """The path of the file `name` in a model folder; None if it does not exist.
 
-    Raises `error` if the name is a path, or stands for anything but a readable regular file of that folder.
+    Raises `error` if the name contains a path, or is not a readable regular file inside that folder.
     """
     if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
-        raise error(f"{folder} names the file {shortened(name)}; the files of a checkpoint are named without a path.")
+        raise error(
+            f"{folder} refers to the file {shortened(name)}; file names of a checkpoint must not contain a path."
+        )
     path = folder / name
     if not os.path.lexists(path):
         return None
@@ -52,7 +53,7 @@ def file_in_folder(folder: Path, name: str, error: type[UserError] = CheckpointE
 
 
 def read_text(path: Path | str, error: type[UserError] = ConfigError) -> str:
-    """The text of a regular UTF-8 file of at most MAX_TEXT_BYTES. Raises `error` for anything else."""
+    """The text of a regular UTF-8 file of at most MAX_TEXT_BYTES. Raises `error` otherwise."""
     path = Path(path)
     _check_regular(path, error)
     size = path.stat().st_size
@@ -67,20 +68,18 @@ def read_text(path: Path | str, error: type[UserError] = ConfigError) -> str:
 
 
 def read_json(path: Path | str, error: type[UserError] = ConfigError) -> Any:
-    """Parses a JSON file. Raises `error`, naming file and line, if it is missing, malformed or no regular file."""
+    """Parses a JSON file. Raises `error`, with file and line, if it is missing, malformed or not a regular file."""
     return parse_json(read_text(path, error), str(path), error)
 
 
 def parse_json(text: str, where: str, error: type[UserError] = ConfigError) -> Any:
-    """Parses JSON strictly: a key that stands twice in an object is refused, and so is half a surrogate pair."""
+    """Parses JSON strictly: duplicate keys and lone surrogates raise `error`."""
     try:
         value = json.loads(text, object_pairs_hook=_object)
         if "\\ud" in text or "\\uD" in text:
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError as problem:
-        raise error(
-            f"{where} is not valid JSON: it holds one half of a surrogate pair ({problem.reason})."
-        ) from problem
+        raise error(f"{where} is not valid JSON: it contains a lone surrogate ({problem.reason}).") from problem
     except RecursionError as problem:
         raise error(f"{where} is not valid JSON: it is nested too deeply.") from problem
     except ValueError as problem:
@@ -96,15 +95,20 @@ def read_known_keys(
     error: type[UserError] = ConfigError,
     inert: Iterable[str] | None = None,
 ) -> Schema:
-    """Builds the dataclass `schema` from a JSON object, with types and bounds as its annotations say.
+    """Builds the dataclass `schema` from a JSON object, with the types and bounds of its annotations.
 
-    values: the parsed object. inert: the keys that may stand there and say nothing; None allows every key.
-    Raises `error` with all findings at once; each names `where` and the key.
+    Args:
+        schema: A dataclass.
+        values: The parsed object.
+        where: The source of the object, for messages.
+        error: The class to raise. One error lists all findings, each with `where` and its key.
+        inert: Additional keys that are allowed and ignored; None allows every key.
     """
     if not isinstance(values, dict):
-        raise error(f"{where} must hold a JSON object, not a {type(values).__name__}.")
+        raise error(f"{where} must be a JSON object, not a {type(values).__name__}.")
     types = field_types(schema)
-    built, findings = {}, []
+    built: dict[str, Any] = {}
+    findings: list[str] = []
     for key, value in values.items():
         if key in types:
             try:
@@ -114,18 +118,18 @@ def read_known_keys(
         elif inert is not None and key not in inert:
             findings.append(
                 unknown_key_message(key, types, where)
-                + ". Remove it if it changes nothing; a key that is ignored may be a model that is silently wrong."
+                + ". Remove it if it has no effect; ignoring a key may silently change the model."
             )
-    lacking = [key for key in required_fields(schema) if key not in values]
-    if lacking:
-        findings.append(f"{where} lacks {', '.join(map(repr, lacking))}.")
+    missing = [key for key in required_fields(schema) if key not in values]
+    if missing:
+        findings.append(f"{where} lacks {', '.join(map(repr, missing))}.")
     if findings:
         raise error(listed(findings))
     return schema(**built)
 
 
 def listed(findings: list[str], separator: str = " ") -> str:
-    """The findings of one check as one text: the first of them, and how many more there are."""
+    """The findings of a check as one text: the first ones, and the number of the others."""
     shown = [text if len(text) <= _MAX_CHARACTERS else text[:_MAX_CHARACTERS] + "..." for text in findings[:_LISTED]]
     more = [f"There are {len(findings) - _LISTED} more."] if len(findings) > _LISTED else []
     return separator.join(shown + more)
@@ -135,8 +139,8 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key {shortened(twice)} stands twice in one object")
+        duplicate = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {shortened(duplicate)} occurs twice in one object")
     return found
 
 
@@ -144,12 +148,12 @@ def _check_regular(path: Path, error: type[UserError]) -> None:
     try:
         status = path.stat()
     except FileNotFoundError as problem:
-        link = " (the link leads nowhere)" if path.is_symlink() else ""
+        link = " (the link is dangling)" if path.is_symlink() else ""
         raise error(f"{path} does not exist{link}.") from problem
     except (OSError, ValueError) as problem:
         raise error(f"{path} cannot be read: {problem}.") from problem
     if not stat.S_ISREG(status.st_mode):
-        raise error(f"{path} is {_KINDS.get(stat.S_IFMT(status.st_mode), 'no regular file')}, not a file.")
+        raise error(f"{path} is {_KINDS.get(stat.S_IFMT(status.st_mode), 'not a regular file')}, not a file.")
     if not os.access(path, os.R_OK):
         raise error(f"{path} cannot be read by this user (its mode is {stat.S_IMODE(status.st_mode):o}); chmod a+r it.")
 
@@ -161,4 +165,4 @@ def _check_inside(folder: Path, path: Path, error: type[UserError]) -> None:
     snapshots = next((parent for parent in home.parents if parent.name == "snapshots"), None)
     blobs = snapshots.parent / "blobs" if snapshots else home
     if not (target.is_relative_to(home) or target.is_relative_to(blobs)):
-        raise error(f"{path} is a link that leaves its folder, to {target}; put the file itself there.")
+        raise error(f"{path} is a link to {target}, outside its folder; replace the link with the file.")

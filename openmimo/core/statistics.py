@@ -1,4 +1,4 @@
-"""How sure a mean is."""
+"""Confidence intervals."""
 
 import random
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ _RESAMPLES = 1000
 
 
 def bootstrap_interval(values: Sequence[float], *, seed: int = 0) -> tuple[float, float]:
-    """The 95 % bootstrap interval of the mean: values drawn with replacement, again and again. NaN for no values."""
+    """The 95 % bootstrap interval of the mean, from 1,000 resamples. NaN if there are no values."""
     if not values:
         return float("nan"), float("nan")
     rng = random.Random(seed)

@@ -1,7 +1,7 @@
-"""The guard before the optimizer: no step is taken on a loss or gradients that are not finite (NaN or infinite).
+"""The check before the optimizer: a step with a loss or gradients that are not finite (NaN or infinite) is not taken.
 
-The verdict is one tensor of counts. With several processes, `reduce` sums it over all of them, so that each takes the
-same branch.
+The decision is a tensor of counts. With several processes, `reduce` sums it over all of them, so that all of them take
+the same branch.
 """
 
 from collections.abc import Callable, Iterable
@@ -16,11 +16,11 @@ Reduce = Callable[[torch.Tensor], torch.Tensor]
 
 
 class StepGuard:
-    """Says of each step whether the optimizer may take it, and counts the steps that it may not.
+    """Decides for each step whether the optimizer may take it, and counts skipped steps.
 
     Attributes:
-        num_skipped: Steps of the run that were skipped.
-        skipped_in_a_row: The newest of them, without a step that was taken between.
+        num_skipped: Skipped steps of the run.
+        skipped_in_a_row: Skipped steps since the last one that was taken.
     """
 
     def __init__(
@@ -34,10 +34,10 @@ class StepGuard:
     ):
         """
         Args:
-            model: The model that is trained.
-            max_skipped_steps: How many steps in a row may be skipped (0: the first bad step ends the run).
-            num_skipped: Of the run so far.
-            skipped_in_a_row: Of the run so far.
+            model: The trained model.
+            max_skipped_steps: Maximum consecutive skipped steps (0: the first bad step ends the run).
+            num_skipped: Initial value, for a resumed run.
+            skipped_in_a_row: Initial value, for a resumed run.
             reduce: Sums a float32 tensor over all processes of the run.
         """
         self._model = model
@@ -47,13 +47,13 @@ class StepGuard:
         self.skipped_in_a_row = skipped_in_a_row
 
     def allows_step(self, loss: torch.Tensor, gradients: GradientReport, where: str, *, has_data: bool = True) -> bool:
-        """Whether the optimizer may use the gradients; if not, the step leaves everything as it is.
+        """Whether the optimizer may use the gradients. If not, the step must change nothing.
 
         Args:
             loss: One or more losses of this process, float.
-            gradients: What `clip_gradients` reported.
+            gradients: The report of `clip_gradients`.
             where: The step and its data, for the message.
-            has_data: Whether this process has a sample in the step. Without one in any process, no step is taken.
+            has_data: Whether this process has a sample in the step. If no process has one, no step is taken.
 
         Raises:
             DivergedError: More than `max_skipped_steps` steps in a row have a loss or gradients that are not finite.
@@ -72,38 +72,38 @@ class StepGuard:
         raise DivergedError(self._describe(loss, gradients, where))
 
     def check_weights(self, where: str) -> None:
-        """Raises DivergedError, naming the first one, if a parameter or buffer holds a number that is not finite."""
+        """Raises DivergedError, with the first name, if a parameter or buffer is not finite."""
         name = first_not_finite([*self._model.named_parameters(), *self._model.named_buffers()])
         num_bad = self._reduce(torch.tensor([float(name is not None)], device=next(self._model.parameters()).device))
         if num_bad.item():
             raise DivergedError(f"{where}: {name or 'a weight of another process'} is not finite.")
 
     def check_step(self, loss: torch.Tensor, where: str) -> None:
-        """Raises DivergedError if a loss, a float with a graph, or one of its gradients is not finite.
+        """Raises DivergedError if a loss (a scalar with a graph) or one of its gradients is not finite.
 
-        Weights can be finite and still of no use, as after a step with a learning rate of 1e30. No gradients are left.
+        Finite weights can still be unusable, e.g. after a step with a learning rate of 1e30. Clears all gradients.
         """
         loss.backward()
-        gradients = ((name, own.grad) for name, own in self._model.named_parameters() if own.grad is not None)
+        gradients = ((name, item.grad) for name, item in self._model.named_parameters() if item.grad is not None)
         name = first_not_finite([("the loss", loss), *gradients])
         self._model.zero_grad(set_to_none=True)
         if self._reduce(torch.tensor([float(name is not None)], device=loss.device)).item():
-            raise DivergedError(f"{where} gives numbers that are not finite (first: {name or 'in another process'}).")
+            raise DivergedError(f"{where} gives values that are not finite (first: {name or 'in another process'}).")
 
     def check_loss(self, loss: torch.Tensor, where: str) -> None:
-        """Raises DivergedError if a loss, float, is not finite."""
+        """Raises DivergedError if a loss is not finite."""
         if self._reduce((~loss.detach().isfinite()).any().float()[None]).item():
             raise DivergedError(f"{where} is not finite ({_shown(loss)}).")
 
     def _describe(self, loss: torch.Tensor, gradients: GradientReport, where: str) -> str:
         weights = first_not_finite([*self._model.named_parameters(), *self._model.named_buffers()])
-        with_gradient = ((name, own.grad) for name, own in self._model.named_parameters() if own.grad is not None)
+        with_gradient = ((name, item.grad) for name, item in self._model.named_parameters() if item.grad is not None)
         if weights is not None:
             first = f"the weights of {weights} are not finite"
         elif (name := first_not_finite(with_gradient)) is not None:
             first = f"the first gradient that is not finite is that of {name}"
         else:
-            first = "every gradient by itself is finite"
+            first = "each gradient is finite on its own"
         skipped = f" The {self.skipped_in_a_row - 1} steps before were skipped." if self.skipped_in_a_row > 1 else ""
         return (
             f"{where} has a loss of {_shown(loss)} and a gradient norm of {float(gradients.norm):g}; {first}. The "
@@ -113,7 +113,7 @@ class StepGuard:
 
 
 def first_not_finite(tensors: Iterable[tuple[str, torch.Tensor]]) -> str | None:
-    """The name of the first floating-point tensor with a NaN or an infinity, if there is one."""
+    """The name of the first floating-point tensor that is not finite, or None."""
     floating = [(name, tensor) for name, tensor in tensors if tensor.is_floating_point()]
     if not floating:
         return None

@@ -1,4 +1,4 @@
-"""What a finished run leaves, the model and the report, and how to tell that it is there."""
+"""The results of a finished run: its model and its report."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,17 +19,17 @@ _FILES = ("config.json", "model/config.json", "model/tokenizer.json", "report.ht
 
 
 def has_finished(config: Any, checkpoints: Checkpoints, *, steps: int, free: Sequence[str], console: Console) -> bool:
-    """Whether the run of this config is finished, with nothing left to write; says so on the console.
+    """Whether the run of this config is finished and complete. Prints a message if it is.
 
     Args:
         config: The config of the run, a dataclass with `run_folder`.
-        checkpoints: Of the run.
-        steps: All steps of the run.
+        checkpoints: The checkpoints of the run.
+        steps: Total steps of the run.
         free: Settings that may differ; see `keep_config`.
-        console: For the message.
+        console: Where the message is printed.
 
     Raises:
-        ConfigError: Another run is finished there.
+        ConfigError: The folder contains another finished run.
     """
     folder = Path(config.run_folder)
     newest = checkpoints.newest()
@@ -39,7 +39,7 @@ def has_finished(config: Any, checkpoints: Checkpoints, *, steps: int, free: Seq
     if not any((folder / "model").glob("*.safetensors")) or find_damage(newest) is not None:
         return False
     console.print(
-        f"this run has finished: {steps} steps. Nothing was done; name another run_folder for a new run.",
+        f"this run is finished: {steps} steps. Nothing was done; set another run_folder for a new run.",
         soft_wrap=True,
     )
     console.print(f"model   {folder / 'model'}\nreport  {folder / 'report.html'}", soft_wrap=True)
@@ -54,10 +54,10 @@ def write_outcome(
     write_report: Callable[[Path], Path],
     console: Console,
 ) -> Path:
-    """Writes the model with its tokenizer, whole or not at all, and the report of a run. Returns the model's folder.
+    """Writes the model with its tokenizer (atomically) and the report of a run. Returns the folder of the model.
 
     Raises:
-        CheckpointError: The model cannot be written (a full disk, say), or its folder holds something else.
+        CheckpointError: The model cannot be written (e.g. the disk is full), or its folder contains other files.
     """
     destination = folder / "model"
     check_replaceable(destination)
@@ -66,8 +66,8 @@ def write_outcome(
             write_model(model, unfinished, tokenizer=tokenizer)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
-            f"the model {destination} could not be written: {error}. {checkpoints.standing()} The same command goes on "
-            "from there."
+            f"the model {destination} could not be written: {error}. {checkpoints.standing()} The same command "
+            "continues from there."
         ) from error
     report = write_report(folder)
     console.print(f"model   {destination}\nreport  {report}", soft_wrap=True)

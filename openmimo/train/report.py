@@ -1,4 +1,4 @@
-"""The report of a run, from its `metrics.jsonl` alone: losses, acceptance, expert load, speed, loss by position."""
+"""The report of a run from its `metrics.jsonl`: losses, draft acceptance, expert load, speed, loss by position."""
 
 import json
 import math
@@ -9,7 +9,7 @@ from typing import Any
 from openmimo.core.metrics import read_metrics
 from openmimo.runtime.report import Report, new_figure
 
-_MAX_LINES = 8  # layers by name in one plot
+_MAX_LINES = 8  # maximum number of layers with a line of their own in one plot
 Rows = list[dict[str, Any]]
 
 
@@ -24,24 +24,25 @@ def write_report(run_folder: Path) -> Path:
 
 
 def add_training_figures(report: Report, rows: Rows) -> None:
-    """Adds what there is to see in a run's metrics to a report."""
+    """Adds plots and a table of a run's metrics to a report."""
     train = [row for row in rows if "loss/main" in row]
     validation = [row for row in rows if "validation/main" in row]
     report.heading("Loss")
     report.figure(
-        _losses(train, validation, rows), "Cross-entropy in nats per token: training (lines), held out (dots)."
+        _losses(train, validation, rows), "Cross-entropy in nats per token: training (lines), held-out data (dots)."
     )
     if validation:
         report.figure(_by_position(validation), "Held-out loss by position in the document, first and last evaluation.")
     if validation and "validation/acceptance_0" in validation[-1]:
         report.heading("Multi-token prediction")
         report.figure(
-            _acceptance(validation), "Share of held-out places where an MTP head drafts what the model would say."
+            _acceptance(validation),
+            "Share of held-out positions at which the draft of an MTP head is the model's own choice.",
         )
     if train and "expert_load/by_layer" in train[-1]:
         report.heading("Experts")
         report.figure(
-            _expert_load(train), "Busiest expert against the mean by layer over time, and the last step's load."
+            _expert_load(train), "Maximum over mean expert load by layer over time, and the load of the last step."
         )
     report.heading("Optimization and speed")
     report.figure(_speed(train), "Learning rate, gradient norm before clipping, and tokens per second.")

@@ -168,7 +168,7 @@ def test_a_finished_run_that_is_started_again_says_so_and_writes_nothing(tmp_pat
     pretrain(short_run(tmp_path))
     before = snapshot(tmp_path / "run")
     pretrain(short_run(tmp_path))
-    assert "this run has finished" in capsys.readouterr().err
+    assert "this run is finished" in capsys.readouterr().err
     assert snapshot(tmp_path / "run") == before
     with pytest.raises(ConfigError, match="seed was 0 and is now 1"):
         pretrain(short_run(tmp_path, seed=1))
