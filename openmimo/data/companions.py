@@ -1,7 +1,7 @@
-"""The files that stand with the weights in a model folder and travel with them: tokenizer, chat template, stop tokens.
+"""The text files next to the weights of a model folder: tokenizer, chat template, stop tokens.
 
-Their text is kept as it is. A folder that is saved from one that was loaded thus says the same to other programs, and
-what has no meaning here, such as sampling defaults and the tokenizer's class, is not lost.
+Their text is kept verbatim when a loaded model is saved. Other programs then read the same settings, including those
+that openmimo ignores, such as sampling defaults and the tokenizer class.
 """
 
 import json
@@ -17,18 +17,22 @@ _NAMES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json",
 )  # fmt: skip
-_TEMPLATES = "additional_chat_templates"  # transformers' folder for templates that have a name of their own
+_TEMPLATES = "additional_chat_templates"  # the folder of transformers for named templates
 _TOKENIZER_CONFIG = "tokenizer_config.json"
 
 
 @dataclass(frozen=True)
 class Companions:
-    """The companions of one model. files: their text by name, relative to the folder."""
+    """The companion files of one model.
+
+    Attributes:
+        files: Text by file name, relative to the folder.
+    """
 
     files: Mapping[str, str] = field(default_factory=dict)
 
     def with_max_length(self, tokens: int) -> "Companions":
-        """The same files; if the tokenizer states the length of its model's context, it states `tokens`."""
+        """The same files with the context length of the tokenizer set to `tokens`, if it states one."""
         text = self.files.get(_TOKENIZER_CONFIG)
         values = {} if text is None else parse_json(text, _TOKENIZER_CONFIG)
         if "model_max_length" not in values:
@@ -37,7 +41,7 @@ class Companions:
         return Companions({**self.files, _TOKENIZER_CONFIG: text})
 
     def write(self, folder: Path) -> None:
-        """Writes the files into `folder`, and removes companions of another model that are there."""
+        """Writes the files into `folder`, and removes existing companions of another model."""
         for name in companion_names(folder):
             if name not in self.files:
                 (folder / name).unlink()
@@ -46,16 +50,17 @@ class Companions:
 
 
 def companion_names(folder: Path) -> list[str]:
-    """The companions that a folder holds, by name relative to it."""
+    """The names of the companions in a folder, relative to it."""
     subfolder = folder / _TEMPLATES
     templates = [] if subfolder.is_symlink() else sorted(subfolder.glob("*.jinja"))
     return [name for name in _NAMES if (folder / name).exists()] + [f"{_TEMPLATES}/{path.name}" for path in templates]
 
 
 def read_companions(folder: Path, error: type[UserError] = CheckpointError) -> Companions:
-    """The companions in a model folder. Raises `error` for one that is no readable text file of that folder."""
+    """Reads the companions of a model folder. Raises `error` for one that is not a readable text file in it."""
     files = {}
     for name in companion_names(folder):
         path = file_in_folder((folder / name).parent, Path(name).name, error)
+        assert path is not None, "companion_names lists existing files"
         files[name] = read_text(path, error)
     return Companions(files)

@@ -1,4 +1,4 @@
-"""What a run reads: sources and their shares, without torch."""
+"""Configuration of data: sources, mixtures and tasks. Imports no torch."""
 
 from dataclasses import dataclass, field
 from typing import Annotated, Any
@@ -16,9 +16,9 @@ class SourceConfig:
 
     Attributes:
         name: A file in `openmimo/data/sources`, or `package.module:Object`.
-        weight: Its share of the rows, relative to the other weights.
-        options: Settings of that source (its `options` dataclass lists them).
-        max_megabytes: Read no more text than this (10^6 bytes of UTF-8; 0 reads all); only for sources of text.
+        weight: Share of the rows, relative to the other weights.
+        options: Settings of the source (its `options` dataclass lists them).
+        max_megabytes: Maximum text to read, in 10^6 bytes of UTF-8 (0: all). Only for text sources.
     """
 
     name: str
@@ -35,10 +35,10 @@ class MixtureConfig:
     """The sources of one training stage.
 
     Attributes:
-        sources: What is mixed.
-        validation_fraction: Share of the documents, conversations, problems and generated examples that is held out,
-            chosen by the hash of their content, so that an example and its copies are either trained on or validated
-            on, in every stage and run. 0 holds out nothing, and allows no evaluation.
+        sources: The mixed sources.
+        validation_fraction: Share of documents, conversations, problems and generated examples that is held out. The
+            hash of the content decides, so that all copies of an example are in the same split in every stage and run.
+            0 holds out nothing and permits no evaluation.
     """
 
     sources: tuple[SourceConfig, ...]
@@ -56,10 +56,10 @@ class TaskConfig:
 
     Attributes:
         name: A file in `openmimo/data/tasks`, or `package.module:Object`.
-        min_difficulty: The easiest problems drawn; what a level means is the family's own.
-        max_difficulty: The hardest ones; levels in between are equally likely.
-        weight: Its share of the problems where several tasks are mixed, relative to the other weights.
-        options: Settings of that family (its `options` dataclass lists them).
+        min_difficulty: Lowest difficulty. The family defines the meaning of a level.
+        max_difficulty: Highest difficulty. Levels are drawn uniformly.
+        weight: Share of the problems in a mixture of tasks, relative to the other weights.
+        options: Settings of the family (its `options` dataclass lists them).
     """
 
     name: str
@@ -78,12 +78,12 @@ class TaskConfig:
 
 
 def demonstrations(*tasks: TaskConfig, weight: float = 1.0, noise: float = 0.0, system: str = "") -> SourceConfig:
-    """The source of demonstrations of `tasks`; `openmimo/data/sources/tasks.py` says what its options mean."""
+    """A source of demonstrations of `tasks`; `openmimo/data/sources/tasks.py` documents its options."""
     return SourceConfig("tasks", weight, {"tasks": [to_dict(task) for task in tasks], "noise": noise, "system": system})
 
 
 def without_paths(tree: Any) -> Any:
-    """What `to_dict` gave, with the paths of data taken out of all options: where data lies does not change a run."""
+    """A result of `to_dict` without the data paths of all options, since the location of data does not change a run."""
     if isinstance(tree, dict):
         kept = {key: without_paths(value) for key, value in tree.items()}
         if isinstance(kept.get("options"), dict):

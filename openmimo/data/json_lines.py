@@ -1,6 +1,6 @@
 """Objects from JSON Lines, with errors that name file and line.
 
-One bad line refuses the whole: what a run reads is what its files say, with nothing left out in silence.
+A malformed line raises an error, so that a run never skips data silently.
 """
 
 import json
@@ -16,9 +16,10 @@ _MAY_HOLD_SURROGATES = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def read_objects(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(where it stands, the object) of each line of a file, or of the .jsonl files of a folder.
+    """Yields (file and line, object) for each line of a file, or of the .jsonl files of a folder. Skips empty lines.
 
-    Empty lines are skipped. A line that is not a JSON object of real text and finite numbers is a DataError.
+    Raises:
+        DataError: A line is not a JSON object of valid text and finite numbers.
     """
     for file in find_files(path, SUFFIXES):
         number = 0
@@ -29,7 +30,7 @@ def read_objects(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
                     continue
                 where = f"{file}, line {number}"
                 text = _text(line, where)
-                del line  # a line may be large, and is not needed while its object is used
+                del line  # a line may be large, and is not needed while the caller uses the object
                 value = _parsed(text, where)
                 if _MAY_HOLD_SURROGATES.search(text):
                     _refuse_surrogates(value, where)
@@ -53,16 +54,16 @@ def _parsed(text: str, where: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: not valid JSON ({error}). Correct or delete the line.") from error
     if not isinstance(value, dict):
-        raise DataError(f"{where}: a JSON object is needed, not a {type(value).__name__}.")
+        raise DataError(f"{where}: expected a JSON object, found a {type(value).__name__}.")
     return value
 
 
 def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON number")
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def _refuse_surrogates(value: Any, where: str, key: str = "") -> None:
-    """Half a character (a lone surrogate) has no UTF-8, so it can be neither encoded nor hashed."""
+    """Raises DataError for a lone surrogate, which has no UTF-8 encoding."""
     if isinstance(value, dict):
         for name, item in value.items():
             _refuse_surrogates(name, where, "a key")
@@ -76,6 +77,6 @@ def _refuse_surrogates(value: Any, where: str, key: str = "") -> None:
         except UnicodeEncodeError as error:
             half = ascii(value[error.start])
             raise DataError(
-                f"{where}: the text under {key} holds half a character ({half}, a lone surrogate). Correct or delete "
-                "the line."
+                f"{where}: the text under {key} contains half a character ({half}, a lone surrogate). Correct or "
+                "delete the line."
             ) from error

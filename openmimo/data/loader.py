@@ -1,7 +1,7 @@
-"""Batches for the trainer: packed rows of a mixture, the same in every run, resumable at any row.
+"""Batches for the trainer: packed rows of a mixture, deterministic and resumable at any row.
 
-Row i of a stage is a pure function of (seed, stage, i), so the whole state is the number of rows already used; it can
-be taken up again with another number of processes or workers.
+Row i of a stage is a pure function of (seed, stage, i). The state of a loader is therefore the number of consumed rows,
+and a run can resume with a different number of processes or workers.
 """
 
 import concurrent.futures
@@ -21,16 +21,19 @@ from openmimo.data.mixing import MixtureRows, open_mixture
 from openmimo.data.source import Row
 from openmimo.data.tokenizer import Tokenizer
 
-_VALIDATION_SEED = (0, 0)  # not the run's: runs with other seeds are measured on the same rows
+_VALIDATION_SEED = (0, 0)  # fixed, so that runs with different seeds are evaluated on the same rows
 
 
 @dataclass(frozen=True)
 class Batch:
     """Packed rows; T = rows x sequence_length.
 
-    token_ids: int32 [T]. document_lengths: the lengths of the pieces in order over all rows; they add up to T, and no
-    piece goes over the end of a row. loss_mask: bool [T], False where the token is not to be counted as a target; None
-    counts all. source_rows: how many of the rows came from each source.
+    Attributes:
+        token_ids: int32 [T].
+        document_lengths: The lengths of the document pieces over all rows, in order. They add up to T, and no piece
+            crosses the end of a row.
+        loss_mask: bool [T], False where the token is not a label; None: all are labels.
+        source_rows: Number of rows by source.
     """
 
     token_ids: np.ndarray
@@ -57,8 +60,11 @@ def prepare_mixture(
 class Loader:
     """The rows of one training stage.
 
-    Process `rank` of `world_size` gets rows rank, rank + world_size, ... With `num_workers` threads, rows are made
-    ahead of time; what comes out does not depend on their number. `sources` tells what was opened.
+    Process `rank` of `world_size` receives rows rank, rank + world_size, ... `num_workers` threads prepare rows in
+    advance; the rows do not depend on their number.
+
+    Attributes:
+        sources: The opened sources.
     """
 
     def __init__(
@@ -120,19 +126,22 @@ class Loader:
             yield _join(self._validation.row(index) for index in indices)
 
     def state(self) -> dict[str, Any]:
-        """What to save for resuming, as plain JSON."""
+        """The state for resuming, as plain JSON."""
         sources = [{**source.identity, "place": source.place} for source in self.sources]
         return {"rows_consumed": self._rows_consumed, **self._identity, "sources": sources}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Goes on after the rows that `state` has used. Raises CheckpointError, naming the difference, if the state
-        belongs to other data, weights, row length, tokenizer, stage or seed. Data may have been moved.
+        """Continues after the rows that `state` has consumed.
+
+        Raises:
+            CheckpointError: The state belongs to other data, weights, row length, tokenizer, stage or seed. The
+                location of the data may differ.
         """
-        for key, ours in self._identity.items():
-            if state.get(key) != ours:
+        for key, current in self._identity.items():
+            if state.get(key) != current:
                 raise CheckpointError(
-                    f"The saved loader state has {key} {state.get(key)!r}, but this run has {ours!r}, so its rows are "
-                    f"others. Resume with the same {key}, or name another run_folder for a new run."
+                    f"The saved loader state has {key} {state.get(key)!r}, but this run has {current!r}, so its rows "
+                    f"differ. Resume with the same {key}, or name another run_folder for a new run."
                 )
         self._check_sources(state.get("sources", []))
         self._drop_ahead()
@@ -161,7 +170,7 @@ class Loader:
                 )
 
     def close(self) -> None:
-        """Ends the workers, if there are any."""
+        """Shuts down the workers, if any."""
         self._drop_ahead()
         if self._workers is not None:
             self._workers.shutdown()
@@ -177,10 +186,11 @@ class Loader:
         return MixtureRows(self.sources, "validation", _VALIDATION_SEED)
 
     def _indices(self, first: int, num_rows: int) -> range:
-        """The numbers of this process's rows when all processes together go on from row `first`."""
+        """The row numbers of this process if all processes together continue from row `first`."""
         return range(first + self._rank, first + num_rows * self._world_size, self._world_size)
 
     def _make_ahead(self, indices: range) -> None:
+        assert self._workers is not None
         for index in indices:
             if index not in self._ahead:
                 self._ahead[index] = self._workers.submit(self._train.row, index)
@@ -192,12 +202,12 @@ class Loader:
 
 
 def short(content: Any) -> str:
-    """A name of a content for people: twelve digits of one hash of it."""
+    """Twelve hexadecimal digits of a hash of `content`, for messages."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _join(named_rows: Iterable[tuple[str, Row]]) -> Batch:
-    """One batch of some rows. A mask appears if any row has one."""
+    """Joins rows to a batch. It has a mask if any row has one."""
     names, rows = zip(*named_rows, strict=True)
     masks = None
     if any(row.loss_mask is not None for row in rows):

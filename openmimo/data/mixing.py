@@ -1,6 +1,6 @@
-"""A mixture of sources as numbered rows: which source gives row i, and which of its rows that is.
+"""A mixture of sources as numbered rows.
 
-Both are pure functions of the weights, a seed and i.
+The source of row i, and its row number within that source, are pure functions of the weights, the seed and i.
 """
 
 import functools
@@ -18,47 +18,59 @@ from openmimo.data.store import TokenStore, open_store
 from openmimo.data.tokenizer import Tokenizer
 
 ROWS_PER_BLOCK = 1000
-_SCHEDULE, _ROWS = 0, 1  # separate random numbers under one seed
+_SCHEDULE, _ROWS = 0, 1  # separate random streams of one seed
 
 
 class MixtureSchedule:
     """Interleaves sources by weight.
 
-    Each block of 1000 rows holds every source exactly by its share (rounded to 0.1 %), spread evenly with jitter. As
-    the shares of earlier blocks are known without walking through them, any row is found in constant time.
+    Each block of 1000 rows contains exactly the share of each source (rounded to 0.1 %), spread evenly with jitter. All
+    blocks have the same shares, so any row is located in constant time.
+
+    Raises:
+        ConfigError: A share is below 0.1 %.
     """
 
     def __init__(self, names: Sequence[str], weights: Sequence[float], seed: Sequence[int]):
-        """names: for messages. seed: the integers that the order depends on. A share below 0.1 % is a ConfigError."""
+        """
+        Args:
+            names: Names of the sources, for messages.
+            weights: Relative shares.
+            seed: The integers that determine the order.
+        """
         self._seed = tuple(seed)
         self._rows_per_block = _apportion(weights)
         for name, rows in zip(names, self._rows_per_block, strict=True):
             if rows == 0:
                 raise ConfigError(
                     f"The weight of source {name!r} is less than 0.1 % of the mixture, which gives it no rows. "
-                    "Raise the weight or take the source out."
+                    "Raise the weight or remove the source."
                 )
         self._block = functools.lru_cache(maxsize=8)(self._make_block)
 
     def locate(self, row_index: int) -> tuple[int, int]:
-        """(source, how many rows of that source come before): row `row_index` is that row of that source."""
-        block, place = divmod(row_index, ROWS_PER_BLOCK)
-        sources, ranks = self._block(block)
-        source = int(sources[place])
-        return source, block * int(self._rows_per_block[source]) + int(ranks[place])
+        """The source of row `row_index`, and its row number within that source."""
+        block, row_in_block = divmod(row_index, ROWS_PER_BLOCK)
+        sources, numbers = self._block(block)
+        source = int(sources[row_in_block])
+        return source, block * int(self._rows_per_block[source]) + int(numbers[row_in_block])
 
     def _make_block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """The source of each row of a block, and its rank among the rows of its source."""
+        """For each row of a block, its source and its number among the rows of that source in the block.
+
+        Row n of a source with r rows per block is placed at a random time in [n / r, (n + 1) / r); the block is sorted
+        by time.
+        """
         rng = np.random.default_rng([*self._seed, block])
         sources = np.repeat(np.arange(len(self._rows_per_block)), self._rows_per_block)
-        ranks = np.concatenate([np.arange(rows) for rows in self._rows_per_block])
-        when = (ranks + rng.random(ROWS_PER_BLOCK)) / self._rows_per_block[sources]
-        order = np.argsort(when, kind="stable")
-        return sources[order], ranks[order]
+        numbers = np.concatenate([np.arange(rows) for rows in self._rows_per_block])
+        times = (numbers + rng.random(ROWS_PER_BLOCK)) / self._rows_per_block[sources]
+        order = np.argsort(times, kind="stable")
+        return sources[order], numbers[order]
 
 
 def _apportion(weights: Sequence[float]) -> np.ndarray:
-    """Whole rows per source that add up to a block: rounded down, the rest to the largest remainders."""
+    """Whole rows per source that add up to a block, by the largest remainder method."""
     exact = np.array(weights, dtype=np.float64) / sum(weights) * ROWS_PER_BLOCK
     rows = np.floor(exact + 1e-9).astype(np.int64)
     largest_remainders = np.argsort(rows - exact, kind="stable")
@@ -68,9 +80,14 @@ def _apportion(weights: Sequence[float]) -> np.ndarray:
 
 @dataclass(frozen=True)
 class OpenSource:
-    """A source of a mixture, ready to give rows.
+    """An opened source of a mixture.
 
-    stores: the tokenized documents of a text source, by split; None for a synthetic one, which has `makers`.
+    Attributes:
+        config: Its configuration.
+        sequence_length: Tokens of a row.
+        validation_fraction: Share of held-out examples.
+        stores: The tokenized documents of a text source, by split; None for a synthetic source.
+        makers: The row makers of a synthetic source; None for a text source.
     """
 
     config: SourceConfig
@@ -81,10 +98,12 @@ class OpenSource:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What the rows depend on: equal data gives equal identities wherever it lies."""
+        """What the rows depend on. Equal data in different folders gives equal identities."""
+        content: Any
         if self.stores is not None:
             content = {split: store.content for split, store in self.stores.items()}
         else:
+            assert self.makers is not None
             content = self.makers.content or self.config.options
         return {
             "name": self.config.name,
@@ -95,16 +114,16 @@ class OpenSource:
 
     @property
     def place(self) -> str:
-        """The source and where its data lies, for messages."""
+        """The source and the path of its data, for messages."""
         path = self.config.options.get("path")
         return f"source {self.config.name!r}" + (f" ({path})" if path else "")
 
     def rows(self, split: Split, seed: Sequence[int]) -> RowSource:
-        """The numbered rows of one split. Raises DataError if it holds too little for a row."""
+        """The numbered rows of one split. Raises DataError if it has less than a row."""
         if split == "validation" and self.validation_fraction == 0.0:
             raise DataError(
-                f"Nothing of {self.place} is held out, as validation_fraction is 0, so there is nothing to evaluate "
-                "on. Set validation_fraction above 0."
+                f"Nothing of {self.place} is held out for evaluation, because validation_fraction is 0. Set "
+                "validation_fraction above 0."
             )
         if self.stores is None:
             return SyntheticRows(self._maker(split), seed)
@@ -118,6 +137,7 @@ class OpenSource:
         return StoreRows(self.stores[split], self.sequence_length, seed)
 
     def _maker(self, split: Split) -> RowMaker:
+        assert self.makers is not None
         if split not in self.makers.by_split:
             raise DataError(
                 f"The {split} part of {self.place} is empty: none of its examples that fit into a row of "
@@ -128,7 +148,7 @@ class OpenSource:
 
 
 def open_mixture(mixture: MixtureConfig, tokenizer: Tokenizer, sequence_length: int) -> tuple[OpenSource, ...]:
-    """Opens every source, tokenizing the texts that no earlier run has. Raises ConfigError or DataError."""
+    """Opens every source, and tokenizes texts that have no store. Raises ConfigError or DataError."""
     opened = []
     fraction = mixture.validation_fraction
     for config in mixture.sources:

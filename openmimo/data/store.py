@@ -1,8 +1,9 @@
-"""Documents as token ids on disk: tokenized once, then read through memory maps by every run with the same settings.
+"""Documents as token ids on disk: tokenized once, then memory-mapped by every run with the same settings.
 
-A store is a folder with, for each split, `<split>.bin` (ids of all documents one after another, each ended by the
-end-of-text token; uint16, or uint32 for a vocabulary over 65,536) and `<split>_offsets.bin` (int64 [documents + 1],
-where each begins), and `store.json`. Writing and reading take little memory, however long a document or the whole is.
+A store is a folder with `store.json` and two files per split: `<split>.bin` (the ids of all documents, each with a
+final end-of-text token; uint16, or uint32 for a vocabulary above 65,536) and `<split>_offsets.bin` (int64
+[documents + 1], the start of each document). Writing and reading use little memory for
+documents and stores of any length.
 """
 
 import hashlib
@@ -26,15 +27,18 @@ from openmimo.data.source import Piece, Split, TextSource, divided_documents, op
 from openmimo.data.tokenizer import Tokenizer
 
 FORMAT_VERSION = 2
-BATCH_CHARACTERS = 500_000  # tokenized at once, on all cores
+BATCH_CHARACTERS = 500_000  # tokenized together, on all cores
 
 
 @dataclass(frozen=True)
 class TokenStore:
     """One split of one source.
 
-    token_ids: uint16 or uint32 [N], offsets: int64 [documents + 1], both memory-mapped. text_bytes: UTF-8 bytes of the
-    documents. content: SHA-256 of the ids, so equal for equal data wherever it lies.
+    Attributes:
+        token_ids: uint16 or uint32 [N], memory-mapped.
+        offsets: int64 [documents + 1], memory-mapped.
+        text_bytes: UTF-8 bytes of the documents.
+        content: SHA-256 of the ids. Equal data in different folders has equal content.
     """
 
     token_ids: np.ndarray
@@ -44,10 +48,12 @@ class TokenStore:
 
 
 def open_store(config: SourceConfig, tokenizer: Tokenizer, *, validation_fraction: float) -> dict[Split, TokenStore]:
-    """Both splits of a text source, tokenized now if no earlier run has.
+    """Opens both splits of a text source, and tokenizes it first if there is no store.
 
-    With several processes, let one call this first: the others then find the store. Raises DataError if the source
-    cannot be read or is empty.
+    With several processes, one must call this before the others.
+
+    Raises:
+        DataError: The source cannot be read or is empty.
     """
     folder = cache_folder() / "tokens" / f"{config.name}-{_key(config, tokenizer, validation_fraction)}"
     if not folder.exists():
@@ -59,7 +65,7 @@ def open_store(config: SourceConfig, tokenizer: Tokenizer, *, validation_fractio
 
 
 def _key(config: SourceConfig, tokenizer: Tokenizer, validation_fraction: float) -> str:
-    """Names everything that the ids depend on; the weight does not count."""
+    """A digest of everything that the ids depend on (not the weight)."""
     source, options = open_source(config)
     assert isinstance(source, TextSource)
     parts = {
@@ -119,14 +125,15 @@ def _write(folder: Path, config: SourceConfig, tokenizer: Tokenizer, validation_
             writer.close()
     splits = {split: writer.description() for split, writer in writers.items()}
     if not any(entry["tokens"] for entry in splits.values()):
-        raise DataError(f"Source {config.name!r} with options {config.options} holds no text.")
+        raise DataError(f"Source {config.name!r} with options {config.options} contains no text.")
     description = {"source": to_dict(config), "dtype": np.dtype(dtype).name, "splits": splits}
     (folder / "store.json").write_text(json.dumps(description, indent=2) + "\n")
 
 
 def _batches(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
-    """Lists of pieces of some `BATCH_CHARACTERS` together."""
-    batch, characters = [], 0
+    """Groups pieces into lists of about `BATCH_CHARACTERS`."""
+    batch: list[Piece] = []
+    characters = 0
     for piece in pieces:
         batch.append(piece)
         characters += len(piece.text)
@@ -138,7 +145,7 @@ def _batches(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
 
 
 def _with_progress(config: SourceConfig, pieces: Iterator[Piece]) -> Iterator[Piece]:
-    """The pieces of a source, with a line that shows how much text has been read, how fast, and the time left."""
+    """The pieces of a source, with a progress bar (text read, rate, time left)."""
     columns = [
         rich.progress.TextColumn("tokenizing {task.description}"),
         rich.progress.BarColumn(),
@@ -166,5 +173,7 @@ def _read_split(folder: Path, split: Split, description: dict) -> TokenStore:
 
 def _mapped(file: Path, dtype: np.dtype, length: int) -> np.ndarray:
     if not file.is_file() or file.stat().st_size != length * dtype.itemsize:
-        raise DataError(f"{file} is damaged: it should hold {length} numbers. Delete {file.parent} to tokenize again.")
+        raise DataError(
+            f"{file} is damaged: it should contain {length} numbers. Delete {file.parent} to tokenize again."
+        )
     return np.memmap(file, dtype=dtype, mode="r") if length else np.empty(0, dtype)

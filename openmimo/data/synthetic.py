@@ -1,4 +1,4 @@
-"""Rows of synthetic documents: a row is divided into documents of one drawn length, which are made one by one."""
+"""Rows of synthetic documents. A row is divided into documents of one drawn length, which are generated in order."""
 
 import math
 from collections.abc import Callable
@@ -16,7 +16,7 @@ Example = TypeVar("Example")
 def document_lengths(sequence_length: int, *, shortest: int, longest: int, rng: np.random.Generator) -> list[int]:
     """Divides a row evenly into documents no longer than a length drawn log-uniformly from [shortest, longest]."""
     drawn = math.exp(rng.uniform(math.log(shortest), math.log(longest)))
-    drawn = min(max(drawn, shortest), longest)  # exp(log(n)) may fall a rounding error short of n
+    drawn = min(max(drawn, shortest), longest)  # exp(log(n)) may differ from n by a rounding error
     number = math.ceil(sequence_length / drawn)
     length, remainder = divmod(sequence_length, number)
     return [length + 1] * remainder + [length] * (number - remainder)
@@ -25,9 +25,17 @@ def document_lengths(sequence_length: int, *, shortest: int, longest: int, rng: 
 def length_range(
     sequence_length: int, *, min_length: int, max_length: int, smallest: int, source: str
 ) -> tuple[int, int]:
-    """The checked range of document lengths; a `max_length` of 0 means the row. `smallest` is what the task needs.
+    """Checks the range of document lengths and returns (shortest, longest).
 
-    Raises DataError if the range is empty, leaves the row, or allows documents shorter than `smallest`.
+    Args:
+        sequence_length: Tokens of a row.
+        min_length: Shortest document.
+        max_length: Longest document (0: the row).
+        smallest: The minimum that the task needs.
+        source: The name of the source, for messages.
+
+    Raises:
+        DataError: The range is empty, exceeds the row, or allows documents shorter than `smallest`.
     """
     longest = max_length or sequence_length
     shortest = min(min_length, longest)
@@ -39,8 +47,8 @@ def length_range(
     shortest_made = sequence_length // math.ceil(sequence_length / shortest)
     if shortest_made < smallest:
         raise DataError(
-            f"Source {source!r} needs {smallest} tokens for a document, but rows of {sequence_length} and min_length "
-            f"{min_length} give some of {shortest_made}. Raise min_length or make the task smaller."
+            f"Source {source!r} needs {smallest} tokens per document, but rows of {sequence_length} and min_length "
+            f"{min_length} give documents of {shortest_made}. Raise min_length or make the task smaller."
         )
     return shortest, longest
 
@@ -48,14 +56,13 @@ def length_range(
 def makers_by_split(
     make_row: Callable[[np.random.Generator, Split], Row], validation_fraction: float, source: str
 ) -> RowMakers:
-    """The makers of a source whose examples are drawn without end. Raises DataError for a share too small to draw."""
+    """The row makers of a source with unlimited examples. Raises DataError if a split is too small to be drawn."""
     if validation_fraction == 0.0:
         return RowMakers({"train": lambda rng: make_row(rng, "train")})
     if not MIN_SHARE <= validation_fraction <= 1.0 - MIN_SHARE:
         raise DataError(
-            f"Source {source!r} cannot divide what it makes by a validation_fraction of {validation_fraction}: it "
-            "draws until an example is on the wanted side. "
-            f"Take one from {MIN_SHARE} to {1.0 - MIN_SHARE}, or 0."
+            f"Source {source!r} does not support a validation_fraction of {validation_fraction}, because it draws "
+            f"until an example belongs to the requested split. Use {MIN_SHARE} to {1.0 - MIN_SHARE}, or 0."
         )
 
     def maker(split: Split) -> RowMaker:
@@ -73,10 +80,13 @@ def draw_on_side(
     validation_fraction: float,
     source: str,
 ) -> Example:
-    """The first draw whose content is on the side `split`.
+    """The first drawn example whose content belongs to `split`.
 
-    Only the first draw takes numbers from `rng`; any others take theirs from a generator of their own, so that the rest
-    of a row does not depend on how many were needed. Raises DataError if the source has too few different examples.
+    Only the first draw uses `rng`; later draws use a spawned generator, so that the rest of a row does not depend on
+    the number of draws.
+
+    Raises:
+        DataError: The source has too few distinct examples.
     """
     example = draw(rng)
     if split_of_bytes(content(example).tobytes(), validation_fraction) == split:
@@ -88,13 +98,13 @@ def draw_on_side(
         if split_of_bytes(content(example).tobytes(), validation_fraction) == split:
             return example
     raise DataError(
-        f"Source {source!r} has too few different examples to divide: none of the {split} part is found at "
-        f"validation_fraction {validation_fraction}. Make its examples longer or more different."
+        f"Source {source!r} has too few distinct examples: none of the {split} part was found at validation_fraction "
+        f"{validation_fraction}. Make its examples longer or more diverse."
     )
 
 
 def join_documents(documents: list[np.ndarray], loss_masks: list[np.ndarray] | None) -> Row:
-    """A row of whole documents; without masks every token counts."""
+    """Joins whole documents to a row. Without masks every token enters the loss."""
     return Row(
         token_ids=np.concatenate(documents),
         document_lengths=tuple(len(document) for document in documents),

@@ -1,4 +1,4 @@
-"""What is read of a checkpoint's tokenizer files, and what must hold for it."""
+"""The parts of a checkpoint's tokenizer files that openmimo reads, with their checks."""
 
 import json
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from tokenizers import pre_tokenizers
 from openmimo.core.errors import DataError
 from openmimo.core.reading import parse_json, read_known_keys
 
-_MAX_IDS = 1 << 24  # as many as a model's vocabulary may have
+_MAX_IDS = 1 << 24  # the limit of a model's vocabulary
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class NamedTemplate:
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """What is read of tokenizer_config.json. A token is its text or, in older files, an object with its content."""
+    """The fields read from tokenizer_config.json. A token is a string or, in older files, an object with `content`."""
 
     eos_token: str | dict[str, Any] | None = None
     pad_token: str | dict[str, Any] | None = None
@@ -32,7 +32,7 @@ class TokenizerConfig:
 
     @property
     def default_template(self) -> str | None:
-        """The chat template: the one that stands there, or of several the one named "default"."""
+        """The chat template; if there are several, the one named "default"."""
         if isinstance(self.chat_template, list):
             return {entry.name: entry.template for entry in self.chat_template}.get("default")
         return self.chat_template
@@ -40,21 +40,21 @@ class TokenizerConfig:
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """What is read of generation_config.json."""
+    """The fields read from generation_config.json."""
 
     eos_token_id: int | list[int] | None = None
 
 
 @dataclass(frozen=True)
 class _TokenContent:
-    """What is read of a token that is spelled out as an object."""
+    """The fields read from a token object."""
 
     content: str
 
 
 @dataclass(frozen=True)
 class _Model:
-    """What is read of tokenizer.json's model."""
+    """The fields read from `model` of tokenizer.json."""
 
     type: str
     dropout: float | None = None
@@ -62,7 +62,7 @@ class _Model:
 
 @dataclass(frozen=True)
 class _AddedToken:
-    """What is read of one of tokenizer.json's added tokens."""
+    """The fields read from an entry of `added_tokens` of tokenizer.json."""
 
     id: int
     content: str
@@ -70,7 +70,7 @@ class _AddedToken:
 
 @dataclass(frozen=True)
 class _TokenizerFile:
-    """What is read of tokenizer.json, apart from what the tokenizers library checks itself."""
+    """The fields read from tokenizer.json. The tokenizers library checks the others."""
 
     model: dict[str, Any]
     decoder: dict[str, Any] | None = None
@@ -86,10 +86,11 @@ def token_text(entry: str | dict[str, Any] | None, where: str) -> str | None:
 
 
 def read_backend(text: str, path: Path) -> tokenizers.Tokenizer:
-    """The tokenizer that a tokenizer.json describes.
+    """Builds the tokenizer of a tokenizer.json.
 
-    Raises DataError, naming `path`, if it is malformed, no byte-level BPE, or would give another text back than it was
-    given: a byte without a token, a merge that is left out at random, an id that another token has.
+    Raises:
+        DataError: The file `path` is malformed, is not byte-level BPE, or does not round-trip text: a byte has no
+            token, merges have dropout, or two tokens have one id.
     """
     where = str(path)
     values = parse_json(text, where, DataError)
@@ -102,20 +103,20 @@ def read_backend(text: str, path: Path) -> tokenizers.Tokenizer:
     try:
         backend = tokenizers.Tokenizer.from_str(json.dumps(values))
     except Exception as error:  # the library raises nothing narrower
-        raise DataError(f"{where} is no tokenizer: {error}. Copy it again from the checkpoint.") from error
+        raise DataError(f"{where} is not a tokenizer: {error}. Copy it again from the checkpoint.") from error
     backend.no_padding()
     backend.no_truncation()
     vocabulary = backend.get_vocab(with_added_tokens=True)
-    lacking = [character for character in pre_tokenizers.ByteLevel.alphabet() if character not in vocabulary]
-    if lacking:
-        raise DataError(f"{where} has no token for {len(lacking)} of the 256 bytes; a text with them would be cut.")
+    missing = [character for character in pre_tokenizers.ByteLevel.alphabet() if character not in vocabulary]
+    if missing:
+        raise DataError(f"{where} has no token for {len(missing)} of the 256 bytes; text with them would be lost.")
     if max(vocabulary.values()) >= _MAX_IDS:
         raise DataError(f"{where} has the id {max(vocabulary.values())}; ids are below {_MAX_IDS}.")
     for number, token in enumerate(added):
         if not token.content or vocabulary.get(token.content) != token.id:
             raise DataError(
-                f"{where}: added_tokens[{number}] is {token.content!r} with id {token.id}, but the tokenizer gives it "
-                f"{vocabulary.get(token.content)}."
+                f"{where}: added_tokens[{number}] is {token.content!r} with id {token.id}, but the tokenizer's id for "
+                f"it is {vocabulary.get(token.content)}."
             )
     return backend
 
@@ -129,9 +130,9 @@ def _check_byte_level(described: _TokenizerFile, where: str) -> None:
             "tokenizers (BPE with a ByteLevel decoder), the kind of MiMo and Qwen2."
         )
     if model.dropout:
-        raise DataError(f"{where}: model: dropout is {model.dropout}; one text must always give the same tokens.")
+        raise DataError(f"{where}: model: dropout is {model.dropout}, which makes tokenization random; set it to null.")
     pre_tokenizer = described.pre_tokenizer or {}
     steps = pre_tokenizer.get("pretokenizers") if pre_tokenizer.get("type") == "Sequence" else [pre_tokenizer]
     kinds = [step.get("type") for step in steps if isinstance(step, dict)] if isinstance(steps, list) else []
     if "ByteLevel" not in kinds:
-        raise DataError(f"{where}: pre_tokenizer has no ByteLevel step, so text could not be written in bytes.")
+        raise DataError(f"{where}: pre_tokenizer has no ByteLevel step, which byte-level BPE needs.")

@@ -211,7 +211,7 @@ def test_long_conversations_are_left_out_and_counted(write):
         ({"messages": [{"content": "x"}]}, "line 1: .*no 'role'"),
         ({"messages": [{"role": "assistant", "content": "<|im_end|>"}]}, "line 1: .*control token"),
         ({"messages": [], "tools": {}}, "line 1: .*'tools'"),
-        ([], "line 1: a JSON object is needed"),
+        ([], "line 1: expected a JSON object"),
     ],
 )
 def test_bad_conversations_are_named(write, line, named):

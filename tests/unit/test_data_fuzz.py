@@ -121,10 +121,10 @@ def test_damaged_bytes(kind, tmp_path, data):
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        (b"\xff\xfe", "not UTF-8"), (b'{"x": "\xed\xa0\xbd"}', "not UTF-8"), (b'{"x": NaN}', "NaN is no JSON number"),
+        (b"\xff\xfe", "not UTF-8"), (b'{"x": "\xed\xa0\xbd"}', "not UTF-8"), (b'{"x": NaN}', "NaN is not a JSON number"),
         (b'{"x": ' + b"9" * 5000 + b"}", "not valid JSON"), (b"[" * 10**5, "not valid JSON"), (b"", ""),
         (b'{"x": "\\ud83d"}', "under 'x'.*lone surrogate"), (b'{"\\udc00": 1}', "a key .*lone surrogate"),
-        (b"null", "a JSON object is needed"), (b'{"x": "\\ud83d\\ude00"}', ""),
+        (b"null", "expected a JSON object"), (b'{"x": "\\ud83d\\ude00"}', ""),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_said(kind, tmp_path, line, said):
@@ -159,7 +159,7 @@ def test_compressed_files_are_named(tmp_path):
     with pytest.raises(DataError, match="a.jsonl.gz is compressed. Unpack it"):
         read("jsonl", str(tmp_path / "a.jsonl.gz"))
     (tmp_path / "b.jsonl").write_text('{"text": "y"}\n')
-    with pytest.warns(UserWarning, match="1 compressed files, such as a.jsonl.gz, are not read"):
+    with pytest.warns(UserWarning, match="1 compressed files, such as a.jsonl.gz, are skipped"):
         assert read("jsonl", str(tmp_path)) == ["y"]
     (tmp_path / "b.jsonl").write_bytes(packed)
     with pytest.raises(DataError, match="b.jsonl is compressed"):
