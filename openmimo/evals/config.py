@@ -1,4 +1,4 @@
-"""What an evaluation measures, without torch."""
+"""Configuration of an evaluation. Imports no torch."""
 
 from dataclasses import dataclass, field
 from typing import Annotated
@@ -16,14 +16,14 @@ class EvalConfig:
     Attributes:
         path: A checkpoint folder with a tokenizer.
         task: A file in `openmimo/evals/tasks`, or `package.module:Object`.
-        lengths: Tokens of an example, question and answer included.
-        examples: Examples of each length.
-        seed: Decides which examples.
-        batch: Examples decoded together.
+        lengths: Tokens of an example, including question and answer.
+        examples: Examples per length.
+        seed: Determines the examples.
+        batch: Examples per decoding batch.
         device: auto, cpu, or a device of torch.
         dtype: Of weights and activations.
         options: Settings of the task.
-        output: A JSON file for the scores (None: print only).
+        output: JSON file for the scores (None: print only).
     """
 
     path: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PATH")]

@@ -1,8 +1,9 @@
-"""Running a task at several lengths through the engine, greedily, and printing the scores."""
+"""Runs an evaluation task at several lengths with greedy decoding, and prints the scores."""
 
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -22,9 +23,10 @@ from openmimo.model.hf import load_config
 
 
 def run(config: EvalConfig, llm: LLM) -> list[Score]:
-    """The scores at each length. The same config gives the same examples.
+    """The score at each length. The same config gives the same examples.
 
-    Raises UserError before anything runs if a length does not fit the model or the task, and where the engine fails.
+    Raises:
+        UserError: A length does not fit the model or the task (checked first), or the engine fails.
     """
     task = TASKS.get(config.task)
     _check_lengths(config, llm.model.config)
@@ -34,18 +36,19 @@ def run(config: EvalConfig, llm: LLM) -> list[Score]:
 
 
 def examples_of(config: EvalConfig, task: Task, llm: LLM, length: int) -> Iterator[Example]:
-    """The examples of one length, a pure function of the seed and their number."""
-    options = from_dict(task.options, config.options, where=f"options of task {config.task!r}")
+    """The examples of one length: pure functions of the seed and their index."""
+    assert llm.tokenizer is not None, "an evaluation needs a tokenizer"
+    options: Any = from_dict(task.options, config.options, where=f"options of task {config.task!r}")
     for index in range(config.examples):
         yield task.example(options, llm.tokenizer, length, np.random.default_rng((config.seed, length, index)))
 
 
 def run_and_print(config: EvalConfig) -> None:
-    """`openmimo eval`: loads the checkpoint, runs the task, prints a table, writes JSON if asked."""
+    """`openmimo eval`: loads the checkpoint, runs the task, prints a table, and writes JSON if configured."""
     tokenizer = Tokenizer.load(config.path)
     _check_lengths(config, load_config(config.path))
     if config.output is not None and not Path(config.output).absolute().parent.is_dir():
-        raise ConfigError(f"EvalConfig.output is {config.output!r}, but its folder does not exist; make it first.")
+        raise ConfigError(f"EvalConfig.output is {config.output!r}, but its folder does not exist; create it first.")
     llm = LLM(config.path, tokenizer, device=config.device, dtype=config.dtype)
     scores = run(config, llm)
     table = Table("tokens", "examples", "score", "95 % interval", title=f"{config.task} on {config.path}")
@@ -64,7 +67,7 @@ def _check_lengths(config: EvalConfig, model: ModelConfig) -> None:
     if len(fitting) < len(config.lengths):
         advice = f"--lengths {' '.join(map(str, fitting))}" if fitting else "shorter --lengths"
         raise ConfigError(
-            f"--lengths asks for {max(config.lengths)} tokens, but the model has {model.max_positions} positions; "
+            f"--lengths includes {max(config.lengths)} tokens, but the model has {model.max_positions} positions; "
             f"give {advice}."
         )
 
@@ -79,9 +82,11 @@ def _score_length(config: EvalConfig, task: Task, llm: LLM, length: int) -> Scor
             SamplingParams(max_tokens=len(example.answer_ids), temperature=0.0, ignore_eos=True) for example in batch
         ]
         completions = llm.generate([example.prompt_ids for example in batch], params)
-        failed = next((done for done in completions if done.error), None)
+        failed = next((completion for completion in completions if completion.error), None)
         if failed is not None:
             raise UserError(f"{config.task} at {length} tokens: {failed.error}.")
-        total += sum(task.score(example, done.token_ids) for example, done in zip(batch, completions, strict=True))
+        total += sum(
+            task.score(example, completion.token_ids) for example, completion in zip(batch, completions, strict=True)
+        )
     mean = total / len(examples)
     return Score(length, len(examples), mean, *wilson_interval(mean, len(examples)))

@@ -1,4 +1,4 @@
-"""What an evaluation task is: a file in `openmimo/evals/tasks` that exports `PLUGIN`, a Task."""
+"""The interface of evaluation tasks: a file in `openmimo/evals/tasks` exports `PLUGIN`, a Task."""
 
 import math
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from openmimo.data.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt, the answer expected to follow it, and where in the prompt the answer is found (0 start, 1 end)."""
+    """A prompt, the expected answer, and the relative position of the answer in the prompt (0 start, 1 end)."""
 
     prompt_ids: list[int]
     answer_ids: list[int]
@@ -22,10 +22,14 @@ class Example:
 
 @dataclass(frozen=True)
 class Task:
-    """version: raised whenever scores stop being comparable. options: a frozen dataclass of settings.
+    """An evaluation task.
 
-    example(options, tokenizer, length, rng): one example of exactly `length` tokens, prompt and answer together, from
-    nothing but its arguments. score(example, output_ids): 0 to 1.
+    Attributes:
+        version: Incremented when scores are no longer comparable.
+        options: A frozen dataclass of settings.
+        example: `example(options, tokenizer, length, rng)` returns an example of exactly `length` tokens (prompt and
+            answer). It is a pure function of its arguments.
+        score: `score(example, output_ids)` returns 0 to 1.
     """
 
     version: int
@@ -53,5 +57,5 @@ def wilson_interval(mean: float, examples: int) -> tuple[float, float]:
     z = 1.96
     center = (mean + z * z / (2 * examples)) / (1 + z * z / examples)
     spread = z / (1 + z * z / examples) * math.sqrt(mean * (1 - mean) / examples + z * z / (4 * examples**2))
-    # to within rounding the interval holds the mean already; plots want it exactly
+    # rounding may put the mean slightly outside the interval; plots need it inside
     return min(max(0.0, center - spread), mean), max(min(1.0, center + spread), mean)

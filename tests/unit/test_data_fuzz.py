@@ -121,7 +121,8 @@ def test_damaged_bytes(kind, tmp_path, data):
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        (b"\xff\xfe", "not UTF-8"), (b'{"x": "\xed\xa0\xbd"}', "not UTF-8"), (b'{"x": NaN}', "NaN is not a JSON number"),
+        (b"\xff\xfe", "not UTF-8"), (b'{"x": "\xed\xa0\xbd"}', "not UTF-8"),
+        (b'{"x": NaN}', "NaN is not a JSON number"),
         (b'{"x": ' + b"9" * 5000 + b"}", "not valid JSON"), (b"[" * 10**5, "not valid JSON"), (b"", ""),
         (b'{"x": "\\ud83d"}', "under 'x'.*lone surrogate"), (b'{"\\udc00": 1}', "a key .*lone surrogate"),
         (b"null", "expected a JSON object"), (b'{"x": "\\ud83d\\ude00"}', ""),

@@ -1,4 +1,4 @@
-"""Retrieval of one fact among several, in token ids; the examples are those of `openmimo.data.tasks._needles`."""
+"""Retrieval of one fact among several, on token ids, with the examples of `openmimo.data.tasks._needles`."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,13 @@ from openmimo.evals.task import Example, Task
 
 @dataclass(frozen=True)
 class Options:
-    """num_pairs: facts in the context, of which one is asked. num_keys, num_values: the alphabets, as in training."""
+    """Options of task `needle`.
+
+    Attributes:
+        num_pairs: Facts in the context, one of which is queried.
+        num_keys: Size of the alphabet of keys, as in training.
+        num_values: Size of the alphabet of values, as in training.
+    """
 
     num_pairs: int = 4
     num_keys: int = 26
@@ -19,16 +25,16 @@ class Options:
 
 
 def example(options: Options, tokenizer: Tokenizer, length: int, rng: np.random.Generator) -> Example:
-    """Facts in filler, then one question; the fact asked lies at a depth drawn uniformly."""
+    """Facts in filler, then one query. The depth of the queried fact is uniform."""
     symbols = needle_symbols(tokenizer, num_keys=options.num_keys, num_values=options.num_values)
     depth = float(rng.random())
     ids, answers = make_needle(symbols, length=length, num_pairs=options.num_pairs, num_queries=1, rng=rng, depth=depth)
-    place = int(answers[0])
-    return Example(ids[:place].tolist(), [int(ids[place])], depth)
+    position = int(answers[0])
+    return Example(ids[:position].tolist(), [int(ids[position])], depth)
 
 
 def score(example: Example, output_ids: list[int]) -> float:
-    """1 if the answer follows, else 0."""
+    """1 if the output begins with the answer, else 0."""
     return float(output_ids[: len(example.answer_ids)] == example.answer_ids)
 
 
