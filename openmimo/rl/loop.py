@@ -22,6 +22,7 @@ from openmimo.core.errors import CheckpointError
 from openmimo.core.interrupt import Interrupted, StopRequest, stop_requests
 from openmimo.core.metrics import MetricsWriter
 from openmimo.core.samples import Sample
+from openmimo.core.services import close_services, service_metrics
 from openmimo.data.tokenizer import Tokenizer
 from openmimo.engine.engine import Engine
 from openmimo.model.mimo import MiMo
@@ -40,8 +41,6 @@ from openmimo.rl.scheduling.event_log import LoggedScheduler
 from openmimo.rl.scheduling.failures import COUNTED, Failures
 from openmimo.rl.scheduling.scheduler import DataScheduler
 from openmimo.rl.teaching.teaching import TeacherRollouts, Teaching
-from openmimo.rl.toolbox.shared import close_shared, shared_metrics
-from openmimo.runtime.isolated.calls import call_metrics
 from openmimo.train.checkpoint import Checkpoints, Progress, load_optimizer_state
 from openmimo.train.schedule import warmed_cosine
 
@@ -120,7 +119,7 @@ class RlRun:
         finally:
             self.rollouts.close()
             self._calls.close()
-            close_shared()
+            close_services()
             self.metrics.close()
             self.log.close()
 
@@ -156,7 +155,7 @@ class RlRun:
         values |= _update_metrics(update) | (self.teaching.metrics() if self.teaching else {})
         values |= {"seconds/rollout": rolled_out - started, "seconds/update": learned - rolled_out}
         values |= self.rollouts.metrics() if isinstance(self.rollouts, WorkerRollouts) else {}
-        values |= shared_metrics() | call_metrics() | {"skipped_steps": self.trainer.guard.num_skipped}
+        values |= service_metrics() | {"skipped_steps": self.trainer.guard.num_skipped}
         self.metrics.write(self.step, values)
         self._warn_if_nothing_was_learned(values)
         self._after_step()

@@ -1,34 +1,24 @@
-"""From the loader's rows to micro-batches on the device, and from recorded routes to expert load."""
+"""Batches of the loader as micro-batches on the device."""
 
 import torch
 
 from openmimo.data.loader import Batch, Loader
-from openmimo.kernels.experts import count_experts
-from openmimo.model.context import RoutingTape
-from openmimo.model.mimo import MiMo
 from openmimo.train.loss import MicroBatch, micro_batch
 
 
 def load_micro_batches(
     loader: Loader, rows: int, *, rows_per_microbatch: int, num_mtp_heads: int, device: torch.device
 ) -> list[MicroBatch]:
-    """The next `rows` rows of the loader, in micro-batches of at most `rows_per_microbatch`."""
+    """The next `rows` rows of the loader, in micro-batches of at most `rows_per_microbatch` rows."""
     sizes = [min(rows_per_microbatch, rows - done) for done in range(0, rows, rows_per_microbatch)]
     return [to_device(loader.next_batch(size), num_mtp_heads, device) for size in sizes]
 
 
 def to_device(batch: Batch, num_mtp_heads: int, device: torch.device) -> MicroBatch:
-    """A loader's batch as tensors, with the labels of every head."""
+    """A batch of the loader as tensors, with the labels of every head."""
     tokens_T = torch.from_numpy(batch.token_ids).to(torch.int64)
     mask_T = None if batch.loss_mask is None else torch.from_numpy(batch.loss_mask)
     built = micro_batch(tokens_T, batch.document_lengths, mask_T, num_mtp_heads)
     return MicroBatch(
         built.tokens_T.to(device), built.document_lengths, tuple(labels_T.to(device) for labels_T in built.labels)
     )
-
-
-def expert_load(routing: RoutingTape, model: MiMo, *, add_to: dict[int, torch.Tensor]) -> None:
-    """Adds to `add_to`, by layer, how many tokens visited each expert, int64 [E]."""
-    for layer, ids_TA in routing.recorded.items():
-        counts_E = count_experts(ids_TA, model.config.moe.num_experts)
-        add_to[layer] = add_to[layer] + counts_E if layer in add_to else counts_E

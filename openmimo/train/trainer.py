@@ -24,10 +24,11 @@ from openmimo.model.context import PackedContext, RoutingTape
 from openmimo.model.flops import training_flops_per_token
 from openmimo.model.mimo import MiMo
 from openmimo.runtime.device import fastest_dtype, measured_matmul_flops, peak_memory_bytes, synchronize
-from openmimo.train.batches import expert_load, load_micro_batches
+from openmimo.train.batches import load_micro_batches
 from openmimo.train.checkpoint import Checkpoints, Progress, load_optimizer_state, optimizer_state
 from openmimo.train.config import PretrainConfig, Stage
 from openmimo.train.evaluate import evaluate
+from openmimo.train.expert_load import add_expert_load
 from openmimo.train.guard import StepGuard
 from openmimo.train.loss import MicroBatch, training_loss
 from openmimo.train.optim import build_optimizer, clip_gradients
@@ -184,7 +185,7 @@ class Trainer:
             loss, shares = training_loss(self.model, batch, context, label_counts=counts, mtp_weight=stage.mtp_weight)
             loss.backward()
             losses += shares
-            expert_load(context.routing, self.model, add_to=load)
+            add_expert_load(load, context.routing, self.model)
         return losses, load
 
     def save(self) -> Path:

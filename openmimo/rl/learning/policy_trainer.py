@@ -22,8 +22,8 @@ from openmimo.rl.learning.annotation import spread
 from openmimo.rl.learning.shared_prompt import PromptGroup, SharedPromptContext
 from openmimo.rl.losses.diagnostics import batch_diagnostics
 from openmimo.rl.losses.tokens import TokenBatch
-from openmimo.train.batches import expert_load
 from openmimo.train.config import OptimizerConfig
+from openmimo.train.expert_load import add_expert_load
 from openmimo.train.guard import StepGuard
 from openmimo.train.loss import head_states, micro_batch
 from openmimo.train.optim import build_optimizer, clip_gradients
@@ -185,7 +185,7 @@ class PolicyTrainer:
                 forward.batch, low=gate.get("low"), high=gate.get("high"), entropy_N=entropies
             )
             _add_means(sums, diagnostics, len(pack.labels_N))
-            expert_load(context.routing, self.model, add_to=report.load)
+            add_expert_load(report.load, context.routing, self.model)
             report.num_tokens += len(pack.tokens_T)
         gradients = clip_gradients(self.model, self.config.clip_norm, apart=self._heads)
         for group in self.optimizer.param_groups:

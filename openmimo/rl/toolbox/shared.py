@@ -1,9 +1,10 @@
-"""The sessions that all episodes of this process share: a quota is one only if everybody draws on the same."""
+"""Tool sessions that all episodes of this process share, so that they also share quotas."""
 
 import atexit
 import threading
 from collections.abc import Callable, Hashable
 
+from openmimo.core.services import Service, register_service
 from openmimo.rl.toolbox.sessions import ToolSessions
 
 _lock = threading.Lock()
@@ -11,17 +12,24 @@ _sessions: dict[tuple[str, Hashable], ToolSessions] = {}
 
 
 def shared(name: str, key: Hashable, make: Callable[[], ToolSessions]) -> ToolSessions:
-    """The sessions of this name and key, made at the first call. name: of the environment; key: its options."""
+    """The sessions of this name and key, created at the first call.
+
+    Args:
+        name: The environment.
+        key: Its options.
+        make: Creates the sessions.
+    """
     with _lock:
         if (name, key) not in _sessions:
             if not _sessions:
                 atexit.register(close_shared)
+                register_service("tools", Service(shared_metrics, close_shared))
             _sessions[name, key] = make()
         return _sessions[name, key]
 
 
 def shared_metrics() -> dict[str, float]:
-    """All counters, as `tools/<environment>/<counter>`; of several with one name, the sums."""
+    """All counters as `tools/<environment>/<counter>`, summed over sessions of one environment."""
     with _lock:
         entries = list(_sessions.items())
     found: dict[str, float] = {}
@@ -32,7 +40,7 @@ def shared_metrics() -> dict[str, float]:
 
 
 def close_shared() -> None:
-    """Ends all shared sessions, at the end of a run. Episodes that come later begin new ones."""
+    """Closes all shared sessions, at the end of a run. Later episodes create new ones."""
     with _lock:
         entries = list(_sessions.values())
         _sessions.clear()

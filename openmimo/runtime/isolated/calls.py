@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import openmimo
+from openmimo.core.services import Service, register_service
 from openmimo.runtime.sandbox.interpreter import Interpreter, find_interpreter
 from openmimo.runtime.sandbox.jail import Jail
 from openmimo.runtime.sandbox.records import JailError, SandboxLimits, SandboxUnavailableError
@@ -87,6 +88,11 @@ class IsolatedCalls:
         self.counts[outcome.ended] += 1
         return outcome
 
+    def metrics(self) -> dict[str, float]:
+        """Counts of outcomes as `scoring/<outcome>`; empty before the first call."""
+        counts = self.counts
+        return {f"scoring/{ended.replace(' ', '_')}": counts[ended] for ended in get_args(Ended)} if counts else {}
+
     def close(self) -> None:
         """Ends the processes."""
         self._threads.shutdown(cancel_futures=True)
@@ -146,13 +152,8 @@ def isolated_calls() -> IsolatedCalls:
     """The child processes that all scorers of this process share. They end with this process."""
     calls = IsolatedCalls()
     atexit.register(calls.close)
+    register_service("scoring", Service(calls.metrics))
     return calls
-
-
-def call_metrics() -> dict[str, float]:
-    """Counts of outcomes of this process's calls, for metrics; empty before the first call."""
-    counts = isolated_calls().counts
-    return {f"scoring/{ended.replace(' ', '_')}": counts[ended] for ended in get_args(Ended)} if counts else {}
 
 
 def _start(function: str) -> _Child:
