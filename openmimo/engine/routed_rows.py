@@ -35,9 +35,8 @@ class RoutedRows:
         assert self._space is not None and 0 <= start <= stop <= self._length
         return self._space[start:stop]
 
-    def copy(self) -> "RoutedRows":
-        """Rows of its own."""
+    def continued(self) -> "RoutedRows":
+        """Rows that begin with these and grow on in the same memory; these must not grow any more."""
         other = RoutedRows()
-        if self._length:
-            other.append(self.between(0, self._length))
+        other._space, other._length = self._space, self._length
         return other
