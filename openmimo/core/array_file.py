@@ -23,7 +23,11 @@ class ArrayFile:
 
     Args:
         path: Created if it does not exist, unless `read_only`.
-        read_only: Refuse `append` and `truncate`.
+        read_only: `append` and `truncate` fail.
+
+    Attributes:
+        num_bytes: The length of the file.
+        appended_checksum: CRC-32 of the bytes that were appended since it was last set to 0.
 
     Raises:
         OSError: The file cannot be opened.
@@ -33,6 +37,7 @@ class ArrayFile:
         self._descriptor = os.open(path, os.O_RDONLY if read_only else os.O_RDWR | os.O_CREAT, 0o666)
         weakref.finalize(self, os.close, self._descriptor)
         self.num_bytes = os.fstat(self._descriptor).st_size
+        self.appended_checksum = 0
 
     def append(self, array: np.ndarray) -> "StoredArray":
         """Writes an array behind the others. It can be read at once; `sync` brings it to the disk."""
@@ -40,6 +45,7 @@ class ArrayFile:
         data = memoryview(np.ascontiguousarray(array, stored.dtype).reshape(-1)).cast("B")
         while data:
             written = os.pwrite(self._descriptor, data[:_CHUNK_BYTES], self.num_bytes)
+            self.appended_checksum = zlib.crc32(data[:written], self.appended_checksum)
             self.num_bytes += written
             data = data[written:]
         return stored

@@ -13,6 +13,7 @@ Routed experts are kept beside the pages where they were recorded; a request tha
 that have them.
 """
 
+from array import array
 from collections.abc import Iterator
 
 import numpy as np
@@ -32,13 +33,15 @@ class PrefixNode:
     too (`PrefixCache._pass_on_uses`). attached: whether it is still in the tree.
     """
 
+    __slots__ = ("attached", "children", "depth", "is_useful", "last_use", "pages", "parent", "routing", "tokens")
+
     def __init__(self, parent: "PrefixNode | None", tokens: bytes, num_groups: int):
         self.parent = parent
         self.attached = True
         self.tokens = tokens
         self.depth = 0 if parent is None else parent.depth + 1
         self.children: dict[bytes, PrefixNode] = {}
-        self.pages: list[list[int] | None] = [None] * num_groups
+        self.pages: list[array | None] = [None] * num_groups
         self.routing: np.ndarray | None = None
         self.is_useful = False
         self.last_use = 0
@@ -190,10 +193,10 @@ class PrefixCache:
             for number, window in enumerate(self._blocks_in_window)
         )
 
-    def _pages_of(self, sequence: RequestState, number: int, start: int) -> list[int] | None:
+    def _pages_of(self, sequence: RequestState, number: int, start: int) -> array | None:
         """The pages of a block that the tree keeps: of sliding layers, what a query after the block still reads."""
         stop = (start + self._block) // self._groups[number].page_positions
-        pages = sequence.pages.table(number)[stop - self._pages_a_block[number] : stop].tolist()
+        pages = array("i", sequence.pages.table(number)[stop - self._pages_a_block[number] : stop].tobytes())
         return None if min(pages) < 0 else pages
 
     def _fill(self, node: PrefixNode, sequence: RequestState, start: int) -> None:

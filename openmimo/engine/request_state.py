@@ -61,7 +61,7 @@ class RequestState:
     logprobs: array = field(default_factory=lambda: array("d"))
     top_logprobs: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
-    policy_versions: array = field(default_factory=lambda: array("q"))
+    policy_versions: array = field(default_factory=lambda: array("i"))
     drafted: bytearray = field(default_factory=bytearray)
     blocks: list[bytes] = field(default_factory=list)
     repeats: "RepeatCounter | None" = None

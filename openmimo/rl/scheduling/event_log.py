@@ -159,16 +159,23 @@ class LoggedScheduler:
             if self._records is None:
                 self._open()
             if sample is not None:
-                start = self._arrays.num_bytes
-                values = write_sample(sample, self._arrays)
-                stop = self._arrays.num_bytes
-                event |= {"sample": values, "bytes": [start, stop], "crc": self._arrays.checksum(start, stop)}
-                refer_to_file(sample, values, self._arrays)
+                event |= self._write_arrays(sample)
             text = json.dumps(event).encode()
             self._records.write(b"%08x %s\n" % (zlib.crc32(text), text))
             self._records.flush()
         if time.monotonic() - self._synced > _SYNC_SECONDS:
             self.sync()
+
+    def _write_arrays(self, sample: Sample) -> dict[str, Any]:
+        """Writes the arrays of a sample. Its record, with the place of all its bytes and their checksum."""
+        start, self._arrays.appended_checksum = self._arrays.num_bytes, 0
+        values = write_sample(sample, self._arrays)
+        refer_to_file(sample, values, self._arrays)
+        return {
+            "sample": values,
+            "bytes": [start, self._arrays.num_bytes],
+            "crc": self._arrays.appended_checksum,
+        }
 
     def _open(self) -> None:
         """Opens the files of this step for appending, without a record that was cut short and what follows it."""
