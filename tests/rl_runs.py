@@ -174,7 +174,7 @@ def kill_here(where: str) -> None:
 
 def run_and_kill(config: RlConfig, where: str, after_calls: int) -> None:
     """Starts a run in another process that is killed at a call of `rollout` (a step of the engine), `reward`, `update`
-    (the optimizer has moved the weights) or `log` (a line of the event log is half written).
+    (the optimizer has moved the weights) or `log` (a record of the event log is half written).
     """
     process = multiprocessing.get_context("fork").Process(target=_killed_run, args=(config, where, after_calls))
     process.start()
@@ -196,8 +196,8 @@ def _killed_run(config: RlConfig, where: str, after_calls: int) -> None:
         kill_here("update")
         return result
 
-    def write(own, event):
-        write_line(own, event)
+    def write(own, event, sample=None):
+        write_line(own, event, sample)
         if _plan.get("log") == 0:
             os.truncate(own._path, own._path.stat().st_size - 20)
         kill_here("log")

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from openmimo.core.array_file import StoredArray
+
 TOKEN_DTYPES = {
     "token_ids": np.dtype(np.int32),
     "loss_mask": np.dtype(np.bool_),
@@ -40,8 +42,8 @@ class Sample:
         finish_reason: "stop", "length", "repetition", "context" (the episode continued in another context), "error"
             (the infrastructure failed: never learned from), or "too_long" (the prompt is: nothing was sampled).
         temperature: At which it was sampled; log-probabilities of every model are taken at it.
-        routed_experts: Integers [T - 1, sparse layers, experts a token] of the pass that sampled (R3); -1 where
-            unknown; None if there are no experts or nothing was recorded.
+        routed_experts: Integers [T - 1, sparse layers, experts a token] of the pass that sampled (R3), in memory or by
+            reference to a file (see `routes`); -1 where unknown; None if nothing was recorded.
         advantages: Annotation, float64 [T] or empty: how much better than expected each token was.
         weights: Annotation, float64 [T] or empty: the share of each token in the loss of the step; 0 outside the mask.
         teacher_logprobs: Annotation, float64 [T] or empty: log-probability by the teacher of the domain; NaN where it
@@ -63,7 +65,7 @@ class Sample:
     reward: float = math.nan
     finish_reason: str = ""
     temperature: float = 1.0
-    routed_experts: np.ndarray | None = None
+    routed_experts: np.ndarray | StoredArray | None = None
     advantages: np.ndarray = ()
     weights: np.ndarray = ()
     teacher_logprobs: np.ndarray = ()
@@ -105,6 +107,11 @@ class Sample:
         """Tokens before the first one that the policy wrote; all of them if it wrote none."""
         return int(self.loss_mask.argmax()) if self.loss_mask.any() else len(self)
 
+    @property
+    def routes(self) -> np.ndarray | None:
+        """The routed experts as an array; memory-mapped and read-only if they are in a file."""
+        return None if self.routed_experts is None else np.asarray(self.routed_experts)
+
     def written_versions(self) -> np.ndarray:
         """The policy version of each token that the policy wrote, in all contexts, int32."""
         return np.concatenate([context.versions[context.loss_mask] for context in self.contexts()])
@@ -136,8 +143,9 @@ def _token_array(name: str, values: Any, dtype: np.dtype) -> np.ndarray:
 
 def _are_equal(own: Any, other: Any) -> bool:
     """Equality in which NaN equals NaN and arrays of different dtypes differ."""
-    if isinstance(own, np.ndarray) or isinstance(other, np.ndarray):
-        same_kind = isinstance(own, np.ndarray) and isinstance(other, np.ndarray) and own.dtype == other.dtype
-        return same_kind and np.array_equal(own, other, equal_nan=own.dtype.kind == "f")
+    arrays = [np.asarray(value) for value in (own, other) if isinstance(value, np.ndarray | StoredArray)]
+    if arrays:
+        is_float = arrays[0].dtype.kind == "f"
+        return len(arrays) == 2 and arrays[0].dtype == arrays[1].dtype and np.array_equal(*arrays, equal_nan=is_float)
     is_nan = isinstance(own, float) and math.isnan(own)
     return own == other or (is_nan and isinstance(other, float) and math.isnan(other))

@@ -285,7 +285,7 @@ class Engine:
         sequence.computed = sequence.num_cached_tokens = earlier.computed
         sequence.states_TD, sequence.head_lengths = earlier.states_TD, earlier.head_lengths
         if sequence.params.routed_experts:
-            sequence.routing = earlier.routing.copy()
+            sequence.routing = earlier.routing.continued()
 
     def _free_idle_session(self) -> bool:
         if not self._idle_sessions:

@@ -13,6 +13,7 @@ Routed experts are kept beside the pages where they were recorded; a request tha
 that have them.
 """
 
+from array import array
 from collections.abc import Iterator
 
 import numpy as np
@@ -26,18 +27,21 @@ _MIN_EVICTED_SHARE = 16  # an eviction frees at least this fraction of what is c
 class PrefixNode:
     """One block after its parent's.
 
-    pages: by group, None where they were given back. is_useful: whether its sliding pages belong to a window that a
-    request started after or a text ended with. last_use: by a clock of matches and insertions. attached: whether it is
-    still in the tree.
+    tokens: of the block, int32 as bytes: their hash is computed once, that of a tuple at each lookup. pages: by group,
+    None where they were given back. is_useful: whether its sliding pages belong to a window that a request started
+    after or a text ended with. last_use: by a clock of matches and insertions; that of a node counts for those above it
+    too (`PrefixCache._pass_on_uses`). attached: whether it is still in the tree.
     """
 
-    def __init__(self, parent: "PrefixNode | None", tokens: tuple[int, ...], num_groups: int):
+    __slots__ = ("attached", "children", "depth", "is_useful", "last_use", "pages", "parent", "routing", "tokens")
+
+    def __init__(self, parent: "PrefixNode | None", tokens: bytes, num_groups: int):
         self.parent = parent
         self.attached = True
         self.tokens = tokens
         self.depth = 0 if parent is None else parent.depth + 1
-        self.children: dict[tuple[int, ...], PrefixNode] = {}
-        self.pages: list[list[int] | None] = [None] * num_groups
+        self.children: dict[bytes, PrefixNode] = {}
+        self.pages: list[array | None] = [None] * num_groups
         self.routing: np.ndarray | None = None
         self.is_useful = False
         self.last_use = 0
@@ -60,7 +64,7 @@ class PrefixCache:
             for keep in [group.spec.keep_positions]
         ]
         self._clock = 0
-        self._root = PrefixNode(None, (), len(self._groups))
+        self._root = PrefixNode(None, b"", len(self._groups))
 
     @property
     def num_reclaimable(self) -> int:
@@ -79,10 +83,10 @@ class PrefixCache:
         if sequence.params.prompt_logprobs:
             path: list[PrefixNode] = []
         else:
-            path = self._match(sequence.tokens[:-1], needs_routing=sequence.params.routed_experts)
+            path = self._match(sequence)
         if path:
             node = path[-1]
-            self._touch(path)
+            self._touch(node)
             self.mark_end(node)
             for number in range(len(self._groups)):
                 window = self._blocks_in_window[number]
@@ -105,7 +109,7 @@ class PrefixCache:
                 sequence.node = None
                 return
             start = sequence.node.depth * self._block
-            tokens = tuple(sequence.tokens[start : start + self._block])
+            tokens = sequence.block(sequence.node.depth, self._block)
             node = sequence.node.children.get(tokens)
             if node is None:
                 if not self._holds_all(sequence, start):
@@ -114,7 +118,7 @@ class PrefixCache:
                 node = PrefixNode(sequence.node, tokens, len(self._groups))
                 sequence.node.children[tokens] = node
             self._fill(node, sequence, start)
-            self._touch([node])
+            self._touch(node)
             sequence.node = node
 
     def mark_end(self, node: PrefixNode | None) -> None:
@@ -132,6 +136,7 @@ class PrefixCache:
 
     def evict(self, num_pages: int) -> None:
         """Frees at least so many pages, if the tree alone holds as many."""
+        self._pass_on_uses()
         nodes = sorted(self._nodes(), key=lambda node: (node.last_use, -node.depth))
         goal = self._arena.num_free + max(num_pages, len(nodes) // _MIN_EVICTED_SHARE)
         for node in nodes:
@@ -162,14 +167,14 @@ class PrefixCache:
             node.attached = False
             for number in range(len(self._groups)):
                 self._release(node, number)
-        self._root = PrefixNode(None, (), len(self._groups))
+        self._root = PrefixNode(None, b"", len(self._groups))
 
-    def _match(self, tokens: list[int], *, needs_routing: bool) -> list[PrefixNode]:
+    def _match(self, sequence: RequestState) -> list[PrefixNode]:
         path: list[PrefixNode] = []
         node = self._root
-        for start in range(0, len(tokens) - self._block + 1, self._block):
-            node = node.children.get(tuple(tokens[start : start + self._block]))
-            if node is None or (needs_routing and node.routing is None):
+        for number in range((len(sequence.tokens) - 1) // self._block):
+            node = node.children.get(sequence.block(number, self._block))
+            if node is None or (sequence.params.routed_experts and node.routing is None):
                 break
             path.append(node)
         while path and not self._can_start_after(path):
@@ -188,10 +193,10 @@ class PrefixCache:
             for number, window in enumerate(self._blocks_in_window)
         )
 
-    def _pages_of(self, sequence: RequestState, number: int, start: int) -> list[int] | None:
+    def _pages_of(self, sequence: RequestState, number: int, start: int) -> array | None:
         """The pages of a block that the tree keeps: of sliding layers, what a query after the block still reads."""
         stop = (start + self._block) // self._groups[number].page_positions
-        pages = sequence.pages.table(number)[stop - self._pages_a_block[number] : stop].tolist()
+        pages = array("i", sequence.pages.table(number)[stop - self._pages_a_block[number] : stop].tobytes())
         return None if min(pages) < 0 else pages
 
     def _fill(self, node: PrefixNode, sequence: RequestState, start: int) -> None:
@@ -206,12 +211,18 @@ class PrefixCache:
         if sequence.params.routed_experts and node.routing is None:
             node.routing = sequence.routing.between(start, start + self._block).copy()
 
-    def _touch(self, path: list[PrefixNode]) -> None:
+    def _touch(self, node: PrefixNode) -> None:
         self._clock += 1
-        for node in path:
-            while node is not None and node.last_use != self._clock:
-                node.last_use = self._clock
-                node = node.parent
+        node.last_use = self._clock
+
+    def _pass_on_uses(self) -> None:
+        """Gives each node the newest use of itself and everything below it.
+
+        Once for all before an eviction: to walk up to the root at each use would cost the square of the length of a
+        text, as each of its blocks is used once when it is entered.
+        """
+        for node in reversed(list(self._nodes())):  # children before their parents
+            node.parent.last_use = max(node.parent.last_use, node.last_use)
 
     def _release(self, node: PrefixNode, number: int) -> None:
         for page in node.pages[number] or ():
@@ -235,6 +246,7 @@ class PrefixCache:
                 self._release(node, number)
             del node.parent.children[node.tokens]
             node.attached = False
+            node.parent.last_use = max(node.parent.last_use, node.last_use)
             node = node.parent
             if any(node.pages):
                 return

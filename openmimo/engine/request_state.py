@@ -1,6 +1,8 @@
 """The state of one request while it is decoded."""
 
-from collections import Counter
+import functools
+from array import array
+from collections import Counter, deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -56,16 +58,23 @@ class RequestState:
     drafts: list[int] = field(default_factory=list)
     states_TD: torch.Tensor | None = None
     head_lengths: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprob] = field(default_factory=list)
+    logprobs: array = field(default_factory=lambda: array("d"))
+    top_logprobs: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
-    policy_versions: list[int] = field(default_factory=list)
-    drafted: list[bool] = field(default_factory=list)
+    policy_versions: array = field(default_factory=lambda: array("i"))
+    drafted: bytearray = field(default_factory=bytearray)
+    blocks: list[bytes] = field(default_factory=list)
+    repeats: "RepeatCounter | None" = None
     routing: RoutedRows = field(default_factory=RoutedRows)
     token_counts: Counter[int] | None = None
     finish_reason: str = ""
     error: str = ""
     is_request_error: bool = False
     num_reported: int = 0
+
+    def __post_init__(self) -> None:
+        if self.params.max_repeats:
+            self.repeats = RepeatCounter(self.params.max_repeats)
 
     @property
     def params(self) -> SamplingParams:
@@ -76,6 +85,17 @@ class RequestState:
     def prompt_length(self) -> int:
         """Tokens of the prompt."""
         return len(self.request.prompt_token_ids)
+
+    @functools.cached_property
+    def prompt_ids(self) -> frozenset[int]:
+        """The distinct tokens of the prompt."""
+        return frozenset(self.request.prompt_token_ids)
+
+    def block(self, number: int, size: int) -> bytes:
+        """Block `number` of its tokens, `size` each, int32 as bytes. Each is made once: tokens never change."""
+        for start in range(len(self.blocks) * size, (number + 1) * size, size):
+            self.blocks.append(array("i", self.tokens[start : start + size]).tobytes())
+        return self.blocks[number]
 
     @property
     def remaining(self) -> int:
@@ -104,8 +124,10 @@ class RequestState:
         self.tokens.append(token)
         self.drafted.append(drafted)
         self.policy_versions.append(policy_version)
-        if decision.logprob is not None:
-            self.logprobs.append(decision.logprob)
+        if self.params.logprobs:
+            self.logprobs.append(decision.logprob.logprob)
+        if self.params.top_logprobs:
+            self.top_logprobs.append(decision.logprob.top)
         if self.token_counts is not None:
             self.token_counts[token] += 1
         if token in self.stop_ids:
@@ -121,7 +143,7 @@ class RequestState:
             if self.text.stopped:
                 self.finish("stop")
                 return
-        if self.params.max_repeats and self._is_repeating():
+        if self.repeats is not None and self.repeats.add(token):
             self.finish("repetition")
         elif self.room == 0:
             self.finish("length")
@@ -155,8 +177,8 @@ class RequestState:
             request_id=self.request.id,
             token_ids=tuple(self.tokens[self.prompt_length + start :]),
             text=self.text.take() if self.text is not None else "",
-            logprobs=tuple(self.logprobs[start:new]) if self.params.logprobs else (),
-            drafted=tuple(self.drafted[start:]),
+            logprobs=self._logprobs_between(start, new) if self.params.logprobs else (),
+            drafted=tuple(map(bool, self.drafted[start:])),
             finish_reason=self.finish_reason,
             error=self.error,
             is_request_error=self.is_request_error,
@@ -172,12 +194,12 @@ class RequestState:
             prompt_token_ids=self.tokens[: self.prompt_length],
             token_ids=self.tokens[self.prompt_length :],
             text=self.text.text if self.text is not None else "",
-            logprobs=[entry.logprob for entry in self.logprobs] if params.logprobs else None,
+            logprobs=self.logprobs.tolist() if params.logprobs else None,
             finish_reason=self.finish_reason,
-            top_logprobs=[entry.top for entry in self.logprobs] if params.top_logprobs else None,
+            top_logprobs=list(self.top_logprobs) if params.top_logprobs else None,
             prompt_logprobs=[entry.logprob for entry in self.prompt_logprobs] if params.prompt_logprobs else None,
-            policy_versions=self.policy_versions,
-            drafted=self.drafted,
+            policy_versions=self.policy_versions.tolist(),
+            drafted=list(map(bool, self.drafted)),
             routed_experts=self.routing.between(0, len(self.routing)).copy() if len(self.routing) else None,
             num_cached_tokens=self.num_cached_tokens,
             error=self.error,
@@ -187,9 +209,28 @@ class RequestState:
         message = f"the structure cannot be followed further: {self.structure.error or 'no token is allowed'}"
         self.finish("error", message, is_request_error=True)
 
-    def _is_repeating(self) -> bool:
-        times, new = self.params.max_repeats, len(self.tokens) - self.prompt_length
-        for length in range(1, min(_MAX_REPEATED_PASSAGE, new // times) + 1):
-            if self.tokens[-length * times : -length] == self.tokens[-length * (times - 1) :]:
-                return True
-        return False
+    def _logprobs_between(self, start: int, stop: int) -> tuple[TokenLogprob, ...]:
+        tokens = self.tokens[self.prompt_length + start : self.prompt_length + stop]
+        tops = self.top_logprobs[start:stop] if self.params.top_logprobs else [()] * len(tokens)
+        return tuple(TokenLogprob(*entry) for entry in zip(tokens, self.logprobs[start:stop], tops, strict=True))
+
+
+class RepeatCounter:
+    """Finds the first token with which a text ends in one passage `times` times in a row.
+
+    A passage of n tokens is repeated if each of the last n * (times - 1) tokens equals the one n before it. The counter
+    holds the length of this run for each n, so a token costs the same however long passages and text are.
+    """
+
+    def __init__(self, times: int):
+        self._needed = [length * (times - 1) for length in range(_MAX_REPEATED_PASSAGE + 1)]
+        self._newest: deque[int] = deque(maxlen=_MAX_REPEATED_PASSAGE)  # the newest token first
+        self._runs: dict[int, int] = {}
+
+    def add(self, token: int) -> bool:
+        """Adds a token. Whether the text now ends in such a repetition."""
+        runs = self._runs
+        equal = (length for length, earlier in enumerate(self._newest, 1) if earlier == token)
+        self._runs = {length: runs.get(length, 0) + 1 for length in equal}
+        self._newest.appendleft(token)
+        return any(run >= self._needed[length] for length, run in self._runs.items())

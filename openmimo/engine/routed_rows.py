@@ -13,31 +13,34 @@ class RoutedRows:
 
     def __init__(self) -> None:
         self._space: np.ndarray | None = None
-        self._length = 0
+        self._num_rows = self._length = 0
 
     def __len__(self) -> int:
         return self._length
 
     def append(self, rows: np.ndarray) -> None:
         """Adds the experts of the next positions, integers [rows, L, A]. They are copied."""
-        if self._space is None:
-            self._space = np.empty((_FIRST_ROWS, *rows.shape[1:]), dtype=rows.dtype)
-        needed = self._length + len(rows)
-        if needed > len(self._space):
-            grown = np.empty((max(needed, 2 * len(self._space)), *self._space.shape[1:]), dtype=self._space.dtype)
-            grown[: self._length] = self.between(0, self._length)
-            self._space = grown
-        self._space[self._length : needed] = rows
-        self._length = needed
+        start = self._length
+        stop = start + len(rows)
+        if stop > self._num_rows:
+            self._grow(stop, rows)
+        self._space[start:stop] = rows
+        self._length = stop
 
     def between(self, start: int, stop: int) -> np.ndarray:
         """The rows of positions `start` to `stop`, a view that is valid until the next `append`."""
         assert self._space is not None and 0 <= start <= stop <= self._length
         return self._space[start:stop]
 
-    def copy(self) -> "RoutedRows":
-        """Rows of its own."""
+    def continued(self) -> "RoutedRows":
+        """Rows that begin with these and grow on in the same memory; these must not grow any more."""
         other = RoutedRows()
-        if self._length:
-            other.append(self.between(0, self._length))
+        other._space, other._num_rows, other._length = self._space, self._num_rows, self._length
         return other
+
+    def _grow(self, needed: int, rows: np.ndarray) -> None:
+        self._num_rows = max(needed, 2 * self._num_rows, _FIRST_ROWS)
+        grown = np.empty((self._num_rows, *rows.shape[1:]), rows.dtype if self._space is None else self._space.dtype)
+        if self._length:
+            grown[: self._length] = self.between(0, self._length)
+        self._space = grown

@@ -10,6 +10,7 @@ T packed new tokens, R rows to decide, L sparse layers, A active experts.
 import itertools
 import math
 import time
+from collections import Counter
 
 import numpy as np
 import torch
@@ -185,8 +186,7 @@ def _changes(sequence: RequestState) -> list[LogitChange]:
     Behind a draft that the structure forbids, nothing matters: that draft will not be chosen.
     """
     new_tokens = len(sequence.tokens) - sequence.prompt_length
-    prompt = frozenset(sequence.request.prompt_token_ids)
-    counts = sequence.token_counts.copy()
+    counts = sequence.token_counts
     changes, num_accepted, is_open = [], 0, True
     for offset, draft in enumerate([*sequence.drafts, None]):
         allowed_V = None
@@ -194,10 +194,10 @@ def _changes(sequence: RequestState) -> list[LogitChange]:
             allowed_V = sequence.structure.allowed()
         must_go_on = new_tokens + offset < sequence.params.min_tokens
         forbidden = sequence.stop_ids if must_go_on else frozenset()
-        changes.append(LogitChange(prompt, counts.copy(), forbidden, allowed_V))
+        changes.append(LogitChange(sequence.prompt_ids, counts, forbidden, allowed_V))
         if draft is None:
             break
-        counts[draft] += 1
+        counts = counts + Counter((draft,))
         if allowed_V is not None:
             is_open = bool(allowed_V[draft]) and draft not in sequence.stop_ids
             if is_open:

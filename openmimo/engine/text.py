@@ -8,11 +8,16 @@ class TextStream:
 
     def __init__(self, decoder: StreamDecoder, stop: tuple[str, ...] = ()):
         self.stopped = False
-        self.text = ""
+        self._pieces: list[str] = []
         self._decoder = decoder
         self._stop = stop
         self._held_back = ""
         self._num_taken = 0
+
+    @property
+    def text(self) -> str:
+        """All text that is certain."""
+        return "".join(self._pieces)
 
     def push(self, token_id: int, *, may_stop: bool = True) -> None:
         """Adds one token. may_stop: whether a stop string that it completes ends the text (or is text like another)."""
@@ -22,13 +27,13 @@ class TextStream:
         """Ends the text: what was held back belongs to it, unless a stop string was met."""
         self._release(self._decoder.flush(), may_stop=True)
         if not self.stopped:
-            self.text += self._held_back
+            self._pieces.append(self._held_back)
             self._held_back = ""
 
     def take(self) -> str:
         """The text that has become certain since the last call."""
-        piece = self.text[self._num_taken :]
-        self._num_taken = len(self.text)
+        piece = "".join(self._pieces[self._num_taken :])
+        self._num_taken = len(self._pieces)
         return piece
 
     def _release(self, new_text: str, may_stop: bool) -> None:
@@ -36,17 +41,17 @@ class TextStream:
             return
         pending = self._held_back + new_text
         if not may_stop:
-            self.text += pending
+            self._pieces.append(pending)
             self._held_back = ""
             return
         found = [place for place in map(pending.find, self._stop) if place >= 0]
         if found:
             self.stopped = True
-            self.text += pending[: min(found)]
+            self._pieces.append(pending[: min(found)])
             self._held_back = ""
             return
         certain = len(pending) - max((_overlap(pending, stop) for stop in self._stop), default=0)
-        self.text += pending[:certain]
+        self._pieces.append(pending[:certain])
         self._held_back = pending[certain:]
 
 

@@ -213,7 +213,7 @@ class RlRun:
                 self.log.on_sample(sample)
                 has_news = True
             self.rollouts.cancel(scheduler.take_cancelled())
-        batch, report = scheduler.take_batch()
+        batch, report = self.log.take_batch()
         self._before_step = None
         self.rollouts.cancel(scheduler.take_cancelled())
         return batch, report

@@ -12,7 +12,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from openmimo.core import config as config_io
 from openmimo.core.errors import CheckpointError, DivergedError
 from openmimo.core.files import new_folder_atomic, recover_folder, remove_unfinished
+from openmimo.core.sample_files import read_state, write_state
 from openmimo.data.tokenizer import Tokenizer
 from openmimo.model.hf import load_model, write_model
 from openmimo.model.hf_writer import umask_mode
@@ -31,6 +32,7 @@ from openmimo.runtime.device import rng_state, set_rng_state
 from openmimo.train.config import CheckpointConfig
 
 _MANIFEST = "manifest.json"
+_SAMPLES = "samples.arrays"
 _REQUIRED = {"config.json", "trainer/progress.json", "trainer/optimizer.safetensors"}
 
 
@@ -42,7 +44,7 @@ class Progress:
         step: Optimizer steps done, skipped ones included.
         tokens: Tokens that they read.
         stage_index: The stage of the newest step.
-        loader: State of that stage's loader.
+        loader: State of that stage's loader: plain values, and samples in post-training.
         skipped: Steps that the guard skipped.
         skipped_in_a_row: The newest of them, without a step that was taken between.
     """
@@ -160,7 +162,8 @@ def restore(path: Path, device: torch.device) -> tuple[MiMo, dict[str, torch.Ten
     set_rng_state(
         {name.removeprefix("rng."): tensors.pop(name) for name in list(tensors) if name.startswith("rng.")}, device
     )
-    return model, tensors, config_io.load(Progress, path / "trainer" / "progress.json")
+    progress = config_io.load(Progress, path / "trainer" / "progress.json")
+    return model, tensors, replace(progress, loader=read_state(progress.loader, path / "trainer" / _SAMPLES))
 
 
 def optimizer_state(model: MiMo, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
@@ -214,7 +217,8 @@ def _write(
     optimizer_path = trainer / "optimizer.safetensors"
     with umask_mode(optimizer_path):
         save_file({**optimizer_state(model, optimizer), **generators}, optimizer_path)
-    (trainer / "progress.json").write_text(json.dumps(vars(progress)))
+    plain = write_state(vars(progress), trainer / _SAMPLES)
+    (trainer / "progress.json").write_text(json.dumps(plain))
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     manifest = {str(path.relative_to(folder)): _checksum(path) for path in files}
     (trainer / _MANIFEST).write_text(json.dumps(manifest, indent=2))

@@ -1,20 +1,26 @@
 """Work on the host and memory of the engine: they do not grow with the square of a text's length."""
 
+import random
+import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import rl_world
 import torch
 from conftest import tiny_config, tiny_model
 
-from openmimo.core.records import Request, SamplingParams
+from openmimo.core.records import Request, SamplingParams, TokenLogprob
+from openmimo.data.tokenizer import StreamDecoder
 from openmimo.engine.cache import PageArena, PageTables
 from openmimo.engine.config import EngineConfig
 from openmimo.engine.context import RotaryRows
 from openmimo.engine.engine import Engine
 from openmimo.engine.prefix import PrefixCache
+from openmimo.engine.request_state import Decision, RepeatCounter, RequestState
 from openmimo.engine.routed_rows import RoutedRows
 from openmimo.engine.sampler import Draw, sample
+from openmimo.engine.text import TextStream
 from openmimo.kernels.attention import AttentionNeed, packed_rows
 from openmimo.kernels.rotary import rotary_table
 
@@ -138,3 +144,88 @@ def test_a_refused_prompt_is_tried_again_once_another_ends():
     while engine.has_work:
         engine.step()
     assert all(sequence.tokens == expected.tokens for sequence in sequences)
+
+
+def engine_bookkeeping(num_tokens: int, max_repeats: int = 0) -> tuple[int, RequestState]:
+    """Python calls and lines to confirm so many tokens and to enter them in the prefix tree, without a model."""
+    arena = PageArena(tiny_config().attention_layers(), cache_bytes=1 << 26)
+    prefix = PrefixCache(arena)
+    params = SamplingParams(max_tokens=num_tokens, logprobs=True, max_repeats=max_repeats, routed_experts=True)
+    text = TextStream(StreamDecoder(rl_world.tokenizer()), stop=("never",))
+    state = RequestState(Request("1", (5,), params), [5], 0, num_tokens + 1, frozenset(), text=text)
+    state.pages = PageTables(arena, 0)
+    prefix.start(state)
+    state.pages.reach(num_tokens + 1, spare_pages=arena.num_pages)
+    count = 0
+
+    def trace(frame, event, argument):
+        nonlocal count
+        count += 1
+        return trace
+
+    rows = np.zeros((1, 2, 3), np.uint8)
+    previous = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        for token in range(num_tokens):
+            state.add(Decision(token % 89, TokenLogprob(token % 89, -0.5)), drafted=False, policy_version=3)
+            state.routing.append(rows)
+            state.computed = len(state.tokens) - 1
+            prefix.extend(state)
+            state.take_delta()
+    finally:
+        sys.settrace(previous)
+    return count, state
+
+
+@pytest.mark.parametrize("max_repeats", [0, 4])
+def test_twice_the_tokens_are_twice_the_work_of_the_engine(max_repeats):
+    short, long = (engine_bookkeeping(length, max_repeats)[0] for length in (1000, 2000))
+    assert long < 2.1 * short
+
+
+def test_what_a_request_holds_per_token_is_small():
+    _, state = engine_bookkeeping(2000)
+    arrays = (state.logprobs, state.policy_versions, state.drafted, state.blocks)
+    assert sum(map(sys.getsizeof, arrays)) < 20 * 2000
+    assert state.completion().policy_versions == [3] * 2000
+
+
+@pytest.mark.parametrize("times", [2, 3, 5])
+def test_repetitions_are_found_where_comparing_whole_passages_finds_them(times):
+    def is_repeating(tokens):
+        lengths = range(1, min(64, len(tokens) // times) + 1)
+        return any(tokens[-n * times : -n] == tokens[-n * (times - 1) :] for n in lengths)
+
+    rng = random.Random(times)
+    for _ in range(60):
+        passage = [rng.randrange(4) for _ in range(rng.randrange(1, 70))]
+        tokens = [rng.randrange(4) for _ in range(rng.randrange(20))] + passage * (times + 1)
+        counter = RepeatCounter(times)
+        for end, token in enumerate(tokens, 1):
+            assert counter.add(token) == is_repeating(tokens[:end])
+
+
+def test_uses_of_a_prefix_count_for_what_is_above_it():
+    """The tree evicts in the order of uses of whole texts, though a use notes one node only."""
+    engine = Engine(tiny_model(1), config=EngineConfig())
+    params = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)
+    texts = [tuple(int(token) for token in np.random.default_rng(seed).integers(0, 160, 130)) for seed in (0, 1)]
+    for number, text in enumerate([*texts, texts[0]]):
+        engine.submit(Request(str(number), text, params))
+        while engine.has_work:
+            engine.step()
+    engine.prefix._pass_on_uses()
+    last_use = {text: [] for text in texts}
+    for text in texts:
+        node = engine.prefix._root
+        while node.children:
+            (node,) = [own for own in node.children.values() if own.tokens == _block(text, own.depth, engine)]
+            last_use[text].append(node.last_use)
+    assert len(last_use[texts[0]]) > 2
+    assert min(last_use[texts[0]]) > max(last_use[texts[1]])
+
+
+def _block(text, depth, engine):
+    size = engine.arena.layout.block_positions
+    return np.array(text[(depth - 1) * size : depth * size], np.int32).tobytes()

@@ -349,7 +349,7 @@ def _have_one_prompt(one: Sample, other: Sample) -> bool:
     if (one.routed_experts is None) != (other.routed_experts is None):
         return False
     return np.array_equal(one.token_ids[:length], other.token_ids[:length]) and (
-        one.routed_experts is None or np.array_equal(one.routed_experts[:length], other.routed_experts[:length])
+        one.routed_experts is None or np.array_equal(one.routes[:length], other.routes[:length])
     )
 
 
@@ -382,7 +382,7 @@ def replayed_routes(
         own = routes_TLA[start : start + len(sample)]
         start += len(sample)
         if sample.routed_experts is not None:
-            recorded = sample.routed_experts
+            recorded = sample.routes
             if recorded.shape[1:] != own.shape[1:] or len(recorded) > len(own):
                 raise ValueError(
                     f"A sample of group {sample.group!r} has routes of shape {recorded.shape}; its {len(own)} "

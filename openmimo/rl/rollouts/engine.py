@@ -480,7 +480,7 @@ def _extended(sample: Sample, completion: Completion) -> Sample:
     """The sample with what the engine wrote. Routes that were recorded before stay those of the pass that sampled."""
     routes = completion.routed_experts
     if routes is not None and sample.routed_experts is not None:
-        routes = np.concatenate([sample.routed_experts, routes[len(sample.routed_experts) :]])
+        routes = np.concatenate([sample.routes, routes[len(sample.routed_experts) :]])
     longer = _longer(sample, completion.token_ids, completion.logprobs, completion.policy_versions, is_written=True)
     return replace(longer, routed_experts=routes)
 

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from openmimo.core.sample_files import sample_from_dict
 from openmimo.core.samples import Sample
 from openmimo.rl.scheduling.problems import Problem
-from openmimo.rl.scheduling.sample_files import sample_from_dict, sample_to_dict
 
 WAITING, RUNNING, FINISHED = "waiting", "running", "finished"
 
@@ -113,7 +113,7 @@ class Group:
         return [slot.sample.reward for slot in self.slots if slot.sample is not None]
 
     def state(self) -> dict[str, Any]:
-        """What to save for resuming, as plain JSON. The problem is read from its stream again."""
+        """What to save for resuming: plain values and samples. The problem is read from its stream again."""
         return {
             "id": self.id,
             "source": self.source,
@@ -123,7 +123,7 @@ class Group:
                 {
                     "id": slot.id,
                     "status": slot.status,
-                    "sample": None if slot.sample is None else sample_to_dict(slot.sample),
+                    "sample": slot.sample,
                     "oldest_version": slot.oldest_version,
                     "retries": slot.retries,
                 }
@@ -133,9 +133,10 @@ class Group:
 
 
 def group_from_state(state: dict[str, Any], problem: Problem) -> Group:
-    """The group that `Group.state` was called on."""
+    """The group that `Group.state` was called on. A sample may be the JSON that the version before saved."""
     slots = [
-        SampleSlot(**values | {"sample": None if values["sample"] is None else sample_from_dict(values["sample"])})
+        SampleSlot(**values | {"sample": sample_from_dict(sample) if isinstance(sample, dict) else sample})
         for values in state["slots"]
+        for sample in [values["sample"]]
     ]
     return Group(state["id"], state["source"], problem, state["index"], slots, state["accepted"])

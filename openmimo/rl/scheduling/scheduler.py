@@ -208,7 +208,7 @@ class DataScheduler:
         return {"version": self._version, **totals, "waste_share": wasted / max(1, used + wasted), **report}
 
     def state(self) -> dict[str, Any]:
-        """Everything needed to go on, as plain JSON, with samples that were accepted and not taken."""
+        """Everything needed to resume: plain values, and the samples that were accepted and not taken."""
         return {
             "seed": self._config.seed,
             "source_names": list(self._quotas),

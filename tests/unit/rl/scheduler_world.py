@@ -3,8 +3,11 @@
 import json
 import math
 import random
+import tempfile
 from dataclasses import replace
+from pathlib import Path
 
+from openmimo.core.sample_files import read_state, write_state
 from openmimo.core.samples import Sample
 from openmimo.rl.config import SchedulerConfig, SourceQuota
 from openmimo.rl.scheduling.problems import Problem
@@ -163,11 +166,19 @@ class World:
 
 def resumed(scheduler, streams):
     """A new scheduler from the saved state of another."""
-    state = json.loads(json.dumps(scheduler.state(), allow_nan=False))
+    state = through_files(scheduler.state())
     copy = DataScheduler(scheduler._config, streams)
     copy.load_state(state)
     assert copy.state() == scheduler.state()
     return copy
+
+
+def through_files(state):
+    """A state after it was saved and loaded."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "samples.arrays"
+        plain = json.dumps(write_state(state, path), allow_nan=False)
+        return read_state(json.loads(plain), path)
 
 
 def sample_ids(batch):

@@ -1,7 +1,9 @@
 """Short runs of the post-training loop: what they write, and what they refuse."""
 
 import itertools
+import os
 import shutil
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -18,11 +20,12 @@ from rl_runs import (
     weights,
 )
 
-from openmimo.core.errors import ConfigError
+from openmimo.core.array_file import StoredArray
+from openmimo.core.errors import CheckpointError, ConfigError
 from openmimo.core.metrics import read_metrics
 from openmimo.core.samples import Sample
 from openmimo.model.hf import load_model
-from openmimo.rl.scheduling.event_log import LoggedScheduler, _records
+from openmimo.rl.scheduling.event_log import LoggedScheduler
 from openmimo.rl.scheduling.problems import Problem
 from openmimo.rl.scheduling.scheduler import DataScheduler
 
@@ -203,6 +206,10 @@ def open_log(path, **options):
     return LoggedScheduler(scheduler, path, **options)
 
 
+def events_of(path, step=0):
+    return [event["event"] for event, _ in open_log(path)._read(step)]
+
+
 def answer(request, index=0):
     return Sample(
         [1, 2], [False, True], [0.0, -0.5], [-1, 0],
@@ -230,31 +237,33 @@ def test_the_log_repeats_what_came_and_hands_out_the_rest(tmp_path):
     assert anew.begin_step(0) == []
     assert anew.next_submissions(100) == requests
     anew.close()
-    assert [event["event"] for event, _ in _records(path / "step-00000000.events")] == ["submit"]
+    assert events_of(path) == ["submit"]
 
 
+@pytest.mark.parametrize("ending", ["jsonl", "arrays"])
 @pytest.mark.parametrize("damage", ["cut", "zeros", "noise"])
-def test_a_record_that_was_cut_short_or_damaged_spoils_nothing(tmp_path, damage):
+def test_a_record_that_was_cut_short_or_damaged_spoils_nothing(tmp_path, damage, ending):
     path = tmp_path / "events"
     log = open_log(path)
     log.begin_step(0)
     requests = log.next_submissions(100)
     log.on_sample(answer(requests[0], 0))
     log.close()
-    file = path / "step-00000000.events"
+    file = path / f"step-00000000.{ending}"
     whole = file.read_bytes()
     log.on_sample(answer(requests[0], 1))
     log.close()
     rest = file.read_bytes()[len(whole) :]
-    bad = {"cut": rest[:-30], "zeros": bytes(len(rest)), "noise": rest[:-9] + b"?" + rest[-8:]}[damage]
+    bad = {"cut": rest[:-7], "zeros": bytes(len(rest)), "noise": rest[:-9] + b"?" + rest[-8:]}[damage]
     file.write_bytes(whole + bad)
+    assert events_of(path) == ["submit", "sample"]
     again = open_log(path)
     again.begin_step(0)
     again.on_sample(answer(requests[0], 1))
     again.on_sample(answer(requests[0], 2))
     again.close()
     assert file.read_bytes().startswith(whole)
-    assert [event["event"] for event, _ in _records(file)] == ["submit"] + ["sample"] * 3
+    assert events_of(path) == ["submit"] + ["sample"] * 3
     third = open_log(path)
     third.begin_step(0)
     assert third.scheduler.state() == again.scheduler.state()
@@ -269,10 +278,54 @@ def test_a_checkpoint_deletes_files_and_writes_none(tmp_path):
         while not log.scheduler.is_complete():
             for slot in [one for one in log.scheduler.in_flight()]:
                 log.on_sample(answer(slot, 0))
-        log.scheduler.take_batch()
+        batch, _ = log.take_batch()
+        assert events_of(tmp_path / "events", step)[-1] == "batch"
     log.forget_before(2)
     left = {path.name: path.stat().st_ino for path in (tmp_path / "events").iterdir()}
-    assert left == {"step-00000002.events": before["step-00000002.events"]}
+    assert left == {name: before[name] for name in ("step-00000002.jsonl", "step-00000002.arrays")}
+
+
+def test_another_batch_than_the_recorded_one_is_refused(tmp_path):
+    log = open_log(tmp_path / "events")
+    log.begin_step(0)
+    log.next_submissions(12)
+    while not log.scheduler.is_complete():
+        for slot in log.scheduler.in_flight():
+            log.on_sample(answer(slot, 0))
+    log._write({"event": "batch", "samples": ["others"]})
+    log.close()
+    again = open_log(tmp_path / "events")
+    again.begin_step(0)
+    with pytest.raises(CheckpointError, match="another batch"):
+        again.take_batch()
+
+
+def test_records_of_the_version_before_are_dropped_with_a_warning(tmp_path, capsys):
+    (tmp_path / "step-00000000.events").write_bytes(b"anything")
+    log = open_log(tmp_path)
+    assert log.begin_step(0) == [] and not list(tmp_path.iterdir())
+    assert "format of an earlier version" in capsys.readouterr().err
+
+
+def test_what_is_on_the_disk_when(tmp_path, monkeypatch):
+    """The arrays before the records, both files before anything is learned from, and the folder with new names."""
+    synced, real = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(os.readlink(f"/proc/self/fd/{file}")) or real(file))
+    log = open_log(tmp_path / "events")
+    log.begin_step(0)
+    log.next_submissions(12)
+    while not log.scheduler.is_complete():
+        for slot in log.scheduler.in_flight():
+            log.on_sample(answer(slot, 0))
+    log._synced = time.monotonic() + 1000
+    synced.clear()
+    log.take_batch()
+    step = str(tmp_path / "events" / "step-00000000")
+    assert synced == [f"{step}.arrays", f"{step}.jsonl"]
+    log._synced = 0.0
+    log.begin_step(1)
+    log.next_submissions(12)
+    assert str(tmp_path / "events") in synced
 
 
 def test_routes_are_kept_as_bytes(tmp_path):
@@ -286,8 +339,10 @@ def test_routes_are_kept_as_bytes(tmp_path):
         routed_experts=np.arange(1000 * 47 * 8, dtype=np.int64).reshape(1000, 47, 8) % 256,
     )  # fmt: skip
     log.on_sample(long)
+    assert isinstance(long.routed_experts, StoredArray)
     log.close()
-    assert (tmp_path / "events" / "step-00000000.events").stat().st_size < 376_000 + 1001 * 20 + 2000
+    sizes = [(tmp_path / "events" / f"step-00000000.{ending}").stat().st_size for ending in ("arrays", "jsonl")]
+    assert sizes[0] == 376_000 + 1001 * 17 and sizes[1] < 2000
     again = open_log(tmp_path / "events")
     again.begin_step(0)
     assert again.scheduler.state() == log.scheduler.state()

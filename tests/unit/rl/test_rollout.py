@@ -10,13 +10,14 @@ import pytest
 import torch
 from rl_world import Scripted, finish, open_rollouts, pages_in_use, policy, request, roll_out, tokenizer, words
 
+from openmimo.core.array_file import ArrayFile
 from openmimo.core.records import Message
+from openmimo.core.sample_files import read_sample, write_sample
 from openmimo.rl.agents.environment import EnvResponse
 from openmimo.rl.agents.episode_calls import EpisodeCalls
 from openmimo.rl.learning.policy_trainer import PolicyTrainer
 from openmimo.rl.losses.diagnostics import mismatch
 from openmimo.rl.rollouts.engine import turn_ids
-from openmimo.rl.scheduling.sample_files import sample_from_dict, sample_to_dict
 from openmimo.train.config import OptimizerConfig
 
 TOOL_TURNS = (Message("tool", "3"), Message("tool", "a <|im_end|> is text here"))
@@ -203,7 +204,7 @@ class Replaced(Scripted):
         return self.following
 
 
-def test_a_context_that_is_replaced_goes_on_and_all_of_it_is_learned_from():
+def test_a_context_that_is_replaced_goes_on_and_all_of_it_is_learned_from(tmp_path):
     model = policy(ends=60.0)  # turns end at once
     last = Scripted(EnvResponse(messages=TOOL_TURNS), question="go on", reward=0.25)
     middle = Replaced(EnvResponse(messages=TOOL_TURNS), following=last, question="go on, then")
@@ -221,8 +222,8 @@ def test_a_context_that_is_replaced_goes_on_and_all_of_it_is_learned_from():
         assert own == pytest.approx(context.logprobs, abs=1e-4)  # the logits of its end of turn are far from zero
     assert last.num_closed == 1
     assert pages_in_use(rollouts) == 0
-    kept = sample_from_dict(json.loads(json.dumps(sample_to_dict(sample))))
-    assert [context.token_ids.tolist() for context in kept.contexts()] == [own.token_ids.tolist() for own in contexts]
+    file = ArrayFile(tmp_path / "arrays")
+    assert read_sample(json.loads(json.dumps(write_sample(sample, file))), file) == sample
 
 
 def test_contexts_of_one_prompt_are_drawn_apart():

@@ -1,7 +1,9 @@
 """R3: the trainer routes as the engine did, and its router learns from it (paper section 4.6.1)."""
 
 import copy
+import tracemalloc
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,11 +11,14 @@ import torch
 from rl_world import Scripted, policy, request, roll_out, words
 
 from openmimo.core.records import Message
+from openmimo.core.samples import Sample
 from openmimo.model.context import PackedContext, RoutingTape
+from openmimo.model.presets import flash
 from openmimo.rl.agents.environment import EnvResponse
 from openmimo.rl.learning.policy_trainer import (
     NOT_RECORDED,
     PolicyTrainer,
+    pack_samples,
     packs,
     replayed_routes,
     score_samples,
@@ -264,3 +269,21 @@ def test_the_selection_bias_follows_the_replayed_load(world):
         step_E = 0.01 * torch.sign(report.load[layer].float().mean() - report.load[layer])
         expected_E = before[layer] + step_E - step_E.mean()
         torch.testing.assert_close(router.e_score_correction_bias, expected_E)
+
+
+def test_memory_to_pack_a_sample_grows_with_its_length_and_is_that_of_small_integers():
+    """The routes of 47 layers and 8 experts as int16, and not as the int64 that the router works with."""
+    model = SimpleNamespace(routers=lambda: dict.fromkeys(range(47)), config=flash(), device="cpu")
+    peaks = []
+    for length in (4000, 8000):
+        sample = Sample(
+            np.arange(length), np.arange(length) > 10, np.zeros(length), np.zeros(length, np.int32),
+            routed_experts=np.zeros((length - 1, 47, 8), np.uint8),
+        )  # fmt: skip
+        tracemalloc.start()
+        pack = pack_samples([sample], device=torch.device("cpu"))
+        assert pack.routes(model)[46].shape == (length, 8)
+        peaks.append(tracemalloc.get_traced_memory()[1] / length)
+        tracemalloc.stop()
+    assert max(peaks) < 2 * 47 * 8 + 200
+    assert peaks[1] < 1.05 * peaks[0]

@@ -1,0 +1,105 @@
+"""What a long sample costs on the host: the engine's bookkeeping, the event log, and packing for the trainer.
+
+    python -m benchmarks.bench_samples [--old FOLDER] [--tokens 32768] [--rounds 5] [--no-write]
+
+A sample of 32,768 tokens of a model with 47 sparse layers and 8 experts a token, as MiMo-V2-Flash has. No model runs:
+
+- engine: a request confirms its tokens one by one, keeps their routes, and enters its blocks in the prefix tree;
+- sample: the completion becomes a sample;
+- log: the event log writes the sample, then flushes it to the disk (`sync`) and reads it back, checksums included;
+- pack: the sample becomes tensors with its routes for the trainer.
+
+Bytes of the log are counted without routes, which are on the disk once and take exactly one byte an expert (layers x
+experts a token); bytes of the engine are those of a request and its part of the prefix tree, without routes.
+
+FOLDER is a checkout of an earlier version, which is measured in turns with this one, each measurement in a process of
+its own (`sample_costs.py`). Rows show medians; times are of a whole sample.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from benchmarks.harness import Row, print_rows, write_rows
+
+LAYERS = 47
+STAGES = ("engine", "sample", "log", "sync", "read", "pack")
+GOAL_MICROSECONDS, GOAL_BYTES = 1.0, 100
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The options."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--old", type=Path, help="a checkout of an earlier version to compare with")
+    parser.add_argument("--tokens", type=int, default=32768)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--no-write", action="store_true", help="leave the stored results as they are")
+    return parser.parse_args(arguments)
+
+
+def measure(folder: Path, tokens: int) -> dict[str, float]:
+    """One measurement of the package in `folder`, in a process of its own."""
+    script = Path(__file__).with_name("sample_costs.py")
+    run = subprocess.run(
+        [sys.executable, str(script), str(tokens), str(LAYERS)],
+        env=os.environ | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return json.loads(run.stdout)
+
+
+def medians(folders: list[Path], tokens: int, rounds: int) -> list[dict[str, float]]:
+    """The median of each cost by folder, measured in turns."""
+    found: list[list[dict[str, float]]] = [[] for _ in folders]
+    for _ in range(rounds):
+        for costs, folder in zip(found, folders, strict=True):
+            costs.append(measure(folder, tokens))
+    return [{name: statistics.median(one[name] for one in costs) for name in costs[0]} for costs in found]
+
+
+def rows_of(tokens: int, ours: dict[str, float], old: dict[str, float] | None) -> list[Row]:
+    """A row for each stage and one for everything after the engine."""
+    stages = {name: (name,) for name in STAGES} | {"sample to pack": STAGES[1:]}
+    rows = []
+    for name, parts in stages.items():
+        seconds = sum(ours[f"{part}_seconds"] for part in parts)
+        peer = None if old is None else 1e3 * sum(old[f"{part}_seconds"] for part in parts)
+        note = f"{1e6 * seconds / tokens:.2f} us a token"
+        rows.append(Row(name, 1e3 * seconds, peer, "before" if old else "", note=note))
+    return rows
+
+
+def remarks_of(tokens: int, ours: dict[str, float], old: dict[str, float] | None) -> tuple[str, ...]:
+    """Bytes a token, ours and before."""
+
+    def bytes_of(costs: dict[str, float]) -> str:
+        log = (costs["log_bytes"] - costs["routes_bytes"]) / tokens
+        return f"engine {costs['engine_bytes'] / tokens:.0f}, log {log:.1f}"
+
+    before = f"; before: {bytes_of(old)}" if old else ""
+    return (
+        f"Bytes a token without routes: {bytes_of(ours)}{before}. Routes: {LAYERS * 8} bytes a token, once.",
+        f"The goal: at most {GOAL_MICROSECONDS:g} us and {GOAL_BYTES} bytes a token.",
+    )
+
+
+def main(options: argparse.Namespace) -> None:
+    """Measures, prints and stores."""
+    here = Path(__file__).resolve().parent.parent
+    ours, *old = medians([here, *([options.old] if options.old else [])], options.tokens, options.rounds)
+    rows = rows_of(options.tokens, ours, old[0] if old else None)
+    remarks = remarks_of(options.tokens, ours, old[0] if old else None)
+    print_rows(rows)
+    print(*remarks, sep="\n")
+    if not options.no_write:
+        write_rows("samples", rows, device=torch.device("cpu"), threads=1, remarks=remarks)
+
+
+if __name__ == "__main__":
+    main(parse())

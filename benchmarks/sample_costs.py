@@ -1,0 +1,162 @@
+"""One measurement of `bench_samples`: what one long sample costs on the host, as JSON. It imports only the package.
+
+    python benchmarks/sample_costs.py TOKENS LAYERS
+
+The folder of the package is that of PYTHONPATH, so that two checkouts can be measured by the same file.
+"""
+
+import importlib
+import importlib.util
+import json
+import sys
+import tempfile
+import time
+import tracemalloc
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+
+from openmimo.core.records import Request, SamplingParams, TokenLogprob
+from openmimo.core.samples import Sample
+from openmimo.engine.cache import PageArena, PageTables
+from openmimo.engine.prefix import PrefixCache
+from openmimo.model.config import AttentionConfig, ModelConfig
+from openmimo.model.presets import flash
+from openmimo.rl.config import SchedulerConfig, SourceQuota
+
+ACTIVE_EXPERTS = 8
+PROMPT_TOKENS = 64
+
+
+def _module(*names: str) -> object:
+    """The first of these modules that exists: folders were renamed."""
+    for name in names:
+        package = name.rpartition(".")[0]
+        if importlib.util.find_spec(package) and importlib.util.find_spec(name):
+            return importlib.import_module(name)
+    raise ImportError(names)
+
+
+def started_request(tokens: int, *, routed: bool) -> tuple[object, object, PrefixCache]:
+    """The module of request states, a request with all its pages, and the prefix tree that it started from."""
+    module = _module("openmimo.engine.request_state", "openmimo.engine.sequence")
+    state_class = getattr(module, "RequestState", None) or module.Sequence
+    full = AttentionConfig(
+        "full", num_heads=1, num_kv_heads=1, key_dim=8, value_dim=8, rotary_dim=8, rope_theta=10_000.0
+    )
+    sliding = replace(full, kind="sliding", window_keys=129)
+    arena = PageArena([full, *[sliding] * 5], cache_bytes=tokens * 2048)
+    params = SamplingParams(max_tokens=tokens, logprobs=True, routed_experts=routed)
+    prompt = tuple(range(PROMPT_TOKENS))
+    state = state_class(Request("1", prompt, params), list(prompt), 0, len(prompt) + tokens, frozenset())
+    state.pages = PageTables(arena, 0)
+    prefix = PrefixCache(arena)
+    prefix.start(state)
+    state.pages.reach(len(prompt) + tokens, spare_pages=arena.num_pages)
+    return module, state, prefix
+
+
+def engine_seconds(tokens: int, routes: np.ndarray) -> tuple[float, object]:
+    """Seconds to confirm the tokens of a request and to enter them in the prefix tree, without a model; the result."""
+    module, state, prefix = started_request(tokens, routed=True)
+    ids = np.random.default_rng(0).integers(0, 150_000, tokens).tolist()
+    decisions = [module.Decision(token, TokenLogprob(token, -0.5)) for token in ids]
+    state.routing.append(routes[:PROMPT_TOKENS])
+    start = time.perf_counter()
+    for index, decision in enumerate(decisions):
+        state.add(decision, drafted=False, policy_version=3)
+        state.routing.append(routes[index : index + 1])
+        state.computed = len(state.tokens) - 1
+        prefix.extend(state)
+    return time.perf_counter() - start, state.completion()
+
+
+def engine_bytes(tokens: int) -> int:
+    """Bytes that a request and its part of the prefix tree hold, without routes."""
+    module, state, prefix = started_request(tokens, routed=False)
+    ids = np.random.default_rng(0).integers(0, 150_000, tokens)
+    tracemalloc.start()
+    for token in ids:
+        state.add(module.Decision(int(token), TokenLogprob(int(token), -0.5)), drafted=False, policy_version=3)
+        state.computed = len(state.tokens) - 1
+        prefix.extend(state)
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    return held
+
+
+def sample_of(completion: object) -> Sample:
+    """The sample of a completion, as rollouts make it."""
+    module = _module("openmimo.rl.rollouts.engine", "openmimo.rl.rollout")
+    length = len(completion.prompt_token_ids)
+    first = Sample(list(completion.prompt_token_ids), [False] * length, [0.0] * length, [-1] * length)
+    return module._extended(first, completion)
+
+
+def pack(samples: list[Sample], layers: int) -> None:
+    """Everything the trainer needs of a micro-batch before its forward pass."""
+    trainer = _module("openmimo.rl.learning.policy_trainer", "openmimo.rl.policy_trainer")
+    packer = _module("openmimo.rl.learning.packing", trainer.__name__)
+    config: ModelConfig = flash()
+    model = SimpleNamespace(routers=lambda: dict.fromkeys(range(1, layers + 1)), config=config, device="cpu")
+    packed = packer.pack_samples(samples, device=torch.device("cpu"))
+    packed.routes(model)
+    packed.written(lambda sample: sample.logprobs)
+    packed.written(lambda sample: sample.versions, torch.int64)
+
+
+def open_log(folder: Path) -> object:
+    """A logged scheduler of one source."""
+    events = _module("openmimo.rl.scheduling.event_log", "openmimo.rl.event_log")
+    scheduler = _module("openmimo.rl.scheduling.scheduler", "openmimo.rl.scheduler")
+    problems = _module("openmimo.rl.scheduling.problems", "openmimo.rl.problems")
+    config = SchedulerConfig((SourceQuota("math", samples_per_prompt=2),), groups_per_step=2, dynamic_sampling=False)
+    streams = {"math": lambda index: problems.Problem(f"p{index}", index)}
+    return events.LoggedScheduler(scheduler.DataScheduler(config, streams), folder)
+
+
+def warm_up(layers: int) -> None:
+    """Imports everything and starts the threads of torch, outside the times."""
+    sample = Sample(list(range(64)), [False] + [True] * 63, [0.0] * 64, [0] * 64)
+    sample.routed_experts = np.zeros((63, layers, ACTIVE_EXPERTS), np.uint8)
+    _module("openmimo.rl.rollouts.engine", "openmimo.rl.rollout")
+    pack([sample], layers)
+
+
+def main(tokens: int, layers: int) -> dict[str, float]:
+    """All costs of one sample: seconds by stage, bytes of the engine's state and of the log."""
+    warm_up(layers)
+    routes = np.random.default_rng(1).integers(0, 256, (tokens, layers, ACTIVE_EXPERTS), np.uint8)
+    seconds, completion = engine_seconds(tokens, routes)
+    costs = {"engine_seconds": seconds, "engine_bytes": engine_bytes(tokens)}
+
+    def timed(name: str, call: object) -> object:
+        start = time.perf_counter()
+        result = call()
+        costs[f"{name}_seconds"] = time.perf_counter() - start
+        return result
+
+    sample = timed("sample", lambda: sample_of(completion))
+    with tempfile.TemporaryDirectory() as folder:
+        log = open_log(Path(folder))
+        log.begin_step(0)
+        request = log.next_submissions(4)[0]
+        sample.group, sample.reward, sample.finish_reason = request.group_id, 1.0, "stop"
+        sample.info["sample_id"] = request.sample_ids[0]
+        timed("log", lambda: log.on_sample(sample))
+        timed("sync", log.close)
+        again = open_log(Path(folder))
+        timed("read", lambda: again.begin_step(0))
+        read = [slot.sample for group in again.scheduler._groups.values() for slot in group.slots if slot.sample][0]
+        costs["log_bytes"] = sum(path.stat().st_size for path in Path(folder).iterdir())
+        timed("pack", lambda: pack([read], layers))
+    costs["routes_bytes"] = routes.nbytes
+    return costs
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    print(json.dumps(main(int(sys.argv[1]), int(sys.argv[2]))))
