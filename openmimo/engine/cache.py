@@ -1,16 +1,26 @@
-"""The key/value cache: one arena of equal pages, from which layers of every kind draw. Nothing splits it beforehand.
+"""The key/value cache: one arena of equal pages, from which layers of every kind draw.
 
-X pages of the arena, P positions a page, G key/value heads, K key dim, V value dim, B sequences, Y pages of a table.
+X pages of the arena, P positions a page, G key/value heads, K key dim, V value dim, B sequences, Y rows of a table.
 
-Layers that remember the same (`KVSpec`) form a group and share page tables: a page holds P positions for all of them.
-Groups differ in bytes per position, and so in P, but every page has the same bytes. A position has a fixed place:
-row p % P of the page `table[p // P]`. Full layers keep all their pages; sliding layers give back those behind their
-window. MTP heads lag behind the main layers, but use the same positions, and so the same tables.
+Layers that remember the same (`KVSpec`) form a group and share a page table. Row y of the table covers positions y*P to
+y*P + P - 1, with P a power of two. One page holds these positions for a few layers of the group (a part), so a
+row names one page for each part:
+
+    group of full layers, P = 32              group of sliding layers, P = 16
+    part         0    1    2                  part         0    1    2    3
+    layers      0-2  3-5  6-8                 layers      9-14 15-20 ...
+    row 0        7   12    3   -> positions   row 0       -1   -1   -1   -1   behind the window: returned
+    row 1        8    1    9      32 to 63    row 1        4    5   10   11   positions 16 to 31
+
+`plan_pages` chooses the sizes of the parts such that a page has the same bytes in every group, up to a few percent.
+Equal pages are what lets full and sliding layers take memory from one arena in any proportion: nothing splits it
+beforehand. Full layers keep all rows; sliding layers return those behind their window. MTP heads lag behind the main
+layers, but use the same positions and so the same tables.
 
 Pages are counted by reference, because requests with the same beginning share them (`openmimo.engine.prefix`).
 """
 
-import math
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,68 +30,113 @@ import torch
 from openmimo.model.attention import KVSpec, kv_spec
 from openmimo.model.config import AttentionConfig
 
-_USUAL_POSITIONS = 1024  # what a page's half-filled end is weighed against in layers that keep everything
-_MAX_PAGE_POSITIONS = 64
-_MAX_BLOCK_POSITIONS = 128
-_MIN_BLOCK_POSITIONS = 16
-_COST_OF_SMALL_PAGES = 0.01
-_FIRST_TABLE_PAGES = 64
+MIN_PAGE_POSITIONS, MAX_PAGE_POSITIONS = 16, 128
+_DEFAULT_PAGE_POSITIONS = 32
+_MAX_PADDING = 0.1  # of a page
+_COST_OF_A_PART = 0.002  # as a share of the cache: what the host does for one page more a row
+_FIRST_TABLE_ROWS = 64
 
 
 @dataclass(frozen=True)
 class PageGroup:
-    """Layers that remember the same, and how many positions one page holds for all of them."""
+    """Layers that remember the same, and how pages hold them.
+
+    Attributes:
+        spec: What one layer remembers.
+        layers: The numbers of the layers.
+        page_positions: Positions a page, P.
+        layers_per_page: Layers of which a page holds these positions; the last part of a group may have fewer.
+    """
 
     spec: KVSpec
     layers: tuple[int, ...]
     page_positions: int
+    layers_per_page: int
 
-    def first_page_kept(self, length: int, margin: int) -> int:
-        """The first page that a query at position `length` (or up to `margin` before it) still reads."""
+    @property
+    def num_parts(self) -> int:
+        """Pages of one table row."""
+        return -(-len(self.layers) // self.layers_per_page)
+
+    def first_row_kept(self, length: int, margin: int) -> int:
+        """The first table row that a query at position `length` (or up to `margin` before it) still reads."""
         if self.spec.keep_positions is None:
             return 0
         return max(length - self.spec.keep_positions - margin, 0) // self.page_positions
 
+    def rows_until(self, length: int) -> int:
+        """How many table rows cover the positions below `length`."""
+        return -(-length // self.page_positions)
+
     def pages_until(self, length: int) -> int:
         """How many pages cover the positions below `length`."""
-        return -(-length // self.page_positions)
+        return self.rows_until(length) * self.num_parts
 
 
 @dataclass(frozen=True)
 class PageLayout:
-    """How an arena is cut. block_positions: the fewest positions, times a whole number, that fill pages everywhere."""
+    """How an arena is cut.
+
+    Attributes:
+        groups: The groups of layers.
+        page_numbers: Numbers (keys and values) that a page has room for.
+    """
 
     groups: tuple[PageGroup, ...]
     page_numbers: int
-    block_positions: int
+
+    @property
+    def block_positions(self) -> int:
+        """The fewest positions that fill whole rows in every group: all are powers of two."""
+        return max(group.page_positions for group in self.groups)
+
+    @property
+    def pages_per_row(self) -> int:
+        """Pages of one row in every group together."""
+        return sum(group.num_parts for group in self.groups)
 
 
-def plan_pages(layers: Sequence[AttentionConfig]) -> PageLayout:
-    """Groups the layers and picks the page size that wastes least: unused ends of pages, and half-filled last pages."""
+def plan_pages(layers: Sequence[AttentionConfig], page_positions: int = _DEFAULT_PAGE_POSITIONS) -> PageLayout:
+    """Groups the layers and splits each group into parts, such that pages have nearly equal bytes.
+
+    Args:
+        layers: As in `PageArena`.
+        page_positions: Positions a page of layers that keep everything: a power of two from 16 to 128. Sliding layers
+            may get fewer, because a window that begins inside a page wastes the rest of it.
+    """
     layers_of: dict[KVSpec, list[int]] = {}
     for index, layer in enumerate(layers):
         layers_of.setdefault(kv_spec(layer), []).append(index)
-    numbers = {spec: len(indices) * spec.bytes_per_position(1) for spec, indices in layers_of.items()}
-    sizes = {positions * numbers[spec] for spec in numbers for positions in range(1, _MAX_PAGE_POSITIONS + 1)}
-    fitting = [size for size in sizes if size >= max(numbers.values())]
-    page_numbers = min(sorted(fitting), key=lambda size: _waste(size, numbers))
-    groups = tuple(
-        PageGroup(spec, tuple(indices), min(page_numbers // numbers[spec], _MAX_PAGE_POSITIONS))
-        for spec, indices in layers_of.items()
-    )
-    block = math.lcm(*(group.page_positions for group in groups))
-    return PageLayout(groups, page_numbers, block * -(-_MIN_BLOCK_POSITIONS // block))
+    choices = [_group_choices(spec, tuple(indices), page_positions) for spec, indices in layers_of.items()]
+    groups = min(itertools.product(*choices), key=_waste)
+    return PageLayout(groups, max(map(_numbers, groups)))
 
 
-def _waste(page_numbers: int, numbers: dict[KVSpec, int]) -> float:
-    positions = {spec: min(page_numbers // numbers[spec], _MAX_PAGE_POSITIONS) for spec in numbers}
-    if math.lcm(*positions.values()) > _MAX_BLOCK_POSITIONS:
-        return math.inf
-    shares = []
-    for spec, count in positions.items():
-        kept = _USUAL_POSITIONS if spec.keep_positions is None else spec.keep_positions
-        shares.append(1 - count * numbers[spec] / page_numbers + count / kept)
-    return max(shares) + _COST_OF_SMALL_PAGES / min(positions.values())
+def _group_choices(spec: KVSpec, layers: tuple[int, ...], page_positions: int) -> list[PageGroup]:
+    """Every page of a group that differs in positions or in the number of parts."""
+    positions = [page_positions]
+    while spec.keep_positions is not None and positions[-1] > MIN_PAGE_POSITIONS:
+        positions.append(positions[-1] // 2)
+    sizes = sorted({-(-len(layers) // parts) for parts in range(1, len(layers) + 1)})
+    return [PageGroup(spec, layers, count, size) for count in positions for size in sizes]
+
+
+def _numbers(group: PageGroup) -> int:
+    return group.layers_per_page * group.page_positions * group.spec.bytes_per_position(1)
+
+
+def _waste(groups: tuple[PageGroup, ...]) -> tuple[bool, float]:
+    """Whether pages have too much padding; then padding and cut-off windows, and the work for many parts."""
+    page_numbers = max(map(_numbers, groups))
+    waste, most_padding = 0.0, 0.0
+    for group in groups:
+        filled = len(group.layers) * _numbers(group) / group.layers_per_page
+        padding = 1 - filled / (group.num_parts * page_numbers)
+        most_padding = max(most_padding, padding)
+        kept = group.spec.keep_positions
+        cut = 0.0 if kept is None else group.page_positions / (2 * kept)
+        waste = max(waste, padding + cut)
+    return most_padding > _MAX_PADDING, waste + _COST_OF_A_PART * sum(group.num_parts for group in groups)
 
 
 class PageArena:
@@ -99,8 +154,9 @@ class PageArena:
         cache_bytes: int,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        page_positions: int = _DEFAULT_PAGE_POSITIONS,
     ):
-        self.layout = plan_pages(layers)
+        self.layout = plan_pages(layers, page_positions)
         self.page_bytes = self.layout.page_numbers * dtype.itemsize
         self.num_pages = cache_bytes // self.page_bytes
         self.dtype = dtype
@@ -108,12 +164,13 @@ class PageArena:
         self._free = list(range(self.num_pages - 1, -1, -1))
         self._references = [0] * self.num_pages
         storage = _zeros(self.num_pages, self.layout.page_numbers, dtype, torch.device(device))
-        self.group_of_layer = [0] * len(layers)
+        self.place_of_layer = [(0, 0)] * len(layers)  # the number of its group, and its part of that
         self._views: list[tuple[torch.Tensor, torch.Tensor]] = [(storage, storage)] * len(layers)
         for number, group in enumerate(self.layout.groups):
             for place, layer in enumerate(group.layers):
-                self.group_of_layer[layer] = number
-                self._views[layer] = _layer_views(storage, group, place)
+                part, place_in_page = divmod(place, group.layers_per_page)
+                self.place_of_layer[layer] = (number, part)
+                self._views[layer] = _layer_views(storage, group, place_in_page)
 
     def layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """A layer's keys [X, P, G, K] and values [X, P, G, V]: views into the arena."""
@@ -131,16 +188,20 @@ class PageArena:
 
     def take(self) -> int:
         """A free page, now held once. The caller has made sure that there is one."""
+        assert self._free, "a page was taken from an empty list"
         page = self._free.pop()
+        assert self._references[page] == 0, f"page {page} is free and held"
         self._references[page] = 1
         return page
 
     def share(self, page: int) -> None:
         """One more holder of a held page."""
+        assert self._references[page] > 0, f"page {page} is shared, but not held"
         self._references[page] += 1
 
     def release(self, page: int) -> None:
         """One holder fewer; the last one frees the page."""
+        assert self._references[page] > 0, f"page {page} is released, but not held"
         self._references[page] -= 1
         if self._references[page] == 0:
             self._free.append(page)
@@ -151,7 +212,10 @@ class PageArena:
 
     def pages_for(self, length: int, margin: int) -> int:
         """Pages that a sequence of `length` positions holds."""
-        return sum(group.pages_until(length) - group.first_page_kept(length, margin) for group in self.layout.groups)
+        return sum(
+            (group.rows_until(length) - group.first_row_kept(length, margin)) * group.num_parts
+            for group in self.layout.groups
+        )
 
     def ideal_bytes(self, length: int) -> int:
         """Bytes of what `length` positions must remember, without pages."""
@@ -194,7 +258,7 @@ def all_global_cache_bytes(layers: Sequence[AttentionConfig], num_positions: int
 
 
 class PageTables:
-    """Which pages one sequence holds, group by group: int32 arrays from page number to page, -1 where none is held.
+    """Which pages one sequence holds, group by group: int32 arrays [Y, parts] of pages, -1 where none is held.
 
     margin: how many positions before its newest a sequence may still have to read from (MTP heads lag).
     """
@@ -202,12 +266,12 @@ class PageTables:
     def __init__(self, arena: PageArena, margin: int):
         self._arena = arena
         self._margin = margin
-        self._tables = [np.full(_FIRST_TABLE_PAGES, -1, dtype=np.int32) for _ in arena.layout.groups]
-        self._first = [0] * len(self._tables)  # pages before it were given back
+        self._tables = [np.full((_FIRST_TABLE_ROWS, g.num_parts), -1, dtype=np.int32) for g in arena.layout.groups]
+        self._first = [0] * len(self._tables)  # rows before it were returned
         self._stop = [0] * len(self._tables)
 
     def table(self, group: int) -> np.ndarray:
-        """The table of a group, int32 [pages so far]."""
+        """The table of a group, int32 [rows so far, parts]."""
         return self._tables[group][: self._stop[group]]
 
     @property
@@ -231,63 +295,66 @@ class PageTables:
         """How many pages `reach(length)` must find free."""
         count = 0
         for number, group in enumerate(self._arena.layout.groups):
-            stop = group.pages_until(length)
+            stop = group.rows_until(length)
             if stop > self._stop[number]:
-                count += stop - max(self._stop[number], group.first_page_kept(length, self._margin))
+                first = max(self._stop[number], group.first_row_kept(length, self._margin))
+                count += (stop - first) * group.num_parts
         return count
 
     def reach(self, length: int, *, spare_pages: int = 0) -> None:
         """Takes the pages for all positions below `length`.
 
-        Positions that sliding layers will have left behind by then get a page only out of `spare_pages`: nobody has to
-        remember them, but another request with the same beginning could use them.
+        Positions that sliding layers will have left behind by then get a page only out of `spare_pages`: no query reads
+        them, but another request with the same beginning could use them.
         """
         for number, group in enumerate(self._arena.layout.groups):
-            stop = group.pages_until(length)
+            stop = group.rows_until(length)
             if stop <= self._stop[number]:
                 continue
             table = self._grown(number, stop)
-            wanted = max(self._stop[number], group.first_page_kept(length, self._margin))
-            spared = min(wanted - self._stop[number], spare_pages)
-            spare_pages -= spared
-            for page in range(wanted - spared, stop):
-                table[page] = self._arena.take()
+            needed = max(self._stop[number], group.first_row_kept(length, self._margin))
+            spared = min(needed - self._stop[number], spare_pages // group.num_parts)
+            spare_pages -= spared * group.num_parts
+            for row in range(needed - spared, stop):
+                table[row] = [self._arena.take() for _ in range(group.num_parts)]
             self._stop[number] = stop
 
     def adopt(self, group: int, pages: list[int]) -> None:
-        """Starts an empty table with pages of others (-1: none), of which it becomes one more holder."""
-        self._grown(group, len(pages))[: len(pages)] = pages
-        self._stop[group] = len(pages)
+        """Starts an empty table with pages of others, row by row (-1: none), of which it becomes one more holder."""
+        assert self._stop[group] == 0, "a table that is not empty adopts pages"
+        rows = np.asarray(pages, dtype=np.int32).reshape(-1, self._tables[group].shape[1])
+        self._grown(group, len(rows))[: len(rows)] = rows
+        self._stop[group] = len(rows)
         for page in pages:
             if page >= 0:
                 self._arena.share(page)
 
     def leave_behind(self, length: int) -> None:
-        """Gives back what a sequence of `length` positions no longer reads."""
+        """Returns what a sequence of `length` positions no longer reads."""
         for number, group in enumerate(self._arena.layout.groups):
-            first = group.first_page_kept(length, self._margin)
+            first = group.first_row_kept(length, self._margin)
             if first > self._first[number]:
                 self._release(number, self._first[number], min(first, self._stop[number]))
                 self._first[number] = first
 
     def release(self) -> None:
-        """Gives back everything."""
+        """Returns everything."""
         for number in range(len(self._tables)):
             self._release(number, self._first[number], self._stop[number])
             self._first[number] = self._stop[number] = 0
 
     def _release(self, group: int, first: int, stop: int) -> None:
-        table = self._tables[group]
-        for place in range(first, stop):
-            page = int(table[place])
-            if page >= 0:
-                self._arena.release(page)
-                table[place] = -1
+        if first >= stop:
+            return
+        rows = self._tables[group][first:stop]
+        for page in rows[rows >= 0].tolist():
+            self._arena.release(page)
+        rows.fill(-1)
 
-    def _grown(self, group: int, pages: int) -> np.ndarray:
+    def _grown(self, group: int, num_rows: int) -> np.ndarray:
         table = self._tables[group]
-        if pages > len(table):
-            table = np.full(max(pages, 2 * len(table)), -1, dtype=np.int32)
+        if num_rows > len(table):
+            table = np.full((max(num_rows, 2 * len(table)), table.shape[1]), -1, dtype=np.int32)
             table[: self._stop[group]] = self._tables[group][: self._stop[group]]
             self._tables[group] = table
         return table

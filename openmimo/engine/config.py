@@ -19,6 +19,8 @@ class EngineConfig:
             40 % of what is free).
         cache_dtype: Of stored keys and values: auto (that of the activations), float32, bfloat16, float16 or fp8. With
             one narrower than the activations, texts depend on chunk sizes and prefix hits.
+        page_positions: Positions that a cache page holds of layers that keep all of them: a power of two from 16 to
+            128. Sliding layers may get fewer, at least 16. Prompts share whole pages only.
         prefix_cache: Reuse what requests with the same beginning computed.
         speculative: Draft with the MTP heads (none: wherever there are some).
         num_drafts: MTP heads that draft (none: all).
@@ -30,6 +32,7 @@ class EngineConfig:
     mixed_prefill_tokens: PositiveInt = 256
     cache_gigabytes: PositiveFloat | None = None
     cache_dtype: Literal["auto", "float32", "bfloat16", "float16", "fp8"] = "auto"
+    page_positions: Literal[16, 32, 64, 128] = 32
     prefix_cache: bool = True
     speculative: bool | None = None
     num_drafts: PositiveInt | None = None

@@ -100,7 +100,7 @@ class PagedContext:
         self._table_length = max(self._stops)
         self._rotary = rotary
         self._picked: dict[_Geometry, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._placements: dict[int, _Placement] = {}
+        self._placements: dict[int, list[_Placement]] = {}
 
     def rotary(self, spec: AttentionConfig, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin [T, R] of the new tokens."""
@@ -121,7 +121,8 @@ class PagedContext:
     ) -> torch.Tensor:
         """Attention output [T, N, V] over what each sequence remembers and the new tokens, which it remembers too."""
         keys_XPGK, values_XPGV = self._arena.layer(layer)
-        placement = self._placement(self._arena.group_of_layer[layer])
+        group, part = self._arena.place_of_layer[layer]
+        placement = self._placement(group)[part]
         pages = Pages(keys_XPGK, values_XPGV, placement.tables_BY)
         if self._is_short and placement.rows is None:
             self._store(placement, pages, k_TGK, v_TGV)
@@ -168,37 +169,38 @@ class PagedContext:
             key_lengths.append(span.stop - first)
         return torch.cat(keys), torch.cat(values), tuple(key_lengths)
 
-    def _placement(self, group: int) -> _Placement:
+    def _placement(self, group: int) -> list[_Placement]:
         if group not in self._placements:
             self._placements[group] = self._placed(group)
         return self._placements[group]
 
-    def _placed(self, group: int) -> _Placement:
+    def _placed(self, group: int) -> list[_Placement]:
+        """The placement in each part of a group."""
         P = self._arena.layout.groups[group].page_positions
         tables = [span.pages.table(group) for span in self._spans]
         if len(tables) == 1:
             start, stop = self._spans[0].start, self._spans[0].stop
-            tables_BY = tables[0][None]
+            tables_BYp = tables[0][None]
             positions = np.arange(start, stop)
-            page_T = tables[0][positions // P]
+            page_Tp = tables[0][positions // P]
         else:
-            tables_BY = np.full((len(tables), max(len(table) for table in tables)), -1, dtype=np.int32)
+            num_rows = max(len(table) for table in tables)
+            tables_BYp = np.full((len(tables), num_rows, tables[0].shape[1]), -1, dtype=np.int32)
             for row, table in enumerate(tables):
-                tables_BY[row, : len(table)] = table
+                tables_BYp[row, : len(table)] = table
             positions = np.concatenate([np.arange(span.start, span.stop) for span in self._spans])
-            page_T = tables_BY[np.repeat(np.arange(len(tables)), self._lengths), positions // P]
+            page_Tp = tables_BYp[np.repeat(np.arange(len(tables)), self._lengths), positions // P]
         device = self._rotary.device
         rows = None
-        if page_T.min() < 0:
-            kept = np.flatnonzero(page_T >= 0)
+        if page_Tp.min() < 0:
+            kept = np.flatnonzero(page_Tp[:, 0] >= 0)
             rows = torch.from_numpy(kept).to(device)
-            positions, page_T = positions[kept], page_T[kept]
-        # A head may have skipped slots that a window still covers, and that have no page. It reads page 0 there:
+            positions, page_Tp = positions[kept], page_Tp[kept]
+        # A head may have skipped positions that a window still covers, and that have no page. It reads page 0 there:
         # its draft may be worse for it, and no text is another.
-        tables_BY = tables_BY.clip(min=0)
-        return _Placement(
-            rows,
-            torch.from_numpy(page_T.astype(np.int64)).to(device),
-            torch.from_numpy(positions % P).to(device),
-            torch.from_numpy(tables_BY).to(device),
-        )
+        tables_pBY = torch.from_numpy(np.ascontiguousarray(tables_BYp.clip(min=0).transpose(2, 0, 1))).to(device)
+        page_pT = torch.from_numpy(np.ascontiguousarray(page_Tp.T, dtype=np.int64)).to(device)
+        slot_T = torch.from_numpy(positions % P).to(device)
+        return [
+            _Placement(rows, page_T, slot_T, tables_BY) for page_T, tables_BY in zip(page_pT, tables_pBY, strict=True)
+        ]

@@ -322,7 +322,13 @@ class Engine:
         else:
             useful_bytes = _most_useful_bytes(layers, dtype, self.model.config, self.config)
             cache_bytes = min(int(_SHARE_OF_FREE_MEMORY * free_bytes), useful_bytes)
-        return PageArena(layers, cache_bytes=cache_bytes, dtype=dtype, device=self.model.device)
+        return PageArena(
+            layers,
+            cache_bytes=cache_bytes,
+            dtype=dtype,
+            device=self.model.device,
+            page_positions=self.config.page_positions,
+        )
 
 
 def check_token_ids(token_ids: tuple[int, ...], config: ModelConfig, where: str, *, room: int) -> None:
@@ -346,9 +352,10 @@ def _most_useful_bytes(
     layers: tuple[AttentionConfig, ...], dtype: torch.dtype, model: ModelConfig, config: EngineConfig
 ) -> int:
     """What max_sequences of the longest texts hold, and once more as much for prefixes."""
-    layout = plan_pages(layers)
+    layout = plan_pages(layers, config.page_positions)
     pages = sum(
-        group.pages_until(min(model.max_positions, 2 * (group.spec.keep_positions or model.max_positions) + 64)) + 2
+        group.pages_until(min(model.max_positions, 2 * (group.spec.keep_positions or model.max_positions) + 64))
+        + 2 * group.num_parts
         for group in layout.groups
     )
     return 2 * config.max_sequences * pages * layout.page_numbers * dtype.itemsize

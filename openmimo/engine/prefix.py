@@ -54,7 +54,7 @@ class PrefixCache:
             None if group.spec.keep_positions is None else -(-group.spec.keep_positions // self._block)
             for group in self._groups
         ]
-        self._pages_a_block = [
+        self._rows_a_block = [
             self._block // group.page_positions if keep is None else -(-min(keep, self._block) // group.page_positions)
             for group in self._groups
             for keep in [group.spec.keep_positions]
@@ -191,7 +191,7 @@ class PrefixCache:
     def _pages_of(self, sequence: RequestState, number: int, start: int) -> list[int] | None:
         """The pages of a block that the tree keeps: of sliding layers, what a query after the block still reads."""
         stop = (start + self._block) // self._groups[number].page_positions
-        pages = sequence.pages.table(number)[stop - self._pages_a_block[number] : stop].tolist()
+        pages = sequence.pages.table(number)[stop - self._rows_a_block[number] : stop].ravel().tolist()
         return None if min(pages) < 0 else pages
 
     def _fill(self, node: PrefixNode, sequence: RequestState, start: int) -> None:

@@ -67,7 +67,7 @@ class Scheduler:
         """Pages that a sequence of `max_length` may need at once, alone."""
         kept = [group.spec.keep_positions for group in self._arena.layout.groups]
         while_read = sum(
-            group.pages_until(keep + self._margin) + 2
+            group.pages_until(keep + self._margin) + 2 * group.num_parts
             for group, keep in zip(self._arena.layout.groups, kept, strict=True)
             if keep is not None
         )
@@ -131,7 +131,7 @@ class Scheduler:
                 sequence.num_cached_tokens = 0
                 if self._prefix is not None and sequence.request.session is None:
                     self._prefix.start(sequence)
-            needed = sequence.pages.missing(len(sequence.tokens) + 1 + self._margin) + len(self._arena.layout.groups)
+            needed = sequence.pages.missing(len(sequence.tokens) + 1 + self._margin) + self._arena.layout.pages_per_row
             if self.running and needed > self._arena.num_free and not self._could_have(needed, sequence):
                 if sequence.request.session is None:
                     sequence.forget_computed()

@@ -243,7 +243,7 @@ def test_a_request_alone_ends_in_an_arena_of_what_the_check_demands(shape, lengt
 
 def test_a_request_that_has_to_wait_costs_idle_sessions_nothing():
     pages = _engine(MODEL).scheduler.pages_at_most(460)
-    engine = _engine(MODEL, cache_gigabytes=_gigabytes(MODEL, pages + 30))
+    engine = _engine(MODEL, cache_gigabytes=_gigabytes(MODEL, pages + 15))
     second = _first_turn(engine)
     engine.submit(Request("big", tuple(_ids(400, 7)), replace(GREEDY, max_tokens=60)))
     engine.step()
@@ -585,7 +585,7 @@ def test_what_a_narrow_cache_cannot_hold_becomes_its_largest_number(dtype, large
 
 
 def test_a_request_that_can_never_run_is_refused_at_once():
-    engine = _engine(tiny_model(1), cache_gigabytes=_gigabytes(tiny_model(1), 60))
+    engine = _engine(tiny_model(1), cache_gigabytes=_gigabytes(tiny_model(1), 40))
     for request, message in (
         (Request("1", (), GREEDY), "empty"),
         (Request("1", (1, 999), GREEDY), "id 999"),

@@ -75,7 +75,7 @@ def test_held_pages_are_counted_once():
     tables = [PageTables(arena, 0) for _ in range(2)]
     tables[0].reach(100)
     full = next(i for i, group in enumerate(arena.layout.groups) if group.spec.keep_positions is None)
-    tables[1].adopt(full, tables[0].table(full).tolist())
+    tables[1].adopt(full, tables[0].table(full).ravel().tolist())
     is_held = np.zeros(arena.num_pages, dtype=bool)
     for table in tables:
         table.mark_held(is_held)
