@@ -28,7 +28,7 @@ import numpy as np
 import torch
 
 from openmimo.model.attention import KVSpec, kv_spec
-from openmimo.model.config import AttentionConfig
+from openmimo.model.geometry import AttentionConfig
 
 MIN_PAGE_POSITIONS, MAX_PAGE_POSITIONS = 16, 128
 _DEFAULT_PAGE_POSITIONS = 32
