@@ -222,7 +222,7 @@ def _attention_inputs(length: int, dtype: torch.dtype) -> tuple[torch.Tensor, ..
 def _ours(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sink: torch.Tensor | None, window_keys: int | None
 ) -> torch.Tensor:
-    return attend(q, k, v, sink, query_lengths=(len(q),), key_lengths=(len(k),), window_keys=window_keys)
+    return attend(q, k, v, sink, query_lengths=(len(q),), key_lengths=(len(k),), window_keys=window_keys).out_TNV
 
 
 def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool = True) -> torch.Tensor:

@@ -49,8 +49,8 @@ def _weight_bytes(config: ModelConfig, num_tokens: int) -> float:
     D, moe = config.hidden_size, config.moe
     unique_experts = moe.num_experts * (1 - (1 - moe.experts_per_token / moe.num_experts) ** num_tokens)
     total = _BFLOAT16_BYTES * D * config.vocab_size
-    for layer in config.layers:
-        total += _BFLOAT16_BYTES * attention_parameters(config, layer.attention)
+    for index, layer in enumerate(config.layers):
+        total += _BFLOAT16_BYTES * attention_parameters(config, index)
         if layer.ffn == "dense":
             total += _BFLOAT16_BYTES * 3 * D * config.dense_ffn_dim
         else:

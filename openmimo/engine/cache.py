@@ -15,7 +15,8 @@ row names one page for each part:
 `plan_pages` chooses the sizes of the parts such that a page has the same bytes in every group, up to a few percent.
 Equal pages are what lets full and sliding layers take memory from one arena in any proportion: nothing splits it
 beforehand. Full layers keep all rows; sliding layers return those behind their window. MTP heads lag behind the main
-layers, but use the same positions and so the same tables.
+layers, but use the same positions and so the same tables. A layer that reads another layer's keys
+(`KVSpec.source_layer`) is in no group: it has no pages and uses those of the other.
 
 Pages are counted by reference, because requests with the same beginning share them (`openmimo.engine.prefix`).
 """
@@ -28,7 +29,7 @@ import numpy as np
 import torch
 
 from openmimo.model.attention import KVSpec, kv_spec
-from openmimo.model.config import AttentionConfig
+from openmimo.model.geometry import AttentionConfig
 
 MIN_PAGE_POSITIONS, MAX_PAGE_POSITIONS = 16, 128
 _DEFAULT_PAGE_POSITIONS = 32
@@ -106,7 +107,8 @@ def plan_pages(layers: Sequence[AttentionConfig], page_positions: int = _DEFAULT
     """
     layers_of: dict[KVSpec, list[int]] = {}
     for index, layer in enumerate(layers):
-        layers_of.setdefault(kv_spec(layer), []).append(index)
+        if kv_spec(layer).source_layer is None:
+            layers_of.setdefault(kv_spec(layer), []).append(index)
     choices = [_group_choices(spec, tuple(indices), page_positions) for spec, indices in layers_of.items()]
     groups = min(itertools.product(*choices), key=_waste)
     return PageLayout(groups, max(map(_numbers, groups)))
@@ -171,9 +173,13 @@ class PageArena:
                 part, place_in_page = divmod(place, group.layers_per_page)
                 self.place_of_layer[layer] = (number, part)
                 self._views[layer] = _layer_views(storage, group, place_in_page)
+        for layer, spec in enumerate(map(kv_spec, layers)):
+            if spec.source_layer is not None:
+                self.place_of_layer[layer] = self.place_of_layer[spec.source_layer]
+                self._views[layer] = self._views[spec.source_layer]
 
     def layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """A layer's keys [X, P, G, K] and values [X, P, G, V]: views into the arena."""
+        """The keys [X, P, G, K] and values [X, P, G, V] that a layer reads: views into the arena."""
         return self._views[layer]
 
     @property
@@ -253,8 +259,11 @@ def all_global_cache_bytes(layers: Sequence[AttentionConfig], num_positions: int
 
     Without a full layer among them, each is counted with its own geometry, every position kept.
     """
-    full = next((spec for spec in layers if kv_spec(spec).keep_positions is None), None)
-    return num_positions * sum(kv_spec(full or spec).bytes_per_position(dtype.itemsize) for spec in layers)
+    owners = [spec for spec in layers if kv_spec(spec).source_layer is None]
+    full = next((spec for spec in owners if kv_spec(spec).keep_positions is None), None)
+    if full is not None:
+        return num_positions * len(layers) * kv_spec(full).bytes_per_position(dtype.itemsize)
+    return num_positions * sum(kv_spec(spec).bytes_per_position(dtype.itemsize) for spec in layers)
 
 
 class PageTables:

@@ -10,12 +10,12 @@ import numpy as np
 import torch
 
 from openmimo.engine.cache import PageArena, PageTables
-from openmimo.kernels.attention import attend
+from openmimo.kernels.attention import AttentionOut, attend
 from openmimo.kernels.page_store import store
 from openmimo.kernels.paged_attention import Pages, paged_attend
 from openmimo.kernels.rotary import rotary_table
-from openmimo.model.config import AttentionConfig
-from openmimo.model.context import RoutingTape
+from openmimo.model.context import AttentionCall, RoutingTape
+from openmimo.model.geometry import AttentionConfig
 
 _FIRST_POSITIONS = 512
 _ROTARY_PIECE = 1 << 16
@@ -75,6 +75,14 @@ class _Placement(NamedTuple):
     tables_BY: torch.Tensor
 
 
+class _Keys(NamedTuple):
+    """Keys and values of each sequence one after another, and how many each has."""
+
+    k_SGK: torch.Tensor
+    v_SGV: torch.Tensor
+    lengths: tuple[int, ...]
+
+
 class PagedContext:
     """An AttentionContext (see `openmimo.model.context`) over an arena: the new tokens of `spans`, packed in order.
 
@@ -101,6 +109,8 @@ class PagedContext:
         self._rotary = rotary
         self._picked: dict[_Geometry, tuple[torch.Tensor, torch.Tensor]] = {}
         self._placements: dict[int, list[_Placement]] = {}
+        self.block_scores: dict[int, torch.Tensor] = {}
+        self._sources: dict[int, _Keys] = {}
 
     def rotary(self, spec: AttentionConfig, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin [T, R] of the new tokens."""
@@ -110,64 +120,72 @@ class PagedContext:
             self._picked[geometry] = (cos[self._table_rows], sin[self._table_rows])
         return self._picked[geometry]
 
-    def attend(
-        self,
-        layer: int,
-        spec: AttentionConfig,
-        q_TNK: torch.Tensor,
-        k_TGK: torch.Tensor,
-        v_TGV: torch.Tensor,
-        sink_N: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """Attention output [T, N, V] over what each sequence remembers and the new tokens, which it remembers too."""
-        keys_XPGK, values_XPGV = self._arena.layer(layer)
-        group, part = self._arena.place_of_layer[layer]
+    def attend(self, call: AttentionCall) -> AttentionOut:
+        """Attention over what each sequence remembers and the new tokens, which it remembers too."""
+        owner = call.layer if call.source_layer is None else call.source_layer
+        keys_XPGK, values_XPGV = self._arena.layer(owner)
+        group, part = self._arena.place_of_layer[owner]
         placement = self._placement(group)[part]
         pages = Pages(keys_XPGK, values_XPGV, placement.tables_BY)
         if self._is_short and placement.rows is None:
-            self._store(placement, pages, k_TGK, v_TGV)
-            return paged_attend(
-                q_TNK,
+            if call.source_layer is None:
+                self._store(placement, pages, call.k_TGK, call.v_TGV)
+            result = paged_attend(
+                call.q_TNK,
                 pages,
-                sink_N,
+                call.sink_N,
                 query_lengths=self._lengths,
                 key_lengths=self._stops,
-                window_keys=spec.window_keys,
+                window_keys=call.window_keys,
+                score_block=call.score_block,
             )
-        k_SGK, v_SGV, key_lengths = self._with_past(pages, spec, k_TGK, v_TGV)
-        self._store(placement, pages, k_TGK, v_TGV)
-        return attend(
-            q_TNK,
-            k_SGK,
-            v_SGV,
-            sink_N,
-            query_lengths=self._lengths,
-            key_lengths=key_lengths,
-            window_keys=spec.window_keys,
-        )
+        else:
+            keys = self._keys(call, placement, pages)
+            result = attend(
+                call.q_TNK,
+                keys.k_SGK,
+                keys.v_SGV,
+                call.sink_N,
+                query_lengths=self._lengths,
+                key_lengths=keys.lengths,
+                window_keys=call.window_keys,
+                score_block=call.score_block,
+            )
+        if result.block_scores_TGC is not None:
+            assert call.window_keys is None, "only a layer that sees every key scores blocks"
+            self.block_scores[call.layer] = result.block_scores_TGC
+        return result
+
+    def _keys(self, call: AttentionCall, placement: _Placement, pages: Pages) -> _Keys:
+        """What a long pass reads: the remembered past and the new tokens, which are stored. A source keeps its own."""
+        if call.source_layer is not None:
+            return self._sources[call.source_layer]
+        keys = self._with_past(pages, call.window_keys, call.k_TGK, call.v_TGV)
+        self._store(placement, pages, call.k_TGK, call.v_TGV)
+        if call.is_source:
+            self._sources[call.layer] = keys
+        return keys
 
     def _store(self, placement: _Placement, pages: Pages, k_TGK: torch.Tensor, v_TGV: torch.Tensor) -> None:
         if placement.rows is not None:
             k_TGK, v_TGV = k_TGK[placement.rows], v_TGV[placement.rows]
         store(pages, placement.page_T, placement.slot_T, k_TGK, v_TGV)
 
-    def _with_past(
-        self, pages: Pages, spec: AttentionConfig, k_TGK: torch.Tensor, v_TGV: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, tuple[int, ...]]:
-        """Keys, values and their counts, of each sequence's remembered past followed by its new tokens."""
+    def _with_past(self, pages: Pages, window_keys: int | None, k_TGK: torch.Tensor, v_TGV: torch.Tensor) -> _Keys:
+        """Each sequence's remembered past followed by its new tokens."""
         if not any(span.start for span in self._spans):
-            return k_TGK, v_TGV, self._lengths
+            return _Keys(k_TGK, v_TGV, self._lengths)
         keys, values, key_lengths = [], [], []
         news = zip(self._spans, k_TGK.split(self._lengths), v_TGV.split(self._lengths), strict=True)
         for row, (span, k_new, v_new) in enumerate(news):
-            first = 0 if spec.window_keys is None else max(span.start - spec.window_keys + 1, 0)
+            first = 0 if window_keys is None else max(span.start - window_keys + 1, 0)
             positions = torch.arange(first, span.start, device=k_new.device)
             P = pages.keys_XPGK.shape[1]
             page, slot = pages.tables_BY[row][positions // P].long(), positions % P
             keys += [pages.keys_XPGK[page, slot].to(k_new.dtype), k_new]
             values += [pages.values_XPGV[page, slot].to(v_new.dtype), v_new]
             key_lengths.append(span.stop - first)
-        return torch.cat(keys), torch.cat(values), tuple(key_lengths)
+        return _Keys(torch.cat(keys), torch.cat(values), tuple(key_lengths))
 
     def _placement(self, group: int) -> list[_Placement]:
         if group not in self._placements:

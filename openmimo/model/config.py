@@ -9,44 +9,17 @@ from typing import Annotated, Literal
 
 from openmimo.core.errors import ConfigError
 from openmimo.core.fields import Bounds, NonNegativeFloat, check_fields
+from openmimo.model.attention import AttentionPlace, attention_kind, is_global
+from openmimo.model.geometry import AttentionConfig, Positions, Size
 
-# The largest values are far above every published model: an impossible one is refused before a tensor is described, and
-# no product of them overflows 64 bits.
 MAX_LAYERS = 1024
-Size = Annotated[int, Bounds(least=1, most=1 << 20)]
 LayerCount = Annotated[int, Bounds(least=1, most=MAX_LAYERS)]
-HeadCount = Annotated[int, Bounds(least=1, most=1 << 16)]
 MTPHeadCount = Annotated[int, Bounds(least=1, most=64)]
 VocabSize = Annotated[int, Bounds(least=1, most=1 << 24)]
-Positions = Annotated[int, Bounds(least=1, most=1 << 31)]
-RopeTheta = Annotated[float, Bounds(least=1, most=1e15)]
 Scale = Annotated[float, Bounds(above=0, most=1e4)]
 Share = Annotated[float, Bounds(above=0, most=1)]
 Epsilon = Annotated[float, Bounds(above=0, most=1)]
 MAX_EXPERTS = 1 << 17  # of all layers together
-
-
-@dataclass(frozen=True)
-class AttentionConfig:
-    """Geometry of one attention layer.
-
-    kind: a file in `openmimo/model/attention`. window_keys: how many keys a query sees, itself included (None for full
-    attention). sink: a learned logit per query head that takes probability and gives no value. rotary_dim: the leading
-    dims of query and key that are rotated.
-    """
-
-    kind: str
-    num_heads: HeadCount
-    num_kv_heads: HeadCount
-    key_dim: Size
-    value_dim: Size
-    rotary_dim: Size
-    rope_theta: RopeTheta
-    window_keys: Positions | None = None
-    sink: bool = False
-
-    def __post_init__(self) -> None:
-        check_fields(self, f"attention {self.kind!r}")
 
 
 @dataclass(frozen=True)
@@ -116,13 +89,15 @@ class ModelConfig:
         if not 1 <= len(self.layers) <= MAX_LAYERS:
             raise ConfigError(f"model.layers has {len(self.layers)} entries; it must have 1 to {MAX_LAYERS}.")
         for number, layer in enumerate(self.layers):
-            _check_attention(layer.attention, f"layer {number}")
+            _check_attention(layer.attention, f"layer {number}", self._source(number))
             if layer.ffn == "moe" and self.moe is None:
                 raise ConfigError(f"layer {number} is 'moe', but the config describes no experts (moe is None).")
         if self.moe is not None:
             _check_moe(self.moe, sum(layer.ffn == "moe" for layer in self.layers))
         if self.mtp is not None:
-            _check_attention(self.mtp.attention, "the MTP heads")
+            if self.mtp.attention.kv_from is not None:
+                raise ConfigError(f"the MTP heads have kv_from {self.mtp.attention.kv_from}; they read their own keys.")
+            _check_attention(self.mtp.attention, "the MTP heads", None)
         for name, ids in self.token_ids.items():
             for token_id in ids if isinstance(ids, list) else [ids]:
                 if token_id is not None and not 0 <= token_id < self.vocab_size:
@@ -136,24 +111,59 @@ class ModelConfig:
     @property
     def qkv_ranks(self) -> int:
         """Slices into which the published checkpoints stack q, k and v: one per key/value head of a full layer."""
-        full = [layer.attention for layer in self.layers if layer.attention.kind == "full"]
+        full = [layer.attention for layer in self.layers if is_global(layer.attention)]
         return (full[0] if full else self.layers[0].attention).num_kv_heads
 
     def attention_layers(self) -> tuple[AttentionConfig, ...]:
-        """Geometry of every layer that remembers keys: the main layers, then one per MTP head."""
+        """Geometry of every attention layer: the main layers, then one per MTP head."""
         heads = (self.mtp.attention,) * self.mtp.num_heads if self.mtp else ()
         return tuple(layer.attention for layer in self.layers) + heads
+
+    def attention_place(self, index: int) -> AttentionPlace:
+        """What the attention module of layer `index` is built from; MTP head h is layer `len(layers) + h`."""
+        if index >= len(self.layers) and self.mtp is None:
+            raise IndexError(f"layer {index} of a model of {len(self.layers)} layers")
+        return AttentionPlace(
+            spec=self.layers[index].attention if index < len(self.layers) else self.mtp.attention,
+            index=index,
+            hidden_size=self.hidden_size,
+            bias=self.attention_bias,
+            value_scale=self.value_scale,
+            is_source=any(layer.attention.kv_from == index for layer in self.layers),
+        )
+
+    def _source(self, number: int) -> AttentionConfig | None:
+        """Geometry of the layer whose keys layer `number` reads, or None. Raises ConfigError where that cannot be."""
+        spec = self.layers[number].attention
+        if spec.kv_from is None:
+            return None
+        if spec.kv_from >= number:
+            raise ConfigError(f"layer {number} has kv_from {spec.kv_from}; it must name an earlier layer.")
+        source = self.layers[spec.kv_from].attention
+        if source.kv_from is not None:
+            raise ConfigError(
+                f"layer {number} has kv_from {spec.kv_from}, but that layer reads the keys of layer {source.kv_from}; "
+                "name a layer that has keys of its own."
+            )
+        for name in ("num_kv_heads", "key_dim", "value_dim", "rotary_dim", "rope_theta"):
+            own, theirs = getattr(spec, name), getattr(source, name)
+            if own != theirs:
+                raise ConfigError(
+                    f"layer {number} reads the keys of layer {spec.kv_from}, but its {name} is {own} and that of the "
+                    f"other {theirs}; they must be equal."
+                )
+        return source
 
     def with_full_rope_theta(self, theta: float) -> "ModelConfig":
         """The same model with another RoPE base in its full layers (context extension; sliding layers keep theirs)."""
         layers = tuple(
             replace(layer, attention=replace(layer.attention, rope_theta=theta))
-            if layer.attention.kind == "full"
+            if is_global(layer.attention)
             else layer
             for layer in self.layers
         )
         mtp = self.mtp
-        if mtp is not None and mtp.attention.kind == "full":
+        if mtp is not None and is_global(mtp.attention):
             mtp = replace(mtp, attention=replace(mtp.attention, rope_theta=theta))
         return replace(self, layers=layers, mtp=mtp)
 
@@ -164,7 +174,7 @@ class ModelConfig:
         return replace(self, mtp=replace(self.mtp, num_heads=num_heads))
 
 
-def _check_attention(attention: AttentionConfig, where: str) -> None:
+def _check_attention(attention: AttentionConfig, where: str, source: AttentionConfig | None) -> None:
     if attention.num_heads % attention.num_kv_heads:
         raise ConfigError(
             f"{where} has {attention.num_heads} heads, which {attention.num_kv_heads} key/value heads do not divide."
@@ -174,10 +184,8 @@ def _check_attention(attention: AttentionConfig, where: str) -> None:
             f"{where} rotates {attention.rotary_dim} of {attention.key_dim} key dims; it must be even and no larger. "
             "It is int(key_dim x partial_rotary_factor)."
         )
-    if (attention.kind == "sliding") != (attention.window_keys is not None):
-        raise ConfigError(
-            f"{where} is {attention.kind!r} with window_keys {attention.window_keys}; only sliding has one."
-        )
+    if reason := attention_kind(attention.kind).check(attention, source):
+        raise ConfigError(f"{where} {reason}")
 
 
 def _check_moe(moe: MoEConfig, num_layers: int) -> None:

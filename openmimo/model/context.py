@@ -8,13 +8,13 @@ T packed tokens, N query heads, G key/value heads, K key dim, V value dim, A act
 """
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
-from openmimo.kernels.attention import attend
+from openmimo.kernels.attention import AttentionOut, attend
 from openmimo.kernels.rotary import rotary_table
-from openmimo.model.config import AttentionConfig
+from openmimo.model.geometry import AttentionConfig
 
 
 @dataclass
@@ -30,27 +30,53 @@ class RoutingTape:
     replayed: dict[int, torch.Tensor] = field(default_factory=dict)
 
 
+class AttentionCall(NamedTuple):
+    """What an attention layer asks of a context. A layer may ask several times in one pass.
+
+    Attributes:
+        layer: Number of the layer, under which its keys are remembered; MTP head h is layer `num_layers + h`.
+        q_TNK: Queries, rotated.
+        k_TGK: Keys, rotated; None to read those of `source_layer`.
+        v_TGV: Values, scaled; None to read those of `source_layer`.
+        sink_N: Logits of the sink, or None.
+        window_keys: How many keys a query sees, itself included (None: all).
+        source_layer: An earlier layer of the pass, whose call had `is_source`.
+        is_source: Whether a later layer of the pass reads these keys and values.
+        score_block: Keys of a block whose scores are wanted, for a call without a window (None: no scores).
+    """
+
+    layer: int
+    q_TNK: torch.Tensor
+    k_TGK: torch.Tensor | None
+    v_TGV: torch.Tensor | None
+    sink_N: torch.Tensor | None
+    window_keys: int | None
+    source_layer: int | None = None
+    is_source: bool = False
+    score_block: int | None = None
+
+
 class AttentionContext(Protocol):
-    """What the model asks of a context."""
+    """What the model asks of a context.
+
+    Attributes:
+        positions_T: Position of each token in its sequence.
+        routing: Which experts the tokens visit.
+        sequence_balance: The balance loss of a training pass, if it has one.
+        block_scores: Scores [T, G, C] by layer, see `AttentionOut`, of the layers that asked for them in this pass.
+    """
 
     positions_T: torch.Tensor
     routing: RoutingTape
     sequence_balance: "SequenceBalance | None"
+    block_scores: dict[int, torch.Tensor]
 
     def rotary(self, spec: AttentionConfig, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin [T, rotary_dim] of the tokens' positions, in `dtype`."""
         ...
 
-    def attend(
-        self,
-        layer: int,
-        spec: AttentionConfig,
-        q_TNK: torch.Tensor,
-        k_TGK: torch.Tensor,
-        v_TGV: torch.Tensor,
-        sink_N: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """Attention output [T, N, V] of layer `layer`; MTP head h is layer `num_layers + h`."""
+    def attend(self, call: AttentionCall) -> AttentionOut:
+        """Attention of the pass's tokens to what they see; block scores are kept in `block_scores` too."""
         ...
 
 
@@ -105,23 +131,42 @@ class PackedContext:
         if balance_weight > 0.0:
             rows_T = index if balance_length is None else torch.arange(len(index)) // balance_length
             self.sequence_balance = SequenceBalance(balance_weight, rows_T.to(device), int(rows_T[-1]) + 1)
+        self.block_scores: dict[int, torch.Tensor] = {}
         self._rotary = RotaryTables(self.positions_T)
+        self._key_lengths = document_lengths
+        self._sources: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def rotary(self, spec: AttentionConfig, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """See AttentionContext."""
         return self._rotary.get(spec, dtype)
 
-    def attend(
-        self,
-        layer: int,
-        spec: AttentionConfig,
-        q_TNK: torch.Tensor,
-        k_TGK: torch.Tensor,
-        v_TGV: torch.Tensor,
-        sink_N: torch.Tensor | None,
-    ) -> torch.Tensor:
+    def attend(self, call: AttentionCall) -> AttentionOut:
         """See AttentionContext."""
-        lengths = self.document_lengths
-        return attend(
-            q_TNK, k_TGK, v_TGV, sink_N, query_lengths=lengths, key_lengths=lengths, window_keys=spec.window_keys
+        k_SGK, v_SGV = self._keys_and_values(call)
+        result = attend(
+            call.q_TNK,
+            k_SGK,
+            v_SGV,
+            call.sink_N,
+            query_lengths=self.document_lengths,
+            key_lengths=self._key_lengths,
+            window_keys=call.window_keys,
+            score_block=call.score_block,
         )
+        if result.block_scores_TGC is not None:
+            assert call.window_keys is None, "only a layer that sees every key scores blocks"
+            self.block_scores[call.layer] = result.block_scores_TGC
+        return result
+
+    def _keys_and_values(self, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of each sequence one after another, [S, G, K] and [S, G, V]."""
+        if call.source_layer is not None:
+            return self._sources[call.source_layer]
+        seen = self._seen(call.k_TGK, call.v_TGV)
+        if call.is_source:
+            self._sources[call.layer] = seen
+        return seen
+
+    def _seen(self, k_TGK: torch.Tensor, v_TGV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The keys and values of each sequence, from those of the tokens."""
+        return k_TGK, v_TGV

@@ -12,7 +12,8 @@ from openmimo.core.fields import Bounds, check_fields
 from openmimo.core.files import new_folder_atomic
 from openmimo.data.companions import read_companions
 from openmimo.model import fp8
-from openmimo.model.config import ModelConfig, Positions
+from openmimo.model.config import ModelConfig
+from openmimo.model.geometry import Positions
 from openmimo.model.hf import DTYPES, check_fit, open_checkpoint, write_config
 from openmimo.model.hf_names import Slot, is_fp8_in_hub_layout, slots
 from openmimo.model.hf_reader import CheckpointReader, fuse

@@ -1,22 +1,22 @@
 """Counting parameters and floating-point operations from a config alone, without torch."""
 
-from openmimo.model.attention import KINDS
-from openmimo.model.config import AttentionConfig, ModelConfig
+from openmimo.model.attention import attention_kind
+from openmimo.model.config import ModelConfig
+from openmimo.model.geometry import AttentionConfig
 
 
-def attention_parameters(config: ModelConfig, spec: AttentionConfig) -> int:
-    """Projections, biases and sinks of one attention layer."""
-    inputs = spec.num_heads * spec.key_dim + spec.num_kv_heads * (spec.key_dim + spec.value_dim)
-    weights = config.hidden_size * (inputs + spec.num_heads * spec.value_dim)
-    return weights + (inputs if config.attention_bias else 0) + (spec.num_heads if spec.sink else 0)
+def attention_parameters(config: ModelConfig, index: int) -> int:
+    """Parameters of the attention of layer `index`; MTP head h is layer `len(layers) + h`."""
+    place = config.attention_place(index)
+    return attention_kind(place.spec.kind).parameters(place)
 
 
 def active_matmul_parameters(config: ModelConfig) -> int:
     """Weights of the main model that one token multiplies with, the output head included, embedding and norms not."""
     D = config.hidden_size
     total = D * config.vocab_size
-    for layer in config.layers:
-        total += attention_parameters(config, layer.attention)
+    for index, layer in enumerate(config.layers):
+        total += attention_parameters(config, index)
         if layer.ffn == "dense":
             total += 3 * D * config.dense_ffn_dim
         else:
@@ -29,13 +29,13 @@ def mtp_matmul_parameters(config: ModelConfig) -> int:
     if config.mtp is None:
         return 0
     D = config.hidden_size
-    block = 2 * D * D + attention_parameters(config, config.mtp.attention) + 3 * D * config.dense_ffn_dim
+    block = 2 * D * D + attention_parameters(config, len(config.layers)) + 3 * D * config.dense_ffn_dim
     return config.mtp.num_heads * (block + D * config.vocab_size)
 
 
 def attention_flops_per_token(spec: AttentionConfig, length: int) -> float:
     """Scores and weighted values of one layer, forward, averaged over the positions of a sequence of `length`."""
-    kind = KINDS.get(spec.kind)
+    kind = attention_kind(spec.kind)
     reach = kind.visible_keys(spec, length - 1)
     # The first `reach` queries see 1, 2, ... reach keys; the others see `reach`.
     mean_keys = (reach * (reach + 1) / 2 + (length - reach) * reach) / length

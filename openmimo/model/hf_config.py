@@ -18,22 +18,18 @@ from openmimo.core.errors import ConfigError
 from openmimo.core.fields import NonNegativeFloat
 from openmimo.core.reading import read_known_keys
 from openmimo.model.config import (
-    AttentionConfig,
     Epsilon,
-    HeadCount,
     LayerConfig,
     LayerCount,
     ModelConfig,
     MoEConfig,
     MTPConfig,
     MTPHeadCount,
-    Positions,
-    RopeTheta,
     Scale,
     Share,
-    Size,
     VocabSize,
 )
+from openmimo.model.geometry import AttentionConfig, HeadCount, Positions, RopeTheta, Size
 
 ARCHITECTURES = {"mimo_v2_flash": "MiMoV2FlashForCausalLM", "mimo": "MiMoForCausalLM"}
 

@@ -14,8 +14,8 @@ from openmimo.kernels.int8_linear import int8_linear, quantize_rows
 from openmimo.kernels.linear import joined_linear
 from openmimo.kernels.norm import rms_norm
 from openmimo.kernels.rotary import apply_rotary
-from openmimo.model.config import AttentionConfig, ModelConfig
-from openmimo.model.context import AttentionContext
+from openmimo.model.attention import AttentionPlace
+from openmimo.model.context import AttentionCall, AttentionContext
 
 
 def as_dtype(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -92,19 +92,21 @@ class Attention(nn.Module):
     the sink logit's place are those of the published checkpoint).
     """
 
-    def __init__(self, config: ModelConfig, spec: AttentionConfig):
+    def __init__(self, place: AttentionPlace):
         super().__init__()
-        self.spec = spec
-        self.value_scale = config.value_scale
-        D, bias = config.hidden_size, config.attention_bias
+        self.spec = spec = place.spec
+        self.index = place.index
+        self.value_scale = place.value_scale
+        self.is_source = place.is_source
+        D, bias = place.hidden_size, place.bias
         self.q_proj = Linear(D, spec.num_heads * spec.key_dim, bias=bias)
         self.k_proj = Linear(D, spec.num_kv_heads * spec.key_dim, bias=bias)
         self.v_proj = Linear(D, spec.num_kv_heads * spec.value_dim, bias=bias)
         self.o_proj = Linear(spec.num_heads * spec.value_dim, D, bias=False)
         self.attention_sink_bias = nn.Parameter(torch.zeros(spec.num_heads)) if spec.sink else None
 
-    def forward(self, x_TD: torch.Tensor, context: AttentionContext, layer: int) -> torch.Tensor:
-        """[T, D] to [T, D]; `layer` is the index under which the context remembers keys."""
+    def forward(self, x_TD: torch.Tensor, context: AttentionContext) -> torch.Tensor:
+        """[T, D] to [T, D]."""
         spec, T = self.spec, x_TD.shape[0]
         N, G, K, V = spec.num_heads, spec.num_kv_heads, spec.key_dim, spec.value_dim
         cos_TR, sin_TR = context.rotary(spec, x_TD.dtype)
@@ -115,5 +117,14 @@ class Attention(nn.Module):
         v_TGV = values.view(T, G, V)
         if self.value_scale != 1.0:
             v_TGV = v_TGV * self.value_scale
-        out_TNV = context.attend(layer, spec, q_TNK, k_TGK, v_TGV, self.attention_sink_bias)
-        return self.o_proj(out_TNV.reshape(T, N * V))
+        call = AttentionCall(
+            self.index,
+            q_TNK,
+            k_TGK,
+            v_TGV,
+            self.attention_sink_bias,
+            spec.window_keys,
+            is_source=self.is_source,
+            score_block=spec.score_block,
+        )
+        return self.o_proj(context.attend(call).out_TNV.reshape(T, N * V))

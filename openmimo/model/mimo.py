@@ -12,9 +12,10 @@ from torch.utils.checkpoint import checkpoint
 
 from openmimo.core.errors import UserError
 from openmimo.data.companions import Companions
+from openmimo.model.attention import build_attention
 from openmimo.model.config import LayerConfig, ModelConfig
 from openmimo.model.context import AttentionContext, PackedContext
-from openmimo.model.layers import Attention, DenseFFN, Linear, RMSNorm
+from openmimo.model.layers import DenseFFN, Linear, RMSNorm
 from openmimo.model.moe import Experts, MoE, Router
 from openmimo.model.mtp import MTPBlock
 
@@ -30,10 +31,11 @@ class Hidden:
 class DecoderLayer(nn.Module):
     """Pre-norm attention and feed-forward, each added to the residual stream."""
 
-    def __init__(self, config: ModelConfig, layer: LayerConfig):
+    def __init__(self, config: ModelConfig, layer: LayerConfig, index: int):
         super().__init__()
+        self.index = index
         self.input_layernorm = RMSNorm(config.hidden_size, config.norm_epsilon)
-        self.self_attn = Attention(config, layer.attention)
+        self.self_attn = build_attention(config.attention_place(index))
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_epsilon)
         self.is_sparse = layer.ffn == "moe"
         self.mlp = (
@@ -42,11 +44,11 @@ class DecoderLayer(nn.Module):
             else DenseFFN(config.hidden_size, config.dense_ffn_dim)
         )
 
-    def forward(self, x_TD: torch.Tensor, context: AttentionContext, index: int) -> torch.Tensor:
-        """[T, D] to [T, D]; `index` is the layer's number."""
-        x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), context, index)
+    def forward(self, x_TD: torch.Tensor, context: AttentionContext) -> torch.Tensor:
+        """[T, D] to [T, D]."""
+        x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), context)
         y_TD = self.post_attention_layernorm(x_TD)
-        return x_TD + (self.mlp(y_TD, context, index) if self.is_sparse else self.mlp(y_TD))
+        return x_TD + (self.mlp(y_TD, context, self.index) if self.is_sparse else self.mlp(y_TD))
 
 
 class MiMo(nn.Module):
@@ -68,10 +70,12 @@ class MiMo(nn.Module):
         self.is_extended = False
         self.model = nn.Module()
         self.model.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.model.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in config.layers)
+        self.model.layers = nn.ModuleList(
+            DecoderLayer(config, layer, index) for index, layer in enumerate(config.layers)
+        )
         self.model.norm = RMSNorm(config.hidden_size, config.norm_epsilon)
         self.model.mtp = nn.Module()
-        self.model.mtp.layers = nn.ModuleList(MTPBlock(config) for _ in range(config.num_mtp_heads))
+        self.model.mtp.layers = nn.ModuleList(MTPBlock(config, head) for head in range(config.num_mtp_heads))
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
@@ -89,11 +93,11 @@ class MiMo(nn.Module):
     def forward(self, tokens_T: torch.Tensor, context: AttentionContext) -> Hidden:
         """Packed token ids, int64 [T], to hidden states. Logits are `head(hidden.post_norm_TD)`."""
         x_TD = self.embed(tokens_T)
-        for index, layer in enumerate(self.model.layers):
+        for layer in self.model.layers:
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x_TD = checkpoint(layer, x_TD, context, index, use_reentrant=False)
+                x_TD = checkpoint(layer, x_TD, context, use_reentrant=False)
             else:
-                x_TD = layer(x_TD, context, index)
+                x_TD = layer(x_TD, context)
         return Hidden(pre_norm_TD=x_TD, post_norm_TD=self.model.norm(x_TD))
 
     def mtp(self, head: int, hidden: Hidden, shifted_tokens_T: torch.Tensor, context: AttentionContext) -> torch.Tensor:
@@ -102,8 +106,7 @@ class MiMo(nn.Module):
         `shifted_tokens_T[i]` is token i+1+head of the sequence; the rows are at the same positions as `hidden`.
         """
         hidden_TD = hidden.pre_norm_TD if self.config.mtp.hidden == "pre_norm" else hidden.post_norm_TD
-        block, layer = self.model.mtp.layers[head], len(self.model.layers) + head
-        return block(self.embed(shifted_tokens_T), hidden_TD, context, layer)
+        return self.model.mtp.layers[head](self.embed(shifted_tokens_T), hidden_TD, context)
 
     def head(self, states_TD: torch.Tensor) -> torch.Tensor:
         """States [T, D] to float32 logits [T, vocab] (float64 stays). For a loss, use `kernels.token_loss` instead."""
@@ -145,19 +148,19 @@ class MiMo(nn.Module):
     def replicate_mtp_heads(self, num_heads: int) -> None:
         """Grows to `num_heads` MTP heads, each new one a copy of the last (post-training, paper section 2.3)."""
         while len(self.model.mtp.layers) < num_heads:
-            block = MTPBlock(self.config).to(self.device, self.model.norm.weight.dtype)
+            block = MTPBlock(self.config, len(self.model.mtp.layers)).to(self.device, self.model.norm.weight.dtype)
             block.load_state_dict(self.model.mtp.layers[-1].state_dict())
             self.model.mtp.layers.append(block)
         self.config = self.config.with_mtp_heads(len(self.model.mtp.layers))
 
     @torch.no_grad()
     def initialize(self, generator: torch.Generator) -> None:
-        """Weights from N(0, init_std) (paper section 3.1), norms at one, biases, sinks and selection biases at zero."""
+        """Weights from N(0, init_std) (paper section 3.1), norms at one, all else (biases, sinks) at zero."""
         for module in self.modules():
+            for parameter in module.parameters(recurse=False):
+                parameter.zero_()
             if isinstance(module, (nn.Linear, nn.Embedding, Router)):
                 module.weight.normal_(std=self.config.init_std, generator=generator)
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                module.bias.zero_()
             if isinstance(module, Experts):
                 module.gate_up_proj.normal_(std=self.config.init_std, generator=generator)
                 module.down_proj.normal_(std=self.config.init_std, generator=generator)
@@ -165,8 +168,6 @@ class MiMo(nn.Module):
                 module.weight.fill_(1.0)
             if isinstance(module, Router):
                 module.e_score_correction_bias.zero_()
-            if isinstance(module, Attention) and module.attention_sink_bias is not None:
-                module.attention_sink_bias.zero_()
 
     def routers(self) -> dict[int, Router]:
         """The routers by layer number."""

@@ -10,32 +10,31 @@ those of the main model.
 import torch
 from torch import nn
 
+from openmimo.model.attention import build_attention
 from openmimo.model.config import ModelConfig
 from openmimo.model.context import AttentionContext
-from openmimo.model.layers import Attention, DenseFFN, Linear, RMSNorm
+from openmimo.model.layers import DenseFFN, Linear, RMSNorm
 
 
 class MTPBlock(nn.Module):
     """One head: norms of both inputs, their projection, one attention layer, one dense FFN, a norm of its own."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, head: int):
         super().__init__()
         D, epsilon = config.hidden_size, config.norm_epsilon
         self.enorm = RMSNorm(D, epsilon)
         self.hnorm = RMSNorm(D, epsilon)
         self.eh_proj = Linear(2 * D, D, bias=False)
         self.input_layernorm = RMSNorm(D, epsilon)
-        self.self_attn = Attention(config, config.mtp.attention)
+        self.self_attn = build_attention(config.attention_place(len(config.layers) + head))
         self.pre_mlp_layernorm = RMSNorm(D, epsilon)
         self.mlp = DenseFFN(D, config.dense_ffn_dim)
         self.final_layernorm = RMSNorm(D, epsilon)
 
-    def forward(
-        self, embedding_TD: torch.Tensor, hidden_TD: torch.Tensor, context: AttentionContext, layer: int
-    ) -> torch.Tensor:
+    def forward(self, embedding_TD: torch.Tensor, hidden_TD: torch.Tensor, context: AttentionContext) -> torch.Tensor:
         """Embeddings of the shifted tokens and main-model states, both [T, D], to states for the output head [T, D]."""
         x_TD = self.eh_proj(torch.cat([self.enorm(embedding_TD), self.hnorm(hidden_TD)], dim=-1))
-        x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), context, layer)
+        x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), context)
         x_TD = x_TD + self.mlp(self.pre_mlp_layernorm(x_TD))
         return self.final_layernorm(x_TD)
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from openmimo.core.errors import ConfigError
 from openmimo.core.reading import file_in_folder, read_json
-from openmimo.model.config import AttentionConfig, LayerConfig, ModelConfig, MoEConfig, MTPConfig
+from openmimo.model.config import LayerConfig, ModelConfig, MoEConfig, MTPConfig
+from openmimo.model.geometry import AttentionConfig
 from openmimo.model.hf_config import config_from_hf
 
 

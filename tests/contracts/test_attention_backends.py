@@ -55,7 +55,7 @@ def tensors_of(call, dtype, gradients):
 def run(name, need, tensors, scale=None):
     """Output and gradients of a backend, in order."""
     backend = dict(DISPATCHER.backends())[name]
-    out = backend.run(*tensors, need=need, scale=scale or need.key_dim**-0.5)
+    out = backend.run(*tensors, need=need, scale=scale or need.key_dim**-0.5).out_TNV
     if not need.needs_gradients:
         return [out]
     weights = torch.cos(torch.arange(out.numel(), dtype=torch.float64)).view(out.shape).to(out.dtype)
@@ -150,6 +150,42 @@ def test_one_more_key_in_the_window_shows():
     right = run("reference", need, tensors)[0]
     wrong = run("reference", replace(need, window_keys=10), tensors)[0]
     assert (right - wrong).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("block", [1, 7, 64, 400])
+@pytest.mark.parametrize(
+    "call", ["full with sink", "packed full", "packed windows", "verify drafts", "packs after long caches"]
+)
+@pytest.mark.parametrize("name", [*BACKENDS, "reference"])
+def test_block_scores_are_block_maxima_of_the_probabilities_or_refused(name, call, block):
+    """Maxima over the keys of a block and the query heads of a key/value head; the grid restarts at each sequence."""
+    need, (q, k, v, sink) = tensors_of(CALLS[call], torch.float64, True)
+    need = replace(need, score_block=block)
+    backend = dict(DISPATCHER.backends())[name]
+    if reason := backend.refuse(need):
+        assert name != "reference" and "block scores" in reason
+        return
+    out, scores = backend.run(q, k, v, sink, need=need, scale=0.3)
+    assert torch.equal(out, backend.run(q, k, v, sink, need=replace(need, score_block=None), scale=0.3).out_TNV)
+    assert not scores.requires_grad and scores.shape[2] == -(-max(need.key_lengths) // block)
+    first_query = first_key = 0
+    for queries, keys in zip(need.query_lengths, need.key_lengths, strict=True):
+        for index in range(0, queries, 13):
+            own = keys - queries + index
+            oldest = 0 if need.window_keys is None else max(0, own - need.window_keys + 1)
+            for group in range(need.num_kv_heads):
+                heads = range(
+                    group * need.num_heads // need.num_kv_heads, (group + 1) * need.num_heads // need.num_kv_heads
+                )
+                expected = torch.zeros(scores.shape[2], dtype=torch.float64)
+                for head in heads:
+                    seen = k[first_key + oldest : first_key + own + 1, group] @ q[first_query + index, head] * 0.3
+                    seen = seen if sink is None else torch.cat([seen, sink[head, None]])
+                    for place, probability in enumerate(seen.softmax(0)[: own + 1 - oldest].tolist()):
+                        column = (oldest + place) // block
+                        expected[column] = max(expected[column], probability)
+                assert torch.allclose(scores[first_query + index, group], expected, rtol=1e-10, atol=1e-14)
+        first_query, first_key = first_query + queries, first_key + keys
 
 
 def test_a_forced_backend_that_refuses_says_why(monkeypatch):

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from openmimo.kernels import native
+from openmimo.kernels.attention import attend
 from openmimo.kernels.page_store import store
 from openmimo.kernels.paged_attention import DISPATCHER, PagedNeed, Pages, paged_attend
 
@@ -88,7 +89,7 @@ def test_backend_is_float64_or_refuses(backend, name, dtype):
     chosen = dict(DISPATCHER.backends())[backend]
     if reason := chosen.refuse(need_of(q, pages, arguments["query_lengths"])):
         pytest.skip(reason)
-    out = chosen.run(q, pages, sink, **arguments)
+    out = chosen.run(q, pages, sink, **arguments).out_TNV
     exact = exact_output(q, pages, sink, **arguments)
     assert out.dtype == dtype
     assert (out.double() - exact).norm() / exact.norm() < TOLERANCES[dtype]
@@ -99,16 +100,42 @@ def test_backend_is_float64_or_refuses(backend, name, dtype):
 @torch.inference_mode()
 def test_a_sequence_has_the_same_bits_alone_and_in_a_batch(dtype):
     q, pages, sink, arguments = call_of("verify in a window", dtype)
-    together, start = paged_attend(q, pages, sink, **arguments), 0
+    together, start = paged_attend(q, pages, sink, **arguments).out_TNV, 0
     for row, (queries, keys) in enumerate(zip(arguments["query_lengths"], arguments["key_lengths"], strict=True)):
         own = Pages(pages.keys_XPGK, pages.values_XPGV, pages.tables_BY[row : row + 1])
         for index in range(queries):
             rows = slice(start + index, start + index + 1)
             alone = paged_attend(
                 q[rows], own, sink, query_lengths=(1,), key_lengths=(keys - queries + index + 1,), window_keys=33
-            )
+            ).out_TNV
             assert torch.equal(alone, together[rows])
         start += queries
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@torch.inference_mode()
+def test_block_scores_are_those_of_packed_attention_or_refused(backend):
+    q, pages, sink, arguments = call_of("verify", torch.float32)
+    need = need_of(q, pages, arguments["query_lengths"])._replace(score_block=24)
+    chosen = dict(DISPATCHER.backends())[backend]
+    if reason := chosen.refuse(need):
+        assert backend != "reference" and "block scores" in reason
+        return
+    found = chosen.run(q, pages, sink, **arguments, score_block=24)
+    rows = [
+        [(int(table[p // 16]), p % 16) for p in range(length)]
+        for table, length in zip(pages.tables_BY, arguments["key_lengths"], strict=True)
+    ]
+    k, v = (torch.stack([x[place] for places in rows for place in places]) for x in pages[:2])
+    expected = attend(q, k, v, sink, **arguments, score_block=24)
+    assert found.block_scores_TGC.shape == (22, 2, 13)
+    assert torch.equal(found.block_scores_TGC, expected.block_scores_TGC)
+
+
+def test_block_scores_with_a_window_are_refused():
+    q, pages, sink, arguments = call_of("window", torch.float32)
+    with pytest.raises(ValueError, match="block scores need every key"):
+        paged_attend(q, pages, sink, **arguments, score_block=16)
 
 
 def test_lengths_that_do_not_fit_are_refused():

@@ -49,14 +49,14 @@ def test_attention_forward_and_backward(device, window_keys, lengths, dtype):
     inputs = [x for x in (q, k, v, sink) if x is not None]
     exact = [x.detach().double().requires_grad_() for x in inputs]
     reference = dict(ATTENTION.backends())["reference"]
-    expected = reference.run(*exact[:3], exact[3] if sink is not None else None, need=need, scale=K**-0.5)
+    expected = reference.run(*exact[:3], exact[3] if sink is not None else None, need=need, scale=K**-0.5).out_TNV
     upstream = torch.randn_like(expected)
     expected_gradients = torch.autograd.grad(expected, exact, upstream)
     served = []
     for name, backend in ATTENTION.backends():
         if backend.refuse(need) or name == "reference":
             continue
-        out = backend.run(q, k, v, sink, need=need, scale=K**-0.5)
+        out = backend.run(q, k, v, sink, need=need, scale=K**-0.5).out_TNV
         gradients = torch.autograd.grad(out, inputs, upstream.to(dtype))
         limit = 2e-2 if dtype == torch.bfloat16 else 2e-4
         assert relative(out, expected) < limit, name

@@ -94,7 +94,7 @@ def test_masks_of_a_decoding_pass_do_not_grow_with_the_text():
     for keys in range(500, 600):
         k, v = torch.randn(keys, 2, 24, generator=generator), torch.randn(keys, 2, 16, generator=generator)
         need = AttentionNeed((4,), (keys,), 8, 2, 24, 16, None, False, False, torch.float32, True)
-        found = packed_rows.run(q, k, v, None, need=need, scale=24**-0.5)
+        found = packed_rows.run(q, k, v, None, need=need, scale=24**-0.5).out_TNV
     assert packed_rows._hidden_from.cache_info().currsize == 1
     logits = torch.einsum("tgrk,sgk->grts", q.view(4, 2, 4, 24), k) * 24**-0.5
     hidden = torch.arange(keys) > torch.arange(keys - 4, keys)[:, None]

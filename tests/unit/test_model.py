@@ -63,7 +63,7 @@ def test_an_mtp_head_is_its_equations(source):
 
     embedded = model.model.embed_tokens.weight[shifted]
     x = torch.cat([norm(block.enorm, embedded), norm(block.hnorm, state)], dim=-1) @ block.eh_proj.weight.T
-    x = x + block.self_attn(norm(block.input_layernorm, x), context, layer=8)
+    x = x + block.self_attn(norm(block.input_layernorm, x), context)
     y = norm(block.pre_mlp_layernorm, x)
     mlp = block.mlp
     y = (torch.nn.functional.silu(y @ mlp.gate_proj.weight.T) * (y @ mlp.up_proj.weight.T)) @ mlp.down_proj.weight.T

@@ -8,12 +8,29 @@ with a window only the last `window_keys` of those, itself included (paper secti
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from openmimo.kernels.dispatch import Dispatcher
 
+NO_SCORES = "it computes no block scores"
 DISPATCHER = Dispatcher("openmimo.kernels.attention", "OPENMIMO_ATTENTION")
+
+
+class AttentionOut(NamedTuple):
+    """The result of one call.
+
+    Attributes:
+        out_TNV: Attention output, in the dtype of the queries.
+        block_scores_TGC: The largest probability that any query head of a key/value head gives to any key of a block,
+            float32 or wider, without gradient; 0 for blocks that the query does not see. Block c of a sequence holds
+            its keys c * score_block to (c + 1) * score_block - 1; C is the number of blocks of the longest sequence.
+            None where the call asks for no scores.
+    """
+
+    out_TNV: torch.Tensor
+    block_scores_TGC: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -31,6 +48,7 @@ class AttentionNeed:
     needs_gradients: bool
     dtype: torch.dtype
     on_cpu: bool
+    score_block: int | None = None
 
     @property
     def is_self_attention(self) -> bool:
@@ -47,10 +65,15 @@ def attend(
     query_lengths: tuple[int, ...],
     key_lengths: tuple[int, ...],
     window_keys: int | None,
-) -> torch.Tensor:
-    """Attention output [T, N, V] in the dtype of `q_TNK`; logits are scaled by 1/sqrt(K), the sink logit is not scaled.
+    score_block: int | None = None,
+) -> AttentionOut:
+    """Attention of packed queries to packed keys; logits are scaled by 1/sqrt(K), the sink logit is not scaled.
 
-    Differentiable in q, k, v and sink. Raises ValueError when lengths and shapes disagree.
+    The output is differentiable in q, k, v and sink. `score_block` asks for block scores and is the number of keys of
+    a block.
+
+    Raises:
+        ValueError: Lengths and shapes disagree.
     """
     T, N, K = q_TNK.shape
     S, G, V = v_SGV.shape
@@ -72,6 +95,7 @@ def attend(
         needs_gradients=torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors),
         dtype=q_TNK.dtype,
         on_cpu=q_TNK.device.type == "cpu",
+        score_block=score_block,
     )
     _, backend = DISPATCHER.choose(need)
     return backend.run(q_TNK, k_SGK, v_SGV, sink_N, need=need, scale=1.0 / math.sqrt(K))

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from openmimo.kernels.attention import AttentionNeed
+from openmimo.kernels.attention import NO_SCORES, AttentionNeed, AttentionOut
 from openmimo.kernels.attention._tiles import (
     logits_gradient,
     pack_rows,
@@ -44,19 +44,19 @@ def run(
     *,
     need: AttentionNeed,
     scale: float,
-) -> torch.Tensor:
+) -> AttentionOut:
     """See `openmimo.kernels.attention.attend`."""
     bands = _Bands.for_need(need, scale)
     if need.is_self_attention:
         starts_T = _starts(need.query_lengths, q_TNK.device)
-        return _attend_stream(q_TNK, k_SGK, v_SGV, sink_N, starts_T, bands)
+        return AttentionOut(_attend_stream(q_TNK, k_SGK, v_SGV, sink_N, starts_T, bands))
     outputs = []
     keys, values = k_SGK.split(need.key_lengths), v_SGV.split(need.key_lengths)
     for q, k, v in zip(q_TNK.split(need.query_lengths), keys, values, strict=True):
         unseen = max(0, len(k) - len(q) - bands.past)
         starts_T = torch.zeros(len(q), dtype=torch.int64, device=q.device)
         outputs.append(_attend_stream(q, k[unseen:], v[unseen:], sink_N, starts_T, bands))
-    return torch.cat(outputs)
+    return AttentionOut(torch.cat(outputs))
 
 
 @functools.lru_cache(maxsize=4)  # the layers of a pass ask alike
@@ -69,6 +69,8 @@ def _starts(lengths: tuple[int, ...], device: torch.device) -> torch.Tensor:
 
 def refuse(need: AttentionNeed) -> str | None:
     """Windows only, and on a CPU not wide ones."""
+    if need.score_block is not None:
+        return NO_SCORES
     if need.window_keys is None:
         return "it computes sliding windows only"
     if need.on_cpu and _window_in_use(need) > MAX_WINDOW_CPU:

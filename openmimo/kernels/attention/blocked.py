@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from openmimo.kernels.attention import AttentionNeed
+from openmimo.kernels.attention import NO_SCORES, AttentionNeed, AttentionOut
 from openmimo.kernels.attention._tiles import (
     COLUMNS_MULTIPLE,
     logits_gradient,
@@ -42,10 +42,10 @@ def run(
     *,
     need: AttentionNeed,
     scale: float,
-) -> torch.Tensor:
+) -> AttentionOut:
     """See `openmimo.kernels.attention.attend`."""
     k_GSK, v_GSV = (F.pad(x.transpose(0, 1), (0, 0, 0, COLUMNS_MULTIPLE)) for x in (k_SGK, v_SGV))
-    return _Blocked.apply(q_TNK, k_GSK, v_GSV, sink_N, _plan(need), scale)
+    return AttentionOut(_Blocked.apply(q_TNK, k_GSK, v_GSV, sink_N, _plan(need), scale))
 
 
 @dataclass(frozen=True)
@@ -169,4 +169,9 @@ def _probabilities(
     return torch.softmax(logits_GMC, dim=-1, out=logits_GMC)
 
 
-PLUGIN = Backend(rank=20, run=run, refuse=lambda need: None)
+def refuse(need: AttentionNeed) -> str | None:
+    """Block scores."""
+    return None if need.score_block is None else NO_SCORES
+
+
+PLUGIN = Backend(rank=20, run=run, refuse=refuse)

@@ -11,7 +11,7 @@ import struct
 import torch
 
 from openmimo.kernels import native
-from openmimo.kernels.attention import AttentionNeed
+from openmimo.kernels.attention import NO_SCORES, AttentionNeed, AttentionOut
 from openmimo.kernels.dispatch import Backend
 from openmimo.runtime.device import cpu_multiplies_bfloat16
 
@@ -28,7 +28,7 @@ def run(
     *,
     need: AttentionNeed,
     scale: float,
-) -> torch.Tensor:
+) -> AttentionOut:
     """See `openmimo.kernels.attention.attend`. Raises MemoryError where the keys cannot be laid out."""
     q_TNK, k_SGK, v_SGV = q_TNK.contiguous(), k_SGK.contiguous(), v_SGV.contiguous()
     out_TNV = q_TNK.new_empty(*q_TNK.shape[:2], v_SGV.shape[2])
@@ -47,7 +47,7 @@ def run(
     )
     if _entry()(call, lengths):
         raise MemoryError(f"there is no memory to lay out {sum(need.key_lengths):,} keys for attention")
-    return out_TNV
+    return AttentionOut(out_TNV)
 
 
 @functools.cache
@@ -57,6 +57,8 @@ def _entry() -> native.Entry:
 
 def refuse(need: AttentionNeed) -> str | None:
     """More than a few queries on a CPU, without gradients; in bfloat16 only where torch would be slow."""
+    if need.score_block is not None:
+        return NO_SCORES
     if not need.on_cpu:
         return "it is for CPUs"
     if need.needs_gradients:

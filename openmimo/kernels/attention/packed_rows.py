@@ -11,7 +11,7 @@ import functools
 
 import torch
 
-from openmimo.kernels.attention import AttentionNeed
+from openmimo.kernels.attention import NO_SCORES, AttentionNeed, AttentionOut
 from openmimo.kernels.attention._tiles import pack_rows, scaled_product, unpack_rows, whole_columns
 from openmimo.kernels.dispatch import Backend
 
@@ -27,20 +27,21 @@ def run(
     *,
     need: AttentionNeed,
     scale: float,
-) -> torch.Tensor:
+) -> AttentionOut:
     """See `openmimo.kernels.attention.attend`."""
     if len(need.query_lengths) == 1:
-        return _one_sequence(q_TNK, k_SGK, v_SGV, sink_N, need.window_keys, scale)
+        return AttentionOut(_one_sequence(q_TNK, k_SGK, v_SGV, sink_N, need.window_keys, scale))
     columns = [_columns(need, sequence) for sequence in range(len(need.key_lengths))]
     numbers_a_key = need.num_kv_heads * (need.key_dim + need.value_dim)
     same_queries = len(set(need.query_lengths)) == 1
     if same_queries and max(columns) * numbers_a_key <= MAX_GATHERED_NUMBERS:
-        return _gathered(q_TNK, k_SGK, v_SGV, sink_N, max(columns), need, scale)
+        return AttentionOut(_gathered(q_TNK, k_SGK, v_SGV, sink_N, max(columns), need, scale))
     queries, keys = q_TNK.split(need.query_lengths), k_SGK.split(need.key_lengths)
     values = v_SGV.split(need.key_lengths)
-    return torch.cat(
-        [_one_sequence(q, k, v, sink_N, need.window_keys, scale) for q, k, v in zip(queries, keys, values, strict=True)]
-    )
+    outputs = [
+        _one_sequence(q, k, v, sink_N, need.window_keys, scale) for q, k, v in zip(queries, keys, values, strict=True)
+    ]
+    return AttentionOut(torch.cat(outputs))
 
 
 def _one_sequence(
@@ -87,6 +88,8 @@ def _hidden_from(queries: int, keys: int, window_keys: int | None, device: torch
 
 def refuse(need: AttentionNeed) -> str | None:
     """A few queries a sequence, no gradients."""
+    if need.score_block is not None:
+        return NO_SCORES
     if need.needs_gradients:
         return "it has no backward pass"
     if max(need.query_lengths) > MAX_QUERIES:

@@ -1,11 +1,12 @@
 """The definition: a dense masked softmax per sequence, in float32 or better. Refuses nothing; costs T x S memory.
 
-T queries, S keys, N query heads, G key/value heads, R = N / G, K key dim, V value dim.
+T queries, S keys, N query heads, G key/value heads, R = N / G, K key dim, V value dim, C blocks of keys.
 """
 
 import torch
+import torch.nn.functional as F
 
-from openmimo.kernels.attention import AttentionNeed
+from openmimo.kernels.attention import AttentionNeed, AttentionOut
 from openmimo.kernels.dispatch import Backend
 
 
@@ -17,15 +18,28 @@ def run(
     *,
     need: AttentionNeed,
     scale: float,
-) -> torch.Tensor:
+) -> AttentionOut:
     """See `openmimo.kernels.attention.attend`."""
     queries = q_TNK.split(need.query_lengths)
     keys = k_SGK.split(need.key_lengths)
     values = v_SGV.split(need.key_lengths)
-    outputs = [
-        _one_sequence(q, k, v, sink_N, need.window_keys, scale) for q, k, v in zip(queries, keys, values, strict=True)
-    ]
-    return torch.cat(outputs)
+    outputs, scores = [], []
+    for q, k, v in zip(queries, keys, values, strict=True):
+        out_TNV, probabilities_NTS = _one_sequence(q, k, v, sink_N, need.window_keys, scale)
+        outputs.append(out_TNV)
+        if need.score_block is not None:
+            scores.append(_block_scores(probabilities_NTS, need, max(need.key_lengths)))
+    return AttentionOut(torch.cat(outputs), torch.cat(scores) if scores else None)
+
+
+@torch.no_grad()
+def _block_scores(probabilities_NTS: torch.Tensor, need: AttentionNeed, longest: int) -> torch.Tensor:
+    """Block scores [T, G, C] of one sequence, with the blocks of a sequence of `longest` keys."""
+    block = need.score_block
+    blocks = -(-longest // block)
+    padded_NTS = F.pad(probabilities_NTS, (0, blocks * block - probabilities_NTS.shape[2]))
+    scores_NTC = padded_NTS.unflatten(2, (blocks, block)).amax(dim=3)
+    return scores_NTC.unflatten(0, (need.num_kv_heads, -1)).amax(dim=1).transpose(0, 1)
 
 
 def _one_sequence(
@@ -35,7 +49,8 @@ def _one_sequence(
     sink_N: torch.Tensor | None,
     window_keys: int | None,
     scale: float,
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The output [T, N, V] and the probabilities [N, T, S]."""
     T, N, _ = q_TNK.shape
     S, G, _ = k_SGK.shape
     dtype = torch.float64 if q_TNK.dtype == torch.float64 else torch.float32
@@ -51,7 +66,7 @@ def _one_sequence(
         sink_NT1 = sink_N.to(dtype)[:, None, None].expand(N, T, 1)
         logits_NTS = torch.cat([logits_NTS, sink_NT1], dim=-1)
     probabilities_NTS = logits_NTS.softmax(dim=-1)[..., :S]
-    return torch.einsum("nts,snv->tnv", probabilities_NTS, v_SNV).to(q_TNK.dtype)
+    return torch.einsum("nts,snv->tnv", probabilities_NTS, v_SNV).to(q_TNK.dtype), probabilities_NTS
 
 
 PLUGIN = Backend(rank=1000, run=run, refuse=lambda need: None)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from openmimo.kernels.attention import AttentionNeed
+from openmimo.kernels.attention import NO_SCORES, AttentionNeed, AttentionOut
 from openmimo.kernels.dispatch import Backend
 from openmimo.runtime.device import has_fused_attention
 
@@ -28,7 +28,7 @@ def run(
     *,
     need: AttentionNeed,
     scale: float,
-) -> torch.Tensor:
+) -> AttentionOut:
     """See `openmimo.kernels.attention.attend`.
 
     Sequences of one length are a batch. Others are padded to batches, one for each power of two that lengths round up
@@ -37,17 +37,19 @@ def run(
     """
     lengths = need.query_lengths
     if len(set(lengths)) == 1:
-        return _batch(q_TNK, k_SGK, v_SGV, len(lengths), scale)
+        return AttentionOut(_batch(q_TNK, k_SGK, v_SGV, len(lengths), scale))
     batches, place_T = _padded_batches(lengths, q_TNK.device)
     outputs = []
     for rows_BL in batches:
         rows = rows_BL.flatten()
         outputs.append(_batch(q_TNK[rows], k_SGK[rows], v_SGV[rows], len(rows_BL), scale))
-    return torch.cat(outputs)[place_T]
+    return AttentionOut(torch.cat(outputs)[place_T])
 
 
 def refuse(need: AttentionNeed) -> str | None:
     """Self-attention in half precision on an accelerator, no window, no sink."""
+    if need.score_block is not None:
+        return NO_SCORES
     if need.on_cpu:
         return "it is for accelerators"
     if need.window_keys is not None or need.has_sink:

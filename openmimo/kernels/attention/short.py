@@ -9,7 +9,7 @@ B sequences of a batch, Q queries and S keys of each (padded), R query heads of 
 
 import torch
 
-from openmimo.kernels.attention import AttentionNeed
+from openmimo.kernels.attention import NO_SCORES, AttentionNeed, AttentionOut
 from openmimo.kernels.dispatch import Backend
 
 MIN_SEQUENCES = 8
@@ -25,7 +25,7 @@ def run(
     *,
     need: AttentionNeed,
     scale: float,
-) -> torch.Tensor:
+) -> AttentionOut:
     """See `openmimo.kernels.attention.attend`."""
     query_lengths, key_lengths = torch.tensor(need.query_lengths), torch.tensor(need.key_lengths)
     query_starts, key_starts = query_lengths.cumsum(0) - query_lengths, key_lengths.cumsum(0) - key_lengths
@@ -44,7 +44,7 @@ def run(
         out_BQNV = _attend_batch(q_TNK[query_BQ], k_SGK[key_BS], v_SGV[key_BS], sink_N, seen_BQS, scale)
         outputs.append(out_BQNV[is_query_BQ])
         places.append(query_BQ[is_query_BQ])
-    return torch.cat(outputs)[torch.cat(places).argsort()]
+    return AttentionOut(torch.cat(outputs)[torch.cat(places).argsort()])
 
 
 def _like_lengths(query_lengths: torch.Tensor) -> list[torch.Tensor]:
@@ -78,6 +78,8 @@ def _attend_batch(
 
 def refuse(need: AttentionNeed) -> str | None:
     """Many sequences, all short, on a CPU: elsewhere padding costs more than it saves."""
+    if need.score_block is not None:
+        return NO_SCORES
     if not need.on_cpu:
         return "it is for a CPU"
     if len(need.query_lengths) < MIN_SEQUENCES or max(need.key_lengths) > MAX_KEYS:

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import torch
 
-from openmimo.kernels.attention import DISPATCHER, AttentionNeed
+from openmimo.kernels.attention import DISPATCHER, NO_SCORES, AttentionNeed, AttentionOut
 from openmimo.kernels.dispatch import Backend
 from openmimo.runtime.device import cpu_multiplies_bfloat16
 
@@ -17,18 +17,20 @@ def run(
     *,
     need: AttentionNeed,
     scale: float,
-) -> torch.Tensor:
+) -> AttentionOut:
     """See `openmimo.kernels.attention.attend`."""
     _, backend = DISPATCHER.fastest(replace(need, dtype=torch.float32))
     sink_N = None if sink_N is None else sink_N.float()
     wide = backend.run(
         q_TNK.float(), k_SGK.float(), v_SGV.float(), sink_N, need=replace(need, dtype=torch.float32), scale=scale
     )
-    return wide.to(q_TNK.dtype)
+    return AttentionOut(wide.to(q_TNK.dtype))
 
 
 def refuse(need: AttentionNeed) -> str | None:
     """Bfloat16 alone, and a CPU without instructions for it."""
+    if need.score_block is not None:
+        return NO_SCORES
     if not need.on_cpu:
         return "it is for CPUs"
     if need.dtype != torch.bfloat16:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 
+from openmimo.kernels.attention import AttentionOut
 from openmimo.kernels.dispatch import Dispatcher
 
 DISPATCHER = Dispatcher("openmimo.kernels.paged_attention", "OPENMIMO_PAGED_ATTENTION")
@@ -41,6 +42,7 @@ class PagedNeed(NamedTuple):
     dtype: torch.dtype
     cache_dtype: torch.dtype
     on_cpu: bool
+    score_block: int | None = None
 
 
 def paged_attend(
@@ -51,11 +53,16 @@ def paged_attend(
     query_lengths: tuple[int, ...],
     key_lengths: tuple[int, ...],
     window_keys: int | None,
-) -> torch.Tensor:
-    """Attention output [T, N, V] in the dtype of `q_TNK`.
+    score_block: int | None = None,
+) -> AttentionOut:
+    """Attention output [T, N, V] in the dtype of `q_TNK`, and block scores if `score_block` gives the size of a block.
 
     `key_lengths[b]` counts every position of sequence b; its queries are the last `query_lengths[b]` of these, whose
-    keys and values are already in the pages. Raises ValueError when lengths and shapes disagree.
+    keys and values are already in the pages. With a window there are no block scores, as the keys of the first blocks
+    may be gone.
+
+    Raises:
+        ValueError: Lengths and shapes disagree, or block scores are asked for with a window.
     """
     T, N, K = q_TNK.shape
     _, P, G, V = pages.values_XPGV.shape
@@ -67,6 +74,8 @@ def paged_attend(
             f"{tuple(pages.values_XPGV.shape)}, tables {(B, Y)}, query lengths {query_lengths}, "
             f"key lengths {key_lengths}"
         )
+    if score_block is not None and window_keys is not None:
+        raise ValueError(f"block scores need every key, but the window has {window_keys}")
     tensors = (q_TNK, pages.keys_XPGK, pages.values_XPGV, sink_N)
     need = PagedNeed(
         longest_query=max(query_lengths),
@@ -76,8 +85,15 @@ def paged_attend(
         dtype=q_TNK.dtype,
         cache_dtype=pages.keys_XPGK.dtype,
         on_cpu=q_TNK.device.type == "cpu",
+        score_block=score_block,
     )
     _, backend = DISPATCHER.choose(need)
     return backend.run(
-        q_TNK, pages, sink_N, query_lengths=query_lengths, key_lengths=key_lengths, window_keys=window_keys
+        q_TNK,
+        pages,
+        sink_N,
+        query_lengths=query_lengths,
+        key_lengths=key_lengths,
+        window_keys=window_keys,
+        score_block=score_block,
     )

@@ -9,6 +9,7 @@ import struct
 import torch
 
 from openmimo.kernels import native
+from openmimo.kernels.attention import NO_SCORES, AttentionOut
 from openmimo.kernels.dispatch import Backend
 from openmimo.kernels.paged_attention import PagedNeed, Pages
 
@@ -27,7 +28,8 @@ def run(
     query_lengths: tuple[int, ...],
     key_lengths: tuple[int, ...],
     window_keys: int | None,
-) -> torch.Tensor:
+    score_block: int | None = None,
+) -> AttentionOut:
     """See `openmimo.kernels.paged_attention.paged_attend`."""
     keys_XPGK, values_XPGV, tables_BY = pages
     T, N, K = q_TNK.shape
@@ -51,7 +53,7 @@ def run(
         *(window_keys or NO_WINDOW, torch.get_num_threads(), q_TNK.dtype == torch.bfloat16),
     )
     _entry()(call, lengths)
-    return out_TNV
+    return AttentionOut(out_TNV)
 
 
 def _strides(x_XPGK: torch.Tensor) -> tuple[int, int]:
@@ -68,7 +70,9 @@ def _entry() -> native.Entry:
 
 
 def refuse(need: PagedNeed) -> str | None:
-    """A few queries a sequence on a CPU, queries and cache of one dtype, whole vectors, no gradients."""
+    """A few queries a sequence on a CPU, queries and cache of one dtype, whole vectors; no gradients, no scores."""
+    if need.score_block is not None:
+        return NO_SCORES
     if not need.on_cpu:
         return "it is for CPUs"
     if need.needs_gradients:

@@ -5,7 +5,7 @@ Refuses nothing: prefill chunks with long pasts, every dtype of cache, CPUs and 
 
 import torch
 
-from openmimo.kernels.attention import attend
+from openmimo.kernels.attention import AttentionOut, attend
 from openmimo.kernels.dispatch import Backend
 from openmimo.kernels.paged_attention import Pages
 
@@ -18,7 +18,8 @@ def run(
     query_lengths: tuple[int, ...],
     key_lengths: tuple[int, ...],
     window_keys: int | None,
-) -> torch.Tensor:
+    score_block: int | None = None,
+) -> AttentionOut:
     """See `openmimo.kernels.paged_attention.paged_attend`."""
     first = [
         0 if window_keys is None else max(0, keys - queries - window_keys + 1)
@@ -33,6 +34,7 @@ def run(
         query_lengths=query_lengths,
         key_lengths=tuple(keys - begin for begin, keys in zip(first, key_lengths, strict=True)),
         window_keys=window_keys,
+        score_block=score_block,
     )
 
 

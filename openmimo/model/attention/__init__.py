@@ -1,39 +1,123 @@
-"""Attention kinds: one file each. A kind says what a layer computes and what it must remember between calls."""
+"""Attention kinds: one file each, without torch. A kind says what a layer computes and what a cache must hold for it.
+
+A kind of another package is named `package.module:Object`; `docs/model.md` shows how to add one.
+"""
 
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from openmimo.core.registry import Registry
-from openmimo.model.config import AttentionConfig
+from openmimo.model.geometry import AttentionConfig
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 @dataclass(frozen=True)
 class KVSpec:
-    """What a cache holds for one layer: heads and dims of keys and values, and how many past positions (None: all)."""
+    """What a cache holds for one layer.
+
+    Attributes:
+        num_kv_heads: Key/value heads.
+        key_dim: Dims of a key.
+        value_dim: Dims of a value.
+        keep_positions: How many past positions are kept (None: all).
+        source_layer: Number of the layer whose keys and values this layer reads. The cache then holds none for it.
+    """
 
     num_kv_heads: int
     key_dim: int
     value_dim: int
     keep_positions: int | None
+    source_layer: int | None = None
 
     def bytes_per_position(self, bytes_per_value: int) -> int:
         """Cache bytes of one position."""
+        if self.source_layer is not None:
+            return 0
         return self.num_kv_heads * (self.key_dim + self.value_dim) * bytes_per_value
 
 
 @dataclass(frozen=True)
-class AttentionKind:
-    """kv: what must be remembered. visible_keys: how many keys the query at a position reads (for FLOPs)."""
+class AttentionPlace:
+    """All that the module of one attention layer is built from.
 
+    Attributes:
+        spec: Geometry of the layer.
+        index: Number of the layer; MTP head h is layer `num_layers + h`.
+        hidden_size: Width of its inputs and outputs.
+        bias: Whether the projections of queries, keys and values have biases.
+        value_scale: Factor of the values.
+        is_source: Whether a later layer reads the keys and values of this one.
+    """
+
+    spec: AttentionConfig
+    index: int
+    hidden_size: int
+    bias: bool
+    value_scale: float
+    is_source: bool
+
+
+def standard_parameters(place: AttentionPlace) -> int:
+    """Parameters of one projection for each of queries, keys, values and outputs, with their biases and sinks.
+
+    A layer that reads another layer's keys has no projections of keys and values.
+    """
+    spec = place.spec
+    inputs = spec.num_heads * spec.key_dim
+    if kv_spec(spec).source_layer is None:
+        inputs += spec.num_kv_heads * (spec.key_dim + spec.value_dim)
+    weights = place.hidden_size * (inputs + spec.num_heads * spec.value_dim)
+    return weights + (inputs if place.bias else 0) + (spec.num_heads if spec.sink else 0)
+
+
+@dataclass(frozen=True)
+class AttentionKind:
+    """What there is to know about one kind of attention layer.
+
+    Attributes:
+        build: Builds the module of a layer, whose `forward(x_TD, context)` gives [T, D] and whose `spec` is the
+            geometry. It imports torch when it is called, so that configs are checked without torch.
+        kv: What a cache must hold for a layer of a geometry.
+        visible_keys: How many keys the query at a position reads (for FLOPs).
+        is_global: Whether queries may read keys at any distance. Context extension changes the RoPE base of these
+            layers and of no others.
+        check: Why a geometry cannot be of this kind, as the end of a sentence about the layer, or None. The second
+            argument is the geometry of the layer that `kv_from` names, if any.
+        parameters: Parameters of the module.
+    """
+
+    build: "Callable[[AttentionPlace], nn.Module]"
     kv: Callable[[AttentionConfig], KVSpec]
     visible_keys: Callable[[AttentionConfig, int], int]
+    is_global: Callable[[AttentionConfig], bool]
+    check: Callable[[AttentionConfig, AttentionConfig | None], str | None]
+    parameters: Callable[[AttentionPlace], int] = standard_parameters
 
 
 KINDS: Registry[AttentionKind] = Registry("openmimo.model.attention", AttentionKind)
 
 
 @functools.cache
+def attention_kind(name: str) -> AttentionKind:
+    """The kind of this name. Raises ConfigError if there is none."""
+    return KINDS.get(name)
+
+
+@functools.cache
 def kv_spec(spec: AttentionConfig) -> KVSpec:
     """What a cache must hold for a layer of this geometry."""
-    return KINDS.get(spec.kind).kv(spec)
+    return attention_kind(spec.kind).kv(spec)
+
+
+def is_global(spec: AttentionConfig) -> bool:
+    """Whether queries of a layer of this geometry may read keys at any distance."""
+    return attention_kind(spec.kind).is_global(spec)
+
+
+def build_attention(place: AttentionPlace) -> "nn.Module":
+    """The module of one attention layer, on the current default device."""
+    return attention_kind(place.spec.kind).build(place)

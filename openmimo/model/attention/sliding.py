@@ -1,8 +1,36 @@
 """Sliding-window attention: a query reads its own key and the `window_keys - 1` before it, and only they are kept."""
 
-from openmimo.model.attention import AttentionKind, KVSpec
+from typing import TYPE_CHECKING
+
+from openmimo.model.attention import AttentionKind, AttentionPlace, KVSpec
+from openmimo.model.geometry import AttentionConfig
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def build(place: AttentionPlace) -> "nn.Module":
+    """Grouped-query attention with keys of its own."""
+    from openmimo.model.layers import Attention  # imports torch
+
+    return Attention(place)
+
+
+def check(spec: AttentionConfig, source: AttentionConfig | None) -> str | None:
+    """It has a window, keys of its own, and no block scores: the first blocks of its text are forgotten."""
+    if spec.window_keys is None:
+        return f"is {spec.kind!r} with window_keys None; a sliding layer needs a window."
+    if source is not None:
+        return f"is {spec.kind!r} with kv_from {spec.kv_from}; a sliding layer has keys of its own."
+    if spec.score_block is not None:
+        return f"is {spec.kind!r} with score_block {spec.score_block}; only a layer without a window scores blocks."
+    return None
+
 
 PLUGIN = AttentionKind(
+    build=build,
     kv=lambda spec: KVSpec(spec.num_kv_heads, spec.key_dim, spec.value_dim, keep_positions=spec.window_keys - 1),
     visible_keys=lambda spec, position: min(position + 1, spec.window_keys),
+    is_global=lambda spec: False,
+    check=check,
 )

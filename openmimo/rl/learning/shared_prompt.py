@@ -9,8 +9,6 @@ from dataclasses import dataclass
 
 import torch
 
-from openmimo.kernels.attention import attend
-from openmimo.model.config import AttentionConfig
 from openmimo.model.context import PackedContext, RotaryTables, RoutingTape
 
 
@@ -50,22 +48,5 @@ class SharedPromptContext(PackedContext):
         self._rotary = RotaryTables(self.positions_T)
         self._keys_S, self._key_lengths = torch.cat(keys).to(device), tuple(key_lengths)
 
-    def attend(
-        self,
-        layer: int,
-        spec: AttentionConfig,
-        q_TNK: torch.Tensor,
-        k_TGK: torch.Tensor,
-        v_TGV: torch.Tensor,
-        sink_N: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """See AttentionContext."""
-        return attend(
-            q_TNK,
-            k_TGK.index_select(0, self._keys_S),
-            v_TGV.index_select(0, self._keys_S),
-            sink_N,
-            query_lengths=self.document_lengths,
-            key_lengths=self._key_lengths,
-            window_keys=spec.window_keys,
-        )
+    def _seen(self, k_TGK: torch.Tensor, v_TGV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return k_TGK.index_select(0, self._keys_S), v_TGV.index_select(0, self._keys_S)
