@@ -309,8 +309,7 @@ class Engine:
 
     def _new_arena(self) -> PageArena:
         layers = self.model.config.attention_layers()[: len(self.model.config.layers) + self.num_drafts]
-        activations = self.model.compute_dtype or self.model.model.embed_tokens.weight.dtype
-        dtype = _CACHE_DTYPES.get(self.config.cache_dtype, activations)
+        dtype = _CACHE_DTYPES.get(self.config.cache_dtype, self.model.activation_dtype)
         free_bytes = free_memory_bytes(self.model.device)
         if self.config.cache_gigabytes is not None:
             cache_bytes = int(self.config.cache_gigabytes * 2**30)

@@ -15,7 +15,6 @@ from openmimo.engine.config import EngineConfig
 from openmimo.engine.engine import Engine, check_token_ids
 from openmimo.engine.request_state import NOT_FINITE, RequestState
 from openmimo.engine.weights import quantize_linears
-from openmimo.kernels.token_loss import token_logprobs
 from openmimo.model.context import PackedContext
 from openmimo.model.hf import load_model
 from openmimo.model.mimo import MiMo
@@ -129,8 +128,7 @@ class LLM:
         check_token_ids(tuple(token_ids), self.model.config, "token_ids", room=0)
         tokens_T = torch.tensor(token_ids, device=self.model.device)
         states_TD = self.model(tokens_T, PackedContext((len(token_ids),), device=self.model.device)).post_norm_TD
-        weight_VD = self.model.lm_head.weight.to(states_TD.dtype)
-        logprobs = token_logprobs(states_TD[:-1], weight_VD, tokens_T[1:]).float().cpu()
+        logprobs = self.model.head.logprobs(states_TD[:-1], tokens_T[1:]).float().cpu()
         if not logprobs.isfinite().all():
             raise UserError(f"{NOT_FINITE}.")
         return logprobs

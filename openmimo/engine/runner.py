@@ -23,8 +23,8 @@ from openmimo.engine.request_state import NOT_FINITE, Decision, RequestState
 from openmimo.engine.sampler import Draw, LogitChange, chosen_logprobs, sample
 from openmimo.engine.speculative import Drafter, count_accepted
 from openmimo.engine.stats import EngineStats
-from openmimo.kernels.token_loss import token_logprobs
-from openmimo.model.mimo import Hidden, MiMo
+from openmimo.model.backbone import Hidden
+from openmimo.model.mimo import MiMo
 
 
 class Runner:
@@ -161,10 +161,9 @@ class Runner:
             return
         targets = sequence.tokens[first + 1 : stop + 1]
         rows = slice(first - sequence.computed, stop - sequence.computed)
-        weight_VD = self._model.lm_head.weight.to(states_TD.dtype)
         targets_T = torch.tensor(targets, device=states_TD.device)
         temperature = sequence.params.temperature or 1.0
-        logprobs = token_logprobs(states_TD[rows], weight_VD, targets_T, temperature=temperature).tolist()
+        logprobs = self._model.head.logprobs(states_TD[rows], targets_T, temperature).tolist()
         if not all(map(math.isfinite, logprobs)):
             sequence.finish("error", NOT_FINITE)
             return

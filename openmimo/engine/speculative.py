@@ -20,7 +20,8 @@ from openmimo.engine.cache import PageArena
 from openmimo.engine.context import PagedContext, RotaryRows, Span
 from openmimo.engine.request_state import RequestState
 from openmimo.model.attention import kv_spec
-from openmimo.model.mimo import Hidden, MiMo
+from openmimo.model.backbone import Hidden
+from openmimo.model.mimo import MiMo
 
 
 def count_accepted(drafts: list[int], tokens: list[int]) -> int:

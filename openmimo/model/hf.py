@@ -56,8 +56,7 @@ def load_model(
     for router in model.routers().values():
         router.to(torch.promote_types(weights_dtype, torch.float32))
     model = model.to_empty(device=weights_device)
-    if config.tie_embeddings:
-        model.lm_head.weight = model.model.embed_tokens.weight
+    model.tie_weights()
     by_name = {slot.name: slot for slot in slots(model)}
     with torch.no_grad():
         for name in reader.names_by_file(set(by_name)):
@@ -134,7 +133,7 @@ def write_model(
         )
         for slot in slots(model)
     ]
-    write_config(model.config, folder, dtype=str(model.model.embed_tokens.weight.dtype).removeprefix("torch."))
+    write_config(model.config, folder, dtype=str(model.model.embed_tokens.dtype).removeprefix("torch."))
     write_shards(folder, entries, max_shard_bytes=max_shard_bytes)
 
 

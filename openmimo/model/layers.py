@@ -1,14 +1,16 @@
-"""The parts of a decoder layer. Attribute names follow the published checkpoint, so names map nearly one to one.
+"""The parts of a decoder layer, and the embedding. Attribute names follow the published checkpoint.
 
 T packed tokens, D model dim, N query heads, G key/value heads, K key dim, V value dim.
 
 Parameters may be kept in a wider dtype than the activations (float32 master weights, bfloat16 activations): every layer
-casts its weights to the dtype of what it is given.
+casts its weights to the dtype of its input. Only a module's own `forward` reads its weights, so that hooks,
+parametrizations, sharded weights and replaced modules take effect.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules import module as hooked
 
 from openmimo.kernels.int8_linear import int8_linear, quantize_rows
 from openmimo.kernels.linear import joined_linear
@@ -17,10 +19,22 @@ from openmimo.kernels.rotary import apply_rotary
 from openmimo.model.attention import AttentionPlace
 from openmimo.model.context import AttentionCall, AttentionContext
 
+_LOCAL_TENSORS = (nn.Parameter, torch.Tensor)
+
 
 def as_dtype(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """`tensor.to(dtype)`, at no cost where it has that dtype: decoding asks a hundred times a token."""
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
+def _has_global_hooks() -> bool:
+    """Whether a hook on the calls of all modules is registered (by a profiler, for example)."""
+    return bool(
+        hooked._global_forward_hooks
+        or hooked._global_forward_pre_hooks
+        or hooked._global_backward_hooks
+        or hooked._global_backward_pre_hooks
+    )
 
 
 class Linear(nn.Linear):
@@ -30,31 +44,71 @@ class Linear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in] to [..., out]."""
-        return project(x, (self,))
+        if self.scale_O is not None:
+            out = int8_linear(x, self.weight, self.scale_O)
+            return out if self.bias is None else out + as_dtype(self.bias, x.dtype)
+        weight, bias = self.parameters_as(x.dtype)
+        if type(weight) in _LOCAL_TENSORS:
+            return joined_linear(x, ((weight, bias),))
+        return F.linear(x, weight, bias)
 
     def quantize(self, weight_OD: torch.Tensor | None = None) -> None:
         """Keeps the weight, or this new one, as int8 with a scale for each output: for inference, not to be saved."""
         weight_OD, self.scale_O = quantize_rows(self.weight if weight_OD is None else weight_OD)
         self.weight = nn.Parameter(weight_OD, requires_grad=False)
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether `project` may compute this layer without calling it: nothing but its own forward would run.
+
+        False for a subclass (FSDP and parametrizations replace the class), for hooks or a replaced `forward`, and for a
+        weight that is no plain local tensor.
+        """
+        return (
+            type(self) is Linear
+            and self.scale_O is None
+            and not self._forward_hooks
+            and not self._forward_pre_hooks
+            and not self._backward_hooks
+            and not self._backward_pre_hooks
+            and type(self._parameters["weight"]) is nn.Parameter
+            and "forward" not in self.__dict__
+        )
+
     def parameters_as(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Weight and bias (or None) in `dtype`."""
-        weight, bias = self._parameters["weight"], self._parameters["bias"]  # a fifth of the time of self.weight
+        own = self._parameters  # a fifth of the time of self.weight; a parametrized tensor is not in it
+        weight, bias = (own["weight"], own["bias"]) if "weight" in own and "bias" in own else (self.weight, self.bias)
         return as_dtype(weight, dtype), None if bias is None else as_dtype(bias, dtype)
 
 
 def project(x: torch.Tensor, layers: tuple[Linear, ...]) -> torch.Tensor:
-    """Several layers of one input x [..., in], side by side: [..., sum of their out]."""
-    if all(layer.scale_O is None for layer in layers):
+    """Several layers of one input x [..., in], side by side: [..., sum of their out].
+
+    Plain layers are one kernel call; others are called one by one.
+    """
+    if all([layer.is_plain for layer in layers]) and not _has_global_hooks():
         return joined_linear(x, tuple([layer.parameters_as(x.dtype) for layer in layers]))
-    outputs = []
-    for layer in layers:
-        if layer.scale_O is None:
-            outputs.append(layer(x))
-        else:
-            out = int8_linear(x, layer.weight, layer.scale_O)
-            outputs.append(out if layer.bias is None else out + as_dtype(layer.bias, x.dtype))
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+    return torch.cat([layer(x) for layer in layers], dim=-1)
+
+
+class Embedding(nn.Embedding):
+    """Token embeddings."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weight is."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype in which the weight is kept."""
+        return next(self.parameters()).dtype
+
+    def forward(self, tokens_T: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Token ids, int64 [T], to embeddings [T, D] in `dtype` (None: that of the weight)."""
+        x_TD = F.embedding(tokens_T, self.weight)
+        return x_TD if dtype is None else as_dtype(x_TD, dtype)
 
 
 class RMSNorm(nn.Module):

@@ -19,18 +19,25 @@ from openmimo.model.layers import as_dtype
 
 
 class Router(nn.Module):
-    """Scores experts; the bias takes part in the choice only, never in the weights."""
+    """Scores experts; the bias takes part in the choice only, never in the weights.
 
-    def __init__(self, model_dim: int, moe: MoEConfig):
+    Args:
+        model_dim: D.
+        moe: The sparse layers of the model.
+        index: The number of the layer, under which routes are recorded and replayed.
+    """
+
+    def __init__(self, model_dim: int, moe: MoEConfig, index: int):
         super().__init__()
         self.moe = moe
+        self.index = index
         self.weight = nn.Parameter(torch.empty(moe.num_experts, model_dim))
         self.register_buffer("e_score_correction_bias", torch.zeros(moe.num_experts))
 
-    def forward(self, x_TD: torch.Tensor, context: AttentionContext, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, x_TD: torch.Tensor, context: AttentionContext) -> tuple[torch.Tensor, torch.Tensor]:
         """The chosen expert ids, int64 [T, A], and their weights, float32 [T, A]."""
         moe, routing, weight_ED = self.moe, context.routing, self.weight
-        if moe.num_groups == 1 and layer not in routing.replayed and router.serves(x_TD, weight_ED):
+        if moe.num_groups == 1 and self.index not in routing.replayed and router.serves(x_TD, weight_ED):
             ids_TA, weights_TA = router.route(
                 x_TD,
                 weight_ED,
@@ -40,18 +47,20 @@ class Router(nn.Module):
                 routed_scale=moe.routed_scale,
             )
         else:
-            ids_TA, weights_TA = self._route(x_TD, context, layer)
+            ids_TA, weights_TA = self._route(x_TD, weight_ED, context)
         if routing.record:
-            routing.recorded[layer] = ids_TA
+            routing.recorded[self.index] = ids_TA
         return ids_TA, weights_TA
 
-    def _route(self, x_TD: torch.Tensor, context: AttentionContext, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _route(
+        self, x_TD: torch.Tensor, weight_ED: torch.Tensor, context: AttentionContext
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """The definition, differentiable: with groups, replayed choices, and the gradient of the balance loss."""
         dtype = torch.float64 if x_TD.dtype == torch.float64 else torch.float32
-        scores_TE = F.linear(as_dtype(x_TD, dtype), as_dtype(self.weight, dtype)).sigmoid()
+        scores_TE = F.linear(as_dtype(x_TD, dtype), as_dtype(weight_ED, dtype)).sigmoid()
         ids_TA = self._choose(scores_TE.detach())
-        if layer in context.routing.replayed:
-            replayed_TA = context.routing.replayed[layer].to(ids_TA.device, torch.int64)
+        if self.index in context.routing.replayed:
+            replayed_TA = context.routing.replayed[self.index].to(ids_TA.device, torch.int64)
             ids_TA = torch.where(replayed_TA < 0, ids_TA, replayed_TA)
         weights_TA = scores_TE.gather(1, ids_TA)
         if self.moe.normalize_weights:
@@ -102,14 +111,14 @@ class Experts(nn.Module):
 class MoE(nn.Module):
     """A router and its experts; no shared expert."""
 
-    def __init__(self, model_dim: int, moe: MoEConfig):
+    def __init__(self, model_dim: int, moe: MoEConfig, index: int):
         super().__init__()
-        self.gate = Router(model_dim, moe)
+        self.gate = Router(model_dim, moe, index)
         self.experts = Experts(model_dim, moe)
 
-    def forward(self, x_TD: torch.Tensor, context: AttentionContext, layer: int) -> torch.Tensor:
-        """[T, D] to [T, D]; `layer` is the index under which routing is recorded."""
-        ids_TA, weights_TA = self.gate(x_TD, context, layer)
+    def forward(self, x_TD: torch.Tensor, context: AttentionContext) -> torch.Tensor:
+        """[T, D] to [T, D]."""
+        ids_TA, weights_TA = self.gate(x_TD, context)
         return self.experts(x_TD, ids_TA, weights_TA)
 
 

@@ -17,16 +17,21 @@ from openmimo.model.layers import DenseFFN, Linear, RMSNorm
 
 
 class MTPBlock(nn.Module):
-    """One head: norms of both inputs, their projection, one attention layer, one dense FFN, a norm of its own."""
+    """One head: norms of both inputs, their projection, one attention layer, one dense FFN, a norm of its own.
 
-    def __init__(self, config: ModelConfig, head: int):
+    Args:
+        config: The whole model.
+        index: The number under which a context keeps this block's keys; head h is layer `len(config.layers) + h`.
+    """
+
+    def __init__(self, config: ModelConfig, index: int):
         super().__init__()
         D, epsilon = config.hidden_size, config.norm_epsilon
         self.enorm = RMSNorm(D, epsilon)
         self.hnorm = RMSNorm(D, epsilon)
         self.eh_proj = Linear(2 * D, D, bias=False)
         self.input_layernorm = RMSNorm(D, epsilon)
-        self.self_attn = build_attention(config.attention_place(len(config.layers) + head))
+        self.self_attn = build_attention(config.attention_place(index))
         self.pre_mlp_layernorm = RMSNorm(D, epsilon)
         self.mlp = DenseFFN(D, config.dense_ffn_dim)
         self.final_layernorm = RMSNorm(D, epsilon)
@@ -37,6 +42,30 @@ class MTPBlock(nn.Module):
         x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), context)
         x_TD = x_TD + self.mlp(self.pre_mlp_layernorm(x_TD))
         return self.final_layernorm(x_TD)
+
+
+class MTP(nn.Module):
+    """The MTP blocks of a model, by head."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        first = len(config.layers)
+        self.layers = nn.ModuleList(MTPBlock(config, first + head) for head in range(config.num_mtp_heads))
+
+    def forward(
+        self, head: int, embedding_TD: torch.Tensor, hidden_TD: torch.Tensor, context: AttentionContext
+    ) -> torch.Tensor:
+        """States [T, D] of block `head`; arguments as in `MTPBlock`."""
+        return self.layers[head](embedding_TD, hidden_TD, context)
+
+    def replicate_last(self, num_heads: int, config: ModelConfig) -> None:
+        """Grows to `num_heads` blocks, each new one a copy of the last."""
+        while len(self.layers) < num_heads:
+            last = self.layers[-1]
+            own = next(last.parameters())
+            block = MTPBlock(config, len(config.layers) + len(self.layers)).to(own.device, own.dtype)
+            block.load_state_dict(last.state_dict())
+            self.layers.append(block)
 
 
 def shift_within_documents(

@@ -26,6 +26,7 @@ from openmimo.core.services import close_services, service_metrics
 from openmimo.data.tokenizer import Tokenizer
 from openmimo.engine.engine import Engine
 from openmimo.model.mimo import MiMo
+from openmimo.model.recompute import checkpoint_activations
 from openmimo.rl.agents.environment import open_environment
 from openmimo.rl.agents.episode_calls import EpisodeCalls
 from openmimo.rl.algorithm import algorithm_of
@@ -67,7 +68,8 @@ class RlRun:
         self.run_folder = Path(config.run_folder)
         self.step, self.tokens = start.step, start.tokens
         self.algorithm, self.options = algorithm_of(config)
-        model.activation_checkpointing = config.activation_checkpointing
+        if config.activation_checkpointing:
+            checkpoint_activations(model)
         self.trainer = PolicyTrainer(
             model,
             config.optimizer,

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 
 from openmimo.data.loader import Batch
-from openmimo.kernels.token_loss import token_argmax, token_logprobs
 from openmimo.model.context import PackedContext
 from openmimo.model.mimo import MiMo
 from openmimo.train.batches import to_device
@@ -51,17 +50,16 @@ def evaluate(model: MiMo, batches: Iterable[Batch], sequence_length: int) -> Eva
     for batch in batches:
         micro = to_device(batch, heads, model.device)
         context = PackedContext(micro.document_lengths, device=model.device)
-        states = head_states(model, micro, model(micro.tokens_T, context), context)
-        weight = model.lm_head.weight.to(states[0].dtype)
+        states = head_states(model, micro, context)
         for head, (states_TD, labels_T) in enumerate(zip(states, micro.labels, strict=True)):
-            losses_T = -token_logprobs(states_TD, weight, labels_T).cpu()
+            losses_T = -model.head.logprobs(states_TD, labels_T).cpu()
             loss_sums[head] += losses_T.sum()
             counts[head] += (labels_T != IGNORED).sum().cpu()
             if head == 0:
                 _add_by_position(
                     losses_T, labels_T.cpu(), context.positions_T.cpu(), edges, position_sums, position_counts
                 )
-        agreed, places = _agreement(states, weight, micro)
+        agreed, places = _agreement(model, states, micro)
         accepted += agreed
         drafted += places
     return Evaluation(
@@ -72,14 +70,12 @@ def evaluate(model: MiMo, batches: Iterable[Batch], sequence_length: int) -> Eva
     )
 
 
-def _agreement(
-    states: list[torch.Tensor], weight: torch.Tensor, batch: MicroBatch
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _agreement(model: MiMo, states: list[torch.Tensor], batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
     """By MTP head: at how many places its choice is the main head's, and how many places there are."""
-    main_T = token_argmax(states[0], weight)
+    main_T = model.head.argmax(states[0])
     agreed, places = [], []
     for head, states_TD in enumerate(states[1:]):
-        draft_T = token_argmax(states_TD, weight)
+        draft_T = model.head.argmax(states_TD)
         # Head k at i drafts token i+2+k; the main head chooses that token at place i+1+k.
         valid_T = batch.labels[1 + head] != IGNORED
         target_T = torch.roll(main_T, -(1 + head))

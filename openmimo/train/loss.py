@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from openmimo.kernels.token_loss import token_loss
 from openmimo.model.context import PackedContext
-from openmimo.model.mimo import Hidden, MiMo
+from openmimo.model.mimo import MiMo
 from openmimo.model.mtp import shift_within_documents
 
 IGNORED = -1
@@ -53,12 +52,10 @@ def training_loss(
 
     `label_counts` are those of the whole optimizer step, so that shares add up over micro-batches to means over tokens.
     """
-    hidden = model(batch.tokens_T, context)
+    states = head_states(model, batch, context)
     losses = [
         _head_loss(model, states_TD, labels_T, label_counts[head])
-        for head, (states_TD, labels_T) in enumerate(
-            zip(head_states(model, batch, hidden, context), batch.labels, strict=True)
-        )
+        for head, (states_TD, labels_T) in enumerate(zip(states, batch.labels, strict=True))
     ]
     total = losses[0]
     if len(losses) > 1:
@@ -66,15 +63,20 @@ def training_loss(
     return total, torch.stack([loss.detach() for loss in losses])
 
 
-def head_states(model: MiMo, batch: MicroBatch, hidden: Hidden, context: PackedContext) -> list[torch.Tensor]:
-    """States [T, D] of every head, the main one first, each ready for the output head."""
-    states = [hidden.post_norm_TD]
-    for head in range(len(batch.labels) - 1):
-        shifted_T = shift_within_documents(batch.tokens_T, batch.document_lengths, by=1 + head, fill=0)
-        states.append(model.mtp(head, hidden, shifted_T, context))
-    return states
+def head_states(model: MiMo, batch: MicroBatch, context: PackedContext) -> list[torch.Tensor]:
+    """States [T, D] of every head from one pass, the main one first, each ready for the output head."""
+    hidden = model(batch.tokens_T, context, shifted_tokens(batch))
+    return [hidden.post_norm_TD, *hidden.mtp_TD.values()]
+
+
+def shifted_tokens(batch: MicroBatch) -> dict[int, torch.Tensor]:
+    """By MTP head, the tokens that it reads, int64 [T]; see `MiMo.forward`."""
+    return {
+        head: shift_within_documents(batch.tokens_T, batch.document_lengths, by=1 + head, fill=0)
+        for head in range(len(batch.labels) - 1)
+    }
 
 
 def _head_loss(model: MiMo, states_TD: torch.Tensor, labels_T: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
     weights_T = torch.ones_like(labels_T, dtype=torch.float32) / count.clamp(min=1)
-    return token_loss(states_TD, model.lm_head.weight.to(states_TD.dtype), labels_T, weights_T)
+    return model.head.loss(states_TD, labels_T, weights_T)

@@ -23,6 +23,7 @@ from openmimo.data.tokenizer import Tokenizer
 from openmimo.model.context import PackedContext, RoutingTape
 from openmimo.model.flops import training_flops_per_token
 from openmimo.model.mimo import MiMo
+from openmimo.model.recompute import checkpoint_activations
 from openmimo.runtime.device import fastest_dtype, measured_matmul_flops, peak_memory_bytes, synchronize
 from openmimo.train.batches import load_micro_batches
 from openmimo.train.checkpoint import Checkpoints, Progress, load_optimizer_state, optimizer_state
@@ -85,7 +86,8 @@ class Trainer:
         self.config = config
         self.model = model.train()
         self.model.compute_dtype = fastest_dtype(device) if config.dtype == "auto" else DTYPES[config.dtype]
-        self.model.activation_checkpointing = config.activation_checkpointing
+        if config.activation_checkpointing:
+            checkpoint_activations(self.model)
         self.tokenizer = tokenizer
         self.device = device
         self.console = console or Console(stderr=True)

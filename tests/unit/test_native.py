@@ -125,17 +125,17 @@ def test_rotary_of_strided_heads_is_float64s(dtype, rotary_dim):
 @torch.inference_mode()
 def test_router_chooses_as_its_definition_does(monkeypatch, moe, dtypes):
     x_dtype, weight_dtype = (DTYPES[name][0] for name in dtypes)
-    layer = Router(40, moe)
+    layer = Router(40, moe, index=0)
     layer.weight.copy_(torch.randn(moe.num_experts, 40) * 0.2)
     layer.e_score_correction_bias.copy_(torch.randn(moe.num_experts) * 0.3)
     layer.to(weight_dtype)
     x_TD, context = torch.randn(router.MAX_TOKENS, 40).to(x_dtype), PackedContext((router.MAX_TOKENS,))
     assert router.serves(x_TD, layer.weight)
-    ids, weights = layer(x_TD, context, 0)
-    alone = [layer(row[None], context, 0) for row in x_TD]
+    ids, weights = layer(x_TD, context)
+    alone = [layer(row[None], context) for row in x_TD]
     assert torch.equal(ids, torch.cat([pair[0] for pair in alone]))
     assert torch.equal(weights, torch.cat([pair[1] for pair in alone]))
     monkeypatch.setattr(router, "serves", lambda x_TD, weight_ED: False)
-    defined_ids, defined_weights = layer(x_TD, context, 0)
+    defined_ids, defined_weights = layer(x_TD, context)
     assert torch.equal(ids, defined_ids)
     assert torch.allclose(weights, defined_weights, rtol=1e-5)

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 
 from openmimo.core.samples import Sample
-from openmimo.kernels.token_loss import token_logprobs
+from openmimo.model.backbone import Hidden
 from openmimo.model.context import PackedContext, RoutingTape
-from openmimo.model.mimo import Hidden, MiMo
+from openmimo.model.mimo import MiMo
 from openmimo.rl.learning.annotation import spread
 from openmimo.rl.learning.shared_prompt import PromptGroup, SharedPromptContext
 from openmimo.rl.losses.diagnostics import batch_diagnostics
@@ -25,7 +25,7 @@ from openmimo.rl.losses.tokens import TokenBatch
 from openmimo.train.config import OptimizerConfig
 from openmimo.train.expert_load import add_expert_load
 from openmimo.train.guard import StepGuard
-from openmimo.train.loss import head_states, micro_batch
+from openmimo.train.loss import micro_batch, shifted_tokens
 from openmimo.train.optim import build_optimizer, clip_gradients
 
 NOT_RECORDED = -1
@@ -241,13 +241,10 @@ class PolicyTrainer:
         heads = self.model.config.num_mtp_heads
         batch = micro_batch(pack.tokens_T, pack.lengths, mask_T, heads)
         trunk = Hidden(hidden.pre_norm_TD.detach(), hidden.post_norm_TD.detach())
-        weight_VD = self.model.lm_head.weight.detach()
+        states = self.model(None, context, shifted_tokens(batch), hidden=trunk).mtp_TD
         losses = []
-        for states_TD, labels_T in zip(
-            head_states(self.model, batch, trunk, context)[1:], batch.labels[1:], strict=True
-        ):
-            logprobs_T = token_logprobs(states_TD, weight_VD.to(states_TD.dtype), labels_T)
-            losses.append(-logprobs_T.sum() / max(written, 1))
+        for states_TD, labels_T in zip(states.values(), batch.labels[1:], strict=True):
+            losses.append(-self.model.head.logprobs(states_TD, labels_T).sum() / max(written, 1))
         return torch.stack(losses).mean()
 
 
@@ -397,8 +394,7 @@ def replayed_routes(
 
 
 def _logprobs(model: MiMo, states_ND: torch.Tensor, pack: PackedSamples) -> torch.Tensor:
-    weight_VD = model.lm_head.weight.to(states_ND.dtype)
-    return token_logprobs(states_ND, weight_VD, pack.labels_N, temperature=pack.temperature_N)
+    return model.head.logprobs(states_ND, pack.labels_N, pack.temperature_N)
 
 
 @torch.no_grad()

@@ -59,8 +59,7 @@ class WeightLayout:
         for place in self.places:
             own[place.name].data = own[place.name].data.to(place.dtype)
         model = model.to_empty(device=device)
-        if config.tie_embeddings:
-            model.lm_head.weight = model.model.embed_tokens.weight
+        model.tie_weights()
         return model.eval()
 
 

@@ -14,6 +14,7 @@ from openmimo.core.records import Message
 from openmimo.core.samples import Sample
 from openmimo.model.context import PackedContext, RoutingTape
 from openmimo.model.presets import flash
+from openmimo.model.recompute import checkpoint_activations
 from openmimo.rl.agents.environment import EnvResponse
 from openmimo.rl.learning.policy_trainer import (
     NOT_RECORDED,
@@ -180,7 +181,8 @@ def annotated(samples):
 def gradients_of(model, samples, *, checkpointing=False, replay_routing=True):
     """The gradients of one policy-gradient step, before any clipping, and its report."""
     model = copy.deepcopy(model)
-    model.activation_checkpointing = checkpointing
+    if checkpointing:
+        checkpoint_activations(model)
     trainer = PolicyTrainer(
         model, OptimizerConfig(clip_norm=1e9), tokens_per_microbatch=150, replay_routing=replay_routing
     )
