@@ -128,7 +128,7 @@ class PagedContext:
         placement = self._placement(group)[part]
         pages = Pages(keys_XPGK, values_XPGV, placement.tables_BY)
         if self._is_short and placement.rows is None:
-            if call.source_layer is None:
+            if call.k_TGK is not None and call.v_TGV is not None:
                 self._store(placement, pages, call.k_TGK, call.v_TGV)
             result = paged_attend(
                 call.q_TNK,
@@ -160,6 +160,7 @@ class PagedContext:
         """What a long pass reads: the remembered past and the new tokens, which are stored. A source keeps its own."""
         if call.source_layer is not None:
             return self._sources[call.source_layer]
+        assert call.k_TGK is not None and call.v_TGV is not None
         keys = self._with_past(pages, call.window_keys, call.k_TGK, call.v_TGV)
         self._store(placement, pages, call.k_TGK, call.v_TGV)
         if call.is_source:

@@ -121,10 +121,13 @@ class ModelConfig:
 
     def attention_place(self, index: int) -> AttentionPlace:
         """What the attention module of layer `index` is built from; MTP head h is layer `len(layers) + h`."""
-        if index >= len(self.layers) and self.mtp is None:
-            raise IndexError(f"layer {index} of a model of {len(self.layers)} layers")
+        if index < len(self.layers):
+            spec = self.layers[index].attention
+        else:
+            assert self.mtp is not None, f"layer {index} of a model of {len(self.layers)} layers"
+            spec = self.mtp.attention
         return AttentionPlace(
-            spec=self.layers[index].attention if index < len(self.layers) else self.mtp.attention,
+            spec=spec,
             index=index,
             hidden_size=self.hidden_size,
             bias=self.attention_bias,

@@ -162,6 +162,7 @@ class PackedContext:
         """Keys and values of each sequence one after another, [S, G, K] and [S, G, V]."""
         if call.source_layer is not None:
             return self._sources[call.source_layer]
+        assert call.k_TGK is not None and call.v_TGV is not None
         seen = self._seen(call.k_TGK, call.v_TGV)
         if call.is_source:
             self._sources[call.layer] = seen

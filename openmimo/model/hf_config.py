@@ -33,6 +33,7 @@ from openmimo.model.geometry import AttentionConfig, HeadCount, Positions, RopeT
 
 ARCHITECTURES = {"mimo_v2_flash": "MiMoV2FlashForCausalLM", "mimo": "MiMoForCausalLM"}
 
+_KINDS = ("full", "sliding")  # which `layer_types` can name
 _TOKEN_ID_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # Bookkeeping of transformers and the hub that says nothing about the computation.
 _INERT_KEYS = {
@@ -411,6 +412,12 @@ def _native_class_agrees(config: ModelConfig, kinds: dict[str, AttentionConfig])
 
 
 def _refuse_mixed_geometry(config: ModelConfig, kinds: dict[str, AttentionConfig]) -> None:
+    for kind, spec in kinds.items():
+        if kind not in _KINDS or spec.score_block is not None:
+            raise ConfigError(
+                f"an attention layer of kind {kind!r} with score_block {spec.score_block} cannot be saved: config.json "
+                f"states the kinds {' and '.join(_KINDS)}, without block scores."
+            )
     for number, layer in enumerate(config.layers):
         if layer.attention != kinds[layer.attention.kind]:
             raise ConfigError(

@@ -17,6 +17,7 @@ from openmimo.kernels.attention import AttentionOut
 from openmimo.model.config import ModelConfig
 from openmimo.model.context import AttentionCall, PackedContext
 from openmimo.model.flops import attention_parameters
+from openmimo.model.hf import save_model
 from openmimo.model.mimo import MiMo
 from openmimo.rl.learning.shared_prompt import PromptGroup, SharedPromptContext
 
@@ -224,6 +225,24 @@ def test_a_geometry_that_cannot_be_is_refused(index, changes, message):
     layers[index] = replace(layers[index], attention=replace(layers[index].attention, **changes))
     with pytest.raises(ConfigError, match=message):
         replace(config, layers=tuple(layers))
+
+
+@pytest.mark.parametrize("kind", [SHARED, SCORED])
+def test_a_checkpoint_that_cannot_state_a_kind_is_not_written(kind, tmp_path):
+    with pytest.raises(ConfigError, match=f"of kind '({kind}|full)'.*cannot be saved"):
+        save_model(shared_model(kind), tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize("kind", [SHARED, SCORED])
+def test_recomputed_activations_give_the_same_gradients(kind):
+    model, tokens_T = shared_model(kind), ids_of(40)
+    loss, gradients = loss_and_gradients(model, PackedContext((25, 15)), tokens_T)
+    model.activation_checkpointing = True
+    again, recomputed = loss_and_gradients(model, PackedContext((25, 15)), tokens_T)
+    assert loss == again
+    for name, gradient in gradients.items():
+        assert torch.equal(gradient, recomputed[name]), name
 
 
 def test_context_extension_moves_a_full_layer_and_those_that_read_it():

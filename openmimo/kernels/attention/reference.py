@@ -28,18 +28,17 @@ def run(
         out_TNV, probabilities_NTS = _one_sequence(q, k, v, sink_N, need.window_keys, scale)
         outputs.append(out_TNV)
         if need.score_block is not None:
-            scores.append(_block_scores(probabilities_NTS, need, max(need.key_lengths)))
+            blocks = -(-max(need.key_lengths) // need.score_block)
+            scores.append(_block_scores(probabilities_NTS, need.num_kv_heads, blocks, need.score_block))
     return AttentionOut(torch.cat(outputs), torch.cat(scores) if scores else None)
 
 
 @torch.no_grad()
-def _block_scores(probabilities_NTS: torch.Tensor, need: AttentionNeed, longest: int) -> torch.Tensor:
-    """Block scores [T, G, C] of one sequence, with the blocks of a sequence of `longest` keys."""
-    block = need.score_block
-    blocks = -(-longest // block)
+def _block_scores(probabilities_NTS: torch.Tensor, num_kv_heads: int, blocks: int, block: int) -> torch.Tensor:
+    """Block scores [T, G, C] of one sequence, for `blocks` blocks of `block` keys."""
     padded_NTS = F.pad(probabilities_NTS, (0, blocks * block - probabilities_NTS.shape[2]))
     scores_NTC = padded_NTS.unflatten(2, (blocks, block)).amax(dim=3)
-    return scores_NTC.unflatten(0, (need.num_kv_heads, -1)).amax(dim=1).transpose(0, 1)
+    return scores_NTC.unflatten(0, (num_kv_heads, -1)).amax(dim=1).transpose(0, 1)
 
 
 def _one_sequence(

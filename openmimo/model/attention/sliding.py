@@ -27,10 +27,15 @@ def check(spec: AttentionConfig, source: AttentionConfig | None) -> str | None:
     return None
 
 
+def _window(spec: AttentionConfig) -> int:
+    assert spec.window_keys is not None, "checked by the model's config"
+    return spec.window_keys
+
+
 PLUGIN = AttentionKind(
     build=build,
-    kv=lambda spec: KVSpec(spec.num_kv_heads, spec.key_dim, spec.value_dim, keep_positions=spec.window_keys - 1),
-    visible_keys=lambda spec, position: min(position + 1, spec.window_keys),
+    kv=lambda spec: KVSpec(spec.num_kv_heads, spec.key_dim, spec.value_dim, keep_positions=_window(spec) - 1),
+    visible_keys=lambda spec, position: min(position + 1, _window(spec)),
     is_global=lambda spec: False,
     check=check,
 )
