@@ -13,7 +13,7 @@ Bytes of the log are counted without routes, which are on the disk once and take
 experts a token); bytes of the engine are those of a request and its part of the prefix tree, without routes.
 
 FOLDER is a checkout of an earlier version, which is measured in turns with this one, each measurement in a process of
-its own (`sample_costs.py`). Rows show medians; times are of a whole sample.
+its own (`sample_costs.py`). Rows show medians for a whole sample: CPU time, and for `sync` time on the clock.
 """
 
 import argparse

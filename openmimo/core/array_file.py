@@ -41,9 +41,10 @@ class ArrayFile:
 
     def append(self, array: np.ndarray) -> "StoredArray":
         """Writes an array behind the others. It can be read at once; `sync` brings it to the disk."""
-        stored = StoredArray(self, self.num_bytes, array.dtype.newbyteorder("<").str, array.shape)
-        data = memoryview(np.ascontiguousarray(array, stored.dtype).reshape(-1)).cast("B")
-        while data:
+        array = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
+        stored = StoredArray(self, self.num_bytes, array.dtype.str, array.shape)
+        data = memoryview(array.reshape(-1).view(np.uint8))
+        while len(data):
             written = os.pwrite(self._descriptor, data[:_CHUNK_BYTES], self.num_bytes)
             self.appended_checksum = zlib.crc32(data[:written], self.appended_checksum)
             self.num_bytes += written

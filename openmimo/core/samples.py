@@ -74,11 +74,11 @@ class Sample:
     info: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        lengths = {name: len(getattr(self, name)) for name in TOKEN_DTYPES}
-        allowed = {name: {len(self), 0} if name in ANNOTATIONS else {len(self)} for name in lengths}
-        wrong = [f"{lengths[name]} {name}" for name in lengths if lengths[name] not in allowed[name]]
-        if wrong:
-            raise ValueError(f"A sample of group {self.group!r} has {len(self)} tokens, but {', '.join(wrong)}.")
+        tokens = len(self.token_ids)
+        for name in TOKEN_DTYPES:
+            length = len(getattr(self, name))
+            if length != tokens and (length or name not in ANNOTATIONS):
+                raise ValueError(f"A sample of group {self.group!r} has {tokens} tokens, but {length} {name}.")
 
     def __setattr__(self, name: str, value: Any) -> None:
         dtype = TOKEN_DTYPES.get(name)
@@ -127,14 +127,15 @@ def _token_array(name: str, values: Any, dtype: np.dtype) -> np.ndarray:
     Raises:
         ValueError: The dtype cannot hold the values.
     """
+    if len(values) == 0:
+        return np.zeros(0, dtype)
     array = np.asarray(values)
     if array.dtype == dtype and array.ndim == 1:
         return array
-    if array.size == 0:
-        return np.zeros(0, dtype)
     with np.errstate(invalid="ignore"):
         converted = array.astype(dtype)
-    if array.ndim != 1 or not np.array_equal(converted, array, equal_nan=array.dtype.kind == "f"):
+    is_exact = np.can_cast(array.dtype, dtype) or (converted == array).all()
+    if array.ndim != 1 or not is_exact:
         raise ValueError(
             f"Sample.{name} must be numbers [tokens] that {dtype} holds; it is {array.dtype} {array.shape}."
         )

@@ -482,11 +482,14 @@ def _extended(sample: Sample, completion: Completion) -> Sample:
     if routes is not None and sample.routed_experts is not None:
         routes = np.concatenate([sample.routes, routes[len(sample.routed_experts) :]])
     longer = _longer(sample, completion.token_ids, completion.logprobs, completion.policy_versions, is_written=True)
-    return replace(longer, routed_experts=routes)
+    longer.routed_experts = routes
+    return longer
 
 
 def _with_inserted(sample: Sample, token_ids: list[int]) -> Sample:
     count = len(token_ids)
+    if not count:
+        return sample
     return _longer(sample, token_ids, np.zeros(count), np.full(count, NOT_SAMPLED), is_written=False)
 
 
