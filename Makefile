@@ -26,9 +26,10 @@ sanitize: $(VENV)/dev
 	CC="gcc -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all" \
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 \
-	$(BIN)/python -m pytest -q -m "not slow and not gpu" tests/unit/test_native.py tests/unit/test_norm_rotary.py \
+	$(BIN)/python -m pytest -q -m "not slow and not gpu" tests/unit/test_native.py tests/contracts/test_norm_and_rotary_backends.py \
 	    tests/contracts/test_attention_backends.py tests/contracts/test_experts_backends.py \
-	    tests/contracts/test_linear_backends.py tests/contracts/test_paged_attention_backends.py tests/parity/test_engine.py
+	    tests/contracts/test_linear_backends.py tests/contracts/test_paged_attention_backends.py \
+	    tests/contracts/test_router_backends.py tests/contracts/test_store_backends.py tests/parity/test_engine.py
 check: $(VENV)/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

@@ -16,7 +16,7 @@ Plugin = TypeVar("Plugin")
 
 
 class Registry(Generic[Plugin]):
-    """The plug-ins of one folder. Files whose name starts with `_` are not plug-ins.
+    """The plug-ins of one folder. Folders, and files whose name starts with `_`, are not plug-ins.
 
     Args:
         package: The dotted name of the folder, such as `openmimo.evals.tasks`.
@@ -30,7 +30,8 @@ class Registry(Generic[Plugin]):
     def names(self) -> list[str]:
         """The sorted names in the folder. Imports only the `__init__` of the folder."""
         paths = importlib.import_module(self.package).__path__
-        return sorted(module.name for module in pkgutil.iter_modules(paths) if not module.name.startswith("_"))
+        modules = (module for module in pkgutil.iter_modules(paths) if not module.ispkg)
+        return sorted(module.name for module in modules if not module.name.startswith("_"))
 
     def get(self, name: str) -> Plugin:
         """The plug-in `name`, or the external object `package.module:Object`.

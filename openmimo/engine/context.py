@@ -11,8 +11,8 @@ import torch
 
 from openmimo.engine.cache import PageArena, PageTables
 from openmimo.kernels.attention import AttentionOut, attend
-from openmimo.kernels.page_store import store
 from openmimo.kernels.paged_attention import Pages, paged_attend
+from openmimo.kernels.paged_attention.store import store
 from openmimo.kernels.rotary import rotary_table
 from openmimo.model.context import AttentionCall, RoutingTape
 from openmimo.model.geometry import AttentionConfig

@@ -1,8 +1,9 @@
-"""Choosing how a kernel call is computed.
+"""The choice of how a kernel call is computed.
 
-An operation is a folder of backends. Each states what it refuses and why; the one with the lowest rank that does not
-refuse runs. `reference` refuses nothing and has the worst rank, so there is always an answer. A backend never ignores
-a part of the call: it computes it, or refuses.
+An operation is a folder of backends. Its `__init__` defines the call, a `Need` (everything about a call that a backend
+may look at) and a `DISPATCHER`. Each backend is a file that exports `PLUGIN = Backend(priority, run, refuse)`. The
+backend of the highest priority that does not refuse the need runs. `reference` defines the operation: it refuses
+nothing and has priority 0. A backend never ignores a part of a call: it computes the part, or refuses the call.
 """
 
 import functools
@@ -14,60 +15,67 @@ from typing import Any
 from openmimo.core.errors import ConfigError
 from openmimo.core.registry import Registry
 
-_REMEMBERED_NEEDS = 4096  # decoding asks the same a hundred times a token
+_MAX_REMEMBERED_NEEDS = 4096  # decoding repeats the same hundred needs for every token
 
 
 @dataclass(frozen=True)
 class Backend:
-    """One way to compute an operation. `refuse(need)` gives a reason, or None if `run` can serve the call.
+    """One way to compute an operation.
 
-    The answer is remembered, so it depends on `need` and on what stays as it is while the process runs.
+    The dispatcher remembers the answer of `refuse`, so it depends only on `need` and on what is constant while the
+    process runs.
+
+    Attributes:
+        priority: The dispatcher tries higher priorities first.
+        run: The function that computes the call, or a record of functions where an operation has several.
+        refuse: Gives the reason why `run` cannot serve a need, or None if it can.
     """
 
-    rank: int
-    run: Callable[..., Any]
+    priority: int
+    run: Any
     refuse: Callable[[Any], str | None]
 
 
 class Dispatcher:
-    """The backends of one folder, fastest first.
+    """The backends of one folder.
 
-    The environment variable `variable` forces one by name. It is read at the first choice and kept: reading it for
-    every call takes longer than the choice itself.
+    `choose(need)` gives (name, backend) of the backend that serves `need`, a hashable tuple. It is a cached C function:
+    a decoded token chooses about a hundred times. It raises ConfigError if the forced backend refuses.
+
+    Args:
+        package: The dotted folder of the backends.
+        variable: The environment variable that forces a backend by name. The first choice reads it, and later changes
+            have no effect.
     """
 
     def __init__(self, package: str, variable: str):
+        self.variable = variable
         self._registry: Registry[Backend] = Registry(package, Backend)
-        self._variable = variable
         self._ordered: list[tuple[str, Backend]] | None = None
-        self._remembered = functools.lru_cache(maxsize=_REMEMBERED_NEEDS)(self._choose)
+        self.choose: Callable[[Any], tuple[str, Backend]] = functools.lru_cache(_MAX_REMEMBERED_NEEDS)(self._choose)
 
     def backends(self) -> list[tuple[str, Backend]]:
-        """Every (name, backend), best rank first."""
+        """Every (name, backend), highest priority first."""
         if self._ordered is None:
             found = [(name, self._registry.get(name)) for name in self._registry.names()]
-            self._ordered = sorted(found, key=lambda pair: pair[1].rank)
+            self._ordered = sorted(found, key=lambda pair: -pair[1].priority)
         return self._ordered
 
-    def choose(self, need: Any) -> tuple[str, Backend]:
-        """The fastest backend that serves `need` (hashable). Raises ConfigError if the one that is forced refuses."""
-        return self._remembered(need)
-
-    @functools.cached_property
-    def _forced(self) -> str:
-        return os.environ.get(self._variable, "")
-
-    def _choose(self, need: Any) -> tuple[str, Backend]:
-        if forced := self._forced:
-            backend = self._registry.get(forced)
-            if reason := backend.refuse(need):
-                raise ConfigError(f"{self._variable}={forced}, but this backend refuses the call: {reason}.")
-            return forced, backend
-        return self.fastest(need)
-
-    def fastest(self, need: Any) -> tuple[str, Backend]:
-        """The fastest backend that serves `need`, whichever is forced."""
+    def best(self, need: Any) -> tuple[str, Backend]:
+        """The backend of the highest priority that serves `need`, without regard to the environment variable."""
         for name, backend in self.backends():
             if backend.refuse(need) is None:
                 return name, backend
         raise AssertionError("the reference backend refuses nothing")
+
+    @functools.cached_property
+    def _forced(self) -> str:
+        return os.environ.get(self.variable, "")
+
+    def _choose(self, need: Any) -> tuple[str, Backend]:
+        if not (forced := self._forced):
+            return self.best(need)
+        backend = self._registry.get(forced)
+        if reason := backend.refuse(need):
+            raise ConfigError(f"{self.variable}={forced}, but this backend refuses the call: {reason}.")
+        return forced, backend

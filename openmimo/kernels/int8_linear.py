@@ -3,16 +3,13 @@
 R rows, D input dim, O output dim.
 """
 
-import functools
-import struct
-
 import torch
 
 from openmimo.kernels import native
 
 MAX_ROWS = 32  # as in native/int8.c
 _LARGEST = 127
-_CALL = struct.Struct("4P4q")  # `int8_call` of native/int8.c
+_INT8_LINEAR = native.Function("openmimo_int8_linear", "4P4q")  # `int8_call` of native/int8.c
 
 
 def quantize_rows(weight_OD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -46,10 +43,5 @@ def int8_linear(x: torch.Tensor, weight_OD: torch.Tensor, scale_O: torch.Tensor)
         raise ValueError(f"there are {outputs} outputs, but scales {tuple(scale_O.shape)}")
     out_RO = x_RD.new_empty(rows, outputs)
     addresses = (tensor.data_ptr() for tensor in (x_RD, weight_OD, scale_O, out_RO))
-    _entry()(_CALL.pack(*addresses, rows, dims, outputs, torch.get_num_threads()))
+    _INT8_LINEAR.call(_INT8_LINEAR.pack(*addresses, rows, dims, outputs, torch.get_num_threads()))
     return out_RO.to(x.dtype)
-
-
-@functools.cache
-def _entry() -> native.Entry:
-    return native.entry("openmimo_int8_linear")

@@ -8,11 +8,10 @@ that it needs no way through the rest of the model.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from openmimo.kernels import router
 from openmimo.kernels.experts import apply_experts
+from openmimo.kernels.router import RoutingRule, route
 from openmimo.model.config import MoEConfig
 from openmimo.model.context import AttentionContext, SequenceBalance
 from openmimo.model.layers import as_dtype
@@ -29,58 +28,34 @@ class Router(nn.Module):
 
     def __init__(self, model_dim: int, moe: MoEConfig, index: int):
         super().__init__()
-        self.moe = moe
         self.index = index
+        self.rule = RoutingRule(
+            moe.experts_per_token, moe.num_groups, moe.groups_per_token, moe.normalize_weights, moe.routed_scale
+        )
         self.weight = nn.Parameter(torch.empty(moe.num_experts, model_dim))
         self.register_buffer("e_score_correction_bias", torch.zeros(moe.num_experts))
 
     def forward(self, x_TD: torch.Tensor, context: AttentionContext) -> tuple[torch.Tensor, torch.Tensor]:
-        """The chosen expert ids, int64 [T, A], and their weights, float32 [T, A]."""
-        moe, routing, weight_ED = self.moe, context.routing, self.weight
-        if moe.num_groups == 1 and self.index not in routing.replayed and router.serves(x_TD, weight_ED):
-            ids_TA, weights_TA = router.route(
-                x_TD,
-                weight_ED,
-                self.e_score_correction_bias,
-                experts_per_token=moe.experts_per_token,
-                normalize_weights=moe.normalize_weights,
-                routed_scale=moe.routed_scale,
-            )
-        else:
-            ids_TA, weights_TA = self._route(x_TD, weight_ED, context)
+        """The chosen expert ids, int64 [T, A], and their weights, float32 [T, A] (float64 for float64 x).
+
+        Adds the gradient of the balance loss where the context asks for it.
+        """
+        routing, balance = context.routing, context.sequence_balance
+        has_loss = balance is not None and torch.is_grad_enabled()
+        ids_TA, weights_TA, scores_TE = route(
+            x_TD,
+            self.weight,
+            self.e_score_correction_bias,
+            self.rule,
+            replayed_TA=routing.replayed.get(self.index),
+            keep_scores=has_loss,
+        )
+        if has_loss:
+            loss = sequence_balance_loss(scores_TE, ids_TA, balance)
+            weights_TA = _AddLoss.apply(weights_TA, balance.weight * loss)
         if routing.record:
             routing.recorded[self.index] = ids_TA
         return ids_TA, weights_TA
-
-    def _route(
-        self, x_TD: torch.Tensor, weight_ED: torch.Tensor, context: AttentionContext
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The definition, differentiable: with groups, replayed choices, and the gradient of the balance loss."""
-        dtype = torch.float64 if x_TD.dtype == torch.float64 else torch.float32
-        scores_TE = F.linear(as_dtype(x_TD, dtype), as_dtype(weight_ED, dtype)).sigmoid()
-        ids_TA = self._choose(scores_TE.detach())
-        if self.index in context.routing.replayed:
-            replayed_TA = context.routing.replayed[self.index].to(ids_TA.device, torch.int64)
-            ids_TA = torch.where(replayed_TA < 0, ids_TA, replayed_TA)
-        weights_TA = scores_TE.gather(1, ids_TA)
-        if self.moe.normalize_weights:
-            weights_TA = weights_TA / (weights_TA.sum(dim=-1, keepdim=True) + 1e-20)
-        if self.moe.routed_scale != 1.0:
-            weights_TA = weights_TA * self.moe.routed_scale
-        if context.sequence_balance is not None and torch.is_grad_enabled():
-            loss = sequence_balance_loss(scores_TE, ids_TA, context.sequence_balance)
-            weights_TA = _AddLoss.apply(weights_TA, context.sequence_balance.weight * loss)
-        return ids_TA, weights_TA
-
-    def _choose(self, scores_TE: torch.Tensor) -> torch.Tensor:
-        biased_TE = scores_TE + self.e_score_correction_bias
-        if self.moe.num_groups > 1:
-            groups = biased_TE.view(len(biased_TE), self.moe.num_groups, -1)
-            group_scores = groups.topk(2, dim=-1).values.sum(dim=-1)
-            best = group_scores.topk(self.moe.groups_per_token, dim=-1).indices
-            open_groups = torch.zeros_like(group_scores, dtype=torch.bool).scatter_(1, best, True)
-            biased_TE = groups.masked_fill(~open_groups[..., None], float("-inf")).flatten(1)
-        return biased_TE.topk(self.moe.experts_per_token, dim=-1).indices
 
     @torch.no_grad()
     def update_selection_bias(self, load_E: torch.Tensor, rate: float) -> None:

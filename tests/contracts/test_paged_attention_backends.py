@@ -9,7 +9,6 @@ import torch
 
 from openmimo.kernels import native
 from openmimo.kernels.attention import attend
-from openmimo.kernels.page_store import store
 from openmimo.kernels.paged_attention import DISPATCHER, PagedNeed, Pages, paged_attend
 
 BACKENDS = [name for name, _ in DISPATCHER.backends()]
@@ -143,23 +142,3 @@ def test_lengths_that_do_not_fit_are_refused():
     for wrong in ({"query_lengths": (1, 1)}, {"key_lengths": (50, 3000, 9)}):
         with pytest.raises(ValueError, match="do not fit"):
             paged_attend(q, pages, sink, **{**arguments, **wrong})
-
-
-@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float8_e4m3fn], ids=str)
-@pytest.mark.parametrize("tokens", [1, 7, 100])
-@torch.inference_mode()
-def test_rows_are_stored_where_they_belong_and_nowhere_else(tokens, stored):
-    """Rows as the model gives them: keys a part of a wider row, pages with gaps between."""
-    generator = torch.Generator().manual_seed(0)
-    dtype = torch.float32 if stored == torch.float32 else torch.bfloat16
-    joined = torch.randn(tokens, 5 * 48, generator=generator).to(dtype)
-    k, v = joined.view(tokens, 5, 48)[:, 3:], torch.randn(tokens, 2, 32, generator=generator).to(dtype)
-    memory = torch.zeros(40, 2000).to(stored)
-    keys = memory.as_strided((40, 8, 2, 48), (2000, 96, 48, 1), 0)
-    values = memory.as_strided((40, 8, 2, 32), (2000, 64, 32, 1), 8 * 96)
-    places = torch.randperm(320, generator=generator)[:tokens]
-    expected = memory.clone()
-    expected.as_strided(keys.shape, keys.stride(), 0)[places // 8, places % 8] = k.to(stored)
-    expected.as_strided(values.shape, values.stride(), 8 * 96)[places // 8, places % 8] = v.to(stored)
-    store(Pages(keys, values, torch.zeros(1, 1, dtype=torch.int32)), places // 8, places % 8, k, v)
-    assert torch.equal(memory.float(), expected.float())

@@ -19,8 +19,8 @@ from openmimo.engine.engine import Engine
 from openmimo.engine.llm import LLM
 from openmimo.engine.weights import quantize_linears
 from openmimo.kernels.int8_linear import quantize_rows
-from openmimo.kernels.page_store import store
 from openmimo.kernels.paged_attention import Pages
+from openmimo.kernels.paged_attention.store import store
 from openmimo.model.context import PackedContext, RoutingTape
 from openmimo.model.mimo import MiMo
 

@@ -19,6 +19,7 @@ from openmimo.model.context import AttentionCall, PackedContext
 from openmimo.model.flops import attention_parameters
 from openmimo.model.hf import save_model
 from openmimo.model.mimo import MiMo
+from openmimo.model.recompute import checkpoint_activations
 from openmimo.rl.learning.shared_prompt import PromptGroup, SharedPromptContext
 
 SHARED, SCORED, BLOCK = "tests.attention_kinds:SHARED", "tests.attention_kinds:SCORED", 8
@@ -238,7 +239,7 @@ def test_a_checkpoint_that_cannot_state_a_kind_is_not_written(kind, tmp_path):
 def test_recomputed_activations_give_the_same_gradients(kind):
     model, tokens_T = shared_model(kind), ids_of(40)
     loss, gradients = loss_and_gradients(model, PackedContext((25, 15)), tokens_T)
-    model.activation_checkpointing = True
+    checkpoint_activations(model)
     again, recomputed = loss_and_gradients(model, PackedContext((25, 15)), tokens_T)
     assert loss == again
     for name, gradient in gradients.items():

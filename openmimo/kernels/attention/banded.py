@@ -265,4 +265,4 @@ class _StreamSum:
         return self._sum[: len(self._like)].to(self._like.dtype)
 
 
-PLUGIN = Backend(rank=10, run=run, refuse=refuse)
+PLUGIN = Backend(priority=40, run=run, refuse=refuse)

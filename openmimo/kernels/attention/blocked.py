@@ -174,4 +174,4 @@ def refuse(need: AttentionNeed) -> str | None:
     return None if need.score_block is None else NO_SCORES
 
 
-PLUGIN = Backend(rank=20, run=run, refuse=refuse)
+PLUGIN = Backend(priority=20, run=run, refuse=refuse)

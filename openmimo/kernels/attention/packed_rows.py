@@ -12,10 +12,10 @@ import functools
 import torch
 
 from openmimo.kernels.attention import NO_SCORES, AttentionNeed, AttentionOut
+from openmimo.kernels.attention._calls import MAX_DECODE_QUERIES
 from openmimo.kernels.attention._tiles import pack_rows, scaled_product, unpack_rows, whole_columns
 from openmimo.kernels.dispatch import Backend
 
-MAX_QUERIES = 16
 MAX_GATHERED_NUMBERS = 1 << 18
 
 
@@ -92,8 +92,8 @@ def refuse(need: AttentionNeed) -> str | None:
         return NO_SCORES
     if need.needs_gradients:
         return "it has no backward pass"
-    if max(need.query_lengths) > MAX_QUERIES:
-        return f"it is for at most {MAX_QUERIES} queries a sequence, not {max(need.query_lengths)}"
+    if max(need.query_lengths) > MAX_DECODE_QUERIES:
+        return f"it takes at most {MAX_DECODE_QUERIES} queries a sequence, not {max(need.query_lengths)}"
     return None
 
 
@@ -161,4 +161,4 @@ def _attend(
     return out_TNV
 
 
-PLUGIN = Backend(rank=5, run=run, refuse=refuse)
+PLUGIN = Backend(priority=60, run=run, refuse=refuse)

@@ -51,13 +51,13 @@ def refuse(need: AttentionNeed) -> str | None:
     if need.score_block is not None:
         return NO_SCORES
     if need.on_cpu:
-        return "it is for accelerators"
+        return "it runs on accelerators only"
     if need.window_keys is not None or need.has_sink:
-        return "the torch call has neither windows nor sinks"
+        return "torch's call has neither windows nor sinks"
     if not need.is_self_attention:
-        return "its causal mask is for sequences with as many queries as keys"
+        return "a sequence has more keys than queries, which torch's causal mask cannot express"
     if need.dtype not in (torch.bfloat16, torch.float16):
-        return f"its fast kernels are for half precision, not {need.dtype}"
+        return f"torch's fused kernels compute half precision, not {need.dtype}"
     if not has_fused_attention(need.num_heads, need.num_kv_heads, need.key_dim, need.value_dim, need.dtype):
         return "none of torch's fused kernels takes these heads on this accelerator"
     return None
@@ -98,4 +98,4 @@ def _batch(
     return out.transpose(1, 2).flatten(0, 1)
 
 
-PLUGIN = Backend(rank=1, run=run, refuse=refuse)
+PLUGIN = Backend(priority=80, run=run, refuse=refuse)

@@ -81,9 +81,9 @@ def refuse(need: AttentionNeed) -> str | None:
     if need.score_block is not None:
         return NO_SCORES
     if not need.on_cpu:
-        return "it is for a CPU"
+        return "it runs on CPUs only"
     if len(need.query_lengths) < MIN_SEQUENCES or max(need.key_lengths) > MAX_KEYS:
-        return f"it is for at least {MIN_SEQUENCES} sequences of at most {MAX_KEYS} keys"
+        return f"it takes at least {MIN_SEQUENCES} sequences of at most {MAX_KEYS} keys"
     if min(need.query_lengths) < 1:
         return "a sequence has no query"
     if len(need.query_lengths) * need.num_heads * max(need.query_lengths) * max(need.key_lengths) > MAX_LOGITS:
@@ -91,4 +91,4 @@ def refuse(need: AttentionNeed) -> str | None:
     return None
 
 
-PLUGIN = Backend(rank=8, run=run, refuse=refuse)
+PLUGIN = Backend(priority=50, run=run, refuse=refuse)

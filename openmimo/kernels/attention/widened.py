@@ -19,7 +19,7 @@ def run(
     scale: float,
 ) -> AttentionOut:
     """See `openmimo.kernels.attention.attend`."""
-    _, backend = DISPATCHER.fastest(replace(need, dtype=torch.float32))
+    _, backend = DISPATCHER.best(replace(need, dtype=torch.float32))
     sink_N = None if sink_N is None else sink_N.float()
     wide = backend.run(
         q_TNK.float(), k_SGK.float(), v_SGV.float(), sink_N, need=replace(need, dtype=torch.float32), scale=scale
@@ -28,16 +28,16 @@ def run(
 
 
 def refuse(need: AttentionNeed) -> str | None:
-    """Bfloat16 alone, and a CPU without instructions for it."""
+    """Bfloat16 only, on a CPU without instructions for it."""
     if need.score_block is not None:
         return NO_SCORES
     if not need.on_cpu:
-        return "it is for CPUs"
+        return "it runs on CPUs only"
     if need.dtype != torch.bfloat16:
-        return f"{need.dtype} need not be widened"
+        return f"it computes bfloat16 only, not {need.dtype}"
     if cpu_multiplies_bfloat16():
         return "this CPU multiplies bfloat16 itself"
     return None
 
 
-PLUGIN = Backend(rank=1, run=run, refuse=refuse)
+PLUGIN = Backend(priority=70, run=run, refuse=refuse)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from openmimo.kernels.dispatch import Backend
 from openmimo.kernels.experts import ExpertsNeed
 
-_MAX_TOKENS = 8
+MAX_TOKENS = 8
 
 
 def run(
@@ -41,10 +41,10 @@ def refuse(need: ExpertsNeed) -> str | None:
     if need.needs_gradients:
         return "it has no backward pass"
     if not need.on_cpu:
-        return "it reads the chosen experts on the host"
-    if not 1 <= need.num_tokens <= _MAX_TOKENS:
-        return f"it serves 1 to {_MAX_TOKENS} tokens"
+        return "it runs on CPUs only: it reads the chosen experts on the host"
+    if not 1 <= need.num_tokens <= MAX_TOKENS:
+        return f"it takes 1 to {MAX_TOKENS} tokens, not {need.num_tokens}"
     return None
 
 
-PLUGIN = Backend(rank=5, run=run, refuse=refuse)
+PLUGIN = Backend(priority=60, run=run, refuse=refuse)

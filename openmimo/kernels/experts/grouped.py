@@ -33,12 +33,12 @@ def run(
 def refuse(need: ExpertsNeed) -> str | None:
     """What torch's kernel cannot take, and where it is slower than a loop."""
     if need.on_cpu:
-        return "on a CPU it is a loop that cannot choose its shapes"
+        return "on a CPU torch's grouped product is slower than the loop over experts"
     if need.dtype != torch.bfloat16:
-        return f"torch's grouped product does not take {need.dtype}"
+        return f"torch's grouped product computes bfloat16, not {need.dtype}"
     if 2 * need.model_dim % _ALIGNMENT_BYTES or 2 * need.expert_dim % _ALIGNMENT_BYTES:
-        return f"rows must be multiples of {_ALIGNMENT_BYTES} bytes"
+        return f"a row is no multiple of {_ALIGNMENT_BYTES} bytes"
     return None
 
 
-PLUGIN = Backend(rank=10, run=run, refuse=refuse)
+PLUGIN = Backend(priority=50, run=run, refuse=refuse)

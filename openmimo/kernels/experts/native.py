@@ -4,9 +4,6 @@ A token's output has the same bits whatever other tokens the call computes. Sums
 to the last weight; in bfloat16 only the activations between the two products are rounded.
 """
 
-import functools
-import struct
-
 import torch
 
 from openmimo.kernels import native
@@ -14,7 +11,7 @@ from openmimo.kernels.dispatch import Backend
 from openmimo.kernels.experts import ExpertsNeed
 
 MAX_VISITS = 256
-_CALL = struct.Struct("6P7q")  # `experts_call` of native/experts.c
+_EXPERTS = native.Function("openmimo_experts", "6P7q")  # `experts_call` of native/experts.c
 _STATUS_NO_EXPERT = 1
 
 
@@ -44,7 +41,7 @@ def run(
     x_TD, expert_ids_TA, weights_TA = x_TD.contiguous(), expert_ids_TA.contiguous(), weights_TA.contiguous()
     gate_up_EHD, down_EDF = gate_up_EHD.contiguous(), down_EDF.contiguous()
     out_TD = torch.empty_like(x_TD)
-    call = _CALL.pack(
+    call = _EXPERTS.pack(
         x_TD.data_ptr(),
         expert_ids_TA.data_ptr(),
         weights_TA.data_ptr(),
@@ -54,7 +51,7 @@ def run(
         *(*expert_ids_TA.shape, E, D, F),
         *(torch.get_num_threads(), x_TD.dtype == torch.bfloat16),
     )
-    status = _entry()(call)
+    status = _EXPERTS.call(call)
     if status == _STATUS_NO_EXPERT:
         raise IndexError(f"there are {E} experts; the ids run to {int(expert_ids_TA.max())}")
     if status:
@@ -62,24 +59,11 @@ def run(
     return out_TD
 
 
-@functools.cache
-def _entry() -> native.Entry:
-    return native.entry("openmimo_experts")
-
-
 def refuse(need: ExpertsNeed) -> str | None:
     """A few tokens of float32 or bfloat16 on a CPU, no gradients."""
-    if need.needs_gradients:
-        return "it has no backward pass"
-    if not need.on_cpu:
-        return "it is for CPUs"
-    if need.dtype not in native.DTYPES:
-        return f"it takes float32 and bfloat16, not {need.dtype}"
     if not 1 <= need.num_tokens * need.experts_per_token <= MAX_VISITS:
         return f"it takes 1 to {MAX_VISITS} visits of tokens to experts"
-    if native.library() is None:
-        return "the native library is not there"
-    return None
+    return native.refuse(need)
 
 
-PLUGIN = Backend(rank=1, run=run, refuse=refuse)
+PLUGIN = Backend(priority=90, run=run, refuse=refuse)

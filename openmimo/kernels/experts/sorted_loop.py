@@ -49,4 +49,4 @@ def _row_multiple(need: ExpertsNeed) -> int:
     return multiple
 
 
-PLUGIN = Backend(rank=20, run=run, refuse=lambda need: None)
+PLUGIN = Backend(priority=20, run=run, refuse=lambda need: None)

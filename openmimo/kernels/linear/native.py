@@ -5,7 +5,6 @@ verified among drafts comes out the same.
 """
 
 import functools
-import struct
 
 import torch
 
@@ -26,43 +25,31 @@ def run(x_RD: torch.Tensor, layers: tuple[WeightAndBias, ...]) -> torch.Tensor:
         outputs += weight_OD.shape[0]
         parts += weight_OD.data_ptr(), 0 if bias_O is None else bias_O.data_ptr(), weight_OD.shape[0]
     out_RO = x_RD.new_empty(rows, outputs)
-    call = _layout(len(layers)).pack(
+    function = _function(len(layers))
+    call = function.pack(
         x_RD.data_ptr(),
         out_RO.data_ptr(),
         *(rows, dims, x_RD.stride(0), outputs, len(layers), torch.get_num_threads(), x_RD.dtype == torch.bfloat16),
         *parts,
     )
-    if _entry()(call):
+    if function.call(call):
         raise MemoryError(f"no memory for {rows} rows of {dims} numbers")
     return out_RO
 
 
 @functools.cache
-def _layout(num_parts: int) -> struct.Struct:
-    """`linear_call` of native/linear.c."""
-    return struct.Struct("2P7q" + num_parts * "2Pq")
-
-
-@functools.cache
-def _entry() -> native.Entry:
-    return native.entry("openmimo_linear")
+def _function(num_parts: int) -> native.Function:
+    """With the `linear_call` of native/linear.c that holds this number of weights."""
+    return native.Function("openmimo_linear", "2P7q" + num_parts * "2Pq")
 
 
 def refuse(need: LinearNeed) -> str | None:
     """A few rows of float32 or bfloat16 on a CPU, no gradients."""
-    if not need.on_cpu:
-        return "it is for CPUs"
-    if need.needs_gradients:
-        return "it has no backward pass"
-    if need.dtype not in native.DTYPES:
-        return f"it takes float32 and bfloat16, not {need.dtype}"
     if need.num_rows is None or not 1 <= need.num_rows <= MAX_ROWS:
         return f"it takes a matrix of 1 to {MAX_ROWS} rows"
     if not need.readable:
-        return "it reads weights and biases that are contiguous, and fit x"
-    if native.library() is None:
-        return "the native library is not there"
-    return None
+        return "a weight or bias is not contiguous, or does not have the dtype and size that x asks for"
+    return native.refuse(need)
 
 
-PLUGIN = Backend(rank=10, run=run, refuse=refuse)
+PLUGIN = Backend(priority=90, run=run, refuse=refuse)

@@ -42,16 +42,16 @@ class _Widened(torch.autograd.Function):
 
 
 def refuse(need: LinearNeed) -> str | None:
-    """Bfloat16 alone, and a CPU without instructions for it."""
+    """Bfloat16 only, on a CPU without instructions for it."""
     if not need.on_cpu:
-        return "it is for CPUs"
+        return "it runs on CPUs only"
     if need.dtype != torch.bfloat16:
-        return f"{need.dtype} need not be widened"
+        return f"it computes bfloat16 only, not {need.dtype}"
     if not need.readable:
-        return "weights and biases have the dtype and sizes that x asks for"
+        return "a weight or bias is not contiguous, or does not have the dtype and size that x asks for"
     if cpu_multiplies_bfloat16():
         return "this CPU multiplies bfloat16 itself"
     return None
 
 
-PLUGIN = Backend(rank=20, run=run, refuse=refuse)
+PLUGIN = Backend(priority=50, run=run, refuse=refuse)

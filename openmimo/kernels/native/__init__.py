@@ -12,16 +12,17 @@ import os
 import platform
 import shlex
 import shutil
+import struct
 import subprocess
 import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 import torch  # first, so that its OpenMP runtime is the one that the library finds
 
 DTYPES = (torch.float32, torch.bfloat16)  # what the kernels compute
-Entry = Callable[..., int]
 
 SOURCES = Path(__file__).parent
 # No -ffast-math: the kernels say themselves in which order they add, and it is part of what they promise.
@@ -53,11 +54,57 @@ def library() -> ctypes.CDLL | None:
         return None
 
 
-def entry(name: str, *, arguments: int = 1) -> Entry:
-    """A function of the library that takes so many packed structs and returns an int (or nothing)."""
-    function = library()[name]
-    function.argtypes, function.restype = (ctypes.c_char_p,) * arguments, ctypes.c_int
-    return function
+class Function:
+    """A function of the library that takes packed structs and returns an int (0: it succeeded) or nothing.
+
+    A kernel calls `function.call(function.pack(...))`. Looking the function up is left to the first call, because it
+    may compile the library.
+
+    Args:
+        name: Its name in the C sources.
+        layout: The fields of its struct, in the letters of the module `struct`.
+        num_arguments: How many packed structs it takes; `layout` is that of the first.
+    """
+
+    def __init__(self, name: str, layout: str, *, num_arguments: int = 1):
+        self.pack = struct.Struct(layout).pack
+        self._name, self._num_arguments = name, num_arguments
+
+    @functools.cached_property
+    def call(self) -> Callable[..., int]:
+        """The C function. The library must be there: `refuse` says whether it is."""
+        function = library()[self._name]
+        function.argtypes, function.restype = (ctypes.c_char_p,) * self._num_arguments, ctypes.c_int
+        return function
+
+
+class Need(Protocol):
+    """What the needs of all operations with C kernels state."""
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether the tensors lie in the memory of the CPU."""
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether autograd records the call."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the activations."""
+
+
+def refuse(need: Need) -> str | None:
+    """The reason why no C kernel serves a need, or None."""
+    if not need.on_cpu:
+        return "it runs on CPUs only"
+    if need.needs_gradients:
+        return "it has no backward pass"
+    if need.dtype not in DTYPES:
+        return f"it computes float32 and bfloat16, not {need.dtype}"
+    if library() is None:
+        return "the native library is missing"
+    return None
 
 
 def find_compiler() -> list[str]:

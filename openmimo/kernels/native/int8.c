@@ -10,7 +10,7 @@
 #define TOGETHER 4 /* rows and weight rows of a register tile */
 #define APART 4    /* distance between the weight rows of a tile */
 
-/* As openmimo/kernels/int8_linear.py packs it. */
+/* The call record of the int8 product. */
 typedef struct {
     const float *x;       /* [rows, dims] */
     const int8_t *weight; /* [outputs, dims] */

@@ -3,21 +3,17 @@
 A row of the output does not depend on what else the call computes, to the bit.
 """
 
-import functools
-import struct
-
 import torch
 
 from openmimo.kernels import native
 from openmimo.kernels.attention import NO_SCORES, AttentionOut
+from openmimo.kernels.attention._calls import MAX_DECODE_QUERIES, NO_WINDOW, float32_sink, packed_lengths
 from openmimo.kernels.dispatch import Backend
 from openmimo.kernels.paged_attention import PagedNeed, Pages
 
-MAX_QUERIES = 16
 MAX_DIM = 256
-NO_WINDOW = 1 << 62
 KEY_MULTIPLE, VALUE_MULTIPLE = 16, 32
-_CALL = struct.Struct("6P14q")  # `paged_call` of native/attention.c
+_PAGED = native.Function("openmimo_paged_attention", "6P14q", num_arguments=2)  # `paged_call` of native/attention.c
 
 
 def run(
@@ -37,22 +33,19 @@ def run(
     key_strides, value_strides = _strides(keys_XPGK), _strides(values_XPGV)
     q_TNK, tables_BY = q_TNK.contiguous(), tables_BY.contiguous()
     out_TNV = q_TNK.new_empty(T, N, V)
-    if sink_N is not None:
-        sink_N = sink_N.to(torch.float32).contiguous()
-    num_sequences = len(query_lengths)
-    lengths = struct.pack(f"{2 * num_sequences}q", *query_lengths, *key_lengths)
-    call = _CALL.pack(
+    sink_N = float32_sink(sink_N)
+    call = _PAGED.pack(
         q_TNK.data_ptr(),
         keys_XPGK.data_ptr(),
         values_XPGV.data_ptr(),
         0 if sink_N is None else sink_N.data_ptr(),
         out_TNV.data_ptr(),
         tables_BY.data_ptr(),
-        *(num_sequences, N, G, K, V),
+        *(len(query_lengths), N, G, K, V),
         *(P, *key_strides, *value_strides, tables_BY.shape[1]),
         *(window_keys or NO_WINDOW, torch.get_num_threads(), q_TNK.dtype == torch.bfloat16),
     )
-    _entry()(call, lengths)
+    _PAGED.call(call, packed_lengths(query_lengths, key_lengths))
     return AttentionOut(out_TNV)
 
 
@@ -64,31 +57,20 @@ def _strides(x_XPGK: torch.Tensor) -> tuple[int, int]:
     return page, position
 
 
-@functools.cache
-def _entry() -> native.Entry:
-    return native.entry("openmimo_paged_attention", arguments=2)
-
-
 def refuse(need: PagedNeed) -> str | None:
     """A few queries a sequence on a CPU, queries and cache of one dtype, whole vectors; no gradients, no scores."""
     if need.score_block is not None:
         return NO_SCORES
-    if not need.on_cpu:
-        return "it is for CPUs"
-    if need.needs_gradients:
-        return "it has no backward pass"
-    if need.longest_query > MAX_QUERIES:
-        return f"it is for at most {MAX_QUERIES} queries a sequence, not {need.longest_query}"
-    if need.dtype != need.cache_dtype or need.dtype not in (torch.float32, torch.bfloat16):
-        return f"queries and cache are both float32 or both bfloat16, not {need.dtype} and {need.cache_dtype}"
+    if need.longest_query > MAX_DECODE_QUERIES:
+        return f"it takes at most {MAX_DECODE_QUERIES} queries a sequence, not {need.longest_query}"
+    if need.dtype != need.cache_dtype:
+        return f"the queries are {need.dtype} and the cache {need.cache_dtype}"
     if need.key_dim % KEY_MULTIPLE or need.value_dim % VALUE_MULTIPLE or max(need.key_dim, need.value_dim) > MAX_DIM:
         return (
-            f"the key dim is a multiple of {KEY_MULTIPLE} and the value dim of {VALUE_MULTIPLE}, up to {MAX_DIM}, not "
-            f"{need.key_dim} and {need.value_dim}"
+            f"it takes key dims that are multiples of {KEY_MULTIPLE} and value dims that are multiples of "
+            f"{VALUE_MULTIPLE}, up to {MAX_DIM}, not {need.key_dim} and {need.value_dim}"
         )
-    if native.library() is None:
-        return "the native library is not there"
-    return None
+    return native.refuse(need)
 
 
-PLUGIN = Backend(rank=10, run=run, refuse=refuse)
+PLUGIN = Backend(priority=90, run=run, refuse=refuse)

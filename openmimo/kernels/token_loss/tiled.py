@@ -1,7 +1,6 @@
-"""Log-probabilities and losses of tokens, straight from hidden states, without a [T, vocabulary] tensor.
+"""A tile of tokens at a time, so that the logits of one tile stay near the processor; never a [T, V] tensor.
 
-Tokens are taken a tile at a time, so that the logits of one tile stay near the processor; the softmax computes in
-float32 (float64 inputs stay float64).
+The softmax computes in float32 (float64 inputs stay float64).
 
 T tokens, M tokens of a tile, D model dim, V vocabulary.
 """
@@ -11,46 +10,35 @@ from typing import Any
 
 import torch
 
-from openmimo.runtime.device import cpu_multiplies_bfloat16
+from openmimo.kernels.dispatch import Backend
+from openmimo.kernels.token_loss import IGNORED_LABEL, TokenLossFunctions
 
 TILE_TOKENS = 512
 TILE_VOCABULARY = 4096
 MAX_TILE_LOGITS = 1 << 26
-IGNORED_LABEL = -1
 
 
-def token_logprobs(
-    hidden_TD: torch.Tensor, weight_VD: torch.Tensor, labels_T: torch.Tensor, *, temperature: float | torch.Tensor = 1.0
+def logprobs(
+    hidden_TD: torch.Tensor, weight_VD: torch.Tensor, labels_T: torch.Tensor, temperature: float | torch.Tensor
 ) -> torch.Tensor:
-    """log p(label) under softmax(hidden @ weight.T / temperature): [T] float32, or float64 for float64 inputs.
-
-    The temperature, one for all or [T], divides the logits in that dtype, as the engine's sampler does.
-    `labels_T` is integer; label -1 is ignored: it gives 0, and no gradient. Differentiable in hidden and weight; the
-    backward pass computes the logits again.
-    """
-    return _TokenLogprobs.apply(_multipliable(hidden_TD), _multipliable(weight_VD), labels_T, temperature)
+    """The call `openmimo.kernels.token_loss.token_logprobs`. The backward pass computes the logits again."""
+    return _TokenLogprobs.apply(hidden_TD, weight_VD, labels_T, temperature)
 
 
-def token_loss(
+def loss(
     hidden_TD: torch.Tensor, weight_VD: torch.Tensor, labels_T: torch.Tensor, weights_T: torch.Tensor
 ) -> torch.Tensor:
-    """-sum over tokens of weights_T * log p(label): a float32 scalar, or float64 for float64 inputs.
+    """The call `openmimo.kernels.token_loss.token_loss`.
 
-    Labels as in `token_logprobs`; rows with label -1 or weight 0 cost nothing. `weights_T` is a constant. Where hidden
-    or weight needs a gradient, it is computed in the forward pass, tile by tile, and only scaled in the backward pass:
-    three matrix products in all, and nothing computed twice.
+    Where hidden or weight needs a gradient, the forward pass computes it tile by tile, and the backward pass only
+    scales it: three matrix products in all, and nothing computed twice.
     """
-    kept = torch.nonzero((labels_T != IGNORED_LABEL) & (weights_T != 0)).squeeze(1)
-    if len(kept) < len(labels_T):
-        hidden_TD, labels_T, weights_T = hidden_TD[kept], labels_T[kept], weights_T[kept]
     needs_gradients = torch.is_grad_enabled() and (hidden_TD.requires_grad or weight_VD.requires_grad)
-    hidden_TD, weight_VD = _multipliable(hidden_TD), _multipliable(weight_VD)
-    return _TokenLoss.apply(hidden_TD, weight_VD, labels_T, weights_T.detach(), needs_gradients)
+    return _TokenLoss.apply(hidden_TD, weight_VD, labels_T, weights_T, needs_gradients)
 
 
-def token_argmax(hidden_TD: torch.Tensor, weight_VD: torch.Tensor) -> torch.Tensor:
-    """The most probable token of each row, LongTensor [T]."""
-    hidden_TD, weight_VD = _multipliable(hidden_TD.detach()), _multipliable(weight_VD.detach())
+def argmax(hidden_TD: torch.Tensor, weight_VD: torch.Tensor) -> torch.Tensor:
+    """The call `openmimo.kernels.token_loss.token_argmax`."""
     best_T = torch.empty(len(hidden_TD), dtype=torch.int64, device=hidden_TD.device)
     for tile in _tiles(len(hidden_TD), len(weight_VD)):
         best_T[tile] = (hidden_TD[tile] @ weight_VD.T).argmax(dim=-1)
@@ -183,10 +171,8 @@ def _tiles(num_tokens: int, vocabulary: int) -> Iterator[slice]:
         yield slice(start, min(start + size, num_tokens))
 
 
-def _multipliable(x: torch.Tensor) -> torch.Tensor:
-    """The same numbers as float32 where they are bfloat16 on a CPU that has no products of these."""
-    return x.float() if x.dtype == torch.bfloat16 and x.is_cpu and not cpu_multiplies_bfloat16() else x
-
-
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+PLUGIN = Backend(priority=20, run=TokenLossFunctions(logprobs, loss, argmax), refuse=lambda need: None)

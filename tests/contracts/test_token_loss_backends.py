@@ -1,19 +1,27 @@
-"""Token losses against torch's cross-entropy over whole logits, and that no whole logits are ever held."""
+"""Every backend of the token losses against torch's cross-entropy over all logits; the chosen one never holds these."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from openmimo.kernels import token_loss as module
-from openmimo.kernels.token_loss import token_argmax, token_logprobs, token_loss
+from openmimo.kernels.token_loss import (
+    DISPATCHER,
+    TokenLossNeed,
+    tiled,
+    token_argmax,
+    token_logprobs,
+    token_loss,
+)
+
+BACKENDS = dict(DISPATCHER.backends())
 
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     """Tiles far smaller than the inputs, so that every seam is crossed."""
-    monkeypatch.setattr(module, "TILE_TOKENS", 16)
-    monkeypatch.setattr(module, "TILE_VOCABULARY", 32)
-    monkeypatch.setattr(module, "MAX_TILE_LOGITS", 16 * 32)
+    monkeypatch.setattr(tiled, "TILE_TOKENS", 16)
+    monkeypatch.setattr(tiled, "TILE_VOCABULARY", 32)
+    monkeypatch.setattr(tiled, "MAX_TILE_LOGITS", 16 * 32)
 
 
 def inputs(dtype=torch.float64, tokens=53, vocabulary=101):
@@ -25,10 +33,17 @@ def inputs(dtype=torch.float64, tokens=53, vocabulary=101):
     return hidden, weight, labels
 
 
+def functions_of(name, dtype):
+    if reason := BACKENDS[name].refuse(TokenLossNeed(dtype, True)):
+        pytest.skip(reason)
+    return BACKENDS[name].run
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_logprobs_and_their_gradients(temperature):
+@pytest.mark.parametrize("name", BACKENDS)
+def test_logprobs_and_their_gradients(name, temperature):
     hidden, weight, labels = inputs()
-    ours = token_logprobs(hidden, weight, labels, temperature=temperature)
+    ours = functions_of(name, hidden.dtype).logprobs(hidden, weight, labels, temperature)
     expected = -F.cross_entropy(hidden @ weight.T / temperature, labels, ignore_index=-1, reduction="none")
     assert torch.allclose(ours, expected, atol=1e-12)
     assert (ours[::5] == 0).all()
@@ -39,6 +54,35 @@ def test_logprobs_and_their_gradients(temperature):
         strict=True,
     ):
         assert torch.allclose(a, b, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_a_temperature_for_each_token(name):
+    hidden, weight, labels = inputs()
+    temperature = torch.linspace(0.5, 2.0, 53, dtype=torch.float64)
+    ours = functions_of(name, hidden.dtype).logprobs(hidden, weight, labels, temperature)
+    logits = hidden @ weight.T / temperature[:, None]
+    expected = -F.cross_entropy(logits, labels, ignore_index=-1, reduction="none")
+    assert torch.allclose(ours, expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_a_backends_loss_in_bfloat16(name):
+    hidden, weight, labels = inputs(torch.bfloat16)
+    kept = labels >= 0
+    hidden, labels, weights = hidden[kept], labels[kept], torch.rand(int(kept.sum()))
+    functions = functions_of(name, torch.bfloat16)
+    loss = functions.loss(hidden, weight, labels, weights)
+    losses = F.cross_entropy(hidden.double() @ weight.double().T, labels, reduction="none")
+    exact = (losses * weights.double()).sum()
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(exact.item(), rel=2e-2)
+    ours, theirs = (torch.autograd.grad(value, weight)[0] for value in (loss, exact))
+    assert (ours.double() - theirs.double()).norm() / theirs.double().norm() < 2e-2
+    close = (hidden.double() @ weight.double().T).max(dim=-1).values
+    best = functions.argmax(hidden.detach(), weight.detach())
+    chosen = (hidden.double() @ weight.double().T).gather(1, best[:, None]).squeeze(1)
+    assert torch.allclose(chosen, close, rtol=2e-2)
 
 
 def test_loss_and_its_gradients():

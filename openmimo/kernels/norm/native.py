@@ -1,0 +1,32 @@
+"""Few numbers on a CPU: one call, one thread (native/rows.c)."""
+
+import torch
+
+from openmimo.kernels import native
+from openmimo.kernels.dispatch import Backend
+from openmimo.kernels.norm import NormNeed
+
+MAX_NUMBERS = 1 << 18  # more are worth torch's threads
+_RMS_NORM = native.Function("openmimo_rms_norm", "3P3qd")  # `norm_call` of native/rows.c
+
+
+def run(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """The call `openmimo.kernels.norm.rms_norm`; the weight has the dtype of x."""
+    x, weight = x.contiguous(), weight.contiguous()
+    out = torch.empty_like(x)
+    dims = weight.shape[0]
+    rows, is_bfloat16 = x.numel() // max(dims, 1), x.dtype == torch.bfloat16
+    _RMS_NORM.call(_RMS_NORM.pack(x.data_ptr(), weight.data_ptr(), out.data_ptr(), rows, dims, is_bfloat16, epsilon))
+    return out
+
+
+def refuse(need: NormNeed) -> str | None:
+    """Few numbers of float32 or bfloat16 on a CPU, no gradients."""
+    if need.num_numbers > MAX_NUMBERS:
+        return f"torch is faster for more than {MAX_NUMBERS:,} numbers"
+    if not need.readable:
+        return "the weight does not have the size of a row"
+    return native.refuse(need)
+
+
+PLUGIN = Backend(priority=90, run=run, refuse=refuse)

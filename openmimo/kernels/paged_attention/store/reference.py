@@ -1,0 +1,23 @@
+"""The definition: torch's indexed assignment, after saturation."""
+
+import torch
+
+from openmimo.kernels.dispatch import Backend
+from openmimo.kernels.paged_attention import Pages
+
+
+def run(pages: Pages, page_T: torch.Tensor, slot_T: torch.Tensor, k_TGK: torch.Tensor, v_TGV: torch.Tensor) -> None:
+    """The call `openmimo.kernels.paged_attention.store.store`."""
+    pages.keys_XPGK[page_T, slot_T] = _saturated(k_TGK, pages.keys_XPGK.dtype)
+    pages.values_XPGV[page_T, slot_T] = _saturated(v_TGV, pages.values_XPGV.dtype)
+
+
+def _saturated(rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    largest = torch.finfo(dtype).max
+    if largest < torch.finfo(rows.dtype).max:
+        wide = torch.promote_types(rows.dtype, torch.float32)  # bfloat16 would round the limit itself up
+        rows = rows.to(wide).clamp(-largest, largest)
+    return rows.to(dtype)
+
+
+PLUGIN = Backend(priority=0, run=run, refuse=lambda need: None)
