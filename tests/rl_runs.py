@@ -65,6 +65,24 @@ def letters_problems(options, split, seed):
 
 
 LETTERS = Environment("letters", LettersOptions, letters_problems, LettersEpisode)
+
+
+class HalfHopeless(LettersEpisode):
+    """Letters, of six problems of which every other one never pays."""
+
+    def __init__(self, problem: Problem, options: LettersOptions):
+        super().__init__(problem, options)
+        self._is_hopeless = int(problem.id) % 2 == 1
+
+    def reward(self) -> float:
+        return 0.0 if self._is_hopeless else super().reward()
+
+
+def six_problems(options, split, seed):
+    return lambda index: Problem(str(index % 6), f"a{index % 6}")
+
+
+HALF_HOPELESS = Environment("half hopeless", LettersOptions, six_problems, HalfHopeless)
 SLOW_LETTERS = replace(LETTERS, is_instant=lambda options: False)
 
 

@@ -103,8 +103,8 @@ class SchedulingConfig:
         check_fields(self, "scheduling")
         if self.min_pass_rate > self.max_pass_rate:
             raise ConfigError(
-                f"scheduling: min_pass_rate is {self.min_pass_rate}, which is above max_pass_rate, {self.max_pass_rate}; "
-                "no problem would be drawn twice."
+                f"scheduling: min_pass_rate is {self.min_pass_rate}, which is above max_pass_rate, "
+                f"{self.max_pass_rate}; no problem would be drawn twice."
             )
         if self.min_pass_rate == 0.0 and self.max_pass_rate == 1.0:
             unused = {"problem_smoothing": 0.5, "revisit_fraction": 0.1}

@@ -43,6 +43,27 @@ class GroupRequest:
     environment: str = ""
 
 
+@dataclass(frozen=True)
+class LateReward:
+    """The reward of a sample that came back without one. Fields that a Sample has too have its names and meanings.
+
+    Attributes:
+        sample_id: The sample's info["sample_id"].
+        domain: The source of the sample.
+        group: The group of the sample.
+        reward: From 0 to 1; NaN if scoring failed.
+        finish_reason: "error" if scoring failed, otherwise that of the sample.
+        info: What scoring adds to the sample's info: an error and its kind, or that it took too long.
+    """
+
+    sample_id: str
+    domain: str
+    group: str
+    reward: float
+    finish_reason: str
+    info: dict[str, Any] = field(default_factory=dict)
+
+
 @dataclass
 class SampleSlot:
     """The place of one sample in its group.

@@ -1,8 +1,7 @@
-"""Rewards: numbers from 0 to 1, which may arrive after their samples. Any other value ends the run."""
+"""What a reward is: a number from 0 to 1. Any other value that an environment gives ends the run."""
 
 import math
 import numbers
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,27 +15,6 @@ ROUNDING = 1e-6
 
 class RewardError(UserError):
     """An environment gave a reward that is none."""
-
-
-@dataclass(frozen=True)
-class LateReward:
-    """The reward of a sample that came back without one. Fields that a Sample has too have its names and meanings.
-
-    Attributes:
-        sample_id: The sample's info["sample_id"].
-        domain: The source of the sample.
-        group: The group of the sample.
-        reward: From 0 to 1; NaN if scoring failed.
-        finish_reason: "error" if scoring failed, otherwise that of the sample.
-        info: What scoring adds to the sample's info: an error and its kind, or that it took too long.
-    """
-
-    sample_id: str
-    domain: str
-    group: str
-    reward: float
-    finish_reason: str
-    info: dict[str, Any] = field(default_factory=dict)
 
 
 def checked_reward(value: Any, request: GroupRequest) -> float:

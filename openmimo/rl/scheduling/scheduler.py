@@ -33,11 +33,11 @@ from openmimo.rl.scheduling.groups import (
     WAITING,
     Group,
     GroupRequest,
+    LateReward,
     SampleSlot,
     group_from_state,
 )
 from openmimo.rl.scheduling.problems import Problem, ProblemSource
-from openmimo.rl.scheduling.rewards import LateReward
 
 _EQUAL_REWARDS = 1e-6
 _WASTED = ("dropped_stale", "dropped_error", "surplus", "aborted")
@@ -226,8 +226,10 @@ class DataScheduler:
         carried_in + drawn = accepted + dropped_* + surplus + aborted + in_flight. scored, errors (lost to failures of
         the infrastructure) and late count samples; late ones came after their group had ended. short: by how many
         groups the batch is smaller than it should be.
-        in_flight: unfinished, and finished but not taken. unscored: samples that await their reward. waste_share: of the samples that were ended in this step and
-        not dropped by dynamic sampling, how many are never learned from.
+        in_flight: unfinished, and finished but not taken. unscored: samples that await their reward.
+        waste_share: of the samples that were ended in this step and not dropped by dynamic sampling, how many are never
+        learned from. known_problems, never_solved_share, passed_over (by source): problems whose pass rate is known,
+        how many of these have pass rate 0, and how many draws stepped over a problem for its pass rate, of all time.
         """
         totals: Counter[str] = Counter()
         report: dict[str, float] = {}
