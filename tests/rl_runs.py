@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import threading
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -84,6 +85,17 @@ def six_problems(options, split, seed):
 
 HALF_HOPELESS = Environment("half hopeless", LettersOptions, six_problems, HalfHopeless)
 SLOW_LETTERS = replace(LETTERS, is_instant=lambda options: False)
+
+
+class LateEpisode(LettersEpisode):
+    """Letters whose reward takes a moment."""
+
+    def reward(self) -> float:
+        time.sleep(0.02)
+        return super().reward()
+
+
+LATE_LETTERS = replace(SLOW_LETTERS, open=LateEpisode)
 
 
 def source(name="letters", environment="rl_runs:LETTERS", samples_per_prompt=4, **options):

@@ -1,7 +1,7 @@
 """Groups: one problem and the samples that answer it, from the first submission to the batch."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from openmimo.core.sample_files import sample_from_dict
@@ -91,9 +91,8 @@ class SampleSlot:
     def score(self, reward: float, info: Mapping[str, Any]) -> None:
         """Gives an unscored sample its reward, in all its contexts."""
         assert self.sample is not None
-        for context in self.sample.contexts():
-            context.reward = reward
-        self.sample.info = self.sample.info | dict(info)
+        earlier = [replace(context, reward=reward) for context in self.sample.earlier]
+        self.sample = replace(self.sample, reward=reward, earlier=earlier, info=self.sample.info | dict(info))
         self.status = FINISHED
 
     def forget(self) -> None:
