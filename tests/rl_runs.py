@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import threading
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -65,7 +66,36 @@ def letters_problems(options, split, seed):
 
 
 LETTERS = Environment("letters", LettersOptions, letters_problems, LettersEpisode)
+
+
+class HalfHopeless(LettersEpisode):
+    """Letters, of six problems of which every other one never pays."""
+
+    def __init__(self, problem: Problem, options: LettersOptions):
+        super().__init__(problem, options)
+        self._is_hopeless = int(problem.id) % 2 == 1
+
+    def reward(self) -> float:
+        return 0.0 if self._is_hopeless else super().reward()
+
+
+def six_problems(options, split, seed):
+    return lambda index: Problem(str(index % 6), f"a{index % 6}")
+
+
+HALF_HOPELESS = Environment("half hopeless", LettersOptions, six_problems, HalfHopeless)
 SLOW_LETTERS = replace(LETTERS, is_instant=lambda options: False)
+
+
+class LateEpisode(LettersEpisode):
+    """Letters whose reward takes a moment."""
+
+    def reward(self) -> float:
+        time.sleep(0.02)
+        return super().reward()
+
+
+LATE_LETTERS = replace(SLOW_LETTERS, open=LateEpisode)
 
 
 def source(name="letters", environment="rl_runs:LETTERS", samples_per_prompt=4, **options):

@@ -22,6 +22,14 @@ AtLeastOne = Annotated[float, Bounds(least=1)]
 MAX_STALENESS = 4
 
 
+def _refuse_changed(config: object, defaults: dict[str, Any], setting: str) -> None:
+    """Raises ConfigError for a field that is not at its default, and has no effect with `setting`."""
+    for name, default in defaults.items():
+        value = getattr(config, name)
+        if value != default:
+            raise ConfigError(f"{name} is {value!r}, which has no effect with {setting}; leave it out.")
+
+
 @dataclass(frozen=True)
 class SourceQuota:
     """One source of problems, and its part of every batch.
@@ -63,7 +71,12 @@ class SchedulingConfig:
         initial_acceptance: The share of groups that is expected to be accepted before any is known.
         min_acceptance: The lowest such expectation, which bounds how many groups run at once.
         source_smoothing: Weight of the newest group in the running means of a source.
-        remembered_problems: Problems in the easy pool of a source, at most; the longest unseen go first.
+        problem_smoothing: Weight of the newest group in the running pass rate of a problem.
+        min_pass_rate: Problems whose running pass rate is lower are stepped over in their stream.
+        max_pass_rate: Problems whose running pass rate is higher are stepped over in their stream.
+        revisit_fraction: The probability that such a problem is drawn nevertheless, so that its pass rate stays known.
+        remembered_problems: Problems of a source in its easy pool, and with a known pass rate, at most; the longest
+            unseen go first.
         max_sample_retries: How often a sample is rolled out again after an infrastructure error; then its group goes.
         wait_age: Only with unfinished "partial": a step waits for unfinished groups that are at least this many
             versions old, and leaves younger ones for later. 0 waits for every group older than those selected;
@@ -77,6 +90,10 @@ class SchedulingConfig:
     initial_acceptance: PositiveFraction = 0.5
     min_acceptance: PositiveFraction = 0.05
     source_smoothing: PositiveFraction = 0.05
+    problem_smoothing: PositiveFraction = 0.5
+    min_pass_rate: Fraction = 0.0
+    max_pass_rate: Fraction = 1.0
+    revisit_fraction: Fraction = 0.1
     remembered_problems: PositiveInt = 100_000
     max_sample_retries: NonNegativeInt = 2
     wait_age: NonNegativeInt | None = None
@@ -84,6 +101,14 @@ class SchedulingConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, "scheduling")
+        if self.min_pass_rate > self.max_pass_rate:
+            raise ConfigError(
+                f"scheduling: min_pass_rate is {self.min_pass_rate}, which is above max_pass_rate, "
+                f"{self.max_pass_rate}; no problem would be drawn twice."
+            )
+        if self.min_pass_rate == 0.0 and self.max_pass_rate == 1.0:
+            unused = {"problem_smoothing": 0.5, "revisit_fraction": 0.1}
+            _refuse_changed(self, unused, "min_pass_rate 0 and max_pass_rate 1, which draw every problem")
 
 
 @dataclass(frozen=True)
@@ -147,14 +172,6 @@ class SchedulerConfig(SchedulingConfig):
         if self.unfinished == "abort":
             return 0
         return self.max_staleness + 1 if self.wait_age is None else self.wait_age
-
-
-def _refuse_changed(config: object, defaults: dict[str, Any], setting: str) -> None:
-    """Raises ConfigError for a field that is not at its default, and has no effect with `setting`."""
-    for name, default in defaults.items():
-        value = getattr(config, name)
-        if value != default:
-            raise ConfigError(f"{name} is {value!r}, which has no effect with {setting}; leave it out.")
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,7 @@ from openmimo.rl.rollouts.remote import WorkerRollouts
 from openmimo.rl.rollouts.worker import WorkerSetup
 from openmimo.rl.scheduling.event_log import LoggedScheduler
 from openmimo.rl.scheduling.failures import COUNTED, Failures
+from openmimo.rl.scheduling.groups import LateReward
 from openmimo.rl.scheduling.scheduler import DataScheduler
 from openmimo.rl.teaching.teaching import TeacherRollouts, Teaching
 from openmimo.train.checkpoint import Checkpoints, Progress, load_optimizer_state
@@ -93,9 +94,7 @@ class RlRun:
         scheduler = DataScheduler(config.scheduler(), streams_of(config.sources, "train", config.seed))
         if start.loader:
             scheduler.load_state(start.loader)
-        repeats_exactly = (
-            isinstance(self.rollouts, EngineRollouts) and self.rollouts.is_instant and config.unfinished == "abort"
-        )
+        repeats_exactly = isinstance(self.rollouts, EngineRollouts) and self.rollouts.is_instant
         self.log = LoggedScheduler(
             scheduler, self.run_folder / "events", start=start.step, repeats_exactly=repeats_exactly
         )
@@ -209,12 +208,19 @@ class RlRun:
             if has_news:
                 self._submit_more()
             has_news = False
-            assert self.rollouts.num_running or scheduler.is_complete(), "nothing runs, and the batch is not complete"
-            for sample in self.rollouts.poll():
-                self._failures.add(sample)
-                self.log.on_sample(sample)
+            is_busy = self.rollouts.num_running or self.rollouts.num_unscored
+            assert is_busy or scheduler.is_complete(), "nothing runs, and the batch is not complete"
+            for item in self.rollouts.poll():
+                self._failures.add(item)
+                if isinstance(item, LateReward):
+                    self.log.on_reward(item)
+                else:
+                    self.log.on_sample(item)
                 has_news = True
             self.rollouts.cancel(scheduler.take_cancelled())
+        if self.config.unfinished == "partial":
+            for sample in self.rollouts.interrupt():
+                self.log.on_partial(sample)
         batch, report = self.log.take_batch()
         self._before_step = None
         self.rollouts.cancel(scheduler.take_cancelled())
@@ -363,6 +369,7 @@ class RlRun:
             seed=self.config.seed,
             record_routing=record_routing,
             thinking=self.config.thinking,
+            late_rewards=not self._calls.is_instant,
         )
 
 

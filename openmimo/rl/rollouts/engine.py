@@ -26,11 +26,13 @@ from openmimo.engine.engine import Engine
 from openmimo.engine.request_state import RequestState
 from openmimo.rl.agents.environment import EnvResponse, Episode, ReplacesContext
 from openmimo.rl.agents.episode_calls import EpisodeCalls, EpisodeTimeoutError
-from openmimo.rl.scheduling.groups import GroupRequest
+from openmimo.rl.scheduling.groups import GroupRequest, LateReward
 from openmimo.rl.scheduling.rewards import RewardError, checked_reward
 
 NOT_SAMPLED = -1
 POLL_SECONDS = 0.01
+WHOLE = ("stop", "length", "repetition")  # reasons with which the policy itself ends a sample
+_UNSCORED = object()
 
 EpisodeOpener = Callable[[GroupRequest], Episode]
 
@@ -47,8 +49,23 @@ class Rollouts(Protocol):
         """Begins the request's samples."""
         ...
 
-    def poll(self) -> list[Sample]:
-        """Goes on a little, or waits a little. The samples that came to their end, scored; `group` is their group."""
+    @property
+    def num_unscored(self) -> int:
+        """Samples that came back without their reward."""
+        ...
+
+    def poll(self) -> list[Sample | LateReward]:
+        """Runs for a moment, or waits for one. The samples that ended, and rewards of samples that ended before.
+
+        A sample whose reward is NaN has no error: its reward follows.
+        """
+        ...
+
+    def interrupt(self) -> list[Sample]:
+        """Stops running samples that a later request can continue, and returns what they have written.
+
+        Samples that no request can continue keep running, as all samples of workers do.
+        """
         ...
 
     def cancel(self, sample_ids: list[str]) -> None:
@@ -102,6 +119,8 @@ class EngineRollouts:
         record_routing: Keep the routes (R3).
         thinking: Ask for answers with thoughts before them. Episodes do not see the thoughts.
         weights: New weights for `update_weights`; None if the engine's model has them already.
+        late_rewards: Return each sample when the policy has ended it. Its reward is computed while others run, and
+            follows as a LateReward.
     """
 
     def __init__(
@@ -115,6 +134,7 @@ class EngineRollouts:
         record_routing: bool = True,
         thinking: bool = False,
         weights: Callable[[], Mapping[str, Any] | None] = lambda: None,
+        late_rewards: bool = False,
     ):
         if engine.tokenizer is None:
             raise ConfigError("rollouts need an engine with a tokenizer: environments speak text.")
@@ -123,7 +143,9 @@ class EngineRollouts:
         self._calls, self._owns_calls = calls or EpisodeCalls(), calls is None
         self._seed, self._weights, self._thinking = seed, weights, thinking
         self._record_routing = record_routing and engine.model.config.moe is not None
+        self._late_rewards = late_rewards
         self._runs: dict[str, _Run] = {}
+        self._scoring: dict[str, _Run] = {}
         self._followers: list[tuple[RequestState, _Run]] = []  # and whom they wait for
 
     @property
@@ -132,12 +154,17 @@ class EngineRollouts:
         return len(self._runs)
 
     @property
+    def num_unscored(self) -> int:
+        """See Rollouts."""
+        return len(self._scoring)
+
+    @property
     def is_instant(self) -> bool:
         """Whether each call of an episode is waited for, so that the same requests give the same samples in order."""
         return self._calls.is_instant
 
     def submit(self, request: GroupRequest) -> None:
-        """See Rollouts. A partial is read again and goes on where it stopped; one of several turns begins again.
+        """See Rollouts. A partial is read again and continues where it stopped; one of several turns begins again.
 
         Samples of one prompt begin once the first of them has read it, so that the others find it in the cache.
         """
@@ -171,6 +198,9 @@ class EngineRollouts:
         partial = request.partials.get(sample_id)
         if partial is not None and self._goes_on(partial, episode):
             run.sample = replace(partial, finish_reason="")
+            if partial.finish_reason in WHOLE:
+                run.finish_reason, run.num_turns = partial.finish_reason, 1
+                self._hand_over(run, start=partial.prompt_length)
             return run
         if episode.messages not in prompts:
             encoded = self._encoded(episode)
@@ -198,7 +228,7 @@ class EngineRollouts:
             future.set_exception(error)
         return future
 
-    def poll(self) -> list[Sample]:
+    def poll(self) -> list[Sample | LateReward]:
         """See Rollouts. Waits at most a hundredth of a second, if there is nothing to do but to wait for episodes."""
         for sequence in self._engine.step():
             if sequence.finish_reason:
@@ -206,9 +236,12 @@ class EngineRollouts:
         self._begin_followers()
         self._calls.give_up_overdue()
         if not self._engine.has_work:
-            wait([run.pending for run in self._runs.values() if run.pending], POLL_SECONDS, FIRST_COMPLETED)
+            pending = [run.pending for run in (*self._runs.values(), *self._scoring.values()) if run.pending]
+            wait(pending, POLL_SECONDS, FIRST_COMPLETED)
         ended = [run for run in self._runs.values() if run.pending is not None and run.pending.done()]
-        finished = []
+        finished: list[Sample | LateReward] = [
+            self._scored(run) for run in list(self._scoring.values()) if run.pending.done()
+        ]
         for run in ended:
             sample = self._answered(run)
             if sample is not None:
@@ -219,7 +252,7 @@ class EngineRollouts:
     def cancel(self, sample_ids: list[str]) -> None:
         """See Rollouts."""
         for sample_id in sample_ids:
-            run = self._runs.pop(sample_id, None)
+            run = self._runs.pop(sample_id, None) or self._scoring.pop(sample_id, None)
             if run is not None:
                 self._engine.abort(sample_id)
                 if run.pending is not None:
@@ -227,29 +260,45 @@ class EngineRollouts:
                     run.pending.add_done_callback(_close_unplayed)
                 self._close(run)
 
+    def interrupt(self) -> list[Sample]:
+        """See Rollouts. Samples in their first turn, of episodes without tools or stop strings."""
+        interrupted = []
+        for run in list(self._runs.values()):
+            if run.pending is not None or run.num_turns > 1 or run.earlier or run.episode.stop or run.episode.tools:
+                continue
+            state = self._engine.abort(run.id)
+            if state is not None and len(state.tokens) > state.prompt_length:
+                run.sample = _extended(run.sample, state.completion())
+            del self._runs[run.id]
+            self._close(run)
+            interrupted.append(run.sample)
+        return interrupted
+
     def update_weights(self, version: int) -> None:
         """See Rollouts."""
         self._engine.update_weights(self._weights(), version=version, recompute=False)
 
     def close(self) -> None:
         """See Rollouts."""
-        self.cancel(list(self._runs))
+        self.cancel([*self._runs, *self._scoring])
         self._engine.forget_cached()
         if self._owns_calls:
             self._calls.close()
 
     def _goes_on(self, partial: Sample, episode: Episode) -> bool:
-        """Whether a new episode can take it: it has heard nothing of what an earlier one was told."""
+        """Whether a new episode can continue it: the policy has had one turn, and no response to it."""
         written = partial.loss_mask[partial.prompt_length :]
         is_one_turn = len(written) > 0 and written.all() and not episode.stop and not episode.tools
-        return is_one_turn and not partial.earlier and int(partial.token_ids[-1]) not in self._engine.eos_ids
+        has_ended = partial.finish_reason in WHOLE
+        ends_turn = int(partial.token_ids[-1]) in self._engine.eos_ids if len(partial) else False
+        return is_one_turn and not partial.earlier and (has_ended or not ends_turn)
 
     def _begin_followers(self) -> None:
         waiting, self._followers = self._followers, []
         for leader, run in waiting:
             if leader.remaining > 1 and not leader.finish_reason:
                 self._followers.append((leader, run))
-            elif run.id in self._runs:
+            elif self._runs.get(run.id) is run:
                 self._next_turn(run)
 
     def _next_turn(self, run: _Run, inserted: Iterable[int] = ()) -> RequestState | None:
@@ -261,7 +310,8 @@ class EngineRollouts:
         )
         if room <= 0:
             run.finish_reason = "length"
-            run.pending = self._call(functools.partial(_reward, run.episode, run.request))
+            scoring = functools.partial(_reward, run.episode, run.request)
+            run.pending = _done(_UNSCORED) if self._late_rewards else self._call(scoring)
             return None
         run.sample = _with_inserted(run.sample, inserted)
         params = SamplingParams(
@@ -287,14 +337,20 @@ class EngineRollouts:
         if completion.finish_reason == "error":
             run.pending = _failed("the engine could not go on with it")
             return
+        self._hand_over(run, start=start)
+
+    def _hand_over(self, run: _Run, *, start: int) -> None:
+        """Gives the episode the policy's turn, which begins at token `start`."""
         written = run.sample.token_ids[start:].tolist()
         if written[-1] in self._engine.eos_ids:
             written = written[:-1]
         text = self._tokenizer.decode(written, skip_special=False)
         if self._thinking:
             text = without_thoughts(text, stop=run.episode.stop)
-        answering = functools.partial(_respond, run.episode, run.request, text, completion.finish_reason)
-        run.pending = self._call(answering)
+        score = not self._late_rewards
+        run.pending = self._call(
+            functools.partial(_respond, run.episode, run.request, text, run.finish_reason, score=score)
+        )
 
     def _answered(self, run: _Run) -> Sample | None:
         """What the episode said: another turn or context (None), or the finished sample."""
@@ -307,20 +363,46 @@ class EngineRollouts:
         if isinstance(answer, _Successor):
             self._replace_context(run, answer.episode)
             return None
+        if answer is _UNSCORED:
+            self._engine.end_session(run.id)
+            run.pending = self._call(functools.partial(_reward, run.episode, run.request))
+            self._scoring[run.id] = run
+            return self._ended(run, math.nan, run.sample.info | {"turns": run.num_turns})
         self._close(run)
         if run.finish_reason == "too_long":
             return replace(run.sample, finish_reason="too_long")
-        info = run.sample.info | {"turns": run.num_turns}
+        reward, verdict = self._verdict(run, error, answer)
+        info = run.sample.info | {"turns": run.num_turns} | verdict
+        if math.isnan(reward):
+            return replace(run.sample, finish_reason="error", reward=reward, info=info)
+        return self._ended(run, reward, info)
+
+    def _scored(self, run: _Run) -> LateReward:
+        """The reward of a sample that came back before it."""
+        del self._scoring[run.id]
+        self._close(run)
+        error = run.pending.exception()
+        if isinstance(error, RewardError):
+            raise error
+        reward, info = self._verdict(run, error, None if error else run.pending.result())
+        finish_reason = "error" if math.isnan(reward) else run.finish_reason
+        info |= {"problem": run.request.problem.id}
+        return LateReward(run.id, run.request.source, run.request.group_id, reward, finish_reason, info)
+
+    def _verdict(self, run: _Run, error: BaseException | None, reward: Any) -> tuple[float, dict[str, Any]]:
+        """The reward, NaN after a failure, and what the sample's info says of it."""
+        info: dict[str, Any] = {}
         if isinstance(error, EpisodeTimeoutError):
             info["timeout"] = True
             if self._timeout_reward is not None and run.num_written:
-                error, answer = None, self._timeout_reward
-        if error is not None:
-            return replace(run.sample, finish_reason="error", reward=float("nan"), info=info | _described(error))
-        sample = replace(run.sample, finish_reason=run.finish_reason, reward=answer, info=info)
+                return self._timeout_reward, info
+        return (reward, info) if error is None else (math.nan, info | _described(error))
+
+    def _ended(self, run: _Run, reward: float, info: dict[str, Any]) -> Sample:
+        sample = replace(run.sample, finish_reason=run.finish_reason, reward=reward, info=info)
         if run.earlier:
             sample.episode = run.id
-            sample.earlier = [replace(context, reward=answer, episode=run.id) for context in run.earlier]
+            sample.earlier = [replace(context, reward=reward, episode=run.id) for context in run.earlier]
         return sample
 
     def _go_on(self, run: _Run, answer: EnvResponse) -> None:
@@ -445,11 +527,11 @@ def _reward(episode: Episode, request: GroupRequest) -> float:
 
 
 def _respond(
-    episode: Episode, request: GroupRequest, text: str, finish_reason: str
-) -> EnvResponse | _Successor | float:
-    """The episode's next answer; the episode that goes on in another context; or the reward, if that was its last.
+    episode: Episode, request: GroupRequest, text: str, finish_reason: str, *, score: bool
+) -> EnvResponse | _Successor | float | object:
+    """The episode's next response; the episode that continues in another context; or the reward after the last one.
 
-    It is also its last if the policy may write no more.
+    The response is also the last if the policy may write no more. Without `score`, _UNSCORED stands for the reward.
     """
     answer = _at("respond", functools.partial(episode.respond, text))
     if not isinstance(answer, EnvResponse):
@@ -460,7 +542,7 @@ def _respond(
         successor = _at("successor", episode.successor)
         if successor is not None:
             return _Successor(successor)
-    return _reward(episode, request)
+    return _reward(episode, request) if score else _UNSCORED
 
 
 def _new_sample(token_ids: list[int], request: GroupRequest, sample_id: str) -> Sample:

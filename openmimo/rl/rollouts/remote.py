@@ -3,6 +3,7 @@
 How a worker is started and spoken to is a subclass's: processes of this machine, or actors of a cluster.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections import Counter
 from typing import Any, Protocol
@@ -10,7 +11,7 @@ from typing import Any, Protocol
 from openmimo.core.errors import UserError
 from openmimo.core.samples import Sample
 from openmimo.rl.rollouts.worker import Cancel, Failure, Order, Report
-from openmimo.rl.scheduling.groups import GroupRequest
+from openmimo.rl.scheduling.groups import GroupRequest, LateReward
 
 POLL_SECONDS = 0.1
 _MAX_LOSSES = 3
@@ -48,6 +49,7 @@ class WorkerRollouts(ABC):
         self.num_restarts = 0
         self._links: list[Any] = [self._start(number) for number in range(num_workers)]
         self._running: dict[str, tuple[int, GroupRequest]] = {}  # by sample id, the worker's number too
+        self._unscored: dict[str, tuple[int, GroupRequest]] = {}
         self._lost: list[Sample] = []
         self._losses = [0] * num_workers  # of each place, since a worker there finished a sample
         self._idle_seconds = self._seconds = 0.0
@@ -77,7 +79,16 @@ class WorkerRollouts(ABC):
         self._running |= {sample_id: (number, request) for sample_id in request.sample_ids}
         self._links[number].send(request)
 
-    def poll(self) -> list[Sample]:
+    @property
+    def num_unscored(self) -> int:
+        """See Rollouts."""
+        return len(self._unscored)
+
+    def interrupt(self) -> list[Sample]:
+        """See Rollouts. Workers keep running while the trainer learns."""
+        return []
+
+    def poll(self) -> list[Sample | LateReward]:
         """See Rollouts. Waits at most a tenth of a second."""
         finished, self._lost = self._lost, []
         for link in self._wait(self._links, 0.0 if finished else POLL_SECONDS):
@@ -101,8 +112,9 @@ class WorkerRollouts(ABC):
         """See Rollouts."""
         by_number: dict[int, list[str]] = {}
         for sample_id in sample_ids:
-            if sample_id in self._running:
-                by_number.setdefault(self._running.pop(sample_id)[0], []).append(sample_id)
+            place = self._running.pop(sample_id, None) or self._unscored.pop(sample_id, None)
+            if place is not None:
+                by_number.setdefault(place[0], []).append(sample_id)
         for number, own in by_number.items():
             self._links[number].send(Cancel(tuple(own)))
 
@@ -125,9 +137,9 @@ class WorkerRollouts(ABC):
             link.send(None)
         for link in self._links:
             link.end(patience_seconds=5.0)
-        self._links, self._running, self._lost = [], {}, []
+        self._links, self._running, self._unscored, self._lost = [], {}, {}, []
 
-    def _finished(self, number: int, report: Report) -> list[Sample]:
+    def _finished(self, number: int, report: Report) -> list[Sample | LateReward]:
         """The samples that are still wanted."""
         last = self._last_reports[number]
         self._idle_seconds += report.idle_seconds - (last.idle_seconds if last else 0.0)
@@ -135,9 +147,18 @@ class WorkerRollouts(ABC):
         self._last_reports[number] = report
         if report.samples:
             self._losses[number] = 0
-        return [sample for sample in report.samples if self._running.pop(sample.info["sample_id"], None)]
+        return [item for item in report.samples if self._is_wanted(item)]
 
-    def _replace(self, number: int, last_words: str) -> list[Sample]:
+    def _is_wanted(self, item: Sample | LateReward) -> bool:
+        """Whether it was not cancelled. Of a sample without its reward, the reward is awaited from now on."""
+        if isinstance(item, LateReward):
+            return self._unscored.pop(item.sample_id, None) is not None
+        place = self._running.pop(item.info["sample_id"], None)
+        if place is not None and math.isnan(item.reward) and item.finish_reason not in ("error", "too_long"):
+            self._unscored[item.info["sample_id"]] = place
+        return place is not None
+
+    def _replace(self, number: int, last_words: str) -> list[Sample | LateReward]:
         """Starts another worker in the place of one that died. What it was at, as failed samples."""
         self._links[number].end(patience_seconds=0.0)
         self._losses[number] += 1
@@ -150,9 +171,17 @@ class WorkerRollouts(ABC):
         self._links[number] = self._start(number)
         self.num_restarts += 1
         lost = {sample_id: request for sample_id, (place, request) in self._running.items() if place == number}
-        for sample_id in lost:
-            del self._running[sample_id]
-        return [_failed(sample_id, request, last_words) for sample_id, request in lost.items()]
+        unscored = {sample_id: request for sample_id, (place, request) in self._unscored.items() if place == number}
+        for sample_id in (*lost, *unscored):
+            self._running.pop(sample_id, None)
+            self._unscored.pop(sample_id, None)
+        failed = [_failed(sample_id, request, last_words) for sample_id, request in (lost | unscored).items()]
+        return [_late(sample) if sample.info["sample_id"] in unscored else sample for sample in failed]
+
+
+def _late(sample: Sample) -> LateReward:
+    """The failure of a sample that lacked its reward alone."""
+    return LateReward(sample.info["sample_id"], sample.domain, sample.group, math.nan, "error", sample.info)
 
 
 def _failed(sample_id: str, request: GroupRequest, why: str) -> Sample:

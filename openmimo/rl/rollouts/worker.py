@@ -17,7 +17,7 @@ from openmimo.model.config import ModelConfig
 from openmimo.rl.agents.episode_calls import EpisodeCalls
 from openmimo.rl.rollouts.engine import EngineRollouts, EpisodeOpener
 from openmimo.rl.rollouts.weight_buffer import WeightLayout, WeightSource
-from openmimo.rl.scheduling.groups import GroupRequest
+from openmimo.rl.scheduling.groups import GroupRequest, LateReward
 from openmimo.runtime.device import resolve_device
 
 _REPORT_SECONDS = 1.0
@@ -71,13 +71,13 @@ class Report:
     """What a worker says: at once when samples came to their end, and now and then.
 
     Attributes:
-        samples: That came to their end.
+        samples: Samples that ended, and rewards of samples that ended before.
         version: Of the weights it has now.
         idle_seconds: In which its engine had nothing to do, since the worker was ready.
         seconds: Since the worker was ready.
     """
 
-    samples: tuple[Sample, ...]
+    samples: tuple[Sample | LateReward, ...]
     version: int
     idle_seconds: float
     seconds: float
@@ -132,6 +132,7 @@ class _Worker:
             thinking=setup.thinking,
             seed=setup.seed,
             record_routing=setup.record_routing,
+            late_rewards=setup.reward_threads > 0,
         )
         self._take_weights()
         self._started = self._reported = time.monotonic()
@@ -151,7 +152,8 @@ class _Worker:
                 self._rollouts.cancel(list(order.sample_ids))
             else:
                 self._rollouts.submit(order)
-        samples = self._rollouts.poll() if self._rollouts.num_running else []
+        has_any = self._rollouts.num_running or self._rollouts.num_unscored
+        samples = self._rollouts.poll() if has_any else []
         now = time.monotonic()
         if samples or now - self._reported >= _REPORT_SECONDS:
             self._reported = now
@@ -162,7 +164,8 @@ class _Worker:
     def _orders(self, channel: WorkerChannel) -> list[Order]:
         wait_seconds = 0.0
         if not self._engine.has_work:
-            wait_seconds = _EPISODE_SECONDS if self._rollouts.num_running else _IDLE_SECONDS
+            has_any = self._rollouts.num_running or self._rollouts.num_unscored
+            wait_seconds = _EPISODE_SECONDS if has_any else _IDLE_SECONDS
         before = time.monotonic()
         orders = channel.receive(wait_seconds)
         if wait_seconds:

@@ -16,11 +16,13 @@ the first damaged record ends it, and the rest is sampled again.
 """
 
 import json
+import math
 import os
 import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -29,7 +31,7 @@ from openmimo.core.errors import CheckpointError
 from openmimo.core.files import naming
 from openmimo.core.sample_files import read_sample, refer_to_file, write_sample
 from openmimo.core.samples import Sample
-from openmimo.rl.scheduling.groups import GroupRequest
+from openmimo.rl.scheduling.groups import GroupRequest, LateReward
 from openmimo.rl.scheduling.scheduler import DataScheduler
 
 _SYNC_SECONDS = 1.0
@@ -76,11 +78,12 @@ class LoggedScheduler:
         """
         self.close()
         self._step = step
-        before = self.scheduler.state() if step == self._last_logged else {}
+        can_repeat = step == self._last_logged and self._repeats_exactly and not self.scheduler.in_flight()
+        before = self.scheduler.state() if can_repeat else {}
         self.scheduler.begin_step(step)
         if step <= self._last_logged:
             self._repeat()
-        if before and self._repeats_exactly and not self.scheduler.is_complete():
+        if before and self._recorded_batch is None:
             self.scheduler.load_state(before)
             self.scheduler.begin_step(step)
             self._forget(lambda other: other >= step)
@@ -102,6 +105,16 @@ class LoggedScheduler:
         """See DataScheduler. The routes of the sample become a reference to the log."""
         self._write({"event": "sample", "group": sample.group}, sample)
         self.scheduler.on_sample(sample.group, sample)
+
+    def on_reward(self, late: LateReward) -> None:
+        """See DataScheduler."""
+        self._write({"event": "reward", "reward": asdict(late) | {"reward": _number(late.reward)}})
+        self.scheduler.on_reward(late)
+
+    def on_partial(self, sample: Sample) -> None:
+        """See DataScheduler. The routes of the sample become a reference to the log."""
+        self._write({"event": "partial", "group": sample.group}, sample)
+        self.scheduler.on_partial(sample.group, sample)
 
     def take_batch(self) -> tuple[list[list[Sample]], dict[str, float]]:
         """See DataScheduler. The step is on the disk before anything is learned from it.
@@ -150,6 +163,11 @@ class LoggedScheduler:
                 self.scheduler.next_submissions(event["slots"])
             elif event["event"] == "batch":
                 self._recorded_batch = event["samples"]
+            elif event["event"] == "reward":
+                late = event["reward"] | {"reward": _number_from(event["reward"]["reward"])}
+                self.scheduler.on_reward(LateReward(**late))
+            elif event["event"] == "partial":
+                self.scheduler.on_partial(event["group"], sample)
             else:
                 self.scheduler.on_sample(event["group"], sample)
 
@@ -195,7 +213,7 @@ class LoggedScheduler:
     def _read(self, step: int) -> Iterator[tuple[dict[str, Any], Sample | None]]:
         """The intact records of a step, with their samples."""
         for _, event, arrays in _intact(self._records_path(step), self._arrays_path(step)):
-            yield event, read_sample(event["sample"], arrays) if event["event"] == "sample" else None
+            yield event, read_sample(event["sample"], arrays) if "sample" in event else None
 
     def _records_path(self, step: int) -> Path:
         return self._folder / f"step-{step:08d}.jsonl"
@@ -223,6 +241,14 @@ class LoggedScheduler:
             )
         for path in old:
             path.unlink()
+
+
+def _number(value: float) -> float | None:
+    return None if math.isnan(value) else value
+
+
+def _number_from(value: float | None) -> float:
+    return math.nan if value is None else value
 
 
 def _intact(records: Path, arrays: Path) -> Iterator[tuple[bytes, dict[str, Any], ArrayFile | None]]:

@@ -12,6 +12,7 @@ from rich.markup import escape
 
 from openmimo.core.errors import UserError
 from openmimo.core.samples import Sample
+from openmimo.rl.scheduling.groups import LateReward
 
 COUNTED = ("errors", "timeouts", "too_long_prompts")
 
@@ -36,8 +37,8 @@ class Failures:
         """Samples of this step that were lost, or are too long."""
         return self._counts["errors"] + self._counts["too_long_prompts"]
 
-    def add(self, sample: Sample) -> None:
-        """Takes note of a sample that came back, and shows the first failure of its kind."""
+    def add(self, sample: Sample | LateReward) -> None:
+        """Counts the failure of a sample, or of its scoring, and shows the first failure of its kind."""
         source, problem = sample.domain, sample.info.get("problem", "")
         self._counts["timeouts"] += bool(sample.info.get("timeout"))
         if sample.finish_reason == "error":

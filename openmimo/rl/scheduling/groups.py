@@ -1,14 +1,14 @@
 """Groups: one problem and the samples that answer it, from the first submission to the batch."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from openmimo.core.sample_files import sample_from_dict
 from openmimo.core.samples import Sample
 from openmimo.rl.scheduling.problems import Problem
 
-WAITING, RUNNING, FINISHED = "waiting", "running", "finished"
+WAITING, RUNNING, UNSCORED, FINISHED = "waiting", "running", "unscored", "finished"
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,8 @@ class GroupRequest:
         problem: What the stream gave.
         sample_ids: One for each sample to roll out; the caller puts it into the sample's info["sample_id"]. Where slots
             are few, a group comes in several requests.
-        partials: By sample id, what was written in an earlier step: the tokens to go on from.
+        partials: By sample id, what an earlier rollout has written: the tokens to continue from. One with a
+            finish_reason is whole and lacks its reward alone.
         temperature: At which to sample.
         max_answer_tokens: Limit of an answer, with the tokens of its partial.
         priority: Of the source; lower runs first.
@@ -42,13 +43,34 @@ class GroupRequest:
     environment: str = ""
 
 
+@dataclass(frozen=True)
+class LateReward:
+    """The reward of a sample that came back without one. Fields that a Sample has too have its names and meanings.
+
+    Attributes:
+        sample_id: The sample's info["sample_id"].
+        domain: The source of the sample.
+        group: The group of the sample.
+        reward: From 0 to 1; NaN if scoring failed.
+        finish_reason: "error" if scoring failed, otherwise that of the sample.
+        info: What scoring adds to the sample's info: an error and its kind, or that it took too long.
+    """
+
+    sample_id: str
+    domain: str
+    group: str
+    reward: float
+    finish_reason: str
+    info: dict[str, Any] = field(default_factory=dict)
+
+
 @dataclass
 class SampleSlot:
     """The place of one sample in its group.
 
     Attributes:
         id: The sample's id.
-        status: waiting (to be rolled out), running or finished.
+        status: waiting (to be rolled out), running, unscored (written, and its reward is not known yet) or finished.
         sample: What is written so far; None if nothing is.
         oldest_version: The oldest policy version that wrote a token of it, as far as that is known.
         retries: How often it was lost to an infrastructure error.
@@ -65,6 +87,13 @@ class SampleSlot:
         self.sample, self.status = sample, status
         versions = sample.written_versions()
         self.oldest_version = int(versions.min()) if len(versions) else None
+
+    def score(self, reward: float, info: Mapping[str, Any]) -> None:
+        """Gives an unscored sample its reward, in all its contexts."""
+        assert self.sample is not None
+        earlier = [replace(context, reward=reward) for context in self.sample.earlier]
+        self.sample = replace(self.sample, reward=reward, earlier=earlier, info=self.sample.info | dict(info))
+        self.status = FINISHED
 
     def forget(self) -> None:
         """Starts from nothing."""
@@ -91,6 +120,11 @@ class Group:
     def num_begun(self) -> int:
         """Samples that were submitted at least once."""
         return sum(slot.status != WAITING or slot.sample is not None or slot.retries > 0 for slot in self.slots)
+
+    @property
+    def num_unscored(self) -> int:
+        """Samples that await their reward."""
+        return sum(slot.status == UNSCORED for slot in self.slots)
 
     def slot(self, sample_id: str) -> SampleSlot:
         """The place of a sample. Raises ValueError if the group has none of that id."""

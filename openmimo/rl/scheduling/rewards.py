@@ -1,4 +1,4 @@
-"""What a reward is: a number from 0 to 1. Anything else that an environment gives ends the run."""
+"""What a reward is: a number from 0 to 1. Any other value that an environment gives ends the run."""
 
 import math
 import numbers

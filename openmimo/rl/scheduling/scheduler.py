@@ -6,7 +6,8 @@ It runs nothing itself. A loop asks it what to submit, tells it what came back, 
     while not scheduler.is_complete():
         submit(scheduler.next_submissions(num_free_slots))     # and stop what take_cancelled() lists
         if anything_runs():                                    # else the step is complete now
-            ...                                                # on_sample, on_partial as things come back
+            ...                                                # on_sample, on_reward as things come back
+    ...                                                        # on_partial for what was interrupted
     batch, report = scheduler.take_batch()
 
 Continuous rollout, submissions by expected acceptance, and early termination in the order of starting are those of
@@ -25,7 +26,17 @@ from openmimo.core.errors import CheckpointError, ConfigError
 from openmimo.core.samples import Sample
 from openmimo.rl.config import SchedulerConfig
 from openmimo.rl.scheduling.early_stop import Selection, select
-from openmimo.rl.scheduling.groups import FINISHED, RUNNING, WAITING, Group, GroupRequest, SampleSlot, group_from_state
+from openmimo.rl.scheduling.groups import (
+    FINISHED,
+    RUNNING,
+    UNSCORED,
+    WAITING,
+    Group,
+    GroupRequest,
+    LateReward,
+    SampleSlot,
+    group_from_state,
+)
 from openmimo.rl.scheduling.problems import Problem, ProblemSource
 
 _EQUAL_REWARDS = 1e-6
@@ -105,8 +116,9 @@ class DataScheduler:
         """Takes a sample that came to its end; its info["sample_id"] says which of the request's it is.
 
         finish_reason "error" (infrastructure failed; not: the policy ran out of time) rolls it out again, from its
-        partial if it has one. "too_long" drops the group. Samples of groups that have ended meanwhile are counted and
-        left. Raises ValueError for samples that are not being rolled out, or have no reward.
+        partial if it has one. "too_long" drops the group. A reward of NaN means that `on_reward` follows, in this step
+        or a later one. Samples of groups that have ended meanwhile are counted and left. Raises ValueError for samples
+        that are not being rolled out, or have an infinite reward.
         """
         if sample.finish_reason in ("", "abort"):
             raise ValueError(f"A sample of group {group_id!r} has not come to its end; give it to on_partial.")
@@ -120,22 +132,46 @@ class DataScheduler:
         if sample.finish_reason == "too_long":
             self._end(group, "dropped_too_long")
             return
-        if not math.isfinite(sample.reward):
-            raise ValueError(f"Sample {slot.id!r} has the reward {sample.reward}; only a failed one has none.")
-        self._counts[group.source]["scored"] += 1
+        if math.isinf(sample.reward):
+            raise ValueError(f"Sample {slot.id!r} has the reward {sample.reward}; a reward is finite.")
         sample.group = group_id
-        slot.keep(sample, FINISHED)
+        slot.keep(sample, UNSCORED if math.isnan(sample.reward) else FINISHED)
+        self._counts[group.source]["scored"] += slot.status == FINISHED
+        self._settle(group)
+
+    def on_reward(self, late: LateReward) -> None:
+        """Takes the reward of a sample that came without one.
+
+        After a failure the sample waits to be scored again, or its group ends. Rewards for groups that have ended
+        meanwhile are counted and left. Raises ValueError if no reward of that sample is awaited.
+        """
+        group = self._find(late.group)
+        if group is None:
+            return
+        slot = group.slot(late.sample_id)
+        if slot.status != UNSCORED or slot.sample is None:
+            raise ValueError(f"Sample {slot.id!r} is {slot.status}; no reward of it is awaited.")
+        if late.finish_reason == "error":
+            self._lose(group, slot)
+            return
+        slot.score(late.reward, late.info)
+        self._counts[group.source]["scored"] += 1
         self._settle(group)
 
     def on_partial(self, group_id: str, sample: Sample) -> None:
-        """Takes what is written of a sample whose rollout was interrupted; a later request goes on from there.
+        """Takes what is written of a sample whose rollout was interrupted; a later request continues from there.
 
-        Rollouts that run on in the engine from one step to the next need no such call. Raises ValueError as on_sample.
+        Samples that keep running from one step to the next need no such call. Raises ValueError as on_sample.
         """
         found = self._running(group_id, sample)
-        if found is not None:
+        if found is None:
+            return
+        slot = found[1]
+        if any(sample.loss_mask):
             sample.group = group_id
-            found[1].keep(sample, WAITING)
+            slot.keep(sample, WAITING)
+        else:
+            slot.forget()
 
     def is_complete(self) -> bool:
         """Whether the batch can be taken: each source is full, or has come to its last draw with nothing running."""
@@ -168,15 +204,18 @@ class DataScheduler:
         return batch, report
 
     def take_cancelled(self) -> list[str]:
-        """Running samples that are no longer wanted since the last call."""
+        """Samples, running or awaiting their reward, that are no longer wanted since the last call."""
         cancelled, self._cancelled = self._cancelled, []
         return cancelled
 
     def in_flight(self) -> list[GroupRequest]:
-        """What was submitted and has not come back; after load_state, the loop submits it again."""
+        """What was submitted and is not scored; after load_state, the loop submits it again.
+
+        A sample that awaits its reward is a partial of its request: with a finish_reason, and only to be scored.
+        """
         requests = []
         for group in self._groups.values():
-            running = [slot for slot in group.slots if slot.status == RUNNING]
+            running = [slot for slot in group.slots if slot.status in (RUNNING, UNSCORED)]
             if running:
                 requests.append(self._request(group, running))
         return requests
@@ -187,8 +226,10 @@ class DataScheduler:
         carried_in + drawn = accepted + dropped_* + surplus + aborted + in_flight. scored, errors (lost to failures of
         the infrastructure) and late count samples; late ones came after their group had ended. short: by how many
         groups the batch is smaller than it should be.
-        in_flight: unfinished, and finished but not taken. waste_share: of the samples that were ended in this step and
-        not dropped by dynamic sampling, how many are never learned from.
+        in_flight: unfinished, and finished but not taken. unscored: samples that await their reward.
+        waste_share: of the samples that were ended in this step and not dropped by dynamic sampling, how many are never
+        learned from. known_problems, never_solved_share, passed_over (by source): problems whose pass rate is known,
+        how many of these have pass rate 0, and how many draws stepped over a problem for its pass rate, of all time.
         """
         totals: Counter[str] = Counter()
         report: dict[str, float] = {}
@@ -199,9 +240,15 @@ class DataScheduler:
             values["accepted"] += taken[name]
             values["short"] = values["quota"] - values["accepted"]
             values["in_flight"] = sum(group.source == name for group in self._groups.values()) - taken[name]
+            values["unscored"] = sum(group.num_unscored for group in self._groups.values() if group.source == name)
             totals.update(values | {key: counts[key] for key in ("samples_used", "samples_wasted")})
             report |= {f"{name}/{key}": value for key, value in values.items()}
             report |= {f"{name}/acceptance": source.acceptance, f"{name}/easy_pool": source.num_easy}
+            report |= {
+                f"{name}/known_problems": source.num_known,
+                f"{name}/never_solved_share": source.share_never_solved,
+                f"{name}/passed_over": source.num_passed_over,
+            }
             if source.pass_rate is not None:
                 report[f"{name}/pass_rate"] = source.pass_rate
         used, wasted = totals.pop("samples_used"), totals.pop("samples_wasted")
@@ -353,7 +400,7 @@ class DataScheduler:
         if group is None:
             return None
         slot = group.slot(sample.info.get("sample_id", ""))
-        if slot.status != RUNNING:
+        if slot.status not in (RUNNING, UNSCORED):
             raise ValueError(f"Sample {slot.id!r} came back, but it is {slot.status}, not running.")
         return group, slot
 
@@ -393,7 +440,7 @@ class DataScheduler:
         counts[reason] += 1
         if reason in _WASTED:
             counts["samples_wasted"] += group.num_begun
-        self._cancelled += [slot.id for slot in group.slots if slot.status == RUNNING]
+        self._cancelled += [slot.id for slot in group.slots if slot.status in (RUNNING, UNSCORED)]
 
     def _batch_report(self, groups: list[Group]) -> dict[str, float]:
         """How old the batch is: its share of partial samples, and the share of its tokens at each staleness."""

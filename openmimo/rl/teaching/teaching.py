@@ -24,7 +24,7 @@ from openmimo.rl.learning.annotation import episode_lengths, is_learnable, lengt
 from openmimo.rl.learning.policy_trainer import Forward, Objective, PolicyTrainer
 from openmimo.rl.losses import normalize as normalize
 from openmimo.rl.rollouts.engine import EngineRollouts
-from openmimo.rl.scheduling.groups import GroupRequest
+from openmimo.rl.scheduling.groups import GroupRequest, LateReward
 from openmimo.rl.teaching.teachers import FOREIGN_KL, Teachers, distillation_objective, divergence_named
 
 TOP_K = 64
@@ -144,7 +144,16 @@ class TeacherRollouts:
         """See Rollouts."""
         self._by_domain[request.source].submit(request)
 
-    def poll(self) -> list[Sample]:
+    @property
+    def num_unscored(self) -> int:
+        """See Rollouts."""
+        return sum(rollouts.num_unscored for rollouts in self._engines)
+
+    def interrupt(self) -> list[Sample]:
+        """See Rollouts."""
+        return [sample for rollouts in self._engines for sample in rollouts.interrupt()]
+
+    def poll(self) -> list[Sample | LateReward]:
         """See Rollouts."""
         return [sample for rollouts in self._engines for sample in rollouts.poll()]
 

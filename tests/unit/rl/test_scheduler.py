@@ -193,11 +193,11 @@ def test_errors_are_tried_again_and_never_learned_from():
     assert report["dropped_error"] == 0
 
 
-def test_a_sample_without_a_reward_is_refused():
+def test_an_infinite_reward_is_refused():
     scheduler = make_scheduler(SchedulerConfig((SourceQuota("a", samples_per_prompt=2),), groups_per_step=1))
     scheduler.begin_step(0)
     (request,) = scheduler.next_submissions(2)
-    for reward in (math.nan, math.inf):
+    for reward in (math.inf, -math.inf):
         with pytest.raises(ValueError, match="has the reward"):
             scheduler.on_sample(request.group_id, sample_for(request, reward=reward))
 
