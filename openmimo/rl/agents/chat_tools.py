@@ -1,6 +1,6 @@
-"""Episodes whose policy calls functions in MiMo's chat format: reads the calls, checks them, answers in tool turns.
+"""Episodes whose policy calls functions in MiMo's chat format: parses and checks calls, and responds in tool turns.
 
-What is wrong with a call is told to the model, never raised: it can be learned from (paper section 4.3.2).
+Errors of a call are returned to the model and never raised, so that the model can learn from them (section 4.3.2).
 """
 
 import json
@@ -21,13 +21,20 @@ from openmimo.data.chat.parser import (
 from openmimo.rl.agents.environment import EnvResponse
 from openmimo.rl.toolbox import ToolMistakeError
 
-_TYPES = {"string": str, "integer": int, "number": (int, float), "boolean": bool, "array": list, "object": dict}
+_TYPES: dict[str, type | tuple[type, ...]] = {
+    "string": str,
+    "integer": int,
+    "number": (int, float),
+    "boolean": bool,
+    "array": list,
+    "object": dict,
+}
 _MARKS = ("<tool_call>", "</tool_call>", "<function=", "</function>")
 
 
 @dataclass(frozen=True)
 class ToolCall:
-    """One call that the policy wrote. error: what is wrong with it, "" for nothing."""
+    """A call that the policy wrote. `error` says what is wrong with it; "" for nothing."""
 
     name: str
     arguments: Mapping[str, Any]
@@ -36,21 +43,21 @@ class ToolCall:
 
 @dataclass(frozen=True)
 class Reply:
-    """What the policy wrote in one turn. content: without reasoning and calls."""
+    """The text and the calls of one policy turn. `content` excludes reasoning and calls."""
 
     content: str
     calls: tuple[ToolCall, ...] = ()
 
 
 def function_tool(name: str, description: str, parameters: Mapping[str, tuple[str, str]]) -> dict[str, Any]:
-    """A function's schema in OpenAI's form. parameters: by name a JSON type and a description; all are required."""
+    """The schema of a function in OpenAI's format. parameters: name to (JSON type, description); all are required."""
     properties = {key: {"type": kind, "description": text} for key, (kind, text) in parameters.items()}
     schema = {"type": "object", "properties": properties, "required": list(parameters)}
     return {"type": "function", "function": {"name": name, "description": description, "parameters": schema}}
 
 
 def read_reply(text: str, tools: Sequence[Mapping[str, Any]]) -> Reply:
-    """The content and the calls of a turn. Never raises; a call that is malformed or fits no tool has an error."""
+    """Parses a turn. Never raises: a malformed call or a call of an unknown tool has an error."""
     parser = ChatParser(tools=tools)
     events = [*parser.push(text), *parser.finish()]
     content = "".join(event.text for event in events if isinstance(event, ContentText)).strip()
@@ -99,10 +106,16 @@ def _checked(name: str, arguments: str, tools: Sequence[Mapping[str, Any]]) -> T
 
 
 class ChatToolEpisode(ABC):
-    """The turns of an agent with tools; a subclass runs the tools and scores the end.
+    """The turns of an agent with tools. A subclass runs the tools and computes the reward.
 
-    max_calls: after so many calls, malformed ones counted, the episode ends with the next turn. Attributes: `content`,
-    what the policy said in its last turn; `is_over`, which a tool may set to end the episode.
+    Args:
+        messages: The conversation before the policy's first turn.
+        tools: Function schemas.
+        max_calls: Number of calls (malformed ones included) after which the episode ends with the next turn.
+
+    Attributes:
+        content: The text of the policy's last turn.
+        is_over: A tool may set it to end the episode.
     """
 
     stop: tuple[str, ...] = ()
@@ -114,17 +127,17 @@ class ChatToolEpisode(ABC):
 
     @abstractmethod
     def run(self, name: str, arguments: Mapping[str, Any]) -> str:
-        """Runs one call whose arguments fit its schema. Raises ToolMistakeError for what is the model's fault."""
+        """Runs a call whose arguments match its schema. Raises ToolMistakeError for mistakes of the model."""
 
     @abstractmethod
     def reward(self) -> float:
         """See Episode."""
 
-    def close(self) -> None:  # noqa: B027 (an episode that holds nothing has nothing to give back)
+    def close(self) -> None:  # noqa: B027 (an episode without resources has nothing to release)
         """See Episode."""
 
     def respond(self, text: str) -> EnvResponse:
-        """See Episode. A turn without a call is the last."""
+        """Runs the calls of a turn. A turn without a call is the last."""
         reply = read_reply(text, self.tools)
         self.content = reply.content
         if not reply.calls or self._calls_left <= 0:

@@ -1,10 +1,10 @@
-"""Context management of long agents (paper appendix C): when a conversation gets long, it goes on in a shorter one.
+"""Context management of long agent episodes (paper appendix C): a long conversation is replaced by a shorter one.
 
-Past a share of the limit the whole history is archived where the tools can read it, a summary is made, and the episode
-goes on in a new conversation that has the task and the summary. Tokens that a policy has seen cannot be taken out of
-its sample, so each conversation is a part of its own: `respond` ends it, and `successor()` is the next. Rollouts play
-the parts one after another and give all of them the reward of the last. A caller that knows nothing of parts still gets
-an ordinary episode: one whose policy came to the limit of its context, and is scored as it stands.
+When a conversation exceeds a share of the limit, its history is archived where the tools can read it, a summary is
+made, and the episode continues in a new conversation with the task and the summary. A sample must contain every token
+that the policy has seen, so each conversation is a separate part: `respond` ends it, and `successor()` is the next.
+Rollouts play the parts in order and give all of them the reward of the last one. For a caller that ignores parts, the
+episode simply ends at the context limit and is scored in its current state.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,14 +22,18 @@ class ArchivingEpisode(Episode, Protocol):
     """An episode whose tools can read what it archives."""
 
     def archive(self, name: str, text: str) -> str:
-        """Keeps a text under a name. Says how the policy can read it."""
+        """Stores a text under a name. Returns a sentence that says how the policy can read it."""
         ...
 
 
 @dataclass(frozen=True)
 class ContextLimits:
-    """max_length: of a conversation, in the unit of `measure` (characters if that is `len`). share: of it, past which
-    the context is replaced (the paper goes as low as 0.3).
+    """When a conversation is replaced.
+
+    Attributes:
+        max_length: Maximum length of a conversation in the unit of `measure`.
+        share: The conversation is replaced beyond this share of it (the paper goes down to 0.3).
+        measure: The length of a text (characters by default).
     """
 
     max_length: int
@@ -45,16 +49,16 @@ class ContextLimits:
 
 
 def latest_results(history: Sequence[Message], *, kept: int = 2, longest: int = 500) -> str:
-    """The default summary: the last `kept` turns of tools, each cut to `longest` characters. Asks no model."""
+    """The default summary: the last `kept` tool turns, each truncated to `longest` characters. Uses no model."""
     results = [turn.content for turn in history if turn.role == "tool"]
     shown = [text if len(text) <= longest else text[:longest] + " ..." for text in results[-kept:]]
     return "The latest results:\n" + "\n---\n".join(shown)
 
 
 class ManagedEpisode:
-    """An episode whose conversation is replaced when it gets long.
+    """An episode whose conversation is replaced when it becomes long. `inner` spans all parts.
 
-    `inner` goes on through all parts. Calls may come from different threads, one at a time, but `close` at any moment.
+    Calls may come from different threads, but one at a time. `close` may be called at any time.
     """
 
     def __init__(
@@ -76,11 +80,11 @@ class ManagedEpisode:
 
     @property
     def length(self) -> int:
-        """Of the conversation so far, in the unit of the limits."""
+        """Length of the conversation in the unit of the limits."""
         return sum(self._limits.measure(turn.content) for turn in self._history)
 
     def respond(self, text: str) -> EnvResponse:
-        """See Episode. It is over too when the context is to be replaced; then there is a successor."""
+        """Forwards a turn to `inner`. The part also ends when the context is replaced; then there is a successor."""
         answer = self._inner.respond(text)
         self._history.append(Message("assistant", text + answer.text))
         self._history += answer.messages
@@ -90,16 +94,16 @@ class ManagedEpisode:
         return EnvResponse()
 
     def successor(self) -> "ManagedEpisode | None":
-        """The next part, which now owns what the episode holds; None if the episode is over."""
+        """The next part, which takes over the resources of the episode; None if the episode is over."""
         self._is_handed_over = self._successor is not None
         return self._successor
 
     def reward(self) -> float:
-        """See Episode. Of the episode as it stands."""
+        """The reward of `inner` in its current state."""
         return self._inner.reward()
 
     def close(self) -> None:
-        """See Episode. Does nothing once a successor has been given out: that one is to be closed."""
+        """Closes `inner`, unless a successor has taken it over."""
         if not self._is_handed_over:
             self._inner.close()
 

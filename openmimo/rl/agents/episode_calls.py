@@ -1,4 +1,4 @@
-"""Calls of environments, which are other people's code: in threads of their own, and each with a deadline."""
+"""Calls of environments, which may be external code, in separate threads and with deadlines."""
 
 import queue
 import sys
@@ -21,7 +21,7 @@ Discard = Callable[[Any], None]
 
 
 class EpisodeTimeoutError(Exception):
-    """A call of an environment did not return in time. The message says where it hangs."""
+    """A call of an environment timed out. The message says where it hangs."""
 
 
 @dataclass
@@ -32,10 +32,10 @@ class _Call:
 
 
 class _Thread(threading.Thread):
-    """Takes calls from a queue, until it is given up or finds None there."""
+    """Executes calls from a queue until it is abandoned or receives None."""
 
     def __init__(self, calls: "queue.SimpleQueue[_Call | None]"):
-        super().__init__(name="episode", daemon=True)  # a hung one must not keep the process from ending
+        super().__init__(name="episode", daemon=True)  # a hung thread must not keep the process alive
         self._calls = calls
         self._lock = threading.Lock()
         self._call: _Call | None = None
@@ -52,7 +52,7 @@ class _Thread(threading.Thread):
             result, error = None, None
             try:
                 result = call.function()
-            except BaseException as raised:  # SystemExit too: it is the environment's, not the run's
+            except BaseException as raised:  # including SystemExit, which must not end the run
                 error = raised
             with self._lock:
                 self._call = None
@@ -67,7 +67,7 @@ class _Thread(threading.Thread):
                 call.future.set_exception(error)
 
     def give_up_after(self, seconds: float) -> "Future[Any] | None":
-        """The future of a call that runs for longer. This thread ends with that call, and its result is discarded."""
+        """Abandons a call that runs longer; returns its future. The thread ends after the call and drops its result."""
         with self._lock:
             if self._call is None or time.monotonic() - self._began < seconds:
                 return None
@@ -75,14 +75,14 @@ class _Thread(threading.Thread):
             return self._call.future
 
     def place(self) -> str:
-        """The lines of code that the thread is at, the innermost last."""
+        """The current stack of the thread, innermost frame last."""
         frame = sys._current_frames().get(self.ident or 0)
         lines = traceback.extract_stack(frame)[-_SHOWN_LINES:] if frame else []
-        return " > ".join(f"{line.filename}:{line.lineno} ({line.name})" for line in lines) or "its end"
+        return " > ".join(f"{line.filename}:{line.lineno} ({line.name})" for line in lines) or "no frame"
 
 
 class _Lane:
-    """A number of threads for one queue of calls. A thread that is given up is replaced."""
+    """Threads that share one queue of calls. An abandoned thread is replaced."""
 
     def __init__(self, num_threads: int, seconds: float):
         self._num_threads, self._seconds = num_threads, seconds
@@ -124,16 +124,16 @@ class _Lane:
 
 
 class EpisodeCalls:
-    """Runs what environments are asked to do: opening, answering, scoring and closing episodes.
+    """Runs the calls of environments: opening, responding, scoring and closing episodes.
 
-    Python cannot end a thread. One whose call is overdue is given up: its call counts as failed, what it returns later
-    is discarded, and another thread takes its place. It stays until its call returns; a run with more than
-    MAX_HUNG_THREADS of them at once ends, so that they do not use the machine up.
+    Python cannot kill a thread. If a call is overdue, it counts as failed, a later result is discarded, and another
+    thread replaces its thread, which lives until the call returns. A run with more than MAX_HUNG_THREADS such threads
+    ends, because they consume memory and processor time.
 
     Args:
-        threads: Calls that run side by side; 0: `submit` waits for each call, so that the order of events is always
-            the same.
-        seconds: How long a call may take, from when it begins.
+        threads: Number of concurrent calls. With 0, `submit` waits for each call, so that the order of events is
+            deterministic.
+        seconds: Deadline of a call from its begin.
     """
 
     def __init__(self, *, threads: int = 0, seconds: float = 300.0):
@@ -143,17 +143,17 @@ class EpisodeCalls:
 
     @property
     def num_hung(self) -> int:
-        """Threads whose call was overdue and has not returned yet."""
+        """Threads whose overdue call has not returned."""
         return sum(thread.is_alive() for lane in (self._in_turn, self._side_by_side) for thread in lane.hung)
 
     def submit(self, function: Callable[[], Any], *, discard: Discard | None = None) -> "Future[Any]":
-        """The future of function(), done at once if there are no threads. discard: gets a result that is late."""
+        """The future of function(); completed if there are no threads. `discard` receives a late result."""
         if self.is_instant:
             return self.wait_for(function, discard=discard)
         return self._side_by_side.submit(function, discard)
 
     def wait_for(self, function: Callable[[], Any], *, discard: Discard | None = None) -> "Future[Any]":
-        """The future of function(), done. Raises UserError if too many calls hang."""
+        """The completed future of function(). Raises UserError if too many calls hang."""
         future = self._in_turn.submit(function, discard)
         while not future.done():
             wait([future], _GLANCE_SECONDS)
@@ -161,20 +161,20 @@ class EpisodeCalls:
         return future
 
     def give_up_overdue(self) -> None:
-        """Ends the waiting for calls that are overdue. Raises UserError if too many hang."""
+        """Fails the futures of overdue calls. Raises UserError if too many calls hang."""
         for lane in (self._in_turn, self._side_by_side):
             lane.give_up_overdue()
             lane.hung = [thread for thread in lane.hung if thread.is_alive()]
         if self.num_hung > MAX_HUNG_THREADS:
             hung = [*self._in_turn.hung, *self._side_by_side.hung][-1]
             raise UserError(
-                f"{self.num_hung} calls of environments hang and cannot be ended, as Python threads cannot be killed; "
-                f"the last one is at {hung.place()}. Give the environment deadlines of its own, or let it do such work "
-                "in a child process that it kills."
+                f"{self.num_hung} calls of environments hang, and Python threads cannot be killed; the last one is at "
+                f"{hung.place()}. Add deadlines to the environment, or move such work into a child process that it "
+                "kills."
             )
 
     def close(self) -> None:
-        """Ends the threads after what they have been given, except for those that hang."""
+        """Ends the threads after their queued calls, except for hung ones."""
         for lane in (self._in_turn, self._side_by_side):
             lane.give_up_overdue()
             lane.close(_CLOSE_SECONDS if not lane.hung else _GLANCE_SECONDS)

@@ -1,4 +1,4 @@
-"""`--algorithm-options.NAME VALUE` of the command line: options of an algorithm, whose names its plug-in decides."""
+"""`--algorithm-options.NAME VALUE` on the command line: options of an algorithm, whose names its plug-in defines."""
 
 import json
 from typing import Any
@@ -9,10 +9,12 @@ _PREFIXES = ("--algorithm-options.", "--algorithm_options.")
 
 
 def algorithm_arguments(arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
-    """The options given as `--algorithm-options.NAME VALUE` or `...NAME=VALUE`, and the other arguments.
+    """Splits arguments into options `--algorithm-options.NAME VALUE` (or `...NAME=VALUE`) and the others.
 
-    A dot in a name goes into a nested option: `correction.kind`. Values are JSON, or else text. Raises ConfigError for
-    an option without a value.
+    A dot in a name addresses a nested option: `correction.kind`. Values are JSON, or else text.
+
+    Raises:
+        ConfigError: An option has no value.
     """
     options: dict[str, Any] = {}
     others: list[str] = []
@@ -28,16 +30,16 @@ def algorithm_arguments(arguments: list[str]) -> tuple[dict[str, Any], list[str]
                 raise ConfigError(f"{argument} needs a value.")
             value = rest.pop(0)
         *outer, last = name.replace("-", "_").split(".")
-        place = options
+        nested = options
         for key in outer:
-            place = place.setdefault(key, {})
-        place[last] = _parsed(value)
+            nested = nested.setdefault(key, {})
+        nested[last] = _parsed(value)
     return options, others
 
 
-def merged(given: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
-    """`given` with the overrides, in nested options too."""
-    result = dict(given)
+def merged(options: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    """`options` with the overrides, recursively."""
+    result = dict(options)
     for key, value in overrides.items():
         before = result.get(key)
         result[key] = merged(before, value) if isinstance(before, dict) and isinstance(value, dict) else value

@@ -1,4 +1,4 @@
-"""Which problem files a run was started on, so that changed problems are not taken for the same when it goes on."""
+"""The problem files of a run, so that a resumed run detects changed problems."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ Files = Mapping[str, tuple[FileContent, ...]]
 
 
 def problem_files(sources: Sequence[RlSource]) -> dict[str, tuple[FileContent, ...]]:
-    """By source, what its problems are read from and the hash of what was read. Raises ConfigError or DataError."""
+    """The files of each source's problems with the hash of their content. Raises ConfigError or DataError."""
     found = {}
     for source in sources:
         environment, options = open_environment(source.environment, source.options)
@@ -26,12 +26,12 @@ def problem_files(sources: Sequence[RlSource]) -> dict[str, tuple[FileContent, .
 
 
 def keep_problem_files(files: Files, run_folder: Path) -> None:
-    """Saves what a run is started on."""
+    """Saves the problem files of a new run."""
     write_text_atomic(run_folder / PROBLEMS_FILE, json.dumps(to_dict(files), indent=2) + "\n")
 
 
 def check_same_problems(files: Files, run_folder: Path) -> None:
-    """Raises CheckpointError if the run in `run_folder` was started on other problems. They may have been moved."""
+    """Raises CheckpointError if the run in `run_folder` was started on other problems. Files may have moved."""
     path = run_folder / PROBLEMS_FILE
     if not path.exists():
         return
@@ -41,11 +41,11 @@ def check_same_problems(files: Files, run_folder: Path) -> None:
             if old.sha256 != new.sha256:
                 raise CheckpointError(
                     f"The problems of source {name!r} in {new.path} have changed: the run in {run_folder} was started "
-                    f"on content {old.sha256[:12]}, read from {old.path}; now it is {new.sha256[:12]}. Put back the "
-                    "file as it was, or name another run_folder for a new run."
+                    f"on content {old.sha256[:12]}, read from {old.path}; now it is {new.sha256[:12]}. Restore "
+                    "the file, or set another run_folder for a new run."
                 )
         if len(before.get(name, ())) != len(now):
             raise CheckpointError(
                 f"The problems of source {name!r} now come from {len(now)} files, but the run in {run_folder} was "
-                f"started on {len(before.get(name, ()))}. Take the same, or name another run_folder for a new run."
+                f"started on {len(before.get(name, ()))}. Use the same files, or set another run_folder for a new run."
             )

@@ -1,4 +1,4 @@
-"""Endless streams of generated problems for environments; train and validation share no prompt."""
+"""Unlimited streams of generated problems for environments. Training and validation share no prompt."""
 
 import hashlib
 import random
@@ -12,7 +12,13 @@ from openmimo.rl.scheduling.problems import Problem
 
 
 class Question(NamedTuple):
-    """A generated problem. prompt: what the policy is told. hidden: text of what it is not told, for the id."""
+    """A generated problem.
+
+    Attributes:
+        prompt: The text for the policy.
+        content: The problem for the environment.
+        hidden: Text of the hidden part, which enters the id.
+    """
 
     prompt: str
     content: Any
@@ -28,11 +34,15 @@ def problem_stream(
     split: Split,
     seed: int,
 ) -> Callable[[int], Problem]:
-    """The function from an index to a problem of environment `name`, a pure function of the arguments.
+    """Returns the function from an index to a problem. It is a pure function of the arguments.
 
-    make(rng, difficulty): a problem, or None where this draw came to nothing. difficulties: the lowest and the highest,
-    all equally likely. distinct: so many problems, round and round (0: endlessly new ones). The function raises
-    DataError if it finds no prompt on the side asked for.
+    Args:
+        name: The environment.
+        make: `make(rng, difficulty)` returns a problem, or None if the draw failed.
+        difficulties: Lowest and highest difficulty, drawn uniformly.
+        distinct: Number of distinct problems, which repeat in order (0: unlimited new ones).
+        split: The split of the prompts. The returned function raises DataError if it finds no such prompt.
+        seed: Of the stream.
     """
 
     def problem_at(index: int) -> Problem:

@@ -1,1 +1,1 @@
-"""RL algorithms, one file each; a file's name is the algorithm's name."""
+"""RL algorithms, one file each. The name of an algorithm is the name of its file."""

@@ -1,4 +1,4 @@
-"""Token losses times the correction that the options ask for.
+"""Token losses with the correction that the options select.
 
 N policy-written tokens.
 """
@@ -19,9 +19,9 @@ def correction_weights(batch: TokenBatch, log_ratio_N: torch.Tensor, correction:
 
 
 def corrected_for_engine(losses_N: torch.Tensor, batch: TokenBatch, options: RatioOptions) -> torch.Tensor:
-    """Losses with a policy ratio, times the correction for the rest of the way to the engine, [N].
+    """Losses that contain a policy ratio, times the remaining correction towards the engine, [N].
 
-    Decoupled: that rest is π_old / μ. Bypass: the ratio goes all the way, and what is left is a gate on π_θ / μ.
+    Decoupled: the remaining ratio is π_old / μ. Bypass: the policy ratio already is π_θ / μ, and only a gate remains.
     """
     policy_logprobs_N = batch.old_logprobs_N if options.old_policy == "decoupled" else batch.logprobs_N
     log_ratio_N = policy_logprobs_N - batch.behavior_logprobs_N
@@ -29,7 +29,7 @@ def corrected_for_engine(losses_N: torch.Tensor, batch: TokenBatch, options: Rat
 
 
 def corrected_for_policy(losses_N: torch.Tensor, batch: TokenBatch, correction: Correction) -> torch.Tensor:
-    """Losses without a policy ratio, times the correction for all the way from engine to policy, π_θ / μ, [N]."""
+    """Losses without a policy ratio, times the full correction from engine to policy, π_θ / μ, [N]."""
     log_ratio_N = batch.logprobs_N - batch.behavior_logprobs_N
     return corrections.apply(losses_N, correction_weights(batch, log_ratio_N, correction))
 

@@ -1,4 +1,4 @@
-"""CISPO: the ratio is a clipped weight, so that no token loses its gradient (MiniMax-M1, 2506.13585)."""
+"""CISPO: the ratio is a clipped weight, so every token keeps its gradient (MiniMax-M1, 2506.13585)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +18,12 @@ from openmimo.rl.losses.tokens import TokenBatch
 
 @dataclass(frozen=True)
 class Options(RatioOptions):
-    """low_ratio, high_ratio: bounds of a token's weight. The paper uses the upper one alone, and does not print it."""
+    """Options of CISPO. The paper uses only the upper bound and does not report its value.
+
+    Attributes:
+        low_ratio: Lower bound of a token's weight.
+        high_ratio: Upper bound of a token's weight.
+    """
 
     low_ratio: NonNegativeFloat = 0.0
     high_ratio: NonNegativeFloat = 5.0
@@ -30,7 +35,7 @@ class Options(RatioOptions):
 
 
 def annotate(samples: list[Sample], options: Options, policy_logprobs: Sequence[Sequence[float]]) -> None:
-    """(reward - mean) / std over the group."""
+    """Group advantages: (reward - mean) / std."""
     annotate_outcomes(samples, options, grpo_advantages)
 
 

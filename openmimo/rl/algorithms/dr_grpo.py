@@ -1,4 +1,4 @@
-"""Dr. GRPO: no division by the std of a group, nor by the length of an answer (2503.20783)."""
+"""Dr. GRPO: no division by the group std or the response length (2503.20783)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +18,13 @@ from openmimo.rl.losses.tokens import TokenBatch
 
 @dataclass(frozen=True)
 class Options(RatioOptions):
-    """low, high: the policy ratio is clipped to 1 - low and 1 + high."""
+    """Options of Dr. GRPO.
+
+    Attributes:
+        normalization: Weights of tokens, see `losses/normalize.py`.
+        low: The policy ratio is clipped below at 1 - low.
+        high: The policy ratio is clipped above at 1 + high.
+    """
 
     normalization: Literal["token", "sequence", "constant"] = "constant"
     low: Fraction = 0.2
@@ -26,7 +32,7 @@ class Options(RatioOptions):
 
 
 def annotate(samples: list[Sample], options: Options, policy_logprobs: Sequence[Sequence[float]]) -> None:
-    """reward - mean over the group."""
+    """Group advantages: reward - mean."""
     annotate_outcomes(samples, options, dr_grpo_advantages)
 
 

@@ -1,4 +1,4 @@
-"""GRPO as MiMo-7B uses it: every token the same weight, clip-higher, no KL term (2505.07608, section 3.3)."""
+"""GRPO as in MiMo-7B: equal token weights, clip-higher, no KL term (2505.07608, section 3.3)."""
 
 import math
 from collections.abc import Sequence
@@ -22,8 +22,13 @@ AboveOne = Annotated[float, Bounds(above=1)]
 
 @dataclass(frozen=True)
 class Options(RatioOptions):
-    """low, high: the policy ratio is clipped to 1 - low and 1 + high. dual_clip: the most that a token of negative
-    advantage may lose, in multiples of it (above 1; None: no limit). epsilon: added to the std of a group's rewards.
+    """Options of GRPO.
+
+    Attributes:
+        low: The policy ratio is clipped below at 1 - low.
+        high: The policy ratio is clipped above at 1 + high.
+        dual_clip: Maximum loss of a token with negative advantage, as a multiple of it (above 1; None: no limit).
+        epsilon: Added to the std of a group's rewards.
     """
 
     low: Fraction = 0.2
@@ -33,7 +38,7 @@ class Options(RatioOptions):
 
 
 def annotate(samples: list[Sample], options: Options, policy_logprobs: Sequence[Sequence[float]]) -> None:
-    """(reward - mean) / std over the group."""
+    """Group advantages: (reward - mean) / std."""
     annotate_outcomes(samples, options, partial(grpo_advantages, epsilon=options.epsilon))
 
 

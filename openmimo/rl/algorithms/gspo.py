@@ -1,4 +1,4 @@
-"""GSPO: the policy ratio, its clipping and the average are those of whole sequences (2507.18071)."""
+"""GSPO: policy ratio, clipping and averaging by whole sequences (2507.18071)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,8 +18,12 @@ from openmimo.rl.losses.tokens import TokenBatch
 
 @dataclass(frozen=True)
 class Options(RatioOptions):
-    """low, high: the geometric mean ratio of a sequence is clipped to 1 - low and 1 + high; far closer to 1 than the
-    ratios of tokens.
+    """Options of GSPO. The ratio of a sequence is the geometric mean of its token ratios, which is much closer to 1.
+
+    Attributes:
+        normalization: Weights of tokens, see `losses/normalize.py`.
+        low: The sequence ratio is clipped below at 1 - low.
+        high: The sequence ratio is clipped above at 1 + high.
     """
 
     normalization: Literal["token", "sequence", "constant"] = "sequence"
@@ -28,7 +32,7 @@ class Options(RatioOptions):
 
 
 def annotate(samples: list[Sample], options: Options, policy_logprobs: Sequence[Sequence[float]]) -> None:
-    """(reward - mean) / std over the group."""
+    """Group advantages: (reward - mean) / std."""
     annotate_outcomes(samples, options, grpo_advantages)
 
 

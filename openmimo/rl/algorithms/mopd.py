@@ -1,4 +1,4 @@
-"""MOPD, multi-teacher on-policy distillation: every token's reward is its domain's teacher (2601.02780, section 4.4).
+"""MOPD, multi-teacher on-policy distillation: the domain's teacher rewards each token (2601.02780, section 4.4).
 
 N policy-written tokens, B samples.
 """
@@ -28,14 +28,14 @@ from openmimo.rl.losses.tokens import TokenBatch
 
 @dataclass(frozen=True)
 class Options:
-    """Settings of MOPD; the paper prints none of these numbers.
+    """Options of MOPD. The paper reports none of these values.
 
     Attributes:
-        correction: The gate of equation 8. 0.5 to 2 suits an engine of the same code as the trainer; 0.5 to 5 another.
-        advantage_limit: The teacher's advantages are clipped to plus and minus this, in nats.
-        alpha: Weight of the outcome's advantage (GRPO's) next to the teacher's, equation 9; 0 needs no rewards.
-        balance_domains: Give every domain the same weight in a step, whatever its number and length of answers.
-        scale_domains: Bring the teachers' advantages to a like spread in all domains, within factors of 4 (DN-MOPD).
+        correction: The gate of equation 8. 0.5 to 2 suits an engine with the trainer's code, 0.5 to 5 another engine.
+        advantage_limit: The teacher's advantages are clipped to ± this value, in nats.
+        alpha: Weight of the outcome advantage (GRPO) relative to the teacher's, equation 9. 0 needs no rewards.
+        balance_domains: Give every domain equal weight in a step, independent of the number and length of responses.
+        scale_domains: Scale the teachers' advantages to a similar spread in all domains, by at most 4 (DN-MOPD).
     """
 
     correction: Correction = Correction("icepop", low=0.5, high=2.0)
@@ -51,7 +51,7 @@ class Options:
 def annotate(samples: list[Sample], options: Options, policy_logprobs: Sequence[Sequence[float]]) -> None:
     """Advantages of equations 8 and 9, weights of equation 7: 1 / (B |y|), then balanced over domains.
 
-    Equation 8 has the policy of the moment: with several updates on the same samples, annotate again before each.
+    Equation 8 uses the current policy: with several updates on the same samples, annotate again before each update.
     """
     pairs = [pair for pair in zip(samples, policy_logprobs, strict=True) if is_learnable(pair[0])]
     learnable = [sample for sample, _ in pairs]
@@ -76,12 +76,12 @@ def annotate(samples: list[Sample], options: Options, policy_logprobs: Sequence[
 
 
 def token_losses(batch: TokenBatch, options: Options) -> torch.Tensor:
-    """-w A log π_θ, [N] (equation 7), with w = π_θ / μ inside the gate, and 0 outside."""
+    """-w A log π_θ, [N] (equation 7), with w = π_θ / μ inside the gate and 0 outside."""
     return corrected_for_policy(objectives.reinforce(batch), batch, options.correction)
 
 
 PLUGIN = Algorithm(
-    describe="MOPD: on-policy distillation from a teacher for each domain, with optional outcome rewards",
+    describe="MOPD: on-policy distillation from one teacher per domain, with optional outcome rewards",
     options=Options,
     annotate=annotate,
     token_losses=token_losses,

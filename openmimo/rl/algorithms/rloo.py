@@ -1,4 +1,4 @@
-"""RLOO: REINFORCE against the mean reward of the other answers, which leaves it unbiased (2402.14740)."""
+"""RLOO: unbiased REINFORCE with the mean reward of the other responses as baseline (2402.14740)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,13 +17,17 @@ from openmimo.rl.losses.tokens import TokenBatch
 
 @dataclass(frozen=True)
 class Options(PolicyOptions):
-    """A constant denominator keeps the gradient that of the expected reward; other normalizations weigh by length."""
+    """Options of RLOO.
+
+    Attributes:
+        normalization: "constant" gives the gradient of the expected reward; the others weight by length.
+    """
 
     normalization: Literal["token", "sequence", "constant"] = "constant"
 
 
 def annotate(samples: list[Sample], options: Options, policy_logprobs: Sequence[Sequence[float]]) -> None:
-    """reward - mean reward of the others in the group."""
+    """Group advantages: reward - mean reward of the others."""
     annotate_outcomes(samples, options, rloo_advantages)
 
 
@@ -33,7 +37,7 @@ def token_losses(batch: TokenBatch, options: Options) -> torch.Tensor:
 
 
 PLUGIN = Algorithm(
-    describe="REINFORCE against the mean of the other answers, unbiased",
+    describe="REINFORCE with the mean of the other responses as baseline, unbiased",
     options=Options,
     annotate=annotate,
     token_losses=token_losses,

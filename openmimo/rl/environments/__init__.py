@@ -1,1 +1,1 @@
-"""Environments, one file each; `openmimo.rl.agents.environment` says what one is."""
+"""Environments, one file each. `openmimo.rl.agents.environment` defines the interface."""

@@ -1,6 +1,6 @@
-"""Chained arithmetic with a calculator, for tiny models: the policy writes `<c>12*7</c>`, the result is put in there.
+"""Chained arithmetic with a calculator, for tiny models: the policy writes `<c>12*7</c>`, and the result is inserted.
 
-The whole answer is one turn: text, calls with their results, and the final number (design sheet: tiny tools).
+The response is one turn: text, calls with their results, and the final number.
 """
 
 import random
@@ -23,16 +23,16 @@ DIFFICULTIES = range(1, 13)
 
 @dataclass(frozen=True)
 class Options:
-    """Settings.
+    """Options of environment `calculator`.
 
     Attributes:
         min_difficulty: Operations in the easiest problems (1 to 12).
         max_difficulty: Operations in the hardest ones.
-        largest: The largest number that is added or subtracted; factors have one digit.
-        operations_per_call: What the calculator does at once (0: any whole expression).
-        max_calls: After so many calls the episode is over.
-        distinct: So many different problems, round and round (0: endlessly new ones).
-        system: The system turn.
+        largest: Largest operand of additions and subtractions; factors have one digit.
+        operations_per_call: Operations per call (0: no limit).
+        max_calls: Number of calls after which the episode ends.
+        distinct: Number of distinct problems, which repeat in order (0: unlimited new ones).
+        system: The system message.
     """
 
     min_difficulty: int = 2
@@ -51,7 +51,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Sum:
-    """expression: such as `((12*7)+5)-3`. answer: its value."""
+    """A problem: an expression such as `((12*7)+5)-3`, and its value."""
 
     expression: str
     answer: str
@@ -72,7 +72,7 @@ class CalculatorEpisode:
         self._text, self._calls_left = "", options.max_calls
 
     def respond(self, text: str) -> EnvResponse:
-        """See Episode. The text after the last call is the answer."""
+        """Inserts the result of a call. The text after the last call is the answer."""
         self._text = text
         if END_OF_CALL not in text:
             return EnvResponse()
@@ -102,7 +102,7 @@ class CalculatorEpisode:
 
 
 def make(rng: random.Random, difficulty: int, options: Options) -> Question:
-    """A chain of `difficulty` operations, each on the result of the one before."""
+    """A chain of `difficulty` operations, each on the previous result."""
     expression = str(rng.randint(1, options.largest))
     for step in range(difficulty):
         sign = rng.choice("+-*")

@@ -1,8 +1,8 @@
 """A code agent with three tools, `bash`, `str_replace` and `finish`, on small repositories with one bug.
 
-The agent works in a jailed folder, with a minimal system turn and no workflow (paper section 4.3.2). Hidden tests go in
-only after `finish`, and of them only the arguments: what comes out is compared outside the jail. There is no history
-that could leak the mend (appendix B). Without a jail that holds on this machine the environment refuses to open.
+The agent works in a jailed folder, with a minimal system message and no workflow (paper section 4.3.2). The arguments
+of hidden tests enter the jail only after `finish`; results are compared outside of it. No history leaks the fix
+(appendix B). The environment refuses to open if no jail works on this machine.
 """
 
 import os
@@ -63,22 +63,22 @@ JAIL_START_SECONDS = 30.0
 
 @dataclass(frozen=True)
 class Options:
-    """Settings.
+    """Options of environment `code`.
 
     Attributes:
         min_difficulty: Functions in the smallest repositories (1 to 8).
         max_difficulty: Functions in the largest ones.
-        rewarded: "all" pays only if all hidden tests pass; "strict" and "soft" pay by groups of tests of unequal
-            difficulty, as `data.tasks._graded_tests` says (partial work may earn a little).
-        max_calls: After so many calls the episode ends.
-        quota: Calls of each tool at one time, of all episodes.
-        wall_seconds: For one command; the model is told if it is cut off.
-        output_characters: Of a command's output that the model sees.
-        warm: Working folders that are made in advance.
-        tier: The kind of jail; "" takes the best that holds here.
-        allow_unsafe: Work even where no jail holds, with resource limits only.
-        distinct: So many different problems, round and round (0: endlessly new ones).
-        system: The system turn, before the functions.
+        rewarded: "all" rewards only if all hidden tests pass; "strict" and "soft" reward by groups of tests of unequal
+            difficulty (`data.tasks._graded_tests`), so partial work may earn a small reward.
+        max_calls: Number of calls after which the episode ends.
+        quota: Simultaneous calls of each tool, over all episodes.
+        wall_seconds: Time limit of a command. The model sees a note if the command is stopped.
+        output_characters: Characters of a command's output that the model sees.
+        warm: Number of working folders created in advance.
+        tier: The tier of the jail; "" selects the best one that works here.
+        allow_unsafe: Run with resource limits only if no jail works.
+        distinct: Number of distinct problems, which repeat in order (0: unlimited new ones).
+        system: The system message, before the functions.
     """
 
     min_difficulty: int = 2
@@ -112,15 +112,15 @@ class BashWorker:
             raise ToolMistakeError("there is no command")
         workspace: Workspace = arguments["environment"]
         try:
-            return self._told(workspace.run(["bash", "-c", arguments["command"]]))
+            return self._shown(workspace.run(["bash", "-c", arguments["command"]]))
         except WorkspaceError as error:
             raise ToolMistakeError(str(error)) from error
 
     def close(self) -> None:
         """See Worker."""
 
-    def _told(self, ended: SandboxResult) -> str:
-        """What the model sees: both outputs, the middle left out if they are long, and how the command ended."""
+    def _shown(self, ended: SandboxResult) -> str:
+        """The text for the model: both outputs, with the middle omitted if they are long, and the exit status."""
         text = ended.text + ended.error_text
         if len(text) > self._longest:
             half = self._longest // 2
@@ -156,7 +156,7 @@ class ReplaceWorker:
 
 
 class TestWorker:
-    """Runs hidden tests in the working folder of an episode: a bool for each."""
+    """Runs hidden tests in the working folder of an episode. The result is a bool per test."""
 
     __test__ = False  # for pytest: not a class of tests
 
@@ -171,7 +171,7 @@ class TestWorker:
         runner = _FolderRunner(arguments["environment"], self._limits)
         try:
             found = outcomes(runner, source, tests, function=repository.function)
-        except WorkspaceError:  # what the agent left cannot be tested
+        except WorkspaceError:  # the files of the agent cannot be tested
             return [False] * len(tests)
         return [outcome.passed for outcome in found]
 
@@ -180,7 +180,7 @@ class TestWorker:
 
 
 class _FolderRunner:
-    """A working folder as the runner that grading asks for."""
+    """Adapts a working folder to the runner interface of grading."""
 
     def __init__(self, workspace: Workspace, limits: SandboxLimits):
         self._workspace, self.limits = workspace, limits
@@ -190,7 +190,7 @@ class _FolderRunner:
 
 
 class CodeEpisode(ChatToolEpisode):
-    """One bug."""
+    """An attempt to fix one bug."""
 
     def __init__(self, content: Repository, options: Options, sessions: ToolSessions):
         turns = (Message("system", options.system), Message("user", content.issue))
@@ -207,7 +207,7 @@ class CodeEpisode(ChatToolEpisode):
         return self._session.call(name, arguments).text
 
     def reward(self) -> float:
-        """See Episode. Nothing without `finish`."""
+        """The reward by the hidden tests; 0 without `finish`."""
         if not self.is_over:
             return 0.0
         passed = self._session.reward()
@@ -222,7 +222,7 @@ class CodeEpisode(ChatToolEpisode):
 
 
 def lay_out(workspace: Workspace, repository: Repository) -> None:
-    """Writes a repository into an empty working folder. All files get one time, which tells nothing."""
+    """Writes a repository into an empty working folder. All files get the same time, so times reveal nothing."""
     workspace.write_all(repository.files)
     for folder, _, names in os.walk(workspace.paths.work, topdown=False):
         for path in (*(os.path.join(folder, name) for name in names), folder):
@@ -248,14 +248,14 @@ def problems(options: Options, split: Split, seed: int) -> Callable[[int], Probl
 
 
 def open_episode(problem: Problem, options: Options) -> CodeEpisode:
-    """See Environment. Raises SandboxUnavailableError if no jail holds on this machine."""
+    """Opens an episode. Raises SandboxUnavailableError if no jail works on this machine."""
     key = (options.quota, options.wall_seconds, options.output_characters, options.warm, options.tier,
            options.allow_unsafe)  # fmt: skip
     return CodeEpisode(problem.content, options, shared("code", key, lambda: start_sessions(options)))
 
 
 def start_sessions(options: Options) -> ToolSessions:
-    """The tools and working folders of all episodes with the same limits."""
+    """Starts the tools and working folders of all episodes with the same limits."""
     limits = SandboxLimits(wall_seconds=options.wall_seconds)
     sandbox = Sandbox(limits, options.tier or None, options.allow_unsafe)
     calls = ToolLimits(quota=options.quota, timeout_seconds=options.wall_seconds + JAIL_START_SECONDS)

@@ -1,8 +1,8 @@
-"""Function calling on generated applications (paper section 4.3.2): chains of functions, judged by the final state.
+"""Function calling on generated applications (paper section 4.3.2): chains of functions, rewarded by the final state.
 
-Explicit edges: a function's output is the next one's input, since handles can be had no other way. Implicit edges: some
-records are locked, which only the refusal tells, and must be unlocked by another function first. Each problem has an
-application, with functions and hidden records, of its own.
+Explicit edges: the output of a function is the input of the next one, because ids are available no other way. Implicit
+edges: some records are locked, which only the error reveals, and must be unlocked by another function first. Each
+problem has its own application with functions and hidden records.
 """
 
 import random
@@ -34,16 +34,16 @@ STATUSES = ("active", "held", "archived", "urgent", "reviewed", "paused")
 
 @dataclass(frozen=True)
 class Options:
-    """Settings.
+    """Options of environment `functions`.
 
     Attributes:
-        min_difficulty: Records from the one with a name to the one to change, in the easiest problems (1 to 6).
+        min_difficulty: Links from the named record to the record to change, in the easiest problems (1 to 6).
         max_difficulty: The same in the hardest ones.
-        goals: Records to change (1 to 4).
-        locked_share: The share of records that are locked.
-        max_calls: After so many calls the episode ends.
-        distinct: So many different problems, round and round (0: endlessly new ones).
-        system: The system turn, before the functions.
+        goals: Number of records to change (1 to 4).
+        locked_share: Share of locked records.
+        max_calls: Number of calls after which the episode ends.
+        distinct: Number of distinct problems, which repeat in order (0: unlimited new ones).
+        system: The system message, before the functions.
     """
 
     min_difficulty: int = 1
@@ -62,16 +62,16 @@ class Options:
 
 @dataclass(frozen=True)
 class Application:
-    """A generated application and what is to be done in it.
+    """A generated application and its task.
 
     Attributes:
         prompt: The task.
-        nouns: The kinds of records, from the one that has names to the one that has a status.
-        names: The records of the first kind by name.
-        links: From each record to the one of the next kind that belongs to it.
-        statuses: Of the records of the last kind.
-        locked: Those of them that are locked.
-        goals: (name, status): what is asked for.
+        nouns: The kinds of records, from the kind with names to the kind with a status.
+        names: Name to record of the first kind.
+        links: Record to its record of the next kind.
+        statuses: Record of the last kind to status.
+        locked: Locked records of the last kind.
+        goals: Requested (name, status) pairs.
     """
 
     prompt: str
@@ -83,19 +83,19 @@ class Application:
     goals: tuple[tuple[str, str], ...]
 
     def target(self, name: str) -> str:
-        """The record of the last kind that the name leads to."""
+        """The record of the last kind that is linked to the name."""
         record = self.names[name]
         while record in self.links:
             record = self.links[record]
         return record
 
-    def wanted(self) -> dict[str, str]:
-        """The statuses as they should be in the end."""
+    def expected(self) -> dict[str, str]:
+        """The expected final statuses."""
         return {**self.statuses, **{self.target(name): status for name, status in self.goals}}
 
 
 class FunctionsEpisode(ChatToolEpisode):
-    """One task in one application."""
+    """An attempt on one task in one application."""
 
     def __init__(self, content: Application, options: Options):
         turns = (Message("system", options.system), Message("user", content.prompt))
@@ -128,8 +128,8 @@ class FunctionsEpisode(ChatToolEpisode):
         return f"{record} is {arguments['status']}"
 
     def reward(self) -> float:
-        """See Episode. 1 if every status is as it should be, those not spoken of too."""
-        return float(self._statuses == self._application.wanted())
+        """1 if every status of the application is as expected, else 0."""
+        return float(self._statuses == self._application.expected())
 
     def _known(self, table: Mapping[str, str], key: str, noun: str) -> str:
         if key not in table or (table is self._application.links and not key.startswith(f"{noun}-")):
@@ -156,7 +156,7 @@ def _handle(noun: str) -> dict[str, tuple[str, str]]:
 
 
 def make(rng: random.Random, difficulty: int, options: Options) -> Question:
-    """An application whose chain has `difficulty` links."""
+    """A problem whose application has a chain of `difficulty` links."""
     nouns = tuple(rng.sample(NOUNS, difficulty + 1))
     numbers = iter(rng.sample(range(0x1000, 0x10000), 6 * len(nouns)))
     records = [[f"{noun}-{next(numbers):x}" for _ in range(6)] for noun in nouns]

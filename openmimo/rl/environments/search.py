@@ -1,7 +1,7 @@
-"""A search agent over a generated fact graph: tools `search`, `open` and `find`, questions of many hops.
+"""A search agent over a generated fact graph: tools `search`, `open` and `find`, and multi-hop questions.
 
-Difficulty is the depth of the chain and how much the first entity is obfuscated; answers are verifiable (paper section
-4.3.2). Past a share of its context the agent may go on in a fresh one, with its history as a page to open (appendix C).
+The difficulty is the depth of the chain and the obfuscation of the first entity; answers are verifiable (paper section
+4.3.2). Beyond a share of its context the agent may continue in a new one, with its history as a page (appendix C).
 """
 
 import functools
@@ -36,24 +36,24 @@ MAX_LINES = 10
 
 @dataclass(frozen=True)
 class Options:
-    """Settings.
+    """Options of environment `search`.
 
     Attributes:
         min_difficulty: Hops of the easiest questions (1 to 6).
         max_difficulty: Hops of the hardest ones.
         obfuscation: 0 names the first entity, 1 describes it, 2 describes it vaguely.
-        entities: Size of the world.
-        world_seed: Which world.
-        results: Pages that a search gives.
-        max_calls: After so many calls the episode ends.
-        quota: Calls of each tool at one time, of all episodes.
-        calls_per_second: Calls of each tool that begin in a second (0: no limit).
-        timeout_seconds: For one call.
-        backend: Where the tools work: "threads" of this process, or "ray" actors on a cluster.
-        context_characters: The longest conversation, for context management (0: none).
-        context_share: The share of it past which the context is replaced.
-        distinct: So many different problems, round and round (0: endlessly new ones).
-        system: The system turn, before the functions.
+        entities: Number of entities of the world.
+        world_seed: Seed of the world.
+        results: Pages per search.
+        max_calls: Number of calls after which the episode ends.
+        quota: Simultaneous calls of each tool, over all episodes.
+        calls_per_second: Rate of calls of each tool (0: no limit).
+        timeout_seconds: Deadline of a call.
+        backend: Where tools run: "threads" of this process, or "ray" actors on a cluster.
+        context_characters: Maximum length of a conversation, for context management (0: none).
+        context_share: The context is replaced beyond this share of it.
+        distinct: Number of distinct problems, which repeat in order (0: unlimited new ones).
+        system: The system message, before the functions.
     """
 
     min_difficulty: int = 1
@@ -81,7 +81,7 @@ class Options:
 
 
 class SearchWorker:
-    """Answers calls of one tool on one world."""
+    """Executes calls of one tool on one world."""
 
     def __init__(self, tool: str, num_entities: int, world_seed: int, num_results: int):
         self._tool, self._num_results = tool, num_results
@@ -107,7 +107,7 @@ class SearchWorker:
 
 
 class SearchEpisode(ChatToolEpisode):
-    """One question."""
+    """An attempt on one question."""
 
     def __init__(self, content: FactQuestion, options: Options, session: ToolSession):
         turns = (Message("system", options.system), Message("user", f"{content.prompt}\n{INSTRUCTION}"))
@@ -116,10 +116,10 @@ class SearchEpisode(ChatToolEpisode):
         self._archived: dict[str, str] = {}
 
     def run(self, name: str, arguments: Mapping[str, Any]) -> str:
-        """See ChatToolEpisode. Pages of the episode's own history never leave it."""
-        own = self._archived.get(arguments.get("page", ""))
-        if own is not None:
-            return own if name == "open" else lines_with(own, arguments["text"])
+        """Runs a tool. Pages of the archived history are served by the episode itself."""
+        page = self._archived.get(arguments.get("page", ""))
+        if page is not None:
+            return page if name == "open" else lines_with(page, arguments["text"])
         return self._session.call(name, arguments).text
 
     def archive(self, name: str, text: str) -> str:
@@ -128,7 +128,7 @@ class SearchEpisode(ChatToolEpisode):
         return f"Its history is the page {name!r}, for `open` and `find`."
 
     def reward(self) -> float:
-        """See Episode. 1 for the name alone, in whatever case."""
+        """1 if the content is the name (case-insensitive), else 0."""
         return score_answer("exact", self._answer, self.content)
 
     def close(self) -> None:
@@ -136,16 +136,16 @@ class SearchEpisode(ChatToolEpisode):
         self._session.close()
 
 
-def lines_with(text: str, wanted: str) -> str:
-    """The lines of a text that hold another one, in whatever case."""
-    found = [line for line in text.splitlines() if wanted.casefold() in line.casefold()]
+def lines_with(text: str, query: str) -> str:
+    """The lines of a text that contain `query` (case-insensitive)."""
+    found = [line for line in text.splitlines() if query.casefold() in line.casefold()]
     return "\n".join(found[:MAX_LINES]) or "not found"
 
 
 def make(rng: random.Random, difficulty: int, options: Options) -> Question | None:
-    """A question of `difficulty` hops; None if the draw comes to nothing."""
+    """A question of `difficulty` hops; None if the draw failed."""
     question = fact_world(options.entities, options.world_seed).question(rng, difficulty, options.obfuscation)
-    return question and Question(question.prompt, question)
+    return None if question is None else Question(question.prompt, question)
 
 
 def problems(options: Options, split: Split, seed: int) -> Callable[[int], Problem]:
@@ -172,7 +172,7 @@ def open_episode(problem: Problem, options: Options) -> Episode:
 
 
 def start_sessions(options: Options) -> ToolSessions:
-    """The tools of all episodes with the same world and limits."""
+    """Starts the tools of all episodes with the same world and limits."""
     limits = ToolLimits(
         quota=options.quota, calls_per_second=options.calls_per_second, timeout_seconds=options.timeout_seconds
     )
@@ -186,7 +186,7 @@ def start_sessions(options: Options) -> ToolSessions:
 
 
 PLUGIN = Environment(
-    describe="questions of many hops over a generated fact graph, with search, open and find",
+    describe="multi-hop questions over a generated fact graph, with search, open and find",
     options=Options,
     problems=problems,
     open=open_episode,

@@ -1,6 +1,6 @@
-"""A key-value store, for tiny models: the policy writes `<get k>` and `<set k v>`, answers are put in there.
+"""A key-value store, for tiny models: the policy writes `<get k>` and `<set k v>`, and results are inserted.
 
-The values are hidden, so they must be read before they can be written elsewhere; the final state decides, not the text.
+The values are hidden, so they must be read before they can be copied. The reward depends on the final state only.
 """
 
 import random
@@ -21,15 +21,15 @@ DIFFICULTIES = range(1, 9)
 
 @dataclass(frozen=True)
 class Options:
-    """Settings.
+    """Options of environment `store`.
 
     Attributes:
         min_difficulty: Instructions in the easiest problems (1 to 8).
         max_difficulty: Instructions in the hardest ones.
-        keys: Keys of the store, from `a` on (2 to 26).
-        max_calls: After so many calls the episode is over.
-        distinct: So many different problems, round and round (0: endlessly new ones).
-        system: The system turn.
+        keys: Number of keys, starting at `a` (2 to 26).
+        max_calls: Number of calls after which the episode ends.
+        distinct: Number of distinct problems, which repeat in order (0: unlimited new ones).
+        system: The system message.
     """
 
     min_difficulty: int = 1
@@ -47,7 +47,13 @@ class Options:
 
 @dataclass(frozen=True)
 class Chores:
-    """prompt: such as `copy a b, swap c d`. before, after: the store's values by key, in order of the keys."""
+    """A problem.
+
+    Attributes:
+        prompt: Instructions such as `copy a b, swap c d`.
+        before: Initial (key, value) pairs.
+        after: Expected (key, value) pairs.
+    """
 
     prompt: str
     before: tuple[tuple[str, str], ...]
@@ -55,18 +61,18 @@ class Chores:
 
 
 class StoreEpisode:
-    """One store, to be put in order."""
+    """An attempt on one store."""
 
     tools: tuple[Mapping[str, Any], ...] = ()
     stop: tuple[str, ...] = (">",)
 
     def __init__(self, content: Chores, options: Options):
         self.messages: tuple[Message, ...] = (Message("system", options.system), Message("user", content.prompt))
-        self._values, self._wanted = dict(content.before), dict(content.after)
+        self._values, self._expected = dict(content.before), dict(content.after)
         self._calls_left = options.max_calls
 
     def respond(self, text: str) -> EnvResponse:
-        """See Episode. Text without a call is the end."""
+        """Inserts the result of a call. Text without a call ends the episode."""
         written, end, _ = text.partition(">")
         if not end or self._calls_left <= 0:
             return EnvResponse()
@@ -74,8 +80,8 @@ class StoreEpisode:
         return EnvResponse(text=f"={self._result(written.rpartition('<')[2].split())};")
 
     def reward(self) -> float:
-        """See Episode. 1 if every value is as it should be, those not spoken of too."""
-        return float(self._values == self._wanted)
+        """1 if every value of the store is as expected, else 0."""
+        return float(self._values == self._expected)
 
     def close(self) -> None:
         """See Episode."""
@@ -93,7 +99,7 @@ class StoreEpisode:
 
 
 def make(rng: random.Random, difficulty: int, options: Options) -> Question | None:
-    """`difficulty` copies and swaps; None if together they change nothing."""
+    """`difficulty` copies and swaps; None if their combined effect is nothing."""
     keys = string.ascii_lowercase[: options.keys]
     before = {key: str(value) for key, value in zip(keys, rng.sample(range(10, 100), len(keys)), strict=True)}
     after, lines = dict(before), []
@@ -126,7 +132,7 @@ def open_episode(problem: Problem, options: Options) -> StoreEpisode:
 
 
 PLUGIN = Environment(
-    describe="a key-value store to put in order by calls in the text, for tiny models",
+    describe="a key-value store to rearrange by calls in the text, for tiny models",
     options=Options,
     problems=problems,
     open=open_episode,

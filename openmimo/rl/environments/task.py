@@ -1,4 +1,4 @@
-"""Verifiable tasks as episodes of one turn: the answer is scored by the task's own key."""
+"""Verifiable tasks as episodes of one turn. The task's answer key scores the response."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,8 +16,12 @@ from openmimo.rl.scheduling.problems import Problem
 
 @dataclass(frozen=True)
 class Options:
-    """task: which problems, and how hard. distinct: so many different problems, round and round (0: endlessly new
-    ones). system: the system turn.
+    """Options of environment `task`.
+
+    Attributes:
+        task: The task and its difficulty.
+        distinct: Number of distinct problems, which repeat in order (0: unlimited new ones).
+        system: The system message.
     """
 
     task: TaskConfig
@@ -26,7 +30,7 @@ class Options:
 
 
 class TaskEpisode:
-    """Asks once, and scores what comes."""
+    """An episode of one question and one response."""
 
     tools: tuple[Mapping[str, Any], ...] = ()
     stop: tuple[str, ...] = ()
@@ -41,7 +45,7 @@ class TaskEpisode:
         return EnvResponse()
 
     def reward(self) -> float:
-        """See Episode. An answer that came to its limit of tokens has no end, and is scored as it stands."""
+        """The score of the response. A response that was cut off at the token limit is scored as it is."""
         return self._task.score(self._problem, self._text)
 
     def close(self) -> None:
@@ -49,7 +53,7 @@ class TaskEpisode:
 
 
 def problems(options: Options, split: Split, seed: int) -> Callable[[int], Problem]:
-    """The stream of a task, or its first `distinct` problems again and again."""
+    """The problem stream of a task, or its first `distinct` problems in a cycle."""
     task = open_task(options.task)
 
     def problem_at(index: int) -> Problem:
@@ -60,7 +64,7 @@ def problems(options: Options, split: Split, seed: int) -> Callable[[int], Probl
 
 
 def files(options: Options) -> tuple[FileContent, ...]:
-    """What the problems are read from; nothing if they are generated."""
+    """The files of the problems; none if they are generated."""
     return open_task(options.task).files
 
 
@@ -70,7 +74,7 @@ def open_episode(problem: Problem, options: Options) -> TaskEpisode:
 
 
 def is_instant(options: Options) -> bool:
-    """Whether the task's answers are scored in microseconds."""
+    """Whether the task scores responses in microseconds."""
     task = open_task(options.task)
     return task.family.is_instant(task.options)
 

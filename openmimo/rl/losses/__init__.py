@@ -1,1 +1,1 @@
-"""The mathematics of post-training: pure functions of tensors, with no model, engine or trainer in sight."""
+"""The mathematics of post-training as pure functions of tensors, independent of model, engine and trainer."""

@@ -1,7 +1,7 @@
-"""Importance weights for the gap between the policy that is trained and the engine that sampled.
+"""Importance weights that correct for the mismatch between the trained policy and the sampling engine.
 
-Each takes `log_ratio_N`, log π_train - log μ, and gives weights [N], detached: they scale gradients and have none. With
-`apply`, a weight of 0 drops a token's loss and its gradient. Gates (0 or 1) may be multiplied with the others.
+Each function takes `log_ratio_N`, log π_train - log μ, and returns detached weights [N]. With `apply`, a weight of 0
+removes a token's loss and its gradient. Gates (0 or 1) may be multiplied with other weights.
 
 N policy-written tokens, B sequences.
 """
@@ -14,7 +14,7 @@ from openmimo.rl.losses.tokens import TokenBatch
 
 
 def apply(losses_N: torch.Tensor, weights_N: torch.Tensor) -> torch.Tensor:
-    """losses * weights, [N]; a weight of 0 gives 0 and no gradient, whatever the loss (even an infinite one)."""
+    """losses * weights, [N]. A weight of 0 gives 0 and no gradient, even for an infinite loss."""
     return torch.where(weights_N == 0, 0.0, losses_N) * weights_N
 
 
@@ -24,7 +24,7 @@ def truncated(log_ratio_N: torch.Tensor, *, high: float) -> torch.Tensor:
 
 
 def masked(log_ratio_N: torch.Tensor, *, low: float, high: float) -> torch.Tensor:
-    """The ratio itself where low <= ratio <= high, else 0: IcePop, the gate of MOPD (2601.02780, equation 8)."""
+    """The ratio if low <= ratio <= high, else 0: IcePop, the gate of MOPD (2601.02780, equation 8)."""
     ratio_N = log_ratio_N.detach().exp()
     return ratio_N.masked_fill((ratio_N < low) | (ratio_N > high), 0.0)
 
@@ -41,7 +41,7 @@ def sequence_masked(log_ratio_N: torch.Tensor, batch: TokenBatch, *, low: float,
 
 
 def sequence_truncated(log_ratio_N: torch.Tensor, batch: TokenBatch, *, high: float) -> torch.Tensor:
-    """min(ratio of the whole sequence, high): the product of its tokens' ratios, the same for all of them."""
+    """min(sequence ratio, high): the product of the token ratios of a sequence, the same for all its tokens."""
     log_ratio_B = batch.sequence_sum(log_ratio_N.detach())
     return batch.per_token(log_ratio_B.clamp(max=math.log(high)).exp())
 
@@ -53,7 +53,7 @@ def veto(log_ratio_N: torch.Tensor, batch: TokenBatch, *, lowest: float = 1e-4) 
 
 
 def staleness_limit(staleness_N: torch.Tensor, *, high: float, decay: float) -> torch.Tensor:
-    """C(s) = 1 + (high - 1) * decay^s, [N] float32: the older the token, the less a ratio above 1 counts."""
+    """C(s) = 1 + (high - 1) * decay^s, [N] float32: the limit of ratios above 1 decreases with the age of a token."""
     return 1 + (high - 1) * decay ** staleness_N.to(torch.float32)
 
 
@@ -68,8 +68,8 @@ def staleness_truncated(
 ) -> torch.Tensor:
     """min(ratio, C(staleness)); 0 for tokens older than `max_staleness` versions, or with a ratio below `low`.
 
-    For rollouts that began under an older policy (2601.02780, section 4.6.2 names the method, but no formula; C(s),
-    `staleness_limit`, is ours).
+    For rollouts that began under an older policy. 2601.02780, section 4.6.2 names the method without a formula; C(s),
+    `staleness_limit`, is our choice.
     """
     ratio_N = log_ratio_N.detach().exp()
     limit_N = staleness_limit(staleness_N, high=high, decay=decay).to(ratio_N.dtype)

@@ -1,7 +1,7 @@
-"""What to watch in training: plain numbers from the log-probabilities of a batch.
+"""Diagnostics of a training batch from its log-probabilities.
 
-The gap between trainer and engine is logged itself, not only what a gate drops: a fixed gate can drop fewer tokens
-while the gap widens.
+The mismatch between trainer and engine is logged directly, not only through the share of gated tokens: a fixed gate may
+drop fewer tokens while the mismatch grows.
 
 N policy-written tokens, V vocabulary.
 """
@@ -20,9 +20,13 @@ def batch_diagnostics(
     high: float | None = None,
     entropy_N: torch.Tensor | None = None,
 ) -> dict[str, float]:
-    """All that can be said of a batch; empty for an empty one.
+    """All diagnostics of a batch; empty for an empty batch.
 
-    low, high: those of the gate, if there is one. entropy_N: of the policy, in nats, at some of the tokens.
+    Args:
+        batch: The tokens.
+        low: Lower bound of the gate, if any.
+        high: Upper bound of the gate, if any.
+        entropy_N: Entropy of the policy in nats at some of the tokens.
     """
     if not len(batch.logprobs_N):
         return {}
@@ -36,7 +40,7 @@ def batch_diagnostics(
 
 
 def mismatch(logprobs_N: torch.Tensor, behavior_logprobs_N: torch.Tensor) -> dict[str, float]:
-    """How far trainer and engine are apart on the sampled tokens, with r = π / μ.
+    """The mismatch between trainer and engine on the sampled tokens, with r = π / μ.
 
     mismatch_k1: mean log μ - log π. mismatch_k3: mean r - 1 - log r. logprob_difference_mean, _max: of |log π - log μ|.
     extreme_ratio_share_τ: share of tokens with max(r, 1 / r) > τ, the F(τ) of R3 (2510.11370).
@@ -54,7 +58,7 @@ def mismatch(logprobs_N: torch.Tensor, behavior_logprobs_N: torch.Tensor) -> dic
 
 
 def gate_shares(log_ratio_N: torch.Tensor, *, low: float | None, high: float | None) -> dict[str, float]:
-    """gated_low_share, gated_high_share: shares of tokens with a ratio below `low`, above `high` (None: not given)."""
+    """gated_low_share, gated_high_share: shares of tokens with a ratio below `low`, above `high` (None: omitted)."""
     ratio_N = log_ratio_N.detach().exp()
     metrics = {}
     if low is not None:

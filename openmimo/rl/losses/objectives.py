@@ -1,11 +1,11 @@
-"""Policy losses, one number per token: what to minimize so that tokens of positive advantage become more likely.
+"""Policy losses per token, whose minimization makes tokens with positive advantage more likely.
 
-They do not add tokens up: how much each counts is its weight (`normalize`), and what the engine's own probabilities
-are worth is its correction (`corrections`).
+The functions do not reduce over tokens: weights (`normalize`) and corrections for the engine's probabilities
+(`corrections`) are applied separately.
 
-The policy ratio is π_θ / π_old ("decoupled": the trainer before and after its updates; the gap between trainer and
-engine is a correction's business), or π_θ / μ ("bypass": the engine is taken as the old policy, and no correction by
-its ratio may be added).
+The policy ratio is π_θ / π_old ("decoupled": the trainer before and after its updates; `corrections` covers the
+mismatch with the engine), or π_θ / μ ("bypass": the engine is the old policy, and no correction by the same ratio may
+be added).
 
 N policy-written tokens, B sequences.
 """
@@ -24,7 +24,7 @@ LOG_RATIO_LIMIT = 20.0
 def policy_log_ratio(batch: TokenBatch, old_policy: OldPolicy) -> torch.Tensor:
     """log π_θ - log π_old, or - log μ, [N], with the gradient of log π_θ.
 
-    Held within ±20: a ratio that overflows would give NaN gradients even where it is clipped.
+    Clamped to ±20, because a ratio that overflows gives NaN gradients even if it is clipped later.
     """
     old_logprobs_N = batch.old_logprobs_N if old_policy == "decoupled" else batch.behavior_logprobs_N
     return (batch.logprobs_N - old_logprobs_N.detach()).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
@@ -35,17 +35,17 @@ def clipped(
 ) -> torch.Tensor:
     """-min(ratio * A, clip(ratio, 1 - low, 1 + high) * A), [N]: PPO (1707.06347); high > low is DAPO's clip-higher.
 
-    With `dual` (above 1), tokens of negative advantage lose no more than dual * |A|, however likely they have become
-    (dual clip, 1912.09729). MiMo-7B: low 0.2, high 0.28 (2505.07608, section 3.3).
+    With `dual` (above 1), the loss of tokens with negative advantage is at most dual * |A| (dual clip, 1912.09729).
+    MiMo-7B: low 0.2, high 0.28 (2505.07608, section 3.3).
     """
     return _clipped_loss(policy_log_ratio(batch, old_policy).exp(), batch, low=low, high=high, dual=dual)
 
 
 def gspo(batch: TokenBatch, *, low: float, high: float, old_policy: OldPolicy = "decoupled") -> torch.Tensor:
-    """The clipped loss with one ratio for a whole sequence: the geometric mean of its tokens' ratios, [N].
+    """The clipped loss with one ratio per sequence, the geometric mean of its token ratios, [N].
 
-    The ratio is sg[s] * π_θ / sg[π_θ]: its value is the sequence's s, its gradient goes to each token alone. Averaged
-    over the tokens of a sequence, this is the gradient of the sequence's clipped loss. GSPO (2507.18071, "GSPO-token").
+    The ratio is sg[s] * π_θ / sg[π_θ]: its value is the sequence ratio s, and its gradient is that of each token. The
+    mean over the tokens of a sequence has the gradient of the clipped sequence loss. GSPO (2507.18071, "GSPO-token").
     """
     sequence_log_ratio_B = batch.sequence_mean(policy_log_ratio(batch, old_policy).detach())
     ratio_N = batch.per_token(sequence_log_ratio_B.exp()) * (batch.logprobs_N - batch.logprobs_N.detach()).exp()
@@ -55,15 +55,15 @@ def gspo(batch: TokenBatch, *, low: float, high: float, old_policy: OldPolicy = 
 def cispo(
     batch: TokenBatch, *, low_ratio: float, high_ratio: float, old_policy: OldPolicy = "decoupled"
 ) -> torch.Tensor:
-    """-sg[clip(ratio, low_ratio, high_ratio)] * A * log π_θ, [N]: the clip bounds a token's weight, and never takes its
-    gradient away. CISPO (MiniMax-M1, 2506.13585).
+    """-sg[clip(ratio, low_ratio, high_ratio)] * A * log π_θ, [N]: clipping bounds the weight of a token and never
+    removes its gradient. CISPO (MiniMax-M1, 2506.13585).
     """
     weights_N = policy_log_ratio(batch, old_policy).detach().exp().clamp(low_ratio, high_ratio)
     return weights_N * reinforce(batch)
 
 
 def reinforce(batch: TokenBatch) -> torch.Tensor:
-    """-A * log π_θ, [N]. With the gate of equation 8 as its correction, it is MOPD's loss (2601.02780, equation 7)."""
+    """-A * log π_θ, [N]. With the gate of equation 8 as correction, it is the loss of MOPD (2601.02780, equation 7)."""
     return -batch.advantages_N.detach() * batch.logprobs_N
 
 

@@ -1,4 +1,4 @@
-"""What a policy loss sees: the tokens that the policy wrote, in one row, each with its numbers.
+"""The input of a policy loss: the policy-written tokens of a micro-batch with their per-token numbers.
 
 N policy-written tokens of a micro-batch, B sequences of it.
 """
@@ -10,20 +10,21 @@ import torch
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """The policy-written tokens of whole sequences: prompts and the answers of tools are not in it.
+    """The policy-written tokens of whole sequences, without prompts and tool responses.
 
-    A sequence is never split over two batches: sequence ratios (GSPO) and sequence gates need all of its tokens.
+    A sequence is never split over batches, because sequence ratios (GSPO) and sequence gates need all of its tokens.
 
     Attributes:
         logprobs_N: log π_θ, by the trainer, with gradient.
         old_logprobs_N: log π_old, by the trainer before the first update of the step.
         behavior_logprobs_N: log μ, by the engine that sampled the token.
-        advantages_N: How much better than expected the token was.
+        advantages_N: The advantage of each token.
         sequence_N: int64, 0 to B - 1, the sequence of each token.
         staleness_N: int64, the current policy version minus the one that sampled the token.
         num_sequences: B.
 
-    Raises ValueError if the tensors are not all of one length.
+    Raises:
+        ValueError: The tensors differ in length.
     """
 
     logprobs_N: torch.Tensor
@@ -39,7 +40,9 @@ class TokenBatch:
         tensors = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
         wrong = {name: tuple(value.shape) for name, value in tensors.items() if value.shape != shape}
         if len(shape) != 1 or wrong:
-            raise ValueError(f"A token batch holds tensors [N] of one N; logprobs_N is {tuple(shape)}, but {wrong}.")
+            raise ValueError(
+                f"The tensors of a token batch must all be [N]; logprobs_N is {tuple(shape)}, but {wrong}."
+            )
 
     def sequence_sum(self, values_N: torch.Tensor) -> torch.Tensor:
         """The sum of each sequence's values: [N] to [B]."""
@@ -50,5 +53,5 @@ class TokenBatch:
         return self.sequence_sum(values_N) / self.sequence_sum(torch.ones_like(values_N)).clamp(min=1)
 
     def per_token(self, values_B: torch.Tensor) -> torch.Tensor:
-        """Each token gets its sequence's value: [B] to [N]."""
+        """The sequence value for each token: [B] to [N]."""
         return values_B[self.sequence_N]

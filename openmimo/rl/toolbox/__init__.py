@@ -1,6 +1,6 @@
-"""Tools of agents: quotas, rates, deadlines and warm workers (Toolbox), and the episodes' view of them (ToolSessions).
+"""Tools of agents: quotas, rates, deadlines and warm workers (Toolbox), and sessions of episodes (ToolSessions).
 
-The Toolbox is the global policy, shared by all episodes of a process or a cluster; a session is the task's side: its
+The Toolbox enforces the global limits of all episodes in a process or a cluster. A session belongs to one episode: its
 environment, its calls and its reward (paper section 4.6.3, Toolbox and Tool Manager).
 """
 

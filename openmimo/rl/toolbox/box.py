@@ -1,4 +1,4 @@
-"""The Toolbox: who may call which tool, how often, how many at a time and for how long."""
+"""The Toolbox: rates, concurrency limits and deadlines of tools."""
 
 import contextlib
 import dataclasses
@@ -25,7 +25,7 @@ StartPool = Callable[[Callable[[], Worker], int], WorkerPool]
 
 @dataclass(frozen=True)
 class Tool:
-    """A tool: how a worker of it is made, and its limits."""
+    """A tool: the factory of its workers, and its limits."""
 
     make_worker: Callable[[], Worker]
     limits: ToolLimits = field(default_factory=ToolLimits)
@@ -40,9 +40,12 @@ class _Entry:
 
 
 class Toolbox:
-    """Calls tools within their limits, from any number of threads. Use it as a context manager, or close it.
+    """Calls tools within their limits. Thread-safe. Use it as a context manager, or close it.
 
-    start_pool: start_pool(make_worker, size) starts the workers of a tool; threads by default, `RayWorkers` for actors.
+    Args:
+        tools: The tools by name.
+        start_pool: `start_pool(make_worker, size)` starts the workers of a tool: threads by default, `RayWorkers` for
+            actors.
     """
 
     def __init__(self, tools: Mapping[str, Tool], start_pool: StartPool = ThreadWorkers):
@@ -67,11 +70,18 @@ class Toolbox:
         cancelled: threading.Event | None = None,
         on_end: Callable[[], None] = lambda: None,
     ) -> ToolResult:
-        """Calls a tool, and waits for its turn before.
+        """Waits for a worker and calls a tool. Mistakes of the model and time-outs are part of the result.
 
-        cancelled: gives up a call that still waits. on_end: is called once, when nothing of the call runs any more,
-        which after a time-out may be later than this returns. Mistakes of the model and time-outs are in the result;
-        raises ToolFailureError if the infrastructure failed, and ConfigError for an unknown tool.
+        Args:
+            name: The tool.
+            arguments: The arguments of the call.
+            cancelled: Cancels a call that is still waiting.
+            on_end: Called once when the call has completely ended, which may be after this method returns if the call
+                timed out.
+
+        Raises:
+            ToolFailureError: The infrastructure failed.
+            ConfigError: The tool is unknown.
         """
         if name not in self._entries:
             on_end()
@@ -96,12 +106,12 @@ class Toolbox:
                 raise
 
     def counts(self, name: str) -> ToolCounts:
-        """The counters of one tool, as they are now."""
+        """The current counters of one tool."""
         with self._lock:
             return dataclasses.replace(self._entries[name].counts)
 
     def metrics(self) -> dict[str, float]:
-        """All counters, as `<tool>/<counter>`, with the mean wait and run of a call in seconds."""
+        """All counters as `<tool>/<counter>`, with the mean waiting and running time of a call in seconds."""
         found: dict[str, float] = {}
         for name, entry in self._entries.items():
             counts = self.counts(name)
@@ -112,12 +122,12 @@ class Toolbox:
         return found
 
     def close(self) -> None:
-        """Ends all workers; calls that wait fail."""
+        """Stops all workers. Waiting calls fail."""
         for entry in self._entries.values():
             entry.pool.close()
 
     def _taken(self, entry: _Entry, cancelled: threading.Event) -> Any:
-        """A worker, at a moment when the rate allows a call. The worker comes first, so that no token is old."""
+        """Takes a worker, then waits for the rate limit. In this order no reserved rate token expires unused."""
         patience, began = entry.limits.wait_seconds, time.monotonic()
         self._count(entry.counts, calls=1, waiting=1)
         try:
@@ -126,7 +136,7 @@ class Toolbox:
                 delay = entry.bucket.reserve(patience - (time.monotonic() - began))
                 if delay is None:
                     entry.pool.give_back(worker)
-                    raise ToolFailureError(f"the rate allows no call within {patience:g} seconds")
+                    raise ToolFailureError(f"the rate limit permits no call within {patience:g} seconds")
                 cancelled.wait(delay)
         except ToolFailureError:
             self._count(entry.counts, failures=1)
@@ -137,7 +147,7 @@ class Toolbox:
             if worker is not None:
                 entry.pool.give_back(worker)
             self._count(entry.counts, cancelled=1)
-            raise ToolFailureError("the call was given up before it began")
+            raise ToolFailureError("the call was cancelled before it began")
         return worker
 
     @contextlib.contextmanager

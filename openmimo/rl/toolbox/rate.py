@@ -1,4 +1,4 @@
-"""A token bucket: so many calls a second on average, and a few at once after a pause."""
+"""A token bucket: an average rate of calls, with a burst after a pause."""
 
 import threading
 import time
@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 
 class TokenBucket:
-    """Tells each caller how long to wait, first come first served. `clock` gives seconds."""
+    """Assigns waiting times in order of arrival. `clock` returns seconds."""
 
     def __init__(self, calls_per_second: float, burst: int = 1, clock: Callable[[], float] = time.monotonic):
         self._rate, self._burst, self._clock = calls_per_second, burst, clock
@@ -14,7 +14,7 @@ class TokenBucket:
         self._lock = threading.Lock()
 
     def reserve(self, patience_seconds: float) -> float | None:
-        """Takes a token, now or of the future: the seconds until it is there. None, taking none, if beyond patience."""
+        """Reserves a token. Returns the seconds until it is available, or None (no reservation) if that is too long."""
         with self._lock:
             now = self._clock()
             self._tokens = min(self._burst, self._tokens + (now - self._filled) * self._rate)

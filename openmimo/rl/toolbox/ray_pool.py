@@ -1,7 +1,7 @@
-"""Workers as Ray actors on a cluster, behind the interface of `WorkerPool`. Needs the extra `ray`.
+"""Workers as Ray actors on a cluster, with the interface of `WorkerPool`. Needs the extra `ray`.
 
-For tools whose arguments and answers can be pickled, such as a search service. An episode's own environment (a working
-folder) stays in the process that rolls out, and so do the tools that need it.
+They serve tools whose arguments and results can be pickled, such as a search service. The environment of an episode (a
+working folder) stays in the rollout process, and so do the tools that need it.
 """
 
 import threading
@@ -14,11 +14,15 @@ from openmimo.rl.toolbox.workers import IdleWorkers, Worker
 
 
 class RayWorkers:
-    """One actor for each worker; an actor that hangs is killed, one that died is replaced.
+    """One actor per worker. Hanging actors are killed and dead actors replaced. The caller runs `ray.init`.
 
-    make_worker: must be picklable (a function or class of a module, or a partial of one). actor_options: for
-    `ray.remote`, such as {"num_cpus": 0.1, "resources": {"tools": 1}}. `ray.init` is the caller's. Raises ConfigError
-    if Ray is not installed.
+    Args:
+        make_worker: A picklable factory (a function or class of a module, or a partial of one).
+        size: Number of workers.
+        actor_options: For `ray.remote`, such as {"num_cpus": 0.1, "resources": {"tools": 1}}.
+
+    Raises:
+        ConfigError: Ray is not installed.
     """
 
     def __init__(self, make_worker: Callable[[], Worker], size: int, actor_options: Mapping[str, Any] | None = None):
@@ -43,7 +47,7 @@ class RayWorkers:
             self._ray.kill(worker)
 
     def run(self, worker: Any, arguments: Mapping[str, Any], timeout_seconds: float, on_end: Callable[[], None]) -> Any:
-        """See WorkerPool. The time that a new actor takes to come up counts, too."""
+        """Runs a taken worker, then returns or replaces it. The start of a new actor counts towards the deadline."""
         try:
             kind, value = self._ray.get(worker.call.remote(dict(arguments)), timeout=timeout_seconds)
         except self._ray.exceptions.GetTimeoutError:
@@ -51,12 +55,12 @@ class RayWorkers:
             raise WorkerTimeoutError(f"the call took longer than {timeout_seconds:g} seconds") from None
         except Exception as error:  # a dead actor, a lost node, arguments that cannot be pickled
             self._replace(worker)
-            raise ToolFailureError(f"the actor is lost: {error!r}") from error
+            raise ToolFailureError(f"the actor failed: {error!r}") from error
         finally:
             on_end()
         if kind == "failure":
             self._replace(worker)
-            raise ToolFailureError(f"the worker broke: {value}")
+            raise ToolFailureError(f"the worker failed: {value}")
         self.give_back(worker)
         if kind == "mistake":
             raise ToolMistakeError(value)
@@ -74,16 +78,16 @@ class RayWorkers:
 
 
 class ActorBody:
-    """What runs inside an actor."""
+    """The class of the actors."""
 
     def __init__(self, make_worker: Callable[[], Worker]):
         self._worker = make_worker()
 
     def call(self, arguments: Mapping[str, Any]) -> tuple[str, Any]:
-        """("answer", value), ("mistake", text) or ("failure", text): exceptions need not be picklable then."""
+        """("answer", value), ("mistake", text) or ("failure", text), so that exceptions need not be picklable."""
         try:
             return "answer", self._worker.call(arguments)
         except ToolMistakeError as mistake:
             return "mistake", str(mistake)
-        except Exception as error:  # told to the caller, who replaces this actor
+        except Exception as error:  # reported to the caller, who replaces this actor
             return "failure", repr(error)

@@ -1,4 +1,4 @@
-"""What goes into a tool call and what comes out: limits, results, counters, and the two kinds of error."""
+"""Limits, results, counters and errors of tool calls."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -7,27 +7,27 @@ from openmimo.core.errors import ConfigError
 
 
 class ToolMistakeError(Exception):
-    """The model's mistake, such as an unknown page. Its text goes back to the model, which may do better."""
+    """A mistake of the model, such as an unknown page. The message is returned to the model."""
 
 
 class ToolFailureError(RuntimeError):
-    """The infrastructure failed. It says nothing about the model: the sample is rolled out again, never scored."""
+    """The infrastructure failed. The sample is rolled out again and not scored."""
 
 
 class WorkerTimeoutError(Exception):
-    """A call went over its deadline; its worker has been replaced."""
+    """A call exceeded its deadline, and its worker was replaced."""
 
 
 @dataclass(frozen=True)
 class ToolLimits:
-    """What all episodes together may ask of one tool (paper section 4.6.3: quota and queries per second).
+    """The limits of one tool over all episodes (paper section 4.6.3: quota and queries per second).
 
     Attributes:
-        quota: Calls at one time, which is also the number of workers that are kept warm.
-        calls_per_second: Calls that begin in a second, on average (0: no limit).
-        burst: Calls that may begin at once after a pause.
-        timeout_seconds: For one call, from its begin.
-        wait_seconds: For quota and rate together; who waits longer meets a ToolFailureError.
+        quota: Simultaneous calls, and the number of warm workers.
+        calls_per_second: Average rate of calls (0: no limit).
+        burst: Calls that may begin together after a pause.
+        timeout_seconds: Deadline of a call after its begin.
+        wait_seconds: Maximum wait for quota and rate. A longer wait raises ToolFailureError.
     """
 
     quota: int = 4
@@ -46,14 +46,19 @@ class ToolLimits:
 
 @dataclass(frozen=True)
 class ToolResult:
-    """How a call ended. value: what the tool gave, or the text of the error. error: whose fault, "" for none."""
+    """The result of a call.
+
+    Attributes:
+        value: The value of the tool, or the text of the error.
+        error: The kind of error; "" for none.
+    """
 
     value: Any
     error: Literal["", "mistake", "timeout"] = ""
 
     @property
     def text(self) -> str:
-        """What the model is told."""
+        """The text for the model."""
         return f"error: {self.value}" if self.error else str(self.value)
 
 
@@ -63,15 +68,15 @@ class ToolCounts:
 
     Attributes:
         calls: Calls that have begun or failed to begin.
-        mistakes: Those that ended in a ToolMistakeError.
-        timeouts: Those that went over their deadline.
-        failures: Those that ended in a ToolFailureError.
-        cancelled: Those given up while they waited, as their session was closed.
-        waiting: Calls that wait for a worker or for the rate, now.
-        running: Calls that a worker is at, now.
-        wait_seconds: Time spent waiting, of all calls together.
-        run_seconds: Time spent running.
-        longest_seconds: The longest run.
+        mistakes: Calls that raised ToolMistakeError.
+        timeouts: Calls that exceeded their deadline.
+        failures: Calls that raised ToolFailureError.
+        cancelled: Calls that were cancelled while waiting, because their session was closed.
+        waiting: Calls that currently wait for a worker or the rate.
+        running: Calls that currently run.
+        wait_seconds: Total waiting time.
+        run_seconds: Total running time.
+        longest_seconds: Longest running time of a call.
     """
 
     calls: int = 0

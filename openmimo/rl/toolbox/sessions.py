@@ -1,7 +1,8 @@
-"""The tools of one episode: its environment, its calls, and its reward as soon as its sequence has ended.
+"""The tools of one episode: its environment, its calls, and the computation of its reward.
 
-This is the paper's Tool Manager (section 4.6.3): it sits beside the rollout engine, warms environments up, begins a
-sequence's reward without waiting for the others, recovers from time-outs, and counts. Global policy is the Toolbox's.
+This is the Tool Manager of the paper (section 4.6.3): it works next to the rollout engine, prepares environments,
+starts the reward of a finished sequence without waiting for others, recovers from time-outs, and counts. The Toolbox
+enforces global limits.
 """
 
 import threading
@@ -17,10 +18,12 @@ REWARD_ATTEMPTS = 2
 
 
 class ToolSessions:
-    """Opens sessions on one toolbox, and owns it. Use it as a context manager, or close it.
+    """Opens sessions on a toolbox, which it owns. Use it as a context manager, or close it.
 
-    environments: what each session takes one of at its first call, None if tools need none. patience_seconds: how long
-    a session waits for its environment.
+    Args:
+        toolbox: The tools.
+        environments: Each session takes one environment at its first call. None if the tools need none.
+        patience_seconds: Maximum wait of a session for its environment.
     """
 
     def __init__(self, toolbox: Toolbox, environments: WarmEnvironments | None = None, patience_seconds: float = 300.0):
@@ -36,7 +39,7 @@ class ToolSessions:
         self.close()
 
     def open(self, prepare: Callable[[Any], None] = lambda environment: None) -> "ToolSession":
-        """A session for one episode. prepare: puts the episode's things into its environment, before the first call."""
+        """Opens a session for one episode. `prepare` initializes its environment before the first call."""
         self.count(num_opened=1)
         session = ToolSession(self, prepare)
         with self._lock:
@@ -52,7 +55,7 @@ class ToolSessions:
         return found | (self.environments.metrics() if self.environments else {}) | self.toolbox.metrics()
 
     def close(self) -> None:
-        """Ends all sessions, the toolbox and the environments."""
+        """Closes all sessions, the toolbox and the environments."""
         with self._lock:
             sessions = list(self._open)
         for session in sessions:
@@ -62,22 +65,22 @@ class ToolSessions:
             self.environments.close()
 
     def forget(self, session: "ToolSession") -> None:
-        """Takes note that a session is closed."""
+        """Removes a closed session."""
         with self._lock:
             self._open.discard(session)
 
     def count(self, **more: int) -> None:
-        """Adds to the counters of these names."""
+        """Adds to counters by name."""
         with self._lock:
             for name, amount in more.items():
                 setattr(self, name, getattr(self, name) + amount)
 
 
 class ToolSession:
-    """One episode's tools. Calls come one after another; `close` may come at any moment from another thread.
+    """The tools of one episode. Calls must be sequential; `close` may be called at any time from another thread.
 
-    The environment goes back when the session is closed and the last call has really ended, even if that call's caller
-    has long given it up. Tools get it as the argument "environment".
+    The environment is released when the session is closed and its last call has ended, which may be after the caller
+    timed out. Tools receive it as the argument "environment".
     """
 
     def __init__(self, sessions: ToolSessions, prepare: Callable[[Any], None]):
@@ -89,23 +92,23 @@ class ToolSession:
         self._lock = threading.Lock()
 
     def call(self, name: str, arguments: Mapping[str, Any]) -> ToolResult:
-        """Calls a tool. Mistakes of the model are in the result.
+        """Calls a tool. Mistakes of the model are part of the result, and so are time-outs without an environment.
 
-        So are time-outs, if there is no environment. With one, a call that is cut off leaves it in a state that nobody
-        knows: that is a ToolFailureError, and the episode should be rolled out again. Tools that run what a model wrote
-        should therefore have a shorter limit of their own, and tell the model of it.
+        A call that times out leaves its environment in an unknown state. It raises ToolFailureError, and the episode
+        should be rolled out again. Tools that run model-written code should therefore have a shorter limit of their
+        own, and report it to the model.
         """
         self._begin()
-        given = {} if self._sessions.environments is None else {"environment": self._environment}
-        result = self._sessions.toolbox.call(name, {**arguments, **given}, cancelled=self._cancelled, on_end=self._end)
-        if result.error == "timeout" and given:
+        extra = {} if self._sessions.environments is None else {"environment": self._environment}
+        result = self._sessions.toolbox.call(name, {**arguments, **extra}, cancelled=self._cancelled, on_end=self._end)
+        if result.error == "timeout" and extra:
             self._sessions.count(num_lost_environments=1)
             self.close()
-            raise ToolFailureError(f"tool {name!r}: {result.value}; its environment is given up")
+            raise ToolFailureError(f"tool {name!r}: {result.value}; its environment is discarded")
         return result
 
     def start_reward(self, name: str, arguments: Mapping[str, Any]) -> None:
-        """Begins to score the episode by a tool, in a thread of its own; `reward` waits for it."""
+        """Starts to score the episode by a tool in a new thread. `reward` waits for the result."""
         self._reward = Future()
         thread = threading.Thread(
             target=self._score, args=(self._reward, name, arguments), name="tool-reward", daemon=True
@@ -113,13 +116,13 @@ class ToolSession:
         thread.start()
 
     def reward(self) -> Any:
-        """What the scoring tool said. Raises ToolFailureError if it could not."""
+        """The result of the scoring tool. Raises ToolFailureError if it failed."""
         if self._reward is None:
-            raise ToolFailureError("no reward was begun")
+            raise ToolFailureError("the reward was not started")
         return self._reward.result()
 
     def close(self) -> None:
-        """Ends the session, once or more often; a call that waits is given up, one that runs ends first."""
+        """Closes the session. May be called repeatedly. A waiting call is cancelled; a running call ends first."""
         with self._lock:
             if self._cancelled.is_set():
                 return
@@ -128,7 +131,7 @@ class ToolSession:
         self._release()
 
     def _begin(self) -> None:
-        """Counts a call in, and takes the environment at the first."""
+        """Counts a call, and takes the environment at the first call."""
         with self._lock:
             if self._cancelled.is_set():
                 raise ToolFailureError("the session is closed")
@@ -150,21 +153,22 @@ class ToolSession:
         self._release()
 
     def _release(self) -> None:
-        """Gives the environment back if the session is closed and nobody uses it."""
+        """Releases the environment if the session is closed and no call uses it."""
         with self._lock:
             if not self._cancelled.is_set() or self._num_calls or self._environment is None:
                 return
             environment, self._environment = self._environment, None
+        assert self._sessions.environments is not None
         self._sessions.environments.give_back(environment)
 
     def _score(self, future: "Future[Any]", name: str, arguments: Mapping[str, Any]) -> None:
         try:
             future.set_result(self._scored(name, arguments))
-        except BaseException as error:  # whatever it is, `reward` raises it
+        except BaseException as error:  # `reward` raises it
             future.set_exception(error)
 
     def _scored(self, name: str, arguments: Mapping[str, Any]) -> Any:
-        """Scoring changes nothing, so after a failure it is tried once more; a closed session fails at once."""
+        """Scores, with one retry because scoring has no side effects. A closed session fails immediately."""
         for attempt in range(1, REWARD_ATTEMPTS + 1):
             try:
                 result = self.call(name, arguments)

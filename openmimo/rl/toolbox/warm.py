@@ -1,4 +1,4 @@
-"""Environments of episodes that are made before they are needed, such as working folders or running applications."""
+"""Environments of episodes that are created in advance, such as working folders or running applications."""
 
 import threading
 import time
@@ -12,10 +12,14 @@ _RETRY_SECONDS = 0.5
 
 
 class WarmEnvironments(Generic[Thing]):
-    """Keeps `warm` environments ready. Each serves one episode and is closed after it, so that none sees another's.
+    """Keeps `warm` environments ready. Each serves one episode and is closed afterwards.
 
-    make(), close(thing): called from any thread. most: environments in use at one time (0: no limit). A limit below
-    the number of threads that episodes answer in can make them all wait for an episode that has no thread to go on in.
+    Args:
+        make: Creates an environment. Called from any thread.
+        close: Closes an environment. Called from any thread.
+        warm: Number of environments to keep ready.
+        most: Maximum number of environments in use (0: no limit). A limit below the number of episode threads can cause
+            a deadlock: all threads may wait for an episode that has no thread.
     """
 
     def __init__(self, make: Callable[[], Thing], close: Callable[[Thing], None], *, warm: int = 0, most: int = 0):
@@ -29,7 +33,7 @@ class WarmEnvironments(Generic[Thing]):
             self._filler.start()
 
     def take(self, patience_seconds: float) -> Thing:
-        """An environment of one's own, ready or made now. Raises ToolFailureError if none comes free in time."""
+        """Takes a ready environment or creates one. Raises ToolFailureError if none becomes available in time."""
         with self._changed:
             free = self._changed.wait_for(
                 lambda: self._closed or not self._most or self.num_in_use < self._most, patience_seconds
@@ -49,7 +53,7 @@ class WarmEnvironments(Generic[Thing]):
             raise
 
     def give_back(self, thing: Thing) -> None:
-        """Closes an environment that was taken, and lets the next one in."""
+        """Closes a taken environment and frees its place."""
         try:
             self._close_one(thing)
         finally:
@@ -66,7 +70,7 @@ class WarmEnvironments(Generic[Thing]):
             }
 
     def close(self) -> None:
-        """Closes those that are ready; those in use are closed when they are given back."""
+        """Closes the ready environments. Those in use are closed when they are returned."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -95,7 +99,7 @@ class WarmEnvironments(Generic[Thing]):
                     return
             try:
                 thing = self._made()
-            except Exception:  # `take` meets the failure in a thread that can report it
+            except Exception:  # `take` then fails in a thread that can report the error
                 time.sleep(_RETRY_SECONDS)
                 continue
             with self._changed:

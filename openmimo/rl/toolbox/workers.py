@@ -1,4 +1,4 @@
-"""Warm workers of one tool: started before the first call, replaced when they break or hang."""
+"""Warm workers of one tool: started before the first call, and replaced when they fail or hang."""
 
 import queue
 import threading
@@ -14,44 +14,47 @@ _CLOSING_SECONDS = 5.0
 
 
 class Worker(Protocol):
-    """What does a tool's work, one call at a time."""
+    """Executes the calls of a tool, one at a time."""
 
     def call(self, arguments: Mapping[str, Any]) -> Any:
-        """The tool's answer. Raises ToolMistakeError for the model's mistakes; after anything else it is replaced."""
+        """The result of a call. Raises ToolMistakeError for mistakes of the model. Other errors replace it."""
         ...
 
     def close(self) -> None:
-        """Gives back what it holds."""
+        """Releases its resources."""
         ...
 
 
 class WorkerPool(Protocol):
-    """The workers of one tool: threads here, or actors elsewhere."""
+    """The workers of one tool: threads of this process, or actors."""
 
     num_restarts: int
 
     def take(self, patience_seconds: float, cancelled: threading.Event) -> Any:
-        """A worker of one's own; None if `cancelled` is set first. Raises ToolFailureError if none comes free."""
+        """Takes a worker; None if `cancelled` is set first. Raises ToolFailureError if none becomes free."""
         ...
 
     def give_back(self, worker: Any) -> None:
-        """Returns a worker that was taken and not run."""
+        """Returns a taken worker that was not run."""
         ...
 
     def run(self, worker: Any, arguments: Mapping[str, Any], timeout_seconds: float, on_end: Callable[[], None]) -> Any:
-        """Runs a taken worker, and returns it or replaces it. `on_end` is called once nothing runs any more.
+        """Runs a taken worker, then returns or replaces it. `on_end` is called when the call has completely ended.
 
-        Raises ToolMistakeError, WorkerTimeoutError, or ToolFailureError for whatever else went wrong.
+        Raises:
+            ToolMistakeError: The model made a mistake.
+            WorkerTimeoutError: The call timed out.
+            ToolFailureError: The call failed otherwise.
         """
         ...
 
     def close(self) -> None:
-        """Ends all workers."""
+        """Stops all workers."""
         ...
 
 
 class IdleWorkers:
-    """The workers that wait, for any kind of pool."""
+    """The idle workers of a pool."""
 
     def __init__(self) -> None:
         self._idle: list[Any] = []
@@ -71,11 +74,13 @@ class IdleWorkers:
                     return self._idle.pop()
                 remaining = deadline - time.monotonic()
                 if remaining <= 0.0:
-                    raise ToolFailureError(f"no worker came free within {patience_seconds:g} seconds")
-                self._changed.wait(min(remaining, _GLANCE_SECONDS))  # short, since `cancelled` wakes nobody
+                    raise ToolFailureError(f"no worker became free within {patience_seconds:g} seconds")
+                self._changed.wait(
+                    min(remaining, _GLANCE_SECONDS)
+                )  # short, because `cancelled` does not notify this condition
 
     def put(self, worker: Any) -> bool:
-        """Lets a worker wait for the next call. False if all are being ended."""
+        """Adds an idle worker. Returns False if the pool is closed."""
         with self._changed:
             if not self._closed:
                 self._idle.append(worker)
@@ -83,7 +88,7 @@ class IdleWorkers:
             return not self._closed
 
     def close(self) -> list[Any]:
-        """From now on no worker is given out or taken back. Those that waited."""
+        """Closes the pool for taking and adding. Returns the idle workers."""
         with self._changed:
             self._closed = True
             idle, self._idle = self._idle, []
@@ -94,8 +99,8 @@ class IdleWorkers:
 class ThreadWorkers:
     """Workers in threads of this process.
 
-    A thread cannot be killed: one that hangs is left to itself, and closes its worker if it ever comes back; another
-    one takes its place at once. Tools that may hang for good should have limits of their own, or be actors.
+    A thread cannot be killed. A hanging thread is abandoned and replaced immediately; it closes its worker if it
+    returns. Tools that may hang forever should have limits of their own, or be actors.
     """
 
     def __init__(self, make_worker: Callable[[], Worker], size: int):
@@ -135,10 +140,10 @@ class ThreadWorkers:
             return future.result()
         if isinstance(error, ToolMistakeError):
             raise error
-        raise ToolFailureError(f"the worker broke: {error!r}") from error
+        raise ToolFailureError(f"the worker failed: {error!r}") from error
 
     def close(self) -> None:
-        """See WorkerPool. Waits a little for workers that are idle; those at work end after their call."""
+        """Stops the workers: idle ones now, busy ones after their call."""
         ended = self._idle.close()
         for worker in ended:
             worker.end()
@@ -146,16 +151,16 @@ class ThreadWorkers:
             worker.thread.join(_CLOSING_SECONDS)
 
     def make(self) -> Worker:
-        """A new worker."""
+        """Creates a worker."""
         return self._make_worker()
 
 
 class _WorkerThread:
-    """A thread with a worker, which is made anew whenever it breaks."""
+    """A thread with a worker, which is recreated after a failure."""
 
     def __init__(self, pool: ThreadWorkers):
         self._pool = pool
-        self._jobs: queue.SimpleQueue = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.thread = threading.Thread(target=self._work, name="tool-worker", daemon=True)
         self.thread.start()
 
@@ -165,7 +170,7 @@ class _WorkerThread:
         return future
 
     def end(self) -> None:
-        """After the call that it is at."""
+        """Ends the thread after its current call."""
         self._jobs.put(None)
 
     def _work(self) -> None:
@@ -174,7 +179,7 @@ class _WorkerThread:
             future, arguments, on_end = job
             if worker is None:
                 worker, broken = self._made()
-            value, error = _called(worker or _Unmade(broken), arguments, on_end)
+            value, error = _called(worker or _Unmade(broken or RuntimeError("no worker")), arguments, on_end)
             if error is None:
                 future.set_result(value)
                 continue
@@ -189,12 +194,12 @@ class _WorkerThread:
     def _made(self) -> tuple[Worker | None, Exception | None]:
         try:
             return self._pool.make(), None
-        except Exception as error:  # told to the next caller, who has a sample to mark as failed
+        except Exception as error:  # reported to the next caller, who marks its sample as failed
             return None, error
 
 
 class _Unmade:
-    """Stands for a worker that could not be made."""
+    """Replaces a worker whose creation failed."""
 
     def __init__(self, error: Exception):
         self._error = error
@@ -214,12 +219,12 @@ def _called(
             return worker.call(arguments), None
         finally:
             on_end()
-    except BaseException as error:  # even SystemExit must not end the thread: its caller waits for an answer
+    except BaseException as error:  # even SystemExit must not end the thread, because its caller waits for the result
         return None, error
 
 
 def _close(worker: Worker) -> None:
     try:
         worker.close()
-    except Exception:  # a broken worker may be unable even to close, which must not keep its successor away
+    except Exception:  # a failed worker may also fail to close, which must not prevent its replacement
         return

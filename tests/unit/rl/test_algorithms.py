@@ -284,7 +284,7 @@ def test_scores_that_are_not_aligned_with_the_tokens_are_refused(name, cut):
 
 def test_mopd_refuses_a_skipped_forward_pass():
     algorithm, options = open_algorithm("mopd", {})
-    with pytest.raises(ValueError, match="never computed"):
+    with pytest.raises(ValueError, match="not computed"):
         algorithm.annotate([make_sample([0, 1, 1])], options, [[0.0, 0.0, 0.0]])
 
 

@@ -333,7 +333,7 @@ def test_folders_are_made_in_advance(opened):
 def test_a_jail_that_breaks_down_is_no_fault_of_the_model(opened, monkeypatch):
     _, episode = opened()
     monkeypatch.setattr("openmimo.runtime.sandbox.workspace.Workspace.run", lambda *_: 1 / 0)
-    with pytest.raises(ToolFailureError, match="broke"):
+    with pytest.raises(ToolFailureError, match="failed"):
         episode.respond(call("bash", command="ls"))
     episode.respond(call("finish"))
     with pytest.raises(ToolFailureError):

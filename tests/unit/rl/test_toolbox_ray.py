@@ -63,7 +63,7 @@ def stand_in(monkeypatch):
 def check_box(box, hang_seconds):
     assert box.call("tool", {"do": "work"}).value == "work"
     assert box.call("tool", {"do": "mistake"}).text == "error: odd"
-    with pytest.raises(ToolFailureError, match="broke"):
+    with pytest.raises(ToolFailureError, match="failed"):
         box.call("tool", {"do": "break"})
     assert box.call("tool", {"do": "work"}).value == "work"
     ended = []

@@ -126,7 +126,7 @@ def test_a_time_out_gives_the_environment_up_but_not_before_the_call_has_ended()
     folders, release = Folders(), threading.Event()
     with make_sessions(folders, timeout_seconds=0.05) as sessions:
         session = sessions.open()
-        with pytest.raises(ToolFailureError, match="given up"):
+        with pytest.raises(ToolFailureError, match="discarded"):
             session.call("tool", {"do": lambda folder: release.wait(PATIENCE_SECONDS)})
         assert folders.open == {1}
         assert sessions.metrics()["sessions/lost_environments"] == 1.0
@@ -164,7 +164,7 @@ def test_the_reward_runs_in_the_background():
         session.start_reward("tool", {"do": lambda _: release.wait(PATIENCE_SECONDS) and 0.5})
         release.set()
         assert session.reward() == 0.5
-        with pytest.raises(ToolFailureError, match="no reward"):
+        with pytest.raises(ToolFailureError, match="not started"):
             sessions.open().reward()
 
 
