@@ -276,12 +276,12 @@ MARKDOWN = {
     "headings": ("# One #\ntext\n## C#", "<h3>One</h3><p>text</p><h4>C#</h4>"),
     "emphasis": (
         "*a **b** c* ***d*** _e_ ~~f~~",
-        "<p><em>a <strong>b</strong> c</em> <strong><em>d</em></strong> <em>e</em> <del>f</del></p>",
+        "<p><em>a <strong>b</strong> c</em> <em><strong>d</strong></em> <em>e</em> <del>f</del></p>",
     ),
     "no emphasis": ("snake_case_name 2 * 3 * 4 **open", "<p>snake_case_name 2 * 3 * 4 **open</p>"),
     "escapes": (r"\*a\* \<b", "<p>*a* &lt;b</p>"),
     "code": ("`a*b*` ``c`d``", "<p><code>a*b*</code> <code>c`d</code></p>"),
-    "links": ("[**a**](https://b.c/) https://d.e/f.", "<p><a>**a**</a> <a>https://d.e/f</a>.</p>"),
+    "links": ("[**a**](https://b.c/) https://d.e/f.", "<p><a><strong>a</strong></a> <a>https://d.e/f</a>.</p>"),
     "nested list": (
         "1. a\n   - b\n   - c\n2. d\n\nend",
         "<ol><li><p>a</p><ul><li><p>b</p></li><li><p>c</p></li></ul></li><li><p>d</p></li></ol><p>end</p>",
@@ -316,6 +316,32 @@ def test_markdown(page):
     }"""
     rendered = page.evaluate(script, [text for text, _ in MARKDOWN.values()])
     assert dict(zip(MARKDOWN, rendered, strict=True)) == {name: html for name, (_, html) in MARKDOWN.items()}
+
+
+@pytest.mark.slow
+def test_marks_of_drafts_follow_their_text(page):
+    """Through emphasis, escapes, entities, links, list indents and fences, each marked letter is tinted once."""
+    text = "# *ab* \\*c &amp; [d](http://b/)b\n\n- e\n  f\n\n> ```py\n> b\n> p\n> ```\n"
+    marks = "".join({"b": "1", "p": "2", "f": "3"}.get(letter, "0") for letter in text)
+    script = """async ([text, marks]) => {
+      const { MarkdownView } = await import("/page/markdown.js");
+      const box = document.createElement("div");
+      new MarkdownView(box).update(text, marks);
+      return [...box.querySelectorAll(".drafted")].map((node) => node.dataset.position + node.textContent);
+    }"""
+    assert page.evaluate(script, [text, marks]) == ["1b", "1b", "3f", "1b", "2p"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("text", ["> " * 60 + "deep", "*x " * 10000], ids=["nested", "long"])
+def test_a_block_beyond_the_limits_is_shown_as_written(page, text):
+    script = """async (text) => {
+      const { MarkdownView } = await import("/page/markdown.js");
+      const box = document.createElement("div");
+      new MarkdownView(box).update(text, "0".repeat(text.length));
+      return [box.children.length, box.firstElementChild.tagName, box.textContent];
+    }"""
+    assert page.evaluate(script, text) == [1, "P", text]
 
 
 @pytest.mark.slow
