@@ -41,7 +41,7 @@ class OpenMiMo:
         """drafts: with all MTP heads at every step, whether they pay or not."""
         self._new_engine(speculative=drafts)
         self._running = [self._submit(prompt) for prompt in prompts]
-        while any(sequence.remaining > 1 for sequence in self._running):
+        while any(sequence.num_uncomputed_tokens > 1 for sequence in self._running):
             self._engine.step()
 
     def steps(self, count: int) -> list[dict[str, float]]:
@@ -69,8 +69,8 @@ class OpenMiMo:
         arena = self._engine.arena
         return {
             "page_bytes": arena.page_bytes * sum(sequence.pages.num_pages for sequence in self._running),
-            "ideal_bytes": sum(arena.ideal_bytes(sequence.computed) for sequence in self._running),
-            "all_global_bytes": sum(arena.all_global_bytes(sequence.computed) for sequence in self._running),
+            "ideal_bytes": sum(arena.ideal_bytes(sequence.num_computed_tokens) for sequence in self._running),
+            "all_global_bytes": sum(arena.all_global_bytes(sequence.num_computed_tokens) for sequence in self._running),
         }
 
     def _new_engine(self, *, speculative: bool) -> None:

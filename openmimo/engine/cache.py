@@ -165,6 +165,8 @@ class PageArena:
         self._layers = tuple(layers)
         self._free = list(range(self.num_pages - 1, -1, -1))
         self._references = [0] * self.num_pages
+        self.num_seats = 0
+        self._free_seats: list[int] = []
         storage = _zeros(self.num_pages, self.layout.page_numbers, dtype, torch.device(device))
         self.place_of_layer = [(0, 0)] * len(layers)  # the number of its group, and its part of that
         self._views: list[tuple[torch.Tensor, torch.Tensor]] = [(storage, storage)] * len(layers)
@@ -211,6 +213,18 @@ class PageArena:
         self._references[page] -= 1
         if self._references[page] == 0:
             self._free.append(page)
+
+    def take_seat(self) -> int:
+        """A number for one sequence, under which a worker keeps its states; those of ended sequences are reused."""
+        if self._free_seats:
+            return self._free_seats.pop()
+        self.num_seats += 1
+        return self.num_seats - 1
+
+    def release_seat(self, seat: int) -> None:
+        """The sequence is gone."""
+        assert seat not in self._free_seats, f"seat {seat} is released twice"
+        self._free_seats.append(seat)
 
     def is_shared(self, page: int) -> bool:
         """Whether several hold the page."""
@@ -269,12 +283,14 @@ def all_global_cache_bytes(layers: Sequence[AttentionConfig], num_positions: int
 class PageTables:
     """Which pages one sequence holds, group by group: int32 arrays [Y, parts] of pages, -1 where none is held.
 
-    margin: how many positions before its newest a sequence may still have to read from (MTP heads lag).
+    margin: how many positions before its newest a sequence may still have to read from (MTP heads lag). seat: where
+    a worker keeps main-model states of the sequence.
     """
 
     def __init__(self, arena: PageArena, margin: int):
         self._arena = arena
         self._margin = margin
+        self.seat = arena.take_seat()
         self._tables = [np.full((_FIRST_TABLE_ROWS, g.num_parts), -1, dtype=np.int32) for g in arena.layout.groups]
         self._first = [0] * len(self._tables)  # rows before it were returned
         self._stop = [0] * len(self._tables)
@@ -282,6 +298,10 @@ class PageTables:
     def table(self, group: int) -> np.ndarray:
         """The table of a group, int32 [rows so far, parts]."""
         return self._tables[group][: self._stop[group]]
+
+    def first_row(self, group: int) -> int:
+        """The first row of a group's table that may hold pages."""
+        return self._first[group]
 
     @property
     def num_pages(self) -> int:
@@ -347,7 +367,8 @@ class PageTables:
                 self._first[number] = first
 
     def release(self) -> None:
-        """Returns everything."""
+        """Returns everything; the tables are not used again."""
+        self._arena.release_seat(self.seat)
         for number in range(len(self._tables)):
             self._release(number, self._first[number], self._stop[number])
             self._first[number] = self._stop[number] = 0

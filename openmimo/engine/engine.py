@@ -74,7 +74,7 @@ class Engine:
         draft_length = DraftLength(self.num_drafts, adaptive=config.adaptive_drafts)
         self.stats = EngineStats(offered=[0] * self.num_drafts, accepted=[0] * self.num_drafts)
         self._runner = Runner(
-            model, self.arena, num_drafts=self.num_drafts, draft_length=draft_length, stats=self.stats
+            model, self.arena, config, num_drafts=self.num_drafts, draft_length=draft_length, stats=self.stats
         )
         is_small = active_matmul_parameters(model.config) < _SMALL_MODEL_PARAMETERS
         self._decode_threads = 1 if is_small else torch.get_num_threads()
@@ -181,7 +181,9 @@ class Engine:
                 self._runner.decode(plan.decodes, self.policy_version)
         if plan.prefills:
             self._runner.prefill(plan.prefills, self.policy_version)
-        read = [sequence for sequence, _ in plan.prefills if sequence.remaining <= 1 or sequence.finish_reason]
+        read = [
+            sequence for sequence, _ in plan.prefills if sequence.num_uncomputed_tokens <= 1 or sequence.finish_reason
+        ]
         touched = plan.decodes + read
         self._after(touched, [sequence for sequence, _ in plan.prefills])
         self.stats.seconds += time.perf_counter() - start
@@ -240,9 +242,9 @@ class Engine:
         for sequence in dict.fromkeys(touched + read):
             if self.prefix is not None and sequence.node is not None:
                 self.prefix.extend(sequence)
-                if sequence in read and sequence.remaining <= 1:
+                if sequence in read and sequence.num_uncomputed_tokens <= 1:
                     self.prefix.mark_end(sequence.node)
-            sequence.pages.leave_behind(sequence.computed)
+            sequence.pages.leave_behind(sequence.num_computed_tokens)
         finished = [sequence for sequence in touched if sequence.finish_reason]
         if finished:
             self.stats.observe_cache(self.arena, self.scheduler.running)
@@ -275,15 +277,15 @@ class Engine:
         earlier = self._idle_sessions.pop(sequence.request.session, None)
         if earlier is None:
             return
-        known = earlier.tokens[: earlier.computed]
+        known = earlier.tokens[: earlier.num_computed_tokens]
         has_routing = earlier.params.routed_experts or not sequence.params.routed_experts
         goes_on = len(sequence.tokens) > len(known) and sequence.tokens[: len(known)] == known
         if not goes_on or not has_routing or sequence.params.prompt_logprobs:
             self._release(earlier)
             return
         sequence.pages, earlier.pages = earlier.pages, None
-        sequence.computed = sequence.num_cached_tokens = earlier.computed
-        sequence.states_TD, sequence.head_lengths = earlier.states_TD, earlier.head_lengths
+        sequence.num_computed_tokens = sequence.num_cached_tokens = earlier.num_computed_tokens
+        sequence.states_start, sequence.head_lengths = earlier.states_start, earlier.head_lengths
         if sequence.params.routed_experts:
             sequence.routing = earlier.routing.continued()
 

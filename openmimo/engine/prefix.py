@@ -99,12 +99,12 @@ class PrefixCache:
                 for block in path:
                     sequence.routing.append(block.routing)
         sequence.node = node
-        sequence.computed = len(path) * self._block
-        sequence.num_cached_tokens = min(sequence.computed, sequence.prompt_length)
+        sequence.num_computed_tokens = sequence.states_start = len(path) * self._block
+        sequence.num_cached_tokens = min(sequence.num_computed_tokens, sequence.prompt_length)
 
     def extend(self, sequence: RequestState) -> None:
         """Enters the blocks that a sequence has completed since it was last seen."""
-        while sequence.node is not None and (sequence.node.depth + 1) * self._block <= sequence.computed:
+        while sequence.node is not None and (sequence.node.depth + 1) * self._block <= sequence.num_computed_tokens:
             if not sequence.node.attached:
                 sequence.node = None
                 return

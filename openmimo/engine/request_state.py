@@ -6,8 +6,6 @@ from collections import Counter, deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
-import torch
-
 from openmimo.core.records import Completion, Delta, Request, SamplingParams, TokenLogprob
 from openmimo.engine.cache import PageTables
 from openmimo.engine.routed_rows import RoutedRows
@@ -35,12 +33,12 @@ class Decision(NamedTuple):
 class RequestState:
     """One request: its confirmed tokens (prompt first), its pages, and what is still to be confirmed.
 
-    computed: how many positions the main layers have seen; all tokens but the last while it decodes, fewer while its
-    prompt is read, or read again after a preemption. max_length: tokens at most, prompt included. drafts: tokens that
-    the MTP heads expect next. states_TD: main-model states of the last slots, which the heads will read (again).
-    head_lengths: how many slots each head has seen. text: None where there is no tokenizer. node: the place in the
-    prefix cache up to which its blocks are known there. routing: routed experts of the computed positions, if asked
-    for. finish_reason, error, is_request_error: as in Delta, "" while it runs.
+    num_computed_tokens: how many positions the main layers have seen; all tokens but the last while it decodes, fewer
+    while its prompt is read, or read again after a preemption. max_length: tokens at most, prompt included. drafts:
+    tokens that the MTP heads expect next. states_start: the first position whose main-model state a worker still keeps
+    for the heads. head_lengths: how many positions each head has seen. text: None where there is no tokenizer. node:
+    the place in the prefix cache up to which its blocks are known there. routing: routed experts of the computed
+    positions, if requested. finish_reason, error, is_request_error: as in Delta, "" while it runs.
     """
 
     request: Request
@@ -50,13 +48,13 @@ class RequestState:
     stop_ids: frozenset[int]
     arrival: int = 0
     pages: PageTables | None = None
-    computed: int = 0
+    num_computed_tokens: int = 0
     num_cached_tokens: int = 0
     text: TextStream | None = None
     structure: "StructureState | None" = None
     node: "PrefixNode | None" = None
     drafts: list[int] = field(default_factory=list)
-    states_TD: torch.Tensor | None = None
+    states_start: int = 0
     head_lengths: list[int] = field(default_factory=list)
     logprobs: array = field(default_factory=lambda: array("d"))
     top_logprobs: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
@@ -98,12 +96,12 @@ class RequestState:
         return self.blocks[number]
 
     @property
-    def remaining(self) -> int:
+    def num_uncomputed_tokens(self) -> int:
         """How many of its tokens the main layers have not seen: 1 while it decodes."""
-        return len(self.tokens) - self.computed
+        return len(self.tokens) - self.num_computed_tokens
 
     @property
-    def room(self) -> int:
+    def max_new_tokens_left(self) -> int:
         """How many tokens may still come."""
         return self.max_length - len(self.tokens)
 
@@ -145,7 +143,7 @@ class RequestState:
                 return
         if self.repeats is not None and self.repeats.add(token):
             self.finish("repetition")
-        elif self.room == 0:
+        elif self.max_new_tokens_left == 0:
             self.finish("length")
 
     def finish(self, reason: str, error: str = "", *, is_request_error: bool = False) -> None:
@@ -163,9 +161,9 @@ class RequestState:
             self.pages.release()
         self.pages = None
         self.node = None
-        self.computed = 0
+        self.num_computed_tokens = 0
         self.drafts = []
-        self.states_TD = None
+        self.states_start = 0
         self.head_lengths = [0] * len(self.head_lengths)
         self.routing = RoutedRows()
 

@@ -1,10 +1,11 @@
-"""Runs the model for one step of a plan: a pass of decoding sequences, and a pass of prompts that are being read.
+"""The host's half of a step: requests to a `StepInput`, and a `StepOutput` back to requests.
 
-Plain decoding is the case of no drafts: a pass feeds each sequence's newest token and whatever drafts it has, decides a
-token at every position, and keeps those up to the first that was not drafted. Prompts run in a pass of their own, so
-that the arithmetic of a decoding token does not depend on who reads a prompt beside it.
+Plain decoding is the case of no drafts: a pass feeds each sequence's newest token and its drafts, decides a token at
+every position, and keeps those up to the first that was not drafted. Prompts run in a pass of their own, so that the
+arithmetic of a decoding token does not depend on the prompts of the same step.
 
-T packed new tokens, R rows to decide, L sparse layers, A active experts.
+The host waits for the device twice a step: for the decided tokens, because only the host knows which texts end (stop
+strings, grammars), and for the drafts of those that continue.
 """
 
 import itertools
@@ -17,47 +18,77 @@ import torch
 
 from openmimo.core.records import TokenLogprob
 from openmimo.engine.cache import PageArena
-from openmimo.engine.context import PagedContext, RotaryRows, Span
+from openmimo.engine.config import EngineConfig
 from openmimo.engine.draft_length import DraftLength
 from openmimo.engine.request_state import NOT_FINITE, Decision, RequestState
-from openmimo.engine.sampler import Draw, LogitChange, chosen_logprobs, sample
-from openmimo.engine.speculative import Drafter, count_accepted
+from openmimo.engine.sampler import Draw, LogitChange, sampling_input
+from openmimo.engine.speculative import DraftPlanner
 from openmimo.engine.stats import EngineStats
-from openmimo.model.backbone import Hidden
+from openmimo.engine.step import Span, StepBuffers, StepInput, StepOutput
+from openmimo.engine.worker import Worker
+from openmimo.model.attention import kv_spec
 from openmimo.model.mimo import MiMo
 
 
 class Runner:
-    """A model, its arena, and the heads that draft for it (none if `num_drafts` is 0). The sequences hold the rest."""
+    """Plans steps for a worker and applies their results. The sequences hold all other state."""
 
     def __init__(
-        self, model: MiMo, arena: PageArena, *, num_drafts: int, draft_length: DraftLength, stats: EngineStats
+        self,
+        model: MiMo,
+        arena: PageArena,
+        config: EngineConfig,
+        *,
+        num_drafts: int,
+        draft_length: DraftLength,
+        stats: EngineStats,
     ):
         self.stats = stats
+        self.worker = Worker(model, arena, num_drafts=num_drafts)
         self._model = model
-        self._arena = arena
-        self._rotary = RotaryRows(model.device)
-        self._drafter = Drafter(model, arena, num_drafts, self._rotary) if num_drafts else None
         self._draft_length = draft_length
         self._routing_dtype = np.uint8 if model.config.moe and model.config.moe.num_experts <= 256 else np.int16
+        num_layers = len(model.config.layers)
+        prompt_tokens = max(config.prefill_tokens, config.mixed_prefill_tokens)
+
+        def buffers(layers: range) -> StepBuffers:
+            return StepBuffers(
+                arena,
+                model.device,
+                layers,
+                max_tokens=prompt_tokens + config.max_sequences * (2 * num_drafts + 2),
+                max_sequences=config.max_sequences,
+                max_positions=model.config.max_positions,
+            )
+
+        self._buffers = buffers(range(num_layers))
+        self._drafting = None
+        if num_drafts:
+            self._drafting = DraftPlanner(
+                [buffers(range(num_layers + head, num_layers + head + 1)) for head in range(num_drafts)],
+                keep_positions=kv_spec(model.config.mtp.attention).keep_positions,
+                ring_positions=self.worker.ring_positions,
+                device=model.device,
+            )
 
     @torch.inference_mode()
     def decode(self, sequences: list[RequestState], policy_version: int) -> None:
         """Gives every sequence at least one more token, and up to one more than it had drafts."""
         start = time.perf_counter()
         num_drafted = max(len(sequence.drafts) for sequence in sequences)
-        fed = [[sequence.tokens[-1], *sequence.drafts] for sequence in sequences]
-        hidden, routing = self._forward(sequences, fed)
-        decided = self._decide(hidden.post_norm_TD, [draw for sequence in sequences for draw in draws_of(sequence)])
-        self.stats.num_prompt_tokens += sum(sequence.computed < sequence.prompt_length for sequence in sequences)
+        draws = [draw for sequence in sequences for draw in draws_of(sequence)]
+        output = self.worker.execute(self._decode_input(sequences, draws, num_drafted))
+        decided, routing = _decisions(output, draws), self._routing(output)
+        accepted = [0] * len(sequences) if output.num_accepted_B is None else output.num_accepted_B.tolist()
+        self.stats.num_prompt_tokens += sum(s.num_computed_tokens < s.prompt_length for s in sequences)
         first = 0
-        for sequence, row in zip(sequences, fed, strict=True):
-            rows = slice(first, first + len(row))
-            self._confirm(sequence, hidden, rows, decided[rows], policy_version)
+        for sequence, num_accepted in zip(sequences, accepted, strict=True):
+            num_rows = 1 + len(sequence.drafts)
+            self._confirm(sequence, decided[first : first + num_rows], num_accepted, policy_version)
             if sequence.params.routed_experts:
-                num_new = min(sequence.computed - len(sequence.routing), len(row))
+                num_new = min(sequence.num_computed_tokens - len(sequence.routing), num_rows)
                 sequence.routing.append(routing[first : first + num_new])
-            first += len(row)
+            first += num_rows
         self.stats.num_steps += 1
         self.stats.sequence_steps += len(sequences)
         if self._draft(sequences) == num_drafted:
@@ -67,100 +98,130 @@ class Runner:
     def prefill(self, prefills: list[tuple[RequestState, int]], policy_version: int) -> None:
         """Reads pieces of prompts, each up to its stop; a sequence that is then wholly read gets its next token."""
         sequences = [sequence for sequence, _ in prefills]
-        fed = [sequence.tokens[sequence.computed : stop] for sequence, stop in prefills]
-        hidden, routing = self._forward(sequences, fed)
-        ends = list(itertools.accumulate(map(len, fed)))
-        for sequence, tokens, end in zip(sequences, fed, ends, strict=True):
-            rows = slice(end - len(tokens), end)
+        counts = [stop - sequence.num_computed_tokens for sequence, stop in prefills]
+        ends = list(itertools.accumulate(counts))
+        last = [(s, end - 1) for (s, stop), end in zip(prefills, ends, strict=True) if stop == len(s.tokens)]
+        draws = [draws_of(sequence)[0] for sequence, _ in last]
+        output = self.worker.execute(self._prefill_input(prefills, [row for _, row in last], draws))
+        routing = self._routing(output)
+        for sequence, count, end in zip(sequences, counts, ends, strict=True):
+            rows = slice(end - count, end)
             if sequence.params.prompt_logprobs:
-                self._score_prompt(sequence, hidden.post_norm_TD[rows], tokens)
+                self._score_prompt(sequence, output.states_TD[rows], count)
             if sequence.params.routed_experts:
                 sequence.routing.append(routing[rows])
-            sequence.computed += len(tokens)
-            if self._drafter:
-                self._drafter.observe(sequence, hidden, rows)
-        read = [
-            (sequence, end - 1)
-            for sequence, end in zip(sequences, ends, strict=True)
-            if not (sequence.remaining or sequence.finish_reason)
-        ]
-        if self._drafter:
-            self._drafter.follow_prompt(sequences)
-        self.stats.num_prompt_tokens += sum(map(len, fed))
+            sequence.num_computed_tokens += count
+        if self._drafting:
+            self._drafting.forget_old_states(sequences)
+        self.stats.num_prompt_tokens += sum(counts)
+        read = [sequence for sequence, _ in last if not sequence.finish_reason]
+        if last:
+            for (sequence, _), decision in zip(last, _decisions(output, draws), strict=True):
+                if not sequence.finish_reason:
+                    sequence.add(decision, drafted=False, policy_version=policy_version)
         if read:
-            last_rows = torch.tensor([row for _, row in read], device=self._model.device)
-            decided = self._decide(hidden.post_norm_TD[last_rows], [draws_of(sequence)[0] for sequence, _ in read])
-            for (sequence, _), decision in zip(read, decided, strict=True):
-                sequence.add(decision, drafted=False, policy_version=policy_version)
             self.stats.num_new_tokens += len(read)
-            self._draft([sequence for sequence, _ in read])
+            self._draft(read)
 
-    def _confirm(
-        self, sequence: RequestState, hidden: Hidden, rows: slice, decided: list[Decision], policy_version: int
-    ) -> None:
+    def _decode_input(self, sequences: list[RequestState], draws: list[Draw], num_drafted: int) -> StepInput:
+        spans, tokens = [], []
+        for sequence in sequences:
+            computed = sequence.num_computed_tokens
+            spans.append(Span(sequence.pages, computed, computed + 1 + len(sequence.drafts)))
+            tokens.append(sequence.tokens[-1])
+            tokens += sequence.drafts
+        draft_rows_BK = None
+        if num_drafted:
+            counts = [len(sequence.drafts) for sequence in sequences]
+            firsts = itertools.accumulate((1 + count for count in counts[:-1]), initial=0)
+            last, rows = len(tokens) - 1, zip(firsts, counts, strict=True)
+            table = [[*range(first, first + n), *[last] * (num_drafted - n)] for first, n in rows]
+            draft_rows_BK = torch.tensor(table, device=self._model.device)
+        return self._step_input(sequences, spans, tokens, draws, draft_rows_BK=draft_rows_BK)
+
+    def _prefill_input(
+        self, prefills: list[tuple[RequestState, int]], last_rows: list[int], draws: list[Draw]
+    ) -> StepInput:
+        spans = [Span(sequence.pages, sequence.num_computed_tokens, stop) for sequence, stop in prefills]
+        tokens = [
+            token for sequence, stop in prefills for token in sequence.tokens[sequence.num_computed_tokens : stop]
+        ]
+        heads = self._drafting.follow_prompt(prefills) if self._drafting else ()
+        rows_R = torch.tensor(last_rows, device=self._model.device) if last_rows else None
+        sequences = [sequence for sequence, _ in prefills]
+        return self._step_input(sequences, spans, tokens, draws, prompt_heads=heads, decided_rows_R=rows_R)
+
+    def _step_input(
+        self,
+        sequences: list[RequestState],
+        spans: list[Span],
+        tokens: list[int],
+        draws: list[Draw],
+        *,
+        prompt_heads: tuple = (),
+        decided_rows_R: torch.Tensor | None = None,
+        draft_rows_BK: torch.Tensor | None = None,
+    ) -> StepInput:
+        places_T, rows_T = self._drafting.state_places(spans) if self._drafting else (None, None)
+        return StepInput(
+            main=self._buffers.fill(spans, tokens),
+            state_places_T=places_T,
+            state_rows_T=rows_T,
+            prompt_heads=prompt_heads,
+            decided_rows_R=decided_rows_R,
+            sampling=sampling_input(draws, self._model.device) if draws else None,
+            draft_rows_BK=draft_rows_BK,
+            records_routing=any(sequence.params.routed_experts for sequence in sequences),
+        )
+
+    def _confirm(self, sequence: RequestState, decided: list[Decision], num_accepted: int, policy_version: int) -> None:
         """Keeps a sequence's tokens up to the first that was not drafted."""
-        drafts, sequence.drafts = sequence.drafts, []
-        num_accepted = count_accepted(drafts, [decision.token for decision in decided])
-        length_before, computed_before = len(sequence.tokens), sequence.computed
+        num_drafts, sequence.drafts = len(sequence.drafts), []
+        length_before = len(sequence.tokens)
         for index, decision in enumerate(decided[: num_accepted + 1]):
             if not sequence.finish_reason:
                 sequence.add(decision, drafted=index < num_accepted, policy_version=policy_version)
-        sequence.computed = min(sequence.computed + num_accepted + 1, len(sequence.tokens) - 1)
-        if self._drafter:
-            num_new = sequence.computed - computed_before  # fewer than were fed where the text ended among its drafts
-            self._drafter.observe(sequence, hidden, slice(rows.start, rows.start + num_new))
-            self.stats.count_drafts(len(drafts), num_accepted)
-            self._draft_length.judge(len(drafts), num_accepted)
+        # Fewer than were accepted where the text ended among its drafts.
+        sequence.num_computed_tokens = min(sequence.num_computed_tokens + num_accepted + 1, len(sequence.tokens) - 1)
+        if self._drafting:
+            self.stats.count_drafts(num_drafts, num_accepted)
+            self._draft_length.judge(num_drafts, num_accepted)
         self.stats.num_decoded_tokens += len(sequence.tokens) - length_before
         self.stats.num_new_tokens += len(sequence.tokens) - length_before
 
     def _draft(self, sequences: list[RequestState]) -> int:
         """Gives those that go on their next drafts; how many at most."""
         running = [sequence for sequence in sequences if not sequence.finish_reason]
-        if not self._drafter or not running:
+        if not self._drafting or not running:
             return 0
         num_drafts = self._draft_length.choose(len(running))
-        self._drafter.draft(running, num_drafts)
+        heads = self._drafting.draft(running, num_drafts)
+        if heads:
+            drafts_BH = self.worker.draft(heads, len(running)).T.tolist()
+            for sequence, drafts in zip(running, drafts_BH, strict=True):
+                sequence.drafts = drafts[: max(sequence.max_new_tokens_left - 1, 0)]
+        self._drafting.forget_old_states(running)
         return num_drafts
 
-    def _forward(self, sequences: list[RequestState], fed: list[list[int]]) -> tuple[Hidden, np.ndarray | None]:
-        """One pass over the next tokens of each; the second is its routed experts [T, L, A], if any sequence asks."""
-        spans = [
-            Span(sequence.pages, sequence.computed, sequence.computed + len(tokens))
-            for sequence, tokens in zip(sequences, fed, strict=True)
-        ]
-        context = PagedContext(self._arena, spans, rotary=self._rotary)
-        context.routing.record = any(sequence.params.routed_experts for sequence in sequences)
-        tokens = [token for tokens in fed for token in tokens]
-        hidden = self._model(torch.tensor(tokens, device=self._model.device), context)
-        if not context.routing.record:
-            return hidden, None
-        ids = [context.routing.recorded[layer] for layer in sorted(context.routing.recorded)]
-        return hidden, torch.stack(ids, dim=1).cpu().numpy().astype(self._routing_dtype)
+    def _routing(self, output: StepOutput) -> np.ndarray | None:
+        """The routed experts of a pass on the host, [T, L, A]."""
+        if output.routing_TLA is None:
+            return None
+        return output.routing_TLA.cpu().numpy().astype(self._routing_dtype)
 
-    def _decide(self, states_RD: torch.Tensor, draws: list[Draw]) -> list[Decision]:
-        """A token for each row, with its log-probability if any request of the batch asks for them."""
-        logits_RV = self._model.head(states_RD)
-        tokens = sample(logits_RV, draws)
-        if not any(draw.params.logprobs or draw.params.top_logprobs for draw in draws):
-            return [Decision(token, None) for token in tokens]
-        return [
-            Decision(token, logprob)
-            for token, logprob in zip(tokens, chosen_logprobs(logits_RV, tokens, draws), strict=True)
-        ]
-
-    def _score_prompt(self, sequence: RequestState, states_TD: torch.Tensor, tokens: list[int]) -> None:
-        """Log-probabilities of the tokens after the ones just read, as far as they belong to the prompt.
+    def _score_prompt(self, sequence: RequestState, states_TD: torch.Tensor, count: int) -> None:
+        """Log-probabilities of the tokens after the `count` ones just read, as far as they belong to the prompt.
 
         Ends the sequence where one is not finite.
         """
         known = len(sequence.prompt_logprobs)  # more than none where a preempted prompt is read again
-        first = max(sequence.computed, known)
-        stop = min(sequence.computed + len(tokens), sequence.prompt_length - 1)
+        computed = sequence.num_computed_tokens
+        first = max(computed, known)
+        stop = min(computed + count, sequence.prompt_length - 1)
         if first >= stop:
             return
         targets = sequence.tokens[first + 1 : stop + 1]
-        rows = slice(first - sequence.computed, stop - sequence.computed)
+        rows = slice(first - computed, stop - computed)
         targets_T = torch.tensor(targets, device=states_TD.device)
         temperature = sequence.params.temperature or 1.0
         logprobs = self._model.head.logprobs(states_TD[rows], targets_T, temperature).tolist()
@@ -168,6 +229,19 @@ class Runner:
             sequence.finish("error", NOT_FINITE)
             return
         sequence.prompt_logprobs += [TokenLogprob(*pair) for pair in zip(targets, logprobs, strict=True)]
+
+
+def _decisions(output: StepOutput, draws: list[Draw]) -> list[Decision]:
+    """The decided tokens, with their log-probabilities if a request of the step needs any."""
+    tokens = output.tokens_R.tolist()
+    if output.logprobs_R is None:
+        return [Decision(token, None) for token in tokens]
+    tops: list[tuple[tuple[int, float], ...]] = [()] * len(draws)
+    if output.top_ids_RV is not None:
+        pairs = zip(output.top_ids_RV.tolist(), output.top_logprobs_RV.tolist(), draws, strict=True)
+        tops = [tuple(zip(i, v, strict=True))[: draw.params.top_logprobs] for i, v, draw in pairs]
+    chosen = output.logprobs_R.tolist()
+    return [Decision(entry[0], TokenLogprob(*entry)) for entry in zip(tokens, chosen, tops, strict=True)]
 
 
 def draws_of(sequence: RequestState) -> list[Draw]:

@@ -1,17 +1,20 @@
 """From logits to tokens: greedy, or by one random number a token that depends on seed and position alone.
 
-R rows (one per position to decide), V vocabulary.
+R rows (one per position to decide), V vocabulary. The host makes a `SamplingInput` of `Draw`s; `decide` runs on the
+device.
 
 The random number of a position is a hash, not the state of a generator, so it does not matter in which batch, in which
 order or how often (a drafted token is judged before it is confirmed) a position is decided: it comes out the same.
 """
 
+import math
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
-from openmimo.core.records import SamplingParams, TokenLogprob
+from openmimo.core.records import SamplingParams
 
 NO_TOKEN = -1
 _MAX_DISTRIBUTION_NUMBERS = 1 << 21  # 16 MiB in float64, of which sorting holds several copies
@@ -41,85 +44,179 @@ class LogitChange(NamedTuple):
     allowed_V: torch.Tensor | None
 
 
-def sample(logits_RV: torch.Tensor, draws: list[Draw]) -> list[int]:
-    """A token for each row: the arg max at temperature 0, else drawn from the row's filtered distribution.
+@dataclass(frozen=True)
+class ChangeInput:
+    """A `LogitChange` and what it needs of its request, as tensors: ids int64, values in float32.
+
+    Attributes:
+        row: The row that it changes.
+        bias_ids: Tokens with a bias, and `biases`, theirs.
+        seen_ids: Tokens of the text so far, for `repetition_penalty`.
+        counted_ids: Generated tokens, and `penalties`, what is subtracted from their logits.
+        allowed_V: Bool mask of what may be chosen (None: all).
+        forbidden_ids: Tokens that cannot be chosen, unless nothing else is left.
+    """
+
+    row: int
+    bias_ids: torch.Tensor
+    biases: torch.Tensor
+    seen_ids: torch.Tensor
+    repetition_penalty: float
+    counted_ids: torch.Tensor
+    counts: torch.Tensor
+    presence_penalty: float
+    frequency_penalty: float
+    allowed_V: torch.Tensor | None
+    forbidden_ids: torch.Tensor
+
+
+@dataclass(frozen=True)
+class SamplingInput:
+    """How each row of a step is decided. S sampled rows; the others are greedy.
+
+    Attributes:
+        numbers_5S: Per sampled row, float64: temperature, top-p (2: none), top-k (infinite: none), min-p, and the
+            random number of the position.
+        sampled_rows_S: Which rows these are, int64; None: all rows.
+        has_filters: Whether a row has top-p, top-k or min-p.
+        changes: Rows whose logits are changed first.
+        logprob_temperature_R1: Of the reported log-probabilities, in float32; None: no request needs any.
+        num_top_logprobs: The most that a request needs.
+    """
+
+    numbers_5S: torch.Tensor | None
+    sampled_rows_S: torch.Tensor | None
+    has_filters: bool
+    changes: tuple[ChangeInput, ...]
+    logprob_temperature_R1: torch.Tensor | None
+    num_top_logprobs: int
+
+
+def sampling_input(draws: list[Draw], device: torch.device | str = "cpu") -> SamplingInput:
+    """The tensors of some positions to decide."""
+    sampled = [row for row, draw in enumerate(draws) if draw.params.temperature > 0.0]
+    params = [draws[row].params for row in sampled]
+    numbers_5S = rows_S = None
+    if sampled:
+        columns = (
+            [p.temperature for p in params],
+            [p.top_p if p.top_p < 1.0 else 2.0 for p in params],  # a running sum may round to above 1
+            [p.top_k or math.inf for p in params],
+            [p.min_p for p in params],
+            [uniform(draws[row].seed, draws[row].position) for row in sampled],
+        )
+        numbers_5S = torch.tensor(columns, dtype=torch.float64, device=device)
+        if len(sampled) < len(draws):
+            rows_S = torch.tensor(sampled, device=device)
+    changes = tuple(
+        _change_input(row, draw.params, draw.change, device)
+        for row, draw in enumerate(draws)
+        if draw.change is not None
+    )
+    temperature_R1 = None
+    if any(draw.params.logprobs or draw.params.top_logprobs for draw in draws):
+        temperature_R1 = torch.tensor([[draw.params.temperature or 1.0] for draw in draws], device=device)
+    return SamplingInput(
+        numbers_5S,
+        rows_S,
+        any(p.top_p != 1.0 or p.top_k or p.min_p for p in params),
+        changes,
+        temperature_R1,
+        max((draw.params.top_logprobs for draw in draws), default=0),
+    )
+
+
+def decide(logits_RV: torch.Tensor, sampling: SamplingInput) -> torch.Tensor:
+    """A token for each row, int64 [R]: the arg max at temperature 0, else drawn from the row's filtered distribution.
 
     `NO_TOKEN` where the row has none to choose: it holds no finite number, or one that is not a number.
     """
-    changed = [row for row, draw in enumerate(draws) if draw.change is not None]
-    if changed:
+    if sampling.changes:
         logits_RV = logits_RV.clone()
-        for row in changed:
-            _change(logits_RV[row], draws[row].params, draws[row].change)
+        for change in sampling.changes:
+            _change(logits_RV[change.row], change)
     largest_R, tokens_R = logits_RV.max(dim=-1)
-    sampled = [row for row, draw in enumerate(draws) if draw.params.temperature > 0.0]
-    if sampled:
-        rows = torch.tensor(sampled, device=logits_RV.device)
-        tokens_R[rows] = _draw(logits_RV[rows], [draws[row] for row in sampled])
-    return tokens_R.where(largest_R.isfinite(), NO_TOKEN).tolist()
+    if sampling.numbers_5S is not None:
+        rows_S = sampling.sampled_rows_S
+        if rows_S is None:
+            tokens_R = _draw(logits_RV, sampling)
+        else:
+            tokens_R[rows_S] = _draw(logits_RV[rows_S], sampling)
+    return tokens_R.where(largest_R.isfinite(), NO_TOKEN)
 
 
-def chosen_logprobs(logits_RV: torch.Tensor, tokens: list[int], draws: list[Draw]) -> list[TokenLogprob]:
-    """Log-probability of each row's token, and the likeliest, at the sampling temperature (1 where greedy).
+def decided_logprobs(
+    logits_RV: torch.Tensor, tokens_R: torch.Tensor, sampling: SamplingInput
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Log-probability of each row's token, then ids and log-probabilities of the likeliest, if a request needs them.
 
-    This is the distribution before biases, penalties and cuts.
+    At the sampling temperature (1 where greedy), of the distribution before biases, penalties and cuts.
     """
-    temperature_R1 = logits_RV.new_tensor([[draw.params.temperature or 1.0] for draw in draws])
-    logprobs_RV = (logits_RV / temperature_R1).log_softmax(dim=-1)
-    tokens_R1 = torch.tensor(tokens, device=logits_RV.device).clamp(min=0)[:, None]  # NO_TOKEN: its value is unused
-    chosen = logprobs_RV.gather(1, tokens_R1)[:, 0].tolist()
-    tops: list[tuple[tuple[int, float], ...]] = [()] * len(draws)
-    most = max(draw.params.top_logprobs for draw in draws)
-    if most:
-        values, ids = logprobs_RV.topk(min(most, logprobs_RV.shape[1]), dim=-1)
-        pairs = zip(ids.tolist(), values.tolist(), draws, strict=True)
-        tops = [tuple(zip(i, v, strict=True))[: draw.params.top_logprobs] for i, v, draw in pairs]
-    return [TokenLogprob(*entry) for entry in zip(tokens, chosen, tops, strict=True)]
+    logprobs_RV = (logits_RV / sampling.logprob_temperature_R1.to(logits_RV.dtype)).log_softmax(dim=-1)
+    chosen_R = logprobs_RV.gather(1, tokens_R.clamp(min=0)[:, None])[:, 0]  # NO_TOKEN: its value is unused
+    if not sampling.num_top_logprobs:
+        return chosen_R, None, None
+    values, ids = logprobs_RV.topk(min(sampling.num_top_logprobs, logprobs_RV.shape[1]), dim=-1)
+    return chosen_R, ids, values
 
 
-def _change(logits_V: torch.Tensor, params: SamplingParams, change: LogitChange) -> None:
+def _change_input(row: int, params: SamplingParams, change: LogitChange, device: torch.device | str) -> ChangeInput:
+    def ids(values: Iterable[int]) -> torch.Tensor:
+        return torch.tensor(list(values), device=device, dtype=torch.int64)
+
+    def numbers(values: Iterable[float]) -> torch.Tensor:
+        return torch.tensor(list(values), device=device, dtype=torch.float64)
+
+    is_repetition_penalized = params.repetition_penalty != 1.0
+    is_counted = bool(params.presence_penalty or params.frequency_penalty)
+    return ChangeInput(
+        row,
+        ids(params.logit_bias),
+        numbers(params.logit_bias.values()),
+        ids(change.prompt | change.counts.keys() if is_repetition_penalized else ()),
+        params.repetition_penalty,
+        ids(change.counts if is_counted else ()),
+        numbers(change.counts.values() if is_counted else ()),
+        params.presence_penalty,
+        params.frequency_penalty,
+        None if change.allowed_V is None else change.allowed_V.to(device),
+        ids(change.forbidden),
+    )
+
+
+def _change(logits_V: torch.Tensor, change: ChangeInput) -> None:
     """Applies biases, penalties and masks in place, in the order of the fields of SamplingParams."""
-
-    def index(ids: Iterable[int]) -> torch.Tensor:
-        return torch.tensor(list(ids), device=logits_V.device, dtype=torch.int64)
-
-    if params.logit_bias:
-        logits_V[index(params.logit_bias)] += logits_V.new_tensor(list(params.logit_bias.values()))
-    if params.repetition_penalty != 1.0:
-        seen = index(change.prompt | change.counts.keys())
-        old = logits_V[seen]
-        logits_V[seen] = torch.where(old > 0, old / params.repetition_penalty, old * params.repetition_penalty)
-    if change.counts and (params.presence_penalty or params.frequency_penalty):
-        counts = logits_V.new_tensor(list(change.counts.values()))
-        logits_V[index(change.counts)] -= params.presence_penalty + params.frequency_penalty * counts
+    if len(change.bias_ids):
+        logits_V[change.bias_ids] += change.biases.to(logits_V.dtype)
+    if len(change.seen_ids):
+        old, penalty = logits_V[change.seen_ids], change.repetition_penalty
+        logits_V[change.seen_ids] = torch.where(old > 0, old / penalty, old * penalty)
+    if len(change.counted_ids):
+        counts = change.counts.to(logits_V.dtype)
+        logits_V[change.counted_ids] -= change.presence_penalty + change.frequency_penalty * counts
     if change.allowed_V is not None:
-        logits_V.masked_fill_(~change.allowed_V.to(logits_V.device), float("-inf"))
-    if change.forbidden:
-        forbidden = index(change.forbidden)
-        kept = logits_V[forbidden]
-        logits_V[forbidden] = float("-inf")
-        if logits_V.max() == float("-inf"):  # nothing else is allowed: the structure is complete
-            logits_V[forbidden] = kept
+        logits_V.masked_fill_(~change.allowed_V, float("-inf"))
+    if len(change.forbidden_ids):
+        kept = logits_V[change.forbidden_ids]
+        logits_V[change.forbidden_ids] = float("-inf")
+        # Where nothing else is allowed, the structure is complete and the text may end.
+        is_open = logits_V.max() > float("-inf")
+        logits_V[change.forbidden_ids] = logits_V[change.forbidden_ids].where(is_open, kept)
 
 
-def filtered_probabilities(logits_RV: torch.Tensor, params: list[SamplingParams]) -> torch.Tensor:
+def filtered_probabilities(logits_RV: torch.Tensor, numbers_5R: torch.Tensor, *, has_filters: bool) -> torch.Tensor:
     """The distribution each row is drawn from, float64 [R, V], not normalized: temperature, then the cuts.
 
     Top-p keeps the smallest set of most likely tokens that holds that probability, top-k at most that many of them,
-    min-p those at least this fraction as likely as the likeliest.
+    min-p those at least this fraction as likely as the likeliest. numbers_5R: as in `SamplingInput`.
     """
-    temperature_R1 = _column([p.temperature for p in params], logits_RV)
+    temperature_R1, top_p_R1, top_k_R1, min_p_R1, _ = numbers_5R[:, :, None]
     probabilities_RV = (logits_RV.double() / temperature_R1).softmax(dim=-1)
-    if all(p.top_p == 1.0 and p.top_k == 0 and p.min_p == 0.0 for p in params):
+    if not has_filters:
         return probabilities_RV
-    vocab_size = logits_RV.shape[1]
-    # 2 stands for "no limit": a running sum may round to above 1.
-    top_p_R1 = _column([p.top_p if p.top_p < 1.0 else 2.0 for p in params], logits_RV)
-    top_k_R1 = _column([min(p.top_k or vocab_size, vocab_size) for p in params], logits_RV)
     sorted_RV, order_RV = probabilities_RV.sort(dim=-1, descending=True, stable=True)
     before_RV = sorted_RV.cumsum(dim=-1) - sorted_RV
-    rank_V = torch.arange(vocab_size, device=logits_RV.device)
-    min_p_R1 = _column([p.min_p for p in params], logits_RV)
+    rank_V = torch.arange(logits_RV.shape[1], device=logits_RV.device)
     kept_RV = (before_RV < top_p_R1) & (rank_V < top_k_R1) & (sorted_RV >= min_p_R1 * sorted_RV[:, :1])
     return torch.zeros_like(probabilities_RV).scatter(1, order_RV, sorted_RV * kept_RV)
 
@@ -129,24 +226,22 @@ def uniform(seed: int, position: int) -> float:
     return (_mix(_mix(seed & _MASK_64) ^ position) >> (64 - _UNIFORM_BITS)) / (1 << _UNIFORM_BITS)
 
 
-def _draw(logits_RV: torch.Tensor, draws: list[Draw]) -> torch.Tensor:
+def _draw(logits_RV: torch.Tensor, sampling: SamplingInput) -> torch.Tensor:
     """Inverts each row's cumulative distribution, in order of token id, at the position's random number.
 
     Some rows at a time, because the float64 distributions take many times the memory of the logits.
     """
     rows = max(_MAX_DISTRIBUTION_NUMBERS // logits_RV.shape[1], 1)
-    starts = range(0, len(draws), rows)
-    return torch.cat([_draw_rows(logits_RV[start : start + rows], draws[start : start + rows]) for start in starts])
+    if len(logits_RV) <= rows:
+        return _draw_rows(logits_RV, sampling.numbers_5S, sampling.has_filters)
+    pieces = zip(logits_RV.split(rows), sampling.numbers_5S.split(rows, dim=1), strict=True)
+    return torch.cat([_draw_rows(logits, numbers, sampling.has_filters) for logits, numbers in pieces])
 
 
-def _draw_rows(logits_RV: torch.Tensor, draws: list[Draw]) -> torch.Tensor:
-    cumulative_RV = filtered_probabilities(logits_RV, [draw.params for draw in draws]).cumsum(dim=-1)
-    uniform_R1 = _column([uniform(draw.seed, draw.position) for draw in draws], logits_RV)
+def _draw_rows(logits_RV: torch.Tensor, numbers_5R: torch.Tensor, has_filters: bool) -> torch.Tensor:
+    cumulative_RV = filtered_probabilities(logits_RV, numbers_5R, has_filters=has_filters).cumsum(dim=-1)
+    uniform_R1 = numbers_5R[4, :, None]
     return torch.searchsorted(cumulative_RV, uniform_R1 * cumulative_RV[:, -1:], right=True)[:, 0]
-
-
-def _column(values: list[float], like: torch.Tensor) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.float64, device=like.device)[:, None]
 
 
 def _mix(value: int) -> int:

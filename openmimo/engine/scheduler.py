@@ -87,8 +87,8 @@ class Scheduler:
         plan = Plan()
         self._admit()
         for sequence in list(self.running):
-            is_decoding = sequence.remaining == 1 and sequence in self.running
-            if is_decoding and self._reach(sequence, sequence.computed + 1 + len(sequence.drafts)):
+            is_decoding = sequence.num_uncomputed_tokens == 1 and sequence in self.running
+            if is_decoding and self._reach(sequence, sequence.num_computed_tokens + 1 + len(sequence.drafts)):
                 plan.decodes.append(sequence)
         self._plan_prefills(plan)
         # a sequence planned early may have been preempted for one of higher rank
@@ -105,19 +105,19 @@ class Scheduler:
 
     def _plan_prefills(self, plan: Plan) -> None:
         """Long prompts, which no step can read whole, get an even share each, short ones what these leave, in order."""
-        reading = [sequence for sequence in self.running if sequence.remaining > 1]
+        reading = [sequence for sequence in self.running if sequence.num_uncomputed_tokens > 1]
         budget = self._config.mixed_prefill_tokens if plan.decodes else self._config.prefill_tokens
         even_share, longest_short = max(budget // max(len(reading), 1), 1), budget
         for index, sequence in enumerate(reading):
-            later = [other.remaining for other in reading[index + 1 :]]
+            later = [other.num_uncomputed_tokens for other in reading[index + 1 :]]
             kept_for_long = even_share * sum(remaining > longest_short for remaining in later)
-            is_long = sequence.remaining > longest_short
+            is_long = sequence.num_uncomputed_tokens > longest_short
             most = even_share if is_long else max(budget - kept_for_long, even_share)
-            count = min(sequence.remaining, budget, max(most, budget - sum(later)))
+            count = min(sequence.num_uncomputed_tokens, budget, max(most, budget - sum(later)))
             if count < 1 or sequence.pages is None:
                 continue
-            if self._reach(sequence, sequence.computed + count):
-                plan.prefills.append((sequence, sequence.computed + count))
+            if self._reach(sequence, sequence.num_computed_tokens + count):
+                plan.prefills.append((sequence, sequence.num_computed_tokens + count))
                 budget -= count
 
     def _admit(self) -> None:

@@ -6,117 +6,125 @@ number, as in plain decoding; a draft that equals it only means that the next po
 p(d), and otherwise the token follows p without d, rescaled.) What remains is rounding: a pass over several tokens may
 differ from one over a single token in the last bits.
 
-Slots. Head k at slot i reads the main model's state at i and token i+1+k, and predicts token i+2+k. With n confirmed
-tokens, the main layers have seen n-1, and the newest slot is n-2: there head 0 reads the newest token, head 1 the
-draft of head 0, and so on. For head k the last k slots thus read drafts. The next round computes these slots again from
-real tokens, so no draft reads a row that came from another draft.
+Positions. Head k at position i reads the main model's state at i and token i+1+k, and predicts token i+2+k. With n
+confirmed tokens, the main layers have seen n-1, and the newest position is n-2: there head 0 reads the newest token,
+head 1 the draft of head 0, and so on. For head k the last k positions thus read drafts. The next round computes these
+positions again from real tokens, so no draft reads a row that came from another draft.
 
-T packed slots, D model dim.
+Here the host plans the passes of the heads; a `Worker` runs them.
 """
 
 import torch
 
-from openmimo.engine.cache import PageArena
-from openmimo.engine.context import PagedContext, RotaryRows, Span
 from openmimo.engine.request_state import RequestState
-from openmimo.model.attention import kv_spec
-from openmimo.model.backbone import Hidden
-from openmimo.model.mimo import MiMo
+from openmimo.engine.step import HeadInput, Span, StepBuffers
+
+_Work = tuple[RequestState, int, int]  # positions `start` to `stop` of a sequence
 
 
-def count_accepted(drafts: list[int], tokens: list[int]) -> int:
-    """How many drafts, from the first on, are what the model decided at their positions."""
-    for index, draft in enumerate(drafts):
-        if draft != tokens[index]:
-            return index
-    return len(drafts)
+class DraftPlanner:
+    """Plans the first heads of a model over the positions of several sequences at once.
 
-
-class Drafter:
-    """Runs the first heads of a model over the slots of several sequences at once.
-
-    A head that was not needed for a while, or joins in the middle of a reused prefix, has no rows for the slots
-    between: it goes on with what its pages hold there. That can make its drafts worse until its window has passed,
+    A head that was not needed for a while, or joins in the middle of a reused prefix, has no keys for the positions
+    between: it continues with what its pages hold there. That can make its drafts worse until its window has passed,
     never the text.
+
+    Args:
+        buffers: One for each head, for its pass.
+        keep_positions: How many positions a head remembers (None: all).
+        ring_positions: As in `Worker`.
     """
 
-    def __init__(self, model: MiMo, arena: PageArena, num_drafts: int, rotary: RotaryRows):
-        self.num_drafts = num_drafts
-        self._model = model
-        self._arena = arena
-        self._rotary = rotary
-        self._first_head_layer = len(model.config.layers)
-        self._reads_pre_norm = model.config.mtp.hidden == "pre_norm"
-        self._keep_positions = kv_spec(model.config.mtp.attention).keep_positions
+    def __init__(
+        self, buffers: list[StepBuffers], *, keep_positions: int | None, ring_positions: int, device: torch.device
+    ):
+        self.num_drafts = len(buffers)
+        self._buffers = buffers
+        self._keep_positions = keep_positions
+        self._ring_positions = ring_positions
+        self._device = device
 
-    def observe(self, sequence: RequestState, hidden: Hidden, rows: slice) -> None:
-        """Adds the main-model states of a sequence's newest computed slots, rows of the last pass."""
-        states_TD = (hidden.pre_norm_TD if self._reads_pre_norm else hidden.post_norm_TD)[rows]
-        known = sequence.states_TD
-        sequence.states_TD = states_TD if known is None else torch.cat([known, states_TD])
+    def follow_prompt(self, prefills: list[tuple[RequestState, int]]) -> tuple[HeadInput, ...]:
+        """Brings the heads up to the positions of prompts whose tokens are known, where drafts will still see them.
 
-    def follow_prompt(self, sequences: list[RequestState]) -> None:
-        """Prefill: brings the heads up to the slots whose tokens are known, where their drafts will still see them."""
+        prefills: sequences, and the position up to which the main layers read each in the same step.
+        """
+        heads = []
         for head in range(self.num_drafts):
-            work = []
-            for sequence in sequences:
+            work, places, first_row = [], [], 0
+            for sequence, read in prefills:
                 known = len(sequence.tokens) - 1 - head
-                stop = min(sequence.computed, known)
+                stop = min(read, known)
                 if self._keep_positions is not None:
                     unseen = known - self._keep_positions - self.num_drafts
                     sequence.head_lengths[head] = max(sequence.head_lengths[head], min(unseen, stop))
-                # After a prefix hit, states of earlier slots were never computed: the head does without these slots.
-                if stop > max(sequence.head_lengths[head], _oldest_state(sequence)):
-                    work.append((sequence, stop))
+                # After a prefix hit, states of earlier positions were never computed: the head skips them.
+                start = max(sequence.head_lengths[head], sequence.states_start)
+                if stop > start:
+                    work.append((sequence, start, stop))
+                    places += self._places(sequence, start, min(stop, sequence.num_computed_tokens))
+                    begin = max(start, sequence.num_computed_tokens) - sequence.num_computed_tokens
+                    places += [-1 - first_row - row for row in range(begin, stop - sequence.num_computed_tokens)]
+                    sequence.head_lengths[head] = stop
+                first_row += read - sequence.num_computed_tokens
             if work:
-                self._run_head(head, work)
-        self.forget_old_states(sequences)
+                heads.append(self._head_input(head, work, places, range(len(work))))
+        return tuple(heads)
 
-    def draft(self, sequences: list[RequestState], num_drafts: int) -> None:
-        """Gives each sequence its next drafts, at most one fewer than it has room for (a step adds one token more)."""
+    def draft(self, sequences: list[RequestState], num_drafts: int) -> list[HeadInput]:
+        """The passes for the next drafts of each sequence, at most one fewer than it has room for (a step adds one)."""
+        heads = []
         for head in range(num_drafts):
-            ready = [sequence for sequence in sequences if sequence.room > head + 1]
+            ready = [n for n, sequence in enumerate(sequences) if sequence.max_new_tokens_left > head + 1]
             if not ready:
                 break
-            states_TD = self._run_head(head, [(sequence, sequence.computed) for sequence in ready])
-            tokens = self._model.head(states_TD).argmax(dim=-1).tolist()
-            for sequence, token in zip(ready, tokens, strict=True):
-                sequence.drafts.append(token)
-                sequence.head_lengths[head] = max(sequence.computed - head, 0)
-        self.forget_old_states(sequences)
+            work, places = [], []
+            for sequence in (sequences[n] for n in ready):
+                start, stop = max(sequence.head_lengths[head], sequence.states_start), sequence.num_computed_tokens
+                work.append((sequence, start, stop))
+                places += self._places(sequence, start, stop)
+                sequence.head_lengths[head] = max(stop - head, 0)
+            heads.append(self._head_input(head, work, places, ready))
+        return heads
 
     def forget_old_states(self, sequences: list[RequestState]) -> None:
-        """Keeps what the last head, which lags most, still has to read. A copy, to let go of the pass it came from."""
+        """Keeps what the last head, which lags most, still has to read."""
         for sequence in sequences:
-            sequence.states_TD = sequence.states_TD[-self.num_drafts :].clone()
+            sequence.states_start = max(sequence.states_start, sequence.num_computed_tokens - self.num_drafts)
 
-    def _run_head(self, head: int, work: list[tuple[RequestState, int]]) -> torch.Tensor:
-        """Runs a head up to slot `stop` (exclusive) of each sequence; states [len(work), D] at the last."""
-        spans, tokens, states = [], [], []
-        for sequence, stop in work:
-            oldest = _oldest_state(sequence)
-            start = max(sequence.head_lengths[head], oldest)
+    def state_places(self, spans: list[Span]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Where the states of a pass are kept, and which of its rows: of a long run only the newest can be needed."""
+        places, rows, first_row = [], [], 0
+        for span in spans:
+            count = min(span.stop - span.start, self._ring_positions)
+            offset = span.pages.seat * self._ring_positions
+            places += [offset + p % self._ring_positions for p in range(span.stop - count, span.stop)]
+            first_row += span.stop - span.start
+            rows += range(first_row - count, first_row)
+        places_T = torch.tensor(places, device=self._device)
+        return places_T, None if len(rows) == first_row else torch.tensor(rows, device=self._device)
+
+    def _places(self, sequence: RequestState, start: int, stop: int) -> list[int]:
+        offset = sequence.pages.seat * self._ring_positions
+        return [offset + position % self._ring_positions for position in range(start, stop)]
+
+    def _head_input(self, head: int, work: list[_Work], places: list[int], members: "range | list[int]") -> HeadInput:
+        """The pass of one head; `members` says which sequences of the drafting these are."""
+        spans, tokens, last_rows, rows, heads, columns = [], [], [], [], [], []
+        for member, (sequence, start, stop) in zip(members, work, strict=True):
             spans.append(Span(sequence.pages, start, stop))
-            tokens += _tokens_between(sequence, start + 1 + head, stop + 1 + head)
-            states.append(sequence.states_TD[start - oldest : stop - oldest])
-            sequence.head_lengths[head] = stop
-        states_TD = states[0] if len(states) == 1 else torch.cat(states)
-        # The states were picked in `observe`, so both names mean the same here.
-        hidden = Hidden(pre_norm_TD=states_TD, post_norm_TD=states_TD)
-        context = PagedContext(self._arena, spans, rotary=self._rotary)
-        out_TD = self._model.mtp(head, hidden, torch.tensor(tokens, device=states_TD.device), context)
-        if len(out_TD) == len(spans):
-            return out_TD
-        last_rows = torch.tensor([span.stop - span.start for span in spans]).cumsum(0) - 1
-        return out_TD[last_rows.to(out_TD.device)]
+            confirmed = sequence.tokens[start + 1 + head : stop + 1 + head]
+            num_drafted = stop - start - len(confirmed)  # tokens that are drafts of the heads before this one
+            tokens += confirmed
+            rows += range(len(tokens), len(tokens) + num_drafted)
+            heads += range(head - num_drafted, head)
+            columns += [member] * num_drafted
+            tokens += [0] * num_drafted
+            last_rows.append(len(tokens) - 1)
+        forward = self._buffers[head].fill(spans, tokens)
 
+        def ids(values: "range | list[int]") -> torch.Tensor:
+            return torch.tensor(values, dtype=torch.int64, device=self._device)
 
-def _oldest_state(sequence: RequestState) -> int:
-    """The first slot whose main-model state is still held."""
-    return sequence.computed - sequence.states_TD.shape[0]
-
-
-def _tokens_between(sequence: RequestState, start: int, stop: int) -> list[int]:
-    """Tokens `start` to `stop` of the sequence with its drafts appended."""
-    num_confirmed = len(sequence.tokens)
-    return sequence.tokens[start:stop] + sequence.drafts[max(start - num_confirmed, 0) : max(stop - num_confirmed, 0)]
+        drafted = (ids(rows), ids(heads), ids(columns)) if rows else (None, None, None)
+        return HeadInput(head, forward, ids(places), *drafted, ids(last_rows), ids(members))

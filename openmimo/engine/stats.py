@@ -51,7 +51,9 @@ class EngineStats:
         cache_bytes = arena.page_bytes * sum(sequence.pages.num_pages for sequence in sequences)
         if cache_bytes > self.cache_bytes:
             self.cache_bytes = cache_bytes
-            self.all_global_cache_bytes = sum(arena.all_global_bytes(sequence.computed) for sequence in sequences)
+            self.all_global_cache_bytes = sum(
+                arena.all_global_bytes(sequence.num_computed_tokens) for sequence in sequences
+            )
 
     def reset(self) -> None:
         """Starts counting anew."""

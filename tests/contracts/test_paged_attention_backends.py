@@ -52,6 +52,24 @@ def call_of(name, dtype, seed=0):
     return draw(sum(query_lengths), N, K), Pages(keys, values, tables), sink, arguments
 
 
+def int32(*lengths):
+    return torch.tensor(lengths, dtype=torch.int32)
+
+
+def tensors_of(arguments):
+    """The arguments of a backend."""
+    return {
+        "query_lengths_B": int32(*arguments["query_lengths"]),
+        "key_lengths_B": int32(*arguments["key_lengths"]),
+        "window_keys": arguments["window_keys"],
+    }
+
+
+def attend_by_length(q, pages, sink, arguments, **options):
+    longest = {f"longest_{name}": max(arguments[f"{name}_lengths"]) for name in ("query", "key")}
+    return paged_attend(q, pages, sink, **tensors_of(arguments), **longest, **options)
+
+
 def exact_output(q, pages, sink, *, query_lengths, key_lengths, window_keys):
     """Row by row, in float64."""
     rows, first_query = [], 0
@@ -88,7 +106,7 @@ def test_backend_is_float64_or_refuses(backend, name, dtype):
     chosen = dict(DISPATCHER.backends())[backend]
     if reason := chosen.refuse(need_of(q, pages, arguments["query_lengths"])):
         pytest.skip(reason)
-    out = chosen.run(q, pages, sink, **arguments).out_TNV
+    out = chosen.run(q, pages, sink, **tensors_of(arguments)).out_TNV
     exact = exact_output(q, pages, sink, **arguments)
     assert out.dtype == dtype
     assert (out.double() - exact).norm() / exact.norm() < TOLERANCES[dtype]
@@ -99,14 +117,13 @@ def test_backend_is_float64_or_refuses(backend, name, dtype):
 @torch.inference_mode()
 def test_a_sequence_has_the_same_bits_alone_and_in_a_batch(dtype):
     q, pages, sink, arguments = call_of("verify in a window", dtype)
-    together, start = paged_attend(q, pages, sink, **arguments).out_TNV, 0
+    together, start = attend_by_length(q, pages, sink, arguments).out_TNV, 0
     for row, (queries, keys) in enumerate(zip(arguments["query_lengths"], arguments["key_lengths"], strict=True)):
         own = Pages(pages.keys_XPGK, pages.values_XPGV, pages.tables_BY[row : row + 1])
         for index in range(queries):
             rows = slice(start + index, start + index + 1)
-            alone = paged_attend(
-                q[rows], own, sink, query_lengths=(1,), key_lengths=(keys - queries + index + 1,), window_keys=33
-            ).out_TNV
+            one = {"query_lengths": (1,), "key_lengths": (keys - queries + index + 1,), "window_keys": 33}
+            alone = attend_by_length(q[rows], own, sink, one).out_TNV
             assert torch.equal(alone, together[rows])
         start += queries
 
@@ -120,7 +137,7 @@ def test_block_scores_are_those_of_packed_attention_or_refused(backend):
     if reason := chosen.refuse(need):
         assert backend != "reference" and "block scores" in reason
         return
-    found = chosen.run(q, pages, sink, **arguments, score_block=24)
+    found = chosen.run(q, pages, sink, **tensors_of(arguments), score_block=24)
     rows = [
         [(int(table[p // 16]), p % 16) for p in range(length)]
         for table, length in zip(pages.tables_BY, arguments["key_lengths"], strict=True)
@@ -134,11 +151,11 @@ def test_block_scores_are_those_of_packed_attention_or_refused(backend):
 def test_block_scores_with_a_window_are_refused():
     q, pages, sink, arguments = call_of("window", torch.float32)
     with pytest.raises(ValueError, match="block scores need every key"):
-        paged_attend(q, pages, sink, **arguments, score_block=16)
+        attend_by_length(q, pages, sink, arguments, score_block=16)
 
 
 def test_lengths_that_do_not_fit_are_refused():
     q, pages, sink, arguments = call_of("decode", torch.float32)
     for wrong in ({"query_lengths": (1, 1)}, {"key_lengths": (50, 3000, 9)}):
         with pytest.raises(ValueError, match="do not fit"):
-            paged_attend(q, pages, sink, **{**arguments, **wrong})
+            attend_by_length(q, pages, sink, {**arguments, **wrong})

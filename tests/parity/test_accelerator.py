@@ -12,7 +12,7 @@ import openmimo
 from openmimo.core.records import SamplingParams
 from openmimo.data.config import MixtureConfig, SourceConfig
 from openmimo.engine.llm import LLM
-from openmimo.engine.sampler import Draw, LogitChange, sample
+from openmimo.engine.sampler import Draw, LogitChange, decide, sampling_input
 from openmimo.kernels.attention import DISPATCHER as ATTENTION
 from openmimo.kernels.attention import AttentionNeed
 from openmimo.kernels.experts import DISPATCHER as EXPERTS
@@ -151,4 +151,5 @@ def test_masks_of_structures_are_moved_to_the_logits(device, temperature):
     changes = [
         LogitChange(frozenset({1}), {2: 1}, frozenset({4}), mask) for mask in (allowed, torch.zeros_like(allowed))
     ]
-    assert sample(logits, [Draw(params, 0, 5, change) for change in changes]) == [17, -1]
+    sampling = sampling_input([Draw(params, 0, 5, change) for change in changes], device)
+    assert decide(logits, sampling).tolist() == [17, -1]

@@ -11,8 +11,9 @@ from openmimo.core.errors import UserError
 from openmimo.core.records import SamplingParams
 from openmimo.data.tokenizer import Tokenizer
 from openmimo.engine.cache import PageArena, PageTables
-from openmimo.engine.context import PagedContext, RotaryRows, Span
+from openmimo.engine.context import PagedContext, RotaryRows
 from openmimo.engine.llm import LLM
+from openmimo.engine.step import Span, StepBuffers
 from openmimo.model.mimo import MiMo
 
 GREEDY = SamplingParams(max_tokens=12, temperature=0.0)
@@ -33,8 +34,11 @@ def _read(model, arena, rotary, work):
     for pages, start, ids in work:
         pages.reach(start + len(ids))
     spans = [Span(pages, start, start + len(ids)) for pages, start, ids in work]
-    tokens = torch.tensor([token for _, _, ids in work for token in ids])
-    logits = model.head(model(tokens, PagedContext(arena, spans, rotary=rotary)).post_norm_TD)
+    layers = range(len(model.config.layers))
+    sizes = {"max_tokens": 200, "max_sequences": 4, "max_positions": model.config.max_positions}
+    buffers = StepBuffers(arena, torch.device("cpu"), layers, **sizes)
+    step = buffers.fill(spans, [token for _, _, ids in work for token in ids])
+    logits = model.head(model(step.token_ids_T, PagedContext(arena, rotary).bind(step)).post_norm_TD)
     for pages, start, ids in work:
         pages.leave_behind(start + len(ids))
     return logits
@@ -42,7 +46,7 @@ def _read(model, arena, rotary, work):
 
 def _cached_logits(model, ids, chunk_lengths):
     """Logits of one sequence read in chunks through a cache."""
-    arena, rotary = _arena(model), RotaryRows("cpu")
+    arena, rotary = _arena(model), RotaryRows("cpu", model.config.max_positions)
     pages, start, logits = PageTables(arena, margin=0), 0, []
     for length in chunk_lengths:
         logits.append(_read(model, arena, rotary, [(pages, start, ids[start : start + length])]))
@@ -68,7 +72,7 @@ def test_reading_in_chunks_changes_nothing(window_keys, chunk_lengths, dtype):
 @torch.inference_mode()
 def test_packed_sequences_do_not_see_each_other():
     model = tiny_model(1)
-    arena, rotary = _arena(model), RotaryRows("cpu")
+    arena, rotary = _arena(model), RotaryRows("cpu", model.config.max_positions)
     sequences = [_ids(60, 1), _ids(41, 2), _ids(5, 3)]
     tables = [PageTables(arena, margin=0) for _ in sequences]
     starts, logits = [0, 0, 0], [[], [], []]

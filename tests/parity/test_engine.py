@@ -162,7 +162,7 @@ def test_a_long_prompt_does_not_stall_the_others():
         engine.step()
         assert len(early.tokens) == before + 1, step
     assert late.finish_reason == "length" and not long.finish_reason
-    assert 0 < long.computed < 200
+    assert 0 < long.num_computed_tokens < 200
 
 
 def test_short_prompts_are_read_in_order_and_long_ones_beside_them():
@@ -171,11 +171,11 @@ def test_short_prompts_are_read_in_order_and_long_ones_beside_them():
     long = [engine.submit(Request(f"long {number}", tuple(_ids(200, number)), GREEDY)) for number in range(2)]
     short = [engine.submit(Request(f"short {number}", tuple(_ids(20, 9 + number)), GREEDY)) for number in range(3)]
     engine.step()
-    assert [sequence.computed for sequence in long] == [8, 8]
-    assert [sequence.computed for sequence in short] == [20, 4, 0]
+    assert [sequence.num_computed_tokens for sequence in long] == [8, 8]
+    assert [sequence.num_computed_tokens for sequence in short] == [20, 4, 0]
     engine.step()
-    assert [sequence.computed for sequence in long] == [18, 18]
-    assert all(sequence.computed >= 20 for sequence in short[:2]) and short[2].computed == 4
+    assert [sequence.num_computed_tokens for sequence in long] == [18, 18]
+    assert all(sequence.num_computed_tokens >= 20 for sequence in short[:2]) and short[2].num_computed_tokens == 4
 
 
 def test_priorities_come_first():
@@ -254,7 +254,9 @@ def test_a_request_that_has_to_wait_costs_idle_sessions_nothing():
     known = turn.num_cached_tokens
     assert known > 100
     engine.step()
-    assert turn in engine.scheduler.waiting and turn.computed == known  # its own are kept while it waits, too
+    assert (
+        turn in engine.scheduler.waiting and turn.num_computed_tokens == known
+    )  # its own are kept while it waits, too
 
 
 def test_a_tree_of_sliding_layers_alone_does_not_grow_for_ever():
@@ -346,8 +348,11 @@ def test_the_next_turn_drafts_from_the_states_of_what_was_said():
         while engine.has_work:
             engine.step()
             turn.drafts = said[len(turn.tokens) : len(turn.tokens) + len(turn.drafts)]
-        states = MODEL(torch.tensor(turn.tokens[:-1]), PackedContext((turn.computed,))).pre_norm_TD
-        assert torch.allclose(turn.states_TD[-2:], states[-2:])
+        states = MODEL(torch.tensor(turn.tokens[:-1]), PackedContext((turn.num_computed_tokens,))).pre_norm_TD
+        seat = engine._idle_sessions["s"].pages.seat
+        kept = engine._runner.worker.states(seat, turn.num_computed_tokens - 2, turn.num_computed_tokens)
+        assert turn.states_start <= turn.num_computed_tokens - 2
+        assert torch.allclose(kept, states[-2:])
 
 
 @pytest.mark.parametrize("name, value", [("temperature", 1e-310), ("repetition_penalty", 1e-45)])

@@ -11,7 +11,7 @@ from openmimo.core.records import Request, SamplingParams
 from openmimo.engine.config import EngineConfig
 from openmimo.engine.engine import Engine
 from openmimo.engine.llm import LLM
-from openmimo.engine.speculative import count_accepted
+from openmimo.engine.worker import count_accepted
 from openmimo.model.context import PackedContext
 from openmimo.model.mimo import MiMo
 from openmimo.model.moe import MoE
@@ -104,7 +104,7 @@ def test_drafts_are_those_of_the_whole_sequence(model, num_drafts):
     ]
     for _ in range(25):
         for sequence in engine.step():
-            if sequence.remaining == 1 and not sequence.finish_reason:
+            if sequence.num_uncomputed_tokens == 1 and not sequence.finish_reason:
                 assert sequence.drafts == _drafts_by_definition(model, sequence.tokens, num_drafts)
     assert all(len(sequence.tokens) > sequence.prompt_length + 10 for sequence in sequences)
 
@@ -167,10 +167,14 @@ def test_statistics_count_what_happened():
 
 
 def test_count_accepted():
-    assert count_accepted([], [5]) == 0
-    assert count_accepted([5, 6], [5, 6, 7]) == 2
-    assert count_accepted([5, 6], [4, 6, 7]) == 0
-    assert count_accepted([5, 6], [5, 9, 7]) == 1
+    """In one pass of sequences with different numbers of drafts."""
+    cases = [([], [5], 0), ([5, 6], [5, 6, 7], 2), ([5, 6], [4, 6, 7], 0), ([5, 6], [5, 9, 7], 1), ([7], [7, 1], 1)]
+    fed = [token for drafts, _, _ in cases for token in (5, *drafts)]
+    decided = [token for _, tokens, _ in cases for token in tokens]
+    rows = torch.tensor([[9, 9], [1, 2], [4, 5], [7, 8], [10, 11]])
+    rows[0] = rows[4, 1] = len(fed) - 1
+    found = count_accepted(torch.tensor(fed), torch.tensor(decided), rows)
+    assert found.tolist() == [count for _, _, count in cases]
 
 
 def test_settings_that_cannot_be_are_said():

@@ -19,7 +19,7 @@ from openmimo.engine.engine import Engine
 from openmimo.engine.prefix import PrefixCache
 from openmimo.engine.request_state import Decision, RepeatCounter, RequestState
 from openmimo.engine.routed_rows import RoutedRows
-from openmimo.engine.sampler import Draw, sample
+from openmimo.engine.sampler import Draw, decide, sampling_input
 from openmimo.engine.text import TextStream
 from openmimo.kernels.attention import AttentionNeed, packed_rows
 from openmimo.kernels.rotary import rotary_table
@@ -112,11 +112,15 @@ def test_rotation_tables_grow_by_new_rows_only(monkeypatch):
         return rotary_table(positions, *arguments)
 
     monkeypatch.setattr("openmimo.engine.context.rotary_table", table)
-    rows = RotaryRows("cpu")
+    rows = RotaryRows("cpu", 300_000)
+    first, _ = rows.tables(SPEC, torch.float32, 1)
     for length in (10, 700, 1500, 3000, 200_001):
         cos, sin = rows.tables(SPEC, torch.float32, length)
-    assert sum(computed) == len(cos) < 1.1 * 200_001 and max(computed) <= 1 << 16
-    expected = rotary_table(torch.arange(len(cos)), SPEC.rotary_dim, SPEC.rope_theta, torch.float32)
+    known = sum(computed)
+    assert 200_001 <= known < 1.1 * 200_001 and max(computed) <= 1 << 16
+    assert cos.data_ptr() == first.data_ptr()  # a captured graph keeps the address
+    cos, sin = cos[:known], sin[:known]
+    expected = rotary_table(torch.arange(known), SPEC.rotary_dim, SPEC.rope_theta, torch.float32)
     assert torch.equal(cos, expected[0]) and torch.equal(sin, expected[1])
 
 
@@ -127,9 +131,10 @@ def test_distributions_are_made_for_some_rows_at_a_time(monkeypatch, filters):
     monkeypatch.setattr(torch.Tensor, "double", lambda self: sizes.append(self.numel()) or real(self))
     logits = torch.randn(90, 50_000, generator=torch.Generator().manual_seed(0))
     draws = [Draw(SamplingParams(temperature=0.8, **filters), seed, 3) for seed in range(90)]
-    together = sample(logits, draws)
+    together = decide(logits, sampling_input(draws)).tolist()
     assert max(sizes) <= 1 << 21 and sum(sizes) == logits.numel()
-    assert together[::9] == [sample(logits[row : row + 1], [draws[row]])[0] for row in range(0, 90, 9)]
+    alone = [decide(logits[row : row + 1], sampling_input([draws[row]])).item() for row in range(0, 90, 9)]
+    assert together[::9] == alone
 
 
 def test_a_refused_prompt_is_tried_again_once_another_ends():
@@ -170,7 +175,7 @@ def engine_bookkeeping(num_tokens: int, max_repeats: int = 0) -> tuple[int, Requ
         for token in range(num_tokens):
             state.add(Decision(token % 89, TokenLogprob(token % 89, -0.5)), drafted=False, policy_version=3)
             state.routing.append(rows)
-            state.computed = len(state.tokens) - 1
+            state.num_computed_tokens = len(state.tokens) - 1
             prefix.extend(state)
             state.take_delta()
     finally:

@@ -1,12 +1,18 @@
 """Sampling: the random numbers, the filters, and the distribution that comes out."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from openmimo.core.records import SamplingParams
-from openmimo.engine.sampler import Draw, chosen_logprobs, filtered_probabilities, sample, uniform
+from openmimo.engine.sampler import Draw, decide, decided_logprobs, filtered_probabilities, sampling_input, uniform
 
 VOCAB = 11
+
+
+def sample(logits, draws):
+    return decide(logits, sampling_input(draws)).tolist()
 
 
 def _logits(rows=1, seed=0):
@@ -62,7 +68,8 @@ PARAMS = [
 @pytest.mark.parametrize("params", PARAMS)
 def test_filters_by_definition(params):
     logits = _logits(seed=3)
-    found = filtered_probabilities(logits, [params])[0]
+    sampling = sampling_input([Draw(params, 0, 0)])
+    found = filtered_probabilities(logits, sampling.numbers_5S, has_filters=sampling.has_filters)[0]
     assert torch.allclose((found / found.sum()).float(), _by_definition(logits[0], params), atol=1e-6)
 
 
@@ -90,7 +97,7 @@ def test_a_row_does_not_depend_on_the_others():
 def test_logprobs_are_at_the_sampling_temperature_before_the_filters():
     logits = _logits(3, seed=6)
     params = [SamplingParams(temperature=0.0), SamplingParams(temperature=0.5, top_k=1), SamplingParams(top_p=0.1)]
-    found = chosen_logprobs(logits, [1, 2, 3], [Draw(p, 0, 0) for p in params])
+    params = [replace(p, logprobs=True) for p in params]
+    found, *_ = decided_logprobs(logits, torch.tensor([1, 2, 3]), sampling_input([Draw(p, 0, 0) for p in params]))
     expected = [(logits[row] / t).log_softmax(-1)[row + 1].item() for row, t in enumerate([1.0, 0.5, 1.0])]
-    assert [entry.token_id for entry in found] == [1, 2, 3]
-    assert [entry.logprob for entry in found] == pytest.approx(expected, abs=1e-6)
+    assert found.tolist() == pytest.approx(expected, abs=1e-6)

@@ -35,6 +35,7 @@ typedef struct {
     const float *sinks;                  /* [N] or none */
     void *out;                           /* [T, N, V] */
     const int32_t *tables;               /* [B, Y] */
+    const int32_t *query_lengths, *key_lengths; /* [B] */
     int64_t sequences, heads, kv_heads, key_dim, value_dim;
     int64_t page_positions, key_page_stride, key_stride, value_page_stride, value_stride, table_stride;
     int64_t window; /* longer than any sequence if there is no window */
@@ -339,12 +340,11 @@ static void attend_rows(const paged_call *call, const paged_sequence *sequence, 
     }
 }
 
-/* `lengths`: the number of queries of each sequence, then the number of keys of each. */
-void openmimo_paged_attention(const paged_call *call, const int64_t *lengths) {
+void openmimo_paged_attention(const paged_call *call) {
     paged_sequence sequences[call->sequences];
     int64_t first_query = 0, products = 0;
     for (int64_t i = 0; i < call->sequences; i++) {
-        int64_t queries = lengths[i], keys = lengths[call->sequences + i];
+        int64_t queries = call->query_lengths[i], keys = call->key_lengths[i];
         sequences[i] = (paged_sequence){first_query, queries, keys, call->tables + i * call->table_stride};
         first_query += queries;
         products += queries * (keys < call->window ? keys : call->window) * call->heads * call->key_dim;

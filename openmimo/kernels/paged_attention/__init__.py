@@ -50,16 +50,19 @@ def paged_attend(
     pages: Pages,
     sink_N: torch.Tensor | None,
     *,
-    query_lengths: tuple[int, ...],
-    key_lengths: tuple[int, ...],
+    query_lengths_B: torch.Tensor,
+    key_lengths_B: torch.Tensor,
+    longest_query: int,
+    longest_key: int,
     window_keys: int | None,
     score_block: int | None = None,
 ) -> AttentionOut:
     """Attention output [T, N, V] in the dtype of `q_TNK`, and block scores if `score_block` gives the size of a block.
 
-    `key_lengths[b]` counts every position of sequence b; its queries are the last `query_lengths[b]` of these, whose
-    keys and values are already in the pages. With a window there are no block scores, as the keys of the first blocks
-    may be gone.
+    `key_lengths_B[b]` (int32, on the device) counts every position of sequence b; its queries are the last
+    `query_lengths_B[b]` of these, whose keys and values are already in the pages. The integers are the largest entries
+    of both, so that no device value is read to choose and launch a kernel. With a window there are no block scores, as
+    the keys of the first blocks may be gone.
 
     Raises:
         ValueError: Lengths and shapes disagree, or block scores are asked for with a window.
@@ -67,18 +70,20 @@ def paged_attend(
     T, N, K = q_TNK.shape
     _, P, G, V = pages.values_XPGV.shape
     B, Y = pages.tables_BY.shape
-    shapes_fit = pages.keys_XPGK.shape[1:] == (P, G, K) and N % G == 0 and sum(query_lengths) == T
-    if not shapes_fit or not len(query_lengths) == len(key_lengths) == B or max(key_lengths) > Y * P:
+    shapes_fit = pages.keys_XPGK.shape[1:] == (P, G, K) and N % G == 0 and B <= T <= B * longest_query
+    is_int32 = query_lengths_B.dtype == key_lengths_B.dtype == torch.int32
+    if not (shapes_fit and is_int32 and len(query_lengths_B) == len(key_lengths_B) == B and longest_key <= Y * P):
         raise ValueError(
             f"paged attention shapes do not fit: q {tuple(q_TNK.shape)}, keys {tuple(pages.keys_XPGK.shape)}, values "
-            f"{tuple(pages.values_XPGV.shape)}, tables {(B, Y)}, query lengths {query_lengths}, "
-            f"key lengths {key_lengths}"
+            f"{tuple(pages.values_XPGV.shape)}, tables {(B, Y)}, query lengths "
+            f"{query_lengths_B.tolist()}, key lengths {key_lengths_B.tolist()} (int32, up to {longest_query} and "
+            f"{longest_key})"
         )
     if score_block is not None and window_keys is not None:
         raise ValueError(f"block scores need every key, but the window has {window_keys}")
     tensors = (q_TNK, pages.keys_XPGK, pages.values_XPGV, sink_N)
     need = PagedNeed(
-        longest_query=max(query_lengths),
+        longest_query=longest_query,
         key_dim=K,
         value_dim=V,
         needs_gradients=torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors),
@@ -92,8 +97,8 @@ def paged_attend(
         q_TNK,
         pages,
         sink_N,
-        query_lengths=query_lengths,
-        key_lengths=key_lengths,
+        query_lengths_B=query_lengths_B,
+        key_lengths_B=key_lengths_B,
         window_keys=window_keys,
         score_block=score_block,
     )

@@ -7,13 +7,13 @@ import torch
 
 from openmimo.kernels import native
 from openmimo.kernels.attention import NO_SCORES, AttentionOut
-from openmimo.kernels.attention._calls import MAX_DECODE_QUERIES, NO_WINDOW, float32_sink, packed_lengths
+from openmimo.kernels.attention._calls import MAX_DECODE_QUERIES, NO_WINDOW, float32_sink
 from openmimo.kernels.dispatch import Backend
 from openmimo.kernels.paged_attention import PagedNeed, Pages
 
 MAX_DIM = 256
 KEY_MULTIPLE, VALUE_MULTIPLE = 16, 32
-_PAGED = native.Function("openmimo_paged_attention", "6P14q", num_arguments=2)  # `paged_call` of native/attention.c
+_PAGED = native.Function("openmimo_paged_attention", "8P14q")  # `paged_call` of native/attention.c
 
 
 def run(
@@ -21,8 +21,8 @@ def run(
     pages: Pages,
     sink_N: torch.Tensor | None,
     *,
-    query_lengths: tuple[int, ...],
-    key_lengths: tuple[int, ...],
+    query_lengths_B: torch.Tensor,
+    key_lengths_B: torch.Tensor,
     window_keys: int | None,
     score_block: int | None = None,
 ) -> AttentionOut:
@@ -31,7 +31,8 @@ def run(
     T, N, K = q_TNK.shape
     _, P, G, V = values_XPGV.shape
     key_strides, value_strides = _strides(keys_XPGK), _strides(values_XPGV)
-    q_TNK, tables_BY = q_TNK.contiguous(), tables_BY.contiguous()
+    q_TNK = q_TNK.contiguous()
+    assert tables_BY.stride(1) == 1 and query_lengths_B.is_contiguous() and key_lengths_B.is_contiguous()
     out_TNV = q_TNK.new_empty(T, N, V)
     sink_N = float32_sink(sink_N)
     call = _PAGED.pack(
@@ -41,11 +42,13 @@ def run(
         0 if sink_N is None else sink_N.data_ptr(),
         out_TNV.data_ptr(),
         tables_BY.data_ptr(),
-        *(len(query_lengths), N, G, K, V),
-        *(P, *key_strides, *value_strides, tables_BY.shape[1]),
+        query_lengths_B.data_ptr(),
+        key_lengths_B.data_ptr(),
+        *(len(query_lengths_B), N, G, K, V),
+        *(P, *key_strides, *value_strides, tables_BY.stride(0)),
         *(window_keys or NO_WINDOW, torch.get_num_threads(), q_TNK.dtype == torch.bfloat16),
     )
-    _PAGED.call(call, packed_lengths(query_lengths, key_lengths))
+    _PAGED.call(call)
     return AttentionOut(out_TNV)
 
 

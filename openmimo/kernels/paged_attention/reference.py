@@ -15,12 +15,13 @@ def run(
     pages: Pages,
     sink_N: torch.Tensor | None,
     *,
-    query_lengths: tuple[int, ...],
-    key_lengths: tuple[int, ...],
+    query_lengths_B: torch.Tensor,
+    key_lengths_B: torch.Tensor,
     window_keys: int | None,
     score_block: int | None = None,
 ) -> AttentionOut:
     """See `openmimo.kernels.paged_attention.paged_attend`."""
+    query_lengths, key_lengths = tuple(query_lengths_B.tolist()), tuple(key_lengths_B.tolist())
     first = [
         0 if window_keys is None else max(0, keys - queries - window_keys + 1)
         for queries, keys in zip(query_lengths, key_lengths, strict=True)

@@ -296,7 +296,7 @@ class EngineRollouts:
     def _begin_followers(self) -> None:
         waiting, self._followers = self._followers, []
         for leader, run in waiting:
-            if leader.remaining > 1 and not leader.finish_reason:
+            if leader.num_uncomputed_tokens > 1 and not leader.finish_reason:
                 self._followers.append((leader, run))
             elif self._runs.get(run.id) is run:
                 self._next_turn(run)

@@ -1,0 +1,75 @@
+"""A step is tensors: copied byte by byte, it gives the same results on a worker with the same pages and states."""
+
+import pickle
+
+import pytest
+import torch
+from conftest import tiny_model
+
+from openmimo.core.records import Request, SamplingParams
+from openmimo.engine.config import EngineConfig
+from openmimo.engine.engine import Engine
+from openmimo.engine.worker import Worker
+
+
+def _tensors(output):
+    return [value for value in vars(output).values() if value is not None]
+
+
+def test_a_second_worker_gives_the_same_results_from_copied_steps(monkeypatch):
+    """It sees the copies only: of decoding, verification, drafting and prompts read in chunks, greedy and sampled."""
+    model = tiny_model(1, mtp_heads=3)
+    config = EngineConfig(cache_gigabytes=0.01, prefill_tokens=16, adaptive_drafts=False)
+    engine, other = Engine(model, config=config), Engine(model, config=config)
+    first, second = engine._runner.worker, other._runner.worker
+    num_compared = {"execute": 0, "draft": 0}
+
+    def mirrored(name, real):
+        def call(worker, *arguments):
+            if worker is not first:
+                return real(worker, *arguments)
+            copies = pickle.loads(pickle.dumps(arguments))
+            other.arena.num_seats = engine.arena.num_seats
+            found, expected = real(second, *copies), real(first, *arguments)
+            pairs = [(found, expected)] if name == "draft" else zip(_tensors(found), _tensors(expected), strict=True)
+            assert all(torch.equal(a, b) for a, b in pairs)
+            num_compared[name] += 1
+            return expected
+
+        return call
+
+    for name in num_compared:
+        monkeypatch.setattr(Worker, name, mirrored(name, getattr(Worker, name)))
+    kinds = [
+        {"temperature": 0.0, "logprobs": True},
+        {"temperature": 1.0, "top_p": 0.9, "top_logprobs": 2},
+        {"temperature": 0.7, "frequency_penalty": 0.5, "logit_bias": {3: 1.0}, "routed_experts": True},
+    ]
+    for number, kind in enumerate(kinds):
+        prompt = tuple(range(5 + number, 45 + 7 * number))
+        engine.submit(Request(str(number), prompt, SamplingParams(max_tokens=12, seed=number, ignore_eos=True, **kind)))
+    while engine.has_work:
+        engine.step()
+    assert num_compared["execute"] > 12 and num_compared["draft"] > 10
+
+
+@pytest.mark.parametrize("speculative", [False, True])
+def test_passes_of_a_step_reuse_the_same_memory(speculative):
+    """A captured graph can read its inputs from fixed addresses."""
+    engine = Engine(tiny_model(1, mtp_heads=3), config=EngineConfig(speculative=speculative, adaptive_drafts=False))
+    addresses, real = set(), engine._runner.worker.execute
+
+    def execute(step):
+        groups = [slots for slots in step.main.groups if slots is not None]
+        tensors = [step.main.token_ids_T, step.main.positions_T, step.main.query_lengths_B, step.main.key_lengths_B]
+        tensors += [tensor for slots in groups for tensor in (slots.tables_pBY, slots.page_pT, slots.offset_T)]
+        addresses.add(tuple(tensor.data_ptr() for tensor in tensors))
+        return real(step)
+
+    engine._runner.worker.execute = execute
+    for number in range(3):
+        params = SamplingParams(max_tokens=20, temperature=0.0, ignore_eos=True)
+        engine.submit(Request(str(number), tuple(range(10 + 30 * number)), params))
+    while engine.has_work:
+        engine.step()
+    assert len(addresses) == 1
