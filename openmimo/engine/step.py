@@ -7,7 +7,6 @@ T packed tokens of the pass, B sequences, R rows to decide, Y rows of a page tab
 `openmimo.engine.cache`), D model dim, V vocabulary.
 """
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +14,8 @@ import torch
 
 from openmimo.engine.cache import PageArena, PageTables
 from openmimo.engine.sampler import SamplingInput
+
+_MAX_VIEWS = 64
 
 
 class Span(NamedTuple):
@@ -25,8 +26,7 @@ class Span(NamedTuple):
     stop: int
 
 
-@dataclass(frozen=True)
-class GroupSlots:
+class GroupSlots(NamedTuple):
     """Where a pass reads and writes in one group of layers.
 
     Attributes:
@@ -43,8 +43,7 @@ class GroupSlots:
     kept_rows: torch.Tensor | None
 
 
-@dataclass(frozen=True)
-class PassInput:
+class PassInput(NamedTuple):
     """One forward pass over packed new tokens.
 
     Attributes:
@@ -71,8 +70,7 @@ class PassInput:
         return tuple(stop - start for start, stop in zip(self.starts, self.stops, strict=True))
 
 
-@dataclass(frozen=True)
-class StepInput:
+class StepInput(NamedTuple):
     """A pass of the main layers, and what to decide after it.
 
     Attributes:
@@ -97,8 +95,7 @@ class StepInput:
     records_routing: bool
 
 
-@dataclass(frozen=True)
-class StepOutput:
+class StepOutput(NamedTuple):
     """The results of a step, all on the device.
 
     Attributes:
@@ -119,8 +116,7 @@ class StepOutput:
     states_TD: torch.Tensor
 
 
-@dataclass(frozen=True)
-class HeadInput:
+class HeadInput(NamedTuple):
     """One MTP head over several sequences.
 
     Attributes:
@@ -148,6 +144,7 @@ class _Buffer:
     """A host array and its copy on the device (the same memory on a CPU)."""
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device):
+        self._views: dict[tuple[int, ...], tuple[torch.Tensor, torch.Tensor]] = {}
         if device.type == "cpu":  # memory from the system, which gives it on first use: tables are mostly empty
             self.array = np.zeros(shape, dtype=np.int64 if dtype == torch.int64 else np.int32)
             self._host = self._device = torch.from_numpy(self.array)
@@ -158,10 +155,15 @@ class _Buffer:
 
     def upload(self, *sizes: int) -> torch.Tensor:
         """The first `sizes` entries of each dimension, on the device."""
-        place = tuple(slice(size) for size in sizes)
+        if sizes not in self._views:  # steps of decoding repeat their sizes; a view costs as much as a small kernel
+            if len(self._views) == _MAX_VIEWS:
+                self._views.clear()
+            part = tuple(slice(size) for size in sizes)
+            self._views[sizes] = (self._host[part], self._device[part])
+        host, device = self._views[sizes]
         if self._device is not self._host:
-            self._device[place].copy_(self._host[place], non_blocking=True)
-        return self._device[place]
+            device.copy_(host, non_blocking=True)
+        return device
 
 
 class StepBuffers:
