@@ -13,7 +13,7 @@ from openmimo.engine.worker import Worker
 
 
 def _tensors(output):
-    return [value for value in vars(output).values() if value is not None]
+    return [value for value in output._asdict().values() if value is not None]
 
 
 def test_a_second_worker_gives_the_same_results_from_copied_steps(monkeypatch):
