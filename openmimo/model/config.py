@@ -57,7 +57,7 @@ class MTPConfig:
     norm). Head k at position i reads that state and the embedding of token i+1+k, and predicts token i+2+k.
     """
 
-    num_heads: MTPHeadCount
+    num_layers: MTPHeadCount
     attention: AttentionConfig
     hidden: Literal["pre_norm", "post_norm"] = "pre_norm"
 
@@ -106,7 +106,7 @@ class ModelConfig:
     @property
     def num_mtp_heads(self) -> int:
         """How many prediction heads there are beside the main one."""
-        return self.mtp.num_heads if self.mtp else 0
+        return self.mtp.num_layers if self.mtp else 0
 
     @property
     def qkv_ranks(self) -> int:
@@ -116,7 +116,7 @@ class ModelConfig:
 
     def attention_layers(self) -> tuple[AttentionConfig, ...]:
         """Geometry of every attention layer: the main layers, then one per MTP head."""
-        heads = (self.mtp.attention,) * self.mtp.num_heads if self.mtp else ()
+        heads = (self.mtp.attention,) * self.mtp.num_layers if self.mtp else ()
         return tuple(layer.attention for layer in self.layers) + heads
 
     def attention_place(self, index: int) -> AttentionPlace:
@@ -174,7 +174,7 @@ class ModelConfig:
         """The same model with `num_heads` prediction heads; it must have at least one to take the geometry from."""
         if self.mtp is None:
             raise ConfigError("the model has no MTP head to replicate; give its config an `mtp` entry.")
-        return replace(self, mtp=replace(self.mtp, num_heads=num_heads))
+        return replace(self, mtp=replace(self.mtp, num_layers=num_heads))
 
 
 def _check_attention(attention: AttentionConfig, where: str, source: AttentionConfig | None) -> None:
