@@ -270,7 +270,7 @@ def _training_step(name: str, dtype: torch.dtype, rounds: int) -> Row:
 
     def ours_step() -> None:
         hidden = model(ids, PackedContext((2048,))).post_norm_TD
-        token_loss(hidden, model.lm_head.weight.to(dtype), labels, weights).backward()
+        model.head.loss(hidden, labels, weights).backward()
         ours_optimizer.step()
         ours_optimizer.zero_grad()
 

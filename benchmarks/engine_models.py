@@ -59,7 +59,7 @@ def _hybrid(*, num_heads: int, key_dim: int, value_dim: int, rotary_dim: int, nu
     )  # fmt: skip
     return ModelConfig(
         layers=hybrid_layers(num_layers, full=full, sliding=sliding, moe=True),
-        mtp=MTPConfig(num_heads=3, attention=sliding),
+        mtp=MTPConfig(num_layers=3, attention=sliding),
         value_scale=0.707,
         init_std=_INIT_STD,
         max_positions=32768,

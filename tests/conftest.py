@@ -66,7 +66,7 @@ def tiny_config(*, window_keys: int = 9, num_layers: int = 7, mtp_heads: int = 0
         dense_ffn_dim=96,
         layers=layers,
         moe=replace(base.moe, expert_dim=32),
-        mtp=replace(base.mtp, num_heads=mtp_heads, attention=sliding) if mtp_heads else None,
+        mtp=replace(base.mtp, num_layers=mtp_heads, attention=sliding) if mtp_heads else None,
     )
 
 

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 from openmimo.core.errors import ConfigError
 from openmimo.core.fields import Bounds, NonNegativeFloat, check_fields
+from openmimo.core.renamed import renamed_keys
 from openmimo.model.attention import AttentionPlace, attention_kind, is_global
 from openmimo.model.geometry import AttentionConfig, Positions, Size
 
@@ -49,15 +50,20 @@ class MoEConfig:
         check_fields(self, "moe")
 
 
+@renamed_keys({"num_heads": "num_layers"})
 @dataclass(frozen=True)
 class MTPConfig:
-    """Multi-token prediction heads (paper section 2.3): `num_heads` blocks, each one attention layer and a dense FFN.
+    """Multi-token prediction heads (paper section 2.3). Each is one block: an attention layer and a dense FFN.
 
-    hidden: which state of the main model a head reads, "pre_norm" (the residual stream) or "post_norm" (after the final
-    norm). Head k at position i reads that state and the embedding of token i+1+k, and predicts token i+2+k.
+    Head k at position i reads a state of the main model and the embedding of token i+1+k, and predicts token i+2+k.
+
+    Attributes:
+        num_layers: Number of blocks (`num_nextn_predict_layers` in published configs).
+        attention: Geometry of their attention layers.
+        hidden: The state that a head reads: "pre_norm" (the residual stream) or "post_norm" (after the final norm).
     """
 
-    num_heads: MTPHeadCount
+    num_layers: MTPHeadCount
     attention: AttentionConfig
     hidden: Literal["pre_norm", "post_norm"] = "pre_norm"
 
@@ -106,7 +112,7 @@ class ModelConfig:
     @property
     def num_mtp_heads(self) -> int:
         """How many prediction heads there are beside the main one."""
-        return self.mtp.num_heads if self.mtp else 0
+        return self.mtp.num_layers if self.mtp else 0
 
     @property
     def qkv_ranks(self) -> int:
@@ -116,7 +122,7 @@ class ModelConfig:
 
     def attention_layers(self) -> tuple[AttentionConfig, ...]:
         """Geometry of every attention layer: the main layers, then one per MTP head."""
-        heads = (self.mtp.attention,) * self.mtp.num_heads if self.mtp else ()
+        heads = (self.mtp.attention,) * self.mtp.num_layers if self.mtp else ()
         return tuple(layer.attention for layer in self.layers) + heads
 
     def attention_place(self, index: int) -> AttentionPlace:
@@ -157,6 +163,35 @@ class ModelConfig:
                 )
         return source
 
+    def local(self, *, tp: int) -> "ModelConfig":
+        """The geometry of one rank of `tp` tensor-parallel ranks.
+
+        A rank holds num_heads / tp query heads of every layer, and dense_ffn_dim / tp of every dense FFN; its outputs
+        are summed over ranks. Key/value heads are divided too. Where a layer has fewer than `tp`, a rank holds one, and
+        rank r holds number r * num_kv_heads // tp. Experts, embedding and output head are whole on every rank.
+
+        Raises:
+            ConfigError: Something does not divide; the message names all of it.
+        """
+        if tp < 1:
+            raise ConfigError(f"tp is {tp}; it must be at least 1.")
+        layers = [(f"layer {number}", layer.attention) for number, layer in enumerate(self.layers)]
+        layers += [("the MTP heads", self.mtp.attention)] if self.mtp else []
+        problems = [problem for where, spec in layers for problem in _undivided(spec, where, tp)]
+        if (self.mtp or any(layer.ffn == "dense" for layer in self.layers)) and self.dense_ffn_dim % tp:
+            problems.append(f"dense_ffn_dim is {self.dense_ffn_dim}")
+        if problems:
+            raise ConfigError(
+                f"the model cannot be divided among {tp} tensor-parallel ranks: {'; '.join(problems)}. Give a tp that "
+                "divides these numbers."
+            )
+        return replace(
+            self,
+            dense_ffn_dim=max(self.dense_ffn_dim // tp, 1),
+            layers=tuple(replace(layer, attention=_local_heads(layer.attention, tp)) for layer in self.layers),
+            mtp=replace(self.mtp, attention=_local_heads(self.mtp.attention, tp)) if self.mtp else None,
+        )
+
     def with_full_rope_theta(self, theta: float) -> "ModelConfig":
         """The same model with another RoPE base in its full layers (context extension; sliding layers keep theirs)."""
         layers = tuple(
@@ -174,7 +209,19 @@ class ModelConfig:
         """The same model with `num_heads` prediction heads; it must have at least one to take the geometry from."""
         if self.mtp is None:
             raise ConfigError("the model has no MTP head to replicate; give its config an `mtp` entry.")
-        return replace(self, mtp=replace(self.mtp, num_heads=num_heads))
+        return replace(self, mtp=replace(self.mtp, num_layers=num_heads))
+
+
+def _undivided(spec: AttentionConfig, where: str, tp: int) -> list[str]:
+    """What of a layer `tp` ranks cannot divide."""
+    problems = [f"{where} has {spec.num_heads} heads"] if spec.num_heads % tp else []
+    if spec.num_kv_heads % tp and tp % spec.num_kv_heads:
+        problems.append(f"{where} has {spec.num_kv_heads} key/value heads")
+    return problems
+
+
+def _local_heads(spec: AttentionConfig, tp: int) -> AttentionConfig:
+    return replace(spec, num_heads=spec.num_heads // tp, num_kv_heads=max(spec.num_kv_heads // tp, 1))
 
 
 def _check_attention(attention: AttentionConfig, where: str, source: AttentionConfig | None) -> None:

@@ -30,7 +30,7 @@ def mtp_matmul_parameters(config: ModelConfig) -> int:
         return 0
     D = config.hidden_size
     block = 2 * D * D + attention_parameters(config, len(config.layers)) + 3 * D * config.dense_ffn_dim
-    return config.mtp.num_heads * (block + D * config.vocab_size)
+    return config.mtp.num_layers * (block + D * config.vocab_size)
 
 
 def attention_flops_per_token(spec: AttentionConfig, length: int) -> float:

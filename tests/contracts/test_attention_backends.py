@@ -37,6 +37,14 @@ CALLS = {
     "verify drafts": ((4, 2), (300, 7), 8, 2, 24, 16, None, False),
     "verify drafts in a window": ((4, 4), (36, 11), 8, 2, 24, 16, 33, True),
 }
+# The same, where a query also sees later keys.
+BIDIRECTIONAL = {
+    "documents": ((7, 30, 1, 90, 7, 7, 7, 7), (7, 30, 1, 90, 7, 7, 7, 7), 4, 2, 12, 20, None, False),
+    "documents with sinks": ((7, 30, 1, 90, 7, 7, 7, 7), (7, 30, 1, 90, 7, 7, 7, 7), 4, 2, 12, 20, None, True),
+    "windows": ((40,) * 9, (40,) * 9, 4, 2, 12, 20, 9, True),
+    "a window": ((300,), (300,), 8, 2, 24, 16, 9, True),
+    "chunks after a cache": ((3, 5) * 4, (90, 20) * 4, 4, 2, 24, 16, None, True),
+}
 
 
 def tensors_of(call, dtype, gradients):
@@ -85,6 +93,41 @@ def test_backend_is_the_reference_or_refuses(name, call, gradients, poisoned):
         pytest.skip(dict(DISPATCHER.backends())[name].refuse(need))
     for ours, theirs in zip(run(name, need, tensors), run("reference", need, tensors), strict=True):
         assert torch.allclose(ours, theirs, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("gradients", [True, False], ids=["with gradients", "inference"])
+@pytest.mark.parametrize("call", BIDIRECTIONAL)
+@pytest.mark.parametrize("name", BACKENDS)
+def test_attention_to_later_keys_is_the_reference_or_refused(name, call, gradients, poisoned):
+    need, tensors = tensors_of(BIDIRECTIONAL[call], torch.float64, gradients)
+    need = replace(need, causal=False)
+    if dict(DISPATCHER.backends())[name].refuse(need):
+        pytest.skip(dict(DISPATCHER.backends())[name].refuse(need))
+    for ours, theirs in zip(run(name, need, tensors), run("reference", need, tensors), strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("lengths", [(50, 9), (40,) * 9], ids=["reference", "short"])
+@pytest.mark.parametrize("window_keys", [None, 6])
+def test_attention_to_later_keys_is_the_softmax_over_them(lengths, window_keys):
+    need, (q, k, v, _) = tensors_of((lengths, lengths, 4, 4, 8, 12, window_keys, False), torch.float64, False)
+    out = attend(q, k, v, None, query_lengths=lengths, key_lengths=lengths, window_keys=window_keys, causal=False)
+    start = sum(lengths[:-1])
+    place = torch.arange(lengths[-1])
+    logits = torch.einsum("tnk,snk->nts", q[start:], k[start:]) * 8**-0.5
+    if window_keys is not None:
+        logits = logits.masked_fill((place[:, None] - place).abs() >= window_keys, float("-inf"))
+    expected = torch.einsum("nts,snv->tnv", logits.softmax(-1), v[start:])
+    assert torch.allclose(out.out_TNV[start:], expected)
+
+
+@pytest.mark.parametrize("lengths", [(30, 30), (30, 7)])
+def test_an_accelerators_attention_to_later_keys_is_the_reference(monkeypatch, lengths):
+    monkeypatch.setattr(sdpa, "PREFERRED", [SDPBackend.MATH])
+    need, tensors = tensors_of((lengths, lengths, 4, 2, 12, 20, None, False), torch.float64, True)
+    need = replace(need, causal=False)
+    for ours, theirs in zip(run("sdpa", need, tensors), run("reference", need, tensors), strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 4e-2)])

@@ -85,7 +85,7 @@ def score(model: MiMo) -> list[torch.Tensor]:
 
 def prompt_logprobs(model: MiMo) -> list[torch.Tensor]:
     (completion,) = LLM(model, speculative=False).generate([PROMPT], SamplingParams(max_tokens=1, prompt_logprobs=True))
-    return [torch.tensor(completion.prompt_logprobs[1:])]
+    return [torch.tensor(completion.prompt_logprobs)]
 
 
 def decode(model: MiMo) -> list[torch.Tensor]:

@@ -15,6 +15,7 @@ import torch
 from openmimo.kernels.dispatch import Dispatcher
 
 NO_SCORES = "it computes no block scores"
+CAUSAL_ONLY = "it computes causal attention only"
 DISPATCHER = Dispatcher("openmimo.kernels.attention", "OPENMIMO_ATTENTION")
 
 
@@ -49,6 +50,7 @@ class AttentionNeed:
     dtype: torch.dtype
     on_cpu: bool
     score_block: int | None = None
+    causal: bool = True
 
     @property
     def is_self_attention(self) -> bool:
@@ -66,11 +68,12 @@ def attend(
     key_lengths: tuple[int, ...],
     window_keys: int | None,
     score_block: int | None = None,
+    causal: bool = True,
 ) -> AttentionOut:
     """Attention of packed queries to packed keys; logits are scaled by 1/sqrt(K), the sink logit is not scaled.
 
     The output is differentiable in q, k, v and sink. `score_block` asks for block scores and is the number of keys of
-    a block.
+    a block. Without `causal`, a query sees the keys after its position too; a window then reaches as far on both sides.
 
     Raises:
         ValueError: Lengths and shapes disagree.
@@ -96,6 +99,7 @@ def attend(
         dtype=q_TNK.dtype,
         on_cpu=q_TNK.device.type == "cpu",
         score_block=score_block,
+        causal=causal,
     )
     _, backend = DISPATCHER.choose(need)
     return backend.run(q_TNK, k_SGK, v_SGV, sink_N, need=need, scale=1.0 / math.sqrt(K))

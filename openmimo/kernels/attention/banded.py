@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from openmimo.kernels.attention import NO_SCORES, AttentionNeed, AttentionOut
+from openmimo.kernels.attention import CAUSAL_ONLY, NO_SCORES, AttentionNeed, AttentionOut
 from openmimo.kernels.attention._tiles import (
     logits_gradient,
     pack_rows,
@@ -71,6 +71,8 @@ def refuse(need: AttentionNeed) -> str | None:
     """Windows only, and on a CPU not wide ones."""
     if need.score_block is not None:
         return NO_SCORES
+    if not need.causal:
+        return CAUSAL_ONLY
     if need.window_keys is None:
         return "it computes sliding windows only"
     if need.on_cpu and _window_in_use(need) > MAX_WINDOW_CPU:

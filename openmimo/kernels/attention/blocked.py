@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from openmimo.kernels.attention import NO_SCORES, AttentionNeed, AttentionOut
+from openmimo.kernels.attention import CAUSAL_ONLY, NO_SCORES, AttentionNeed, AttentionOut
 from openmimo.kernels.attention._tiles import (
     COLUMNS_MULTIPLE,
     logits_gradient,
@@ -170,8 +170,10 @@ def _probabilities(
 
 
 def refuse(need: AttentionNeed) -> str | None:
-    """Block scores."""
-    return None if need.score_block is None else NO_SCORES
+    """Block scores, and attention to later keys."""
+    if need.score_block is not None:
+        return NO_SCORES
+    return None if need.causal else CAUSAL_ONLY
 
 
 PLUGIN = Backend(priority=20, run=run, refuse=refuse)

@@ -8,7 +8,7 @@ A row of the output does not depend on what else the call computes, to the bit.
 import torch
 
 from openmimo.kernels import native
-from openmimo.kernels.attention import NO_SCORES, AttentionNeed, AttentionOut
+from openmimo.kernels.attention import CAUSAL_ONLY, NO_SCORES, AttentionNeed, AttentionOut
 from openmimo.kernels.attention._calls import MAX_DECODE_QUERIES, NO_WINDOW, float32_sink, packed_lengths
 from openmimo.kernels.dispatch import Backend
 from openmimo.runtime.device import cpu_multiplies_bfloat16
@@ -47,6 +47,8 @@ def refuse(need: AttentionNeed) -> str | None:
     """More than a few queries on a CPU, without gradients; in bfloat16 only where torch would be slow."""
     if need.score_block is not None:
         return NO_SCORES
+    if not need.causal:
+        return CAUSAL_ONLY
     if need.dtype == torch.bfloat16 and cpu_multiplies_bfloat16():
         return "this CPU multiplies bfloat16 itself"
     if max(need.query_lengths, default=0) <= MAX_DECODE_QUERIES:

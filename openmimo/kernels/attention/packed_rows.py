@@ -11,7 +11,7 @@ import functools
 
 import torch
 
-from openmimo.kernels.attention import NO_SCORES, AttentionNeed, AttentionOut
+from openmimo.kernels.attention import CAUSAL_ONLY, NO_SCORES, AttentionNeed, AttentionOut
 from openmimo.kernels.attention._calls import MAX_DECODE_QUERIES
 from openmimo.kernels.attention._tiles import pack_rows, scaled_product, unpack_rows, whole_columns
 from openmimo.kernels.dispatch import Backend
@@ -90,6 +90,8 @@ def refuse(need: AttentionNeed) -> str | None:
     """A few queries a sequence, no gradients."""
     if need.score_block is not None:
         return NO_SCORES
+    if not need.causal:
+        return CAUSAL_ONLY
     if need.needs_gradients:
         return "it has no backward pass"
     if max(need.query_lengths) > MAX_DECODE_QUERIES:

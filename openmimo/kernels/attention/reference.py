@@ -25,7 +25,7 @@ def run(
     values = v_SGV.split(need.key_lengths)
     outputs, scores = [], []
     for q, k, v in zip(queries, keys, values, strict=True):
-        out_TNV, probabilities_NTS = _one_sequence(q, k, v, sink_N, need.window_keys, scale)
+        out_TNV, probabilities_NTS = _one_sequence(q, k, v, sink_N, need, scale)
         outputs.append(out_TNV)
         if need.score_block is not None:
             blocks = -(-max(need.key_lengths) // need.score_block)
@@ -46,7 +46,7 @@ def _one_sequence(
     k_SGK: torch.Tensor,
     v_SGV: torch.Tensor,
     sink_N: torch.Tensor | None,
-    window_keys: int | None,
+    need: AttentionNeed,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The output [T, N, V] and the probabilities [N, T, S]."""
@@ -57,9 +57,9 @@ def _one_sequence(
     v_SNV = v_SGV.repeat_interleave(N // G, dim=1).to(dtype)
     logits_NTS = torch.einsum("tnk,snk->nts", q_TNK.to(dtype), k_SNK) * scale
     distance_TS = torch.arange(S - T, S, device=q_TNK.device)[:, None] - torch.arange(S, device=q_TNK.device)[None, :]
-    hidden_TS = distance_TS < 0
-    if window_keys is not None:
-        hidden_TS = hidden_TS | (distance_TS >= window_keys)
+    hidden_TS = (distance_TS < 0) & need.causal
+    if need.window_keys is not None:
+        hidden_TS = hidden_TS | (distance_TS.abs() >= need.window_keys)
     logits_NTS = logits_NTS.masked_fill(hidden_TS, float("-inf"))
     if sink_N is not None:
         sink_NT1 = sink_N.to(dtype)[:, None, None].expand(N, T, 1)

@@ -1,4 +1,4 @@
-"""Full causal attention through `F.scaled_dot_product_attention`: accelerators only, cuDNN before flash.
+"""Full attention through `F.scaled_dot_product_attention`: accelerators only, cuDNN before flash.
 
 On the CPU that call multiplies out T x T numbers when key and value dims differ, so it is refused there.
 """
@@ -33,16 +33,19 @@ def run(
 
     Sequences of one length are a batch. Others are padded to batches, one for each power of two that lengths round up
     to, unless they are long enough to be worth a call of their own: padding stands behind the last query, which the
-    causal mask hides.
+    causal mask hides. Without that mask, sequences of different lengths are a call each.
     """
     lengths = need.query_lengths
     if len(set(lengths)) == 1:
-        return AttentionOut(_batch(q_TNK, k_SGK, v_SGV, len(lengths), scale))
+        return AttentionOut(_batch(q_TNK, k_SGK, v_SGV, len(lengths), need.causal, scale))
+    if not need.causal:
+        triples = zip(q_TNK.split(lengths), k_SGK.split(lengths), v_SGV.split(lengths), strict=True)
+        return AttentionOut(torch.cat([_batch(q, k, v, 1, False, scale) for q, k, v in triples]))
     batches, place_T = _padded_batches(lengths, q_TNK.device)
     outputs = []
     for rows_BL in batches:
         rows = rows_BL.flatten()
-        outputs.append(_batch(q_TNK[rows], k_SGK[rows], v_SGV[rows], len(rows_BL), scale))
+        outputs.append(_batch(q_TNK[rows], k_SGK[rows], v_SGV[rows], len(rows_BL), True, scale))
     return AttentionOut(torch.cat(outputs)[place_T])
 
 
@@ -89,12 +92,12 @@ def _padded_batches(lengths: tuple[int, ...], device: torch.device) -> tuple[lis
 
 
 def _batch(
-    q_TNK: torch.Tensor, k_SGK: torch.Tensor, v_SGV: torch.Tensor, num_sequences: int, scale: float
+    q_TNK: torch.Tensor, k_SGK: torch.Tensor, v_SGV: torch.Tensor, num_sequences: int, causal: bool, scale: float
 ) -> torch.Tensor:
     q, k, v = (x.unflatten(0, (num_sequences, -1)).transpose(1, 2) for x in (q_TNK, k_SGK, v_SGV))
     backends = PREFERRED if q.shape[2] > _SHORT else [*PREFERRED, SDPBackend.MATH]
     with sdpa_kernel(backends, set_priority=True):
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=True)
     return out.transpose(1, 2).flatten(0, 1)
 
 

@@ -37,9 +37,10 @@ def run(
         query_BQ = (query_starts[members][:, None] + columns_Q).where(is_query_BQ, 0)
         key_BS = (key_starts[members][:, None] + columns_S).where(columns_S < keys_B[:, None], 0)
         own_BQ1 = (keys_B - queries_B)[:, None, None] + columns_Q[:, None]
-        seen_BQS = columns_S <= own_BQ1
+        last_BQ1 = own_BQ1 if need.causal else (keys_B - 1)[:, None, None].expand_as(own_BQ1)
+        seen_BQS = columns_S <= last_BQ1
         if need.window_keys is not None:
-            seen_BQS &= columns_S > own_BQ1 - need.window_keys
+            seen_BQS &= (columns_S - own_BQ1).abs() < need.window_keys
         seen_BQS |= ~is_query_BQ[:, :, None]  # padding sees anything, and is dropped
         out_BQNV = _attend_batch(q_TNK[query_BQ], k_SGK[key_BS], v_SGV[key_BS], sink_N, seen_BQS, scale)
         outputs.append(out_BQNV[is_query_BQ])
