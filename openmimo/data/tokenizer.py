@@ -19,7 +19,7 @@ from openmimo.core.errors import DataError
 from openmimo.core.reading import parse_json, read_known_keys, require_folder
 from openmimo.data.chat.jinja import check_template, mimo_template
 from openmimo.data.companions import Companions, read_companions
-from openmimo.data.text_pieces import text_pieces
+from openmimo.data.pieces import text_pieces
 from openmimo.data.tokenizer_files import GenerationConfig, TokenizerConfig, read_backend, token_text
 
 END_OF_TEXT = "<|endoftext|>"
@@ -49,7 +49,7 @@ class Tokenizer:
     """Text to token ids and back.
 
     `encode` yields special tokens only with `allow_special=True`; a chat template writes them in
-    `data.chat.encoding.encode_chat`.
+    `data.chat.template.encode_chat`.
     """
 
     def __init__(

@@ -9,7 +9,7 @@ from rich.console import Console
 from openmimo.core.errors import ConfigError, UserError
 from openmimo.core.interrupt import Interrupted
 from openmimo.core.records import Message, SamplingParams
-from openmimo.data.chat.encoding import encode_chat
+from openmimo.data.chat.template import encode_chat
 from openmimo.data.tokenizer import Tokenizer
 from openmimo.engine.llm import LLM
 

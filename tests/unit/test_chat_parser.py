@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from openmimo.core.records import Message
-from openmimo.data.chat.encoding import encode_chat
 from openmimo.data.chat.parser import (
     ChatEvent,
     ChatParser,
@@ -18,7 +17,7 @@ from openmimo.data.chat.parser import (
     ToolCallEnd,
     ToolCallStart,
 )
-from openmimo.data.chat.template import render
+from openmimo.data.chat.template import encode_chat, render
 from openmimo.data.tokenizer import Tokenizer
 
 PROPERTIES = {

@@ -6,9 +6,8 @@ import pytest
 
 from openmimo.core.errors import DataError
 from openmimo.core.records import Message
-from openmimo.data.chat.encoding import encode_chat
 from openmimo.data.chat.jinja import mimo_template
-from openmimo.data.chat.template import render
+from openmimo.data.chat.template import encode_chat, render
 from openmimo.data.tokenizer import Tokenizer
 
 GOLDEN = Path(__file__).parent.parent / "golden"

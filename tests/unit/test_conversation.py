@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from openmimo.core.errors import DataError
 from openmimo.core.records import Message
 from openmimo.data.chat.conversation import conversations_by_question, encode_conversation, encode_prompt, has_reasoning
-from openmimo.data.chat.encoding import encode_chat
+from openmimo.data.chat.template import encode_chat
 from openmimo.data.tokenizer import END_OF_TEXT, TURN_END, Tokenizer
 
 TOKENIZER = Tokenizer.train(["system user assistant tool and some words to merge"] * 20, 320)

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from openmimo.core.errors import DataError
 from openmimo.core.records import Message
 from openmimo.data.chat.conversation import encode_conversation, encode_prompt
-from openmimo.data.chat.encoding import encode_chat
-from openmimo.data.chat.template import render
+from openmimo.data.chat.template import encode_chat, render
 from openmimo.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 EXTRA = ("<|tool|>", "[REF]")

@@ -17,7 +17,7 @@ from server_thread import running, wait_until
 
 from openmimo.core.errors import ConfigError
 from openmimo.core.records import Request, SamplingParams
-from openmimo.data.chat.encoding import encode_chat
+from openmimo.data.chat.template import encode_chat
 from openmimo.engine.server.backends.stub import Step, StubBackend
 from openmimo.engine.server.config import ServerConfig
 from openmimo.engine.server.http import limits

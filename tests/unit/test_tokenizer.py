@@ -9,8 +9,8 @@ import tokenizers
 
 from openmimo.core.errors import DataError
 from openmimo.core.records import Message
-from openmimo.data import text_pieces
-from openmimo.data.chat.encoding import encode_chat
+from openmimo.data import pieces as text_pieces
+from openmimo.data.chat.template import encode_chat
 from openmimo.data.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, StreamDecoder, Tokenizer
 
 TEXTS = [

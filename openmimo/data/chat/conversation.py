@@ -13,8 +13,7 @@ import numpy as np
 
 from openmimo.core.errors import DataError
 from openmimo.core.records import Message
-from openmimo.data.chat.encoding import encode_chat
-from openmimo.data.chat.template import message_dict
+from openmimo.data.chat.template import encode_chat, message_dict
 from openmimo.data.tokenizer import Tokenizer
 
 AnyMessage = Message | Mapping[str, Any]

@@ -13,7 +13,7 @@ from rl_world import Scripted, finish, open_rollouts, pages_in_use, policy, requ
 from openmimo.core.array_file import ArrayFile
 from openmimo.core.records import Message
 from openmimo.core.sample_files import read_sample, write_sample
-from openmimo.data.chat.encoding import encode_chat
+from openmimo.data.chat.template import encode_chat
 from openmimo.rl.agents.environment import EnvResponse
 from openmimo.rl.agents.episode_calls import EpisodeCalls
 from openmimo.rl.learning.policy_trainer import PolicyTrainer

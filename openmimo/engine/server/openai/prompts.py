@@ -4,8 +4,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from openmimo.core.errors import DataError
-from openmimo.data.chat.encoding import encode_chat
-from openmimo.data.text_pieces import text_pieces
+from openmimo.data.chat.template import encode_chat
+from openmimo.data.pieces import text_pieces
 from openmimo.data.tokenizer import Tokenizer
 from openmimo.engine.server.http import limits
 from openmimo.engine.server.http.errors import ApiError, invalid
