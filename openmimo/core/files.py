@@ -19,6 +19,11 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 _CANNOT_EXCHANGE = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
+def cache_folder() -> Path:
+    """The folder that $OPENMIMO_CACHE names, else ~/.cache/openmimo. It may not exist; its files can be recreated."""
+    return Path(os.environ.get("OPENMIMO_CACHE") or Path.home() / ".cache" / "openmimo")
+
+
 def write_text_atomic(path: Path, text: str) -> None:
     """Writes `text` (UTF-8) to a temporary file, flushes it to the disk, and renames it to `path`.
 

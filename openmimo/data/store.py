@@ -6,8 +6,10 @@ final end-of-text token; uint16, or uint32 for a vocabulary above 65,536) and `<
 documents and stores of any length.
 """
 
+import contextlib
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +21,7 @@ import rich.progress
 
 from openmimo.core.config import read_json, to_dict
 from openmimo.core.errors import DataError
-from openmimo.core.files import new_folder_atomic, remove_unfinished
-from openmimo.data.cache import cache_folder, writing_to_cache
+from openmimo.core.files import cache_folder, new_folder_atomic, remove_unfinished
 from openmimo.data.config import SourceConfig
 from openmimo.data.pieces import utf8_length
 from openmimo.data.source import Piece, Split, TextSource, divided_documents, open_source
@@ -177,3 +178,18 @@ def _mapped(file: Path, dtype: np.dtype, length: int) -> np.ndarray:
             f"{file} is damaged: it should contain {length} numbers. Delete {file.parent} to tokenize again."
         )
     return np.memmap(file, dtype=dtype, mode="r") if length else np.empty(0, dtype)
+
+
+@contextlib.contextmanager
+def writing_to_cache() -> Iterator[None]:
+    """Turns an OSError in the cache (a read-only or full disk) into a DataError that says how to use another folder."""
+    try:
+        yield
+    except OSError as error:
+        folder = os.path.realpath(cache_folder())
+        if not os.path.realpath(error.filename or "").startswith(folder):
+            raise
+        raise DataError(
+            f"the cache {folder} cannot be written: {error.strerror} ({error.filename}). Set the "
+            "environment variable OPENMIMO_CACHE to a folder with room that can be written."
+        ) from error

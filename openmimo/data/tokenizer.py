@@ -8,20 +8,18 @@ import codecs
 import functools
 import hashlib
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from openmimo.core.errors import DataError
 from openmimo.core.reading import parse_json, read_known_keys, require_folder
-from openmimo.core.records import Message
-from openmimo.data.chat.template import check_template, mimo_template, render
+from openmimo.data.chat.jinja import check_template, mimo_template
 from openmimo.data.companions import Companions, read_companions
-from openmimo.data.text_pieces import text_pieces
+from openmimo.data.pieces import text_pieces
 from openmimo.data.tokenizer_files import GenerationConfig, TokenizerConfig, read_backend, token_text
 
 END_OF_TEXT = "<|endoftext|>"
@@ -50,8 +48,8 @@ Schema = TypeVar("Schema")
 class Tokenizer:
     """Text to token ids and back.
 
-    Plain `encode` never yields a special token, whatever the text says; special tokens come from a chat template or
-    from `allow_special=True`.
+    `encode` yields special tokens only with `allow_special=True`; a chat template writes them in
+    `data.chat.template.encode_chat`.
     """
 
     def __init__(
@@ -183,6 +181,16 @@ class Tokenizer:
         return self.id_of(END_OF_TEXT) if END_OF_TEXT in self._special_ids else self._eos_token_ids[-1]
 
     @property
+    def eos_token(self) -> str:
+        """The text of the first stop token."""
+        return self._backend.id_to_token(self._eos_token_ids[0]) or ""
+
+    @property
+    def special_tokens(self) -> Mapping[str, int]:
+        """The id of every special token, by its text."""
+        return self._special_ids
+
+    @property
     def special_token_ids(self) -> frozenset[int]:
         """Every id that plain text cannot give."""
         return frozenset(self._special_ids.values())
@@ -231,43 +239,6 @@ class Tokenizer:
         encodings = self._plain_backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
-    def encode_chat(
-        self,
-        messages: Iterable[Message | Mapping[str, Any]],
-        *,
-        tools: Iterable[Mapping[str, Any]] = (),
-        add_generation_prompt: bool = True,
-        enable_thinking: bool = False,
-        keep_all_reasoning: bool = False,
-        most_tokens: int | None = None,
-    ) -> list[int]:
-        """The ids of a conversation in this tokenizer's chat format; arguments as in `chat_template.render`, and
-        `most_tokens` as in `encode`.
-
-        Special tokens, `<think>` and tool markup included, come from the template only. Their names in a message of any
-        role, a tool or the arguments of a call are plain text, so no text of a conversation opens or closes a turn.
-        """
-        text = render(
-            messages,
-            template=self.chat_template,
-            tools=tools,
-            add_generation_prompt=add_generation_prompt,
-            enable_thinking=enable_thinking,
-            keep_all_reasoning=keep_all_reasoning,
-            special_tokens=self._named_tokens,
-            marks=self._marks,
-        )
-        id_of_mark = {mark: self._special_ids[token] for token, mark in self._marks.items()}
-        ids: list[int] = []
-        for piece in _MARK.split(text):
-            if most_tokens is not None and len(ids) > most_tokens:
-                break
-            if piece in id_of_mark:
-                ids.append(id_of_mark[piece])
-            else:
-                ids.extend(self.encode(piece, most_tokens=most_tokens))
-        return ids
-
     def decode(self, token_ids: Iterable[int], *, skip_special: bool = True) -> str:
         """The text of `token_ids`, without control tokens unless asked (`<think>` and tool markup are always kept).
 
@@ -297,40 +268,6 @@ class Tokenizer:
             model["vocab"] = {token: number for token, number in model["vocab"].items() if token not in listed}
             model["merges"] = [merge for merge in model["merges"] if not listed & {"".join(merge), *merge}]
         return tokenizers.Tokenizer.from_str(json.dumps(description))
-
-    @functools.cached_property
-    def _marks(self) -> dict[str, str]:
-        """The special tokens that the chat template can write, each with the character that marks it in a rendering.
-
-        Raises DataError if the template puts special tokens together of parts, which cannot be marked.
-        """
-        template, eos_token = self.chat_template, self._named_tokens["eos_token"]
-        written = [token for token in self._special_ids if token == eos_token or token in template]
-        marks = {token: chr(0xD800 + number) for number, token in enumerate(written)}
-        question = [{"role": "user", "content": "x"}]
-        try:
-            plain, marked = (
-                render(question, template=template, special_tokens=self._named_tokens, marks=given)
-                for given in (None, marks)
-            )
-        except DataError:  # a template that refuses this question is judged by the conversations that it takes
-            return marks
-        longest_first = sorted(self._special_ids, key=len, reverse=True)
-        found = re.findall("|".join(map(re.escape, longest_first)), plain) if longest_first else []
-        if [marks.get(token) for token in found] != _MARK.findall(marked):
-            raise DataError(
-                "The chat template puts special tokens together of parts (such as '<|' + role + '|>'), so they cannot "
-                "be distinguished from the text of a conversation. Write each of them whole in the template."
-            )
-        return marks
-
-    @property
-    def _named_tokens(self) -> dict[str, str]:
-        """The special tokens that templates know by name."""
-        return {"eos_token": self._backend.id_to_token(self._eos_token_ids[0]) or ""}
-
-
-_MARK = re.compile("([\ud800-\udfff])")
 
 
 class StreamDecoder:

@@ -1,7 +1,8 @@
 """The demo's report: what was trained, what the extension did for retrieval, what drafts do for decoding."""
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from openmimo.core.metrics import read_metrics
 from openmimo.demo.config import DemoConfig
@@ -9,11 +10,29 @@ from openmimo.rl.compare import Cell, seesaw_figure, seesaw_table
 from openmimo.runtime.report import Report, new_figure
 from openmimo.train.report import add_training_figures
 
-if TYPE_CHECKING:
-    from openmimo.demo.story import Findings
+
+@dataclass(frozen=True)
+class Findings:
+    """The measurements of the demo, as plain JSON.
+
+    Attributes:
+        before: Retrieval by context length before the extension.
+        after: Retrieval by context length after it.
+        decoding: Decoding with drafts and without.
+        seesaw: Cells by model and domain.
+        answers: Drafting on problems, by model (`sft`, `student`).
+        seconds: Wall time by part.
+    """
+
+    before: list[dict[str, Any]]
+    after: list[dict[str, Any]]
+    decoding: dict[str, Any]
+    seesaw: dict[str, dict[str, dict[str, Any]]]
+    answers: dict[str, dict[str, Any]]
+    seconds: dict[str, float]
 
 
-def write_page(folder: Path, config: DemoConfig, findings: "Findings") -> Path:
+def write_page(folder: Path, config: DemoConfig, findings: Findings) -> Path:
     """Writes `report.html` in the demo's folder and returns its path."""
     report = Report("openmimo demo: a tiny MiMo, from random weights to a student of three teachers")
     minutes = sum(findings.seconds.values()) / 60
@@ -66,11 +85,11 @@ def write_page(folder: Path, config: DemoConfig, findings: "Findings") -> Path:
     return report.write(folder / "report.html")
 
 
-def _cells(findings: "Findings") -> dict[str, dict[str, Cell]]:
+def _cells(findings: Findings) -> dict[str, dict[str, Cell]]:
     return {name: {domain: Cell(**cell) for domain, cell in row.items()} for name, row in findings.seesaw.items()}
 
 
-def _retrieval(findings: "Findings", config: DemoConfig) -> Any:
+def _retrieval(findings: Findings, config: DemoConfig) -> Any:
     figure, axis = new_figure()
     for scores, label in ((findings.before, "before the extension"), (findings.after, "after")):
         lengths = [score["length"] for score in scores]

@@ -9,7 +9,6 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,26 +21,12 @@ from openmimo.core.files import write_text_atomic
 from openmimo.core.run_folder import run_folder
 from openmimo.demo.config import DemoConfig
 from openmimo.demo.measure import measure_answers, measure_decoding, measure_retrieval
-from openmimo.demo.page import write_page
+from openmimo.demo.page import Findings, write_page
 from openmimo.demo.teachers import run_teachers
 from openmimo.rl.compare import compare
 from openmimo.rl.run import train
 from openmimo.train.config import check_path
 from openmimo.train.pretrain import extend, pretrain, sft
-
-
-@dataclass(frozen=True)
-class Findings:
-    """What the parts measured, as plain JSON: retrieval by length before and after, decoding, the see-saw's cells by
-    model and domain, drafting on problems before and after distillation, seconds by part.
-    """
-
-    before: list[dict[str, Any]]
-    after: list[dict[str, Any]]
-    decoding: dict[str, Any]
-    seesaw: dict[str, dict[str, dict[str, Any]]]
-    answers: dict[str, dict[str, Any]]
-    seconds: dict[str, float]
 
 
 def run(config: DemoConfig) -> Path:

@@ -22,6 +22,7 @@ Pages are counted by reference, because requests with the same beginning share t
 """
 
 import itertools
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -388,3 +389,32 @@ class PageTables:
             table[: self._stop[group]] = self._tables[group][: self._stop[group]]
             self._tables[group] = table
         return table
+
+
+class PrefixNode:
+    """A node of the prefix tree: one block of tokens and the pages that hold its keys and values.
+
+    Attributes:
+        parent: The node of the block before; None for the root.
+        attached: Whether the node is still in the tree.
+        tokens: The block, int32 as bytes: the hash of bytes is computed once, that of a tuple at each lookup.
+        depth: Blocks before this one.
+        children: The nodes of the next blocks, by their tokens.
+        pages: Pages by group; None where they were returned to the arena.
+        routing: Routed experts of the block, if recorded.
+        is_useful: Whether its sliding pages belong to a window at which a request started or a text ended.
+        last_use: Time of the last match or insertion; it also counts for the ancestors (`PrefixCache._pass_on_uses`).
+    """
+
+    __slots__ = ("attached", "children", "depth", "is_useful", "last_use", "pages", "parent", "routing", "tokens")
+
+    def __init__(self, parent: "PrefixNode | None", tokens: bytes, num_groups: int):
+        self.parent = parent
+        self.attached = True
+        self.tokens = tokens
+        self.depth = 0 if parent is None else parent.depth + 1
+        self.children: dict[bytes, PrefixNode] = {}
+        self.pages: list[array | None] = [None] * num_groups
+        self.routing: np.ndarray | None = None
+        self.is_useful = False
+        self.last_use = 0

@@ -16,35 +16,10 @@ that have them.
 from array import array
 from collections.abc import Iterator
 
-import numpy as np
-
-from openmimo.engine.cache import PageArena
+from openmimo.engine.cache import PageArena, PrefixNode
 from openmimo.engine.request_state import RequestState
 
 _MIN_EVICTED_SHARE = 16  # an eviction frees at least this fraction of what is cached, so that scans stay rare
-
-
-class PrefixNode:
-    """One block after its parent's.
-
-    tokens: of the block, int32 as bytes: their hash is computed once, that of a tuple at each lookup. pages: by group,
-    None where they were given back. is_useful: whether its sliding pages belong to a window that a request started
-    after or a text ended with. last_use: by a clock of matches and insertions; that of a node counts for those above it
-    too (`PrefixCache._pass_on_uses`). attached: whether it is still in the tree.
-    """
-
-    __slots__ = ("attached", "children", "depth", "is_useful", "last_use", "pages", "parent", "routing", "tokens")
-
-    def __init__(self, parent: "PrefixNode | None", tokens: bytes, num_groups: int):
-        self.parent = parent
-        self.attached = True
-        self.tokens = tokens
-        self.depth = 0 if parent is None else parent.depth + 1
-        self.children: dict[bytes, PrefixNode] = {}
-        self.pages: list[array | None] = [None] * num_groups
-        self.routing: np.ndarray | None = None
-        self.is_useful = False
-        self.last_use = 0
 
 
 class PrefixCache:

@@ -7,13 +7,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 from openmimo.core.records import Completion, Delta, Request, SamplingParams, TokenLogprob
-from openmimo.engine.cache import PageTables
+from openmimo.engine.cache import PageTables, PrefixNode
 from openmimo.engine.routed_rows import RoutedRows
 from openmimo.engine.sampler import NO_TOKEN
 from openmimo.engine.text import TextStream
 
 if TYPE_CHECKING:
-    from openmimo.engine.prefix import PrefixNode
     from openmimo.engine.structured import StructureState
 
 _MAX_REPEATED_PASSAGE = 64
@@ -52,7 +51,7 @@ class RequestState:
     num_cached_tokens: int = 0
     text: TextStream | None = None
     structure: "StructureState | None" = None
-    node: "PrefixNode | None" = None
+    node: PrefixNode | None = None
     drafts: list[int] = field(default_factory=list)
     states_start: int = 0
     head_lengths: list[int] = field(default_factory=list)

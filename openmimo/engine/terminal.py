@@ -9,6 +9,7 @@ from rich.console import Console
 from openmimo.core.errors import ConfigError, UserError
 from openmimo.core.interrupt import Interrupted
 from openmimo.core.records import Message, SamplingParams
+from openmimo.data.chat.template import encode_chat
 from openmimo.data.tokenizer import Tokenizer
 from openmimo.engine.llm import LLM
 
@@ -42,7 +43,7 @@ def generate(
     given: str | list[int] = text
     if as_chat:
         turns = [Message("system", system)] if system else []
-        given = llm.tokenizer.encode_chat([*turns, Message("user", text)], enable_thinking=thinking)
+        given = encode_chat(llm.tokenizer, [*turns, Message("user", text)], enable_thinking=thinking)
     _print_stream(llm, given, sampling, can_stop=False)
     _print_figures(llm.stats())
 
@@ -65,7 +66,7 @@ def chat(llm: LLM, sampling: SamplingParams, *, thinking: bool, system: str | No
         if not said:
             continue
         turns.append(Message("user", said))
-        ids = llm.tokenizer.encode_chat(turns, enable_thinking=thinking)
+        ids = encode_chat(llm.tokenizer, turns, enable_thinking=thinking)
         room = llm.model.config.max_positions - len(ids)
         if room < 1:
             _STDERR.print(

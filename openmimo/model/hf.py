@@ -18,9 +18,8 @@ from openmimo.data.companions import companion_names, read_companions
 from openmimo.data.tokenizer import Tokenizer
 from openmimo.model.config import ModelConfig
 from openmimo.model.hf_config import config_from_hf, config_to_hf
-from openmimo.model.hf_headers import INDEX
 from openmimo.model.hf_names import count_mtp_heads, slots
-from openmimo.model.hf_reader import CheckpointReader
+from openmimo.model.hf_reader import INDEX, CheckpointReader
 from openmimo.model.hf_writer import DEFAULT_SHARD_BYTES, Entry, write_shards
 from openmimo.model.mimo import MiMo
 from openmimo.runtime.device import resolve_device

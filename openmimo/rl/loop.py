@@ -21,6 +21,7 @@ from rich.progress import Progress as ProgressBar
 from openmimo.core.errors import CheckpointError
 from openmimo.core.interrupt import Interrupted, StopRequest, stop_requests
 from openmimo.core.metrics import MetricsWriter
+from openmimo.core.sample_files import write_state
 from openmimo.core.samples import Sample
 from openmimo.core.services import close_services, service_metrics
 from openmimo.data.tokenizer import Tokenizer
@@ -101,7 +102,7 @@ class RlRun:
         self._early_step_began = False
         self._before_step: dict[str, Any] | None = None  # the scheduler's state when the step that is going on began
         self._stop = StopRequest()
-        self.checkpoints = Checkpoints(self.run_folder, config.checkpoints)
+        self.checkpoints = Checkpoints(self.run_folder, config.checkpoints, write_state=write_state)
         self.metrics = MetricsWriter(self.run_folder, tensorboard=config.tensorboard)
         self.metrics.truncate_after(start.step or -1)  # the evaluation before the first step comes again
         self.engine.update_weights(None, version=self.step)

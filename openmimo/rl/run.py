@@ -7,6 +7,7 @@ from rich.console import Console
 
 from openmimo.core.metrics import read_metrics
 from openmimo.core.run_folder import check_same_run, keep_config, run_folder
+from openmimo.core.sample_files import read_state
 from openmimo.data.tokenizer import Tokenizer
 from openmimo.model.hf import check_replaceable, load_config, load_model
 from openmimo.rl.agents.problem_files import check_same_problems, keep_problem_files, problem_files
@@ -58,7 +59,7 @@ def train(config: RlConfig, *, console: Console | None = None) -> Path:
             start, optimizer_tensors = Progress.beginning(), None
         else:
             console.print(f"going on from {newest}", soft_wrap=True)
-            model, optimizer_tensors, start = restore(newest, device)
+            model, optimizer_tensors, start = restore(newest, device, read_state=read_state)
         model.compute_dtype = fastest_dtype(device) if config.dtype == "auto" else DTYPES[config.dtype]
         run = RlRun(config, model, tokenizer, start=start, optimizer_tensors=optimizer_tensors, console=console)
         run.run()

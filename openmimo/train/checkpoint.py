@@ -23,7 +23,6 @@ from safetensors.torch import load_file, save_file
 from openmimo.core import config as config_io
 from openmimo.core.errors import CheckpointError, DivergedError
 from openmimo.core.files import new_folder_atomic, recover_folder, remove_unfinished
-from openmimo.core.sample_files import read_state, write_state
 from openmimo.data.tokenizer import Tokenizer
 from openmimo.model.hf import load_model, write_model
 from openmimo.model.hf_writer import umask_mode
@@ -32,8 +31,15 @@ from openmimo.runtime.device import rng_state, set_rng_state
 from openmimo.train.config import CheckpointConfig
 
 _MANIFEST = "manifest.json"
-_SAMPLES = "samples.arrays"
+_ARRAYS = "samples.arrays"
+StateWriter = Callable[[Any, Path], Any]
+StateReader = Callable[[Any, Path], Any]
 _REQUIRED = {"config.json", "trainer/progress.json", "trainer/optimizer.safetensors"}
+
+
+def _as_it_is(state: Any, path: Path) -> Any:
+    """A state that is plain JSON: no file next to it."""
+    return state
 
 
 @dataclass(frozen=True)
@@ -44,7 +50,7 @@ class Progress:
         step: Optimizer steps done, skipped ones included.
         tokens: Tokens that they read.
         stage_index: The stage of the newest step.
-        loader: State of that stage's loader: plain values, and samples in post-training.
+        loader: State of the loader of that stage. It is plain JSON, or of a kind that `write_state` takes.
         skipped: Steps that the guard skipped.
         skipped_in_a_row: The newest of them, without a step that was taken between.
     """
@@ -63,11 +69,19 @@ class Progress:
 
 
 class Checkpoints:
-    """The checkpoints of one run folder, in `checkpoints/step-00000200`."""
+    """The checkpoints of one run folder, in `checkpoints/step-00000200`.
 
-    def __init__(self, run_folder: Path, policy: CheckpointConfig):
+    Args:
+        run_folder: The folder of the run.
+        policy: Which checkpoints are kept.
+        write_state: Turns the progress, with the loader's state in it, into plain JSON; it may write the file that it
+            is given. The default is for states that are plain JSON already.
+    """
+
+    def __init__(self, run_folder: Path, policy: CheckpointConfig, *, write_state: StateWriter = _as_it_is):
         self.folder = run_folder / "checkpoints"
         self.policy = policy
+        self._write_state = write_state
 
     def save(self, model: MiMo, optimizer: torch.optim.Optimizer, tokenizer: Tokenizer, progress: Progress) -> Path:
         """Writes a checkpoint, then deletes those that the policy no longer keeps.
@@ -77,7 +91,7 @@ class Checkpoints:
         path = self._path(progress.step)
         try:
             with new_folder_atomic(path) as folder:
-                _write(folder, model, optimizer, tokenizer, progress)
+                _write(folder, model, optimizer, tokenizer, progress, self._write_state)
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"the checkpoint {path} could not be written: {error}. {self.standing()}") from error
         self._delete_old()
@@ -152,10 +166,18 @@ class Checkpoints:
                 shutil.rmtree(path)
 
 
-def restore(path: Path, device: torch.device) -> tuple[MiMo, dict[str, torch.Tensor], Progress]:
-    """The model of a checkpoint in float32, its optimizer state by name (for `load_optimizer_state`), and its progress.
+def restore(
+    path: Path, device: torch.device, *, read_state: StateReader = _as_it_is
+) -> tuple[MiMo, dict[str, torch.Tensor], Progress]:
+    """Loads a checkpoint and restores the random generators.
 
-    Also puts the random generators back.
+    Args:
+        path: The folder of the checkpoint.
+        device: Where the model is loaded.
+        read_state: The inverse of the `write_state` of `Checkpoints`.
+
+    Returns:
+        The model in float32, its optimizer state by name (for `load_optimizer_state`), and the progress.
     """
     model = load_model(path, dtype="float32", device=str(device))
     tensors = load_file(path / "trainer" / "optimizer.safetensors", device="cpu")
@@ -163,7 +185,7 @@ def restore(path: Path, device: torch.device) -> tuple[MiMo, dict[str, torch.Ten
         {name.removeprefix("rng."): tensors.pop(name) for name in list(tensors) if name.startswith("rng.")}, device
     )
     progress = config_io.load(Progress, path / "trainer" / "progress.json")
-    return model, tensors, replace(progress, loader=read_state(progress.loader, path / "trainer" / _SAMPLES))
+    return model, tensors, replace(progress, loader=read_state(progress.loader, path / "trainer" / _ARRAYS))
 
 
 def optimizer_state(model: MiMo, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
@@ -208,7 +230,12 @@ def find_damage(path: Path) -> str | None:
 
 
 def _write(
-    folder: Path, model: MiMo, optimizer: torch.optim.Optimizer, tokenizer: Tokenizer, progress: Progress
+    folder: Path,
+    model: MiMo,
+    optimizer: torch.optim.Optimizer,
+    tokenizer: Tokenizer,
+    progress: Progress,
+    write_state: StateWriter,
 ) -> None:
     write_model(model, folder, tokenizer=tokenizer)
     trainer = folder / "trainer"
@@ -217,7 +244,7 @@ def _write(
     optimizer_path = trainer / "optimizer.safetensors"
     with umask_mode(optimizer_path):
         save_file({**optimizer_state(model, optimizer), **generators}, optimizer_path)
-    plain = write_state(vars(progress), trainer / _SAMPLES)
+    plain = write_state(vars(progress), trainer / _ARRAYS)
     (trainer / "progress.json").write_text(json.dumps(plain))
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     manifest = {str(path.relative_to(folder)): _checksum(path) for path in files}

@@ -17,7 +17,7 @@ from openmimo.data.chat.parser import (
     ToolCallEnd,
     ToolCallStart,
 )
-from openmimo.data.chat.template import render
+from openmimo.data.chat.template import encode_chat, render
 from openmimo.data.tokenizer import Tokenizer
 
 PROPERTIES = {
@@ -476,8 +476,8 @@ def test_a_tokenized_turn_comes_back_from_any_cut_of_its_tokens():
     arguments = {"text": "日本 'é'\n<think> </function>", "items": [1, {"a": "b\n"}], "maybe": None, "flag": False}
     calls = ({"name": "act", "arguments": arguments}, {"name": "now", "arguments": {}})
     turn = Message("assistant", "Looking.", "I must look.", calls)
-    prompt = tokenizer.encode_chat([Message("user", "?")], tools=TOOLS, enable_thinking=True)
-    ids = tokenizer.encode_chat([Message("user", "?"), turn], tools=TOOLS, add_generation_prompt=False)
+    prompt = encode_chat(tokenizer, [Message("user", "?")], tools=TOOLS, enable_thinking=True)
+    ids = encode_chat(tokenizer, [Message("user", "?"), turn], tools=TOOLS, add_generation_prompt=False)
     text = tokenizer.decode(ids[len(prompt) : -1], skip_special=False)
     assert told_by(parse([text])) == told_by(parse(text)) == turn
 

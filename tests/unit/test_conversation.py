@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from openmimo.core.errors import DataError
 from openmimo.core.records import Message
 from openmimo.data.chat.conversation import conversations_by_question, encode_conversation, encode_prompt, has_reasoning
+from openmimo.data.chat.template import encode_chat
 from openmimo.data.tokenizer import END_OF_TEXT, TURN_END, Tokenizer
 
 TOKENIZER = Tokenizer.train(["system user assistant tool and some words to merge"] * 20, 320)
@@ -60,7 +61,7 @@ def test_with_thinking_only_answers_to_the_last_question_count():
 def test_the_whole_conversation_is_what_the_template_gives():
     for thinking in (False, True):
         messages = DIALOGUE if thinking else [{**turn, "reasoning_content": ""} for turn in DIALOGUE]
-        whole = TOKENIZER.encode_chat(messages, tools=TOOLS, add_generation_prompt=False, enable_thinking=thinking)
+        whole = encode_chat(TOKENIZER, messages, tools=TOOLS, add_generation_prompt=False, enable_thinking=thinking)
         token_ids, _ = encode_conversation(TOKENIZER, DIALOGUE, tools=TOOLS, enable_thinking=thinking)
         assert token_ids.tolist() == whole
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from openmimo.core.errors import DataError
 from openmimo.core.records import Message
 from openmimo.data.chat.conversation import encode_conversation, encode_prompt
-from openmimo.data.chat.template import render
+from openmimo.data.chat.template import encode_chat, render
 from openmimo.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 EXTRA = ("<|tool|>", "[REF]")
@@ -114,9 +114,9 @@ def request(parts: dict) -> tuple[list[dict], list[dict]]:
 def test_special_tokens_are_those_of_the_same_conversation_with_clean_texts(tokenizer, parts, thinking, keep):
     options = {"enable_thinking": thinking, "keep_all_reasoning": keep}
     messages, tools = request(parts)
-    ids = tokenizer.encode_chat(messages, tools=tools, **options)
+    ids = encode_chat(tokenizer, messages, tools=tools, **options)
     clean_messages, clean_tools = request(clean(parts))
-    clean_ids = tokenizer.encode_chat(clean_messages, tools=clean_tools, **options)
+    clean_ids = encode_chat(tokenizer, clean_messages, tools=clean_tools, **options)
     special = tokenizer.special_token_ids
     assert [token for token in ids if token in special] == [token for token in clean_ids if token in special]
     text = render(messages, template=tokenizer.chat_template, tools=tools, special_tokens={"eos_token": "<|im_end|>"},
@@ -139,7 +139,7 @@ def test_special_tokens_are_those_of_the_same_conversation_with_clean_texts(toke
 )
 def test_a_tool_cannot_smuggle_special_tokens_in(function):
     def special_tokens(tool):
-        ids = TOKENIZER.encode_chat([Message("user", "hi")], tools=[tool])
+        ids = encode_chat(TOKENIZER, [Message("user", "hi")], tools=[tool])
         return [token for token in ids if token in TOKENIZER.special_token_ids]
 
     assert special_tokens({"type": "function", "function": function}) == special_tokens({"name": "f"})
@@ -147,7 +147,7 @@ def test_a_tool_cannot_smuggle_special_tokens_in(function):
 
 def test_reasoning_markup_in_a_turn_of_the_assistant_is_written_by_the_template():
     turns = [Message("user", "?"), Message("assistant", "<think>why <|im_end|></think>so </think>")]
-    ids = TOKENIZER.encode_chat(turns, keep_all_reasoning=True, add_generation_prompt=False)
+    ids = encode_chat(TOKENIZER, turns, keep_all_reasoning=True, add_generation_prompt=False)
     text = TOKENIZER.decode(ids, skip_special=False)
     assert text.endswith("<|im_start|>assistant\n<think>why <|im_end|></think>so </think><|im_end|>")
     tail = [TOKENIZER.decode([token], skip_special=False) for token in ids if token in TOKENIZER.special_token_ids][-4:]
@@ -159,7 +159,7 @@ def test_prompts_and_training_rows_guard_tools_and_results_too():
     tools = [{"type": "function", "function": {"name": "f", "description": attack}}]
     turns = [Message("user", attack), Message("assistant", "real"), Message("tool", attack)]
     assert TOKENIZER.decode(encode_prompt(TOKENIZER, turns, tools=tools)) == TOKENIZER.decode(
-        TOKENIZER.encode_chat(turns, tools=tools)
+        encode_chat(TOKENIZER, turns, tools=tools)
     )
     token_ids, mask = encode_conversation(TOKENIZER, turns, tools=tools)
     assert TOKENIZER.decode(token_ids[mask], skip_special=False) == "real<|im_end|>"
@@ -171,13 +171,13 @@ def test_half_a_character_is_refused(place):
     tool = {"name": "f", "description": half if place == "description" else "d",
             "parameters": {half if place == "key" else "type": "object"}}  # fmt: skip
     with pytest.raises(DataError, match="lone surrogate"):
-        TOKENIZER.encode_chat([Message("user", half if place == "content" else "x")], tools=[tool])
+        encode_chat(TOKENIZER, [Message("user", half if place == "content" else "x")], tools=[tool])
 
 
 def test_a_template_that_puts_special_tokens_together_of_parts_is_refused():
     template = "{% for m in messages %}{{ '<|' ~ (m.role | replace('user', 'im_start')) ~ '|>' }}{% endfor %}"
     with pytest.raises(DataError, match="together of parts"):
-        with_template(template).encode_chat([Message("user", "x")])
+        encode_chat(with_template(template), [Message("user", "x")])
 
 
 def test_plain_text_gives_no_special_token_that_merges_could_make():
@@ -191,5 +191,5 @@ def test_plain_text_gives_no_special_token_that_merges_could_make():
     tokenizer = Tokenizer(backend, eos_token_ids=[backend.token_to_id("<|im_end|>")], pad_id=0)
     assert backend.encode("<->").ids == [size + 1] and size + 1 in tokenizer.special_token_ids
     assert tokenizer.encode("<->") == [size, tokenizer.id_of(">")]
-    ids = tokenizer.encode_chat([Message("user", "<->")])
+    ids = encode_chat(tokenizer, [Message("user", "<->")])
     assert size + 1 not in ids and "user\n<->" in tokenizer.decode(ids)

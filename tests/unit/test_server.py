@@ -17,6 +17,7 @@ from server_thread import running, wait_until
 
 from openmimo.core.errors import ConfigError
 from openmimo.core.records import Request, SamplingParams
+from openmimo.data.chat.template import encode_chat
 from openmimo.engine.server.backends.stub import Step, StubBackend
 from openmimo.engine.server.config import ServerConfig
 from openmimo.engine.server.http import limits
@@ -601,7 +602,7 @@ def test_tokenize_and_detokenize(client, backend):
     assert answer["tokens"] == backend.tokenizer.encode("a <think> é") and answer["count"] == len(answer["tokens"])
     assert client.post("/detokenize", json={"tokens": answer["tokens"]}).json() == {"prompt": "a <think> é"}
     ids = client.post("/tokenize", json=HELLO).json()["tokens"]
-    assert ids == backend.tokenizer.encode_chat(HELLO["messages"])
+    assert ids == encode_chat(backend.tokenizer, HELLO["messages"])
 
 
 def test_metrics_count_requests_tokens_and_drafts():

@@ -55,8 +55,22 @@ def test_arithmetic_agrees_with_python(text):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "1+", "(1", "1)", "2**3", "1=1", "+1", "a", "1.5", "1//2", "²", "(" * 99, "-" * 99]
-)
+    ("text", "value", "numbers"),
+    [
+        ("007+0", 7, [7, 0]), ("1 2 * 00", 0, [12, 0]), ("-" * 40 + "1", 1, [1]), ("(" * 40 + "1" + ")" * 40, 1, [1]),
+        ("+".join("-(-1)" for _ in range(33)), 33, [1] * 33), ("-2*-3", 6, [2, 3]),
+        ("9" * 200, 10**200 - 1, [10**200 - 1]),
+    ],
+)  # fmt: skip
+def test_arithmetic_that_python_writes_in_another_way(text, value, numbers):
+    assert evaluate(text) == (value, numbers)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "1+", "(1", "1)", "2**3", "1=1", "+1", "a", "1.5", "1//2", "²", "(" * 99, "-" * 99, "()", "1(2)", "(1,2)",
+     "1_0", "0x1", "1e3", "1j", "1if", "1#", "-" * 41 + "1", "(" * 41 + "1" + ")" * 41, "1" * 201],
+)  # fmt: skip
 def test_what_is_no_arithmetic_is_refused(text):
     with pytest.raises(ExpressionError):
         evaluate(text)

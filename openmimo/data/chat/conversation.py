@@ -1,7 +1,7 @@
 """Conversations as token ids with a mask of what the model wrote: for fine-tuning, and the prompts of rollouts.
 
 An assistant turn begins with the tokens by which the chat template asks for an answer, and ends with a stop token. No
-text of a conversation can hold these tokens: `Tokenizer.encode_chat` takes special tokens from the template only.
+text of a conversation can hold these tokens: `encode_chat` takes special tokens from the template only.
 """
 
 import functools
@@ -13,7 +13,7 @@ import numpy as np
 
 from openmimo.core.errors import DataError
 from openmimo.core.records import Message
-from openmimo.data.chat.template import message_dict
+from openmimo.data.chat.template import encode_chat, message_dict
 from openmimo.data.tokenizer import Tokenizer
 
 AnyMessage = Message | Mapping[str, Any]
@@ -33,7 +33,7 @@ def encode_prompt(
     They are the first ids of `encode_conversation` of the same messages and the answer.
     """
     turns = [_plain_turn(message, enable_thinking) for message in messages]
-    return tokenizer.encode_chat(turns, tools=tools, enable_thinking=enable_thinking)
+    return encode_chat(tokenizer, turns, tools=tools, enable_thinking=enable_thinking)
 
 
 def encode_conversation(
@@ -53,7 +53,7 @@ def encode_conversation(
     tokens or calls, and if the assistant's turns cannot be found among the tokens.
     """
     turns = [_plain_turn(message, enable_thinking) for message in messages]
-    token_ids = tokenizer.encode_chat(turns, tools=tools, add_generation_prompt=False, enable_thinking=enable_thinking)
+    token_ids = encode_chat(tokenizer, turns, tools=tools, add_generation_prompt=False, enable_thinking=enable_thinking)
     answers = [turn for turn in turns if turn["role"] == "assistant"]
     counts = [counted for turn in turns for counted in [_counts(turn)] if turn["role"] == "assistant"]
     _refuse_markup(tokenizer, [turn for turn, counted in zip(answers, counts, strict=True) if counted])
@@ -139,8 +139,8 @@ def _assistant_spans(tokenizer: Tokenizer, token_ids: Sequence[int], enable_thin
 def _turn_head(tokenizer: Tokenizer, enable_thinking: bool) -> tuple[int, ...]:
     """The tokens by which the chat template asks for an answer."""
     question = [{"role": "user", "content": "x"}]
-    asked = tokenizer.encode_chat(question, enable_thinking=enable_thinking)
-    known = tokenizer.encode_chat(question, enable_thinking=enable_thinking, add_generation_prompt=False)
+    asked = encode_chat(tokenizer, question, enable_thinking=enable_thinking)
+    known = encode_chat(tokenizer, question, enable_thinking=enable_thinking, add_generation_prompt=False)
     if asked[: len(known)] != known or len(asked) == len(known):
         raise DataError(
             "The chat template has no words that ask for an answer, so answers cannot be told from prompts."

@@ -1,30 +1,75 @@
-"""Conversations to text, with the checkpoint's own Jinja template or MiMo's (`mimo_chat.jinja`).
+"""Conversations as text and as token ids, with the chat template of the checkpoint or MiMo's (`mimo_chat.jinja`).
 
-Templates run in the sandbox and with the extras that Hugging Face gives them, so one template gives one text here and
-there: blocks trimmed, `tojson` without HTML escapes, `raise_exception`, `strftime_now`, loop controls, and the
-`generation` block.
-
-A conversation is untrusted text. `render` can mark the special tokens that the template itself writes, so that the same
-words in a message, a tool or an argument stay text, wherever they stand and however they are joined.
+A conversation is untrusted text. `render` can mark the special tokens that the template itself writes. The same words
+in a message, a tool or an argument then remain text, wherever they occur and however they are joined.
 """
 
 import functools
 import json
 import re
 from collections.abc import Iterable, Mapping
-from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from openmimo.core.errors import DataError
 from openmimo.core.records import Message
+from openmimo.data.chat.jinja import SURROGATE, compile_template, marked, mimo_template
 from openmimo.data.chat.tool_arguments import read_arguments
+from openmimo.data.tokenizer import Tokenizer
+
+_MARK = re.compile(f"({SURROGATE.pattern})")
+
+
+def encode_chat(
+    tokenizer: Tokenizer,
+    messages: Iterable[Message | Mapping[str, Any]],
+    *,
+    tools: Iterable[Mapping[str, Any]] = (),
+    add_generation_prompt: bool = True,
+    enable_thinking: bool = False,
+    keep_all_reasoning: bool = False,
+    most_tokens: int | None = None,
+) -> list[int]:
+    """Returns the ids of a conversation in the chat format of the tokenizer's checkpoint.
+
+    Special tokens, `<think>` and tool markup included, come from the template only. Their names in a message of any
+    role, a tool or the arguments of a call are plain text, so no text of a conversation opens or closes a turn.
+
+    Args:
+        tokenizer: The tokenizer, with its chat template.
+        messages: The turns; see `render`, as for the options below.
+        tools: Function schemas that the model may call.
+        add_generation_prompt: Whether to open the turn of the assistant.
+        enable_thinking: Whether the model may open its own `<think>`.
+        keep_all_reasoning: Whether to keep the reasoning of turns before the last question.
+        most_tokens: If the conversation has more tokens, the rest may be left out; see `Tokenizer.encode`.
+
+    Raises:
+        DataError: The template or the conversation does not render.
+    """
+    template, eos_token, special_ids = tokenizer.chat_template, tokenizer.eos_token, tokenizer.special_tokens
+    marks = _marks_of(template, eos_token, tuple(special_ids))
+    text = render(
+        messages,
+        template=template,
+        tools=tools,
+        add_generation_prompt=add_generation_prompt,
+        enable_thinking=enable_thinking,
+        keep_all_reasoning=keep_all_reasoning,
+        special_tokens={"eos_token": eos_token},
+        marks=marks,
+    )
+    id_of_mark = {mark: special_ids[token] for token, mark in marks.items()}
+    ids: list[int] = []
+    for piece in _MARK.split(text):
+        if most_tokens is not None and len(ids) > most_tokens:
+            break
+        if piece in id_of_mark:
+            ids.append(id_of_mark[piece])
+        else:
+            ids.extend(tokenizer.encode(piece, most_tokens=most_tokens))
+    return ids
 
 
 def render(
@@ -52,7 +97,7 @@ def render(
         "tools": [_tool_dict(tool) for tool in tools] or None,
     }
     variables = {
-        **{name: _marked(text, marks or {}) for name, text in (special_tokens or {}).items()},
+        **{name: marked(text, marks or {}) for name, text in (special_tokens or {}).items()},
         **conversation,
         "add_generation_prompt": add_generation_prompt,
         "enable_thinking": enable_thinking,
@@ -61,29 +106,13 @@ def render(
     try:
         if marks is not None:
             _check_no_surrogates(conversation)
-        return _compile(mimo_template() if template is None else template, tuple((marks or {}).items())).render(
+        return compile_template(mimo_template() if template is None else template, tuple((marks or {}).items())).render(
             variables
         )
     except RecursionError as error:
         raise DataError("The chat template cannot render this conversation: it is nested too deeply.") from error
     except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
         raise DataError(f"The chat template cannot render this conversation: {error}") from error
-
-
-def check_template(source: str, path: Path) -> None:
-    """Raises DataError, naming `path` and where it can the line, for a chat template that is no Jinja."""
-    try:
-        _compile(source, ())
-    except jinja2.TemplateSyntaxError as error:
-        raise DataError(f"{path}: the chat_template is not valid: line {error.lineno}: {error}") from error
-    except (RecursionError, ValueError, SyntaxError) as error:  # nested too deeply, a number of too many digits
-        raise DataError(f"{path}: the chat_template is not valid: {error}") from error
-
-
-@functools.cache
-def mimo_template() -> str:
-    """The Jinja source of MiMo's own chat format."""
-    return Path(__file__).with_name("mimo_chat.jinja").read_text(encoding="utf-8")
 
 
 def message_dict(message: Message | Mapping[str, Any]) -> dict[str, Any]:
@@ -149,85 +178,35 @@ def _check_no_surrogates(conversation: Mapping[str, Any]) -> None:
         text = json.dumps(conversation, ensure_ascii=False, default=str)
     except (TypeError, ValueError) as error:
         raise DataError(f"A conversation and its tools must be JSON values ({error}).") from error
-    if found := _SURROGATE.search(text):
+    if found := SURROGATE.search(text):
         raise DataError(
             f"The conversation holds the lone surrogate {found[0]!r}, half of a character that stands for nothing. "
             "Leave it out."
         )
 
 
-_SURROGATE = re.compile("[\ud800-\udfff]")
-
-
-class _GenerationBlock(jinja2.ext.Extension):
-    """`{% generation %}` marks assistant text for training masks in some templates; here it only renders its body."""
-
-    tags = {"generation"}
-
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
 @functools.lru_cache(maxsize=16)
-def _compile(source: str, marks: tuple[tuple[str, str], ...]) -> jinja2.Template:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
-    tree = environment.parse(_SURROGATE.sub("\ufffd", source))
-    _mark_literals(tree, dict(marks))
-    return environment.from_string(tree)
+def _marks_of(template: str, eos_token: str, special_tokens: tuple[str, ...]) -> dict[str, str]:
+    """The special tokens that the template can write, each with the lone surrogate that marks it in a rendering.
 
-
-# Methods and filters whose (first) argument is looked for in a text, not written.
-_SEARCHES = frozenset(
-    ["startswith", "endswith", "split", "rsplit", "partition", "rpartition", "strip", "lstrip", "rstrip", "find",
-     "removeprefix", "removesuffix", "rfind", "index", "rindex", "count", "replace"]
-)  # fmt: skip
-
-
-def _mark_literals(node: jinja2.nodes.Node, marks: Mapping[str, str]) -> None:
-    """Puts marks for the special tokens in what the template writes, not in what it compares a text with."""
-    match node:
-        case jinja2.nodes.TemplateData():
-            node.data = _marked(node.data, marks)
-        case jinja2.nodes.Const(value=str() as text):
-            node.value = _marked(text, marks)
-    for child in _written(node):
-        _mark_literals(child, marks)
-
-
-def _written(node: jinja2.nodes.Node) -> Iterable[jinja2.nodes.Node]:
-    """The parts of a node of which something may be written."""
-    match node:
-        case jinja2.nodes.Compare() | jinja2.nodes.Test():
-            return ()
-        case jinja2.nodes.Call(node=jinja2.nodes.Getattr(attr=name)) if name in _SEARCHES:
-            return (node.node, *node.args[1:])
-        case jinja2.nodes.Filter(name=name) if name in _SEARCHES:
-            return (*([node.node] if node.node else []), *node.args[1:])
-    return node.iter_child_nodes()
-
-
-def _marked(text: str, marks: Mapping[str, str]) -> str:
-    if not marks:
-        return text
-    longest_first = sorted(marks, key=len, reverse=True)
-    return re.sub("|".join(map(re.escape, longest_first)), lambda found: marks[found[0]], text)
-
-
-def _to_json(
-    value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False
-) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-
-def _strftime_now(date_format: str) -> str:
-    return datetime.now().strftime(date_format)
+    Raises:
+        DataError: The template joins special tokens from parts, which cannot be marked.
+    """
+    written = [token for token in special_tokens if token == eos_token or token in template]
+    marks = {token: chr(0xD800 + number) for number, token in enumerate(written)}
+    question = [{"role": "user", "content": "x"}]
+    try:
+        plain_text, marked_text = (
+            render(question, template=template, special_tokens={"eos_token": eos_token}, marks=known)
+            for known in (None, marks)
+        )
+    except DataError:  # a template that refuses this question is judged by the conversations that it accepts
+        return marks
+    longest_first = sorted(special_tokens, key=len, reverse=True)
+    found = re.findall("|".join(map(re.escape, longest_first)), plain_text) if longest_first else []
+    if [marks.get(token) for token in found] != _MARK.findall(marked_text):
+        raise DataError(
+            "The chat template puts special tokens together of parts (such as '<|' + role + '|>'), so they cannot be "
+            "distinguished from the text of a conversation. Write each of them whole in the template."
+        )
+    return marks

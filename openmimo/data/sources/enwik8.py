@@ -22,9 +22,9 @@ import rich.console
 import rich.progress
 
 from openmimo.core.errors import DataError
-from openmimo.core.files import write_text_atomic
-from openmimo.data.cache import cache_folder, writing_to_cache
+from openmimo.core.files import cache_folder, write_text_atomic
 from openmimo.data.source import TextSource, reading
+from openmimo.data.store import writing_to_cache
 
 ARCHIVE_URL = (
     "https://files.pythonhosted.org/packages/71/b5/ef07d75b1e7a33175c372332d3885bc4411908e0a9785325f92599005ac0/"

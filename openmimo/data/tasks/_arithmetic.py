@@ -1,72 +1,84 @@
-"""Evaluates arithmetic that a model wrote: whole numbers, `+ - * /`, parentheses; exact, and no code is run."""
+"""Arithmetic in text: whole numbers, `+ - * /` and parentheses. Python parses it; nothing is executed.
 
+Values are exact fractions. Length and depth are bounded, so the text of a model costs little.
+"""
+
+import ast
+import operator
+import re
 from fractions import Fraction
 
 MAX_CHARACTERS = 200
 MAX_DEPTH = 40
+_OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
+_NUMBER_MISSING = re.compile(r"(?:^|[+\-*/(])(?![0-9(-])")
 
 
 class ExpressionError(ValueError):
     """The text is not an expression, or has no value."""
 
 
+class _UnsupportedError(Exception):
+    """The expression has another operation of Python."""
+
+
 def evaluate(text: str) -> tuple[Fraction, list[int]]:
-    """The value of the expression and the numbers in it, from left to right. Raises ExpressionError."""
+    """Returns the value of an expression and its numbers from left to right. White space is ignored.
+
+    Raises:
+        ExpressionError: The text is malformed, too long or nested too deeply, or it divides by zero.
+    """
     if len(text) > MAX_CHARACTERS:
         raise ExpressionError(f"The expression is longer than {MAX_CHARACTERS} characters.")
-    reader = _Reader("".join(text.split()))
-    value = reader.sum(depth=0)
-    if reader.position != len(reader.text):
-        raise ExpressionError(f"{reader.text[reader.position]!r} is out of place.")
-    return value, reader.numbers
+    text = "".join(text.split())
+    if not re.fullmatch(r"[0-9+\-*/()]+", text):
+        raise _malformed(text)
+    _check_depth(text)
+    try:
+        tree = ast.parse(re.sub(r"\b0+(?=[0-9])", "", text), mode="eval")  # Python refuses leading zeros
+    except SyntaxError as error:
+        raise _malformed(text) from error
+    numbers: list[int] = []
+    try:
+        return _value(tree.body, numbers), numbers
+    except ZeroDivisionError as error:
+        raise ExpressionError("The expression divides by zero.") from error
+    except _UnsupportedError as error:
+        raise _malformed(text) from error
 
 
-class _Reader:
-    """Recursive descent; each method reads what it is named after from `position` on and gives its value."""
+def _malformed(text: str) -> ExpressionError:
+    if _NUMBER_MISSING.search(text):
+        return ExpressionError("A number is missing.")
+    return ExpressionError("The text is not an expression of whole numbers, + - * / and parentheses.")
 
-    def __init__(self, text: str):
-        self.text = text
-        self.position = 0
-        self.numbers: list[int] = []
 
-    def sum(self, depth: int) -> Fraction:
-        value = self.product(depth)
-        while (sign := self._take("+-")) is not None:
-            term = self.product(depth)
-            value = value + term if sign == "+" else value - term
-        return value
+def _value(node: ast.expr, numbers: list[int]) -> Fraction:
+    match node:
+        case ast.Constant(value=int() as number):
+            numbers.append(number)
+            return Fraction(number)
+        case ast.UnaryOp(op=ast.USub(), operand=operand):
+            return -_value(operand, numbers)
+        case ast.BinOp(left=left, op=operation, right=right) if type(operation) in _OPERATIONS:
+            return _OPERATIONS[type(operation)](_value(left, numbers), _value(right, numbers))
+    raise _UnsupportedError
 
-    def product(self, depth: int) -> Fraction:
-        value = self.factor(depth)
-        while (sign := self._take("*/")) is not None:
-            factor = self.factor(depth)
-            if sign == "/" and factor == 0:
-                raise ExpressionError("The expression divides by zero.")
-            value = value * factor if sign == "*" else value / factor
-        return value
 
-    def factor(self, depth: int) -> Fraction:
+def _check_depth(text: str) -> None:
+    """Refuses more than MAX_DEPTH nested parentheses and signs before Python's parser sees them."""
+    outside: list[int] = []  # for each open parenthesis, the depth outside of it
+    depth, inside, previous = 0, 0, "("
+    for character in text:
+        if character == "(":
+            outside.append(inside)
+            depth = inside = depth + 1
+        elif character == ")":
+            depth = inside = outside.pop() if outside else 0
+        elif character == "-" and previous in "(+-*/":
+            depth += 1
+        else:
+            depth = inside
         if depth > MAX_DEPTH:
             raise ExpressionError(f"The expression is nested more than {MAX_DEPTH} deep.")
-        if self._take("-"):
-            return -self.factor(depth + 1)
-        if self._take("("):
-            value = self.sum(depth + 1)
-            if not self._take(")"):
-                raise ExpressionError("A parenthesis is not closed.")
-            return value
-        digits = ""
-        while (digit := self._take("0123456789")) is not None:
-            digits += digit
-        if not digits:
-            raise ExpressionError("A number is missing.")
-        self.numbers.append(int(digits))
-        return Fraction(int(digits))
-
-    def _take(self, characters: str) -> str | None:
-        """The next character if it is one of `characters`."""
-        character = self.text[self.position : self.position + 1]
-        if not character or character not in characters:
-            return None
-        self.position += 1
-        return character
+        previous = character

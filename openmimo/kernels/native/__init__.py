@@ -22,6 +22,8 @@ from typing import Protocol
 
 import torch  # first, so that its OpenMP runtime is the one that the library finds
 
+from openmimo.core.files import cache_folder
+
 DTYPES = (torch.float32, torch.bfloat16)  # what the kernels compute
 
 SOURCES = Path(__file__).parent
@@ -154,7 +156,7 @@ def _compile(compiler: list[str], output: str) -> None:
 
 def _folder() -> Path:
     """Where libraries are kept; all in it can be built again."""
-    return Path(os.environ.get("OPENMIMO_CACHE") or Path.home() / ".cache" / "openmimo") / "native"
+    return cache_folder() / "native"
 
 
 def _fingerprint(compiler: list[str], version: str) -> str:

@@ -21,6 +21,7 @@ from openmimo.core.errors import ConfigError
 from openmimo.core.records import Completion, Message, Request, SamplingParams
 from openmimo.core.samples import Sample
 from openmimo.data.chat.conversation import THINK_END, THINK_START, encode_prompt
+from openmimo.data.chat.template import encode_chat
 from openmimo.data.tokenizer import Tokenizer
 from openmimo.engine.engine import Engine
 from openmimo.engine.request_state import RequestState
@@ -454,8 +455,8 @@ def without_thoughts(text: str, *, stop: tuple[str, ...] = ()) -> str:
 def turn_ids(tokenizer: Tokenizer, messages: tuple[Message, ...], *, enable_thinking: bool = False) -> list[int]:
     """The ids of turns that follow an answer of the policy, up to its next turn; its own end of turn is not in them."""
     before = [Message("system"), Message("user", "x"), Message("assistant", "y")]
-    known = tokenizer.encode_chat(before, add_generation_prompt=False, enable_thinking=enable_thinking)
-    asked = tokenizer.encode_chat([*before, *messages], enable_thinking=enable_thinking)
+    known = encode_chat(tokenizer, before, add_generation_prompt=False, enable_thinking=enable_thinking)
+    asked = encode_chat(tokenizer, [*before, *messages], enable_thinking=enable_thinking)
     if asked[: len(known)] != known:
         raise ConfigError(
             "the chat template changes earlier turns when later ones come; it cannot be used for rollouts."

@@ -13,6 +13,7 @@ from rl_world import Scripted, finish, open_rollouts, pages_in_use, policy, requ
 from openmimo.core.array_file import ArrayFile
 from openmimo.core.records import Message
 from openmimo.core.sample_files import read_sample, write_sample
+from openmimo.data.chat.template import encode_chat
 from openmimo.rl.agents.environment import EnvResponse
 from openmimo.rl.agents.episode_calls import EpisodeCalls
 from openmimo.rl.learning.policy_trainer import PolicyTrainer
@@ -92,7 +93,7 @@ def test_samples_of_one_turn_are_complete_and_the_trainer_agrees(model, temperat
 
 def test_the_prompt_is_that_of_the_chat_format(model):
     sample = roll_out(model)[0]
-    prompt = tokenizer().encode_chat([Message("user", "add 1 and 2")])
+    prompt = encode_chat(tokenizer(), [Message("user", "add 1 and 2")])
     assert sample.token_ids[: sample.prompt_length].tolist() == prompt
 
 
@@ -139,8 +140,8 @@ def test_samples_of_many_turns_are_complete_and_the_trainer_agrees(model):
 def test_turns_are_those_of_the_whole_conversation(model):
     for turns in (TOOL_TURNS, USER_TURN, (*TOOL_TURNS, *USER_TURN)):
         before = [Message("system", "be brief"), Message("user", "add"), Message("assistant", words(5))]
-        told = tokenizer().encode_chat(before, add_generation_prompt=False)
-        assert told + turn_ids(tokenizer(), turns) == tokenizer().encode_chat([*before, *turns])
+        told = encode_chat(tokenizer(), before, add_generation_prompt=False)
+        assert told + turn_ids(tokenizer(), turns) == encode_chat(tokenizer(), [*before, *turns])
     expected = [turn_ids(tokenizer(), turns) for turns in (TOOL_TURNS, USER_TURN)]
     for sample in roll_out(model, open_many_turns, request(0, max_answer_tokens=80, samples=6)):
         assert inserted_runs(sample) == expected[: sample.info["turns"] - 1]

@@ -4,7 +4,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from openmimo.core.errors import DataError
-from openmimo.data.text_pieces import text_pieces
+from openmimo.data.chat.template import encode_chat
+from openmimo.data.pieces import text_pieces
 from openmimo.data.tokenizer import Tokenizer
 from openmimo.engine.server.http import limits
 from openmimo.engine.server.http.errors import ApiError, invalid
@@ -34,7 +35,8 @@ def encode_messages(
     _check_passages(_texts(messages), param)
     _check_passages(_texts(tools), "tools")
     try:
-        ids = tokenizer.encode_chat(
+        ids = encode_chat(
+            tokenizer,
             messages,
             tools=tools,
             add_generation_prompt=add_generation_prompt,

@@ -1,0 +1,116 @@
+"""Jinja chat templates, compiled as Hugging Face compiles them.
+
+One template renders the same text here and there: a sandbox, trimmed blocks, `tojson` without HTML escapes,
+`raise_exception`, `strftime_now`, loop controls and the `generation` block. A compiled template can mark the special
+tokens that it writes itself.
+"""
+
+import functools
+import json
+import re
+from collections.abc import Iterable, Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from openmimo.core.errors import DataError
+
+SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def check_template(source: str, path: Path) -> None:
+    """Raises DataError, naming `path` and where it can the line, for a chat template that is no Jinja."""
+    try:
+        compile_template(source, ())
+    except jinja2.TemplateSyntaxError as error:
+        raise DataError(f"{path}: the chat_template is not valid: line {error.lineno}: {error}") from error
+    except (RecursionError, ValueError, SyntaxError) as error:  # nested too deeply, a number of too many digits
+        raise DataError(f"{path}: the chat_template is not valid: {error}") from error
+
+
+@functools.cache
+def mimo_template() -> str:
+    """The Jinja source of MiMo's own chat format."""
+    return Path(__file__).with_name("mimo_chat.jinja").read_text(encoding="utf-8")
+
+
+class _GenerationBlock(jinja2.ext.Extension):
+    """`{% generation %}` marks assistant text for training masks in some templates; here it only renders its body."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+@functools.lru_cache(maxsize=16)
+def compile_template(source: str, marks: tuple[tuple[str, str], ...]) -> jinja2.Template:
+    """Compiles a template; in what it writes itself, each special token of `marks` becomes its mark."""
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = _strftime_now
+    tree = environment.parse(SURROGATE.sub("\ufffd", source))
+    _mark_literals(tree, dict(marks))
+    return environment.from_string(tree)
+
+
+# Methods and filters whose (first) argument is looked for in a text, not written.
+_SEARCHES = frozenset(
+    ["startswith", "endswith", "split", "rsplit", "partition", "rpartition", "strip", "lstrip", "rstrip", "find",
+     "removeprefix", "removesuffix", "rfind", "index", "rindex", "count", "replace"]
+)  # fmt: skip
+
+
+def _mark_literals(node: jinja2.nodes.Node, marks: Mapping[str, str]) -> None:
+    """Puts marks for the special tokens in what the template writes, not in what it compares a text with."""
+    match node:
+        case jinja2.nodes.TemplateData():
+            node.data = marked(node.data, marks)
+        case jinja2.nodes.Const(value=str() as text):
+            node.value = marked(text, marks)
+    for child in _written(node):
+        _mark_literals(child, marks)
+
+
+def _written(node: jinja2.nodes.Node) -> Iterable[jinja2.nodes.Node]:
+    """The parts of a node of which something may be written."""
+    match node:
+        case jinja2.nodes.Compare() | jinja2.nodes.Test():
+            return ()
+        case jinja2.nodes.Call(node=jinja2.nodes.Getattr(attr=name)) if name in _SEARCHES:
+            return (node.node, *node.args[1:])
+        case jinja2.nodes.Filter(name=name) if name in _SEARCHES:
+            return (*([node.node] if node.node else []), *node.args[1:])
+    return node.iter_child_nodes()
+
+
+def marked(text: str, marks: Mapping[str, str]) -> str:
+    """Replaces each special token in `text` by its mark, longer tokens first."""
+    if not marks:
+        return text
+    longest_first = sorted(marks, key=len, reverse=True)
+    return re.sub("|".join(map(re.escape, longest_first)), lambda found: marks[found[0]], text)
+
+
+def _to_json(
+    value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _strftime_now(date_format: str) -> str:
+    return datetime.now().strftime(date_format)
