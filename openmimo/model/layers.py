@@ -97,12 +97,17 @@ class Embedding(nn.Embedding):
     @property
     def device(self) -> torch.device:
         """Where the weight is."""
-        return next(self.parameters()).device
+        return self._stored().device
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype in which the weight is kept."""
-        return next(self.parameters()).dtype
+        return self._stored().dtype
+
+    def _stored(self) -> torch.Tensor:
+        """The weight, or what a parametrization computes it from."""
+        own = self._parameters
+        return own["weight"] if "weight" in own else next(self.parameters())
 
     def forward(self, tokens_T: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Token ids, int64 [T], to embeddings [T, D] in `dtype` (None: that of the weight)."""
