@@ -101,7 +101,9 @@ def test_public_things_have_docstrings():
                     if isinstance(method, ast.FunctionDef)
                     and not method.name.startswith("_")
                     and not ast.get_docstring(method)
-                    and (method.name, len(method.args.args)) not in documented
+                    and not documented.intersection(
+                        (name, method.name, len(method.args.args)) for name in ["", *map(name_of, node.bases)]
+                    )
                     and not (len(method.args.args) == 2 and method.args.args[0].arg == "ctx")
                     and method.args.args[:1] != []
                     and method.args.args[0].arg != "ctx"
@@ -109,19 +111,19 @@ def test_public_things_have_docstrings():
     assert not missing, "\n".join(missing)
 
 
-def documented_methods(trees: Iterable[ast.Module]) -> set[tuple[str, int]]:
-    """Name and number of arguments of each documented method of a Protocol or an abstract class.
+def documented_methods(trees: Iterable[ast.Module]) -> set[tuple[str, str, int]]:
+    """Class, name and number of arguments of the methods that another class documents.
 
-    A class that has such a method implements the protocol (protocols are structural), so it needs no docstring there.
+    That is a base class of the package or, as protocols are structural, any Protocol or abstract class (class "").
     """
-    return {
-        (method.name, len(method.args.args))
-        for tree in trees
-        for node in ast.walk(tree)
-        if isinstance(node, ast.ClassDef) and {"Protocol", "ABC"} & {name_of(base) for base in node.bases}
-        for method in node.body
-        if isinstance(method, (ast.FunctionDef, ast.AsyncFunctionDef)) and ast.get_docstring(method)
-    }
+    classes = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+    documented = set()
+    for node in classes:
+        names = [node.name, ""] if {"Protocol", "ABC"} & {name_of(base) for base in node.bases} else [node.name]
+        for method in node.body:
+            if isinstance(method, ast.FunctionDef | ast.AsyncFunctionDef) and ast.get_docstring(method):
+                documented |= {(name, method.name, len(method.args.args)) for name in names}
+    return documented
 
 
 def name_of(base: ast.expr) -> str:
