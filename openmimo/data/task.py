@@ -20,6 +20,7 @@ from openmimo.core.registry import Registry
 from openmimo.data.config import TaskConfig
 from openmimo.data.permutation import permuted
 from openmimo.data.source import FileContent, Split, split_of
+from openmimo.data.tokenizer import THINK_END
 
 HELD_OUT_FRACTION = 0.1
 MAX_DRAWS = 1000  # on the smaller side of that fraction
@@ -61,6 +62,21 @@ class ProblemSet:
     files: tuple[FileContent, ...]
 
 
+def final_answer(text: str) -> str:
+    """Returns the text after the reasoning, stripped."""
+    return text.rpartition(THINK_END)[2].strip()
+
+
+def exact_score(answer: str, text: str) -> float:
+    """Returns 1.0 if the final answer of `text` is `answer`, up to surrounding white space; else 0.0."""
+    return float(final_answer(text) == answer.strip())
+
+
+def answer_score(problem: Problem, text: str) -> float:
+    """Returns the `exact_score` of the reference answer."""
+    return exact_score(problem.answer, text)
+
+
 @dataclass(frozen=True)
 class TaskFamily:
     """A kind of problems.
@@ -71,7 +87,8 @@ class TaskFamily:
         difficulties: The levels it has.
         make: make(rng, difficulty, options) gives a problem, from nothing but its arguments.
         score: score(problem, text) says how right the answer `text` is, from 0.0 to 1.0. The reference answer gives
-            1.0, and no text raises. Text is never run: what only a library can judge goes through `runtime/isolated`.
+            1.0, and no text raises. The default compares the text with the reference answer. Text is never run: what
+            only a library can judge goes through `runtime/isolated`.
         is_instant: is_instant(options) says whether scoring takes microseconds, so that it needs no thread.
         problem_set: problem_set(options) gives all problems, for a finite family. Raises DataError.
     """
@@ -80,7 +97,7 @@ class TaskFamily:
     options: type
     difficulties: range
     make: Callable[[random.Random, int, Any], Problem]
-    score: Callable[[Problem, str], float]
+    score: Callable[[Problem, str], float] = answer_score
     is_instant: Callable[[Any], bool] = lambda options: True
     problem_set: Callable[[Any], ProblemSet] | None = None
 

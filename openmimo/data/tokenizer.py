@@ -26,7 +26,8 @@ END_OF_TEXT = "<|endoftext|>"
 TURN_START = "<|im_start|>"
 TURN_END = "<|im_end|>"
 CONTROL_TOKENS = (END_OF_TEXT, TURN_START, TURN_END)
-MARKUP_TOKENS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>")
+THINK_START, THINK_END = "<think>", "</think>"
+MARKUP_TOKENS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", THINK_START, THINK_END)
 SPECIAL_TOKENS = CONTROL_TOKENS + MARKUP_TOKENS
 
 # One alternative a line: contractions; a word with the character before it; one digit; punctuation with the line ends

@@ -13,6 +13,7 @@ from typing import NamedTuple, Protocol
 import torch
 
 from openmimo.kernels.attention import AttentionOut, attend
+from openmimo.kernels.experts import count_experts
 from openmimo.kernels.rotary import rotary_table
 from openmimo.model.geometry import AttentionConfig
 
@@ -28,6 +29,12 @@ class RoutingTape:
     record: bool = False
     recorded: dict[int, torch.Tensor] = field(default_factory=dict)
     replayed: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    def add_expert_load(self, load: dict[int, torch.Tensor], num_experts: int) -> None:
+        """Adds the recorded visits of each expert, int64 [experts], to the counts in `load` by layer."""
+        for layer, ids_TA in self.recorded.items():
+            counts = count_experts(ids_TA, num_experts)
+            load[layer] = load[layer] + counts if layer in load else counts
 
 
 class AttentionCall(NamedTuple):

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 import torch
 
 from openmimo.data.loader import Batch
+from openmimo.kernels.token_loss import IGNORED_LABEL
 from openmimo.model.context import PackedContext
 from openmimo.model.mimo import MiMo
 from openmimo.train.batches import to_device
-from openmimo.train.loss import IGNORED, MicroBatch, head_states
+from openmimo.train.loss import MicroBatch, head_states
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def evaluate(model: MiMo, batches: Iterable[Batch], sequence_length: int) -> Eva
         for head, (states_TD, labels_T) in enumerate(zip(states, micro.labels, strict=True)):
             losses_T = -model.head.logprobs(states_TD, labels_T).cpu()
             loss_sums[head] += losses_T.sum()
-            counts[head] += (labels_T != IGNORED).sum().cpu()
+            counts[head] += (labels_T != IGNORED_LABEL).sum().cpu()
             if head == 0:
                 _add_by_position(
                     losses_T, labels_T.cpu(), context.positions_T.cpu(), edges, position_sums, position_counts
@@ -77,7 +78,7 @@ def _agreement(model: MiMo, states: list[torch.Tensor], batch: MicroBatch) -> tu
     for head, states_TD in enumerate(states[1:]):
         draft_T = model.head.argmax(states_TD)
         # Head k at i drafts token i+2+k; the main head chooses that token at place i+1+k.
-        valid_T = batch.labels[1 + head] != IGNORED
+        valid_T = batch.labels[1 + head] != IGNORED_LABEL
         target_T = torch.roll(main_T, -(1 + head))
         agreed.append(((draft_T == target_T) & valid_T).sum())
         places.append(valid_T.sum())
@@ -103,4 +104,4 @@ def _add_by_position(
 ) -> None:
     bucket_T = torch.bucketize(positions_T, edges, right=True)
     sums.index_add_(0, bucket_T, losses_T)
-    counts.index_add_(0, bucket_T, (labels_T != IGNORED).float())
+    counts.index_add_(0, bucket_T, (labels_T != IGNORED_LABEL).float())

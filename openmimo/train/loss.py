@@ -7,11 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
+from openmimo.kernels.token_loss import IGNORED_LABEL
 from openmimo.model.context import PackedContext
 from openmimo.model.mimo import MiMo
 from openmimo.model.mtp import shift_within_documents
-
-IGNORED = -1
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,7 @@ class MicroBatch:
 
     def label_counts(self) -> torch.Tensor:
         """Number of labels of each head, int64 [heads]."""
-        return torch.stack([(labels_T != IGNORED).sum() for labels_T in self.labels])
+        return torch.stack([(labels_T != IGNORED_LABEL).sum() for labels_T in self.labels])
 
 
 def micro_batch(
@@ -37,9 +36,9 @@ def micro_batch(
 
     loss_mask_T, bool [T]: which tokens count as labels (None: all).
     """
-    label_tokens_T = tokens_T if loss_mask_T is None else torch.where(loss_mask_T, tokens_T, IGNORED)
+    label_tokens_T = tokens_T if loss_mask_T is None else torch.where(loss_mask_T, tokens_T, IGNORED_LABEL)
     labels = tuple(
-        shift_within_documents(label_tokens_T, document_lengths, by=1 + head, fill=IGNORED)
+        shift_within_documents(label_tokens_T, document_lengths, by=1 + head, fill=IGNORED_LABEL)
         for head in range(1 + num_mtp_heads)
     )
     return MicroBatch(tokens_T, document_lengths, labels)

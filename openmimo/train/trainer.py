@@ -29,7 +29,6 @@ from openmimo.train.batches import load_micro_batches
 from openmimo.train.checkpoint import Checkpoints, Progress, load_optimizer_state, optimizer_state
 from openmimo.train.config import PretrainConfig, Stage
 from openmimo.train.evaluate import evaluate
-from openmimo.train.expert_load import add_expert_load
 from openmimo.train.guard import StepGuard
 from openmimo.train.loss import MicroBatch, training_loss
 from openmimo.train.optim import build_optimizer, clip_gradients
@@ -187,7 +186,8 @@ class Trainer:
             loss, shares = training_loss(self.model, batch, context, label_counts=counts, mtp_weight=stage.mtp_weight)
             loss.backward()
             losses += shares
-            add_expert_load(load, context.routing, self.model)
+            if self.model.config.moe is not None:
+                context.routing.add_expert_load(load, self.model.config.moe.num_experts)
         return losses, load
 
     def save(self) -> Path:

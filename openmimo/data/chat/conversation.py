@@ -14,11 +14,9 @@ import numpy as np
 from openmimo.core.errors import DataError
 from openmimo.core.records import Message
 from openmimo.data.chat.template import encode_chat, message_dict
-from openmimo.data.tokenizer import Tokenizer
+from openmimo.data.tokenizer import THINK_END, THINK_START, Tokenizer
 
 AnyMessage = Message | Mapping[str, Any]
-
-THINK_START, THINK_END = "<think>", "</think>"
 
 
 def encode_prompt(

@@ -28,12 +28,12 @@ from enum import Enum, auto
 from typing import Any
 
 from openmimo.data.chat.tool_arguments import ArgumentValue, argument_types, quoted
+from openmimo.data.tokenizer import THINK_END, THINK_START
 
-_THINK, _END_OF_THINK = "<think>", "</think>"
 _BLOCK, _END_OF_BLOCK = "<tool_call>", "</tool_call>"
 _FUNCTION, _END_OF_FUNCTION = "<function=", "</function>"
 _PARAMETER, _END_OF_PARAMETER = "<parameter=", "</parameter>"
-_FIXED_MARKS = (_THINK, _END_OF_THINK, _BLOCK, _END_OF_BLOCK, _END_OF_FUNCTION, _END_OF_PARAMETER)
+_FIXED_MARKS = (THINK_START, THINK_END, _BLOCK, _END_OF_BLOCK, _END_OF_FUNCTION, _END_OF_PARAMETER)
 
 # Names are bounded, so that what may become a mark is held back for so many characters and no more.
 _NAME = r"(?:<function=|<parameter=)[^<>\n]"
@@ -196,7 +196,7 @@ class ChatParser:
                 self._take_mark_in_value(mark)
 
     def _take_mark_in_text(self, mark: str) -> None:
-        if mark == (_END_OF_THINK if self._is_thinking else _THINK):
+        if mark == (THINK_END if self._is_thinking else THINK_START):
             self._is_thinking = not self._is_thinking
         elif mark == _BLOCK and self._reads_calls:
             self._state = _ParserState.BLOCK
@@ -222,7 +222,7 @@ class ChatParser:
             self._end_call(_ParserState.AFTER_CALL)
         elif mark == _END_OF_BLOCK:
             self._end_call(_ParserState.TEXT)
-        elif mark in (_THINK, _END_OF_THINK, _BLOCK):
+        elif mark in (THINK_START, THINK_END, _BLOCK):
             self._end_call(_ParserState.TEXT)
             self._take_mark_in_text(mark)
         else:

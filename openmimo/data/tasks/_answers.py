@@ -6,9 +6,9 @@ import re
 from fractions import Fraction
 
 from openmimo.core.errors import ConfigError
+from openmimo.data.task import final_answer
 from openmimo.runtime.isolated.calls import Call, isolated_calls
 
-THINK_END = "</think>"
 METHODS = ("exact", "contains", "numeric", "math")
 
 MATH_SECONDS = 5.0
@@ -16,16 +16,6 @@ MAX_MATH_CHARACTERS = 10_000
 
 # A sign belongs to a number only where no word or bracket ends before it: in 10-5 the last number is 5.
 _NUMBER = re.compile(r"(?:(?<![\w.)\]])[-+])?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{1,3})?(?:\s*/\s*\d+)?")
-
-
-def final_answer(text: str) -> str:
-    """What the text says after its reasoning, without blanks around it."""
-    return text.rpartition(THINK_END)[2].strip()
-
-
-def exact_score(answer: str, text: str) -> float:
-    """1.0 if `text` is the answer, up to blanks around it."""
-    return float(final_answer(text) == answer.strip())
 
 
 def normalized(text: str) -> str:

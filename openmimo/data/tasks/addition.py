@@ -6,7 +6,6 @@ from typing import Annotated
 
 from openmimo.core.fields import Bounds
 from openmimo.data.task import Problem, TaskFamily
-from openmimo.data.tasks._answers import exact_score
 
 
 @dataclass(frozen=True)
@@ -30,15 +29,9 @@ def make(rng: random.Random, difficulty: int, options: Options) -> Problem:
     )
 
 
-def score(problem: Problem, text: str) -> float:
-    """1.0 for the sum."""
-    return exact_score(problem.answer, text)
-
-
 PLUGIN = TaskFamily(
     describe="add numbers of as many digits as the difficulty (options: reversed_answer, terms)",
     options=Options,
     difficulties=range(1, 21),
     make=make,
-    score=score,
 )

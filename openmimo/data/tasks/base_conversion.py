@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 from openmimo.core.errors import ConfigError
 from openmimo.data.task import Problem, TaskFamily
-from openmimo.data.tasks._answers import exact_score
 
 
 @dataclass(frozen=True)
@@ -39,15 +38,9 @@ def _in_base(number: int, base: int) -> str:
     return digits
 
 
-def score(problem: Problem, text: str) -> float:
-    """1.0 for the number in that base."""
-    return exact_score(problem.answer, text)
-
-
 PLUGIN = TaskFamily(
     describe="write a number of as many digits as the difficulty in another base (options: min_base, max_base)",
     options=Options,
     difficulties=range(1, 11),
     make=make,
-    score=score,
 )

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from openmimo.core.errors import ConfigError
 from openmimo.core.fields import Fraction
 from openmimo.data.task import Problem, TaskFamily
-from openmimo.data.tasks._answers import exact_score
 
 
 @dataclass(frozen=True)
@@ -46,15 +45,9 @@ def _operand(rng: random.Random, num_operators: int, options: Options) -> tuple[
     return ("!" + text, not value) if rng.random() < options.negation else (text, value)
 
 
-def score(problem: Problem, text: str) -> float:
-    """1.0 for the value, 0 or 1."""
-    return exact_score(problem.answer, text)
-
-
 PLUGIN = TaskFamily(
     describe="evaluate a logical expression of as many operators as the difficulty (options: negation, operators)",
     options=Options,
     difficulties=range(1, 17),
     make=make,
-    score=score,
 )

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 from openmimo.core.errors import ConfigError
 from openmimo.data.task import Problem, TaskFamily
-from openmimo.data.tasks._answers import exact_score
 
 PAIRS = {"(": ")", "[": "]", "{": "}", "<": ">"}
 
@@ -37,15 +36,9 @@ def make(rng: random.Random, difficulty: int, options: Options) -> Problem:
     )
 
 
-def score(problem: Problem, text: str) -> float:
-    """1.0 for the closing brackets."""
-    return exact_score(problem.answer, text)
-
-
 PLUGIN = TaskFamily(
     describe="close as many open brackets as the difficulty (options: num_kinds)",
     options=Options,
     difficulties=range(1, 17),
     make=make,
-    score=score,
 )

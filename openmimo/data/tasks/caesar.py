@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from openmimo.core.errors import ConfigError
 from openmimo.data.task import Problem, TaskFamily
-from openmimo.data.tasks._answers import exact_score
 
 
 @dataclass(frozen=True)
@@ -33,15 +32,9 @@ def make(rng: random.Random, difficulty: int, options: Options) -> Problem:
     )
 
 
-def score(problem: Problem, text: str) -> float:
-    """1.0 for the shifted letters."""
-    return exact_score(problem.answer, text)
-
-
 PLUGIN = TaskFamily(
     describe="shift as many letters as the difficulty along the alphabet (options: max_shift)",
     options=Options,
     difficulties=range(2, 33),
     make=make,
-    score=score,
 )

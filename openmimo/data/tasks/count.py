@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 from openmimo.core.errors import ConfigError
 from openmimo.data.task import Problem, TaskFamily
-from openmimo.data.tasks._answers import exact_score
 
 
 @dataclass(frozen=True)
@@ -32,15 +31,9 @@ def make(rng: random.Random, difficulty: int, options: Options) -> Problem:
     )
 
 
-def score(problem: Problem, text: str) -> float:
-    """1.0 for the count."""
-    return exact_score(problem.answer, text)
-
-
 PLUGIN = TaskFamily(
     describe="count a digit among as many as the difficulty (options: num_digits)",
     options=Options,
     difficulties=range(2, 33),
     make=make,
-    score=score,
 )

@@ -6,8 +6,7 @@ from typing import Annotated
 
 from openmimo.core.errors import ConfigError
 from openmimo.core.fields import Bounds
-from openmimo.data.task import Problem, TaskFamily
-from openmimo.data.tasks._answers import final_answer
+from openmimo.data.task import Problem, TaskFamily, final_answer
 from openmimo.data.tasks._arithmetic import ExpressionError, evaluate
 
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 from openmimo.data.task import Problem, TaskFamily
-from openmimo.data.tasks._answers import exact_score
 
 
 @dataclass(frozen=True)
@@ -33,15 +32,9 @@ def make(rng: random.Random, difficulty: int, options: Options) -> Problem:
     )
 
 
-def score(problem: Problem, text: str) -> float:
-    """1.0 for the value."""
-    return exact_score(problem.answer, text)
-
-
 PLUGIN = TaskFamily(
     describe="find the value of a key among as many pairs as the difficulty (options: hops)",
     options=Options,
     difficulties=range(1, 27),
     make=make,
-    score=score,
 )

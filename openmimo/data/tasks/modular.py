@@ -6,7 +6,6 @@ from typing import Annotated
 
 from openmimo.core.fields import Bounds
 from openmimo.data.task import Problem, TaskFamily
-from openmimo.data.tasks._answers import exact_score
 
 
 @dataclass(frozen=True)
@@ -29,15 +28,9 @@ def make(rng: random.Random, difficulty: int, options: Options) -> Problem:
     )
 
 
-def score(problem: Problem, text: str) -> float:
-    """1.0 for the remainder."""
-    return exact_score(problem.answer, text)
-
-
 PLUGIN = TaskFamily(
     describe="a*b+c modulo m, of numbers of as many digits as the difficulty (options: max_modulus)",
     options=Options,
     difficulties=range(1, 11),
     make=make,
-    score=score,
 )

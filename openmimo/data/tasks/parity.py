@@ -3,8 +3,7 @@
 import random
 from dataclasses import dataclass
 
-from openmimo.data.task import Problem, TaskFamily
-from openmimo.data.tasks._answers import exact_score, final_answer
+from openmimo.data.task import Problem, TaskFamily, exact_score, final_answer
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,7 @@ from typing import Annotated, Literal
 import numpy as np
 
 from openmimo.core.fields import Bounds
-from openmimo.data.task import Problem, TaskFamily
-from openmimo.data.tasks._answers import final_answer
+from openmimo.data.task import Problem, TaskFamily, final_answer
 from openmimo.data.tasks._graded_tests import difficulty_groups, soft_reward, strict_reward
 from openmimo.data.tasks._mini_language import Program, ProgramError, parse, passes, random_operation, run, to_text
 

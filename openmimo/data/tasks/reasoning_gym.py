@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from openmimo.core.errors import ConfigError, DataError
-from openmimo.data.task import Problem, TaskFamily
-from openmimo.data.tasks._answers import final_answer
+from openmimo.data.task import Problem, TaskFamily, final_answer
 from openmimo.runtime.isolated.calls import Call, isolated_calls
 
 SCORE_SECONDS = 5.0

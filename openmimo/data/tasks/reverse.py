@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from openmimo.core.errors import ConfigError
 from openmimo.data.task import Problem, TaskFamily
-from openmimo.data.tasks._answers import exact_score
 
 
 @dataclass(frozen=True)
@@ -26,15 +25,9 @@ def make(rng: random.Random, difficulty: int, options: Options) -> Problem:
     return Problem(family="reverse", difficulty=difficulty, prompt="rev " + letters, answer=letters[::-1])
 
 
-def score(problem: Problem, text: str) -> float:
-    """1.0 for the letters backwards."""
-    return exact_score(problem.answer, text)
-
-
 PLUGIN = TaskFamily(
     describe="reverse as many letters as the difficulty (options: num_letters)",
     options=Options,
     difficulties=range(2, 33),
     make=make,
-    score=score,
 )

@@ -4,7 +4,6 @@ import random
 from dataclasses import dataclass
 
 from openmimo.data.task import Problem, TaskFamily
-from openmimo.data.tasks._answers import exact_score
 
 
 @dataclass(frozen=True)
@@ -25,15 +24,9 @@ def make(rng: random.Random, difficulty: int, options: Options) -> Problem:
     )
 
 
-def score(problem: Problem, text: str) -> float:
-    """1.0 for all digits in order."""
-    return exact_score(problem.answer, text)
-
-
 PLUGIN = TaskFamily(
     describe="sort as many digits as the difficulty (options: descending)",
     options=Options,
     difficulties=range(2, 33),
     make=make,
-    score=score,
 )

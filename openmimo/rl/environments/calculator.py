@@ -11,7 +11,7 @@ from typing import Any
 from openmimo.core.errors import ConfigError
 from openmimo.core.records import Message
 from openmimo.data.source import Split
-from openmimo.data.tasks._answers import exact_score
+from openmimo.data.task import exact_score
 from openmimo.data.tasks._arithmetic import ExpressionError, evaluate
 from openmimo.rl.agents.environment import Environment, EnvResponse
 from openmimo.rl.agents.problem_stream import Question, check_difficulties, problem_stream

@@ -24,7 +24,6 @@ from openmimo.rl.learning.packing import PackedSamples, packs
 from openmimo.rl.losses.diagnostics import batch_diagnostics
 from openmimo.rl.losses.tokens import TokenBatch
 from openmimo.train.config import OptimizerConfig
-from openmimo.train.expert_load import add_expert_load
 from openmimo.train.guard import StepGuard
 from openmimo.train.loss import micro_batch, shifted_tokens
 from openmimo.train.optim import build_optimizer, clip_gradients
@@ -175,7 +174,8 @@ class PolicyTrainer:
             losses.append(loss.detach())
             report.loss += float(loss.detach())
             report.num_tokens += len(pack.tokens_T)
-            add_expert_load(report.load, context.routing, self.model)
+            if self.model.config.moe is not None:
+                context.routing.add_expert_load(report.load, self.model.config.moe.num_experts)
             _add_means(sums, self._diagnostics(forward, gate or {}), len(pack.labels_N))
         self._step(report, learned, losses, learning_rate, version)
         report.diagnostics = _means(sums)

@@ -20,9 +20,9 @@ import numpy as np
 from openmimo.core.errors import ConfigError
 from openmimo.core.records import Completion, Message, Request, SamplingParams
 from openmimo.core.samples import Sample
-from openmimo.data.chat.conversation import THINK_END, THINK_START, encode_prompt
+from openmimo.data.chat.conversation import encode_prompt
 from openmimo.data.chat.template import encode_chat
-from openmimo.data.tokenizer import Tokenizer
+from openmimo.data.tokenizer import THINK_END, THINK_START, Tokenizer
 from openmimo.engine.engine import Engine
 from openmimo.engine.request_state import RequestState
 from openmimo.rl.agents.environment import EnvResponse, Episode, ReplacesContext

@@ -16,13 +16,12 @@ from openmimo.data.chat.parser import (
     ToolCallEnd,
     ToolCallStart,
 )
-from openmimo.data.tokenizer import Tokenizer
+from openmimo.data.tokenizer import THINK_END, THINK_START, Tokenizer
 from openmimo.engine.server.http.errors import invalid
 from openmimo.engine.server.openai.prompts import encode_messages
 from openmimo.engine.server.openai.schema import ChatMessage, TemplateOptions
 from openmimo.engine.server.openai.tools import CALL_MARK, ToolPolicy
 
-_THINK, _END_OF_THINK = "<think>", "</think>"
 _THINKING_EFFORTS = ("low", "medium", "high", "xhigh")
 
 
@@ -115,7 +114,7 @@ class ChatReply:
         )
         self._num_whole_calls = 0
         self._one_call = prompt.policy.one_call
-        self._marks = (_id_of(tokenizer, _THINK), _id_of(tokenizer, _END_OF_THINK))
+        self._marks = (_id_of(tokenizer, THINK_START), _id_of(tokenizer, THINK_END))
         self._is_thinking = prompt.starts_thinking
         self._opening = prompt.policy.opening
 
@@ -190,7 +189,7 @@ class ChatReply:
 
 def _ends_in_thought(tokenizer: Tokenizer, ids: Sequence[int]) -> bool:
     """Whether a template has opened the model's thinking at the end of the prompt."""
-    opening, closing = _id_of(tokenizer, _THINK), _id_of(tokenizer, _END_OF_THINK)
+    opening, closing = _id_of(tokenizer, THINK_START), _id_of(tokenizer, THINK_END)
     last = next((token for token in reversed(ids) if token in (opening, closing)), None)
     return last is not None and last == opening
 

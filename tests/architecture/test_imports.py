@@ -1,0 +1,59 @@
+"""What a module brings with it: its static import closure stays small, and no modules import each other in a circle.
+
+The imports are those in the source, anywhere in a file and under TYPE_CHECKING too. Empty files do not count.
+"""
+
+import ast
+import functools
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+FILES = {module_name(path): path for path in (ROOT / "openmimo").rglob("*.py")}
+
+
+@functools.cache
+def imports_of(module: str) -> frozenset[str]:
+    """The modules of the package that a module imports."""
+    found = set()
+    for node in ast.walk(ast.parse(FILES[module].read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if name in FILES else node.module for name in names}
+    return frozenset(found & set(FILES))
+
+
+def closure_of(module: str) -> set[str]:
+    """The module and every module that it imports, directly or through others."""
+    found, waiting = {module}, [module]
+    while waiting:
+        new = imports_of(waiting.pop()) - found
+        found |= new
+        waiting += new
+    return {name for name in found if FILES[name].read_text().strip()}
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    try:
+        TopologicalSorter({module: imports_of(module) for module in FILES}).prepare()
+    except CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
+
+
+@pytest.mark.parametrize(
+    ("module", "most"), [("openmimo.train.pretrain", 65), ("openmimo.engine.llm", 63), ("openmimo.rl.run", 117)]
+)
+def test_one_path_needs_few_files(module, most):
+    closure = closure_of(module)
+    assert len(closure) <= most, f"{module} needs {len(closure)} files: {', '.join(sorted(closure))}"
