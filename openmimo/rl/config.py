@@ -14,6 +14,7 @@ from openmimo.core.fields import (
     Seed,
     check_fields,
 )
+from openmimo.core.renamed import renamed_keys
 from openmimo.engine.config import EngineConfig
 from openmimo.train.config import CheckpointConfig, FromCheckpoint, OptimizerConfig, RunConfig, part_of
 
@@ -212,6 +213,7 @@ class RlEvaluation:
         check_fields(self, "evaluation")
 
 
+@renamed_keys()
 @dataclass(frozen=True)
 class RlConfig(BatchConfig, RunConfig, FromCheckpoint):
     """A complete run of reinforcement learning, from a checkpoint to a better one.
@@ -315,6 +317,7 @@ class RlConfig(BatchConfig, RunConfig, FromCheckpoint):
         return SchedulerConfig(sources=quotas, seed=self.seed, **shared, **details)
 
 
+@renamed_keys()
 @dataclass(frozen=True, kw_only=True)
 class MopdConfig(RlConfig):
     """A run of multi-teacher on-policy distillation: the student writes, the teacher of the domain judges every token.

@@ -201,6 +201,7 @@ class FromCheckpoint:
     checkpoint: str
 
 
+@renamed_keys({"optimiser": "optimizer"})
 @dataclass(frozen=True)
 class RunConfig:
     """Settings of every run: its folder, its device, its checkpoints.
@@ -342,4 +343,4 @@ class SftConfig(PhaseSettings, TrainConfig, FromCheckpoint):
         return PretrainConfig(stages=(phase,), init_from=self.checkpoint, **part_of(self, TrainConfig))
 
 
-__getattr__ = renamed_names(__name__, {"Stage": "Phase"})
+__getattr__ = renamed_names(__name__, {"Stage": "Phase", "OptimiserConfig": "OptimizerConfig"})

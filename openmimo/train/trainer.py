@@ -24,7 +24,7 @@ from openmimo.model.context import PackedContext, RoutingTape
 from openmimo.model.flops import training_flops_per_token
 from openmimo.model.mimo import MiMo
 from openmimo.model.recompute import checkpoint_activations
-from openmimo.runtime.device import fastest_dtype, measured_matmul_flops, peak_memory_bytes, synchronize
+from openmimo.runtime.device import activation_dtype, measured_matmul_flops, peak_memory_bytes, synchronize
 from openmimo.train.batches import load_micro_batches
 from openmimo.train.checkpoint import Checkpoints, Progress, load_optimizer_state, optimizer_state
 from openmimo.train.config import Phase, PretrainConfig
@@ -34,8 +34,6 @@ from openmimo.train.guard import StepGuard
 from openmimo.train.loss import MicroBatch, training_loss
 from openmimo.train.optim import build_optimizer, clip_gradients
 from openmimo.train.schedule import learning_rate, place_of, rows_of_step, total_steps
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
 @dataclass(frozen=True)
@@ -85,7 +83,7 @@ class Trainer:
     ):
         self.config = config
         self.model = model.train()
-        self.model.compute_dtype = fastest_dtype(device) if config.dtype == "auto" else DTYPES[config.dtype]
+        self.model.compute_dtype = activation_dtype(config.dtype, device)
         if config.activation_checkpointing:
             checkpoint_activations(self.model)
         self.tokenizer = tokenizer
