@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny_checkpoint import save_tiny_checkpoint
 
 import openmimo
 from openmimo.arguments import parse
@@ -25,7 +26,6 @@ from openmimo.engine.llm import LLM
 from openmimo.evals.config import EvalConfig
 from openmimo.rl.config import BatchConfig, CompareConfig, MopdConfig, RlConfig, SchedulerConfig
 from openmimo.train.config import ExtendConfig, PhaseSettings, PretrainConfig, RunConfig, SftConfig, TrainConfig
-from tests.tiny_checkpoint import save_tiny_checkpoint
 
 PACKAGE = Path(openmimo.__file__).parent
 COMMANDS = (

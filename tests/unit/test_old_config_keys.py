@@ -1,19 +1,27 @@
 """Config keys, options and names of the version before: read with one warning that names the new ones."""
 
+import io
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
 
 import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+from tiny_checkpoint import save_tiny_checkpoint
 
 import openmimo.train.config
 from openmimo.arguments import with_new_options
 from openmimo.cli import load_recipe
 from openmimo.core import config as config_io
 from openmimo.core.errors import ConfigError
+from openmimo.data.config import MixtureConfig, SourceConfig
 from openmimo.rl.config import MopdConfig
-from openmimo.train.config import Phase, PretrainConfig, SftConfig
+from openmimo.train.config import CheckpointConfig, EvaluationConfig, Phase, PretrainConfig, SftConfig
+from openmimo.train.pretrain import sft
 
 OLD = {
     "global_batch_size": "rows", "learning_rate": "peak_lr", "end_learning_rate": "end_lr",
@@ -76,3 +84,27 @@ def test_an_old_option_reaches_the_run(tmp_path):
     ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert ended.returncode == 1
     assert "global_batch_size is 0" in ended.stderr
+
+
+def test_a_run_folder_of_the_version_before_is_resumed(tmp_path):
+    start = save_tiny_checkpoint(tmp_path / "start")
+    source = SourceConfig("repeats", options={"alphabet": "characters", "min_length": 64})
+    config = SftConfig(
+        str(start), str(tmp_path / "run"), mixture=MixtureConfig((source,), validation_fraction=0.05), steps=2,
+        sequence_length=64, global_batch_size=2, micro_batch_size=2, device="cpu", dtype="float32",
+        checkpoints=CheckpointConfig(every_steps=1), evaluation=EvaluationConfig(every_steps=5, batches=1),
+    )  # fmt: skip
+    model = sft(config, console=Console(file=io.StringIO()))
+    expected = load_file(model / "model.safetensors")
+    shutil.rmtree(model)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000002")
+    saved = tmp_path / "run" / "config.json"
+    saved.write_text(json.dumps(with_old_keys(json.loads(saved.read_text()))))
+    trainer = tmp_path / "run" / "checkpoints" / "step-00000001" / "trainer"
+    (trainer / "optimizer.safetensors").rename(trainer / "optimiser.safetensors")
+    manifest = (trainer / "manifest.json").read_text()
+    (trainer / "manifest.json").write_text(manifest.replace("optimizer.safetensors", "optimiser.safetensors"))
+    output = io.StringIO()
+    resumed = load_file(sft(config, console=Console(file=output)) / "model.safetensors")
+    assert "step-00000001" in output.getvalue().replace("\n", "")
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in expected.items())
