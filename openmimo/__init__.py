@@ -5,14 +5,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from openmimo.core.records import Completion, Message, SamplingParams
+    from openmimo.engine.config import EngineConfig
     from openmimo.engine.llm import LLM
     from openmimo.model.hf import load_model, save_model
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "Completion", "Message", "SamplingParams", "load_model", "save_model"]
+__all__ = ["LLM", "Completion", "EngineConfig", "Message", "SamplingParams", "load_model", "save_model"]
 
 _HOME = {
     "LLM": "openmimo.engine.llm",
+    "EngineConfig": "openmimo.engine.config",
     "Completion": "openmimo.core.records",
     "Message": "openmimo.core.records",
     "SamplingParams": "openmimo.core.records",

@@ -1,15 +1,19 @@
 """Parsing the words of a command: anything wrong with them is one paragraph, a UsageError."""
 
 import contextlib
+import dataclasses
 import io
 import os
 import re
+import typing
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import tyro
 
 from openmimo.core.errors import UserError
+from openmimo.core.fields import field_types
+from openmimo.core.renamed import new_key, warn_of_renamed
 
 _MAX_CHARACTERS = 2000
 _ESCAPE = re.compile(r"\x1b\[[0-9;]*m")
@@ -33,9 +37,43 @@ def parse(target: Callable[..., Any], arguments: list[str], prog: str, default: 
         ConfigError: A value is out of its range.
     """
     _check_encoding(arguments, prog)
+    if isinstance(target, type):
+        arguments = with_new_options(target, arguments, prog)
     given = {} if default is None else {"default": default}
     with usage_paragraph(prog):
         return tyro.cli(target, args=arguments, prog=prog, **given)
+
+
+def with_new_options(config_type: type, arguments: list[str], prog: str) -> list[str]:
+    """The arguments with renamed options under their new names; prints one warning if there are any."""
+    renamed: dict[str, str] = {}
+    result = []
+    for word in arguments:
+        option, equals, value = word.partition("=")
+        new = _new_option(config_type, option) if option.startswith("--") else option
+        if new != option:
+            renamed[option] = new
+        result.append(f"{new}{equals}{value}")
+    if renamed:
+        warn_of_renamed(prog, tuple(renamed.items()))
+    return result
+
+
+def _new_option(config_type: Any, option: str) -> str:
+    """An option with its renamed keys replaced: --stages.0.peak-lr becomes --stages.0.learning-rate."""
+    path = []
+    for key in option.removeprefix("--").split("."):
+        if not key.isdigit():
+            while not dataclasses.is_dataclass(config_type) and typing.get_args(config_type):
+                config_type = typing.get_args(config_type)[0]
+            if not dataclasses.is_dataclass(config_type):
+                return option
+            name = key.replace("-", "_")
+            new = new_key(config_type, name)
+            key = key if new is None else new.replace("_", "-")
+            config_type = field_types(config_type).get(name if new is None else new)
+        path.append(key)
+    return "--" + ".".join(path)
 
 
 @contextlib.contextmanager

@@ -346,7 +346,6 @@ class SpeakOptions:
 
     Attributes:
         path: A checkpoint folder with a tokenizer.
-        speculative: Draft with the MTP heads (by default wherever there are some; the text is the same either way).
         dtype: Of weights and activations.
         device: auto (an accelerator if there is one), cpu, or a device of torch.
         thinking: Let a chat model think before it answers.
@@ -355,7 +354,7 @@ class SpeakOptions:
 
     path: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PATH")]
     sampling: Annotated[SamplingParams, tyro.conf.arg(name="")] = SamplingParams()
-    speculative: bool | None = None
+    engine: Annotated[EngineConfig, tyro.conf.arg(name="")] = EngineConfig(mixed_prefill_tokens=1024)
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: str = "auto"
     thinking: bool = False
@@ -401,7 +400,7 @@ def _chat(arguments: list[str]) -> None:
 def _load(options: SpeakOptions) -> Any:
     from openmimo.engine import terminal
 
-    return terminal.load(options.path, speculative=options.speculative, dtype=options.dtype, device=options.device)
+    return terminal.load(options.path, options.engine, dtype=options.dtype, device=options.device)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ with sinks. `openmimo pretrain ablation:all_global`, `ablation:no_sink`, `ablati
 
 from dataclasses import replace
 
-from openmimo.train.config import EvaluationConfig, PretrainConfig, Stage
+from openmimo.train.config import EvaluationConfig, Phase, PretrainConfig
 from recipes import tiny_cpu
 
 
@@ -25,15 +25,15 @@ def all_global() -> PretrainConfig:
 
 def _arm(name: str, model: str) -> PretrainConfig:
     """One million tokens of text in rows of 256, eight windows long."""
-    text = Stage(
-        name="text", steps=500, sequence_length=256, rows=8, warmup_steps=30, peak_lr=3e-3, end_lr=3e-4,
-        mixture=tiny_cpu.mixture(tiny_cpu.TEXT), bias_rate=1e-2,
+    text = Phase(
+        name="text", steps=500, sequence_length=256, global_batch_size=8, warmup_steps=30, learning_rate=3e-3,
+        end_learning_rate=3e-4, mixture=tiny_cpu.mixture(tiny_cpu.TEXT), bias_rate=1e-2,
     )  # fmt: skip
     return replace(
         tiny_cpu.pretrain(),
         run_folder=f"runs/ablation_{name}",
         model=model,
         stages=(text,),
-        rows_per_microbatch=8,
+        micro_batch_size=8,
         evaluation=EvaluationConfig(every_steps=100, batches=16),
     )

@@ -5,7 +5,7 @@ Its text and its repeated passages are those of `drafts_cpu`: `benchmarks/bench_
 
 from dataclasses import replace
 
-from openmimo.train.config import CheckpointConfig, EvaluationConfig, PretrainConfig, Stage
+from openmimo.train.config import CheckpointConfig, EvaluationConfig, Phase, PretrainConfig
 from recipes.tiny_cpu import REPEATS, TEXT, mixture
 
 
@@ -16,20 +16,20 @@ def pretrain() -> PretrainConfig:
         run_folder="runs/drafts_1gpu",
         model="deep",
         stages=(
-            Stage(
-                name="copy", steps=150, sequence_length=64, rows=256, warmup_steps=50, constant_steps=100,
-                peak_lr=2e-3, end_lr=2e-3, mixture=mixture(REPEATS), mtp_weight=0.3, bias_rate=1e-2,
+            Phase(
+                name="copy", steps=150, sequence_length=64, global_batch_size=256, warmup_steps=50, constant_steps=100,
+                learning_rate=2e-3, end_learning_rate=2e-3, mixture=mixture(REPEATS), mtp_weight=0.3, bias_rate=1e-2,
             ),
-            Stage(
-                name="text", steps=300, sequence_length=256, rows=128, constant_steps=300, peak_lr=2e-3, end_lr=2e-3,
-                mixture=data, mtp_weight=0.3, bias_rate=1e-3,
+            Phase(
+                name="text", steps=300, sequence_length=256, global_batch_size=128, constant_steps=300,
+                learning_rate=2e-3, end_learning_rate=2e-3, mixture=data, mtp_weight=0.3, bias_rate=1e-3,
             ),
-            Stage(
-                name="drafts", steps=150, sequence_length=256, rows=128, peak_lr=2e-3, end_lr=5e-5, mixture=data,
-                mtp_weight=1.0, bias_rate=1e-4,
+            Phase(
+                name="drafts", steps=150, sequence_length=256, global_batch_size=128, learning_rate=2e-3,
+                end_learning_rate=5e-5, mixture=data, mtp_weight=1.0, bias_rate=1e-4,
             ),
         ),
-        rows_per_microbatch=256,
+        micro_batch_size=256,
         checkpoints=CheckpointConfig(every_steps=500),
         evaluation=EvaluationConfig(every_steps=300, batches=2),
         loader_workers=2,

@@ -7,7 +7,7 @@ The corpora are not public: put your own in the place of the text folders.
 import math
 
 from openmimo.data.config import MixtureConfig, SourceConfig
-from openmimo.train.config import CheckpointConfig, EvaluationConfig, PretrainConfig, Stage
+from openmimo.train.config import CheckpointConfig, EvaluationConfig, Phase, PretrainConfig
 
 TRILLION = 10**12
 LONG = 262_144
@@ -46,24 +46,25 @@ def pretrain() -> PretrainConfig:
         run_folder="runs/flash_309b",
         model="flash_base",
         stages=(
-            Stage(
-                name="1", steps=steps_from_start(22 * TRILLION), sequence_length=SHORT, rows=ROWS,
-                rows_at_start=ROWS_AT_START, rows_warmup_steps=RAMP_STEPS, warmup_steps=warmup,
-                constant_steps=steps_from_start(12.05 * TRILLION) - warmup, peak_lr=3.2e-4, end_lr=1e-4,
-                mtp_weight=0.3, bias_rate=1e-3, mixture=MixtureConfig((text("corpus/general"),)),
+            Phase(
+                name="1", steps=steps_from_start(22 * TRILLION), sequence_length=SHORT, global_batch_size=ROWS,
+                initial_batch_size=ROWS_AT_START, batch_warmup_steps=RAMP_STEPS, warmup_steps=warmup,
+                constant_steps=steps_from_start(12.05 * TRILLION) - warmup, learning_rate=3.2e-4,
+                end_learning_rate=1e-4, mtp_weight=0.3, bias_rate=1e-3,
+                mixture=MixtureConfig((text("corpus/general"),)),
             ),
-            Stage(
-                name="2", steps=short_steps(4 * TRILLION), sequence_length=SHORT, rows=ROWS, peak_lr=1e-4, end_lr=3e-5,
-                mtp_weight=0.1, bias_rate=1e-3,
+            Phase(
+                name="2", steps=short_steps(4 * TRILLION), sequence_length=SHORT, global_batch_size=ROWS,
+                learning_rate=1e-4, end_learning_rate=3e-5, mtp_weight=0.1, bias_rate=1e-3,
                 mixture=code,
             ),
-            Stage(
-                name="3", steps=round(TRILLION / (256 * LONG)), sequence_length=LONG, rows=256,
-                peak_lr=3e-5, end_lr=1e-5, mtp_weight=0.1, bias_rate=1e-5, full_rope_theta=5_000_000.0,
+            Phase(
+                name="3", steps=round(TRILLION / (256 * LONG)), sequence_length=LONG, global_batch_size=256,
+                learning_rate=3e-5, end_learning_rate=1e-5, mtp_weight=0.1, bias_rate=1e-5, full_rope_theta=5_000_000.0,
                 mixture=code,
             ),
         ),
-        rows_per_microbatch=1,
+        micro_batch_size=1,
         activation_checkpointing=True,
         checkpoints=CheckpointConfig(every_steps=500, keep_last=2, keep_every=5000),
         evaluation=EvaluationConfig(every_steps=500, batches=8),

@@ -10,9 +10,9 @@ from openmimo.train.config import (
     CheckpointConfig,
     EvaluationConfig,
     ExtendConfig,
+    Phase,
     PretrainConfig,
     SftConfig,
-    Stage,
     TokenizerConfig,
 )
 
@@ -28,21 +28,21 @@ def pretrain() -> PretrainConfig:
         run_folder="runs/small_1gpu",
         model="small",
         stages=(
-            Stage(
-                name="1", steps=6000, sequence_length=4096, rows=16, rows_at_start=4, rows_warmup_steps=500,
-                warmup_steps=300, constant_steps=3300, peak_lr=1e-3, end_lr=3e-4, mixture=mixture, mtp_weight=0.3,
-                bias_rate=1e-3,
+            Phase(
+                name="1", steps=6000, sequence_length=4096, global_batch_size=16, initial_batch_size=4,
+                batch_warmup_steps=500, warmup_steps=300, constant_steps=3300, learning_rate=1e-3,
+                end_learning_rate=3e-4, mixture=mixture, mtp_weight=0.3, bias_rate=1e-3,
             ),
-            Stage(
-                name="2", steps=1500, sequence_length=4096, rows=16, peak_lr=3e-4, end_lr=1e-4, mixture=mixture,
-                mtp_weight=0.1, bias_rate=1e-3,
+            Phase(
+                name="2", steps=1500, sequence_length=4096, global_batch_size=16, learning_rate=3e-4,
+                end_learning_rate=1e-4, mixture=mixture, mtp_weight=0.1, bias_rate=1e-3,
             ),
-            Stage(
-                name="3", steps=400, sequence_length=32_768, rows=2, peak_lr=1e-4, end_lr=3e-5, mixture=mixture,
-                mtp_weight=0.1, bias_rate=1e-5, full_rope_theta=5_000_000.0,
+            Phase(
+                name="3", steps=400, sequence_length=32_768, global_batch_size=2, learning_rate=1e-4,
+                end_learning_rate=3e-5, mixture=mixture, mtp_weight=0.1, bias_rate=1e-5, full_rope_theta=5_000_000.0,
             ),
         ),
-        rows_per_microbatch=4,
+        micro_batch_size=4,
         checkpoints=CheckpointConfig(every_steps=500),
         evaluation=EvaluationConfig(every_steps=500, batches=4),
         tokenizer=TokenizerConfig(train_megabytes=40.0),
@@ -59,9 +59,9 @@ def extend() -> ExtendConfig:
         sequence_length=65_536,
         full_rope_theta=10_000_000.0,
         steps=200,
-        rows=1,
-        peak_lr=1e-4,
-        end_lr=1e-5,
+        global_batch_size=1,
+        learning_rate=1e-4,
+        end_learning_rate=1e-5,
         mtp_heads=3,
         activation_checkpointing=True,
     )
@@ -91,10 +91,10 @@ def sft() -> SftConfig:
         mixture=MixtureConfig((demonstrations(*DEMONSTRATED),)),
         steps=2000,
         sequence_length=2048,
-        rows=32,
-        rows_per_microbatch=32,
-        peak_lr=3e-4,
-        end_lr=3e-5,
+        global_batch_size=32,
+        micro_batch_size=32,
+        learning_rate=3e-4,
+        end_learning_rate=3e-5,
         warmup_steps=100,
     )
 

@@ -20,7 +20,7 @@ from openmimo.data.config import MixtureConfig, SourceConfig, TaskConfig, demons
 from openmimo.demo.config import DemoConfig
 from openmimo.engine.config import EngineConfig
 from openmimo.rl.config import CompareConfig, MopdConfig, RlConfig, RlEvaluation, RlSource
-from openmimo.train.config import CheckpointConfig, EvaluationConfig, ExtendConfig, PretrainConfig, SftConfig, Stage
+from openmimo.train.config import CheckpointConfig, EvaluationConfig, ExtendConfig, Phase, PretrainConfig, SftConfig
 
 TEXT = SourceConfig("python_stdlib", weight=0.3, max_megabytes=8.0)
 REPEATS = SourceConfig(
@@ -47,24 +47,24 @@ def pretrain() -> PretrainConfig:
         run_folder="runs/tiny_cpu",
         seed=1,  # retrieval is learned by some seeds within these steps and not by others (docs/log.md)
         stages=(
-            Stage(
-                name="copy", steps=250, sequence_length=64, rows=32, warmup_steps=40, constant_steps=210, peak_lr=3e-3,
-                end_lr=3e-3, mixture=mixture(REPEATS), mtp_weight=0.3, bias_rate=1e-2,
+            Phase(
+                name="copy", steps=250, sequence_length=64, global_batch_size=32, warmup_steps=40, constant_steps=210,
+                learning_rate=3e-3, end_learning_rate=3e-3, mixture=mixture(REPEATS), mtp_weight=0.3, bias_rate=1e-2,
             ),
-            Stage(
-                name="general", steps=450, sequence_length=64, rows=32, constant_steps=450, peak_lr=3e-3, end_lr=3e-3,
-                mixture=general, mtp_weight=0.3, bias_rate=1e-2,
+            Phase(
+                name="general", steps=450, sequence_length=64, global_batch_size=32, constant_steps=450,
+                learning_rate=3e-3, end_learning_rate=3e-3, mixture=general, mtp_weight=0.3, bias_rate=1e-2,
             ),
-            Stage(
-                name="text", steps=150, sequence_length=128, rows=16, peak_lr=3e-3, end_lr=1e-3, mixture=more_text,
-                mtp_weight=0.1, bias_rate=1e-2,
+            Phase(
+                name="text", steps=150, sequence_length=128, global_batch_size=16, learning_rate=3e-3,
+                end_learning_rate=1e-3, mixture=more_text, mtp_weight=0.1, bias_rate=1e-2,
             ),
-            Stage(
-                name="long", steps=75, sequence_length=256, rows=16, peak_lr=1e-3, end_lr=3e-4, mixture=long,
-                mtp_weight=0.1, bias_rate=1e-4, full_rope_theta=40_000.0,
+            Phase(
+                name="long", steps=75, sequence_length=256, global_batch_size=16, learning_rate=1e-3,
+                end_learning_rate=3e-4, mixture=long, mtp_weight=0.1, bias_rate=1e-4, full_rope_theta=40_000.0,
             ),
         ),
-        rows_per_microbatch=32,
+        micro_batch_size=32,
         threads=1,  # at this size a second thread gains nothing, and spins where cores are shared (docs/log.md)
         checkpoints=CheckpointConfig(every_steps=200),
         evaluation=EvaluationConfig(every_steps=200, batches=2),
@@ -81,11 +81,11 @@ def extend() -> ExtendConfig:
         sequence_length=1024,
         full_rope_theta=160_000.0,
         steps=100,
-        rows=4,
-        rows_per_microbatch=4,
+        global_batch_size=4,
+        micro_batch_size=4,
         threads=1,
-        peak_lr=1e-3,
-        end_lr=1e-4,
+        learning_rate=1e-3,
+        end_learning_rate=1e-4,
         mtp_weight=0.3,
         mtp_heads=3,
         bias_rate=1e-4,
@@ -120,11 +120,11 @@ def sft() -> SftConfig:
         mixture=MixtureConfig((demonstrations(*DEMONSTRATED),), validation_fraction=0.05),
         steps=300,
         sequence_length=256,
-        rows=8,
-        rows_per_microbatch=8,
+        global_batch_size=8,
+        micro_batch_size=8,
         threads=1,
-        peak_lr=3e-3,
-        end_lr=2e-4,
+        learning_rate=3e-3,
+        end_learning_rate=2e-4,
         warmup_steps=20,
         mtp_weight=0.3,
         checkpoints=CheckpointConfig(every_steps=100),

@@ -3,7 +3,7 @@
 @dataclass(frozen=True)
 class Phase:
     steps: PositiveInt
-    peak_lr: NonNegativeFloat
+    learning_rate: NonNegativeFloat
 
     def __post_init__(self) -> None:
         check_fields(self, "phase")

@@ -10,6 +10,7 @@ import functools
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from openmimo.core.errors import ConfigError
@@ -20,8 +21,10 @@ _MAX_SHOWN = 8
 _found: ContextVar[dict[str, str] | None] = ContextVar("found", default=None)
 
 
-def renamed_keys(keys: Mapping[str, str]) -> Callable[[Config], Config]:
-    """A class decorator that declares the renamed keys of a dataclass; subclasses inherit them.
+def renamed_keys(keys: Mapping[str, str] = MappingProxyType({})) -> Callable[[Config], Config]:
+    """A class decorator that declares the renamed keys of a dataclass, in files and as keyword arguments.
+
+    Subclasses inherit the keys of files. To inherit the keyword arguments, a subclass is decorated without keys.
 
     Args:
         keys: The new key by the old one. A dotted new key lies in a nested config: `phase.steps`.
@@ -29,9 +32,36 @@ def renamed_keys(keys: Mapping[str, str]) -> Callable[[Config], Config]:
 
     def declare(config_type: Config) -> Config:
         _KEYS[config_type] = dict(keys)
+        made = config_type.__init__
+
+        @functools.wraps(made)
+        def init(self: Any, *arguments: Any, **values: Any) -> None:
+            if any(new_key(config_type, key) for key in values):
+                with one_warning(f"a call of {config_type.__name__}"):
+                    values = with_new_keys(config_type, values, config_type.__name__)
+            made(self, *arguments, **values)
+
+        config_type.__init__ = init
         return config_type
 
     return declare
+
+
+def renamed_names(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
+    """The `__getattr__` of a module with renamed names: an import of an old name prints a warning.
+
+    Args:
+        module: `__name__` of the module.
+        names: The new name by the old one.
+    """
+
+    def lookup(name: str) -> Any:
+        if name not in names:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        warn_of_renamed(f"an import from {module}", ((name, names[name]),))
+        return getattr(sys.modules[module], names[name])
+
+    return lookup
 
 
 def new_key(config_type: type, old: str) -> str | None:

@@ -95,7 +95,7 @@ def _shown(values: dict[str, Any], name: str) -> str:
 
 
 def _flat(values: Any, name: str = "") -> dict[str, Any]:
-    """The leaves of nested dicts and lists under dotted names, such as `stages.0.peak_lr`."""
+    """The leaves of nested dicts and lists under dotted names, such as `stages.0.learning_rate`."""
     if isinstance(values, dict) and values:
         pairs = values.items()
     elif isinstance(values, list) and values:

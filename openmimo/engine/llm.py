@@ -2,13 +2,15 @@
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from openmimo.core.errors import ConfigError, UserError
-from openmimo.core.fields import checked
+from openmimo.core.fields import checked, unknown_key_message
 from openmimo.core.records import Completion, Request, SamplingParams
 from openmimo.data.tokenizer import Tokenizer
 from openmimo.engine.config import EngineConfig
@@ -25,12 +27,21 @@ Prompts = str | list[str] | list[list[int]]
 class LLM:
     """A model that generates and scores.
 
-    model: a checkpoint folder in the Hugging Face layout, or a model in memory, which stays the caller's: its weights
-    may be changed between calls. tokenizer: that of the folder by default; without one, token ids go in and come out,
-    and no text. dtype, device: how a folder is loaded ("auto": the accelerator if there is one); in bfloat16 a text may
-    depend on the prompts that are read with it. int8: keep linear layers (not the experts) as int8. The others are
-    those of `EngineConfig`: speculative, num_drafts and adaptive_drafts (drafting with the MTP heads), max_sequences
-    (how many requests run at once), prefill_tokens, cache_gigabytes, prefix_cache. Raises UserError.
+    Args:
+        model: A checkpoint folder in the Hugging Face layout, or a model in memory. The caller may change the weights
+            of the latter between calls.
+        tokenizer: That of the folder by default. Without one, the LLM takes and returns token ids, and no text.
+        engine: Batching, cache and drafting (None: the defaults of `EngineConfig`, but a step that also decodes reads
+            as many prompt tokens as any other: no client waits for single tokens of a batch).
+        speculative: Draft with the MTP heads (None: as `engine` says).
+        dtype: Of the weights and activations of a folder. In bfloat16 a text may depend on the other prompts of its
+            batch.
+        device: Where a folder is loaded ("auto": the accelerator if there is one).
+        int8: Keep the weights of linear layers (not the experts) as int8.
+        settings: Single fields of `EngineConfig`, which replace those of `engine`.
+
+    Raises:
+        UserError: An argument is wrong, or the folder cannot be loaded.
     """
 
     def __init__(
@@ -38,27 +49,16 @@ class LLM:
         model: str | Path | MiMo,
         tokenizer: Tokenizer | None = None,
         *,
+        engine: EngineConfig | None = None,
         speculative: bool | None = None,
-        num_drafts: int | None = None,
-        adaptive_drafts: bool = True,
         dtype: str = "float32",
         device: str = "auto",
-        max_sequences: int = 64,
-        prefill_tokens: int = 1024,
-        cache_gigabytes: float | None = None,
-        prefix_cache: bool = True,
         int8: bool = False,
+        **settings: Any,
     ):
-        config = EngineConfig(
-            max_sequences=max_sequences,
-            prefill_tokens=prefill_tokens,
-            mixed_prefill_tokens=prefill_tokens,  # nobody waits for single tokens of a batch
-            cache_gigabytes=cache_gigabytes,
-            prefix_cache=prefix_cache,
-            speculative=speculative,
-            num_drafts=num_drafts,
-            adaptive_drafts=adaptive_drafts,
-        )
+        if speculative is not None:
+            settings["speculative"] = speculative
+        config = _engine_config(engine, settings)
         if not isinstance(model, (str, Path, MiMo)):
             raise ConfigError(f"model is a {type(model).__name__}; give a checkpoint folder, or a MiMo.")
         if not (tokenizer is None or isinstance(tokenizer, Tokenizer)):
@@ -186,6 +186,24 @@ class LLM:
                 raise UserError(f"{where} holds half a character (a lone surrogate), which UTF-8 cannot express.")
             return self.tokenizer.encode(prompt)
         return _token_list(prompt, where)
+
+
+def _engine_config(engine: EngineConfig | None, settings: dict[str, Any]) -> EngineConfig:
+    """`engine` with some of its fields replaced. Raises ConfigError."""
+    known = [field.name for field in fields(EngineConfig)]
+    unknown = next((name for name in settings if name not in known), None)
+    if unknown is not None:
+        raise ConfigError(f"{unknown_key_message(unknown, known, 'EngineConfig')}; LLM takes its fields as keywords.")
+    if engine is None:
+        config = EngineConfig(**settings)
+        return (
+            config
+            if "mixed_prefill_tokens" in settings
+            else replace(config, mixed_prefill_tokens=config.prefill_tokens)
+        )
+    if not isinstance(engine, EngineConfig):
+        raise ConfigError(f"engine is a {type(engine).__name__}; give an EngineConfig.")
+    return replace(engine, **settings)
 
 
 def _token_list(ids: list[int] | torch.Tensor, where: str) -> list[int]:

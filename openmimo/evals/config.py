@@ -7,6 +7,7 @@ import tyro
 
 from openmimo.core.errors import ConfigError
 from openmimo.core.fields import NonNegativeInt, PositiveInt, check_fields
+from openmimo.engine.config import EngineConfig
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class EvalConfig:
         device: auto, cpu, or a device of torch.
         dtype: Of weights and activations.
         options: Settings of the task.
+        engine: Batching, cache and drafting.
         output: JSON file for the scores (None: print only).
     """
 
@@ -35,6 +37,7 @@ class EvalConfig:
     device: str = "auto"
     dtype: str = "float32"
     options: dict[str, int | float | str | bool] = field(default_factory=dict)
+    engine: Annotated[EngineConfig, tyro.conf.arg(name="")] = EngineConfig(mixed_prefill_tokens=1024)
     output: str | None = None
 
     def __post_init__(self) -> None:

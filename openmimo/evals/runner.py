@@ -49,7 +49,7 @@ def run_and_print(config: EvalConfig) -> None:
     _check_lengths(config, load_config(config.path))
     if config.output is not None and not Path(config.output).absolute().parent.is_dir():
         raise ConfigError(f"EvalConfig.output is {config.output!r}, but its folder does not exist; create it first.")
-    llm = LLM(config.path, tokenizer, device=config.device, dtype=config.dtype)
+    llm = LLM(config.path, tokenizer, engine=config.engine, device=config.device, dtype=config.dtype)
     scores = run(config, llm)
     table = Table("tokens", "examples", "score", "95 % interval", title=f"{config.task} on {config.path}")
     for score in scores:

@@ -22,9 +22,7 @@ from openmimo.model.hf_names import count_mtp_heads, slots
 from openmimo.model.hf_reader import INDEX, CheckpointReader
 from openmimo.model.hf_writer import DEFAULT_SHARD_BYTES, Entry, write_shards
 from openmimo.model.mimo import MiMo
-from openmimo.runtime.device import resolve_device
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+from openmimo.runtime.device import DTYPES, resolve_device
 
 
 def load_config(path: str | Path, *, window_keys: int | None = None) -> ModelConfig:

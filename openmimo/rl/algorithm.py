@@ -14,6 +14,7 @@ from openmimo.core.config import from_dict
 from openmimo.core.errors import ConfigError
 from openmimo.core.fields import NonNegativeFloat, NonNegativeInt, PositiveInt, check_fields
 from openmimo.core.registry import Registry
+from openmimo.core.renamed import renamed_keys
 from openmimo.core.samples import Sample
 from openmimo.rl.config import MopdConfig, RlConfig
 
@@ -80,6 +81,7 @@ class Correction:
         return self.kind in ("none", "sequence_mask")
 
 
+@renamed_keys({"normalisation": "normalization"})
 @dataclass(frozen=True)
 class PolicyOptions:
     """Settings of every algorithm that learns from rewards.

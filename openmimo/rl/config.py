@@ -1,6 +1,6 @@
 """The settings of reinforcement learning, without torch."""
 
-from dataclasses import dataclass, field, fields
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Annotated, Any, Literal
 
 from openmimo.core.errors import ConfigError
@@ -14,8 +14,9 @@ from openmimo.core.fields import (
     Seed,
     check_fields,
 )
+from openmimo.core.renamed import renamed_keys
 from openmimo.engine.config import EngineConfig
-from openmimo.train.config import CheckpointConfig, OptimizerConfig
+from openmimo.train.config import CheckpointConfig, FromCheckpoint, OptimizerConfig, RunConfig, part_of
 
 PositiveFraction = Annotated[float, Bounds(above=0, most=1)]
 AtLeastOne = Annotated[float, Bounds(least=1)]
@@ -111,14 +112,12 @@ class SchedulingConfig:
             _refuse_changed(self, unused, "min_pass_rate 0 and max_pass_rate 1, which draw every problem")
 
 
-@dataclass(frozen=True)
-class SchedulerConfig(SchedulingConfig):
-    """What is rolled out, and what a batch is.
+@dataclass(frozen=True, kw_only=True)
+class BatchConfig:
+    """What a batch of groups is.
 
     Attributes:
-        sources: Where problems come from.
-        groups_per_step: Groups in a batch.
-        seed: Decides which draws come from the easy problems.
+        groups_per_step: Groups of a batch: one problem each.
         dynamic_sampling: Drop groups whose rewards are all equal, and draw others in their place.
         max_draws: The draws of a source in one step, at most, as a multiple of its groups in the batch. When the limit
             is reached, the step trains on a smaller batch.
@@ -127,18 +126,29 @@ class SchedulerConfig(SchedulingConfig):
         unfinished: What happens to groups that are not finished when a batch is: "abort" drops them, and with them the
             finished groups that the batch has no room for (keeping only those would favor short answers); "partial"
             carries both over to the next step.
-        max_staleness: Only with unfinished "partial": samples with a token that many versions older than the policy are
-            learned from; older ones never.
+        max_staleness: Only with unfinished "partial": samples with a token that is at most this many versions older
+            than the policy are learned from; older ones never.
     """
 
-    sources: tuple[SourceQuota, ...]
     groups_per_step: PositiveInt = 32
-    seed: Seed = 0
     dynamic_sampling: bool = True
     max_draws: AtLeastOne = 10.0
     easy_fraction: Fraction | None = 0.1
     unfinished: Literal["abort", "partial"] = "abort"
     max_staleness: NonNegativeInt = MAX_STALENESS
+
+
+@dataclass(frozen=True)
+class SchedulerConfig(BatchConfig, SchedulingConfig):
+    """What is rolled out, and what a batch is.
+
+    Attributes:
+        sources: Where problems come from.
+        seed: Determines which draws come from the easy problems.
+    """
+
+    sources: tuple[SourceQuota, ...]
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
         check_fields(self, "the scheduler")
@@ -203,29 +213,21 @@ class RlEvaluation:
         check_fields(self, "evaluation")
 
 
+@renamed_keys()
 @dataclass(frozen=True)
-class RlConfig:
+class RlConfig(BatchConfig, RunConfig, FromCheckpoint):
     """A complete run of reinforcement learning, from a checkpoint to a better one.
 
     Attributes:
-        checkpoint: The model folder to start from.
-        run_folder: Where everything goes; a run that finds its own checkpoints there goes on from the newest.
         sources: Where problems come from; the name of a source is its domain.
         steps: Batches to learn from.
         algorithm: A file in `openmimo/rl/algorithms`, or `package.module:Object`.
         algorithm_options: Settings of that algorithm (its `options` dataclass lists them); on the command line,
             `--algorithm-options.NAME VALUE` for each.
-        groups_per_step: Prompts of a batch.
         updates_per_step: Optimizer steps on each batch, over its groups in as many parts.
         learning_rate: After the warm-up.
         end_learning_rate: To which it falls along a cosine until the last step (none: it stays).
         warmup_steps: Steps in which it rises linearly.
-        dynamic_sampling: Draw other problems in place of those whose samples all have the same reward.
-        max_draws: How many problems a step may draw, at most, as a multiple of its groups.
-        easy_fraction: Problems that were solved every time are drawn with this probability only (none: like others).
-        unfinished: What happens to samples that are not finished when a batch is: abort, or partial (they go on).
-        max_staleness: Only with unfinished "partial": tokens that many policy versions old are learned from; older
-            ones never.
         scheduling: Reserves, retries, and what "partial" waits for.
         environment_seconds: How long opening an episode, answering the policy, or a reward may take. A call that takes
             longer is given up and counted (a Python thread cannot be killed: it stays until it returns).
@@ -243,22 +245,13 @@ class RlConfig:
             the next batch while the trainer learns from this one.
         rollout_workers: How many; only with processes and ray.
         tokens_per_microbatch: Packed tokens in memory at once.
-        activation_checkpointing: Recompute each layer in the backward pass instead of keeping its activations.
         reward_threads: Threads in which slow environments answer.
-        seed: Decides problems and samples.
-        device: auto (an accelerator if there is one), cpu, or a device of torch.
-        dtype: Of the activations, in training and in the engine: float32, bfloat16 or auto.
-        threads: CPU threads of torch (0: as torch chooses).
-        tensorboard: Write event files to `<run_folder>/tensorboard` too.
         engine: Cache and drafting of the rollouts.
-        optimizer: AdamW and gradient clipping.
-        checkpoints: When they are written, which are kept.
         evaluation: Held-out problems.
     """
 
-    checkpoint: str
-    run_folder: str
     sources: tuple[RlSource, ...]
+    _: KW_ONLY
     steps: PositiveInt = 200
     algorithm: str = "grpo"
     algorithm_options: dict[str, Any] = field(default_factory=dict)
@@ -267,11 +260,7 @@ class RlConfig:
     learning_rate: PositiveFloat = 1e-6
     end_learning_rate: NonNegativeFloat | None = None
     warmup_steps: NonNegativeInt = 0
-    dynamic_sampling: bool = True
     max_draws: AtLeastOne = 4.0
-    easy_fraction: Fraction | None = 0.1
-    unfinished: Literal["abort", "partial"] = "abort"
-    max_staleness: NonNegativeInt = MAX_STALENESS
     scheduling: SchedulingConfig = SchedulingConfig()
     environment_seconds: PositiveFloat = 300.0
     timeout_reward: Fraction | None = None
@@ -284,13 +273,7 @@ class RlConfig:
     rollouts: Literal["engine", "processes", "ray"] = "engine"
     rollout_workers: PositiveInt = 1
     tokens_per_microbatch: PositiveInt = 8192
-    activation_checkpointing: bool = False
     reward_threads: PositiveInt = 4
-    seed: Seed = 0
-    device: str = "auto"
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    threads: NonNegativeInt = 0
-    tensorboard: bool = False
     engine: EngineConfig = EngineConfig(
         max_sequences=128, prefill_tokens=4096, mixed_prefill_tokens=1024, speculative=False
     )
@@ -322,28 +305,20 @@ class RlConfig:
 
     def scheduler(self) -> SchedulerConfig:
         """The part of it that the data scheduler reads."""
-        shared = (
-            "groups_per_step",
-            "seed",
-            "dynamic_sampling",
-            "max_draws",
-            "easy_fraction",
-            "unfinished",
-            "max_staleness",
-        )
-        quota_fields = [own.name for own in fields(SourceQuota)]
-        quotas = tuple(SourceQuota(**{name: getattr(source, name) for name in quota_fields}) for source in self.sources)
-        details = {own.name: getattr(self.scheduling, own.name) for own in fields(SchedulingConfig)}
+        shared = part_of(self, BatchConfig)
+        quotas = tuple(SourceQuota(**part_of(source, SourceQuota)) for source in self.sources)
+        details = part_of(self.scheduling, SchedulingConfig)
         # where every group is accepted, and what is too much would be thrown away, none is submitted in reserve
         if not self.dynamic_sampling and self.unfinished == "abort":
             usual = SchedulingConfig()
             without_effect = {name: getattr(usual, name) for name in ("margin", "initial_acceptance")}
             _refuse_changed(self.scheduling, without_effect, "dynamic_sampling off and unfinished 'abort'")
             details |= {"initial_acceptance": 1.0, "margin": 0.0}
-        return SchedulerConfig(quotas, **{name: getattr(self, name) for name in shared}, **details)
+        return SchedulerConfig(sources=quotas, seed=self.seed, **shared, **details)
 
 
-@dataclass(frozen=True)
+@renamed_keys()
+@dataclass(frozen=True, kw_only=True)
 class MopdConfig(RlConfig):
     """A run of multi-teacher on-policy distillation: the student writes, the teacher of the domain judges every token.
 

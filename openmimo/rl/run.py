@@ -16,12 +16,11 @@ from openmimo.rl.config import MopdConfig, RlConfig
 from openmimo.rl.evaluate import streams_of
 from openmimo.rl.loop import RlRun
 from openmimo.rl.report import write_report
-from openmimo.runtime.device import fastest_dtype, resolve_device
+from openmimo.runtime.device import activation_dtype, resolve_device
 from openmimo.train.checkpoint import Checkpoints, Progress, restore
 from openmimo.train.config import check_path
 from openmimo.train.outcome import has_finished, write_outcome
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Settings that decide nothing about the weights: they may change when a run goes on.
 FREE = (
     "run_folder", "device", "threads", "tensorboard", "reward_threads", "rollout_workers", "checkpoints.*",
@@ -60,7 +59,7 @@ def train(config: RlConfig, *, console: Console | None = None) -> Path:
         else:
             console.print(f"going on from {newest}", soft_wrap=True)
             model, optimizer_tensors, start = restore(newest, device, read_state=read_state)
-        model.compute_dtype = fastest_dtype(device) if config.dtype == "auto" else DTYPES[config.dtype]
+        model.compute_dtype = activation_dtype(config.dtype, device)
         run = RlRun(config, model, tokenizer, start=start, optimizer_tensors=optimizer_tensors, console=console)
         run.run()
         written = write_outcome(model, tokenizer, checkpoints, folder, write_report, console)

@@ -12,6 +12,8 @@ import torch
 
 from openmimo.core.errors import ConfigError
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
 
 def resolve_device(name: str | torch.device) -> torch.device:
     """The device of that name; "auto" is the accelerator if there is one, else the CPU.
@@ -147,6 +149,11 @@ def fastest_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 if the device multiplies it in hardware, else float32."""
     narrow = device.type != "cpu" or cpu_multiplies_bfloat16()
     return torch.bfloat16 if narrow else torch.float32
+
+
+def activation_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of a config's `dtype`: a key of `DTYPES`, or "auto" for `fastest_dtype`."""
+    return fastest_dtype(device) if name == "auto" else DTYPES[name]
 
 
 def rng_state(device: torch.device) -> dict[str, torch.Tensor]:

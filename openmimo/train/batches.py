@@ -7,10 +7,10 @@ from openmimo.train.loss import MicroBatch, micro_batch
 
 
 def load_micro_batches(
-    loader: Loader, rows: int, *, rows_per_microbatch: int, num_mtp_heads: int, device: torch.device
+    loader: Loader, rows: int, *, micro_batch_size: int, num_mtp_heads: int, device: torch.device
 ) -> list[MicroBatch]:
-    """The next `rows` rows of the loader, in micro-batches of at most `rows_per_microbatch` rows."""
-    sizes = [min(rows_per_microbatch, rows - done) for done in range(0, rows, rows_per_microbatch)]
+    """The next `rows` rows of the loader, in micro-batches of at most `micro_batch_size` rows."""
+    sizes = [min(micro_batch_size, rows - done) for done in range(0, rows, micro_batch_size)]
     return [to_device(loader.next_batch(size), num_mtp_heads, device) for size in sizes]
 
 

@@ -32,9 +32,11 @@ from openmimo.train.config import CheckpointConfig
 
 _MANIFEST = "manifest.json"
 _ARRAYS = "samples.arrays"
+_OPTIMIZER = "optimizer.safetensors"
+_OPTIMIZER_BEFORE = "optimiser.safetensors"  # its name in checkpoints of the version before
+_REQUIRED = {"config.json", "trainer/progress.json", f"trainer/{_OPTIMIZER}"}
 StateWriter = Callable[[Any, Path], Any]
 StateReader = Callable[[Any, Path], Any]
-_REQUIRED = {"config.json", "trainer/progress.json", "trainer/optimizer.safetensors"}
 
 
 def _as_it_is(state: Any, path: Path) -> Any:
@@ -180,7 +182,9 @@ def restore(
         The model in float32, its optimizer state by name (for `load_optimizer_state`), and the progress.
     """
     model = load_model(path, dtype="float32", device=str(device))
-    tensors = load_file(path / "trainer" / "optimizer.safetensors", device="cpu")
+    names = (_OPTIMIZER, _OPTIMIZER_BEFORE)
+    optimizer_path = next(path / "trainer" / name for name in names if (path / "trainer" / name).exists())
+    tensors = load_file(optimizer_path, device="cpu")
     set_rng_state(
         {name.removeprefix("rng."): tensors.pop(name) for name in list(tensors) if name.startswith("rng.")}, device
     )
@@ -218,7 +222,8 @@ def find_damage(path: Path) -> str | None:
         return f"{manifest_path} is not readable."
     if not isinstance(checksums, dict):
         return f"{manifest_path} is not a list of files with their checksums."
-    unlisted = sorted(_REQUIRED - set(checksums))
+    listed = {name.replace(_OPTIMIZER_BEFORE, _OPTIMIZER) for name in checksums}
+    unlisted = sorted(_REQUIRED - listed)
     if unlisted or not any(name.endswith(".safetensors") and "/" not in name for name in checksums):
         return f"{manifest_path} does not list {unlisted[0] if unlisted else 'the weights'}."
     for name, checksum in checksums.items():
@@ -241,7 +246,7 @@ def _write(
     trainer = folder / "trainer"
     trainer.mkdir()
     generators = {f"rng.{name}": state for name, state in rng_state(model.device).items()}
-    optimizer_path = trainer / "optimizer.safetensors"
+    optimizer_path = trainer / _OPTIMIZER
     with umask_mode(optimizer_path):
         save_file({**optimizer_state(model, optimizer), **generators}, optimizer_path)
     plain = write_state(vars(progress), trainer / _ARRAYS)

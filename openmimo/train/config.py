@@ -1,7 +1,12 @@
-"""What a pre-training run is, without torch: stages, schedules, mixtures. Recipes in `recipes/` return these."""
+"""Configs of training runs, without torch. Recipes in `recipes/` return these.
 
-from dataclasses import dataclass
-from typing import Annotated, Any
+Settings that several commands share are declared once, in a base class: `RunConfig` (every run), `TrainConfig`
+(pretrain, extend, sft), `PhaseSettings` (one phase of training) and `FromCheckpoint`. A config inherits the settings
+that it has, so that each has one name in Python, in `config.json` and on the command line.
+"""
+
+from dataclasses import KW_ONLY, dataclass, fields
+from typing import Annotated, Any, Literal
 
 from openmimo.core.errors import ConfigError
 from openmimo.core.fields import (
@@ -13,6 +18,7 @@ from openmimo.core.fields import (
     Seed,
     check_fields,
 )
+from openmimo.core.renamed import renamed_keys, renamed_names
 from openmimo.data.config import MixtureConfig
 
 Threads = Annotated[int, Bounds(least=0, most=1024)]
@@ -25,60 +31,87 @@ def check_path(path: str | None, where: str) -> None:
         raise ConfigError(f"{where} is {path!r}; it must be the path of a folder.")
 
 
+def part_of(config: Any, base: type) -> dict[str, Any]:
+    """The fields that a config has from its base class `base`, with their values."""
+    return {field.name: getattr(config, field.name) for field in fields(base)}
+
+
+@renamed_keys({
+    "rows": "global_batch_size", "peak_lr": "learning_rate", "end_lr": "end_learning_rate",
+    "rows_at_start": "initial_batch_size", "rows_warmup_steps": "batch_warmup_steps",
+})  # fmt: skip
+@dataclass(frozen=True, kw_only=True)
+class PhaseSettings:
+    """Data, length, batch size and learning rate of one phase of training.
+
+    Attributes:
+        steps: Optimizer steps.
+        sequence_length: Tokens of a sequence; documents and conversations are packed into it.
+        global_batch_size: Sequences in an optimizer step.
+        learning_rate: Learning rate after the warm-up.
+        end_learning_rate: Learning rate at the end of the cosine.
+        mixture: The data and its weights.
+        warmup_steps: Steps of linear warm-up of the learning rate.
+        mtp_weight: Weight of the mean loss of the MTP heads.
+        bias_rate: Step of the experts' selection bias. The number of zero gradients reacts to it first, next to Adam's
+            epsilon; it should stay flat.
+        mtp_heads: MTP heads from this phase on, grown by copying the last (None: unchanged).
+    """
+
+    steps: PositiveInt
+    sequence_length: PositiveInt
+    global_batch_size: PositiveInt
+    learning_rate: NonNegativeFloat
+    end_learning_rate: NonNegativeFloat
+    mixture: MixtureConfig
+    warmup_steps: NonNegativeInt = 0
+    mtp_weight: NonNegativeFloat = 0.1
+    bias_rate: NonNegativeFloat = 1e-3
+    mtp_heads: PositiveInt | None = None
+
+
+@renamed_keys()
 @dataclass(frozen=True)
-class Stage:
-    """One stage of training (paper section 3.1).
+class Phase(PhaseSettings):
+    """One phase of pre-training (paper section 3.1).
 
     Attributes:
         name: Shown in metrics and plots.
-        steps: Optimizer steps.
-        sequence_length: Tokens in a row.
-        rows: Rows in an optimizer step.
-        peak_lr: Learning rate after the warm-up.
-        end_lr: Learning rate at the end of the cosine.
-        mixture: The data and its weights.
-        warmup_steps: Steps of linear warm-up of the learning rate.
-        constant_steps: Steps at the peak, before the cosine.
-        rows_at_start: Rows in the first step of a batch-size warm-up (None: no such warm-up).
-        rows_warmup_steps: Steps in which the rows rise linearly to `rows`.
-        mtp_weight: Weight of the mean loss of the MTP heads.
-        bias_rate: Step of the experts' selection bias.
-        full_rope_theta: RoPE base of the full layers from here on (None: unchanged).
-        mtp_heads: MTP heads from here on, grown by copying the last (None: unchanged).
+        constant_steps: Steps at the peak learning rate, before the cosine.
+        initial_batch_size: Sequences in the first step of a batch-size warm-up (None: no such warm-up).
+        batch_warmup_steps: Steps in which the batch size rises linearly to `global_batch_size`.
+        full_rope_theta: RoPE base of the full layers from this phase on (None: unchanged).
     """
 
     name: str
-    steps: PositiveInt
-    sequence_length: PositiveInt
-    rows: PositiveInt
-    peak_lr: NonNegativeFloat
-    end_lr: NonNegativeFloat
-    mixture: MixtureConfig
-    warmup_steps: NonNegativeInt = 0
+    _: KW_ONLY
     constant_steps: NonNegativeInt = 0
-    rows_at_start: PositiveInt | None = None
-    rows_warmup_steps: NonNegativeInt = 0
+    initial_batch_size: PositiveInt | None = None
+    batch_warmup_steps: NonNegativeInt = 0
     mtp_weight: NonNegativeFloat = 0.3
-    bias_rate: NonNegativeFloat = 1e-3
     full_rope_theta: PositiveFloat | None = None
-    mtp_heads: PositiveInt | None = None
 
     def __post_init__(self) -> None:
-        where = f"stage {self.name!r}"
+        where = f"phase {self.name!r}"
         check_fields(self, where)
         if not self.name:
-            raise ConfigError("a stage has no name.")
-        if self.end_lr > self.peak_lr:
-            raise ConfigError(f"{where} has end_lr {self.end_lr} above peak_lr {self.peak_lr}.")
+            raise ConfigError("a phase has no name.")
+        if self.end_learning_rate > self.learning_rate:
+            raise ConfigError(
+                f"{where} has end_learning_rate {self.end_learning_rate} above learning_rate {self.learning_rate}."
+            )
         if self.warmup_steps + self.constant_steps > self.steps:
             raise ConfigError(
                 f"{where} warms up for {self.warmup_steps} and holds for {self.constant_steps} steps, which is more "
                 f"than its {self.steps} steps."
             )
-        if (self.rows_at_start is None) != (self.rows_warmup_steps == 0):
-            raise ConfigError(f"{where}: rows_at_start and rows_warmup_steps have an effect only together.")
-        if self.rows_at_start is not None and self.rows_at_start > self.rows:
-            raise ConfigError(f"{where} has rows_at_start {self.rows_at_start} above rows {self.rows}.")
+        if (self.initial_batch_size is None) != (self.batch_warmup_steps == 0):
+            raise ConfigError(f"{where}: initial_batch_size and batch_warmup_steps have an effect only together.")
+        if self.initial_batch_size is not None and self.initial_batch_size > self.global_batch_size:
+            raise ConfigError(
+                f"{where} has initial_batch_size {self.initial_batch_size} above global_batch_size "
+                f"{self.global_batch_size}."
+            )
 
 
 @dataclass(frozen=True)
@@ -158,49 +191,85 @@ class TokenizerConfig:
 
 
 @dataclass(frozen=True)
-class PretrainConfig:
-    """A complete pre-training run.
+class FromCheckpoint:
+    """A run that starts from a model.
 
     Attributes:
-        run_folder: Where everything goes; a run that finds its own checkpoints there goes on from the newest.
-        stages: One after the other.
-        model: A preset of `openmimo/model/presets.py`, or the path of a config.json (None: tiny, or what `init_from`
-            holds).
-        init_from: A checkpoint folder to start from instead of random weights.
-        seed: Decides initial weights and the order of the data.
+        checkpoint: The model folder to start from.
+    """
+
+    checkpoint: str
+
+
+@renamed_keys({"optimiser": "optimizer"})
+@dataclass(frozen=True)
+class RunConfig:
+    """Settings of every run: its folder, its device, its checkpoints.
+
+    Attributes:
+        run_folder: Folder of all results. A run that finds its own checkpoints there continues from the newest.
+        seed: Determines initial weights, the order of the data, and samples.
         device: auto (an accelerator if there is one), cpu, or a device of torch.
         dtype: Of the activations: float32, bfloat16, or auto (bfloat16 wherever there are instructions for it);
             parameters and optimizer stay in float32.
         threads: CPU threads of torch (0: as torch chooses).
-        rows_per_microbatch: Rows in memory at once; an optimizer step accumulates over several.
         activation_checkpointing: Recompute each layer in the backward pass instead of keeping its activations.
-        balance_weight: Of the sequence-level balance loss.
-        loader_workers: Threads that prepare rows ahead (the rows are the same for any number).
-        tensorboard: Write event files to `<run_folder>/tensorboard` too.
-        log_every_steps: Optimizer steps between two lines of metrics.
+        tensorboard: Also write event files to `<run_folder>/tensorboard`.
         optimizer: AdamW and gradient clipping.
         checkpoints: When they are written, which are kept.
-        evaluation: Validation on held-out documents.
-        tokenizer: Where it comes from.
     """
 
     run_folder: str
-    stages: tuple[Stage, ...]
-    model: str | None = None
-    init_from: str | None = None
+    _: KW_ONLY
     seed: Seed = 0
     device: str = "auto"
-    dtype: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     threads: Threads = 0
-    rows_per_microbatch: PositiveInt = 8
     activation_checkpointing: bool = False
-    balance_weight: NonNegativeFloat = 1e-5
-    loader_workers: Threads = 0
     tensorboard: bool = False
-    log_every_steps: PositiveInt = 10
     optimizer: OptimizerConfig = OptimizerConfig()
     checkpoints: CheckpointConfig = CheckpointConfig()
+
+
+@renamed_keys({"rows_per_microbatch": "micro_batch_size"})
+@dataclass(frozen=True)
+class TrainConfig(RunConfig):
+    """Settings that pre-training, context extension and fine-tuning share.
+
+    Attributes:
+        micro_batch_size: Sequences in memory at once; an optimizer step accumulates over several.
+        balance_weight: Of the sequence-level balance loss.
+        loader_workers: Threads that prepare sequences ahead (the sequences are the same for any number).
+        log_every_steps: Optimizer steps between two lines of metrics.
+        evaluation: Validation on held-out documents.
+    """
+
+    _: KW_ONLY
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
+    micro_batch_size: PositiveInt = 8
+    balance_weight: NonNegativeFloat = 1e-5
+    loader_workers: Threads = 0
+    log_every_steps: PositiveInt = 10
     evaluation: EvaluationConfig = EvaluationConfig()
+
+
+@renamed_keys()
+@dataclass(frozen=True)
+class PretrainConfig(TrainConfig):
+    """A complete pre-training run.
+
+    Attributes:
+        stages: The phases, in order.
+        model: A preset of `openmimo/model/presets.py`, or the path of a config.json (None: tiny, or the model of
+            `init_from`).
+        init_from: A checkpoint folder to start from instead of random weights.
+        tokenizer: Where it comes from.
+    """
+
+    stages: tuple[Phase, ...]
+    model: str | None = None
+    init_from: str | None = None
+    _: KW_ONLY
     tokenizer: TokenizerConfig = TokenizerConfig()
 
     def __post_init__(self) -> None:
@@ -211,171 +280,67 @@ class PretrainConfig:
         check_path(self.init_from, "init_from")
         if self.init_from is not None and self.model is not None:
             raise ConfigError(
-                f"init_from {self.init_from!r} brings its own model, so model {self.model!r} has no effect; leave it "
-                "out (on the command line: --model None)."
+                f"init_from {self.init_from!r} brings its own model, so model {self.model!r} has no effect; omit it "
+                "(on the command line: --model None)."
             )
         has_tokenizer = self.init_from is not None or self.tokenizer.path is not None
         if has_tokenizer and self.tokenizer.train_megabytes != TokenizerConfig.train_megabytes:
-            raise ConfigError("tokenizer.train_megabytes has no effect on a tokenizer that exists; leave it out.")
-        if self.dtype not in ("auto", "float32", "bfloat16", "float64"):
-            raise ConfigError(f"dtype {self.dtype!r} is unknown; train in 'auto', 'bfloat16' or 'float32'.")
-        names = [stage.name for stage in self.stages]
+            raise ConfigError("tokenizer.train_megabytes has no effect on a tokenizer that exists; omit it.")
+        names = [phase.name for phase in self.stages]
         if len(set(names)) != len(names):
             raise ConfigError(f"two stages share a name: {', '.join(names)}.")
 
 
+@renamed_keys()
 @dataclass(frozen=True)
-class ExtendConfig:
-    """Context extension alone: the report's stage 3 on a checkpoint that exists (paper section 3.1).
+class ExtendConfig(PhaseSettings, TrainConfig, FromCheckpoint):
+    """Context extension alone: phase 3 of the report on an existing checkpoint (paper section 3.1).
 
     Attributes:
-        checkpoint: The model folder to extend.
-        run_folder: Where everything goes; a run that finds its own checkpoints there goes on from the newest.
-        mixture: The data and its weights.
-        sequence_length: Tokens in a row from now on.
         full_rope_theta: RoPE base of the full layers from now on (the report raises it as it raises the length).
-        steps: Optimizer steps.
-        rows: Rows in an optimizer step.
-        peak_lr: Learning rate after the warm-up.
-        end_lr: Learning rate at the end of the cosine.
-        warmup_steps: Steps of linear warm-up of the learning rate.
-        mtp_weight: Weight of the mean loss of the MTP heads.
-        bias_rate: Step of the experts' selection bias.
-        mtp_heads: MTP heads from here on, grown by copying the last (None: unchanged).
-        seed: Decides initial weights and the order of the data.
-        device: auto (an accelerator if there is one), cpu, or a device of torch.
-        dtype: Of the activations: float32, bfloat16, or auto (bfloat16 wherever there are instructions for it);
-            parameters and optimizer stay in float32.
-        threads: CPU threads of torch (0: as torch chooses).
-        rows_per_microbatch: Rows in memory at once; an optimizer step accumulates over several.
-        activation_checkpointing: Recompute each layer in the backward pass instead of keeping its activations.
-        balance_weight: Of the sequence-level balance loss.
-        loader_workers: Threads that prepare rows ahead (the rows are the same for any number).
-        tensorboard: Write event files to `<run_folder>/tensorboard` too.
-        log_every_steps: Optimizer steps between two lines of metrics.
-        optimizer: AdamW and gradient clipping.
-        checkpoints: When they are written, which are kept.
-        evaluation: Validation on held-out documents.
     """
 
-    checkpoint: str
-    run_folder: str
-    mixture: MixtureConfig
-    sequence_length: PositiveInt
+    _: KW_ONLY
     full_rope_theta: PositiveFloat
-    steps: PositiveInt
-    rows: PositiveInt
-    peak_lr: NonNegativeFloat
-    end_lr: NonNegativeFloat
-    warmup_steps: NonNegativeInt = 0
-    mtp_weight: NonNegativeFloat = 0.1
     bias_rate: NonNegativeFloat = 1e-5
-    mtp_heads: PositiveInt | None = None
-    seed: Seed = 0
-    device: str = "auto"
-    dtype: str = "auto"
-    threads: Threads = 0
-    rows_per_microbatch: PositiveInt = 1
-    activation_checkpointing: bool = False
-    balance_weight: NonNegativeFloat = 1e-5
-    loader_workers: Threads = 0
-    tensorboard: bool = False
-    log_every_steps: PositiveInt = 10
-    optimizer: OptimizerConfig = OptimizerConfig()
-    checkpoints: CheckpointConfig = CheckpointConfig()
-    evaluation: EvaluationConfig = EvaluationConfig()
+    micro_batch_size: PositiveInt = 1
 
     def __post_init__(self) -> None:
         check_fields(self, "extend")
         self.as_pretraining()
 
     def as_pretraining(self) -> PretrainConfig:
-        """The same run as a pre-training run of one stage that starts from the checkpoint. Raises ConfigError."""
-        stage = _one_stage("extend", self, full_rope_theta=self.full_rope_theta)
-        return PretrainConfig(
-            init_from=self.checkpoint, stages=(stage,), **{name: getattr(self, name) for name in _OF_RUN}
-        )
+        """The same run as a pre-training run of one phase that starts from the checkpoint. Raises ConfigError."""
+        phase = Phase("extend", full_rope_theta=self.full_rope_theta, **part_of(self, PhaseSettings))
+        return PretrainConfig(stages=(phase,), init_from=self.checkpoint, **part_of(self, TrainConfig))
 
 
+@renamed_keys()
 @dataclass(frozen=True)
-class SftConfig:
+class SftConfig(PhaseSettings, TrainConfig, FromCheckpoint):
     """Supervised fine-tuning of a checkpoint on conversations (paper section 4.2; the defaults are the report's).
 
     Attributes:
-        checkpoint: The model folder to start from.
-        run_folder: Where everything goes; a run that finds its own checkpoints there goes on from the newest.
-        mixture: Demonstrations: sources such as `chat` (conversations of your own) and `tasks`. Only what the assistant
-            wrote is learned.
-        steps: Optimizer steps.
-        sequence_length: Tokens in a row; whole conversations are packed into it.
-        rows: Rows in an optimizer step.
-        peak_lr: Learning rate after the warm-up.
-        end_lr: Learning rate at the end of the cosine.
-        warmup_steps: Steps of linear warm-up of the learning rate.
-        mtp_weight: Weight of the mean loss of the MTP heads.
-        mtp_heads: MTP heads from here on, grown by copying the last (None: unchanged; the report grows them here).
-        bias_rate: Step of the experts' selection bias. With Adam's epsilon, what the count of zero gradients is most
-            sensitive to: it should stay flat.
-        seed: Decides the order of the data.
-        device: auto (an accelerator if there is one), cpu, or a device of torch.
-        dtype: Of the activations: float32, bfloat16, or auto.
-        threads: CPU threads of torch (0: as torch chooses).
-        rows_per_microbatch: Rows in memory at once; an optimizer step accumulates over several.
-        activation_checkpointing: Recompute each layer in the backward pass instead of keeping its activations.
-        balance_weight: Of the sequence-level balance loss.
-        loader_workers: Threads that prepare rows ahead (the rows are the same for any number).
-        tensorboard: Write event files to `<run_folder>/tensorboard` too.
-        log_every_steps: Optimizer steps between two lines of metrics.
-        optimizer: AdamW and gradient clipping.
-        checkpoints: When they are written, which are kept.
-        evaluation: Validation on held-out rows.
+        mixture: Demonstrations: sources such as `chat` (your own conversations) and `tasks`. Only the tokens of the
+            assistant are learned.
     """
 
-    checkpoint: str
-    run_folder: str
+    _: KW_ONLY
     mixture: MixtureConfig
-    steps: PositiveInt
-    sequence_length: PositiveInt
-    rows: PositiveInt = 128
-    peak_lr: NonNegativeFloat = 5e-5
-    end_lr: NonNegativeFloat = 5e-6
-    warmup_steps: NonNegativeInt = 0
-    mtp_weight: NonNegativeFloat = 0.1
-    mtp_heads: PositiveInt | None = None
+    global_batch_size: PositiveInt = 128
+    learning_rate: NonNegativeFloat = 5e-5
+    end_learning_rate: NonNegativeFloat = 5e-6
     bias_rate: NonNegativeFloat = 1e-4
-    seed: Seed = 0
-    device: str = "auto"
-    dtype: str = "auto"
-    threads: Threads = 0
-    rows_per_microbatch: PositiveInt = 8
-    activation_checkpointing: bool = False
     balance_weight: NonNegativeFloat = 1e-6
-    loader_workers: Threads = 0
-    tensorboard: bool = False
-    log_every_steps: PositiveInt = 10
-    optimizer: OptimizerConfig = OptimizerConfig()
-    checkpoints: CheckpointConfig = CheckpointConfig()
-    evaluation: EvaluationConfig = EvaluationConfig()
 
     def __post_init__(self) -> None:
         check_fields(self, "sft")
         self.as_pretraining()
 
     def as_pretraining(self) -> PretrainConfig:
-        """The same run as a pre-training run of one stage that starts from the checkpoint. Raises ConfigError."""
-        return PretrainConfig(
-            init_from=self.checkpoint,
-            stages=(_one_stage("sft", self),),
-            **{name: getattr(self, name) for name in _OF_RUN},
-        )
+        """The same run as a pre-training run of one phase that starts from the checkpoint. Raises ConfigError."""
+        phase = Phase("sft", **part_of(self, PhaseSettings))
+        return PretrainConfig(stages=(phase,), init_from=self.checkpoint, **part_of(self, TrainConfig))
 
 
-_OF_RUN = ("run_folder", "seed", "device", "dtype", "threads", "rows_per_microbatch", "activation_checkpointing",
-           "balance_weight", "loader_workers", "tensorboard", "log_every_steps", "optimizer", "checkpoints",
-           "evaluation")  # fmt: skip
-_OF_STAGE = ("steps", "sequence_length", "rows", "peak_lr", "end_lr", "mixture", "warmup_steps", "mtp_weight",
-             "bias_rate", "mtp_heads")  # fmt: skip
-
-
-def _one_stage(name: str, config: "ExtendConfig | SftConfig", **changes: Any) -> Stage:
-    return Stage(name=name, **{own: getattr(config, own) for own in _OF_STAGE}, **changes)
+__getattr__ = renamed_names(__name__, {"Stage": "Phase", "OptimiserConfig": "OptimizerConfig"})

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from openmimo.train.config import Stage
+from openmimo.train.config import Phase
 
 
 @dataclass(frozen=True)
@@ -11,16 +11,16 @@ class SchedulePosition:
     """Optimizer step `step` of the run (from 0) is step `stage_step` of stage number `stage_index`."""
 
     stage_index: int
-    stage: Stage
+    stage: Phase
     stage_step: int
 
 
-def total_steps(stages: tuple[Stage, ...]) -> int:
+def total_steps(stages: tuple[Phase, ...]) -> int:
     """Optimizer steps of all stages."""
     return sum(stage.steps for stage in stages)
 
 
-def place_of(step: int, stages: tuple[Stage, ...]) -> SchedulePosition:
+def place_of(step: int, stages: tuple[Phase, ...]) -> SchedulePosition:
     """The place of optimizer step `step`; past the end, the last step's stage."""
     for index, stage in enumerate(stages):
         if step < stage.steps or index == len(stages) - 1:
@@ -29,13 +29,13 @@ def place_of(step: int, stages: tuple[Stage, ...]) -> SchedulePosition:
     raise AssertionError("a run has at least one stage")
 
 
-def learning_rate(stage: Stage, stage_step: int) -> float:
+def learning_rate(stage: Phase, stage_step: int) -> float:
     """The learning rate of a step of a stage."""
     return warmed_cosine(
         stage_step,
         steps=stage.steps,
-        peak=stage.peak_lr,
-        end=stage.end_lr,
+        peak=stage.learning_rate,
+        end=stage.end_learning_rate,
         warmup_steps=stage.warmup_steps,
         constant_steps=stage.constant_steps,
     )
@@ -54,9 +54,9 @@ def warmed_cosine(
     return end + (peak - end) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def rows_of_step(stage: Stage, stage_step: int) -> int:
+def rows_of_step(stage: Phase, stage_step: int) -> int:
     """Rows in an optimizer step: a linear batch-size warm-up, then constant."""
-    if stage.rows_at_start is None or stage_step >= stage.rows_warmup_steps:
-        return stage.rows
-    share = stage_step / stage.rows_warmup_steps
-    return round(stage.rows_at_start + share * (stage.rows - stage.rows_at_start))
+    if stage.initial_batch_size is None or stage_step >= stage.batch_warmup_steps:
+        return stage.global_batch_size
+    share = stage_step / stage.batch_warmup_steps
+    return round(stage.initial_batch_size + share * (stage.global_batch_size - stage.initial_batch_size))

@@ -24,17 +24,15 @@ from openmimo.model.context import PackedContext, RoutingTape
 from openmimo.model.flops import training_flops_per_token
 from openmimo.model.mimo import MiMo
 from openmimo.model.recompute import checkpoint_activations
-from openmimo.runtime.device import fastest_dtype, measured_matmul_flops, peak_memory_bytes, synchronize
+from openmimo.runtime.device import activation_dtype, measured_matmul_flops, peak_memory_bytes, synchronize
 from openmimo.train.batches import load_micro_batches
 from openmimo.train.checkpoint import Checkpoints, Progress, load_optimizer_state, optimizer_state
-from openmimo.train.config import PretrainConfig, Stage
+from openmimo.train.config import Phase, PretrainConfig
 from openmimo.train.evaluate import evaluate
 from openmimo.train.guard import StepGuard
 from openmimo.train.loss import MicroBatch, training_loss
 from openmimo.train.optim import build_optimizer, clip_gradients
 from openmimo.train.schedule import learning_rate, place_of, rows_of_step, total_steps
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
 @dataclass(frozen=True)
@@ -84,7 +82,7 @@ class Trainer:
     ):
         self.config = config
         self.model = model.train()
-        self.model.compute_dtype = fastest_dtype(device) if config.dtype == "auto" else DTYPES[config.dtype]
+        self.model.compute_dtype = activation_dtype(config.dtype, device)
         if config.activation_checkpointing:
             checkpoint_activations(self.model)
         self.tokenizer = tokenizer
@@ -140,14 +138,14 @@ class Trainer:
                 raise Interrupted(stop.signal, self.checkpoints.save_before_end(self.step, self.save))
         self.metrics.close()
 
-    def train_step(self, stage: Stage, stage_step: int) -> StepReport:
+    def train_step(self, stage: Phase, stage_step: int) -> StepReport:
         """One optimizer step of `stage`; advances the counters. Raises DivergedError."""
         rows = rows_of_step(stage, stage_step)
         first_row = self.loader.rows_consumed
         micro_batches = load_micro_batches(
             self.loader,
             rows,
-            rows_per_microbatch=self.config.rows_per_microbatch,
+            micro_batch_size=self.config.micro_batch_size,
             num_mtp_heads=self.model.config.num_mtp_heads,
             device=self.device,
         )
@@ -168,7 +166,7 @@ class Trainer:
         return StepReport(losses.tolist(), float(gradients.norm), int(gradients.num_zeros), load, tokens)
 
     def _accumulate(
-        self, stage: Stage, micro_batches: list[MicroBatch]
+        self, stage: Phase, micro_batches: list[MicroBatch]
     ) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
         """Adds up the gradients of a step. Returns each head's mean loss, float32 [heads], and the experts' load."""
         counts = sum(batch.label_counts() for batch in micro_batches)
@@ -212,7 +210,7 @@ class Trainer:
             loss, _ = training_loss(self.model, self._probe, context, label_counts=counts, mtp_weight=1.0)
             self.guard.check_step(loss, f"the model after step {self.step}, on a micro-batch of that step,")
 
-    def _stage_of_step(self) -> Stage:
+    def _stage_of_step(self) -> Phase:
         place = place_of(self.step, self.config.stages)
         if place.stage_index != self._stage_index:
             self.loader.close()
@@ -234,7 +232,7 @@ class Trainer:
             load_optimizer_state(self.model, self.optimizer, kept)
         return self._loaders[index]
 
-    def _after_step(self, stage: Stage, report: StepReport, seconds: float, *, is_last: bool) -> None:
+    def _after_step(self, stage: Phase, report: StepReport, seconds: float, *, is_last: bool) -> None:
         if self.step % self.config.log_every_steps == 0 or is_last or self.guard.skipped_in_a_row:
             self.metrics.write(self.step, self._step_metrics(stage, report, seconds))
         if self.step % self.config.evaluation.every_steps == 0 or is_last:
@@ -247,7 +245,7 @@ class Trainer:
             except CheckpointError as error:
                 self.console.print(f"[yellow]warning:[/] {error} Training goes on.", soft_wrap=True)
 
-    def _step_metrics(self, stage: Stage, report: StepReport, seconds: float) -> dict:
+    def _step_metrics(self, stage: Phase, report: StepReport, seconds: float) -> dict:
         flops = training_flops_per_token(self.model.config, stage.sequence_length) * report.tokens
         values = {
             "stage": stage.name,
@@ -273,7 +271,7 @@ class Trainer:
         stage = self.config.stages[self._stage_index]
         if stage.mixture.validation_fraction == 0.0:
             return
-        batches = self.loader.fixed_batches(self.config.rows_per_microbatch, self.config.evaluation.batches)
+        batches = self.loader.fixed_batches(self.config.micro_batch_size, self.config.evaluation.batches)
         result = evaluate(self.model, batches, stage.sequence_length)
         self.model.train()
         self.metrics.write(self.step, {"stage": stage.name, **result.metrics()})

@@ -17,7 +17,8 @@ def toy(folder):
 
     def short(stage):
         return replace(
-            stage, steps=3, rows=4, rows_at_start=None, rows_warmup_steps=0, warmup_steps=0, constant_steps=0,
+            stage, steps=3, global_batch_size=4, initial_batch_size=None, batch_warmup_steps=0, warmup_steps=0,
+            constant_steps=0,
             mixture=replace(
                 stage.mixture,
                 sources=tuple(replace(s, max_megabytes=0.4 if s.max_megabytes else 0.0) for s in stage.mixture.sources),
@@ -29,13 +30,13 @@ def toy(folder):
         tokenizer=replace(demo.pretrain.tokenizer, train_megabytes=0.3),
     )  # fmt: skip
     extend = replace(
-        demo.extend, steps=2, rows=1, sequence_length=256, threads=1, log_every_steps=1,
+        demo.extend, steps=2, global_batch_size=1, sequence_length=256, threads=1, log_every_steps=1,
         mixture=short(demo.pretrain.stages[1]).mixture,
     )  # fmt: skip
     fast = {"steps": 1, "groups_per_step": 4, "max_draws": 1.0, "dynamic_sampling": False}
     fast["evaluation"] = replace(demo.mopd.evaluation, problems=4)
     taught = {demo.teachers[0].sources[0].name: f"{demo.teachers[0].run_folder}/model"}
-    sft = replace(demo.sft, steps=2, rows=2, warmup_steps=0, log_every_steps=1)
+    sft = replace(demo.sft, steps=2, global_batch_size=2, warmup_steps=0, log_every_steps=1)
     return replace(
         demo, sft=sft, teachers=(replace(demo.teachers[0], **fast),),
         mopd=replace(demo.mopd, **fast, teachers={**dict.fromkeys(demo.mopd.teachers, "self"), **taught}),

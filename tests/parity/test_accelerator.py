@@ -20,7 +20,7 @@ from openmimo.kernels.experts import ExpertsNeed
 from openmimo.kernels.token_loss import token_logprobs, token_loss
 from openmimo.model.context import PackedContext
 from openmimo.runtime.device import resolve_device
-from openmimo.train.config import EvaluationConfig, PretrainConfig, Stage, TokenizerConfig
+from openmimo.train.config import EvaluationConfig, Phase, PretrainConfig, TokenizerConfig
 
 pytestmark = pytest.mark.gpu
 
@@ -124,7 +124,15 @@ def test_training_runs_and_resumes(device, tmp_path):
     from openmimo.train.pretrain import pretrain
 
     mixture = MixtureConfig((SourceConfig("python_stdlib", max_megabytes=0.5),), validation_fraction=0.1)
-    stage = Stage("s", steps=30, sequence_length=128, rows=8, peak_lr=3e-3, end_lr=1e-3, mixture=mixture)
+    stage = Phase(
+        "s",
+        steps=30,
+        sequence_length=128,
+        global_batch_size=8,
+        learning_rate=3e-3,
+        end_learning_rate=1e-3,
+        mixture=mixture,
+    )
     config = PretrainConfig(
         run_folder=str(tmp_path / "run"),
         stages=(stage,),

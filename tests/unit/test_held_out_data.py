@@ -19,7 +19,7 @@ from openmimo.data.tokenizer import Tokenizer
 from openmimo.model.hf import save_model
 from openmimo.model.mimo import MiMo
 from openmimo.train import pretrain as pretrain_module
-from openmimo.train.config import CheckpointConfig, EvaluationConfig, PretrainConfig, Stage
+from openmimo.train.config import CheckpointConfig, EvaluationConfig, Phase, PretrainConfig
 from openmimo.train.pretrain import pretrain
 
 TOKENIZER = Tokenizer.train(["system user assistant and some words of english text\n"] * 20, 300)
@@ -103,14 +103,14 @@ def test_loss_on_held_out_letters_does_not_fall_below_chance(tmp_path, monkeypat
     shape = replace(tiny_config(mtp_heads=0), vocab_size=TOKENIZER.vocab_size, max_positions=128)
     save_model(randomize(MiMo(shape), 0), start)
     TOKENIZER.save(start)
-    stage = Stage(
-        "sft", steps=60, sequence_length=96, rows=4, peak_lr=1e-2, end_lr=1e-3, mtp_weight=0.0,
-        mixture=MixtureConfig((config,), validation_fraction=0.5),
+    stage = Phase(
+        "sft", steps=60, sequence_length=96, global_batch_size=4, learning_rate=1e-2, end_learning_rate=1e-3,
+        mtp_weight=0.0, mixture=MixtureConfig((config,), validation_fraction=0.5),
     )  # fmt: skip
     pretrain(
         PretrainConfig(
             run_folder=str(tmp_path / "run"), stages=(stage,), device="cpu", dtype="float32", threads=1,
-            init_from=str(start), rows_per_microbatch=4, log_every_steps=10,
+            init_from=str(start), micro_batch_size=4, log_every_steps=10,
             checkpoints=CheckpointConfig(every_steps=1000), evaluation=EvaluationConfig(every_steps=60, batches=1),
         )
     )  # fmt: skip

@@ -331,8 +331,8 @@ def test_fine_tuning_carries_the_files_of_its_folder(published, tmp_path):
     source = SourceConfig("chat", options={"path": str(tmp_path / "chats.jsonl")})
     config = SftConfig(
         checkpoint=str(published), run_folder=str(tmp_path / "run"), device="cpu", dtype="float32", loader_workers=1,
-        mixture=MixtureConfig((source,), validation_fraction=0.5), steps=2, sequence_length=256, rows=2,
-        rows_per_microbatch=2, checkpoints=CheckpointConfig(every_steps=1),
+        mixture=MixtureConfig((source,), validation_fraction=0.5), steps=2, sequence_length=256, global_batch_size=2,
+        micro_batch_size=2, checkpoints=CheckpointConfig(every_steps=1),
     )  # fmt: skip
     model = sft(config, console=Console(file=io.StringIO()))
     before = companion_texts(published)

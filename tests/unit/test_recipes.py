@@ -35,7 +35,7 @@ def test_recipe(name):
     model_config(run.model or "tiny")
     for stage in run.stages:
         rates = [learning_rate(stage, step) for step in range(0, stage.steps, max(1, stage.steps // 100))]
-        assert 0 < min(rates) <= max(rates) <= stage.peak_lr
+        assert 0 < min(rates) <= max(rates) <= stage.learning_rate
 
 
 def all_functions():
@@ -65,10 +65,10 @@ def test_the_report_in_numbers():
     first = stages[0]
     read = np.cumsum([rows_of_step(first, step) for step in range(first.steps)]) * first.sequence_length / 1e12
     assert read[-1] == pytest.approx(22, rel=1e-3)
-    assert read[first.rows_warmup_steps - 1] == pytest.approx(0.5, rel=1e-3)
+    assert read[first.batch_warmup_steps - 1] == pytest.approx(0.5, rel=1e-3)
     assert read[first.warmup_steps - 1] == pytest.approx(0.05, rel=1e-2)
     assert read[first.warmup_steps + first.constant_steps - 1] == pytest.approx(12.05, rel=1e-3)
-    later = [stage.steps * stage.rows * stage.sequence_length for stage in stages[1:]]
+    later = [stage.steps * stage.global_batch_size * stage.sequence_length for stage in stages[1:]]
     assert [round(count / 1e12, 3) for count in later] == [4.0, 1.0]
     assert total_steps(stages) == sum(stage.steps for stage in stages)
     assert learning_rate(first, first.warmup_steps) == pytest.approx(3.2e-4)

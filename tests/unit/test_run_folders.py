@@ -185,8 +185,8 @@ def test_a_resume_names_what_differs_and_allows_other_housekeeping(tmp_path, mon
     (tmp_path / "run" / "report.html").unlink(missing_ok=True)
     monkeypatch.setattr(Trainer, "run", real)
     config = short_run(tmp_path, steps=4)
-    other = replace(config, stages=(replace(config.stages[0], peak_lr=2e-3),))
-    with pytest.raises(ConfigError, match=r"stages\.0\.peak_lr was 0\.001 and is now 0\.002"):
+    other = replace(config, stages=(replace(config.stages[0], learning_rate=2e-3),))
+    with pytest.raises(ConfigError, match=r"stages\.0\.learning_rate was 0\.001 and is now 0\.002"):
         pretrain(other)
     pretrain(
         replace(

@@ -69,7 +69,7 @@ def test_a_bad_step_ends_the_run_and_good_checkpoints_stay(tmp_path, monkeypatch
 
 def test_an_exploding_learning_rate_writes_no_checkpoint(tmp_path):
     """Its weights are finite for a step: reading a batch with them shows what they are."""
-    config = one_stage(tmp_path, peak_lr=1e30, end_lr=1e30)
+    config = one_stage(tmp_path, learning_rate=1e30, end_learning_rate=1e30)
     with pytest.raises(DivergedError, match="no checkpoint yet"):
         pretrain(config)
     assert not list((tmp_path / "run" / "checkpoints").glob("*"))
@@ -186,16 +186,16 @@ def test_the_balance_loss_is_of_training_rows():
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"peak_lr": float("nan")}, "peak_lr"),
-        ({"peak_lr": float("inf")}, "peak_lr"),
-        ({"peak_lr": -1.0}, "peak_lr"),
-        ({"end_lr": 2e-3}, "end_lr"),
+        ({"learning_rate": float("nan")}, "learning_rate"),
+        ({"learning_rate": float("inf")}, "learning_rate"),
+        ({"learning_rate": -1.0}, "learning_rate"),
+        ({"end_learning_rate": 2e-3}, "end_learning_rate"),
         ({"warmup_steps": -3}, "warmup_steps"),
         ({"mtp_weight": -1.0}, "mtp_weight"),
         ({"bias_rate": float("nan")}, "bias_rate"),
         ({"full_rope_theta": -5.0}, "full_rope_theta"),
         ({"full_rope_theta": 0.0}, "full_rope_theta"),
-        ({"rows_at_start": 9, "rows_warmup_steps": 2}, "rows_at_start"),
+        ({"initial_batch_size": 9, "batch_warmup_steps": 2}, "initial_batch_size"),
         ({"steps": 1.5}, "steps"),
     ],
 )

@@ -21,7 +21,7 @@ from openmimo.data.config import MixtureConfig, SourceConfig
 from openmimo.model.context import PackedContext
 from openmimo.train import checkpoint as checkpoint_module
 from openmimo.train.checkpoint import Checkpoints, find_damage
-from openmimo.train.config import CheckpointConfig, EvaluationConfig, PretrainConfig, Stage, TokenizerConfig
+from openmimo.train.config import CheckpointConfig, EvaluationConfig, Phase, PretrainConfig, TokenizerConfig
 from openmimo.train.loss import micro_batch, training_loss
 from openmimo.train.optim import GradientReport, build_optimizer, clip_gradients, parameter_groups
 from openmimo.train.pretrain import pretrain
@@ -53,15 +53,25 @@ def run_config(folder: Path, **changes) -> PretrainConfig:
         ),
         validation_fraction=0.2,
     )
-    first = Stage("short", steps=6, sequence_length=32, rows=4, peak_lr=1e-3, end_lr=1e-4, mixture=mixture)
-    second = replace(first, name="long", steps=4, sequence_length=64, rows=2, full_rope_theta=4e4, mtp_heads=2)
+    first = Phase(
+        "short",
+        steps=6,
+        sequence_length=32,
+        global_batch_size=4,
+        learning_rate=1e-3,
+        end_learning_rate=1e-4,
+        mixture=mixture,
+    )
+    second = replace(
+        first, name="long", steps=4, sequence_length=64, global_batch_size=2, full_rope_theta=4e4, mtp_heads=2
+    )
     return PretrainConfig(
         run_folder=str(folder / "run"),
         stages=(first, second),
         device="cpu",
         dtype="float32",
         threads=1,
-        rows_per_microbatch=2,
+        micro_batch_size=2,
         log_every_steps=1,
         tokenizer=TokenizerConfig(train_megabytes=0.1),
         checkpoints=CheckpointConfig(every_steps=2, keep_last=3),
@@ -75,10 +85,10 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 class TestSchedule:
-    stage = Stage(
-        "s", steps=100, sequence_length=8, rows=64, peak_lr=1.0, end_lr=0.1,
-        mixture=MixtureConfig((SourceConfig("x"),)), warmup_steps=10, constant_steps=40, rows_at_start=16,
-        rows_warmup_steps=20,
+    stage = Phase(
+        "s", steps=100, sequence_length=8, global_batch_size=64, learning_rate=1.0, end_learning_rate=0.1,
+        mixture=MixtureConfig((SourceConfig("x"),)), warmup_steps=10, constant_steps=40, initial_batch_size=16,
+        batch_warmup_steps=20,
     )  # fmt: skip
 
     def test_learning_rate(self):
@@ -101,7 +111,7 @@ class TestSchedule:
         with pytest.raises(ConfigError, match="more than"):
             replace(self.stage, warmup_steps=90)
         with pytest.raises(ConfigError, match="together"):
-            replace(self.stage, rows_at_start=None)
+            replace(self.stage, initial_batch_size=None)
 
 
 def test_loss_is_the_definition():
@@ -288,10 +298,8 @@ def test_another_config_does_not_continue_a_run(finished):
 
 
 def test_accumulation_over_microbatches_changes_nothing(finished, tmp_path):
-    pretrain(replace(run_config(finished), run_folder=str(tmp_path / "run"), rows_per_microbatch=4, balance_weight=0.0))
-    pretrain(
-        replace(run_config(finished), run_folder=str(tmp_path / "run2"), rows_per_microbatch=1, balance_weight=0.0)
-    )
+    pretrain(replace(run_config(finished), run_folder=str(tmp_path / "run"), micro_batch_size=4, balance_weight=0.0))
+    pretrain(replace(run_config(finished), run_folder=str(tmp_path / "run2"), micro_batch_size=1, balance_weight=0.0))
     one = [row["loss/main"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss/main" in row]
     four = [row["loss/main"] for row in read_metrics(tmp_path / "run2" / "metrics.jsonl") if "loss/main" in row]
     assert one == pytest.approx(four, rel=1e-4)
