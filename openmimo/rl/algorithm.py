@@ -122,7 +122,7 @@ class RatioOptions(PolicyOptions):
             )
 
 
-Annotate = Callable[[list[Sample], Any, Sequence[Sequence[float]]], None]
+Annotate = Callable[[list[Sample], Any, Sequence[Any]], None]
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
-"""From samples to tensors over their policy-written tokens, and back into the samples' annotations.
+"""Conversion of samples to tensors over policy-written tokens, and of results to annotations of the samples.
 
-N policy-written tokens of the learnable samples of a step, B learnable samples, E episodes that made these.
+N policy-written tokens of the learnable samples of a step, B learnable samples, E episodes of these samples.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,16 +10,16 @@ import torch
 
 from openmimo.core.samples import Sample
 from openmimo.rl.algorithm import PolicyOptions
-from openmimo.rl.losses import normalize as normalize
+from openmimo.rl.losses import normalize
 
 
 def is_learnable(sample: Sample) -> bool:
-    """Whether a sample may be learned from: its infrastructure did not fail, and the policy wrote something."""
+    """Whether the policy can learn from a sample: no infrastructure failure, and at least one policy-written token."""
     return sample.finish_reason != "error" and sample.num_answer_tokens > 0
 
 
 def numbers_of(names: Sequence[str]) -> torch.Tensor:
-    """int64, 0 and up: the same number for the same name."""
+    """A number for each name, int64: equal names have equal numbers, which count from 0."""
     numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
     return torch.tensor([numbers[name] for name in names], dtype=torch.int64)
 
@@ -30,8 +30,9 @@ def lengths_of(samples: list[Sample]) -> torch.Tensor:
 
 
 def episode_lengths(samples: list[Sample]) -> torch.Tensor:
-    """Policy-written tokens of each episode, int64 [E]. The contexts of one stand one after another."""
-    lengths, before = [], ""
+    """Policy-written tokens of each episode, int64 [E]. The contexts of an episode must be adjacent."""
+    lengths: list[int] = []
+    before = ""
     for sample in samples:
         if sample.episode and sample.episode == before:
             lengths[-1] += sample.num_answer_tokens
@@ -41,29 +42,34 @@ def episode_lengths(samples: list[Sample]) -> torch.Tensor:
     return torch.tensor(lengths, dtype=torch.int64)
 
 
-def written_values(samples: list[Sample], values: Sequence[Sequence[float]], *, what: str) -> torch.Tensor:
-    """The entries of policy-written tokens, float64 [N].
+def written_values(samples: list[Sample], values: Sequence[Sequence[float] | np.ndarray], *, what: str) -> torch.Tensor:
+    """The entries of policy-written tokens in per-token values of each sample, float64 [N].
 
     Raises:
         ValueError: The values of a sample are not aligned with its tokens.
     """
     written = [np.zeros(0)]
-    for index, (sample, own) in enumerate(zip(samples, values, strict=True)):
-        if not len(own) == len(sample.loss_mask) == len(sample):
+    for index, (sample, token_values) in enumerate(zip(samples, values, strict=True)):
+        if not len(token_values) == len(sample.loss_mask) == len(sample):
             raise ValueError(
                 f"Sample {index} of group {sample.group!r} has {len(sample)} tokens, a loss mask of "
-                f"{len(sample.loss_mask)} and {len(own)} {what}; entry i of each must belong to token i."
+                f"{len(sample.loss_mask)} and {len(token_values)} {what}; entry i of each must belong to token i."
             )
-        written.append(np.asarray(own, np.float64)[sample.loss_mask])
+        written.append(np.asarray(token_values, np.float64)[sample.loss_mask])
     return torch.from_numpy(np.concatenate(written))
 
 
 def outcome_advantages(
     samples: list[Sample], advantages_of: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 ) -> torch.Tensor:
-    """Each sample's advantages_of(rewards, groups), float64 [B]. Raises ValueError for a missing reward.
+    """The advantage of each sample, float64 [B]. An episode counts once in its group, even with several contexts.
 
-    An episode counts once in its group, in however many contexts it was played.
+    Args:
+        samples: Learnable samples.
+        advantages_of: Computes advantages from rewards, float64 [E], and group numbers, int64 [E].
+
+    Raises:
+        ValueError: A sample has no finite reward.
     """
     rewards_B = torch.tensor([sample.reward for sample in samples], dtype=torch.float64)
     if not rewards_B.isfinite().all():
@@ -75,13 +81,13 @@ def outcome_advantages(
     if not samples:
         return rewards_B
     episodes = [sample.episode or f"sample {index}" for index, sample in enumerate(samples)]
-    one_of_each = list({name: index for index, name in enumerate(episodes)}.values())
-    groups_E = numbers_of([samples[index].group for index in one_of_each])
-    return advantages_of(rewards_B[one_of_each], groups_E)[numbers_of(episodes)]
+    last_contexts = list({name: index for index, name in enumerate(episodes)}.values())
+    groups_E = numbers_of([samples[index].group for index in last_contexts])
+    return advantages_of(rewards_B[last_contexts], groups_E)[numbers_of(episodes)]
 
 
 def write_annotations(samples: list[Sample], advantages_N: torch.Tensor, weights_N: torch.Tensor) -> None:
-    """Fills `advantages` and `weights` of all samples: 0 outside the loss mask, and for samples not learned from."""
+    """Set `advantages` and `weights` of all samples; 0 outside the loss mask and in samples that are not learnable."""
     start = 0
     for sample in samples:
         stop = start + (sample.num_answer_tokens if is_learnable(sample) else 0)
@@ -91,7 +97,7 @@ def write_annotations(samples: list[Sample], advantages_N: torch.Tensor, weights
 
 
 def spread(sample: Sample, values_N: torch.Tensor) -> np.ndarray:
-    """Values of the policy-written tokens of a sample as float64 [T], 0.0 elsewhere; all 0.0 for no values."""
+    """Per-token values of a sample, float64 [T], from those of its policy-written tokens (N or none); 0.0 elsewhere."""
     values = np.zeros(len(sample))
     if len(values_N):
         values[sample.loss_mask] = values_N.double().cpu().numpy()
@@ -103,7 +109,7 @@ def annotate_outcomes(
     options: PolicyOptions,
     advantages_of: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
 ) -> None:
-    """Annotates with the same advantage for all tokens of a sample, and weights by the options' normalization."""
+    """Annotate all tokens of a sample with its advantage, and with weights by the normalization of the options."""
     learnable = [sample for sample in samples if is_learnable(sample)]
     lengths_B = lengths_of(learnable)
     advantages_B = outcome_advantages(learnable, advantages_of)

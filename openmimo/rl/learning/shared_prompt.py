@@ -1,6 +1,11 @@
-"""Several answers to one prompt in one pass: the prompt is computed once, and every answer attends to it and to itself.
+"""Several responses to one prompt in one forward pass: the prompt is computed once.
 
-A group of eight answers of 16 tokens to a prompt of 40 is 168 tokens instead of 448, and gives the same numbers.
+Each response attends to the prompt and to itself. Eight responses of 16 tokens to a prompt of 40 are 168 tokens instead
+of 448, and give the same numbers. For a prompt p0 p1 and the responses a0 a1 and b0:
+
+    packed tokens   p0 p1 | a0 a1 | b0
+    positions        0  1 |  2  3 |  2
+    keys read       p0 p1 | p0 p1 a0 a1 | p0 p1 b0
 
 T packed tokens, S keys gathered for all queries, N query heads, G key/value heads, K key dim, V value dim.
 """
@@ -14,14 +19,19 @@ from openmimo.model.context import PackedContext, RotaryTables, RoutingTape
 
 @dataclass(frozen=True)
 class PromptGroup:
-    """A prompt of `prompt` tokens, and `answers` tokens behind it in each sample. No answers: one whole sample."""
+    """The token counts of a prompt and of the responses that share it.
+
+    Attributes:
+        prompt: Tokens of the prompt, or of the whole sample if there are no responses.
+        responses: Tokens after the prompt in each sample; empty for one whole sample.
+    """
 
     prompt: int
-    answers: tuple[int, ...] = ()
+    responses: tuple[int, ...] = ()
 
 
 class SharedPromptContext(PackedContext):
-    """The packed context of groups: each prompt, then its answers one after another. See PackedContext."""
+    """The packed context of prompt groups: each prompt, followed by its responses."""
 
     def __init__(
         self,
@@ -30,7 +40,7 @@ class SharedPromptContext(PackedContext):
         device: torch.device | str = "cpu",
         routing: RoutingTape | None = None,
     ):
-        lengths = tuple(length for group in groups for length in (group.prompt, *group.answers))
+        lengths = tuple(length for group in groups for length in (group.prompt, *group.responses))
         super().__init__(lengths, device=device, routing=routing)
         positions, keys, key_lengths, start = [], [], [], 0
         for group in groups:
@@ -39,7 +49,7 @@ class SharedPromptContext(PackedContext):
             keys.append(torch.arange(prompt.start, prompt.stop))
             key_lengths.append(group.prompt)
             start = prompt.stop
-            for length in group.answers:
+            for length in group.responses:
                 positions.append(torch.arange(group.prompt, group.prompt + length))
                 keys += [torch.arange(prompt.start, prompt.stop), torch.arange(start, start + length)]
                 key_lengths.append(group.prompt + length)

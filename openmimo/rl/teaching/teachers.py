@@ -15,7 +15,8 @@ from openmimo.core.samples import Sample
 from openmimo.data.tokenizer import Tokenizer
 from openmimo.model.hf import load_model
 from openmimo.model.mimo import MiMo
-from openmimo.rl.learning.policy_trainer import Forward, Objective, PackedSamples, score_samples
+from openmimo.rl.learning.packing import PackedSamples
+from openmimo.rl.learning.policy_trainer import Forward, Objective, score_samples
 from openmimo.rl.losses import distillation
 from openmimo.rl.losses.diagnostics import top_k_overlap
 

@@ -16,7 +16,8 @@ from openmimo.model.mimo import MiMo
 from openmimo.rl.agents.environment import EnvResponse
 from openmimo.rl.algorithm import open_algorithm
 from openmimo.rl.config import MopdConfig, RlSource
-from openmimo.rl.learning.policy_trainer import PolicyTrainer, packs, weighted_sum
+from openmimo.rl.learning.packing import packs
+from openmimo.rl.learning.policy_trainer import PolicyTrainer, weighted_sum
 from openmimo.rl.losses.distillation import reverse_kl
 from openmimo.rl.teaching.teachers import Teachers
 from openmimo.rl.teaching.teaching import Teaching

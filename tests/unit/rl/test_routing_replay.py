@@ -16,15 +16,8 @@ from openmimo.model.context import PackedContext, RoutingTape
 from openmimo.model.presets import flash
 from openmimo.model.recompute import checkpoint_activations
 from openmimo.rl.agents.environment import EnvResponse
-from openmimo.rl.learning.policy_trainer import (
-    NOT_RECORDED,
-    PolicyTrainer,
-    pack_samples,
-    packs,
-    replayed_routes,
-    score_samples,
-    weighted_sum,
-)
+from openmimo.rl.learning.packing import NOT_RECORDED, pack_samples, packs, replayed_routes
+from openmimo.rl.learning.policy_trainer import PolicyTrainer, score_samples, weighted_sum
 from openmimo.rl.losses.diagnostics import mismatch
 from openmimo.train.config import OptimizerConfig
 

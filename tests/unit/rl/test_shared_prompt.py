@@ -9,7 +9,7 @@ from rl_world import policy
 from openmimo.core.samples import Sample
 from openmimo.kernels.token_loss import token_logprobs
 from openmimo.model.context import RoutingTape
-from openmimo.rl.learning.policy_trainer import packs
+from openmimo.rl.learning.packing import packs
 
 
 def group(rng, *, prompt, answers, vocabulary):
@@ -51,10 +51,10 @@ def test_only_neighbors_with_the_same_prompt_and_routes_share_it():
     rng = random.Random(1)
     first, second = (group(rng, prompt=9, answers=(4, 5), vocabulary=50) for _ in range(2))
     (pack,) = packs([*first, *second], 1000, device=torch.device("cpu"), share_prompts=True)
-    assert [(own.prompt, own.answers) for own in pack.groups] == [(9, (4, 5)), (9, (4, 5))]
+    assert [(own.prompt, own.responses) for own in pack.groups] == [(9, (4, 5)), (9, (4, 5))]
     (pack,) = packs([first[0], second[0], first[1]], 1000, device=torch.device("cpu"), share_prompts=True)
-    assert [own.answers for own in pack.groups] == [(), (), ()]
+    assert [own.responses for own in pack.groups] == [(), (), ()]
     first[0].routed_experts = torch.zeros(12, 1, 2, dtype=torch.uint8).numpy()
     first[1].routed_experts = torch.ones(13, 1, 2, dtype=torch.uint8).numpy()
     (pack,) = packs(first, 1000, device=torch.device("cpu"), share_prompts=True)
-    assert [own.answers for own in pack.groups] == [(), ()]
+    assert [own.responses for own in pack.groups] == [(), ()]
