@@ -34,16 +34,17 @@ from openmimo.rl.algorithm import algorithm_of
 from openmimo.rl.config import MopdConfig, RlConfig
 from openmimo.rl.evaluate import episode_opener, evaluate_policy, streams_of
 from openmimo.rl.learning.policy_trainer import Objective, PolicyTrainer, UpdateReport, weighted_sum
-from openmimo.rl.rollouts.engine import EngineRollouts, Rollouts
+from openmimo.rl.rollouts.engine import EngineRollouts
 from openmimo.rl.rollouts.processes import ProcessRollouts
+from openmimo.rl.rollouts.protocol import Rollouts
 from openmimo.rl.rollouts.ray_workers import RayRollouts
-from openmimo.rl.rollouts.remote import WorkerRollouts
 from openmimo.rl.rollouts.worker import WorkerSetup
 from openmimo.rl.scheduling.event_log import LoggedScheduler
 from openmimo.rl.scheduling.failures import COUNTED, Failures
 from openmimo.rl.scheduling.groups import LateReward
 from openmimo.rl.scheduling.scheduler import DataScheduler
-from openmimo.rl.teaching.teaching import TeacherRollouts, Teaching
+from openmimo.rl.teaching.distillation import Distillation
+from openmimo.rl.teaching.teacher_rollouts import TeacherRollouts
 from openmimo.train.checkpoint import Checkpoints, Progress, load_optimizer_state
 from openmimo.train.schedule import warmed_cosine
 
@@ -90,14 +91,16 @@ class RlRun:
         self._calls = EpisodeCalls(threads=0 if instant else config.reward_threads, seconds=config.environment_seconds)
         self._failures = Failures(self.console, max_lost_steps=config.max_lost_steps)
         self._learned_nothing = False
-        self.teaching = Teaching(config, model, self.console) if isinstance(config, MopdConfig) else None
+        self.distillation = Distillation(config, model, self.console) if isinstance(config, MopdConfig) else None
         self.rollouts = self._open_rollouts()
         scheduler = DataScheduler(config.scheduler(), streams_of(config.sources, "train", config.seed))
         if start.loader:
             scheduler.load_state(start.loader)
-        repeats_exactly = isinstance(self.rollouts, EngineRollouts) and self.rollouts.is_instant
         self.log = LoggedScheduler(
-            scheduler, self.run_folder / "events", start=start.step, repeats_exactly=repeats_exactly
+            scheduler,
+            self.run_folder / "events",
+            start=start.step,
+            repeats_exactly=self.rollouts.repeats_exactly,
         )
         self._early_step_began = False
         self._before_step: dict[str, Any] | None = None  # the scheduler's state when the step that is going on began
@@ -154,10 +157,9 @@ class RlRun:
         values = _sample_metrics(samples) | {"learned_samples": sum(map(self._has_lesson, samples))}
         values |= {f"scheduler/{name}": value for name, value in report.items()}
         values |= failed | {"hung_calls": self._calls.num_hung}
-        values |= _update_metrics(update) | (self.teaching.metrics() if self.teaching else {})
+        values |= _update_metrics(update) | (self.distillation.metrics() if self.distillation else {})
         values |= {"seconds/rollout": rolled_out - started, "seconds/update": learned - rolled_out}
-        values |= self.rollouts.metrics() if isinstance(self.rollouts, WorkerRollouts) else {}
-        values |= service_metrics() | {"skipped_steps": self.trainer.guard.num_skipped}
+        values |= self.rollouts.metrics() | service_metrics() | {"skipped_steps": self.trainer.guard.num_skipped}
         self.metrics.write(self.step, values)
         self._warn_if_nothing_was_learned(values)
         self._after_step()
@@ -165,7 +167,7 @@ class RlRun:
 
     def _has_lesson(self, sample: Sample) -> bool:
         """Whether an annotated sample moved the policy: it has weight and, where they count, an advantage not 0."""
-        by_divergence = self.teaching is not None and self.teaching.objective is not None
+        by_divergence = self.distillation is not None and self.distillation.objective is not None
         return any(
             bool(((context.weights != 0) & (by_divergence | (context.advantages != 0))).any())
             for context in sample.contexts()
@@ -237,8 +239,8 @@ class RlRun:
         Its first tokens are then one version old when the step is learned from. The scheduler's state of now is kept:
         in a checkpoint, the next step has not begun, and what it did since is in the event log.
         """
-        goes_on = isinstance(self.rollouts, WorkerRollouts) and self.config.unfinished == "partial"
-        if goes_on and self.step + 1 < self.config.steps:
+        can_continue = self.rollouts.runs_while_learning and self.config.unfinished == "partial"
+        if can_continue and self.step + 1 < self.config.steps:
             self._early_step_began = True
             self._before_step = self.log.scheduler.state()
             self._begin(self.step + 1)
@@ -259,8 +261,8 @@ class RlRun:
         old_of = {id(sample): own for sample, own in zip(samples, old, strict=bool(old))}
         reports = []
         for part in parts:
-            if self.teaching is not None:
-                self.teaching.annotate(part, self.trainer, self.algorithm, self.options)
+            if self.distillation is not None:
+                self.distillation.annotate(part, self.trainer, self.algorithm, self.options)
             else:
                 self.algorithm.annotate(part, self.options, [[] for _ in part])
             report = self.trainer.update(
@@ -269,15 +271,15 @@ class RlRun:
                 learning_rate=self._learning_rate(),
                 version=self.step,
                 old_logprobs=[old_of[id(sample)] for sample in part] if old else None,
-                pack_key=lambda sample: sample.domain if self.teaching else "",
+                pack_key=lambda sample: sample.domain if self.distillation else "",
                 gate=self.options.correction.limits(),
             )
             reports.append(report)
         return reports
 
     def _objective(self) -> Objective:
-        if self.teaching is not None and self.teaching.objective is not None:
-            return self.teaching.objective
+        if self.distillation is not None and self.distillation.objective is not None:
+            return self.distillation.objective
         return weighted_sum(lambda token_batch: self.algorithm.token_losses(token_batch, self.options))
 
     def _learning_rate(self) -> float:
@@ -341,7 +343,9 @@ class RlRun:
         if isinstance(config, MopdConfig) and config.writer == "teacher":
             domains = [source.name for source in config.sources]
             open_rollouts = functools.partial(self._engine_rollouts, record_routing=False)
-            rollouts = TeacherRollouts(self.teaching.teachers, self.tokenizer, config.engine, domains, open_rollouts)
+            rollouts = TeacherRollouts(
+                self.distillation.teachers, self.tokenizer, config.engine, domains, open_rollouts
+            )
             rollouts.update_weights(self.step)
             return rollouts
         if config.rollouts == "engine":

@@ -1,6 +1,6 @@
-"""Rollouts by worker processes of this machine, which go on while the trainer learns.
+"""Rollouts by worker processes of this machine, which keep running while the trainer learns.
 
-Orders and samples go through pipes, weights through shared memory. A worker ends with its trainer, however that ends.
+Orders and samples go through pipes, weights through shared memory. A worker ends when the trainer's process ends.
 """
 
 import multiprocessing
@@ -18,21 +18,30 @@ import torch
 from openmimo.model.mimo import MiMo
 from openmimo.rl.rollouts.remote import WorkerLostError, WorkerRollouts
 from openmimo.rl.rollouts.weight_buffer import WeightBuffer, WeightLayout, layout_of, model_tensors
-from openmimo.rl.rollouts.worker import Failure, Order, Report, WorkerSetup, serve
+from openmimo.rl.rollouts.worker import Failure, Order, WorkerReport, WorkerSetup, serve
 from openmimo.runtime.device import worker_device
 
-_GLANCE_SECONDS = 0.5
+_CHECK_SECONDS = 0.5
 _FLUSH_SECONDS = 5.0
 
 
 class ProcessRollouts(WorkerRollouts):
-    """Rollouts by processes, each with a copy of the policy. See WorkerRollouts.
+    """Rollouts by processes, each with a copy of the policy.
 
-    model: the policy; `update_weights` reads it. version: of its weights now. Where there are several accelerators, the
-    workers' are those after the model's. Raises UserError if there is too little shared memory for the weights, twice.
+    Where there are several accelerators, workers use those after the model's.
     """
 
     def __init__(self, model: MiMo, setup: WorkerSetup, *, num_workers: int = 1, version: int = 0):
+        """
+        Args:
+            model: The policy, which `update_weights` reads.
+            setup: The settings of the workers.
+            num_workers: The number of processes.
+            version: The version of the policy's weights.
+
+        Raises:
+            UserError: There is too little shared memory for two copies of the weights.
+        """
         self._model, self._setup = model, setup
         self._layout = layout_of(model)
         self._weights = WeightBuffer(self._layout)
@@ -41,18 +50,18 @@ class ProcessRollouts(WorkerRollouts):
         super().__init__(num_workers)
 
     def process_ids(self) -> list[int]:
-        """Of the workers."""
+        """The process ids of the workers."""
         return [link.process.pid for link in self._links]
 
     def _start(self, number: int) -> "ProcessLink":
         context = multiprocessing.get_context("spawn")
-        ours, theirs = context.Pipe()
+        trainer_end, worker_end = context.Pipe()
         device = str(worker_device(self._model.device, number))
-        arguments = (self._setup, self._layout, self._weights, theirs, device, self._threads, os.getpid())
+        arguments = (self._setup, self._layout, self._weights, worker_end, device, self._threads, os.getpid())
         process = context.Process(target=_work, args=arguments, name=f"rollout-worker-{number}", daemon=True)
         process.start()
-        theirs.close()  # so that the pipe ends when the worker does
-        return ProcessLink(process, PipeChannel(ours))
+        worker_end.close()  # so that the pipe ends when the worker does
+        return ProcessLink(process, PipeChannel(trainer_end))
 
     def _wait(self, links: list[Any], seconds: float) -> list[Any]:
         link_of = {link.channel.connection: link for link in links} | {link.process.sentinel: link for link in links}
@@ -63,7 +72,7 @@ class ProcessRollouts(WorkerRollouts):
 
 
 class PipeChannel:
-    """One end of a pipe. Sending never waits: a thread writes, so that two ends that both send cannot block."""
+    """One end of a pipe. A thread writes, so that two ends that both send cannot block each other."""
 
     def __init__(self, connection: Connection):
         self.connection = connection
@@ -72,12 +81,16 @@ class PipeChannel:
         self._thread.start()
 
     def send(self, message: Any) -> None:
-        """Sends a message; says nothing if nobody will read it. Raises what pickling it raises."""
+        """Send a message. Does not fail if the other end is closed. Raises the exceptions of pickling."""
         self._outgoing.put(ForkingPickler.dumps(message))
 
     def receive(self, seconds: float) -> list[Any]:
-        """What came in; waits at most so long for something. Raises EOFError or OSError if the other end is gone."""
-        messages = []
+        """The messages that arrived. Waits up to `seconds` for the first.
+
+        Raises:
+            EOFError, OSError: The other end is closed, and no message is left.
+        """
+        messages: list[Any] = []
         while self.connection.poll(0.0 if messages else seconds):
             try:
                 messages.append(self.connection.recv())
@@ -88,7 +101,7 @@ class PipeChannel:
         return messages
 
     def close(self) -> None:
-        """Waits a little until what was sent is written."""
+        """Wait up to five seconds until all messages are written."""
         self._outgoing.put(None)
         self._thread.join(_FLUSH_SECONDS)
 
@@ -101,7 +114,7 @@ class PipeChannel:
 
 
 class ProcessLink:
-    """The trainer's end. See WorkerLink."""
+    """The trainer's connection to a worker process. See WorkerLink."""
 
     def __init__(self, process: Any, channel: PipeChannel):
         self.process, self.channel = process, channel
@@ -110,15 +123,15 @@ class ProcessLink:
         """See WorkerLink."""
         self.channel.send(order)
 
-    def receive(self) -> list[Report | Failure]:
+    def receive(self) -> list[WorkerReport | Failure]:
         """See WorkerLink."""
-        has_ended = not self.process.is_alive()  # before the pipe is looked at, which may still hold what it said
+        has_ended = not self.process.is_alive()  # before the pipe, which may hold the last messages
         try:
             messages = self.channel.receive(0.0)
         except (EOFError, OSError):
             messages, has_ended = [], True
         if has_ended and not messages:
-            self.process.join(_GLANCE_SECONDS)
+            self.process.join(_CHECK_SECONDS)
             raise WorkerLostError(f"process {self.process.pid} ended with exit code {self.process.exitcode}")
         return messages
 
@@ -136,8 +149,8 @@ def _work(
     setup: WorkerSetup, layout: WeightLayout, weights: WeightBuffer, connection: Connection, device: str, threads: int,
     trainer: int,
 ) -> None:  # fmt: skip
-    """A worker process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the trainer gets it too, and ends this process as it likes
+    """The main function of a worker process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the trainer receives it as well, and ends this process
     threading.Thread(target=_end_with, args=(trainer,), name="trainer-watch", daemon=True).start()
     torch.set_num_threads(threads)
     channel = PipeChannel(connection)
@@ -146,7 +159,7 @@ def _work(
 
 
 def _end_with(trainer: int) -> None:
-    """Ends this process as soon as the trainer's has ended, whatever it is at."""
+    """End this process as soon as the trainer's has ended."""
     while os.getppid() == trainer:
-        time.sleep(_GLANCE_SECONDS)
+        time.sleep(_CHECK_SECONDS)
     os._exit(1)

@@ -1,6 +1,6 @@
-"""Rollouts by Ray actors, on however many machines, which go on while the trainer learns. Needs the extra `ray`.
+"""Rollouts by Ray actors on one or more machines, which keep running while the trainer learns. Needs the extra `ray`.
 
-Where an actor runs is left to Ray. Weights go through its object store, once to each machine.
+Ray places the actors. Weights go through its object store, once to each machine.
 """
 
 import queue
@@ -16,18 +16,13 @@ from openmimo.core.errors import ConfigError
 from openmimo.model.mimo import MiMo
 from openmimo.rl.rollouts.remote import WorkerLostError, WorkerRollouts
 from openmimo.rl.rollouts.weight_buffer import Take, WeightLayout, layout_of, model_tensors
-from openmimo.rl.rollouts.worker import Failure, Order, Report, WorkerSetup, serve
+from openmimo.rl.rollouts.worker import Failure, Order, WorkerReport, WorkerSetup, serve
 
 _LISTEN_SECONDS = 0.05
 
 
 class RayRollouts(WorkerRollouts):
-    """Rollouts by actors, each with a copy of the policy. See WorkerRollouts.
-
-    model: the policy; `update_weights` reads it. version: of its weights now. actor_options: for `ray.remote`; by
-    default a CPU for each actor, and an accelerator if the model is on one. Connects to the cluster that RAY_ADDRESS
-    names, or starts Ray here, if the caller has not. Raises ConfigError if Ray is not installed.
-    """
+    """Rollouts by Ray actors, each with a copy of the policy."""
 
     def __init__(
         self,
@@ -38,6 +33,20 @@ class RayRollouts(WorkerRollouts):
         version: int = 0,
         actor_options: Mapping[str, Any] | None = None,
     ):
+        """
+        Connects to the cluster that RAY_ADDRESS names, or starts Ray on this machine, unless Ray is initialized.
+
+        Args:
+            model: The policy, which `update_weights` reads.
+            setup: The settings of the workers.
+            num_workers: The number of actors.
+            version: The version of the policy's weights.
+            actor_options: Options of `ray.remote`; by default one CPU for each actor, and one accelerator if the model
+                is on one.
+
+        Raises:
+            ConfigError: Ray is not installed.
+        """
         try:
             import ray
         except ImportError as error:
@@ -62,19 +71,22 @@ class RayRollouts(WorkerRollouts):
     def _wait(self, links: list[Any], seconds: float) -> list[Any]:
         link_of = {link.listening(): link for link in links}
         self._ray.wait(list(link_of), num_returns=1, timeout=seconds)
-        ready, _ = self._ray.wait(list(link_of), num_returns=len(link_of), timeout=0.0)  # none is passed over
+        ready, _ = self._ray.wait(list(link_of), num_returns=len(link_of), timeout=0.0)  # all ready ones
         return [link_of[reference] for reference in ready]
 
     def _publish(self, version: int) -> None:
         memory = torch.empty(self._layout.num_bytes, dtype=torch.uint8)
         self._layout.write(memory, model_tensors(self._model))
-        self._weights = (version, [self._ray.put(memory.numpy())])  # in a list: Ray hands the reference over as it is
+        self._weights = (
+            version,
+            [self._ray.put(memory.numpy())],
+        )  # Ray keeps references in a list as they are
         for link in self._links:
             link.give_weights(self._weights)
 
 
 class RayLink:
-    """The trainer's end. See WorkerLink."""
+    """The trainer's connection to an actor. See WorkerLink."""
 
     def __init__(self, ray: Any, actor: Any):
         self._ray, self._actor = ray, actor
@@ -85,16 +97,16 @@ class RayLink:
         self._actor.order.remote(order)
 
     def give_weights(self, weights: tuple[int, list[Any]]) -> None:
-        """Tells the actor of new weights; it takes them before any order that is sent after this."""
+        """Send the reference of new weights. The actor takes them before any later order."""
         self._actor.renew.remote(*weights)
 
     def listening(self) -> Any:
-        """The reference of what the actor will say next."""
+        """The Ray reference of the actor's next messages."""
         if self._listening is None:
             self._listening = self._actor.listen.remote()
         return self._listening
 
-    def receive(self) -> list[Report | Failure]:
+    def receive(self) -> list[WorkerReport | Failure]:
         """See WorkerLink."""
         reference, self._listening = self.listening(), None
         try:
@@ -110,7 +122,7 @@ class RayLink:
 
 
 class ActorBody:
-    """What runs inside an actor: `serve` in a thread, and calls that hand orders in and reports out, one at a time."""
+    """The body of an actor: `serve` in a thread, and methods that pass orders in and reports out, one at a time."""
 
     def __init__(self, setup: WorkerSetup, layout: WeightLayout, device: str, threads: int):
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # it is only read
@@ -121,31 +133,35 @@ class ActorBody:
         )
 
     def renew(self, version: int, reference: list[Any]) -> None:
-        """Takes note of new weights. The first make the worker begin."""
+        """Store the reference of new weights. The first one starts the worker."""
         self._weights.newest = (version, reference[0])
         if not self._thread.is_alive() and self._thread.ident is None:
             self._thread.start()
 
     def order(self, order: Order) -> None:
-        """Hands an order in."""
+        """Pass an order to the worker."""
         self._channel.orders.put(order)
 
-    def listen(self) -> list[Report | Failure]:
-        """What the worker has said since the last call; waits a little for something."""
+    def listen(self) -> list[WorkerReport | Failure]:
+        """The worker's messages since the last call. Waits up to 0.05 seconds for the first."""
         return _take_all(self._channel.messages, _LISTEN_SECONDS)
 
     def finish(self) -> None:
-        """Returns when the worker has ended."""
+        """Wait for the worker to end."""
         if self._thread.ident is not None:
             self._thread.join()
 
     def _serve(self, setup: WorkerSetup, layout: WeightLayout, device: str, threads: int) -> None:
-        torch.set_num_threads(threads)  # holds for the thread that calls it
+        torch.set_num_threads(threads)  # applies to the calling thread
         serve(setup, layout, self._weights, self._channel, device)
 
 
 class ObjectWeights:
-    """Weights in Ray's object store. See WeightSource. newest: a version and the reference of its flat memory."""
+    """Weights in Ray's object store.
+
+    Attributes:
+        newest: The newest version, and the reference of its flat memory.
+    """
 
     def __init__(self, layout: WeightLayout):
         self._layout = layout
@@ -157,7 +173,7 @@ class ObjectWeights:
         return self.newest[0]
 
     def read(self, take: Take) -> None:
-        """See WeightSource. What is in the store never changes."""
+        """See WeightSource. Objects in the store are immutable, so one read is enough."""
         import ray
 
         version, reference = self.newest
@@ -166,7 +182,7 @@ class ObjectWeights:
 
 
 class QueueChannel:
-    """The worker's line within its actor. See WorkerChannel."""
+    """The worker's connection to the methods of its actor. See WorkerChannel."""
 
     def __init__(self) -> None:
         self.orders: queue.SimpleQueue = queue.SimpleQueue()
@@ -176,13 +192,13 @@ class QueueChannel:
         """See WorkerChannel."""
         return _take_all(self.orders, seconds)
 
-    def send(self, message: Report | Failure) -> None:
+    def send(self, message: WorkerReport | Failure) -> None:
         """See WorkerChannel."""
         self.messages.put(message)
 
 
 def _take_all(items: queue.SimpleQueue, seconds: float) -> list[Any]:
-    """Everything in the queue; waits at most so long for a first thing."""
+    """All items of the queue. Waits up to `seconds` for the first."""
     taken: list[Any] = []
     try:
         taken.append(items.get(timeout=seconds) if seconds else items.get_nowait())

@@ -1,4 +1,10 @@
-"""Weights on their way from the trainer to rollout workers: one flat piece of memory, and two of it that take turns."""
+"""Transfer of weights from the trainer to rollout workers through flat memory.
+
+A layout gives each tensor a slice of one flat uint8 buffer. A shared buffer has two such halves, which take turns:
+
+    half 0   version 6 (old)  ->  the writer fills it with version 8  ->  newest
+    half 1   version 7 (newest, readers copy it)                      ->  old
+"""
 
 import contextlib
 import multiprocessing
@@ -20,7 +26,7 @@ Take = Callable[[Mapping[str, torch.Tensor], int], None]
 
 @dataclass(frozen=True)
 class TensorSlice:
-    """Where a tensor lies in the flat memory."""
+    """The bytes [start, stop) of a tensor in the flat memory."""
 
     name: str
     shape: tuple[int, ...]
@@ -31,64 +37,65 @@ class TensorSlice:
 
 @dataclass(frozen=True)
 class WeightLayout:
-    """Where each parameter and buffer of a model lies, one after another. Can be pickled."""
+    """The slices of all parameters and buffers of a model, one after another. Can be pickled."""
 
-    places: tuple[TensorSlice, ...]
+    slices: tuple[TensorSlice, ...]
 
     @property
     def num_bytes(self) -> int:
-        """Of all together."""
-        return self.places[-1].stop
+        """The size of the flat memory."""
+        return self.slices[-1].stop
 
     def views(self, memory: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The tensors in `memory`, uint8 [num_bytes], by name; nothing is copied."""
-        return {
-            place.name: memory[place.start : place.stop].view(place.dtype).view(place.shape) for place in self.places
-        }
+        """Views of the tensors in `memory`, uint8 [num_bytes], by name."""
+        return {part.name: memory[part.start : part.stop].view(part.dtype).view(part.shape) for part in self.slices}
 
     def write(self, memory: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Copies the tensors into `memory`, uint8 [num_bytes], from whatever device they are on."""
+        """Copy the tensors, from any device, into `memory`, uint8 [num_bytes]."""
         for name, view in self.views(memory).items():
             view.copy_(tensors[name].detach())
 
     def empty_model(self, config: ModelConfig, device: torch.device) -> MiMo:
-        """A model to read the weights into: with the dtypes of the layout, and nothing in it yet."""
+        """A model with the dtypes of the layout and uninitialized weights."""
         with torch.device("meta"):
             model = MiMo(config)
-        own = model_tensors(model)
-        for place in self.places:
-            own[place.name].data = own[place.name].data.to(place.dtype)
+        tensors = model_tensors(model)
+        for part in self.slices:
+            tensors[part.name].data = tensors[part.name].data.to(part.dtype)
         model = model.to_empty(device=device)
         model.tie_weights()
         return model.eval()
 
 
 class WeightSource(Protocol):
-    """Where a worker finds new weights."""
+    """The source of a worker's weights."""
 
     @property
     def version(self) -> int:
-        """Of the newest weights."""
+        """The version of the newest weights."""
         ...
 
     def read(self, take: Take) -> None:
-        """Calls take(tensors by name, version) with the newest weights; again if they changed under its hands."""
+        """Call take(tensors by name, version) with the newest weights, again if they changed meanwhile."""
         ...
 
 
 class WeightBuffer:
-    """The weights in memory that processes share, twice: the newest ones, and those that are being written.
+    """Two copies of the weights in shared memory: the newest one, and one that is being written.
 
-    One process writes, any number reads, and no copy waits for another: a reader that was overtaken twice while it
-    copied sees that and copies again. A lock guards the counts alone. Taking and releasing it also orders the copies
-    before and after it in memory, which processors other than x86 do not promise by themselves. Can be handed to a
-    process that is being spawned. Raises UserError if the machine has too little shared memory.
+    One process writes, and any number of processes read. No copy waits for another: each write gives its half a new
+    count, so a reader whose half was overwritten during its copy sees another count and copies again. The lock guards
+    the counts only. Acquiring and releasing it also orders the memory accesses of the copies, which processors other
+    than x86 do not guarantee otherwise. A buffer can be passed to a process that is being spawned.
+
+    Raises:
+        UserError: The machine has too little shared memory.
     """
 
     def __init__(self, layout: WeightLayout):
         self._layout = layout
         self._lock = multiprocessing.get_context("spawn").Lock()
-        # For each half: how many times it or the other was written when it was (-1: it is being written), and what.
+        # By half: the number of the write that filled it (-1: it is being written), and the version in it.
         self._counts = torch.tensor([0, -1]).share_memory_()
         self._versions = torch.tensor([-1, -1]).share_memory_()
         try:
@@ -105,7 +112,7 @@ class WeightBuffer:
         return self._newest()[2]
 
     def write(self, tensors: Mapping[str, torch.Tensor], version: int) -> None:
-        """Makes these the newest weights. For one process only."""
+        """Write the newest weights. Only one process may call this."""
         with self._guarded():
             half = int(self._counts.argmin())
             self._counts[half] = -1
@@ -124,32 +131,32 @@ class WeightBuffer:
                     return
 
     def _newest(self) -> tuple[int, int, int]:
-        """The half with the newest weights, its count, and their version."""
+        """The half with the newest weights, the number of its write, and the version."""
         with self._guarded():
             half = int(self._counts.argmax())
             return half, int(self._counts[half]), int(self._versions[half])
 
     @contextlib.contextmanager
     def _guarded(self) -> Iterator[None]:
-        """Holds the lock. A process that was killed while it held it is waited for no longer than a moment."""
+        """Hold the lock. Gives up waiting after _LOCK_SECONDS, as a process may be killed while it holds the lock."""
         self._lock.acquire(timeout=_LOCK_SECONDS)
         try:
             yield
         finally:
-            with contextlib.suppress(ValueError):  # two of them gave up waiting
+            with contextlib.suppress(ValueError):  # two processes gave up waiting
                 self._lock.release()
 
 
 def layout_of(model: MiMo) -> WeightLayout:
     """The layout of a model's weights."""
-    places, start = [], 0
+    slices, start = [], 0
     for name, tensor in model_tensors(model).items():
         stop = start + tensor.numel() * tensor.element_size()
-        places.append(TensorSlice(name, tuple(tensor.shape), tensor.dtype, start, stop))
+        slices.append(TensorSlice(name, tuple(tensor.shape), tensor.dtype, start, stop))
         start = -(-stop // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
-    return WeightLayout(tuple(places))
+    return WeightLayout(tuple(slices))
 
 
 def model_tensors(model: MiMo) -> dict[str, torch.Tensor]:
-    """Parameters and buffers by name; tied ones once."""
+    """Parameters and buffers by name; tied tensors once."""
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}

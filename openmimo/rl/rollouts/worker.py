@@ -1,4 +1,4 @@
-"""One rollout worker: a copy of the policy, an engine, and the loop that serves the trainer, wherever it runs."""
+"""A rollout worker: a copy of the policy, an engine, and the loop that serves the trainer."""
 
 import time
 import traceback
@@ -27,16 +27,17 @@ _EPISODE_SECONDS = 0.005
 
 @dataclass(frozen=True)
 class WorkerSetup:
-    """What a worker has to know, apart from the weights. Can be pickled.
+    """The settings of a worker, without the weights. Can be pickled.
 
     Attributes:
-        model_config: Of the policy.
-        tokenizer: Of the policy.
+        model_config: The configuration of the policy.
+        tokenizer: The tokenizer of the policy.
         engine: Cache and drafting of the worker's engine.
-        make_opener: Called once in the worker: how it opens episodes. A function of a module, or a partial of one.
-        compute_dtype: Of the activations (none: that of the weights).
-        reward_threads: Threads in which slow episodes answer (0: all are instant).
-        environment_seconds: How long a call of an environment may take.
+        make_opener: Called once in the worker; returns the function that opens episodes. A function of a module, or a
+            partial of one.
+        compute_dtype: The dtype of activations (None: that of the weights).
+        reward_threads: Threads for calls of slow episodes (0: all episodes are instant).
+        environment_seconds: Deadline of one call of an environment.
         timeout_reward: See EngineRollouts.
         thinking: See EngineRollouts.
         seed: See EngineRollouts.
@@ -58,23 +59,23 @@ class WorkerSetup:
 
 @dataclass(frozen=True)
 class Cancel:
-    """Tells a worker to stop these samples."""
+    """The order to stop these samples."""
 
     sample_ids: tuple[str, ...]
 
 
-Order = GroupRequest | Cancel | None  # None: end
+Order = GroupRequest | Cancel | None  # None: end the worker
 
 
 @dataclass(frozen=True)
-class Report:
-    """What a worker says: at once when samples came to their end, and now and then.
+class WorkerReport:
+    """A message of a worker: at once when samples have ended, and otherwise every second.
 
     Attributes:
         samples: Samples that ended, and rewards of samples that ended before.
-        version: Of the weights it has now.
-        idle_seconds: In which its engine had nothing to do, since the worker was ready.
-        seconds: Since the worker was ready.
+        version: The version of its weights.
+        idle_seconds: Time in which its engine had no work since the worker was ready.
+        seconds: Time since the worker was ready.
     """
 
     samples: tuple[Sample | LateReward, ...]
@@ -85,38 +86,43 @@ class Report:
 
 @dataclass(frozen=True)
 class Failure:
-    """The last word of a worker that cannot go on. is_users: by a setting, so that another worker could not either."""
+    """The last message of a worker that cannot continue.
+
+    Attributes:
+        text: The error.
+        is_users: The cause is a setting, so that another worker would fail in the same way.
+    """
 
     text: str
     is_users: bool
 
 
 class WorkerChannel(Protocol):
-    """The worker's end of its line to the trainer."""
+    """The worker's connection to the trainer."""
 
     def receive(self, seconds: float) -> list[Order]:
-        """What came in, in order; waits at most so long for something."""
+        """The orders that arrived, in order. Waits up to `seconds` for the first."""
         ...
 
-    def send(self, message: Report | Failure) -> None:
-        """Never waits for the trainer."""
+    def send(self, message: WorkerReport | Failure) -> None:
+        """Send a message without waiting for the trainer."""
         ...
 
 
 def serve(setup: WorkerSetup, layout: WeightLayout, weights: WeightSource, channel: WorkerChannel, device: str) -> None:
-    """Rolls out what comes in until the order to end. Whatever goes wrong is sent as a Failure."""
+    """Roll out requests until the order to end. An exception is sent as a Failure."""
     try:
         worker = _Worker(setup, layout, weights, device)
         while worker.turn(channel):
             pass
     except UserError as error:
         channel.send(Failure(str(error), is_users=True))
-    except Exception:  # told to the trainer, who starts another worker
+    except Exception:  # the trainer starts another worker
         channel.send(Failure(traceback.format_exc(), is_users=False))
 
 
 class _Worker:
-    """The state of `serve`."""
+    """The engine and the rollouts of `serve`."""
 
     def __init__(self, setup: WorkerSetup, layout: WeightLayout, weights: WeightSource, device: str):
         model = layout.empty_model(setup.model_config, resolve_device(device))
@@ -139,9 +145,9 @@ class _Worker:
         self._idle_seconds = 0.0
 
     def turn(self, channel: WorkerChannel) -> bool:
-        """Takes orders, then new weights, then one step of the engine. False after the order to end.
+        """Take orders, then new weights, then one step of the engine. Returns False after the order to end.
 
-        In this order: an order that was sent after new weights is never begun with old ones.
+        Weights are read after orders, so that an order sent after new weights never starts with old ones.
         """
         for order in self._orders(channel):
             if order is None:
@@ -152,20 +158,21 @@ class _Worker:
                 self._rollouts.cancel(list(order.sample_ids))
             else:
                 self._rollouts.submit(order)
-        has_any = self._rollouts.num_running or self._rollouts.num_unscored
-        samples = self._rollouts.poll() if has_any else []
+        samples = self._rollouts.poll() if self._has_samples() else []
         now = time.monotonic()
         if samples or now - self._reported >= _REPORT_SECONDS:
             self._reported = now
             version = self._engine.policy_version
-            channel.send(Report(tuple(samples), version, self._idle_seconds, now - self._started))
+            channel.send(WorkerReport(tuple(samples), version, self._idle_seconds, now - self._started))
         return True
+
+    def _has_samples(self) -> bool:
+        return bool(self._rollouts.num_running or self._rollouts.num_unscored)
 
     def _orders(self, channel: WorkerChannel) -> list[Order]:
         wait_seconds = 0.0
         if not self._engine.has_work:
-            has_any = self._rollouts.num_running or self._rollouts.num_unscored
-            wait_seconds = _EPISODE_SECONDS if has_any else _IDLE_SECONDS
+            wait_seconds = _EPISODE_SECONDS if self._has_samples() else _IDLE_SECONDS
         before = time.monotonic()
         orders = channel.receive(wait_seconds)
         if wait_seconds:

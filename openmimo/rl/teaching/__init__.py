@@ -1,1 +1,1 @@
-"""Teachers and what they contribute to a batch (MOPD, paper section 4.4)."""
+"""Teachers, and distillation from them (MOPD, paper section 4.4)."""

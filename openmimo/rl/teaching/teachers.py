@@ -1,7 +1,7 @@
-"""Teachers: for each domain a model of the same vocabulary, which scores what the student wrote (paper section 4.4).
+"""Teachers: for each domain a model with the student's vocabulary, which scores the student's tokens (section 4.4).
 
-A teacher only reads: one forward pass over finished samples. Domains that name the same checkpoint share one model. The
-teacher "self" is the checkpoint that the student started from: it holds a domain that has no expert where it is.
+A teacher makes one forward pass over finished samples. Domains with the same checkpoint share one model. The teacher
+"self" is the checkpoint that the student started from: it keeps a domain without an expert at its initial level.
 """
 
 from collections.abc import Callable, Mapping
@@ -23,15 +23,11 @@ from openmimo.rl.losses.diagnostics import top_k_overlap
 SELF = "self"
 TILE_ROWS = 512
 OVERLAP_TOKENS = 8
-FOREIGN_KL = 1.5  # nats a token; children of one checkpoint were seen at 0.3 to 0.9 (docs/rl.md)
+FOREIGN_KL = 1.5  # nats per token; models trained from one checkpoint measured 0.3 to 0.9 (docs/rl.md)
 
 
 class Teachers:
-    """The teachers of a run, by domain.
-
-    Raises ConfigError for a domain without a teacher or a teacher without a domain, and CheckpointError for a teacher
-    of another vocabulary or chat template: its numbers would be about other texts.
-    """
+    """The teachers of a run, by domain."""
 
     def __init__(
         self,
@@ -42,6 +38,18 @@ class Teachers:
         device: torch.device,
         tokens_per_microbatch: int = 8192,
     ):
+        """
+        Args:
+            paths: By domain, the checkpoint folder of its teacher, or "self".
+            domains: The domains of the run.
+            student: The checkpoint that the student starts from.
+            device: The device of the teachers.
+            tokens_per_microbatch: Packed tokens of a forward pass; one sample may have more.
+
+        Raises:
+            ConfigError: A domain has no teacher, or a teacher no domain.
+            CheckpointError: A teacher has another vocabulary or chat template, so that it would score other texts.
+        """
         missing, unused = sorted(set(domains) - set(paths)), sorted(set(paths) - set(domains))
         if missing or unused:
             raise ConfigError(
@@ -51,10 +59,10 @@ class Teachers:
             )
         self._tokens_per_microbatch = tokens_per_microbatch
         self._folders = {domain: student if path == SELF else Path(path) for domain, path in paths.items()}
-        ours = Tokenizer.load(student)
+        student_tokenizer = Tokenizer.load(student)
         self._models: dict[Path, MiMo] = {}
         for domain, folder in self._folders.items():
-            _check_tokenizer(domain, folder, ours)
+            _check_tokenizer(domain, folder, student_tokenizer)
             if folder.resolve() not in self._models:
                 model = load_model(folder, dtype="float32", device=str(device)).requires_grad_(False)
                 self._models[folder.resolve()] = model
@@ -64,37 +72,43 @@ class Teachers:
         return self._models[self._folders[domain].resolve()]
 
     def set_compute_dtype(self, dtype: torch.dtype | None) -> None:
-        """Teachers compute in the student's dtype, so that a self-teacher gives the student's own numbers."""
+        """Set the dtype of activations to the student's, so that a self-teacher has the student's log-probabilities."""
         for model in self._models.values():
             model.compute_dtype = dtype
 
     def score(self, samples: list[Sample]) -> None:
-        """Fills `teacher_logprobs`: the log-probability of every written token, at the sample's temperature.
+        """Set `teacher_logprobs`: the log-probability of each policy-written token at the sample's temperature.
 
-        Teachers route by themselves: the routes that the student took are its own.
+        The recorded routes of the student are not replayed; each teacher uses its own routers.
         """
         for domain in dict.fromkeys(sample.domain for sample in samples):
-            own = [sample for sample in samples if sample.domain == domain]
+            of_domain = [sample for sample in samples if sample.domain == domain]
             scores = score_samples(
-                self.model(domain), own, tokens_per_microbatch=self._tokens_per_microbatch, replay=False
+                self.model(domain), of_domain, tokens_per_microbatch=self._tokens_per_microbatch, replay=False
             )
-            for sample, logprobs in zip(own, scores, strict=True):
+            for sample, logprobs in zip(of_domain, scores, strict=True):
                 sample.teacher_logprobs = logprobs
 
     @torch.no_grad()
     def states(self, pack: PackedSamples) -> tuple[torch.Tensor, MiMo]:
-        """States [N, D] of the teacher where the pack's written tokens are predicted, and the teacher."""
+        """The teacher of a pack, and its states [N, D] that predict the policy-written tokens."""
         model = self.model(pack.samples[0].domain)
         hidden = model(pack.tokens_T, pack.context())
         return hidden.post_norm_TD[pack.rows_N], model
 
 
 Divergence = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-Watch = Callable[[str, torch.Tensor, float], None]
+Observe = Callable[[str, torch.Tensor, float], None]
 
 
 def divergence_named(signal: str, top_k: int) -> Divergence:
-    """Full-vocabulary `reverse_kl` or `forward_kl`, or the corrected reverse KL over the teacher's `top_k`."""
+    """The divergence of a signal, from logits [N, V] of student and teacher to [N].
+
+    Args:
+        signal: "full" and "forward" are the reverse and the forward KL over the vocabulary; "top_k" is the corrected
+            reverse KL over the teacher's likeliest tokens.
+        top_k: The number of these tokens.
+    """
     if signal == "top_k":
 
         def of_top_k(student_NV: torch.Tensor, teacher_NV: torch.Tensor) -> torch.Tensor:
@@ -104,28 +118,34 @@ def divergence_named(signal: str, top_k: int) -> Divergence:
     return {"full": distillation.reverse_kl, "forward": distillation.forward_kl}[signal]
 
 
-def distillation_objective(student: MiMo, teachers: Teachers, divergence: Divergence, *, watch: Watch) -> Objective:
-    """The divergence from the domain's teacher at every written token, weighted as the samples say.
+def distillation_objective(student: MiMo, teachers: Teachers, divergence: Divergence, *, observe: Observe) -> Objective:
+    """The divergence from the domain's teacher at each policy-written token, times the token's weight.
 
-    Micro-batches must hold one domain each (`pack_key`). Logits are made a few hundred tokens at a time, and again in
-    the backward pass, so that only one such tile is ever held. watch: is told of each tile its domain, its divergences
-    [N] and the share of the teacher's likeliest tokens that are among the student's.
+    Logits are computed for a tile of TILE_ROWS tokens, and again in the backward pass, so that one tile of them is in
+    memory at a time.
+
+    Args:
+        student: The policy.
+        teachers: The teachers; each micro-batch must be of one domain (`pack_key`).
+        divergence: From logits to divergences.
+        observe: Called once for each tile with its domain, its divergences [N], and the share of the teacher's
+            OVERLAP_TOKENS likeliest tokens that are among the student's.
     """
 
     def objective(forward: Forward) -> torch.Tensor:
         teacher_ND, teacher = teachers.states(forward.pack)
         temperature_N1 = forward.pack.temperature_N[:, None]  # float32: it divides logits, not states
-        watched: set[int] = set()  # tiles, which are computed again in the backward pass
+        observed: set[int] = set()  # starts of tiles, as each is computed again in the backward pass
 
         def tile_loss(states_MD: torch.Tensor, rows: slice) -> torch.Tensor:
             student_MV = student.head(states_MD) / temperature_N1[rows]
             with torch.no_grad():
                 teacher_MV = teacher.head(teacher_ND[rows]) / temperature_N1[rows]
             divergence_M = divergence(student_MV, teacher_MV)
-            if rows.start not in watched:
-                watched.add(rows.start)
+            if rows.start not in observed:
+                observed.add(rows.start)
                 overlap = top_k_overlap(student_MV, teacher_MV, k=min(OVERLAP_TOKENS, student_MV.shape[1]))
-                watch(forward.pack.samples[0].domain, divergence_M.detach(), overlap)
+                observe(forward.pack.samples[0].domain, divergence_M.detach(), overlap)
             return (divergence_M * forward.weights_N[rows]).sum()
 
         total = forward.states_ND.new_zeros(())
@@ -137,15 +157,15 @@ def distillation_objective(student: MiMo, teachers: Teachers, divergence: Diverg
     return objective
 
 
-def _check_tokenizer(domain: str, folder: Path, ours: Tokenizer) -> None:
-    theirs = Tokenizer.load(folder)
-    if theirs.fingerprint != ours.fingerprint:
+def _check_tokenizer(domain: str, folder: Path, student: Tokenizer) -> None:
+    teacher = Tokenizer.load(folder)
+    if teacher.fingerprint != student.fingerprint:
         raise CheckpointError(
-            f"the teacher of {domain!r}, {folder}, has another vocabulary than the student: its token ids mean other "
-            "texts. Teachers must be children of the student's own checkpoint."
+            f"the teacher of {domain!r}, {folder}, has another vocabulary than the student: its token ids stand for "
+            "other texts. Teachers must be trained from the student's checkpoint."
         )
-    if theirs.chat_template != ours.chat_template:
+    if teacher.chat_template != student.chat_template:
         raise CheckpointError(
             f"the teacher of {domain!r}, {folder}, has another chat template than the student, so it would score "
-            "conversations that it never saw. Use the student's template in both folders."
+            "conversations of a format that it was not trained on. Use the student's template in both folders."
         )

@@ -19,8 +19,8 @@ from openmimo.rl.config import MopdConfig, RlSource
 from openmimo.rl.learning.packing import packs
 from openmimo.rl.learning.policy_trainer import PolicyTrainer, weighted_sum
 from openmimo.rl.losses.distillation import reverse_kl
+from openmimo.rl.teaching.distillation import Distillation
 from openmimo.rl.teaching.teachers import Teachers
-from openmimo.rl.teaching.teaching import Teaching
 from openmimo.train.config import OptimizerConfig
 
 REINFORCE = weighted_sum(lambda batch: -batch.advantages_N * batch.logprobs_N)
@@ -264,7 +264,7 @@ def mopd_config(folders, teachers, **changes):
 
 def open_teaching(folders, student, teachers=None, **changes):
     teachers = teachers or {"math": str(folders / "teacher")}
-    return Teaching(mopd_config(folders, teachers, **changes), student, Console(quiet=True))
+    return Distillation(mopd_config(folders, teachers, **changes), student, Console(quiet=True))
 
 
 def distance(student, teacher, samples):
