@@ -279,7 +279,7 @@ class _StreamSum:
     def add(self, x_LCX: torch.Tensor, queries: slice) -> None:
         """Add the gradients [L, C, X] of a segment's tiles to the keys or values that their columns hold."""
         # Tiles overlap, because neighbors share `past` keys, so one add of all columns would lose sums. The same B
-        # columns of all tiles never overlap: tile j has keys j * B + column onwards. They tile a run of the stream.
+        # columns of all tiles never overlap: they are one contiguous run of the stream.
         #
         #     tile 0   [ 0 1 2 3 | 4 5 ]            B = 4, past = 2: first add columns 0-3 of all tiles,
         #     tile 1           [ 4 5 6 7 | 8 9 ]    then columns 4-5.
