@@ -1,9 +1,9 @@
-"""The choice of how a kernel call is computed.
+"""Selection of a backend for a kernel call.
 
-An operation is a folder of backends. Its `__init__` defines the call, a `Need` (everything about a call that a backend
-may look at) and a `DISPATCHER`. Each backend is a file that exports `PLUGIN = Backend(priority, run, refuse)`. The
-backend of the highest priority that does not refuse the need runs. `reference` defines the operation: it refuses
-nothing and has priority 0. A backend never ignores a part of a call: it computes the part, or refuses the call.
+An operation is a folder of backends. Its `__init__` defines the call, a `Need` (the properties of a call on which the
+selection depends) and a `DISPATCHER`. Each backend is a file that exports `PLUGIN = Backend(priority, run, refuse)`.
+The backend with the highest priority that does not refuse the need computes the call. `reference` defines the
+operation: it refuses nothing and has priority 0. A backend that does not support a part of a call refuses the call.
 """
 
 import functools
@@ -15,20 +15,19 @@ from typing import Any
 from openmimo.core.errors import ConfigError
 from openmimo.core.registry import Registry
 
-_MAX_REMEMBERED_NEEDS = 4096  # decoding repeats the same hundred needs for every token
+_MAX_REMEMBERED_NEEDS = 4096  # decoding repeats about a hundred needs for every token
 
 
 @dataclass(frozen=True)
 class Backend:
     """One way to compute an operation.
 
-    The dispatcher remembers the answer of `refuse`, so it depends only on `need` and on what is constant while the
-    process runs.
+    The dispatcher caches the result of `refuse`, which may depend only on `need` and on constants of the process.
 
     Attributes:
         priority: The dispatcher tries higher priorities first.
-        run: The function that computes the call, or a record of functions where an operation has several.
-        refuse: Gives the reason why `run` cannot serve a need, or None if it can.
+        run: The function that computes the call, or a record of functions if the operation has several.
+        refuse: Returns the reason why `run` cannot serve a need, or None if it can.
     """
 
     priority: int
@@ -39,13 +38,12 @@ class Backend:
 class Dispatcher:
     """The backends of one folder.
 
-    `choose(need)` gives (name, backend) of the backend that serves `need`, a hashable tuple. It is a cached C function:
-    a decoded token chooses about a hundred times. It raises ConfigError if the forced backend refuses.
+    `choose(need)` returns the (name, backend) that serves `need`, which is hashable. It is a cached C function, because
+    every decoded token calls it about a hundred times. It raises ConfigError if the forced backend refuses.
 
     Args:
-        package: The dotted folder of the backends.
-        variable: The environment variable that forces a backend by name. The first choice reads it, and later changes
-            have no effect.
+        package: Dotted name of the folder of the backends.
+        variable: Environment variable that forces a backend by name. It is read once, by the first `choose`.
     """
 
     def __init__(self, package: str, variable: str):
@@ -62,7 +60,7 @@ class Dispatcher:
         return self._ordered
 
     def best(self, need: Any) -> tuple[str, Backend]:
-        """The backend of the highest priority that serves `need`, without regard to the environment variable."""
+        """The backend with the highest priority that serves `need`, whether or not another one is forced."""
         for name, backend in self.backends():
             if backend.refuse(need) is None:
                 return name, backend

@@ -1,4 +1,4 @@
-"""Counting a model on the meta device: every tensor of its checkpoint, and its parameters part by part."""
+"""Count the checkpoint tensors and the parameters of a model without allocating it."""
 
 from dataclasses import dataclass
 from math import prod
@@ -13,8 +13,14 @@ from openmimo.model.flops import active_matmul_parameters
 
 @dataclass(frozen=True)
 class Audit:
-    """shapes: every checkpoint tensor. main, mtp_block: parameters of the main model (selection biases included) and of
-    one MTP head. active: main-model parameters one token multiplies with, output head included.
+    """Counts of a model.
+
+    Attributes:
+        shapes: Shape of every checkpoint tensor by name.
+        main: Parameters of the main model, selection biases included.
+        mtp_block: Parameters of one MTP head; 0 without MTP heads.
+        active: Parameters of the main model that are active for one token, output head included.
+        num_mtp_heads: Number of MTP heads.
     """
 
     shapes: dict[str, tuple[int, ...]]
@@ -25,7 +31,7 @@ class Audit:
 
 
 def audit(config: ModelConfig, *, quantized: bool = False) -> Audit:
-    """Counts a model without allocating it; with `quantized`, lists the scales of the published FP8 layout as well."""
+    """Count a model on the meta device; with `quantized`, the scales of the published FP8 layout are listed as well."""
     shapes = checkpoint_layout(config, quantized=quantized)
     sizes = {name: prod(shape) for name, shape in shapes.items() if not name.endswith("_scale_inv")}
     mtp = sum(size for name, size in sizes.items() if name.startswith("model.mtp"))
@@ -40,7 +46,7 @@ def audit(config: ModelConfig, *, quantized: bool = False) -> Audit:
 
 
 def print_audit(result: Audit, *, list_tensors: bool) -> None:
-    """Prints the counts, and on demand every tensor."""
+    """Print the counts, after the name and shape of every tensor if `list_tensors`."""
     if list_tensors:
         for name, shape in sorted(result.shapes.items()):
             print(f"{name}\t{list(shape)}")

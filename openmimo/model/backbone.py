@@ -1,10 +1,10 @@
-"""The decoder stack that text and other models share: embedded inputs in, hidden states out.
+"""The decoder stack, from embedded inputs to hidden states, for text models and others.
 
 T packed tokens, D model dim.
 """
 
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -12,19 +12,22 @@ from torch import nn
 from openmimo.model.attention import build_attention
 from openmimo.model.config import LayerConfig, ModelConfig
 from openmimo.model.context import AttentionContext
-from openmimo.model.layers import DenseFFN, RMSNorm
+from openmimo.model.layers import DenseFFN, Embedding, RMSNorm
 from openmimo.model.moe import MoE, Router
+
+if TYPE_CHECKING:
+    from openmimo.model.mtp import MTP
 
 
 class Hidden(NamedTuple):
     """States of a pass, [T, D] each.
 
-    A named tuple, because wrappers of modules (FSDP) look for tensors in tuples and dicts.
+    It is a named tuple because module wrappers (FSDP) look for tensors in tuples and dicts.
 
     Attributes:
         pre_norm_TD: The residual stream before the final norm.
-        post_norm_TD: After it; the main head reads this.
-        mtp_TD: By MTP head that was asked for, its states, ready for the output head.
+        post_norm_TD: The residual stream after the final norm, the input of the output head.
+        mtp_TD: States of each requested MTP head, also inputs of the output head.
     """
 
     pre_norm_TD: torch.Tensor
@@ -38,7 +41,7 @@ class DecoderLayer(nn.Module):
     Args:
         config: The whole model.
         layer: This layer.
-        index: Its number in the whole model, under which contexts keep its keys and routes.
+        index: Index of the layer in the whole model. Contexts store its keys and routes under this index.
     """
 
     def __init__(self, config: ModelConfig, layer: LayerConfig, index: int):
@@ -48,21 +51,22 @@ class DecoderLayer(nn.Module):
         self.self_attn = build_attention(config.attention_place(index))
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_epsilon)
         self.is_sparse = layer.ffn == "moe"
-        self.mlp = (
-            MoE(config.hidden_size, config.moe, index)
-            if self.is_sparse
-            else DenseFFN(config.hidden_size, config.dense_ffn_dim)
-        )
+        self.mlp: MoE | DenseFFN
+        if self.is_sparse:
+            assert config.moe is not None, "checked by the config"
+            self.mlp = MoE(config.hidden_size, config.moe, index)
+        else:
+            self.mlp = DenseFFN(config.hidden_size, config.dense_ffn_dim)
 
     def forward(self, x_TD: torch.Tensor, context: AttentionContext) -> torch.Tensor:
-        """[T, D] to [T, D]."""
+        """Map [T, D] to [T, D]."""
         x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), context)
         y_TD = self.post_attention_layernorm(x_TD)
         return x_TD + (self.mlp(y_TD, context) if self.is_sparse else self.mlp(y_TD))
 
 
 class LayerStack(nn.Module):
-    """Decoder layers in order, by their index in the whole model; a pipeline stage has some of them."""
+    """Decoder layers in order, keyed by their index in the whole model; a pipeline stage has a subset of them."""
 
     def __init__(self, layers: Iterable[DecoderLayer]):
         super().__init__()
@@ -70,16 +74,16 @@ class LayerStack(nn.Module):
             self.add_module(str(layer.index), layer)
 
     def __getitem__(self, index: int) -> DecoderLayer:
-        return self._modules[str(index)]
+        return cast(DecoderLayer, self._modules[str(index)])
 
     def __iter__(self) -> Iterator[DecoderLayer]:
-        return iter(self._modules.values())
+        return iter(cast(Iterable[DecoderLayer], self._modules.values()))
 
     def __len__(self) -> int:
         return len(self._modules)
 
     def forward(self, x_TD: torch.Tensor, context: AttentionContext) -> torch.Tensor:
-        """[T, D] to [T, D] through all layers."""
+        """Apply all layers, [T, D] to [T, D]."""
         for layer in self:
             x_TD = layer(x_TD, context)
         return x_TD
@@ -88,14 +92,20 @@ class LayerStack(nn.Module):
 class Backbone(nn.Module):
     """Decoder layers and the final norm.
 
+    `embed_tokens` and `mtp` are attributes of text models only. They are here because published checkpoints name them
+    under the backbone; `forward` does not call them.
+
     Args:
         config: The whole model.
         layers: Indices of the layers to build (None: all).
-        embed_tokens: The embedding of a text model. Checkpoints name it under the backbone; `forward` does not call it.
+        embed_tokens: The embedding of a text model.
     """
 
+    embed_tokens: Embedding
+    mtp: "MTP"
+
     def __init__(
-        self, config: ModelConfig, layers: Iterable[int] | None = None, *, embed_tokens: nn.Module | None = None
+        self, config: ModelConfig, layers: Iterable[int] | None = None, *, embed_tokens: Embedding | None = None
     ):
         super().__init__()
         indices = range(len(config.layers)) if layers is None else layers
@@ -105,10 +115,10 @@ class Backbone(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.norm_epsilon)
 
     def forward(self, x_TD: torch.Tensor, context: AttentionContext) -> Hidden:
-        """Embedded inputs [T, D] to hidden states."""
+        """Map embedded inputs [T, D] to hidden states."""
         x_TD = self.layers(x_TD, context)
         return Hidden(pre_norm_TD=x_TD, post_norm_TD=self.norm(x_TD))
 
     def routers(self) -> dict[int, Router]:
         """The routers by layer index."""
-        return {layer.index: layer.mlp.gate for layer in self.layers if layer.is_sparse}
+        return {layer.index: cast(MoE, layer.mlp).gate for layer in self.layers if layer.is_sparse}

@@ -1,7 +1,7 @@
-"""What a model is, without torch: geometry layer by layer, experts, prediction heads. Presets are in `presets.py`.
+"""Model configs, without torch: geometry of each layer, experts, prediction heads. Presets are in `presets.py`.
 
-Geometry is kept per layer and never once per model, because full and sliding layers differ in key/value heads and RoPE
-base, and family members differ in more.
+Geometry is stated per layer, never per model, because full and sliding layers differ in key/value heads and RoPE base,
+and the models of the family differ in more.
 """
 
 from dataclasses import dataclass, field, replace
@@ -20,12 +20,17 @@ VocabSize = Annotated[int, Bounds(least=1, most=1 << 24)]
 Scale = Annotated[float, Bounds(above=0, most=1e4)]
 Share = Annotated[float, Bounds(above=0, most=1)]
 Epsilon = Annotated[float, Bounds(above=0, most=1)]
-MAX_EXPERTS = 1 << 17  # of all layers together
+MAX_EXPERTS = 1 << 17  # the sum over all layers
 
 
 @dataclass(frozen=True)
 class LayerConfig:
-    """One decoder layer: its attention, and whether its feed-forward part is "dense" or "moe"."""
+    """One decoder layer.
+
+    Attributes:
+        attention: Geometry of the attention layer.
+        ffn: Kind of the feed-forward layer.
+    """
 
     attention: AttentionConfig
     ffn: Literal["dense", "moe"]
@@ -36,7 +41,17 @@ class LayerConfig:
 
 @dataclass(frozen=True)
 class MoEConfig:
-    """Sparse feed-forward layers: sigmoid scores, top-k by score plus selection bias, weights from the scores alone."""
+    """Sparse feed-forward layers. Experts are chosen by sigmoid score plus selection bias and weighted by the score.
+
+    Attributes:
+        num_experts: Experts of a layer.
+        experts_per_token: Experts that are active for a token.
+        expert_dim: Hidden dim of an expert.
+        num_groups: Groups of equal size into which the experts are divided.
+        groups_per_token: Groups from which the experts of a token are chosen.
+        normalize_weights: Whether the weights of a token's experts are divided by their sum.
+        routed_scale: Factor of the weights.
+    """
 
     num_experts: Size
     experts_per_token: Size
@@ -59,7 +74,7 @@ class MTPConfig:
 
     Attributes:
         num_layers: Number of blocks (`num_nextn_predict_layers` in published configs).
-        attention: Geometry of their attention layers.
+        attention: Geometry of the attention layers of the blocks.
         hidden: The state that a head reads: "pre_norm" (the residual stream) or "post_norm" (after the final norm).
     """
 
@@ -73,7 +88,24 @@ class MTPConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A whole model. `family` names the checkpoint layout: "mimo_v2_flash", or "mimo" for the dense MiMo-7B line."""
+    """A whole model.
+
+    Attributes:
+        vocab_size: Number of token ids.
+        hidden_size: Dim of the residual stream.
+        dense_ffn_dim: Hidden dim of the dense feed-forward layers and of those of the MTP heads.
+        layers: The decoder layers.
+        moe: The experts of the sparse layers (None without sparse layers).
+        mtp: The MTP heads (None without MTP heads).
+        norm_epsilon: Epsilon of every RMSNorm.
+        value_scale: Factor of the values of every attention layer.
+        attention_bias: Whether the projections of queries, keys and values have biases.
+        tie_embeddings: Whether the output head shares the weight of the embedding.
+        init_std: Standard deviation of the initial weights.
+        max_positions: Maximum length of a sequence.
+        family: Checkpoint layout: "mimo_v2_flash", or "mimo" for the dense MiMo-7B line.
+        token_ids: Special token ids by their key in `config.json`.
+    """
 
     vocab_size: VocabSize
     hidden_size: Size
@@ -111,12 +143,12 @@ class ModelConfig:
 
     @property
     def num_mtp_heads(self) -> int:
-        """How many prediction heads there are beside the main one."""
+        """Number of prediction heads in addition to the output head."""
         return self.mtp.num_layers if self.mtp else 0
 
     @property
     def qkv_ranks(self) -> int:
-        """Slices into which the published checkpoints stack q, k and v: one per key/value head of a full layer."""
+        """Number of slices in which published checkpoints stack q, k and v: the key/value heads of a full layer."""
         full = [layer.attention for layer in self.layers if is_global(layer.attention)]
         return (full[0] if full else self.layers[0].attention).num_kv_heads
 
@@ -126,7 +158,7 @@ class ModelConfig:
         return tuple(layer.attention for layer in self.layers) + heads
 
     def attention_place(self, index: int) -> AttentionPlace:
-        """What the attention module of layer `index` is built from; MTP head h is layer `len(layers) + h`."""
+        """The arguments of the attention module of layer `index`; MTP head h is layer `len(layers) + h`."""
         if index < len(self.layers):
             spec = self.layers[index].attention
         else:
@@ -142,7 +174,11 @@ class ModelConfig:
         )
 
     def _source(self, number: int) -> AttentionConfig | None:
-        """Geometry of the layer whose keys layer `number` reads, or None. Raises ConfigError where that cannot be."""
+        """Geometry of the layer whose keys layer `number` reads, or None.
+
+        Raises:
+            ConfigError: `kv_from` does not name an earlier layer with its own keys and the same geometry of keys.
+        """
         spec = self.layers[number].attention
         if spec.kv_from is None:
             return None
@@ -152,26 +188,26 @@ class ModelConfig:
         if source.kv_from is not None:
             raise ConfigError(
                 f"layer {number} has kv_from {spec.kv_from}, but that layer reads the keys of layer {source.kv_from}; "
-                "name a layer that has keys of its own."
+                "name a layer that has its own keys."
             )
         for name in ("num_kv_heads", "key_dim", "value_dim", "rotary_dim", "rope_theta"):
-            own, theirs = getattr(spec, name), getattr(source, name)
-            if own != theirs:
+            reader_value, source_value = getattr(spec, name), getattr(source, name)
+            if reader_value != source_value:
                 raise ConfigError(
-                    f"layer {number} reads the keys of layer {spec.kv_from}, but its {name} is {own} and that of the "
-                    f"other {theirs}; they must be equal."
+                    f"layer {number} reads the keys of layer {spec.kv_from}, but {name} is {reader_value} in layer "
+                    f"{number} and {source_value} in layer {spec.kv_from}; they must be equal."
                 )
         return source
 
     def local(self, *, tp: int) -> "ModelConfig":
         """The geometry of one rank of `tp` tensor-parallel ranks.
 
-        A rank holds num_heads / tp query heads of every layer, and dense_ffn_dim / tp of every dense FFN; its outputs
-        are summed over ranks. Key/value heads are divided too. Where a layer has fewer than `tp`, a rank holds one, and
-        rank r holds number r * num_kv_heads // tp. Experts, embedding and output head are whole on every rank.
+        A rank has num_heads / tp query heads of every layer and dense_ffn_dim / tp of every dense FFN; outputs are
+        summed over ranks. Key/value heads are divided in the same way. If a layer has fewer than `tp` of them, a rank
+        has one: rank r has head r * num_kv_heads // tp. Experts, embedding and output head are whole on every rank.
 
         Raises:
-            ConfigError: Something does not divide; the message names all of it.
+            ConfigError: A number is not divisible; the message names all such numbers.
         """
         if tp < 1:
             raise ConfigError(f"tp is {tp}; it must be at least 1.")
@@ -193,7 +229,7 @@ class ModelConfig:
         )
 
     def with_full_rope_theta(self, theta: float) -> "ModelConfig":
-        """The same model with another RoPE base in its full layers (context extension; sliding layers keep theirs)."""
+        """The same model with another RoPE base in its full layers (context extension); sliding layers keep theirs."""
         layers = tuple(
             replace(layer, attention=replace(layer.attention, rope_theta=theta))
             if is_global(layer.attention)
@@ -206,14 +242,14 @@ class ModelConfig:
         return replace(self, layers=layers, mtp=mtp)
 
     def with_mtp_heads(self, num_heads: int) -> "ModelConfig":
-        """The same model with `num_heads` prediction heads; it must have at least one to take the geometry from."""
+        """The same model with `num_heads` MTP heads. Raises ConfigError if the model has none to copy."""
         if self.mtp is None:
             raise ConfigError("the model has no MTP head to replicate; give its config an `mtp` entry.")
         return replace(self, mtp=replace(self.mtp, num_layers=num_heads))
 
 
 def _undivided(spec: AttentionConfig, where: str, tp: int) -> list[str]:
-    """What of a layer `tp` ranks cannot divide."""
+    """The head counts of a layer that cannot be divided among `tp` ranks, as clauses of a message."""
     problems = [f"{where} has {spec.num_heads} heads"] if spec.num_heads % tp else []
     if spec.num_kv_heads % tp and tp % spec.num_kv_heads:
         problems.append(f"{where} has {spec.num_kv_heads} key/value heads")

@@ -1,4 +1,4 @@
-"""Counting parameters and floating-point operations from a config alone, without torch."""
+"""Count parameters and floating-point operations of a config, without torch."""
 
 from openmimo.model.attention import attention_kind
 from openmimo.model.config import ModelConfig
@@ -6,13 +6,13 @@ from openmimo.model.geometry import AttentionConfig
 
 
 def attention_parameters(config: ModelConfig, index: int) -> int:
-    """Parameters of the attention of layer `index`; MTP head h is layer `len(layers) + h`."""
+    """Parameters of the attention module of layer `index`; MTP head h is layer `len(layers) + h`."""
     place = config.attention_place(index)
     return attention_kind(place.spec.kind).parameters(place)
 
 
 def active_matmul_parameters(config: ModelConfig) -> int:
-    """Weights of the main model that one token multiplies with, the output head included, embedding and norms not."""
+    """Active parameters per token of the main model's matrix products: with the output head, without the embedding."""
     D = config.hidden_size
     total = D * config.vocab_size
     for index, layer in enumerate(config.layers):
@@ -20,12 +20,13 @@ def active_matmul_parameters(config: ModelConfig) -> int:
         if layer.ffn == "dense":
             total += 3 * D * config.dense_ffn_dim
         else:
+            assert config.moe is not None, "checked by the config"
             total += D * config.moe.num_experts + config.moe.experts_per_token * 3 * D * config.moe.expert_dim
     return total
 
 
 def mtp_matmul_parameters(config: ModelConfig) -> int:
-    """The same for all MTP heads, each with its pass through the output head."""
+    """Active parameters per token of all MTP heads, each with its own pass through the output head."""
     if config.mtp is None:
         return 0
     D = config.hidden_size
@@ -34,7 +35,7 @@ def mtp_matmul_parameters(config: ModelConfig) -> int:
 
 
 def attention_flops_per_token(spec: AttentionConfig, length: int) -> float:
-    """Scores and weighted values of one layer, forward, averaged over the positions of a sequence of `length`."""
+    """Forward FLOPs of one layer's scores and weighted values, averaged over the positions of a sequence."""
     kind = attention_kind(spec.kind)
     reach = kind.visible_keys(spec, length - 1)
     # The first `reach` queries see 1, 2, ... reach keys; the others see `reach`.
@@ -43,7 +44,7 @@ def attention_flops_per_token(spec: AttentionConfig, length: int) -> float:
 
 
 def training_flops_per_token(config: ModelConfig, length: int) -> float:
-    """Forward and backward of one token in a sequence of `length`: three times the forward pass, MTP heads included."""
+    """Forward and backward FLOPs of one token in a sequence: three times the forward pass, MTP heads included."""
     matmul = 2 * (active_matmul_parameters(config) + mtp_matmul_parameters(config))
     attention = sum(attention_flops_per_token(spec, length) for spec in config.attention_layers())
     return 3 * (matmul + attention)

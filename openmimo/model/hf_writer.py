@@ -1,4 +1,4 @@
-"""Writing a checkpoint folder in the Hugging Face layout, streamed into shards of bounded size."""
+"""Write a checkpoint folder in the Hugging Face layout, streamed into shards of bounded size."""
 
 import contextlib
 import json
@@ -15,7 +15,14 @@ DEFAULT_SHARD_BYTES = 4 << 30
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor to be written: its shape and dtype are known now, its data only when it is its turn."""
+    """A tensor to be written.
+
+    Attributes:
+        name: Name in the checkpoint.
+        shape: Shape on disk.
+        dtype: Dtype on disk.
+        load: Returns the data; called when the tensor is written.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -35,9 +42,13 @@ def write_shards(
     max_shard_bytes: int,
     on_tensor: Callable[[int], None] = lambda num_bytes: None,
 ) -> None:
-    """Writes `entries` into one `model.safetensors`, or into numbered shards with an index.
+    """Write `entries` to one `model.safetensors`, or to numbered shards with an index; at most one shard is in memory.
 
-    At most one shard is in memory. `on_tensor` is told the bytes of each tensor as it is gathered, for a progress bar.
+    Args:
+        folder: An existing folder.
+        entries: The tensors, in the order of the files.
+        max_shard_bytes: Size limit of a file. A larger tensor gets a file to itself.
+        on_tensor: Called with the bytes of each tensor after it is loaded, for a progress bar.
     """
     shards = list(_fill_shards(entries, max_shard_bytes))
     weight_map: dict[str, str] = {}
@@ -57,7 +68,7 @@ def write_shards(
 
 @contextlib.contextmanager
 def umask_mode(path: Path) -> Iterator[None]:
-    """Gives a file that the block writes the mode that the umask allows; safetensors writes for its own user alone."""
+    """Give a file that the block writes the mode of the umask; safetensors makes files readable by their owner only."""
     path.touch()
     mode = path.stat().st_mode
     yield

@@ -1,16 +1,18 @@
-"""The MiMo model: one definition for training, scoring and serving, on packed tokens [T] and with no batch axis.
+"""The MiMo model: one definition for training, scoring and serving, on packed tokens [T] without a batch axis.
 
 T packed tokens, D model dim.
 """
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import nn
 
 from openmimo.core.errors import UserError
 from openmimo.data.companions import Companions
+from openmimo.model.attention import AttentionModule
 from openmimo.model.backbone import Backbone, Hidden
 from openmimo.model.config import ModelConfig
 from openmimo.model.context import AttentionContext, PackedContext
@@ -23,14 +25,14 @@ from openmimo.model.mtp import MTP
 class MiMo(nn.Module):
     """Embedding, backbone, MTP blocks and output head.
 
-    The parameters are created on the current default device and left uninitialized where a checkpoint will fill them;
-    call `initialize` to train from nothing.
+    The parameters are created on the current default device and most are uninitialized. Load a checkpoint, or call
+    `initialize` to train from scratch.
 
     Attributes:
-        config: What it is.
+        config: The geometry of the model. `extend_context` and `replicate_mtp_heads` replace it.
         compute_dtype: Dtype of the activations (None: that of the parameters).
-        companions: The tokenizer's files of the folder that the model was loaded from; they are saved with it.
-        is_extended: Whether `extend_context` has given it more positions than that folder says.
+        companions: Tokenizer files of the folder from which the model was loaded; they are saved with it.
+        is_extended: Whether `extend_context` has given the model more positions than that folder states.
     """
 
     def __init__(self, config: ModelConfig):
@@ -46,7 +48,7 @@ class MiMo(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are."""
+        """The device of the parameters."""
         return self.model.embed_tokens.device
 
     @property
@@ -60,7 +62,7 @@ class MiMo(nn.Module):
         return self.lm_head
 
     def tie_weights(self) -> None:
-        """Shares the embedding's weight with the head where the config says so; to be called again after `to_empty`."""
+        """Share the embedding's weight with the head if the config ties them; call it again after `to_empty`."""
         if self.config.tie_embeddings:
             self.lm_head.tie(self.model.embed_tokens)
 
@@ -72,20 +74,21 @@ class MiMo(nn.Module):
         *,
         hidden: Hidden | None = None,
     ) -> Hidden:
-        """One pass of the main model, of MTP blocks, or of both. Logits are `head(hidden.post_norm_TD)`.
+        """Run the main model, MTP blocks, or both. Logits are `head(hidden.post_norm_TD)`.
 
         Args:
             tokens_T: Packed token ids, int64 [T]; None if `hidden` is given.
             context: Positions, attention and routing of the pass.
-            shifted_tokens: By MTP head to run, the tokens that it reads, int64 [T]: entry i is token i+1+head of the
+            shifted_tokens: For each MTP head to run, its input tokens, int64 [T]: entry i is token i+1+head of the
                 sequence of row i. Row i of the head's states predicts the token after it.
-            hidden: States of an earlier pass, which the MTP blocks read instead of running the main model.
+            hidden: States of an earlier pass, for the MTP blocks; the main model then does not run.
         """
         assert (tokens_T is None) != (hidden is None)
         if hidden is None:
             hidden = self.model(self.model.embed_tokens(tokens_T, self.compute_dtype), context)
         if not shifted_tokens:
             return hidden
+        assert self.config.mtp is not None, "the model has no MTP heads"
         hidden_TD = hidden.pre_norm_TD if self.config.mtp.hidden == "pre_norm" else hidden.post_norm_TD
         mtp_TD = {
             head: self.model.mtp(
@@ -96,19 +99,23 @@ class MiMo(nn.Module):
         return hidden._replace(mtp_TD=mtp_TD)
 
     def mtp(self, head: int, hidden: Hidden, shifted_tokens_T: torch.Tensor, context: AttentionContext) -> torch.Tensor:
-        """States [T, D] of one MTP head at the rows of `hidden`, ready for `head()`; see `forward`."""
+        """States [T, D] of one MTP head for the rows of `hidden`, the input of `head()`; see `forward`."""
         return self(None, context, {head: shifted_tokens_T}, hidden=hidden).mtp_TD[head]
 
     def logits(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """One causal sequence, LongTensor [T], to float32 logits [T, vocab]. Raises UserError for another tensor."""
+        """Map one causal sequence, LongTensor [T], to float32 logits [T, vocab].
+
+        Raises:
+            UserError: `token_ids` is not an integer tensor of one dimension, is empty, or has ids outside the vocabulary.
+        """
         self._check_ids(token_ids)
         context = PackedContext((len(token_ids),), device=self.device)
         return self.head(self(token_ids.to(self.device), context).post_norm_TD)
 
     def _check_ids(self, token_ids: torch.Tensor) -> None:
         if not isinstance(token_ids, torch.Tensor) or token_ids.dtype not in (torch.int64, torch.int32):
-            given = token_ids.dtype if isinstance(token_ids, torch.Tensor) else type(token_ids).__name__
-            raise UserError(f"token_ids is of type {given}; give a LongTensor of one dimension.")
+            type_name = token_ids.dtype if isinstance(token_ids, torch.Tensor) else type(token_ids).__name__
+            raise UserError(f"token_ids is of type {type_name}; give a LongTensor of one dimension.")
         if token_ids.ndim != 1 or not len(token_ids):
             raise UserError(f"token_ids has the shape {list(token_ids.shape)}; give one dimension, not empty.")
         low, high = token_ids.min().item(), token_ids.max().item()
@@ -117,9 +124,11 @@ class MiMo(nn.Module):
             raise UserError(f"token_ids holds id {outside}, but the model's ids are 0 to {self.config.vocab_size - 1}.")
 
     def extend_context(self, *, full_rope_theta: float | None, max_positions: int) -> None:
-        """Gives the full-attention layers another RoPE base (None: the same) and the model more positions.
+        """Extend the context (paper section 3.1): change the RoPE base of the full-attention layers, add positions.
 
-        Context extension, paper section 3.1; sliding layers keep their base.
+        Args:
+            full_rope_theta: New RoPE base of the full-attention layers (None: unchanged). Sliding layers keep theirs.
+            max_positions: New maximum length. It never shrinks.
         """
         self.is_extended = self.is_extended or max_positions > self.config.max_positions
         self.config = replace(self.config, max_positions=max(max_positions, self.config.max_positions))
@@ -127,18 +136,19 @@ class MiMo(nn.Module):
             return
         self.config = self.config.with_full_rope_theta(full_rope_theta)
         for layer in self.model.layers:
-            layer.self_attn.spec = self.config.layers[layer.index].attention
+            cast(AttentionModule, layer.self_attn).spec = self.config.layers[layer.index].attention
         for block in self.model.mtp.layers:
-            block.self_attn.spec = self.config.mtp.attention
+            assert self.config.mtp is not None
+            cast(AttentionModule, block.self_attn).spec = self.config.mtp.attention
 
     def replicate_mtp_heads(self, num_heads: int) -> None:
-        """Grows to `num_heads` MTP heads, each new one a copy of the last (post-training, paper section 2.3)."""
+        """Grow to `num_heads` MTP heads, each new one a copy of the last (post-training, paper section 2.3)."""
         self.model.mtp.replicate_last(num_heads, self.config)
         self.config = self.config.with_mtp_heads(len(self.model.mtp.layers))
 
     @torch.no_grad()
     def initialize(self, generator: torch.Generator) -> None:
-        """Weights from N(0, init_std) (paper section 3.1), norms at one, all else (biases, sinks) at zero."""
+        """Draw weights from N(0, init_std) (paper section 3.1); set norms to one, biases and sinks to zero."""
         for module in self.modules():
             for parameter in module.parameters(recurse=False):
                 parameter.zero_()

@@ -1,10 +1,15 @@
-"""Multi-token prediction heads (paper section 2.3): the same definition serves the training loss and the drafting.
+"""Multi-token prediction heads (paper section 2.3), for the training loss and for drafting.
 
 T packed tokens, D model dim.
 
 Head k at position i reads the embedding of token i+1+k and the main model's hidden state at i, and predicts token
-i+2+k. Heads are not chained: each reads the main model's state, never another head's. Embedding and output head are
-those of the main model.
+i+2+k. Heads are not chained: each reads the main model's state, never another head's. They share the embedding and the
+output head of the main model:
+
+    tokens            t0    t1    t2    t3
+    main, at 0        state of t0                        predicts t1
+    head 0, at 0      state of t0, embedding of t1       predicts t2
+    head 1, at 0      state of t0, embedding of t2       predicts t3
 """
 
 import torch
@@ -17,11 +22,11 @@ from openmimo.model.layers import DenseFFN, Linear, RMSNorm
 
 
 class MTPBlock(nn.Module):
-    """One head: norms of both inputs, their projection, one attention layer, one dense FFN, a norm of its own.
+    """One head: norms of both inputs, their projection, an attention layer, a dense FFN, and a final norm.
 
     Args:
         config: The whole model.
-        index: The number under which a context keeps this block's keys; head h is layer `len(config.layers) + h`.
+        index: Layer index under which contexts store this block's keys; head h is layer `len(config.layers) + h`.
     """
 
     def __init__(self, config: ModelConfig, index: int):
@@ -37,7 +42,7 @@ class MTPBlock(nn.Module):
         self.final_layernorm = RMSNorm(D, epsilon)
 
     def forward(self, embedding_TD: torch.Tensor, hidden_TD: torch.Tensor, context: AttentionContext) -> torch.Tensor:
-        """Embeddings of the shifted tokens and main-model states, both [T, D], to states for the output head [T, D]."""
+        """Map embeddings of shifted tokens and main-model states, both [T, D], to inputs of the output head [T, D]."""
         x_TD = self.eh_proj(torch.cat([self.enorm(embedding_TD), self.hnorm(hidden_TD)], dim=-1))
         x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), context)
         x_TD = x_TD + self.mlp(self.pre_mlp_layernorm(x_TD))
@@ -45,7 +50,7 @@ class MTPBlock(nn.Module):
 
 
 class MTP(nn.Module):
-    """The MTP blocks of a model, by head."""
+    """The MTP blocks of a model, indexed by head."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -59,11 +64,11 @@ class MTP(nn.Module):
         return self.layers[head](embedding_TD, hidden_TD, context)
 
     def replicate_last(self, num_heads: int, config: ModelConfig) -> None:
-        """Grows to `num_heads` blocks, each new one a copy of the last."""
+        """Grow to `num_heads` blocks, each new one a copy of the last."""
         while len(self.layers) < num_heads:
             last = self.layers[-1]
-            own = next(last.parameters())
-            block = MTPBlock(config, len(config.layers) + len(self.layers)).to(own.device, own.dtype)
+            parameter = next(last.parameters())
+            block = MTPBlock(config, len(config.layers) + len(self.layers)).to(parameter.device, parameter.dtype)
             block.load_state_dict(last.state_dict())
             self.layers.append(block)
 
@@ -71,7 +76,7 @@ class MTP(nn.Module):
 def shift_within_documents(
     tokens_T: torch.Tensor, document_lengths: tuple[int, ...], by: int, fill: int
 ) -> torch.Tensor:
-    """Token i+by at place i, or `fill` where that lies in another document (or beyond the end)."""
+    """Shift packed tokens left by `by`: entry i is token i+by, or `fill` if that is not in the same document."""
     T = len(tokens_T)
     lengths = torch.tensor(document_lengths)
     end_T = torch.repeat_interleave(torch.cumsum(lengths, 0), lengths).to(tokens_T.device)

@@ -1,4 +1,7 @@
-"""Models by name, without torch: `tiny` for a CPU, `deep` and `small` for one GPU, `flash` (309B-A15B), `mimo_7b`."""
+"""Model configs by name, without torch.
+
+`tiny` is for a CPU, `deep` and `small` are for one GPU; `flash` (309B-A15B) and `mimo_7b` are the published models.
+"""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,7 +17,7 @@ from openmimo.model.hf_config import config_from_hf
 def hybrid_layers(
     num_layers: int, *, full: AttentionConfig, sliding: AttentionConfig, moe: bool
 ) -> tuple[LayerConfig, ...]:
-    """The report's pattern: layer 0 and every sixth layer are full, layer 0 has a dense FFN (paper section 2.1)."""
+    """The pattern of the paper (section 2.1): layers 0, 5, 11, ... are full, and layer 0 has a dense FFN."""
     return tuple(
         LayerConfig(
             attention=full if index == 0 or (index + 1) % 6 == 0 else sliding,
@@ -25,7 +28,7 @@ def hybrid_layers(
 
 
 def tiny() -> ModelConfig:
-    """1.6 million parameters: six layers, two of them full, eight experts of which two work, one MTP head."""
+    """1.6 million parameters: six layers, two of them full; eight experts, two active; one MTP head."""
     full = AttentionConfig("full", num_heads=4, num_kv_heads=1, key_dim=48, value_dim=32, rotary_dim=16, rope_theta=1e4)
     sliding = replace(full, kind="sliding", num_kv_heads=2, window_keys=32, sink=True)
     return ModelConfig(
@@ -36,14 +39,15 @@ def tiny() -> ModelConfig:
         moe=MoEConfig(num_experts=8, experts_per_token=2, expert_dim=64),
         mtp=MTPConfig(num_layers=1, attention=sliding),
         value_scale=0.707,
-        init_std=0.06,  # the report's 0.006 is for 4096 dims; at 128 it learns far too late (docs/log.md)
+        init_std=0.06,  # 0.006, the paper's value for 4096 dims, delays learning at 128 dims (docs/log.md)
         max_positions=512,
     )
 
 
 def tiny_all_global() -> ModelConfig:
-    """`tiny` with full attention in every layer: the first arm of the report's ablation."""
+    """`tiny` with full attention in every layer: the first arm of the paper's ablation."""
     config = tiny()
+    assert config.mtp is not None
     full = config.layers[0].attention
     return replace(
         config,
@@ -53,14 +57,15 @@ def tiny_all_global() -> ModelConfig:
 
 
 def tiny_no_sink() -> ModelConfig:
-    """`tiny` without sinks: the second arm of the report's ablation."""
+    """`tiny` without sinks: the second arm of the paper's ablation."""
     config = tiny()
+    assert config.mtp is not None
     layers = tuple(replace(layer, attention=replace(layer.attention, sink=False)) for layer in config.layers)
     return replace(config, layers=layers, mtp=replace(config.mtp, attention=replace(config.mtp.attention, sink=False)))
 
 
 def deep() -> ModelConfig:
-    """13 million parameters: 48 layers of `tiny` and three MTP heads, so a head is as small a part as in `flash`."""
+    """13 million parameters: 48 layers of `tiny`, and three MTP heads with as small a share of them as in `flash`."""
     config = tiny()
     full, sliding = config.layers[0].attention, config.layers[1].attention
     layers = hybrid_layers(48, full=full, sliding=sliding, moe=True)
@@ -68,7 +73,7 @@ def deep() -> ModelConfig:
 
 
 def small() -> ModelConfig:
-    """170 million parameters, 40 million of them at work on a token, for one GPU."""
+    """170 million parameters, 40 million of them active, for one GPU."""
     full = AttentionConfig(
         "full", num_heads=8, num_kv_heads=2, key_dim=96, value_dim=64, rotary_dim=32, rope_theta=640_000.0
     )
@@ -106,7 +111,7 @@ def flash() -> ModelConfig:
 
 
 def flash_base() -> ModelConfig:
-    """`flash` as it is pre-trained: with one MTP head, and the RoPE base of the first stages (paper section 3.1)."""
+    """`flash` during pre-training: one MTP head, and the RoPE base before context extension (paper section 3.1)."""
     return flash().with_mtp_heads(1).with_full_rope_theta(640_000.0)
 
 
@@ -133,7 +138,11 @@ PRESETS: dict[str, Callable[[], ModelConfig]] = {
 
 
 def model_config(name_or_path: str) -> ModelConfig:
-    """The config of a preset by name, or of a `config.json` (Hugging Face keys) by path. Raises ConfigError."""
+    """The config of a preset by name, or of a `config.json` with Hugging Face keys by path (or by its folder's path).
+
+    Raises:
+        ConfigError: There is no such preset or file, or the file is not valid.
+    """
     if name_or_path in PRESETS:
         return PRESETS[name_or_path]()
     path = Path(name_or_path)

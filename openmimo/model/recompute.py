@@ -1,6 +1,6 @@
-"""Activation checkpointing: layers that compute their activations again in the backward pass instead of keeping them.
+"""Activation checkpointing: decoder layers that recompute their activations in the backward pass.
 
-It is applied to a built model, before weights are sharded, so that the hooks of a wrapper run outside the recomputed
+Apply it to a built model before its weights are sharded, so that the hooks of a wrapper run outside the recomputed
 region. T packed tokens, D model dim.
 """
 
@@ -13,7 +13,7 @@ from openmimo.model.mimo import MiMo
 
 
 class RecomputedLayer(DecoderLayer):
-    """A decoder layer that keeps its input only."""
+    """A decoder layer that saves only its input for the backward pass."""
 
     def forward(self, x_TD: torch.Tensor, context: AttentionContext) -> torch.Tensor:
         """As `DecoderLayer.forward`."""
@@ -23,7 +23,7 @@ class RecomputedLayer(DecoderLayer):
 
 
 def checkpoint_activations(model: MiMo) -> None:
-    """Makes every decoder layer of `model` recompute its activations; names of parameters stay as they are."""
+    """Make every decoder layer of `model` recompute its activations; parameter names do not change."""
     for layer in model.model.layers:
         if type(layer) is DecoderLayer:
             layer.__class__ = RecomputedLayer

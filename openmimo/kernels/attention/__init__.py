@@ -1,9 +1,9 @@
 """Grouped-query causal attention over packed sequences, with an optional window and an optional learned sink.
 
 Shapes: T packed queries, S packed keys, N query heads, G key/value heads (query head n reads head n // (N / G)),
-K key dim, V value dim. Sequence b owns `query_lengths[b]` consecutive queries and `key_lengths[b]` consecutive keys;
-its queries are the last positions of its keys, so query i of it may see keys j <= key_length - query_length + i, and
-with a window only the last `window_keys` of those, itself included (paper section 2.2; equations 2-4 for the sink).
+K key dim, V value dim. Sequence b has `query_lengths[b]` consecutive queries and `key_lengths[b]` consecutive keys.
+Its queries are the last positions of its keys. Query i therefore sees keys j <= key_length - query_length + i, and with
+a window only the last `window_keys` of those, its own key included (paper section 2.2; equations 2-4 for the sink).
 """
 
 import math
@@ -27,7 +27,7 @@ class AttentionOut(NamedTuple):
         block_scores_TGC: The largest probability that any query head of a key/value head gives to any key of a block,
             float32 or wider, without gradient; 0 for blocks that the query does not see. Block c of a sequence holds
             its keys c * score_block to (c + 1) * score_block - 1; C is the number of blocks of the longest sequence.
-            None where the call asks for no scores.
+            None if the call requests no scores.
     """
 
     out_TNV: torch.Tensor
@@ -36,7 +36,23 @@ class AttentionOut(NamedTuple):
 
 @dataclass(frozen=True)
 class AttentionNeed:
-    """What one call asks for: all that a backend may look at before it accepts."""
+    """The properties of one call; a backend decides from these alone whether it serves the call.
+
+    Attributes:
+        query_lengths: Queries of each sequence.
+        key_lengths: Keys of each sequence.
+        num_heads: N.
+        num_kv_heads: G.
+        key_dim: K.
+        value_dim: V.
+        window_keys: Keys that a query sees, its own included (None: all).
+        has_sink: Whether there are sink logits.
+        needs_gradients: Whether autograd records and an input requires a gradient.
+        dtype: Dtype of the queries.
+        on_cpu: Whether the queries are in CPU memory.
+        score_block: Keys of a block of the requested block scores (None: no scores).
+        causal: Whether later keys are hidden.
+    """
 
     query_lengths: tuple[int, ...]
     key_lengths: tuple[int, ...]
@@ -54,7 +70,7 @@ class AttentionNeed:
 
     @property
     def is_self_attention(self) -> bool:
-        """Every sequence brings as many queries as keys: training, and a prefill from nothing."""
+        """Whether every sequence has as many queries as keys: training, and prefill with an empty cache."""
         return self.query_lengths == self.key_lengths
 
 
@@ -70,10 +86,18 @@ def attend(
     score_block: int | None = None,
     causal: bool = True,
 ) -> AttentionOut:
-    """Attention of packed queries to packed keys; logits are scaled by 1/sqrt(K), the sink logit is not scaled.
+    """Attention of packed queries to packed keys, differentiable in q, k, v and sink.
 
-    The output is differentiable in q, k, v and sink. `score_block` asks for block scores and is the number of keys of
-    a block. Without `causal`, a query sees the keys after its position too; a window then reaches as far on both sides.
+    Args:
+        q_TNK: Queries. Logits are scaled by 1/sqrt(K).
+        k_SGK: Keys.
+        v_SGV: Values.
+        sink_N: Sink logit of each query head, which is not scaled; or None.
+        query_lengths: Queries of each sequence.
+        key_lengths: Keys of each sequence.
+        window_keys: Keys that a query sees, its own included (None: all).
+        score_block: Keys of a block, to request block scores (None: no scores).
+        causal: Whether keys after a query's position are hidden. If not, a window extends equally far to both sides.
 
     Raises:
         ValueError: Lengths and shapes disagree.

@@ -1,4 +1,4 @@
-"""What the two attention operations share: the bounds of decoding, and arguments of the C kernels.
+"""Shared by the two attention operations: the definition of decoding, and arguments of the C kernels.
 
 N query heads.
 """
@@ -7,7 +7,7 @@ import struct
 
 import torch
 
-MAX_DECODE_QUERIES = 16  # queries a sequence up to which a call is decoding or verification
+MAX_DECODE_QUERIES = 16  # a call with at most these queries per sequence is decoding or verification
 NO_WINDOW = 1 << 62  # the window of full attention, for the C kernels
 
 
@@ -17,5 +17,5 @@ def packed_lengths(query_lengths: tuple[int, ...], key_lengths: tuple[int, ...])
 
 
 def float32_sink(sink_N: torch.Tensor | None) -> torch.Tensor | None:
-    """The sink logits as the C kernels read them."""
+    """The sink logits in the layout that the C kernels read."""
     return None if sink_N is None else sink_N.to(torch.float32).contiguous()

@@ -1,14 +1,23 @@
-"""What the tiled backends share: a tile is some queries against the keys that any of them may see.
+"""Tiles of attention, shared by the tiled backends: a block of queries against all keys that any of them may see.
 
-The R = N / G query heads that read one key/value head are folded into the rows of the tile, so a tile is two plain
-matrix products and keys are never repeated. A sink is one more key: a zero key, whose logit is then overwritten, with
-a zero value; its share of the softmax and of the gradient comes out by itself. Nothing of the softmax is kept for the
-backward pass, which computes it again from queries and keys.
+The R = N / G query heads that read one key/value head are folded into the rows of the tile. A tile is then two plain
+matrix products per key/value head, and keys are never repeated. With B = 3 queries and R = 2, the logits of a tile are
 
-The number of columns is kept to multiples of `COLUMNS_MULTIPLE`, with keys that the mask hides: on a CPU, oneDNN
-compiles each bfloat16 product anew for sizes that it has not seen, which takes longer than a small product.
+                         key 0   key 1   ...   sink
+    head 0   query 0
+             query 1
+             query 2
+    head 1   query 0             [M, C]
+             query 1
+             query 2
 
-Logits and probabilities are held in the dtype of the inputs; the softmax between them computes in float32 or better.
+The sink is one more column: a zero key with a zero value, whose logit is overwritten. The softmax and its gradient then
+need no special case. The backward pass keeps no probabilities; it recomputes them from queries and keys.
+
+The number of columns is rounded up to a multiple of `COLUMNS_MULTIPLE` with masked keys. On a CPU, oneDNN compiles a
+bfloat16 product for each new size, which takes longer than a small product itself.
+
+Logits and probabilities have the dtype of the inputs; the softmax between them computes in float32 or better.
 
 J tiles, B queries of a tile, M = R x B rows of a tile, C columns of a tile (its keys, then the sink if there is one),
 N query heads, G key/value heads, R = N / G, K key dim, V value dim, X either of these. A tile of one key/value head is
@@ -27,9 +36,9 @@ def whole_columns(count: int) -> int:
 
 
 def pack_rows(x_TNX: torch.Tensor, *, block: int, num_kv_heads: int) -> torch.Tensor:
-    """[T, N, X] to [L, M, X] with `block` = B; the rows of a tile run over query heads, then over queries.
+    """Fold [T, N, X] to [L, M, X], with `block` = B; zeros fill the last tile.
 
-    The last tile is filled up with zeros.
+    Rows run over the query heads of a key/value head first and over queries second.
     """
     T, N, X = x_TNX.shape
     if T % block:
@@ -39,7 +48,7 @@ def pack_rows(x_TNX: torch.Tensor, *, block: int, num_kv_heads: int) -> torch.Te
 
 
 def unpack_rows(x_LMX: torch.Tensor, out_TNX: torch.Tensor, *, block: int, num_kv_heads: int) -> None:
-    """The inverse of `pack_rows`: writes all of `out_TNX`."""
+    """Invert `pack_rows`, writing all of `out_TNX`."""
     L, M, X = x_LMX.shape
     x_JGRBX = x_LMX.view(L // num_kv_heads, num_kv_heads, M // block, block, X)
     x_JBGRX = x_JGRBX.permute(0, 3, 1, 2, 4)
@@ -51,19 +60,19 @@ def unpack_rows(x_LMX: torch.Tensor, out_TNX: torch.Tensor, *, block: int, num_k
 
 def scaled_product(a_LMX: torch.Tensor, b_LXC: torch.Tensor, scale: float) -> torch.Tensor:
     """scale * a b, [L, M, C]."""
-    unread = a_LMX.new_empty(1, 1, 1)
-    return torch.baddbmm(unread, a_LMX, b_LXC, beta=0, alpha=scale)
+    ignored = a_LMX.new_empty(1, 1, 1)  # beta=0: never read
+    return torch.baddbmm(ignored, a_LMX, b_LXC, beta=0, alpha=scale)
 
 
 def write_sink(logits_LMC: torch.Tensor, sink_N: torch.Tensor, *, block: int, num_kv_heads: int) -> None:
-    """Overwrites the logits of the last column with the sink of each row's query head."""
+    """Overwrite the last column of the logits with the sink of each row's query head."""
     L, M, C = logits_LMC.shape
     logits_JGRBC = logits_LMC.view(L // num_kv_heads, num_kv_heads, M // block, block, C)
     logits_JGRBC[..., -1] = sink_N.view(num_kv_heads, -1, 1)
 
 
 def sink_gradient(grad_logits_LMC: torch.Tensor, *, block: int, num_kv_heads: int) -> torch.Tensor:
-    """Gradient of the sinks [N], float32 or better, from that of the logits."""
+    """Gradient of the sinks [N], in float32 or better, from the gradient of the logits."""
     L, M, _ = grad_logits_LMC.shape
     grad_JNB = grad_logits_LMC[:, :, -1].reshape(L // num_kv_heads, num_kv_heads * (M // block), block)
     return grad_JNB.to(wide_dtype(grad_JNB.dtype)).sum(dim=(0, 2))

@@ -1,10 +1,19 @@
-"""Sliding windows by blocks of queries: time and memory are linear in length (paper section 2.2).
+"""Sliding-window attention in blocks of queries: time and memory are linear in length (paper section 2.2).
 
-A pack of whole documents is one stream of tiles, whatever their lengths: a tile holds B consecutive queries and the
-B + window - 1 keys that end with its last query, and a mask hides the keys outside the window and those of the
-document before. Tiles are computed some at a time (a segment), so that their logits stay in the cache of a processor.
+A pack of whole documents is one stream of tiles, independent of document boundaries. A tile holds B consecutive queries
+and the `past` + B keys that end with its last query, where `past` = window - 1. Every tile has the same band: query b
+sees columns b to b + past, and its own key is column b + past. With B = 4 and a window of 3 (x seen, . masked):
 
-Shapes as in `_tiles`; T queries; P keys of a stream: window - 1 before the first query, then those of whole tiles.
+    column     0 1 2 3 4 5   6
+    query 0    x x x . . .   sink
+    query 1    . x x x . .   sink
+    query 2    . . x x x .   sink
+    query 3    . . . x x x   sink
+
+A second mask hides keys of the document before. The next tile starts B keys later, so neighboring tiles share `past`
+keys. Tiles are computed in segments, so that the logits of a segment fit in the processor's cache.
+
+Shapes as in `_tiles`; T queries; P keys of a stream: `past` before the first query, then those of whole tiles.
 """
 
 import functools
@@ -32,8 +41,8 @@ SEGMENT_LOGITS_CPU = 1 << 19
 SEGMENT_LOGITS_ACCELERATOR = 1 << 25
 MAX_WINDOW_CPU = 256
 COLUMNS_MULTIPLE = 32
-MIN_BLOCK = 24
-MIN_ROWS = 128
+MIN_BLOCK = 24  # queries
+MIN_ROWS = 128  # queries x query heads of a key/value head
 
 
 def run(
@@ -45,7 +54,7 @@ def run(
     need: AttentionNeed,
     scale: float,
 ) -> AttentionOut:
-    """See `openmimo.kernels.attention.attend`."""
+    """Implement `openmimo.kernels.attention.attend`."""
     bands = _Bands.for_need(need, scale)
     if need.is_self_attention:
         starts_T = _starts(need.query_lengths, q_TNK.device)
@@ -59,16 +68,16 @@ def run(
     return AttentionOut(torch.cat(outputs))
 
 
-@functools.lru_cache(maxsize=4)  # the layers of a pass ask alike
-@torch.inference_mode(False)  # a later pass may keep them for its gradients
+@functools.lru_cache(maxsize=4)  # all layers of a pass use the same lengths
+@torch.inference_mode(False)  # a later pass may save the cached tensor for its backward
 def _starts(lengths: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """Where the sequence of each packed token begins, int64 [T]."""
+    """Index in the pack of the first token of each token's sequence, int64 [T]."""
     lengths_B = torch.tensor(lengths)
     return (lengths_B.cumsum(0) - lengths_B).repeat_interleave(lengths_B).to(device)
 
 
 def refuse(need: AttentionNeed) -> str | None:
-    """Windows only, and on a CPU not wide ones."""
+    """Refuse calls without a window, and wide windows on a CPU."""
     if need.score_block is not None:
         return NO_SCORES
     if not need.causal:
@@ -82,12 +91,22 @@ def refuse(need: AttentionNeed) -> str | None:
 
 def _window_in_use(need: AttentionNeed) -> int:
     """The window, or the longest sequence if that is shorter."""
+    assert need.window_keys is not None, "refused before"
     return min(need.window_keys, max(need.key_lengths))
 
 
 @dataclass(frozen=True)
 class _Bands:
-    """How a call is cut: `past` keys before a query's own, `block` queries and `columns` columns a tile."""
+    """The tiling of a call.
+
+    Attributes:
+        past: Keys that a query sees before its own.
+        block: Queries of a tile.
+        columns: Columns of a tile: past + block keys, and the sink if there is one.
+        tiles: Tiles of a segment.
+        num_kv_heads: G.
+        scale: Factor of the logits.
+    """
 
     past: int
     block: int
@@ -98,7 +117,10 @@ class _Bands:
 
     @classmethod
     def for_need(cls, need: AttentionNeed, scale: float) -> "_Bands":
-        """Columns are rounded up to whole vectors, and the block then grows to use them."""
+        """Choose the tiling that computes `need`."""
+        # A row costs past + block + sink logits and uses past + 1 of them, so small blocks waste least; but products
+        # with few rows are slow. Start from the smallest block with MIN_ROWS rows per key/value head, round its columns
+        # up to COLUMNS_MULTIPLE, and let the block grow until no column is padding.
         past, sink = _window_in_use(need) - 1, int(need.has_sink)
         min_block = max(MIN_BLOCK, MIN_ROWS * need.num_kv_heads // need.num_heads)
         columns = math.ceil((past + min_block + sink) / COLUMNS_MULTIPLE) * COLUMNS_MULTIPLE
@@ -109,11 +131,11 @@ class _Bands:
 
     @property
     def rows(self) -> dict[str, int]:
-        """The arguments of `pack_rows` and its relatives."""
+        """Keyword arguments of `pack_rows`, `unpack_rows`, `write_sink` and `sink_gradient`."""
         return {"block": self.block, "num_kv_heads": self.num_kv_heads}
 
     def segments(self, num_queries: int) -> Iterator[tuple[slice, int]]:
-        """The queries of each segment, and its number of tiles; the last tile may be partly empty."""
+        """Yield the queries and the number of tiles of each segment; the last tile may be partly empty."""
         for start in range(0, num_queries, self.tiles * self.block):
             queries = slice(start, min(start + self.tiles * self.block, num_queries))
             yield queries, math.ceil((queries.stop - start) / self.block)
@@ -127,7 +149,9 @@ def _attend_stream(
     starts_T: torch.Tensor,
     bands: _Bands,
 ) -> torch.Tensor:
-    """Queries whose own keys are the last T keys. `starts_T` is the first key, counted in S, that a query may see."""
+    """Attention of T queries whose own keys are the last T of S; query t sees no key before `starts_T[t]`."""
+    # Pad or cut the keys (a negative padding cuts) so that exactly `past` precede the first query, and the last tile is
+    # whole. Column 0 of the tile that starts at query t is then key t of the padded stream.
     before = bands.past - (len(k_SGK) - len(q_TNK))
     after = -len(q_TNK) % bands.block
     k_PGK, v_PGV = (F.pad(x, (0, 0, 0, 0, before, after)) for x in (k_SGK, v_SGV))
@@ -187,7 +211,7 @@ class _Tiles:
 
 
 class _Stream:
-    """The tiles of a call, a segment at a time."""
+    """Computes the tiles of a call, one segment at a time; the buffers of keys and values are reused."""
 
     def __init__(
         self,
@@ -224,7 +248,7 @@ class _Stream:
         return _Tiles(q_LMK, k_LCK, v_LCV, probabilities_LMC)
 
     def _gather(self, x_PGX: torch.Tensor, columns_LCX: torch.Tensor) -> torch.Tensor:
-        """Copies the keys or values of each tile into its columns; neighboring tiles share keys. A sink stays zero."""
+        """Copy the keys or values of each tile into its columns; the sink's column stays zero."""
         bands = self._bands
         num_keys = bands.block + bands.past
         x_JGCX = x_PGX.unfold(0, num_keys, bands.block).transpose(2, 3)
@@ -233,11 +257,12 @@ class _Stream:
         return columns_LCX
 
     def _mask(self, queries: slice, num_tiles: int) -> torch.Tensor:
-        """0 where a query sees a key, -inf elsewhere: [J, B, C] in the dtype of q."""
+        """Additive mask [J, B, C] in the dtype of q: 0 where a query sees a key, -inf elsewhere."""
         block = self._bands.block
         missing = num_tiles * block - (queries.stop - queries.start)
         first_JB = F.pad(self._first_T[queries], (0, missing)).view(num_tiles, block)
         tile_start_J1 = queries.start + block * torch.arange(num_tiles, device=first_JB.device)[:, None]
+        # A document that starts inside the tile hides the columns before its start; one that starts earlier hides none.
         before_JBC = self._column_C < (first_JB - tile_start_J1)[:, :, None]
         return torch.where(before_JBC, -math.inf, self._band_BC)
 
@@ -252,7 +277,12 @@ class _StreamSum:
         self._sum = x_PGX.new_zeros(P + bands.block, G, X, dtype=wide_dtype(x_PGX.dtype))
 
     def add(self, x_LCX: torch.Tensor, queries: slice) -> None:
-        """Adds the columns of a segment's tiles, one block of columns of all tiles at a time: these never overlap."""
+        """Add the gradients [L, C, X] of a segment's tiles to the keys or values that their columns hold."""
+        # Tiles overlap, because neighbors share `past` keys, so one add of all columns would lose sums. The same B
+        # columns of all tiles never overlap: they are one contiguous run of the stream.
+        #
+        #     tile 0   [ 0 1 2 3 | 4 5 ]            B = 4, past = 2: first add columns 0-3 of all tiles,
+        #     tile 1           [ 4 5 6 7 | 8 9 ]    then columns 4-5.
         block, num_keys = self._bands.block, self._bands.block + self._bands.past
         _, G, X = self._sum.shape
         x_JCGX = x_LCX.view(-1, G, *x_LCX.shape[1:]).transpose(1, 2)
@@ -263,7 +293,7 @@ class _StreamSum:
             target_JBGX[:, : part_JBGX.shape[1]] += part_JBGX
 
     def total(self) -> torch.Tensor:
-        """The gradient, in the shape and dtype of what it is the gradient of."""
+        """The gradient, in the shape and dtype of the keys or values."""
         return self._sum[: len(self._like)].to(self._like.dtype)
 
 

@@ -1,8 +1,17 @@
-"""Causal attention by blocks of queries, each against the keys that any of them may see: never T x T memory.
+"""Causal attention in blocks of queries, each against the keys that any of them may see: never T x T memory.
 
 A tile is a block of consecutive queries of the pack, and the run of keys from the first that its first query sees to
-the own key of its last query. Only the ends of that run need a mask. Long sequences end their tile, short ones share
-one. Both sizes of a tile are rounded up: with queries that are dropped again, and with keys that the mask hides.
+the own key of its last query. First and last visible keys never decrease along a pack, so all queries of the tile see
+the middle of the run, and only its ends need a mask (x seen, . masked, p padding, which is masked as well):
+
+               left    middle     right
+    query 0    x x x | x x x x | . . . p
+    query 1    . x x | x x x x | x . . p
+    query 2    . . x | x x x x | x x . p
+    query 3    . . . | x x x x | x x x p
+
+A long sequence ends its tile; short sequences share one. Both sizes of a tile are rounded up, with zero queries that
+are dropped from the output and with masked keys.
 
 Shapes as in `_tiles`, where L is G: one tile at a time. T queries, S keys.
 """
@@ -43,48 +52,58 @@ def run(
     need: AttentionNeed,
     scale: float,
 ) -> AttentionOut:
-    """See `openmimo.kernels.attention.attend`."""
+    """Implement `openmimo.kernels.attention.attend`."""
     k_GSK, v_GSV = (F.pad(x.transpose(0, 1), (0, 0, 0, COLUMNS_MULTIPLE)) for x in (k_SGK, v_SGV))
     return AttentionOut(_Blocked.apply(q_TNK, k_GSK, v_GSV, sink_N, _plan(need), scale))
 
 
 @dataclass(frozen=True)
 class _Tile:
-    """Queries `queries`, filled up to `block`, against keys `keys`. Query i sees keys first_B[i] to own_B[i] of these.
+    """One block of queries and its run of keys.
 
-    Columns in `left` hold keys before the first of some query, columns in `right` keys after the own of some query.
+    Attributes:
+        queries: Rows of the pack.
+        block: B, the number of queries after rounding up.
+        keys: The run of keys, padding included.
+        first_B: Column of the first key that each query sees.
+        last_B: Column of the last key that each query sees: its own.
+        left: Columns that some query does not see because they are before its first key.
+        right: Columns that some query does not see because they are after its last key.
     """
 
     queries: slice
     block: int
     keys: slice
     first_B: torch.Tensor
-    own_B: torch.Tensor
+    last_B: torch.Tensor
     left: slice
     right: slice
 
 
 def _plan(need: AttentionNeed) -> list[_Tile]:
-    """The tiles of a call. First and own keys only ever grow along a pack, so a tile's ends bound all of it."""
+    """The tiles of a call."""
     query_lengths, key_lengths = torch.tensor(need.query_lengths), torch.tensor(need.key_lengths)
     key_ends_T = key_lengths.cumsum(0).repeat_interleave(query_lengths)
     query_ends_T = query_lengths.cumsum(0).repeat_interleave(query_lengths)
-    own_T = key_ends_T - query_ends_T + torch.arange(len(key_ends_T))
+    last_T = key_ends_T - query_ends_T + torch.arange(len(key_ends_T))
     first_T = key_ends_T - key_lengths.repeat_interleave(query_lengths)
     if need.window_keys is not None:
-        first_T = torch.maximum(first_T, own_T - need.window_keys + 1)
-    own, first, query_ends = own_T.tolist(), first_T.tolist(), query_ends_T.tolist()
+        first_T = torch.maximum(first_T, last_T - need.window_keys + 1)
+    last, first, query_ends = last_T.tolist(), first_T.tolist(), query_ends_T.tolist()
     sink = int(need.has_sink)
     tile_logits = TILE_LOGITS_CPU if need.on_cpu else TILE_LOGITS_ACCELERATOR
     max_block = MAX_BLOCK_CPU if need.on_cpu else MAX_BLOCK_ACCELERATOR
     tiles, start = [], 0
-    while start < len(own):
-        span = own[start] + 1 - first[start]
+    while start < len(last):
+        # `span` keys of the first query set the price of a row: take as many queries as TILE_LOGITS pays for. A tile
+        # whose span is longer than its block ends with its sequence, because every query of the next one would pay for
+        # the whole span. Short sequences share the tile.
+        span = last[start] + 1 - first[start]
         affordable = tile_logits // (need.num_heads * span) // BLOCK_MULTIPLE * BLOCK_MULTIPLE
         block = min(max_block, max(BLOCK_MULTIPLE, affordable))
-        stop = min(start + block, query_ends[start] if span > block else len(own))
+        stop = min(start + block, query_ends[start] if span > block else len(last))
         low = first[start]
-        num_keys = whole_columns(own[stop - 1] + 1 - low + sink) - sink
+        num_keys = whole_columns(last[stop - 1] + 1 - low + sink) - sink
         unused = -(stop - start) % BLOCK_MULTIPLE
         tiles.append(
             _Tile(
@@ -92,9 +111,9 @@ def _plan(need: AttentionNeed) -> list[_Tile]:
                 block=stop - start + unused,
                 keys=slice(low, low + num_keys),
                 first_B=F.pad(first_T[start:stop] - low, (0, unused)),
-                own_B=F.pad(own_T[start:stop] - low, (0, unused)),
+                last_B=F.pad(last_T[start:stop] - low, (0, unused)),
                 left=slice(0, first[stop - 1] - low),
-                right=slice(own[start] + 1 - low, num_keys),
+                right=slice(last[start] + 1 - low, num_keys),
             )
         )
         start = stop
@@ -149,7 +168,7 @@ class _Blocked(torch.autograd.Function):
 
 
 def _columns(x_GSX: torch.Tensor, tile: _Tile, sink_N: torch.Tensor | None) -> torch.Tensor:
-    """The keys or values of a tile [G, C, X], and a row of zeros for the sink."""
+    """The keys or values of a tile [G, C, X], with a row of zeros for the sink."""
     x_GCX = x_GSX[:, tile.keys]
     return x_GCX if sink_N is None else F.pad(x_GCX, (0, 0, 0, 1))
 
@@ -161,7 +180,7 @@ def _probabilities(
     logits_XBC = logits_GMC.view(-1, tile.block, k_GCK.shape[1])
     columns_C = torch.arange(k_GCK.shape[1], device=q_GMK.device)
     before_BC = columns_C[tile.left] < tile.first_B.to(q_GMK.device)[:, None]
-    after_BC = columns_C[tile.right] > tile.own_B.to(q_GMK.device)[:, None]
+    after_BC = columns_C[tile.right] > tile.last_B.to(q_GMK.device)[:, None]
     logits_XBC[..., tile.left].masked_fill_(before_BC, float("-inf"))
     logits_XBC[..., tile.right].masked_fill_(after_BC, float("-inf"))
     if sink_N is not None:
@@ -170,7 +189,7 @@ def _probabilities(
 
 
 def refuse(need: AttentionNeed) -> str | None:
-    """Block scores, and attention to later keys."""
+    """Refuse block scores and attention to later keys."""
     if need.score_block is not None:
         return NO_SCORES
     return None if need.causal else CAUSAL_ONLY

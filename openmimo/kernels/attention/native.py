@@ -1,8 +1,8 @@
 """Many queries on a CPU, forward only: full attention and windows, packed or after a cache (native/causal.c).
 
-Products are those of float32, also of bfloat16 numbers, where the processor does not multiply these itself.
+Products are computed in float32. For bfloat16 inputs this pays only on a processor without bfloat16 instructions.
 
-A row of the output does not depend on what else the call computes, to the bit.
+Batch invariance: a row of the output has the same bits in every call that computes it.
 """
 
 import torch
@@ -25,7 +25,11 @@ def run(
     need: AttentionNeed,
     scale: float,
 ) -> AttentionOut:
-    """See `openmimo.kernels.attention.attend`. Raises MemoryError where the keys cannot be laid out."""
+    """Implement `openmimo.kernels.attention.attend`.
+
+    Raises:
+        MemoryError: There is no memory for the kernel's layout of the keys.
+    """
     q_TNK, k_SGK, v_SGV = q_TNK.contiguous(), k_SGK.contiguous(), v_SGV.contiguous()
     out_TNV = q_TNK.new_empty(*q_TNK.shape[:2], v_SGV.shape[2])
     sink_N = float32_sink(sink_N)
@@ -44,7 +48,7 @@ def run(
 
 
 def refuse(need: AttentionNeed) -> str | None:
-    """More than a few queries on a CPU, without gradients; in bfloat16 only where torch would be slow."""
+    """Refuse decoding, gradients, accelerators, and bfloat16 on a CPU that multiplies it."""
     if need.score_block is not None:
         return NO_SCORES
     if not need.causal:

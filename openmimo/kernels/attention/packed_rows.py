@@ -1,8 +1,8 @@
-"""Decoding: a few new queries a sequence against its cached keys. Inference only.
+"""Decoding: a few new queries per sequence against its cached keys. Inference only.
 
-The query heads that read one key/value head, times the queries, are the rows of one matrix product with the cache,
-which is read in place and never repeated. Where a call has several sequences and few keys each, the cost is not the
-arithmetic but the number of steps, so their keys are gathered into one batch of products.
+The queries of all query heads that read one key/value head are the rows of one matrix product with the cache, which is
+read in place and never repeated. A call with several sequences and few keys each is bound by the number of torch calls,
+not by arithmetic, so `_gathered` copies the keys into one batch of products.
 
 Shapes as in `_tiles`: a sequence is a tile (J sequences, B queries each).
 """
@@ -28,13 +28,13 @@ def run(
     need: AttentionNeed,
     scale: float,
 ) -> AttentionOut:
-    """See `openmimo.kernels.attention.attend`."""
+    """Implement `openmimo.kernels.attention.attend`."""
     if len(need.query_lengths) == 1:
         return AttentionOut(_one_sequence(q_TNK, k_SGK, v_SGV, sink_N, need.window_keys, scale))
     columns = [_columns(need, sequence) for sequence in range(len(need.key_lengths))]
-    numbers_a_key = need.num_kv_heads * (need.key_dim + need.value_dim)
+    values_per_key = need.num_kv_heads * (need.key_dim + need.value_dim)
     same_queries = len(set(need.query_lengths)) == 1
-    if same_queries and max(columns) * numbers_a_key <= MAX_GATHERED_NUMBERS:
+    if same_queries and max(columns) * values_per_key <= MAX_GATHERED_NUMBERS:
         return AttentionOut(_gathered(q_TNK, k_SGK, v_SGV, sink_N, max(columns), need, scale))
     queries, keys = q_TNK.split(need.query_lengths), k_SGK.split(need.key_lengths)
     values = v_SGV.split(need.key_lengths)
@@ -52,7 +52,7 @@ def _one_sequence(
     window_keys: int | None,
     scale: float,
 ) -> torch.Tensor:
-    """The case that decoding lives on: every operation here is paid per layer and token, so there are few."""
+    """Attention of one sequence. Decoding pays every torch call here per layer and token, so there are few."""
     if window_keys is not None and len(k_SGK) >= len(q_TNK) + window_keys:
         seen = len(q_TNK) + window_keys - 1
         k_SGK, v_SGV = k_SGK[-seen:], v_SGV[-seen:]
@@ -64,7 +64,7 @@ def _one_sequence(
     logits_GMS = logits_GMS.to(torch.promote_types(logits_GMS.dtype, torch.float32))
     if window_keys is not None and window_keys < S:
         logits_GMS.view(G, N // G, T, S).masked_fill_(_hidden_from(T, S, window_keys, q_TNK.device), float("-inf"))
-    elif T > 1:  # only the last T keys are hidden from some of the queries
+    elif T > 1:  # only the last T keys are hidden from any query
         newest_GRTT = logits_GMS.view(G, N // G, T, S)[..., S - T :]
         newest_GRTT.masked_fill_(_hidden_from(T, T, None, q_TNK.device), float("-inf"))
     if sink_N is not None:
@@ -77,9 +77,9 @@ def _one_sequence(
 
 @functools.lru_cache(maxsize=64)
 def _hidden_from(queries: int, keys: int, window_keys: int | None, device: torch.device) -> torch.Tensor:
-    """Which keys of one sequence its last queries may not see, bool [T, S].
+    """Whether each key of a sequence is hidden from each of its last queries, bool [T, S].
 
-    What is remembered is small: S is at most T and a window, at any length of the text.
+    Cached masks are small: callers pass S <= T + window for a window and S = T without one.
     """
     distance_TS = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)
     hidden_TS = distance_TS < 0
@@ -87,7 +87,7 @@ def _hidden_from(queries: int, keys: int, window_keys: int | None, device: torch
 
 
 def refuse(need: AttentionNeed) -> str | None:
-    """A few queries a sequence, no gradients."""
+    """Refuse gradients and more than a few queries per sequence."""
     if need.score_block is not None:
         return NO_SCORES
     if not need.causal:
@@ -100,7 +100,7 @@ def refuse(need: AttentionNeed) -> str | None:
 
 
 def _columns(need: AttentionNeed, sequence: int) -> int:
-    """How many keys, ending with the last of a sequence, its queries are computed against."""
+    """The number of trailing keys of a sequence against which its queries are computed."""
     keys = need.key_lengths[sequence]
     if need.window_keys is None:
         return whole_columns(keys)
@@ -116,27 +116,43 @@ def _gathered(
     need: AttentionNeed,
     scale: float,
 ) -> torch.Tensor:
-    """All sequences at once: the last `columns` keys of each, which for a short one begin before it."""
+    """Attention of all sequences in one batch: each against the `columns` keys of the pack that end with its last.
+
+    Right-aligning the sequences needs no padding. For a shorter sequence the range starts in the sequence before it (or
+    is clamped to key 0), and the mask hides those columns:
+
+        pack       a a a b b b b b          columns = 4
+        tile a     0 a a a                  key 0 stands in for a column before the pack
+        tile b     b b b b
+    """
     lengths_J = torch.tensor(need.key_lengths)
     key_JC = (lengths_J.cumsum(0)[:, None] - columns + torch.arange(columns)).clamp_(min=0)
     head_JGC = key_JC[:, None, :] * need.num_kv_heads + torch.arange(need.num_kv_heads)[:, None]
     row_X = head_JGC.flatten().to(q_TNK.device)
     k_LCK = k_SGK.flatten(0, 1).index_select(0, row_X).view(-1, columns, need.key_dim)
     v_LCV = v_SGV.flatten(0, 1).index_select(0, row_X).view(-1, columns, need.value_dim)
-    own_J = torch.full_like(lengths_J, columns - 1)
-    hidden_JBC = _hidden(need.query_lengths[0], columns, own_J, columns - lengths_J, need.window_keys)
+    last_J = torch.full_like(lengths_J, columns - 1)
+    hidden_JBC = _hidden(need.query_lengths[0], columns, last_J, columns - lengths_J, need.window_keys)
     return _attend(q_TNK, k_LCK, v_LCV, sink_N, hidden_JBC.to(q_TNK.device), scale)
 
 
 def _hidden(
-    queries: int, columns: int, own_J: torch.Tensor, first_J: torch.Tensor, window_keys: int | None
+    queries: int, columns: int, last_J: torch.Tensor, first_J: torch.Tensor, window_keys: int | None
 ) -> torch.Tensor:
-    """Which columns a query may not see, [J, B, C], from the columns of the last query's own key and the first key."""
+    """Whether each column is hidden from each query, bool [J, B, C].
+
+    Args:
+        queries: B.
+        columns: C.
+        last_J: Column of the last query's own key; earlier queries have the columns before it.
+        first_J: Column of the first key of the sequence.
+        window_keys: Keys that a query sees, its own included (None: all).
+    """
     column_C = torch.arange(columns)
-    own_JB1 = own_J[:, None, None] - torch.arange(queries - 1, -1, -1)[:, None]
-    hidden_JBC = (column_C > own_JB1) | (column_C < first_J[:, None, None])
+    last_JB1 = last_J[:, None, None] - torch.arange(queries - 1, -1, -1)[:, None]
+    hidden_JBC = (column_C > last_JB1) | (column_C < first_J[:, None, None])
     if window_keys is not None:
-        hidden_JBC |= column_C <= own_JB1 - window_keys
+        hidden_JBC |= column_C <= last_JB1 - window_keys
     return hidden_JBC
 
 

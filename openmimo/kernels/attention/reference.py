@@ -1,4 +1,4 @@
-"""The definition: a dense masked softmax per sequence, in float32 or better. Refuses nothing; costs T x S memory.
+"""The definition: a dense masked softmax per sequence, in float32 or better. Refuses nothing; needs T x S memory.
 
 T queries, S keys, N query heads, G key/value heads, R = N / G, K key dim, V value dim, C blocks of keys.
 """
@@ -19,7 +19,7 @@ def run(
     need: AttentionNeed,
     scale: float,
 ) -> AttentionOut:
-    """See `openmimo.kernels.attention.attend`."""
+    """Implement `openmimo.kernels.attention.attend`."""
     queries = q_TNK.split(need.query_lengths)
     keys = k_SGK.split(need.key_lengths)
     values = v_SGV.split(need.key_lengths)

@@ -1,6 +1,6 @@
 """Full attention through `F.scaled_dot_product_attention`: accelerators only, cuDNN before flash.
 
-On the CPU that call multiplies out T x T numbers when key and value dims differ, so it is refused there.
+On the CPU that call materializes T x T logits if key and value dims differ, so this backend refuses there.
 """
 
 import functools
@@ -13,9 +13,9 @@ from openmimo.kernels.attention import NO_SCORES, AttentionNeed, AttentionOut
 from openmimo.kernels.dispatch import Backend
 from openmimo.runtime.device import has_fused_attention
 
-_MAX_PADDED = 1024  # tokens; for more, padding costs more than a call
-# MATH, which holds T x T numbers (16.6 GiB against 0.6 at 4,096 tokens and 64 heads), is for short sequences only:
-# cuDNN takes none of one token. What the other three refuse, this backend refuses.
+_MAX_PADDED = 1024  # tokens; for longer sequences, padding costs more than a call
+# cuDNN refuses sequences of one token, so short sequences may use MATH, which holds T x T logits (16.6 GiB against
+# 0.6 GiB at 4,096 tokens and 64 heads). A longer call that the other three refuse is refused.
 _SHORT = 64  # tokens
 PREFERRED = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
 
@@ -29,11 +29,11 @@ def run(
     need: AttentionNeed,
     scale: float,
 ) -> AttentionOut:
-    """See `openmimo.kernels.attention.attend`.
+    """Implement `openmimo.kernels.attention.attend`.
 
-    Sequences of one length are a batch. Others are padded to batches, one for each power of two that lengths round up
-    to, unless they are long enough to be worth a call of their own: padding stands behind the last query, which the
-    causal mask hides. Without that mask, sequences of different lengths are a call each.
+    Sequences of equal length are one batch. Other sequences are padded to the next power of two, one batch for each,
+    except that those above `_MAX_PADDED` tokens share a batch only with sequences of the same length. Padding is
+    behind the last query, so the causal mask hides it. Without that mask, each sequence is a call.
     """
     lengths = need.query_lengths
     if len(set(lengths)) == 1:
@@ -41,16 +41,16 @@ def run(
     if not need.causal:
         triples = zip(q_TNK.split(lengths), k_SGK.split(lengths), v_SGV.split(lengths), strict=True)
         return AttentionOut(torch.cat([_batch(q, k, v, 1, False, scale) for q, k, v in triples]))
-    batches, place_T = _padded_batches(lengths, q_TNK.device)
+    batches, row_T = _padded_batches(lengths, q_TNK.device)
     outputs = []
     for rows_BL in batches:
         rows = rows_BL.flatten()
         outputs.append(_batch(q_TNK[rows], k_SGK[rows], v_SGV[rows], len(rows_BL), True, scale))
-    return AttentionOut(torch.cat(outputs)[place_T])
+    return AttentionOut(torch.cat(outputs)[row_T])
 
 
 def refuse(need: AttentionNeed) -> str | None:
-    """Self-attention in half precision on an accelerator, no window, no sink."""
+    """Refuse all but self-attention in half precision on an accelerator, without window and sink."""
     if need.score_block is not None:
         return NO_SCORES
     if need.on_cpu:
@@ -66,29 +66,31 @@ def refuse(need: AttentionNeed) -> str | None:
     return None
 
 
-@functools.lru_cache(maxsize=4)  # the layers of a pass ask alike
-@torch.inference_mode(False)  # a later pass may keep them for its gradients
+@functools.lru_cache(maxsize=4)  # all layers of a pass use the same lengths
+@torch.inference_mode(False)  # a later pass may save the cached tensors for its backward
 def _padded_batches(lengths: tuple[int, ...], device: torch.device) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """For each padded length L, the tokens of its sequences: rows of the pack, int64 [B, L] (padding repeats a row).
+    """The padded batches, and the way back.
 
-    The second is where each token of the pack stands in all batches, one after another, int64 [T].
+    Returns:
+        For each padded length L, the rows of the pack of its sequences, int64 [B, L]; padding repeats the first row of
+        its sequence. And for each token of the pack, its row in the concatenated batches, int64 [T].
     """
-    of_length: dict[int, list[tuple[int, int]]] = {}
+    sequences_by_length: dict[int, list[tuple[int, int]]] = {}
     start = 0
     for length in lengths:
         padded_length = length if length > _MAX_PADDED else 1 << max(length - 1, 0).bit_length()
-        of_length.setdefault(padded_length, []).append((start, length))
+        sequences_by_length.setdefault(padded_length, []).append((start, length))
         start += length
-    batches, place_T, num_rows = [], torch.empty(start, dtype=torch.int64), 0
-    for padded_length, sequences in of_length.items():
+    batches, row_T, num_rows = [], torch.empty(start, dtype=torch.int64), 0
+    for padded_length, sequences in sequences_by_length.items():
         starts_B1, lengths_B1 = torch.tensor(sequences).T[..., None]
-        place_L = torch.arange(padded_length)
-        is_real = place_L < lengths_B1
-        rows_BL = starts_B1 + torch.where(is_real, place_L, 0)
-        place_T[rows_BL[is_real]] = num_rows + torch.nonzero(is_real.flatten())[:, 0]
+        position_L = torch.arange(padded_length)
+        is_real = position_L < lengths_B1
+        rows_BL = starts_B1 + torch.where(is_real, position_L, 0)
+        row_T[rows_BL[is_real]] = num_rows + torch.nonzero(is_real.flatten())[:, 0]
         batches.append(rows_BL.to(device))
         num_rows += rows_BL.numel()
-    return batches, place_T.to(device)
+    return batches, row_T.to(device)
 
 
 def _batch(

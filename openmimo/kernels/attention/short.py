@@ -1,7 +1,8 @@
-"""Many short sequences: padded to one batch, so that a few products do what a loop over sequences would.
+"""Many short sequences on a CPU: padded batches replace a loop over sequences.
 
-Prompts and answers of a few dozen tokens, as in rollouts and in training on them. Sequences of like lengths share a
-batch; a mask hides padding, what is outside the window, and what comes later. Gradients are autograd's.
+For prompts and responses of a few dozen tokens, as in rollouts and in training on them. Sequences whose numbers of
+queries round up to the same power of two share a batch. A mask hides padding, keys outside the window, and later keys.
+Autograd computes the gradients.
 
 B sequences of a batch, Q queries and S keys of each (padded), R query heads of a key/value head; T, N, G, K, V as in
 `openmimo.kernels.attention`.
@@ -26,30 +27,30 @@ def run(
     need: AttentionNeed,
     scale: float,
 ) -> AttentionOut:
-    """See `openmimo.kernels.attention.attend`."""
+    """Implement `openmimo.kernels.attention.attend`."""
     query_lengths, key_lengths = torch.tensor(need.query_lengths), torch.tensor(need.key_lengths)
     query_starts, key_starts = query_lengths.cumsum(0) - query_lengths, key_lengths.cumsum(0) - key_lengths
-    outputs, places = [], []
-    for members in _like_lengths(query_lengths):
+    outputs, rows = [], []
+    for members in _by_size(query_lengths):
         queries_B, keys_B = query_lengths[members], key_lengths[members]
         columns_Q, columns_S = torch.arange(int(queries_B.max())), torch.arange(int(keys_B.max()))
         is_query_BQ = columns_Q < queries_B[:, None]
         query_BQ = (query_starts[members][:, None] + columns_Q).where(is_query_BQ, 0)
         key_BS = (key_starts[members][:, None] + columns_S).where(columns_S < keys_B[:, None], 0)
-        own_BQ1 = (keys_B - queries_B)[:, None, None] + columns_Q[:, None]
-        last_BQ1 = own_BQ1 if need.causal else (keys_B - 1)[:, None, None].expand_as(own_BQ1)
+        position_BQ1 = (keys_B - queries_B)[:, None, None] + columns_Q[:, None]
+        last_BQ1 = position_BQ1 if need.causal else (keys_B - 1)[:, None, None].expand_as(position_BQ1)
         seen_BQS = columns_S <= last_BQ1
         if need.window_keys is not None:
-            seen_BQS &= (columns_S - own_BQ1).abs() < need.window_keys
-        seen_BQS |= ~is_query_BQ[:, :, None]  # padding sees anything, and is dropped
+            seen_BQS &= (columns_S - position_BQ1).abs() < need.window_keys
+        seen_BQS |= ~is_query_BQ[:, :, None]  # padding may see any key; its output is dropped
         out_BQNV = _attend_batch(q_TNK[query_BQ], k_SGK[key_BS], v_SGV[key_BS], sink_N, seen_BQS, scale)
         outputs.append(out_BQNV[is_query_BQ])
-        places.append(query_BQ[is_query_BQ])
-    return AttentionOut(torch.cat(outputs)[torch.cat(places).argsort()])
+        rows.append(query_BQ[is_query_BQ])
+    return AttentionOut(torch.cat(outputs)[torch.cat(rows).argsort()])
 
 
-def _like_lengths(query_lengths: torch.Tensor) -> list[torch.Tensor]:
-    """The numbers of sequences whose queries fill the same power of two."""
+def _by_size(query_lengths: torch.Tensor) -> list[torch.Tensor]:
+    """Indices of the sequences whose numbers of queries round up to the same power of two, for each power."""
     sizes = query_lengths.clamp(min=1).double().log2().ceil()
     return [torch.nonzero(sizes == size).squeeze(1) for size in sizes.unique().tolist()]
 
@@ -78,7 +79,7 @@ def _attend_batch(
 
 
 def refuse(need: AttentionNeed) -> str | None:
-    """Many sequences, all short, on a CPU: elsewhere padding costs more than it saves."""
+    """Refuse all but many short sequences on a CPU: otherwise padding costs more than it saves."""
     if need.score_block is not None:
         return NO_SCORES
     if not need.on_cpu:

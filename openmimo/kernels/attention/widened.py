@@ -1,4 +1,4 @@
-"""Bfloat16 on a CPU that cannot multiply it: the same call in float32, by whichever backend is fastest there."""
+"""Bfloat16 on a CPU without bfloat16 instructions: the same call in float32, by the best backend for float32."""
 
 from dataclasses import replace
 
@@ -18,7 +18,7 @@ def run(
     need: AttentionNeed,
     scale: float,
 ) -> AttentionOut:
-    """See `openmimo.kernels.attention.attend`."""
+    """Implement `openmimo.kernels.attention.attend`."""
     _, backend = DISPATCHER.best(replace(need, dtype=torch.float32))
     sink_N = None if sink_N is None else sink_N.float()
     wide = backend.run(
@@ -28,7 +28,7 @@ def run(
 
 
 def refuse(need: AttentionNeed) -> str | None:
-    """Bfloat16 only, on a CPU without instructions for it."""
+    """Refuse all but bfloat16 on a CPU without instructions for it."""
     if need.score_block is not None:
         return NO_SCORES
     if not need.on_cpu:

@@ -1,8 +1,8 @@
-"""The C kernels of this folder, compiled on this machine the first time that one is wanted.
+"""The C kernels of this folder, compiled on this machine at their first use.
 
-`library()` gives the loaded library, or None where there is no working C compiler; every operation then falls back to
-torch. The file it builds lies under `$OPENMIMO_CACHE` (else `~/.cache/openmimo`) in `native/`, named after all that
-went into it: sources, compiler, flags and processor. `$CC` names another compiler; `OPENMIMO_NATIVE=0` turns it off.
+`library()` returns the loaded library, or None without a working C compiler; every operation then falls back to torch.
+The library is built in the folder `native/` of `$OPENMIMO_CACHE` (default: `~/.cache/openmimo`). Its file name is a
+hash of sources, compiler, flags and processor. `$CC` names another compiler; `OPENMIMO_NATIVE=0` disables the kernels.
 """
 
 import ctypes
@@ -20,16 +20,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
-import torch  # first, so that its OpenMP runtime is the one that the library finds
+import torch  # imported before the library is loaded, which then uses torch's OpenMP runtime
 
 from openmimo.core.files import cache_folder
 
-DTYPES = (torch.float32, torch.bfloat16)  # what the kernels compute
+DTYPES = (torch.float32, torch.bfloat16)  # of the kernels' inputs
 
 SOURCES = Path(__file__).parent
-# No -ffast-math: the kernels say themselves in which order they add, and it is part of what they promise.
+# No -ffast-math: the kernels fix the order of their sums, on which batch invariance depends.
 _FLAGS = ("-std=gnu11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
-# Tried in turn: not every compiler has OpenMP, or knows its own processor.
+# Tried in turn: not every compiler supports OpenMP or -march=native.
 _ATTEMPTS = (("-march=native", "-fopenmp"), ("-march=native",), ())
 _COMPILERS = ("cc", "gcc", "clang")
 _COMPILE_SECONDS = 300
@@ -37,12 +37,12 @@ _FIRST_CPU_LINES = ("model name", "flags", "Features", "CPU part")
 
 
 class BuildError(Exception):
-    """Why there is no library."""
+    """The library cannot be built; the message is the reason."""
 
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled kernels, or None where they are turned off or cannot be built (which is said once, as a warning)."""
+    """The compiled kernels, or None if they are disabled or cannot be built (with one warning)."""
     if os.environ.get("OPENMIMO_NATIVE") == "0":
         return None
     try:
@@ -57,15 +57,15 @@ def library() -> ctypes.CDLL | None:
 
 
 class Function:
-    """A function of the library that takes packed structs and returns an int (0: it succeeded) or nothing.
+    """A function of the library that takes packed structs and returns an int (0 for success) or nothing.
 
-    A kernel calls `function.call(function.pack(...))`. Looking the function up is left to the first call, because it
-    may compile the library.
+    A backend calls `function.call(function.pack(...))`. The first call looks the function up, which may compile the
+    library.
 
     Args:
-        name: Its name in the C sources.
-        layout: The fields of its struct, in the letters of the module `struct`.
-        num_arguments: How many packed structs it takes; `layout` is that of the first.
+        name: Name in the C sources.
+        layout: Fields of the struct, in the format characters of the module `struct`.
+        num_arguments: Number of packed structs; `layout` is that of the first.
     """
 
     def __init__(self, name: str, layout: str, *, num_arguments: int = 1):
@@ -74,18 +74,20 @@ class Function:
 
     @functools.cached_property
     def call(self) -> Callable[..., int]:
-        """The C function. The library must be there: `refuse` says whether it is."""
-        function = library()[self._name]
+        """The C function. The library must be loaded, as it is for every need that `refuse` accepts."""
+        kernels = library()
+        assert kernels is not None, "refused before"
+        function = kernels[self._name]
         function.argtypes, function.restype = (ctypes.c_char_p,) * self._num_arguments, ctypes.c_int
         return function
 
 
 class Need(Protocol):
-    """What the needs of all operations with C kernels state."""
+    """The fields that the needs of all operations with C kernels have."""
 
     @property
     def on_cpu(self) -> bool:
-        """Whether the tensors lie in the memory of the CPU."""
+        """Whether the tensors are in CPU memory."""
 
     @property
     def needs_gradients(self) -> bool:
@@ -110,10 +112,10 @@ def refuse(need: Need) -> str | None:
 
 
 def find_compiler() -> list[str]:
-    """The command of $CC, or of the first compiler that is installed. Raises BuildError if there is none."""
-    named = shlex.split(os.environ.get("CC", ""))
-    if named:
-        return named
+    """The command in $CC, or the first compiler that is installed. Raises BuildError if there is none."""
+    command = shlex.split(os.environ.get("CC", ""))
+    if command:
+        return command
     found = next((path for path in map(shutil.which, _COMPILERS) if path), None)
     if found is None:
         raise BuildError(f"there is no C compiler ({', '.join(_COMPILERS)})")
@@ -121,10 +123,13 @@ def find_compiler() -> list[str]:
 
 
 def build(compiler: list[str]) -> Path:
-    """Compiles the folder with `compiler`, unless that has been done before, and gives the library's path.
+    """Compile the sources with `compiler` and return the path of the library; an existing library is reused.
 
-    Several processes may do so at once: each writes a file of its own and moves it into place. Raises OSError or
-    SubprocessError if the compiler does not run, BuildError with its last line if it does not compile.
+    Concurrent processes are safe: each writes a temporary file and renames it atomically.
+
+    Raises:
+        OSError, SubprocessError: The compiler does not run.
+        BuildError: The sources do not compile; the message has the compiler's last line.
     """
     version = subprocess.run(
         [*compiler, "--version"], capture_output=True, text=True, check=True, timeout=_COMPILE_SECONDS
@@ -155,12 +160,12 @@ def _compile(compiler: list[str], output: str) -> None:
 
 
 def _folder() -> Path:
-    """Where libraries are kept; all in it can be built again."""
+    """The folder of the built libraries. It may be deleted at any time."""
     return cache_folder() / "native"
 
 
 def _fingerprint(compiler: list[str], version: str) -> str:
-    """A name for what this compiler makes of these sources on this processor."""
+    """A hash of the sources, the compiler, its flags and the processor."""
     digest = hashlib.sha256(repr((compiler, version, _FLAGS, _ATTEMPTS, _processor())).encode())
     for path in _files("*.[ch]"):
         digest.update(path.name.encode() + path.read_bytes())
@@ -172,7 +177,7 @@ def _files(pattern: str) -> list[Path]:
 
 
 def _processor() -> str:
-    """What -march=native depends on."""
+    """The properties of the processor on which -march=native depends."""
     cpu_info = Path("/proc/cpuinfo")
     if not cpu_info.exists():
         return f"{platform.machine()} {platform.processor()}"

@@ -10,15 +10,15 @@ DISPATCHER = Dispatcher("openmimo.kernels.norm", "OPENMIMO_NORM")
 
 
 class NormNeed(NamedTuple):
-    """Everything about one call that a backend may look at.
+    """The properties of one call; a backend decides from these alone whether it serves the call.
 
     Attributes:
-        num_numbers: Of x.
-        dtype: Of x, and of the weight.
-        needs_gradients: Whether autograd records, also where neither x nor the weight requires a gradient: a training
-            step then has the same bits whichever parameters are frozen.
-        readable: Whether the weight has as many numbers as a row of x.
-        on_cpu: Whether x lies in the memory of the CPU.
+        num_numbers: Number of elements of x.
+        dtype: Dtype of x and the weight.
+        needs_gradients: Whether autograd records. It does not matter whether x or the weight requires a gradient, so
+            that frozen parameters do not change the bits of a training step.
+        readable: Whether the weight has as many elements as a row of x.
+        on_cpu: Whether x is in CPU memory.
     """
 
     num_numbers: int
@@ -31,8 +31,8 @@ class NormNeed(NamedTuple):
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
     """`x` [..., D] divided by its root mean square over D, times `weight` [D]; shape and dtype of x.
 
-    The mean is taken in float32 (float64 stays); the quotient is cast to the dtype of x before the weight multiplies
-    it, as Hugging Face does. Differentiable in x and weight.
+    The mean is computed in float32 (float64 for float64 x). The quotient is cast to the dtype of x before it is
+    multiplied by the weight, as in Hugging Face transformers. Differentiable in x and weight.
     """
     dtype = x.dtype
     if weight.dtype != dtype:

@@ -1,4 +1,7 @@
-"""One autograd function in torch: it keeps x, the weight and one number a row, and takes half the time of autograd."""
+"""One autograd function in torch, which takes half the time of autograd.
+
+It saves x, the weight and one number per row for the backward pass.
+"""
 
 from typing import Any
 
@@ -8,7 +11,7 @@ from openmimo.kernels.dispatch import Backend
 
 
 def run(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
-    """The call `openmimo.kernels.norm.rms_norm`; the weight has the dtype of x."""
+    """Implement `openmimo.kernels.norm.rms_norm`; the weight has the dtype of x."""
     if torch.is_grad_enabled():
         return _RmsNorm.apply(x, weight, epsilon)
     return (x * _inverse_rms(x, epsilon)).to(x.dtype) * weight
@@ -24,8 +27,7 @@ def _inverse_rms(x: torch.Tensor, epsilon: float) -> torch.Tensor:
 class _RmsNorm(torch.autograd.Function):
     """With r = 1 / rms: dx = r g w - x r^3 mean(g w x), dw = sum over rows of r g x.
 
-    Products and sums are in float32 or better: in bfloat16 a sum over the rows of a batch would lose most of its
-    digits.
+    Products and sums are in float32 or better: a bfloat16 sum over the rows of a batch would lose most of its digits.
     """
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""Few numbers on a CPU: one call, one thread (native/rows.c)."""
+"""Small tensors on a CPU: one call, one thread (native/rows.c)."""
 
 import torch
 
@@ -6,12 +6,12 @@ from openmimo.kernels import native
 from openmimo.kernels.dispatch import Backend
 from openmimo.kernels.norm import NormNeed
 
-MAX_NUMBERS = 1 << 18  # more are worth torch's threads
+MAX_NUMBERS = 1 << 18  # above this, torch's threads are faster
 _RMS_NORM = native.Function("openmimo_rms_norm", "3P3qd")  # `norm_call` of native/rows.c
 
 
 def run(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
-    """The call `openmimo.kernels.norm.rms_norm`; the weight has the dtype of x."""
+    """Implement `openmimo.kernels.norm.rms_norm`; the weight has the dtype of x."""
     x, weight = x.contiguous(), weight.contiguous()
     out = torch.empty_like(x)
     dims = weight.shape[0]
@@ -21,7 +21,7 @@ def run(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
 
 
 def refuse(need: NormNeed) -> str | None:
-    """Few numbers of float32 or bfloat16 on a CPU, no gradients."""
+    """Refuse all but small float32 or bfloat16 tensors on a CPU, without gradients."""
     if need.num_numbers > MAX_NUMBERS:
         return f"torch is faster for more than {MAX_NUMBERS:,} numbers"
     if not need.readable:

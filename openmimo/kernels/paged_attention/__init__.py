@@ -1,8 +1,8 @@
-"""Attention of the newest positions of some sequences to all their positions, which lie in the pages of a cache.
+"""Attention of the newest positions of sequences to all their positions, whose keys and values are in a paged cache.
 
 The conventions are those of `openmimo.kernels.attention`: scale 1/sqrt(K), an unscaled sink logit in the denominator, a
-window that counts the query itself. Here keys and values are not packed: a table says in which page each run of
-positions lies, and sequences that begin alike may share pages.
+window that counts the query's own key. Keys and values are not packed: a table maps each run of positions to a page,
+and sequences with a common prefix may share pages.
 
 T queries, N query heads, G key/value heads, K key dim, V value dim; B sequences, X pages, P positions a page, Y pages
 of the longest sequence.
@@ -19,12 +19,16 @@ DISPATCHER = Dispatcher("openmimo.kernels.paged_attention", "OPENMIMO_PAGED_ATTE
 
 
 class Pages(NamedTuple):
-    """Where the keys and values of one layer lie.
+    """The keys and values of one layer in the cache.
 
-    keys_XPGK, values_XPGV: views into the cache, of the dtype that it stores (which may be narrower than that of the
-    queries); the numbers of one position are contiguous, the strides of pages and positions are free. tables_BY, int32:
-    the page of positions y*P to y*P + P - 1 of sequence b; entries of pages that lie wholly before its window are
-    never read and may be anything.
+    The dtype of the cache may be narrower than that of the queries. The values of one position are contiguous; the
+    strides of pages and positions are free.
+
+    Attributes:
+        keys_XPGK: View of the cached keys.
+        values_XPGV: View of the cached values.
+        tables_BY: int32, the page of positions y*P to y*P + P - 1 of sequence b. Entries of pages wholly before the
+            window are never read and may have any value.
     """
 
     keys_XPGK: torch.Tensor
@@ -33,7 +37,18 @@ class Pages(NamedTuple):
 
 
 class PagedNeed(NamedTuple):
-    """What one call asks for: all that a backend may look at before it accepts."""
+    """The properties of one call; a backend decides from these alone whether it serves the call.
+
+    Attributes:
+        longest_query: The largest number of queries of a sequence.
+        key_dim: K.
+        value_dim: V.
+        needs_gradients: Whether autograd records and an input requires a gradient.
+        dtype: Dtype of the queries.
+        cache_dtype: Dtype of the keys and values.
+        on_cpu: Whether the queries are in CPU memory.
+        score_block: Keys of a block of the requested block scores (None: no scores).
+    """
 
     longest_query: int
     key_dim: int
@@ -57,15 +72,21 @@ def paged_attend(
     window_keys: int | None,
     score_block: int | None = None,
 ) -> AttentionOut:
-    """Attention output [T, N, V] in the dtype of `q_TNK`, and block scores if `score_block` gives the size of a block.
+    """Attention output [T, N, V] in the dtype of `q_TNK`, and block scores if `score_block` is given.
 
-    `key_lengths_B[b]` (int32, on the device) counts every position of sequence b; its queries are the last
-    `query_lengths_B[b]` of these, whose keys and values are already in the pages. The integers are the largest entries
-    of both, so that no device value is read to choose and launch a kernel. With a window there are no block scores, as
-    the keys of the first blocks may be gone.
+    Args:
+        q_TNK: Queries, packed. Their own keys and values are already in the pages.
+        pages: Keys and values.
+        sink_N: Sink logit of each query head, or None.
+        query_lengths_B: int32 on the device, queries of each sequence; they are its last positions.
+        key_lengths_B: int32 on the device, all positions of each sequence.
+        longest_query: The largest query length. As a Python integer, it spares a device read before the launch.
+        longest_key: The largest key length, likewise.
+        window_keys: Keys that a query sees, its own included (None: all).
+        score_block: Keys of a block, to request block scores. Not with a window: the first keys may be evicted.
 
     Raises:
-        ValueError: Lengths and shapes disagree, or block scores are asked for with a window.
+        ValueError: Lengths and shapes disagree, or block scores are requested with a window.
     """
     T, N, K = q_TNK.shape
     _, P, G, V = pages.values_XPGV.shape

@@ -1,6 +1,6 @@
 """Decoding and verification on a CPU: pages are read in place, and the whole batch is one call (native/attention.c).
 
-A row of the output does not depend on what else the call computes, to the bit.
+Batch invariance: a row of the output has the same bits in every call that computes it.
 """
 
 import torch
@@ -26,7 +26,7 @@ def run(
     window_keys: int | None,
     score_block: int | None = None,
 ) -> AttentionOut:
-    """See `openmimo.kernels.paged_attention.paged_attend`."""
+    """Implement `openmimo.kernels.paged_attention.paged_attend`."""
     keys_XPGK, values_XPGV, tables_BY = pages
     T, N, K = q_TNK.shape
     _, P, G, V = values_XPGV.shape
@@ -53,15 +53,15 @@ def run(
 
 
 def _strides(x_XPGK: torch.Tensor) -> tuple[int, int]:
-    """The strides of pages and positions, in numbers. Raises ValueError if those of a position are not contiguous."""
-    page, position, head, number = x_XPGK.stride()
-    if number != 1 or head != x_XPGK.shape[3]:
-        raise ValueError(f"the numbers of a cache position are not contiguous: strides {x_XPGK.stride()}")
+    """The strides of pages and positions, in elements. Raises ValueError if a position is not contiguous."""
+    page, position, head, element = x_XPGK.stride()
+    if element != 1 or head != x_XPGK.shape[3]:
+        raise ValueError(f"the values of a cache position are not contiguous: strides {x_XPGK.stride()}")
     return page, position
 
 
 def refuse(need: PagedNeed) -> str | None:
-    """A few queries a sequence on a CPU, queries and cache of one dtype, whole vectors; no gradients, no scores."""
+    """Refuse all but few queries per sequence on a CPU, of the cache's dtype and whole vectors, without gradients."""
     if need.score_block is not None:
         return NO_SCORES
     if need.longest_query > MAX_DECODE_QUERIES:

@@ -1,6 +1,6 @@
-"""The definition: the positions that a sequence's queries may see are gathered, and `attend` does the rest.
+"""The definition: gathers the positions that the queries of each sequence may see, and calls `attend`.
 
-Refuses nothing: prefill chunks with long pasts, every dtype of cache, CPUs and accelerators. Letters as in the package.
+It refuses nothing: prefill chunks with long pasts, every cache dtype, CPUs and accelerators. Shapes as in the package.
 """
 
 import torch
@@ -20,7 +20,7 @@ def run(
     window_keys: int | None,
     score_block: int | None = None,
 ) -> AttentionOut:
-    """See `openmimo.kernels.paged_attention.paged_attend`."""
+    """Implement `openmimo.kernels.paged_attention.paged_attend`."""
     query_lengths, key_lengths = tuple(query_lengths_B.tolist()), tuple(key_lengths_B.tolist())
     first = [
         0 if window_keys is None else max(0, keys - queries - window_keys + 1)
@@ -40,7 +40,7 @@ def run(
 
 
 def _rows(pages: Pages, first: list[int], key_lengths: tuple[int, ...]) -> torch.Tensor:
-    """The place, counted in positions of the cache, of each position from `first` of each sequence: int64 [S]."""
+    """Index in the flattened cache of each position of each sequence, from `first` of the sequence on: int64 [S]."""
     page_positions = pages.keys_XPGK.shape[1]
     device = pages.tables_BY.device
     rows = []
@@ -52,7 +52,7 @@ def _rows(pages: Pages, first: list[int], key_lengths: tuple[int, ...]) -> torch
 
 
 def _gather(x_XPGK: torch.Tensor, rows_S: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Keys or values of some places, [S, G, K], converted to `dtype`."""
+    """Keys or values at the indices `rows_S`, [S, G, K], converted to `dtype`."""
     page_positions = x_XPGK.shape[1]
     return x_XPGK[rows_S // page_positions, rows_S % page_positions].to(dtype)
 

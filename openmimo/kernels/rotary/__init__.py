@@ -1,6 +1,6 @@
 """Rotary position embedding over the leading dims of each head (arXiv 2104.09864).
 
-T tokens, H heads, K head dim, R rotary dim (R <= K, even). Dim i turns with dim i + R/2 inside the first R dims.
+T tokens, H heads, K head dim, R rotary dim (R <= K, even). Dim i is rotated with dim i + R/2, for i < R/2.
 """
 
 from typing import NamedTuple
@@ -13,15 +13,15 @@ DISPATCHER = Dispatcher("openmimo.kernels.rotary", "OPENMIMO_ROTARY")
 
 
 class RotaryNeed(NamedTuple):
-    """Everything about one call that a backend may look at.
+    """The properties of one call; a backend decides from these alone whether it serves the call.
 
     Attributes:
-        num_numbers: Of x.
-        dtype: Of x.
+        num_numbers: Number of elements of x.
+        dtype: Dtype of x.
         needs_gradients: Whether autograd records, as in `NormNeed`.
-        readable: Whether the tables have the dtype and the rows of x, are laid out alike, and the numbers of a head
-            and of a row of the tables are contiguous.
-        on_cpu: Whether x lies in the memory of the CPU.
+        readable: Whether both tables have the dtype and number of rows of x and equal strides, and the heads of x and
+            the rows of the tables are contiguous.
+        on_cpu: Whether x is in CPU memory.
     """
 
     num_numbers: int
@@ -36,7 +36,10 @@ def rotary_table(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin, each [T, R] in `dtype`, of position * theta^(-2i/R); computed in float32, or float64 for float64.
 
-    The second half of a row repeats the first. Raises ValueError if `rotary_dim` is odd.
+    The second half of a row repeats the first.
+
+    Raises:
+        ValueError: `rotary_dim` is odd.
     """
     if rotary_dim % 2:
         raise ValueError(f"rotary_dim is {rotary_dim}; it must be even")
@@ -48,9 +51,9 @@ def rotary_table(
 
 
 def apply_rotary(x_THK: torch.Tensor, cos_TR: torch.Tensor, sin_TR: torch.Tensor) -> torch.Tensor:
-    """`x_THK` with its first R dims turned by the angles of its token, in its own dtype; dims from R on are untouched.
+    """Rotate the first R dims of `x_THK` by the angles of each token; the other dims are copied.
 
-    Differentiable in x. The table must be in the dtype of x.
+    The tables must have the dtype of x, which the result has as well. Differentiable in x.
     """
     dtype = x_THK.dtype
     readable = (

@@ -1,6 +1,6 @@
-"""The definition as one autograd function: a rotation by -angle is the gradient of a rotation by angle.
+"""The definition as one autograd function: the gradient of a rotation by an angle is the rotation by its negative.
 
-Nothing of x is kept for the backward pass.
+The backward pass needs the tables only; x is not saved.
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ from openmimo.kernels.rotary.reference import run as rotate
 
 
 def run(x_THK: torch.Tensor, cos_TR: torch.Tensor, sin_TR: torch.Tensor) -> torch.Tensor:
-    """The call `openmimo.kernels.rotary.apply_rotary`."""
+    """Implement `openmimo.kernels.rotary.apply_rotary`."""
     return _Rotate.apply(x_THK, cos_TR, sin_TR)
 
 

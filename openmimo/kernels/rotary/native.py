@@ -1,4 +1,4 @@
-"""Few numbers on a CPU: one call, one thread (native/rows.c)."""
+"""Small tensors on a CPU: one call, one thread (native/rows.c)."""
 
 import torch
 
@@ -6,12 +6,12 @@ from openmimo.kernels import native
 from openmimo.kernels.dispatch import Backend
 from openmimo.kernels.rotary import RotaryNeed
 
-MAX_NUMBERS = 1 << 18  # more are worth torch's threads
+MAX_NUMBERS = 1 << 18  # above this, torch's threads are faster
 _ROTARY = native.Function("openmimo_rotary", "4P8q")  # `rotary_call` of native/rows.c
 
 
 def run(x_THK: torch.Tensor, cos_TR: torch.Tensor, sin_TR: torch.Tensor) -> torch.Tensor:
-    """The call `openmimo.kernels.rotary.apply_rotary`."""
+    """Implement `openmimo.kernels.rotary.apply_rotary`."""
     T, H, K = x_THK.shape
     out_THK = x_THK.new_empty(T, H, K)
     row_stride, head_stride, _ = x_THK.stride()
@@ -27,7 +27,7 @@ def run(x_THK: torch.Tensor, cos_TR: torch.Tensor, sin_TR: torch.Tensor) -> torc
 
 
 def refuse(need: RotaryNeed) -> str | None:
-    """Few numbers of float32 or bfloat16 on a CPU, no gradients."""
+    """Refuse all but small float32 or bfloat16 tensors on a CPU, without gradients."""
     if need.num_numbers > MAX_NUMBERS:
         return f"torch is faster for more than {MAX_NUMBERS:,} numbers"
     if not need.readable:

@@ -1,4 +1,4 @@
-"""The router of a sparse layer: sigmoid scores, and the best experts by score plus a bias.
+"""The router of a sparse layer: sigmoid scores, and the top experts by score plus bias.
 
 T tokens, D model dim, E experts, A active experts a token.
 """
@@ -13,15 +13,15 @@ DISPATCHER = Dispatcher("openmimo.kernels.router", "OPENMIMO_ROUTER")
 
 
 class RoutingRule(NamedTuple):
-    """How scores become choices and weights.
+    """How expert ids and weights follow from scores.
 
     Attributes:
         experts_per_token: A.
-        num_groups: Experts stand in groups of equal size. With more than one, a token's experts come from its
-            `groups_per_token` best groups; a group is as good as the sum of its two best biased scores.
-        groups_per_token: The number of groups that are open to a token.
+        num_groups: Number of groups of equal size into which consecutive experts are divided. With more than one, a
+            token's experts come from its best groups. The score of a group is the sum of its two best biased scores.
+        groups_per_token: Number of groups from which a token may choose.
         normalize_weights: Whether the weights of a token are divided by their sum.
-        routed_scale: Multiplies the weights.
+        routed_scale: Factor of the weights.
     """
 
     experts_per_token: int
@@ -32,18 +32,18 @@ class RoutingRule(NamedTuple):
 
 
 class RouterNeed(NamedTuple):
-    """Everything about one call that a backend may look at.
+    """The properties of one call; a backend decides from these alone whether it serves the call.
 
     Attributes:
         num_tokens: T.
-        dtype: Of x.
-        weight_dtype: Of the router's weight.
+        dtype: Dtype of x.
+        weight_dtype: Dtype of the router's weight.
         grouped: Whether there is more than one group of experts.
-        replayed: Whether some choices are given.
-        keep_scores: Whether the caller wants the scores of all experts.
+        replayed: Whether the caller gives expert ids to replay.
+        keep_scores: Whether the caller needs the scores of all experts.
         needs_gradients: Whether autograd records, as in `NormNeed`.
         readable: Whether the sizes of x and weight agree.
-        on_cpu: Whether x lies in the memory of the CPU.
+        on_cpu: Whether x is in CPU memory.
     """
 
     num_tokens: int
@@ -66,11 +66,22 @@ def route(
     replayed_TA: torch.Tensor | None = None,
     keep_scores: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Expert ids, int64 [T, A], best first by score plus `bias_E`; their weights [T, A]; and all scores [T, E] or None.
+    """Choose the experts of each token by sigmoid(x @ weight.T) + bias.
 
-    Scores are sigmoid(x @ weight.T). A weight is the score, without the bias. Everything runs in float32 (float64 for
-    float64 x), which is also the dtype of weights and scores. Where `replayed_TA` is not negative it is the choice.
+    Everything is computed in float32 (float64 for float64 x), which is also the dtype of weights and scores.
     Differentiable in x and weight, through weights and scores.
+
+    Args:
+        x_TD: Inputs of the layer.
+        weight_ED: The router's weight.
+        bias_E: Selection bias: added to the scores for the choice of experts only.
+        rule: The choice of experts and their weights.
+        replayed_TA: Expert ids that replace the router's choice where they are not negative.
+        keep_scores: Whether to return the scores.
+
+    Returns:
+        Expert ids, int64 [T, A], best first; their weights [T, A], from the scores without the bias; and the scores of
+        all experts [T, E], or None.
     """
     need = RouterNeed(
         x_TD.shape[0],

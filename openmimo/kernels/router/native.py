@@ -1,4 +1,4 @@
-"""A few tokens on a CPU in one call (native/rows.c). A token's bits do not depend on the others.
+"""Few tokens on a CPU in one call (native/rows.c). Batch invariance: a token's bits do not depend on the others.
 
 T tokens, D model dim, E experts, A active experts a token.
 """
@@ -21,7 +21,7 @@ def run(
     replayed_TA: None,
     keep_scores: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, None]:
-    """The call `openmimo.kernels.router.route`."""
+    """Implement `openmimo.kernels.router.route`."""
     T, D = x_TD.shape
     x_TD, weight_ED, bias_E = x_TD.contiguous(), weight_ED.contiguous(), bias_E.contiguous()
     ids_TA = x_TD.new_empty(T, rule.experts_per_token, dtype=torch.int64)
@@ -42,9 +42,9 @@ def run(
 
 
 def refuse(need: RouterNeed) -> str | None:
-    """A few tokens on a CPU, x and weight of one dtype or the weight wider, no groups, no gradients."""
+    """Refuse all but few tokens on a CPU, without groups and gradients, whose weight has the dtype of x or float32."""
     if need.grouped or need.replayed or need.keep_scores:
-        return "it has no groups of experts, takes no choices, and keeps no scores"
+        return "it supports no groups of experts, no replayed choices, and no scores of all experts"
     if not 1 <= need.num_tokens <= MAX_TOKENS:
         return f"it takes 1 to {MAX_TOKENS} tokens, not {need.num_tokens}"
     if need.weight_dtype not in (need.dtype, torch.float32):

@@ -1,4 +1,4 @@
-"""Log-probabilities and losses of tokens, straight from hidden states.
+"""Log-probabilities and losses of tokens, computed from hidden states without keeping logits.
 
 The softmax computes in float32, or float64 for float64 inputs.
 
@@ -18,7 +18,12 @@ IGNORED_LABEL = -1
 
 
 class TokenLossNeed(NamedTuple):
-    """Everything about one call that a backend may look at: the dtype of hidden and weight, and where they lie."""
+    """The properties of one call; a backend decides from these alone whether it serves the call.
+
+    Attributes:
+        dtype: Dtype of hidden and weight.
+        on_cpu: Whether they are in CPU memory.
+    """
 
     dtype: torch.dtype
     on_cpu: bool
@@ -44,8 +49,13 @@ def token_logprobs(
 ) -> torch.Tensor:
     """log p(label) under softmax(hidden @ weight.T / temperature): [T] float32, or float64 for float64 inputs.
 
-    The temperature, one for all or [T], divides the logits in that dtype, as the engine's sampler does.
-    `labels_T` is integer; label -1 is ignored: it gives 0, and no gradient. Differentiable in hidden and weight.
+    Differentiable in hidden and weight.
+
+    Args:
+        hidden_TD: Final hidden states.
+        weight_VD: Weight of the output head.
+        labels_T: Integer token ids. A label of -1 is ignored: the result is 0 and has no gradient.
+        temperature: One number or [T]. It divides the logits in the dtype of the result, as in the engine's sampler.
     """
     return _functions(hidden_TD).logprobs(hidden_TD, weight_VD, labels_T, temperature)
 
@@ -55,8 +65,8 @@ def token_loss(
 ) -> torch.Tensor:
     """-sum over tokens of weights_T * log p(label): a float32 scalar, or float64 for float64 inputs.
 
-    Labels as in `token_logprobs`; rows with label -1 or weight 0 cost nothing. `weights_T` is a constant.
-    Differentiable in hidden and weight.
+    Labels as in `token_logprobs`. Rows with label -1 or weight 0 are dropped before any arithmetic. Differentiable in
+    hidden and weight, not in `weights_T`.
     """
     kept = torch.nonzero((labels_T != IGNORED_LABEL) & (weights_T != 0)).squeeze(1)
     if len(kept) < len(labels_T):

@@ -12,7 +12,7 @@ from openmimo.kernels.token_loss import IGNORED_LABEL, TokenLossFunctions
 def logprobs(
     hidden_TD: torch.Tensor, weight_VD: torch.Tensor, labels_T: torch.Tensor, temperature: float | torch.Tensor
 ) -> torch.Tensor:
-    """The call `openmimo.kernels.token_loss.token_logprobs`."""
+    """Implement `openmimo.kernels.token_loss.token_logprobs`."""
     logits_TV = hidden_TD @ weight_VD.T
     logits_TV = logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32))
     logits_TV = logits_TV / (temperature[:, None] if isinstance(temperature, torch.Tensor) else temperature)
@@ -24,13 +24,13 @@ def logprobs(
 def loss(
     hidden_TD: torch.Tensor, weight_VD: torch.Tensor, labels_T: torch.Tensor, weights_T: torch.Tensor
 ) -> torch.Tensor:
-    """The call `openmimo.kernels.token_loss.token_loss`."""
+    """Implement `openmimo.kernels.token_loss.token_loss`."""
     logprobs_T = logprobs(hidden_TD, weight_VD, labels_T, 1.0)
     return -(weights_T.to(logprobs_T.dtype) * logprobs_T).sum()
 
 
 def argmax(hidden_TD: torch.Tensor, weight_VD: torch.Tensor) -> torch.Tensor:
-    """The call `openmimo.kernels.token_loss.token_argmax`."""
+    """Implement `openmimo.kernels.token_loss.token_argmax`."""
     return (hidden_TD @ weight_VD.T).argmax(dim=-1)
 
 

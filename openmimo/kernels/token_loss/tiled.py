@@ -1,6 +1,19 @@
-"""A tile of tokens at a time, so that the logits of one tile stay near the processor; never a [T, V] tensor.
+"""Log-probabilities and losses for one tile of tokens at a time: never a [T, V] tensor.
 
-The softmax computes in float32 (float64 inputs stay float64).
+                    V = vocabulary
+              +----------+----------+---+
+    tile 0    |   M x V logits          |    one buffer, reused by all tiles
+              +----------+----------+---+
+    tile 1    | slice 0  | slice 1  |   |    gradients: slices of TILE_VOCABULARY columns
+              +----------+----------+---+
+    ...
+
+A tile has at most TILE_TOKENS rows and MAX_TILE_LOGITS logits. The softmax overwrites the logits in place, and its
+gradient p - onehot(label) overwrites the softmax, so a tile needs one [M, V] buffer (and one for the logits of narrower
+inputs). Both products of the gradient run over slices of the vocabulary: each slice is cast to the dtype of the inputs,
+and this copy stays small.
+
+The softmax computes in float32 (float64 for float64 inputs).
 
 T tokens, M tokens of a tile, D model dim, V vocabulary.
 """
@@ -21,24 +34,24 @@ MAX_TILE_LOGITS = 1 << 26
 def logprobs(
     hidden_TD: torch.Tensor, weight_VD: torch.Tensor, labels_T: torch.Tensor, temperature: float | torch.Tensor
 ) -> torch.Tensor:
-    """The call `openmimo.kernels.token_loss.token_logprobs`. The backward pass computes the logits again."""
+    """Implement `openmimo.kernels.token_loss.token_logprobs`. The backward pass recomputes the logits."""
     return _TokenLogprobs.apply(hidden_TD, weight_VD, labels_T, temperature)
 
 
 def loss(
     hidden_TD: torch.Tensor, weight_VD: torch.Tensor, labels_T: torch.Tensor, weights_T: torch.Tensor
 ) -> torch.Tensor:
-    """The call `openmimo.kernels.token_loss.token_loss`.
+    """Implement `openmimo.kernels.token_loss.token_loss`.
 
-    Where hidden or weight needs a gradient, the forward pass computes it tile by tile, and the backward pass only
-    scales it: three matrix products in all, and nothing computed twice.
+    If hidden or weight needs a gradient, the forward pass computes it tile by tile, while the softmax of the tile is in
+    memory, and the backward pass only scales it. That is three matrix products in all, without recomputation.
     """
     needs_gradients = torch.is_grad_enabled() and (hidden_TD.requires_grad or weight_VD.requires_grad)
     return _TokenLoss.apply(hidden_TD, weight_VD, labels_T, weights_T, needs_gradients)
 
 
 def argmax(hidden_TD: torch.Tensor, weight_VD: torch.Tensor) -> torch.Tensor:
-    """The call `openmimo.kernels.token_loss.token_argmax`."""
+    """Implement `openmimo.kernels.token_loss.token_argmax`."""
     best_T = torch.empty(len(hidden_TD), dtype=torch.int64, device=hidden_TD.device)
     for tile in _tiles(len(hidden_TD), len(weight_VD)):
         best_T[tile] = (hidden_TD[tile] @ weight_VD.T).argmax(dim=-1)
@@ -103,7 +116,7 @@ class _TokenLoss(torch.autograd.Function):
 
 
 class _TiledSoftmax:
-    """Softmax of the logits, a tile of tokens at a time, in buffers that all tiles share."""
+    """Softmax of the logits of one tile at a time, in buffers that all tiles share."""
 
     def __init__(
         self,
@@ -123,7 +136,7 @@ class _TiledSoftmax:
     def __call__(self, tile: slice) -> tuple[torch.Tensor, torch.Tensor]:
         """Probabilities [M, V], which the next call overwrites, and the log-probability of each label [M].
 
-        The largest probability is exp(0) / sum, which gives the log of the sum without another pass of exponentials.
+        The largest probability is exp(0) / sum, so its log is -log(sum): no second pass of exponentials is needed.
         """
         hidden_TD, weight_VD, labels_T = self._inputs
         num_tokens = tile.stop - tile.start
@@ -141,7 +154,7 @@ class _TiledSoftmax:
 
 
 class _Gradients:
-    """Gradients of sum_t coefficient_t * -log p(label_t), gathered over tiles; the weight's in float32 or better."""
+    """Gradients of sum_t coefficient_t * -log p(label_t), summed over tiles; the weight's in float32 or better."""
 
     def __init__(self, hidden_TD: torch.Tensor, weight_VD: torch.Tensor):
         self._inputs = (hidden_TD, weight_VD)
@@ -151,17 +164,17 @@ class _Gradients:
     def add(
         self, tile: slice, probabilities_MV: torch.Tensor, labels_M: torch.Tensor, coefficients_M: torch.Tensor
     ) -> None:
-        """Adds one tile; overwrites `probabilities_MV`. A row with coefficient 0 adds nothing."""
+        """Add one tile; overwrites `probabilities_MV`. A row with coefficient 0 adds nothing."""
         hidden_TD, weight_VD = self._inputs
         coefficients_M1 = coefficients_M.to(probabilities_MV.dtype)[:, None]
         grad_MV = probabilities_MV.mul_(coefficients_M1)
         grad_MV.scatter_add_(1, labels_M.clamp(min=0)[:, None], -coefficients_M1)
         grad_hidden_MD = torch.zeros_like(hidden_TD[tile], dtype=grad_MV.dtype)
         for start in range(0, len(weight_VD), TILE_VOCABULARY):
-            words = slice(start, start + TILE_VOCABULARY)
-            grad_part = grad_MV[:, words].to(hidden_TD.dtype)
-            grad_hidden_MD += grad_part @ weight_VD[words]
-            self.weight_VD[words] += grad_part.T @ hidden_TD[tile]
+            columns = slice(start, start + TILE_VOCABULARY)
+            grad_part = grad_MV[:, columns].to(hidden_TD.dtype)
+            grad_hidden_MD += grad_part @ weight_VD[columns]
+            self.weight_VD[columns] += grad_part.T @ hidden_TD[tile]
         self.hidden_TD[tile] = grad_hidden_MD
 
 

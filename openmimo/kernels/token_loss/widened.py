@@ -1,4 +1,4 @@
-"""Bfloat16 on a CPU that cannot multiply it: the same call on float32 copies of hidden and weight.
+"""Bfloat16 on a CPU without bfloat16 instructions: the same call on float32 copies of hidden and weight.
 
 T tokens, D model dim, V vocabulary.
 """
@@ -13,19 +13,19 @@ from openmimo.runtime.device import cpu_multiplies_bfloat16
 def logprobs(
     hidden_TD: torch.Tensor, weight_VD: torch.Tensor, labels_T: torch.Tensor, temperature: float | torch.Tensor
 ) -> torch.Tensor:
-    """The call `openmimo.kernels.token_loss.token_logprobs`."""
+    """Implement `openmimo.kernels.token_loss.token_logprobs`."""
     return _float32_functions().logprobs(hidden_TD.float(), weight_VD.float(), labels_T, temperature)
 
 
 def loss(
     hidden_TD: torch.Tensor, weight_VD: torch.Tensor, labels_T: torch.Tensor, weights_T: torch.Tensor
 ) -> torch.Tensor:
-    """The call `openmimo.kernels.token_loss.token_loss`."""
+    """Implement `openmimo.kernels.token_loss.token_loss`."""
     return _float32_functions().loss(hidden_TD.float(), weight_VD.float(), labels_T, weights_T)
 
 
 def argmax(hidden_TD: torch.Tensor, weight_VD: torch.Tensor) -> torch.Tensor:
-    """The call `openmimo.kernels.token_loss.token_argmax`."""
+    """Implement `openmimo.kernels.token_loss.token_argmax`."""
     return _float32_functions().argmax(hidden_TD.float(), weight_VD.float())
 
 
@@ -34,7 +34,7 @@ def _float32_functions() -> TokenLossFunctions:
 
 
 def refuse(need: TokenLossNeed) -> str | None:
-    """Bfloat16 only, on a CPU without instructions for it."""
+    """Refuse all but bfloat16 on a CPU without instructions for it."""
     if not need.on_cpu:
         return "it runs on CPUs only"
     if need.dtype != torch.bfloat16:

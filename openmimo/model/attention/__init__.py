@@ -1,12 +1,12 @@
-"""Attention kinds: one file each, without torch. A kind says what a layer computes and what a cache must hold for it.
+"""Attention kinds, one file each, without torch. A kind defines the module of a layer and its cache requirements.
 
-A kind of another package is named `package.module:Object`; `docs/model.md` shows how to add one.
+A kind of another package is named `package.module:Object`; `docs/model.md` describes how to add one.
 """
 
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from openmimo.core.registry import Registry
 from openmimo.model.geometry import AttentionConfig
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class KVSpec:
-    """What a cache holds for one layer.
+    """The cache requirements of one layer.
 
     Attributes:
         num_kv_heads: Key/value heads.
         key_dim: Dims of a key.
         value_dim: Dims of a value.
-        keep_positions: How many past positions are kept (None: all).
-        source_layer: Number of the layer whose keys and values this layer reads. The cache then holds none for it.
+        keep_positions: Number of past positions that are kept (None: all).
+        source_layer: Index of the layer whose keys and values this layer reads. The cache then stores none for it.
     """
 
     num_kv_heads: int
@@ -34,7 +34,7 @@ class KVSpec:
     source_layer: int | None = None
 
     def bytes_per_position(self, bytes_per_value: int) -> int:
-        """Cache bytes of one position."""
+        """Cache bytes of one position of this layer."""
         if self.source_layer is not None:
             return 0
         return self.num_kv_heads * (self.key_dim + self.value_dim) * bytes_per_value
@@ -42,11 +42,11 @@ class KVSpec:
 
 @dataclass(frozen=True)
 class AttentionPlace:
-    """All that the module of one attention layer is built from.
+    """The arguments from which the module of one attention layer is built.
 
     Attributes:
         spec: Geometry of the layer.
-        index: Number of the layer; MTP head h is layer `num_layers + h`.
+        index: Index of the layer; MTP head h is layer `num_layers + h`.
         hidden_size: Width of its inputs and outputs.
         bias: Whether the projections of queries, keys and values have biases.
         value_scale: Factor of the values.
@@ -61,8 +61,18 @@ class AttentionPlace:
     is_source: bool
 
 
+class AttentionModule(Protocol):
+    """The attributes that the model reads and sets on the module of an attention layer, besides calling it.
+
+    Attributes:
+        spec: Geometry of the layer. Context extension replaces it.
+    """
+
+    spec: AttentionConfig
+
+
 def standard_parameters(place: AttentionPlace) -> int:
-    """Parameters of one projection for each of queries, keys, values and outputs, with their biases and sinks.
+    """Parameters of the projections of queries, keys, values and outputs, with biases and sinks.
 
     A layer that reads another layer's keys has no projections of keys and values.
     """
@@ -76,18 +86,18 @@ def standard_parameters(place: AttentionPlace) -> int:
 
 @dataclass(frozen=True)
 class AttentionKind:
-    """What there is to know about one kind of attention layer.
+    """One kind of attention layer.
 
     Attributes:
-        build: Builds the module of a layer, whose `forward(x_TD, context)` gives [T, D] and whose `spec` is the
-            geometry. It imports torch when it is called, so that configs are checked without torch.
-        kv: What a cache must hold for a layer of a geometry.
-        visible_keys: How many keys the query at a position reads (for FLOPs).
+        build: Builds the module of a layer. Its `forward(x_TD, context)` returns [T, D], and its `spec` is the geometry
+            (see `AttentionModule`). `build` imports torch when it is called, so that configs are checked without torch.
+        kv: Returns the cache requirements of a geometry.
+        visible_keys: Returns the number of keys that the query at a position reads, for FLOPs.
         is_global: Whether queries may read keys at any distance. Context extension changes the RoPE base of these
-            layers and of no others.
-        check: Why a geometry cannot be of this kind, as the end of a sentence about the layer, or None. The second
-            argument is the geometry of the layer that `kv_from` names, if any.
-        parameters: Parameters of the module.
+            layers only.
+        check: Returns the reason why a geometry cannot be of this kind, as the predicate of a sentence about the layer,
+            or None. The second argument is the geometry of the layer that `kv_from` names, if any.
+        parameters: Returns the number of parameters of the module.
     """
 
     build: "Callable[[AttentionPlace], nn.Module]"
@@ -103,13 +113,13 @@ KINDS: Registry[AttentionKind] = Registry("openmimo.model.attention", AttentionK
 
 @functools.cache
 def attention_kind(name: str) -> AttentionKind:
-    """The kind of this name. Raises ConfigError if there is none."""
+    """The kind with this name. Raises ConfigError if there is none."""
     return KINDS.get(name)
 
 
 @functools.cache
 def kv_spec(spec: AttentionConfig) -> KVSpec:
-    """What a cache must hold for a layer of this geometry."""
+    """The cache requirements of a layer of this geometry."""
     return attention_kind(spec.kind).kv(spec)
 
 
@@ -119,5 +129,5 @@ def is_global(spec: AttentionConfig) -> bool:
 
 
 def build_attention(place: AttentionPlace) -> "nn.Module":
-    """The module of one attention layer, on the current default device."""
+    """Build the module of one attention layer on the current default device."""
     return attention_kind(place.spec.kind).build(place)

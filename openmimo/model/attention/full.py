@@ -1,4 +1,4 @@
-"""Full causal attention: a query reads every key up to its own position, and all of them are remembered."""
+"""Full causal attention: a query reads every key up to its own position, and the cache keeps all of them."""
 
 from typing import TYPE_CHECKING
 
@@ -10,18 +10,18 @@ if TYPE_CHECKING:
 
 
 def build(place: AttentionPlace) -> "nn.Module":
-    """Grouped-query attention with keys of its own."""
+    """Build grouped-query attention with its own keys."""
     from openmimo.model.layers import Attention  # imports torch
 
     return Attention(place)
 
 
 def check(spec: AttentionConfig, source: AttentionConfig | None) -> str | None:
-    """It has no window, and keys of its own."""
+    """A full layer has no window and its own keys."""
     if spec.window_keys is not None:
         return f"is {spec.kind!r} with window_keys {spec.window_keys}; a full layer has no window."
     if source is not None:
-        return f"is {spec.kind!r} with kv_from {spec.kv_from}; a full layer has keys of its own."
+        return f"is {spec.kind!r} with kv_from {spec.kv_from}; a full layer has its own keys."
     return None
 
 

@@ -1,4 +1,4 @@
-"""Sliding-window attention: a query reads its own key and the `window_keys - 1` before it, and only they are kept."""
+"""Sliding-window attention: a query reads its own key and the `window_keys - 1` before it; the cache keeps only these."""
 
 from typing import TYPE_CHECKING
 
@@ -10,18 +10,18 @@ if TYPE_CHECKING:
 
 
 def build(place: AttentionPlace) -> "nn.Module":
-    """Grouped-query attention with keys of its own."""
+    """Build grouped-query attention with its own keys."""
     from openmimo.model.layers import Attention  # imports torch
 
     return Attention(place)
 
 
 def check(spec: AttentionConfig, source: AttentionConfig | None) -> str | None:
-    """It has a window, keys of its own, and no block scores: the first blocks of its text are forgotten."""
+    """A sliding layer has a window, its own keys, and no block scores, because the first blocks leave the cache."""
     if spec.window_keys is None:
         return f"is {spec.kind!r} with window_keys None; a sliding layer needs a window."
     if source is not None:
-        return f"is {spec.kind!r} with kv_from {spec.kv_from}; a sliding layer has keys of its own."
+        return f"is {spec.kind!r} with kv_from {spec.kv_from}; a sliding layer has its own keys."
     if spec.score_block is not None:
         return f"is {spec.kind!r} with score_block {spec.score_block}; only a layer without a window scores blocks."
     return None
