@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 from fastapi import FastAPI
 
@@ -17,14 +18,14 @@ from openmimo.engine.server.openai.routes_completions import completion_routes
 from openmimo.engine.server.openai.routes_models import model_routes, token_routes
 from openmimo.engine.server.openai.routes_responses import response_routes
 
-_ERRORS = {
-    "4XX": {"model": ErrorBody, "description": "The request is refused; param names the field at fault."},
-    "5XX": {"model": ErrorBody, "description": "The server or its engine failed, is busy ending, or took too long."},
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    "4XX": {"model": ErrorBody, "description": "The request is rejected; param names the invalid field."},
+    "5XX": {"model": ErrorBody, "description": "The server or its engine failed, is shutting down, or timed out."},
 }
 
 
 def create_app(backend: Backend, config: ServerConfig) -> FastAPI:
-    """The app; `app.state.service` is its `Service`. The backend is closed when the app ends."""
+    """Build the app. `app.state.service` is its `Service`. Shutting the app down closes the backend."""
     service = Service(backend, config)
 
     @asynccontextmanager
@@ -36,7 +37,7 @@ def create_app(backend: Backend, config: ServerConfig) -> FastAPI:
     app = FastAPI(
         title="openmimo",
         lifespan=lifespan,
-        docs_url=None,  # these pages load scripts from another host
+        docs_url=None,  # the documentation pages load scripts from another host
         redoc_url=None,
         responses=_ERRORS,
     )
@@ -47,8 +48,8 @@ def create_app(backend: Backend, config: ServerConfig) -> FastAPI:
     app.include_router(page_routes())
     app.mount("/page", PageFiles(directory=PAGE))
     paths = frozenset(app.openapi()["paths"]) | {"/"}
-    # The middleware added last runs first: a request is counted, its Host and Origin are looked at, it is asked for its
-    # key, and only then read.
+    # The middleware added last runs first: a request is counted, its Host and Origin headers are checked, then its API
+    # key, and only then is its body read.
     app.add_middleware(
         LimitBody,
         max_bytes=config.max_body_bytes,

@@ -1,4 +1,4 @@
-"""What the server allows, without torch or a web framework."""
+"""The server's configuration: addresses, access and limits. Imports neither torch nor a web framework."""
 
 import ipaddress
 import os
@@ -15,28 +15,27 @@ _ORIGIN = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://[^/\s]+")
 
 @dataclass(frozen=True)
 class ServerConfig:
-    """Where the server listens, and its limits.
+    """Listening address, access control and limits of the server.
 
     Attributes:
-        host: Address to listen on; any but this machine's own needs an api_key.
+        host: Address to listen on. An address that other machines can reach requires an api_key.
         port: Port to listen on (0: a free one).
-        api_key: What clients must send as "Authorization: Bearer KEY" (none: what the environment variable
-            OPENMIMO_API_KEY holds; where that is not set either, nothing is asked).
-        allowed_hosts: Names, besides the host's own and those of this machine, that requests may give as their Host
-            ("*": any). Without an api_key no other name is answered, so that no web site can point its own at this
-            server; with one, any is, unless this says which.
-        allowed_origins: Web pages that may use the server, such as https://example.org ("*": all). The chat page needs
-            none.
-        model_name: The name that clients know the model by (empty: the checkpoint's).
-        max_tokens: New tokens of one reply, at most; also the default where a client names none.
-        max_body_bytes: Size of a request, at most.
-        max_open_bytes: Sizes of all requests that are read or answered, together, at most; beyond that, clients are
-            asked to come back (429).
-        max_choices: Prompts times n of one request, at most.
-        max_queue: Replies that may wait for their first token; beyond that, clients are told to come back (429).
-        retry_after_seconds: When to come back, as told to clients.
-        request_timeout_seconds: How long one request may take, waiting included.
-        drain_timeout_seconds: How long running requests may go on after SIGTERM.
+        api_key: Key that clients send as "Authorization: Bearer KEY" (default: the environment variable
+            OPENMIMO_API_KEY; if that is not set either, no key is required).
+        allowed_hosts: Host header names to accept in addition to `host` and the names of this machine ("*": any).
+            Without an api_key, all other names are rejected, which protects against DNS rebinding. With an api_key
+            and an empty list, any name is accepted.
+        allowed_origins: Origins of web pages that may use the server, such as https://example.org ("*": all). The
+            built-in chat page needs none.
+        model_name: Model name in the API (empty: the name of the checkpoint).
+        max_tokens: Maximum new tokens of one reply, and the default if a client sets no limit.
+        max_body_bytes: Maximum size of one request body.
+        max_open_bytes: Maximum total size of the bodies of all open requests; beyond it, requests get a 429.
+        max_choices: Maximum number of prompts times n of one request.
+        max_queue: Maximum number of replies that wait for their first token; beyond it, requests get a 429.
+        retry_after_seconds: Value of the Retry-After header of a 429.
+        request_timeout_seconds: Time limit of one request, including its time in the queue.
+        drain_timeout_seconds: Time that running requests may take to finish after SIGTERM.
     """
 
     host: str = "127.0.0.1"
@@ -58,16 +57,18 @@ class ServerConfig:
         check_fields(self, "ServerConfig")
         for host in self.allowed_hosts:
             if "/" in host or not host:
-                raise ConfigError(f"ServerConfig.allowed_hosts holds {host!r}; give names alone, such as example.org.")
+                raise ConfigError(
+                    f"ServerConfig.allowed_hosts contains {host!r}; give host names only, such as example.org."
+                )
         for origin in self.allowed_origins:
             if origin != "*" and not _ORIGIN.fullmatch(origin):
                 raise ConfigError(
-                    f"ServerConfig.allowed_origins holds {origin!r}; an origin is a scheme and a host, such as "
+                    f"ServerConfig.allowed_origins contains {origin!r}; an origin is a scheme and a host, such as "
                     "https://example.org or http://localhost:3000."
                 )
         key = self.required_key
         if key is not None and not (key and key.isascii() and key.isprintable()):
-            raise ConfigError(f"ServerConfig.api_key (or {_KEY_VARIABLE}) must be printable ASCII, and not empty.")
+            raise ConfigError(f"ServerConfig.api_key (or {_KEY_VARIABLE}) must be non-empty printable ASCII.")
         if key is None and not is_loopback(self.host):
             raise ConfigError(
                 f"ServerConfig.host is {self.host}, which other machines can reach, and there is no api_key; "
@@ -76,19 +77,19 @@ class ServerConfig:
 
     @property
     def answered_hosts(self) -> tuple[str, ...] | None:
-        """The Host names that are answered, those of this machine aside; None: any."""
+        """Accepted Host header names, except those of this machine, which are always accepted. None: any name."""
         if "*" in self.allowed_hosts or (self.required_key is not None and not self.allowed_hosts):
             return None
         return (self.host, *self.allowed_hosts)
 
     @property
     def required_key(self) -> str | None:
-        """What clients must send; None: nothing."""
+        """The API key that clients must send; None if no key is required."""
         return os.environ.get(_KEY_VARIABLE) if self.api_key is None else self.api_key
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a host name or address is always this machine."""
+    """Whether a host name or address always refers to this machine."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -1,6 +1,6 @@
-"""`openmimo serve`: loads a checkpoint, or the stub, and answers requests until a signal ends the server.
+"""`openmimo serve`: load a checkpoint, or the stub, and serve requests until a signal stops the server.
 
-A first SIGTERM or Ctrl-C drains the server, a second one aborts the requests that still run.
+The first SIGTERM or Ctrl-C drains the server. A second one aborts the requests that are still running.
 """
 
 import asyncio
@@ -25,11 +25,11 @@ from openmimo.engine.weights import quantize_linears
 from openmimo.model.hf import load_model
 from openmimo.runtime.device import resolve_device
 
-_LAST_WORDS_SECONDS = 5  # for clients to read the end of their replies once all of them have ended
+_FLUSH_SECONDS = 5  # time for clients to read the ends of their replies after all replies are complete
 
 
 class Server(uvicorn.Server):
-    """A web server that goes on answering while its service drains: requests that run finish, new ones get a 503."""
+    """A web server with a graceful shutdown: running requests finish, new ones get a 503."""
 
     def __init__(self, backend: Backend, config: ServerConfig):
         app = create_app(backend, config)
@@ -40,7 +40,7 @@ class Server(uvicorn.Server):
                 port=config.port,
                 log_level="warning",
                 access_log=False,
-                timeout_graceful_shutdown=_LAST_WORDS_SECONDS,
+                timeout_graceful_shutdown=_FLUSH_SECONDS,
             )
         )
         self._service = app.state.service
@@ -49,20 +49,21 @@ class Server(uvicorn.Server):
 
     @property
     def url(self) -> str:
-        """Where the server listens; known once `started` is true."""
+        """The address that the server listens on; valid once `started` is true."""
         host, port = self.servers[0].sockets[0].getsockname()[:2]
         return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Begins to listen, and says where."""
+        """Start to listen and print the address."""
         self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
         if self.started:
             print(f"{self._service.model_name} answers at {self.url} (chat page) and {self.url}/v1 (API)", flush=True)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Called for SIGTERM and SIGINT."""
+        """Handle SIGTERM and SIGINT."""
         if self._service.is_draining:
+            assert self._loop is not None  # draining starts in the loop
             self._loop.call_soon_threadsafe(self._service.end_all)
         elif self._loop is None:
             self.should_exit = True
@@ -70,7 +71,8 @@ class Server(uvicorn.Server):
             self.begin_drain()
 
     def begin_drain(self) -> None:
-        """Ends the server once its running requests have finished. May be called from any thread."""
+        """Stop the server once its running requests have finished. Thread-safe; requires a started server."""
+        assert self._loop is not None
         self._loop.call_soon_threadsafe(self._start_drain)
 
     def _start_drain(self) -> None:
@@ -82,26 +84,39 @@ class Server(uvicorn.Server):
 
 
 def serve(backend: Backend, config: ServerConfig) -> None:
-    """Answers requests until SIGTERM or Ctrl-C, then drains."""
+    """Serve requests until SIGTERM or Ctrl-C, then drain."""
     gc.collect()
-    gc.freeze()  # what is loaded by now stays: a collection that visits it would hold up every request
+    gc.freeze()  # the loaded model lives as long as the process; scanning it would pause every request
     Server(backend, config).run()
 
 
 def launch(
     path: str, server: ServerConfig, engine: EngineConfig, *, dtype: str, device: str, threads: int | None, int8: bool
 ) -> None:
-    """Loads the checkpoint in `path` and answers requests until told to end. Raises UserError before that."""
+    """Load the checkpoint in `path` and serve it until a signal stops the server.
+
+    Args:
+        path: Folder of a checkpoint in the Hugging Face layout.
+        server: Address, access and limits of the server.
+        engine: Batch and cache sizes, and speculation.
+        dtype: Name of a torch dtype, or "auto": float32 on the CPU and bfloat16 elsewhere.
+        device: Name of a torch device, or "auto".
+        threads: Number of torch's CPU threads; None keeps torch's default.
+        int8: Whether to quantize the linear layers to int8.
+
+    Raises:
+        UserError: An argument or the checkpoint is invalid. Raised before the server accepts requests.
+    """
     check_address(server)
     if threads is not None:
         if threads < 1:
             raise ConfigError(f"threads is {threads}; it must be at least 1.")
         torch.set_num_threads(threads)
     tokenizer = Tokenizer.load(path)
-    place = resolve_device(device)
+    torch_device = resolve_device(device)
     if dtype == "auto":
-        dtype = "float32" if place.type == "cpu" else "bfloat16"
-    model = load_model(path, dtype=dtype, device=str(place))
+        dtype = "float32" if torch_device.type == "cpu" else "bfloat16"
+    model = load_model(path, dtype=dtype, device=str(torch_device))
     if int8:
         quantize_linears(model)
     backend = EngineBackend(Engine(model, tokenizer, engine), tokenizer, model_name=Path(path).resolve().name)
@@ -109,22 +124,22 @@ def launch(
 
 
 def launch_stub(server: ServerConfig) -> None:
-    """Serves no model: `stub.echo` answers."""
+    """Serve `StubBackend`, which echoes prompts without a model."""
     check_address(server)
     serve(StubBackend(), server)
 
 
 def check_address(server: ServerConfig) -> None:
-    """Raises ConfigError if the server cannot listen at its host and port, before a model is loaded."""
+    """Raise ConfigError if the server cannot listen at its host and port. Called before a model is loaded."""
     try:
         family, kind, _, _, address = socket.getaddrinfo(server.host, server.port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind) as trial:
-            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            trial.bind(address)
-            trial.listen()
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+            probe.listen()
     except (OSError, UnicodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "this is no host name"
+        reason = error.strerror if isinstance(error, OSError) else "this is not a host name"
         raise ConfigError(
-            f"the server cannot listen on --host {server.host} --port {server.port}: {reason}. Name another port "
+            f"the server cannot listen on --host {server.host} --port {server.port}: {reason}. Give another port "
             "(0: a free one) or an address of this machine."
         ) from error

@@ -1,9 +1,12 @@
-"""The engine as the server's backend: it steps in a thread of its own, and replies cross over to the event loop.
+"""The engine as the server's backend: the engine runs in its own thread and sends deltas to the event loop.
 
-The thread alone changes the engine's state (`check` changes nothing but the compiler of structures, which makes each
-grammar once). The event loop hands it work (submit, abort) through a queue that it
-empties before each step, and gets back what each step added. So a client that goes away frees its pages before the
-next step.
+    event loop                             engine thread
+    _enqueue(submit)           --work-->   run all queued work, then one engine step
+    delta = await reply.get()  <--reply--  _deliver(deltas of the step)
+    _enqueue(abort)            --work-->   free the request's pages before the next step
+
+Only the engine thread changes the engine's state. `check` runs in other threads and changes only the structure
+compiler, which has a lock and compiles each grammar once.
 """
 
 import asyncio
@@ -23,7 +26,7 @@ _Reply = asyncio.Queue[Delta | UserError]
 
 
 class EngineBackend:
-    """Serves an engine, which nobody else may step meanwhile. model_name: what clients call it."""
+    """Serve an engine. No other code may step the engine until `close` returns."""
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer, *, model_name: str):
         self.model_name = model_name
@@ -39,16 +42,15 @@ class EngineBackend:
         self._thread.start()
 
     def check(self, request: Request) -> None:
-        """Raises UserError if the request can never run. May be called from any thread."""
-        self._engine.check(request)  # reads what never changes; the compiler of structures has a lock
+        """Raise UserError if the request can never run. Thread-safe."""
+        self._engine.check(request)  # reads only constant state; the structure compiler has a lock
 
     async def generate(self, request: Request) -> AsyncGenerator[Delta, None]:
-        """The reply, one delta for each step that adds to it. Closing the iterator aborts it and frees its pages."""
         reply: _Reply = asyncio.Queue()
         self._replies[request.id] = (asyncio.get_running_loop(), reply)
         is_whole = False
         try:
-            if not self._do(lambda: self._submit(request)):
+            if not self._enqueue(lambda: self._submit(request)):
                 reply.put_nowait(_engine_has_ended(request.id))
             while not is_whole:
                 delta = await reply.get()
@@ -65,7 +67,7 @@ class EngineBackend:
                 del self._replies[request.id]
 
     def gauges(self) -> BackendGauges:
-        """What /metrics and /health report."""
+        """Return the state of the engine for /metrics and /health."""
         engine, stats = self._engine, self._engine.stats
         return BackendGauges(
             num_waiting=engine.num_waiting,
@@ -81,21 +83,21 @@ class EngineBackend:
         )
 
     async def close(self) -> None:
-        """Ends the thread after the step that runs; the engine itself stays the caller's."""
+        """Stop the thread after its current step. The caller keeps the engine."""
         with self._wake:
             self._is_closing = True
             self._wake.notify()
         await asyncio.to_thread(self._thread.join)
 
-    def _do(self, work: Callable[[], None]) -> bool:
-        """Hands work to the engine's thread; False where that has ended."""
+    def _enqueue(self, work: Callable[[], None]) -> bool:
+        """Queue work for the engine thread. Returns False if the thread has ended."""
         with self._wake:
             self._work.append(work)
             self._wake.notify()
             return not self._has_ended
 
     async def _abort(self, request_id: str) -> None:
-        """Returns when the engine has let go of the request (at once where its thread has ended)."""
+        """Wait until the engine has released the request, or its thread has ended."""
         done = asyncio.Event()
         loop = asyncio.get_running_loop()
 
@@ -103,7 +105,7 @@ class EngineBackend:
             self._engine.abort(request_id)
             loop.call_soon_threadsafe(done.set)
 
-        self._do(abort)
+        self._enqueue(abort)
         while self._thread.is_alive():
             try:
                 await asyncio.wait_for(done.wait(), timeout=0.5)
@@ -111,22 +113,22 @@ class EngineBackend:
             except TimeoutError:
                 continue
 
-    # --- in the engine's thread ---------------------------------------------------------------------------------------
+    # --- in the engine thread -----------------------------------------------------------------------------------------
 
     def _run(self) -> None:
         try:
             while self._wait_for_work():
                 self._do_work()
                 self._deliver([sequence.take_delta() for sequence in self._engine.step()])
-        except BaseException:  # a panic of a library too: clients must hear of it, and /health must tell
-            _LOG.exception("the engine has died")
+        except BaseException:  # includes panics of native libraries: clients and /health must learn of any failure
+            _LOG.exception("the engine has failed")
             self._has_died = True
         with self._wake:
             self._has_ended = True
         self._deliver([_engine_has_ended(request_id) for request_id in list(self._replies)])
 
     def _wait_for_work(self) -> bool:
-        """Whether to go on; sleeps while there is nothing to do."""
+        """Sleep until there is work. Returns False if the backend is closing."""
         with self._wake:
             self._wake.wait_for(lambda: self._work or self._engine.has_work or self._is_closing)
             return not self._is_closing
@@ -139,25 +141,25 @@ class EngineBackend:
         try:
             self._engine.submit(request)
         except UserError as error:
-            self._hand_over([(request.id, error)])
+            self._send([(request.id, error)])
 
     def _deliver(self, deltas: list[Delta]) -> None:
-        self._hand_over([(delta.request_id, delta) for delta in deltas])
+        self._send([(delta.request_id, delta) for delta in deltas])
 
-    def _hand_over(self, events: list[tuple[str, Delta | UserError]]) -> None:
-        """Wakes each event loop once for all events of a step."""
-        of_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Reply, Delta | UserError]]] = {}
+    def _send(self, events: list[tuple[str, Delta | UserError]]) -> None:
+        """Pass all events of a step to the event loops, waking each loop once."""
+        events_by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Reply, Delta | UserError]]] = {}
         for request_id, event in events:
-            known = self._replies.get(request_id)
-            if known is not None:
-                loop, reply = known
-                of_loop.setdefault(loop, []).append((reply, event))
-        for loop, replies in of_loop.items():
+            destination = self._replies.get(request_id)
+            if destination is not None:
+                loop, reply = destination
+                events_by_loop.setdefault(loop, []).append((reply, event))
+        for loop, replies in events_by_loop.items():
             loop.call_soon_threadsafe(_put_all, replies)
 
 
 def _engine_has_ended(request_id: str) -> Delta:
-    return Delta(request_id, finish_reason="error", error="the engine has ended; the server's log says why")
+    return Delta(request_id, finish_reason="error", error="the engine has stopped; the server's log has the reason")
 
 
 def _put_all(events: list[tuple[_Reply, Delta | UserError]]) -> None:

@@ -1,4 +1,4 @@
-"""What the server needs of whatever makes the tokens."""
+"""The interface between the server and the source of its tokens."""
 
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
@@ -10,12 +10,19 @@ from openmimo.data.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class BackendGauges:
-    """The state of a backend at one moment; all but the first four are sums since its start.
+    """The state of a backend at one moment. Token and draft counts are totals since its start.
 
-    num_waiting, num_running: requests. cache_bytes_used, cache_bytes_total: of the key/value cache.
-    num_prompt_tokens: of accepted prompts; num_cached_tokens: those of them that were not computed anew.
-    num_new_tokens: tokens generated. drafts_offered, drafts_accepted: by position, the first draft of a step first.
-    is_healthy: whether requests can still be answered.
+    Attributes:
+        num_waiting: Requests in the queue.
+        num_running: Requests in the batch.
+        cache_bytes_used: Bytes of the KV cache held by requests.
+        cache_bytes_total: Size of the KV cache.
+        num_prompt_tokens: Tokens of accepted prompts.
+        num_cached_tokens: Those prompt tokens that were found in the prefix cache.
+        num_new_tokens: Generated tokens.
+        drafts_offered: Verified drafts by position; index 0 is the first draft of a step.
+        drafts_accepted: Accepted drafts by position.
+        is_healthy: Whether the backend accepts requests.
     """
 
     num_waiting: int = 0
@@ -31,9 +38,12 @@ class BackendGauges:
 
 
 class Backend(Protocol):
-    """Makes tokens. All but `check` is called on the event loop's thread.
+    """Generates replies. All methods except `check` are called on the event loop's thread.
 
-    model_name: what clients call it. max_positions: tokens of prompt and reply together, at most.
+    Attributes:
+        model_name: Default model name in the API.
+        tokenizer: The model's tokenizer.
+        max_positions: Maximum number of tokens of prompt plus reply.
     """
 
     model_name: str
@@ -41,16 +51,19 @@ class Backend(Protocol):
     max_positions: int
 
     def check(self, request: Request) -> None:
-        """Raises UserError if the request can never run (too long, an id out of range, a bad structure).
+        """Raise UserError if the request can never run (too long, an id out of range, an invalid structure).
 
-        Called from several threads at once.
+        Must be thread-safe.
         """
 
     def generate(self, request: Request) -> AsyncGenerator[Delta, None]:
-        """The reply as it grows; the last delta has a finish_reason. Closing the iterator aborts the request."""
+        """Yield the reply, one delta for each step that adds to it. The last delta has a finish_reason.
+
+        Closing the iterator aborts the request and frees its cache pages.
+        """
 
     def gauges(self) -> BackendGauges:
-        """What /metrics and /health report."""
+        """Return the current state for /metrics and /health."""
 
     async def close(self) -> None:
-        """Ends what runs and gives everything back."""
+        """Abort running requests and release all resources."""

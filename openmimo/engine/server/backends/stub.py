@@ -1,4 +1,4 @@
-"""A backend without a model: it plays replies from a script. The server's tests and `openmimo serve --stub` use it."""
+"""A backend without a model, whose replies come from a script. For the server's tests and `openmimo serve --stub`."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Iterable
@@ -20,8 +20,10 @@ _BYTES_PER_TOKEN = 1024
 class Step:
     """One engine step of a scripted reply.
 
-    tokens: the texts of its tokens; a text may be several tokens of the tokenizer, then all have the same fate. All
-    but the last were drafted. A step with an error ends the reply.
+    Attributes:
+        tokens: Texts of the step. All texts except the last count as accepted drafts. A text may be several tokens
+            of the tokenizer, which are then all drafted or all not.
+        error: Error message; a non-empty one ends the reply.
     """
 
     tokens: tuple[str, ...]
@@ -32,16 +34,24 @@ Script = Callable[[str, Request], Iterable[Step]]
 
 
 def echo(prompt: str, request: Request) -> Iterable[Step]:
-    """Says the last turn of a chat, or the whole prompt, back word by word."""
-    said = prompt.rsplit("<|im_start|>user\n", 1)[-1].split("<|im_end|>")[0]
-    return [Step((word,)) for word in said.replace(" ", "\0 ").split("\0")]
+    """Repeat the last user turn of a chat, or the whole prompt, one word per step."""
+    user_text = prompt.rsplit("<|im_start|>user\n", 1)[-1].split("<|im_end|>")[0]
+    return [Step((word,)) for word in user_text.replace(" ", "\0 ").split("\0")]
 
 
 class StubBackend:
-    """Plays `script(prompt text, request)` with a tokenizer of its own.
+    """Replies with the steps of `script(prompt text, request)`.
 
-    It honors max_tokens, stop strings and log-probabilities (made up, the same for the same token), and counts as a
-    real backend does. step_seconds: pause before each step. slots: requests that run at once; the others wait.
+    Applies max_tokens and stop strings, invents log-probabilities that depend only on the token, and updates the same
+    counters as a real backend.
+
+    Args:
+        script: Produces the steps of a reply.
+        tokenizer: Tokenizer of prompts and replies (default: one trained on two sentences).
+        model_name: Model name in the API.
+        max_positions: Maximum number of tokens of prompt plus reply.
+        step_seconds: Pause before each step.
+        slots: Number of requests that run at once; further requests wait.
     """
 
     def __init__(
@@ -70,7 +80,7 @@ class StubBackend:
         self._accepted = [0, 0, 0]
 
     def check(self, request: Request) -> None:
-        """Raises UserError for an empty prompt, one that leaves no room, or an id outside the vocabulary."""
+        """Raise UserError for an empty prompt, one that leaves no room, or an id outside the vocabulary."""
         ids = request.prompt_token_ids
         if not ids:
             raise UserError("the prompt is empty; give at least one token.")
@@ -81,7 +91,6 @@ class StubBackend:
             raise UserError(f"id {outside[0]} is not in the vocabulary of {self.tokenizer.vocab_size} ids.")
 
     async def generate(self, request: Request) -> AsyncGenerator[Delta, None]:
-        """The script's reply, one delta a step."""
         self.requests.append(request)
         self._num_waiting += 1
         try:
@@ -100,7 +109,7 @@ class StubBackend:
             self._slots.release()
 
     def gauges(self) -> BackendGauges:
-        """What /metrics and /health report; every running request holds one page."""
+        """Return the current counters. Each running request holds one cache page."""
         return BackendGauges(
             num_waiting=self._num_waiting,
             num_running=len(self.running),
@@ -114,7 +123,6 @@ class StubBackend:
         )
 
     async def close(self) -> None:
-        """From now on unhealthy."""
         self.is_healthy = False
 
     async def _play(self, request: Request) -> AsyncGenerator[Delta, None]:
@@ -160,10 +168,10 @@ class StubBackend:
 
     def _tokens_of(self, step: Step) -> tuple[list[int], list[bool]]:
         ids, drafted = [], []
-        for place, piece in enumerate(step.tokens):
-            new = self.tokenizer.encode(piece, allow_special=True)
-            ids += new
-            drafted += [place < len(step.tokens) - 1] * len(new)
+        for index, text in enumerate(step.tokens):
+            text_ids = self.tokenizer.encode(text, allow_special=True)
+            ids += text_ids
+            drafted += [index < len(step.tokens) - 1] * len(text_ids)
         num_accepted = min(sum(drafted), len(self._offered))
         for position in range(min(num_accepted + 1, len(self._offered))):
             self._offered[position] += 1

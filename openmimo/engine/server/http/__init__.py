@@ -1,1 +1,1 @@
-"""HTTP: bodies, errors, limits, middleware, streams, and the service that runs requests on a backend."""
+"""HTTP layer: bodies, errors, limits, middleware, streams, and the service that runs requests on a backend."""

@@ -1,4 +1,4 @@
-"""Request bodies: JSON that is counted, parsed strictly and validated in a thread, while the client is connected."""
+"""Request bodies: size checks, strict JSON parsing and validation, in a thread and while the client is connected."""
 
 import asyncio
 import re
@@ -20,13 +20,14 @@ _Result = TypeVar("_Result")
 
 
 class JsonRoute(APIRoute):
-    """A route whose endpoint takes `body`, a model, and `request`; what else the framework offers is not used.
+    """A route whose endpoint takes `body`, a pydantic model, and `request`, and no other parameters.
 
-    The body of the request is not kept: `request.state.is_large` tells whether it was large.
+    The raw body is dropped after parsing. `request.state.is_large` records whether it exceeded
+    `limits.LARGE_BODY_BYTES`.
     """
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """The handler."""
+        """Return a handler that reads the body and calls the endpoint."""
         endpoint, model = self.endpoint, self.endpoint.__annotations__["body"]
 
         async def handle(request: Request) -> Response:
@@ -34,15 +35,15 @@ class JsonRoute(APIRoute):
             content = (await request.receive()).get("body", b"")
             request.state.is_large = len(content) > limits.LARGE_BODY_BYTES
             service = request.app.state.service
-            most = max(limits.VALUES, 2 * service.backend.max_positions)
-            work = service.prepared(lambda: read_body(content, model, most), is_large=request.state.is_large)
+            most_values = max(limits.VALUES, 2 * service.backend.max_positions)
+            work = service.prepared(lambda: read_body(content, model, most_values), is_large=request.state.is_large)
             return await endpoint(body=await unless_disconnected(request.receive, work), request=request)
 
         return handle
 
 
 def read_body(content: bytes, model: type[_Body], most_values: int = limits.VALUES) -> _Body:
-    """The request in a body. Raises ApiError, which names the field at fault."""
+    """Parse and validate a body. Raises ApiError, which names the first invalid field."""
     try:
         value = read_json(content, most_values)
     except ValueError as error:
@@ -56,25 +57,25 @@ def read_body(content: bytes, model: type[_Body], most_values: int = limits.VALU
 
 
 def _check_content_type(request: Request) -> None:
-    # A page of another origin may send text/plain and forms without asking first, but not JSON.
+    # A page of another origin may send text/plain and forms without a preflight request, but not JSON.
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if not _JSON_TYPE.fullmatch(media_type):
         raise invalid("The body must be a JSON object, sent as Content-Type: application/json.", None)
 
 
 def read_json(content: bytes, most_values: int) -> Any:
-    """The value in a JSON text. Raises ValueError for any other text, and for more than `most_values` values."""
+    """Parse JSON. Raises ValueError if the text is not JSON or contains more than `most_values` values."""
     check_counts(content, most_values)
     return pydantic_core.from_json(content, allow_inf_nan=False)
 
 
 def check_tree(value: Any, most_values: int) -> int:
-    """The number of values in parsed JSON. Raises ValueError beyond `most_values`, or beyond `limits.DEPTH` levels."""
+    """Count the values in parsed JSON. Raises ValueError beyond `most_values` values or `limits.DEPTH` levels."""
     count, depth, level = 0, 0, [value]
     while level:
         count += len(level)
         if count > most_values:
-            raise ValueError(f"it holds more than {most_values} values.")
+            raise ValueError(f"it contains more than {most_values} values.")
         depth += 1
         if depth > limits.DEPTH:
             raise ValueError(f"it is nested more than {limits.DEPTH} levels deep.")
@@ -83,17 +84,18 @@ def check_tree(value: Any, most_values: int) -> int:
 
 
 def check_counts(content: bytes, most_values: int) -> None:
-    """Raises ValueError for too many values, without making any: the parser holds the interpreter while it makes them.
+    """Raise ValueError if a JSON text contains too many values, without parsing it.
 
-    In valid JSON all values but the first of a list or an object come after a comma, and every second part between
-    quotes is outside of strings.
+    The check runs first because the parser holds the interpreter lock while it creates the values. In valid JSON every
+    value except the first of a list or an object follows a comma, and every second part between quotes is outside of
+    strings.
     """
     unescaped = content.replace(b"\\\\", b"").replace(b'\\"', b"")
     if unescaped.count(b'"') > 2 * limits.STRINGS:
-        raise ValueError(f"it holds more than {limits.STRINGS} strings.")
+        raise ValueError(f"it contains more than {limits.STRINGS} strings.")
     outside = b"".join(unescaped.split(b'"')[::2])
     if sum(outside.count(mark) for mark in (b",", b"[", b"{")) > most_values:
-        raise ValueError(f"it holds more than {most_values} values.")
+        raise ValueError(f"it contains more than {most_values} values.")
 
 
 def _inside(value: Any) -> Iterator[Any]:
@@ -104,9 +106,9 @@ def _inside(value: Any) -> Iterator[Any]:
 
 
 async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, _Result]) -> _Result:
-    """The result of `work`; if the client goes away first, `work` is cancelled and ClientGoneError raised.
+    """Return the result of `work`, or cancel `work` and raise ClientGoneError if the client disconnects first.
 
-    The body of the request must have been read: `receive` is left with nothing but the disconnect to tell.
+    The body of the request must have been read, so that the next message from `receive` is the disconnect.
     """
     tasks = asyncio.ensure_future(work), asyncio.ensure_future(_disconnect(receive))
     try:

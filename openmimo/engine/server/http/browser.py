@@ -1,8 +1,8 @@
-"""What a browser may do: which Host names are answered, and which pages of other origins may ask.
+"""Protection against foreign web pages: checks of the Host and Origin headers.
 
-A page of any site can make a browser on this machine send requests here. A name that the site owns may be pointed at
-this machine (DNS rebinding), which makes the page one of the same origin: the Host header tells. Other pages send an
-Origin header with all that can change a state.
+A page of any site can make a browser on this machine send requests to this server. A site can also point a name that it
+owns at this machine (DNS rebinding), which makes its page same-origin; the Host header reveals this. Other pages send
+an Origin header with every request that can change state.
 """
 
 from collections.abc import Sequence
@@ -22,14 +22,13 @@ _PREFLIGHT_SECONDS = "600"
 
 
 class CheckHost:
-    """Refuses requests whose Host header names another server. allowed: names without ports."""
+    """Reject requests whose Host header names another server. `allowed` contains names without ports."""
 
     def __init__(self, app: ASGIApp, allowed: Sequence[str]):
         self._app = app
         self._allowed = frozenset(_host_name(name) for name in allowed)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answers as an ASGI app."""
         if scope["type"] == "http":
             for host in Headers(scope=scope).getlist("host"):
                 if not self._allows(_host_name(host)):
@@ -48,9 +47,10 @@ class CheckHost:
 
 
 class CheckOrigin:
-    """Answers pages of `allowed` origins as CORS has it.
+    """Implement CORS for pages of `allowed` origins.
 
-    Others are given no leave to read an answer. With `refuses_others`, they cannot send what changes a state either.
+    Pages of other origins may not read responses. With `refuses_others`, their requests that can change state are
+    rejected.
     """
 
     def __init__(self, app: ASGIApp, allowed: Sequence[str], *, refuses_others: bool):
@@ -59,7 +59,6 @@ class CheckOrigin:
         self._refuses_others = refuses_others
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answers as an ASGI app."""
         headers = Headers(scope=scope) if scope["type"] == "http" else Headers()
         origin = headers.get("origin")
         if origin is None:
@@ -86,10 +85,10 @@ class CheckOrigin:
     async def _answer_allowed(self, origin: str, headers: Headers, scope: Scope, receive: Receive, send: Send) -> None:
         async def allow_and_send(message: Message) -> None:
             if message["type"] == "http.response.start":
-                given = MutableHeaders(scope=message)
-                given["Access-Control-Allow-Origin"] = origin
-                given["Access-Control-Expose-Headers"] = _EXPOSED
-                given.add_vary_header("Origin")
+                response_headers = MutableHeaders(scope=message)
+                response_headers["Access-Control-Allow-Origin"] = origin
+                response_headers["Access-Control-Expose-Headers"] = _EXPOSED
+                response_headers.add_vary_header("Origin")
             await send(message)
 
         app = self._app
@@ -99,7 +98,7 @@ class CheckOrigin:
 
 
 def _preflight(headers: Headers) -> Response:
-    """The answer to a browser that asks before it sends."""
+    """The response to a CORS preflight request."""
     allowed = {
         "Access-Control-Allow-Methods": "GET, HEAD, POST, OPTIONS",
         "Access-Control-Allow-Headers": headers.get("access-control-request-headers", "authorization, content-type"),
@@ -111,7 +110,7 @@ def _preflight(headers: Headers) -> Response:
 
 
 def _host_name(host: str) -> str:
-    """The name in a Host header, without its port: the brackets of an IPv6 address go, too."""
+    """The name in a Host header, without its port and without the brackets of an IPv6 address."""
     host = host.strip().lower()
     if host.startswith("["):
         return host[1:].partition("]")[0]

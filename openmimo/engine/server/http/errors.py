@@ -1,4 +1,4 @@
-"""Every error in OpenAI's shape: {"error": {"message", "type", "param", "code"}}."""
+"""Errors in OpenAI's format: {"error": {"message", "type", "param", "code"}}."""
 
 import re
 from collections.abc import Mapping
@@ -25,7 +25,14 @@ _PARAM_CHARACTERS = 200
 
 
 class ErrorDetails(BaseModel):
-    """What went wrong. param: the field of the request at fault. code: a word for programs."""
+    """Details of an error.
+
+    Attributes:
+        message: Explanation for people.
+        type: Class of the error, by HTTP status.
+        param: Path of the invalid field of the request.
+        code: Machine-readable identifier of the error.
+    """
 
     message: str
     type: str
@@ -34,13 +41,21 @@ class ErrorDetails(BaseModel):
 
 
 class ErrorBody(BaseModel):
-    """The body of every response that is not a success."""
+    """The body of every error response."""
 
     error: ErrorDetails
 
 
 class ApiError(Exception):
-    """An error to tell the client. param: the field at fault. code: a word for programs."""
+    """An error that is reported to the client.
+
+    Args:
+        status: HTTP status.
+        message: Explanation for people.
+        param: Path of the invalid field of the request.
+        code: Machine-readable identifier of the error.
+        headers: Additional headers of the response.
+    """
 
     def __init__(
         self,
@@ -59,37 +74,37 @@ class ApiError(Exception):
         self.headers = dict(headers or {})
 
     def body(self) -> dict[str, Any]:
-        """The error in OpenAI's shape."""
+        """The error as a JSON object in OpenAI's format."""
         kind = _TYPES.get(self.status, "invalid_request_error")
         param = self.param and shortened(self.param, _PARAM_CHARACTERS)
         return {"error": {"message": shortened(self.message), "type": kind, "param": param, "code": self.code}}
 
     def response(self) -> JSONResponse:
-        """The error as a whole response."""
+        """The error as an HTTP response."""
         return JSONResponse(self.body(), status_code=self.status, headers=self.headers)
 
 
 class ClientGoneError(Exception):
-    """The client closed the connection before the answer was ready."""
+    """The client closed the connection before the response was ready."""
 
 
 def invalid(message: str, param: str | None, *, code: str | None = None) -> ApiError:
-    """A 400: what the client asked for is wrong."""
+    """A 400: the request is invalid."""
     return ApiError(400, message, param=param, code=code)
 
 
 def engine_failed(reason: str) -> ApiError:
-    """A 500: the engine broke while it worked on a reply."""
+    """A 500: the engine failed while it generated a reply."""
     return ApiError(500, f"The engine failed: {reason}", code="engine_error")
 
 
 def install_handlers(app: FastAPI) -> None:
-    """Lets every error of the app's routes leave in OpenAI's shape."""
-    app.add_exception_handler(ApiError, _on_api_error)
-    app.add_exception_handler(UserError, _on_user_error)
-    app.add_exception_handler(HTTPException, _on_http_error)
-    app.add_exception_handler(ClientGoneError, _on_client_gone)
-    app.add_exception_handler(Exception, _on_bug)
+    """Convert every exception that the app's routes raise to a response in OpenAI's format."""
+    app.exception_handler(ApiError)(_on_api_error)
+    app.exception_handler(UserError)(_on_user_error)
+    app.exception_handler(HTTPException)(_on_http_error)
+    app.exception_handler(ClientGoneError)(_on_client_gone)
+    app.exception_handler(Exception)(_on_bug)
 
 
 async def _on_api_error(request: Request, error: ApiError) -> JSONResponse:
@@ -101,7 +116,7 @@ async def _on_user_error(request: Request, error: UserError) -> JSONResponse:
 
 
 def validation_error(error: ValidationError) -> ApiError:
-    """A 400 that names the first field at fault."""
+    """A 400 that names the first invalid field."""
     first = error.errors(include_url=False, include_input=False)[0]
     kind, context, location = first["type"], first.get("ctx", {}), first["loc"]
     if kind == "unknown_field":
@@ -116,7 +131,7 @@ def validation_error(error: ValidationError) -> ApiError:
 
 
 def _param(location: tuple[int | str, ...]) -> str | None:
-    """The field's path, such as messages[0].content, without the <tags> that stand for members of unions."""
+    """The field's path, such as messages[0].content, without the <tags> that mark members of unions."""
     path = ""
     for part in location:
         if isinstance(part, int):
@@ -136,9 +151,9 @@ async def _on_http_error(request: Request, error: HTTPException) -> JSONResponse
 
 
 async def _on_client_gone(request: Request, error: ClientGoneError) -> Response:
-    return Response(status_code=499)  # nobody reads it; metrics count it
+    return Response(status_code=499)  # the client cannot read it; the metrics count it
 
 
 async def _on_bug(request: Request, error: Exception) -> JSONResponse:
     # Starlette raises the exception again after this response, and the web server logs it with its traceback.
-    return ApiError(500, "The server failed; its log says more.", code="internal_error").response()
+    return ApiError(500, "The server failed; its log has the details.", code="internal_error").response()

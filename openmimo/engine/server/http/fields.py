@@ -1,8 +1,8 @@
-"""Building blocks of request models: strict and lenient objects, bounded texts, unions told apart by a tag.
+"""Building blocks of request models: strict and lenient objects, bounded texts, tagged unions.
 
-A field that a strict object does not know is refused by its name. Validation stops at the first fault of each list, and
-a value of several possible types is validated as one of them only, so that a hostile body gives few errors. Tags of
-such types are written <so>, to tell them from fields.
+A strict object rejects an unknown field by name. Validation stops at the first error of each list, and a value of a
+union type is validated as one member only, so that a hostile body produces few errors. Tags of unions are written
+<like this>, to distinguish them from fields.
 """
 
 import functools
@@ -23,7 +23,7 @@ StopText = Annotated[str, Field(min_length=1, max_length=limits.STOP_CHARACTERS)
 
 
 def few_entries(most: int) -> BeforeValidator:
-    """At most `most` entries of an object, counted before any is validated."""
+    """Limit an object to `most` entries, which are counted before any is validated."""
 
     def check(value: Any) -> Any:
         if isinstance(value, dict) and len(value) > most:
@@ -34,7 +34,7 @@ def few_entries(most: int) -> BeforeValidator:
 
 
 def text_or(tag: str) -> Discriminator:
-    """Tells a text, <text>, from what stands under `tag`, which any other value is meant to be."""
+    """Select the union member <text> for a string and the member `tag` for any other value."""
     return Discriminator(lambda value: "<text>" if isinstance(value, str) else tag)
 
 
@@ -44,14 +44,14 @@ def _field_names(model: type[BaseModel]) -> frozenset[str]:
 
 
 class Fields(BaseModel):
-    """A JSON object whose every field is known."""
+    """A JSON object without unknown fields."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
 
     @model_validator(mode="before")
     @classmethod
     def _knows_every_field(cls, value: Any) -> Any:
-        # Otherwise pydantic reports each unknown field, of which there may be a hundred thousand.
+        # pydantic would report each unknown field, and a body may contain a hundred thousand of them.
         if isinstance(value, dict):
             known = _field_names(cls)
             for name in value:
@@ -61,6 +61,6 @@ class Fields(BaseModel):
 
 
 class LenientFields(BaseModel):
-    """A JSON object that clients send back as they got it, so unknown fields (refusal, annotations) mean nothing."""
+    """A JSON object that clients return as they received it, so unknown fields (refusal, annotations) are ignored."""
 
     model_config = ConfigDict(extra="ignore", strict=True, allow_inf_nan=False)

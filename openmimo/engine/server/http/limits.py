@@ -1,21 +1,21 @@
-"""How large the parts of a request may be, so that any one request is cheap to refuse and bounded to serve.
+"""Maximum sizes of the parts of a request, which make any request cheap to reject and bounded to serve.
 
-Every limit holds before the part is processed. They are wide: a client that meets one is in error, or an attacker.
+Each limit is checked before the part is processed. The limits are wide: only a faulty or hostile client reaches one.
 """
 
-LARGE_BODY_BYTES = 2**16  # larger bodies wait in a queue of their own
-VALUES = 2**19  # of a body: numbers, texts, lists and objects; token ids are most of them
-STRINGS = 2**17  # of a body, names of fields included
-DEPTH = 64  # of what a client nests: schemas, arguments
+LARGE_BODY_BYTES = 2**16  # larger bodies wait in a separate queue
+VALUES = 2**19  # of a body: numbers, strings, lists and objects; mostly token ids
+STRINGS = 2**17  # of a body, including field names
+DEPTH = 64  # nesting of schemas and arguments
 SCHEMA_VALUES = 2**14  # of one schema, or of the arguments of one call
-TOOL_VALUES = 2**15  # of all tools together
+TOOL_VALUES = 2**15  # total of all tools
 TOOLS = 512
 MESSAGES = 8192
 PARTS = 2048  # of one message
 CALLS = 256  # of one message
 PROMPTS = 2048
 STRUCTURE_CHARACTERS = 2**17
-STRUCTURE_RULES = 512  # compilers of grammars recurse over rules, and a long chain of them overflows their stack
+STRUCTURE_RULES = 512  # grammar compilers recurse over rules, and a long chain of rules overflows their stack
 SCHEMA_REFERENCES = 256
 CHOICES = 4096
 BIASES = 4096
@@ -25,12 +25,12 @@ SHORT_CHARACTERS = 512  # names of models, users, sessions
 STOP_CHARACTERS = 4096
 DETOKENIZED_TOKENS = 2**18
 TOKENIZED_TOKENS = 2**20
-PASSAGE_CHARACTERS = 2**19  # without a place to cut it: tokenizing takes some 200 bytes a character
-REPLY_PROMPT_TOKENS = 2**22  # of all replies to one request together
-UNREAD_DELTAS = 2**14  # of one request whose client does not read them
+PASSAGE_CHARACTERS = 2**19  # of a text that cannot be split; tokenization takes about 200 bytes per character
+REPLY_PROMPT_TOKENS = 2**22  # total of all replies to one request
+UNREAD_DELTAS = 2**14  # of one request whose client does not read its reply
 MESSAGE_CHARACTERS = 1000  # of an error
 
 
 def shortened(text: str, most: int = MESSAGE_CHARACTERS) -> str:
-    """The text, or its beginning and its end where it is longer than `most` characters."""
+    """Return the text, reduced to its beginning and its end if it is longer than `most` characters."""
     return text if len(text) <= most else f"{text[: most * 2 // 3]} ... {text[-(most // 4) :]}"

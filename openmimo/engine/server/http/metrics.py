@@ -1,4 +1,4 @@
-"""Prometheus metrics of one app, in a registry of its own, so that several apps live in one process."""
+"""Prometheus metrics of one app, in a separate registry, so that one process can hold several apps."""
 
 from collections.abc import Iterator
 
@@ -14,7 +14,7 @@ _SECONDS_IN_ALL = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0,
 
 
 class Metrics:
-    """What the server counts itself, and what it asks the backend for when it is read."""
+    """The server's own counters and histograms, and the backend's gauges, which are read when metrics are collected."""
 
     def __init__(self, backend: Backend):
         self._registry = CollectorRegistry()
@@ -22,7 +22,7 @@ class Metrics:
             "openmimo_http_requests", "Answered HTTP requests.", ["path", "status"], registry=self._registry
         )
         self.replies = Counter(
-            "openmimo_replies", "Replies that ended, by how.", ["finish_reason"], registry=self._registry
+            "openmimo_replies", "Finished replies, by finish reason.", ["finish_reason"], registry=self._registry
         )
         self.seconds_to_first_token = Histogram(
             "openmimo_time_to_first_token_seconds",
@@ -45,7 +45,7 @@ class Metrics:
         self._registry.register(_BackendCollector(backend))
 
     def text(self) -> bytes:
-        """All metrics in Prometheus' text format."""
+        """Return all metrics in Prometheus' text format."""
         return generate_latest(self._registry)
 
 
@@ -54,27 +54,27 @@ class _BackendCollector(Collector):
         self._backend = backend
 
     def describe(self) -> Iterator[Metric]:
-        """What `collect` gives, without asking the backend."""
+        """The metric families of `collect`, without calling the backend."""
         return _families(BackendGauges())
 
     def collect(self) -> Iterator[Metric]:
-        """The backend's gauges at this moment."""
+        """The current values of the backend's gauges."""
         return _families(self._backend.gauges())
 
 
 def _families(gauges: BackendGauges) -> Iterator[Metric]:
     yield GaugeMetricFamily("openmimo_requests_waiting", "Requests in the engine's queue.", gauges.num_waiting)
-    yield GaugeMetricFamily("openmimo_requests_running", "Requests that the engine works on.", gauges.num_running)
-    yield GaugeMetricFamily("openmimo_cache_used_bytes", "Cache held by requests.", gauges.cache_bytes_used)
-    yield GaugeMetricFamily("openmimo_cache_bytes", "Size of the cache.", gauges.cache_bytes_total)
-    yield GaugeMetricFamily("openmimo_healthy", "Whether the engine can answer.", float(gauges.is_healthy))
+    yield GaugeMetricFamily("openmimo_requests_running", "Requests in the engine's batch.", gauges.num_running)
+    yield GaugeMetricFamily("openmimo_cache_used_bytes", "KV cache held by requests.", gauges.cache_bytes_used)
+    yield GaugeMetricFamily("openmimo_cache_bytes", "Size of the KV cache.", gauges.cache_bytes_total)
+    yield GaugeMetricFamily("openmimo_healthy", "Whether the engine accepts requests.", float(gauges.is_healthy))
     yield CounterMetricFamily("openmimo_prompt_tokens", "Tokens of prompts.", gauges.num_prompt_tokens)
     yield CounterMetricFamily(
-        "openmimo_prefix_hit_tokens", "Prompt tokens that were not computed anew.", gauges.num_cached_tokens
+        "openmimo_prefix_hit_tokens", "Prompt tokens found in the prefix cache.", gauges.num_cached_tokens
     )
     yield CounterMetricFamily("openmimo_generated_tokens", "Tokens generated.", gauges.num_new_tokens)
-    yield _by_position("openmimo_drafts_offered", "Drafts that were judged.", gauges.drafts_offered)
-    yield _by_position("openmimo_drafts_accepted", "Drafts that were right.", gauges.drafts_accepted)
+    yield _by_position("openmimo_drafts_offered", "Drafts that were verified.", gauges.drafts_offered)
+    yield _by_position("openmimo_drafts_accepted", "Drafts that were accepted.", gauges.drafts_accepted)
 
 
 def _by_position(name: str, help_line: str, counts: tuple[int, ...]) -> CounterMetricFamily:

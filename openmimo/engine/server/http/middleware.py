@@ -1,4 +1,4 @@
-"""What happens to every request before its route: it is counted, asked for its key, and read up to a size."""
+"""ASGI middleware: request counts, API keys and body sizes."""
 
 import asyncio
 import hmac
@@ -14,7 +14,7 @@ _GUARDED = ("/v1/", "/tokenize", "/detokenize")
 
 
 class CountRequests:
-    """Calls `count(path, status)` for every answered request; path is that of the route, so that few exist."""
+    """Call `count(path, status)` for every response. Paths outside `paths` count as "other", so labels stay few."""
 
     def __init__(self, app: ASGIApp, count: Callable[[str, int], None], paths: frozenset[str]):
         self._app = app
@@ -22,7 +22,6 @@ class CountRequests:
         self._paths = paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answers as an ASGI app."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -36,15 +35,14 @@ class CountRequests:
 
 
 class RequireKey:
-    """Refuses requests to the API that do not carry the key."""
+    """Reject API requests without the key."""
 
     def __init__(self, app: ASGIApp, api_key: str):
         self._app = app
         self._expected = f"Bearer {api_key}".encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answers as an ASGI app."""
-        if scope["type"] == "http" and scope["path"].startswith(_GUARDED) and not self._knows_key(scope):
+        if scope["type"] == "http" and scope["path"].startswith(_GUARDED) and not self._has_key(scope):
             error = ApiError(
                 401,
                 "The API key is missing or wrong; send it as Authorization: Bearer KEY.",
@@ -55,15 +53,21 @@ class RequireKey:
             return
         await self._app(scope, receive, send)
 
-    def _knows_key(self, scope: Scope) -> bool:
-        given = dict(scope["headers"]).get(b"authorization", b"")
-        return hmac.compare_digest(given, self._expected)
+    def _has_key(self, scope: Scope) -> bool:
+        authorization = dict(scope["headers"]).get(b"authorization", b"")
+        return hmac.compare_digest(authorization, self._expected)
 
 
 class LimitBody:
-    """Reads the body before the route runs, and refuses it as soon as it is too large, chunked or not.
+    """Read the body before the route runs, and reject it as soon as it is too large, chunked or not.
 
-    max_open_bytes: of all bodies that are read or whose requests are answered, together; small ones do not count.
+    Args:
+        app: The next ASGI app.
+        max_bytes: Maximum size of one body.
+        max_open_bytes: Maximum total size of the bodies of all open requests, except bodies of up to
+            `LARGE_BODY_BYTES`.
+        timeout_seconds: Time limit for a body to arrive.
+        retry_after_seconds: Value of the Retry-After header of a 429.
     """
 
     def __init__(
@@ -77,7 +81,6 @@ class LimitBody:
         self._retry_after_seconds = retry_after_seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answers as an ASGI app."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -97,8 +100,8 @@ class LimitBody:
             self._num_open_bytes -= size.num_bytes
 
     async def _read(self, scope: Scope, receive: Receive, size: "_Size") -> bytes:
-        """The body; of a client that has vanished, what came of it. Raises ApiError."""
-        # What is not read of a body would be taken for the next request, so these errors end the connection.
+        """Return the body, or its received part if the client has disconnected. Raises ApiError."""
+        # The unread rest of a body would be parsed as the next request, so these errors close the connection.
         headers = {"Connection": "close"}
         too_large = ApiError(
             413, f"The request is larger than {self._max_bytes} bytes.", code="request_too_large", headers=headers
@@ -121,7 +124,7 @@ class LimitBody:
             raise ApiError(408, "The request did not arrive in time.", code="timeout", headers=headers) from error
 
     def _count(self, size: "_Size", num_bytes: int) -> None:
-        """Counts a body that has grown to `num_bytes`. Raises ApiError where all of them are too large together."""
+        """Record that a body has grown to `num_bytes`. Raises ApiError if the open bodies exceed their total limit."""
         if num_bytes <= LARGE_BODY_BYTES:
             return
         self._num_open_bytes += num_bytes - size.num_bytes
@@ -129,7 +132,7 @@ class LimitBody:
         if self._num_open_bytes > max(self._max_open_bytes, num_bytes):
             raise ApiError(
                 429,
-                f"Requests of {self._max_open_bytes} bytes are read or answered already; try again.",
+                f"The open requests already have {self._max_open_bytes} bytes; try again.",
                 code="queue_full",
                 headers={"Retry-After": str(self._retry_after_seconds), "Connection": "close"},
             )
@@ -137,6 +140,6 @@ class LimitBody:
 
 @dataclass
 class _Size:
-    """What one body adds to the open bytes."""
+    """The share of one body in the open bytes."""
 
     num_bytes: int = 0

@@ -1,4 +1,4 @@
-"""GET /health and /metrics for whoever runs the server, and GET / for the chat page."""
+"""GET /health and /metrics for operators, and GET / for the chat page."""
 
 from pathlib import Path
 from typing import Any
@@ -20,41 +20,40 @@ _HEADERS = {
 
 
 def operation_routes(service: Service) -> APIRouter:
-    """What those who run the server look at."""
+    """The endpoints for health checks and metrics."""
     router = APIRouter()
 
     @router.get("/health")
     async def health() -> dict[str, Any]:
-        """Tells whether requests are accepted: 503 while the server ends or when the engine has died."""
+        """Reports whether requests are accepted: 503 while the server drains or after the engine has failed."""
         if (refusal := service.refusal()) is not None:
             raise refusal
         return {"status": "ok"}
 
     @router.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
-        """Gives the metrics in Prometheus' text format."""
+        """Returns the metrics in Prometheus' text format."""
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     return router
 
 
 class PageFiles(StaticFiles):
-    """The page's files, each with headers that let a browser load nothing from another host."""
+    """The page's files, with headers that forbid a browser to load anything from another host."""
 
     async def get_response(self, path: str, scope: Scope) -> Response:
-        """The file, or a 404."""
         response = await super().get_response(path, scope)
         response.headers.update(_HEADERS)
         return response
 
 
 def page_routes() -> APIRouter:
-    """The page itself."""
+    """The endpoint of the chat page."""
     router = APIRouter(include_in_schema=False)
 
     @router.get("/")
     async def page() -> Response:
-        """Answers with the chat page."""
+        """Returns the chat page."""
         return FileResponse(PAGE / "index.html", headers=_HEADERS)
 
     return router

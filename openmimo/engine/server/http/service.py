@@ -1,4 +1,4 @@
-"""Runs requests on the backend within the server's limits: a bounded queue, a deadline, a graceful end."""
+"""Run requests on the backend within the server's limits: a bounded queue, a deadline, a graceful shutdown."""
 
 import asyncio
 import functools
@@ -24,9 +24,9 @@ _Result = TypeVar("_Result")
 
 
 class _Lane:
-    """A few threads, and a bounded queue in front of them.
+    """A small thread pool with a bounded queue.
 
-    Work that runs cannot be stopped, so its thread stays taken when the client goes away; work that waits is forgotten.
+    Running work cannot be cancelled, so it occupies its thread after the client disconnects. Waiting work is dropped.
     """
 
     def __init__(self, name: str, *, num_threads: int, most_waiting: int, retry_after_seconds: int):
@@ -37,11 +37,11 @@ class _Lane:
         self._retry_after_seconds = retry_after_seconds
 
     async def run(self, work: Callable[[], _Result]) -> _Result:
-        """The result of `work`. Raises what it raises, and ApiError (429) if too much waits already."""
+        """Return the result of `work`. Raises its exceptions, and ApiError (429) if the queue is full."""
         if self._num_waiting >= self._most_waiting:
             raise ApiError(
                 429,
-                f"{self._num_waiting} requests wait to be read already; try again.",
+                f"{self._num_waiting} requests are already waiting to be parsed; try again.",
                 code="queue_full",
                 headers={"Retry-After": str(self._retry_after_seconds)},
             )
@@ -56,14 +56,21 @@ class _Lane:
         return await asyncio.wrap_future(future)
 
     def close(self) -> None:
-        """Returns when the work that runs has ended."""
+        """Wait until the running work has finished."""
         self._executor.shutdown()
 
 
 class Service:
-    """The backend behind the limits of a config.
+    """The backend, with the limits of a config applied.
 
-    is_draining: whether new requests are refused because the server is about to end.
+    Attributes:
+        backend: Generates the replies.
+        config: The limits.
+        metrics: Counters and histograms of the server.
+        model_name: Model name in the API.
+        created: Unix time of the start, in seconds.
+        is_draining: Whether new requests are rejected because the server is shutting down.
+        num_waiting: Number of replies that wait for their first token.
     """
 
     def __init__(self, backend: Backend, config: ServerConfig):
@@ -75,34 +82,39 @@ class Service:
         self.is_draining = False
         self.num_waiting = 0
         self._generations: set[Generation] = set()
-        # Two lanes, so that long documents do not hold up chats.
+        # Two lanes, so that long documents do not delay chats.
         self._small, self._large = self._lane("small", num_threads=2), self._lane("large", num_threads=1)
 
     @property
     def num_active(self) -> int:
-        """HTTP requests whose replies are being generated."""
+        """Number of HTTP requests whose replies are being generated."""
         return len(self._generations)
 
     def check_model(self, name: str | None) -> None:
-        """Raises ApiError if a client wants another model than the one there is."""
+        """Raise ApiError (404) if a request names a model other than the served one."""
         if name is not None and name != self.model_name:
-            message = f"There is no model {name!r} here; the one that is served is {self.model_name!r}."
+            message = f"There is no model {name!r}; this server serves {self.model_name!r}."
             raise ApiError(404, message, param="model", code="model_not_found")
 
     def refusal(self) -> ApiError | None:
-        """Why no request can be accepted now: the server is about to end, or the engine has died."""
+        """Return the error for new requests (503) if the server is draining or the engine has failed, else None."""
         if self.is_draining:
             return ApiError(
-                503, "The server is about to end; ask again later.", code="draining", headers=self._retry_after(1)
+                503, "The server is shutting down; try again later.", code="draining", headers=self._retry_after(1)
             )
         if not self.backend.gauges().is_healthy:
             return ApiError(503, "The engine is not running.", code="engine_unhealthy", headers=self._retry_after(1))
         return None
 
     async def prepared(self, work: Callable[[], _Result], *, is_large: bool) -> _Result:
-        """The result of `work`, which runs in a thread while the event loop goes on. is_large: it may take long.
+        """Run `work` in a thread, without blocking the event loop, and return its result.
 
-        Raises what `work` raises, and ApiError: 429 if too much waits, 503 as `refusal` says, 504 after too long.
+        Args:
+            work: A function that parses, renders, encodes or compiles parts of a request.
+            is_large: Whether `work` may take long. Large work has its own queue.
+
+        Raises:
+            ApiError: 429 if the queue is full, 503 as in `refusal`, 504 after the request time-out.
         """
         if (refusal := self.refusal()) is not None:
             raise refusal
@@ -110,23 +122,29 @@ class Service:
             async with asyncio.timeout(self.config.request_timeout_seconds):
                 return await (self._large if is_large else self._small).run(work)
         except TimeoutError as error:
-            raise ApiError(504, "The request waited too long before it was read.", code="timeout") from error
+            raise ApiError(504, "The request waited too long before it was parsed.", code="timeout") from error
 
     def check_num_replies(self, num_prompts: int, num_choices: int) -> None:
-        """Raises ApiError for too many replies to one request, before any prompt is encoded."""
-        asked, most = num_prompts * num_choices, self.config.max_choices
-        if asked > most:
-            raise invalid(f"This asks for {asked} replies (prompts times n); at most {most} at once.", "n")
+        """Raise ApiError if one request needs too many replies. Called before any prompt is encoded."""
+        num_replies, most = num_prompts * num_choices, self.config.max_choices
+        if num_replies > most:
+            raise invalid(
+                f"The request needs {num_replies} replies (prompts times n); at most {most} are allowed.", "n"
+            )
 
     def check(self, requests: Sequence[Request], *, param: str, structure_param: str) -> None:
-        """Raises ApiError (400) if a request can never run. May be called from any thread; a grammar takes its time.
+        """Raise ApiError (400) if a request can never run. Thread-safe; compiling a grammar may take long.
 
-        param, structure_param: the fields that hold the prompt, and the form of the reply.
+        Args:
+            requests: The engine requests of one HTTP request.
+            param: Field of the HTTP request that contains the prompt.
+            structure_param: Field of the HTTP request that contains the structure of the reply.
         """
         num_tokens = sum(len(request.prompt_token_ids) for request in requests)
         if num_tokens > limits.REPLY_PROMPT_TOKENS:
             raise invalid(
-                f"The prompts of all replies have {num_tokens} tokens; at most {limits.REPLY_PROMPT_TOKENS} at once.",
+                f"The prompts of all replies have {num_tokens} tokens in total; at most "
+                f"{limits.REPLY_PROMPT_TOKENS} are allowed.",
                 "n",
             )
         checked: set[int] = set()
@@ -136,21 +154,25 @@ class Service:
                 self._check(request, param, structure_param)
 
     def start(self, requests: Sequence[Request]) -> "Generation":
-        """Begins to answer what was checked. Raises ApiError: 429 if too many wait, 503 as `refusal` says."""
+        """Start to generate replies to checked requests.
+
+        Raises:
+            ApiError: 429 if the queue is full, 503 as in `refusal`.
+        """
         if (refusal := self.refusal()) is not None:
             raise refusal
-        # A request that is larger than the whole queue must still be served when nobody waits.
+        # A request larger than the whole queue must still be served when the queue is empty.
         if self.num_waiting and self.num_waiting + len(requests) > self.config.max_queue:
             raise ApiError(
                 429,
-                f"{self.num_waiting} requests are waiting already, of at most {self.config.max_queue}; try again.",
+                f"{self.num_waiting} of at most {self.config.max_queue} requests are already waiting; try again.",
                 code="queue_full",
                 headers=self._retry_after(self.config.retry_after_seconds),
             )
         return Generation(self, requests, self._generations)
 
     async def drain(self) -> None:
-        """Refuses new requests and lets those that run finish; ends them once the drain timeout has passed."""
+        """Reject new requests and let running ones finish. Fails those that still run after the drain time-out."""
         self.is_draining = True
         deadline = time.monotonic() + self.config.drain_timeout_seconds
         while self.num_active and time.monotonic() < deadline:
@@ -158,12 +180,12 @@ class Service:
         self.end_all()
 
     def end_all(self) -> None:
-        """Ends what runs, with an error."""
+        """Fail all running requests."""
         for generation in tuple(self._generations):
-            generation.fail(ApiError(503, "The server ended before the reply did.", code="draining"))
+            generation.fail(ApiError(503, "The server shut down before the reply was complete.", code="draining"))
 
     async def close(self) -> None:
-        """Returns when no thread prepares anything any more."""
+        """Wait until no thread prepares a request."""
         for lane in (self._small, self._large):
             await asyncio.to_thread(lane.close)
 
@@ -183,18 +205,18 @@ class Service:
                 param,
                 code="context_length_exceeded",
             )
-        # Part by part, so that an error names the field at fault.
+        # Add one field at a time, so that an error names the invalid field.
         params = request.params
         parts = replace(params, structure=None, logit_bias={}, stop_token_ids=())
-        self._ask_backend(request, parts, param)
+        self._check_in_backend(request, parts, param)
         parts = replace(parts, stop_token_ids=params.stop_token_ids)
-        self._ask_backend(request, parts, "stop_token_ids")
+        self._check_in_backend(request, parts, "stop_token_ids")
         parts = replace(parts, logit_bias=params.logit_bias)
-        self._ask_backend(request, parts, "logit_bias")
+        self._check_in_backend(request, parts, "logit_bias")
         if params.structure is not None:
-            self._ask_backend(request, params, structure_param)
+            self._check_in_backend(request, params, structure_param)
 
-    def _ask_backend(self, request: Request, params: SamplingParams, param: str) -> None:
+    def _check_in_backend(self, request: Request, params: SamplingParams, param: str) -> None:
         try:
             self.backend.check(replace(request, params=params))
         except UserError as error:
@@ -206,9 +228,9 @@ class Service:
 
 
 class Generation:
-    """The replies to one HTTP request, made from the moment it exists; `close` aborts what is not finished.
+    """The replies to one HTTP request. Generation starts at construction; `close` aborts unfinished replies.
 
-    Iterate once over `deltas`.
+    `deltas` can be iterated once.
     """
 
     def __init__(self, service: Service, requests: Sequence[Request], running: "set[Generation]"):
@@ -221,15 +243,15 @@ class Generation:
         self._running = running
         running.add(self)
         timeout = service.config.request_timeout_seconds
-        late = ApiError(504, f"The reply took longer than {timeout:g} s.", code="timeout")
-        self._timer = asyncio.get_running_loop().call_later(timeout, self.fail, late)
+        timeout_error = ApiError(504, f"The reply took longer than {timeout:g} s.", code="timeout")
+        self._timer = asyncio.get_running_loop().call_later(timeout, self.fail, timeout_error)
         self._meters = [_Meter(service, self._arrival) for _ in requests]
         self._tasks = [asyncio.create_task(self._pump(index, request)) for index, request in enumerate(requests)]
         for task, meter in zip(self._tasks, self._meters, strict=True):
             task.add_done_callback(functools.partial(self._on_done, meter))
 
     async def deltas(self) -> AsyncIterator[tuple[int, Delta]]:
-        """(choice, delta) in the order in which they come. Raises ApiError if a reply cannot be finished."""
+        """Yield (choice index, delta) in order of arrival. Raises ApiError if a reply cannot be completed."""
         while self._unread:
             event = await self._events.get()
             if isinstance(event, ApiError):
@@ -241,7 +263,7 @@ class Generation:
                 yield event
 
     def fail(self, error: ApiError) -> None:
-        """Ends all replies with an error."""
+        """End all replies with an error."""
         if not self._failed:
             self._failed = True
             self._events.put_nowait(error)
@@ -249,35 +271,35 @@ class Generation:
             task.cancel()
 
     def abort(self, index: int) -> None:
-        """Ends one reply that needs no more tokens; `deltas` tells no more of it."""
+        """End one reply that needs no more tokens. `deltas` yields nothing more of it."""
         self._unread.discard(index)
         self._meters[index].finish_reason = "stop"
         self._tasks[index].cancel()
 
     async def close(self) -> None:
-        """Aborts what is not finished, and returns when the backend has let go of it."""
+        """Abort unfinished replies, and wait until the backend has released them."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _pump(self, index: int, request: Request) -> None:
-        """Moves one reply from the backend to the queue of events."""
+        """Move the deltas of one reply from the backend to the event queue."""
         async with aclosing(self._service.backend.generate(request)) as deltas:
             async for delta in deltas:
                 if delta.is_request_error:
                     raise invalid(delta.error, None)
                 if delta.finish_reason in ("error", "abort"):
-                    raise engine_failed(delta.error or "it gave the request up.")
+                    raise engine_failed(delta.error or "it aborted the request.")
                 if self._events.qsize() >= limits.UNREAD_DELTAS:
                     raise ApiError(503, "The client does not read its reply.", code="client_too_slow")
-                self._meters[index].see(delta)
+                self._meters[index].record(delta)
                 self._events.put_nowait((index, delta))
                 if delta.finish_reason:
                     return
-        raise engine_failed("the reply broke off.")
+        raise engine_failed("the reply ended without a finish reason.")
 
     def _on_done(self, meter: "_Meter", task: asyncio.Task[None]) -> None:
-        # Not at the end of the task's own code: a task that is cancelled before it starts never runs it.
+        # A done callback, because a task that is cancelled before it starts never runs any of its code.
         meter.end()
         self._num_running -= 1
         if not self._num_running:
@@ -294,7 +316,7 @@ class Generation:
 
 
 class _Meter:
-    """Times one reply, and counts it among those that wait until its first token comes."""
+    """Metrics of one reply. The reply counts as waiting until its first token."""
 
     def __init__(self, service: Service, arrival: float):
         self._service = service
@@ -306,8 +328,7 @@ class _Meter:
         self._is_waiting = True
         service.num_waiting += 1
 
-    def see(self, delta: Delta) -> None:
-        """One more step."""
+    def record(self, delta: Delta) -> None:
         if delta.token_ids:
             self._last = time.monotonic()
             if not self._num_tokens:
@@ -318,7 +339,7 @@ class _Meter:
         self.finish_reason = delta.finish_reason or self.finish_reason
 
     def end(self) -> None:
-        """The reply has ended, one way or another."""
+        """Record the end of the reply, by completion, failure or abortion."""
         self._stop_waiting()
         metrics = self._service.metrics
         metrics.replies.labels(self.finish_reason).inc()

@@ -1,4 +1,4 @@
-"""Server-sent events: a reply as it grows, its errors included."""
+"""Server-sent events: replies and their errors as streams."""
 
 import json
 from collections.abc import AsyncIterator
@@ -13,30 +13,32 @@ from openmimo.engine.server.http.bodies import unless_disconnected
 from openmimo.engine.server.http.errors import ApiError, ClientGoneError
 from openmimo.engine.server.http.service import Generation
 
-STREAMED = {200: {"description": "The reply, or with stream its events.", "content": {"text/event-stream": {}}}}
+STREAMED: dict[int | str, dict[str, Any]] = {
+    200: {"description": "The reply, or its events if stream is true.", "content": {"text/event-stream": {}}}
+}
 DONE = b"data: [DONE]\n\n"
 _LINE_ENDS = {ord(character): f"\\u{ord(character):04x}" for character in "\u0085\u2028\u2029"}
 _HEADERS = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-store", "x-accel-buffering": "no"}
 
 
 def event(data: dict[str, Any], name: str | None = None) -> bytes:
-    """One event; with a name, as the Responses API has them."""
+    """Encode one event. Events of the Responses API have a name."""
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    text = text.translate(_LINE_ENDS)  # some clients take these for the ends of lines
+    text = text.translate(_LINE_ENDS)  # some clients treat these characters as line ends
     return (f"event: {name}\n" if name else "").encode() + f"data: {text}\n\n".encode()
 
 
 class Answer(Protocol):
-    """The replies to one request. generation: makes them."""
+    """The replies to one request, which `generation` produces."""
 
     generation: Generation
 
     async def whole(self) -> dict[str, Any]:
-        """The answer as one object."""
+        """Return the complete answer as one object."""
 
 
 async def respond(request: Request, answer: Answer, events: AsyncIterator[bytes] | None) -> Response:
-    """An answer as `events`, or whole if there are none; its generation ends with it."""
+    """Send an answer as a stream of `events`, or as one object if that is None. Closes the generation at the end."""
     if events is not None:
         return EventStream(events, answer.generation)
     try:
@@ -46,9 +48,9 @@ async def respond(request: Request, answer: Answer, events: AsyncIterator[bytes]
 
 
 class EventStream(Response):
-    """Sends events as they come, and ends `generation` when they end or the client goes away.
+    """Send events as they arrive, and close `generation` when they end or the client disconnects.
 
-    An ApiError among the events becomes a last event in OpenAI's shape, which its clients raise.
+    An ApiError becomes a final event in OpenAI's format, which OpenAI's clients raise.
     """
 
     def __init__(self, events: AsyncIterator[bytes], generation: Generation):
@@ -58,7 +60,6 @@ class EventStream(Response):
         self._generation = generation
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answers as an ASGI app."""
         try:
             await unless_disconnected(receive, self._send_all(send))
         except ClientGoneError:

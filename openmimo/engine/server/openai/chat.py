@@ -1,4 +1,4 @@
-"""A conversation to a prompt, and what comes back to the parts of a message."""
+"""Chat requests: a conversation to a prompt, and the deltas of a reply to the parts of a message."""
 
 import secrets
 from collections.abc import Sequence
@@ -27,8 +27,12 @@ _THINKING_EFFORTS = ("low", "medium", "high", "xhigh")
 
 @dataclass(frozen=True)
 class ChatPrompt:
-    """token_ids: what the model reads; they end with the policy's opening, which is already part of the reply.
-    starts_thinking: whether the reply begins inside `<think>`.
+    """A conversation ready for the engine.
+
+    Attributes:
+        token_ids: The prompt. It ends with the policy's opening, which is the beginning of the reply.
+        policy: The tools, and the constraints on tool calls.
+        starts_thinking: Whether the reply begins inside `<think>`.
     """
 
     token_ids: tuple[int, ...]
@@ -37,12 +41,15 @@ class ChatPrompt:
 
 
 def template_options(options: TemplateOptions | None, effort: str | None, effort_param: str) -> TemplateOptions:
-    """chat_template_kwargs and reasoning effort as one. The model thinks or does not; any effort from low on does."""
+    """Merge chat_template_kwargs and the reasoning effort. Thinking is on or off: efforts of low and above enable it.
+
+    Raises ApiError, for the field `effort_param`, if the two contradict each other.
+    """
     options = options or TemplateOptions()
-    thinks = None if effort is None else effort in _THINKING_EFFORTS
-    if None not in (thinks, options.enable_thinking) and thinks != options.enable_thinking:
+    effort_thinks = None if effort is None else effort in _THINKING_EFFORTS
+    if None not in (effort_thinks, options.enable_thinking) and effort_thinks != options.enable_thinking:
         raise invalid(f"{effort_param} and chat_template_kwargs.enable_thinking contradict each other.", effort_param)
-    enable = options.enable_thinking if thinks is None else thinks
+    enable = options.enable_thinking if effort_thinks is None else effort_thinks
     return TemplateOptions(enable_thinking=bool(enable), keep_all_reasoning=options.keep_all_reasoning)
 
 
@@ -55,10 +62,21 @@ def chat_prompt(
     most_tokens: int,
     param: str = "messages",
 ) -> ChatPrompt:
-    """The prompt of a conversation in the model's chat format. Raises ApiError if the template refuses it, or for more
-    than `most_tokens`."""
+    """Render and encode a conversation in the model's chat format.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        messages: The conversation, in the form that templates take.
+        policy: The tools, and the constraints on tool calls.
+        options: Options of the chat template.
+        most_tokens: Maximum length of the prompt.
+        param: Field of the HTTP request that contains the conversation.
+
+    Raises:
+        ApiError: The template rejects the conversation, or the prompt exceeds `most_tokens`.
+    """
     if options.enable_thinking and policy.opening:
-        raise invalid("A call that must come leaves no room for thinking: turn one of the two off.", "tool_choice")
+        raise invalid("A required tool call excludes thinking; turn one of the two off.", "tool_choice")
     ids = encode_messages(tokenizer, messages, policy.tools, options, most_tokens=most_tokens, param=param)
     starts_thinking = _ends_in_thought(tokenizer, ids)
     if policy.opening:
@@ -68,7 +86,7 @@ def chat_prompt(
 
 
 def template_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
-    """Messages as templates take them: "developer" is OpenAI's newer word for "system"."""
+    """Convert messages to the form that templates take. "developer" is OpenAI's newer name of the role "system"."""
     turns = []
     for message in messages:
         turn = message.model_dump(exclude_none=True)
@@ -79,22 +97,30 @@ def template_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
 
 @dataclass
 class ToolCallState:
-    """A call of a reply, as far as it has come."""
+    """A tool call of a reply, possibly incomplete."""
 
     name: str
     id: str = field(default_factory=lambda: f"call_{secrets.token_hex(12)}")
     arguments: str = ""
 
     def to_message(self) -> dict[str, Any]:
-        """The call as a part of a message."""
+        """Return the call in the form of a chat message."""
         return {"id": self.id, "type": "function", "function": {"name": self.name, "arguments": self.arguments}}
 
 
 class ChatReply:
-    """One reply as it grows: its reasoning, content and calls, all of them made of the text alone.
+    """One reply, built from its deltas. Reasoning, content and calls are parsed from the text.
 
-    token_ids, finish_reason, num_cached_tokens: as the deltas told. num_reasoning_tokens: between `<think>` marks.
-    is_complete: whether nothing that could follow belongs to the reply (one call was allowed, and it has ended).
+    Attributes:
+        reasoning: Text inside `<think>`.
+        content: Text outside thinking and calls.
+        tool_calls: The calls in order. The last may be incomplete.
+        token_ids: All generated tokens.
+        finish_reason: The engine's finish reason; empty while the reply is unfinished.
+        num_cached_tokens: Prompt tokens found in the prefix cache.
+        num_reasoning_tokens: Tokens between the `<think>` marks.
+        num_drafted_tokens: Tokens that were accepted drafts of MTP layers.
+        is_complete: Whether to ignore further tokens: one call was allowed, and it has ended.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: ChatPrompt):
@@ -119,37 +145,37 @@ class ChatReply:
         self._opening = prompt.policy.opening
 
     def push(self, delta: Delta) -> list[ChatEvent]:
-        """What one delta adds, in order. Nothing is added once the reply is complete."""
+        """Add a delta and return its events in order. After the reply is complete, there are none."""
         self._count(delta)
         events = self._parser.push(self._opening + delta.text)
         self._opening = ""
         if delta.finish_reason:
             events += self._parser.finish()
             self.finish_reason = delta.finish_reason
-        taken = []
+        added = []
         for event in events:
             if self._one_call and self.tool_calls and isinstance(event, ToolCallStart):
                 self._end_early()
             if self.is_complete:
                 break
-            self._take(event)
-            taken.append(event)
-        return taken
+            self._add(event)
+            added.append(event)
+        return added
 
     @property
     def openai_finish_reason(self) -> str:
-        """The finish reason in OpenAI's words; a reply cut for repeating itself counts as too long."""
+        """OpenAI's finish reason. "repetition" becomes "length"."""
         if self.tool_calls and not self.has_open_call and self.finish_reason == "stop":
             return "tool_calls"
         return "length" if self.finish_reason == "repetition" else self.finish_reason
 
     @property
     def has_open_call(self) -> bool:
-        """Whether a call was cut off, by a limit or by the model: its arguments are no whole JSON object."""
+        """Whether the last call is incomplete, so that its arguments are not a complete JSON object."""
         return self._num_whole_calls < len(self.tool_calls)
 
     def message(self) -> dict[str, Any]:
-        """The whole reply as a message."""
+        """Return the reply as a chat message."""
         message: dict[str, Any] = {"role": "assistant", "content": self.content or (None if self.tool_calls else "")}
         if self.reasoning:
             message["reasoning_content"] = self.reasoning
@@ -157,7 +183,7 @@ class ChatReply:
             message["tool_calls"] = [call.to_message() for call in self.tool_calls]
         return message
 
-    def _take(self, event: ChatEvent) -> None:
+    def _add(self, event: ChatEvent) -> None:
         match event:
             case ReasoningText():
                 self.reasoning += event.text
@@ -188,14 +214,14 @@ class ChatReply:
 
 
 def _ends_in_thought(tokenizer: Tokenizer, ids: Sequence[int]) -> bool:
-    """Whether a template has opened the model's thinking at the end of the prompt."""
+    """Whether the prompt ends inside `<think>`."""
     opening, closing = _id_of(tokenizer, THINK_START), _id_of(tokenizer, THINK_END)
     last = next((token for token in reversed(ids) if token in (opening, closing)), None)
     return last is not None and last == opening
 
 
 def _id_of(tokenizer: Tokenizer, mark: str) -> int | None:
-    """The id of a mark, if it is one token of this tokenizer."""
+    """The id of a mark, or None if it is not one token of this tokenizer."""
     try:
         return tokenizer.id_of(mark)
     except DataError:

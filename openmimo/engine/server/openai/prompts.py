@@ -1,4 +1,4 @@
-"""Texts and conversations of requests to token ids, with bounded time and memory. Runs in a thread."""
+"""Tokenization of texts and conversations of requests, with bounded time and memory. Runs in a worker thread."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -15,7 +15,7 @@ from openmimo.engine.server.openai.schema import TemplateOptions
 def encode_text(
     tokenizer: Tokenizer, text: str, *, most_tokens: int, param: str, allow_special: bool = False
 ) -> list[int]:
-    """The ids of a text. Raises ApiError for more than `most_tokens`; a text that is longer is not read to its end."""
+    """Encode a text. Raises ApiError if it has more than `most_tokens` tokens; encoding stops at that limit."""
     _check_passages([text], param, in_one_piece=allow_special)
     ids = tokenizer.encode(text, allow_special=allow_special, most_tokens=most_tokens)
     return _few_enough(ids, most_tokens, param)
@@ -31,7 +31,20 @@ def encode_messages(
     add_generation_prompt: bool = True,
     param: str = "messages",
 ) -> list[int]:
-    """The ids of a conversation. Raises ApiError if the template refuses it, or for more than `most_tokens`."""
+    """Render and encode a conversation.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        messages: The conversation, in the form that templates take.
+        tools: Tools in OpenAI's chat format.
+        options: Options of the chat template.
+        most_tokens: Maximum length in tokens.
+        add_generation_prompt: Whether to end with the beginning of an assistant turn.
+        param: Field of the HTTP request that contains the conversation.
+
+    Raises:
+        ApiError: The template rejects the conversation, or it has more than `most_tokens` tokens.
+    """
     _check_passages(_texts(messages), param)
     _check_passages(_texts(tools), "tools")
     try:
@@ -50,9 +63,9 @@ def encode_messages(
 
 
 def too_long(num_tokens: str, most_tokens: int, param: str) -> ApiError:
-    """A prompt that does not fit. num_tokens: how many it has, in words."""
+    """The error for a prompt that does not fit. `num_tokens` is a text, such as "more than 4096"."""
     return invalid(
-        f"The prompt has {num_tokens} tokens, but there is room for {most_tokens}.",
+        f"The prompt has {num_tokens} tokens, but at most {most_tokens} fit.",
         param,
         code="context_length_exceeded",
     )
@@ -65,19 +78,19 @@ def _few_enough(ids: list[int], most_tokens: int, param: str) -> list[int]:
 
 
 def _check_passages(texts: Iterable[str], param: str, *, in_one_piece: bool = False) -> None:
-    """Raises ApiError for a text whose tokenization would take hundreds of megabytes."""
+    """Raise ApiError for a text whose tokenization would take hundreds of megabytes."""
     most = limits.PASSAGE_CHARACTERS
     for text in texts:
         if len(text) > most and (in_one_piece or any(len(piece) > most for piece in text_pieces(text))):
             raise invalid(
-                f"It holds a passage of more than {most} characters without a space between words or a line end; "
-                "break it up.",
+                f"The text contains a passage of more than {most} characters without a space between words or a line "
+                "end; split the passage.",
                 param,
             )
 
 
 def _texts(value: Any) -> Iterable[str]:
-    """Every text inside parsed JSON."""
+    """Yield every string in parsed JSON, except keys."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""OpenAI's Responses API: its input as a conversation, and a reply as its output items and events."""
+"""OpenAI's Responses API: conversion of its input to a conversation, and of a reply to output items and events."""
 
 import secrets
 from collections.abc import Iterator
@@ -27,7 +27,7 @@ Event = dict[str, Any]
 
 
 def input_messages(body: ResponseRequest) -> list[dict[str, Any]]:
-    """The conversation as templates take it. What the model said between two turns of others is one turn."""
+    """Convert the input to the form that templates take. Consecutive items of the model become one turn."""
     turns = [{"role": "system", "content": body.instructions}] if body.instructions else []
     if isinstance(body.input, str):
         return [*turns, {"role": "user", "content": body.input}]
@@ -55,7 +55,10 @@ def _append(turns: list[dict[str, Any]], item: InputItem) -> None:
 
 
 def _assistant_turn(turns: list[dict[str, Any]], unless: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The assistant's turn at the end, or a new one where that has a field that must come later."""
+    """Return the last turn if it is the assistant's and has no field of `unless`, otherwise a new assistant turn.
+
+    The fields of a turn have an order (reasoning, content, calls), so an item whose successor exists starts a new turn.
+    """
     if not turns or turns[-1]["role"] != "assistant" or any(name in turns[-1] for name in unless):
         turns.append({"role": "assistant"})
     return turns[-1]
@@ -68,7 +71,10 @@ def _text(content: str | list[TextPart] | None) -> str:
 
 
 class OutputItems:
-    """The output of a response as it grows. Each method gives the events, without their sequence numbers."""
+    """The output items of a response, built from the reply's events.
+
+    Each method yields the events of the Responses API, without their sequence numbers.
+    """
 
     def __init__(self, reply: ChatReply):
         self.items: list[dict[str, Any]] = []
@@ -76,7 +82,7 @@ class OutputItems:
         self._is_open = False
 
     def push(self, part: ChatEvent) -> Iterator[Event]:
-        """One more part of the reply."""
+        """Add one part of the reply."""
         match part:
             case ReasoningText():
                 yield from self._open("reasoning")
@@ -96,7 +102,7 @@ class OutputItems:
                 yield from self._end("completed")
 
     def close(self, status: str) -> Iterator[Event]:
-        """Ends the item that is open, if one is. status: completed or incomplete; a call that is open was cut off."""
+        """End the open item, if any, with `status`: "completed" or "incomplete". An open call is always incomplete."""
         if self._is_open:
             is_call = self.items[-1]["type"] == "function_call"
             yield from self._end("incomplete" if is_call else status)
@@ -121,13 +127,15 @@ class OutputItems:
         return self.items[-1]["content"][0]
 
     def _open(self, kind: str) -> Iterator[Event]:
-        """Begins an item of text, unless the open one is of its kind."""
+        """Start a text item, unless the open item has the same kind."""
         if self._is_open and self.items[-1]["type"] == kind:
             return
         yield from self.close("completed")
+        item: dict[str, Any]
+        part: dict[str, Any]
         if kind == "reasoning":
             item = {"id": _new_id("rs"), "type": kind, "summary": [], "content": []}
-            part: dict[str, Any] = {"type": "reasoning_text", "text": ""}
+            part = {"type": "reasoning_text", "text": ""}
         else:
             item = {"id": _new_id("msg"), "type": kind, "role": "assistant", "content": []}
             part = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}

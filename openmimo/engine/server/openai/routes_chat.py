@@ -34,16 +34,16 @@ from openmimo.engine.server.openai.tools import ToolPolicy, check_structure_alon
 
 
 def chat_routes(service: Service) -> APIRouter:
-    """The chat endpoint on a service."""
+    """The endpoint /v1/chat/completions of a service."""
     router = APIRouter(route_class=JsonRoute)
 
     @router.post("/v1/chat/completions", responses=STREAMED)
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
-        """Answers a conversation."""
+        """Generates the next turn of a conversation."""
         service.check_model(body.model)
         _check_options(body)
-        has_form = body.structured_outputs is not None or body.response_format is not None
-        is_large = request.state.is_large or has_form
+        has_structure = body.structured_outputs is not None or body.response_format is not None
+        is_large = request.state.is_large or has_structure
         work = service.prepared(lambda: _prepare(service, body), is_large=is_large)
         chat = await unless_disconnected(request.receive, work)
         answer = _ChatAnswer(service, body, chat, service.start(chat.requests))
@@ -54,14 +54,14 @@ def chat_routes(service: Service) -> APIRouter:
 
 def _check_options(body: ChatRequest) -> None:
     if body.stream_options and not body.stream:
-        raise invalid("stream_options belongs to a stream; set stream to true.", "stream_options")
+        raise invalid("stream_options requires stream: true.", "stream_options")
     if body.top_logprobs and not body.logprobs:
-        raise invalid("top_logprobs needs logprobs: true.", "top_logprobs")
+        raise invalid("top_logprobs requires logprobs: true.", "top_logprobs")
 
 
 @dataclass(frozen=True)
 class _Chat:
-    """A chat request ready for the engine: one of `requests` and of `replies` for each choice."""
+    """A chat request ready for the engine, with one entry of `requests` and `replies` per choice."""
 
     prompt: ChatPrompt
     requests: list[EngineRequest]
@@ -69,7 +69,7 @@ class _Chat:
 
 
 def _prepare(service: Service, body: ChatRequest) -> _Chat:
-    """The engine's requests, checked. Runs in a thread."""
+    """Convert a body to checked engine requests. Runs in a worker thread."""
     num_choices = body.n or 1
     service.check_num_replies(1, num_choices)
     policy = _tool_policy(body)
@@ -105,13 +105,13 @@ def _max_tokens(service: Service, body: ChatRequest, prompt: ChatPrompt) -> int:
     if None not in (body.max_tokens, body.max_completion_tokens) and body.max_tokens != body.max_completion_tokens:
         raise invalid("max_tokens and max_completion_tokens contradict each other; give one.", "max_tokens")
     param = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
-    asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    requested = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     room = max(service.backend.max_positions - len(prompt.token_ids), 1)
-    return token_limit(asked, room, service.config.max_tokens, param)
+    return token_limit(requested, room, service.config.max_tokens, param)
 
 
 class _ChatAnswer:
-    """The replies to one chat request, whole or as a stream of chunks."""
+    """The replies to one chat request, as one object or as a stream of chunks."""
 
     def __init__(
         self,
@@ -132,7 +132,6 @@ class _ChatAnswer:
         }
 
     async def whole(self) -> dict[str, Any]:
-        """The chat completion object."""
         logprobs: list[list[dict[str, Any]]] = [[] for _ in self._replies]
         async for index, delta in self.generation.deltas():
             self._push(index, delta)
@@ -155,7 +154,7 @@ class _ChatAnswer:
         return answer
 
     async def events(self) -> AsyncIterator[bytes]:
-        """The stream of chunks: each choice's role, what it says, and why it ended; then the usage if asked for."""
+        """Yield the chunks: each choice's role, its deltas and its finish reason; then the usage if requested."""
         options = self._body.stream_options or StreamOptions()
         details = [TokenDetails(self._tokenizer) for _ in self._replies]
         for index in range(len(self._replies)):
@@ -198,7 +197,7 @@ class _ChatAnswer:
 
 
 def _delta(events: list[ChatEvent], reply: ChatReply) -> dict[str, Any]:
-    """The delta object of a chunk."""
+    """Return the delta object of a chunk."""
     delta: dict[str, Any] = {}
     calls: dict[int, dict[str, Any]] = {}
     for part in events:

@@ -7,7 +7,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from openmimo.core.records import Delta, SamplingParams
+from openmimo.core.records import Delta, SamplingParams, TokenLogprob
 from openmimo.core.records import Request as EngineRequest
 from openmimo.data.tokenizer import Tokenizer
 from openmimo.engine.server.http.bodies import JsonRoute, unless_disconnected
@@ -23,12 +23,12 @@ _DEFAULT_MAX_TOKENS = 16  # OpenAI's
 
 
 def completion_routes(service: Service) -> APIRouter:
-    """The completions endpoint on a service."""
+    """The endpoint /v1/completions of a service."""
     router = APIRouter(route_class=JsonRoute)
 
     @router.post("/v1/completions", responses=STREAMED)
     async def completions(body: CompletionRequest, request: Request) -> Response:
-        """Continues one or several texts."""
+        """Continues one or more texts."""
         service.check_model(body.model)
         _check_options(body)
         is_large = request.state.is_large or body.structured_outputs is not None
@@ -42,13 +42,13 @@ def completion_routes(service: Service) -> APIRouter:
 
 def _check_options(body: CompletionRequest) -> None:
     if body.stream_options and not body.stream:
-        raise invalid("stream_options belongs to a stream; set stream to true.", "stream_options")
+        raise invalid("stream_options requires stream: true.", "stream_options")
     if body.best_of not in (None, body.n or 1):
-        raise invalid("best_of must equal n: replies are not ranked here.", "best_of")
+        raise invalid("best_of must equal n: this server does not rank replies.", "best_of")
 
 
 def _requests(service: Service, body: CompletionRequest) -> list[EngineRequest]:
-    """The engine's requests, checked. Runs in a thread."""
+    """Convert a body to checked engine requests. Runs in a worker thread."""
     num_choices = body.n or 1
     params = _params(service, body)
     prompts = _prompts(body)
@@ -74,11 +74,11 @@ def _prompts(body: CompletionRequest) -> Sequence[str | list[int]]:
 
 def _params(service: Service, body: CompletionRequest) -> SamplingParams:
     if body.max_tokens == 0 and not body.echo:
-        raise invalid("max_tokens is 0, so there is nothing to answer; it may be 0 with echo only.", "max_tokens")
+        raise invalid("max_tokens is 0, so there is nothing to generate; 0 is allowed only with echo.", "max_tokens")
     limit = token_limit(body.max_tokens, _DEFAULT_MAX_TOKENS, service.config.max_tokens, "max_tokens")
     return sampling_params(
         body,
-        max_tokens=max(limit, 1),  # a prompt is only read for the sake of a token; at 0 that token is dropped
+        max_tokens=max(limit, 1),  # the engine generates at least one token; if the limit is 0, it is dropped
         structure=structure_of(body),
         logprobs=body.logprobs is not None,
         top_logprobs=body.logprobs or 0,
@@ -88,7 +88,7 @@ def _params(service: Service, body: CompletionRequest) -> SamplingParams:
 
 
 class _Continuation:
-    """One choice as it grows."""
+    """One choice, built from its deltas."""
 
     def __init__(self, tokenizer: Tokenizer, prompt_token_ids: tuple[int, ...], body: CompletionRequest):
         self.prompt_token_ids = prompt_token_ids
@@ -102,8 +102,9 @@ class _Continuation:
         self._logprobs = None if body.logprobs is None else CompletionLogprobs(tokenizer, body.logprobs)
 
     def push(self, delta: Delta) -> dict[str, Any]:
-        """What one delta adds to the choice: its text and, if asked for, its log-probabilities."""
-        text, logprobs = ("", ()) if self._only_prompt else (delta.text, delta.logprobs)
+        """Add a delta. Returns its text and, if requested, its log-probabilities, as fields of a choice."""
+        text = "" if self._only_prompt else delta.text
+        logprobs: tuple[TokenLogprob | int, ...] = () if self._only_prompt else delta.logprobs
         if self._echo:
             self._echo = False
             text = self._tokenizer.decode(self.prompt_token_ids, skip_special=False) + text
@@ -118,7 +119,7 @@ class _Continuation:
 
 
 class _CompletionAnswer:
-    """The replies to one completion request, whole or as a stream of chunks."""
+    """The replies to one completion request, as one object or as a stream of chunks."""
 
     def __init__(
         self, service: Service, body: CompletionRequest, requests: list[EngineRequest], generation: Generation
@@ -135,7 +136,6 @@ class _CompletionAnswer:
         }
 
     async def whole(self) -> dict[str, Any]:
-        """The completion object."""
         parts: list[list[dict[str, Any]]] = [[] for _ in self._replies]
         async for index, delta in self.generation.deltas():
             parts[index].append(self._replies[index].push(delta))
@@ -153,7 +153,7 @@ class _CompletionAnswer:
         return {**self._envelope, "choices": choices, "usage": self._usage()}
 
     async def events(self) -> AsyncIterator[bytes]:
-        """The stream of chunks, and the usage if asked for."""
+        """Yield the chunks, and the usage if requested."""
         options = self._body.stream_options or StreamOptions()
         details = [TokenDetails(self._tokenizer) for _ in self._replies]
         started: set[int] = set()
@@ -175,7 +175,7 @@ class _CompletionAnswer:
         yield DONE
 
     def _usage(self) -> dict[str, Any]:
-        first_choices = self._replies[:: self._body.n or 1]  # a prompt is read once for all its choices
+        first_choices = self._replies[:: self._body.n or 1]  # the choices of a prompt count it once
         return usage(
             num_prompt_tokens=sum(len(reply.prompt_token_ids) for reply in first_choices),
             num_new_tokens=sum(len(reply.token_ids) for reply in self._replies),

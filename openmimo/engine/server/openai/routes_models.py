@@ -15,18 +15,18 @@ from openmimo.engine.server.openai.schema import DetokenizeRequest, TemplateOpti
 
 
 def model_routes(service: Service) -> APIRouter:
-    """The model endpoints on a service, which has one model."""
+    """The endpoints that list and describe the service's model."""
     router = APIRouter()
 
     @router.get("/v1/models")
     async def list_models() -> dict[str, Any]:
-        """Lists the one model."""
+        """Lists the served model."""
         return {"object": "list", "data": [_model(service)]}
 
-    # A path: names of models may hold slashes.
+    # A path parameter, because model names may contain slashes.
     @router.get("/v1/models/{model:path}")
     async def get_model(model: str) -> dict[str, Any]:
-        """Describes a model."""
+        """Describes the served model."""
         service.check_model(model)
         return _model(service)
 
@@ -44,7 +44,7 @@ def _model(service: Service) -> dict[str, Any]:
 
 
 def token_routes(service: Service) -> APIRouter:
-    """The tokenizer's endpoints on a service."""
+    """The endpoints /tokenize and /detokenize of a service."""
     router = APIRouter(route_class=JsonRoute)
     tokenizer = service.backend.tokenizer
 
@@ -54,13 +54,13 @@ def token_routes(service: Service) -> APIRouter:
 
     @router.post("/tokenize")
     async def tokenize(body: TokenizeRequest, request: Request) -> Response:
-        """Gives the ids of a text or of a conversation."""
+        """Returns the token ids of a text or of a conversation."""
         service.check_model(body.model)
         return await answer(lambda: _tokenized(service, body), request)
 
     @router.post("/detokenize")
     async def detokenize(body: DetokenizeRequest, request: Request) -> Response:
-        """Gives the text of ids; those beyond the vocabulary give none."""
+        """Returns the text of token ids. Ids outside the vocabulary have no text."""
         service.check_model(body.model)
         return await answer(lambda: {"prompt": tokenizer.decode(body.tokens, skip_special=False)}, request)
 

@@ -28,15 +28,15 @@ from openmimo.engine.server.openai.tools import ToolPolicy, check_structure_alon
 
 
 def response_routes(service: Service) -> APIRouter:
-    """The Responses endpoint on a service."""
+    """The endpoint /v1/responses of a service."""
     router = APIRouter(route_class=JsonRoute)
 
     @router.post("/v1/responses", responses=STREAMED)
     async def responses(body: ResponseRequest, request: Request) -> Response:
-        """Answers a conversation with a list of items."""
+        """Generates the next output items of a conversation."""
         service.check_model(body.model)
-        has_form = body.structured_outputs is not None or body.text is not None
-        is_large = request.state.is_large or has_form
+        has_structure = body.structured_outputs is not None or body.text is not None
+        is_large = request.state.is_large or has_structure
         work = service.prepared(lambda: _prepare(service, body), is_large=is_large)
         prompt, requests = await unless_disconnected(request.receive, work)
         answer = _ResponseAnswer(service, body, prompt, service.start(requests))
@@ -46,7 +46,7 @@ def response_routes(service: Service) -> APIRouter:
 
 
 def _prepare(service: Service, body: ResponseRequest) -> tuple[ChatPrompt, list[EngineRequest]]:
-    """The prompt, and the engine's one request, checked. Runs in a thread."""
+    """Convert a body to its prompt and one checked engine request. Runs in a worker thread."""
     policy = _tool_policy(body)
     effort = body.reasoning.effort if body.reasoning else None
     options = template_options(body.chat_template_kwargs, effort, "reasoning.effort")
@@ -65,17 +65,18 @@ def _prepare(service: Service, body: ResponseRequest) -> tuple[ChatPrompt, list[
 
 
 def _structure(body: ResponseRequest) -> Structure | None:
-    given = body.text.format if body.text else None
-    if given is None:
+    text_format = body.text.format if body.text else None
+    if text_format is None:
         return structure_of(body)
-    schema = None if given.json_schema is None else JsonSchemaFormat(schema=given.json_schema)
-    return structure_of(body, ResponseFormat(type=given.type, json_schema=schema))
+    schema = None if text_format.json_schema is None else JsonSchemaFormat(schema=text_format.json_schema)
+    return structure_of(body, ResponseFormat(type=text_format.type, json_schema=schema))
 
 
 def _tool_policy(body: ResponseRequest) -> ToolPolicy:
-    shown = {"name", "description", "parameters"}
+    fields = {"name", "description", "parameters"}
     tools = [
-        {"type": "function", "function": tool.model_dump(exclude_none=True, include=shown)} for tool in body.tools or []
+        {"type": "function", "function": tool.model_dump(exclude_none=True, include=fields)}
+        for tool in body.tools or []
     ]
     choice = body.tool_choice or "auto"
     if isinstance(choice, str):
@@ -84,7 +85,7 @@ def _tool_policy(body: ResponseRequest) -> ToolPolicy:
 
 
 class _ResponseAnswer:
-    """The reply to one request, whole or as a stream of events."""
+    """The reply to one request, as one object or as a stream of events."""
 
     def __init__(
         self,
@@ -101,18 +102,17 @@ class _ResponseAnswer:
         self._num_events = 0
 
     async def whole(self) -> dict[str, Any]:
-        """The finished response object."""
         async for _ in self._events():
             pass
         return self._response
 
     async def stream(self) -> AsyncIterator[bytes]:
-        """The events as they come; the last is response.completed, .incomplete or .failed."""
+        """Yield the events. The last is response.completed, response.incomplete or response.failed."""
         yield self._encoded({"type": "response.created", "response": self._response})
         yield self._encoded({"type": "response.in_progress", "response": self._response})
         try:
-            async for one in self._events():
-                yield self._encoded(one)
+            async for item_event in self._events():
+                yield self._encoded(item_event)
         except ApiError as error:
             self._response |= {
                 "status": "failed",
@@ -125,12 +125,12 @@ class _ResponseAnswer:
     async def _events(self) -> AsyncIterator[Event]:
         async for _, delta in self.generation.deltas():
             for part in self._reply.push(delta):
-                for one in self._output.push(part):
-                    yield one
+                for item_event in self._output.push(part):
+                    yield item_event
             if self._reply.is_complete:
                 self.generation.abort(0)
-        for one in self._finish():
-            yield one
+        for item_event in self._finish():
+            yield item_event
 
     def _finish(self) -> Iterator[Event]:
         is_cut = self._reply.openai_finish_reason == "length"
@@ -156,14 +156,14 @@ class _ResponseAnswer:
             "total_tokens": num_input + num_output,
         }
 
-    def _encoded(self, one: Event) -> bytes:
-        numbered = {**one, "sequence_number": self._num_events}
+    def _encoded(self, item_event: Event) -> bytes:
+        numbered = {**item_event, "sequence_number": self._num_events}
         self._num_events += 1
-        return event(numbered, one["type"])
+        return event(numbered, item_event["type"])
 
 
 def _new_response(service: Service, body: ResponseRequest) -> dict[str, Any]:
-    """The response object before anything was said: the request's settings, as OpenAI gives them back."""
+    """Return the response object of a reply without output. Like OpenAI's, it repeats the request's settings."""
     choice = body.tool_choice or "auto"
     return {
         "id": f"resp_{secrets.token_hex(12)}",

@@ -1,4 +1,4 @@
-"""From the fields of a request to `SamplingParams` and engine requests."""
+"""Conversion of request fields to `SamplingParams` and engine requests."""
 
 import hashlib
 import json
@@ -28,10 +28,14 @@ def sampling_params(
     prompt_logprobs: bool = False,
     skip_special_tokens: bool = False,
 ) -> SamplingParams:
-    """How a reply is decoded; what the client left out has the default of `SamplingParams`. Raises ApiError."""
+    """Build the sampling parameters of a request. Absent fields have the defaults of `SamplingParams`.
+
+    Raises:
+        ApiError: min_tokens exceeds `max_tokens`.
+    """
     if (fields.min_tokens or 0) > max_tokens:
-        raise invalid(f"min_tokens is {fields.min_tokens}, which is more than {max_tokens}, the limit.", "min_tokens")
-    given = {name: getattr(fields, name) for name in _SAME_NAME if getattr(fields, name) is not None}
+        raise invalid(f"min_tokens is {fields.min_tokens}, which exceeds the limit of {max_tokens}.", "min_tokens")
+    copied = {name: getattr(fields, name) for name in _SAME_NAME if getattr(fields, name) is not None}
     stop = [fields.stop] if isinstance(fields.stop, str) else fields.stop or []
     return SamplingParams(
         max_tokens=max_tokens,
@@ -44,23 +48,26 @@ def sampling_params(
         logprobs=logprobs,
         top_logprobs=top_logprobs,
         prompt_logprobs=prompt_logprobs,
-        **given,
+        **copied,
     )
 
 
-def token_limit(asked: int | None, default: int, most: int, param: str) -> int:
-    """New tokens, at most. Raises ApiError if a client asks for more than the server's `most`."""
-    if asked is not None and asked > most:
-        raise invalid(f"{param} is {asked}; this server gives at most {most}.", param)
-    return min(default if asked is None else asked, most)
+def token_limit(requested: int | None, default: int, most: int, param: str) -> int:
+    """Return the maximum number of new tokens. Raises ApiError if `requested` exceeds the server's limit, `most`."""
+    if requested is not None and requested > most:
+        raise invalid(f"{param} is {requested}; this server generates at most {most} tokens.", param)
+    return min(default if requested is None else requested, most)
 
 
 def engine_requests(
     prompts: Sequence[Sequence[int]], params: SamplingParams, fields: CommonFields, *, num_choices: int
 ) -> list[Request]:
-    """num_choices requests for each prompt, in order. Choice i has a seed that depends on the client's and i alone."""
+    """Build `num_choices` requests for each prompt, in order.
+
+    The seed of a choice depends only on the client's seed and on the index of the choice.
+    """
     if fields.session is not None and len(prompts) * num_choices > 1:
-        raise invalid("A session has one turn at a time: give one prompt and n 1.", "session")
+        raise invalid("A session has one turn at a time; give one prompt and n: 1.", "session")
     shared = [tuple(prompt) for prompt in prompts]
     return [
         Request(
@@ -76,17 +83,21 @@ def engine_requests(
 
 
 def structure_of(fields: CommonFields, response_format: ResponseFormat | None = None) -> Structure | None:
-    """What the text must look like, from either of the fields that say it."""
-    formatted = _of_response_format(response_format)
+    """Return the structure of the reply, from structured_outputs or response_format, or None.
+
+    Raises:
+        ApiError: Both fields set a structure.
+    """
+    format_structure = _of_response_format(response_format)
     if fields.structured_outputs is None:
-        return formatted
-    if formatted is not None:
+        return format_structure
+    if format_structure is not None:
         raise invalid("structured_outputs and response_format both constrain the text.", "structured_outputs")
     return _of_structured_outputs(fields.structured_outputs)
 
 
 def structure_field(fields: CommonFields, format_field: str) -> str:
-    """The field that a structure comes from. format_field: where the endpoint has the form of the reply."""
+    """The field that contains the structure. `format_field` is the endpoint's name of its response format."""
     return format_field if fields.structured_outputs is None else "structured_outputs"
 
 

@@ -1,6 +1,6 @@
-"""The requests of the OpenAI API that this server answers: fields, ranges, defaults.
+"""Request schemas of the supported part of the OpenAI API: fields, ranges, defaults.
 
-None is as good as absent. Fields under "not in OpenAI's API" are what `SamplingParams` and `Request` offer beyond it.
+None means absent. The fields marked "not in OpenAI's API" are additional features of `SamplingParams` and `Request`.
 """
 
 import json
@@ -26,10 +26,13 @@ from openmimo.engine.server.http.fields import (
 
 
 class StreamOptions(Fields):
-    """What a stream carries beside the reply.
+    """Additional contents of a stream.
 
-    include_usage: a last chunk with the token counts. token_details (not in OpenAI's API): in each chunk, the text of
-    each token and whether an MTP head had drafted it. include_obfuscation: accepted; nothing is obfuscated.
+    Attributes:
+        include_usage: Whether a last chunk contains the token counts.
+        token_details: Whether each chunk contains the text of each token and whether an MTP layer drafted it (not in
+            OpenAI's API).
+        include_obfuscation: Accepted without effect.
     """
 
     include_usage: bool = False
@@ -49,7 +52,7 @@ def _check_output_schema(schema: dict[str, Any]) -> dict[str, Any]:
     if len(text) > limits.STRUCTURE_CHARACTERS:
         raise ValueError(f"it has {len(text)} characters; at most {limits.STRUCTURE_CHARACTERS} are allowed.")
     if text.count('"$ref"') > limits.SCHEMA_REFERENCES:
-        raise ValueError(f"it holds more than {limits.SCHEMA_REFERENCES} references ($ref).")
+        raise ValueError(f"it contains more than {limits.SCHEMA_REFERENCES} references ($ref).")
     return schema
 
 
@@ -58,7 +61,7 @@ OutputSchema = Annotated[dict[str, Any], AfterValidator(_check_output_schema)]
 
 
 class StructuredOutputs(Fields):
-    """What the text must look like: exactly one of these (not in OpenAI's API)."""
+    """The structure of the reply: exactly one of these fields (not in OpenAI's API)."""
 
     json_schema: OutputSchema | None = Field(None, alias="json")
     regex: Annotated[Text, Field(max_length=limits.STRUCTURE_CHARACTERS)] | None = None
@@ -73,14 +76,14 @@ class StructuredOutputs(Fields):
 
 
 class TemplateOptions(Fields):
-    """What the chat template is told."""
+    """Options of the chat template."""
 
     enable_thinking: bool | None = None
     keep_all_reasoning: bool = False
 
 
 class CommonFields(Fields):
-    """What all three generating endpoints take."""
+    """Fields of all three generating endpoints."""
 
     model: Name | None = None
     stream: bool | None = None
@@ -113,7 +116,7 @@ class CommonFields(Fields):
     priority: Annotated[int, Field(ge=-1000, le=1000)] | None = None
     session: Annotated[Text, Field(max_length=limits.SHORT_CHARACTERS)] | None = None
 
-    # Accepted because clients send them; with one model on one server they change nothing.
+    # Accepted because clients send them; they have no effect on a server with one model.
     user: Label | None = None
     metadata: Annotated[dict[Name, Label], few_entries(limits.LABELS)] | None = None
     store: bool | None = None
@@ -134,12 +137,12 @@ class CommonFields(Fields):
     @classmethod
     def _repeats(cls, value: int | None) -> int | None:
         if value == 1:
-            raise ValueError("it must be 0 (never) or at least 2.")
+            raise ValueError("it must be 0 (no limit) or at least 2.")
         return value
 
 
 def _prompt_tag(value: Any) -> str | None:
-    """What a prompt means to be, by its first element."""
+    """Select the member of `Prompt` by the type of the first element."""
     if isinstance(value, str):
         return "<text>"
     if not isinstance(value, list):
@@ -166,10 +169,11 @@ Prompt = Annotated[
 
 
 class CompletionRequest(CommonFields):
-    """POST /v1/completions. `suffix` is not offered: the model was not trained to fill in the middle.
+    """POST /v1/completions. `suffix` is not supported: the model was not trained to fill in the middle.
 
-    parse_special (not in OpenAI's API; llama.cpp's name): the names of special tokens in a prompt become those tokens,
-    for clients that render the chat template themselves. Otherwise they are text.
+    Attributes:
+        parse_special: Whether names of special tokens in a prompt are encoded as those tokens, for clients that render
+            the chat template themselves. Otherwise they are text. (Not in OpenAI's API; the name is llama.cpp's.)
     """
 
     prompt: Prompt
@@ -184,14 +188,19 @@ class CompletionRequest(CommonFields):
 
 
 class ContentPart(LenientFields):
-    """A part of a message. Only text can be read."""
+    """A part of a message. Only text is supported."""
 
     type: Literal["text"]
     text: str
 
 
 class CalledFunction(LenientFields):
-    """What a tool call calls; arguments: a JSON object, as text or as it is. A call that was cut off has other text."""
+    """The function of a tool call.
+
+    Attributes:
+        name: Name of the function.
+        arguments: A JSON object, or its text. The text of an incomplete call may be invalid JSON.
+    """
 
     name: Text
     arguments: Annotated[
@@ -209,7 +218,7 @@ class CalledFunction(LenientFields):
 
 
 class ToolCall(LenientFields):
-    """A call that the model made in an earlier turn."""
+    """A tool call of an earlier turn of the model."""
 
     id: Label | None = None
     type: Literal["function"] = "function"
@@ -217,7 +226,7 @@ class ToolCall(LenientFields):
 
 
 class ChatMessage(LenientFields):
-    """One turn of the conversation. reasoning_content: what the model thought in that turn, as the server gave it."""
+    """One turn of the conversation. `reasoning_content` is the reasoning of that turn as the server returned it."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: (
@@ -237,14 +246,14 @@ def _check_parameters(parameters: dict[str, Any]) -> dict[str, Any]:
     check_tree(parameters, limits.SCHEMA_VALUES)
     properties = parameters.get("properties") or {}
     if not isinstance(properties, dict) or not all(isinstance(one, dict | bool) for one in properties.values()):
-        raise ValueError("properties must be an object that gives each parameter's schema, an object or a boolean.")
+        raise ValueError("properties must be an object that maps each parameter to a schema (an object or a boolean).")
     return parameters
 
 
 def check_tools(tools: list[Any]) -> list[Any]:
-    """Raises ValueError if the schemas of tools hold too many values together."""
+    """Raise ValueError if the schemas of all tools contain too many values in total."""
     if sum(check_tree(tool.parameters_schema, limits.SCHEMA_VALUES) for tool in tools) > limits.TOOL_VALUES:
-        raise ValueError(f"their parameters hold more than {limits.TOOL_VALUES} values together.")
+        raise ValueError(f"their parameters contain more than {limits.TOOL_VALUES} values in total.")
     return tools
 
 
@@ -252,7 +261,7 @@ FunctionParameters = Annotated[dict[str, Any], AfterValidator(_check_parameters)
 
 
 class FunctionSchema(Fields):
-    """A function that the model may call. strict: accepted; arguments follow the schema as well as the model can."""
+    """A function that the model may call. `strict` is accepted without effect: the schema is not enforced."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.\-]{1,128}$")]
     description: str | None = None
@@ -261,14 +270,14 @@ class FunctionSchema(Fields):
 
 
 class Tool(Fields):
-    """A tool of a chat."""
+    """A tool of a chat request."""
 
     type: Literal["function"]
     function: FunctionSchema
 
     @property
     def parameters_schema(self) -> dict[str, Any] | None:
-        """What the arguments must look like."""
+        """The JSON schema of the arguments."""
         return self.function.parameters
 
 
@@ -282,7 +291,7 @@ class FunctionName(Fields):
 
 
 class NamedToolChoice(Fields):
-    """The one function to call."""
+    """The function that the model must call."""
 
     type: Literal["function"]
     function: FunctionName
@@ -292,7 +301,7 @@ ToolMode = Annotated[Literal["none", "auto", "required"], Tag("<text>")]
 
 
 class JsonSchemaFormat(Fields):
-    """A JSON schema that the reply must follow."""
+    """A JSON schema that the reply must match."""
 
     name: Name | None = None
     description: str | None = None
@@ -301,7 +310,7 @@ class JsonSchemaFormat(Fields):
 
 
 class ResponseFormat(Fields):
-    """The form of the reply."""
+    """The format of the reply."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchemaFormat | None = None
@@ -309,7 +318,7 @@ class ResponseFormat(Fields):
     @model_validator(mode="after")
     def _schema_with_its_type(self) -> "ResponseFormat":
         if (self.type == "json_schema") != (self.json_schema is not None):
-            raise ValueError('json_schema belongs to type "json_schema", and that type needs it.')
+            raise ValueError('json_schema must be set exactly if type is "json_schema".')
         return self
 
 
@@ -337,9 +346,9 @@ class ChatRequest(CommonFields):
 
 
 class TokenizeRequest(Fields):
-    """POST /tokenize: the ids of a text, or of a conversation in the model's chat format.
+    """POST /tokenize: the token ids of a text, or of a conversation in the model's chat format.
 
-    parse_special: as in CompletionRequest; allow_special is another name of it.
+    `parse_special` is that of CompletionRequest; `allow_special` is a synonym.
     """
 
     model: Name | None = None
@@ -359,7 +368,7 @@ class TokenizeRequest(Fields):
 
 
 class DetokenizeRequest(Fields):
-    """POST /detokenize: the text of token ids, special tokens included."""
+    """POST /detokenize: the text of token ids, including special tokens."""
 
     model: Name | None = None
     tokens: Annotated[list[TokenId], Field(max_length=limits.DETOKENIZED_TOKENS, fail_fast=True)]

@@ -1,4 +1,4 @@
-"""The request of OpenAI's Responses API, as far as this server answers it."""
+"""Request schema of the supported part of OpenAI's Responses API."""
 
 from typing import Annotated, Any, Literal
 
@@ -18,7 +18,7 @@ from openmimo.engine.server.openai.schema import (
 
 
 class TextPart(LenientFields):
-    """A part of a message. Only text can be read."""
+    """A part of a message. Only text is supported."""
 
     type: Literal["input_text", "output_text", "text", "refusal", "reasoning_text", "summary_text"]
     text: str
@@ -40,14 +40,14 @@ class MessageItem(LenientFields):
 
 
 class ReasoningItem(LenientFields):
-    """What the model thought in an earlier turn, as the server gave it."""
+    """Reasoning of an earlier turn of the model, as the server returned it."""
 
     type: Literal["reasoning"]
     content: TextParts | None = None
 
 
 class FunctionCallItem(LenientFields):
-    """A call that the model made in an earlier turn; arguments: as the server gave them."""
+    """A function call of an earlier turn of the model, with its arguments as the server returned them."""
 
     type: Literal["function_call"]
     call_id: Label
@@ -62,7 +62,7 @@ class FunctionCallItem(LenientFields):
 
 
 class FunctionOutputItem(LenientFields):
-    """What a call gave."""
+    """The result of a function call."""
 
     type: Literal["function_call_output"]
     call_id: Label
@@ -70,7 +70,7 @@ class FunctionOutputItem(LenientFields):
 
 
 def _tag(item: Any) -> str | None:
-    """The member of `InputItem` that an item means to be. OpenAI lets messages do without a type."""
+    """Select the member of `InputItem` by the item's type, which messages may omit."""
     kind = item.get("type", "message") if isinstance(item, dict) else None
     return _TAGS.get(kind) if isinstance(kind, str) else None
 
@@ -95,7 +95,7 @@ InputItem = Annotated[
 
 
 class ResponseTool(Fields):
-    """A function that the model may call. strict: accepted; arguments follow the schema as well as the model can."""
+    """A function that the model may call. `strict` is accepted without effect: the schema is not enforced."""
 
     type: Literal["function"]
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.\-]{1,128}$")]
@@ -105,19 +105,19 @@ class ResponseTool(Fields):
 
     @property
     def parameters_schema(self) -> dict[str, Any] | None:
-        """What the arguments must look like."""
+        """The JSON schema of the arguments."""
         return self.parameters
 
 
 class ResponseToolChoice(Fields):
-    """The one function to call."""
+    """The function that the model must call."""
 
     type: Literal["function"]
     name: Text
 
 
 class TextFormat(Fields):
-    """The form of the text."""
+    """The format of the text."""
 
     type: Literal["text", "json_object", "json_schema"]
     name: Name | None = None
@@ -128,25 +128,25 @@ class TextFormat(Fields):
     @model_validator(mode="after")
     def _schema_with_its_type(self) -> "TextFormat":
         if (self.type == "json_schema") != (self.json_schema is not None):
-            raise ValueError('schema belongs to type "json_schema", and that type needs it.')
+            raise ValueError('schema must be set exactly if type is "json_schema".')
         return self
 
 
 class TextOptions(Fields):
-    """What the text is to be like."""
+    """Options of the reply's text."""
 
     format: TextFormat | None = None
 
 
 class ReasoningOptions(Fields):
-    """How much the model thinks. summary: accepted; the reasoning is given whole."""
+    """Options of the model's reasoning. `summary` is accepted without effect: the full reasoning is returned."""
 
     effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
     summary: Name | None = None
 
 
 class ResponseStreamOptions(Fields):
-    """include_obfuscation: accepted; nothing is obfuscated."""
+    """Options of the stream. `include_obfuscation` is accepted without effect."""
 
     include_obfuscation: bool | None = None
 
@@ -159,8 +159,8 @@ ResponseTools = Annotated[
 class ResponseRequest(CommonFields):
     """POST /v1/responses.
 
-    The server keeps no state: the conversation comes whole in `input`, and previous_response_id, conversation and
-    background are refused.
+    The server is stateless: `input` contains the whole conversation, and previous_response_id, conversation and
+    background are rejected.
     """
 
     input: Annotated[
@@ -175,7 +175,7 @@ class ResponseRequest(CommonFields):
     parallel_tool_calls: bool | None = None
     text: TextOptions | None = None
     reasoning: ReasoningOptions | None = None
-    # Reasoning is given in the open.
+    # Accepted without effect: reasoning is returned unencrypted.
     include: Annotated[list[Literal["reasoning.encrypted_content"]], Field(max_length=8, fail_fast=True)] | None = None
     stream_options: ResponseStreamOptions | None = None
     chat_template_kwargs: TemplateOptions | None = None
@@ -188,7 +188,7 @@ class ResponseRequest(CommonFields):
     @classmethod
     def _not_shortened(cls, value: str | None) -> str | None:
         if value not in (None, "disabled"):
-            raise ValueError("conversations are not shortened here; leave it out.")
+            raise ValueError("this server does not truncate conversations; omit the field.")
         return value
 
     @field_validator("previous_response_id", "conversation", "background")

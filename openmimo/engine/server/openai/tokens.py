@@ -1,4 +1,4 @@
-"""Tokens in OpenAI's forms: log-probabilities, the text of each token, and the counts of a reply (usage)."""
+"""Tokens in OpenAI's formats: log-probabilities, the text of each token, and the token counts of a reply (usage)."""
 
 from typing import Any
 
@@ -9,12 +9,12 @@ _MIN_LOGPROB = -9999.0  # JSON has no minus infinity
 
 
 def chat_logprobs(tokenizer: Tokenizer, logprobs: tuple[TokenLogprob, ...]) -> dict[str, Any]:
-    """Log-probabilities as chats have them: of every token of the reply, thinking and calls included."""
+    """Convert log-probabilities to the chat format. Tokens of thinking and calls are included."""
     return {"content": [_chat_entry(tokenizer, entry) for entry in logprobs], "refusal": None}
 
 
 class CompletionLogprobs:
-    """Log-probabilities as completions have them, with the place of each token in the text."""
+    """Converts the log-probabilities of one choice to the completion format, with each token's offset in the text."""
 
     def __init__(self, tokenizer: Tokenizer, num_top: int):
         self._tokenizer = tokenizer
@@ -22,15 +22,15 @@ class CompletionLogprobs:
         self._offset = 0
 
     def entries(self, logprobs: tuple[TokenLogprob | int, ...]) -> dict[str, list[Any]]:
-        """The next tokens; a bare id (the first token of an echoed prompt) has no log-probability."""
+        """Convert the next tokens. A bare id, the first token of an echoed prompt, has no log-probability."""
         columns: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         for entry in logprobs:
             token_id = entry if isinstance(entry, int) else entry.token_id
             text = _text(self._tokenizer, token_id)
-            known = None if isinstance(entry, int) else entry
+            scored = None if isinstance(entry, int) else entry
             columns["tokens"].append(text)
-            columns["token_logprobs"].append(known and _finite(known.logprob))
-            columns["top_logprobs"].append(known and self._top(known))
+            columns["token_logprobs"].append(scored and _finite(scored.logprob))
+            columns["top_logprobs"].append(scored and self._top(scored))
             columns["text_offset"].append(self._offset)
             self._offset += len(text)
         return columns
@@ -48,7 +48,7 @@ def usage(
     num_reasoning_tokens: int,
     num_drafted_tokens: int,
 ) -> dict[str, Any]:
-    """The usage object of completions and chats. accepted_prediction_tokens: tokens that MTP heads had drafted."""
+    """Build the usage object of completions and chats. accepted_prediction_tokens counts accepted MTP drafts."""
     return {
         "prompt_tokens": num_prompt_tokens,
         "completion_tokens": num_new_tokens,
@@ -62,13 +62,13 @@ def usage(
 
 
 class TokenDetails:
-    """The text of each token of a reply, and whether an MTP head had drafted it."""
+    """The text of each token of a reply, and whether an MTP layer drafted it."""
 
     def __init__(self, tokenizer: Tokenizer):
         self._decoder = StreamDecoder(tokenizer, skip_special=False)
 
     def entries(self, delta: Delta) -> list[dict[str, Any]]:
-        """The new tokens. The bytes of one character may be several tokens; the last of them has its text."""
+        """Return the entries of new tokens. If a character spans several tokens, the last one has its text."""
         flags = delta.drafted or (False,) * len(delta.token_ids)
         return [
             {"text": self._decoder.push([token_id]), "drafted": drafted}

@@ -1,8 +1,8 @@
-"""Which tools a reply sees, and how `tool_choice` binds it.
+"""The tools of a request, and the constraints that `tool_choice` puts on its reply.
 
-A call that must come is begun for the model: the opening of MiMo's call markup becomes the end of the prompt, so the
-reply is its continuation. A pattern lets only names of functions follow, and no end of the reply before the call is
-whole; a function with required parameters gets one of them at least.
+A required call is forced by a prefix: the prompt ends with the opening of MiMo's call markup, and the reply continues
+it. A regular expression allows only function names to follow, and does not let the reply end before the call is
+complete. A call of a function with required parameters contains at least one of them.
 """
 
 import re
@@ -20,9 +20,15 @@ _REST_OF_CALL = "(.|\n)*</function>(.|\n)*"
 
 @dataclass(frozen=True)
 class ToolPolicy:
-    """tools: shown to the model, in OpenAI's chat form. opening: text that the reply begins with. structure: what the
-    text after the opening must look like. one_call: whether the reply ends after its first call. reads_calls: whether
-    what looks like a call is one."""
+    """The tools and the constraints on tool calls.
+
+    Attributes:
+        tools: Tools in the prompt, in OpenAI's chat format.
+        opening: Text that the reply begins with.
+        structure: Constraint on the text after the opening.
+        one_call: Whether the reply ends after its first call.
+        reads_calls: Whether call markup in the reply is parsed as calls.
+    """
 
     tools: tuple[dict[str, Any], ...] = ()
     opening: str = ""
@@ -34,7 +40,17 @@ class ToolPolicy:
 def tool_policy(
     tools: Sequence[dict[str, Any]], *, mode: str, function: str | None, parallel: bool | None
 ) -> ToolPolicy:
-    """mode: none, auto, required, or function, which calls `function`. Raises ApiError if there is no such tool."""
+    """Build the policy of a request.
+
+    Args:
+        tools: Tools in OpenAI's chat format.
+        mode: "none", "auto", "required", or "function" for a call of `function`.
+        function: Name of the required function if `mode` is "function".
+        parallel: False ends the reply after its first call.
+
+    Raises:
+        ApiError: Two tools have the same name, or the required tool does not exist.
+    """
     names = [tool["function"]["name"] for tool in tools]
     if len(set(names)) < len(names):
         raise invalid("Two tools have the same function name.", "tools")
@@ -46,7 +62,7 @@ def tool_policy(
     if mode == "function" and function not in names:
         raise invalid(f"tool_choice names the function {function!r}, which is not among the tools.", "tool_choice")
     if not names:
-        raise invalid("tool_choice asks for a call, but there are no tools.", "tool_choice")
+        raise invalid("tool_choice requires a call, but there are no tools.", "tool_choice")
     if mode == "function" or len(names) == 1:
         name = function or names[0]
         structure = Structure("regex", _first_parameter(tools[names.index(name)]) + _REST_OF_CALL)
@@ -57,19 +73,19 @@ def tool_policy(
 
 
 def _first_parameter(tool: dict[str, Any]) -> str:
-    """The pattern of a required parameter; empty if the function requires none."""
+    """The pattern of one of the required parameters; empty if the function has none."""
     required = (tool["function"].get("parameters") or {}).get("required")
     names = required if isinstance(required, list) else []
-    known = [re.escape(name) for name in names if isinstance(name, str) and re.fullmatch(r"[\w.\-]{1,128}", name)]
-    return f"<parameter=({'|'.join(known)})>(.|\n)*</parameter>\n" if known else ""
+    patterns = [re.escape(name) for name in names if isinstance(name, str) and re.fullmatch(r"[\w.\-]{1,128}", name)]
+    return f"<parameter=({'|'.join(patterns)})>(.|\n)*</parameter>\n" if patterns else ""
 
 
 def check_structure_alone(policy: ToolPolicy, *, thinks: bool, param: str = "response_format") -> None:
-    """A structure binds the whole reply, so it leaves no room for thoughts or calls. Raises ApiError."""
+    """Raise ApiError if a structured reply is combined with thinking or tools: the structure covers the whole reply."""
     if thinks:
-        raise invalid("A reply of a fixed form has no room for thinking: turn one of the two off.", param)
+        raise invalid("A structured reply excludes thinking; turn one of the two off.", param)
     if policy.tools:
         raise invalid(
-            'A reply of a fixed form has no room for tool calls: leave the tools out, or set tool_choice to "none".',
+            'A structured reply excludes tool calls; omit the tools, or set tool_choice to "none".',
             param,
         )
