@@ -223,7 +223,7 @@ class RunConfig:
     _: KW_ONLY
     seed: Seed = 0
     device: str = "auto"
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
     threads: Threads = 0
     activation_checkpointing: bool = False
     tensorboard: bool = False
@@ -245,7 +245,6 @@ class TrainConfig(RunConfig):
     """
 
     _: KW_ONLY
-    dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
     micro_batch_size: PositiveInt = 8
     balance_weight: NonNegativeFloat = 1e-5
     loader_workers: Threads = 0
