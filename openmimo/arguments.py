@@ -66,7 +66,7 @@ def _new_option(config_type: Any, option: str) -> str:
         if not key.isdigit():
             while not dataclasses.is_dataclass(config_type) and typing.get_args(config_type):
                 config_type = typing.get_args(config_type)[0]
-            if not dataclasses.is_dataclass(config_type):
+            if not (isinstance(config_type, type) and dataclasses.is_dataclass(config_type)):
                 return option
             name = key.replace("-", "_")
             new = new_key(config_type, name)

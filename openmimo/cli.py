@@ -29,8 +29,12 @@ from openmimo.core import config as config_io
 from openmimo.core.errors import ConfigError, UserError
 from openmimo.core.interrupt import Interrupted, terminable
 from openmimo.core.records import SamplingParams
+from openmimo.demo.config import DemoConfig
 from openmimo.engine.config import EngineConfig
 from openmimo.engine.server.config import ServerConfig
+from openmimo.rl.agents.option_arguments import algorithm_arguments, merged
+from openmimo.rl.config import CompareConfig, MopdConfig, RlConfig
+from openmimo.train.config import ExtendConfig, PretrainConfig, SftConfig
 
 _STDERR = Console(stderr=True)
 
@@ -76,7 +80,7 @@ def main() -> None:
         _STDERR.print(f"[bold red]error:[/] {escape(text)}", soft_wrap=True, highlight=False)
         sys.exit(2 if isinstance(error, UsageError) else 1)
     except KeyboardInterrupt as interrupt:
-        number, kept = signal.SIGINT, ""
+        number, kept = int(signal.SIGINT), ""
         if isinstance(interrupt, Interrupted):
             number, kept = interrupt.signal, interrupt.kept
         text = f"ended by {signal.Signals(number).name}: {kept or VERBS[arguments[0]].kept}"
@@ -96,7 +100,7 @@ def _in_words(error: UserError | OSError | MemoryError) -> str:
         errno.EROFS: " Name a folder that can be written.",
         errno.EACCES: " Change its permissions, or name another file.",
     }
-    if error.strerror is None or error.filename is None:
+    if error.errno is None or error.strerror is None or error.filename is None:
         return str(error)
     return f"{error.filename}: {error.strerror}.{ways.get(error.errno, '')}"
 
@@ -145,7 +149,7 @@ def _with_overrides(verb: str, arguments: list[str], config_type: type) -> Any:
     if arguments and arguments[0].split("=")[0] == "--from":
         name = "--from"
         path, rest = _after_from(arguments)
-        default = config_io.load(config_type, path)
+        default: Any = config_io.load(config_type, Path(path))
     elif any(word.split("=")[0] == "--from" for word in arguments):
         raise UsageError(f"--from FILE takes the place of a recipe: openmimo {verb} --from FILE [--overrides].")
     else:
@@ -172,67 +176,29 @@ def _after_from(arguments: list[str]) -> tuple[str, list[str]]:
 # --- verbs: training -------------------------------------------------------------------------------------------------
 
 
-def _pretrain(arguments: list[str]) -> None:
-    from openmimo.train.config import PretrainConfig
+def _run_recipe(verb: str, config_type: type, function: str) -> Callable[[list[str]], None]:
+    """What a verb with recipes does with its arguments.
 
-    config = _with_overrides("pretrain", arguments, PretrainConfig)
-    from openmimo.train.pretrain import pretrain
+    Args:
+        verb: The verb.
+        config_type: The type of its config.
+        function: `module:name` of the function that runs a config. The module is imported when the config is complete.
+    """
 
-    pretrain(config)
+    def run(arguments: list[str]) -> None:
+        read = _with_algorithm_options if issubclass(config_type, RlConfig) else _with_overrides
+        config = read(verb, arguments, config_type)
+        module, _, name = function.partition(":")
+        getattr(importlib.import_module(module), name)(config)
 
-
-def _extend(arguments: list[str]) -> None:
-    from openmimo.train.config import ExtendConfig
-
-    config = _with_overrides("extend", arguments, ExtendConfig)
-    from openmimo.train.pretrain import extend
-
-    extend(config)
-
-
-def _sft(arguments: list[str]) -> None:
-    from openmimo.train.config import SftConfig
-
-    config = _with_overrides("sft", arguments, SftConfig)
-    from openmimo.train.pretrain import sft
-
-    sft(config)
+    return run
 
 
 def _with_algorithm_options(verb: str, arguments: list[str], config_type: type) -> Any:
     """As `_with_overrides`, and with `--algorithm-options.NAME VALUE`, which tyro has no type for."""
-    from openmimo.rl.agents.option_arguments import algorithm_arguments, merged
-
     options, others = algorithm_arguments(arguments)
     config = _with_overrides(verb, others, config_type)
     return dataclasses.replace(config, algorithm_options=merged(config.algorithm_options, options))
-
-
-def _rl(arguments: list[str]) -> None:
-    from openmimo.rl.config import RlConfig
-
-    config = _with_algorithm_options("rl", arguments, RlConfig)
-    from openmimo.rl.run import train
-
-    train(config)
-
-
-def _mopd(arguments: list[str]) -> None:
-    from openmimo.rl.config import MopdConfig
-
-    config = _with_algorithm_options("mopd", arguments, MopdConfig)
-    from openmimo.rl.run import train
-
-    train(config)
-
-
-def _compare(arguments: list[str]) -> None:
-    from openmimo.rl.config import CompareConfig
-
-    config = _with_overrides("compare", arguments, CompareConfig)
-    from openmimo.rl.compare import compare
-
-    compare(config)
 
 
 def _merge(arguments: list[str]) -> None:
@@ -261,15 +227,6 @@ def _merge(arguments: list[str]) -> None:
         values["base"], list(values["children"]), values["destination"],
         method=values["method"], scale=values["scale"],
     )  # fmt: skip
-
-
-def _demo(arguments: list[str]) -> None:
-    from openmimo.demo.config import DemoConfig
-
-    config = _with_overrides("demo", arguments, DemoConfig)
-    from openmimo.demo.story import run
-
-    run(config)
 
 
 # --- verbs: checkpoints ----------------------------------------------------------------------------------------------
@@ -471,15 +428,39 @@ def _bench(arguments: list[str]) -> None:
 _KEPT_RUN = "the checkpoints written so far are kept, and the same command goes on from the newest"
 _KEPT_DEMO = "finished parts and checkpoints are kept, and the same command goes on from them"
 VERBS: dict[str, Verb] = {
-    "demo": Verb("the whole story on a laptop: train, extend, measure, speak; writes report.html", _demo, _KEPT_DEMO),
-    "pretrain": Verb("pre-train in stages from a recipe", _pretrain, _KEPT_RUN),
-    "extend": Verb("extend the context of a checkpoint", _extend, _KEPT_RUN),
-    "sft": Verb("fine-tune a checkpoint on conversations or demonstrations", _sft, _KEPT_RUN),
-    "rl": Verb("reinforcement learning with verifiable rewards, from a checkpoint", _rl, _KEPT_RUN),
-    "mopd": Verb("distil teachers into a student on the student's own answers", _mopd, _KEPT_RUN),
+    "demo": Verb(
+        "the whole story on a laptop: train, extend, measure, speak; writes report.html",
+        _run_recipe("demo", DemoConfig, "openmimo.demo.story:run"),
+        _KEPT_DEMO,
+    ),
+    "pretrain": Verb(
+        "pre-train in stages from a recipe",
+        _run_recipe("pretrain", PretrainConfig, "openmimo.train.pretrain:pretrain"),
+        _KEPT_RUN,
+    ),
+    "extend": Verb(
+        "extend the context of a checkpoint",
+        _run_recipe("extend", ExtendConfig, "openmimo.train.pretrain:extend"),
+        _KEPT_RUN,
+    ),
+    "sft": Verb(
+        "fine-tune a checkpoint on conversations or demonstrations",
+        _run_recipe("sft", SftConfig, "openmimo.train.pretrain:sft"),
+        _KEPT_RUN,
+    ),
+    "rl": Verb(
+        "reinforcement learning with verifiable rewards, from a checkpoint",
+        _run_recipe("rl", RlConfig, "openmimo.rl.run:train"),
+        _KEPT_RUN,
+    ),
+    "mopd": Verb(
+        "distil teachers into a student on the student's own answers",
+        _run_recipe("mopd", MopdConfig, "openmimo.rl.run:train"),
+        _KEPT_RUN,
+    ),
     "compare": Verb(
         "a see-saw report: base, teachers and students in every domain",
-        _compare,
+        _run_recipe("compare", CompareConfig, "openmimo.rl.compare:compare"),
         "no report was written; the models are evaluated again",
     ),
     "merge": Verb("merge fine-tuned checkpoints by their weights", _merge, "the merged model was not written"),

@@ -194,7 +194,7 @@ def mopd() -> MopdConfig:
 
 def compare() -> CompareConfig:
     """Fine-tuned model, teachers and student in all four domains."""
-    teachers = {f"{name} teacher": (f"runs/tiny_cpu_rl_{name}/model",) for name in TAUGHT}
+    teachers: dict[str, tuple[str, ...]] = {f"{name} teacher": (f"runs/tiny_cpu_rl_{name}/model",) for name in TAUGHT}
     return CompareConfig(
         run_folder="runs/tiny_cpu_compare",
         base="runs/tiny_cpu_sft/model",
@@ -216,6 +216,7 @@ def demo_in(folder: str) -> DemoConfig:
     """The demo with everything in `folder`."""
     base, student = f"{folder}/sft/model", f"{folder}/mopd/model"
     taught = {name: f"{folder}/rl_{name}" for name in TAUGHT}
+    models: dict[str, tuple[str, ...]] = {f"{name} teacher": (f"{run}/model",) for name, run in taught.items()}
     return DemoConfig(
         folder=folder,
         pretrain=replace(pretrain(), run_folder=f"{folder}/pretrain"),
@@ -232,6 +233,6 @@ def demo_in(folder: str) -> DemoConfig:
             compare(),
             run_folder=f"{folder}/seesaw",
             base=base,
-            models={f"{name} teacher": (f"{run}/model",) for name, run in taught.items()} | {"student": (student,)},
+            models=models | {"student": (student,)},
         ),
     )

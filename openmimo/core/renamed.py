@@ -32,7 +32,7 @@ def renamed_keys(keys: Mapping[str, str] = MappingProxyType({})) -> Callable[[Co
 
     def declare(config_type: Config) -> Config:
         _KEYS[config_type] = dict(keys)
-        made = config_type.__init__
+        made: Any = vars(config_type)["__init__"]
 
         @functools.wraps(made)
         def init(self: Any, *arguments: Any, **values: Any) -> None:
@@ -41,7 +41,7 @@ def renamed_keys(keys: Mapping[str, str] = MappingProxyType({})) -> Callable[[Co
                     values = with_new_keys(config_type, values, config_type.__name__)
             made(self, *arguments, **values)
 
-        config_type.__init__ = init
+        type.__setattr__(config_type, "__init__", init)
         return config_type
 
     return declare

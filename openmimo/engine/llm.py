@@ -101,7 +101,7 @@ class LLM:
             raise UserError(
                 f"{len(prompts)} prompts came with {len(each)} SamplingParams; give one for all or one each."
             )
-        pairs = zip(prompts, each, strict=True)
+        pairs: Iterator[tuple[Any, SamplingParams]] = zip(prompts, each, strict=True)
         requests = [self._request(prompt, p, f"prompt {number}") for number, (prompt, p) in enumerate(pairs)]
         sequences = [self.engine.submit(request) for request in requests]
         for _ in self._run(sequences):
@@ -164,6 +164,7 @@ class LLM:
 
     def _stream(self, request: Request) -> Iterator[str]:
         sequence = self.engine.submit(request)
+        assert sequence.text is not None, "an engine with a tokenizer makes text"
         for _ in self._run([sequence]):
             piece = sequence.text.take()
             if piece:

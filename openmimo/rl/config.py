@@ -252,6 +252,7 @@ class RlConfig(BatchConfig, RunConfig, FromCheckpoint):
 
     sources: tuple[RlSource, ...]
     _: KW_ONLY
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     steps: PositiveInt = 200
     algorithm: str = "grpo"
     algorithm_options: dict[str, Any] = field(default_factory=dict)

@@ -6,7 +6,7 @@ that it has, so that each has one name in Python, in `config.json` and on the co
 """
 
 from dataclasses import KW_ONLY, dataclass, fields
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from openmimo.core.errors import ConfigError
 from openmimo.core.fields import (
@@ -223,7 +223,7 @@ class RunConfig:
     _: KW_ONLY
     seed: Seed = 0
     device: str = "auto"
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    dtype: str = "auto"
     threads: Threads = 0
     activation_checkpointing: bool = False
     tensorboard: bool = False
@@ -245,7 +245,6 @@ class TrainConfig(RunConfig):
     """
 
     _: KW_ONLY
-    dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
     micro_batch_size: PositiveInt = 8
     balance_weight: NonNegativeFloat = 1e-5
     loader_workers: Threads = 0
@@ -286,6 +285,8 @@ class PretrainConfig(TrainConfig):
         has_tokenizer = self.init_from is not None or self.tokenizer.path is not None
         if has_tokenizer and self.tokenizer.train_megabytes != TokenizerConfig.train_megabytes:
             raise ConfigError("tokenizer.train_megabytes has no effect on a tokenizer that exists; omit it.")
+        if self.dtype not in ("auto", "float32", "bfloat16", "float64"):
+            raise ConfigError(f"dtype {self.dtype!r} is unknown; train in 'auto', 'bfloat16' or 'float32'.")
         names = [phase.name for phase in self.stages]
         if len(set(names)) != len(names):
             raise ConfigError(f"two stages share a name: {', '.join(names)}.")
