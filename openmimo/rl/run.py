@@ -2,11 +2,10 @@
 
 from pathlib import Path
 
-import torch
 from rich.console import Console
 
 from openmimo.core.metrics import read_metrics
-from openmimo.core.run_folder import check_same_run, keep_config, run_folder
+from openmimo.core.run_folder import check_same_run
 from openmimo.core.sample_files import read_state
 from openmimo.data.tokenizer import Tokenizer
 from openmimo.model.hf import check_replaceable, load_config, load_model
@@ -16,16 +15,15 @@ from openmimo.rl.config import MopdConfig, RlConfig
 from openmimo.rl.evaluate import streams_of
 from openmimo.rl.loop import RlRun
 from openmimo.rl.report import write_report
-from openmimo.runtime.device import activation_dtype, resolve_device
+from openmimo.runtime.device import activation_dtype
+from openmimo.train import outcome
 from openmimo.train.checkpoint import Checkpoints, Progress, restore
 from openmimo.train.config import check_path
-from openmimo.train.outcome import has_finished, write_outcome
+from openmimo.train.outcome import has_finished, held_run, use_device, write_outcome
 
-# Settings that decide nothing about the weights: they may change when a run goes on.
 FREE = (
-    "run_folder", "device", "threads", "tensorboard", "reward_threads", "rollout_workers", "checkpoints.*",
-    "evaluation.*", "optimizer.max_skipped_steps", "environment_seconds", "max_lost_steps", "activation_checkpointing",
-    "*.options.path", "*.options.test_path",
+    *outcome.FREE, "reward_threads", "rollout_workers", "environment_seconds", "max_lost_steps",
+    "activation_checkpointing",
 )  # fmt: skip
 _TRACES = ("checkpoints", "events.jsonl", "events", "metrics.jsonl", "model")
 
@@ -40,24 +38,18 @@ def train(config: RlConfig, *, console: Console | None = None) -> Path:
     console = console or Console(stderr=True)
     check_path(config.run_folder, "run_folder")
     folder = Path(config.run_folder)
-    device = resolve_device(config.device)
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    device = use_device(config)
     checkpoints = Checkpoints(folder, config.checkpoints)
     if has_finished(config, checkpoints, steps=config.steps, free=FREE, console=console):
         return folder / "model"
     tokenizer = _check_start(config, folder)
     model = None if checkpoints.newest() else load_model(config.checkpoint, dtype="float32", device=str(device))
-    with run_folder(folder):
-        keep_config(config, folder, free=FREE, traces=_TRACES)
+    with held_run(config, checkpoints, free=FREE, traces=_TRACES, console=console) as newest:
         keep_problem_files(problem_files(config.sources), folder)
-        checkpoints.recover()
-        newest = checkpoints.newest_intact()
         if newest is None:
             model = model or load_model(config.checkpoint, dtype="float32", device=str(device))
             start, optimizer_tensors = Progress.beginning(), None
         else:
-            console.print(f"going on from {newest}", soft_wrap=True)
             model, optimizer_tensors, start = restore(newest, device, read_state=read_state)
         model.compute_dtype = activation_dtype(config.dtype, device)
         run = RlRun(config, model, tokenizer, start=start, optimizer_tensors=optimizer_tensors, console=console)

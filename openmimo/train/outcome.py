@@ -1,28 +1,69 @@
-"""The results of a finished run: its model and its report."""
+"""The start of a run in its folder, and the results of a finished run: its model and its report."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
+import torch
 from rich.console import Console
 from safetensors import SafetensorError
 
 from openmimo.core.errors import CheckpointError
 from openmimo.core.files import new_folder_atomic
-from openmimo.core.run_folder import check_same_run
+from openmimo.core.run_folder import check_same_run, keep_config, run_folder
 from openmimo.data.tokenizer import Tokenizer
 from openmimo.model.hf import check_replaceable, write_model
 from openmimo.model.mimo import MiMo
+from openmimo.runtime.device import resolve_device
 from openmimo.train.checkpoint import Checkpoints, find_damage
+from openmimo.train.config import RunConfig
 
+# Settings of every run that do not affect the weights: they may change when a run continues.
+FREE = (
+    "run_folder", "device", "threads", "tensorboard", "checkpoints.*", "evaluation.*", "optimizer.max_skipped_steps",
+    "*.options.path", "*.options.test_path",
+)  # fmt: skip
 _FILES = ("config.json", "model/config.json", "model/tokenizer.json", "report.html")
 
 
-def has_finished(config: Any, checkpoints: Checkpoints, *, steps: int, free: Sequence[str], console: Console) -> bool:
+def use_device(config: RunConfig) -> torch.device:
+    """The device of a run. Also sets the number of CPU threads."""
+    device = resolve_device(config.device)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    return device
+
+
+@contextlib.contextmanager
+def held_run(
+    config: RunConfig, checkpoints: Checkpoints, *, free: Sequence[str], traces: Sequence[str], console: Console
+) -> Iterator[Path | None]:
+    """Holds the folder of a run, and saves its config there. Yields its newest intact checkpoint (None: a new run).
+
+    Args:
+        config: The config of the run.
+        checkpoints: The checkpoints of the run.
+        free: Settings that may differ; see `keep_config`.
+        traces: Files that exist as soon as the run has begun; see `keep_config`.
+        console: Where the checkpoint is named.
+    """
+    folder = Path(config.run_folder)
+    with run_folder(folder):
+        keep_config(config, folder, free=free, traces=traces)
+        checkpoints.recover()
+        newest = checkpoints.newest_intact()
+        if newest is not None:
+            console.print(f"going on from {newest}", soft_wrap=True)
+        yield newest
+
+
+def has_finished(
+    config: RunConfig, checkpoints: Checkpoints, *, steps: int, free: Sequence[str], console: Console
+) -> bool:
     """Whether the run of this config is finished and complete. Prints a message if it is.
 
     Args:
-        config: The config of the run, a dataclass with `run_folder`.
+        config: The config of the run.
         checkpoints: The checkpoints of the run.
         steps: Total steps of the run.
         free: Settings that may differ; see `keep_config`.

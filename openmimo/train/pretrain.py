@@ -12,7 +12,7 @@ from rich.console import Console
 from openmimo.core import config as config_io
 from openmimo.core.errors import ConfigError
 from openmimo.core.files import new_folder_atomic
-from openmimo.core.run_folder import check_same_run, keep_config, run_folder
+from openmimo.core.run_folder import check_same_run
 from openmimo.data.config import SourceConfig
 from openmimo.data.loader import Loader
 from openmimo.data.source import TextSource, open_source, training_documents
@@ -21,20 +21,16 @@ from openmimo.model.config import ModelConfig
 from openmimo.model.hf import check_replaceable, load_config, load_model
 from openmimo.model.mimo import MiMo
 from openmimo.model.presets import model_config
-from openmimo.runtime.device import resolve_device
+from openmimo.train import outcome
 from openmimo.train.checkpoint import Checkpoints, Progress, restore
 from openmimo.train.config import ExtendConfig, PretrainConfig, SftConfig
-from openmimo.train.outcome import has_finished, write_outcome
+from openmimo.train.outcome import has_finished, held_run, use_device, write_outcome
 from openmimo.train.report import write_report
 from openmimo.train.schedule import place_of, total_steps
 from openmimo.train.trainer import Trainer
 
-# Settings that decide nothing about the weights: they may change when a run goes on. Data may lie elsewhere: the loader
-# compares its content.
-FREE = (
-    "run_folder", "device", "threads", "loader_workers", "tensorboard", "log_every_steps", "checkpoints.*",
-    "evaluation.*", "optimizer.max_skipped_steps", "*.options.path", "*.options.test_path",
-)  # fmt: skip
+# The paths of the data may change: the loader compares the content.
+FREE = (*outcome.FREE, "loader_workers", "log_every_steps")
 TRACES = ("checkpoints", "tokenizer", "metrics.jsonl", "model")
 _TRAINED_ON = "trained_on.json"
 _DEFAULT_MODEL = "tiny"
@@ -49,17 +45,13 @@ def pretrain(config: PretrainConfig, *, console: Console | None = None) -> Path:
     """
     console = console or Console(stderr=True)
     folder = Path(config.run_folder)
-    device = resolve_device(config.device)
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    device = use_device(config)
     checkpoints = Checkpoints(folder, config.checkpoints)
     if has_finished(config, checkpoints, steps=total_steps(config.stages), free=FREE, console=console):
         return folder / "model"
     prepared = _check_start(config, checkpoints, device)
-    with run_folder(folder):
-        keep_config(config, folder, free=FREE, traces=TRACES)
-        checkpoints.recover()
-        trainer = _open_trainer(config, prepared, checkpoints, device, console)
+    with held_run(config, checkpoints, free=FREE, traces=TRACES, console=console) as newest:
+        trainer = _open_trainer(config, prepared, newest, device, console)
         trainer.run()
         return write_outcome(trainer.model, trainer.tokenizer, checkpoints, folder, write_report, console)
 
@@ -133,16 +125,14 @@ def _check_vocabulary(config: PretrainConfig, tokenizer: Tokenizer, described: M
 
 
 def _open_trainer(
-    config: PretrainConfig, prepared: _Prepared, checkpoints: Checkpoints, device: torch.device, console: Console
+    config: PretrainConfig, prepared: _Prepared, newest: Path | None, device: torch.device, console: Console
 ) -> Trainer:
-    """The trainer of a run where its newest intact checkpoint left it, with the data of every stage that is left."""
-    newest = checkpoints.newest_intact()
+    """The trainer of a run at its newest intact checkpoint, with the data of the remaining stages."""
     if newest is None:
         tokenizer = _given_tokenizer(config) or _own_tokenizer(config, console)
         model = prepared.model or _initial_model(config, tokenizer, device)
         optimizer_tensors, start = None, Progress.beginning()
     else:
-        console.print(f"going on from {newest}", soft_wrap=True)
         tokenizer = Tokenizer.load(newest)
         model, optimizer_tensors, start = restore(newest, device)
     first_stage = place_of(start.step, config.stages).stage_index
