@@ -258,7 +258,7 @@ class RlRun:
         samples = [sample for group in batch for sample in group]
         parts = _parts(batch, self.config.updates_per_step)
         old = self.trainer.logprobs(samples) if len(parts) > 1 else []
-        old_of = {id(sample): own for sample, own in zip(samples, old, strict=bool(old))}
+        old_of = {id(sample): logprobs for sample, logprobs in zip(samples, old, strict=bool(old))}
         reports = []
         for part in parts:
             if self.distillation is not None:
@@ -343,6 +343,7 @@ class RlRun:
         if isinstance(config, MopdConfig) and config.writer == "teacher":
             domains = [source.name for source in config.sources]
             open_rollouts = functools.partial(self._engine_rollouts, record_routing=False)
+            assert self.distillation is not None
             rollouts = TeacherRollouts(
                 self.distillation.teachers, self.tokenizer, config.engine, domains, open_rollouts
             )
