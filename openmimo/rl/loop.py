@@ -84,18 +84,7 @@ class RlRun:
         self.algorithm, self.options = algorithm_of(config)
         if config.activation_checkpointing:
             checkpoint_activations(model)
-        self.trainer = PolicyTrainer(
-            model,
-            config.optimizer,
-            tokens_per_microbatch=config.tokens_per_microbatch,
-            replay_routing=config.replay_routing,
-            bias_rate=config.bias_rate,
-            mtp_weight=config.mtp_weight,
-        )
-        if optimizer_tensors is not None:
-            load_optimizer_state(model, self.trainer.optimizer, optimizer_tensors)
-        self.trainer.guard.num_skipped = start.skipped
-        self.trainer.guard.skipped_in_a_row = start.skipped_in_a_row
+        self.trainer = _open_trainer(config, model, start, optimizer_tensors)
         self.engine = Engine(model, tokenizer, config.engine)
         opened = [open_environment(source.environment, source.options) for source in config.sources]
         instant = all(environment.is_instant(options) for environment, options in opened)
@@ -349,6 +338,25 @@ class RlRun:
         values |= {f"evaluation_errors/{name}": count for name, count in evaluation.num_errors.items()}
         values |= {f"evaluation_too_long/{name}": count for name, count in evaluation.num_too_long.items()}
         self.metrics.write(self.step, {**values, "evaluation/rewards": evaluation.rewards})
+
+
+def _open_trainer(
+    config: RlConfig, model: MiMo, start: Progress, optimizer_tensors: dict[str, torch.Tensor] | None
+) -> PolicyTrainer:
+    """The trainer of a run, with the state of its checkpoint."""
+    trainer = PolicyTrainer(
+        model,
+        config.optimizer,
+        tokens_per_microbatch=config.tokens_per_microbatch,
+        replay_routing=config.replay_routing,
+        bias_rate=config.bias_rate,
+        mtp_weight=config.mtp_weight,
+    )
+    if optimizer_tensors is not None:
+        load_optimizer_state(model, trainer.optimizer, optimizer_tensors)
+    trainer.guard.num_skipped = start.skipped
+    trainer.guard.skipped_in_a_row = start.skipped_in_a_row
+    return trainer
 
 
 def _parts(batch: list[list[Sample]], count: int) -> list[list[Sample]]:

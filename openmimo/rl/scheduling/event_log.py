@@ -100,27 +100,27 @@ class LoggedScheduler:
         return step <= self._last_logged
 
     def next_submissions(self, max_samples: int) -> list[GroupRequest]:
-        """See DataScheduler."""
+        """Record the call, and return the requests of the scheduler."""
         self._write({"event": "submit", "slots": max_samples})
         return self.scheduler.next_submissions(max_samples)
 
     def on_sample(self, sample: Sample) -> None:
-        """See DataScheduler. The routes of the sample become a reference to the log."""
+        """Record a sample, and pass it to the scheduler. Its routes become a reference to the log."""
         self._write({"event": "sample", "group": sample.group}, sample)
         self.scheduler.on_sample(sample.group, sample)
 
     def on_reward(self, late: LateReward) -> None:
-        """See DataScheduler."""
+        """Record a late reward, and pass it to the scheduler."""
         self._write({"event": "reward", "reward": asdict(late) | {"reward": _number(late.reward)}})
         self.scheduler.on_reward(late)
 
     def on_partial(self, sample: Sample) -> None:
-        """See DataScheduler. The routes of the sample become a reference to the log."""
+        """Record an interrupted sample, and pass it to the scheduler. Its routes become a reference to the log."""
         self._write({"event": "partial", "group": sample.group}, sample)
         self.scheduler.on_partial(sample.group, sample)
 
     def take_batch(self) -> tuple[list[list[Sample]], dict[str, float]]:
-        """See DataScheduler. The log is flushed to the disk before the trainer learns from the batch.
+        """Take the batch of the scheduler. The log is flushed to the disk first.
 
         Raises:
             CheckpointError: The repeated calls give another batch than the recorded one.
