@@ -108,13 +108,13 @@ class DataScheduler:
             is_needed = selection.taken[group.source] < self._step_quotas[group.source]
             if is_needed or self._config.unfinished == "partial":
                 max_samples -= self._submit(group, max_samples, requests)
-        wanted = {name: self._num_wanted(name, selection) for name in self._quotas}
-        while max_samples > 0 and (name := self._most_wanting(wanted)) is not None:
+        num_new = {name: self._num_new_groups(name, selection) for name in self._quotas}
+        while max_samples > 0 and (name := self._next_source(num_new)) is not None:
             new_group = self._start_group(name)
             if new_group is None:
-                wanted[name] = 0
+                num_new[name] = 0
                 continue
-            wanted[name] -= 1
+            num_new[name] -= 1
             max_samples -= self._submit(new_group, max_samples, requests)
         return requests
 
@@ -345,17 +345,17 @@ class DataScheduler:
     def _num_unfinished(self, name: str) -> int:
         return sum(group.source == name and not group.accepted for group in self._groups.values())
 
-    def _num_wanted(self, name: str, selection: Selection) -> int:
+    def _num_new_groups(self, name: str, selection: Selection) -> int:
         """How many new groups a source should start, so that they and the unfinished ones just fill its quota."""
         need = self._step_quotas[name] - selection.taken[name] - selection.behind[name]
         expected = self._sources[name].expected_acceptance
         target = math.ceil(need / expected * (1.0 + self._config.margin))
         return max(0, min(target - self._num_unfinished(name), self._draws_left[name]))
 
-    def _most_wanting(self, wanted: Mapping[str, int]) -> str | None:
+    def _next_source(self, num_new: Mapping[str, int]) -> str | None:
         """The source that starts a group next: by priority, then by the missing share of its quota."""
-        names = [name for name, count in wanted.items() if count > 0]
-        sort_key = {name: (self._quotas[name].priority, -wanted[name] / self._step_quotas[name]) for name in names}
+        names = [name for name, count in num_new.items() if count > 0]
+        sort_key = {name: (self._quotas[name].priority, -num_new[name] / self._step_quotas[name]) for name in names}
         return min(names, key=sort_key.__getitem__, default=None)
 
     def _start_group(self, name: str) -> Group | None:
