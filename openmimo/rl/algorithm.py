@@ -1,7 +1,7 @@
-"""What an RL algorithm is: one file in `openmimo/rl/algorithms` that exports `PLUGIN`, an Algorithm.
+"""The interface of RL algorithms. Each is a file in `openmimo/rl/algorithms` that exports `PLUGIN`, an Algorithm.
 
-An algorithm writes into samples how good each token was and how much it counts, and says what the loss of a token is.
-The trainer knows nothing else of it. Settings are frozen dataclasses of plain values; this file imports no torch.
+An algorithm annotates samples with the advantage and the weight of each token, and computes the loss of each token; the
+trainer does the rest. Settings are frozen dataclasses of plain values. This file imports no torch.
 """
 
 from __future__ import annotations
@@ -36,17 +36,18 @@ CORRECTION_LIMITS: dict[str, dict[str, float]] = {
 
 @dataclass(frozen=True)
 class Correction:
-    """What to do about the gap between the trained policy and the engine that sampled (`losses/corrections.py`).
+    """The correction for the difference between trainer and engine (`losses/corrections.py`).
 
     Attributes:
         kind: none; tis: min(ratio, high); icepop: the ratio if within [low, high], else 0; clip: the ratio clipped to
             [low, high]; sequence_mask: drop sequences with a geometric mean ratio outside [low, high]; sequence_tis:
             min(ratio of the sequence, high); staleness_tis: like tis, with a limit that falls with the token's age.
-        low: Lower limit (None: the kind's usual one, as for all below; one that the kind does not use is an error).
+        low: Lower limit (None: the default of the kind, as for all below). A limit that the kind does not use is an
+            error.
         high: Upper limit.
-        decay: What a version of age leaves of high - 1.
-        max_staleness: Tokens older than that many versions are dropped.
-        veto_below: Besides, drop sequences in which any token's ratio is below this, such as 1e-4 (0: none).
+        decay: The factor by which each version of age reduces high - 1.
+        max_staleness: The age in versions above which tokens are dropped.
+        veto_below: Drop sequences in which the ratio of any token is below this, such as 1e-4 (0: none).
     """
 
     kind: Literal["none", "tis", "icepop", "clip", "sequence_mask", "sequence_tis", "staleness_tis"] = "none"
@@ -72,8 +73,8 @@ class Correction:
 
     def limits(self) -> dict[str, float]:
         """The limits that this kind uses, by name."""
-        usual = CORRECTION_LIMITS[self.kind]
-        return {name: usual[name] if vars(self)[name] is None else vars(self)[name] for name in usual}
+        defaults = CORRECTION_LIMITS[self.kind]
+        return {name: default if vars(self)[name] is None else vars(self)[name] for name, default in defaults.items()}
 
     @property
     def is_gate(self) -> bool:
@@ -87,11 +88,11 @@ class PolicyOptions:
     """Settings of every algorithm that learns from rewards.
 
     Attributes:
-        normalization: What a token counts: token (all tokens of the step the same), sequence (all answers the same), or
-            constant (1 / (answers * max_answer_tokens)).
-        max_answer_tokens: Only with constant (None: the longest answer of the step; give the limit of the rollouts for
-            the same number at every step).
-        correction: For the gap between trainer and engine.
+        normalization: The weight of a token: token (equal for all tokens of the step), sequence (equal sums for all
+            responses), or constant (1 / (responses * max_answer_tokens)).
+        max_answer_tokens: Only with constant (None: the longest response of the step; set the limit of the rollouts for
+            an equal weight in all steps).
+        correction: The correction for the difference between trainer and engine.
     """
 
     normalization: Literal["token", "sequence", "constant"] = "token"
@@ -110,7 +111,7 @@ class RatioOptions(PolicyOptions):
 
     Attributes:
         old_policy: decoupled: the ratio is π_θ / π_old, and `correction` weighs π_old / μ; bypass: the ratio is π_θ / μ
-            and allows no correction but "none" and "sequence_mask", since others would count the gap twice.
+            and only the corrections "none" and "sequence_mask" are allowed, as others would count the difference twice.
     """
 
     old_policy: Literal["decoupled", "bypass"] = "decoupled"
@@ -132,15 +133,15 @@ class Algorithm:
     """One way to learn from samples.
 
     Attributes:
-        describe: One line for people.
-        options: The frozen dataclass of its settings; `correction` is one of them.
-        annotate: annotate(samples, options, policy_logprobs) fills `advantages` and `weights` of all samples of a step,
-            over all ranks. policy_logprobs: log π_θ of each sample's tokens, at the sample's temperature, by the
-            trainer, aligned with token_ids (entries outside the loss mask are not read; only algorithms with a teacher
-            read any). Samples that ended in "error", or without a policy-written token, get zeros and count nowhere.
-            Raises ValueError for missing rewards or teacher scores, and for lists of the wrong length.
-        token_losses: token_losses(batch, options) gives the loss of each token, [N], times its correction. The trainer
-            multiplies it by the sample's weights, and adds up: no further mean.
+        describe: One line of description.
+        options: The frozen dataclass of its settings, with a field `correction`.
+        annotate: annotate(samples, options, policy_logprobs) sets `advantages` and `weights` of all samples of a step,
+            over all ranks. policy_logprobs are the trainer's log π_θ of each sample's tokens at the sample's
+            temperature, aligned with token_ids; entries outside the loss mask are not read, and only algorithms with a
+            teacher read any. Samples that ended in "error", or have no policy-written token, get zeros and are left out
+            of all means. Raises ValueError for missing rewards or teacher scores, and for arrays of the wrong length.
+        token_losses: token_losses(batch, options) computes the loss of each token, [N], times its correction. The
+            trainer multiplies it by the sample's weights and sums, without a further mean.
         uses_teacher: Whether `annotate` needs `teacher_logprobs` and `policy_logprobs`.
     """
 
@@ -155,7 +156,7 @@ ALGORITHMS: Registry[Algorithm] = Registry("openmimo.rl.algorithms", Algorithm)
 
 
 def open_algorithm(name: str, options: Mapping[str, Any]) -> tuple[Algorithm, Any]:
-    """The plug-in of that name and its checked options. Raises ConfigError for an unknown name or option."""
+    """The algorithm of that name, and its checked options. Raises ConfigError for an unknown name or option."""
     algorithm = ALGORITHMS.get(name)
     return algorithm, from_dict(algorithm.options, dict(options), where=f"options of algorithm {name!r}")
 
@@ -163,16 +164,18 @@ def open_algorithm(name: str, options: Mapping[str, Any]) -> tuple[Algorithm, An
 def algorithm_of(config: RlConfig) -> tuple[Algorithm, Any]:
     """The algorithm of a run and its options.
 
-    With unfinished "partial", tokens are of different ages: where no correction was chosen, `staleness_tis` takes the
-    place of `tis`. Raises ConfigError for an algorithm that does not fit the run, and for options without effect.
+    With unfinished "partial", tokens have different ages: the default correction is then `staleness_tis` and not `tis`.
+
+    Raises:
+        ConfigError: The algorithm does not fit the run, or an option has no effect.
     """
     algorithm, options = open_algorithm(config.algorithm, config.algorithm_options)
     if isinstance(config, MopdConfig):
         _check_distillation(config, algorithm, options)
     elif algorithm.uses_teacher:
         raise ConfigError(
-            f"algorithm {config.algorithm!r} learns from teachers, which `openmimo rl` has none of. Run `openmimo "
-            "mopd`, or take another algorithm, such as grpo."
+            f"algorithm {config.algorithm!r} learns from teachers, and `openmimo rl` has none. Run `openmimo mopd`, "
+            "or use another algorithm, such as grpo."
         )
     is_chosen = "correction" in config.algorithm_options
     if config.unfinished == "partial" and not is_chosen and options.correction == Correction("tis"):
@@ -191,8 +194,8 @@ def _check_distillation(config: MopdConfig, algorithm: Algorithm, options: Any) 
     if config.signal != "sampled":
         if "balance_domains" not in values:
             raise ConfigError(f"signal {config.signal!r} does not use algorithm {config.algorithm!r}; take 'mopd'.")
-        usual = vars(type(options)())
-        changed = [name for name, value in values.items() if name != "balance_domains" and value != usual[name]]
+        defaults = vars(type(options)())
+        changed = [name for name, value in values.items() if name != "balance_domains" and value != defaults[name]]
         if changed:
             raise ConfigError(
                 f"algorithm_options.{changed[0]} is {values[changed[0]]!r}, which has no effect with signal "
@@ -206,14 +209,14 @@ def _check_distillation(config: MopdConfig, algorithm: Algorithm, options: Any) 
 
 
 def _check_alpha(config: MopdConfig, alpha: float) -> None:
-    """Outcome advantages compare the answers to one prompt; with one answer, or only the good ones, they are 0."""
+    """Outcome advantages compare the responses to one prompt. With one response, or only good ones, they are 0."""
     if all(source.samples_per_prompt == 1 for source in config.sources):
         raise ConfigError(
-            f"algorithm_options.alpha is {alpha}, which has no effect with samples_per_prompt 1: an only answer has "
-            "nothing to be compared with. Ask for at least 2 in a source, or leave alpha out."
+            f"algorithm_options.alpha is {alpha}, which has no effect with samples_per_prompt 1: it compares the "
+            "responses to one prompt. Set samples_per_prompt to at least 2 in a source, or leave alpha out."
         )
     if config.min_reward is not None:
         raise ConfigError(
-            f"algorithm_options.alpha is {alpha}, and min_reward leaves only answers of at least {config.min_reward} "
-            "to compare. Set one of the two."
+            f"algorithm_options.alpha is {alpha}, and min_reward leaves only responses of at least "
+            f"{config.min_reward} to compare. Set one of the two."
         )

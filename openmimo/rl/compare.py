@@ -1,7 +1,7 @@
-"""The see-saw report: what every student can do in every domain, against the base and each domain's teacher.
+"""The see-saw report: the mean reward of each student in each domain, against the base and the domain's teacher.
 
-Training in one domain tends to cost others. The report shows by domain how much of the teacher's lead over the base a
-student has (headroom recovered), and where a student is worse than the base beyond chance.
+Training in one domain tends to lower rewards in others. For each domain the report shows which share of the teacher's
+lead over the base a student has (headroom recovered), and whether a student is significantly worse than the base.
 """
 
 import json
@@ -33,10 +33,14 @@ _MIN_HEADROOM = 0.05
 
 @dataclass(frozen=True)
 class Cell:
-    """One model in one domain: mean reward with its 95 % interval, over problems and seeds.
+    """The result of one model in one domain, over problems and seeds.
 
-    recovered: the share of the teacher's lead over the base (NaN where that lead is below 0.05). regressed: whether the
-    model is worse than the base, with the 95 % interval of the difference below zero.
+    Attributes:
+        mean: The mean reward.
+        low: The lower end of its 95 % interval.
+        high: The upper end.
+        recovered: The share of the teacher's lead over the base; NaN where that lead is below 0.05.
+        regressed: Whether the 95 % interval of the difference from the base is below zero.
     """
 
     mean: float
@@ -47,9 +51,13 @@ class Cell:
 
 
 def compare(config: CompareConfig, *, console: Console | None = None) -> dict[str, dict[str, Cell]]:
-    """Evaluates every model, writes `report.html` and `results.json` into the run folder, prints the table.
+    """Evaluate all models, write `report.html` and `results.json` into the run folder, and print the table.
 
-    Returns the cells by model and domain. Raises ConfigError for a checkpoint or a teacher that is not there.
+    Returns:
+        The cells by model and domain.
+
+    Raises:
+        ConfigError: A checkpoint does not exist, or a teacher is not among the models.
     """
     console = console or Console()
     check_path(config.run_folder, "run_folder")
@@ -83,7 +91,7 @@ def _compare(
 
 
 def _rewards(config: CompareConfig, path: str, console: Console) -> dict[str, list[float]]:
-    """The reward of every held-out problem, by domain. Says which have none."""
+    """By domain, the reward of each held-out problem. Prints a warning about those without a reward."""
     model = load_model(path, dtype="float32", device=str(resolve_device(config.device)))
     engine = Engine(model, Tokenizer.load(Path(path)), config.engine)
     evaluation = evaluate_policy(
@@ -99,18 +107,18 @@ def _cells(config: CompareConfig, rewards: dict[str, list[dict[str, list[float]]
     cells = {}
     for source in config.sources:
         domain = source.name
-        own = _over_seeds(rewards[name], domain)
+        model = _over_seeds(rewards[name], domain)
         base = _over_seeds(rewards["base"], domain)
         teacher = _over_seeds(rewards[config.teachers.get(domain, "base")], domain)
         headroom = _mean(teacher) - _mean(base)
-        recovered = (_mean(own) - _mean(base)) / headroom if headroom >= _MIN_HEADROOM else float("nan")
-        change = bootstrap_interval([mine - before for mine, before in zip(own, base, strict=True)])
-        cells[domain] = Cell(_mean(own), *bootstrap_interval(own), recovered, change[1] < 0)
+        recovered = (_mean(model) - _mean(base)) / headroom if headroom >= _MIN_HEADROOM else float("nan")
+        change = bootstrap_interval([after - before for after, before in zip(model, base, strict=True)])
+        cells[domain] = Cell(_mean(model), *bootstrap_interval(model), recovered, change[1] < 0)
     return cells
 
 
 def _over_seeds(runs: list[dict[str, list[float]]], domain: str) -> list[float]:
-    """The mean over seeds of each problem's reward: problems are the same for all models, so they are paired."""
+    """The mean over seeds of each problem's reward. All models have the same problems, so differences are paired."""
     return [_mean(values) for values in zip(*(run[domain] for run in runs), strict=True)]
 
 
@@ -144,23 +152,23 @@ def _report(config: CompareConfig, cells: dict[str, dict[str, Cell]]) -> Report:
 
 
 def seesaw_table(config: CompareConfig, cells: dict[str, dict[str, Cell]]) -> tuple[list[str], list[list[Any]]]:
-    """Header and rows: every model's mean in every domain, with the headroom recovered."""
+    """Header and rows: the mean of each model in each domain, with the headroom recovered."""
     names = [source.name for source in config.sources]
     return ["model", *names], [[name, *(_shown(row[domain]) for domain in names)] for name, row in cells.items()]
 
 
 def seesaw_figure(config: CompareConfig, cells: dict[str, dict[str, Cell]]) -> Any:
-    """A matplotlib figure of bars with their intervals."""
+    """A matplotlib figure with a bar and its interval for each model and domain."""
     figure, axis = new_figure(width=max(8.5, 1.1 * len(cells)), height=4.2)
     from matplotlib import colormaps  # after new_figure has chosen a backend without a display
 
     colors = colormaps["tab10" if len(cells) <= 10 else "tab20"]
     width = 0.8 / len(cells)
-    for place, (name, row) in enumerate(cells.items()):
+    for index, (name, row) in enumerate(cells.items()):
         for number, source in enumerate(config.sources):
             cell = row[source.name]
             axis.bar(
-                number + (place + 0.5) * width - 0.4, cell.mean, width, color=colors(place % 20),
+                number + (index + 0.5) * width - 0.4, cell.mean, width, color=colors(index % 20),
                 yerr=[[max(0.0, cell.mean - cell.low)], [max(0.0, cell.high - cell.mean)]],
                 hatch="//" if config.teachers.get(source.name) == name else None,
                 label=name if number == 0 else None, error_kw={"linewidth": 0.8},

@@ -1,4 +1,4 @@
-"""How good a policy is: greedy answers to held-out problems of every source."""
+"""Evaluation of a policy on held-out problems of each source."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from openmimo.rl.scheduling.problems import Problem
 
 
 def streams_of(sources: tuple[RlSource, ...], split: Split, seed: int) -> dict[str, Callable[[int], Problem]]:
-    """The problems of every source, by index. Raises ConfigError or DataError for settings that make none."""
+    """By source, the function from an index to a problem. Raises ConfigError or DataError if a source has none."""
     streams = {}
     for source in sources:
         environment, options = open_environment(source.environment, source.options)
@@ -27,7 +27,7 @@ def streams_of(sources: tuple[RlSource, ...], split: Split, seed: int) -> dict[s
 
 
 def episode_opener(sources: tuple[RlSource, ...]) -> Callable[[GroupRequest], Episode]:
-    """Opens the episode of a request by its source."""
+    """A function that opens the episode of a request in the environment of its source."""
     opened = {source.name: open_environment(source.environment, source.options) for source in sources}
 
     def open_episode(request: GroupRequest) -> Episode:
@@ -39,13 +39,13 @@ def episode_opener(sources: tuple[RlSource, ...]) -> Callable[[GroupRequest], Ep
 
 @dataclass
 class Evaluation:
-    """The reward of each held-out problem, by source; 0.0 where there is none.
+    """The rewards of held-out problems.
 
     Attributes:
-        rewards: By source, in the order of the problems.
-        num_errors: By source, how many were lost to failures of its environment.
-        num_too_long: By source, how many prompts were too long.
-        first_failure: By source, what happened to the first of these.
+        rewards: By source, the reward of each problem; 0.0 for a problem that failed or is too long.
+        num_errors: By source, the problems that failed in the environment.
+        num_too_long: By source, the problems whose prompt is too long.
+        first_failure: By source, a description of the first of these.
     """
 
     rewards: dict[str, list[float]] = field(default_factory=dict)
@@ -58,7 +58,7 @@ class Evaluation:
         return {name: sum(values) / len(values) for name, values in self.rewards.items()}
 
     def failures(self) -> dict[str, str]:
-        """A sentence for each source that has no reward for some problem."""
+        """By source, a message about its problems without a reward; only sources that have some."""
         return {
             name: f"{self.num_errors[name]} of {len(self.rewards[name])} held-out problems of source {name!r} failed "
             f"and {self.num_too_long[name]} have too long prompts; they count as 0. The first: {text}."
@@ -66,7 +66,7 @@ class Evaluation:
         }
 
     def refuse_if_all_failed(self) -> None:
-        """Raises UserError for a source that has a reward for no problem at all."""
+        """Raises UserError for a source without a reward for any problem."""
         for name, text in self.first_failure.items():
             if self.num_errors[name] + self.num_too_long[name] == len(self.rewards[name]):
                 raise UserError(
@@ -86,9 +86,20 @@ def evaluate_policy(
     timeout_reward: float | None = None,
     thinking: bool = False,
 ) -> Evaluation:
-    """Answers the first `problems` held-out problems of each source.
+    """Roll out the first held-out problems of each source.
 
-    calls, timeout_reward, thinking: see EngineRollouts. Raises UserError if a source has a reward for no problem.
+    Args:
+        engine: The engine with the policy.
+        sources: The sources.
+        problems: The number of problems of each source.
+        seed: The seed of the problems and of sampling.
+        temperature: The sampling temperature (0: greedy).
+        calls: See EngineRollouts, as for the arguments below.
+        timeout_reward: The reward of an episode that exceeds its deadline.
+        thinking: Let the policy think.
+
+    Raises:
+        UserError: A source has no reward for any problem.
     """
     rollouts = EngineRollouts(
         engine, episode_opener(sources), calls=calls, timeout_reward=timeout_reward, seed=seed, record_routing=False,
@@ -101,6 +112,7 @@ def evaluate_policy(
     samples: dict[str, dict[int, Sample]] = {source.name: {} for source in sources}
     while rollouts.num_running:
         for sample in rollouts.poll():
+            assert isinstance(sample, Sample), "rewards are late only with late_rewards"
             samples[sample.domain][int(sample.group.rpartition("/")[2])] = sample
     rollouts.close()
     evaluation = Evaluation()
@@ -119,7 +131,7 @@ def _request(source: RlSource, problem: Problem, index: int, temperature: float)
 
 
 def _reward(sample: Sample, evaluation: Evaluation) -> float:
-    """The reward of a sample; 0.0, and counted, if it has none."""
+    """The reward of a sample. 0.0, and counted in the evaluation, if it has none."""
     name = sample.domain
     if sample.finish_reason not in ("error", "too_long"):
         return sample.reward

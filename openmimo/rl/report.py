@@ -1,4 +1,4 @@
-"""The report of a post-training run, from its `metrics.jsonl` alone."""
+"""The report of a post-training run, made from its `metrics.jsonl`."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ Rows = list[dict[str, Any]]
 
 
 def write_report(run_folder: Path) -> Path:
-    """Writes `report.html` in the run folder and returns its path."""
+    """Write `report.html` in the run folder. Returns its path."""
     rows = read_metrics(run_folder / "metrics.jsonl")
     train = [row for row in rows if "samples" in row]
     evaluations = [row for row in rows if "evaluation/rewards" in row]
@@ -35,21 +35,21 @@ def _training_figures(report: Report, train: Rows) -> None:
     )
     report.figure(
         _panels(train, [("scheduler/waste_share", "wasted samples"), ("staleness_mean", "policy versions")]),
-        "Share of samples that were rolled out and never learned from; mean age of the tokens.",
+        "Share of samples that were rolled out and never learned from; mean age of their tokens.",
     )
     names = _names(train)
     if any(name.startswith("teacher_kl/") for name in names):
         report.heading("Teachers")
         report.figure(
             _panels(train, [("teacher_kl", "nats a token"), ("top_8_overlap", "share")], by_domain=True),
-            "Divergence from the domain's teacher, and how many of its eight likeliest tokens are the student's, too.",
+            "Divergence from the domain's teacher, and the share of its eight likeliest tokens among the student's.",
         )
     report.heading("Trainer against engine")
     report.figure(
         _panels(
             train, [("mismatch_k3", "k3, nats"), ("extreme_ratio_share_2", "share of tokens"), ("entropy", "nats")]
         ),
-        "How far the trained policy is from the one that sampled: k3, and tokens with a ratio above 2 or below 1/2. "
+        "Difference of the trained policy from the one that sampled: k3, and tokens with a ratio above 2 or below 1/2. "
         "The policy's entropy.",
     )
     if "gated_high_share" in names:
@@ -65,18 +65,16 @@ def _training_figures(report: Report, train: Rows) -> None:
     if sum(name.startswith("gradient_share/") for name in names) > 1:
         report.figure(
             _panels(train, [("gradient_share", "share of the gradient")], by_domain=True),
-            "What each domain adds to the gradient: lengths of its tokens' gradients by the last hidden state.",
+            "Share of each domain in the gradient: norms of the gradients of its tokens' last hidden states.",
         )
-    report.figure(
-        _panels(train, [("seconds", "seconds")], by_domain=True), "Seconds of a step, by what they went into."
-    )
+    report.figure(_panels(train, [("seconds", "seconds")], by_domain=True), "Seconds of a step, by phase.")
     last = train[-1]
     kept = sorted(name for name, value in last.items() if isinstance(value, (int, float)))
     report.table(["last step", "value"], [[name, last[name]] for name in kept])
 
 
 def _names(rows: Rows) -> list[str]:
-    """All metrics of these rows: a step that learned nothing has fewer than others."""
+    """All metrics of these rows. A step that learned nothing has fewer than others."""
     return list(dict.fromkeys(name for row in rows for name in row))
 
 
@@ -101,7 +99,7 @@ def _lines(rows: Rows, prefix: str, *, exclude: str) -> Any:
 
 
 def _panels(rows: Rows, panels: list[tuple[str, str]], *, by_domain: bool = False) -> Any:
-    """One picture for each metric; by_domain: with a line for each `<metric>/<domain>` there is."""
+    """One panel for each (metric, unit); with `by_domain`, with a line for each `<metric>/<domain>`."""
     figure, axes = new_figure(columns=len(panels))
     for axis, (metric, unit) in zip(axes if len(panels) > 1 else [axes], panels, strict=True):
         names = [name for name in _names(rows) if name.startswith(metric + "/")] if by_domain else [metric]

@@ -1,4 +1,4 @@
-"""`openmimo rl` and `openmimo mopd`: set a run up, find where it stopped, learn, report."""
+"""`openmimo rl` and `openmimo mopd`: set up or resume a run, train, and write the report."""
 
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from openmimo.train.checkpoint import Checkpoints, Progress, restore
 from openmimo.train.config import check_path
 from openmimo.train.outcome import has_finished, held_run, use_device, write_outcome
 
+# Settings without effect on the weights, which may change when a run is resumed.
 FREE = (
     *outcome.FREE, "reward_threads", "rollout_workers", "environment_seconds", "max_lost_steps",
     "activation_checkpointing",
@@ -29,7 +30,7 @@ _TRACES = ("checkpoints", "events.jsonl", "events", "metrics.jsonl", "model")
 
 
 def train(config: RlConfig, *, console: Console | None = None) -> Path:
-    """Runs or resumes a run of RL or, with a MopdConfig, of distillation. Returns the folder of the finished model.
+    """Start or resume a run of RL or, with a MopdConfig, of distillation. Returns the folder of the finished model.
 
     Raises:
         UserError: Settings, problems or checkpoints do not fit, or the run diverged.
@@ -60,7 +61,7 @@ def train(config: RlConfig, *, console: Console | None = None) -> Path:
 
 
 def _check_start(config: RlConfig, folder: Path) -> Tokenizer:
-    """Refuses what is not there or does not fit, before anything is written. Returns the policy's tokenizer."""
+    """Check settings, files and checkpoints before anything is written. Returns the tokenizer of the policy."""
     if (folder / "config.json").exists() and any((folder / name).exists() for name in _TRACES):
         check_same_run(config, folder / "config.json", free=FREE)
         check_same_problems(problem_files(config.sources), folder)
@@ -77,7 +78,7 @@ def _check_start(config: RlConfig, folder: Path) -> Tokenizer:
 
 
 def learned_in(config: RlConfig, run_folder: Path) -> str:
-    """How many steps learned from how many samples; a warning where none did."""
+    """The numbers of steps and samples that the policy learned from; a warning if there are none."""
     learned = [row["learned_samples"] for row in read_metrics(run_folder / "metrics.jsonl") if "learned_samples" in row]
     text = f"{sum(count > 0 for count in learned)} of {config.steps} steps learned, from {sum(learned)} samples"
     if any(learned):

@@ -1,8 +1,8 @@
-"""What an environment is: one file in `openmimo/rl/environments` that exports `PLUGIN`, an Environment.
+"""The interface of environments. Each is a file in `openmimo/rl/environments` that exports `PLUGIN`, an Environment.
 
-An environment has problems, and opens an episode for every sample of one. An episode gives the prompt; each time the
-policy stops, it goes on with turns or text of its own (never learned from), or ends and has a reward. It sees text and
-gives text: token ids are the rollout's, which never tokenizes anything twice.
+An environment has problems, and opens an episode for each sample of a problem. The episode states the prompt. After
+each policy turn it responds with messages or text, which the policy does not learn from, or it ends and has a reward.
+Episodes read and write text; rollouts hold the token ids, and never tokenize the policy's text again.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,10 +18,11 @@ from openmimo.rl.scheduling.problems import Problem
 
 @dataclass(frozen=True)
 class EnvResponse:
-    """What an episode says to a piece of the policy's writing.
+    """The environment's response to one policy turn. Without messages and text, the episode is over.
 
-    messages: turns of tools or users, after which the policy has its turn again. text: words to insert right there, so
-    that the policy goes on in the same turn. Neither: the episode is over.
+    Attributes:
+        messages: Turns of tools or users, after which the policy has its next turn.
+        text: Text to insert, after which the policy continues the same turn.
     """
 
     messages: tuple[Message, ...] = ()
@@ -35,14 +36,17 @@ class EnvResponse:
 
 @runtime_checkable
 class Episode(Protocol):
-    """One attempt at one problem. `respond`, `reward` and `close` may take long, and run in a thread then.
+    """One attempt at one problem.
 
-    Opening an episode, `respond` with the `reward` behind it, and `close` have a deadline each (`environment_seconds`
-    of the run). A call that is late is given up: its sample is lost, or has the run's `timeout_reward`. Its thread
-    cannot be killed, so what may hang for good belongs into a child process with a deadline of its own.
+    Unless the environment is instant, `respond`, `reward` and `close` run in a thread, and other samples continue
+    meanwhile. Opening, each `respond`, `reward` and `close` each have the run's `environment_seconds`; in an instant
+    environment, the last `respond` and `reward` share it. A call that exceeds it fails: its sample is lost, or gets the
+    run's `timeout_reward`. Threads cannot be killed, so work that may hang belongs in a child process with a time-out.
 
-    messages: the conversation up to the policy's first turn. tools: function schemas of the chat template. stop:
-    strings after which the policy stops for an answer, beside the end of its turn.
+    Attributes:
+        messages: The conversation up to the policy's first turn.
+        tools: Function schemas for the chat template.
+        stop: Strings after which the policy stops for a response, in addition to the end of its turn.
     """
 
     messages: tuple[Message, ...]
@@ -50,28 +54,28 @@ class Episode(Protocol):
     stop: tuple[str, ...]
 
     def respond(self, text: str) -> EnvResponse:
-        """Takes all that the policy wrote since the prompt or the last answer, without the token that ended it."""
+        """Respond to the text of the policy since the prompt or the last response, without the token that ended it."""
         ...
 
     def reward(self) -> float:
-        """A number from 0 to 1, once `respond` has said its last or the policy has come to its limit of tokens.
+        """The reward, from 0 to 1, after the last response or when the policy has reached its limit of tokens.
 
-        An exception here or in `respond` counts as a failure of the infrastructure: the sample is rolled out again. A
-        value that is no number from 0 to 1 ends the run.
+        An exception here or in `respond` is a failure of the infrastructure: the sample is rolled out again. Any value
+        other than a number from 0 to 1 ends the run.
         """
         ...
 
     def close(self) -> None:
-        """Gives back what the episode holds, at whatever moment it ends."""
+        """Release the resources of the episode. May be called after any other call."""
         ...
 
 
 @runtime_checkable
 class ReplacesContext(Protocol):
-    """An episode whose conversation may give way to a shorter one (`rl/agents/context_management.py`)."""
+    """An episode whose conversation may be replaced by a shorter one (`rl/agents/context_management.py`)."""
 
     def successor(self) -> "Episode | None":
-        """After its last answer, the episode that goes on and now owns what it holds; None: it is over."""
+        """After the last response, the episode that continues and owns the resources; None if there is none."""
         ...
 
 
@@ -80,12 +84,12 @@ class Environment:
     """One kind of episodes.
 
     Attributes:
-        describe: One line for people.
+        describe: One line of description.
         options: The frozen dataclass of its settings.
-        problems: problems(options, split, seed) gives the function from an index to a problem, always the same one.
-        open: open(problem, options) begins an episode.
-        is_instant: is_instant(options) says whether episodes answer in microseconds, so that they need no thread.
-        files: files(options) gives the files that the problems are read from, for a run that goes on later.
+        problems: problems(options, split, seed) returns the function from an index to a problem, always the same one.
+        open: open(problem, options) opens an episode.
+        is_instant: is_instant(options) is whether episodes respond in microseconds, so that they need no thread.
+        files: files(options) returns the files of the problems, which a resumed run checks.
     """
 
     describe: str
@@ -100,6 +104,6 @@ ENVIRONMENTS: Registry[Environment] = Registry("openmimo.rl.environments", Envir
 
 
 def open_environment(name: str, options: Mapping[str, Any]) -> tuple[Environment, Any]:
-    """The plug-in of that name and its checked options. Raises ConfigError for an unknown name or option."""
+    """The environment of that name, and its checked options. Raises ConfigError for an unknown name or option."""
     environment = ENVIRONMENTS.get(name)
     return environment, from_dict(environment.options, dict(options), where=f"options of environment {name!r}")

@@ -114,7 +114,7 @@ def pack_samples(samples: list[Sample], *, device: torch.device, share_prompts: 
     """Make one pack of all samples.
 
     Raises:
-        ValueError: The policy is said to have written the first token of a sample, which nothing predicts.
+        ValueError: A loss mask includes the first token of its sample, which nothing predicts.
     """
     groups, source, rows = [], [], []
     sample_start = pack_start = 0  # of the next sample: in the concatenated samples, and in the pack

@@ -132,12 +132,10 @@ class EngineRollouts:
 
     @property
     def num_running(self) -> int:
-        """See Rollouts."""
         return len(self._runs)
 
     @property
     def num_unscored(self) -> int:
-        """See Rollouts."""
         return len(self._scoring)
 
     @property
@@ -146,7 +144,7 @@ class EngineRollouts:
         return self._calls.is_instant
 
     def metrics(self) -> dict[str, float]:
-        """See Rollouts. The engine of this process has none of its own."""
+        """The engine of this process has no metrics of its own."""
         return {}
 
     def submit(self, request: GroupRequest) -> None:
@@ -246,7 +244,6 @@ class EngineRollouts:
         return finished
 
     def cancel(self, sample_ids: list[str]) -> None:
-        """See Rollouts."""
         for sample_id in sample_ids:
             run = self._runs.pop(sample_id, None) or self._scoring.pop(sample_id, None)
             if run is not None:
@@ -257,7 +254,7 @@ class EngineRollouts:
                 self._close(run)
 
     def interrupt(self) -> list[Sample]:
-        """Stop samples in their first turn, of episodes without tools or stop strings. See Rollouts."""
+        """Stop samples in their first turn, of episodes without tools or stop strings."""
         interrupted = []
         for run in list(self._runs.values()):
             if not run.can_be_interrupted:
@@ -271,11 +268,9 @@ class EngineRollouts:
         return interrupted
 
     def update_weights(self, version: int) -> None:
-        """See Rollouts."""
         self._engine.update_weights(self._weights(), version=version, recompute=False)
 
     def close(self) -> None:
-        """See Rollouts."""
         self.cancel([*self._runs, *self._scoring])
         self._engine.forget_cached()
         if self._owns_calls:

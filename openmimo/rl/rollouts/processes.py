@@ -114,17 +114,15 @@ class PipeChannel:
 
 
 class ProcessLink:
-    """The trainer's connection to a worker process. See WorkerLink."""
+    """The trainer's connection to a worker process."""
 
     def __init__(self, process: Any, channel: PipeChannel):
         self.process, self.channel = process, channel
 
     def send(self, order: Order) -> None:
-        """See WorkerLink."""
         self.channel.send(order)
 
     def receive(self) -> list[WorkerReport | Failure]:
-        """See WorkerLink."""
         has_ended = not self.process.is_alive()  # before the pipe, which may hold the last messages
         try:
             messages = self.channel.receive(0.0)
@@ -136,7 +134,6 @@ class ProcessLink:
         return messages
 
     def end(self, patience_seconds: float) -> None:
-        """See WorkerLink."""
         self.process.join(patience_seconds)
         if self.process.is_alive():
             self.process.kill()

@@ -1,4 +1,4 @@
-"""The interface between the training loop and whatever rolls samples out."""
+"""The interface between the training loop and the rollouts."""
 
 from typing import Protocol
 

@@ -86,14 +86,13 @@ class RayRollouts(WorkerRollouts):
 
 
 class RayLink:
-    """The trainer's connection to an actor. See WorkerLink."""
+    """The trainer's connection to an actor."""
 
     def __init__(self, ray: Any, actor: Any):
         self._ray, self._actor = ray, actor
         self._listening: Any = None
 
     def send(self, order: Order) -> None:
-        """See WorkerLink."""
         self._actor.order.remote(order)
 
     def give_weights(self, weights: tuple[int, list[Any]]) -> None:
@@ -107,7 +106,6 @@ class RayLink:
         return self._listening
 
     def receive(self) -> list[WorkerReport | Failure]:
-        """See WorkerLink."""
         reference, self._listening = self.listening(), None
         try:
             return self._ray.get(reference)
@@ -115,7 +113,6 @@ class RayLink:
             raise WorkerLostError(str(error)) from error
 
     def end(self, patience_seconds: float) -> None:
-        """See WorkerLink."""
         if patience_seconds:
             self._ray.wait([self._actor.finish.remote()], timeout=patience_seconds)
         self._ray.kill(self._actor)
@@ -169,11 +166,10 @@ class ObjectWeights:
 
     @property
     def version(self) -> int:
-        """See WeightSource."""
         return self.newest[0]
 
     def read(self, take: Take) -> None:
-        """See WeightSource. Objects in the store are immutable, so one read is enough."""
+        """Objects in the store are immutable, so one read is enough."""
         import ray
 
         version, reference = self.newest
@@ -182,18 +178,16 @@ class ObjectWeights:
 
 
 class QueueChannel:
-    """The worker's connection to the methods of its actor. See WorkerChannel."""
+    """The worker's connection to the methods of its actor."""
 
     def __init__(self) -> None:
         self.orders: queue.SimpleQueue = queue.SimpleQueue()
         self.messages: queue.SimpleQueue = queue.SimpleQueue()
 
     def receive(self, seconds: float) -> list[Order]:
-        """See WorkerChannel."""
         return _take_all(self.orders, seconds)
 
     def send(self, message: WorkerReport | Failure) -> None:
-        """See WorkerChannel."""
         self.messages.put(message)
 
 

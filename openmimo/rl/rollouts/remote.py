@@ -77,11 +77,9 @@ class WorkerRollouts(ABC):
 
     @property
     def num_running(self) -> int:
-        """See Rollouts."""
         return len(self._running) + len(self._lost)
 
     def submit(self, request: GroupRequest) -> None:
-        """See Rollouts."""
         loads = Counter(number for number, _ in self._running.values())
         number = min(range(len(self._links)), key=lambda number: loads[number])
         self._running |= {sample_id: (number, request) for sample_id in request.sample_ids}
@@ -89,7 +87,6 @@ class WorkerRollouts(ABC):
 
     @property
     def num_unscored(self) -> int:
-        """See Rollouts."""
         return len(self._unscored)
 
     def interrupt(self) -> list[Sample]:
@@ -97,7 +94,7 @@ class WorkerRollouts(ABC):
         return []
 
     def poll(self) -> list[Sample | LateReward]:
-        """Wait up to POLL_SECONDS for messages of workers. See Rollouts.
+        """Wait up to POLL_SECONDS for messages of workers.
 
         Raises:
             UserError: A worker cannot run with the settings.
@@ -123,7 +120,6 @@ class WorkerRollouts(ABC):
         return finished
 
     def cancel(self, sample_ids: list[str]) -> None:
-        """See Rollouts."""
         by_number: dict[int, list[str]] = {}
         for sample_id in sample_ids:
             assigned = self._running.pop(sample_id, None) or self._unscored.pop(sample_id, None)

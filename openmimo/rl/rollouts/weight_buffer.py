@@ -108,7 +108,6 @@ class WeightBuffer:
 
     @property
     def version(self) -> int:
-        """See WeightSource."""
         return self._newest()[2]
 
     def write(self, tensors: Mapping[str, torch.Tensor], version: int) -> None:
@@ -122,7 +121,6 @@ class WeightBuffer:
             self._counts[half] = self._counts.max() + 1
 
     def read(self, take: Take) -> None:
-        """See WeightSource."""
         while True:
             half, count, version = self._newest()
             take(self._layout.views(self._halves[half]), version)

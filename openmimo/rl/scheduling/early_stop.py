@@ -1,7 +1,16 @@
 """When a step may end: when its batch is full, and no group that started earlier is still running.
 
-Long answers finish late. A batch of whatever finished first would be a batch of short answers; so the groups of a batch
-are chosen by when they started, never by when they finished (MiMo-7B, section 3.4).
+Long responses finish late, so a batch of the groups that finish first would be a batch of short responses. The groups
+of a batch are therefore chosen by when they started, never by when they finished (MiMo-7B, section 3.4). For a source
+with a quota of 3:
+
+    groups, in order of starting    A        B        C        D        E
+    state                        accepted running  accepted accepted running
+    selection                      taken     -      behind   behind    -
+
+C and D wait for B, which started before them; E started after them and holds nothing up. When B is accepted, the batch
+is A, B, C, and D is surplus. When B is dropped, it is A, C, D. With partial rollouts, B holds the others up only once
+its oldest token is `wait_age` versions old; until then the step may end without B, which continues in the next step.
 """
 
 from collections.abc import Iterable, Mapping
@@ -12,10 +21,12 @@ from openmimo.rl.scheduling.groups import Group
 
 @dataclass
 class Selection:
-    """What could be learned from now.
+    """The groups that the trainer could learn from now.
 
-    groups: the batch so far. taken: how many of each source are in it. behind: how many more of each source are
-    accepted, but have to wait for an unfinished group that started before them.
+    Attributes:
+        groups: The batch so far, in order of starting.
+        taken: By source, the number of its groups in the batch.
+        behind: By source, the number of accepted groups that wait for an unfinished group that started before them.
     """
 
     groups: list[Group] = field(default_factory=list)
@@ -24,10 +35,10 @@ class Selection:
 
 
 def holds_up(group: Group, *, version: int, wait_age: int) -> bool:
-    """Whether groups of its source that started after this unfinished one have to wait for it.
+    """Whether later groups of the source have to wait for this unfinished group.
 
-    With wait_age 0 always. Above, only once its oldest token is so many versions old: younger ones are not dropped but
-    carried over, so that they come into a batch later, and no kind of answer is left out.
+    With wait_age 0 they always do. Otherwise they do once the group's oldest token is `wait_age` versions old. A
+    younger group is carried over to a later batch and not dropped, so that no kind of response is left out.
     """
     return group.staleness(version) >= wait_age
 
@@ -35,10 +46,15 @@ def holds_up(group: Group, *, version: int, wait_age: int) -> bool:
 def select(
     groups: Iterable[Group], quotas: Mapping[str, int], *, version: int, wait_age: int, max_partial: int
 ) -> Selection:
-    """The earliest-started accepted groups of each source, up to its quota.
+    """Select the first accepted groups of each source, up to its quota.
 
-    groups: in the order in which they started. max_partial: samples with tokens older than `version`, at most; a group
-    that does not fit is left for later.
+    Args:
+        groups: All groups, in order of starting.
+        quotas: By source, the groups in the batch.
+        version: The policy version of the step.
+        wait_age: See `holds_up`.
+        max_partial: The largest number of samples with tokens older than `version`. A group that does not fit is left
+            for a later step.
     """
     selection = Selection(taken=dict.fromkeys(quotas, 0), behind=dict.fromkeys(quotas, 0))
     held_up: set[str] = set()

@@ -1,18 +1,17 @@
-"""The calls of the data scheduler since the last checkpoint, so that a killed run loses and repeats no sample.
+"""A log of the calls of the data scheduler since the last checkpoint: a killed run loses and repeats no sample.
 
-The decisions of the scheduler depend on the order of its calls only. Every call that brings something from outside is a
-record in the folder `events`. A run that is started again makes the recorded calls again, without sampling, and
-continues where the records end.
+The decisions of the scheduler depend only on the order of its calls. Each call with input from outside is a record in
+the folder `events`. A resumed run repeats the recorded calls without sampling, and continues where the records end.
 
-Each step has two files, which only grow, and are deleted once a checkpoint contains the step:
+Each step has two append-only files, which are deleted once a checkpoint contains the step:
 
-- `step-N.jsonl`: a line for each record: its CRC-32 in hexadecimal, and a JSON object with ids, times and decisions.
-- `step-N.arrays`: the arrays of the samples (`core/array_file.py`), at the places that their records name.
+- `step-N.jsonl`: one line per record: its CRC-32 in hexadecimal, and a JSON object with ids, times and decisions.
+- `step-N.arrays`: the arrays of the samples (`core/array_file.py`), at the offsets in their records.
 
-Arrays are written before their record, and a record before its call is made. Both leave the process at once, so kill -9
-loses nothing. They are on the disk at the end of each rollout, before each checkpoint, and within a second while
-samples arrive, so a loss of power loses the newest second. A log that is cut anywhere is the log of an earlier moment:
-the first damaged record ends it, and the rest is sampled again.
+Arrays are written before their record, and a record before its call. Both are passed to the operating system at once,
+so kill -9 loses nothing. They are flushed to the disk at the end of each rollout, before each checkpoint, and every
+second while samples arrive, so a power failure loses at most the newest second. A truncated log is the log of an
+earlier moment: reading ends at the first damaged record, and later samples are rolled out again.
 """
 
 import json
@@ -40,18 +39,22 @@ _SYNC_SECONDS = 1.0
 class LoggedScheduler:
     """A data scheduler whose calls are recorded, by step, before they are made.
 
-    The routes of a sample that was recorded are references to the log: they are not held in memory.
+    The routes of a recorded sample become references to the log, so that they use no memory.
 
-    Args:
+    Attributes:
         scheduler: Makes the decisions.
-        folder: Of the log; created with the first record.
-        start: The step of the checkpoint that the state of the scheduler is from.
-        repeats_exactly: What is sampled again is the same, in the same order. A step that was cut short then starts
-            again from its beginning, as only the same samples next to each other in the engine have the same
-            log-probabilities to the last bit.
     """
 
     def __init__(self, scheduler: DataScheduler, folder: Path, *, start: int = 0, repeats_exactly: bool = False):
+        """
+        Args:
+            scheduler: Makes the decisions.
+            folder: The folder of the log; created with the first record.
+            start: The step of the checkpoint that the scheduler's state is from.
+            repeats_exactly: Rolling out again gives the same samples in the same order. An incomplete step then starts
+                again from its beginning: log-probabilities have the same bits only if the same samples are in the
+                engine together.
+        """
         self.scheduler = scheduler
         self._folder = Path(folder)
         self._repeats_exactly = repeats_exactly
@@ -63,18 +66,18 @@ class LoggedScheduler:
         self._drop_format_before()
         self.forget_before(start)
         steps = [step for step in self._steps() if next(self._read(step), None) is not None]
-        if steps and steps[0] > start:  # of a checkpoint that turned out to be damaged
+        if steps and steps[0] > start:  # they follow a checkpoint that is damaged
             self._forget(lambda step: True)
             steps = []
         self._last_logged = max(steps, default=-1)
         self._has_resumed = False
 
     def begin_step(self, step: int) -> list[GroupRequest]:
-        """Begins a step, and repeats the calls that are recorded of it.
+        """Begin a step, and repeat its recorded calls.
 
         Returns:
-            What was submitted when the last process ended and has to be rolled out again; nothing before the last step
-            that is recorded.
+            The requests that were unfinished when the last process ended, for the last recorded step or a later one;
+            otherwise nothing.
         """
         self.close()
         self._step = step
@@ -93,34 +96,34 @@ class LoggedScheduler:
         return self.scheduler.in_flight()
 
     def knows(self, step: int) -> bool:
-        """Whether an earlier process began this step, so that what it submitted then is repeated."""
+        """Whether an earlier process began this step, so that its submissions are repeated."""
         return step <= self._last_logged
 
-    def next_submissions(self, num_free_slots: int) -> list[GroupRequest]:
-        """See DataScheduler."""
-        self._write({"event": "submit", "slots": num_free_slots})
-        return self.scheduler.next_submissions(num_free_slots)
+    def next_submissions(self, max_samples: int) -> list[GroupRequest]:
+        """Record the call, and return the requests of the scheduler."""
+        self._write({"event": "submit", "slots": max_samples})
+        return self.scheduler.next_submissions(max_samples)
 
     def on_sample(self, sample: Sample) -> None:
-        """See DataScheduler. The routes of the sample become a reference to the log."""
+        """Record a sample, and pass it to the scheduler. Its routes become a reference to the log."""
         self._write({"event": "sample", "group": sample.group}, sample)
         self.scheduler.on_sample(sample.group, sample)
 
     def on_reward(self, late: LateReward) -> None:
-        """See DataScheduler."""
+        """Record a late reward, and pass it to the scheduler."""
         self._write({"event": "reward", "reward": asdict(late) | {"reward": _number(late.reward)}})
         self.scheduler.on_reward(late)
 
     def on_partial(self, sample: Sample) -> None:
-        """See DataScheduler. The routes of the sample become a reference to the log."""
+        """Record an interrupted sample, and pass it to the scheduler. Its routes become a reference to the log."""
         self._write({"event": "partial", "group": sample.group}, sample)
         self.scheduler.on_partial(sample.group, sample)
 
     def take_batch(self) -> tuple[list[list[Sample]], dict[str, float]]:
-        """See DataScheduler. The step is on the disk before anything is learned from it.
+        """Take the batch of the scheduler. The log is flushed to the disk first.
 
         Raises:
-            CheckpointError: The repeated step gave another batch than the one that was recorded.
+            CheckpointError: The repeated calls give another batch than the recorded one.
         """
         batch, report = self.scheduler.take_batch()
         ids = [sample.info["sample_id"] for group in batch for sample in group]
@@ -129,25 +132,27 @@ class LoggedScheduler:
             self.sync()
         elif self._recorded_batch != ids:
             raise CheckpointError(
-                f"The records in {self._records_path(self._step)} give another batch than the one that was learned "
-                "from: they are of a run with other settings or of another version. Delete the folder to sample again."
+                f"The records in {self._records_path(self._step)} give another batch than the one that the "
+                "policy learned from: they are of a run with other settings or of another version. Delete the folder "
+                "to roll the step out again."
             )
         return batch, report
 
     def forget_before(self, step: int) -> None:
-        """Deletes the records of steps that a checkpoint contains."""
+        """Delete the records of earlier steps, which a checkpoint contains."""
         self._forget(lambda other: other < step)
 
     def sync(self) -> None:
-        """Flushes to the disk what was written: arrays first, so that no record on the disk lacks them."""
+        """Flush the log to the disk: arrays first, so that no record on the disk lacks them."""
         if self._records is not None:
+            assert self._arrays is not None
             with naming(self._path):
                 self._arrays.sync()
                 os.fsync(self._records.fileno())
             self._synced = time.monotonic()
 
     def close(self) -> None:
-        """Flushes everything to the disk and closes the files of the step."""
+        """Flush the log to the disk, and close the files of the step."""
         self.sync()
         if self._records is not None:
             self._records.close()
@@ -166,54 +171,48 @@ class LoggedScheduler:
             elif event["event"] == "reward":
                 late = event["reward"] | {"reward": _number_from(event["reward"]["reward"])}
                 self.scheduler.on_reward(LateReward(**late))
-            elif event["event"] == "partial":
-                self.scheduler.on_partial(event["group"], sample)
             else:
-                self.scheduler.on_sample(event["group"], sample)
+                assert sample is not None, "records of samples have arrays"
+                take = self.scheduler.on_partial if event["event"] == "partial" else self.scheduler.on_sample
+                take(event["group"], sample)
 
     def _write(self, event: dict[str, Any], sample: Sample | None = None) -> None:
         event |= {"version": self._step, "time": round(time.time(), 3)}
         with naming(self._path):
-            if self._records is None:
-                self._open()
+            if self._records is None or self._arrays is None:
+                self._records, self._arrays = self._open()
             if sample is not None:
-                event |= self._write_arrays(sample)
+                event |= _write_arrays(sample, self._arrays)
             text = json.dumps(event).encode()
             self._records.write(b"%08x %s\n" % (zlib.crc32(text), text))
             self._records.flush()
         if time.monotonic() - self._synced > _SYNC_SECONDS:
             self.sync()
 
-    def _write_arrays(self, sample: Sample) -> dict[str, Any]:
-        """Writes the arrays of a sample. Its record, with the place of all its bytes and their checksum."""
-        start, self._arrays.appended_checksum = self._arrays.num_bytes, 0
-        values = write_sample(sample, self._arrays)
-        refer_to_file(sample, values, self._arrays)
-        return {
-            "sample": values,
-            "bytes": [start, self._arrays.num_bytes],
-            "crc": self._arrays.appended_checksum,
-        }
-
-    def _open(self) -> None:
-        """Opens the files of this step for appending, without a record that was cut short and what follows it."""
+    def _open(self) -> tuple[BinaryIO, ArrayFile]:
+        """Open the files of this step for appending, truncated before the first damaged record."""
         self._folder.mkdir(parents=True, exist_ok=True)
         path, end, num_bytes = self._path, 0, 0
         for line, event, _ in _intact(path, self._arrays_path(self._step)):
             end += len(line)
             num_bytes = max(num_bytes, *event.get("bytes", [0]))
-        self._arrays = ArrayFile(self._arrays_path(self._step))
-        self._arrays.truncate(num_bytes)
-        self._records = open(path, "ab")  # noqa: SIM115
-        self._records.truncate(end)
+        arrays = ArrayFile(self._arrays_path(self._step))
+        arrays.truncate(num_bytes)
+        records = open(path, "ab")  # noqa: SIM115
+        records.truncate(end)
         folder = os.open(self._folder, os.O_RDONLY)
         os.fsync(folder)
         os.close(folder)
+        return records, arrays
 
     def _read(self, step: int) -> Iterator[tuple[dict[str, Any], Sample | None]]:
         """The intact records of a step, with their samples."""
         for _, event, arrays in _intact(self._records_path(step), self._arrays_path(step)):
-            yield event, read_sample(event["sample"], arrays) if "sample" in event else None
+            if "sample" not in event:
+                yield event, None
+                continue
+            assert arrays is not None, "`_intact` checks the arrays of a record"
+            yield event, read_sample(event["sample"], arrays)
 
     def _records_path(self, step: int) -> Path:
         return self._folder / f"step-{step:08d}.jsonl"
@@ -231,7 +230,7 @@ class LoggedScheduler:
                 self._arrays_path(step).unlink(missing_ok=True)
 
     def _drop_format_before(self) -> None:
-        """Deletes what the version before recorded: it was a step in progress, which is rolled out again."""
+        """Delete the records of an earlier version, which are of a step in progress; it is rolled out again."""
         old = list(self._folder.glob("step-*.events"))
         if old:
             print(
@@ -243,6 +242,14 @@ class LoggedScheduler:
             path.unlink()
 
 
+def _write_arrays(sample: Sample, arrays: ArrayFile) -> dict[str, Any]:
+    """Append the arrays of a sample. Returns its record, with the range and the checksum of the bytes."""
+    start, arrays.appended_checksum = arrays.num_bytes, 0
+    values = write_sample(sample, arrays)
+    refer_to_file(sample, values, arrays)
+    return {"sample": values, "bytes": [start, arrays.num_bytes], "crc": arrays.appended_checksum}
+
+
 def _number(value: float) -> float | None:
     return None if math.isnan(value) else value
 
@@ -252,7 +259,7 @@ def _number_from(value: float | None) -> float:
 
 
 def _intact(records: Path, arrays: Path) -> Iterator[tuple[bytes, dict[str, Any], ArrayFile | None]]:
-    """Lines, events and the array file of a step, up to the first record that a crash cut short or damaged."""
+    """The lines, events and array file of a step, up to the first truncated or damaged record."""
     if not records.exists():
         return
     file = ArrayFile(arrays, read_only=True) if arrays.exists() else None

@@ -1,7 +1,6 @@
-"""What rollouts lost, said while it happens: the first failure of each kind as a warning, all of them as counts.
+"""Failures of rollouts: a warning for the first of each kind, and counts of all of them.
 
-A run whose samples are lost to errors would otherwise learn from nothing, or from one source less, and look like any
-other.
+Without them, a run that loses all samples of a source to errors would look like any other run.
 """
 
 from collections import Counter
@@ -18,9 +17,11 @@ COUNTED = ("errors", "timeouts", "too_long_prompts")
 
 
 class Failures:
-    """Counts the samples of a step that came back without a reward, by source, and ends a run that has only those.
+    """Counts samples without a reward, by source, and ends a run in which a source has no others.
 
-    max_lost_steps: steps in a row in which a source may lose every sample to errors.
+    Args:
+        console: Prints warnings.
+        max_lost_steps: Consecutive steps in which a source may lose every sample to errors.
     """
 
     def __init__(self, console: Console, *, max_lost_steps: int = 0):
@@ -28,17 +29,17 @@ class Failures:
         self._shown: set[tuple[str, str]] = set()
         self._counts: Counter[str] = Counter()
         self._last_error: dict[str, str] = {}
-        self._shortest_prompt: dict[str, tuple[int, int]] = {}  # and its limit
+        self._shortest_prompt: dict[str, tuple[int, int]] = {}  # by source, with its limit
         self._lost_steps: Counter[str] = Counter()
         self._scored: set[str] = set()
 
     @property
     def num_failed(self) -> int:
-        """Samples of this step that were lost, or are too long."""
+        """Samples of this step that failed, or whose prompt is too long."""
         return self._counts["errors"] + self._counts["too_long_prompts"]
 
     def add(self, sample: Sample | LateReward) -> None:
-        """Counts the failure of a sample, or of its scoring, and shows the first failure of its kind."""
+        """Count the failure of a sample or of its scoring, and print the first of its kind."""
         source, problem = sample.domain, sample.info.get("problem", "")
         self._counts["timeouts"] += bool(sample.info.get("timeout"))
         if sample.finish_reason == "error":
@@ -62,14 +63,20 @@ class Failures:
         elif sample.info.get("timeout"):
             self._show(
                 source, "timeout",
-                f"source {source!r}: the environment took too long over an answer to problem {problem}, which gets the "
+                f"source {source!r}: the environment exceeded its deadline on problem {problem}, which gets the "
                 f"reward {sample.reward:g} (timeout_reward); more of this kind are counted in the metrics, not shown.",
             )  # fmt: skip
 
     def end_step(self, report: Mapping[str, float], sources: Iterable[str]) -> dict[str, int]:
-        """The counts of the step. Raises UserError for a source whose every sample was lost, or is too long.
+        """Return the counts of the step, and start those of the next.
 
-        report: the scheduler's, which knows of samples that an earlier process rolled out, too.
+        Args:
+            report: The scheduler's report, which includes samples that an earlier process rolled out.
+            sources: The names of all sources.
+
+        Raises:
+            UserError: A source lost every sample to errors in more than `max_lost_steps` steps in a row, or all its
+                prompts are too long.
         """
         counts, self._counts = {name: self._counts[name] for name in COUNTED}, Counter()
         for source in sources:
@@ -85,7 +92,7 @@ class Failures:
         return counts
 
     def end_run(self) -> None:
-        """Raises UserError for a source that lost every sample of the run, within the limit of steps."""
+        """Raises UserError for a source that lost every sample of the whole run."""
         for source, steps in self._lost_steps.items():
             if steps and source not in self._scored:
                 raise UserError(self._lost_message(source, steps))
@@ -102,7 +109,7 @@ class Failures:
         shortest, limit = self._shortest_prompt.get(source, (0, 0))
         return (
             f"every prompt of source {source!r} is too long: the shortest has {shortest} tokens, and at most {limit} "
-            "are allowed. Raise the source's max_prompt_tokens, ask for shorter problems, or take a model of a longer "
+            "are allowed. Raise the source's max_prompt_tokens, use shorter problems, or a model with a longer "
             "context (max_position_embeddings in its config.json)."
         )
 

@@ -1,4 +1,4 @@
-"""Groups: one problem and the samples that answer it, from the first submission to the batch."""
+"""Groups: one problem and its samples, from the first submission to the batch."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -13,22 +13,21 @@ WAITING, RUNNING, UNSCORED, FINISHED = "waiting", "running", "unscored", "finish
 
 @dataclass(frozen=True)
 class GroupRequest:
-    """Samples to roll out now.
+    """Samples of a group to roll out now. A group may need several requests, if the capacity is small.
 
     Attributes:
-        group_id: Names the group in `on_sample` and `on_partial`.
+        group_id: The id of the group, for `on_sample` and `on_partial`.
         source: The source of the problem.
-        problem: What the stream gave.
-        sample_ids: One for each sample to roll out; the caller puts it into the sample's info["sample_id"]. Where slots
-            are few, a group comes in several requests.
-        partials: By sample id, what an earlier rollout has written: the tokens to continue from. One with a
-            finish_reason is whole and lacks its reward alone.
-        temperature: At which to sample.
-        max_answer_tokens: Limit of an answer, with the tokens of its partial.
-        priority: Of the source; lower runs first.
-        max_prompt_tokens: Samples with longer prompts come back at once, with finish_reason "too_long" (none: only
-            those that leave the model no room).
-        environment: Its name, for messages.
+        problem: The problem.
+        sample_ids: The ids of the samples; the caller puts each into its sample's info["sample_id"].
+        partials: By sample id, the sample of an earlier rollout to continue. One with a finish_reason lacks only its
+            reward.
+        temperature: The sampling temperature.
+        max_answer_tokens: The largest number of policy-written tokens of a sample, including those of its partial.
+        priority: The priority of the source; lower runs first.
+        max_prompt_tokens: Samples with longer prompts end at once with finish_reason "too_long" (None: only prompts
+            that fill the model's context do).
+        environment: The name of the environment, for messages.
     """
 
     group_id: str
@@ -45,7 +44,7 @@ class GroupRequest:
 
 @dataclass(frozen=True)
 class LateReward:
-    """The reward of a sample that came back without one. Fields that a Sample has too have its names and meanings.
+    """The reward of a sample that was returned without one. Fields have the names and meanings of those of a Sample.
 
     Attributes:
         sample_id: The sample's info["sample_id"].
@@ -53,7 +52,7 @@ class LateReward:
         group: The group of the sample.
         reward: From 0 to 1; NaN if scoring failed.
         finish_reason: "error" if scoring failed, otherwise that of the sample.
-        info: What scoring adds to the sample's info: an error and its kind, or that it took too long.
+        info: Entries for the sample's info: an error and its kind, or a time-out.
     """
 
     sample_id: str
@@ -65,15 +64,19 @@ class LateReward:
 
 
 @dataclass
-class SampleSlot:
-    """The place of one sample in its group.
+class GroupMember:
+    """The state of one sample of a group.
+
+        waiting -> running -> finished
+        waiting -> running -> unscored -> finished   the reward arrives later
+        running or unscored -> waiting               an error or an interruption
 
     Attributes:
         id: The sample's id.
-        status: waiting (to be rolled out), running, unscored (written, and its reward is not known yet) or finished.
-        sample: What is written so far; None if nothing is.
-        oldest_version: The oldest policy version that wrote a token of it, as far as that is known.
-        retries: How often it was lost to an infrastructure error.
+        status: One of the states above.
+        sample: The tokens so far; None if there are none.
+        oldest_version: The oldest policy version that wrote a token, as far as it is known.
+        retries: How often the sample was lost to an infrastructure error.
     """
 
     id: str
@@ -83,71 +86,82 @@ class SampleSlot:
     retries: int = 0
 
     def keep(self, sample: Sample, status: str) -> None:
-        """Takes over what was written."""
+        """Store the tokens of a rollout."""
         self.sample, self.status = sample, status
         versions = sample.written_versions()
         self.oldest_version = int(versions.min()) if len(versions) else None
 
     def score(self, reward: float, info: Mapping[str, Any]) -> None:
-        """Gives an unscored sample its reward, in all its contexts."""
+        """Store the reward of an unscored sample, in all its contexts."""
         assert self.sample is not None
         earlier = [replace(context, reward=reward) for context in self.sample.earlier]
         self.sample = replace(self.sample, reward=reward, earlier=earlier, info=self.sample.info | dict(info))
         self.status = FINISHED
 
     def forget(self) -> None:
-        """Starts from nothing."""
+        """Discard the tokens."""
         self.sample, self.status, self.oldest_version = None, WAITING, None
 
 
 @dataclass
 class Group:
-    """One drawn problem with its samples. accepted: finished, and its rewards can be learned from."""
+    """One drawn problem with its samples.
+
+    Attributes:
+        id: The group's id.
+        source: The source of the problem.
+        problem: The problem.
+        index: Its index in the stream of the source.
+        members: Its samples.
+        accepted: All samples are finished, and the policy can learn from their rewards.
+    """
 
     id: str
     source: str
     problem: Problem
     index: int
-    slots: list[SampleSlot] = field(default_factory=list)
+    members: list[GroupMember] = field(default_factory=list)
     accepted: bool = False
 
     @property
     def is_finished(self) -> bool:
-        """Whether all samples and their rewards are there."""
-        return all(slot.status == FINISHED for slot in self.slots)
+        """Whether all samples have their reward."""
+        return all(member.status == FINISHED for member in self.members)
 
     @property
     def num_begun(self) -> int:
         """Samples that were submitted at least once."""
-        return sum(slot.status != WAITING or slot.sample is not None or slot.retries > 0 for slot in self.slots)
+        return sum(
+            member.status != WAITING or member.sample is not None or member.retries > 0 for member in self.members
+        )
 
     @property
     def num_unscored(self) -> int:
         """Samples that await their reward."""
-        return sum(slot.status == UNSCORED for slot in self.slots)
+        return sum(member.status == UNSCORED for member in self.members)
 
-    def slot(self, sample_id: str) -> SampleSlot:
-        """The place of a sample. Raises ValueError if the group has none of that id."""
-        for slot in self.slots:
-            if slot.id == sample_id:
-                return slot
+    def member(self, sample_id: str) -> GroupMember:
+        """The member of that id. Raises ValueError if the group has none."""
+        for member in self.members:
+            if member.id == sample_id:
+                return member
         raise ValueError(f"Group {self.id!r} has no sample {sample_id!r}; put the request's sample id into info.")
 
     def staleness(self, version: int) -> int:
-        """How many versions older than `version` its oldest token is."""
-        oldest = [slot.oldest_version for slot in self.slots if slot.oldest_version is not None]
+        """The age of the oldest token, in versions before `version`."""
+        oldest = [member.oldest_version for member in self.members if member.oldest_version is not None]
         return max(0, version - min(oldest, default=version))
 
     def num_partial(self, version: int) -> int:
         """Samples with tokens older than `version`."""
-        return sum(slot.oldest_version is not None and slot.oldest_version < version for slot in self.slots)
+        return sum(member.oldest_version is not None and member.oldest_version < version for member in self.members)
 
     def rewards(self) -> list[float]:
         """The rewards of a finished group."""
-        return [slot.sample.reward for slot in self.slots if slot.sample is not None]
+        return [member.sample.reward for member in self.members if member.sample is not None]
 
     def state(self) -> dict[str, Any]:
-        """What to save for resuming: plain values and samples. The problem is read from its stream again."""
+        """The values and samples that a checkpoint needs. The problem is read from its stream again."""
         return {
             "id": self.id,
             "source": self.source,
@@ -155,22 +169,22 @@ class Group:
             "accepted": self.accepted,
             "slots": [
                 {
-                    "id": slot.id,
-                    "status": slot.status,
-                    "sample": slot.sample,
-                    "oldest_version": slot.oldest_version,
-                    "retries": slot.retries,
+                    "id": member.id,
+                    "status": member.status,
+                    "sample": member.sample,
+                    "oldest_version": member.oldest_version,
+                    "retries": member.retries,
                 }
-                for slot in self.slots
+                for member in self.members
             ],
         }
 
 
 def group_from_state(state: dict[str, Any], problem: Problem) -> Group:
-    """The group that `Group.state` was called on. A sample may be the JSON that the version before saved."""
-    slots = [
-        SampleSlot(**values | {"sample": sample_from_dict(sample) if isinstance(sample, dict) else sample})
+    """The group with the state of `Group.state`. A sample may be JSON, as an earlier version saved it."""
+    members = [
+        GroupMember(**values | {"sample": sample_from_dict(sample) if isinstance(sample, dict) else sample})
         for values in state["slots"]
         for sample in [values["sample"]]
     ]
-    return Group(state["id"], state["source"], problem, state["index"], slots, state["accepted"])
+    return Group(state["id"], state["source"], problem, state["index"], members, state["accepted"])

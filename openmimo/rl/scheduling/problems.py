@@ -1,14 +1,14 @@
-"""Which problem comes next: streams with a cursor, pass rates, and the pool of problems that became easy.
+"""The order of problems: streams with a cursor, pass rates, and the pool of easy problems.
 
-Problems that every sample solved teach nothing for now, but dropping them for good makes training unstable: they go to
-a pool, and a small share of the draws comes from there (MiMo-7B, section 3.3.2).
+Problems that every sample solves teach nothing for now, but dropping them for good makes training unstable. They go to
+a pool, and a small share of the draws comes from it (MiMo-7B, section 3.3.2).
 
-A draw takes the next problem of the stream and steps over two kinds:
+A draw takes the next problem of the stream and skips two kinds:
 
     stream   a  b  c  d  a  b  c  d ...        easy pool {b}, pass rate of c below min_pass_rate
-    draws    a        d  a     c  d ...        b comes from the pool; c comes again by chance (revisit_fraction)
+    draws    a        d  a     c  d ...        b is drawn from the pool; c is drawn by chance (revisit_fraction)
 
-So the pass rate of every problem of a finite stream is measured again and again, while the policy changes.
+So the pass rate of every problem of a finite stream is measured repeatedly while the policy changes.
 """
 
 import random
@@ -22,25 +22,39 @@ _SOLVED = 1.0 - _EQUAL
 
 
 class Problem(NamedTuple):
-    """What a stream gives. content: whatever the caller needs to roll it out and score it."""
+    """A problem of a stream.
+
+    Attributes:
+        id: Equal for equal problems.
+        content: The data that an environment needs to open and score an episode.
+    """
 
     id: str
     content: Any = None
 
 
 class Draw(NamedTuple):
-    """A drawn problem. index: its place in the stream. easy: whether it came from the easy pool."""
+    """A drawn problem.
+
+    Attributes:
+        problem: The problem.
+        stream_index: Its index in the stream.
+        easy: Whether it was drawn from the easy pool.
+    """
 
     problem: Problem
-    index: int
+    stream_index: int
     easy: bool
 
 
 class ProblemSource:
     """The problems of one source, in the order of their stream.
 
-    stream: gives the problem at any index from 0 on, always the same one; a finite set goes round and round. Means are
-    None until something is known. num_passed_over: problems that draws stepped over for their pass rate.
+    Attributes:
+        name: The source.
+        pass_rate: The running mean reward of its groups; None before the first.
+        acceptance: The running share of groups with rewards that the policy can learn from.
+        num_passed_over: How often draws skipped a problem for its pass rate.
     """
 
     def __init__(self, name: str, stream: Callable[[int], Problem], config: SchedulerConfig):
@@ -52,7 +66,7 @@ class ProblemSource:
         self._cursor = 0
         self._num_draws = 0
         self._easy: dict[str, int] = {}
-        self._pass_rates: dict[str, float] = {}  # the problems that were seen last come last
+        self._pass_rates: dict[str, float] = {}  # the most recently seen problem is last
         self.num_passed_over = 0
 
     @property
@@ -67,32 +81,32 @@ class ProblemSource:
 
     @property
     def num_known(self) -> int:
-        """Problems whose pass rate is known."""
+        """Problems with a known pass rate."""
         return len(self._pass_rates)
 
     @property
     def share_never_solved(self) -> float:
-        """Of the problems with a known pass rate, the share whose pass rate is 0."""
+        """The share of problems with pass rate 0 among those with a known pass rate."""
         return sum(rate <= _EQUAL for rate in self._pass_rates.values()) / max(1, self.num_known)
 
     def problem_pass_rate(self, problem_id: str) -> float | None:
-        """The running mean of the rewards of a problem; None if it is not known."""
+        """The running mean reward of a problem; None if it is unknown."""
         return self._pass_rates.get(problem_id)
 
     def problem(self, index: int) -> Problem:
-        """The problem at a place of the stream."""
+        """The problem at an index of the stream."""
         return Problem(*self._stream(index))
 
     def draw(self) -> Draw:
-        """The next problem: one of the easy pool with its probability, else the next of the stream that is not easy."""
+        """Draw from the easy pool with the configured probability, otherwise the next problem of the stream."""
         self._num_draws += 1
         chance = random.Random(f"{self._config.seed}/{self.name}/{self._num_draws}")
         fraction = self._config.easy_fraction
         if fraction is not None and self._easy and chance.random() < fraction:
             index = chance.choice(list(self._easy.values()))
             return Draw(self.problem(index), index, True)
-        # A stream in which all problems are stepped over has no other to find. Between two that are not, at most all of
-        # them stand twice: at the end of one round and at the beginning of the next.
+        # If all problems of the stream are skipped, the search must end. Otherwise each skipped problem is seen at most
+        # twice before one that is not skipped: at the end of one pass over a finite stream, and at the next start.
         for _ in range(2 * (len(self._easy) + self._num_outside())):
             problem_id = self.problem(self._cursor).id
             if problem_id not in self._easy:
@@ -104,7 +118,14 @@ class ProblemSource:
         return Draw(self.problem(self._cursor - 1), self._cursor - 1, False)
 
     def record(self, problem_id: str, *, index: int, reward: float, accepted: bool) -> None:
-        """Takes note of a finished group: its mean reward, and whether it can be learned from."""
+        """Update the means with a finished group.
+
+        Args:
+            problem_id: Its problem.
+            index: The index of the problem in the stream.
+            reward: Its mean reward.
+            accepted: Whether the policy can learn from it.
+        """
         config = self._config
         known = reward if self.pass_rate is None else self.pass_rate
         self.pass_rate = known + config.source_smoothing * (reward - known)
@@ -119,7 +140,7 @@ class ProblemSource:
                 del memory[next(iter(memory))]
 
     def _is_inside(self, pass_rate: float | None) -> bool:
-        """Whether problems of that pass rate are drawn. One that is not known is."""
+        """Whether problems of that pass rate are drawn; an unknown pass rate is."""
         return pass_rate is None or self._config.min_pass_rate <= pass_rate <= self._config.max_pass_rate
 
     def _num_outside(self) -> int:
@@ -132,8 +153,23 @@ class ProblemSource:
         chance = random.Random(f"{self._config.seed}/{self.name}/revisit/{self._cursor}")
         return chance.random() < self._config.revisit_fraction
 
+    def means(self) -> dict[str, float]:
+        """Statistics over the run.
+
+        acceptance and pass_rate (if known); easy_pool, known_problems and never_solved_share (among these);
+        passed_over, the draws that skipped a problem for its pass rate.
+        """
+        means = {
+            "acceptance": self.acceptance,
+            "easy_pool": self.num_easy,
+            "known_problems": self.num_known,
+            "never_solved_share": self.share_never_solved,
+            "passed_over": self.num_passed_over,
+        }
+        return means if self.pass_rate is None else means | {"pass_rate": self.pass_rate}
+
     def state(self) -> dict[str, Any]:
-        """What to save for resuming, as plain JSON."""
+        """The state for a checkpoint, as plain JSON values."""
         return {
             "cursor": self._cursor,
             "num_draws": self._num_draws,
@@ -145,7 +181,7 @@ class ProblemSource:
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Goes on from what `state` gave."""
+        """Continue from a result of `state`."""
         self._cursor = state["cursor"]
         self._num_draws = state["num_draws"]
         self.pass_rate = state["pass_rate"]

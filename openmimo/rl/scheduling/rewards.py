@@ -1,4 +1,4 @@
-"""What a reward is: a number from 0 to 1. Any other value that an environment gives ends the run."""
+"""The check of rewards: numbers from 0 to 1. Any other value ends the run."""
 
 import math
 import numbers
@@ -14,14 +14,18 @@ ROUNDING = 1e-6
 
 
 class RewardError(UserError):
-    """An environment gave a reward that is none."""
+    """The reward of an environment is no number from 0 to 1."""
 
 
 def checked_reward(value: Any, request: GroupRequest) -> float:
-    """The reward as a float from 0 to 1; what is outside by no more than rounding is moved inside.
+    """The reward as a float from 0 to 1. Values that are outside by up to ROUNDING are clamped.
 
-    Booleans and numbers of NumPy and torch are numbers. Raises RewardError, with the environment, the problem and the
-    value, for NaN, infinity, anything outside 0 to 1, and what is no number.
+    Args:
+        value: A bool, an int, a float, or a scalar of NumPy or torch.
+        request: The request of the sample, for the message.
+
+    Raises:
+        RewardError: The value is no number, not finite, or outside 0 to 1.
     """
     if isinstance(value, np.bool_) or (isinstance(value, torch.Tensor) and value.numel() == 1):
         value = value.item()

@@ -36,28 +36,22 @@ class TeacherRollouts:
 
     @property
     def num_running(self) -> int:
-        """See Rollouts."""
         return sum(rollouts.num_running for rollouts in self._engines)
 
     @property
     def num_unscored(self) -> int:
-        """See Rollouts."""
         return sum(rollouts.num_unscored for rollouts in self._engines)
 
     def submit(self, request: GroupRequest) -> None:
-        """See Rollouts."""
         self._by_domain[request.source].submit(request)
 
     def poll(self) -> list[Sample | LateReward]:
-        """See Rollouts."""
         return [item for rollouts in self._engines for item in rollouts.poll()]
 
     def interrupt(self) -> list[Sample]:
-        """See Rollouts."""
         return [sample for rollouts in self._engines for sample in rollouts.interrupt()]
 
     def cancel(self, sample_ids: list[str]) -> None:
-        """See Rollouts."""
         for rollouts in self._engines:
             rollouts.cancel(sample_ids)
 
@@ -67,10 +61,9 @@ class TeacherRollouts:
             rollouts.update_weights(version)
 
     def metrics(self) -> dict[str, float]:
-        """See Rollouts. Engines of this process have none of their own."""
+        """Engines of this process have no metrics of their own."""
         return {}
 
     def close(self) -> None:
-        """See Rollouts."""
         for rollouts in self._engines:
             rollouts.close()

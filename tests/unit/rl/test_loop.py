@@ -1,5 +1,6 @@
 """Short runs of the post-training loop: what they write, and what they refuse."""
 
+import io
 import itertools
 import os
 import shutil
@@ -9,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from rl_runs import (
     batches,
     grpo_config,
@@ -25,6 +27,7 @@ from openmimo.core.errors import CheckpointError, ConfigError
 from openmimo.core.metrics import read_metrics
 from openmimo.core.samples import Sample
 from openmimo.model.hf import load_model
+from openmimo.rl import run as run_module
 from openmimo.rl.scheduling.event_log import LoggedScheduler
 from openmimo.rl.scheduling.problems import Problem
 from openmimo.rl.scheduling.scheduler import DataScheduler
@@ -346,3 +349,12 @@ def test_routes_are_kept_as_bytes(tmp_path):
     again = open_log(tmp_path / "events")
     again.begin_step(0)
     assert again.scheduler.state() == log.scheduler.state()
+
+
+def test_a_run_prints_once_that_prompts_are_not_shared(models, tmp_path, monkeypatch):
+    monkeypatch.setattr(run_module, "write_report", lambda run_folder: run_folder)
+    for mtp_weight, times in ((0.0, 0), (0.1, 1)):
+        output = io.StringIO()
+        config = grpo_config(models, tmp_path / str(mtp_weight), steps=2, mtp_weight=mtp_weight)
+        run_module.train(config, console=Console(file=output))
+        assert output.getvalue().count("With mtp_weight 0, the samples of a prompt share it.") == times
