@@ -188,14 +188,14 @@ class ModelConfig:
         if source.kv_from is not None:
             raise ConfigError(
                 f"layer {number} has kv_from {spec.kv_from}, but that layer reads the keys of layer {source.kv_from}; "
-                "name a layer that has its own keys."
+                "name a layer that has keys of its own."
             )
         for name in ("num_kv_heads", "key_dim", "value_dim", "rotary_dim", "rope_theta"):
             reader_value, source_value = getattr(spec, name), getattr(source, name)
             if reader_value != source_value:
                 raise ConfigError(
-                    f"layer {number} reads the keys of layer {spec.kv_from}, but {name} is {reader_value} in layer "
-                    f"{number} and {source_value} in layer {spec.kv_from}; they must be equal."
+                    f"layer {number} reads the keys of layer {spec.kv_from}, but its {name} is {reader_value} and that "
+                    f"of the other {source_value}; they must be equal."
                 )
         return source
 

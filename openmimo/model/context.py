@@ -1,8 +1,9 @@
-"""What a forward pass needs beside the tokens: where they stand, what they may attend to, where they are routed.
+"""Inputs of a forward pass other than token ids: positions, attention, expert routing.
 
-`model(tokens_T, context)` works on packed tokens [T]; every attention layer calls `context.attend(...)`. The model
-never asks whether a cache exists: `PackedContext` (training, scoring) attends within each document; the engine's
-context writes and reads a cache behind the same call. Nothing is global, so several models live in one process.
+`model(tokens_T, context)` works on packed tokens [T], and every attention layer calls `context.attend(...)`. The model
+does not know whether there is a cache: `PackedContext` (training, scoring) attends within each document, and the
+engine's context writes and reads a cache in the same call. There is no global state, so one process can hold several
+models.
 
 T packed tokens, N query heads, G key/value heads, K key dim, V value dim, A active experts.
 """
@@ -20,10 +21,14 @@ from openmimo.model.geometry import AttentionConfig
 
 @dataclass
 class RoutingTape:
-    """Which experts each token visits, by layer: recorded from one pass, replayed in another (R3, paper section 4.6.1).
+    """Expert ids of each token by layer, recorded in one pass and replayed in another (R3, paper section 4.6.1).
 
-    record: keep the chosen ids, int64 [T, A], in `recorded`. replayed: ids to use instead of the router's own choice;
-    a row of -1 falls back to it. The gate weights are always computed from the current scores, so the router learns.
+    The weights of the experts are always computed from the current scores, so the router still learns.
+
+    Attributes:
+        record: Whether to store the chosen ids in `recorded`.
+        recorded: Chosen ids by layer, int64 [T, A].
+        replayed: Ids by layer, int64 [T, A], that replace the router's choice, except in rows of -1.
     """
 
     record: bool = False
@@ -38,18 +43,18 @@ class RoutingTape:
 
 
 class AttentionCall(NamedTuple):
-    """What an attention layer asks of a context. A layer may ask several times in one pass.
+    """The arguments of one attention operation. A layer may call several times in one pass.
 
     Attributes:
-        layer: Number of the layer, under which its keys are remembered; MTP head h is layer `num_layers + h`.
+        layer: Index of the layer under which its keys are stored; MTP head h is layer `num_layers + h`.
         q_TNK: Queries, rotated.
         k_TGK: Keys, rotated; None to read those of `source_layer`.
         v_TGV: Values, scaled; None to read those of `source_layer`.
-        sink_N: Logits of the sink, or None.
-        window_keys: How many keys a query sees, itself included (None: all).
+        sink_N: Sink logits, or None.
+        window_keys: Keys that a query sees, its own included (None: all).
         source_layer: An earlier layer of the pass, whose call had `is_source`.
         is_source: Whether a later layer of the pass reads these keys and values.
-        score_block: Keys of a block whose scores are wanted, for a call without a window (None: no scores).
+        score_block: Keys of a block, to request block scores of a call without a window (None: no scores).
     """
 
     layer: int
@@ -64,13 +69,13 @@ class AttentionCall(NamedTuple):
 
 
 class AttentionContext(Protocol):
-    """What the model asks of a context.
+    """The interface of a context to the model.
 
     Attributes:
         positions_T: Position of each token in its sequence.
-        routing: Which experts the tokens visit.
-        sequence_balance: The balance loss of a training pass, if it has one.
-        block_scores: Scores [T, G, C] by layer, see `AttentionOut`, of the layers that asked for them in this pass.
+        routing: Recording and replay of the tokens' experts.
+        sequence_balance: The sequence-level balance loss of a training pass, or None.
+        block_scores: Scores [T, G, C] by layer, see `AttentionOut`, of the layers that requested them in this pass.
     """
 
     positions_T: torch.Tensor
@@ -83,13 +88,19 @@ class AttentionContext(Protocol):
         ...
 
     def attend(self, call: AttentionCall) -> AttentionOut:
-        """Attention of the pass's tokens to what they see; block scores are kept in `block_scores` too."""
+        """Attention of the tokens of the pass to the keys that they see; stores block scores in `block_scores`."""
         ...
 
 
 @dataclass(frozen=True)
 class SequenceBalance:
-    """The sequence-level balance loss of a training pass: its weight, and which sequence each token belongs to."""
+    """The sequence-level balance loss of a training pass.
+
+    Attributes:
+        weight: Weight of the loss.
+        sequence_T: Index of the sequence of each token.
+        num_sequences: Number of sequences.
+    """
 
     weight: float
     sequence_T: torch.Tensor
@@ -97,7 +108,7 @@ class SequenceBalance:
 
 
 class RotaryTables:
-    """The rotation tables of one pass: computed once per RoPE base, shared by its layers."""
+    """The rotation tables of one pass, computed once for each geometry and shared by its layers."""
 
     def __init__(self, positions_T: torch.Tensor):
         self.positions_T = positions_T
@@ -112,11 +123,16 @@ class RotaryTables:
 
 
 class PackedContext:
-    """Documents packed one after another; each token sees its own document only. Nothing is remembered.
+    """Packed documents without a cache; each token sees its own document only.
 
-    document_lengths: tokens of each document, in order. balance_weight: weight of the sequence-level balance loss
-    (paper section 3.1), added to the gradients of the router; 0 for none. balance_length: tokens of a sequence of that
-    loss, which is a whole training row in DeepSeek-V3 (None: each document is a sequence).
+    Args:
+        document_lengths: Tokens of each document, in order.
+        device: Device of the tokens.
+        routing: Recording and replay of experts (None: neither).
+        balance_weight: Weight of the sequence-level balance loss (paper section 3.1), whose gradient is added to that
+            of the router; 0 for none.
+        balance_length: Tokens of a sequence of that loss, which is a whole training row in DeepSeek-V3 (None: each
+            document is a sequence).
     """
 
     def __init__(
@@ -166,7 +182,7 @@ class PackedContext:
         return result
 
     def _keys_and_values(self, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of each sequence one after another, [S, G, K] and [S, G, V]."""
+        """Packed keys and values that the call reads, [S, G, K] and [S, G, V]; stores them if `is_source`."""
         if call.source_layer is not None:
             return self._sources[call.source_layer]
         assert call.k_TGK is not None and call.v_TGV is not None
@@ -176,5 +192,5 @@ class PackedContext:
         return seen
 
     def _seen(self, k_TGK: torch.Tensor, v_TGV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The keys and values of each sequence, from those of the tokens."""
+        """The keys and values that the sequences see; a subclass adds those of earlier tokens."""
         return k_TGK, v_TGV

@@ -1,9 +1,10 @@
-"""Rewriting a checkpoint in another dtype or layout, shard by shard, and listing what a checkpoint must hold."""
+"""Rewrite a checkpoint in another dtype or layout, shard by shard, and list the tensors that a checkpoint has."""
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, cast
 
 import torch
 
@@ -12,6 +13,7 @@ from openmimo.core.fields import Bounds, check_fields
 from openmimo.core.files import new_folder_atomic
 from openmimo.data.companions import read_companions
 from openmimo.model import fp8
+from openmimo.model.attention import AttentionModule
 from openmimo.model.config import ModelConfig
 from openmimo.model.geometry import Positions
 from openmimo.model.hf import DTYPES, check_fit, open_checkpoint, write_config
@@ -25,11 +27,14 @@ Progress = Callable[[int], None]
 
 @dataclass(frozen=True)
 class ConvertConfig:
-    """How `convert` writes.
+    """Settings of `convert`.
 
-    dtype: of the written tensors ("fp8" writes 128 x 128 block-scaled F8_E4M3 as the published checkpoint does, and
-    bfloat16 for what it leaves unquantized). projections: "split" q/k/v, or "fused_qkv" stacked by rank.
-    max_shard_gigabytes: size of a file, at most; a tensor is never cut.
+    Attributes:
+        dtype: Dtype of the written tensors. "fp8" writes F8_E4M3 with scales of 128 x 128 blocks, as in the published
+            checkpoint, and bfloat16 for the tensors that are not quantized there.
+        projections: "split" q, k and v, or "fused_qkv" stacked by rank.
+        max_shard_gigabytes: Size limit of a file in GiB; a tensor is never split.
+        window_keys: Window of the sliding layers (None: as in `config.json`).
     """
 
     dtype: Literal["float32", "bfloat16", "float16", "float64", "fp8"] = "bfloat16"
@@ -44,10 +49,17 @@ class ConvertConfig:
 def convert(
     source: str | Path, destination: str | Path, config: ConvertConfig, *, start: Callable[[int], Progress]
 ) -> None:
-    """Rewrites a checkpoint in another dtype or layout, tensor by tensor; never holds more than a shard of it.
+    """Rewrite a checkpoint in another dtype or layout, tensor by tensor; at most one shard is in memory.
 
-    `start(total_bytes)` is called once and gives the function that is told the bytes of each finished tensor. Raises
-    CheckpointError before anything is written.
+    Args:
+        source: Folder of the checkpoint.
+        destination: New folder.
+        config: Dtype and layout to write.
+        start: Called once with the total number of bytes. Returns the function that is called with the bytes of each
+            finished tensor.
+
+    Raises:
+        CheckpointError: The source is not a valid checkpoint, or the destination exists. Nothing is written.
     """
     source, destination = Path(source), Path(destination)
     if destination.exists():
@@ -58,7 +70,9 @@ def convert(
         model = MiMo(model_config)
     check_fit(model, reader)
     entries = list(_converted_entries(model, reader, config))
-    extra = {"attention_projection_layout": config.projections} if config.projections != "split" else {}
+    extra: dict[str, Any] = {}
+    if config.projections != "split":
+        extra["attention_projection_layout"] = config.projections
     if config.dtype == "fp8":
         extra["quantization_config"] = {
             "quant_method": "fp8",
@@ -73,7 +87,7 @@ def convert(
 
 
 def checkpoint_layout(config: ModelConfig, *, quantized: bool) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of a checkpoint of this model; with `quantized`, the FP8 scales as well."""
+    """Shape of every tensor of a checkpoint of this model by name; with `quantized`, FP8 scales included."""
     with torch.device("meta"):
         model = MiMo(config)
     shapes = {slot.name: tuple(slot.target.shape) for slot in slots(model)}
@@ -95,10 +109,12 @@ def _scale_shape(name: str, shapes: dict[str, tuple[int, ...]], model: MiMo) -> 
 def _has_rank_grid(name: str, model: MiMo) -> bool:
     """Whether a layer's keys and values are quantized per rank, as in the published full layers.
 
-    That is where a rank's keys end inside a block, and the split scales still tell that they do: K has more rows of
-    scales than uniform blocks would have, and V at least one for each rank. Every other layer takes uniform blocks.
+    This is so if a rank's keys end inside a block, and if the number of scales shows it to a reader of the split
+    tensors: K has more rows of scales than uniform blocks would have, and V has at least one row for each rank. All
+    other layers have uniform blocks.
     """
-    spec, ranks = model.get_submodule(name.rsplit(".", 2)[0]).spec, model.config.qkv_ranks
+    module = cast(AttentionModule, model.get_submodule(name.rsplit(".", 2)[0]))
+    spec, ranks = module.spec, model.config.qkv_ranks
     key_rows = spec.num_kv_heads * spec.key_dim
     key_blocks = fp8.num_blocks(key_rows // ranks)
     both_blocks = fp8.num_blocks(spec.num_kv_heads * (spec.key_dim + spec.value_dim) // ranks)
@@ -121,7 +137,7 @@ def _converted_entries(model: MiMo, reader: CheckpointReader, config: ConvertCon
                 slot.name,
                 tuple(slot.target.shape),
                 torch.float32 if slot.is_router else dtype,
-                lambda name=slot.name: reader.read(name, model.config),
+                functools.partial(reader.read, slot.name, model.config),
             )
 
 
@@ -150,7 +166,8 @@ def _fused_entries(
     fused_name = q_name.replace("q_proj", "qkv_proj")
 
     def fused() -> torch.Tensor:
-        return fuse(*(reader.read(name, model.config) for name in names), num_ranks=ranks)
+        q, k, v = (reader.read(name, model.config) for name in names)
+        return fuse(q, k, v, ranks)
 
     if config.dtype != "fp8":
         yield Entry(fused_name, (rows, columns), DTYPES[config.dtype], fused)

@@ -1,21 +1,22 @@
-"""`config.json`, both ways, without torch.
+"""Read and write `config.json`, without torch.
 
-Two dialects are read: the hub's (`hybrid_layer_pattern`, `swa_*`, `layernorm_epsilon`, ...) and the one that the native
-transformers class writes (`layer_types`, `rope_parameters`, `rms_norm_eps`, ...). A file may mix them as long as they
-agree. A key that nobody reads, or two that contradict each other, is a ConfigError that names it. We write both
-dialects at once, so that transformers, the hub's remote code and we read the same model from one file.
+Two dialects are read: the hub's (`hybrid_layer_pattern`, `swa_*`, `layernorm_epsilon`, ...) and that of the native
+transformers class (`layer_types`, `rope_parameters`, `rms_norm_eps`, ...). A file may mix them if they agree. Unknown
+keys and contradictory keys are a ConfigError that names them. Written files have the keys of both dialects, so that
+transformers, the hub's remote code and this package read the same model.
 
-The window. Implementations differ on whether `sliding_window_size: 128` shows a query 128 keys or 129, itself included
-(docs/model.md). `window_keys`, our own key, decides where it stands; else a native `sliding_window: n` means n keys,
-and a hub `sliding_window_size: n` means n + 1, as transformers (5.20 and later) and SGLang read it.
+Implementations disagree on whether `sliding_window_size: 128` lets a query see 128 or 129 keys, its own included
+(docs/model.md). If `window_keys`, a key of this package, is in the file, it decides. Otherwise a native
+`sliding_window: n` means n keys, and a hub `sliding_window_size: n` means n + 1, as in transformers (5.20 and later)
+and SGLang.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from openmimo.core.errors import ConfigError
-from openmimo.core.fields import NonNegativeFloat
+from openmimo.core.fields import Bounds, NonNegativeFloat
 from openmimo.core.reading import read_known_keys
 from openmimo.model.config import (
     Epsilon,
@@ -33,20 +34,21 @@ from openmimo.model.geometry import AttentionConfig, HeadCount, Positions, RopeT
 
 ARCHITECTURES = {"mimo_v2_flash": "MiMoV2FlashForCausalLM", "mimo": "MiMoForCausalLM"}
 
-_KINDS = ("full", "sliding")  # which `layer_types` can name
+_KINDS = ("full", "sliding")  # the attention kinds that `layer_types` can name
 _TOKEN_ID_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
-# Bookkeeping of transformers and the hub that says nothing about the computation.
+# Keys of transformers and the hub that do not affect the computation; they are ignored.
 _INERT_KEYS = {
     "architectures", "auto_map", "torch_dtype", "dtype", "transformers_version", "use_cache", "output_router_logits",
     "_name_or_path", "hybrid_block_size", "attention_chunk_size", "max_window_layers", "chunk_size_feed_forward",
     "id2label", "label2id", "is_encoder_decoder", "output_attentions", "output_hidden_states", "problem_type",
     "return_dict", "router_aux_loss_coef", "openmimo_version",
 }  # fmt: skip
+_LayerKind = TypeVar("_LayerKind", bound=str)
 
 
 @dataclass(frozen=True)
 class _Rope:
-    """One entry of `rope_parameters`: of all layers, or of one kind of layer."""
+    """One entry of `rope_parameters`, for all layers or for one kind of layer."""
 
     rope_type: Literal["default"] = "default"
     rope_theta: RopeTheta | None = None
@@ -55,7 +57,7 @@ class _Rope:
 
 @dataclass(frozen=True)
 class _RopeByKind(_Rope):
-    """`rope_parameters`: flat, or by kind of layer."""
+    """`rope_parameters`, flat or by kind of layer."""
 
     full_attention: _Rope | None = None
     sliding_attention: _Rope | None = None
@@ -63,7 +65,7 @@ class _RopeByKind(_Rope):
 
 @dataclass(frozen=True)
 class _Quantization:
-    """What of `quantization_config` decides how tensors are read; the other keys name what is not quantized."""
+    """The keys of `quantization_config` that determine the decoding; other keys list tensors that are not quantized."""
 
     quant_method: Literal["fp8"]
     fmt: Literal["e4m3"] | None = None
@@ -72,7 +74,7 @@ class _Quantization:
 
 @dataclass(frozen=True)
 class _HubConfig:
-    """Every key of `config.json` that is read, in both dialects. None stands for a key that is absent or null."""
+    """All keys of `config.json` that are read, of both dialects. None: the key is absent or null."""
 
     model_type: Literal["mimo_v2_flash", "mimo"]
     vocab_size: VocabSize
@@ -93,7 +95,7 @@ class _HubConfig:
     rope_scaling: Literal[None] = None
     partial_rotary_factor: Share | None = None
     attention_bias: bool | None = None
-    attention_dropout: Literal[0, 0.0] | None = None
+    attention_dropout: Annotated[float, Bounds(least=0, most=0)] | None = None
     attention_value_scale: Scale | None = None
     attention_projection_layout: Literal["split", "fused_qkv"] | None = None
     add_swa_attention_sink_bias: bool | None = None
@@ -139,11 +141,17 @@ def config_from_hf(
     window_keys: int | None = None,
     num_mtp_heads: int | None = None,
 ) -> ModelConfig:
-    """Reads a `config.json`, in either dialect.
+    """Convert a `config.json` of either dialect to a model config.
 
-    window_keys overrides the window of the sliding layers. num_mtp_heads overrides the number of heads, which the hub's
-    V2-Flash config does not state (the checkpoint's index does). Raises ConfigError that names `where` and every key of
-    a wrong type or value at once.
+    Args:
+        values: The parsed file.
+        where: Name of the file in messages.
+        window_keys: Overrides the window of the sliding layers.
+        num_mtp_heads: Overrides the number of MTP heads, which the hub's V2-Flash config does not state. The tensors of
+            the checkpoint determine it.
+
+    Raises:
+        ConfigError: The message names `where` and all keys with a wrong type or value.
     """
     hub = read_known_keys(_HubConfig, values, where, inert=_INERT_KEYS)
     if hub.quantization_config is not None:
@@ -156,7 +164,7 @@ def config_from_hf(
 
 
 class _Reader:
-    """Looks keys up in one `config.json`, with the fallbacks between its two dialects."""
+    """Converts the keys of one `config.json`, with the fallbacks between its two dialects."""
 
     def __init__(self, hub: _HubConfig):
         self.hub = hub
@@ -169,16 +177,15 @@ class _Reader:
         if window_keys is not None and "sliding" not in kinds:
             raise ConfigError(f"there is no sliding layer, so window_keys {window_keys} would have no effect.")
         sliding_window = self.window_keys() if window_keys is None else window_keys
-        full = self.attention("full", None)
-        has_sliding = "sliding" in kinds or hub.model_type != "mimo"
-        sliding = self.attention("sliding", sliding_window) if has_sliding else None
+        geometry = {"full": self.attention("full", None)}
+        if "sliding" in kinds or hub.model_type != "mimo":
+            geometry["sliding"] = self.attention("sliding", sliding_window)
         layers = tuple(
-            LayerConfig(attention=full if kind == "full" else sliding, ffn=ffn)
-            for kind, ffn in zip(kinds, self.ffn_kinds(), strict=True)
+            LayerConfig(attention=geometry[kind], ffn=ffn) for kind, ffn in zip(kinds, self.ffn_kinds(), strict=True)
         )
         heads = num_mtp_heads if num_mtp_heads is not None else hub.num_nextn_predict_layers or 0
         default_hidden = "post_norm" if hub.model_type == "mimo" else "pre_norm"
-        mtp_attention = full if _mtp_is_full(hub.model_type, kinds) else sliding
+        mtp_attention = geometry["full" if _mtp_is_full(hub.model_type, kinds) else "sliding"]
         return ModelConfig(
             vocab_size=hub.vocab_size,
             hidden_size=hub.hidden_size,
@@ -197,7 +204,7 @@ class _Reader:
         )
 
     def agreed(self, *keys: str) -> Any:
-        """The value under any of several names of one thing, None if none is there; two that differ are an error."""
+        """The value under any of several synonymous keys, or None. Raises ConfigError if two of them disagree."""
         found = {key: value for key in keys if (value := getattr(self.hub, key)) is not None}
         if len(set(found.values())) > 1:
             raise ConfigError(f"{' and '.join(f'{key} {value!r}' for key, value in found.items())} must agree.")
@@ -210,13 +217,18 @@ class _Reader:
             "full",
         )  # fmt: skip
 
-    def ffn_kinds(self) -> tuple[str, ...]:
+    def ffn_kinds(self) -> tuple[Literal["dense", "moe"], ...]:
         return self._layers(
             {"moe_layer_freq": {0: "dense", 1: "moe"}, "mlp_layer_types": {"dense": "dense", "sparse": "moe"}}, "dense"
         )
 
-    def _layers(self, keys: dict[str, dict[Any, str]], mimo_7b_kind: str) -> tuple[str, ...]:
-        """What each layer is, from the keys that say it; the dense family has one kind and says nothing."""
+    def _layers(self, keys: dict[str, dict[Any, _LayerKind]], mimo_7b_kind: _LayerKind) -> tuple[_LayerKind, ...]:
+        """The kind of each layer.
+
+        Args:
+            keys: Synonymous keys of the file, each with the kinds that its entries mean.
+            mimo_7b_kind: The kind of all layers of a MiMo-7B file, which has none of these keys.
+        """
         stated = {
             key: tuple(names[value] for value in values)
             for key, names in keys.items()
@@ -252,7 +264,7 @@ class _Reader:
             num_heads = _or(hub.swa_num_attention_heads, num_heads)
             key_dim = _or(hub.swa_head_dim, key_dim)
             value_dim = _or(hub.swa_v_head_dim, _or(hub.swa_head_dim, value_dim))
-            # The native class has no key for it and gives sliding layers twice the key/value heads of full ones.
+            # The native class has no such key and gives sliding layers twice the key/value heads of full layers.
             kv_heads = _or(hub.swa_num_key_value_heads, 2 * kv_heads)
         key_dim = _or(key_dim, hub.hidden_size // hub.num_attention_heads)
         theta, factor = self._rope(kind)
@@ -270,9 +282,9 @@ class _Reader:
         )
 
     def _rope(self, kind: str) -> tuple[float, float]:
-        """Base and rotated share of one layer kind, from the flat keys or from `rope_parameters`."""
-        hub, nested = self.hub, self.hub.rope_parameters or _RopeByKind()
-        nested = (nested.sliding_attention if kind == "sliding" else nested.full_attention) or nested
+        """RoPE base and rotated fraction of one kind of layer, from the flat keys or from `rope_parameters`."""
+        hub, by_kind = self.hub, self.hub.rope_parameters or _RopeByKind()
+        nested = (by_kind.sliding_attention if kind == "sliding" else by_kind.full_attention) or by_kind
         flat = hub.swa_rope_theta if kind == "sliding" else hub.rope_theta
         if None not in (flat, nested.rope_theta) and flat != nested.rope_theta:
             raise ConfigError(f"RoPE base {flat} and {nested.rope_theta} (rope_parameters) for {kind} layers.")
@@ -294,6 +306,7 @@ class _Reader:
         lacking = [key for key, value in needed.items() if value is None]
         if lacking:
             raise ConfigError(f"there are sparse layers, but {', '.join(lacking)} is not there.")
+        assert hub.num_experts_per_tok is not None and hub.moe_intermediate_size is not None
         return MoEConfig(
             num_experts=experts,
             experts_per_token=hub.num_experts_per_tok,
@@ -306,10 +319,13 @@ class _Reader:
 
 
 def config_to_hf(config: ModelConfig, *, dtype: str = "float32") -> dict[str, Any]:
-    """The `config.json` of a model, in both dialects.
+    """The `config.json` of a model, with the keys of both dialects.
 
-    A model that the native transformers class would silently compute wrongly (it derives sinks and sliding geometry
-    from the layer kind) is written without an architecture that it knows, so that it refuses instead.
+    The native transformers class derives sinks and sliding geometry from the layer kind. A model that it would silently
+    compute wrongly is written with an unknown architecture, so that transformers refuses to load it.
+
+    Raises:
+        ConfigError: `config.json` cannot express the geometry of the model.
     """
     kinds = {layer.attention.kind: layer.attention for layer in config.layers}
     if config.mtp:
@@ -393,7 +409,7 @@ def _hybrid_keys(config: ModelConfig, kinds: dict[str, AttentionConfig], referen
 
 
 def _native_class_agrees(config: ModelConfig, kinds: dict[str, AttentionConfig]) -> bool:
-    """Whether the native transformers class, which knows one geometry per model, computes this model."""
+    """Whether the native transformers class, which has one geometry per model, computes this model correctly."""
     if config.family != "mimo_v2_flash":
         return True
     full, sliding = kinds.get("full"), kinds.get("sliding")
@@ -428,12 +444,12 @@ def _refuse_mixed_geometry(config: ModelConfig, kinds: dict[str, AttentionConfig
 
 
 def _mtp_is_full(family: str, kinds: Iterable[str]) -> bool:
-    """MTP heads are sliding layers wherever the model has any."""
+    """Whether MTP heads are full layers: they are sliding layers if the model has any."""
     return family == "mimo" or "sliding" not in kinds
 
 
 def _rotary_factor(spec: AttentionConfig) -> float:
-    """A share of the key dims which truncates back to `rotary_dim`; the published 0.334 where it does."""
+    """A fraction of the key dims that truncates to `rotary_dim`: 1, the published 0.334, or one that is in between."""
     if spec.rotary_dim == spec.key_dim:
         return 1.0
     return 0.334 if int(spec.key_dim * 0.334) == spec.rotary_dim else (spec.rotary_dim + 0.5) / spec.key_dim

@@ -1,5 +1,6 @@
-"""Merging checkpoints by their weights alone: what distillation has to beat to be worth its rollouts."""
+"""Merge fine-tuned checkpoints by arithmetic on their weights: the baseline of multi-teacher distillation."""
 
+import functools
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -22,12 +23,22 @@ Method = Literal["average", "task_arithmetic"]
 
 
 def merge(base: str, children: list[str], destination: str, *, method: Method = "average", scale: float = 1.0) -> Path:
-    """Writes the merge of fine-tuned `children` of `base` to `destination`, in float32, and returns its path.
+    """Merge fine-tuned `children` of `base` into the new folder `destination` and return its path.
 
-    average: base + scale times the mean of the children's changes (scale 1: the mean of the children). task_arithmetic:
-    base + scale times their sum (2212.04089). Tokenizer and chat template are those of the base. The tensors are
-    streamed: at most one shard is in memory. Raises UserError, before a tensor is read, for no children, a scale that
-    is not finite, a destination that exists, and children that are other models than the base.
+    The tensors are float32 and are streamed: at most one shard is in memory. Tokenizer and chat template are copied
+    from the base.
+
+    Args:
+        base: Folder of the checkpoint from which the children were fine-tuned.
+        children: Folders of the fine-tuned checkpoints.
+        destination: New folder.
+        method: "average": base + scale * mean of the children's changes (the mean of the children for scale 1).
+            "task_arithmetic": base + scale * sum of the changes (arXiv 2212.04089).
+        scale: Factor of the changes.
+
+    Raises:
+        UserError: There are no children, the scale is not finite, the destination exists, or a child is another model
+            than the base. No tensor has been read.
     """
     path = Path(destination)
     if method not in ("average", "task_arithmetic"):
@@ -52,7 +63,7 @@ def merge(base: str, children: list[str], destination: str, *, method: Method = 
         return start.clone().add_(sum(changes), alpha=share)
 
     entries = [
-        Entry(slot.name, tuple(slot.target.shape), torch.float32, lambda name=slot.name: merged(name))
+        Entry(slot.name, tuple(slot.target.shape), torch.float32, functools.partial(merged, slot.name))
         for slot in slots(model)
     ]
     with new_folder_atomic(path) as folder:
@@ -64,16 +75,16 @@ def merge(base: str, children: list[str], destination: str, *, method: Method = 
 
 
 def _child_reader(child: str, model: MiMo, base: str) -> CheckpointReader:
-    """The open weights of a child whose config.json describes the base's model."""
+    """Open the weights of a child. Raises ConfigError if its config.json describes another model than the base."""
     config, reader = open_checkpoint(Path(child), None)
     if _geometry(config) != _geometry(model.config):
-        before, now = vars(_geometry(model.config)), vars(_geometry(config))
-        changed = [name for name in before if before[name] != now[name]]
+        base_fields, child_fields = vars(_geometry(model.config)), vars(_geometry(config))
+        changed = [name for name in base_fields if base_fields[name] != child_fields[name]]
         raise ConfigError(f"{child} is another model than {base}: their config.json differ in {', '.join(changed)}.")
     check_fit(model, reader)
     return reader
 
 
 def _geometry(config: ModelConfig) -> ModelConfig:
-    """A config without what changes neither the weights' meaning nor their shape."""
+    """The config without the fields that affect neither the meaning of the weights nor their shape."""
     return replace(config, token_ids={}, init_std=0.0)

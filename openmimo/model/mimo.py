@@ -106,7 +106,7 @@ class MiMo(nn.Module):
         """Map one causal sequence, LongTensor [T], to float32 logits [T, vocab].
 
         Raises:
-            UserError: `token_ids` is not an integer tensor of one dimension, is empty, or has ids outside the vocabulary.
+            UserError: `token_ids` is not an integer tensor of one dimension, is empty, or has an unknown id.
         """
         self._check_ids(token_ids)
         context = PackedContext((len(token_ids),), device=self.device)

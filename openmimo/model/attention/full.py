@@ -21,7 +21,7 @@ def check(spec: AttentionConfig, source: AttentionConfig | None) -> str | None:
     if spec.window_keys is not None:
         return f"is {spec.kind!r} with window_keys {spec.window_keys}; a full layer has no window."
     if source is not None:
-        return f"is {spec.kind!r} with kv_from {spec.kv_from}; a full layer has its own keys."
+        return f"is {spec.kind!r} with kv_from {spec.kv_from}; a full layer has keys of its own."
     return None
 
 

@@ -1,4 +1,4 @@
-"""Sliding-window attention: a query reads its own key and the `window_keys - 1` before it; the cache keeps only these."""
+"""Sliding-window attention: a query reads its own key and the `window_keys - 1` before it. The cache keeps these."""
 
 from typing import TYPE_CHECKING
 
@@ -21,7 +21,7 @@ def check(spec: AttentionConfig, source: AttentionConfig | None) -> str | None:
     if spec.window_keys is None:
         return f"is {spec.kind!r} with window_keys None; a sliding layer needs a window."
     if source is not None:
-        return f"is {spec.kind!r} with kv_from {spec.kv_from}; a sliding layer has its own keys."
+        return f"is {spec.kind!r} with kv_from {spec.kv_from}; a sliding layer has keys of its own."
     if spec.score_block is not None:
         return f"is {spec.kind!r} with score_block {spec.score_block}; only a layer without a window scores blocks."
     return None
