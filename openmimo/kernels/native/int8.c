@@ -15,8 +15,8 @@ typedef struct {
     const float *x;       /* [rows, dims] */
     const int8_t *weight; /* [outputs, dims] */
     const float *scale;   /* [outputs] */
-    float *out;           /* [rows, outputs] */
-    int64_t rows, dims, outputs, threads;
+    float *out;           /* [rows, outputs], rows at a distance of out_stride */
+    int64_t rows, dims, outputs, out_stride, threads;
 } int8_call;
 
 /* Vectors of the width of a register. */
@@ -101,7 +101,7 @@ static void fill_outputs(const int8_call *call, int64_t first) {
     for (row = 0; row < call->rows; row++)
         for (int64_t i = 0; i < TOGETHER && first + i * APART < call->outputs; i++) {
             int64_t output = first + i * APART;
-            call->out[row * call->outputs + output] = sums[row][i] * call->scale[output];
+            call->out[row * call->out_stride + output] = sums[row][i] * call->scale[output];
         }
 }
 
