@@ -25,10 +25,10 @@ from openmimo.engine.runner import Runner
 from openmimo.engine.scheduler import Scheduler
 from openmimo.engine.stats import EngineStats
 from openmimo.engine.text import TextStream
-from openmimo.engine.weights import set_weight
 from openmimo.model.config import AttentionConfig, ModelConfig
 from openmimo.model.flops import active_matmul_parameters
 from openmimo.model.mimo import MiMo
+from openmimo.model.weight_formats import set_weight
 from openmimo.runtime.device import at_most_threads, free_memory_bytes
 
 if TYPE_CHECKING:

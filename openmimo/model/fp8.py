@@ -15,6 +15,12 @@ from openmimo.kernels.weights import quantize as kernels_quantize
 BLOCK = FP8_BLOCK
 
 
+def is_fp8_in_hub_layout(name: str) -> bool:
+    """Whether the published FP8 checkpoint quantizes this tensor: attention inputs and every FFN, but not o_proj."""
+    quantized = ("q_proj", "k_proj", "v_proj", "qkv_proj", "gate_proj", "up_proj", "down_proj")
+    return name.endswith(tuple(f".{part}.weight" for part in quantized))
+
+
 def num_blocks(rows: int) -> int:
     """Blocks that cover `rows` rows, the last one cut short."""
     return -(-rows // BLOCK)

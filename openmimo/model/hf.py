@@ -23,8 +23,7 @@ from openmimo.model.hf_names import count_mtp_heads, slots
 from openmimo.model.hf_reader import INDEX, CheckpointReader
 from openmimo.model.hf_writer import DEFAULT_SHARD_BYTES, Entry, write_shards
 from openmimo.model.mimo import MiMo
-from openmimo.model.quantize import allocate_quantized, quantized_format
-from openmimo.model.weight_formats import QuantizableModule
+from openmimo.model.weight_formats import QuantizableModule, allocate_quantized, quantized_format
 from openmimo.runtime.device import DTYPES, resolve_device
 
 
@@ -72,7 +71,7 @@ def load_model(
     for router in model.routers().values():
         router.to(torch.promote_types(weights_dtype, torch.float32))
     if weight_format is not None:
-        allocate_quantized(model, weight_format)
+        allocate_quantized(model, weight_format, config.qkv_ranks)
     model = model.to_empty(device=weights_device)
     model.tie_weights()
     by_name = {slot.name: slot for slot in slots(model)}

@@ -96,9 +96,3 @@ def count_mtp_heads(names: set[str], config: ModelConfig) -> int:
     """How many MTP heads a checkpoint has; the hub's config of V2-Flash does not say."""
     prefix = "model.mtp_layers." if config.family == "mimo" else "model.mtp.layers."
     return len({name.removeprefix(prefix).split(".")[0] for name in names if name.startswith(prefix)})
-
-
-def is_fp8_in_hub_layout(name: str) -> bool:
-    """Whether the published FP8 checkpoint quantizes this tensor: attention inputs and every FFN, but not o_proj."""
-    quantized = ("q_proj", "k_proj", "v_proj", "qkv_proj", "gate_proj", "up_proj", "down_proj")
-    return name.endswith(tuple(f".{part}.weight" for part in quantized))

@@ -1,14 +1,32 @@
-"""Modules whose weights may be block-scaled."""
+"""Modules whose weights may be block-scaled, and which weights of a model a format covers.
 
-from collections.abc import Callable, Mapping
+int8 covers all linear layers and experts. fp8 covers the matrices that the published checkpoint stores as FP8, on its
+blocks. Routers, norms, embeddings and output heads always stay plain.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 
 import torch
 from torch import nn
 
-from openmimo.kernels.weights import BlockScaled, QuantizedFormat, Weight, copy_weight, empty_quantized
+from openmimo.core.errors import ConfigError
+from openmimo.kernels.weights import (
+    FP8_BLOCK,
+    INT8,
+    PLAIN,
+    BlockScaled,
+    QuantizedFormat,
+    Weight,
+    copy_weight,
+    empty_quantized,
+)
+from openmimo.model.fp8 import is_fp8_in_hub_layout
 
 _SCALES = "_scales"
+_QUANTIZED: dict[str, QuantizedFormat] = {"int8": "int8", "fp8": "fp8"}
+_PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
 
 class QuantizableModule(nn.Module):
@@ -85,3 +103,77 @@ def entry_weight(model: nn.Module, name: str, tensor: torch.Tensor) -> Weight | 
     if own_name.endswith(_SCALES) and own_name.removesuffix(_SCALES) in module.blocks:
         return None
     return module.held_weight(own_name) if own_name in module.blocks else tensor
+
+
+def set_weight(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    """Copies new values into the parameter or buffer `name` of a model, quantized if it is block-scaled."""
+    owner, _, own_name = name.rpartition(".")
+    module = model.get_submodule(owner)
+    if isinstance(module, QuantizableModule) and own_name in module.blocks:
+        module.store(own_name, tensor)
+    else:
+        getattr(module, own_name).copy_(tensor)
+
+
+def quantized_format(weights: str) -> QuantizedFormat | None:
+    """The option `weights` as a format, None for "plain". Raises ConfigError for an unknown one."""
+    if weights == PLAIN:
+        return None
+    if not isinstance(weights, str) or weights not in _QUANTIZED:
+        raise ConfigError(f"weights is {weights!r}; it must be one of {', '.join((PLAIN, *_QUANTIZED))}.")
+    return _QUANTIZED[weights]
+
+
+def allocate_quantized(model: nn.Module, weight_format: QuantizedFormat, qkv_ranks: int = 1) -> None:
+    """Replaces the weights that a format covers by storage without values. Arguments as in `quantize_model`."""
+    for module, name, block in _covered(model, weight_format, qkv_ranks):
+        module.allocate(name, weight_format, block)
+
+
+@torch.no_grad()
+def quantize_model(model: nn.Module, weight_format: QuantizedFormat, qkv_ranks: int = 1) -> None:
+    """Quantizes the weights that a format covers, in place: for inference, not to be saved.
+
+    Args:
+        model: A model in memory.
+        weight_format: int8 or fp8.
+        qkv_ranks: The ranks of the checkpoint layout (`ModelConfig.qkv_ranks`), which the blocks of fp8 respect.
+    """
+    for module, name, block in _covered(model, weight_format, qkv_ranks):
+        tensor = getattr(module, name).detach()
+        module.allocate(name, weight_format, block)
+        module.store(name, tensor)
+
+
+def _covered(
+    model: nn.Module, weight_format: QuantizedFormat, qkv_ranks: int
+) -> Iterator[tuple[QuantizableModule, str, tuple[int, int]]]:
+    """Module, name and block size of each weight that a format covers."""
+    for module_name, module in model.named_modules():
+        if not isinstance(module, QuantizableModule):
+            continue
+        for name, num_matrices in module.quantizable.items():
+            rows, columns = getattr(module, name).shape[-2:]
+            if weight_format == INT8:
+                yield module, name, (1, columns)
+            elif num_matrices > 1 or is_fp8_in_hub_layout(f"{module_name}.{name}"):
+                block_rows = _projection_block_rows(model, module_name, qkv_ranks) if name == "weight" else FP8_BLOCK
+                if num_matrices > 1:
+                    block_rows = math.gcd(block_rows, rows // num_matrices)
+                yield module, name, (block_rows, FP8_BLOCK)
+
+
+def _projection_block_rows(model: nn.Module, name: str, qkv_ranks: int) -> int:
+    """Rows of an FP8 block of the linear layer `name`.
+
+    A checkpoint may hold q, k and v on grids that begin again at each rank and run across all three (see `fp8`).
+    Blocks that divide the rows of each part at a rank have one scale in all of these grids.
+    """
+    owner, _, own_name = name.rpartition(".")
+    if own_name not in _PROJECTIONS:
+        return FP8_BLOCK
+    attention = model.get_submodule(owner)
+    rows = [attention.get_parameter(f"{part}.weight").shape[0] for part in _PROJECTIONS]
+    if any(count % qkv_ranks for count in rows):
+        return FP8_BLOCK
+    return math.gcd(FP8_BLOCK, *(count // qkv_ranks for count in rows))

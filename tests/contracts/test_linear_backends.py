@@ -13,7 +13,7 @@ from openmimo.kernels.linear import DISPATCHER, LinearNeed, joined_linear, linea
 from openmimo.kernels.linear.native import MAX_ROWS
 from openmimo.kernels.weights import quantize
 from openmimo.model.hf import save_model
-from openmimo.model.quantize import quantize_model
+from openmimo.model.weight_formats import quantize_model
 
 BACKENDS = dict(DISPATCHER.backends())
 DTYPES = {"float32": (torch.float32, 2e-6), "bfloat16": (torch.bfloat16, 4e-3)}  # relative error of a whole output

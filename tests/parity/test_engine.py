@@ -22,7 +22,7 @@ from openmimo.kernels.paged_attention.store import store
 from openmimo.kernels.weights import quantize
 from openmimo.model.context import PackedContext, RoutingTape
 from openmimo.model.mimo import MiMo
-from openmimo.model.quantize import quantize_model
+from openmimo.model.weight_formats import quantize_model
 
 VOCAB = 160
 GREEDY = SamplingParams(max_tokens=12, temperature=0.0)

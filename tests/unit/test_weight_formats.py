@@ -15,8 +15,7 @@ from openmimo.model.convert import ConvertConfig, convert
 from openmimo.model.hf import load_model, save_model
 from openmimo.model.hf_names import slots
 from openmimo.model.mimo import MiMo
-from openmimo.model.quantize import quantize_model
-from openmimo.model.weight_formats import QuantizableModule
+from openmimo.model.weight_formats import QuantizableModule, quantize_model
 
 IDS = torch.randint(0, 160, (40,), generator=torch.Generator().manual_seed(0))
 
@@ -96,7 +95,7 @@ def test_a_plain_checkpoint_is_quantized_like_its_converted_copy(folder, fp8_fol
         pytest.skip("a fused matrix has other blocks")
     ours, theirs = load_model(folder, weights="fp8"), load_model(fp8_folder, weights="fp8")
     in_memory = load_model(folder)
-    quantize_model(in_memory, "fp8")
+    quantize_model(in_memory, "fp8", in_memory.config.qkv_ranks)
     compared = 0
     for mine, loaded, stored in zip(slots(in_memory), slots(ours), slots(theirs), strict=True):
         assert mine.name == loaded.name == stored.name
@@ -129,7 +128,7 @@ def test_new_weights_are_quantized_again(folder, weights):
     model = load_model(folder, weights=weights)
     new = randomize(MiMo(model.config), 9)
     LLM(model).engine.update_weights(new.state_dict(), version=1)
-    quantize_model(new, weights)
+    quantize_model(new, weights, new.config.qkv_ranks)
     assert torch.equal(logits(model), logits(new))
 
 
