@@ -190,3 +190,7 @@ def test_experts_of_two_formats_and_an_expert_chosen_twice():
     twice, both = torch.tensor([[1, 1], [0, 3], [2, 2]]), (quantize(gate_up, "int8"), quantize(down, "int8"))
     (exact,) = run("reference", need, (x, twice, weights, *both))
     assert torch.allclose(apply_experts(x, twice, weights, *both), exact, atol=1e-5)
+    if native.library() is not None:
+        for wrong in (-1, 4):
+            with pytest.raises(IndexError, match="4 experts"):
+                run("int8", need, (x, torch.full((3, 2), wrong), weights, *both))
