@@ -30,7 +30,7 @@ from openmimo.core.errors import ConfigError, UserError
 from openmimo.core.interrupt import Interrupted, terminable
 from openmimo.core.records import SamplingParams
 from openmimo.demo.config import DemoConfig
-from openmimo.engine.config import EngineConfig
+from openmimo.engine.config import EngineConfig, WeightFormat, chosen_format
 from openmimo.engine.server.config import ServerConfig
 from openmimo.rl.agents.option_arguments import algorithm_arguments, merged
 from openmimo.rl.config import CompareConfig, MopdConfig, RlConfig
@@ -370,7 +370,9 @@ class ServeOptions:
         dtype: Of weights and activations (auto: bfloat16 on an accelerator, else float32).
         device: auto (an accelerator if there is one), cpu, or a device of torch.
         threads: CPU threads for the model (none: all cores).
-        int8: Keep the weights of linear layers (not the experts) as int8: fewer bytes to read for each token.
+        weights: How weight matrices are held: plain (in dtype), int8, or fp8 (as an FP8 checkpoint stores them). The
+            narrow formats take half the bytes of bfloat16.
+        int8: The earlier name of --weights int8.
     """
 
     path: tyro.conf.Positional[str] = ""
@@ -380,6 +382,7 @@ class ServeOptions:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: str = "auto"
     threads: int | None = None
+    weights: WeightFormat = "plain"
     int8: bool = False
 
 
@@ -394,7 +397,8 @@ def _serve(arguments: list[str]) -> None:
     else:
         launch(
             options.path, options.server, options.engine,
-            dtype=options.dtype, device=options.device, threads=options.threads, int8=options.int8,
+            dtype=options.dtype, device=options.device, threads=options.threads,
+            weights=chosen_format(options.weights, int8=options.int8),
         )  # fmt: skip
 
 

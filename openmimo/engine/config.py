@@ -1,10 +1,19 @@
 """What an engine may use, without torch."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from openmimo.core.errors import ConfigError
 from openmimo.core.fields import PositiveFloat, PositiveInt, check_fields
+
+WeightFormat: TypeAlias = Literal["plain", "int8", "fp8"]
+
+
+def chosen_format(weights: WeightFormat, *, int8: bool) -> WeightFormat:
+    """The format of `weights`, or int8 by its earlier option. Raises ConfigError if the two contradict each other."""
+    if int8 and weights not in ("plain", "int8"):
+        raise ConfigError(f"int8 means weights=int8, but weights is {weights}; give one of the two.")
+    return "int8" if int8 else weights
 
 
 @dataclass(frozen=True)

@@ -25,10 +25,10 @@ from openmimo.engine.runner import Runner
 from openmimo.engine.scheduler import Scheduler
 from openmimo.engine.stats import EngineStats
 from openmimo.engine.text import TextStream
-from openmimo.engine.weights import set_weight
 from openmimo.model.config import AttentionConfig, ModelConfig
 from openmimo.model.flops import active_matmul_parameters
 from openmimo.model.mimo import MiMo
+from openmimo.model.weight_formats import set_weight
 from openmimo.runtime.device import at_most_threads, free_memory_bytes
 
 if TYPE_CHECKING:
@@ -206,7 +206,7 @@ class Engine:
         tensors: by parameter name, any part of them; None if the caller has changed the model's own already. version:
         recorded with every token from now on. recompute: read what is running again with the new weights (its tokens
         stay); otherwise it goes on with keys and values of the old ones. Prefixes and idle sessions are forgotten.
-        Linear layers that were quantized are quantized anew.
+        The new values of block-scaled weights are quantized.
         Raises UserError, before anything is changed, for a name or shape that the model does not have.
         """
         own = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}

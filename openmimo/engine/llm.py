@@ -13,10 +13,9 @@ from openmimo.core.errors import ConfigError, UserError
 from openmimo.core.fields import checked, unknown_key_message
 from openmimo.core.records import Completion, Request, SamplingParams
 from openmimo.data.tokenizer import Tokenizer
-from openmimo.engine.config import EngineConfig
+from openmimo.engine.config import EngineConfig, WeightFormat, chosen_format
 from openmimo.engine.engine import Engine, check_token_ids
 from openmimo.engine.request_state import NOT_FINITE, RequestState
-from openmimo.engine.weights import quantize_linears
 from openmimo.model.context import PackedContext
 from openmimo.model.hf import load_model
 from openmimo.model.mimo import MiMo
@@ -37,7 +36,8 @@ class LLM:
         dtype: Of the weights and activations of a folder. In bfloat16 a text may depend on the other prompts of its
             batch.
         device: Where a folder is loaded ("auto": the accelerator if there is one).
-        int8: Keep the weights of linear layers (not the experts) as int8.
+        weights: How the weight matrices of a folder are held: plain (in `dtype`), int8 or fp8; see `load_model`.
+        int8: The earlier name of weights="int8".
         settings: Single fields of `EngineConfig`, which replace those of `engine`.
 
     Raises:
@@ -53,6 +53,7 @@ class LLM:
         speculative: bool | None = None,
         dtype: str = "float32",
         device: str = "auto",
+        weights: WeightFormat = "plain",
         int8: bool = False,
         **settings: Any,
     ):
@@ -63,16 +64,16 @@ class LLM:
             raise ConfigError(f"model is a {type(model).__name__}; give a checkpoint folder, or a MiMo.")
         if not (tokenizer is None or isinstance(tokenizer, Tokenizer)):
             raise ConfigError(f"tokenizer is a {type(tokenizer).__name__}; give what Tokenizer.load returns.")
-        int8 = checked(bool, int8, "int8")
+        weights = chosen_format(checked(WeightFormat, weights, "weights"), int8=checked(bool, int8, "int8"))
         self._is_borrowed = isinstance(model, MiMo)
         if not isinstance(model, MiMo):
             if tokenizer is None and (Path(model) / "tokenizer.json").exists():
                 tokenizer = Tokenizer.load(model)
-            model = load_model(model, dtype=dtype, device=device)
-            if int8:
-                quantize_linears(model)
-        elif int8:
-            raise ConfigError("int8 would change the weights of a model that is the caller's; give a folder instead.")
+            model = load_model(model, dtype=dtype, device=device, weights=weights)
+        elif weights != "plain":
+            raise ConfigError(
+                f"weights={weights!r} would change the weights of a model that is the caller's; give a folder instead."
+            )
         self.model = model
         self.tokenizer = tokenizer
         self.engine = Engine(model, tokenizer, config)

@@ -17,7 +17,7 @@ from openmimo.model.attention import AttentionModule
 from openmimo.model.config import ModelConfig
 from openmimo.model.geometry import Positions
 from openmimo.model.hf import DTYPES, check_fit, open_checkpoint, write_config
-from openmimo.model.hf_names import Slot, is_fp8_in_hub_layout, slots
+from openmimo.model.hf_names import Slot, slots
 from openmimo.model.hf_reader import CheckpointReader, fuse
 from openmimo.model.hf_writer import DEFAULT_SHARD_BYTES, Entry, write_shards
 from openmimo.model.mimo import MiMo
@@ -92,7 +92,7 @@ def checkpoint_layout(config: ModelConfig, *, quantized: bool) -> dict[str, tupl
         model = MiMo(config)
     shapes = {slot.name: tuple(slot.target.shape) for slot in slots(model)}
     if quantized:
-        for name in [name for name in shapes if is_fp8_in_hub_layout(name)]:
+        for name in [name for name in shapes if fp8.is_fp8_in_hub_layout(name)]:
             shapes[name + "_scale_inv"] = _scale_shape(name, shapes, model)
     return shapes
 
@@ -130,7 +130,7 @@ def _converted_entries(model: MiMo, reader: CheckpointReader, config: ConvertCon
                 yield from _fused_entries(slot.name, by_name, model, reader, config)
             if not slot.name.endswith(".o_proj.weight"):
                 continue
-        if config.dtype == "fp8" and is_fp8_in_hub_layout(slot.name):
+        if config.dtype == "fp8" and fp8.is_fp8_in_hub_layout(slot.name):
             yield from _fp8_entries(slot, model, reader)
         else:
             yield Entry(

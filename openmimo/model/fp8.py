@@ -9,8 +9,16 @@ a rank's keys and the first of its values (docs/model.md tells how the split K a
 
 import torch
 
-BLOCK = 128
-FP8_MAX = 448.0
+from openmimo.kernels.weights import FP8_BLOCK, BlockScaled, joined_rows
+from openmimo.kernels.weights import quantize as kernels_quantize
+
+BLOCK = FP8_BLOCK
+
+
+def is_fp8_in_hub_layout(name: str) -> bool:
+    """Whether the published FP8 checkpoint quantizes this tensor: attention inputs and every FFN, but not o_proj."""
+    quantized = ("q_proj", "k_proj", "v_proj", "qkv_proj", "gate_proj", "up_proj", "down_proj")
+    return name.endswith(tuple(f".{part}.weight" for part in quantized))
 
 
 def num_blocks(rows: int) -> int:
@@ -20,31 +28,17 @@ def num_blocks(rows: int) -> int:
 
 def dequantize(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """Uniform blocks: weight [rows, cols] float8_e4m3fn, scale [ceil(rows/128), ceil(cols/128)] float32, to float32."""
-    rows, cols = weight.shape
-    grid = scale.float().repeat_interleave(BLOCK, 0)[:rows].repeat_interleave(BLOCK, 1)[:, :cols]
-    return weight.float() * grid
+    return BlockScaled(weight, scale, (BLOCK, BLOCK)).dequantize(torch.float32)
 
 
 def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The inverse: float8_e4m3fn codes, and scales amax/448 per block (1 where a block is all zero)."""
-    rows, cols = weight.shape
-    padded = torch.zeros(num_blocks(rows) * BLOCK, num_blocks(cols) * BLOCK, dtype=torch.float32)
-    padded[:rows, :cols] = weight
-    blocks = padded.view(num_blocks(rows), BLOCK, num_blocks(cols), BLOCK)
-    amax = blocks.abs().amax(dim=(1, 3))
-    scale = torch.where(amax > 0, amax / FP8_MAX, torch.ones_like(amax))
-    codes = (blocks / scale[:, None, :, None]).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
-    return codes.view(padded.shape)[:rows, :cols].contiguous(), scale
-
-
-def dequantize_ranks(weight: torch.Tensor, scale: torch.Tensor, num_ranks: int) -> torch.Tensor:
-    """A matrix stacked of `num_ranks` slices, each with its own grid; scale [ranks * ceil(rows/ranks/128), ...]."""
-    slices = zip(weight.chunk(num_ranks), scale.chunk(num_ranks), strict=True)
-    return torch.cat([dequantize(*pair) for pair in slices])
+    codes, scale, _ = kernels_quantize(weight, "fp8")
+    return codes, scale
 
 
 def quantize_ranks(weight: torch.Tensor, num_ranks: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The inverse of `dequantize_ranks`."""
+    """A matrix stacked of `num_ranks` slices, each with its own grid: codes, and the scales of all."""
     codes, scales = zip(*(quantize(part) for part in weight.chunk(num_ranks)), strict=True)
     return torch.cat(codes), torch.cat(scales)
 
@@ -54,25 +48,49 @@ def has_rank_scales(scale_rows: int, num_ranks: int, rows: int) -> bool:
     return rows % num_ranks == 0 and scale_rows == num_ranks * num_blocks(rows // num_ranks) != num_blocks(rows)
 
 
-def dequantize_rank_keys_values(
-    k: torch.Tensor, v: torch.Tensor, k_scale: torch.Tensor, v_scale: torch.Tensor, num_ranks: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Split K [G*K, D] and V [G*V, D] that were quantized as one slice [K_r | V_r] per rank; both to float32.
+def split_ranks(fused: BlockScaled, rows: list[int], num_ranks: int) -> list[BlockScaled]:
+    """Splits a fused matrix whose slice [Q_r | K_r | V_r] of each rank has its own grid.
+
+    Args:
+        fused: Codes [ranks * slice rows, D] and scales [ranks * ceil(slice rows / 128), ceil(D / 128)].
+        rows: How many rows each part has, over all ranks.
+        num_ranks: How many slices there are.
+
+    Returns:
+        The parts with their ranks in order. Their blocks have as few rows as exact scales require.
+    """
+    slices = [
+        BlockScaled(codes, scales, fused.block)
+        for codes, scales in zip(fused.codes.chunk(num_ranks), fused.scales.chunk(num_ranks), strict=True)
+    ]
+    parts, start = [], 0
+    for count in rows:
+        stop = start + count // num_ranks
+        parts.append(joined_rows([rank.rows(start, stop) for rank in slices]))
+        start = stop
+    return parts
+
+
+def split_rank_keys_values(k: BlockScaled, v: BlockScaled, num_ranks: int) -> list[BlockScaled]:
+    """K [G*K, D] and V [G*V, D] that were quantized as one slice [K_r | V_r] per rank, each with its own scales.
 
     With K = 192 and V = 128 the slice of a rank has 320 rows and three rows of scales, of which the export put two with
     K and one with V: the second holds for K rows 128-191 and V rows 0-63.
     """
-    scale = torch.cat([_per_rank(k_scale, num_ranks), _per_rank(v_scale, num_ranks)], dim=1).flatten(0, 1)
-    rows = torch.cat([_per_rank(k, num_ranks), _per_rank(v, num_ranks)], dim=1)
-    restored = dequantize_ranks(rows.flatten(0, 1), scale, num_ranks).view(num_ranks, -1, k.shape[1])
-    key_rows = k.shape[0] // num_ranks
-    return restored[:, :key_rows].flatten(0, 1), restored[:, key_rows:].flatten(0, 1)
+    codes, scales = (
+        torch.cat([_per_rank(of_k, num_ranks), _per_rank(of_v, num_ranks)], dim=1).flatten(0, 1)
+        for of_k, of_v in ((k.codes, v.codes), (k.scales, v.scales))
+    )
+    return split_ranks(BlockScaled(codes, scales, k.block), [k.shape[0], v.shape[0]], num_ranks)
 
 
 def quantize_rank_keys_values(
     k: torch.Tensor, v: torch.Tensor, num_ranks: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The inverse: codes of K and V, then their scales, laid out as in the full layers of the published checkpoint."""
+    """The inverse of `split_rank_keys_values`: codes of K and V, then their scales.
+
+    The layout is that of the full layers of the published checkpoint.
+    """
     rows = torch.cat([_per_rank(k, num_ranks), _per_rank(v, num_ranks)], dim=1).flatten(0, 1)
     codes, scale = quantize_ranks(rows, num_ranks)
     key_rows = k.shape[0] // num_ranks

@@ -8,18 +8,22 @@ T packed tokens, D model dim, V vocabulary.
 
 import functools
 from collections.abc import Callable
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
 from openmimo.kernels.token_loss import token_argmax, token_logprobs, token_loss
+from openmimo.kernels.weights import BlockScaled
 from openmimo.model.layers import Embedding, Linear
 
 Reader = Callable[[torch.Tensor, torch.Tensor], Any]
 
 
 class Head(Linear):
-    """Linear layer from states to the vocabulary."""
+    """Linear layer from states to the vocabulary. Its weight is always plain."""
+
+    quantizable = MappingProxyType({})
 
     def __init__(self, model_dim: int, vocab_size: int):
         super().__init__(model_dim, vocab_size, bias=False)
@@ -30,7 +34,9 @@ class Head(Linear):
         The reader gets the weight in the dtype of the states.
         """
         if reader is not None:
-            return reader(states_TD, self.parameters_as(states_TD.dtype)[0])
+            weight_VD = self.weight_as("weight", states_TD.dtype)
+            assert not isinstance(weight_VD, BlockScaled)
+            return reader(states_TD, weight_VD)
         logits_TV = super().forward(states_TD)
         return logits_TV if logits_TV.dtype == torch.float64 else logits_TV.float()
 

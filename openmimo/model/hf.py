@@ -16,12 +16,14 @@ from openmimo.core.files import new_folder_atomic, recover_folder
 from openmimo.core.reading import file_in_folder, listed, read_json, require_folder
 from openmimo.data.companions import companion_names, read_companions
 from openmimo.data.tokenizer import Tokenizer
+from openmimo.kernels.weights import format_of
 from openmimo.model.config import ModelConfig
 from openmimo.model.hf_config import config_from_hf, config_to_hf
 from openmimo.model.hf_names import count_mtp_heads, slots
 from openmimo.model.hf_reader import INDEX, CheckpointReader
 from openmimo.model.hf_writer import DEFAULT_SHARD_BYTES, Entry, write_shards
 from openmimo.model.mimo import MiMo
+from openmimo.model.weight_formats import QuantizableModule, allocate_quantized, quantized_format
 from openmimo.runtime.device import DTYPES, resolve_device
 
 
@@ -32,16 +34,32 @@ def load_config(path: str | Path, *, window_keys: int | None = None) -> ModelCon
 
 
 def load_model(
-    path: str | Path, dtype: str = "float32", device: str = "cpu", *, window_keys: int | None = None
+    path: str | Path,
+    dtype: str = "float32",
+    device: str = "cpu",
+    *,
+    window_keys: int | None = None,
+    weights: str = "plain",
 ) -> MiMo:
     """Loads a checkpoint folder in the Hugging Face layout, ours or theirs, FP8 included.
 
-    dtype: float32, bfloat16, float16 or float64, for all but the router, which stays float32 (float64 in float64).
-    window_keys: overrides how many keys a sliding layer's query sees (see `hf_config`). The weights are streamed: peak
-    memory is the model and one shard. Raises CheckpointError that lists all missing, unexpected, misshaped and
-    unreadable tensors at once, before any is read.
+    The weights are streamed: peak memory is the model and one shard.
+
+    Args:
+        path: The folder.
+        dtype: float32, bfloat16, float16 or float64, for all but the router, which stays float32 (float64 in float64).
+        device: A device of torch, or auto.
+        window_keys: Overrides how many keys a sliding layer's query sees (see `hf_config`).
+        weights: plain (in `dtype`; FP8 is dequantized), int8 (linear layers and experts with a scale for each output),
+            or fp8 (the matrices that the published checkpoint stores as FP8; codes and scales of an FP8 checkpoint stay
+            as they are stored). Quantized models are for inference and cannot be saved.
+
+    Raises:
+        CheckpointError: Lists all missing, unexpected, misshaped and unreadable tensors, before any is read.
+        ConfigError: An argument is unknown.
     """
     _check_path(path)
+    weight_format = quantized_format(weights)
     weights_dtype, weights_device = _dtype(dtype), resolve_device(device)
     config, reader = open_checkpoint(Path(path), window_keys)
     companions = read_companions(Path(path))
@@ -52,12 +70,14 @@ def load_model(
     model = model.to(weights_dtype)
     for router in model.routers().values():
         router.to(torch.promote_types(weights_dtype, torch.float32))
+    if weight_format is not None:
+        allocate_quantized(model, weight_format, config.qkv_ranks)
     model = model.to_empty(device=weights_device)
     model.tie_weights()
     by_name = {slot.name: slot for slot in slots(model)}
     with torch.no_grad():
         for name in reader.names_by_file(set(by_name)):
-            by_name[name].target.copy_(by_name[name].from_checkpoint(reader.read(name, config)))
+            by_name[name].fill(reader.read_weight(name, config))
     return model.eval()
 
 
@@ -105,17 +125,23 @@ def _other_files(folder: Path) -> list[str]:
     return [path.name for path in folder.iterdir() if path.suffix != ".safetensors" and path.name not in ours]
 
 
-def _check_floating(model: MiMo) -> None:
-    narrow = next((name for name, tensor in model.named_parameters() if not tensor.is_floating_point()), None)
-    if narrow:
-        raise CheckpointError(f"{narrow} is {model.get_parameter(narrow).dtype}; a quantized model cannot be saved.")
+def _check_plain(model: MiMo) -> None:
+    """Raises CheckpointError for a model with block-scaled weights."""
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizableModule) and module.blocks:
+            part = next(iter(module.blocks))
+            weight_format = format_of(module.held_weight(part))
+            raise CheckpointError(
+                f"{name}.{part} is held as {weight_format}, and a quantized model cannot be saved. Load it with "
+                "weights='plain', or write an FP8 checkpoint with `openmimo convert`."
+            )
 
 
 def write_model(
     model: MiMo, folder: Path, *, tokenizer: Tokenizer | None = None, max_shard_bytes: int = DEFAULT_SHARD_BYTES
 ) -> None:
     """The files of `save_model`, into a folder that exists and that the caller makes atomic."""
-    _check_floating(model)
+    _check_plain(model)
     companions = model.companions if tokenizer is None else tokenizer.companions
     if model.is_extended:
         companions = companions.with_max_length(model.config.max_positions)
@@ -125,8 +151,8 @@ def write_model(
         Entry(
             slot.name,
             tuple(slot.target.shape),
-            slot.target.dtype,
-            lambda slot=slot: slot.from_checkpoint(slot.target),
+            slot.plain_target.dtype,
+            slot.to_checkpoint,
         )
         for slot in slots(model)
     ]

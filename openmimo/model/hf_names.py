@@ -10,8 +10,10 @@ from dataclasses import dataclass
 
 import torch
 
+from openmimo.kernels.weights import Weight, copy_weight, dequantized, rows_of, unbind
 from openmimo.model.config import ModelConfig
 from openmimo.model.mimo import MiMo
+from openmimo.model.weight_formats import entry_weight
 
 _MIMO_7B_MTP_NAMES = {
     "enorm": "token_layernorm",
@@ -25,12 +27,15 @@ _MIMO_7B_MTP_NAMES = {
 class Slot:
     """The place of one checkpoint tensor in the model.
 
-    `target` is the view of the parameter or buffer that it fills (a meta tensor on a meta model). swaps_halves: the
-    checkpoint holds the two column halves the other way round. is_router: kept in float32 whatever the model's dtype.
+    Attributes:
+        name: The name of the tensor in the checkpoint.
+        target: The view of the parameter or buffer that it fills (a meta tensor on a meta model).
+        swaps_halves: The checkpoint holds the two column halves in the opposite order.
+        is_router: Kept in float32 independent of the model's dtype.
     """
 
     name: str
-    target: torch.Tensor
+    target: Weight
     swaps_halves: bool = False
     is_router: bool = False
 
@@ -38,33 +43,50 @@ class Slot:
         """A checkpoint tensor, arranged as the model holds it; also its own inverse."""
         return torch.cat(tensor.chunk(2, dim=1)[::-1], dim=1) if self.swaps_halves else tensor
 
+    def fill(self, weight: Weight) -> None:
+        """Copies a weight of the checkpoint into the target, in the format of the target."""
+        copy_weight(
+            self.target, self.from_checkpoint(dequantized(weight, torch.float32)) if self.swaps_halves else weight
+        )
+
+    def to_checkpoint(self) -> torch.Tensor:
+        """The tensor that the checkpoint holds. The target is plain."""
+        return self.from_checkpoint(self.plain_target)
+
+    @property
+    def plain_target(self) -> torch.Tensor:
+        """The target of a model that is not quantized."""
+        assert isinstance(self.target, torch.Tensor)
+        return self.target
+
 
 def slots(model: MiMo) -> Iterator[Slot]:
     """Every checkpoint tensor of the model, in checkpoint order by module. Works on a meta-device model."""
     tied = model.config.tie_embeddings
     for name, tensor in model.state_dict(keep_vars=False).items():
-        if tied and name == "lm_head.weight":
+        weight = entry_weight(model, name, tensor)
+        if weight is None or (tied and name == "lm_head.weight"):
             continue
         if name.endswith(".experts.gate_up_proj"):
-            yield from _gate_up_slots(name, tensor)
+            yield from _gate_up_slots(name, weight)
         elif name.endswith(".experts.down_proj"):
             prefix = name.removesuffix("down_proj")
-            for expert in range(len(tensor)):
-                yield Slot(f"{prefix}{expert}.down_proj.weight", tensor[expert])
+            for expert, down_DF in enumerate(unbind(weight)):
+                yield Slot(f"{prefix}{expert}.down_proj.weight", down_DF)
         elif model.config.family == "mimo" and name.startswith("model.mtp."):
-            yield _mimo_7b_mtp_slot(name, tensor)
+            yield _mimo_7b_mtp_slot(name, weight)
         else:
-            yield Slot(name, tensor, is_router=".mlp.gate." in name)
+            yield Slot(name, weight, is_router=".mlp.gate." in name)
 
 
-def _gate_up_slots(name: str, tensor_EHD: torch.Tensor) -> Iterator[Slot]:
-    prefix, half = name.removesuffix("gate_up_proj"), tensor_EHD.shape[1] // 2
-    for expert in range(len(tensor_EHD)):
-        yield Slot(f"{prefix}{expert}.gate_proj.weight", tensor_EHD[expert, :half])
-        yield Slot(f"{prefix}{expert}.up_proj.weight", tensor_EHD[expert, half:])
+def _gate_up_slots(name: str, weight_EHD: Weight) -> Iterator[Slot]:
+    prefix, half = name.removesuffix("gate_up_proj"), weight_EHD.shape[1] // 2
+    for expert, gate_up_HD in enumerate(unbind(weight_EHD)):
+        yield Slot(f"{prefix}{expert}.gate_proj.weight", rows_of(gate_up_HD, 0, half))
+        yield Slot(f"{prefix}{expert}.up_proj.weight", rows_of(gate_up_HD, half, 2 * half))
 
 
-def _mimo_7b_mtp_slot(name: str, tensor: torch.Tensor) -> Slot:
+def _mimo_7b_mtp_slot(name: str, tensor: Weight) -> Slot:
     head, part, *rest = name.removeprefix("model.mtp.layers.").split(".")
     hub_name = ".".join(["model.mtp_layers", head, _MIMO_7B_MTP_NAMES.get(part, part), *rest])
     return Slot(hub_name, tensor, swaps_halves=part == "eh_proj")
@@ -74,9 +96,3 @@ def count_mtp_heads(names: set[str], config: ModelConfig) -> int:
     """How many MTP heads a checkpoint has; the hub's config of V2-Flash does not say."""
     prefix = "model.mtp_layers." if config.family == "mimo" else "model.mtp.layers."
     return len({name.removeprefix(prefix).split(".")[0] for name in names if name.startswith(prefix)})
-
-
-def is_fp8_in_hub_layout(name: str) -> bool:
-    """Whether the published FP8 checkpoint quantizes this tensor: attention inputs and every FFN, but not o_proj."""
-    quantized = ("q_proj", "k_proj", "v_proj", "qkv_proj", "gate_proj", "up_proj", "down_proj")
-    return name.endswith(tuple(f".{part}.weight" for part in quantized))

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from openmimo.core.errors import CheckpointError
 from openmimo.core.reading import file_in_folder, listed, parse_json, read_json, read_known_keys, require_folder
+from openmimo.kernels.weights import BlockScaled, Weight
 from openmimo.model import fp8
 from openmimo.model.config import AttentionConfig, ModelConfig
 
@@ -136,28 +137,28 @@ class CheckpointReader:
 
     def read(self, name: str, config: ModelConfig) -> torch.Tensor:
         """A logical tensor in its stored dtype, or float32 if it was FP8."""
+        weight = self.read_weight(name, config)
+        return weight.dequantize(torch.float32) if isinstance(weight, BlockScaled) else weight
+
+    def read_weight(self, name: str, config: ModelConfig) -> Weight:
+        """A logical tensor in its stored dtype, or its codes and scales if it is FP8."""
         physical = self._physical(name)
         if physical != name:
-            return self._read_fused(name, physical, config)
-        if name + _SCALE not in self.stored:
-            return self._tensor(name)
+            spec, ranks, fused = _attention_of(name, config), config.qkv_ranks, self._weight(physical)
+            if not isinstance(fused, BlockScaled):
+                return split_fused(fused, spec, ranks)[_part(name)]
+            return fp8.split_ranks(fused, list(_rows_by_part(spec).values()), ranks)[_PARTS.index(_part(name))]
         if _part(name) in ("k_proj", "v_proj") and self._has_rank_scales(name, config):
-            return self._read_rank_keys_values(name, config)
-        return fp8.dequantize(self._tensor(name), self._scale(name))
+            k, v = (self._weight(name.replace(_part(name), part)) for part in ("k_proj", "v_proj"))
+            assert isinstance(k, BlockScaled) and isinstance(v, BlockScaled)
+            return fp8.split_rank_keys_values(k, v, config.qkv_ranks)[_part(name) == "v_proj"]
+        return self._weight(name)
 
-    def _read_rank_keys_values(self, name: str, config: ModelConfig) -> torch.Tensor:
-        k_name, v_name = (name.replace(_part(name), part) for part in ("k_proj", "v_proj"))
-        k, v = fp8.dequantize_rank_keys_values(
-            self._tensor(k_name), self._tensor(v_name), self._scale(k_name), self._scale(v_name), config.qkv_ranks
-        )
-        return k if name == k_name else v
-
-    def _read_fused(self, name: str, physical: str, config: ModelConfig) -> torch.Tensor:
-        spec, ranks = _attention_of(name, config), config.qkv_ranks
-        tensor = self._tensor(physical)
-        if physical + _SCALE in self.stored:
-            tensor = fp8.dequantize_ranks(tensor, self._scale(physical), ranks)
-        return split_fused(tensor, spec, ranks)[_part(name)]
+    def _weight(self, physical: str) -> Weight:
+        """A stored tensor, or its codes and scales in the order of the file."""
+        if physical + _SCALE not in self.stored:
+            return self._tensor(physical)
+        return BlockScaled(self._tensor(physical), self._scale(physical).float(), (fp8.BLOCK, fp8.BLOCK))
 
     def _physical(self, name: str) -> str:
         """The stored name that holds a logical tensor."""

@@ -7,6 +7,8 @@ casts its weights to the dtype of its input. Only a module's own `forward` reads
 parametrizations, sharded weights and replaced modules take effect.
 """
 
+from types import MappingProxyType
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -17,14 +19,15 @@ from torch.nn.modules.module import (
     _global_forward_pre_hooks,
 )
 
-from openmimo.kernels.int8_linear import int8_linear, quantize_rows
 from openmimo.kernels.linear import joined_linear
 from openmimo.kernels.norm import rms_norm
 from openmimo.kernels.rotary import apply_rotary
+from openmimo.kernels.weights import BlockScaled, Weight
 from openmimo.model.attention import AttentionPlace
 from openmimo.model.context import AttentionCall, AttentionContext
+from openmimo.model.weight_formats import QuantizableModule
 
-_LOCAL_TENSORS = (nn.Parameter, torch.Tensor)
+_LOCAL_WEIGHTS = (nn.Parameter, torch.Tensor, BlockScaled)
 
 
 def as_dtype(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -32,32 +35,25 @@ def as_dtype(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
-class Linear(nn.Linear):
-    """A linear layer that computes in the dtype of its input. scale_O: of int8 weights, after `quantize`."""
+class Linear(QuantizableModule, nn.Linear):
+    """A linear layer that computes in the dtype of its input. Its weight may be in any format of `kernels.weights`."""
 
-    scale_O: torch.Tensor | None = None
+    quantizable = MappingProxyType({"weight": 1})
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in] to [..., out]."""
-        if self.scale_O is not None:
-            out = int8_linear(x, self.weight, self.scale_O)
-            return out if self.bias is None else out + as_dtype(self.bias, x.dtype)
         weight, bias = self.parameters_as(x.dtype)
-        if type(weight) in _LOCAL_TENSORS:
+        if type(weight) in _LOCAL_WEIGHTS:
             return joined_linear(x, ((weight, bias),))
+        assert isinstance(weight, torch.Tensor)  # a distributed tensor, for example
         return F.linear(x, weight, bias)
 
-    def quantize(self, weight_OD: torch.Tensor | None = None) -> None:
-        """Keeps the weight, or this new one, as int8 with a scale for each output: for inference, not to be saved."""
-        weight_OD, self.scale_O = quantize_rows(self.weight if weight_OD is None else weight_OD)
-        self.weight = nn.Parameter(weight_OD, requires_grad=False)
-
     @property
-    def is_plain(self) -> bool:
-        """Whether `project` may compute this layer without calling it: nothing but its own forward would run.
+    def is_joinable(self) -> bool:
+        """Whether `project` may compute this layer without a call of it: only its own forward would run.
 
         False for a subclass (FSDP and parametrizations replace the class), for hooks or a replaced `forward`, and for a
-        weight that is no plain local tensor.
+        weight that is no local parameter.
         """
         own = self.__dict__  # one lookup instead of nine: decoding asks a hundred times a token
         return not (
@@ -68,25 +64,24 @@ class Linear(nn.Linear):
             or own["_backward_pre_hooks"]
             or type(own["_parameters"]["weight"]) is not nn.Parameter
             or "forward" in own
-            or "scale_O" in own
         )
 
-    def parameters_as(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Weight and bias (or None) in `dtype`."""
-        own = self._parameters  # a fifth of the time of self.weight; a parametrized tensor is not in it
-        weight, bias = (own["weight"], own["bias"]) if "weight" in own and "bias" in own else (self.weight, self.bias)
-        return as_dtype(weight, dtype), None if bias is None else as_dtype(bias, dtype)
+    def parameters_as(self, dtype: torch.dtype) -> tuple[Weight, torch.Tensor | None]:
+        """Weight and bias (or None) for a product in `dtype`; see `weight_as`."""
+        weight = self.weight_as("weight", dtype)
+        bias = self._parameters["bias"] if "bias" in self._parameters else self.bias  # noqa: SIM401  (getattr is slow)
+        return weight, None if bias is None else as_dtype(bias, dtype)
 
 
 def project(x: torch.Tensor, layers: tuple[Linear, ...]) -> torch.Tensor:
     """Several layers of one input x [..., in], side by side: [..., sum of their out].
 
-    Plain layers are one kernel call; others are called one by one.
+    Joinable layers are one kernel call; others are called one by one.
     """
     has_global_hooks = (
         _global_forward_hooks or _global_forward_pre_hooks or _global_backward_hooks or _global_backward_pre_hooks
     )
-    if not has_global_hooks and all([layer.is_plain for layer in layers]):
+    if not has_global_hooks and all([layer.is_joinable for layer in layers]):
         return joined_linear(x, tuple([layer.parameters_as(x.dtype) for layer in layers]))
     return torch.cat([layer(x) for layer in layers], dim=-1)
 

@@ -7,6 +7,8 @@ optimizer step (`update_selection_bias`), and a small sequence-level loss whose 
 that it needs no way through the rest of the model.
 """
 
+from types import MappingProxyType
+
 import torch
 from torch import nn
 
@@ -14,7 +16,7 @@ from openmimo.kernels.experts import apply_experts
 from openmimo.kernels.router import RoutingRule, route
 from openmimo.model.config import MoEConfig
 from openmimo.model.context import AttentionContext, SequenceBalance
-from openmimo.model.layers import as_dtype
+from openmimo.model.weight_formats import QuantizableModule
 
 
 class Router(nn.Module):
@@ -69,8 +71,10 @@ class Router(nn.Module):
         self.e_score_correction_bias += step_E - step_E.mean()
 
 
-class Experts(nn.Module):
+class Experts(QuantizableModule):
     """The expert MLPs, stacked: gate and up rows [E, 2F, D] (gate first) and down [E, D, F]."""
+
+    quantizable = MappingProxyType({"gate_up_proj": 2, "down_proj": 1})
 
     def __init__(self, model_dim: int, moe: MoEConfig):
         super().__init__()
@@ -79,7 +83,7 @@ class Experts(nn.Module):
 
     def forward(self, x_TD: torch.Tensor, ids_TA: torch.Tensor, weights_TA: torch.Tensor) -> torch.Tensor:
         """[T, D] to [T, D]."""
-        gate_up_EHD, down_EDF = as_dtype(self.gate_up_proj, x_TD.dtype), as_dtype(self.down_proj, x_TD.dtype)
+        gate_up_EHD, down_EDF = self.weight_as("gate_up_proj", x_TD.dtype), self.weight_as("down_proj", x_TD.dtype)
         return apply_experts(x_TD, ids_TA, weights_TA, gate_up_EHD, down_EDF)
 
 

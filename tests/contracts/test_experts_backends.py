@@ -5,6 +5,7 @@ import torch
 
 from openmimo.kernels import native
 from openmimo.kernels.experts import DISPATCHER, ExpertsNeed, apply_experts
+from openmimo.kernels.weights import quantize
 
 needs_library = pytest.mark.skipif(native.library() is None, reason="there is no C compiler")
 BACKENDS = [name for name, _ in DISPATCHER.backends() if name != "reference"]
@@ -151,3 +152,45 @@ def test_native_takes_an_expert_twice_and_names_one_that_is_not_there():
             run("native", need, (x, torch.full((3, 2), wrong), weights.float(), gate_up, down))
     with pytest.raises(ValueError, match="do not fit"):
         run("native", need, (x, twice, weights.float(), gate_up[:, :-2], down))
+
+
+BLOCK_SCALED_CALLS = {**SMALL_CALLS, "ragged blocks": (6, 3, 2, 130, 65, 3), "prompt": (70, 4, 2, 40, 24, 4)}
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-6), (torch.bfloat16, 1e-2)], ids=str)
+@pytest.mark.parametrize("weight_format", ["int8", "fp8"])
+@pytest.mark.parametrize("call", BLOCK_SCALED_CALLS)
+@pytest.mark.parametrize("name", [*BACKENDS, "reference"])
+def test_block_scaled_experts_are_their_dequantized_values_in_float64(name, call, weight_format, dtype, tolerance):
+    need, (x, ids, weights, *plain) = tensors_of(BLOCK_SCALED_CALLS[call], dtype, False)
+    if reason := dict(DISPATCHER.backends())[name].refuse(need._replace(weight_format=weight_format)):
+        pytest.skip(reason)
+    scaled = [quantize(tensor, weight_format) for tensor in plain]
+    wide = [weight.dequantize(torch.float64) for weight in scaled]
+    (exact,) = run("reference", need._replace(dtype=torch.float64), (x.double(), ids, weights, *wide))
+    poisoned = [weight._replace(scales=inside_poison(weight.scales)) for weight in scaled]
+    (ours,) = run(name, need, (inside_poison(x), ids, weights.float(), *poisoned))
+    assert ours.dtype == dtype
+    assert (ours.double() - exact).norm() / exact.norm() < tolerance
+
+
+@needs_library
+def test_int8_experts_give_a_token_the_same_bits_alone_and_in_any_batch():
+    _, (x, ids, weights, *plain) = tensors_of(SMALL_CALLS["sparse"], torch.float32, False)
+    scaled = [quantize(tensor, "int8") for tensor in plain]
+    alone = torch.cat([apply_experts(x[i : i + 1], ids[i : i + 1], weights[i : i + 1], *scaled) for i in range(len(x))])
+    assert torch.equal(apply_experts(x, ids, weights, *scaled), alone)
+
+
+def test_experts_of_two_formats_and_an_expert_chosen_twice():
+    need, (x, ids, weights, gate_up, down) = tensors_of((3, 4, 2, 16, 8, 4), torch.float32, False)
+    scaled = quantize(down, "fp8")
+    exact = apply_experts(x, ids, weights, gate_up, scaled.dequantize(torch.float32))
+    assert torch.allclose(apply_experts(x, ids, weights, gate_up, scaled), exact, atol=1e-5)
+    twice, both = torch.tensor([[1, 1], [0, 3], [2, 2]]), (quantize(gate_up, "int8"), quantize(down, "int8"))
+    (exact,) = run("reference", need, (x, twice, weights, *both))
+    assert torch.allclose(apply_experts(x, twice, weights, *both), exact, atol=1e-5)
+    if native.library() is not None:
+        for wrong in (-1, 4):
+            with pytest.raises(IndexError, match="4 experts"):
+                run("int8", need, (x, torch.full((3, 2), wrong), weights, *both))

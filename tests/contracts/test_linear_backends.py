@@ -8,12 +8,12 @@ from conftest import tiny_model
 from openmimo.core.errors import CheckpointError, ConfigError
 from openmimo.core.records import SamplingParams
 from openmimo.engine.llm import LLM
-from openmimo.engine.weights import quantize_linears
 from openmimo.kernels import native
-from openmimo.kernels.int8_linear import int8_linear, quantize_rows
 from openmimo.kernels.linear import DISPATCHER, LinearNeed, joined_linear, linear
 from openmimo.kernels.linear.native import MAX_ROWS
+from openmimo.kernels.weights import quantize
 from openmimo.model.hf import save_model
+from openmimo.model.weight_formats import quantize_model
 
 BACKENDS = dict(DISPATCHER.backends())
 DTYPES = {"float32": (torch.float32, 2e-6), "bfloat16": (torch.bfloat16, 4e-3)}  # relative error of a whole output
@@ -150,6 +150,70 @@ def test_what_does_not_fit_is_torchs_error(weight):
         linear(torch.zeros(2, 5), weight)
 
 
+# Outputs and input dim: blocks cut short at both edges, several tiles.
+SCALED_SIZES = [(1, 1), (17, 200), (129, 130), (300, 257)]
+
+
+def poisoned(weight):
+    """The same block-scaled weight with NaN around its scales."""
+    return weight._replace(scales=inside_poison(weight.scales))
+
+
+@pytest.mark.parametrize("with_bias", [False, True], ids=["no bias", "bias"])
+@pytest.mark.parametrize("size", SCALED_SIZES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("weight_format", ["int8", "fp8"])
+@pytest.mark.parametrize("name", BACKENDS)
+@torch.inference_mode()
+def test_block_scaled_weights_are_their_dequantized_values_in_float64(name, weight_format, dtype, size, with_bias):
+    (outputs, dims), (dtype, tolerance) = size, DTYPES[dtype]
+    weight = poisoned(quantize(draw(outputs, dims, dtype=torch.float32, seed=1), weight_format))
+    layers = (
+        (weight, inside_poison(draw(outputs, dtype=dtype, seed=2)) if with_bias else None),
+        (poisoned(quantize(draw(5, dims, dtype=torch.float32, seed=4), weight_format)), None),
+    )
+    for rows in (1, 3, 32, 33):
+        if BACKENDS[name].refuse(LinearNeed(rows, dtype, False, True, True, weight_format)):
+            continue
+        x = inside_poison(draw(rows, dims + 8, dtype=dtype, seed=3))[:, :dims]
+        exact = [
+            F.linear(x.double(), w.dequantize(torch.float64), None if b is None else b.double()) for w, b in layers
+        ]
+        assert relative_error(BACKENDS[name].run(x, layers), torch.cat(exact, dim=-1)) < tolerance
+
+
+@torch.inference_mode()
+def test_a_dequantized_tile_holds_a_part_of_the_rows():
+    weight = quantize(draw(3000, 700, dtype=torch.float32), "fp8")
+    tiles = list(weight.tiles(torch.float32))
+    assert len(tiles) > 1
+    assert torch.equal(torch.cat(tiles), weight.dequantize(torch.float32))
+
+
+@pytest.mark.parametrize("weight_format", ["int8", "fp8"])
+@torch.inference_mode()
+def test_strided_codes_and_layers_of_several_formats(weight_format):
+    x, plain = draw(4, 48, dtype=torch.float32), draw(30, 48, dtype=torch.float32, seed=1)
+    scaled = quantize(plain, weight_format)
+    strided = scaled._replace(codes=scaled.codes.t().contiguous().t())
+    exact = F.linear(x.double(), scaled.dequantize(torch.float64))
+    assert relative_error(linear(x, strided), exact) < 2e-6
+    both = joined_linear(x, ((scaled, None), (plain, None)))
+    assert relative_error(both, torch.cat([exact, F.linear(x.double(), plain.double())], dim=-1)) < 2e-6
+
+
+def test_gradients_pass_through_block_scaled_weights():
+    x, weight = torch.randn(3, 50, requires_grad=True), quantize(torch.randn(20, 50), "int8")
+    (ours,) = torch.autograd.grad(linear(x, weight).sum(), x)
+    assert torch.allclose(ours, weight.dequantize(torch.float32).sum(dim=0).expand(3, -1), atol=1e-5)
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_few_rows_with_int8_weights_are_native(dtype):
+    assert DISPATCHER.choose(LinearNeed(1, DTYPES[dtype][0], False, True, True, "int8"))[0] == "int8"
+
+
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES)
 @torch.inference_mode()
@@ -157,22 +221,23 @@ def test_int8_weights(dtype, size):
     (outputs, dims), (dtype, tolerance) = size, DTYPES[dtype]
     weight = draw(outputs, dims, dtype=torch.float32, seed=1)
     weight[0] = 0.0
-    quantized, scale = (inside_poison(t) if t.is_floating_point() else t for t in quantize_rows(weight))
-    assert ((quantized * scale[:, None] - weight).abs() <= 0.5001 * scale[:, None]).all()
+    quantized = quantize(weight, "int8")
+    quantized = quantized._replace(scales=inside_poison(quantized.scales))
+    assert ((quantized.dequantize(torch.float32) - weight).abs() <= 0.5001 * quantized.scales).all()
     x = inside_poison(draw(MAX_ROWS, dims, dtype=dtype))
-    exact = F.linear(x.double(), quantized.double() * scale.double()[:, None])
+    exact = F.linear(x.double(), quantized.dequantize(torch.float64))
     for rows in range(1, MAX_ROWS + 1):
-        ours = int8_linear(x[:rows], quantized, scale)
+        ours = linear(x[:rows], quantized)
         assert torch.allclose(ours.double(), exact[:rows], rtol=tolerance, atol=tolerance * exact.abs().max().item())
         if native.library() is not None:
-            assert torch.equal(ours[-1:], int8_linear(x[rows - 1 : rows], quantized, scale))
-    more = int8_linear(torch.cat([x, x]), quantized, scale)
+            assert torch.equal(ours[-1:], linear(x[rows - 1 : rows], quantized))
+    more = linear(torch.cat([x, x]), quantized)
     assert torch.allclose(more.double(), exact.repeat(2, 1), rtol=tolerance, atol=tolerance * exact.abs().max().item())
 
 
 def test_a_quantized_model_decodes_near_to_its_own_and_is_not_saved(tmp_path):
     model, exact = (tiny_model(3, mtp_heads=1) for _ in range(2))
-    quantize_linears(model)
+    quantize_model(model, "int8")
     ids = torch.randint(0, 160, (60,), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         difference = (model.logits(ids).softmax(-1) - exact.logits(ids).softmax(-1)).abs().sum(-1).mean()

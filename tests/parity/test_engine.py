@@ -17,12 +17,12 @@ from openmimo.engine import context
 from openmimo.engine.config import EngineConfig
 from openmimo.engine.engine import Engine
 from openmimo.engine.llm import LLM
-from openmimo.engine.weights import quantize_linears
-from openmimo.kernels.int8_linear import quantize_rows
 from openmimo.kernels.paged_attention import Pages
 from openmimo.kernels.paged_attention.store import store
+from openmimo.kernels.weights import quantize
 from openmimo.model.context import PackedContext, RoutingTape
 from openmimo.model.mimo import MiMo
+from openmimo.model.weight_formats import quantize_model
 
 VOCAB = 160
 GREEDY = SamplingParams(max_tokens=12, temperature=0.0)
@@ -305,7 +305,7 @@ def test_quantized_layers_take_new_weights_quantized_anew():
     models = [tiny_model(seed, mtp_heads=1) for seed in (5, 6, 6)]
     new = models[1].state_dict()
     for model in (models[0], models[2]):
-        quantize_linears(model)
+        quantize_model(model, "int8")
     engine = _engine(models[0])
     engine.update_weights(new, version=1)
     completions = [_run(e, [Request("1", tuple(_ids(30)), params)])[0] for e in (engine, _engine(models[2]))]
@@ -313,7 +313,7 @@ def test_quantized_layers_take_new_weights_quantized_anew():
 
 
 def test_int8_weights_that_are_not_finite_stay_so():
-    _, scale = quantize_rows(torch.tensor([[1.0, torch.nan], [torch.inf, 1.0], [0.0, 0.0]]))
+    scale = quantize(torch.tensor([[1.0, torch.nan], [torch.inf, 1.0], [0.0, 0.0]]), "int8").scales
     assert not scale[:2].isfinite().any()
     assert scale[2] == 1.0
 

@@ -14,14 +14,13 @@ import uvicorn
 
 from openmimo.core.errors import ConfigError
 from openmimo.data.tokenizer import Tokenizer
-from openmimo.engine.config import EngineConfig
+from openmimo.engine.config import EngineConfig, WeightFormat
 from openmimo.engine.engine import Engine
 from openmimo.engine.server.app import create_app
 from openmimo.engine.server.backends.engine import EngineBackend
 from openmimo.engine.server.backends.protocol import Backend
 from openmimo.engine.server.backends.stub import StubBackend
 from openmimo.engine.server.config import ServerConfig
-from openmimo.engine.weights import quantize_linears
 from openmimo.model.hf import load_model
 from openmimo.runtime.device import resolve_device
 
@@ -91,7 +90,14 @@ def serve(backend: Backend, config: ServerConfig) -> None:
 
 
 def launch(
-    path: str, server: ServerConfig, engine: EngineConfig, *, dtype: str, device: str, threads: int | None, int8: bool
+    path: str,
+    server: ServerConfig,
+    engine: EngineConfig,
+    *,
+    dtype: str,
+    device: str,
+    threads: int | None,
+    weights: WeightFormat,
 ) -> None:
     """Load the checkpoint in `path` and serve it until a signal stops the server.
 
@@ -102,7 +108,7 @@ def launch(
         dtype: Name of a torch dtype, or "auto": float32 on the CPU and bfloat16 elsewhere.
         device: Name of a torch device, or "auto".
         threads: Number of torch's CPU threads; None keeps torch's default.
-        int8: Whether to quantize the linear layers to int8.
+        weights: How weight matrices are held; see `load_model`.
 
     Raises:
         UserError: An argument or the checkpoint is invalid. Raised before the server accepts requests.
@@ -116,9 +122,7 @@ def launch(
     torch_device = resolve_device(device)
     if dtype == "auto":
         dtype = "float32" if torch_device.type == "cpu" else "bfloat16"
-    model = load_model(path, dtype=dtype, device=str(torch_device))
-    if int8:
-        quantize_linears(model)
+    model = load_model(path, dtype=dtype, device=str(torch_device), weights=weights)
     backend = EngineBackend(Engine(model, tokenizer, engine), tokenizer, model_name=Path(path).resolve().name)
     serve(backend, server)
 

@@ -9,12 +9,19 @@ from typing import NamedTuple
 import torch
 
 from openmimo.kernels.dispatch import Dispatcher
+from openmimo.kernels.weights import PLAIN, Weight, format_of
 
 DISPATCHER = Dispatcher("openmimo.kernels.experts", "OPENMIMO_EXPERTS")
 
 
+MIXED = "mixed"
+
+
 class ExpertsNeed(NamedTuple):
-    """What one call asks for: all that a backend may look at before it accepts."""
+    """The properties of a call by which a backend accepts or refuses it.
+
+    weight_format: the format of both weights (see `kernels.weights`), or "mixed".
+    """
 
     num_tokens: int
     num_experts: int
@@ -24,6 +31,7 @@ class ExpertsNeed(NamedTuple):
     dtype: torch.dtype
     needs_gradients: bool
     on_cpu: bool
+    weight_format: str = PLAIN
 
 
 def count_experts(expert_ids_TA: torch.Tensor, num_experts: int) -> torch.Tensor:
@@ -36,16 +44,19 @@ def apply_experts(
     x_TD: torch.Tensor,
     expert_ids_TA: torch.Tensor,
     weights_TA: torch.Tensor,
-    gate_up_EHD: torch.Tensor,
-    down_EDF: torch.Tensor,
+    gate_up_EHD: Weight,
+    down_EDF: Weight,
 ) -> torch.Tensor:
     """Weighted sum over each token's experts, [T, D] in the dtype of `x_TD`; the sum runs in float32 (float64 stays).
 
-    `expert_ids_TA` is integer, `weights_TA` float32, `gate_up_EHD` is [E, 2F, D], `down_EDF` is [E, D, F], both in the
-    dtype of x. Differentiable in x, weights and both parameters.
+    `expert_ids_TA` is integer, `weights_TA` float32, `gate_up_EHD` is [E, 2F, D], `down_EDF` is [E, D, F]. Both are
+    tensors in the dtype of x, or block-scaled constants. Differentiable in all tensors.
     """
     num_tokens, model_dim = x_TD.shape
     num_experts, _, expert_dim = down_EDF.shape
+    weight_format = format_of(gate_up_EHD)
+    if format_of(down_EDF) != weight_format:
+        weight_format = MIXED
     need = ExpertsNeed(
         num_tokens,
         num_experts,
@@ -55,6 +66,7 @@ def apply_experts(
         x_TD.dtype,
         torch.is_grad_enabled() and any(t.requires_grad for t in (x_TD, weights_TA, gate_up_EHD, down_EDF)),
         x_TD.is_cpu,
+        weight_format,
     )
     _, backend = DISPATCHER.choose(need)
     return backend.run(x_TD, expert_ids_TA, weights_TA, gate_up_EHD, down_EDF, need=need)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from openmimo.kernels.dispatch import Backend
 from openmimo.kernels.experts import ExpertsNeed
+from openmimo.kernels.weights import PLAIN
 
 MAX_TOKENS = 8
 
@@ -38,6 +39,8 @@ def run(
 
 def refuse(need: ExpertsNeed) -> str | None:
     """A few tokens on a CPU, no gradients."""
+    if need.weight_format != PLAIN:
+        return f"its weights are plain, not {need.weight_format}"
     if need.needs_gradients:
         return "it has no backward pass"
     if not need.on_cpu:

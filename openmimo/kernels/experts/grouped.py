@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from openmimo.kernels.dispatch import Backend
 from openmimo.kernels.experts import ExpertsNeed
 from openmimo.kernels.experts._sorting import combine, sort_by_expert
+from openmimo.kernels.weights import PLAIN
 
 _ALIGNMENT_BYTES = 16
 
@@ -32,6 +33,8 @@ def run(
 
 def refuse(need: ExpertsNeed) -> str | None:
     """What torch's kernel cannot take, and where it is slower than a loop."""
+    if need.weight_format != PLAIN:
+        return f"its weights are plain, not {need.weight_format}"
     if need.on_cpu:
         return "on a CPU torch's grouped product is slower than the loop over experts"
     if need.dtype != torch.bfloat16:

@@ -9,6 +9,7 @@ import torch
 from openmimo.kernels import native
 from openmimo.kernels.dispatch import Backend
 from openmimo.kernels.experts import ExpertsNeed
+from openmimo.kernels.weights import PLAIN
 
 MAX_VISITS = 256
 _EXPERTS = native.Function("openmimo_experts", "6P7q")  # `experts_call` of native/experts.c
@@ -61,6 +62,8 @@ def run(
 
 def refuse(need: ExpertsNeed) -> str | None:
     """A few tokens of float32 or bfloat16 on a CPU, no gradients."""
+    if need.weight_format != PLAIN:
+        return f"its weights are plain, not {need.weight_format}"
     if not 1 <= need.num_tokens * need.experts_per_token <= MAX_VISITS:
         return f"it takes 1 to {MAX_VISITS} visits of tokens to experts"
     return native.refuse(need)

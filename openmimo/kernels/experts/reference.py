@@ -5,24 +5,25 @@ import torch.nn.functional as F
 
 from openmimo.kernels.dispatch import Backend
 from openmimo.kernels.experts import ExpertsNeed
+from openmimo.kernels.weights import Weight, dequantized, unbind
 
 
 def run(
     x_TD: torch.Tensor,
     expert_ids_TA: torch.Tensor,
     weights_TA: torch.Tensor,
-    gate_up_EHD: torch.Tensor,
-    down_EDF: torch.Tensor,
+    gate_up_EHD: Weight,
+    down_EDF: Weight,
     *,
     need: ExpertsNeed,
 ) -> torch.Tensor:
     """See `openmimo.kernels.experts.apply_experts`."""
     dtype = torch.float64 if x_TD.dtype == torch.float64 else torch.float32
     out_TD = torch.zeros(x_TD.shape, dtype=dtype, device=x_TD.device)
-    for expert in range(need.num_experts):
+    for expert, (gate_up_HD, down_DF) in enumerate(zip(unbind(gate_up_EHD), unbind(down_EDF), strict=True)):
         token, slot = torch.where(expert_ids_TA == expert)
-        gate, up = F.linear(x_TD[token], gate_up_EHD[expert]).chunk(2, dim=-1)
-        y = F.linear(F.silu(gate) * up, down_EDF[expert])
+        gate, up = F.linear(x_TD[token], dequantized(gate_up_HD, x_TD.dtype)).chunk(2, dim=-1)
+        y = F.linear(F.silu(gate) * up, dequantized(down_DF, x_TD.dtype))
         out_TD = out_TD.index_add(0, token, y.to(dtype) * weights_TA[token, slot, None].to(dtype))
     return out_TD.to(x_TD.dtype)
 

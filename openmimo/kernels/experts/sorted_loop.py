@@ -1,5 +1,5 @@
 """Expert MLPs one after another on sorted tokens: an expert's tokens stand together, so each expert is two
-dense products. In inference, experts that no token chose are not visited.
+dense products, which take weights of every format. In inference, experts that no token chose are not visited.
 
 T tokens, D model dim, E experts, A active experts a token, F expert hidden dim, P rows of the sorted buffer.
 """
@@ -11,6 +11,7 @@ from openmimo.kernels.dispatch import Backend
 from openmimo.kernels.experts import ExpertsNeed
 from openmimo.kernels.experts._sorting import combine, sort_by_expert
 from openmimo.kernels.linear import linear
+from openmimo.kernels.weights import Weight, unbind
 from openmimo.runtime.device import cpu_multiplies_bfloat16
 
 # oneDNN compiles a bfloat16 product anew for each number of rows it has not seen, which takes longer than the product:
@@ -23,8 +24,8 @@ def run(
     x_TD: torch.Tensor,
     expert_ids_TA: torch.Tensor,
     weights_TA: torch.Tensor,
-    gate_up_EHD: torch.Tensor,
-    down_EDF: torch.Tensor,
+    gate_up_EHD: Weight,
+    down_EDF: Weight,
     *,
     need: ExpertsNeed,
 ) -> torch.Tensor:
@@ -33,7 +34,7 @@ def run(
     counts = sorted_tokens.counts_E.tolist()
     outputs = [x_TD.new_empty(0, need.model_dim)]
     # unbind, not indexing: its backward stacks the experts' gradients once, where indexing would allocate E times all.
-    parts = zip(sorted_tokens.rows_PD.split(counts), gate_up_EHD.unbind(0), down_EDF.unbind(0), strict=True)
+    parts = zip(sorted_tokens.rows_PD.split(counts), unbind(gate_up_EHD), unbind(down_EDF), strict=True)
     for rows_PD, gate_up_HD, down_DF in parts:
         if len(rows_PD) or need.needs_gradients:
             gate, up = linear(rows_PD, gate_up_HD).chunk(2, dim=-1)

@@ -11,6 +11,7 @@ import torch
 from openmimo.kernels import native
 from openmimo.kernels.dispatch import Backend
 from openmimo.kernels.linear import LinearNeed, WeightAndBias
+from openmimo.kernels.weights import PLAIN
 
 MAX_ROWS = 32  # as in native/linear.c
 
@@ -20,8 +21,10 @@ def run(x_RD: torch.Tensor, layers: tuple[WeightAndBias, ...]) -> torch.Tensor:
     rows, dims = x_RD.shape
     if x_RD.stride(1) != 1:
         x_RD = x_RD.contiguous()
-    outputs, parts = 0, []
+    outputs = 0
+    parts: list[int] = []
     for weight_OD, bias_O in layers:
+        assert isinstance(weight_OD, torch.Tensor)
         outputs += weight_OD.shape[0]
         parts += weight_OD.data_ptr(), 0 if bias_O is None else bias_O.data_ptr(), weight_OD.shape[0]
     out_RO = x_RD.new_empty(rows, outputs)
@@ -45,6 +48,8 @@ def _function(num_parts: int) -> native.Function:
 
 def refuse(need: LinearNeed) -> str | None:
     """A few rows of float32 or bfloat16 on a CPU, no gradients."""
+    if need.weight_format != PLAIN:
+        return f"its weights are plain, not {need.weight_format}"
     if need.num_rows is None or not 1 <= need.num_rows <= MAX_ROWS:
         return f"it takes a matrix of 1 to {MAX_ROWS} rows"
     if not need.readable:

@@ -1,15 +1,19 @@
-"""The definition: torch's linear, once for each weight."""
+"""The definition: torch's linear, once for each weight, with block-scaled weights dequantized."""
 
 import torch
 import torch.nn.functional as F
 
 from openmimo.kernels.dispatch import Backend
 from openmimo.kernels.linear import WeightAndBias
+from openmimo.kernels.weights import BlockScaled
 
 
 def run(x: torch.Tensor, layers: tuple[WeightAndBias, ...]) -> torch.Tensor:
     """See `openmimo.kernels.linear.joined_linear`."""
-    outputs = [F.linear(x, weight_OD, bias_O) for weight_OD, bias_O in layers]
+    outputs = [
+        F.linear(x, weight_OD.dequantize(x.dtype) if isinstance(weight_OD, BlockScaled) else weight_OD, bias_O)
+        for weight_OD, bias_O in layers
+    ]
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
 
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from openmimo.kernels.dispatch import Backend
 from openmimo.kernels.linear import LinearNeed, WeightAndBias
+from openmimo.kernels.weights import PLAIN
 from openmimo.runtime.device import cpu_multiplies_bfloat16
 
 
@@ -43,6 +44,8 @@ class _Widened(torch.autograd.Function):
 
 def refuse(need: LinearNeed) -> str | None:
     """Bfloat16 only, on a CPU without instructions for it."""
+    if need.weight_format != PLAIN:
+        return f"its weights are plain, not {need.weight_format}"
     if not need.on_cpu:
         return "it runs on CPUs only"
     if need.dtype != torch.bfloat16:

@@ -2,6 +2,9 @@
 
 #include "products.h"
 
+#include <math.h>
+#include <stdlib.h>
+
 #ifdef __AVX2__
 #include <immintrin.h>
 #endif
@@ -15,8 +18,8 @@ typedef struct {
     const float *x;       /* [rows, dims] */
     const int8_t *weight; /* [outputs, dims] */
     const float *scale;   /* [outputs] */
-    float *out;           /* [rows, outputs] */
-    int64_t rows, dims, outputs, threads;
+    float *out;           /* [rows, outputs], rows at a distance of out_stride */
+    int64_t rows, dims, outputs, out_stride, threads;
 } int8_call;
 
 /* Vectors of the width of a register. */
@@ -101,7 +104,7 @@ static void fill_outputs(const int8_call *call, int64_t first) {
     for (row = 0; row < call->rows; row++)
         for (int64_t i = 0; i < TOGETHER && first + i * APART < call->outputs; i++) {
             int64_t output = first + i * APART;
-            call->out[row * call->outputs + output] = sums[row][i] * call->scale[output];
+            call->out[row * call->out_stride + output] = sums[row][i] * call->scale[output];
         }
 }
 
@@ -110,4 +113,68 @@ void openmimo_int8_linear(const int8_call *call) {
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t panel = 0; panel < call->outputs; panel += TOGETHER * APART)
         for (int64_t i = 0; i < APART && panel + i < call->outputs; i++) fill_outputs(call, panel + i);
+}
+
+/* The call record of experts with int8 weights. A visit is one token at one of its experts. */
+typedef struct {
+    const float *x;                            /* [tokens, dims] */
+    const int64_t *ids;                        /* [tokens, active] */
+    const float *weights;                      /* [tokens, active] */
+    const int8_t *gate_up, *down;              /* [experts, 2 * hidden, dims], [experts, dims, hidden] */
+    const float *gate_up_scale, *down_scale;   /* [experts, 2 * hidden], [experts, dims] */
+    float *out;                                /* [tokens, dims] */
+    int64_t tokens, active, experts, dims, hidden, threads;
+} int8_experts_call;
+
+/* Computes `count` visits of one expert: `visits` are their places in ids, `outputs` [tokens * active, dims]. */
+static void visit_expert(const int8_experts_call *call, int64_t expert, const int64_t *visits, int64_t count,
+                         float *memory, float *outputs) {
+    int64_t dims = call->dims, hidden = call->hidden;
+    float *rows = memory, *both = rows + MAX_ROWS * dims, *active = both + MAX_ROWS * 2 * hidden;
+    for (int64_t i = 0; i < count; i++)
+        memcpy(rows + i * dims, call->x + visits[i] / call->active * dims, dims * sizeof *rows);
+    openmimo_int8_linear(&(int8_call){rows, call->gate_up + expert * 2 * hidden * dims,
+                                      call->gate_up_scale + expert * 2 * hidden, both, count, dims, 2 * hidden,
+                                      2 * hidden, call->threads});
+    for (int64_t i = 0; i < count; i++)
+        for (int64_t j = 0; j < hidden; j++) {
+            float gate = both[i * 2 * hidden + j], up = both[i * 2 * hidden + hidden + j];
+            active[i * hidden + j] = gate / (1.0f + expf(-gate)) * up;
+        }
+    openmimo_int8_linear(&(int8_call){active, call->down + expert * dims * hidden, call->down_scale + expert * dims,
+                                      rows, count, hidden, dims, dims, call->threads});
+    for (int64_t i = 0; i < count; i++) memcpy(outputs + visits[i] * dims, rows + i * dims, dims * sizeof *rows);
+}
+
+/* Reads each expert once for up to MAX_ROWS visits. A token's outputs are added in the order of its ids, so its bits do
+ * not depend on the batch. Returns 0 on success, 1 if an id is out of range, 2 if memory runs out. */
+int openmimo_int8_experts(const int8_experts_call *call) {
+    int64_t count = call->tokens * call->active, dims = call->dims, visits[MAX_ROWS];
+    for (int64_t i = 0; i < count; i++)
+        if (call->ids[i] < 0 || call->ids[i] >= call->experts) return 1;
+    float *memory = malloc((MAX_ROWS * (dims + 3 * call->hidden) + count * dims) * sizeof *memory);
+    unsigned char *done = calloc(count, 1);
+    if (!memory || !done) {
+        free(memory);
+        free(done);
+        return 2;
+    }
+    float *outputs = memory + MAX_ROWS * (dims + 3 * call->hidden);
+    for (int64_t first = 0; first < count; first++) {
+        int64_t found = 0;
+        if (done[first]) continue;
+        for (int64_t i = first; i < count && found < MAX_ROWS; i++)
+            if (!done[i] && call->ids[i] == call->ids[first]) done[visits[found++] = i] = 1;
+        visit_expert(call, call->ids[first], visits, found, memory, outputs);
+    }
+    for (int64_t token = 0; token < call->tokens; token++)
+        for (int64_t dim = 0; dim < dims; dim++) {
+            float sum = 0.0f;
+            for (int64_t i = token * call->active; i < (token + 1) * call->active; i++)
+                sum += call->weights[i] * outputs[i * dims + dim];
+            call->out[token * dims + dim] = sum;
+        }
+    free(memory);
+    free(done);
+    return 0;
 }

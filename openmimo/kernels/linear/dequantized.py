@@ -1,0 +1,34 @@
+"""Block-scaled weights of any format: a few weight rows at a time are dequantized and multiplied.
+
+The whole matrix is never held in a wide dtype. On a CPU the products run in float32 at least.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from openmimo.kernels.dispatch import Backend
+from openmimo.kernels.linear import LinearNeed, WeightAndBias
+from openmimo.kernels.weights import PLAIN, BlockScaled
+
+
+def run(x: torch.Tensor, layers: tuple[WeightAndBias, ...]) -> torch.Tensor:
+    """See `openmimo.kernels.linear.joined_linear`."""
+    dtype = torch.promote_types(x.dtype, torch.float32) if x.is_cpu else x.dtype
+    wide = x.to(dtype)
+    outputs = []
+    for weight_OD, bias_O in layers:
+        if isinstance(weight_OD, BlockScaled):
+            products = [F.linear(wide, tile) for tile in weight_OD.tiles(dtype)]
+            out = torch.cat(products or [wide.new_empty(*x.shape[:-1], 0)], dim=-1).to(x.dtype)
+            outputs.append(out if bias_O is None else out + bias_O)
+        else:
+            outputs.append(F.linear(x, weight_OD, bias_O))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+
+
+def refuse(need: LinearNeed) -> str | None:
+    """Weights of which at least one is block-scaled."""
+    return "the weights are plain" if need.weight_format == PLAIN else None
+
+
+PLUGIN = Backend(priority=20, run=run, refuse=refuse)
