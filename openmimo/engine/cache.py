@@ -1,10 +1,10 @@
-"""The key/value cache: one arena of equal pages, from which layers of every kind draw.
+"""The paged key/value cache: one arena of equal pages for the layers of every kind.
 
-X pages of the arena, P positions a page, G key/value heads, K key dim, V value dim, B sequences, Y rows of a table.
+X pages of the arena, P positions per page, G key/value heads, K key dim, V value dim, B sequences, Y rows of a table.
 
-Layers that remember the same (`KVSpec`) form a group and share a page table. Row y of the table covers positions y*P to
-y*P + P - 1, with P a power of two. One page holds these positions for a few layers of the group (a part), so a
-row names one page for each part:
+Layers with the same `KVSpec` form a group and share a page table. Row y of the table covers positions y*P to
+y*P + P - 1; P is a power of two. A page holds these positions for a few layers of the group, a part. So a row has one
+page for each part:
 
     group of full layers, P = 32              group of sliding layers, P = 16
     part         0    1    2                  part         0    1    2    3
@@ -13,12 +13,12 @@ row names one page for each part:
     row 1        8    1    9      32 to 63    row 1        4    5   10   11   positions 16 to 31
 
 `plan_pages` chooses the sizes of the parts such that a page has the same bytes in every group, up to a few percent.
-Equal pages are what lets full and sliding layers take memory from one arena in any proportion: nothing splits it
-beforehand. Full layers keep all rows; sliding layers return those behind their window. MTP heads lag behind the main
-layers, but use the same positions and so the same tables. A layer that reads another layer's keys
-(`KVSpec.source_layer`) is in no group: it has no pages and uses those of the other.
+Because pages are equal, full and sliding layers take memory from one arena in any proportion, and no ratio is fixed in
+advance. Full layers keep all rows; sliding layers release the rows before their window. MTP heads lag behind the main
+layers, but use the same positions and therefore the same tables. A layer that reads another layer's keys
+(`KVSpec.source_layer`) is in no group and has no pages: it uses those of the source layer.
 
-Pages are counted by reference, because requests with the same beginning share them (`openmimo.engine.prefix`).
+Pages have reference counts, because requests with a common prefix share them (`openmimo.engine.prefix`).
 """
 
 import itertools
@@ -34,20 +34,20 @@ from openmimo.model.geometry import AttentionConfig
 
 MIN_PAGE_POSITIONS, MAX_PAGE_POSITIONS = 16, 128
 _DEFAULT_PAGE_POSITIONS = 32
-_MAX_PADDING = 0.1  # of a page
-_COST_OF_A_PART = 0.002  # as a share of the cache: what the host does for one page more a row
+_MAX_PADDING = 0.1  # share of a page
+_COST_OF_A_PART = 0.002  # host work for one more page per row, as a share of the cache
 _FIRST_TABLE_ROWS = 64
 
 
 @dataclass(frozen=True)
 class PageGroup:
-    """Layers that remember the same, and how pages hold them.
+    """Layers with the same `KVSpec`, and the shape of their pages.
 
     Attributes:
-        spec: What one layer remembers.
-        layers: The numbers of the layers.
-        page_positions: Positions a page, P.
-        layers_per_page: Layers of which a page holds these positions; the last part of a group may have fewer.
+        spec: Keys and values that one layer caches.
+        layers: Layer numbers.
+        page_positions: Positions per page, P.
+        layers_per_page: Layers per page; the last part of a group may have fewer.
     """
 
     spec: KVSpec
@@ -61,27 +61,27 @@ class PageGroup:
         return -(-len(self.layers) // self.layers_per_page)
 
     def first_row_kept(self, length: int, margin: int) -> int:
-        """The first table row that a query at position `length` (or up to `margin` before it) still reads."""
+        """The first table row that a query at position `length`, or up to `margin` positions before it, still reads."""
         if self.spec.keep_positions is None:
             return 0
         return max(length - self.spec.keep_positions - margin, 0) // self.page_positions
 
     def rows_until(self, length: int) -> int:
-        """How many table rows cover the positions below `length`."""
+        """Number of table rows that cover the positions below `length`."""
         return -(-length // self.page_positions)
 
     def pages_until(self, length: int) -> int:
-        """How many pages cover the positions below `length`."""
+        """Number of pages that cover the positions below `length`."""
         return self.rows_until(length) * self.num_parts
 
 
 @dataclass(frozen=True)
 class PageLayout:
-    """How an arena is cut.
+    """The division of an arena into pages.
 
     Attributes:
         groups: The groups of layers.
-        page_numbers: Numbers (keys and values) that a page has room for.
+        page_numbers: Elements (of keys and values) per page.
     """
 
     groups: tuple[PageGroup, ...]
@@ -89,22 +89,25 @@ class PageLayout:
 
     @property
     def block_positions(self) -> int:
-        """The fewest positions that fill whole rows in every group: all are powers of two."""
+        """The smallest number of positions that fills whole rows in every group (all sizes are powers of two)."""
         return max(group.page_positions for group in self.groups)
 
     @property
     def pages_per_row(self) -> int:
-        """Pages of one row in every group together."""
+        """Pages of one row, summed over the groups."""
         return sum(group.num_parts for group in self.groups)
 
 
 def plan_pages(layers: Sequence[AttentionConfig], page_positions: int = _DEFAULT_PAGE_POSITIONS) -> PageLayout:
-    """Groups the layers and splits each group into parts, such that pages have nearly equal bytes.
+    """Groups the layers and splits each group into parts such that pages have nearly equal bytes.
+
+    Every combination of page sizes is tried; a model has few groups. `_waste` ranks them: least padding and least
+    memory before windows, with a small cost per part.
 
     Args:
         layers: As in `PageArena`.
-        page_positions: Positions a page of layers that keep everything: a power of two from 16 to 128. Sliding layers
-            may get fewer, because a window that begins inside a page wastes the rest of it.
+        page_positions: Positions per page of full layers: a power of two from 16 to 128. Sliding layers may get
+            fewer, because a window that begins inside a page wastes the rest of the page.
     """
     layers_of: dict[KVSpec, list[int]] = {}
     for index, layer in enumerate(layers):
@@ -116,7 +119,7 @@ def plan_pages(layers: Sequence[AttentionConfig], page_positions: int = _DEFAULT
 
 
 def _group_choices(spec: KVSpec, layers: tuple[int, ...], page_positions: int) -> list[PageGroup]:
-    """Every page of a group that differs in positions or in the number of parts."""
+    """All page shapes of a group: sliding layers may halve the positions, and layers split into 1, 2, ... parts."""
     positions = [page_positions]
     while spec.keep_positions is not None and positions[-1] > MIN_PAGE_POSITIONS:
         positions.append(positions[-1] // 2)
@@ -129,7 +132,11 @@ def _numbers(group: PageGroup) -> int:
 
 
 def _waste(groups: tuple[PageGroup, ...]) -> tuple[bool, float]:
-    """Whether pages have too much padding; then padding and cut-off windows, and the work for many parts."""
+    """The sort key of a layout: whether padding exceeds the limit, then the wasted share plus the cost of parts.
+
+    All pages have the bytes of the largest, so a group with smaller parts has padding in each page. A window begins in
+    the middle of a page on average, which wastes P/2 positions of every `keep_positions`.
+    """
     page_numbers = max(map(_numbers, groups))
     waste, most_padding = 0.0, 0.0
     for group in groups:
@@ -137,17 +144,19 @@ def _waste(groups: tuple[PageGroup, ...]) -> tuple[bool, float]:
         padding = 1 - filled / (group.num_parts * page_numbers)
         most_padding = max(most_padding, padding)
         kept = group.spec.keep_positions
-        cut = 0.0 if kept is None else group.page_positions / (2 * kept)
-        waste = max(waste, padding + cut)
+        before_window = 0.0 if kept is None else group.page_positions / (2 * kept)
+        waste = max(waste, padding + before_window)
     return most_padding > _MAX_PADDING, waste + _COST_OF_A_PART * sum(group.num_parts for group in groups)
 
 
 class PageArena:
-    """The memory of all caches of one engine.
+    """The cache memory of one engine. It starts zeroed, so rows that were never written are finite.
 
-    layers: `ModelConfig.attention_layers()`, the main layers and then the MTP heads that draft. cache_bytes: the whole
-    budget; untouched pages cost nothing on a CPU, where memory is given out on first use. dtype: of keys and values as
-    stored. The arena starts zeroed, so that a row nobody wrote is finite.
+    Args:
+        layers: `ModelConfig.attention_layers()`: the main layers, then the MTP heads that draft.
+        cache_bytes: The whole budget. On a CPU, pages take physical memory on first use only.
+        dtype: Of the stored keys and values.
+        page_positions: As in `plan_pages`.
     """
 
     def __init__(
@@ -169,7 +178,7 @@ class PageArena:
         self.num_seats = 0
         self._free_seats: list[int] = []
         storage = _zeros(self.num_pages, self.layout.page_numbers, dtype, torch.device(device))
-        self.place_of_layer = [(0, 0)] * len(layers)  # the number of its group, and its part of that
+        self.place_of_layer = [(0, 0)] * len(layers)  # (group, part)
         self._views: list[tuple[torch.Tensor, torch.Tensor]] = [(storage, storage)] * len(layers)
         for number, group in enumerate(self.layout.groups):
             for place, layer in enumerate(group.layers):
@@ -182,21 +191,21 @@ class PageArena:
                 self._views[layer] = self._views[spec.source_layer]
 
     def layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The keys [X, P, G, K] and values [X, P, G, V] that a layer reads: views into the arena."""
+        """The keys [X, P, G, K] and values [X, P, G, V] of a layer, as views of the arena."""
         return self._views[layer]
 
     @property
     def num_free(self) -> int:
-        """Pages that nobody holds."""
+        """Pages with no holder."""
         return len(self._free)
 
     @property
     def num_used(self) -> int:
-        """Pages that somebody holds."""
+        """Pages with at least one holder."""
         return self.num_pages - len(self._free)
 
     def take(self) -> int:
-        """A free page, now held once. The caller has made sure that there is one."""
+        """Takes a free page; its reference count is then 1. The caller ensures that one is free."""
         assert self._free, "a page was taken from an empty list"
         page = self._free.pop()
         assert self._references[page] == 0, f"page {page} is free and held"
@@ -204,31 +213,31 @@ class PageArena:
         return page
 
     def share(self, page: int) -> None:
-        """One more holder of a held page."""
+        """Adds a holder to a held page."""
         assert self._references[page] > 0, f"page {page} is shared, but not held"
         self._references[page] += 1
 
     def release(self, page: int) -> None:
-        """One holder fewer; the last one frees the page."""
+        """Removes a holder; the page is free once it has none."""
         assert self._references[page] > 0, f"page {page} is released, but not held"
         self._references[page] -= 1
         if self._references[page] == 0:
             self._free.append(page)
 
     def take_seat(self) -> int:
-        """A number for one sequence, under which a worker keeps its states; those of ended sequences are reused."""
+        """Takes an index for one sequence's states in the worker. Released indices are reused."""
         if self._free_seats:
             return self._free_seats.pop()
         self.num_seats += 1
         return self.num_seats - 1
 
     def release_seat(self, seat: int) -> None:
-        """The sequence is gone."""
+        """Releases the index of a sequence that holds no pages any more."""
         assert seat not in self._free_seats, f"seat {seat} is released twice"
         self._free_seats.append(seat)
 
     def is_shared(self, page: int) -> bool:
-        """Whether several hold the page."""
+        """Whether the page has more than one holder."""
         return self._references[page] > 1
 
     def pages_for(self, length: int, margin: int) -> int:
@@ -239,7 +248,7 @@ class PageArena:
         )
 
     def ideal_bytes(self, length: int) -> int:
-        """Bytes of what `length` positions must remember, without pages."""
+        """Bytes of the keys and values that `length` positions need, without rounding up to pages."""
         kept = (kv_spec(layer) for layer in self._layers)
         return sum(
             (length if spec.keep_positions is None else min(length, spec.keep_positions))
@@ -248,12 +257,12 @@ class PageArena:
         )
 
     def all_global_bytes(self, length: int) -> int:
-        """Bytes of `length` positions in a model of full layers, see `all_global_cache_bytes`."""
+        """Bytes of `length` positions in a model of full layers (see `all_global_cache_bytes`)."""
         return all_global_cache_bytes(self._layers, length, self.dtype)
 
 
 def _zeros(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Zeros; on a CPU from the system, which gives memory on first use (torch.zeros writes it all)."""
+    """Zeros [rows, columns]. On a CPU from NumPy, which takes memory on first use; torch.zeros writes all of it."""
     if device.type == "cpu":
         empty = np.zeros(rows * columns * dtype.itemsize, dtype=np.uint8)
         return torch.from_numpy(empty).view(dtype).view(rows, columns)
@@ -270,9 +279,9 @@ def _layer_views(storage: torch.Tensor, group: PageGroup, place: int) -> tuple[t
 
 
 def all_global_cache_bytes(layers: Sequence[AttentionConfig], num_positions: int, dtype: torch.dtype) -> int:
-    """Bytes for `num_positions` if every one of `layers` were like the model's full layers (paper table 1).
+    """Bytes of `num_positions` if all `layers` were full layers of the model (paper table 1).
 
-    Without a full layer among them, each is counted with its own geometry, every position kept.
+    In a model without full layers, each layer counts with its own geometry and every position kept.
     """
     owners = [spec for spec in layers if kv_spec(spec).source_layer is None]
     full = next((spec for spec in owners if kv_spec(spec).keep_positions is None), None)
@@ -282,10 +291,13 @@ def all_global_cache_bytes(layers: Sequence[AttentionConfig], num_positions: int
 
 
 class PageTables:
-    """Which pages one sequence holds, group by group: int32 arrays [Y, parts] of pages, -1 where none is held.
+    """The page tables of one sequence: for each group an int32 array [Y, parts] of page numbers, -1 for no page.
 
-    margin: how many positions before its newest a sequence may still have to read from (MTP heads lag). seat: where
-    a worker keeps main-model states of the sequence.
+    Args:
+        margin: Positions before the newest from which the sequence may still run queries (MTP heads lag).
+
+    Attributes:
+        seat: Index of the sequence's main-model states in the worker.
     """
 
     def __init__(self, arena: PageArena, margin: int):
@@ -293,7 +305,7 @@ class PageTables:
         self._margin = margin
         self.seat = arena.take_seat()
         self._tables = [np.full((_FIRST_TABLE_ROWS, g.num_parts), -1, dtype=np.int32) for g in arena.layout.groups]
-        self._first = [0] * len(self._tables)  # rows before it were returned
+        self._first = [0] * len(self._tables)  # rows before it are released
         self._stop = [0] * len(self._tables)
 
     def table(self, group: int) -> np.ndarray:
@@ -310,11 +322,11 @@ class PageTables:
         return sum(int(np.count_nonzero(table >= 0)) for table in self._held_tables())
 
     def held(self) -> list[int]:
-        """The pages held."""
+        """Numbers of the held pages."""
         return [page for table in self._held_tables() for page in table[table >= 0].tolist()]
 
     def mark_held(self, is_held: np.ndarray) -> None:
-        """Sets the entries of the pages held in a bool array of all pages."""
+        """Sets the entries of the held pages in `is_held`, bool [X]."""
         for table in self._held_tables():
             is_held[table[table >= 0]] = True
 
@@ -322,7 +334,7 @@ class PageTables:
         return [self.table(group)[first:] for group, first in enumerate(self._first)]
 
     def missing(self, length: int) -> int:
-        """How many pages `reach(length)` must find free."""
+        """Number of free pages that `reach(length)` needs."""
         count = 0
         for number, group in enumerate(self._arena.layout.groups):
             stop = group.rows_until(length)
@@ -332,10 +344,10 @@ class PageTables:
         return count
 
     def reach(self, length: int, *, spare_pages: int = 0) -> None:
-        """Takes the pages for all positions below `length`.
+        """Takes pages for all positions below `length`.
 
-        Positions that sliding layers will have left behind by then get a page only out of `spare_pages`: no query reads
-        them, but another request with the same beginning could use them.
+        Positions that will be before the window of a sliding layer by then get a page only as far as `spare_pages`
+        suffice: this sequence does not read them, but another request with the same prefix could.
         """
         for number, group in enumerate(self._arena.layout.groups):
             stop = group.rows_until(length)
@@ -350,8 +362,8 @@ class PageTables:
             self._stop[number] = stop
 
     def adopt(self, group: int, pages: list[int]) -> None:
-        """Starts an empty table with pages of others, row by row (-1: none), of which it becomes one more holder."""
-        assert self._stop[group] == 0, "a table that is not empty adopts pages"
+        """Fills the empty table of a group with shared pages, row by row (-1: none), and becomes a holder of each."""
+        assert self._stop[group] == 0, "only an empty table adopts pages"
         rows = np.asarray(pages, dtype=np.int32).reshape(-1, self._tables[group].shape[1])
         self._grown(group, len(rows))[: len(rows)] = rows
         self._stop[group] = len(rows)
@@ -360,7 +372,7 @@ class PageTables:
                 self._arena.share(page)
 
     def leave_behind(self, length: int) -> None:
-        """Returns what a sequence of `length` positions no longer reads."""
+        """Releases the pages that a sequence of `length` positions no longer reads."""
         for number, group in enumerate(self._arena.layout.groups):
             first = group.first_row_kept(length, self._margin)
             if first > self._first[number]:
@@ -368,7 +380,7 @@ class PageTables:
                 self._first[number] = first
 
     def release(self) -> None:
-        """Returns everything; the tables are not used again."""
+        """Releases all pages and the seat; the tables must not be used afterwards."""
         self._arena.release_seat(self.seat)
         for number in range(len(self._tables)):
             self._release(number, self._first[number], self._stop[number])
@@ -395,15 +407,15 @@ class PrefixNode:
     """A node of the prefix tree: one block of tokens and the pages that hold its keys and values.
 
     Attributes:
-        parent: The node of the block before; None for the root.
+        parent: The node of the previous block; None for the root.
         attached: Whether the node is still in the tree.
-        tokens: The block, int32 as bytes: the hash of bytes is computed once, that of a tuple at each lookup.
-        depth: Blocks before this one.
+        tokens: The block, int32 as bytes. The hash of bytes is cached; that of a tuple is computed at each lookup.
+        depth: Number of blocks up to and including this one; 0 for the root.
         children: The nodes of the next blocks, by their tokens.
-        pages: Pages by group; None where they were returned to the arena.
+        pages: Pages by group; None where they were released.
         routing: Routed experts of the block, if recorded.
         is_useful: Whether its sliding pages belong to a window at which a request started or a text ended.
-        last_use: Time of the last match or insertion; it also counts for the ancestors (`PrefixCache._pass_on_uses`).
+        last_use: Time of the last match or insertion, of the node or (after `PrefixCache._pass_on_uses`) a descendant.
     """
 
     __slots__ = ("attached", "children", "depth", "is_useful", "last_use", "pages", "parent", "routing", "tokens")
@@ -412,7 +424,7 @@ class PrefixNode:
         self.parent = parent
         self.attached = True
         self.tokens = tokens
-        self.depth = 0 if parent is None else parent.depth + 1
+        self.depth: int = 0 if parent is None else parent.depth + 1
         self.children: dict[bytes, PrefixNode] = {}
         self.pages: list[array | None] = [None] * num_groups
         self.routing: np.ndarray | None = None

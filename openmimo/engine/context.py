@@ -1,4 +1,4 @@
-"""The engine's attention context: packed new tokens of several sequences, each reading and writing its own pages.
+"""The engine's attention context: packed new tokens of several sequences over a paged cache.
 
 T packed new tokens, S keys, N query heads, G key/value heads, K key dim, V value dim, R rotated dims, B sequences, Y
 rows of a table.
@@ -14,20 +14,22 @@ from openmimo.kernels.attention import AttentionOut, attend
 from openmimo.kernels.paged_attention import Pages, paged_attend
 from openmimo.kernels.paged_attention.store import store
 from openmimo.kernels.rotary import rotary_table
-from openmimo.model.context import AttentionCall, RoutingTape
+from openmimo.model.context import AttentionCall, RoutingTape, SequenceBalance
 from openmimo.model.geometry import AttentionConfig
 
 _FIRST_POSITIONS = 512
 _ROTARY_PIECE = 1 << 16
-_MAX_SHORT_TOKENS = 16  # new tokens a sequence up to which a pass reads its keys in the pages
+_MAX_SHORT_TOKENS = 16  # new tokens per sequence up to which a pass attends directly to the pages
 _Geometry = tuple[int, float, torch.dtype]
 
 
 class RotaryRows:
-    """Rotation tables of all positions seen so far, kept between passes: a pass only picks its rows.
+    """Rotary tables of all positions seen so far. A pass only selects its rows.
 
-    max_positions: addresses for so many rows are reserved at once, and only their contents grow, so that the tables of
-    a captured graph stay where they are. (On a CPU the system gives memory on first use.)
+    Args:
+        device: Of the tables.
+        max_positions: Rows that are allocated at once; only the filled part grows. So the addresses are constant, as a
+            captured graph needs. (On a CPU, rows take physical memory on first use.)
     """
 
     def __init__(self, device: torch.device | str, max_positions: int):
@@ -48,11 +50,12 @@ class RotaryRows:
         return self._tables[geometry]
 
     def _grow(self, geometry: _Geometry, spec: AttentionConfig, length: int) -> None:
-        """Fills at least twice the rows. Only new rows are computed, in pieces, which bounds temporary memory.
+        """Fills rows up to `length`, and at least doubles the filled part.
 
-        Pieces are whole multiples of a size, so that every row is computed by the same vector instructions.
+        Only new rows are computed, in pieces, which bounds temporary memory. Pieces begin and end at multiples of 512
+        rows, so every row is computed by the same vector instructions and has the same bits however the table grew.
         """
-        assert length <= self._max_positions, "a position beyond those of the model"
+        assert length <= self._max_positions, "a position exceeds the model's maximum"
         num_known = self._num_known[geometry]
         stop = -(-max(length, 2 * num_known) // _FIRST_POSITIONS) * _FIRST_POSITIONS
         for start in range(num_known, stop, _ROTARY_PIECE):
@@ -65,7 +68,7 @@ class RotaryRows:
 
 
 class _Keys(NamedTuple):
-    """Keys and values of each sequence one after another, and how many each has."""
+    """Packed keys and values of the sequences, and the number of keys of each."""
 
     k_SGK: torch.Tensor
     v_SGV: torch.Tensor
@@ -73,31 +76,31 @@ class _Keys(NamedTuple):
 
 
 class PagedContext:
-    """An AttentionContext (see `openmimo.model.context`) over an arena: one object a worker, bound to each pass.
+    """An `AttentionContext` (see `openmimo.model.context`) over an arena. A worker has one and binds it to each pass.
 
-    Passes of few tokens a sequence (decoding, verification) store their keys and read all from the pages. Longer ones
-    (prefill) are computed from the new keys and a copy of what their layer still remembers of the past; of the new keys
-    a sliding layer may store only the last.
+    A short pass (decoding, verification) stores its keys first and attends to the pages. A long pass (prefill) attends
+    to a copy of the cached keys followed by the new ones, and then stores the new keys, of which a sliding layer may
+    keep only the last.
     """
 
     def __init__(self, arena: PageArena, rotary: RotaryRows):
         self.routing = RoutingTape()
-        self.sequence_balance = None
+        self.sequence_balance: SequenceBalance | None = None
         self.block_scores: dict[int, torch.Tensor] = {}
         self._arena = arena
         self._rotary = rotary
         self._picked: dict[_Geometry, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def bind(self, step: PassInput, *, records_routing: bool = False) -> "PagedContext":
-        """Makes this the context of a pass, until the next call. Returns itself."""
+        """Makes this the context of a pass until the next call; returns self."""
         self.positions_T = step.positions_T
         self.routing = RoutingTape(record=records_routing)
         self._step = step
         self._lengths = step.lengths
         self._longest_query, self._longest_key = max(self._lengths), max(step.stops)
         self._is_short = self._longest_query <= _MAX_SHORT_TOKENS
-        is_run = len(step.starts) == 1
-        self._rotary_rows = slice(step.starts[0], step.stops[0]) if is_run else step.positions_T
+        is_contiguous = len(step.starts) == 1
+        self._rotary_rows = slice(step.starts[0], step.stops[0]) if is_contiguous else step.positions_T
         self._picked.clear()
         self.block_scores = {}
         self._sources: dict[int, _Keys] = {}
@@ -112,12 +115,12 @@ class PagedContext:
         return self._picked[geometry]
 
     def attend(self, call: AttentionCall) -> AttentionOut:
-        """Attention over what each sequence remembers and the new tokens, which it remembers too."""
+        """Attends to the cached and the new keys of each sequence, and caches the new ones."""
         owner = call.layer if call.source_layer is None else call.source_layer
         keys_XPGK, values_XPGV = self._arena.layer(owner)
         group, part = self._arena.place_of_layer[owner]
         slots = self._step.groups[group]
-        assert slots is not None, "a pass without this group of layers"
+        assert slots is not None, "the pass was planned without this group of layers"
         pages = Pages(keys_XPGK, values_XPGV, slots.tables_pBY[part])
         if self._is_short and slots.kept_rows is None:
             if call.k_TGK is not None and call.v_TGV is not None:
@@ -151,7 +154,7 @@ class PagedContext:
         return result
 
     def _keys(self, call: AttentionCall, slots: GroupSlots, part: int, pages: Pages) -> _Keys:
-        """What a long pass reads: the remembered past and the new tokens, which are stored. A source keeps its own."""
+        """The keys of a long pass: cached, then new. Stores the new ones; keeps those of source layers for their readers."""
         if call.source_layer is not None:
             return self._sources[call.source_layer]
         assert call.k_TGK is not None and call.v_TGV is not None
@@ -167,14 +170,14 @@ class PagedContext:
         store(pages, slots.page_pT[part], slots.offset_T, k_TGK, v_TGV)
 
     def _with_past(self, pages: Pages, window_keys: int | None, k_TGK: torch.Tensor, v_TGV: torch.Tensor) -> _Keys:
-        """Each sequence's remembered past followed by its new tokens."""
+        """The cached keys and values of each sequence followed by the new ones."""
         if not any(self._step.starts):
             return _Keys(k_TGK, v_TGV, self._lengths)
         keys, values, key_lengths = [], [], []
-        news = zip(
+        new_spans = zip(
             self._step.starts, self._step.stops, k_TGK.split(self._lengths), v_TGV.split(self._lengths), strict=True
         )
-        for row, (start, stop, k_new, v_new) in enumerate(news):
+        for row, (start, stop, k_new, v_new) in enumerate(new_spans):
             first = 0 if window_keys is None else max(start - window_keys + 1, 0)
             positions = torch.arange(first, start, device=k_new.device)
             P = pages.keys_XPGK.shape[1]

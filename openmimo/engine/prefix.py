@@ -1,16 +1,19 @@
-"""Reuse of computed prefixes across requests.
+"""Prefix cache: requests reuse the keys and values of a common prefix.
 
-A tree of blocks of tokens. A node holds the pages of its block in every group of layers. Sliding layers only ever read
-their last window, so a node may have given back their pages and still serve as the beginning of a longer prefix; but a
-request can start only after a node where the whole last window of each sliding group is still held.
+A tree of blocks of tokens; a node holds the pages of its block in every group of layers. Sliding layers read only their
+last window, so a node without sliding pages still serves as part of a longer prefix. A request can start after a node
+only if the tree holds the whole last window of each sliding group there (window of 2 blocks, block 3 is the last):
 
-Pages of nodes are memory that nobody needs just now: when requests need it, the least useful goes first. That is
-sliding pages in the middle of a text, where no request has ever started; then, by time of last use, other sliding pages
-and the full pages of leaves. So a long shared beginning and the ends of conversations stay, and reuse shrinks step by
-step.
+    block            0    1    2    3
+    full pages       x    x    x    x      every block of the prefix
+    sliding pages    -    -    x    x      blocks of the window: a request can start after block 3, not after block 2
 
-Routed experts are kept beside the pages where they were recorded; a request that asks for them starts only after nodes
-that have them.
+When requests need the memory of cached pages, the tree evicts the least useful first: sliding pages in the middle of
+texts, where no request has started; then, in order of last use, other sliding pages and the full pages of leaves. So
+long shared prefixes and the ends of conversations stay longest.
+
+A node also holds the routed experts of its block if they were recorded; a request that needs them starts only after
+nodes that have them.
 """
 
 from array import array
@@ -19,11 +22,11 @@ from collections.abc import Iterator
 from openmimo.engine.cache import PageArena, PrefixNode
 from openmimo.engine.request_state import RequestState
 
-_MIN_EVICTED_SHARE = 16  # an eviction frees at least this fraction of what is cached, so that scans stay rare
+_MIN_EVICTED_SHARE = 16  # an eviction frees at least one page per this many nodes, so that scans of the tree stay rare
 
 
 class PrefixCache:
-    """The tree of one arena. It is emptied when the weights change."""
+    """The prefix tree of one arena. The engine clears it when the weights change."""
 
     def __init__(self, arena: PageArena):
         self._arena = arena
@@ -43,7 +46,7 @@ class PrefixCache:
 
     @property
     def num_reclaimable(self) -> int:
-        """Pages that only the tree holds."""
+        """Number of pages that only the tree holds."""
         return sum(
             not self._arena.is_shared(page)
             for node in self._nodes()
@@ -53,7 +56,7 @@ class PrefixCache:
         )
 
     def start(self, sequence: RequestState) -> None:
-        """Gives a sequence without pages the longest prefix that it can start after; at least one token is left."""
+        """Gives a sequence without pages the longest cached prefix that leaves at least one token to compute."""
         node = self._root
         if sequence.params.prompt_logprobs:
             path: list[PrefixNode] = []
@@ -65,20 +68,24 @@ class PrefixCache:
             self.mark_end(node)
             for number in range(len(self._groups)):
                 window = self._blocks_in_window[number]
-                held = path if window is None else path[-window:]
-                pages = [page for block in held for page in block.pages[number]]
-                behind = [-1] * (self._groups[number].pages_until(len(path) * self._block) - len(pages))
-                sequence.pages.adopt(number, behind + pages)
-            sequence.pages.leave_behind(len(path) * self._block)  # whole blocks may be more than a window
+                pages: list[int] = []
+                for block in path if window is None else path[-window:]:
+                    block_pages = block.pages[number]
+                    assert block_pages is not None, "a prefix without the pages of its window was matched"
+                    pages += block_pages
+                num_before = self._groups[number].pages_until(len(path) * self._block) - len(pages)
+                sequence.held_pages.adopt(number, [-1] * num_before + pages)
+            sequence.held_pages.leave_behind(len(path) * self._block)  # whole blocks may be more than a window
             if sequence.params.routed_experts:
                 for block in path:
+                    assert block.routing is not None, "a prefix without routed experts was matched"
                     sequence.routing.append(block.routing)
         sequence.node = node
         sequence.num_computed_tokens = sequence.states_start = len(path) * self._block
         sequence.num_cached_tokens = min(sequence.num_computed_tokens, sequence.prompt_length)
 
     def extend(self, sequence: RequestState) -> None:
-        """Enters the blocks that a sequence has completed since it was last seen."""
+        """Adds the blocks that a sequence has completed since the last call."""
         while sequence.node is not None and (sequence.node.depth + 1) * self._block <= sequence.num_computed_tokens:
             if not sequence.node.attached:
                 sequence.node = None
@@ -88,7 +95,7 @@ class PrefixCache:
             node = sequence.node.children.get(tokens)
             if node is None:
                 if not self._holds_all(sequence, start):
-                    sequence.node = None  # a full page is missing: nothing below could be started
+                    sequence.node = None  # a full page is missing: no request could start below
                     return
                 node = PrefixNode(sequence.node, tokens, len(self._groups))
                 sequence.node.children[tokens] = node
@@ -97,7 +104,7 @@ class PrefixCache:
             sequence.node = node
 
     def mark_end(self, node: PrefixNode | None) -> None:
-        """Notes that a prompt or a text ended after this node: the next turn is likely to start there."""
+        """Records that a prompt or a text ended after this node, where the next turn is likely to start."""
         for _ in range(max((window or 0 for window in self._blocks_in_window), default=0)):
             if node is None:
                 return
@@ -105,12 +112,28 @@ class PrefixCache:
             node = node.parent
 
     def prune(self, node: PrefixNode | None) -> None:
-        """Removes the last node of a text if it holds nothing, as a text read at once by sliding layers alone may."""
+        """Removes the last node of a text if it holds no pages.
+
+        A model of sliding layers only, which reads a text in one pass, leaves such nodes.
+        """
         if node is not None and not any(node.pages):
             self._remove_leaf(node)
 
     def evict(self, num_pages: int) -> None:
-        """Frees at least so many pages, if the tree alone holds as many."""
+        """Frees at least `num_pages` pages, or all that only the tree holds if these are fewer.
+
+        Three passes over the nodes in order of last use, children before parents; each stops at the goal:
+
+        1. Sliding pages of nodes where no request started.
+        2. Other sliding pages, and leaves that free pages or hold none.
+        3. Pages of inner nodes that pass 2 could not reach, because each leaf below frees nothing:
+
+               A* --- B --- C      *     only the tree holds the page
+                 `--- D*           B, C  a running request holds the page too
+
+           Pass 2 removes D. It keeps C, a leaf that frees nothing, so B and A never become leaves. Pass 3 removes C,
+           then B, then A, which frees the page of A.
+        """
         self._pass_on_uses()
         nodes = sorted(self._nodes(), key=lambda node: (node.last_use, -node.depth))
         goal = self._arena.num_free + max(num_pages, len(nodes) // _MIN_EVICTED_SHARE)
@@ -125,19 +148,18 @@ class PrefixCache:
             self._release_sliding(node)
             if self._holds_alone(node) or not any(node.pages):
                 self._remove_leaf(node)
-        # Pages above a block that a request shares: the tree lets go of the block first. Parents come last in `nodes`.
-        below_own_pages: set[PrefixNode] = set()
+        to_remove: set[PrefixNode] = set()  # nodes that hold pages alone, and all nodes below them
         for node in reversed(nodes):
-            if node.attached and (node.parent in below_own_pages or self._holds_alone(node)):
-                below_own_pages.add(node)
+            if node.attached and (node.parent in to_remove or self._holds_alone(node)):
+                to_remove.add(node)
         for node in nodes:
             if self._arena.num_free >= goal:
                 return
-            if node in below_own_pages:
+            if node in to_remove:
                 self._remove_leaf(node)
 
     def clear(self) -> None:
-        """Gives back everything."""
+        """Releases all pages and removes all nodes."""
         for node in [self._root, *self._nodes()]:
             node.attached = False
             for number in range(len(self._groups)):
@@ -148,10 +170,11 @@ class PrefixCache:
         path: list[PrefixNode] = []
         node = self._root
         for number in range((len(sequence.tokens) - 1) // self._block):
-            node = node.children.get(sequence.block(number, self._block))
-            if node is None or (sequence.params.routed_experts and node.routing is None):
+            child = node.children.get(sequence.block(number, self._block))
+            if child is None or (sequence.params.routed_experts and child.routing is None):
                 break
-            path.append(node)
+            path.append(child)
+            node = child
         while path and not self._can_start_after(path):
             path.pop()
         return path
@@ -169,9 +192,13 @@ class PrefixCache:
         )
 
     def _pages_of(self, sequence: RequestState, number: int, start: int) -> array | None:
-        """The pages of a block that the tree keeps: of sliding layers, what a query after the block still reads."""
+        """The pages of a block that the tree keeps; None if the sequence lacks one.
+
+        Of sliding layers these are only the pages that a query after the block still reads.
+        """
         stop = (start + self._block) // self._groups[number].page_positions
-        pages = array("i", sequence.pages.table(number)[stop - self._rows_a_block[number] : stop].ravel().tobytes())
+        table = sequence.held_pages.table(number)
+        pages = array("i", table[stop - self._rows_a_block[number] : stop].ravel().tobytes())
         return None if min(pages) < 0 else pages
 
     def _fill(self, node: PrefixNode, sequence: RequestState, start: int) -> None:
@@ -191,12 +218,13 @@ class PrefixCache:
         node.last_use = self._clock
 
     def _pass_on_uses(self) -> None:
-        """Gives each node the newest use of itself and everything below it.
+        """Raises the last use of each node to the newest one below it.
 
-        Once for all before an eviction: to walk up to the root at each use would cost the square of the length of a
-        text, as each of its blocks is used once when it is entered.
+        This runs once per eviction. Walking up to the root at each use would cost the square of the length of a text,
+        because each of its blocks is used once when it is added.
         """
         for node in reversed(list(self._nodes())):  # children before their parents
+            assert node.parent is not None
             node.parent.last_use = max(node.parent.last_use, node.last_use)
 
     def _release(self, node: PrefixNode, number: int) -> None:
@@ -211,11 +239,11 @@ class PrefixCache:
                 self._release(node, number)
 
     def _holds_alone(self, node: PrefixNode) -> bool:
-        """Whether a page of the node is nobody else's."""
+        """Whether the node is the only holder of one of its pages."""
         return any(not self._arena.is_shared(page) for pages in node.pages if pages is not None for page in pages)
 
     def _remove_leaf(self, node: PrefixNode) -> None:
-        """Removes the node if it is a leaf, and then what only led to it and holds nothing."""
+        """Removes the node if it is a leaf, then each ancestor that becomes a leaf and holds no pages."""
         while node.attached and node.parent is not None and not node.children:
             for number in range(len(self._groups)):
                 self._release(node, number)

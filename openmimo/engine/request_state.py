@@ -1,4 +1,4 @@
-"""The state of one request while it is decoded."""
+"""The state of one request while the engine runs it."""
 
 import functools
 from array import array
@@ -22,7 +22,7 @@ NOT_FINITE = (
 
 
 class Decision(NamedTuple):
-    """The token chosen at one position, and its log-probability if asked for."""
+    """The token chosen at one position, and its log-probability if the step computed any."""
 
     token: int
     logprob: TokenLogprob | None
@@ -30,14 +30,38 @@ class Decision(NamedTuple):
 
 @dataclass(eq=False)
 class RequestState:
-    """One request: its confirmed tokens (prompt first), its pages, and what is still to be confirmed.
+    """One request: its confirmed tokens, its pages, its drafts, and its results so far.
 
-    num_computed_tokens: how many positions the main layers have seen; all tokens but the last while it decodes, fewer
-    while its prompt is read, or read again after a preemption. max_length: tokens at most, prompt included. drafts:
-    tokens that the MTP heads expect next. states_start: the first position whose main-model state a worker still keeps
-    for the heads. head_lengths: how many positions each head has seen. text: None where there is no tokenizer. node:
-    the place in the prefix cache up to which its blocks are known there. routing: routed experts of the computed
-    positions, if requested. finish_reason, error, is_request_error: as in Delta, "" while it runs.
+    Attributes:
+        request: The request.
+        tokens: Confirmed tokens, the prompt first.
+        seed: Seed of its random numbers.
+        max_length: The most tokens, prompt included.
+        stop_ids: Tokens that end the text.
+        arrival: Its number in the order of arrival.
+        pages: Page tables; None while it holds no pages.
+        num_computed_tokens: Positions that the main layers have computed: all tokens but the last while it decodes,
+            fewer while its prompt is read, or read again after a preemption.
+        num_cached_tokens: Prompt tokens that were reused from the prefix cache or the session.
+        text: The text so far; None without a tokenizer.
+        structure: State of the grammar; None without structured output.
+        node: Node of the prefix tree up to which the tree has its blocks; None if it no longer adds blocks.
+        drafts: Tokens that the MTP heads predict next.
+        states_start: The first position whose main-model state the worker still keeps for the heads.
+        head_lengths: Positions that each head has computed.
+        logprobs: Log-probability of each new token, if requested.
+        top_logprobs: The likeliest ids and their log-probabilities at each new token, if requested.
+        prompt_logprobs: Of each prompt token but the first, if requested.
+        policy_versions: Version of the weights that chose each new token.
+        drafted: For each new token, whether it was drafted.
+        blocks: Blocks of tokens that `block` has made.
+        repeats: Counter of repeated passages; None without `SamplingParams.max_repeats`.
+        routing: Routed experts of the computed positions, if requested.
+        token_counts: Counts of the new tokens, if `params` change the logits.
+        finish_reason: As in `Delta`; "" while it runs.
+        error: As in `Delta`.
+        is_request_error: As in `Delta`.
+        num_reported: New tokens that `take_delta` has returned.
     """
 
     request: Request
@@ -75,13 +99,19 @@ class RequestState:
 
     @property
     def params(self) -> SamplingParams:
-        """How it is decoded."""
+        """Its sampling parameters."""
         return self.request.params
 
     @property
     def prompt_length(self) -> int:
-        """Tokens of the prompt."""
+        """Number of prompt tokens."""
         return len(self.request.prompt_token_ids)
+
+    @property
+    def held_pages(self) -> PageTables:
+        """Its page tables. It must hold some, as every running request does."""
+        assert self.pages is not None, f"request {self.request.id} holds no pages"
+        return self.pages
 
     @functools.cached_property
     def prompt_ids(self) -> frozenset[int]:
@@ -89,28 +119,28 @@ class RequestState:
         return frozenset(self.request.prompt_token_ids)
 
     def block(self, number: int, size: int) -> bytes:
-        """Block `number` of its tokens, `size` each, int32 as bytes. Each is made once: tokens never change."""
+        """Block `number` of `size` tokens, int32 as bytes. Blocks are cached, because tokens never change."""
         for start in range(len(self.blocks) * size, (number + 1) * size, size):
             self.blocks.append(array("i", self.tokens[start : start + size]).tobytes())
         return self.blocks[number]
 
     @property
     def num_uncomputed_tokens(self) -> int:
-        """How many of its tokens the main layers have not seen: 1 while it decodes."""
+        """Tokens that the main layers have not computed: 1 while it decodes."""
         return len(self.tokens) - self.num_computed_tokens
 
     @property
     def max_new_tokens_left(self) -> int:
-        """How many tokens may still come."""
+        """Tokens until `max_length`."""
         return self.max_length - len(self.tokens)
 
     @property
-    def must_go_on(self) -> bool:
-        """Whether the text is still too short to end."""
+    def is_below_min_tokens(self) -> bool:
+        """Whether the text is too short to end (`SamplingParams.min_tokens`)."""
         return len(self.tokens) - self.prompt_length < self.params.min_tokens
 
     def add(self, decision: Decision, *, drafted: bool, policy_version: int) -> None:
-        """Confirms one token, and decides whether it is the last."""
+        """Confirms one token, and finishes the request if it is the last."""
         token = decision.token
         if token == NO_TOKEN:
             if self.structure is None or self.structure.allowed().any():
@@ -121,10 +151,12 @@ class RequestState:
         self.tokens.append(token)
         self.drafted.append(drafted)
         self.policy_versions.append(policy_version)
-        if self.params.logprobs:
-            self.logprobs.append(decision.logprob.logprob)
-        if self.params.top_logprobs:
-            self.top_logprobs.append(decision.logprob.top)
+        if self.params.logprobs or self.params.top_logprobs:
+            assert decision.logprob is not None, "the step computed no log-probabilities"
+            if self.params.logprobs:
+                self.logprobs.append(decision.logprob.logprob)
+            if self.params.top_logprobs:
+                self.top_logprobs.append(decision.logprob.top)
         if self.token_counts is not None:
             self.token_counts[token] += 1
         if token in self.stop_ids:
@@ -136,7 +168,7 @@ class RequestState:
                 self._fail_structure()
                 return
         if self.text is not None:
-            self.text.push(token, may_stop=not self.must_go_on)
+            self.text.push(token, may_stop=not self.is_below_min_tokens)
             if self.text.stopped:
                 self.finish("stop")
                 return
@@ -146,7 +178,7 @@ class RequestState:
             self.finish("length")
 
     def finish(self, reason: str, error: str = "", *, is_request_error: bool = False) -> None:
-        """Ends it: nothing more will be added."""
+        """Ends the request; no token may be added afterwards."""
         self.finish_reason = reason
         self.error = error
         self.is_request_error = is_request_error
@@ -155,7 +187,7 @@ class RequestState:
             self.text.finish()
 
     def forget_computed(self) -> None:
-        """Gives back its pages and all that was computed from them; its tokens stay, to be read again."""
+        """Releases its pages and forgets everything computed with them. Its tokens stay, to be read again."""
         if self.pages is not None:
             self.pages.release()
         self.pages = None
@@ -167,7 +199,7 @@ class RequestState:
         self.routing = RoutedRows()
 
     def take_delta(self) -> Delta:
-        """What has come since the last call."""
+        """The new tokens, text and state since the last call."""
         start, new = self.num_reported, len(self.tokens) - self.prompt_length
         self.num_reported = new
         return Delta(
@@ -185,7 +217,7 @@ class RequestState:
         )
 
     def completion(self) -> Completion:
-        """The record that the caller gets. The token that ended it is in `token_ids` but not in the text."""
+        """The result. The token that ended the text is in `token_ids` but not in `text`."""
         params = self.params
         return Completion(
             prompt_token_ids=self.tokens[: self.prompt_length],
@@ -203,6 +235,7 @@ class RequestState:
         )
 
     def _fail_structure(self) -> None:
+        assert self.structure is not None
         message = f"the structure cannot be followed further: {self.structure.error or 'no token is allowed'}"
         self.finish("error", message, is_request_error=True)
 
@@ -213,10 +246,10 @@ class RequestState:
 
 
 class RepeatCounter:
-    """Finds the first token with which a text ends in one passage `times` times in a row.
+    """Detects a text that ends in the same passage `times` times in a row.
 
-    A passage of n tokens is repeated if each of the last n * (times - 1) tokens equals the one n before it. The counter
-    holds the length of this run for each n, so a token costs the same however long passages and text are.
+    A passage of n tokens is repeated if each of the last n * (times - 1) tokens equals the token n before it. The
+    counter keeps the length of this run for each n up to 64, so the cost per token does not grow with the text.
     """
 
     def __init__(self, times: int):
@@ -225,7 +258,7 @@ class RepeatCounter:
         self._runs: dict[int, int] = {}
 
     def add(self, token: int) -> bool:
-        """Adds a token. Whether the text now ends in such a repetition."""
+        """Adds a token; returns whether the text now ends in a repetition."""
         runs = self._runs
         equal = (length for length, earlier in enumerate(self._newest, 1) if earlier == token)
         self._runs = {length: runs.get(length, 0) + 1 for length in equal}

@@ -1,4 +1,4 @@
-"""The routed experts of one sequence, as they are recorded.
+"""The recorded routed experts of one sequence: a growing array.
 
 L sparse layers, A active experts.
 """
@@ -9,7 +9,16 @@ _FIRST_ROWS = 64
 
 
 class RoutedRows:
-    """An array [positions, L, A] that grows at its end. The space doubles when full, so appending has constant cost."""
+    """An integer array [positions, L, A] that grows at its end.
+
+    The allocated space doubles when it is full, so the amortized cost of an appended row is constant. The next turn of
+    a session shares the space of the last one (`continued`) and appends behind it:
+
+        turn 1   | rows 0 to 99 |
+        turn 2   | rows 0 to 99 | rows 100 to 149 | free until _num_rows ...
+
+    Turn 1 keeps its own length, so it still sees its 100 rows, but must not append: it would overwrite those of turn 2.
+    """
 
     def __init__(self) -> None:
         self._space: np.ndarray | None = None
@@ -19,21 +28,22 @@ class RoutedRows:
         return self._length
 
     def append(self, rows: np.ndarray) -> None:
-        """Adds the experts of the next positions, integers [rows, L, A]. They are copied."""
+        """Copies the experts of the next positions, integers [rows, L, A], to the end."""
         start = self._length
         stop = start + len(rows)
         if stop > self._num_rows:
             self._grow(stop, rows)
+        assert self._space is not None
         self._space[start:stop] = rows
         self._length = stop
 
     def between(self, start: int, stop: int) -> np.ndarray:
-        """The rows of positions `start` to `stop`, a view that is valid until the next `append`."""
+        """The rows of positions `start` to `stop`: a view, valid until the next `append`."""
         assert self._space is not None and 0 <= start <= stop <= self._length
         return self._space[start:stop]
 
     def continued(self) -> "RoutedRows":
-        """Rows that begin with these and grow on in the same memory; these must not grow any more."""
+        """An object with the same rows in the same memory, to append to. `self` must not be appended to any more."""
         other = RoutedRows()
         other._space, other._num_rows, other._length = self._space, self._num_rows, self._length
         return other

@@ -1,11 +1,11 @@
-"""The host's half of a step: requests to a `StepInput`, and a `StepOutput` back to requests.
+"""The host side of a step: makes a `StepInput` from requests, and applies a `StepOutput` to them.
 
-Plain decoding is the case of no drafts: a pass feeds each sequence's newest token and its drafts, decides a token at
-every position, and keeps those up to the first that was not drafted. Prompts run in a pass of their own, so that the
-arithmetic of a decoding token does not depend on the prompts of the same step.
+A decoding pass takes the newest token and the drafts of each sequence, decides a token at every position, and keeps
+those up to the first that was not drafted. Plain decoding is the case without drafts. Prompts run in a separate pass,
+so the arithmetic of a decoding token does not depend on the prompts of the same step.
 
-The host waits for the device twice a step: for the decided tokens, because only the host knows which texts end (stop
-strings, grammars), and for the drafts of those that continue.
+The host waits for the device twice per step: for the decided tokens, because only the host knows which texts end (stop
+strings, grammars), and for the drafts of the sequences that continue.
 """
 
 import itertools
@@ -24,14 +24,14 @@ from openmimo.engine.request_state import NOT_FINITE, Decision, RequestState
 from openmimo.engine.sampler import Draw, LogitChange, sampling_input
 from openmimo.engine.speculative import DraftPlanner
 from openmimo.engine.stats import EngineStats
-from openmimo.engine.step import Span, StepBuffers, StepInput, StepOutput
+from openmimo.engine.step import HeadInput, Span, StepBuffers, StepInput, StepOutput
 from openmimo.engine.worker import Worker
 from openmimo.model.attention import kv_spec
 from openmimo.model.mimo import MiMo
 
 
 class Runner:
-    """Plans steps for a worker and applies their results. The sequences hold all other state."""
+    """Prepares steps for a worker and applies their results. All state of a request is in its `RequestState`."""
 
     def __init__(
         self,
@@ -62,8 +62,9 @@ class Runner:
             )
 
         self._buffers = buffers(range(num_layers))
-        self._drafting = None
+        self._drafting: DraftPlanner | None = None
         if num_drafts:
+            assert model.config.mtp is not None
             self._drafting = DraftPlanner(
                 [buffers(range(num_layers + head, num_layers + head + 1)) for head in range(num_drafts)],
                 keep_positions=kv_spec(model.config.mtp.attention).keep_positions,
@@ -73,7 +74,7 @@ class Runner:
 
     @torch.inference_mode()
     def decode(self, sequences: list[RequestState], policy_version: int) -> None:
-        """Gives every sequence at least one more token, and up to one more than it had drafts."""
+        """Adds at least one token to every sequence, and at most one more than it had drafts."""
         start = time.perf_counter()
         num_drafted = max(len(sequence.drafts) for sequence in sequences)
         draws = [draw for sequence in sequences for draw in draws_of(sequence)]
@@ -86,6 +87,7 @@ class Runner:
             num_rows = 1 + len(sequence.drafts)
             self._confirm(sequence, decided[first : first + num_rows], num_accepted, policy_version)
             if sequence.params.routed_experts:
+                assert routing is not None
                 num_new = min(sequence.num_computed_tokens - len(sequence.routing), num_rows)
                 sequence.routing.append(routing[first : first + num_new])
             first += num_rows
@@ -96,7 +98,7 @@ class Runner:
 
     @torch.inference_mode()
     def prefill(self, prefills: list[tuple[RequestState, int]], policy_version: int) -> None:
-        """Reads pieces of prompts, each up to its stop; a sequence that is then wholly read gets its next token."""
+        """Computes chunks of prompts, each up to its stop. A sequence whose last chunk this is gets its next token."""
         sequences = [sequence for sequence, _ in prefills]
         counts = [stop - sequence.num_computed_tokens for sequence, stop in prefills]
         ends = list(itertools.accumulate(counts))
@@ -109,6 +111,7 @@ class Runner:
             if sequence.params.prompt_logprobs:
                 self._score_prompt(sequence, output.states_TD[rows], count)
             if sequence.params.routed_experts:
+                assert routing is not None
                 sequence.routing.append(routing[rows])
             sequence.num_computed_tokens += count
         if self._drafting:
@@ -124,10 +127,11 @@ class Runner:
             self._draft(read)
 
     def _decode_input(self, sequences: list[RequestState], draws: list[Draw], num_drafted: int) -> StepInput:
-        spans, tokens = [], []
+        spans: list[Span] = []
+        tokens: list[int] = []
         for sequence in sequences:
             computed = sequence.num_computed_tokens
-            spans.append(Span(sequence.pages, computed, computed + 1 + len(sequence.drafts)))
+            spans.append(Span(sequence.held_pages, computed, computed + 1 + len(sequence.drafts)))
             tokens.append(sequence.tokens[-1])
             tokens += sequence.drafts
         draft_rows_BK = None
@@ -142,7 +146,7 @@ class Runner:
     def _prefill_input(
         self, prefills: list[tuple[RequestState, int]], last_rows: list[int], draws: list[Draw]
     ) -> StepInput:
-        spans = [Span(sequence.pages, sequence.num_computed_tokens, stop) for sequence, stop in prefills]
+        spans = [Span(sequence.held_pages, sequence.num_computed_tokens, stop) for sequence, stop in prefills]
         tokens = [
             token for sequence, stop in prefills for token in sequence.tokens[sequence.num_computed_tokens : stop]
         ]
@@ -158,7 +162,7 @@ class Runner:
         tokens: list[int],
         draws: list[Draw],
         *,
-        prompt_heads: tuple = (),
+        prompt_heads: tuple[HeadInput, ...] = (),
         decided_rows_R: torch.Tensor | None = None,
         draft_rows_BK: torch.Tensor | None = None,
     ) -> StepInput:
@@ -175,13 +179,13 @@ class Runner:
         )
 
     def _confirm(self, sequence: RequestState, decided: list[Decision], num_accepted: int, policy_version: int) -> None:
-        """Keeps a sequence's tokens up to the first that was not drafted."""
+        """Adds the accepted drafts and the token after them to a sequence."""
         num_drafts, sequence.drafts = len(sequence.drafts), []
         length_before = len(sequence.tokens)
         for index, decision in enumerate(decided[: num_accepted + 1]):
             if not sequence.finish_reason:
                 sequence.add(decision, drafted=index < num_accepted, policy_version=policy_version)
-        # Fewer than were accepted where the text ended among its drafts.
+        # A text that ended among its drafts has fewer tokens than were accepted.
         sequence.num_computed_tokens = min(sequence.num_computed_tokens + num_accepted + 1, len(sequence.tokens) - 1)
         if self._drafting:
             self.stats.count_drafts(num_drafts, num_accepted)
@@ -190,7 +194,7 @@ class Runner:
         self.stats.num_new_tokens += len(sequence.tokens) - length_before
 
     def _draft(self, sequences: list[RequestState]) -> int:
-        """Gives those that go on their next drafts; how many at most."""
+        """Drafts the next tokens of the unfinished sequences. Returns the number of heads that drafted."""
         running = [sequence for sequence in sequences if not sequence.finish_reason]
         if not self._drafting or not running:
             return 0
@@ -204,17 +208,17 @@ class Runner:
         return num_drafts
 
     def _routing(self, output: StepOutput) -> np.ndarray | None:
-        """The routed experts of a pass on the host, [T, L, A]."""
+        """The routed experts of a pass on the host, [T, L, A], if recorded."""
         if output.routing_TLA is None:
             return None
         return output.routing_TLA.cpu().numpy().astype(self._routing_dtype)
 
     def _score_prompt(self, sequence: RequestState, states_TD: torch.Tensor, count: int) -> None:
-        """Log-probabilities of the tokens after the `count` ones just read, as far as they belong to the prompt.
+        """Adds the log-probabilities of the prompt tokens that follow the `count` positions just computed.
 
-        Ends the sequence where one is not finite.
+        Ends the sequence with an error if one is not finite.
         """
-        known = len(sequence.prompt_logprobs)  # more than none where a preempted prompt is read again
+        known = len(sequence.prompt_logprobs)  # not 0 if a preempted prompt is read again
         computed = sequence.num_computed_tokens
         first = max(computed, known)
         stop = min(computed + count, sequence.prompt_length - 1)
@@ -232,12 +236,13 @@ class Runner:
 
 
 def _decisions(output: StepOutput, draws: list[Draw]) -> list[Decision]:
-    """The decided tokens, with their log-probabilities if a request of the step needs any."""
+    """The decided tokens, with log-probabilities if the step computed any."""
+    assert output.tokens_R is not None
     tokens = output.tokens_R.tolist()
     if output.logprobs_R is None:
         return [Decision(token, None) for token in tokens]
     tops: list[tuple[tuple[int, float], ...]] = [()] * len(draws)
-    if output.top_ids_RV is not None:
+    if output.top_ids_RV is not None and output.top_logprobs_RV is not None:
         pairs = zip(output.top_ids_RV.tolist(), output.top_logprobs_RV.tolist(), draws, strict=True)
         tops = [tuple(zip(i, v, strict=True))[: draw.params.top_logprobs] for i, v, draw in pairs]
     chosen = output.logprobs_R.tolist()
@@ -245,7 +250,7 @@ def _decisions(output: StepOutput, draws: list[Draw]) -> list[Decision]:
 
 
 def draws_of(sequence: RequestState) -> list[Draw]:
-    """What to decide after a sequence's newest token and after each of its drafts."""
+    """The draws after the newest token of a sequence and after each of its drafts."""
     params, length = sequence.params, len(sequence.tokens)
     if not params.changes_logits:
         return [Draw(params, sequence.seed, length + offset) for offset in range(len(sequence.drafts) + 1)]
@@ -254,28 +259,30 @@ def draws_of(sequence: RequestState) -> list[Draw]:
 
 
 def _changes(sequence: RequestState) -> list[LogitChange]:
-    """The logit changes at each position to decide, as if the drafts before it were text.
+    """The logit changes at each position to decide, if the drafts before it are accepted.
 
-    Behind a draft that the structure forbids, nothing matters: that draft will not be chosen.
+    After a draft that the structure forbids, no mask is computed: that draft cannot be accepted.
     """
     new_tokens = len(sequence.tokens) - sequence.prompt_length
-    counts = sequence.token_counts
-    changes, num_accepted, is_open = [], 0, True
+    counts, structure = sequence.token_counts, sequence.structure
+    assert counts is not None
+    changes: list[LogitChange] = []
+    num_accepted, is_open = 0, True
     for offset, draft in enumerate([*sequence.drafts, None]):
         allowed_V = None
-        if sequence.structure is not None and is_open:
-            allowed_V = sequence.structure.allowed()
-        must_go_on = new_tokens + offset < sequence.params.min_tokens
-        forbidden = sequence.stop_ids if must_go_on else frozenset()
+        if structure is not None and is_open:
+            allowed_V = structure.allowed()
+        is_below_min_tokens = new_tokens + offset < sequence.params.min_tokens
+        forbidden = sequence.stop_ids if is_below_min_tokens else frozenset()
         changes.append(LogitChange(sequence.prompt_ids, counts, forbidden, allowed_V))
         if draft is None:
             break
         counts = counts + Counter((draft,))
-        if allowed_V is not None:
+        if structure is not None and allowed_V is not None:
             is_open = bool(allowed_V[draft]) and draft not in sequence.stop_ids
             if is_open:
-                sequence.structure.accept(draft)
+                structure.accept(draft)
                 num_accepted += 1
-    if num_accepted:
-        sequence.structure.rollback(num_accepted)
+    if structure is not None and num_accepted:
+        structure.rollback(num_accepted)
     return changes

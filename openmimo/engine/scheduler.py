@@ -1,11 +1,20 @@
-"""Which requests run in the next step, and how many tokens of each. No tensors here.
+"""Scheduling: which requests run in the next step, and how many tokens of each. No tensors here.
 
-Every step serves all decoding sequences, and reads a bounded number of prompt tokens beside them: prompts in the order
-of their requests, but one that a step cannot read whole takes only an even share. So a long prompt delays neither the
-tokens of others nor their prompts, and short ones do not all end late. Requests are admitted by priority, then in order
-of arrival, when the cache has room for their prompt. When the cache is full, what no running request needs goes first
-(prefixes, idle sessions, what waiting turns of sessions hold); then the last in that same order is preempted: it gives
-back its pages, keeps its tokens, and waits to be read again. The first in the order can thus always go on.
+    add                 admit                          decode, prefill                 finished
+    ----->  waiting  ----------->  running (sorted) -------------------> next step  ------------->
+            (sorted) <-----------
+                        preempt
+
+Selection. Every step decodes all running sequences whose prompt is read, and reads prompts within a token budget. The
+budget goes to prompts in order, but a prompt longer than the budget gets only an even share of it. So a long prompt
+delays neither the tokens nor the short prompts of other requests.
+
+Admission. Requests are admitted by priority, then in order of arrival, once the cache has room for their prompt and the
+next drafts. The first in the queue blocks those after it, so a large request is not overtaken forever.
+
+Preemption. When the cache is full, memory that no running request needs is freed first: prefixes, then idle sessions,
+then the pages of session turns that wait. Then the last running request in the same order is preempted: it releases its
+pages, keeps its tokens, and waits to be read again. The first in the order can always continue, so no request starves.
 """
 
 import bisect
@@ -19,28 +28,35 @@ from openmimo.engine.config import EngineConfig
 from openmimo.engine.prefix import PrefixCache
 from openmimo.engine.request_state import RequestState
 
-_SPARED_SHARE = 8  # this fraction of the arena is left free by positions that only a later request might use
-_STEPS_BETWEEN_TRIES = 8  # of a request that the cache has no room for; matching its prompt costs time
+_SPARED_SHARE = 8  # 1/8 of the arena is not given to positions that only a later request could read
+_STEPS_BETWEEN_TRIES = 8  # to admit a request that does not fit: each try matches its prompt against the prefix tree
 
 
 @dataclass
 class Plan:
-    """One step. prefills: sequence and the position up to which its tokens are read."""
+    """The work of one step.
+
+    Attributes:
+        decodes: Sequences that decode.
+        prefills: Sequences whose prompts are read, each with the position at which the step stops.
+    """
 
     decodes: list[RequestState] = field(default_factory=list)
     prefills: list[tuple[RequestState, int]] = field(default_factory=list)
 
 
-def rank(sequence: RequestState) -> tuple[int, int]:
-    """The order in which requests are served."""
+def sort_key(sequence: RequestState) -> tuple[int, int]:
+    """The order of service: by priority, then by arrival."""
     return (sequence.request.priority, sequence.arrival)
 
 
 class Scheduler:
-    """The waiting and the running sequences of one engine.
+    """The waiting and the running sequences of one engine, each in order of `sort_key`.
 
-    prefix: None without reuse. free_idle: gives back the pages of the idle session that was used longest ago, and says
-    whether there was one.
+    Args:
+        prefix: The prefix cache; None if it is disabled.
+        num_drafts: MTP heads that draft.
+        free_idle: Releases the pages of the least recently used idle session; returns whether there was one.
     """
 
     def __init__(
@@ -64,7 +80,7 @@ class Scheduler:
         self._steps_to_next_try = 0
 
     def pages_at_most(self, max_length: int) -> int:
-        """Pages that a sequence of `max_length` may need at once, alone."""
+        """An upper bound on the pages that one sequence of `max_length` positions holds at any time."""
         kept = [group.spec.keep_positions for group in self._arena.layout.groups]
         while_read = sum(
             group.pages_until(keep + self._margin) + 2 * group.num_parts
@@ -74,16 +90,16 @@ class Scheduler:
         return self._arena.pages_for(max_length, self._margin) + while_read
 
     def add(self, sequence: RequestState) -> None:
-        """Puts a sequence in its place among the waiting."""
-        bisect.insort(self.waiting, sequence, key=rank)
+        """Adds a sequence to the queue."""
+        bisect.insort(self.waiting, sequence, key=sort_key)
 
     def remove(self, sequence: RequestState) -> None:
-        """Takes out a sequence, wherever it is. Its pages stay its own."""
+        """Removes a waiting or running sequence, which keeps its pages."""
         self._refused = None
         (self.waiting if sequence in self.waiting else self.running).remove(sequence)
 
     def plan(self) -> Plan:
-        """The next step. Pages for it are taken."""
+        """Plans the next step and takes its pages."""
         plan = Plan()
         self._admit()
         for sequence in list(self.running):
@@ -91,20 +107,30 @@ class Scheduler:
             if is_decoding and self._reach(sequence, sequence.num_computed_tokens + 1 + len(sequence.drafts)):
                 plan.decodes.append(sequence)
         self._plan_prefills(plan)
-        # a sequence planned early may have been preempted for one of higher rank
+        # A sequence that was planned first may have been preempted by one that comes earlier in the order.
         plan.decodes = [sequence for sequence in plan.decodes if sequence.pages is not None]
         plan.prefills = [(sequence, stop) for sequence, stop in plan.prefills if sequence.pages is not None]
         return plan
 
     def restart(self) -> None:
-        """Preempts everything: all requests will be read from their first token, also turns of a session that wait."""
+        """Preempts all running sequences. These and waiting session turns are read again from their first token."""
         for sequence in list(self.running):
             self._preempt(sequence)
         for sequence in self.waiting:
             sequence.forget_computed()
 
     def _plan_prefills(self, plan: Plan) -> None:
-        """Long prompts, which no step can read whole, get an even share each, short ones what these leave, in order."""
+        """Divides the token budget: an even share to each long prompt, the rest to short prompts in order.
+
+        A prompt is long if its unread tokens exceed the budget. A prompt also gets what no later one can use. With a
+        budget of 100 tokens, four prompts and so an even share of 25:
+
+            prompt    unread             planned
+            A         1000    long       25    share
+            B           30    short      30    whole: 100 - 25 (A) - 25 (kept for C) are left
+            C          400    long       25    share
+            D           20    short      20    the rest
+        """
         reading = [sequence for sequence in self.running if sequence.num_uncomputed_tokens > 1]
         budget = self._config.mixed_prefill_tokens if plan.decodes else self._config.prefill_tokens
         even_share, longest_short = max(budget // max(len(reading), 1), 1), budget
@@ -112,8 +138,8 @@ class Scheduler:
             later = [other.num_uncomputed_tokens for other in reading[index + 1 :]]
             kept_for_long = even_share * sum(remaining > longest_short for remaining in later)
             is_long = sequence.num_uncomputed_tokens > longest_short
-            most = even_share if is_long else max(budget - kept_for_long, even_share)
-            count = min(sequence.num_uncomputed_tokens, budget, max(most, budget - sum(later)))
+            limit = even_share if is_long else max(budget - kept_for_long, even_share)
+            count = min(sequence.num_uncomputed_tokens, budget, max(limit, budget - sum(later)))
             if count < 1 or sequence.pages is None:
                 continue
             if self._reach(sequence, sequence.num_computed_tokens + count):
@@ -121,6 +147,11 @@ class Scheduler:
                 budget -= count
 
     def _admit(self) -> None:
+        """Moves sequences from the queue to the running ones as long as their pages can be freed.
+
+        The first is always admitted if nothing runs: `Engine.check` ensures that it fits in the arena. Pages are taken
+        later, in `_reach`, so a request needs room for its tokens, the next token and drafts, and one spare row.
+        """
         while self.waiting and len(self.running) < self._config.max_sequences:
             sequence = self.waiting[0]
             if self.running and sequence is self._refused and self._steps_to_next_try:
@@ -132,38 +163,39 @@ class Scheduler:
                 if self._prefix is not None and sequence.request.session is None:
                     self._prefix.start(sequence)
             needed = sequence.pages.missing(len(sequence.tokens) + 1 + self._margin) + self._arena.layout.pages_per_row
-            if self.running and needed > self._arena.num_free and not self._could_have(needed, sequence):
+            if self.running and needed > self._arena.num_free and not self._can_free(needed, sequence):
                 if sequence.request.session is None:
                     sequence.forget_computed()
                 self._refused, self._steps_to_next_try = sequence, _STEPS_BETWEEN_TRIES
                 return
             self._make_room(needed, sequence)
             del self.waiting[0]
-            bisect.insort(self.running, sequence, key=rank)
+            bisect.insort(self.running, sequence, key=sort_key)
 
     def _reach(self, sequence: RequestState, length: int) -> bool:
-        """Takes the pages for `length` positions; False if the sequence had to be preempted itself."""
-        missing = sequence.pages.missing(length)
+        """Takes the pages for `length` positions; returns False if the sequence itself had to be preempted."""
+        missing = sequence.held_pages.missing(length)
         while missing > self._arena.num_free and not self._make_room(missing):
             victim = self.running[-1]
             self._preempt(victim)
             if victim is sequence:
                 return False
         spare = self._arena.num_free - missing - self._arena.num_pages // _SPARED_SHARE
-        sequence.pages.reach(length, spare_pages=max(spare, 0) if self._prefix is not None else 0)
+        sequence.held_pages.reach(length, spare_pages=max(spare, 0) if self._prefix is not None else 0)
         return True
 
-    def _could_have(self, num_pages: int, admitted: RequestState) -> bool:
-        """Whether so many pages are free, or would be if everything but the running requests gave theirs back."""
+    def _can_free(self, num_pages: int, admitted: RequestState) -> bool:
+        """Whether `num_pages` pages are held neither by running requests nor by the one to admit."""
         is_held = np.zeros(self._arena.num_pages, dtype=bool)
         for sequence in (*self.running, admitted):
-            sequence.pages.mark_held(is_held)
-        return num_pages <= self._arena.num_pages - np.count_nonzero(is_held)
+            sequence.held_pages.mark_held(is_held)
+        return num_pages <= self._arena.num_pages - int(np.count_nonzero(is_held))
 
     def _make_room(self, num_pages: int, admitted: RequestState | None = None) -> bool:
-        """Frees what no running request needs (nor the one that is to run), until so many pages are free or none is.
+        """Frees what neither running requests nor `admitted` need, until `num_pages` pages are free.
 
-        Waiting turns hold what their session had computed; the last to be served loses it first.
+        Waiting session turns hold the pages of their earlier turns; the last in the queue loses them first. Returns
+        whether that many pages are free.
         """
         if num_pages > self._arena.num_free and self._prefix is not None:
             self._prefix.evict(num_pages - self._arena.num_free)

@@ -1,17 +1,24 @@
-"""Speculative decoding with the model's own MTP heads (paper section 2.3 and table 10), exact.
+"""Exact speculative decoding with the model's MTP heads (paper section 2.3 and table 10): the host's plan.
 
-Why it is exact. Each position's token is decided from the model's own distribution with that position's own random
-number, as in plain decoding; a draft that equals it only means that the next position is already computed.
-(In the terms of speculative sampling, arXiv 2211.17192: a draft d proposed with certainty is kept with probability
-p(d), and otherwise the token follows p without d, rescaled.) What remains is rounding: a pass over several tokens may
-differ from one over a single token in the last bits.
+Exactness. The token of each position is decided from the model's distribution with the random number of that position,
+as in plain decoding. A draft equal to it only means that the next position is already computed. (In terms of
+speculative sampling, arXiv 2211.17192: a draft d proposed with certainty is kept with probability p(d); otherwise the
+token follows p without d, renormalized.) Only rounding differs: a pass over several tokens may differ from one over a
+single token in the last bits.
 
 Positions. Head k at position i reads the main model's state at i and token i+1+k, and predicts token i+2+k. With n
-confirmed tokens, the main layers have seen n-1, and the newest position is n-2: there head 0 reads the newest token,
-head 1 the draft of head 0, and so on. For head k the last k positions thus read drafts. The next round computes these
-positions again from real tokens, so no draft reads a row that came from another draft.
+confirmed tokens t0 to t(n-1), the main layers have computed n-1 positions, the newest of which is n-2. With n = 6 and
+drafts d6, d7, d8, the heads read these tokens next to the states:
 
-Here the host plans the passes of the heads; a `Worker` runs them.
+    position    0    1    2    3    4
+    head 0      t1   t2   t3   t4   t5   -> d6
+    head 1      t2   t3   t4   t5   d6   -> d7
+    head 2      t3   t4   t5   d6   d7   -> d8
+
+So head k reads drafts at its last k positions. The next round computes these positions again from confirmed tokens
+(`head_lengths` excludes them), so no cached row of a head depends on a draft.
+
+This file plans the passes of the heads; `Worker` runs them.
 """
 
 import torch
@@ -19,20 +26,21 @@ import torch
 from openmimo.engine.request_state import RequestState
 from openmimo.engine.step import HeadInput, Span, StepBuffers
 
-_Work = tuple[RequestState, int, int]  # positions `start` to `stop` of a sequence
+_Work = tuple[RequestState, int, int]  # a sequence, and the positions `start` to `stop` that a head computes
 
 
 class DraftPlanner:
-    """Plans the first heads of a model over the positions of several sequences at once.
+    """Plans the passes of the drafting heads over several sequences at once.
 
-    A head that was not needed for a while, or joins in the middle of a reused prefix, has no keys for the positions
-    between: it continues with what its pages hold there. That can make its drafts worse until its window has passed,
-    never the text.
+    A head that was idle for some steps, or starts after a reused prefix, has no keys for the positions between. It
+    reads the old contents of its pages there, so its drafts may be worse until its window has passed. Output does not
+    change: drafts are verified.
 
     Args:
-        buffers: One for each head, for its pass.
-        keep_positions: How many positions a head remembers (None: all).
+        buffers: Buffers for the pass of each head.
+        keep_positions: Positions that a head caches (None: all).
         ring_positions: As in `Worker`.
+        device: Of the tensors that it makes.
     """
 
     def __init__(
@@ -45,20 +53,26 @@ class DraftPlanner:
         self._device = device
 
     def follow_prompt(self, prefills: list[tuple[RequestState, int]]) -> tuple[HeadInput, ...]:
-        """Brings the heads up to the positions of prompts whose tokens are known, where drafts will still see them.
+        """The passes that bring the heads up to date with prompts that are read in the same step.
 
-        prefills: sequences, and the position up to which the main layers read each in the same step.
+        A head computes only positions whose shifted token is known, and skips those that will be outside its window
+        when it first drafts.
+
+        Args:
+            prefills: Sequences, each with the position at which the main layers stop in this step.
         """
         heads = []
         for head in range(self.num_drafts):
-            work, places, first_row = [], [], 0
-            for sequence, read in prefills:
+            work: list[_Work] = []
+            places: list[int] = []
+            first_row = 0
+            for sequence, main_stop in prefills:
                 known = len(sequence.tokens) - 1 - head
-                stop = min(read, known)
+                stop = min(main_stop, known)
                 if self._keep_positions is not None:
-                    unseen = known - self._keep_positions - self.num_drafts
-                    sequence.head_lengths[head] = max(sequence.head_lengths[head], min(unseen, stop))
-                # After a prefix hit, states of earlier positions were never computed: the head skips them.
+                    first_needed = known - self._keep_positions - self.num_drafts
+                    sequence.head_lengths[head] = max(sequence.head_lengths[head], min(first_needed, stop))
+                # After a prefix hit the worker has no states of earlier positions, so the head skips these.
                 start = max(sequence.head_lengths[head], sequence.states_start)
                 if stop > start:
                     work.append((sequence, start, stop))
@@ -66,19 +80,20 @@ class DraftPlanner:
                     begin = max(start, sequence.num_computed_tokens) - sequence.num_computed_tokens
                     places += [-1 - first_row - row for row in range(begin, stop - sequence.num_computed_tokens)]
                     sequence.head_lengths[head] = stop
-                first_row += read - sequence.num_computed_tokens
+                first_row += main_stop - sequence.num_computed_tokens
             if work:
                 heads.append(self._head_input(head, work, places, range(len(work))))
         return tuple(heads)
 
     def draft(self, sequences: list[RequestState], num_drafts: int) -> list[HeadInput]:
-        """The passes for the next drafts of each sequence, at most one fewer than it has room for (a step adds one)."""
+        """The passes for the next drafts: at most one fewer than a sequence has tokens left; a step adds one more."""
         heads = []
         for head in range(num_drafts):
             ready = [n for n, sequence in enumerate(sequences) if sequence.max_new_tokens_left > head + 1]
             if not ready:
                 break
-            work, places = [], []
+            work: list[_Work] = []
+            places: list[int] = []
             for sequence in (sequences[n] for n in ready):
                 start, stop = max(sequence.head_lengths[head], sequence.states_start), sequence.num_computed_tokens
                 work.append((sequence, start, stop))
@@ -88,13 +103,18 @@ class DraftPlanner:
         return heads
 
     def forget_old_states(self, sequences: list[RequestState]) -> None:
-        """Keeps what the last head, which lags most, still has to read."""
+        """Advances `states_start` to the first state that the last head, which lags most, still reads."""
         for sequence in sequences:
             sequence.states_start = max(sequence.states_start, sequence.num_computed_tokens - self.num_drafts)
 
     def state_places(self, spans: list[Span]) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Where the states of a pass are kept, and which of its rows: of a long run only the newest can be needed."""
-        places, rows, first_row = [], [], 0
+        """Where the worker keeps the states of a pass, and which rows of the pass it keeps (None: all).
+
+        Of a sequence with many new positions only the newest states, as many as the ring holds, can still be read.
+        """
+        places: list[int] = []
+        rows: list[int] = []
+        first_row = 0
         for span in spans:
             count = min(span.stop - span.start, self._ring_positions)
             offset = span.pages.seat * self._ring_positions
@@ -105,16 +125,21 @@ class DraftPlanner:
         return places_T, None if len(rows) == first_row else torch.tensor(rows, device=self._device)
 
     def _places(self, sequence: RequestState, start: int, stop: int) -> list[int]:
-        offset = sequence.pages.seat * self._ring_positions
+        offset = sequence.held_pages.seat * self._ring_positions
         return [offset + position % self._ring_positions for position in range(start, stop)]
 
     def _head_input(self, head: int, work: list[_Work], places: list[int], members: "range | list[int]") -> HeadInput:
-        """The pass of one head; `members` says which sequences of the drafting these are."""
-        spans, tokens, last_rows, rows, heads, columns = [], [], [], [], [], []
+        """The pass of one head. `members` are the indices of its sequences among those that draft."""
+        spans: list[Span] = []
+        tokens: list[int] = []
+        last_rows: list[int] = []
+        rows: list[int] = []
+        heads: list[int] = []
+        columns: list[int] = []
         for member, (sequence, start, stop) in zip(members, work, strict=True):
-            spans.append(Span(sequence.pages, start, stop))
+            spans.append(Span(sequence.held_pages, start, stop))
             confirmed = sequence.tokens[start + 1 + head : stop + 1 + head]
-            num_drafted = stop - start - len(confirmed)  # tokens that are drafts of the heads before this one
+            num_drafted = stop - start - len(confirmed)  # their tokens are drafts of earlier heads
             tokens += confirmed
             rows += range(len(tokens), len(tokens) + num_drafted)
             heads += range(head - num_drafted, head)
@@ -126,5 +151,13 @@ class DraftPlanner:
         def ids(values: "range | list[int]") -> torch.Tensor:
             return torch.tensor(values, dtype=torch.int64, device=self._device)
 
-        drafted = (ids(rows), ids(heads), ids(columns)) if rows else (None, None, None)
-        return HeadInput(head, forward, ids(places), *drafted, ids(last_rows), ids(members))
+        return HeadInput(
+            head,
+            forward,
+            state_places_T=ids(places),
+            draft_rows=ids(rows) if rows else None,
+            draft_heads=ids(heads) if rows else None,
+            draft_sequences=ids(columns) if rows else None,
+            last_rows_B=ids(last_rows),
+            sequences_B=ids(members),
+        )

@@ -1,4 +1,4 @@
-"""What the engine counts while it works."""
+"""Counters of the engine."""
 
 import warnings
 from dataclasses import dataclass, field
@@ -6,19 +6,27 @@ from dataclasses import dataclass, field
 from openmimo.engine.cache import PageArena
 from openmimo.engine.request_state import RequestState
 
-# Heads that were loaded from the wrong tensors, or never trained, are right by chance: say so, once.
+# Untrained heads, or heads loaded from the wrong tensors, have chance acceptance: the engine warns once.
 _DRAFTS_OF_A_CHECK = 1000
 _MIN_ACCEPTED = 50
 
 
 @dataclass
 class EngineStats:
-    """Sums since the engine was made, or since its statistics were last reset.
+    """Sums since the engine was made or its statistics were last reset.
 
-    num_prompt_tokens: prompt tokens that were computed; num_cached_tokens: those that did not have to be.
-    num_steps: decoding passes of the main model (prefill passes are not among them). num_decoded_tokens: tokens those
-    passes gave; the first token of a sequence comes from its prefill. sequence_steps: the sequences in each of those
-    passes, added up. offered, accepted: per head, drafts judged (those behind a rejected one are not) and found right.
+    Attributes:
+        num_prompt_tokens: Prompt tokens that were computed.
+        num_cached_tokens: Prompt tokens that were reused.
+        num_new_tokens: Tokens that were generated.
+        num_decoded_tokens: Tokens from decoding passes. The first token of a sequence comes from its prefill.
+        num_steps: Decoding passes of the main model, without prefill passes.
+        sequence_steps: Sum over the decoding passes of their sequences.
+        seconds: Wall time of the steps.
+        cache_bytes: Peak bytes of the pages of running sequences, measured when a request ends.
+        all_global_cache_bytes: Bytes at that moment in a model of full layers.
+        offered: Per head, drafts that were judged; those after a rejected draft are not.
+        accepted: Per head, drafts that were accepted.
     """
 
     num_prompt_tokens: int = 0
@@ -34,21 +42,21 @@ class EngineStats:
     accepted: list[int] = field(default_factory=list)
 
     def count_drafts(self, num_offered: int, num_accepted: int) -> None:
-        """One verification: of `num_offered` drafts the first `num_accepted` were right."""
+        """Counts one verification, in which the first `num_accepted` of `num_offered` drafts were accepted."""
         for head in range(min(num_accepted + 1, num_offered)):
             self.offered[head] += 1
             self.accepted[head] += head < num_accepted
         if num_offered and self.offered[0] == _DRAFTS_OF_A_CHECK and self.accepted[0] < _MIN_ACCEPTED:
             warnings.warn(
-                f"of {self.offered[0]} drafts of the first MTP head {self.accepted[0]} were right, no more than by "
-                "chance: the heads are untrained or not those of this model, and drafting only costs; use "
+                f"{self.accepted[0]} of {self.offered[0]} drafts of the first MTP head were accepted, no more than by "
+                "chance: the heads are untrained or belong to another model, and drafting only costs time; use "
                 "speculative=False.",
                 stacklevel=2,
             )
 
     def observe_cache(self, arena: PageArena, sequences: list[RequestState]) -> None:
-        """Keeps the peak of the bytes that running sequences hold, and what a model of full layers would have held."""
-        cache_bytes = arena.page_bytes * sum(sequence.pages.num_pages for sequence in sequences)
+        """Updates the peak of the bytes that `sequences` hold, and the bytes that a model of full layers would hold."""
+        cache_bytes = arena.page_bytes * sum(sequence.held_pages.num_pages for sequence in sequences)
         if cache_bytes > self.cache_bytes:
             self.cache_bytes = cache_bytes
             self.all_global_cache_bytes = sum(
@@ -56,11 +64,12 @@ class EngineStats:
             )
 
     def reset(self) -> None:
-        """Starts counting anew."""
-        self.__init__(offered=[0] * len(self.offered), accepted=[0] * len(self.accepted))
+        """Sets all counters to zero."""
+        zero = EngineStats(offered=[0] * len(self.offered), accepted=[0] * len(self.accepted))
+        vars(self).update(vars(zero))
 
     def report(self) -> dict[str, float | int | list[float]]:
-        """The numbers to read: see `LLM.stats`."""
+        """The statistics that `LLM.stats` describes."""
         return {
             "accepted_tokens_per_step": self.num_decoded_tokens / max(self.sequence_steps, 1),
             "acceptance_by_head": [a / max(o, 1) for a, o in zip(self.accepted, self.offered, strict=True)],

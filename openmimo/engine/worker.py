@@ -1,7 +1,7 @@
-"""Executes steps on one device: the forward pass, the decision of tokens, the check of drafts, and the drafting heads.
+"""Executes steps on one device: the forward pass, sampling, the verification of drafts, and the drafting heads.
 
-A worker knows no requests: it reads the tensors of a step, and returns tensors. Two workers with equal weights, page
-contents and states give equal results for equal steps, which is what several ranks of one engine rely on.
+A worker knows no requests: it takes the tensors of a step and returns tensors. Two workers with equal weights, page
+contents and states return equal results for equal steps. Several ranks of one engine would rely on this.
 
 T packed tokens, B sequences, R decided rows, H drafting heads, D model dim.
 """
@@ -17,9 +17,10 @@ from openmimo.model.mimo import MiMo
 
 
 class Worker:
-    """A model, the arena of its cache, and the newest main-model states of each sequence, which the MTP heads read.
+    """A model, its cache arena, and the newest main-model states of each sequence, which the MTP heads read.
 
-    States are a ring for each seat: that of position i is row `seat * ring_positions + i % ring_positions`.
+    Each seat has a ring of states: the state of position i is in row `seat * ring_positions + i % ring_positions`.
+    The ring holds at least 2 * num_drafts + 1 positions: the last head lags by num_drafts, a step adds num_drafts + 1.
     """
 
     def __init__(self, model: MiMo, arena: PageArena, *, num_drafts: int):
@@ -32,7 +33,7 @@ class Worker:
 
     @torch.inference_mode()
     def execute(self, step: StepInput) -> StepOutput:
-        """Runs the main layers over the new tokens, keeps their states, and decides and verifies tokens."""
+        """Runs the main layers over the new tokens, stores their states, decides tokens and verifies drafts."""
         context = self._context.bind(step.main, records_routing=step.records_routing)
         hidden = self._model(step.main.token_ids_T, context)
         recorded = context.routing.recorded
@@ -47,7 +48,7 @@ class Worker:
             rows_TD = states_TD if step.state_rows_T is None else states_TD[step.state_rows_T]
             kept_XD[step.state_places_T] = rows_TD
         tokens_R = num_accepted_B = None
-        logprobs = (None, None, None)
+        logprobs_R = top_ids_RV = top_logprobs_RV = None
         if step.sampling is not None:
             states_RD = hidden.post_norm_TD
             if step.decided_rows_R is not None:
@@ -55,18 +56,21 @@ class Worker:
             logits_RV = self._model.head(states_RD)
             tokens_R = decide(logits_RV, step.sampling)
             if step.sampling.logprob_temperature_R1 is not None:
-                logprobs = decided_logprobs(logits_RV, tokens_R, step.sampling)
+                logprobs_R, top_ids_RV, top_logprobs_RV = decided_logprobs(logits_RV, tokens_R, step.sampling)
             if step.draft_rows_BK is not None:
                 num_accepted_B = count_accepted(step.main.token_ids_T, tokens_R, step.draft_rows_BK)
         routing_TLA = None
         if step.records_routing:
             routing_TLA = torch.stack([recorded[layer] for layer in sorted(recorded)], dim=1)
-        return StepOutput(tokens_R, num_accepted_B, *logprobs, routing_TLA, hidden.post_norm_TD)
+        return StepOutput(
+            tokens_R, num_accepted_B, logprobs_R, top_ids_RV, top_logprobs_RV, routing_TLA, hidden.post_norm_TD
+        )
 
     @torch.inference_mode()
     def draft(self, heads: list[HeadInput], num_sequences: int) -> torch.Tensor:
-        """Runs drafting heads in turn: their tokens, int64 [H, B]. A head reads the drafts of earlier ones."""
+        """Runs the drafting heads in order: drafts, int64 [H, B]. A head reads the drafts of earlier ones."""
         drafts_HB = torch.zeros(len(heads), num_sequences, dtype=torch.int64, device=self._model.device)
+        assert self._states_XD is not None, "heads draft after the main layers"
         for step in heads:
             if step.draft_rows is not None:
                 step.forward.token_ids_T[step.draft_rows] = drafts_HB[step.draft_heads, step.draft_sequences]
@@ -81,30 +85,34 @@ class Worker:
         return drafts_HB
 
     def _run_head(self, step: HeadInput, states_TD: torch.Tensor) -> torch.Tensor:
-        """One head over its new positions: states [T, D]."""
-        hidden = Hidden(pre_norm_TD=states_TD, post_norm_TD=states_TD)  # only one of them was kept
+        """Runs one head over its new positions; returns its states [T, D]."""
+        hidden = Hidden(pre_norm_TD=states_TD, post_norm_TD=states_TD)  # the worker keeps only the one that heads read
         return self._model.mtp(step.head, hidden, step.forward.token_ids_T, self._context.bind(step.forward))
 
     def states(self, seat: int, first: int, stop: int) -> torch.Tensor:
-        """The kept states of positions `first` to `stop` of a sequence, [positions, D]."""
+        """The stored states of positions `first` to `stop` of a sequence, [positions, D]."""
+        assert self._states_XD is not None
         positions = torch.arange(first, stop, device=self._model.device)
         return self._states_XD[seat * self.ring_positions + positions % self.ring_positions]
 
     def _states(self, like_TD: torch.Tensor) -> torch.Tensor:
-        """The memory of the states, with room for every seat."""
-        num_rows, known = self._arena.num_seats * self.ring_positions, self._states_XD
-        if known is None or len(known) < num_rows:
-            self._states_XD = like_TD.new_zeros(2 * num_rows, like_TD.shape[1])
-            if known is not None:
-                self._states_XD[: len(known)] = known
-        return self._states_XD
+        """The memory of the states, grown to hold every seat."""
+        num_rows, states_XD = self._arena.num_seats * self.ring_positions, self._states_XD
+        if states_XD is None or len(states_XD) < num_rows:
+            grown_XD = like_TD.new_zeros(2 * num_rows, like_TD.shape[1])
+            if states_XD is not None:
+                grown_XD[: len(states_XD)] = states_XD
+            self._states_XD = states_XD = grown_XD
+        return states_XD
 
 
 def count_accepted(token_ids_T: torch.Tensor, tokens_T: torch.Tensor, draft_rows_BK: torch.Tensor) -> torch.Tensor:
-    """How many drafts of each sequence, from the first on, are what was decided at their positions: int64 [B].
+    """Counts the leading drafts of each sequence that equal the decided tokens, int64 [B].
 
-    token_ids_T: the tokens of a pass: of each sequence its newest token and then its drafts. tokens_T: those decided
-    after each. draft_rows_BK: as in `StepInput`.
+    Args:
+        token_ids_T: Tokens of a pass: for each sequence its newest token, then its drafts.
+        tokens_T: The token decided after each.
+        draft_rows_BK: As in `StepInput`.
     """
     is_right_T = torch.zeros_like(token_ids_T, dtype=torch.bool)  # the last row decides no draft, so it stays false
     torch.eq(token_ids_T[1:], tokens_T[:-1], out=is_right_T[:-1])
