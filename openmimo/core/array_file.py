@@ -43,7 +43,7 @@ class ArrayFile:
         """Writes an array behind the others. It can be read at once; `sync` brings it to the disk."""
         array = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
         stored = StoredArray(self, self.num_bytes, array.dtype.str, array.shape)
-        data = memoryview(array.reshape(-1).view(np.uint8))
+        data = array.reshape(-1).view(np.uint8).data
         while len(data):
             written = os.pwrite(self._descriptor, data[:_CHUNK_BYTES], self.num_bytes)
             self.appended_checksum = zlib.crc32(data[:written], self.appended_checksum)

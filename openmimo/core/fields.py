@@ -73,7 +73,8 @@ def check_fields(config: Any, where: str) -> None:
     Raises:
         ConfigError: A type is wrong, a float is not finite, or a bound does not hold. The message names the field.
     """
-    for name, expected in field_types(type(config)).items():
+    config_type: Any = type(config)
+    for name, expected in field_types(config_type).items():
         object.__setattr__(config, name, checked(expected, getattr(config, name), f"{where}.{name}"))
 
 
@@ -101,7 +102,7 @@ def checked(expected: Any, value: Any, where: str) -> Any:
             checked(arguments[0], key, f"a key of {where}"): checked(arguments[1], item, f"{where}.{key}")
             for key, item in value.items()
         }
-    if dataclasses.is_dataclass(expected):
+    if isinstance(expected, type) and dataclasses.is_dataclass(expected):
         return value if isinstance(value, expected) else _build(expected, value, where)
     return _checked_scalar(expected, value, where)
 

@@ -106,7 +106,8 @@ def read_known_keys(
     """
     if not isinstance(values, dict):
         raise error(f"{where} must be a JSON object, not a {type(values).__name__}.")
-    types = field_types(schema)
+    schema_type: Any = schema
+    types = field_types(schema_type)
     built: dict[str, Any] = {}
     findings: list[str] = []
     for key, value in values.items():
@@ -120,7 +121,7 @@ def read_known_keys(
                 unknown_key_message(key, types, where)
                 + ". Remove it if it has no effect; ignoring a key may silently change the model."
             )
-    missing = [key for key in required_fields(schema) if key not in values]
+    missing = [key for key in required_fields(schema_type) if key not in values]
     if missing:
         findings.append(f"{where} lacks {', '.join(map(repr, missing))}.")
     if findings:

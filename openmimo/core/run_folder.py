@@ -96,10 +96,7 @@ def _shown(values: dict[str, Any], name: str) -> str:
 
 def _flat(values: Any, name: str = "") -> dict[str, Any]:
     """The leaves of nested dicts and lists under dotted names, such as `stages.0.learning_rate`."""
-    if isinstance(values, dict) and values:
-        pairs = values.items()
-    elif isinstance(values, list) and values:
-        pairs = enumerate(values)
-    else:
+    if not isinstance(values, dict | list) or not values:
         return {name: values}
-    return {key: leaf for part, own in pairs for key, leaf in _flat(own, f"{name}.{part}".lstrip(".")).items()}
+    pairs = list(values.items() if isinstance(values, dict) else enumerate(values))
+    return {key: leaf for part, item in pairs for key, leaf in _flat(item, f"{name}.{part}".lstrip(".")).items()}

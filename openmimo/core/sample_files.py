@@ -46,10 +46,11 @@ def read_sample(values: dict[str, Any], file: ArrayFile) -> Sample:
             name: StoredArray(file, offset, dtype, tuple(shape))
             for name, (offset, dtype, shape) in values["arrays"].items()
         }
+        fields: dict[str, Any] = {name: values[name] for name in _PLAIN}
+        fields |= dict.fromkeys(("token_ids", "loss_mask", "logprobs", "versions"), ())
+        fields |= {name: stored if name == "routed_experts" else np.array(stored) for name, stored in arrays.items()}
         return Sample(
-            **{name: values[name] for name in _PLAIN},
-            **dict.fromkeys(("token_ids", "loss_mask", "logprobs", "versions"), ())
-            | {name: stored if name == "routed_experts" else np.array(stored) for name, stored in arrays.items()},
+            **fields,
             reward=_number_from_json(values["reward"]),
             earlier=[read_sample(context, file) for context in values["earlier"]],
         )

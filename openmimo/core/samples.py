@@ -23,6 +23,10 @@ TOKEN_DTYPES = {
 ANNOTATIONS = ("advantages", "weights", "teacher_logprobs")
 
 
+def _no_numbers() -> np.ndarray:
+    return np.empty(0)
+
+
 @dataclass(eq=False)
 class Sample:
     """One sequence of the policy. Entry i of a per-token array belongs to token i; T tokens.
@@ -66,9 +70,9 @@ class Sample:
     finish_reason: str = ""
     temperature: float = 1.0
     routed_experts: np.ndarray | StoredArray | None = None
-    advantages: np.ndarray = ()
-    weights: np.ndarray = ()
-    teacher_logprobs: np.ndarray = ()
+    advantages: np.ndarray = field(default_factory=_no_numbers)
+    weights: np.ndarray = field(default_factory=_no_numbers)
+    teacher_logprobs: np.ndarray = field(default_factory=_no_numbers)
     episode: str = ""
     earlier: list["Sample"] = field(default_factory=list)
     info: dict[str, Any] = field(default_factory=dict)
@@ -95,7 +99,7 @@ class Sample:
             return NotImplemented
         return all(_are_equal(getattr(self, own.name), getattr(other, own.name)) for own in fields(self))
 
-    __hash__ = None
+    __hash__ = None  # type: ignore[assignment]  # samples are mutable
 
     @property
     def num_answer_tokens(self) -> int:
@@ -144,9 +148,10 @@ def _token_array(name: str, values: Any, dtype: np.dtype) -> np.ndarray:
 
 def _are_equal(own: Any, other: Any) -> bool:
     """Equality in which NaN equals NaN and arrays of different dtypes differ."""
-    arrays = [np.asarray(value) for value in (own, other) if isinstance(value, np.ndarray | StoredArray)]
-    if arrays:
-        is_float = arrays[0].dtype.kind == "f"
-        return len(arrays) == 2 and arrays[0].dtype == arrays[1].dtype and np.array_equal(*arrays, equal_nan=is_float)
+    are_arrays = [isinstance(value, np.ndarray | StoredArray) for value in (own, other)]
+    if any(are_arrays):
+        first, second = np.asarray(own), np.asarray(other)
+        is_float = first.dtype.kind == "f"
+        return all(are_arrays) and first.dtype == second.dtype and np.array_equal(first, second, equal_nan=is_float)
     is_nan = isinstance(own, float) and math.isnan(own)
     return own == other or (is_nan and isinstance(other, float) and math.isnan(other))

@@ -50,6 +50,7 @@ def measure_decoding(config: DemoConfig, model_folder: Path) -> dict[str, Any]:
     positions = long_llm.model.config.max_positions
     long_llm.generate([(prompts[0] * positions)[: positions - 2]], replace(params, max_tokens=1))
     tokenizer = long_llm.tokenizer
+    assert tokenizer is not None
     return {
         **results,
         "same_text": texts["plain"] == texts["speculative"],
@@ -68,6 +69,7 @@ def measure_answers(config: DemoConfig) -> dict[str, Any]:
     results = {}
     for name, folder in (("sft", config.sft.run_folder), ("student", config.mopd.run_folder)):
         llm = LLM(Path(folder) / "model", speculative=True, adaptive_drafts=False)
+        assert llm.tokenizer is not None
         prompts = []
         for source in config.mopd.sources:
             environment, options = open_environment(source.environment, source.options)

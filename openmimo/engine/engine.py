@@ -244,6 +244,7 @@ class Engine:
                 self.prefix.extend(sequence)
                 if sequence in read and sequence.num_uncomputed_tokens <= 1:
                     self.prefix.mark_end(sequence.node)
+            assert sequence.pages is not None, "a computed sequence holds pages"
             sequence.pages.leave_behind(sequence.num_computed_tokens)
         finished = [sequence for sequence in touched if sequence.finish_reason]
         if finished:
@@ -274,7 +275,8 @@ class Engine:
 
     def _continue_session(self, sequence: RequestState) -> None:
         """Takes over what an earlier turn of the session computed, if this prompt goes on from it."""
-        earlier = self._idle_sessions.pop(sequence.request.session, None)
+        session = sequence.request.session
+        earlier = None if session is None else self._idle_sessions.pop(session, None)
         if earlier is None:
             return
         known = earlier.tokens[: earlier.num_computed_tokens]

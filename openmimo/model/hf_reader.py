@@ -210,7 +210,10 @@ def _rows_by_part(spec: AttentionConfig) -> dict[str, int]:
 
 def _attention_of(name: str, config: ModelConfig) -> AttentionConfig:
     head, _, rest = name.partition("layers.")
-    return config.mtp.attention if "mtp" in head else config.layers[int(rest.split(".")[0])].attention
+    if "mtp" in head:
+        assert config.mtp is not None
+        return config.mtp.attention
+    return config.layers[int(rest.split(".")[0])].attention
 
 
 def _part(name: str) -> str:

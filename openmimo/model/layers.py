@@ -101,8 +101,8 @@ class Embedding(nn.Embedding):
 
     def _stored(self) -> torch.Tensor:
         """The weight, or what a parametrization computes it from."""
-        own = self._parameters
-        return own["weight"] if "weight" in own else next(self.parameters())
+        weight = self._parameters.get("weight")
+        return next(self.parameters()) if weight is None else weight
 
     def forward(self, tokens_T: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Token ids, int64 [T], to embeddings [T, D] in `dtype` (None: that of the weight)."""

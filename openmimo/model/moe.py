@@ -8,6 +8,7 @@ that it needs no way through the rest of the model.
 """
 
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import nn
@@ -27,6 +28,8 @@ class Router(nn.Module):
         moe: The sparse layers of the model.
         index: The number of the layer, under which routes are recorded and replayed.
     """
+
+    e_score_correction_bias: torch.Tensor
 
     def __init__(self, model_dim: int, moe: MoEConfig, index: int):
         super().__init__()
@@ -53,6 +56,7 @@ class Router(nn.Module):
             keep_scores=has_loss,
         )
         if has_loss:
+            assert balance is not None and scores_TE is not None
             loss = sequence_balance_loss(scores_TE, ids_TA, balance)
             weights_TA = _AddLoss.apply(weights_TA, balance.weight * loss)
         if routing.record:
@@ -123,10 +127,10 @@ class _AddLoss(torch.autograd.Function):
     """Passes a tensor on unchanged, and gives `loss` a gradient of 1 whatever comes from above."""
 
     @staticmethod
-    def forward(ctx, tensor: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, tensor: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
         ctx.loss_dtype = loss.dtype
         return tensor.view_as(tensor)
 
     @staticmethod
-    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return gradient, torch.ones((), dtype=ctx.loss_dtype, device=gradient.device)

@@ -22,7 +22,8 @@ def build_optimizer(model: MiMo, config: OptimizerConfig) -> torch.optim.AdamW:
 
 def parameter_groups(model: MiMo) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
     """The parameters by name: those with weight decay, and those without."""
-    decayed, free = {}, {}
+    decayed: dict[str, nn.Parameter] = {}
+    free: dict[str, nn.Parameter] = {}
     for name, parameter in model.named_parameters():
         (decayed if parameter.ndim >= 2 else free)[name] = parameter
     return decayed, free
@@ -57,17 +58,22 @@ def clip_gradients(model: MiMo, max_norm: float, *, apart: Iterable[nn.Parameter
     ids = {id(parameter) for parameter in apart}
     common = [parameter for parameter in model.parameters() if parameter.grad is not None and id(parameter) not in ids]
     num_zeros = torch.zeros((), dtype=torch.int64, device=model.device)
-    for parameter in common:
-        num_zeros += parameter.grad.numel() - torch.count_nonzero(parameter.grad)
+    for gradient in gradients_of(common):
+        num_zeros += gradient.numel() - torch.count_nonzero(gradient)
     norm = _clip(common, max_norm, model.device)
     apart_norm = _clip([own for own in apart if own.grad is not None], max_norm, model.device)
     return GradientReport(norm, num_zeros, apart_norm)
 
 
+def gradients_of(parameters: Iterable[nn.Parameter]) -> list[torch.Tensor]:
+    """The gradients of those parameters that have one."""
+    return [parameter.grad for parameter in parameters if parameter.grad is not None]
+
+
 def _clip(parameters: list[nn.Parameter], max_norm: float, device: torch.device) -> torch.Tensor:
     if not parameters:
         return torch.zeros((), device=device)
-    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+    norm = torch.nn.utils.get_total_norm(gradients_of(parameters))
     # A norm of 0 scales by 1. NaN would spread to every gradient, and hide which one it came from.
     torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, torch.where(norm.isfinite(), norm, 0.0))
     return norm

@@ -169,7 +169,7 @@ class Trainer:
         self, stage: Phase, micro_batches: list[MicroBatch]
     ) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
         """Adds up the gradients of a step. Returns each head's mean loss, float32 [heads], and the experts' load."""
-        counts = sum(batch.label_counts() for batch in micro_batches)
+        counts = torch.stack([batch.label_counts() for batch in micro_batches]).sum(dim=0)
         losses = torch.zeros(len(counts), device=self.device)
         load: dict[int, torch.Tensor] = {}
         tokens = sum(len(batch.tokens_T) for batch in micro_batches)

@@ -4,6 +4,7 @@ T tokens, D model dim, E experts, A active experts a token, M = T x A choices, P
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -49,12 +50,12 @@ class _Scatter(torch.autograd.Function):
     """Row m to row `place_M[m]` of a zero buffer. Places differ, so the gradient is a plain read."""
 
     @staticmethod
-    def forward(ctx, rows_MD: torch.Tensor, place_M: torch.Tensor, num_rows: int) -> torch.Tensor:
+    def forward(ctx: Any, rows_MD: torch.Tensor, place_M: torch.Tensor, num_rows: int) -> torch.Tensor:
         ctx.save_for_backward(place_M)
         return rows_MD.new_zeros(num_rows, rows_MD.shape[1]).index_copy_(0, place_M, rows_MD)
 
     @staticmethod
-    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (place_M,) = ctx.saved_tensors
         return gradient[place_M], None, None
 
@@ -63,12 +64,12 @@ class _Take(torch.autograd.Function):
     """The inverse of `_Scatter`; its gradient is `_Scatter`, not the accumulation that plain indexing would do."""
 
     @staticmethod
-    def forward(ctx, rows_PD: torch.Tensor, place_M: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, rows_PD: torch.Tensor, place_M: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(place_M)
         ctx.num_rows = len(rows_PD)
         return rows_PD[place_M]
 
     @staticmethod
-    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         (place_M,) = ctx.saved_tensors
         return gradient.new_zeros(ctx.num_rows, gradient.shape[1]).index_copy_(0, place_M, gradient), None

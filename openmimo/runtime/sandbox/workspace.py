@@ -51,7 +51,7 @@ class Workspace:
     def __enter__(self) -> "Workspace":
         return self
 
-    def __exit__(self, *unused) -> None:
+    def __exit__(self, *unused: object) -> None:
         self.close()
 
     def run(self, program: Program, stdin: bytes = b"") -> SandboxResult:
