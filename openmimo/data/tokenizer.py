@@ -98,7 +98,8 @@ class Tokenizer:
         backend.add_tokens(
             [tokenizers.AddedToken(t, normalized=False, special=t not in MARKUP_TOKENS) for t in special_tokens]
         )
-        end_of_text, turn_end = (backend.token_to_id(token) for token in (END_OF_TEXT, TURN_END))
+        ids = backend.get_vocab(with_added_tokens=True)
+        end_of_text, turn_end = ids[END_OF_TEXT], ids[TURN_END]
         return cls(backend, eos_token_ids=(turn_end, end_of_text), pad_id=end_of_text)
 
     @classmethod

@@ -152,6 +152,7 @@ def decided_logprobs(
 
     At the sampling temperature (1 where greedy), of the distribution before biases, penalties and cuts.
     """
+    assert sampling.logprob_temperature_R1 is not None
     logprobs_RV = (logits_RV / sampling.logprob_temperature_R1.to(logits_RV.dtype)).log_softmax(dim=-1)
     chosen_R = logprobs_RV.gather(1, tokens_R.clamp(min=0)[:, None])[:, 0]  # NO_TOKEN: its value is unused
     if not sampling.num_top_logprobs:
@@ -231,6 +232,7 @@ def _draw(logits_RV: torch.Tensor, sampling: SamplingInput) -> torch.Tensor:
 
     Some rows at a time, because the float64 distributions take many times the memory of the logits.
     """
+    assert sampling.numbers_5S is not None
     rows = max(_MAX_DISTRIBUTION_NUMBERS // logits_RV.shape[1], 1)
     if len(logits_RV) <= rows:
         return _draw_rows(logits_RV, sampling.numbers_5S, sampling.has_filters)

@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
@@ -24,7 +25,7 @@ from openmimo.core.records import Structure
 from openmimo.engine.structure_texts import has_text
 
 # Between the parts of a JSON text: nothing, a space, or a line end and an indent. They cannot fill a reply.
-_JSON_OPTIONS = {"whitespace_pattern": r"( |\n[ \t]{0,24})?"}
+_JSON_OPTIONS: Any = {"whitespace_pattern": r"( |\n[ \t]{0,24})?"}
 _MAX_SOURCE_CHARACTERS = 1 << 18
 _MAX_CPU_SECONDS = 2
 _MAX_WALL_SECONDS = 60.0
@@ -94,6 +95,7 @@ class StructureChecker:
         timer = threading.Timer(_MAX_WALL_SECONDS, self._child.kill)
         timer.start()
         try:
+            assert self._child.stdin is not None and self._child.stdout is not None
             self._child.stdin.write(question + "\n")
             self._child.stdin.flush()
             answer = self._child.stdout.readline()

@@ -116,7 +116,7 @@ def _rules(source: str) -> dict[str, list[_Token]] | None:
         begins = kind == "name" and (index == 0 or tokens[index - 1][0] == "line")
         if begins and tokens[index + 1 : index + 2] == [("mark", ":")]:
             body = rules.setdefault(text.lstrip("?!"), [])
-        elif kind != "line" and text != ":":
+        elif kind is not None and kind != "line" and text != ":":
             body.append((kind, text))
     return rules
 

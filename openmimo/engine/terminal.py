@@ -44,6 +44,7 @@ def generate(
     given: str | list[int] = text
     if as_chat:
         turns = [Message("system", system)] if system else []
+        assert llm.tokenizer is not None, "the command line loads a tokenizer"
         given = encode_chat(llm.tokenizer, [*turns, Message("user", text)], enable_thinking=thinking)
     _print_stream(llm, given, sampling, can_stop=False)
     _print_figures(llm.stats())
@@ -67,6 +68,7 @@ def chat(llm: LLM, sampling: SamplingParams, *, thinking: bool, system: str | No
         if not said:
             continue
         turns.append(Message("user", said))
+        assert llm.tokenizer is not None, "the command line loads a tokenizer"
         ids = encode_chat(llm.tokenizer, turns, enable_thinking=thinking)
         room = llm.model.config.max_positions - len(ids)
         if room < 1:

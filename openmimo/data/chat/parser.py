@@ -350,12 +350,13 @@ def _name_in(mark: str) -> str:
 
 def _merged(events: Sequence[ChatEvent]) -> Iterator[ChatEvent]:
     """The events with neighboring texts of one kind as one. Between the arguments of two calls a call begins."""
-    for kind, group in itertools.groupby(events, type):
-        if kind in (ToolCallStart, ToolCallEnd):
-            yield from group
+    for _, group in itertools.groupby(events, type):
+        first, *others = group
+        if isinstance(first, ToolCallStart | ToolCallEnd):
+            yield from (first, *others)
         else:
-            first, *others = group
-            yield replace(first, text="".join([first.text, *(event.text for event in others)]))
+            texts = [event.text for event in others if isinstance(event, type(first))]
+            yield replace(first, text="".join([first.text, *texts]))
 
 
 def _name_and_schema(tool: Mapping[str, Any]) -> tuple[str, Any]:
