@@ -94,7 +94,7 @@ def test_operations(text, digits, expected):
     "text", ["", ";", "rev;", "rev2", "inc", "inc12", "nothing", "rev,inc1", "Rev", "inc-1", "take²"]
 )
 def test_what_is_no_program_is_refused(text):
-    with pytest.raises(ProgramError, match="is no operation"):
+    with pytest.raises(ProgramError, match="is not an operation"):
         parse(text)
 
 

@@ -1,1 +1,1 @@
-"""Families of verifiable tasks, one file each; a file's name is the family's name."""
+"""Families of verifiable tasks, one per file. The file name is the family name."""

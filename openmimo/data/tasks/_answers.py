@@ -1,4 +1,4 @@
-"""Comparing an answer with its key: as text, as a number, or as mathematics. None of these raises on any text."""
+"""Comparison of an answer with its key: as text, as a number, or as mathematics. No text raises."""
 
 import importlib.util
 import math
@@ -14,17 +14,17 @@ METHODS = ("exact", "contains", "numeric", "math")
 MATH_SECONDS = 5.0
 MAX_MATH_CHARACTERS = 10_000
 
-# A sign belongs to a number only where no word or bracket ends before it: in 10-5 the last number is 5.
+# A sign belongs to a number only if no word or bracket ends right before it: in 10-5 the last number is 5.
 _NUMBER = re.compile(r"(?:(?<![\w.)\]])[-+])?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{1,3})?(?:\s*/\s*\d+)?")
 
 
 def normalized(text: str) -> str:
-    """In lower case, blanks made single, without a full stop at the end."""
+    """Return the text in lower case, with single spaces and without a final period."""
     return " ".join(text.casefold().split()).removesuffix(".").strip()
 
 
 def last_number(text: str) -> Fraction | None:
-    """The last number in `text`: an integer, a decimal (commas may group digits) or a fraction like 3/4."""
+    """Return the last number in `text`: an integer, a decimal (commas may group digits) or a fraction like 3/4."""
     found = _NUMBER.findall(text[-1000:])
     if not found:
         return None
@@ -36,19 +36,18 @@ def last_number(text: str) -> Fraction | None:
 
 
 def score_answer(method: str, answer: str, text: str, *, tolerance: float = 0.0) -> float:
-    """1.0 if `text` gives `answer`, else 0.0.
+    """Return 1.0 if `text` gives `answer`, else 0.0.
 
     Args:
-        method: "exact" compares the normalized texts, "contains" looks for the normalized answer as whole words in the
-            text, "numeric" compares the last numbers of both, "math" asks math-verify whether both are the same
-            mathematics, in a child process with a deadline.
+        method: "exact" compares the normalized texts. "contains" searches the text for the normalized answer as whole
+            words. "numeric" compares the last numbers of both. "math" compares both with math-verify, in a child
+            process with a deadline.
         answer: The key.
-        text: What the policy wrote; what stands before the end of its thinking does not count.
-        tolerance: For "numeric": the largest relative difference that still counts as equal, unless the key is an
-            integer, which must be met exactly.
+        text: The policy's output. Text before the end of its thinking is ignored.
+        tolerance: For "numeric": maximum relative difference. A key that is an integer must be matched exactly.
 
     Raises:
-        ConfigError: Another method, or math-verify is not installed.
+        ConfigError: The method is unknown, or math-verify is not installed.
     """
     text = final_answer(text)
     if method == "exact":
@@ -63,7 +62,7 @@ def score_answer(method: str, answer: str, text: str, *, tolerance: float = 0.0)
 
 
 def check_method(method: str) -> None:
-    """Raises ConfigError if `method` cannot be used here."""
+    """Raise ConfigError if `method` is unknown or its library is not installed."""
     if method not in METHODS:
         raise ConfigError(f"There is no scoring {method!r}; it must be one of {', '.join(METHODS)}.")
     if method == "math" and not _has_math_verify():
@@ -71,27 +70,30 @@ def check_method(method: str) -> None:
 
 
 def is_instant(method: str) -> bool:
-    """Whether scoring takes microseconds in this process; otherwise it waits for a child process."""
+    """Whether scoring takes microseconds. Otherwise it waits for a child process."""
     return method != "math"
 
 
 def math_verify(answer: str, text: str) -> float:
-    """1.0 if math-verify finds both to be the same mathematics. Hands the text to sympy: isolate this call."""
+    """Return 1.0 if math-verify finds answer and text mathematically equal, else 0.0.
+
+    math-verify passes the text to sympy, which may evaluate it: run this function in an isolated process.
+    """
     from math_verify import parse, verify
 
-    # no time limits of the library's own: they are alarms, and the process has a deadline
+    # The library's time limits use alarm signals; they are off because the process has a deadline.
     expected = parse(f"${answer}$", parsing_timeout=None)
-    given = parse(text, parsing_timeout=None) or parse(f"${text}$", parsing_timeout=None)
-    return float(verify(expected, given, timeout_seconds=None))
+    parsed = parse(text, parsing_timeout=None) or parse(f"${text}$", parsing_timeout=None)
+    return float(verify(expected, parsed, timeout_seconds=None))
 
 
-def _numbers_agree(expected: Fraction | None, given: Fraction | None, tolerance: float) -> bool:
-    if expected is None or given is None:
+def _numbers_agree(expected: Fraction | None, actual: Fraction | None, tolerance: float) -> bool:
+    if expected is None or actual is None:
         return False
-    if expected == given or expected.denominator == 1 or not tolerance:
-        return expected == given
+    if expected == actual or expected.denominator == 1 or not tolerance:
+        return expected == actual
     try:
-        return math.isclose(expected, given, rel_tol=tolerance)
+        return math.isclose(expected, actual, rel_tol=tolerance)
     except OverflowError:
         return False
 
@@ -99,7 +101,7 @@ def _numbers_agree(expected: Fraction | None, given: Fraction | None, tolerance:
 def _has_math_verify() -> bool:
     try:
         return importlib.util.find_spec("math_verify") is not None
-    except ValueError:  # a module that was imported without a specification
+    except ValueError:  # the module was imported without a spec
         return False
 
 

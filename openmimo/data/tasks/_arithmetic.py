@@ -15,15 +15,15 @@ _NUMBER_MISSING = re.compile(r"(?:^|[+\-*/(])(?![0-9(-])")
 
 
 class ExpressionError(ValueError):
-    """The text is not an expression, or has no value."""
+    """The text is not a supported expression, or it divides by zero."""
 
 
 class _UnsupportedError(Exception):
-    """The expression has another operation of Python."""
+    """The expression contains an unsupported Python operation."""
 
 
 def evaluate(text: str) -> tuple[Fraction, list[int]]:
-    """Returns the value of an expression and its numbers from left to right. White space is ignored.
+    """Return the value of an expression and its numbers from left to right. White space is ignored.
 
     Raises:
         ExpressionError: The text is malformed, too long or nested too deeply, or it divides by zero.
@@ -35,7 +35,7 @@ def evaluate(text: str) -> tuple[Fraction, list[int]]:
         raise _malformed(text)
     _check_depth(text)
     try:
-        tree = ast.parse(re.sub(r"\b0+(?=[0-9])", "", text), mode="eval")  # Python refuses leading zeros
+        tree = ast.parse(re.sub(r"\b0+(?=[0-9])", "", text), mode="eval")  # Python rejects leading zeros
     except SyntaxError as error:
         raise _malformed(text) from error
     numbers: list[int] = []
@@ -66,7 +66,7 @@ def _value(node: ast.expr, numbers: list[int]) -> Fraction:
 
 
 def _check_depth(text: str) -> None:
-    """Refuses more than MAX_DEPTH nested parentheses and signs before Python's parser sees them."""
+    """Reject more than MAX_DEPTH nested parentheses and signs, before Python's parser recurses over them."""
     outside: list[int] = []  # for each open parenthesis, the depth outside of it
     depth, inside, previous = 0, 0, "("
     for character in text:

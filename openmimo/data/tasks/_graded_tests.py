@@ -1,8 +1,8 @@
-"""Reward from many tests of unequal difficulty (MiMo-7B, section 3.3.1).
+"""Rewards from tests of different difficulty (MiMo-7B, section 3.3.1).
 
-All-or-nothing reward says little about a long program. Instead tests are grouped by how often they are passed, and each
-group is worth a score, as the subtasks of a programming contest are: the strict reward pays for a group only if it and
-all easier groups pass whole, the soft one pays for every test.
+An all-or-nothing reward is sparse for a long program. Instead, tests are grouped by pass rate, and each group has a
+score, like the subtasks of a programming contest. The strict reward pays for a group only if all tests of this group
+and of all easier groups pass. The soft reward pays for every test.
 """
 
 from collections.abc import Sequence
@@ -15,14 +15,21 @@ Groups = tuple[tuple[int, ...], ...]
 
 
 def difficulty_groups(passed: np.ndarray, num_groups: int) -> Groups:
-    """The tests by pass rate, the easiest group first.
+    """Group tests by pass rate, the easiest group first.
 
-    passed: bool [solutions, tests], what many solutions of mixed quality did. The rates from 0 to 1 are divided into
-    `num_groups` equal ranges; ranges without a test are left out. Raises ConfigError without solutions or tests.
+    Args:
+        passed: bool [solutions, tests], the results of many solutions of mixed quality.
+        num_groups: Number of equal ranges of the pass rate. Ranges without a test are omitted.
+
+    Returns:
+        The test indices of each group.
+
+    Raises:
+        ConfigError: There are no solutions or no tests, or `num_groups` is below 1.
     """
     passed = np.asarray(passed, dtype=bool)
     if passed.ndim != 2 or not passed.size:
-        raise ConfigError("Tests can be grouped only by a table of solutions and tests with at least one of each.")
+        raise ConfigError("Grouping tests needs a table of results with at least one solution and one test.")
     if num_groups < 1:
         raise ConfigError(f"num_groups is {num_groups}; it must be at least 1.")
     failures = (~passed).sum(axis=0)
@@ -32,9 +39,12 @@ def difficulty_groups(passed: np.ndarray, num_groups: int) -> Groups:
 
 
 def strict_reward(passed: Sequence[bool], groups: Groups, scores: Sequence[float] | None = None) -> float:
-    """The scores of the groups whose tests all pass, up to the first that has a failure.
+    """Return the sum of the scores of the groups before the first one with a failed test.
 
-    passed: of each test, whether the solution passes it. scores: of each group; None shares 1.0 equally.
+    Args:
+        passed: Whether the solution passes each test.
+        groups: Test indices of each group, the easiest first.
+        scores: Score of each group; None divides 1.0 equally.
     """
     reward = 0.0
     for group, score in zip(groups, _scores(groups, scores), strict=True):
@@ -45,7 +55,7 @@ def strict_reward(passed: Sequence[bool], groups: Groups, scores: Sequence[float
 
 
 def soft_reward(passed: Sequence[bool], groups: Groups, scores: Sequence[float] | None = None) -> float:
-    """The score of each group times the share of its tests that pass; arguments as in `strict_reward`."""
+    """Return the sum over groups of score times pass rate. The arguments are those of `strict_reward`."""
     shares = (sum(bool(passed[test]) for test in group) / len(group) for group in groups)
     return sum(score * share for score, share in zip(_scores(groups, scores), shares, strict=True))
 
@@ -55,6 +65,6 @@ def _scores(groups: Groups, scores: Sequence[float] | None) -> Sequence[float]:
         return [1.0 / len(groups)] * len(groups)
     if len(scores) != len(groups) or min(scores, default=0.0) < 0.0:
         raise ConfigError(
-            f"There are {len(groups)} groups of tests and {len(scores)} scores; give each one, not below 0."
+            f"There are {len(groups)} groups of tests and {len(scores)} scores; give one score of at least 0 per group."
         )
     return scores

@@ -1,7 +1,7 @@
-"""A small language of programs on digits, such as `rev;inc3;take4`: every program ends, and none can do harm.
+"""A small language of programs on digits, such as `rev;inc3;take4`. Every program terminates and is harmless.
 
-A program is a list of operations, divided by `;`, that change a string of digits one after another. A budget of steps
-bounds what it may cost.
+A program is a list of operations, separated by `;`, which transform a string of digits in turn. A budget of steps
+limits its cost.
 """
 
 import random
@@ -37,17 +37,20 @@ class ProgramError(ValueError):
 
 
 def parse(text: str) -> Program:
-    """The operations of a program. Raises ProgramError."""
+    """Parse a program. Raises ProgramError."""
     return tuple(_parse_operation(part) for part in text.strip().split(";"))
 
 
 def to_text(program: Program) -> str:
-    """The program as `parse` reads it."""
+    """Return the text of a program, the inverse of `parse`."""
     return ";".join(name if number is None else f"{name}{number}" for name, number in program)
 
 
 def run(program: Program, digits: str, max_steps: int = MAX_STEPS) -> str:
-    """What the program makes of `digits`. An operation costs a step and one for each digit. Raises ProgramError."""
+    """Run a program on `digits` and return its output.
+
+    An operation costs one step plus one step per digit of its input. Raises ProgramError beyond `max_steps`.
+    """
     steps = 0
     for name, number in program:
         steps += 1 + len(digits)
@@ -58,7 +61,7 @@ def run(program: Program, digits: str, max_steps: int = MAX_STEPS) -> str:
 
 
 def passes(program: Program, digits: str, expected: str) -> bool:
-    """Whether the program makes `expected` of `digits` within its budget."""
+    """Whether the program's output for `digits` is `expected`, within its budget."""
     try:
         return run(program, digits) == expected
     except ProgramError:
@@ -66,7 +69,7 @@ def passes(program: Program, digits: str, expected: str) -> bool:
 
 
 def random_operation(rng: random.Random) -> Operation:
-    """One operation; numbers are from 1 to 9 for `inc`, 2 to 9 for `mul`, 1 to 4 for the others."""
+    """Draw an operation. Its number is 1 to 9 for `inc`, 2 to 9 for `mul`, and 1 to 4 for the others."""
     name = rng.choice([*_PLAIN, *_WITH_NUMBER])
     if name in _PLAIN:
         return name, None
@@ -80,4 +83,4 @@ def _parse_operation(text: str) -> Operation:
         return name, None
     if name in _WITH_NUMBER and number is not None:
         return name, int(number)
-    raise ProgramError(f"{text[:20]!r} is no operation.")
+    raise ProgramError(f"{text[:20]!r} is not an operation.")

@@ -1,8 +1,11 @@
-"""Retrieval in token ids, for models too small to read English: facts hidden in filler, asked for at the end.
+"""Retrieval in token ids, for models too small to read English: facts hidden in filler, with questions at the end.
 
-A fact is three tokens, `@ key value`; a question is `? key`, and the value that follows is its answer. Keys are capital
-letters, values are digits and small letters, filler is common words. Every byte-level vocabulary has these symbols as
-single tokens, so the same task serves training (source `needles`) and evaluation, at any length and depth.
+    filler @ K 7 filler filler @ C x filler ... ? C x ? K 7
+           `fact`              `fact`           `question, answer`
+
+A fact is three tokens, `@ key value`. A question is `? key`, and the next token, the value, is its answer. Keys are
+capital letters, values are digits and lower-case letters, filler is common words. Every byte-level vocabulary has these
+symbols as single tokens, so the task serves training (source `needles`) and evaluation, at any length and depth.
 """
 
 import string
@@ -25,8 +28,14 @@ FILLER = (
 
 @dataclass(frozen=True)
 class NeedleSymbols:
-    """The token ids of the task: the fact and question marks, keys, values, and filler words (int32 [words, longest],
-    padded with -1).
+    """The token ids of the task.
+
+    Attributes:
+        fact_mark: Id of `@`.
+        question_mark: Id of `?`.
+        keys: Ids of the keys.
+        values: Ids of the values.
+        filler_words: Ids of the filler words, int32 [words, longest word], padded with -1.
     """
 
     fact_mark: int
@@ -37,10 +46,13 @@ class NeedleSymbols:
 
 
 def needle_symbols(tokenizer: Tokenizer, *, num_keys: int = len(KEYS), num_values: int = len(VALUES)) -> NeedleSymbols:
-    """The symbols under `tokenizer`; fewer keys and values make the task easier to learn and to guess."""
-    for what, number, most in (("num_keys", num_keys, len(KEYS)), ("num_values", num_values, len(VALUES))):
-        if not 1 <= number <= most:
-            raise DataError(f"{what} of the needle task is {number}; it must be between 1 and {most}.")
+    """Return the symbols' ids under `tokenizer`. Fewer keys and values make the task easier to learn and to guess.
+
+    Raises DataError if a number is out of range or a symbol is not a single token.
+    """
+    for name, number, limit in (("num_keys", num_keys, len(KEYS)), ("num_values", num_values, len(VALUES))):
+        if not 1 <= number <= limit:
+            raise DataError(f"{name} of the needle task is {number}; it must be between 1 and {limit}.")
     words = tokenizer.encode_batch([f" {word}" for word in FILLER.split()])
     longest = max(map(len, words))
     return NeedleSymbols(
@@ -61,34 +73,45 @@ def make_needle(
     rng: np.random.Generator,
     depth: float | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """One example: (token_ids int32 [length], answer_positions int64 [num_queries]).
+    """Make one example.
 
-    `num_pairs` facts with different keys lie at random places of the filler; `num_queries` of them are asked at the
-    end, in random order. `token_ids[p]` for p in answer_positions is the value that the tokens before p determine.
-    depth: where the fact asked first lies, from 0.0 (start) to 1.0 (just before the questions); None is random.
-    Raises DataError if the facts and questions do not fit.
+    Args:
+        symbols: Token ids of the task.
+        length: Length of the example in tokens.
+        num_pairs: Number of facts. They have different keys and random positions in the filler.
+        num_queries: Number of questions at the end, about different facts in random order.
+        rng: Source of randomness.
+        depth: Relative position of the fact of the first question, from 0.0 (start) to 1.0 (right before the
+            questions); None is random.
+
+    Returns:
+        token_ids (int32 [length]) and answer_positions (int64 [num_queries]). `token_ids[p]` for p in answer_positions
+        is the value that the tokens before p determine.
+
+    Raises:
+        DataError: The facts and questions do not fit.
     """
     num_filler = length - TOKENS_PER_FACT * (num_pairs + num_queries)
     _check(symbols, length=length, num_pairs=num_pairs, num_queries=num_queries, num_filler=num_filler, depth=depth)
     keys = rng.permutation(np.array(symbols.keys))[:num_pairs]
     values = np.array(symbols.values)[rng.integers(len(symbols.values), size=num_pairs)]
-    asked = rng.permutation(num_pairs)[:num_queries]
-    places = rng.integers(0, num_filler + 1, num_pairs)
+    queried = rng.permutation(num_pairs)[:num_queries]
+    offsets = rng.integers(0, num_filler + 1, num_pairs)  # number of filler tokens before each fact
     if depth is not None:
-        places[asked[0]] = round(depth * num_filler)
-    order = np.argsort(places, kind="stable")
-    facts = places[order] + TOKENS_PER_FACT * np.arange(num_pairs)
+        offsets[queried[0]] = round(depth * num_filler)
+    order = np.argsort(offsets, kind="stable")
+    facts = offsets[order] + TOKENS_PER_FACT * np.arange(num_pairs)
     questions = length - TOKENS_PER_FACT * np.arange(num_queries, 0, -1)
 
     token_ids = np.full(length, -1, dtype=np.int32)
     _put(token_ids, facts, symbols.fact_mark, keys[order], values[order])
-    _put(token_ids, questions, symbols.question_mark, keys[asked], values[asked])
+    _put(token_ids, questions, symbols.question_mark, keys[queried], values[queried])
     token_ids[token_ids < 0] = _filler(symbols.filler_words, num_filler, rng)
     return token_ids, questions + TOKENS_PER_FACT - 1
 
 
 def _put(token_ids: np.ndarray, starts: np.ndarray, mark: int, keys: np.ndarray, values: np.ndarray) -> None:
-    """Writes `mark key value` at each of `starts`."""
+    """Write `mark key value` at each of `starts`."""
     token_ids[starts] = mark
     token_ids[starts + 1] = keys
     token_ids[starts + 2] = values
@@ -99,20 +122,20 @@ def _check(
 ) -> None:
     if not 1 <= num_queries <= num_pairs <= len(symbols.keys):
         raise DataError(
-            f"A needle example with {num_pairs} facts and {num_queries} questions cannot be made: ask at least one and "
-            f"at most all facts, and use no more facts than the {len(symbols.keys)} keys."
+            f"A needle example cannot have {num_pairs} facts and {num_queries} questions: it needs at least one "
+            f"question, at most as many questions as facts, and at most as many facts as the {len(symbols.keys)} keys."
         )
     if num_filler < 0:
         raise DataError(
             f"{num_pairs} facts and {num_queries} questions take {length - num_filler} tokens, which do not fit into "
-            f"{length}. Ask for fewer, or for longer examples."
+            f"{length}. Reduce their number, or increase the length."
         )
     if depth is not None and not 0.0 <= depth <= 1.0:
         raise DataError(f"The depth of a needle is {depth}; it must be between 0.0 and 1.0.")
 
 
 def _filler(words: np.ndarray, num_tokens: int, rng: np.random.Generator) -> np.ndarray:
-    """`num_tokens` ids of random words, earlier words of the list being more frequent (Zipf), the last word cut."""
+    """Draw `num_tokens` ids of random words with Zipf frequencies. The last word may be truncated."""
     cumulative = np.cumsum(1.0 / np.arange(1, len(words) + 1))
     drawn = words[np.searchsorted(cumulative, rng.random(num_tokens) * cumulative[-1], side="right")]
     return drawn[drawn >= 0][:num_tokens]

@@ -1,4 +1,7 @@
-"""Sums: `27+35`. The answer is written from the last digit on, as small models learn it better (arXiv 2307.03381)."""
+"""Add numbers: `27+35` gives `26`, the sum from its last digit to its first.
+
+Small models learn reversed sums better (arXiv 2307.03381).
+"""
 
 import random
 from dataclasses import dataclass
@@ -10,14 +13,19 @@ from openmimo.data.task import Problem, TaskFamily
 
 @dataclass(frozen=True)
 class Options:
-    """reversed_answer: write the sum from its last digit to its first. terms: numbers to add up."""
+    """Options of the task.
+
+    Attributes:
+        reversed_answer: Whether the sum is written from its last digit to its first.
+        terms: Number of terms.
+    """
 
     reversed_answer: bool = True
     terms: Annotated[int, Bounds(least=2, most=100)] = 2
 
 
 def make(rng: random.Random, difficulty: int, options: Options) -> Problem:
-    """Adds numbers of `difficulty` digits."""
+    """Make a problem with numbers of `difficulty` digits."""
     smallest = 10 ** (difficulty - 1) if difficulty > 1 else 0
     numbers = [rng.randrange(smallest, 10**difficulty) for _ in range(options.terms)]
     answer = str(sum(numbers))

@@ -1,4 +1,4 @@
-"""Decimal numbers to write in another base: `25>b3` gives `221`."""
+"""Convert decimal numbers to another base: `25>b3` gives `221`."""
 
 import random
 from dataclasses import dataclass
@@ -9,7 +9,12 @@ from openmimo.data.task import Problem, TaskFamily
 
 @dataclass(frozen=True)
 class Options:
-    """min_base, max_base: the bases asked for."""
+    """Options of the task.
+
+    Attributes:
+        min_base: Smallest base.
+        max_base: Largest base, at most 9.
+    """
 
     min_base: int = 2
     max_base: int = 9
@@ -22,7 +27,7 @@ class Options:
 
 
 def make(rng: random.Random, difficulty: int, options: Options) -> Problem:
-    """Asks to write a number of `difficulty` decimal digits in another base."""
+    """Make a problem with a number of `difficulty` decimal digits."""
     number = rng.randrange(10 ** (difficulty - 1), 10**difficulty)
     base = rng.randint(options.min_base, options.max_base)
     return Problem(

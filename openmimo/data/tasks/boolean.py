@@ -1,4 +1,4 @@
-"""Logic to evaluate: `(1&0)|!1` gives `0`."""
+"""Evaluate logical expressions: `(1&0)|!1` gives `0`."""
 
 import random
 from dataclasses import dataclass
@@ -10,18 +10,23 @@ from openmimo.data.task import Problem, TaskFamily
 
 @dataclass(frozen=True)
 class Options:
-    """negation: the chance that a value is negated. operators: some of `&`, `|` and `^` (exclusive or)."""
+    """Options of the task.
+
+    Attributes:
+        negation: Probability that an operand is negated.
+        operators: A subset of `&`, `|` and `^` (exclusive or).
+    """
 
     negation: Fraction = 0.3
     operators: str = "&|^"
 
     def __post_init__(self) -> None:
         if not self.operators or set(self.operators) - set("&|^"):
-            raise ConfigError(f"operators of task 'boolean' are {self.operators!r}; they must be some of '&|^'.")
+            raise ConfigError(f"operators of task 'boolean' are {self.operators!r}; they must be one or more of '&|^'.")
 
 
 def make(rng: random.Random, difficulty: int, options: Options) -> Problem:
-    """An expression with `difficulty` operators of two values, every one but the outermost in parentheses."""
+    """Make an expression with `difficulty` binary operators. All operations except the outermost have parentheses."""
     text, value = _expression(rng, difficulty, options)
     return Problem(family="boolean", difficulty=difficulty, prompt=text, answer=str(int(value)))
 

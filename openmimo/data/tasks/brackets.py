@@ -1,4 +1,4 @@
-"""Open brackets to close: `close ([]{` gives `})`."""
+"""Close open brackets: `close ([]{` gives `})`."""
 
 import random
 from dataclasses import dataclass
@@ -11,7 +11,11 @@ PAIRS = {"(": ")", "[": "]", "{": "}", "<": ">"}
 
 @dataclass(frozen=True)
 class Options:
-    """num_kinds: how many kinds of brackets there are."""
+    """Options of the task.
+
+    Attributes:
+        num_kinds: Number of kinds of brackets.
+    """
 
     num_kinds: int = 4
 
@@ -21,13 +25,13 @@ class Options:
 
 
 def make(rng: random.Random, difficulty: int, options: Options) -> Problem:
-    """A text with `difficulty` open brackets, and up to one more closed pairs among them."""
+    """Make a problem with `difficulty` open brackets and 0 to `difficulty + 1` closed pairs at random positions."""
     kinds = list(PAIRS)[: options.num_kinds]
     still_open = rng.choices(kinds, k=difficulty)
     text = list(still_open)
     for _ in range(rng.randint(0, difficulty + 1)):
-        place, kind = rng.randint(0, len(text)), rng.choice(kinds)
-        text[place:place] = [kind, PAIRS[kind]]
+        position, kind = rng.randint(0, len(text)), rng.choice(kinds)
+        text[position:position] = [kind, PAIRS[kind]]
     return Problem(
         family="brackets",
         difficulty=difficulty,

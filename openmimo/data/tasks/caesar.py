@@ -1,4 +1,4 @@
-"""Letters to shift along the alphabet: `rot2 abz` gives `cdb`."""
+"""Shift letters along the alphabet: `rot2 abz` gives `cdb`."""
 
 import random
 import string
@@ -10,7 +10,11 @@ from openmimo.data.task import Problem, TaskFamily
 
 @dataclass(frozen=True)
 class Options:
-    """max_shift: letters are moved by 1 to so many places."""
+    """Options of the task.
+
+    Attributes:
+        max_shift: Largest shift; the smallest is 1.
+    """
 
     max_shift: int = 5
 
@@ -20,7 +24,7 @@ class Options:
 
 
 def make(rng: random.Random, difficulty: int, options: Options) -> Problem:
-    """Asks to shift `difficulty` letters."""
+    """Make a problem with `difficulty` letters."""
     alphabet = string.ascii_lowercase
     letters = rng.choices(alphabet, k=difficulty)
     shift = rng.randint(1, options.max_shift)

@@ -1,4 +1,4 @@
-"""Digits to count: `count 3 in 31323` gives `3`."""
+"""Count a digit: `count 3 in 31323` gives `3`."""
 
 import random
 from dataclasses import dataclass
@@ -9,7 +9,11 @@ from openmimo.data.task import Problem, TaskFamily
 
 @dataclass(frozen=True)
 class Options:
-    """num_digits: how many different digits there are, from 0 on; fewer give larger counts."""
+    """Options of the task.
+
+    Attributes:
+        num_digits: Number of different digits, starting at 0. Fewer digits give larger counts.
+    """
 
     num_digits: int = 4
 
@@ -19,15 +23,15 @@ class Options:
 
 
 def make(rng: random.Random, difficulty: int, options: Options) -> Problem:
-    """Asks how often a digit comes among `difficulty` digits."""
+    """Make a problem with `difficulty` digits."""
     alphabet = "0123456789"[: options.num_digits]
     digits = "".join(rng.choices(alphabet, k=difficulty))
-    asked = rng.choice(alphabet)
+    counted = rng.choice(alphabet)
     return Problem(
         family="count",
         difficulty=difficulty,
-        prompt=f"count {asked} in {digits}",
-        answer=str(digits.count(asked)),
+        prompt=f"count {counted} in {digits}",
+        answer=str(digits.count(counted)),
     )
 
 

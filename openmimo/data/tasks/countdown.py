@@ -1,4 +1,4 @@
-"""A target to reach with given numbers: `3,7,5=22` is answered by `3*5+7`, or any other way to do it."""
+"""Combine numbers to reach a target: an answer to `3,7,5=22` is `3*5+7`, or any other solution."""
 
 import random
 from dataclasses import dataclass
@@ -12,7 +12,12 @@ from openmimo.data.tasks._arithmetic import ExpressionError, evaluate
 
 @dataclass(frozen=True)
 class Options:
-    """max_number: the given numbers are 1 to this. max_target: what is asked for is at most this."""
+    """Options of the task.
+
+    Attributes:
+        max_number: Largest number; the smallest is 1.
+        max_target: Largest target.
+    """
 
     max_number: int = 9
     max_target: Annotated[int, Bounds(least=2, most=10**6)] = 99
@@ -26,7 +31,7 @@ class Options:
 
 
 def make(rng: random.Random, difficulty: int, options: Options) -> Problem:
-    """Gives `difficulty` numbers, each to be used exactly once with `+ - * /` and parentheses."""
+    """Make a problem with `difficulty` numbers, each to be used exactly once, with `+ - * /` and parentheses."""
     numbers = [rng.randint(1, options.max_number) for _ in range(difficulty)]
     order = rng.sample(numbers, difficulty)
     text, value, is_sum = str(order[0]), order[0], False
@@ -46,7 +51,7 @@ def make(rng: random.Random, difficulty: int, options: Options) -> Problem:
 
 
 def score(problem: Problem, text: str) -> float:
-    """1.0 for an expression that has the target as its value and uses each number exactly once."""
+    """Return 1.0 for an expression whose value is the target and which uses each number exactly once, else 0.0."""
     try:
         value, numbers = evaluate(final_answer(text))
     except ExpressionError:

@@ -1,7 +1,7 @@
-"""Problems of your own, in JSON Lines.
+"""Problems from JSON Lines files.
 
 Each line has a prompt (or `messages`, the turns up to the question) and an answer, and may have an id, a difficulty and
-a system turn. Problems come in epochs. Those with the same prompt are all trained on or all held out.
+a system turn. The problems are repeated in epochs. Problems with the same prompt are in the same split.
 """
 
 import functools
@@ -26,17 +26,17 @@ ByDifficulty = Mapping[int | None, tuple[Problem, ...]]
 
 @dataclass(frozen=True)
 class Options:
-    """Where the problems are, and how answers are compared with their keys.
+    """Location of the problems, and the comparison of answers with keys.
 
     Attributes:
         path: A file, or a folder of .jsonl files.
-        test_path: Another one to validate on (empty: a tenth of the prompts of `path` is held out).
-        scoring: "exact" (as text), "contains" (the key stands in the text, possibly among other candidates), "numeric"
+        test_path: File or folder of the validation problems (empty: a tenth of the prompts of `path` is held out).
+        scoring: "exact" (as text), "contains" (the key occurs in the text, possibly among other candidates), "numeric"
             (the last number) or "math" (by math-verify).
-        tolerance: For "numeric": the largest relative difference that counts as equal (0: none). A key that is an
-            integer must be met exactly.
-        prompt_field: The key of the prompt.
-        answer_field: The key of the answer.
+        tolerance: For "numeric": maximum relative difference (0: none). A key that is an integer must be matched
+            exactly.
+        prompt_field: JSON key of the prompt.
+        answer_field: JSON key of the answer.
     """
 
     path: str
@@ -49,20 +49,23 @@ class Options:
     def __post_init__(self) -> None:
         check_fields(self, "options of task 'jsonl'")
         if self.tolerance and self.scoring != "numeric":
-            raise ConfigError(f"tolerance has no effect with scoring {self.scoring!r}; it belongs to 'numeric'.")
+            raise ConfigError(f"tolerance has no effect with scoring {self.scoring!r}; it requires 'numeric'.")
 
 
 def make(rng: random.Random, difficulty: int, options: Options) -> Problem:
-    """Any problem of that difficulty, from either side; only for answers that are to be wrong, and for lengths."""
-    known = problem_set(options).by_difficulty
-    candidates = known.get(difficulty, ()) + known.get(None, ())
+    """Return a random problem of that difficulty from either split.
+
+    Only for wrong answers and length estimates: training and evaluation use `problem_set`.
+    """
+    by_difficulty = problem_set(options).by_difficulty
+    candidates = by_difficulty.get(difficulty, ()) + by_difficulty.get(None, ())
     if not candidates:
         raise DataError(f"{options.path} has no problem of difficulty {difficulty}.")
     return candidates[rng.randrange(len(candidates))]
 
 
 def problem_set(options: Options) -> ProblemSet:
-    """All problems. Read again only if a file has changed. Raises DataError with file and line."""
+    """Read all problems, or return the cached ones if no file has changed. Raises DataError with file and line."""
     paths = [path for path in (options.path, options.test_path) if path]
     return _read(options, tuple(fingerprint_files(find_files(path, SUFFIXES)) for path in paths))
 
@@ -70,38 +73,40 @@ def problem_set(options: Options) -> ProblemSet:
 @functools.lru_cache(maxsize=4)
 def _read(options: Options, fingerprints: tuple[str, ...]) -> ProblemSet:
     check_method(options.scoring)
-    by_difficulty, file = _read_side(options, options.path)
+    by_difficulty, file = _read_path(options, options.path)
     if not options.test_path:
         return ProblemSet(by_difficulty, None, (file,))
-    held_out, test_file = _read_side(options, options.test_path)
+    held_out, test_file = _read_path(options, options.test_path)
     return ProblemSet(by_difficulty, held_out, (file, test_file))
 
 
-def _read_side(options: Options, path: str) -> tuple[ByDifficulty, FileContent]:
-    """The problems of one path, and the hash of what was read."""
+def _read_path(options: Options, path: str) -> tuple[ByDifficulty, FileContent]:
+    """Read the problems of one path, and hash their content."""
     found: dict[int | None, list[Problem]] = {}
     digest = hashlib.sha256()
     prompts: dict[str, str] = {}
     for where, difficulty, problem in _problems(options, path):
         if prompts.setdefault(problem.id, problem.prompt) != problem.prompt:
-            raise DataError(f"{where}: id {problem.id!r} stands at another problem above. Give each its own, or none.")
+            raise DataError(
+                f"{where}: another problem above has the id {problem.id!r}. Give each problem a different id, or none."
+            )
         turns = [[turn.role, turn.content] for turn in problem.turns]
         digest.update(json.dumps([difficulty, problem.prompt, problem.answer, problem.id, turns]).encode())
         found.setdefault(difficulty, []).append(problem)
     if not found:
-        raise DataError(f"{path} holds no problem.")
+        raise DataError(f"{path} contains no problem.")
     return {level: tuple(problems) for level, problems in found.items()}, FileContent(path, digest.hexdigest())
 
 
 def _problems(options: Options, path: str) -> Iterator[tuple[str, int | None, Problem]]:
-    """(where it stands, difficulty if it has one, problem) of each line."""
+    """Yield (file and line, difficulty or None, problem) for each line."""
     for where, row in read_objects(path):
         difficulty = row.get("difficulty")
         if difficulty is not None and (not isinstance(difficulty, int) or isinstance(difficulty, bool)):
             raise DataError(f"{where}: the difficulty must be a whole number, not {difficulty!r}.")
         answer, name, turns = _text(row, options.answer_field, where), _id(row, where), _turns(row, where)
         if turns and options.prompt_field in row:
-            raise DataError(f"{where}: there are both {options.prompt_field!r} and 'messages'. Leave one out.")
+            raise DataError(f"{where}: there are both {options.prompt_field!r} and 'messages'. Remove one.")
         if turns:
             prompt = json.dumps([[turn.role, turn.content] for turn in turns], ensure_ascii=False)
         else:
@@ -115,7 +120,7 @@ def _problems(options: Options, path: str) -> Iterator[tuple[str, int | None, Pr
 
 
 def _turns(row: Mapping[str, Any], where: str) -> tuple[Message, ...]:
-    """The turns under `messages`: text of a system, users and assistants, the last one a user's."""
+    """The turns under `messages`: texts with the roles system (first only), user and assistant, ending with a user."""
     if "messages" not in row:
         return ()
     roles, turns = ("system", "user", "assistant"), row["messages"]
@@ -147,8 +152,8 @@ def _text(row: Mapping[str, Any], field: str, where: str) -> str:
         return _number(value, field, where)
     if not isinstance(value, str) or not value:
         raise DataError(
-            f"{where}: no text or number under {field!r} (found: {', '.join(row) or 'nothing'}). Name the right keys "
-            "by the options prompt_field and answer_field."
+            f"{where}: no text or number under {field!r} (found: {', '.join(row) or 'nothing'}). Set the options "
+            "prompt_field and answer_field to the right keys."
         )
     return value
 
@@ -157,13 +162,13 @@ def _number(value: int | float, field: str, where: str) -> str:
     try:
         if math.isfinite(value):
             return str(value)
-    except (OverflowError, ValueError):  # an integer beyond every float, or with too many digits to write
+    except (OverflowError, ValueError):  # an integer above the range of float, or with too many digits for str
         pass
     raise DataError(f"{where}: the number under {field!r} is too large. Write it as text.")
 
 
 def score(problem: Problem, text: str) -> float:
-    """1.0 if the answer agrees with the key."""
+    """Return 1.0 if the answer matches the key, else 0.0."""
     return score_answer(problem.meta["scoring"], problem.answer, text, tolerance=problem.meta["tolerance"])
 
 

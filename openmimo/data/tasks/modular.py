@@ -1,4 +1,4 @@
-"""Remainders: `(3*4+5)%7` gives `3`."""
+"""Modular arithmetic: `(3*4+5)%7` gives `3`."""
 
 import random
 from dataclasses import dataclass
@@ -10,13 +10,17 @@ from openmimo.data.task import Problem, TaskFamily
 
 @dataclass(frozen=True)
 class Options:
-    """max_modulus: the largest divisor; 0 allows as many digits as the other numbers have."""
+    """Options of the task.
+
+    Attributes:
+        max_modulus: Largest modulus; 0 allows all numbers of up to `difficulty` digits.
+    """
 
     max_modulus: Annotated[int, Bounds(least=0, most=10**6)] = 9
 
 
 def make(rng: random.Random, difficulty: int, options: Options) -> Problem:
-    """A product, a sum and a remainder of numbers of `difficulty` digits."""
+    """Make a problem `(a*b+c)%m` with a, b and c of `difficulty` digits."""
     smallest = 10 ** (difficulty - 1) if difficulty > 1 else 0
     a, b, c = (rng.randrange(smallest, 10**difficulty) for _ in range(3))
     modulus = rng.randint(2, max(2, options.max_modulus or 10**difficulty - 1))

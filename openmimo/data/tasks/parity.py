@@ -1,4 +1,4 @@
-"""Whether the number of ones is odd: `par 1011` gives `1`, or with a scratchpad `1101=1`."""
+"""Parity of the number of ones: `par 1011` gives `1`, or with a scratchpad `1101=1`."""
 
 import random
 from dataclasses import dataclass
@@ -8,13 +8,17 @@ from openmimo.data.task import Problem, TaskFamily, exact_score, final_answer
 
 @dataclass(frozen=True)
 class Options:
-    """scratchpad: demonstrations write the parity up to each digit before the answer. Only the answer is scored."""
+    """Options of the task.
+
+    Attributes:
+        scratchpad: Whether reference answers begin with the parity up to each digit. Only the final parity is scored.
+    """
 
     scratchpad: bool = False
 
 
 def make(rng: random.Random, difficulty: int, options: Options) -> Problem:
-    """Asks for the parity of `difficulty` binary digits."""
+    """Make a problem with `difficulty` binary digits."""
     digits = rng.choices("01", k=difficulty)
     parities = [digits[: end + 1].count("1") % 2 for end in range(difficulty)]
     answer = str(parities[-1])
@@ -24,7 +28,7 @@ def make(rng: random.Random, difficulty: int, options: Options) -> Problem:
 
 
 def score(problem: Problem, text: str) -> float:
-    """1.0 if what follows the last `=`, or else the whole text, is the parity."""
+    """Return 1.0 if the text after the last `=`, or the whole text without one, is the parity, else 0.0."""
     return exact_score(problem.answer.rpartition("=")[2], final_answer(text).rpartition("=")[2])
 
 

@@ -1,7 +1,7 @@
-"""Programs to find from examples: `prog 312>324 45>65` is answered by `rev;inc1`, in `_mini_language`.
+"""Find a program from examples: an answer to `prog 312>324 45>65` is `rev;inc1`, in the language of `_mini_language`.
 
-The answer runs on hidden tests, which are grouped by how many of a set of flawed programs pass them: the reference with
-an operation left out, exchanged or misplaced.
+The answer runs on hidden tests, which are grouped by the pass rate of a set of flawed programs. These are the reference
+with an operation removed, replaced or moved, and random programs.
 """
 
 import random
@@ -22,9 +22,15 @@ _MAX_TRIES = 100
 
 @dataclass(frozen=True)
 class Options:
-    """num_examples: shown in the prompt, with inputs of 2 to max_digits digits. num_tests: hidden ones, with inputs of
-    1 to 8 digits. num_groups: levels of difficulty among them. reward: "strict" and "soft" as in
-    `openmimo.data.tasks._graded_tests`, or "all" for 1.0 only if every test passes.
+    """Options of the task.
+
+    Attributes:
+        num_examples: Number of examples in the prompt.
+        max_digits: Maximum number of digits of an example's input; the minimum is 2.
+        num_tests: Number of hidden tests. Their inputs have 1 to 8 digits.
+        num_groups: Maximum number of difficulty groups of the tests.
+        reward: "strict" or "soft" as in `openmimo.data.tasks._graded_tests`, or "all" for 1.0 only if every test
+            passes.
     """
 
     num_examples: Annotated[int, Bounds(least=1, most=100)] = 2
@@ -35,7 +41,10 @@ class Options:
 
 
 def make(rng: random.Random, difficulty: int, options: Options) -> Problem:
-    """Asks for a program of `difficulty` operations, none of which the tests show to be idle."""
+    """Make a problem whose program has `difficulty` operations.
+
+    Programs are drawn until the tests distinguish the program from each program with one operation less.
+    """
     lengths = [1 + number * 8 // options.num_tests for number in range(options.num_tests)]
     for _ in range(_MAX_TRIES):
         program = _random_program(rng, difficulty)
@@ -58,7 +67,7 @@ def make(rng: random.Random, difficulty: int, options: Options) -> Problem:
 
 
 def _random_program(rng: random.Random, length: int) -> Program:
-    """With `dup` at most once, so that results stay short and within the budget of steps."""
+    """Draw a program with at most one `dup`, so that results stay short and within the step budget."""
     while True:
         program = tuple(random_operation(rng) for _ in range(length))
         if program.count(("dup", None)) <= 1:
@@ -70,7 +79,7 @@ def _random_digits(rng: random.Random, length: int) -> str:
 
 
 def _example(rng: random.Random, program: Program, max_digits: int) -> tuple[str, str]:
-    """An input and its output, if possible one that the program changes and does not empty."""
+    """Draw an input and its output, if possible with an output that is neither the input nor empty."""
     for _ in range(_MAX_TRIES):
         digits = _random_digits(rng, rng.randint(2, max_digits))
         result = run(program, digits)
@@ -80,15 +89,15 @@ def _example(rng: random.Random, program: Program, max_digits: int) -> tuple[str
 
 
 def _without_one(program: Program) -> list[Program]:
-    return [program[:place] + program[place + 1 :] for place in range(len(program))]
+    return [program[:index] + program[index + 1 :] for index in range(len(program))]
 
 
 def _flawed_programs(program: Program, rng: random.Random) -> list[Program]:
-    """Without one operation, with another in one place, with two neighbors exchanged, and random ones."""
-    places = range(len(program))
-    changed = [program[:place] + (random_operation(rng),) + program[place + 1 :] for place in places for _ in range(4)]
-    swapped = [program[:place] + (program[place + 1], program[place]) + program[place + 2 :] for place in places[:-1]]
-    return [*_without_one(program), *changed, *swapped, *((random_operation(rng),) for _ in range(4))]
+    """The program with one operation removed or replaced, or with two neighbors swapped, and random programs."""
+    indices = range(len(program))
+    replaced = [program[:i] + (random_operation(rng),) + program[i + 1 :] for i in indices for _ in range(4)]
+    swapped = [program[:i] + (program[i + 1], program[i]) + program[i + 2 :] for i in indices[:-1]]
+    return [*_without_one(program), *replaced, *swapped, *((random_operation(rng),) for _ in range(4))]
 
 
 def _passed(program: Program, tests: Tests) -> tuple[bool, ...]:
@@ -96,7 +105,7 @@ def _passed(program: Program, tests: Tests) -> tuple[bool, ...]:
 
 
 def passed_tests(problem: Problem, text: str) -> tuple[bool, ...]:
-    """Of each hidden test, whether the program in `text` passes it; none if it is no program."""
+    """Return, for each hidden test, whether the program in `text` passes it; all False if it is not a program."""
     tests: Tests = problem.meta["tests"]
     try:
         return _passed(parse(final_answer(text)), tests)
@@ -105,7 +114,7 @@ def passed_tests(problem: Problem, text: str) -> tuple[bool, ...]:
 
 
 def score(problem: Problem, text: str) -> float:
-    """The reward of the hidden tests."""
+    """Return the reward of the hidden tests, from 0.0 to 1.0."""
     passed = passed_tests(problem, text)
     if all(passed):
         return 1.0

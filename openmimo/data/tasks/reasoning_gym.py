@@ -1,4 +1,4 @@
-"""The generators of the library reasoning-gym (arXiv 2505.24760), more than a hundred, with their own scorers."""
+"""The generators and scorers of the library reasoning-gym (arXiv 2505.24760): more than a hundred data sets."""
 
 import base64
 import functools
@@ -18,17 +18,26 @@ _STREAM = 2**31
 
 @dataclass(frozen=True)
 class Options:
-    """dataset: a name of reasoning-gym, such as `chain_sum`. The difficulty is the level of its curriculum, from 1."""
+    """Options of the task. The difficulty is the level of the data set's curriculum, starting at 1.
+
+    Attributes:
+        dataset: Name of a data set of reasoning-gym, such as `chain_sum`.
+    """
 
     dataset: str
 
 
 def make(rng: random.Random, difficulty: int, options: Options) -> Problem:
-    """A problem of the data set. Raises ConfigError if the library or the data set is missing."""
+    """Make a problem of the data set.
+
+    Raises:
+        ConfigError: The library or the data set does not exist.
+        DataError: The data set has no reference answers.
+    """
     index = rng.randrange(_STREAM)
     entry = _dataset(options.dataset, difficulty)[index]
     if not isinstance(entry.get("answer"), str):
-        raise DataError(f"reasoning-gym's {options.dataset!r} has no reference answers, so it cannot be used here.")
+        raise DataError(f"reasoning-gym's {options.dataset!r} has no reference answers, which this task needs.")
     return Problem(
         family="reasoning_gym",
         difficulty=difficulty,
@@ -39,19 +48,25 @@ def make(rng: random.Random, difficulty: int, options: Options) -> Problem:
 
 
 def score(problem: Problem, text: str) -> float:
-    """The library's own score; partial credit is possible. An answer on which its scorer fails or hangs gets 0.0."""
+    """Return the library's score, from 0.0 to 1.0 with partial credit; 0.0 if its scorer fails or hangs."""
     entry = (problem.meta["dataset"], problem.difficulty, problem.meta["entry"])
     call = Call(f"{__name__}:library_score", (*entry, final_answer(text)[-MAX_CHARACTERS:]))
     prepare = Call(f"{__name__}:library_score", (*entry, problem.answer))
-    found = isolated_calls().run(call, seconds=SCORE_SECONDS, prepare=prepare).value or 0.0
-    return min(max(found, 0.0), 1.0)
+    value = isolated_calls().run(call, seconds=SCORE_SECONDS, prepare=prepare).value or 0.0
+    return min(max(value, 0.0), 1.0)
 
 
 def library_score(dataset: str, difficulty: int, entry: str, answer: str) -> float:
-    """What the library's scorer returns. Some of its scorers pass the answer to `eval`: isolate this call.
+    """Return the result of the library's scorer.
 
-    entry: the library's own record of the problem, pickled, in base64. Another process would not make the same one from
-    the index: some generators depend on the order of sets.
+    Some of its scorers pass the answer to `eval`: run this function in an isolated process.
+
+    Args:
+        dataset: Name of the data set.
+        difficulty: Level of its curriculum.
+        entry: The library's record of the problem, pickled, in base64. Another process might not generate the same
+            record from its index, because some generators depend on the iteration order of sets.
+        answer: The answer to score.
     """
     return float(_dataset(dataset, difficulty).score_answer(answer, pickle.loads(base64.b64decode(entry))))
 
@@ -65,7 +80,7 @@ def _dataset(name: str, difficulty: int) -> Any:
     if name not in factory.DATASETS:
         raise ConfigError(f"reasoning-gym has no data set {name!r}; it has {', '.join(sorted(factory.DATASETS))}.")
     if difficulty > 1 and not factory.has_curriculum(name):
-        raise ConfigError(f"reasoning-gym's {name!r} has no curriculum, so difficulty 1 is the only one.")
+        raise ConfigError(f"reasoning-gym's {name!r} has no curriculum, so its only difficulty is 1.")
     if not factory.has_curriculum(name):
         return factory.create_dataset(name, seed=0, size=_STREAM)
     curriculum = factory.create_curriculum(name)

@@ -1,4 +1,4 @@
-"""Letters to write backwards: `rev abcd` gives `dcba`."""
+"""Reverse letters: `rev abcd` gives `dcba`."""
 
 import random
 import string
@@ -10,7 +10,11 @@ from openmimo.data.task import Problem, TaskFamily
 
 @dataclass(frozen=True)
 class Options:
-    """num_letters: size of the alphabet, from `a` on."""
+    """Options of the task.
+
+    Attributes:
+        num_letters: Number of different letters, starting at `a`.
+    """
 
     num_letters: int = 26
 
@@ -20,7 +24,7 @@ class Options:
 
 
 def make(rng: random.Random, difficulty: int, options: Options) -> Problem:
-    """Asks to reverse `difficulty` letters."""
+    """Make a problem with `difficulty` letters."""
     letters = "".join(rng.choices(string.ascii_lowercase[: options.num_letters], k=difficulty))
     return Problem(family="reverse", difficulty=difficulty, prompt="rev " + letters, answer=letters[::-1])
 

@@ -1,4 +1,4 @@
-"""Digits to sort: `sort 3142` gives `1234`."""
+"""Sort digits: `sort 3142` gives `1234`."""
 
 import random
 from dataclasses import dataclass
@@ -8,13 +8,17 @@ from openmimo.data.task import Problem, TaskFamily
 
 @dataclass(frozen=True)
 class Options:
-    """descending: the largest digit first."""
+    """Options of the task.
+
+    Attributes:
+        descending: Whether the largest digit comes first.
+    """
 
     descending: bool = False
 
 
 def make(rng: random.Random, difficulty: int, options: Options) -> Problem:
-    """Asks to sort `difficulty` digits."""
+    """Make a problem with `difficulty` digits."""
     digits = rng.choices("0123456789", k=difficulty)
     return Problem(
         family="sorting",

@@ -1,4 +1,4 @@
-"""Repeated digits to leave out: `uniq 3313` gives `31`."""
+"""Remove repeated digits: `uniq 3313` gives `31`."""
 
 import random
 from dataclasses import dataclass
@@ -9,7 +9,11 @@ from openmimo.data.task import Problem, TaskFamily
 
 @dataclass(frozen=True)
 class Options:
-    """num_digits: how many different digits there are, from 0 on."""
+    """Options of the task.
+
+    Attributes:
+        num_digits: Number of different digits, starting at 0.
+    """
 
     num_digits: int = 10
 
@@ -19,7 +23,7 @@ class Options:
 
 
 def make(rng: random.Random, difficulty: int, options: Options) -> Problem:
-    """Asks for the different ones among `difficulty` digits, in the order in which they first come."""
+    """Make a problem with `difficulty` digits. The answer has the different ones in order of first occurrence."""
     digits = rng.choices("0123456789"[: options.num_digits], k=difficulty)
     return Problem(
         family="unique",
