@@ -153,7 +153,9 @@ def main(tokens: int, layers: int) -> dict[str, float]:
         timed("sync", log.close)
         again = open_log(Path(folder))
         timed("read", lambda: again.begin_step(0))
-        read = [slot.sample for group in again.scheduler._groups.values() for slot in group.slots if slot.sample][0]
+        groups = [vars(group) for group in again.scheduler._groups.values()]
+        members = [member for group in groups for member in group.get("members") or group["slots"]]
+        read = next(member.sample for member in members if member.sample)
         costs["log_bytes"] = sum(path.stat().st_size for path in Path(folder).iterdir())
         timed("pack", lambda: pack([read], layers))
     costs["routes_bytes"] = routes.nbytes
