@@ -2,9 +2,16 @@
 
 G key/value heads, K key dim, V value dim, D model dim.
 
-Two layouts exist. Most matrices use one uniform grid of blocks. Where key and value rows were quantized per rank, as
-one slice [Q_r | K_r | V_r] of a fused matrix, the grid starts anew at each rank, and a block may hold the last rows of
-a rank's keys and the first of its values (docs/model.md tells how the split K and V scales must be read then).
+There are two layouts. Most matrices have one uniform grid of blocks. Keys and values of full layers were quantized per
+rank, as parts of a fused slice [Q_r | K_r | V_r]. The grid then restarts at each rank, and a block may hold the last
+rows of a rank's keys and the first rows of its values. With K = 192 and V = 128 and one key/value head per rank:
+
+    row          0          128       192       256       320
+    part         |        K_r          |        V_r         |
+    block        |     0     |         1         |    2     |
+    scales in    k_proj      k_proj              v_proj
+
+docs/model.md describes how the scales of split K and V are read.
 """
 
 import torch
@@ -22,39 +29,44 @@ def is_fp8_in_hub_layout(name: str) -> bool:
 
 
 def num_blocks(rows: int) -> int:
-    """Blocks that cover `rows` rows, the last one cut short."""
+    """Number of blocks that cover `rows` rows; the last one may be partial."""
     return -(-rows // BLOCK)
 
 
 def dequantize(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Uniform blocks: weight [rows, cols] float8_e4m3fn, scale [ceil(rows/128), ceil(cols/128)] float32, to float32."""
+    """Dequantize a matrix with uniform blocks to float32.
+
+    Args:
+        weight: Codes, float8_e4m3fn [rows, cols].
+        scale: float32 [ceil(rows/128), ceil(cols/128)].
+    """
     return BlockScaled(weight, scale, (BLOCK, BLOCK)).dequantize(torch.float32)
 
 
 def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The inverse: float8_e4m3fn codes, and scales amax/448 per block (1 where a block is all zero)."""
+    """Quantize a matrix to float8_e4m3fn codes with scales amax/448 per block (1 for a block of zeros)."""
     codes, scale, _ = kernels_quantize(weight, "fp8")
     return codes, scale
 
 
 def quantize_ranks(weight: torch.Tensor, num_ranks: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A matrix stacked of `num_ranks` slices, each with its own grid: codes, and the scales of all."""
+    """Quantize a stack of `num_ranks` slices, each on its own grid; returns codes and scales, stacked likewise."""
     codes, scales = zip(*(quantize(part) for part in weight.chunk(num_ranks)), strict=True)
     return torch.cat(codes), torch.cat(scales)
 
 
 def has_rank_scales(scale_rows: int, num_ranks: int, rows: int) -> bool:
-    """Whether a key matrix has scales per rank rather than uniform ones: it then has more rows of scales."""
+    """Whether a key matrix was quantized per rank: it then has more rows of scales than with uniform blocks."""
     return rows % num_ranks == 0 and scale_rows == num_ranks * num_blocks(rows // num_ranks) != num_blocks(rows)
 
 
 def split_ranks(fused: BlockScaled, rows: list[int], num_ranks: int) -> list[BlockScaled]:
-    """Splits a fused matrix whose slice [Q_r | K_r | V_r] of each rank has its own grid.
+    """Split a fused matrix whose slice [Q_r | K_r | V_r] of each rank has its own grid.
 
     Args:
         fused: Codes [ranks * slice rows, D] and scales [ranks * ceil(slice rows / 128), ceil(D / 128)].
-        rows: How many rows each part has, over all ranks.
-        num_ranks: How many slices there are.
+        rows: Number of rows of each part, over all ranks.
+        num_ranks: Number of slices.
 
     Returns:
         The parts with their ranks in order. Their blocks have as few rows as exact scales require.
@@ -72,10 +84,10 @@ def split_ranks(fused: BlockScaled, rows: list[int], num_ranks: int) -> list[Blo
 
 
 def split_rank_keys_values(k: BlockScaled, v: BlockScaled, num_ranks: int) -> list[BlockScaled]:
-    """K [G*K, D] and V [G*V, D] that were quantized as one slice [K_r | V_r] per rank, each with its own scales.
+    """Give K [G*K, D] and V [G*V, D], which were quantized as one slice [K_r | V_r] per rank, each its own scales.
 
-    With K = 192 and V = 128 the slice of a rank has 320 rows and three rows of scales, of which the export put two with
-    K and one with V: the second holds for K rows 128-191 and V rows 0-63.
+    With K = 192 and V = 128, the slice of a rank has 320 rows and three rows of scales. The checkpoint stores two of
+    them with K and one with V; the second is the scale of K rows 128-191 and of V rows 0-63.
     """
     codes, scales = (
         torch.cat([_per_rank(of_k, num_ranks), _per_rank(of_v, num_ranks)], dim=1).flatten(0, 1)
@@ -87,7 +99,7 @@ def split_rank_keys_values(k: BlockScaled, v: BlockScaled, num_ranks: int) -> li
 def quantize_rank_keys_values(
     k: torch.Tensor, v: torch.Tensor, num_ranks: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The inverse of `split_rank_keys_values`: codes of K and V, then their scales.
+    """Invert `split_rank_keys_values`; returns the codes of K and V, then their scales.
 
     The layout is that of the full layers of the published checkpoint.
     """

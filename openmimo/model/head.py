@@ -1,7 +1,6 @@
-"""The output head: states to logits, or straight to log-probabilities and losses without a [T, vocabulary] tensor.
+"""The output head: maps states to logits, or to log-probabilities and losses without a [T, vocabulary] tensor.
 
-Everything that needs the head's weight calls the module, so that hooks, parametrizations and sharded weights take
-effect.
+All code that needs the head's weight calls the module, so that hooks, parametrizations and sharded weights take effect.
 
 T packed tokens, D model dim, V vocabulary.
 """
@@ -29,9 +28,11 @@ class Head(Linear):
         super().__init__(model_dim, vocab_size, bias=False)
 
     def forward(self, states_TD: torch.Tensor, reader: Reader | None = None) -> Any:
-        """Logits [T, V] in float32 (float64 stays), or `reader(states_TD, weight_VD)` if a reader is given.
+        """Logits [T, V] in float32 (float64 for float64 states), or the result of `reader`.
 
-        The reader gets the weight in the dtype of the states.
+        Args:
+            states_TD: Final hidden states.
+            reader: Called with the states and the weight in their dtype, instead of computing logits.
         """
         if reader is not None:
             weight_VD = self.weight_as("weight", states_TD.dtype)
@@ -55,7 +56,7 @@ class Head(Linear):
         return self(states_TD, token_argmax)
 
     def tie(self, embedding: Embedding) -> None:
-        """Uses the embedding's weight as this layer's."""
+        """Share the embedding's weight."""
         self.weight = embedding.weight
 
 

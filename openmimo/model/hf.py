@@ -1,6 +1,6 @@
-"""Checkpoints in the Hugging Face layout: load and save.
+"""Load and save checkpoints in the Hugging Face layout.
 
-Names are in `hf_names`, storage in `hf_reader` and `hf_writer`, other dtypes and layouts in `convert`.
+`hf_names` has the tensor names, `hf_reader` and `hf_writer` the storage, `convert` other dtypes and layouts.
 """
 
 import functools
@@ -8,6 +8,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -28,7 +29,7 @@ from openmimo.runtime.device import DTYPES, resolve_device
 
 
 def load_config(path: str | Path, *, window_keys: int | None = None) -> ModelConfig:
-    """The config of a checkpoint folder; MTP heads are counted in the weights where config.json does not state them."""
+    """The config of a checkpoint folder; its number of MTP heads is that of the weights."""
     folder = Path(path)
     return open_checkpoint(folder, window_keys)[0]
 
@@ -41,15 +42,15 @@ def load_model(
     window_keys: int | None = None,
     weights: str = "plain",
 ) -> MiMo:
-    """Loads a checkpoint folder in the Hugging Face layout, ours or theirs, FP8 included.
+    """Load a checkpoint folder in the Hugging Face layout: one written here or published, FP8 included.
 
     The weights are streamed: peak memory is the model and one shard.
 
     Args:
         path: The folder.
-        dtype: float32, bfloat16, float16 or float64, for all but the router, which stays float32 (float64 in float64).
-        device: A device of torch, or auto.
-        window_keys: Overrides how many keys a sliding layer's query sees (see `hf_config`).
+        dtype: float32, bfloat16, float16 or float64. The router is always float32 (float64 for float64).
+        device: A torch device, or "auto".
+        window_keys: Overrides the number of keys that a query of a sliding layer sees (see `hf_config`).
         weights: plain (in `dtype`; FP8 is dequantized), int8 (linear layers and experts with a scale for each output),
             or fp8 (the matrices that the published checkpoint stores as FP8; codes and scales of an FP8 checkpoint stay
             as they are stored). Quantized models are for inference and cannot be saved.
@@ -88,11 +89,18 @@ def save_model(
     tokenizer: Tokenizer | None = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
 ) -> None:
-    """Writes safetensors and `config.json` that transformers and we load; the folder appears whole or not at all.
+    """Write a checkpoint that this package and transformers load. The write is atomic.
 
-    Tensors keep their dtype. The tokenizer's files, with chat template and stop tokens, are those of `tokenizer`, else
-    of the folder that the model was loaded from, else those that `path` holds already. A checkpoint that is there
-    already is replaced; a folder that holds anything else is refused with a CheckpointError.
+    Args:
+        model: The model, not quantized. Tensors keep their dtype.
+        path: The folder. An existing checkpoint is replaced.
+        tokenizer: Source of the tokenizer files, with chat template and stop tokens. None: the files of the folder from
+            which the model was loaded, or else those in `path`.
+        max_shard_bytes: Size limit of a file.
+
+    Raises:
+        CheckpointError: `path` has files that do not belong to a checkpoint, or the model is quantized.
+        ConfigError: An argument has a wrong type or value.
     """
     _check_path(path)
     if not isinstance(model, MiMo):
@@ -111,7 +119,7 @@ def save_model(
 
 
 def check_replaceable(path: Path) -> None:
-    """Raises CheckpointError if `path` is a file, or a folder that holds anything but a checkpoint."""
+    """Raise CheckpointError if `path` is a file or a folder with files that do not belong to a checkpoint."""
     if path.exists() and not path.is_dir():
         raise CheckpointError(f"{path} is a file; save to a new folder.")
     others = _other_files(path) if path.is_dir() else []
@@ -120,13 +128,15 @@ def check_replaceable(path: Path) -> None:
 
 
 def _other_files(folder: Path) -> list[str]:
-    """What a folder holds that is no part of a checkpoint."""
-    ours = {"config.json", INDEX, *(name.split("/")[0] for name in companion_names(folder))}
-    return [path.name for path in folder.iterdir() if path.suffix != ".safetensors" and path.name not in ours]
+    """Names in a folder that do not belong to a checkpoint."""
+    checkpoint_names = {"config.json", INDEX, *(name.split("/")[0] for name in companion_names(folder))}
+    return [
+        path.name for path in folder.iterdir() if path.suffix != ".safetensors" and path.name not in checkpoint_names
+    ]
 
 
 def _check_plain(model: MiMo) -> None:
-    """Raises CheckpointError for a model with block-scaled weights."""
+    """Raise CheckpointError if the model has block-scaled weights."""
     for name, module in model.named_modules():
         if isinstance(module, QuantizableModule) and module.blocks:
             part = next(iter(module.blocks))
@@ -140,7 +150,7 @@ def _check_plain(model: MiMo) -> None:
 def write_model(
     model: MiMo, folder: Path, *, tokenizer: Tokenizer | None = None, max_shard_bytes: int = DEFAULT_SHARD_BYTES
 ) -> None:
-    """The files of `save_model`, into a folder that exists and that the caller makes atomic."""
+    """Write the files of `save_model` to an existing folder; the caller makes the write atomic."""
     _check_plain(model)
     companions = model.companions if tokenizer is None else tokenizer.companions
     if model.is_extended:
@@ -160,14 +170,22 @@ def write_model(
     write_shards(folder, entries, max_shard_bytes=max_shard_bytes)
 
 
-def write_config(config: ModelConfig, folder: Path, *, dtype: str = "float32", extra: dict | None = None) -> None:
-    """Writes `config.json` alone."""
+def write_config(
+    config: ModelConfig, folder: Path, *, dtype: str = "float32", extra: dict[str, Any] | None = None
+) -> None:
+    """Write `config.json` only."""
     values = config_to_hf(config, dtype=dtype) | (extra or {})
     (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
 
 
 def open_checkpoint(folder: Path, window_keys: int | None) -> tuple[ModelConfig, CheckpointReader]:
-    """The config and an open reader of a checkpoint folder; MTP heads are counted where config.json is silent."""
+    """The config and an open reader of a checkpoint folder; the number of MTP heads is that of the weights.
+
+    Raises:
+        CheckpointError: A file is missing or damaged, or config.json states more layers, experts or other MTP heads
+            than the weights hold. If the weights hold no MTP head at all, it is a warning.
+        ConfigError: config.json is not valid.
+    """
     recover_folder(folder)
     path = file_in_folder(require_folder(folder), "config.json")
     if path is None:
@@ -190,7 +208,7 @@ def open_checkpoint(folder: Path, window_keys: int | None) -> tuple[ModelConfig,
 
 
 def _check_counts(config: ModelConfig, names: set[str], path: Path) -> None:
-    """Refuses a config.json of more layers or experts than the weights hold, before a model of that size is built."""
+    """Refuse a config.json with more layers or experts than the weights hold, before a model of that size is built."""
     stated = {"num_hidden_layers": len(config.layers)}
     numbers = {"num_hidden_layers": r"model\.layers\.(\d{1,9})\."}
     if config.moe is not None:
@@ -208,13 +226,14 @@ def _warn_once(message: str) -> None:
 
 
 def check_fit(model: MiMo, reader: CheckpointReader) -> None:
-    """Raises one CheckpointError with everything that does not fit between the model and the files' headers.
+    """Compare the tensors of the model with the files' headers, and a stored output head with tied embeddings.
 
-    A stored output head of a model with tied embeddings is compared with them.
+    Raises:
+        CheckpointError: One error with all tensors that are missing, unexpected, misshaped or unreadable.
     """
     expected = {slot.name: tuple(slot.target.shape) for slot in slots(model)}
     found = reader.names()
-    if model.config.tie_embeddings and "lm_head.weight" in found:  # stored all the same, as some programs do
+    if model.config.tie_embeddings and "lm_head.weight" in found:  # some programs store it although it is tied
         expected["lm_head.weight"] = expected["model.embed_tokens.weight"]
     present = sorted(found & set(expected))
     findings = {
@@ -234,7 +253,7 @@ def check_fit(model: MiMo, reader: CheckpointReader) -> None:
 
 
 def _check_tied(reader: CheckpointReader, config: ModelConfig) -> None:
-    """Refuses tied embeddings next to an output head of its own: one of the two statements is wrong."""
+    """Refuse tied embeddings if the checkpoint has an output head with other values."""
     if not config.tie_embeddings or "lm_head.weight" not in reader.names():
         return
     head, embedding = (reader.read(name, config) for name in ("lm_head.weight", "model.embed_tokens.weight"))
@@ -246,7 +265,7 @@ def _check_tied(reader: CheckpointReader, config: ModelConfig) -> None:
 
 
 def _check_path(path: str | Path) -> None:
-    """Raises ConfigError for what cannot be the path of a folder."""
+    """Raise ConfigError if `path` cannot be the path of a folder."""
     if not isinstance(path, (str, Path)):
         raise ConfigError(f"path is {path!r}, a {type(path).__name__}; give the path of a checkpoint folder.")
     if not str(path) or "\0" in str(path):

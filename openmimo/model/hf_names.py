@@ -1,8 +1,8 @@
-"""Which checkpoint tensor fills which part of which parameter.
+"""The mapping between checkpoint tensors and model parameters.
 
-Our attribute names are the checkpoint's, so most tensors map to the parameter of the same name. Two things differ:
-experts are stored one by one and held stacked, and the MiMo-7B family calls the parts of its MTP layer otherwise and
-concatenates hidden state before embedding.
+Attribute names of the model are those of the checkpoint, so most tensors map to the parameter of the same name. There
+are two exceptions. Experts are stored one by one, and the model stacks them. The MiMo-7B family has other names for the
+parts of its MTP layer, and concatenates the hidden state before the embedding.
 """
 
 from collections.abc import Iterator
@@ -25,13 +25,13 @@ _MIMO_7B_MTP_NAMES = {
 
 @dataclass(frozen=True)
 class Slot:
-    """The place of one checkpoint tensor in the model.
+    """The part of the model that corresponds to one checkpoint tensor.
 
     Attributes:
         name: The name of the tensor in the checkpoint.
         target: The view of the parameter or buffer that it fills (a meta tensor on a meta model).
-        swaps_halves: The checkpoint holds the two column halves in the opposite order.
-        is_router: Kept in float32 independent of the model's dtype.
+        swaps_halves: Whether the checkpoint stores the two column halves in the opposite order.
+        is_router: Whether the tensor is float32 independent of the model's dtype.
     """
 
     name: str
@@ -40,17 +40,17 @@ class Slot:
     is_router: bool = False
 
     def from_checkpoint(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A checkpoint tensor, arranged as the model holds it; also its own inverse."""
+        """Convert a checkpoint tensor to the layout of the model; the conversion is its own inverse."""
         return torch.cat(tensor.chunk(2, dim=1)[::-1], dim=1) if self.swaps_halves else tensor
 
     def fill(self, weight: Weight) -> None:
-        """Copies a weight of the checkpoint into the target, in the format of the target."""
+        """Copy a weight of the checkpoint to the target, in the format of the target."""
         copy_weight(
             self.target, self.from_checkpoint(dequantized(weight, torch.float32)) if self.swaps_halves else weight
         )
 
     def to_checkpoint(self) -> torch.Tensor:
-        """The tensor that the checkpoint holds. The target is plain."""
+        """The tensor to store in the checkpoint. The target must be plain."""
         return self.from_checkpoint(self.plain_target)
 
     @property
@@ -93,6 +93,6 @@ def _mimo_7b_mtp_slot(name: str, tensor: Weight) -> Slot:
 
 
 def count_mtp_heads(names: set[str], config: ModelConfig) -> int:
-    """How many MTP heads a checkpoint has; the hub's config of V2-Flash does not say."""
+    """Number of MTP heads whose tensors a checkpoint has; the hub's config of V2-Flash does not state it."""
     prefix = "model.mtp_layers." if config.family == "mimo" else "model.mtp.layers."
     return len({name.removeprefix(prefix).split(".")[0] for name in names if name.startswith(prefix)})

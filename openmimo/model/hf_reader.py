@@ -1,8 +1,8 @@
-"""Reading a checkpoint folder in the Hugging Face layout, tensor by tensor, whatever its storage.
+"""Read a checkpoint folder in the Hugging Face layout, tensor by tensor.
 
-The reader shows *logical* tensors: split q, k and v in a plain dtype. Behind them the folder may hold one file or many,
-FP8 codes and scales (in different files, too), or q, k and v fused by rank (`attention_projection_layout: fused_qkv`).
-Everything that can be found wrong from the files' headers is found before the first tensor is read.
+The reader presents *logical* tensors: split q, k and v in a plain dtype. The folder may store them in one file or many,
+as FP8 codes and scales (which may be in different files), or as q, k and v fused by rank
+(`attention_projection_layout: fused_qkv`). All errors that the files' headers reveal are raised before a tensor is read.
 """
 
 from collections.abc import Iterator
@@ -26,12 +26,18 @@ _FLOAT_DTYPES = {"F64", "F32", "BF16", "F16"}
 _FP8_DTYPE = "F8_E4M3"
 _SCALE = "_scale_inv"
 _PARTS = ("q_proj", "k_proj", "v_proj")
-_MAX_OPEN_FILES = 2  # a weight and its scale may lie in different files; more would keep old shards in memory
+_MAX_OPEN_FILES = 2  # a weight and its scale may be in different files; more would keep old shards in memory
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor as its file's header describes it."""
+    """The header entry of a tensor.
+
+    Attributes:
+        file: Name of the file that holds the tensor.
+        shape: Stored shape.
+        dtype: Name of the dtype in the safetensors format.
+    """
 
     file: str
     shape: tuple[int, ...]
@@ -40,13 +46,13 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class _Index:
-    """What is read of `model.safetensors.index.json`: the file of each tensor."""
+    """The keys of `model.safetensors.index.json` that are read: the file of each tensor."""
 
     weight_map: dict[str, str]
 
 
 class CheckpointReader:
-    """The tensors of one folder. Raises CheckpointError for a missing, truncated or inconsistent file."""
+    """The tensors of one folder. Raises CheckpointError if a file is missing, truncated or inconsistent."""
 
     def __init__(self, folder: Path):
         self.folder = Path(folder)
@@ -54,7 +60,7 @@ class CheckpointReader:
         self._open: dict[str, Any] = {}
 
     def names(self) -> set[str]:
-        """Names of the weights, and of scales without their weight; a fused q/k/v counts as three."""
+        """Names of the logical weights, and of scales without their weight; a fused q/k/v has three names."""
         names = {name for name in self.stored if not self._is_scale(name)}
         fused = {name for name in names if ".qkv_proj." in name}
         return (names - fused) | {name.replace("qkv_proj", part) for name in fused for part in _PARTS}
@@ -73,7 +79,7 @@ class CheckpointReader:
         return (_rows_by_part(_attention_of(name, config))[_part(name)], *self._stored(name).shape[1:])
 
     def problem(self, name: str, config: ModelConfig) -> str | None:
-        """What forbids reading this tensor, found from its header; None if nothing does."""
+        """The reason why the tensor cannot be read, according to the headers; None if it can."""
         physical = self._physical(name)
         stored, scale_name = self.stored[physical], physical + _SCALE
         if stored.dtype not in (*_FLOAT_DTYPES, _FP8_DTYPE):
@@ -122,13 +128,13 @@ class CheckpointReader:
         elif ".k_proj." in name and rows % ranks == 0:
             allowed = {uniform, by_rank}
         elif ".v_proj." in name and rows % ranks == 0 and self._has_rank_scales(name, config):
-            # Per rank, V has the blocks that K leaves of their common slice.
+            # Of the blocks of the common slice [K_r | V_r], those that begin with V rows are stored with V.
             key_rows = self.stored[name.replace(".v_proj.", ".k_proj.")].shape[0] // ranks
             allowed = {ranks * (fp8.num_blocks(key_rows + rows // ranks) - fp8.num_blocks(key_rows))}
         return {(blocks, fp8.num_blocks(columns)) for blocks in allowed}
 
     def _has_rank_scales(self, name: str, config: ModelConfig) -> bool:
-        """Whether the keys of this layer, and with them its values, are quantized per rank."""
+        """Whether the keys and values of this layer are quantized per rank."""
         k_name = name.replace(_part(name), "k_proj")
         weight, scale = self.stored.get(k_name), self.stored.get(k_name + _SCALE)
         if weight is None or scale is None or not weight.shape or not scale.shape:
@@ -180,7 +186,7 @@ class CheckpointReader:
             raise CheckpointError(f"{self.folder / file}: {name} cannot be read ({error}).") from error
 
     def _scale(self, name: str) -> torch.Tensor:
-        """The scales of an FP8 matrix. Raises CheckpointError for one that is negative or not finite."""
+        """The scales of an FP8 matrix. Raises CheckpointError if one is negative or not finite."""
         scale = self._tensor(name + _SCALE)
         if not (torch.isfinite(scale) & (scale >= 0)).all():
             raise CheckpointError(f"{self.folder}: {name}{_SCALE} holds a negative value, an infinity or NaN.")
@@ -188,19 +194,19 @@ class CheckpointReader:
 
 
 def split_fused(tensor: torch.Tensor, spec: AttentionConfig, num_ranks: int) -> dict[str, torch.Tensor]:
-    """A fused [ranks * (Q_r + K_r + V_r), D] matrix as q, k and v: a rank's slice holds its heads of all three."""
+    """Split a fused [ranks * (Q_r + K_r + V_r), D] matrix, whose slices hold a rank's heads, into q, k and v."""
     rows = [count // num_ranks for count in _rows_by_part(spec).values()]
     parts = tensor.unflatten(0, (num_ranks, sum(rows))).split(rows, dim=1)
     return {name: part.flatten(0, 1) for name, part in zip(_PARTS, parts, strict=True)}
 
 
 def fuse(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, num_ranks: int) -> torch.Tensor:
-    """The inverse of `split_fused`."""
+    """Invert `split_fused`."""
     return torch.cat([part.unflatten(0, (num_ranks, -1)) for part in (q, k, v)], dim=1).flatten(0, 1)
 
 
 def _rows_by_part(spec: AttentionConfig) -> dict[str, int]:
-    """How many rows q, k and v of a layer have."""
+    """Number of rows of q, k and v of a layer."""
     return {
         "q_proj": spec.num_heads * spec.key_dim,
         "k_proj": spec.num_kv_heads * spec.key_dim,
@@ -209,23 +215,24 @@ def _rows_by_part(spec: AttentionConfig) -> dict[str, int]:
 
 
 def _attention_of(name: str, config: ModelConfig) -> AttentionConfig:
-    head, _, rest = name.partition("layers.")
-    if "mtp" in head:
-        assert config.mtp is not None
+    prefix, _, rest = name.partition("layers.")
+    if "mtp" in prefix:
+        assert config.mtp is not None, "the weights have MTP heads"
         return config.mtp.attention
     return config.layers[int(rest.split(".")[0])].attention
 
 
 def _part(name: str) -> str:
-    """The projection of `….self_attn.q_proj.weight`: `q_proj`."""
+    """The name of the projection: `q_proj` of `….self_attn.q_proj.weight`."""
     return name.split(".")[-2] if "." in name else name
 
 
 def read_headers(folder: Path) -> dict[str, StoredTensor]:
-    """Every tensor of a folder: of the files that its index names, else of all its safetensors files.
+    """The header entries of all tensors of a folder: of the files in its index, or of all safetensors files.
 
-    Raises one CheckpointError with everything that is wrong: a missing or damaged file, a tensor that two files hold,
-    an entry of the index that names another file than the one that holds the tensor.
+    Raises:
+        CheckpointError: One error with all findings: files that are missing or damaged, tensors that two files hold,
+            and entries of the index that name another file than the one that holds the tensor.
     """
     require_folder(folder)
     weight_map = _read_index(folder)
@@ -255,7 +262,7 @@ def read_headers(folder: Path) -> dict[str, StoredTensor]:
 
 
 def open_safetensors(path: Path) -> Any:
-    """An open safetensors file whose header and size have been checked. Raises CheckpointError."""
+    """Open a safetensors file and check its header and size. Raises CheckpointError."""
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
@@ -263,7 +270,7 @@ def open_safetensors(path: Path) -> Any:
 
 
 def _read_index(folder: Path) -> dict[str, str]:
-    """The index's file of each tensor; empty if there is no index."""
+    """The file of each tensor according to the index; empty if there is no index."""
     path = file_in_folder(folder, INDEX)
     if path is None:
         return {}
@@ -280,7 +287,7 @@ def _read_header(folder: Path, name: str) -> dict[str, StoredTensor]:
     with open_safetensors(path), open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         text = file.read(min(length, _MAX_HEADER_BYTES)).decode("utf-8")
-    # The library has accepted the header; it keeps the last of two tensors of one name, which parse_json refuses.
+    # The library accepts a header with two tensors of one name and keeps the last; parse_json refuses duplicate keys.
     header = parse_json(text, f"the header of {path}", CheckpointError)
     header.pop("__metadata__", None)
     return {tensor: StoredTensor(name, tuple(entry["shape"]), entry["dtype"]) for tensor, entry in header.items()}

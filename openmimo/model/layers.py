@@ -31,7 +31,7 @@ _LOCAL_WEIGHTS = (nn.Parameter, torch.Tensor, BlockScaled)
 
 
 def as_dtype(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """`tensor.to(dtype)`, at no cost where it has that dtype: decoding asks a hundred times a token."""
+    """`tensor.to(dtype)` without the cost of the call if the dtype is right: decoding calls it 100 times per token."""
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
@@ -41,7 +41,7 @@ class Linear(QuantizableModule, nn.Linear):
     quantizable = MappingProxyType({"weight": 1})
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., in] to [..., out]."""
+        """Map x [..., in] to [..., out]."""
         weight, bias = self.parameters_as(x.dtype)
         if type(weight) in _LOCAL_WEIGHTS:
             return joined_linear(x, ((weight, bias),))
@@ -50,12 +50,12 @@ class Linear(QuantizableModule, nn.Linear):
 
     @property
     def is_joinable(self) -> bool:
-        """Whether `project` may compute this layer without a call of it: only its own forward would run.
+        """Whether `project` may compute this layer without calling it, because a call would run nothing but `forward`.
 
-        False for a subclass (FSDP and parametrizations replace the class), for hooks or a replaced `forward`, and for a
-        weight that is no local parameter.
+        False for a subclass (FSDP and parametrizations replace the class), with hooks or a replaced `forward`, and if
+        the weight is not a local parameter.
         """
-        own = self.__dict__  # one lookup instead of nine: decoding asks a hundred times a token
+        own = self.__dict__  # one attribute lookup instead of nine: decoding reads this property 100 times per token
         return not (
             type(self) is not Linear
             or own["_forward_hooks"]
@@ -74,9 +74,9 @@ class Linear(QuantizableModule, nn.Linear):
 
 
 def project(x: torch.Tensor, layers: tuple[Linear, ...]) -> torch.Tensor:
-    """Several layers of one input x [..., in], side by side: [..., sum of their out].
+    """Apply several layers to one input x [..., in] and concatenate their outputs: [..., sum of out].
 
-    Joinable layers are one kernel call; others are called one by one.
+    Joinable layers are one kernel call; other layers are called one by one.
     """
     has_global_hooks = (
         _global_forward_hooks or _global_forward_pre_hooks or _global_backward_hooks or _global_backward_pre_hooks
@@ -91,27 +91,27 @@ class Embedding(nn.Embedding):
 
     @property
     def device(self) -> torch.device:
-        """Where the weight is."""
+        """The device of the weight."""
         return self._stored().device
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype in which the weight is kept."""
+        """The dtype of the weight."""
         return self._stored().dtype
 
     def _stored(self) -> torch.Tensor:
-        """The weight, or what a parametrization computes it from."""
+        """The weight, or the parameter from which a parametrization computes it."""
         weight = self._parameters.get("weight")
         return next(self.parameters()) if weight is None else weight
 
     def forward(self, tokens_T: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """Token ids, int64 [T], to embeddings [T, D] in `dtype` (None: that of the weight)."""
+        """Map token ids, int64 [T], to embeddings [T, D] in `dtype` (None: that of the weight)."""
         x_TD = F.embedding(tokens_T, self.weight)
         return x_TD if dtype is None else as_dtype(x_TD, dtype)
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm; statistics in float32, the weight applied after the cast back (as transformers does)."""
+    """Root-mean-square norm. Statistics are float32; the weight is applied after the cast back, as in transformers."""
 
     def __init__(self, dim: int, epsilon: float):
         super().__init__()
@@ -119,7 +119,7 @@ class RMSNorm(nn.Module):
         self.epsilon = epsilon
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., D] to the same shape and dtype."""
+        """Normalize x [..., D]; shape and dtype do not change."""
         return rms_norm(x, self.weight, self.epsilon)
 
 
@@ -139,10 +139,10 @@ class DenseFFN(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with partial RoPE, a value scale, and a learned sink where the geometry has one.
+    """Grouped-query attention with partial RoPE, a value scale, and a learned sink if the geometry has one.
 
-    The values are scaled right after their projection, so a cache holds them scaled (paper section 2.2; the scale and
-    the sink logit's place are those of the published checkpoint).
+    Values are scaled right after their projection, so a cache stores them scaled (paper section 2.2; the scale and the
+    position of the sink logit are those of the published checkpoint).
     """
 
     def __init__(self, place: AttentionPlace):

@@ -2,9 +2,9 @@
 
 T tokens, D model dim, E experts, A active experts, F expert hidden dim.
 
-Balance (paper section 3.1): a selection bias per expert, moved without gradient towards the mean load after each
-optimizer step (`update_selection_bias`), and a small sequence-level loss whose gradient is injected at the router, so
-that it needs no way through the rest of the model.
+Load balancing (paper section 3.1) has two parts. After each optimizer step, `update_selection_bias` moves the selection
+bias of each expert towards the mean load, without gradient. A small sequence-level loss adds its gradient directly at
+the router, so that the loss need not be passed through the rest of the model.
 """
 
 from types import MappingProxyType
@@ -21,12 +21,12 @@ from openmimo.model.weight_formats import QuantizableModule
 
 
 class Router(nn.Module):
-    """Scores experts; the bias takes part in the choice only, never in the weights.
+    """Chooses and weights experts by their scores. The selection bias affects the choice only, never the weights.
 
     Args:
         model_dim: D.
         moe: The sparse layers of the model.
-        index: The number of the layer, under which routes are recorded and replayed.
+        index: Index of the layer under which routes are recorded and replayed.
     """
 
     e_score_correction_bias: torch.Tensor
@@ -43,7 +43,7 @@ class Router(nn.Module):
     def forward(self, x_TD: torch.Tensor, context: AttentionContext) -> tuple[torch.Tensor, torch.Tensor]:
         """The chosen expert ids, int64 [T, A], and their weights, float32 [T, A] (float64 for float64 x).
 
-        Adds the gradient of the balance loss where the context asks for it.
+        Adds the gradient of the balance loss if the context has one.
         """
         routing, balance = context.routing, context.sequence_balance
         has_loss = balance is not None and torch.is_grad_enabled()
@@ -65,10 +65,13 @@ class Router(nn.Module):
 
     @torch.no_grad()
     def update_selection_bias(self, load_E: torch.Tensor, rate: float) -> None:
-        """Moves each expert's bias by `rate` towards the mean load (aux-loss-free balancing, arXiv 2408.15664).
+        """Move each expert's bias by `rate` towards the mean load (aux-loss-free balancing, arXiv 2408.15664).
 
-        `load_E`: tokens that chose each expert in the last optimizer step. The mean of the bias is kept at zero: a
-        common offset changes no choice, and left alone it drifts.
+        The mean of the bias is kept at zero: a common offset changes no choice, but would drift.
+
+        Args:
+            load_E: Number of tokens that chose each expert in the last optimizer step.
+            rate: Step size.
         """
         load_E = load_E.to(self.e_score_correction_bias.dtype)
         step_E = rate * torch.sign(load_E.mean() - load_E)
@@ -86,13 +89,13 @@ class Experts(QuantizableModule):
         self.down_proj = nn.Parameter(torch.empty(moe.num_experts, model_dim, moe.expert_dim))
 
     def forward(self, x_TD: torch.Tensor, ids_TA: torch.Tensor, weights_TA: torch.Tensor) -> torch.Tensor:
-        """[T, D] to [T, D]."""
+        """Map [T, D] to [T, D]."""
         gate_up_EHD, down_EDF = self.weight_as("gate_up_proj", x_TD.dtype), self.weight_as("down_proj", x_TD.dtype)
         return apply_experts(x_TD, ids_TA, weights_TA, gate_up_EHD, down_EDF)
 
 
 class MoE(nn.Module):
-    """A router and its experts; no shared expert."""
+    """A router and its experts, without a shared expert."""
 
     def __init__(self, model_dim: int, moe: MoEConfig, index: int):
         super().__init__()
@@ -100,17 +103,16 @@ class MoE(nn.Module):
         self.experts = Experts(model_dim, moe)
 
     def forward(self, x_TD: torch.Tensor, context: AttentionContext) -> torch.Tensor:
-        """[T, D] to [T, D]."""
+        """Map [T, D] to [T, D]."""
         ids_TA, weights_TA = self.gate(x_TD, context)
         return self.experts(x_TD, ids_TA, weights_TA)
 
 
 def sequence_balance_loss(scores_TE: torch.Tensor, ids_TA: torch.Tensor, balance: SequenceBalance) -> torch.Tensor:
-    """Mean over sequences of sum_e f_e P_e (DeepSeek-V3 equations 17-20, used by the report).
+    """Mean over sequences of sum_e f_e P_e (DeepSeek-V3 equations 17-20); it is 1 for an even load.
 
-    The trainer's sequences are its rows, as in that paper.
-
-    f_e: share of the sequence's choices that fell on expert e, times E; P_e: mean normalized score of e. 1 when even.
+    f_e is E times the fraction of the sequence's choices that are expert e, and P_e is the mean normalized score of e.
+    The sequences are training rows, as in that paper.
     """
     E, A = scores_TE.shape[1], ids_TA.shape[1]
     ones_TA = torch.ones_like(ids_TA, dtype=scores_TE.dtype)
@@ -124,7 +126,7 @@ def sequence_balance_loss(scores_TE: torch.Tensor, ids_TA: torch.Tensor, balance
 
 
 class _AddLoss(torch.autograd.Function):
-    """Passes a tensor on unchanged, and gives `loss` a gradient of 1 whatever comes from above."""
+    """Returns a tensor unchanged, and gives `loss` a gradient of 1 independent of the incoming gradient."""
 
     @staticmethod
     def forward(ctx: Any, tensor: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:

@@ -59,7 +59,7 @@ class QuantizableModule(nn.Module):
         return self._block_scaled(name, tensor) if name in self.blocks else tensor
 
     def allocate(self, name: str, weight_format: QuantizedFormat, block: tuple[int, int]) -> None:
-        """Replaces a weight by block-scaled storage without values."""
+        """Replace a weight by block-scaled storage without values."""
         self._hold(name, empty_quantized(getattr(self, name), weight_format, block))
 
     def store(self, name: str, tensor: torch.Tensor) -> None:
