@@ -154,7 +154,7 @@ class PagedContext:
         return result
 
     def _keys(self, call: AttentionCall, slots: GroupSlots, part: int, pages: Pages) -> _Keys:
-        """The keys of a long pass: cached, then new. Stores the new ones, and keeps those of source layers."""
+        """The cached and new keys of a long pass. Stores the new ones, and keeps those of source layers for readers."""
         if call.source_layer is not None:
             return self._sources[call.source_layer]
         assert call.k_TGK is not None and call.v_TGV is not None

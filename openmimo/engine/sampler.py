@@ -1,10 +1,10 @@
-"""From logits to tokens: greedy, or by one random number a token that depends on seed and position alone.
+"""Sampling: from logits to tokens, greedy or with one random number per token.
 
-R rows (one per position to decide), V vocabulary. The host makes a `SamplingInput` of `Draw`s; `decide` runs on the
+R rows (one per position to decide), V vocabulary. The host makes a `SamplingInput` from `Draw`s; `decide` runs on the
 device.
 
-The random number of a position is a hash, not the state of a generator, so it does not matter in which batch, in which
-order or how often (a drafted token is judged before it is confirmed) a position is decided: it comes out the same.
+The random number of a position is a hash of seed and position, not the state of a generator. So the token does not
+depend on the batch, the order or the number of times that a position is decided (once as a draft, once confirmed).
 """
 
 import math
@@ -17,13 +17,20 @@ import torch
 from openmimo.core.records import SamplingParams
 
 NO_TOKEN = -1
-_MAX_DISTRIBUTION_NUMBERS = 1 << 21  # 16 MiB in float64, of which sorting holds several copies
+_MAX_DISTRIBUTION_NUMBERS = 1 << 21  # 16 MiB in float64; sorting needs several copies
 _MASK_64 = (1 << 64) - 1
 _UNIFORM_BITS = 52  # one fewer than float64 holds, so that u < 1 and u * total < total survive rounding
 
 
 class Draw(NamedTuple):
-    """One position to decide: how, with which seed, where the token will stand, and what changes its logits."""
+    """One position to decide.
+
+    Attributes:
+        params: Sampling parameters.
+        seed: Seed of the request.
+        position: Position of the token to decide.
+        change: Changes of the logits; None if the request has none.
+    """
 
     params: SamplingParams
     seed: int
@@ -32,10 +39,13 @@ class Draw(NamedTuple):
 
 
 class LogitChange(NamedTuple):
-    """What a request does to the logits of one position, beside its `params`.
+    """The state of a request that, together with its `params`, changes the logits of one position.
 
-    prompt: the tokens of the prompt. counts: how often each token is in the text before this position. forbidden: ids
-    that cannot be chosen here. allowed_V: bool mask of those that can (None: all), on any device.
+    Attributes:
+        prompt: Distinct tokens of the prompt.
+        counts: Number of occurrences of each token in the text before this position.
+        forbidden: Ids that cannot be chosen here.
+        allowed_V: Bool mask of the ids that can be chosen (None: all), on any device.
     """
 
     prompt: frozenset[int]
@@ -46,15 +56,20 @@ class LogitChange(NamedTuple):
 
 @dataclass(frozen=True)
 class ChangeInput:
-    """A `LogitChange` and what it needs of its request, as tensors: ids int64, values in float32.
+    """A `LogitChange` and the parameters that it needs, as tensors: ids int64, values float64.
 
     Attributes:
-        row: The row that it changes.
-        bias_ids: Tokens with a bias, and `biases`, theirs.
-        seen_ids: Tokens of the text so far, for `repetition_penalty`.
-        counted_ids: Generated tokens, and `penalties`, what is subtracted from their logits.
-        allowed_V: Bool mask of what may be chosen (None: all).
-        forbidden_ids: Tokens that cannot be chosen, unless nothing else is left.
+        row: The row to change.
+        bias_ids: Tokens with a bias.
+        biases: Their biases.
+        seen_ids: Tokens of prompt and text so far, for `repetition_penalty`.
+        repetition_penalty: As in `SamplingParams`.
+        counted_ids: Generated tokens, for the other two penalties.
+        counts: Their numbers of occurrences.
+        presence_penalty: As in `SamplingParams`.
+        frequency_penalty: As in `SamplingParams`.
+        allowed_V: Bool mask of the tokens that may be chosen (None: all).
+        forbidden_ids: Tokens that cannot be chosen, unless no other is left.
     """
 
     row: int
@@ -72,16 +87,16 @@ class ChangeInput:
 
 @dataclass(frozen=True)
 class SamplingInput:
-    """How each row of a step is decided. S sampled rows; the others are greedy.
+    """The sampling of all rows of a step. S sampled rows; the others are greedy.
 
     Attributes:
         numbers_5S: Per sampled row, float64: temperature, top-p (2: none), top-k (infinite: none), min-p, and the
-            random number of the position.
-        sampled_rows_S: Which rows these are, int64; None: all rows.
+            random number of the position. None if all rows are greedy.
+        sampled_rows_S: The sampled rows, int64; None: all rows.
         has_filters: Whether a row has top-p, top-k or min-p.
-        changes: Rows whose logits are changed first.
-        logprob_temperature_R1: Of the reported log-probabilities, in float32; None: no request needs any.
-        num_top_logprobs: The most that a request needs.
+        changes: Changes of logits, applied first.
+        logprob_temperature_R1: Temperature of the reported log-probabilities, float32; None if no request needs any.
+        num_top_logprobs: The largest `top_logprobs` of a request.
     """
 
     numbers_5S: torch.Tensor | None
@@ -93,14 +108,14 @@ class SamplingInput:
 
 
 def sampling_input(draws: list[Draw], device: torch.device | str = "cpu") -> SamplingInput:
-    """The tensors of some positions to decide."""
+    """The `SamplingInput` of the positions to decide."""
     sampled = [row for row, draw in enumerate(draws) if draw.params.temperature > 0.0]
     params = [draws[row].params for row in sampled]
     numbers_5S = rows_S = None
     if sampled:
         columns = (
             [p.temperature for p in params],
-            [p.top_p if p.top_p < 1.0 else 2.0 for p in params],  # a running sum may round to above 1
+            [p.top_p if p.top_p < 1.0 else 2.0 for p in params],  # the cumulative sum may round to above 1
             [p.top_k or math.inf for p in params],
             [p.min_p for p in params],
             [uniform(draws[row].seed, draws[row].position) for row in sampled],
@@ -127,9 +142,9 @@ def sampling_input(draws: list[Draw], device: torch.device | str = "cpu") -> Sam
 
 
 def decide(logits_RV: torch.Tensor, sampling: SamplingInput) -> torch.Tensor:
-    """A token for each row, int64 [R]: the arg max at temperature 0, else drawn from the row's filtered distribution.
+    """Decides a token for each row, int64 [R]: the argmax at temperature 0, else a draw from the filtered distribution.
 
-    `NO_TOKEN` where the row has none to choose: it holds no finite number, or one that is not a number.
+    The token is `NO_TOKEN` for a row whose maximum is not finite: all logits are -inf, or one is NaN or +inf.
     """
     if sampling.changes:
         logits_RV = logits_RV.clone()
@@ -148,13 +163,17 @@ def decide(logits_RV: torch.Tensor, sampling: SamplingInput) -> torch.Tensor:
 def decided_logprobs(
     logits_RV: torch.Tensor, tokens_R: torch.Tensor, sampling: SamplingInput
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """Log-probability of each row's token, then ids and log-probabilities of the likeliest, if a request needs them.
+    """Log-probabilities of the decided tokens, and of the likeliest tokens if a request needs them.
 
-    At the sampling temperature (1 where greedy), of the distribution before biases, penalties and cuts.
+    They are those of the distribution at the sampling temperature (1 for greedy rows), before biases, penalties and
+    filters.
+
+    Returns:
+        Log-probabilities [R] of `tokens_R`; ids and log-probabilities [R, num_top_logprobs] of the likeliest tokens.
     """
     assert sampling.logprob_temperature_R1 is not None
     logprobs_RV = (logits_RV / sampling.logprob_temperature_R1.to(logits_RV.dtype)).log_softmax(dim=-1)
-    chosen_R = logprobs_RV.gather(1, tokens_R.clamp(min=0)[:, None])[:, 0]  # NO_TOKEN: its value is unused
+    chosen_R = logprobs_RV.gather(1, tokens_R.clamp(min=0)[:, None])[:, 0]  # the value of NO_TOKEN is not used
     if not sampling.num_top_logprobs:
         return chosen_R, None, None
     values, ids = logprobs_RV.topk(min(sampling.num_top_logprobs, logprobs_RV.shape[1]), dim=-1)
@@ -200,16 +219,16 @@ def _change(logits_V: torch.Tensor, change: ChangeInput) -> None:
     if len(change.forbidden_ids):
         kept = logits_V[change.forbidden_ids]
         logits_V[change.forbidden_ids] = float("-inf")
-        # Where nothing else is allowed, the structure is complete and the text may end.
+        # If no other token is allowed, the structure is complete and the text may end.
         is_open = logits_V.max() > float("-inf")
         logits_V[change.forbidden_ids] = logits_V[change.forbidden_ids].where(is_open, kept)
 
 
 def filtered_probabilities(logits_RV: torch.Tensor, numbers_5R: torch.Tensor, *, has_filters: bool) -> torch.Tensor:
-    """The distribution each row is drawn from, float64 [R, V], not normalized: temperature, then the cuts.
+    """The distribution of each row after temperature and filters, float64 [R, V], not normalized.
 
-    Top-p keeps the smallest set of most likely tokens that holds that probability, top-k at most that many of them,
-    min-p those at least this fraction as likely as the likeliest. numbers_5R: as in `SamplingInput`.
+    Top-p keeps the smallest set of the most likely tokens that holds that probability, top-k at most that many tokens,
+    and min-p the tokens at least that fraction as likely as the likeliest. `numbers_5R` is as in `SamplingInput`.
     """
     temperature_R1, top_p_R1, top_k_R1, min_p_R1, _ = numbers_5R[:, :, None]
     probabilities_RV = (logits_RV.double() / temperature_R1).softmax(dim=-1)
@@ -228,9 +247,9 @@ def uniform(seed: int, position: int) -> float:
 
 
 def _draw(logits_RV: torch.Tensor, sampling: SamplingInput) -> torch.Tensor:
-    """Inverts each row's cumulative distribution, in order of token id, at the position's random number.
+    """Draws by inverting each row's cumulative distribution, in order of token id, at the random number.
 
-    Some rows at a time, because the float64 distributions take many times the memory of the logits.
+    Large batches are split by rows, because the float64 distributions need many times the memory of the logits.
     """
     assert sampling.numbers_5S is not None
     rows = max(_MAX_DISTRIBUTION_NUMBERS // logits_RV.shape[1], 1)

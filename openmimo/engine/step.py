@@ -1,7 +1,7 @@
-"""What one step sends to the workers and gets from them: tensors and a few integers, so that it can be broadcast.
+"""Inputs and outputs of a step: tensors and a few integers, which could be broadcast to several workers.
 
-The host plans a step and fills the buffers of a `StepBuffers`; a `StepInput` is a set of views of them. The buffers
-have fixed shapes and addresses, so filling allocates nothing and a captured graph may replay from them.
+The host plans a step and fills a `StepBuffers`; a `StepInput` is a set of views of its buffers. The buffers have fixed
+shapes and addresses, so filling allocates nothing and a captured graph may replay from them.
 
 T packed tokens of the pass, B sequences, R rows to decide, Y rows of a page table, p parts of a group of layers (see
 `openmimo.engine.cache`), D model dim, V vocabulary.
@@ -19,7 +19,7 @@ _MAX_VIEWS = 64
 
 
 class Span(NamedTuple):
-    """Positions `start` to `stop` of one sequence, new in a pass, and its pages."""
+    """The new positions `start` to `stop` of one sequence in a pass, and its pages."""
 
     pages: PageTables
     start: int
@@ -27,14 +27,14 @@ class Span(NamedTuple):
 
 
 class GroupSlots(NamedTuple):
-    """Where a pass reads and writes in one group of layers.
+    """The pages that a pass reads and writes in one group of layers.
 
     Attributes:
         tables_pBY: Page tables, int32. Entries without a page are 0.
         page_pT: The page of each new token, int64.
-        offset_T: The place of each new token in its page, int64.
-        kept_rows: The new tokens that have a page, int64, where not all of them do; `page_pT` and `offset_T` then name
-            only these. Layers with a window store only the last positions of a long prompt.
+        offset_T: The offset of each new token in its page, int64.
+        kept_rows: The rows of the new tokens that have a page, int64; None if all have one. `page_pT` and `offset_T`
+            hold only these. Layers with a window store only the last positions of a long prompt.
     """
 
     tables_pBY: torch.Tensor
@@ -47,13 +47,13 @@ class PassInput(NamedTuple):
     """One forward pass over packed new tokens.
 
     Attributes:
-        token_ids_T: int64. For an MTP head, the shifted tokens.
-        positions_T: int64.
+        token_ids_T: Token ids, int64. For an MTP head, the shifted tokens.
+        positions_T: Positions, int64.
         query_lengths_B: New tokens of each sequence, int32.
         key_lengths_B: Positions of each sequence, new ones included, int32.
         starts: The first new position of each sequence.
         stops: The end of the new positions of each sequence.
-        groups: One per group of layers; None for those that the pass does not run.
+        groups: Pages per group of layers; None for groups that the pass does not run.
     """
 
     token_ids_T: torch.Tensor
@@ -71,18 +71,19 @@ class PassInput(NamedTuple):
 
 
 class StepInput(NamedTuple):
-    """A pass of the main layers, and what to decide after it.
+    """A pass of the main layers, and the positions to decide after it.
 
     Attributes:
         main: The pass.
-        state_places_T: Where main-model states are kept for the MTP heads, int64: rows of the worker's states.
-        state_rows_T: Which rows of the pass these are, int64; None: all.
-        prompt_heads: MTP heads that read the same prompts.
-        decided_rows_R: The rows of the pass after which a token is decided, int64; None: all.
-        sampling: How each of them is decided; None: nothing is.
-        draft_rows_BK: For each draft that is verified, the row of the token before it, int64; the last row of the pass
-            where a sequence has fewer than K drafts. None in a pass that verifies nothing.
-        records_routing: Whether the chosen experts are returned.
+        state_places_T: Rows of the worker's states where main-model states are stored for the MTP heads, int64; None
+            without heads.
+        state_rows_T: Rows of the pass that these states come from, int64; None: all.
+        prompt_heads: Passes of MTP heads over the same prompts.
+        decided_rows_R: Rows of the pass after which a token is decided, int64; None: all.
+        sampling: Sampling of the decided rows; None if no token is decided.
+        draft_rows_BK: For each draft to verify, the row of the token before it, int64; padded with the last row of the
+            pass for sequences with fewer than K drafts. None if there are no drafts.
+        records_routing: Whether the routed experts are returned.
     """
 
     main: PassInput
@@ -100,9 +101,10 @@ class StepOutput(NamedTuple):
 
     Attributes:
         tokens_R: Decided tokens, int64; `sampler.NO_TOKEN` where the logits are not finite.
-        num_accepted_B: How many drafts of each sequence, from the first on, equal the decided tokens; int64.
-        logprobs_R: Their log-probabilities, if a request needs any.
-        top_ids_RV: The likeliest tokens, if a request needs any, and `top_logprobs_RV`, theirs.
+        num_accepted_B: Number of leading drafts of each sequence that equal the decided tokens, int64.
+        logprobs_R: Log-probabilities of `tokens_R`, if a request needs any.
+        top_ids_RV: The likeliest tokens, if a request needs any.
+        top_logprobs_RV: Log-probabilities of `top_ids_RV`.
         routing_TLA: The experts of each token, int64 [T, sparse layers, active experts], if recorded.
         states_TD: Main-model states after the final norm (prompts are scored from them).
     """
@@ -117,17 +119,18 @@ class StepOutput(NamedTuple):
 
 
 class HeadInput(NamedTuple):
-    """One MTP head over several sequences.
+    """A pass of one MTP head over several sequences.
 
     Attributes:
-        head: Its number.
-        forward: The pass; its tokens are the shifted ones.
-        state_places_T: Which main-model states it reads, int64: rows of the worker's states, or -1 - r for row r of the
-            pass that comes before it in the same step.
-        draft_rows: Rows of the pass whose token is a draft of an earlier head, int64; `draft_heads` and
-            `draft_sequences` name which. None where there are none.
+        head: The number of the head.
+        forward: The pass, over the shifted tokens.
+        state_places_T: The main-model states that it reads, int64: rows of the worker's states, or -1 - r for row r of
+            the main pass of the same step.
+        draft_rows: Rows of the pass whose token is a draft of an earlier head, int64; None if there are none.
+        draft_heads: The head of each of these drafts, int64.
+        draft_sequences: The sequence of each of these drafts, int64.
         last_rows_B: The last row of each sequence, int64.
-        sequences_B: The place of each sequence in the result of the drafting, int64.
+        sequences_B: The index of each sequence in the drafts that the worker returns, int64.
     """
 
     head: int
@@ -145,7 +148,7 @@ class _Buffer:
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device):
         self._views: dict[tuple[int, ...], tuple[torch.Tensor, torch.Tensor]] = {}
-        if device.type == "cpu":  # memory from the system, which gives it on first use: tables are mostly empty
+        if device.type == "cpu":  # NumPy's zeros take memory on first use, and tables are mostly empty
             self.array = np.zeros(shape, dtype=np.int64 if dtype == torch.int64 else np.int32)
             self._host = self._device = torch.from_numpy(self.array)
             return
@@ -155,7 +158,7 @@ class _Buffer:
 
     def upload(self, *sizes: int) -> torch.Tensor:
         """The first `sizes` entries of each dimension, on the device."""
-        if sizes not in self._views:  # steps of decoding repeat their sizes; a view costs as much as a small kernel
+        if sizes not in self._views:  # decoding steps repeat their sizes, and making a view costs as much as a kernel
             if len(self._views) == _MAX_VIEWS:
                 self._views.clear()
             part = tuple(slice(size) for size in sizes)
@@ -167,9 +170,15 @@ class _Buffer:
 
 
 class StepBuffers:
-    """Memory of one pass over `layers`: fixed addresses, for `max_tokens` tokens of `max_sequences` sequences.
+    """Buffers for one pass at a time over `layers`: the next `fill` overwrites the last pass.
 
-    A pass is valid until the next one is filled.
+    Args:
+        arena: The arena whose pages the pass uses.
+        device: Of the tensors.
+        layers: Layers that the pass runs.
+        max_tokens: The most tokens of a pass.
+        max_sequences: The most sequences of a pass.
+        max_positions: The most positions of a sequence.
     """
 
     def __init__(
@@ -197,7 +206,7 @@ class StepBuffers:
             self._kept.append(_Buffer((max_tokens,), torch.int64, device))
 
     def fill(self, spans: list[Span], tokens: list[int]) -> PassInput:
-        """The pass over `tokens`, which are those of the positions of `spans`, packed in order."""
+        """Fills the buffers with a pass over the positions of `spans`, whose tokens are `tokens` in order."""
         num_tokens, num_sequences = len(tokens), len(spans)
         assert num_tokens <= len(self._tokens.array) and num_sequences <= len(self._query_lengths.array)
         starts, stops = tuple(span.start for span in spans), tuple(span.stop for span in spans)
@@ -232,8 +241,8 @@ class StepBuffers:
             table = span.pages.table(number)
             assert span.stop <= len(table) * P, "a sequence has positions without a row in its page table"
             num_rows = max(num_rows, len(table))
-            # A head may have skipped positions that a window still covers, and that have no page. It reads page 0
-            # there: its draft may be worse for it, and the text is the same.
+            # MTP heads may have no page for positions still inside the window; those entries point at page 0. Draft
+            # quality may suffer. Output does not: drafts are verified.
             first = span.pages.first_row(number)
             np.maximum(table[first:].T, 0, out=tables.array[:, row, first : len(table)])
             count = span.stop - span.start

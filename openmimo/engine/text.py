@@ -1,10 +1,14 @@
-"""Tokens to text as they come, cut at stop strings. Text that may be the start of a stop string is held back."""
+"""Streaming detokenization up to a stop string. Text that may begin a stop string is held back."""
 
 from openmimo.data.tokenizer import StreamDecoder
 
 
 class TextStream:
-    """The text of one growing sequence. `stopped` turns true at the first stop string, which the text leaves out."""
+    """The text of one growing sequence.
+
+    Attributes:
+        stopped: Whether a stop string was found. The text ends before it.
+    """
 
     def __init__(self, decoder: StreamDecoder, stop: tuple[str, ...] = ()):
         self.stopped = False
@@ -16,22 +20,22 @@ class TextStream:
 
     @property
     def text(self) -> str:
-        """All text that is certain."""
+        """All text that is not held back."""
         return "".join(self._pieces)
 
     def push(self, token_id: int, *, may_stop: bool = True) -> None:
-        """Adds one token. may_stop: whether a stop string that it completes ends the text (or is text like another)."""
+        """Adds one token. If `may_stop` is false, a stop string that it completes is ordinary text."""
         self._release(self._decoder.push([token_id]), may_stop)
 
     def finish(self) -> None:
-        """Ends the text: what was held back belongs to it, unless a stop string was met."""
+        """Ends the text. Held-back text is added, unless a stop string was found."""
         self._release(self._decoder.flush(), may_stop=True)
         if not self.stopped:
             self._pieces.append(self._held_back)
             self._held_back = ""
 
     def take(self) -> str:
-        """The text that has become certain since the last call."""
+        """The text that was added since the last call."""
         piece = "".join(self._pieces[self._num_taken :])
         self._num_taken = len(self._pieces)
         return piece
@@ -44,7 +48,7 @@ class TextStream:
             self._pieces.append(pending)
             self._held_back = ""
             return
-        found = [place for place in map(pending.find, self._stop) if place >= 0]
+        found = [index for index in map(pending.find, self._stop) if index >= 0]
         if found:
             self.stopped = True
             self._pieces.append(pending[: min(found)])
@@ -56,6 +60,6 @@ class TextStream:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that begins `stop` without being all of it."""
+    """Length of the longest suffix of `text` that is a proper prefix of `stop`."""
     lengths = range(min(len(text), len(stop) - 1), 0, -1)
     return next((length for length in lengths if text.endswith(stop[:length])), 0)

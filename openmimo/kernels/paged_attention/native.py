@@ -44,7 +44,7 @@ def run(
         tables_BY.data_ptr(),
         query_lengths_B.data_ptr(),
         key_lengths_B.data_ptr(),
-        *(len(query_lengths_B), N, G, K, V),
+        *(query_lengths_B.shape[0], N, G, K, V),
         *(P, *key_strides, *value_strides, tables_BY.stride(0)),
         *(window_keys or NO_WINDOW, torch.get_num_threads(), q_TNK.dtype == torch.bfloat16),
     )
