@@ -4,7 +4,7 @@ TORCH  ?= torch==2.13.0
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: setup demo test sanitize check bench
+.PHONY: setup demo test types sanitize check bench
 
 # torch goes first and alone, so that every later range finds it satisfied
 $(VENV)/setup: pyproject.toml
@@ -21,6 +21,8 @@ demo: $(VENV)/setup
 	$(BIN)/python -m openmimo demo
 test: $(VENV)/dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile -m "not slow and not gpu"
+types: $(VENV)/dev
+	$(BIN)/mypy
 # the C kernels, compiled with gcc's address and undefined-behavior sanitizers, under the tests that call them
 sanitize: $(VENV)/dev
 	CC="gcc -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all" \
@@ -33,6 +35,7 @@ sanitize: $(VENV)/dev
 check: $(VENV)/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	$(BIN)/python -m pytest -q -m "not gpu"
 bench: $(VENV)/dev
 	$(BIN)/python -m benchmarks.bench_cpu

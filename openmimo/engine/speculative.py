@@ -82,7 +82,7 @@ class DraftPlanner:
                     sequence.head_lengths[head] = stop
                 first_row += main_stop - sequence.num_computed_tokens
             if work:
-                heads.append(self._head_input(head, work, places, range(len(work))))
+                heads.append(self._head_input(head, work, places, range(len(work)), len(work)))
         return tuple(heads)
 
     def draft(self, sequences: list[RequestState], num_drafts: int) -> list[HeadInput]:
@@ -99,7 +99,7 @@ class DraftPlanner:
                 work.append((sequence, start, stop))
                 places += self._places(sequence, start, stop)
                 sequence.head_lengths[head] = max(stop - head, 0)
-            heads.append(self._head_input(head, work, places, ready))
+            heads.append(self._head_input(head, work, places, ready, len(sequences)))
         return heads
 
     def forget_old_states(self, sequences: list[RequestState]) -> None:
@@ -128,22 +128,22 @@ class DraftPlanner:
         offset = sequence.held_pages.seat * self._ring_positions
         return [offset + position % self._ring_positions for position in range(start, stop)]
 
-    def _head_input(self, head: int, work: list[_Work], places: list[int], members: "range | list[int]") -> HeadInput:
-        """The pass of one head. `members` are the indices of its sequences among those that draft."""
+    def _head_input(
+        self, head: int, work: list[_Work], places: list[int], members: "range | list[int]", num_sequences: int
+    ) -> HeadInput:
+        """The pass of one head. `members` are the indices of its sequences among the `num_sequences` that draft."""
         spans: list[Span] = []
         tokens: list[int] = []
         last_rows: list[int] = []
         rows: list[int] = []
-        heads: list[int] = []
-        columns: list[int] = []
+        sources: list[int] = []
         for member, (sequence, start, stop) in zip(members, work, strict=True):
             spans.append(Span(sequence.held_pages, start, stop))
             confirmed = sequence.tokens[start + 1 + head : stop + 1 + head]
             num_drafted = stop - start - len(confirmed)  # their tokens are drafts of earlier heads
             tokens += confirmed
             rows += range(len(tokens), len(tokens) + num_drafted)
-            heads += range(head - num_drafted, head)
-            columns += [member] * num_drafted
+            sources += (earlier * num_sequences + member for earlier in range(head - num_drafted, head))
             tokens += [0] * num_drafted
             last_rows.append(len(tokens) - 1)
         forward = self._buffers[head].fill(spans, tokens)
@@ -156,8 +156,7 @@ class DraftPlanner:
             forward,
             state_places_T=ids(places),
             draft_rows=ids(rows) if rows else None,
-            draft_heads=ids(heads) if rows else None,
-            draft_sequences=ids(columns) if rows else None,
-            last_rows_B=ids(last_rows),
-            sequences_B=ids(members),
+            draft_sources=ids(sources) if rows else None,
+            last_rows_B=ids(last_rows) if len(last_rows) < len(tokens) else None,
+            sequences_B=ids(members) if len(members) < num_sequences else None,
         )

@@ -127,20 +127,18 @@ class HeadInput(NamedTuple):
         state_places_T: The main-model states that it reads, int64: rows of the worker's states, or -1 - r for row r of
             the main pass of the same step.
         draft_rows: Rows of the pass whose token is a draft of an earlier head, int64; None if there are none.
-        draft_heads: The head of each of these drafts, int64.
-        draft_sequences: The sequence of each of these drafts, int64.
-        last_rows_B: The last row of each sequence, int64.
-        sequences_B: The index of each sequence in the drafts that the worker returns, int64.
+        draft_sources: The index of each of these drafts in the flattened drafts [H, B], int64.
+        last_rows_B: The last row of each sequence, int64; None if the pass has one row per sequence.
+        sequences_B: The index of each sequence in the drafts, int64; None if the head serves all of them.
     """
 
     head: int
     forward: PassInput
     state_places_T: torch.Tensor
     draft_rows: torch.Tensor | None
-    draft_heads: torch.Tensor | None
-    draft_sequences: torch.Tensor | None
-    last_rows_B: torch.Tensor
-    sequences_B: torch.Tensor
+    draft_sources: torch.Tensor | None
+    last_rows_B: torch.Tensor | None
+    sequences_B: torch.Tensor | None
 
 
 class _Buffer:

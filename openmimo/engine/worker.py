@@ -73,12 +73,12 @@ class Worker:
         assert self._states_XD is not None, "heads draft after the main layers"
         for step in heads:
             if step.draft_rows is not None:
-                step.forward.token_ids_T[step.draft_rows] = drafts_HB[step.draft_heads, step.draft_sequences]
+                step.forward.token_ids_T[step.draft_rows] = drafts_HB.view(-1)[step.draft_sources]
             states_BD = self._run_head(step, self._states_XD[step.state_places_T])
-            if len(step.last_rows_B) < len(states_BD):
+            if step.last_rows_B is not None:
                 states_BD = states_BD[step.last_rows_B]
             tokens_B = self._model.head(states_BD).argmax(dim=-1)
-            if len(tokens_B) == num_sequences:
+            if step.sequences_B is None:
                 drafts_HB[step.head] = tokens_B
             else:
                 drafts_HB[step.head, step.sequences_B] = tokens_B
