@@ -2,7 +2,7 @@
 
 The reader presents *logical* tensors: split q, k and v in a plain dtype. The folder may store them in one file or many,
 as FP8 codes and scales (which may be in different files), or as q, k and v fused by rank
-(`attention_projection_layout: fused_qkv`). All errors that the files' headers reveal are raised before a tensor is read.
+(`attention_projection_layout: fused_qkv`). Errors that the files' headers reveal are raised before a tensor is read.
 """
 
 from collections.abc import Iterator
