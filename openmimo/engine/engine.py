@@ -48,9 +48,13 @@ _CACHE_DTYPES = {
 class Engine:
     """A model that serves many requests at once.
 
-    model: its weights stay the caller's, and may be changed between steps (tell `update_weights`). tokenizer: for text,
-    stop strings and structured output; without one, token ids go in and come out. Raises ConfigError where the settings
-    contradict the model.
+    Args:
+        model: The model. The caller owns its weights and may change them between steps (call `update_weights`).
+        tokenizer: For text, stop strings and structured output. Without one, the engine handles token ids only.
+        config: Settings; the defaults if None.
+
+    Raises:
+        ConfigError: The settings contradict the model or the tokenizer.
     """
 
     def __init__(self, model: MiMo, tokenizer: Tokenizer | None = None, config: EngineConfig | None = None):
@@ -194,20 +198,25 @@ class Engine:
         self._paused = True
 
     def resume(self) -> None:
-        """Goes on after `pause`."""
+        """Continues after `pause`."""
         self._paused = False
 
     @torch.no_grad()
     def update_weights(
         self, tensors: Mapping[str, torch.Tensor] | None, *, version: int, recompute: bool = True
     ) -> None:
-        """Puts new weights in place between two steps, while requests run.
+        """Replaces weights between two steps, while requests run.
 
-        tensors: by parameter name, any part of them; None if the caller has changed the model's own already. version:
-        recorded with every token from now on. recompute: read what is running again with the new weights (its tokens
-        stay); otherwise it goes on with keys and values of the old ones. Prefixes and idle sessions are forgotten.
-        The new values of block-scaled weights are quantized.
-        Raises UserError, before anything is changed, for a name or shape that the model does not have.
+        Cached prefixes and idle sessions are dropped. The new values of block-scaled weights are quantized.
+
+        Args:
+            tensors: New values by parameter name, for any subset; None if the caller has changed the model in place.
+            version: Policy version of every token from now on.
+            recompute: Compute the running requests again with the new weights (their tokens stay). Otherwise they
+                continue with the keys and values of the old weights.
+
+        Raises:
+            UserError: The model has no parameter of that name or shape. Nothing is changed.
         """
         own = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
         for name, tensor in (tensors or {}).items():
@@ -222,20 +231,20 @@ class Engine:
             self.scheduler.restart()
 
     def end_session(self, session: str) -> None:
-        """Gives back what an idle session holds: no more turns of it will come. Does nothing if there is none."""
+        """Releases the pages of an idle session, which gets no more turns. Does nothing if there is none."""
         sequence = self._idle_sessions.pop(session, None)
         if sequence is not None:
             self._release(sequence)
 
     def forget_cached(self) -> None:
-        """Gives back every page that no running request holds."""
+        """Releases every page that no running request holds."""
         if self.prefix is not None:
             self.prefix.clear()
         while self._free_idle_session():
             pass
 
     def reset_stats(self) -> None:
-        """Starts counting anew."""
+        """Sets all counters to zero."""
         self.stats.reset()
 
     def _after(self, touched: list[RequestState], read: list[RequestState]) -> None:
@@ -244,8 +253,7 @@ class Engine:
                 self.prefix.extend(sequence)
                 if sequence in read and sequence.num_uncomputed_tokens <= 1:
                     self.prefix.mark_end(sequence.node)
-            assert sequence.pages is not None, "a computed sequence holds pages"
-            sequence.pages.leave_behind(sequence.num_computed_tokens)
+            sequence.held_pages.leave_behind(sequence.num_computed_tokens)
         finished = [sequence for sequence in touched if sequence.finish_reason]
         if finished:
             self.stats.observe_cache(self.arena, self.scheduler.running)
@@ -274,15 +282,15 @@ class Engine:
         sequence.routing = routing
 
     def _continue_session(self, sequence: RequestState) -> None:
-        """Takes over what an earlier turn of the session computed, if this prompt goes on from it."""
+        """Takes over the pages of the session's earlier turn if this prompt continues its tokens."""
         session = sequence.request.session
         earlier = None if session is None else self._idle_sessions.pop(session, None)
         if earlier is None:
             return
         known = earlier.tokens[: earlier.num_computed_tokens]
         has_routing = earlier.params.routed_experts or not sequence.params.routed_experts
-        goes_on = len(sequence.tokens) > len(known) and sequence.tokens[: len(known)] == known
-        if not goes_on or not has_routing or sequence.params.prompt_logprobs:
+        continues = len(sequence.tokens) > len(known) and sequence.tokens[: len(known)] == known
+        if not continues or not has_routing or sequence.params.prompt_logprobs:
             self._release(earlier)
             return
         sequence.pages, earlier.pages = earlier.pages, None
@@ -354,7 +362,7 @@ def check_token_ids(token_ids: tuple[int, ...], config: ModelConfig, where: str,
 def _most_useful_bytes(
     layers: tuple[AttentionConfig, ...], dtype: torch.dtype, model: ModelConfig, config: EngineConfig
 ) -> int:
-    """What max_sequences of the longest texts hold, and once more as much for prefixes."""
+    """Bytes for `max_sequences` of the longest texts, doubled to leave room for cached prefixes."""
     layout = plan_pages(layers, config.page_positions)
     pages = sum(
         group.pages_until(min(model.max_positions, 2 * (group.spec.keep_positions or model.max_positions) + 64))
@@ -365,7 +373,7 @@ def _most_useful_bytes(
 
 
 def _eos_ids(config: ModelConfig, tokenizer: Tokenizer | None) -> frozenset[int]:
-    """Every id that the checkpoint says ends a text."""
+    """The end-of-text ids of checkpoint and tokenizer."""
     of_config = config.token_ids.get("eos_token_id")
     ids = [] if of_config is None else of_config if isinstance(of_config, list) else [of_config]
     return frozenset(ids) | frozenset(tokenizer.eos_token_ids if tokenizer else ())

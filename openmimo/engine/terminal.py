@@ -41,12 +41,12 @@ def generate(
     Raises UserError where the engine cannot finish it.
     """
     text = _piped_text() if prompt == "-" else prompt
-    given: str | list[int] = text
+    llm_prompt: str | list[int] = text
     if as_chat:
         turns = [Message("system", system)] if system else []
         assert llm.tokenizer is not None, "the command line loads a tokenizer"
-        given = encode_chat(llm.tokenizer, [*turns, Message("user", text)], enable_thinking=thinking)
-    _print_stream(llm, given, sampling, can_stop=False)
+        llm_prompt = encode_chat(llm.tokenizer, [*turns, Message("user", text)], enable_thinking=thinking)
+    _print_stream(llm, llm_prompt, sampling, can_stop=False)
     _print_figures(llm.stats())
 
 
@@ -137,6 +137,6 @@ def _print_figures(stats: dict[str, Any]) -> None:
 
 
 def check_prompt(prompt: str) -> None:
-    """Refuses to wait for a prompt that nobody will type."""
+    """Raises UserError if the prompt is standard input and that is a terminal or closed."""
     if prompt == "-" and (sys.stdin is None or sys.stdin.isatty()):
         raise UserError("no prompt: give --prompt TEXT, or pipe one into standard input.")
