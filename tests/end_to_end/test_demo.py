@@ -46,6 +46,7 @@ def toy(folder):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_story(tmp_path, capsys):
     before = torch.get_num_threads()
     config = toy(tmp_path / "demo")

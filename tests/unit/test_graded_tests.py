@@ -52,7 +52,7 @@ def test_strict_is_at_most_soft_and_more_passes_never_cost(data):
 
 @pytest.mark.parametrize("table", [np.zeros((0, 3)), np.zeros((3, 0)), np.zeros(3)])
 def test_a_table_without_anything_is_refused(table):
-    with pytest.raises(ConfigError, match="at least one of each"):
+    with pytest.raises(ConfigError, match="at least one solution and one test"):
         difficulty_groups(table, 2)
 
 
@@ -61,5 +61,5 @@ def test_impossible_settings_are_refused():
         difficulty_groups(TABLE, 0)
     with pytest.raises(ConfigError, match="2 groups of tests and 1 scores"):
         soft_reward([True] * 5, ((0, 1), (2, 3, 4)), [1.0])
-    with pytest.raises(ConfigError, match="not below 0"):
+    with pytest.raises(ConfigError, match="at least 0 per group"):
         strict_reward([True] * 5, ((0, 1), (2, 3, 4)), [1.0, -1.0])
