@@ -4,7 +4,7 @@
 
 Trains teachers from the base (one for each domain), then a student by each method and seed, and writes the see-saw
 report. Every run is a process of `openmimo rl` or `openmimo mopd`, as many at a time as there are cores; a finished run
-is kept, and an interrupted one goes on. All students take as many optimizer steps; CPU seconds stand beside them.
+is kept, and an interrupted one continues. All students take as many optimizer steps; CPU seconds are reported as well.
 
 Methods: mopd (equations 7 to 9), mopd_full and mopd_top_k (whole or corrected top-k reverse KL), soft_kd (teachers
 write, forward KL), sft_on_teachers (cross-entropy on what teachers write), rejection (the same, right answers only),

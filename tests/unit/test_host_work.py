@@ -152,7 +152,7 @@ def test_a_refused_prompt_is_tried_again_once_another_ends():
 
 
 def engine_bookkeeping(num_tokens: int, max_repeats: int = 0) -> tuple[int, RequestState]:
-    """Python calls and lines to confirm so many tokens and to enter them in the prefix tree, without a model."""
+    """Python calls and lines to confirm a number of tokens and to enter them in the prefix tree, without a model."""
     arena = PageArena(tiny_config().attention_layers(), cache_bytes=1 << 26)
     prefix = PrefixCache(arena)
     params = SamplingParams(max_tokens=num_tokens, logprobs=True, max_repeats=max_repeats, routed_experts=True)

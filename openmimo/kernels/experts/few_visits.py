@@ -1,6 +1,6 @@
 """Decoding with block-scaled experts on a CPU: each visited expert is read once, for all tokens that chose it.
 
-A token's output has the same bits whatever other tokens the call computes, where the linear layers have that property.
+A token's output has the same bits in every batch if the linear layers have that property.
 
 T tokens, D model dim, E experts, A active experts a token, F expert hidden dim.
 """

@@ -1,6 +1,6 @@
 """A few tokens on a CPU with int8 experts: an expert is read once for its tokens, one call a layer (native/int8.c).
 
-Sums run in float32. A token's output has the same bits whatever other tokens the call computes.
+Sums run in float32. A token's output has the same bits in every batch.
 """
 
 import torch

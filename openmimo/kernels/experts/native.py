@@ -1,6 +1,6 @@
 """A few tokens on a CPU: an expert's weights are read once for all its tokens, one call a layer (native/experts.c).
 
-A token's output has the same bits whatever other tokens the call computes. Sums run in float32 from the first product
+A token's output has the same bits in every batch. Sums run in float32 from the first product
 to the last weight; in bfloat16 only the activations between the two products are rounded.
 """
 

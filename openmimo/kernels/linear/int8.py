@@ -1,6 +1,6 @@
 """A few rows on a CPU with int8 weights of one scale per output (native/int8.c): half the bytes of bfloat16 to read.
 
-Sums run in float32. A row of the output has the same bits whatever other rows the call computes.
+Sums run in float32. A row of the output has the same bits in every batch.
 """
 
 import torch

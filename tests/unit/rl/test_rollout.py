@@ -140,8 +140,8 @@ def test_samples_of_many_turns_are_complete_and_the_trainer_agrees(model):
 def test_turns_are_those_of_the_whole_conversation(model):
     for turns in (TOOL_TURNS, USER_TURN, (*TOOL_TURNS, *USER_TURN)):
         before = [Message("system", "be brief"), Message("user", "add"), Message("assistant", words(5))]
-        told = encode_chat(tokenizer(), before, add_generation_prompt=False)
-        assert told + turn_ids(tokenizer(), turns) == encode_chat(tokenizer(), [*before, *turns])
+        prefix = encode_chat(tokenizer(), before, add_generation_prompt=False)
+        assert prefix + turn_ids(tokenizer(), turns) == encode_chat(tokenizer(), [*before, *turns])
     expected = [turn_ids(tokenizer(), turns) for turns in (TOOL_TURNS, USER_TURN)]
     for sample in roll_out(model, open_many_turns, request(0, max_answer_tokens=80, samples=6)):
         assert inserted_runs(sample) == expected[: sample.info["turns"] - 1]
