@@ -12,7 +12,7 @@ from openmimo.runtime.sandbox.interpreter import Interpreter
 from openmimo.runtime.sandbox.records import MAX_FILES, SandboxLimits
 from openmimo.runtime.sandbox.shown import what_is_shown
 
-NOBODY = 65534
+UNPRIVILEGED_ID = 65534
 WORKSPACE = "/workspace"
 ROOT_BUILDER = Path(__file__).with_name("jailed_root.py")
 DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
@@ -74,7 +74,7 @@ def _identity(signal: str) -> list[str]:
     setpriv = find_program("setpriv")
     if not setpriv:
         return []
-    user = [f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"] if os.geteuid() == 0 else []
+    user = [f"--reuid={UNPRIVILEGED_ID}", f"--regid={UNPRIVILEGED_ID}", "--clear-groups"] if os.geteuid() == 0 else []
     return [setpriv, "--pdeathsig", signal, *user, "--"]
 
 

@@ -13,7 +13,7 @@ from openmimo.runtime.sandbox import folders
 from openmimo.runtime.sandbox.interpreter import Interpreter
 from openmimo.runtime.sandbox.jail import Jail
 from openmimo.runtime.sandbox.records import SandboxResult
-from openmimo.runtime.sandbox.tiers import NOBODY, JailPaths
+from openmimo.runtime.sandbox.tiers import UNPRIVILEGED_ID, JailPaths
 
 FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -45,7 +45,7 @@ class Workspace:
         for folder in (self.paths.work, self.paths.root):
             folder.mkdir(mode=0o700)
             if os.geteuid() == 0:
-                os.chown(folder, NOBODY, NOBODY)
+                os.chown(folder, UNPRIVILEGED_ID, UNPRIVILEGED_ID)
         self._folder = os.open(self.paths.work, os.O_RDONLY | os.O_DIRECTORY)
 
     def __enter__(self) -> "Workspace":
@@ -142,8 +142,8 @@ def _as_jailed_user() -> Iterator[None]:
         yield
         return
     libc = ctypes.CDLL(None)
-    libc.setfsgid(NOBODY)
-    libc.setfsuid(NOBODY)
+    libc.setfsgid(UNPRIVILEGED_ID)
+    libc.setfsuid(UNPRIVILEGED_ID)
     try:
         yield
     finally:
@@ -169,10 +169,10 @@ def carry(source: int, target: int) -> None:
     if not os.listdir(source):
         return
     command = ["cp", "-a", "--", f"/proc/self/fd/{source}/.", f"/proc/self/fd/{target}/"]
-    is_root = os.geteuid() == 0
+    unprivileged = UNPRIVILEGED_ID if os.geteuid() == 0 else None
     done = subprocess.run(
         command, pass_fds=(source, target), capture_output=True, check=False,
-        user=NOBODY if is_root else None, group=NOBODY if is_root else None, extra_groups=[] if is_root else None,
+        user=unprivileged, group=unprivileged, extra_groups=None if unprivileged is None else [],
     )  # fmt: skip
     if done.returncode:
         first_line = done.stderr[:300].decode(errors="replace").splitlines()[:1]
