@@ -21,8 +21,7 @@ from benchmarks import bench_decode
 from benchmarks.harness import Row, median_milliseconds, print_rows, write_rows
 from openmimo.core.errors import UserError
 from openmimo.kernels.attention import attend
-from openmimo.kernels.experts import apply_experts
-from openmimo.kernels.token_loss import token_loss
+from openmimo.kernels.operations import apply_experts, token_loss
 from openmimo.model.context import PackedContext
 from openmimo.model.hf import save_model
 from openmimo.model.mimo import MiMo

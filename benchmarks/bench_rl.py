@@ -55,8 +55,7 @@ from openmimo.data.chat.conversation import encode_prompt
 from openmimo.data.config import TaskConfig
 from openmimo.data.task import open_task, prompt_messages
 from openmimo.data.tokenizer import Tokenizer
-from openmimo.model.config import ModelConfig
-from openmimo.model.flops import active_matmul_parameters
+from openmimo.model.config import ModelConfig, active_matmul_parameters
 from openmimo.model.hf import save_model
 from openmimo.model.mimo import MiMo
 from openmimo.model.presets import tiny

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from openmimo.model.attention import kv_spec
-from openmimo.model.config import ModelConfig
-from openmimo.model.flops import active_matmul_parameters, attention_flops_per_token, attention_parameters
+from openmimo.model.config import ModelConfig, active_matmul_parameters, attention_flops_per_token, attention_parameters
 from openmimo.runtime.device import measured_matmul_flops
 
 CPU = torch.device("cpu")

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
+from openmimo.model.attention import AttentionConfig
 from openmimo.model.config import ModelConfig, MoEConfig, MTPConfig
-from openmimo.model.geometry import AttentionConfig
 from openmimo.model.hf import load_config, save_model
 from openmimo.model.mimo import MiMo
 from openmimo.model.presets import hybrid_layers

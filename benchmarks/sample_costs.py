@@ -90,7 +90,7 @@ def engine_bytes(tokens: int) -> int:
 
 def sample_of(completion: object) -> Sample:
     """The sample of a completion, as rollouts make it."""
-    module = _module("openmimo.rl.rollouts.sample_tokens", "openmimo.rl.rollouts.engine", "openmimo.rl.rollout")
+    module = _module("openmimo.rl.rollouts.episode_steps", "openmimo.rl.rollouts.engine", "openmimo.rl.rollout")
     extend = vars(module).get("with_completion") or module._extended
     length = len(completion.prompt_token_ids)
     first = Sample(list(completion.prompt_token_ids), [False] * length, [0.0] * length, [-1] * length)

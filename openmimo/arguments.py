@@ -12,8 +12,7 @@ from typing import Any
 import tyro
 
 from openmimo.core.errors import UserError
-from openmimo.core.fields import field_types
-from openmimo.core.renamed import new_key, warn_of_renamed
+from openmimo.core.fields import field_types, new_key, warn_of_renamed
 
 _MAX_CHARACTERS = 2000
 _ESCAPE = re.compile(r"\x1b\[[0-9;]*m")

@@ -26,8 +26,7 @@ from rich.markup import escape
 
 from openmimo.arguments import UsageError, paragraph, parse, usage_paragraph
 from openmimo.core import config as config_io
-from openmimo.core.errors import ConfigError, UserError
-from openmimo.core.interrupt import Interrupted, terminable
+from openmimo.core.errors import ConfigError, Interrupted, UserError, terminable
 from openmimo.core.records import SamplingParams
 from openmimo.demo.config import DemoConfig
 from openmimo.engine.config import EngineConfig, WeightFormat, chosen_format

@@ -8,7 +8,7 @@ from openmimo.core.metrics import read_metrics
 from openmimo.demo.config import DemoConfig
 from openmimo.rl.compare import Cell, seesaw_figure, seesaw_table
 from openmimo.runtime.report import Report, new_figure
-from openmimo.train.report import add_training_figures
+from openmimo.train.outcome import add_training_figures
 
 
 @dataclass(frozen=True)

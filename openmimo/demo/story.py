@@ -16,9 +16,9 @@ import torch
 from rich.console import Console
 
 from openmimo.core import config as config_io
+from openmimo.core.config import run_folder
 from openmimo.core.errors import ConfigError
 from openmimo.core.files import write_text_atomic
-from openmimo.core.run_folder import run_folder
 from openmimo.demo.config import DemoConfig
 from openmimo.demo.measure import measure_answers, measure_decoding, measure_retrieval
 from openmimo.demo.page import Findings, write_page

@@ -6,8 +6,7 @@ from typing import Any
 
 from rich.console import Console
 
-from openmimo.core.errors import ConfigError, UserError
-from openmimo.core.interrupt import Interrupted
+from openmimo.core.errors import ConfigError, Interrupted, UserError
 from openmimo.core.records import Message, SamplingParams
 from openmimo.data.chat.template import encode_chat
 from openmimo.data.tokenizer import Tokenizer

@@ -13,8 +13,8 @@ from openmimo.core.fields import (
     PositiveInt,
     Seed,
     check_fields,
+    renamed_keys,
 )
-from openmimo.core.renamed import renamed_keys
 from openmimo.engine.config import EngineConfig
 from openmimo.train.config import CheckpointConfig, FromCheckpoint, OptimizerConfig, RunConfig, part_of
 

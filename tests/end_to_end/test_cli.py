@@ -15,7 +15,7 @@ from conftest import tiny_model
 
 import openmimo
 from openmimo import cli
-from openmimo.core.interrupt import Interrupted
+from openmimo.core.errors import Interrupted
 from openmimo.data.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[2]
