@@ -171,14 +171,14 @@ AGAINST_TRANSFORMERS = ("training_step", "decode")
 
 
 def main() -> None:
-    """The command line: parses and runs."""
+    """Runs the measurements that the command line selects."""
     run(parse(None))
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """The options (None: those of this process). Ends the process with code 2 for what it cannot parse."""
+    """Parses the command line (None: `sys.argv`). Exits with code 2 for invalid options."""
     parser = argparse.ArgumentParser(prog="openmimo bench", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--only", choices=MEASUREMENTS, help="one measurement alone")
+    parser.add_argument("--only", choices=MEASUREMENTS, help="run only this measurement")
     parser.add_argument("--quick", action="store_true", help="one round instead of five")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
     options = parser.parse_args(arguments)

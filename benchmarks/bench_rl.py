@@ -189,9 +189,7 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     if options.quick:
         options.rounds = 1
-    options.flops = max(
-        measured_matmul_flops(CPU, torch.float32) for _ in range(5)
-    )  # the best of five: other load slows some
+    options.flops = max(measured_matmul_flops(CPU, torch.float32) for _ in range(5))  # other load slows some of them
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
         checkpoints = Checkpoints.write(Path(folder), num_prompts=64 * (options.rounds + 2))

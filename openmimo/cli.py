@@ -55,7 +55,10 @@ class Verb:
 
 
 def main() -> None:
-    """Runs the command in `sys.argv` and exits the process. The entry point of `openmimo`."""
+    """Runs the command in `sys.argv`. The entry point of `openmimo`.
+
+    Exit codes: 1 for an error, 2 for invalid arguments, 128 + n after signal n.
+    """
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 (closed by the shell: >&-)
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
