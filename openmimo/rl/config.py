@@ -178,7 +178,7 @@ class SchedulerConfig(BatchConfig, SchedulingConfig):
 
     @property
     def effective_wait_age(self) -> int:
-        """See `wait_age`. With "abort" every group counts: there is no later step."""
+        """The value of `wait_age`, or its default. It is 0 with "abort", because no later step continues a group."""
         if self.unfinished == "abort":
             return 0
         return self.max_staleness + 1 if self.wait_age is None else self.wait_age
