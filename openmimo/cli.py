@@ -314,6 +314,8 @@ class SpeakOptions:
         path: A checkpoint folder with a tokenizer.
         dtype: Dtype of weights and activations.
         device: auto (an accelerator if there is one), cpu, or a torch device.
+        weights: Storage of weight matrices: plain (in dtype), int8, or fp8 (as an FP8 checkpoint stores them). int8 and
+            fp8 take half the bytes of bfloat16.
         thinking: Let the model think before it answers.
         system: The system message of the chat.
     """
@@ -323,6 +325,7 @@ class SpeakOptions:
     engine: Annotated[EngineConfig, tyro.conf.arg(name="")] = EngineConfig(mixed_prefill_tokens=1024)
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: str = "auto"
+    weights: WeightFormat = "plain"
     thinking: bool = False
     system: str | None = None
 
@@ -367,7 +370,9 @@ def _chat(arguments: list[str]) -> None:
 def _load(options: SpeakOptions) -> Any:
     from openmimo.engine import terminal
 
-    return terminal.load(options.path, options.engine, dtype=options.dtype, device=options.device)
+    return terminal.load(
+        options.path, options.engine, dtype=options.dtype, device=options.device, weights=options.weights
+    )
 
 
 @dataclass(frozen=True)

@@ -133,6 +133,17 @@ def test_convert_audit_and_back(checkpoint, tmp_path, capsys):
     assert "model.mtp.layers.1.eh_proj.weight\t[64, 128]" in out
 
 
+def test_generate_holds_weights_in_another_format(speaking, capsys):
+    sampling = ["--max-tokens", "24", "--temperature", "0"]
+    code, out, _ = run(capsys, "generate", str(speaking), "--prompt", "some words", *sampling, "--weights", "int8")
+    params = openmimo.SamplingParams(max_tokens=24, temperature=0.0)
+    texts = {
+        weights: openmimo.LLM(speaking, weights=weights).generate(["some words"], params)[0].text
+        for weights in ("plain", "int8")
+    }
+    assert code == 0 and out.strip() == texts["int8"].strip() != texts["plain"].strip()
+
+
 def test_generate_speaks_and_reports(speaking, capsys):
     sampling = ["--max-tokens", "12", "--temperature", "0", "--ignore-eos"]
     code, out, err = run(capsys, "generate", str(speaking), "--prompt", "some words", *sampling)
