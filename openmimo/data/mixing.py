@@ -198,7 +198,7 @@ class OpenSource:
         """The numbered rows of one split. Raises DataError if it has less than a row."""
         if split == "validation" and self.validation_fraction == 0.0:
             raise DataError(
-                f"Nothing of {self.place} is held out for evaluation, because validation_fraction is 0. Set "
+                f"No data of {self.place} is held out for evaluation, because validation_fraction is 0. Set "
                 "validation_fraction above 0."
             )
         if self.stores is None:
@@ -224,7 +224,7 @@ class OpenSource:
 
 
 def open_mixture(mixture: MixtureConfig, tokenizer: Tokenizer, sequence_length: int) -> tuple[OpenSource, ...]:
-    """Opens every source, and tokenizes texts that have no store. Raises ConfigError or DataError."""
+    """Open every source. Texts without a token store are tokenized. Raises ConfigError or DataError."""
     opened = []
     fraction = mixture.validation_fraction
     for config in mixture.sources:

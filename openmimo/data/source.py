@@ -1,7 +1,8 @@
-"""The interface of data sources: a file in `openmimo/data/sources` exports `PLUGIN`, a TextSource or a SyntheticSource.
+"""The interface of data sources. Each file in `openmimo/data/sources` exports a TextSource or a SyntheticSource as
+`PLUGIN`.
 
-A text source yields documents, which are tokenized once and cut into rows (`store`, `packing`). A synthetic source
-generates whole rows of token ids from a random generator. Both declare their options by a frozen dataclass.
+A text source yields documents, which are tokenized once and cut into rows (`store`, `mixing`). A synthetic source
+generates whole rows of token ids from a random generator. Each source declares its options in a frozen dataclass.
 """
 
 import contextlib
@@ -169,7 +170,7 @@ def training_documents(config: SourceConfig, validation_fraction: float) -> Iter
 
 
 def split_of(text: str, validation_fraction: float) -> Split:
-    """The split of a document by the hash of its text: the same in every run and for every copy."""
+    """Return the split of a document by the hash of its text. It is the same in every run and for every copy."""
     return _split(_hash(text) < validation_fraction * 2.0**64)
 
 

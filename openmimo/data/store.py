@@ -48,7 +48,7 @@ class TokenStore:
 
 
 def open_store(config: SourceConfig, tokenizer: Tokenizer, *, validation_fraction: float) -> dict[Split, TokenStore]:
-    """Opens both splits of a text source, and tokenizes it first if there is no store.
+    """Open both splits of a text source. The source is tokenized first if no store exists.
 
     With several processes, one must call this before the others.
 
@@ -181,7 +181,7 @@ def _mapped(file: Path, dtype: np.dtype, length: int) -> np.ndarray:
 
 @contextlib.contextmanager
 def writing_to_cache() -> Iterator[None]:
-    """Turns an OSError in the cache (a read-only or full disk) into a DataError that says how to use another folder."""
+    """Convert an OSError in the cache folder into a DataError that explains how to move the cache."""
     try:
         yield
     except OSError as error:
@@ -189,6 +189,6 @@ def writing_to_cache() -> Iterator[None]:
         if not os.path.realpath(error.filename or "").startswith(folder):
             raise
         raise DataError(
-            f"the cache {folder} cannot be written: {error.strerror} ({error.filename}). Set the "
-            "environment variable OPENMIMO_CACHE to a folder with room that can be written."
+            f"the cache {folder} cannot be written: {error.strerror} ({error.filename}). Set the environment "
+            "variable OPENMIMO_CACHE to a writable folder with free space."
         ) from error

@@ -57,14 +57,14 @@ def row_makers(options: Options, tokenizer: Tokenizer, sequence_length: int, val
     if not fitting["train"]:
         raise DataError(
             f"Source 'chat' finds no conversation in {options.path} to train on that fits into rows of "
-            f"{sequence_length} tokens (the assistant speaks in {num_all}, of which {num_fitting} fit and "
-            f"{len(fitting['validation'])} of those are held out). Lengthen the rows, lower validation_fraction, or "
-            "give it more conversations."
+            f"{sequence_length} tokens ({num_all} have assistant turns; {num_fitting} of these fit, of which "
+            f"{len(fitting['validation'])} are held out). Lengthen the rows, lower validation_fraction, or "
+            "add conversations."
         )
     if num_fitting < num_all:
         warnings.warn(
             f"{options.path}: {num_all - num_fitting} of {num_all} conversations are longer than {sequence_length} "
-            "tokens and are left out.",
+            "tokens and are skipped.",
             stacklevel=2,
         )
     makers = {split: _row_maker(documents, sequence_length) for split, documents in fitting.items() if documents}
