@@ -186,7 +186,7 @@ class ModelConfig:
         if source.kv_from is not None:
             raise ConfigError(
                 f"layer {number} has kv_from {spec.kv_from}, but that layer reads the keys of layer {source.kv_from}; "
-                "name a layer that has keys of its own."
+                "name a layer with its own keys."
             )
         for name in ("num_kv_heads", "key_dim", "value_dim", "rotary_dim", "rope_theta"):
             reader_value, source_value = getattr(spec, name), getattr(source, name)
@@ -275,19 +275,20 @@ def _check_attention(attention: AttentionConfig, where: str, source: AttentionCo
 def _check_moe(moe: MoEConfig, num_layers: int) -> None:
     if num_layers * moe.num_experts > MAX_EXPERTS:
         raise ConfigError(
-            f"{num_layers} layers of {moe.num_experts} experts are more than {MAX_EXPERTS:,} experts in all."
+            f"{num_layers} layers of {moe.num_experts} experts have more than {MAX_EXPERTS:,} experts in total."
         )
     if moe.experts_per_token > moe.num_experts:
         raise ConfigError(f"experts_per_token is {moe.experts_per_token}; it must be 1 to {moe.num_experts}.")
     if moe.num_experts % moe.num_groups or moe.groups_per_token > moe.num_groups:
         raise ConfigError(
-            f"{moe.num_experts} experts cannot form {moe.num_groups} groups, {moe.groups_per_token} chosen."
+            f"{moe.num_experts} experts cannot form {moe.num_groups} groups of which a token chooses "
+            f"{moe.groups_per_token}."
         )
     group_size = moe.num_experts // moe.num_groups
     if moe.num_groups > 1 and (group_size < 2 or moe.groups_per_token * group_size < moe.experts_per_token):
         raise ConfigError(
-            f"{moe.groups_per_token} chosen groups of {group_size} experts cannot give {moe.experts_per_token} experts "
-            "to a token (a group has two or more)."
+            f"{moe.groups_per_token} groups of {group_size} experts are too few for {moe.experts_per_token} experts "
+            "per token (a group has two or more)."
         )
 
 

@@ -159,11 +159,11 @@ class PackedContext:
         self._sources: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def rotary(self, spec: AttentionConfig, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """See AttentionContext."""
+        """As `AttentionContext.rotary`."""
         return self._rotary.get(spec, dtype)
 
     def attend(self, call: AttentionCall) -> AttentionOut:
-        """See AttentionContext."""
+        """As `AttentionContext.attend`."""
         k_SGK, v_SGV = self._keys_and_values(call)
         result = attend(
             call.q_TNK,
@@ -191,5 +191,5 @@ class PackedContext:
         return seen
 
     def _seen(self, k_TGK: torch.Tensor, v_TGV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The keys and values that the sequences see; a subclass adds those of earlier tokens."""
+        """Return the keys and values that the sequences see. A subclass adds those of earlier tokens."""
         return k_TGK, v_TGV

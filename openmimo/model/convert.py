@@ -68,7 +68,7 @@ def convert(
     """
     source, destination = Path(source), Path(destination)
     if destination.exists():
-        raise CheckpointError(f"{destination} exists already; name a new folder.")
+        raise CheckpointError(f"{destination} already exists; give a new folder.")
     model_config, reader = open_checkpoint(source, config.window_keys)
     companions = read_companions(source)
     with torch.device("meta"):

@@ -124,7 +124,7 @@ class MTP(nn.Module):
         return self.layers[head](embedding_TD, hidden_TD, context)
 
     def replicate_last(self, num_heads: int, config: ModelConfig) -> None:
-        """Grow to `num_heads` blocks, each new one a copy of the last."""
+        """Add copies of the last block until there are `num_heads` blocks."""
         while len(self.layers) < num_heads:
             last = self.layers[-1]
             parameter = next(last.parameters())

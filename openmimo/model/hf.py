@@ -45,7 +45,7 @@ def load_model(
     window_keys: int | None = None,
     weights: str = "plain",
 ) -> MiMo:
-    """Load a checkpoint folder in the Hugging Face layout: one written here or published, FP8 included.
+    """Load a published or saved checkpoint folder in the Hugging Face layout, including FP8.
 
     The weights are streamed: peak memory is the model and one shard.
 
@@ -127,7 +127,7 @@ def check_replaceable(path: Path) -> None:
         raise CheckpointError(f"{path} is a file; save to a new folder.")
     others = _other_files(path) if path.is_dir() else []
     if others:
-        raise CheckpointError(f"{path} holds {others[0]}, which is no part of a checkpoint; save to a new folder.")
+        raise CheckpointError(f"{path} holds {others[0]}, which is not part of a checkpoint; save to a new folder.")
 
 
 def _other_files(folder: Path) -> list[str]:
@@ -185,8 +185,8 @@ def open_checkpoint(folder: Path, window_keys: int | None) -> tuple[ModelConfig,
     """The config and an open reader of a checkpoint folder; the number of MTP heads is that of the weights.
 
     Raises:
-        CheckpointError: A file is missing or damaged, or config.json states more layers, experts or other MTP heads
-            than the weights hold. If the weights hold no MTP head at all, it is a warning.
+        CheckpointError: A file is missing or damaged, or config.json has more layers, more experts or another number of
+            MTP heads than the weights. If the weights have no MTP head at all, a warning is printed instead.
         ConfigError: config.json is not valid.
     """
     recover_folder(folder)
@@ -200,7 +200,7 @@ def open_checkpoint(folder: Path, window_keys: int | None) -> tuple[ModelConfig,
     heads = count_mtp_heads(names, config)
     stated = values.get("num_nextn_predict_layers")
     if stated and not heads:
-        _warn_once(f"{path} states {stated} MTP heads, but the weights hold none: the model has no MTP heads.")
+        _warn_once(f"{path} states {stated} MTP heads, but the weights hold none; the model has no MTP heads.")
     elif stated is not None and stated != heads:
         raise CheckpointError(
             f"{path} states {stated} MTP heads (num_nextn_predict_layers), but the weights hold {heads}. "
@@ -211,7 +211,7 @@ def open_checkpoint(folder: Path, window_keys: int | None) -> tuple[ModelConfig,
 
 
 def _check_counts(config: ModelConfig, names: set[str], path: Path) -> None:
-    """Refuse a config.json with more layers or experts than the weights hold, before a model of that size is built."""
+    """Refuse a config.json with more layers or experts than the weights, before a model of that size is built."""
     stated = {"num_hidden_layers": len(config.layers)}
     numbers = {"num_hidden_layers": r"model\.layers\.(\d{1,9})\."}
     if config.moe is not None:

@@ -237,7 +237,9 @@ class _Reader:
         count = self.hub.num_hidden_layers
         if not stated:
             if self.hub.model_type != "mimo":
-                raise ConfigError(f"neither {' nor '.join(keys)} is there; one must say what each layer is.")
+                raise ConfigError(
+                    f"neither {' nor '.join(keys)} is present; one of them must list the kinds of layers."
+                )
             return (mimo_7b_kind,) * count
         if len(set(stated.values())) > 1:
             raise ConfigError(f"{' and '.join(stated)} name different layers.")
@@ -305,7 +307,7 @@ class _Reader:
         }
         lacking = [key for key, value in needed.items() if value is None]
         if lacking:
-            raise ConfigError(f"there are sparse layers, but {', '.join(lacking)} is not there.")
+            raise ConfigError(f"there are sparse layers, but {', '.join(lacking)} is missing.")
         assert hub.num_experts_per_tok is not None and hub.moe_intermediate_size is not None
         return MoEConfig(
             num_experts=experts,
@@ -437,10 +439,10 @@ def _refuse_mixed_geometry(config: ModelConfig, kinds: dict[str, AttentionConfig
     for number, layer in enumerate(config.layers):
         if layer.attention != kinds[layer.attention.kind]:
             raise ConfigError(
-                f"layer {number} has a geometry of its own; config.json can state one for each kind of layer."
+                f"layer {number} has a different geometry; config.json can state one for each kind of layer."
             )
     if config.mtp and config.mtp.attention != kinds["full" if _mtp_is_full(config.family, kinds) else "sliding"]:
-        raise ConfigError("the MTP heads have a geometry of their own; config.json gives them that of a kind of layer.")
+        raise ConfigError("the MTP heads have a different geometry; config.json gives them that of a kind of layer.")
 
 
 def _mtp_is_full(family: str, kinds: Iterable[str]) -> bool:

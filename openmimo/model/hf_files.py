@@ -1,4 +1,4 @@
-"""The files of a checkpoint folder in the Hugging Face layout: a reader, tensor by tensor, and a writer of shards.
+"""The files of a checkpoint folder in the Hugging Face layout: a reader of tensors and a writer of shards.
 
 The reader presents *logical* tensors: split q, k and v in a plain dtype. The folder may store them in one file or many,
 as FP8 codes and scales (which may be in different files), or as q, k and v fused by rank
@@ -30,7 +30,7 @@ from openmimo.model.weight_formats import (
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-_MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+_MAX_HEADER_BYTES = 100_000_000  # the limit of the format
 _FLOAT_DTYPES = {"F64", "F32", "BF16", "F16"}
 _FP8_DTYPE = "F8_E4M3"
 _SCALE = "_scale_inv"
@@ -93,14 +93,14 @@ class CheckpointReader:
         stored, scale_name = self.stored[physical], physical + _SCALE
         if stored.dtype not in (*_FLOAT_DTYPES, _FP8_DTYPE):
             readable = ", ".join([*sorted(_FLOAT_DTYPES), _FP8_DTYPE])
-            return f"{name} in {stored.file} has dtype {stored.dtype}; readable are {readable}"
+            return f"{name} in {stored.file} has dtype {stored.dtype}; supported are {readable}"
         if stored.dtype == _FP8_DTYPE and scale_name not in self.stored:
             return f"{name} in {stored.file} is {_FP8_DTYPE} without {name}{_SCALE}"
         if stored.dtype != _FP8_DTYPE and scale_name in self.stored:
             return f"{name} in {stored.file} is {stored.dtype}, but there is a {scale_name} for {_FP8_DTYPE} codes"
         if _part(name) in _PARTS:
             if physical == name and name.replace(_part(name), "qkv_proj") in self.stored:
-                return f"{name} stands there, and a fused qkv_proj that holds it as well"
+                return f"{name} exists, and also a fused qkv_proj that contains it"
             if physical != name and (problem := self._fused_problem(name, physical, config)):
                 return problem
         return self._scale_problem(physical, config) if scale_name in self.stored else None
@@ -125,7 +125,9 @@ class CheckpointReader:
                 return f"{name}{_SCALE} has blocks that the values share, but there is no {v_scale}"
         if len(shape) == 2 and scale.shape in self._scale_shapes(name, config):
             return None
-        return f"{name}{_SCALE} has shape {list(scale.shape)}, which are not the 128 x 128 blocks of {list(shape)}"
+        return (
+            f"{name}{_SCALE} has shape {list(scale.shape)}, which does not match the 128 x 128 blocks of {list(shape)}"
+        )
 
     def _scale_shapes(self, name: str, config: ModelConfig) -> set[tuple[int, int]]:
         """The shapes that the scales of this FP8 matrix may have."""
@@ -285,7 +287,7 @@ def _read_index(folder: Path) -> dict[str, str]:
         return {}
     weight_map = read_known_keys(_Index, read_json(path, CheckpointError), str(path), error=CheckpointError).weight_map
     if not weight_map:
-        raise CheckpointError(f"{path} names no tensor in its weight_map.")
+        raise CheckpointError(f"the weight_map of {path} is empty.")
     return weight_map
 
 

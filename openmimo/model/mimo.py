@@ -127,7 +127,7 @@ class MiMo(nn.Module):
 
         Args:
             full_rope_theta: New RoPE base of the full-attention layers (None: unchanged). Sliding layers keep theirs.
-            max_positions: New maximum length. It never shrinks.
+            max_positions: New maximum length. A smaller value than the current one has no effect.
         """
         self.is_extended = self.is_extended or max_positions > self.config.max_positions
         self.config = replace(self.config, max_positions=max(max_positions, self.config.max_positions))
@@ -141,7 +141,7 @@ class MiMo(nn.Module):
             cast(AttentionModule, block.self_attn).spec = self.config.mtp.attention
 
     def replicate_mtp_heads(self, num_heads: int) -> None:
-        """Grow to `num_heads` MTP heads, each new one a copy of the last (post-training, paper section 2.3)."""
+        """Add copies of the last MTP head until there are `num_heads` (post-training, paper section 2.3)."""
         self.model.mtp.replicate_last(num_heads, self.config)
         self.config = self.config.with_mtp_heads(len(self.model.mtp.layers))
 

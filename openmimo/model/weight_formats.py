@@ -52,7 +52,7 @@ class QuantizableModule(nn.Module):
 
     Attributes:
         quantizable: The weights that may be block-scaled, and how many matrices each stacks along its rows. Each
-            matrix is quantized on its own.
+            matrix is quantized separately.
         blocks: The (rows, columns) of the blocks of each block-scaled weight.
     """
 
@@ -78,7 +78,7 @@ class QuantizableModule(nn.Module):
         self._hold(name, empty_quantized(getattr(self, name), weight_format, block))
 
     def store(self, name: str, tensor: torch.Tensor) -> None:
-        """Copies new values into a weight, and quantizes them if it is block-scaled."""
+        """Copy new values into a weight, quantized if the weight is block-scaled."""
         held = self.held_weight(name)
         if not isinstance(held, BlockScaled):
             copy_weight(held, tensor)
@@ -98,7 +98,7 @@ class QuantizableModule(nn.Module):
         self.blocks = {**self.blocks, name: weight.block}
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "QuantizableModule":
-        """The method of nn.Module behind `to`, `float` and others. Codes and scales pass as integers: no cast."""
+        """Extend the method of nn.Module behind `to` and others. Codes and scales pass as integers, without a cast."""
         held = {name: self.held_weight(name) for name in self.blocks}
         super()._apply(fn, recurse)
         for name, weight in held.items():
@@ -111,27 +111,27 @@ class QuantizableModule(nn.Module):
 
 def entry_weight(model: nn.Module, name: str, tensor: torch.Tensor) -> Weight | None:
     """The weight of an entry of a model's state: None for scales, the block-scaled weight for codes, else `tensor`."""
-    owner, _, own_name = name.rpartition(".")
+    owner, _, local_name = name.rpartition(".")
     module = model.get_submodule(owner)
     if not isinstance(module, QuantizableModule) or not module.blocks:
         return tensor
-    if own_name.endswith(_SCALES) and own_name.removesuffix(_SCALES) in module.blocks:
+    if local_name.endswith(_SCALES) and local_name.removesuffix(_SCALES) in module.blocks:
         return None
-    return module.held_weight(own_name) if own_name in module.blocks else tensor
+    return module.held_weight(local_name) if local_name in module.blocks else tensor
 
 
 def set_weight(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
-    """Copies new values into the parameter or buffer `name` of a model, quantized if it is block-scaled."""
-    owner, _, own_name = name.rpartition(".")
+    """Copy new values into the parameter or buffer `name` of a model, quantized if it is block-scaled."""
+    owner, _, local_name = name.rpartition(".")
     module = model.get_submodule(owner)
-    if isinstance(module, QuantizableModule) and own_name in module.blocks:
-        module.store(own_name, tensor)
+    if isinstance(module, QuantizableModule) and local_name in module.blocks:
+        module.store(local_name, tensor)
     else:
-        getattr(module, own_name).copy_(tensor)
+        getattr(module, local_name).copy_(tensor)
 
 
 def quantized_format(weights: str) -> QuantizedFormat | None:
-    """The option `weights` as a format, None for "plain". Raises ConfigError for an unknown one."""
+    """Return the option `weights` as a format; None for "plain". Raises ConfigError for an unknown one."""
     if weights == PLAIN:
         return None
     if not isinstance(weights, str) or weights not in _QUANTIZED:
@@ -140,14 +140,14 @@ def quantized_format(weights: str) -> QuantizedFormat | None:
 
 
 def allocate_quantized(model: nn.Module, weight_format: QuantizedFormat, qkv_ranks: int = 1) -> None:
-    """Replaces the weights that a format covers by storage without values. Arguments as in `quantize_model`."""
+    """Replace the weights that a format covers by storage without values. Arguments as in `quantize_model`."""
     for module, name, block in _covered(model, weight_format, qkv_ranks):
         module.allocate(name, weight_format, block)
 
 
 @torch.no_grad()
 def quantize_model(model: nn.Module, weight_format: QuantizedFormat, qkv_ranks: int = 1) -> None:
-    """Quantizes the weights that a format covers, in place: for inference, not to be saved.
+    """Quantize the weights that a format covers in place. The model is then for inference and cannot be saved.
 
     Args:
         model: A model in memory.
@@ -184,8 +184,8 @@ def _projection_block_rows(model: nn.Module, name: str, qkv_ranks: int) -> int:
     A checkpoint may hold q, k and v on grids that restart at each rank and run across all three.
     Blocks that divide the rows of each part at a rank have one scale in all of these grids.
     """
-    owner, _, own_name = name.rpartition(".")
-    if own_name not in _PROJECTIONS:
+    owner, _, local_name = name.rpartition(".")
+    if local_name not in _PROJECTIONS:
         return FP8_BLOCK
     attention = model.get_submodule(owner)
     rows = [attention.get_parameter(f"{part}.weight").shape[0] for part in _PROJECTIONS]
@@ -256,7 +256,7 @@ def split_fp8_ranks(fused: BlockScaled, rows: list[int], num_ranks: int) -> list
 
 
 def split_fp8_rank_keys_values(k: BlockScaled, v: BlockScaled, num_ranks: int) -> list[BlockScaled]:
-    """Give K [G*K, D] and V [G*V, D], which were quantized as one slice [K_r | V_r] per rank, each its own scales.
+    """Split K [G*K, D] and V [G*V, D], quantized as one slice [K_r | V_r] per rank, into parts with separate scales.
 
     With K = 192 and V = 128, the slice of a rank has 320 rows and three rows of scales. The checkpoint stores two of
     them with K and one with V; the second is the scale of K rows 128-191 and of V rows 0-63.
