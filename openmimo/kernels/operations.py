@@ -20,12 +20,12 @@ ROUTER = Dispatcher("openmimo.kernels.router", "OPENMIMO_ROUTER")
 EXPERTS = Dispatcher("openmimo.kernels.experts", "OPENMIMO_EXPERTS")
 TOKEN_LOSS = Dispatcher("openmimo.kernels.token_loss", "OPENMIMO_TOKEN_LOSS")
 
-MIXED = "mixed"  # the weight format of a call whose weights have different ones
+MIXED = "mixed"  # the weight format of a call whose weights have different formats
 IGNORED_LABEL = -1
 WeightAndBias = tuple[Weight, torch.Tensor | None]
 
 
-# Linear layers: x W^T + b, of one weight, or of several that share their input.
+# Linear layers: x W^T + b, with one weight or with several that share their input.
 # R rows, D input dim, O output dim.
 
 
@@ -34,11 +34,11 @@ class LinearNeed(NamedTuple):
 
     Attributes:
         num_rows: R if x is [R, D], else None.
-        dtype: Of x.
+        dtype: Dtype of x.
         needs_gradients: Whether autograd records the call.
-        readable: Weights and biases are contiguous and have the sizes that x requires, and plain ones its dtype. So a
-            backend may read them by address.
-        on_cpu: Whether the tensors are in the memory of the CPU.
+        readable: Whether a backend may read weights and biases by address: they are contiguous and have the sizes that
+            x requires, and plain ones have its dtype.
+        on_cpu: Whether the tensors are in CPU memory.
         weight_format: The format of all weights (see `kernels.weights`), or "mixed".
     """
 
@@ -51,16 +51,16 @@ class LinearNeed(NamedTuple):
 
 
 def linear(x: torch.Tensor, weight_OD: Weight, bias_O: torch.Tensor | None = None) -> torch.Tensor:
-    """x [..., D] to [..., O]; see `joined_linear`."""
+    """Map x [..., D] to [..., O]; see `joined_linear`."""
     return joined_linear(x, ((weight_OD, bias_O),))
 
 
 def joined_linear(x: torch.Tensor, layers: tuple[WeightAndBias, ...]) -> torch.Tensor:
-    """Several linear layers of one input x [..., D], side by side: [..., sum of their O] in the dtype of x.
+    """Apply several linear layers to one input x [..., D] and concatenate the outputs: [..., sum of O], dtype of x.
 
     Args:
-        x: The input; differentiable.
-        layers: A weight [O, D] and a bias [O] or None each. Plain weights and biases have the dtype of x and are
+        x: The input. Differentiable.
+        layers: Pairs of a weight [O, D] and a bias [O] or None. Plain weights and biases have the dtype of x and are
             differentiable. Block-scaled weights are constants.
     """
     dtype, input_dim, readable, weight_format = x.dtype, x.shape[-1], True, None
@@ -307,7 +307,7 @@ class ExpertsNeed(NamedTuple):
 
 
 def count_experts(expert_ids_TA: torch.Tensor, num_experts: int) -> torch.Tensor:
-    """How many choices fell on each expert, int64 [E]. Unlike `torch.bincount`, it does not synchronize with a GPU."""
+    """Number of choices of each expert, int64 [E]. Unlike `torch.bincount`, it does not synchronize with a GPU."""
     ids_M = expert_ids_TA.flatten()
     return ids_M.new_zeros(num_experts).scatter_add_(0, ids_M, torch.ones_like(ids_M))
 
@@ -319,10 +319,16 @@ def apply_experts(
     gate_up_EHD: Weight,
     down_EDF: Weight,
 ) -> torch.Tensor:
-    """Weighted sum over each token's experts, [T, D] in the dtype of `x_TD`; the sum runs in float32 (float64 stays).
+    """Weighted sum over each token's experts, [T, D] in the dtype of x, accumulated in float32 (float64 for float64).
 
-    `expert_ids_TA` is integer, `weights_TA` float32, `gate_up_EHD` is [E, 2F, D], `down_EDF` is [E, D, F]. Both are
-    tensors in the dtype of x, or block-scaled constants. Differentiable in all tensors.
+    Differentiable in all tensors except block-scaled weights.
+
+    Args:
+        x_TD: Inputs.
+        expert_ids_TA: Chosen experts, integer.
+        weights_TA: Weights of the chosen experts, float32.
+        gate_up_EHD: Gate and up weights [E, 2F, D], in the dtype of x or block-scaled.
+        down_EDF: Down weights [E, D, F], in the same form.
     """
     num_tokens, model_dim = x_TD.shape
     num_experts, _, expert_dim = down_EDF.shape

@@ -245,15 +245,15 @@ def paged_attend(
 
 
 class StoreNeed(NamedTuple):
-    """Everything about one call that a backend may look at.
+    """The properties of one call; a backend decides from these alone whether it serves the call.
 
     Attributes:
         num_tokens: T.
-        dtype: Of the new rows.
-        cache_dtype: Of the pages.
+        dtype: Dtype of the new rows.
+        cache_dtype: Dtype of the pages.
         needs_gradients: Whether the new rows require gradients.
-        readable: Whether rows and pages hold the numbers of a position contiguously.
-        on_cpu: Whether the rows lie in the memory of the CPU.
+        readable: Whether the numbers of a position are contiguous in rows and pages.
+        on_cpu: Whether the rows are in CPU memory.
     """
 
     num_tokens: int
@@ -265,9 +265,16 @@ class StoreNeed(NamedTuple):
 
 
 def store(pages: Pages, page_T: torch.Tensor, slot_T: torch.Tensor, k_TGK: torch.Tensor, v_TGV: torch.Tensor) -> None:
-    """Row t goes to page `page_T[t]`, position `slot_T[t]` (int64) of both caches, in the dtype that they store.
+    """Write row t of keys and values to position `slot_T[t]` of page `page_T[t]`, in the dtype of the cache.
 
-    What a narrower dtype cannot hold becomes its largest number. Keys and values have one dtype; so have both caches.
+    Values beyond the range of a narrower dtype are clamped to its largest number.
+
+    Args:
+        pages: The cache of the layer. Keys and values have one dtype.
+        page_T: int64 [T], page of each row.
+        slot_T: int64 [T], position of each row in its page.
+        k_TGK: New keys.
+        v_TGV: New values, in the dtype of the keys.
     """
     keys, values = pages.keys_XPGK, pages.values_XPGV
     need = StoreNeed(

@@ -24,7 +24,7 @@ import torch  # imported before the library is loaded, which then uses torch's O
 
 from openmimo.core.files import cache_folder
 
-DTYPES = (torch.float32, torch.bfloat16)  # of the kernels' inputs
+DTYPES = (torch.float32, torch.bfloat16)  # dtypes of the kernels' inputs
 
 SOURCES = Path(__file__).parent
 # No -ffast-math: the kernels fix the order of their sums, on which batch invariance depends.
