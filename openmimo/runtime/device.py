@@ -40,8 +40,8 @@ def worker_device(device: torch.device, number: int) -> torch.device:
     """The device of worker `number` of a process on `device`: the other accelerators in turn, if there are any."""
     if device.type != "cuda" or torch.cuda.device_count() == 1:
         return device
-    own, count = device.index or 0, torch.cuda.device_count()
-    return torch.device("cuda", (own + 1 + number % (count - 1)) % count)
+    current, count = device.index or 0, torch.cuda.device_count()
+    return torch.device("cuda", (current + 1 + number % (count - 1)) % count)
 
 
 def synchronize(device: torch.device) -> None:
@@ -112,8 +112,12 @@ def free_cgroup_bytes(membership: Path = Path("/proc/self/cgroup"), mount: Path 
             limits = ["memory.limit_in_bytes"]
         else:
             continue
-        own = root / path.lstrip("/")
-        groups = [own, *(group for group in own.parents if group.is_relative_to(root))] if own.is_dir() else [root]
+        group_folder = root / path.lstrip("/")
+        groups = (
+            [group_folder, *(group for group in group_folder.parents if group.is_relative_to(root))]
+            if group_folder.is_dir()
+            else [root]
+        )
         for group in groups:
             known = [int(text) for limit in limits if (text := _text(group / limit)).isdigit()]
             used = _text(group / usage)

@@ -71,7 +71,7 @@ class Report:
 
 
 def new_figure(*, width: float = 7.5, height: float = 3.6, columns: int = 1) -> tuple[Any, Any]:
-    """A matplotlib figure and its axes (an array for several columns), rendered without a display."""
+    """Create a matplotlib figure and its axes (an array for several columns), rendered without a display."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -54,7 +54,7 @@ def _call(function: Callable[[], float], seconds: float) -> dict[str, Any]:
     pid = os.fork()
     if pid == 0:
         os.close(outlet)
-        _become(function, inlet, seconds)
+        _call_and_exit(function, inlet, seconds)
     os.close(inlet)
     try:
         written = _read(outlet, time.monotonic() + seconds)
@@ -74,7 +74,7 @@ def _call(function: Callable[[], float], seconds: float) -> dict[str, Any]:
     return reply if isinstance(reply, dict) else {"ended": "died"}
 
 
-def _become(function: Callable[[], float], inlet: int, seconds: float) -> None:
+def _call_and_exit(function: Callable[[], float], inlet: int, seconds: float) -> None:
     """Makes one call in this process. Never returns."""
     os.setsid()
     null = os.open(os.devnull, os.O_RDWR)

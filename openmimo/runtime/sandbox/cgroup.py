@@ -131,11 +131,11 @@ def parents() -> dict[str, Parent]:
 
 def _unified(controller: str) -> Parent | None:
     """Version 2: the group of this process, or its parent if the group has no limit."""
-    own = _own_folder("0::", "cgroup2", "")
-    if own is None:
+    group_folder = _own_folder("0::", "cgroup2", "")
+    if group_folder is None:
         return None
-    free = _text(own / f"{controller}.max") == "max"
-    for folder in (own, own.parent) if free else (own,):
+    free = _text(group_folder / f"{controller}.max") == "max"
+    for folder in (group_folder, group_folder.parent) if free else (group_folder,):
         if controller in _text(folder / "cgroup.subtree_control").split():
             return Parent(folder, 2)
     return None
@@ -143,8 +143,8 @@ def _unified(controller: str) -> Parent | None:
 
 def _legacy(controller: str) -> Parent | None:
     """Version 1: the group of this process."""
-    own = _own_folder(f":{controller}:", "cgroup", controller)
-    return Parent(own, 1) if own else None
+    group_folder = _own_folder(f":{controller}:", "cgroup", controller)
+    return Parent(group_folder, 1) if group_folder else None
 
 
 def _own_folder(mark: str, kind: str, option: str) -> Path | None:

@@ -138,7 +138,7 @@ def _inputs(test: CallTest | StreamTest) -> dict:
         encode(test.expected)
         return {"arguments": encode(list(test.arguments)), "keywords": encode(dict(test.keywords))}
     except TypeError as error:
-        raise ConfigError(f"A CallTest holds a value that is not plain data: {error}.") from error
+        raise ConfigError(f"A CallTest contains a value that is not plain data: {error}.") from error
 
 
 def _reports(result: bytes, count: int, most_characters: int) -> dict[int, dict]:
@@ -173,7 +173,7 @@ def _outcome(test: CallTest | StreamTest, report: dict) -> TestOutcome:
             return TestOutcome(False, f"raised {str(answer['error'])[:300]}")
         passed = matches(answer["value"], encode(test.expected), test.relative, test.absolute)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError):
-        return TestOutcome(False, f"no value came out; exit code {status}")
+        return TestOutcome(False, f"there is no value; exit code {status}")
     return TestOutcome(passed, "" if passed else f"returned {_shown(answer['value'], len(written))}")
 
 

@@ -41,7 +41,7 @@ class _Inlet:
 
 
 class _Outlet:
-    """Bytes read from a pipe: the first `limit` bytes are kept, the rest is counted."""
+    """Bytes read from a pipe. The first `limit` bytes are kept, and the others are counted."""
 
     def __init__(self, descriptor: int, limit: int):
         self.descriptor, self.limit = descriptor, limit
@@ -77,7 +77,7 @@ class Jail:
         self._open = {self._stdin, self._control, self._stdout, self._stderr, self._result}
         settings = {"limits": limits.resource_limits(), "control": control, "result": result, "filter": FILTER()}
         python = [paths.interpreter.executable, "-s", "-S", "-B", "-c", START.read_text(), json.dumps(settings)]
-        inside = tier.isolates
+        isolates = tier.isolates
         try:
             self.process = subprocess.Popen(
                 tier.command(python, paths, limits),
@@ -85,8 +85,8 @@ class Jail:
                 stdout=stdout,
                 stderr=stderr,
                 pass_fds=(control, result),
-                env=self._environment("/workspace" if inside else str(paths.work)),
-                cwd="/" if inside else paths.work,
+                env=self._environment("/workspace" if isolates else str(paths.work)),
+                cwd="/" if isolates else paths.work,
                 start_new_session=True,
             )
         except OSError as error:

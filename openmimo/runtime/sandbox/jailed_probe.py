@@ -1,8 +1,11 @@
-"""Runs inside a jail, makes quick attempts to escape, and reports those that succeed.
+"""Runs inside a jail, attempts to escape, and reports the attempts that succeed.
 
-The settings are JSON on stdin: `isolates`: whether it is a jail, or limits only; for a jail `port` and `abstract`
-(listeners of the host), `files` to read and `folders` to write in; `processes` and `file_bytes`: the limits; `calls`:
-the numbers of system calls that must be refused, by name.
+The settings are JSON on stdin:
+    isolates: Whether the process is in a jail; otherwise, it has resource limits only.
+    port, abstract: Listeners of the host, for a jail.
+    files, folders: Files to read and folders to write in, for a jail.
+    processes, file_bytes: The limits.
+    calls: Numbers of the system calls that must be refused, by name.
 """
 
 import ctypes
@@ -44,7 +47,7 @@ def call(number):
 
 
 def nameless(size):
-    """Fills four files of `size` bytes that have no name."""
+    """Writes four unlinked files of `size` bytes."""
     held = []
     for number in range(4):
         path = f"nameless-{number}"
@@ -62,7 +65,7 @@ def read(path):
 
 
 def write(folder):
-    """Makes a file outside the working folder."""
+    """Creates a file outside the working folder."""
     path = os.path.join(folder, f"openmimo-probe-{os.getpid()}")
     with open(path, "wb"):
         os.unlink(path)
@@ -97,7 +100,7 @@ def succeeds(attempt, target):
 
 
 def probe():
-    """Makes every attempt. One must succeed: to write a file in the working folder."""
+    """Makes every attempt. Only a write in the working folder must succeed."""
     settings = json.load(sys.stdin)
     broken = broken_walls(settings) if settings["isolates"] else []
     broken += [f"it may call {name}" for name, number in settings["calls"].items() if succeeds(call, number)]

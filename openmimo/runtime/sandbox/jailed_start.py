@@ -62,7 +62,7 @@ def receive(descriptor):
         return pipe.read()
 
 
-def become_command(argv):
+def exec_command(argv):
     """Replaces this process with a command."""
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
@@ -73,7 +73,7 @@ def become_command(argv):
         sys.exit(127 if isinstance(error, FileNotFoundError) else 126)
 
 
-def become_source(source):
+def exec_source(source):
     """Runs Python source as the main module of this process."""
     builtins.exit = builtins.quit = _sitebuiltins.Quitter("exit", "Ctrl-D (end of file)")
     main = sys.modules["__main__"] = types.ModuleType("__main__")
@@ -137,10 +137,10 @@ def start():
     job = json.loads(text)
     if "argv" in job:
         os.close(settings["result"])
-        become_command(job["argv"])
+        exec_command(job["argv"])
     else:
         os.environ["RESULT_FD"] = str(settings["result"])
-        become_source(job["source"])
+        exec_source(job["source"])
 
 
 start()

@@ -66,7 +66,7 @@ def module(name):
 
 
 def call(source, name, coded):
-    """The value of one call. `name` is a function, or Class.method: the class is created without arguments."""
+    """Returns the value of one call. `name` is a function, or Class.method of a class without constructor arguments."""
     solution = module("solution")
     exec(compile(source, "solution.py", "exec", dont_inherit=True), solution.__dict__)
     owner, _, method = name.rpartition(".")
@@ -74,7 +74,7 @@ def call(source, name, coded):
     return encode(function(*decode(coded["arguments"]), **decode(coded["keywords"])))
 
 
-def be_call(job, test, out):
+def run_call(job, test, out):
     """Runs one CallTest in this process: writes its value or its exception into the pipe `out`."""
     null = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1, 2):
@@ -87,7 +87,7 @@ def be_call(job, test, out):
         json.dump(answer, pipe)
 
 
-def be_program(job, test, out):
+def run_program(job, test, out):
     """Runs one StreamTest in this process, with its text as stdin and the pipe `out` as stdout."""
     with open("stdin", "wb+", buffering=0) as text:
         os.unlink("stdin")
@@ -109,14 +109,14 @@ def set_open(is_open):
     ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, ctypes.c_ulong(is_open), 0, 0, 0)
 
 
-def be_test(job, test, out, result):
+def run_in_child(job, test, out, result):
     """Runs one test in a child process. Never returns."""
     os.setsid()
     os.close(result)
     set_open(True)
     code = 1
     try:
-        (be_call if job["function"] else be_program)(job, test, out)
+        (run_call if job["function"] else run_program)(job, test, out)
         code = 0
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
@@ -132,7 +132,7 @@ def run_test(job, test, result):
     pid = os.fork()
     if pid == 0:
         os.close(out)
-        be_test(job, test, inward, result)
+        run_in_child(job, test, inward, result)
     os.close(inward)
     os.set_blocking(out, False)
     deadline, written, status, is_open = time.monotonic() + job["seconds"], b"", None, True

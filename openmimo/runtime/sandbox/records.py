@@ -64,7 +64,7 @@ class SandboxResult:
     """The result of one run.
 
     Attributes:
-        exit_code: Of the program; 128 + n if signal n ended it.
+        exit_code: Exit code of the program; 128 + n if signal n ended it.
         stdout: The first `output_bytes` bytes.
         stderr: The first `output_bytes` bytes.
         timed_out: Whether the wall limit ended the run.

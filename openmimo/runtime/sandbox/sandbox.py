@@ -17,7 +17,7 @@ class Sandbox:
     """Runs Python source and commands in jails. Thread-safe.
 
     Args:
-        limits: Of each run.
+        limits: Resource limits of each run.
         tier: "bubblewrap", "unshare" or "rlimits". None selects the best tier that passes its self-test here.
         allow_unsafe: Run with resource limits only if no tier passes. The program can then read the files of this
             machine and use its network.

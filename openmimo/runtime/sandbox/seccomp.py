@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 from openmimo.runtime.sandbox.records import SandboxUnavailableError
 
-# One instruction of classic BPF: code, jump if true, jump if false, constant. A constant may be a name from NAMES: only
-# the process in the jail knows these numbers, and it fills them in.
+# One instruction of classic BPF: code, jump if true, jump if false, constant. A constant may be a name from NAMES,
+# which the process in the jail replaces by its number.
 Instruction = tuple[int, int, int, int | str]
 NAMES = ("supervisor", "supervisor's group", "host", "host's group")
 
@@ -111,7 +111,7 @@ def numbers(names: Iterable[str]) -> dict[str, int]:
 def _architecture(machine: str) -> Architecture:
     if machine not in ARCHITECTURES:
         raise SandboxUnavailableError(
-            f"The sandbox's system call filter knows {' and '.join(ARCHITECTURES)}, not {machine}."
+            f"The sandbox's system call filter supports {' and '.join(ARCHITECTURES)}, not {machine}."
         )
     return ARCHITECTURES[machine]
 

@@ -1,4 +1,4 @@
-"""The self-test of a jail: once per process, before the first program, a probe attacks it."""
+"""The self-test of a jail: a probe attacks it once per process, before the first program runs."""
 
 import functools
 import json
