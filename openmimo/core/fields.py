@@ -34,7 +34,7 @@ _found: ContextVar[dict[str, str] | None] = ContextVar("found", default=None)
 
 
 def renamed_keys(keys: Mapping[str, str] = MappingProxyType({})) -> Callable[[Config], Config]:
-    """A class decorator that declares the renamed keys of a dataclass, in files and as keyword arguments.
+    """Return a class decorator that declares the renamed keys of a dataclass, in files and as keyword arguments.
 
     Subclasses inherit the keys of files. To inherit the keyword arguments, a subclass is decorated without keys.
 
@@ -60,7 +60,7 @@ def renamed_keys(keys: Mapping[str, str] = MappingProxyType({})) -> Callable[[Co
 
 
 def renamed_names(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
-    """The `__getattr__` of a module with renamed names: an import of an old name prints a warning.
+    """Return the `__getattr__` of a module with renamed names: an import of an old name prints a warning.
 
     Args:
         module: `__name__` of the module.

@@ -181,7 +181,7 @@ class Loader:
                 )
 
     def close(self) -> None:
-        """Shuts down the workers, if any."""
+        """Shut down the workers, if any."""
         self._drop_ahead()
         if self._workers is not None:
             self._workers.shutdown()
@@ -197,7 +197,7 @@ class Loader:
         return MixtureRows(self.sources, "validation", _VALIDATION_SEED)
 
     def _indices(self, first: int, num_rows: int) -> range:
-        """The row numbers of this process if all processes continue from row `first`."""
+        """Return the row numbers of this process if all processes continue from row `first`."""
         return range(first + self._rank, first + num_rows * self._world_size, self._world_size)
 
     def _make_ahead(self, indices: range) -> None:
@@ -218,7 +218,7 @@ def short(content: Any) -> str:
 
 
 def _join(named_rows: Iterable[tuple[str, Row]]) -> Batch:
-    """Joins rows to a batch. It has a mask if any row has one."""
+    """Join rows to a batch. It has a mask if any row has one."""
     names, rows = zip(*named_rows, strict=True)
     masks = None
     if any(row.loss_mask is not None for row in rows):

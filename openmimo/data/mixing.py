@@ -28,7 +28,7 @@ class RowSource(Protocol):
     """A source of numbered rows."""
 
     def row(self, index: int) -> Row:
-        """Row `index`. The same index always gives the same row."""
+        """Return row `index`. The same index always gives the same row."""
         ...
 
 
@@ -54,7 +54,7 @@ class StoreRows:
         self._epoch = functools.lru_cache(maxsize=4)(self._make_epoch)
 
     def row(self, index: int) -> Row:
-        """Row `index`, numbered over consecutive epochs."""
+        """Return row `index`, numbered over consecutive epochs."""
         epoch, index_in_epoch = divmod(index, self._num_windows)
         phase, key = self._epoch(epoch)
         window = permuted(index_in_epoch, self._num_windows, key)
@@ -62,7 +62,7 @@ class StoreRows:
         return _window(self._store, start, self._sequence_length)
 
     def _make_epoch(self, epoch: int) -> tuple[int, int]:
-        """The phase of an epoch, and the key of its permutation."""
+        """Return the phase of an epoch, and the key of its permutation."""
         rng = np.random.default_rng([*self._seed, epoch])
         return int(rng.integers(len(self._store.token_ids))), int(rng.integers(2**63))
 
@@ -75,7 +75,7 @@ class SyntheticRows:
         self._seed = tuple(seed)
 
     def row(self, index: int) -> Row:
-        """Row `index`. There are no epochs."""
+        """Return row `index`. There are no epochs."""
         return self._make_row(np.random.default_rng([*self._seed, index]))
 
 
@@ -92,7 +92,7 @@ def _window(store: TokenStore, start: int, length: int) -> Row:
 
 
 def _piece_lengths(offsets: np.ndarray, start: int, end: int) -> tuple[int, ...]:
-    """The lengths of the document pieces between tokens `start` and `end`."""
+    """Return the lengths of the document pieces between tokens `start` and `end`."""
     first, last = np.searchsorted(offsets, start, side="right"), np.searchsorted(offsets, end, side="left")
     return tuple(np.diff(np.concatenate([[start], offsets[first:last], [end]])).tolist())
 
@@ -125,7 +125,7 @@ class MixtureSchedule:
         self._block = functools.lru_cache(maxsize=8)(self._make_block)
 
     def locate(self, row_index: int) -> tuple[int, int]:
-        """The source of row `row_index`, and its row number within that source."""
+        """Return the source of row `row_index`, and its row number within that source."""
         block, row_in_block = divmod(row_index, ROWS_PER_BLOCK)
         sources, numbers = self._block(block)
         source = int(sources[row_in_block])
@@ -195,7 +195,7 @@ class OpenSource:
         return f"source {self.config.name!r}" + (f" ({path})" if path else "")
 
     def rows(self, split: Split, seed: Sequence[int]) -> RowSource:
-        """The numbered rows of one split. Raises DataError if it has less than a row."""
+        """Return the numbered rows of one split. Raises DataError if it has less than a row."""
         if split == "validation" and self.validation_fraction == 0.0:
             raise DataError(
                 f"No data of {self.place} is held out for evaluation, because validation_fraction is 0. Set "
@@ -248,7 +248,7 @@ class MixtureRows:
         self._rows = [source.rows(split, [*seed, _ROWS, number]) for number, source in enumerate(sources)]
 
     def row(self, index: int) -> tuple[str, Row]:
-        """The source's name and row `index`."""
+        """Return the source's name and row `index`."""
         source, source_index = self._schedule.locate(index)
         return self._names[source], self._rows[source].row(source_index)
 
@@ -272,7 +272,7 @@ def permuted(index: int, size: int, key: int) -> int:
 
 
 def _mixed(value: int, key: int) -> int:
-    """Mixes 64 bits with the finalizer of SplitMix64 (Steele, Lea and Flood, 2014)."""
+    """Mix 64 bits with the finalizer of SplitMix64 (Steele, Lea and Flood, 2014)."""
     value = (value * 0x9E3779B97F4A7C15 + key) & _MASK_64
     value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK_64
     value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK_64

@@ -65,7 +65,7 @@ def open_store(config: SourceConfig, tokenizer: Tokenizer, *, validation_fractio
 
 
 def _key(config: SourceConfig, tokenizer: Tokenizer, validation_fraction: float) -> str:
-    """A digest of everything that the ids depend on (not the weight)."""
+    """Return a digest of everything that the ids depend on (not the weight)."""
     source, options = open_source(config)
     assert isinstance(source, TextSource)
     parts = {
@@ -131,7 +131,7 @@ def _write(folder: Path, config: SourceConfig, tokenizer: Tokenizer, validation_
 
 
 def _batches(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
-    """Groups pieces into lists of about `BATCH_CHARACTERS`."""
+    """Group pieces into lists of about `BATCH_CHARACTERS`."""
     batch: list[Piece] = []
     characters = 0
     for piece in pieces:
@@ -145,7 +145,7 @@ def _batches(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
 
 
 def _with_progress(config: SourceConfig, pieces: Iterator[Piece]) -> Iterator[Piece]:
-    """The pieces of a source, with a progress bar (text read, rate, time left)."""
+    """Yield the pieces of a source, with a progress bar (text read, rate, time left)."""
     columns = [
         rich.progress.TextColumn("tokenizing {task.description}"),
         rich.progress.BarColumn(),

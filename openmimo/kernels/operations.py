@@ -307,7 +307,7 @@ class ExpertsNeed(NamedTuple):
 
 
 def count_experts(expert_ids_TA: torch.Tensor, num_experts: int) -> torch.Tensor:
-    """Number of choices of each expert, int64 [E]. Unlike `torch.bincount`, it does not synchronize with a GPU."""
+    """Count the choices of each expert, int64 [E]. Unlike `torch.bincount`, does not synchronize with a GPU."""
     ids_M = expert_ids_TA.flatten()
     return ids_M.new_zeros(num_experts).scatter_add_(0, ids_M, torch.ones_like(ids_M))
 
@@ -412,7 +412,7 @@ def token_loss(
 
 
 def token_argmax(hidden_TD: torch.Tensor, weight_VD: torch.Tensor) -> torch.Tensor:
-    """The most probable token of each row, LongTensor [T]. Not differentiable."""
+    """Return the most probable token of each row, LongTensor [T]. Not differentiable."""
     return _functions(hidden_TD).argmax(hidden_TD.detach(), weight_VD.detach())
 
 

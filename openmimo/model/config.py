@@ -156,7 +156,7 @@ class ModelConfig:
         return tuple(layer.attention for layer in self.layers) + heads
 
     def attention_place(self, index: int) -> AttentionPlace:
-        """The arguments of the attention module of layer `index`; MTP head h is layer `len(layers) + h`."""
+        """Return the arguments of the attention module of layer `index`; MTP head h is layer `len(layers) + h`."""
         if index < len(self.layers):
             spec = self.layers[index].attention
         else:
@@ -198,7 +198,7 @@ class ModelConfig:
         return source
 
     def local(self, *, tp: int) -> "ModelConfig":
-        """The geometry of one rank of `tp` tensor-parallel ranks.
+        """Return the config of one rank of `tp` tensor-parallel ranks.
 
         A rank has num_heads / tp query heads of every layer and dense_ffn_dim / tp of every dense FFN; outputs are
         summed over ranks. Key/value heads are divided in the same way. If a layer has fewer than `tp` of them, a rank
@@ -227,7 +227,7 @@ class ModelConfig:
         )
 
     def with_full_rope_theta(self, theta: float) -> "ModelConfig":
-        """The same model with another RoPE base in its full layers (context extension); sliding layers keep theirs."""
+        """Return the model with another RoPE base in its full layers, for context extension."""
         layers = tuple(
             replace(layer, attention=replace(layer.attention, rope_theta=theta))
             if is_global(layer.attention)
@@ -240,14 +240,14 @@ class ModelConfig:
         return replace(self, layers=layers, mtp=mtp)
 
     def with_mtp_heads(self, num_heads: int) -> "ModelConfig":
-        """The same model with `num_heads` MTP heads. Raises ConfigError if the model has none to copy."""
+        """Return the same model with `num_heads` MTP heads. Raises ConfigError if the model has none to copy."""
         if self.mtp is None:
             raise ConfigError("the model has no MTP head to replicate; give its config an `mtp` entry.")
         return replace(self, mtp=replace(self.mtp, num_layers=num_heads))
 
 
 def _undivided(spec: AttentionConfig, where: str, tp: int) -> list[str]:
-    """The head counts of a layer that cannot be divided among `tp` ranks, as clauses of a message."""
+    """Return the head counts of a layer that cannot be divided among `tp` ranks, as clauses of a message."""
     problems = [f"{where} has {spec.num_heads} heads"] if spec.num_heads % tp else []
     if spec.num_kv_heads % tp and tp % spec.num_kv_heads:
         problems.append(f"{where} has {spec.num_kv_heads} key/value heads")
@@ -293,7 +293,7 @@ def _check_moe(moe: MoEConfig, num_layers: int) -> None:
 
 
 def attention_parameters(config: ModelConfig, index: int) -> int:
-    """Parameters of the attention module of layer `index`; MTP head h is layer `len(layers) + h`."""
+    """Count the parameters of the attention module of layer `index`. MTP head h is layer `len(layers) + h`."""
     place = config.attention_place(index)
     return attention_kind(place.spec.kind).parameters(place)
 

@@ -35,7 +35,7 @@ class RoutingTape:
     replayed: dict[int, torch.Tensor] = field(default_factory=dict)
 
     def add_expert_load(self, load: dict[int, torch.Tensor], num_experts: int) -> None:
-        """Adds the recorded visits of each expert, int64 [experts], to the counts in `load` by layer."""
+        """Add the recorded visits of each expert, int64 [experts], to the counts in `load` by layer."""
         for layer, ids_TA in self.recorded.items():
             counts = count_experts(ids_TA, num_experts)
             load[layer] = load[layer] + counts if layer in load else counts

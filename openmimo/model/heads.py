@@ -67,7 +67,7 @@ class Head(Linear):
         return self(states_TD, functools.partial(token_loss, labels_T=labels_T, weights_T=weights_T))
 
     def argmax(self, states_TD: torch.Tensor) -> torch.Tensor:
-        """The most probable token of each row, int64 [T]."""
+        """Return the most probable token of each row, int64 [T]."""
         return self(states_TD, token_argmax)
 
     def tie(self, embedding: Embedding) -> None:
@@ -148,7 +148,7 @@ class MicroBatch:
     labels: tuple[torch.Tensor, ...]
 
     def label_counts(self) -> torch.Tensor:
-        """Number of labels of each head, int64 [heads]."""
+        """Return the number of labels of each head, int64 [heads]."""
         return torch.stack([(labels_T != IGNORED_LABEL).sum() for labels_T in self.labels])
 
 

@@ -32,7 +32,7 @@ from openmimo.runtime.device import DTYPES, resolve_device
 
 
 def load_config(path: str | Path, *, window_keys: int | None = None) -> ModelConfig:
-    """The config of a checkpoint folder; its number of MTP heads is that of the weights."""
+    """Return the config of a checkpoint folder; its number of MTP heads is that of the weights."""
     folder = Path(path)
     return open_checkpoint(folder, window_keys)[0]
 
@@ -131,7 +131,7 @@ def check_replaceable(path: Path) -> None:
 
 
 def _other_files(folder: Path) -> list[str]:
-    """Names in a folder that do not belong to a checkpoint."""
+    """Return the names in a folder that do not belong to a checkpoint."""
     checkpoint_names = {"config.json", INDEX, *(name.split("/")[0] for name in companion_names(folder))}
     return [
         path.name for path in folder.iterdir() if path.suffix != ".safetensors" and path.name not in checkpoint_names
@@ -182,7 +182,7 @@ def write_config(
 
 
 def open_checkpoint(folder: Path, window_keys: int | None) -> tuple[ModelConfig, CheckpointReader]:
-    """The config and an open reader of a checkpoint folder; the number of MTP heads is that of the weights.
+    """Return the config and an open reader of a checkpoint folder; the number of MTP heads is that of the weights.
 
     Raises:
         CheckpointError: A file is missing or damaged, or config.json has more layers, more experts or another number of
@@ -316,7 +316,7 @@ class Slot:
         )
 
     def to_checkpoint(self) -> torch.Tensor:
-        """The tensor to store in the checkpoint. The target must be plain."""
+        """Return the tensor to store in the checkpoint. The target must be plain."""
         return self.from_checkpoint(self.plain_target)
 
     @property
@@ -359,6 +359,6 @@ def _mimo_7b_mtp_slot(name: str, tensor: Weight) -> Slot:
 
 
 def count_mtp_heads(names: set[str], config: ModelConfig) -> int:
-    """Number of MTP heads whose tensors a checkpoint has; the hub's config of V2-Flash does not state it."""
+    """Return the number of MTP heads whose tensors a checkpoint has; the hub's config of V2-Flash does not state it."""
     prefix = "model.mtp_layers." if config.family == "mimo" else "model.mtp.layers."
     return len({name.removeprefix(prefix).split(".")[0] for name in names if name.startswith(prefix)})

@@ -204,7 +204,7 @@ class _Reader:
         )
 
     def agreed(self, *keys: str) -> Any:
-        """The value under any of several synonymous keys, or None. Raises ConfigError if two of them disagree."""
+        """Return the value under one of several synonymous keys, or None. Raises ConfigError if two disagree."""
         found = {key: value for key in keys if (value := getattr(self.hub, key)) is not None}
         if len(set(found.values())) > 1:
             raise ConfigError(f"{' and '.join(f'{key} {value!r}' for key, value in found.items())} must agree.")
@@ -223,7 +223,7 @@ class _Reader:
         )
 
     def _layers(self, keys: dict[str, dict[Any, _LayerKind]], mimo_7b_kind: _LayerKind) -> tuple[_LayerKind, ...]:
-        """The kind of each layer.
+        """Return the kind of each layer.
 
         Args:
             keys: Synonymous keys of the file, each with the kinds that its entries mean.
@@ -321,7 +321,7 @@ class _Reader:
 
 
 def config_to_hf(config: ModelConfig, *, dtype: str = "float32") -> dict[str, Any]:
-    """The `config.json` of a model, with the keys of both dialects.
+    """Return the `config.json` of a model, with the keys of both dialects.
 
     The native transformers class derives sinks and sliding geometry from the layer kind. A model that it would silently
     compute wrongly is written with an unknown architecture, so that transformers refuses to load it.
@@ -411,7 +411,7 @@ def _hybrid_keys(config: ModelConfig, kinds: dict[str, AttentionConfig], referen
 
 
 def _native_class_agrees(config: ModelConfig, kinds: dict[str, AttentionConfig]) -> bool:
-    """Whether the native transformers class, which has one geometry per model, computes this model correctly."""
+    """Return whether the native transformers class, which has one geometry per model, computes this model correctly."""
     if config.family != "mimo_v2_flash":
         return True
     full, sliding = kinds.get("full"), kinds.get("sliding")
@@ -446,12 +446,12 @@ def _refuse_mixed_geometry(config: ModelConfig, kinds: dict[str, AttentionConfig
 
 
 def _mtp_is_full(family: str, kinds: Iterable[str]) -> bool:
-    """Whether MTP heads are full layers: they are sliding layers if the model has any."""
+    """Return whether MTP heads are full layers: they are sliding layers if the model has any."""
     return family == "mimo" or "sliding" not in kinds
 
 
 def _rotary_factor(spec: AttentionConfig) -> float:
-    """A fraction of the key dims that truncates to `rotary_dim`: 1, the published 0.334, or one that is in between."""
+    """Return a fraction of the key dims that truncates to `rotary_dim`: 1, the published 0.334, or another."""
     if spec.rotary_dim == spec.key_dim:
         return 1.0
     return 0.334 if int(spec.key_dim * 0.334) == spec.rotary_dim else (spec.rotary_dim + 0.5) / spec.key_dim

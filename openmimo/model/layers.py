@@ -98,7 +98,7 @@ class Embedding(nn.Embedding):
         return self._stored().dtype
 
     def _stored(self) -> torch.Tensor:
-        """The weight, or the parameter from which a parametrization computes it."""
+        """Return the weight, or the parameter from which a parametrization computes it."""
         weight = self._parameters.get("weight")
         return next(self.parameters()) if weight is None else weight
 

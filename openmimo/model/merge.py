@@ -84,5 +84,5 @@ def _child_reader(child: str, model: MiMo, base: str) -> CheckpointReader:
 
 
 def _geometry(config: ModelConfig) -> ModelConfig:
-    """The config without the fields that affect neither the meaning of the weights nor their shape."""
+    """Return the config without the fields that affect neither the meaning of the weights nor their shape."""
     return replace(config, token_ids={}, init_std=0.0)

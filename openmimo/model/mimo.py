@@ -162,5 +162,5 @@ class MiMo(nn.Module):
                 module.e_score_correction_bias.zero_()
 
     def routers(self) -> dict[int, Router]:
-        """The routers by layer index."""
+        """Return the routers by layer index."""
         return self.model.routers()

@@ -40,7 +40,7 @@ class Router(nn.Module):
         self.register_buffer("e_score_correction_bias", torch.zeros(moe.num_experts))
 
     def forward(self, x_TD: torch.Tensor, context: AttentionContext) -> tuple[torch.Tensor, torch.Tensor]:
-        """The chosen expert ids, int64 [T, A], and their weights, float32 [T, A] (float64 for float64 x).
+        """Return the chosen expert ids, int64 [T, A], and their weights, float32 [T, A] (float64 for float64 x).
 
         Adds the gradient of the balance loss if the context has one.
         """

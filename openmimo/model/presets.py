@@ -17,7 +17,7 @@ from openmimo.model.hf_config import config_from_hf
 def hybrid_layers(
     num_layers: int, *, full: AttentionConfig, sliding: AttentionConfig, moe: bool
 ) -> tuple[LayerConfig, ...]:
-    """The pattern of the paper (section 2.1): layers 0, 5, 11, ... are full, and layer 0 has a dense FFN."""
+    """Return the pattern of the paper (section 2.1): layers 0, 5, 11, ... are full, and layer 0 has a dense FFN."""
     return tuple(
         LayerConfig(
             attention=full if index == 0 or (index + 1) % 6 == 0 else sliding,
@@ -138,7 +138,7 @@ PRESETS: dict[str, Callable[[], ModelConfig]] = {
 
 
 def model_config(name_or_path: str) -> ModelConfig:
-    """The config of a preset by name, or of a `config.json` with Hugging Face keys by path (or by its folder's path).
+    """Return the config of a preset by name, or of a Hugging Face `config.json` by its path or its folder's path.
 
     Raises:
         ConfigError: There is no such preset or file, or the file is not valid.

@@ -60,7 +60,7 @@ class QuantizableModule(nn.Module):
     blocks: Mapping[str, tuple[int, int]] = MappingProxyType({})
 
     def weight_as(self, name: str, dtype: torch.dtype) -> Weight:
-        """A weight for a product in `dtype`: a tensor of that dtype, or a block-scaled weight as it is held."""
+        """Return a weight for a product in `dtype`: a tensor of that dtype, or a block-scaled weight as it is held."""
         tensor = self._parameters.get(name)  # a fifth of the time of getattr; a parametrized tensor is not in it
         if tensor is None:
             tensor = getattr(self, name)
@@ -69,7 +69,7 @@ class QuantizableModule(nn.Module):
         return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
     def held_weight(self, name: str) -> Weight:
-        """A weight as it is held, without gradient. Changes of its values change the module."""
+        """Return a weight as it is held, without gradient. Changes of its values change the module."""
         tensor = getattr(self, name).detach()
         return self._block_scaled(name, tensor) if name in self.blocks else tensor
 
@@ -110,7 +110,7 @@ class QuantizableModule(nn.Module):
 
 
 def entry_weight(model: nn.Module, name: str, tensor: torch.Tensor) -> Weight | None:
-    """The weight of an entry of a model's state: None for scales, the block-scaled weight for codes, else `tensor`."""
+    """Return the weight of a state entry: None for scales, the block-scaled weight for codes, else `tensor`."""
     owner, _, local_name = name.rpartition(".")
     module = model.get_submodule(owner)
     if not isinstance(module, QuantizableModule) or not module.blocks:
@@ -179,7 +179,7 @@ def _covered(
 
 
 def _projection_block_rows(model: nn.Module, name: str, qkv_ranks: int) -> int:
-    """Rows of an FP8 block of the linear layer `name`.
+    """Return the number of rows of an FP8 block of the linear layer `name`.
 
     A checkpoint may hold q, k and v on grids that restart at each rank and run across all three.
     Blocks that divide the rows of each part at a rank have one scale in all of these grids.
@@ -195,13 +195,13 @@ def _projection_block_rows(model: nn.Module, name: str, qkv_ranks: int) -> int:
 
 
 def is_fp8_in_hub_layout(name: str) -> bool:
-    """Whether the published FP8 checkpoint quantizes this tensor: attention inputs and every FFN, but not o_proj."""
+    """Return whether the published FP8 checkpoint quantizes a tensor: attention inputs and FFNs, but not o_proj."""
     quantized = ("q_proj", "k_proj", "v_proj", "qkv_proj", "gate_proj", "up_proj", "down_proj")
     return name.endswith(tuple(f".{part}.weight" for part in quantized))
 
 
 def num_fp8_blocks(rows: int) -> int:
-    """Number of blocks that cover `rows` rows; the last one may be partial."""
+    """Return the number of blocks that cover `rows` rows; the last one may be partial."""
     return -(-rows // FP8_BLOCK)
 
 
@@ -228,7 +228,7 @@ def quantize_fp8_ranks(weight: torch.Tensor, num_ranks: int) -> tuple[torch.Tens
 
 
 def has_fp8_rank_scales(scale_rows: int, num_ranks: int, rows: int) -> bool:
-    """Whether a key matrix was quantized per rank: it then has more rows of scales than with uniform blocks."""
+    """Return whether a key matrix was quantized per rank: it then has more rows of scales than with uniform blocks."""
     return rows % num_ranks == 0 and scale_rows == num_ranks * num_fp8_blocks(rows // num_ranks) != num_fp8_blocks(rows)
 
 

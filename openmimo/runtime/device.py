@@ -16,7 +16,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def resolve_device(name: str | torch.device) -> torch.device:
-    """The device of that name; "auto" is the accelerator if there is one, else the CPU.
+    """Return the device of that name; "auto" is the accelerator if there is one, else the CPU.
 
     Raises:
         ConfigError: The name is unknown, or the device is absent.
@@ -37,7 +37,7 @@ def resolve_device(name: str | torch.device) -> torch.device:
 
 
 def worker_device(device: torch.device, number: int) -> torch.device:
-    """The device of worker `number` of a process on `device`: the other accelerators in turn, if there are any."""
+    """Return the device of worker `number` of a process on `device`. Workers use the other accelerators in turn."""
     if device.type != "cuda" or torch.cuda.device_count() == 1:
         return device
     current, count = device.index or 0, torch.cuda.device_count()
@@ -45,14 +45,14 @@ def worker_device(device: torch.device, number: int) -> torch.device:
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits until the device has finished all queued work."""
+    """Wait until the device has finished all queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 @functools.cache
 def has_fused_attention(num_heads: int, num_kv_heads: int, key_dim: int, value_dim: int, dtype: torch.dtype) -> bool:
-    """Whether a fused kernel of torch computes causal attention with this geometry on the accelerator."""
+    """Return whether a fused kernel of torch computes causal attention with this geometry on the accelerator."""
     heads = ((num_heads, key_dim), (num_kv_heads, key_dim), (num_kv_heads, value_dim))
     q, k, v = (torch.zeros(1, count, 64, dim, dtype=dtype, device="cuda", requires_grad=True) for count, dim in heads)
     call = torch.backends.cuda.SDPAParams(q, k, v, None, 0.0, True, num_heads != num_kv_heads)
@@ -89,7 +89,7 @@ def free_memory_bytes(device: torch.device) -> int:
 
 
 def free_cgroup_bytes(membership: Path = Path("/proc/self/cgroup"), mount: Path = Path("/sys/fs/cgroup")) -> list[int]:
-    """Bytes left under each memory limit of this process's control group and its ancestors.
+    """Return the bytes left under each memory limit of this process's control group and its ancestors.
 
     Inactive file pages do not count as used, because the kernel reclaims them, as in MemAvailable. Reads versions 1 and
     2 of control groups. In a container the path of the group may not be mounted; the root of the mount is then the
@@ -127,7 +127,7 @@ def free_cgroup_bytes(membership: Path = Path("/proc/self/cgroup"), mount: Path 
 
 
 def _text(path: Path) -> str:
-    """The content of a small system file; "" if it cannot be read."""
+    """Return the content of a small system file; "" if it cannot be read."""
     try:
         return path.read_text().strip()
     except OSError:
@@ -141,7 +141,7 @@ def _statistic(path: Path, name: str) -> int:
 
 @functools.cache
 def cpu_multiplies_bfloat16() -> bool:
-    """Whether this CPU has bfloat16 multiply instructions. Without them torch's products are slower than in float32."""
+    """Return whether this CPU has bfloat16 multiply instructions. Without them, float32 products are faster."""
     known = Path("/proc/cpuinfo")
     if not known.exists():
         return True  # no such file on macOS; Apple's processors have them
@@ -156,12 +156,12 @@ def fastest_dtype(device: torch.device) -> torch.dtype:
 
 
 def activation_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of a config's `dtype`: a key of `DTYPES`, or "auto" for `fastest_dtype`."""
+    """Return the dtype of a config's `dtype`: a key of `DTYPES`, or "auto" for `fastest_dtype`."""
     return fastest_dtype(device) if name == "auto" else DTYPES[name]
 
 
 def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
-    """The state of the torch random generators that a run on `device` uses."""
+    """Return the state of the torch random generators that a run on `device` uses."""
     state = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         state["accelerator"] = torch.cuda.get_rng_state(device)
@@ -169,14 +169,14 @@ def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
 
 
 def set_rng_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
-    """Restores a state from `rng_state`."""
+    """Restore a state from `rng_state`."""
     torch.set_rng_state(state["cpu"])
     if device.type == "cuda" and "accelerator" in state:
         torch.cuda.set_rng_state(state["accelerator"], device)
 
 
 def device_name(device: torch.device) -> str:
-    """The model name of the accelerator, or of the CPU with its number of cores."""
+    """Return the model name of the accelerator, or of the CPU with its number of cores."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     cpu_info = Path("/proc/cpuinfo")

@@ -47,7 +47,7 @@ def use_device(config: RunConfig) -> torch.device:
 def held_run(
     config: RunConfig, checkpoints: Checkpoints, *, free: Sequence[str], traces: Sequence[str], console: Console
 ) -> Iterator[Path | None]:
-    """Holds the folder of a run, and saves its config there. Yields its newest intact checkpoint (None: a new run).
+    """Hold the folder of a run, and save its config there. Yields its newest intact checkpoint (None: a new run).
 
     Args:
         config: The config of the run.

@@ -194,7 +194,7 @@ def _check_no_surrogates(conversation: Mapping[str, Any]) -> None:
 
 @functools.lru_cache(maxsize=16)
 def _marks_of(template: str, eos_token: str, special_tokens: tuple[str, ...]) -> dict[str, str]:
-    """The special tokens that the template can write, each with the lone surrogate that marks it in a rendering.
+    """Return the special tokens that the template can write, each with the lone surrogate that marks it in a rendering.
 
     Raises:
         DataError: The template joins special tokens from parts, which cannot be marked.

@@ -38,7 +38,7 @@ class Options:
 
 
 def row_makers(options: Options, tokenizer: Tokenizer, sequence_length: int, validation_fraction: float) -> RowMakers:
-    """Rows of whole conversations, drawn at random. All conversations are kept in memory.
+    """Return makers of rows of whole conversations, drawn at random. All conversations are kept in memory.
 
     A conversation is held out with all its examples; an example that also occurs in the training part is removed from
     it. Conversations longer than a row are skipped, with a warning that counts them.
@@ -83,7 +83,7 @@ def _row_maker(documents: list[Document], sequence_length: int) -> RowMaker:
 
 
 def _fingerprint(examples: Mapping[Split, list[Document]]) -> str:
-    """The SHA-256 of all tokens and masks, by split."""
+    """Return the SHA-256 of all tokens and masks, by split."""
     digest = hashlib.sha256()
     for split, documents in examples.items():
         digest.update(f"{split} {len(documents)} ".encode())
@@ -94,7 +94,7 @@ def _fingerprint(examples: Mapping[Split, list[Document]]) -> str:
 
 
 def read_examples(options: Options, tokenizer: Tokenizer, validation_fraction: float) -> dict[Split, list[Document]]:
-    """The examples by split. Raises DataError with file and line for a conversation that cannot be rendered."""
+    """Return the examples by split. Raises DataError with file and line for a conversation that cannot be rendered."""
     examples: dict[Split, list[Document]] = {"train": [], "validation": []}
     for where, line in read_objects(options.path):
         messages, tools = _messages(line, where), [] if line.get("tools") is None else line["tools"]

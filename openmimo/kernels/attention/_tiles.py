@@ -85,5 +85,5 @@ def logits_gradient(probabilities_LMC: torch.Tensor, v_LCV: torch.Tensor, grad_o
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which gradients are summed over tiles: float32, or float64 for float64."""
+    """Return the dtype in which gradients are summed over tiles: float32, or float64 for float64."""
     return torch.float64 if dtype == torch.float64 else torch.float32

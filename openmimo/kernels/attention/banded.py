@@ -71,7 +71,7 @@ def run(
 @functools.lru_cache(maxsize=4)  # all layers of a pass use the same lengths
 @torch.inference_mode(False)  # a later pass may save the cached tensor for its backward
 def _starts(lengths: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """Index in the pack of the first token of each token's sequence, int64 [T]."""
+    """Return the index in the pack of the first token of each token's sequence, int64 [T]."""
     lengths_B = torch.tensor(lengths)
     return (lengths_B.cumsum(0) - lengths_B).repeat_interleave(lengths_B).to(device)
 
@@ -90,7 +90,7 @@ def refuse(need: AttentionNeed) -> str | None:
 
 
 def _window_in_use(need: AttentionNeed) -> int:
-    """The window, or the longest sequence if that is shorter."""
+    """Return the window, or the longest sequence if that is shorter."""
     assert need.window_keys is not None, "refused before"
     return min(need.window_keys, max(need.key_lengths))
 
@@ -293,7 +293,7 @@ class _StreamSum:
             target_JBGX[:, : part_JBGX.shape[1]] += part_JBGX
 
     def total(self) -> torch.Tensor:
-        """The gradient, in the shape and dtype of the keys or values."""
+        """Return the gradient, in the shape and dtype of the keys or values."""
         return self._sum[: len(self._like)].to(self._like.dtype)
 
 

@@ -77,7 +77,7 @@ def _one_sequence(
 
 @functools.lru_cache(maxsize=64)
 def _hidden_from(queries: int, keys: int, window_keys: int | None, device: torch.device) -> torch.Tensor:
-    """Whether each key of a sequence is hidden from each of its last queries, bool [T, S].
+    """Return whether each key of a sequence is hidden from each of its last queries, bool [T, S].
 
     Cached masks are small: callers pass S <= T + window for a window and S = T without one.
     """
@@ -100,7 +100,7 @@ def refuse(need: AttentionNeed) -> str | None:
 
 
 def _columns(need: AttentionNeed, sequence: int) -> int:
-    """The number of trailing keys of a sequence against which its queries are computed."""
+    """Return the number of trailing keys of a sequence against which its queries are computed."""
     keys = need.key_lengths[sequence]
     if need.window_keys is None:
         return whole_columns(keys)
@@ -139,7 +139,7 @@ def _gathered(
 def _hidden(
     queries: int, columns: int, last_J: torch.Tensor, first_J: torch.Tensor, window_keys: int | None
 ) -> torch.Tensor:
-    """Whether each column is hidden from each query, bool [J, B, C].
+    """Return whether each column is hidden from each query, bool [J, B, C].
 
     Args:
         queries: B.

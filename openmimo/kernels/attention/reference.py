@@ -49,7 +49,7 @@ def _one_sequence(
     need: AttentionNeed,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The output [T, N, V] and the probabilities [N, T, S]."""
+    """Return the output [T, N, V] and the probabilities [N, T, S]."""
     T, N, _ = q_TNK.shape
     S, G, _ = k_SGK.shape
     dtype = torch.float64 if q_TNK.dtype == torch.float64 else torch.float32

@@ -46,7 +46,7 @@ def run(x_RD: torch.Tensor, layers: tuple[WeightAndBias, ...]) -> torch.Tensor:
 
 @functools.cache
 def _function(num_parts: int) -> native.Function:
-    """The C function with the `linear_call` struct for this number of weights."""
+    """Return the C function with the `linear_call` struct for this number of weights."""
     return native.Function("openmimo_linear", "2P7q" + num_parts * "2Pq")
 
 

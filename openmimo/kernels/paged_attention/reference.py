@@ -39,7 +39,7 @@ def run(
 
 
 def _rows(pages: Pages, first: list[int], key_lengths: tuple[int, ...]) -> torch.Tensor:
-    """Index in the flattened cache of each position of each sequence, from `first` of the sequence on: int64 [S]."""
+    """Return the index in the flattened cache of each position from `first` of its sequence on, int64 [S]."""
     page_positions = pages.keys_XPGK.shape[1]
     device = pages.tables_BY.device
     rows = []

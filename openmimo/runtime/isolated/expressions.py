@@ -29,7 +29,7 @@ class RefusedExpressionError(ValueError):
 
 
 def check_expression(source: str | bytes | ast.AST) -> None:
-    """Raises RefusedExpressionError or SyntaxError unless `source` is an allowed expression."""
+    """Raise RefusedExpressionError or SyntaxError unless `source` is an allowed expression."""
     tree = source if isinstance(source, ast.AST) else ast.parse(source, mode="eval")
     for node in ast.walk(tree):
         if not isinstance(node, ALLOWED):

@@ -18,7 +18,7 @@ class Interpreter:
 
 
 def find_interpreter() -> Interpreter:
-    """The base Python of this process, or the system's Python if only root can read the former.
+    """Return the base Python of this process, or the system's Python if only root can read the former.
 
     Raises:
         SandboxUnavailableError: There is none.
@@ -39,6 +39,6 @@ def find_interpreter() -> Interpreter:
 
 
 def readable_by_all(path: Path) -> bool:
-    """Whether any user can reach and read `path`."""
+    """Return whether any user can reach and read `path`."""
     resolved = path.resolve()
     return bool(resolved.stat().st_mode & 0o004) and all(parent.stat().st_mode & 0o001 for parent in resolved.parents)

@@ -21,33 +21,33 @@ VSOCK, NETLINK = 40, 16
 
 
 def network(port):
-    """Connects to the host that started the jail."""
+    """Connect to the host that started the jail."""
     with socket.create_connection(("127.0.0.1", port), timeout=1):
         return True
 
 
 def abstract(name):
-    """Connects to an abstract socket of the host."""
+    """Connect to an abstract socket of the host."""
     with socket.socket(socket.AF_UNIX) as client:
         client.connect("\0" + name)
         return True
 
 
 def family(number):
-    """Opens a socket of a family that namespaces do not isolate."""
+    """Open a socket of a family that namespaces do not isolate."""
     with socket.socket(number, socket.SOCK_DGRAM if number == NETLINK else socket.SOCK_STREAM):
         return True
 
 
 def call(number):
-    """Makes a system call without arguments. True unless the kernel refuses the call itself."""
+    """Make a system call without arguments. True unless the kernel refuses the call itself."""
     libc = ctypes.CDLL(None, use_errno=True)
     result = libc.syscall(number, 0, 0, 0, 0, 0, 0)
     return result >= 0 or ctypes.get_errno() not in (errno.EPERM, errno.ENOSYS)
 
 
 def nameless(size):
-    """Writes four unlinked files of `size` bytes."""
+    """Write four unlinked files of `size` bytes."""
     held = []
     for number in range(4):
         path = f"nameless-{number}"
@@ -59,13 +59,13 @@ def nameless(size):
 
 
 def read(path):
-    """Reads a file of the host."""
+    """Read a file of the host."""
     with open(path, "rb") as file:
         return bool(file.read(1))
 
 
 def write(folder):
-    """Creates a file outside the working folder."""
+    """Create a file outside the working folder."""
     path = os.path.join(folder, f"openmimo-probe-{os.getpid()}")
     with open(path, "wb"):
         os.unlink(path)
@@ -73,7 +73,7 @@ def write(folder):
 
 
 def processes(limit):
-    """Starts processes until the kernel refuses, or there are more than `limit`."""
+    """Start processes until the kernel refuses, or there are more than `limit`."""
     children: list[int] = []
     try:
         while len(children) <= limit:
@@ -92,7 +92,7 @@ def processes(limit):
 
 
 def succeeds(attempt, target):
-    """Whether an attempt succeeded."""
+    """Return whether an attempt succeeded."""
     try:
         return attempt(target)
     except OSError:
@@ -100,7 +100,7 @@ def succeeds(attempt, target):
 
 
 def probe():
-    """Makes every attempt. Only a write in the working folder must succeed."""
+    """Make every attempt. Only a write in the working folder must succeed."""
     settings = json.load(sys.stdin)
     broken = broken_walls(settings) if settings["isolates"] else []
     broken += [f"it may call {name}" for name, number in settings["calls"].items() if succeeds(call, number)]
@@ -115,7 +115,7 @@ def probe():
 
 
 def broken_walls(settings):
-    """The attempts that succeed although the jail should prevent them."""
+    """Return the attempts that succeed although the jail should prevent them."""
     broken = []
     if succeeds(network, settings["port"]):
         broken.append("it reaches the network")

@@ -37,7 +37,7 @@ def prctl(option, argument, pointer=0):
 
 
 def limit(limits):
-    """Lowers the limits of this process, which its children inherit and cannot raise."""
+    """Lower the limits of this process, which its children inherit and cannot raise."""
     for name, (soft, hard) in limits.items():
         highest = resource.getrlimit(getattr(resource, name))[1]
         if highest != resource.RLIM_INFINITY:
@@ -46,7 +46,7 @@ def limit(limits):
 
 
 def install(code):
-    """Installs a seccomp filter for this process and its descendants. Constants may be names of processes."""
+    """Install a seccomp filter for this process and its descendants. Constants may be names of processes."""
     own = os.getpid()
     host = os.getppid() or own  # zero across a process namespace
     names = {"supervisor": own, "supervisor's group": -own, "host": host, "host's group": -host}
@@ -57,13 +57,13 @@ def install(code):
 
 
 def receive(descriptor):
-    """The bytes from a pipe until its other end is closed."""
+    """Read a pipe until its other end is closed."""
     with open(descriptor, "rb") as pipe:
         return pipe.read()
 
 
 def exec_command(argv):
-    """Replaces this process with a command."""
+    """Replace this process with a command."""
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
     try:
@@ -74,7 +74,7 @@ def exec_command(argv):
 
 
 def exec_source(source):
-    """Runs Python source as the main module of this process."""
+    """Run Python source as the main module of this process."""
     builtins.exit = builtins.quit = _sitebuiltins.Quitter("exit", "Ctrl-D (end of file)")
     main = sys.modules["__main__"] = types.ModuleType("__main__")
     main.__dict__["__builtins__"] = builtins
@@ -84,7 +84,7 @@ def exec_source(source):
 
 
 def end_children():
-    """Kills all children, and adopted grandchildren, until there are none."""
+    """Kill all children, and adopted grandchildren, until there are none."""
     while True:
         with open(f"/proc/self/task/{os.getpid()}/children") as children:
             for pid in children.read().split():
@@ -96,7 +96,7 @@ def end_children():
 
 
 def supervise(job):
-    """Waits for the job, kills its leftover processes, and exits with its code (128 + n for signal n)."""
+    """Wait for the job, kill its leftover processes, and exit with its code (128 + n for signal n)."""
     ended = None
     while ended != job:
         ended, status = os.wait()
@@ -106,13 +106,13 @@ def supervise(job):
 
 
 def stop(number, frame):
-    """Handles the exit of the host process."""
+    """Handle the exit of the host process."""
     end_children()
     os._exit(128 + number)
 
 
 def start():
-    """Waits for a job on the control pipe: {"argv": [...]} or {"source": "..."}. An empty message ends the process."""
+    """Wait for a job on the control pipe: {"argv": [...]} or {"source": "..."}. An empty message ends the process."""
     settings = json.loads(sys.argv[1])
     limit(settings["limits"])
     prctl(PR_SET_CHILD_SUBREAPER, 1)

@@ -80,7 +80,7 @@ ARCHITECTURES = {"x86_64": Architecture(0xC000003E, 0), "aarch64": Architecture(
 
 
 def program(machine: str | None = None) -> list[Instruction]:
-    """The filter for a machine (default: this one), which `jailed_start.py` installs.
+    """Return the filter for a machine (default: this one), which `jailed_start.py` installs.
 
     Raises:
         SandboxUnavailableError: There is no table for the architecture.
@@ -103,7 +103,7 @@ def program(machine: str | None = None) -> list[Instruction]:
 
 
 def numbers(names: Iterable[str]) -> dict[str, int]:
-    """The numbers of refused calls on this machine, by name. Calls that the architecture lacks are left out."""
+    """Return the numbers of refused calls on this machine, by name. Calls that the architecture lacks are omitted."""
     column = _architecture(platform.machine()).column
     return {name: number for name in names if (number := REFUSED[name][column]) is not None}
 
@@ -152,7 +152,7 @@ def _answer(error: int) -> Instruction:
 
 
 def _load(argument: int) -> Instruction:
-    """Loads the low 32 bits of an argument; these calls use no more."""
+    """Load the low 32 bits of an argument; these calls use no more."""
     return (LOAD, 0, 0, ARGUMENTS_AT + 8 * argument)
 
 
@@ -171,7 +171,7 @@ def _refuse(argument: int, values: Iterable[int | str]) -> list[Instruction]:
 
 
 def _refuse_others(argument: int, values: tuple[int, ...], error: int) -> list[Instruction]:
-    """An error if the argument is not one of `values`."""
+    """Return an error if the argument is not one of `values`."""
     tests = [(EQUAL, len(values) - index, 0, value) for index, value in enumerate(values)]
     return [_load(argument), *tests, _answer(error)]
 

@@ -37,7 +37,7 @@ def why_not(name: str) -> str | None:
 
 
 def _attack(tier: Tier) -> list[str]:
-    """Runs the probe in a jail, and returns the attacks that succeeded."""
+    """Run the probe in a jail, and return the attacks that succeeded."""
     with (
         socket.create_server(("127.0.0.1", 0)) as listener,
         socket.socket(socket.AF_UNIX) as abstract,

@@ -56,18 +56,18 @@ class Tier:
     command: Callable[[list[str], JailPaths, SandboxLimits], list[str]]
 
     def missing(self) -> str | None:
-        """The required programs that are not installed, or None."""
+        """Return the required programs that are not installed, or None."""
         absent = [program for program in self.programs if not find_program(program)]
         return ", ".join(absent) or None
 
 
 def find_program(name: str) -> str | None:
-    """The path of an installed program. PyPI packages install theirs next to the running Python."""
+    """Return the path of an installed program. PyPI packages install theirs next to the running Python."""
     return shutil.which(name) or shutil.which(name, path=str(Path(sys.executable).parent))
 
 
 def _identity(signal: str) -> list[str]:
-    """The command prefix that sends `signal` when the parent dies, and as root changes to the user of jails.
+    """Return the command prefix that sends `signal` when the parent dies, and as root changes to the user of jails.
 
     RLIMIT_NPROC does not count processes of root.
     """
