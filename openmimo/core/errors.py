@@ -1,4 +1,4 @@
-"""Errors that a user can fix, and interruption by SIGINT or SIGTERM, before which a command saves its state.
+"""Errors that a user can fix, and interruption by SIGINT or SIGTERM, after which a command saves its state.
 
 The command line prints a UserError as one paragraph without a traceback, and exits with 1.
 """

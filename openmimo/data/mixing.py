@@ -174,7 +174,7 @@ class OpenSource:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What the rows depend on. Equal data in different folders gives equal identities."""
+        """The properties that determine the rows. Equal data in different folders has equal identities."""
         content: Any
         if self.stores is not None:
             content = {split: store.content for split, store in self.stores.items()}

@@ -50,9 +50,9 @@ class StructureState:
         """
         bits = np.unpackbits(np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8), bitorder="little")
         allowed_V = np.zeros(self._vocab_size, dtype=bool)
-        known = min(len(bits), self._vocab_size)
+        num_known = min(len(bits), self._vocab_size)
         if not self._matcher.is_error():
-            allowed_V[:known] = bits[:known]
+            allowed_V[:num_known] = bits[:num_known]
         return torch.from_numpy(allowed_V)
 
     def accept(self, token: int) -> None:

@@ -218,9 +218,11 @@ def _check_counts(config: ModelConfig, names: set[str], path: Path) -> None:
         stated["n_routed_experts"] = config.moe.num_experts
         numbers["n_routed_experts"] = r"model\.layers\.\d+\.mlp\.experts\.(\d{1,9})\."
     for key, pattern in numbers.items():
-        held = {int(match[1]) for name in names if (match := re.match(pattern, name))}
-        if stated[key] > max(held, default=-1) + 1:
-            raise CheckpointError(f"{path}: {key} is {stated[key]}, but the weights hold {max(held, default=-1) + 1}.")
+        indices = {int(match[1]) for name in names if (match := re.match(pattern, name))}
+        if stated[key] > max(indices, default=-1) + 1:
+            raise CheckpointError(
+                f"{path}: {key} is {stated[key]}, but the weights hold {max(indices, default=-1) + 1}."
+            )
 
 
 @functools.cache

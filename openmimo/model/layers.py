@@ -53,15 +53,17 @@ class Linear(QuantizableModule, nn.Linear):
         False for a subclass (FSDP and parametrizations replace the class), with hooks or a replaced `forward`, and if
         the weight is not a local parameter.
         """
-        own = self.__dict__  # one attribute lookup instead of nine: decoding reads this property 100 times per token
+        attributes = (
+            self.__dict__
+        )  # one attribute lookup instead of nine: decoding reads this property 100 times per token
         return not (
             type(self) is not Linear
-            or own["_forward_hooks"]
-            or own["_forward_pre_hooks"]
-            or own["_backward_hooks"]
-            or own["_backward_pre_hooks"]
-            or type(own["_parameters"]["weight"]) is not nn.Parameter
-            or "forward" in own
+            or attributes["_forward_hooks"]
+            or attributes["_forward_pre_hooks"]
+            or attributes["_backward_hooks"]
+            or attributes["_backward_pre_hooks"]
+            or type(attributes["_parameters"]["weight"]) is not nn.Parameter
+            or "forward" in attributes
         )
 
     def parameters_as(self, dtype: torch.dtype) -> tuple[Weight, torch.Tensor | None]:

@@ -79,13 +79,13 @@ class QuantizableModule(nn.Module):
 
     def store(self, name: str, tensor: torch.Tensor) -> None:
         """Copy new values into a weight, quantized if the weight is block-scaled."""
-        held = self.held_weight(name)
-        if not isinstance(held, BlockScaled):
-            copy_weight(held, tensor)
+        stored = self.held_weight(name)
+        if not isinstance(stored, BlockScaled):
+            copy_weight(stored, tensor)
             return
         step = tensor.shape[-2] // self.quantizable[name]
         for start in range(0, tensor.shape[-2], step):
-            copy_weight(held.rows(start, start + step), tensor[..., start : start + step, :])
+            copy_weight(stored.rows(start, start + step), tensor[..., start : start + step, :])
 
     def _block_scaled(self, name: str, codes: torch.Tensor) -> BlockScaled:
         scales = self._buffers[name + _SCALES]
@@ -99,9 +99,9 @@ class QuantizableModule(nn.Module):
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "QuantizableModule":
         """Extend the method of nn.Module behind `to` and others. Codes and scales pass as integers, without a cast."""
-        held = {name: self.held_weight(name) for name in self.blocks}
+        stored = {name: self.held_weight(name) for name in self.blocks}
         super()._apply(fn, recurse)
-        for name, weight in held.items():
+        for name, weight in stored.items():
             assert isinstance(weight, BlockScaled)
             codes = fn(weight.codes.view(torch.uint8)).view(weight.codes.dtype)
             scales = fn(weight.scales.view(torch.int32)).view(torch.float32)
@@ -262,8 +262,8 @@ def split_fp8_rank_keys_values(k: BlockScaled, v: BlockScaled, num_ranks: int) -
     them with K and one with V; the second is the scale of K rows 128-191 and of V rows 0-63.
     """
     codes, scales = (
-        torch.cat([_per_rank(of_k, num_ranks), _per_rank(of_v, num_ranks)], dim=1).flatten(0, 1)
-        for of_k, of_v in ((k.codes, v.codes), (k.scales, v.scales))
+        torch.cat([_per_rank(k_part, num_ranks), _per_rank(v_part, num_ranks)], dim=1).flatten(0, 1)
+        for k_part, v_part in ((k.codes, v.codes), (k.scales, v.scales))
     )
     return split_fp8_ranks(BlockScaled(codes, scales, k.block), [k.shape[0], v.shape[0]], num_ranks)
 

@@ -81,10 +81,10 @@ def free_memory_bytes(device: torch.device) -> int:
     """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    known = Path("/proc/meminfo")
-    if not known.exists():
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():
         return 4 * 2**30
-    line = next(line for line in known.read_text().splitlines() if line.startswith("MemAvailable"))
+    line = next(line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable"))
     return min([int(line.split()[1]) * 1024, *free_cgroup_bytes()])
 
 
@@ -119,10 +119,10 @@ def free_cgroup_bytes(membership: Path = Path("/proc/self/cgroup"), mount: Path 
             else [root]
         )
         for group in groups:
-            known = [int(text) for limit in limits if (text := _text(group / limit)).isdigit()]
+            limit_bytes = [int(text) for limit in limits if (text := _text(group / limit)).isdigit()]
             used = _text(group / usage)
-            if known and used.isdigit():
-                free.append(max(min(known) - int(used) + _statistic(group / "memory.stat", inactive), 0))
+            if limit_bytes and used.isdigit():
+                free.append(max(min(limit_bytes) - int(used) + _statistic(group / "memory.stat", inactive), 0))
     return free
 
 
@@ -142,10 +142,10 @@ def _statistic(path: Path, name: str) -> int:
 @functools.cache
 def cpu_multiplies_bfloat16() -> bool:
     """Return whether this CPU has bfloat16 multiply instructions. Without them, float32 products are faster."""
-    known = Path("/proc/cpuinfo")
-    if not known.exists():
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.exists():
         return True  # no such file on macOS; Apple's processors have them
-    words = set(known.read_text().split())
+    words = set(cpuinfo.read_text().split())
     return bool(words & {"avx512_bf16", "amx_bf16", "bf16"})
 
 

@@ -204,8 +204,8 @@ def _marks_of(template: str, eos_token: str, special_tokens: tuple[str, ...]) ->
     question = [{"role": "user", "content": "x"}]
     try:
         plain_text, marked_text = (
-            render(question, template=template, special_tokens={"eos_token": eos_token}, marks=known)
-            for known in (None, marks)
+            render(question, template=template, special_tokens={"eos_token": eos_token}, marks=used_marks)
+            for used_marks in (None, marks)
         )
     except DataError:  # the template rejects this question: check only the conversations that it accepts
         return marks

@@ -23,9 +23,9 @@ def find_interpreter() -> Interpreter:
     Raises:
         SandboxUnavailableError: There is none.
     """
-    own = Path(sys.base_prefix) / "bin" / f"python{sys.version_info.major}.{sys.version_info.minor}"
+    base_python = Path(sys.base_prefix) / "bin" / f"python{sys.version_info.major}.{sys.version_info.minor}"
     system = [Path(found) for found in ("/usr/bin/python3", "/usr/local/bin/python3") if shutil.which(found)]
-    candidates = [Interpreter(str(own), sys.base_prefix)]
+    candidates = [Interpreter(str(base_python), sys.base_prefix)]
     candidates += [Interpreter(str(path.resolve()), str(path.parents[1])) for path in system]
     for candidate in candidates:
         path = Path(candidate.executable)
@@ -33,8 +33,8 @@ def find_interpreter() -> Interpreter:
         if path.exists() and narrow and (os.geteuid() != 0 or readable_by_all(path)):
             return candidate
     raise SandboxUnavailableError(
-        f"Model-written code runs as the user nobody, who cannot read the Python at {own}, and there is none at "
-        "/usr/bin/python3. Install the system's Python, e.g. with apt-get install python3."
+        f"Model-written code runs as an unprivileged user, who cannot read the Python at {base_python}, and there is "
+        "none at /usr/bin/python3. Install the system's Python, e.g. with apt-get install python3."
     )
 
 

@@ -48,12 +48,12 @@ def call(number):
 
 def nameless(size):
     """Write four unlinked files of `size` bytes."""
-    held = []
+    files = []
     for number in range(4):
         path = f"nameless-{number}"
-        held.append(open(path, "wb", buffering=0))  # noqa: SIM115
+        files.append(open(path, "wb", buffering=0))  # noqa: SIM115
         os.unlink(path)
-        if held[-1].write(bytes(size)) < size:
+        if files[-1].write(bytes(size)) < size:
             return False
     return True
 

@@ -47,9 +47,9 @@ def limit(limits):
 
 def install(code):
     """Install a seccomp filter for this process and its descendants. Constants may be names of processes."""
-    own = os.getpid()
-    host = os.getppid() or own  # zero across a process namespace
-    names = {"supervisor": own, "supervisor's group": -own, "host": host, "host's group": -host}
+    pid = os.getpid()
+    host = os.getppid() or pid  # zero across a process namespace
+    names = {"supervisor": pid, "supervisor's group": -pid, "host": host, "host's group": -host}
     words = [(code, yes, no, names.get(value, value) & 0xFFFFFFFF) for code, yes, no, value in code]
     program = FilterProgram(len(words), b"".join(struct.pack("=HBBI", *word) for word in words))
     prctl(PR_SET_NO_NEW_PRIVS, 1)

@@ -121,34 +121,34 @@ def exceeds_disk(folder: Path, limit_bytes: int, pid: int | None = None) -> bool
 
 def _nameless_bytes(pid: int) -> int:
     """Return the bytes of the deleted files that a process tree has open or mapped."""
-    held: dict[int, int] = {}
+    bytes_by_inode: dict[int, int] = {}
     for process in process_tree(pid):
         with contextlib.suppress(OSError):
             for entry in os.scandir(f"/proc/{process}/fd"):
-                _count(held, entry.path)
+                _count(bytes_by_inode, entry.path)
         with contextlib.suppress(OSError), open(f"/proc/{process}/maps", "rb") as file:
             for line in file.read(MAX_MAPPINGS_BYTES).splitlines():
                 if line.endswith(b" (deleted)") and not line.endswith(b"/dev/zero (deleted)"):
-                    _count_mapping(held, process, line.decode(errors="replace"))
-    return sum(held.values())
+                    _count_mapping(bytes_by_inode, process, line.decode(errors="replace"))
+    return sum(bytes_by_inode.values())
 
 
-def _count(held: dict[int, int], path: str) -> bool:
-    """Add a deleted file to `held`, by its inode. Returns False if the file cannot be examined."""
+def _count(bytes_by_inode: dict[int, int], path: str) -> bool:
+    """Add a deleted file to `bytes_by_inode`, by its inode. Returns False if the file cannot be examined."""
     with contextlib.suppress(OSError):
         status = os.stat(path)
         if stat.S_ISREG(status.st_mode) and status.st_nlink == 0:
-            held[status.st_ino] = status.st_blocks * 512
+            bytes_by_inode[status.st_ino] = status.st_blocks * 512
         return True
     return False
 
 
-def _count_mapping(held: dict[int, int], process: int, line: str) -> None:
-    """Add a mapped file to `held`: its size for root, the mapped length for other users."""
+def _count_mapping(bytes_by_inode: dict[int, int], process: int, line: str) -> None:
+    """Add a mapped file to `bytes_by_inode`: its size for root, the mapped length for other users."""
     span, _, offset, _, inode = line.split()[:5]
-    if not _count(held, f"/proc/{process}/map_files/{span}"):
+    if not _count(bytes_by_inode, f"/proc/{process}/map_files/{span}"):
         start, end = (int(part, 16) for part in span.split("-"))
-        held[int(inode)] = max(held.get(int(inode), 0), int(offset, 16) + end - start)
+        bytes_by_inode[int(inode)] = max(bytes_by_inode.get(int(inode), 0), int(offset, 16) + end - start)
 
 
 def _entries(folder: str) -> Iterator[tuple[str, os.stat_result]]:
