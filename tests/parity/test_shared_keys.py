@@ -210,7 +210,7 @@ def test_parameters_of_an_attention_layer_are_counted(index):
         (2, {"rope_theta": 1e4}, "its rope_theta is 10000.0 and that of the other 5000000.0"),
         (5, {"window_keys": 10}, "layer 5 has window_keys 10"),
         (1, {"kv_from": 0, "num_kv_heads": 2, "rope_theta": 5e6}, "a sliding layer has its own keys"),
-        (6, {"kv_from": 0}, "a full layer has keys of its own|must be equal"),
+        (6, {"kv_from": 0}, "a full layer has its own keys|must be equal"),
         (1, {"score_block": 8}, "only a layer without a window scores blocks"),
         (1, {"window_keys": None}, "a sliding layer needs a window"),
         (0, {"window_keys": 5}, "a full layer has no window"),
