@@ -84,7 +84,7 @@ def stop_requests() -> Iterator[StopRequest]:
 
 @contextlib.contextmanager
 def terminable() -> Iterator[None]:
-    """A block in which SIGTERM raises Interrupted in the main thread, as SIGINT raises KeyboardInterrupt."""
+    """Let SIGTERM raise Interrupted in the main thread during the block, as SIGINT raises KeyboardInterrupt."""
 
     def end(number: int, frame: object) -> None:
         raise Interrupted(number)

@@ -213,7 +213,7 @@ class Loader:
 
 
 def short(content: Any) -> str:
-    """Twelve hexadecimal digits of a hash of `content`, for messages."""
+    """Return twelve hexadecimal digits of a hash of `content`, for messages."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
 

@@ -80,7 +80,7 @@ class SyntheticRows:
 
 
 def _window(store: TokenStore, start: int, length: int) -> Row:
-    """`length` tokens from `start`, continued at the beginning of the store if it ends."""
+    """Return `length` tokens from `start`, continued at the beginning of the store if it ends."""
     total, end = len(store.token_ids), start + length
     if end <= total:
         return Row(store.token_ids[start:end].astype(np.int32), _piece_lengths(store.offsets, start, end))
@@ -132,7 +132,7 @@ class MixtureSchedule:
         return source, block * int(self._rows_per_block[source]) + int(numbers[row_in_block])
 
     def _make_block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """For each row of a block, its source and its number among the rows of that source in the block.
+        """Return, for each row of a block, its source and its number among the rows of that source in the block.
 
         Row n of a source with r rows per block is placed at a random time in [n / r, (n + 1) / r); the block is sorted
         by time.
@@ -146,7 +146,7 @@ class MixtureSchedule:
 
 
 def _apportion(weights: Sequence[float]) -> np.ndarray:
-    """Whole rows per source that add up to a block, by the largest remainder method."""
+    """Divide the rows of a block among sources by the largest remainder method."""
     exact = np.array(weights, dtype=np.float64) / sum(weights) * ROWS_PER_BLOCK
     rows = np.floor(exact + 1e-9).astype(np.int64)
     largest_remainders = np.argsort(rows - exact, kind="stable")
@@ -254,7 +254,7 @@ class MixtureRows:
 
 
 def permuted(index: int, size: int, key: int) -> int:
-    """Element `index` of the pseudorandom permutation of range(size) that `key` (64 bits) selects, without a table.
+    """Return element `index` of the permutation of range(size) that `key` (64 bits) selects, without a table.
 
     A Feistel network permutes all numbers of an even number of bits. A result outside the range is permuted again until
     it is inside ("cycle walking": Black and Rogaway, "Ciphers with arbitrary finite domains", 2002).

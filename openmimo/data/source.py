@@ -175,7 +175,7 @@ def split_of(text: str, validation_fraction: float) -> Split:
 
 
 def split_of_bytes(content: bytes, validation_fraction: float) -> Split:
-    """`split_of` for an example that is not text."""
+    """Return the split of an example that is not text, as `split_of` does for text."""
     return _split(
         int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big") < validation_fraction * 2.0**64
     )
@@ -186,7 +186,7 @@ def _split(is_held_out: bool) -> Split:
 
 
 def _hash(text: str) -> int:
-    """64 bits of a hash, without a copy of the whole text."""
+    """Return 64 bits of a hash, without a copy of the whole text."""
     digest = hashlib.blake2b(digest_size=8)
     for block in blocks(text):
         digest.update(block.encode())
@@ -208,7 +208,7 @@ def _highest_hash_of_passages(config: SourceConfig, validation_fraction: float) 
 
 
 def find_files(path: str, suffixes: tuple[str, ...]) -> list[Path]:
-    """`path` itself if it is a file, else the files below that folder with one of `suffixes`, sorted by path.
+    """Return `path` if it is a file, else the files below that folder with one of `suffixes`, sorted by path.
 
     Compressed files in a folder are skipped with a warning.
 

@@ -1,9 +1,12 @@
 """Documents as token ids on disk: tokenized once, then memory-mapped by every run with the same settings.
 
-A store is a folder with `store.json` and two files per split: `<split>.bin` (the ids of all documents, each with a
-final end-of-text token; uint16, or uint32 for a vocabulary above 65,536) and `<split>_offsets.bin` (int64
-[documents + 1], the start of each document). Writing and reading use little memory for
-documents and stores of any length.
+A store is a folder with `store.json` and two files per split:
+
+    <split>.bin           ids of all documents, each with a final end-of-text token; uint16 for a vocabulary of up to
+                          65,536, else uint32
+    <split>_offsets.bin   start of each document, int64 [documents + 1]
+
+Writing and reading use little memory for documents and stores of any length.
 """
 
 import contextlib

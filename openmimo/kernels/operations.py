@@ -115,7 +115,7 @@ class NormNeed(NamedTuple):
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
-    """`x` [..., D] divided by its root mean square over D, times `weight` [D]; shape and dtype of x.
+    """Divide `x` [..., D] by its root mean square over D, and multiply by `weight` [D]. Keeps shape and dtype of x.
 
     The mean is computed in float32 (float64 for float64 x). The quotient is cast to the dtype of x before it is
     multiplied by the weight, as in Hugging Face transformers. Differentiable in x and weight.
@@ -153,7 +153,7 @@ class RotaryNeed(NamedTuple):
 def rotary_table(
     positions_T: torch.Tensor, rotary_dim: int, theta: float, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin, each [T, R] in `dtype`, of position * theta^(-2i/R); computed in float32, or float64 for float64.
+    """Compute cos and sin of position * theta^(-2i/R), each [T, R] in `dtype`, in float32 (float64 for float64).
 
     The second half of a row repeats the first.
 
@@ -319,7 +319,7 @@ def apply_experts(
     gate_up_EHD: Weight,
     down_EDF: Weight,
 ) -> torch.Tensor:
-    """Weighted sum over each token's experts, [T, D] in the dtype of x, accumulated in float32 (float64 for float64).
+    """Sum each token's experts by weight, [T, D] in the dtype of x, accumulated in float32 (float64 for float64).
 
     Differentiable in all tensors except block-scaled weights.
 
@@ -384,7 +384,7 @@ class TokenLossFunctions:
 def token_logprobs(
     hidden_TD: torch.Tensor, weight_VD: torch.Tensor, labels_T: torch.Tensor, *, temperature: float | torch.Tensor = 1.0
 ) -> torch.Tensor:
-    """log p(label) under softmax(hidden @ weight.T / temperature): [T] float32, or float64 for float64 inputs.
+    """Return log p(label) under softmax(hidden @ weight.T / temperature), float32 [T] (float64 for float64 inputs).
 
     Differentiable in hidden and weight.
 
@@ -400,7 +400,7 @@ def token_logprobs(
 def token_loss(
     hidden_TD: torch.Tensor, weight_VD: torch.Tensor, labels_T: torch.Tensor, weights_T: torch.Tensor
 ) -> torch.Tensor:
-    """-sum over tokens of weights_T * log p(label): a float32 scalar, or float64 for float64 inputs.
+    """Return -sum over tokens of weights_T * log p(label), a float32 scalar (float64 for float64 inputs).
 
     Labels as in `token_logprobs`. Rows with label -1 or weight 0 are dropped before any arithmetic. Differentiable in
     hidden and weight, not in `weights_T`.

@@ -151,7 +151,7 @@ class ModelConfig:
         return (full[0] if full else self.layers[0].attention).num_kv_heads
 
     def attention_layers(self) -> tuple[AttentionConfig, ...]:
-        """Geometry of every attention layer: the main layers, then one per MTP head."""
+        """Return the geometry of every attention layer, first of the main layers, then of the MTP heads."""
         heads = (self.mtp.attention,) * self.mtp.num_layers if self.mtp else ()
         return tuple(layer.attention for layer in self.layers) + heads
 
@@ -172,7 +172,7 @@ class ModelConfig:
         )
 
     def _source(self, number: int) -> AttentionConfig | None:
-        """Geometry of the layer whose keys layer `number` reads, or None.
+        """Return the geometry of the layer whose keys layer `number` reads, or None.
 
         Raises:
             ConfigError: `kv_from` does not name an earlier layer with its own keys and the same geometry of keys.
@@ -299,7 +299,7 @@ def attention_parameters(config: ModelConfig, index: int) -> int:
 
 
 def active_matmul_parameters(config: ModelConfig) -> int:
-    """Active parameters per token of the main model's matrix products: with the output head, without the embedding."""
+    """Count the active parameters of the main model's matrix products per token, without the embedding."""
     D = config.hidden_size
     total = D * config.vocab_size
     for index, layer in enumerate(config.layers):
@@ -313,7 +313,7 @@ def active_matmul_parameters(config: ModelConfig) -> int:
 
 
 def mtp_matmul_parameters(config: ModelConfig) -> int:
-    """Active parameters per token of all MTP heads, each with its own pass through the output head."""
+    """Count the active parameters of all MTP heads per token. Each head has its own pass through the output head."""
     if config.mtp is None:
         return 0
     D = config.hidden_size
@@ -322,7 +322,7 @@ def mtp_matmul_parameters(config: ModelConfig) -> int:
 
 
 def attention_flops_per_token(spec: AttentionConfig, length: int) -> float:
-    """Forward FLOPs of one layer's scores and weighted values, averaged over the positions of a sequence."""
+    """Count the forward FLOPs of a layer's scores and weighted values, averaged over the positions of a sequence."""
     kind = attention_kind(spec.kind)
     reach = kind.visible_keys(spec, length - 1)
     # The first `reach` queries see 1, 2, ... reach keys; the others see `reach`.
@@ -331,7 +331,7 @@ def attention_flops_per_token(spec: AttentionConfig, length: int) -> float:
 
 
 def training_flops_per_token(config: ModelConfig, length: int) -> float:
-    """Forward and backward FLOPs of one token in a sequence: three times the forward pass, MTP heads included."""
+    """Count the FLOPs of one token in a training step: three times the forward pass, including MTP heads."""
     matmul = 2 * (active_matmul_parameters(config) + mtp_matmul_parameters(config))
     attention = sum(attention_flops_per_token(spec, length) for spec in config.attention_layers())
     return 3 * (matmul + attention)

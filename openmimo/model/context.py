@@ -83,11 +83,11 @@ class AttentionContext(Protocol):
     block_scores: dict[int, torch.Tensor]
 
     def rotary(self, spec: AttentionConfig, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin [T, rotary_dim] of the tokens' positions, in `dtype`."""
+        """Return cos and sin [T, rotary_dim] of the tokens' positions, in `dtype`."""
         ...
 
     def attend(self, call: AttentionCall) -> AttentionOut:
-        """Attention of the tokens of the pass to the keys that they see; stores block scores in `block_scores`."""
+        """Compute attention of the tokens to the keys that they see. Block scores are stored in `block_scores`."""
         ...
 
 
@@ -114,7 +114,7 @@ class RotaryTables:
         self._tables: dict[tuple[int, float, torch.dtype], tuple[torch.Tensor, torch.Tensor]] = {}
 
     def get(self, spec: AttentionConfig, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin [T, rotary_dim] for the geometry of `spec`."""
+        """Return cos and sin [T, rotary_dim] for the geometry of `spec`."""
         key = (spec.rotary_dim, spec.rope_theta, dtype)
         if key not in self._tables:
             self._tables[key] = rotary_table(self.positions_T, spec.rotary_dim, spec.rope_theta, dtype)
@@ -181,7 +181,7 @@ class PackedContext:
         return result
 
     def _keys_and_values(self, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
-        """Packed keys and values that the call reads, [S, G, K] and [S, G, V]; stores them if `is_source`."""
+        """Return packed keys [S, G, K] and values [S, G, V] that the call reads. Stores them if `is_source`."""
         if call.source_layer is not None:
             return self._sources[call.source_layer]
         assert call.k_TGK is not None and call.v_TGV is not None

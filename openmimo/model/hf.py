@@ -329,7 +329,7 @@ class Slot:
 
 
 def slots(model: MiMo) -> Iterator[Slot]:
-    """Every checkpoint tensor of the model, in checkpoint order by module. Works on a meta-device model."""
+    """Yield every checkpoint tensor of the model, in checkpoint order by module. Works on a meta-device model."""
     tied = model.config.tie_embeddings
     for name, tensor in model.state_dict(keep_vars=False).items():
         weight = entry_weight(model, name, tensor)

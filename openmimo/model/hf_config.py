@@ -284,7 +284,7 @@ class _Reader:
         )
 
     def _rope(self, kind: str) -> tuple[float, float]:
-        """RoPE base and rotated fraction of one kind of layer, from the flat keys or from `rope_parameters`."""
+        """Return RoPE base and rotated fraction of one kind of layer, from the flat keys or `rope_parameters`."""
         hub, by_kind = self.hub, self.hub.rope_parameters or _RopeByKind()
         nested = (by_kind.sliding_attention if kind == "sliding" else by_kind.full_attention) or by_kind
         flat = hub.swa_rope_theta if kind == "sliding" else hub.rope_theta

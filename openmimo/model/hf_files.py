@@ -78,7 +78,7 @@ class CheckpointReader:
         return name.endswith(_SCALE) and name.removesuffix(_SCALE) in self.stored
 
     def names_by_file(self, names: set[str]) -> Iterator[str]:
-        """`names`, grouped by the file that holds them, so that reading in this order streams shard by shard."""
+        """Yield `names` grouped by file, so that reading in this order streams shard by shard."""
         return iter(sorted(names, key=lambda name: (self._stored(name).file, name)))
 
     def shape(self, name: str, config: ModelConfig) -> tuple[int, ...]:

@@ -29,7 +29,7 @@ _LOCAL_WEIGHTS = (nn.Parameter, torch.Tensor, BlockScaled)
 
 
 def as_dtype(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """`tensor.to(dtype)` without the cost of the call if the dtype is right: decoding calls it 100 times per token."""
+    """Convert to `dtype`, without a torch call if not necessary, because decoding calls this 100 times per token."""
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
@@ -67,7 +67,7 @@ class Linear(QuantizableModule, nn.Linear):
         )
 
     def parameters_as(self, dtype: torch.dtype) -> tuple[Weight, torch.Tensor | None]:
-        """Weight and bias (or None) for a product in `dtype`; see `weight_as`."""
+        """Return weight and bias (or None) for a product in `dtype`; see `weight_as`."""
         weight = self.weight_as("weight", dtype)
         bias = self._parameters["bias"] if "bias" in self._parameters else self.bias  # noqa: SIM401  (getattr is slow)
         return weight, None if bias is None else as_dtype(bias, dtype)
@@ -133,7 +133,7 @@ class DenseFFN(nn.Module):
         self.down_proj = Linear(ffn_dim, model_dim, bias=False)
 
     def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
-        """[T, D] to [T, D]."""
+        """Map [T, D] to [T, D]."""
         gate, up = project(x_TD, (self.gate_proj, self.up_proj)).chunk(2, dim=-1)
         return self.down_proj(F.silu(gate) * up)
 
@@ -159,7 +159,7 @@ class Attention(nn.Module):
         self.attention_sink_bias = nn.Parameter(torch.zeros(spec.num_heads)) if spec.sink else None
 
     def forward(self, x_TD: torch.Tensor, context: AttentionContext) -> torch.Tensor:
-        """[T, D] to [T, D]."""
+        """Map [T, D] to [T, D]."""
         spec, T = self.spec, x_TD.shape[0]
         N, G, K, V = spec.num_heads, spec.num_kv_heads, spec.key_dim, spec.value_dim
         cos_TR, sin_TR = context.rotary(spec, x_TD.dtype)

@@ -98,7 +98,7 @@ class MiMo(nn.Module):
         return hidden._replace(mtp_TD=mtp_TD)
 
     def mtp(self, head: int, hidden: Hidden, shifted_tokens_T: torch.Tensor, context: AttentionContext) -> torch.Tensor:
-        """States [T, D] of one MTP head for the rows of `hidden`, the input of `head()`; see `forward`."""
+        """Return the states [T, D] of one MTP head for the rows of `hidden`; see `forward`."""
         return self(None, context, {head: shifted_tokens_T}, hidden=hidden).mtp_TD[head]
 
     def logits(self, token_ids: torch.Tensor) -> torch.Tensor:

@@ -163,7 +163,7 @@ def quantize_model(model: nn.Module, weight_format: QuantizedFormat, qkv_ranks: 
 def _covered(
     model: nn.Module, weight_format: QuantizedFormat, qkv_ranks: int
 ) -> Iterator[tuple[QuantizableModule, str, tuple[int, int]]]:
-    """Module, name and block size of each weight that a format covers."""
+    """Yield module, name and block size of each weight that a format covers."""
     for module_name, module in model.named_modules():
         if not isinstance(module, QuantizableModule):
             continue

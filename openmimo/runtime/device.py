@@ -64,7 +64,7 @@ def has_fused_attention(num_heads: int, num_kv_heads: int, key_dim: int, value_d
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Peak memory of this process: allocated on the accelerator, or resident on the CPU."""
+    """Return the peak memory of this process, allocated on the accelerator or resident on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")
@@ -75,7 +75,7 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def free_memory_bytes(device: torch.device) -> int:
-    """Free memory of the accelerator; on a CPU, MemAvailable within the limits of the control groups.
+    """Return the free memory of the accelerator; on a CPU, MemAvailable within the limits of the control groups.
 
     4 GiB if the system does not report it.
     """
@@ -150,7 +150,7 @@ def cpu_multiplies_bfloat16() -> bool:
 
 
 def fastest_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 if the device multiplies it in hardware, else float32."""
+    """Return bfloat16 if the device multiplies it in hardware, else float32."""
     narrow = device.type != "cpu" or cpu_multiplies_bfloat16()
     return torch.bfloat16 if narrow else torch.float32
 
@@ -190,7 +190,7 @@ def device_name(device: torch.device) -> str:
 
 @contextlib.contextmanager
 def at_most_threads(count: int) -> Iterator[None]:
-    """A context in which torch uses at most `count` CPU threads."""
+    """Limit torch to `count` CPU threads in the block."""
     before = torch.get_num_threads()
     if before <= count:
         yield
@@ -203,7 +203,7 @@ def at_most_threads(count: int) -> Iterator[None]:
 
 
 def measured_matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Measured FLOP/s of a large matrix product on this device: the denominator of `matmul_utilization`.
+    """Measure the FLOP/s of a large matrix product on this device, the denominator of `matmul_utilization`.
 
     It is below the peak of the data sheet, and varies with the clock and the load of the device.
     """

@@ -160,7 +160,7 @@ def _encode(
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Best-fit decreasing bin packing: each item, longest first, goes into the fullest bin that has room for it.
+    """Pack items by best-fit decreasing: each item, longest first, goes into the fullest bin with room for it.
 
     No length may exceed `capacity`. Every item is in exactly one bin, so drawing bins uniformly draws items uniformly.
     """

@@ -93,7 +93,7 @@ def attend(
     score_block: int | None = None,
     causal: bool = True,
 ) -> AttentionOut:
-    """Attention of packed queries to packed keys, differentiable in q, k, v and sink.
+    """Compute attention of packed queries to packed keys. Differentiable in q, k, v and sink.
 
     Args:
         q_TNK: Queries. Logits are scaled by 1/sqrt(K).
@@ -190,7 +190,7 @@ def paged_attend(
     window_keys: int | None,
     score_block: int | None = None,
 ) -> AttentionOut:
-    """Attention output [T, N, V] in the dtype of `q_TNK`, and block scores if `score_block` is given.
+    """Compute attention of packed queries to a paged cache.
 
     Args:
         q_TNK: Queries, packed. Their own keys and values are already in the pages.

@@ -52,7 +52,7 @@ def _one_sequence(
     window_keys: int | None,
     scale: float,
 ) -> torch.Tensor:
-    """Attention of one sequence. Decoding pays every torch call here per layer and token, so there are few."""
+    """Compute attention of one sequence with few torch calls, because decoding makes them per layer and token."""
     if window_keys is not None and len(k_SGK) >= len(q_TNK) + window_keys:
         seen = len(q_TNK) + window_keys - 1
         k_SGK, v_SGV = k_SGK[-seen:], v_SGV[-seen:]
@@ -116,7 +116,7 @@ def _gathered(
     need: AttentionNeed,
     scale: float,
 ) -> torch.Tensor:
-    """Attention of all sequences in one batch: each against the `columns` keys of the pack that end with its last.
+    """Compute attention of each sequence to the `columns` keys of the pack that end with its last, in one batch.
 
     Right-aligning the sequences needs no padding. For a shorter sequence the range starts in the sequence before it (or
     is clamped to key 0), and the mask hides those columns:

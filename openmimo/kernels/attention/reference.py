@@ -35,7 +35,7 @@ def run(
 
 @torch.no_grad()
 def _block_scores(probabilities_NTS: torch.Tensor, num_kv_heads: int, blocks: int, block: int) -> torch.Tensor:
-    """Block scores [T, G, C] of one sequence, for `blocks` blocks of `block` keys."""
+    """Return the block scores [T, G, C] of one sequence, for `blocks` blocks of `block` keys."""
     padded_NTS = F.pad(probabilities_NTS, (0, blocks * block - probabilities_NTS.shape[2]))
     scores_NTC = padded_NTS.unflatten(2, (blocks, block)).amax(dim=3)
     return scores_NTC.unflatten(0, (num_kv_heads, -1)).amax(dim=1).transpose(0, 1)

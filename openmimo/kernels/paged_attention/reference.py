@@ -51,7 +51,7 @@ def _rows(pages: Pages, first: list[int], key_lengths: tuple[int, ...]) -> torch
 
 
 def _gather(x_XPGK: torch.Tensor, rows_S: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Keys or values at the indices `rows_S`, [S, G, K], converted to `dtype`."""
+    """Return keys or values at the indices `rows_S`, [S, G, K], converted to `dtype`."""
     page_positions = x_XPGK.shape[1]
     return x_XPGK[rows_S // page_positions, rows_S % page_positions].to(dtype)
 

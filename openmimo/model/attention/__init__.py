@@ -78,7 +78,7 @@ class KVSpec:
     source_layer: int | None = None
 
     def bytes_per_position(self, bytes_per_value: int) -> int:
-        """Cache bytes of one position of this layer."""
+        """Return the cache bytes of one position of this layer."""
         if self.source_layer is not None:
             return 0
         return self.num_kv_heads * (self.key_dim + self.value_dim) * bytes_per_value

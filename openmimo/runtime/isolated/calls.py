@@ -33,7 +33,12 @@ Ended = Literal["returned", "raised", "timed out", "died"]
 
 @dataclass(frozen=True)
 class Call:
-    """A function of this package, as "module:name", that returns a float; and its arguments, which are JSON values."""
+    """A call of a function that returns a float.
+
+    Attributes:
+        function: The function, as "module:name" of this package.
+        arguments: Its arguments, which are JSON values.
+    """
 
     function: str
     arguments: tuple[Any, ...]
@@ -89,7 +94,7 @@ class IsolatedCalls:
         return outcome
 
     def metrics(self) -> dict[str, float]:
-        """Counts of outcomes as `scoring/<outcome>`; empty before the first call."""
+        """Return counts of outcomes as `scoring/<outcome>`; empty before the first call."""
         counts = self.counts
         return {f"scoring/{ended.replace(' ', '_')}": counts[ended] for ended in get_args(Ended)} if counts else {}
 

@@ -130,7 +130,7 @@ def parents() -> dict[str, Parent]:
 
 
 def _unified(controller: str) -> Parent | None:
-    """Version 2: the group of this process, or its parent if the group has no limit."""
+    """Return, for version 2, the group of this process, or its parent if the group has no limit."""
     group_folder = _own_folder("0::", "cgroup2", "")
     if group_folder is None:
         return None
@@ -142,7 +142,7 @@ def _unified(controller: str) -> Parent | None:
 
 
 def _legacy(controller: str) -> Parent | None:
-    """Version 1: the group of this process."""
+    """Return, for version 1, the group of this process."""
     group_folder = _own_folder(f":{controller}:", "cgroup", controller)
     return Parent(group_folder, 1) if group_folder else None
 

@@ -26,7 +26,7 @@ def equal(value: Any, expected: Any, relative: float = RELATIVE, absolute: float
 
 
 def matches(coded: Any, expected: Any, relative: float = RELATIVE, absolute: float = ABSOLUTE) -> bool:
-    """`equal` for two encoded values. The first may be any JSON value.
+    """Compare two encoded values as `equal` does. The first may be any JSON value.
 
     Raises:
         ValueError, TypeError, AttributeError, RecursionError: The first value is not an encoding.

@@ -24,7 +24,7 @@ def check(result, what):
 
 
 def mount(source, target, kind, flags, options=""):
-    """mount(2)."""
+    """Call mount(2). Raises OSError if it fails."""
     texts = [text.encode() if text else None for text in (source, target, kind)]
     check(libc.mount(*texts, ctypes.c_ulong(flags), options.encode() or None), f"mount {target}")
 

@@ -31,7 +31,7 @@ class FilterProgram(ctypes.Structure):
 
 
 def prctl(option, argument, pointer=0):
-    """prctl(2). Raises OSError if it fails."""
+    """Call prctl(2). Raises OSError if it fails."""
     if libc.prctl(option, ctypes.c_ulong(argument), pointer, ctypes.c_ulong(0), ctypes.c_ulong(0)):
         raise OSError(ctypes.get_errno(), f"prctl {option}: {os.strerror(ctypes.get_errno())}")
 

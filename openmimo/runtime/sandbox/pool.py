@@ -74,7 +74,7 @@ class SandboxPool:
     async def run_async(
         self, program: Program, files: Mapping[str, bytes | str] | None = None, stdin: bytes = b""
     ) -> SandboxResult:
-        """`run` in a thread. Cancelling the wait does not end the program before its wall limit."""
+        """Call `run` in a thread. Cancelling the wait does not end the program before its wall limit."""
         return await asyncio.to_thread(self.run, program, files, stdin)
 
     def close(self) -> None:

@@ -43,7 +43,7 @@ class SandboxLimits:
                 raise ConfigError(f"SandboxLimits.{field.name} is {getattr(self, field.name)}; it must be above zero.")
 
     def resource_limits(self) -> dict[str, tuple[int, int]]:
-        """Soft and hard limits by their names in the module `resource`. The hard CPU limit is one second later."""
+        """Return soft and hard limits by their names in module `resource`. The hard CPU limit is one second later."""
         seconds = math.ceil(self.cpu_seconds)
         return {
             "RLIMIT_CPU": (seconds, seconds + 1),

@@ -53,7 +53,7 @@ class Sandbox:
     async def run_async(
         self, program: Program, files: Mapping[str, bytes | str] | None = None, stdin: bytes = b""
     ) -> SandboxResult:
-        """`run` in a thread. Cancelling the wait does not end the program before its wall limit."""
+        """Call `run` in a thread. Cancelling the wait does not end the program before its wall limit."""
         return await asyncio.to_thread(self.run, program, files, stdin)
 
     def workspace(self, files: Mapping[str, bytes | str] | None = None) -> Workspace:

@@ -117,7 +117,7 @@ def _architecture(machine: str) -> Architecture:
 
 
 def _argument_rules() -> dict[str, list[Instruction]]:
-    """For each call in JUDGED, instructions that end in an answer."""
+    """Return, for each call in JUDGED, instructions that end in an answer."""
     allow: Instruction = (RETURN, 0, 0, ALLOW)
     no_signal = [*_refuse(0, (*NAMES, 0xFFFFFFFF)), allow]
     families = [*_refuse_others(0, (AF_UNIX, AF_INET, AF_INET6), errno.EAFNOSUPPORT)]
@@ -157,13 +157,13 @@ def _load(argument: int) -> Instruction:
 
 
 def _block(number: int, body: list[Instruction]) -> list[Instruction]:
-    """`body` for the call of that number. It always answers, so later blocks find the number in the accumulator."""
+    """Apply `body` to calls of that number. It must always answer, because later blocks need the accumulator."""
     assert body[-1][0] == RETURN and len(body) < 256
     return [(EQUAL, 0, len(body), number), *body]
 
 
 def _refuse(argument: int, values: Iterable[int | str]) -> list[Instruction]:
-    """EPERM if the argument is one of `values`."""
+    """Answer EPERM if the argument is one of `values`."""
     code = [_load(argument)]
     for value in values:
         code += [(EQUAL, 0, 1, value), _answer(errno.EPERM)]
@@ -171,16 +171,16 @@ def _refuse(argument: int, values: Iterable[int | str]) -> list[Instruction]:
 
 
 def _refuse_others(argument: int, values: tuple[int, ...], error: int) -> list[Instruction]:
-    """Return an error if the argument is not one of `values`."""
+    """Answer an error if the argument is not one of `values`."""
     tests = [(EQUAL, len(values) - index, 0, value) for index, value in enumerate(values)]
     return [_load(argument), *tests, _answer(error)]
 
 
 def _refuse_masked(argument: int, mask: int, value: int) -> list[Instruction]:
-    """EPERM if the bits of `mask` equal `value`."""
+    """Answer EPERM if the bits of `mask` equal `value`."""
     return [_load(argument), (AND, 0, 0, mask), (EQUAL, 0, 1, value), _answer(errno.EPERM)]
 
 
 def _refuse_any_of(argument: int, mask: int) -> list[Instruction]:
-    """EPERM if any bit of `mask` is set."""
+    """Answer EPERM if any bit of `mask` is set."""
     return [_load(argument), (AND, 0, 0, mask), (EQUAL, 1, 0, 0), _answer(errno.EPERM)]

@@ -25,7 +25,7 @@ PROBE_LIMITS = SandboxLimits(processes=12, file_bytes=2**20)
 
 @functools.cache
 def why_not(name: str) -> str | None:
-    """Why the tier of that name fails on this machine; None if it passes. Determined once per process."""
+    """Return the reason why a tier fails on this machine; None if it passes. Cached per process."""
     tier = TIERS[name]
     if missing := tier.missing():
         return f"{missing} not installed"

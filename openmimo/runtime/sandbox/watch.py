@@ -21,7 +21,7 @@ ENDING_SECONDS = 5.0
 
 
 def process_tree(pid: int) -> Iterator[int]:
-    """`pid` and its descendants. In a process namespace, orphans become children of its first process."""
+    """Yield `pid` and its descendants. In a process namespace, orphans become children of its first process."""
     waiting = [pid]
     while waiting:
         pid = waiting.pop()
