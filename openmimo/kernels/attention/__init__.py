@@ -239,6 +239,8 @@ def paged_attend(
         sink_N,
         query_lengths_B=query_lengths_B,
         key_lengths_B=key_lengths_B,
+        longest_query=longest_query,
+        longest_key=longest_key,
         window_keys=window_keys,
         score_block=score_block,
     )

@@ -16,6 +16,8 @@ def run(
     *,
     query_lengths_B: torch.Tensor,
     key_lengths_B: torch.Tensor,
+    longest_query: int,
+    longest_key: int,
     window_keys: int | None,
     score_block: int | None = None,
 ) -> AttentionOut:
