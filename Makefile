@@ -4,7 +4,7 @@ TORCH  ?= torch==2.13.0
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: setup demo test types sanitize check bench
+.PHONY: setup demo test types sanitize interpret check bench
 
 # torch goes first and alone, so that every later range finds it satisfied
 $(VENV)/setup: pyproject.toml
@@ -32,6 +32,12 @@ sanitize: $(VENV)/dev
 	    tests/contracts/test_attention_backends.py tests/contracts/test_experts_backends.py \
 	    tests/contracts/test_linear_backends.py tests/contracts/test_paged_attention_backends.py \
 	    tests/contracts/test_router_backends.py tests/contracts/test_store_backends.py tests/parity/test_engine.py
+# the Triton kernels in Triton's interpreter, which needs no accelerator (and NumPy before 2.4)
+interpret: $(VENV)/dev
+	$(BIN)/pip install -q --disable-pip-version-check --no-deps --upgrade --target build/triton triton==3.6.0 "numpy<2.4"
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 PYTHONPATH=build/triton $(BIN)/python -m pytest -q -p no:warnings -k triton \
+	    tests/contracts/test_experts_backends.py tests/contracts/test_norm_and_rotary_backends.py \
+	    tests/contracts/test_paged_attention_backends.py tests/contracts/test_router_backends.py tests/contracts/test_store_backends.py
 check: $(VENV)/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

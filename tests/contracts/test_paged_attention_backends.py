@@ -114,7 +114,7 @@ def test_backend_is_float64_or_refuses(backend, name, dtype):
 
 
 @pytest.mark.skipif(native.library() is None, reason="there is no C compiler")
-@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @torch.inference_mode()
 def test_a_sequence_has_the_same_bits_alone_and_in_a_batch(dtype):
     q, pages, sink, arguments = call_of("verify in a window", dtype)
