@@ -1,4 +1,4 @@
-"""Request bodies that a server must refuse or answer at little cost, by name: a path, and the body's bytes."""
+"""Request bodies that a server must refuse or answer at little cost: name, path and bytes."""
 
 import json
 
@@ -7,7 +7,7 @@ _SIZE = 4 * 2**20 - 4096  # just below the default limit
 
 
 def _filled(head: str, one: str, tail: str) -> bytes:
-    """Valid JSON of nearly the largest size: `one` over and over, between head and tail."""
+    """Returns valid JSON near the size limit: `one` repeated between head and tail."""
     return (head + ",".join([one] * (_SIZE // (len(one) + 1))) + tail).encode()
 
 

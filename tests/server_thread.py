@@ -1,4 +1,4 @@
-"""A server in a thread of this process, for tests that talk to it over a real connection."""
+"""A server in a thread of this process, for tests that use a real connection."""
 
 import threading
 import time
@@ -12,7 +12,7 @@ from openmimo.engine.server.serve import Server
 
 @contextmanager
 def running(backend: Backend, **settings) -> Iterator[Server]:
-    """A started server on a free port; settings are those of `ServerConfig`. It has ended when the block has."""
+    """Starts a server on a free port and stops it when the block ends; settings are those of `ServerConfig`."""
     server = Server(backend, ServerConfig(port=0, **settings))
     thread = threading.Thread(target=server.run)
     thread.start()
@@ -25,8 +25,8 @@ def running(backend: Backend, **settings) -> Iterator[Server]:
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
-    """Returns once the condition holds; fails if that never happens."""
+    """Returns once the condition holds; fails after a deadline."""
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, "it never happened"
+        assert time.monotonic() < deadline, "the condition did not hold within the deadline"
         time.sleep(0.005)

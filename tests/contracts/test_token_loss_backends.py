@@ -1,4 +1,6 @@
-"""Every backend of the token losses against torch's cross-entropy over all logits; the chosen one never holds these."""
+"""Every backend of the token losses agrees with torch's cross-entropy over all logits; the default never stores them
+all.
+"""
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ BACKENDS = dict(DISPATCHER.backends())
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
-    """Tiles far smaller than the inputs, so that every seam is crossed."""
+    """Sets tiles far smaller than the inputs, so that the tests cross every tile boundary."""
     monkeypatch.setattr(tiled, "TILE_TOKENS", 16)
     monkeypatch.setattr(tiled, "TILE_VOCABULARY", 32)
     monkeypatch.setattr(tiled, "MAX_TILE_LOGITS", 16 * 32)

@@ -1,4 +1,4 @@
-"""Runs of post-training that diverge, are ended by a signal, or are started twice."""
+"""Post-training runs that diverge, end by a signal, or are started twice."""
 
 import multiprocessing
 import os

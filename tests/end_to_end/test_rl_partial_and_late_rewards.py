@@ -1,4 +1,4 @@
-"""Samples that are interrupted at new weights, and rewards that arrive after their samples, in real runs and kills."""
+"""Samples that new weights interrupt, and rewards that arrive after their samples, in real runs with kills."""
 
 from dataclasses import replace
 

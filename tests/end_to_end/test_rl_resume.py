@@ -1,4 +1,4 @@
-"""A run of post-training that is killed, wherever, and started again is the run that was not, bit for bit."""
+"""A post-training run that is killed at any point and started again equals the uninterrupted run bit for bit."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def models(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def uninterrupted(models):
-    """Of each algorithm, a run that nothing happened to."""
+    """One uninterrupted run for each algorithm."""
     folders = {name: models / f"whole-{name}" for name in CONFIGS}
     for name, folder in folders.items():
         run(CONFIGS[name](models, folder))
@@ -31,8 +31,8 @@ def uninterrupted(models):
     [
         ("grpo", "rollout", 58),
         ("grpo", "reward", 44),
-        ("grpo", "update", 7),  # of the second half of a batch
-        ("mopd", "rollout", 30),  # before there is a checkpoint
+        ("grpo", "update", 7),  # in the second half of a batch
+        ("mopd", "rollout", 30),  # before the first checkpoint
         ("mopd", "reward", 14),
         ("mopd", "update", 3),
         pytest.param("grpo", "rollout", 30, marks=pytest.mark.slow),
@@ -71,7 +71,7 @@ def test_killed_and_resumed_is_uninterrupted_bit_for_bit(models, uninterrupted, 
     ],
 )
 def test_what_was_accepted_is_learned_from_once_where_bits_may_differ(models, tmp_path, where, changes):
-    """Slow episodes come back in any order, and partial samples begin again; nothing is lost or repeated."""
+    """Slow episodes return in any order, and partial samples begin again; none is lost or counted twice."""
     config = grpo_config(models, tmp_path / "run", **changes)
     run_and_kill(config, where, 25)
     run(config)

@@ -1,4 +1,4 @@
-"""Whatever is sent, the server answers as its OpenAPI schema says, and never with a 500."""
+"""The server answers any request as its OpenAPI schema says, and never with a 500."""
 
 import json
 import socket
@@ -18,7 +18,7 @@ schemathesis = pytest.importorskip("schemathesis", reason="needs schemathesis")
 from schemathesis import checks  # noqa: E402
 
 FEW = settings(max_examples=25, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
-FEWER = settings(FEW, max_examples=10)  # beside some 2,000 bodies at the edges of the schema
+FEWER = settings(FEW, max_examples=10)  # schemathesis adds some 2,000 bodies at the edges of the schema
 CHECKS = [
     checks.not_a_server_error,
     checks.status_code_conformance,
@@ -56,7 +56,7 @@ def test_every_answer_is_one_that_the_schema_promises(url, session, case):
     case.call_and_validate(base_url=url, session=session, checks=CHECKS)
 
 
-# --- bodies near to what is right -------------------------------------------------------------------------------------
+# --- bodies that are almost valid -------------------------------------------------------------------------------------
 
 WORDS = st.sampled_from(
     [

@@ -113,7 +113,7 @@ def test_an_engine_that_dies_tells_its_clients_and_its_health(engine, monkeypatc
     assert not is_healthy
 
 
-def test_heads_that_are_right_by_chance_are_told_of_once():
+def test_heads_that_are_right_by_chance_are_reported_once():
     stats = EngineStats(offered=[0], accepted=[0])
     with pytest.warns(UserWarning, match="no more than by chance"):
         for step in range(1000):

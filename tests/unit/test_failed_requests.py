@@ -1,4 +1,4 @@
-"""Requests that the engine cannot finish: each ends with an error that says why, alone, and commands exit 1."""
+"""A request that the engine cannot finish ends with a clear error, other requests continue, commands exit 1."""
 
 import math
 import sys
@@ -59,7 +59,7 @@ def test_every_way_to_generate_says_that_weights_are_not_finite(damaged):
 
 
 def test_a_prompt_whose_log_probabilities_are_not_finite_ends_alone(folder):
-    """One bad embedding: only prompts that hold the token fail."""
+    """One embedding is NaN: only prompts with that token fail."""
     model = load_model(folder)
     model.model.embed_tokens.weight.data[7] = math.nan
     llm = LLM(model)
@@ -97,7 +97,7 @@ def test_a_limit_of_the_grammar_ends_its_request_alone_and_spoils_no_other(folde
     assert "too many expressions" in failed.error and len(failed.token_ids) > 10
     assert fine.finish_reason in ("stop", "length") and fine.text and not fine.error
     again = llm.generate(["x"], large)[0]
-    shorter = min(len(again.token_ids), len(failed.token_ids))  # rejected drafts count towards the limit, too
+    shorter = min(len(again.token_ids), len(failed.token_ids))  # rejected drafts count towards the limit
     assert shorter > 10 and again.token_ids[:shorter] == failed.token_ids[:shorter]
     assert again.error == failed.error
 

@@ -1,4 +1,4 @@
-"""Held-out data: what is validated on is never trained on, for conversations, long documents and few documents."""
+"""Training never sees held-out data, for conversations, long documents and few documents."""
 
 import json
 import random
@@ -31,7 +31,7 @@ def cache(tmp_path, monkeypatch):
 
 
 def write_chats(path, number, *, letters=24, seed=0, **extra):
-    """Conversations whose answers no one can predict."""
+    """Writes conversations with random answers."""
     rng = random.Random(seed)
     lines = []
     for place in range(number):
@@ -44,7 +44,7 @@ def write_chats(path, number, *, letters=24, seed=0, **extra):
 
 
 def rows_of(config, fraction, *, sequence_length=96, number=80):
-    """By side, the documents that count, as tuples of token ids."""
+    """Returns for each split the documents in the loss, as tuples of token ids."""
     source, options = open_source(config)
     found = {}
     for split, make_row in source.row_makers(options, TOKENIZER, sequence_length, fraction).by_split.items():
@@ -95,7 +95,7 @@ def test_nothing_held_out_is_an_error_that_says_so(tmp_path):
 
 
 def test_loss_on_held_out_letters_does_not_fall_below_chance(tmp_path, monkeypatch):
-    """What cannot be predicted is learned by heart where it is trained on, and stays at chance where it is not."""
+    """Random letters are memorized in the training split and stay at chance in the validation split."""
     monkeypatch.setattr(pretrain_module, "write_report", lambda run_folder: run_folder)  # takes longer than the run
     torch.set_num_threads(1)
     config = write_chats(tmp_path / "a.jsonl", 8, letters=40)

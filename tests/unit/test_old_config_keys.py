@@ -1,4 +1,4 @@
-"""Config keys, options and names of the version before: read with one warning that names the new ones."""
+"""Config keys, options and names of the previous version still work, with one warning that names the new ones."""
 
 import io
 import json
@@ -31,7 +31,7 @@ OLD = {
 
 
 def with_old_keys(values):
-    """A saved config as the version before spelled it."""
+    """Returns the values of a saved config with the keys of the previous version."""
     if isinstance(values, dict):
         return {OLD.get(key, key): with_old_keys(value) for key, value in values.items()}
     return [with_old_keys(value) for value in values] if isinstance(values, list) else values

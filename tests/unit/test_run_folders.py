@@ -1,4 +1,4 @@
-"""Run folders: one process at a time, nothing left over, whole or not at all, and the messages of a resume."""
+"""Run folders: one process at a time, no leftovers, atomic writes, and the messages of a resume."""
 
 import contextlib
 import fcntl
@@ -54,7 +54,7 @@ def short_run(folder: Path, *, steps: int = 2, **changes):
 
 
 def in_process(code: str, *arguments: str) -> subprocess.Popen:
-    """Python in another process, which says when it is where the test wants it."""
+    """Starts Python in another process, which prints a line when it has reached the point that the test needs."""
     return subprocess.Popen(
         [sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, text=True, cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
@@ -118,7 +118,7 @@ def test_the_unfinished_work_of_a_live_process_stays_and_of_a_dead_one_goes(tmp_
 
 
 def test_a_folder_is_replaced_in_one_step(tmp_path, monkeypatch):
-    """At the moment of the exchange, and at every moment before, the name stands for a whole folder."""
+    """The name refers to a whole folder at every moment, also during the exchange."""
     with new_folder_atomic(tmp_path / "model") as folder:
         (folder / "file").write_text("old")
     replace_entry, seen = os.replace, []
@@ -131,7 +131,7 @@ def test_a_folder_is_replaced_in_one_step(tmp_path, monkeypatch):
 
 
 def test_a_replacement_that_was_killed_half_way_is_finished_at_the_next_use(tmp_path, monkeypatch):
-    """Where two folders cannot be exchanged, the old one has another name for a moment."""
+    """On file systems that cannot exchange two folders, the old one is renamed first."""
     model = tiny_model()
     save_model(model, tmp_path / "model")
     monkeypatch.setattr(files, "_exchange", lambda first, second: False)
@@ -175,7 +175,7 @@ def test_a_finished_run_that_is_started_again_says_so_and_writes_nothing(tmp_pat
 
 
 def test_a_resume_names_what_differs_and_allows_other_housekeeping(tmp_path, monkeypatch):
-    """Both values are in the message; what decides nothing about the weights may change."""
+    """The message has both values; settings without effect on the weights may change."""
     from openmimo.train.trainer import Trainer
 
     real = Trainer.run
@@ -218,7 +218,7 @@ def test_the_tokenizer_of_an_abandoned_start_is_not_taken_for_other_text(tmp_pat
 
 
 def test_a_tokenizer_folder_without_its_file_does_not_stop_a_run(tmp_path):
-    """As a kill left it while the tokenizer was first saved."""
+    """A kill while the tokenizer was first saved leaves such a folder."""
     config = short_run(tmp_path)
     (tmp_path / "run" / "tokenizer").mkdir(parents=True)
     (tmp_path / "run" / "tokenizer" / ".tokenizer.json.9740.tmp").write_text("{")
@@ -261,7 +261,7 @@ def test_metrics_that_are_damaged_are_read_with_a_warning(tmp_path, capsys):
         assert kept == [step for step in range(1, 5) if step != place + 1]
 
 
-def test_metrics_are_json_whatever_the_numbers(tmp_path):
+def test_metrics_are_json_for_any_numbers(tmp_path):
     writer = MetricsWriter(tmp_path)
     writer.write(1, {"loss": float("nan"), "by_layer": [1.0, float("inf")], "stage": "a"})
     line = (tmp_path / "metrics.jsonl").read_text()
@@ -325,7 +325,7 @@ def test_a_lock_is_let_go_with_its_file(tmp_path):
 
 
 def test_a_cache_that_cannot_be_written_stops_a_run_before_it_trains(tmp_path, monkeypatch):
-    """The message names the variable that says where the cache is."""
+    """The message names the variable that sets the location of the cache."""
     (tmp_path / "cache").write_text("a file where the folder should be")
     monkeypatch.setenv("OPENMIMO_CACHE", str(tmp_path / "cache"))
     with pytest.raises(UserError, match="OPENMIMO_CACHE"):

@@ -1,4 +1,4 @@
-"""Tool calls over the API: whole or cut, forced, sent back; special tokens of requests; schemas with booleans."""
+"""Tool calls over the API: whole or in pieces, forced, sent back; special tokens in requests; schemas with booleans."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The server on its stub backend: limits, errors, disconnects, draining, metrics, and what reaches the engine."""
+"""The server on its stub backend: limits, errors, disconnects, draining, metrics, and the engine's requests."""
 
 import asyncio
 import json
@@ -47,7 +47,7 @@ def client(backend):
 
 
 def error_of(response: httpx.Response) -> dict:
-    """The error of a response, after a look at its shape."""
+    """Checks the shape of an error response. Returns the error."""
     error = response.json()["error"]
     assert set(error) == {"message", "type", "param", "code"} and error["message"] and error["type"]
     return error
@@ -59,7 +59,7 @@ def events_of(response: httpx.Response) -> list[dict]:
     return [json.loads(one) for one in data if one != "[DONE]"]
 
 
-# --- what is refused -------------------------------------------------------------------------------------------------
+# --- refusals --------------------------------------------------------------------------------------------------------
 
 BAD_CHATS = {
     "messages": {"messages": []},
@@ -152,7 +152,7 @@ def test_bodies_that_are_no_json_object(client, body):
 
 
 def test_a_body_that_does_not_say_that_it_is_json_is_refused(client):
-    # A page of another origin can send such a body to a server on this machine without asking.
+    # A page of another origin can send such a body to a server on this machine without a preflight request.
     response = client.post(CHAT, content=json.dumps(HELLO), headers={"Content-Type": "text/plain"})
     assert response.status_code == 400
     assert "application/json" in error_of(response)["message"]
@@ -184,7 +184,7 @@ def test_a_host_that_others_reach_needs_a_key():
         ServerConfig(max_queue=0)
 
 
-HOSTS = [  # given, of a server without a key, answered
+HOSTS = [  # host, allowed hosts of a server without a key, accepted
     ("localhost:8000", (), True),
     ("127.5.5.5:80", (), True),
     ("[::1]:8000", (), True),
@@ -382,7 +382,7 @@ def test_sigterm_drains_a_process():
         assert process.wait() == 0
 
 
-# --- the engine's troubles -------------------------------------------------------------------------------------------
+# --- failures of the engine ------------------------------------------------------------------------------------------
 
 
 def test_engine_errors_reach_the_client_whole_and_streamed():
@@ -414,7 +414,7 @@ def test_an_exception_in_the_backend_is_no_silent_end(caplog):
         assert client.get("/health").status_code == 200
 
 
-def test_a_dead_engine_is_told():
+def test_a_dead_engine_is_reported():
     backend = StubBackend()
     with running(backend) as server, httpx.Client(base_url=server.url) as client:
         backend.is_healthy = False
@@ -422,7 +422,7 @@ def test_a_dead_engine_is_told():
             assert (response.status_code, error_of(response)["code"]) == (503, "engine_unhealthy")
 
 
-# --- what reaches the engine, and what comes back --------------------------------------------------------------------
+# --- requests to the engine and replies ------------------------------------------------------------------------------
 
 
 def test_sampling_fields_reach_the_engine(client, backend):
@@ -642,7 +642,7 @@ def test_the_page_may_load_nothing_from_elsewhere(client):
     assert client.get("/docs").status_code == 404
 
 
-# --- bounds -----------------------------------------------------------------------------------------------------------
+# --- limits -----------------------------------------------------------------------------------------------------------
 
 
 def test_replies_are_counted_before_any_prompt_is_encoded(client, backend, monkeypatch):
@@ -687,7 +687,7 @@ def test_health_answers_while_requests_are_prepared(monkeypatch):
             thread.start()
         lane = server.config.app.state.service._small
         wait_until(lane._free.locked)
-        assert client.get("/health").status_code == 200  # both threads are taken
+        assert client.get("/health").status_code == 200  # both threads are busy
         with socket.create_connection(server.servers[0].sockets[0].getsockname()) as connection:
             body = json.dumps(HELLO).encode()
             head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
@@ -696,7 +696,7 @@ def test_health_answers_while_requests_are_prepared(monkeypatch):
             response = client.post(CHAT, json=HELLO)
             assert (response.status_code, error_of(response)["code"]) == (429, "queue_full")
             assert client.get("/health").status_code == 200
-        wait_until(lambda: lane._num_waiting == 0)  # a client that has left waits no longer
+        wait_until(lambda: lane._num_waiting == 0)  # a client that disconnects leaves the queue
         goes_on.set()
         for thread in asking:
             thread.join()

@@ -1,4 +1,4 @@
-"""Problems from outside: your own JSON Lines, the library reasoning-gym, and math-verify as a scorer."""
+"""Problems from outside the package: JSON Lines files, the library reasoning-gym, and math-verify as a scorer."""
 
 import json
 import sys
@@ -29,7 +29,7 @@ def write(tmp_path):
 
 
 def without(monkeypatch, package: str) -> None:
-    """Makes the package look as if it were not installed."""
+    """Makes a package unimportable."""
     for name in [name for name in sys.modules if name.partition(".")[0] == package]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)

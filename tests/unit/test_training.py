@@ -1,4 +1,4 @@
-"""Schedules, loss, optimizer state, and the bitwise oracle: a run killed and resumed is the run that was not."""
+"""Schedules, loss, optimizer state; a run that is killed and resumed equals the uninterrupted run bit for bit."""
 
 import json
 import os
@@ -115,7 +115,7 @@ class TestSchedule:
 
 
 def test_loss_is_the_definition():
-    """Next token within documents, plus the weighted mean of the heads; shares of micro-batches add up."""
+    """Next token within documents, plus the weighted mean of the heads; losses of micro-batches add up."""
     model = tiny_model(mtp_heads=2)
     lengths = (20, 1, 9)
     tokens = torch.randint(0, 160, (30,))
@@ -211,7 +211,7 @@ def test_a_run_leaves_what_it_says(finished):
 
 @pytest.mark.parametrize("kill_at_step", [3, pytest.param(6, marks=pytest.mark.slow)])
 def test_killed_and_resumed_is_uninterrupted_bit_for_bit(finished, tmp_path, kill_at_step):
-    """kill -9 while steps run, at a place inside a stage and at the seam of two."""
+    """SIGKILL inside a stage, and at the boundary of two stages."""
     (tmp_path / "text").mkdir()
     for file in (finished / "text").iterdir():
         (tmp_path / "text" / file.name).write_text(file.read_text())
@@ -306,5 +306,5 @@ def test_accumulation_over_microbatches_changes_nothing(finished, tmp_path):
 
 
 def test_a_model_without_gradients_has_none_to_clip():
-    """As after a part of a step in which nothing was worth learning from."""
+    """Covers a part of a step that has no sample to learn from."""
     assert clip_gradients(tiny_model(), 1.0) == GradientReport(norm=0.0, num_zeros=0, apart_norm=0.0)

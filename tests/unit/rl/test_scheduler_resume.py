@@ -1,4 +1,4 @@
-"""A scheduler that was saved and loaded goes on as if nothing had been."""
+"""A scheduler that was saved and loaded continues as an uninterrupted one."""
 
 from dataclasses import replace
 
@@ -41,7 +41,7 @@ def test_after_a_crash_nothing_is_lost_or_repeated(crash_after):
     accepted = {slot["id"] for group in state["groups"] if group["accepted"] for slot in group["slots"]}
     submitted_before = len(world.submitted)
 
-    world.scheduler = resumed(world.scheduler, STREAMS)  # nothing of what ran is left
+    world.scheduler = resumed(world.scheduler, STREAMS)  # no running sample survives
     world.jobs, world.rewards = {}, {}
     for request in world.scheduler.in_flight():
         world.start(request)
