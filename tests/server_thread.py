@@ -5,6 +5,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import httpx
+
 from openmimo.engine.server.backends.protocol import Backend
 from openmimo.engine.server.config import ServerConfig
 from openmimo.engine.server.serve import Server
@@ -22,6 +24,11 @@ def running(backend: Backend, **settings) -> Iterator[Server]:
     finally:
         server.should_exit = True
         thread.join()
+
+
+def connect(server: Server, **options) -> httpx.Client:
+    """A client of the server. It loads no certificates: HTTP needs none, and loading takes longer than most tests."""
+    return httpx.Client(base_url=server.url, verify=False, **options)
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 20.0) -> None:

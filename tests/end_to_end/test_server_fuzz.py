@@ -36,7 +36,7 @@ def url():
 
 @pytest.fixture(scope="module")
 def client(url):
-    with httpx.Client(base_url=url) as client:
+    with httpx.Client(base_url=url, verify=False) as client:
         yield client
 
 

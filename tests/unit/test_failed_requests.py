@@ -3,10 +3,9 @@
 import math
 import sys
 
-import httpx
 import pytest
 import torch
-from server_thread import running
+from server_thread import connect, running
 from tiny_checkpoint import save_tiny_checkpoint
 
 from openmimo import cli
@@ -129,7 +128,7 @@ def test_the_server_answers_400_for_a_structure_and_goes_on(folder):
 
     with (
         running(EngineBackend(engine, tokenizer, model_name="tiny")) as server,
-        httpx.Client(base_url=server.url) as client,
+        connect(server) as client,
     ):
         for form in ({"json": {"$ref": "#"}}, {"regex": r"[^\s\S]"}, {"regex": "a{20000000}"}):
             assert ask(client, structured_outputs=form).status_code == 400
