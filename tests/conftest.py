@@ -10,6 +10,7 @@ os.environ.pop("LD_PRELOAD", None)
 
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -29,6 +30,17 @@ with suppress(ImportError):  # without hypothesis, the tests that need it are sk
 def _exact_float32():
     """Computes float32 products in full precision, also after a test that asked for less."""
     torch.set_float32_matmul_precision("highest")
+
+
+@pytest.fixture
+def without_figures(monkeypatch):
+    """Reports of training runs without figures, which take longer to draw than the short runs of tests."""
+
+    def write(folder: Path) -> Path:
+        (folder / "report.html").write_text("<html>")
+        return folder / "report.html"
+
+    monkeypatch.setattr("openmimo.train.pretrain.write_report", write)
 
 
 @torch.no_grad()

@@ -78,7 +78,8 @@ def server(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_body_holds_up_no_other_client(server, name):
-    path, body = HOSTILE[name]
+    path, make_body = HOSTILE[name]
+    body = make_body()
     before = server.resident_bytes()
     start = time.monotonic()
     with Watch(server) as watch:

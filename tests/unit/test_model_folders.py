@@ -321,7 +321,7 @@ def test_a_saved_model_carries_the_files_of_its_folder(published, tmp_path):
         assert carried(tmp_path / other) == carried(published)
 
 
-def test_fine_tuning_carries_the_files_of_its_folder(published, tmp_path):
+def test_fine_tuning_carries_the_files_of_its_folder(published, tmp_path, without_figures):
     (published / "chat_template.jinja").unlink()  # the template of this fixture has no assistant turns to train on
     lines = [
         {"messages": [{"role": "user", "content": f"q{n}"}, {"role": "assistant", "content": f"a{n}"}]}

@@ -86,7 +86,7 @@ def test_an_old_option_reaches_the_run(tmp_path):
     assert "global_batch_size is 0" in ended.stderr
 
 
-def test_a_run_folder_of_the_version_before_is_resumed(tmp_path):
+def test_a_run_folder_of_the_version_before_is_resumed(tmp_path, without_figures):
     start = save_tiny_checkpoint(tmp_path / "start")
     source = SourceConfig("repeats", options={"alphabet": "characters", "min_length": 64})
     config = SftConfig(

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny_model
+from forked import start_command
 from test_training import ROOT, run_config
 
 from openmimo.core import config as config_io
@@ -28,6 +29,8 @@ from openmimo.model.hf import load_model, save_model
 from openmimo.train.config import CheckpointConfig, EvaluationConfig
 from openmimo.train.pretrain import pretrain
 
+pytestmark = pytest.mark.usefixtures("without_figures")
+
 
 @pytest.fixture(autouse=True)
 def _one_thread():
@@ -35,17 +38,6 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
-def _quick_report(monkeypatch):
-    """A report without figures, which take longer to draw than these runs."""
-
-    def write(folder):
-        (folder / "report.html").write_text("<html>")
-        return folder / "report.html"
-
-    monkeypatch.setattr("openmimo.train.pretrain.write_report", write)
 
 
 def short_run(folder: Path, *, steps: int = 2, **changes):
@@ -284,17 +276,17 @@ def test_a_full_disk_names_the_file(tmp_path):
 def test_a_signal_ends_a_run_after_a_checkpoint_and_the_run_goes_on(tmp_path, number):
     config = short_run(tmp_path, steps=2000, checkpoints=CheckpointConfig(every_steps=1000))
     config_io.save(config, tmp_path / "start.json")
-    command = [sys.executable, "-m", "openmimo", "pretrain", "--from", str(tmp_path / "start.json")]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = start_command(["pretrain", "--from", str(tmp_path / "start.json")], tmp_path / "errors")
     metrics = tmp_path / "run" / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not (
         metrics.exists() and any(row["step"] > 0 for row in read_metrics(metrics))
     ):
         time.sleep(0.05)
-    process.send_signal(number)
-    _, said = process.communicate(timeout=120)
-    assert process.returncode == 128 + number
+    os.kill(process.pid, number)
+    process.join(120)
+    assert process.exitcode == 128 + number
+    said = (tmp_path / "errors").read_text()
     (newest,) = (tmp_path / "run" / "checkpoints").iterdir()
     step = int(newest.name.removeprefix("step-"))
     assert f"ended by {number.name}: the checkpoint of step {step} is saved" in said

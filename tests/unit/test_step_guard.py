@@ -19,16 +19,7 @@ from openmimo.train.optim import clip_gradients
 from openmimo.train.pretrain import pretrain
 from openmimo.train.trainer import Trainer
 
-
-@pytest.fixture(autouse=True)
-def _quick_report(monkeypatch):
-    """A report without figures, which take longer to draw than these runs."""
-
-    def write(folder):
-        (folder / "report.html").write_text("<html>")
-        return folder / "report.html"
-
-    monkeypatch.setattr("openmimo.train.pretrain.write_report", write)
+pytestmark = pytest.mark.usefixtures("without_figures")
 
 
 def one_stage(folder, *, steps=4, every_steps=1, **changes):
