@@ -29,12 +29,12 @@ def uninterrupted(models):
 @pytest.mark.parametrize(
     ("name", "where", "after_calls"),
     [
-        ("grpo", "rollout", 58),
         ("grpo", "reward", 44),
         ("grpo", "update", 7),  # in the second half of a batch
         ("mopd", "rollout", 30),  # before the first checkpoint
-        ("mopd", "reward", 14),
-        ("mopd", "update", 3),
+        pytest.param("grpo", "rollout", 58, marks=pytest.mark.slow),
+        pytest.param("mopd", "reward", 14, marks=pytest.mark.slow),
+        pytest.param("mopd", "update", 3, marks=pytest.mark.slow),
         pytest.param("grpo", "rollout", 30, marks=pytest.mark.slow),
         pytest.param("grpo", "update", 0, marks=pytest.mark.slow),
         pytest.param("grpo", "log", 20, marks=pytest.mark.slow),

@@ -92,7 +92,7 @@ def _drafts_by_definition(model, tokens, num_drafts):
     return drafts
 
 
-@pytest.mark.parametrize("num_drafts", [1, 3])
+@pytest.mark.parametrize("num_drafts", [pytest.param(1, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize("model", MODELS)
 def test_drafts_are_those_of_the_whole_sequence(model, num_drafts):
     """Fails if a draft comes from a row that an earlier draft left behind."""

@@ -47,10 +47,12 @@ def test_no_answer_to_a_library_task_runs(dataset, tmp_path):
         assert not mark.exists()
 
 
-def test_an_answer_without_end_scores_0_and_is_counted():
+def test_an_answer_without_end_scores_0_and_is_counted(monkeypatch):
     pytest.importorskip("math_verify")
     before = isolated_calls().counts["timed out"]
-    assert score_answer("math", "5", "$9^{9^9}$") == 0.0
+    with monkeypatch.context() as patch:
+        patch.setattr(answers, "MATH_SECONDS", 0.3)
+        assert score_answer("math", "5", "$9^{9^9}$") == 0.0
     assert isolated_calls().counts["timed out"] == before + 1
     assert score_answer("math", "1/2", "so it is $0.5$") == 1.0
 

@@ -39,7 +39,7 @@ def test_it_can_be_turned_off(monkeypatch, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("compiler", ["/bin/false", "/no/such/compiler"])
+@pytest.mark.parametrize("compiler", ["/bin/false", pytest.param("/no/such/compiler", marks=pytest.mark.slow)])
 def test_a_compiler_that_fails_is_said_once_and_done_without(monkeypatch, tmp_path, compiler):
     warnings = decode_without(monkeypatch, tmp_path, CC=compiler, OPENMIMO_NATIVE="1")
     assert warnings.count("UserWarning") == 1

