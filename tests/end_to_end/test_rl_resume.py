@@ -1,10 +1,15 @@
-"""A post-training run that is killed at any point and started again equals the uninterrupted run bit for bit."""
+"""A post-training run that is killed or ended at any point and resumed equals the uninterrupted run bit for bit."""
+
+import os
+import signal
 
 import pytest
 import torch
 from rl_runs import batches, grpo_config, mopd_config, run, run_and_kill, save_models, source, weights
 
+from openmimo.core.interrupt import Interrupted
 from openmimo.core.metrics import read_metrics
+from openmimo.engine.engine import Engine
 
 CONFIGS = {"grpo": grpo_config, "mopd": mopd_config}
 
@@ -59,6 +64,30 @@ def test_killed_and_resumed_is_uninterrupted_bit_for_bit(models, uninterrupted, 
     for key in ("loss", "reward/mean", "gradient/norm", "evaluation/letters"):
         rows = [read_metrics(folder / "metrics.jsonl") for folder in (uninterrupted[name], tmp_path / "run")]
         assert [row[key] for row in rows[0] if key in row] == [row[key] for row in rows[1] if key in row]
+
+
+def test_a_signal_in_a_rollout_saves_the_last_whole_step_and_the_run_goes_on(
+    models, uninterrupted, tmp_path, monkeypatch
+):
+    config = grpo_config(models, tmp_path / "run")
+    real, calls = Engine.step, []
+
+    def step(engine):
+        calls.append(engine)
+        if len(calls) == 58:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(engine)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "step", step)
+        with pytest.raises(Interrupted) as caught:
+            run(config)
+    assert caught.value.signal == signal.SIGTERM
+    done = max(row["step"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl"))
+    assert f"the checkpoint of step {done} is saved" in caught.value.kept
+    run(config)
+    expected, resumed = weights(uninterrupted["grpo"] / "model"), weights(tmp_path / "run" / "model")
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in expected.items())
 
 
 @pytest.mark.slow

@@ -193,7 +193,7 @@ def test_search_options_are_checked(wrong):
 
 def test_all_kinds_of_bugs_exist_and_each_is_found_by_a_test():
     kinds = set()
-    for seed in range(40):
+    for seed in range(20):
         repository = make_repository(random.Random(seed), 3)
         kinds.add(repository.kind)
         assert repository.broken != repository.whole
@@ -310,7 +310,7 @@ def test_partial_rewards_by_difficulty(opened):
 
 
 def test_close_during_a_command_leaves_nothing(opened):
-    _, episode = opened(wall_seconds=1.0)
+    _, episode = opened(wall_seconds=0.5)
     with ThreadPoolExecutor(1) as thread:
         running = thread.submit(episode.respond, call("bash", command="echo up; sleep 60"))
         waiting = threading.Event()

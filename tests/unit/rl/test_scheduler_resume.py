@@ -16,7 +16,7 @@ def test_resuming_after_every_call_changes_nothing(unfinished, interrupt):
     config = make_config(unfinished=unfinished, margin=0.5, easy_fraction=0.3, groups_per_step=4)
     plain = World(make_scheduler(config, STREAMS), interrupt=interrupt, **WORLD)
     again = World(make_scheduler(config, STREAMS), interrupt=interrupt, resume_streams=STREAMS, **WORLD)
-    for version in range(3):
+    for version in range(2):
         assert plain.step(version) == again.step(version)
         assert plain.submitted == again.submitted
     assert plain.num_events == again.num_events > 60
