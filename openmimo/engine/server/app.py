@@ -5,6 +5,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI
+from fastapi.routing import APIRoute
 
 from openmimo.engine.server.backends.protocol import Backend
 from openmimo.engine.server.config import ServerConfig
@@ -43,11 +44,12 @@ def create_app(backend: Backend, config: ServerConfig) -> FastAPI:
     )
     app.state.service = service
     install_handlers(app)
-    for routes in (model_routes, completion_routes, chat_routes, response_routes, token_routes, operation_routes):
-        app.include_router(routes(service))
-    app.include_router(page_routes())
+    makers = (model_routes, completion_routes, chat_routes, response_routes, token_routes, operation_routes)
+    routers = [*(make(service) for make in makers), page_routes()]
+    for router in routers:
+        app.include_router(router)
     app.mount("/page", PageFiles(directory=PAGE))
-    paths = frozenset(app.openapi()["paths"]) | {"/"}
+    paths = frozenset(route.path for router in routers for route in router.routes if isinstance(route, APIRoute))
     # The middleware added last runs first: a request is counted, its Host and Origin headers are checked, then its API
     # key, and only then is its body read.
     app.add_middleware(
