@@ -239,13 +239,12 @@ def _decisions(output: StepOutput, draws: list[Draw]) -> list[Decision]:
     assert output.tokens_R is not None
     tokens = output.tokens_R.tolist()
     if output.logprobs_R is None:
-        return [Decision(token, None) for token in tokens]
+        return [Decision(token) for token in tokens]
     tops: list[tuple[tuple[int, float], ...]] = [()] * len(draws)
     if output.top_ids_RV is not None and output.top_logprobs_RV is not None:
         pairs = zip(output.top_ids_RV.tolist(), output.top_logprobs_RV.tolist(), draws, strict=True)
         tops = [tuple(zip(i, v, strict=True))[: draw.params.top_logprobs] for i, v, draw in pairs]
-    chosen = output.logprobs_R.tolist()
-    return [Decision(entry[0], TokenLogprob(*entry)) for entry in zip(tokens, chosen, tops, strict=True)]
+    return [Decision(*entry) for entry in zip(tokens, output.logprobs_R.tolist(), tops, strict=True)]
 
 
 def draws_of(sequence: RequestState) -> list[Draw]:
@@ -273,7 +272,7 @@ def _changes(sequence: RequestState) -> list[LogitChange]:
             allowed_V = structure.allowed()
         is_below_min_tokens = new_tokens + offset < sequence.params.min_tokens
         forbidden = sequence.stop_ids if is_below_min_tokens else frozenset()
-        changes.append(LogitChange(sequence.prompt_ids, counts, forbidden, allowed_V))
+        changes.append(LogitChange(frozenset(sequence.request.prompt_token_ids), counts, forbidden, allowed_V))
         if draft is None:
             break
         counts = counts + Counter((draft,))
