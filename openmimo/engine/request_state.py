@@ -5,7 +5,7 @@ L sparse layers, A active experts.
 
 import bisect
 from array import array
-from collections import Counter, deque
+from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -191,7 +191,6 @@ class RequestState:
         text: The text so far; None without a tokenizer.
         structure: State of the grammar; None without structured output.
         node: Node of the prefix tree up to which the tree has its blocks; None if it no longer adds blocks.
-        drafts: Tokens that the MTP heads predict next.
         states_start: The first position whose main-model state the worker still keeps for the heads.
         head_lengths: Positions that each head has computed.
         logprobs: Log-probability of each new token, if requested.
@@ -202,7 +201,9 @@ class RequestState:
         blocks: Blocks of tokens that `block` has made.
         repeats: Counter of repeated passages; None without `SamplingParams.max_repeats`.
         routing: Routed experts of the computed positions, if requested.
-        token_counts: Counts of the new tokens, if `params` change the logits.
+        is_plain: Whether its tokens are the likeliest ones, without log-probabilities or changes of the logits.
+        sampled_pages: The page tables for whose seat the worker has the sampling parameters of this request.
+        num_counted_tokens: New tokens that the worker has counted for the penalties.
         finish_reason: As in `Delta`; "" while it runs.
         error: As in `Delta`.
         is_request_error: As in `Delta`.
@@ -221,7 +222,6 @@ class RequestState:
     text: TextStream | None = None
     structure: "StructureState | None" = None
     node: PrefixNode | None = None
-    drafts: list[int] = field(default_factory=list)
     states_start: int = 0
     head_lengths: list[int] = field(default_factory=list)
     logprobs: array = field(default_factory=lambda: array("d"))
@@ -232,7 +232,8 @@ class RequestState:
     blocks: list[bytes] = field(default_factory=list)
     repeats: "RepeatCounter | None" = None
     routing: RoutedRows = field(default_factory=RoutedRows)
-    token_counts: Counter[int] | None = None
+    sampled_pages: PageTables | None = None
+    num_counted_tokens: int = 0
     finish_reason: str = ""
     error: str = ""
     is_request_error: bool = False
@@ -240,10 +241,14 @@ class RequestState:
 
     params: SamplingParams = field(init=False)
     prompt_length: int = field(init=False)
+    is_plain: bool = field(init=False)
 
     def __post_init__(self) -> None:
         self.params = self.request.params
         self.prompt_length = len(self.request.prompt_token_ids)
+        params = self.params
+        has_numbers = params.temperature > 0.0 or params.logprobs or params.top_logprobs
+        self.is_plain = not (has_numbers or params.changes_logits)
         if self.params.max_repeats:
             self.repeats = RepeatCounter(self.params.max_repeats)
 
@@ -292,8 +297,6 @@ class RequestState:
             self.logprobs.append(logprob)
         if params.top_logprobs:
             self.top_logprobs.append(top)
-        if self.token_counts is not None:
-            self.token_counts[token] += 1
         if token in self.stop_ids:
             self.finish("stop")
             return
@@ -317,7 +320,6 @@ class RequestState:
         self.finish_reason = reason
         self.error = error
         self.is_request_error = is_request_error
-        self.drafts = []
         if self.text is not None:
             self.text.finish()
 
@@ -328,7 +330,6 @@ class RequestState:
         self.pages = None
         self.node = None
         self.num_computed_tokens = 0
-        self.drafts = []
         self.states_start = 0
         self.head_lengths = [0] * len(self.head_lengths)
         self.routing = RoutedRows()

@@ -103,8 +103,10 @@ class Scheduler:
         plan = Plan()
         self._admit()
         for sequence in list(self.running):
-            is_decoding = sequence.num_uncomputed_tokens == 1 and sequence in self.running
-            if is_decoding and self._reach(sequence, sequence.num_computed_tokens + 1 + len(sequence.drafts)):
+            if sequence.num_uncomputed_tokens != 1 or sequence.pages is None:  # without pages: preempted just now
+                continue
+            num_drafts = min(self._margin, sequence.max_new_tokens_left - 1)
+            if self._reach(sequence, sequence.num_computed_tokens + 1 + num_drafts):
                 plan.decodes.append(sequence)
         self._plan_prefills(plan)
         # A sequence that was planned first may have been preempted by one that comes earlier in the order.
@@ -174,6 +176,8 @@ class Scheduler:
 
     def _reach(self, sequence: RequestState, length: int) -> bool:
         """Takes the pages for `length` positions; returns False if the sequence itself had to be preempted."""
+        if length <= sequence.held_pages.num_positions:
+            return True
         missing = sequence.held_pages.missing(length)
         while missing > self._arena.num_free and not self._make_room(missing):
             victim = self.running[-1]

@@ -9,6 +9,7 @@ import pytest
 import rl_world
 import torch
 from conftest import tiny_config, tiny_model
+from sampled_rows import Draw, sample
 
 from openmimo.core.records import Request, SamplingParams
 from openmimo.data.tokenizer import StreamDecoder
@@ -17,7 +18,6 @@ from openmimo.engine.config import EngineConfig
 from openmimo.engine.engine import Engine
 from openmimo.engine.prefix import PrefixCache
 from openmimo.engine.request_state import Decision, RepeatCounter, RequestState, RoutedRows, TextStream
-from openmimo.engine.sampler import Draw, decide, sampling_input
 from openmimo.engine.worker import RotaryRows
 from openmimo.kernels.attention import AttentionNeed, packed_rows
 from openmimo.kernels.operations import rotary_table
@@ -136,9 +136,9 @@ def test_distributions_are_made_for_some_rows_at_a_time(monkeypatch, filters):
     monkeypatch.setattr(torch.Tensor, "double", lambda self: sizes.append(self.numel()) or real(self))
     logits = torch.randn(90, 50_000, generator=torch.Generator().manual_seed(0))
     draws = [Draw(SamplingParams(temperature=0.8, **filters), seed, 3) for seed in range(90)]
-    together = decide(logits, sampling_input(draws)).tolist()
+    together = sample(logits, draws)
     assert max(sizes) <= 1 << 21 and sum(sizes) == logits.numel()
-    alone = [decide(logits[row : row + 1], sampling_input([draws[row]])).item() for row in range(0, 90, 9)]
+    alone = [sample(logits[row : row + 1], [draws[row]])[0] for row in range(0, 90, 9)]
     assert together[::9] == alone
 
 
