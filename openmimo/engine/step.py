@@ -32,15 +32,15 @@ class GroupSlots(NamedTuple):
     """The pages that a pass reads and writes in one group of layers.
 
     Attributes:
-        tables_pBY: Page tables, int32. Entries without a page are 0.
-        page_pT: The page of each new token, int64.
+        tables_BY: For each part, the page tables, int32. Entries without a page are 0.
+        page_T: For each part, the page of each new token, int64.
         offset_T: The offset of each new token in its page, int64.
-        kept_rows: The rows of the new tokens that have a page, int64; None if all have one. `page_pT` and `offset_T`
+        kept_rows: The rows of the new tokens that have a page, int64; None if all have one. `page_T` and `offset_T`
             hold only these. Layers with a window store only the last positions of a long prompt.
     """
 
-    tables_pBY: torch.Tensor
-    page_pT: torch.Tensor
+    tables_BY: tuple[torch.Tensor, ...]
+    page_T: tuple[torch.Tensor, ...]
     offset_T: torch.Tensor
     kept_rows: torch.Tensor | None
 
@@ -184,6 +184,7 @@ class _Buffer:
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device):
         self._views: dict[tuple[int, ...], tuple[torch.Tensor, torch.Tensor]] = {}
+        self._parts: dict[tuple[int, ...], tuple[torch.Tensor, ...]] = {}
         if device.type == "cpu":  # NumPy's zeros take memory on first use, and tables are mostly empty
             self.array = np.zeros(shape, dtype=_NUMPY_DTYPES[dtype])
             self._host = self._device = torch.from_numpy(self.array)
@@ -203,6 +204,15 @@ class _Buffer:
         if self._device is not self._host:
             device.copy_(host, non_blocking=True)
         return device
+
+    def upload_parts(self, *sizes: int) -> tuple[torch.Tensor, ...]:
+        """As `upload`, but a view for each index of the first dimension."""
+        uploaded = self.upload(*sizes)
+        if sizes not in self._parts:
+            if len(self._parts) == _MAX_VIEWS:
+                self._parts.clear()
+            self._parts[sizes] = uploaded.unbind(0)
+        return self._parts[sizes]
 
 
 class StepBuffers:
@@ -265,25 +275,23 @@ class StepBuffers:
         starts, stops = tuple(span.start for span in spans), tuple(span.stop for span in spans)
         self._tokens.array[:num_tokens] = tokens
         self._key_lengths.array[:num_sequences] = stops
-        if num_tokens == num_sequences:  # one new token each
-            self._query_lengths.array[:num_sequences] = 1
-            self._positions.array[:num_tokens] = starts
-            sequence_T = self._counting[:num_sequences]
-        else:
-            counts = np.subtract(stops, starts)
-            self._query_lengths.array[:num_sequences] = counts
-            sequence_T = self._counting[:num_sequences].repeat(counts)
-            ends = counts.cumsum()
-            assert ends[-1] == num_tokens, "tokens and spans disagree"
-            np.add(np.arange(num_tokens), (stops - ends)[sequence_T], out=self._positions.array[:num_tokens])
+        counts: list[int] = []
+        positions: list[int] = []
         is_whole = True
         for row, span in enumerate(spans):
+            counts.append(span.stop - span.start)
+            positions += range(span.start, span.stop)
             is_whole = is_whole and span.start >= span.pages.whole_from
             assert span.stop <= span.pages.num_positions, "a sequence has positions without a row in its page table"
             if self._owners[row] is not span.pages:
                 self._owners[row] = span.pages
                 for num_copied in self._num_copied:
                     num_copied[row] = 0
+        self._query_lengths.array[:num_sequences] = counts
+        self._positions.array[:num_tokens] = positions  # raises if tokens and spans disagree
+        sequence_T = self._counting[:num_sequences]
+        if num_tokens > num_sequences:
+            sequence_T = sequence_T.repeat(counts)
         return PassInput(
             self._tokens.upload(num_tokens),
             self._positions.upload(num_tokens),
@@ -324,8 +332,8 @@ class StepBuffers:
                 offsets.array[:num_kept] = offsets.array[kept]
                 kept_rows = self._kept[number].upload(num_kept)
         return GroupSlots(
-            tables.upload(parts, len(spans), num_rows),
-            pages.upload(parts, num_kept),
+            tables.upload_parts(parts, len(spans), num_rows),
+            pages.upload_parts(parts, num_kept),
             offsets.upload(num_kept),
             kept_rows,
         )

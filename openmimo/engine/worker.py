@@ -126,7 +126,7 @@ class PagedContext:
         group, part = self._arena.place_of_layer[owner]
         slots = self._step.groups[group]
         assert slots is not None, "the pass was planned without this group of layers"
-        pages = Pages(keys_XPGK, values_XPGV, slots.tables_pBY[part])
+        pages = Pages(keys_XPGK, values_XPGV, slots.tables_BY[part])
         if self._is_short and slots.kept_rows is None:
             if call.k_TGK is not None and call.v_TGV is not None:
                 self._store(slots, part, pages, call.k_TGK, call.v_TGV)
@@ -172,7 +172,7 @@ class PagedContext:
     def _store(self, slots: GroupSlots, part: int, pages: Pages, k_TGK: torch.Tensor, v_TGV: torch.Tensor) -> None:
         if slots.kept_rows is not None:
             k_TGK, v_TGV = k_TGK[slots.kept_rows], v_TGV[slots.kept_rows]
-        store(pages, slots.page_pT[part], slots.offset_T, k_TGK, v_TGV)
+        store(pages, slots.page_T[part], slots.offset_T, k_TGK, v_TGV)
 
     def _with_past(self, pages: Pages, window_keys: int | None, k_TGK: torch.Tensor, v_TGV: torch.Tensor) -> _Keys:
         """The cached keys and values of each sequence followed by the new ones."""
@@ -292,7 +292,7 @@ class Worker:
     def _states(self, like_TD: torch.Tensor) -> torch.Tensor:
         """The memory of the states, grown to hold every seat."""
         num_rows, states_XD = self._arena.num_seats * self.ring_positions, self._states_XD
-        if states_XD is None or len(states_XD) < num_rows:
+        if states_XD is None or states_XD.shape[0] < num_rows:
             grown_XD = like_TD.new_zeros(2 * num_rows, like_TD.shape[1])
             if states_XD is not None:
                 grown_XD[: len(states_XD)] = states_XD
@@ -310,5 +310,7 @@ def count_accepted(token_ids_T: torch.Tensor, tokens_T: torch.Tensor, draft_rows
     """
     is_right_T = torch.zeros_like(token_ids_T, dtype=torch.bool)  # the last row decides no draft, so it stays false
     torch.eq(token_ids_T[1:], tokens_T[:-1], out=is_right_T[:-1])
-    is_right_BK = is_right_T.index_select(0, draft_rows_BK.view(-1)).view(draft_rows_BK.shape)
+    is_right_BK = is_right_T[draft_rows_BK]
+    if draft_rows_BK.shape[1] == 1:
+        return is_right_BK.view(-1).long()
     return is_right_BK.cumprod(dim=1).sum(dim=1)

@@ -65,7 +65,7 @@ def test_passes_of_a_step_reuse_the_same_memory(speculative):
     def execute(step):
         groups = [slots for slots in step.main.groups if slots is not None]
         tensors = [step.main.token_ids_T, step.main.positions_T, step.main.query_lengths_B, step.main.key_lengths_B]
-        tensors += [tensor for slots in groups for tensor in (slots.tables_pBY, slots.page_pT, slots.offset_T)]
+        tensors += [tensor for slots in groups for tensor in (*slots.tables_BY, *slots.page_T, slots.offset_T)]
         addresses.add(tuple(tensor.data_ptr() for tensor in tensors))
         return real(step)
 
