@@ -23,8 +23,18 @@ from openmimo.engine.request_state import NOT_FINITE, Decision, RequestState
 from openmimo.engine.sampler import RowChange, SamplingInput, SeatSampling, seat_sampling, uniform
 from openmimo.engine.speculative import DraftLength, DraftPlanner
 from openmimo.engine.stats import EngineStats
-from openmimo.engine.step import DraftInput, HeadInput, ScoredRows, Span, StepBuffers, StepInput, StepOutput
-from openmimo.engine.worker import Worker
+from openmimo.engine.step import (
+    DraftInput,
+    HeadInput,
+    PassShape,
+    ScoredRows,
+    Span,
+    StepBuffers,
+    StepInput,
+    StepOutput,
+    padded_shape,
+)
+from openmimo.engine.worker import Worker, why_no_graphs
 from openmimo.model.attention import kv_spec
 from openmimo.model.mimo import MiMo
 
@@ -48,7 +58,9 @@ class Runner:
         stats: EngineStats,
     ):
         self.stats = stats
-        self.worker = Worker(model, arena, num_drafts=num_drafts)
+        uses_graphs = config.graphs and why_no_graphs(model) is None
+        self.worker = Worker(model, arena, num_drafts=num_drafts, uses_graphs=uses_graphs)
+        self._max_sequences, self._max_positions = config.max_sequences, model.config.max_positions
         self._device = model.device
         self._draft_length = draft_length
         self._routing_dtype = np.uint8 if model.config.moe and model.config.moe.num_experts <= 256 else np.int16
@@ -173,6 +185,19 @@ class Runner:
             sampling=self._sampling_input(sequences, num_drafts, drafts),
             drafting=drafting,
             draft_rows_BK=draft_rows_BK,
+            shape=self._graph_shape(sequences, spans, 1 + num_columns),
+        )
+
+    def _graph_shape(self, sequences: list[RequestState], spans: list[Span], longest_query: int) -> PassShape | None:
+        """The shape of the captured graph that runs a decoding pass; None if none does."""
+        if self.worker.graphs is None or any(sequence.params.routed_experts for sequence in sequences):
+            return None
+        return padded_shape(
+            len(spans),
+            longest_query,
+            max(span.stop for span in spans),
+            max_sequences=self._max_sequences,
+            max_positions=self._max_positions,
         )
 
     def _prefill_input(
@@ -298,10 +323,11 @@ class Runner:
         decided_rows_R: torch.Tensor | None = None,
         draft_rows_BK: torch.Tensor | None = None,
         scored: tuple[ScoredRows, ...] = (),
+        shape: PassShape | None = None,
     ) -> StepInput:
         places_T, rows_T = self._drafting.state_places(spans) if self._drafting else (None, None)
         return StepInput(
-            main=self._buffers.fill(spans, tokens),
+            main=self._buffers.fill(spans, tokens, shape),
             drafting=drafting,
             state_places_T=places_T,
             state_rows_T=rows_T,

@@ -17,6 +17,8 @@ from openmimo.engine.cache import PageArena, PageTables
 from openmimo.engine.sampler import SamplingInput
 
 _MAX_VIEWS = 64
+_MAX_PADDED_TOKENS = 256  # larger passes keep the device busy for longer than their launches take
+_FIRST_POSITIONS, _NEXT_POSITIONS = 512, 4
 _NUMPY_DTYPES = {torch.int32: np.int32, torch.int64: np.int64, torch.float64: np.float64}
 
 
@@ -45,6 +47,22 @@ class GroupSlots(NamedTuple):
     kept_rows: torch.Tensor | None
 
 
+class PassShape(NamedTuple):
+    """The padded sizes of a pass that a captured graph replays.
+
+    Attributes:
+        num_sequences: Sequences. The last ones may have no tokens.
+        num_tokens: Tokens. The last ones belong to no sequence and have no page.
+        longest_query: The most new tokens of a sequence.
+        longest_key: The most positions of a sequence.
+    """
+
+    num_sequences: int
+    num_tokens: int
+    longest_query: int
+    longest_key: int
+
+
 class PassInput(NamedTuple):
     """One forward pass over packed new tokens.
 
@@ -56,6 +74,8 @@ class PassInput(NamedTuple):
         starts: The first new position of each sequence.
         stops: The end of the new positions of each sequence.
         groups: Pages per group of layers; None for groups that the pass does not run.
+        num_tokens: Tokens of the sequences, without padding.
+        shape: The padded sizes of the tensors; None if they are exact. If padded, `starts` and `stops` are bounds.
     """
 
     token_ids_T: torch.Tensor
@@ -65,6 +85,8 @@ class PassInput(NamedTuple):
     starts: tuple[int, ...]
     stops: tuple[int, ...]
     groups: tuple[GroupSlots | None, ...]
+    num_tokens: int
+    shape: PassShape | None = None
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -179,6 +201,36 @@ class HeadInput(NamedTuple):
     sequences_B: torch.Tensor | None
 
 
+def padded_shape(
+    num_sequences: int, longest_query: int, longest_key: int, *, max_sequences: int, max_positions: int
+) -> PassShape | None:
+    """The smallest shape of a graph that holds a pass; None if it is too large for a graph.
+
+    There are few shapes: 1, 2, 4, 8, 12, 16, 24, 32, ... sequences with equally many tokens, and up to 512, 2,048,
+    8,192, ... positions.
+
+    Args:
+        num_sequences: Sequences of the pass.
+        longest_query: The most new tokens of a sequence.
+        longest_key: The most positions of a sequence.
+        max_sequences: Limit of the engine.
+        max_positions: Limit of the model.
+    """
+    sequences = min(_padded_sequences(num_sequences), max_sequences)
+    if sequences * longest_query > _MAX_PADDED_TOKENS:
+        return None
+    positions = _FIRST_POSITIONS
+    while positions < longest_key:
+        positions *= _NEXT_POSITIONS
+    return PassShape(sequences, sequences * longest_query, longest_query, min(positions, max_positions))
+
+
+def _padded_sequences(count: int) -> int:
+    """The next of 1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, ..."""
+    power = 1 << (count - 1).bit_length()
+    return 3 * power // 4 if count <= 3 * power // 4 and power >= 16 else power
+
+
 class _Buffer:
     """A host array and its copy on the device (the same memory on a CPU)."""
 
@@ -268,8 +320,12 @@ class StepBuffers:
         buffer.array[: len(values)] = values
         return buffer.upload(len(values))
 
-    def fill(self, spans: list[Span], tokens: list[int]) -> PassInput:
-        """Fills the buffers with a pass over the positions of `spans`, whose tokens are `tokens` in order."""
+    def fill(self, spans: list[Span], tokens: list[int], shape: PassShape | None = None) -> PassInput:
+        """Fills the buffers with a pass over the positions of `spans`, whose tokens are `tokens` in order.
+
+        Args:
+            shape: Sizes to which the tensors are padded, if every new token surely has a page.
+        """
         num_tokens, num_sequences = len(tokens), len(spans)
         assert num_tokens <= len(self._tokens.array) and num_sequences <= len(self._query_lengths.array)
         starts, stops = tuple(span.start for span in spans), tuple(span.stop for span in spans)
@@ -292,25 +348,43 @@ class StepBuffers:
         sequence_T = self._counting[:num_sequences]
         if num_tokens > num_sequences:
             sequence_T = sequence_T.repeat(counts)
+        if not is_whole:
+            shape = None
+        padded_tokens, padded_sequences = num_tokens, num_sequences
+        if shape is not None:
+            padded_tokens, padded_sequences = shape.num_tokens, shape.num_sequences
+            stops = (shape.longest_key,) * padded_sequences
+            starts = (shape.longest_key - shape.longest_query,) * padded_sequences
+            for buffer in (self._tokens, self._positions):
+                buffer.array[num_tokens:padded_tokens] = 0
+            for buffer in (self._query_lengths, self._key_lengths):
+                buffer.array[num_sequences:padded_sequences] = 0
         return PassInput(
-            self._tokens.upload(num_tokens),
-            self._positions.upload(num_tokens),
-            self._query_lengths.upload(num_sequences),
-            self._key_lengths.upload(num_sequences),
+            self._tokens.upload(padded_tokens),
+            self._positions.upload(padded_tokens),
+            self._query_lengths.upload(padded_sequences),
+            self._key_lengths.upload(padded_sequences),
             starts,
             stops,
             tuple(
-                self._slots(number, spans, sequence_T, is_whole=is_whole) if number in self._used_groups else None
+                self._slots(number, spans, sequence_T, is_whole=is_whole, shape=shape)
+                if number in self._used_groups
+                else None
                 for number in range(len(self._groups))
             ),
+            num_tokens,
+            shape,
         )
 
-    def _slots(self, number: int, spans: list[Span], sequence_T: np.ndarray, *, is_whole: bool) -> GroupSlots:
+    def _slots(
+        self, number: int, spans: list[Span], sequence_T: np.ndarray, *, is_whole: bool, shape: PassShape | None
+    ) -> GroupSlots:
         """Fills the pages of a group of layers.
 
         Args:
             sequence_T: The index of the sequence of each new token.
             is_whole: Whether every new token surely has a page.
+            shape: Sizes to which the tensors are padded.
         """
         P, parts, num_tokens = self._groups[number].page_positions, self._groups[number].num_parts, len(sequence_T)
         tables, pages, offsets = self._tables[number], self._pages[number], self._offsets[number]
@@ -331,8 +405,13 @@ class StepBuffers:
                 pages.array[:, :num_kept] = pages.array[:, kept]
                 offsets.array[:num_kept] = offsets.array[kept]
                 kept_rows = self._kept[number].upload(num_kept)
+        num_sequences = len(spans)
+        if shape is not None:
+            pages.array[:, num_tokens : shape.num_tokens] = -1
+            num_kept, num_sequences = shape.num_tokens, shape.num_sequences
+            num_rows = self._groups[number].rows_until(shape.longest_key)
         return GroupSlots(
-            tables.upload_parts(parts, len(spans), num_rows),
+            tables.upload_parts(parts, num_sequences, num_rows),
             pages.upload_parts(parts, num_kept),
             offsets.upload(num_kept),
             kept_rows,

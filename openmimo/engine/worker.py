@@ -4,23 +4,32 @@
 pages. A worker knows no requests: it takes the tensors of a step and returns tensors. Two workers with equal weights,
 page contents and states return equal results for equal steps. Several ranks of one engine would rely on this.
 
+On an accelerator, decoding passes are captured graphs, so that the host launches a pass at once. A graph has fixed
+shapes. The host therefore pads a pass (`step.padded_shape`) by sequences without tokens and tokens without a page. The
+kernels of such a pass skip the padding, and none makes the host wait.
+
 T packed new tokens, S keys, N query heads, G key/value heads, K key dim, V value dim, R rotated dims in the context and
 decided rows in the worker, B sequences, Y rows of a table, H drafting heads, D model dim.
 """
 
+import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
 from openmimo.engine.cache import PageArena
 from openmimo.engine.sampler import SamplingTable, decide, decided_logprobs
-from openmimo.engine.step import GroupSlots, HeadInput, PassInput, StepInput, StepOutput
+from openmimo.engine.step import GroupSlots, HeadInput, PassInput, PassShape, StepInput, StepOutput
 from openmimo.kernels.attention import AttentionOut, Pages, attend, paged_attend, store
+from openmimo.kernels.dispatch import triton_unavailable
 from openmimo.kernels.operations import rotary_table
 from openmimo.model.attention import AttentionConfig
 from openmimo.model.backbone import Hidden
 from openmimo.model.context import AttentionCall, RoutingTape, SequenceBalance
 from openmimo.model.mimo import MiMo
+from openmimo.model.weight_formats import QuantizableModule
+from openmimo.runtime.device import CapturedGraphs
 
 _FIRST_POSITIONS = 512
 _ROTARY_PIECE = 1 << 16
@@ -104,7 +113,7 @@ class PagedContext:
         self._lengths = step.lengths
         self._longest_query, self._longest_key = max(self._lengths), max(step.stops)
         self._is_short = self._longest_query <= _MAX_SHORT_TOKENS
-        is_contiguous = len(step.starts) == 1
+        is_contiguous = len(step.starts) == 1 and step.shape is None
         self._rotary_rows = slice(step.starts[0], step.stops[0]) if is_contiguous else step.positions_T
         self._picked.clear()
         self.block_scores = {}
@@ -193,6 +202,65 @@ class PagedContext:
         return _Keys(torch.cat(keys), torch.cat(values), tuple(key_lengths))
 
 
+class PassResult(NamedTuple):
+    """The results of a decoding pass.
+
+    Attributes:
+        hidden: States of the tokens.
+        logits_TV: Logits of the tokens.
+    """
+
+    hidden: Hidden
+    logits_TV: torch.Tensor
+
+
+def why_no_graphs(model: MiMo) -> str | None:
+    """Why the passes of a model cannot be captured; None if they can."""
+    if model.device.type == "cpu":
+        return "graphs need an accelerator"
+    dtype = model.compute_dtype or next(model.parameters()).dtype
+    if reason := triton_unavailable(False, dtype):
+        return reason
+    if any(module.blocks for module in model.modules() if isinstance(module, QuantizableModule)):
+        return "a weight is quantized"
+    if any(spec.score_block is not None for spec in model.config.attention_layers()):
+        return "a layer computes block scores"
+    return None
+
+
+class PassGraphs:
+    """The captured passes of a worker, by shape.
+
+    Attributes:
+        capture_seconds: Time that the captures took.
+    """
+
+    def __init__(self, device: torch.device, run: Callable[[PassInput], PassResult]):
+        """
+        Args:
+            device: The accelerator.
+            run: Queues the work of a pass.
+        """
+        self._run = run
+        self._graphs = CapturedGraphs(device)
+        self._replays: dict[PassShape, Callable[[], PassResult]] = {}
+        self.capture_seconds = 0.0
+
+    @property
+    def num_captured(self) -> int:
+        """Captured graphs."""
+        return len(self._replays)
+
+    def replay(self, step: PassInput) -> PassResult:
+        """Replays a padded pass, whose tensors are those of every pass of this shape; captures it at its first use."""
+        assert step.shape is not None, "only padded passes are captured"
+        if step.shape not in self._replays:
+            start = time.perf_counter()
+            self._replays[step.shape] = self._graphs.capture(lambda: self._run(step))
+            self.capture_seconds += time.perf_counter() - start
+        return self._replays[step.shape]()
+
+
 class Worker:
     """A model, its cache arena, and the newest main-model states of each sequence, which the MTP heads read.
 
@@ -200,7 +268,7 @@ class Worker:
     The ring holds at least 2 * num_drafts + 1 positions: the last head lags by num_drafts, a step adds num_drafts + 1.
     """
 
-    def __init__(self, model: MiMo, arena: PageArena, *, num_drafts: int):
+    def __init__(self, model: MiMo, arena: PageArena, *, num_drafts: int, uses_graphs: bool = False):
         self._model = model
         self._arena = arena
         self._context = PagedContext(arena, RotaryRows(model.device, model.config.max_positions))
@@ -208,6 +276,7 @@ class Worker:
         self.ring_positions = 1 << (2 * num_drafts).bit_length()
         self._states_XD: torch.Tensor | None = None
         self._sampling = SamplingTable(model.config.vocab_size, model.device)
+        self.graphs = PassGraphs(model.device, self._pass) if uses_graphs else None
 
     @torch.inference_mode()
     def execute(self, step: StepInput) -> StepOutput:
@@ -216,9 +285,8 @@ class Worker:
             drafts_HB = self._draft(step.drafting.heads, step.drafting.num_sequences)
             drafts_N = drafts_HB.view(-1).index_select(0, step.drafting.sources_N)
             step.main.token_ids_T.index_copy_(0, step.drafting.rows_N, drafts_N)
-        context = self._context.bind(step.main, records_routing=step.records_routing)
-        hidden = self._model(step.main.token_ids_T, context)
-        recorded = context.routing.recorded
+        hidden, logits_TV = self._run_main(step)
+        recorded = self._context.routing.recorded
         if step.state_places_T is not None:
             states_TD = hidden.pre_norm_TD if self._reads_pre_norm else hidden.post_norm_TD
             kept_XD = self._states(states_TD)
@@ -235,7 +303,7 @@ class Worker:
             states_RD = hidden.post_norm_TD
             if step.decided_rows_R is not None:
                 states_RD = states_RD[step.decided_rows_R]
-            logits_RV = self._model.head(states_RD)
+            logits_RV = self._model.head(states_RD) if logits_TV is None else logits_TV
             table = self._sampling
             table.update(step.sampling)
             tokens_R = decide(logits_RV, step.sampling, table, step.main.token_ids_T)
@@ -253,6 +321,21 @@ class Worker:
         return StepOutput(
             tokens_R, num_accepted_B, logprobs_R, top_ids_RV, top_logprobs_RV, routing_TLA, prompt_logprobs
         )
+
+    def _run_main(self, step: StepInput) -> tuple[Hidden, torch.Tensor | None]:
+        """Runs the main layers. Returns the states, and the logits of all tokens if a graph computed them."""
+        main = step.main
+        if main.shape is None:
+            context = self._context.bind(main, records_routing=step.records_routing)
+            return self._model(main.token_ids_T, context), None
+        assert self.graphs is not None and step.decided_rows_R is None and not step.records_routing
+        hidden, logits_TV = self.graphs.replay(main)
+        pre_norm_TD, post_norm_TD = (states[: main.num_tokens] for states in (hidden.pre_norm_TD, hidden.post_norm_TD))
+        return Hidden(pre_norm_TD=pre_norm_TD, post_norm_TD=post_norm_TD), logits_TV[: main.num_tokens]
+
+    def _pass(self, main: PassInput) -> PassResult:
+        hidden = self._model(main.token_ids_T, self._context.bind(main))
+        return PassResult(hidden, self._model.head(hidden.post_norm_TD))
 
     @torch.inference_mode()
     def draft(self, heads: tuple[HeadInput, ...], num_sequences: int) -> torch.Tensor:

@@ -23,7 +23,7 @@ DISPATCHERS = {
 def test_every_folder_is_an_operation():
     assert {*(dispatcher.package for dispatcher in DISPATCHERS.values()), "openmimo.kernels.native"} == PACKAGES
     files = {path.name for path in ROOT.glob("*.py")}
-    assert files == {"__init__.py", "dispatch.py", "operations.py", "triton_support.py", "weights.py"}
+    assert files == {"__init__.py", "dispatch.py", "operations.py", "weights.py"}
 
 
 @pytest.mark.parametrize("name", DISPATCHERS)
