@@ -304,13 +304,13 @@ class Worker:
             if step.decided_rows_R is not None:
                 states_RD = states_RD[step.decided_rows_R]
             logits_RV = self._model.head(states_RD) if logits_TV is None else logits_TV
-            table = self._sampling
+            table, tokens_T = self._sampling, step.main.token_ids_T[: step.main.num_tokens]
             table.update(step.sampling)
-            tokens_R = decide(logits_RV, step.sampling, table, step.main.token_ids_T)
+            tokens_R = decide(logits_RV, step.sampling, table, tokens_T)
             if step.sampling.logprob_seats_R is not None:
                 logprobs_R, top_ids_RV, top_logprobs_RV = decided_logprobs(logits_RV, tokens_R, step.sampling, table)
             if step.draft_rows_BK is not None:
-                num_accepted_B = count_accepted(step.main.token_ids_T, tokens_R, step.draft_rows_BK)
+                num_accepted_B = count_accepted(tokens_T, tokens_R, step.draft_rows_BK)
         routing_TLA = None
         if step.records_routing:
             routing_TLA = torch.stack([recorded[layer] for layer in sorted(recorded)], dim=1)
