@@ -78,3 +78,27 @@ def test_passes_of_a_step_reuse_the_same_memory(speculative):
     while engine.has_work:
         engine.step()
     assert len(addresses) == 1
+
+
+def test_a_decoding_step_is_one_call_and_writes_parameters_once(monkeypatch):
+    """Drafts, penalties and sampling included. The host reads drafts for a grammar only."""
+    engine = Engine(tiny_model(1, mtp_heads=3), config=EngineConfig(adaptive_drafts=False))
+    steps, real = [], engine._runner.worker.execute
+    engine._runner.worker.execute = lambda step: steps.append(step) or real(step)
+    monkeypatch.setattr(Worker, "draft", lambda *arguments: pytest.fail("drafts were read"))
+    kinds = [{"temperature": 0.8, "top_p": 0.9}, {"temperature": 0.0, "frequency_penalty": 0.5}, {"min_tokens": 4}]
+    for number, kind in enumerate(kinds):
+        params = SamplingParams(max_tokens=20, seed=number, ignore_eos=True, **kind)
+        engine.submit(Request(str(number), tuple(range(10 + number)), params))
+    engine.step()
+    num_prefills, num_engine_steps = len(steps), 0
+    while engine.has_work:
+        engine.step()
+        num_engine_steps += 1
+    decodes = steps[num_prefills:]
+    assert (
+        len(decodes) == num_engine_steps and sum(step.drafting is not None for step in decodes) >= num_engine_steps - 2
+    )
+    assert [admitted.seat for step in steps for admitted in step.sampling.admitted] == [0, 1, 2]
+    counted = [tokens.tolist() for step in steps for _, tokens in step.sampling.new_tokens]
+    assert 19 <= sum(map(len, counted)) <= 20
