@@ -13,10 +13,10 @@ from openmimo.engine.server.http.errors import ErrorBody, install_handlers
 from openmimo.engine.server.http.middleware import CountRequests, LimitBody, RequireKey
 from openmimo.engine.server.http.operations import PAGE, PageFiles, operation_routes, page_routes
 from openmimo.engine.server.http.service import Service
+from openmimo.engine.server.openai.responses.routes import response_routes
 from openmimo.engine.server.openai.routes_chat import chat_routes
 from openmimo.engine.server.openai.routes_completions import completion_routes
 from openmimo.engine.server.openai.routes_models import model_routes, token_routes
-from openmimo.engine.server.openai.routes_responses import response_routes
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": ErrorBody, "description": "The request is rejected; param names the invalid field."},

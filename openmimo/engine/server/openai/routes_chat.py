@@ -10,17 +10,13 @@ from fastapi import APIRouter, Request, Response
 
 from openmimo.core.records import Request as EngineRequest
 from openmimo.data.chat.parser import ChatEvent, ContentText, ReasoningText, ToolCallArguments, ToolCallStart
+from openmimo.engine.server.chat.tools import ToolPolicy, check_structure_alone, tool_policy
+from openmimo.engine.server.chat.turns import ChatPrompt, ChatReply, chat_prompt
 from openmimo.engine.server.http.bodies import JsonRoute, unless_disconnected
 from openmimo.engine.server.http.errors import invalid
 from openmimo.engine.server.http.service import Generation, Service
 from openmimo.engine.server.http.streaming import DONE, STREAMED, event, respond
-from openmimo.engine.server.openai.chat import (
-    ChatPrompt,
-    ChatReply,
-    chat_prompt,
-    template_messages,
-    template_options,
-)
+from openmimo.engine.server.openai.conversation import template_messages, template_options
 from openmimo.engine.server.openai.sampling import (
     engine_requests,
     sampling_params,
@@ -30,7 +26,6 @@ from openmimo.engine.server.openai.sampling import (
 )
 from openmimo.engine.server.openai.schema import ChatRequest, StreamOptions
 from openmimo.engine.server.openai.tokens import TokenDetails, chat_logprobs, usage
-from openmimo.engine.server.openai.tools import ToolPolicy, check_structure_alone, tool_policy
 
 
 def chat_routes(service: Service) -> APIRouter:
@@ -76,7 +71,7 @@ def _prepare(service: Service, body: ChatRequest) -> _Chat:
     options = template_options(body.chat_template_kwargs, body.reasoning_effort, "reasoning_effort")
     structure = structure_of(body, body.response_format)
     if structure is not None:
-        check_structure_alone(policy, thinks=bool(options.enable_thinking))
+        check_structure_alone(policy, thinks=options.thinks)
     tokenizer = service.backend.tokenizer
     messages = template_messages(body.messages)
     prompt = chat_prompt(tokenizer, messages, policy, options, most_tokens=service.backend.max_positions)

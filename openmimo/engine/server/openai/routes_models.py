@@ -6,12 +6,12 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
+from openmimo.engine.server.chat.prompts import encode_messages, encode_text
 from openmimo.engine.server.http import limits
 from openmimo.engine.server.http.bodies import JsonRoute, unless_disconnected
 from openmimo.engine.server.http.service import Service
-from openmimo.engine.server.openai.chat import template_messages
-from openmimo.engine.server.openai.prompts import encode_messages, encode_text
-from openmimo.engine.server.openai.schema import DetokenizeRequest, TemplateOptions, TokenizeRequest
+from openmimo.engine.server.openai.conversation import template_messages, template_options
+from openmimo.engine.server.openai.schema import DetokenizeRequest, TokenizeRequest
 
 
 def model_routes(service: Service) -> APIRouter:
@@ -77,7 +77,7 @@ def _tokenized(service: Service, body: TokenizeRequest) -> dict[str, Any]:
             tokenizer,
             template_messages(body.messages or []),
             [tool.model_dump(exclude_none=True) for tool in body.tools or []],
-            body.chat_template_kwargs or TemplateOptions(),
+            template_options(body.chat_template_kwargs, None, "chat_template_kwargs"),
             most_tokens=most,
             add_generation_prompt=body.add_generation_prompt,
         )

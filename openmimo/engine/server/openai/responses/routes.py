@@ -9,12 +9,15 @@ from fastapi import APIRouter, Request, Response
 
 from openmimo.core.records import Request as EngineRequest
 from openmimo.core.records import Structure
+from openmimo.engine.server.chat.tools import ToolPolicy, check_structure_alone, tool_policy
+from openmimo.engine.server.chat.turns import ChatPrompt, ChatReply, chat_prompt
 from openmimo.engine.server.http.bodies import JsonRoute, unless_disconnected
 from openmimo.engine.server.http.errors import ApiError
 from openmimo.engine.server.http.service import Generation, Service
 from openmimo.engine.server.http.streaming import STREAMED, event, respond
-from openmimo.engine.server.openai.chat import ChatPrompt, ChatReply, chat_prompt, template_options
-from openmimo.engine.server.openai.response_items import Event, OutputItems, input_messages
+from openmimo.engine.server.openai.conversation import template_options
+from openmimo.engine.server.openai.responses.items import Event, OutputItems, input_messages
+from openmimo.engine.server.openai.responses.schema import ResponseRequest, ResponseTool
 from openmimo.engine.server.openai.sampling import (
     engine_requests,
     sampling_params,
@@ -23,8 +26,6 @@ from openmimo.engine.server.openai.sampling import (
     token_limit,
 )
 from openmimo.engine.server.openai.schema import JsonSchemaFormat, ResponseFormat
-from openmimo.engine.server.openai.schema_responses import ResponseRequest, ResponseTool
-from openmimo.engine.server.openai.tools import ToolPolicy, check_structure_alone, tool_policy
 
 
 def response_routes(service: Service) -> APIRouter:
@@ -52,7 +53,7 @@ def _prepare(service: Service, body: ResponseRequest) -> tuple[ChatPrompt, list[
     options = template_options(body.chat_template_kwargs, effort, "reasoning.effort")
     structure = _structure(body)
     if structure is not None:
-        check_structure_alone(policy, thinks=bool(options.enable_thinking), param="text.format")
+        check_structure_alone(policy, thinks=options.thinks, param="text.format")
     tokenizer, positions = service.backend.tokenizer, service.backend.max_positions
     prompt = chat_prompt(tokenizer, input_messages(body), policy, options, most_tokens=positions, param="input")
     room = max(positions - len(prompt.token_ids), 1)

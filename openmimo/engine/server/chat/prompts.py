@@ -1,6 +1,7 @@
 """Tokenization of texts and conversations of requests, with bounded time and memory. Runs in a worker thread."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from openmimo.core.errors import DataError
@@ -9,7 +10,19 @@ from openmimo.data.pieces import text_pieces
 from openmimo.data.tokenizer import Tokenizer
 from openmimo.engine.server.http import limits
 from openmimo.engine.server.http.errors import ApiError, invalid
-from openmimo.engine.server.openai.schema import TemplateOptions
+
+
+@dataclass(frozen=True)
+class ChatOptions:
+    """Options of the chat template.
+
+    Attributes:
+        thinks: Whether the model may open a `<think>` block.
+        keep_all_reasoning: Whether the prompt contains the reasoning of turns before the last question.
+    """
+
+    thinks: bool = False
+    keep_all_reasoning: bool = False
 
 
 def encode_text(
@@ -25,7 +38,7 @@ def encode_messages(
     tokenizer: Tokenizer,
     messages: Sequence[dict[str, Any]],
     tools: Sequence[dict[str, Any]],
-    options: TemplateOptions,
+    options: ChatOptions,
     *,
     most_tokens: int,
     add_generation_prompt: bool = True,
@@ -53,7 +66,7 @@ def encode_messages(
             messages,
             tools=tools,
             add_generation_prompt=add_generation_prompt,
-            enable_thinking=bool(options.enable_thinking),
+            enable_thinking=options.thinks,
             keep_all_reasoning=options.keep_all_reasoning,
             most_tokens=most_tokens,
         )

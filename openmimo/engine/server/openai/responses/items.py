@@ -12,8 +12,8 @@ from openmimo.data.chat.parser import (
     ToolCallEnd,
     ToolCallStart,
 )
-from openmimo.engine.server.openai.chat import ChatReply
-from openmimo.engine.server.openai.schema_responses import (
+from openmimo.engine.server.chat.turns import ChatReply
+from openmimo.engine.server.openai.responses.schema import (
     FunctionCallItem,
     FunctionOutputItem,
     InputItem,
