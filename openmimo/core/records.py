@@ -160,6 +160,7 @@ class Delta:
     start of a stop string or of a character is held back. finish_reason: "" while it runs, then "stop", "length",
     "repetition", "abort" or "error" (with `error`). is_request_error: whether the request is to blame for the error (a
     structure that cannot be followed), and not the engine. num_cached_tokens: prompt tokens that were reused.
+    stop_string: the stop string that ended the text, or empty.
     """
 
     request_id: str
@@ -173,6 +174,7 @@ class Delta:
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    stop_string: str = ""
 
 
 @dataclass

@@ -214,6 +214,7 @@ class RequestState:
             num_prompt_tokens=self.prompt_length,
             num_cached_tokens=self.num_cached_tokens,
             prompt_logprobs=tuple(self.prompt_logprobs) if start == 0 else (),
+            stop_string=self.text.stop_string if self.text is not None else "",
         )
 
     def completion(self) -> Completion:

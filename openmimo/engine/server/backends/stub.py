@@ -153,6 +153,7 @@ class StubBackend:
                 finish_reason="stop" if text.stopped else "" if room else "length",
                 num_prompt_tokens=num_prompt_tokens,
                 prompt_logprobs=prompt_logprobs,
+                stop_string=text.stop_string,
             )
             if text.stopped or not room:
                 return
@@ -164,6 +165,7 @@ class StubBackend:
             finish_reason="stop",
             num_prompt_tokens=num_prompt_tokens,
             prompt_logprobs=prompt_logprobs,
+            stop_string=text.stop_string,
         )
 
     def _tokens_of(self, step: Step) -> tuple[list[int], list[bool]]:

@@ -91,6 +91,7 @@ class ChatReply:
         tool_calls: The calls in order. The last may be incomplete.
         token_ids: All generated tokens.
         finish_reason: The engine's finish reason; empty while the reply is unfinished.
+        stop_string: The stop string that ended the reply, or empty.
         num_cached_tokens: Prompt tokens found in the prefix cache.
         num_reasoning_tokens: Tokens between the `<think>` marks.
         num_drafted_tokens: Tokens that were accepted drafts of MTP layers.
@@ -103,6 +104,7 @@ class ChatReply:
         self.tool_calls: list[ToolCallState] = []
         self.token_ids: list[int] = []
         self.finish_reason = ""
+        self.stop_string = ""
         self.num_cached_tokens = 0
         self.num_reasoning_tokens = 0
         self.num_drafted_tokens = 0
@@ -126,6 +128,7 @@ class ChatReply:
         if delta.finish_reason:
             events += self._parser.finish()
             self.finish_reason = delta.finish_reason
+            self.stop_string = delta.stop_string
         added = []
         for event in events:
             if self._one_call and self.tool_calls and isinstance(event, ToolCallStart):

@@ -1,203 +1,144 @@
-"""POST /v1/responses."""
+"""The endpoints of the Responses API."""
 
-import secrets
-import time
-from collections.abc import AsyncIterator, Iterator
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Query, Request, Response
+from fastapi.responses import JSONResponse
 
-from openmimo.core.records import Request as EngineRequest
-from openmimo.core.records import Structure
-from openmimo.engine.server.chat.tools import ToolPolicy, check_structure_alone, tool_policy
-from openmimo.engine.server.chat.turns import ChatPrompt, ChatReply, chat_prompt
+from openmimo.core.records import SamplingParams
+from openmimo.engine.server.chat.task import ChatTask, FieldNames, encode_task
 from openmimo.engine.server.http.bodies import JsonRoute, unless_disconnected
-from openmimo.engine.server.http.errors import ApiError
-from openmimo.engine.server.http.service import Generation, Service
-from openmimo.engine.server.http.streaming import STREAMED, event, respond
+from openmimo.engine.server.http.errors import ApiError, invalid
+from openmimo.engine.server.http.service import Service
+from openmimo.engine.server.http.streaming import STREAMED, respond
+from openmimo.engine.server.http.warnings import warn
 from openmimo.engine.server.openai.conversation import template_options
-from openmimo.engine.server.openai.responses.items import Event, OutputItems, input_messages
-from openmimo.engine.server.openai.responses.schema import ResponseRequest, ResponseTool
-from openmimo.engine.server.openai.sampling import (
-    engine_requests,
-    sampling_params,
-    structure_field,
-    structure_of,
-    token_limit,
+from openmimo.engine.server.openai.responses.answer import ResponseAnswer
+from openmimo.engine.server.openai.responses.compaction import CompactionAnswer, prepare_compaction
+from openmimo.engine.server.openai.responses.input import messages_of
+from openmimo.engine.server.openai.responses.schema import CompactRequest, ResponseRequest
+from openmimo.engine.server.openai.responses.socket import serve_socket
+from openmimo.engine.server.openai.responses.store import ResponseStore, StoredResponse
+from openmimo.engine.server.openai.responses.task import (
+    Conversation,
+    conversation_of,
+    has_structure,
+    prepare_response,
+    response_policy,
+    skipped_parts,
 )
-from openmimo.engine.server.openai.schema import JsonSchemaFormat, ResponseFormat
+
+_SKIPPED = "skipped, because the server does not run it"
 
 
 def response_routes(service: Service) -> APIRouter:
-    """The endpoint /v1/responses of a service."""
+    """The endpoints under /v1/responses of a service. They share one store."""
+    store = ResponseStore(service.config.response_store_bytes, service.config.response_store_seconds)
+    router = APIRouter()
+    router.include_router(_generating_routes(service, store))
+    router.include_router(_stored_routes(store))
+    router.add_api_websocket_route("/v1/responses", serve_socket(service, store))
+    return router
+
+
+def _generating_routes(service: Service, store: ResponseStore) -> APIRouter:
     router = APIRouter(route_class=JsonRoute)
 
     @router.post("/v1/responses", responses=STREAMED)
-    async def responses(body: ResponseRequest, request: Request) -> Response:
+    async def create_response(body: ResponseRequest, request: Request) -> Response:
         """Generates the next output items of a conversation."""
         service.check_model(body.model)
-        has_structure = body.structured_outputs is not None or body.text is not None
-        is_large = request.state.is_large or has_structure
-        work = service.prepared(lambda: _prepare(service, body), is_large=is_large)
-        prompt, requests = await unless_disconnected(request.receive, work)
-        answer = _ResponseAnswer(service, body, prompt, service.start(requests))
-        return await respond(request, answer, answer.stream() if body.stream else None)
+        conversation = conversation_of(store, None, previous_response_id=body.previous_response_id, given=body.input)
+        is_large = request.state.is_large or has_structure(body) or conversation.previous is not None
+        work = service.prepared(lambda: prepare_response(service, body, conversation), is_large=is_large)
+        prepared = await unless_disconnected(request.receive, work)
+        generation = service.start([prepared.request])
+        answer = ResponseAnswer(service, store, body, conversation, prepared, generation)
+        response = await respond(request, answer, answer.encoded_events() if body.stream else None)
+        return warn(response, [f"{part} {_SKIPPED}" for part in skipped_parts(body)])
+
+    @router.post("/v1/responses/compact")
+    async def compact(body: CompactRequest, request: Request) -> Response:
+        """Replaces a conversation by one item with the user's messages and a summary."""
+        service.check_model(body.model)
+        conversation = conversation_of(store, None, previous_response_id=body.previous_response_id, given=body.input)
+        items = conversation.items
+        work = service.prepared(lambda: prepare_compaction(service, items, body.instructions), is_large=True)
+        prepared = await unless_disconnected(request.receive, work)
+        answer = CompactionAnswer(service, items, prepared, service.start([prepared.request]))
+        return await respond(request, answer, None)
+
+    @router.post("/v1/responses/input_tokens")
+    async def count_tokens(body: ResponseRequest, request: Request) -> Response:
+        """Counts the tokens of a request's prompt."""
+        service.check_model(body.model)
+        conversation = conversation_of(store, None, previous_response_id=body.previous_response_id, given=body.input)
+        work = service.prepared(lambda: _num_tokens(service, body, conversation), is_large=request.state.is_large)
+        num_tokens = await unless_disconnected(request.receive, work)
+        return JSONResponse({"object": "response.input_tokens", "input_tokens": num_tokens})
 
     return router
 
 
-def _prepare(service: Service, body: ResponseRequest) -> tuple[ChatPrompt, list[EngineRequest]]:
-    """Convert a body to its prompt and one checked engine request. Runs in a worker thread."""
-    policy = _tool_policy(body)
+def _num_tokens(service: Service, body: ResponseRequest, conversation: Conversation) -> int:
     effort = body.reasoning.effort if body.reasoning else None
-    options = template_options(body.chat_template_kwargs, effort, "reasoning.effort")
-    structure = _structure(body)
-    if structure is not None:
-        check_structure_alone(policy, thinks=options.thinks, param="text.format")
-    tokenizer, positions = service.backend.tokenizer, service.backend.max_positions
-    prompt = chat_prompt(tokenizer, input_messages(body), policy, options, most_tokens=positions, param="input")
-    room = max(positions - len(prompt.token_ids), 1)
-    limit = token_limit(body.max_output_tokens, room, service.config.max_tokens, "max_output_tokens")
-    params = sampling_params(body, max_tokens=limit, structure=structure or policy.structure)
-    requests = engine_requests([prompt.token_ids], params, body, num_choices=1)
-    structure_param = "tools" if structure is None else structure_field(body, "text.format")
-    service.check(requests, param="input", structure_param=structure_param)
-    return prompt, requests
+    task = ChatTask(
+        messages=messages_of(conversation.items, body.instructions),
+        params=SamplingParams(),
+        policy=response_policy(body),
+        options=template_options(body.chat_template_kwargs, effort, "reasoning.effort"),
+        names=FieldNames(messages="input"),
+    )
+    return len(encode_task(service, task).token_ids)
 
 
-def _structure(body: ResponseRequest) -> Structure | None:
-    text_format = body.text.format if body.text else None
-    if text_format is None:
-        return structure_of(body)
-    schema = None if text_format.json_schema is None else JsonSchemaFormat(schema=text_format.json_schema)
-    return structure_of(body, ResponseFormat(type=text_format.type, json_schema=schema))
+def _stored_routes(store: ResponseStore) -> APIRouter:
+    router = APIRouter()
 
+    @router.get("/v1/responses/{response_id}")
+    async def retrieve(response_id: str, stream: bool = False) -> dict[str, Any]:
+        """Returns a stored response."""
+        if stream:
+            raise invalid("A stored response cannot be streamed; omit stream.", "stream")
+        return _stored(store, response_id).response
 
-def _tool_policy(body: ResponseRequest) -> ToolPolicy:
-    fields = {"name", "description", "parameters"}
-    tools = [
-        {"type": "function", "function": tool.model_dump(exclude_none=True, include=fields)}
-        for tool in body.tools or []
-    ]
-    choice = body.tool_choice or "auto"
-    if isinstance(choice, str):
-        return tool_policy(tools, mode=choice, function=None, parallel=body.parallel_tool_calls)
-    return tool_policy(tools, mode="function", function=choice.name, parallel=body.parallel_tool_calls)
+    @router.delete("/v1/responses/{response_id}")
+    async def delete(response_id: str) -> dict[str, Any]:
+        """Deletes a stored response."""
+        if not store.delete(response_id):
+            raise _not_found(response_id)
+        return {"id": response_id, "object": "response", "deleted": True}
 
-
-class _ResponseAnswer:
-    """The reply to one request, as one object or as a stream of events."""
-
-    def __init__(
-        self,
-        service: Service,
-        body: ResponseRequest,
-        prompt: ChatPrompt,
-        generation: Generation,
-    ):
-        self.generation = generation
-        self._prompt = prompt
-        self._reply = ChatReply(service.backend.tokenizer, prompt)
-        self._output = OutputItems(self._reply)
-        self._response = _new_response(service, body)
-        self._num_events = 0
-
-    async def whole(self) -> dict[str, Any]:
-        async for _ in self._events():
-            pass
-        return self._response
-
-    async def stream(self) -> AsyncIterator[bytes]:
-        """Yield the events. The last is response.completed, response.incomplete or response.failed."""
-        yield self._encoded({"type": "response.created", "response": self._response})
-        yield self._encoded({"type": "response.in_progress", "response": self._response})
-        try:
-            async for item_event in self._events():
-                yield self._encoded(item_event)
-        except ApiError as error:
-            self._response |= {
-                "status": "failed",
-                "error": {"code": "server_error", "message": error.message},
-                "output": self._output.items,
-            }
-            yield self._encoded({"type": "response.failed", "response": self._response})
-            raise
-
-    async def _events(self) -> AsyncIterator[Event]:
-        async for _, delta in self.generation.deltas():
-            for part in self._reply.push(delta):
-                for item_event in self._output.push(part):
-                    yield item_event
-            if self._reply.is_complete:
-                self.generation.abort(0)
-        for item_event in self._finish():
-            yield item_event
-
-    def _finish(self) -> Iterator[Event]:
-        is_cut = self._reply.openai_finish_reason == "length"
-        is_whole = not is_cut and not self._reply.has_open_call
-        status = "completed" if is_whole else "incomplete"
-        yield from self._output.close("incomplete" if is_cut else "completed")
-        self._response |= {
-            "status": status,
-            "incomplete_details": None if is_whole else {"reason": "max_output_tokens" if is_cut else "stop"},
-            "completed_at": int(time.time()),
-            "output": self._output.items,
-            "usage": self._usage(),
-        }
-        yield {"type": f"response.{status}", "response": self._response}
-
-    def _usage(self) -> dict[str, Any]:
-        num_input, num_output = len(self._prompt.token_ids), len(self._reply.token_ids)
+    @router.get("/v1/responses/{response_id}/input_items")
+    async def list_input_items(
+        response_id: str,
+        limit: Annotated[int, Query(ge=1, le=100)] = 20,
+        order: Literal["asc", "desc"] = "desc",
+        after: str | None = None,
+    ) -> dict[str, Any]:
+        """Lists the input items of a stored response's request."""
+        items = list(_stored(store, response_id).input_items)
+        if order == "desc":
+            items.reverse()
+        start = next((index + 1 for index, item in enumerate(items) if item["id"] == after), 0)
+        page = items[start : start + limit]
         return {
-            "input_tokens": num_input,
-            "input_tokens_details": {"cached_tokens": self._reply.num_cached_tokens},
-            "output_tokens": num_output,
-            "output_tokens_details": {"reasoning_tokens": self._reply.num_reasoning_tokens},
-            "total_tokens": num_input + num_output,
+            "object": "list",
+            "data": page,
+            "first_id": page[0]["id"] if page else "",
+            "last_id": page[-1]["id"] if page else "",
+            "has_more": start + limit < len(items),
         }
 
-    def _encoded(self, item_event: Event) -> bytes:
-        numbered = {**item_event, "sequence_number": self._num_events}
-        self._num_events += 1
-        return event(numbered, item_event["type"])
+    return router
 
 
-def _new_response(service: Service, body: ResponseRequest) -> dict[str, Any]:
-    """Return the response object of a reply without output. Like OpenAI's, it repeats the request's settings."""
-    choice = body.tool_choice or "auto"
-    return {
-        "id": f"resp_{secrets.token_hex(12)}",
-        "object": "response",
-        "created_at": int(time.time()),
-        "model": service.model_name,
-        "status": "in_progress",
-        "error": None,
-        "incomplete_details": None,
-        "instructions": body.instructions,
-        "max_output_tokens": body.max_output_tokens,
-        "metadata": body.metadata or {},
-        "output": [],
-        "parallel_tool_calls": body.parallel_tool_calls is not False,
-        "previous_response_id": None,
-        "reasoning": body.reasoning.model_dump() if body.reasoning else {"effort": None, "summary": None},
-        "store": False,
-        "temperature": 1.0 if body.temperature is None else body.temperature,
-        "text": {"format": _format_dict(body)},
-        "tool_choice": choice if isinstance(choice, str) else choice.model_dump(),
-        "tools": [_tool_dict(tool) for tool in body.tools or []],
-        "top_p": 1.0 if body.top_p is None else body.top_p,
-        "truncation": "disabled",
-        "usage": None,
-        "user": body.user,
-    }
+def _stored(store: ResponseStore, response_id: str) -> StoredResponse:
+    stored = store.get(response_id)
+    if stored is None:
+        raise _not_found(response_id)
+    return stored
 
 
-def _format_dict(body: ResponseRequest) -> dict[str, Any]:
-    if body.text is None or body.text.format is None:
-        return {"type": "text"}
-    return body.text.format.model_dump(by_alias=True, exclude_none=True)
-
-
-def _tool_dict(tool: ResponseTool) -> dict[str, Any]:
-    return {"strict": None, "parameters": None, **tool.model_dump(exclude_none=True)}
+def _not_found(response_id: str) -> ApiError:
+    return ApiError(404, f"Response with id {response_id!r} not found.", param="response_id", code="not_found")
