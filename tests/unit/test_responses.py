@@ -198,12 +198,12 @@ def test_tools_and_items_of_servers_that_run_tools_are_skipped_with_a_warning(cl
     }
     response = client.post(RESPONSES, json=body)
     assert response.status_code == 200 and [tool["type"] for tool in response.json()["tools"]] == ["function"]
-    warning = response.headers["warning"]
+    warning = response.headers["x-openmimo-warning"]
     assert all(part in warning for part in ("tools[0]: web_search", "tools[2]: namespace", "input[0]: web_search_call"))
     assert "get_weather" in prompt_of(backend) and "web_search" not in prompt_of(backend)
     streamed = client.post(RESPONSES, json={**body, "stream": True})
-    assert streamed.headers["warning"] == warning
-    assert "warning" not in client.post(RESPONSES, json={"input": "x"}).headers
+    assert streamed.headers["x-openmimo-warning"] == warning
+    assert "x-openmimo-warning" not in client.post(RESPONSES, json={"input": "x"}).headers
 
 
 def test_allowed_tools_are_the_tools_of_the_prompt(client, backend):
@@ -324,6 +324,16 @@ def test_a_socket_continues_its_last_response_and_no_other():
             kept = socket.turn(input="code word copper")["response"]
         assert client.post(RESPONSES, json={"input": "x", "previous_response_id": kept["id"]}).status_code == 200
         assert client.get(f"{RESPONSES}/{second['id']}").status_code == 404
+
+
+def test_a_socket_reads_a_prompt_before_its_question_comes():
+    backend = StubBackend(script)
+    with app_client(backend) as client, client.websocket_connect(SOCKET) as session:
+        socket = Socket(session)
+        warm = socket.turn(input="The code word is opal.", store=False, generate=False)["response"]
+        assert warm["status"] == "completed" and warm["output"] == [] and backend.requests[-1].params.max_tokens == 1
+        socket.turn(input="Which?", store=False, previous_response_id=warm["id"])
+        assert "The code word is opal." in prompt_of(backend)
 
 
 def test_a_failed_turn_drops_the_response_that_it_continued():

@@ -6,6 +6,8 @@ from typing import Any
 
 from fastapi import FastAPI
 
+from openmimo.engine.server.anthropic.errors import AnthropicForm
+from openmimo.engine.server.anthropic.routes import message_routes
 from openmimo.engine.server.backends.protocol import Backend
 from openmimo.engine.server.config import ServerConfig
 from openmimo.engine.server.http.browser import CheckHost, CheckOrigin
@@ -43,7 +45,15 @@ def create_app(backend: Backend, config: ServerConfig) -> FastAPI:
     )
     app.state.service = service
     install_handlers(app)
-    for routes in (model_routes, completion_routes, chat_routes, response_routes, token_routes, operation_routes):
+    for routes in (
+        model_routes,
+        completion_routes,
+        chat_routes,
+        response_routes,
+        message_routes,
+        token_routes,
+        operation_routes,
+    ):
         app.include_router(routes(service))
     app.include_router(page_routes())
     app.mount("/page", PageFiles(directory=PAGE))
@@ -62,6 +72,7 @@ def create_app(backend: Backend, config: ServerConfig) -> FastAPI:
     app.add_middleware(CheckOrigin, allowed=config.allowed_origins, refuses_others=config.required_key is None)
     if config.answered_hosts is not None:
         app.add_middleware(CheckHost, allowed=config.answered_hosts)
+    app.add_middleware(AnthropicForm)
     app.add_middleware(
         CountRequests, count=lambda path, status: service.metrics.http_requests.labels(path, status).inc(), paths=paths
     )

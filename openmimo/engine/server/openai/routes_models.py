@@ -1,6 +1,7 @@
 """GET /v1/models and /v1/models/{id}, POST /tokenize and /detokenize: the served model and its tokenizer."""
 
 from collections.abc import Callable
+from datetime import UTC, datetime
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -21,7 +22,9 @@ def model_routes(service: Service) -> APIRouter:
     @router.get("/v1/models")
     async def list_models() -> dict[str, Any]:
         """Lists the served model."""
-        return {"object": "list", "data": [_model(service)]}
+        models = [_model(service)]
+        ends = {"first_id": models[0]["id"], "last_id": models[-1]["id"], "has_more": False}
+        return {"object": "list", "data": models, **ends}
 
     # A path parameter, because model names may contain slashes.
     @router.get("/v1/models/{model:path}")
@@ -40,6 +43,13 @@ def _model(service: Service) -> dict[str, Any]:
         "created": service.created,
         "owned_by": "openmimo",
         "max_model_len": service.backend.max_positions,
+        # Anthropic's clients use the same path.
+        "type": "model",
+        "display_name": service.model_name,
+        "created_at": datetime.fromtimestamp(service.created, UTC).isoformat(),
+        "lifecycle": "active",
+        "max_input_tokens": service.backend.max_positions,
+        "max_tokens": min(service.config.max_tokens, service.backend.max_positions),
     }
 
 

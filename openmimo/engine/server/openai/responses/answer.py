@@ -29,6 +29,7 @@ class ResponseAnswer:
         prepared: The request's prompt.
         generation: The running reply.
         owner: The WebSocket connection of the request. It keeps a response that is not to be stored.
+        has_output: Whether the response contains the reply. Otherwise the request only reads its prompt.
     """
 
     def __init__(
@@ -40,11 +41,14 @@ class ResponseAnswer:
         prepared: PreparedChat,
         generation: Generation,
         owner: object | None = None,
+        *,
+        has_output: bool = True,
     ):
         self.generation = generation
         self._store = store
         self._conversation = conversation
         self._owner = owner
+        self._has_output = has_output
         self._reply = prepared.new_reply(service.backend.tokenizer)
         seals_reasoning = "reasoning.encrypted_content" in (body.include or ())
         self._output = OutputItems(self._reply, seals_reasoning=seals_reasoning)
@@ -88,19 +92,20 @@ class ResponseAnswer:
 
     async def _item_events(self) -> AsyncIterator[Event]:
         async for part in chat_events(self.generation, self._reply):
-            for item_event in self._output.push(part):
+            for item_event in self._output.push(part) if self._has_output else ():
                 yield item_event
         for item_event in self._finish():
             yield item_event
 
     def _finish(self) -> Iterator[Event]:
-        is_cut = self._reply.openai_finish_reason == "length"
+        is_cut = self._has_output and self._reply.openai_finish_reason == "length"
         is_whole = not is_cut and not self._reply.has_open_call
         status = "completed" if is_whole else "incomplete"
         yield from self._output.close("incomplete" if is_cut else "completed")
         self._response |= {
             "status": status,
-            "incomplete_details": None if is_whole else {"reason": "max_output_tokens" if is_cut else "stop"},
+            # Clients' types have no reason for a call that the model or a stop string ended early.
+            "incomplete_details": None if is_whole else {"reason": "max_output_tokens"},
             "completed_at": int(time.time()),
             "output": self._output.items,
             "usage": usage_of(self._reply, self._num_prompt_tokens),
@@ -131,7 +136,7 @@ def usage_of(reply: ChatReply, num_prompt_tokens: int) -> dict[str, Any]:
     num_output = len(reply.token_ids)
     return {
         "input_tokens": num_prompt_tokens,
-        "input_tokens_details": {"cached_tokens": reply.num_cached_tokens},
+        "input_tokens_details": {"cached_tokens": reply.num_cached_tokens, "cache_write_tokens": 0},
         "output_tokens": num_output,
         "output_tokens_details": {"reasoning_tokens": reply.num_reasoning_tokens},
         "total_tokens": num_prompt_tokens + num_output,

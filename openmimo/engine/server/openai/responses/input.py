@@ -6,6 +6,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from openmimo.engine.server.chat.assistant import add_call, add_content, add_reasoning
 from openmimo.engine.server.http.errors import invalid
 from openmimo.engine.server.openai.responses.output import new_id
 from openmimo.engine.server.openai.responses.schema import (
@@ -74,38 +75,21 @@ def messages_of(items: Iterable[InputItem], instructions: str | None) -> list[di
 def _append(turns: list[dict[str, Any]], item: InputItem) -> None:
     match item:
         case ReasoningItem():
-            turn = _assistant_turn(turns, unless=("content", "tool_calls"))
-            turn["reasoning_content"] = turn.get("reasoning_content", "") + _reasoning(item)
+            add_reasoning(turns, _reasoning(item))
         case FunctionCallItem():
-            _append_call(turns, item.call_id, item.name, item.arguments)
+            add_call(turns, item.call_id, item.name, item.arguments)
         case CustomCallItem():
-            _append_call(turns, item.call_id, item.name, json.dumps({"input": item.input}, ensure_ascii=False))
+            add_call(turns, item.call_id, item.name, json.dumps({"input": item.input}, ensure_ascii=False))
         case FunctionOutputItem():
             turns.append({"role": "tool", "tool_call_id": item.call_id, "content": parts_text(item.output)})
         case MessageItem(role="assistant"):
-            turn = _assistant_turn(turns, unless=("tool_calls",))
-            turn["content"] = turn.get("content", "") + parts_text(item.content)
+            add_content(turns, parts_text(item.content))
         case MessageItem():
             role = "system" if item.role == "developer" else item.role
             turns.append({"role": role, "content": parts_text(item.content)})
         case CompactionItem():
             turns.extend({"role": "user", "content": text} for text in item.kept)
             turns.append({"role": "user", "content": _SUMMARY + item.summary})
-
-
-def _append_call(turns: list[dict[str, Any]], call_id: str, name: str, arguments: str) -> None:
-    call = {"id": call_id, "function": {"name": name, "arguments": arguments}}
-    _assistant_turn(turns).setdefault("tool_calls", []).append(call)
-
-
-def _assistant_turn(turns: list[dict[str, Any]], unless: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Return the last turn if it is the assistant's and has no field of `unless`, otherwise a new assistant turn.
-
-    The fields of a turn have an order (reasoning, content, calls), so an item whose successor exists starts a new turn.
-    """
-    if not turns or turns[-1]["role"] != "assistant" or any(name in turns[-1] for name in unless):
-        turns.append({"role": "assistant"})
-    return turns[-1]
 
 
 def _reasoning(item: ReasoningItem) -> str:

@@ -11,7 +11,7 @@ from openmimo.engine.server.http.bodies import JsonRoute, unless_disconnected
 from openmimo.engine.server.http.errors import ApiError, invalid
 from openmimo.engine.server.http.service import Service
 from openmimo.engine.server.http.streaming import STREAMED, respond
-from openmimo.engine.server.http.warnings import warn
+from openmimo.engine.server.http.warnings import skipped, warn
 from openmimo.engine.server.openai.conversation import template_options
 from openmimo.engine.server.openai.responses.answer import ResponseAnswer
 from openmimo.engine.server.openai.responses.compaction import CompactionAnswer, prepare_compaction
@@ -27,8 +27,6 @@ from openmimo.engine.server.openai.responses.task import (
     response_policy,
     skipped_parts,
 )
-
-_SKIPPED = "skipped, because the server does not run it"
 
 
 def response_routes(service: Service) -> APIRouter:
@@ -55,7 +53,7 @@ def _generating_routes(service: Service, store: ResponseStore) -> APIRouter:
         generation = service.start([prepared.request])
         answer = ResponseAnswer(service, store, body, conversation, prepared, generation)
         response = await respond(request, answer, answer.encoded_events() if body.stream else None)
-        return warn(response, [f"{part} {_SKIPPED}" for part in skipped_parts(body)])
+        return warn(response, skipped(skipped_parts(body)))
 
     @router.post("/v1/responses/compact")
     async def compact(body: CompactRequest, request: Request) -> Response:

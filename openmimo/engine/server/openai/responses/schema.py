@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Discriminator, Field, Tag, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from openmimo.engine.server.chat.schema import FunctionParameters, OutputSchema, check_tools
 from openmimo.engine.server.http import limits
 from openmimo.engine.server.http.bodies import check_counts, read_json
 from openmimo.engine.server.http.fields import (
@@ -19,14 +20,7 @@ from openmimo.engine.server.http.fields import (
     text_or,
 )
 from openmimo.engine.server.openai.responses.sealed import seal, unseal
-from openmimo.engine.server.openai.schema import (
-    CommonFields,
-    FunctionParameters,
-    OutputSchema,
-    TemplateOptions,
-    ToolMode,
-    check_tools,
-)
+from openmimo.engine.server.openai.schema import CommonFields, TemplateOptions, ToolMode
 
 
 class TextPart(LenientFields):
@@ -392,9 +386,14 @@ class ResponseRequest(CommonFields):
 
 
 class ResponseCreateEvent(ResponseRequest):
-    """A message of a WebSocket client that creates a response. `stream` has no effect: the reply is always streamed."""
+    """A message of a WebSocket client that creates a response. `stream` has no effect: the reply is always streamed.
+
+    Attributes:
+        generate: False reads the prompt into the cache and creates a response without output, to be continued.
+    """
 
     type: Literal["response.create"]
+    generate: bool | None = None
 
 
 class CompactRequest(Fields):

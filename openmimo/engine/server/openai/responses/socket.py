@@ -14,7 +14,7 @@ from openmimo.engine.server.http.streaming import json_text
 from openmimo.engine.server.openai.responses.answer import ResponseAnswer
 from openmimo.engine.server.openai.responses.schema import ResponseCreateEvent
 from openmimo.engine.server.openai.responses.store import ResponseStore
-from openmimo.engine.server.openai.responses.task import conversation_of, has_structure, prepare_response
+from openmimo.engine.server.openai.responses.task import conversation_of, has_structure, prepare_response, shortest
 
 _CONNECTION_SECONDS = 3600.0
 
@@ -103,8 +103,11 @@ class _Connection:
         )
         is_large = is_large or has_structure(body) or conversation.previous is not None
         prepared = await service.prepared(lambda: prepare_response(service, body, conversation), is_large=is_large)
-        generation = service.start([prepared.request])
-        return ResponseAnswer(service, self._store, body, conversation, prepared, generation, owner=self)
+        has_output = body.generate is not False
+        generation = service.start([prepared.request if has_output else shortest(prepared.request)])
+        return ResponseAnswer(
+            service, self._store, body, conversation, prepared, generation, owner=self, has_output=has_output
+        )
 
     async def _send(self, one: dict[str, Any]) -> None:
         await self._websocket.send_text(json_text(one))

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from openmimo.core.records import Structure
+from openmimo.core.records import Request, Structure
 from openmimo.engine.server.chat.task import ChatTask, FieldNames, PreparedChat, prepare_chat
 from openmimo.engine.server.chat.tools import ToolPolicy, tool_policy
 from openmimo.engine.server.http.errors import ApiError, invalid
@@ -20,7 +20,7 @@ from openmimo.engine.server.openai.responses.schema import (
     SkippedItem,
 )
 from openmimo.engine.server.openai.responses.store import ResponseStore, StoredResponse
-from openmimo.engine.server.openai.sampling import sampling_params, structure_field, structure_of, token_limit
+from openmimo.engine.server.openai.sampling import sampling_params, structure_field, structure_of
 from openmimo.engine.server.openai.schema import JsonSchemaFormat, ResponseFormat
 
 
@@ -80,8 +80,7 @@ def conversation_of(
 def prepare_response(service: Service, body: ResponseRequest, conversation: Conversation) -> PreparedChat:
     """Convert a request to a checked engine request. Raises ApiError; runs in a worker thread."""
     effort = body.reasoning.effort if body.reasoning else None
-    limit = service.config.max_tokens
-    limit = token_limit(body.max_output_tokens, limit, limit, "max_output_tokens")
+    limit = min(body.max_output_tokens or service.config.max_tokens, service.config.max_tokens)
     task = ChatTask(
         messages=messages_of(conversation.items, body.instructions),
         params=sampling_params(body, max_tokens=limit, structure=_structure(body)),
@@ -92,6 +91,11 @@ def prepare_response(service: Service, body: ResponseRequest, conversation: Conv
         names=FieldNames(messages="input", structure=structure_field(body, "text.format")),
     )
     return _prepare_truncated(service, task) if body.truncation == "auto" else prepare_chat(service, task)
+
+
+def shortest(request: Request) -> Request:
+    """Return the request with the shortest reply, which reads the prompt into the prefix cache."""
+    return replace(request, params=replace(request.params, max_tokens=1, min_tokens=0, structure=None))
 
 
 def response_policy(body: ResponseRequest) -> ToolPolicy:
