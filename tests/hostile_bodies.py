@@ -1,8 +1,10 @@
 """Request bodies that a server must refuse or answer at little cost, by name: a path, and the body's bytes."""
 
+import base64
 import json
 
 CHAT, COMPLETIONS, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
+MESSAGES, COMPACT = "/v1/messages", "/v1/responses/compact"
 _SIZE = 4 * 2**20 - 4096  # just below the default limit
 
 
@@ -44,6 +46,15 @@ def _form(schema: dict) -> dict:
 
 def _completion(prompt, **fields) -> dict:
     return {"prompt": prompt, "max_tokens": 1, **fields}
+
+
+def _message(content) -> dict:
+    return {"model": "checkpoint0", "max_tokens": 1, "messages": [{"role": "user", "content": content}]}
+
+
+def _sealed(value) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return "openmimo1." + base64.urlsafe_b64encode(text.encode()).decode()
 
 
 _MANY_UNKNOWN = {f"x{i}": 1 for i in range(120_000)}
@@ -97,6 +108,24 @@ HOSTILE: dict[str, tuple[str, bytes]] = {
     "a long model name": (COMPLETIONS, _dumped(_completion("x", model=_text("m")))),
     "input items": (RESPONSES, _filled('{"input":[', '{"role":"user","content":"x"}', "]}")),
     "input parts": (RESPONSES, _dumped({"input": [{"role": "user", "content": _WRONG_PARTS}]})),
+    "input items without text": (RESPONSES, _filled('{"input":[', '{"type":"web_search_call"}', "]}")),
+    "references": (RESPONSES, _filled('{"input":[', '{"type":"item_reference","id":"x"}', "]}")),
+    "a compaction of many texts": (RESPONSES, _dumped({"input": [{
+        "type": "compaction", "encrypted_content": _sealed([["x"] * 700_000, "x"])}]})),
+    "a compaction of depth": (RESPONSES, _dumped({"input": [{
+        "type": "compaction", "encrypted_content": _sealed("[" * 3_000_000)}]})),
+    "items to compact": (COMPACT, _filled('{"model":"checkpoint0","input":[', '{"role":"user","content":"x"}', "]}")),
+    "allowed tools": (RESPONSES, _dumped({"input": "x", "tool_choice": {
+        "type": "allowed_tools", "mode": "auto", "tools": [{"type": "function"}] * 120_000}})),
+    "blocks": (MESSAGES, _dumped(_message([{"type": "text", "text": "x"}] * 60_000))),
+    "blocks of no type": (MESSAGES, _dumped(_message([{"type": "x"}] * 120_000))),
+    "tool results": (MESSAGES, _dumped(_message([
+        {"type": "tool_result", "tool_use_id": "1", "content": [{"type": "text", "text": "x"}] * 2000}] * 30))),
+    "inputs of calls": (MESSAGES, _dumped({**_message("x"), "messages": [{"role": "assistant", "content": [
+        {"type": "tool_use", "id": "1", "name": "f", "input": _WIDE}]}]})),
+    "system blocks": (MESSAGES, _dumped({**_message("x"), "system": [{"type": "text", "text": "x"}] * 60_000})),
+    "tools of messages": (MESSAGES, _dumped({**_message("x"), "tools": [
+        {"name": f"f{i}", "input_schema": {}} for i in range(50_000)]})),
     "ids to detokenize": ("/detokenize", _filled('{"tokens":[', "9", "]}")),
     "ids that are detokenized": ("/detokenize", _dumped({"tokens": [300] * 260_000})),
     "text to tokenize": ("/tokenize", _dumped({"prompt": _text("1 ")})),

@@ -95,6 +95,9 @@ def test_input_items_come_in_pages(client):
         texts += [item["content"][0]["text"] for item in page["data"]]
         after = page["last_id"]
     assert texts == ["0", "1", "2", "3", "4"] and page["has_more"] is False
+    for params in ({"limit": 0}, {"limit": "x"}, {"order": "up"}):
+        error = client.get(url, params=params)
+        assert error.status_code == 400 and error.json()["error"]["param"] == next(iter(params))
     newest = client.get(url, params={"limit": 1}).json()
     assert newest["data"][0]["content"][0]["text"] == "4" and newest["has_more"] is True
 
@@ -130,8 +133,20 @@ def test_references_to_stored_items_are_replaced(client, backend):
     assert "assistant\n" in prompt_of(backend) and "first question" in prompt_of(backend)
 
 
+def test_small_requests_make_no_large_conversation():
+    with running(StubBackend(), max_body_bytes=50_000) as server, httpx.Client(base_url=server.url) as client:
+        first = created(client, input="word " * 300)
+        reference = {"type": "item_reference", "id": first["output"][0]["id"]}
+        response = client.post(RESPONSES, json={"input": [reference] * 100})
+        assert response.status_code == 400 and response.json()["error"]["code"] == "context_length_exceeded"
+        assert "characters" in response.json()["error"]["message"]
+        for path in (RESPONSES, COMPACT, f"{RESPONSES}/input_tokens"):
+            body = {"model": "stub", "input": [reference] * 100, "previous_response_id": first["id"]}
+            assert client.post(path, json=body).json()["error"]["code"] == "context_length_exceeded"
+
+
 def stored(number, num_bytes=10):
-    return StoredResponse({"id": f"resp_{number}", "output": [{"id": f"msg_{number}"}]}, (), (), num_bytes)
+    return StoredResponse({"id": f"resp_{number}", "output": [{"id": f"msg_{number}"}]}, (), (), 0, num_bytes)
 
 
 def test_the_store_is_bounded_and_drops_what_was_not_used_for_longest():

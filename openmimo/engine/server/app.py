@@ -63,9 +63,8 @@ def create_app(backend: Backend, config: ServerConfig) -> FastAPI:
     app.add_middleware(
         LimitBody,
         max_bytes=config.max_body_bytes,
-        max_open_bytes=config.max_open_bytes,
+        open_bytes=service.open_bytes,
         timeout_seconds=config.request_timeout_seconds,
-        retry_after_seconds=config.retry_after_seconds,
     )
     if config.required_key is not None:
         app.add_middleware(RequireKey, api_key=config.required_key)

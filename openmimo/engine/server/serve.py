@@ -25,7 +25,7 @@ from openmimo.model.hf import load_model
 from openmimo.runtime.device import resolve_device
 
 _FLUSH_SECONDS = 5  # time for clients to read the ends of their replies after all replies are complete
-_QUEUED_MESSAGES = 2  # of a WebSocket connection, while a reply is generated
+_QUEUED_MESSAGES = 1  # of a WebSocket connection, while a reply is generated
 
 
 class Server(uvicorn.Server):

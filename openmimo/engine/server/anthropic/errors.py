@@ -2,8 +2,9 @@
 
 import json
 import secrets
-from typing import Any
+from typing import Any, Literal
 
+from pydantic import BaseModel
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -23,6 +24,22 @@ _TYPES = {
     503: "overloaded_error",
     504: "timeout_error",
 }
+
+
+class MessageErrorDetails(BaseModel):
+    """The class of an error, and its explanation for people."""
+
+    type: str
+    message: str
+    details: dict[str, Any] | None = None
+
+
+class MessageErrorBody(BaseModel):
+    """The body of every error response."""
+
+    type: Literal["error"]
+    error: MessageErrorDetails
+    request_id: str
 
 
 def anthropic_error(status: int, message: str) -> dict[str, Any]:

@@ -1,11 +1,13 @@
 """POST /v1/messages and /v1/messages/count_tokens."""
 
+from typing import Any
+
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from openmimo.core.records import SamplingParams
 from openmimo.engine.server.anthropic.answer import MessageAnswer
-from openmimo.engine.server.anthropic.errors import NO_THREADS
+from openmimo.engine.server.anthropic.errors import NO_THREADS, MessageErrorBody
 from openmimo.engine.server.anthropic.schema import MessagesRequest, PromptRequest
 from openmimo.engine.server.anthropic.task import message_task, prompt_task, skipped_parts
 from openmimo.engine.server.chat.task import encode_task, prepare_chat
@@ -18,7 +20,8 @@ from openmimo.engine.server.http.warnings import skipped, warn
 
 def message_routes(service: Service) -> APIRouter:
     """The endpoints of Anthropic's Messages API of a service."""
-    router = APIRouter(route_class=JsonRoute)
+    errors: dict[int | str, dict[str, Any]] = {"4XX": {"model": MessageErrorBody}, "5XX": {"model": MessageErrorBody}}
+    router = APIRouter(route_class=JsonRoute, responses=errors)
 
     @router.post("/v1/messages", responses=STREAMED)
     async def create_message(body: MessagesRequest, request: Request) -> Response:

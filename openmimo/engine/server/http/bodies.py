@@ -22,8 +22,8 @@ _Result = TypeVar("_Result")
 class JsonRoute(APIRoute):
     """A route whose endpoint takes `body`, a pydantic model, and `request`, and no other parameters.
 
-    The raw body is dropped after parsing. `request.state.is_large` records whether it exceeded
-    `limits.LARGE_BODY_BYTES`.
+    The raw body is dropped after parsing. `request.state.num_bytes` records its size, and `request.state.is_large`
+    whether it exceeded `limits.LARGE_BODY_BYTES`.
     """
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
@@ -33,6 +33,7 @@ class JsonRoute(APIRoute):
         async def handle(request: Request) -> Response:
             _check_content_type(request)
             content = (await request.receive()).get("body", b"")
+            request.state.num_bytes = len(content)
             request.state.is_large = len(content) > limits.LARGE_BODY_BYTES
             service = request.app.state.service
             most_values = max(limits.VALUES, 2 * service.backend.max_positions)

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
@@ -102,6 +103,7 @@ def install_handlers(app: FastAPI) -> None:
     """Convert every exception that the app's routes raise to a response in OpenAI's format."""
     app.exception_handler(ApiError)(_on_api_error)
     app.exception_handler(UserError)(_on_user_error)
+    app.exception_handler(RequestValidationError)(_on_invalid_query)
     app.exception_handler(HTTPException)(_on_http_error)
     app.exception_handler(ClientGoneError)(_on_client_gone)
     app.exception_handler(Exception)(_on_bug)
@@ -113,6 +115,12 @@ async def _on_api_error(request: Request, error: ApiError) -> JSONResponse:
 
 async def _on_user_error(request: Request, error: UserError) -> JSONResponse:
     return invalid(str(error), None).response()
+
+
+async def _on_invalid_query(request: Request, error: RequestValidationError) -> JSONResponse:
+    first = error.errors()[0]
+    param = str(first["loc"][-1])
+    return invalid(f"{param}: {first['msg']}", param, code="invalid_value").response()
 
 
 def validation_error(error: ValidationError) -> ApiError:

@@ -3,12 +3,11 @@
 import asyncio
 import hmac
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from openmimo.engine.server.http.errors import ApiError
-from openmimo.engine.server.http.limits import LARGE_BODY_BYTES
+from openmimo.engine.server.http.open_bytes import OpenBody, OpenBytes
 
 REQUESTS = ("http", "websocket")
 _GUARDED = ("/v1/", "/tokenize", "/detokenize")
@@ -70,28 +69,21 @@ class LimitBody:
     Args:
         app: The next ASGI app.
         max_bytes: Maximum size of one body.
-        max_open_bytes: Maximum total size of the bodies of all open requests, except bodies of up to
-            `LARGE_BODY_BYTES`.
+        open_bytes: The bodies of all open requests.
         timeout_seconds: Time limit for a body to arrive.
-        retry_after_seconds: Value of the Retry-After header of a 429.
     """
 
-    def __init__(
-        self, app: ASGIApp, *, max_bytes: int, max_open_bytes: int, timeout_seconds: float, retry_after_seconds: int
-    ):
+    def __init__(self, app: ASGIApp, *, max_bytes: int, open_bytes: OpenBytes, timeout_seconds: float):
         self._app = app
         self._max_bytes = max_bytes
-        self._max_open_bytes = max_open_bytes
-        self._num_open_bytes = 0
+        self._open_bytes = open_bytes
         self._timeout_seconds = timeout_seconds
-        self._retry_after_seconds = retry_after_seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        size = _Size()
-        try:
+        with self._open_bytes.body() as size:
             try:
                 unread = [{"type": "http.request", "body": await self._read(scope, receive, size), "more_body": False}]
             except ApiError as error:
@@ -102,10 +94,8 @@ class LimitBody:
                 return unread.pop() if unread else await receive()
 
             await self._app(scope, replay, send)
-        finally:
-            self._num_open_bytes -= size.num_bytes
 
-    async def _read(self, scope: Scope, receive: Receive, size: "_Size") -> bytes:
+    async def _read(self, scope: Scope, receive: Receive, size: OpenBody) -> bytes:
         """Return the body, or its received part if the client has disconnected. Raises ApiError."""
         # The unread rest of a body would be parsed as the next request, so these errors close the connection.
         headers = {"Connection": "close"}
@@ -123,29 +113,8 @@ class LimitBody:
                     body += message.get("body", b"")
                     if len(body) > self._max_bytes:
                         raise too_large
-                    self._count(size, len(body))
+                    size.grow(len(body))
                     if not message.get("more_body", False):
                         return bytes(body)
         except TimeoutError as error:
             raise ApiError(408, "The request did not arrive in time.", code="timeout", headers=headers) from error
-
-    def _count(self, size: "_Size", num_bytes: int) -> None:
-        """Record that a body has grown to `num_bytes`. Raises ApiError if the open bodies exceed their total limit."""
-        if num_bytes <= LARGE_BODY_BYTES:
-            return
-        self._num_open_bytes += num_bytes - size.num_bytes
-        size.num_bytes = num_bytes
-        if self._num_open_bytes > max(self._max_open_bytes, num_bytes):
-            raise ApiError(
-                429,
-                f"The open requests already have {self._max_open_bytes} bytes; try again.",
-                code="queue_full",
-                headers={"Retry-After": str(self._retry_after_seconds), "Connection": "close"},
-            )
-
-
-@dataclass
-class _Size:
-    """The share of one body in the open bytes."""
-
-    num_bytes: int = 0

@@ -18,6 +18,7 @@ from openmimo.engine.server.config import ServerConfig
 from openmimo.engine.server.http import limits
 from openmimo.engine.server.http.errors import ApiError, engine_failed, invalid
 from openmimo.engine.server.http.metrics import Metrics
+from openmimo.engine.server.http.open_bytes import OpenBytes
 
 _LOG = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
@@ -71,6 +72,7 @@ class Service:
         created: Unix time of the start, in seconds.
         is_draining: Whether new requests are rejected because the server is shutting down.
         num_waiting: Number of replies that wait for their first token.
+        open_bytes: The bodies of all open requests.
     """
 
     def __init__(self, backend: Backend, config: ServerConfig):
@@ -81,6 +83,7 @@ class Service:
         self.created = int(time.time())
         self.is_draining = False
         self.num_waiting = 0
+        self.open_bytes = OpenBytes(config.max_open_bytes, retry_after_seconds=config.retry_after_seconds)
         self._generations: set[Generation] = set()
         # Two lanes, so that long documents do not delay chats.
         self._small, self._large = self._lane("small", num_threads=2), self._lane("large", num_threads=1)

@@ -1,21 +1,20 @@
 """The reply to a request of the Responses API: one response object, or its events."""
 
-import json
 import secrets
 import time
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
-from openmimo.engine.server.chat.task import PreparedChat, chat_events
+from openmimo.engine.server.chat.task import chat_events
 from openmimo.engine.server.chat.turns import ChatReply
 from openmimo.engine.server.http.errors import ApiError
 from openmimo.engine.server.http.service import Generation, Service
 from openmimo.engine.server.http.streaming import event
-from openmimo.engine.server.openai.responses.input import as_input, listed
+from openmimo.engine.server.openai.responses.input import as_input, num_characters
 from openmimo.engine.server.openai.responses.output import Event, OutputItems
 from openmimo.engine.server.openai.responses.schema import AllowedTools, ResponseRequest, ResponseTool
 from openmimo.engine.server.openai.responses.store import ResponseStore, StoredResponse, estimated_bytes
-from openmimo.engine.server.openai.responses.task import Conversation, functions_of
+from openmimo.engine.server.openai.responses.task import PreparedResponse, functions_of
 
 
 class ResponseAnswer:
@@ -25,8 +24,7 @@ class ResponseAnswer:
         service: The service.
         store: The stored responses.
         body: The request.
-        conversation: The request's items.
-        prepared: The request's prompt.
+        prepared: The request's prompt and items.
         generation: The running reply.
         owner: The WebSocket connection of the request. It keeps a response that is not to be stored.
         has_output: Whether the response contains the reply. Otherwise the request only reads its prompt.
@@ -37,8 +35,7 @@ class ResponseAnswer:
         service: Service,
         store: ResponseStore,
         body: ResponseRequest,
-        conversation: Conversation,
-        prepared: PreparedChat,
+        prepared: PreparedResponse,
         generation: Generation,
         owner: object | None = None,
         *,
@@ -46,13 +43,13 @@ class ResponseAnswer:
     ):
         self.generation = generation
         self._store = store
-        self._conversation = conversation
+        self._prepared = prepared
         self._owner = owner
         self._has_output = has_output
-        self._reply = prepared.new_reply(service.backend.tokenizer)
+        self._reply = prepared.chat.new_reply(service.backend.tokenizer)
         seals_reasoning = "reasoning.encrypted_content" in (body.include or ())
         self._output = OutputItems(self._reply, seals_reasoning=seals_reasoning)
-        self._num_prompt_tokens = len(prepared.prompt.token_ids)
+        self._num_prompt_tokens = len(prepared.chat.prompt.token_ids)
         self._response = new_response(body, model=service.model_name)
         self._num_events = 0
 
@@ -120,11 +117,15 @@ class ResponseAnswer:
             self._store.put(self._stored(), self._owner)
 
     def _stored(self) -> StoredResponse:
-        previous, new = self._conversation.previous, self._conversation.new
-        items = [*self._conversation.items, *as_input(self._output.items)]
-        input_items = [listed(item) for item in new]
-        size = estimated_bytes(len(json.dumps([self._response, input_items])), len(items))
-        return StoredResponse(self._response, input_items, items, size + (previous.num_bytes if previous else 0))
+        prepared, output = self._prepared, as_input(self._output.items)
+        size = num_characters(output)
+        return StoredResponse(
+            self._response,
+            prepared.input_items,
+            [*prepared.conversation.items, *output],
+            prepared.num_characters + size,
+            prepared.num_bytes + estimated_bytes(2 * size, len(output)),
+        )
 
     def _numbered(self, one: Event) -> Event:
         self._num_events += 1

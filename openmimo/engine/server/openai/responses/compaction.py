@@ -3,6 +3,7 @@
 import secrets
 import time
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from openmimo.core.records import SamplingParams
@@ -18,6 +19,7 @@ from openmimo.engine.server.openai.responses.schema import (
     compacted_content,
     parts_text,
 )
+from openmimo.engine.server.openai.responses.task import Conversation, checked_size
 
 _REQUEST = (
     "Summarize this conversation for yourself, so that you can continue it from the summary alone. Keep the goals, the "
@@ -27,22 +29,37 @@ _MAX_TOKENS = 4096
 _MAX_REPEATS = 4
 
 
-def prepare_compaction(service: Service, items: Iterable[InputItem], instructions: str | None) -> PreparedChat:
+@dataclass(frozen=True)
+class PreparedCompaction:
+    """A conversation ready for its summary.
+
+    Attributes:
+        chat: The request for the summary.
+        kept: The texts of the user's messages, those of earlier compactions included.
+    """
+
+    chat: PreparedChat
+    kept: list[str]
+
+
+def prepare_compaction(service: Service, conversation: Conversation, instructions: str | None) -> PreparedCompaction:
     """Build the engine request for the summary of a conversation. Raises ApiError; runs in a worker thread."""
-    messages = [*messages_of(items, instructions), {"role": "user", "content": _REQUEST}]
+    checked_size(service, conversation)
+    messages = [*messages_of(conversation.items, instructions), {"role": "user", "content": _REQUEST}]
     limit = min(service.config.max_tokens, _MAX_TOKENS)
     params = SamplingParams(max_tokens=limit, temperature=0.0, max_repeats=_MAX_REPEATS, skip_special_tokens=False)
-    return prepare_chat(service, ChatTask(messages, params, names=FieldNames(messages="input")))
+    chat = prepare_chat(service, ChatTask(messages, params, names=FieldNames(messages="input")))
+    return PreparedCompaction(chat, _user_texts(conversation.items))
 
 
 class CompactionAnswer:
-    """The compacted form of a conversation, `items`, whose summary `generation` writes."""
+    """The compacted form of a conversation, whose summary `generation` writes."""
 
-    def __init__(self, service: Service, items: Iterable[InputItem], prepared: PreparedChat, generation: Generation):
+    def __init__(self, service: Service, prepared: PreparedCompaction, generation: Generation):
         self.generation = generation
-        self._kept = user_texts(items)
-        self._reply = prepared.new_reply(service.backend.tokenizer)
-        self._num_prompt_tokens = len(prepared.prompt.token_ids)
+        self._kept = prepared.kept
+        self._reply = prepared.chat.new_reply(service.backend.tokenizer)
+        self._num_prompt_tokens = len(prepared.chat.prompt.token_ids)
 
     async def whole(self) -> dict[str, Any]:
         async for _ in chat_events(self.generation, self._reply):
@@ -57,8 +74,7 @@ class CompactionAnswer:
         }
 
 
-def user_texts(items: Iterable[InputItem]) -> list[str]:
-    """Return the texts of the user's messages, those of earlier compactions included."""
+def _user_texts(items: Iterable[InputItem]) -> list[str]:
     texts: list[str] = []
     for item in items:
         if isinstance(item, CompactionItem):

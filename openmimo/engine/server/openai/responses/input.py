@@ -64,6 +64,28 @@ def check_outputs(items: Sequence[InputItem], *, first: int) -> None:
             raise invalid(message, f"input[{index - first}].call_id")
 
 
+def num_characters(items: Iterable[InputItem]) -> int:
+    """Return the length of the texts of items."""
+    return sum(len(text) for item in items for text in _texts(item))
+
+
+def _texts(item: InputItem) -> tuple[str, ...]:
+    match item:
+        case ReasoningItem():
+            return parts_text(item.content), item.encrypted_content or ""
+        case FunctionCallItem():
+            return item.name, item.arguments
+        case CustomCallItem():
+            return item.name, item.input
+        case FunctionOutputItem():
+            return (parts_text(item.output),)
+        case MessageItem():
+            return (parts_text(item.content),)
+        case CompactionItem():
+            return (item.encrypted_content,)
+    return ()
+
+
 def messages_of(items: Iterable[InputItem], instructions: str | None) -> list[dict[str, Any]]:
     """Convert items to the form that templates take. Consecutive items of the model become one turn."""
     turns: list[dict[str, Any]] = [{"role": "system", "content": instructions}] if instructions else []

@@ -1,5 +1,6 @@
 """The endpoints of the Responses API."""
 
+import functools
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request, Response
@@ -21,6 +22,7 @@ from openmimo.engine.server.openai.responses.socket import serve_socket
 from openmimo.engine.server.openai.responses.store import ResponseStore, StoredResponse
 from openmimo.engine.server.openai.responses.task import (
     Conversation,
+    checked_size,
     conversation_of,
     has_structure,
     prepare_response,
@@ -48,10 +50,9 @@ def _generating_routes(service: Service, store: ResponseStore) -> APIRouter:
         service.check_model(body.model)
         conversation = conversation_of(store, None, previous_response_id=body.previous_response_id, given=body.input)
         is_large = request.state.is_large or has_structure(body) or conversation.previous is not None
-        work = service.prepared(lambda: prepare_response(service, body, conversation), is_large=is_large)
-        prepared = await unless_disconnected(request.receive, work)
-        generation = service.start([prepared.request])
-        answer = ResponseAnswer(service, store, body, conversation, prepared, generation)
+        prepare = functools.partial(prepare_response, service, body, conversation, num_bytes=request.state.num_bytes)
+        prepared = await unless_disconnected(request.receive, service.prepared(prepare, is_large=is_large))
+        answer = ResponseAnswer(service, store, body, prepared, service.start([prepared.chat.request]))
         response = await respond(request, answer, answer.encoded_events() if body.stream else None)
         return warn(response, skipped(skipped_parts(body)))
 
@@ -60,10 +61,9 @@ def _generating_routes(service: Service, store: ResponseStore) -> APIRouter:
         """Replaces a conversation by one item with the user's messages and a summary."""
         service.check_model(body.model)
         conversation = conversation_of(store, None, previous_response_id=body.previous_response_id, given=body.input)
-        items = conversation.items
-        work = service.prepared(lambda: prepare_compaction(service, items, body.instructions), is_large=True)
+        work = service.prepared(lambda: prepare_compaction(service, conversation, body.instructions), is_large=True)
         prepared = await unless_disconnected(request.receive, work)
-        answer = CompactionAnswer(service, items, prepared, service.start([prepared.request]))
+        answer = CompactionAnswer(service, prepared, service.start([prepared.chat.request]))
         return await respond(request, answer, None)
 
     @router.post("/v1/responses/input_tokens")
@@ -79,6 +79,7 @@ def _generating_routes(service: Service, store: ResponseStore) -> APIRouter:
 
 
 def _num_tokens(service: Service, body: ResponseRequest, conversation: Conversation) -> int:
+    checked_size(service, conversation)
     effort = body.reasoning.effort if body.reasoning else None
     task = ChatTask(
         messages=messages_of(conversation.items, body.instructions),

@@ -1,6 +1,7 @@
 """The Responses API over a WebSocket: each message of the client creates one response, one after the other."""
 
 import asyncio
+import functools
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -78,19 +79,21 @@ class _Connection:
 
     async def _answer(self, content: bytes) -> None:
         """Answer one message. An error drops the connection's last response, as Open Responses demands."""
-        try:
-            answer = await self._start(content)
-        except ApiError as error:
-            self._store.forget(self)
-            await self.send_error(error)
-            return
-        try:
-            async for one in answer.events():
-                await self._send(one)
-        except ApiError:  # the event response.failed has reported it
-            self._store.forget(self)
-        finally:
-            await answer.generation.close()
+        with self._service.open_bytes.body() as size:
+            try:
+                size.grow(len(content))
+                answer = await self._start(content)
+            except ApiError as error:
+                self._store.forget(self)
+                await self.send_error(error)
+                return
+            try:
+                async for one in answer.events():
+                    await self._send(one)
+            except ApiError:  # the event response.failed has reported it
+                self._store.forget(self)
+            finally:
+                await answer.generation.close()
 
     async def _start(self, content: bytes) -> ResponseAnswer:
         service = self._service
@@ -102,12 +105,12 @@ class _Connection:
             self._store, self, previous_response_id=body.previous_response_id, given=body.input
         )
         is_large = is_large or has_structure(body) or conversation.previous is not None
-        prepared = await service.prepared(lambda: prepare_response(service, body, conversation), is_large=is_large)
+        work = functools.partial(prepare_response, service, body, conversation, num_bytes=len(content))
+        prepared = await service.prepared(work, is_large=is_large)
         has_output = body.generate is not False
-        generation = service.start([prepared.request if has_output else shortest(prepared.request)])
-        return ResponseAnswer(
-            service, self._store, body, conversation, prepared, generation, owner=self, has_output=has_output
-        )
+        request = prepared.chat.request if has_output else shortest(prepared.chat.request)
+        generation = service.start([request])
+        return ResponseAnswer(service, self._store, body, prepared, generation, owner=self, has_output=has_output)
 
     async def _send(self, one: dict[str, Any]) -> None:
         await self._websocket.send_text(json_text(one))

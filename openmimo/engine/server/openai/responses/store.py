@@ -19,12 +19,14 @@ class StoredResponse:
         response: The response object.
         input_items: The items of its request, as clients list them.
         conversation: All items up to and including its output.
+        num_characters: Length of their texts.
         num_bytes: Estimated size in memory.
     """
 
     response: dict[str, Any]
     input_items: Sequence[dict[str, Any]]
     conversation: Sequence[InputItem]
+    num_characters: int
     num_bytes: int
 
     @property
@@ -56,7 +58,7 @@ class ResponseStore:
         self._clock = clock
         self._num_bytes = 0
         self._entries: OrderedDict[str, _Entry] = OrderedDict()  # the least recently used first
-        self._response_of_item: dict[str, str] = {}
+        self._items: dict[str, tuple[str, dict[str, Any]]] = {}  # of all responses, with the id of their response
         self._response_of_owner: dict[object, str] = {}
 
     def __len__(self) -> int:
@@ -79,7 +81,7 @@ class ResponseStore:
         self._num_bytes += stored.num_bytes
         if owner is not None:
             self._response_of_owner[owner] = stored.id
-        self._response_of_item |= {item_id: stored.id for item_id in _item_ids(stored)}
+        self._items |= {item["id"]: (stored.id, item) for item in _items(stored)}
 
     def get(self, response_id: str, owner: object | None = None) -> StoredResponse | None:
         """Return a response, or None if there is none with this id that `owner` may use."""
@@ -93,10 +95,8 @@ class ResponseStore:
 
     def find_item(self, item_id: str, owner: object | None = None) -> dict[str, Any] | None:
         """Return the input or output item with this id of a response that `owner` may use, or None."""
-        stored = self.get(self._response_of_item.get(item_id, ""), owner)
-        if stored is None:
-            return None
-        return next(item for item in [*stored.input_items, *stored.response["output"]] if item["id"] == item_id)
+        response_id, item = self._items.get(item_id, ("", None))
+        return None if self.get(response_id, owner) is None else item
 
     def delete(self, response_id: str) -> bool:
         """Drop a response without an owner. Returns whether there was one."""
@@ -121,8 +121,8 @@ class ResponseStore:
         self._num_bytes -= stored.num_bytes
         if entry.owner is not None:
             del self._response_of_owner[entry.owner]
-        for item_id in _item_ids(stored):
-            del self._response_of_item[item_id]
+        for item in _items(stored):
+            del self._items[item["id"]]
 
 
 @dataclass
@@ -132,5 +132,5 @@ class _Entry:
     last_used: float
 
 
-def _item_ids(stored: StoredResponse) -> list[str]:
-    return [item["id"] for item in (*stored.input_items, *stored.response["output"])]
+def _items(stored: StoredResponse) -> list[dict[str, Any]]:
+    return [*stored.input_items, *stored.response["output"]]

@@ -7,10 +7,18 @@ from typing import Any
 from openmimo.core.records import Request, Structure
 from openmimo.engine.server.chat.task import ChatTask, FieldNames, PreparedChat, prepare_chat
 from openmimo.engine.server.chat.tools import ToolPolicy, tool_policy
+from openmimo.engine.server.http import limits
 from openmimo.engine.server.http.errors import ApiError, invalid
 from openmimo.engine.server.http.service import Service
 from openmimo.engine.server.openai.conversation import template_options
-from openmimo.engine.server.openai.responses.input import as_input, check_outputs, input_items, messages_of
+from openmimo.engine.server.openai.responses.input import (
+    as_input,
+    check_outputs,
+    input_items,
+    listed,
+    messages_of,
+    num_characters,
+)
 from openmimo.engine.server.openai.responses.schema import (
     AllowedTools,
     InputItem,
@@ -19,7 +27,7 @@ from openmimo.engine.server.openai.responses.schema import (
     ResponseTool,
     SkippedItem,
 )
-from openmimo.engine.server.openai.responses.store import ResponseStore, StoredResponse
+from openmimo.engine.server.openai.responses.store import ResponseStore, StoredResponse, estimated_bytes
 from openmimo.engine.server.openai.sampling import sampling_params, structure_field, structure_of
 from openmimo.engine.server.openai.schema import JsonSchemaFormat, ResponseFormat
 
@@ -40,6 +48,23 @@ class Conversation:
     def items(self) -> list[InputItem]:
         """All items in order."""
         return [*(self.previous.conversation if self.previous else ()), *self.new]
+
+
+def checked_size(service: Service, conversation: Conversation) -> int:
+    """Return the length of the texts of a conversation.
+
+    Raises ApiError if it is longer than the largest request body, or has more items than a request. Stored responses
+    and references could otherwise make a conversation of any size from small requests.
+    """
+    previous = conversation.previous
+    num_items = len(conversation.new) + (len(previous.conversation) if previous else 0)
+    if num_items > limits.MESSAGES:
+        raise invalid(f"The conversation has {num_items} items; at most {limits.MESSAGES} are allowed.", "input")
+    size = num_characters(conversation.new) + (previous.num_characters if previous else 0)
+    if size > service.config.max_body_bytes:
+        message = f"The conversation has {size} characters; at most {service.config.max_body_bytes} are allowed."
+        raise invalid(message, "input", code="context_length_exceeded")
+    return size
 
 
 def conversation_of(
@@ -77,8 +102,45 @@ def conversation_of(
     return conversation
 
 
-def prepare_response(service: Service, body: ResponseRequest, conversation: Conversation) -> PreparedChat:
-    """Convert a request to a checked engine request. Raises ApiError; runs in a worker thread."""
+@dataclass(frozen=True)
+class PreparedResponse:
+    """A request ready for the engine, and for the store.
+
+    Attributes:
+        chat: The prompt and the engine request.
+        conversation: The items of the request.
+        input_items: The request's own items, as clients list them.
+        num_characters: Length of the conversation's texts.
+        num_bytes: Estimated size in memory.
+    """
+
+    chat: PreparedChat
+    conversation: Conversation
+    input_items: Sequence[dict[str, Any]]
+    num_characters: int
+    num_bytes: int
+
+
+def prepare_response(
+    service: Service, body: ResponseRequest, conversation: Conversation, *, num_bytes: int
+) -> PreparedResponse:
+    """Convert a request to a checked engine request. Raises ApiError; runs in a worker thread.
+
+    Args:
+        service: The service.
+        body: The request.
+        conversation: The items of the request.
+        num_bytes: Size of the request's JSON.
+    """
+    size = checked_size(service, conversation)
+    chat = _prepare_chat(service, body, conversation)
+    own_items = [listed(item) for item in conversation.new]
+    # The request is kept parsed and as clients list it.
+    in_memory = estimated_bytes(size + 2 * num_bytes, len(conversation.items))
+    return PreparedResponse(chat, conversation, own_items, size, in_memory)
+
+
+def _prepare_chat(service: Service, body: ResponseRequest, conversation: Conversation) -> PreparedChat:
     effort = body.reasoning.effort if body.reasoning else None
     limit = min(body.max_output_tokens or service.config.max_tokens, service.config.max_tokens)
     task = ChatTask(
