@@ -56,6 +56,7 @@ def chat_body(question):
 def response_body(question):
     limit = {"max_output_tokens": 2} if question == "length" else {}
     limit |= {"include": ["reasoning.encrypted_content"]} if question == "think" else {}
+    limit |= {"reasoning": {"summary": "auto"}} if question == "cut" else {}
     limit |= {"tool_choice": {"type": "function", "name": "get_weather"}} if question == "cut" else {}
     return {"input": question, "tools": [TOOL], **limit}
 

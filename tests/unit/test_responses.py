@@ -258,6 +258,22 @@ def test_reasoning_comes_back_in_the_field_that_clients_return(client, backend):
     assert "Look it up." not in prompt_of(backend)
 
 
+def test_reasoning_is_the_summary_if_a_summary_is_asked_for(client, backend):
+    body = {"input": "think about the weather", "tools": [WEATHER], "reasoning": {"summary": "auto"}}
+    item, call = created(client, **body)["output"]
+    assert item["summary"] == [{"type": "summary_text", "text": "Look it up."}] and "content" not in item
+    data = client.post(RESPONSES, json={**body, "stream": True}).text.split("\n\n")
+    events = [json.loads(one.split("data: ")[1]) for one in data if "reasoning_summary" in one]
+    assert [event["type"].removeprefix("response.reasoning_summary_") for event in (events[0], *events[-2:])] == [
+        "part.added", "text.done", "part.done",
+    ]  # fmt: skip
+    deltas = "".join(event["delta"] for event in events if event["type"].endswith("text.delta"))
+    assert deltas == events[-2]["text"] == events[-1]["part"]["text"] == "Look it up."
+    result = {"type": "function_call_output", "call_id": call["call_id"], "output": "rain"}
+    created(client, input=[{"role": "user", "content": body["input"]}, item, call, result], tools=[WEATHER])
+    assert "Look it up." in prompt_of(backend)
+
+
 def test_input_tokens_are_counted(client, backend):
     body = {"input": "hello there", "tools": [WEATHER], "instructions": "Be brief."}
     count = client.post(f"{RESPONSES}/input_tokens", json=body).json()

@@ -11,7 +11,7 @@ from openmimo.engine.server.http.errors import ApiError
 from openmimo.engine.server.http.service import Generation, Service
 from openmimo.engine.server.http.streaming import event
 from openmimo.engine.server.openai.responses.input import as_input, num_characters
-from openmimo.engine.server.openai.responses.output import Event, OutputItems
+from openmimo.engine.server.openai.responses.output import Event, OutputItems, ReasoningForm
 from openmimo.engine.server.openai.responses.schema import AllowedTools, ResponseRequest, ResponseTool
 from openmimo.engine.server.openai.responses.store import ResponseStore, StoredResponse, estimated_bytes
 from openmimo.engine.server.openai.responses.task import PreparedResponse, functions_of
@@ -47,8 +47,7 @@ class ResponseAnswer:
         self._owner = owner
         self._has_output = has_output
         self._reply = prepared.chat.new_reply(service.backend.tokenizer)
-        seals_reasoning = "reasoning.encrypted_content" in (body.include or ())
-        self._output = OutputItems(self._reply, seals_reasoning=seals_reasoning)
+        self._output = OutputItems(self._reply, _reasoning_form(body))
         self._num_prompt_tokens = len(prepared.chat.prompt.token_ids)
         self._response = new_response(body, model=service.model_name)
         self._num_events = 0
@@ -130,6 +129,14 @@ class ResponseAnswer:
     def _numbered(self, one: Event) -> Event:
         self._num_events += 1
         return {**one, "sequence_number": self._num_events - 1}
+
+
+def _reasoning_form(body: ResponseRequest) -> ReasoningForm:
+    options = body.reasoning
+    return ReasoningForm(
+        is_summary=options is not None and (options.summary or options.generate_summary) is not None,
+        is_sealed="reasoning.encrypted_content" in (body.include or ()),
+    )
 
 
 def usage_of(reply: ChatReply, num_prompt_tokens: int) -> dict[str, Any]:

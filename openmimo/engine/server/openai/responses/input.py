@@ -72,7 +72,7 @@ def num_characters(items: Iterable[InputItem]) -> int:
 def _texts(item: InputItem) -> tuple[str, ...]:
     match item:
         case ReasoningItem():
-            return parts_text(item.content), item.encrypted_content or ""
+            return parts_text(item.content), parts_text(item.summary), item.encrypted_content or ""
         case FunctionCallItem():
             return item.name, item.arguments
         case CustomCallItem():
@@ -115,7 +115,7 @@ def _append(turns: list[dict[str, Any]], item: InputItem) -> None:
 
 
 def _reasoning(item: ReasoningItem) -> str:
-    return parts_text(item.content) or unseal(item.encrypted_content or "") or ""
+    return parts_text(item.content) or unseal(item.encrypted_content or "") or parts_text(item.summary)
 
 
 def listed(item: InputItem) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """The output items and events of a response, built from the events of a chat reply."""
 
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from openmimo.data.chat.parser import (
@@ -18,6 +19,76 @@ from openmimo.engine.server.openai.responses.sealed import seal
 Event = dict[str, Any]
 
 
+@dataclass(frozen=True)
+class _TextKind:
+    """How the Responses API represents one kind of text.
+
+    Attributes:
+        prefix: Beginning of the item's id.
+        item: Fields of the item.
+        parts: The item's field that contains the part.
+        part: The part, still without text.
+        part_event: Name of the events of the part, without the last word.
+        text_event: Name of the events of the text, without the last word.
+        text_fields: Further fields of the events of the text.
+    """
+
+    prefix: str
+    item: Mapping[str, Any]
+    parts: str
+    part: Mapping[str, Any]
+    part_event: str
+    text_event: str
+    text_fields: Mapping[str, Any]
+
+    @property
+    def index(self) -> dict[str, int]:
+        """The position of the part in its item: there is one."""
+        return {f"{self.parts}_index": 0}
+
+
+_MESSAGE = _TextKind(
+    "msg",
+    {"type": "message", "role": "assistant"},
+    "content",
+    {"type": "output_text", "text": "", "annotations": [], "logprobs": []},
+    "response.content_part",
+    "response.output_text",
+    {"logprobs": []},
+)
+_REASONING = _TextKind(
+    "rs",
+    {"type": "reasoning", "summary": []},
+    "content",
+    {"type": "reasoning_text", "text": ""},
+    "response.content_part",
+    "response.reasoning_text",
+    {},
+)
+_SUMMARY = _TextKind(
+    "rs",
+    {"type": "reasoning"},
+    "summary",
+    {"type": "summary_text", "text": ""},
+    "response.reasoning_summary_part",
+    "response.reasoning_summary_text",
+    {},
+)
+
+
+@dataclass(frozen=True)
+class ReasoningForm:
+    """How reasoning is returned.
+
+    Attributes:
+        is_summary: Whether it is in the field `summary`, which most clients show, instead of `content`.
+        is_sealed: Whether it is in the field `encrypted_content`, too, which some clients return instead of the text.
+    """
+
+    is_summary: bool = False
+    is_sealed: bool = False
+
+
 class OutputItems:
     """The output items of a response, built from the reply's events.
 
@@ -25,26 +96,23 @@ class OutputItems:
 
     Args:
         reply: The reply whose events follow.
-        seals_reasoning: Whether reasoning items also have the reasoning as `encrypted_content`.
+        reasoning: How reasoning is returned.
     """
 
-    def __init__(self, reply: ChatReply, *, seals_reasoning: bool = False):
+    def __init__(self, reply: ChatReply, reasoning: ReasoningForm):
         self.items: list[dict[str, Any]] = []
         self._reply = reply
-        self._seals_reasoning = seals_reasoning
+        self._reasoning = reasoning
         self._is_open = False
+        self._kind: _TextKind | None = None  # of the last item, if it is a text
 
     def push(self, part: ChatEvent) -> Iterator[Event]:
         """Add one part of the reply."""
         match part:
             case ReasoningText():
-                yield from self._open("reasoning")
-                self._part["text"] += part.text
-                yield self._event("response.reasoning_text.delta", content_index=0, delta=part.text)
+                yield from self._add_text(_SUMMARY if self._reasoning.is_summary else _REASONING, part.text)
             case ContentText():
-                yield from self._open("message")
-                self._part["text"] += part.text
-                yield self._event("response.output_text.delta", content_index=0, delta=part.text, logprobs=[])
+                yield from self._add_text(_MESSAGE, part.text)
             case ToolCallStart():
                 yield from self.close("completed")
                 yield from self._open_call(part.index)
@@ -57,48 +125,38 @@ class OutputItems:
     def close(self, status: str) -> Iterator[Event]:
         """End the open item, if any, with `status`: "completed" or "incomplete". An open call is always incomplete."""
         if self._is_open:
-            is_call = self.items[-1]["type"] == "function_call"
-            yield from self._end("incomplete" if is_call else status)
+            yield from self._end("incomplete" if self._kind is None else status)
 
     def _end(self, status: str) -> Iterator[Event]:
         self._is_open = False
-        item = self.items[-1]
+        item, kind = self.items[-1], self._kind
         item["status"] = status
-        if item["type"] == "function_call":
+        if kind is None:
             arguments = item["arguments"]
             yield self._event("response.function_call_arguments.done", arguments=arguments, name=item["name"])
-        elif item["type"] == "reasoning":
-            if self._seals_reasoning:
-                item["encrypted_content"] = seal(self._part["text"])
-            yield self._event("response.reasoning_text.done", content_index=0, text=self._part["text"])
         else:
-            yield self._event("response.output_text.done", content_index=0, text=self._part["text"], logprobs=[])
-        if item["type"] != "function_call":
-            yield self._event("response.content_part.done", content_index=0, part=dict(self._part))
+            part = item[kind.parts][0]
+            if item["type"] == "reasoning" and self._reasoning.is_sealed:
+                item["encrypted_content"] = seal(part["text"])
+            yield self._event(f"{kind.text_event}.done", **kind.index, text=part["text"], **kind.text_fields)
+            yield self._event(f"{kind.part_event}.done", **kind.index, part=dict(part))
         yield self._item_event("response.output_item.done")
 
-    @property
-    def _part(self) -> dict[str, Any]:
-        return self.items[-1]["content"][0]
+    def _add_text(self, kind: _TextKind, text: str) -> Iterator[Event]:
+        if not self._is_open or self._kind is not kind:
+            yield from self._open(kind)
+        self.items[-1][kind.parts][0]["text"] += text
+        yield self._event(f"{kind.text_event}.delta", **kind.index, delta=text, **kind.text_fields)
 
-    def _open(self, kind: str) -> Iterator[Event]:
-        """Start a text item, unless the open item has the same kind."""
-        if self._is_open and self.items[-1]["type"] == kind:
-            return
+    def _open(self, kind: _TextKind) -> Iterator[Event]:
         yield from self.close("completed")
-        item: dict[str, Any]
-        part: dict[str, Any]
-        if kind == "reasoning":
-            item = {"id": new_id("rs"), "type": kind, "summary": [], "content": []}
-            part = {"type": "reasoning_text", "text": ""}
-        else:
-            item = {"id": new_id("msg"), "type": kind, "role": "assistant", "content": []}
-            part = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
-        yield from self._add(item)
-        item["content"].append(part)
-        yield self._event("response.content_part.added", content_index=0, part=dict(part))
+        self._kind = kind
+        yield from self._add({"id": new_id(kind.prefix), **kind.item, kind.parts: []})
+        self.items[-1][kind.parts].append(dict(kind.part))
+        yield self._event(f"{kind.part_event}.added", **kind.index, part=dict(kind.part))
 
     def _open_call(self, index: int) -> Iterator[Event]:
+        self._kind = None
         call = self._reply.tool_calls[index]
         item = {"id": new_id("fc"), "type": "function_call", "call_id": call.id, "name": call.name, "arguments": ""}
         yield from self._add(item)
@@ -117,7 +175,8 @@ class OutputItems:
 
 
 def _copy(item: dict[str, Any]) -> dict[str, Any]:
-    return {**item, "content": [dict(part) for part in item["content"]]} if "content" in item else dict(item)
+    """Return the item as it is now: its parts still grow."""
+    return {name: [dict(part) for part in value] if isinstance(value, list) else value for name, value in item.items()}
 
 
 def new_id(prefix: str) -> str:

@@ -64,12 +64,14 @@ class ReasoningItem(LenientFields):
     """Reasoning of an earlier turn of the model, as the server returned it.
 
     Attributes:
-        content: The reasoning. Some clients return only encrypted_content.
+        content: The reasoning. Some clients return only encrypted_content or the summary.
+        summary: The reasoning, if the request has asked for a summary.
         encrypted_content: The reasoning as `seal` encoded it. That of other providers is ignored.
     """
 
     type: Literal["reasoning"]
     content: TextParts | None = None
+    summary: TextParts | None = None
     encrypted_content: str | None = None
 
 
@@ -299,7 +301,13 @@ class TextOptions(Fields):
 
 
 class ReasoningOptions(Fields):
-    """Options of the model's reasoning. The options of summaries have no effect: the full reasoning is returned."""
+    """Options of the model's reasoning.
+
+    Attributes:
+        effort: Whether the model thinks.
+        summary: If set, the full reasoning is returned as the summary, which most clients show.
+        generate_summary: The earlier name of `summary`.
+    """
 
     effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
     summary: Name | None = None
