@@ -1,10 +1,10 @@
-"""The CPU against its peers, in one run: attention, experts, losses, a whole training step, decoding.
+"""CPU speed compared with other implementations in one run: attention, experts, losses, training step, decoding.
 
     python -m benchmarks.bench_cpu [--only NAME] [--quick] [--threads N]
 
-Predictions before the first run, from the arithmetic: windows 4096 / (2 x 128 + 64) of the causal half, so at least 6x
-fewer products than causal attention and 30x against a peer that takes the slow path for unequal dims; causal attention
-half the products of that path. docs/log.md has what came of them.
+Predictions before the first run, from the number of products: Sliding attention needs at least 6x fewer products than
+causal attention, which is half of 4096 / (2 x 128 + 64). It is 30x faster than a peer that uses the slow path for
+unequal dims. Causal attention needs half the products of that path. docs/log.md contains the results.
 """
 
 import argparse
@@ -21,8 +21,7 @@ from benchmarks import bench_decode
 from benchmarks.harness import Row, median_milliseconds, print_rows, write_rows
 from openmimo.core.errors import UserError
 from openmimo.kernels.attention import attend
-from openmimo.kernels.experts import apply_experts
-from openmimo.kernels.token_loss import token_loss
+from openmimo.kernels.operations import apply_experts, token_loss
 from openmimo.model.context import PackedContext
 from openmimo.model.hf import save_model
 from openmimo.model.mimo import MiMo
@@ -36,13 +35,13 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def measure_sliding(rounds: int) -> list[Row]:
-    """Windows of 128 at 4,096 tokens against torch's causal attention on the same shapes, and growth to 32,768."""
+    """Compares windows of 128 at 4,096 tokens with torch's causal attention. Also measures up to 32,768 tokens."""
     rows = []
     for name, dtype in DTYPES.items():
         q, k, v, sink = _attention_inputs(4096, dtype)
         ours, peer = median_milliseconds([lambda: _ours(q, k, v, sink, WINDOW), lambda: _sdpa(q, k, v)], rounds=rounds)
         rows.append(
-            Row(f"sliding 4096 {name}", ours, peer, SDPA, _floor(4096, dtype, WINDOW), 20.0, "no window there")
+            Row(f"sliding 4096 {name}", ours, peer, SDPA, _floor(4096, dtype, WINDOW), 20.0, "the peer has no window")
         )  # fmt: skip
         both = [lambda: _forward_backward(_ours, q, k, v, sink, WINDOW)]
         rows.append(Row(f"sliding 4096 {name}, forward and backward", median_milliseconds(both, rounds=rounds)[0]))
@@ -55,7 +54,7 @@ def measure_sliding(rounds: int) -> list[Row]:
 
 
 def measure_full(rounds: int) -> list[Row]:
-    """Full causal attention at 4,096 tokens."""
+    """Measures full causal attention at 4,096 tokens."""
     rows = []
     for name, dtype in DTYPES.items():
         q, k, v, _ = _attention_inputs(4096, dtype)
@@ -74,7 +73,7 @@ def measure_full(rounds: int) -> list[Row]:
 
 
 def measure_decode_attention(rounds: int) -> list[Row]:
-    """One query, and four, against a cache of 4,096 positions."""
+    """Measures one and four queries with a cache of 4,096 positions."""
     rows = []
     for queries in (1, 4):
         q, k, v, _ = _attention_inputs(4096, torch.bfloat16)
@@ -88,7 +87,7 @@ def measure_decode_attention(rounds: int) -> list[Row]:
 
 
 def measure_experts(rounds: int) -> list[Row]:
-    """64 experts of 512, eight at work, 1,024 dims, forward and backward."""
+    """Measures 64 experts of 512, eight active, 1,024 dims, forward and backward."""
     rows = []
     for tokens in (512, 2048):
         x = torch.randn(tokens, 1024, dtype=torch.bfloat16)
@@ -108,7 +107,7 @@ def measure_experts(rounds: int) -> list[Row]:
 
 
 def measure_token_loss(rounds: int) -> list[Row]:
-    """Loss and gradients of 1,024 tokens over 32,768 words, 512 dims."""
+    """Measures loss and gradients of 1,024 tokens with a vocabulary of 32,768 and 512 dims."""
     hidden = torch.randn(1024, 512, dtype=torch.bfloat16, requires_grad=True)
     weight = (0.05 * torch.randn(32768, 512)).to(torch.bfloat16).requires_grad_()
     labels, weights = torch.randint(0, 32768, (1024,)), torch.full((1024,), 1 / 1024)
@@ -124,12 +123,12 @@ def measure_token_loss(rounds: int) -> list[Row]:
 
 
 def measure_training_step(rounds: int) -> list[Row]:
-    """`tiny` without MTP heads on one sequence of 2,048 tokens: loss, gradients and AdamW, from the same weights."""
+    """Measures a step of `tiny` without MTP heads on 2,048 tokens: loss, gradients and AdamW, from the same weights."""
     return [_training_step(name, dtype, rounds) for name, dtype in DTYPES.items()]
 
 
 def measure_decode(rounds: int) -> list[Row]:
-    """Greedy decoding of `tiny` against `generate`, and speculative against plain where every draft is right."""
+    """Compares greedy decoding of `tiny` with `generate`, and speculative with plain decoding if all drafts pass."""
     rows = []
     threads = torch.get_num_threads()
     for row in bench_decode.measure_against_transformers(num_threads=threads, rounds=rounds):
@@ -150,7 +149,7 @@ def measure_decode(rounds: int) -> list[Row]:
             1e3 / row.speculative_tokens_per_second,
             1e3 / row.plain_tokens_per_second,
             "openmimo, plain",
-            note=f"{row.accepted_tokens_per_step:.2f} tokens a step",
+            note=f"{row.accepted_tokens_per_step:.2f} tokens per step",
         )
     )
     return rows
@@ -171,14 +170,14 @@ AGAINST_TRANSFORMERS = ("training_step", "decode")
 
 
 def main() -> None:
-    """The command line: parses and runs."""
+    """Runs the measurements that the command line selects."""
     run(parse(None))
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """The options (None: those of this process). Ends the process with code 2 for what it cannot parse."""
+    """Parses the command line (None: `sys.argv`). Exits with code 2 for invalid options."""
     parser = argparse.ArgumentParser(prog="openmimo bench", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--only", choices=MEASUREMENTS, help="one measurement alone")
+    parser.add_argument("--only", choices=MEASUREMENTS, help="run only this measurement")
     parser.add_argument("--quick", action="store_true", help="one round instead of five")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
     options = parser.parse_args(arguments)
@@ -188,22 +187,25 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def chosen(only: str | None) -> list[str]:
-    """The measurements to make: without transformers, those that need it as a peer are left out, and a line says so.
+    """Returns the names of the measurements. Without transformers, omits those that need it and prints their names.
+
+    Args:
+        only: A single measurement (None: all).
 
     Raises:
-        UserError: The one that was asked for needs transformers.
+        UserError: Measurement `only` needs transformers.
     """
     names = [only] if only else list(MEASUREMENTS)
     if importlib.util.find_spec("transformers") is not None:
         return names
     if only in AGAINST_TRANSFORMERS:
         raise UserError(f"{only} is measured against transformers, which is not installed: make test installs it.")
-    print(f"left out, as transformers is not installed (make test installs it): {', '.join(AGAINST_TRANSFORMERS)}")
+    print(f"left out because transformers is not installed (make test installs it): {', '.join(AGAINST_TRANSFORMERS)}")
     return [name for name in names if name not in AGAINST_TRANSFORMERS]
 
 
 def run(options: argparse.Namespace) -> None:
-    """Runs the measurements, prints a table, and writes the results unless --quick cut them short."""
+    """Runs the measurements, prints a table, and writes the results unless --quick."""
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     names = chosen(options.only)
@@ -237,7 +239,7 @@ def _forward_backward(function: Callable[..., torch.Tensor], q, k, v, *rest) -> 
 
 
 def _floor(length: int, dtype: torch.dtype, window_keys: int | None) -> float:
-    """Milliseconds of the products that the definition asks for, at the rate of a large one."""
+    """Returns milliseconds of the necessary products at the rate of a large matrix product."""
     pairs = length * (length + 1) / 2 if window_keys is None else length * window_keys
     if dtype == torch.bfloat16 and not cpu_multiplies_bfloat16():
         dtype = torch.float32
@@ -245,7 +247,7 @@ def _floor(length: int, dtype: torch.dtype, window_keys: int | None) -> float:
 
 
 def _grouped_experts(x, ids, weights, gate_up, down) -> torch.Tensor:
-    """The usual few lines around torch's grouped product."""
+    """A typical implementation of experts with torch's grouped product."""
     order = ids.flatten().argsort()
     ends = torch.bincount(ids.flatten(), minlength=len(down)).cumsum(0).to(torch.int32)
     gate, up = F.grouped_mm(x[order // ids.shape[1]], gate_up.transpose(1, 2), offs=ends).chunk(2, dim=-1)

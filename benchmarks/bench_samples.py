@@ -1,19 +1,20 @@
-"""What a long sample costs on the host: the engine's bookkeeping, the event log, and packing for the trainer.
+"""Host costs of a long sample: bookkeeping of the engine, event log, and packing for the trainer.
 
     python -m benchmarks.bench_samples [--old FOLDER] [--tokens 32768] [--rounds 5] [--no-write]
 
-A sample of 32,768 tokens of a model with 47 sparse layers and 8 experts a token, as MiMo-V2-Flash has. No model runs:
+The sample has 32,768 tokens of a model with 47 sparse layers and 8 experts per token, as in MiMo-V2-Flash. No model
+runs. The stages are:
 
-- engine: a request confirms its tokens one by one, keeps their routes, and enters its blocks in the prefix tree;
-- sample: the completion becomes a sample;
-- log: the event log writes the sample, then flushes it to the disk (`sync`) and reads it back, checksums included;
-- pack: the sample becomes tensors with its routes for the trainer.
+- engine: a request confirms its tokens one at a time, stores their routes, and adds its blocks to the prefix tree;
+- sample: the completion is converted to a sample;
+- log: the event log writes the sample, flushes it to disk (`sync`) and reads it back with checksums (`read`);
+- pack: the sample and its routes are converted to tensors for the trainer.
 
-Bytes of the log are counted without routes, which are on the disk once and take exactly one byte an expert (layers x
-experts a token); bytes of the engine are those of a request and its part of the prefix tree, without routes.
+Bytes of the log exclude routes, which are stored once with one byte per expert (layers x experts per token). Bytes of
+the engine are those of a request and its part of the prefix tree, without routes.
 
-FOLDER is a checkout of an earlier version, which is measured in turns with this one, each measurement in a process of
-its own (`sample_costs.py`). Rows show medians for a whole sample: CPU time, and for `sync` time on the clock.
+FOLDER is a checkout of an earlier version, which is measured alternately with this one. Each measurement runs in its
+own process (`sample_costs.py`). Rows show medians for a whole sample: CPU time, and wall time for `sync`.
 """
 
 import argparse
@@ -34,17 +35,17 @@ GOAL_MICROSECONDS, GOAL_BYTES = 1.0, 100
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The options."""
+    """Parses the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--old", type=Path, help="a checkout of an earlier version to compare with")
     parser.add_argument("--tokens", type=int, default=32768)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--no-write", action="store_true", help="leave the stored results as they are")
+    parser.add_argument("--no-write", action="store_true", help="write no results")
     return parser.parse_args(arguments)
 
 
 def measure(folder: Path, tokens: int) -> dict[str, float]:
-    """One measurement of the package in `folder`, in a process of its own."""
+    """Measures the package in `folder` once, in a separate process."""
     script = Path(__file__).with_name("sample_costs.py")
     run = subprocess.run(
         [sys.executable, str(script), str(tokens), str(LAYERS)],
@@ -55,7 +56,7 @@ def measure(folder: Path, tokens: int) -> dict[str, float]:
 
 
 def medians(folders: list[Path], tokens: int, rounds: int) -> list[dict[str, float]]:
-    """The median of each cost by folder, measured in turns."""
+    """Measures the folders alternately and returns the median costs of each."""
     found: list[list[dict[str, float]]] = [[] for _ in folders]
     for _ in range(rounds):
         for costs, folder in zip(found, folders, strict=True):
@@ -64,19 +65,19 @@ def medians(folders: list[Path], tokens: int, rounds: int) -> list[dict[str, flo
 
 
 def rows_of(tokens: int, ours: dict[str, float], old: dict[str, float] | None) -> list[Row]:
-    """A row for each stage and one for everything after the engine."""
+    """Returns a row for each stage and one for all stages after the engine."""
     stages = {name: (name,) for name in STAGES} | {"sample to pack": STAGES[1:]}
     rows = []
     for name, parts in stages.items():
         seconds = sum(ours[f"{part}_seconds"] for part in parts)
         peer = None if old is None else 1e3 * sum(old[f"{part}_seconds"] for part in parts)
-        note = f"{1e6 * seconds / tokens:.2f} us a token"
+        note = f"{1e6 * seconds / tokens:.2f} us per token"
         rows.append(Row(name, 1e3 * seconds, peer, "before" if old else "", note=note))
     return rows
 
 
 def remarks_of(tokens: int, ours: dict[str, float], old: dict[str, float] | None) -> tuple[str, ...]:
-    """Bytes a token, ours and before."""
+    """Returns sentences on the bytes per token of this version and the earlier one."""
 
     def bytes_of(costs: dict[str, float]) -> str:
         log = (costs["log_bytes"] - costs["routes_bytes"]) / tokens
@@ -84,13 +85,13 @@ def remarks_of(tokens: int, ours: dict[str, float], old: dict[str, float] | None
 
     before = f"; before: {bytes_of(old)}" if old else ""
     return (
-        f"Bytes a token without routes: {bytes_of(ours)}{before}. Routes: {LAYERS * 8} bytes a token, once.",
-        f"The goal: at most {GOAL_MICROSECONDS:g} us and {GOAL_BYTES} bytes a token.",
+        f"Bytes per token without routes: {bytes_of(ours)}{before}. Routes: {LAYERS * 8} bytes per token, stored once.",
+        f"Goal: at most {GOAL_MICROSECONDS:g} us and {GOAL_BYTES} bytes per token.",
     )
 
 
 def main(options: argparse.Namespace) -> None:
-    """Measures, prints and stores."""
+    """Measures, prints and writes the results."""
     here = Path(__file__).resolve().parent.parent
     ours, *old = medians([here, *([options.old] if options.old else [])], options.tokens, options.rounds)
     rows = rows_of(options.tokens, ours, old[0] if old else None)

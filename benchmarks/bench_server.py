@@ -1,19 +1,19 @@
-"""A soak of the real server with a real engine: many clients at once, good requests, bad ones, and ones given up.
+"""A soak test of the server with a real engine: many concurrent clients, valid, invalid and cancelled requests.
 
     python -m benchmarks.bench_server [--requests 500] [--clients 64] [--checkpoint PATH] [--threads 1]
         [--cache-gigabytes N] [--seed 0] [--quick] [--no-write]
 
-`openmimo serve` runs in a process of its own; without --checkpoint it serves the `tiny` preset with random weights and
-32 MiB of cache, which fills early, so that prefixes are evicted while others are read. Its queue holds half as many
-requests as there are clients: the first rush must be told to come back. Every client sends its next request when the
-last one is answered. Times are the client's, who shares the machine with the server, from the attempt that was not
-refused with a 429 on. The exit status is 1 if anything that was promised did not hold; then nothing is written.
+`openmimo serve` runs in its own process. Without --checkpoint it serves the `tiny` preset with random weights and
+32 MiB of cache. This cache fills early, so prefixes are evicted while others are read. The queue holds half as many
+requests as there are clients, so some of the first requests get a 429. Each client sends its next request when the
+previous one is answered. Times are measured by the clients, on the machine of the server, from the first attempt that
+gets no 429. If a check fails, the exit status is 1 and no results are written.
 
-Predictions before the first run, for `tiny`, 64 clients and two cores: a step of 64 sequences takes 15 ms, and the
-event loop, which holds the interpreter meanwhile, as long again for its 64 events, so 40 ms a token at the median and
-100 ms at p95. The first token comes after two or three steps: 120 ms, and 1 s at p99, because the first rush reads
-64 prompts at 256 tokens a step. A request of 60 tokens takes 2.5 s; all together 1,200 tokens/s, for 0.9 CPU seconds
-per 1,000 tokens. Resident memory grows by less than 3 % after the first quarter.
+Predictions before the first run, for `tiny`, 64 clients and two cores: A step of 64 sequences takes 15 ms. The event
+loop holds the interpreter for the same time to send 64 events. This gives 40 ms a token at the median and 100 ms at
+p95. The first token needs two or three steps: 120 ms, and 1 s at p99, because the first step reads 64 prompts at 256
+tokens a step. A request of 60 tokens takes 2.5 s. The total is 1,200 tokens/s, at 0.9 CPU seconds per 1,000 tokens.
+Resident memory grows by less than 3 % after the first quarter.
 """
 
 import argparse
@@ -44,10 +44,22 @@ _STREAM_AT_THE_END_TOKENS = 400
 
 @dataclass
 class Findings:
-    """What a soak measured. resident_bytes: by requests done.
+    """The measurements of a soak test.
 
-    seconds, cpu_seconds, core_wait_seconds, counts: of the load alone, the last by the names of the server's metrics.
-    exit_status: None if the server did not end in time. fault: why the soak itself could not go on ("": it could).
+    Attributes:
+        planned: The requests to send.
+        outcomes: Outcomes of finished requests.
+        resident_bytes: Pairs of the number of finished requests and the memory of the server at that time.
+        seconds: Wall time of the load.
+        cpu_seconds: CPU time of the server during the load.
+        core_wait_seconds: Time during the load in which threads of the server waited for a core.
+        counts: Increase of each metric of the server during the load.
+        seconds_to_idle: Time from the end of the load until no request runs or waits (None: not reached).
+        status_while_draining: Status of `/health` after SIGTERM.
+        last_stream: Outcome of the stream that runs during SIGTERM.
+        exit_status: Exit status of the server (None: it did not exit in time).
+        fault: Error that ended the test early ("": none).
+        log: Standard error of the server.
     """
 
     planned: list[Planned]
@@ -66,13 +78,13 @@ class Findings:
 
     @property
     def new_tokens(self) -> float:
-        """Tokens that the server generated, those of cancelled replies included."""
+        """Generated tokens, including those of cancelled replies."""
         return self.counts["openmimo_generated_tokens_total"]
 
 
 @dataclass(frozen=True)
 class Check:
-    """Something that must hold, and what was seen."""
+    """A condition that must hold, and the observation."""
 
     name: str
     holds: bool
@@ -80,7 +92,7 @@ class Check:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs the soak, prints what it found, and writes it unless told not to. Exits with 1 if a check fails."""
+    """Runs the test, prints and writes the results. Exits with 1, without writing, if a check fails."""
     options = _parser().parse_args(arguments)
     num_requests = min(options.requests, QUICK_REQUESTS) if options.quick else options.requests
     with tempfile.TemporaryDirectory() as folder:
@@ -113,23 +125,25 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="bench_server", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--requests", type=int, default=500, help="requests in all (default: 500)")
-    parser.add_argument("--clients", type=int, default=64, help="clients at once (default: 64)")
+    parser.add_argument("--requests", type=int, default=500, help="number of requests (default: 500)")
+    parser.add_argument("--clients", type=int, default=64, help="concurrent clients (default: 64)")
     parser.add_argument("--checkpoint", type=Path, help="a checkpoint to serve (default: a random one)")
-    cache_help = "size of its cache, which must fill early for memory to be flat (default: 1/32, or a checkpoint's own)"
+    cache_help = (
+        "cache size; the cache must fill early, or memory grows (default: 1/32, or automatic with --checkpoint)"
+    )
     parser.add_argument("--cache-gigabytes", type=float, help=cache_help)
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of the server's model (default: 1)")
-    parser.add_argument("--seed", type=int, default=0, help="of the requests and their order (default: 0)")
-    parser.add_argument("--quick", action="store_true", help=f"{QUICK_REQUESTS} requests; writes nothing")
-    parser.add_argument("--no-write", action="store_true", help="only print")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the requests and their order (default: 0)")
+    parser.add_argument("--quick", action="store_true", help=f"send {QUICK_REQUESTS} requests, write no results")
+    parser.add_argument("--no-write", action="store_true", help="write no results")
     return parser
 
 
-# --- the soak ---------------------------------------------------------------------------------------------------------
+# --- soak test --------------------------------------------------------------------------------------------------------
 
 
 async def soak(server: ServerProcess, num_requests: int, num_clients: int, seed: int) -> Findings:
-    """Warms the server up, loads it, waits until it is idle, and ends it while a reply still runs."""
+    """Warms up the server, sends the load, waits until the server is idle, and stops it during a reply."""
     limits = httpx.Limits(max_connections=num_clients + 2, max_keepalive_connections=num_clients + 2)
     async with httpx.AsyncClient(base_url=server.url, timeout=None, limits=limits, trust_env=False) as client:
         model = (await client.get("/v1/models")).json()["data"][0]
@@ -149,7 +163,7 @@ async def soak(server: ServerProcess, num_requests: int, num_clients: int, seed:
 
 
 async def _load(client: httpx.AsyncClient, server: ServerProcess, findings: Findings, num_clients: int) -> None:
-    """All requests, each as soon as a client is free; what is not done when it should long be counts as stuck."""
+    """Sends all requests, each as soon as a client is free. Cancels those that do not finish within a time limit."""
     before = await _metrics(client)
     waiting = iter(findings.planned)
     start, cpu, core_wait = time.perf_counter(), server.cpu_seconds, server.core_wait_seconds
@@ -179,7 +193,7 @@ async def _load(client: httpx.AsyncClient, server: ServerProcess, findings: Find
 
 
 async def _seconds_to_idle(client: httpx.AsyncClient) -> float | None:
-    """How long until nothing runs or waits; None if that takes too long."""
+    """Returns the time until no request runs or waits; None if the limit is exceeded."""
     start = time.perf_counter()
     while (waited := time.perf_counter() - start) < _IDLE_SECONDS:
         metrics = await _metrics(client)
@@ -190,7 +204,7 @@ async def _seconds_to_idle(client: httpx.AsyncClient) -> float | None:
 
 
 async def _end(client: httpx.AsyncClient, server: ServerProcess, findings: Findings, last: Planned) -> None:
-    """SIGTERM in the middle of a reply, which must be finished while new requests are refused."""
+    """Sends SIGTERM during a reply. The server must finish this reply and refuse new requests."""
     stream = asyncio.create_task(ask(client, last))
     while not stream.done() and (await _metrics(client))["openmimo_requests_running"] == 0:
         await asyncio.sleep(0.005)
@@ -213,11 +227,11 @@ async def _metrics(client: httpx.AsyncClient) -> dict[str, float]:
     return {name: float(value) for name, value in pairs}
 
 
-# --- what it found ----------------------------------------------------------------------------------------------------
+# --- results ----------------------------------------------------------------------------------------------------------
 
 
 def rows_of(findings: Findings) -> list[Row]:
-    """The times."""
+    """Returns the latencies and throughput as rows."""
     answered = [outcome for outcome in findings.outcomes if outcome.num_tokens and not outcome.problem]
     first = [outcome.seconds_to_first for outcome in answered if outcome.seconds_to_first is not None]
     per_token = [outcome.seconds_per_token for outcome in answered if outcome.seconds_per_token is not None]
@@ -226,9 +240,9 @@ def rows_of(findings: Findings) -> list[Row]:
     rows += _percentile_rows("time per output token", per_token, (50, 95))
     rows += _percentile_rows("request", in_all, (50, 95))
     if not findings.new_tokens:
-        return rows  # the load was not finished
+        return rows  # the load did not finish
     thousands = findings.new_tokens / 1000
-    rate = f"{findings.new_tokens / findings.seconds:.0f} tokens/s, {findings.new_tokens:.0f} tokens in all"
+    rate = f"{findings.new_tokens / findings.seconds:.0f} tokens/s, {findings.new_tokens:.0f} tokens in total"
     rows.append(Row("all clients, per token", findings.seconds / thousands, note=rate))
     cpu = f"{findings.cpu_seconds:.1f} s in {findings.seconds:.1f} s"
     rows.append(Row("CPU of the server per 1,000 tokens", 1e3 * findings.cpu_seconds / thousands, note=cpu))
@@ -244,24 +258,24 @@ def _percentile_rows(name: str, seconds: list[float], percents: tuple[int, ...])
 
 
 def remarks_of(findings: Findings, num_clients: int) -> list[str]:
-    """What was sent, and what came of it."""
+    """Returns sentences on requests, memory, prefix hits and waiting time."""
     statuses = Counter("cancelled" if o.was_cancelled else str(o.status) for o in findings.outcomes)
     counts = ", ".join(f"{count} x {status}" for status, count in sorted(statuses.items()))
     refusals = sum(outcome.num_refusals for outcome in findings.outcomes)
     megabytes = [resident / 2**20 for _, resident in findings.resident_bytes]
     read, hit = (findings.counts[f"openmimo_{name}_tokens_total"] for name in ("prompt", "prefix_hit"))
     return [
-        f"{len(findings.planned)} requests of {num_clients} clients: {counts}; {refusals} times 429 before.",
+        f"{len(findings.planned)} requests of {num_clients} clients: {counts}; {refusals} earlier attempts got 429.",
         f"Resident memory of the server: {megabytes[0]:.1f} MiB at the start, {megabytes[-1]:.1f} MiB at the end, "
         f"{max(megabytes):.1f} MiB at most.",
-        f"Of {read:.0f} prompt tokens, {hit:.0f} had been read before.",
-        f"The server's threads were ready to run, but without a core, for {findings.core_wait_seconds:.1f} s of the "
-        f"{findings.seconds:.1f} s: they share the cores with the clients and whatever else runs.",
+        f"Of {read:.0f} prompt tokens, {hit:.0f} were cached.",
+        f"The server's threads waited for a core for {findings.core_wait_seconds:.1f} s of {findings.seconds:.1f} s; "
+        "clients and other processes use the same cores.",
     ]
 
 
 def checks_of(findings: Findings) -> list[Check]:
-    """Everything that must hold."""
+    """Returns all checks."""
     outcomes, planned = findings.outcomes, findings.planned
     problems = [f"{o.planned.path} {o.planned.content[:120]!r}: {o.problem}" for o in outcomes if o.problem]
     failures = [outcome for outcome in outcomes if outcome.status >= 500 or "server_error" in outcome.problem]
@@ -271,15 +285,15 @@ def checks_of(findings: Findings) -> list[Check]:
     seen = f"{cancelled} by clients, {aborted:.0f} aborted by the server"
     return [
         Check("every request ends", len(outcomes) == len(planned), f"{len(outcomes)} of {len(planned)}"),
-        Check("every reply is as promised", not problems, "; ".join(problems[:5]) or "no problem"),
+        Check("every reply is correct", not problems, "; ".join(problems[:5]) or "no problem"),
         Check("no 5xx", not failures, f"{len(failures)}"),
         Check("cancelled", cancelled > 0, seen),
         Check("idle after the load", waited is not None, "never" if waited is None else f"after {waited:.2f} s"),
         _memory_check(findings),
         _same_text_check(outcomes),
         *_drain_checks(findings),
-        Check("the server answers to the end", not findings.fault, findings.fault or "it does"),
-        Check("the server's log is empty", not findings.log, findings.log[-2000:] or "it is"),
+        Check("the server answers until it stops", not findings.fault, findings.fault or "yes"),
+        Check("the server's log is empty", not findings.log, findings.log[-2000:] or "yes"),
     ]
 
 
@@ -289,7 +303,7 @@ def _drain_checks(findings: Findings) -> list[Check]:
     seen = "never" if last is None else last.problem or f"{last.num_tokens} tokens"
     return [
         Check("new requests get 503 while the server drains", status == 503, f"status {status}"),
-        Check("the reply that runs is finished while the server drains", finishes, seen),
+        Check("the running reply is finished while the server drains", finishes, seen),
         Check("exit status 0 after SIGTERM", findings.exit_status == 0, str(findings.exit_status)),
     ]
 

@@ -1,15 +1,16 @@
-"""Speculative against plain decoding of a trained checkpoint: acceptance by head, tokens a step, speed by batch size.
+"""Speculative and plain decoding of a trained checkpoint: acceptance by head, tokens per step, speed by batch size.
 
     python -m benchmarks.bench_speculation CHECKPOINT [--rounds 5] [--threads 1] [--no-write]
 
-Random weights cannot accept drafts, so this needs a checkpoint whose heads were trained: `runs/demo/extend/model`
-(make demo), or `runs/drafts_cpu/model` (`openmimo pretrain drafts_cpu`, after the demo). Two kinds of text: held-out
-Python files, and passages that repeat, as edited code does. Greedy, 128 new tokens, the same prompts on both sides,
-interleaved.
+Models with random weights accept no drafts, so this needs a checkpoint with trained heads: `runs/demo/extend/model`
+(make demo), or `runs/drafts_cpu/model` (`openmimo pretrain drafts_cpu`, after the demo). There are two kinds of text:
+held-out Python files, and repeated passages as in edited code. Both sides decode 128 tokens greedily from the same
+prompts, interleaved.
 
-Predictions. A step of `tiny` is calls, not bytes: three heads of one layer each beside six layers, and more products of
-the output head, make a drafting step about 1.6 times a plain one at batch 1. So 2.2 tokens a step give 1.4 times the
-speed, 3 give 1.9, 4 give 2.5. In larger batches rows cost too, and less is left.
+Predictions: The cost of a step of `tiny` is the number of calls and not of bytes. Three heads of one layer each, in
+addition to six layers, and more products of the output head make a drafting step at batch 1 about 1.6 times as long as
+a plain one. Then 2.2 tokens per step give 1.4 times the speed, 3 give 1.9, 4 give 2.5. In larger batches rows also cost
+time, and the gain is smaller.
 """
 
 import argparse
@@ -27,12 +28,12 @@ from openmimo.data.tokenizer import Tokenizer
 from openmimo.engine.llm import LLM
 
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 32, 64, 128
-VALIDATION_FRACTION = 0.05  # as in recipes/tiny_cpu.py, so that held-out files are held out
+VALIDATION_FRACTION = 0.05  # as in recipes/tiny_cpu.py, so that the same files are held out
 GOAL, GOAL_TOKENS_A_STEP = 1.8, 3.0
 
 
 def python_prompts(tokenizer: Tokenizer) -> list[list[int]]:
-    """The beginnings of held-out files of the standard library."""
+    """Returns the beginnings of held-out files of the standard library."""
     prompts = []
     for text in read_documents(SourceConfig("python_stdlib", max_megabytes=8.0)):
         ids = tokenizer.encode(text[: 20 * PROMPT_TOKENS])
@@ -42,7 +43,7 @@ def python_prompts(tokenizer: Tokenizer) -> list[list[int]]:
 
 
 def repeating_prompts(tokenizer: Tokenizer) -> list[list[int]]:
-    """Random passages of 20 to 31 symbols, said twice and begun again."""
+    """Returns random passages of 20 to 31 symbols, each twice and the beginning a third time."""
     symbols = needle_symbols(tokenizer)
     alphabet = np.array(symbols.keys + symbols.values)
     rng = np.random.default_rng(0)
@@ -51,7 +52,7 @@ def repeating_prompts(tokenizer: Tokenizer) -> list[list[int]]:
 
 
 def measure(name: str, plain: LLM, drafting: LLM, prompts: list[list[int]], rounds: int) -> list[Row]:
-    """A row for each batch size: milliseconds per token of drafting (ours) and plain decoding (peer)."""
+    """Returns a row per batch size: milliseconds per token with drafts (ours) and without (peer)."""
     params = SamplingParams(max_tokens=NEW_TOKENS, temperature=0.0, ignore_eos=True)
     rows = []
     for batch in (1, 8, 32):
@@ -74,7 +75,7 @@ def measure(name: str, plain: LLM, drafting: LLM, prompts: list[list[int]], roun
                 theirs / tokens,
                 "openmimo, plain",
                 goal=GOAL if batch == 1 and length >= GOAL_TOKENS_A_STEP else None,
-                note=f"{length:.2f} tokens a step; by head {by_head}; {1e3 * tokens / ours:.0f} against "
+                note=f"{length:.2f} tokens per step; by head {by_head}; {1e3 * tokens / ours:.0f} against "
                 f"{1e3 * tokens / theirs:.0f} tokens/s; {'same' if same else 'other'} text",
             )
         )
@@ -82,7 +83,7 @@ def measure(name: str, plain: LLM, drafting: LLM, prompts: list[list[int]], roun
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Prints the rows and writes them to `results/`."""
+    """Measures both kinds of text, prints the rows and writes them to `results/`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--rounds", type=int, default=5)

@@ -1,22 +1,22 @@
-"""The models on which engines are compared: random weights under the published tensor names, written once a folder."""
+"""The models of `bench_engine`: random weights under the published tensor names, saved once per folder."""
 
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from openmimo.model.attention import AttentionConfig
 from openmimo.model.config import ModelConfig, MoEConfig, MTPConfig
-from openmimo.model.geometry import AttentionConfig
 from openmimo.model.hf import load_config, save_model
 from openmimo.model.mimo import MiMo
 from openmimo.model.presets import hybrid_layers
 
-WINDOW_KEYS = 128  # stated as `sliding_window`: every peer then shows a query 128 keys, itself included
-_INIT_STD = 0.03  # wide enough that greedy text is not one token over and over
+WINDOW_KEYS = 128  # written as `sliding_window`, with which all peers use 128 keys including the query's own
+_INIT_STD = 0.03  # large enough that greedy text does not repeat one token
 
 
 def med() -> ModelConfig:
-    """1.33 billion parameters, 0.28 billion of them at work on a token."""
+    """A model of 1.33 billion parameters, 0.28 billion of them active per token."""
     return _hybrid(
         num_layers=12, hidden_size=1024, num_heads=16, key_dim=192, value_dim=128, rotary_dim=64, dense_ffn_dim=4096,
         moe=MoEConfig(num_experts=64, experts_per_token=8, expert_dim=512), vocab_size=32768,
@@ -24,7 +24,7 @@ def med() -> ModelConfig:
 
 
 def med_eq() -> ModelConfig:
-    """`med` with values as wide as keys, which vLLM needs on a CPU."""
+    """`med` with values as wide as keys, which vLLM requires on a CPU."""
     config = med()
     layers = tuple(replace(layer, attention=replace(layer.attention, value_dim=192)) for layer in config.layers)
     mtp = replace(config.mtp, attention=replace(config.mtp.attention, value_dim=192))
@@ -32,7 +32,7 @@ def med_eq() -> ModelConfig:
 
 
 def tiny() -> ModelConfig:
-    """16 million parameters, to see that a run works."""
+    """A model of 16 million parameters, for trial runs."""
     return _hybrid(
         num_layers=7, hidden_size=256, num_heads=8, key_dim=48, value_dim=32, rotary_dim=16, dense_ffn_dim=1024,
         moe=MoEConfig(num_experts=16, experts_per_token=4, expert_dim=128), vocab_size=4096,
@@ -43,7 +43,7 @@ CONFIGS = {config.__name__: config for config in (med, med_eq, tiny)}
 
 
 def checkpoint(name: str, folder: Path) -> ModelConfig:
-    """The config of a model of CONFIGS in a folder; its bfloat16 weights are drawn (seed 0) unless they are there."""
+    """Returns the config of the model `name` in a folder. Creates a missing model with random bfloat16 weights."""
     if not (folder / "config.json").exists():
         save_model(_random_model(CONFIGS[name]()), folder)
     return load_config(folder)
@@ -69,7 +69,7 @@ def _hybrid(*, num_heads: int, key_dim: int, value_dim: int, rotary_dim: int, nu
 
 @torch.no_grad()
 def _random_model(config: ModelConfig) -> MiMo:
-    """bfloat16, routers float32. Norms, sinks and selection biases are drawn too: as they start, they hide bugs."""
+    """Returns a bfloat16 model with float32 routers. Norms, sinks and biases are random: initial values hide bugs."""
     generator = torch.Generator().manual_seed(0)
     with torch.device("meta"):
         model = MiMo(config).to(torch.bfloat16)

@@ -1,8 +1,8 @@
-"""One measurement of `bench_samples`: what one long sample costs on the host, as JSON. It imports only the package.
+"""One measurement of `bench_samples`: prints the host costs of one long sample as JSON.
 
     python benchmarks/sample_costs.py TOKENS LAYERS
 
-The folder of the package is that of PYTHONPATH, so that two checkouts can be measured by the same file.
+Imports the package from PYTHONPATH and nothing else of the repository, so one file can measure two checkouts.
 """
 
 import importlib
@@ -32,7 +32,7 @@ PROMPT_TOKENS = 64
 
 
 def _module(*names: str) -> object:
-    """The first of these modules that exists: folders were renamed."""
+    """Imports the first of these modules that exists. Modules have other names in earlier versions."""
     for name in names:
         package = name.rpartition(".")[0]
         if importlib.util.find_spec(package) and importlib.util.find_spec(name):
@@ -41,7 +41,7 @@ def _module(*names: str) -> object:
 
 
 def started_request(tokens: int, *, routed: bool) -> tuple[object, object, PrefixCache]:
-    """The module of request states, a request with all its pages, and the prefix tree that it started from."""
+    """Returns the module of request states, a request that holds all its pages, and its prefix tree."""
     module = _module("openmimo.engine.request_state", "openmimo.engine.sequence")
     state_class = getattr(module, "RequestState", None) or module.Sequence
     full = AttentionConfig(
@@ -60,7 +60,7 @@ def started_request(tokens: int, *, routed: bool) -> tuple[object, object, Prefi
 
 
 def engine_seconds(tokens: int, routes: np.ndarray) -> tuple[float, object]:
-    """Seconds to confirm the tokens of a request and to enter them in the prefix tree, without a model; the result."""
+    """Confirms the tokens of a request and adds them to the prefix tree. Returns the CPU time and the completion."""
     module, state, prefix = started_request(tokens, routed=True)
     ids = np.random.default_rng(0).integers(0, 150_000, tokens).tolist()
     decisions = [module.Decision(token, TokenLogprob(token, -0.5)) for token in ids]
@@ -75,7 +75,7 @@ def engine_seconds(tokens: int, routes: np.ndarray) -> tuple[float, object]:
 
 
 def engine_bytes(tokens: int) -> int:
-    """Bytes that a request and its part of the prefix tree hold, without routes."""
+    """Returns the bytes of a request and its part of the prefix tree, without routes."""
     module, state, prefix = started_request(tokens, routed=False)
     ids = np.random.default_rng(0).integers(0, 150_000, tokens)
     tracemalloc.start()
@@ -89,8 +89,8 @@ def engine_bytes(tokens: int) -> int:
 
 
 def sample_of(completion: object) -> Sample:
-    """The sample of a completion, as rollouts make it."""
-    module = _module("openmimo.rl.rollouts.sample_tokens", "openmimo.rl.rollouts.engine", "openmimo.rl.rollout")
+    """Converts a completion to a sample with the code of the rollouts."""
+    module = _module("openmimo.rl.rollouts.episode_steps", "openmimo.rl.rollouts.engine", "openmimo.rl.rollout")
     extend = vars(module).get("with_completion") or module._extended
     length = len(completion.prompt_token_ids)
     first = Sample(list(completion.prompt_token_ids), [False] * length, [0.0] * length, [-1] * length)
@@ -98,7 +98,7 @@ def sample_of(completion: object) -> Sample:
 
 
 def pack(samples: list[Sample], layers: int) -> None:
-    """Everything the trainer needs of a micro-batch before its forward pass."""
+    """Builds all inputs of the trainer for a micro-batch."""
     trainer = _module("openmimo.rl.learning.policy_trainer", "openmimo.rl.policy_trainer")
     packer = _module("openmimo.rl.learning.packing", trainer.__name__)
     config: ModelConfig = flash()
@@ -110,7 +110,7 @@ def pack(samples: list[Sample], layers: int) -> None:
 
 
 def open_log(folder: Path) -> object:
-    """A logged scheduler of one source."""
+    """Returns a logged scheduler with one source."""
     events = _module("openmimo.rl.scheduling.event_log", "openmimo.rl.event_log")
     scheduler = _module("openmimo.rl.scheduling.scheduler", "openmimo.rl.scheduler")
     problems = _module("openmimo.rl.scheduling.problems", "openmimo.rl.problems")
@@ -120,7 +120,7 @@ def open_log(folder: Path) -> object:
 
 
 def warm_up(layers: int) -> None:
-    """Imports everything and starts the threads of torch, outside the times."""
+    """Imports all modules and starts the threads of torch before times are measured."""
     sample = Sample(list(range(64)), [False] + [True] * 63, [0.0] * 64, [0] * 64)
     sample.routed_experts = np.zeros((63, layers, ACTIVE_EXPERTS), np.uint8)
     _module("openmimo.rl.rollouts.engine", "openmimo.rl.rollout")
@@ -128,10 +128,10 @@ def warm_up(layers: int) -> None:
 
 
 def main(tokens: int, layers: int) -> dict[str, float]:
-    """All costs of one sample: seconds by stage, bytes of the engine's state and of the log."""
+    """Returns all costs of one sample: seconds by stage, bytes of the engine's state and of the log."""
     warm_up(layers)
     routes = np.random.default_rng(1).integers(0, 256, (tokens, layers, ACTIVE_EXPERTS), np.uint8)
-    engine_seconds(tokens, routes)  # the first request of a process also waits for its memory
+    engine_seconds(tokens, routes)  # warm-up: the first request of a process also allocates memory
     seconds, completion = engine_seconds(tokens, routes)
     costs = {"engine_seconds": seconds, "engine_bytes": engine_bytes(tokens)}
 

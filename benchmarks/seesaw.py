@@ -1,18 +1,24 @@
-"""MOPD beside its baselines, over seeds: what each keeps of three teachers and of a domain that has none.
+"""Compares MOPD with baselines over seeds, in the domains of three teachers and in one domain without a teacher.
 
     python -m benchmarks.seesaw --base runs/demo/sft/model [--seeds 3] [--folder runs/seesaw] [--few-prompts 32]
 
-Trains teachers from the base (one for each domain), then a student by each method and seed, and writes the see-saw
-report. Every run is a process of `openmimo rl` or `openmimo mopd`, as many at a time as there are cores; a finished run
-is kept, and an interrupted one continues. All students take as many optimizer steps; CPU seconds are reported as well.
+Trains a teacher for each domain from the base, then a student for each method and seed, and writes the see-saw report.
+Each run is a process of `openmimo rl` or `openmimo mopd`, in parallel up to the number of cores. Finished runs are kept
+and interrupted runs resume. All students take the same number of optimizer steps. CPU seconds are reported.
 
-Methods: mopd (equations 7 to 9), mopd_full and mopd_top_k (whole or corrected top-k reverse KL), soft_kd (teachers
-write, forward KL), sft_on_teachers (cross-entropy on what teachers write), rejection (the same, right answers only),
-mixed_rl, sequential_rl (one domain after the other), average and task_arithmetic (weights alone).
+Methods:
 
-Predictions, from measurements of others at a tenth of the size: full and top-k recover over nine tenths of the
-teachers' lead, sampled somewhat less; soft_kd and sft_on_teachers as much, where prompts are unlimited; averaging loses
-most of it; whatever has no stream of the fourth domain loses there.
+    mopd                           equations 7 to 9
+    mopd_full, mopd_top_k          reverse KL over the whole vocabulary, or over the top k tokens with a correction
+    soft_kd                        forward KL on answers of the teachers
+    sft_on_teachers                cross-entropy on answers of the teachers
+    rejection                      the same, on correct answers only
+    mixed_rl, sequential_rl        reinforcement learning on all domains at once, or on one after the other
+    average, task_arithmetic       merges of the teachers' weights
+
+Predictions, from measurements of others at a tenth of the size: mopd_full and mopd_top_k recover over nine tenths of
+the teachers' lead, mopd somewhat less. With unlimited prompts, soft_kd and sft_on_teachers recover as much. Averaging
+loses most of the lead. Methods without a stream of the fourth domain lose there.
 """
 
 import argparse
@@ -43,7 +49,7 @@ EVALUATION = RlEvaluation(every_steps=1000, problems=50)
 
 
 class Study:
-    """The runs of one folder."""
+    """The configs of all runs in one folder."""
 
     def __init__(self, arguments: argparse.Namespace):
         self.base, self.steps, self.few_prompts = arguments.base, arguments.steps, arguments.few_prompts
@@ -52,11 +58,11 @@ class Study:
         self.teacher_steps = arguments.teacher_steps
 
     def teacher(self, name: str) -> RlConfig:
-        """The run of a teacher; teachers see all problems, also where students see few."""
+        """Returns the run of a teacher. Teachers always see all problems, even with `few_prompts`."""
         return self._placed(replace(rl_on(name), steps=self.teacher_steps), f"teacher_{name}", few=False)
 
     def student(self, method: str, seed: int) -> RlConfig:
-        """The run of one method and seed."""
+        """Returns the run of a student for one method and seed."""
         if method == "mixed_rl":
             config = replace(rl_on(*TAUGHT), steps=self.steps)
         else:
@@ -65,7 +71,7 @@ class Study:
         return self._placed(replace(config, seed=seed), f"{method}_{seed}", few=True)
 
     def sequence(self, seed: int) -> list[RlConfig]:
-        """Sequential RL: each domain from where the one before it ended, with as many steps in all."""
+        """Returns the runs of sequential RL. They have as many steps in total as other methods."""
         runs, start = [], self.base
         for name in TAUGHT:
             config = replace(rl_on(name), steps=self.steps // len(TAUGHT), seed=seed)
@@ -74,7 +80,7 @@ class Study:
         return runs
 
     def comparison(self, methods: list[str], seeds: int) -> CompareConfig:
-        """Everyone in every domain."""
+        """Returns the evaluation of all models in all domains."""
         models = {f"{name} teacher": (f"{self.teacher_folder}/teacher_{name}/model",) for name in TAUGHT}
         for method in methods:
             ends = [f"{method}_{seed}" for seed in range(seeds)]
@@ -101,7 +107,7 @@ class Study:
 
 
 def run(config: RlConfig) -> float:
-    """Runs or resumes a run in a process of its own; returns the CPU seconds that this start took."""
+    """Runs or resumes a run in a process. Returns the CPU seconds of the process that finished it."""
     folder = Path(config.run_folder)
     if (folder / "model" / "config.json").exists():
         return json.loads((folder / "cpu_seconds.json").read_text())
@@ -122,7 +128,7 @@ def run(config: RlConfig) -> float:
 
 
 def merge(study: Study, method: str) -> None:
-    """One of the two merges of the teachers."""
+    """Merges the weights of the teachers by `average` or `task_arithmetic`."""
     destination = study.folder / method / "model"
     if not (destination / "config.json").exists():
         from openmimo.model.merge import merge as merge_checkpoints
@@ -133,15 +139,17 @@ def merge(study: Study, method: str) -> None:
 
 
 def main() -> None:
-    """See the module."""
+    """Parses the command line, trains all models and writes the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", required=True, help="the fine-tuned checkpoint that all start from")
+    parser.add_argument("--base", required=True, help="the fine-tuned checkpoint from which all runs start")
     parser.add_argument("--folder", default="runs/seesaw")
-    parser.add_argument("--teachers", default="", help="the folder of an earlier study whose teachers are used again")
+    parser.add_argument("--teachers", default="", help="folder of an earlier study whose teachers are reused")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=mopd().steps, help="optimizer steps of a student")
     parser.add_argument("--teacher-steps", type=int, default=rl_on(TAUGHT[0]).steps)
-    parser.add_argument("--few-prompts", type=int, default=0, help="students see only so many prompts of a domain")
+    parser.add_argument(
+        "--few-prompts", type=int, default=0, help="number of prompts per domain that students see (0: unlimited)"
+    )
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     arguments = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Parsing the words of a command: anything wrong with them is one paragraph, a UsageError."""
+"""Parses the arguments of a command with tyro. Errors become a UsageError of one paragraph."""
 
 import contextlib
 import dataclasses
@@ -12,8 +12,7 @@ from typing import Any
 import tyro
 
 from openmimo.core.errors import UserError
-from openmimo.core.fields import field_types
-from openmimo.core.renamed import new_key, warn_of_renamed
+from openmimo.core.fields import field_types, new_key, warn_of_renamed
 
 _MAX_CHARACTERS = 2000
 _ESCAPE = re.compile(r"\x1b\[[0-9;]*m")
@@ -24,17 +23,20 @@ class UsageError(UserError):
 
 
 def parse(target: Callable[..., Any], arguments: list[str], prog: str, default: Any = None) -> Any:
-    """What tyro makes of `arguments`: an object of the dataclass `target`, or what the function `target` returns.
+    """Parses the arguments of a command.
 
     Args:
-        target: The dataclass or function.
+        target: A dataclass, or a function whose parameters are the options.
         arguments: The words after the verb.
-        prog: The command before them, for messages.
+        prog: The command and verb, for messages.
         default: An object of `target` that the arguments change (None: the defaults of its fields).
 
+    Returns:
+        An object of the dataclass `target`, or the return value of the function `target`.
+
     Raises:
-        UsageError: An option is unknown, lacks its value, or has a value of another type; a word is not UTF-8.
-        ConfigError: A value is out of its range.
+        UsageError: An option is unknown, has no value or one of another type, or a word is not UTF-8.
+        ConfigError: A value is out of range.
     """
     _check_encoding(arguments, prog)
     if isinstance(target, type):
@@ -45,7 +47,7 @@ def parse(target: Callable[..., Any], arguments: list[str], prog: str, default: 
 
 
 def with_new_options(config_type: type, arguments: list[str], prog: str) -> list[str]:
-    """The arguments with renamed options under their new names; prints one warning if there are any."""
+    """Replaces earlier names of options by their new names, with one warning if there are any."""
     renamed: dict[str, str] = {}
     result = []
     for word in arguments:
@@ -60,7 +62,7 @@ def with_new_options(config_type: type, arguments: list[str], prog: str) -> list
 
 
 def _new_option(config_type: Any, option: str) -> str:
-    """An option with its renamed keys replaced: --stages.0.peak-lr becomes --stages.0.learning-rate."""
+    """Replaces the renamed keys of an option: --stages.0.peak-lr becomes --stages.0.learning-rate."""
     path = []
     for key in option.removeprefix("--").split("."):
         if not key.isdigit():
@@ -78,7 +80,7 @@ def _new_option(config_type: Any, option: str) -> str:
 
 @contextlib.contextmanager
 def usage_paragraph(prog: str) -> Iterator[None]:
-    """Turns what a parser prints on standard error before it exits with code 2 into a UsageError."""
+    """Converts an exit of a parser with code 2 to a UsageError with the text that it printed on standard error."""
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed):
@@ -90,7 +92,7 @@ def usage_paragraph(prog: str) -> Iterator[None]:
 
 
 def paragraph(text: str) -> str:
-    """`text` on one line, without control characters, of at most 2,000 characters."""
+    """Returns `text` on one line, without control characters, shortened to about 2,000 characters."""
     line = " ".join(text.split())
     if len(line) > _MAX_CHARACTERS:
         line = f"{line[: _MAX_CHARACTERS // 2]} ... {line[-_MAX_CHARACTERS // 2 :]}"
@@ -107,14 +109,15 @@ def _check_encoding(arguments: list[str], prog: str) -> None:
 
 
 def _is_bytes(word: str) -> bool:
-    """Whether the lone surrogates of `word` stand for bytes, as those of the command line do."""
+    """Whether all surrogates in `word` represent undecodable bytes, as in `sys.argv`."""
     return all(not "\ud800" <= c <= "\udfff" or "\udc80" <= c <= "\udcff" for c in word)
 
 
 def _sentence(printed: str) -> str:
-    """The text of a box of tyro, or argparse's last line, without the frame, the help of the option and the advice.
+    """Extracts the error message from the output of tyro (a box) or argparse (its last line).
 
-    A box has a title, a rule (UTF-8 terminals: a frame with the title in it), the text, a rule and more.
+    A box contains a title, a rule, the text, another rule, and advice. On UTF-8 terminals the frame contains the title
+    and there is no first rule.
     """
     lines = [line.strip("│ ") for line in _ESCAPE.sub("", printed).splitlines()]
     if printed.startswith("usage:"):

@@ -1,9 +1,9 @@
-"""The command line: a verb, often a recipe, typed overrides. Heavy imports come after the arguments are understood.
+"""The command line: a verb, an optional recipe, and typed overrides. Imports torch only after parsing the arguments.
 
     openmimo VERB [RECIPE] [--overrides]
 
-A recipe is a function in `recipes/` that returns a complete config; `openmimo VERB RECIPE --help` lists every field
-with its type, default and meaning. What a user can mend is printed as one paragraph, and the exit code is 1.
+A recipe is a function in `recipes/` that returns a complete config. `openmimo VERB RECIPE --help` lists every field
+with its type, default and meaning. An error that the user can fix is printed as one paragraph, with exit code 1.
 """
 
 import dataclasses
@@ -26,8 +26,7 @@ from rich.markup import escape
 
 from openmimo.arguments import UsageError, paragraph, parse, usage_paragraph
 from openmimo.core import config as config_io
-from openmimo.core.errors import ConfigError, UserError
-from openmimo.core.interrupt import Interrupted, terminable
+from openmimo.core.errors import ConfigError, Interrupted, UserError, terminable
 from openmimo.core.records import SamplingParams
 from openmimo.demo.config import DemoConfig
 from openmimo.engine.config import EngineConfig, WeightFormat, chosen_format
@@ -44,9 +43,9 @@ class Verb:
     """One command.
 
     Attributes:
-        help: What it does, in a line.
-        run: What runs with the arguments that follow it.
-        kept: What there is of its work when a signal ends it and it does not say so itself.
+        help: One-line description.
+        run: Runs the command with the arguments after the verb.
+        kept: What remains of the work after a signal, for commands that do not report this themselves.
     """
 
     help: str
@@ -55,12 +54,15 @@ class Verb:
 
 
 def main() -> None:
-    """Entry point of `openmimo`."""
+    """Runs the command in `sys.argv`. The entry point of `openmimo`.
+
+    Exit codes: 1 for an error, 2 for invalid arguments, 128 + n after signal n.
+    """
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 (closed by the shell: >&-)
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8 shows the rest
-    # Threads that spin while they wait make a run on shared cores many times slower; read when torch is imported.
+        sys.stdout.reconfigure(errors="backslashreplace")  # for terminals without UTF-8
+    # Spinning threads make a run on shared cores many times slower. Set before torch is imported, which reads it.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -73,7 +75,7 @@ def main() -> None:
             VERBS[arguments[0]].run(arguments[1:])
             sys.stdout.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes once more when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes again at exit
         sys.exit(1)
     except (UserError, OSError, MemoryError) as error:
         text = paragraph(_in_words(error))
@@ -89,15 +91,15 @@ def main() -> None:
 
 
 def _in_words(error: UserError | OSError | MemoryError) -> str:
-    """The error in words; that of a file with its name and, where there is one, the way out."""
+    """Returns the message of an error. Errors of files name the file and, for common causes, how to fix them."""
     if isinstance(error, MemoryError):
         return f"there is not enough memory. {error}"
     if isinstance(error, UserError):
         return str(error)
     ways = {
-        errno.ENOSPC: " Make room and start the same command again; a run goes on from its newest checkpoint.",
-        errno.EDQUOT: " Make room and start the same command again; a run goes on from its newest checkpoint.",
-        errno.EROFS: " Name a folder that can be written.",
+        errno.ENOSPC: " Make room and start the same command again; a run resumes from its newest checkpoint.",
+        errno.EDQUOT: " Make room and start the same command again; a run resumes from its newest checkpoint.",
+        errno.EROFS: " Name a writable folder.",
         errno.EACCES: " Change its permissions, or name another file.",
     }
     if error.errno is None or error.strerror is None or error.filename is None:
@@ -121,12 +123,20 @@ def _overview() -> str:
 
 
 def recipe_names() -> list[str]:
-    """The files in `recipes/`."""
+    """Returns the names of the modules in `recipes/`."""
     return sorted(module.name for module in pkgutil.iter_modules(importlib.import_module("recipes").__path__))
 
 
 def load_recipe(name: str, verb: str) -> Any:
-    """The config that recipe `name` (or `name:function`) has for `verb`. Raises ConfigError."""
+    """Returns the config of a recipe.
+
+    Args:
+        name: A module of `recipes/`, or `module:function`.
+        verb: The function that is called if `name` has none.
+
+    Raises:
+        ConfigError: There is no such module or function.
+    """
     module_name, _, function = name.partition(":")
     if module_name not in recipe_names():
         raise ConfigError(f"there is no recipe {module_name!r}. Recipes: {', '.join(recipe_names())}.")
@@ -138,34 +148,34 @@ def load_recipe(name: str, verb: str) -> Any:
     }
     if (function or verb) not in functions:
         raise ConfigError(
-            f"recipe {module_name!r} has nothing called {function or verb!r}; it has {', '.join(functions)}. "
+            f"recipe {module_name!r} has no function {function or verb!r}. Functions: {', '.join(functions)}. "
             f"Name one as {module_name}:FUNCTION."
         )
     return functions[function or verb]()
 
 
 def _with_overrides(verb: str, arguments: list[str], config_type: type) -> Any:
-    """The config of a recipe, or of `--from config.json`, with the command line's overrides applied."""
+    """Returns the config of a recipe or of `--from config.json`, with the overrides of the command line applied."""
     if arguments and arguments[0].split("=")[0] == "--from":
         name = "--from"
         path, rest = _after_from(arguments)
         default: Any = config_io.load(config_type, Path(path))
     elif any(word.split("=")[0] == "--from" for word in arguments):
-        raise UsageError(f"--from FILE takes the place of a recipe: openmimo {verb} --from FILE [--overrides].")
+        raise UsageError(f"--from FILE replaces the recipe: openmimo {verb} --from FILE [--overrides].")
     else:
         named = bool(arguments) and not arguments[0].startswith("-")
         name, rest = (arguments[0], arguments[1:]) if named else ("tiny_cpu", arguments)
         default = load_recipe(name, verb)
     if not isinstance(default, config_type):
         raise ConfigError(
-            f"recipe {name!r} gives {type(default).__name__}, but {verb} needs {config_type.__name__}; "
+            f"recipe {name!r} returns {type(default).__name__}, but {verb} needs {config_type.__name__}; "
             "name another recipe or another verb."
         )
     return parse(config_type, rest, f"openmimo {verb} {name}", default)
 
 
 def _after_from(arguments: list[str]) -> tuple[str, list[str]]:
-    """The file of `--from FILE` or `--from=FILE`, and what follows."""
+    """Splits `--from FILE` or `--from=FILE` into the path of the file and the arguments after it."""
     _, equals, path = arguments[0].partition("=")
     given = [path] if equals else arguments[1:2]
     if not given or not given[0]:
@@ -177,12 +187,13 @@ def _after_from(arguments: list[str]) -> tuple[str, list[str]]:
 
 
 def _run_recipe(verb: str, config_type: type, function: str) -> Callable[[list[str]], None]:
-    """What a verb with recipes does with its arguments.
+    """Returns the function that runs a verb with recipes.
 
     Args:
         verb: The verb.
         config_type: The type of its config.
-        function: `module:name` of the function that runs a config. The module is imported when the config is complete.
+        function: `module:name` of the function that runs a config. The module is imported after the arguments are
+            parsed.
     """
 
     def run(arguments: list[str]) -> None:
@@ -195,7 +206,7 @@ def _run_recipe(verb: str, config_type: type, function: str) -> Callable[[list[s
 
 
 def _with_algorithm_options(verb: str, arguments: list[str], config_type: type) -> Any:
-    """As `_with_overrides`, and with `--algorithm-options.NAME VALUE`, which tyro has no type for."""
+    """Like `_with_overrides`, and also reads `--algorithm-options.NAME VALUE`, which tyro cannot parse."""
     options, others = algorithm_arguments(arguments)
     config = _with_overrides(verb, others, config_type)
     return dataclasses.replace(config, algorithm_options=merged(config.algorithm_options, options))
@@ -209,14 +220,14 @@ def _merge(arguments: list[str]) -> None:
         method: Literal["average", "task_arithmetic"] = "average",
         scale: float = 1.0,
     ) -> dict[str, Any]:
-        """Merge fine-tuned checkpoints of one base by their weights.
+        """Merge the weights of checkpoints that were fine-tuned from one base.
 
         Args:
-            base: The checkpoint that all started from.
+            base: The checkpoint from which all children were trained.
             destination: A folder for the merged model.
             children: The fine-tuned checkpoints.
-            method: average (base + scale x the mean of their changes) or task_arithmetic (base + scale x the sum).
-            scale: See method.
+            method: average (base + scale x mean of the weight changes) or task_arithmetic (base + scale x their sum).
+            scale: Factor of the weight changes.
         """
         return locals()
 
@@ -233,8 +244,6 @@ def _merge(arguments: list[str]) -> None:
 
 
 def _convert(arguments: list[str]) -> None:
-    """Rewrites a checkpoint in another dtype or layout, shard by shard."""
-
     def options(
         source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")],
         destination: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DESTINATION")],
@@ -250,8 +259,8 @@ def _convert(arguments: list[str]) -> None:
             destination: A folder that does not exist yet.
             dtype: float32, bfloat16, float16, or fp8 (128 x 128 block scales, as published).
             projections: split (q, k, v) or fused_qkv (stacked by rank).
-            window_keys: How many keys a sliding query sees, itself included, if config.json is to say otherwise.
-            max_shard_gigabytes: Size of a file, at most.
+            window_keys: Keys that a query of a sliding layer sees, including its own (default: as in config.json).
+            max_shard_gigabytes: Maximum size of a weight file.
         """
         return locals()
 
@@ -278,12 +287,12 @@ def _convert(arguments: list[str]) -> None:
 
 def _audit(arguments: list[str]) -> None:
     def options(model: tyro.conf.Positional[str] = "flash", quantized: bool = False, tensors: bool = False) -> tuple:
-        """Count the parameters of a model and list its checkpoint's tensors, without allocating any of them.
+        """Count the parameters of a model and list the tensors of its checkpoint, without allocating them.
 
         Args:
             model: A preset, or the path of a config.json.
-            quantized: Count the scales of the published FP8 layout, too.
-            tensors: Print every tensor's name and shape.
+            quantized: Include the scales of the published FP8 layout.
+            tensors: Print the name and shape of every tensor.
         """
         return model, quantized, tensors
 
@@ -294,19 +303,21 @@ def _audit(arguments: list[str]) -> None:
     print_audit(audit(model_config(model), quantized=quantized), list_tensors=tensors)
 
 
-# --- verbs: speaking -------------------------------------------------------------------------------------------------
+# --- verbs: generation -----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class SpeakOptions:
-    """Which checkpoint speaks, and how.
+    """Chat with a checkpoint in the terminal.
 
     Attributes:
         path: A checkpoint folder with a tokenizer.
-        dtype: Of weights and activations.
-        device: auto (an accelerator if there is one), cpu, or a device of torch.
-        thinking: Let a chat model think before it answers.
-        system: The first turn of a chat.
+        dtype: Dtype of weights and activations.
+        device: auto (an accelerator if there is one), cpu, or a torch device.
+        weights: Storage of weight matrices: plain (in dtype), int8, or fp8 (as an FP8 checkpoint stores them). int8 and
+            fp8 take half the bytes of bfloat16.
+        thinking: Let the model think before it answers.
+        system: The system message of the chat.
     """
 
     path: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PATH")]
@@ -314,17 +325,18 @@ class SpeakOptions:
     engine: Annotated[EngineConfig, tyro.conf.arg(name="")] = EngineConfig(mixed_prefill_tokens=1024)
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: str = "auto"
+    weights: WeightFormat = "plain"
     thinking: bool = False
     system: str | None = None
 
 
 @dataclass(frozen=True)
 class GenerateOptions(SpeakOptions):
-    """Continue a text, or answer it.
+    """Continue a text, or answer it as a chat message.
 
     Attributes:
-        prompt: The text to go on from; "-" reads it from standard input.
-        chat: Answer the prompt through the chat template.
+        prompt: The text; "-" reads it from standard input.
+        chat: Apply the chat template to the prompt.
     """
 
     prompt: str = "-"
@@ -334,7 +346,9 @@ class GenerateOptions(SpeakOptions):
 def _generate(arguments: list[str]) -> None:
     options = parse(GenerateOptions, arguments, "openmimo generate")
     if not options.chat and (options.thinking or options.system):
-        raise ConfigError("--thinking and --system belong to the chat template; they have no effect without --chat.")
+        raise ConfigError(
+            "--thinking and --system are settings of the chat template and have no effect without --chat; add --chat."
+        )
     from openmimo.engine import terminal
 
     terminal.check_prompt(options.prompt)
@@ -346,7 +360,6 @@ def _generate(arguments: list[str]) -> None:
 
 
 def _chat(arguments: list[str]) -> None:
-    """Talk with a checkpoint."""
     options = parse(SpeakOptions, arguments, "openmimo chat")
     from openmimo.engine import terminal
 
@@ -357,7 +370,9 @@ def _chat(arguments: list[str]) -> None:
 def _load(options: SpeakOptions) -> Any:
     from openmimo.engine import terminal
 
-    return terminal.load(options.path, options.engine, dtype=options.dtype, device=options.device)
+    return terminal.load(
+        options.path, options.engine, dtype=options.dtype, device=options.device, weights=options.weights
+    )
 
 
 @dataclass(frozen=True)
@@ -366,13 +381,13 @@ class ServeOptions:
 
     Attributes:
         path: A checkpoint folder with a tokenizer (none with --stub).
-        stub: Serve no model: every message is said back, word by word. For trying clients.
-        dtype: Of weights and activations (auto: bfloat16 on an accelerator, else float32).
-        device: auto (an accelerator if there is one), cpu, or a device of torch.
+        stub: Serve no model, for tests of clients: the server echoes every message word by word.
+        dtype: Dtype of weights and activations (auto: bfloat16 on an accelerator, else float32).
+        device: auto (an accelerator if there is one), cpu, or a torch device.
         threads: CPU threads for the model (none: all cores).
-        weights: How weight matrices are held: plain (in dtype), int8, or fp8 (as an FP8 checkpoint stores them). The
-            narrow formats take half the bytes of bfloat16.
-        int8: The earlier name of --weights int8.
+        weights: Storage of weight matrices: plain (in dtype), int8, or fp8 (as an FP8 checkpoint stores them). int8 and
+            fp8 take half the bytes of bfloat16.
+        int8: Earlier name of --weights int8.
     """
 
     path: tyro.conf.Positional[str] = ""
@@ -389,7 +404,7 @@ class ServeOptions:
 def _serve(arguments: list[str]) -> None:
     options = parse(ServeOptions, arguments, "openmimo serve")
     if bool(options.path) == options.stub:
-        raise ConfigError("give the folder of a checkpoint to serve, or --stub to serve none.")
+        raise ConfigError("give either the folder of a checkpoint, or --stub to run without a model.")
     from openmimo.engine.server.serve import launch, launch_stub
 
     if options.stub:
@@ -402,7 +417,7 @@ def _serve(arguments: list[str]) -> None:
         )  # fmt: skip
 
 
-# --- verbs: measuring ------------------------------------------------------------------------------------------------
+# --- verbs: measurement ----------------------------------------------------------------------------------------------
 
 
 def _eval(arguments: list[str]) -> None:
@@ -417,7 +432,7 @@ def _eval(arguments: list[str]) -> None:
 def _bench(arguments: list[str]) -> None:
     clone = str(Path(__file__).parents[1])
     if clone not in sys.path:
-        sys.path.append(clone)  # the benchmarks lie next to the package, and an installed script does not look there
+        sys.path.append(clone)  # an installed script does not search the folder of the clone
     try:
         bench = importlib.import_module("benchmarks.bench_cpu")
     except ModuleNotFoundError as error:
@@ -429,11 +444,11 @@ def _bench(arguments: list[str]) -> None:
     bench.run(options)
 
 
-_KEPT_RUN = "the checkpoints written so far are kept, and the same command goes on from the newest"
-_KEPT_DEMO = "finished parts and checkpoints are kept, and the same command goes on from them"
+_KEPT_RUN = "the checkpoints written so far are kept, and the same command resumes from the newest"
+_KEPT_DEMO = "finished parts and checkpoints are kept, and the same command resumes from them"
 VERBS: dict[str, Verb] = {
     "demo": Verb(
-        "the whole story on a laptop: train, extend, measure, speak; writes report.html",
+        "train, extend, post-train and measure a tiny model on a laptop; writes report.html",
         _run_recipe("demo", DemoConfig, "openmimo.demo.story:run"),
         _KEPT_DEMO,
     ),
@@ -458,32 +473,34 @@ VERBS: dict[str, Verb] = {
         _KEPT_RUN,
     ),
     "mopd": Verb(
-        "distil teachers into a student on the student's own answers",
+        "distill teachers into a student on the student's own answers",
         _run_recipe("mopd", MopdConfig, "openmimo.rl.run:train"),
         _KEPT_RUN,
     ),
     "compare": Verb(
-        "a see-saw report: base, teachers and students in every domain",
+        "evaluate base, teachers and students in every domain; writes a see-saw report",
         _run_recipe("compare", CompareConfig, "openmimo.rl.compare:compare"),
         "no report was written; the models are evaluated again",
     ),
-    "merge": Verb("merge fine-tuned checkpoints by their weights", _merge, "the merged model was not written"),
-    "eval": Verb("measure retrieval and loss over long contexts", _eval, "the scores so far are not kept"),
-    "generate": Verb("continue a prompt", _generate, "the text so far is all there is"),
-    "chat": Verb("talk with a checkpoint in the terminal", _chat, "the conversation is not kept"),
+    "merge": Verb("merge the weights of fine-tuned checkpoints", _merge, "the merged model was not written"),
+    "eval": Verb("evaluate a checkpoint at several context lengths", _eval, "the scores so far are not kept"),
+    "generate": Verb("continue a prompt", _generate, "only the text so far was generated"),
+    "chat": Verb("chat with a checkpoint in the terminal", _chat, "the conversation is not kept"),
     "serve": Verb(
         "serve a checkpoint: OpenAI-compatible API and a chat page",
         _serve,
-        "the server has stopped; answers that were not finished are cut",
+        "the server has stopped; unfinished answers are cut off",
     ),
     "convert": Verb(
         "rewrite a checkpoint in another dtype or layout",
         _convert,
         "the new checkpoint was not written; the old one is unchanged",
     ),
-    "audit": Verb("count a model's parameters and tensors without allocating them", _audit),
+    "audit": Verb("count the parameters and tensors of a model without allocating them", _audit),
     "bench": Verb(
-        "time kernels, training and decoding against their peers", _bench, "the measurements so far are not kept"
+        "compare the speed of kernels, training and decoding with other implementations",
+        _bench,
+        "the measurements so far are not kept",
     ),
 }
 

@@ -1,5 +1,10 @@
-"""The report's attention ablation at a laptop's size (paper table 2): all layers global, hybrid without sinks, hybrid
-with sinks. `openmimo pretrain ablation:all_global`, `ablation:no_sink`, `ablation:sink`; docs/log.md has the result.
+"""The attention ablation of the report (table 2) at laptop size: all layers global, hybrid with and without sinks.
+
+    openmimo pretrain ablation:all_global
+    openmimo pretrain ablation:no_sink
+    openmimo pretrain ablation:sink
+
+docs/log.md contains the results.
 """
 
 from dataclasses import replace
@@ -9,7 +14,7 @@ from recipes import tiny_cpu
 
 
 def sink() -> PretrainConfig:
-    """Hybrid with sinks: `tiny` as it is."""
+    """Hybrid with sinks: the preset `tiny`."""
     return _arm("sink", "tiny")
 
 
@@ -19,12 +24,12 @@ def no_sink() -> PretrainConfig:
 
 
 def all_global() -> PretrainConfig:
-    """Every layer full."""
+    """Full attention in every layer."""
     return _arm("all_global", "tiny_all_global")
 
 
 def _arm(name: str, model: str) -> PretrainConfig:
-    """One million tokens of text in rows of 256, eight windows long."""
+    """One million tokens of text in rows of 256 tokens, which is eight windows."""
     text = Phase(
         name="text", steps=500, sequence_length=256, global_batch_size=8, warmup_steps=30, learning_rate=3e-3,
         end_learning_rate=3e-4, mixture=tiny_cpu.mixture(tiny_cpu.TEXT), bias_rate=1e-2,

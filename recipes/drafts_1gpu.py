@@ -1,6 +1,6 @@
-"""What drafting gains where a head is as small a part of the model as in the report: `deep`, eight minutes on one GPU.
+"""Drafting with `deep`, whose MTP heads are as small a part of the model as in the report. Eight minutes on one GPU.
 
-Its text and its repeated passages are those of `drafts_cpu`: `benchmarks/bench_speculation.py` measures both alike.
+Text and repeated passages are those of `drafts_cpu`, so `benchmarks/bench_speculation.py` measures both models.
 """
 
 from dataclasses import replace
@@ -10,7 +10,7 @@ from recipes.tiny_cpu import REPEATS, TEXT, mixture
 
 
 def pretrain() -> PretrainConfig:
-    """Copying first, then text with it; at the end the three heads get half of the gradient."""
+    """Copying, then copying and text, then the same data with half of the gradient for the three heads."""
     data = mixture(replace(TEXT, weight=0.7, max_megabytes=0.0), REPEATS)
     return PretrainConfig(
         run_folder="runs/drafts_1gpu",

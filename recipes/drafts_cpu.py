@@ -1,7 +1,7 @@
-"""Heads that draft well: the demo's checkpoint goes on with most of the weight on its three MTP heads.
+"""Continues the demo's checkpoint with most of the loss weight on its three MTP heads, to improve their drafts.
 
-Half of the rows repeat passages that a head's window holds whole, as edited code and quoted text do; there a head can
-learn to see several tokens ahead. `benchmarks/bench_speculation.py` measures what comes of it.
+Half of the rows repeat passages that fit in the window of a head, as in edited code and quoted text. There a head can
+learn to predict several tokens ahead. `benchmarks/bench_speculation.py` measures the result.
 """
 
 from openmimo.train.config import CheckpointConfig, EvaluationConfig, Phase, PretrainConfig
@@ -9,7 +9,7 @@ from recipes.tiny_cpu import REPEATS, TEXT, mixture
 
 
 def pretrain() -> PretrainConfig:
-    """Some ten minutes on a CPU, from `runs/demo/extend/model`."""
+    """About ten minutes on a CPU, from `runs/demo/extend/model`."""
     return PretrainConfig(
         run_folder="runs/drafts_cpu",
         init_from="runs/demo/extend/model",

@@ -1,7 +1,7 @@
-"""The report's pre-training of MiMo-V2-Flash, number by number (paper section 3.1): 27 trillion tokens in three stages.
+"""The pre-training of MiMo-V2-Flash with the numbers of the report (section 3.1): 27 trillion tokens in three stages.
 
-It states what the report states and is here to be read, derived from and checked; one process cannot hold this model.
-The corpora are not public: put your own in the place of the text folders.
+This recipe is a reference and a base for other recipes. The model does not fit in one process. The corpora are not
+public; replace the text folders with your own.
 """
 
 import math
@@ -15,23 +15,23 @@ SHORT = 32_768
 
 
 def text(folder: str, *, weight: float = 1.0) -> SourceConfig:
-    """A folder of text files of your own."""
+    """A source that reads a folder of text files."""
     return SourceConfig("text_folder", weight=weight, options={"path": folder})
 
 
 ROWS = 2048
-ROWS_AT_START = 128  # not in the report, which states the ramp's length and end
-# While rows rise linearly, a step reads half of the first and the last number on average.
+ROWS_AT_START = 128  # not in the report, which states only the length and the end of the ramp
+# While the number of rows rises linearly, a step has the mean of the first and the last number on average.
 RAMP_STEPS = round(0.5 * TRILLION / (SHORT * (ROWS_AT_START + ROWS) / 2))
 
 
 def short_steps(tokens: float) -> int:
-    """Optimizer steps that read `tokens` tokens in 2,048 rows of 32K."""
+    """Number of optimizer steps that read `tokens` tokens in batches of 2,048 rows of 32K."""
     return round(tokens / (ROWS * SHORT))
 
 
 def steps_from_start(tokens: float) -> int:
-    """Optimizer steps that read the first `tokens` tokens of stage 1, while rows rise and after."""
+    """Number of optimizer steps that read the first `tokens` tokens of stage 1, including the batch ramp."""
     if tokens >= 0.5 * TRILLION:
         return RAMP_STEPS + short_steps(tokens - 0.5 * TRILLION)
     slope = (ROWS - ROWS_AT_START) / RAMP_STEPS
@@ -39,7 +39,7 @@ def steps_from_start(tokens: float) -> int:
 
 
 def pretrain() -> PretrainConfig:
-    """22T tokens at 32K, 4T with more code and 5 % synthetic reasoning, 1T at 256K with the larger RoPE base."""
+    """22T tokens at 32K, 4T with more code and 5 % synthetic reasoning, 1T at 256K with a larger RoPE base."""
     warmup = steps_from_start(0.05 * TRILLION)
     code = MixtureConfig((text("corpus/code_and_general", weight=0.95), text("corpus/synthetic", weight=0.05)))
     return PretrainConfig(

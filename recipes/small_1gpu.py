@@ -1,6 +1,6 @@
-"""A 170-million-parameter hybrid MoE on one GPU in an evening: English Wikipedia text and Python, 4K then 32K.
+"""A hybrid MoE of 170 million parameters on one GPU in an evening: Wikipedia text and Python, at 4K, then 32K tokens.
 
-The post-training part is sized by the one of `tiny_cpu` and has not been run at this size yet.
+The post-training settings are scaled from `tiny_cpu` and have not been run at this size.
 """
 
 from openmimo.data.config import MixtureConfig, SourceConfig, TaskConfig, demonstrations
@@ -22,7 +22,7 @@ NEEDLES = SourceConfig("needles", weight=0.2, options={"min_length": 256, "num_p
 
 
 def pretrain() -> PretrainConfig:
-    """About half a billion tokens in the report's three stages, 64K tokens a step."""
+    """The three stages of the report with about half a billion tokens, 64K tokens per step."""
     mixture = MixtureConfig((WIKIPEDIA, PYTHON, NEEDLES))
     return PretrainConfig(
         run_folder="runs/small_1gpu",
@@ -51,7 +51,7 @@ def pretrain() -> PretrainConfig:
 
 
 def extend() -> ExtendConfig:
-    """To 64K, with three MTP heads."""
+    """Context extension to 64K, with three MTP heads."""
     return ExtendConfig(
         checkpoint="runs/small_1gpu/model",
         run_folder="runs/small_1gpu_extended",
@@ -75,7 +75,7 @@ ROLLOUTS = EngineConfig(max_sequences=512, prefill_tokens=16_384, mixed_prefill_
 
 
 def domain(name: str, level: int, *, samples_per_prompt: int = 16, **options: int) -> RlSource:
-    """Problems of one family at one level."""
+    """A source of problems of one task family at one difficulty."""
     task = {"name": name, "min_difficulty": level, "max_difficulty": level, "options": options}
     return RlSource(name=name, samples_per_prompt=samples_per_prompt, max_answer_tokens=256, options={"task": task})
 
@@ -84,7 +84,7 @@ DOMAINS = {"addition": 8, "countdown": 4, "program": 3}
 
 
 def sft() -> SftConfig:
-    """Demonstrations for the extended model; your own conversations are the source `chat` (options: path)."""
+    """Demonstrations for the extended model. For your own conversations, use the source `chat` (options: path)."""
     return SftConfig(
         checkpoint="runs/small_1gpu_extended/model",
         run_folder="runs/small_1gpu_sft",
@@ -100,7 +100,7 @@ def sft() -> SftConfig:
 
 
 def rl_on(name: str) -> RlConfig:
-    """The teacher of one domain."""
+    """Reinforcement learning of the teacher of one domain."""
     return RlConfig(
         checkpoint="runs/small_1gpu_sft/model",
         run_folder=f"runs/small_1gpu_rl_{name}",
@@ -120,7 +120,7 @@ def rl_on(name: str) -> RlConfig:
 
 
 def rl() -> RlConfig:
-    """The teacher of countdown; `addition` and `program` are the others."""
+    """The teacher of countdown. The other teachers are `addition` and `program`."""
     return rl_on("countdown")
 
 
@@ -130,12 +130,12 @@ def addition() -> RlConfig:
 
 
 def program() -> RlConfig:
-    """The teacher of writing programs, with the test-difficulty-driven reward."""
+    """The teacher of program writing, with the test-difficulty-driven reward."""
     return rl_on("program")
 
 
 def mopd() -> MopdConfig:
-    """One student of the three, and of itself in logic."""
+    """One student of the three teachers, with itself as the teacher of logic."""
     own = domain("boolean", 8, samples_per_prompt=4)
     return MopdConfig(
         checkpoint="runs/small_1gpu_sft/model",

@@ -1,17 +1,17 @@
-"""The report's stages at a size that a laptop trains in minutes: 1.6 million parameters, real text, one MTP head.
+"""The stages of the report at a size that a laptop trains in minutes: 1.6 million parameters, real text, one MTP head.
 
-Two things are peculiar to this size (docs/log.md): many small steps (2,048 tokens), because retrieval emerges by steps
-and not by tokens; and a short first stage of repeated segments, longer than the first half of a window, from which the
-full layers learn to copy by content before anything else.
+Two settings are specific to this size (docs/log.md). Steps are many and small (2,048 tokens), because retrieval depends
+on the number of steps and not of tokens. A short first stage repeats segments longer than half of a window, from which
+the full layers learn to copy by content.
 
-After that come demonstrations of four tasks, a teacher for each of three of them, and one student of all:
+Post-training uses demonstrations of four tasks, a teacher for each of three tasks, and one student of all teachers:
 
     openmimo sft
     openmimo rl tiny_cpu:sorting; openmimo rl tiny_cpu:unique; openmimo rl tiny_cpu:reverse
     openmimo mopd && openmimo compare
 
-The answers to these tasks are known, so demonstrations alone could teach everything. To leave something to learn from
-rewards, most of them are easier than what is asked later (docs/rl.md).
+Demonstrations could teach these tasks completely, because the answers are known. Most demonstrations are therefore
+easier than the later problems, which leaves skills to learn from rewards (docs/rl.md).
 """
 
 from dataclasses import replace
@@ -29,23 +29,23 @@ REPEATS = SourceConfig(
 
 
 def needles(*, weight: float, min_length: int, num_pairs: int) -> SourceConfig:
-    """Retrieval examples of `min_length` tokens up to a whole row, every fact of which is asked."""
+    """Retrieval examples of `min_length` tokens up to a whole row, with a query for every fact."""
     return SourceConfig("needles", weight=weight, options={"min_length": min_length, "num_pairs": num_pairs})
 
 
 def mixture(*sources: SourceConfig) -> MixtureConfig:
-    """Five percent held out: the corpus is small, and one percent of it would be three files."""
+    """A mixture with five percent held out, because one percent of this small corpus would be three files."""
     return MixtureConfig(sources, validation_fraction=0.05)
 
 
 def pretrain() -> PretrainConfig:
-    """Copying, then the report's three stages: general, more text, and a longer context with a larger RoPE base."""
+    """A copying stage, then the stages of the report: general, more text, longer context with a larger RoPE base."""
     general = mixture(TEXT, REPEATS, needles(weight=0.4, min_length=64, num_pairs=8))
     more_text = mixture(replace(TEXT, weight=0.6), needles(weight=0.4, min_length=64, num_pairs=6))
     long = mixture(replace(TEXT, weight=0.5), needles(weight=0.5, min_length=64, num_pairs=4))
     return PretrainConfig(
         run_folder="runs/tiny_cpu",
-        seed=1,  # retrieval is learned by some seeds within these steps and not by others (docs/log.md)
+        seed=1,  # only some seeds learn retrieval within these steps (docs/log.md)
         stages=(
             Phase(
                 name="copy", steps=250, sequence_length=64, global_batch_size=32, warmup_steps=40, constant_steps=210,
@@ -65,14 +65,14 @@ def pretrain() -> PretrainConfig:
             ),
         ),
         micro_batch_size=32,
-        threads=1,  # at this size a second thread gains nothing, and spins where cores are shared (docs/log.md)
+        threads=1,  # a second thread is no faster at this size, and spins on shared cores (docs/log.md)
         checkpoints=CheckpointConfig(every_steps=200),
         evaluation=EvaluationConfig(every_steps=200, batches=2),
     )  # fmt: skip
 
 
 def extend() -> ExtendConfig:
-    """Four times the context for a checkpoint of `pretrain`, with four times the RoPE base and three MTP heads."""
+    """Context extension by a factor of four for the model of `pretrain`, with 4x the RoPE base and three MTP heads."""
     return ExtendConfig(
         checkpoint="runs/tiny_cpu/model",
         run_folder="runs/tiny_cpu_extended",
@@ -106,7 +106,7 @@ ROLLOUTS = EngineConfig(max_sequences=128, prefill_tokens=4096, mixed_prefill_to
 
 
 def domain(name: str, *, samples_per_prompt: int = 8) -> RlSource:
-    """The problems that one teacher learns, and on which everyone is compared."""
+    """The source of problems that trains one teacher and compares all models."""
     task = ASKED[name]
     options = {"task": {"name": name, "min_difficulty": task.min_difficulty, "max_difficulty": task.max_difficulty}}
     return RlSource(name=name, samples_per_prompt=samples_per_prompt, max_answer_tokens=16, options=options)
@@ -144,7 +144,7 @@ def rl_on(*names: str) -> RlConfig:
         learning_rate=3e-4,
         end_learning_rate=1e-4,
         warmup_steps=5,
-        mtp_weight=0.0,  # nobody drafts for a teacher
+        mtp_weight=0.0,  # teachers generate without drafts
         threads=1,
         engine=ROLLOUTS,
         checkpoints=CheckpointConfig(every_steps=10),
@@ -158,22 +158,22 @@ def sorting() -> RlConfig:
 
 
 def unique() -> RlConfig:
-    """The teacher of leaving out repeats."""
+    """The teacher of removing duplicates."""
     return rl_on("unique")
 
 
 def reverse() -> RlConfig:
-    """The teacher of writing backwards."""
+    """The teacher of reversing."""
     return rl_on("reverse")
 
 
 def rl() -> RlConfig:
-    """All three domains at once: what distillation is compared with."""
+    """GRPO on all three domains at once, a baseline for distillation."""
     return rl_on(*TAUGHT)
 
 
 def mopd() -> MopdConfig:
-    """One student of three teachers, and of its former self in the domain that has none."""
+    """One student of three teachers, with its initial weights as the teacher of the remaining domain."""
     return MopdConfig(
         checkpoint="runs/tiny_cpu_sft/model",
         run_folder="runs/tiny_cpu_mopd",
@@ -193,7 +193,7 @@ def mopd() -> MopdConfig:
 
 
 def compare() -> CompareConfig:
-    """Fine-tuned model, teachers and student in all four domains."""
+    """Evaluation of the fine-tuned model, the teachers and the student in all four domains."""
     teachers: dict[str, tuple[str, ...]] = {f"{name} teacher": (f"runs/tiny_cpu_rl_{name}/model",) for name in TAUGHT}
     return CompareConfig(
         run_folder="runs/tiny_cpu_compare",
@@ -208,12 +208,12 @@ def compare() -> CompareConfig:
 
 
 def demo() -> DemoConfig:
-    """All of it, with the measurements between."""
+    """All training commands and measurements, in `runs/demo`."""
     return demo_in("runs/demo")
 
 
 def demo_in(folder: str) -> DemoConfig:
-    """The demo with everything in `folder`."""
+    """The demo with all runs in `folder`."""
     base, student = f"{folder}/sft/model", f"{folder}/mopd/model"
     taught = {name: f"{folder}/rl_{name}" for name in TAUGHT}
     models: dict[str, tuple[str, ...]] = {f"{name} teacher": (f"{run}/model",) for name, run in taught.items()}

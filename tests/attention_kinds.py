@@ -7,8 +7,7 @@ head by a number computed from the block scores that the earlier layer left in t
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from openmimo.model.attention import AttentionKind, AttentionPlace, KVSpec
-from openmimo.model.geometry import AttentionConfig
+from openmimo.model.attention import AttentionConfig, AttentionKind, AttentionPlace, KVSpec
 
 if TYPE_CHECKING:
     from torch import nn

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from openmimo.kernels.rotary import apply_rotary
+from openmimo.kernels.operations import apply_rotary
 from openmimo.model.attention import AttentionPlace
 from openmimo.model.context import AttentionCall, AttentionContext
 from openmimo.model.layers import Linear

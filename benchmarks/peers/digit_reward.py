@@ -1,9 +1,9 @@
-"""The reward of `bench_rl`, the same function in every process. Standard library alone.
+"""The reward of `bench_rl` in all processes. Uses only the standard library.
 
-Random weights never sort digits, so the task's own key would give every answer 0 and every group no gradient.
+The scorer of the task would give every answer of random weights 0, and no group a gradient.
 """
 
 
 def digit_share(text: str) -> float:
-    """The share of an answer's characters that are digits, 0 for an empty answer."""
+    """Returns the share of digits among the characters of an answer, 0 for an empty answer."""
     return sum(character in "0123456789" for character in text) / max(1, len(text))

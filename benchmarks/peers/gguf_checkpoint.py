@@ -1,7 +1,7 @@
-"""Our checkpoints as GGUF files for llama.cpp: the main model alone, matrices as they are, the rest in float32.
+"""Converts checkpoints to GGUF files for llama.cpp: only the main model, matrices unchanged, other tensors in float32.
 
-llama.cpp's MTP graph wants q, k and v fused, which these checkpoints are not, so the heads stay behind. The vocabulary
-is made up: llama.cpp's server insists on having one, and token ids alone go in and come out.
+MTP heads are omitted, because llama.cpp's MTP graph requires a fused q, k and v. The vocabulary is a placeholder that
+llama.cpp's server requires; the benchmark uses only token ids.
 """
 
 import json
@@ -29,7 +29,7 @@ _NAMES = {
 
 
 def write_gguf(folder: Path, path: Path) -> None:
-    """Converts the checkpoint in `folder`; the file appears whole or not at all."""
+    """Converts the checkpoint in `folder` to `path`, atomically."""
     config = json.loads((folder / "config.json").read_text())
     unfinished = path.with_suffix(".unfinished")
     writer = gguf.GGUFWriter(unfinished, _ARCHITECTURE)
@@ -105,7 +105,7 @@ def _widened(tensor: np.ndarray) -> np.ndarray:
 
 
 class _Checkpoint:
-    """Tensors of one `model.safetensors`: float32, or the bits of bfloat16 as uint16 (NumPy has no bfloat16)."""
+    """Reads tensors of a `model.safetensors`: float32, or bfloat16 as uint16, because NumPy has no bfloat16."""
 
     _DTYPES = {"F32": np.float32, "BF16": np.uint16}
 
@@ -120,7 +120,7 @@ class _Checkpoint:
         return name in self._entries
 
     def read(self, name: str) -> np.ndarray:
-        """A view into the file."""
+        """Returns a tensor as a view into the file."""
         entry = self._entries[name]
         start, stop = entry["data_offsets"]
         return self._data[start:stop].view(self._DTYPES[entry["dtype"]]).reshape(entry["shape"])

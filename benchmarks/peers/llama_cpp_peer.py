@@ -1,7 +1,7 @@
-"""llama.cpp behind the wire of `serving`: its own server loop, in this process, through the `xllamacpp` package.
+"""The side of llama.cpp (see `serving`): its server loop runs in this process through the package `xllamacpp`.
 
-Steps are timed between the tokens that one streaming request receives while the other slots decode beside it. Between
-two calls the slots keep their caches, so that a later call reads no prompt again.
+Step times are the times between tokens of one streamed request while the other slots decode. Slots keep their caches
+between calls, so later calls do not read prompts again.
 """
 
 import threading
@@ -13,16 +13,16 @@ import xllamacpp
 from gguf_checkpoint import write_gguf
 from serving import cost_of, serve
 
-_ROOM_TOKENS = 1024  # beside the longest prompt: new tokens, and the prompt of `first_token`
-_LAG_STEPS = 6  # the other requests are sent first, and outlast the measured one
+_ROOM_TOKENS = 1024  # in addition to the longest prompt: new tokens, and the prompt of `first_token`
+_LAG_STEPS = 6  # the other requests start earlier and end later than the measured one
 _STEPS_UNDER_LOAD = 24
 
 
 class LlamaCpp:
-    """bfloat16 weights, float16 cache, flash attention as it chooses; one slot a sequence, none shared."""
+    """bfloat16 weights, float16 cache, automatic flash attention, one slot per sequence."""
 
     def load(self, folder: str, threads: int, max_sequences: int, max_length: int) -> dict[str, str]:
-        """Converts the checkpoint beside its folder, unless that was done."""
+        """Converts the checkpoint to a file next to its folder, unless this file is current."""
         self._path = Path(folder).with_suffix(".gguf")
         if not self._path.exists() or self._path.stat().st_mtime < (Path(folder) / "config.json").stat().st_mtime:
             write_gguf(Path(folder), self._path)
@@ -34,20 +34,20 @@ class LlamaCpp:
         }
 
     def greedy(self, prompt: list[int], count: int) -> dict[str, list]:
-        """Tokens after a prompt, and their log-probabilities."""
+        """Decodes greedily. Returns tokens and log-probabilities."""
         self._serve(1, self._max_length)
         reply = self._complete(prompt, count, slot=0, logprobs=True)
         chosen = reply["choices"][0]["logprobs"]["content"]
         return {"tokens": [entry["id"] for entry in chosen], "logprobs": [entry["logprob"] for entry in chosen]}
 
     def start(self, prompts: list[list[int]]) -> None:
-        """A slot for each, and one more."""
+        """Starts a server with a slot per prompt and one more."""
         self._prompts = prompts
         self._serve(len(prompts) + 1, max(map(len, prompts)) + _ROOM_TOKENS)
         self._beside(list(enumerate(prompts)), 1)()
 
     def steps(self, count: int) -> list[dict[str, float]]:
-        """Every step chooses a token for each slot."""
+        """Measures steps, each of which samples a token for every slot."""
         watch = _Watch()
         wait = self._beside(list(enumerate(self._prompts))[1:], count + _LAG_STEPS)
         self._complete(self._prompts[0], count + 1, slot=0, on_piece=watch)
@@ -55,16 +55,16 @@ class LlamaCpp:
         return watch.steps()
 
     def stop(self) -> None:
-        """Ends the server with its slots."""
+        """Stops the server."""
         self._server, self._shape = None, None
 
     def prefill(self, prompt: list[int]) -> dict[str, float]:
-        """In a server with one slot, which is told to forget."""
+        """Measures reading a prompt in a server with one slot, without prompt reuse."""
         self._serve(1, self._max_length)
         return cost_of(lambda: self._complete(prompt, 1, slot=0, reuse=False))
 
     def first_token(self, prompt: list[int]) -> dict[str, float]:
-        """Beside `longest_step_ms`: how long the others waited for a token, at most."""
+        """Returns the cost and `longest_step_ms`, the longest wait of the decoding sequences for a token."""
         watch = _Watch()
         wait = self._beside(list(enumerate(self._prompts)), _STEPS_UNDER_LOAD, on_first_piece=watch)
         while len(watch.times) < 3:
@@ -76,7 +76,7 @@ class LlamaCpp:
     def _serve(self, slots: int, length: int) -> None:
         if self._shape == (slots, length):
             return
-        self._server = None  # the old one first: two would hold two caches
+        self._server = None  # free the old cache before the new server allocates one
         params = xllamacpp.CommonParams()
         params.model.path = str(self._path)
         params.n_parallel, params.n_ctx, params.kv_unified = slots, slots * length, False
@@ -86,7 +86,7 @@ class LlamaCpp:
         self._server, self._shape = xllamacpp.Server(params), (slots, length)
 
     def _beside(self, prompts: list[tuple[int, list[int]]], count: int, on_first_piece=None):
-        """Starts requests in threads of their own; the result waits for them."""
+        """Starts requests in threads. Returns a function that waits for them."""
         watches = [on_first_piece] + [None] * len(prompts)
         threads = [
             threading.Thread(target=self._complete, args=(prompt, count), kwargs={"slot": slot, "on_piece": watch})
@@ -111,7 +111,7 @@ class LlamaCpp:
 
 
 class _Watch:
-    """Notes when each token of a streaming request came."""
+    """Records the arrival time of each token of a streamed request."""
 
     def __init__(self):
         self.times: list[tuple[float, float]] = []
@@ -121,7 +121,7 @@ class _Watch:
             self.times.append((time.perf_counter(), time.process_time()))
 
     def steps(self) -> list[dict[str, float]]:
-        """The time between tokens: on the clock, and of CPU in all threads."""
+        """Returns wall time and CPU time of all threads between tokens."""
         return [
             {"wall_ms": 1e3 * (wall - wall_before), "cpu_ms": 1e3 * (cpu - cpu_before)}
             for (wall_before, cpu_before), (wall, cpu) in zip(self.times, self.times[1:], strict=False)

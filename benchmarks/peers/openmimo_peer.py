@@ -1,9 +1,9 @@
-"""Our engine behind the wire of `serving`, with two calls more: what its cache holds, and steps that verify drafts."""
+"""The side of openmimo (see `serving`), with two more features: the size of its cache, and steps with drafts."""
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a script: the repository is not on the path
+sys.path.insert(0, str(Path(__file__).parents[2]))  # a script does not have the repository on its path
 
 import torch
 from serving import cost_of, serve
@@ -15,14 +15,14 @@ from openmimo.engine.engine import Engine
 from openmimo.engine.request_state import RequestState
 from openmimo.model.hf import load_model
 
-_FOREVER = 1 << 20  # new tokens: nothing ends while it is measured
+_FOREVER = 1 << 20  # new tokens; no request ends during a measurement
 
 
 class OpenMiMo:
-    """Plain decoding without prefix reuse, and an engine with all MTP heads on the same weights for `verify`."""
+    """Decoding without prefix reuse, plain or with all MTP heads."""
 
     def load(self, folder: str, threads: int, max_sequences: int, max_length: int) -> dict[str, str]:
-        """bfloat16 throughout, except for routers."""
+        """Loads the model in bfloat16, with float32 routers."""
         torch.set_num_threads(threads)
         self._model = load_model(folder, dtype="bfloat16")
         self._max_sequences, self._number = max_sequences, 0
@@ -30,7 +30,7 @@ class OpenMiMo:
         return {"versions": f"openmimo {openmimo.__version__}, torch {torch.__version__}", "notes": ""}
 
     def greedy(self, prompt: list[int], count: int) -> dict[str, list]:
-        """Tokens after a prompt, and their log-probabilities."""
+        """Decodes greedily. Returns tokens and log-probabilities."""
         sequence = self._submit(prompt, max_tokens=count, logprobs=True)
         while not sequence.finish_reason:
             self._engine.step()
@@ -38,34 +38,34 @@ class OpenMiMo:
         return {"tokens": completion.token_ids, "logprobs": completion.logprobs}
 
     def start(self, prompts: list[list[int]], drafts: bool = False) -> None:
-        """drafts: with all MTP heads at every step, whether they pay or not."""
+        """Reads the prompts. With `drafts`, all MTP heads draft in every step."""
         self._new_engine(speculative=drafts)
         self._running = [self._submit(prompt) for prompt in prompts]
         while any(sequence.num_uncomputed_tokens > 1 for sequence in self._running):
             self._engine.step()
 
     def steps(self, count: int) -> list[dict[str, float]]:
-        """With drafts, a step verifies three tokens of each sequence beside its own and runs the heads."""
+        """Measures steps. With drafts, a step verifies three drafts per sequence and runs the heads."""
         return [cost_of(self._engine.step) for _ in range(count)]
 
     def stop(self) -> None:
-        """Gives the pages back."""
+        """Aborts the running sequences."""
         for sequence in self._running:
             self._engine.abort(sequence.request.id)
         self._running = []
 
     def prefill(self, prompt: list[int]) -> dict[str, float]:
-        """In an engine that does nothing else."""
+        """Measures reading a prompt in an idle engine."""
         return cost_of(lambda: self._read(prompt))
 
     def first_token(self, prompt: list[int]) -> dict[str, float]:
-        """Beside `longest_step_ms`: how long the others waited for a token, at most."""
+        """Returns the cost and `longest_step_ms`, the longest wait of the decoding sequences for a token."""
         steps = []
         cost = cost_of(lambda: self._read(prompt, steps))
         return cost | {"longest_step_ms": max(step["wall_ms"] for step in steps)}
 
     def cache(self) -> dict[str, int]:
-        """Bytes of the pages that the running sequences hold, and of what they must remember."""
+        """Returns bytes of the pages of running sequences, of the ideal cache, and of a cache with all layers full."""
         arena = self._engine.arena
         return {
             "page_bytes": arena.page_bytes * sum(sequence.pages.num_pages for sequence in self._running),

@@ -1,4 +1,4 @@
-"""Our loop of post-training behind the wire of `serving`: steps of `openmimo rl` and of `openmimo mopd`, one by one."""
+"""The side of openmimo in `bench_rl` (see `serving`): single steps of `openmimo rl` and `openmimo mopd`."""
 
 import json
 from dataclasses import replace
@@ -23,15 +23,15 @@ _NEVER = 10**9
 
 
 class _Digits(task.TaskEpisode):
-    """The prompts of a task, and the reward of all sides."""
+    """An episode with the prompts of a task and the common reward."""
 
     def respond(self, text: str) -> EnvResponse:
-        """See Episode."""
+        """Stores the answer and ends the episode."""
         self._answer = text
         return EnvResponse()
 
     def reward(self) -> float:
-        """See Episode."""
+        """Returns the share of digits in the answer."""
         return digit_share(self._answer)
 
 
@@ -43,24 +43,35 @@ DIGITS = replace(task.PLUGIN, open=_open)
 
 
 class _Run(RlRun):
-    """A run that is taken step by step."""
+    """A run whose steps are called one at a time."""
 
     def step_once(self) -> None:
-        """All that a step of `run` does."""
+        """Runs one step of `run`."""
         self._one_step()
 
 
 class OpenMiMo:
-    """`RlRun` with the engine's settings of the recipes, float32, without drafts and without a loss of MTP heads."""
+    """`RlRun` in float32 with the engine settings of the recipes, without drafts and without a loss of MTP heads."""
 
     def load(
         self, folder: str, run_folder: str, threads: int, task: dict, groups: int, samples_per_prompt: int,
         new_tokens: int, end_ids: list[int], learning_rate: float, teacher: str | None = None,
         signal: str | None = None,
     ) -> dict[str, str]:  # fmt: skip
-        """signal: how the teacher teaches (None: GRPO, without one).
+        """Prepares a run.
 
-        Answers end with one of `end_ids` or after `new_tokens` tokens.
+        Args:
+            folder: The checkpoint.
+            run_folder: Folder of the run.
+            threads: CPU threads.
+            task: Fields of `TaskConfig`.
+            groups: Prompts per step.
+            samples_per_prompt: Answers per prompt.
+            new_tokens: Maximum tokens of an answer.
+            end_ids: Tokens that end an answer.
+            learning_rate: Learning rate.
+            teacher: Checkpoint of the teacher (None: GRPO).
+            signal: Signal of the teacher (None: GRPO).
         """
         torch.set_num_threads(threads)
         source = RlSource(
@@ -85,7 +96,7 @@ class OpenMiMo:
         return {"versions": f"torch {torch.__version__}", "notes": ""}
 
     def steps(self, count: int) -> list[dict[str, float]]:
-        """Costs, with `generate_ms` (rolling out) and `new_tokens` of the whole batch."""
+        """Returns the cost of each step, with `generate_ms` (rollout) and `new_tokens` of the whole batch."""
         return [cost_of(self._run.step_once) | self._last_step() for _ in range(count)]
 
     def _last_step(self) -> dict[str, float]:

@@ -1,17 +1,17 @@
-"""The engine's side of the wire: a script answers calls, one JSON object a line. Standard library alone.
+"""The protocol of benchmark processes, in the process of an engine: a script answers calls, one JSON object per line.
 
-Every engine under measurement is a process of its own, so that none shares threads, memory or packages with another.
-A side is an object whose methods are the calls:
+Each measured engine runs in its own process and shares no threads, memory or packages with another. This module uses
+only the standard library. A side is an object whose methods are the calls:
 
     load(folder, threads, max_sequences, max_length) -> {"versions": ..., "notes": ...}
     greedy(prompt, count) -> {"tokens": [...], "logprobs": [...]}
-    start(prompts)      reads the prompts and keeps them decoding
+    start(prompts)      reads the prompts, which then decode
     steps(count) -> [Cost of each step of the whole batch]
-    stop()              lets go of them
+    stop()              ends the started sequences
     prefill(prompt) -> Cost of reading a prompt, up to its first token
-    first_token(prompt) -> Cost of the same while what was started goes on decoding; raises NotSupported without it
+    first_token(prompt) -> Cost of the same while the started sequences decode; may raise NotSupported
 
-A Cost is {"wall_ms": ..., "cpu_ms": ...}, the second that of all threads of the process.
+A Cost is {"wall_ms": ..., "cpu_ms": ...}: wall time, and CPU time of all threads of the process.
 """
 
 import json
@@ -23,12 +23,12 @@ from collections.abc import Callable
 from typing import TextIO
 
 
-class NotSupported(Exception):  # noqa: N818 - a fact about a peer, no failure of ours
-    """What this engine cannot do; the run leaves it out and says so."""
+class NotSupported(Exception):  # noqa: N818 - a property of the peer and not an error
+    """The engine does not support the call. The benchmark omits the measurement and reports it."""
 
 
 def serve(side: object) -> None:
-    """Answers calls until standard input ends. What the engine prints goes to standard error."""
+    """Answers calls until standard input ends. Redirects the output of the engine to standard error."""
     replies = _own_stdout()
     for line in sys.stdin:
         call = json.loads(line)
@@ -36,21 +36,21 @@ def serve(side: object) -> None:
             reply = {"result": getattr(side, call["method"])(**call["arguments"])}
         except NotSupported as error:
             reply = {"not_supported": str(error)}
-        except Exception:  # the caller raises it again; this process must not end with a half line
+        except Exception:  # sent to the caller, which raises it
             reply = {"error": traceback.format_exc()}
         replies.write(json.dumps(reply) + "\n")
         replies.flush()
 
 
 def cost_of(work: Callable[[], object]) -> dict[str, float]:
-    """Milliseconds that `work` took: on the clock, and of CPU in all threads."""
+    """Returns wall time of `work`, and CPU time of all threads, in milliseconds."""
     wall, cpu = time.perf_counter(), time.process_time()
     work()
     return {"wall_ms": 1e3 * (time.perf_counter() - wall), "cpu_ms": 1e3 * (time.process_time() - cpu)}
 
 
 def _own_stdout() -> TextIO:
-    """The real standard output; from now on everybody else's is standard error."""
+    """Returns the standard output of the process and redirects all other output to standard error."""
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     return replies

@@ -1,4 +1,4 @@
-"""Our side of the wire to an engine that runs in a process of its own (see `serving`)."""
+"""The protocol of benchmark processes, in the process of the benchmark (see `serving`)."""
 
 import json
 import os
@@ -10,11 +10,18 @@ _FOLDER = Path(__file__).parent
 
 
 class NotSupportedError(Exception):
-    """The engine cannot do what it was asked for."""
+    """The engine does not support the call."""
 
 
 class Side:
-    """One engine. name: as in the results; script: a file of this folder; python: the interpreter that has it."""
+    """An engine in its own process.
+
+    Args:
+        name: Name in the results.
+        script: A file of this folder.
+        python: The interpreter that runs the script.
+        threads: CPU threads.
+    """
 
     def __init__(self, name: str, script: str, python: str, *, threads: int):
         self.name = name
@@ -27,14 +34,19 @@ class Side:
         )  # fmt: skip
 
     def call(self, method: str, **arguments) -> object:
-        """The result of one call. Raises NotSupportedError, or RuntimeError with what the engine said."""
+        """Calls a method of the engine and returns its result.
+
+        Raises:
+            NotSupportedError: The engine does not support the call.
+            RuntimeError: The call failed. The message contains the traceback or the last output of the engine.
+        """
         try:
             self._process.stdin.write(json.dumps({"method": method, "arguments": arguments}) + "\n")
             self._process.stdin.flush()
             line = self._process.stdout.readline()
         except BrokenPipeError:
             line = ""
-        reply = json.loads(line) if line else {"error": f"it ended; its last words:\n{self._last_words()}"}
+        reply = json.loads(line) if line else {"error": f"the process ended; its last output:\n{self._last_words()}"}
         if "not_supported" in reply:
             raise NotSupportedError(reply["not_supported"])
         if "error" in reply:

@@ -1,7 +1,7 @@
-"""transformers behind the wire of `serving`: its own model class and cache, batches of prompts of one length.
+"""The side of transformers (see `serving`): its own model class and cache, batches of prompts of equal length.
 
-Long prompts are read in pieces through the cache: attention here is the eager one (no other knows sinks), whose scores
-of 16,384 tokens at once would take gigabytes a layer, and pieces are also faster.
+Long prompts are read in pieces through the cache. Only eager attention supports sinks, and its scores of 16,384 tokens
+would take gigabytes per layer. Pieces are also faster.
 """
 
 import torch
@@ -13,12 +13,12 @@ _PIECE_TOKENS = 512
 
 
 class Transformers:
-    """`AutoModelForCausalLM`."""
+    """The model class that `AutoModelForCausalLM` selects."""
 
     def load(
         self, folder: str, threads: int, max_sequences: int, max_length: int, dtype: str = "bfloat16"
     ) -> dict[str, str]:
-        """Batches and lengths need no preparation."""
+        """Loads the model. `max_sequences` and `max_length` have no effect."""
         torch.set_num_threads(threads)
         transformers.logging.set_verbosity_error()
         self._model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
@@ -28,7 +28,7 @@ class Transformers:
         }
 
     def greedy(self, prompt: list[int], count: int) -> dict[str, list]:
-        """Tokens after a prompt, and their log-probabilities."""
+        """Decodes greedily. Returns tokens and log-probabilities."""
         tokens, logprobs = [], []
         cache, logits_BV = self._read([prompt])
         for _ in range(count):
@@ -39,24 +39,24 @@ class Transformers:
         return {"tokens": tokens, "logprobs": logprobs}
 
     def start(self, prompts: list[list[int]]) -> None:
-        """The prompts must be of one length: no padding."""
+        """Reads the prompts. They must have equal length, because there is no padding."""
         self._cache, logits_BV = self._read(prompts)
         self._tokens_B = logits_BV.argmax(-1)
 
     def steps(self, count: int) -> list[dict[str, float]]:
-        """Greedy steps, each with the choice of its tokens."""
+        """Measures greedy steps, including the selection of tokens."""
         return [cost_of(self._next) for _ in range(count)]
 
     def stop(self) -> None:
-        """Lets the cache go."""
+        """Frees the cache."""
         self._cache = None
 
     def prefill(self, prompt: list[int]) -> dict[str, float]:
-        """With logits of the last token alone."""
+        """Measures reading a prompt, with logits of only the last token."""
         return cost_of(lambda: self._read([prompt])[1].argmax(-1).tolist())
 
     def first_token(self, prompt: list[int]) -> dict[str, float]:
-        """Its continuous batching assumes values as wide as keys, and fails on this model."""
+        """Not supported: its continuous batching requires values as wide as keys."""
         raise NotSupported("continuous batching (generate_batch) fails on this model")
 
     def _next(self) -> None:
@@ -64,7 +64,7 @@ class Transformers:
         self._tokens_B.tolist()
 
     def _read(self, prompts: list[list[int]]) -> tuple[object, torch.Tensor]:
-        """The cache, and the logits [B, V] after the last token."""
+        """Returns the cache and the logits [B, V] after the last token."""
         cache = None
         for piece_BT in torch.tensor(prompts).split(_PIECE_TOKENS, dim=1):
             out = self._model(piece_BT, past_key_values=cache, use_cache=True, logits_to_keep=1)

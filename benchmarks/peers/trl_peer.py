@@ -1,7 +1,7 @@
-"""TRL behind the wire of `serving`: its GRPOTrainer and its DistillationTrainer, one optimizer step at a time.
+"""The side of TRL (see `serving`): GRPOTrainer and DistillationTrainer, one optimizer step at a time.
 
-Settings are those that make it do our work and no more: no gradient checkpointing (its default), no logging, no
-reference model, one micro-batch, generation by transformers with its cache.
+The settings make TRL do the same work as openmimo: no gradient checkpointing (its default), no logging, no reference
+model, one micro-batch, generation by transformers with its cache.
 """
 
 import os
@@ -25,56 +25,69 @@ _MAX_STEPS = 10**6
 
 
 class _Pace(TrainerCallback):
-    """Holds a trainer, which runs in a thread of its own, before every optimizer step until it may go on."""
+    """Runs a trainer in a thread and pauses it before every optimizer step."""
 
     def __init__(self):
         self._may_go: queue.Queue[None] = queue.Queue()
         self._ended: queue.Queue[BaseException | None] = queue.Queue()
 
     def begin(self, train: Callable[[], object]) -> None:
-        """Starts the trainer; it comes as far as its first step."""
+        """Starts the trainer, which pauses before its first step."""
         threading.Thread(target=self._train, args=(train,), daemon=True).start()
 
     def one_step(self) -> None:
-        """Lets one step happen. Raises what the trainer raised."""
+        """Runs one step. Raises the exception of the trainer, if any."""
         self._may_go.put(None)
         error = self._ended.get()
         if error is not None:
             raise error
 
     def on_step_begin(self, *_, **__) -> None:
-        """Before the batch is generated."""
+        """Waits for `one_step`. TRL calls this before it generates the batch."""
         self._may_go.get()
 
     def on_step_end(self, *_, **__) -> None:
-        """After the optimizer's step."""
+        """Reports the end of the step. TRL calls this after the optimizer step."""
         self._ended.put(None)
 
     def _train(self, train: Callable[[], object]) -> None:
         try:
             train()
-        except BaseException as error:  # handed to whoever waits for the step
+        except BaseException as error:  # passed to `one_step`
             self._ended.put(error)
 
 
 class Trl:
-    """One trainer of `transformers` models."""
+    """One trainer of TRL."""
 
     def load(
         self, folder: str, run_folder: str, threads: int, prompts: list[str], prompt_ids: list[list[int]],
         samples_per_prompt: int, samples: int, new_tokens: int, end_ids: list[int], learning_rate: float,
         teacher: str | None = None,
     ) -> dict[str, str]:  # fmt: skip
-        """teacher: a folder for distillation (None: GRPO). prompt_ids: what the prompts must become, checked.
+        """Prepares a trainer.
 
-        Answers end with one of `end_ids` (or with end-of-text) or after `new_tokens` tokens; without `end_ids`, all of
-        them have `new_tokens`.
+        Args:
+            folder: The checkpoint.
+            run_folder: Folder of the run.
+            threads: CPU threads.
+            prompts: The prompts.
+            prompt_ids: Expected token ids of the prompts.
+            samples_per_prompt: Answers per prompt.
+            samples: Answers per step.
+            new_tokens: Maximum tokens of an answer. Without `end_ids`, all answers have this length.
+            end_ids: Tokens that end an answer, in addition to end-of-text.
+            learning_rate: Learning rate.
+            teacher: Checkpoint of the teacher for distillation (None: GRPO).
+
+        Raises:
+            ValueError: The tokenizer of transformers gives other ids than `prompt_ids`.
         """
         torch.set_num_threads(threads)
         transformers.logging.set_verbosity_error()
         tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
         if tokenizer(prompts)["input_ids"] != prompt_ids:
-            raise ValueError("the prompts have other token ids here than in our tokenizer")
+            raise ValueError("the tokenizers of transformers and openmimo give different ids for the prompts")
         model, self._pace = _model(folder), _Pace()
         if end_ids:
             model.generation_config.eos_token_id = end_ids
@@ -106,7 +119,7 @@ class Trl:
         }
 
     def steps(self, count: int) -> list[dict[str, float]]:
-        """Costs, with `generate_ms` and `new_tokens` of the whole batch."""
+        """Returns the cost of each step, with `generate_ms` and `new_tokens` of the whole batch."""
         return [cost_of(self._pace.one_step) | self._generated for _ in range(count)]
 
     def _watch_generation(self, model: transformers.PreTrainedModel) -> None:
@@ -124,7 +137,7 @@ class Trl:
 
 
 def _written(answers: torch.Tensor, end_ids: list[int]) -> int:
-    """Tokens up to each row's first end, that included."""
+    """Returns the number of tokens up to and including the first end of each row."""
     ends = torch.isin(answers, torch.tensor(end_ids))
     return (ends.cumsum(1) - ends.int() == 0).sum().item()
 

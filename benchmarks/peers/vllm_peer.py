@@ -1,7 +1,7 @@
-"""vLLM's CPU backend behind the wire of `serving`, its engine stepped in this process.
+"""The side of vLLM's CPU backend (see `serving`), whose engine is stepped in this process.
 
-It attends only where values are as wide as keys (`med_eq`), and reads the window and the rotated share from keys of the
-hub's dialect, so it gets the same tensors beside a `config.json` of its own.
+Its attention requires values as wide as keys (`med_eq`). It reads the window and the rotary fraction from keys of the
+hub's dialect, so it gets links to the same tensors and a separate `config.json`.
 """
 
 import json
@@ -18,17 +18,17 @@ import vllm  # noqa: E402
 from serving import NotSupported, cost_of, serve  # noqa: E402
 from vllm import LLM, SamplingParams  # noqa: E402
 
-_NEW_TOKENS = 1000  # more than any measurement takes
+_NEW_TOKENS = 1000  # more than any measurement uses
 
 
 class VLLM:
-    """`vllm.LLM` in bfloat16, compiled as it does by default, without prefix reuse."""
+    """`vllm.LLM` in bfloat16 with default compilation, without prefix reuse."""
 
     def load(self, folder: str, threads: int, max_sequences: int, max_length: int) -> dict[str, str]:
-        """Compiles on the first call of a machine."""
+        """Loads the model. vLLM compiles it on the first call on a machine."""
         config = json.loads((Path(folder) / "config.json").read_text())
         if config["head_dim"] != config["v_head_dim"]:
-            raise NotSupported(f"keys of {config['head_dim']} dims beside values of {config['v_head_dim']} on a CPU")
+            raise NotSupported(f"keys of {config['head_dim']} dims with values of {config['v_head_dim']} dims on a CPU")
         torch.set_num_threads(threads)
         self._llm = LLM(
             str(_with_own_config(Path(folder), config)), dtype="bfloat16", skip_tokenizer_init=True,
@@ -38,34 +38,34 @@ class VLLM:
         return {"versions": f"vllm {vllm.__version__}, torch {torch.__version__}", "notes": "no MTP heads"}
 
     def greedy(self, prompt: list[int], count: int) -> dict[str, list]:
-        """Tokens after a prompt, and their log-probabilities."""
+        """Decodes greedily. Returns tokens and log-probabilities."""
         params = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True, logprobs=1, detokenize=False)
         out = self._llm.generate([{"prompt_token_ids": prompt}], params, use_tqdm=False)[0].outputs[0]
         logprobs = [entry[token].logprob for token, entry in zip(out.token_ids, out.logprobs, strict=True)]
         return {"tokens": list(out.token_ids), "logprobs": logprobs}
 
     def start(self, prompts: list[list[int]]) -> None:
-        """Steps until every sequence has its first token."""
+        """Adds the prompts and steps until every sequence has its first token."""
         self._running = [self._add(prompt) for prompt in prompts]
         waiting = set(self._running)
         while waiting:
             waiting -= self._step()
 
     def steps(self, count: int) -> list[dict[str, float]]:
-        """Whole engine steps."""
+        """Measures engine steps."""
         return [cost_of(self._engine.step) for _ in range(count)]
 
     def stop(self) -> None:
-        """Aborts them."""
+        """Aborts the running sequences."""
         self._engine.abort_request(self._running)
         self._running = []
 
     def prefill(self, prompt: list[int]) -> dict[str, float]:
-        """Chunked as it does by default."""
+        """Measures reading a prompt with default chunking."""
         return cost_of(lambda: self._read(prompt, []))
 
     def first_token(self, prompt: list[int]) -> dict[str, float]:
-        """Beside `longest_step_ms`: how long the others waited for a token, at most."""
+        """Returns the cost and `longest_step_ms`, the longest wait of the decoding sequences for a token."""
         steps = []
         cost = cost_of(lambda: self._read(prompt, steps))
         return cost | {"longest_step_ms": max(step["wall_ms"] for step in steps)}
@@ -87,7 +87,7 @@ class VLLM:
 
 
 def _with_own_config(folder: Path, config: dict) -> Path:
-    """A folder with links to the tensors and the keys that vLLM asks for."""
+    """Creates a folder with links to the tensors and a config with the keys that vLLM requires."""
     own = folder.with_name(folder.name + "_vllm")
     own.mkdir(exist_ok=True)
     for file in folder.glob("*.safetensors*"):

@@ -1,1 +1,1 @@
-"""What `bench_server` is made of: the requests of a soak, the clients that send them, the server's process."""
+"""Parts of `bench_server`: requests, clients, and the process of the server."""

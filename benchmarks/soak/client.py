@@ -1,4 +1,4 @@
-"""Sends a request as a client does, reads the reply to its end, and finds fault with what is not as promised."""
+"""The client of the soak test: sends a request, reads the whole reply, and validates it."""
 
 import asyncio
 import json
@@ -18,11 +18,20 @@ _ERROR_TYPES = {400: "invalid_request_error", 404: "not_found_error", 429: "rate
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a request.
+    """The outcome of a request. Times are those of the last attempt.
 
-    status: of the last attempt (0: none came). problem: what is wrong with the reply ("": nothing). texts: by choice.
-    Times are those of the attempt that was answered. seconds_to_first, seconds_per_token: of streams alone, the second
-    of those with one choice.
+    Attributes:
+        planned: The request.
+        status: Status of the last attempt (0: no response).
+        problem: What is wrong with the reply ("": nothing).
+        was_cancelled: Whether the client disconnected as planned.
+        num_refusals: Attempts that got a 429.
+        retry_after_seconds: Retry-After header of the last attempt.
+        texts: Text of each choice.
+        num_tokens: Tokens of all choices.
+        seconds_in_all: Time to the end of the reply.
+        seconds_to_first: Time to the first token; only for streams.
+        seconds_per_token: Mean time between tokens; only for streams with one choice.
     """
 
     planned: Planned
@@ -39,7 +48,7 @@ class Outcome:
 
 
 async def ask(client: httpx.AsyncClient, planned: Planned) -> Outcome:
-    """Sends the request, again and again after a 429 as Retry-After says, until it is answered or cancelled."""
+    """Sends the request until it is answered or cancelled. After a 429, waits for the time in Retry-After."""
     for num_refusals in range(_MAX_REFUSALS):
         try:
             async with asyncio.timeout(planned.cancel_after_seconds):
@@ -76,7 +85,7 @@ async def _attempt(client: httpx.AsyncClient, planned: Planned) -> Outcome:
 
 
 def _refused(planned: Planned, response: httpx.Response) -> Outcome:
-    """An answer that is no success, which must be the one that was expected (or a 429), in OpenAI's shape."""
+    """Validates an error response. It must have the planned status or 429, and OpenAI's format."""
     status = response.status_code
     retry_after = response.headers.get("retry-after", "")
     outcome = Outcome(planned, status=status, retry_after_seconds=float(retry_after) if retry_after.isdigit() else None)
@@ -84,7 +93,7 @@ def _refused(planned: Planned, response: httpx.Response) -> Outcome:
     if status not in (planned.status, 429):
         problem = f"status {status} instead of {planned.status}: {response.text[:200]}"
     elif error is None or not error["message"] or error["type"] != _ERROR_TYPES[status]:
-        problem = f"a {status} that is not in OpenAI's shape: {response.text[:200]}"
+        problem = f"a {status} that is not in OpenAI's format: {response.text[:200]}"
     elif status == 429:
         problem = "" if retry_after.isdigit() else "a 429 without Retry-After"
     else:
@@ -109,7 +118,7 @@ class _Choice:
     finish_reason: str | None = None
 
     def take(self, data: dict[str, Any]) -> None:
-        """One choice object, of a whole reply or of a chunk."""
+        """Adds a choice object of a reply or of a chunk."""
         said = data.get("message") or data.get("delta") or {}
         self.text += data.get("text") or said.get("content") or ""
         self.num_tokens += len(data.get("token_ids") or ())
@@ -120,7 +129,7 @@ class _Choice:
 
 @dataclass
 class _Reply:
-    """A reply as it comes."""
+    """The received part of a reply."""
 
     planned: Planned
     start: float
@@ -132,12 +141,12 @@ class _Reply:
     error: str = ""
 
     def take_whole(self, data: dict[str, Any]) -> None:
-        """A reply that is not a stream."""
+        """Adds a reply that is not a stream."""
         self._take(data)
         self.is_done = True
 
     def take_event(self, text: str) -> None:
-        """What an event of a stream holds."""
+        """Adds an event of a stream."""
         if text == "[DONE]":
             self.is_done = True
             return
@@ -151,7 +160,7 @@ class _Reply:
             self.first = self.last if self.first is None else self.first
 
     def outcome(self) -> Outcome:
-        """What came of it, once all has been read."""
+        """Returns the outcome. Call it after the whole reply."""
         num_tokens = sum(choice.num_tokens for choice in self.choices.values())
         per_token = None
         if self.first is not None and len(self.choices) == 1 and num_tokens > 1:
@@ -177,25 +186,25 @@ class _Reply:
         if self.planned.status != 200:
             return f"status 200 instead of {self.planned.status}"
         if not self.is_done or any(choice.finish_reason is None for choice in choices):
-            return "the reply broke off"
+            return "the reply is incomplete"
         if len(choices) != body.get("n", 1):
             return f"{len(choices)} choices instead of {body.get('n', 1)}"
         num_tokens = sum(choice.num_tokens for choice in choices)
         if self.usage is None or self.usage["completion_tokens"] != num_tokens:
-            return f"{num_tokens} tokens, but usage says {self.usage}"
+            return f"{num_tokens} tokens, but usage is {self.usage}"
         if body.get("logprobs") and any(choice.num_logprobs != choice.num_tokens for choice in choices):
-            return "there is not one log-probability a token"
+            return "the numbers of log-probabilities and tokens differ"
         if "response_format" in body or "structured_outputs" in body:
             return next(filter(None, map(_json_problem, choices)), "")
         return ""
 
 
 def _json_problem(choice: _Choice) -> str:
-    """What is wrong with a text that had to follow the schema; one that met its limit of tokens is not whole."""
+    """Returns what is wrong with a text that must follow the schema. Does not check texts that the token limit cut."""
     if choice.finish_reason != "stop":
         return ""
     try:
         is_right = set(json.loads(choice.text)) == set(SCHEMA["required"])
     except ValueError:
         is_right = False
-    return "" if is_right else f"not of the schema: {choice.text!r}"
+    return "" if is_right else f"the text does not match the schema: {choice.text!r}"

@@ -1,4 +1,4 @@
-"""The requests of a soak: good ones of every kind, some to cancel, some to refuse, some that come again and again."""
+"""The requests of the soak test: valid ones of every kind, cancelled, invalid and repeated ones."""
 
 import json
 import random
@@ -49,10 +49,16 @@ _MALFORMED: tuple[tuple[str, Any], ...] = (
 
 @dataclass(frozen=True)
 class Planned:
-    """One request, and what must come of it.
+    """One request and its expected outcome.
 
-    group: replies of one group must all be the same ("": of none). cancel_after_events, cancel_after_seconds: when the
-    client goes away. error_code: the code that a refusal must have (None: any).
+    Attributes:
+        path: Path of the API.
+        body: JSON value, or bytes to send unchanged.
+        status: Expected status.
+        group: Replies of one group must be equal ("": no group).
+        cancel_after_events: Number of stream events after which the client disconnects.
+        cancel_after_seconds: Time after which the client disconnects.
+        error_code: Expected code of an error (None: any).
     """
 
     path: str
@@ -65,25 +71,25 @@ class Planned:
 
     @property
     def streams(self) -> bool:
-        """Whether the reply comes as events."""
+        """Whether the reply is a stream of events."""
         return isinstance(self.body, dict) and bool(self.body.get("stream"))
 
     @property
     def is_cancelled(self) -> bool:
-        """Whether the client means to go away."""
+        """Whether the client disconnects before the end of the reply."""
         return self.cancel_after_events is not None or self.cancel_after_seconds is not None
 
     @property
     def content(self) -> bytes:
-        """The bytes to send."""
+        """The request body."""
         return self.body if isinstance(self.body, bytes) else json.dumps(self.body).encode()
 
 
 def plan_load(num_requests: int, *, model_name: str, positions: int, seed: int = 0) -> list[Planned]:
-    """The requests in the order in which they are sent; the same arguments give the same.
+    """Returns the requests in the order in which they are sent, a pure function of the arguments.
 
-    Of them a tenth each are malformed, cancelled midway, and repetitions (at least 10) of a few that have a seed; one
-    in fifty has a prompt longer than the model's `positions`, one in a hundred names another model.
+    One tenth is malformed, one tenth is cancelled, and one tenth (at least 10) repeats a few requests with a seed. One
+    in fifty has a prompt longer than the model's `positions`. One in a hundred names an unknown model.
     """
     draw = random.Random(seed)
     prefixes = [_words(draw, _PREFIX_WORDS) for _ in range(_NUM_PREFIXES)]
@@ -100,13 +106,13 @@ def plan_load(num_requests: int, *, model_name: str, positions: int, seed: int =
 
 
 def long_stream(model_name: str, num_tokens: int) -> Planned:
-    """A stream that takes a while."""
+    """Returns a streamed request of exactly `num_tokens` new tokens."""
     body = {"model": model_name, "prompt": "the", "max_tokens": num_tokens, "ignore_eos": True}
     return _shown(Planned(COMPLETION, body | {"stream": True}))
 
 
 def warm_up(model_name: str) -> list[Planned]:
-    """What makes a server load everything that it loads on demand."""
+    """Returns requests that make the server load everything that it loads on demand."""
     asked = {"model": model_name, "max_tokens": 8}
     form = {"type": "json_schema", "json_schema": {"schema": SCHEMA}}
     return [
@@ -136,7 +142,7 @@ def _good(draw: random.Random, prefixes: list[str]) -> Planned:
 
 
 def _cancelled(draw: random.Random, prefixes: list[str]) -> Planned:
-    """Too long to be over before the client goes away: three in four as streams, after a few events."""
+    """Returns a long request that the client cancels; three in four are streams, cancelled after a few events."""
     path = draw.choice([CHAT, COMPLETION])
     body = {"max_tokens": _TOKENS_TO_CANCEL, "ignore_eos": True} | _prompt(draw, prefixes, path)
     if draw.random() < 0.25:
@@ -145,7 +151,7 @@ def _cancelled(draw: random.Random, prefixes: list[str]) -> Planned:
 
 
 def _repeated(draw: random.Random, prefixes: list[str], count: int) -> list[Planned]:
-    """A few requests with seeds, over and over, every other time as a stream."""
+    """Returns repetitions of a few requests with seeds, half of them as streams."""
     chat, completion = _prompt(draw, prefixes, CHAT), _prompt(draw, prefixes, COMPLETION)
     originals = [
         Planned(CHAT, chat | {"max_tokens": 60, "seed": 1}, group="chat"),
@@ -163,7 +169,7 @@ def _repeated(draw: random.Random, prefixes: list[str], count: int) -> list[Plan
 
 
 def _too_long(index: int, positions: int) -> Planned:
-    """Digits: a token each in every tokenizer of this kind."""
+    """Returns a request with a prompt of digits, each of which is one token."""
     digits = "7" * (positions + index)
     code = "context_length_exceeded"
     if index % 2:
@@ -179,7 +185,7 @@ def _json_fields(path: str) -> dict[str, Any]:
 
 
 def _prompt(draw: random.Random, prefixes: list[str], path: str) -> dict[str, Any]:
-    """One of the shared beginnings, and an own end."""
+    """Returns the fields of a prompt with one of the shared prefixes and an individual end."""
     prefix, question = draw.choice(prefixes), _words(draw, draw.randint(2, 60))
     if path == COMPLETION:
         return {"prompt": f"{prefix} {question}"}
@@ -187,7 +193,7 @@ def _prompt(draw: random.Random, prefixes: list[str], path: str) -> dict[str, An
 
 
 def _shown(planned: Planned) -> Planned:
-    """With the reply's token ids and counts, by which clients measure and check."""
+    """Adds the fields that request token ids and usage, which clients measure and validate."""
     fields: dict[str, Any] = {"return_token_ids": True}
     if planned.streams:
         fields["stream_options"] = {"include_usage": True}

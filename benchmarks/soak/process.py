@@ -1,4 +1,4 @@
-"""`openmimo serve` in a process of its own: where it listens, what it uses, how it ends. Linux alone."""
+"""Runs `openmimo serve` in a process and reads its address, resource usage and exit status. Requires Linux."""
 
 import os
 import re
@@ -21,13 +21,26 @@ _POSITIONS = 2048
 
 
 class ServerProcess:
-    """A running server. url: where it answers. log: the file that its standard error goes to."""
+    """A running server.
+
+    Attributes:
+        url: Its address.
+        log: File with its standard error.
+    """
 
     def __init__(self, arguments: list[str], log: Path):
-        """Starts it, and returns once it listens. Raises RuntimeError if it never does."""
+        """Starts the server and waits until it listens.
+
+        Args:
+            arguments: Arguments of `openmimo serve`.
+            log: File for its standard error.
+
+        Raises:
+            RuntimeError: The server ended or did not listen in time.
+        """
         self.log = log
         environment = {name: value for name, value in os.environ.items() if name != "OPENMIMO_API_KEY"}
-        # Heads of random weights are right by chance, and the engine rightly says so.
+        # MTP heads with random weights are no better than chance, about which the engine warns.
         environment["PYTHONWARNINGS"] = "ignore:of 1000 drafts:UserWarning"
         with log.open("wb") as stderr:
             self._process = subprocess.Popen(
@@ -38,19 +51,19 @@ class ServerProcess:
 
     @property
     def resident_bytes(self) -> int:
-        """Memory that the process has now; 0 once it has ended."""
+        """Current resident memory; 0 after the process ended."""
         lines = [line for line in self._read("status").splitlines() if line.startswith("VmRSS")]
         return int(lines[0].split()[1]) * 1024 if lines else 0
 
     @property
     def cpu_seconds(self) -> float:
-        """CPU time of all its threads since it started."""
+        """CPU time of all threads since the start."""
         fields = self._read("stat").rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     @property
     def core_wait_seconds(self) -> float:
-        """How long its threads were ready to run, but had no core."""
+        """Time in which threads of the process waited for a core."""
         tasks = Path(f"/proc/{self._process.pid}/task").iterdir()
         return sum(int((task / "schedstat").read_text().split()[1]) for task in tasks) / 1e9
 
@@ -59,14 +72,14 @@ class ServerProcess:
         self._process.terminate()
 
     def wait(self, seconds: float) -> int | None:
-        """The exit status; None if it has not ended by then."""
+        """Waits at most `seconds` for the exit status; returns None if the process still runs."""
         try:
             return self._process.wait(seconds)
         except subprocess.TimeoutExpired:
             return None
 
     def kill(self) -> None:
-        """Ends it if it still runs."""
+        """Kills the process if it still runs."""
         self._process.kill()
         self._process.wait()
         self._process.stdout.close()
@@ -87,7 +100,7 @@ class ServerProcess:
 
 
 def save_random_tiny(folder: Path) -> None:
-    """Writes a checkpoint: the `tiny` preset with random weights and 2,048 positions, and a tokenizer of its own."""
+    """Writes a checkpoint of the `tiny` preset with random weights, 2,048 positions, and a tokenizer."""
     tokenizer = Tokenizer.train(CORPUS, vocab_size=tiny().vocab_size)
     model = MiMo(replace(tiny(), vocab_size=tokenizer.vocab_size, max_positions=_POSITIONS))
     model.initialize(torch.Generator().manual_seed(0))

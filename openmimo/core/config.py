@@ -1,15 +1,21 @@
-"""Frozen dataclasses to JSON and back, strictly: an unknown or mistyped field is an error that names it."""
+"""Configs as JSON files, and the folder of a run: one process at a time, one config, no leftovers of killed processes.
 
+Reading is strict: an unknown or mistyped field is an error that names it.
+"""
+
+import contextlib
 import dataclasses
+import fcntl
+import fnmatch
 import json
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from openmimo.core.errors import ConfigError
-from openmimo.core.fields import checked
-from openmimo.core.files import write_text_atomic
-from openmimo.core.reading import read_json
-from openmimo.core.renamed import one_warning
+from openmimo.core.fields import checked, one_warning
+from openmimo.core.files import naming, read_json, recover_folder, remove_unfinished, write_text_atomic
 
 __all__ = ["from_dict", "load", "read_json", "save", "to_dict"]
 
@@ -49,3 +55,93 @@ def load(config_type: type[Config], path: Path) -> Config:
         if str(path) in str(error):
             raise
         raise ConfigError(f"{path}: {error}") from error
+
+
+LOCK_FILE = ".lock"
+
+
+@contextlib.contextmanager
+def run_folder(folder: Path) -> Iterator[None]:
+    """Creates the folder and holds it for this process inside the block; the kernel lets go of it if the process dies.
+
+    Also removes what a killed process left unfinished there.
+
+    Raises:
+        ConfigError: Another run is going on in this folder, or it cannot be written.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / LOCK_FILE, "a+")  # noqa: SIM115 - closed below, which releases the lock
+    except OSError as error:
+        raise ConfigError(f"run_folder {str(folder)!r} cannot be written: {error.strerror}. Name another.") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            raise ConfigError(
+                f"a run is going on here: process {file.read().strip() or 'unknown'} holds {folder}. Wait for its end, "
+                "or name another run_folder."
+            ) from error
+        except OSError:
+            pass  # a file system without locks
+        with naming(folder / LOCK_FILE):
+            file.truncate(0)
+            file.write(f"{os.getpid()}\n")
+            file.flush()
+        recover_folder(folder / "model")
+        remove_unfinished(folder)
+        yield
+
+
+def keep_config(config: Any, folder: Path, *, free: Sequence[str], traces: Sequence[str]) -> None:
+    """Saves the config of a run as `config.json` in its folder.
+
+    Args:
+        config: A dataclass.
+        folder: The run's folder.
+        free: Dotted names (with wildcards) of the settings that may change from one start to the next.
+        traces: Files and folders of which one is there as soon as the run has begun.
+
+    Raises:
+        ConfigError: A run with other settings has begun there; the message has each with both its values.
+    """
+    path = folder / "config.json"
+    if path.exists() and any((folder / name).exists() for name in traces):
+        check_same_run(config, path, free=free)
+    save(config, path)
+
+
+def check_same_run(config: Any, path: Path, *, free: Sequence[str]) -> None:
+    """Raises ConfigError if the config in the file `path` differs from `config` in more than `free`."""
+    before, now = _flat(to_dict(load(type(config), path))), _flat(to_dict(config))
+    changed = [
+        f"{name} was {_shown(before, name)} and is now {_shown(now, name)}"
+        for name in dict.fromkeys([*before, *now])
+        if before.get(name, _ABSENT) != now.get(name, _ABSENT)
+        and not any(fnmatch.fnmatchcase(name, pattern) for pattern in free)
+    ]
+    if changed:
+        more = f"; and {len(changed) - _MAX_SHOWN} more" if len(changed) > _MAX_SHOWN else ""
+        shown = "; ".join(changed[:_MAX_SHOWN]) + more
+        raise ConfigError(
+            f"{path.parent} holds a run with other settings: {shown}. Name another run_folder for a new run, or repeat "
+            f"the old one with --from {path}."
+        )
+
+
+_ABSENT = object()
+_MAX_SHOWN = 8
+
+
+def _shown(values: dict[str, Any], name: str) -> str:
+    return repr(values[name]) if name in values else "not there"
+
+
+def _flat(values: Any, name: str = "") -> dict[str, Any]:
+    """The leaves of nested dicts and lists under dotted names, such as `stages.0.learning_rate`."""
+    if not isinstance(values, dict | list) or not values:
+        return {name: values}
+    pairs = list(values.items() if isinstance(values, dict) else enumerate(values))
+    return {key: leaf for part, item in pairs for key, leaf in _flat(item, f"{name}.{part}".lstrip(".")).items()}

@@ -7,9 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from openmimo.core.array_file import ArrayFile, StoredArray
 from openmimo.core.errors import DataError
-from openmimo.core.samples import TOKEN_DTYPES, Sample
+from openmimo.core.samples import TOKEN_DTYPES, ArrayFile, Sample, StoredArray
 
 _PLAIN = ("domain", "group", "finish_reason", "temperature", "episode", "info")
 _FLOATS = ("logprobs", "advantages", "weights", "teacher_logprobs")

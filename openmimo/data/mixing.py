@@ -1,24 +1,100 @@
 """A mixture of sources as numbered rows.
 
-The source of row i, and its row number within that source, are pure functions of the weights, the seed and i.
+The source of row i, and its row number within that source, are pure functions of the weights, the seed and i. Row j of
+a source is a window of its token store, or a row from a random generator: a pure function of the seed and j. So a run
+can resume at any row without state.
 """
 
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from openmimo.core.errors import ConfigError, DataError
 from openmimo.data.config import MixtureConfig, SourceConfig
-from openmimo.data.packing import RowSource, StoreRows, SyntheticRows
 from openmimo.data.source import Row, RowMaker, RowMakers, Split, SyntheticSource, open_source
 from openmimo.data.store import TokenStore, open_store
 from openmimo.data.tokenizer import Tokenizer
 
 ROWS_PER_BLOCK = 1000
 _SCHEDULE, _ROWS = 0, 1  # separate random streams of one seed
+_ROUNDS = 8  # of the Feistel network
+_MASK_64 = 2**64 - 1
+
+
+class RowSource(Protocol):
+    """A source of numbered rows."""
+
+    def row(self, index: int) -> Row:
+        """Row `index`. The same index always gives the same row."""
+        ...
+
+
+class StoreRows:
+    """Windows of `sequence_length` tokens over a token store, without padding.
+
+    Documents are cut at the ends of rows; `document_lengths` lists the pieces of a row. Each epoch visits every window
+    once, in its own permutation and with its own phase, so that documents are cut at other positions. The store is
+    circular and must contain at least one row:
+
+        store      | doc 0 |    doc 1    | doc 2 |   doc 3   |      (circular)
+        epoch 0      [ window 0 ][ window 1 ][ window 2 ][ wi..     phase 2
+        epoch 1    ..0 ][ window 1 ][ window 2 ][ window 0          phase 7
+
+    The permutation is not stored: the position of a row is computed from its number (`permuted`).
+    """
+
+    def __init__(self, store: TokenStore, sequence_length: int, seed: Sequence[int]):
+        self._store = store
+        self._sequence_length = sequence_length
+        self._num_windows = len(store.token_ids) // sequence_length
+        self._seed = tuple(seed)
+        self._epoch = functools.lru_cache(maxsize=4)(self._make_epoch)
+
+    def row(self, index: int) -> Row:
+        """Row `index`, numbered over consecutive epochs."""
+        epoch, index_in_epoch = divmod(index, self._num_windows)
+        phase, key = self._epoch(epoch)
+        window = permuted(index_in_epoch, self._num_windows, key)
+        start = (phase + window * self._sequence_length) % len(self._store.token_ids)
+        return _window(self._store, start, self._sequence_length)
+
+    def _make_epoch(self, epoch: int) -> tuple[int, int]:
+        """The phase of an epoch, and the key of its permutation."""
+        rng = np.random.default_rng([*self._seed, epoch])
+        return int(rng.integers(len(self._store.token_ids))), int(rng.integers(2**63))
+
+
+class SyntheticRows:
+    """Rows from a generator that is seeded by the row number."""
+
+    def __init__(self, make_row: RowMaker, seed: Sequence[int]):
+        self._make_row = make_row
+        self._seed = tuple(seed)
+
+    def row(self, index: int) -> Row:
+        """Row `index`. There are no epochs."""
+        return self._make_row(np.random.default_rng([*self._seed, index]))
+
+
+def _window(store: TokenStore, start: int, length: int) -> Row:
+    """`length` tokens from `start`, continued at the beginning of the store if it ends."""
+    total, end = len(store.token_ids), start + length
+    if end <= total:
+        return Row(store.token_ids[start:end].astype(np.int32), _piece_lengths(store.offsets, start, end))
+    head, tail = store.token_ids[start:], store.token_ids[: end - total]
+    return Row(
+        np.concatenate([head, tail]).astype(np.int32),
+        _piece_lengths(store.offsets, start, total) + _piece_lengths(store.offsets, 0, end - total),
+    )
+
+
+def _piece_lengths(offsets: np.ndarray, start: int, end: int) -> tuple[int, ...]:
+    """The lengths of the document pieces between tokens `start` and `end`."""
+    first, last = np.searchsorted(offsets, start, side="right"), np.searchsorted(offsets, end, side="left")
+    return tuple(np.diff(np.concatenate([[start], offsets[first:last], [end]])).tolist())
 
 
 class MixtureSchedule:
@@ -175,3 +251,29 @@ class MixtureRows:
         """The source's name and row `index`."""
         source, source_index = self._schedule.locate(index)
         return self._names[source], self._rows[source].row(source_index)
+
+
+def permuted(index: int, size: int, key: int) -> int:
+    """Element `index` of the pseudorandom permutation of range(size) that `key` (64 bits) selects, without a table.
+
+    A Feistel network permutes all numbers of an even number of bits. A result outside the range is permuted again until
+    it is inside ("cycle walking": Black and Rogaway, "Ciphers with arbitrary finite domains", 2002).
+    """
+    assert 0 <= index < size
+    half_bits = max(1, ((size - 1).bit_length() + 1) // 2)
+    mask = (1 << half_bits) - 1
+    while True:
+        left, right = index >> half_bits, index & mask
+        for number in range(_ROUNDS):
+            left, right = right, left ^ (_mixed(right + (number << 48), key) & mask)
+        index = left << half_bits | right
+        if index < size:
+            return index
+
+
+def _mixed(value: int, key: int) -> int:
+    """Mixes 64 bits with the finalizer of SplitMix64 (Steele, Lea and Flood, 2014)."""
+    value = (value * 0x9E3779B97F4A7C15 + key) & _MASK_64
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK_64
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK_64
+    return value ^ (value >> 31)

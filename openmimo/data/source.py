@@ -20,8 +20,7 @@ from openmimo.core.config import from_dict
 from openmimo.core.errors import DataError
 from openmimo.core.registry import Registry
 from openmimo.data.config import SourceConfig
-from openmimo.data.pieces import blocks, cut_text, utf8_length
-from openmimo.data.tokenizer import Tokenizer
+from openmimo.data.tokenizer import Tokenizer, blocks, cut_text, utf8_length
 
 Split = Literal["train", "validation"]
 

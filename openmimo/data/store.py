@@ -23,9 +23,8 @@ from openmimo.core.config import read_json, to_dict
 from openmimo.core.errors import DataError
 from openmimo.core.files import cache_folder, new_folder_atomic, remove_unfinished
 from openmimo.data.config import SourceConfig
-from openmimo.data.pieces import utf8_length
 from openmimo.data.source import Piece, Split, TextSource, divided_documents, open_source
-from openmimo.data.tokenizer import Tokenizer
+from openmimo.data.tokenizer import Tokenizer, utf8_length
 
 FORMAT_VERSION = 2
 BATCH_CHARACTERS = 500_000  # tokenized together, on all cores

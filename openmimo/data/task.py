@@ -19,7 +19,7 @@ from openmimo.core.errors import ConfigError, DataError
 from openmimo.core.records import Message
 from openmimo.core.registry import Registry
 from openmimo.data.config import TaskConfig
-from openmimo.data.permutation import permuted
+from openmimo.data.mixing import permuted
 from openmimo.data.source import FileContent, Split, split_of
 from openmimo.data.tokenizer import THINK_END
 

@@ -1,4 +1,4 @@
-"""What the demo runs, without torch."""
+"""Configuration of the demo. Imports no torch."""
 
 from dataclasses import dataclass
 
@@ -8,23 +8,23 @@ from openmimo.train.config import ExtendConfig, PretrainConfig, SftConfig
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """The whole story on a laptop: train, extend, fine-tune, teach, distil, measure, speak.
+    """Run all training commands and measurements of the demo.
 
-    Every part is a run of its own command, and starts from the model that the one before it leaves.
+    Each training part is a run of its own command and starts from the model of an earlier part.
 
     Attributes:
-        folder: Where results and report go; a finished part is kept, and the same command goes on after a stop.
-        pretrain: The first part.
-        extend: The second.
-        sft: The third: demonstrations of several tasks.
-        teachers: Then one run of reinforcement learning for each domain, several at a time if there are cores.
-        mopd: One student of all of them.
-        compare: Base, teachers and student in every domain.
-        retrieval_lengths: Context lengths at which retrieval is measured before and after the extension.
-        retrieval_examples: Examples of each length.
-        retrieval_pairs: Facts in an example, of which one is asked.
-        decode_prompts: Held-out texts (and, after post-training, problems) that are answered to measure decoding.
-        decode_tokens: New tokens of each text.
+        folder: Folder of results and report. Finished parts are kept, and the same command resumes an interrupted demo.
+        pretrain: Pre-training.
+        extend: Context extension of the pre-trained model.
+        sft: Fine-tuning of the extended model on demonstrations of several tasks.
+        teachers: Reinforcement learning from the fine-tuned model, one run per domain, in parallel if there are cores.
+        mopd: Distillation of all teachers into one student.
+        compare: Evaluation of base, teachers and student in every domain.
+        retrieval_lengths: Context lengths of the retrieval evaluation before and after the extension.
+        retrieval_examples: Examples per length.
+        retrieval_pairs: Facts per example, one of which is queried.
+        decode_prompts: Number of held-out texts, and of problems per domain, from which decoding is measured.
+        decode_tokens: New tokens per text.
     """
 
     folder: str

@@ -1,4 +1,4 @@
-"""What the demo measures: retrieval over lengths, decoding with and without drafts, cache bytes."""
+"""Measurements of the demo: retrieval by context length, decoding with and without drafts, cache bytes."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +20,7 @@ _PROMPT_TOKENS = 64
 
 
 def measure_retrieval(config: DemoConfig, checkpoint: str) -> dict[str, Any]:
-    """Needle scores at every length, by a model whose number of positions is lifted so that it is asked beyond them."""
+    """Measures retrieval at every length. Raises the model's position limit, to include lengths beyond its training."""
     model = load_model(checkpoint)
     model.config = replace(model.config, max_positions=max(config.retrieval_lengths) + 1)
     llm = LLM(model, Tokenizer.load(checkpoint))
@@ -35,14 +35,18 @@ def measure_retrieval(config: DemoConfig, checkpoint: str) -> dict[str, Any]:
 
 
 def measure_decoding(config: DemoConfig, model_folder: Path) -> dict[str, Any]:
-    """Greedy continuations of held-out texts, one after another, plain and with drafts; and whether the texts agree."""
+    """Decodes held-out texts greedily, one at a time, with and without drafts.
+
+    Returns:
+        The statistics of both engines, whether their texts are equal, cache sizes, and the texts.
+    """
     prompts = _held_out_prompts(config, Tokenizer.load(model_folder))
     params = SamplingParams(max_tokens=config.decode_tokens, temperature=0.0, ignore_eos=True)
     results: dict[str, Any] = {}
     texts: dict[str, list[list[int]]] = {}
     for name, speculative in (("plain", False), ("speculative", True)):
         llm = LLM(model_folder, speculative=speculative)
-        llm.generate([prompts[0]], params)  # the first tokens of a process pay for its start
+        llm.generate([prompts[0]], params)  # warm-up: excludes one-time costs of the process
         llm.reset_stats()
         texts[name] = [llm.generate([prompt], params)[0].token_ids for prompt in prompts]
         results[name] = llm.stats()
@@ -65,7 +69,7 @@ def measure_decoding(config: DemoConfig, model_folder: Path) -> dict[str, Any]:
 
 
 def measure_answers(config: DemoConfig) -> dict[str, Any]:
-    """Drafting on held-out problems, sampled at temperature 1, before and after distillation."""
+    """Measures drafting on held-out problems at temperature 1, before and after distillation."""
     results = {}
     for name, folder in (("sft", config.sft.run_folder), ("student", config.mopd.run_folder)):
         llm = LLM(Path(folder) / "model", speculative=True, adaptive_drafts=False)
@@ -84,7 +88,7 @@ def measure_answers(config: DemoConfig) -> dict[str, Any]:
 
 
 def _held_out_prompts(config: DemoConfig, tokenizer: Tokenizer) -> list[list[int]]:
-    """The beginnings of held-out documents of the extension's text."""
+    """Returns the beginnings of held-out documents from the text source of the context extension."""
     mixture = config.extend.mixture
     source = next(source for source in mixture.sources if isinstance(open_source(source)[0], TextSource))
     prompts: list[list[int]] = []

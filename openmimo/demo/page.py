@@ -1,4 +1,4 @@
-"""The demo's report: what was trained, what the extension did for retrieval, what drafts do for decoding."""
+"""The HTML report of the demo: training, retrieval before and after the extension, decoding with drafts, see-saw."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +8,7 @@ from openmimo.core.metrics import read_metrics
 from openmimo.demo.config import DemoConfig
 from openmimo.rl.compare import Cell, seesaw_figure, seesaw_table
 from openmimo.runtime.report import Report, new_figure
-from openmimo.train.report import add_training_figures
+from openmimo.train.outcome import add_training_figures
 
 
 @dataclass(frozen=True)
@@ -16,11 +16,11 @@ class Findings:
     """The measurements of the demo, as plain JSON.
 
     Attributes:
-        before: Retrieval by context length before the extension.
-        after: Retrieval by context length after it.
-        decoding: Decoding with drafts and without.
-        seesaw: Cells by model and domain.
-        answers: Drafting on problems, by model (`sft`, `student`).
+        before: Retrieval scores before the extension, one per context length.
+        after: Retrieval scores after the extension, one per context length.
+        decoding: Statistics of decoding with and without drafts.
+        seesaw: Fields of `Cell` by model and domain.
+        answers: Statistics of drafting on problems by model (`sft`, `student`).
         seconds: Wall time by part.
     """
 
@@ -44,37 +44,40 @@ def write_page(folder: Path, config: DemoConfig, findings: Findings) -> Path:
     report.heading("Context extension")
     trained = max(stage.sequence_length for stage in config.pretrain.stages)
     report.paragraph(
-        f"Pre-training saw at most {trained} tokens at once; the extension went on at "
-        f"{config.extend.sequence_length} with a larger RoPE base in the full layers. One fact among several, asked at "
-        "the end of the context:"
+        f"Pre-training used sequences of at most {trained} tokens. The extension used "
+        f"{config.extend.sequence_length} tokens and a larger RoPE base in the full layers. The evaluation queries one "
+        "of several facts at the end of the context."
     )
     report.figure(_retrieval(findings, config), "Share of facts found by context length, with 95 % intervals.")
     report.heading("Decoding")
     report.figure(
         _decoding(findings.decoding),
-        "Greedy decoding of held-out text at batch 1, and drafts accepted by head. The engine drafts with as many "
-        "heads as pay, and hardly tries the others.",
+        "Greedy decoding of held-out text at batch size 1, and acceptance of drafts by head. The engine chooses the "
+        "fastest number of heads and tries other numbers rarely.",
     )
     report.paragraph(
-        "The text with drafts is the text without them."
+        "Decoding with and without drafts gives the same text."
         if findings.decoding["same_text"]
-        else "The texts differ: at some place two tokens were equally likely to within rounding."
+        else "The texts with and without drafts differ: two tokens were equally likely within rounding."
     )
-    report.figure(_cache(findings.decoding), "Cache of one sequence: this model, and the same with every layer global.")
+    report.figure(
+        _cache(findings.decoding),
+        "Cache of one sequence, for this model and for the same model with all layers global.",
+    )
     for sample in findings.decoding["samples"][:2]:
-        report.code(f"{sample['prompt']}⟨here the model goes on⟩{sample['text']}")
+        report.code(f"{sample['prompt']}⟨generated text follows⟩{sample['text']}")
     report.heading("Post-training: the see-saw")
     report.paragraph(
-        "Fine-tuned on demonstrations, then one teacher for each domain by reinforcement learning on verified answers, "
-        "each better at home and often worse elsewhere; then one student that learned from all of them on its own "
-        "answers, with its own former self as the teacher of the domain that has no other."
+        "The base is fine-tuned on demonstrations. Reinforcement learning on verified answers then trains one teacher "
+        "for each domain, which improves in that domain and often degrades in others. The student learns from all "
+        "teachers on its own answers. In the domain without a teacher, its initial weights are the teacher."
     )
     report.figure(seesaw_figure(config.compare, _cells(findings)), "Mean reward on held-out problems, by domain.")
     header, rows = seesaw_table(config.compare, _cells(findings))
     report.table(header, rows)
     drafts = {name: stats["accepted_tokens_per_step"] for name, stats in findings.answers.items()}
     report.paragraph(
-        f"Tokens a step with three heads drafting on such problems: {drafts['sft']:.2f} before distillation, "
+        f"Tokens per step on these problems with three drafting heads: {drafts['sft']:.2f} before distillation, "
         f"{drafts['student']:.2f} after."
     )
     for run_folder, title in ((config.pretrain.run_folder, "Pre-training"), (config.extend.run_folder, "Extension")):
@@ -91,7 +94,7 @@ def _cells(findings: Findings) -> dict[str, dict[str, Cell]]:
 
 def _retrieval(findings: Findings, config: DemoConfig) -> Any:
     figure, axis = new_figure()
-    for scores, label in ((findings.before, "before the extension"), (findings.after, "after")):
+    for scores, label in ((findings.before, "before the extension"), (findings.after, "after the extension")):
         lengths = [score["length"] for score in scores]
         means = [score["mean"] for score in scores]
         below = [score["mean"] - score["low"] for score in scores]
@@ -121,7 +124,7 @@ def _decoding(decoding: dict[str, Any]) -> Any:
     heads.set(
         ylabel="drafts accepted",
         ylim=(0, 1.1),
-        title=f"{decoding['speculative']['accepted_tokens_per_step']:.2f} tokens a step",
+        title=f"{decoding['speculative']['accepted_tokens_per_step']:.2f} tokens per step",
     )
     return figure
 

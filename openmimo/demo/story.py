@@ -1,7 +1,7 @@
-"""`openmimo demo`: trains a model on real text, extends its context, measures what came of it, and writes a report.
+"""`openmimo demo`: trains a model on real text, extends its context, post-trains it, measures it, and writes a report.
 
-Each part leaves its result in the demo's folder and is skipped when it is there; a training part that was interrupted
-goes on from its newest checkpoint.
+The result of each part is a file in the demo's folder. A part with a result is skipped. An interrupted training part
+resumes from its newest checkpoint.
 """
 
 import json
@@ -16,9 +16,9 @@ import torch
 from rich.console import Console
 
 from openmimo.core import config as config_io
+from openmimo.core.config import run_folder
 from openmimo.core.errors import ConfigError
 from openmimo.core.files import write_text_atomic
-from openmimo.core.run_folder import run_folder
 from openmimo.demo.config import DemoConfig
 from openmimo.demo.measure import measure_answers, measure_decoding, measure_retrieval
 from openmimo.demo.page import Findings, write_page
@@ -30,7 +30,11 @@ from openmimo.train.pretrain import extend, pretrain, sft
 
 
 def run(config: DemoConfig) -> Path:
-    """Runs the story, or what is left of it. Returns the path of the report."""
+    """Runs the parts of the demo that have no result yet, and returns the path of the report.
+
+    Raises:
+        ConfigError: The folder cannot be used, or contains a demo with other settings.
+    """
     console = Console()
     if config.pretrain.threads:
         torch.set_num_threads(config.pretrain.threads)
@@ -45,18 +49,28 @@ def run(config: DemoConfig) -> Path:
 def _tell(config: DemoConfig, folder: Path, console: Console) -> Path:
     parts = _Parts(folder, console)
     checkpoint, model_folder = config.extend.checkpoint, Path(config.extend.run_folder) / "model"
-    parts.run("pretrain", "1/8  a tokenizer, and a model from random weights", lambda: _done(pretrain(config.pretrain)))
-    parts.run("extend", "2/8  a longer context, and three MTP heads", lambda: _done(extend(config.extend)))
-    before = parts.run("retrieval_before", "3/8  retrieval before", lambda: measure_retrieval(config, checkpoint))
-    after = parts.run("retrieval_after", "     and after", lambda: measure_retrieval(config, str(model_folder)))
+    parts.run(
+        "pretrain",
+        "1/8  pre-training: a tokenizer, and a model from random weights",
+        lambda: _done(pretrain(config.pretrain)),
+    )
+    parts.run("extend", "2/8  context extension, with three MTP heads", lambda: _done(extend(config.extend)))
+    before = parts.run(
+        "retrieval_before", "3/8  retrieval before the extension", lambda: measure_retrieval(config, checkpoint)
+    )
+    after = parts.run(
+        "retrieval_after", "     retrieval after the extension", lambda: measure_retrieval(config, str(model_folder))
+    )
     decoding = parts.run(
         "decoding", "4/8  decoding, plain and speculative", lambda: measure_decoding(config, model_folder)
     )
     parts.run("sft", "5/8  fine-tuning on demonstrations", lambda: _done(sft(config.sft)))
-    parts.run("teachers", "6/8  a teacher for each domain, by reinforcement", lambda: run_teachers(config.teachers))
-    parts.run("mopd", "7/8  one student of all teachers", lambda: _done(train(config.mopd)))
-    seesaw = parts.run("seesaw", "8/8  everyone in every domain", lambda: _seesaw(config))
-    answers = parts.run("answers", "     and drafts before and after", lambda: measure_answers(config))
+    parts.run(
+        "teachers", "6/8  reinforcement learning: a teacher for each domain", lambda: run_teachers(config.teachers)
+    )
+    parts.run("mopd", "7/8  distillation: one student of all teachers", lambda: _done(train(config.mopd)))
+    seesaw = parts.run("seesaw", "8/8  evaluation of all models in all domains", lambda: _seesaw(config))
+    answers = parts.run("answers", "     drafts before and after distillation", lambda: measure_answers(config))
 
     findings = Findings(before["scores"], after["scores"], decoding, seesaw, answers, parts.seconds())
     report = write_page(folder, config, findings)
@@ -65,21 +79,21 @@ def _tell(config: DemoConfig, folder: Path, console: Console) -> Path:
 
 
 def _check_config(config: DemoConfig, folder: Path) -> None:
-    """Refuses to mix results of different configs."""
+    """Raises ConfigError if the folder contains results of another config."""
     path = folder / "config.json"
     if path.exists() and config_io.load(DemoConfig, path) != config:
-        raise ConfigError(f"{folder} holds a demo with other settings; name another --folder, or remove it.")
+        raise ConfigError(f"{folder} contains a demo with other settings; name another --folder, or remove it.")
 
 
 class _Parts:
-    """Runs each part once; its result and its time are kept in `<folder>/results`."""
+    """Runs each part once and stores its result and wall time in `<folder>/results`."""
 
     def __init__(self, folder: Path, console: Console):
         self.folder = folder / "results"
         self.console = console
 
     def run(self, name: str, title: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """The result of a part, from its file if it ran before."""
+        """Returns the result of a part. Calls `work` only if there is no stored result."""
         self.console.print(f"[bold]{title}[/]")
         path = self.folder / f"{name}.json"
         if path.exists():
@@ -91,7 +105,7 @@ class _Parts:
         return result
 
     def seconds(self) -> dict[str, float]:
-        """Seconds of each part, when it ran to its end."""
+        """Returns the wall time of each part in the process that finished it."""
         return {path.stem: json.loads(path.read_text())["seconds"] for path in sorted(self.folder.glob("*.json"))}
 
 
@@ -118,7 +132,7 @@ def _say_what_came_of_it(
     console.print(
         f"decoding          {plain['tokens_per_second']:.0f} tokens/s plain, "
         f"{speculative['tokens_per_second']:.0f} with MTP drafts "
-        f"({speculative['accepted_tokens_per_step']:.2f} tokens a step; {agreement})",
+        f"({speculative['accepted_tokens_per_step']:.2f} tokens per step; {agreement})",
         highlight=False,
         soft_wrap=True,
     )
@@ -130,7 +144,7 @@ def _say_what_came_of_it(
     )
     _say_who_can_what(console, findings)
     console.print(f"report            {report}", soft_wrap=True)
-    console.print(f"model             {model_folder}   (transformers loads it, too)", soft_wrap=True)
+    console.print(f"model             {model_folder}   (also loads in transformers)", soft_wrap=True)
     console.print(f"student           {student_folder}", soft_wrap=True)
     command = Path(os.path.relpath(sys.executable)).parent / "openmimo"
     generate = f"{command} generate --temperature 0"
@@ -149,5 +163,5 @@ def _say_who_can_what(console: Console, findings: Findings) -> None:
         console.print(f"{name:<17} {shown}", highlight=False, soft_wrap=True)
     before, after = (findings.answers[name]["accepted_tokens_per_step"] for name in ("sft", "student"))
     console.print(
-        f"drafts on answers {before:.2f} tokens a step before distillation, {after:.2f} after", highlight=False
+        f"drafts on answers {before:.2f} tokens per step before distillation, {after:.2f} after", highlight=False
     )

@@ -1,4 +1,4 @@
-"""The demo's teachers: each a process of its own, as many at a time as there are cores."""
+"""Runs the teachers of the demo in separate processes, at most one per core."""
 
 import os
 import subprocess
@@ -13,14 +13,21 @@ from openmimo.rl.config import RlConfig
 
 
 def run_teachers(teachers: tuple[RlConfig, ...]) -> dict[str, Any]:
-    """Runs or resumes `openmimo rl` for each, and waits. Raises UserError with the log's end if one fails."""
+    """Runs or resumes `openmimo rl` for each teacher and waits for all of them.
+
+    Returns:
+        `{"models": [...]}`, the model folders in the order of `teachers`.
+
+    Raises:
+        UserError: A run failed; the message contains the end of its log.
+    """
     running: list[subprocess.Popen] = []
     with ThreadPoolExecutor(max_workers=max(1, min(len(teachers), os.cpu_count() or 1))) as pool:
         try:
             return {"models": list(pool.map(lambda config: _run(config, running), teachers))}
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
-            for process in running:  # each saves a checkpoint
+            for process in running:  # a terminated run saves a checkpoint first
                 process.terminate()
             raise
 
@@ -36,5 +43,5 @@ def _run(config: RlConfig, running: list[subprocess.Popen]) -> str:
         running.append(process)
         code = process.wait()
     if code:
-        raise UserError(f"the run of {folder} ended with code {code}: {log.read_text()[-500:]}")
+        raise UserError(f"the run in {folder} ended with exit code {code}. The end of {log}: {log.read_text()[-500:]}")
     return str(folder / "model")

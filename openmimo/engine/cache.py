@@ -29,8 +29,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from openmimo.model.attention import KVSpec, kv_spec
-from openmimo.model.geometry import AttentionConfig
+from openmimo.model.attention import AttentionConfig, KVSpec, kv_spec
 
 MIN_PAGE_POSITIONS, MAX_PAGE_POSITIONS = 16, 128
 _DEFAULT_PAGE_POSITIONS = 32

@@ -18,15 +18,13 @@ from openmimo.core.records import Request
 from openmimo.data.tokenizer import StreamDecoder, Tokenizer
 from openmimo.engine.cache import PageArena, plan_pages
 from openmimo.engine.config import EngineConfig
-from openmimo.engine.draft_length import DraftLength
 from openmimo.engine.prefix import PrefixCache
-from openmimo.engine.request_state import RequestState
+from openmimo.engine.request_state import RequestState, TextStream
 from openmimo.engine.runner import Runner
 from openmimo.engine.scheduler import Scheduler
+from openmimo.engine.speculative import DraftLength
 from openmimo.engine.stats import EngineStats
-from openmimo.engine.text import TextStream
-from openmimo.model.config import AttentionConfig, ModelConfig
-from openmimo.model.flops import active_matmul_parameters
+from openmimo.model.config import AttentionConfig, ModelConfig, active_matmul_parameters
 from openmimo.model.mimo import MiMo
 from openmimo.model.weight_formats import set_weight
 from openmimo.runtime.device import at_most_threads, free_memory_bytes

@@ -1,4 +1,7 @@
-"""The state of one request while the engine runs it."""
+"""The state of one request while the engine runs it: tokens, cache positions, text, and recorded routes.
+
+L sparse layers, A active experts.
+"""
 
 import functools
 from array import array
@@ -6,11 +9,129 @@ from collections import Counter, deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
+
 from openmimo.core.records import Completion, Delta, Request, SamplingParams, TokenLogprob
+from openmimo.data.tokenizer import StreamDecoder
 from openmimo.engine.cache import PageTables, PrefixNode
-from openmimo.engine.routed_rows import RoutedRows
 from openmimo.engine.sampler import NO_TOKEN
-from openmimo.engine.text import TextStream
+
+
+class TextStream:
+    """The text of one growing sequence.
+
+    Attributes:
+        stopped: Whether a stop string was found. The text ends before it.
+        stop_string: The stop string that was found, or empty.
+    """
+
+    def __init__(self, decoder: StreamDecoder, stop: tuple[str, ...] = ()):
+        self.stopped = False
+        self.stop_string = ""
+        self._pieces: list[str] = []
+        self._decoder = decoder
+        self._stop = stop
+        self._held_back = ""
+        self._num_taken = 0
+
+    @property
+    def text(self) -> str:
+        """All text that is not held back."""
+        return "".join(self._pieces)
+
+    def push(self, token_id: int, *, may_stop: bool = True) -> None:
+        """Adds one token. If `may_stop` is false, a stop string that it completes is ordinary text."""
+        self._release(self._decoder.push([token_id]), may_stop)
+
+    def finish(self) -> None:
+        """Ends the text. Held-back text is added, unless a stop string was found."""
+        self._release(self._decoder.flush(), may_stop=True)
+        if not self.stopped:
+            self._pieces.append(self._held_back)
+            self._held_back = ""
+
+    def take(self) -> str:
+        """The text that was added since the last call."""
+        piece = "".join(self._pieces[self._num_taken :])
+        self._num_taken = len(self._pieces)
+        return piece
+
+    def _release(self, new_text: str, may_stop: bool) -> None:
+        if self.stopped:
+            return
+        pending = self._held_back + new_text
+        if not may_stop:
+            self._pieces.append(pending)
+            self._held_back = ""
+            return
+        found = [(index, stop) for stop in self._stop if (index := pending.find(stop)) >= 0]
+        if found:
+            self.stopped = True
+            index, self.stop_string = min(found)
+            self._pieces.append(pending[:index])
+            self._held_back = ""
+            return
+        certain = len(pending) - max((_overlap(pending, stop) for stop in self._stop), default=0)
+        self._pieces.append(pending[:certain])
+        self._held_back = pending[certain:]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest suffix of `text` that is a proper prefix of `stop`."""
+    lengths = range(min(len(text), len(stop) - 1), 0, -1)
+    return next((length for length in lengths if text.endswith(stop[:length])), 0)
+
+
+_FIRST_ROWS = 64
+
+
+class RoutedRows:
+    """An integer array [positions, L, A] that grows at its end.
+
+    The allocated space doubles when it is full, so the amortized cost of an appended row is constant. The next turn of
+    a session shares the space of the last one (`continued`) and appends behind it:
+
+        turn 1   | rows 0 to 99 |
+        turn 2   | rows 0 to 99 | rows 100 to 149 | free until _num_rows ...
+
+    Turn 1 keeps its own length, so it still sees its 100 rows, but must not append: it would overwrite those of turn 2.
+    """
+
+    def __init__(self) -> None:
+        self._space: np.ndarray | None = None
+        self._num_rows = self._length = 0
+
+    def __len__(self) -> int:
+        return self._length
+
+    def append(self, rows: np.ndarray) -> None:
+        """Copies the experts of the next positions, integers [rows, L, A], to the end."""
+        start = self._length
+        stop = start + len(rows)
+        if stop > self._num_rows:
+            self._grow(stop, rows)
+        assert self._space is not None
+        self._space[start:stop] = rows
+        self._length = stop
+
+    def between(self, start: int, stop: int) -> np.ndarray:
+        """The rows of positions `start` to `stop`: a view, valid until the next `append`."""
+        assert self._space is not None and 0 <= start <= stop <= self._length
+        return self._space[start:stop]
+
+    def continued(self) -> "RoutedRows":
+        """An object with the same rows in the same memory, to append to. `self` must not be appended to any more."""
+        other = RoutedRows()
+        other._space, other._num_rows, other._length = self._space, self._num_rows, self._length
+        return other
+
+    def _grow(self, needed: int, rows: np.ndarray) -> None:
+        self._num_rows = max(needed, 2 * self._num_rows, _FIRST_ROWS)
+        grown = np.empty((self._num_rows, *rows.shape[1:]), rows.dtype if self._space is None else self._space.dtype)
+        if self._length:
+            grown[: self._length] = self.between(0, self._length)
+        self._space = grown
+
 
 if TYPE_CHECKING:
     from openmimo.engine.structured import StructureState

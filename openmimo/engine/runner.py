@@ -19,10 +19,9 @@ import torch
 from openmimo.core.records import TokenLogprob
 from openmimo.engine.cache import PageArena
 from openmimo.engine.config import EngineConfig
-from openmimo.engine.draft_length import DraftLength
 from openmimo.engine.request_state import NOT_FINITE, Decision, RequestState
 from openmimo.engine.sampler import Draw, LogitChange, sampling_input
-from openmimo.engine.speculative import DraftPlanner
+from openmimo.engine.speculative import DraftLength, DraftPlanner
 from openmimo.engine.stats import EngineStats
 from openmimo.engine.step import HeadInput, Span, StepBuffers, StepInput, StepOutput
 from openmimo.engine.worker import Worker

@@ -6,12 +6,11 @@ from typing import Any
 
 from rich.console import Console
 
-from openmimo.core.errors import ConfigError, UserError
-from openmimo.core.interrupt import Interrupted
+from openmimo.core.errors import ConfigError, Interrupted, UserError
 from openmimo.core.records import Message, SamplingParams
 from openmimo.data.chat.template import encode_chat
 from openmimo.data.tokenizer import Tokenizer
-from openmimo.engine.config import EngineConfig
+from openmimo.engine.config import EngineConfig, WeightFormat
 from openmimo.engine.llm import LLM
 
 _STDERR = Console(stderr=True)
@@ -28,9 +27,9 @@ def check_sampling(sampling: SamplingParams) -> None:
             raise ConfigError(f"--{name.replace('_', '-')} has no effect here: only the text is printed. Omit it.")
 
 
-def load(path: str, engine: EngineConfig, *, dtype: str, device: str) -> LLM:
+def load(path: str, engine: EngineConfig, *, dtype: str, device: str, weights: WeightFormat) -> LLM:
     """An LLM that speaks text. Raises DataError if the folder has no tokenizer."""
-    return LLM(path, Tokenizer.load(path), engine=engine, dtype=dtype, device=device)
+    return LLM(path, Tokenizer.load(path), engine=engine, dtype=dtype, device=device, weights=weights)
 
 
 def generate(

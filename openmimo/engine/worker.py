@@ -1,19 +1,196 @@
-"""Executes steps on one device: the forward pass, sampling, the verification of drafts, and the drafting heads.
+"""Executes steps on one device: the forward pass over a paged cache, sampling, verification of drafts, drafting heads.
 
-A worker knows no requests: it takes the tensors of a step and returns tensors. Two workers with equal weights, page
-contents and states return equal results for equal steps. Several ranks of one engine would rely on this.
+`PagedContext` is the engine's attention context: packed new tokens of several sequences, whose keys it writes to the
+pages. A worker knows no requests: it takes the tensors of a step and returns tensors. Two workers with equal weights,
+page contents and states return equal results for equal steps. Several ranks of one engine would rely on this.
 
-T packed tokens, B sequences, R decided rows, H drafting heads, D model dim.
+T packed new tokens, S keys, N query heads, G key/value heads, K key dim, V value dim, R rotated dims in the context and
+decided rows in the worker, B sequences, Y rows of a table, H drafting heads, D model dim.
 """
+
+from typing import NamedTuple
 
 import torch
 
 from openmimo.engine.cache import PageArena
-from openmimo.engine.context import PagedContext, RotaryRows
 from openmimo.engine.sampler import decide, decided_logprobs
-from openmimo.engine.step import HeadInput, StepInput, StepOutput
+from openmimo.engine.step import GroupSlots, HeadInput, PassInput, StepInput, StepOutput
+from openmimo.kernels.attention import AttentionOut, Pages, attend, paged_attend, store
+from openmimo.kernels.operations import rotary_table
+from openmimo.model.attention import AttentionConfig
 from openmimo.model.backbone import Hidden
+from openmimo.model.context import AttentionCall, RoutingTape, SequenceBalance
 from openmimo.model.mimo import MiMo
+
+_FIRST_POSITIONS = 512
+_ROTARY_PIECE = 1 << 16
+_MAX_SHORT_TOKENS = 16  # new tokens per sequence up to which a pass attends directly to the pages
+_Geometry = tuple[int, float, torch.dtype]
+
+
+class RotaryRows:
+    """Rotary tables of all positions seen so far. A pass only selects its rows.
+
+    Args:
+        device: Of the tables.
+        max_positions: Rows that are allocated at once; only the filled part grows. So the addresses are constant, as a
+            captured graph needs. (On a CPU, rows take physical memory on first use.)
+    """
+
+    def __init__(self, device: torch.device | str, max_positions: int):
+        self.device = device
+        self._max_positions = max_positions
+        self._tables: dict[_Geometry, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._num_known: dict[_Geometry, int] = {}
+
+    def tables(self, spec: AttentionConfig, dtype: torch.dtype, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin [max_positions, R], filled for at least the positions below `length`."""
+        geometry = (spec.rotary_dim, spec.rope_theta, dtype)
+        if geometry not in self._tables:
+            shape = (self._max_positions, spec.rotary_dim)
+            cos, sin = (torch.empty(shape, dtype=dtype, device=self.device) for _ in range(2))
+            self._tables[geometry], self._num_known[geometry] = (cos, sin), 0
+        if self._num_known[geometry] < length:
+            self._grow(geometry, spec, length)
+        return self._tables[geometry]
+
+    def _grow(self, geometry: _Geometry, spec: AttentionConfig, length: int) -> None:
+        """Fills rows up to `length`, and at least doubles the filled part.
+
+        Only new rows are computed, in pieces, which bounds temporary memory. Pieces begin and end at multiples of 512
+        rows, so every row is computed by the same vector instructions and has the same bits however the table grew.
+        """
+        assert length <= self._max_positions, "a position exceeds the model's maximum"
+        num_known = self._num_known[geometry]
+        stop = -(-max(length, 2 * num_known) // _FIRST_POSITIONS) * _FIRST_POSITIONS
+        for start in range(num_known, stop, _ROTARY_PIECE):
+            positions = torch.arange(start, min(start + _ROTARY_PIECE, stop), device=self.device)
+            rows = rotary_table(positions, spec.rotary_dim, spec.rope_theta, geometry[2])
+            room = max(self._max_positions - start, 0)
+            for table, new in zip(self._tables[geometry], rows, strict=True):
+                table[start : start + len(new)] = new[:room]
+        self._num_known[geometry] = min(stop, self._max_positions)
+
+
+class _Keys(NamedTuple):
+    """Packed keys and values of the sequences, and the number of keys of each."""
+
+    k_SGK: torch.Tensor
+    v_SGV: torch.Tensor
+    lengths: tuple[int, ...]
+
+
+class PagedContext:
+    """An `AttentionContext` (see `openmimo.model.context`) over an arena. A worker has one and binds it to each pass.
+
+    A short pass (decoding, verification) stores its keys first and attends to the pages. A long pass (prefill) attends
+    to a copy of the cached keys followed by the new ones, and then stores the new keys, of which a sliding layer may
+    keep only the last.
+    """
+
+    def __init__(self, arena: PageArena, rotary: RotaryRows):
+        self.routing = RoutingTape()
+        self.sequence_balance: SequenceBalance | None = None
+        self.block_scores: dict[int, torch.Tensor] = {}
+        self._arena = arena
+        self._rotary = rotary
+        self._picked: dict[_Geometry, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def bind(self, step: PassInput, *, records_routing: bool = False) -> "PagedContext":
+        """Makes this the context of a pass until the next call; returns self."""
+        self.positions_T = step.positions_T
+        self.routing = RoutingTape(record=records_routing)
+        self._step = step
+        self._lengths = step.lengths
+        self._longest_query, self._longest_key = max(self._lengths), max(step.stops)
+        self._is_short = self._longest_query <= _MAX_SHORT_TOKENS
+        is_contiguous = len(step.starts) == 1
+        self._rotary_rows = slice(step.starts[0], step.stops[0]) if is_contiguous else step.positions_T
+        self._picked.clear()
+        self.block_scores = {}
+        self._sources: dict[int, _Keys] = {}
+        return self
+
+    def rotary(self, spec: AttentionConfig, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin [T, R] of the new tokens."""
+        geometry = (spec.rotary_dim, spec.rope_theta, dtype)
+        if geometry not in self._picked:
+            cos, sin = self._rotary.tables(spec, dtype, self._longest_key)
+            self._picked[geometry] = (cos[self._rotary_rows], sin[self._rotary_rows])
+        return self._picked[geometry]
+
+    def attend(self, call: AttentionCall) -> AttentionOut:
+        """Attends to the cached and the new keys of each sequence, and caches the new ones."""
+        owner = call.layer if call.source_layer is None else call.source_layer
+        keys_XPGK, values_XPGV = self._arena.layer(owner)
+        group, part = self._arena.place_of_layer[owner]
+        slots = self._step.groups[group]
+        assert slots is not None, "the pass was planned without this group of layers"
+        pages = Pages(keys_XPGK, values_XPGV, slots.tables_pBY[part])
+        if self._is_short and slots.kept_rows is None:
+            if call.k_TGK is not None and call.v_TGV is not None:
+                self._store(slots, part, pages, call.k_TGK, call.v_TGV)
+            result = paged_attend(
+                call.q_TNK,
+                pages,
+                call.sink_N,
+                query_lengths_B=self._step.query_lengths_B,
+                key_lengths_B=self._step.key_lengths_B,
+                longest_query=self._longest_query,
+                longest_key=self._longest_key,
+                window_keys=call.window_keys,
+                score_block=call.score_block,
+            )
+        else:
+            keys = self._keys(call, slots, part, pages)
+            result = attend(
+                call.q_TNK,
+                keys.k_SGK,
+                keys.v_SGV,
+                call.sink_N,
+                query_lengths=self._lengths,
+                key_lengths=keys.lengths,
+                window_keys=call.window_keys,
+                score_block=call.score_block,
+            )
+        if result.block_scores_TGC is not None:
+            assert call.window_keys is None, "only a layer that sees every key scores blocks"
+            self.block_scores[call.layer] = result.block_scores_TGC
+        return result
+
+    def _keys(self, call: AttentionCall, slots: GroupSlots, part: int, pages: Pages) -> _Keys:
+        """The cached and new keys of a long pass. Stores the new ones, and keeps those of source layers for readers."""
+        if call.source_layer is not None:
+            return self._sources[call.source_layer]
+        assert call.k_TGK is not None and call.v_TGV is not None
+        keys = self._with_past(pages, call.window_keys, call.k_TGK, call.v_TGV)
+        self._store(slots, part, pages, call.k_TGK, call.v_TGV)
+        if call.is_source:
+            self._sources[call.layer] = keys
+        return keys
+
+    def _store(self, slots: GroupSlots, part: int, pages: Pages, k_TGK: torch.Tensor, v_TGV: torch.Tensor) -> None:
+        if slots.kept_rows is not None:
+            k_TGK, v_TGV = k_TGK[slots.kept_rows], v_TGV[slots.kept_rows]
+        store(pages, slots.page_pT[part], slots.offset_T, k_TGK, v_TGV)
+
+    def _with_past(self, pages: Pages, window_keys: int | None, k_TGK: torch.Tensor, v_TGV: torch.Tensor) -> _Keys:
+        """The cached keys and values of each sequence followed by the new ones."""
+        if not any(self._step.starts):
+            return _Keys(k_TGK, v_TGV, self._lengths)
+        keys, values, key_lengths = [], [], []
+        new_spans = zip(
+            self._step.starts, self._step.stops, k_TGK.split(self._lengths), v_TGV.split(self._lengths), strict=True
+        )
+        for row, (start, stop, k_new, v_new) in enumerate(new_spans):
+            first = 0 if window_keys is None else max(start - window_keys + 1, 0)
+            positions = torch.arange(first, start, device=k_new.device)
+            P = pages.keys_XPGK.shape[1]
+            page, offset = pages.tables_BY[row][positions // P].long(), positions % P
+            keys += [pages.keys_XPGK[page, offset].to(k_new.dtype), k_new]
+            values += [pages.values_XPGV[page, offset].to(v_new.dtype), v_new]
+            key_lengths.append(stop - first)
+        return _Keys(torch.cat(keys), torch.cat(values), tuple(key_lengths))
 
 
 class Worker:

@@ -1,9 +1,10 @@
 """Selection of a backend for a kernel call.
 
-An operation is a folder of backends. Its `__init__` defines the call, a `Need` (the properties of a call on which the
-selection depends) and a `DISPATCHER`. Each backend is a file that exports `PLUGIN = Backend(priority, run, refuse)`.
-The backend with the highest priority that does not refuse the need computes the call. `reference` defines the
-operation: it refuses nothing and has priority 0. A backend that does not support a part of a call refuses the call.
+An operation is a folder of backends. `operations.py` and `attention/__init__.py` define its call, its `Need` (the
+properties of a call on which the selection depends) and its `Dispatcher`. Each backend is a file that exports
+`PLUGIN = Backend(priority, run, refuse)`. The backend with the highest priority that does not refuse the need computes
+the call. `reference` defines the operation: it refuses nothing and has priority 0. A backend that does not support a
+part of a call refuses the call.
 """
 
 import functools
@@ -47,7 +48,7 @@ class Dispatcher:
     """
 
     def __init__(self, package: str, variable: str):
-        self.variable = variable
+        self.package, self.variable = package, variable
         self._registry: Registry[Backend] = Registry(package, Backend)
         self._ordered: list[tuple[str, Backend]] | None = None
         self.choose: Callable[[Any], tuple[str, Backend]] = functools.lru_cache(_MAX_REMEMBERED_NEEDS)(self._choose)

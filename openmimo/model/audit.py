@@ -6,9 +6,8 @@ from math import prod
 from rich.console import Console
 from rich.table import Table
 
-from openmimo.model.config import ModelConfig
+from openmimo.model.config import ModelConfig, active_matmul_parameters
 from openmimo.model.convert import checkpoint_layout
-from openmimo.model.flops import active_matmul_parameters
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The decoder stack, from embedded inputs to hidden states, for text models and others.
+"""The decoder stack, from embedded inputs to hidden states, for text models and others; and activation checkpointing.
 
 T packed tokens, D model dim.
 """
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from openmimo.model.attention import build_attention
 from openmimo.model.config import LayerConfig, ModelConfig
@@ -16,7 +17,7 @@ from openmimo.model.layers import DenseFFN, Embedding, RMSNorm
 from openmimo.model.moe import MoE, Router
 
 if TYPE_CHECKING:
-    from openmimo.model.mtp import MTP
+    from openmimo.model.heads import MTP
 
 
 class Hidden(NamedTuple):
@@ -122,3 +123,24 @@ class Backbone(nn.Module):
     def routers(self) -> dict[int, Router]:
         """The routers by layer index."""
         return {layer.index: cast(MoE, layer.mlp).gate for layer in self.layers if layer.is_sparse}
+
+
+class RecomputedLayer(DecoderLayer):
+    """A decoder layer that saves only its input for the backward pass."""
+
+    def forward(self, x_TD: torch.Tensor, context: AttentionContext) -> torch.Tensor:
+        """As `DecoderLayer.forward`."""
+        if not torch.is_grad_enabled():
+            return super().forward(x_TD, context)
+        return checkpoint(super().forward, x_TD, context, use_reentrant=False)
+
+
+def checkpoint_activations(backbone: "Backbone") -> None:
+    """Make every decoder layer recompute its activations in the backward pass; parameter names do not change.
+
+    Apply it to a built model before its weights are sharded, so that the hooks of a wrapper run outside the recomputed
+    region.
+    """
+    for layer in backbone.layers:
+        if type(layer) is DecoderLayer:
+            layer.__class__ = RecomputedLayer

@@ -1,17 +1,15 @@
-"""Model configs, without torch: geometry of each layer, experts, prediction heads. Presets are in `presets.py`.
+"""Model configs, without torch: geometry of each layer, experts, prediction heads; their parameters and FLOPs.
 
 Geometry is stated per layer, never per model, because full and sliding layers differ in key/value heads and RoPE base,
-and the models of the family differ in more.
+and the models of the family differ in more. Presets are in `presets.py`.
 """
 
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
 from openmimo.core.errors import ConfigError
-from openmimo.core.fields import Bounds, NonNegativeFloat, check_fields
-from openmimo.core.renamed import renamed_keys
-from openmimo.model.attention import AttentionPlace, attention_kind, is_global
-from openmimo.model.geometry import AttentionConfig, Positions, Size
+from openmimo.core.fields import Bounds, NonNegativeFloat, check_fields, renamed_keys
+from openmimo.model.attention import AttentionConfig, AttentionPlace, Positions, Size, attention_kind, is_global
 
 MAX_LAYERS = 1024
 LayerCount = Annotated[int, Bounds(least=1, most=MAX_LAYERS)]
@@ -291,3 +289,48 @@ def _check_moe(moe: MoEConfig, num_layers: int) -> None:
             f"{moe.groups_per_token} chosen groups of {group_size} experts cannot give {moe.experts_per_token} experts "
             "to a token (a group has two or more)."
         )
+
+
+def attention_parameters(config: ModelConfig, index: int) -> int:
+    """Parameters of the attention module of layer `index`; MTP head h is layer `len(layers) + h`."""
+    place = config.attention_place(index)
+    return attention_kind(place.spec.kind).parameters(place)
+
+
+def active_matmul_parameters(config: ModelConfig) -> int:
+    """Active parameters per token of the main model's matrix products: with the output head, without the embedding."""
+    D = config.hidden_size
+    total = D * config.vocab_size
+    for index, layer in enumerate(config.layers):
+        total += attention_parameters(config, index)
+        if layer.ffn == "dense":
+            total += 3 * D * config.dense_ffn_dim
+        else:
+            assert config.moe is not None, "checked by the config"
+            total += D * config.moe.num_experts + config.moe.experts_per_token * 3 * D * config.moe.expert_dim
+    return total
+
+
+def mtp_matmul_parameters(config: ModelConfig) -> int:
+    """Active parameters per token of all MTP heads, each with its own pass through the output head."""
+    if config.mtp is None:
+        return 0
+    D = config.hidden_size
+    block = 2 * D * D + attention_parameters(config, len(config.layers)) + 3 * D * config.dense_ffn_dim
+    return config.mtp.num_layers * (block + D * config.vocab_size)
+
+
+def attention_flops_per_token(spec: AttentionConfig, length: int) -> float:
+    """Forward FLOPs of one layer's scores and weighted values, averaged over the positions of a sequence."""
+    kind = attention_kind(spec.kind)
+    reach = kind.visible_keys(spec, length - 1)
+    # The first `reach` queries see 1, 2, ... reach keys; the others see `reach`.
+    mean_keys = (reach * (reach + 1) / 2 + (length - reach) * reach) / length
+    return 2 * spec.num_heads * (spec.key_dim + spec.value_dim) * mean_keys
+
+
+def training_flops_per_token(config: ModelConfig, length: int) -> float:
+    """Forward and backward FLOPs of one token in a sequence: three times the forward pass, MTP heads included."""
+    matmul = 2 * (active_matmul_parameters(config) + mtp_matmul_parameters(config))
+    attention = sum(attention_flops_per_token(spec, length) for spec in config.attention_layers())
+    return 3 * (matmul + attention)

@@ -14,9 +14,8 @@ from typing import NamedTuple, Protocol
 import torch
 
 from openmimo.kernels.attention import AttentionOut, attend
-from openmimo.kernels.experts import count_experts
-from openmimo.kernels.rotary import rotary_table
-from openmimo.model.geometry import AttentionConfig
+from openmimo.kernels.operations import count_experts, rotary_table
+from openmimo.model.attention import AttentionConfig
 
 
 @dataclass

@@ -11,16 +11,21 @@ import torch
 from openmimo.core.errors import CheckpointError
 from openmimo.core.fields import Bounds, check_fields
 from openmimo.core.files import new_folder_atomic
-from openmimo.data.companions import read_companions
-from openmimo.model import fp8
-from openmimo.model.attention import AttentionModule
+from openmimo.data.tokenizer_files import read_companions
+from openmimo.kernels.weights import FP8_BLOCK
+from openmimo.model.attention import AttentionModule, Positions
 from openmimo.model.config import ModelConfig
-from openmimo.model.geometry import Positions
-from openmimo.model.hf import DTYPES, check_fit, open_checkpoint, write_config
-from openmimo.model.hf_names import Slot, slots
-from openmimo.model.hf_reader import CheckpointReader, fuse
-from openmimo.model.hf_writer import DEFAULT_SHARD_BYTES, Entry, write_shards
+from openmimo.model.hf import DTYPES, Slot, check_fit, open_checkpoint, slots, write_config
+from openmimo.model.hf_files import DEFAULT_SHARD_BYTES, CheckpointReader, Entry, fuse, write_shards
 from openmimo.model.mimo import MiMo
+from openmimo.model.weight_formats import (
+    has_fp8_rank_scales,
+    is_fp8_in_hub_layout,
+    num_fp8_blocks,
+    quantize_fp8,
+    quantize_fp8_rank_keys_values,
+    quantize_fp8_ranks,
+)
 
 Progress = Callable[[int], None]
 
@@ -77,7 +82,7 @@ def convert(
         extra["quantization_config"] = {
             "quant_method": "fp8",
             "fmt": "e4m3",
-            "weight_block_size": [fp8.BLOCK, fp8.BLOCK],
+            "weight_block_size": [FP8_BLOCK, FP8_BLOCK],
         }
     with new_folder_atomic(destination) as folder:
         companions.write(folder)
@@ -92,18 +97,18 @@ def checkpoint_layout(config: ModelConfig, *, quantized: bool) -> dict[str, tupl
         model = MiMo(config)
     shapes = {slot.name: tuple(slot.target.shape) for slot in slots(model)}
     if quantized:
-        for name in [name for name in shapes if fp8.is_fp8_in_hub_layout(name)]:
+        for name in [name for name in shapes if is_fp8_in_hub_layout(name)]:
             shapes[name + "_scale_inv"] = _scale_shape(name, shapes, model)
     return shapes
 
 
 def _scale_shape(name: str, shapes: dict[str, tuple[int, ...]], model: MiMo) -> tuple[int, int]:
     rows, columns = shapes[name]
-    blocks = fp8.num_blocks(rows)
+    blocks = num_fp8_blocks(rows)
     if name.endswith(".k_proj.weight") and _has_rank_grid(name, model):
         ranks = model.config.qkv_ranks
-        blocks = ranks * fp8.num_blocks(rows // ranks)
-    return blocks, fp8.num_blocks(columns)
+        blocks = ranks * num_fp8_blocks(rows // ranks)
+    return blocks, num_fp8_blocks(columns)
 
 
 def _has_rank_grid(name: str, model: MiMo) -> bool:
@@ -116,9 +121,9 @@ def _has_rank_grid(name: str, model: MiMo) -> bool:
     module = cast(AttentionModule, model.get_submodule(name.rsplit(".", 2)[0]))
     spec, ranks = module.spec, model.config.qkv_ranks
     key_rows = spec.num_kv_heads * spec.key_dim
-    key_blocks = fp8.num_blocks(key_rows // ranks)
-    both_blocks = fp8.num_blocks(spec.num_kv_heads * (spec.key_dim + spec.value_dim) // ranks)
-    return fp8.has_rank_scales(ranks * key_blocks, ranks, key_rows) and both_blocks > key_blocks
+    key_blocks = num_fp8_blocks(key_rows // ranks)
+    both_blocks = num_fp8_blocks(spec.num_kv_heads * (spec.key_dim + spec.value_dim) // ranks)
+    return has_fp8_rank_scales(ranks * key_blocks, ranks, key_rows) and both_blocks > key_blocks
 
 
 def _converted_entries(model: MiMo, reader: CheckpointReader, config: ConvertConfig) -> Iterator[Entry]:
@@ -130,7 +135,7 @@ def _converted_entries(model: MiMo, reader: CheckpointReader, config: ConvertCon
                 yield from _fused_entries(slot.name, by_name, model, reader, config)
             if not slot.name.endswith(".o_proj.weight"):
                 continue
-        if config.dtype == "fp8" and fp8.is_fp8_in_hub_layout(slot.name):
+        if config.dtype == "fp8" and is_fp8_in_hub_layout(slot.name):
             yield from _fp8_entries(slot, model, reader)
         else:
             yield Entry(
@@ -149,9 +154,9 @@ def _fp8_entries(slot: Slot, model: MiMo, reader: CheckpointReader) -> Iterator[
         k_name, v_name = (name.replace(name.split(".")[-2], part) for part in ("k_proj", "v_proj"))
         if name in (k_name, v_name) and _has_rank_grid(name, model):
             k, v = reader.read(k_name, model.config), reader.read(v_name, model.config)
-            k_code, v_code, k_scale, v_scale = fp8.quantize_rank_keys_values(k, v, ranks)
+            k_code, v_code, k_scale, v_scale = quantize_fp8_rank_keys_values(k, v, ranks)
             return ((k_code, k_scale) if name == k_name else (v_code, v_scale))[index]
-        return fp8.quantize(reader.read(name, model.config))[index]
+        return quantize_fp8(reader.read(name, model.config))[index]
 
     yield Entry(slot.name, tuple(slot.target.shape), torch.float8_e4m3fn, lambda: quantized(0))
     yield Entry(slot.name + "_scale_inv", scale_shape, torch.float32, lambda: quantized(1))
@@ -172,6 +177,6 @@ def _fused_entries(
     if config.dtype != "fp8":
         yield Entry(fused_name, (rows, columns), DTYPES[config.dtype], fused)
         return
-    scale_shape = (ranks * fp8.num_blocks(rows // ranks), fp8.num_blocks(columns))
-    yield Entry(fused_name, (rows, columns), torch.float8_e4m3fn, lambda: fp8.quantize_ranks(fused(), ranks)[0])
-    yield Entry(fused_name + "_scale_inv", scale_shape, torch.float32, lambda: fp8.quantize_ranks(fused(), ranks)[1])
+    scale_shape = (ranks * num_fp8_blocks(rows // ranks), num_fp8_blocks(columns))
+    yield Entry(fused_name, (rows, columns), torch.float8_e4m3fn, lambda: quantize_fp8_ranks(fused(), ranks)[0])
+    yield Entry(fused_name + "_scale_inv", scale_shape, torch.float32, lambda: quantize_fp8_ranks(fused(), ranks)[1])

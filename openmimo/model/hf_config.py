@@ -17,7 +17,8 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from openmimo.core.errors import ConfigError
 from openmimo.core.fields import Bounds, NonNegativeFloat
-from openmimo.core.reading import read_known_keys
+from openmimo.core.files import read_known_keys
+from openmimo.model.attention import AttentionConfig, HeadCount, Positions, RopeTheta, Size
 from openmimo.model.config import (
     Epsilon,
     LayerConfig,
@@ -30,7 +31,6 @@ from openmimo.model.config import (
     Share,
     VocabSize,
 )
-from openmimo.model.geometry import AttentionConfig, HeadCount, Positions, RopeTheta, Size
 
 ARCHITECTURES = {"mimo_v2_flash": "MiMoV2FlashForCausalLM", "mimo": "MiMoForCausalLM"}
 

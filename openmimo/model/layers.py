@@ -19,9 +19,7 @@ from torch.nn.modules.module import (
     _global_forward_pre_hooks,
 )
 
-from openmimo.kernels.linear import joined_linear
-from openmimo.kernels.norm import rms_norm
-from openmimo.kernels.rotary import apply_rotary
+from openmimo.kernels.operations import apply_rotary, joined_linear, rms_norm
 from openmimo.kernels.weights import BlockScaled, Weight
 from openmimo.model.attention import AttentionPlace
 from openmimo.model.context import AttentionCall, AttentionContext

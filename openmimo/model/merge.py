@@ -11,12 +11,10 @@ from rich.console import Console
 
 from openmimo.core.errors import ConfigError
 from openmimo.core.files import new_folder_atomic
-from openmimo.data.companions import read_companions
+from openmimo.data.tokenizer_files import read_companions
 from openmimo.model.config import ModelConfig
-from openmimo.model.hf import check_fit, open_checkpoint, write_config
-from openmimo.model.hf_names import slots
-from openmimo.model.hf_reader import CheckpointReader
-from openmimo.model.hf_writer import DEFAULT_SHARD_BYTES, Entry, write_shards
+from openmimo.model.hf import check_fit, open_checkpoint, slots, write_config
+from openmimo.model.hf_files import DEFAULT_SHARD_BYTES, CheckpointReader, Entry, write_shards
 from openmimo.model.mimo import MiMo
 
 Method = Literal["average", "task_arithmetic"]

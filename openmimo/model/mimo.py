@@ -11,15 +11,14 @@ import torch
 from torch import nn
 
 from openmimo.core.errors import UserError
-from openmimo.data.companions import Companions
+from openmimo.data.tokenizer_files import Companions
 from openmimo.model.attention import AttentionModule
 from openmimo.model.backbone import Backbone, Hidden
 from openmimo.model.config import ModelConfig
 from openmimo.model.context import AttentionContext, PackedContext
-from openmimo.model.head import Head
+from openmimo.model.heads import MTP, Head
 from openmimo.model.layers import Embedding, RMSNorm
 from openmimo.model.moe import Experts, Router
-from openmimo.model.mtp import MTP
 
 
 class MiMo(nn.Module):

@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from openmimo.kernels.experts import apply_experts
-from openmimo.kernels.router import RoutingRule, route
+from openmimo.kernels.operations import RoutingRule, apply_experts, route
 from openmimo.model.config import MoEConfig
 from openmimo.model.context import AttentionContext, SequenceBalance
 from openmimo.model.weight_formats import QuantizableModule

@@ -8,9 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from openmimo.core.errors import ConfigError
-from openmimo.core.reading import file_in_folder, read_json
+from openmimo.core.files import file_in_folder, read_json
+from openmimo.model.attention import AttentionConfig
 from openmimo.model.config import LayerConfig, ModelConfig, MoEConfig, MTPConfig
-from openmimo.model.geometry import AttentionConfig
 from openmimo.model.hf_config import config_from_hf
 
 

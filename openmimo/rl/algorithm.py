@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from openmimo.core.config import from_dict
 from openmimo.core.errors import ConfigError
-from openmimo.core.fields import NonNegativeFloat, NonNegativeInt, PositiveInt, check_fields
+from openmimo.core.fields import NonNegativeFloat, NonNegativeInt, PositiveInt, check_fields, renamed_keys
 from openmimo.core.registry import Registry
-from openmimo.core.renamed import renamed_keys
 from openmimo.core.samples import Sample
 from openmimo.rl.config import MopdConfig, RlConfig
 

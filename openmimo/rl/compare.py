@@ -15,10 +15,10 @@ from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 
+from openmimo.core.config import run_folder
 from openmimo.core.errors import ConfigError
 from openmimo.core.files import write_text_atomic
-from openmimo.core.run_folder import run_folder
-from openmimo.core.statistics import bootstrap_interval
+from openmimo.core.metrics import bootstrap_interval
 from openmimo.data.tokenizer import Tokenizer
 from openmimo.engine.engine import Engine
 from openmimo.model.hf import load_model

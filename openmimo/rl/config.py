@@ -13,8 +13,8 @@ from openmimo.core.fields import (
     PositiveInt,
     Seed,
     check_fields,
+    renamed_keys,
 )
-from openmimo.core.renamed import renamed_keys
 from openmimo.engine.config import EngineConfig
 from openmimo.train.config import CheckpointConfig, FromCheckpoint, OptimizerConfig, RunConfig, part_of
 
@@ -178,7 +178,7 @@ class SchedulerConfig(BatchConfig, SchedulingConfig):
 
     @property
     def effective_wait_age(self) -> int:
-        """See `wait_age`. With "abort" every group counts: there is no later step."""
+        """The value of `wait_age`, or its default. It is 0 with "abort", because no later step continues a group."""
         if self.unfinished == "abort":
             return 0
         return self.max_staleness + 1 if self.wait_age is None else self.wait_age

@@ -16,31 +16,36 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as ProgressBar
 
-from openmimo.core.errors import CheckpointError
-from openmimo.core.interrupt import Interrupted, StopRequest, stop_requests
+from openmimo.core.errors import CheckpointError, Interrupted, StopRequest, stop_requests
 from openmimo.core.metrics import MetricsWriter
 from openmimo.core.sample_files import write_state
 from openmimo.core.samples import Sample
 from openmimo.core.services import close_services, service_metrics
 from openmimo.data.tokenizer import Tokenizer
 from openmimo.engine.engine import Engine
+from openmimo.model.backbone import checkpoint_activations
 from openmimo.model.mimo import MiMo
-from openmimo.model.recompute import checkpoint_activations
 from openmimo.rl.agents.environment import open_environment
 from openmimo.rl.agents.episode_calls import EpisodeCalls
 from openmimo.rl.algorithm import algorithm_of
 from openmimo.rl.config import MopdConfig, RlConfig
 from openmimo.rl.evaluate import evaluate_policy, streams_of
 from openmimo.rl.learning.policy_trainer import Objective, PolicyTrainer, UpdateReport, weighted_sum
-from openmimo.rl.open_rollouts import open_rollouts
+from openmimo.rl.rollouts.protocol import RunParts, open_rollouts
 from openmimo.rl.scheduling.event_log import LoggedScheduler
-from openmimo.rl.scheduling.failures import Failures
 from openmimo.rl.scheduling.groups import LateReward
 from openmimo.rl.scheduling.scheduler import DataScheduler
-from openmimo.rl.step_metrics import has_lesson, nothing_learned_text, progress_text, sample_metrics, update_metrics
-from openmimo.rl.teaching.distillation import Distillation
+from openmimo.rl.step_metrics import (
+    Failures,
+    has_lesson,
+    nothing_learned_text,
+    progress_text,
+    sample_metrics,
+    update_metrics,
+)
+from openmimo.rl.teaching.teachers import Distillation
 from openmimo.train.checkpoint import Checkpoints, Progress, load_optimizer_state
-from openmimo.train.schedule import warmed_cosine
+from openmimo.train.optim import warmed_cosine
 
 
 class RlRun:
@@ -83,7 +88,7 @@ class RlRun:
         self.step, self.tokens = start.step, start.tokens
         self.algorithm, self.options = algorithm_of(config)
         if config.activation_checkpointing:
-            checkpoint_activations(model)
+            checkpoint_activations(model.model)
         self.trainer = _open_trainer(config, model, start, optimizer_tensors)
         self.engine = Engine(model, tokenizer, config.engine)
         opened = [open_environment(source.environment, source.options) for source in config.sources]
@@ -93,13 +98,15 @@ class RlRun:
         self._learned_nothing = False
         self.distillation = Distillation(config, model, self.console) if isinstance(config, MopdConfig) else None
         self.rollouts = open_rollouts(
-            config,
-            model,
-            tokenizer,
-            self.engine,
-            self._calls,
-            teachers=self.distillation.teachers if self.distillation else None,
-            version=self.step,
+            RunParts(
+                config,
+                model,
+                tokenizer,
+                self.engine,
+                self._calls,
+                teachers=self.distillation.teachers if self.distillation else None,
+                version=self.step,
+            )
         )
         scheduler = DataScheduler(config.scheduler(), streams_of(config.sources, "train", config.seed))
         if start.loader:

@@ -4,8 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from openmimo.core.metrics import read_metrics
-from openmimo.core.statistics import bootstrap_interval
+from openmimo.core.metrics import bootstrap_interval, read_metrics
 from openmimo.runtime.report import Report, new_figure
 
 Rows = list[dict[str, Any]]

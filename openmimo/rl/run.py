@@ -4,12 +4,12 @@ from pathlib import Path
 
 from rich.console import Console
 
+from openmimo.core.config import check_same_run
 from openmimo.core.metrics import read_metrics
-from openmimo.core.run_folder import check_same_run
 from openmimo.core.sample_files import read_state
 from openmimo.data.tokenizer import Tokenizer
 from openmimo.model.hf import check_replaceable, load_config, load_model
-from openmimo.rl.agents.problem_files import check_same_problems, keep_problem_files, problem_files
+from openmimo.rl.agents.environment import check_same_problems, keep_problem_files, problem_files
 from openmimo.rl.algorithm import algorithm_of
 from openmimo.rl.config import MopdConfig, RlConfig
 from openmimo.rl.evaluate import streams_of

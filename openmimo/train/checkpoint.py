@@ -25,7 +25,7 @@ from openmimo.core.errors import CheckpointError, DivergedError
 from openmimo.core.files import new_folder_atomic, recover_folder, remove_unfinished
 from openmimo.data.tokenizer import Tokenizer
 from openmimo.model.hf import load_model, write_model
-from openmimo.model.hf_writer import umask_mode
+from openmimo.model.hf_files import umask_mode
 from openmimo.model.mimo import MiMo
 from openmimo.runtime.device import rng_state, set_rng_state
 from openmimo.train.config import CheckpointConfig

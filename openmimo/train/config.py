@@ -17,8 +17,9 @@ from openmimo.core.fields import (
     PositiveInt,
     Seed,
     check_fields,
+    renamed_keys,
+    renamed_names,
 )
-from openmimo.core.renamed import renamed_keys, renamed_names
 from openmimo.data.config import MixtureConfig
 
 Threads = Annotated[int, Bounds(least=0, most=1024)]

@@ -1,47 +1,21 @@
-"""The training loss: next token, plus the weighted mean of the MTP heads (paper sections 2.3 and 3.1).
+"""The training loss (next token, plus the weighted mean of the MTP heads: paper sections 2.3 and 3.1) and validation.
+
+Validation measures held-out rows: the loss by head and by position, and how often each MTP head's draft would be
+accepted.
 
 T packed tokens, D model dim.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 
-from openmimo.kernels.token_loss import IGNORED_LABEL
+from openmimo.data.loader import Batch, Loader
+from openmimo.kernels.operations import IGNORED_LABEL
 from openmimo.model.context import PackedContext
+from openmimo.model.heads import MicroBatch, micro_batch, shifted_tokens
 from openmimo.model.mimo import MiMo
-from openmimo.model.mtp import shift_within_documents
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """Packed tokens on the device, and what each head has to predict at each place (-1: nothing).
-
-    labels: int64 [T] per head, the main head first, then the MTP heads.
-    """
-
-    tokens_T: torch.Tensor
-    document_lengths: tuple[int, ...]
-    labels: tuple[torch.Tensor, ...]
-
-    def label_counts(self) -> torch.Tensor:
-        """Number of labels of each head, int64 [heads]."""
-        return torch.stack([(labels_T != IGNORED_LABEL).sum() for labels_T in self.labels])
-
-
-def micro_batch(
-    tokens_T: torch.Tensor, document_lengths: tuple[int, ...], loss_mask_T: torch.Tensor | None, num_mtp_heads: int
-) -> MicroBatch:
-    """Labels from packed tokens: head k (0: the main one) predicts the token k+1 places on, in the same document.
-
-    loss_mask_T, bool [T]: which tokens count as labels (None: all).
-    """
-    label_tokens_T = tokens_T if loss_mask_T is None else torch.where(loss_mask_T, tokens_T, IGNORED_LABEL)
-    labels = tuple(
-        shift_within_documents(label_tokens_T, document_lengths, by=1 + head, fill=IGNORED_LABEL)
-        for head in range(1 + num_mtp_heads)
-    )
-    return MicroBatch(tokens_T, document_lengths, labels)
 
 
 def training_loss(
@@ -68,14 +42,115 @@ def head_states(model: MiMo, batch: MicroBatch, context: PackedContext) -> list[
     return [hidden.post_norm_TD, *hidden.mtp_TD.values()]
 
 
-def shifted_tokens(batch: MicroBatch) -> dict[int, torch.Tensor]:
-    """By MTP head, the tokens that it reads, int64 [T]; see `MiMo.forward`."""
-    return {
-        head: shift_within_documents(batch.tokens_T, batch.document_lengths, by=1 + head, fill=0)
-        for head in range(len(batch.labels) - 1)
-    }
-
-
 def _head_loss(model: MiMo, states_TD: torch.Tensor, labels_T: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
     weights_T = torch.ones_like(labels_T, dtype=torch.float32) / count.clamp(min=1)
     return model.head.loss(states_TD, labels_T, weights_T)
+
+
+def load_micro_batches(
+    loader: Loader, rows: int, *, micro_batch_size: int, num_mtp_heads: int, device: torch.device
+) -> list[MicroBatch]:
+    """The next `rows` rows of the loader, in micro-batches of at most `micro_batch_size` rows."""
+    sizes = [min(micro_batch_size, rows - done) for done in range(0, rows, micro_batch_size)]
+    return [to_device(loader.next_batch(size), num_mtp_heads, device) for size in sizes]
+
+
+def to_device(batch: Batch, num_mtp_heads: int, device: torch.device) -> MicroBatch:
+    """A batch of the loader as tensors, with the labels of every head."""
+    tokens_T = torch.from_numpy(batch.token_ids).to(torch.int64)
+    mask_T = None if batch.loss_mask is None else torch.from_numpy(batch.loss_mask)
+    built = micro_batch(tokens_T, batch.document_lengths, mask_T, num_mtp_heads)
+    return MicroBatch(
+        built.tokens_T.to(device), built.document_lengths, tuple(labels_T.to(device) for labels_T in built.labels)
+    )
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """losses: mean cross-entropy of each head, nats. acceptance: share of places where an MTP head's first choice
+    is the main head's there, given the true tokens in between. loss_by_position: mean loss of the main head in buckets
+    of position that double in width; `position_edges` are their upper ends.
+    """
+
+    losses: list[float]
+    acceptance: list[float]
+    loss_by_position: list[float]
+    position_edges: list[int]
+
+    def metrics(self) -> dict:
+        """The figures under the names that go to `metrics.jsonl`."""
+        return {
+            "validation/main": self.losses[0],
+            **{f"validation/mtp_{head}": loss for head, loss in enumerate(self.losses[1:])},
+            **{f"validation/acceptance_{head}": share for head, share in enumerate(self.acceptance)},
+            "validation/loss_by_position": self.loss_by_position,
+            "validation/position_edges": self.position_edges,
+        }
+
+
+@torch.no_grad()
+def evaluate(model: MiMo, batches: Iterable[Batch], sequence_length: int) -> Evaluation:
+    """Scores held-out batches, whose documents are at most `sequence_length` tokens long."""
+    model.eval()
+    heads = model.config.num_mtp_heads
+    loss_sums, counts = torch.zeros(1 + heads), torch.zeros(1 + heads)
+    accepted, drafted = torch.zeros(heads), torch.zeros(heads)
+    edges = _position_edges(sequence_length)
+    position_sums, position_counts = torch.zeros(len(edges)), torch.zeros(len(edges))
+    for batch in batches:
+        micro = to_device(batch, heads, model.device)
+        context = PackedContext(micro.document_lengths, device=model.device)
+        states = head_states(model, micro, context)
+        for head, (states_TD, labels_T) in enumerate(zip(states, micro.labels, strict=True)):
+            losses_T = -model.head.logprobs(states_TD, labels_T).cpu()
+            loss_sums[head] += losses_T.sum()
+            counts[head] += (labels_T != IGNORED_LABEL).sum().cpu()
+            if head == 0:
+                _add_by_position(
+                    losses_T, labels_T.cpu(), context.positions_T.cpu(), edges, position_sums, position_counts
+                )
+        agreed, places = _agreement(model, states, micro)
+        accepted += agreed
+        drafted += places
+    return Evaluation(
+        losses=(loss_sums / counts.clamp(min=1)).tolist(),
+        acceptance=(accepted / drafted.clamp(min=1)).tolist(),
+        loss_by_position=(position_sums / position_counts.clamp(min=1)).tolist(),
+        position_edges=edges.tolist(),
+    )
+
+
+def _agreement(model: MiMo, states: list[torch.Tensor], batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    """By MTP head: at how many places its choice is the main head's, and how many places there are."""
+    main_T = model.head.argmax(states[0])
+    agreed, places = [], []
+    for head, states_TD in enumerate(states[1:]):
+        draft_T = model.head.argmax(states_TD)
+        # Head k at i drafts token i+2+k; the main head chooses that token at place i+1+k.
+        valid_T = batch.labels[1 + head] != IGNORED_LABEL
+        target_T = torch.roll(main_T, -(1 + head))
+        agreed.append(((draft_T == target_T) & valid_T).sum())
+        places.append(valid_T.sum())
+    if not agreed:
+        return torch.zeros(0), torch.zeros(0)
+    return torch.stack(agreed).cpu(), torch.stack(places).cpu()
+
+
+def _position_edges(sequence_length: int) -> torch.Tensor:
+    edges = [16]
+    while edges[-1] < sequence_length:
+        edges.append(edges[-1] * 2)
+    return torch.tensor(edges)
+
+
+def _add_by_position(
+    losses_T: torch.Tensor,
+    labels_T: torch.Tensor,
+    positions_T: torch.Tensor,
+    edges: torch.Tensor,
+    sums: torch.Tensor,
+    counts: torch.Tensor,
+) -> None:
+    bucket_T = torch.bucketize(positions_T, edges, right=True)
+    sums.index_add_(0, bucket_T, losses_T)
+    counts.index_add_(0, bucket_T, (labels_T != IGNORED_LABEL).float())

@@ -1,20 +1,29 @@
-"""The start of a run in its folder, and the results of a finished run: its model and its report."""
+"""The start of a run in its folder, and the results of a finished run: its model, and a report of its `metrics.jsonl`.
+
+The report shows losses, draft acceptance, expert load, speed, and loss by position.
+"""
 
 import contextlib
+import json
+import math
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 from safetensors import SafetensorError
 
+from openmimo.core.config import check_same_run, keep_config, run_folder
 from openmimo.core.errors import CheckpointError
 from openmimo.core.files import new_folder_atomic
-from openmimo.core.run_folder import check_same_run, keep_config, run_folder
+from openmimo.core.metrics import read_metrics
 from openmimo.data.tokenizer import Tokenizer
 from openmimo.model.hf import check_replaceable, write_model
 from openmimo.model.mimo import MiMo
 from openmimo.runtime.device import resolve_device
+from openmimo.runtime.report import Report, new_figure
 from openmimo.train.checkpoint import Checkpoints, find_damage
 from openmimo.train.config import RunConfig
 
@@ -113,3 +122,129 @@ def write_outcome(
     report = write_report(folder)
     console.print(f"model   {destination}\nreport  {report}", soft_wrap=True)
     return destination
+
+
+_MAX_LINES = 8  # maximum number of layers with a line of their own in one plot
+Rows = list[dict[str, Any]]
+
+
+def write_report(run_folder: Path) -> Path:
+    """Writes `report.html` in the run folder and returns its path."""
+    rows = read_metrics(run_folder / "metrics.jsonl")
+    report = Report(f"openmimo run {run_folder.name}")
+    add_training_figures(report, rows)
+    report.heading("Configuration")
+    report.code(json.dumps(json.loads((run_folder / "config.json").read_text()), indent=2))
+    return report.write(run_folder / "report.html")
+
+
+def add_training_figures(report: Report, rows: Rows) -> None:
+    """Adds plots and a table of a run's metrics to a report."""
+    train = [row for row in rows if "loss/main" in row]
+    validation = [row for row in rows if "validation/main" in row]
+    report.heading("Loss")
+    report.figure(
+        _losses(train, validation, rows), "Cross-entropy in nats per token: training (lines), held-out data (dots)."
+    )
+    if validation:
+        report.figure(_by_position(validation), "Held-out loss by position in the document, first and last evaluation.")
+    if validation and "validation/acceptance_0" in validation[-1]:
+        report.heading("Multi-token prediction")
+        report.figure(
+            _acceptance(validation),
+            "Share of held-out positions at which the draft of an MTP head is the model's own choice.",
+        )
+    if train and "expert_load/by_layer" in train[-1]:
+        report.heading("Experts")
+        report.figure(
+            _expert_load(train), "Maximum over mean expert load by layer over time, and the load of the last step."
+        )
+    report.heading("Optimization and speed")
+    report.figure(_speed(train), "Learning rate, gradient norm before clipping, and tokens per second.")
+    report.table(*_summary(train, validation))
+
+
+def _losses(train: Rows, validation: Rows, rows: Rows) -> Any:
+    figure, axis = new_figure()
+    for name in [name for name in train[-1] if name.startswith("loss/")]:
+        _plot(axis, train, name, label=name.removeprefix("loss/"))
+    _plot(axis, validation, "validation/main", label="main, held out", marker="o", linestyle="none", color="black")
+    for before, row in zip(rows, rows[1:], strict=False):
+        if row["stage"] != before["stage"]:
+            axis.axvline(before["step"], color="gray", linestyle=":")
+    axis.set(xlabel="optimizer step", ylabel="nats per token")
+    axis.legend()
+    return figure
+
+
+def _by_position(validation: Rows) -> Any:
+    figure, axis = new_figure()
+    for row in (validation[0], validation[-1]):
+        axis.plot(
+            row["validation/position_edges"],
+            row["validation/loss_by_position"],
+            marker="o",
+            label=f"step {row['step']}",
+        )
+    axis.set(xlabel="position, up to", ylabel="nats per token", xscale="log")
+    axis.set_xscale("log", base=2)
+    axis.legend()
+    return figure
+
+
+def _acceptance(validation: Rows) -> Any:
+    figure, axis = new_figure()
+    for name in [name for name in validation[-1] if name.startswith("validation/acceptance_")]:
+        _plot(axis, validation, name, label=f"head {name.rsplit('_', 1)[1]}", marker="o")
+    axis.set(xlabel="optimizer step", ylabel="acceptance", ylim=(0, 1))
+    axis.legend()
+    return figure
+
+
+def _expert_load(train: Rows) -> Any:
+    figure, (over_time, last) = new_figure(columns=2, width=10)
+    names = [name for name in train[-1] if name.startswith("expert_load/max_over_mean_")]
+    if len(names) <= _MAX_LINES:
+        for name in names:
+            _plot(over_time, train, name, label=f"layer {name.rsplit('_', 1)[1]}")
+    else:
+        steps = [row["step"] for row in train]
+        for label, pick in (("most uneven layer", max), ("median layer", statistics.median), ("most even layer", min)):
+            over_time.plot(steps, [pick(row[name] for name in names) for row in train], label=label)
+    over_time.set(xlabel="optimizer step", ylabel="max / mean load")
+    over_time.legend()
+    load = train[-1]["expert_load/by_layer"]
+    shares = [[count / max(sum(layer), 1) for count in layer] for layer in load]
+    last.grid(False)
+    image = last.imshow(shares, aspect="auto", cmap="viridis", vmin=0)
+    last.set(xlabel="expert", ylabel="sparse layer", title="share of tokens, last step")
+    figure.colorbar(image, ax=last)
+    return figure
+
+
+def _speed(train: Rows) -> Any:
+    figure, axes = new_figure(columns=3, width=11, height=3)
+    for axis, name in zip(axes, ("lr", "gradient/norm", "tokens_per_second"), strict=True):
+        _plot(axis, train, name)
+        axis.set(xlabel="optimizer step", title=name)
+    return figure
+
+
+def _summary(train: Rows, validation: Rows) -> tuple[list[str], list[list[Any]]]:
+    last = train[-1]
+    rows = [
+        ["optimizer steps", last["step"]],
+        ["tokens", last["tokens"]],
+        ["tokens per second, last step", float(last["tokens_per_second"])],
+        ["FLOP/s over those of a measured matrix product", float(last.get("matmul_utilization", math.nan))],
+        ["peak memory, MiB", float(last["memory_bytes"] / 2**20)],
+        ["gradient entries that are exactly zero", last["gradient/num_zeros"]],
+    ]
+    if validation:
+        rows.append(["held-out loss, nats per token", float(validation[-1]["validation/main"])])
+    return ["figure", "value"], rows
+
+
+def _plot(axis: Any, rows: Rows, name: str, label: str | None = None, **style: Any) -> None:
+    points = [(row["step"], row[name]) for row in rows if name in row]
+    axis.plot([step for step, _ in points], [value for _, value in points], label=label, **style)

@@ -10,9 +10,9 @@ import torch
 from rich.console import Console
 
 from openmimo.core import config as config_io
+from openmimo.core.config import check_same_run
 from openmimo.core.errors import ConfigError
 from openmimo.core.files import new_folder_atomic
-from openmimo.core.run_folder import check_same_run
 from openmimo.data.config import SourceConfig
 from openmimo.data.loader import Loader
 from openmimo.data.source import TextSource, open_source, training_documents
@@ -24,9 +24,8 @@ from openmimo.model.presets import model_config
 from openmimo.train import outcome
 from openmimo.train.checkpoint import Checkpoints, Progress, restore
 from openmimo.train.config import ExtendConfig, PretrainConfig, SftConfig
-from openmimo.train.outcome import has_finished, held_run, use_device, write_outcome
-from openmimo.train.report import write_report
-from openmimo.train.schedule import place_of, total_steps
+from openmimo.train.optim import place_of, total_steps
+from openmimo.train.outcome import has_finished, held_run, use_device, write_outcome, write_report
 from openmimo.train.trainer import Trainer
 
 # The paths of the data may change: the loader compares the content.

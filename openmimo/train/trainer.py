@@ -15,24 +15,28 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as ProgressBar
 
-from openmimo.core.errors import CheckpointError
-from openmimo.core.interrupt import Interrupted, stop_requests
+from openmimo.core.errors import CheckpointError, Interrupted, stop_requests
 from openmimo.core.metrics import MetricsWriter
 from openmimo.data.loader import Loader
 from openmimo.data.tokenizer import Tokenizer
+from openmimo.model.backbone import checkpoint_activations
+from openmimo.model.config import training_flops_per_token
 from openmimo.model.context import PackedContext, RoutingTape
-from openmimo.model.flops import training_flops_per_token
+from openmimo.model.heads import MicroBatch
 from openmimo.model.mimo import MiMo
-from openmimo.model.recompute import checkpoint_activations
 from openmimo.runtime.device import activation_dtype, measured_matmul_flops, peak_memory_bytes, synchronize
-from openmimo.train.batches import load_micro_batches
 from openmimo.train.checkpoint import Checkpoints, Progress, load_optimizer_state, optimizer_state
 from openmimo.train.config import Phase, PretrainConfig
-from openmimo.train.evaluate import evaluate
-from openmimo.train.guard import StepGuard
-from openmimo.train.loss import MicroBatch, training_loss
-from openmimo.train.optim import build_optimizer, clip_gradients
-from openmimo.train.schedule import learning_rate, place_of, rows_of_step, total_steps
+from openmimo.train.loss import evaluate, load_micro_batches, training_loss
+from openmimo.train.optim import (
+    StepGuard,
+    build_optimizer,
+    clip_gradients,
+    learning_rate,
+    place_of,
+    rows_of_step,
+    total_steps,
+)
 
 
 @dataclass(frozen=True)
@@ -84,7 +88,7 @@ class Trainer:
         self.model = model.train()
         self.model.compute_dtype = activation_dtype(config.dtype, device)
         if config.activation_checkpointing:
-            checkpoint_activations(self.model)
+            checkpoint_activations(self.model.model)
         self.tokenizer = tokenizer
         self.device = device
         self.console = console or Console(stderr=True)

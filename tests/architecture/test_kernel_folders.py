@@ -1,45 +1,46 @@
-"""All operations are dispatched alike: a folder with a Need, a DISPATCHER, a reference and an environment variable."""
+"""All operations are dispatched alike: a folder of backends with a reference, and an environment variable."""
 
 import ast
-import importlib
 import pkgutil
 from pathlib import Path
 
 import pytest
 
 import openmimo.kernels
+from openmimo.kernels import attention, operations
 from openmimo.kernels.dispatch import Dispatcher
 
 ROOT = Path(openmimo.kernels.__file__).parent
-PACKAGES = [module.name for module in pkgutil.walk_packages([str(ROOT)], "openmimo.kernels.") if module.ispkg]
-OPERATIONS = [name for name in PACKAGES if hasattr(importlib.import_module(name), "DISPATCHER")]
-NO_OPERATIONS = ["openmimo.kernels.native"]
-
-
-def folder_of(operation):
-    return ROOT.joinpath(*operation.split(".")[2:])
+PACKAGES = {module.name for module in pkgutil.walk_packages([str(ROOT)], "openmimo.kernels.") if module.ispkg}
+DISPATCHERS = {
+    f"{module.__name__.rpartition('.')[2]}.{name}": value
+    for module in (attention, operations)
+    for name, value in vars(module).items()
+    if isinstance(value, Dispatcher)
+}
 
 
 def test_every_folder_is_an_operation():
-    assert set(PACKAGES) == {*OPERATIONS, *NO_OPERATIONS}
-    assert {path.name for path in ROOT.glob("*.py")} <= {"__init__.py", "dispatch.py", "weights.py"}
+    assert {*(dispatcher.package for dispatcher in DISPATCHERS.values()), "openmimo.kernels.native"} == PACKAGES
+    files = {path.name for path in ROOT.glob("*.py")}
+    assert files == {"__init__.py", "dispatch.py", "operations.py", "weights.py"}
 
 
-@pytest.mark.parametrize("operation", OPERATIONS)
-def test_an_operation_has_a_reference_that_serves_everything_and_a_variable(operation):
-    dispatcher = importlib.import_module(operation).DISPATCHER
-    assert isinstance(dispatcher, Dispatcher)
-    assert dispatcher.variable == f"OPENMIMO_{operation.rpartition('.')[2].upper()}"
+@pytest.mark.parametrize("name", DISPATCHERS)
+def test_an_operation_has_a_reference_that_serves_everything_and_a_variable(name):
+    dispatcher = DISPATCHERS[name]
+    assert dispatcher.variable == f"OPENMIMO_{dispatcher.package.rpartition('.')[2].upper()}"
+    assert name.rpartition(".")[2] == dispatcher.variable.removeprefix("OPENMIMO_")
     assert dispatcher.backends()[-1][0] == "reference"
     assert dispatcher.backends()[-1][1].priority == 0
     assert dispatcher.backends()[-1][1].refuse(None) is None  # it does not even look at the need
     assert all(backend.priority > 0 for name, backend in dispatcher.backends() if name != "reference")
 
 
-@pytest.mark.parametrize("operation", OPERATIONS)
-def test_the_call_leaves_the_choice_to_the_dispatcher(operation):
-    """No `__init__` of an operation asks for a device or for the C library: it only states them in the need."""
-    tree = ast.parse((folder_of(operation) / "__init__.py").read_text())
+@pytest.mark.parametrize("module", [attention, operations], ids=["attention", "operations"])
+def test_the_call_leaves_the_choice_to_the_dispatcher(module):
+    """No operation asks for a device or for the C library: it only states them in the need."""
+    tree = ast.parse(Path(module.__file__).read_text())
     imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names}
     assert "native" not in imported
     tests = [node.test for node in ast.walk(tree) if isinstance(node, (ast.If, ast.IfExp, ast.While))]
@@ -47,7 +48,14 @@ def test_the_call_leaves_the_choice_to_the_dispatcher(operation):
     assert not asked & {"is_cpu", "device", "is_cuda"}
 
 
-@pytest.mark.parametrize("operation", OPERATIONS)
-def test_an_operation_has_a_contract_test(operation):
+@pytest.mark.parametrize("name", DISPATCHERS)
+def test_an_operation_has_a_contract_test(name):
+    module, _, dispatcher = name.rpartition(".")
     contracts = Path(__file__).parents[1] / "contracts"
-    assert any(f"{operation} import" in path.read_text() for path in contracts.glob("test_*.py"))
+    imports = [
+        node
+        for path in contracts.glob("test_*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom) and node.module == f"openmimo.kernels.{module}"
+    ]
+    assert dispatcher in {alias.name for node in imports for alias in node.names}

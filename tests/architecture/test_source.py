@@ -17,8 +17,8 @@ LEVELS = {
     "core": 0, "runtime": 1, "arguments": 1, "kernels": 2, "data": 2, "model": 3, "parallel": 4, "train": 5,
     "engine": 5, "rl": 6, "evals": 6, "demo": 7, "cli": 8,
 }  # fmt: skip
-TORCH_FREE = ["openmimo", "openmimo.cli", "openmimo.train.config", "openmimo.train.schedule", "openmimo.model.config",
-              "openmimo.model.presets", "openmimo.model.hf_config", "openmimo.model.flops", "openmimo.data.config",
+TORCH_FREE = ["openmimo", "openmimo.cli", "openmimo.train.config", "openmimo.model.config",
+              "openmimo.model.presets", "openmimo.model.hf_config", "openmimo.data.config",
               "openmimo.evals.config", "openmimo.demo.config", "openmimo.engine.config",
               "openmimo.engine.server.config", "openmimo.rl.config", "openmimo.rl.scheduling.scheduler",
               "openmimo.rl.algorithm", "openmimo.data.task", "openmimo.runtime.sandbox"]  # fmt: skip

@@ -9,10 +9,10 @@ import torch
 from torch.nn.attention import SDPBackend
 
 from openmimo.core.errors import ConfigError
-from openmimo.kernels.attention import DISPATCHER, AttentionNeed, attend, sdpa
+from openmimo.kernels.attention import ATTENTION, AttentionNeed, attend, sdpa
 from openmimo.kernels.dispatch import Dispatcher
 
-BACKENDS = [name for name, _ in DISPATCHER.backends() if name != "reference"]
+BACKENDS = [name for name, _ in ATTENTION.backends() if name != "reference"]
 
 # query lengths, key lengths, query heads, key/value heads, key dim, value dim, window, sink
 CALLS = {
@@ -62,7 +62,7 @@ def tensors_of(call, dtype, gradients):
 
 def run(name, need, tensors, scale=None):
     """Output and gradients of a backend, in order."""
-    backend = dict(DISPATCHER.backends())[name]
+    backend = dict(ATTENTION.backends())[name]
     out = backend.run(*tensors, need=need, scale=scale or need.key_dim**-0.5).out_TNV
     if not need.needs_gradients:
         return [out]
@@ -89,8 +89,8 @@ def poisoned(monkeypatch):
 @pytest.mark.parametrize("name", BACKENDS)
 def test_backend_is_the_reference_or_refuses(name, call, gradients, poisoned):
     need, tensors = tensors_of(CALLS[call], torch.float64, gradients)
-    if dict(DISPATCHER.backends())[name].refuse(need):
-        pytest.skip(dict(DISPATCHER.backends())[name].refuse(need))
+    if dict(ATTENTION.backends())[name].refuse(need):
+        pytest.skip(dict(ATTENTION.backends())[name].refuse(need))
     for ours, theirs in zip(run(name, need, tensors), run("reference", need, tensors), strict=True):
         assert torch.allclose(ours, theirs, rtol=1e-9, atol=1e-10)
 
@@ -101,8 +101,8 @@ def test_backend_is_the_reference_or_refuses(name, call, gradients, poisoned):
 def test_attention_to_later_keys_is_the_reference_or_refused(name, call, gradients, poisoned):
     need, tensors = tensors_of(BIDIRECTIONAL[call], torch.float64, gradients)
     need = replace(need, causal=False)
-    if dict(DISPATCHER.backends())[name].refuse(need):
-        pytest.skip(dict(DISPATCHER.backends())[name].refuse(need))
+    if dict(ATTENTION.backends())[name].refuse(need):
+        pytest.skip(dict(ATTENTION.backends())[name].refuse(need))
     for ours, theirs in zip(run(name, need, tensors), run("reference", need, tensors), strict=True):
         assert torch.allclose(ours, theirs, rtol=1e-9, atol=1e-10)
 
@@ -136,7 +136,7 @@ def test_an_accelerators_attention_to_later_keys_is_the_reference(monkeypatch, l
 def test_lower_precisions_stay_close(name, call, dtype, tolerance):
     exact_need, exact = tensors_of(CALLS[call], torch.float64, False)
     need, tensors = tensors_of(CALLS[call], dtype, False)
-    if dict(DISPATCHER.backends())[name].refuse(need):
+    if dict(ATTENTION.backends())[name].refuse(need):
         pytest.skip("refused")
     expected = run("reference", exact_need, exact)[0]
     error = (run(name, need, tensors)[0].double() - expected).norm() / expected.norm()
@@ -149,14 +149,14 @@ def test_something_fast_serves_every_call_on_a_cpu(call, gradients):
     need, _ = tensors_of(CALLS[call], torch.float32, gradients)
     if gradients and not need.is_self_attention:
         return
-    assert DISPATCHER.choose(need)[0] != "reference"
+    assert ATTENTION.choose(need)[0] != "reference"
 
 
 @pytest.mark.parametrize("call", ["packed windows", "packed full", "decode", "many short documents"])
 @pytest.mark.parametrize("name", BACKENDS)
 def test_the_scale_is_the_callers(name, call):
     need, tensors = tensors_of(CALLS[call], torch.float32, False)
-    if dict(DISPATCHER.backends())[name].refuse(need):
+    if dict(ATTENTION.backends())[name].refuse(need):
         pytest.skip("refused")
     (ours,), (theirs,) = (run(backend, need, tensors, scale=0.7) for backend in (name, "reference"))
     assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-5)
@@ -167,7 +167,7 @@ def test_the_scale_is_the_callers(name, call):
 def test_logits_that_leave_the_range_of_exp(name, far):
     """One logit is hundreds above or below those of other keys."""
     need, tensors = tensors_of(((1300,), (1300,), 4, 2, 24, 16, None, True), torch.float64, True)
-    if dict(DISPATCHER.backends())[name].refuse(need):
+    if dict(ATTENTION.backends())[name].refuse(need):
         pytest.skip("refused")
     q, k, v, sink = (tensor.detach() for tensor in tensors)
     q[..., 0] = 60.0
@@ -204,7 +204,7 @@ def test_block_scores_are_block_maxima_of_the_probabilities_or_refused(name, cal
     """Maxima over the keys of a block and the query heads of a key/value head; the grid restarts at each sequence."""
     need, (q, k, v, sink) = tensors_of(CALLS[call], torch.float64, True)
     need = replace(need, score_block=block)
-    backend = dict(DISPATCHER.backends())[name]
+    backend = dict(ATTENTION.backends())[name]
     if reason := backend.refuse(need):
         assert name != "reference" and "block scores" in reason
         return
@@ -234,7 +234,7 @@ def test_block_scores_are_block_maxima_of_the_probabilities_or_refused(name, cal
 def test_a_forced_backend_that_refuses_says_why(monkeypatch):
     monkeypatch.setenv("OPENMIMO_ATTENTION", "packed_rows")
     fresh = Dispatcher("openmimo.kernels.attention", "OPENMIMO_ATTENTION")
-    monkeypatch.setattr("openmimo.kernels.attention.DISPATCHER", fresh)
+    monkeypatch.setattr("openmimo.kernels.attention.ATTENTION", fresh)
     q, k, v = torch.randn(20, 2, 8), torch.randn(20, 1, 8), torch.randn(20, 1, 8)
     with pytest.raises(ConfigError, match="packed_rows"):
         attend(q, k, v, None, query_lengths=(20,), key_lengths=(20,), window_keys=4)

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from openmimo.kernels import native
-from openmimo.kernels.experts import DISPATCHER, ExpertsNeed, apply_experts
+from openmimo.kernels.operations import EXPERTS, ExpertsNeed, apply_experts
 from openmimo.kernels.weights import quantize
 
 needs_library = pytest.mark.skipif(native.library() is None, reason="there is no C compiler")
-BACKENDS = [name for name, _ in DISPATCHER.backends() if name != "reference"]
+BACKENDS = [name for name, _ in EXPERTS.backends() if name != "reference"]
 
 # tokens, experts, active, model dim, expert dim, experts that are ever chosen
 CALLS = {
@@ -35,7 +35,7 @@ def tensors_of(call, dtype, gradients):
 
 
 def run(name, need, tensors):
-    out = dict(DISPATCHER.backends())[name].run(*tensors, need=need)
+    out = dict(EXPERTS.backends())[name].run(*tensors, need=need)
     if not need.needs_gradients:
         return [out]
     weights = torch.cos(torch.arange(out.numel(), dtype=torch.float64)).view(out.shape).to(out.dtype)
@@ -48,7 +48,7 @@ def run(name, need, tensors):
 @pytest.mark.parametrize("name", BACKENDS)
 def test_backend_is_the_reference_or_refuses(name, call, gradients):
     need, tensors = tensors_of(CALLS[call], torch.float64, gradients)
-    reason = dict(DISPATCHER.backends())[name].refuse(need)
+    reason = dict(EXPERTS.backends())[name].refuse(need)
     if reason:
         pytest.skip(reason)
     for ours, theirs in zip(run(name, need, tensors), run("reference", need, tensors), strict=True):
@@ -62,7 +62,7 @@ def test_bfloat16_stays_close(name, num_tokens):
     call = (num_tokens, 8, 2, 16, 24, 8)
     exact_need, exact = tensors_of(call, torch.float64, True)
     need, tensors = tensors_of(call, torch.bfloat16, True)
-    if dict(DISPATCHER.backends())[name].refuse(need):
+    if dict(EXPERTS.backends())[name].refuse(need):
         pytest.skip("refused")
     for ours, theirs in zip(run(name, need, tensors), run("reference", exact_need, exact), strict=True):
         assert (ours.double() - theirs).norm() / theirs.norm() < 2e-2
@@ -71,7 +71,7 @@ def test_bfloat16_stays_close(name, num_tokens):
 def test_something_fast_serves_a_cpu():
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         need, _ = tensors_of(CALLS["training"], dtype, True)
-        assert DISPATCHER.choose(need)[0] != "reference"
+        assert EXPERTS.choose(need)[0] != "reference"
 
 
 def test_no_tokens_give_no_rows():
@@ -103,7 +103,7 @@ def inside_poison(tensor):
 @pytest.mark.parametrize("name", BACKENDS)
 def test_a_few_tokens_in_inference(name, call, dtype, tolerance):
     need, (x, ids, weights, gate_up, down) = tensors_of(SMALL_CALLS[call], dtype, False)
-    if reason := dict(DISPATCHER.backends())[name].refuse(need):
+    if reason := dict(EXPERTS.backends())[name].refuse(need):
         pytest.skip(reason)
     wide = [tensor.double() for tensor in (x, gate_up, down)]
     exact_need = need._replace(dtype=torch.float64)
@@ -163,7 +163,7 @@ BLOCK_SCALED_CALLS = {**SMALL_CALLS, "ragged blocks": (6, 3, 2, 130, 65, 3), "pr
 @pytest.mark.parametrize("name", [*BACKENDS, "reference"])
 def test_block_scaled_experts_are_their_dequantized_values_in_float64(name, call, weight_format, dtype, tolerance):
     need, (x, ids, weights, *plain) = tensors_of(BLOCK_SCALED_CALLS[call], dtype, False)
-    if reason := dict(DISPATCHER.backends())[name].refuse(need._replace(weight_format=weight_format)):
+    if reason := dict(EXPERTS.backends())[name].refuse(need._replace(weight_format=weight_format)):
         pytest.skip(reason)
     scaled = [quantize(tensor, weight_format) for tensor in plain]
     wide = [weight.dequantize(torch.float64) for weight in scaled]

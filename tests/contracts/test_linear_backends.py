@@ -9,13 +9,13 @@ from openmimo.core.errors import CheckpointError, ConfigError
 from openmimo.core.records import SamplingParams
 from openmimo.engine.llm import LLM
 from openmimo.kernels import native
-from openmimo.kernels.linear import DISPATCHER, LinearNeed, joined_linear, linear
 from openmimo.kernels.linear.native import MAX_ROWS
+from openmimo.kernels.operations import LINEAR, LinearNeed, joined_linear, linear
 from openmimo.kernels.weights import quantize
 from openmimo.model.hf import save_model
 from openmimo.model.weight_formats import quantize_model
 
-BACKENDS = dict(DISPATCHER.backends())
+BACKENDS = dict(LINEAR.backends())
 DTYPES = {"float32": (torch.float32, 2e-6), "bfloat16": (torch.bfloat16, 4e-3)}  # relative error of a whole output
 SIZES = [(1, 1), (3, 7), (5, 48), (17, 200), (64, 128), (33, 65), (2, 1000)]  # outputs, input dim
 needs_library = pytest.mark.skipif(native.library() is None, reason="there is no C compiler")
@@ -56,7 +56,7 @@ def test_backend_is_float64_or_refuses(name, dtype, size, with_bias):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_few_rows_on_a_cpu_are_native(dtype):
     for rows in (1, MAX_ROWS):
-        assert DISPATCHER.choose(LinearNeed(rows, DTYPES[dtype][0], False, True, True))[0] == "native"
+        assert LINEAR.choose(LinearNeed(rows, DTYPES[dtype][0], False, True, True))[0] == "native"
 
 
 @needs_library
@@ -211,7 +211,7 @@ def test_gradients_pass_through_block_scaled_weights():
 @needs_library
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_few_rows_with_int8_weights_are_native(dtype):
-    assert DISPATCHER.choose(LinearNeed(1, DTYPES[dtype][0], False, True, True, "int8"))[0] == "int8"
+    assert LINEAR.choose(LinearNeed(1, DTYPES[dtype][0], False, True, True, "int8"))[0] == "int8"
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)

@@ -4,10 +4,7 @@ import pytest
 import torch
 
 from openmimo.kernels import native
-from openmimo.kernels.norm import DISPATCHER as NORM
-from openmimo.kernels.norm import NormNeed, rms_norm
-from openmimo.kernels.rotary import DISPATCHER as ROTARY
-from openmimo.kernels.rotary import RotaryNeed, apply_rotary, rotary_table
+from openmimo.kernels.operations import NORM, ROTARY, NormNeed, RotaryNeed, apply_rotary, rms_norm, rotary_table
 
 NORMS, ROTATIONS = dict(NORM.backends()), dict(ROTARY.backends())
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-6, torch.bfloat16: 4e-3}

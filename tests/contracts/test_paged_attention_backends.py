@@ -8,10 +8,9 @@ import pytest
 import torch
 
 from openmimo.kernels import native
-from openmimo.kernels.attention import attend
-from openmimo.kernels.paged_attention import DISPATCHER, PagedNeed, Pages, paged_attend
+from openmimo.kernels.attention import PAGED_ATTENTION, PagedNeed, Pages, attend, paged_attend
 
-BACKENDS = [name for name, _ in DISPATCHER.backends()]
+BACKENDS = [name for name, _ in PAGED_ATTENTION.backends()]
 TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
 
 # query lengths, key lengths, query heads, key/value heads, key dim, value dim, page positions, window, sink
@@ -103,7 +102,7 @@ def need_of(q, pages, query_lengths):
 @torch.inference_mode()
 def test_backend_is_float64_or_refuses(backend, name, dtype):
     q, pages, sink, arguments = call_of(name, dtype)
-    chosen = dict(DISPATCHER.backends())[backend]
+    chosen = dict(PAGED_ATTENTION.backends())[backend]
     if reason := chosen.refuse(need_of(q, pages, arguments["query_lengths"])):
         pytest.skip(reason)
     out = chosen.run(q, pages, sink, **tensors_of(arguments)).out_TNV
@@ -133,7 +132,7 @@ def test_a_sequence_has_the_same_bits_alone_and_in_a_batch(dtype):
 def test_block_scores_are_those_of_packed_attention_or_refused(backend):
     q, pages, sink, arguments = call_of("verify", torch.float32)
     need = need_of(q, pages, arguments["query_lengths"])._replace(score_block=24)
-    chosen = dict(DISPATCHER.backends())[backend]
+    chosen = dict(PAGED_ATTENTION.backends())[backend]
     if reason := chosen.refuse(need):
         assert backend != "reference" and "block scores" in reason
         return

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from openmimo.kernels import native
-from openmimo.kernels.router import DISPATCHER, RouterNeed, RoutingRule, route
+from openmimo.kernels.operations import ROUTER, RouterNeed, RoutingRule, route
 
-BACKENDS = dict(DISPATCHER.backends())
+BACKENDS = dict(ROUTER.backends())
 RULES = {
     "normalized": (9, RoutingRule(3)),
     "one expert, scaled": (8, RoutingRule(1, normalize_weights=False, routed_scale=2.5)),
@@ -100,7 +100,7 @@ def test_given_choices_and_kept_scores(name):
 def test_a_token_has_the_same_bits_alone_and_in_a_batch(dtypes):
     num_experts, rule = RULES["normalized"]
     x, weight, bias = call_of(num_experts, DTYPES[dtypes])
-    assert DISPATCHER.choose(need_of((x, weight, bias), rule))[0] == "native"
+    assert ROUTER.choose(need_of((x, weight, bias), rule))[0] == "native"
     ids, weights, _ = route(x, weight, bias, rule)
     alone = [route(row[None], weight, bias, rule) for row in x]
     assert torch.equal(ids, torch.cat([one[0] for one in alone]))

@@ -6,10 +6,9 @@ import pytest
 import torch
 
 from openmimo.kernels import native
-from openmimo.kernels.paged_attention import Pages
-from openmimo.kernels.paged_attention.store import DISPATCHER, StoreNeed, store
+from openmimo.kernels.attention import STORE, Pages, StoreNeed, store
 
-BACKENDS = dict(DISPATCHER.backends())
+BACKENDS = dict(STORE.backends())
 TOKENS = (1, 7, 64, 100)
 
 
@@ -68,4 +67,4 @@ def test_rows_that_are_not_contiguous_are_stored_too():
 
 @pytest.mark.skipif(native.library() is None, reason="there is no C compiler")
 def test_a_few_rows_on_a_cpu_are_native():
-    assert DISPATCHER.choose(StoreNeed(4, torch.bfloat16, torch.bfloat16, False, True, True))[0] == "native"
+    assert STORE.choose(StoreNeed(4, torch.bfloat16, torch.bfloat16, False, True, True))[0] == "native"

@@ -4,16 +4,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from openmimo.kernels.token_loss import (
-    DISPATCHER,
+from openmimo.kernels.operations import (
+    TOKEN_LOSS,
     TokenLossNeed,
-    tiled,
     token_argmax,
     token_logprobs,
     token_loss,
 )
+from openmimo.kernels.token_loss import tiled
 
-BACKENDS = dict(DISPATCHER.backends())
+BACKENDS = dict(TOKEN_LOSS.backends())
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,7 @@ from conftest import tiny_model
 
 import openmimo
 from openmimo import cli
-from openmimo.core.interrupt import Interrupted
+from openmimo.core.errors import Interrupted
 from openmimo.data.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -131,6 +131,17 @@ def test_convert_audit_and_back(checkpoint, tmp_path, capsys):
     code, out, _ = run(capsys, "audit", str(checkpoint), "--tensors")
     assert code == 0
     assert "model.mtp.layers.1.eh_proj.weight\t[64, 128]" in out
+
+
+def test_generate_holds_weights_in_another_format(speaking, capsys):
+    sampling = ["--max-tokens", "24", "--temperature", "0"]
+    code, out, _ = run(capsys, "generate", str(speaking), "--prompt", "some words", *sampling, "--weights", "int8")
+    params = openmimo.SamplingParams(max_tokens=24, temperature=0.0)
+    texts = {
+        weights: openmimo.LLM(speaking, weights=weights).generate(["some words"], params)[0].text
+        for weights in ("plain", "int8")
+    }
+    assert code == 0 and out.strip() == texts["int8"].strip() != texts["plain"].strip()
 
 
 def test_generate_speaks_and_reports(speaking, capsys):

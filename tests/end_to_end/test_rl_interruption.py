@@ -8,10 +8,9 @@ import pytest
 import torch
 from rl_runs import grpo_config, mopd_config, run, save_models, weights
 
-from openmimo.core.errors import ConfigError, DivergedError
-from openmimo.core.interrupt import Interrupted
+from openmimo.core.config import run_folder
+from openmimo.core.errors import ConfigError, DivergedError, Interrupted
 from openmimo.core.metrics import read_metrics
-from openmimo.core.run_folder import run_folder
 from openmimo.engine.engine import Engine
 from openmimo.rl.learning.policy_trainer import PolicyTrainer
 

@@ -13,11 +13,8 @@ from openmimo.core.records import SamplingParams
 from openmimo.data.config import MixtureConfig, SourceConfig
 from openmimo.engine.llm import LLM
 from openmimo.engine.sampler import Draw, LogitChange, decide, sampling_input
-from openmimo.kernels.attention import DISPATCHER as ATTENTION
-from openmimo.kernels.attention import AttentionNeed
-from openmimo.kernels.experts import DISPATCHER as EXPERTS
-from openmimo.kernels.experts import ExpertsNeed
-from openmimo.kernels.token_loss import token_logprobs, token_loss
+from openmimo.kernels.attention import ATTENTION, AttentionNeed
+from openmimo.kernels.operations import EXPERTS, ExpertsNeed, token_logprobs, token_loss
 from openmimo.model.context import PackedContext
 from openmimo.runtime.device import resolve_device
 from openmimo.train.config import EvaluationConfig, Phase, PretrainConfig, TokenizerConfig

@@ -11,9 +11,9 @@ from openmimo.core.errors import UserError
 from openmimo.core.records import SamplingParams
 from openmimo.data.tokenizer import Tokenizer
 from openmimo.engine.cache import PageArena, PageTables
-from openmimo.engine.context import PagedContext, RotaryRows
 from openmimo.engine.llm import LLM
 from openmimo.engine.step import Span, StepBuffers
+from openmimo.engine.worker import PagedContext, RotaryRows
 from openmimo.model.mimo import MiMo
 
 GREEDY = SamplingParams(max_tokens=12, temperature=0.0)

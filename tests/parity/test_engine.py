@@ -13,12 +13,11 @@ from hypothesis import strategies as st
 from openmimo.core.errors import ConfigError, UserError
 from openmimo.core.records import Request, SamplingParams, Structure
 from openmimo.data.tokenizer import Tokenizer
-from openmimo.engine import context
+from openmimo.engine import worker
 from openmimo.engine.config import EngineConfig
 from openmimo.engine.engine import Engine
 from openmimo.engine.llm import LLM
-from openmimo.kernels.paged_attention import Pages
-from openmimo.kernels.paged_attention.store import store
+from openmimo.kernels.attention import Pages, store
 from openmimo.kernels.weights import quantize
 from openmimo.model.context import PackedContext, RoutingTape
 from openmimo.model.mimo import MiMo
@@ -190,13 +189,13 @@ def test_priorities_come_first():
 
 def test_no_pass_reads_a_page_that_is_not_there(monkeypatch):
     """Heads skip slots of a prompt that is read in chunks, and their windows then reach over slots without a page."""
-    lowest, passes = [], context.paged_attend
+    lowest, passes = [], worker.paged_attend
 
     def watched(q_TNK, pages, sink_N, **lengths):
         lowest.append(int(pages.tables_BY.min()))
         return passes(q_TNK, pages, sink_N, **lengths)
 
-    monkeypatch.setattr(context, "paged_attend", watched)
+    monkeypatch.setattr(worker, "paged_attend", watched)
     engine = _engine(MODEL, prefill_tokens=64, prefix_cache=False)
     for length in range(66, 90):
         _run(engine, [Request("1", tuple(_ids(length, length)), replace(GREEDY, max_tokens=2))])

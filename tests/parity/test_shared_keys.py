@@ -14,13 +14,12 @@ from openmimo.engine.config import EngineConfig
 from openmimo.engine.engine import Engine
 from openmimo.engine.llm import LLM
 from openmimo.kernels.attention import AttentionOut
-from openmimo.model.config import ModelConfig
+from openmimo.model.backbone import checkpoint_activations
+from openmimo.model.config import ModelConfig, attention_parameters
 from openmimo.model.context import AttentionCall, PackedContext
-from openmimo.model.flops import attention_parameters
 from openmimo.model.hf import save_model
 from openmimo.model.mimo import MiMo
-from openmimo.model.recompute import checkpoint_activations
-from openmimo.rl.learning.shared_prompt import PromptGroup, SharedPromptContext
+from openmimo.rl.learning.packing import PromptGroup, SharedPromptContext
 
 SHARED, SCORED, BLOCK = "tests.attention_kinds:SHARED", "tests.attention_kinds:SCORED", 8
 
@@ -239,7 +238,7 @@ def test_a_checkpoint_that_cannot_state_a_kind_is_not_written(kind, tmp_path):
 def test_recomputed_activations_give_the_same_gradients(kind):
     model, tokens_T = shared_model(kind), ids_of(40)
     loss, gradients = loss_and_gradients(model, PackedContext((25, 15)), tokens_T)
-    checkpoint_activations(model)
+    checkpoint_activations(model.model)
     again, recomputed = loss_and_gradients(model, PackedContext((25, 15)), tokens_T)
     assert loss == again
     for name, gradient in gradients.items():

@@ -5,7 +5,7 @@ import torch
 from conftest import randomize, tiny_config, tiny_model
 
 import openmimo
-from openmimo.kernels.token_loss import token_loss
+from openmimo.kernels.operations import token_loss
 from openmimo.model.config import LayerConfig
 from openmimo.model.context import PackedContext
 

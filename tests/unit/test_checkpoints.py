@@ -10,11 +10,11 @@ from safetensors.torch import load_file, save_file
 
 import openmimo
 from openmimo.core.errors import CheckpointError, ConfigError
-from openmimo.model import fp8
 from openmimo.model.audit import audit
 from openmimo.model.convert import ConvertConfig, checkpoint_layout, convert
 from openmimo.model.mimo import MiMo
 from openmimo.model.presets import flash, mimo_7b
+from openmimo.model.weight_formats import dequantize_fp8
 
 
 def quiet(total_bytes):
@@ -93,7 +93,7 @@ def test_fp8_full_layers_have_the_published_scale_layout(tmp_path):
     shared = torch.cat([k[192 + 128 : 2 * 192], v[128 : 128 + 64]]).abs().max() / 448
     assert torch.isclose(stored[prefix + "k_proj.weight_scale_inv"][3, 0], shared)
     # Uniform blocks, the obvious reading, give another matrix.
-    wrong = fp8.dequantize(stored[prefix + "v_proj.weight"], stored[prefix + "v_proj.weight_scale_inv"])
+    wrong = dequantize_fp8(stored[prefix + "v_proj.weight"], stored[prefix + "v_proj.weight_scale_inv"])
     right = openmimo.load_model(tmp_path / "q").model.layers[0].self_attn.v_proj.weight
     assert (wrong - right).norm() / right.norm() > 0.1
 
@@ -260,7 +260,7 @@ class TestBadCheckpoints:
         assert "nowhere" in self.refused(tmp_path / "nowhere")
 
     def test_a_failed_save_leaves_the_old_checkpoint(self, folder, monkeypatch):
-        import openmimo.model.hf_writer as writer
+        import openmimo.model.hf_files as writer
 
         def full_disk(*args, **kwargs):
             raise OSError(28, "No space left on device")

@@ -15,12 +15,10 @@ from hypothesis import strategies as st
 
 from openmimo.core.errors import DataError
 from openmimo.data.config import SourceConfig
-from openmimo.data.packing import StoreRows
-from openmimo.data.permutation import permuted
-from openmimo.data.pieces import cut_text, utf8_length
+from openmimo.data.mixing import StoreRows, permuted
 from openmimo.data.source import read_documents, read_text
 from openmimo.data.store import TokenStore
-from openmimo.data.tokenizer import Tokenizer
+from openmimo.data.tokenizer import Tokenizer, cut_text, utf8_length
 
 SOURCE = [read_text(file) for file in sorted(Path(json.__file__).parent.glob("*.py"))]
 TOKENIZER = Tokenizer.train(SOURCE, 600)

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from openmimo.engine.draft_length import DraftLength
+from openmimo.engine.speculative import DraftLength
 
 
 def play(length, *, acceptance, seconds, batch_size=1, steps=400, seed=0):

@@ -14,15 +14,13 @@ from openmimo.core.records import Request, SamplingParams, TokenLogprob
 from openmimo.data.tokenizer import StreamDecoder
 from openmimo.engine.cache import PageArena, PageTables
 from openmimo.engine.config import EngineConfig
-from openmimo.engine.context import RotaryRows
 from openmimo.engine.engine import Engine
 from openmimo.engine.prefix import PrefixCache
-from openmimo.engine.request_state import Decision, RepeatCounter, RequestState
-from openmimo.engine.routed_rows import RoutedRows
+from openmimo.engine.request_state import Decision, RepeatCounter, RequestState, RoutedRows, TextStream
 from openmimo.engine.sampler import Draw, decide, sampling_input
-from openmimo.engine.text import TextStream
+from openmimo.engine.worker import RotaryRows
 from openmimo.kernels.attention import AttentionNeed, packed_rows
-from openmimo.kernels.rotary import rotary_table
+from openmimo.kernels.operations import rotary_table
 
 SPEC = tiny_config().layers[0].attention
 
@@ -111,7 +109,7 @@ def test_rotation_tables_grow_by_new_rows_only(monkeypatch):
         computed.append(len(positions))
         return rotary_table(positions, *arguments)
 
-    monkeypatch.setattr("openmimo.engine.context.rotary_table", table)
+    monkeypatch.setattr("openmimo.engine.worker.rotary_table", table)
     rows = RotaryRows("cpu", 300_000)
     first, _ = rows.tables(SPEC, torch.float32, 1)
     for length in (10, 700, 1500, 3000, 200_001):

@@ -8,8 +8,7 @@ import pytest
 from openmimo.core.errors import CheckpointError, ConfigError, DataError
 from openmimo.data.config import MixtureConfig, SourceConfig
 from openmimo.data.loader import Batch, Loader, prepare_mixture
-from openmimo.data.mixing import ROWS_PER_BLOCK, MixtureSchedule
-from openmimo.data.packing import StoreRows
+from openmimo.data.mixing import ROWS_PER_BLOCK, MixtureSchedule, StoreRows
 from openmimo.data.source import split_of, training_documents
 from openmimo.data.store import TokenStore, open_store
 from openmimo.data.tasks._needles import make_needle, needle_symbols

@@ -7,14 +7,13 @@ import torch
 from conftest import tiny_config, tiny_model
 
 from openmimo.core.errors import ConfigError
-from openmimo.model.config import MTPConfig
+from openmimo.model.backbone import checkpoint_activations
+from openmimo.model.config import MTPConfig, training_flops_per_token
 from openmimo.model.context import PackedContext, RoutingTape, SequenceBalance
-from openmimo.model.flops import training_flops_per_token
+from openmimo.model.heads import shift_within_documents
 from openmimo.model.mimo import MiMo
 from openmimo.model.moe import sequence_balance_loss
-from openmimo.model.mtp import shift_within_documents
 from openmimo.model.presets import tiny, tiny_all_global
-from openmimo.model.recompute import checkpoint_activations
 
 
 def ids_of(length: int, seed: int = 0) -> torch.Tensor:
@@ -122,7 +121,7 @@ class TestRouting:
         for recompute in (False, True):
             model, tokens, tape = tiny_model(), ids_of(60), RoutingTape(record=True)
             if recompute:
-                checkpoint_activations(model)
+                checkpoint_activations(model.model)
             self.run(model, tokens, tape).square().mean().backward()
             gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
             tapes.append(tape.recorded)

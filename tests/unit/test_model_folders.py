@@ -18,9 +18,9 @@ import openmimo
 from openmimo.cli import main
 from openmimo.core.errors import CheckpointError, ConfigError, DataError, UserError
 from openmimo.core.registry import Registry
-from openmimo.data.companions import read_companions
 from openmimo.data.config import MixtureConfig, SourceConfig
 from openmimo.data.tokenizer import Tokenizer
+from openmimo.data.tokenizer_files import read_companions
 from openmimo.kernels.dispatch import Backend
 from openmimo.model.audit import audit
 from openmimo.model.convert import ConvertConfig, convert

@@ -13,11 +13,12 @@ from openmimo.core.records import SamplingParams
 from openmimo.core.samples import Sample
 from openmimo.engine.llm import LLM
 from openmimo.model.context import PackedContext
+from openmimo.model.heads import micro_batch
 from openmimo.model.layers import Linear
 from openmimo.model.mimo import MiMo
 from openmimo.rl.learning.policy_trainer import PolicyTrainer, weighted_sum
 from openmimo.train.config import OptimizerConfig
-from openmimo.train.loss import micro_batch, training_loss
+from openmimo.train.loss import training_loss
 
 PROMPT = [5, 17, 3, 99, 42, 8, 61, 12, 30, 7]
 

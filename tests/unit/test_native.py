@@ -13,9 +13,9 @@ needs_library = pytest.mark.skipif(native.library() is None, reason="there is no
 DECODE = """
 import torch
 from openmimo.kernels import native
-from openmimo.kernels.experts import apply_experts
-from openmimo.kernels.linear import linear
-from openmimo.kernels.norm import rms_norm
+from openmimo.kernels.operations import apply_experts
+from openmimo.kernels.operations import linear
+from openmimo.kernels.operations import rms_norm
 assert native.library() is None
 with torch.inference_mode():
     x = linear(rms_norm(torch.ones(1, 8), torch.ones(8), 1e-6), torch.ones(8, 8))

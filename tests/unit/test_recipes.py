@@ -14,7 +14,7 @@ from openmimo.data.source import open_source
 from openmimo.model.presets import model_config
 from openmimo.rl.agents.environment import open_environment
 from openmimo.train.config import ExtendConfig, PretrainConfig, SftConfig
-from openmimo.train.schedule import learning_rate, rows_of_step, total_steps
+from openmimo.train.optim import learning_rate, rows_of_step, total_steps
 
 
 def all_recipes():

@@ -6,8 +6,7 @@ import pytest
 
 from openmimo.core import config as config_io
 from openmimo.core.errors import ConfigError
-from openmimo.core.fields import PositiveInt, check_fields
-from openmimo.core.renamed import renamed_keys, warn_of_renamed
+from openmimo.core.fields import PositiveInt, check_fields, renamed_keys, warn_of_renamed
 
 
 @renamed_keys({"count": "number"})

@@ -18,10 +18,10 @@ from test_training import ROOT, run_config
 
 from openmimo.core import config as config_io
 from openmimo.core import files
+from openmimo.core.config import run_folder
 from openmimo.core.errors import CheckpointError, ConfigError, UserError
 from openmimo.core.files import new_folder_atomic, remove_unfinished, write_text_atomic
 from openmimo.core.metrics import MetricsWriter, read_metrics
-from openmimo.core.run_folder import run_folder
 from openmimo.data.config import MixtureConfig, SourceConfig
 from openmimo.data.tokenizer import Tokenizer
 from openmimo.model.hf import load_model, save_model
@@ -72,7 +72,7 @@ def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
 HOLD = """
 import sys, time
 from pathlib import Path
-from openmimo.core.run_folder import run_folder
+from openmimo.core.config import run_folder
 with run_folder(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)

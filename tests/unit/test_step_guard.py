@@ -13,9 +13,8 @@ from openmimo.core.metrics import read_metrics
 from openmimo.model.hf import load_model, save_model
 from openmimo.train.checkpoint import find_damage
 from openmimo.train.config import CheckpointConfig, OptimizerConfig
-from openmimo.train.guard import StepGuard
 from openmimo.train.loss import training_loss
-from openmimo.train.optim import clip_gradients
+from openmimo.train.optim import StepGuard, clip_gradients
 from openmimo.train.pretrain import pretrain
 from openmimo.train.trainer import Trainer
 
@@ -163,7 +162,7 @@ def test_the_optimizer_state_is_written_without_a_copy(tmp_path):
 def test_the_balance_loss_is_of_training_rows():
     """DeepSeek-V3's sequence is a row: how documents lie in it changes nothing, and each row counts the same."""
     from openmimo.model.context import PackedContext, RoutingTape
-    from openmimo.train.loss import micro_batch
+    from openmimo.model.heads import micro_batch
 
     tokens = torch.arange(64) % 160
 

@@ -9,7 +9,7 @@ import tokenizers
 
 from openmimo.core.errors import DataError
 from openmimo.core.records import Message
-from openmimo.data import pieces as text_pieces
+from openmimo.data import tokenizer as tokenizer_module
 from openmimo.data.chat.template import encode_chat
 from openmimo.data.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, StreamDecoder, Tokenizer
 
@@ -201,14 +201,14 @@ def test_stream_equals_decode_on_any_ids(tokenizer):
 
 
 def test_a_long_text_in_pieces_has_the_tokens_of_the_whole(tokenizer, monkeypatch):
-    monkeypatch.setattr(text_pieces, "PIECE_CHARACTERS", 8)
-    monkeypatch.setattr(text_pieces, "_WINDOW_CHARACTERS", 5)
+    monkeypatch.setattr(tokenizer_module, "PIECE_CHARACTERS", 8)
+    monkeypatch.setattr(tokenizer_module, "_WINDOW_CHARACTERS", 5)
     draw = random.Random(0)
     characters = "abc é\u0301\n\r\t 1²'s.=日\u1161\u1100 \x1c\x85"
     num_pieces = 0
     for _ in range(2000):
         text = "".join(draw.choice(characters) for _ in range(60))
-        pieces = list(text_pieces.text_pieces(text))
+        pieces = list(tokenizer_module.text_pieces(text))
         assert "".join(pieces) == text
         assert tokenizer.encode(text) == tokenizer._plain_backend.encode(text, add_special_tokens=False).ids
         num_pieces += len(pieces)

@@ -19,13 +19,21 @@ from openmimo.core.errors import CheckpointError, ConfigError
 from openmimo.core.metrics import read_metrics
 from openmimo.data.config import MixtureConfig, SourceConfig
 from openmimo.model.context import PackedContext
+from openmimo.model.heads import micro_batch
 from openmimo.train import checkpoint as checkpoint_module
 from openmimo.train.checkpoint import Checkpoints, find_damage
 from openmimo.train.config import CheckpointConfig, EvaluationConfig, Phase, PretrainConfig, TokenizerConfig
-from openmimo.train.loss import micro_batch, training_loss
-from openmimo.train.optim import GradientReport, build_optimizer, clip_gradients, parameter_groups
+from openmimo.train.loss import training_loss
+from openmimo.train.optim import (
+    GradientReport,
+    build_optimizer,
+    clip_gradients,
+    learning_rate,
+    parameter_groups,
+    place_of,
+    rows_of_step,
+)
 from openmimo.train.pretrain import pretrain
-from openmimo.train.schedule import learning_rate, place_of, rows_of_step
 
 ROOT = Path(__file__).parents[2]
 

@@ -12,8 +12,7 @@ from openmimo.core.records import SamplingParams
 from openmimo.engine.llm import LLM
 from openmimo.kernels.weights import BlockScaled, dequantized
 from openmimo.model.convert import ConvertConfig, convert
-from openmimo.model.hf import load_model, save_model
-from openmimo.model.hf_names import slots
+from openmimo.model.hf import load_model, save_model, slots
 from openmimo.model.mimo import MiMo
 from openmimo.model.weight_formats import QuantizableModule, quantize_model
 

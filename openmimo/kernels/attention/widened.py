@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import torch
 
-from openmimo.kernels.attention import DISPATCHER, NO_SCORES, AttentionNeed, AttentionOut
+from openmimo.kernels.attention import ATTENTION, NO_SCORES, AttentionNeed, AttentionOut
 from openmimo.kernels.dispatch import Backend
 from openmimo.runtime.device import cpu_multiplies_bfloat16
 
@@ -19,7 +19,7 @@ def run(
     scale: float,
 ) -> AttentionOut:
     """Implement `openmimo.kernels.attention.attend`."""
-    _, backend = DISPATCHER.best(replace(need, dtype=torch.float32))
+    _, backend = ATTENTION.best(replace(need, dtype=torch.float32))
     sink_N = None if sink_N is None else sink_N.float()
     wide = backend.run(
         q_TNK.float(), k_SGK.float(), v_SGV.float(), sink_N, need=replace(need, dtype=torch.float32), scale=scale

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from openmimo.kernels.experts import count_experts
+from openmimo.kernels.operations import count_experts
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from openmimo.kernels.dispatch import Backend
-from openmimo.kernels.experts import ExpertsNeed
+from openmimo.kernels.operations import ExpertsNeed
 from openmimo.kernels.weights import PLAIN
 
 MAX_TOKENS = 8
@@ -22,7 +22,7 @@ def run(
     *,
     need: ExpertsNeed,
 ) -> torch.Tensor:
-    """See `openmimo.kernels.experts.apply_experts`."""
+    """See `openmimo.kernels.operations.apply_experts`."""
     wide = torch.promote_types(x_TD.dtype, torch.float32)
     weights_TA = weights_TA.to(wide)
     rows = []

@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from openmimo.kernels.dispatch import Backend
-from openmimo.kernels.experts import MIXED, ExpertsNeed
-from openmimo.kernels.linear import linear
+from openmimo.kernels.operations import MIXED, ExpertsNeed, linear
 from openmimo.kernels.weights import PLAIN, BlockScaled
 
 MAX_TOKENS = 32  # as many rows as the C kernels of linear layers take
@@ -25,7 +24,7 @@ def run(
     *,
     need: ExpertsNeed,
 ) -> torch.Tensor:
-    """See `openmimo.kernels.experts.apply_experts`."""
+    """See `openmimo.kernels.operations.apply_experts`."""
     visits: dict[int, list[int]] = {}
     for visit, expert in enumerate(expert_ids_TA.flatten().tolist()):
         visits.setdefault(expert, []).append(visit)

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from openmimo.kernels.dispatch import Backend
-from openmimo.kernels.experts import ExpertsNeed
 from openmimo.kernels.experts._sorting import combine, sort_by_expert
+from openmimo.kernels.operations import ExpertsNeed
 from openmimo.kernels.weights import PLAIN
 
 _ALIGNMENT_BYTES = 16
@@ -23,7 +23,7 @@ def run(
     *,
     need: ExpertsNeed,
 ) -> torch.Tensor:
-    """See `openmimo.kernels.experts.apply_experts`."""
+    """See `openmimo.kernels.operations.apply_experts`."""
     sorted_tokens = sort_by_expert(x_TD, expert_ids_TA, need.num_experts)
     ends_E = sorted_tokens.counts_E.cumsum(0).to(torch.int32)
     gate, up = F.grouped_mm(sorted_tokens.rows_PD, gate_up_EHD.transpose(1, 2), offs=ends_E).chunk(2, dim=-1)

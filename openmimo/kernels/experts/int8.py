@@ -7,7 +7,7 @@ import torch
 
 from openmimo.kernels import native
 from openmimo.kernels.dispatch import Backend
-from openmimo.kernels.experts import ExpertsNeed
+from openmimo.kernels.operations import ExpertsNeed
 from openmimo.kernels.weights import INT8, BlockScaled
 
 MAX_VISITS = 256
@@ -24,7 +24,7 @@ def run(
     *,
     need: ExpertsNeed,
 ) -> torch.Tensor:
-    """See `openmimo.kernels.experts.apply_experts`. Raises IndexError for an id that is no expert's."""
+    """See `openmimo.kernels.operations.apply_experts`. Raises IndexError for an id that is no expert's."""
     E, D, F = down_EDF.shape
     if gate_up_EHD.shape != (E, 2 * F, D) or x_TD.shape[1] != D or expert_ids_TA.shape != weights_TA.shape:
         raise ValueError(

@@ -8,7 +8,7 @@ import torch
 
 from openmimo.kernels import native
 from openmimo.kernels.dispatch import Backend
-from openmimo.kernels.experts import ExpertsNeed
+from openmimo.kernels.operations import ExpertsNeed
 from openmimo.kernels.weights import PLAIN
 
 MAX_VISITS = 256
@@ -25,7 +25,7 @@ def run(
     *,
     need: ExpertsNeed,
 ) -> torch.Tensor:
-    """See `openmimo.kernels.experts.apply_experts`.
+    """See `openmimo.kernels.operations.apply_experts`.
 
     Raises IndexError for an id that is no expert's, ValueError when shapes or dtypes disagree.
     """

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from openmimo.kernels.dispatch import Backend
-from openmimo.kernels.experts import ExpertsNeed
+from openmimo.kernels.operations import ExpertsNeed
 from openmimo.kernels.weights import Weight, dequantized, unbind
 
 
@@ -17,7 +17,7 @@ def run(
     *,
     need: ExpertsNeed,
 ) -> torch.Tensor:
-    """See `openmimo.kernels.experts.apply_experts`."""
+    """See `openmimo.kernels.operations.apply_experts`."""
     dtype = torch.float64 if x_TD.dtype == torch.float64 else torch.float32
     out_TD = torch.zeros(x_TD.shape, dtype=dtype, device=x_TD.device)
     for expert, (gate_up_HD, down_DF) in enumerate(zip(unbind(gate_up_EHD), unbind(down_EDF), strict=True)):

@@ -8,9 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from openmimo.kernels.dispatch import Backend
-from openmimo.kernels.experts import ExpertsNeed
 from openmimo.kernels.experts._sorting import combine, sort_by_expert
-from openmimo.kernels.linear import linear
+from openmimo.kernels.operations import ExpertsNeed, linear
 from openmimo.kernels.weights import Weight, unbind
 from openmimo.runtime.device import cpu_multiplies_bfloat16
 
@@ -29,7 +28,7 @@ def run(
     *,
     need: ExpertsNeed,
 ) -> torch.Tensor:
-    """See `openmimo.kernels.experts.apply_experts`."""
+    """See `openmimo.kernels.operations.apply_experts`."""
     sorted_tokens = sort_by_expert(x_TD, expert_ids_TA, need.num_experts, multiple=_row_multiple(need))
     counts = sorted_tokens.counts_E.tolist()
     outputs = [x_TD.new_empty(0, need.model_dim)]

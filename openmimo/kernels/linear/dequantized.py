@@ -7,12 +7,12 @@ import torch
 import torch.nn.functional as F
 
 from openmimo.kernels.dispatch import Backend
-from openmimo.kernels.linear import LinearNeed, WeightAndBias
+from openmimo.kernels.operations import LinearNeed, WeightAndBias
 from openmimo.kernels.weights import PLAIN, BlockScaled
 
 
 def run(x: torch.Tensor, layers: tuple[WeightAndBias, ...]) -> torch.Tensor:
-    """See `openmimo.kernels.linear.joined_linear`."""
+    """See `openmimo.kernels.operations.joined_linear`."""
     dtype = torch.promote_types(x.dtype, torch.float32) if x.is_cpu else x.dtype
     wide = x.to(dtype)
     outputs = []

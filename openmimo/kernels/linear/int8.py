@@ -7,7 +7,7 @@ import torch
 
 from openmimo.kernels import native
 from openmimo.kernels.dispatch import Backend
-from openmimo.kernels.linear import LinearNeed, WeightAndBias
+from openmimo.kernels.operations import LinearNeed, WeightAndBias
 from openmimo.kernels.weights import INT8, BlockScaled
 
 MAX_ROWS = 32  # as in native/int8.c
@@ -16,7 +16,7 @@ _FLOAT32_BYTES = 4
 
 
 def run(x_RD: torch.Tensor, layers: tuple[WeightAndBias, ...]) -> torch.Tensor:
-    """See `openmimo.kernels.linear.joined_linear`."""
+    """See `openmimo.kernels.operations.joined_linear`."""
     rows, dims = x_RD.shape
     dtype, threads = x_RD.dtype, torch.get_num_threads()
     x_RD = x_RD.float().contiguous()

@@ -10,14 +10,14 @@ import torch
 
 from openmimo.kernels import native
 from openmimo.kernels.dispatch import Backend
-from openmimo.kernels.linear import LinearNeed, WeightAndBias
+from openmimo.kernels.operations import LinearNeed, WeightAndBias
 from openmimo.kernels.weights import PLAIN
 
 MAX_ROWS = 32  # as in native/linear.c
 
 
 def run(x_RD: torch.Tensor, layers: tuple[WeightAndBias, ...]) -> torch.Tensor:
-    """See `openmimo.kernels.linear.joined_linear`."""
+    """See `openmimo.kernels.operations.joined_linear`."""
     rows, dims = x_RD.shape
     if x_RD.stride(1) != 1:
         x_RD = x_RD.contiguous()

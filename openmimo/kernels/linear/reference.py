@@ -4,12 +4,12 @@ import torch
 import torch.nn.functional as F
 
 from openmimo.kernels.dispatch import Backend
-from openmimo.kernels.linear import WeightAndBias
+from openmimo.kernels.operations import WeightAndBias
 from openmimo.kernels.weights import BlockScaled
 
 
 def run(x: torch.Tensor, layers: tuple[WeightAndBias, ...]) -> torch.Tensor:
-    """See `openmimo.kernels.linear.joined_linear`."""
+    """See `openmimo.kernels.operations.joined_linear`."""
     outputs = [
         F.linear(x, weight_OD.dequantize(x.dtype) if isinstance(weight_OD, BlockScaled) else weight_OD, bias_O)
         for weight_OD, bias_O in layers

@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 
 from openmimo.kernels.dispatch import Backend
-from openmimo.kernels.linear import LinearNeed, WeightAndBias
+from openmimo.kernels.operations import LinearNeed, WeightAndBias
 from openmimo.kernels.weights import PLAIN
 from openmimo.runtime.device import cpu_multiplies_bfloat16
 
 
 def run(x: torch.Tensor, layers: tuple[WeightAndBias, ...]) -> torch.Tensor:
-    """See `openmimo.kernels.linear.joined_linear`."""
+    """See `openmimo.kernels.operations.joined_linear`."""
     outputs = [_Widened.apply(x, weight_OD, bias_O) for weight_OD, bias_O in layers]
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
 

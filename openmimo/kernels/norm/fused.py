@@ -11,7 +11,7 @@ from openmimo.kernels.dispatch import Backend
 
 
 def run(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
-    """Implement `openmimo.kernels.norm.rms_norm`; the weight has the dtype of x."""
+    """Implement `openmimo.kernels.operations.rms_norm`; the weight has the dtype of x."""
     if torch.is_grad_enabled():
         return _RmsNorm.apply(x, weight, epsilon)
     return (x * _inverse_rms(x, epsilon)).to(x.dtype) * weight

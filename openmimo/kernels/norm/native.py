@@ -4,14 +4,14 @@ import torch
 
 from openmimo.kernels import native
 from openmimo.kernels.dispatch import Backend
-from openmimo.kernels.norm import NormNeed
+from openmimo.kernels.operations import NormNeed
 
 MAX_NUMBERS = 1 << 18  # above this, torch's threads are faster
 _RMS_NORM = native.Function("openmimo_rms_norm", "3P3qd")  # `norm_call` of native/rows.c
 
 
 def run(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
-    """Implement `openmimo.kernels.norm.rms_norm`; the weight has the dtype of x."""
+    """Implement `openmimo.kernels.operations.rms_norm`; the weight has the dtype of x."""
     x, weight = x.contiguous(), weight.contiguous()
     out = torch.empty_like(x)
     dims = weight.shape[0]

@@ -6,10 +6,9 @@ Batch invariance: a row of the output has the same bits in every call that compu
 import torch
 
 from openmimo.kernels import native
-from openmimo.kernels.attention import NO_SCORES, AttentionOut
+from openmimo.kernels.attention import NO_SCORES, AttentionOut, PagedNeed, Pages
 from openmimo.kernels.attention._calls import MAX_DECODE_QUERIES, NO_WINDOW, float32_sink
 from openmimo.kernels.dispatch import Backend
-from openmimo.kernels.paged_attention import PagedNeed, Pages
 
 MAX_DIM = 256
 KEY_MULTIPLE, VALUE_MULTIPLE = 16, 32
@@ -26,7 +25,7 @@ def run(
     window_keys: int | None,
     score_block: int | None = None,
 ) -> AttentionOut:
-    """Implement `openmimo.kernels.paged_attention.paged_attend`."""
+    """Implement `openmimo.kernels.attention.paged_attend`."""
     keys_XPGK, values_XPGV, tables_BY = pages
     T, N, K = q_TNK.shape
     _, P, G, V = values_XPGV.shape

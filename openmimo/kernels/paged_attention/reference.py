@@ -5,9 +5,8 @@ It refuses nothing: prefill chunks with long pasts, every cache dtype, CPUs and 
 
 import torch
 
-from openmimo.kernels.attention import AttentionOut, attend
+from openmimo.kernels.attention import AttentionOut, Pages, attend
 from openmimo.kernels.dispatch import Backend
-from openmimo.kernels.paged_attention import Pages
 
 
 def run(
@@ -20,7 +19,7 @@ def run(
     window_keys: int | None,
     score_block: int | None = None,
 ) -> AttentionOut:
-    """Implement `openmimo.kernels.paged_attention.paged_attend`."""
+    """Implement `openmimo.kernels.attention.paged_attend`."""
     query_lengths, key_lengths = tuple(query_lengths_B.tolist()), tuple(key_lengths_B.tolist())
     first = [
         0 if window_keys is None else max(0, keys - queries - window_keys + 1)

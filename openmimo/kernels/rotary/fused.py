@@ -12,7 +12,7 @@ from openmimo.kernels.rotary.reference import run as rotate
 
 
 def run(x_THK: torch.Tensor, cos_TR: torch.Tensor, sin_TR: torch.Tensor) -> torch.Tensor:
-    """Implement `openmimo.kernels.rotary.apply_rotary`."""
+    """Implement `openmimo.kernels.operations.apply_rotary`."""
     return _Rotate.apply(x_THK, cos_TR, sin_TR)
 
 

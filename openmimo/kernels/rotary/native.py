@@ -4,14 +4,14 @@ import torch
 
 from openmimo.kernels import native
 from openmimo.kernels.dispatch import Backend
-from openmimo.kernels.rotary import RotaryNeed
+from openmimo.kernels.operations import RotaryNeed
 
 MAX_NUMBERS = 1 << 18  # above this, torch's threads are faster
 _ROTARY = native.Function("openmimo_rotary", "4P8q")  # `rotary_call` of native/rows.c
 
 
 def run(x_THK: torch.Tensor, cos_TR: torch.Tensor, sin_TR: torch.Tensor) -> torch.Tensor:
-    """Implement `openmimo.kernels.rotary.apply_rotary`."""
+    """Implement `openmimo.kernels.operations.apply_rotary`."""
     T, H, K = x_THK.shape
     out_THK = x_THK.new_empty(T, H, K)
     row_stride, head_stride, _ = x_THK.stride()

@@ -6,7 +6,7 @@ from openmimo.kernels.dispatch import Backend
 
 
 def run(x_THK: torch.Tensor, cos_TR: torch.Tensor, sin_TR: torch.Tensor) -> torch.Tensor:
-    """Implement `openmimo.kernels.rotary.apply_rotary`."""
+    """Implement `openmimo.kernels.operations.apply_rotary`."""
     half = cos_TR.shape[-1] // 2
     cos, sin = cos_TR[:, None, :half], sin_TR[:, None, :half]
     first, second, rest = x_THK[..., :half], x_THK[..., half : 2 * half], x_THK[..., 2 * half :]

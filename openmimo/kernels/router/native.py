@@ -7,7 +7,7 @@ import torch
 
 from openmimo.kernels import native
 from openmimo.kernels.dispatch import Backend
-from openmimo.kernels.router import RouterNeed, RoutingRule
+from openmimo.kernels.operations import RouterNeed, RoutingRule
 
 MAX_TOKENS = 32
 _ROUTER = native.Function("openmimo_router", "5P8qd")  # `router_call` of native/rows.c
@@ -21,7 +21,7 @@ def run(
     replayed_TA: None,
     keep_scores: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, None]:
-    """Implement `openmimo.kernels.router.route`."""
+    """Implement `openmimo.kernels.operations.route`."""
     T, D = x_TD.shape
     x_TD, weight_ED, bias_E = x_TD.contiguous(), weight_ED.contiguous(), bias_E.contiguous()
     ids_TA = x_TD.new_empty(T, rule.experts_per_token, dtype=torch.int64)

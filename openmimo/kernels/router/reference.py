@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from openmimo.kernels.dispatch import Backend
-from openmimo.kernels.router import RoutingRule
+from openmimo.kernels.operations import RoutingRule
 
 
 def run(
@@ -18,7 +18,7 @@ def run(
     replayed_TA: torch.Tensor | None,
     keep_scores: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Implement `openmimo.kernels.router.route`."""
+    """Implement `openmimo.kernels.operations.route`."""
     dtype = torch.float64 if x_TD.dtype == torch.float64 else torch.float32
     scores_TE = F.linear(x_TD.to(dtype), weight_ED.to(dtype)).sigmoid()
     ids_TA = _choose(scores_TE.detach() + bias_E, rule)

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from openmimo.kernels.dispatch import Backend
-from openmimo.kernels.token_loss import IGNORED_LABEL, TokenLossFunctions
+from openmimo.kernels.operations import IGNORED_LABEL, TokenLossFunctions
 
 TILE_TOKENS = 512
 TILE_VOCABULARY = 4096
@@ -34,14 +34,14 @@ MAX_TILE_LOGITS = 1 << 26
 def logprobs(
     hidden_TD: torch.Tensor, weight_VD: torch.Tensor, labels_T: torch.Tensor, temperature: float | torch.Tensor
 ) -> torch.Tensor:
-    """Implement `openmimo.kernels.token_loss.token_logprobs`. The backward pass recomputes the logits."""
+    """Implement `openmimo.kernels.operations.token_logprobs`. The backward pass recomputes the logits."""
     return _TokenLogprobs.apply(hidden_TD, weight_VD, labels_T, temperature)
 
 
 def loss(
     hidden_TD: torch.Tensor, weight_VD: torch.Tensor, labels_T: torch.Tensor, weights_T: torch.Tensor
 ) -> torch.Tensor:
-    """Implement `openmimo.kernels.token_loss.token_loss`.
+    """Implement `openmimo.kernels.operations.token_loss`.
 
     If hidden or weight needs a gradient, the forward pass computes it tile by tile, while the softmax of the tile is in
     memory, and the backward pass only scales it. That is three matrix products in all, without recomputation.
@@ -51,7 +51,7 @@ def loss(
 
 
 def argmax(hidden_TD: torch.Tensor, weight_VD: torch.Tensor) -> torch.Tensor:
-    """Implement `openmimo.kernels.token_loss.token_argmax`."""
+    """Implement `openmimo.kernels.operations.token_argmax`."""
     best_T = torch.empty(len(hidden_TD), dtype=torch.int64, device=hidden_TD.device)
     for tile in _tiles(len(hidden_TD), len(weight_VD)):
         best_T[tile] = (hidden_TD[tile] @ weight_VD.T).argmax(dim=-1)

@@ -6,31 +6,31 @@ T tokens, D model dim, V vocabulary.
 import torch
 
 from openmimo.kernels.dispatch import Backend
-from openmimo.kernels.token_loss import DISPATCHER, TokenLossFunctions, TokenLossNeed
+from openmimo.kernels.operations import TOKEN_LOSS, TokenLossFunctions, TokenLossNeed
 from openmimo.runtime.device import cpu_multiplies_bfloat16
 
 
 def logprobs(
     hidden_TD: torch.Tensor, weight_VD: torch.Tensor, labels_T: torch.Tensor, temperature: float | torch.Tensor
 ) -> torch.Tensor:
-    """Implement `openmimo.kernels.token_loss.token_logprobs`."""
+    """Implement `openmimo.kernels.operations.token_logprobs`."""
     return _float32_functions().logprobs(hidden_TD.float(), weight_VD.float(), labels_T, temperature)
 
 
 def loss(
     hidden_TD: torch.Tensor, weight_VD: torch.Tensor, labels_T: torch.Tensor, weights_T: torch.Tensor
 ) -> torch.Tensor:
-    """Implement `openmimo.kernels.token_loss.token_loss`."""
+    """Implement `openmimo.kernels.operations.token_loss`."""
     return _float32_functions().loss(hidden_TD.float(), weight_VD.float(), labels_T, weights_T)
 
 
 def argmax(hidden_TD: torch.Tensor, weight_VD: torch.Tensor) -> torch.Tensor:
-    """Implement `openmimo.kernels.token_loss.token_argmax`."""
+    """Implement `openmimo.kernels.operations.token_argmax`."""
     return _float32_functions().argmax(hidden_TD.float(), weight_VD.float())
 
 
 def _float32_functions() -> TokenLossFunctions:
-    return DISPATCHER.best(TokenLossNeed(torch.float32, True))[1].run
+    return TOKEN_LOSS.best(TokenLossNeed(torch.float32, True))[1].run
 
 
 def refuse(need: TokenLossNeed) -> str | None:

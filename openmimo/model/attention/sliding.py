@@ -2,8 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from openmimo.model.attention import AttentionKind, AttentionPlace, KVSpec
-from openmimo.model.geometry import AttentionConfig
+from openmimo.model.attention import AttentionConfig, AttentionKind, AttentionPlace, KVSpec
 
 if TYPE_CHECKING:
     from torch import nn

@@ -131,10 +131,10 @@ class ChatToolEpisode(ABC):
 
     @abstractmethod
     def reward(self) -> float:
-        """See Episode."""
+        """The reward of the finished episode, 0 to 1."""
 
     def close(self) -> None:  # noqa: B027 (an episode without resources has nothing to release)
-        """See Episode."""
+        """Release the resources of the episode."""
 
     def respond(self, text: str) -> EnvResponse:
         """Runs the calls of a turn. A turn without a call is the last."""

@@ -43,7 +43,7 @@ class _Thread(threading.Thread):
         self._is_given_up = False
 
     def run(self) -> None:
-        """See threading.Thread."""
+        """Run calls from the queue until it yields None."""
         while (call := self._calls.get()) is not None:
             if not call.future.set_running_or_notify_cancel():
                 continue

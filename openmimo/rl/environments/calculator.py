@@ -84,11 +84,10 @@ class CalculatorEpisode:
         return EnvResponse(text=f"={self._result(expression) if mark else f'error: there is no {CALL}'};")
 
     def reward(self) -> float:
-        """See Episode."""
         return exact_score(self._answer, self._text)
 
     def close(self) -> None:
-        """See Episode."""
+        """Nothing to release."""
 
     def _result(self, expression: str) -> str:
         try:
@@ -112,7 +111,7 @@ def make(rng: random.Random, difficulty: int, options: Options) -> Question:
 
 
 def problems(options: Options, split: Split, seed: int) -> Callable[[int], Problem]:
-    """See Environment."""
+    """The numbered problems of a split: chained arithmetic."""
     return problem_stream(
         "calculator",
         lambda rng, difficulty: make(rng, difficulty, options),
@@ -124,7 +123,7 @@ def problems(options: Options, split: Split, seed: int) -> Callable[[int], Probl
 
 
 def open_episode(problem: Problem, options: Options) -> CalculatorEpisode:
-    """See Environment."""
+    """A new episode of a problem."""
     return CalculatorEpisode(problem.content, options)
 
 

@@ -107,7 +107,6 @@ class BashWorker:
         self._longest = output_characters
 
     def call(self, arguments: Mapping[str, Any]) -> str:
-        """See Worker."""
         if not arguments["command"].strip() or "\0" in arguments["command"]:
             raise ToolMistakeError("there is no command")
         workspace: Workspace = arguments["environment"]
@@ -117,7 +116,7 @@ class BashWorker:
             raise ToolMistakeError(str(error)) from error
 
     def close(self) -> None:
-        """See Worker."""
+        """Nothing to release."""
 
     def _shown(self, ended: SandboxResult) -> str:
         """The text for the model: both outputs, with the middle omitted if they are long, and the exit status."""
@@ -134,7 +133,6 @@ class ReplaceWorker:
     """Edits files in the working folder of an episode."""
 
     def call(self, arguments: Mapping[str, Any]) -> str:
-        """See Worker."""
         workspace: Workspace = arguments["environment"]
         path, old = arguments["path"], arguments["old_str"]
         try:
@@ -152,7 +150,7 @@ class ReplaceWorker:
         return f"{path} is changed"
 
     def close(self) -> None:
-        """See Worker."""
+        """Nothing to release."""
 
 
 class TestWorker:
@@ -164,7 +162,6 @@ class TestWorker:
         self._limits = limits
 
     def call(self, arguments: Mapping[str, Any]) -> list[bool]:
-        """See Worker."""
         repository: Repository = arguments["repository"]
         tests = [CallTest(test.arguments, test.expected) for test in repository.tests]
         source = f"from {repository.module} import {repository.function}"
@@ -176,7 +173,7 @@ class TestWorker:
         return [outcome.passed for outcome in found]
 
     def close(self) -> None:
-        """See Worker."""
+        """Nothing to release."""
 
 
 class _FolderRunner:
@@ -199,7 +196,6 @@ class CodeEpisode(ChatToolEpisode):
         self._session: ToolSession = sessions.open(lambda workspace: lay_out(workspace, content))
 
     def run(self, name: str, arguments: Mapping[str, Any]) -> str:
-        """See ChatToolEpisode."""
         if name == "finish":
             self.is_over = True
             self._session.start_reward("tests", {"repository": self._repository})
@@ -217,7 +213,6 @@ class CodeEpisode(ChatToolEpisode):
         return graded(passed, self._repository.groups)
 
     def close(self) -> None:
-        """See Episode."""
         self._session.close()
 
 
@@ -236,7 +231,7 @@ def make(rng: random.Random, difficulty: int) -> Question:
 
 
 def problems(options: Options, split: Split, seed: int) -> Callable[[int], Problem]:
-    """See Environment."""
+    """The numbered problems of a split: generated repositories with failing tests."""
     return problem_stream(
         "code",
         make,

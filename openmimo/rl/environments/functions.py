@@ -104,7 +104,6 @@ class FunctionsEpisode(ChatToolEpisode):
         self._statuses, self._locked = dict(content.statuses), set(content.locked)
 
     def run(self, name: str, arguments: Mapping[str, Any]) -> str:
-        """See ChatToolEpisode."""
         verb, _, rest = name.partition("_")
         first, *_, last = self._application.nouns
         if verb == "find":
@@ -179,7 +178,7 @@ def make(rng: random.Random, difficulty: int, options: Options) -> Question:
 
 
 def problems(options: Options, split: Split, seed: int) -> Callable[[int], Problem]:
-    """See Environment."""
+    """The numbered problems of a split: generated applications."""
     return problem_stream(
         "functions",
         lambda rng, difficulty: make(rng, difficulty, options),
@@ -191,7 +190,7 @@ def problems(options: Options, split: Split, seed: int) -> Callable[[int], Probl
 
 
 def open_episode(problem: Problem, options: Options) -> FunctionsEpisode:
-    """See Environment."""
+    """A new episode of a problem."""
     return FunctionsEpisode(problem.content, options)
 
 

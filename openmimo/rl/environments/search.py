@@ -88,7 +88,6 @@ class SearchWorker:
         self._world: FactWorld = fact_world(num_entities, world_seed)
 
     def call(self, arguments: Mapping[str, Any]) -> str:
-        """See Worker."""
         if self._tool == "search":
             return self._search(arguments["query"])
         page = arguments["page"]
@@ -98,7 +97,7 @@ class SearchWorker:
         return text if self._tool == "open" else lines_with(text, arguments["text"])
 
     def close(self) -> None:
-        """See Worker."""
+        """Nothing to release."""
 
     def _search(self, query: str) -> str:
         found = self._world.search(query, self._num_results)
@@ -123,7 +122,6 @@ class SearchEpisode(ChatToolEpisode):
         return self._session.call(name, arguments).text
 
     def archive(self, name: str, text: str) -> str:
-        """See ArchivingEpisode."""
         self._archived[name] = text
         return f"Its history is the page {name!r}, for `open` and `find`."
 
@@ -132,7 +130,6 @@ class SearchEpisode(ChatToolEpisode):
         return score_answer("exact", self._answer, self.content)
 
     def close(self) -> None:
-        """See Episode."""
         self._session.close()
 
 
@@ -149,7 +146,7 @@ def make(rng: random.Random, difficulty: int, options: Options) -> Question | No
 
 
 def problems(options: Options, split: Split, seed: int) -> Callable[[int], Problem]:
-    """See Environment."""
+    """The numbered problems of a split: generated collections of facts."""
     return problem_stream(
         "search",
         lambda rng, difficulty: make(rng, difficulty, options),
@@ -161,7 +158,7 @@ def problems(options: Options, split: Split, seed: int) -> Callable[[int], Probl
 
 
 def open_episode(problem: Problem, options: Options) -> Episode:
-    """See Environment."""
+    """A new episode of a problem."""
     key = (options.entities, options.world_seed, options.results, options.quota, options.calls_per_second,
            options.timeout_seconds, options.backend)  # fmt: skip
     sessions = shared("search", key, lambda: start_sessions(options))

@@ -84,7 +84,7 @@ class StoreEpisode:
         return float(self._values == self._expected)
 
     def close(self) -> None:
-        """See Episode."""
+        """Nothing to release."""
 
     def _result(self, words: list[str]) -> str:
         match words:
@@ -115,7 +115,7 @@ def make(rng: random.Random, difficulty: int, options: Options) -> Question | No
 
 
 def problems(options: Options, split: Split, seed: int) -> Callable[[int], Problem]:
-    """See Environment."""
+    """The numbered problems of a split: generated key-value stores."""
     return problem_stream(
         "store",
         lambda rng, difficulty: make(rng, difficulty, options),
@@ -127,7 +127,7 @@ def problems(options: Options, split: Split, seed: int) -> Callable[[int], Probl
 
 
 def open_episode(problem: Problem, options: Options) -> StoreEpisode:
-    """See Environment."""
+    """A new episode of a problem."""
     return StoreEpisode(problem.content, options)
 
 

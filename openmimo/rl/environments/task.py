@@ -40,7 +40,6 @@ class TaskEpisode:
         self._task, self._problem, self._text = task, problem, ""
 
     def respond(self, text: str) -> EnvResponse:
-        """See Episode."""
         self._text = text
         return EnvResponse()
 
@@ -49,7 +48,7 @@ class TaskEpisode:
         return self._task.score(self._problem, self._text)
 
     def close(self) -> None:
-        """See Episode."""
+        """Nothing to release."""
 
 
 def problems(options: Options, split: Split, seed: int) -> Callable[[int], Problem]:

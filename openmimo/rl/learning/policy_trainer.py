@@ -18,15 +18,13 @@ from torch import nn
 from openmimo.core.samples import Sample
 from openmimo.model.backbone import Hidden
 from openmimo.model.context import PackedContext, RoutingTape
+from openmimo.model.heads import micro_batch, shifted_tokens
 from openmimo.model.mimo import MiMo
 from openmimo.rl.learning.annotation import spread
 from openmimo.rl.learning.packing import PackedSamples, packs
-from openmimo.rl.losses.diagnostics import batch_diagnostics
-from openmimo.rl.losses.tokens import TokenBatch
+from openmimo.rl.losses.tokens import TokenBatch, batch_diagnostics
 from openmimo.train.config import OptimizerConfig
-from openmimo.train.guard import StepGuard
-from openmimo.train.loss import micro_batch, shifted_tokens
-from openmimo.train.optim import build_optimizer, clip_gradients
+from openmimo.train.optim import StepGuard, build_optimizer, clip_gradients
 
 MAX_NAMED_GROUPS = 8
 ENTROPY_ROWS = 128

@@ -26,10 +26,21 @@ from openmimo.engine.request_state import RequestState
 from openmimo.rl.agents.environment import EnvResponse, Episode
 from openmimo.rl.agents.episode_calls import EpisodeCalls, EpisodeTimeoutError
 from openmimo.rl.rollouts import episode_steps
-from openmimo.rl.rollouts.episode_steps import UNSCORED, EpisodeError, Successor, completed, failed, guarded
-from openmimo.rl.rollouts.sample_tokens import new_sample, turn_ids, with_completion, with_inserted, without_thoughts
+from openmimo.rl.rollouts.episode_steps import (
+    UNSCORED,
+    EpisodeError,
+    RewardError,
+    Successor,
+    completed,
+    failed,
+    guarded,
+    new_sample,
+    turn_ids,
+    with_completion,
+    with_inserted,
+    without_thoughts,
+)
 from openmimo.rl.scheduling.groups import GroupRequest, LateReward
-from openmimo.rl.scheduling.rewards import RewardError
 
 POLL_SECONDS = 0.01
 ENDED_BY_POLICY = ("stop", "length", "repetition")

@@ -1,9 +1,18 @@
-"""The interface between the training loop and the rollouts."""
+"""The interface between the training loop and the rollouts, and the choice of a backend."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
+from openmimo.core.registry import Registry
 from openmimo.core.samples import Sample
+from openmimo.data.tokenizer import Tokenizer
+from openmimo.engine.engine import Engine
+from openmimo.model.mimo import MiMo
+from openmimo.rl.agents.episode_calls import EpisodeCalls
+from openmimo.rl.config import MopdConfig, RlConfig
 from openmimo.rl.scheduling.groups import GroupRequest, LateReward
+from openmimo.rl.teaching.teachers import Teachers
 
 
 class Rollouts(Protocol):
@@ -64,3 +73,45 @@ class Rollouts(Protocol):
     def close(self) -> None:
         """Stop all samples and release engines and workers."""
         ...
+
+
+@dataclass(frozen=True)
+class RunParts:
+    """The parts of a run from which rollouts are opened.
+
+    Attributes:
+        config: The config of the run.
+        model: The policy.
+        tokenizer: The tokenizer of the policy.
+        engine: An engine of this process with the policy.
+        calls: Runs the calls of episodes in this process.
+        teachers: The teachers of a distillation run.
+        version: The version of the policy's weights.
+    """
+
+    config: RlConfig
+    model: MiMo
+    tokenizer: Tokenizer
+    engine: Engine
+    calls: EpisodeCalls
+    teachers: Teachers | None
+    version: int
+
+
+@dataclass(frozen=True)
+class RolloutBackend:
+    """The `PLUGIN` of a file in `openmimo/rl/rollouts/backends`.
+
+    Attributes:
+        open: Starts the rollouts of a run.
+    """
+
+    open: Callable[[RunParts], Rollouts]
+
+
+def open_rollouts(parts: RunParts) -> Rollouts:
+    """Start the rollouts that the config of a run names: by the teachers, or by a backend with copies of the policy."""
+    config = parts.config
+    by_teachers = isinstance(config, MopdConfig) and config.writer == "teacher"
+    backends = Registry("openmimo.rl.rollouts.backends", RolloutBackend)
+    return backends.get("teachers" if by_teachers else config.rollouts).open(parts)

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from openmimo.core.errors import UserError
 from openmimo.core.samples import Sample
-from openmimo.rl.rollouts.sample_tokens import new_sample
+from openmimo.rl.rollouts.episode_steps import new_sample
 from openmimo.rl.rollouts.worker import Cancel, Failure, Order, WorkerReport
 from openmimo.rl.scheduling.groups import GroupRequest, LateReward
 

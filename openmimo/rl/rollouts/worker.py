@@ -1,5 +1,6 @@
 """A rollout worker: a copy of the policy, an engine, and the loop that serves the trainer."""
 
+import functools
 import time
 import traceback
 from collections.abc import Callable
@@ -15,7 +16,9 @@ from openmimo.engine.config import EngineConfig
 from openmimo.engine.engine import Engine
 from openmimo.model.config import ModelConfig
 from openmimo.rl.agents.episode_calls import EpisodeCalls
+from openmimo.rl.evaluate import episode_opener
 from openmimo.rl.rollouts.engine import EngineRollouts, EpisodeOpener
+from openmimo.rl.rollouts.protocol import RunParts
 from openmimo.rl.rollouts.weight_buffer import WeightLayout, WeightSource
 from openmimo.rl.scheduling.groups import GroupRequest, LateReward
 from openmimo.runtime.device import resolve_device
@@ -107,6 +110,23 @@ class WorkerChannel(Protocol):
     def send(self, message: WorkerReport | Failure) -> None:
         """Send a message without waiting for the trainer."""
         ...
+
+
+def worker_setup(parts: RunParts) -> WorkerSetup:
+    """The settings of the workers of a run."""
+    config = parts.config
+    return WorkerSetup(
+        parts.model.config,
+        parts.tokenizer,
+        config.engine,
+        functools.partial(episode_opener, config.sources),
+        compute_dtype=parts.model.compute_dtype,
+        reward_threads=0 if parts.calls.is_instant else config.reward_threads,
+        environment_seconds=config.environment_seconds,
+        timeout_reward=config.timeout_reward,
+        thinking=config.thinking,
+        seed=config.seed,
+    )
 
 
 def serve(setup: WorkerSetup, layout: WeightLayout, weights: WeightSource, channel: WorkerChannel, device: str) -> None:

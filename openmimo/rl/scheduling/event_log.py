@@ -6,7 +6,7 @@ the folder `events`. A resumed run repeats the recorded calls without sampling, 
 Each step has two append-only files, which are deleted once a checkpoint contains the step:
 
 - `step-N.jsonl`: one line per record: its CRC-32 in hexadecimal, and a JSON object with ids, times and decisions.
-- `step-N.arrays`: the arrays of the samples (`core/array_file.py`), at the offsets in their records.
+- `step-N.arrays`: the arrays of the samples (`core/samples.py`), at the offsets in their records.
 
 Arrays are written before their record, and a record before its call. Both are passed to the operating system at once,
 so kill -9 loses nothing. They are flushed to the disk at the end of each rollout, before each checkpoint, and every
@@ -25,11 +25,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from openmimo.core.array_file import ArrayFile
 from openmimo.core.errors import CheckpointError
 from openmimo.core.files import naming
 from openmimo.core.sample_files import read_sample, refer_to_file, write_sample
-from openmimo.core.samples import Sample
+from openmimo.core.samples import ArrayFile, Sample
 from openmimo.rl.scheduling.groups import GroupRequest, LateReward
 from openmimo.rl.scheduling.scheduler import DataScheduler
 

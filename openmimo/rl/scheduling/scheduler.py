@@ -17,7 +17,7 @@ only on the seed and on the order of the calls, and the whole state can be saved
 How many groups of a source to start: its quota, less the groups that the batch has and those that are accepted but wait
 for an earlier one, divided by the recent share of accepted groups, plus a margin; unfinished groups count towards it.
 Sources with a higher priority start first, then the source that lacks the largest share of its quota. Which groups are
-the batch is decided in `early_stop.py`.
+the batch is decided by `groups.select`.
 """
 
 import math
@@ -28,7 +28,6 @@ from typing import Any
 from openmimo.core.errors import CheckpointError, ConfigError
 from openmimo.core.samples import Sample
 from openmimo.rl.config import SchedulerConfig
-from openmimo.rl.scheduling.early_stop import Selection, select
 from openmimo.rl.scheduling.groups import (
     FINISHED,
     RUNNING,
@@ -38,7 +37,9 @@ from openmimo.rl.scheduling.groups import (
     GroupMember,
     GroupRequest,
     LateReward,
+    Selection,
     group_from_state,
+    select,
 )
 from openmimo.rl.scheduling.problems import Problem, ProblemSource
 from openmimo.rl.scheduling.step_report import WASTED, batch_report, step_report

@@ -38,11 +38,9 @@ class RayWorkers:
             self._idle.put(self._actor_class.remote(make_worker))
 
     def take(self, patience_seconds: float, cancelled: threading.Event) -> Any:
-        """See WorkerPool."""
         return self._idle.take(patience_seconds, cancelled)
 
     def give_back(self, worker: Any) -> None:
-        """See WorkerPool."""
         if not self._idle.put(worker):
             self._ray.kill(worker)
 
@@ -67,7 +65,6 @@ class RayWorkers:
         return value
 
     def close(self) -> None:
-        """See WorkerPool."""
         for worker in self._idle.close():
             self._ray.kill(worker)
 

@@ -62,7 +62,6 @@ class IdleWorkers:
         self._changed = threading.Condition()
 
     def take(self, patience_seconds: float, cancelled: threading.Event) -> Any:
-        """See WorkerPool."""
         deadline = time.monotonic() + patience_seconds
         with self._changed:
             while True:
@@ -111,11 +110,9 @@ class ThreadWorkers:
             self._idle.put(_WorkerThread(self))
 
     def take(self, patience_seconds: float, cancelled: threading.Event) -> "_WorkerThread | None":
-        """See WorkerPool."""
         return self._idle.take(patience_seconds, cancelled)
 
     def give_back(self, worker: "_WorkerThread") -> None:
-        """See WorkerPool."""
         if not self._idle.put(worker):
             worker.end()
 
@@ -126,7 +123,6 @@ class ThreadWorkers:
         timeout_seconds: float,
         on_end: Callable[[], None],
     ) -> Any:
-        """See WorkerPool."""
         future = worker.submit(arguments, on_end)
         try:
             error = future.exception(timeout_seconds)

@@ -22,10 +22,9 @@ from rl_runs import (
     weights,
 )
 
-from openmimo.core.array_file import StoredArray
 from openmimo.core.errors import CheckpointError, ConfigError
 from openmimo.core.metrics import read_metrics
-from openmimo.core.samples import Sample
+from openmimo.core.samples import Sample, StoredArray
 from openmimo.model.hf import load_model
 from openmimo.rl import run as run_module
 from openmimo.rl.scheduling.event_log import LoggedScheduler

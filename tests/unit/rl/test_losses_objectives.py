@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from openmimo.rl.losses import corrections, diagnostics, objectives
+from openmimo.rl.losses import corrections, objectives
+from openmimo.rl.losses import tokens as diagnostics
 from openmimo.rl.losses.tokens import TokenBatch
 
 NAN = float("nan")

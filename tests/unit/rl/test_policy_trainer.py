@@ -19,8 +19,7 @@ from openmimo.rl.config import MopdConfig, RlSource
 from openmimo.rl.learning.packing import packs
 from openmimo.rl.learning.policy_trainer import PolicyTrainer, weighted_sum
 from openmimo.rl.losses.distillation import reverse_kl
-from openmimo.rl.teaching.distillation import Distillation
-from openmimo.rl.teaching.teachers import Teachers
+from openmimo.rl.teaching.teachers import Distillation, Teachers
 from openmimo.train.config import OptimizerConfig
 
 REINFORCE = weighted_sum(lambda batch: -batch.advantages_N * batch.logprobs_N)

@@ -29,8 +29,8 @@ from openmimo.rl.evaluate import episode_opener, streams_of
 from openmimo.rl.learning.policy_trainer import score_samples
 from openmimo.rl.loop import RlRun
 from openmimo.rl.rollouts import weight_buffer
+from openmimo.rl.rollouts.backends.processes import ProcessRollouts
 from openmimo.rl.rollouts.engine import EngineRollouts
-from openmimo.rl.rollouts.processes import ProcessRollouts
 from openmimo.rl.rollouts.remote import WorkerLostError, WorkerRollouts
 from openmimo.rl.rollouts.weight_buffer import TensorSlice, WeightBuffer, WeightLayout, layout_of, model_tensors
 from openmimo.rl.rollouts.worker import Failure, WorkerSetup, serve

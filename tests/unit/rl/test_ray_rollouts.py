@@ -15,8 +15,8 @@ from openmimo.model.hf import load_model
 from openmimo.rl.config import RlSource
 from openmimo.rl.evaluate import episode_opener, streams_of
 from openmimo.rl.learning.policy_trainer import score_samples
+from openmimo.rl.rollouts.backends.ray import RayRollouts
 from openmimo.rl.rollouts.engine import EngineRollouts
-from openmimo.rl.rollouts.ray_workers import RayRollouts
 from openmimo.rl.rollouts.worker import WorkerSetup
 from openmimo.rl.scheduling.groups import GroupRequest
 

@@ -10,14 +10,14 @@ import pytest
 import torch
 from rl_world import Scripted, finish, open_rollouts, pages_in_use, policy, request, roll_out, tokenizer, words
 
-from openmimo.core.array_file import ArrayFile
 from openmimo.core.records import Message
 from openmimo.core.sample_files import read_sample, write_sample
+from openmimo.core.samples import ArrayFile
 from openmimo.data.chat.template import encode_chat
 from openmimo.rl.agents.environment import EnvResponse
 from openmimo.rl.agents.episode_calls import EpisodeCalls
 from openmimo.rl.learning.policy_trainer import PolicyTrainer
-from openmimo.rl.losses.diagnostics import mismatch
+from openmimo.rl.losses.tokens import mismatch
 from openmimo.rl.rollouts.engine import turn_ids
 from openmimo.train.config import OptimizerConfig
 

@@ -12,13 +12,13 @@ from rl_world import Scripted, policy, request, roll_out, words
 
 from openmimo.core.records import Message
 from openmimo.core.samples import Sample
+from openmimo.model.backbone import checkpoint_activations
 from openmimo.model.context import PackedContext, RoutingTape
 from openmimo.model.presets import flash
-from openmimo.model.recompute import checkpoint_activations
 from openmimo.rl.agents.environment import EnvResponse
 from openmimo.rl.learning.packing import NOT_RECORDED, pack_samples, packs, replayed_routes
 from openmimo.rl.learning.policy_trainer import PolicyTrainer, score_samples, weighted_sum
-from openmimo.rl.losses.diagnostics import mismatch
+from openmimo.rl.losses.tokens import mismatch
 from openmimo.train.config import OptimizerConfig
 
 TWO_TURNS = (Message("tool", words(12)),)
@@ -175,7 +175,7 @@ def gradients_of(model, samples, *, checkpointing=False, replay_routing=True):
     """The gradients of one policy-gradient step, before any clipping, and its report."""
     model = copy.deepcopy(model)
     if checkpointing:
-        checkpoint_activations(model)
+        checkpoint_activations(model.model)
     trainer = PolicyTrainer(
         model, OptimizerConfig(clip_norm=1e9), tokens_per_microbatch=150, replay_routing=replay_routing
     )

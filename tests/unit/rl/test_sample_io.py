@@ -8,7 +8,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from openmimo.core.array_file import ArrayFile, StoredArray
 from openmimo.core.errors import DataError
 from openmimo.core.sample_files import (
     read_sample,
@@ -18,7 +17,7 @@ from openmimo.core.sample_files import (
     write_sample,
     write_state,
 )
-from openmimo.core.samples import Sample
+from openmimo.core.samples import ArrayFile, Sample, StoredArray
 
 ROUTES = np.array([[[0, 255]], [[1, 2]]], np.uint8)
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scheduler_world import World, make_config, make_scheduler, sample_ids
 
-from openmimo.rl.scheduling import early_stop
+from openmimo.rl.scheduling import groups
 
 STEPS = 30
 
@@ -40,7 +40,7 @@ def test_early_termination_favors_no_length(steps):
 
 def test_first_come_first_served_would_favor_short_answers(monkeypatch):
     """That the test above can fail: without the rule, the same world is far off."""
-    monkeypatch.setattr(early_stop, "holds_up", lambda group, *, version, wait_age: False)
+    monkeypatch.setattr(groups, "holds_up", lambda group, *, version, wait_age: False)
     world, accepted, _ = run(make_config(margin=2.0))
     assert length_bias(world, accepted) < -6.0
 

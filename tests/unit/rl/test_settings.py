@@ -17,7 +17,7 @@ from openmimo.core.samples import Sample
 from openmimo.data.chat.conversation import encode_prompt
 from openmimo.engine.config import EngineConfig
 from openmimo.engine.engine import Engine
-from openmimo.model.recompute import RecomputedLayer
+from openmimo.model.backbone import RecomputedLayer
 from openmimo.rl import run as run_module
 from openmimo.rl.algorithm import Correction, algorithm_of
 from openmimo.rl.config import SchedulingConfig

@@ -7,7 +7,7 @@ import torch
 from rl_world import policy
 
 from openmimo.core.samples import Sample
-from openmimo.kernels.token_loss import token_logprobs
+from openmimo.kernels.operations import token_logprobs
 from openmimo.model.context import RoutingTape
 from openmimo.rl.learning.packing import packs
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from openmimo.core.errors import UserError
 from openmimo.core.records import Delta, Request, TokenLogprob
 from openmimo.data.tokenizer import StreamDecoder, Tokenizer
+from openmimo.engine.request_state import TextStream
 from openmimo.engine.server.backends.protocol import BackendGauges
-from openmimo.engine.text import TextStream
 
 _CORPUS = ["The quick brown fox jumps over the lazy dog, 0123456789.\n", "def add(a, b):\n    return a + b\n"]
 _PAGE_TOKENS = 16

@@ -6,8 +6,7 @@ from typing import Any
 
 from openmimo.core.errors import DataError
 from openmimo.data.chat.template import encode_chat
-from openmimo.data.pieces import text_pieces
-from openmimo.data.tokenizer import Tokenizer
+from openmimo.data.tokenizer import Tokenizer, text_pieces
 from openmimo.engine.server.http import limits
 from openmimo.engine.server.http.errors import ApiError, invalid
 

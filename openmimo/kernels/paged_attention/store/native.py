@@ -3,16 +3,15 @@
 import torch
 
 from openmimo.kernels import native
+from openmimo.kernels.attention import Pages, StoreNeed
 from openmimo.kernels.dispatch import Backend
-from openmimo.kernels.paged_attention import Pages
-from openmimo.kernels.paged_attention.store import StoreNeed
 
 MAX_TOKENS = 64  # more are worth torch's threads
 _STORE_ROWS = native.Function("openmimo_store_rows", "6P9q")  # `store_call` of native/attention.c
 
 
 def run(pages: Pages, page_T: torch.Tensor, slot_T: torch.Tensor, k_TGK: torch.Tensor, v_TGV: torch.Tensor) -> None:
-    """The call `openmimo.kernels.paged_attention.store.store`."""
+    """The call `openmimo.kernels.paged_attention.store`."""
     keys, values = pages.keys_XPGK, pages.values_XPGV
     size = keys.element_size()
     T, G, K = k_TGK.shape

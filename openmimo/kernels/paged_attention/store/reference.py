@@ -2,12 +2,12 @@
 
 import torch
 
+from openmimo.kernels.attention import Pages
 from openmimo.kernels.dispatch import Backend
-from openmimo.kernels.paged_attention import Pages
 
 
 def run(pages: Pages, page_T: torch.Tensor, slot_T: torch.Tensor, k_TGK: torch.Tensor, v_TGV: torch.Tensor) -> None:
-    """The call `openmimo.kernels.paged_attention.store.store`."""
+    """The call `openmimo.kernels.paged_attention.store`."""
     pages.keys_XPGK[page_T, slot_T] = _saturated(k_TGK, pages.keys_XPGK.dtype)
     pages.values_XPGV[page_T, slot_T] = _saturated(v_TGV, pages.values_XPGV.dtype)
 

@@ -14,9 +14,10 @@ import torch
 
 from openmimo.core.errors import ConfigError
 from openmimo.model.mimo import MiMo
+from openmimo.rl.rollouts.protocol import RolloutBackend, RunParts
 from openmimo.rl.rollouts.remote import WorkerLostError, WorkerRollouts
 from openmimo.rl.rollouts.weight_buffer import Take, WeightLayout, layout_of, model_tensors
-from openmimo.rl.rollouts.worker import Failure, Order, WorkerReport, WorkerSetup, serve
+from openmimo.rl.rollouts.worker import Failure, Order, WorkerReport, WorkerSetup, serve, worker_setup
 
 _LISTEN_SECONDS = 0.05
 
@@ -200,3 +201,12 @@ def _take_all(items: queue.SimpleQueue, seconds: float) -> list[Any]:
             taken.append(items.get_nowait())
     except queue.Empty:
         return taken
+
+
+def _open(parts: RunParts) -> RayRollouts:
+    return RayRollouts(
+        parts.model, worker_setup(parts), num_workers=parts.config.rollout_workers, version=parts.version
+    )
+
+
+PLUGIN = RolloutBackend(_open)

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 
 from openmimo.model.mimo import MiMo
+from openmimo.rl.rollouts.protocol import RolloutBackend, RunParts
 from openmimo.rl.rollouts.remote import WorkerLostError, WorkerRollouts
 from openmimo.rl.rollouts.weight_buffer import WeightBuffer, WeightLayout, layout_of, model_tensors
-from openmimo.rl.rollouts.worker import Failure, Order, WorkerReport, WorkerSetup, serve
+from openmimo.rl.rollouts.worker import Failure, Order, WorkerReport, WorkerSetup, serve, worker_setup
 from openmimo.runtime.device import worker_device
 
 _CHECK_SECONDS = 0.5
@@ -160,3 +161,12 @@ def _end_with(trainer: int) -> None:
     while os.getppid() == trainer:
         time.sleep(_CHECK_SECONDS)
     os._exit(1)
+
+
+def _open(parts: RunParts) -> ProcessRollouts:
+    return ProcessRollouts(
+        parts.model, worker_setup(parts), num_workers=parts.config.rollout_workers, version=parts.version
+    )
+
+
+PLUGIN = RolloutBackend(_open)

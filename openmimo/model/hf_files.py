@@ -1,23 +1,32 @@
-"""Read a checkpoint folder in the Hugging Face layout, tensor by tensor.
+"""The files of a checkpoint folder in the Hugging Face layout: a reader, tensor by tensor, and a writer of shards.
 
 The reader presents *logical* tensors: split q, k and v in a plain dtype. The folder may store them in one file or many,
 as FP8 codes and scales (which may be in different files), or as q, k and v fused by rank
-(`attention_projection_layout: fused_qkv`). All errors that the headers reveal are raised before a tensor is read.
+(`attention_projection_layout: fused_qkv`). All errors that the headers reveal are raised before a tensor is read. The
+writer streams tensors into shards of bounded size.
 """
 
-from collections.abc import Iterator
+import contextlib
+import json
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from openmimo.core.errors import CheckpointError
-from openmimo.core.reading import file_in_folder, listed, parse_json, read_json, read_known_keys, require_folder
-from openmimo.kernels.weights import BlockScaled, Weight
-from openmimo.model import fp8
+from openmimo.core.files import file_in_folder, listed, parse_json, read_json, read_known_keys, require_folder
+from openmimo.kernels.weights import FP8_BLOCK, BlockScaled, Weight
 from openmimo.model.config import AttentionConfig, ModelConfig
+from openmimo.model.weight_formats import (
+    has_fp8_rank_scales,
+    num_fp8_blocks,
+    split_fp8_rank_keys_values,
+    split_fp8_ranks,
+)
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -121,7 +130,7 @@ class CheckpointReader:
     def _scale_shapes(self, name: str, config: ModelConfig) -> set[tuple[int, int]]:
         """The shapes that the scales of this FP8 matrix may have."""
         (rows, columns), ranks = self.stored[name].shape, config.qkv_ranks
-        uniform, by_rank = fp8.num_blocks(rows), ranks * fp8.num_blocks(rows // ranks)
+        uniform, by_rank = num_fp8_blocks(rows), ranks * num_fp8_blocks(rows // ranks)
         allowed = {uniform}
         if ".qkv_proj." in name:
             allowed = {by_rank}
@@ -130,8 +139,8 @@ class CheckpointReader:
         elif ".v_proj." in name and rows % ranks == 0 and self._has_rank_scales(name, config):
             # Of the blocks of the common slice [K_r | V_r], those that begin with V rows are stored with V.
             key_rows = self.stored[name.replace(".v_proj.", ".k_proj.")].shape[0] // ranks
-            allowed = {ranks * (fp8.num_blocks(key_rows + rows // ranks) - fp8.num_blocks(key_rows))}
-        return {(blocks, fp8.num_blocks(columns)) for blocks in allowed}
+            allowed = {ranks * (num_fp8_blocks(key_rows + rows // ranks) - num_fp8_blocks(key_rows))}
+        return {(blocks, num_fp8_blocks(columns)) for blocks in allowed}
 
     def _has_rank_scales(self, name: str, config: ModelConfig) -> bool:
         """Whether the keys and values of this layer are quantized per rank."""
@@ -139,7 +148,7 @@ class CheckpointReader:
         weight, scale = self.stored.get(k_name), self.stored.get(k_name + _SCALE)
         if weight is None or scale is None or not weight.shape or not scale.shape:
             return False
-        return fp8.has_rank_scales(scale.shape[0], config.qkv_ranks, weight.shape[0])
+        return has_fp8_rank_scales(scale.shape[0], config.qkv_ranks, weight.shape[0])
 
     def read(self, name: str, config: ModelConfig) -> torch.Tensor:
         """A logical tensor in its stored dtype, or float32 if it was FP8."""
@@ -153,18 +162,18 @@ class CheckpointReader:
             spec, ranks, fused = _attention_of(name, config), config.qkv_ranks, self._weight(physical)
             if not isinstance(fused, BlockScaled):
                 return split_fused(fused, spec, ranks)[_part(name)]
-            return fp8.split_ranks(fused, list(_rows_by_part(spec).values()), ranks)[_PARTS.index(_part(name))]
+            return split_fp8_ranks(fused, list(_rows_by_part(spec).values()), ranks)[_PARTS.index(_part(name))]
         if _part(name) in ("k_proj", "v_proj") and self._has_rank_scales(name, config):
             k, v = (self._weight(name.replace(_part(name), part)) for part in ("k_proj", "v_proj"))
             assert isinstance(k, BlockScaled) and isinstance(v, BlockScaled)
-            return fp8.split_rank_keys_values(k, v, config.qkv_ranks)[_part(name) == "v_proj"]
+            return split_fp8_rank_keys_values(k, v, config.qkv_ranks)[_part(name) == "v_proj"]
         return self._weight(name)
 
     def _weight(self, physical: str) -> Weight:
         """A stored tensor, or its codes and scales in the order of the file."""
         if physical + _SCALE not in self.stored:
             return self._tensor(physical)
-        return BlockScaled(self._tensor(physical), self._scale(physical).float(), (fp8.BLOCK, fp8.BLOCK))
+        return BlockScaled(self._tensor(physical), self._scale(physical).float(), (FP8_BLOCK, FP8_BLOCK))
 
     def _physical(self, name: str) -> str:
         """The stored name that holds a logical tensor."""
@@ -302,3 +311,82 @@ def _contradictions(index: Path, weight_map: dict[str, str], stored: dict[str, S
         if name in stored and stored[name].file != file
     ]
     return findings
+
+
+_BYTES = {torch.float32: 4, torch.float64: 8, torch.bfloat16: 2, torch.float16: 2, torch.float8_e4m3fn: 1}
+DEFAULT_SHARD_BYTES = 4 << 30
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor to be written.
+
+    Attributes:
+        name: Name in the checkpoint.
+        shape: Shape on disk.
+        dtype: Dtype on disk.
+        load: Returns the data; called when the tensor is written.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    load: Callable[[], torch.Tensor]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes on disk."""
+        return _BYTES[self.dtype] * torch.Size(self.shape).numel()
+
+
+def write_shards(
+    folder: Path,
+    entries: list[Entry],
+    *,
+    max_shard_bytes: int,
+    on_tensor: Callable[[int], None] = lambda num_bytes: None,
+) -> None:
+    """Write `entries` to one `model.safetensors`, or to numbered shards with an index; at most one shard is in memory.
+
+    Args:
+        folder: An existing folder.
+        entries: The tensors, in the order of the files.
+        max_shard_bytes: Size limit of a file. A larger tensor gets a file to itself.
+        on_tensor: Called with the bytes of each tensor after it is loaded, for a progress bar.
+    """
+    shards = list(_fill_shards(entries, max_shard_bytes))
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        tensors = {}
+        for entry in shard:
+            tensors[entry.name] = entry.load().to(device="cpu", dtype=entry.dtype).contiguous()
+            weight_map[entry.name] = file
+            on_tensor(entry.num_bytes)
+        with umask_mode(folder / file):
+            save_file(tensors, folder / file, metadata={"format": "pt"})
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": sum(entry.num_bytes for entry in entries)}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+@contextlib.contextmanager
+def umask_mode(path: Path) -> Iterator[None]:
+    """Give a file that the block writes the mode of the umask; safetensors makes files readable by their owner only."""
+    path.touch()
+    mode = path.stat().st_mode
+    yield
+    path.chmod(mode)
+
+
+def _fill_shards(entries: list[Entry], max_shard_bytes: int) -> Iterator[list[Entry]]:
+    shard: list[Entry] = []
+    size = 0
+    for entry in entries:
+        if shard and size + entry.num_bytes > max_shard_bytes:
+            yield shard
+            shard, size = [], 0
+        shard.append(entry)
+        size += entry.num_bytes
+    if shard:
+        yield shard

@@ -1,14 +1,11 @@
 """Rollouts in which the teachers write (off-policy distillation)."""
 
-from collections.abc import Callable
-
 from openmimo.core.samples import Sample
-from openmimo.data.tokenizer import Tokenizer
-from openmimo.engine.config import EngineConfig
 from openmimo.engine.engine import Engine
+from openmimo.rl.rollouts.backends.engine import engine_rollouts
 from openmimo.rl.rollouts.engine import EngineRollouts
+from openmimo.rl.rollouts.protocol import RolloutBackend, RunParts
 from openmimo.rl.scheduling.groups import GroupRequest, LateReward
-from openmimo.rl.teaching.teachers import Teachers
 
 
 class TeacherRollouts:
@@ -17,22 +14,22 @@ class TeacherRollouts:
     repeats_exactly = False
     runs_while_learning = False
 
-    def __init__(
-        self,
-        teachers: Teachers,
-        tokenizer: Tokenizer,
-        config: EngineConfig,
-        domains: list[str],
-        open_rollouts: Callable[[Engine], EngineRollouts],
-    ):
+    def __init__(self, parts: RunParts):
+        """
+        Args:
+            parts: The parts of a run with teachers.
+        """
+        assert parts.teachers is not None, "only a distillation run has this backend"
         engines: dict[int, EngineRollouts] = {}
         self._by_domain = {}
-        for domain in domains:
-            model = teachers.model(domain)
+        for source in parts.config.sources:
+            model = parts.teachers.model(source.name)
             if id(model) not in engines:
-                engines[id(model)] = open_rollouts(Engine(model, tokenizer, config))
-            self._by_domain[domain] = engines[id(model)]
+                engine = Engine(model, parts.tokenizer, parts.config.engine)
+                engines[id(model)] = engine_rollouts(parts, engine, record_routing=False)
+            self._by_domain[source.name] = engines[id(model)]
         self._engines = list(engines.values())
+        self.update_weights(parts.version)
 
     @property
     def num_running(self) -> int:
@@ -67,3 +64,6 @@ class TeacherRollouts:
     def close(self) -> None:
         for rollouts in self._engines:
             rollouts.close()
+
+
+PLUGIN = RolloutBackend(TeacherRollouts)

@@ -1,0 +1,414 @@
+"""The operations of a model besides attention: linear, norm, rotary, router, experts, token_loss.
+
+Each operation is a section with a function that the model calls, a `Need` (the properties of a call; a backend decides
+from these alone whether it serves the call) and a `Dispatcher` over the folder of its backends, which bears its name.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from openmimo.kernels.dispatch import Dispatcher
+from openmimo.kernels.weights import PLAIN, BlockScaled, Weight, format_of
+
+LINEAR = Dispatcher("openmimo.kernels.linear", "OPENMIMO_LINEAR")
+NORM = Dispatcher("openmimo.kernels.norm", "OPENMIMO_NORM")
+ROTARY = Dispatcher("openmimo.kernels.rotary", "OPENMIMO_ROTARY")
+ROUTER = Dispatcher("openmimo.kernels.router", "OPENMIMO_ROUTER")
+EXPERTS = Dispatcher("openmimo.kernels.experts", "OPENMIMO_EXPERTS")
+TOKEN_LOSS = Dispatcher("openmimo.kernels.token_loss", "OPENMIMO_TOKEN_LOSS")
+
+MIXED = "mixed"  # the weight format of a call whose weights have different ones
+IGNORED_LABEL = -1
+WeightAndBias = tuple[Weight, torch.Tensor | None]
+
+
+# Linear layers: x W^T + b, of one weight, or of several that share their input.
+# R rows, D input dim, O output dim.
+
+
+class LinearNeed(NamedTuple):
+    """The properties of one call of linear layers.
+
+    Attributes:
+        num_rows: R if x is [R, D], else None.
+        dtype: Of x.
+        needs_gradients: Whether autograd records the call.
+        readable: Weights and biases are contiguous and have the sizes that x requires, and plain ones its dtype. So a
+            backend may read them by address.
+        on_cpu: Whether the tensors are in the memory of the CPU.
+        weight_format: The format of all weights (see `kernels.weights`), or "mixed".
+    """
+
+    num_rows: int | None
+    dtype: torch.dtype
+    needs_gradients: bool
+    readable: bool
+    on_cpu: bool
+    weight_format: str = PLAIN
+
+
+def linear(x: torch.Tensor, weight_OD: Weight, bias_O: torch.Tensor | None = None) -> torch.Tensor:
+    """x [..., D] to [..., O]; see `joined_linear`."""
+    return joined_linear(x, ((weight_OD, bias_O),))
+
+
+def joined_linear(x: torch.Tensor, layers: tuple[WeightAndBias, ...]) -> torch.Tensor:
+    """Several linear layers of one input x [..., D], side by side: [..., sum of their O] in the dtype of x.
+
+    Args:
+        x: The input; differentiable.
+        layers: A weight [O, D] and a bias [O] or None each. Plain weights and biases have the dtype of x and are
+            differentiable. Block-scaled weights are constants.
+    """
+    dtype, input_dim, readable, weight_format = x.dtype, x.shape[-1], True, None
+    for weight_OD, bias_O in layers:
+        if isinstance(weight_OD, BlockScaled):
+            this_format, fits = weight_OD.format, weight_OD.is_contiguous()
+        else:
+            this_format, fits = PLAIN, weight_OD.dtype == dtype and weight_OD.is_contiguous()
+        if this_format != weight_format:
+            weight_format = MIXED if weight_format else this_format
+        if not fits or weight_OD.shape[1] != input_dim:
+            readable = False
+        elif bias_O is not None:
+            readable &= bias_O.dtype == dtype and bias_O.shape == weight_OD.shape[:1] and bias_O.is_contiguous()
+    need = LinearNeed(
+        x.shape[0] if x.dim() == 2 else None,
+        dtype,
+        torch.is_grad_enabled() and _is_trained(x, layers),
+        readable,
+        x.is_cpu,
+        weight_format or PLAIN,
+    )
+    return LINEAR.choose(need)[1].run(x, layers)
+
+
+def _is_trained(x: torch.Tensor, layers: tuple[WeightAndBias, ...]) -> bool:
+    return x.requires_grad or any(
+        weight_OD.requires_grad or (bias_O is not None and bias_O.requires_grad) for weight_OD, bias_O in layers
+    )
+
+
+# Root-mean-square normalization (arXiv 1910.07467).
+
+
+class NormNeed(NamedTuple):
+    """The properties of one normalization.
+
+    Attributes:
+        num_numbers: Number of elements of x.
+        dtype: Dtype of x and the weight.
+        needs_gradients: Whether autograd records. It does not matter whether x or the weight requires a gradient, so
+            that frozen parameters do not change the bits of a training step.
+        readable: Whether the weight has as many elements as a row of x.
+        on_cpu: Whether x is in CPU memory.
+    """
+
+    num_numbers: int
+    dtype: torch.dtype
+    needs_gradients: bool
+    readable: bool
+    on_cpu: bool
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """`x` [..., D] divided by its root mean square over D, times `weight` [D]; shape and dtype of x.
+
+    The mean is computed in float32 (float64 for float64 x). The quotient is cast to the dtype of x before it is
+    multiplied by the weight, as in Hugging Face transformers. Differentiable in x and weight.
+    """
+    dtype = x.dtype
+    if weight.dtype != dtype:
+        weight = weight.to(dtype)
+    need = NormNeed(x.numel(), dtype, torch.is_grad_enabled(), weight.shape[0] == x.shape[-1], x.is_cpu)
+    return NORM.choose(need)[1].run(x, weight, epsilon)
+
+
+# Rotary position embedding over the leading dims of each head (arXiv 2104.09864). T tokens, H heads, K head dim,
+# R rotary dim (R <= K, even). Dim i is rotated with dim i + R/2, for i < R/2.
+
+
+class RotaryNeed(NamedTuple):
+    """The properties of one rotation.
+
+    Attributes:
+        num_numbers: Number of elements of x.
+        dtype: Dtype of x.
+        needs_gradients: Whether autograd records, as in `NormNeed`.
+        readable: Whether both tables have the dtype and number of rows of x and equal strides, and the heads of x and
+            the rows of the tables are contiguous.
+        on_cpu: Whether x is in CPU memory.
+    """
+
+    num_numbers: int
+    dtype: torch.dtype
+    needs_gradients: bool
+    readable: bool
+    on_cpu: bool
+
+
+def rotary_table(
+    positions_T: torch.Tensor, rotary_dim: int, theta: float, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin, each [T, R] in `dtype`, of position * theta^(-2i/R); computed in float32, or float64 for float64.
+
+    The second half of a row repeats the first.
+
+    Raises:
+        ValueError: `rotary_dim` is odd.
+    """
+    if rotary_dim % 2:
+        raise ValueError(f"rotary_dim is {rotary_dim}; it must be even")
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    exponents = torch.arange(0, rotary_dim, 2, dtype=wide, device=positions_T.device) / rotary_dim
+    frequencies = 1.0 / theta**exponents
+    angles_TR = (positions_T.to(wide)[:, None] * frequencies).repeat(1, 2)
+    return angles_TR.cos().to(dtype), angles_TR.sin().to(dtype)
+
+
+def apply_rotary(x_THK: torch.Tensor, cos_TR: torch.Tensor, sin_TR: torch.Tensor) -> torch.Tensor:
+    """Rotate the first R dims of `x_THK` by the angles of each token; the other dims are copied.
+
+    The tables must have the dtype of x, which the result has as well. Differentiable in x.
+    """
+    dtype = x_THK.dtype
+    readable = (
+        dtype == cos_TR.dtype
+        and x_THK.stride(2) == cos_TR.stride(1) == 1
+        and cos_TR.shape == sin_TR.shape
+        and cos_TR.stride() == sin_TR.stride()
+        and cos_TR.shape[0] == x_THK.shape[0]
+    )
+    need = RotaryNeed(x_THK.numel(), dtype, torch.is_grad_enabled(), readable, x_THK.is_cpu)
+    return ROTARY.choose(need)[1].run(x_THK, cos_TR, sin_TR)
+
+
+# The router of a sparse layer: sigmoid scores, and the top experts by score plus bias.
+# T tokens, D model dim, E experts, A active experts a token.
+
+
+class RoutingRule(NamedTuple):
+    """How expert ids and weights follow from scores.
+
+    Attributes:
+        experts_per_token: A.
+        num_groups: Number of groups of equal size into which consecutive experts are divided. With more than one, a
+            token's experts come from its best groups. The score of a group is the sum of its two best biased scores.
+        groups_per_token: Number of groups from which a token may choose.
+        normalize_weights: Whether the weights of a token are divided by their sum.
+        routed_scale: Factor of the weights.
+    """
+
+    experts_per_token: int
+    num_groups: int = 1
+    groups_per_token: int = 1
+    normalize_weights: bool = True
+    routed_scale: float = 1.0
+
+
+class RouterNeed(NamedTuple):
+    """The properties of one routing.
+
+    Attributes:
+        num_tokens: T.
+        dtype: Dtype of x.
+        weight_dtype: Dtype of the router's weight.
+        grouped: Whether there is more than one group of experts.
+        replayed: Whether the caller gives expert ids to replay.
+        keep_scores: Whether the caller needs the scores of all experts.
+        needs_gradients: Whether autograd records, as in `NormNeed`.
+        readable: Whether the sizes of x and weight agree.
+        on_cpu: Whether x is in CPU memory.
+    """
+
+    num_tokens: int
+    dtype: torch.dtype
+    weight_dtype: torch.dtype
+    grouped: bool
+    replayed: bool
+    keep_scores: bool
+    needs_gradients: bool
+    readable: bool
+    on_cpu: bool
+
+
+def route(
+    x_TD: torch.Tensor,
+    weight_ED: torch.Tensor,
+    bias_E: torch.Tensor,
+    rule: RoutingRule,
+    *,
+    replayed_TA: torch.Tensor | None = None,
+    keep_scores: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Choose the experts of each token by sigmoid(x @ weight.T) + bias.
+
+    Everything is computed in float32 (float64 for float64 x), which is also the dtype of weights and scores.
+    Differentiable in x and weight, through weights and scores.
+
+    Args:
+        x_TD: Inputs of the layer.
+        weight_ED: The router's weight.
+        bias_E: Selection bias: added to the scores for the choice of experts only.
+        rule: The choice of experts and their weights.
+        replayed_TA: Expert ids that replace the router's choice where they are not negative.
+        keep_scores: Whether to return the scores.
+
+    Returns:
+        Expert ids, int64 [T, A], best first; their weights [T, A], from the scores without the bias; and the scores of
+        all experts [T, E], or None.
+    """
+    need = RouterNeed(
+        x_TD.shape[0],
+        x_TD.dtype,
+        weight_ED.dtype,
+        rule.num_groups > 1,
+        replayed_TA is not None,
+        keep_scores,
+        torch.is_grad_enabled(),
+        weight_ED.shape[1] == x_TD.shape[1],
+        x_TD.is_cpu,
+    )
+    return ROUTER.choose(need)[1].run(x_TD, weight_ED, bias_E, rule, replayed_TA, keep_scores)
+
+
+# The expert MLPs of a sparse layer: each token visits its A chosen experts, and their outputs are summed by weight.
+# T tokens, D model dim, E experts, A active experts a token, F expert hidden dim. An expert is a SwiGLU:
+# down(silu(gate(x)) * up(x)); `gate_up` holds the gate rows first (paper section 2.1).
+
+
+class ExpertsNeed(NamedTuple):
+    """The properties of one call of experts.
+
+    Attributes:
+        num_tokens: T.
+        num_experts: E.
+        experts_per_token: A.
+        model_dim: D.
+        expert_dim: F.
+        dtype: Dtype of x.
+        needs_gradients: Whether autograd records and an input requires a gradient.
+        on_cpu: Whether x is in CPU memory.
+        weight_format: The format of both weights (see `kernels.weights`), or "mixed".
+    """
+
+    num_tokens: int
+    num_experts: int
+    experts_per_token: int
+    model_dim: int
+    expert_dim: int
+    dtype: torch.dtype
+    needs_gradients: bool
+    on_cpu: bool
+    weight_format: str = PLAIN
+
+
+def count_experts(expert_ids_TA: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """How many choices fell on each expert, int64 [E]. Unlike `torch.bincount`, it does not synchronize with a GPU."""
+    ids_M = expert_ids_TA.flatten()
+    return ids_M.new_zeros(num_experts).scatter_add_(0, ids_M, torch.ones_like(ids_M))
+
+
+def apply_experts(
+    x_TD: torch.Tensor,
+    expert_ids_TA: torch.Tensor,
+    weights_TA: torch.Tensor,
+    gate_up_EHD: Weight,
+    down_EDF: Weight,
+) -> torch.Tensor:
+    """Weighted sum over each token's experts, [T, D] in the dtype of `x_TD`; the sum runs in float32 (float64 stays).
+
+    `expert_ids_TA` is integer, `weights_TA` float32, `gate_up_EHD` is [E, 2F, D], `down_EDF` is [E, D, F]. Both are
+    tensors in the dtype of x, or block-scaled constants. Differentiable in all tensors.
+    """
+    num_tokens, model_dim = x_TD.shape
+    num_experts, _, expert_dim = down_EDF.shape
+    weight_format = format_of(gate_up_EHD)
+    if format_of(down_EDF) != weight_format:
+        weight_format = MIXED
+    need = ExpertsNeed(
+        num_tokens,
+        num_experts,
+        expert_ids_TA.shape[1],
+        model_dim,
+        expert_dim,
+        x_TD.dtype,
+        torch.is_grad_enabled() and any(t.requires_grad for t in (x_TD, weights_TA, gate_up_EHD, down_EDF)),
+        x_TD.is_cpu,
+        weight_format,
+    )
+    _, backend = EXPERTS.choose(need)
+    return backend.run(x_TD, expert_ids_TA, weights_TA, gate_up_EHD, down_EDF, need=need)
+
+
+# Log-probabilities and losses of tokens, computed from hidden states without keeping logits. The softmax computes in
+# float32, or float64 for float64 inputs. T tokens, D model dim, V vocabulary.
+
+
+class TokenLossNeed(NamedTuple):
+    """The properties of one call of a token loss.
+
+    Attributes:
+        dtype: Dtype of hidden and weight.
+        on_cpu: Whether they are in CPU memory.
+    """
+
+    dtype: torch.dtype
+    on_cpu: bool
+
+
+@dataclass(frozen=True)
+class TokenLossFunctions:
+    """The functions of one backend.
+
+    Attributes:
+        logprobs: hidden [T, D], weight [V, D], labels [T], temperature: see `token_logprobs`.
+        loss: hidden [T, D], weight [V, D], labels [T], weights [T]: see `token_loss`; every row counts.
+        argmax: hidden [T, D], weight [V, D]: see `token_argmax`.
+    """
+
+    logprobs: Callable[..., torch.Tensor]
+    loss: Callable[..., torch.Tensor]
+    argmax: Callable[..., torch.Tensor]
+
+
+def token_logprobs(
+    hidden_TD: torch.Tensor, weight_VD: torch.Tensor, labels_T: torch.Tensor, *, temperature: float | torch.Tensor = 1.0
+) -> torch.Tensor:
+    """log p(label) under softmax(hidden @ weight.T / temperature): [T] float32, or float64 for float64 inputs.
+
+    Differentiable in hidden and weight.
+
+    Args:
+        hidden_TD: Final hidden states.
+        weight_VD: Weight of the output head.
+        labels_T: Integer token ids. A label of -1 is ignored: the result is 0 and has no gradient.
+        temperature: One number or [T]. It divides the logits in the dtype of the result, as in the engine's sampler.
+    """
+    return _functions(hidden_TD).logprobs(hidden_TD, weight_VD, labels_T, temperature)
+
+
+def token_loss(
+    hidden_TD: torch.Tensor, weight_VD: torch.Tensor, labels_T: torch.Tensor, weights_T: torch.Tensor
+) -> torch.Tensor:
+    """-sum over tokens of weights_T * log p(label): a float32 scalar, or float64 for float64 inputs.
+
+    Labels as in `token_logprobs`. Rows with label -1 or weight 0 are dropped before any arithmetic. Differentiable in
+    hidden and weight, not in `weights_T`.
+    """
+    kept = torch.nonzero((labels_T != IGNORED_LABEL) & (weights_T != 0)).squeeze(1)
+    if len(kept) < len(labels_T):
+        hidden_TD, labels_T, weights_T = hidden_TD[kept], labels_T[kept], weights_T[kept]
+    return _functions(hidden_TD).loss(hidden_TD, weight_VD, labels_T, weights_T.detach())
+
+
+def token_argmax(hidden_TD: torch.Tensor, weight_VD: torch.Tensor) -> torch.Tensor:
+    """The most probable token of each row, LongTensor [T]. Not differentiable."""
+    return _functions(hidden_TD).argmax(hidden_TD.detach(), weight_VD.detach())
+
+
+def _functions(hidden_TD: torch.Tensor) -> TokenLossFunctions:
+    return TOKEN_LOSS.choose(TokenLossNeed(hidden_TD.dtype, hidden_TD.is_cpu))[1].run
