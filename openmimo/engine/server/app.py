@@ -10,11 +10,12 @@ from openmimo.engine.server.backends.protocol import Backend
 from openmimo.engine.server.config import ServerConfig
 from openmimo.engine.server.http.browser import CheckHost, CheckOrigin
 from openmimo.engine.server.http.errors import ErrorBody, install_handlers
-from openmimo.engine.server.http.middleware import CountRequests, LimitBody, RequireKey
+from openmimo.engine.server.http.middleware import CountRequests, LimitBody, NameRequests, RequireKey
 from openmimo.engine.server.http.operations import PAGE, PageFiles, operation_routes, page_routes
 from openmimo.engine.server.http.service import Service
 from openmimo.engine.server.openai.routes_chat import chat_routes
 from openmimo.engine.server.openai.routes_completions import completion_routes
+from openmimo.engine.server.openai.routes_embeddings import embedding_routes
 from openmimo.engine.server.openai.routes_models import model_routes, token_routes
 from openmimo.engine.server.openai.routes_responses import response_routes
 
@@ -43,13 +44,21 @@ def create_app(backend: Backend, config: ServerConfig) -> FastAPI:
     )
     app.state.service = service
     install_handlers(app)
-    for routes in (model_routes, completion_routes, chat_routes, response_routes, token_routes, operation_routes):
+    for routes in (
+        model_routes,
+        completion_routes,
+        chat_routes,
+        response_routes,
+        embedding_routes,
+        token_routes,
+        operation_routes,
+    ):
         app.include_router(routes(service))
     app.include_router(page_routes())
     app.mount("/page", PageFiles(directory=PAGE))
     paths = frozenset(app.openapi()["paths"]) | {"/"}
-    # The middleware added last runs first: a request is counted, its Host and Origin headers are checked, then its API
-    # key, and only then is its body read.
+    # The middleware added last runs first: a request gets its id and is counted, its Host and Origin headers are
+    # checked, then its API key, and only then is its body read.
     app.add_middleware(
         LimitBody,
         max_bytes=config.max_body_bytes,
@@ -65,4 +74,5 @@ def create_app(backend: Backend, config: ServerConfig) -> FastAPI:
     app.add_middleware(
         CountRequests, count=lambda path, status: service.metrics.http_requests.labels(path, status).inc(), paths=paths
     )
+    app.add_middleware(NameRequests)
     return app

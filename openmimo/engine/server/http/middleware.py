@@ -1,16 +1,46 @@
-"""ASGI middleware: request counts, API keys and body sizes."""
+"""ASGI middleware: request ids, HEAD requests, request counts, API keys and body sizes."""
 
 import asyncio
 import hmac
+import re
+import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from openmimo.engine.server.http.errors import ApiError
-from openmimo.engine.server.http.limits import LARGE_BODY_BYTES
+from openmimo.engine.server.http.limits import LARGE_BODY_BYTES, REQUEST_ID_CHARACTERS
 
-_GUARDED = ("/v1/", "/tokenize", "/detokenize")
+_GUARDED = ("/v1/", "/tokenize", "/detokenize", "/tokenizer_info")
+_REQUEST_ID = re.compile(rf"[!-~]{{1,{REQUEST_ID_CHARACTERS}}}")
+
+
+class NameRequests:
+    """Give every response the header X-Request-Id: the id of the request's own header, or a new one.
+
+    HEAD requests are passed on as GET requests; the web server sends no body in response to HEAD.
+    """
+
+    def __init__(self, app: ASGIApp):
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = Headers(scope=scope).get("x-request-id", "")
+        request_id = given if _REQUEST_ID.fullmatch(given) else f"req_{secrets.token_hex(12)}"
+
+        async def name_and_send(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)["X-Request-Id"] = request_id
+            await send(message)
+
+        if scope["method"] == "HEAD":
+            scope = {**scope, "method": "GET"}
+        await self._app(scope, receive, name_and_send)
 
 
 class CountRequests:
@@ -39,7 +69,7 @@ class RequireKey:
 
     def __init__(self, app: ASGIApp, api_key: str):
         self._app = app
-        self._expected = f"Bearer {api_key}".encode()
+        self._expected = api_key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"].startswith(_GUARDED) and not self._has_key(scope):
@@ -54,8 +84,8 @@ class RequireKey:
         await self._app(scope, receive, send)
 
     def _has_key(self, scope: Scope) -> bool:
-        authorization = dict(scope["headers"]).get(b"authorization", b"")
-        return hmac.compare_digest(authorization, self._expected)
+        scheme, _, key = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
+        return scheme.lower() == b"bearer" and hmac.compare_digest(key.strip(), self._expected)
 
 
 class LimitBody:

@@ -18,11 +18,11 @@ from openmimo.data.chat.parser import (
 )
 from openmimo.data.tokenizer import THINK_END, THINK_START, Tokenizer
 from openmimo.engine.server.http.errors import invalid
-from openmimo.engine.server.openai.prompts import encode_messages
+from openmimo.engine.server.openai.prompts import PromptEnding, encode_messages
 from openmimo.engine.server.openai.schema import ChatMessage, TemplateOptions
 from openmimo.engine.server.openai.tools import CALL_MARK, ToolPolicy
 
-_THINKING_EFFORTS = ("low", "medium", "high", "xhigh")
+_THINKING_EFFORTS = ("low", "medium", "high", "xhigh", "max")
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,7 @@ def chat_prompt(
     options: TemplateOptions,
     *,
     most_tokens: int,
+    ending: PromptEnding = "new turn",
     param: str = "messages",
 ) -> ChatPrompt:
     """Render and encode a conversation in the model's chat format.
@@ -70,6 +71,7 @@ def chat_prompt(
         policy: The tools, and the constraints on tool calls.
         options: Options of the chat template.
         most_tokens: Maximum length of the prompt.
+        ending: End of the prompt.
         param: Field of the HTTP request that contains the conversation.
 
     Raises:
@@ -77,7 +79,9 @@ def chat_prompt(
     """
     if options.enable_thinking and policy.opening:
         raise invalid("A required tool call excludes thinking; turn one of the two off.", "tool_choice")
-    ids = encode_messages(tokenizer, messages, policy.tools, options, most_tokens=most_tokens, param=param)
+    ids = encode_messages(
+        tokenizer, messages, policy.tools, options, most_tokens=most_tokens, ending=ending, param=param
+    )
     starts_thinking = _ends_in_thought(tokenizer, ids)
     if policy.opening:
         ids += tokenizer.encode(CALL_MARK, allow_special=True)

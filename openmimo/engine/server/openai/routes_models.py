@@ -6,11 +6,12 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
+from openmimo.engine.server.config import ANY
 from openmimo.engine.server.http import limits
 from openmimo.engine.server.http.bodies import JsonRoute, unless_disconnected
 from openmimo.engine.server.http.service import Service
 from openmimo.engine.server.openai.chat import template_messages
-from openmimo.engine.server.openai.prompts import encode_messages, encode_text
+from openmimo.engine.server.openai.prompts import encode_messages, encode_text, prompt_ending
 from openmimo.engine.server.openai.schema import DetokenizeRequest, TemplateOptions, TokenizeRequest
 
 
@@ -20,25 +21,26 @@ def model_routes(service: Service) -> APIRouter:
 
     @router.get("/v1/models")
     async def list_models() -> dict[str, Any]:
-        """Lists the served model."""
-        return {"object": "list", "data": [_model(service)]}
+        """Lists the served model under each of its names."""
+        return {"object": "list", "data": [_model(service, name) for name in service.model_names if name != ANY]}
 
     # A path parameter, because model names may contain slashes.
     @router.get("/v1/models/{model:path}")
     async def get_model(model: str) -> dict[str, Any]:
         """Describes the served model."""
         service.check_model(model)
-        return _model(service)
+        return _model(service, model)
 
     return router
 
 
-def _model(service: Service) -> dict[str, Any]:
+def _model(service: Service, name: str) -> dict[str, Any]:
     return {
-        "id": service.model_name,
+        "id": name,
         "object": "model",
         "created": service.created,
         "owned_by": "openmimo",
+        "root": service.model_name,
         "max_model_len": service.backend.max_positions,
     }
 
@@ -79,6 +81,8 @@ def _tokenized(service: Service, body: TokenizeRequest) -> dict[str, Any]:
             [tool.model_dump(exclude_none=True) for tool in body.tools or []],
             body.chat_template_kwargs or TemplateOptions(),
             most_tokens=most,
-            add_generation_prompt=body.add_generation_prompt,
+            ending=prompt_ending(
+                add_generation_prompt=body.add_generation_prompt, continue_final_message=body.continue_final_message
+            ),
         )
     return {"tokens": ids, "count": len(ids), "max_model_len": service.backend.max_positions}

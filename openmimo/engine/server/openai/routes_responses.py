@@ -56,7 +56,7 @@ def _prepare(service: Service, body: ResponseRequest) -> tuple[ChatPrompt, list[
     tokenizer, positions = service.backend.tokenizer, service.backend.max_positions
     prompt = chat_prompt(tokenizer, input_messages(body), policy, options, most_tokens=positions, param="input")
     room = max(positions - len(prompt.token_ids), 1)
-    limit = token_limit(body.max_output_tokens, room, service.config.max_tokens, "max_output_tokens")
+    limit = token_limit(body.max_output_tokens, room, service.config.max_tokens)
     params = sampling_params(body, max_tokens=limit, structure=structure or policy.structure)
     requests = engine_requests([prompt.token_ids], params, body, num_choices=1)
     structure_param = "tools" if structure is None else structure_field(body, "text.format")
