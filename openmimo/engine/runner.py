@@ -86,6 +86,8 @@ class Runner:
         first = 0
         for sequence, num_accepted in zip(sequences, accepted, strict=True):
             num_rows = 1 + len(sequence.drafts)
+            if sequence.pooled is not None:  # the last token of a prompt may be computed here
+                _pool_prompt(sequence, output.states_TD[first : first + 1])
             self._confirm(sequence, decided[first : first + num_rows], num_accepted, policy_version)
             if sequence.params.routed_experts:
                 assert routing is not None
