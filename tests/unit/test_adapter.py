@@ -42,6 +42,11 @@ def save_adapter(folder, base, tensors, **config):
     return folder
 
 
+@torch.inference_mode()
+def logits(model):
+    return model.logits(IDS)
+
+
 def pair(base, module, rank=4, seed=0):
     weight = load_model(base).state_dict()[f"{module}.weight"]
     generator = torch.Generator().manual_seed(seed)
@@ -72,13 +77,12 @@ def test_an_adapter_is_merged_into_its_base(base, tmp_path, config, scales):
             down, up = tensors[f"{module}.lora_A.weight"], tensors[f"{module}.lora_B.weight"]
             state[f"{module}.weight"] += scale * (up @ down)
         state["lm_head.weight"].copy_(head)
-        logits = expected.logits(IDS)
-        assert torch.equal(load_model(folder).logits(IDS), logits)
-        assert not torch.allclose(load_model(base).logits(IDS), logits, atol=0.1)
+    assert torch.equal(logits(load_model(folder)), logits(expected))
+    assert not torch.allclose(logits(load_model(base)), logits(expected), atol=0.1)
     convert(folder, tmp_path / "merged", ConvertConfig(dtype="float32"), start=lambda total: lambda num_bytes: None)
-    assert torch.equal(load_model(tmp_path / "merged").logits(IDS), logits)
     save_model(load_model(folder), tmp_path / "saved")
-    assert torch.equal(load_model(tmp_path / "saved").logits(IDS), logits)
+    for written in ("merged", "saved"):
+        assert torch.equal(logits(load_model(tmp_path / written)), logits(expected))
     assert Tokenizer.load(tmp_path / "saved").fingerprint == Tokenizer.load(base).fingerprint
 
 
