@@ -240,6 +240,65 @@ def test_prompt_logprobs_are_those_of_the_model(served, path):
         assert entry[str(token_id)]["decoded_token"] == llm.tokenizer.decode([token_id], skip_special=False)
 
 
+TEXT = "Größe: 日本語, é and x = 10"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_logprobs_of_an_echoed_prompt(served, stream):
+    client, llm = served
+    body = {"prompt": TEXT, "max_tokens": 40, "temperature": 0, "logprobs": 5, "echo": True, "ignore_eos": True}
+    if stream:
+        lines = client.post("/v1/completions", json={**body, "stream": True}).text.split("\n")
+        parts = [json.loads(line[6:])["choices"][0] for line in lines if line.startswith("data: {")]
+        text = "".join(part["text"] for part in parts)
+        columns = {
+            name: [entry for part in parts if part["logprobs"] for entry in part["logprobs"][name]]
+            for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset")
+        }
+    else:
+        choice = client.post("/v1/completions", json=body).json()["choices"][0]
+        text, columns = choice["text"], choice["logprobs"]
+    num_prompt = len(llm.tokenizer.encode(TEXT))
+    assert text.startswith(TEXT) and len(columns["tokens"]) == num_prompt + 40
+    assert columns["token_logprobs"][0] is columns["top_logprobs"][0] is None
+    rows = list(zip(*columns.values(), strict=True))[1:]
+    for index, (token, logprob, top, offset) in enumerate(rows):
+        assert top[token] == logprob and len(top) in (5, 6)
+        assert (len(top) == 5) == (logprob >= sorted(top.values())[-5])
+        if index >= num_prompt - 1:
+            assert max(top.values()) == logprob  # greedy: equal bit by bit
+        if token.startswith("bytes:"):
+            fragment = bytes.fromhex(token.removeprefix("bytes:").replace("\\x", ""))
+            assert fragment in text[offset].encode() or text[offset] == "\ufffd"
+        elif not token.startswith("<|"):
+            assert text[offset:].startswith(token)
+    assert any(token.startswith("bytes:") for token in columns["tokens"][:num_prompt])
+
+
+def test_greedy_prompt_tokens_are_recognized(served):
+    client, llm = served
+    body = {"prompt": "The quick", "max_tokens": 20, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
+    choice = client.post("/v1/completions", json=body).json()["choices"][0]
+    ids = choice["prompt_token_ids"] + choice["token_ids"]
+    score = {"prompt": ids, "max_tokens": 1, "temperature": 0, "logprobs": 1, "echo": True}
+    columns = client.post("/v1/completions", json=score).json()["choices"][0]["logprobs"]
+    start = len(choice["prompt_token_ids"])
+    pairs = list(zip(columns["token_logprobs"], columns["top_logprobs"], strict=True))
+    assert all(logprob == max(top.values()) for logprob, top in pairs[start:])
+    expected = llm.score(ids).tolist()
+    assert columns["token_logprobs"][1 : len(ids)] == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_tokenizer_describes_itself(served):
+    client, llm = served
+    info = client.get("/tokenizer_info").json()
+    assert info["chat_template"] == llm.tokenizer.chat_template and info["bos_token"] is None
+    for name in ("eos_token", "pad_token"):
+        assert client.post("/tokenize", json={"prompt": info[name]}).json()["tokens"] == [
+            llm.tokenizer.id_of(info[name])
+        ]
+
+
 def test_the_python_api_returns_likeliest_prompt_tokens_and_embeddings(served):
     _, llm = served
     params = SamplingParams(max_tokens=1, prompt_logprobs=True, prompt_top_logprobs=2, pooling="last")

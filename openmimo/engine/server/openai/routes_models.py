@@ -1,4 +1,4 @@
-"""GET /v1/models and /v1/models/{id}, POST /tokenize and /detokenize: the served model and its tokenizer."""
+"""GET /v1/models, /v1/models/{id} and /tokenizer_info, POST /tokenize and /detokenize: the model and its tokenizer."""
 
 from collections.abc import Callable
 from typing import Any
@@ -30,6 +30,21 @@ def model_routes(service: Service) -> APIRouter:
         """Describes the served model."""
         service.check_model(model)
         return _model(service, model)
+
+    @router.get("/tokenizer_info")
+    async def tokenizer_info() -> dict[str, Any]:
+        """Describes the tokenizer, in the keys of tokenizer_config.json."""
+        tokenizer = service.backend.tokenizer
+        return {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_max_length": service.backend.max_positions,
+            "vocab_size": tokenizer.vocab_size,
+            "bos_token": None,
+            "eos_token": tokenizer.eos_token,
+            "pad_token": tokenizer.decode([tokenizer.pad_id], skip_special=False),
+            "additional_special_tokens": list(tokenizer.special_tokens),
+            "chat_template": tokenizer.chat_template,
+        }
 
     return router
 
@@ -72,7 +87,9 @@ def token_routes(service: Service) -> APIRouter:
 def _tokenized(service: Service, body: TokenizeRequest) -> dict[str, Any]:
     tokenizer, most = service.backend.tokenizer, limits.TOKENIZED_TOKENS
     if body.prompt is not None:
-        special = body.parse_special or body.allow_special
+        # Clients that know only the name of the end-of-text token ask for its id in this way.
+        is_special_name = body.prompt in tokenizer.special_tokens
+        special = body.parse_special or body.allow_special or is_special_name
         ids = encode_text(tokenizer, body.prompt, most_tokens=most, param="prompt", allow_special=special)
     else:
         ids = encode_messages(

@@ -426,7 +426,8 @@ class EmbeddingRequest(Fields):
 class TokenizeRequest(Fields):
     """POST /tokenize: the token ids of a text, or of a conversation in the model's chat format.
 
-    `parse_special` is that of CompletionRequest; `allow_special` is a synonym.
+    `parse_special` is that of CompletionRequest; `allow_special` is a synonym. A prompt that is the name of a special
+    token, and nothing else, is that token.
     """
 
     model: Name | None = None

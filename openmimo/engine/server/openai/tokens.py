@@ -48,11 +48,14 @@ class CompletionLogprobs:
     ) -> dict[str, list[Any]]:
         columns: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         for token_id, entry in zip(token_ids, logprobs, strict=True):
-            columns["tokens"].append(_name(self._tokenizer, token_id))
+            name, new_text = _name(self._tokenizer, token_id), decoder.push([token_id])
+            # The decoder emits the mark of an earlier, broken character together with the next token.
+            before_token = len(new_text) - len(name) if new_text.endswith(name) else 0
+            columns["tokens"].append(name)
             columns["token_logprobs"].append(entry and _finite(entry.logprob))
             columns["top_logprobs"].append(entry and self._top(entry))
-            columns["text_offset"].append(self._offset)
-            self._offset += len(decoder.push([token_id]))
+            columns["text_offset"].append(self._offset + before_token)
+            self._offset += len(new_text)
         return columns
 
     def _top(self, entry: TokenLogprob) -> dict[str, float]:
