@@ -176,6 +176,7 @@ class Delta:
     structure that cannot be followed), and not the engine. num_cached_tokens: prompt tokens that were reused.
     prompt_logprobs: of the prompt's tokens but the first; embedding: the pooled states of the prompt. Both are in the
     first delta only.
+    stop_string: the stop string that ended the text, or empty.
     """
 
     request_id: str
@@ -190,6 +191,7 @@ class Delta:
     num_cached_tokens: int = 0
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     embedding: tuple[float, ...] = ()
+    stop_string: str = ""
 
 
 @dataclass

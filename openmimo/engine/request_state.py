@@ -23,10 +23,12 @@ class TextStream:
 
     Attributes:
         stopped: Whether a stop string was found. The text ends before it.
+        stop_string: The stop string that was found, or empty.
     """
 
     def __init__(self, decoder: StreamDecoder, stop: tuple[str, ...] = ()):
         self.stopped = False
+        self.stop_string = ""
         self._pieces: list[str] = []
         self._decoder = decoder
         self._stop = stop
@@ -63,10 +65,11 @@ class TextStream:
             self._pieces.append(pending)
             self._held_back = ""
             return
-        found = [index for index in map(pending.find, self._stop) if index >= 0]
+        found = [(index, stop) for stop in self._stop if (index := pending.find(stop)) >= 0]
         if found:
             self.stopped = True
-            self._pieces.append(pending[: min(found)])
+            index, self.stop_string = min(found)
+            self._pieces.append(pending[:index])
             self._held_back = ""
             return
         certain = len(pending) - max((_overlap(pending, stop) for stop in self._stop), default=0)
@@ -338,6 +341,7 @@ class RequestState:
             num_cached_tokens=self.num_cached_tokens,
             prompt_logprobs=tuple(self.prompt_logprobs) if start == 0 else (),
             embedding=tuple(self.pooled.embedding()) if self.pooled is not None and start == 0 else (),
+            stop_string=self.text.stop_string if self.text is not None else "",
         )
 
     def completion(self) -> Completion:

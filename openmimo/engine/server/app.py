@@ -6,6 +6,8 @@ from typing import Any
 
 from fastapi import FastAPI
 
+from openmimo.engine.server.anthropic.errors import AnthropicForm
+from openmimo.engine.server.anthropic.routes import message_routes
 from openmimo.engine.server.backends.protocol import Backend
 from openmimo.engine.server.config import ServerConfig
 from openmimo.engine.server.http.browser import CheckHost, CheckOrigin
@@ -13,11 +15,11 @@ from openmimo.engine.server.http.errors import ErrorBody, install_handlers
 from openmimo.engine.server.http.middleware import CountRequests, LimitBody, NameRequests, RequireKey
 from openmimo.engine.server.http.operations import PAGE, PageFiles, operation_routes, page_routes
 from openmimo.engine.server.http.service import Service
+from openmimo.engine.server.openai.responses.routes import response_routes
 from openmimo.engine.server.openai.routes_chat import chat_routes
 from openmimo.engine.server.openai.routes_completions import completion_routes
 from openmimo.engine.server.openai.routes_embeddings import embedding_routes
 from openmimo.engine.server.openai.routes_models import model_routes, token_routes
-from openmimo.engine.server.openai.routes_responses import response_routes
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": ErrorBody, "description": "The request is rejected; param names the invalid field."},
@@ -50,6 +52,7 @@ def create_app(backend: Backend, config: ServerConfig) -> FastAPI:
         chat_routes,
         response_routes,
         embedding_routes,
+        message_routes,
         token_routes,
         operation_routes,
     ):
@@ -71,6 +74,7 @@ def create_app(backend: Backend, config: ServerConfig) -> FastAPI:
     app.add_middleware(CheckOrigin, allowed=config.allowed_origins, refuses_others=config.required_key is None)
     if config.answered_hosts is not None:
         app.add_middleware(CheckHost, allowed=config.answered_hosts)
+    app.add_middleware(AnthropicForm)
     app.add_middleware(
         CountRequests, count=lambda path, status: service.metrics.http_requests.labels(path, status).inc(), paths=paths
     )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from openmimo.core.errors import ConfigError
-from openmimo.core.fields import Bounds, NonNegativeFloat, PositiveFloat, PositiveInt, check_fields
+from openmimo.core.fields import Bounds, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, check_fields
 
 ANY = "*"  # in lists of names: any name
 _KEY_VARIABLE = "OPENMIMO_API_KEY"
@@ -38,6 +38,9 @@ class ServerConfig:
         max_open_bytes: Maximum total size of the bodies of all open requests; beyond it, requests get a 429.
         max_choices: Maximum number of prompts times n of one request.
         max_queue: Maximum number of replies that wait for their first token; beyond it, requests get a 429.
+        response_store_bytes: Maximum size of the stored responses, which previous_response_id continues; the least
+            recently used are dropped. 0: none are stored.
+        response_store_seconds: Time after its last use for which a response is stored.
         retry_after_seconds: Value of the Retry-After header of a 429.
         request_timeout_seconds: Time limit of one request, including its time in the queue.
         drain_timeout_seconds: Time that running requests may take to finish after SIGTERM.
@@ -56,6 +59,8 @@ class ServerConfig:
     max_open_bytes: PositiveInt = 32 * 2**20
     max_choices: PositiveInt = 128
     max_queue: PositiveInt = 256
+    response_store_bytes: NonNegativeInt = 64 * 2**20
+    response_store_seconds: PositiveFloat = 24 * 3600.0
     retry_after_seconds: PositiveInt = 1
     request_timeout_seconds: PositiveFloat = 600.0
     drain_timeout_seconds: NonNegativeFloat = 30.0

@@ -25,6 +25,7 @@ from openmimo.model.hf import load_model
 from openmimo.runtime.device import resolve_device
 
 _FLUSH_SECONDS = 5  # time for clients to read the ends of their replies after all replies are complete
+_QUEUED_MESSAGES = 2  # of a WebSocket connection, while a reply is generated
 
 
 class Server(uvicorn.Server):
@@ -40,6 +41,8 @@ class Server(uvicorn.Server):
                 log_level="warning",
                 access_log=False,
                 timeout_graceful_shutdown=_FLUSH_SECONDS,
+                ws_max_size=config.max_body_bytes,
+                ws_max_queue=_QUEUED_MESSAGES,
             )
         )
         self._service = app.state.service

@@ -156,6 +156,7 @@ class StubBackend:
                 num_prompt_tokens=num_prompt_tokens,
                 prompt_logprobs=prompt_logprobs,
                 embedding=embedding,
+                stop_string=text.stop_string,
             )
             if text.stopped or not room:
                 return
@@ -168,6 +169,7 @@ class StubBackend:
             num_prompt_tokens=num_prompt_tokens,
             prompt_logprobs=prompt_logprobs,
             embedding=embedding,
+            stop_string=text.stop_string,
         )
 
     def _tokens_of(self, step: Step) -> tuple[list[int], list[bool]]:

@@ -21,6 +21,7 @@ Penalty = Annotated[float, Field(ge=-2.0, le=2.0)]
 Text = Annotated[str, Field(min_length=1)]
 Name = Annotated[str, Field(max_length=limits.SHORT_CHARACTERS)]
 Label = Annotated[str, Field(max_length=limits.LABEL_CHARACTERS)]
+_MEDIA = ("image", "file", "audio", "video", "document")
 StopText = Annotated[str, Field(min_length=1, max_length=limits.STOP_CHARACTERS)]
 
 
@@ -137,3 +138,12 @@ class LenientFields(BaseModel):
     """A JSON object that clients return as they received it, so unknown fields (refusal, annotations) are ignored."""
 
     model_config = ConfigDict(extra="ignore", strict=True, allow_inf_nan=False)
+
+
+def check_is_text(part: Any) -> None:
+    """Raise an error that says so if a part of a message is an image, a file or a sound."""
+    kind = part.get("type") if isinstance(part, dict) else None
+    if isinstance(kind, str) and (name := next((name for name in _MEDIA if name in kind), None)) is not None:
+        raise PydanticCustomError(
+            "not_text", "this model reads text only; {name} input is not supported.", {"name": name}
+        )

@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from openmimo.engine.server.http.errors import ApiError
 from openmimo.engine.server.http.limits import LARGE_BODY_BYTES, REQUEST_ID_CHARACTERS
 
+REQUESTS = ("http", "websocket")
 _GUARDED = ("/v1/", "/tokenize", "/detokenize", "/tokenizer_info")
 _REQUEST_ID = re.compile(rf"[!-~]{{1,{REQUEST_ID_CHARACTERS}}}")
 
@@ -52,30 +53,31 @@ class CountRequests:
         self._paths = paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
+        if scope["type"] not in REQUESTS:
             await self._app(scope, receive, send)
             return
 
         async def count_and_send(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                self._count(scope["path"] if scope["path"] in self._paths else "other", message["status"])
+            status = 101 if message["type"] == "websocket.accept" else message.get("status")
+            if status is not None:
+                self._count(scope["path"] if scope["path"] in self._paths else "other", status)
             await send(message)
 
         await self._app(scope, receive, count_and_send)
 
 
 class RequireKey:
-    """Reject API requests without the key."""
+    """Reject API requests without the key, which OpenAI's clients send in one header and Anthropic's in another."""
 
     def __init__(self, app: ASGIApp, api_key: str):
         self._app = app
-        self._expected = api_key.encode()
+        self._key = api_key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"].startswith(_GUARDED) and not self._has_key(scope):
+        if scope["type"] in REQUESTS and scope["path"].startswith(_GUARDED) and not self._has_key(scope):
             error = ApiError(
                 401,
-                "The API key is missing or wrong; send it as Authorization: Bearer KEY.",
+                "The API key is missing or wrong; send it as Authorization: Bearer KEY, or as x-api-key: KEY.",
                 code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
             )
@@ -84,8 +86,10 @@ class RequireKey:
         await self._app(scope, receive, send)
 
     def _has_key(self, scope: Scope) -> bool:
-        scheme, _, key = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
-        return scheme.lower() == b"bearer" and hmac.compare_digest(key.strip(), self._expected)
+        headers = dict(scope["headers"])
+        scheme, _, bearer = headers.get(b"authorization", b"").partition(b" ")
+        given = (bearer.strip() if scheme.lower() == b"bearer" else b"", headers.get(b"x-api-key", b""))
+        return any(hmac.compare_digest(key, self._key) for key in given)
 
 
 class LimitBody:

@@ -11,18 +11,14 @@ from fastapi import APIRouter, Request, Response
 from openmimo.core.records import Request as EngineRequest
 from openmimo.core.records import TokenLogprob
 from openmimo.data.chat.parser import ChatEvent, ContentText, ReasoningText, ToolCallArguments, ToolCallStart
+from openmimo.engine.server.chat.prompts import prompt_ending
+from openmimo.engine.server.chat.tools import ToolPolicy, check_structure_alone, selected_tools, tool_policy
+from openmimo.engine.server.chat.turns import ChatPrompt, ChatReply, chat_prompt
 from openmimo.engine.server.http.bodies import JsonRoute, unless_disconnected
 from openmimo.engine.server.http.errors import invalid
 from openmimo.engine.server.http.service import Generation, Service
 from openmimo.engine.server.http.streaming import DONE, STREAMED, event, respond
-from openmimo.engine.server.openai.chat import (
-    ChatPrompt,
-    ChatReply,
-    chat_prompt,
-    template_messages,
-    template_options,
-)
-from openmimo.engine.server.openai.prompts import prompt_ending
+from openmimo.engine.server.openai.conversation import template_messages, template_options
 from openmimo.engine.server.openai.sampling import (
     engine_requests,
     sampling_params,
@@ -32,7 +28,6 @@ from openmimo.engine.server.openai.sampling import (
 )
 from openmimo.engine.server.openai.schema import AllowedToolsChoice, ChatRequest, StreamOptions
 from openmimo.engine.server.openai.tokens import TokenDetails, chat_logprobs, prompt_entries, usage
-from openmimo.engine.server.openai.tools import ToolPolicy, check_structure_alone, selected_tools, tool_policy
 
 
 def chat_routes(service: Service) -> APIRouter:
@@ -80,7 +75,7 @@ def _prepare(service: Service, body: ChatRequest) -> _Chat:
     options = template_options(body.chat_template_kwargs, body.reasoning_effort, "reasoning_effort")
     structure = structure_of(body, body.response_format)
     if structure is not None:
-        check_structure_alone(policy, thinks=bool(options.enable_thinking))
+        check_structure_alone(policy, thinks=options.thinks)
     tokenizer = service.backend.tokenizer
     messages = template_messages(body.messages)
     ending = prompt_ending(

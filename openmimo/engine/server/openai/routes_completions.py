@@ -10,11 +10,11 @@ from fastapi import APIRouter, Request, Response
 from openmimo.core.records import Delta, SamplingParams, TokenLogprob
 from openmimo.core.records import Request as EngineRequest
 from openmimo.data.tokenizer import Tokenizer
+from openmimo.engine.server.chat.prompts import encode_prompts, listed_prompts
 from openmimo.engine.server.http.bodies import JsonRoute, unless_disconnected
 from openmimo.engine.server.http.errors import invalid
 from openmimo.engine.server.http.service import Generation, Service
 from openmimo.engine.server.http.streaming import DONE, STREAMED, event, respond
-from openmimo.engine.server.openai.prompts import encode_prompts, listed_prompts
 from openmimo.engine.server.openai.sampling import engine_requests, sampling_params, structure_of, token_limit
 from openmimo.engine.server.openai.schema import CompletionRequest, StreamOptions
 from openmimo.engine.server.openai.tokens import CompletionLogprobs, TokenDetails, prompt_entries, usage

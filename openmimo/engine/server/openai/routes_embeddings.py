@@ -12,10 +12,10 @@ from fastapi.responses import JSONResponse
 
 from openmimo.core.records import Request as EngineRequest
 from openmimo.core.records import SamplingParams
+from openmimo.engine.server.chat.prompts import encode_prompts, listed_prompts
 from openmimo.engine.server.http.bodies import JsonRoute, unless_disconnected
 from openmimo.engine.server.http.errors import invalid
 from openmimo.engine.server.http.service import Service
-from openmimo.engine.server.openai.prompts import encode_prompts, listed_prompts
 from openmimo.engine.server.openai.schema import EmbeddingRequest
 
 _POOLING = "mean"

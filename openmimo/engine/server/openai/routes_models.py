@@ -1,18 +1,19 @@
 """GET /v1/models, /v1/models/{id} and /tokenizer_info, POST /tokenize and /detokenize: the model and its tokenizer."""
 
 from collections.abc import Callable
+from datetime import UTC, datetime
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
+from openmimo.engine.server.chat.prompts import encode_messages, encode_text, prompt_ending
 from openmimo.engine.server.config import ANY
 from openmimo.engine.server.http import limits
 from openmimo.engine.server.http.bodies import JsonRoute, unless_disconnected
 from openmimo.engine.server.http.service import Service
-from openmimo.engine.server.openai.chat import template_messages
-from openmimo.engine.server.openai.prompts import encode_messages, encode_text, prompt_ending
-from openmimo.engine.server.openai.schema import DetokenizeRequest, TemplateOptions, TokenizeRequest
+from openmimo.engine.server.openai.conversation import template_messages, template_options
+from openmimo.engine.server.openai.schema import DetokenizeRequest, TokenizeRequest
 
 
 def model_routes(service: Service) -> APIRouter:
@@ -22,7 +23,9 @@ def model_routes(service: Service) -> APIRouter:
     @router.get("/v1/models")
     async def list_models() -> dict[str, Any]:
         """Lists the served model under each of its names."""
-        return {"object": "list", "data": [_model(service, name) for name in service.model_names if name != ANY]}
+        models = [_model(service, name) for name in service.model_names if name != ANY]
+        ends = {"first_id": models[0]["id"], "last_id": models[-1]["id"], "has_more": False}
+        return {"object": "list", "data": models, **ends}
 
     # A path parameter, because model names may contain slashes.
     @router.get("/v1/models/{model:path}")
@@ -57,6 +60,13 @@ def _model(service: Service, name: str) -> dict[str, Any]:
         "owned_by": "openmimo",
         "root": service.model_name,
         "max_model_len": service.backend.max_positions,
+        # Anthropic's clients use the same path.
+        "type": "model",
+        "display_name": service.model_name,
+        "created_at": datetime.fromtimestamp(service.created, UTC).isoformat(),
+        "lifecycle": "active",
+        "max_input_tokens": service.backend.max_positions,
+        "max_tokens": min(service.config.max_tokens, service.backend.max_positions),
     }
 
 
@@ -96,7 +106,7 @@ def _tokenized(service: Service, body: TokenizeRequest) -> dict[str, Any]:
             tokenizer,
             template_messages(body.messages or []),
             [tool.model_dump(exclude_none=True) for tool in body.tools or []],
-            body.chat_template_kwargs or TemplateOptions(),
+            template_options(body.chat_template_kwargs, None, "chat_template_kwargs"),
             most_tokens=most,
             ending=prompt_ending(
                 add_generation_prompt=body.add_generation_prompt, continue_final_message=body.continue_final_message

@@ -3,12 +3,12 @@
 None means absent. The fields marked "not in OpenAI's API" are additional features of `SamplingParams` and `Request`.
 """
 
-import json
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Discriminator, Field, Tag, field_validator, model_validator
 
+from openmimo.engine.server.chat.schema import FunctionParameters, OutputSchema, check_tools
 from openmimo.engine.server.http import limits
 from openmimo.engine.server.http.bodies import check_counts, check_tree
 from openmimo.engine.server.http.fields import (
@@ -49,18 +49,7 @@ def _check_grammar(grammar: str) -> str:
     return grammar
 
 
-def _check_output_schema(schema: dict[str, Any]) -> dict[str, Any]:
-    check_tree(schema, limits.SCHEMA_VALUES)
-    text = json.dumps(schema)
-    if len(text) > limits.STRUCTURE_CHARACTERS:
-        raise ValueError(f"it has {len(text)} characters; at most {limits.STRUCTURE_CHARACTERS} are allowed.")
-    if text.count('"$ref"') > limits.SCHEMA_REFERENCES:
-        raise ValueError(f"it contains more than {limits.SCHEMA_REFERENCES} references ($ref).")
-    return schema
-
-
 _GRAMMAR = AfterValidator(_check_grammar)
-OutputSchema = Annotated[dict[str, Any], AfterValidator(_check_output_schema)]
 
 
 class StructuredOutputs(Fields):
@@ -259,24 +248,6 @@ class ChatMessage(LenientFields):
     reasoning_content: str | None = None
     tool_calls: Annotated[list[ToolCall], Field(max_length=limits.CALLS, fail_fast=True)] | None = None
     tool_call_id: Label | None = None
-
-
-def _check_parameters(parameters: dict[str, Any]) -> dict[str, Any]:
-    check_tree(parameters, limits.SCHEMA_VALUES)
-    properties = parameters.get("properties") or {}
-    if not isinstance(properties, dict) or not all(isinstance(one, dict | bool) for one in properties.values()):
-        raise ValueError("properties must be an object that maps each parameter to a schema (an object or a boolean).")
-    return parameters
-
-
-def check_tools(tools: list[Any]) -> list[Any]:
-    """Raise ValueError if the schemas of all tools contain too many values in total."""
-    if sum(check_tree(tool.parameters_schema, limits.SCHEMA_VALUES) for tool in tools) > limits.TOOL_VALUES:
-        raise ValueError(f"their parameters contain more than {limits.TOOL_VALUES} values in total.")
-    return tools
-
-
-FunctionParameters = Annotated[dict[str, Any], AfterValidator(_check_parameters)] | None
 
 
 class FunctionSchema(Fields):

@@ -1,4 +1,4 @@
-"""OpenAI's Responses API: conversion of its input to a conversation, and of a reply to output items and events."""
+"""The output items and events of a response, built from the events of a chat reply."""
 
 import secrets
 from collections.abc import Iterator
@@ -12,73 +12,26 @@ from openmimo.data.chat.parser import (
     ToolCallEnd,
     ToolCallStart,
 )
-from openmimo.engine.server.openai.chat import ChatReply
-from openmimo.engine.server.openai.schema_responses import (
-    FunctionCallItem,
-    FunctionOutputItem,
-    InputItem,
-    MessageItem,
-    ReasoningItem,
-    ResponseRequest,
-    TextPart,
-)
+from openmimo.engine.server.chat.turns import ChatReply
+from openmimo.engine.server.openai.responses.sealed import seal
 
 Event = dict[str, Any]
-
-
-def input_messages(body: ResponseRequest) -> list[dict[str, Any]]:
-    """Convert the input to the form that templates take. Consecutive items of the model become one turn."""
-    turns = [{"role": "system", "content": body.instructions}] if body.instructions else []
-    if isinstance(body.input, str):
-        return [*turns, {"role": "user", "content": body.input}]
-    for item in body.input:
-        _append(turns, item)
-    return turns
-
-
-def _append(turns: list[dict[str, Any]], item: InputItem) -> None:
-    match item:
-        case ReasoningItem():
-            turn = _assistant_turn(turns, unless=("content", "tool_calls"))
-            turn["reasoning_content"] = turn.get("reasoning_content", "") + _text(item.content)
-        case FunctionCallItem():
-            call = {"id": item.call_id, "function": {"name": item.name, "arguments": item.arguments}}
-            _assistant_turn(turns).setdefault("tool_calls", []).append(call)
-        case FunctionOutputItem():
-            turns.append({"role": "tool", "tool_call_id": item.call_id, "content": _text(item.output)})
-        case MessageItem(role="assistant"):
-            turn = _assistant_turn(turns, unless=("tool_calls",))
-            turn["content"] = turn.get("content", "") + _text(item.content)
-        case MessageItem():
-            role = "system" if item.role == "developer" else item.role
-            turns.append({"role": role, "content": _text(item.content)})
-
-
-def _assistant_turn(turns: list[dict[str, Any]], unless: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Return the last turn if it is the assistant's and has no field of `unless`, otherwise a new assistant turn.
-
-    The fields of a turn have an order (reasoning, content, calls), so an item whose successor exists starts a new turn.
-    """
-    if not turns or turns[-1]["role"] != "assistant" or any(name in turns[-1] for name in unless):
-        turns.append({"role": "assistant"})
-    return turns[-1]
-
-
-def _text(content: str | list[TextPart] | None) -> str:
-    if content is None or isinstance(content, str):
-        return content or ""
-    return "".join(part.text for part in content)
 
 
 class OutputItems:
     """The output items of a response, built from the reply's events.
 
     Each method yields the events of the Responses API, without their sequence numbers.
+
+    Args:
+        reply: The reply whose events follow.
+        seals_reasoning: Whether reasoning items also have the reasoning as `encrypted_content`.
     """
 
-    def __init__(self, reply: ChatReply):
+    def __init__(self, reply: ChatReply, *, seals_reasoning: bool = False):
         self.items: list[dict[str, Any]] = []
         self._reply = reply
+        self._seals_reasoning = seals_reasoning
         self._is_open = False
 
     def push(self, part: ChatEvent) -> Iterator[Event]:
@@ -115,6 +68,8 @@ class OutputItems:
             arguments = item["arguments"]
             yield self._event("response.function_call_arguments.done", arguments=arguments, name=item["name"])
         elif item["type"] == "reasoning":
+            if self._seals_reasoning:
+                item["encrypted_content"] = seal(self._part["text"])
             yield self._event("response.reasoning_text.done", content_index=0, text=self._part["text"])
         else:
             yield self._event("response.output_text.done", content_index=0, text=self._part["text"], logprobs=[])
@@ -134,10 +89,10 @@ class OutputItems:
         item: dict[str, Any]
         part: dict[str, Any]
         if kind == "reasoning":
-            item = {"id": _new_id("rs"), "type": kind, "summary": [], "content": []}
+            item = {"id": new_id("rs"), "type": kind, "summary": [], "content": []}
             part = {"type": "reasoning_text", "text": ""}
         else:
-            item = {"id": _new_id("msg"), "type": kind, "role": "assistant", "content": []}
+            item = {"id": new_id("msg"), "type": kind, "role": "assistant", "content": []}
             part = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
         yield from self._add(item)
         item["content"].append(part)
@@ -145,7 +100,7 @@ class OutputItems:
 
     def _open_call(self, index: int) -> Iterator[Event]:
         call = self._reply.tool_calls[index]
-        item = {"id": _new_id("fc"), "type": "function_call", "call_id": call.id, "name": call.name, "arguments": ""}
+        item = {"id": new_id("fc"), "type": "function_call", "call_id": call.id, "name": call.name, "arguments": ""}
         yield from self._add(item)
 
     def _add(self, item: dict[str, Any]) -> Iterator[Event]:
@@ -165,5 +120,6 @@ def _copy(item: dict[str, Any]) -> dict[str, Any]:
     return {**item, "content": [dict(part) for part in item["content"]]} if "content" in item else dict(item)
 
 
-def _new_id(prefix: str) -> str:
+def new_id(prefix: str) -> str:
+    """Return a random id such as msg_0123456789abcdef01234567."""
     return f"{prefix}_{secrets.token_hex(12)}"

@@ -1,6 +1,7 @@
 """Tokenization of texts and conversations of requests, with bounded time and memory. Runs in a worker thread."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from openmimo.core.errors import DataError
@@ -8,7 +9,20 @@ from openmimo.data.chat.template import encode_chat
 from openmimo.data.tokenizer import Tokenizer, text_pieces
 from openmimo.engine.server.http import limits
 from openmimo.engine.server.http.errors import ApiError, invalid
-from openmimo.engine.server.openai.schema import TemplateOptions
+
+
+@dataclass(frozen=True)
+class ChatOptions:
+    """Options of the chat template.
+
+    Attributes:
+        thinks: Whether the model may open a `<think>` block.
+        keep_all_reasoning: Whether the prompt contains the reasoning of turns before the last question.
+    """
+
+    thinks: bool = False
+    keep_all_reasoning: bool = False
+
 
 # The end of a prompt: the beginning of an assistant turn, the end of the last message, or the last message without its
 # end, so that the reply continues it.
@@ -62,7 +76,7 @@ def encode_messages(
     tokenizer: Tokenizer,
     messages: Sequence[dict[str, Any]],
     tools: Sequence[dict[str, Any]],
-    options: TemplateOptions,
+    options: ChatOptions,
     *,
     most_tokens: int,
     ending: PromptEnding = "new turn",
@@ -91,7 +105,7 @@ def encode_messages(
             tools=tools,
             add_generation_prompt=ending == "new turn",
             continue_final_message=ending == "open turn",
-            enable_thinking=bool(options.enable_thinking),
+            enable_thinking=options.thinks,
             keep_all_reasoning=options.keep_all_reasoning,
             most_tokens=most_tokens,
         )

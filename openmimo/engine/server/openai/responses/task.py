@@ -1,0 +1,164 @@
+"""Conversion of a request of the Responses API to a `ChatTask`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from openmimo.core.records import Request, Structure
+from openmimo.engine.server.chat.task import ChatTask, FieldNames, PreparedChat, prepare_chat
+from openmimo.engine.server.chat.tools import ToolPolicy, tool_policy
+from openmimo.engine.server.http.errors import ApiError, invalid
+from openmimo.engine.server.http.service import Service
+from openmimo.engine.server.openai.conversation import template_options
+from openmimo.engine.server.openai.responses.input import as_input, check_outputs, input_items, messages_of
+from openmimo.engine.server.openai.responses.schema import (
+    AllowedTools,
+    InputItem,
+    OtherTool,
+    ResponseRequest,
+    ResponseTool,
+    SkippedItem,
+)
+from openmimo.engine.server.openai.responses.store import ResponseStore, StoredResponse
+from openmimo.engine.server.openai.sampling import sampling_params, structure_field, structure_of
+from openmimo.engine.server.openai.schema import JsonSchemaFormat, ResponseFormat
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """The items of a request.
+
+    Attributes:
+        previous: The response that the request continues.
+        new: The items of the request itself.
+    """
+
+    previous: StoredResponse | None
+    new: Sequence[InputItem]
+
+    @property
+    def items(self) -> list[InputItem]:
+        """All items in order."""
+        return [*(self.previous.conversation if self.previous else ()), *self.new]
+
+
+def conversation_of(
+    store: ResponseStore,
+    owner: object | None,
+    *,
+    previous_response_id: str | None,
+    given: str | Sequence[InputItem] | None,
+) -> Conversation:
+    """Look up the response that a request continues and the items that it refers to.
+
+    Args:
+        store: The stored responses.
+        owner: The WebSocket connection of the request, if any.
+        previous_response_id: The field of the request.
+        given: The request's input.
+
+    Raises:
+        ApiError: A response or an item is not stored, or an output has no call.
+    """
+    previous = None
+    if previous_response_id is not None:
+        previous = store.get(previous_response_id, owner)
+        if previous is None:
+            message = f"Previous response with id {previous_response_id!r} not found."
+            raise invalid(message, "previous_response_id", code="previous_response_not_found")
+
+    def find_item(item_id: str) -> InputItem | None:
+        item = store.find_item(item_id, owner)
+        return None if item is None else as_input([item])[0]
+
+    conversation = Conversation(previous, input_items(given or [], find_item))
+    if previous is not None:
+        check_outputs(conversation.items, first=len(previous.conversation))
+    return conversation
+
+
+def prepare_response(service: Service, body: ResponseRequest, conversation: Conversation) -> PreparedChat:
+    """Convert a request to a checked engine request. Raises ApiError; runs in a worker thread."""
+    effort = body.reasoning.effort if body.reasoning else None
+    limit = min(body.max_output_tokens or service.config.max_tokens, service.config.max_tokens)
+    task = ChatTask(
+        messages=messages_of(conversation.items, body.instructions),
+        params=sampling_params(body, max_tokens=limit, structure=_structure(body)),
+        policy=response_policy(body),
+        options=template_options(body.chat_template_kwargs, effort, "reasoning.effort"),
+        priority=body.priority or 0,
+        session=body.session,
+        names=FieldNames(messages="input", structure=structure_field(body, "text.format")),
+    )
+    return _prepare_truncated(service, task) if body.truncation == "auto" else prepare_chat(service, task)
+
+
+def shortest(request: Request) -> Request:
+    """Return the request with the shortest reply, which reads the prompt into the prefix cache."""
+    return replace(request, params=replace(request.params, max_tokens=1, min_tokens=0, structure=None))
+
+
+def response_policy(body: ResponseRequest) -> ToolPolicy:
+    """Return the functions of a request and the constraints on their calls."""
+    tools, choice = functions_of(body), body.tool_choice or "auto"
+    parallel = body.parallel_tool_calls
+    if isinstance(choice, AllowedTools):
+        tools = [tool for tool in tools if tool.name in choice.names]
+    fields = {"name", "description", "parameters"}
+    schemas: list[dict[str, Any]] = [
+        {"type": "function", "function": tool.model_dump(exclude_none=True, include=fields)} for tool in tools
+    ]
+    if isinstance(choice, str):
+        return tool_policy(schemas, mode=choice, function=None, parallel=parallel)
+    if isinstance(choice, AllowedTools):
+        return tool_policy(schemas, mode=choice.mode, function=None, parallel=parallel)
+    return tool_policy(schemas, mode="function", function=choice.name, parallel=parallel)
+
+
+def functions_of(body: ResponseRequest) -> list[ResponseTool]:
+    """Return the tools that the model can call."""
+    return [tool for tool in body.tools or [] if isinstance(tool, ResponseTool)]
+
+
+def has_structure(body: ResponseRequest) -> bool:
+    """Whether a request demands a form, whose grammar may take long to compile."""
+    return body.structured_outputs is not None or body.text is not None
+
+
+def skipped_parts(body: ResponseRequest) -> list[str]:
+    """Name the tools and the input items of a request that have no effect."""
+    items = body.input if isinstance(body.input, list) else []
+    tools = [
+        f"tools[{index}]: {tool.type}" for index, tool in enumerate(body.tools or []) if isinstance(tool, OtherTool)
+    ]
+    return tools + [f"input[{index}]: {item.type}" for index, item in enumerate(items) if isinstance(item, SkippedItem)]
+
+
+def _structure(body: ResponseRequest) -> Structure | None:
+    text_format = body.text.format if body.text else None
+    if text_format is None:
+        return structure_of(body)
+    schema = None if text_format.json_schema is None else JsonSchemaFormat(schema=text_format.json_schema)
+    return structure_of(body, ResponseFormat(type=text_format.type, json_schema=schema))
+
+
+def _prepare_truncated(service: Service, task: ChatTask) -> PreparedChat:
+    """Prepare a task without as many of its oldest turns as do not fit. The last turn and system messages stay."""
+    while True:
+        try:
+            return prepare_chat(service, task)
+        except ApiError as error:
+            shorter = _without_oldest(task.messages)
+            if error.code != "context_length_exceeded" or len(shorter) == len(task.messages):
+                raise
+            task = replace(task, messages=shorter)
+
+
+def _without_oldest(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Drop the older half of the turns, so that few tries are needed, and tool results without their calls."""
+    system = [turn for turn in messages if turn["role"] == "system"]
+    turns = [turn for turn in messages if turn["role"] != "system"]
+    rest = turns[len(turns) // 2 :]
+    while len(rest) > 1 and rest[0]["role"] == "tool":
+        rest = rest[1:]
+    return [*system, *rest]
