@@ -404,7 +404,8 @@ def test_a_client_that_leaves_frees_its_request(stream):
         try:
             with httpx.stream("POST", server.url + MESSAGES, json=body, timeout=0.5) as response:
                 next(response.iter_bytes())
-                assert stream and backend.running
+                assert stream
+                wait_until(lambda: backend.running)
         except httpx.ReadTimeout:
             assert not stream
         wait_until(lambda: not backend.running)
