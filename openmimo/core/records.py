@@ -8,6 +8,7 @@ from openmimo.core.errors import ConfigError
 from openmimo.core.fields import Bounds, Fraction, NonNegativeInt, PositiveInt, Seed, check_fields
 
 _MIN_TEMPERATURE = 1e-5
+POOLINGS = ("", "mean", "last")
 STRUCTURE_KINDS = ("json_object", "json_schema", "regex", "grammar")
 
 
@@ -73,6 +74,10 @@ class SamplingParams:
             (before biases, penalties and cuts; at temperature 0, that of temperature 1).
         top_logprobs: Return so many of the likeliest tokens at each position too.
         prompt_logprobs: Return the log-probabilities of the prompt's tokens.
+        prompt_top_logprobs: Return this many of the likeliest tokens at each position of the prompt as well; requires
+            prompt_logprobs.
+        pooling: Return an embedding of the prompt: the "mean" of the final states of its tokens, or that of the "last"
+            token. Empty: none.
         routed_experts: Return the experts that each token was routed to.
     """
 
@@ -96,6 +101,8 @@ class SamplingParams:
     logprobs: bool = False
     top_logprobs: Annotated[int, Bounds(least=0, most=20)] = 0
     prompt_logprobs: bool = False
+    prompt_top_logprobs: Annotated[int, Bounds(least=0, most=20)] = 0
+    pooling: str = ""
     routed_experts: bool = False
 
     def __post_init__(self) -> None:
@@ -110,6 +117,8 @@ class SamplingParams:
             ),
             "stop": (all(self.stop), "without empty strings"),
             "max_repeats": (self.max_repeats != 1, "0 (never) or at least 2"),
+            "prompt_top_logprobs": (self.prompt_logprobs or not self.prompt_top_logprobs, "0 without prompt_logprobs"),
+            "pooling": (self.pooling in POOLINGS, f"one of {', '.join(map(repr, POOLINGS))}"),
         }
         for name, (good, expected) in rules.items():
             if not good:
@@ -126,6 +135,11 @@ class SamplingParams:
             or self.min_tokens
             or self.structure
         )
+
+    @property
+    def reads_whole_prompt(self) -> bool:
+        """Whether every position of the prompt must be computed, so that no cached prefix can be used."""
+        return self.prompt_logprobs or bool(self.pooling)
 
 
 @dataclass(frozen=True)
@@ -160,6 +174,8 @@ class Delta:
     start of a stop string or of a character is held back. finish_reason: "" while it runs, then "stop", "length",
     "repetition", "abort" or "error" (with `error`). is_request_error: whether the request is to blame for the error (a
     structure that cannot be followed), and not the engine. num_cached_tokens: prompt tokens that were reused.
+    prompt_logprobs: of the prompt's tokens but the first; embedding: the pooled states of the prompt. Both are in the
+    first delta only.
     stop_string: the stop string that ended the text, or empty.
     """
 
@@ -174,6 +190,7 @@ class Delta:
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    embedding: tuple[float, ...] = ()
     stop_string: str = ""
 
 
@@ -182,10 +199,11 @@ class Completion:
     """What came of one request.
 
     finish_reason, error: as in Delta. logprobs: of the new tokens, if asked for; top_logprobs: for each, the
-    likeliest (id, log-probability) pairs. prompt_logprobs: of the prompt's tokens but the first. policy_versions: for
-    each new token, the version of the weights that chose it. drafted: for each, whether an MTP head had proposed it.
-    routed_experts: a NumPy array [prompt and new tokens but the last, sparse layers, experts a token], uint8 up to 256
-    experts, else int16. num_cached_tokens: prompt tokens that were reused.
+    likeliest (id, log-probability) pairs. prompt_logprobs, prompt_top_logprobs: the same of the prompt's tokens but the
+    first. embedding: the pooled states of the prompt, if requested. policy_versions: for each new token, the version of
+    the weights that chose it. drafted: for each, whether an MTP head had proposed it. routed_experts: a NumPy array
+    [prompt and new tokens but the last, sparse layers, experts a token], uint8 up to 256 experts, else int16.
+    num_cached_tokens: prompt tokens that were reused.
     """
 
     prompt_token_ids: list[int]
@@ -195,6 +213,8 @@ class Completion:
     finish_reason: str = ""
     top_logprobs: list[tuple[tuple[int, float], ...]] | None = None
     prompt_logprobs: list[float] | None = None
+    prompt_top_logprobs: list[tuple[tuple[int, float], ...]] | None = None
+    embedding: list[float] | None = None
     policy_versions: list[int] = field(default_factory=list)
     drafted: list[bool] = field(default_factory=list)
     routed_experts: Any = None

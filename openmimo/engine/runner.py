@@ -16,7 +16,7 @@ from collections import Counter
 import numpy as np
 import torch
 
-from openmimo.core.records import TokenLogprob
+from openmimo.core.records import SamplingParams, TokenLogprob
 from openmimo.engine.cache import PageArena
 from openmimo.engine.config import EngineConfig
 from openmimo.engine.request_state import NOT_FINITE, Decision, RequestState
@@ -27,6 +27,8 @@ from openmimo.engine.step import HeadInput, Span, StepBuffers, StepInput, StepOu
 from openmimo.engine.worker import Worker
 from openmimo.model.attention import kv_spec
 from openmimo.model.mimo import MiMo
+
+_MAX_SCORED_NUMBERS = 1 << 22  # logits held at once when a prompt is scored; 16 MiB in float32
 
 
 class Runner:
@@ -84,6 +86,8 @@ class Runner:
         first = 0
         for sequence, num_accepted in zip(sequences, accepted, strict=True):
             num_rows = 1 + len(sequence.drafts)
+            if sequence.pooled is not None:  # the last token of a prompt may be computed here
+                _pool_prompt(sequence, output.states_TD[first : first + 1])
             self._confirm(sequence, decided[first : first + num_rows], num_accepted, policy_version)
             if sequence.params.routed_experts:
                 assert routing is not None
@@ -109,6 +113,8 @@ class Runner:
             rows = slice(end - count, end)
             if sequence.params.prompt_logprobs:
                 self._score_prompt(sequence, output.states_TD[rows], count)
+            if sequence.pooled is not None:
+                _pool_prompt(sequence, output.states_TD[rows])
             if sequence.params.routed_experts:
                 assert routing is not None
                 sequence.routing.append(routing[rows])
@@ -225,13 +231,43 @@ class Runner:
             return
         targets = sequence.tokens[first + 1 : stop + 1]
         rows = slice(first - computed, stop - computed)
-        targets_T = torch.tensor(targets, device=states_TD.device)
-        temperature = sequence.params.temperature or 1.0
-        logprobs = self._model.head.logprobs(states_TD[rows], targets_T, temperature).tolist()
-        if not all(map(math.isfinite, logprobs)):
+        entries = self._token_logprobs(states_TD[rows], targets, sequence.params)
+        if not all(math.isfinite(entry.logprob) for entry in entries):
             sequence.finish("error", NOT_FINITE)
             return
-        sequence.prompt_logprobs += [TokenLogprob(*pair) for pair in zip(targets, logprobs, strict=True)]
+        sequence.prompt_logprobs += entries
+
+    @torch.no_grad()
+    def _token_logprobs(
+        self, states_TD: torch.Tensor, targets: list[int], params: SamplingParams
+    ) -> list[TokenLogprob]:
+        """Log-probabilities of the tokens after some positions, with the likeliest ones if `params` request them.
+
+        The values of a position come from one tensor, so those of equal tokens are equal bit by bit.
+        """
+        targets_T = torch.tensor(targets, device=states_TD.device)
+        temperature = params.temperature or 1.0
+        if not params.prompt_top_logprobs:
+            logprobs = self._model.head.logprobs(states_TD, targets_T, temperature).tolist()
+            return [TokenLogprob(*pair) for pair in zip(targets, logprobs, strict=True)]
+        entries: list[TokenLogprob] = []
+        num_rows = max(_MAX_SCORED_NUMBERS // self._model.config.vocab_size, 1)
+        for states_RD, targets_R in zip(states_TD.split(num_rows), targets_T.split(num_rows), strict=True):
+            logprobs_RV = (self._model.head(states_RD) / temperature).log_softmax(dim=-1)
+            chosen = logprobs_RV.gather(1, targets_R[:, None])[:, 0].tolist()
+            values, ids = logprobs_RV.topk(min(params.prompt_top_logprobs, logprobs_RV.shape[1]), dim=-1)
+            tops = [tuple(zip(*pair, strict=True)) for pair in zip(ids.tolist(), values.tolist(), strict=True)]
+            entries += [TokenLogprob(*entry) for entry in zip(targets_R.tolist(), chosen, tops, strict=True)]
+        return entries
+
+
+def _pool_prompt(sequence: RequestState, states_TD: torch.Tensor) -> None:
+    """Adds the prompt positions just computed to an embedding; a preempted prompt is read again and not added again."""
+    assert sequence.pooled is not None
+    skipped = sequence.pooled.num_positions - sequence.num_computed_tokens
+    new_TD = states_TD[max(skipped, 0) : sequence.prompt_length - sequence.num_computed_tokens]
+    if len(new_TD):
+        sequence.pooled.add(new_TD, pooling=sequence.params.pooling)
 
 
 def _decisions(output: StepOutput, draws: list[Draw]) -> list[Decision]:

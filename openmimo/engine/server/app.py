@@ -12,12 +12,13 @@ from openmimo.engine.server.backends.protocol import Backend
 from openmimo.engine.server.config import ServerConfig
 from openmimo.engine.server.http.browser import CheckHost, CheckOrigin
 from openmimo.engine.server.http.errors import ErrorBody, install_handlers
-from openmimo.engine.server.http.middleware import CountRequests, LimitBody, RequireKey
+from openmimo.engine.server.http.middleware import CountRequests, LimitBody, NameRequests, RequireKey
 from openmimo.engine.server.http.operations import PAGE, PageFiles, operation_routes, page_routes
 from openmimo.engine.server.http.service import Service
 from openmimo.engine.server.openai.responses.routes import response_routes
 from openmimo.engine.server.openai.routes_chat import chat_routes
 from openmimo.engine.server.openai.routes_completions import completion_routes
+from openmimo.engine.server.openai.routes_embeddings import embedding_routes
 from openmimo.engine.server.openai.routes_models import model_routes, token_routes
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
@@ -50,6 +51,7 @@ def create_app(backend: Backend, config: ServerConfig) -> FastAPI:
         completion_routes,
         chat_routes,
         response_routes,
+        embedding_routes,
         message_routes,
         token_routes,
         operation_routes,
@@ -58,8 +60,8 @@ def create_app(backend: Backend, config: ServerConfig) -> FastAPI:
     app.include_router(page_routes())
     app.mount("/page", PageFiles(directory=PAGE))
     paths = frozenset(app.openapi()["paths"]) | {"/"}
-    # The middleware added last runs first: a request is counted, its Host and Origin headers are checked, then its API
-    # key, and only then is its body read.
+    # The middleware added last runs first: a request gets its id and is counted, its Host and Origin headers are
+    # checked, then its API key, and only then is its body read.
     app.add_middleware(
         LimitBody,
         max_bytes=config.max_body_bytes,
@@ -75,4 +77,5 @@ def create_app(backend: Backend, config: ServerConfig) -> FastAPI:
     app.add_middleware(
         CountRequests, count=lambda path, status: service.metrics.http_requests.labels(path, status).inc(), paths=paths
     )
+    app.add_middleware(NameRequests)
     return app

@@ -1,7 +1,6 @@
 """Errors in Anthropic's format: {"type": "error", "error": {"type", "message"}, "request_id"}."""
 
 import json
-import secrets
 from typing import Any, Literal
 
 from pydantic import BaseModel
@@ -49,7 +48,7 @@ def anthropic_error(status: int, message: str) -> dict[str, Any]:
 
 
 class AnthropicForm:
-    """Give responses of the Messages API a request id, and their errors Anthropic's format.
+    """Give responses of the Messages API Anthropic's header for the request id, and their errors its format.
 
     Every part of the server reports errors in OpenAI's format, the other middleware and the web framework included.
     """
@@ -59,15 +58,15 @@ class AnthropicForm:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         is_ours = scope["type"] == "http" and (scope["path"] + "/").startswith(_PATH + "/")
-        await self._app(scope, receive, _Rewriter(send) if is_ours else send)
+        await self._app(scope, receive, _Rewriter(send, scope["state"]["request_id"]) if is_ours else send)
 
 
 class _Rewriter:
     """Sends the messages of one response. Those of an error are held back until its body is complete."""
 
-    def __init__(self, send: Send):
+    def __init__(self, send: Send, request_id: str):
         self._send = send
-        self._request_id = f"req_{secrets.token_hex(12)}"
+        self._request_id = request_id
         self._start: Message | None = None
         self._body = b""
 

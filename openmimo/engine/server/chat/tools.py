@@ -44,7 +44,7 @@ def tool_policy(
 
     Args:
         tools: Tools in OpenAI's chat format.
-        mode: "none", "auto", "required", or "function" for a call of `function`.
+        mode: "none", "auto", "required" (or its synonym "any"), or "function" for a call of `function`.
         function: Name of the required function if `mode` is "function".
         parallel: False ends the reply after its first call.
 
@@ -70,6 +70,15 @@ def tool_policy(
     openings = (f"{re.escape(name)}>\n{_first_parameter(tool)}" for name, tool in zip(names, tools, strict=True))
     pattern = f"({'|'.join(openings)}){_REST_OF_CALL}"
     return ToolPolicy(tuple(tools), _CALL_OPENING, Structure("regex", pattern), one_call)
+
+
+def selected_tools(tools: Sequence[dict[str, Any]], names: Sequence[str], param: str) -> list[dict[str, Any]]:
+    """The tools with these function names. Raises ApiError, for the field `param`, for a name without a tool."""
+    known = {tool["function"]["name"] for tool in tools}
+    unknown = next((name for name in names if name not in known), None)
+    if unknown is not None:
+        raise invalid(f"The function {unknown!r} is not among the tools.", param)
+    return [tool for tool in tools if tool["function"]["name"] in names]
 
 
 def _first_parameter(tool: dict[str, Any]) -> str:

@@ -17,7 +17,7 @@ from openmimo.data.chat.parser import (
     ToolCallStart,
 )
 from openmimo.data.tokenizer import THINK_END, THINK_START, Tokenizer
-from openmimo.engine.server.chat.prompts import ChatOptions, encode_messages
+from openmimo.engine.server.chat.prompts import ChatOptions, PromptEnding, encode_messages
 from openmimo.engine.server.chat.tools import CALL_MARK, ToolPolicy
 from openmimo.engine.server.http.errors import invalid
 
@@ -44,6 +44,7 @@ def chat_prompt(
     options: ChatOptions,
     *,
     most_tokens: int,
+    ending: PromptEnding = "new turn",
     param: str = "messages",
 ) -> ChatPrompt:
     """Render and encode a conversation in the model's chat format.
@@ -54,6 +55,7 @@ def chat_prompt(
         policy: The tools, and the constraints on tool calls.
         options: Options of the chat template.
         most_tokens: Maximum length of the prompt.
+        ending: End of the prompt.
         param: Field of the HTTP request that contains the conversation.
 
     Raises:
@@ -61,7 +63,9 @@ def chat_prompt(
     """
     if options.thinks and policy.opening:
         raise invalid("A required tool call excludes thinking; turn one of the two off.", "tool_choice")
-    ids = encode_messages(tokenizer, messages, policy.tools, options, most_tokens=most_tokens, param=param)
+    ids = encode_messages(
+        tokenizer, messages, policy.tools, options, most_tokens=most_tokens, ending=ending, param=param
+    )
     starts_thinking = _ends_in_thought(tokenizer, ids)
     if policy.opening:
         ids += tokenizer.encode(CALL_MARK, allow_special=True)

@@ -12,13 +12,12 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from openmimo.engine.server.config import is_loopback
+from openmimo.engine.server.config import ANY, is_loopback
 from openmimo.engine.server.http.errors import ApiError
 from openmimo.engine.server.http.middleware import REQUESTS
 
-ANY = "*"
 _SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
-_EXPOSED = "Retry-After"
+_EXPOSED = "Retry-After, X-Request-Id, X-OpenMiMo-Warning"
 _PREFLIGHT_SECONDS = "600"
 
 

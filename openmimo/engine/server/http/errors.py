@@ -127,10 +127,12 @@ def validation_error(error: ValidationError) -> ApiError:
     """A 400 that names the first invalid field."""
     first = error.errors(include_url=False, include_input=False)[0]
     kind, context, location = first["type"], first.get("ctx", {}), first["loc"]
-    if kind == "unknown_field":
+    if kind in ("unknown_field", "unsupported_field"):
         path = _param(location)
         param = f"{path}.{context['name']}" if path else context["name"]
-        return invalid(f"{param} is not a field that this server knows.", param, code="unknown_parameter")
+        if kind == "unknown_field":
+            return invalid(f"{param} is not a field that this server knows.", param, code="unknown_parameter")
+        return invalid(f"{param} is not supported: {context['advice']}", param, code="unsupported_parameter")
     param = _param(location)
     if kind == "missing":
         return invalid(f"{param} is missing.", param, code="missing_parameter")

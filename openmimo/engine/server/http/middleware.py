@@ -1,16 +1,51 @@
-"""ASGI middleware: request counts, API keys and body sizes."""
+"""ASGI middleware: request ids, HEAD requests, request counts, API keys and body sizes."""
 
 import asyncio
 import hmac
+import re
+import secrets
 from collections.abc import Callable
 
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from openmimo.engine.server.http.errors import ApiError
+from openmimo.engine.server.http.limits import REQUEST_ID_CHARACTERS
 from openmimo.engine.server.http.open_bytes import OpenBody, OpenBytes
 
 REQUESTS = ("http", "websocket")
-_GUARDED = ("/v1/", "/tokenize", "/detokenize")
+_GUARDED = ("/v1/", "/tokenize", "/detokenize", "/tokenizer_info")
+_REQUEST_ID = re.compile(rf"[!-~]{{1,{REQUEST_ID_CHARACTERS}}}")
+
+
+class NameRequests:
+    """Give every response the header X-Request-Id: the id of the request's own header, or a new one.
+
+    The id is also in the request's state.
+
+    HEAD requests are passed on as GET requests; the web server sends no body in response to HEAD.
+    """
+
+    def __init__(self, app: ASGIApp):
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = Headers(scope=scope).get("x-request-id", "")
+        request_id = given if _REQUEST_ID.fullmatch(given) else f"req_{secrets.token_hex(12)}"
+
+        scope.setdefault("state", {})["request_id"] = request_id
+
+        async def name_and_send(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)["X-Request-Id"] = request_id
+            await send(message)
+
+        if scope["method"] == "HEAD":
+            scope = {**scope, "method": "GET"}
+        await self._app(scope, receive, name_and_send)
 
 
 class CountRequests:
@@ -56,11 +91,9 @@ class RequireKey:
 
     def _has_key(self, scope: Scope) -> bool:
         headers = dict(scope["headers"])
-        bearer = headers.get(b"authorization", b"")
-        return any(
-            hmac.compare_digest(given, expected)
-            for given, expected in ((bearer, b"Bearer " + self._key), (headers.get(b"x-api-key", b""), self._key))
-        )
+        scheme, _, bearer = headers.get(b"authorization", b"").partition(b" ")
+        given = (bearer.strip() if scheme.lower() == b"bearer" else b"", headers.get(b"x-api-key", b""))
+        return any(hmac.compare_digest(key, self._key) for key in given)
 
 
 class LimitBody:

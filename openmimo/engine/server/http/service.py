@@ -14,7 +14,7 @@ from typing import TypeVar
 from openmimo.core.errors import UserError
 from openmimo.core.records import Delta, Request, SamplingParams
 from openmimo.engine.server.backends.protocol import Backend
-from openmimo.engine.server.config import ServerConfig
+from openmimo.engine.server.config import ANY, ServerConfig
 from openmimo.engine.server.http import limits
 from openmimo.engine.server.http.errors import ApiError, engine_failed, invalid
 from openmimo.engine.server.http.metrics import Metrics
@@ -89,13 +89,18 @@ class Service:
         self._small, self._large = self._lane("small", num_threads=2), self._lane("large", num_threads=1)
 
     @property
+    def model_names(self) -> tuple[str, ...]:
+        """The names of the model in the API; its own name first."""
+        return (self.model_name, *self.config.model_aliases)
+
+    @property
     def num_active(self) -> int:
         """Number of HTTP requests whose replies are being generated."""
         return len(self._generations)
 
     def check_model(self, name: str | None) -> None:
-        """Raise ApiError (404) if a request names a model other than the served one."""
-        if name is not None and name != self.model_name:
+        """Raise ApiError (404) if a request names a model other than the served one and its aliases."""
+        if name is not None and name not in self.model_names and ANY not in self.model_names:
             message = f"There is no model {name!r}; this server serves {self.model_name!r}."
             raise ApiError(404, message, param="model", code="model_not_found")
 
@@ -149,6 +154,17 @@ class Service:
                 f"The prompts of all replies have {num_tokens} tokens in total; at most "
                 f"{limits.REPLY_PROMPT_TOKENS} are allowed.",
                 "n",
+            )
+        num_scored = sum(
+            len(request.prompt_token_ids) * (1 + request.params.prompt_top_logprobs)
+            for request in requests
+            if request.params.prompt_logprobs
+        )
+        if num_scored > limits.SCORED_TOKENS:
+            raise invalid(
+                f"The request needs {num_scored} log-probabilities of prompts; at most {limits.SCORED_TOKENS} are "
+                "allowed. Send fewer prompts at once, or ask for fewer likeliest tokens.",
+                param,
             )
         checked: set[int] = set()
         for request in requests:

@@ -7,7 +7,7 @@ from openmimo.engine.server.chat.prompts import ChatOptions
 from openmimo.engine.server.http.errors import invalid
 from openmimo.engine.server.openai.schema import ChatMessage, TemplateOptions
 
-_THINKING_EFFORTS = ("low", "medium", "high", "xhigh")
+_THINKING_EFFORTS = ("low", "medium", "high", "xhigh", "max")
 
 
 def template_options(options: TemplateOptions | None, effort: str | None, effort_param: str) -> ChatOptions:

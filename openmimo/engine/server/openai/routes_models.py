@@ -1,4 +1,4 @@
-"""GET /v1/models and /v1/models/{id}, POST /tokenize and /detokenize: the served model and its tokenizer."""
+"""GET /v1/models, /v1/models/{id} and /tokenizer_info, POST /tokenize and /detokenize: the model and its tokenizer."""
 
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -7,7 +7,8 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
-from openmimo.engine.server.chat.prompts import encode_messages, encode_text
+from openmimo.engine.server.chat.prompts import encode_messages, encode_text, prompt_ending
+from openmimo.engine.server.config import ANY
 from openmimo.engine.server.http import limits
 from openmimo.engine.server.http.bodies import JsonRoute, unless_disconnected
 from openmimo.engine.server.http.service import Service
@@ -21,8 +22,8 @@ def model_routes(service: Service) -> APIRouter:
 
     @router.get("/v1/models")
     async def list_models() -> dict[str, Any]:
-        """Lists the served model."""
-        models = [_model(service)]
+        """Lists the served model under each of its names."""
+        models = [_model(service, name) for name in service.model_names if name != ANY]
         ends = {"first_id": models[0]["id"], "last_id": models[-1]["id"], "has_more": False}
         return {"object": "list", "data": models, **ends}
 
@@ -31,17 +32,33 @@ def model_routes(service: Service) -> APIRouter:
     async def get_model(model: str) -> dict[str, Any]:
         """Describes the served model."""
         service.check_model(model)
-        return _model(service)
+        return _model(service, model)
+
+    @router.get("/tokenizer_info")
+    async def tokenizer_info() -> dict[str, Any]:
+        """Describes the tokenizer, in the keys of tokenizer_config.json."""
+        tokenizer = service.backend.tokenizer
+        return {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_max_length": service.backend.max_positions,
+            "vocab_size": tokenizer.vocab_size,
+            "bos_token": None,
+            "eos_token": tokenizer.eos_token,
+            "pad_token": tokenizer.decode([tokenizer.pad_id], skip_special=False),
+            "additional_special_tokens": list(tokenizer.special_tokens),
+            "chat_template": tokenizer.chat_template,
+        }
 
     return router
 
 
-def _model(service: Service) -> dict[str, Any]:
+def _model(service: Service, name: str) -> dict[str, Any]:
     return {
-        "id": service.model_name,
+        "id": name,
         "object": "model",
         "created": service.created,
         "owned_by": "openmimo",
+        "root": service.model_name,
         "max_model_len": service.backend.max_positions,
         # Anthropic's clients use the same path.
         "type": "model",
@@ -80,7 +97,9 @@ def token_routes(service: Service) -> APIRouter:
 def _tokenized(service: Service, body: TokenizeRequest) -> dict[str, Any]:
     tokenizer, most = service.backend.tokenizer, limits.TOKENIZED_TOKENS
     if body.prompt is not None:
-        special = body.parse_special or body.allow_special
+        # Clients that know only the name of the end-of-text token ask for its id in this way.
+        is_special_name = body.prompt in tokenizer.special_tokens
+        special = body.parse_special or body.allow_special or is_special_name
         ids = encode_text(tokenizer, body.prompt, most_tokens=most, param="prompt", allow_special=special)
     else:
         ids = encode_messages(
@@ -89,6 +108,8 @@ def _tokenized(service: Service, body: TokenizeRequest) -> dict[str, Any]:
             [tool.model_dump(exclude_none=True) for tool in body.tools or []],
             template_options(body.chat_template_kwargs, None, "chat_template_kwargs"),
             most_tokens=most,
-            add_generation_prompt=body.add_generation_prompt,
+            ending=prompt_ending(
+                add_generation_prompt=body.add_generation_prompt, continue_final_message=body.continue_final_message
+            ),
         )
     return {"tokens": ids, "count": len(ids), "max_model_len": service.backend.max_positions}

@@ -99,7 +99,9 @@ class _Connection:
         service = self._service
         most_values = max(limits.VALUES, 2 * service.backend.max_positions)
         is_large = len(content) > limits.LARGE_BODY_BYTES
-        body = await service.prepared(lambda: read_body(content, ResponseCreateEvent, most_values), is_large=is_large)
+        read = functools.partial(read_body, content, ResponseCreateEvent, most_values, strict=service.config.strict)
+        body, ignored = await service.prepared(read, is_large=is_large)
+        service.metrics.count_ignored_fields(ignored)
         service.check_model(body.model)
         conversation = conversation_of(
             self._store, self, previous_response_id=body.previous_response_id, given=body.input
