@@ -235,6 +235,15 @@ def test_the_prompt_is_that_of_the_same_chat(client, backend):
     assert counted == {"input_tokens": len(backend.requests[-1].prompt_token_ids)}
 
 
+def test_the_reply_continues_a_last_turn_of_the_assistant(client, backend):
+    turns = [*HELLO, {"role": "assistant", "content": "The best answer is ("}]
+    body = {"messages": turns, "continue_final_message": True}
+    assert client.post(CHAT, json=body).status_code == 200
+    expected = prompt_of(backend)
+    created(client, turns)
+    assert prompt_of(backend) == expected and expected.endswith("The best answer is (")
+
+
 def test_documents_of_text_are_read(client, backend):
     source = {"type": "text", "media_type": "text/plain", "data": "The sky is green."}
     document = {"type": "document", "source": source, "title": "Skies", "citations": {"enabled": False}}

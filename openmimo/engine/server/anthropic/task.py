@@ -52,8 +52,14 @@ def prompt_task(body: PromptRequest, params: SamplingParams) -> ChatTask:
         params=params,
         policy=_policy(body),
         options=ChatOptions(thinks=_thinks(body, messages)),
+        ending="open turn" if _is_begun_reply(messages[-1]) else "new turn",
         names=FieldNames(structure="output_format" if body.output_format else "output_config.format"),
     )
+
+
+def _is_begun_reply(turn: dict[str, Any]) -> bool:
+    """Whether a last turn is the beginning of the reply: a text of the assistant, without thinking and calls."""
+    return turn["role"] == "assistant" and set(turn) == {"role", "content"}
 
 
 def skipped_parts(body: PromptRequest) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any
 from openmimo.core.records import Request, SamplingParams
 from openmimo.data.chat.parser import ChatEvent
 from openmimo.data.tokenizer import Tokenizer
-from openmimo.engine.server.chat.prompts import ChatOptions
+from openmimo.engine.server.chat.prompts import ChatOptions, PromptEnding
 from openmimo.engine.server.chat.tools import ToolPolicy, check_structure_alone
 from openmimo.engine.server.chat.turns import ChatPrompt, ChatReply, chat_prompt
 from openmimo.engine.server.http.service import Generation, Service
@@ -39,6 +39,7 @@ class ChatTask:
         params: Sampling parameters; `structure` is the form that the request demands.
         policy: The tools, and the constraints on tool calls.
         options: Options of the chat template.
+        ending: End of the prompt.
         priority: As in `Request`.
         session: As in `Request`.
         names: Names of the request's fields, for errors.
@@ -48,6 +49,7 @@ class ChatTask:
     params: SamplingParams
     policy: ToolPolicy = field(default_factory=ToolPolicy)
     options: ChatOptions = field(default_factory=ChatOptions)
+    ending: PromptEnding = "new turn"
     priority: int = 0
     session: str | None = None
     names: FieldNames = field(default_factory=FieldNames)
@@ -69,7 +71,13 @@ def encode_task(service: Service, task: ChatTask) -> ChatPrompt:
     """Render and encode the conversation of a task. Raises ApiError; runs in a worker thread."""
     tokenizer, positions = service.backend.tokenizer, service.backend.max_positions
     return chat_prompt(
-        tokenizer, task.messages, task.policy, task.options, most_tokens=positions, param=task.names.messages
+        tokenizer,
+        task.messages,
+        task.policy,
+        task.options,
+        most_tokens=positions,
+        ending=task.ending,
+        param=task.names.messages,
     )
 
 
