@@ -104,6 +104,12 @@ def test_models(client):
     assert (models["has_more"], models["first_id"], models["last_id"]) == (False, "stub", "stub")
 
 
+def test_embeddings(client):
+    types = pytest.importorskip("openai.types")
+    body = {"model": "stub", "input": ["text", "another text"]}
+    check_type(types.CreateEmbeddingResponse, client.post("/v1/embeddings", json=body).json())
+
+
 def test_responses(client, question):
     types = pytest.importorskip("openai.types.responses")
     body = response_body(question)

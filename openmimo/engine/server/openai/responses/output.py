@@ -82,7 +82,7 @@ class ReasoningForm:
 
     Attributes:
         is_summary: Whether it is in the field `summary`, which most clients show, instead of `content`.
-        is_sealed: Whether it is in the field `encrypted_content`, too, which some clients return instead of the text.
+        is_sealed: Whether it is also in the field `encrypted_content`, which some clients return instead of the text.
     """
 
     is_summary: bool = False

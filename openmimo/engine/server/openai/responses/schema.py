@@ -351,7 +351,7 @@ class ResponseRequest(CommonFields):
     Attributes:
         input: A user message, or items. With previous_response_id, they follow that response.
         previous_response_id: A stored response, whose conversation this request continues.
-        include: "reasoning.encrypted_content" returns the reasoning in that field, too. Other values have no effect.
+        include: "reasoning.encrypted_content" returns the reasoning also in that field. Other values have no effect.
         max_tool_calls, client_metadata: Accepted without effect; the former limits tools that servers run.
         top_logprobs: Only 0.
         truncation: "auto" leaves out the oldest turns of a conversation that is too long.
