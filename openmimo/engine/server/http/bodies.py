@@ -47,7 +47,7 @@ class JsonRoute(APIRoute):
             service.metrics.count_ignored_fields(ignored)
             response = await endpoint(body=body, request=request)
             if ignored:
-                response.headers[WARNING_HEADER] = f"ignored unknown fields: {_header_list(ignored)}"
+                response.headers[WARNING_HEADER] = f"ignored fields: {_header_list(ignored)}"
             return response
 
         return handle
@@ -115,6 +115,16 @@ def check_tree(value: Any, most_values: int) -> int:
             raise ValueError(f"it is nested more than {limits.DEPTH} levels deep.")
         level = [inner for outer in level for inner in _inside(outer)]
     return count
+
+
+def dicts_in(value: Any) -> Iterator[dict[str, Any]]:
+    """Yield every object in parsed JSON."""
+    waiting = [value]
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, dict):
+            yield one
+        waiting.extend(_inside(one))
 
 
 def check_counts(content: bytes, most_values: int) -> None:
