@@ -27,10 +27,19 @@ class Message:
 
 @dataclass(frozen=True)
 class Structure:
-    """What a text must look like. kind: one of STRUCTURE_KINDS; source: the schema (JSON), pattern or Lark grammar."""
+    """The required form of a text.
+
+    Attributes:
+        kind: One of STRUCTURE_KINDS.
+        source: The schema (JSON), regular expression or Lark grammar; empty for json_object.
+        prefix: Regular expression of a text that comes first, such as thinking. It ends with its first match.
+        alternative: Regular expression of a text that may take the place of the form, such as tool calls.
+    """
 
     kind: str
     source: str = ""
+    prefix: str = ""
+    alternative: str = ""
 
     def __post_init__(self) -> None:
         check_fields(self, "Structure")

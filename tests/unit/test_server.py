@@ -109,21 +109,6 @@ def test_what_is_wrong_with_a_chat_is_named(client, param, body):
 
 
 @pytest.mark.parametrize(
-    ("param", "change"),
-    [
-        ("response_format", {"tools": [WEATHER]}),
-        ("response_format", {"reasoning_effort": "high"}),
-        ("structured_outputs", {"structured_outputs": {"regex": "a"}}),
-    ],
-)
-def test_a_reply_of_a_fixed_form_has_room_for_nothing_else(client, param, change):
-    body = {**HELLO, "response_format": {"type": "json_object"}, **change}
-    assert error_of(client.post(CHAT, json=body))["param"] == param
-    if "tools" in change:
-        assert client.post(CHAT, json={**body, "tool_choice": "none"}).status_code == 200
-
-
-@pytest.mark.parametrize(
     ("path", "body", "param"),
     [
         ("/v1/completions", {"prompt": "x", "suffix": "y"}, "suffix"),

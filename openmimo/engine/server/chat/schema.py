@@ -3,19 +3,24 @@
 import json
 from typing import Annotated, Any
 
-from pydantic import AfterValidator
+from pydantic import AfterValidator, ValidationInfo
 
 from openmimo.engine.server.http import limits
-from openmimo.engine.server.http.bodies import check_tree
+from openmimo.engine.server.http.bodies import check_tree, dicts_in
+from openmimo.engine.server.http.fields import IgnoredFields
 
 
-def _check_output_schema(schema: dict[str, Any]) -> dict[str, Any]:
+def _check_output_schema(schema: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
     check_tree(schema, limits.SCHEMA_VALUES)
     text = json.dumps(schema)
     if len(text) > limits.STRUCTURE_CHARACTERS:
         raise ValueError(f"it has {len(text)} characters; at most {limits.STRUCTURE_CHARACTERS} are allowed.")
     if text.count('"$ref"') > limits.SCHEMA_REFERENCES:
         raise ValueError(f"it contains more than {limits.SCHEMA_REFERENCES} references ($ref).")
+    if isinstance(info.context, IgnoredFields):
+        for part in dicts_in(schema):
+            if part.get("uniqueItems") is True:
+                info.context.add(part, "uniqueItems")  # no grammar can express it
     return schema
 
 

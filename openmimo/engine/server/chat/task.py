@@ -12,7 +12,7 @@ from openmimo.core.records import Request, SamplingParams
 from openmimo.data.chat.parser import ChatEvent
 from openmimo.data.tokenizer import Tokenizer
 from openmimo.engine.server.chat.prompts import ChatOptions, PromptEnding
-from openmimo.engine.server.chat.tools import ToolPolicy, check_structure_alone
+from openmimo.engine.server.chat.tools import ToolPolicy
 from openmimo.engine.server.chat.turns import ChatPrompt, ChatReply, chat_prompt
 from openmimo.engine.server.http.service import Generation, Service
 
@@ -84,13 +84,11 @@ def encode_task(service: Service, task: ChatTask) -> ChatPrompt:
 def prepare_chat(service: Service, task: ChatTask) -> PreparedChat:
     """Convert a task to a checked engine request. Raises ApiError; runs in a worker thread."""
     demanded = task.params.structure
-    if demanded is not None:
-        check_structure_alone(task.policy, thinks=task.options.thinks, param=task.names.structure)
     prompt = encode_task(service, task)
     request = Request(
         id=secrets.token_hex(12),
         prompt_token_ids=prompt.token_ids,
-        params=replace(task.params, structure=demanded or task.policy.structure),
+        params=replace(task.params, structure=prompt.structure(demanded)),
         priority=task.priority,
         session=task.session,
     )

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from openmimo.core.errors import DataError
-from openmimo.core.records import Delta
+from openmimo.core.records import Delta, Structure
 from openmimo.data.chat.parser import (
     ChatEvent,
     ChatParser,
@@ -18,8 +18,7 @@ from openmimo.data.chat.parser import (
 )
 from openmimo.data.tokenizer import THINK_END, THINK_START, Tokenizer
 from openmimo.engine.server.chat.prompts import ChatOptions, PromptEnding, encode_messages
-from openmimo.engine.server.chat.tools import CALL_MARK, ToolPolicy
-from openmimo.engine.server.http.errors import invalid
+from openmimo.engine.server.chat.tools import CALL_MARK, ToolPolicy, reply_structure, without_opening
 
 
 @dataclass(frozen=True)
@@ -29,12 +28,20 @@ class ChatPrompt:
     Attributes:
         token_ids: The prompt. It ends with the policy's opening, which is the beginning of the reply.
         policy: The tools, and the constraints on tool calls.
+        thinks: Whether the reply may begin with thinking.
         starts_thinking: Whether the reply begins inside `<think>`.
     """
 
     token_ids: tuple[int, ...]
     policy: ToolPolicy
+    thinks: bool
     starts_thinking: bool
+
+    def structure(self, form: Structure | None) -> Structure | None:
+        """The structure of the reply if the request demands `form`."""
+        opening = "" if self.starts_thinking else THINK_START
+        thoughts = f"{opening}(.|\n)*{THINK_END}" if self.thinks or self.starts_thinking else ""
+        return reply_structure(self.policy, form, thoughts=thoughts)
 
 
 def chat_prompt(
@@ -61,16 +68,17 @@ def chat_prompt(
     Raises:
         ApiError: The template rejects the conversation, or the prompt exceeds `most_tokens`.
     """
-    if options.thinks and policy.opening:
-        raise invalid("A required tool call excludes thinking; turn one of the two off.", "tool_choice")
     ids = encode_messages(
         tokenizer, messages, policy.tools, options, most_tokens=most_tokens, ending=ending, param=param
     )
     starts_thinking = _ends_in_thought(tokenizer, ids)
+    thinks = options.thinks and ending == "new turn"
+    if thinks or starts_thinking:
+        policy = without_opening(policy)
     if policy.opening:
         ids += tokenizer.encode(CALL_MARK, allow_special=True)
         ids += tokenizer.encode(policy.opening.removeprefix(CALL_MARK))
-    return ChatPrompt(tuple(ids), policy, starts_thinking)
+    return ChatPrompt(tuple(ids), policy, thinks=thinks, starts_thinking=starts_thinking)
 
 
 @dataclass

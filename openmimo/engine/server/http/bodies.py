@@ -48,7 +48,7 @@ class JsonRoute(APIRoute):
             body, ignored = await unless_disconnected(request.receive, work)
             service.metrics.count_ignored_fields(ignored)
             response = await endpoint(body=body, request=request)
-            return warn(response, [f"ignored unknown fields: {_header_list(ignored)}"] if ignored else [])
+            return warn(response, [f"ignored fields: {_header_list(ignored)}"] if ignored else [])
 
         return handle
 
@@ -115,6 +115,16 @@ def check_tree(value: Any, most_values: int) -> int:
             raise ValueError(f"it is nested more than {limits.DEPTH} levels deep.")
         level = [inner for outer in level for inner in _inside(outer)]
     return count
+
+
+def dicts_in(value: Any) -> Iterator[dict[str, Any]]:
+    """Yield every object in parsed JSON."""
+    waiting = [value]
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, dict):
+            yield one
+        waiting.extend(_inside(one))
 
 
 def check_counts(content: bytes, most_values: int) -> None:

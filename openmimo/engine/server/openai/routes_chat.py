@@ -12,7 +12,7 @@ from openmimo.core.records import Request as EngineRequest
 from openmimo.core.records import TokenLogprob
 from openmimo.data.chat.parser import ChatEvent, ContentText, ReasoningText, ToolCallArguments, ToolCallStart
 from openmimo.engine.server.chat.prompts import prompt_ending
-from openmimo.engine.server.chat.tools import ToolPolicy, check_structure_alone, selected_tools, tool_policy
+from openmimo.engine.server.chat.tools import ToolPolicy, selected_tools, tool_policy
 from openmimo.engine.server.chat.turns import ChatPrompt, ChatReply, chat_prompt
 from openmimo.engine.server.http.bodies import JsonRoute, unless_disconnected
 from openmimo.engine.server.http.errors import invalid
@@ -74,8 +74,6 @@ def _prepare(service: Service, body: ChatRequest) -> _Chat:
     policy = _tool_policy(body)
     options = template_options(body.chat_template_kwargs, body.reasoning_effort, "reasoning_effort")
     structure = structure_of(body, body.response_format)
-    if structure is not None:
-        check_structure_alone(policy, thinks=options.thinks)
     tokenizer = service.backend.tokenizer
     messages = template_messages(body.messages)
     ending = prompt_ending(
@@ -85,7 +83,7 @@ def _prepare(service: Service, body: ChatRequest) -> _Chat:
     params = sampling_params(
         body,
         max_tokens=_max_tokens(service, body, prompt),
-        structure=structure or policy.structure,
+        structure=prompt.structure(structure),
         logprobs=bool(body.logprobs),
         top_logprobs=body.top_logprobs or 0,
         prompt_logprobs=body.prompt_logprobs,
