@@ -221,12 +221,69 @@ def test_tools_and_items_of_servers_that_run_tools_are_skipped_with_a_warning(cl
     assert "x-openmimo-warning" not in client.post(RESPONSES, json={"input": "x"}).headers
 
 
+def test_what_codex_sends(client, backend):
+    command = {"type": "object", "properties": {"cmd": {"type": "string"}}, "additionalProperties": False}
+    agents = {"type": "function", "name": "spawn", "description": "", "strict": False, "parameters": command}
+    body = {
+        "model": "stub",
+        "input": [
+            {
+                "type": "message",
+                "id": "msg_1",
+                "role": "developer",
+                "content": [{"type": "input_text", "text": "Agent."}],
+            },
+            {"type": "message", "id": "msg_2", "role": "user", "content": [{"type": "input_text", "text": "ls"}]},
+            {"type": "reasoning", "id": "rs_1", "summary": [], "encrypted_content": None, "content": None},
+            {
+                "type": "function_call",
+                "id": "fc_1",
+                "status": "completed",
+                "name": "exec_command",
+                "arguments": '{"cmd": "ls"}',
+                "call_id": "call_1",
+            },
+            {"type": "function_call_output", "id": "fco_1", "call_id": "call_1", "output": "Exit code 0\na.txt\n"},
+        ],
+        "tools": [
+            {"type": "function", "name": "exec_command", "description": "", "strict": False, "parameters": command},
+            {"type": "namespace", "name": "multi_agent", "description": "", "tools": [agents]},
+            {"type": "web_search", "external_web_access": True},
+            {
+                "type": "custom",
+                "name": "apply_patch",
+                "format": {"type": "grammar", "syntax": "lark", "definition": "x"},
+            },
+        ],
+        "tool_choice": "auto",
+        "parallel_tool_calls": True,
+        "reasoning": {"effort": None, "summary": "auto"},
+        "text": {"verbosity": "low"},
+        "store": False,
+        "stream": True,
+        "include": ["reasoning.encrypted_content"],
+        "prompt_cache_key": "01a22165",
+        "client_metadata": {"x-codex-installation-id": "1", "x-codex-turn-metadata": '{"turn": 1}'},
+    }
+    response = client.post(RESPONSES, json=body)
+    assert response.status_code == 200 and "event: response.completed" in response.text
+    for part in ("system\nAgent.", "exec_command", "a.txt"):
+        assert part in prompt_of(backend)
+    warning = response.headers["x-openmimo-warning"]
+    assert "unknown" not in warning and "tools[3]: custom" in warning
+    strict = {name: value for name, value in body.items() if name != "stream"}
+    with running(StubBackend(max_positions=9999), strict=True) as server:
+        assert httpx.post(server.url + RESPONSES, json=strict).status_code == 200
+
+
 def test_allowed_tools_are_the_tools_of_the_prompt(client, backend):
     other = {"type": "function", "name": "get_time"}
     allowed = {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": "get_time"}]}
     response = created(client, input="x", tools=[WEATHER, other], tool_choice=allowed)
     assert response["tool_choice"] == allowed and len(response["tools"]) == 2
     assert "get_time" in prompt_of(backend) and "get_weather" not in prompt_of(backend)
+    error = client.post(RESPONSES, json={"input": "x", "tools": [WEATHER], "tool_choice": allowed}).json()["error"]
+    assert error["param"] == "tool_choice.tools"
 
 
 def test_truncation_leaves_out_the_oldest_turns():

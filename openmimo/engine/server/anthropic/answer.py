@@ -82,4 +82,5 @@ class MessageAnswer:
             "cache_creation_input_tokens": 0,
             "cache_read_input_tokens": num_cached,
             "output_tokens": len(self._reply.token_ids),
+            "output_tokens_details": {"thinking_tokens": self._reply.num_reasoning_tokens},
         }

@@ -12,7 +12,7 @@ from openmimo.engine.server.http.service import Generation, Service
 from openmimo.engine.server.http.streaming import event
 from openmimo.engine.server.openai.responses.input import as_input, num_characters
 from openmimo.engine.server.openai.responses.output import Event, OutputItems, ReasoningForm
-from openmimo.engine.server.openai.responses.schema import AllowedTools, ResponseRequest, ResponseTool
+from openmimo.engine.server.openai.responses.schema import ResponseRequest, ResponseTool
 from openmimo.engine.server.openai.responses.store import ResponseStore, StoredResponse, estimated_bytes
 from openmimo.engine.server.openai.responses.task import PreparedResponse, functions_of
 
@@ -202,10 +202,7 @@ def _format_dict(body: ResponseRequest) -> dict[str, Any]:
 
 def _choice_dict(body: ResponseRequest) -> str | dict[str, Any]:
     choice = body.tool_choice or "auto"
-    if isinstance(choice, AllowedTools):
-        tools = [{"type": "function", "name": tool["name"]} for tool in choice.tools if tool.get("name")]
-        return {"type": choice.type, "mode": choice.mode, "tools": tools}
-    return choice if isinstance(choice, str) else choice.model_dump()
+    return choice if isinstance(choice, str) else choice.model_dump(exclude_none=True)
 
 
 def _tool_dict(tool: ResponseTool) -> dict[str, Any]:

@@ -242,17 +242,24 @@ class ResponseToolChoice(Fields):
     name: Text
 
 
+class AllowedTool(LenientFields):
+    """A tool of the request."""
+
+    type: Name
+    name: Name | None = None
+
+
 class AllowedTools(LenientFields):
     """The tools that the model may or must call, among those of the request."""
 
     type: Literal["allowed_tools"]
     mode: Literal["auto", "required"]
-    tools: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=limits.TOOLS, fail_fast=True)]
+    tools: Annotated[list[AllowedTool], Field(min_length=1, max_length=limits.TOOLS, fail_fast=True)]
 
     @property
-    def names(self) -> set[Any]:
+    def names(self) -> list[str]:
         """Names of the allowed functions."""
-        return {tool.get("name") for tool in self.tools if tool.get("type") == "function"}
+        return [tool.name or "" for tool in self.tools if tool.type == "function"]
 
 
 def _choice_tag(value: Any) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 from openmimo.core.records import Request, Structure
 from openmimo.engine.server.chat.task import ChatTask, FieldNames, PreparedChat, prepare_chat
-from openmimo.engine.server.chat.tools import ToolPolicy, tool_policy
+from openmimo.engine.server.chat.tools import ToolPolicy, selected_tools, tool_policy
 from openmimo.engine.server.http import limits
 from openmimo.engine.server.http.errors import ApiError, invalid
 from openmimo.engine.server.http.service import Service
@@ -162,19 +162,18 @@ def shortest(request: Request) -> Request:
 
 def response_policy(body: ResponseRequest) -> ToolPolicy:
     """Return the functions of a request and the constraints on their calls."""
-    tools, choice = functions_of(body), body.tool_choice or "auto"
-    parallel = body.parallel_tool_calls
-    if isinstance(choice, AllowedTools):
-        tools = [tool for tool in tools if tool.name in choice.names]
     fields = {"name", "description", "parameters"}
-    schemas: list[dict[str, Any]] = [
-        {"type": "function", "function": tool.model_dump(exclude_none=True, include=fields)} for tool in tools
+    tools: list[dict[str, Any]] = [
+        {"type": "function", "function": tool.model_dump(exclude_none=True, include=fields)}
+        for tool in functions_of(body)
     ]
-    if isinstance(choice, str):
-        return tool_policy(schemas, mode=choice, function=None, parallel=parallel)
+    choice, parallel = body.tool_choice or "auto", body.parallel_tool_calls
     if isinstance(choice, AllowedTools):
-        return tool_policy(schemas, mode=choice.mode, function=None, parallel=parallel)
-    return tool_policy(schemas, mode="function", function=choice.name, parallel=parallel)
+        tools = selected_tools(tools, choice.names, "tool_choice.tools")
+        return tool_policy(tools, mode=choice.mode, function=None, parallel=parallel)
+    if isinstance(choice, str):
+        return tool_policy(tools, mode=choice, function=None, parallel=parallel)
+    return tool_policy(tools, mode="function", function=choice.name, parallel=parallel)
 
 
 def functions_of(body: ResponseRequest) -> list[ResponseTool]:
