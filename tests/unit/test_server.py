@@ -141,6 +141,23 @@ def test_what_is_wrong_elsewhere_is_named(client, path, body, param):
     assert error_of(response)["param"] == param
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"stop": 3}, "stop: it must be a text or a list."),
+        ({"messages": "x"}, "messages: it must be a list."),
+        ({"messages": [3]}, "messages[0]: it must be an object."),
+        ({"messages": [{"role": "user", "content": 3}]}, "messages[0].content: it must be a text or a list."),
+        ({"tool_choice": 3}, "tool_choice: it must be a text or an object."),
+        ({"response_format": "json"}, "response_format: it must be an object."),
+        ({"stream": "yes"}, "stream: it must be true or false."),
+        ({"metadata": {"topK": 1}}, "metadata.topK: it must be a text."),
+    ],
+)
+def test_errors_name_types_of_json(client, change, message):
+    assert error_of(client.post(CHAT, json={**HELLO, **change}))["message"] == message
+
+
 @pytest.mark.parametrize("body", [b"{", b"[]", b"3", b'"\\ud800"', b'{"messages": NaN}', b"\xff", b"[" * 9999, b""])
 def test_bodies_that_are_no_json_object(client, body):
     response = client.post(CHAT, content=body, headers={"Content-Type": "application/json"})

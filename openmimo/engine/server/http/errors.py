@@ -23,6 +23,14 @@ _TYPES = {
 }
 _TAG = re.compile(r"<[a-z ]+>")
 _PARAM_CHARACTERS = 200
+# pydantic names Python types, and for a union the type of one member. The other member of such unions is a text.
+_KINDS = {
+    "bool_type": "true or false",
+    "dict_type": "an object",
+    "list_type": "a list",
+    "model_type": "an object",
+    "string_type": "a text",
+}
 
 
 class ErrorDetails(BaseModel):
@@ -137,6 +145,9 @@ def validation_error(error: ValidationError) -> ApiError:
     if kind == "missing":
         return invalid(f"{param} is missing.", param, code="missing_parameter")
     reason = str(first["msg"]).removeprefix("Value error, ")
+    if kind in _KINDS:
+        is_text_or = location and isinstance(location[-1], str) and _TAG.fullmatch(location[-1])
+        reason = f"it must be {'a text or ' if is_text_or else ''}{_KINDS[kind]}."
     return invalid(f"{param}: {reason}" if param else reason, param, code="invalid_value")
 
 
