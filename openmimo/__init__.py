@@ -1,4 +1,4 @@
-"""openmimo: the MiMo-V2-Flash system as open software. Importing this package alone imports no torch."""
+"""openmimo: the MiMo-V2-Flash system as open software. Importing this package does not import torch."""
 
 import importlib
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,7 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
-    """Loads a public name from its home on first use."""
+    """Import a public name from its module on first use."""
     if name not in _HOME:
         raise AttributeError(f"module 'openmimo' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOME[name]), name)

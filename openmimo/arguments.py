@@ -41,9 +41,9 @@ def parse(target: Callable[..., Any], arguments: list[str], prog: str, default: 
     _check_encoding(arguments, prog)
     if isinstance(target, type):
         arguments = with_new_options(target, arguments, prog)
-    given = {} if default is None else {"default": default}
+    keywords = {} if default is None else {"default": default}
     with usage_paragraph(prog):
-        return tyro.cli(target, args=arguments, prog=prog, **given)
+        return tyro.cli(target, args=arguments, prog=prog, **keywords)
 
 
 def with_new_options(config_type: type, arguments: list[str], prog: str) -> list[str]:

@@ -1,6 +1,6 @@
-"""Configs as JSON files, and the folder of a run: one process at a time, one config, no leftovers of killed processes.
+"""Configs as JSON files, and run folders, which only one process uses at a time and which keep one config.
 
-Reading is strict: an unknown or mistyped field is an error that names it.
+Reading is strict: an unknown or mistyped field raises an error that names the field.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ Config = TypeVar("Config")
 
 
 def to_dict(config: Any) -> Any:
-    """A dataclass tree as plain dicts, lists and scalars, ready for JSON."""
+    """Convert a dataclass tree to dicts, lists and scalars, ready for JSON."""
     if dataclasses.is_dataclass(config):
         return {field.name: to_dict(getattr(config, field.name)) for field in dataclasses.fields(config)}
     if isinstance(config, (tuple, list)):
@@ -34,21 +34,21 @@ def to_dict(config: Any) -> Any:
 
 
 def from_dict(config_type: type[Config], values: Any, where: str = "config") -> Config:
-    """Builds `config_type` from what `to_dict` gave. `where` is the path used in messages.
+    """Build a `config_type` from a result of `to_dict`. `where` precedes field names in messages.
 
-    Keys of the version before are read under their new names, with one warning.
+    Keys of the previous version are read under their new names, with one warning.
     """
     with one_warning(where):
         return checked(config_type, values, where)
 
 
 def save(config: Any, path: Path) -> None:
-    """Writes a dataclass tree as JSON."""
+    """Write a dataclass tree as JSON."""
     write_text_atomic(path, json.dumps(to_dict(config), indent=2) + "\n")
 
 
 def load(config_type: type[Config], path: Path) -> Config:
-    """Reads a dataclass tree that `save` wrote. Raises ConfigError, which names the file."""
+    """Read a dataclass tree that `save` wrote. Raises ConfigError, with the file name."""
     try:
         return from_dict(config_type, read_json(path), where=str(path))
     except ConfigError as error:
@@ -62,30 +62,30 @@ LOCK_FILE = ".lock"
 
 @contextlib.contextmanager
 def run_folder(folder: Path) -> Iterator[None]:
-    """Creates the folder and holds it for this process inside the block; the kernel lets go of it if the process dies.
+    """Create the folder, and hold its lock during the block. The kernel releases the lock if the process dies.
 
-    Also removes what a killed process left unfinished there.
+    Also removes unfinished files of killed processes.
 
     Raises:
-        ConfigError: Another run is going on in this folder, or it cannot be written.
+        ConfigError: Another run uses this folder, or it cannot be written.
     """
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / LOCK_FILE, "a+")  # noqa: SIM115 - closed below, which releases the lock
     except OSError as error:
-        raise ConfigError(f"run_folder {str(folder)!r} cannot be written: {error.strerror}. Name another.") from error
+        raise ConfigError(f"run_folder {str(folder)!r} cannot be written: {error.strerror}. Set another.") from error
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             file.seek(0)
             raise ConfigError(
-                f"a run is going on here: process {file.read().strip() or 'unknown'} holds {folder}. Wait for its end, "
-                "or name another run_folder."
+                f"another run uses this folder: process {file.read().strip() or 'unknown'} holds {folder}. Wait until "
+                "it ends, or set another run_folder."
             ) from error
         except OSError:
-            pass  # a file system without locks
+            pass  # the file system does not support locks
         with naming(folder / LOCK_FILE):
             file.truncate(0)
             file.write(f"{os.getpid()}\n")
@@ -96,16 +96,16 @@ def run_folder(folder: Path) -> Iterator[None]:
 
 
 def keep_config(config: Any, folder: Path, *, free: Sequence[str], traces: Sequence[str]) -> None:
-    """Saves the config of a run as `config.json` in its folder.
+    """Save the config of a run as `config.json` in its folder.
 
     Args:
         config: A dataclass.
         folder: The run's folder.
-        free: Dotted names (with wildcards) of the settings that may change from one start to the next.
-        traces: Files and folders of which one is there as soon as the run has begun.
+        free: Dotted names (with wildcards) of the settings that may change between starts.
+        traces: Files and folders. At least one of them exists once the run has begun.
 
     Raises:
-        ConfigError: A run with other settings has begun there; the message has each with both its values.
+        ConfigError: The folder contains a run with other settings. The message lists old and new values.
     """
     path = folder / "config.json"
     if path.exists() and any((folder / name).exists() for name in traces):
@@ -114,10 +114,10 @@ def keep_config(config: Any, folder: Path, *, free: Sequence[str], traces: Seque
 
 
 def check_same_run(config: Any, path: Path, *, free: Sequence[str]) -> None:
-    """Raises ConfigError if the config in the file `path` differs from `config` in more than `free`."""
+    """Raise ConfigError if the config in the file `path` differs from `config` in settings outside `free`."""
     before, now = _flat(to_dict(load(type(config), path))), _flat(to_dict(config))
     changed = [
-        f"{name} was {_shown(before, name)} and is now {_shown(now, name)}"
+        f"{name} was {_value_or_absent(before, name)} and is now {_value_or_absent(now, name)}"
         for name in dict.fromkeys([*before, *now])
         if before.get(name, _ABSENT) != now.get(name, _ABSENT)
         and not any(fnmatch.fnmatchcase(name, pattern) for pattern in free)
@@ -126,8 +126,8 @@ def check_same_run(config: Any, path: Path, *, free: Sequence[str]) -> None:
         more = f"; and {len(changed) - _MAX_SHOWN} more" if len(changed) > _MAX_SHOWN else ""
         shown = "; ".join(changed[:_MAX_SHOWN]) + more
         raise ConfigError(
-            f"{path.parent} holds a run with other settings: {shown}. Name another run_folder for a new run, or repeat "
-            f"the old one with --from {path}."
+            f"{path.parent} contains a run with other settings: {shown}. Set another run_folder for a new run, or "
+            f"repeat the old one with --from {path}."
         )
 
 
@@ -135,12 +135,12 @@ _ABSENT = object()
 _MAX_SHOWN = 8
 
 
-def _shown(values: dict[str, Any], name: str) -> str:
-    return repr(values[name]) if name in values else "not there"
+def _value_or_absent(values: dict[str, Any], name: str) -> str:
+    return repr(values[name]) if name in values else "absent"
 
 
 def _flat(values: Any, name: str = "") -> dict[str, Any]:
-    """The leaves of nested dicts and lists under dotted names, such as `stages.0.learning_rate`."""
+    """Return the leaves of nested dicts and lists by dotted name, such as `stages.0.learning_rate`."""
     if not isinstance(values, dict | list) or not values:
         return {name: values}
     pairs = list(values.items() if isinstance(values, dict) else enumerate(values))

@@ -1,4 +1,4 @@
-"""Errors that a user can fix, and interruption by SIGINT or SIGTERM, before which a command saves its state.
+"""Errors that a user can fix, and interruption by SIGINT or SIGTERM, after which a command saves its state.
 
 The command line prints a UserError as one paragraph without a traceback, and exits with 1.
 """
@@ -57,13 +57,13 @@ class StopRequest:
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """Yields a record of the first SIGINT or SIGTERM in the block. A second signal ends the process immediately.
+    """Yield a record of the first SIGINT or SIGTERM in the block. A second signal ends the process immediately.
 
     Only the main thread receives signals; in other threads the block has no effect.
     """
     request = StopRequest()
 
-    def note(number: int, frame: object) -> None:
+    def record(number: int, frame: object) -> None:
         name = signal.Signals(number).name
         if request.signal is not None:
             os.write(2, f"\n{name} again: exiting now; earlier checkpoints are kept.\n".encode())
@@ -74,7 +74,7 @@ def stop_requests() -> Iterator[StopRequest]:
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    before = {number: signal.signal(number, note) for number in SIGNALS}
+    before = {number: signal.signal(number, record) for number in SIGNALS}
     try:
         yield request
     finally:
@@ -84,7 +84,7 @@ def stop_requests() -> Iterator[StopRequest]:
 
 @contextlib.contextmanager
 def terminable() -> Iterator[None]:
-    """A block in which SIGTERM raises Interrupted in the main thread, as SIGINT raises KeyboardInterrupt."""
+    """Let SIGTERM raise Interrupted in the main thread during the block, as SIGINT raises KeyboardInterrupt."""
 
     def end(number: int, frame: object) -> None:
         raise Interrupted(number)

@@ -1,4 +1,4 @@
-"""Types and bounds of configuration fields, and keys of an earlier version, which are read for one more version.
+"""Types and bounds of configuration fields, and renamed keys, whose old names remain valid for one version.
 
 @renamed_keys({"peak_lr": "learning_rate", "seed": "run.seed"})
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ _found: ContextVar[dict[str, str] | None] = ContextVar("found", default=None)
 
 
 def renamed_keys(keys: Mapping[str, str] = MappingProxyType({})) -> Callable[[Config], Config]:
-    """A class decorator that declares the renamed keys of a dataclass, in files and as keyword arguments.
+    """Return a class decorator that declares the renamed keys of a dataclass, in files and as keyword arguments.
 
     Subclasses inherit the keys of files. To inherit the keyword arguments, a subclass is decorated without keys.
 
@@ -44,14 +44,14 @@ def renamed_keys(keys: Mapping[str, str] = MappingProxyType({})) -> Callable[[Co
 
     def declare(config_type: Config) -> Config:
         _KEYS[config_type] = dict(keys)
-        made: Any = vars(config_type)["__init__"]
+        original_init: Any = vars(config_type)["__init__"]
 
-        @functools.wraps(made)
+        @functools.wraps(original_init)
         def init(self: Any, *arguments: Any, **values: Any) -> None:
             if any(new_key(config_type, key) for key in values):
                 with one_warning(f"a call of {config_type.__name__}"):
                     values = with_new_keys(config_type, values, config_type.__name__)
-            made(self, *arguments, **values)
+            original_init(self, *arguments, **values)
 
         type.__setattr__(config_type, "__init__", init)
         return config_type
@@ -60,7 +60,7 @@ def renamed_keys(keys: Mapping[str, str] = MappingProxyType({})) -> Callable[[Co
 
 
 def renamed_names(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
-    """The `__getattr__` of a module with renamed names: an import of an old name prints a warning.
+    """Return the `__getattr__` of a module with renamed names: an import of an old name prints a warning.
 
     Args:
         module: `__name__` of the module.
@@ -77,15 +77,15 @@ def renamed_names(module: str, names: Mapping[str, str]) -> Callable[[str], Any]
 
 
 def new_key(config_type: type, old: str) -> str | None:
-    """The new key, dotted where it is nested, of a renamed key of a config; None for every other key."""
+    """Return the new key (dotted if nested) of a renamed key of a config; None for any other key."""
     return next((_KEYS[base][old] for base in config_type.__mro__ if old in _KEYS.get(base, {})), None)
 
 
 def with_new_keys(config_type: type, values: dict[str, Any], where: str) -> dict[str, Any]:
-    """The values of a config under their new keys. Notes each renamed key for `one_warning`.
+    """Return the values of a config under their new keys. Records each renamed key for `one_warning`.
 
     Raises:
-        ConfigError: An old key is given together with its new one.
+        ConfigError: Both an old key and its new one are present.
     """
     renamed = {key: new_key(config_type, key) for key in values if isinstance(key, str)}
     result = {key: value for key, value in values.items() if renamed.get(key) is None}
@@ -111,10 +111,10 @@ def with_new_keys(config_type: type, values: dict[str, Any], where: str) -> dict
 
 @contextlib.contextmanager
 def one_warning(where: str) -> Iterator[None]:
-    """Prints one warning about all renamed keys that the block reads; the same warning once in a process.
+    """Print one warning about all renamed keys that the block reads. The same warning is printed once per process.
 
     Args:
-        where: What holds the keys, such as the path of a file.
+        where: The source of the keys, such as the path of a file.
     """
     token = _found.set({})
     try:
@@ -128,29 +128,29 @@ def one_warning(where: str) -> Iterator[None]:
 
 @functools.cache
 def warn_of_renamed(where: str, names: tuple[tuple[str, str], ...]) -> None:
-    """Prints a warning on standard error, once for the same arguments.
+    """Print a warning on standard error, once for the same arguments.
 
     Args:
-        where: What holds the old names.
-        names: Pairs of an old name and its new one.
+        where: The source of the old names.
+        names: Pairs of an old name and its new name.
     """
     shown = ", ".join(f"{old} (now {new})" for old, new in names[:_MAX_SHOWN])
     more = f" and {len(names) - _MAX_SHOWN} more" if len(names) > _MAX_SHOWN else ""
     print(
-        f"warning: {where} has names of an earlier version: {shown}{more}. This version reads them; the next does not.",
+        f"warning: {where} has names of the previous version: {shown}{more}. The next version will not read them.",
         file=sys.stderr,
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class Bounds:
-    """What a number may be.
+    """The allowed range of a number.
 
     Attributes:
-        least: The smallest allowed value.
-        above: Every allowed value is larger.
-        most: The largest allowed value.
-        below: Every allowed value is smaller.
+        least: Minimum, inclusive.
+        above: Minimum, exclusive.
+        most: Maximum, inclusive.
+        below: Maximum, exclusive.
     """
 
     least: float | None = None
@@ -159,7 +159,7 @@ class Bounds:
     below: float | None = None
 
     def allow(self, value: float) -> bool:
-        """Whether `value` lies within the bounds."""
+        """Return whether `value` is within the bounds."""
         return (
             (self.least is None or value >= self.least)
             and (self.above is None or value > self.above)
@@ -181,12 +181,12 @@ Seed = Annotated[int, Bounds(least=0, below=2**63)]
 
 
 def check_fields(config: Any, where: str) -> None:
-    """Checks every field of a dataclass instance, frozen or not, against its annotation; call it in `__post_init__`.
+    """Check every field of a dataclass instance against its annotation. Call it in `__post_init__`.
 
-    An int in a float field becomes a float, a list in a tuple field a tuple, a NumPy number a Python number.
+    Converts ints in float fields to float, lists in tuple fields to tuples, and NumPy numbers to Python numbers.
 
     Args:
-        config: The instance.
+        config: The instance; it may be frozen.
         where: Precedes the field's name in the message, such as "phase 'text'".
 
     Raises:
@@ -198,10 +198,10 @@ def check_fields(config: Any, where: str) -> None:
 
 
 def checked(expected: Any, value: Any, where: str) -> Any:
-    """`value` as the annotation `expected` has it. A dict becomes a dataclass where one is expected.
+    """Check `value` against the annotation `expected` and return it, converted. A dict may become a dataclass.
 
     Raises:
-        ConfigError: As `check_fields`. The message begins with `where`.
+        ConfigError: As for `check_fields`. The message begins with `where`.
     """
     origin, arguments = typing.get_origin(expected), typing.get_args(expected)
     if origin is Annotated:
@@ -227,7 +227,7 @@ def checked(expected: Any, value: Any, where: str) -> Any:
 
 
 def unknown_key_message(key: str, known: typing.Iterable[str], where: str) -> str:
-    """The sentence for a key that is not read, with the nearest known one."""
+    """Return a sentence about an unknown key, with the most similar known key."""
     close = difflib.get_close_matches(key, list(known), n=1) if len(key) < 80 else []
     hint = f"; did you mean {close[0]!r}?" if close else ""
     return f"{where} has no field {shortened(key)}{hint}"
@@ -235,14 +235,14 @@ def unknown_key_message(key: str, known: typing.Iterable[str], where: str) -> st
 
 @functools.cache
 def field_types(config_type: type) -> dict[str, Any]:
-    """The annotation of each field of a dataclass, bounds included."""
+    """Return the annotation of each field of a dataclass, including bounds."""
     hints = typing.get_type_hints(config_type, include_extras=True)
     return {field.name: hints[field.name] for field in dataclasses.fields(config_type)}
 
 
 @functools.cache
 def required_fields(config_type: type) -> list[str]:
-    """The fields of a dataclass that have no default."""
+    """Return the names of the fields without a default."""
     return [
         field.name
         for field in dataclasses.fields(config_type)
@@ -258,7 +258,7 @@ def _within(value: Any, metadata: tuple[Any, ...], where: str) -> Any:
 
 
 def _checked_union(options: tuple[Any, ...], value: Any, where: str) -> Any:
-    """The first option that fits, one of the value's own type first: 3 stays an int in `float | int`."""
+    """Return the first option that fits. The value's own type is tried first, so 3 stays an int in `float | int`."""
     if value is None and type(None) in options:
         return None
     real = [option for option in options if option is not type(None)]
@@ -326,7 +326,7 @@ def _build(config_type: Any, values: Any, where: str) -> Any:
 
 
 def shortened(value: Any) -> str:
-    """`value` for a message, cut after 80 characters."""
+    """Return the repr of `value`, truncated to 80 characters."""
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
 

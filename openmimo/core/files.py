@@ -29,12 +29,12 @@ _CANNOT_EXCHANGE = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 def cache_folder() -> Path:
-    """The folder that $OPENMIMO_CACHE names, else ~/.cache/openmimo. It may not exist; its files can be recreated."""
+    """Return $OPENMIMO_CACHE, or else ~/.cache/openmimo. It may not exist, and its files can be recreated."""
     return Path(os.environ.get("OPENMIMO_CACHE") or Path.home() / ".cache" / "openmimo")
 
 
 def write_text_atomic(path: Path, text: str) -> None:
-    """Writes `text` (UTF-8) to a temporary file, flushes it to the disk, and renames it to `path`.
+    """Write `text` (UTF-8) to a temporary file, flush it to the disk, and rename it to `path`.
 
     Raises:
         OSError: The file cannot be written. The error names it, and an existing file is unchanged.
@@ -56,7 +56,7 @@ def write_text_atomic(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def new_folder_atomic(path: Path) -> Iterator[Path]:
-    """Yields an empty folder. Renames it to `path` if the block succeeds, and deletes it if the block fails.
+    """Yield an empty folder. It is renamed to `path` if the block succeeds, and deleted if the block fails.
 
     An existing folder is replaced in one step when the new one is complete. The umask determines the mode of files.
 
@@ -80,7 +80,7 @@ def new_folder_atomic(path: Path) -> Iterator[Path]:
 
 
 def recover_folder(path: Path) -> None:
-    """Completes an interrupted replacement of the folder `path`.
+    """Complete an interrupted replacement of the folder `path`.
 
     This is necessary only on file systems that cannot exchange two folders in one step. There, the old folder may be
     left under a temporary name.
@@ -94,11 +94,11 @@ def recover_folder(path: Path) -> None:
 
 
 def remove_unfinished(folder: Path, *, of: str | None = None) -> None:
-    """Removes the unfinished files and folders in `folder` whose writers are dead.
+    """Remove the unfinished files and folders in `folder` whose writers have exited.
 
     Args:
-        folder: It need not exist.
-        of: Only those with this final name (None: all).
+        folder: The folder; it need not exist.
+        of: Final name of the files and folders to remove (None: all).
     """
     name = r"\..*" if of is None else rf"\.{re.escape(of)}\.[^.]+"
     for path in _hidden(Path(folder), rf"{name}\.tmp"):
@@ -111,7 +111,7 @@ def remove_unfinished(folder: Path, *, of: str | None = None) -> None:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[int]:
-    """Holds the lock of an existing file or folder during the block, and yields its descriptor.
+    """Hold the lock of an existing file or folder during the block. Yields its descriptor.
 
     Raises:
         BlockingIOError: Another process holds the lock.
@@ -127,7 +127,7 @@ def locked(path: Path) -> Iterator[int]:
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Adds the file name `path` to an OSError of the block that has none (e.g. for a full disk)."""
+    """Add the file name `path` to an OSError of the block that has none (e.g. for a full disk)."""
     try:
         yield
     except OSError as error:
@@ -143,14 +143,14 @@ def _hidden(folder: Path, pattern: str) -> list[Path]:
 
 
 def _claim(path: Path, *, is_folder: bool) -> tuple[Path, int]:
-    """Creates a temporary file or folder next to `path`. Returns it with the descriptor that holds its lock."""
+    """Create a temporary file or folder next to `path`. Returns it with the descriptor that holds its lock."""
     while True:
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
         if is_folder:
             temporary.mkdir()
         else:
             os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-        # Another process may remove the entry before the lock is held, because it looks abandoned: then try again.
+        # Another process may consider the entry abandoned and remove it before the lock is held. Then try again.
         with contextlib.suppress(FileNotFoundError):
             descriptor = os.open(temporary, os.O_RDONLY if is_folder else os.O_WRONLY)
             with contextlib.suppress(OSError):
@@ -171,7 +171,7 @@ def _put_in_place(folder: Path, path: Path) -> None:
 
 
 def _exchange(first: Path, second: Path) -> bool:
-    """Exchanges two paths atomically (renameat2). Returns False if the system or the file system cannot."""
+    """Exchange two paths atomically (renameat2). Returns False if the system or the file system does not support it."""
     try:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
     except AttributeError:
@@ -201,7 +201,7 @@ def _flush_entry(path: Path) -> None:
         os.close(descriptor)
 
 
-MAX_TEXT_BYTES = 1 << 28  # ten times the index and tokenizer.json of the largest published models
+MAX_TEXT_BYTES = 1 << 28  # ten times the size of the largest index and tokenizer.json of published models
 _LISTED, _MAX_CHARACTERS = 20, 500
 _KINDS = {
     stat.S_IFIFO: "a pipe",
@@ -214,7 +214,7 @@ Schema = TypeVar("Schema")
 
 
 def require_folder(folder: Path | str, error: type[UserError] = CheckpointError) -> Path:
-    """Returns `folder` as a path. Raises `error` if it is not a folder."""
+    """Return `folder` as a path. Raises `error` if it is not a folder."""
     folder = Path(folder)
     if not folder.is_dir():
         found = "is a file, not a folder" if folder.exists() else "does not exist"
@@ -223,9 +223,10 @@ def require_folder(folder: Path | str, error: type[UserError] = CheckpointError)
 
 
 def file_in_folder(folder: Path, name: str, error: type[UserError] = CheckpointError) -> Path | None:
-    """The path of the file `name` in a model folder; None if it does not exist.
+    """Return the path of the file `name` in a model folder; None if it does not exist.
 
-    Raises `error` if the name contains a path, or is not a readable regular file inside that folder.
+    Raises:
+        UserError: `error`, if the name contains a path or is not a readable regular file inside that folder.
     """
     if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
         raise error(
@@ -240,7 +241,7 @@ def file_in_folder(folder: Path, name: str, error: type[UserError] = CheckpointE
 
 
 def read_text(path: Path | str, error: type[UserError] = ConfigError) -> str:
-    """The text of a regular UTF-8 file of at most MAX_TEXT_BYTES. Raises `error` otherwise."""
+    """Read a regular UTF-8 file of at most MAX_TEXT_BYTES. Raises `error` otherwise."""
     path = Path(path)
     _check_regular(path, error)
     size = path.stat().st_size
@@ -255,12 +256,12 @@ def read_text(path: Path | str, error: type[UserError] = ConfigError) -> str:
 
 
 def read_json(path: Path | str, error: type[UserError] = ConfigError) -> Any:
-    """Parses a JSON file. Raises `error`, with file and line, if it is missing, malformed or not a regular file."""
+    """Parse a JSON file. Raises `error`, with file and line, if it is missing, malformed or not a regular file."""
     return parse_json(read_text(path, error), str(path), error)
 
 
 def parse_json(text: str, where: str, error: type[UserError] = ConfigError) -> Any:
-    """Parses JSON strictly: duplicate keys and lone surrogates raise `error`."""
+    """Parse JSON strictly. Duplicate keys and lone surrogates raise `error`."""
     try:
         value = json.loads(text, object_pairs_hook=_object)
         if "\\ud" in text or "\\uD" in text:
@@ -282,7 +283,7 @@ def read_known_keys(
     error: type[UserError] = ConfigError,
     inert: Iterable[str] | None = None,
 ) -> Schema:
-    """Builds the dataclass `schema` from a JSON object, with the types and bounds of its annotations.
+    """Build the dataclass `schema` from a JSON object, with the types and bounds of its annotations.
 
     Args:
         schema: A dataclass.
@@ -317,7 +318,7 @@ def read_known_keys(
 
 
 def listed(findings: list[str], separator: str = " ") -> str:
-    """The findings of a check as one text: the first ones, and the number of the others."""
+    """Join the findings of a check into one text: the first 20, and the number of the others."""
     shown = [text if len(text) <= _MAX_CHARACTERS else text[:_MAX_CHARACTERS] + "..." for text in findings[:_LISTED]]
     more = [f"There are {len(findings) - _LISTED} more."] if len(findings) > _LISTED else []
     return separator.join(shown + more)

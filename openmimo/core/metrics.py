@@ -33,14 +33,14 @@ class MetricsWriter:
             self._tensorboard = Writer(str(folder / "tensorboard"))
 
     def truncate_after(self, step: int) -> None:
-        """Removes the rows of later steps and damaged lines. Warns about damage, except for a truncated last line."""
+        """Remove the rows of later steps and damaged lines. Warns about damage, except for a truncated last line."""
         if not self.path.exists():
             return
         kept = [row for row in read_metrics(self.path) if row["step"] <= step]
         write_text_atomic(self.path, "".join(_line(row) for row in kept))
 
     def write(self, step: int, values: dict[str, Any]) -> None:
-        """Records `values` (numbers, strings or lists of numbers) at optimizer step `step`.
+        """Record `values` (numbers, strings or lists of numbers) at optimizer step `step`.
 
         Raises:
             OSError: The file cannot be written (e.g. the disk is full). The error names the file.
@@ -54,18 +54,18 @@ class MetricsWriter:
             self._tensorboard.flush()
 
     def sync(self) -> None:
-        """Flushes the file to the disk."""
+        """Flush the file to the disk."""
         with naming(self.path), open(self.path, "ab") as file:
             os.fsync(file.fileno())
 
     def close(self) -> None:
-        """Closes the TensorBoard writer, if any."""
+        """Close the TensorBoard writer, if any."""
         if self._tensorboard is not None:
             self._tensorboard.close()
 
 
 def read_metrics(path: Path) -> list[Row]:
-    """The rows of a `metrics.jsonl`, without a truncated last line. Skips other damaged lines with a warning."""
+    """Read the rows of a `metrics.jsonl`. A truncated last line is ignored, other damaged lines give a warning."""
     rows: list[Row] = []
     damaged: list[int] = []
     lines = path.read_bytes().splitlines()
@@ -116,7 +116,7 @@ _RESAMPLES = 1000
 
 
 def bootstrap_interval(values: Sequence[float], *, seed: int = 0) -> tuple[float, float]:
-    """The 95 % bootstrap interval of the mean, from 1,000 resamples. NaN if there are no values."""
+    """Return the 95 % bootstrap interval of the mean, from 1,000 resamples. NaN if there are no values."""
     if not values:
         return float("nan"), float("nan")
     rng = random.Random(seed)

@@ -1,4 +1,4 @@
-"""The plain records that cross every border: between the command line, the engine, the server and trainers."""
+"""Plain records that the command line, the engine, the server and the trainers exchange."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,7 +14,14 @@ STRUCTURE_KINDS = ("json_object", "json_schema", "regex", "grammar")
 
 @dataclass(frozen=True)
 class Message:
-    """One turn of a conversation, in OpenAI's words. `tool_calls` are dicts with `name` and `arguments` (a dict)."""
+    """One turn of a conversation, with OpenAI's field names.
+
+    Attributes:
+        role: Role of the speaker, such as "user".
+        content: Text of the turn.
+        reasoning_content: Reasoning before the content.
+        tool_calls: Dicts with `name` and `arguments` (a dict).
+    """
 
     role: str
     content: str = ""
@@ -27,11 +34,11 @@ class Message:
 
 @dataclass(frozen=True)
 class Structure:
-    """The required form of a text.
+    """A constraint on the form of a generated text.
 
     Attributes:
         kind: One of STRUCTURE_KINDS.
-        source: The schema (JSON), regular expression or Lark grammar; empty for json_object.
+        source: JSON schema, regular expression or Lark grammar; empty for "json_object".
         prefix: Regular expression of a text that comes first, such as thinking. It ends with its first match.
         alternative: Regular expression of a text that may take the place of the form, such as tool calls.
     """
@@ -54,34 +61,33 @@ class Structure:
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How one request is decoded.
+    """Sampling parameters of one request.
 
-    The order of the steps is that of the fields: biases and penalties change the logits, then temperature, then top_k,
-    top_p and min_p cut the distribution, all three by the probabilities before any cut.
+    Processing follows the order of the fields. Biases and penalties change the logits, and temperature scales them.
+    Then top_k, top_p and min_p truncate the distribution, each based on the probabilities before any truncation.
 
     Attributes:
-        max_tokens: New tokens, at most.
-        min_tokens: New tokens, at least: until then no stop id can be chosen and no stop string ends the text.
-        logit_bias: Added to the logits of these token ids.
-        repetition_penalty: Above 1, makes tokens of the prompt and of the text less likely (positive logits are divided
-            by it, negative ones multiplied).
-        presence_penalty: Subtracted from the logit of every token that the text already has.
-        frequency_penalty: Subtracted from a token's logit once for each time the text already has it.
-        temperature: Flattens or sharpens the distribution; 0 is greedy.
-        top_p: Keep the smallest set of tokens with this much probability.
-        top_k: Keep at most so many tokens (0: no limit).
-        min_p: Keep only tokens at least this fraction as likely as the likeliest.
-        seed: Same seed, same text, alone and in every batch; None draws one. See docs/engine.md for the limits of this.
-        stop: End before one of these strings (one string may be given alone).
-        stop_token_ids: End after one of these ids, beside the checkpoint's own.
-        ignore_eos: Go on after the checkpoint's end-of-text ids.
-        max_repeats: End (finish reason "repetition") once the text closes with one passage of at most 64 tokens so many
-            times in a row (0: never).
-        structure: The text must be of this form.
-        skip_special_tokens: Leave special tokens out of the text.
-        logprobs: Return the log-probability of each new token under the raw distribution at the sampling temperature
-            (before biases, penalties and cuts; at temperature 0, that of temperature 1).
-        top_logprobs: Return so many of the likeliest tokens at each position too.
+        max_tokens: Maximum number of new tokens.
+        min_tokens: Minimum number of new tokens. Before it, stop ids have probability 0 and stop strings are ignored.
+        logit_bias: Values added to the logits of token ids.
+        repetition_penalty: Divides the positive logits of all tokens in prompt and text, and multiplies negative ones.
+        presence_penalty: Subtracted from the logit of every token in the generated text.
+        frequency_penalty: Subtracted from a token's logit once per occurrence in the generated text.
+        temperature: Divides the logits; 0 is greedy.
+        top_p: Keep the smallest set of tokens with at least this total probability.
+        top_k: Maximum number of tokens to keep (0: no limit).
+        min_p: Keep tokens with at least this fraction of the highest probability.
+        seed: Makes the text reproducible, alone and in every batch; None draws a seed. docs/engine.md states limits.
+        stop: The text ends before the first of these strings. A single string is also accepted.
+        stop_token_ids: The text ends after the first of these ids, in addition to the checkpoint's stop ids.
+        ignore_eos: Continue after the checkpoint's stop ids.
+        max_repeats: End (finish reason "repetition") after this number of consecutive repetitions of a passage of at
+            most 64 tokens (0: never).
+        structure: Constraint on the form of the text.
+        skip_special_tokens: Omit special tokens from the text.
+        logprobs: Return the log-probability of each new token at the sampling temperature, before biases, penalties
+            and truncation (for temperature 0: at temperature 1).
+        top_logprobs: Number of most likely tokens to return at each position.
         prompt_logprobs: Return the log-probabilities of the prompt's tokens.
         prompt_top_logprobs: Return this many of the likeliest tokens at each position of the prompt as well; requires
             prompt_logprobs.
@@ -135,7 +141,7 @@ class SamplingParams:
 
     @property
     def changes_logits(self) -> bool:
-        """Whether the choice depends on more than the model's own logits."""
+        """Whether the distribution depends on more than the model's logits and the temperature."""
         return bool(
             self.logit_bias
             or self.repetition_penalty != 1.0
@@ -155,8 +161,13 @@ class SamplingParams:
 class Request:
     """One prompt for the engine.
 
-    id: unique among the running ones. priority: lower runs first. session: requests of one session (turns of one
-    rollout) reuse each other's cache and routed experts, and share nothing with others; None shares prefixes freely.
+    Attributes:
+        id: Unique among the running requests.
+        prompt_token_ids: The prompt.
+        params: The sampling parameters.
+        priority: Requests with a lower value run first.
+        session: Requests of one session (turns of a rollout) reuse each other's cache and routed experts, and share
+            none with other requests. None shares prefixes with all requests without a session.
     """
 
     id: str
@@ -168,7 +179,7 @@ class Request:
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """A token's log-probability, and the likeliest (id, log-probability) pairs at its position."""
+    """A token's log-probability, and the most likely (id, log-probability) pairs at its position."""
 
     token_id: int
     logprob: float
@@ -177,15 +188,22 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class Delta:
-    """What one engine step added to one request.
+    """The output of one engine step for one request.
 
-    drafted: for each new token, whether an MTP head had proposed it. text may lag behind the ids: text that may be the
-    start of a stop string or of a character is held back. finish_reason: "" while it runs, then "stop", "length",
-    "repetition", "abort" or "error" (with `error`). is_request_error: whether the request is to blame for the error (a
-    structure that cannot be followed), and not the engine. num_cached_tokens: prompt tokens that were reused.
-    prompt_logprobs: of the prompt's tokens but the first; embedding: the pooled states of the prompt. Both are in the
-    first delta only.
-    stop_string: the stop string that ended the text, or empty.
+    Attributes:
+        request_id: Id of the request.
+        token_ids: New tokens.
+        text: New text. It may lag behind the tokens, because the start of a stop string or character is held back.
+        logprobs: Log-probabilities of the new tokens, if requested.
+        drafted: For each new token, whether an MTP head drafted it.
+        finish_reason: "" while the request runs, then "stop", "length", "repetition", "abort" or "error".
+        error: The error message.
+        is_request_error: Whether the request caused the error (e.g. by a structure that cannot be satisfied).
+        num_prompt_tokens: Length of the prompt.
+        num_cached_tokens: Prompt tokens that were reused from the cache.
+        prompt_logprobs: Log-probabilities of the prompt's tokens, if requested.
+        embedding: The pooled states of the prompt, if requested; in the first delta only, as prompt_logprobs.
+        stop_string: The stop string that ended the text, or empty.
     """
 
     request_id: str
@@ -205,14 +223,24 @@ class Delta:
 
 @dataclass
 class Completion:
-    """What came of one request.
+    """The result of one request.
 
-    finish_reason, error: as in Delta. logprobs: of the new tokens, if asked for; top_logprobs: for each, the
-    likeliest (id, log-probability) pairs. prompt_logprobs, prompt_top_logprobs: the same of the prompt's tokens but the
-    first. embedding: the pooled states of the prompt, if requested. policy_versions: for each new token, the version of
-    the weights that chose it. drafted: for each, whether an MTP head had proposed it. routed_experts: a NumPy array
-    [prompt and new tokens but the last, sparse layers, experts a token], uint8 up to 256 experts, else int16.
-    num_cached_tokens: prompt tokens that were reused.
+    Attributes:
+        prompt_token_ids: The prompt.
+        token_ids: New tokens.
+        text: Their text.
+        logprobs: Log-probabilities of the new tokens; None if not requested.
+        finish_reason: As in `Delta`.
+        top_logprobs: For each new token, the most likely (id, log-probability) pairs; None if not requested.
+        prompt_logprobs: Log-probabilities of the prompt's tokens except the first; None if not requested.
+        prompt_top_logprobs: For each prompt token except the first, the most likely pairs; None if not requested.
+        embedding: The pooled states of the prompt; None if not requested.
+        policy_versions: For each new token, the version of the weights that sampled it.
+        drafted: For each new token, whether an MTP head drafted it.
+        routed_experts: NumPy array [prompt and new tokens - 1, sparse layers, experts per token], uint8 for up to 256
+            experts, else int16; None if not requested.
+        num_cached_tokens: Prompt tokens that were reused from the cache.
+        error: As in `Delta`.
     """
 
     prompt_token_ids: list[int]

@@ -28,13 +28,13 @@ class Registry(Generic[Plugin]):
         self.plugin_type = plugin_type
 
     def names(self) -> list[str]:
-        """The sorted names in the folder. Imports only the `__init__` of the folder."""
+        """Return the sorted names in the folder. Imports only the `__init__` of the folder."""
         paths = importlib.import_module(self.package).__path__
         modules = (module for module in pkgutil.iter_modules(paths) if not module.ispkg)
         return sorted(module.name for module in modules if not module.name.startswith("_"))
 
     def get(self, name: str) -> Plugin:
-        """The plug-in `name`, or the external object `package.module:Object`.
+        """Return the plug-in `name`, or the external object `package.module:Object`.
 
         Raises:
             ConfigError: The name does not exist, or its module fails on import.
@@ -70,13 +70,15 @@ def _import(module_name: str, name: str) -> ModuleType:
             raise ConfigError(
                 f"{name!r}: Python finds no module {error.name!r}. Add its folder to PYTHONPATH."
             ) from error
-        raise ConfigError(f"{name!r} cannot be imported: {_place(error)}: {error}.") from error
+        raise ConfigError(f"{name!r} cannot be imported: {_location_of(error)}: {error}.") from error
     except Exception as error:  # the code of a plug-in may raise any error
-        raise ConfigError(f"{name!r} cannot be imported: {_place(error)}: {type(error).__name__}: {error}.") from error
+        raise ConfigError(
+            f"{name!r} cannot be imported: {_location_of(error)}: {type(error).__name__}: {error}."
+        ) from error
 
 
-def _place(error: BaseException) -> str:
-    """The file and line of an exception or a syntax error."""
+def _location_of(error: BaseException) -> str:
+    """Return file and line of an exception or a syntax error."""
     if isinstance(error, SyntaxError):
         return f"{error.filename}, line {error.lineno}"
     frame = traceback.extract_tb(error.__traceback__)[-1]

@@ -1,4 +1,4 @@
-"""Samples in files: plain values as JSON, per-token arrays and routes in an `ArrayFile`."""
+"""Samples in files. Plain values are stored as JSON, per-token arrays and routes in an `ArrayFile`."""
 
 import base64
 import math
@@ -16,13 +16,13 @@ _KEY = "sample"
 
 
 def write_sample(sample: Sample, file: ArrayFile) -> dict[str, Any]:
-    """Appends the arrays of a sample and of its earlier contexts to the file. Numbers keep every bit.
+    """Append the arrays of a sample and of its earlier contexts to the file, without loss of precision.
 
     Returns:
         The rest of the sample as JSON, with the location of each array. `info` must be JSON already.
 
     Raises:
-        DataError: Expert ids that int16 cannot hold.
+        DataError: Expert ids do not fit into int16.
     """
     arrays = {name: getattr(sample, name) for name in TOKEN_DTYPES if len(getattr(sample, name))}
     if sample.routed_experts is not None:
@@ -35,7 +35,7 @@ def write_sample(sample: Sample, file: ArrayFile) -> dict[str, Any]:
 
 
 def read_sample(values: dict[str, Any], file: ArrayFile) -> Sample:
-    """The sample that `write_sample` was given. Its routes stay in the file and are referenced.
+    """Read a sample that `write_sample` wrote. Its routes remain in the file and are referenced.
 
     Raises:
         DataError: Unknown or missing fields.
@@ -58,17 +58,17 @@ def read_sample(values: dict[str, Any], file: ArrayFile) -> Sample:
 
 
 def refer_to_file(sample: Sample, values: dict[str, Any], file: ArrayFile) -> None:
-    """Replaces the routes of a sample by references to where `write_sample` put them."""
-    for context, own in zip(sample.contexts(), [*values["earlier"], values], strict=True):
-        if "routed_experts" in own["arrays"]:
-            offset, dtype, shape = own["arrays"]["routed_experts"]
+    """Replace the routes of a sample by references to the arrays that `write_sample` wrote."""
+    for context, saved in zip(sample.contexts(), [*values["earlier"], values], strict=True):
+        if "routed_experts" in saved["arrays"]:
+            offset, dtype, shape = saved["arrays"]["routed_experts"]
             context.routed_experts = StoredArray(file, offset, dtype, tuple(shape))
 
 
 def write_state(state: Any, path: Path) -> Any:
-    """A tree of plain values and samples as JSON; the arrays of the samples go to the file `path`.
+    """Convert a tree of plain values and samples to JSON. The arrays of the samples go to the file `path`.
 
-    The file is not written for a tree without samples.
+    The file is not created for a tree without samples.
     """
     file: ArrayFile | None = None
 
@@ -88,7 +88,7 @@ def write_state(state: Any, path: Path) -> Any:
 
 
 def read_state(state: Any, path: Path) -> Any:
-    """The tree that `write_state` was given."""
+    """Restore a tree from the result of `write_state`."""
     file = ArrayFile(path, read_only=True) if path.exists() else None
 
     def restored(value: Any) -> Any:
@@ -102,7 +102,7 @@ def read_state(state: Any, path: Path) -> Any:
 
 
 def sample_from_dict(values: dict[str, Any]) -> Sample:
-    """A sample that the version before saved as JSON: lists, NaN as null, infinities as strings, routes as base64.
+    """Read a sample in the JSON format of the previous version (NaN as null, infinities as strings, routes as base64).
 
     Raises:
         DataError: Unknown or missing fields.
@@ -132,12 +132,12 @@ def _number_from_json(value: float | str | None) -> float:
 
 
 def _narrowed(array: np.ndarray) -> np.ndarray:
-    """Expert ids in the smaller of uint8 and int16 that holds them; arrays of these types stay as they are."""
+    """Convert expert ids to uint8 if they fit, else to int16. Arrays of these types are returned unchanged."""
     if array.dtype in (np.uint8, np.int16):
         return array
     low, high = (int(array.min()), int(array.max())) if array.size else (0, 0)
     if low < -(2**15) or high >= 2**15:
-        raise DataError(f"routed_experts go from {low} to {high}, which int16 cannot hold.")
+        raise DataError(f"routed_experts range from {low} to {high}, which does not fit into int16.")
     return array.astype(np.uint8 if low >= 0 and high < 256 else np.int16)
 
 

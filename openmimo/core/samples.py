@@ -1,7 +1,7 @@
-"""The records of post-training: token sequences with one number per token for each property, as NumPy arrays.
+"""The records of post-training: token sequences with per-token NumPy arrays.
 
-Rollouts make samples, algorithms annotate them, the trainer reads the annotations. Text is never tokenized again. Long
-arrays, such as routes, can be references into a file that only grows.
+Rollouts produce samples, algorithms annotate them, and the trainer reads the annotations. Text is never retokenized.
+Large arrays, such as routes, can be references into an append-only file.
 """
 
 import math
@@ -15,23 +15,22 @@ from typing import Any
 
 import numpy as np
 
-# Larger writes are several times slower on Linux; smaller reads are faster without a mapping.
+# Larger writes are several times slower on Linux. Smaller reads are faster without memory mapping.
 _CHUNK_BYTES = 1 << 20
 
 
 class ArrayFile:
-    """A file of arrays, one after another. It only grows.
+    """An append-only file of arrays.
 
-    The arrays can be read as long as the file or a `StoredArray` of it is referenced, even after the file was deleted:
-    the descriptor is closed with the last reference, and the system frees the space then.
-
+    Its arrays remain readable as long as the file or one of its `StoredArray`s is referenced, even after the file was
+    deleted. The last reference closes the descriptor, and the system then frees the space.
     Args:
-        path: Created if it does not exist, unless `read_only`.
-        read_only: `append` and `truncate` fail.
+        path: Path of the file, which is created if it does not exist.
+        read_only: Whether to open an existing file without `append` and `truncate`.
 
     Attributes:
-        num_bytes: The length of the file.
-        appended_checksum: CRC-32 of the bytes that were appended since it was last set to 0.
+        num_bytes: Length of the file.
+        appended_checksum: CRC-32 of the bytes appended since it was last set to 0.
 
     Raises:
         OSError: The file cannot be opened.
@@ -44,7 +43,7 @@ class ArrayFile:
         self.appended_checksum = 0
 
     def append(self, array: np.ndarray) -> "StoredArray":
-        """Writes an array behind the others. It can be read at once; `sync` brings it to the disk."""
+        """Append an array. It can be read immediately; `sync` flushes it to the disk."""
         array = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
         stored = StoredArray(self, self.num_bytes, array.dtype.str, array.shape)
         data = array.reshape(-1).view(np.uint8).data
@@ -56,7 +55,7 @@ class ArrayFile:
         return stored
 
     def view(self, start: int, stop: int) -> bytes | memoryview:
-        """The bytes from `start` to `stop`, memory-mapped if they are many; fewer where the file ends before."""
+        """Return the bytes from `start` to `stop` or the end of the file. Large ranges are memory-mapped."""
         stop = min(stop, self.num_bytes)
         if stop - start < _CHUNK_BYTES:
             return os.pread(self._descriptor, max(stop - start, 0), start)
@@ -65,22 +64,22 @@ class ArrayFile:
         return memoryview(mapped)[start - base :]
 
     def checksum(self, start: int, stop: int) -> int:
-        """CRC-32 of the bytes from `start` to `stop`."""
+        """Return the CRC-32 of the bytes from `start` to `stop`."""
         return zlib.crc32(self.view(start, stop))
 
     def truncate(self, num_bytes: int) -> None:
-        """Drops everything from this byte on."""
+        """Truncate the file to `num_bytes`."""
         os.ftruncate(self._descriptor, num_bytes)
         self.num_bytes = num_bytes
 
     def sync(self) -> None:
-        """Flushes the file to the disk."""
+        """Flush the file to the disk."""
         os.fsync(self._descriptor)
 
 
 @dataclass(frozen=True)
 class StoredArray:
-    """An array in a file. `np.asarray` gives its content, read-only. Pickled, it becomes an array in memory."""
+    """A reference to an array in a file. `np.asarray` reads it, read-only. Pickling converts it to an array."""
 
     file: ArrayFile
     offset: int
@@ -92,17 +91,17 @@ class StoredArray:
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         count = math.prod(self.shape)
-        own = np.dtype(self.dtype)
-        data = self.file.view(self.offset, self.offset + count * own.itemsize)
-        array = np.frombuffer(data, own, count).reshape(self.shape)
-        return array.astype(dtype or own.newbyteorder("="), copy=bool(copy))
+        stored_dtype = np.dtype(self.dtype)
+        data = self.file.view(self.offset, self.offset + count * stored_dtype.itemsize)
+        array = np.frombuffer(data, stored_dtype, count).reshape(self.shape)
+        return array.astype(dtype or stored_dtype.newbyteorder("="), copy=bool(copy))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return np.array, (np.array(self),)
 
     @property
     def location(self) -> list[Any]:
-        """Where it is in the file, as JSON."""
+        """Offset, dtype and shape as JSON."""
         return [self.offset, self.dtype, list(self.shape)]
 
 
@@ -124,35 +123,35 @@ def _no_numbers() -> np.ndarray:
 
 @dataclass(eq=False)
 class Sample:
-    """One sequence of the policy. Entry i of a per-token array belongs to token i; T tokens.
+    """One sequence of the policy. Entry i of a per-token array belongs to token i of T.
 
-    Per-token arrays accept any sequence of numbers when they are set, and are stored with the dtype of `TOKEN_DTYPES`.
-    Log-probabilities and annotations are float64: it holds every float32 value of the engine and the trainer exactly.
+    A per-token array can be set to any sequence of numbers, and is stored with the dtype of `TOKEN_DTYPES`.
+    Log-probabilities and annotations are float64, which represents every float32 of engine and trainer exactly.
 
     Attributes:
         token_ids: int32 [T]. The prompt, the tokens of the policy and the responses of tools, in order.
-        loss_mask: bool [T]. The tokens that the policy wrote. Only these enter a loss or a mean.
-        logprobs: float64 [T]. log μ(token | tokens before) of the policy that sampled it, at its temperature; 0.0
+        loss_mask: bool [T]. True for the tokens of the policy. Only these enter losses and means.
+        logprobs: float64 [T]. log μ(token | previous tokens) of the policy that sampled it, at its temperature; 0.0
             outside the mask.
         versions: int32 [T]. The policy version that sampled the token; -1 outside the mask.
-        domain: The data source, which names the teacher.
-        group: The same for all samples of one prompt.
-        reward: Of the verifier, 0 to 1; NaN while the sample is written, and where verification failed.
+        domain: The data source, which determines the teacher.
+        group: Identifier of the prompt, equal for all its samples.
+        reward: Reward of the verifier, 0 to 1; NaN during generation and after a failed verification.
         finish_reason: "stop", "length", "repetition", "context" (the episode continued in another context), "error"
-            (the infrastructure failed: never learned from), or "too_long" (the prompt is: nothing was sampled).
-        temperature: At which it was sampled; log-probabilities of every model are taken at it.
-        routed_experts: Integers [T - 1, sparse layers, experts a token] of the pass that sampled (R3), in memory or by
-            reference to a file (see `routes`); -1 where unknown; None if nothing was recorded.
-        advantages: Annotation, float64 [T] or empty: how much better than expected each token was.
-        weights: Annotation, float64 [T] or empty: the share of each token in the loss of the step; 0 outside the mask.
-        teacher_logprobs: Annotation, float64 [T] or empty: log-probability by the teacher of the domain; NaN where it
-            gave none.
-        episode: The same for the samples of one episode whose context was replaced; "" for an episode of one sample.
-        earlier: The earlier contexts of the episode, oldest first. They have its reward.
-        info: For people: the id of the problem, counters of the environment.
+            (an infrastructure failure; the sample is not trained on), or "too_long" (of a prompt; nothing was sampled).
+        temperature: Sampling temperature. The log-probabilities of every model are computed at it.
+        routed_experts: Integers [T - 1, sparse layers, experts per token], the routes of the sampling pass (R3), as an
+            array or a reference to a file (see `routes`); -1 where unknown; None if not recorded.
+        advantages: Annotation, float64 [T] or empty. Advantage of each token.
+        weights: Annotation, float64 [T] or empty. Weight of each token in the loss of the step; 0 outside the mask.
+        teacher_logprobs: Annotation, float64 [T] or empty. Log-probability under the teacher of the domain; NaN if
+            unavailable.
+        episode: Identifier of the episode for samples whose context was replaced; "" for an episode of one sample.
+        earlier: The earlier contexts of the episode, oldest first. They have the reward of this sample.
+        info: Information for inspection, such as the id of the problem and counters of the environment.
 
     Raises:
-        ValueError: Arrays of different lengths, or numbers that a dtype does not hold.
+        ValueError: The arrays have different lengths, or numbers that do not fit into the dtype.
     """
 
     token_ids: np.ndarray
@@ -192,39 +191,39 @@ class Sample:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Sample):
             return NotImplemented
-        return all(_are_equal(getattr(self, own.name), getattr(other, own.name)) for own in fields(self))
+        return all(_are_equal(getattr(self, item.name), getattr(other, item.name)) for item in fields(self))
 
     __hash__ = None  # type: ignore[assignment]  # samples are mutable
 
     @property
     def num_answer_tokens(self) -> int:
-        """Tokens that the policy wrote."""
+        """Number of tokens of the policy."""
         return int(np.count_nonzero(self.loss_mask))
 
     @property
     def prompt_length(self) -> int:
-        """Tokens before the first one that the policy wrote; all of them if it wrote none."""
+        """Number of tokens before the first token of the policy; T if there is none."""
         return int(self.loss_mask.argmax()) if self.loss_mask.any() else len(self)
 
     @property
     def routes(self) -> np.ndarray | None:
-        """The routed experts as an array; memory-mapped and read-only if they are in a file."""
+        """The routed experts as an array; read-only and memory-mapped if they are in a file."""
         return None if self.routed_experts is None else np.asarray(self.routed_experts)
 
     def written_versions(self) -> np.ndarray:
-        """The policy version of each token that the policy wrote, in all contexts, int32."""
+        """Return the policy version of each token of the policy in all contexts, int32."""
         return np.concatenate([context.versions[context.loss_mask] for context in self.contexts()])
 
     def contexts(self) -> list["Sample"]:
-        """All contexts of the episode, this one the last."""
+        """Return all contexts of the episode; this one is the last."""
         return [*self.earlier, self]
 
 
 def _token_array(name: str, values: Any, dtype: np.dtype) -> np.ndarray:
-    """The values as an array [T] of the dtype; the same object if it is one.
+    """Return the values as an array [T] of the dtype; the same object if it already is one.
 
     Raises:
-        ValueError: The dtype cannot hold the values.
+        ValueError: The values do not fit into the dtype.
     """
     if len(values) == 0:
         return np.zeros(0, dtype)
@@ -236,17 +235,17 @@ def _token_array(name: str, values: Any, dtype: np.dtype) -> np.ndarray:
     is_exact = np.can_cast(array.dtype, dtype) or (converted == array).all()
     if array.ndim != 1 or not is_exact:
         raise ValueError(
-            f"Sample.{name} must be numbers [tokens] that {dtype} holds; it is {array.dtype} {array.shape}."
+            f"Sample.{name} must be a 1-D array that fits into {dtype}; it is {array.dtype} {array.shape}."
         )
     return converted
 
 
-def _are_equal(own: Any, other: Any) -> bool:
-    """Equality in which NaN equals NaN and arrays of different dtypes differ."""
-    are_arrays = [isinstance(value, np.ndarray | StoredArray) for value in (own, other)]
+def _are_equal(value: Any, other: Any) -> bool:
+    """Return whether values are equal. NaN equals NaN, and arrays of different dtypes differ."""
+    are_arrays = [isinstance(item, np.ndarray | StoredArray) for item in (value, other)]
     if any(are_arrays):
-        first, second = np.asarray(own), np.asarray(other)
+        first, second = np.asarray(value), np.asarray(other)
         is_float = first.dtype.kind == "f"
         return all(are_arrays) and first.dtype == second.dtype and np.array_equal(first, second, equal_nan=is_float)
-    is_nan = isinstance(own, float) and math.isnan(own)
-    return own == other or (is_nan and isinstance(other, float) and math.isnan(other))
+    is_nan = isinstance(value, float) and math.isnan(value)
+    return value == other or (is_nan and isinstance(other, float) and math.isnan(other))

@@ -28,16 +28,16 @@ _SERVICES: dict[str, Service] = {}
 
 
 def register_service(name: str, service: Service) -> None:
-    """Adds a service; a service that registers again under its name replaces its entry."""
+    """Register a service. A second registration under the same name replaces the first."""
     _SERVICES[name] = service
 
 
 def service_metrics() -> dict[str, float]:
-    """The counters of all services."""
+    """Return the counters of all services."""
     return {key: value for service in list(_SERVICES.values()) for key, value in service.metrics().items()}
 
 
 def close_services() -> None:
-    """Closes all services, at the end of a run."""
+    """Close all services at the end of a run."""
     for service in list(_SERVICES.values()):
         service.close()

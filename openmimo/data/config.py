@@ -78,12 +78,12 @@ class TaskConfig:
 
 
 def demonstrations(*tasks: TaskConfig, weight: float = 1.0, noise: float = 0.0, system: str = "") -> SourceConfig:
-    """A source of demonstrations of `tasks`; `openmimo/data/sources/tasks.py` documents its options."""
+    """Return a source of demonstrations of `tasks`; `openmimo/data/sources/tasks.py` documents its options."""
     return SourceConfig("tasks", weight, {"tasks": [to_dict(task) for task in tasks], "noise": noise, "system": system})
 
 
 def without_paths(tree: Any) -> Any:
-    """A result of `to_dict` without the data paths of all options, since the location of data does not change a run."""
+    """Return a result of `to_dict` without data paths, since the location of data does not change a run."""
     if isinstance(tree, dict):
         kept = {key: without_paths(value) for key, value in tree.items()}
         if isinstance(kept.get("options"), dict):

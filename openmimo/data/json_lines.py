@@ -16,7 +16,7 @@ _MAY_HOLD_SURROGATES = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def read_objects(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields (file and line, object) for each line of a file, or of the .jsonl files of a folder. Skips empty lines.
+    """Yield (file and line, object) for each line of a file, or of the .jsonl files of a folder. Skips empty lines.
 
     Raises:
         DataError: A line is not a JSON object of valid text and finite numbers.
@@ -63,7 +63,7 @@ def _refuse_constant(name: str) -> NoReturn:
 
 
 def _refuse_surrogates(value: Any, where: str, key: str = "") -> None:
-    """Raises DataError for a lone surrogate, which has no UTF-8 encoding."""
+    """Raise DataError for a lone surrogate, which has no UTF-8 encoding."""
     if isinstance(value, dict):
         for name, item in value.items():
             _refuse_surrogates(name, where, "a key")

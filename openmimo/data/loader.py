@@ -1,4 +1,4 @@
-"""Batches for the trainer: packed rows of a mixture, deterministic and resumable at any row.
+"""Batches of packed rows of a mixture for the trainer, deterministic and resumable at any row.
 
 Row i of a stage is a pure function of (seed, stage, i). The state of a loader is therefore the number of consumed rows,
 and a run can resume with a different number of processes or workers.
@@ -45,10 +45,10 @@ class Batch:
 def prepare_mixture(
     mixture: MixtureConfig, tokenizer: Tokenizer, *, sequence_length: int, with_validation: bool
 ) -> None:
-    """Fetches, tokenizes and checks what a stage needs, so that it does not fail once it begins.
+    """Fetch, tokenize and check the data of a stage before it begins.
 
-    With several processes, one calls this before the others go on. Raises ConfigError or DataError, as `Loader` and,
-    with `with_validation`, `Loader.fixed_batches` would.
+    In a multi-process run, one process calls this before the others continue. Raises ConfigError or DataError as
+    `Loader` and, with `with_validation`, `Loader.fixed_batches` would.
     """
     sources = open_mixture(mixture, tokenizer, sequence_length)
     for split in ("train", "validation") if with_validation else ("train",):
@@ -79,9 +79,20 @@ class Loader:
         world_size: int = 1,
         num_workers: int = 0,
     ):
-        """sequence_length: tokens in a row. stage: number of the training stage, which has an order of its own.
+        """
+        Args:
+            mixture: The sources.
+            tokenizer: Tokenizer of the text sources.
+            sequence_length: Tokens of a row.
+            seed: Seed of the order of rows.
+            stage: Number of the training stage; each stage has a different order.
+            rank: Index of this process.
+            world_size: Number of processes.
+            num_workers: Threads that prepare rows in advance.
 
-        Raises ConfigError or DataError for sources that do not exist, cannot be read or do not fill a row.
+        Raises:
+            ConfigError: A source does not exist, or an argument is out of range.
+            DataError: A source cannot be read or does not fill a row.
         """
         if not 0 <= rank < world_size:
             raise ConfigError(f"rank is {rank}; it must be at least 0 and below world_size, which is {world_size}.")
@@ -106,7 +117,7 @@ class Loader:
         return self._rows_consumed
 
     def next_batch(self, num_rows: int) -> Batch:
-        """This process's next `num_rows` rows."""
+        """Return this process's next `num_rows` rows."""
         indices = self._indices(self._rows_consumed, num_rows)
         self._rows_consumed += num_rows * self._world_size
         if self._workers is None:
@@ -117,21 +128,21 @@ class Loader:
         return _join(row.result() for row in rows)
 
     def fixed_batches(self, num_rows: int, num_batches: int) -> Iterator[Batch]:
-        """The first rows of the held-out split, by the weights of the mixture: the same batches at every call.
+        """Yield the first rows of the held-out split, mixed by weight. Every call yields the same batches.
 
-        Rows repeat, cut elsewhere, once the held-out documents have been gone through.
+        After one pass over the held-out documents, rows repeat with other document boundaries.
         """
         for batch in range(num_batches):
             indices = self._indices(batch * num_rows * self._world_size, num_rows)
             yield _join(self._validation.row(index) for index in indices)
 
     def state(self) -> dict[str, Any]:
-        """The state for resuming, as plain JSON."""
+        """Return the state for resuming as plain JSON."""
         sources = [{**source.identity, "place": source.place} for source in self.sources]
         return {"rows_consumed": self._rows_consumed, **self._identity, "sources": sources}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Continues after the rows that `state` has consumed.
+        """Continue after the rows that `state` has consumed.
 
         Raises:
             CheckpointError: The state belongs to other data, weights, row length, tokenizer, stage or seed. The
@@ -141,36 +152,36 @@ class Loader:
             if state.get(key) != current:
                 raise CheckpointError(
                     f"The saved loader state has {key} {state.get(key)!r}, but this run has {current!r}, so its rows "
-                    f"differ. Resume with the same {key}, or name another run_folder for a new run."
+                    f"differ. Resume with the same {key}, or set another run_folder for a new run."
                 )
         self._check_sources(state.get("sources", []))
         self._drop_ahead()
         self._rows_consumed = state["rows_consumed"]
 
     def _check_sources(self, saved: list[dict[str, Any]]) -> None:
-        advice = "or name another run_folder for a new run."
+        advice = "or set another run_folder for a new run."
         if len(saved) != len(self.sources):
             raise CheckpointError(
                 f"The saved loader state has {len(saved)} sources, but this run has {len(self.sources)}. Resume with "
                 f"the same sources, {advice}"
             )
         for source, before in zip(self.sources, saved, strict=True):
-            for key, ours in source.identity.items():
-                theirs = before.get(key)
-                if theirs == ours:
+            for key, current in source.identity.items():
+                saved_value = before.get(key)
+                if saved_value == current:
                     continue
                 if key == "content":
                     raise CheckpointError(
-                        f"The data of {source.place} has changed: the run was started on content {short(theirs)}, "
-                        f"read as {before.get('place')}; now it is {short(ours)}. Put back the data as it was, {advice}"
+                        f"The data of {source.place} has changed: the run was started on content {short(saved_value)}, "
+                        f"read as {before.get('place')}; now it is {short(current)}. Restore the old data, {advice}"
                     )
                 raise CheckpointError(
-                    f"The saved loader state has {key} {theirs!r} for {before.get('place')}, but this run has {ours!r} "
-                    f"for {source.place}. Resume with the same {key}, {advice}"
+                    f"The saved loader state has {key} {saved_value!r} for {before.get('place')}, but this run has "
+                    f"{current!r} for {source.place}. Resume with the same {key}, {advice}"
                 )
 
     def close(self) -> None:
-        """Shuts down the workers, if any."""
+        """Shut down the workers, if any."""
         self._drop_ahead()
         if self._workers is not None:
             self._workers.shutdown()
@@ -186,7 +197,7 @@ class Loader:
         return MixtureRows(self.sources, "validation", _VALIDATION_SEED)
 
     def _indices(self, first: int, num_rows: int) -> range:
-        """The row numbers of this process if all processes together continue from row `first`."""
+        """Return the row numbers of this process if all processes continue from row `first`."""
         return range(first + self._rank, first + num_rows * self._world_size, self._world_size)
 
     def _make_ahead(self, indices: range) -> None:
@@ -202,12 +213,12 @@ class Loader:
 
 
 def short(content: Any) -> str:
-    """Twelve hexadecimal digits of a hash of `content`, for messages."""
+    """Return twelve hexadecimal digits of a hash of `content`, for messages."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _join(named_rows: Iterable[tuple[str, Row]]) -> Batch:
-    """Joins rows to a batch. It has a mask if any row has one."""
+    """Join rows to a batch. It has a mask if any row has one."""
     names, rows = zip(*named_rows, strict=True)
     masks = None
     if any(row.loss_mask is not None for row in rows):

@@ -28,7 +28,7 @@ class RowSource(Protocol):
     """A source of numbered rows."""
 
     def row(self, index: int) -> Row:
-        """Row `index`. The same index always gives the same row."""
+        """Return row `index`. The same index always gives the same row."""
         ...
 
 
@@ -54,7 +54,7 @@ class StoreRows:
         self._epoch = functools.lru_cache(maxsize=4)(self._make_epoch)
 
     def row(self, index: int) -> Row:
-        """Row `index`, numbered over consecutive epochs."""
+        """Return row `index`, numbered over consecutive epochs."""
         epoch, index_in_epoch = divmod(index, self._num_windows)
         phase, key = self._epoch(epoch)
         window = permuted(index_in_epoch, self._num_windows, key)
@@ -62,7 +62,7 @@ class StoreRows:
         return _window(self._store, start, self._sequence_length)
 
     def _make_epoch(self, epoch: int) -> tuple[int, int]:
-        """The phase of an epoch, and the key of its permutation."""
+        """Return the phase of an epoch, and the key of its permutation."""
         rng = np.random.default_rng([*self._seed, epoch])
         return int(rng.integers(len(self._store.token_ids))), int(rng.integers(2**63))
 
@@ -75,12 +75,12 @@ class SyntheticRows:
         self._seed = tuple(seed)
 
     def row(self, index: int) -> Row:
-        """Row `index`. There are no epochs."""
+        """Return row `index`. There are no epochs."""
         return self._make_row(np.random.default_rng([*self._seed, index]))
 
 
 def _window(store: TokenStore, start: int, length: int) -> Row:
-    """`length` tokens from `start`, continued at the beginning of the store if it ends."""
+    """Return `length` tokens from `start`, continued at the beginning of the store if it ends."""
     total, end = len(store.token_ids), start + length
     if end <= total:
         return Row(store.token_ids[start:end].astype(np.int32), _piece_lengths(store.offsets, start, end))
@@ -92,7 +92,7 @@ def _window(store: TokenStore, start: int, length: int) -> Row:
 
 
 def _piece_lengths(offsets: np.ndarray, start: int, end: int) -> tuple[int, ...]:
-    """The lengths of the document pieces between tokens `start` and `end`."""
+    """Return the lengths of the document pieces between tokens `start` and `end`."""
     first, last = np.searchsorted(offsets, start, side="right"), np.searchsorted(offsets, end, side="left")
     return tuple(np.diff(np.concatenate([[start], offsets[first:last], [end]])).tolist())
 
@@ -125,14 +125,14 @@ class MixtureSchedule:
         self._block = functools.lru_cache(maxsize=8)(self._make_block)
 
     def locate(self, row_index: int) -> tuple[int, int]:
-        """The source of row `row_index`, and its row number within that source."""
+        """Return the source of row `row_index`, and its row number within that source."""
         block, row_in_block = divmod(row_index, ROWS_PER_BLOCK)
         sources, numbers = self._block(block)
         source = int(sources[row_in_block])
         return source, block * int(self._rows_per_block[source]) + int(numbers[row_in_block])
 
     def _make_block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """For each row of a block, its source and its number among the rows of that source in the block.
+        """Return, for each row of a block, its source and its number among the rows of that source in the block.
 
         Row n of a source with r rows per block is placed at a random time in [n / r, (n + 1) / r); the block is sorted
         by time.
@@ -146,7 +146,7 @@ class MixtureSchedule:
 
 
 def _apportion(weights: Sequence[float]) -> np.ndarray:
-    """Whole rows per source that add up to a block, by the largest remainder method."""
+    """Divide the rows of a block among sources by the largest remainder method."""
     exact = np.array(weights, dtype=np.float64) / sum(weights) * ROWS_PER_BLOCK
     rows = np.floor(exact + 1e-9).astype(np.int64)
     largest_remainders = np.argsort(rows - exact, kind="stable")
@@ -174,7 +174,7 @@ class OpenSource:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What the rows depend on. Equal data in different folders gives equal identities."""
+        """The properties that determine the rows. Equal data in different folders has equal identities."""
         content: Any
         if self.stores is not None:
             content = {split: store.content for split, store in self.stores.items()}
@@ -195,10 +195,10 @@ class OpenSource:
         return f"source {self.config.name!r}" + (f" ({path})" if path else "")
 
     def rows(self, split: Split, seed: Sequence[int]) -> RowSource:
-        """The numbered rows of one split. Raises DataError if it has less than a row."""
+        """Return the numbered rows of one split. Raises DataError if it has less than a row."""
         if split == "validation" and self.validation_fraction == 0.0:
             raise DataError(
-                f"Nothing of {self.place} is held out for evaluation, because validation_fraction is 0. Set "
+                f"No data of {self.place} is held out for evaluation, because validation_fraction is 0. Set "
                 "validation_fraction above 0."
             )
         if self.stores is None:
@@ -224,7 +224,7 @@ class OpenSource:
 
 
 def open_mixture(mixture: MixtureConfig, tokenizer: Tokenizer, sequence_length: int) -> tuple[OpenSource, ...]:
-    """Opens every source, and tokenizes texts that have no store. Raises ConfigError or DataError."""
+    """Open every source. Texts without a token store are tokenized. Raises ConfigError or DataError."""
     opened = []
     fraction = mixture.validation_fraction
     for config in mixture.sources:
@@ -248,13 +248,13 @@ class MixtureRows:
         self._rows = [source.rows(split, [*seed, _ROWS, number]) for number, source in enumerate(sources)]
 
     def row(self, index: int) -> tuple[str, Row]:
-        """The source's name and row `index`."""
+        """Return the source's name and row `index`."""
         source, source_index = self._schedule.locate(index)
         return self._names[source], self._rows[source].row(source_index)
 
 
 def permuted(index: int, size: int, key: int) -> int:
-    """Element `index` of the pseudorandom permutation of range(size) that `key` (64 bits) selects, without a table.
+    """Return element `index` of the permutation of range(size) that `key` (64 bits) selects, without a table.
 
     A Feistel network permutes all numbers of an even number of bits. A result outside the range is permuted again until
     it is inside ("cycle walking": Black and Rogaway, "Ciphers with arbitrary finite domains", 2002).
@@ -272,7 +272,7 @@ def permuted(index: int, size: int, key: int) -> int:
 
 
 def _mixed(value: int, key: int) -> int:
-    """Mixes 64 bits with the finalizer of SplitMix64 (Steele, Lea and Flood, 2014)."""
+    """Mix 64 bits with the finalizer of SplitMix64 (Steele, Lea and Flood, 2014)."""
     value = (value * 0x9E3779B97F4A7C15 + key) & _MASK_64
     value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK_64
     value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK_64

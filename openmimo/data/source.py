@@ -1,7 +1,8 @@
-"""The interface of data sources: a file in `openmimo/data/sources` exports `PLUGIN`, a TextSource or a SyntheticSource.
+"""The interface of data sources. Each file in `openmimo/data/sources` exports a TextSource or a SyntheticSource as
+`PLUGIN`.
 
-A text source yields documents, which are tokenized once and cut into rows (`store`, `packing`). A synthetic source
-generates whole rows of token ids from a random generator. Both declare their options by a frozen dataclass.
+A text source yields documents, which are tokenized once and cut into rows (`store`, `mixing`). A synthetic source
+generates whole rows of token ids from a random generator. Each source declares its options in a frozen dataclass.
 """
 
 import contextlib
@@ -110,13 +111,13 @@ SOURCES: Registry[Source] = Registry("openmimo.data.sources", Source)
 
 
 def open_source(config: SourceConfig) -> tuple[Source, Any]:
-    """The plug-in of `config` and its checked options. Raises ConfigError for an unknown name or option."""
+    """Return the plug-in of `config` and its checked options. Raises ConfigError for an unknown name or option."""
     source = SOURCES.get(config.name)
     return source, from_dict(source.options, config.options, where=f"options of source {config.name!r}")
 
 
 def read_documents(config: SourceConfig) -> Iterator[str]:
-    """The non-empty documents of a text source, up to `config.max_megabytes` of text."""
+    """Yield the non-empty documents of a text source, up to `config.max_megabytes` of text."""
     source, options = open_source(config)
     if not isinstance(source, TextSource):
         raise DataError(f"Source {config.name!r} generates token ids and has no documents; use a text source.")
@@ -145,7 +146,7 @@ class Piece:
 
 
 def divided_documents(config: SourceConfig, validation_fraction: float) -> Iterator[Piece]:
-    """The documents of a text source in pieces of bounded length, each with its split.
+    """Yield the documents of a text source in pieces of bounded length, each with its split.
 
     A hash of the text assigns whole documents to splits. If a split would be empty (one long document, a few books),
     documents are cut at line ends and passages are assigned instead; at least one is held out. A run of passages of one
@@ -164,17 +165,17 @@ def divided_documents(config: SourceConfig, validation_fraction: float) -> Itera
 
 
 def training_documents(config: SourceConfig, validation_fraction: float) -> Iterator[str]:
-    """The training texts of a mixture with this `validation_fraction`, in pieces: the input of tokenizer training."""
+    """Yield the training texts of a source at this `validation_fraction`, in pieces, for tokenizer training."""
     return (piece.text for piece in divided_documents(config, validation_fraction) if piece.split == "train")
 
 
 def split_of(text: str, validation_fraction: float) -> Split:
-    """The split of a document by the hash of its text: the same in every run and for every copy."""
+    """Return the split of a document by the hash of its text. It is the same in every run and for every copy."""
     return _split(_hash(text) < validation_fraction * 2.0**64)
 
 
 def split_of_bytes(content: bytes, validation_fraction: float) -> Split:
-    """`split_of` for an example that is not text."""
+    """Return the split of an example that is not text, as `split_of` does for text."""
     return _split(
         int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big") < validation_fraction * 2.0**64
     )
@@ -185,7 +186,7 @@ def _split(is_held_out: bool) -> Split:
 
 
 def _hash(text: str) -> int:
-    """64 bits of a hash, without a copy of the whole text."""
+    """Return 64 bits of a hash, without a copy of the whole text."""
     digest = hashlib.blake2b(digest_size=8)
     for block in blocks(text):
         digest.update(block.encode())
@@ -193,7 +194,7 @@ def _hash(text: str) -> int:
 
 
 def _highest_hash_of_passages(config: SourceConfig, validation_fraction: float) -> int | None:
-    """The highest hash of a held-out passage if passages are assigned to splits; None if documents are."""
+    """Return the highest hash of a held-out passage if passages are assigned to splits; None if documents are."""
     if validation_fraction == 0.0:
         return None
     splits = set()
@@ -207,7 +208,7 @@ def _highest_hash_of_passages(config: SourceConfig, validation_fraction: float) 
 
 
 def find_files(path: str, suffixes: tuple[str, ...]) -> list[Path]:
-    """`path` itself if it is a file, else the files below that folder with one of `suffixes`, sorted by path.
+    """Return `path` if it is a file, else the files below that folder with one of `suffixes`, sorted by path.
 
     Compressed files in a folder are skipped with a warning.
 
@@ -246,7 +247,7 @@ def find_files(path: str, suffixes: tuple[str, ...]) -> list[Path]:
 
 
 def _without_packing(file: Path) -> str:
-    """The suffix of a compressed file without its compression suffix; "" for an uncompressed file."""
+    """Return the suffix of a compressed file without its compression suffix; "" for an uncompressed file."""
     return Path(file.stem).suffix.lower() if file.suffix.lower() in _PACKED_SUFFIXES else ""
 
 
@@ -259,7 +260,7 @@ def _refuse_compressed(file: Path) -> None:
 
 @contextlib.contextmanager
 def reading(file: Path) -> Iterator[None]:
-    """Converts an OSError of the block into a DataError that names the file."""
+    """Convert an OSError of the block into a DataError that names the file."""
     try:
         yield
     except OSError as error:
@@ -267,7 +268,7 @@ def reading(file: Path) -> Iterator[None]:
 
 
 def fingerprint_files(files: list[Path]) -> str:
-    """A digest that changes when a file is added, removed, renamed or written, even with its old size and time."""
+    """Return a digest that changes if a file is added, removed, renamed or written, even with its old size and time."""
     digest = hashlib.sha256()
     for file in files:
         with reading(file):
@@ -278,7 +279,7 @@ def fingerprint_files(files: list[Path]) -> str:
 
 
 def read_text(file: Path) -> str:
-    """Reads a UTF-8 text file. Raises DataError, with the file name, if it is not one."""
+    """Read a UTF-8 text file. Raises DataError, with the file name, if it is not one."""
     try:
         with reading(file):
             return file.read_text(encoding="utf-8")

@@ -1,9 +1,12 @@
 """Documents as token ids on disk: tokenized once, then memory-mapped by every run with the same settings.
 
-A store is a folder with `store.json` and two files per split: `<split>.bin` (the ids of all documents, each with a
-final end-of-text token; uint16, or uint32 for a vocabulary above 65,536) and `<split>_offsets.bin` (int64
-[documents + 1], the start of each document). Writing and reading use little memory for
-documents and stores of any length.
+A store is a folder with `store.json` and two files per split:
+
+    <split>.bin           ids of all documents, each with a final end-of-text token; uint16 for a vocabulary of up to
+                          65,536, else uint32
+    <split>_offsets.bin   start of each document, int64 [documents + 1]
+
+Writing and reading use little memory for documents and stores of any length.
 """
 
 import contextlib
@@ -48,7 +51,7 @@ class TokenStore:
 
 
 def open_store(config: SourceConfig, tokenizer: Tokenizer, *, validation_fraction: float) -> dict[Split, TokenStore]:
-    """Opens both splits of a text source, and tokenizes it first if there is no store.
+    """Open both splits of a text source. The source is tokenized first if no store exists.
 
     With several processes, one must call this before the others.
 
@@ -65,7 +68,7 @@ def open_store(config: SourceConfig, tokenizer: Tokenizer, *, validation_fractio
 
 
 def _key(config: SourceConfig, tokenizer: Tokenizer, validation_fraction: float) -> str:
-    """A digest of everything that the ids depend on (not the weight)."""
+    """Return a digest of everything that the ids depend on (not the weight)."""
     source, options = open_source(config)
     assert isinstance(source, TextSource)
     parts = {
@@ -131,7 +134,7 @@ def _write(folder: Path, config: SourceConfig, tokenizer: Tokenizer, validation_
 
 
 def _batches(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
-    """Groups pieces into lists of about `BATCH_CHARACTERS`."""
+    """Group pieces into lists of about `BATCH_CHARACTERS`."""
     batch: list[Piece] = []
     characters = 0
     for piece in pieces:
@@ -145,7 +148,7 @@ def _batches(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
 
 
 def _with_progress(config: SourceConfig, pieces: Iterator[Piece]) -> Iterator[Piece]:
-    """The pieces of a source, with a progress bar (text read, rate, time left)."""
+    """Yield the pieces of a source, with a progress bar (text read, rate, time left)."""
     columns = [
         rich.progress.TextColumn("tokenizing {task.description}"),
         rich.progress.BarColumn(),
@@ -181,7 +184,7 @@ def _mapped(file: Path, dtype: np.dtype, length: int) -> np.ndarray:
 
 @contextlib.contextmanager
 def writing_to_cache() -> Iterator[None]:
-    """Turns an OSError in the cache (a read-only or full disk) into a DataError that says how to use another folder."""
+    """Convert an OSError in the cache folder into a DataError that explains how to move the cache."""
     try:
         yield
     except OSError as error:
@@ -189,6 +192,6 @@ def writing_to_cache() -> Iterator[None]:
         if not os.path.realpath(error.filename or "").startswith(folder):
             raise
         raise DataError(
-            f"the cache {folder} cannot be written: {error.strerror} ({error.filename}). Set the "
-            "environment variable OPENMIMO_CACHE to a folder with room that can be written."
+            f"the cache {folder} cannot be written: {error.strerror} ({error.filename}). Set the environment "
+            "variable OPENMIMO_CACHE to a writable folder with free space."
         ) from error

@@ -14,7 +14,7 @@ Example = TypeVar("Example")
 
 
 def document_lengths(sequence_length: int, *, shortest: int, longest: int, rng: np.random.Generator) -> list[int]:
-    """Divides a row evenly into documents no longer than a length drawn log-uniformly from [shortest, longest]."""
+    """Divide a row evenly into documents no longer than a length drawn log-uniformly from [shortest, longest]."""
     drawn = math.exp(rng.uniform(math.log(shortest), math.log(longest)))
     drawn = min(max(drawn, shortest), longest)  # exp(log(n)) may differ from n by a rounding error
     number = math.ceil(sequence_length / drawn)
@@ -25,7 +25,7 @@ def document_lengths(sequence_length: int, *, shortest: int, longest: int, rng: 
 def length_range(
     sequence_length: int, *, min_length: int, max_length: int, smallest: int, source: str
 ) -> tuple[int, int]:
-    """Checks the range of document lengths and returns (shortest, longest).
+    """Check the range of document lengths and return (shortest, longest).
 
     Args:
         sequence_length: Tokens of a row.
@@ -56,7 +56,7 @@ def length_range(
 def makers_by_split(
     make_row: Callable[[np.random.Generator, Split], Row], validation_fraction: float, source: str
 ) -> RowMakers:
-    """The row makers of a source with unlimited examples. Raises DataError if a split is too small to be drawn."""
+    """Return the row makers of a source with unlimited examples. Raises DataError if a split is too small."""
     if validation_fraction == 0.0:
         return RowMakers({"train": lambda rng: make_row(rng, "train")})
     if not MIN_SHARE <= validation_fraction <= 1.0 - MIN_SHARE:
@@ -80,7 +80,7 @@ def draw_on_side(
     validation_fraction: float,
     source: str,
 ) -> Example:
-    """The first drawn example whose content belongs to `split`.
+    """Return the first drawn example whose content belongs to `split`.
 
     Only the first draw uses `rng`; later draws use a spawned generator, so that the rest of a row does not depend on
     the number of draws.
@@ -104,7 +104,7 @@ def draw_on_side(
 
 
 def join_documents(documents: list[np.ndarray], loss_masks: list[np.ndarray] | None) -> Row:
-    """Joins whole documents to a row. Without masks every token enters the loss."""
+    """Join whole documents to a row. Without masks every token enters the loss."""
     return Row(
         token_ids=np.concatenate(documents),
         document_lengths=tuple(len(document) for document in documents),

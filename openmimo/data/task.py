@@ -196,7 +196,7 @@ class Task:
         return self.held_out_fraction if split == "validation" else max(self.held_out_fraction, HELD_OUT_FRACTION)
 
     def _of_difficulty(self, by_difficulty: Mapping[int | None, tuple[Problem, ...]]) -> tuple[Problem, ...]:
-        """The problems of the task's levels, and those without a level, which get the task's lowest."""
+        """Return the problems of the task's levels, and those without a level, which get the task's lowest."""
         lowest, highest = self.config.min_difficulty, self.config.max_difficulty
         found = [replace(problem, difficulty=lowest) for problem in by_difficulty.get(None, ())]
         for level in sorted(level for level in by_difficulty if level is not None):

@@ -1,14 +1,14 @@
-"""Byte-level BPE of the Qwen2 kind, as MiMo uses it: trained here, or read from a checkpoint folder.
+"""Byte-level BPE tokenizer in the format of Qwen2 and MiMo, trained here or read from a checkpoint folder.
 
-Text is NFC-normalized and cut by Qwen2's pattern (digits one at a time); there is no beginning-of-text token and no
-prefix space. Every byte has a token, so any text can be encoded and special tokens are never needed for it.
+Text is NFC-normalized and split by Qwen2's pattern, with one token per digit. It has no beginning-of-text token and no
+prefix space. Every byte has a token, so plain text never needs special tokens.
 
-Long text is tokenized in pieces, so that time and memory are bounded by the piece. There are two ways to cut:
+Long text is tokenized in pieces, which bounds time and memory. There are two ways to split it:
 
-    text_pieces   the tokens of the pieces always join to the tokens of the text; a piece may be long
-    cut_text      a piece is never longer than its limit; the tokens may differ where no place fits within the limit
+    text_pieces   the tokens of the pieces always join to the tokens of the text; pieces have no maximum length
+    cut_text      pieces have a maximum length; the tokens differ if the text has no safe boundary within that length
 
-Both cut where byte-level BPE begins a word and Unicode normalization composes nothing.
+A safe boundary is a position where byte-level BPE starts a word and Unicode normalization composes nothing.
 """
 
 import codecs
@@ -44,8 +44,8 @@ THINK_START, THINK_END = "<think>", "</think>"
 MARKUP_TOKENS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", THINK_START, THINK_END)
 SPECIAL_TOKENS = CONTROL_TOKENS + MARKUP_TOKENS
 
-# One alternative a line: contractions; a word with the character before it; one digit; punctuation with the line ends
-# after it; line ends with the blanks before them; trailing blanks; other blanks.
+# One alternative per line: contractions; a word with the character before it; one digit; punctuation with the line ends
+# after it; line ends with the white space before them; trailing white space; other white space.
 SPLIT_PATTERN = "|".join(
     (
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)",
@@ -61,10 +61,10 @@ Schema = TypeVar("Schema")
 
 
 class Tokenizer:
-    """Text to token ids and back.
+    """Converts text to token ids and back.
 
-    `encode` yields special tokens only with `allow_special=True`; a chat template writes them in
-    `data.chat.template.encode_chat`.
+    `encode` produces special tokens only with `allow_special=True`. `data.chat.template.encode_chat` writes the special
+    tokens of a chat template.
     """
 
     def __init__(
@@ -89,10 +89,12 @@ class Tokenizer:
     def train(
         cls, texts: Iterable[str], vocab_size: int, special_tokens: Sequence[str] = SPECIAL_TOKENS
     ) -> "Tokenizer":
-        """Learns a vocabulary of at most `vocab_size` ids: 256 bytes, merges, then `special_tokens` as the last ids.
+        """Train a vocabulary of at most `vocab_size` ids: 256 bytes, merges, then `special_tokens` as the last ids.
 
-        A text too small for that many merges gives a smaller vocabulary. Raises DataError if the bytes and special
-        tokens do not fit. The same texts give the same tokenizer.
+        The same texts give the same tokenizer. Too little text for that many merges gives a smaller vocabulary.
+
+        Raises:
+            DataError: The bytes and special tokens exceed `vocab_size`.
         """
         smallest = 256 + len(special_tokens)
         if vocab_size < smallest:
@@ -101,7 +103,7 @@ class Tokenizer:
                 f"{smallest}."
             )
         if END_OF_TEXT not in special_tokens or TURN_END not in special_tokens:
-            raise DataError(f"special_tokens must hold {END_OF_TEXT} and {TURN_END}, which end texts and turns.")
+            raise DataError(f"special_tokens must contain {END_OF_TEXT} and {TURN_END}, which end texts and turns.")
         backend = _new_backend()
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size - len(special_tokens),
@@ -118,16 +120,20 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: Path | str) -> "Tokenizer":
-        """Reads a checkpoint folder: tokenizer.json, and if there tokenizer_config.json, chat_template.jinja and
-        generation_config.json. Raises DataError for a file that is missing, malformed, contradictory or not
-        byte-level; the message names file and key.
+        """Read a checkpoint folder.
+
+        It must contain tokenizer.json. It may contain tokenizer_config.json, chat_template.jinja and
+        generation_config.json.
+
+        Raises:
+            DataError: A file is missing, malformed, contradictory or not byte-level. The message names file and key.
         """
         folder = require_folder(folder, DataError)
         companions = read_companions(folder, DataError)
         if "tokenizer.json" not in companions.files:
             raise DataError(
-                f"{folder} holds no tokenizer.json. Copy tokenizer.json and tokenizer_config.json from the checkpoint "
-                "that this folder came from, or train a tokenizer and save it there (openmimo.data.tokenizer)."
+                f"{folder} contains no tokenizer.json. Copy tokenizer.json and tokenizer_config.json from the original "
+                "checkpoint, or train a tokenizer and save it there (openmimo.data.tokenizer)."
             )
         backend = read_backend(companions.files["tokenizer.json"], folder / "tokenizer.json")
         config = _read(TokenizerConfig, companions, folder, "tokenizer_config.json")
@@ -135,10 +141,10 @@ class Tokenizer:
         eos_token_ids = _eos_token_ids(backend, config, generation, folder)
         pad_text = token_text(config.pad_token, f"{folder / 'tokenizer_config.json'}: pad_token")
         pad_id = backend.token_to_id(pad_text or END_OF_TEXT)
-        own_template = companions.files.get("chat_template.jinja")
-        template = own_template or config.default_template
+        template_file = companions.files.get("chat_template.jinja")
+        template = template_file or config.default_template
         if template is not None:
-            check_template(template, folder / ("chat_template.jinja" if own_template else "tokenizer_config.json"))
+            check_template(template, folder / ("chat_template.jinja" if template_file else "tokenizer_config.json"))
         return cls(
             backend,
             eos_token_ids=eos_token_ids,
@@ -149,7 +155,7 @@ class Tokenizer:
 
     @property
     def companions(self) -> Companions:
-        """The files that `save` writes: those that the tokenizer was loaded from, or those of a new one."""
+        """The files that `save` writes. For a loaded tokenizer, these are the files it was loaded from."""
         if self._loaded_companions is not None:
             return self._loaded_companions
         config = {
@@ -169,102 +175,104 @@ class Tokenizer:
         )
 
     def save(self, folder: Path | str) -> None:
-        """Writes the tokenizer's files, which `load` and transformers' AutoTokenizer read.
+        """Write the tokenizer's files, which `load` and transformers' AutoTokenizer read.
 
-        One that was loaded is written as it was, with its chat template and generation_config.json.
+        The files of a loaded tokenizer, including chat template and generation_config.json, are written unchanged.
         """
         Path(folder).mkdir(parents=True, exist_ok=True)
         self.companions.write(Path(folder))
 
     @functools.cached_property
     def vocab_size(self) -> int:
-        """Number of ids, special tokens included. A model's embedding may be padded beyond it."""
+        """Number of ids, including special tokens. A model's embedding may be padded beyond it."""
         return max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """The ids that end a reply: the end of a turn first, then the end of a text."""
+        """The ids that end a reply. The end of a turn comes first, then the end of a text."""
         return self._eos_token_ids
 
     @property
     def pad_id(self) -> int:
-        """The id for padding."""
+        """The padding id."""
         return self._pad_id
 
     @property
     def end_of_text_id(self) -> int:
-        """The id put after each document in training."""
+        """The id that follows each document in training."""
         return self.id_of(END_OF_TEXT) if END_OF_TEXT in self._special_ids else self._eos_token_ids[-1]
 
     @property
     def eos_token(self) -> str:
-        """The text of the first stop token."""
+        """The text of the first end-of-reply token."""
         return self._backend.id_to_token(self._eos_token_ids[0]) or ""
 
     @property
     def special_tokens(self) -> Mapping[str, int]:
-        """The id of every special token, by its text."""
+        """The id of every special token by its text."""
         return self._special_ids
 
     @property
     def special_token_ids(self) -> frozenset[int]:
-        """Every id that plain text cannot give."""
+        """The ids that plain text never produces."""
         return frozenset(self._special_ids.values())
 
     @property
     def control_token_ids(self) -> frozenset[int]:
-        """The special ids that `decode` leaves out: ends of texts and turns, not `<think>` and tool markup."""
+        """The special ids that `decode` omits. They end texts and turns; `<think>` and tool tags are not among them."""
         return self._control_ids
 
     @property
     def chat_template(self) -> str:
-        """The Jinja source of the checkpoint's chat template, or MiMo's if it brings none."""
+        """The Jinja source of the checkpoint's chat template, or of MiMo's if the checkpoint has none."""
         return self._chat_template or mimo_template()
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """A short name of this vocabulary: equal for tokenizers that give the same ids."""
+        """A short hash of the vocabulary. Tokenizers with equal fingerprints produce the same ids."""
         return hashlib.sha256(self._backend.to_str().encode()).hexdigest()[:16]
 
     def id_of(self, token: str) -> int:
-        """The id of a special token, or of a text that is exactly one token. Raises DataError if there is none."""
+        """Return the id of a special token or of a text that is one token. Raises DataError otherwise."""
         if token in self._special_ids:
             return self._special_ids[token]
         ids = self.encode(token)
         if len(ids) != 1:
-            raise DataError(f"{token!r} is not one token of this tokenizer; it takes {len(ids)}.")
+            raise DataError(f"{token!r} is not a single token of this tokenizer; it has {len(ids)} tokens.")
         return ids[0]
 
     def encode(self, text: str, *, allow_special: bool = False, most_tokens: int | None = None) -> list[int]:
-        """The ids of `text`. With `allow_special`, the text of a special token becomes that token.
+        """Return the ids of `text`. Releases the GIL.
 
-        With `most_tokens`, a text that has more may be read in part only: there are then more ids than `most_tokens`.
-        Other threads of Python run meanwhile.
+        Args:
+            text: The text.
+            allow_special: Whether the text of a special token becomes that token.
+            most_tokens: Encoding may stop once it has produced more than this number of ids.
         """
         backend = self._backend if allow_special else self._plain_backend
         ids: list[int] = []
         for piece in [text] if allow_special else text_pieces(text):
-            # A batch of one: `encode` holds the interpreter's lock.
+            # A batch of one, because `backend.encode` does not release the GIL.
             ids += backend.encode_batch_fast([piece], add_special_tokens=False)[0].ids
             if most_tokens is not None and len(ids) > most_tokens:
                 break
         return ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` for many texts at once, on all cores."""
+        """Encode many texts as `encode` does, on all cores."""
         encodings = self._plain_backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
     def decode(self, token_ids: Iterable[int], *, skip_special: bool = True) -> str:
-        """The text of `token_ids`, without control tokens unless asked (`<think>` and tool markup are always kept).
+        """Return the text of `token_ids`. `skip_special` omits control tokens but keeps `<think>` and tool tags.
 
-        Bytes that are not UTF-8 become U+FFFD. Ids beyond the vocabulary (padding rows of an embedding) give nothing.
+        Invalid UTF-8 becomes U+FFFD. Ids beyond the vocabulary (padding rows of an embedding) are ignored.
         """
         skipped = self._control_ids if skip_special else ()
         return b"".join(self.token_bytes(i) for i in token_ids if i not in skipped).decode("utf-8", errors="replace")
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes that one token stands for; empty for an id beyond the vocabulary."""
+        """Return the bytes of one token; empty for an id beyond the vocabulary."""
         token = self._backend.id_to_token(int(token_id))
         if token is None:
             return b""
@@ -274,11 +282,11 @@ class Tokenizer:
 
     @functools.cached_property
     def _plain_backend(self) -> tokenizers.Tokenizer:
-        """The same vocabulary without special tokens: it reads their text as text."""
+        """The same vocabulary without special tokens, so that their text is encoded as plain text."""
         description = json.loads(self._backend.to_str())
         description["added_tokens"] = []
         model = description["model"]
-        # Some checkpoints list special tokens in the vocabulary too, where merges could make them of plain text.
+        # Some checkpoints also list special tokens in the vocabulary, where merges could produce them from plain text.
         listed = {token for token in self._special_ids if len(token) > 1 and token in model["vocab"]}
         if listed:
             model["vocab"] = {token: number for token, number in model["vocab"].items() if token not in listed}
@@ -287,9 +295,9 @@ class Tokenizer:
 
 
 class StreamDecoder:
-    """Decodes a stream of ids to text as it comes, holding back the bytes of an unfinished UTF-8 character.
+    """Incremental decoder of a stream of ids. It holds back the bytes of an incomplete UTF-8 character.
 
-    All texts from `push`, then `flush`, joined, equal `Tokenizer.decode` of all the ids.
+    The joined results of `push` and `flush` equal `Tokenizer.decode` of all ids.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = True):
@@ -298,17 +306,20 @@ class StreamDecoder:
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token_ids: Iterable[int]) -> str:
-        """The new text that `token_ids` complete; may be empty."""
+        """Return the text that `token_ids` complete; may be empty."""
         new_bytes = b"".join(self._tokenizer.token_bytes(i) for i in token_ids if i not in self._skipped)
         return self._utf8.decode(new_bytes)
 
     def flush(self) -> str:
-        """What is left at the end of the stream: U+FFFD for a character that never came whole."""
+        """Return the rest at the end of the stream: U+FFFD if a character is incomplete."""
         return self._utf8.decode(b"", final=True)
 
 
 def _byte_of_character() -> dict[str, int]:
-    """Byte-level BPE writes each byte as a printable character: itself, or the next free one from U+0100 on."""
+    """Return the byte of each printable character of byte-level BPE.
+
+    A printable byte is its own character. The others take the characters from U+0100 on.
+    """
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     table = {chr(byte): byte for byte in printable}
@@ -334,7 +345,7 @@ def _new_backend() -> tokenizers.Tokenizer:
 
 
 def _read(schema: type[Schema], companions: Companions, folder: Path, name: str) -> Schema:
-    """One JSON file of a folder as `schema`; the defaults if there is no such file."""
+    """Read one JSON file of a folder as `schema`; defaults if the file does not exist."""
     if name not in companions.files:
         return schema()
     where = str(folder / name)
@@ -344,14 +355,14 @@ def _read(schema: type[Schema], companions: Companions, folder: Path, name: str)
 def _eos_token_ids(
     backend: tokenizers.Tokenizer, config: TokenizerConfig, generation: GenerationConfig, folder: Path
 ) -> tuple[int, ...]:
-    """The stop ids: generation_config.json's if it names some, else the eos token and the two ends of MiMo's format."""
+    """Return the stop ids of generation_config.json, or else the eos token and the end tokens of MiMo's format."""
     named = generation.eos_token_id
     if named is not None:
         ids = tuple(named) if isinstance(named, list) else (named,)
         unknown = [token_id for token_id in ids if not 0 <= token_id < 1 << 32 or backend.id_to_token(token_id) is None]
         if unknown or not ids:
             raise DataError(
-                f"{folder / 'generation_config.json'} has eos_token_id {named}; it must name tokens of tokenizer.json."
+                f"{folder / 'generation_config.json'} has eos_token_id {named}; it must list tokens of tokenizer.json."
             )
         return tuple(dict.fromkeys(ids))
     eos_text = token_text(config.eos_token, f"{folder / 'tokenizer_config.json'}: eos_token")
@@ -359,50 +370,50 @@ def _eos_token_ids(
     found = [backend.token_to_id(token) for token in candidates if token]
     unique = tuple(dict.fromkeys(token_id for token_id in found if token_id is not None))
     if not unique:
-        raise DataError(f"{folder} names no token that ends a text: give tokenizer_config.json an 'eos_token'.")
+        raise DataError(f"{folder} has no token that ends a text. Set 'eos_token' in tokenizer_config.json.")
     return unique
 
 
-MOST_CHARACTERS = 32_768  # in a piece of cut_text
-PIECE_CHARACTERS = 2**16  # in a piece of text_pieces, roughly
+MOST_CHARACTERS = 32_768  # maximum length of a piece of cut_text
+PIECE_CHARACTERS = 2**16  # approximate length of a piece of text_pieces
 _WINDOW_CHARACTERS = 2**17
-# After a line end or before a space, with a printed character on both sides.
-_PLACES = (re.compile(r"(?<=\S)\r?\n(?=\S)"), re.compile(r"(?<=\S)(?= \S)"))
-# Before a space between two words, or after a single line end between two characters that are not blank. The patterns
-# of GPT-2, Qwen2 and Llama 3 always begin a word there.
+# After a line end or before a space, between two characters that are not white space.
+_CUTS_BY_PREFERENCE = (re.compile(r"(?<=\S)\r?\n(?=\S)"), re.compile(r"(?<=\S)(?= \S)"))
+# Before a space between two words, or after a single line end between two characters that are not white space. The
+# patterns of GPT-2, Qwen2 and Llama 3 always start a word there.
 _CUT = re.compile(r"(?<=[^\W\d_])(?= [^\W\d_])|(?<=\S\n)(?=\S)")
 
 
 def cut_text(text: str, most_characters: int = MOST_CHARACTERS) -> Iterator[str]:
-    """Yields pieces of at most `most_characters` that join to `text`.
+    """Yield pieces of at most `most_characters` that join to `text`.
 
-    A piece without a line end or a space in its second half is cut at the limit (but not before a combining accent).
-    Only there, the ids may differ from those of the whole text.
+    A piece without a line end or space in its second half is cut at the limit, but not before a combining accent. Only
+    such a cut can change the ids of the text.
     """
     start = 0
     while len(text) - start > most_characters:
-        end = _last_place(text, start + most_characters // 2, start + most_characters)
+        end = _last_cut(text, start + most_characters // 2, start + most_characters)
         yield text[start:end]
         start = end
     if start < len(text):
         yield text[start:]
 
 
-def _last_place(text: str, earliest: int, latest: int) -> int:
-    """The last place to cut at, with earliest < place <= latest."""
-    for pattern in _PLACES:
-        places = [match.end() for match in pattern.finditer(text, earliest, latest + 1)]
-        places = [place for place in places if earliest < place <= latest]
-        if places:
-            return places[-1]
-    unmarked = (place for place in range(latest, earliest, -1) if unicodedata.category(text[place])[0] != "M")
+def _last_cut(text: str, earliest: int, latest: int) -> int:
+    """Return the last position to cut at, with earliest < position <= latest."""
+    for pattern in _CUTS_BY_PREFERENCE:
+        cuts = [match.end() for match in pattern.finditer(text, earliest, latest + 1)]
+        cuts = [cut for cut in cuts if earliest < cut <= latest]
+        if cuts:
+            return cuts[-1]
+    unmarked = (cut for cut in range(latest, earliest, -1) if unicodedata.category(text[cut])[0] != "M")
     return next(unmarked, latest)
 
 
 def text_pieces(text: str) -> Iterator[str]:
-    """Yields pieces that join to `text` and whose tokens join to its tokens.
+    """Yield pieces that join to `text` and whose tokens join to its tokens.
 
-    A piece has at least `PIECE_CHARACTERS`, except the last, and more where the text has no place to cut.
+    Each piece except the last has at least `PIECE_CHARACTERS`, and more if the text has no safe boundary.
     """
     start = 0
     while len(text) - start > 2 * PIECE_CHARACTERS:
@@ -414,8 +425,8 @@ def text_pieces(text: str) -> Iterator[str]:
 
 
 def _next_cut(text: str, position: int) -> int:
-    """The first place to cut at or after `position`; the end of the text where there is none."""
-    # In windows: one search holds the interpreter for as long as it lasts.
+    """Return the first safe boundary at or after `position`, or the end of the text."""
+    # Search in windows, because a search holds the GIL until it returns.
     while position < len(text):
         found = _CUT.search(text, position, position + _WINDOW_CHARACTERS)
         if found is not None:
@@ -425,10 +436,10 @@ def _next_cut(text: str, position: int) -> int:
 
 
 def utf8_length(text: str) -> int:
-    """Bytes of `text` in UTF-8, without a copy of the whole."""
+    """Return the number of UTF-8 bytes of `text` without encoding it as a whole."""
     return len(text) if text.isascii() else sum(len(part.encode()) for part in blocks(text))
 
 
 def blocks(text: str) -> Iterator[str]:
-    """`text` in blocks of equal length, wherever they end."""
+    """Split `text` into blocks of `MOST_CHARACTERS`."""
     return (text[start : start + MOST_CHARACTERS] for start in range(0, len(text), MOST_CHARACTERS))

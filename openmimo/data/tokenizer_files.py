@@ -38,7 +38,7 @@ class Companions:
     files: Mapping[str, str] = field(default_factory=dict)
 
     def with_max_length(self, tokens: int) -> "Companions":
-        """The same files with the context length of the tokenizer set to `tokens`, if it states one."""
+        """Return the same files with the context length of the tokenizer set to `tokens`, if it states one."""
         text = self.files.get(_TOKENIZER_CONFIG)
         values = {} if text is None else parse_json(text, _TOKENIZER_CONFIG)
         if "model_max_length" not in values:
@@ -47,7 +47,7 @@ class Companions:
         return Companions({**self.files, _TOKENIZER_CONFIG: text})
 
     def write(self, folder: Path) -> None:
-        """Writes the files into `folder`, and removes existing companions of another model."""
+        """Write the files into `folder`, and remove existing companions of another model."""
         for name in companion_names(folder):
             if name not in self.files:
                 (folder / name).unlink()
@@ -56,7 +56,7 @@ class Companions:
 
 
 def companion_names(folder: Path) -> list[str]:
-    """The names of the companions in a folder, relative to it."""
+    """Return the names of the companions in a folder, relative to it."""
     subfolder = folder / _TEMPLATES
     templates = [] if subfolder.is_symlink() else sorted(subfolder.glob("*.jinja"))
     return [name for name in _NAMES if (folder / name).exists()] + [f"{_TEMPLATES}/{path.name}" for path in templates]
@@ -91,7 +91,7 @@ def base_folder(folder: Path, error: type[UserError] = CheckpointError) -> Path:
 
 
 def read_companions(folder: Path, error: type[UserError] = CheckpointError) -> Companions:
-    """Reads the companions of a model folder; an adapter's replace those of its base model.
+    """Read the companions of a model folder; an adapter's replace those of its base model.
 
     Raises:
         UserError: `error`, for one that is not a readable text file in the folder.
@@ -173,14 +173,14 @@ class _TokenizerFile:
 
 
 def token_text(entry: str | dict[str, Any] | None, where: str) -> str | None:
-    """The text of a token entry of tokenizer_config.json."""
+    """Return the text of a token entry of tokenizer_config.json."""
     if isinstance(entry, dict):
         return read_known_keys(_TokenContent, entry, where, error=DataError).content
     return entry
 
 
 def read_backend(text: str, path: Path) -> tokenizers.Tokenizer:
-    """Builds the tokenizer of a tokenizer.json.
+    """Build the tokenizer of a tokenizer.json.
 
     Raises:
         DataError: The file `path` is malformed, is not byte-level BPE, or does not round-trip text: a byte has no

@@ -1,4 +1,4 @@
-"""The engine's front: prompts in, completions out."""
+"""The offline interface of the engine: prompts in, completions out."""
 
 import itertools
 from collections.abc import Iterator
@@ -29,20 +29,20 @@ class LLM:
 
     Args:
         model: A checkpoint folder in the Hugging Face layout, or a model in memory. The caller may change the weights
-            of the latter between calls.
-        tokenizer: That of the folder by default. Without one, the LLM takes and returns token ids, and no text.
-        engine: Batching, cache and drafting (None: the defaults of `EngineConfig`, but a step that also decodes reads
-            as many prompt tokens as any other: no client waits for single tokens of a batch).
-        speculative: Draft with the MTP heads (None: as `engine` says).
-        dtype: Of the weights and activations of a folder. In bfloat16 a text may depend on the other prompts of its
+            of a model in memory between calls.
+        tokenizer: The tokenizer (None: that of the folder). Without a tokenizer, the LLM works on token ids only.
+        engine: Batching, cache and drafting. None: the defaults of `EngineConfig`, except that steps with decoding
+            process as many prompt tokens as other steps, because no client waits for single tokens of a batch.
+        speculative: Whether to draft with the MTP heads (None: as in `engine`).
+        dtype: Dtype of weights and activations of a folder. In bfloat16, a text may depend on the other prompts of its
             batch.
-        device: Where a folder is loaded ("auto": the accelerator if there is one).
-        weights: How the weight matrices of a folder are held: plain (in `dtype`), int8 or fp8; see `load_model`.
+        device: Device of a folder's model ("auto": the accelerator if available).
+        weights: Format of a folder's weight matrices: plain (in `dtype`), int8 or fp8; see `load_model`.
         int8: The earlier name of weights="int8".
-        settings: Single fields of `EngineConfig`, which replace those of `engine`.
+        settings: Fields of `EngineConfig` that replace those of `engine`.
 
     Raises:
-        UserError: An argument is wrong, or the folder cannot be loaded.
+        UserError: An argument is invalid, or the folder cannot be loaded.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class LLM:
             settings["speculative"] = speculative
         config = _engine_config(engine, settings)
         if not isinstance(model, (str, Path, MiMo)):
-            raise ConfigError(f"model is a {type(model).__name__}; give a checkpoint folder, or a MiMo.")
+            raise ConfigError(f"model is a {type(model).__name__}; give a checkpoint folder or a MiMo.")
         if not (tokenizer is None or isinstance(tokenizer, Tokenizer)):
             raise ConfigError(f"tokenizer is a {type(tokenizer).__name__}; give what Tokenizer.load returns.")
         weights = chosen_format(checked(WeightFormat, weights, "weights"), int8=checked(bool, int8, "int8"))
@@ -73,7 +73,7 @@ class LLM:
             model = load_model(model, dtype=dtype, device=device, weights=weights)
         elif weights != "plain":
             raise ConfigError(
-                f"weights={weights!r} would change the weights of a model that is the caller's; give a folder instead."
+                f"weights={weights!r} would change the weights of the caller's model; give a checkpoint folder instead."
             )
         self.model = model
         self.tokenizer = tokenizer
@@ -84,13 +84,22 @@ class LLM:
     def generate(
         self, prompts: Prompts, params: SamplingParams | list[SamplingParams] | None = None
     ) -> list[Completion]:
-        """Completes texts or lists of token ids, all in one batch that sequences leave as they finish.
+        """Complete texts or lists of token ids in one continuous batch.
 
-        One `params` for all, or one each. The completions are in the order of the prompts. A sequence that reaches the
-        model's last position ends there with finish_reason "length". One that fails (weights that are not finite, a
-        structure that cannot be followed) ends with "error" and says why in `Completion.error`; the others go on.
-        Raises UserError for an empty or too long prompt, an id outside the vocabulary, text without a tokenizer, or an
-        argument of a wrong type.
+        A sequence that reaches the model's last position ends with finish_reason "length". A sequence that fails
+        (weights that are not finite, a structure that cannot be satisfied) ends with "error" and a message in
+        `Completion.error`. The others continue.
+
+        Args:
+            prompts: A text, or a list of texts or of lists of token ids.
+            params: Sampling parameters for all prompts, or a list with those of each prompt.
+
+        Returns:
+            The completions in the order of the prompts.
+
+        Raises:
+            UserError: A prompt is empty or too long, an id is outside the vocabulary, there is text but no tokenizer,
+                or an argument has a wrong type.
         """
         prompts = [prompts] if isinstance(prompts, str) else prompts
         if not isinstance(prompts, (list, tuple)):
@@ -101,7 +110,7 @@ class LLM:
         each = [_checked_params(p) for p in each]
         if len(each) != len(prompts):
             raise UserError(
-                f"{len(prompts)} prompts came with {len(each)} SamplingParams; give one for all or one each."
+                f"{len(prompts)} prompts came with {len(each)} SamplingParams; give one for all, or one for each."
             )
         pairs: Iterator[tuple[Any, SamplingParams]] = zip(prompts, each, strict=True)
         requests = [self._request(prompt, p, f"prompt {number}") for number, (prompt, p) in enumerate(pairs)]
@@ -111,20 +120,23 @@ class LLM:
         return [sequence.completion() for sequence in sequences]
 
     def stream(self, prompt: str | list[int], params: SamplingParams | None = None) -> Iterator[str]:
-        """The text of one completion, in pieces as they become certain: a stop string never shows, not even in part.
+        """Yield the text of one completion in pieces. A piece never contains a part of a stop string.
 
-        Raises UserError as `generate` does; while the text is read, where `generate` gives a `Completion.error`.
+        Raises UserError as `generate` does. Failures that `generate` reports in `Completion.error` raise it during the
+        iteration.
         """
         if self.tokenizer is None:
-            raise UserError("stream gives text, but this LLM has no tokenizer; give one, or use generate.")
+            raise UserError("stream yields text, but this LLM has no tokenizer; give one, or use generate.")
         return self._stream(self._request(prompt, _checked_params(params), "the prompt"))
 
     @torch.inference_mode()
     def score(self, token_ids: list[int] | torch.Tensor) -> torch.Tensor:
-        """Log-probability of each token given those before it, float32 on the CPU, [len(token_ids) - 1].
+        """Return the log-probability of each token given the previous ones, float32 on the CPU, [len(token_ids) - 1].
 
-        Entry i belongs to token i+1: the first token has nothing before it, and so no entry. Raises UserError for what
-        are no ids of the vocabulary, and for weights that give values which are not finite.
+        Entry i belongs to token i+1, because the first token has no previous tokens.
+
+        Raises:
+            UserError: `token_ids` are not ids of the vocabulary, or the model gives values that are not finite.
         """
         token_ids = _token_list(token_ids, "token_ids")
         check_token_ids(tuple(token_ids), self.model.config, "token_ids", room=0)
@@ -136,23 +148,27 @@ class LLM:
         return logprobs
 
     def stats(self) -> dict[str, float | int | list[float]]:
-        """What was counted since the LLM was made or `reset_stats` was called.
+        """Return the statistics since the LLM was created or `reset_stats` was called.
 
-        accepted_tokens_per_step: tokens a sequence gains per decoding pass of the main model (1.0 without drafts).
-        acceptance_by_head: per MTP head, the share of its drafts found right, of those behind no wrong one.
-        cache_bytes: most bytes that the caches held at once; all_global_cache_bytes: what the same positions take in a
-        model whose layers are all full. tokens_per_second: new tokens by wall time, prefill included.
-        num_steps: decoding passes. num_prompt_tokens: prompt tokens computed, num_cached_tokens: those reused. Also
-        seconds, num_new_tokens.
+        Returns:
+            accepted_tokens_per_step: Tokens per sequence and decoding pass of the main model (1.0 without drafts).
+            acceptance_by_head: Share of accepted drafts of each MTP head, among those after accepted drafts only.
+            cache_bytes: Maximum bytes in the caches.
+            all_global_cache_bytes: The bytes of the same positions in a model with full attention in all layers.
+            tokens_per_second: New tokens by wall time, including prefill.
+            num_steps: Decoding passes.
+            num_prompt_tokens: Computed prompt tokens.
+            num_cached_tokens: Prompt tokens that were reused from the cache.
+            seconds, num_new_tokens: Wall time and number of new tokens.
         """
         return self.engine.stats.report()
 
     def reset_stats(self) -> None:
-        """Starts counting anew."""
+        """Reset the statistics."""
         self.engine.reset_stats()
 
     def _run(self, sequences: list[RequestState]) -> Iterator[None]:
-        """Steps until these sequences have ended, pausing after every step. If the caller stops early, they end."""
+        """Run steps until these sequences have finished, yielding after each. They are aborted if the caller stops."""
         try:
             while not all(sequence.finish_reason for sequence in sequences):
                 self.engine.step()
@@ -186,13 +202,13 @@ class LLM:
             if self.tokenizer is None:
                 raise UserError(f"{where} is text, but this LLM has no tokenizer; give one, or give token ids.")
             if any("\ud800" <= character <= "\udfff" for character in prompt):
-                raise UserError(f"{where} holds half a character (a lone surrogate), which UTF-8 cannot express.")
+                raise UserError(f"{where} contains a lone surrogate, half of a character, which UTF-8 cannot encode.")
             return self.tokenizer.encode(prompt)
         return _token_list(prompt, where)
 
 
 def _engine_config(engine: EngineConfig | None, settings: dict[str, Any]) -> EngineConfig:
-    """`engine` with some of its fields replaced. Raises ConfigError."""
+    """Return `engine` with some of its fields replaced. Raises ConfigError."""
     known = [field.name for field in fields(EngineConfig)]
     unknown = next((name for name in settings if name not in known), None)
     if unknown is not None:
@@ -210,7 +226,7 @@ def _engine_config(engine: EngineConfig | None, settings: dict[str, Any]) -> Eng
 
 
 def _token_list(ids: list[int] | torch.Tensor, where: str) -> list[int]:
-    """Token ids as a list, from one of a user's or a tensor; numbers of NumPy become Python's. Raises UserError."""
+    """Return token ids as a list of Python integers. Raises UserError if `ids` is not a list or 1-D tensor."""
     if isinstance(ids, (torch.Tensor, np.ndarray)):
         if ids.ndim != 1:
             raise UserError(f"{where} has {ids.ndim} dimensions; token ids are a list or a tensor of one dimension.")
@@ -221,7 +237,7 @@ def _token_list(ids: list[int] | torch.Tensor, where: str) -> list[int]:
 
 
 def _checked_params(params: SamplingParams | None) -> SamplingParams:
-    """The defaults for None. Raises ConfigError for what is no SamplingParams."""
+    """Return `params`, or the defaults for None. Raises ConfigError for another type."""
     if not (params is None or isinstance(params, SamplingParams)):
         raise ConfigError(f"params is a {type(params).__name__}; give SamplingParams, or a list of them.")
     return params or SamplingParams()

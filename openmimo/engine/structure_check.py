@@ -1,13 +1,12 @@
-"""Checks that a form can be compiled, in a child process with limits on time, memory and stack.
+"""Checks that a structure can be compiled, in a child process with limits on time, memory and stack.
 
-llguidance limits most of its own work. Some forms pass these limits: a large `multipleOf` or an intersection of
-patterns takes minutes, thousands of chained rules overflow the stack. The library cannot be interrupted, so a new form
-is compiled in a child process first. The child works on bytes, so it serves every tokenizer.
+llguidance limits most of its work, but some structures pass these limits: a large `multipleOf` or an intersection of
+patterns takes minutes, and thousands of chained rules overflow the stack. The library cannot be interrupted. A new
+structure is therefore compiled in a child process first. The child works on bytes, so it serves every tokenizer. It
+runs this module, which imports llguidance and no torch.
 
-The child runs this module, which imports llguidance and no torch.
-
-Before that, `has_text` refuses a form without any text of finite length: an object that requires itself, or a rule of
-which every alternative needs the rule. A form with parts that the check does not cover counts as one that has a text.
+`has_text` also rejects structures without any text of finite length, such as an object that requires itself, or a rule
+whose alternatives all need the rule. A structure with parts that the check does not support counts as having a text.
 """
 
 import atexit
@@ -29,7 +28,8 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from openmimo.core.records import Structure
 
-# Between the parts of a JSON text: nothing, a space, or a line end and an indent. They cannot fill a reply.
+# White space between the tokens of JSON: none, a space, or a line end and indent. It is limited, because a model could
+# otherwise fill its reply with it.
 _JSON_OPTIONS: Any = {"whitespace_pattern": r"( |\n[ \t]{0,24})?"}
 _KEYWORDS_OF_ONE = ("additionalItems", "additionalProperties", "items", "propertyNames")
 _KEYWORDS_OF_MANY = ("allOf", "anyOf", "oneOf", "prefixItems")
@@ -42,14 +42,14 @@ _MAX_SOURCE_CHARACTERS = 1 << 18
 _MAX_CPU_SECONDS = 2
 _MAX_WALL_SECONDS = 60.0
 _MAX_MEMORY_BYTES = 1 << 30
-_STACK_BYTES = 4 << 20  # less than a thread of the engine has
+_STACK_BYTES = 4 << 20  # below the stack of a thread of the engine
 _TRIED_BYTES = 64
-_DEAD_END = "NoExtensionBias"  # of llguidance: no token is possible
+_DEAD_END = "NoExtensionBias"  # the error of llguidance if no token is possible
 _NO_TEXT = "allows no text"
 
 
 def new_matcher(tokenizer: LLTokenizer, structure: Structure) -> LLMatcher:
-    """A matcher at the start of a text. Raises ValueError for a schema that is no JSON."""
+    """Create a matcher at the start of a text. Raises ValueError for a schema that is not JSON."""
     form = _form_grammar(structure)
     start, parts = "start: @form", [{**form, "name": "form"}]
     if structure.alternative:
@@ -131,20 +131,20 @@ def _only_grammar(serialized: str) -> dict[str, Any]:
 
 
 def error_of(matcher: LLMatcher) -> str:
-    """The error that a matcher met, in one line; "" for none."""
+    """Return the error of a matcher in one line; "" for none."""
     message = " ".join(matcher.get_error().replace("<non-verbose/>", "").split())
-    return "no text of the form goes on from here" if message == _DEAD_END else message
+    return "no text of this structure continues from here" if message == _DEAD_END else message
 
 
 class StructureChecker:
-    """Starts the child at the first check, and again after one that it did not survive. Threads may share a checker."""
+    """Starts the child process at the first check, and restarts it after it has died. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._child: subprocess.Popen[str] | None = None
 
     def problem(self, structure: Structure) -> str:
-        """Why the form cannot be used, as the end of a sentence about it; "" if it can."""
+        """Return the reason why a structure cannot be used, as the predicate of a sentence about it; "" if it can."""
         num_characters = len(structure.source) + len(structure.prefix) + len(structure.alternative)
         if num_characters > _MAX_SOURCE_CHARACTERS:
             return f"has {num_characters} characters; give at most {_MAX_SOURCE_CHARACTERS}"
@@ -158,7 +158,7 @@ class StructureChecker:
         )
 
     def close(self) -> None:
-        """Ends the child."""
+        """End the child process."""
         if self._child is not None:
             self._child.kill()
             self._child.communicate()
@@ -166,7 +166,7 @@ class StructureChecker:
             atexit.unregister(self.close)
 
     def _ask(self, question: str) -> str:
-        """The child's answer, "" if it died over the question."""
+        """Return the reply of the child process; "" if it died."""
         if self._child is None:
             paths = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
             self._child = subprocess.Popen(
@@ -191,11 +191,11 @@ class StructureChecker:
         return answer
 
 
-# --- in the child -----------------------------------------------------------------------------------------------------
+# The rest of this module runs in the child process.
 
 
 def _serve() -> None:
-    """Answers one line with one line until the input ends."""
+    """Reply to each line of the input with one line."""
     tokenizer = LLTokenizer("byte")
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_DATA, (_MAX_MEMORY_BYTES, _MAX_MEMORY_BYTES))
@@ -206,7 +206,7 @@ def _serve() -> None:
 
 
 def _problem(tokenizer: LLTokenizer, structure: Structure) -> str:
-    """See `StructureChecker.problem`."""
+    """As `StructureChecker.problem`, in the child process."""
     try:
         matcher = new_matcher(tokenizer, structure)
     except ValueError as error:
@@ -217,8 +217,8 @@ def _problem(tokenizer: LLTokenizer, structure: Structure) -> str:
 
 
 def _problem_of_texts(matcher: LLMatcher) -> str:
-    """Follows one text for some bytes: that meets limits and dead ends that the start does not show."""
-    is_only_text = True  # no end and no other byte was possible so far
+    """Follow one text for some bytes, which finds limits and dead ends that do not occur at the start."""
+    is_only_text = True  # so far, every byte was the only possible one, and the text could not end
     for _ in range(_TRIED_BYTES):
         bits = matcher.compute_bitmask()
         if matcher.is_error():
@@ -237,22 +237,26 @@ _Has = Callable[[str], bool]
 
 
 def has_text(structure: Structure) -> bool:
-    """Whether some text has the form. structure: one that llguidance compiles."""
+    """Return whether any text has this structure, which llguidance must be able to compile."""
     try:
         if structure.kind == "json_schema":
             root = json.loads(structure.source)
             return _least_fixpoint("#", lambda pointer, has: _schema_has_text(_at(root, pointer), has))
         rules = _rules(structure.source) if structure.kind == "grammar" else None
         return rules is None or _least_fixpoint("start", lambda name, has: _rule_has_text(rules, name, has))
-    except RecursionError:  # hundreds of parts, each inside the one before
+    except RecursionError:  # hundreds of nested parts
         return True
 
 
 def _least_fixpoint(root: str, evaluate: Callable[[str, _Has], bool]) -> bool:
-    """Whether `root` has a text. evaluate(name, has): whether one thing has, given which of the others have.
+    """Return whether `root` has a text: the least fixpoint of `evaluate`.
 
-    A round evaluates every name once, and a name that is met inside itself counts as one without a text. That can be
-    wrong for names on the way, so rounds go on as long as one proves something new.
+    A round evaluates every name once. A name that occurs inside itself counts as having no text, which may be wrong for
+    the names in between. Rounds therefore continue until one proves no further name.
+
+    Args:
+        root: The name to evaluate.
+        evaluate: evaluate(name, has) returns whether `name` has a text, given `has` for other names.
     """
     proven: set[str] = set()
     num_proven = -1
@@ -275,18 +279,18 @@ def _evaluate_all(root: str, evaluate: Callable[[str, _Has], bool], proven: set[
     has(root)
 
 
-# --- JSON schemas -----------------------------------------------------------------------------------------------------
+# JSON schemas.
 
 
 def _at(root: Any, pointer: str) -> Any:
-    """The part of a schema that a JSON pointer (`#/a/b`) names; True, which allows everything, if there is none."""
-    here = root
+    """Return the part of a schema at a JSON pointer (`#/a/b`); True, which allows everything, if it does not exist."""
+    found = root
     for part in pointer.split("/")[1:]:
         part = part.replace("~1", "/").replace("~0", "~")
-        if not isinstance(here, dict) or part not in here:
+        if not isinstance(found, dict) or part not in found:
             return True
-        here = here[part]
-    return here
+        found = found[part]
+    return found
 
 
 def _schema_has_text(schema: Any, has: _Has) -> bool:
@@ -314,7 +318,7 @@ def _schema_has_text(schema: Any, has: _Has) -> bool:
     return True
 
 
-# --- Lark grammars ----------------------------------------------------------------------------------------------------
+# Lark grammars.
 
 _LARK = re.compile(
     r"(?P<skip>[ \t]+|//[^\n]*|\#[^\n]*)"
@@ -328,7 +332,7 @@ _Token = tuple[str, str]  # kind and text
 
 
 def _rules(source: str) -> dict[str, list[_Token]] | None:
-    """The tokens of each rule's body; None for a grammar with something that is not understood here."""
+    """Return the tokens of each rule's body; None for a grammar with unsupported syntax."""
     tokens = [(match.lastgroup, match.group()) for match in _LARK.finditer(source) if match.lastgroup != "skip"]
     if any(kind == "other" for kind, _ in tokens):
         return None
@@ -344,19 +348,19 @@ def _rules(source: str) -> dict[str, list[_Token]] | None:
 
 
 def _rule_has_text(rules: dict[str, list[_Token]], name: str, has: _Has) -> bool:
-    """A terminal, a word of the library or an unknown name counts as one that has."""
+    """Return whether a rule has a text. Terminals, names of the library and unknown names count as having one."""
     if name not in rules or name.isupper():
         return True
     found, stop = _alternatives(rules[name], 0, has)
-    return found or stop < len(rules[name])  # a body that ends early was not understood
+    return found or stop < len(rules[name])  # an early end means unsupported syntax
 
 
 def _alternatives(body: list[_Token], start: int, has: _Has) -> tuple[bool, int]:
-    """Whether one of the alternatives from `start` on has a text, and where they end."""
-    some, whole, place = False, True, start
-    while place < len(body) and body[place][1] not in (")", "]"):
-        kind, text = body[place]
-        place += 1
+    """Return whether one of the alternatives from `start` on has a text, and the index of their end."""
+    some, whole, index = False, True, start
+    while index < len(body) and body[index][1] not in (")", "]"):
+        kind, text = body[index]
+        index += 1
         if (kind, text) == ("mark", "|"):
             some, whole = some or whole, True
             continue
@@ -364,12 +368,12 @@ def _alternatives(body: list[_Token], start: int, has: _Has) -> tuple[bool, int]
         if kind == "name":
             item = has(text)
         elif text in ("(", "["):
-            item, place = _alternatives(body, place, has)
-            item, place = item or text == "[", place + 1
-        if place < len(body) and body[place] in (("mark", "?"), ("mark", "*")):
-            item, place = True, place + 1
+            item, index = _alternatives(body, index, has)
+            item, index = item or text == "[", index + 1
+        if index < len(body) and body[index] in (("mark", "?"), ("mark", "*")):
+            item, index = True, index + 1
         whole = whole and item
-    return some or whole, place
+    return some or whole, index
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
-"""Structured output: which tokens may follow, so that a text has the form that its request asks for.
+"""Structured output: the tokens that may follow so that a text has the structure that its request asks for.
 
-The grammar machinery is llguidance's (docs/decisions/0006-structured-output.md): it takes JSON schemas, regular
-expressions and Lark grammars, and can take tokens back, which judging drafts needs. V vocabulary.
+llguidance compiles and matches the structures (docs/decisions/0006-structured-output.md). It supports JSON schemas,
+regular expressions and Lark grammars, and can roll tokens back, which the verification of drafts needs.
+
+V vocabulary.
 """
 
 import functools
@@ -16,17 +18,17 @@ from openmimo.core.records import Structure
 from openmimo.data.tokenizer import Tokenizer
 from openmimo.engine.structure_check import StructureChecker, error_of, new_matcher
 
-_REMEMBERED_VERDICTS = 64
+_MAX_CACHED_CHECKS = 64
 _CHECKER = StructureChecker()
 
 
 class StructureState:
-    """How far one text has come in its structure.
+    """The state of one text in its structure.
 
     Args:
-        new: Makes a matcher at the start of a text. Copies of one matcher share a lexer, and a lexer that met a limit
-            stays unusable, so every state has a matcher of its own.
-        vocab_size: Of the model.
+        new: Creates a matcher at the start of a text. Copies of a matcher share a lexer, and a lexer that has exceeded
+            a limit remains unusable, so every state creates its matcher.
+        vocab_size: Vocabulary size of the model.
     """
 
     def __init__(self, new: Callable[[], LLMatcher], vocab_size: int):
@@ -37,28 +39,29 @@ class StructureState:
 
     @property
     def error(self) -> str:
-        """Why the text cannot go on, or "": a limit of the library was met, or no text of the form continues it."""
+        """The reason why the text cannot continue (a limit of the library, or no possible token), or ""."""
         return error_of(self._matcher)
 
     def allowed(self) -> torch.Tensor:
-        """Bool [V]: the tokens that may come next; the ends of a text among them once it is complete.
+        """Return the tokens that may come next, bool [V]. If the text is complete, they include the stop tokens.
 
-        None is allowed where the matcher fails on the way, and `error` says why; the library allows the ends there.
+        If the matcher fails, no token is allowed, although the library would allow the stop tokens. `error` has the
+        reason.
         """
         bits = np.unpackbits(np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8), bitorder="little")
         allowed_V = np.zeros(self._vocab_size, dtype=bool)
-        known = min(len(bits), self._vocab_size)
+        num_known = min(len(bits), self._vocab_size)
         if not self._matcher.is_error():
-            allowed_V[:known] = bits[:known]
+            allowed_V[:num_known] = bits[:num_known]
         return torch.from_numpy(allowed_V)
 
     def accept(self, token: int) -> None:
-        """The text goes on with this token; one that was not allowed is an error."""
+        """Append a token to the text. A token that is not allowed is an error."""
         self._matcher.consume_token(token)
         self._tokens.append(token)
 
     def rollback(self, num_tokens: int) -> None:
-        """Takes back the tokens accepted last, and an error that was met behind them."""
+        """Remove the last tokens, and an error that occurred after them."""
         del self._tokens[len(self._tokens) - num_tokens :]
         if self._matcher.is_error():
             self._matcher = self._new()
@@ -68,46 +71,46 @@ class StructureState:
 
 
 class StructureCompiler:
-    """Grammars for one tokenizer. Threads may share a compiler.
+    """Compiles structures for one tokenizer. Thread-safe.
 
     Args:
-        tokenizer: Its bytes are what a grammar is matched with.
-        vocab_size: Of the model.
-        eos_ids: What ends a text.
+        tokenizer: The tokenizer, whose bytes are matched.
+        vocab_size: Vocabulary size of the model.
+        eos_ids: Ids that end a text.
 
     Raises:
-        UserError: There is no end-of-text id.
+        UserError: There is no id that ends a text.
     """
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_ids: frozenset[int]):
         if not eos_ids:
             raise UserError(
-                "structured output needs an end-of-text id, and neither checkpoint nor tokenizer names one."
+                "structured output needs an end-of-text id, but neither the checkpoint nor the tokenizer has one."
             )
         self._vocab_size = vocab_size
         self._tokenizer = LLTokenizer(TokenizerWrapper(_Vocabulary(tokenizer, eos_ids)), eos_token=sorted(eos_ids))
 
     def check(self, structure: Structure) -> None:
-        """Raises UserError for a grammar, schema or pattern that is wrong, has no text or is too complex."""
+        """Raise UserError for a grammar, schema or pattern that is invalid, allows no text or is too complex."""
         problem = _problem(structure)
         if problem:
             raise UserError(f"the {structure.kind} {problem}.")
 
     def start(self, structure: Structure) -> StructureState:
-        """The state of an empty text. Raises UserError as `check` does."""
+        """Return the state of an empty text. Raises UserError as `check` does."""
         self.check(structure)
         new = functools.partial(new_matcher, self._tokenizer, structure)
         return StructureState(new, self._vocab_size)
 
 
-@functools.lru_cache(maxsize=_REMEMBERED_VERDICTS)
+@functools.lru_cache(maxsize=_MAX_CACHED_CHECKS)
 def _problem(structure: Structure) -> str:
-    """Why a structure cannot be used, "" if it can."""
+    """Return the reason why a structure cannot be used, or ""."""
     return _CHECKER.problem(structure)
 
 
 class _Vocabulary:
-    """A tokenizer as llguidance reads one. Markup such as `</tool_call>` is text here; ends of turns are not."""
+    """Adapts a tokenizer to llguidance. Only ends of texts and turns are special tokens; other tags are text."""
 
     def __init__(self, tokenizer: Tokenizer, eos_ids: frozenset[int]):
         self.eos_token_id = min(eos_ids)

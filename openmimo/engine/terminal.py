@@ -1,4 +1,4 @@
-"""`openmimo generate` and `openmimo chat`: a checkpoint in the terminal, text as it comes, figures at the end."""
+"""`openmimo generate` and `openmimo chat`: streaming text in the terminal, followed by statistics."""
 
 import sys
 from dataclasses import replace
@@ -21,23 +21,23 @@ _NO_OUTPUT = ("logprobs", "top_logprobs", "prompt_logprobs", "prompt_top_logprob
 
 
 def check_sampling(sampling: SamplingParams) -> None:
-    """Raises ConfigError for settings whose result a terminal does not show."""
+    """Raise ConfigError for settings whose result the terminal does not show."""
     for name in _NO_OUTPUT:
         if getattr(sampling, name):
             raise ConfigError(f"--{name.replace('_', '-')} has no effect here: only the text is printed. Omit it.")
 
 
 def load(path: str, engine: EngineConfig, *, dtype: str, device: str, weights: WeightFormat) -> LLM:
-    """An LLM that speaks text. Raises DataError if the folder has no tokenizer."""
+    """Load an LLM with its tokenizer. Raises DataError if the folder has no tokenizer."""
     return LLM(path, Tokenizer.load(path), engine=engine, dtype=dtype, device=device, weights=weights)
 
 
 def generate(
     llm: LLM, prompt: str, sampling: SamplingParams, *, as_chat: bool, thinking: bool, system: str | None
 ) -> None:
-    """Prints the continuation of `prompt` ("-": standard input), and the engine's figures on standard error.
+    """Print the continuation of `prompt` ("-": standard input), and the engine's statistics on standard error.
 
-    Raises UserError where the engine cannot finish it.
+    Raises UserError if the engine cannot finish it.
     """
     text = _piped_text() if prompt == "-" else prompt
     llm_prompt: str | list[int] = text
@@ -50,29 +50,30 @@ def generate(
 
 
 def chat(llm: LLM, sampling: SamplingParams, *, thinking: bool, system: str | None) -> None:
-    """A conversation until /quit or the end of input. A conversation that outgrows the model starts afresh.
+    """Hold a conversation until /quit or the end of input. A conversation that exceeds the context length is reset.
 
-    Raises UserError where the engine cannot finish an answer.
+    Raises UserError if the engine cannot finish an answer.
     """
     opening = [Message("system", system)] if system else []
     turns = list(opening)
     _STDERR.print(_CHAT_HELP, style="dim")
     while True:
-        said = _ask()
-        if said is None or said == "/quit":
+        question = _read_line()
+        if question is None or question == "/quit":
             return
-        if said == "/reset":
+        if question == "/reset":
             turns = list(opening)
             continue
-        if not said:
+        if not question:
             continue
-        turns.append(Message("user", said))
+        turns.append(Message("user", question))
         assert llm.tokenizer is not None, "the command line loads a tokenizer"
         ids = encode_chat(llm.tokenizer, turns, enable_thinking=thinking)
         room = llm.model.config.max_positions - len(ids)
         if room < 1:
             _STDERR.print(
-                f"the conversation has outgrown the model's {llm.model.config.max_positions} positions", style="yellow"
+                f"the conversation exceeds the model's {llm.model.config.max_positions} positions and is reset",
+                style="yellow",
             )
             turns = list(opening)
             continue
@@ -82,7 +83,7 @@ def chat(llm: LLM, sampling: SamplingParams, *, thinking: bool, system: str | No
         _print_figures(llm.stats())
 
 
-def _ask() -> str | None:
+def _read_line() -> str | None:
     try:
         return _encodable(input("\n> ").strip())
     except EOFError:
@@ -99,7 +100,7 @@ def _piped_text() -> str:
 
 
 def _encodable(text: str) -> str:
-    """`text`; raises UserError for what stands for bytes that are not UTF-8, as some locales read them."""
+    """Return `text`. Raises UserError if it contains the surrogate escapes of invalid UTF-8."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -108,7 +109,7 @@ def _encodable(text: str) -> str:
 
 
 def _print_stream(llm: LLM, prompt: str | list[int], sampling: SamplingParams, *, can_stop: bool) -> str:
-    """can_stop: Ctrl-C ends the text only, not the command."""
+    """Print a streamed text. With `can_stop`, Ctrl-C ends the text and not the command."""
     pieces = []
     try:
         for piece in llm.stream(prompt, sampling):
@@ -136,6 +137,6 @@ def _print_figures(stats: dict[str, Any]) -> None:
 
 
 def check_prompt(prompt: str) -> None:
-    """Raises UserError if the prompt is standard input and that is a terminal or closed."""
+    """Raise UserError if the prompt is to be read from standard input, but that is a terminal or closed."""
     if prompt == "-" and (sys.stdin is None or sys.stdin.isatty()):
         raise UserError("no prompt: give --prompt TEXT, or pipe one into standard input.")

@@ -54,14 +54,14 @@ class Dispatcher:
         self.choose: Callable[[Any], tuple[str, Backend]] = functools.lru_cache(_MAX_REMEMBERED_NEEDS)(self._choose)
 
     def backends(self) -> list[tuple[str, Backend]]:
-        """Every (name, backend), highest priority first."""
+        """Return every (name, backend), highest priority first."""
         if self._ordered is None:
             found = [(name, self._registry.get(name)) for name in self._registry.names()]
             self._ordered = sorted(found, key=lambda pair: -pair[1].priority)
         return self._ordered
 
     def best(self, need: Any) -> tuple[str, Backend]:
-        """The backend with the highest priority that serves `need`, whether or not another one is forced."""
+        """Return the backend with the highest priority that serves `need`, even if another one is forced."""
         for name, backend in self.backends():
             if backend.refuse(need) is None:
                 return name, backend

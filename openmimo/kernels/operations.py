@@ -20,12 +20,12 @@ ROUTER = Dispatcher("openmimo.kernels.router", "OPENMIMO_ROUTER")
 EXPERTS = Dispatcher("openmimo.kernels.experts", "OPENMIMO_EXPERTS")
 TOKEN_LOSS = Dispatcher("openmimo.kernels.token_loss", "OPENMIMO_TOKEN_LOSS")
 
-MIXED = "mixed"  # the weight format of a call whose weights have different ones
+MIXED = "mixed"  # the weight format of a call whose weights have different formats
 IGNORED_LABEL = -1
 WeightAndBias = tuple[Weight, torch.Tensor | None]
 
 
-# Linear layers: x W^T + b, of one weight, or of several that share their input.
+# Linear layers: x W^T + b, with one weight or with several that share their input.
 # R rows, D input dim, O output dim.
 
 
@@ -34,11 +34,11 @@ class LinearNeed(NamedTuple):
 
     Attributes:
         num_rows: R if x is [R, D], else None.
-        dtype: Of x.
+        dtype: Dtype of x.
         needs_gradients: Whether autograd records the call.
-        readable: Weights and biases are contiguous and have the sizes that x requires, and plain ones its dtype. So a
-            backend may read them by address.
-        on_cpu: Whether the tensors are in the memory of the CPU.
+        readable: Whether a backend may read weights and biases by address: they are contiguous and have the sizes that
+            x requires, and plain ones have its dtype.
+        on_cpu: Whether the tensors are in CPU memory.
         weight_format: The format of all weights (see `kernels.weights`), or "mixed".
     """
 
@@ -51,16 +51,16 @@ class LinearNeed(NamedTuple):
 
 
 def linear(x: torch.Tensor, weight_OD: Weight, bias_O: torch.Tensor | None = None) -> torch.Tensor:
-    """x [..., D] to [..., O]; see `joined_linear`."""
+    """Map x [..., D] to [..., O]; see `joined_linear`."""
     return joined_linear(x, ((weight_OD, bias_O),))
 
 
 def joined_linear(x: torch.Tensor, layers: tuple[WeightAndBias, ...]) -> torch.Tensor:
-    """Several linear layers of one input x [..., D], side by side: [..., sum of their O] in the dtype of x.
+    """Apply several linear layers to one input x [..., D] and concatenate the outputs: [..., sum of O], dtype of x.
 
     Args:
-        x: The input; differentiable.
-        layers: A weight [O, D] and a bias [O] or None each. Plain weights and biases have the dtype of x and are
+        x: The input. Differentiable.
+        layers: Pairs of a weight [O, D] and a bias [O] or None. Plain weights and biases have the dtype of x and are
             differentiable. Block-scaled weights are constants.
     """
     dtype, input_dim, readable, weight_format = x.dtype, x.shape[-1], True, None
@@ -115,7 +115,7 @@ class NormNeed(NamedTuple):
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
-    """`x` [..., D] divided by its root mean square over D, times `weight` [D]; shape and dtype of x.
+    """Divide `x` [..., D] by its root mean square over D, and multiply by `weight` [D]. Keeps shape and dtype of x.
 
     The mean is computed in float32 (float64 for float64 x). The quotient is cast to the dtype of x before it is
     multiplied by the weight, as in Hugging Face transformers. Differentiable in x and weight.
@@ -153,7 +153,7 @@ class RotaryNeed(NamedTuple):
 def rotary_table(
     positions_T: torch.Tensor, rotary_dim: int, theta: float, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin, each [T, R] in `dtype`, of position * theta^(-2i/R); computed in float32, or float64 for float64.
+    """Compute cos and sin of position * theta^(-2i/R), each [T, R] in `dtype`, in float32 (float64 for float64).
 
     The second half of a row repeats the first.
 
@@ -307,7 +307,7 @@ class ExpertsNeed(NamedTuple):
 
 
 def count_experts(expert_ids_TA: torch.Tensor, num_experts: int) -> torch.Tensor:
-    """How many choices fell on each expert, int64 [E]. Unlike `torch.bincount`, it does not synchronize with a GPU."""
+    """Count the choices of each expert, int64 [E]. Unlike `torch.bincount`, does not synchronize with a GPU."""
     ids_M = expert_ids_TA.flatten()
     return ids_M.new_zeros(num_experts).scatter_add_(0, ids_M, torch.ones_like(ids_M))
 
@@ -319,10 +319,16 @@ def apply_experts(
     gate_up_EHD: Weight,
     down_EDF: Weight,
 ) -> torch.Tensor:
-    """Weighted sum over each token's experts, [T, D] in the dtype of `x_TD`; the sum runs in float32 (float64 stays).
+    """Sum each token's experts by weight, [T, D] in the dtype of x, accumulated in float32 (float64 for float64).
 
-    `expert_ids_TA` is integer, `weights_TA` float32, `gate_up_EHD` is [E, 2F, D], `down_EDF` is [E, D, F]. Both are
-    tensors in the dtype of x, or block-scaled constants. Differentiable in all tensors.
+    Differentiable in all tensors except block-scaled weights.
+
+    Args:
+        x_TD: Inputs.
+        expert_ids_TA: Chosen experts, integer.
+        weights_TA: Weights of the chosen experts, float32.
+        gate_up_EHD: Gate and up weights [E, 2F, D], in the dtype of x or block-scaled.
+        down_EDF: Down weights [E, D, F], in the same form.
     """
     num_tokens, model_dim = x_TD.shape
     num_experts, _, expert_dim = down_EDF.shape
@@ -378,7 +384,7 @@ class TokenLossFunctions:
 def token_logprobs(
     hidden_TD: torch.Tensor, weight_VD: torch.Tensor, labels_T: torch.Tensor, *, temperature: float | torch.Tensor = 1.0
 ) -> torch.Tensor:
-    """log p(label) under softmax(hidden @ weight.T / temperature): [T] float32, or float64 for float64 inputs.
+    """Return log p(label) under softmax(hidden @ weight.T / temperature), float32 [T] (float64 for float64 inputs).
 
     Differentiable in hidden and weight.
 
@@ -394,7 +400,7 @@ def token_logprobs(
 def token_loss(
     hidden_TD: torch.Tensor, weight_VD: torch.Tensor, labels_T: torch.Tensor, weights_T: torch.Tensor
 ) -> torch.Tensor:
-    """-sum over tokens of weights_T * log p(label): a float32 scalar, or float64 for float64 inputs.
+    """Return -sum over tokens of weights_T * log p(label), a float32 scalar (float64 for float64 inputs).
 
     Labels as in `token_logprobs`. Rows with label -1 or weight 0 are dropped before any arithmetic. Differentiable in
     hidden and weight, not in `weights_T`.
@@ -406,7 +412,7 @@ def token_loss(
 
 
 def token_argmax(hidden_TD: torch.Tensor, weight_VD: torch.Tensor) -> torch.Tensor:
-    """The most probable token of each row, LongTensor [T]. Not differentiable."""
+    """Return the most probable token of each row, LongTensor [T]. Not differentiable."""
     return _functions(hidden_TD).argmax(hidden_TD.detach(), weight_VD.detach())
 
 

@@ -1,6 +1,6 @@
-"""The formats in which a weight matrix is held: a plain tensor, or narrow codes with scales for blocks.
+"""Weight formats: a plain tensor, or quantized codes with one scale per block.
 
-O output dim, D input dim. Leading axes, such as that of stacked experts, are allowed everywhere.
+O output dim, D input dim. Leading axes, such as that of stacked experts, are allowed in all functions.
 """
 
 import math
@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 
 PLAIN = "plain"
-INT8 = "int8"  # one scale for each output
-FP8 = "fp8"  # float8_e4m3fn, one scale for each block
-INT8_BLOCKS = "int8_blocks"  # int8 with any other grid
+INT8 = "int8"  # one scale per output
+FP8 = "fp8"  # float8_e4m3fn, one scale per block
+INT8_BLOCKS = "int8_blocks"  # int8 with any other block size
 QuantizedFormat: TypeAlias = Literal["int8", "fp8"]
 
-FP8_BLOCK = 128  # rows and columns of a block, as in the published checkpoint
+FP8_BLOCK = 128  # rows and columns of a block in the published checkpoint
 FP8_MAX = 448.0
 _INT8_MAX = 127
 _TILE_NUMBERS = 1 << 20  # 4 MiB of float32
@@ -27,7 +27,7 @@ class BlockScaled(NamedTuple):
 
     Attributes:
         codes: int8 or float8_e4m3fn, [..., O, D].
-        scales: float32, [..., ceil(O / rows), ceil(D / columns)]. The last block of an axis may be cut short.
+        scales: float32, [..., ceil(O / rows), ceil(D / columns)]. The last block of an axis may be smaller.
         block: (rows, columns) of a block.
     """
 
@@ -42,12 +42,12 @@ class BlockScaled(NamedTuple):
 
     @property
     def requires_grad(self) -> bool:
-        """False: codes have no gradient."""
+        """Always False, because codes have no gradient."""
         return False
 
     @property
     def format(self) -> str:
-        """The name of the format, by which backends accept or refuse a call."""
+        """Name of the format, by which backends accept or refuse a call."""
         if self.codes.dtype == torch.float8_e4m3fn:
             return FP8
         return INT8 if self.block[0] == 1 and self.scales.shape[-1] == 1 else INT8_BLOCKS
@@ -58,11 +58,11 @@ class BlockScaled(NamedTuple):
         return self.codes.nbytes + self.scales.nbytes
 
     def is_contiguous(self) -> bool:
-        """Whether codes and scales may be read by address."""
+        """Return whether codes and scales may be read by address."""
         return self.codes.is_contiguous() and self.scales.is_contiguous()
 
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
-        """The weight as a plain tensor. Products are rounded once to float32 (float64 for float64), then to `dtype`."""
+        """Return the weight as a plain tensor, rounded to float32 (float64 for float64) and then to `dtype`."""
         wide = torch.promote_types(dtype, torch.float32)
         scales = self.scales.to(wide)
         if self.block[0] > 1:
@@ -72,29 +72,29 @@ class BlockScaled(NamedTuple):
         return self.codes.to(wide).mul_(scales).to(dtype)
 
     def tiles(self, dtype: torch.dtype) -> Iterator[torch.Tensor]:
-        """The rows of a matrix [O, D] in order, dequantized a few at a time."""
+        """Yield the rows of a matrix [O, D] in order, in dequantized tiles of a few rows."""
         rows, columns = self.shape
         step = self.block[0] * max(1, _TILE_NUMBERS // max(1, columns * self.block[0]))
         for start in range(0, rows, step):
             yield self.rows(start, min(rows, start + step)).dequantize(dtype)
 
     def select(self, index: int) -> "BlockScaled":
-        """The weight at `index` of the first axis, as a view."""
+        """Return the weight at `index` of the first axis, as a view."""
         return BlockScaled(self.codes[index], self.scales[index], self.block)
 
     def unbind(self) -> list["BlockScaled"]:
-        """The weights along the first axis, as views."""
+        """Return the weights along the first axis, as views."""
         return [self.select(index) for index in range(len(self.codes))]
 
     def rows(self, start: int, stop: int) -> "BlockScaled":
-        """Rows `start` to `stop`; a view, unless `start` lies inside a block."""
+        """Return rows `start` to `stop`; a view, unless `start` is inside a block."""
         fine = self.with_block_rows(math.gcd(self.block[0], start))
         block_rows = fine.block[0]
         scales = fine.scales[..., start // block_rows : -(-stop // block_rows), :]
         return BlockScaled(fine.codes[..., start:stop, :], scales, fine.block)
 
     def with_block_rows(self, rows: int) -> "BlockScaled":
-        """The same values with blocks of `rows` rows, a divisor of the present number."""
+        """Return the same values with blocks of `rows` rows, a divisor of the current number."""
         if rows == self.block[0]:
             return self
         assert self.block[0] % rows == 0
@@ -107,29 +107,29 @@ Weight: TypeAlias = torch.Tensor | BlockScaled
 
 
 def format_of(weight: Weight) -> str:
-    """The name of a weight's format."""
+    """Return the name of a weight's format."""
     return weight.format if type(weight) is BlockScaled else PLAIN
 
 
 def dequantized(weight: Weight, dtype: torch.dtype) -> torch.Tensor:
-    """A weight in any format as a tensor of `dtype`. A plain tensor of that dtype is returned as it is."""
+    """Return a weight in any format as a tensor of `dtype`. A plain tensor of that dtype is returned unchanged."""
     if isinstance(weight, BlockScaled):
         return weight.dequantize(dtype)
     return weight if weight.dtype == dtype else weight.to(dtype)
 
 
 def unbind(weight: Weight) -> Sequence[Weight]:
-    """The weights along the first axis, as views."""
+    """Return the weights along the first axis, as views."""
     return weight.unbind()
 
 
 def rows_of(weight: Weight, start: int, stop: int) -> Weight:
-    """Rows `start` to `stop` of a weight in any format; see `BlockScaled.rows`."""
+    """Return rows `start` to `stop` of a weight in any format; see `BlockScaled.rows`."""
     return weight.rows(start, stop) if isinstance(weight, BlockScaled) else weight[..., start:stop, :]
 
 
 def joined_rows(parts: list[BlockScaled]) -> BlockScaled:
-    """Weights of one format stacked along their rows, with blocks as large as all of them allow."""
+    """Concatenate weights of one format along their rows, with the largest blocks that divide all of them."""
     columns = {part.block[1] for part in parts}
     assert len(columns) == 1
     block_rows = math.gcd(*(part.block[0] for part in parts), *(part.shape[-2] for part in parts[:-1]))
@@ -142,14 +142,14 @@ def joined_rows(parts: list[BlockScaled]) -> BlockScaled:
 
 
 def block_of(weight_format: QuantizedFormat, input_dim: int) -> tuple[int, int]:
-    """Rows and columns of the blocks that `quantize` makes."""
+    """Return the rows and columns of the blocks that `quantize` uses."""
     return (1, input_dim) if weight_format == INT8 else (FP8_BLOCK, FP8_BLOCK)
 
 
 def quantize(weight: torch.Tensor, weight_format: QuantizedFormat) -> BlockScaled:
-    """The nearest codes of a weight [..., O, D]. Stacked matrices are quantized one at a time to save memory.
+    """Quantize a weight [..., O, D] to the nearest codes. Stacked matrices are quantized one by one to save memory.
 
-    A block's largest magnitude becomes the largest code (127, 448), and a block of zeros has scale 1. NaN and
+    The largest magnitude of a block becomes the largest code (127 or 448). A block of zeros has scale 1. NaN and
     infinities give values that are not finite.
     """
     if weight.dim() > 2 and len(weight):
@@ -178,7 +178,7 @@ def _quantize_fp8(weight_OD: torch.Tensor, block: tuple[int, int]) -> BlockScale
 
 
 def empty_quantized(weight: torch.Tensor, weight_format: QuantizedFormat, block: tuple[int, int]) -> BlockScaled:
-    """Storage without values for a weight of this shape and device in a format; see `copy_weight`."""
+    """Allocate storage for a quantized weight of this shape and device, without values; see `copy_weight`."""
     rows, columns = (-(-dim // size) for dim, size in zip(weight.shape[-2:], block, strict=True))
     dtype = torch.int8 if weight_format == INT8 else torch.float8_e4m3fn
     codes = torch.empty(weight.shape, dtype=dtype, device=weight.device)
@@ -187,9 +187,10 @@ def empty_quantized(weight: torch.Tensor, weight_format: QuantizedFormat, block:
 
 
 def copy_weight(target: Weight, source: Weight) -> None:
-    """Copies `source` into the storage of `target` and converts it to the format of `target`.
+    """Copy `source` into the storage of `target`, in the format of `target`.
 
-    A block-scaled source of the same format keeps its codes and scales; its blocks are those of the target or larger.
+    A block-scaled source of the same format keeps its codes and scales. Its blocks must be those of the target or
+    multiples of them.
     """
     if not isinstance(target, BlockScaled):
         target.copy_(source.dequantize(torch.float32) if isinstance(source, BlockScaled) else source)

@@ -121,7 +121,7 @@ class Backbone(nn.Module):
         return Hidden(pre_norm_TD=x_TD, post_norm_TD=self.norm(x_TD))
 
     def routers(self) -> dict[int, Router]:
-        """The routers by layer index."""
+        """Return the routers by layer index."""
         return {layer.index: cast(MoE, layer.mlp).gate for layer in self.layers if layer.is_sparse}
 
 

@@ -151,12 +151,12 @@ class ModelConfig:
         return (full[0] if full else self.layers[0].attention).num_kv_heads
 
     def attention_layers(self) -> tuple[AttentionConfig, ...]:
-        """Geometry of every attention layer: the main layers, then one per MTP head."""
+        """Return the geometry of every attention layer, first of the main layers, then of the MTP heads."""
         heads = (self.mtp.attention,) * self.mtp.num_layers if self.mtp else ()
         return tuple(layer.attention for layer in self.layers) + heads
 
     def attention_place(self, index: int) -> AttentionPlace:
-        """The arguments of the attention module of layer `index`; MTP head h is layer `len(layers) + h`."""
+        """Return the arguments of the attention module of layer `index`; MTP head h is layer `len(layers) + h`."""
         if index < len(self.layers):
             spec = self.layers[index].attention
         else:
@@ -172,7 +172,7 @@ class ModelConfig:
         )
 
     def _source(self, number: int) -> AttentionConfig | None:
-        """Geometry of the layer whose keys layer `number` reads, or None.
+        """Return the geometry of the layer whose keys layer `number` reads, or None.
 
         Raises:
             ConfigError: `kv_from` does not name an earlier layer with its own keys and the same geometry of keys.
@@ -186,7 +186,7 @@ class ModelConfig:
         if source.kv_from is not None:
             raise ConfigError(
                 f"layer {number} has kv_from {spec.kv_from}, but that layer reads the keys of layer {source.kv_from}; "
-                "name a layer that has keys of its own."
+                "name a layer with its own keys."
             )
         for name in ("num_kv_heads", "key_dim", "value_dim", "rotary_dim", "rope_theta"):
             reader_value, source_value = getattr(spec, name), getattr(source, name)
@@ -198,7 +198,7 @@ class ModelConfig:
         return source
 
     def local(self, *, tp: int) -> "ModelConfig":
-        """The geometry of one rank of `tp` tensor-parallel ranks.
+        """Return the config of one rank of `tp` tensor-parallel ranks.
 
         A rank has num_heads / tp query heads of every layer and dense_ffn_dim / tp of every dense FFN; outputs are
         summed over ranks. Key/value heads are divided in the same way. If a layer has fewer than `tp` of them, a rank
@@ -227,7 +227,7 @@ class ModelConfig:
         )
 
     def with_full_rope_theta(self, theta: float) -> "ModelConfig":
-        """The same model with another RoPE base in its full layers (context extension); sliding layers keep theirs."""
+        """Return the model with another RoPE base in its full layers, for context extension."""
         layers = tuple(
             replace(layer, attention=replace(layer.attention, rope_theta=theta))
             if is_global(layer.attention)
@@ -240,14 +240,14 @@ class ModelConfig:
         return replace(self, layers=layers, mtp=mtp)
 
     def with_mtp_heads(self, num_heads: int) -> "ModelConfig":
-        """The same model with `num_heads` MTP heads. Raises ConfigError if the model has none to copy."""
+        """Return the same model with `num_heads` MTP heads. Raises ConfigError if the model has none to copy."""
         if self.mtp is None:
             raise ConfigError("the model has no MTP head to replicate; give its config an `mtp` entry.")
         return replace(self, mtp=replace(self.mtp, num_layers=num_heads))
 
 
 def _undivided(spec: AttentionConfig, where: str, tp: int) -> list[str]:
-    """The head counts of a layer that cannot be divided among `tp` ranks, as clauses of a message."""
+    """Return the head counts of a layer that cannot be divided among `tp` ranks, as clauses of a message."""
     problems = [f"{where} has {spec.num_heads} heads"] if spec.num_heads % tp else []
     if spec.num_kv_heads % tp and tp % spec.num_kv_heads:
         problems.append(f"{where} has {spec.num_kv_heads} key/value heads")
@@ -275,30 +275,31 @@ def _check_attention(attention: AttentionConfig, where: str, source: AttentionCo
 def _check_moe(moe: MoEConfig, num_layers: int) -> None:
     if num_layers * moe.num_experts > MAX_EXPERTS:
         raise ConfigError(
-            f"{num_layers} layers of {moe.num_experts} experts are more than {MAX_EXPERTS:,} experts in all."
+            f"{num_layers} layers of {moe.num_experts} experts have more than {MAX_EXPERTS:,} experts in total."
         )
     if moe.experts_per_token > moe.num_experts:
         raise ConfigError(f"experts_per_token is {moe.experts_per_token}; it must be 1 to {moe.num_experts}.")
     if moe.num_experts % moe.num_groups or moe.groups_per_token > moe.num_groups:
         raise ConfigError(
-            f"{moe.num_experts} experts cannot form {moe.num_groups} groups, {moe.groups_per_token} chosen."
+            f"{moe.num_experts} experts cannot form {moe.num_groups} groups of which a token chooses "
+            f"{moe.groups_per_token}."
         )
     group_size = moe.num_experts // moe.num_groups
     if moe.num_groups > 1 and (group_size < 2 or moe.groups_per_token * group_size < moe.experts_per_token):
         raise ConfigError(
-            f"{moe.groups_per_token} chosen groups of {group_size} experts cannot give {moe.experts_per_token} experts "
-            "to a token (a group has two or more)."
+            f"{moe.groups_per_token} groups of {group_size} experts are too few for {moe.experts_per_token} experts "
+            "per token (a group has two or more)."
         )
 
 
 def attention_parameters(config: ModelConfig, index: int) -> int:
-    """Parameters of the attention module of layer `index`; MTP head h is layer `len(layers) + h`."""
+    """Count the parameters of the attention module of layer `index`. MTP head h is layer `len(layers) + h`."""
     place = config.attention_place(index)
     return attention_kind(place.spec.kind).parameters(place)
 
 
 def active_matmul_parameters(config: ModelConfig) -> int:
-    """Active parameters per token of the main model's matrix products: with the output head, without the embedding."""
+    """Count the active parameters of the main model's matrix products per token, without the embedding."""
     D = config.hidden_size
     total = D * config.vocab_size
     for index, layer in enumerate(config.layers):
@@ -312,7 +313,7 @@ def active_matmul_parameters(config: ModelConfig) -> int:
 
 
 def mtp_matmul_parameters(config: ModelConfig) -> int:
-    """Active parameters per token of all MTP heads, each with its own pass through the output head."""
+    """Count the active parameters of all MTP heads per token. Each head has its own pass through the output head."""
     if config.mtp is None:
         return 0
     D = config.hidden_size
@@ -321,7 +322,7 @@ def mtp_matmul_parameters(config: ModelConfig) -> int:
 
 
 def attention_flops_per_token(spec: AttentionConfig, length: int) -> float:
-    """Forward FLOPs of one layer's scores and weighted values, averaged over the positions of a sequence."""
+    """Count the forward FLOPs of a layer's scores and weighted values, averaged over the positions of a sequence."""
     kind = attention_kind(spec.kind)
     reach = kind.visible_keys(spec, length - 1)
     # The first `reach` queries see 1, 2, ... reach keys; the others see `reach`.
@@ -330,7 +331,7 @@ def attention_flops_per_token(spec: AttentionConfig, length: int) -> float:
 
 
 def training_flops_per_token(config: ModelConfig, length: int) -> float:
-    """Forward and backward FLOPs of one token in a sequence: three times the forward pass, MTP heads included."""
+    """Count the FLOPs of one token in a training step: three times the forward pass, including MTP heads."""
     matmul = 2 * (active_matmul_parameters(config) + mtp_matmul_parameters(config))
     attention = sum(attention_flops_per_token(spec, length) for spec in config.attention_layers())
     return 3 * (matmul + attention)

@@ -35,7 +35,7 @@ class RoutingTape:
     replayed: dict[int, torch.Tensor] = field(default_factory=dict)
 
     def add_expert_load(self, load: dict[int, torch.Tensor], num_experts: int) -> None:
-        """Adds the recorded visits of each expert, int64 [experts], to the counts in `load` by layer."""
+        """Add the recorded visits of each expert, int64 [experts], to the counts in `load` by layer."""
         for layer, ids_TA in self.recorded.items():
             counts = count_experts(ids_TA, num_experts)
             load[layer] = load[layer] + counts if layer in load else counts
@@ -83,11 +83,11 @@ class AttentionContext(Protocol):
     block_scores: dict[int, torch.Tensor]
 
     def rotary(self, spec: AttentionConfig, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin [T, rotary_dim] of the tokens' positions, in `dtype`."""
+        """Return cos and sin [T, rotary_dim] of the tokens' positions, in `dtype`."""
         ...
 
     def attend(self, call: AttentionCall) -> AttentionOut:
-        """Attention of the tokens of the pass to the keys that they see; stores block scores in `block_scores`."""
+        """Compute attention of the tokens to the keys that they see. Block scores are stored in `block_scores`."""
         ...
 
 
@@ -114,7 +114,7 @@ class RotaryTables:
         self._tables: dict[tuple[int, float, torch.dtype], tuple[torch.Tensor, torch.Tensor]] = {}
 
     def get(self, spec: AttentionConfig, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin [T, rotary_dim] for the geometry of `spec`."""
+        """Return cos and sin [T, rotary_dim] for the geometry of `spec`."""
         key = (spec.rotary_dim, spec.rope_theta, dtype)
         if key not in self._tables:
             self._tables[key] = rotary_table(self.positions_T, spec.rotary_dim, spec.rope_theta, dtype)
@@ -159,11 +159,11 @@ class PackedContext:
         self._sources: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def rotary(self, spec: AttentionConfig, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """See AttentionContext."""
+        """As `AttentionContext.rotary`."""
         return self._rotary.get(spec, dtype)
 
     def attend(self, call: AttentionCall) -> AttentionOut:
-        """See AttentionContext."""
+        """As `AttentionContext.attend`."""
         k_SGK, v_SGV = self._keys_and_values(call)
         result = attend(
             call.q_TNK,
@@ -181,7 +181,7 @@ class PackedContext:
         return result
 
     def _keys_and_values(self, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
-        """Packed keys and values that the call reads, [S, G, K] and [S, G, V]; stores them if `is_source`."""
+        """Return packed keys [S, G, K] and values [S, G, V] that the call reads. Stores them if `is_source`."""
         if call.source_layer is not None:
             return self._sources[call.source_layer]
         assert call.k_TGK is not None and call.v_TGV is not None
@@ -191,5 +191,5 @@ class PackedContext:
         return seen
 
     def _seen(self, k_TGK: torch.Tensor, v_TGV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The keys and values that the sequences see; a subclass adds those of earlier tokens."""
+        """Return the keys and values that the sequences see. A subclass adds those of earlier tokens."""
         return k_TGK, v_TGV

@@ -68,7 +68,7 @@ def convert(
     """
     source, destination = Path(source), Path(destination)
     if destination.exists():
-        raise CheckpointError(f"{destination} exists already; name a new folder.")
+        raise CheckpointError(f"{destination} already exists; give a new folder.")
     model_config, reader = open_checkpoint(source, config.window_keys)
     companions = read_companions(source)
     with torch.device("meta"):
@@ -92,7 +92,7 @@ def convert(
 
 
 def checkpoint_layout(config: ModelConfig, *, quantized: bool) -> dict[str, tuple[int, ...]]:
-    """Shape of every tensor of a checkpoint of this model by name; with `quantized`, FP8 scales included."""
+    """Return the shape of every tensor of a checkpoint of this model by name; with `quantized`, FP8 scales included."""
     with torch.device("meta"):
         model = MiMo(config)
     shapes = {slot.name: tuple(slot.target.shape) for slot in slots(model)}
@@ -112,7 +112,7 @@ def _scale_shape(name: str, shapes: dict[str, tuple[int, ...]], model: MiMo) -> 
 
 
 def _has_rank_grid(name: str, model: MiMo) -> bool:
-    """Whether a layer's keys and values are quantized per rank, as in the published full layers.
+    """Return whether a layer's keys and values are quantized per rank, as in the published full layers.
 
     This is so if a rank's keys end inside a block, and if the number of scales shows it to a reader of the split
     tensors: K has more rows of scales than uniform blocks would have, and V has at least one row for each rank. All

@@ -43,7 +43,7 @@ class Head(Linear):
         super().__init__(model_dim, vocab_size, bias=False)
 
     def forward(self, states_TD: torch.Tensor, reader: Reader | None = None) -> Any:
-        """Logits [T, V] in float32 (float64 for float64 states), or the result of `reader`.
+        """Return logits [T, V] in float32 (float64 for float64 states), or the result of `reader`.
 
         Args:
             states_TD: Final hidden states.
@@ -59,15 +59,15 @@ class Head(Linear):
     def logprobs(
         self, states_TD: torch.Tensor, labels_T: torch.Tensor, temperature: float | torch.Tensor = 1.0
     ) -> torch.Tensor:
-        """log p(label) at a temperature, [T], float32 or float64; see `kernels.token_loss.token_logprobs`."""
+        """Return log p(label) at a temperature, [T], float32 or float64; see `kernels.operations.token_logprobs`."""
         return self(states_TD, functools.partial(_logprobs, labels_T=labels_T, temperature=temperature))
 
     def loss(self, states_TD: torch.Tensor, labels_T: torch.Tensor, weights_T: torch.Tensor) -> torch.Tensor:
-        """-sum of weights_T * log p(label), a scalar; see `kernels.token_loss.token_loss`."""
+        """Return -sum of weights_T * log p(label), a scalar; see `kernels.operations.token_loss`."""
         return self(states_TD, functools.partial(token_loss, labels_T=labels_T, weights_T=weights_T))
 
     def argmax(self, states_TD: torch.Tensor) -> torch.Tensor:
-        """The most probable token of each row, int64 [T]."""
+        """Return the most probable token of each row, int64 [T]."""
         return self(states_TD, token_argmax)
 
     def tie(self, embedding: Embedding) -> None:
@@ -120,11 +120,11 @@ class MTP(nn.Module):
     def forward(
         self, head: int, embedding_TD: torch.Tensor, hidden_TD: torch.Tensor, context: AttentionContext
     ) -> torch.Tensor:
-        """States [T, D] of block `head`; arguments as in `MTPBlock`."""
+        """Return the states [T, D] of block `head`. The other arguments are those of `MTPBlock`."""
         return self.layers[head](embedding_TD, hidden_TD, context)
 
     def replicate_last(self, num_heads: int, config: ModelConfig) -> None:
-        """Grow to `num_heads` blocks, each new one a copy of the last."""
+        """Add copies of the last block until there are `num_heads` blocks."""
         while len(self.layers) < num_heads:
             last = self.layers[-1]
             parameter = next(last.parameters())
@@ -148,14 +148,14 @@ class MicroBatch:
     labels: tuple[torch.Tensor, ...]
 
     def label_counts(self) -> torch.Tensor:
-        """Number of labels of each head, int64 [heads]."""
+        """Return the number of labels of each head, int64 [heads]."""
         return torch.stack([(labels_T != IGNORED_LABEL).sum() for labels_T in self.labels])
 
 
 def micro_batch(
     tokens_T: torch.Tensor, document_lengths: tuple[int, ...], loss_mask_T: torch.Tensor | None, num_mtp_heads: int
 ) -> MicroBatch:
-    """Labels from packed tokens: head k (0: the main one) predicts the token k+1 positions later, in the same document.
+    """Label packed tokens: head k (0 is the main head) predicts the token k+1 positions later in the same document.
 
     Args:
         tokens_T: Packed token ids.
@@ -172,7 +172,7 @@ def micro_batch(
 
 
 def shifted_tokens(batch: MicroBatch) -> dict[int, torch.Tensor]:
-    """By MTP head, the tokens that it reads, int64 [T]; see `MiMo.forward`."""
+    """Return the input tokens of each MTP head, int64 [T]; see `MiMo.forward`."""
     return {
         head: shift_within_documents(batch.tokens_T, batch.document_lengths, by=1 + head, fill=0)
         for head in range(len(batch.labels) - 1)

@@ -32,7 +32,7 @@ from openmimo.runtime.device import DTYPES, resolve_device
 
 
 def load_config(path: str | Path, *, window_keys: int | None = None) -> ModelConfig:
-    """The config of a checkpoint folder; its number of MTP heads is that of the weights."""
+    """Return the config of a checkpoint folder; its number of MTP heads is that of the weights."""
     folder = Path(path)
     return open_checkpoint(folder, window_keys)[0]
 
@@ -45,7 +45,7 @@ def load_model(
     window_keys: int | None = None,
     weights: str = "plain",
 ) -> MiMo:
-    """Load a checkpoint folder in the Hugging Face layout: one written here or published, FP8 included.
+    """Load a published or saved checkpoint folder in the Hugging Face layout, including FP8.
 
     The weights are streamed: peak memory is the model and one shard. A folder of a LoRA adapter that peft has saved is
     merged into its base model.
@@ -128,11 +128,11 @@ def check_replaceable(path: Path) -> None:
         raise CheckpointError(f"{path} is a file; save to a new folder.")
     others = _other_files(path) if path.is_dir() else []
     if others:
-        raise CheckpointError(f"{path} holds {others[0]}, which is no part of a checkpoint; save to a new folder.")
+        raise CheckpointError(f"{path} holds {others[0]}, which is not part of a checkpoint; save to a new folder.")
 
 
 def _other_files(folder: Path) -> list[str]:
-    """Names in a folder that do not belong to a checkpoint."""
+    """Return the names in a folder that do not belong to a checkpoint."""
     checkpoint_names = {"config.json", INDEX, *(name.split("/")[0] for name in companion_names(folder))}
     return [
         path.name for path in folder.iterdir() if path.suffix != ".safetensors" and path.name not in checkpoint_names
@@ -183,13 +183,13 @@ def write_config(
 
 
 def open_checkpoint(folder: Path, window_keys: int | None) -> tuple[ModelConfig, CheckpointReader]:
-    """The config and an open reader of a checkpoint folder; the number of MTP heads is that of the weights.
+    """Return the config and an open reader of a checkpoint folder; the number of MTP heads is that of the weights.
 
     The folder may be one of peft's that holds a LoRA adapter; the reader then merges it into the weights of its base.
 
     Raises:
-        CheckpointError: A file is missing or damaged, or config.json states more layers, experts or other MTP heads
-            than the weights hold. If the weights hold no MTP head at all, it is a warning.
+        CheckpointError: A file is missing or damaged, or config.json has more layers, more experts or another number of
+            MTP heads than the weights. If the weights have no MTP head at all, a warning is printed instead.
         ConfigError: config.json is not valid.
     """
     recover_folder(folder)
@@ -204,7 +204,7 @@ def open_checkpoint(folder: Path, window_keys: int | None) -> tuple[ModelConfig,
     heads = count_mtp_heads(names, config)
     stated = values.get("num_nextn_predict_layers")
     if stated and not heads:
-        _warn_once(f"{path} states {stated} MTP heads, but the weights hold none: the model has no MTP heads.")
+        _warn_once(f"{path} states {stated} MTP heads, but the weights hold none; the model has no MTP heads.")
     elif stated is not None and stated != heads:
         raise CheckpointError(
             f"{path} states {stated} MTP heads (num_nextn_predict_layers), but the weights hold {heads}. "
@@ -215,16 +215,18 @@ def open_checkpoint(folder: Path, window_keys: int | None) -> tuple[ModelConfig,
 
 
 def _check_counts(config: ModelConfig, names: set[str], path: Path) -> None:
-    """Refuse a config.json with more layers or experts than the weights hold, before a model of that size is built."""
+    """Refuse a config.json with more layers or experts than the weights, before a model of that size is built."""
     stated = {"num_hidden_layers": len(config.layers)}
     numbers = {"num_hidden_layers": r"model\.layers\.(\d{1,9})\."}
     if config.moe is not None:
         stated["n_routed_experts"] = config.moe.num_experts
         numbers["n_routed_experts"] = r"model\.layers\.\d+\.mlp\.experts\.(\d{1,9})\."
     for key, pattern in numbers.items():
-        held = {int(match[1]) for name in names if (match := re.match(pattern, name))}
-        if stated[key] > max(held, default=-1) + 1:
-            raise CheckpointError(f"{path}: {key} is {stated[key]}, but the weights hold {max(held, default=-1) + 1}.")
+        indices = {int(match[1]) for name in names if (match := re.match(pattern, name))}
+        if stated[key] > max(indices, default=-1) + 1:
+            raise CheckpointError(
+                f"{path}: {key} is {stated[key]}, but the weights hold {max(indices, default=-1) + 1}."
+            )
 
 
 @functools.cache
@@ -322,7 +324,7 @@ class Slot:
         )
 
     def to_checkpoint(self) -> torch.Tensor:
-        """The tensor to store in the checkpoint. The target must be plain."""
+        """Return the tensor to store in the checkpoint. The target must be plain."""
         return self.from_checkpoint(self.plain_target)
 
     @property
@@ -333,7 +335,7 @@ class Slot:
 
 
 def slots(model: MiMo) -> Iterator[Slot]:
-    """Every checkpoint tensor of the model, in checkpoint order by module. Works on a meta-device model."""
+    """Yield every checkpoint tensor of the model, in checkpoint order by module. Works on a meta-device model."""
     tied = model.config.tie_embeddings
     for name, tensor in model.state_dict(keep_vars=False).items():
         weight = entry_weight(model, name, tensor)
@@ -365,6 +367,6 @@ def _mimo_7b_mtp_slot(name: str, tensor: Weight) -> Slot:
 
 
 def count_mtp_heads(names: set[str], config: ModelConfig) -> int:
-    """Number of MTP heads whose tensors a checkpoint has; the hub's config of V2-Flash does not state it."""
+    """Return the number of MTP heads whose tensors a checkpoint has; the hub's config of V2-Flash does not state it."""
     prefix = "model.mtp_layers." if config.family == "mimo" else "model.mtp.layers."
     return len({name.removeprefix(prefix).split(".")[0] for name in names if name.startswith(prefix)})

@@ -204,7 +204,7 @@ class _Reader:
         )
 
     def agreed(self, *keys: str) -> Any:
-        """The value under any of several synonymous keys, or None. Raises ConfigError if two of them disagree."""
+        """Return the value under one of several synonymous keys, or None. Raises ConfigError if two disagree."""
         found = {key: value for key in keys if (value := getattr(self.hub, key)) is not None}
         if len(set(found.values())) > 1:
             raise ConfigError(f"{' and '.join(f'{key} {value!r}' for key, value in found.items())} must agree.")
@@ -223,7 +223,7 @@ class _Reader:
         )
 
     def _layers(self, keys: dict[str, dict[Any, _LayerKind]], mimo_7b_kind: _LayerKind) -> tuple[_LayerKind, ...]:
-        """The kind of each layer.
+        """Return the kind of each layer.
 
         Args:
             keys: Synonymous keys of the file, each with the kinds that its entries mean.
@@ -237,7 +237,9 @@ class _Reader:
         count = self.hub.num_hidden_layers
         if not stated:
             if self.hub.model_type != "mimo":
-                raise ConfigError(f"neither {' nor '.join(keys)} is there; one must say what each layer is.")
+                raise ConfigError(
+                    f"neither {' nor '.join(keys)} is present; one of them must list the kinds of layers."
+                )
             return (mimo_7b_kind,) * count
         if len(set(stated.values())) > 1:
             raise ConfigError(f"{' and '.join(stated)} name different layers.")
@@ -282,7 +284,7 @@ class _Reader:
         )
 
     def _rope(self, kind: str) -> tuple[float, float]:
-        """RoPE base and rotated fraction of one kind of layer, from the flat keys or from `rope_parameters`."""
+        """Return RoPE base and rotated fraction of one kind of layer, from the flat keys or `rope_parameters`."""
         hub, by_kind = self.hub, self.hub.rope_parameters or _RopeByKind()
         nested = (by_kind.sliding_attention if kind == "sliding" else by_kind.full_attention) or by_kind
         flat = hub.swa_rope_theta if kind == "sliding" else hub.rope_theta
@@ -305,7 +307,7 @@ class _Reader:
         }
         lacking = [key for key, value in needed.items() if value is None]
         if lacking:
-            raise ConfigError(f"there are sparse layers, but {', '.join(lacking)} is not there.")
+            raise ConfigError(f"there are sparse layers, but {', '.join(lacking)} is missing.")
         assert hub.num_experts_per_tok is not None and hub.moe_intermediate_size is not None
         return MoEConfig(
             num_experts=experts,
@@ -319,7 +321,7 @@ class _Reader:
 
 
 def config_to_hf(config: ModelConfig, *, dtype: str = "float32") -> dict[str, Any]:
-    """The `config.json` of a model, with the keys of both dialects.
+    """Return the `config.json` of a model, with the keys of both dialects.
 
     The native transformers class derives sinks and sliding geometry from the layer kind. A model that it would silently
     compute wrongly is written with an unknown architecture, so that transformers refuses to load it.
@@ -409,7 +411,7 @@ def _hybrid_keys(config: ModelConfig, kinds: dict[str, AttentionConfig], referen
 
 
 def _native_class_agrees(config: ModelConfig, kinds: dict[str, AttentionConfig]) -> bool:
-    """Whether the native transformers class, which has one geometry per model, computes this model correctly."""
+    """Return whether the native transformers class, which has one geometry per model, computes this model correctly."""
     if config.family != "mimo_v2_flash":
         return True
     full, sliding = kinds.get("full"), kinds.get("sliding")
@@ -437,19 +439,19 @@ def _refuse_mixed_geometry(config: ModelConfig, kinds: dict[str, AttentionConfig
     for number, layer in enumerate(config.layers):
         if layer.attention != kinds[layer.attention.kind]:
             raise ConfigError(
-                f"layer {number} has a geometry of its own; config.json can state one for each kind of layer."
+                f"layer {number} has a different geometry; config.json can state one for each kind of layer."
             )
     if config.mtp and config.mtp.attention != kinds["full" if _mtp_is_full(config.family, kinds) else "sliding"]:
-        raise ConfigError("the MTP heads have a geometry of their own; config.json gives them that of a kind of layer.")
+        raise ConfigError("the MTP heads have a different geometry; config.json gives them that of a kind of layer.")
 
 
 def _mtp_is_full(family: str, kinds: Iterable[str]) -> bool:
-    """Whether MTP heads are full layers: they are sliding layers if the model has any."""
+    """Return whether MTP heads are full layers: they are sliding layers if the model has any."""
     return family == "mimo" or "sliding" not in kinds
 
 
 def _rotary_factor(spec: AttentionConfig) -> float:
-    """A fraction of the key dims that truncates to `rotary_dim`: 1, the published 0.334, or one that is in between."""
+    """Return a fraction of the key dims that truncates to `rotary_dim`: 1, the published 0.334, or another."""
     if spec.rotary_dim == spec.key_dim:
         return 1.0
     return 0.334 if int(spec.key_dim * 0.334) == spec.rotary_dim else (spec.rotary_dim + 0.5) / spec.key_dim

@@ -1,4 +1,4 @@
-"""The files of a checkpoint folder in the Hugging Face layout: a reader, tensor by tensor, and a writer of shards.
+"""The files of a checkpoint folder in the Hugging Face layout: a reader of tensors and a writer of shards.
 
 The reader presents *logical* tensors: split q, k and v in a plain dtype. The folder may store them in one file or many,
 as FP8 codes and scales (which may be in different files), or as q, k and v fused by rank
@@ -33,7 +33,7 @@ from openmimo.model.weight_formats import (
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-_MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+_MAX_HEADER_BYTES = 100_000_000  # the limit of the format
 _FLOAT_DTYPES = {"F64", "F32", "BF16", "F16"}
 _FP8_DTYPE = "F8_E4M3"
 _SCALE = "_scale_inv"
@@ -88,7 +88,7 @@ class CheckpointReader:
         self._open: dict[str, Any] = {}
 
     def names(self) -> set[str]:
-        """Names of the logical weights, and of scales without their weight; a fused q/k/v has three names."""
+        """Return the names of logical weights, and of scales without their weight. A fused q/k/v has three names."""
         names = {name for name in self.stored if not self._is_scale(name)}
         fused = {name for name in names if ".qkv_proj." in name}
         return (names - fused) | {name.replace("qkv_proj", part) for name in fused for part in _PARTS}
@@ -97,29 +97,29 @@ class CheckpointReader:
         return name.endswith(_SCALE) and name.removesuffix(_SCALE) in self.stored
 
     def names_by_file(self, names: set[str]) -> Iterator[str]:
-        """`names`, grouped by the file that holds them, so that reading in this order streams shard by shard."""
+        """Yield `names` grouped by file, so that reading in this order streams shard by shard."""
         return iter(sorted(names, key=lambda name: (self._stored(name).file, name)))
 
     def shape(self, name: str, config: ModelConfig) -> tuple[int, ...]:
-        """Shape of a logical tensor."""
+        """Return the shape of a logical tensor."""
         if name in self.stored:
             return self.stored[name].shape
         return (_rows_by_part(_attention_of(name, config))[_part(name)], *self._stored(name).shape[1:])
 
     def problem(self, name: str, config: ModelConfig) -> str | None:
-        """The reason why the tensor cannot be read, according to the headers; None if it can."""
+        """Return the reason why the tensor cannot be read, according to the headers; None if it can."""
         physical = self._physical(name)
         stored, scale_name = self.stored[physical], physical + _SCALE
         if stored.dtype not in (*_FLOAT_DTYPES, _FP8_DTYPE):
             readable = ", ".join([*sorted(_FLOAT_DTYPES), _FP8_DTYPE])
-            return f"{name} in {stored.file} has dtype {stored.dtype}; readable are {readable}"
+            return f"{name} in {stored.file} has dtype {stored.dtype}; supported are {readable}"
         if stored.dtype == _FP8_DTYPE and scale_name not in self.stored:
             return f"{name} in {stored.file} is {_FP8_DTYPE} without {name}{_SCALE}"
         if stored.dtype != _FP8_DTYPE and scale_name in self.stored:
             return f"{name} in {stored.file} is {stored.dtype}, but there is a {scale_name} for {_FP8_DTYPE} codes"
         if _part(name) in _PARTS:
             if physical == name and name.replace(_part(name), "qkv_proj") in self.stored:
-                return f"{name} stands there, and a fused qkv_proj that holds it as well"
+                return f"{name} exists, and also a fused qkv_proj that contains it"
             if physical != name and (problem := self._fused_problem(name, physical, config)):
                 return problem
         return self._scale_problem(physical, config) if scale_name in self.stored else None
@@ -144,10 +144,12 @@ class CheckpointReader:
                 return f"{name}{_SCALE} has blocks that the values share, but there is no {v_scale}"
         if len(shape) == 2 and scale.shape in self._scale_shapes(name, config):
             return None
-        return f"{name}{_SCALE} has shape {list(scale.shape)}, which are not the 128 x 128 blocks of {list(shape)}"
+        return (
+            f"{name}{_SCALE} has shape {list(scale.shape)}, which does not match the 128 x 128 blocks of {list(shape)}"
+        )
 
     def _scale_shapes(self, name: str, config: ModelConfig) -> set[tuple[int, int]]:
-        """The shapes that the scales of this FP8 matrix may have."""
+        """Return the shapes that the scales of this FP8 matrix may have."""
         (rows, columns), ranks = self.stored[name].shape, config.qkv_ranks
         uniform, by_rank = num_fp8_blocks(rows), ranks * num_fp8_blocks(rows // ranks)
         allowed = {uniform}
@@ -162,7 +164,7 @@ class CheckpointReader:
         return {(blocks, num_fp8_blocks(columns)) for blocks in allowed}
 
     def _has_rank_scales(self, name: str, config: ModelConfig) -> bool:
-        """Whether the keys and values of this layer are quantized per rank."""
+        """Return whether the keys and values of this layer are quantized per rank."""
         k_name = name.replace(_part(name), "k_proj")
         weight, scale = self.stored.get(k_name), self.stored.get(k_name + _SCALE)
         if weight is None or scale is None or not weight.shape or not scale.shape:
@@ -170,12 +172,12 @@ class CheckpointReader:
         return has_fp8_rank_scales(scale.shape[0], config.qkv_ranks, weight.shape[0])
 
     def read(self, name: str, config: ModelConfig) -> torch.Tensor:
-        """A logical tensor in its stored dtype, or float32 if it was FP8."""
+        """Return a logical tensor in its stored dtype, or float32 if it was FP8."""
         weight = self.read_weight(name, config)
         return weight.dequantize(torch.float32) if isinstance(weight, BlockScaled) else weight
 
     def read_weight(self, name: str, config: ModelConfig) -> Weight:
-        """A logical tensor in its stored dtype, or its codes and scales if it is FP8.
+        """Return a logical tensor in its stored dtype, or its codes and scales if it is FP8.
 
         A tensor that the adapter changes is in float32.
         """
@@ -196,13 +198,13 @@ class CheckpointReader:
         return self._weight(name)
 
     def _weight(self, physical: str) -> Weight:
-        """A stored tensor, or its codes and scales in the order of the file."""
+        """Return a stored tensor, or its codes and scales in the order of the file."""
         if physical + _SCALE not in self.stored:
             return self._tensor(physical)
         return BlockScaled(self._tensor(physical), self._scale(physical).float(), (FP8_BLOCK, FP8_BLOCK))
 
     def _physical(self, name: str) -> str:
-        """The stored name that holds a logical tensor."""
+        """Return the stored name that holds a logical tensor."""
         fused = name.replace(_part(name), "qkv_proj") if _part(name) in _PARTS else name
         return name if name in self.stored else fused
 
@@ -221,7 +223,7 @@ class CheckpointReader:
             raise CheckpointError(f"{self.folder / file}: {name} cannot be read ({error}).") from error
 
     def _scale(self, name: str) -> torch.Tensor:
-        """The scales of an FP8 matrix. Raises CheckpointError if one is negative or not finite."""
+        """Return the scales of an FP8 matrix. Raises CheckpointError if one is negative or not finite."""
         scale = self._tensor(name + _SCALE)
         if not (torch.isfinite(scale) & (scale >= 0)).all():
             raise CheckpointError(f"{self.folder}: {name}{_SCALE} holds a negative value, an infinity or NaN.")
@@ -241,7 +243,7 @@ def fuse(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, num_ranks: int) -> t
 
 
 def _rows_by_part(spec: AttentionConfig) -> dict[str, int]:
-    """Number of rows of q, k and v of a layer."""
+    """Return the number of rows of q, k and v of a layer."""
     return {
         "q_proj": spec.num_heads * spec.key_dim,
         "k_proj": spec.num_kv_heads * spec.key_dim,
@@ -258,12 +260,12 @@ def _attention_of(name: str, config: ModelConfig) -> AttentionConfig:
 
 
 def _part(name: str) -> str:
-    """The name of the projection: `q_proj` of `….self_attn.q_proj.weight`."""
+    """Return the name of the projection: `q_proj` of `….self_attn.q_proj.weight`."""
     return name.split(".")[-2] if "." in name else name
 
 
 def read_headers(folder: Path) -> dict[str, StoredTensor]:
-    """The header entries of all tensors of a folder: of the files in its index, or of all safetensors files.
+    """Return the header entries of all tensors of a folder: of the files in its index, or of all safetensors files.
 
     Raises:
         CheckpointError: One error with all findings: files that are missing or damaged, tensors that two files hold,
@@ -305,13 +307,13 @@ def open_safetensors(path: Path) -> Any:
 
 
 def _read_index(folder: Path) -> dict[str, str]:
-    """The file of each tensor according to the index; empty if there is no index."""
+    """Return the file of each tensor according to the index; empty if there is no index."""
     path = file_in_folder(folder, INDEX)
     if path is None:
         return {}
     weight_map = read_known_keys(_Index, read_json(path, CheckpointError), str(path), error=CheckpointError).weight_map
     if not weight_map:
-        raise CheckpointError(f"{path} names no tensor in its weight_map.")
+        raise CheckpointError(f"the weight_map of {path} is empty.")
     return weight_map
 
 

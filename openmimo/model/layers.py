@@ -29,7 +29,7 @@ _LOCAL_WEIGHTS = (nn.Parameter, torch.Tensor, BlockScaled)
 
 
 def as_dtype(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """`tensor.to(dtype)` without the cost of the call if the dtype is right: decoding calls it 100 times per token."""
+    """Convert to `dtype`, without a torch call if not necessary, because decoding calls this 100 times per token."""
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
@@ -53,19 +53,21 @@ class Linear(QuantizableModule, nn.Linear):
         False for a subclass (FSDP and parametrizations replace the class), with hooks or a replaced `forward`, and if
         the weight is not a local parameter.
         """
-        own = self.__dict__  # one attribute lookup instead of nine: decoding reads this property 100 times per token
+        attributes = (
+            self.__dict__
+        )  # one attribute lookup instead of nine: decoding reads this property 100 times per token
         return not (
             type(self) is not Linear
-            or own["_forward_hooks"]
-            or own["_forward_pre_hooks"]
-            or own["_backward_hooks"]
-            or own["_backward_pre_hooks"]
-            or type(own["_parameters"]["weight"]) is not nn.Parameter
-            or "forward" in own
+            or attributes["_forward_hooks"]
+            or attributes["_forward_pre_hooks"]
+            or attributes["_backward_hooks"]
+            or attributes["_backward_pre_hooks"]
+            or type(attributes["_parameters"]["weight"]) is not nn.Parameter
+            or "forward" in attributes
         )
 
     def parameters_as(self, dtype: torch.dtype) -> tuple[Weight, torch.Tensor | None]:
-        """Weight and bias (or None) for a product in `dtype`; see `weight_as`."""
+        """Return weight and bias (or None) for a product in `dtype`; see `weight_as`."""
         weight = self.weight_as("weight", dtype)
         bias = self._parameters["bias"] if "bias" in self._parameters else self.bias  # noqa: SIM401  (getattr is slow)
         return weight, None if bias is None else as_dtype(bias, dtype)
@@ -98,7 +100,7 @@ class Embedding(nn.Embedding):
         return self._stored().dtype
 
     def _stored(self) -> torch.Tensor:
-        """The weight, or the parameter from which a parametrization computes it."""
+        """Return the weight, or the parameter from which a parametrization computes it."""
         weight = self._parameters.get("weight")
         return next(self.parameters()) if weight is None else weight
 
@@ -131,7 +133,7 @@ class DenseFFN(nn.Module):
         self.down_proj = Linear(ffn_dim, model_dim, bias=False)
 
     def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
-        """[T, D] to [T, D]."""
+        """Map [T, D] to [T, D]."""
         gate, up = project(x_TD, (self.gate_proj, self.up_proj)).chunk(2, dim=-1)
         return self.down_proj(F.silu(gate) * up)
 
@@ -157,7 +159,7 @@ class Attention(nn.Module):
         self.attention_sink_bias = nn.Parameter(torch.zeros(spec.num_heads)) if spec.sink else None
 
     def forward(self, x_TD: torch.Tensor, context: AttentionContext) -> torch.Tensor:
-        """[T, D] to [T, D]."""
+        """Map [T, D] to [T, D]."""
         spec, T = self.spec, x_TD.shape[0]
         N, G, K, V = spec.num_heads, spec.num_kv_heads, spec.key_dim, spec.value_dim
         cos_TR, sin_TR = context.rotary(spec, x_TD.dtype)

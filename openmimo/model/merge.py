@@ -46,7 +46,7 @@ def merge(base: str, children: list[str], destination: str, *, method: Method = 
     if not math.isfinite(scale):
         raise ConfigError(f"scale is {scale}; it must be a finite number.")
     if path.exists():
-        raise ConfigError(f"{path} exists already; name a new folder for the merged model.")
+        raise ConfigError(f"{path} already exists; give a new folder for the merged model.")
     config, reader = open_checkpoint(Path(base), None)
     companions = read_companions(Path(base))
     with torch.device("meta"):
@@ -84,5 +84,5 @@ def _child_reader(child: str, model: MiMo, base: str) -> CheckpointReader:
 
 
 def _geometry(config: ModelConfig) -> ModelConfig:
-    """The config without the fields that affect neither the meaning of the weights nor their shape."""
+    """Return the config without the fields that affect neither the meaning of the weights nor their shape."""
     return replace(config, token_ids={}, init_std=0.0)

@@ -98,7 +98,7 @@ class MiMo(nn.Module):
         return hidden._replace(mtp_TD=mtp_TD)
 
     def mtp(self, head: int, hidden: Hidden, shifted_tokens_T: torch.Tensor, context: AttentionContext) -> torch.Tensor:
-        """States [T, D] of one MTP head for the rows of `hidden`, the input of `head()`; see `forward`."""
+        """Return the states [T, D] of one MTP head for the rows of `hidden`; see `forward`."""
         return self(None, context, {head: shifted_tokens_T}, hidden=hidden).mtp_TD[head]
 
     def logits(self, token_ids: torch.Tensor) -> torch.Tensor:
@@ -127,7 +127,7 @@ class MiMo(nn.Module):
 
         Args:
             full_rope_theta: New RoPE base of the full-attention layers (None: unchanged). Sliding layers keep theirs.
-            max_positions: New maximum length. It never shrinks.
+            max_positions: New maximum length. A smaller value than the current one has no effect.
         """
         self.is_extended = self.is_extended or max_positions > self.config.max_positions
         self.config = replace(self.config, max_positions=max(max_positions, self.config.max_positions))
@@ -141,7 +141,7 @@ class MiMo(nn.Module):
             cast(AttentionModule, block.self_attn).spec = self.config.mtp.attention
 
     def replicate_mtp_heads(self, num_heads: int) -> None:
-        """Grow to `num_heads` MTP heads, each new one a copy of the last (post-training, paper section 2.3)."""
+        """Add copies of the last MTP head until there are `num_heads` (post-training, paper section 2.3)."""
         self.model.mtp.replicate_last(num_heads, self.config)
         self.config = self.config.with_mtp_heads(len(self.model.mtp.layers))
 
@@ -162,5 +162,5 @@ class MiMo(nn.Module):
                 module.e_score_correction_bias.zero_()
 
     def routers(self) -> dict[int, Router]:
-        """The routers by layer index."""
+        """Return the routers by layer index."""
         return self.model.routers()

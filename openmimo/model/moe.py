@@ -40,7 +40,7 @@ class Router(nn.Module):
         self.register_buffer("e_score_correction_bias", torch.zeros(moe.num_experts))
 
     def forward(self, x_TD: torch.Tensor, context: AttentionContext) -> tuple[torch.Tensor, torch.Tensor]:
-        """The chosen expert ids, int64 [T, A], and their weights, float32 [T, A] (float64 for float64 x).
+        """Return the chosen expert ids, int64 [T, A], and their weights, float32 [T, A] (float64 for float64 x).
 
         Adds the gradient of the balance loss if the context has one.
         """
@@ -108,7 +108,7 @@ class MoE(nn.Module):
 
 
 def sequence_balance_loss(scores_TE: torch.Tensor, ids_TA: torch.Tensor, balance: SequenceBalance) -> torch.Tensor:
-    """Mean over sequences of sum_e f_e P_e (DeepSeek-V3 equations 17-20); it is 1 for an even load.
+    """Return the mean over sequences of sum_e f_e P_e (DeepSeek-V3 equations 17-20), which is 1 for an even load.
 
     f_e is E times the fraction of the sequence's choices that are expert e, and P_e is the mean normalized score of e.
     The sequences are training rows, as in that paper.

@@ -17,7 +17,7 @@ from openmimo.model.hf_config import config_from_hf
 def hybrid_layers(
     num_layers: int, *, full: AttentionConfig, sliding: AttentionConfig, moe: bool
 ) -> tuple[LayerConfig, ...]:
-    """The pattern of the paper (section 2.1): layers 0, 5, 11, ... are full, and layer 0 has a dense FFN."""
+    """Return the pattern of the paper (section 2.1): layers 0, 5, 11, ... are full, and layer 0 has a dense FFN."""
     return tuple(
         LayerConfig(
             attention=full if index == 0 or (index + 1) % 6 == 0 else sliding,
@@ -28,7 +28,7 @@ def hybrid_layers(
 
 
 def tiny() -> ModelConfig:
-    """1.6 million parameters: six layers, two of them full; eight experts, two active; one MTP head."""
+    """Return a model of 1.6 million parameters: six layers (two full), eight experts (two active), one MTP head."""
     full = AttentionConfig("full", num_heads=4, num_kv_heads=1, key_dim=48, value_dim=32, rotary_dim=16, rope_theta=1e4)
     sliding = replace(full, kind="sliding", num_kv_heads=2, window_keys=32, sink=True)
     return ModelConfig(
@@ -45,7 +45,7 @@ def tiny() -> ModelConfig:
 
 
 def tiny_all_global() -> ModelConfig:
-    """`tiny` with full attention in every layer: the first arm of the paper's ablation."""
+    """Return `tiny` with full attention in every layer, the first arm of the paper's ablation."""
     config = tiny()
     assert config.mtp is not None
     full = config.layers[0].attention
@@ -57,7 +57,7 @@ def tiny_all_global() -> ModelConfig:
 
 
 def tiny_no_sink() -> ModelConfig:
-    """`tiny` without sinks: the second arm of the paper's ablation."""
+    """Return `tiny` without sinks, the second arm of the paper's ablation."""
     config = tiny()
     assert config.mtp is not None
     layers = tuple(replace(layer, attention=replace(layer.attention, sink=False)) for layer in config.layers)
@@ -65,7 +65,7 @@ def tiny_no_sink() -> ModelConfig:
 
 
 def deep() -> ModelConfig:
-    """13 million parameters: 48 layers of `tiny`, and three MTP heads with as small a share of them as in `flash`."""
+    """Return a model of 13 million parameters: 48 layers of `tiny` and three MTP heads, in proportion as in `flash`."""
     config = tiny()
     full, sliding = config.layers[0].attention, config.layers[1].attention
     layers = hybrid_layers(48, full=full, sliding=sliding, moe=True)
@@ -73,7 +73,7 @@ def deep() -> ModelConfig:
 
 
 def small() -> ModelConfig:
-    """170 million parameters, 40 million of them active, for one GPU."""
+    """Return a model of 170 million parameters (40 million active) for one GPU."""
     full = AttentionConfig(
         "full", num_heads=8, num_kv_heads=2, key_dim=96, value_dim=64, rotary_dim=32, rope_theta=640_000.0
     )
@@ -92,7 +92,7 @@ def small() -> ModelConfig:
 
 
 def flash() -> ModelConfig:
-    """MiMo-V2-Flash, 309B-A15B, with its three published MTP heads (paper table 1)."""
+    """Return MiMo-V2-Flash, 309B-A15B, with its three published MTP heads (paper table 1)."""
     full = AttentionConfig(
         "full", num_heads=64, num_kv_heads=4, key_dim=192, value_dim=128, rotary_dim=64, rope_theta=5_000_000.0
     )
@@ -111,12 +111,12 @@ def flash() -> ModelConfig:
 
 
 def flash_base() -> ModelConfig:
-    """`flash` during pre-training: one MTP head, and the RoPE base before context extension (paper section 3.1)."""
+    """Return `flash` during pre-training, with one MTP head and the RoPE base before extension (paper section 3.1)."""
     return flash().with_mtp_heads(1).with_full_rope_theta(640_000.0)
 
 
 def mimo_7b() -> ModelConfig:
-    """MiMo-7B: 36 dense full layers with query/key/value biases and one full MTP layer (arXiv 2505.07608)."""
+    """Return MiMo-7B: 36 dense full layers with query/key/value biases, one full MTP layer (arXiv 2505.07608)."""
     full = AttentionConfig(
         "full", num_heads=32, num_kv_heads=8, key_dim=128, value_dim=128, rotary_dim=128, rope_theta=640_000.0
     )
@@ -138,7 +138,7 @@ PRESETS: dict[str, Callable[[], ModelConfig]] = {
 
 
 def model_config(name_or_path: str) -> ModelConfig:
-    """The config of a preset by name, or of a `config.json` with Hugging Face keys by path (or by its folder's path).
+    """Return the config of a preset by name, or of a Hugging Face `config.json` by its path or its folder's path.
 
     Raises:
         ConfigError: There is no such preset or file, or the file is not valid.

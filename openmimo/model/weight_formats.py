@@ -52,7 +52,7 @@ class QuantizableModule(nn.Module):
 
     Attributes:
         quantizable: The weights that may be block-scaled, and how many matrices each stacks along its rows. Each
-            matrix is quantized on its own.
+            matrix is quantized separately.
         blocks: The (rows, columns) of the blocks of each block-scaled weight.
     """
 
@@ -60,7 +60,7 @@ class QuantizableModule(nn.Module):
     blocks: Mapping[str, tuple[int, int]] = MappingProxyType({})
 
     def weight_as(self, name: str, dtype: torch.dtype) -> Weight:
-        """A weight for a product in `dtype`: a tensor of that dtype, or a block-scaled weight as it is held."""
+        """Return a weight for a product in `dtype`: a tensor of that dtype, or a block-scaled weight as it is held."""
         tensor = self._parameters.get(name)  # a fifth of the time of getattr; a parametrized tensor is not in it
         if tensor is None:
             tensor = getattr(self, name)
@@ -69,7 +69,7 @@ class QuantizableModule(nn.Module):
         return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
     def held_weight(self, name: str) -> Weight:
-        """A weight as it is held, without gradient. Changes of its values change the module."""
+        """Return a weight as it is held, without gradient. Changes of its values change the module."""
         tensor = getattr(self, name).detach()
         return self._block_scaled(name, tensor) if name in self.blocks else tensor
 
@@ -78,14 +78,14 @@ class QuantizableModule(nn.Module):
         self._hold(name, empty_quantized(getattr(self, name), weight_format, block))
 
     def store(self, name: str, tensor: torch.Tensor) -> None:
-        """Copies new values into a weight, and quantizes them if it is block-scaled."""
-        held = self.held_weight(name)
-        if not isinstance(held, BlockScaled):
-            copy_weight(held, tensor)
+        """Copy new values into a weight, quantized if the weight is block-scaled."""
+        stored = self.held_weight(name)
+        if not isinstance(stored, BlockScaled):
+            copy_weight(stored, tensor)
             return
         step = tensor.shape[-2] // self.quantizable[name]
         for start in range(0, tensor.shape[-2], step):
-            copy_weight(held.rows(start, start + step), tensor[..., start : start + step, :])
+            copy_weight(stored.rows(start, start + step), tensor[..., start : start + step, :])
 
     def _block_scaled(self, name: str, codes: torch.Tensor) -> BlockScaled:
         scales = self._buffers[name + _SCALES]
@@ -98,10 +98,10 @@ class QuantizableModule(nn.Module):
         self.blocks = {**self.blocks, name: weight.block}
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "QuantizableModule":
-        """The method of nn.Module behind `to`, `float` and others. Codes and scales pass as integers: no cast."""
-        held = {name: self.held_weight(name) for name in self.blocks}
+        """Extend the method of nn.Module behind `to` and others. Codes and scales pass as integers, without a cast."""
+        stored = {name: self.held_weight(name) for name in self.blocks}
         super()._apply(fn, recurse)
-        for name, weight in held.items():
+        for name, weight in stored.items():
             assert isinstance(weight, BlockScaled)
             codes = fn(weight.codes.view(torch.uint8)).view(weight.codes.dtype)
             scales = fn(weight.scales.view(torch.int32)).view(torch.float32)
@@ -110,28 +110,28 @@ class QuantizableModule(nn.Module):
 
 
 def entry_weight(model: nn.Module, name: str, tensor: torch.Tensor) -> Weight | None:
-    """The weight of an entry of a model's state: None for scales, the block-scaled weight for codes, else `tensor`."""
-    owner, _, own_name = name.rpartition(".")
+    """Return the weight of a state entry: None for scales, the block-scaled weight for codes, else `tensor`."""
+    owner, _, local_name = name.rpartition(".")
     module = model.get_submodule(owner)
     if not isinstance(module, QuantizableModule) or not module.blocks:
         return tensor
-    if own_name.endswith(_SCALES) and own_name.removesuffix(_SCALES) in module.blocks:
+    if local_name.endswith(_SCALES) and local_name.removesuffix(_SCALES) in module.blocks:
         return None
-    return module.held_weight(own_name) if own_name in module.blocks else tensor
+    return module.held_weight(local_name) if local_name in module.blocks else tensor
 
 
 def set_weight(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
-    """Copies new values into the parameter or buffer `name` of a model, quantized if it is block-scaled."""
-    owner, _, own_name = name.rpartition(".")
+    """Copy new values into the parameter or buffer `name` of a model, quantized if it is block-scaled."""
+    owner, _, local_name = name.rpartition(".")
     module = model.get_submodule(owner)
-    if isinstance(module, QuantizableModule) and own_name in module.blocks:
-        module.store(own_name, tensor)
+    if isinstance(module, QuantizableModule) and local_name in module.blocks:
+        module.store(local_name, tensor)
     else:
-        getattr(module, own_name).copy_(tensor)
+        getattr(module, local_name).copy_(tensor)
 
 
 def quantized_format(weights: str) -> QuantizedFormat | None:
-    """The option `weights` as a format, None for "plain". Raises ConfigError for an unknown one."""
+    """Return the option `weights` as a format; None for "plain". Raises ConfigError for an unknown one."""
     if weights == PLAIN:
         return None
     if not isinstance(weights, str) or weights not in _QUANTIZED:
@@ -140,14 +140,14 @@ def quantized_format(weights: str) -> QuantizedFormat | None:
 
 
 def allocate_quantized(model: nn.Module, weight_format: QuantizedFormat, qkv_ranks: int = 1) -> None:
-    """Replaces the weights that a format covers by storage without values. Arguments as in `quantize_model`."""
+    """Replace the weights that a format covers by storage without values. Arguments as in `quantize_model`."""
     for module, name, block in _covered(model, weight_format, qkv_ranks):
         module.allocate(name, weight_format, block)
 
 
 @torch.no_grad()
 def quantize_model(model: nn.Module, weight_format: QuantizedFormat, qkv_ranks: int = 1) -> None:
-    """Quantizes the weights that a format covers, in place: for inference, not to be saved.
+    """Quantize the weights that a format covers in place. The model is then for inference and cannot be saved.
 
     Args:
         model: A model in memory.
@@ -163,7 +163,7 @@ def quantize_model(model: nn.Module, weight_format: QuantizedFormat, qkv_ranks: 
 def _covered(
     model: nn.Module, weight_format: QuantizedFormat, qkv_ranks: int
 ) -> Iterator[tuple[QuantizableModule, str, tuple[int, int]]]:
-    """Module, name and block size of each weight that a format covers."""
+    """Yield module, name and block size of each weight that a format covers."""
     for module_name, module in model.named_modules():
         if not isinstance(module, QuantizableModule):
             continue
@@ -179,13 +179,13 @@ def _covered(
 
 
 def _projection_block_rows(model: nn.Module, name: str, qkv_ranks: int) -> int:
-    """Rows of an FP8 block of the linear layer `name`.
+    """Return the number of rows of an FP8 block of the linear layer `name`.
 
     A checkpoint may hold q, k and v on grids that restart at each rank and run across all three.
     Blocks that divide the rows of each part at a rank have one scale in all of these grids.
     """
-    owner, _, own_name = name.rpartition(".")
-    if own_name not in _PROJECTIONS:
+    owner, _, local_name = name.rpartition(".")
+    if local_name not in _PROJECTIONS:
         return FP8_BLOCK
     attention = model.get_submodule(owner)
     rows = [attention.get_parameter(f"{part}.weight").shape[0] for part in _PROJECTIONS]
@@ -195,13 +195,13 @@ def _projection_block_rows(model: nn.Module, name: str, qkv_ranks: int) -> int:
 
 
 def is_fp8_in_hub_layout(name: str) -> bool:
-    """Whether the published FP8 checkpoint quantizes this tensor: attention inputs and every FFN, but not o_proj."""
+    """Return whether the published FP8 checkpoint quantizes a tensor: attention inputs and FFNs, but not o_proj."""
     quantized = ("q_proj", "k_proj", "v_proj", "qkv_proj", "gate_proj", "up_proj", "down_proj")
     return name.endswith(tuple(f".{part}.weight" for part in quantized))
 
 
 def num_fp8_blocks(rows: int) -> int:
-    """Number of blocks that cover `rows` rows; the last one may be partial."""
+    """Return the number of blocks that cover `rows` rows; the last one may be partial."""
     return -(-rows // FP8_BLOCK)
 
 
@@ -228,7 +228,7 @@ def quantize_fp8_ranks(weight: torch.Tensor, num_ranks: int) -> tuple[torch.Tens
 
 
 def has_fp8_rank_scales(scale_rows: int, num_ranks: int, rows: int) -> bool:
-    """Whether a key matrix was quantized per rank: it then has more rows of scales than with uniform blocks."""
+    """Return whether a key matrix was quantized per rank: it then has more rows of scales than with uniform blocks."""
     return rows % num_ranks == 0 and scale_rows == num_ranks * num_fp8_blocks(rows // num_ranks) != num_fp8_blocks(rows)
 
 
@@ -256,14 +256,14 @@ def split_fp8_ranks(fused: BlockScaled, rows: list[int], num_ranks: int) -> list
 
 
 def split_fp8_rank_keys_values(k: BlockScaled, v: BlockScaled, num_ranks: int) -> list[BlockScaled]:
-    """Give K [G*K, D] and V [G*V, D], which were quantized as one slice [K_r | V_r] per rank, each its own scales.
+    """Split K [G*K, D] and V [G*V, D], quantized as one slice [K_r | V_r] per rank, into parts with separate scales.
 
     With K = 192 and V = 128, the slice of a rank has 320 rows and three rows of scales. The checkpoint stores two of
     them with K and one with V; the second is the scale of K rows 128-191 and of V rows 0-63.
     """
     codes, scales = (
-        torch.cat([_per_rank(of_k, num_ranks), _per_rank(of_v, num_ranks)], dim=1).flatten(0, 1)
-        for of_k, of_v in ((k.codes, v.codes), (k.scales, v.scales))
+        torch.cat([_per_rank(k_part, num_ranks), _per_rank(v_part, num_ranks)], dim=1).flatten(0, 1)
+        for k_part, v_part in ((k.codes, v.codes), (k.scales, v.scales))
     )
     return split_fp8_ranks(BlockScaled(codes, scales, k.block), [k.shape[0], v.shape[0]], num_ranks)
 

@@ -16,7 +16,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def resolve_device(name: str | torch.device) -> torch.device:
-    """The device of that name; "auto" is the accelerator if there is one, else the CPU.
+    """Return the device of that name; "auto" is the accelerator if there is one, else the CPU.
 
     Raises:
         ConfigError: The name is unknown, or the device is absent.
@@ -37,22 +37,22 @@ def resolve_device(name: str | torch.device) -> torch.device:
 
 
 def worker_device(device: torch.device, number: int) -> torch.device:
-    """The device of worker `number` of a process on `device`: the other accelerators in turn, if there are any."""
+    """Return the device of worker `number` of a process on `device`. Workers use the other accelerators in turn."""
     if device.type != "cuda" or torch.cuda.device_count() == 1:
         return device
-    own, count = device.index or 0, torch.cuda.device_count()
-    return torch.device("cuda", (own + 1 + number % (count - 1)) % count)
+    current, count = device.index or 0, torch.cuda.device_count()
+    return torch.device("cuda", (current + 1 + number % (count - 1)) % count)
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits until the device has finished all queued work."""
+    """Wait until the device has finished all queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 @functools.cache
 def has_fused_attention(num_heads: int, num_kv_heads: int, key_dim: int, value_dim: int, dtype: torch.dtype) -> bool:
-    """Whether a fused kernel of torch computes causal attention with this geometry on the accelerator."""
+    """Return whether a fused kernel of torch computes causal attention with this geometry on the accelerator."""
     heads = ((num_heads, key_dim), (num_kv_heads, key_dim), (num_kv_heads, value_dim))
     q, k, v = (torch.zeros(1, count, 64, dim, dtype=dtype, device="cuda", requires_grad=True) for count, dim in heads)
     call = torch.backends.cuda.SDPAParams(q, k, v, None, 0.0, True, num_heads != num_kv_heads)
@@ -64,7 +64,7 @@ def has_fused_attention(num_heads: int, num_kv_heads: int, key_dim: int, value_d
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Peak memory of this process: allocated on the accelerator, or resident on the CPU."""
+    """Return the peak memory of this process, allocated on the accelerator or resident on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")
@@ -75,21 +75,21 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def free_memory_bytes(device: torch.device) -> int:
-    """Free memory of the accelerator; on a CPU, MemAvailable within the limits of the control groups.
+    """Return the free memory of the accelerator; on a CPU, MemAvailable within the limits of the control groups.
 
     4 GiB if the system does not report it.
     """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    known = Path("/proc/meminfo")
-    if not known.exists():
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():
         return 4 * 2**30
-    line = next(line for line in known.read_text().splitlines() if line.startswith("MemAvailable"))
+    line = next(line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable"))
     return min([int(line.split()[1]) * 1024, *free_cgroup_bytes()])
 
 
 def free_cgroup_bytes(membership: Path = Path("/proc/self/cgroup"), mount: Path = Path("/sys/fs/cgroup")) -> list[int]:
-    """Bytes left under each memory limit of this process's control group and its ancestors.
+    """Return the bytes left under each memory limit of this process's control group and its ancestors.
 
     Inactive file pages do not count as used, because the kernel reclaims them, as in MemAvailable. Reads versions 1 and
     2 of control groups. In a container the path of the group may not be mounted; the root of the mount is then the
@@ -112,18 +112,22 @@ def free_cgroup_bytes(membership: Path = Path("/proc/self/cgroup"), mount: Path 
             limits = ["memory.limit_in_bytes"]
         else:
             continue
-        own = root / path.lstrip("/")
-        groups = [own, *(group for group in own.parents if group.is_relative_to(root))] if own.is_dir() else [root]
+        group_folder = root / path.lstrip("/")
+        groups = (
+            [group_folder, *(group for group in group_folder.parents if group.is_relative_to(root))]
+            if group_folder.is_dir()
+            else [root]
+        )
         for group in groups:
-            known = [int(text) for limit in limits if (text := _text(group / limit)).isdigit()]
+            limit_bytes = [int(text) for limit in limits if (text := _text(group / limit)).isdigit()]
             used = _text(group / usage)
-            if known and used.isdigit():
-                free.append(max(min(known) - int(used) + _statistic(group / "memory.stat", inactive), 0))
+            if limit_bytes and used.isdigit():
+                free.append(max(min(limit_bytes) - int(used) + _statistic(group / "memory.stat", inactive), 0))
     return free
 
 
 def _text(path: Path) -> str:
-    """The content of a small system file; "" if it cannot be read."""
+    """Return the content of a small system file; "" if it cannot be read."""
     try:
         return path.read_text().strip()
     except OSError:
@@ -137,27 +141,27 @@ def _statistic(path: Path, name: str) -> int:
 
 @functools.cache
 def cpu_multiplies_bfloat16() -> bool:
-    """Whether this CPU has bfloat16 multiply instructions. Without them torch's products are slower than in float32."""
-    known = Path("/proc/cpuinfo")
-    if not known.exists():
+    """Return whether this CPU has bfloat16 multiply instructions. Without them, float32 products are faster."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.exists():
         return True  # no such file on macOS; Apple's processors have them
-    words = set(known.read_text().split())
+    words = set(cpuinfo.read_text().split())
     return bool(words & {"avx512_bf16", "amx_bf16", "bf16"})
 
 
 def fastest_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 if the device multiplies it in hardware, else float32."""
+    """Return bfloat16 if the device multiplies it in hardware, else float32."""
     narrow = device.type != "cpu" or cpu_multiplies_bfloat16()
     return torch.bfloat16 if narrow else torch.float32
 
 
 def activation_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of a config's `dtype`: a key of `DTYPES`, or "auto" for `fastest_dtype`."""
+    """Return the dtype of a config's `dtype`: a key of `DTYPES`, or "auto" for `fastest_dtype`."""
     return fastest_dtype(device) if name == "auto" else DTYPES[name]
 
 
 def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
-    """The state of the torch random generators that a run on `device` uses."""
+    """Return the state of the torch random generators that a run on `device` uses."""
     state = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         state["accelerator"] = torch.cuda.get_rng_state(device)
@@ -165,14 +169,14 @@ def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
 
 
 def set_rng_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
-    """Restores a state from `rng_state`."""
+    """Restore a state from `rng_state`."""
     torch.set_rng_state(state["cpu"])
     if device.type == "cuda" and "accelerator" in state:
         torch.cuda.set_rng_state(state["accelerator"], device)
 
 
 def device_name(device: torch.device) -> str:
-    """The model name of the accelerator, or of the CPU with its number of cores."""
+    """Return the model name of the accelerator, or of the CPU with its number of cores."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     cpu_info = Path("/proc/cpuinfo")
@@ -186,7 +190,7 @@ def device_name(device: torch.device) -> str:
 
 @contextlib.contextmanager
 def at_most_threads(count: int) -> Iterator[None]:
-    """A context in which torch uses at most `count` CPU threads."""
+    """Limit torch to `count` CPU threads in the block."""
     before = torch.get_num_threads()
     if before <= count:
         yield
@@ -199,7 +203,7 @@ def at_most_threads(count: int) -> Iterator[None]:
 
 
 def measured_matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Measured FLOP/s of a large matrix product on this device: the denominator of `matmul_utilization`.
+    """Measure the FLOP/s of a large matrix product on this device, the denominator of `matmul_utilization`.
 
     It is below the peak of the data sheet, and varies with the clock and the load of the device.
     """

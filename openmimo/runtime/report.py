@@ -28,19 +28,19 @@ class Report:
         self._parts: list[str] = [f"<h1>{html.escape(title)}</h1>"]
 
     def heading(self, text: str) -> None:
-        """Adds a section heading."""
+        """Add a section heading."""
         self._parts.append(f"<h2>{html.escape(text)}</h2>")
 
     def paragraph(self, text: str) -> None:
-        """Adds a paragraph of plain text."""
+        """Add a paragraph of plain text."""
         self._parts.append(f"<p>{html.escape(text)}</p>")
 
     def code(self, text: str) -> None:
-        """Adds preformatted text, such as commands or generated samples."""
+        """Add preformatted text, such as commands or generated samples."""
         self._parts.append(f"<pre>{html.escape(text)}</pre>")
 
     def table(self, header: list[str], rows: list[list[Any]]) -> None:
-        """Adds a table. Floats are shown with four significant digits."""
+        """Add a table. Floats are shown with four significant digits."""
         head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
         body = "".join(
             "<tr>" + "".join(f"<td>{html.escape(_shown(cell))}</td>" for cell in row) + "</tr>" for row in rows
@@ -48,7 +48,7 @@ class Report:
         self._parts.append(f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
 
     def figure(self, figure: Any, caption: str) -> None:
-        """Embeds a matplotlib figure as PNG and closes it. The caption is also its alternative text."""
+        """Embed a matplotlib figure as PNG and close it. The caption is also its alternative text."""
         from matplotlib import pyplot
 
         buffer = io.BytesIO()
@@ -60,7 +60,7 @@ class Report:
         )
 
     def write(self, path: Path) -> Path:
-        """Writes the page and returns its path."""
+        """Write the page and return its path."""
         page = (
             '<!doctype html><html lang="en"><head><meta charset="utf-8">'
             '<meta name="viewport" content="width=device-width">'
@@ -71,7 +71,7 @@ class Report:
 
 
 def new_figure(*, width: float = 7.5, height: float = 3.6, columns: int = 1) -> tuple[Any, Any]:
-    """A matplotlib figure and its axes (an array for several columns), rendered without a display."""
+    """Create a matplotlib figure and its axes (an array for several columns), rendered without a display."""
     import matplotlib
 
     matplotlib.use("Agg")

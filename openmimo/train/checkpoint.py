@@ -1,8 +1,8 @@
-"""Complete checkpoints of a run: model, optimizer, place in schedule and data, random generators.
+"""Checkpoints of a run: model, optimizer, positions in schedule and data, random generators.
 
-A checkpoint is a model folder in the Hugging Face layout (so every one of them can be loaded, served and converted)
-with a `trainer/` folder beside the weights. It appears whole or not at all, and carries the checksum of each of its
-files, so that a damaged one is recognized and the one before it used.
+A checkpoint is a model folder in the Hugging Face layout, so that it can be loaded, served and converted, with an
+additional folder `trainer/`. It is written atomically. A manifest has the checksum of each file, so that a damaged
+checkpoint is detected and the previous one used.
 """
 
 import hashlib
@@ -33,28 +33,28 @@ from openmimo.train.config import CheckpointConfig
 _MANIFEST = "manifest.json"
 _ARRAYS = "samples.arrays"
 _OPTIMIZER = "optimizer.safetensors"
-_OPTIMIZER_BEFORE = "optimiser.safetensors"  # its name in checkpoints of the version before
+_OPTIMIZER_BEFORE = "optimiser.safetensors"  # its name in the previous version
 _REQUIRED = {"config.json", "trainer/progress.json", f"trainer/{_OPTIMIZER}"}
 StateWriter = Callable[[Any, Path], Any]
 StateReader = Callable[[Any, Path], Any]
 
 
 def _as_it_is(state: Any, path: Path) -> Any:
-    """A state that is plain JSON: no file next to it."""
+    """Return a state that is plain JSON already."""
     return state
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is.
+    """The progress of a run.
 
     Attributes:
-        step: Optimizer steps done, skipped ones included.
-        tokens: Tokens that they read.
-        stage_index: The stage of the newest step.
-        loader: State of the loader of that stage. It is plain JSON, or of a kind that `write_state` takes.
+        step: Completed optimizer steps, including skipped ones.
+        tokens: Tokens read in these steps.
+        stage_index: Stage of the last step.
+        loader: State of the loader of that stage, as plain JSON or in a form that `write_state` converts.
         skipped: Steps that the guard skipped.
-        skipped_in_a_row: The newest of them, without a step that was taken between.
+        skipped_in_a_row: Consecutive skipped steps at the end.
     """
 
     step: int
@@ -66,7 +66,7 @@ class Progress:
 
     @classmethod
     def beginning(cls) -> "Progress":
-        """The progress of a run that has not started."""
+        """Return the progress of a run that has not started."""
         return cls(step=0, tokens=0, stage_index=0, loader={})
 
 
@@ -75,9 +75,9 @@ class Checkpoints:
 
     Args:
         run_folder: The folder of the run.
-        policy: Which checkpoints are kept.
-        write_state: Turns the progress, with the loader's state in it, into plain JSON; it may write the file that it
-            is given. The default is for states that are plain JSON already.
+        policy: The retention policy.
+        write_state: Converts the progress, including the loader's state, to plain JSON. It may write arrays to the
+            given path. The default is for states that are plain JSON already.
     """
 
     def __init__(self, run_folder: Path, policy: CheckpointConfig, *, write_state: StateWriter = _as_it_is):
@@ -86,9 +86,10 @@ class Checkpoints:
         self._write_state = write_state
 
     def save(self, model: MiMo, optimizer: torch.optim.Optimizer, tokenizer: Tokenizer, progress: Progress) -> Path:
-        """Writes a checkpoint, then deletes those that the policy no longer keeps.
+        """Write a checkpoint, then delete those that the policy does not keep.
 
-        Raises CheckpointError if it cannot be written (a full disk, say); the ones before it are untouched.
+        Raises:
+            CheckpointError: It cannot be written (e.g. the disk is full). Earlier checkpoints are unchanged.
         """
         path = self._path(progress.step)
         try:
@@ -100,15 +101,18 @@ class Checkpoints:
         return path
 
     def newest_intact(self) -> Path | None:
-        """The newest checkpoint whose files match their checksums; damaged ones are reported and passed over.
+        """Return the newest checkpoint whose files match their checksums; None if there is no checkpoint.
 
-        None if there is no checkpoint. Raises CheckpointError if there are some and every one is damaged.
+        Prints a warning for each damaged checkpoint that is skipped.
+
+        Raises:
+            CheckpointError: Every checkpoint is damaged.
         """
         for path in reversed(self._all()):
             damage = find_damage(path)
             if damage is None:
                 return path
-            print(f"warning: {damage} This checkpoint is passed over for the one before it.", file=sys.stderr)
+            print(f"warning: {damage} This checkpoint is skipped, and the previous one used.", file=sys.stderr)
         if self._all():
             raise CheckpointError(
                 f"every checkpoint in {self.folder} is damaged; move the folder away to start from the beginning."
@@ -116,40 +120,40 @@ class Checkpoints:
         return None
 
     def recover(self) -> None:
-        """Removes or puts back what a process that was killed while it wrote has left. Only for the run's owner."""
+        """Remove or restore what a process that was killed during a write has left. Only the owner of the run may."""
         for path in self.folder.glob(".step-*old"):
             recover_folder(self.folder / path.name.split(".")[1])
         remove_unfinished(self.folder)
 
     def newest(self) -> Path | None:
-        """The newest checkpoint, intact or not; None if there is none."""
+        """Return the newest checkpoint, intact or not; None if there is none."""
         step = self.newest_step()
         return None if step is None else self._path(step)
 
     def newest_step(self) -> int | None:
-        """The step of the newest checkpoint, intact or not; None if there is none."""
+        """Return the step of the newest checkpoint, intact or not; None if there is none."""
         return next((int(path.name.removeprefix("step-")) for path in reversed(self._all())), None)
 
     def standing(self) -> str:
-        """A sentence that says from which checkpoint the run can go on."""
+        """Return a sentence that names the newest intact checkpoint."""
         intact = next((path for path in reversed(self._all()) if find_damage(path) is None), None)
         return "There is no checkpoint yet." if intact is None else f"The newest checkpoint, {intact}, is intact."
 
     def save_before_end(self, step: int, save: Callable[[], Path]) -> str:
-        """Saves a run that a signal ends after `step`, if that step has no checkpoint; says what is kept."""
-        goes_on = "The same command goes on from there."
+        """Save a run that a signal ends after `step`, unless a checkpoint of `step` exists. Returns what was saved."""
+        advice = "The same command continues from there."
         try:
             if step == 0:
-                return "no step was done, and nothing but the start of the run is kept."
+                return "no step was completed, so only the initial files of the run exist."
             if step != self.newest_step():
                 save()
-            return f"the checkpoint of step {step} is saved. {goes_on}"
+            return f"the checkpoint of step {step} is saved. {advice}"
         except (CheckpointError, DivergedError) as error:
             return f"step {step} is lost: {error} {self.standing()}"
 
     @contextmanager
     def named_in_errors(self) -> Iterator[None]:
-        """Adds `standing` to a DivergedError of the block."""
+        """Add the sentence of `standing` to a DivergedError of the block."""
         try:
             yield
         except DivergedError as error:
@@ -171,15 +175,15 @@ class Checkpoints:
 def restore(
     path: Path, device: torch.device, *, read_state: StateReader = _as_it_is
 ) -> tuple[MiMo, dict[str, torch.Tensor], Progress]:
-    """Loads a checkpoint and restores the random generators.
+    """Load a checkpoint and restore the random generators.
 
     Args:
         path: The folder of the checkpoint.
-        device: Where the model is loaded.
+        device: Device of the model.
         read_state: The inverse of the `write_state` of `Checkpoints`.
 
     Returns:
-        The model in float32, its optimizer state by name (for `load_optimizer_state`), and the progress.
+        The model in float32, its optimizer state by name for `load_optimizer_state`, and the progress.
     """
     model = load_model(path, dtype="float32", device=str(device))
     names = (_OPTIMIZER, _OPTIMIZER_BEFORE)
@@ -193,7 +197,7 @@ def restore(
 
 
 def optimizer_state(model: MiMo, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """The optimizer's own tensors, not copies, under `<parameter>/<what>`, independent of the order of its groups."""
+    """Return the optimizer's tensors (not copies) by `<parameter>/<key>`, independent of the order of groups."""
     return {
         f"{name}/{key}": value.detach().contiguous()
         for name, parameter in model.named_parameters()
@@ -202,7 +206,7 @@ def optimizer_state(model: MiMo, optimizer: torch.optim.Optimizer) -> dict[str, 
 
 
 def load_optimizer_state(model: MiMo, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
-    """Puts back what `optimizer_state` gave; parameters that it does not name start afresh (new MTP heads)."""
+    """Load a result of `optimizer_state`. Parameters without an entry, such as new MTP heads, keep no state."""
     parameters = dict(model.named_parameters())
     for name, value in tensors.items():
         parameter_name, key = name.rsplit("/", 1)
@@ -212,7 +216,7 @@ def load_optimizer_state(model: MiMo, optimizer: torch.optim.Optimizer, tensors:
 
 
 def find_damage(path: Path) -> str | None:
-    """A sentence that says what is wrong with a checkpoint, or None if every file matches its checksum."""
+    """Check a checkpoint. Returns a sentence about the first damage, or None if every file matches its checksum."""
     manifest_path = path / "trainer" / _MANIFEST
     if not manifest_path.exists():
         return f"{path} has no trainer/{_MANIFEST}."
@@ -221,7 +225,7 @@ def find_damage(path: Path) -> str | None:
     except (OSError, ValueError, RecursionError):
         return f"{manifest_path} is not readable."
     if not isinstance(checksums, dict):
-        return f"{manifest_path} is not a list of files with their checksums."
+        return f"{manifest_path} is not a JSON object of file names and checksums."
     listed = {name.replace(_OPTIMIZER_BEFORE, _OPTIMIZER) for name in checksums}
     unlisted = sorted(_REQUIRED - listed)
     if unlisted or not any(name.endswith(".safetensors") and "/" not in name for name in checksums):
@@ -230,7 +234,7 @@ def find_damage(path: Path) -> str | None:
         if not (path / name).is_file():
             return f"{path / name} is missing."
         if _checksum(path / name) != checksum:
-            return f"{path / name} does not match its checksum: it was cut short or altered."
+            return f"{path / name} does not match its checksum: it was truncated or changed."
     return None
 
 

@@ -1,8 +1,8 @@
-"""Configs of training runs, without torch. Recipes in `recipes/` return these.
+"""Configs of training runs, without torch. The recipes in `recipes/` return these.
 
 Settings that several commands share are declared once, in a base class: `RunConfig` (every run), `TrainConfig`
-(pretrain, extend, sft), `PhaseSettings` (one phase of training) and `FromCheckpoint`. A config inherits the settings
-that it has, so that each has one name in Python, in `config.json` and on the command line.
+(pretrain, extend, sft), `PhaseSettings` (one phase of training) and `FromCheckpoint`. Each setting therefore has one
+name in Python, in `config.json` and on the command line.
 """
 
 from dataclasses import KW_ONLY, dataclass, fields
@@ -27,13 +27,13 @@ Decay = Annotated[float, Bounds(least=0, below=1)]
 
 
 def check_path(path: str | None, where: str) -> None:
-    """Raises ConfigError for a path that cannot be one; None is allowed."""
+    """Raise ConfigError for an invalid path; None is allowed."""
     if path is not None and (not path.strip() or "\0" in path):
         raise ConfigError(f"{where} is {path!r}; it must be the path of a folder.")
 
 
 def part_of(config: Any, base: type) -> dict[str, Any]:
-    """The fields that a config has from its base class `base`, with their values."""
+    """Return the fields of a config that its base class `base` declares, with their values."""
     return {field.name: getattr(config, field.name) for field in fields(base)}
 
 
@@ -47,16 +47,16 @@ class PhaseSettings:
 
     Attributes:
         steps: Optimizer steps.
-        sequence_length: Tokens of a sequence; documents and conversations are packed into it.
-        global_batch_size: Sequences in an optimizer step.
+        sequence_length: Tokens per sequence. Documents and conversations are packed into it.
+        global_batch_size: Sequences per optimizer step.
         learning_rate: Learning rate after the warm-up.
-        end_learning_rate: Learning rate at the end of the cosine.
-        mixture: The data and its weights.
+        end_learning_rate: Learning rate at the end of the cosine decay.
+        mixture: The data sources and their weights.
         warmup_steps: Steps of linear warm-up of the learning rate.
         mtp_weight: Weight of the mean loss of the MTP heads.
-        bias_rate: Step of the experts' selection bias. The number of zero gradients reacts to it first, next to Adam's
-            epsilon; it should stay flat.
-        mtp_heads: MTP heads from this phase on, grown by copying the last (None: unchanged).
+        bias_rate: Step size of the experts' selection bias. It and Adam's epsilon affect the number of zero gradients
+            most; that number should remain constant.
+        mtp_heads: Number of MTP heads from this phase on. New heads are copies of the last one (None: unchanged).
     """
 
     steps: PositiveInt
@@ -77,11 +77,11 @@ class Phase(PhaseSettings):
     """One phase of pre-training (paper section 3.1).
 
     Attributes:
-        name: Shown in metrics and plots.
-        constant_steps: Steps at the peak learning rate, before the cosine.
-        initial_batch_size: Sequences in the first step of a batch-size warm-up (None: no such warm-up).
+        name: Name in metrics and plots.
+        constant_steps: Steps at the peak learning rate, before the cosine decay.
+        initial_batch_size: Sequences in the first step of a batch-size warm-up (None: no warm-up).
         batch_warmup_steps: Steps in which the batch size rises linearly to `global_batch_size`.
-        full_rope_theta: RoPE base of the full layers from this phase on (None: unchanged).
+        full_rope_theta: RoPE base of the full-attention layers from this phase on (None: unchanged).
     """
 
     name: str
@@ -117,16 +117,16 @@ class Phase(PhaseSettings):
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW as in the report (paper section 3.1).
+    """AdamW with the settings of the report (paper section 3.1).
 
     Attributes:
-        beta1: Decay of the gradient's running mean.
-        beta2: Decay of its running square.
-        epsilon: Added to the root of the running square.
-        weight_decay: On matrices; norms, sinks and biases have none.
-        clip_norm: Gradients are scaled down to this norm.
-        max_skipped_steps: Steps in a row that are skipped if their loss or gradients are not finite; one more ends the
-            run (0: the first does).
+        beta1: Decay rate of the first moment.
+        beta2: Decay rate of the second moment.
+        epsilon: Added to the square root of the second moment.
+        weight_decay: Weight decay of matrices; norms, sinks and biases have none.
+        clip_norm: Maximum gradient norm.
+        max_skipped_steps: Maximum number of consecutive steps to skip because their loss or gradients are not finite.
+            One more ends the run (0: the first one does).
     """
 
     beta1: Decay = 0.9
@@ -142,12 +142,12 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """When to write a checkpoint, and which to keep.
+    """Interval and retention of checkpoints.
 
     Attributes:
-        every_steps: Optimizer steps between two.
-        keep_last: How many of the newest are kept.
-        keep_every: Those of every so many steps are kept for good (0: none).
+        every_steps: Optimizer steps between checkpoints.
+        keep_last: Number of newest checkpoints to keep.
+        keep_every: Also keep all checkpoints at multiples of this step (0: none).
     """
 
     every_steps: PositiveInt = 200
@@ -163,8 +163,8 @@ class EvaluationConfig:
     """Validation on held-out documents.
 
     Attributes:
-        every_steps: Optimizer steps between two.
-        batches: Micro-batches in each.
+        every_steps: Optimizer steps between evaluations.
+        batches: Micro-batches per evaluation.
     """
 
     every_steps: PositiveInt = 100
@@ -176,11 +176,11 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """Where the tokenizer comes from.
+    """Source of the tokenizer.
 
     Attributes:
-        path: A folder with a tokenizer.json (None: train a byte-level BPE on the first stage that has text).
-        train_megabytes: How much text to train it on (10^6 bytes).
+        path: A folder with a tokenizer.json (None: train a byte-level BPE on the first phase with text).
+        train_megabytes: Amount of text to train it on (10^6 bytes).
     """
 
     path: str | None = None
@@ -193,7 +193,7 @@ class TokenizerConfig:
 
 @dataclass(frozen=True)
 class FromCheckpoint:
-    """A run that starts from a model.
+    """Settings of a run that starts from a model.
 
     Attributes:
         checkpoint: The model folder to start from.
@@ -205,19 +205,19 @@ class FromCheckpoint:
 @renamed_keys({"optimiser": "optimizer"})
 @dataclass(frozen=True)
 class RunConfig:
-    """Settings of every run: its folder, its device, its checkpoints.
+    """Settings of every run.
 
     Attributes:
-        run_folder: Folder of all results. A run that finds its own checkpoints there continues from the newest.
-        seed: Determines initial weights, the order of the data, and samples.
-        device: auto (an accelerator if there is one), cpu, or a device of torch.
-        dtype: Of the activations: float32, bfloat16, or auto (bfloat16 wherever there are instructions for it);
-            parameters and optimizer stay in float32.
-        threads: CPU threads of torch (0: as torch chooses).
-        activation_checkpointing: Recompute each layer in the backward pass instead of keeping its activations.
+        run_folder: Folder of all results. If it contains checkpoints of this run, the run continues from the newest.
+        seed: Seed of initial weights, data order and sampling.
+        device: auto (an accelerator if available), cpu, or a torch device.
+        dtype: Dtype of activations: float32, bfloat16, or auto (bfloat16 if the hardware supports it). Parameters and
+            optimizer state are float32.
+        threads: CPU threads of torch (0: torch's default).
+        activation_checkpointing: Recompute each layer in the backward pass instead of storing its activations.
         tensorboard: Also write event files to `<run_folder>/tensorboard`.
         optimizer: AdamW and gradient clipping.
-        checkpoints: When they are written, which are kept.
+        checkpoints: Interval and retention of checkpoints.
     """
 
     run_folder: str
@@ -238,10 +238,10 @@ class TrainConfig(RunConfig):
     """Settings that pre-training, context extension and fine-tuning share.
 
     Attributes:
-        micro_batch_size: Sequences in memory at once; an optimizer step accumulates over several.
-        balance_weight: Of the sequence-level balance loss.
-        loader_workers: Threads that prepare sequences ahead (the sequences are the same for any number).
-        log_every_steps: Optimizer steps between two lines of metrics.
+        micro_batch_size: Sequences per micro-batch. An optimizer step accumulates gradients over micro-batches.
+        balance_weight: Weight of the sequence-level balance loss.
+        loader_workers: Threads that prepare sequences in advance. Their number does not change the sequences.
+        log_every_steps: Optimizer steps between lines of metrics.
         evaluation: Validation on held-out documents.
     """
 
@@ -259,11 +259,11 @@ class PretrainConfig(TrainConfig):
     """A complete pre-training run.
 
     Attributes:
-        stages: The phases, in order.
+        stages: The phases in order.
         model: A preset of `openmimo/model/presets.py`, or the path of a config.json (None: tiny, or the model of
             `init_from`).
-        init_from: A checkpoint folder to start from instead of random weights.
-        tokenizer: Where it comes from.
+        init_from: A checkpoint folder with initial weights (None: random weights).
+        tokenizer: Source of the tokenizer.
     """
 
     stages: tuple[Phase, ...]
@@ -280,12 +280,12 @@ class PretrainConfig(TrainConfig):
         check_path(self.init_from, "init_from")
         if self.init_from is not None and self.model is not None:
             raise ConfigError(
-                f"init_from {self.init_from!r} brings its own model, so model {self.model!r} has no effect; omit it "
+                f"init_from {self.init_from!r} determines the model, so model {self.model!r} has no effect; omit it "
                 "(on the command line: --model None)."
             )
         has_tokenizer = self.init_from is not None or self.tokenizer.path is not None
         if has_tokenizer and self.tokenizer.train_megabytes != TokenizerConfig.train_megabytes:
-            raise ConfigError("tokenizer.train_megabytes has no effect on a tokenizer that exists; omit it.")
+            raise ConfigError("tokenizer.train_megabytes has no effect on an existing tokenizer; omit it.")
         if self.dtype not in ("auto", "float32", "bfloat16", "float64"):
             raise ConfigError(f"dtype {self.dtype!r} is unknown; train in 'auto', 'bfloat16' or 'float32'.")
         names = [phase.name for phase in self.stages]
@@ -296,10 +296,10 @@ class PretrainConfig(TrainConfig):
 @renamed_keys()
 @dataclass(frozen=True)
 class ExtendConfig(PhaseSettings, TrainConfig, FromCheckpoint):
-    """Context extension alone: phase 3 of the report on an existing checkpoint (paper section 3.1).
+    """Context extension of a checkpoint: phase 3 of the report (paper section 3.1).
 
     Attributes:
-        full_rope_theta: RoPE base of the full layers from now on (the report raises it as it raises the length).
+        full_rope_theta: New RoPE base of the full-attention layers. The report increases it with the context length.
     """
 
     _: KW_ONLY
@@ -312,7 +312,7 @@ class ExtendConfig(PhaseSettings, TrainConfig, FromCheckpoint):
         self.as_pretraining()
 
     def as_pretraining(self) -> PretrainConfig:
-        """The same run as a pre-training run of one phase that starts from the checkpoint. Raises ConfigError."""
+        """Return this run as a pre-training run of one phase that starts from the checkpoint. Raises ConfigError."""
         phase = Phase("extend", full_rope_theta=self.full_rope_theta, **part_of(self, PhaseSettings))
         return PretrainConfig(stages=(phase,), init_from=self.checkpoint, **part_of(self, TrainConfig))
 
@@ -323,8 +323,8 @@ class SftConfig(PhaseSettings, TrainConfig, FromCheckpoint):
     """Supervised fine-tuning of a checkpoint on conversations (paper section 4.2; the defaults are the report's).
 
     Attributes:
-        mixture: Demonstrations: sources such as `chat` (your own conversations) and `tasks`. Only the tokens of the
-            assistant are learned.
+        mixture: Sources of demonstrations, such as `chat` (conversations in JSON Lines) and `tasks`. Only assistant
+            tokens enter the loss.
     """
 
     _: KW_ONLY
@@ -340,7 +340,7 @@ class SftConfig(PhaseSettings, TrainConfig, FromCheckpoint):
         self.as_pretraining()
 
     def as_pretraining(self) -> PretrainConfig:
-        """The same run as a pre-training run of one phase that starts from the checkpoint. Raises ConfigError."""
+        """Return this run as a pre-training run of one phase that starts from the checkpoint. Raises ConfigError."""
         phase = Phase("sft", **part_of(self, PhaseSettings))
         return PretrainConfig(stages=(phase,), init_from=self.checkpoint, **part_of(self, TrainConfig))
 

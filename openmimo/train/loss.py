@@ -1,7 +1,7 @@
-"""The training loss (next token, plus the weighted mean of the MTP heads: paper sections 2.3 and 3.1) and validation.
+"""The training loss (paper sections 2.3 and 3.1) and validation.
 
-Validation measures held-out rows: the loss by head and by position, and how often each MTP head's draft would be
-accepted.
+The loss is the next-token cross-entropy plus the weighted mean cross-entropy of the MTP heads. Validation measures the
+held-out loss by head and by position, and the acceptance rate of each MTP head's drafts.
 
 T packed tokens, D model dim.
 """
@@ -21,9 +21,17 @@ from openmimo.model.mimo import MiMo
 def training_loss(
     model: MiMo, batch: MicroBatch, context: PackedContext, *, label_counts: torch.Tensor, mtp_weight: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The loss of a micro-batch, and each head's share of its mean cross-entropy, in nats, float32 [heads].
+    """Compute the loss of a micro-batch.
 
-    `label_counts` are those of the whole optimizer step, so that shares add up over micro-batches to means over tokens.
+    Args:
+        model: The model.
+        batch: The tokens and labels.
+        context: The context of the forward pass.
+        label_counts: Labels per head in the whole optimizer step. Losses therefore add up over micro-batches.
+        mtp_weight: Weight of the mean loss of the MTP heads.
+
+    Returns:
+        The loss, and each head's contribution to its mean cross-entropy in nats, float32 [heads].
     """
     states = head_states(model, batch, context)
     losses = [
@@ -37,7 +45,7 @@ def training_loss(
 
 
 def head_states(model: MiMo, batch: MicroBatch, context: PackedContext) -> list[torch.Tensor]:
-    """States [T, D] of every head from one pass, the main one first, each ready for the output head."""
+    """Return the final states [T, D] of every head from one pass, the main head first."""
     hidden = model(batch.tokens_T, context, shifted_tokens(batch))
     return [hidden.post_norm_TD, *hidden.mtp_TD.values()]
 
@@ -50,13 +58,13 @@ def _head_loss(model: MiMo, states_TD: torch.Tensor, labels_T: torch.Tensor, cou
 def load_micro_batches(
     loader: Loader, rows: int, *, micro_batch_size: int, num_mtp_heads: int, device: torch.device
 ) -> list[MicroBatch]:
-    """The next `rows` rows of the loader, in micro-batches of at most `micro_batch_size` rows."""
+    """Return the next `rows` rows of the loader in micro-batches of at most `micro_batch_size` rows."""
     sizes = [min(micro_batch_size, rows - done) for done in range(0, rows, micro_batch_size)]
     return [to_device(loader.next_batch(size), num_mtp_heads, device) for size in sizes]
 
 
 def to_device(batch: Batch, num_mtp_heads: int, device: torch.device) -> MicroBatch:
-    """A batch of the loader as tensors, with the labels of every head."""
+    """Convert a batch of the loader to tensors with the labels of every head."""
     tokens_T = torch.from_numpy(batch.token_ids).to(torch.int64)
     mask_T = None if batch.loss_mask is None else torch.from_numpy(batch.loss_mask)
     built = micro_batch(tokens_T, batch.document_lengths, mask_T, num_mtp_heads)
@@ -67,9 +75,14 @@ def to_device(batch: Batch, num_mtp_heads: int, device: torch.device) -> MicroBa
 
 @dataclass(frozen=True)
 class Evaluation:
-    """losses: mean cross-entropy of each head, nats. acceptance: share of places where an MTP head's first choice
-    is the main head's there, given the true tokens in between. loss_by_position: mean loss of the main head in buckets
-    of position that double in width; `position_edges` are their upper ends.
+    """Results of a validation.
+
+    Attributes:
+        losses: Mean cross-entropy of each head in nats.
+        acceptance: For each MTP head, the share of positions at which its first choice equals that of the main head,
+            given the true tokens in between.
+        loss_by_position: Mean loss of the main head in buckets of position, whose widths double.
+        position_edges: Upper ends of the buckets.
     """
 
     losses: list[float]
@@ -78,7 +91,7 @@ class Evaluation:
     position_edges: list[int]
 
     def metrics(self) -> dict:
-        """The figures under the names that go to `metrics.jsonl`."""
+        """Return the results under their names in `metrics.jsonl`."""
         return {
             "validation/main": self.losses[0],
             **{f"validation/mtp_{head}": loss for head, loss in enumerate(self.losses[1:])},
@@ -90,7 +103,7 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(model: MiMo, batches: Iterable[Batch], sequence_length: int) -> Evaluation:
-    """Scores held-out batches, whose documents are at most `sequence_length` tokens long."""
+    """Evaluate the model on held-out batches with documents of at most `sequence_length` tokens."""
     model.eval()
     heads = model.config.num_mtp_heads
     loss_sums, counts = torch.zeros(1 + heads), torch.zeros(1 + heads)
@@ -109,9 +122,9 @@ def evaluate(model: MiMo, batches: Iterable[Batch], sequence_length: int) -> Eva
                 _add_by_position(
                     losses_T, labels_T.cpu(), context.positions_T.cpu(), edges, position_sums, position_counts
                 )
-        agreed, places = _agreement(model, states, micro)
+        agreed, valid = _agreement(model, states, micro)
         accepted += agreed
-        drafted += places
+        drafted += valid
     return Evaluation(
         losses=(loss_sums / counts.clamp(min=1)).tolist(),
         acceptance=(accepted / drafted.clamp(min=1)).tolist(),
@@ -121,19 +134,19 @@ def evaluate(model: MiMo, batches: Iterable[Batch], sequence_length: int) -> Eva
 
 
 def _agreement(model: MiMo, states: list[torch.Tensor], batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
-    """By MTP head: at how many places its choice is the main head's, and how many places there are."""
+    """Return two counts per MTP head: positions at which it agrees with the main head, and valid positions."""
     main_T = model.head.argmax(states[0])
-    agreed, places = [], []
+    agreed, valid = [], []
     for head, states_TD in enumerate(states[1:]):
         draft_T = model.head.argmax(states_TD)
-        # Head k at i drafts token i+2+k; the main head chooses that token at place i+1+k.
+        # Head k drafts token i+2+k at position i; the main head predicts that token at position i+1+k.
         valid_T = batch.labels[1 + head] != IGNORED_LABEL
         target_T = torch.roll(main_T, -(1 + head))
         agreed.append(((draft_T == target_T) & valid_T).sum())
-        places.append(valid_T.sum())
+        valid.append(valid_T.sum())
     if not agreed:
         return torch.zeros(0), torch.zeros(0)
-    return torch.stack(agreed).cpu(), torch.stack(places).cpu()
+    return torch.stack(agreed).cpu(), torch.stack(valid).cpu()
 
 
 def _position_edges(sequence_length: int) -> torch.Tensor:

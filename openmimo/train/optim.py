@@ -1,7 +1,7 @@
-"""The optimizer of a step: learning rate and batch size by position, parameter groups, clipping, and the finite check.
+"""The optimizer step: learning rate and batch size schedules, parameter groups, clipping, and the finite check.
 
-A step with a loss or gradients that are not finite (NaN or infinite) is not taken. The decision is a tensor of counts.
-With several processes, `reduce` sums it over all of them, so that all of them take the same branch.
+A step with a loss or gradients that are not finite (NaN or infinite) is skipped. The decision is a tensor of counts. In
+a multi-process run, `reduce` sums it over all processes, so that all of them take the same branch.
 """
 
 import math
@@ -17,7 +17,7 @@ from openmimo.train.config import OptimizerConfig, Phase
 
 
 def build_optimizer(model: MiMo, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW with decay on matrices (embedding, projections, experts, router), none on norms, sinks and biases."""
+    """Build AdamW with weight decay on matrices (embedding, projections, experts, router) only."""
     decayed, free = parameter_groups(model)
     groups = [
         {"params": list(decayed.values()), "weight_decay": config.weight_decay},
@@ -27,7 +27,7 @@ def build_optimizer(model: MiMo, config: OptimizerConfig) -> torch.optim.AdamW:
 
 
 def parameter_groups(model: MiMo) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
-    """The parameters by name: those with weight decay, and those without."""
+    """Return the named parameters with weight decay, and those without."""
     decayed: dict[str, nn.Parameter] = {}
     free: dict[str, nn.Parameter] = {}
     for name, parameter in model.named_parameters():
@@ -37,12 +37,12 @@ def parameter_groups(model: MiMo) -> tuple[dict[str, nn.Parameter], dict[str, nn
 
 @dataclass(frozen=True)
 class GradientReport:
-    """What the gradients of a step were, before clipping; tensors without dimensions, on the device.
+    """Statistics of the gradients of a step before clipping, as scalar tensors on the device.
 
     Attributes:
-        norm: Of all gradients together, but for those apart.
-        num_zeros: Their entries that are exactly zero.
-        apart_norm: Of the gradients apart.
+        norm: Norm of all gradients except the separate ones.
+        num_zeros: Number of their entries that are exactly zero.
+        apart_norm: Norm of the separate gradients.
     """
 
     norm: torch.Tensor
@@ -51,14 +51,17 @@ class GradientReport:
 
 
 def clip_gradients(model: MiMo, max_norm: float, *, apart: Iterable[nn.Parameter] = ()) -> GradientReport:
-    """Scales all gradients so that their common norm is at most `max_norm`; reports what they were.
+    """Scale all gradients so that their total norm is at most `max_norm`. Does not synchronize with the device.
 
-    Gradients whose norm is not finite are left as they are. The accelerator is not waited for.
+    Gradients whose norm is not finite are unchanged.
 
     Args:
-        model: Its gradients are changed.
-        max_norm: Above 0.
-        apart: Parameters with a norm of their own, so that neither scales the other.
+        model: The model whose gradients are scaled.
+        max_norm: Maximum norm, above 0.
+        apart: Parameters that are clipped separately, by their own norm.
+
+    Returns:
+        Statistics of the gradients before clipping.
     """
     apart = list(apart)
     ids = {id(parameter) for parameter in apart}
@@ -67,12 +70,12 @@ def clip_gradients(model: MiMo, max_norm: float, *, apart: Iterable[nn.Parameter
     for gradient in gradients_of(common):
         num_zeros += gradient.numel() - torch.count_nonzero(gradient)
     norm = _clip(common, max_norm, model.device)
-    apart_norm = _clip([own for own in apart if own.grad is not None], max_norm, model.device)
+    apart_norm = _clip([parameter for parameter in apart if parameter.grad is not None], max_norm, model.device)
     return GradientReport(norm, num_zeros, apart_norm)
 
 
 def gradients_of(parameters: Iterable[nn.Parameter]) -> list[torch.Tensor]:
-    """The gradients of those parameters that have one."""
+    """Return the gradients of the parameters that have one."""
     return [parameter.grad for parameter in parameters if parameter.grad is not None]
 
 
@@ -80,14 +83,20 @@ def _clip(parameters: list[nn.Parameter], max_norm: float, device: torch.device)
     if not parameters:
         return torch.zeros((), device=device)
     norm = torch.nn.utils.get_total_norm(gradients_of(parameters))
-    # A norm of 0 scales by 1. NaN would spread to every gradient, and hide which one it came from.
+    # A norm of 0 gives a scale of 1. NaN would spread to every gradient and hide its origin.
     torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, torch.where(norm.isfinite(), norm, 0.0))
     return norm
 
 
 @dataclass(frozen=True)
 class SchedulePosition:
-    """Optimizer step `step` of the run (from 0) is step `stage_step` of stage number `stage_index`."""
+    """Position of an optimizer step in the schedule.
+
+    Attributes:
+        stage_index: Number of the stage.
+        stage: The stage.
+        stage_step: Step within the stage, from 0.
+    """
 
     stage_index: int
     stage: Phase
@@ -95,12 +104,12 @@ class SchedulePosition:
 
 
 def total_steps(stages: tuple[Phase, ...]) -> int:
-    """Optimizer steps of all stages."""
+    """Return the number of optimizer steps of all stages."""
     return sum(stage.steps for stage in stages)
 
 
 def place_of(step: int, stages: tuple[Phase, ...]) -> SchedulePosition:
-    """The place of optimizer step `step`; past the end, the last step's stage."""
+    """Return the position of optimizer step `step` (from 0). Steps past the end belong to the last stage."""
     for index, stage in enumerate(stages):
         if step < stage.steps or index == len(stages) - 1:
             return SchedulePosition(index, stage, step)
@@ -109,7 +118,7 @@ def place_of(step: int, stages: tuple[Phase, ...]) -> SchedulePosition:
 
 
 def learning_rate(stage: Phase, stage_step: int) -> float:
-    """The learning rate of a step of a stage."""
+    """Return the learning rate of a step of a stage."""
     return warmed_cosine(
         stage_step,
         steps=stage.steps,
@@ -123,18 +132,18 @@ def learning_rate(stage: Phase, stage_step: int) -> float:
 def warmed_cosine(
     step: int, *, steps: int, peak: float, end: float, warmup_steps: int, constant_steps: int = 0
 ) -> float:
-    """Linear warm-up to the peak, a constant stretch, a cosine to the end (paper section 3.1). step: 0 to steps - 1."""
+    """Return the learning rate of `step`: linear warm-up, constant phase, cosine decay (paper section 3.1)."""
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
-    held = warmup_steps + constant_steps
-    if step < held or steps == held:
+    decay_start = warmup_steps + constant_steps
+    if step < decay_start or steps == decay_start:
         return peak
-    progress = (step - held) / (steps - held)
+    progress = (step - decay_start) / (steps - decay_start)
     return end + (peak - end) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def rows_of_step(stage: Phase, stage_step: int) -> int:
-    """Rows in an optimizer step: a linear batch-size warm-up, then constant."""
+    """Return the number of rows of an optimizer step: a linear batch-size warm-up, then constant."""
     if stage.initial_batch_size is None or stage_step >= stage.batch_warmup_steps:
         return stage.global_batch_size
     share = stage_step / stage.batch_warmup_steps
@@ -176,13 +185,13 @@ class StepGuard:
         self.skipped_in_a_row = skipped_in_a_row
 
     def allows_step(self, loss: torch.Tensor, gradients: GradientReport, where: str, *, has_data: bool = True) -> bool:
-        """Whether the optimizer may use the gradients. If not, the step must change nothing.
+        """Return whether the optimizer may use the gradients. If not, the step must change nothing.
 
         Args:
             loss: One or more losses of this process, float.
-            gradients: The report of `clip_gradients`.
+            gradients: The result of `clip_gradients`.
             where: The step and its data, for the message.
-            has_data: Whether this process has a sample in the step. If no process has one, no step is taken.
+            has_data: Whether this process has samples in this step. If no process has any, the step is skipped.
 
         Raises:
             DivergedError: More than `max_skipped_steps` steps in a row have a loss or gradients that are not finite.
@@ -201,14 +210,14 @@ class StepGuard:
         raise DivergedError(self._describe(loss, gradients, where))
 
     def check_weights(self, where: str) -> None:
-        """Raises DivergedError, with the first name, if a parameter or buffer is not finite."""
+        """Raise DivergedError, with the first name, if a parameter or buffer is not finite."""
         name = first_not_finite([*self._model.named_parameters(), *self._model.named_buffers()])
         num_bad = self._reduce(torch.tensor([float(name is not None)], device=next(self._model.parameters()).device))
         if num_bad.item():
             raise DivergedError(f"{where}: {name or 'a weight of another process'} is not finite.")
 
     def check_step(self, loss: torch.Tensor, where: str) -> None:
-        """Raises DivergedError if a loss (a scalar with a graph) or one of its gradients is not finite.
+        """Raise DivergedError if a loss (a scalar with a graph) or one of its gradients is not finite.
 
         Finite weights can still be unusable, e.g. after a step with a learning rate of 1e30. Clears all gradients.
         """
@@ -220,7 +229,7 @@ class StepGuard:
             raise DivergedError(f"{where} gives values that are not finite (first: {name or 'in another process'}).")
 
     def check_loss(self, loss: torch.Tensor, where: str) -> None:
-        """Raises DivergedError if a loss is not finite."""
+        """Raise DivergedError if a loss is not finite."""
         if self._reduce((~loss.detach().isfinite()).any().float()[None]).item():
             raise DivergedError(f"{where} is not finite ({_shown(loss)}).")
 
@@ -236,13 +245,13 @@ class StepGuard:
         skipped = f" The {self.skipped_in_a_row - 1} steps before were skipped." if self.skipped_in_a_row > 1 else ""
         return (
             f"{where} has a loss of {_shown(loss)} and a gradient norm of {float(gradients.norm):g}; {first}. The "
-            f"optimizer has not taken this step.{skipped} Lower the learning rate, look at the data of this step, or "
-            "let such steps be skipped with optimizer.max_skipped_steps."
+            f"optimizer has not taken this step.{skipped} Lower the learning rate, inspect the data of this step, or "
+            "allow such steps to be skipped with optimizer.max_skipped_steps."
         )
 
 
 def first_not_finite(tensors: Iterable[tuple[str, torch.Tensor]]) -> str | None:
-    """The name of the first floating-point tensor that is not finite, or None."""
+    """Return the name of the first floating-point tensor that is not finite, or None."""
     floating = [(name, tensor) for name, tensor in tensors if tensor.is_floating_point()]
     if not floating:
         return None

@@ -1,4 +1,4 @@
-"""The start of a run in its folder, and the results of a finished run: its model, and a report of its `metrics.jsonl`.
+"""The start and the end of a run: its folder and device; its final model, and a report of its `metrics.jsonl`.
 
 The report shows losses, draft acceptance, expert load, speed, and loss by position.
 """
@@ -36,7 +36,7 @@ _FILES = ("config.json", "model/config.json", "model/tokenizer.json", "report.ht
 
 
 def use_device(config: RunConfig) -> torch.device:
-    """The device of a run. Also sets the number of CPU threads."""
+    """Return the device of a run, and set the number of CPU threads."""
     device = resolve_device(config.device)
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -47,14 +47,14 @@ def use_device(config: RunConfig) -> torch.device:
 def held_run(
     config: RunConfig, checkpoints: Checkpoints, *, free: Sequence[str], traces: Sequence[str], console: Console
 ) -> Iterator[Path | None]:
-    """Holds the folder of a run, and saves its config there. Yields its newest intact checkpoint (None: a new run).
+    """Hold the folder of a run, and save its config there. Yields its newest intact checkpoint (None: a new run).
 
     Args:
         config: The config of the run.
         checkpoints: The checkpoints of the run.
         free: Settings that may differ; see `keep_config`.
         traces: Files that exist as soon as the run has begun; see `keep_config`.
-        console: Where the checkpoint is named.
+        console: Console for the name of the checkpoint.
     """
     folder = Path(config.run_folder)
     with run_folder(folder):
@@ -62,21 +62,21 @@ def held_run(
         checkpoints.recover()
         newest = checkpoints.newest_intact()
         if newest is not None:
-            console.print(f"going on from {newest}", soft_wrap=True)
+            console.print(f"continuing from {newest}", soft_wrap=True)
         yield newest
 
 
 def has_finished(
     config: RunConfig, checkpoints: Checkpoints, *, steps: int, free: Sequence[str], console: Console
 ) -> bool:
-    """Whether the run of this config is finished and complete. Prints a message if it is.
+    """Return whether the run of this config is finished and complete. Prints a message if it is.
 
     Args:
         config: The config of the run.
         checkpoints: The checkpoints of the run.
         steps: Total steps of the run.
         free: Settings that may differ; see `keep_config`.
-        console: Where the message is printed.
+        console: Console for the message.
 
     Raises:
         ConfigError: The folder contains another finished run.
@@ -104,7 +104,7 @@ def write_outcome(
     write_report: Callable[[Path], Path],
     console: Console,
 ) -> Path:
-    """Writes the model with its tokenizer (atomically) and the report of a run. Returns the folder of the model.
+    """Write the model with its tokenizer (atomically) and the report of a run. Returns the folder of the model.
 
     Raises:
         CheckpointError: The model cannot be written (e.g. the disk is full), or its folder contains other files.
@@ -124,12 +124,12 @@ def write_outcome(
     return destination
 
 
-_MAX_LINES = 8  # maximum number of layers with a line of their own in one plot
+_MAX_LINES = 8  # maximum number of layers with separate lines in one plot
 Rows = list[dict[str, Any]]
 
 
 def write_report(run_folder: Path) -> Path:
-    """Writes `report.html` in the run folder and returns its path."""
+    """Write `report.html` in the run folder and return its path."""
     rows = read_metrics(run_folder / "metrics.jsonl")
     report = Report(f"openmimo run {run_folder.name}")
     add_training_figures(report, rows)
@@ -139,7 +139,7 @@ def write_report(run_folder: Path) -> Path:
 
 
 def add_training_figures(report: Report, rows: Rows) -> None:
-    """Adds plots and a table of a run's metrics to a report."""
+    """Add plots and a table of a run's metrics to a report."""
     train = [row for row in rows if "loss/main" in row]
     validation = [row for row in rows if "validation/main" in row]
     report.heading("Loss")

@@ -1,4 +1,4 @@
-"""`openmimo pretrain`, `extend` and `sft`: set a run up, find where it stopped, train, report."""
+"""`openmimo pretrain`, `extend` and `sft`: setup, resumption, training and report of a run."""
 
 import hashlib
 import json
@@ -28,7 +28,7 @@ from openmimo.train.optim import place_of, total_steps
 from openmimo.train.outcome import has_finished, held_run, use_device, write_outcome, write_report
 from openmimo.train.trainer import Trainer
 
-# The paths of the data may change: the loader compares the content.
+# The paths of the data may change, because the loader compares the content.
 FREE = (*outcome.FREE, "loader_workers", "log_every_steps")
 TRACES = ("checkpoints", "tokenizer", "metrics.jsonl", "model")
 _TRAINED_ON = "trained_on.json"
@@ -36,7 +36,7 @@ _DEFAULT_MODEL = "tiny"
 
 
 def pretrain(config: PretrainConfig, *, console: Console | None = None) -> Path:
-    """Runs or resumes a pre-training run. Returns the folder of the finished model, `<run_folder>/model`.
+    """Run or resume pre-training. Returns the folder of the finished model, `<run_folder>/model`.
 
     Raises:
         UserError: Settings, data or checkpoints do not fit, or the run diverged.
@@ -56,25 +56,25 @@ def pretrain(config: PretrainConfig, *, console: Console | None = None) -> Path:
 
 
 def extend(config: ExtendConfig, *, console: Console | None = None) -> Path:
-    """Runs or resumes a context extension. Returns the folder of the finished model."""
+    """Run or resume a context extension. Returns the folder of the finished model."""
     return pretrain(config.as_pretraining(), console=console)
 
 
 def sft(config: SftConfig, *, console: Console | None = None) -> Path:
-    """Runs or resumes supervised fine-tuning. Returns the folder of the finished model."""
+    """Run or resume supervised fine-tuning. Returns the folder of the finished model."""
     return pretrain(config.as_pretraining(), console=console)
 
 
 @dataclass(frozen=True)
 class _Prepared:
-    """What was opened to check it before anything is written: on a first start, if its tokenizer exists."""
+    """Objects that the check before a new run has opened; None if it could not open them yet."""
 
     model: MiMo | None = None
     loaders: dict[int, Loader] | None = None
 
 
 def _check_start(config: PretrainConfig, checkpoints: Checkpoints, device: torch.device) -> _Prepared:
-    """Refuses what is not there or does not fit, before anything is written."""
+    """Check that everything a run needs exists and fits, before any file is written."""
     folder = Path(config.run_folder)
     if (folder / "config.json").exists() and any((folder / name).exists() for name in TRACES):
         check_same_run(config, folder / "config.json", free=FREE)
@@ -101,7 +101,7 @@ def _check_heads(config: PretrainConfig, described: ModelConfig) -> None:
     heads = described.num_mtp_heads
     for stage in config.stages:
         if stage.mtp_heads is not None and (heads == 0 or stage.mtp_heads < heads):
-            raise ConfigError(f"stage {stage.name!r} asks for {stage.mtp_heads} MTP heads of a model with {heads}.")
+            raise ConfigError(f"stage {stage.name!r} has mtp_heads {stage.mtp_heads}, but the model has {heads}.")
         heads = stage.mtp_heads or heads
 
 
@@ -110,7 +110,7 @@ def _described(config: PretrainConfig) -> ModelConfig:
 
 
 def _given_tokenizer(config: PretrainConfig) -> Tokenizer | None:
-    """The tokenizer that the config names; None if the run trains its own."""
+    """Return the tokenizer in the config; None if the run trains one."""
     folder = config.tokenizer.path or config.init_from
     return None if folder is None else Tokenizer.load(Path(folder))
 
@@ -126,7 +126,7 @@ def _check_vocabulary(config: PretrainConfig, tokenizer: Tokenizer, described: M
 def _open_trainer(
     config: PretrainConfig, prepared: _Prepared, newest: Path | None, device: torch.device, console: Console
 ) -> Trainer:
-    """The trainer of a run at its newest intact checkpoint, with the data of the remaining stages."""
+    """Build the trainer of a run at its newest intact checkpoint, with the data of the remaining stages."""
     if newest is None:
         tokenizer = _given_tokenizer(config) or _own_tokenizer(config, console)
         model = prepared.model or _initial_model(config, tokenizer, device)
@@ -148,7 +148,7 @@ def _open_trainer(
 
 
 def _open_loaders(config: PretrainConfig, tokenizer: Tokenizer, first_stage: int = 0) -> dict[int, Loader]:
-    """The data of each stage from `first_stage` on, tokenized, its held-out part looked at. Raises UserError."""
+    """Open and tokenize the data of each stage from `first_stage` on, and check the held-out part. Raises UserError."""
     loaders = {}
     for index, stage in enumerate(config.stages[first_stage:], start=first_stage):
         loader = Loader(
@@ -166,31 +166,31 @@ def _open_loaders(config: PretrainConfig, tokenizer: Tokenizer, first_stage: int
 
 
 def _own_tokenizer(config: PretrainConfig, console: Console) -> Tokenizer:
-    """The tokenizer that the run trains on its text. One of an earlier start is taken if it was trained on the same."""
-    own = Path(config.run_folder) / "tokenizer"
+    """Train the run's tokenizer. A tokenizer of an earlier start is reused if its training text is the same."""
+    folder = Path(config.run_folder) / "tokenizer"
     trained_on = _identity_of_text(config)
-    if (own / _TRAINED_ON).exists() and (own / _TRAINED_ON).read_text() == trained_on:
-        return Tokenizer.load(own)
+    if (folder / _TRAINED_ON).exists() and (folder / _TRAINED_ON).read_text() == trained_on:
+        return Tokenizer.load(folder)
     vocab_size = _described(config).vocab_size
     console.print(f"training a tokenizer of {vocab_size} tokens")
     tokenizer = Tokenizer.train(_training_text(config), vocab_size)
-    with new_folder_atomic(own) as unfinished:
+    with new_folder_atomic(folder) as unfinished:
         tokenizer.save(unfinished)
         (unfinished / _TRAINED_ON).write_text(trained_on)
     return tokenizer
 
 
 def _text_sources(config: PretrainConfig) -> tuple[list[SourceConfig], float]:
-    """The sources of text that a tokenizer is trained on, each with its share of the megabytes; and the held-out share.
+    """Return the sources of the tokenizer's training text, with their sizes, and their validation fraction.
 
-    They are those of the first stage that has any. Raises ConfigError if none has.
+    They are the text sources of the first stage that has any. Raises ConfigError if no stage has any.
     """
     for stage in config.stages:
         sources = [source for source in stage.mixture.sources if isinstance(open_source(source)[0], TextSource)]
         if sources:
             break
     else:
-        raise ConfigError("no stage has a source of text to train a tokenizer on; name one as tokenizer.path.")
+        raise ConfigError("no stage has a text source to train a tokenizer on; set tokenizer.path.")
     per_weight = config.tokenizer.train_megabytes / sum(source.weight for source in sources)
     cut = [replace(source, max_megabytes=per_weight * source.weight) for source in sources]
     return cut, stage.mixture.validation_fraction
@@ -203,7 +203,7 @@ def _training_text(config: PretrainConfig) -> Iterator[str]:
 
 
 def _identity_of_text(config: PretrainConfig) -> str:
-    """Changes when the tokenizer would, or its texts may have changed."""
+    """Return a hash that changes with the tokenizer's training text and vocabulary size."""
     sources, validation_fraction = _text_sources(config)
     described = [[config_io.to_dict(source), _fingerprint(source)] for source in sources]
     parts = [described, validation_fraction, _described(config).vocab_size]

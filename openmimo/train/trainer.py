@@ -1,9 +1,9 @@
-"""The training loop: stages, optimizer steps, balance, metrics, validation, checkpoints.
+"""The training loop: stages, optimizer steps, load balancing, metrics, validation, checkpoints.
 
-A step reads rows from the stage's loader, accumulates gradients over micro-batches, asks the guard, clips, steps, and
-moves the experts' selection bias. Everything that decides what happens next (parameters, optimizer, place in schedule
-and data) is in the checkpoint, so that a run killed at any moment and started again computes what it would have
-computed.
+A step reads rows from the stage's loader, accumulates gradients over micro-batches, clips them, checks them with the
+guard, updates the parameters, and updates the experts' selection bias. A checkpoint contains the complete state
+(parameters, optimizer, positions in schedule and data), so that a killed and resumed run computes the same results as
+an uninterrupted one.
 """
 
 import time
@@ -41,14 +41,14 @@ from openmimo.train.optim import (
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one optimizer step saw.
+    """Statistics of one optimizer step.
 
     Attributes:
-        losses: Mean loss of each head, in nats.
-        gradient_norm: Before clipping.
-        num_zero_gradients: Gradient entries that are exactly zero.
-        load: Tokens that visited each expert, int64 [E], by layer.
-        tokens: Tokens read.
+        losses: Mean loss of each head in nats.
+        gradient_norm: Gradient norm before clipping.
+        num_zero_gradients: Number of gradient entries that are exactly zero.
+        load: Number of tokens routed to each expert, int64 [E], by layer.
+        tokens: Number of tokens read.
     """
 
     losses: list[float]
@@ -59,17 +59,17 @@ class StepReport:
 
 
 class Trainer:
-    """One run, from wherever `start` left it to the end of its last stage.
+    """Trains one run from the progress `start` to the end of its last stage.
 
     Args:
-        config: What to train.
-        model: In float32, on `device`.
-        tokenizer: For the checkpoints.
-        loaders: The rows of each stage from that of `start` on, by its number.
-        device: Where to compute.
-        start: How far the run is.
-        optimizer_tensors: The optimizer's state there (None: the beginning).
-        console: For the progress bar and warnings.
+        config: The config of the run.
+        model: The model in float32, on `device`.
+        tokenizer: The tokenizer, which is saved with checkpoints.
+        loaders: Loaders of the stages by number, from the current stage on.
+        device: The device.
+        start: The progress to start from.
+        optimizer_tensors: The optimizer's state at `start` (None for a new run).
+        console: Console for the progress bar and warnings.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class Trainer:
         self.run_folder = Path(config.run_folder)
         self.checkpoints = Checkpoints(self.run_folder, config.checkpoints)
         self.metrics = MetricsWriter(self.run_folder, tensorboard=config.tensorboard)
-        self.metrics.truncate_after(start.step or -1)  # the evaluation before the first step comes again
+        self.metrics.truncate_after(start.step or -1)  # the evaluation before the first step is repeated
         self.step, self.tokens = start.step, start.tokens
         self.guard = StepGuard(
             model,
@@ -103,7 +103,7 @@ class Trainer:
             num_skipped=start.skipped,
             skipped_in_a_row=start.skipped_in_a_row,
         )
-        self._probe: MicroBatch | None = None  # of the newest step that was taken
+        self._probe: MicroBatch | None = None  # a micro-batch of the last step that was not skipped
         self._loaders = loaders
         self._stage_index = -1
         self.optimizer = build_optimizer(self.model, config.optimizer)
@@ -115,17 +115,17 @@ class Trainer:
         self._matmul_flops = measured_matmul_flops(device, self.model.compute_dtype)
 
     def run(self, *, stop_after_step: int | None = None) -> None:
-        """Trains to the end, or to `stop_after_step`. Writes metrics and checkpoints on the way and one at the end.
+        """Train to the end or to `stop_after_step`. Writes metrics and checkpoints regularly and at the end.
 
         Raises:
-            DivergedError: Loss, gradients or weights are not finite; the message names the checkpoint to go on from.
-            Interrupted: SIGINT or SIGTERM came; the step in flight is done and its checkpoint written.
+            DivergedError: Loss, gradients or weights are not finite. The message names the newest intact checkpoint.
+            Interrupted: SIGINT or SIGTERM was received. The current step was completed and its checkpoint written.
         """
         last = total_steps(self.config.stages)
         last = last if stop_after_step is None else min(last, stop_after_step)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with self.checkpoints.named_in_errors(), stop_requests() as stop:
-            self.guard.check_weights(f"the model that step {self.step + 1} begins with")
+            self.guard.check_weights(f"the model before step {self.step + 1}")
             if self.step == 0:
                 self._evaluate()
             with ProgressBar(*columns, console=self.console) as bar:
@@ -143,7 +143,7 @@ class Trainer:
         self.metrics.close()
 
     def train_step(self, stage: Phase, stage_step: int) -> StepReport:
-        """One optimizer step of `stage`; advances the counters. Raises DivergedError."""
+        """Run one optimizer step of `stage` and advance the counters. Raises DivergedError."""
         rows = rows_of_step(stage, stage_step)
         first_row = self.loader.rows_consumed
         micro_batches = load_micro_batches(
@@ -172,7 +172,7 @@ class Trainer:
     def _accumulate(
         self, stage: Phase, micro_batches: list[MicroBatch]
     ) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
-        """Adds up the gradients of a step. Returns each head's mean loss, float32 [heads], and the experts' load."""
+        """Accumulate the gradients of a step. Returns each head's mean loss, float32 [heads], and the experts' load."""
         counts = torch.stack([batch.label_counts() for batch in micro_batches]).sum(dim=0)
         losses = torch.zeros(len(counts), device=self.device)
         load: dict[int, torch.Tensor] = {}
@@ -193,7 +193,7 @@ class Trainer:
         return losses, load
 
     def save(self) -> Path:
-        """Writes a checkpoint of this moment. Raises DivergedError if the weights are of no use."""
+        """Write a checkpoint. Raises DivergedError if the weights are not finite or give values that are not."""
         self._check_weights()
         self.metrics.sync()
         progress = Progress(
@@ -215,17 +215,17 @@ class Trainer:
             self.guard.check_step(loss, f"the model after step {self.step}, on a micro-batch of that step,")
 
     def _stage_of_step(self) -> Phase:
-        place = place_of(self.step, self.config.stages)
-        if place.stage_index != self._stage_index:
+        position = place_of(self.step, self.config.stages)
+        if position.stage_index != self._stage_index:
             self.loader.close()
-            self.loader = self._enter_stage(place.stage_index)
-        return place.stage
+            self.loader = self._enter_stage(position.stage_index)
+        return position.stage
 
     def _steps_before_stage(self) -> int:
         return sum(stage.steps for stage in self.config.stages[: self._stage_index])
 
     def _enter_stage(self, index: int) -> Loader:
-        """Applies what the stage changes in the model, and opens its data."""
+        """Apply the stage's changes to the model, and return its loader."""
         stage = self.config.stages[index]
         self._stage_index = index
         self.model.extend_context(full_rope_theta=stage.full_rope_theta, max_positions=stage.sequence_length)
@@ -247,7 +247,7 @@ class Trainer:
             try:
                 self.save()
             except CheckpointError as error:
-                self.console.print(f"[yellow]warning:[/] {error} Training goes on.", soft_wrap=True)
+                self.console.print(f"[yellow]warning:[/] {error} Training continues.", soft_wrap=True)
 
     def _step_metrics(self, stage: Phase, report: StepReport, seconds: float) -> dict:
         flops = training_flops_per_token(self.model.config, stage.sequence_length) * report.tokens

@@ -94,7 +94,7 @@ def test_every_option_has_a_default_and_a_line(verb, capsys, monkeypatch):
         (["generate", "CHECKPOINT", "--prompt", "x"], "tokenizer.json"),
         (["generate", "CHECKPOINT", "--prompt", "x", "--temperature", "-1"], "temperature"),
         (["eval", "CHECKPOINT"], "tokenizer.json"),
-        (["convert", "CHECKPOINT", "CHECKPOINT"], "exists already"),
+        (["convert", "CHECKPOINT", "CHECKPOINT"], "already exists"),
         (["convert", "CHECKPOINT", "RUN", "--dtype", "int3"], "int3"),
         (["convert", "nowhere", "RUN"], "nowhere"),
         (["audit", "enormous"], "enormous"),

@@ -81,7 +81,7 @@ def test_a_finished_run_is_not_run_again_and_a_running_one_not_twice(models, tmp
 
 
 def _second_run(models, folder) -> None:
-    with pytest.raises(ConfigError, match="a run is going on here"):
+    with pytest.raises(ConfigError, match="another run uses this folder"):
         run(grpo_config(models, folder))
 
 

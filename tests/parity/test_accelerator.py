@@ -13,8 +13,8 @@ from openmimo.core.records import SamplingParams
 from openmimo.data.config import MixtureConfig, SourceConfig
 from openmimo.engine.llm import LLM
 from openmimo.engine.sampler import Draw, LogitChange, decide, sampling_input
-from openmimo.kernels.attention import ATTENTION, AttentionNeed
-from openmimo.kernels.operations import EXPERTS, ExpertsNeed, token_logprobs, token_loss
+from openmimo.kernels.attention import ATTENTION, PAGED_ATTENTION, AttentionNeed, PagedNeed, Pages
+from openmimo.kernels.operations import EXPERTS, ROUTER, ExpertsNeed, RoutingRule, route, token_logprobs, token_loss
 from openmimo.model.context import PackedContext
 from openmimo.runtime.device import resolve_device
 from openmimo.train.config import EvaluationConfig, Phase, PretrainConfig, TokenizerConfig
@@ -82,6 +82,86 @@ def test_experts(device, dtype):
     for ours, theirs in zip((out, *gradients), (expected, *expected_gradients), strict=True):
         assert relative(ours, theirs) < (3e-2 if dtype == torch.bfloat16 else 1e-3), name
     assert name == ("grouped" if dtype == torch.bfloat16 else "sorted_loop")
+
+
+PAGED_CALLS = {  # query lengths, key lengths, query heads, key/value heads, key dim, value dim, window, sink
+    "decode": ((1, 1, 1), (50, 1301, 9), 8, 2, 192, 128, None, True),
+    "window": ((1, 1), (300, 9), 64, 8, 192, 128, 128, True),
+    "verify": ((4, 2, 16), (1300, 7, 640), 64, 4, 192, 128, None, False),
+    "small dims": ((3, 1), (130, 77), 4, 2, 48, 32, 33, True),
+    "no queries": ((1, 0, 2), (40, 0, 90), 8, 2, 64, 64, None, True),
+}
+
+
+@pytest.mark.parametrize(
+    "dtype, cached", [("float32", "float32"), ("bfloat16", "bfloat16"), ("bfloat16", "float8_e4m3fn")]
+)
+@pytest.mark.parametrize("call", PAGED_CALLS)
+def test_paged_attention(device, call, dtype, cached):
+    query_lengths, key_lengths, N, G, K, V, window_keys, has_sink = PAGED_CALLS[call]
+    dtype, cached, P = getattr(torch, dtype), getattr(torch, cached), 16
+    counts = [-(-length // P) for length in key_lengths]
+    order = torch.randperm(sum(counts)).int()
+    tables = torch.zeros(len(counts), max(counts), dtype=torch.int32)
+    for row, count in enumerate(counts):
+        tables[row, :count] = order[sum(counts[:row]) : sum(counts[:row]) + count]
+    keys, values = (torch.randn(sum(counts), P, G, dim, device=device).to(dtype).to(cached) for dim in (K, V))
+    pages = Pages(keys, values, tables.to(device))
+    q = torch.randn(sum(query_lengths), N, K, device=device).to(dtype)
+    sink = torch.randn(N, device=device) if has_sink else None
+    lengths = {
+        "query_lengths_B": torch.tensor(query_lengths, dtype=torch.int32, device=device),
+        "key_lengths_B": torch.tensor(key_lengths, dtype=torch.int32, device=device),
+        "longest_query": max(query_lengths),
+        "longest_key": max(key_lengths),
+    }
+    name, backend = PAGED_ATTENTION.choose(PagedNeed(max(query_lengths), K, V, False, dtype, cached, False))
+    out = backend.run(q, pages, sink, window_keys=window_keys, **lengths).out_TNV
+    kept = [row for row, length in enumerate(query_lengths) if length]
+    exact = dict(PAGED_ATTENTION.backends())["reference"].run(
+        q.double(),
+        Pages(keys.to(dtype).double(), values.to(dtype).double(), pages.tables_BY[kept]),
+        sink,
+        query_lengths_B=lengths["query_lengths_B"][kept],
+        key_lengths_B=lengths["key_lengths_B"][kept],
+        longest_query=lengths["longest_query"],
+        longest_key=lengths["longest_key"],
+        window_keys=window_keys,
+    )
+    assert name == "triton"
+    assert relative(out, exact.out_TNV) < (1e-2 if dtype == torch.bfloat16 else 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [1, 5, 64, 256])
+def test_few_tokens_through_experts(device, tokens, dtype):
+    E, A, D, F = 16, 4, 200, 72
+    ids = torch.rand(tokens, E, device=device).topk(A).indices
+    tensors = [torch.randn(tokens, D), torch.rand(tokens, A), torch.randn(E, 2 * F, D), torch.randn(E, D, F)]
+    x, weights, gate_up, down = (tensor.to(device) for tensor in tensors)
+    x, gate_up, down = x.to(dtype), (0.1 * gate_up).to(dtype), (0.1 * down).to(dtype)
+    need = ExpertsNeed(tokens, E, A, D, F, dtype, False, False)
+    name, backend = EXPERTS.choose(need)
+    out = backend.run(x, ids, weights, gate_up, down, need=need)
+    wide = (x.double(), ids, weights.double(), gate_up.double(), down.double())
+    exact = dict(EXPERTS.backends())["reference"].run(*wide, need=need)
+    assert name == "triton"
+    assert relative(out, exact) < (1e-2 if dtype == torch.bfloat16 else 1e-5)
+    alone = backend.run(x[:1], ids[:1], weights[:1], gate_up, down, need=need._replace(num_tokens=1))
+    assert torch.equal(alone[0], out[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_routes(device, dtype):
+    x, weight = torch.randn(70, 300, device=device).to(dtype), torch.randn(48, 300, device=device)
+    bias, rule = torch.randn(48, device=device), RoutingRule(6, routed_scale=2.5)
+    with torch.inference_mode():
+        ids, weights, _ = route(x, weight, bias, rule)
+    exact_ids, exact_weights, _ = dict(ROUTER.backends())["reference"].run(
+        x.double(), weight.double(), bias.double(), rule, None, False
+    )
+    assert torch.equal(ids, exact_ids)
+    assert relative(weights, exact_weights) < 1e-5
 
 
 def test_token_losses(device):

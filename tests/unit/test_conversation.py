@@ -132,7 +132,7 @@ def test_other_templates_work_if_they_ask_for_answers(tmp_path):
 
 def test_templates_whose_answers_cannot_be_told_are_refused(tmp_path):
     silent = with_template(tmp_path, "{% for m in messages %}{{ m.content }}{% endfor %}")
-    with pytest.raises(DataError, match="no words that ask for an answer"):
+    with pytest.raises(DataError, match="no generation prompt"):
         encode_conversation(silent, [QUESTION, ANSWER])
     other = with_template(tmp_path, CHATML.replace("<|im_start|>{{ m.role }}", "<|im_start|>{{ m.role | upper }}"))
     with pytest.raises(DataError, match="has 1 assistant turns, but 0 are found"):
@@ -182,7 +182,10 @@ def test_a_turn_of_weight_0_is_read_but_not_learned(thinking):
         ({**ANSWER, "weight": True}, "weight"),
         ({**ANSWER, "weight": "0"}, "weight"),
         ({**THANKS, "weight": 1}, "only assistant turns"),
-        ({"role": "assistant", "tool_calls": [{"function": {"name": "add", "arguments": '{"a": '}}]}, "no JSON object"),
+        (
+            {"role": "assistant", "tool_calls": [{"function": {"name": "add", "arguments": '{"a": '}}]},
+            "not a JSON object",
+        ),
         ({"role": "assistant", "content": CALL_TEXT}, "spells out a tool call"),
     ],
 )

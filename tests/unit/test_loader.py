@@ -290,7 +290,7 @@ def test_too_little_text_is_named(open_loader, text_only, mixture):
         open_loader(mixture=text_only, sequence_length=10**6)
     loader = open_loader(mixture=MixtureConfig(text_only.sources, validation_fraction=0.0))
     loader.next_batch(1)
-    with pytest.raises(DataError, match="Nothing of source .*validation_fraction is 0"):
+    with pytest.raises(DataError, match="No data of source .*validation_fraction is 0"):
         next(loader.fixed_batches(1, 1))
 
 

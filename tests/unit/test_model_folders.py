@@ -398,9 +398,9 @@ def test_merge_refuses_before_it_loads(sound, tmp_path):
     openmimo.save_model(other, tmp_path / "child")
     before = (tmp_path / "child" / "config.json").read_bytes()
     for base, children, out, scale, named in (
-        ("nowhere", ["nowhere"], sound, 1.0, "exists already"),
+        ("nowhere", ["nowhere"], sound, 1.0, "already exists"),
         ("nowhere", ["nowhere"], tmp_path / "new", float("nan"), "scale"),
-        (sound, [tmp_path / "child"], tmp_path / "child", 1.0, "exists already"),
+        (sound, [tmp_path / "child"], tmp_path / "child", 1.0, "already exists"),
         (sound, [tmp_path / "child"], tmp_path / "new", 1.0, "layers"),
     ):
         with pytest.raises(UserError, match=named):

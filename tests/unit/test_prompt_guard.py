@@ -176,7 +176,7 @@ def test_half_a_character_is_refused(place):
 
 def test_a_template_that_puts_special_tokens_together_of_parts_is_refused():
     template = "{% for m in messages %}{{ '<|' ~ (m.role | replace('user', 'im_start')) ~ '|>' }}{% endfor %}"
-    with pytest.raises(DataError, match="together of parts"):
+    with pytest.raises(DataError, match="joins special tokens from parts"):
         encode_chat(with_template(template), [Message("user", "x")])
 
 

@@ -93,7 +93,7 @@ def test_a_second_run_is_refused_until_the_first_is_dead(tmp_path):
         try:
             assert holder.stdout.readline() == "held\n"
             before = snapshot(tmp_path / "run")
-            with pytest.raises(ConfigError, match=f"a run is going on here: process {holder.pid} "):
+            with pytest.raises(ConfigError, match=f"another run uses this folder: process {holder.pid} "):
                 pretrain(short_run(tmp_path))
             assert snapshot(tmp_path / "run") == before
         finally:

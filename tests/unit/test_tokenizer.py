@@ -147,7 +147,7 @@ def test_load_needs_nothing_but_tokenizer_json(folder):
 @pytest.mark.parametrize(
     ("content", "named"),
     [
-        (None, "holds no tokenizer.json"),
+        (None, "contains no tokenizer.json"),
         ("{", "not valid JSON"),
         ('{"model": {"type": "Unigram"}, "decoder": {"type": "Metaspace"}}', "Unigram"),
     ],

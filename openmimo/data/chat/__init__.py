@@ -1,1 +1,1 @@
-"""Conversations: their template, the parser of replies, training rows."""
+"""Conversations: chat templates, the parser of replies, and training rows."""

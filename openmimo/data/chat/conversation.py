@@ -1,7 +1,7 @@
-"""Conversations as token ids with a mask of what the model wrote: for fine-tuning, and the prompts of rollouts.
+"""Conversations as token ids with a mask of the tokens that the model writes, for fine-tuning and rollout prompts.
 
-An assistant turn begins with the tokens by which the chat template asks for an answer, and ends with a stop token. No
-text of a conversation can hold these tokens: `encode_chat` takes special tokens from the template only.
+An assistant turn begins with the template's generation prompt and ends with a stop token. The text of a conversation
+cannot contain these tokens, because `encode_chat` takes special tokens from the template only.
 """
 
 import functools
@@ -26,9 +26,9 @@ def encode_prompt(
     tools: Iterable[Mapping[str, Any]] = (),
     enable_thinking: bool = False,
 ) -> list[int]:
-    """The ids of a conversation up to where the model answers.
+    """Return the ids of a conversation up to the model's answer.
 
-    They are the first ids of `encode_conversation` of the same messages and the answer.
+    They are a prefix of the result of `encode_conversation` for the same messages and the answer.
     """
     turns = [_plain_turn(message, enable_thinking) for message in messages]
     return encode_chat(tokenizer, turns, tools=tools, enable_thinking=enable_thinking)
@@ -41,14 +41,27 @@ def encode_conversation(
     tools: Iterable[Mapping[str, Any]] = (),
     enable_thinking: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(token ids int32 [T], mask bool [T]): the mask is True where the assistant wrote the token.
+    """Return the ids of a conversation and the mask of the tokens that the assistant writes.
 
-    That is its text and tool calls and the token that ends its turn, but not what the prompt gives it: the turn's head
-    and, without thinking, the empty thinking block. Without thinking, reasoning is left out. With thinking, reasoning
-    counts, and only turns after the last question do: of earlier ones the template hides the reasoning, so no model
-    answers like that (`conversations_by_question` makes each question the last once). A turn with OpenAI's `weight: 0`
-    does not count. Raises DataError for another weight than 0 and 1, for a turn that counts and spells out control
-    tokens or calls, and if the assistant's turns cannot be found among the tokens.
+    The mask covers the assistant's text, its tool calls and the token that ends its turn. It excludes the generation
+    prompt, which without thinking includes the empty thinking block. A turn with OpenAI's `weight: 0` is excluded.
+
+    Without thinking, reasoning is dropped. With thinking, reasoning is included, and only turns after the last question
+    are in the mask: the template hides the reasoning of earlier turns, so the model never writes them in that form.
+    `conversations_by_question` makes each question the last one of an example.
+
+    Args:
+        tokenizer: The tokenizer, with its chat template.
+        messages: The turns.
+        tools: Function schemas in OpenAI's form.
+        enable_thinking: Whether the model may think.
+
+    Returns:
+        Token ids (int32 [T]) and mask (bool [T]).
+
+    Raises:
+        DataError: A weight is neither 0 nor 1, a turn in the mask spells out control tokens or tool calls, or the
+            assistant's turns cannot be located in the tokens.
     """
     turns = [_plain_turn(message, enable_thinking) for message in messages]
     token_ids = encode_chat(tokenizer, turns, tools=tools, add_generation_prompt=False, enable_thinking=enable_thinking)
@@ -58,8 +71,8 @@ def encode_conversation(
     spans = _assistant_spans(tokenizer, token_ids, enable_thinking)
     if len(spans) != len(answers):
         raise DataError(
-            f"The conversation has {len(answers)} assistant turns, but {len(spans)} are found among its tokens: the "
-            "chat template must begin each as it begins the answer to a prompt, and end it with a stop token."
+            f"The conversation has {len(answers)} assistant turns, but {len(spans)} are found in its tokens: the "
+            "chat template must begin each of them with the generation prompt, and end it with a stop token."
         )
     mask = np.zeros(len(token_ids), dtype=bool)
     num_counted = len(_answers_to_last_question(turns)) if enable_thinking else len(spans)
@@ -70,15 +83,15 @@ def encode_conversation(
 
 
 def has_reasoning(messages: Iterable[AnyMessage]) -> bool:
-    """Whether an assistant turn that counts comes with its reasoning. Blank reasoning is none."""
+    """Return whether an assistant turn with weight 1 has reasoning that is not blank."""
     turns = (_plain_turn(message, enable_thinking=True) for message in messages)
     return any("reasoning_content" in turn for turn in turns if _counts(turn))
 
 
 def conversations_by_question(messages: Sequence[AnyMessage]) -> list[list[AnyMessage]]:
-    """For each answered question, the conversation up to its last answer; without any question, the whole."""
+    """Return, for each answered question, the conversation up to its last answer; the whole one without questions."""
     roles = [message_dict(message)["role"] for message in messages]
-    questions = [place for place, role in enumerate(roles) if role == "user"] or [0]
+    questions = [index for index, role in enumerate(roles) if role == "user"] or [0]
     ends = [*questions[1:], len(roles)]
     return [list(messages[:end]) for start, end in zip(questions, ends, strict=True) if "assistant" in roles[start:end]]
 
@@ -90,7 +103,7 @@ def _answers_to_last_question(turns: Sequence[Mapping[str, Any]]) -> list[Mappin
 
 
 def _plain_turn(message: AnyMessage, enable_thinking: bool) -> dict[str, Any]:
-    """A turn in OpenAI's form, with reasoning in its own field, or without it if the model is not to think."""
+    """Return a turn in OpenAI's form. Reasoning is in a separate field, or dropped without `enable_thinking`."""
     turn = message_dict(message)
     if turn["role"] != "assistant":
         return turn
@@ -99,14 +112,14 @@ def _plain_turn(message: AnyMessage, enable_thinking: bool) -> dict[str, Any]:
         reasoning, _, turn["content"] = content.removeprefix(THINK_START).partition(THINK_END)
         turn.setdefault("reasoning_content", reasoning)
         if not enable_thinking or not reasoning.strip():
-            turn["content"] = turn["content"].lstrip("\n")  # it parted the answer from the reasoning
+            turn["content"] = turn["content"].lstrip("\n")  # the separator of reasoning and answer
     if not enable_thinking or not turn.get("reasoning_content", "").strip():
         turn.pop("reasoning_content", None)
     return turn
 
 
 def _counts(turn: Mapping[str, Any]) -> bool:
-    """Whether a turn is trained on: the assistant's, unless its weight is 0. Raises DataError for another weight."""
+    """Return whether a turn is trained on: an assistant turn without weight 0. Raises DataError for other weights."""
     weight = turn.get("weight")
     if weight is not None and (isinstance(weight, bool) or weight not in (0, 1)):
         raise DataError(f"The weight of a turn is {weight!r}; it must be 0 (not trained on) or 1.")
@@ -116,7 +129,7 @@ def _counts(turn: Mapping[str, Any]) -> bool:
 
 
 def _assistant_spans(tokenizer: Tokenizer, token_ids: Sequence[int], enable_thinking: bool) -> list[tuple[int, int]]:
-    """Where each assistant turn starts, after its head, and ends, after its stop token."""
+    """Return the range of each assistant turn, from the end of its generation prompt to the end of its stop token."""
     head = _turn_head(tokenizer, enable_thinking)
     spans, position = [], 0
     while position + len(head) <= len(token_ids):
@@ -124,7 +137,7 @@ def _assistant_spans(tokenizer: Tokenizer, token_ids: Sequence[int], enable_thin
             position += 1
             continue
         start = position + len(head)
-        stops = (place for place in range(start, len(token_ids)) if token_ids[place] in tokenizer.eos_token_ids)
+        stops = (index for index in range(start, len(token_ids)) if token_ids[index] in tokenizer.eos_token_ids)
         end = next(stops, None)
         if end is None:
             break
@@ -135,19 +148,20 @@ def _assistant_spans(tokenizer: Tokenizer, token_ids: Sequence[int], enable_thin
 
 @functools.lru_cache(maxsize=16)
 def _turn_head(tokenizer: Tokenizer, enable_thinking: bool) -> tuple[int, ...]:
-    """The tokens by which the chat template asks for an answer."""
+    """Return the tokens of the generation prompt."""
     question = [{"role": "user", "content": "x"}]
-    asked = encode_chat(tokenizer, question, enable_thinking=enable_thinking)
-    known = encode_chat(tokenizer, question, enable_thinking=enable_thinking, add_generation_prompt=False)
-    if asked[: len(known)] != known or len(asked) == len(known):
-        raise DataError(
-            "The chat template has no words that ask for an answer, so answers cannot be told from prompts."
-        )
-    return tuple(asked[len(known) :])
+    with_prompt = encode_chat(tokenizer, question, enable_thinking=enable_thinking)
+    without_prompt = encode_chat(tokenizer, question, enable_thinking=enable_thinking, add_generation_prompt=False)
+    if with_prompt[: len(without_prompt)] != without_prompt or len(with_prompt) == len(without_prompt):
+        raise DataError("The chat template has no generation prompt, so answers cannot be distinguished from prompts.")
+    return tuple(with_prompt[len(without_prompt) :])
 
 
 def _refuse_markup(tokenizer: Tokenizer, answers: Iterable[Mapping[str, Any]]) -> None:
-    """Text of a turn is encoded as text, so a model would learn to spell control tokens and calls letter by letter."""
+    """Reject control tokens and tool calls in the text of a turn.
+
+    They would be encoded as plain text, and the model would learn to spell them in ordinary tokens.
+    """
     controls = [tokenizer.decode([token_id], skip_special=False) for token_id in tokenizer.control_token_ids]
     for turn in answers:
         calls = turn.get("tool_calls", [])
@@ -162,7 +176,7 @@ def _refuse_markup(tokenizer: Tokenizer, answers: Iterable[Mapping[str, Any]]) -
         for call in calls:
             if isinstance(call["function"]["arguments"], str):
                 raise DataError(
-                    f"The arguments of tool call {call['function']['name']!r} are no JSON object: "
+                    f"The arguments of tool call {call['function']['name']!r} are not a JSON object: "
                     f"{call['function']['arguments']!r}."
                 )
 

@@ -1,8 +1,8 @@
-"""Jinja chat templates, compiled as Hugging Face compiles them.
+"""Jinja chat templates, compiled with the settings of Hugging Face.
 
-One template renders the same text here and there: a sandbox, trimmed blocks, `tojson` without HTML escapes,
-`raise_exception`, `strftime_now`, loop controls and the `generation` block. A compiled template can mark the special
-tokens that it writes itself.
+These are a sandbox, trimmed blocks, `tojson` without HTML escapes, `raise_exception`, `strftime_now`, loop controls and
+the `generation` block. A template therefore renders the same text as in transformers. A compiled template can replace
+the special tokens that it writes by marker characters.
 """
 
 import functools
@@ -25,23 +25,23 @@ SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def check_template(source: str, path: Path) -> None:
-    """Raises DataError, naming `path` and where it can the line, for a chat template that is no Jinja."""
+    """Raise DataError if a chat template is not valid Jinja. The message has `path` and, where known, the line."""
     try:
         compile_template(source, ())
     except jinja2.TemplateSyntaxError as error:
         raise DataError(f"{path}: the chat_template is not valid: line {error.lineno}: {error}") from error
-    except (RecursionError, ValueError, SyntaxError) as error:  # nested too deeply, a number of too many digits
+    except (RecursionError, ValueError, SyntaxError) as error:  # too deeply nested, or a number with too many digits
         raise DataError(f"{path}: the chat_template is not valid: {error}") from error
 
 
 @functools.cache
 def mimo_template() -> str:
-    """The Jinja source of MiMo's own chat format."""
+    """Return the Jinja source of MiMo's chat format."""
     return Path(__file__).with_name("mimo_chat.jinja").read_text(encoding="utf-8")
 
 
 class _GenerationBlock(jinja2.ext.Extension):
-    """`{% generation %}` marks assistant text for training masks in some templates; here it only renders its body."""
+    """Renders the body of `{% generation %}`, which marks assistant text for training masks in some templates."""
 
     tags = {"generation"}
 
@@ -52,7 +52,7 @@ class _GenerationBlock(jinja2.ext.Extension):
 
 @functools.lru_cache(maxsize=16)
 def compile_template(source: str, marks: tuple[tuple[str, str], ...]) -> jinja2.Template:
-    """Compiles a template; in what it writes itself, each special token of `marks` becomes its mark."""
+    """Compile a template. Each special token in its literals is replaced by its marker from `marks`."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, jinja2.ext.loopcontrols]
     )
@@ -64,7 +64,7 @@ def compile_template(source: str, marks: tuple[tuple[str, str], ...]) -> jinja2.
     return environment.from_string(tree)
 
 
-# Methods and filters whose (first) argument is looked for in a text, not written.
+# Methods and filters that search a text for their first argument and do not write it.
 _SEARCHES = frozenset(
     ["startswith", "endswith", "split", "rsplit", "partition", "rpartition", "strip", "lstrip", "rstrip", "find",
      "removeprefix", "removesuffix", "rfind", "index", "rindex", "count", "replace"]
@@ -72,7 +72,7 @@ _SEARCHES = frozenset(
 
 
 def _mark_literals(node: jinja2.nodes.Node, marks: Mapping[str, str]) -> None:
-    """Puts marks for the special tokens in what the template writes, not in what it compares a text with."""
+    """Replace special tokens by markers in literals that the template writes, but not in those it compares with."""
     match node:
         case jinja2.nodes.TemplateData():
             node.data = marked(node.data, marks)
@@ -83,7 +83,7 @@ def _mark_literals(node: jinja2.nodes.Node, marks: Mapping[str, str]) -> None:
 
 
 def _written(node: jinja2.nodes.Node) -> Iterable[jinja2.nodes.Node]:
-    """The parts of a node of which something may be written."""
+    """Return the child nodes whose text may be written."""
     match node:
         case jinja2.nodes.Compare() | jinja2.nodes.Test():
             return ()
@@ -95,7 +95,7 @@ def _written(node: jinja2.nodes.Node) -> Iterable[jinja2.nodes.Node]:
 
 
 def marked(text: str, marks: Mapping[str, str]) -> str:
-    """Replaces each special token in `text` by its mark, longer tokens first."""
+    """Replace each special token in `text` by its marker, longer tokens first."""
     if not marks:
         return text
     longest_first = sorted(marks, key=len, reverse=True)

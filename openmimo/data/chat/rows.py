@@ -1,4 +1,4 @@
-"""Rows of whole conversations, each with a mask of the tokens that count."""
+"""Rows of whole conversations, each with a loss mask."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,23 +10,28 @@ from openmimo.data.source import Row
 
 @dataclass(frozen=True)
 class Document:
-    """A conversation and its end-of-text token. token_ids: int32 [T]. mask: bool [T], True where the token counts."""
+    """A conversation with its end-of-text token.
+
+    Attributes:
+        token_ids: int32 [T].
+        mask: bool [T], True where the token enters the loss.
+    """
 
     token_ids: np.ndarray
     mask: np.ndarray
 
 
 def make_document(encoded: tuple[np.ndarray, np.ndarray], end_of_text_id: int) -> Document:
-    """What `encode_conversation` gave, ended by the end-of-text token, which does not count."""
+    """Append an end-of-text token, without loss, to a result of `encode_conversation`."""
     token_ids, mask = encoded
     return Document(np.append(token_ids, np.int32(end_of_text_id)), np.append(mask, False))
 
 
 def join_row(documents: Sequence[Document], sequence_length: int, *, filler: Callable[[], Document]) -> Row:
-    """A row of `documents`, which must fit.
+    """Join `documents`, which must fit, to a row.
 
-    What is left of it is filled with documents from `filler`, the last one cut, of which no token counts: unlike
-    padding, they are the text that experts are balanced for.
+    The rest of the row contains documents from `filler` without loss, the last one truncated. Unlike padding, they
+    are representative input for the load balancing of experts.
     """
     token_ids = [document.token_ids for document in documents]
     masks = [document.mask for document in documents]

@@ -1,7 +1,7 @@
 """Conversations as text and as token ids, with the chat template of the checkpoint or MiMo's (`mimo_chat.jinja`).
 
-A conversation is untrusted text. `render` can mark the special tokens that the template itself writes. The same words
-in a message, a tool or an argument then remain text, wherever they occur and however they are joined.
+A conversation is untrusted text. `render` can mark the special tokens that the template itself writes. The same text in
+a message, a tool or an argument remains plain text, even where the template joins it from parts.
 """
 
 import functools
@@ -33,21 +33,21 @@ def encode_chat(
     keep_all_reasoning: bool = False,
     most_tokens: int | None = None,
 ) -> list[int]:
-    """Returns the ids of a conversation in the chat format of the tokenizer's checkpoint.
+    """Return the ids of a conversation in the chat format of the tokenizer's checkpoint.
 
-    Special tokens, `<think>` and tool markup included, come from the template only. Their names in a message of any
-    role, a tool or the arguments of a call are plain text, so no text of a conversation opens or closes a turn.
+    Special tokens, `<think>` and tool tags come from the template only. Their names in a message of any role, a tool or
+    the arguments of a call are encoded as plain text, so the text of a conversation cannot open or close a turn.
 
     Args:
         tokenizer: The tokenizer, with its chat template.
-        messages: The turns; see `render`, as for the options below.
+        messages: The turns, as in `render`.
         tools: Function schemas that the model may call.
         add_generation_prompt: Whether to open the turn of the assistant.
         continue_final_message: Whether to end after the content of the last message, which must be the assistant's, so
             that the model continues it. Excludes `add_generation_prompt`.
-        enable_thinking: Whether the model may open its own `<think>`.
+        enable_thinking: Whether the model may open `<think>` itself.
         keep_all_reasoning: Whether to keep the reasoning of turns before the last question.
-        most_tokens: If the conversation has more tokens, the rest may be left out; see `Tokenizer.encode`.
+        most_tokens: Encoding may stop after more than this number of tokens, as in `Tokenizer.encode`.
 
     Raises:
         DataError: The template or the conversation does not render.
@@ -106,14 +106,21 @@ def render(
     special_tokens: Mapping[str, str] | None = None,
     marks: Mapping[str, str] | None = None,
 ) -> str:
-    """The text of a conversation.
+    """Render a conversation as text.
 
-    messages: `Message` records, or dicts in OpenAI's form. template: Jinja source; None is MiMo's. tools: function
-    schemas in OpenAI's form, with or without the outer `{"type": "function", "function": ...}`. enable_thinking: leave
-    the model to open its own `<think>`. keep_all_reasoning: show the reasoning of turns before the last question too.
-    special_tokens: names such as `eos_token` that a template may print. marks: special tokens, and for each the lone
-    surrogate that stands for it where the template writes it. A conversation that holds a lone surrogate is refused, so
-    a mark in the result is the template's. Raises DataError for a template or a conversation that does not render.
+    Args:
+        messages: `Message` records, or dicts in OpenAI's form.
+        template: Jinja source; None is MiMo's.
+        tools: Function schemas in OpenAI's form, with or without the outer `{"type": "function", "function": ...}`.
+        add_generation_prompt: Whether to open the turn of the assistant.
+        enable_thinking: Whether the model may open `<think>` itself.
+        keep_all_reasoning: Whether to keep the reasoning of turns before the last question.
+        special_tokens: Variables of the template, such as `eos_token`.
+        marks: For each special token, a lone surrogate that replaces it where the template writes it. A conversation
+            with lone surrogates is rejected, so that each of them in the result comes from the template.
+
+    Raises:
+        DataError: The template or the conversation does not render.
     """
     conversation = {
         "messages": [message_dict(message) for message in messages],
@@ -139,7 +146,7 @@ def render(
 
 
 def message_dict(message: Message | Mapping[str, Any]) -> dict[str, Any]:
-    """One turn as templates expect it: text content, and tool calls whose arguments are a dict. Raises DataError."""
+    """Return one turn as templates expect it, with text content and arguments as dicts. Raises DataError."""
     if isinstance(message, Message):
         message = {
             "role": message.role,
@@ -159,7 +166,7 @@ def message_dict(message: Message | Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _content_text(content: Any) -> str:
-    """OpenAI allows text, nothing, or a list of parts; only text parts can be rendered."""
+    """Return the text of a content: a text, None, or OpenAI's list of parts, all of them text."""
     if content is None:
         return ""
     if isinstance(content, str):
@@ -203,14 +210,14 @@ def _check_no_surrogates(conversation: Mapping[str, Any]) -> None:
         raise DataError(f"A conversation and its tools must be JSON values ({error}).") from error
     if found := SURROGATE.search(text):
         raise DataError(
-            f"The conversation holds the lone surrogate {found[0]!r}, half of a character that stands for nothing. "
-            "Leave it out."
+            f"The conversation contains the lone surrogate {found[0]!r}, half of a UTF-16 pair, which is not a "
+            "character. Remove it."
         )
 
 
 @functools.lru_cache(maxsize=16)
 def _marks_of(template: str, eos_token: str, special_tokens: tuple[str, ...]) -> dict[str, str]:
-    """The special tokens that the template can write, each with the lone surrogate that marks it in a rendering.
+    """Return the special tokens that the template can write, each with the lone surrogate that marks it in a rendering.
 
     Raises:
         DataError: The template joins special tokens from parts, which cannot be marked.
@@ -220,16 +227,16 @@ def _marks_of(template: str, eos_token: str, special_tokens: tuple[str, ...]) ->
     question = [{"role": "user", "content": "x"}]
     try:
         plain_text, marked_text = (
-            render(question, template=template, special_tokens={"eos_token": eos_token}, marks=known)
-            for known in (None, marks)
+            render(question, template=template, special_tokens={"eos_token": eos_token}, marks=used_marks)
+            for used_marks in (None, marks)
         )
-    except DataError:  # a template that refuses this question is judged by the conversations that it accepts
+    except DataError:  # the template rejects this question: check only the conversations that it accepts
         return marks
     longest_first = sorted(special_tokens, key=len, reverse=True)
     found = re.findall("|".join(map(re.escape, longest_first)), plain_text) if longest_first else []
     if [marks.get(token) for token in found] != _MARK.findall(marked_text):
         raise DataError(
-            "The chat template puts special tokens together of parts (such as '<|' + role + '|>'), so they cannot be "
-            "distinguished from the text of a conversation. Write each of them whole in the template."
+            "The chat template joins special tokens from parts (such as '<|' + role + '|>'), so they cannot be "
+            "distinguished from the text of a conversation. Write each of them as a whole in the template."
         )
     return marks

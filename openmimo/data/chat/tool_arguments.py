@@ -1,10 +1,10 @@
-"""The arguments of tool calls as MiMo's chat format writes them: strings as they are, any other value as JSON."""
+"""The arguments of tool calls in MiMo's chat format: strings as they are, other values as JSON."""
 
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
-# How the JSON text of each type begins.
+# The possible beginnings of the JSON text of each type.
 _OPENINGS = {
     "object": ("{",),
     "array": ("[",),
@@ -20,14 +20,17 @@ _MAX_SCHEMAS = 64
 
 
 class ArgumentValue:
-    """The value of one argument as JSON text. A string flows through; what may be other JSON waits for its end.
+    """Converts one argument value to JSON text as it arrives. A value that may be other JSON is held back to its end.
 
-    types: the JSON types that it may have; none if nobody knows. A value that must not be a string is JSON, or a string
-    if it is none. One that may be a string and something else, or anything, is JSON if it is JSON of another type than
-    string (`5`, `null`, `[1]`), else a string.
+    A value that cannot be a string is JSON, or a string if it is not valid JSON. A value that may be a string and other
+    types is taken as JSON if it is JSON of a type other than string (`5`, `null`, `[1]`), else as a string.
     """
 
     def __init__(self, types: Sequence[str] = ()):
+        """
+        Args:
+            types: The allowed JSON types; empty if unknown.
+        """
         types = types or tuple(_OPENINGS)
         other = [name for name in types if name != "string"] if "string" in types else tuple(_OPENINGS)
         self._openings = tuple(opening for name in other for opening in _OPENINGS[name])
@@ -36,7 +39,7 @@ class ArgumentValue:
         self._is_string = False
 
     def push(self, text: str) -> str:
-        """The JSON text that has become certain."""
+        """Append `text` to the value, and return the JSON text that is now final."""
         if self._is_string:
             return quoted(text)[1:-1]
         self._waiting.append(text)
@@ -48,14 +51,14 @@ class ArgumentValue:
         return quoted("".join(self._waiting))[:-1]
 
     def finish(self) -> str:
-        """The rest of the JSON text."""
+        """Return the rest of the JSON text."""
         if self._is_string:
             return '"'
         text = "".join(self._waiting)
         return text.strip(_JSON_BLANKS) if _is_json(text) else quoted(text)
 
     def cut(self) -> str:
-        """What is left of a value that never ended, as it is."""
+        """Return the rest of an incomplete value, unchanged."""
         return "" if self._is_string else "".join(self._waiting)
 
     def _may_be_json(self) -> bool:
@@ -64,9 +67,9 @@ class ArgumentValue:
 
 
 def read_arguments(text: str) -> dict[str, Any] | str:
-    """The arguments of a call in a conversation: the JSON object that the text holds, or the text if it holds none.
+    """Return the arguments of a call: the JSON object in `text`, or `text` itself if it contains none.
 
-    A call that was cut off has no whole object. No text, and `null`, are an empty object.
+    A truncated call has no complete object. Empty text and `null` give an empty object.
     """
     try:
         value = json.loads(text.strip() or "{}", parse_constant=_refuse)
@@ -78,14 +81,14 @@ def read_arguments(text: str) -> dict[str, Any] | str:
 
 
 def quoted(text: str) -> str:
-    """A text as a JSON string."""
+    """Return `text` as a JSON string."""
     return json.dumps(text, ensure_ascii=False)
 
 
 def argument_types(schema: Any, name: str) -> tuple[str, ...]:
-    """The JSON types that a function's schema allows for one argument; none if it does not say.
+    """Return the JSON types that a function's schema allows for one argument; empty if unknown.
 
-    It follows references within the schema and alternatives, and gives up on a schema of more than 64 of them.
+    Follows references within the schema and alternatives, up to 64 in total.
     """
     properties = schema.get("properties") if isinstance(schema, Mapping) else None
     if not isinstance(properties, Mapping) or name not in properties:
@@ -98,13 +101,13 @@ def argument_types(schema: Any, name: str) -> tuple[str, ...]:
         part = waiting.pop()
         alternatives = _alternatives(part, schema)
         waiting += alternatives
-        types += [] if alternatives else _own_types(part)
+        types += [] if alternatives else _direct_types(part)
     is_known = not waiting and all(one in _OPENINGS for one in types)
     return tuple(dict.fromkeys(types)) if is_known else ()
 
 
 def _alternatives(schema: Any, root: Mapping[str, Any]) -> list[Any]:
-    """The schemas that this one stands for; none if it names types itself."""
+    """Return the alternatives or the referenced schema; empty if the schema has types itself."""
     if not isinstance(schema, Mapping) or "type" in schema:
         return []
     if isinstance(schema.get("$ref"), str):
@@ -113,8 +116,8 @@ def _alternatives(schema: Any, root: Mapping[str, Any]) -> list[Any]:
     return next((list(parts) for parts in found if isinstance(parts, list)), [])
 
 
-def _own_types(schema: Any) -> list[str]:
-    """The types that a schema names; [""] if it names none."""
+def _direct_types(schema: Any) -> list[str]:
+    """Return the types in a schema itself; [""] if it has none."""
     if not isinstance(schema, Mapping):
         return [""]
     named = schema.get("type")
@@ -126,7 +129,7 @@ def _own_types(schema: Any) -> list[str]:
 
 
 def _target(root: Any, reference: str) -> Any:
-    """What a reference such as `#/$defs/City` names; None if that is nothing in this schema."""
+    """Return the target of a reference such as `#/$defs/City`; None if it does not exist in this schema."""
     found = root
     for key in reference.removeprefix("#/").split("/"):
         found = found.get(key) if isinstance(found, Mapping) else None
@@ -144,7 +147,7 @@ def _type_of(value: Any) -> str:
 
 
 def _is_json(text: str) -> bool:
-    """Whether Python's parser takes it, but for NaN and infinities. It refuses numbers and nesting without end."""
+    """Return whether Python's parser accepts `text`, excluding NaN, infinities and excessive nesting."""
     try:
         json.loads(text, parse_constant=_refuse)
     except (ValueError, RecursionError):
@@ -153,4 +156,4 @@ def _is_json(text: str) -> bool:
 
 
 def _refuse(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is no JSON")
+    raise ValueError(f"{constant} is not JSON")

@@ -38,7 +38,7 @@ class Options:
 
 
 def row_makers(options: Options, tokenizer: Tokenizer, sequence_length: int, validation_fraction: float) -> RowMakers:
-    """Rows of whole conversations, drawn at random. All conversations are kept in memory.
+    """Return makers of rows of whole conversations, drawn at random. All conversations are kept in memory.
 
     A conversation is held out with all its examples; an example that also occurs in the training part is removed from
     it. Conversations longer than a row are skipped, with a warning that counts them.
@@ -57,14 +57,14 @@ def row_makers(options: Options, tokenizer: Tokenizer, sequence_length: int, val
     if not fitting["train"]:
         raise DataError(
             f"Source 'chat' finds no conversation in {options.path} to train on that fits into rows of "
-            f"{sequence_length} tokens (the assistant speaks in {num_all}, of which {num_fitting} fit and "
-            f"{len(fitting['validation'])} of those are held out). Lengthen the rows, lower validation_fraction, or "
-            "give it more conversations."
+            f"{sequence_length} tokens ({num_all} have assistant turns; {num_fitting} of these fit, of which "
+            f"{len(fitting['validation'])} are held out). Lengthen the rows, lower validation_fraction, or "
+            "add conversations."
         )
     if num_fitting < num_all:
         warnings.warn(
             f"{options.path}: {num_all - num_fitting} of {num_all} conversations are longer than {sequence_length} "
-            "tokens and are left out.",
+            "tokens and are skipped.",
             stacklevel=2,
         )
     makers = {split: _row_maker(documents, sequence_length) for split, documents in fitting.items() if documents}
@@ -83,7 +83,7 @@ def _row_maker(documents: list[Document], sequence_length: int) -> RowMaker:
 
 
 def _fingerprint(examples: Mapping[Split, list[Document]]) -> str:
-    """The SHA-256 of all tokens and masks, by split."""
+    """Return the SHA-256 of all tokens and masks, by split."""
     digest = hashlib.sha256()
     for split, documents in examples.items():
         digest.update(f"{split} {len(documents)} ".encode())
@@ -94,7 +94,7 @@ def _fingerprint(examples: Mapping[Split, list[Document]]) -> str:
 
 
 def read_examples(options: Options, tokenizer: Tokenizer, validation_fraction: float) -> dict[Split, list[Document]]:
-    """The examples by split. Raises DataError with file and line for a conversation that cannot be rendered."""
+    """Return the examples by split. Raises DataError with file and line for a conversation that cannot be rendered."""
     examples: dict[Split, list[Document]] = {"train": [], "validation": []}
     for where, line in read_objects(options.path):
         messages, tools = _messages(line, where), [] if line.get("tools") is None else line["tools"]
@@ -160,7 +160,7 @@ def _encode(
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Best-fit decreasing bin packing: each item, longest first, goes into the fullest bin that has room for it.
+    """Pack items by best-fit decreasing: each item, longest first, goes into the fullest bin with room for it.
 
     No length may exceed `capacity`. Every item is in exactly one bin, so drawing bins uniformly draws items uniformly.
     """

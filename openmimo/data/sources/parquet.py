@@ -29,7 +29,7 @@ class Options:
 
 
 def documents(options: Options) -> Iterator[str]:
-    """One document per row, without null rows. Reads a few megabytes at a time."""
+    """Yield one document per row, without null rows. Reads a few megabytes at a time."""
     for path in find_files(options.path, SUFFIXES):
         row = 0
         try:
@@ -49,7 +49,7 @@ def documents(options: Options) -> Iterator[str]:
 
 
 def _rows_at_once(group: pyarrow.parquet.RowGroupMetaData, column: str) -> int:
-    """The number of rows whose uncompressed text has about `BYTES_AT_ONCE` bytes."""
+    """Return the number of rows whose uncompressed text has about `BYTES_AT_ONCE` bytes."""
     chunks = (group.column(number) for number in range(group.num_columns))
     size = sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema == column)
     return max(1, min(ROWS_AT_ONCE, BYTES_AT_ONCE * group.num_rows // max(size, 1)))
@@ -69,7 +69,7 @@ def _check_column(schema: pyarrow.Schema, path: Path, column: str) -> None:
 
 
 def fingerprint(options: Options) -> str:
-    """A digest of the files' names, sizes and modification times."""
+    """Return a digest of the files' names, sizes and modification times."""
     return fingerprint_files(find_files(options.path, SUFFIXES))
 
 

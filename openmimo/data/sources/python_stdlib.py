@@ -19,7 +19,7 @@ class Options:
 
 
 def documents(options: Options) -> Iterator[str]:
-    """One document per file, in the order of the paths."""
+    """Yield one document per file, in the order of the paths."""
     for folder, subfolders, files in os.walk(sysconfig.get_path("stdlib")):
         subfolders[:] = sorted(name for name in subfolders if name not in SKIPPED_FOLDERS)
         for name in sorted(files):
@@ -28,7 +28,7 @@ def documents(options: Options) -> Iterator[str]:
 
 
 def fingerprint(options: Options) -> str:
-    """The version of the interpreter and the path of its library, which is assumed to be unmodified."""
+    """Return the version of the interpreter and the path of its library, which is assumed to be unmodified."""
     return f"{sys.version} {sysconfig.get_path('stdlib')}"
 
 

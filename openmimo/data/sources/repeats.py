@@ -40,7 +40,7 @@ class Options:
 
 
 def row_makers(options: Options, tokenizer: Tokenizer, sequence_length: int, validation_fraction: float) -> RowMakers:
-    """Rows of whole documents, each with a final end-of-text token."""
+    """Return makers of rows of whole documents, each with a final end-of-text token."""
     alphabet = _alphabet(options, tokenizer)
     shortest, longest = length_range(
         sequence_length,

@@ -47,7 +47,7 @@ class Options:
 
 
 def row_makers(options: Options, tokenizer: Tokenizer, sequence_length: int, validation_fraction: float) -> RowMakers:
-    """Rows of whole demonstrations, with loss on assistant tokens. Raises DataError if the longest do not fit."""
+    """Return makers of rows of demonstrations, with loss on assistant tokens. Raises DataError if they do not fit."""
     tasks = [open_task(config, held_out_fraction=validation_fraction) for config in options.tasks]
     weights = [config.weight for config in options.tasks]
 
@@ -76,7 +76,7 @@ def row_makers(options: Options, tokenizer: Tokenizer, sequence_length: int, val
 
 
 def _content(options: Options, tasks: Sequence[Task]) -> str:
-    """The options without the paths of problem files, and the hashes of those files."""
+    """Return the options without the paths of problem files, and the hashes of those files."""
     files = [[file.sha256 for file in task.files] for task in tasks]
     return (
         json.dumps({"options": without_paths(to_dict(options)), "files": files}, sort_keys=True) if any(files) else ""
@@ -84,7 +84,7 @@ def _content(options: Options, tasks: Sequence[Task]) -> str:
 
 
 def _wrong_answer(task: Task, problem: Problem, rng: random.Random) -> str:
-    """The answer of another problem of the same difficulty; the right answer if all draws agree with it."""
+    """Return the answer of another problem of the same difficulty; the right answer if all draws agree with it."""
     for _ in range(100):
         other = task.family.make(rng, problem.difficulty, task.options).answer
         if task.score(problem, other) < 1.0:
@@ -93,7 +93,7 @@ def _wrong_answer(task: Task, problem: Problem, rng: random.Random) -> str:
 
 
 def _check_length(task: Task, encode: Callable[[Problem, str], Document], sequence_length: int) -> None:
-    """Checks the length of some of the hardest problems, which tend to be the longest."""
+    """Check the length of some of the hardest problems, which tend to be the longest."""
     for number in range(20):
         problem = task.family.make(random.Random(number), task.config.max_difficulty, task.options)
         length = len(encode(problem, problem.answer).token_ids)

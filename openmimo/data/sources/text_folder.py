@@ -20,12 +20,12 @@ class Options:
 
 
 def documents(options: Options) -> Iterator[str]:
-    """One document per file, in the order of the paths."""
+    """Return one document per file, in the order of the paths."""
     return (read_text(file) for file in find_files(options.path, SUFFIXES))
 
 
 def fingerprint(options: Options) -> str:
-    """A digest of the files' names, sizes and modification times."""
+    """Return a digest of the files' names, sizes and modification times."""
     return fingerprint_files(find_files(options.path, SUFFIXES))
 
 

@@ -70,7 +70,7 @@ def check_method(method: str) -> None:
 
 
 def is_instant(method: str) -> bool:
-    """Whether scoring takes microseconds. Otherwise it waits for a child process."""
+    """Return whether scoring takes microseconds. Otherwise it waits for a child process."""
     return method != "math"
 
 

@@ -61,7 +61,7 @@ def run(program: Program, digits: str, max_steps: int = MAX_STEPS) -> str:
 
 
 def passes(program: Program, digits: str, expected: str) -> bool:
-    """Whether the program's output for `digits` is `expected`, within its budget."""
+    """Return whether the program's output for `digits` is `expected`, within its budget."""
     try:
         return run(program, digits) == expected
     except ProgramError:

@@ -120,7 +120,7 @@ def _problems(options: Options, path: str) -> Iterator[tuple[str, int | None, Pr
 
 
 def _turns(row: Mapping[str, Any], where: str) -> tuple[Message, ...]:
-    """The turns under `messages`: texts with the roles system (first only), user and assistant, ending with a user."""
+    """Return the turns under `messages`: roles system (first only), user and assistant. The last is a user turn."""
     if "messages" not in row:
         return ()
     roles, turns = ("system", "user", "assistant"), row["messages"]

@@ -93,7 +93,7 @@ def _without_one(program: Program) -> list[Program]:
 
 
 def _flawed_programs(program: Program, rng: random.Random) -> list[Program]:
-    """The program with one operation removed or replaced, or with two neighbors swapped, and random programs."""
+    """Return the program with one operation removed or replaced, or with two neighbors swapped, and random programs."""
     indices = range(len(program))
     replaced = [program[:i] + (random_operation(rng),) + program[i + 1 :] for i in indices for _ in range(4)]
     swapped = [program[:i] + (program[i + 1], program[i]) + program[i + 2 :] for i in indices[:-1]]

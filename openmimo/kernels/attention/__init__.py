@@ -93,7 +93,7 @@ def attend(
     score_block: int | None = None,
     causal: bool = True,
 ) -> AttentionOut:
-    """Attention of packed queries to packed keys, differentiable in q, k, v and sink.
+    """Compute attention of packed queries to packed keys. Differentiable in q, k, v and sink.
 
     Args:
         q_TNK: Queries. Logits are scaled by 1/sqrt(K).
@@ -190,7 +190,7 @@ def paged_attend(
     window_keys: int | None,
     score_block: int | None = None,
 ) -> AttentionOut:
-    """Attention output [T, N, V] in the dtype of `q_TNK`, and block scores if `score_block` is given.
+    """Compute attention of packed queries to a paged cache.
 
     Args:
         q_TNK: Queries, packed. Their own keys and values are already in the pages.
@@ -239,21 +239,23 @@ def paged_attend(
         sink_N,
         query_lengths_B=query_lengths_B,
         key_lengths_B=key_lengths_B,
+        longest_query=longest_query,
+        longest_key=longest_key,
         window_keys=window_keys,
         score_block=score_block,
     )
 
 
 class StoreNeed(NamedTuple):
-    """Everything about one call that a backend may look at.
+    """The properties of one call; a backend decides from these alone whether it serves the call.
 
     Attributes:
         num_tokens: T.
-        dtype: Of the new rows.
-        cache_dtype: Of the pages.
+        dtype: Dtype of the new rows.
+        cache_dtype: Dtype of the pages.
         needs_gradients: Whether the new rows require gradients.
-        readable: Whether rows and pages hold the numbers of a position contiguously.
-        on_cpu: Whether the rows lie in the memory of the CPU.
+        readable: Whether the numbers of a position are contiguous in rows and pages.
+        on_cpu: Whether the rows are in CPU memory.
     """
 
     num_tokens: int
@@ -265,9 +267,16 @@ class StoreNeed(NamedTuple):
 
 
 def store(pages: Pages, page_T: torch.Tensor, slot_T: torch.Tensor, k_TGK: torch.Tensor, v_TGV: torch.Tensor) -> None:
-    """Row t goes to page `page_T[t]`, position `slot_T[t]` (int64) of both caches, in the dtype that they store.
+    """Write row t of keys and values to position `slot_T[t]` of page `page_T[t]`, in the dtype of the cache.
 
-    What a narrower dtype cannot hold becomes its largest number. Keys and values have one dtype; so have both caches.
+    Values beyond the range of a narrower dtype are clamped to its largest number.
+
+    Args:
+        pages: The cache of the layer. Keys and values have one dtype.
+        page_T: int64 [T], page of each row.
+        slot_T: int64 [T], position of each row in its page.
+        k_TGK: New keys.
+        v_TGV: New values, in the dtype of the keys.
     """
     keys, values = pages.keys_XPGK, pages.values_XPGV
     need = StoreNeed(

@@ -31,7 +31,7 @@ COLUMNS_MULTIPLE = 64
 
 
 def whole_columns(count: int) -> int:
-    """`count` rounded up to a multiple of `COLUMNS_MULTIPLE`."""
+    """Return `count` rounded up to a multiple of `COLUMNS_MULTIPLE`."""
     return -(-count // COLUMNS_MULTIPLE) * COLUMNS_MULTIPLE
 
 
@@ -59,7 +59,7 @@ def unpack_rows(x_LMX: torch.Tensor, out_TNX: torch.Tensor, *, block: int, num_k
 
 
 def scaled_product(a_LMX: torch.Tensor, b_LXC: torch.Tensor, scale: float) -> torch.Tensor:
-    """scale * a b, [L, M, C]."""
+    """Return scale * a b, [L, M, C]."""
     ignored = a_LMX.new_empty(1, 1, 1)  # beta=0: never read
     return torch.baddbmm(ignored, a_LMX, b_LXC, beta=0, alpha=scale)
 
@@ -72,18 +72,18 @@ def write_sink(logits_LMC: torch.Tensor, sink_N: torch.Tensor, *, block: int, nu
 
 
 def sink_gradient(grad_logits_LMC: torch.Tensor, *, block: int, num_kv_heads: int) -> torch.Tensor:
-    """Gradient of the sinks [N], in float32 or better, from the gradient of the logits."""
+    """Return the gradient of the sinks [N], in float32 or better, from the gradient of the logits."""
     L, M, _ = grad_logits_LMC.shape
     grad_JNB = grad_logits_LMC[:, :, -1].reshape(L // num_kv_heads, num_kv_heads * (M // block), block)
     return grad_JNB.to(wide_dtype(grad_JNB.dtype)).sum(dim=(0, 2))
 
 
 def logits_gradient(probabilities_LMC: torch.Tensor, v_LCV: torch.Tensor, grad_out_LMV: torch.Tensor) -> torch.Tensor:
-    """Gradient of the logits, [L, M, C]."""
+    """Return the gradient of the logits, [L, M, C]."""
     grad_LMC = torch.bmm(grad_out_LMV, v_LCV.transpose(1, 2))
     return torch._softmax_backward_data(grad_LMC, probabilities_LMC, -1, probabilities_LMC.dtype)
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which gradients are summed over tiles: float32, or float64 for float64."""
+    """Return the dtype in which gradients are summed over tiles: float32, or float64 for float64."""
     return torch.float64 if dtype == torch.float64 else torch.float32

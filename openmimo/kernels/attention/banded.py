@@ -71,7 +71,7 @@ def run(
 @functools.lru_cache(maxsize=4)  # all layers of a pass use the same lengths
 @torch.inference_mode(False)  # a later pass may save the cached tensor for its backward
 def _starts(lengths: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """Index in the pack of the first token of each token's sequence, int64 [T]."""
+    """Return the index in the pack of the first token of each token's sequence, int64 [T]."""
     lengths_B = torch.tensor(lengths)
     return (lengths_B.cumsum(0) - lengths_B).repeat_interleave(lengths_B).to(device)
 
@@ -90,7 +90,7 @@ def refuse(need: AttentionNeed) -> str | None:
 
 
 def _window_in_use(need: AttentionNeed) -> int:
-    """The window, or the longest sequence if that is shorter."""
+    """Return the window, or the longest sequence if that is shorter."""
     assert need.window_keys is not None, "refused before"
     return min(need.window_keys, max(need.key_lengths))
 
@@ -149,7 +149,7 @@ def _attend_stream(
     starts_T: torch.Tensor,
     bands: _Bands,
 ) -> torch.Tensor:
-    """Attention of T queries whose own keys are the last T of S; query t sees no key before `starts_T[t]`."""
+    """Compute attention of T queries to S keys, of which the last T are their own, from key `starts_T[t]` on."""
     # Pad or cut the keys (a negative padding cuts) so that exactly `past` precede the first query, and the last tile is
     # whole. Column 0 of the tile that starts at query t is then key t of the padded stream.
     before = bands.past - (len(k_SGK) - len(q_TNK))
@@ -233,7 +233,7 @@ class _Stream:
         self._band_BC = q_TNK.new_zeros(outside_BC.shape).masked_fill_(outside_BC, -math.inf)
 
     def tiles(self, queries: slice, num_tiles: int) -> _Tiles:
-        """Inputs and probabilities of the tiles of one segment."""
+        """Return inputs and probabilities of the tiles of one segment."""
         bands = self._bands
         keys = slice(queries.start, queries.start + num_tiles * bands.block + bands.past)
         q_LMK = pack_rows(self._q_TNK[queries], **bands.rows)
@@ -257,7 +257,7 @@ class _Stream:
         return columns_LCX
 
     def _mask(self, queries: slice, num_tiles: int) -> torch.Tensor:
-        """Additive mask [J, B, C] in the dtype of q: 0 where a query sees a key, -inf elsewhere."""
+        """Return the additive mask [J, B, C] in the dtype of q: 0 where a query sees a key, -inf elsewhere."""
         block = self._bands.block
         missing = num_tiles * block - (queries.stop - queries.start)
         first_JB = F.pad(self._first_T[queries], (0, missing)).view(num_tiles, block)
@@ -293,7 +293,7 @@ class _StreamSum:
             target_JBGX[:, : part_JBGX.shape[1]] += part_JBGX
 
     def total(self) -> torch.Tensor:
-        """The gradient, in the shape and dtype of the keys or values."""
+        """Return the gradient, in the shape and dtype of the keys or values."""
         return self._sum[: len(self._like)].to(self._like.dtype)
 
 

@@ -81,7 +81,7 @@ class _Tile:
 
 
 def _plan(need: AttentionNeed) -> list[_Tile]:
-    """The tiles of a call."""
+    """Return the tiles of a call."""
     query_lengths, key_lengths = torch.tensor(need.query_lengths), torch.tensor(need.key_lengths)
     key_ends_T = key_lengths.cumsum(0).repeat_interleave(query_lengths)
     query_ends_T = query_lengths.cumsum(0).repeat_interleave(query_lengths)
@@ -168,7 +168,7 @@ class _Blocked(torch.autograd.Function):
 
 
 def _columns(x_GSX: torch.Tensor, tile: _Tile, sink_N: torch.Tensor | None) -> torch.Tensor:
-    """The keys or values of a tile [G, C, X], with a row of zeros for the sink."""
+    """Return the keys or values of a tile [G, C, X], with a row of zeros for the sink."""
     x_GCX = x_GSX[:, tile.keys]
     return x_GCX if sink_N is None else F.pad(x_GCX, (0, 0, 0, 1))
 

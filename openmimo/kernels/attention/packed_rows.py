@@ -52,7 +52,7 @@ def _one_sequence(
     window_keys: int | None,
     scale: float,
 ) -> torch.Tensor:
-    """Attention of one sequence. Decoding pays every torch call here per layer and token, so there are few."""
+    """Compute attention of one sequence with few torch calls, because decoding makes them per layer and token."""
     if window_keys is not None and len(k_SGK) >= len(q_TNK) + window_keys:
         seen = len(q_TNK) + window_keys - 1
         k_SGK, v_SGV = k_SGK[-seen:], v_SGV[-seen:]
@@ -77,7 +77,7 @@ def _one_sequence(
 
 @functools.lru_cache(maxsize=64)
 def _hidden_from(queries: int, keys: int, window_keys: int | None, device: torch.device) -> torch.Tensor:
-    """Whether each key of a sequence is hidden from each of its last queries, bool [T, S].
+    """Return whether each key of a sequence is hidden from each of its last queries, bool [T, S].
 
     Cached masks are small: callers pass S <= T + window for a window and S = T without one.
     """
@@ -100,7 +100,7 @@ def refuse(need: AttentionNeed) -> str | None:
 
 
 def _columns(need: AttentionNeed, sequence: int) -> int:
-    """The number of trailing keys of a sequence against which its queries are computed."""
+    """Return the number of trailing keys of a sequence against which its queries are computed."""
     keys = need.key_lengths[sequence]
     if need.window_keys is None:
         return whole_columns(keys)
@@ -116,7 +116,7 @@ def _gathered(
     need: AttentionNeed,
     scale: float,
 ) -> torch.Tensor:
-    """Attention of all sequences in one batch: each against the `columns` keys of the pack that end with its last.
+    """Compute attention of each sequence to the `columns` keys of the pack that end with its last, in one batch.
 
     Right-aligning the sequences needs no padding. For a shorter sequence the range starts in the sequence before it (or
     is clamped to key 0), and the mask hides those columns:
@@ -139,7 +139,7 @@ def _gathered(
 def _hidden(
     queries: int, columns: int, last_J: torch.Tensor, first_J: torch.Tensor, window_keys: int | None
 ) -> torch.Tensor:
-    """Whether each column is hidden from each query, bool [J, B, C].
+    """Return whether each column is hidden from each query, bool [J, B, C].
 
     Args:
         queries: B.

@@ -35,7 +35,7 @@ def run(
 
 @torch.no_grad()
 def _block_scores(probabilities_NTS: torch.Tensor, num_kv_heads: int, blocks: int, block: int) -> torch.Tensor:
-    """Block scores [T, G, C] of one sequence, for `blocks` blocks of `block` keys."""
+    """Return the block scores [T, G, C] of one sequence, for `blocks` blocks of `block` keys."""
     padded_NTS = F.pad(probabilities_NTS, (0, blocks * block - probabilities_NTS.shape[2]))
     scores_NTC = padded_NTS.unflatten(2, (blocks, block)).amax(dim=3)
     return scores_NTC.unflatten(0, (num_kv_heads, -1)).amax(dim=1).transpose(0, 1)
@@ -49,7 +49,7 @@ def _one_sequence(
     need: AttentionNeed,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The output [T, N, V] and the probabilities [N, T, S]."""
+    """Return the output [T, N, V] and the probabilities [N, T, S]."""
     T, N, _ = q_TNK.shape
     S, G, _ = k_SGK.shape
     dtype = torch.float64 if q_TNK.dtype == torch.float64 else torch.float32

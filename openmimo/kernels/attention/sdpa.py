@@ -69,7 +69,7 @@ def refuse(need: AttentionNeed) -> str | None:
 @functools.lru_cache(maxsize=4)  # all layers of a pass use the same lengths
 @torch.inference_mode(False)  # a later pass may save the cached tensors for its backward
 def _padded_batches(lengths: tuple[int, ...], device: torch.device) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """The padded batches, and the way back.
+    """Return the padded batches and their inverse index.
 
     Returns:
         For each padded length L, the rows of the pack of its sequences, int64 [B, L]; padding repeats the first row of

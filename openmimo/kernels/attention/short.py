@@ -50,7 +50,7 @@ def run(
 
 
 def _by_size(query_lengths: torch.Tensor) -> list[torch.Tensor]:
-    """Indices of the sequences whose numbers of queries round up to the same power of two, for each power."""
+    """Group the indices of sequences by their number of queries, rounded up to a power of two."""
     sizes = query_lengths.clamp(min=1).double().log2().ceil()
     return [torch.nonzero(sizes == size).squeeze(1) for size in sizes.unique().tolist()]
 

@@ -1,4 +1,4 @@
-"""Decoding: a handful of tokens, each multiplied with its own experts' weights where they lie. Nothing is sorted.
+"""Decoding of a few tokens: products of each token with its experts' weights in place, without sorting.
 
 T tokens, D model dim, E experts, A active experts a token, F expert hidden dim.
 """
@@ -22,7 +22,7 @@ def run(
     *,
     need: ExpertsNeed,
 ) -> torch.Tensor:
-    """See `openmimo.kernels.operations.apply_experts`."""
+    """Implement `openmimo.kernels.operations.apply_experts`."""
     wide = torch.promote_types(x_TD.dtype, torch.float32)
     weights_TA = weights_TA.to(wide)
     rows = []
@@ -38,7 +38,7 @@ def run(
 
 
 def refuse(need: ExpertsNeed) -> str | None:
-    """A few tokens on a CPU, no gradients."""
+    """Refuse all but a few tokens on a CPU, without gradients."""
     if need.weight_format != PLAIN:
         return f"its weights are plain, not {need.weight_format}"
     if need.needs_gradients:

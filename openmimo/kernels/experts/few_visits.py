@@ -1,4 +1,4 @@
-"""Decoding with block-scaled experts on a CPU: each visited expert is read once, for all tokens that chose it.
+"""Decoding with block-scaled experts on a CPU. Each chosen expert is read once for all of its tokens.
 
 A token's output has the same bits in every batch if the linear layers have that property.
 
@@ -12,7 +12,7 @@ from openmimo.kernels.dispatch import Backend
 from openmimo.kernels.operations import MIXED, ExpertsNeed, linear
 from openmimo.kernels.weights import PLAIN, BlockScaled
 
-MAX_TOKENS = 32  # as many rows as the C kernels of linear layers take
+MAX_TOKENS = 32  # the row limit of the C kernels of linear layers
 
 
 def run(
@@ -24,23 +24,23 @@ def run(
     *,
     need: ExpertsNeed,
 ) -> torch.Tensor:
-    """See `openmimo.kernels.operations.apply_experts`."""
+    """Implement `openmimo.kernels.operations.apply_experts`."""
     visits: dict[int, list[int]] = {}
     for visit, expert in enumerate(expert_ids_TA.flatten().tolist()):
         visits.setdefault(expert, []).append(visit)
     y_VD = x_TD.new_empty(expert_ids_TA.numel(), need.model_dim)
-    for expert, places in visits.items():
-        rows = x_TD[[place // need.experts_per_token for place in places]]
+    for expert, expert_visits in visits.items():
+        rows = x_TD[[visit // need.experts_per_token for visit in expert_visits]]
         gate, up = linear(rows, gate_up_EHD.select(expert)).chunk(2, dim=-1)
         y = linear(F.silu(gate) * up, down_EDF.select(expert))
-        y_VD[places] = y
+        y_VD[expert_visits] = y
     wide = torch.promote_types(x_TD.dtype, torch.float32)
     weights_TA1 = weights_TA.to(wide)[..., None]
     return (y_VD.view(*expert_ids_TA.shape, need.model_dim).to(wide) * weights_TA1).sum(dim=1).to(x_TD.dtype)
 
 
 def refuse(need: ExpertsNeed) -> str | None:
-    """A few tokens on a CPU with block-scaled experts, no gradients."""
+    """Refuse all but a few tokens on a CPU with block-scaled experts, without gradients."""
     if need.weight_format in (PLAIN, MIXED):
         return f"its weights are block-scaled, not {need.weight_format}"
     if need.needs_gradients:

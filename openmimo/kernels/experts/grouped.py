@@ -1,4 +1,4 @@
-"""Expert MLPs as two grouped matrix products on sorted tokens, by torch's own kernel.
+"""Expert MLPs as two grouped matrix products of torch on sorted tokens.
 
 T tokens, D model dim, E experts, A active experts a token, F expert hidden dim.
 """
@@ -23,16 +23,16 @@ def run(
     *,
     need: ExpertsNeed,
 ) -> torch.Tensor:
-    """See `openmimo.kernels.operations.apply_experts`."""
+    """Implement `openmimo.kernels.operations.apply_experts`."""
     sorted_tokens = sort_by_expert(x_TD, expert_ids_TA, need.num_experts)
     ends_E = sorted_tokens.counts_E.cumsum(0).to(torch.int32)
     gate, up = F.grouped_mm(sorted_tokens.rows_PD, gate_up_EHD.transpose(1, 2), offs=ends_E).chunk(2, dim=-1)
     y_PD = F.grouped_mm(F.silu(gate) * up, down_EDF.transpose(1, 2), offs=ends_E)
-    return combine(y_PD, sorted_tokens.place_M, weights_TA)
+    return combine(y_PD, sorted_tokens.row_M, weights_TA)
 
 
 def refuse(need: ExpertsNeed) -> str | None:
-    """What torch's kernel cannot take, and where it is slower than a loop."""
+    """Refuse what torch's kernel does not support, and CPUs, where it is slower than a loop."""
     if need.weight_format != PLAIN:
         return f"its weights are plain, not {need.weight_format}"
     if need.on_cpu:
@@ -40,7 +40,7 @@ def refuse(need: ExpertsNeed) -> str | None:
     if need.dtype != torch.bfloat16:
         return f"torch's grouped product computes bfloat16, not {need.dtype}"
     if 2 * need.model_dim % _ALIGNMENT_BYTES or 2 * need.expert_dim % _ALIGNMENT_BYTES:
-        return f"a row is no multiple of {_ALIGNMENT_BYTES} bytes"
+        return f"the size of a row is not a multiple of {_ALIGNMENT_BYTES} bytes"
     return None
 
 

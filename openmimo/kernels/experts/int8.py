@@ -1,4 +1,4 @@
-"""A few tokens on a CPU with int8 experts: an expert is read once for its tokens, one call a layer (native/int8.c).
+"""Few tokens on a CPU with int8 experts: one call per layer, which reads each chosen expert once (native/int8.c).
 
 Sums run in float32. A token's output has the same bits in every batch.
 """
@@ -24,7 +24,13 @@ def run(
     *,
     need: ExpertsNeed,
 ) -> torch.Tensor:
-    """See `openmimo.kernels.operations.apply_experts`. Raises IndexError for an id that is no expert's."""
+    """Implement `openmimo.kernels.operations.apply_experts`.
+
+    Raises:
+        IndexError: An expert id is out of range.
+        ValueError: Shapes disagree.
+        MemoryError: A buffer cannot be allocated.
+    """
     E, D, F = down_EDF.shape
     if gate_up_EHD.shape != (E, 2 * F, D) or x_TD.shape[1] != D or expert_ids_TA.shape != weights_TA.shape:
         raise ValueError(
@@ -44,14 +50,14 @@ def run(
     sizes = (*expert_ids_TA.shape, E, D, F, torch.get_num_threads())
     status = _INT8_EXPERTS.call(_INT8_EXPERTS.pack(*[tensor.data_ptr() for tensor in tensors], *sizes))
     if status == _STATUS_NO_EXPERT:
-        raise IndexError(f"there are {E} experts; the ids run to {int(expert_ids_TA.max())}")
+        raise IndexError(f"there are {E} experts, but the largest expert id is {int(expert_ids_TA.max())}")
     if status:
-        raise MemoryError(f"no memory for visits {tuple(expert_ids_TA.shape)} to experts")
+        raise MemoryError(f"there is no memory for expert ids of shape {tuple(expert_ids_TA.shape)}")
     return tensors[-1].to(x_TD.dtype)
 
 
 def refuse(need: ExpertsNeed) -> str | None:
-    """A few tokens of float32 or bfloat16 on a CPU with int8 weights, no gradients."""
+    """Refuse all but a few tokens of float32 or bfloat16 on a CPU with int8 weights, without gradients."""
     if need.weight_format != INT8:
         return f"its weights are int8 with a scale for each output, not {need.weight_format}"
     if not 1 <= need.num_tokens * need.experts_per_token <= MAX_VISITS:

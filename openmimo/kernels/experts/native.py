@@ -1,7 +1,7 @@
-"""A few tokens on a CPU: an expert's weights are read once for all its tokens, one call a layer (native/experts.c).
+"""Few tokens on a CPU: one call per layer, which reads the weights of each chosen expert once (native/experts.c).
 
-A token's output has the same bits in every batch. Sums run in float32 from the first product
-to the last weight; in bfloat16 only the activations between the two products are rounded.
+A token's output has the same bits in every batch. Sums are float32 from the first product to the weighted sum. In
+bfloat16, only the activations between the two products are rounded.
 """
 
 import torch
@@ -25,9 +25,12 @@ def run(
     *,
     need: ExpertsNeed,
 ) -> torch.Tensor:
-    """See `openmimo.kernels.operations.apply_experts`.
+    """Implement `openmimo.kernels.operations.apply_experts`.
 
-    Raises IndexError for an id that is no expert's, ValueError when shapes or dtypes disagree.
+    Raises:
+        IndexError: An expert id is out of range.
+        ValueError: Shapes or dtypes disagree.
+        MemoryError: A buffer cannot be allocated.
     """
     E, D, F = down_EDF.shape
     shapes_fit = gate_up_EHD.shape == (E, 2 * F, D) and x_TD.shape[1] == D and expert_ids_TA.shape == weights_TA.shape
@@ -54,14 +57,14 @@ def run(
     )
     status = _EXPERTS.call(call)
     if status == _STATUS_NO_EXPERT:
-        raise IndexError(f"there are {E} experts; the ids run to {int(expert_ids_TA.max())}")
+        raise IndexError(f"there are {E} experts, but the largest expert id is {int(expert_ids_TA.max())}")
     if status:
-        raise MemoryError(f"no memory for visits {tuple(expert_ids_TA.shape)} to experts")
+        raise MemoryError(f"there is no memory for expert ids of shape {tuple(expert_ids_TA.shape)}")
     return out_TD
 
 
 def refuse(need: ExpertsNeed) -> str | None:
-    """A few tokens of float32 or bfloat16 on a CPU, no gradients."""
+    """Refuse all but a few tokens of float32 or bfloat16 on a CPU, without gradients."""
     if need.weight_format != PLAIN:
         return f"its weights are plain, not {need.weight_format}"
     if not 1 <= need.num_tokens * need.experts_per_token <= MAX_VISITS:

@@ -1,4 +1,4 @@
-"""The definition: one expert after another, on the tokens that chose it."""
+"""The definition: a loop over experts, each applied to the tokens that chose it."""
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ def run(
     *,
     need: ExpertsNeed,
 ) -> torch.Tensor:
-    """See `openmimo.kernels.operations.apply_experts`."""
+    """Implement `openmimo.kernels.operations.apply_experts`."""
     dtype = torch.float64 if x_TD.dtype == torch.float64 else torch.float32
     out_TD = torch.zeros(x_TD.shape, dtype=dtype, device=x_TD.device)
     for expert, (gate_up_HD, down_DF) in enumerate(zip(unbind(gate_up_EHD), unbind(down_EDF), strict=True)):

@@ -1,5 +1,7 @@
-"""Expert MLPs one after another on sorted tokens: an expert's tokens stand together, so each expert is two
-dense products, which take weights of every format. In inference, experts that no token chose are not visited.
+"""Expert MLPs in a loop over experts on sorted tokens.
+
+The rows of an expert are contiguous, so each expert is two dense products, with weights of any format. Inference skips
+experts without tokens.
 
 T tokens, D model dim, E experts, A active experts a token, F expert hidden dim, P rows of the sorted buffer.
 """
@@ -13,9 +15,9 @@ from openmimo.kernels.operations import ExpertsNeed, linear
 from openmimo.kernels.weights import Weight, unbind
 from openmimo.runtime.device import cpu_multiplies_bfloat16
 
-# oneDNN compiles a bfloat16 product anew for each number of rows it has not seen, which takes longer than the product:
-# with the counts of a router as they fall, a step of the tiny model spent half its time there (docs/log.md). So rows
-# are padded to a multiple, an eighth to a quarter of what an expert gets on average.
+# oneDNN compiles a bfloat16 product for each new number of rows, which takes longer than the product itself. With
+# unpadded counts, a step of the tiny model spent half its time on compilation (docs/log.md). Rows are therefore padded
+# to a multiple, which is an eighth to a quarter of the mean number of rows per expert.
 _MAX_MULTIPLE = 64
 
 
@@ -28,17 +30,18 @@ def run(
     *,
     need: ExpertsNeed,
 ) -> torch.Tensor:
-    """See `openmimo.kernels.operations.apply_experts`."""
+    """Implement `openmimo.kernels.operations.apply_experts`."""
     sorted_tokens = sort_by_expert(x_TD, expert_ids_TA, need.num_experts, multiple=_row_multiple(need))
     counts = sorted_tokens.counts_E.tolist()
     outputs = [x_TD.new_empty(0, need.model_dim)]
-    # unbind, not indexing: its backward stacks the experts' gradients once, where indexing would allocate E times all.
+    # The backward pass of unbind stacks the experts' gradients once. That of indexing would allocate the full gradient
+    # for each expert.
     parts = zip(sorted_tokens.rows_PD.split(counts), unbind(gate_up_EHD), unbind(down_EDF), strict=True)
     for rows_PD, gate_up_HD, down_DF in parts:
         if len(rows_PD) or need.needs_gradients:
             gate, up = linear(rows_PD, gate_up_HD).chunk(2, dim=-1)
             outputs.append(linear(F.silu(gate) * up, down_DF))
-    return combine(torch.cat(outputs), sorted_tokens.place_M, weights_TA)
+    return combine(torch.cat(outputs), sorted_tokens.row_M, weights_TA)
 
 
 def _row_multiple(need: ExpertsNeed) -> int:

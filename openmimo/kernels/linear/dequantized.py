@@ -1,6 +1,6 @@
-"""Block-scaled weights of any format: a few weight rows at a time are dequantized and multiplied.
+"""Block-scaled weights of any format: tiles of rows are dequantized and multiplied one after another.
 
-The whole matrix is never held in a wide dtype. On a CPU the products run in float32 at least.
+The whole matrix never exists in a wide dtype. On a CPU, products are computed in float32 or better.
 """
 
 import torch
@@ -12,7 +12,7 @@ from openmimo.kernels.weights import PLAIN, BlockScaled
 
 
 def run(x: torch.Tensor, layers: tuple[WeightAndBias, ...]) -> torch.Tensor:
-    """See `openmimo.kernels.operations.joined_linear`."""
+    """Implement `openmimo.kernels.operations.joined_linear`."""
     dtype = torch.promote_types(x.dtype, torch.float32) if x.is_cpu else x.dtype
     wide = x.to(dtype)
     outputs = []
@@ -27,7 +27,7 @@ def run(x: torch.Tensor, layers: tuple[WeightAndBias, ...]) -> torch.Tensor:
 
 
 def refuse(need: LinearNeed) -> str | None:
-    """Weights of which at least one is block-scaled."""
+    """Refuse calls without a block-scaled weight."""
     return "the weights are plain" if need.weight_format == PLAIN else None
 
 

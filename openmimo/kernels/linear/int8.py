@@ -1,6 +1,6 @@
-"""A few rows on a CPU with int8 weights of one scale per output (native/int8.c): half the bytes of bfloat16 to read.
+"""Few rows on a CPU with int8 weights of one scale per output (native/int8.c), which read half the bytes of bfloat16.
 
-Sums run in float32. A row of the output has the same bits in every batch.
+Sums are float32. A row of the output has the same bits in every batch.
 """
 
 import torch
@@ -10,13 +10,13 @@ from openmimo.kernels.dispatch import Backend
 from openmimo.kernels.operations import LinearNeed, WeightAndBias
 from openmimo.kernels.weights import INT8, BlockScaled
 
-MAX_ROWS = 32  # as in native/int8.c
+MAX_ROWS = 32  # equal to the limit in native/int8.c
 _INT8_LINEAR = native.Function("openmimo_int8_linear", "4P5q")  # `int8_call` of native/int8.c
 _FLOAT32_BYTES = 4
 
 
 def run(x_RD: torch.Tensor, layers: tuple[WeightAndBias, ...]) -> torch.Tensor:
-    """See `openmimo.kernels.operations.joined_linear`."""
+    """Implement `openmimo.kernels.operations.joined_linear`."""
     rows, dims = x_RD.shape
     dtype, threads = x_RD.dtype, torch.get_num_threads()
     x_RD = x_RD.float().contiguous()
@@ -41,7 +41,7 @@ def run(x_RD: torch.Tensor, layers: tuple[WeightAndBias, ...]) -> torch.Tensor:
 
 
 def refuse(need: LinearNeed) -> str | None:
-    """A few rows of float32 or bfloat16 on a CPU with int8 weights, no gradients."""
+    """Refuse all but a few rows of float32 or bfloat16 on a CPU with int8 weights, without gradients."""
     if need.weight_format != INT8:
         return f"its weights are int8 with a scale for each output, not {need.weight_format}"
     if need.num_rows is None or not 1 <= need.num_rows <= MAX_ROWS:

@@ -1,7 +1,7 @@
-"""A few rows on a CPU, at the speed at which its memory gives the weights (native/linear.c).
+"""Few rows on a CPU, limited by the memory bandwidth of reading the weights (native/linear.c).
 
-A row of the output has the same bits whatever other rows the call computes, so a token decoded alone, in a batch, or
-verified among drafts comes out the same.
+Batch invariance: a row of the output has the same bits in every call that computes it. A token therefore has the same
+result if it is decoded alone, in a batch, or verified as a draft.
 """
 
 import functools
@@ -13,11 +13,15 @@ from openmimo.kernels.dispatch import Backend
 from openmimo.kernels.operations import LinearNeed, WeightAndBias
 from openmimo.kernels.weights import PLAIN
 
-MAX_ROWS = 32  # as in native/linear.c
+MAX_ROWS = 32  # equal to the limit in native/linear.c
 
 
 def run(x_RD: torch.Tensor, layers: tuple[WeightAndBias, ...]) -> torch.Tensor:
-    """See `openmimo.kernels.operations.joined_linear`."""
+    """Implement `openmimo.kernels.operations.joined_linear`.
+
+    Raises:
+        MemoryError: A buffer cannot be allocated.
+    """
     rows, dims = x_RD.shape
     if x_RD.stride(1) != 1:
         x_RD = x_RD.contiguous()
@@ -36,24 +40,24 @@ def run(x_RD: torch.Tensor, layers: tuple[WeightAndBias, ...]) -> torch.Tensor:
         *parts,
     )
     if function.call(call):
-        raise MemoryError(f"no memory for {rows} rows of {dims} numbers")
+        raise MemoryError(f"there is no memory for {rows} rows of {dims} numbers")
     return out_RO
 
 
 @functools.cache
 def _function(num_parts: int) -> native.Function:
-    """With the `linear_call` of native/linear.c that holds this number of weights."""
+    """Return the C function with the `linear_call` struct for this number of weights."""
     return native.Function("openmimo_linear", "2P7q" + num_parts * "2Pq")
 
 
 def refuse(need: LinearNeed) -> str | None:
-    """A few rows of float32 or bfloat16 on a CPU, no gradients."""
+    """Refuse all but a few rows of float32 or bfloat16 on a CPU, without gradients."""
     if need.weight_format != PLAIN:
         return f"its weights are plain, not {need.weight_format}"
     if need.num_rows is None or not 1 <= need.num_rows <= MAX_ROWS:
         return f"it takes a matrix of 1 to {MAX_ROWS} rows"
     if not need.readable:
-        return "a weight or bias is not contiguous, or does not have the dtype and size that x asks for"
+        return "a weight or bias is not contiguous, or does not have the dtype and size that x requires"
     return native.refuse(need)
 
 

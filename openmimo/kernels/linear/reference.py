@@ -1,4 +1,4 @@
-"""The definition: torch's linear, once for each weight, with block-scaled weights dequantized."""
+"""The definition: torch's linear, once per weight. Block-scaled weights are dequantized."""
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +9,7 @@ from openmimo.kernels.weights import BlockScaled
 
 
 def run(x: torch.Tensor, layers: tuple[WeightAndBias, ...]) -> torch.Tensor:
-    """See `openmimo.kernels.operations.joined_linear`."""
+    """Implement `openmimo.kernels.operations.joined_linear`."""
     outputs = [
         F.linear(x, weight_OD.dequantize(x.dtype) if isinstance(weight_OD, BlockScaled) else weight_OD, bias_O)
         for weight_OD, bias_O in layers

@@ -1,4 +1,4 @@
-"""Bfloat16 on a CPU that cannot multiply it: products run in float32, weights widened for the length of one product.
+"""Bfloat16 on a CPU without bfloat16 instructions: products in float32, for which each weight is converted temporarily.
 
 R rows, D input dim, O output dim.
 """
@@ -15,13 +15,13 @@ from openmimo.runtime.device import cpu_multiplies_bfloat16
 
 
 def run(x: torch.Tensor, layers: tuple[WeightAndBias, ...]) -> torch.Tensor:
-    """See `openmimo.kernels.operations.joined_linear`."""
+    """Implement `openmimo.kernels.operations.joined_linear`."""
     outputs = [_Widened.apply(x, weight_OD, bias_O) for weight_OD, bias_O in layers]
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
 
 
 class _Widened(torch.autograd.Function):
-    """Keeps the narrow tensors for the backward pass and widens them again there."""
+    """Saves the bfloat16 tensors for the backward pass, which converts them again."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight_OD: torch.Tensor, bias_O: torch.Tensor | None) -> torch.Tensor:
@@ -32,18 +32,18 @@ class _Widened(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight_OD = ctx.saved_tensors
         wide_RO = gradient.float().flatten(0, -2)
-        of_x = of_weight = of_bias = None
+        grad_x = grad_weight_OD = grad_bias_O = None
         if ctx.needs_input_grad[0]:
-            of_x = (wide_RO @ weight_OD.float()).to(x.dtype).view_as(x)
+            grad_x = (wide_RO @ weight_OD.float()).to(x.dtype).view_as(x)
         if ctx.needs_input_grad[1]:
-            of_weight = (wide_RO.T @ x.float().flatten(0, -2)).to(weight_OD.dtype)
+            grad_weight_OD = (wide_RO.T @ x.float().flatten(0, -2)).to(weight_OD.dtype)
         if ctx.needs_input_grad[2]:
-            of_bias = wide_RO.sum(dim=0).to(weight_OD.dtype)
-        return of_x, of_weight, of_bias
+            grad_bias_O = wide_RO.sum(dim=0).to(weight_OD.dtype)
+        return grad_x, grad_weight_OD, grad_bias_O
 
 
 def refuse(need: LinearNeed) -> str | None:
-    """Bfloat16 only, on a CPU without instructions for it."""
+    """Refuse all but bfloat16 on a CPU without bfloat16 instructions."""
     if need.weight_format != PLAIN:
         return f"its weights are plain, not {need.weight_format}"
     if not need.on_cpu:
@@ -51,7 +51,7 @@ def refuse(need: LinearNeed) -> str | None:
     if need.dtype != torch.bfloat16:
         return f"it computes bfloat16 only, not {need.dtype}"
     if not need.readable:
-        return "a weight or bias is not contiguous, or does not have the dtype and size that x asks for"
+        return "a weight or bias is not contiguous, or does not have the dtype and size that x requires"
     if cpu_multiplies_bfloat16():
         return "this CPU multiplies bfloat16 itself"
     return None

@@ -24,7 +24,7 @@ import torch  # imported before the library is loaded, which then uses torch's O
 
 from openmimo.core.files import cache_folder
 
-DTYPES = (torch.float32, torch.bfloat16)  # of the kernels' inputs
+DTYPES = (torch.float32, torch.bfloat16)  # dtypes of the kernels' inputs
 
 SOURCES = Path(__file__).parent
 # No -ffast-math: the kernels fix the order of their sums, on which batch invariance depends.
@@ -42,7 +42,7 @@ class BuildError(Exception):
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled kernels, or None if they are disabled or cannot be built (with one warning)."""
+    """Return the compiled kernels, or None if they are disabled or cannot be built (with one warning)."""
     if os.environ.get("OPENMIMO_NATIVE") == "0":
         return None
     try:
@@ -99,7 +99,7 @@ class Need(Protocol):
 
 
 def refuse(need: Need) -> str | None:
-    """The reason why no C kernel serves a need, or None."""
+    """Return the reason why no C kernel serves a need, or None."""
     if not need.on_cpu:
         return "it runs on CPUs only"
     if need.needs_gradients:
@@ -112,7 +112,7 @@ def refuse(need: Need) -> str | None:
 
 
 def find_compiler() -> list[str]:
-    """The command in $CC, or the first compiler that is installed. Raises BuildError if there is none."""
+    """Return the command in $CC, or the first compiler that is installed. Raises BuildError if there is none."""
     command = shlex.split(os.environ.get("CC", ""))
     if command:
         return command
@@ -160,12 +160,12 @@ def _compile(compiler: list[str], output: str) -> None:
 
 
 def _folder() -> Path:
-    """The folder of the built libraries. It may be deleted at any time."""
+    """Return the folder of the built libraries. It may be deleted at any time."""
     return cache_folder() / "native"
 
 
 def _fingerprint(compiler: list[str], version: str) -> str:
-    """A hash of the sources, the compiler, its flags and the processor."""
+    """Return a hash of the sources, the compiler, its flags and the processor."""
     digest = hashlib.sha256(repr((compiler, version, _FLAGS, _ATTEMPTS, _processor())).encode())
     for path in _files("*.[ch]"):
         digest.update(path.name.encode() + path.read_bytes())
@@ -177,7 +177,7 @@ def _files(pattern: str) -> list[Path]:
 
 
 def _processor() -> str:
-    """The properties of the processor on which -march=native depends."""
+    """Return the properties of the processor on which -march=native depends."""
     cpu_info = Path("/proc/cpuinfo")
     if not cpu_info.exists():
         return f"{platform.machine()} {platform.processor()}"

@@ -31,7 +31,7 @@ typedef struct {
 typedef struct {
     int64_t *first; /* [experts + 1]: index of an expert's first visit */
     int64_t *group; /* [experts]: number of groups of TILE_ROWS visits before an expert's first */
-    int64_t *place; /* [tokens, active]: index of a visit in the sorted order */
+    int64_t *sorted_index; /* [tokens, active]: index of a visit in the sorted order */
     const void **inputs, **activated;           /* [visits]: a visit's token, and its row of `hidden` */
     uint32_t *packed_inputs, *packed_activated; /* both, packed by group for tiles; or NULL */
     char *hidden;                               /* [visits, hidden], in the dtype of x */
@@ -54,7 +54,7 @@ static int64_t lay_out(const experts_call *call, int threads, int tiles, uintptr
     int64_t used = count < call->experts ? count : call->experts, groups = used + count / TILE_ROWS;
     sorted->first = take(&cursor, (call->experts + 1) * sizeof *sorted->first);
     sorted->group = take(&cursor, call->experts * sizeof *sorted->group);
-    sorted->place = take(&cursor, count * sizeof *sorted->place);
+    sorted->sorted_index = take(&cursor, count * sizeof *sorted->sorted_index);
     sorted->inputs = take(&cursor, count * sizeof *sorted->inputs);
     sorted->activated = take(&cursor, count * sizeof *sorted->activated);
     sorted->hidden = take(&cursor, count * call->hidden * size);
@@ -82,10 +82,10 @@ static int sort_visits(const experts_call *call, visits *sorted) {
         sorted->first[expert + 1] += sorted->first[expert];
     }
     for (int64_t i = 0; i < count; i++) {
-        int64_t place = sorted->first[call->ids[i]]++; /* ends as the start of the next expert */
-        sorted->place[i] = place;
-        sorted->inputs[place] = (const char *)call->x + i / call->active * call->dims * size;
-        sorted->activated[place] = sorted->hidden + place * call->hidden * size;
+        int64_t sorted_index = sorted->first[call->ids[i]]++; /* ends as the start of the next expert */
+        sorted->sorted_index[i] = sorted_index;
+        sorted->inputs[sorted_index] = (const char *)call->x + i / call->active * call->dims * size;
+        sorted->activated[sorted_index] = sorted->hidden + sorted_index * call->hidden * size;
     }
     memmove(sorted->first + 1, sorted->first, call->experts * sizeof *sorted->first);
     sorted->first[0] = 0;
@@ -152,7 +152,7 @@ static void combine(const experts_call *call, const visits *sorted, int64_t toke
     for (int64_t dim = 0; dim < call->dims; dim++) {
         float sum = 0.0f;
         for (int64_t slot = token * call->active; slot < (token + 1) * call->active; slot++)
-            sum += call->weights[slot] * sorted->outputs[sorted->place[slot] * call->dims + dim];
+            sum += call->weights[slot] * sorted->outputs[sorted->sorted_index[slot] * call->dims + dim];
         write_number(call->out, token * call->dims + dim, sum, call->bfloat16);
     }
 }

@@ -50,7 +50,7 @@ INLINE numbers load_bytes(const int8_t *from) {
 #endif
 }
 
-/* sum + a x b, fused in every place or in none (see wide.c). */
+/* sum + a x b, fused everywhere or nowhere (see wide.c). */
 INLINE numbers add_product(numbers sum, numbers a, numbers b) {
 #if defined(__AVX512F__)
     return (numbers)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)sum);
@@ -126,7 +126,7 @@ typedef struct {
     int64_t tokens, active, experts, dims, hidden, threads;
 } int8_experts_call;
 
-/* Computes `count` visits of one expert: `visits` are their places in ids, `outputs` [tokens * active, dims]. */
+/* Computes `count` visits of one expert: `visits` are their indices in ids, `outputs` [tokens * active, dims]. */
 static void visit_expert(const int8_experts_call *call, int64_t expert, const int64_t *visits, int64_t count,
                          float *memory, float *outputs) {
     int64_t dims = call->dims, hidden = call->hidden;

@@ -35,7 +35,7 @@
 typedef float eight __attribute__((vector_size(32)));
 typedef uint32_t eight_words __attribute__((vector_size(32)));
 
-/* sum + a x b, always fused if the processor can. A compiler fuses in some places only, and the bits of a row would
+/* sum + a x b, always fused if the processor can. A compiler fuses some sums only, and the bits of a row would
  * then depend on the batch. */
 INLINE eight add_product(eight sum, eight a, eight b) {
 #ifdef __FMA__

@@ -18,7 +18,7 @@ def run(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
 
 
 def _inverse_rms(x: torch.Tensor, epsilon: float) -> torch.Tensor:
-    """1 / sqrt(mean of squares + epsilon) of each row, [..., 1], in float32 or float64."""
+    """Return 1 / sqrt(mean of squares + epsilon) of each row, [..., 1], in float32 or float64."""
     wide = torch.promote_types(x.dtype, torch.float32)
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
     return torch.full_like(norm, epsilon).addcmul_(norm, norm, value=1 / max(x.shape[-1], 1)).rsqrt_()

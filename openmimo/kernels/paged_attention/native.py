@@ -22,6 +22,8 @@ def run(
     *,
     query_lengths_B: torch.Tensor,
     key_lengths_B: torch.Tensor,
+    longest_query: int,
+    longest_key: int,
     window_keys: int | None,
     score_block: int | None = None,
 ) -> AttentionOut:
@@ -52,7 +54,7 @@ def run(
 
 
 def _strides(x_XPGK: torch.Tensor) -> tuple[int, int]:
-    """The strides of pages and positions, in elements. Raises ValueError if a position is not contiguous."""
+    """Return the strides of pages and positions, in elements. Raises ValueError if a position is not contiguous."""
     page, position, head, element = x_XPGK.stride()
     if element != 1 or head != x_XPGK.shape[3]:
         raise ValueError(f"the values of a cache position are not contiguous: strides {x_XPGK.stride()}")

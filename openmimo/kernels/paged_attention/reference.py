@@ -16,6 +16,8 @@ def run(
     *,
     query_lengths_B: torch.Tensor,
     key_lengths_B: torch.Tensor,
+    longest_query: int,
+    longest_key: int,
     window_keys: int | None,
     score_block: int | None = None,
 ) -> AttentionOut:
@@ -39,7 +41,7 @@ def run(
 
 
 def _rows(pages: Pages, first: list[int], key_lengths: tuple[int, ...]) -> torch.Tensor:
-    """Index in the flattened cache of each position of each sequence, from `first` of the sequence on: int64 [S]."""
+    """Return the index in the flattened cache of each position from `first` of its sequence on, int64 [S]."""
     page_positions = pages.keys_XPGK.shape[1]
     device = pages.tables_BY.device
     rows = []
@@ -51,7 +53,7 @@ def _rows(pages: Pages, first: list[int], key_lengths: tuple[int, ...]) -> torch
 
 
 def _gather(x_XPGK: torch.Tensor, rows_S: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Keys or values at the indices `rows_S`, [S, G, K], converted to `dtype`."""
+    """Return keys or values at the indices `rows_S`, [S, G, K], converted to `dtype`."""
     page_positions = x_XPGK.shape[1]
     return x_XPGK[rows_S // page_positions, rows_S % page_positions].to(dtype)
 

@@ -134,7 +134,7 @@ class _TiledSoftmax:
         self._wide_MV = None if wide == hidden_TD.dtype else hidden_TD.new_empty(shape, dtype=wide)
 
     def __call__(self, tile: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        """Probabilities [M, V], which the next call overwrites, and the log-probability of each label [M].
+        """Return probabilities [M, V], which the next call overwrites, and the log-probability of each label [M].
 
         The largest probability is exp(0) / sum, so its log is -log(sum): no second pass of exponentials is needed.
         """

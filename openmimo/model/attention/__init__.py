@@ -78,7 +78,7 @@ class KVSpec:
     source_layer: int | None = None
 
     def bytes_per_position(self, bytes_per_value: int) -> int:
-        """Cache bytes of one position of this layer."""
+        """Return the cache bytes of one position of this layer."""
         if self.source_layer is not None:
             return 0
         return self.num_kv_heads * (self.key_dim + self.value_dim) * bytes_per_value
@@ -116,7 +116,7 @@ class AttentionModule(Protocol):
 
 
 def standard_parameters(place: AttentionPlace) -> int:
-    """Parameters of the projections of queries, keys, values and outputs, with biases and sinks.
+    """Count the parameters of the query, key, value and output projections, with biases and sinks.
 
     A layer that reads another layer's keys has no projections of keys and values.
     """
@@ -157,18 +157,18 @@ KINDS: Registry[AttentionKind] = Registry("openmimo.model.attention", AttentionK
 
 @functools.cache
 def attention_kind(name: str) -> AttentionKind:
-    """The kind with this name. Raises ConfigError if there is none."""
+    """Return the kind with this name. Raises ConfigError if there is none."""
     return KINDS.get(name)
 
 
 @functools.cache
 def kv_spec(spec: AttentionConfig) -> KVSpec:
-    """The cache requirements of a layer of this geometry."""
+    """Return the cache requirements of a layer of this geometry."""
     return attention_kind(spec.kind).kv(spec)
 
 
 def is_global(spec: AttentionConfig) -> bool:
-    """Whether queries of a layer of this geometry may read keys at any distance."""
+    """Return whether queries of a layer of this geometry may read keys at any distance."""
     return attention_kind(spec.kind).is_global(spec)
 
 

@@ -16,11 +16,11 @@ def build(place: AttentionPlace) -> "nn.Module":
 
 
 def check(spec: AttentionConfig, source: AttentionConfig | None) -> str | None:
-    """A full layer has no window and its own keys."""
+    """Refuse a window and the keys of another layer."""
     if spec.window_keys is not None:
         return f"is {spec.kind!r} with window_keys {spec.window_keys}; a full layer has no window."
     if source is not None:
-        return f"is {spec.kind!r} with kv_from {spec.kv_from}; a full layer has keys of its own."
+        return f"is {spec.kind!r} with kv_from {spec.kv_from}; a full layer has its own keys."
     return None
 
 

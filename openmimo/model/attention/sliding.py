@@ -16,11 +16,11 @@ def build(place: AttentionPlace) -> "nn.Module":
 
 
 def check(spec: AttentionConfig, source: AttentionConfig | None) -> str | None:
-    """A sliding layer has a window, its own keys, and no block scores, because the first blocks leave the cache."""
+    """Refuse a geometry without a window, the keys of another layer, and block scores (early blocks are evicted)."""
     if spec.window_keys is None:
         return f"is {spec.kind!r} with window_keys None; a sliding layer needs a window."
     if source is not None:
-        return f"is {spec.kind!r} with kv_from {spec.kv_from}; a sliding layer has keys of its own."
+        return f"is {spec.kind!r} with kv_from {spec.kv_from}; a sliding layer has its own keys."
     if spec.score_block is not None:
         return f"is {spec.kind!r} with score_block {spec.score_block}; only a layer without a window scores blocks."
     return None

@@ -33,7 +33,12 @@ Ended = Literal["returned", "raised", "timed out", "died"]
 
 @dataclass(frozen=True)
 class Call:
-    """A function of this package, as "module:name", that returns a float; and its arguments, which are JSON values."""
+    """A call of a function that returns a float.
+
+    Attributes:
+        function: The function, as "module:name" of this package.
+        arguments: Its arguments, which are JSON values.
+    """
 
     function: str
     arguments: tuple[Any, ...]
@@ -73,7 +78,7 @@ class IsolatedCalls:
         self._threads = ThreadPoolExecutor(processes, thread_name_prefix="isolated-call")
 
     def run(self, call: Call, *, seconds: float, prepare: Call | None = None) -> Outcome:
-        """Makes a call and waits for it.
+        """Make a call and wait for it.
 
         Args:
             call: The function that reads untrusted text.
@@ -89,12 +94,12 @@ class IsolatedCalls:
         return outcome
 
     def metrics(self) -> dict[str, float]:
-        """Counts of outcomes as `scoring/<outcome>`; empty before the first call."""
+        """Return counts of outcomes as `scoring/<outcome>`; empty before the first call."""
         counts = self.counts
         return {f"scoring/{ended.replace(' ', '_')}": counts[ended] for ended in get_args(Ended)} if counts else {}
 
     def close(self) -> None:
-        """Ends the processes."""
+        """End the processes."""
         self._threads.shutdown(cancel_futures=True)
         for child in self._children:
             child.close()
@@ -134,7 +139,7 @@ class _Child:
         return self._jail.alive()
 
     def ask(self, request: dict[str, Any], seconds: float) -> dict[str, Any] | None:
-        """The reply to one request; None if the process exits or the time runs out."""
+        """Return the reply to one request; None if the process exits or the time runs out."""
         line = self._jail.converse(json.dumps(request).encode() + b"\n", time.monotonic() + seconds)
         try:
             reply = json.loads(line or b"")
@@ -149,7 +154,7 @@ class _Child:
 
 @functools.cache
 def isolated_calls() -> IsolatedCalls:
-    """The child processes that all scorers of this process share. They end with this process."""
+    """Return the child processes that all scorers of this process share. They end with this process."""
     calls = IsolatedCalls()
     atexit.register(calls.close)
     register_service("scoring", Service(calls.metrics))
@@ -157,7 +162,7 @@ def isolated_calls() -> IsolatedCalls:
 
 
 def _start(function: str) -> _Child:
-    """Starts a child process that can call `function`, jailed if possible."""
+    """Start a child process that can call `function`, jailed if possible."""
     try:
         interpreter = find_interpreter()
         child = _Child(choose_tier(None, allow_unsafe=True), interpreter)
@@ -182,14 +187,14 @@ def _start_plain(reason: str) -> _Child:
 
 
 def _shown_folders() -> tuple[Path, ...]:
-    """The folders that a child must read: this package, and those of installed packages."""
+    """Return the folders that a child must read: this package, and those of installed packages."""
     package = Path(openmimo.__file__).parent
     installed = [Path(folder) for folder in sys.path if Path(folder).name in ("site-packages", "dist-packages")]
     return (package, *(folder for folder in installed if folder.is_dir()))
 
 
 def _program() -> str:
-    """The source that a jailed Python runs: it sets the import path, then serves calls."""
+    """Return the source that a jailed Python runs. It sets the import path and serves calls."""
     package, *installed = map(str, _shown_folders())
     paths = [os.path.dirname(package), *installed]
     return (

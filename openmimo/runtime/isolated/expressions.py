@@ -29,7 +29,7 @@ class RefusedExpressionError(ValueError):
 
 
 def check_expression(source: str | bytes | ast.AST) -> None:
-    """Raises RefusedExpressionError or SyntaxError unless `source` is an allowed expression."""
+    """Raise RefusedExpressionError or SyntaxError unless `source` is an allowed expression."""
     tree = source if isinstance(source, ast.AST) else ast.parse(source, mode="eval")
     for node in ast.walk(tree):
         if not isinstance(node, ALLOWED):
@@ -42,7 +42,7 @@ def check_expression(source: str | bytes | ast.AST) -> None:
 
 @contextlib.contextmanager
 def only_expressions() -> Iterator[None]:
-    """A context in which `eval` and `compile` apply `check_expression`, except for callers in the standard library."""
+    """Apply `check_expression` in `eval` and `compile` during the block, except for callers in the standard library."""
     plain_eval, plain_compile = builtins.eval, builtins.compile
 
     def guarded_eval(source: Any, globals: Any = None, locals: Any = None, /) -> Any:

@@ -23,14 +23,14 @@ MAX_REPLY_BYTES = 4096
 
 
 def serve(reply_descriptor: int) -> None:
-    """Serves the requests on stdin until it is closed."""
+    """Serve the requests on stdin until it is closed."""
     for line in sys.stdin.buffer:
         reply = json.dumps(_answer(json.loads(line)))
         os.write(reply_descriptor, reply.encode() + b"\n")
 
 
 def load(name: str) -> Callable[..., Any]:
-    """The function called "module:name". Raises ImportError or AttributeError."""
+    """Return the function called "module:name". Raises ImportError or AttributeError."""
     module, _, attribute = name.partition(":")
     return getattr(importlib.import_module(module), attribute)
 
@@ -49,12 +49,12 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _call(function: Callable[[], float], seconds: float) -> dict[str, Any]:
-    """Makes one call in a forked process, and waits at most `seconds` for it."""
+    """Make one call in a forked process, and wait at most `seconds` for it."""
     outlet, inlet = os.pipe()
     pid = os.fork()
     if pid == 0:
         os.close(outlet)
-        _become(function, inlet, seconds)
+        _call_and_exit(function, inlet, seconds)
     os.close(inlet)
     try:
         written = _read(outlet, time.monotonic() + seconds)
@@ -74,8 +74,8 @@ def _call(function: Callable[[], float], seconds: float) -> dict[str, Any]:
     return reply if isinstance(reply, dict) else {"ended": "died"}
 
 
-def _become(function: Callable[[], float], inlet: int, seconds: float) -> None:
-    """Makes one call in this process. Never returns."""
+def _call_and_exit(function: Callable[[], float], inlet: int, seconds: float) -> None:
+    """Make one call in this process. Never returns."""
     os.setsid()
     null = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1, 2):
@@ -91,7 +91,7 @@ def _become(function: Callable[[], float], inlet: int, seconds: float) -> None:
 
 
 def _read(outlet: int, deadline: float) -> bytes | None:
-    """The bytes that the call wrote until it closed its pipe; None if `deadline` passes first."""
+    """Return the bytes that the call wrote until it closed its pipe; None if `deadline` passes first."""
     written = b""
     while (left := deadline - time.monotonic()) > 0:
         if not select.select([outlet], [], [], left)[0]:

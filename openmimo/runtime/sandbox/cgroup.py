@@ -47,13 +47,13 @@ class Group:
             raise
 
     def add(self, pids: list[int]) -> None:
-        """Moves processes into the groups. Their later children are members as well."""
+        """Move processes into the groups. Their later children are members as well."""
         for folder in self.folders:
             for pid in pids:
                 (folder / "cgroup.procs").write_text(str(pid))
 
     def ran_out_of_memory(self) -> bool:
-        """Whether the kernel has killed a process of the group for exceeding the memory limit."""
+        """Return whether the kernel has killed a process of the group for exceeding the memory limit."""
         if self.memory is None:
             return False
         version = self.folders[self.memory]
@@ -61,14 +61,14 @@ class Group:
         return any(line.startswith("oom_kill ") and int(line.split()[1]) > 0 for line in text.splitlines())
 
     def close(self) -> None:
-        """Kills the remaining processes and removes the groups."""
+        """Kill the remaining processes and remove the groups."""
         for folder in self.folders:
             _end(folder)
         self.folders = {}
 
 
 def _end(folder: Path) -> None:
-    """Kills the processes of a group and removes it."""
+    """Kill the processes of a group and remove it."""
     deadline = time.monotonic() + REMOVAL_SECONDS
     while not _remove(folder) and time.monotonic() < deadline:
         for pid in _pids(folder):
@@ -78,7 +78,7 @@ def _end(folder: Path) -> None:
 
 
 def _limit_memory(folder: Path, version: int, limit: int) -> None:
-    """Sets the memory limit and permits no swap."""
+    """Set the memory limit and permit no swap."""
     if version == 2:
         settings = {"memory.max": limit, "memory.swap.max": 0, "memory.oom.group": 1}
     else:
@@ -104,13 +104,13 @@ def _remove(folder: Path) -> bool:
 
 
 def end(name: str) -> None:
-    """Kills the processes of a jail whose owner has exited, and removes its groups."""
+    """Kill the processes of a jail whose owner has exited, and remove its groups."""
     for parent in set(parents().values()):
         _end(parent.folder / name)
 
 
 def sweep(prefix: str, is_alive: Callable[[str], bool]) -> None:
-    """Removes empty groups with this prefix, unless `is_alive(name)`. Others may belong to another temporary folder."""
+    """Remove empty groups with this prefix, unless `is_alive(name)`. Others may belong to another temporary folder."""
     for parent in set(parents().values()):
         for folder in parent.folder.glob(prefix + "*"):
             if not is_alive(folder.name):
@@ -119,7 +119,7 @@ def sweep(prefix: str, is_alive: Callable[[str], bool]) -> None:
 
 @functools.cache
 def parents() -> dict[str, Parent]:
-    """The parent of new groups by controller; empty if this process may create none. Determined once per process."""
+    """Return the parent of new groups by controller; empty if this process may create none. Cached per process."""
     found = {}
     for controller in CONTROLLERS:
         for parent in (_unified(controller), _legacy(controller)):
@@ -130,25 +130,25 @@ def parents() -> dict[str, Parent]:
 
 
 def _unified(controller: str) -> Parent | None:
-    """Version 2: the group of this process, or its parent if the group has no limit."""
-    own = _own_folder("0::", "cgroup2", "")
-    if own is None:
+    """Return, for version 2, the group of this process, or its parent if the group has no limit."""
+    group_folder = _own_folder("0::", "cgroup2", "")
+    if group_folder is None:
         return None
-    free = _text(own / f"{controller}.max") == "max"
-    for folder in (own, own.parent) if free else (own,):
+    free = _text(group_folder / f"{controller}.max") == "max"
+    for folder in (group_folder, group_folder.parent) if free else (group_folder,):
         if controller in _text(folder / "cgroup.subtree_control").split():
             return Parent(folder, 2)
     return None
 
 
 def _legacy(controller: str) -> Parent | None:
-    """Version 1: the group of this process."""
-    own = _own_folder(f":{controller}:", "cgroup", controller)
-    return Parent(own, 1) if own else None
+    """Return, for version 1, the group of this process."""
+    group_folder = _own_folder(f":{controller}:", "cgroup", controller)
+    return Parent(group_folder, 1) if group_folder else None
 
 
 def _own_folder(mark: str, kind: str, option: str) -> Path | None:
-    """The folder of this process's group in the file system of that kind, or None."""
+    """Return the folder of this process's group in the file system of that kind, or None."""
     lines = [line for line in _text(Path("/proc/self/cgroup")).splitlines() if mark in line]
     for mount in _text(Path("/proc/self/mountinfo")).splitlines():
         location, _, system = mount.partition(" - ")

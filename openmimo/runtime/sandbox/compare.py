@@ -14,7 +14,7 @@ RELATIVE, ABSOLUTE = 1e-6, 1e-9
 
 
 def equal(value: Any, expected: Any, relative: float = RELATIVE, absolute: float = ABSOLUTE) -> bool:
-    """Whether two plain values are equal as in Python, except for tuples and floats.
+    """Return whether two plain values are equal as in Python, except for tuples and floats.
 
     Tuples equal lists. Two floats are equal within the tolerance of `math.isclose`, unless they are members of sets or
     keys. An integer equals a float only if their values are equal: 4 equals 4.0, and no float near it.
@@ -26,7 +26,7 @@ def equal(value: Any, expected: Any, relative: float = RELATIVE, absolute: float
 
 
 def matches(coded: Any, expected: Any, relative: float = RELATIVE, absolute: float = ABSOLUTE) -> bool:
-    """`equal` for two encoded values. The first may be any JSON value.
+    """Compare two encoded values as `equal` does. The first may be any JSON value.
 
     Raises:
         ValueError, TypeError, AttributeError, RecursionError: The first value is not an encoding.
@@ -62,7 +62,7 @@ def _key(pair: tuple[str, Any]) -> str:
 
 
 def _kind(coded: Any) -> tuple[str, Any]:
-    """The kind of an encoded value, and its number, text, bytes or list of encoded members."""
+    """Return the kind of an encoded value, and its number, text, bytes or list of encoded members."""
     if coded is None:
         return "none", None
     if isinstance(coded, (bool, int, float)):
@@ -82,7 +82,7 @@ def _kind(coded: Any) -> tuple[str, Any]:
 
 
 def _text(coded: Any) -> str:
-    """A text that is the same for two set members or keys if and only if they are equal."""
+    """Return a text that is the same for two set members or keys if and only if they are equal."""
     kind, content = _kind(coded)
     if kind == "number":
         whole = not isinstance(content, float) or content.is_integer()

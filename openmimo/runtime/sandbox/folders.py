@@ -18,7 +18,7 @@ PREFIX = "openmimo-jail-"
 
 
 def make_home() -> tuple[Path, int]:
-    """Creates a folder. Returns it with the open descriptor that locks it."""
+    """Create a folder. Returns it with the open descriptor that locks it."""
     while True:
         path = Path(tempfile.mkdtemp(prefix=PREFIX))
         lock = lock_of(path)
@@ -29,7 +29,7 @@ def make_home() -> tuple[Path, int]:
 
 
 def lock_of(path: Path) -> int | None:
-    """A descriptor that locks a folder; None if it is in use, absent, or owned by another user."""
+    """Return a descriptor that locks a folder; None if it is in use, absent, or owned by another user."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError:
@@ -43,7 +43,7 @@ def lock_of(path: Path) -> int | None:
 
 
 def remove(path: Path) -> None:
-    """Removes a folder with its content."""
+    """Remove a folder with its content."""
     with contextlib.suppress(OSError, RecursionError):
         shutil.rmtree(path)
     if path.exists():  # folders without permissions, or thousands of levels deep
@@ -52,7 +52,7 @@ def remove(path: Path) -> None:
 
 
 def sweep() -> None:
-    """Removes what killed processes left behind: unlocked folders of this user, and their control groups."""
+    """Remove what killed processes left behind: unlocked folders of this user, and their control groups."""
     folder = Path(tempfile.gettempdir())
     for path in folder.glob(PREFIX + "*"):
         lock = lock_of(path)

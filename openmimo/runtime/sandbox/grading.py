@@ -72,7 +72,7 @@ class Runner(Protocol):
     limits: SandboxLimits
 
     def run(self, program: str, files: None = None, stdin: bytes = b"") -> SandboxResult:
-        """Runs Python source."""
+        """Run Python source."""
 
 
 def grade(
@@ -83,7 +83,7 @@ def grade(
     function: str | None = None,
     test_seconds: float = 2.0,
 ) -> list[bool]:
-    """Whether the solution passes each test, in order: `outcomes` without the reasons."""
+    """Return whether the solution passes each test, in order: `outcomes` without the reasons."""
     return [outcome.passed for outcome in outcomes(runner, source, tests, function=function, test_seconds=test_seconds)]
 
 
@@ -95,7 +95,7 @@ def outcomes(
     function: str | None = None,
     test_seconds: float = 2.0,
 ) -> list[TestOutcome]:
-    """Runs the solution on each test in a separate process, and compares the outputs.
+    """Run the solution on each test in a separate process, and compare the outputs.
 
     Values are compared by `compare.equal`: as in Python, except that tuples equal lists, and floats are equal within
     the tolerance of the test. stdout is compared without trailing blanks of lines and without surrounding blank lines.
@@ -131,18 +131,18 @@ def outcomes(
 
 
 def _inputs(test: CallTest | StreamTest) -> dict:
-    """The part of a test that is sent into the jail."""
+    """Return the part of a test that is sent into the jail."""
     if isinstance(test, StreamTest):
         return {"stdin": test.stdin}
     try:
         encode(test.expected)
         return {"arguments": encode(list(test.arguments)), "keywords": encode(dict(test.keywords))}
     except TypeError as error:
-        raise ConfigError(f"A CallTest holds a value that is not plain data: {error}.") from error
+        raise ConfigError(f"A CallTest contains a value that is not plain data: {error}.") from error
 
 
 def _reports(result: bytes, count: int, most_characters: int) -> dict[int, dict]:
-    """The first report of each test. The solution can write to this channel, so malformed lines are ignored."""
+    """Return the first report of each test. The solution can write to this channel, so malformed lines are ignored."""
     reports: dict[int, dict] = {}
     for line in result.split(b"\n"):
         try:
@@ -158,7 +158,7 @@ def _reports(result: bytes, count: int, most_characters: int) -> dict[int, dict]
 
 
 def _outcome(test: CallTest | StreamTest, report: dict) -> TestOutcome:
-    """Compares the output of a test with its expected value."""
+    """Compare the output of a test with its expected value."""
     status, written = report.get("status"), report["written"]
     if status is None:
         return TestOutcome(False, "stopped: too slow, or too much output")
@@ -173,7 +173,7 @@ def _outcome(test: CallTest | StreamTest, report: dict) -> TestOutcome:
             return TestOutcome(False, f"raised {str(answer['error'])[:300]}")
         passed = matches(answer["value"], encode(test.expected), test.relative, test.absolute)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError):
-        return TestOutcome(False, f"no value came out; exit code {status}")
+        return TestOutcome(False, f"there is no value; exit code {status}")
     return TestOutcome(passed, "" if passed else f"returned {_shown(answer['value'], len(written))}")
 
 
@@ -182,7 +182,7 @@ def _lines(text: str) -> list[str]:
 
 
 def _shown(coded: Any, length: int) -> str:
-    """A short description of a value. Long ones are not decoded, because decoding builds sets of untrusted values."""
+    """Describe a value. Long values are not decoded, because decoding builds sets of untrusted values."""
     try:
         return repr(decode(coded))[:200] if length <= MAX_SHOWN else f"a value of {length} characters"
     except (ValueError, TypeError, AttributeError, RecursionError):  # such as an int of thousands of digits

@@ -18,14 +18,14 @@ class Interpreter:
 
 
 def find_interpreter() -> Interpreter:
-    """The base Python of this process, or the system's Python if only root can read the former.
+    """Return the base Python of this process, or the system's Python if only root can read the former.
 
     Raises:
         SandboxUnavailableError: There is none.
     """
-    own = Path(sys.base_prefix) / "bin" / f"python{sys.version_info.major}.{sys.version_info.minor}"
+    base_python = Path(sys.base_prefix) / "bin" / f"python{sys.version_info.major}.{sys.version_info.minor}"
     system = [Path(found) for found in ("/usr/bin/python3", "/usr/local/bin/python3") if shutil.which(found)]
-    candidates = [Interpreter(str(own), sys.base_prefix)]
+    candidates = [Interpreter(str(base_python), sys.base_prefix)]
     candidates += [Interpreter(str(path.resolve()), str(path.parents[1])) for path in system]
     for candidate in candidates:
         path = Path(candidate.executable)
@@ -33,12 +33,12 @@ def find_interpreter() -> Interpreter:
         if path.exists() and narrow and (os.geteuid() != 0 or readable_by_all(path)):
             return candidate
     raise SandboxUnavailableError(
-        f"Model-written code runs as the user nobody, who cannot read the Python at {own}, and there is none at "
-        "/usr/bin/python3. Install the system's Python, e.g. with apt-get install python3."
+        f"Model-written code runs as an unprivileged user, who cannot read the Python at {base_python}, and there is "
+        "none at /usr/bin/python3. Install the system's Python, e.g. with apt-get install python3."
     )
 
 
 def readable_by_all(path: Path) -> bool:
-    """Whether any user can reach and read `path`."""
+    """Return whether any user can reach and read `path`."""
     resolved = path.resolve()
     return bool(resolved.stat().st_mode & 0o004) and all(parent.stat().st_mode & 0o001 for parent in resolved.parents)

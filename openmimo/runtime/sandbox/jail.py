@@ -30,7 +30,7 @@ class _Inlet:
         self.descriptor, self.data = descriptor, memoryview(data)
 
     def move(self) -> bool:
-        """Writes what fits. Returns False when everything is written or the reader has closed the pipe."""
+        """Write what fits. Returns False when everything is written or the reader has closed the pipe."""
         try:
             self.data = self.data[os.write(self.descriptor, self.data[: 2**16]) :]
         except BlockingIOError:
@@ -41,14 +41,14 @@ class _Inlet:
 
 
 class _Outlet:
-    """Bytes read from a pipe: the first `limit` bytes are kept, the rest is counted."""
+    """Bytes read from a pipe. The first `limit` bytes are kept, and the others are counted."""
 
     def __init__(self, descriptor: int, limit: int):
         self.descriptor, self.limit = descriptor, limit
         self.kept, self.total = bytearray(), 0
 
     def move(self) -> bool:
-        """Reads what is available. Returns False when every writer has closed the pipe."""
+        """Read what is available. Returns False when every writer has closed the pipe."""
         try:
             chunk = os.read(self.descriptor, 2**16)
         except BlockingIOError:
@@ -77,7 +77,7 @@ class Jail:
         self._open = {self._stdin, self._control, self._stdout, self._stderr, self._result}
         settings = {"limits": limits.resource_limits(), "control": control, "result": result, "filter": FILTER()}
         python = [paths.interpreter.executable, "-s", "-S", "-B", "-c", START.read_text(), json.dumps(settings)]
-        inside = tier.isolates
+        isolates = tier.isolates
         try:
             self.process = subprocess.Popen(
                 tier.command(python, paths, limits),
@@ -85,8 +85,8 @@ class Jail:
                 stdout=stdout,
                 stderr=stderr,
                 pass_fds=(control, result),
-                env=self._environment("/workspace" if inside else str(paths.work)),
-                cwd="/" if inside else paths.work,
+                env=self._environment("/workspace" if isolates else str(paths.work)),
+                cwd="/" if isolates else paths.work,
                 start_new_session=True,
             )
         except OSError as error:
@@ -99,7 +99,7 @@ class Jail:
             os.set_blocking(descriptor, False)
 
     def _environment(self, home: str) -> dict[str, str]:
-        """The environment variables of the program. PATH is also used to build the jail."""
+        """Return the environment variables of the program. PATH is also used to build the jail."""
         folders = ["/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin"]
         interpreter_folder = str(Path(self.paths.interpreter.executable).parent)
         name, _, value = self.marker.partition("=")
@@ -114,7 +114,7 @@ class Jail:
         }
 
     def wait_until_ready(self) -> None:
-        """Returns when the jail is built and its Python waits for a job.
+        """Wait until the jail is built and its Python waits for a job.
 
         Raises:
             JailError: The jail did not start.
@@ -135,7 +135,7 @@ class Jail:
             raise JailError(f"the jail {self.tier.name!r} started, but cannot be controlled: {error}") from error
 
     def _attach(self, pids: list[int]) -> None:
-        """Moves the waiting processes into a control group, and opens the private folders of the jail."""
+        """Move the waiting processes into a control group, and open the private folders of the jail."""
         if cgroup.parents():
             room = len(STORES) * self.limits.file_bytes  # the group also counts files in memory
             memory, processes = self.limits.memory_bytes + room, self.limits.processes + len(pids)
@@ -151,18 +151,18 @@ class Jail:
         return self.stores.get(WORKSPACE)
 
     def alive(self) -> bool:
-        """Whether the jail can still run a job."""
+        """Return whether the jail can still run a job."""
         return bool(self._open) and self.process.poll() is None
 
     def begin(self, job: dict) -> None:
-        """Starts a job for `converse`."""
+        """Start a job for `converse`."""
         inlet = _Inlet(self._control, json.dumps(job).encode())
         while inlet.move():
             select.select([], [self._control], [], WATCH_SECONDS)
         self._close(self._control)
 
     def converse(self, request: bytes, deadline: float) -> bytes | None:
-        """Writes to the job's stdin. Returns the next line of its result, without the line break.
+        """Write to the job's stdin. Returns the next line of its result, without the line break.
 
         Returns None if `deadline` (of `time.monotonic`) passes, the job exits, or it exceeds a limit.
         """
@@ -187,7 +187,7 @@ class Jail:
         return bytes(reply.kept[:-1])
 
     def run(self, job: dict, stdin: bytes) -> SandboxResult:
-        """Runs {"argv": [...]} or {"source": "..."} until it exits or exceeds a limit, and ends the jail."""
+        """Run {"argv": [...]} or {"source": "..."} until it exits or exceeds a limit, and end the jail."""
         started = time.monotonic()
         most = self.limits.output_bytes
         inlets = [_Inlet(self._control, json.dumps(job).encode()), _Inlet(self._stdin, stdin)]
@@ -213,7 +213,7 @@ class Jail:
         )
 
     def _exchange(self, inlets: list[_Inlet], outlets: list[_Outlet], deadline: float) -> str | None:
-        """Moves bytes in and out until the program exits or exceeds a limit. Returns that limit, if any."""
+        """Move bytes in and out until the program exits or exceeds a limit. Returns that limit, if any."""
         with selectors.DefaultSelector() as selector:
             for inlet in inlets:
                 if inlet.data:
@@ -241,7 +241,7 @@ class Jail:
             return killed_by
 
     def _move(self, selector: selectors.BaseSelector, seconds: float) -> None:
-        """Waits up to `seconds` for a pipe that is ready, or for the process to exit; then moves bytes."""
+        """Wait up to `seconds` for a pipe that is ready, or for the process to exit; then move bytes."""
         if not selector.get_map():
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(seconds)
@@ -252,7 +252,7 @@ class Jail:
                 self._close(key.fd)
 
     def _overuse(self) -> str | None:
-        """The exceeded limit, of those that the kernel does not enforce immediately."""
+        """Return the exceeded limit, of those that the kernel does not enforce immediately."""
         pid, limits = self.process.pid, self.limits
         if self._group and self._group.memory:
             if self._group.ran_out_of_memory():
@@ -264,7 +264,7 @@ class Jail:
         return "disk" if watch.exceeds_disk(self.paths.work, limits.file_bytes, pid) else None
 
     def _signal_all(self) -> None:
-        """Kills every process of the jail. In a process namespace the others die with the first process."""
+        """Kill every process of the jail. In a process namespace the others die with the first process."""
         if self.process.returncode is not None:
             return
         if not self.tier.isolates:
@@ -273,7 +273,7 @@ class Jail:
             os.killpg(self.process.pid, signal.SIGKILL)
 
     def kill(self) -> None:
-        """Ends the jail. May be called repeatedly."""
+        """End the jail. May be called repeatedly."""
         self._signal_all()
         self.process.wait()
         self._close(*self._open)
@@ -291,7 +291,7 @@ class Jail:
 
 
 def _signal_name(exit_code: int) -> str | None:
-    """The signal of an exit code above 128. A program can also exit with such a code on its own."""
+    """Return the signal of an exit code above 128. A program can also exit with such a code on its own."""
     with contextlib.suppress(ValueError):
         name = signal.Signals(exit_code - 128).name
         return "cpu" if name == "SIGXCPU" else name

@@ -1,8 +1,11 @@
-"""Runs inside a jail, makes quick attempts to escape, and reports those that succeed.
+"""Runs inside a jail, attempts to escape, and reports the attempts that succeed.
 
-The settings are JSON on stdin: `isolates`: whether it is a jail, or limits only; for a jail `port` and `abstract`
-(listeners of the host), `files` to read and `folders` to write in; `processes` and `file_bytes`: the limits; `calls`:
-the numbers of system calls that must be refused, by name.
+The settings are JSON on stdin:
+    isolates: Whether the process is in a jail; otherwise, it has resource limits only.
+    port, abstract: Listeners of the host, for a jail.
+    files, folders: Files to read and folders to write in, for a jail.
+    processes, file_bytes: The limits.
+    calls: Numbers of the system calls that must be refused, by name.
 """
 
 import ctypes
@@ -18,51 +21,51 @@ VSOCK, NETLINK = 40, 16
 
 
 def network(port):
-    """Connects to the host that started the jail."""
+    """Connect to the host that started the jail."""
     with socket.create_connection(("127.0.0.1", port), timeout=1):
         return True
 
 
 def abstract(name):
-    """Connects to an abstract socket of the host."""
+    """Connect to an abstract socket of the host."""
     with socket.socket(socket.AF_UNIX) as client:
         client.connect("\0" + name)
         return True
 
 
 def family(number):
-    """Opens a socket of a family that namespaces do not isolate."""
+    """Open a socket of a family that namespaces do not isolate."""
     with socket.socket(number, socket.SOCK_DGRAM if number == NETLINK else socket.SOCK_STREAM):
         return True
 
 
 def call(number):
-    """Makes a system call without arguments. True unless the kernel refuses the call itself."""
+    """Make a system call without arguments. True unless the kernel refuses the call itself."""
     libc = ctypes.CDLL(None, use_errno=True)
     result = libc.syscall(number, 0, 0, 0, 0, 0, 0)
     return result >= 0 or ctypes.get_errno() not in (errno.EPERM, errno.ENOSYS)
 
 
 def nameless(size):
-    """Fills four files of `size` bytes that have no name."""
-    held = []
+    """Write four unlinked files of `size` bytes."""
+    files = []
     for number in range(4):
         path = f"nameless-{number}"
-        held.append(open(path, "wb", buffering=0))  # noqa: SIM115
+        files.append(open(path, "wb", buffering=0))  # noqa: SIM115
         os.unlink(path)
-        if held[-1].write(bytes(size)) < size:
+        if files[-1].write(bytes(size)) < size:
             return False
     return True
 
 
 def read(path):
-    """Reads a file of the host."""
+    """Read a file of the host."""
     with open(path, "rb") as file:
         return bool(file.read(1))
 
 
 def write(folder):
-    """Makes a file outside the working folder."""
+    """Create a file outside the working folder."""
     path = os.path.join(folder, f"openmimo-probe-{os.getpid()}")
     with open(path, "wb"):
         os.unlink(path)
@@ -70,7 +73,7 @@ def write(folder):
 
 
 def processes(limit):
-    """Starts processes until the kernel refuses, or there are more than `limit`."""
+    """Start processes until the kernel refuses, or there are more than `limit`."""
     children: list[int] = []
     try:
         while len(children) <= limit:
@@ -89,7 +92,7 @@ def processes(limit):
 
 
 def succeeds(attempt, target):
-    """Whether an attempt succeeded."""
+    """Return whether an attempt succeeded."""
     try:
         return attempt(target)
     except OSError:
@@ -97,7 +100,7 @@ def succeeds(attempt, target):
 
 
 def probe():
-    """Makes every attempt. One must succeed: to write a file in the working folder."""
+    """Make every attempt. Only a write in the working folder must succeed."""
     settings = json.load(sys.stdin)
     broken = broken_walls(settings) if settings["isolates"] else []
     broken += [f"it may call {name}" for name, number in settings["calls"].items() if succeeds(call, number)]
@@ -112,7 +115,7 @@ def probe():
 
 
 def broken_walls(settings):
-    """The attempts that succeed although the jail should prevent them."""
+    """Return the attempts that succeed although the jail should prevent them."""
     broken = []
     if succeeds(network, settings["port"]):
         broken.append("it reaches the network")

@@ -17,20 +17,20 @@ libc = ctypes.CDLL(None, use_errno=True)
 
 
 def check(result, what):
-    """Raises OSError if a call of the C library failed."""
+    """Raise OSError if a call of the C library failed."""
     if result:
         error = ctypes.get_errno()
         raise OSError(error, f"{what}: {os.strerror(error)}")
 
 
 def mount(source, target, kind, flags, options=""):
-    """mount(2)."""
+    """Call mount(2). Raises OSError if it fails."""
     texts = [text.encode() if text else None for text in (source, target, kind)]
     check(libc.mount(*texts, ctypes.c_ulong(flags), options.encode() or None), f"mount {target}")
 
 
 def show(source, root):
-    """Mounts a folder or file of the host read-only, with its submounts, at the same path under `root`."""
+    """Mount a folder or file of the host read-only, with its submounts, at the same path under `root`."""
     target = root + source
     if os.path.isdir(source):
         os.makedirs(target, exist_ok=True)
@@ -46,13 +46,13 @@ def show(source, root):
 
 
 def store(folder, options):
-    """Creates an empty file system in memory with the limits in `options`."""
+    """Create an empty file system in memory with the limits in `options`."""
     os.makedirs(folder, exist_ok=True)
     mount("jail", folder, "tmpfs", NOSUID | NODEV, options)
 
 
 def build(plan):
-    """Creates the root folder in a small file system in memory, and enters it."""
+    """Create the root folder in a small file system in memory, and enter it."""
     root = plan["root"]
     mount("jail", root, "tmpfs", NOSUID | NODEV, "size=1m,nr_inodes=2048,mode=755")
     for path in plan["stores"]:
@@ -75,7 +75,7 @@ def build(plan):
 
 
 def enter(root):
-    """Makes `root` the root folder and detaches the old one."""
+    """Make `root` the root folder and detach the old one."""
     os.chdir(root)
     check(libc.pivot_root(b".", b"."), "pivot_root")
     check(libc.umount2(b".", MNT_DETACH), "umount2")
@@ -84,7 +84,7 @@ def enter(root):
 
 
 def drop_capabilities():
-    """Empties the bounding set: the next program has no capability, although its user is root of the namespace."""
+    """Empty the bounding set: the next program has no capability, although its user is root of the namespace."""
     capability = 0
     while libc.prctl(PR_CAPBSET_DROP, ctypes.c_ulong(capability), 0, 0, 0) == 0:
         capability += 1

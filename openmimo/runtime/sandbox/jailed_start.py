@@ -31,13 +31,13 @@ class FilterProgram(ctypes.Structure):
 
 
 def prctl(option, argument, pointer=0):
-    """prctl(2). Raises OSError if it fails."""
+    """Call prctl(2). Raises OSError if it fails."""
     if libc.prctl(option, ctypes.c_ulong(argument), pointer, ctypes.c_ulong(0), ctypes.c_ulong(0)):
         raise OSError(ctypes.get_errno(), f"prctl {option}: {os.strerror(ctypes.get_errno())}")
 
 
 def limit(limits):
-    """Lowers the limits of this process, which its children inherit and cannot raise."""
+    """Lower the limits of this process, which its children inherit and cannot raise."""
     for name, (soft, hard) in limits.items():
         highest = resource.getrlimit(getattr(resource, name))[1]
         if highest != resource.RLIM_INFINITY:
@@ -46,10 +46,10 @@ def limit(limits):
 
 
 def install(code):
-    """Installs a seccomp filter for this process and its descendants. Constants may be names of processes."""
-    own = os.getpid()
-    host = os.getppid() or own  # zero across a process namespace
-    names = {"supervisor": own, "supervisor's group": -own, "host": host, "host's group": -host}
+    """Install a seccomp filter for this process and its descendants. Constants may be names of processes."""
+    pid = os.getpid()
+    host = os.getppid() or pid  # zero across a process namespace
+    names = {"supervisor": pid, "supervisor's group": -pid, "host": host, "host's group": -host}
     words = [(code, yes, no, names.get(value, value) & 0xFFFFFFFF) for code, yes, no, value in code]
     program = FilterProgram(len(words), b"".join(struct.pack("=HBBI", *word) for word in words))
     prctl(PR_SET_NO_NEW_PRIVS, 1)
@@ -57,13 +57,13 @@ def install(code):
 
 
 def receive(descriptor):
-    """The bytes from a pipe until its other end is closed."""
+    """Read a pipe until its other end is closed."""
     with open(descriptor, "rb") as pipe:
         return pipe.read()
 
 
-def become_command(argv):
-    """Replaces this process with a command."""
+def exec_command(argv):
+    """Replace this process with a command."""
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
     try:
@@ -73,8 +73,8 @@ def become_command(argv):
         sys.exit(127 if isinstance(error, FileNotFoundError) else 126)
 
 
-def become_source(source):
-    """Runs Python source as the main module of this process."""
+def exec_source(source):
+    """Run Python source as the main module of this process."""
     builtins.exit = builtins.quit = _sitebuiltins.Quitter("exit", "Ctrl-D (end of file)")
     main = sys.modules["__main__"] = types.ModuleType("__main__")
     main.__dict__["__builtins__"] = builtins
@@ -84,7 +84,7 @@ def become_source(source):
 
 
 def end_children():
-    """Kills all children, and adopted grandchildren, until there are none."""
+    """Kill all children, and adopted grandchildren, until there are none."""
     while True:
         with open(f"/proc/self/task/{os.getpid()}/children") as children:
             for pid in children.read().split():
@@ -96,7 +96,7 @@ def end_children():
 
 
 def supervise(job):
-    """Waits for the job, kills its leftover processes, and exits with its code (128 + n for signal n)."""
+    """Wait for the job, kill its leftover processes, and exit with its code (128 + n for signal n)."""
     ended = None
     while ended != job:
         ended, status = os.wait()
@@ -106,13 +106,13 @@ def supervise(job):
 
 
 def stop(number, frame):
-    """Handles the exit of the host process."""
+    """Handle the exit of the host process."""
     end_children()
     os._exit(128 + number)
 
 
 def start():
-    """Waits for a job on the control pipe: {"argv": [...]} or {"source": "..."}. An empty message ends the process."""
+    """Wait for a job on the control pipe: {"argv": [...]} or {"source": "..."}. An empty message ends the process."""
     settings = json.loads(sys.argv[1])
     limit(settings["limits"])
     prctl(PR_SET_CHILD_SUBREAPER, 1)
@@ -137,10 +137,10 @@ def start():
     job = json.loads(text)
     if "argv" in job:
         os.close(settings["result"])
-        become_command(job["argv"])
+        exec_command(job["argv"])
     else:
         os.environ["RESULT_FD"] = str(settings["result"])
-        become_source(job["source"])
+        exec_source(job["source"])
 
 
 start()

@@ -18,7 +18,7 @@ PR_SET_DUMPABLE = 4
 
 
 def encode(value):
-    """Encodes a plain Python value as JSON, with the kind of container. Raises TypeError for any other value."""
+    """Encode a plain Python value as JSON, with the kind of container. Raises TypeError for any other value."""
     if value is None or isinstance(value, (bool, float)):
         return value
     if isinstance(value, str):
@@ -39,7 +39,7 @@ def encode(value):
 
 
 def decode(coded):
-    """The inverse of `encode`. Raises ValueError, TypeError or AttributeError for a malformed encoding."""
+    """Invert `encode`. Raises ValueError, TypeError or AttributeError for a malformed encoding."""
     if isinstance(coded, list):
         return [decode(item) for item in coded]
     if not isinstance(coded, dict):
@@ -59,14 +59,14 @@ def decode(coded):
 
 
 def module(name):
-    """Registers an empty module under a name."""
+    """Register an empty module under a name."""
     sys.modules[name] = types.ModuleType(name)
     sys.modules[name].__dict__["__builtins__"] = __builtins__
     return sys.modules[name]
 
 
 def call(source, name, coded):
-    """The value of one call. `name` is a function, or Class.method: the class is created without arguments."""
+    """Return the value of one call. `name` is a function, or Class.method of a class without constructor arguments."""
     solution = module("solution")
     exec(compile(source, "solution.py", "exec", dont_inherit=True), solution.__dict__)
     owner, _, method = name.rpartition(".")
@@ -74,8 +74,8 @@ def call(source, name, coded):
     return encode(function(*decode(coded["arguments"]), **decode(coded["keywords"])))
 
 
-def be_call(job, test, out):
-    """Runs one CallTest in this process: writes its value or its exception into the pipe `out`."""
+def run_call(job, test, out):
+    """Run one CallTest in this process: writes its value or its exception into the pipe `out`."""
     null = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1, 2):
         os.dup2(null, descriptor)
@@ -87,8 +87,8 @@ def be_call(job, test, out):
         json.dump(answer, pipe)
 
 
-def be_program(job, test, out):
-    """Runs one StreamTest in this process, with its text as stdin and the pipe `out` as stdout."""
+def run_program(job, test, out):
+    """Run one StreamTest in this process, with its text as stdin and the pipe `out` as stdout."""
     with open("stdin", "wb+", buffering=0) as text:
         os.unlink("stdin")
         text.write(test["stdin"].encode())
@@ -105,18 +105,18 @@ def be_program(job, test, out):
 
 
 def set_open(is_open):
-    """Sets whether processes of the same user may access the memory and descriptors of this process, e.g. by /proc."""
+    """Set whether processes of the same user may access the memory and descriptors of this process, e.g. by /proc."""
     ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, ctypes.c_ulong(is_open), 0, 0, 0)
 
 
-def be_test(job, test, out, result):
-    """Runs one test in a child process. Never returns."""
+def run_in_child(job, test, out, result):
+    """Run one test in this child process. Never returns."""
     os.setsid()
     os.close(result)
     set_open(True)
     code = 1
     try:
-        (be_call if job["function"] else be_program)(job, test, out)
+        (run_call if job["function"] else run_program)(job, test, out)
         code = 0
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
@@ -127,12 +127,12 @@ def be_test(job, test, out, result):
 
 
 def run_test(job, test, result):
-    """Runs one test in a child process. Returns its output and its exit status (None if it was stopped)."""
+    """Run one test in a child process. Returns its output and its exit status (None if it was stopped)."""
     out, inward = os.pipe()
     pid = os.fork()
     if pid == 0:
         os.close(out)
-        be_test(job, test, inward, result)
+        run_in_child(job, test, inward, result)
     os.close(inward)
     os.set_blocking(out, False)
     deadline, written, status, is_open = time.monotonic() + job["seconds"], b"", None, True
@@ -157,7 +157,7 @@ def run_test(job, test, result):
 
 
 def main():
-    """Reads the job from stdin. Writes a line per test: its number, output and exit status."""
+    """Read the job from stdin. Writes a line per test: its number, output and exit status."""
     set_open(False)
     job = json.load(sys.stdin)
     result = int(os.environ.pop("RESULT_FD"))

@@ -45,18 +45,18 @@ class SandboxPool:
         return self._sandbox.limits
 
     def describe(self) -> str:
-        """The jail in one line, for logs and reports."""
+        """Return the jail in one line, for logs and reports."""
         return f"{self._sandbox.describe()}, {self._size} waiting"
 
     def wait_until_warm(self, timeout_seconds: float = 30.0) -> bool:
-        """Waits until all jails are ready. Returns False after the time-out."""
+        """Wait until all jails are ready. Returns False after the time-out."""
         with self._changed:
             return self._changed.wait_for(lambda: len(self._idle) >= self._size, timeout_seconds)
 
     def run(
         self, program: Program, files: Mapping[str, bytes | str] | None = None, stdin: bytes = b""
     ) -> SandboxResult:
-        """Runs Python source (a string) or a command (a list) in a new folder that contains `files`."""
+        """Run Python source (a string) or a command (a list) in a new folder that contains `files`."""
         job = job_of(program)
         taken = self._take()
         if taken is None:
@@ -74,18 +74,18 @@ class SandboxPool:
     async def run_async(
         self, program: Program, files: Mapping[str, bytes | str] | None = None, stdin: bytes = b""
     ) -> SandboxResult:
-        """`run` in a thread. Cancelling the wait does not end the program before its wall limit."""
+        """Call `run` in a thread. Cancelling the wait does not end the program before its wall limit."""
         return await asyncio.to_thread(self.run, program, files, stdin)
 
     def close(self) -> None:
-        """Waits for running jobs, and ends the waiting jails."""
+        """Wait for running jobs, and end the waiting jails."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
         self._filler.join()
 
     def _take(self) -> tuple[Workspace, Jail] | None:
-        """Takes a waiting jail and marks it busy; None if there is none. Dead jails are dropped and replaced."""
+        """Take a waiting jail and mark it busy; None if there is none. Dead jails are dropped and replaced."""
         with self._changed:
             while self._idle and not self._closed:
                 taken = self._idle.pop(0)
@@ -114,7 +114,7 @@ class SandboxPool:
             _discard(entry)
 
     def _start(self) -> tuple[Workspace, Jail] | None:
-        """Starts a jail; None if that fails. `run` then fails in a thread that can report the error."""
+        """Start a jail; None if that fails. `run` then fails in a thread that can report the error."""
         workspace = self._sandbox.workspace()
         try:
             jail = workspace.start()

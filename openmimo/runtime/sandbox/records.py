@@ -43,7 +43,7 @@ class SandboxLimits:
                 raise ConfigError(f"SandboxLimits.{field.name} is {getattr(self, field.name)}; it must be above zero.")
 
     def resource_limits(self) -> dict[str, tuple[int, int]]:
-        """Soft and hard limits by their names in the module `resource`. The hard CPU limit is one second later."""
+        """Return soft and hard limits by their names in module `resource`. The hard CPU limit is one second later."""
         seconds = math.ceil(self.cpu_seconds)
         return {
             "RLIMIT_CPU": (seconds, seconds + 1),
@@ -64,7 +64,7 @@ class SandboxResult:
     """The result of one run.
 
     Attributes:
-        exit_code: Of the program; 128 + n if signal n ended it.
+        exit_code: Exit code of the program; 128 + n if signal n ended it.
         stdout: The first `output_bytes` bytes.
         stderr: The first `output_bytes` bytes.
         timed_out: Whether the wall limit ended the run.

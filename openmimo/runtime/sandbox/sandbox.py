@@ -17,7 +17,7 @@ class Sandbox:
     """Runs Python source and commands in jails. Thread-safe.
 
     Args:
-        limits: Of each run.
+        limits: Resource limits of each run.
         tier: "bubblewrap", "unshare" or "rlimits". None selects the best tier that passes its self-test here.
         allow_unsafe: Run with resource limits only if no tier passes. The program can then read the files of this
             machine and use its network.
@@ -34,7 +34,7 @@ class Sandbox:
         self._interpreter = find_interpreter()
 
     def describe(self) -> str:
-        """The jail in one line, for logs and reports."""
+        """Return the jail in one line, for logs and reports."""
         tested = "; its self-test passed" if self.tier.isolates else ""
         groups = f"control groups for {' and '.join(cgroup.parents())}" if cgroup.parents() else "no control groups"
         return f"{self.tier.name}: {self.tier.summary}; {groups}; runs {self._interpreter.executable}{tested}"
@@ -42,7 +42,7 @@ class Sandbox:
     def run(
         self, program: Program, files: Mapping[str, bytes | str] | None = None, stdin: bytes = b""
     ) -> SandboxResult:
-        """Runs Python source (a string) or a command (a list) in a new folder that contains `files`.
+        """Run Python source (a string) or a command (a list) in a new folder that contains `files`.
 
         Raises:
             JailError: The jail failed. Failures of the program are in the result.
@@ -53,11 +53,11 @@ class Sandbox:
     async def run_async(
         self, program: Program, files: Mapping[str, bytes | str] | None = None, stdin: bytes = b""
     ) -> SandboxResult:
-        """`run` in a thread. Cancelling the wait does not end the program before its wall limit."""
+        """Call `run` in a thread. Cancelling the wait does not end the program before its wall limit."""
         return await asyncio.to_thread(self.run, program, files, stdin)
 
     def workspace(self, files: Mapping[str, bytes | str] | None = None) -> Workspace:
-        """A folder for several commands, each in its own jail: `with sandbox.workspace() as workspace: ...`."""
+        """Return a folder for several commands, each in its own jail: `with sandbox.workspace() as workspace: ...`."""
         workspace = Workspace(self.start, self._interpreter)
         try:
             workspace.write_all(files or {})
@@ -67,12 +67,12 @@ class Sandbox:
         return workspace
 
     def start(self, paths: JailPaths) -> Jail:
-        """Starts a jail around a folder."""
+        """Start a jail around a folder."""
         return Jail(self.tier, paths, self.limits)
 
 
 def choose_tier(name: str | None, allow_unsafe: bool) -> Tier:
-    """The tier of that name, or the best tier that passes its self-test on this machine."""
+    """Return the tier of that name, or the best tier that passes its self-test on this machine."""
     if name is not None and name not in TIERS:
         raise ConfigError(f"sandbox tier {name!r} is unknown; there are {', '.join(TIERS)}.")
     reasons = []

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 from openmimo.runtime.sandbox.records import SandboxUnavailableError
 
-# One instruction of classic BPF: code, jump if true, jump if false, constant. A constant may be a name from NAMES: only
-# the process in the jail knows these numbers, and it fills them in.
+# One instruction of classic BPF: code, jump if true, jump if false, constant. A constant may be a name from NAMES,
+# which the process in the jail replaces by its number.
 Instruction = tuple[int, int, int, int | str]
 NAMES = ("supervisor", "supervisor's group", "host", "host's group")
 
@@ -80,7 +80,7 @@ ARCHITECTURES = {"x86_64": Architecture(0xC000003E, 0), "aarch64": Architecture(
 
 
 def program(machine: str | None = None) -> list[Instruction]:
-    """The filter for a machine (default: this one), which `jailed_start.py` installs.
+    """Return the filter for a machine (default: this one), which `jailed_start.py` installs.
 
     Raises:
         SandboxUnavailableError: There is no table for the architecture.
@@ -103,7 +103,7 @@ def program(machine: str | None = None) -> list[Instruction]:
 
 
 def numbers(names: Iterable[str]) -> dict[str, int]:
-    """The numbers of refused calls on this machine, by name. Calls that the architecture lacks are left out."""
+    """Return the numbers of refused calls on this machine, by name. Calls that the architecture lacks are omitted."""
     column = _architecture(platform.machine()).column
     return {name: number for name in names if (number := REFUSED[name][column]) is not None}
 
@@ -111,13 +111,13 @@ def numbers(names: Iterable[str]) -> dict[str, int]:
 def _architecture(machine: str) -> Architecture:
     if machine not in ARCHITECTURES:
         raise SandboxUnavailableError(
-            f"The sandbox's system call filter knows {' and '.join(ARCHITECTURES)}, not {machine}."
+            f"The sandbox's system call filter supports {' and '.join(ARCHITECTURES)}, not {machine}."
         )
     return ARCHITECTURES[machine]
 
 
 def _argument_rules() -> dict[str, list[Instruction]]:
-    """For each call in JUDGED, instructions that end in an answer."""
+    """Return, for each call in JUDGED, instructions that end in an answer."""
     allow: Instruction = (RETURN, 0, 0, ALLOW)
     no_signal = [*_refuse(0, (*NAMES, 0xFFFFFFFF)), allow]
     families = [*_refuse_others(0, (AF_UNIX, AF_INET, AF_INET6), errno.EAFNOSUPPORT)]
@@ -152,18 +152,18 @@ def _answer(error: int) -> Instruction:
 
 
 def _load(argument: int) -> Instruction:
-    """Loads the low 32 bits of an argument; these calls use no more."""
+    """Load the low 32 bits of an argument; these calls use no more."""
     return (LOAD, 0, 0, ARGUMENTS_AT + 8 * argument)
 
 
 def _block(number: int, body: list[Instruction]) -> list[Instruction]:
-    """`body` for the call of that number. It always answers, so later blocks find the number in the accumulator."""
+    """Apply `body` to calls of that number. It must always answer, because later blocks need the accumulator."""
     assert body[-1][0] == RETURN and len(body) < 256
     return [(EQUAL, 0, len(body), number), *body]
 
 
 def _refuse(argument: int, values: Iterable[int | str]) -> list[Instruction]:
-    """EPERM if the argument is one of `values`."""
+    """Answer EPERM if the argument is one of `values`."""
     code = [_load(argument)]
     for value in values:
         code += [(EQUAL, 0, 1, value), _answer(errno.EPERM)]
@@ -171,16 +171,16 @@ def _refuse(argument: int, values: Iterable[int | str]) -> list[Instruction]:
 
 
 def _refuse_others(argument: int, values: tuple[int, ...], error: int) -> list[Instruction]:
-    """An error if the argument is not one of `values`."""
+    """Answer an error if the argument is not one of `values`."""
     tests = [(EQUAL, len(values) - index, 0, value) for index, value in enumerate(values)]
     return [_load(argument), *tests, _answer(error)]
 
 
 def _refuse_masked(argument: int, mask: int, value: int) -> list[Instruction]:
-    """EPERM if the bits of `mask` equal `value`."""
+    """Answer EPERM if the bits of `mask` equal `value`."""
     return [_load(argument), (AND, 0, 0, mask), (EQUAL, 0, 1, value), _answer(errno.EPERM)]
 
 
 def _refuse_any_of(argument: int, mask: int) -> list[Instruction]:
-    """EPERM if any bit of `mask` is set."""
+    """Answer EPERM if any bit of `mask` is set."""
     return [_load(argument), (AND, 0, 0, mask), (EQUAL, 1, 0, 0), _answer(errno.EPERM)]

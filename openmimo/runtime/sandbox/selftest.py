@@ -1,4 +1,4 @@
-"""The self-test of a jail: once per process, before the first program, a probe attacks it."""
+"""The self-test of a jail: a probe attacks it once per process, before the first program runs."""
 
 import functools
 import json
@@ -25,7 +25,7 @@ PROBE_LIMITS = SandboxLimits(processes=12, file_bytes=2**20)
 
 @functools.cache
 def why_not(name: str) -> str | None:
-    """Why the tier of that name fails on this machine; None if it passes. Determined once per process."""
+    """Return the reason why a tier fails on this machine; None if it passes. Cached per process."""
     tier = TIERS[name]
     if missing := tier.missing():
         return f"{missing} not installed"
@@ -37,7 +37,7 @@ def why_not(name: str) -> str | None:
 
 
 def _attack(tier: Tier) -> list[str]:
-    """Runs the probe in a jail, and returns the attacks that succeeded."""
+    """Run the probe in a jail, and return the attacks that succeeded."""
     with (
         socket.create_server(("127.0.0.1", 0)) as listener,
         socket.socket(socket.AF_UNIX) as abstract,

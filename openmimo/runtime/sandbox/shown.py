@@ -34,7 +34,7 @@ class Shown:
 
 
 def what_is_shown(interpreter: Interpreter, others: tuple[Path, ...] = ()) -> Shown:
-    """The plan for this interpreter. `others` are additional folders to show, Python packages included."""
+    """Return the plan for this interpreter. `others` are additional folders to show, Python packages included."""
     paths: list[Path] = []
     links: dict[str, str] = {}
     for path in (Path("/") / name for name in TOP_FOLDERS):
@@ -51,7 +51,7 @@ def what_is_shown(interpreter: Interpreter, others: tuple[Path, ...] = ()) -> Sh
 
 
 def _of_interpreter(interpreter: Interpreter, shown: list[Path]) -> list[Path]:
-    """The executable under its usual names and the libraries under its prefix, unless they are already shown."""
+    """Return the executable under its usual names and the libraries under its prefix, unless they are already shown."""
     executable, prefix = Path(interpreter.executable), Path(interpreter.prefix)
     names = [executable, *(executable.with_name(name) for name in ("python3", "python"))]
     candidates = dict.fromkeys([*names, prefix / "lib", prefix / "lib64"])
@@ -59,7 +59,7 @@ def _of_interpreter(interpreter: Interpreter, shown: list[Path]) -> list[Path]:
 
 
 def _packages(shown: list[Path]) -> list[Path]:
-    """The folders of installed Python packages among the shown paths, and this package."""
+    """Return the folders of installed Python packages among the shown paths, and this package."""
     found: list[Path] = []
     for folder in (path for path in shown if path.name in ("lib", "lib64") and path.is_dir()):
         found += [*folder.glob("python*/site-packages"), *folder.glob("python*/dist-packages")]

@@ -56,18 +56,18 @@ class Tier:
     command: Callable[[list[str], JailPaths, SandboxLimits], list[str]]
 
     def missing(self) -> str | None:
-        """The required programs that are not installed, or None."""
+        """Return the required programs that are not installed, or None."""
         absent = [program for program in self.programs if not find_program(program)]
         return ", ".join(absent) or None
 
 
 def find_program(name: str) -> str | None:
-    """The path of an installed program. PyPI packages install theirs next to the running Python."""
+    """Return the path of an installed program. PyPI packages install theirs next to the running Python."""
     return shutil.which(name) or shutil.which(name, path=str(Path(sys.executable).parent))
 
 
 def _identity(signal: str) -> list[str]:
-    """The command prefix that sends `signal` when the parent dies, and as root changes to the user of jails.
+    """Return the command prefix that sends `signal` when the parent dies, and as root changes to the user of jails.
 
     RLIMIT_NPROC does not count processes of root.
     """
@@ -79,7 +79,7 @@ def _identity(signal: str) -> list[str]:
 
 
 def _bubblewrap(inner: list[str], paths: JailPaths, limits: SandboxLimits) -> list[str]:
-    """bwrap: new namespaces of every kind, and a root folder of read-only mounts."""
+    """Run in bwrap: new namespaces of every kind, and a root folder of read-only mounts."""
     shown = what_is_shown(paths.interpreter, paths.shown)
     arguments = ["--tmpfs", "/dev"]
     for path in STORES:
@@ -105,7 +105,7 @@ def _bubblewrap(inner: list[str], paths: JailPaths, limits: SandboxLimits) -> li
 
 
 def _unshare(inner: list[str], paths: JailPaths, limits: SandboxLimits) -> list[str]:
-    """unshare of util-linux, and a root folder that `jailed_root.py` builds."""
+    """Run in unshare of util-linux, and a root folder that `jailed_root.py` builds."""
     shown = what_is_shown(paths.interpreter, paths.shown)
     plan = {
         "root": str(paths.root),
@@ -125,7 +125,7 @@ def _unshare(inner: list[str], paths: JailPaths, limits: SandboxLimits) -> list[
 
 
 def _resource_limits(inner: list[str], paths: JailPaths, limits: SandboxLimits) -> list[str]:
-    """Only the limits that the process sets itself; as root also another user."""
+    """Run with the limits that the process sets itself and, as root, with another user."""
     return [*_identity("TERM"), *inner]
 
 

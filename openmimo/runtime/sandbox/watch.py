@@ -21,7 +21,7 @@ ENDING_SECONDS = 5.0
 
 
 def process_tree(pid: int) -> Iterator[int]:
-    """`pid` and its descendants. In a process namespace, orphans become children of its first process."""
+    """Yield `pid` and its descendants. In a process namespace, orphans become children of its first process."""
     waiting = [pid]
     while waiting:
         pid = waiting.pop()
@@ -32,7 +32,7 @@ def process_tree(pid: int) -> Iterator[int]:
 
 
 def end_tree(pid: int) -> None:
-    """Kills the descendants of `pid`, which adopts orphans, and then `pid` itself."""
+    """Kill the descendants of `pid`, which adopts orphans, and then `pid` itself."""
     deadline = time.monotonic() + ENDING_SECONDS
     while (below := list(process_tree(pid))[1:]) and time.monotonic() < deadline:
         for child in below:
@@ -44,7 +44,7 @@ def end_tree(pid: int) -> None:
 
 
 def exceeds_memory(pid: int, limit_bytes: int) -> bool:
-    """Whether the process tree of `pid` uses more than `limit_bytes`. The first, cheap estimate is an upper bound."""
+    """Return whether the process tree of `pid` uses more than `limit_bytes`. The first estimate is an upper bound."""
     pids = list(process_tree(pid))
     if any(map(_hides_memory, pids)):
         return True
@@ -55,7 +55,7 @@ def exceeds_memory(pid: int, limit_bytes: int) -> bool:
 
 
 def _hides_memory(pid: int) -> bool:
-    """Whether a process maps shared memory without a file; its pages persist when all but one are unmapped."""
+    """Return whether a process maps shared memory without a file; its pages persist when all but one are unmapped."""
     with contextlib.suppress(OSError), open(f"/proc/{pid}/maps", "rb") as file:
         text = file.read(MAX_MAPPINGS_BYTES)
         return len(text) == MAX_MAPPINGS_BYTES or b"/dev/zero (deleted)\n" in text
@@ -63,7 +63,7 @@ def _hides_memory(pid: int) -> bool:
 
 
 def _descriptors(pid: int) -> Iterator[str]:
-    """The targets of a process's open descriptors."""
+    """Yield the targets of a process's open descriptors."""
     with contextlib.suppress(OSError):
         for entry in os.scandir(f"/proc/{pid}/fd"):
             with contextlib.suppress(OSError):
@@ -75,7 +75,7 @@ def _resident_bytes(pid: int) -> int:
 
 
 def _private_bytes(pid: int) -> int:
-    """The proportional set size plus page tables: a page shared by n processes counts 1/n."""
+    """Return the proportional set size plus page tables: a page shared by n processes counts 1/n."""
     proportional = _kilobytes(f"/proc/{pid}/smaps_rollup", ("Pss:", "SwapPss:"))
     if not proportional:
         return _resident_bytes(pid)
@@ -83,19 +83,19 @@ def _private_bytes(pid: int) -> int:
 
 
 def _kilobytes(path: str, names: tuple[str, ...]) -> list[int]:
-    """The numbers on the lines of a /proc file that start with `names`; none if the file is absent."""
+    """Return the numbers on the lines of a /proc file that start with `names`; none if the file is absent."""
     with contextlib.suppress(OSError):
         return [int(line.split()[1]) for line in Path(path).read_text().splitlines() if line.startswith(names)]
     return []
 
 
 def exceeds_files(stores: Iterable[int]) -> bool:
-    """Whether one of these file systems holds more than MAX_FILES. The kernel limits their bytes."""
+    """Return whether one of these file systems holds more than MAX_FILES. The kernel limits their bytes."""
     return any(system.f_files - system.f_ffree > MAX_FILES for system in map(os.fstatvfs, stores))
 
 
 def exceeds_disk(folder: Path, limit_bytes: int, pid: int | None = None) -> bool:
-    """Whether files exceed a limit.
+    """Return whether files exceed a limit.
 
     Counts the files in `folder`, and the deleted files that the process tree of `pid` has open or mapped. More than
     MAX_FILES files, paths longer than MAX_PATH and folders that cannot be read also exceed the limit.
@@ -120,39 +120,39 @@ def exceeds_disk(folder: Path, limit_bytes: int, pid: int | None = None) -> bool
 
 
 def _nameless_bytes(pid: int) -> int:
-    """Bytes of the deleted files that a process tree has open or mapped."""
-    held: dict[int, int] = {}
+    """Return the bytes of the deleted files that a process tree has open or mapped."""
+    bytes_by_inode: dict[int, int] = {}
     for process in process_tree(pid):
         with contextlib.suppress(OSError):
             for entry in os.scandir(f"/proc/{process}/fd"):
-                _count(held, entry.path)
+                _count(bytes_by_inode, entry.path)
         with contextlib.suppress(OSError), open(f"/proc/{process}/maps", "rb") as file:
             for line in file.read(MAX_MAPPINGS_BYTES).splitlines():
                 if line.endswith(b" (deleted)") and not line.endswith(b"/dev/zero (deleted)"):
-                    _count_mapping(held, process, line.decode(errors="replace"))
-    return sum(held.values())
+                    _count_mapping(bytes_by_inode, process, line.decode(errors="replace"))
+    return sum(bytes_by_inode.values())
 
 
-def _count(held: dict[int, int], path: str) -> bool:
-    """Adds a deleted file to `held`, by its inode. Returns False if the file cannot be examined."""
+def _count(bytes_by_inode: dict[int, int], path: str) -> bool:
+    """Add a deleted file to `bytes_by_inode`, by its inode. Returns False if the file cannot be examined."""
     with contextlib.suppress(OSError):
         status = os.stat(path)
         if stat.S_ISREG(status.st_mode) and status.st_nlink == 0:
-            held[status.st_ino] = status.st_blocks * 512
+            bytes_by_inode[status.st_ino] = status.st_blocks * 512
         return True
     return False
 
 
-def _count_mapping(held: dict[int, int], process: int, line: str) -> None:
-    """Adds a mapped file to `held`: its size for root, the mapped length for other users."""
+def _count_mapping(bytes_by_inode: dict[int, int], process: int, line: str) -> None:
+    """Add a mapped file to `bytes_by_inode`: its size for root, the mapped length for other users."""
     span, _, offset, _, inode = line.split()[:5]
-    if not _count(held, f"/proc/{process}/map_files/{span}"):
+    if not _count(bytes_by_inode, f"/proc/{process}/map_files/{span}"):
         start, end = (int(part, 16) for part in span.split("-"))
-        held[int(inode)] = max(held.get(int(inode), 0), int(offset, 16) + end - start)
+        bytes_by_inode[int(inode)] = max(bytes_by_inode.get(int(inode), 0), int(offset, 16) + end - start)
 
 
 def _entries(folder: str) -> Iterator[tuple[str, os.stat_result]]:
-    """The entries of a folder, without those that vanish during the walk."""
+    """Yield the entries of a folder, without those that vanish during the walk."""
     with os.scandir(folder) as entries:
         for entry in entries:
             try:

@@ -55,7 +55,7 @@ class Workspace:
         self.close()
 
     def run(self, program: Program, stdin: bytes = b"") -> SandboxResult:
-        """Runs Python source (a string) or a command (a list) in a new jail, in this folder.
+        """Run Python source (a string) or a command (a list) in a new jail, in this folder.
 
         Its background processes end with it.
         """
@@ -63,7 +63,7 @@ class Workspace:
         return self.start().run(job, stdin)
 
     def start(self) -> Jail:
-        """Starts a jail with the files of this folder.
+        """Start a jail with the files of this folder.
 
         Raises:
             JailError: The jail does not start.
@@ -82,12 +82,12 @@ class Workspace:
         return jail
 
     def read(self, path: str, limit_bytes: int = 2**24) -> bytes:
-        """The first `limit_bytes` bytes of a plain file inside the folder. Raises WorkspaceError for other paths."""
+        """Read up to `limit_bytes` bytes of a plain file inside the folder. Raises WorkspaceError for other paths."""
         with self._folder_of(path) as (folder, name), os.fdopen(_open(name, READ, folder, path), "rb") as file:
             return file.read(limit_bytes)
 
     def write(self, path: str, content: bytes | str) -> None:
-        """Writes a file and its parent folders. Raises WorkspaceError if a part of the path is a link or a pipe."""
+        """Write a file and its parent folders. Raises WorkspaceError if a part of the path is a link or a pipe."""
         content = content.encode() if isinstance(content, str) else content
         with self._folder_of(path, create=True) as (folder, name):
             descriptor = _open(name, WRITE, folder, path)
@@ -99,12 +99,12 @@ class Workspace:
                 raise WorkspaceError(f"{path!r} cannot be written in the working folder: {error.strerror}.") from error
 
     def write_all(self, files: Mapping[str, bytes | str]) -> None:
-        """Writes several files, given by path."""
+        """Write several files, given by path."""
         for path, content in files.items():
             self.write(path, content)
 
     def close(self) -> None:
-        """Removes the folder."""
+        """Remove the folder."""
         if self._folder < 0:
             return
         os.close(self._folder)
@@ -114,7 +114,7 @@ class Workspace:
 
     @contextlib.contextmanager
     def _folder_of(self, path: str, create: bool = False) -> Iterator[tuple[int, str]]:
-        """Opens the parent folder of a path, one real folder at a time. Yields its descriptor and the file name."""
+        """Open the parent folder of a path, one real folder at a time. Yields its descriptor and the file name."""
         parts = PurePosixPath(path).parts
         if not parts or path.startswith("/") or ".." in parts or "\0" in path:
             raise WorkspaceError(f"{path!r} is not a path inside the working folder; give a relative one without '..'.")
@@ -152,7 +152,7 @@ def _as_jailed_user() -> Iterator[None]:
 
 
 def job_of(program: Program) -> dict:
-    """The job record of a program: Python source, or a command with its arguments."""
+    """Return the job record of a program: Python source, or a command with its arguments."""
     if isinstance(program, str):
         return {"source": program}
     if not program or not all(isinstance(word, str) and "\0" not in word for word in program):
@@ -161,7 +161,7 @@ def job_of(program: Program) -> dict:
 
 
 def carry(source: int, target: int) -> None:
-    """Copies the content of an open folder into an empty one. No program may be using either.
+    """Copy the content of an open folder into an empty one. No program may be using either.
 
     Raises:
         WorkspaceError: An entry cannot be copied.

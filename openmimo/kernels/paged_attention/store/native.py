@@ -1,4 +1,4 @@
-"""A few tokens on a CPU in one call, which copies whole rows (native/attention.c)."""
+"""Few tokens on a CPU: one call that copies whole rows (native/attention.c)."""
 
 import torch
 
@@ -6,12 +6,12 @@ from openmimo.kernels import native
 from openmimo.kernels.attention import Pages, StoreNeed
 from openmimo.kernels.dispatch import Backend
 
-MAX_TOKENS = 64  # more are worth torch's threads
+MAX_TOKENS = 64  # above this, torch's threads are faster
 _STORE_ROWS = native.Function("openmimo_store_rows", "6P9q")  # `store_call` of native/attention.c
 
 
 def run(pages: Pages, page_T: torch.Tensor, slot_T: torch.Tensor, k_TGK: torch.Tensor, v_TGV: torch.Tensor) -> None:
-    """The call `openmimo.kernels.paged_attention.store`."""
+    """Implement `openmimo.kernels.attention.store`."""
     keys, values = pages.keys_XPGK, pages.values_XPGV
     size = keys.element_size()
     T, G, K = k_TGK.shape
@@ -30,7 +30,7 @@ def run(pages: Pages, page_T: torch.Tensor, slot_T: torch.Tensor, k_TGK: torch.T
 
 
 def refuse(need: StoreNeed) -> str | None:
-    """A few rows on a CPU, in the dtype of the pages, no gradients."""
+    """Refuse all but a few rows on a CPU, in the dtype of the pages, without gradients."""
     if need.num_tokens > MAX_TOKENS:
         return f"torch is faster for more than {MAX_TOKENS} tokens"
     if need.dtype != need.cache_dtype:

@@ -1,4 +1,4 @@
-"""The definition: torch's indexed assignment, after saturation."""
+"""The definition: indexed assignment of saturated rows."""
 
 import torch
 
@@ -7,7 +7,7 @@ from openmimo.kernels.dispatch import Backend
 
 
 def run(pages: Pages, page_T: torch.Tensor, slot_T: torch.Tensor, k_TGK: torch.Tensor, v_TGV: torch.Tensor) -> None:
-    """The call `openmimo.kernels.paged_attention.store`."""
+    """Implement `openmimo.kernels.attention.store`."""
     pages.keys_XPGK[page_T, slot_T] = _saturated(k_TGK, pages.keys_XPGK.dtype)
     pages.values_XPGV[page_T, slot_T] = _saturated(v_TGV, pages.values_XPGV.dtype)
 
@@ -15,7 +15,7 @@ def run(pages: Pages, page_T: torch.Tensor, slot_T: torch.Tensor, k_TGK: torch.T
 def _saturated(rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     largest = torch.finfo(dtype).max
     if largest < torch.finfo(rows.dtype).max:
-        wide = torch.promote_types(rows.dtype, torch.float32)  # bfloat16 would round the limit itself up
+        wide = torch.promote_types(rows.dtype, torch.float32)  # in bfloat16, the limit itself would be rounded up
         rows = rows.to(wide).clamp(-largest, largest)
     return rows.to(dtype)
 
