@@ -6,27 +6,23 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import JSONResponse
 
-from openmimo.core.records import SamplingParams
-from openmimo.engine.server.chat.task import ChatTask, FieldNames, encode_task
+from openmimo.engine.server.chat.task import encode_task
 from openmimo.engine.server.http.bodies import JsonRoute, unless_disconnected
 from openmimo.engine.server.http.errors import ApiError, invalid
 from openmimo.engine.server.http.service import Service
 from openmimo.engine.server.http.streaming import STREAMED, respond
 from openmimo.engine.server.http.warnings import skipped, warn
-from openmimo.engine.server.openai.conversation import template_options
 from openmimo.engine.server.openai.responses.answer import ResponseAnswer
 from openmimo.engine.server.openai.responses.compaction import CompactionAnswer, prepare_compaction
-from openmimo.engine.server.openai.responses.input import messages_of
 from openmimo.engine.server.openai.responses.schema import CompactRequest, ResponseRequest
 from openmimo.engine.server.openai.responses.socket import serve_socket
 from openmimo.engine.server.openai.responses.store import ResponseStore, StoredResponse
 from openmimo.engine.server.openai.responses.task import (
     Conversation,
-    checked_size,
     conversation_of,
     has_structure,
     prepare_response,
-    response_policy,
+    response_task,
     skipped_parts,
 )
 
@@ -79,15 +75,7 @@ def _generating_routes(service: Service, store: ResponseStore) -> APIRouter:
 
 
 def _num_tokens(service: Service, body: ResponseRequest, conversation: Conversation) -> int:
-    checked_size(service, conversation)
-    effort = body.reasoning.effort if body.reasoning else None
-    task = ChatTask(
-        messages=messages_of(conversation.items, body.instructions),
-        params=SamplingParams(),
-        policy=response_policy(body),
-        options=template_options(body.chat_template_kwargs, effort, "reasoning.effort"),
-        names=FieldNames(messages="input"),
-    )
+    task, _ = response_task(service, body, conversation)
     return len(encode_task(service, task).token_ids)
 
 

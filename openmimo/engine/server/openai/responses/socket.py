@@ -5,7 +5,7 @@ import functools
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from fastapi import WebSocket
+from fastapi import WebSocket, WebSocketDisconnect
 
 from openmimo.engine.server.http import limits
 from openmimo.engine.server.http.bodies import read_body
@@ -27,16 +27,23 @@ def serve_socket(service: Service, store: ResponseStore) -> Callable[[WebSocket]
         await websocket.accept()
         connection = _Connection(service, store, websocket)
         try:
-            async with asyncio.timeout(_CONNECTION_SECONDS):
-                await connection.run()
-        except TimeoutError:
-            message = f"The connection has reached its limit of {_CONNECTION_SECONDS:g} s; open a new one."
-            await connection.send_error(ApiError(400, message, code="websocket_connection_limit_reached"))
-            await websocket.close()
+            await _run(connection, websocket)
+        except WebSocketDisconnect:  # while an event was sent
+            pass
         finally:
             store.forget(connection)
 
     return serve
+
+
+async def _run(connection: "_Connection", websocket: WebSocket) -> None:
+    try:
+        async with asyncio.timeout(_CONNECTION_SECONDS):
+            await connection.run()
+    except TimeoutError:
+        message = f"The connection has reached its limit of {_CONNECTION_SECONDS:g} s; open a new one."
+        await connection.send_error(ApiError(400, message, code="websocket_connection_limit_reached"))
+        await websocket.close()
 
 
 class _Connection:

@@ -132,27 +132,29 @@ def prepare_response(
         conversation: The items of the request.
         num_bytes: Size of the request's JSON.
     """
-    size = checked_size(service, conversation)
-    chat = _prepare_chat(service, body, conversation)
+    task, size = response_task(service, body, conversation)
+    chat = _prepare_truncated(service, task) if body.truncation == "auto" else prepare_chat(service, task)
     own_items = [listed(item) for item in conversation.new]
     # The request is kept parsed and as clients list it.
     in_memory = estimated_bytes(size + 2 * num_bytes, len(conversation.items))
     return PreparedResponse(chat, conversation, own_items, size, in_memory)
 
 
-def _prepare_chat(service: Service, body: ResponseRequest, conversation: Conversation) -> PreparedChat:
+def response_task(service: Service, body: ResponseRequest, conversation: Conversation) -> tuple[ChatTask, int]:
+    """Return the task of a request, and the length of its conversation's texts. Raises ApiError as `checked_size`."""
+    size = checked_size(service, conversation)
     effort = body.reasoning.effort if body.reasoning else None
     limit = min(body.max_output_tokens or service.config.max_tokens, service.config.max_tokens)
     task = ChatTask(
         messages=messages_of(conversation.items, body.instructions),
         params=sampling_params(body, max_tokens=limit, structure=_structure(body)),
-        policy=response_policy(body),
+        policy=_policy(body),
         options=template_options(body.chat_template_kwargs, effort, "reasoning.effort"),
         priority=body.priority or 0,
         session=body.session,
         names=FieldNames(messages="input", structure=structure_field(body, "text.format")),
     )
-    return _prepare_truncated(service, task) if body.truncation == "auto" else prepare_chat(service, task)
+    return task, size
 
 
 def shortest(request: Request) -> Request:
@@ -160,8 +162,7 @@ def shortest(request: Request) -> Request:
     return replace(request, params=replace(request.params, max_tokens=1, min_tokens=0, structure=None))
 
 
-def response_policy(body: ResponseRequest) -> ToolPolicy:
-    """Return the functions of a request and the constraints on their calls."""
+def _policy(body: ResponseRequest) -> ToolPolicy:
     fields = {"name", "description", "parameters"}
     tools: list[dict[str, Any]] = [
         {"type": "function", "function": tool.model_dump(exclude_none=True, include=fields)}
