@@ -1,4 +1,4 @@
-"""Checks of one client: `python NAME_check.py URL FOLDER` runs them against a server and prints JSON lines."""
+"""Checks of one client: `python NAME_check.py URL SCRIPTED_URL FOLDER` runs them and prints JSON lines."""
 
 import importlib.metadata
 import json
@@ -6,14 +6,33 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 
-MODEL = "tiny"  # the name under which the checkpoint is served
-Check = Callable[[str, str], None]
+MODEL = "tiny"  # the name of the model on both servers
+KEY = "secret"  # no server requires one, but most clients do
+
+
+@dataclass(frozen=True)
+class Served:
+    """What the clients talk to.
+
+    Attributes:
+        url: A server of a small checkpoint with random weights.
+        scripted_url: A server whose replies come from `scripted_server.py`.
+        folder: The checkpoint.
+    """
+
+    url: str
+    scripted_url: str
+    folder: str
+
+
+Check = Callable[[Served], None]
 _CHECKS: list[tuple[str, Check]] = []
 
 
 def check(name: str) -> Callable[[Check], Check]:
-    """Register a function of the server's URL and the checkpoint's folder, which raises if the client fails."""
+    """Register a function that raises if the client fails."""
 
     def register(function: Check) -> Check:
         _CHECKS.append((name, function))
@@ -24,14 +43,14 @@ def check(name: str) -> Callable[[Check], Check]:
 
 def main(*packages: str) -> None:
     """Run all checks. The lines on standard output have the keys check, problem (empty: passed) and seconds."""
-    url, folder = sys.argv[1:3]
+    served = Served(*sys.argv[1:4])
     out, sys.stdout = sys.stdout, sys.stderr
     versions = {package: importlib.metadata.version(package) for package in packages}
     print(json.dumps({"versions": versions}), file=out, flush=True)
     for name, function in _CHECKS:
         start, problem = time.monotonic(), ""
         try:
-            function(url, folder)
+            function(served)
         except Exception as error:  # every failure of a foreign client is a result
             traceback.print_exc()
             problem = f"{type(error).__name__}: {error}"

@@ -5,7 +5,7 @@ import json
 import os
 from pathlib import Path
 
-from checks import MODEL, check, main
+from checks import MODEL, Served, check, main
 
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
 
@@ -69,22 +69,23 @@ def near(ours: list, theirs: list) -> None:
 for name in TASKS:
 
     @check(f"lm-eval {name} equals its hf model")
-    def _(url: str, folder: str, task: str = f"own_{name}") -> None:
-        ours = responses("local-completions", f"{url}/v1/completions", folder, tokenizer=folder)
-        near(ours[task], responses("hf", "", folder)[task])
+    def _(served: Served, task: str = f"own_{name}") -> None:
+        ours = responses("local-completions", f"{served.url}/v1/completions", served.folder, tokenizer=served.folder)
+        near(ours[task], responses("hf", "", served.folder)[task])
 
 
 @check("lm-eval with the server's tokenizer")
-def _(url: str, folder: str) -> None:
-    address = f"{url}/v1/completions"
+def _(served: Served) -> None:
+    address, folder = f"{served.url}/v1/completions", served.folder
     ours = responses("local-completions", address, folder, tokenizer_backend="remote")
     for task, expected in responses("local-completions", address, folder, tokenizer=folder).items():
         near(ours[task], expected)
 
 
 @check("lm-eval chat")
-def _(url: str, folder: str) -> None:
-    texts = responses("local-chat-completions", f"{url}/v1/chat/completions", folder)["own_generate"]
+def _(served: Served) -> None:
+    address = f"{served.url}/v1/chat/completions"
+    texts = responses("local-chat-completions", address, served.folder)["own_generate"]
     assert len(texts) == len(ROWS) and all(isinstance(text, str) for (text,) in texts), texts
 
 
