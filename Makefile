@@ -4,7 +4,7 @@ TORCH  ?= torch==2.13.0
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: setup demo test types sanitize clients check bench
+.PHONY: setup demo test types sanitize interpret clients check bench
 
 # torch goes first and alone, so that every later range finds it satisfied
 $(VENV)/setup: pyproject.toml
@@ -41,6 +41,12 @@ $(CLIENTS)/setup: tests/clients/requirements.txt
 	touch $@
 clients: $(VENV)/dev $(CLIENTS)/setup
 	$(BIN)/python tests/clients/run.py $(CLIENTS)/bin/python
+# the Triton kernels in Triton's interpreter, which needs no accelerator (and NumPy before 2.4)
+interpret: $(VENV)/dev
+	$(BIN)/pip install -q --disable-pip-version-check --no-deps --upgrade --target build/triton triton==3.6.0 "numpy<2.4"
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 PYTHONPATH=build/triton $(BIN)/python -m pytest -q -p no:warnings -k triton \
+	    tests/contracts/test_experts_backends.py tests/contracts/test_norm_and_rotary_backends.py \
+	    tests/contracts/test_paged_attention_backends.py tests/contracts/test_router_backends.py tests/contracts/test_store_backends.py
 check: $(VENV)/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

@@ -25,13 +25,13 @@ ARGUMENTS = "<parameter=city>Oslo</parameter>\n</function>\n</tool_call>"
 
 
 class Verdict(pydantic.BaseModel):
-    """What structured replies are asked to be."""
+    """The schema that structured replies must have."""
 
     answer: Literal["yes", "no"]
 
 
 def script(prompt, request):
-    """What the stub says: what was asked for, in pieces that cut through words and markup."""
+    """The stub's reply for a request, in pieces that split words and markup."""
     if request.params.structure is not None and request.params.structure.kind.startswith("json"):
         text = '{"answer": "yes"}'
     elif prompt.endswith("<function=get_weather>\n"):
@@ -229,7 +229,7 @@ def test_embeddings(client, model):
         assert sum(value**2 for value in entry.embedding) == pytest.approx(1.0)
 
 
-# --- what only a script can promise ----------------------------------------------------------------------------------
+# --- what needs scripted replies -------------------------------------------------------------------------------------
 
 
 @scripted

@@ -1,5 +1,6 @@
-"""The same code on an accelerator: kernels against their references, the model against itself on the CPU, training,
-decoding. `pytest -m gpu` runs this where there is one.
+"""The same code on an accelerator: kernels against their references, the model against the CPU, training, decoding.
+
+`pytest -m gpu` runs these tests on a machine with an accelerator.
 """
 
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""A step is tensors: copied byte by byte, it gives the same results on a worker with the same pages and states."""
+"""A step consists of tensors: from a byte copy, a worker with the same pages and states computes the same results."""
 
 import pickle
 
@@ -17,7 +17,9 @@ def _tensors(output):
 
 
 def test_a_second_worker_gives_the_same_results_from_copied_steps(monkeypatch):
-    """It sees the copies only: of decoding, verification, drafting and prompts read in chunks, greedy and sampled."""
+    """The second worker sees only copies of the steps: decoding, verification, drafting, chunked prompts, greedy and
+    sampled.
+    """
     model = tiny_model(1, mtp_heads=3)
     config = EngineConfig(cache_gigabytes=0.01, prefill_tokens=16, adaptive_drafts=False)
     engine, other = Engine(model, config=config), Engine(model, config=config)
@@ -55,7 +57,7 @@ def test_a_second_worker_gives_the_same_results_from_copied_steps(monkeypatch):
 
 @pytest.mark.parametrize("speculative", [False, True])
 def test_passes_of_a_step_reuse_the_same_memory(speculative):
-    """A captured graph can read its inputs from fixed addresses."""
+    """Fixed addresses let a captured graph read its inputs."""
     engine = Engine(tiny_model(1, mtp_heads=3), config=EngineConfig(speculative=speculative, adaptive_drafts=False))
     addresses, real = set(), engine._runner.worker.execute
 

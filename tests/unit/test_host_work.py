@@ -1,4 +1,4 @@
-"""Work on the host and memory of the engine: they do not grow with the square of a text's length."""
+"""Host work and memory of the engine grow at most linearly with the length of a text."""
 
 import random
 import sys
@@ -42,7 +42,7 @@ def test_routed_rows_copy_each_row_a_few_times_at_most(monkeypatch):
 
 
 def test_recorded_routing_reads_a_block_at_a_time(monkeypatch):
-    """Each block that the prefix tree enters reads its own rows, not all rows so far."""
+    """Each block that the prefix tree adds reads its own rows, not all rows so far."""
     read, real = [], RoutedRows.between
     monkeypatch.setattr(RoutedRows, "between", lambda self, a, b: read.append(b - a) or real(self, a, b))
     engine = Engine(tiny_model(1), config=EngineConfig())
@@ -124,7 +124,7 @@ def test_rotation_tables_grow_by_new_rows_only(monkeypatch):
 
 @pytest.mark.parametrize("filters", [{}, {"top_p": 0.9, "top_k": 50, "min_p": 0.001}], ids=["plain", "filtered"])
 def test_distributions_are_made_for_some_rows_at_a_time(monkeypatch, filters):
-    """And no row is another for it."""
+    """A row's result does not depend on the rows computed with it."""
     sizes, real = [], torch.Tensor.double
     monkeypatch.setattr(torch.Tensor, "double", lambda self: sizes.append(self.numel()) or real(self))
     logits = torch.randn(90, 50_000, generator=torch.Generator().manual_seed(0))
@@ -136,7 +136,7 @@ def test_distributions_are_made_for_some_rows_at_a_time(monkeypatch, filters):
 
 
 def test_a_refused_prompt_is_tried_again_once_another_ends():
-    """Its tokens do not depend on how often it was tried."""
+    """Its tokens do not depend on the number of attempts."""
     params = SamplingParams(max_tokens=60, temperature=0.0, ignore_eos=True)
     alone = Engine(tiny_model(1))
     expected = alone.submit(Request("x", tuple(range(80)), params))
@@ -150,7 +150,7 @@ def test_a_refused_prompt_is_tried_again_once_another_ends():
 
 
 def engine_bookkeeping(num_tokens: int, max_repeats: int = 0) -> tuple[int, RequestState]:
-    """Python calls and lines to confirm a number of tokens and to enter them in the prefix tree, without a model."""
+    """Counts the Python calls and lines that confirm tokens and add them to the prefix tree, without a model."""
     arena = PageArena(tiny_config().attention_layers(), cache_bytes=1 << 26)
     prefix = PrefixCache(arena)
     params = SamplingParams(max_tokens=num_tokens, logprobs=True, max_repeats=max_repeats, routed_experts=True)
@@ -210,7 +210,7 @@ def test_repetitions_are_found_where_comparing_whole_passages_finds_them(times):
 
 
 def test_uses_of_a_prefix_count_for_what_is_above_it():
-    """The tree evicts in the order of uses of whole texts, though a use notes one node only."""
+    """A use updates one node only; the order of eviction still follows the last use of each whole text."""
     engine = Engine(tiny_model(1), config=EngineConfig())
     params = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)
     texts = [tuple(int(token) for token in np.random.default_rng(seed).integers(0, 160, 130)) for seed in (0, 1)]

@@ -1,4 +1,4 @@
-"""Sampling: the random numbers, the filters, and the distribution that comes out."""
+"""Sampling: the random numbers, the filters, and the resulting distribution."""
 
 from dataclasses import replace
 
@@ -24,7 +24,7 @@ def test_random_numbers_are_uniform_and_independent():
     assert numbers.min() >= 0.0 and numbers.max() < 1.0
     counts = torch.histc(numbers, bins=20, min=0.0, max=1.0)
     chi_square = ((counts - 2000) ** 2 / 2000).sum()
-    assert chi_square < 45  # 19 degrees of freedom: above it once in 1500
+    assert chi_square < 45  # 19 degrees of freedom: above 45 once in 1500
     centered = numbers - 0.5
     assert (centered[1:] * centered[:-1]).mean().abs() < 0.002
     assert (centered[:, 1:] * centered[:, :-1]).mean().abs() < 0.002
@@ -32,7 +32,7 @@ def test_random_numbers_are_uniform_and_independent():
 
 
 def test_random_numbers_stay_what_they_are():
-    """A seed given today must give the same text tomorrow."""
+    """A seed must give the same text in every version."""
     assert uniform(0, 0) == 0.6524484863740321
     assert uniform(2**64 - 1, 12345) == 0.6785045720544753
     assert uniform(-1, 7) == uniform(2**64 - 1, 7)
@@ -45,7 +45,7 @@ def test_greedy_is_the_arg_max():
 
 
 def _by_definition(logits, params):
-    """The filters, token by token in Python floats."""
+    """The filters, token by token with Python floats."""
     probabilities = (logits.double() / params.temperature).softmax(dim=-1).tolist()
     kept, mass = set(), 0.0
     for token in sorted(range(VOCAB), key=lambda token: -probabilities[token]):
@@ -83,7 +83,7 @@ def test_frequencies_follow_the_distribution(params):
     assert observed[expected == 0].sum() == 0
     possible = expected > 0
     chi_square = ((observed - expected)[possible] ** 2 / expected[possible]).sum()
-    assert chi_square < 30  # at most 10 degrees of freedom: above it once in 1000
+    assert chi_square < 30  # at most 10 degrees of freedom: above the limit once in 1000
 
 
 def test_a_row_does_not_depend_on_the_others():

@@ -1,4 +1,4 @@
-"""Structures: what they allow token by token, how they end, and what is refused before anything runs."""
+"""Structures: allowed tokens, ends, and refusals before a request runs."""
 
 import json
 import random
@@ -33,7 +33,7 @@ def compiler():
 
 
 def random_text(state, seed):
-    """A text of random allowed tokens, each tried, taken back and taken again; up to an end that was allowed."""
+    """Accepts random allowed tokens up to an allowed end, with a rollback before each. Returns the text."""
     choose, tokens = random.Random(seed), []
     while True:
         allowed = state.allowed().nonzero()[:, 0].tolist()
@@ -206,7 +206,7 @@ LARGE = Structure("regex", "([a-z]{1,40} ?){200,300}")
 
 
 def _until_it_fails(state):
-    """Words of two letters until nothing is allowed."""
+    """Accepts words of two letters until no token is allowed. Returns their number."""
     letters, tokens = [TOKENIZER.encode(letter)[0] for letter in "ab"], 0
     while state.allowed().any():
         state.accept(letters[tokens % 2])

@@ -5,6 +5,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI
+from fastapi.routing import APIRoute
 
 from openmimo.engine.server.anthropic.errors import AnthropicForm
 from openmimo.engine.server.anthropic.routes import message_routes
@@ -46,7 +47,7 @@ def create_app(backend: Backend, config: ServerConfig) -> FastAPI:
     )
     app.state.service = service
     install_handlers(app)
-    for routes in (
+    makers = (
         model_routes,
         completion_routes,
         chat_routes,
@@ -55,11 +56,12 @@ def create_app(backend: Backend, config: ServerConfig) -> FastAPI:
         message_routes,
         token_routes,
         operation_routes,
-    ):
-        app.include_router(routes(service))
-    app.include_router(page_routes())
+    )
+    routers = [*(make(service) for make in makers), page_routes()]
+    for router in routers:
+        app.include_router(router)
     app.mount("/page", PageFiles(directory=PAGE))
-    paths = frozenset(app.openapi()["paths"]) | {"/"}
+    paths = frozenset(route.path for router in routers for route in router.routes if isinstance(route, APIRoute))
     # The middleware added last runs first: a request gets its id and is counted, its Host and Origin headers are
     # checked, then its API key, and only then is its body read.
     app.add_middleware(

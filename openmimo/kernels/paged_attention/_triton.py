@@ -94,6 +94,12 @@ def _span(query_lengths, key_lengths, b, window, SEQUENCES: tl.constexpr, HAS_WI
 
 
 @triton.jit
+def _load_rows(rows, is_row, dims, num_dims):
+    """A tile [rows, dims] from the addresses of rows; 0 outside."""
+    return tl.load(rows + dims[None, :], mask=is_row[:, None] & (dims < num_dims)[None, :], other=0.0)
+
+
+@triton.jit
 def _attend_part(
     q, keys, values, tables, query_lengths, key_lengths, sink, out, partial, maxima, sums, scale, window,
     stride_qt, stride_qn, stride_kx, stride_kp, stride_kg, stride_vx, stride_vp, stride_vg, stride_tb,
@@ -106,9 +112,7 @@ def _attend_part(
     part = tl.program_id(0) // ROW_TILES
     row_tile = tl.program_id(0) % ROW_TILES
     group, b = tl.program_id(1), tl.program_id(2)
-    first_query, num_queries, num_keys, lowest = _span(
-        query_lengths, key_lengths, b, window, SEQUENCES, HAS_WINDOW
-    )  # fmt: skip
+    first_query, num_queries, num_keys, lowest = _span(query_lengths, key_lengths, b, window, SEQUENCES, HAS_WINDOW)
     start = lowest + part * SPLIT
     stop = tl.minimum(start + SPLIT, num_keys)
     if (row_tile * TILE_ROWS < num_queries * HEADS) & (start < num_keys):
@@ -120,8 +124,8 @@ def _attend_part(
         dims = tl.arange(0, FIRST_DIMS)
         rest = FIRST_DIMS + tl.arange(0, REST_PAD)
         v_dims = tl.arange(0, VALUE_PAD)
-        q_first = tl.load(q_rows + dims[None, :], mask=is_row[:, None] & (dims < KEY_DIM)[None, :], other=0.0)
-        q_rest = tl.load(q_rows + rest[None, :], mask=is_row[:, None] & (rest < KEY_DIM)[None, :], other=0.0)
+        q_first = _load_rows(q_rows, is_row, dims, KEY_DIM)
+        q_rest = _load_rows(q_rows, is_row, rest, KEY_DIM)
         largest = tl.full((TILE_ROWS,), float("-inf"), tl.float32)
         total = tl.zeros((TILE_ROWS,), tl.float32)
         sum_values = tl.zeros((TILE_ROWS, VALUE_PAD), tl.float32)
@@ -131,11 +135,11 @@ def _attend_part(
             page = tl.load(tables + b * stride_tb + position // PAGE, mask=is_key, other=0).to(tl.int64)
             slot = position % PAGE
             key_rows = keys + page[:, None] * stride_kx + slot[:, None] * stride_kp + group * stride_kg
-            k_first = tl.load(key_rows + dims[None, :], mask=is_key[:, None] & (dims < KEY_DIM)[None, :], other=0.0)
-            logits = tl.dot(q_first, tl.trans(k_first.to(q_first.dtype)), input_precision=PRECISION)
+            k = _load_rows(key_rows, is_key, dims, KEY_DIM).to(q_first.dtype)
+            logits = tl.dot(q_first, tl.trans(k), input_precision=PRECISION)
             if REST_DIMS > 0:
-                k_rest = tl.load(key_rows + rest[None, :], mask=is_key[:, None] & (rest < KEY_DIM)[None, :], other=0.0)
-                logits += tl.dot(q_rest, tl.trans(k_rest.to(q_rest.dtype)), input_precision=PRECISION)
+                k = _load_rows(key_rows, is_key, rest, KEY_DIM).to(q_first.dtype)
+                logits += tl.dot(q_rest, tl.trans(k), input_precision=PRECISION)
             is_seen = is_key[None, :] & (position[None, :] <= own[:, None])
             if HAS_WINDOW:
                 is_seen = is_seen & (position[None, :] > own[:, None] - window)
@@ -146,30 +150,31 @@ def _attend_part(
             shrink = tl.exp(largest - safe)
             total = total * shrink + tl.sum(probabilities, axis=1)
             value_rows = values + page[:, None] * stride_vx + slot[:, None] * stride_vp + group * stride_vg
-            v = tl.load(
-                value_rows + v_dims[None, :], mask=is_key[:, None] & (v_dims < VALUE_DIM)[None, :], other=0.0
-            )  # fmt: skip
-            v = v.to(q_first.dtype)
-            sum_values = sum_values * shrink[:, None] + tl.dot(
-                probabilities.to(v.dtype), v, input_precision=PRECISION
-            )  # fmt: skip
+            v = _load_rows(value_rows, is_key, v_dims, VALUE_DIM).to(q_first.dtype)
+            weighted = tl.dot(probabilities.to(v.dtype), v, input_precision=PRECISION)
+            sum_values = sum_values * shrink[:, None] + weighted
             largest = new_largest
         if NUM_PARTS == 1:
+            place = ((first_query + query).to(tl.int64) * num_heads + head)[:, None] * VALUE_DIM + v_dims[None, :]
             if HAS_SINK:
                 sink_rows = tl.load(sink + head, mask=is_row, other=0.0).to(tl.float32)
-                new_largest = tl.maximum(largest, sink_rows)
-                shrink = tl.exp(largest - new_largest)
-                total = total * shrink + tl.exp(sink_rows - new_largest)
-                sum_values = sum_values * shrink[:, None]
-            out_rows = out + ((first_query + query).to(tl.int64) * num_heads + head)[:, None] * VALUE_DIM
+                largest, total, sum_values = _with_sink(largest, total, sum_values, sink_rows)
             result = sum_values / tl.where(total == 0.0, 1.0, total)[:, None]
-            tl.store(out_rows + v_dims[None, :], result, mask=is_row[:, None] & (v_dims < VALUE_DIM)[None, :])
+            tl.store(out + place, result, mask=is_row[:, None] & (v_dims < VALUE_DIM)[None, :])
         else:
             place = ((b * num_groups + group) * NUM_PARTS + part).to(tl.int64) * (ROW_TILES * TILE_ROWS) + rows
             tl.store(maxima + place, largest)
             tl.store(sums + place, total)
-            tl.store(partial + place[:, None] * VALUE_DIM + v_dims[None, :], sum_values,
-                     mask=(v_dims < VALUE_DIM)[None, :])  # fmt: skip
+            place = place[:, None] * VALUE_DIM + v_dims[None, :]
+            tl.store(partial + place, sum_values, mask=(v_dims < VALUE_DIM)[None, :])
+
+
+@triton.jit
+def _with_sink(largest, total, sum_values, sink_rows):
+    """The running maximum, sum and weighted values of rows after a key of logit `sink_rows` without a value."""
+    new_largest = tl.maximum(largest, sink_rows)
+    shrink = tl.exp(largest - new_largest)
+    return new_largest, total * shrink + tl.exp(sink_rows - new_largest), sum_values * shrink[:, None]
 
 
 @triton.jit
@@ -180,9 +185,7 @@ def _combine_parts(
     SEQUENCES: tl.constexpr, HAS_SINK: tl.constexpr, HAS_WINDOW: tl.constexpr,
 ):  # fmt: skip
     row, group, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    first_query, num_queries, num_keys, lowest = _span(
-        query_lengths, key_lengths, b, window, SEQUENCES, HAS_WINDOW
-    )  # fmt: skip
+    first_query, num_queries, num_keys, lowest = _span(query_lengths, key_lengths, b, window, SEQUENCES, HAS_WINDOW)
     query, head = row // HEADS, group * HEADS + row % HEADS
     if query < num_queries:
         parts = tl.arange(0, PARTS_PAD)

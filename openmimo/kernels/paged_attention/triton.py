@@ -39,12 +39,12 @@ def run(
 
 def refuse(need: PagedNeed) -> str | None:
     """Few queries per sequence, in the floating-point formats of the kernel, without gradients."""
+    if need.score_block is not None:
+        return NO_SCORES
     if reason := unavailable(need.on_cpu, need.dtype):
         return reason
     if need.needs_gradients:
         return "it has no backward pass"
-    if need.score_block is not None:
-        return NO_SCORES
     if need.longest_query > _MAX_QUERIES:
         return f"it takes up to {_MAX_QUERIES} queries per sequence, not {need.longest_query}"
     if need.cache_dtype not in _CACHE_DTYPES:
