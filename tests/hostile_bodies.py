@@ -1,9 +1,11 @@
 """Request bodies that a server must refuse or answer at little cost: name, path and builder."""
 
+import base64
 import json
 from collections.abc import Callable
 
 CHAT, COMPLETIONS, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
+MESSAGES, COMPACT = "/v1/messages", "/v1/responses/compact"
 _SIZE = 4 * 2**20 - 4096  # just below the default limit
 
 
@@ -52,6 +54,15 @@ def _form(schema: dict) -> dict:
 
 def _prompt(prompt, **fields) -> dict:
     return {"prompt": prompt, "max_tokens": 1, **fields}
+
+
+def _message(content) -> dict:
+    return {"model": "checkpoint0", "max_tokens": 1, "messages": [{"role": "user", "content": content}]}
+
+
+def _sealed(value) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return "openmimo1." + base64.urlsafe_b64encode(text.encode()).decode()
 
 
 def _unknown() -> dict:
@@ -116,6 +127,25 @@ HOSTILE: dict[str, tuple[str, Callable[[], bytes]]] = {
     "a long model name": (COMPLETIONS, lambda: _json(_prompt("x", model=_text("m")))),
     "input items": (RESPONSES, lambda: _filled('{"input":[', '{"role":"user","content":"x"}', "]}")),
     "input parts": (RESPONSES, lambda: _json({"input": [{"role": "user", "content": _parts(1)}]})),
+    "input items without text": (RESPONSES, lambda: _filled('{"input":[', '{"type":"web_search_call"}', "]}")),
+    "references": (RESPONSES, lambda: _filled('{"input":[', '{"type":"item_reference","id":"x"}', "]}")),
+    "a compaction of many texts": (RESPONSES, lambda: _json({"input": [{
+        "type": "compaction", "encrypted_content": _sealed([["x"] * 700_000, "x"])}]})),
+    "a compaction of depth": (RESPONSES, lambda: _json({"input": [{
+        "type": "compaction", "encrypted_content": _sealed("[" * 3_000_000)}]})),
+    "items to compact": (COMPACT, lambda: _filled(
+        '{"model":"checkpoint0","input":[', '{"role":"user","content":"x"}', "]}")),
+    "allowed tools": (RESPONSES, lambda: _json({"input": "x", "tool_choice": {
+        "type": "allowed_tools", "mode": "auto", "tools": [{"type": "function"}] * 120_000}})),
+    "blocks": (MESSAGES, lambda: _json(_message([{"type": "text", "text": "x"}] * 60_000))),
+    "blocks of no type": (MESSAGES, lambda: _json(_message([{"type": "x"}] * 120_000))),
+    "tool results": (MESSAGES, lambda: _json(_message([
+        {"type": "tool_result", "tool_use_id": "1", "content": [{"type": "text", "text": "x"}] * 2000}] * 30))),
+    "inputs of calls": (MESSAGES, lambda: _json({**_message("x"), "messages": [{"role": "assistant", "content": [
+        {"type": "tool_use", "id": "1", "name": "f", "input": _wide()}]}]})),
+    "system blocks": (MESSAGES, lambda: _json({**_message("x"), "system": [{"type": "text", "text": "x"}] * 60_000})),
+    "tools of messages": (MESSAGES, lambda: _json({**_message("x"), "tools": [
+        {"name": f"f{i}", "input_schema": {}} for i in range(50_000)]})),
     "ids to detokenize": ("/detokenize", lambda: _filled('{"tokens":[', "9", "]}")),
     "ids that are detokenized": ("/detokenize", lambda: _json({"tokens": [300] * 260_000})),
     "text to tokenize": ("/tokenize", lambda: _json({"prompt": _text("1 ")})),

@@ -289,7 +289,7 @@ class Engine:
         known = earlier.tokens[: earlier.num_computed_tokens]
         has_routing = earlier.params.routed_experts or not sequence.params.routed_experts
         continues = len(sequence.tokens) > len(known) and sequence.tokens[: len(known)] == known
-        if not continues or not has_routing or sequence.params.prompt_logprobs:
+        if not continues or not has_routing or sequence.params.reads_whole_prompt:
             self._release(earlier)
             return
         sequence.pages, earlier.pages = earlier.pages, None

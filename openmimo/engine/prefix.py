@@ -58,7 +58,7 @@ class PrefixCache:
     def start(self, sequence: RequestState) -> None:
         """Gives a sequence without pages the longest cached prefix that leaves at least one token to compute."""
         node = self._root
-        if sequence.params.prompt_logprobs:
+        if sequence.params.reads_whole_prompt:
             path: list[PrefixNode] = []
         else:
             path = self._match(sequence)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+import torch
 
 from openmimo.core.records import Completion, Delta, Request, SamplingParams, TokenLogprob
 from openmimo.data.tokenizer import StreamDecoder
@@ -22,10 +23,12 @@ class TextStream:
 
     Attributes:
         stopped: Whether a stop string was found. The text ends before it.
+        stop_string: The stop string that was found, or empty.
     """
 
     def __init__(self, decoder: StreamDecoder, stop: tuple[str, ...] = ()):
         self.stopped = False
+        self.stop_string = ""
         self._pieces: list[str] = []
         self._decoder = decoder
         self._stop = stop
@@ -62,10 +65,11 @@ class TextStream:
             self._pieces.append(pending)
             self._held_back = ""
             return
-        found = [index for index in map(pending.find, self._stop) if index >= 0]
+        found = [(index, stop) for stop in self._stop if (index := pending.find(stop)) >= 0]
         if found:
             self.stopped = True
-            self._pieces.append(pending[: min(found)])
+            index, self.stop_string = min(found)
+            self._pieces.append(pending[:index])
             self._held_back = ""
             return
         certain = len(pending) - max((_overlap(pending, stop) for stop in self._stop), default=0)
@@ -196,6 +200,7 @@ class RequestState:
         logprobs: Log-probability of each new token, if requested.
         top_logprobs: The likeliest ids and their log-probabilities at each new token, if requested.
         prompt_logprobs: Of each prompt token but the first, if requested.
+        pooled: The pooled states of the prompt so far, if requested.
         policy_versions: Version of the weights that chose each new token.
         drafted: For each new token, whether it was drafted.
         blocks: Blocks of tokens that `block` has made.
@@ -227,6 +232,7 @@ class RequestState:
     logprobs: array = field(default_factory=lambda: array("d"))
     top_logprobs: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    pooled: "PooledStates | None" = None
     policy_versions: array = field(default_factory=lambda: array("i"))
     drafted: bytearray = field(default_factory=bytearray)
     blocks: list[bytes] = field(default_factory=list)
@@ -251,6 +257,8 @@ class RequestState:
         self.is_plain = not (has_numbers or params.changes_logits)
         if self.params.max_repeats:
             self.repeats = RepeatCounter(self.params.max_repeats)
+        if self.params.pooling:
+            self.pooled = PooledStates()
 
     @property
     def held_pages(self) -> PageTables:
@@ -350,6 +358,8 @@ class RequestState:
             num_prompt_tokens=self.prompt_length,
             num_cached_tokens=self.num_cached_tokens,
             prompt_logprobs=tuple(self.prompt_logprobs) if start == 0 else (),
+            embedding=tuple(self.pooled.embedding()) if self.pooled is not None and start == 0 else (),
+            stop_string=self.text.stop_string if self.text is not None else "",
         )
 
     def completion(self) -> Completion:
@@ -363,6 +373,8 @@ class RequestState:
             finish_reason=self.finish_reason,
             top_logprobs=list(self.top_logprobs) if params.top_logprobs else None,
             prompt_logprobs=[entry.logprob for entry in self.prompt_logprobs] if params.prompt_logprobs else None,
+            prompt_top_logprobs=[entry.top for entry in self.prompt_logprobs] if params.prompt_top_logprobs else None,
+            embedding=self.pooled.embedding() if self.pooled is not None else None,
             policy_versions=self.policy_versions.tolist(),
             drafted=list(map(bool, self.drafted)),
             routed_experts=self.routing.array(),
@@ -379,6 +391,33 @@ class RequestState:
         tokens = self.tokens[self.prompt_length + start : self.prompt_length + stop]
         tops = self.top_logprobs[start:stop] if self.params.top_logprobs else [()] * len(tokens)
         return tuple(TokenLogprob(*entry) for entry in zip(tokens, self.logprobs[start:stop], tops, strict=True))
+
+
+class PooledStates:
+    """The sum of the final states of a prompt's positions, or the state of the last one.
+
+    Attributes:
+        num_positions: Number of positions that have been added.
+    """
+
+    def __init__(self) -> None:
+        self.num_positions = 0
+        self._pooled_D: torch.Tensor | None = None
+        self._divisor = 1
+
+    def add(self, states_TD: torch.Tensor, *, pooling: str) -> None:
+        """Adds the states of the next positions."""
+        self.num_positions += len(states_TD)
+        if pooling == "last":
+            self._pooled_D = states_TD[-1].double()
+            return
+        sum_D = states_TD.double().sum(dim=0)
+        self._pooled_D = sum_D if self._pooled_D is None else self._pooled_D + sum_D
+        self._divisor = self.num_positions
+
+    def embedding(self) -> list[float]:
+        """The pooled state; empty before the first position."""
+        return [] if self._pooled_D is None else (self._pooled_D / self._divisor).tolist()
 
 
 class RepeatCounter:

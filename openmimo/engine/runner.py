@@ -27,6 +27,7 @@ from openmimo.engine.step import (
     DraftInput,
     HeadInput,
     PassShape,
+    PromptScores,
     ScoredRows,
     Span,
     StepBuffers,
@@ -102,6 +103,9 @@ class Runner:
         self.stats.num_prompt_tokens += sum(s.num_computed_tokens < s.prompt_length for s in sequences)
         first = 0
         for sequence, num_accepted, num_offered in zip(sequences, accepted, num_drafts, strict=True):
+            if sequence.pooled is not None:  # the last token of a prompt may be computed here
+                assert output.states_TD is not None
+                _pool_prompt(sequence, output.states_TD[first : first + 1])
             self._confirm(
                 sequence,
                 decided[first : first + num_accepted + 1],
@@ -128,9 +132,12 @@ class Runner:
         step, scored = self._prefill_input(prefills, read, [row for _, row in last], counts)
         output = self.worker.execute(step)
         routing = self._routing(output)
-        for (sequence, targets), logprobs in zip(scored, output.prompt_logprobs, strict=True):
-            _add_prompt_logprobs(sequence, targets, logprobs.tolist())
+        for (sequence, targets), scores in zip(scored, output.prompt_scores, strict=True):
+            _add_prompt_logprobs(sequence, targets, scores)
         for sequence, count, end in zip(sequences, counts, ends, strict=True):
+            if sequence.pooled is not None:
+                assert output.states_TD is not None
+                _pool_prompt(sequence, output.states_TD[end - count : end])
             if sequence.params.routed_experts:
                 assert routing is not None
                 sequence.routing.append(routing[end - count : end])
@@ -246,7 +253,13 @@ class Runner:
         targets_N = self._buffers.values("targets", [token for _, targets in found for token in targets])
         pieces = targets_N.split([len(targets) for _, targets in found])
         rows = tuple(
-            ScoredRows(place, place + len(piece), piece, sequence.params.temperature or 1.0)
+            ScoredRows(
+                place,
+                place + len(piece),
+                piece,
+                sequence.params.temperature or 1.0,
+                sequence.params.prompt_top_logprobs,
+            )
             for place, piece, (sequence, _) in zip(places, pieces, found, strict=True)
         )
         return rows, found
@@ -337,6 +350,7 @@ class Runner:
             draft_rows_BK=draft_rows_BK,
             scored=scored,
             records_routing=any(sequence.params.routed_experts for sequence in sequences),
+            returns_states=any(sequence.pooled is not None for sequence in sequences),
         )
 
     def _confirm(
@@ -363,12 +377,26 @@ class Runner:
         return output.routing_TLA.cpu().numpy().astype(self._routing_dtype)
 
 
-def _add_prompt_logprobs(sequence: RequestState, targets: list[int], logprobs: list[float]) -> None:
+def _add_prompt_logprobs(sequence: RequestState, targets: list[int], scores: PromptScores) -> None:
     """Adds log-probabilities of prompt tokens. Ends the sequence with an error if one is not finite."""
-    if all(map(math.isfinite, logprobs)):
-        sequence.prompt_logprobs += [TokenLogprob(*pair) for pair in zip(targets, logprobs, strict=True)]
-    else:
+    logprobs = scores.logprobs_N.tolist()
+    if not all(map(math.isfinite, logprobs)):
         sequence.finish("error", NOT_FINITE)
+        return
+    tops: list[tuple[tuple[int, float], ...]] = [()] * len(targets)
+    if scores.top_ids_NV is not None and scores.top_logprobs_NV is not None:
+        pairs = zip(scores.top_ids_NV.tolist(), scores.top_logprobs_NV.tolist(), strict=True)
+        tops = [tuple(zip(ids, values, strict=True)) for ids, values in pairs]
+    sequence.prompt_logprobs += [TokenLogprob(*entry) for entry in zip(targets, logprobs, tops, strict=True)]
+
+
+def _pool_prompt(sequence: RequestState, states_TD: torch.Tensor) -> None:
+    """Adds the prompt positions just computed to an embedding; a preempted prompt is read again and not added again."""
+    assert sequence.pooled is not None
+    skipped = sequence.pooled.num_positions - sequence.num_computed_tokens
+    new_TD = states_TD[max(skipped, 0) : sequence.prompt_length - sequence.num_computed_tokens]
+    if len(new_TD):
+        sequence.pooled.add(new_TD, pooling=sequence.params.pooling)
 
 
 def _decisions(output: StepOutput, sequences: list[RequestState], num_drafts: list[int]) -> list[Decision]:

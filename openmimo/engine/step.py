@@ -118,12 +118,28 @@ class ScoredRows(NamedTuple):
         stop: The end of the rows.
         targets_N: The token after each, int64.
         temperature: Divides the logits.
+        num_top_logprobs: How many of the likeliest tokens are returned.
     """
 
     first: int
     stop: int
     targets_N: torch.Tensor
     temperature: float
+    num_top_logprobs: int = 0
+
+
+class PromptScores(NamedTuple):
+    """The log-probabilities after the rows of a `ScoredRows`. Those of a row come from one tensor.
+
+    Attributes:
+        logprobs_N: Of the targets.
+        top_ids_NV: The likeliest tokens, if requested.
+        top_logprobs_NV: Their log-probabilities.
+    """
+
+    logprobs_N: torch.Tensor
+    top_ids_NV: torch.Tensor | None = None
+    top_logprobs_NV: torch.Tensor | None = None
 
 
 class StepInput(NamedTuple):
@@ -142,6 +158,7 @@ class StepInput(NamedTuple):
             pass for sequences with fewer than K drafts. None if there are no drafts.
         scored: Rows of prompts whose log-probabilities are computed.
         records_routing: Whether the routed experts are returned.
+        returns_states: Whether the states are returned.
     """
 
     main: PassInput
@@ -154,6 +171,7 @@ class StepInput(NamedTuple):
     draft_rows_BK: torch.Tensor | None
     scored: tuple[ScoredRows, ...]
     records_routing: bool
+    returns_states: bool = False
 
 
 class StepOutput(NamedTuple):
@@ -166,7 +184,8 @@ class StepOutput(NamedTuple):
         top_ids_RV: The likeliest tokens, if a request needs any.
         top_logprobs_RV: Log-probabilities of `top_ids_RV`.
         routing_TLA: The experts of each token, int64 [T, sparse layers, active experts], if recorded.
-        prompt_logprobs: The log-probabilities [N] of the targets of each of `StepInput.scored`.
+        prompt_scores: The log-probabilities after the rows of each of `StepInput.scored`.
+        states_TD: Main-model states after the final norm, if requested.
     """
 
     tokens_R: torch.Tensor | None
@@ -175,7 +194,8 @@ class StepOutput(NamedTuple):
     top_ids_RV: torch.Tensor | None
     top_logprobs_RV: torch.Tensor | None
     routing_TLA: torch.Tensor | None
-    prompt_logprobs: tuple[torch.Tensor, ...]
+    prompt_scores: tuple[PromptScores, ...]
+    states_TD: torch.Tensor | None = None
 
 
 class HeadInput(NamedTuple):

@@ -20,7 +20,16 @@ import torch
 
 from openmimo.engine.cache import PageArena
 from openmimo.engine.sampler import SamplingTable, decide, decided_logprobs
-from openmimo.engine.step import GroupSlots, HeadInput, PassInput, PassShape, StepInput, StepOutput
+from openmimo.engine.step import (
+    GroupSlots,
+    HeadInput,
+    PassInput,
+    PassShape,
+    PromptScores,
+    ScoredRows,
+    StepInput,
+    StepOutput,
+)
 from openmimo.kernels.attention import AttentionOut, Pages, attend, paged_attend, store
 from openmimo.kernels.dispatch import triton_unavailable
 from openmimo.kernels.operations import rotary_table
@@ -33,6 +42,7 @@ from openmimo.runtime.device import CapturedGraphs
 
 _FIRST_POSITIONS = 512
 _ROTARY_PIECE = 1 << 16
+_MAX_SCORED_NUMBERS = 1 << 22  # logits of a prompt that are held at once; 16 MiB in float32
 _MAX_SHORT_TOKENS = 16  # new tokens per sequence up to which a pass attends directly to the pages
 _Geometry = tuple[int, float, torch.dtype]
 
@@ -314,13 +324,32 @@ class Worker:
         routing_TLA = None
         if step.records_routing:
             routing_TLA = torch.stack([recorded[layer] for layer in sorted(recorded)], dim=1)
-        prompt_logprobs = tuple(
-            self._model.head.logprobs(hidden.post_norm_TD[rows.first : rows.stop], rows.targets_N, rows.temperature)
-            for rows in step.scored
-        )
+        scores = tuple(self._score(hidden.post_norm_TD[rows.first : rows.stop], rows) for rows in step.scored)
         return StepOutput(
-            tokens_R, num_accepted_B, logprobs_R, top_ids_RV, top_logprobs_RV, routing_TLA, prompt_logprobs
+            tokens_R,
+            num_accepted_B,
+            logprobs_R,
+            top_ids_RV,
+            top_logprobs_RV,
+            routing_TLA,
+            scores,
+            hidden.post_norm_TD if step.returns_states else None,
         )
+
+    def _score(self, states_ND: torch.Tensor, rows: ScoredRows) -> PromptScores:
+        """Log-probabilities after the states of a prompt."""
+        if not rows.num_top_logprobs:
+            return PromptScores(self._model.head.logprobs(states_ND, rows.targets_N, rows.temperature))
+        vocab_size = self._model.config.vocab_size
+        num_rows, num_top = max(_MAX_SCORED_NUMBERS // vocab_size, 1), min(rows.num_top_logprobs, vocab_size)
+        chosen, values, ids = [], [], []
+        for states_RD, targets_R in zip(states_ND.split(num_rows), rows.targets_N.split(num_rows), strict=True):
+            logprobs_RV = (self._model.head(states_RD) / rows.temperature).log_softmax(dim=-1)
+            chosen.append(logprobs_RV.gather(1, targets_R[:, None])[:, 0])
+            top = logprobs_RV.topk(num_top, dim=-1)
+            values.append(top.values)
+            ids.append(top.indices)
+        return PromptScores(torch.cat(chosen), torch.cat(ids), torch.cat(values))
 
     def _run_main(self, step: StepInput) -> tuple[Hidden, torch.Tensor | None]:
         """Runs the main layers. Returns the states, and the logits of all tokens if a graph computed them."""

@@ -18,7 +18,10 @@ from openmimo.engine.server.config import ServerConfig
 
 FEW = settings(max_examples=25, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 CHECKS = ["not_a_server_error", "status_code_conformance", "content_type_conformance", "response_schema_conformance"]
-PATHS = ["/v1/chat/completions", "/v1/completions", "/v1/responses", "/tokenize", "/detokenize"]
+PATHS = [
+    "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/responses/compact", "/v1/messages",
+    "/v1/messages/count_tokens", "/tokenize", "/detokenize",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -88,8 +91,26 @@ WORDS = st.sampled_from(
 SCALARS = st.none() | st.booleans() | st.integers(-2, 10**20) | st.floats() | WORDS
 JSON = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(WORDS, inner, max_size=3))
 CALLS = st.lists(st.fixed_dictionaries({"function": st.fixed_dictionaries({"name": WORDS, "arguments": WORDS | JSON})}))
+BLOCKS = st.fixed_dictionaries(
+    {"type": st.sampled_from(["text", "tool_use", "tool_result", "thinking", "image", "input_text", "refusal"])},
+    optional={
+        "text": WORDS, "thinking": WORDS, "name": WORDS, "id": WORDS, "tool_use_id": WORDS, "input": JSON,
+        "content": WORDS,
+    },
+)  # fmt: skip
+ITEMS = st.fixed_dictionaries(
+    {
+        "type": st.sampled_from(
+            ["reasoning", "function_call", "function_call_output", "custom_tool_call", "compaction", "item_reference"]
+        )
+    },
+    optional={
+        "call_id": WORDS, "name": WORDS, "arguments": WORDS, "output": WORDS, "id": WORDS, "input": WORDS,
+        "content": st.lists(BLOCKS, max_size=2), "encrypted_content": WORDS,
+    },
+)  # fmt: skip
 TURNS = st.fixed_dictionaries(
-    {"role": st.sampled_from(["system", "user", "assistant", "tool"]), "content": WORDS | st.none()},
+    {"role": st.sampled_from(["system", "user", "assistant", "tool"]), "content": WORDS | st.none() | st.lists(BLOCKS)},
     optional={
         "reasoning_content": WORDS,
         "tool_calls": CALLS | JSON,
@@ -110,8 +131,9 @@ BODIES = st.fixed_dictionaries(
     {
         "messages": st.lists(TURNS, max_size=4) | JSON,
         "prompt": WORDS | JSON,
-        "input": WORDS | st.lists(TURNS, max_size=3) | JSON,
+        "input": WORDS | st.lists(TURNS | ITEMS, max_size=3) | JSON,
         "tokens": st.lists(st.integers(-1, 400)) | JSON,
+        "model": st.just("stub"),
     },
     optional={
         "tools": TOOLS | JSON,
@@ -131,6 +153,9 @@ FIELDS = {
     "/v1/chat/completions": {"messages"},
     "/v1/completions": {"prompt"},
     "/v1/responses": {"input"},
+    "/v1/responses/compact": {"input", "model"},
+    "/v1/messages": {"messages", "model", "max_tokens"},
+    "/v1/messages/count_tokens": {"messages", "model"},
     "/tokenize": {"messages"},
     "/detokenize": {"tokens"},
 }
@@ -140,7 +165,8 @@ PROMPT_FIELDS = set().union(*FIELDS.values())
 def assert_answered(response: httpx.Response) -> None:
     assert response.status_code in (200, 400, 404), response.text
     if response.status_code != 200:
-        assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+        keys = {"message", "type"} if "/v1/messages" in str(response.url) else {"message", "type", "param", "code"}
+        assert set(response.json()["error"]) == keys
     elif response.headers["content-type"].startswith("text/event-stream"):
         assert '"error":' not in response.text.rsplit("data: ", 2)[-2]
 
