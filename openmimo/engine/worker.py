@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 
 from openmimo.engine.cache import PageArena
-from openmimo.engine.sampler import decide, decided_logprobs
-from openmimo.engine.step import GroupSlots, HeadInput, PassInput, StepInput, StepOutput
+from openmimo.engine.sampler import SamplingTable, decide, decided_logprobs
+from openmimo.engine.step import GroupSlots, HeadInput, PassInput, ScoredRows, ScoredTokens, StepInput, StepOutput
 from openmimo.kernels.attention import AttentionOut, Pages, attend, paged_attend, store
 from openmimo.kernels.operations import rotary_table
 from openmimo.model.attention import AttentionConfig
@@ -26,6 +26,8 @@ _FIRST_POSITIONS = 512
 _ROTARY_PIECE = 1 << 16
 _MAX_SHORT_TOKENS = 16  # new tokens per sequence up to which a pass attends directly to the pages
 _Geometry = tuple[int, float, torch.dtype]
+
+_MAX_SCORED_NUMBERS = 1 << 22  # logits held at once when a prompt is scored; 16 MiB in float32
 
 
 class RotaryRows:
@@ -126,7 +128,7 @@ class PagedContext:
         group, part = self._arena.place_of_layer[owner]
         slots = self._step.groups[group]
         assert slots is not None, "the pass was planned without this group of layers"
-        pages = Pages(keys_XPGK, values_XPGV, slots.tables_pBY[part])
+        pages = Pages(keys_XPGK, values_XPGV, slots.tables_BY[part])
         if self._is_short and slots.kept_rows is None:
             if call.k_TGK is not None and call.v_TGV is not None:
                 self._store(slots, part, pages, call.k_TGK, call.v_TGV)
@@ -172,7 +174,7 @@ class PagedContext:
     def _store(self, slots: GroupSlots, part: int, pages: Pages, k_TGK: torch.Tensor, v_TGV: torch.Tensor) -> None:
         if slots.kept_rows is not None:
             k_TGK, v_TGV = k_TGK[slots.kept_rows], v_TGV[slots.kept_rows]
-        store(pages, slots.page_pT[part], slots.offset_T, k_TGK, v_TGV)
+        store(pages, slots.page_T[part], slots.offset_T, k_TGK, v_TGV)
 
     def _with_past(self, pages: Pages, window_keys: int | None, k_TGK: torch.Tensor, v_TGV: torch.Tensor) -> _Keys:
         """The cached keys and values of each sequence followed by the new ones."""
@@ -207,10 +209,15 @@ class Worker:
         self._reads_pre_norm = model.config.mtp is not None and model.config.mtp.hidden == "pre_norm"
         self.ring_positions = 1 << (2 * num_drafts).bit_length()
         self._states_XD: torch.Tensor | None = None
+        self._sampling = SamplingTable(model.config.vocab_size, model.device)
 
     @torch.inference_mode()
     def execute(self, step: StepInput) -> StepOutput:
-        """Runs the main layers over the new tokens, stores their states, decides tokens and verifies drafts."""
+        """Drafts, runs the main layers over the new tokens, stores their states, decides tokens and verifies drafts."""
+        if step.drafting is not None:
+            drafts_HB = self._draft(step.drafting.heads, step.drafting.num_sequences)
+            drafts_N = drafts_HB.view(-1).index_select(0, step.drafting.sources_N)
+            step.main.token_ids_T.index_copy_(0, step.drafting.rows_N, drafts_N)
         context = self._context.bind(step.main, records_routing=step.records_routing)
         hidden = self._model(step.main.token_ids_T, context)
         recorded = context.routing.recorded
@@ -223,7 +230,7 @@ class Worker:
                 new_TD = states_TD[(-1 - head.state_places_T).clamp(min=0)]
                 self._run_head(head, torch.where(places_T1 >= 0, old_TD, new_TD))
             rows_TD = states_TD if step.state_rows_T is None else states_TD[step.state_rows_T]
-            kept_XD[step.state_places_T] = rows_TD
+            kept_XD.index_copy_(0, step.state_places_T, rows_TD)
         tokens_R = num_accepted_B = None
         logprobs_R = top_ids_RV = top_logprobs_RV = None
         if step.sampling is not None:
@@ -231,29 +238,57 @@ class Worker:
             if step.decided_rows_R is not None:
                 states_RD = states_RD[step.decided_rows_R]
             logits_RV = self._model.head(states_RD)
-            tokens_R = decide(logits_RV, step.sampling)
-            if step.sampling.logprob_temperature_R1 is not None:
-                logprobs_R, top_ids_RV, top_logprobs_RV = decided_logprobs(logits_RV, tokens_R, step.sampling)
+            table = self._sampling
+            table.update(step.sampling)
+            tokens_R = decide(logits_RV, step.sampling, table, step.main.token_ids_T)
+            if step.sampling.logprob_seats_R is not None:
+                logprobs_R, top_ids_RV, top_logprobs_RV = decided_logprobs(logits_RV, tokens_R, step.sampling, table)
             if step.draft_rows_BK is not None:
                 num_accepted_B = count_accepted(step.main.token_ids_T, tokens_R, step.draft_rows_BK)
         routing_TLA = None
         if step.records_routing:
             routing_TLA = torch.stack([recorded[layer] for layer in sorted(recorded)], dim=1)
         return StepOutput(
-            tokens_R, num_accepted_B, logprobs_R, top_ids_RV, top_logprobs_RV, routing_TLA, hidden.post_norm_TD
+            tokens_R,
+            num_accepted_B,
+            logprobs_R,
+            top_ids_RV,
+            top_logprobs_RV,
+            routing_TLA,
+            tuple(self._score(hidden.post_norm_TD[rows.first : rows.stop], rows) for rows in step.scored),
+            tuple(_pool(hidden.post_norm_TD[rows.first : rows.stop], rows.pooling) for rows in step.pooled),
         )
 
+    def _score(self, states_ND: torch.Tensor, rows: ScoredRows) -> ScoredTokens:
+        """The log-probabilities of the targets, and of the likeliest tokens in pieces of bounded memory."""
+        if not rows.num_top:
+            return ScoredTokens(self._model.head.logprobs(states_ND, rows.targets_N, rows.temperature))
+        vocab_size = self._model.config.vocab_size
+        num_rows = max(_MAX_SCORED_NUMBERS // vocab_size, 1)
+        pieces = []
+        for states_RD, targets_R in zip(states_ND.split(num_rows), rows.targets_N.split(num_rows), strict=True):
+            logprobs_RV = (self._model.head(states_RD) / rows.temperature).log_softmax(dim=-1)
+            values, ids = logprobs_RV.topk(min(rows.num_top, vocab_size), dim=-1)
+            pieces.append((logprobs_RV.gather(1, targets_R[:, None])[:, 0], ids, values))
+        return ScoredTokens(*(torch.cat(column) for column in zip(*pieces, strict=True)))
+
     @torch.inference_mode()
-    def draft(self, heads: list[HeadInput], num_sequences: int) -> torch.Tensor:
+    def draft(self, heads: tuple[HeadInput, ...], num_sequences: int) -> torch.Tensor:
+        """Only drafts, int64 [H, B], for a host that needs the drafts before the main layers run."""
+        return self._draft(heads, num_sequences)
+
+    def _draft(self, heads: tuple[HeadInput, ...], num_sequences: int) -> torch.Tensor:
         """Runs the drafting heads in order: drafts, int64 [H, B]. A head reads the drafts of earlier ones."""
         drafts_HB = torch.zeros(len(heads), num_sequences, dtype=torch.int64, device=self._model.device)
         assert self._states_XD is not None, "heads draft after the main layers"
         for step in heads:
             if step.draft_rows is not None:
-                step.forward.token_ids_T[step.draft_rows] = drafts_HB.view(-1)[step.draft_sources]
-            states_BD = self._run_head(step, self._states_XD[step.state_places_T])
+                assert step.draft_sources is not None
+                drafts = drafts_HB.view(-1).index_select(0, step.draft_sources)
+                step.forward.token_ids_T.index_copy_(0, step.draft_rows, drafts)
+            states_BD = self._run_head(step, self._states_XD.index_select(0, step.state_places_T))
             if step.last_rows_B is not None:
-                states_BD = states_BD[step.last_rows_B]
+                states_BD = states_BD.index_select(0, step.last_rows_B)
             tokens_B = self._model.head(states_BD).argmax(dim=-1)
             if step.sequences_B is None:
                 drafts_HB[step.head] = tokens_B
@@ -275,12 +310,17 @@ class Worker:
     def _states(self, like_TD: torch.Tensor) -> torch.Tensor:
         """The memory of the states, grown to hold every seat."""
         num_rows, states_XD = self._arena.num_seats * self.ring_positions, self._states_XD
-        if states_XD is None or len(states_XD) < num_rows:
+        if states_XD is None or states_XD.shape[0] < num_rows:
             grown_XD = like_TD.new_zeros(2 * num_rows, like_TD.shape[1])
             if states_XD is not None:
                 grown_XD[: len(states_XD)] = states_XD
             self._states_XD = states_XD = grown_XD
         return states_XD
+
+
+def _pool(states_ND: torch.Tensor, pooling: str) -> torch.Tensor:
+    """The state [D] of a `PooledRows`."""
+    return states_ND.double().sum(dim=0) if pooling == "mean" else states_ND[-1].double()
 
 
 def count_accepted(token_ids_T: torch.Tensor, tokens_T: torch.Tensor, draft_rows_BK: torch.Tensor) -> torch.Tensor:
@@ -293,4 +333,7 @@ def count_accepted(token_ids_T: torch.Tensor, tokens_T: torch.Tensor, draft_rows
     """
     is_right_T = torch.zeros_like(token_ids_T, dtype=torch.bool)  # the last row decides no draft, so it stays false
     torch.eq(token_ids_T[1:], tokens_T[:-1], out=is_right_T[:-1])
-    return is_right_T[draft_rows_BK].cumprod(dim=1).sum(dim=1)
+    is_right_BK = is_right_T[draft_rows_BK]
+    if draft_rows_BK.shape[1] == 1:
+        return is_right_BK.view(-1).long()
+    return is_right_BK.cumprod(dim=1).sum(dim=1)

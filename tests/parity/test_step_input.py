@@ -13,7 +13,8 @@ from openmimo.engine.worker import Worker
 
 
 def _tensors(output):
-    return [value for value in output._asdict().values() if value is not None]
+    fields = output._asdict()
+    return [*fields.pop("prompt_logprobs"), *(value for value in fields.values() if value is not None)]
 
 
 def test_a_second_worker_gives_the_same_results_from_copied_steps(monkeypatch):
@@ -26,26 +27,28 @@ def test_a_second_worker_gives_the_same_results_from_copied_steps(monkeypatch):
     first, second = engine._runner.worker, other._runner.worker
     num_compared = {"execute": 0, "draft": 0}
 
-    def mirrored(name, real):
+    def mirrored(real):
         def call(worker, *arguments):
             if worker is not first:
                 return real(worker, *arguments)
             copies = pickle.loads(pickle.dumps(arguments))
             other.arena.num_seats = engine.arena.num_seats
             found, expected = real(second, *copies), real(first, *arguments)
-            pairs = [(found, expected)] if name == "draft" else zip(_tensors(found), _tensors(expected), strict=True)
+            pairs = zip(_tensors(found), _tensors(expected), strict=True)
             assert all(torch.equal(a, b) for a, b in pairs)
-            num_compared[name] += 1
+            (step,) = arguments
+            num_compared["execute"] += 1
+            num_compared["draft"] += step.drafting is not None
             return expected
 
         return call
 
-    for name in num_compared:
-        monkeypatch.setattr(Worker, name, mirrored(name, getattr(Worker, name)))
+    monkeypatch.setattr(Worker, "execute", mirrored(Worker.execute))
     kinds = [
         {"temperature": 0.0, "logprobs": True},
         {"temperature": 1.0, "top_p": 0.9, "top_logprobs": 2},
         {"temperature": 0.7, "frequency_penalty": 0.5, "logit_bias": {3: 1.0}, "routed_experts": True},
+        {"temperature": 0.0, "repetition_penalty": 1.3, "min_tokens": 9, "prompt_logprobs": True},
     ]
     for number, kind in enumerate(kinds):
         prompt = tuple(range(5 + number, 45 + 7 * number))
@@ -64,7 +67,7 @@ def test_passes_of_a_step_reuse_the_same_memory(speculative):
     def execute(step):
         groups = [slots for slots in step.main.groups if slots is not None]
         tensors = [step.main.token_ids_T, step.main.positions_T, step.main.query_lengths_B, step.main.key_lengths_B]
-        tensors += [tensor for slots in groups for tensor in (slots.tables_pBY, slots.page_pT, slots.offset_T)]
+        tensors += [tensor for slots in groups for tensor in (*slots.tables_BY, *slots.page_T, slots.offset_T)]
         addresses.add(tuple(tensor.data_ptr() for tensor in tensors))
         return real(step)
 
