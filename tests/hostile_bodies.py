@@ -133,7 +133,8 @@ HOSTILE: dict[str, tuple[str, Callable[[], bytes]]] = {
         "type": "compaction", "encrypted_content": _sealed([["x"] * 700_000, "x"])}]})),
     "a compaction of depth": (RESPONSES, lambda: _json({"input": [{
         "type": "compaction", "encrypted_content": _sealed("[" * 3_000_000)}]})),
-    "items to compact": (COMPACT, lambda: _filled('{"model":"checkpoint0","input":[', '{"role":"user","content":"x"}', "]}")),
+    "items to compact": (COMPACT, lambda: _filled(
+        '{"model":"checkpoint0","input":[', '{"role":"user","content":"x"}', "]}")),
     "allowed tools": (RESPONSES, lambda: _json({"input": "x", "tool_choice": {
         "type": "allowed_tools", "mode": "auto", "tools": [{"type": "function"}] * 120_000}})),
     "blocks": (MESSAGES, lambda: _json(_message([{"type": "text", "text": "x"}] * 60_000))),

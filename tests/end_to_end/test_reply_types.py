@@ -2,10 +2,9 @@
 
 import json
 
-import httpx
 import pytest
 from reply_types import check_type
-from server_thread import running
+from server_thread import connect, running
 
 from openmimo.engine.server.backends.stub import Step, StubBackend
 
@@ -34,7 +33,7 @@ def script(prompt, request):
 
 @pytest.fixture(scope="module")
 def client():
-    with running(StubBackend(script)) as server, httpx.Client(base_url=server.url) as client:
+    with running(StubBackend(script)) as server, connect(server) as client:
         yield client
 
 

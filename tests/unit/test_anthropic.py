@@ -4,7 +4,7 @@ import json
 
 import httpx
 import pytest
-from server_thread import running, wait_until
+from server_thread import connect, running, wait_until
 
 from openmimo.engine.server.backends.stub import Step, StubBackend, echo
 
@@ -52,7 +52,7 @@ def backend():
 
 @pytest.fixture(scope="module")
 def client(backend):
-    with running(backend) as server, httpx.Client(base_url=server.url) as client:
+    with running(backend) as server, connect(server) as client:
         yield client
 
 
@@ -164,7 +164,7 @@ def test_why_a_reply_stopped(client):
     assert stopped["content"] == [{"type": "text", "text": "one two"}]
     events = streamed(client, "one two three", stop_sequences=[" three"])
     assert events[-2]["delta"] == {"stop_reason": "stop_sequence", "stop_sequence": " three"}
-    with running(StubBackend(endless, max_positions=200)) as server, httpx.Client(base_url=server.url) as small:
+    with running(StubBackend(endless, max_positions=200)) as server, connect(server) as small:
         assert created(small, "x")["stop_reason"] == "model_context_window_exceeded"
 
 
@@ -395,7 +395,7 @@ def test_errors_of_the_server_have_anthropics_format(client):
 
 def test_keys_and_sizes():
     settings = {"api_key": "secret", "max_body_bytes": 10_000}
-    with running(StubBackend(), **settings) as server, httpx.Client(base_url=server.url) as client:
+    with running(StubBackend(), **settings) as server, connect(server) as client:
         for headers, status in (({}, 401), ({"x-api-key": "no"}, 401), ({"x-api-key": "secret"}, 200)):
             assert client.post(MESSAGES, json=body_of(HELLO), headers=headers).status_code == status
         assert error_of(client.post(MESSAGES, json=body_of(HELLO)))["type"] == "authentication_error"

@@ -4,7 +4,7 @@ import json
 
 import httpx
 import pytest
-from server_thread import running
+from server_thread import connect, running
 from starlette.testclient import TestClient, WebSocketDenialResponse
 from starlette.websockets import WebSocketDisconnect
 
@@ -39,7 +39,7 @@ def backend():
 
 @pytest.fixture(scope="module")
 def client(backend):
-    with running(backend) as server, httpx.Client(base_url=server.url) as client:
+    with running(backend) as server, connect(server) as client:
         yield client
 
 
@@ -134,7 +134,7 @@ def test_references_to_stored_items_are_replaced(client, backend):
 
 
 def test_small_requests_make_no_large_conversation():
-    with running(StubBackend(), max_body_bytes=50_000) as server, httpx.Client(base_url=server.url) as client:
+    with running(StubBackend(), max_body_bytes=50_000) as server, connect(server) as client:
         first = created(client, input="word " * 300)
         reference = {"type": "item_reference", "id": first["output"][0]["id"]}
         response = client.post(RESPONSES, json={"input": [reference] * 100})
@@ -176,7 +176,7 @@ def test_stored_responses_expire_after_their_last_use():
 
 
 def test_a_server_without_a_store_says_that_a_response_is_not_found():
-    with running(StubBackend(), response_store_bytes=0) as server, httpx.Client(base_url=server.url) as client:
+    with running(StubBackend(), response_store_bytes=0) as server, connect(server) as client:
         response = created(client, input="x")
         assert client.get(f"{RESPONSES}/{response['id']}").status_code == 404
 
@@ -290,7 +290,7 @@ def test_truncation_leaves_out_the_oldest_turns():
     backend = StubBackend(max_positions=200)
     turns = [{"role": "system", "content": "Be brief."}]
     turns += [{"role": "user", "content": f"question {number} " + "x" * 40} for number in range(20)]
-    with running(backend) as server, httpx.Client(base_url=server.url) as client:
+    with running(backend) as server, connect(server) as client:
         error = client.post(RESPONSES, json={"input": turns}).json()["error"]
         assert error["code"] == "context_length_exceeded"
         created(client, input=turns, truncation="auto", max_output_tokens=1)
