@@ -55,7 +55,7 @@ def test_a_second_worker_gives_the_same_results_from_copied_steps(monkeypatch):
     ]
     for number, kind in enumerate(kinds):
         prompt = tuple(range(5 + number, 45 + 7 * number))
-        engine.submit(Request(str(number), prompt, SamplingParams(max_tokens=12, seed=number, ignore_eos=True, **kind)))
+        engine.submit(Request(str(number), prompt, SamplingParams(max_tokens=16, seed=number, ignore_eos=True, **kind)))
     while engine.has_work:
         engine.step()
     assert num_compared["execute"] > 12 and num_compared["draft"] > 10
