@@ -49,7 +49,13 @@ def test_a_second_worker_gives_the_same_results_from_copied_steps(monkeypatch):
         {"temperature": 0.0, "logprobs": True},
         {"temperature": 1.0, "top_p": 0.9, "top_logprobs": 2},
         {"temperature": 0.7, "frequency_penalty": 0.5, "logit_bias": {3: 1.0}, "routed_experts": True},
-        {"temperature": 0.0, "repetition_penalty": 1.3, "min_tokens": 9, "prompt_logprobs": True, "prompt_top_logprobs": 2},
+        {
+            "temperature": 0.0,
+            "repetition_penalty": 1.3,
+            "min_tokens": 9,
+            "prompt_logprobs": True,
+            "prompt_top_logprobs": 2,
+        },
     ]
     for number, kind in enumerate(kinds):
         prompt = tuple(range(5 + number, 45 + 7 * number))
