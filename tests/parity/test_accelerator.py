@@ -15,7 +15,18 @@ from openmimo.data.config import MixtureConfig, SourceConfig
 from openmimo.engine.llm import LLM
 from openmimo.engine.sampler import RowChange, SamplingInput, SamplingTable, decide, seat_sampling
 from openmimo.kernels.attention import ATTENTION, PAGED_ATTENTION, AttentionNeed, PagedNeed, Pages
-from openmimo.kernels.operations import EXPERTS, ROUTER, ExpertsNeed, RoutingRule, route, token_logprobs, token_loss
+from openmimo.kernels.operations import (
+    EXPERTS,
+    LINEAR,
+    ROUTER,
+    ExpertsNeed,
+    LinearNeed,
+    RoutingRule,
+    joined_linear,
+    route,
+    token_logprobs,
+    token_loss,
+)
 from openmimo.model.context import PackedContext
 from openmimo.runtime.device import resolve_device
 from openmimo.train.config import EvaluationConfig, Phase, PretrainConfig, TokenizerConfig
@@ -149,6 +160,27 @@ def test_few_tokens_through_experts(device, tokens, dtype):
     assert name == "triton"
     assert relative(out, exact) < (1e-2 if dtype == torch.bfloat16 else 1e-5)
     alone = backend.run(x[:1], ids[:1], weights[:1], gate_up, down, need=need._replace(num_tokens=1))
+    assert torch.equal(alone[0], out[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 3, 40])
+def test_few_rows_through_linear_layers(device, rows, dtype):
+    x = torch.randn(rows, 200, device=device).to(dtype)
+    layers = tuple(
+        (
+            torch.randn(size, 200, device=device).to(dtype),
+            torch.randn(size, device=device).to(dtype) if size > 50 else None,
+        )
+        for size in (70, 33, 512)
+    )
+    with torch.inference_mode():
+        out, alone = joined_linear(x, layers), joined_linear(x[:1], layers)
+    exact = torch.cat(
+        [x.double() @ weight.double().T + (0 if bias is None else bias.double()) for weight, bias in layers], dim=1
+    )
+    assert LINEAR.choose(LinearNeed(rows, dtype, False, True, False))[0] == "triton"
+    assert relative(out, exact) < (1e-2 if dtype == torch.bfloat16 else 1e-5)
     assert torch.equal(alone[0], out[0])
 
 

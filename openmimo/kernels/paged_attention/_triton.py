@@ -4,7 +4,7 @@ A program computes the rows (queries of a sequence times query heads of a group)
 of SPLIT_KEYS keys. Parts have a fixed number of keys, so that the bits of a row do not depend on the batch. Sequences
 with more keys than a part are combined by a second kernel; layers with a window have one part:
 
-    keys of a sequence     0 ........ 511 | 512 ...... 1023 | 1024 .. 1300
+    keys of a sequence     0 ........ 255 | 256 ....... 511 | 512 ... 700
     program                     part 0    |     part 1      |    part 2      -> (max, sum, weighted values) each
     combine                               one row of one head: rescales the parts, adds the sink
 
@@ -17,7 +17,7 @@ import triton.language as tl
 
 from openmimo.kernels.attention import Pages
 
-SPLIT_KEYS = 512
+SPLIT_KEYS = 256
 _BLOCK_KEYS = 64
 _MAX_ROWS = 64
 _MIN_TILE = 16  # of a matrix product
