@@ -10,19 +10,18 @@ import torch
 from conftest import tiny_model
 
 import openmimo
-from openmimo.core.records import SamplingParams
+from openmimo.core.records import Request, SamplingParams
 from openmimo.data.config import MixtureConfig, SourceConfig
+from openmimo.engine.config import EngineConfig
+from openmimo.engine.engine import Engine
 from openmimo.engine.llm import LLM
 from openmimo.engine.sampler import RowChange, SamplingInput, SamplingTable, decide, seat_sampling
 from openmimo.kernels.attention import ATTENTION, PAGED_ATTENTION, AttentionNeed, PagedNeed, Pages
 from openmimo.kernels.operations import (
     EXPERTS,
-    LINEAR,
     ROUTER,
     ExpertsNeed,
-    LinearNeed,
     RoutingRule,
-    joined_linear,
     route,
     token_logprobs,
     token_loss,
@@ -164,27 +163,6 @@ def test_few_tokens_through_experts(device, tokens, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rows", [1, 3, 40])
-def test_few_rows_through_linear_layers(device, rows, dtype):
-    x = torch.randn(rows, 200, device=device).to(dtype)
-    layers = tuple(
-        (
-            torch.randn(size, 200, device=device).to(dtype),
-            torch.randn(size, device=device).to(dtype) if size > 50 else None,
-        )
-        for size in (70, 33, 512)
-    )
-    with torch.inference_mode():
-        out, alone = joined_linear(x, layers), joined_linear(x[:1], layers)
-    exact = torch.cat(
-        [x.double() @ weight.double().T + (0 if bias is None else bias.double()) for weight, bias in layers], dim=1
-    )
-    assert LINEAR.choose(LinearNeed(rows, dtype, False, True, False))[0] == "triton"
-    assert relative(out, exact) < (1e-2 if dtype == torch.bfloat16 else 1e-5)
-    assert torch.equal(alone[0], out[0])
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_routes(device, dtype):
     x, weight = torch.randn(70, 300, device=device).to(dtype), torch.randn(48, 300, device=device)
     bias, rule = torch.randn(48, device=device), RoutingRule(6, routed_scale=2.5)
@@ -228,6 +206,25 @@ def test_decoding_plain_speculative_and_on_the_cpu(device, tmp_path):
         llm = LLM(tmp_path, speculative=speculative, device=where)
         texts.append([completion.token_ids for completion in llm.generate(prompts, params)])
     assert texts[0] == texts[1] == texts[2]
+
+
+def test_captured_graphs_change_no_token(device):
+    """Decoding passes are padded to few shapes; the bits of a row do not depend on them."""
+    model = tiny_model(mtp_heads=3).to(device, torch.bfloat16)
+    prompts = [tuple(range(5, 60)), (3, 4, 5), tuple(range(100, 20, -1))]
+    texts = {}
+    for graphs in (True, False):
+        for speculative in (True, False):
+            engine = Engine(model, config=EngineConfig(graphs=graphs, speculative=speculative, cache_gigabytes=0.1))
+            params = SamplingParams(max_tokens=60, temperature=1.0, seed=1, ignore_eos=True)
+            states = [engine.submit(Request(str(row), prompt, params)) for row, prompt in enumerate(prompts)]
+            while engine.has_work:
+                engine.step()
+            assert (engine._runner.worker.graphs is not None) == graphs
+            assert not graphs or engine._runner.worker.graphs.num_captured >= 1
+            texts[graphs, speculative] = [state.tokens for state in states]
+    assert texts[True, False] == texts[False, False]
+    assert texts[True, True] == texts[False, True]
 
 
 def test_training_runs_and_resumes(device, tmp_path):

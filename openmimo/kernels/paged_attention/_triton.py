@@ -43,13 +43,14 @@ def attend_pages(
     _, P, G, V = values_XPGV.shape
     B = tables_BY.shape[0]
     out_TNV = q_TNK.new_empty(T, N, V)
-    reach = longest_key if window_keys is None else min(longest_key, window_keys + longest_query - 1)
+    reach = longest_key if window_keys is None else window_keys + longest_query - 1
     num_parts = triton.cdiv(reach, SPLIT_KEYS)
+    is_combined = window_keys is None or num_parts > 1  # not by the longest key: the bits would depend on the batch
     rows = triton.next_power_of_2(longest_query) * (N // G)
     tile_rows = max(_MIN_TILE, min(_MAX_ROWS, triton.next_power_of_2(rows)))
     row_tiles = triton.cdiv(rows, tile_rows)
     partial = maxima = sums = out_TNV
-    if num_parts > 1:
+    if is_combined:
         shape = (B, G, num_parts, row_tiles * tile_rows)
         partial = q_TNK.new_empty(*shape, V, dtype=torch.float32)
         maxima, sums = (q_TNK.new_empty(shape, dtype=torch.float32) for _ in range(2))
@@ -61,7 +62,8 @@ def attend_pages(
     )  # fmt: skip
     shape_arguments = dict(
         num_heads=N, num_groups=G, HEADS=N // G, VALUE_DIM=V, TILE_ROWS=tile_rows, ROW_TILES=row_tiles,
-        NUM_PARTS=num_parts, SPLIT=SPLIT_KEYS, HAS_SINK=sink_N is not None, HAS_WINDOW=window_keys is not None,
+        NUM_PARTS=num_parts, IS_COMBINED=is_combined, SPLIT=SPLIT_KEYS,
+        HAS_SINK=sink_N is not None, HAS_WINDOW=window_keys is not None,
         SEQUENCES=triton.next_power_of_2(B), VALUE_PAD=max(_MIN_TILE, triton.next_power_of_2(V)),
     )  # fmt: skip
     _attend_part[(num_parts * row_tiles, G, B)](
@@ -72,7 +74,7 @@ def attend_pages(
         PRECISION="ieee" if q_TNK.dtype == torch.float32 else "tf32",
         num_warps=4, num_stages=3, **shape_arguments,
     )  # fmt: skip
-    if num_parts > 1:
+    if is_combined:
         _combine_parts[(row_tiles * tile_rows, G, B)](
             partial, maxima, sums, query_lengths_B, key_lengths_B, sink_N, out_TNV, window_keys or 0,
             PARTS_PAD=triton.next_power_of_2(num_parts), num_warps=2, **shape_arguments,
@@ -107,6 +109,7 @@ def _attend_part(
     HEADS: tl.constexpr, KEY_DIM: tl.constexpr, FIRST_DIMS: tl.constexpr, REST_DIMS: tl.constexpr,
     REST_PAD: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
     SPLIT: tl.constexpr, TILE_ROWS: tl.constexpr, ROW_TILES: tl.constexpr, NUM_PARTS: tl.constexpr,
+    IS_COMBINED: tl.constexpr,
     SEQUENCES: tl.constexpr, HAS_SINK: tl.constexpr, HAS_WINDOW: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     part = tl.program_id(0) // ROW_TILES
@@ -154,7 +157,7 @@ def _attend_part(
             weighted = tl.dot(probabilities.to(v.dtype), v, input_precision=PRECISION)
             sum_values = sum_values * shrink[:, None] + weighted
             largest = new_largest
-        if NUM_PARTS == 1:
+        if not IS_COMBINED:
             place = ((first_query + query).to(tl.int64) * num_heads + head)[:, None] * VALUE_DIM + v_dims[None, :]
             if HAS_SINK:
                 sink_rows = tl.load(sink + head, mask=is_row, other=0.0).to(tl.float32)
@@ -181,7 +184,8 @@ def _with_sink(largest, total, sum_values, sink_rows):
 def _combine_parts(
     partial, maxima, sums, query_lengths, key_lengths, sink, out, window, num_heads, num_groups,
     HEADS: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr, SPLIT: tl.constexpr,
-    TILE_ROWS: tl.constexpr, ROW_TILES: tl.constexpr, NUM_PARTS: tl.constexpr, PARTS_PAD: tl.constexpr,
+    TILE_ROWS: tl.constexpr, ROW_TILES: tl.constexpr, NUM_PARTS: tl.constexpr,
+    IS_COMBINED: tl.constexpr, PARTS_PAD: tl.constexpr,
     SEQUENCES: tl.constexpr, HAS_SINK: tl.constexpr, HAS_WINDOW: tl.constexpr,
 ):  # fmt: skip
     row, group, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -195,15 +199,15 @@ def _combine_parts(
         top = tl.max(largest)
         if HAS_SINK:
             top = tl.maximum(top, tl.load(sink + head).to(tl.float32))
-        scales = tl.where(is_used, tl.exp(largest - top), 0.0)
-        total = tl.sum(tl.load(sums + place, mask=is_used, other=0.0) * scales)
-        if HAS_SINK:
-            total += tl.exp(tl.load(sink + head).to(tl.float32) - top)
+        total = top * 0.0
         v_dims = tl.arange(0, VALUE_PAD)
         result = tl.zeros((VALUE_PAD,), tl.float32)
         for part in range(0, tl.cdiv(num_keys - lowest, SPLIT)):
             this = ((b * num_groups + group) * NUM_PARTS + part).to(tl.int64) * (ROW_TILES * TILE_ROWS) + row
             scale = tl.exp(tl.load(maxima + this) - top)
+            total += scale * tl.load(sums + this)  # in order, so that the bits do not depend on the number of parts
             result += scale * tl.load(partial + this * VALUE_DIM + v_dims, mask=v_dims < VALUE_DIM, other=0.0)
+        if HAS_SINK:
+            total += tl.exp(tl.load(sink + head).to(tl.float32) - top)
         place_out = ((first_query + query).to(tl.int64) * num_heads + head) * VALUE_DIM
         tl.store(out + place_out + v_dims, result / total, mask=v_dims < VALUE_DIM)
