@@ -36,7 +36,7 @@ from openmimo.model.hf import save_model
 from openmimo.model.mimo import MiMo
 from openmimo.runtime.device import resolve_device, synchronize
 
-PROMPT, NEW, ROUNDS = 512, 128, 3
+PROMPT, NEW = 512, 128
 ATTENTION_CASES = ((1, 1, None), (8, 1, None), (32, 1, None), (32, 4, None), (32, 1, 128), (32, 4, 128))
 EXPERT_TOKENS = (1, 4, 32, 128)
 CONTEXT, PAGE = 32_768, 64
@@ -46,6 +46,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Measures kernels and decoding, prints a table, and writes the results unless --no-write."""
     parser = argparse.ArgumentParser(prog="bench_gpu_decode", description=__doc__.split("\n\n")[0])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32, 64], help="sequences (default: 1 8 32 64)")
+    parser.add_argument("--rounds", type=int, default=3, help="timed calls of each side (default: 3)")
     parser.add_argument("--no-write", action="store_true", help="write no results")
     options = parser.parse_args(arguments)
     device = resolve_device("auto")
@@ -54,7 +55,8 @@ def main(arguments: list[str] | None = None) -> None:
     with torch.inference_mode():
         rate = copy_bytes_per_ms(device)
         rows = measure_attention(device, rate) + measure_experts(device, rate)
-    rows += measure_decoding(device, rate, options.batches)
+    print(f"[{time.strftime('%H:%M:%S')}] kernels measured", flush=True)
+    rows += measure_decoding(device, rate, options.batches, rounds=options.rounds)
     print_rows(rows)
     if not options.no_write:
         remark = f"A copy moves {rate * 1e-9:.2f} TB/s, bytes read plus bytes written."
@@ -129,7 +131,7 @@ def measure_experts(device: torch.device, rate: float) -> list[Row]:
     return rows
 
 
-def measure_decoding(device: torch.device, rate: float, batches: list[int]) -> list[Row]:
+def measure_decoding(device: torch.device, rate: float, batches: list[int], *, rounds: int) -> list[Row]:
     """Whole calls of the engine and of transformers' `generate`, in turns."""
     from transformers import AutoModelForCausalLM
 
@@ -161,14 +163,14 @@ def measure_decoding(device: torch.device, rate: float, batches: list[int]) -> l
             return 1e3 * (time.perf_counter() - start)
 
         ours_ms, theirs_ms, steps_ms = [], [], []
-        for number in range(ROUNDS + 1):
+        for number in range(rounds + 1):
             whole, step = decode(engine, prompts.tolist(), device, number)
             peer = generate()
             if number:  # the first call compiles kernels and captures graphs
                 ours_ms.append(whole)
                 steps_ms.append(step)
                 theirs_ms.append(peer)
-        ours, peer, step = (sorted(times)[ROUNDS // 2] for times in (ours_ms, theirs_ms, steps_ms))
+        ours, peer, step = (sorted(times)[rounds // 2] for times in (ours_ms, theirs_ms, steps_ms))
         floor = NEW * step_bytes(config, batch) / rate
         tokens = 1e3 * batch * NEW
         note = (
@@ -176,6 +178,7 @@ def measure_decoding(device: torch.device, rate: float, batches: list[int]) -> l
             f"{1e3 * batch / step:.0f} tokens/s"
         )
         rows.append(Row(f"decode, batch {batch}", ours, peer, "transformers generate", floor, note=note))
+        print(f"[{time.strftime('%H:%M:%S')}] batch {batch}: {note}", flush=True)
         del engine
         gc.collect()
     return rows
