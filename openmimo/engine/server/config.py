@@ -27,7 +27,7 @@ class ServerConfig:
             and an empty list, any name is accepted.
         allowed_origins: Origins of web pages that may use the server, such as https://example.org ("*": all). The
             built-in chat page needs none.
-        model_name: Model name in the API (empty: the name of the checkpoint).
+        model_name: Model name in the API (empty: the name of the run or of the checkpoint folder).
         max_tokens: Maximum new tokens of one reply, and the default if a client sets no limit.
         max_body_bytes: Maximum size of one request body.
         max_open_bytes: Maximum total size of the bodies of all open requests; beyond it, requests get a 429.

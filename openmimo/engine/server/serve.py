@@ -24,6 +24,7 @@ from openmimo.engine.server.config import ServerConfig
 from openmimo.model.hf import load_model
 from openmimo.runtime.device import resolve_device
 
+_RUN_MODEL = "model"  # the checkpoint folder of a run
 _FLUSH_SECONDS = 5  # time for clients to read the ends of their replies after all replies are complete
 
 
@@ -123,8 +124,21 @@ def launch(
     if dtype == "auto":
         dtype = "float32" if torch_device.type == "cpu" else "bfloat16"
     model = load_model(path, dtype=dtype, device=str(torch_device), weights=weights)
-    backend = EngineBackend(Engine(model, tokenizer, engine), tokenizer, model_name=Path(path).resolve().name)
+    name, *aliases = served_names(path)
+    backend = EngineBackend(Engine(model, tokenizer, engine), tokenizer, model_name=name, model_aliases=tuple(aliases))
     serve(backend, server)
+
+
+def served_names(path: str) -> tuple[str, ...]:
+    """Return the name of a checkpoint in the API, and other names that requests may use.
+
+    It is the name of the folder. Runs store their checkpoint in RUN/model, which is served as RUN and, because it was
+    called so earlier, also as "model".
+    """
+    folder = Path(path).resolve()
+    if folder.name == _RUN_MODEL and folder.parent.name:
+        return folder.parent.name, _RUN_MODEL
+    return (folder.name,)
 
 
 def launch_stub(server: ServerConfig) -> None:

@@ -91,8 +91,8 @@ class Service:
         return len(self._generations)
 
     def check_model(self, name: str | None) -> None:
-        """Raise ApiError (404) if a request names a model other than the served one."""
-        if name is not None and name != self.model_name:
+        """Raise ApiError (404) if a request names a model other than the served one and its aliases."""
+        if name is not None and name not in (self.model_name, *self.backend.model_aliases):
             message = f"There is no model {name!r}; this server serves {self.model_name!r}."
             raise ApiError(404, message, param="model", code="model_not_found")
 
