@@ -4,7 +4,7 @@ TORCH  ?= torch==2.13.0
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: setup demo tiny-mimo test types sanitize interpret check bench
+.PHONY: setup demo tiny-mimo test types sanitize interpret clients check bench
 
 # torch goes first and alone, so that every later range finds it satisfied
 $(VENV)/setup: pyproject.toml
@@ -37,6 +37,15 @@ sanitize: $(VENV)/dev
 	    tests/contracts/test_attention_backends.py tests/contracts/test_experts_backends.py \
 	    tests/contracts/test_linear_backends.py tests/contracts/test_paged_attention_backends.py \
 	    tests/contracts/test_router_backends.py tests/contracts/test_store_backends.py tests/parity/test_engine.py
+# the packages of the field against the server, in an environment of their own; takes 3 to 9 minutes
+CLIENTS ?= .venv-clients
+$(CLIENTS)/setup: tests/clients/requirements.txt
+	$(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/pip install -q --disable-pip-version-check uv $(TORCH)
+	$(CLIENTS)/bin/uv pip install -q --python $(CLIENTS)/bin/python $(TORCH) -r tests/clients/requirements.txt
+	touch $@
+clients: $(VENV)/dev $(CLIENTS)/setup
+	$(BIN)/python tests/clients/run.py $(CLIENTS)/bin/python
 # the Triton kernels in Triton's interpreter, which needs no accelerator (and NumPy before 2.4)
 interpret: $(VENV)/dev
 	$(BIN)/pip install -q --disable-pip-version-check --no-deps --upgrade --target build/triton triton==3.6.0 "numpy<2.4"

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 import tracemalloc
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -59,29 +59,42 @@ def started_request(tokens: int, *, routed: bool) -> tuple[object, object, Prefi
     return module, state, prefix
 
 
+def _decision(module: object, token: int) -> object:
+    """A decision with its log-probability, which was a record of its own."""
+    is_number = "top" in module.Decision._fields
+    return module.Decision(token, -0.5 if is_number else TokenLogprob(token, -0.5))
+
+
+def _name_of_computed(state: object) -> str:
+    """The name of the number of computed positions, which was changed."""
+    names = {field.name for field in fields(state)}
+    return next(name for name in ("num_computed_tokens", "computed") if name in names)
+
+
 def engine_seconds(tokens: int, routes: np.ndarray) -> tuple[float, object]:
     """Confirms the tokens of a request and adds them to the prefix tree. Returns the CPU time and the completion."""
     module, state, prefix = started_request(tokens, routed=True)
     ids = np.random.default_rng(0).integers(0, 150_000, tokens).tolist()
-    decisions = [module.Decision(token, TokenLogprob(token, -0.5)) for token in ids]
-    state.routing.append(routes[:PROMPT_TOKENS])
-    start = time.process_time()
+    decisions = [_decision(module, token) for token in ids]
+    computed = _name_of_computed(state)
+    state.routing.append(routes[: PROMPT_TOKENS - 1])  # those of the computed positions
+    start = time.thread_time()
     for index, decision in enumerate(decisions):
         state.add(decision, drafted=False, policy_version=3)
         state.routing.append(routes[index : index + 1])
-        state.computed = len(state.tokens) - 1
+        setattr(state, computed, len(state.tokens) - 1)
         prefix.extend(state)
-    return time.process_time() - start, state.completion()
+    return time.thread_time() - start, state.completion()
 
 
 def engine_bytes(tokens: int) -> int:
     """Returns the bytes of a request and its part of the prefix tree, without routes."""
     module, state, prefix = started_request(tokens, routed=False)
-    ids = np.random.default_rng(0).integers(0, 150_000, tokens)
+    ids, computed = np.random.default_rng(0).integers(0, 150_000, tokens), _name_of_computed(state)
     tracemalloc.start()
     for token in ids:
-        state.add(module.Decision(int(token), TokenLogprob(int(token), -0.5)), drafted=False, policy_version=3)
-        state.computed = len(state.tokens) - 1
+        state.add(_decision(module, int(token)), drafted=False, policy_version=3)
+        setattr(state, computed, len(state.tokens) - 1)
         prefix.extend(state)
     held, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()

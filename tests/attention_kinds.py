@@ -1,7 +1,7 @@
-"""Attention kinds of tests: layers that read the keys and values of an earlier layer.
+"""Attention kinds for tests: layers that read the keys and values of an earlier layer.
 
-SHARED has projections of queries and outputs only. SCORED is the same, and multiplies the output of each
-head by a number computed from the block scores that the earlier layer left in the context.
+SHARED projects queries and outputs only. SCORED also multiplies the output of each head by a number computed from the
+block scores that the earlier layer left in the context.
 """
 
 from dataclasses import replace

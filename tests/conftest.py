@@ -2,14 +2,15 @@
 
 import os
 
-# Before torch is imported: threads that spin while they wait slow tests down many times on shared cores.
+# Set before torch is imported: threads that spin while they wait slow tests down by a large factor on shared cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-# `make sanitize` preloads the sanitizers into this process. The shadow memory of one that a child inherited would count
+# `make sanitize` preloads the sanitizers into this process. A child that inherited one would count its shadow memory
 # against the memory limits that some children run under.
 os.environ.pop("LD_PRELOAD", None)
 
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,22 +19,33 @@ from openmimo.model.config import ModelConfig
 from openmimo.model.mimo import MiMo
 from openmimo.model.presets import tiny
 
-with suppress(ImportError):  # a machine without it skips what needs it
+with suppress(ImportError):  # without hypothesis, the tests that need it are skipped
     from hypothesis import settings
 
-    settings.register_profile("repeatable", derandomize=True)  # a new failure is news of the change, not of the day
+    settings.register_profile("repeatable", derandomize=True)  # the same examples in every run
     settings.load_profile("repeatable")
 
 
 @pytest.fixture(autouse=True)
 def _exact_float32():
-    """float32 products in full precision, whatever a test before this one asked for."""
+    """Computes float32 products in full precision, also after a test that asked for less."""
     torch.set_float32_matmul_precision("highest")
+
+
+@pytest.fixture
+def without_figures(monkeypatch):
+    """Reports of training runs without figures, which take longer to draw than the short runs of tests."""
+
+    def write(folder: Path) -> Path:
+        (folder / "report.html").write_text("<html>")
+        return folder / "report.html"
+
+    monkeypatch.setattr("openmimo.train.pretrain.write_report", write)
 
 
 @torch.no_grad()
 def randomize(model: MiMo, seed: int) -> MiMo:
-    """Draws everything that initialization leaves at a constant: norms, sinks, biases; and wider weights."""
+    """Randomizes everything that initialization leaves constant (norms, sinks, biases), and draws wider weights."""
     generator = torch.Generator().manual_seed(seed)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         noise = torch.randn(tensor.shape, generator=generator)
@@ -49,7 +61,7 @@ def randomize(model: MiMo, seed: int) -> MiMo:
 
 
 def tiny_config(*, window_keys: int = 9, num_layers: int = 7, mtp_heads: int = 0) -> ModelConfig:
-    """A model of a few thousand parameters that has every part: both attention kinds, experts, MTP heads on demand."""
+    """A model of a few thousand parameters with both attention kinds and experts; MTP heads are optional."""
     base = tiny()
     full = replace(base.layers[0].attention, num_heads=8, num_kv_heads=2, key_dim=24, value_dim=16, rotary_dim=8)
     sliding = replace(full, kind="sliding", num_kv_heads=4, window_keys=window_keys, sink=True)

@@ -29,7 +29,12 @@ ODD_VALUES = (
 
 @dataclass(frozen=True)
 class Damage:
-    """One changed file. content: its new bytes; None makes a pipe of that name. what: for messages."""
+    """One changed file.
+
+    Attributes:
+        content: its new bytes; None puts a pipe in its place.
+        what: a description for messages.
+    """
 
     file: str
     what: str
@@ -37,7 +42,7 @@ class Damage:
 
 
 def save_sound_checkpoint(folder: Path) -> Path:
-    """A checkpoint of two layers in three shards, with every file that a published one has."""
+    """Saves a checkpoint of two layers in three shards, with every file that a published one has."""
     tokenizer = Tokenizer.train(["The quick brown fox jumps over the lazy dog, 0123456789.\n"], vocab_size=300)
     config = replace(tiny_config(num_layers=2, mtp_heads=1), vocab_size=tokenizer.vocab_size)
     ids = {"bos_token_id": None, "eos_token_id": list(tokenizer.eos_token_ids), "pad_token_id": tokenizer.pad_id}
@@ -61,7 +66,7 @@ def damages(folder: Path) -> st.SearchStrategy[Damage]:
 
 
 def apply(damage: Damage, sound: Path, target: Path) -> Path:
-    """A copy of `sound` at `target`, which is replaced, with one file damaged."""
+    """Copies `sound` to `target`, which is replaced, and damages one file."""
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir()
     for path in sound.iterdir():
@@ -102,7 +107,7 @@ def _byte_damage(draw: st.DrawFn, folder: Path, file: str) -> Damage:
 
 
 def _change_somewhere(draw: st.DrawFn, values: Any) -> str:
-    """Replaces, removes or adds one entry, at most four levels deep; returns what was done."""
+    """Replaces, removes or adds one entry, at most four levels deep. Returns a description."""
     place, path = values, []
     for _ in range(draw(st.integers(1, 4))):
         keys = list(place) if isinstance(place, dict) else list(range(len(place)))

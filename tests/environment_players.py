@@ -1,4 +1,6 @@
-"""Scripted policies for every environment: one that solves it, and the loop that plays an episode."""
+"""Scripted policies for every environment: one that solves it, one that does nothing, and the loop that plays an
+episode.
+"""
 
 import re
 from collections.abc import Generator
@@ -9,12 +11,12 @@ from openmimo.rl.worlds.facts import fact_world
 
 Script = Generator[str, EnvResponse, None]
 
-# Settings under which the contract tests play each environment; all others are tested as they come.
+# Options under which the contract tests play these environments; all others have their defaults.
 OPTIONS = {"task": {"task": {"name": "addition"}}}
 
 
 def play(episode: Episode, script: Script) -> float:
-    """Plays an episode to its end, and gives the reward."""
+    """Plays an episode to its end. Returns the reward."""
     answer = episode.respond(next(script))
     while not answer.is_last:
         try:
@@ -32,12 +34,12 @@ def call(function: str, /, **arguments: str) -> str:
 
 
 def task(problem: Problem) -> Script:
-    """The answer."""
+    """Solves `task`: the answer."""
     yield problem.content.answer
 
 
 def calculator(problem: Problem) -> Script:
-    """Innermost brackets first."""
+    """Solves `calculator`: innermost brackets first."""
     text = problem.content.expression
     while not re.fullmatch(r"-?\d+", text):
         step = re.search(r"\((-?\d+[-+*]\d+)\)", text) or re.fullmatch(r"(-?\d+[-+*]\d+)", text)
@@ -47,7 +49,7 @@ def calculator(problem: Problem) -> Script:
 
 
 def store(problem: Problem) -> Script:
-    """One instruction after the other."""
+    """Solves `store`: one instruction after the other."""
     for line in problem.content.prompt.split(", "):
         verb, first, second = line.split()
         value = (yield f"<get {first}>").text[1:-1]
@@ -59,7 +61,7 @@ def store(problem: Problem) -> Script:
 
 
 def functions(problem: Problem) -> Script:
-    """Along the chain for each goal; unlocks what turns out to be locked."""
+    """Solves `functions`: follows the chain for each goal, and unlocks what is locked."""
     first, *_, last = nouns = problem.content.nouns
     for name, status in problem.content.goals:
         record = (yield call(f"find_{first}", name=name)).messages[0].content
@@ -73,7 +75,7 @@ def functions(problem: Problem) -> Script:
 
 
 def search(problem: Problem) -> Script:
-    """Searches for each name on the way, opens its page, finds the next name there."""
+    """Solves `search`: searches for each name of the chain, opens its page and finds the next name there."""
     kinds = {entity.name: entity for entity in fact_world(120, 0).entities.values()}
     name = problem.content.path[0][0]
     for _, relation in problem.content.path:
@@ -87,7 +89,7 @@ def search(problem: Problem) -> Script:
 
 
 def code(problem: Problem) -> Script:
-    """Looks at the file, puts the right function in place of the wrong one, finishes."""
+    """Solves `code`: reads the file, replaces the wrong function by the right one and finishes."""
     content = problem.content
     text = (yield call("bash", command=f"cat {content.path}")).messages[0].content
     assert content.broken.strip() in text
@@ -101,5 +103,5 @@ ORACLES = {
 
 
 def lazy() -> Script:
-    """Says something, and does nothing."""
+    """Writes a text without a call."""
     yield "I would rather not."

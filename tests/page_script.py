@@ -1,4 +1,4 @@
-"""What the backend of the chat page's tests says: one scripted reply for each word that a test sends."""
+"""The replies of the backend in the chat page's tests: one for each word that a test sends."""
 
 from collections.abc import Iterator
 

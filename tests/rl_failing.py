@@ -1,4 +1,4 @@
-"""Environments that fail in every way: in `open`, `respond` or `reward`, by an exception, a value, or by hanging."""
+"""Environments that fail in `open`, `respond` or `reward`: by an exception, by a wrong value, or by hanging."""
 
 import math
 import sys
@@ -21,8 +21,13 @@ REWARDS = {
 
 @dataclass(frozen=True)
 class FailingOptions:
-    """where: open, respond, reward, or nowhere. how: raise, exit, hang, or a name of REWARDS. every: of that many
-    episodes one fails (1: all). words: of the question.
+    """Options of the failing environment.
+
+    Attributes:
+        where: open, respond, reward, or nowhere.
+        how: raise, exit, hang, or a name of REWARDS.
+        every: one of this many episodes fails (1: all).
+        words: length of the question.
     """
 
     where: str = "reward"
@@ -31,7 +36,7 @@ class FailingOptions:
     words: int = 1
 
 
-hang = threading.Event()  # set it to let hung calls go on
+hang = threading.Event()  # setting it ends the calls that hang
 _counted = {"episodes": 0}
 
 

@@ -1,4 +1,4 @@
-"""Whole runs of the post-training loop on a tiny policy: what they learned from, and how to kill them on the way."""
+"""Whole post-training runs on a tiny policy: what each step learned from, and kills at chosen points."""
 
 import json
 import multiprocessing
@@ -30,13 +30,13 @@ from openmimo.train.config import CheckpointConfig, OptimizerConfig
 
 @dataclass(frozen=True)
 class LettersOptions:
-    """turns: of the policy."""
+    """Options of an episode with `turns` turns of the policy."""
 
     turns: int = 1
 
 
 class LettersEpisode:
-    """Pays for small letters, so that any policy gets something now and then. Kills the process where it is told to."""
+    """Rewards lower-case letters, which any policy writes at times. May kill the process (see `kill_here`)."""
 
     tools, stop = (), ()
 
@@ -69,7 +69,7 @@ LETTERS = Environment("letters", LettersOptions, letters_problems, LettersEpisod
 
 
 class HalfHopeless(LettersEpisode):
-    """Letters, of six problems of which every other one never pays."""
+    """Letters with six problems, every other of which never earns a reward."""
 
     def __init__(self, problem: Problem, options: LettersOptions):
         super().__init__(problem, options)
@@ -88,7 +88,7 @@ SLOW_LETTERS = replace(LETTERS, is_instant=lambda options: False)
 
 
 class LateEpisode(LettersEpisode):
-    """Letters whose reward takes a moment."""
+    """Letters whose reward takes a moment to compute."""
 
     def reward(self) -> float:
         time.sleep(0.02)
@@ -127,7 +127,7 @@ SHARED = {
 
 
 def save_models(folder: Path) -> None:
-    """`start`, and `teacher`, which is near it."""
+    """Saves `start`, and `teacher`, whose weights are near it."""
     for name, noise in (("start", 0.0), ("teacher", 0.02)):
         model = policy(0, mtp_heads=1)
         generator = torch.Generator().manual_seed(1)
@@ -152,9 +152,10 @@ def mopd_config(models: Path, run_folder: Path, **changes) -> MopdConfig:
 
 
 def run(config: RlConfig, *, report: bool = False) -> Path:
-    """A run to its end, in this process. Beside what it writes itself, `batches.jsonl` has what each step learned.
+    """Runs to the end in this process, and writes what each step learned from to `batches.jsonl`.
 
-    report: draw its figures too, which takes longer than the run.
+    Args:
+        report: also draws the figures of the run, which takes longer than the run.
     """
     names = ("token_ids", "logprobs", "versions")
     real, write_report = RlRun._learn, run_module.write_report
@@ -180,7 +181,7 @@ def run(config: RlConfig, *, report: bool = False) -> Path:
 
 
 def batches(run_folder: Path) -> dict[int, list]:
-    """What each step learned from; of a step that was run again, the last time."""
+    """Returns what each step learned from; of a repeated step, the last time."""
     rows = [json.loads(line) for line in (run_folder / "batches.jsonl").read_text().splitlines()]
     return {row["step"]: row["samples"] for row in rows}
 
@@ -194,7 +195,7 @@ _lock = threading.Lock()
 
 
 def kill_here(where: str) -> None:
-    """kill -9 of this process, if this is the call that the plan is about."""
+    """Kills this process with SIGKILL if this is the call that the plan names."""
     with _lock:
         if where in _plan:
             _plan[where] -= 1
@@ -203,8 +204,11 @@ def kill_here(where: str) -> None:
 
 
 def run_and_kill(config: RlConfig, where: str, after_calls: int) -> None:
-    """Starts a run in another process that is killed at a call of `rollout` (a step of the engine), `reward`, `update`
-    (the optimizer has moved the weights) or `log` (a record of the event log is half written).
+    """Starts a run in another process that SIGKILL ends at a call of `where`.
+
+    Args:
+        where: `rollout` (a step of the engine), `reward`, `update` (the optimizer has moved the weights) or `log`
+            (a record of the event log is half written).
     """
     process = multiprocessing.get_context("fork").Process(target=_killed_run, args=(config, where, after_calls))
     process.start()

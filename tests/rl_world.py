@@ -29,7 +29,11 @@ def tokenizer() -> Tokenizer:
 
 @torch.no_grad()
 def policy(seed: int = 0, *, num_layers: int = 3, mtp_heads: int = 0, ends: float = 3.0) -> MiMo:
-    """A random model of full and sliding attention with experts. ends: the larger, the more often it ends its turn."""
+    """A random model of full and sliding attention with experts.
+
+    Args:
+        ends: factor of the weights of the end-of-turn tokens; larger values end turns earlier.
+    """
     config = tiny_config(num_layers=num_layers, mtp_heads=mtp_heads)
     config = replace(config, vocab_size=tokenizer().vocab_size, max_positions=320)
     model = randomize(MiMo(config), seed)
@@ -38,9 +42,11 @@ def policy(seed: int = 0, *, num_layers: int = 3, mtp_heads: int = 0, ends: floa
 
 
 class Scripted:
-    """An episode that says what it is told to, whatever the policy writes; then its reward. Remembers what it heard.
+    """An episode with fixed responses and a fixed reward, which records the policy's turns.
 
-    An exception in its place is raised.
+    Args:
+        answers: responses in order; an exception is raised in place of one.
+        reward: the reward, or an exception to raise.
     """
 
     def __init__(
@@ -80,7 +86,7 @@ def open_rollouts(model: MiMo, open_episode, *, max_sequences: int = 8, **option
 
 
 def finish(rollouts: EngineRollouts) -> dict[str, Sample]:
-    """All samples that are on their way, by id."""
+    """Polls until nothing runs. Returns all samples by id."""
     found = {}
     for _ in itertools.takewhile(lambda _: rollouts.num_running, range(5000)):
         found |= {sample.info["sample_id"]: sample for sample in rollouts.poll()}
@@ -89,7 +95,7 @@ def finish(rollouts: EngineRollouts) -> dict[str, Sample]:
 
 
 def roll_out(model: MiMo, open_episode=lambda request: Scripted(), *requests: GroupRequest, **options) -> list[Sample]:
-    """Samples of these requests (by default one, of four), in the order of their ids."""
+    """Returns the samples of these requests (by default one, of four samples) in the order of their ids."""
     rollouts = open_rollouts(model, open_episode, **options)
     for own in requests or (request(),):
         rollouts.submit(own)
@@ -97,11 +103,11 @@ def roll_out(model: MiMo, open_episode=lambda request: Scripted(), *requests: Gr
 
 
 def pages_in_use(rollouts: EngineRollouts) -> int:
-    """Pages of the engine's cache that something holds, once the shared prefixes are forgotten."""
+    """Drops the prefix cache. Returns the number of pages that are still in use."""
     rollouts._engine.prefix.clear()
     return rollouts._engine.arena.num_pages - rollouts._engine.arena.num_free
 
 
 def words(count: int) -> str:
-    """A text of so many words."""
+    """A text of `count` words."""
     return " ".join(itertools.islice(itertools.cycle(re.findall(r"\w+", _CORPUS[0])), count))

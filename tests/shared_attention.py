@@ -32,7 +32,7 @@ class SharedAttention(nn.Module):
 
 
 class ScoredAttention(SharedAttention):
-    """Each group of heads is multiplied by the largest block score of the source plus the sum of all."""
+    """Multiplies the output of each group of heads by (largest block score of the source + sum of its block scores)."""
 
     def weighted(self, out_TNV: torch.Tensor, context: AttentionContext) -> torch.Tensor:
         scores_TGC = context.block_scores[self.spec.kv_from]

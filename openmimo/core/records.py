@@ -8,6 +8,7 @@ from openmimo.core.errors import ConfigError
 from openmimo.core.fields import Bounds, Fraction, NonNegativeInt, PositiveInt, Seed, check_fields
 
 _MIN_TEMPERATURE = 1e-5
+POOLINGS = ("", "mean", "last")
 STRUCTURE_KINDS = ("json_object", "json_schema", "regex", "grammar")
 
 
@@ -38,10 +39,14 @@ class Structure:
     Attributes:
         kind: One of STRUCTURE_KINDS.
         source: JSON schema, regular expression or Lark grammar; empty for "json_object".
+        prefix: Regular expression of a text that comes first, such as thinking. It ends with its first match.
+        alternative: Regular expression of a text that may take the place of the form, such as tool calls.
     """
 
     kind: str
     source: str = ""
+    prefix: str = ""
+    alternative: str = ""
 
     def __post_init__(self) -> None:
         check_fields(self, "Structure")
@@ -84,6 +89,10 @@ class SamplingParams:
             and truncation (for temperature 0: at temperature 1).
         top_logprobs: Number of most likely tokens to return at each position.
         prompt_logprobs: Return the log-probabilities of the prompt's tokens.
+        prompt_top_logprobs: Return this many of the likeliest tokens at each position of the prompt as well; requires
+            prompt_logprobs.
+        pooling: Return an embedding of the prompt: the "mean" of the final states of its tokens, or that of the "last"
+            token. Empty: none.
         routed_experts: Return the experts that each token was routed to.
     """
 
@@ -107,6 +116,8 @@ class SamplingParams:
     logprobs: bool = False
     top_logprobs: Annotated[int, Bounds(least=0, most=20)] = 0
     prompt_logprobs: bool = False
+    prompt_top_logprobs: Annotated[int, Bounds(least=0, most=20)] = 0
+    pooling: str = ""
     routed_experts: bool = False
 
     def __post_init__(self) -> None:
@@ -121,6 +132,8 @@ class SamplingParams:
             ),
             "stop": (all(self.stop), "without empty strings"),
             "max_repeats": (self.max_repeats != 1, "0 (never) or at least 2"),
+            "prompt_top_logprobs": (self.prompt_logprobs or not self.prompt_top_logprobs, "0 without prompt_logprobs"),
+            "pooling": (self.pooling in POOLINGS, f"one of {', '.join(map(repr, POOLINGS))}"),
         }
         for name, (good, expected) in rules.items():
             if not good:
@@ -137,6 +150,11 @@ class SamplingParams:
             or self.min_tokens
             or self.structure
         )
+
+    @property
+    def reads_whole_prompt(self) -> bool:
+        """Whether every position of the prompt must be computed, so that no cached prefix can be used."""
+        return self.prompt_logprobs or bool(self.pooling)
 
 
 @dataclass(frozen=True)
@@ -184,6 +202,8 @@ class Delta:
         num_prompt_tokens: Length of the prompt.
         num_cached_tokens: Prompt tokens that were reused from the cache.
         prompt_logprobs: Log-probabilities of the prompt's tokens, if requested.
+        embedding: The pooled states of the prompt, if requested; in the first delta only, as prompt_logprobs.
+        stop_string: The stop string that ended the text, or empty.
     """
 
     request_id: str
@@ -197,6 +217,8 @@ class Delta:
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    embedding: tuple[float, ...] = ()
+    stop_string: str = ""
 
 
 @dataclass
@@ -211,6 +233,8 @@ class Completion:
         finish_reason: As in `Delta`.
         top_logprobs: For each new token, the most likely (id, log-probability) pairs; None if not requested.
         prompt_logprobs: Log-probabilities of the prompt's tokens except the first; None if not requested.
+        prompt_top_logprobs: For each prompt token except the first, the most likely pairs; None if not requested.
+        embedding: The pooled states of the prompt; None if not requested.
         policy_versions: For each new token, the version of the weights that sampled it.
         drafted: For each new token, whether an MTP head drafted it.
         routed_experts: NumPy array [prompt and new tokens - 1, sparse layers, experts per token], uint8 for up to 256
@@ -226,6 +250,8 @@ class Completion:
     finish_reason: str = ""
     top_logprobs: list[tuple[tuple[int, float], ...]] | None = None
     prompt_logprobs: list[float] | None = None
+    prompt_top_logprobs: list[tuple[tuple[int, float], ...]] | None = None
+    embedding: list[float] | None = None
     policy_versions: list[int] = field(default_factory=list)
     drafted: list[bool] = field(default_factory=list)
     routed_experts: Any = None

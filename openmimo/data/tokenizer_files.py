@@ -15,12 +15,14 @@ import tokenizers
 from tokenizers import pre_tokenizers
 
 from openmimo.core.errors import CheckpointError, DataError, UserError
-from openmimo.core.files import file_in_folder, parse_json, read_known_keys, read_text, write_text_atomic
+from openmimo.core.fields import shortened
+from openmimo.core.files import file_in_folder, parse_json, read_json, read_known_keys, read_text, write_text_atomic
 
 _NAMES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json",
 )  # fmt: skip
+ADAPTER_CONFIG = "adapter_config.json"  # in a folder of peft that holds an adapter of a model
 _TEMPLATES = "additional_chat_templates"  # the folder of transformers for named templates
 _TOKENIZER_CONFIG = "tokenizer_config.json"
 
@@ -60,9 +62,42 @@ def companion_names(folder: Path) -> list[str]:
     return [name for name in _NAMES if (folder / name).exists()] + [f"{_TEMPLATES}/{path.name}" for path in templates]
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a model folder, or the base of an adapter, has a tokenizer."""
+    return any((part / "tokenizer.json").exists() for part in {folder, base_folder(folder)})
+
+
+def base_folder(folder: Path, error: type[UserError] = CheckpointError) -> Path:
+    """The folder of the base model if `folder` holds an adapter and no model; otherwise `folder` itself.
+
+    The base is a path: absolute, or relative to the working folder or to `folder`.
+
+    Raises:
+        UserError: `error`, if there is no such folder.
+    """
+    if not (folder / ADAPTER_CONFIG).exists() or (folder / "config.json").exists():
+        return folder
+    path = file_in_folder(folder, ADAPTER_CONFIG, error)
+    values = None if path is None else read_json(path, error)
+    name = values.get("base_model_name_or_path") if isinstance(values, dict) else None
+    candidates = [Path(name), folder / name] if isinstance(name, str) and name else []
+    found = next((base for base in candidates if (base / "config.json").is_file()), None)
+    if found is None:
+        raise error(
+            f"{path}: base_model_name_or_path is {shortened(name)}, which is no model folder here. Set it to "
+            "the path of the base model."
+        )
+    return found
+
+
 def read_companions(folder: Path, error: type[UserError] = CheckpointError) -> Companions:
-    """Read the companions of a model folder. Raises `error` for one that is not a readable text file in it."""
-    files = {}
+    """Read the companions of a model folder; an adapter's replace those of its base model.
+
+    Raises:
+        UserError: `error`, for one that is not a readable text file in the folder.
+    """
+    base = base_folder(folder, error)
+    files = {} if base == folder else dict(read_companions(base, error).files)
     for name in companion_names(folder):
         path = file_in_folder((folder / name).parent, Path(name).name, error)
         assert path is not None, "companion_names lists existing files"

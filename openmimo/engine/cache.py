@@ -22,6 +22,7 @@ Pages have reference counts, because requests with a common prefix share them (`
 """
 
 import itertools
+import math
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -296,7 +297,9 @@ class PageTables:
         margin: Positions before the newest from which the sequence may still run queries (MTP heads lag).
 
     Attributes:
-        seat: Index of the sequence's main-model states in the worker.
+        seat: Index of the sequence's main-model states and sampling parameters in the worker.
+        num_positions: Positions below which every group has rows.
+        whole_from: A position from which on all rows have pages, in every group.
     """
 
     def __init__(self, arena: PageArena, margin: int):
@@ -304,12 +307,18 @@ class PageTables:
         self._margin = margin
         self.seat = arena.take_seat()
         self._tables = [np.full((_FIRST_TABLE_ROWS, g.num_parts), -1, dtype=np.int32) for g in arena.layout.groups]
+        self.num_positions = self.whole_from = 0
         self._first = [0] * len(self._tables)  # rows before it are released
+        self._release_length = 0.0  # no row is left behind below this length
         self._stop = [0] * len(self._tables)
 
     def table(self, group: int) -> np.ndarray:
         """The table of a group, int32 [rows so far, parts]."""
         return self._tables[group][: self._stop[group]]
+
+    def num_rows(self, group: int) -> int:
+        """The number of rows of a group's table so far."""
+        return self._stop[group]
 
     def first_row(self, group: int) -> int:
         """The first row of a group's table that may hold pages."""
@@ -356,9 +365,12 @@ class PageTables:
             needed = max(self._stop[number], group.first_row_kept(length, self._margin))
             spared = min(needed - self._stop[number], spare_pages // group.num_parts)
             spare_pages -= spared * group.num_parts
+            if needed - spared > self._stop[number]:
+                self.whole_from = max(self.whole_from, (needed - spared) * group.page_positions)
             for row in range(needed - spared, stop):
                 table[row] = [self._arena.take() for _ in range(group.num_parts)]
             self._stop[number] = stop
+        self._count_positions()
 
     def adopt(self, group: int, pages: list[int]) -> None:
         """Fills the empty table of a group with shared pages, row by row (-1: none), and becomes a holder of each."""
@@ -366,17 +378,29 @@ class PageTables:
         rows = np.asarray(pages, dtype=np.int32).reshape(-1, self._tables[group].shape[1])
         self._grown(group, len(rows))[: len(rows)] = rows
         self._stop[group] = len(rows)
+        self.whole_from = max(self.whole_from, len(rows) * self._arena.layout.groups[group].page_positions)
+        self._count_positions()
         for page in pages:
             if page >= 0:
                 self._arena.share(page)
 
     def leave_behind(self, length: int) -> None:
         """Releases the pages that a sequence of `length` positions no longer reads."""
+        if length < self._release_length:
+            return
+        self._release_length = length + self._arena.layout.groups[0].page_positions
+        next_length = math.inf
         for number, group in enumerate(self._arena.layout.groups):
+            if group.spec.keep_positions is None:
+                continue
             first = group.first_row_kept(length, self._margin)
             if first > self._first[number]:
                 self._release(number, self._first[number], min(first, self._stop[number]))
                 self._first[number] = first
+                self.whole_from = max(self.whole_from, first * group.page_positions)
+            next_row_behind = (first + 1) * group.page_positions + group.spec.keep_positions + self._margin
+            next_length = min(next_length, next_row_behind)
+        self._release_length = next_length
 
     def release(self) -> None:
         """Releases all pages and the seat; the tables must not be used afterwards."""
@@ -384,6 +408,10 @@ class PageTables:
         for number in range(len(self._tables)):
             self._release(number, self._first[number], self._stop[number])
             self._first[number] = self._stop[number] = 0
+
+    def _count_positions(self) -> None:
+        groups = self._arena.layout.groups
+        self.num_positions = min(stop * group.page_positions for stop, group in zip(self._stop, groups, strict=True))
 
     def _release(self, group: int, first: int, stop: int) -> None:
         if first >= stop:

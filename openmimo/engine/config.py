@@ -34,6 +34,7 @@ class EngineConfig:
         speculative: Draft with the MTP heads (none: wherever there are some).
         num_drafts: MTP heads that draft (none: all).
         adaptive_drafts: Use fewer heads while they do not pay.
+        graphs: Replay captured graphs in decoding on an accelerator, where Triton is installed.
     """
 
     max_sequences: PositiveInt = 64
@@ -46,6 +47,7 @@ class EngineConfig:
     speculative: bool | None = None
     num_drafts: PositiveInt | None = None
     adaptive_drafts: bool = True
+    graphs: bool = True
 
     def __post_init__(self) -> None:
         check_fields(self, "EngineConfig")

@@ -7,7 +7,7 @@ and weights can be changed between two steps.
 import secrets
 import threading
 import time
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -79,6 +79,7 @@ class Engine:
             model, self.arena, config, num_drafts=self.num_drafts, draft_length=draft_length, stats=self.stats
         )
         is_small = active_matmul_parameters(model.config) < _SMALL_MODEL_PARAMETERS
+        self._head_lag = self.num_drafts + 1 if self.num_drafts else 0
         self._decode_threads = 1 if is_small else torch.get_num_threads()
         self._sequences: dict[str, RequestState] = {}
         self._idle_sessions: OrderedDict[str, RequestState] = OrderedDict()
@@ -151,7 +152,6 @@ class Engine:
             text=TextStream(decoder, params.stop) if decoder else None,
             structure=self._structure_compiler().start(params.structure) if params.structure else None,
             head_lengths=[0] * self.num_drafts,
-            token_counts=Counter() if params.changes_logits else None,
         )
         self._num_arrivals += 1
         self._sequences[request.id] = sequence
@@ -251,7 +251,8 @@ class Engine:
                 self.prefix.extend(sequence)
                 if sequence in read and sequence.num_uncomputed_tokens <= 1:
                     self.prefix.mark_end(sequence.node)
-            sequence.held_pages.leave_behind(sequence.num_computed_tokens)
+            # The heads have not read the positions of this step yet.
+            sequence.held_pages.leave_behind(sequence.num_computed_tokens - self._head_lag)
         finished = [sequence for sequence in touched if sequence.finish_reason]
         if finished:
             self.stats.observe_cache(self.arena, self.scheduler.running)
@@ -288,7 +289,7 @@ class Engine:
         known = earlier.tokens[: earlier.num_computed_tokens]
         has_routing = earlier.params.routed_experts or not sequence.params.routed_experts
         continues = len(sequence.tokens) > len(known) and sequence.tokens[: len(known)] == known
-        if not continues or not has_routing or sequence.params.prompt_logprobs:
+        if not continues or not has_routing or sequence.params.reads_whole_prompt:
             self._release(earlier)
             return
         sequence.pages, earlier.pages = earlier.pages, None

@@ -13,6 +13,7 @@ from openmimo.core.errors import ConfigError, UserError
 from openmimo.core.fields import checked, unknown_key_message
 from openmimo.core.records import Completion, Request, SamplingParams
 from openmimo.data.tokenizer import Tokenizer
+from openmimo.data.tokenizer_files import has_tokenizer
 from openmimo.engine.config import EngineConfig, WeightFormat, chosen_format
 from openmimo.engine.engine import Engine, check_token_ids
 from openmimo.engine.request_state import NOT_FINITE, RequestState
@@ -67,7 +68,7 @@ class LLM:
         weights = chosen_format(checked(WeightFormat, weights, "weights"), int8=checked(bool, int8, "int8"))
         self._is_borrowed = isinstance(model, MiMo)
         if not isinstance(model, MiMo):
-            if tokenizer is None and (Path(model) / "tokenizer.json").exists():
+            if tokenizer is None and has_tokenizer(Path(model)):
                 tokenizer = Tokenizer.load(model)
             model = load_model(model, dtype=dtype, device=device, weights=weights)
         elif weights != "plain":

@@ -58,7 +58,7 @@ class PrefixCache:
     def start(self, sequence: RequestState) -> None:
         """Gives a sequence without pages the longest cached prefix that leaves at least one token to compute."""
         node = self._root
-        if sequence.params.prompt_logprobs:
+        if sequence.params.reads_whole_prompt:
             path: list[PrefixNode] = []
         else:
             path = self._match(sequence)
@@ -86,22 +86,28 @@ class PrefixCache:
 
     def extend(self, sequence: RequestState) -> None:
         """Adds the blocks that a sequence has completed since the last call."""
-        while sequence.node is not None and (sequence.node.depth + 1) * self._block <= sequence.num_computed_tokens:
-            if not sequence.node.attached:
+        parent = sequence.node
+        while parent is not None and (parent.depth + 1) * self._block <= sequence.num_computed_tokens:
+            if not parent.attached:
                 sequence.node = None
                 return
-            start = sequence.node.depth * self._block
-            tokens = sequence.block(sequence.node.depth, self._block)
-            node = sequence.node.children.get(tokens)
+            start = parent.depth * self._block
+            tokens = sequence.block(parent.depth, self._block)
+            node = parent.children.get(tokens)
+            pages = self._pages_of(sequence, start)
             if node is None:
-                if not self._holds_all(sequence, start):
+                if any(
+                    own is None and window is None for own, window in zip(pages, self._blocks_in_window, strict=True)
+                ):
                     sequence.node = None  # a full page is missing: no request could start below
                     return
-                node = PrefixNode(sequence.node, tokens, len(self._groups))
-                sequence.node.children[tokens] = node
-            self._fill(node, sequence, start)
+                node = PrefixNode(parent, tokens, len(self._groups))
+                parent.children[tokens] = node
+            self._fill(node, pages)
+            if sequence.params.routed_experts and node.routing is None:
+                node.routing = sequence.routing.between(start, start + self._block)
             self._touch(node)
-            sequence.node = node
+            sequence.node = parent = node
 
     def mark_end(self, node: PrefixNode | None) -> None:
         """Records that a prompt or a text ended after this node, where the next turn is likely to start."""
@@ -185,33 +191,24 @@ class PrefixCache:
             for number, window in enumerate(self._blocks_in_window)
         )
 
-    def _holds_all(self, sequence: RequestState, start: int) -> bool:
-        return all(
-            window is not None or self._pages_of(sequence, number, start) is not None
-            for number, window in enumerate(self._blocks_in_window)
-        )
-
-    def _pages_of(self, sequence: RequestState, number: int, start: int) -> array | None:
-        """The pages of a block that the tree keeps; None if the sequence lacks one.
+    def _pages_of(self, sequence: RequestState, start: int) -> list[array | None]:
+        """The pages of a block that the tree keeps, by group; None if the sequence lacks one.
 
         Of sliding layers these are only the pages that a query after the block still reads.
         """
-        stop = (start + self._block) // self._groups[number].page_positions
-        table = sequence.held_pages.table(number)
-        pages = array("i", table[stop - self._rows_a_block[number] : stop].ravel().tobytes())
-        return None if min(pages) < 0 else pages
+        found: list[array | None] = []
+        for number, (group, rows) in enumerate(zip(self._groups, self._rows_a_block, strict=True)):
+            stop = (start + self._block) // group.page_positions
+            pages = array("i", sequence.held_pages.table(number)[stop - rows : stop].tobytes())
+            found.append(None if min(pages) < 0 else pages)
+        return found
 
-    def _fill(self, node: PrefixNode, sequence: RequestState, start: int) -> None:
-        for number in range(len(self._groups)):
-            if node.pages[number] is not None:
-                continue
-            pages = self._pages_of(sequence, number, start)
-            if pages is not None:
+    def _fill(self, node: PrefixNode, pages_of_groups: list[array | None]) -> None:
+        for number, pages in enumerate(pages_of_groups):
+            if node.pages[number] is None and pages is not None:
                 node.pages[number] = pages
                 for page in pages:
                     self._arena.share(page)
-        if sequence.params.routed_experts and node.routing is None:
-            node.routing = sequence.routing.between(start, start + self._block).copy()
 
     def _touch(self, node: PrefixNode) -> None:
         self._clock += 1

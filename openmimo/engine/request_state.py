@@ -3,13 +3,14 @@
 L sparse layers, A active experts.
 """
 
-import functools
+import bisect
 from array import array
-from collections import Counter, deque
+from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+import torch
 
 from openmimo.core.records import Completion, Delta, Request, SamplingParams, TokenLogprob
 from openmimo.data.tokenizer import StreamDecoder
@@ -22,10 +23,12 @@ class TextStream:
 
     Attributes:
         stopped: Whether a stop string was found. The text ends before it.
+        stop_string: The stop string that was found, or empty.
     """
 
     def __init__(self, decoder: StreamDecoder, stop: tuple[str, ...] = ()):
         self.stopped = False
+        self.stop_string = ""
         self._pieces: list[str] = []
         self._decoder = decoder
         self._stop = stop
@@ -62,10 +65,11 @@ class TextStream:
             self._pieces.append(pending)
             self._held_back = ""
             return
-        found = [index for index in map(pending.find, self._stop) if index >= 0]
+        found = [(index, stop) for stop in self._stop if (index := pending.find(stop)) >= 0]
         if found:
             self.stopped = True
-            self._pieces.append(pending[: min(found)])
+            index, self.stop_string = min(found)
+            self._pieces.append(pending[:index])
             self._held_back = ""
             return
         certain = len(pending) - max((_overlap(pending, stop) for stop in self._stop), default=0)
@@ -79,55 +83,73 @@ def _overlap(text: str, stop: str) -> int:
     return next((length for length in lengths if text.endswith(stop[:length])), 0)
 
 
-_FIRST_ROWS = 64
+_ROWS_OF_A_PIECE = 64
 
 
 class RoutedRows:
-    """An integer array [positions, L, A] that grows at its end.
+    """An integer array [positions, L, A] that grows at its end, kept in pieces.
 
-    The allocated space doubles when it is full, so the amortized cost of an appended row is constant. The next turn of
-    a session shares the space of the last one (`continued`) and appends behind it:
+    New rows are first kept as they come (views of the results of a step) and then copied together into a piece:
 
-        turn 1   | rows 0 to 99 |
-        turn 2   | rows 0 to 99 | rows 100 to 149 | free until _num_rows ...
+        pieces          | rows 0 to 99 (a prompt) | rows 100 to 163 |
+        new rows                                                    | row 164 | row 165 |
 
-    Turn 1 keeps its own length, so it still sees its 100 rows, but must not append: it would overwrite those of turn 2.
+    So a row is copied once, when it is appended, and no piece is copied or changed later.
     """
 
     def __init__(self) -> None:
-        self._space: np.ndarray | None = None
-        self._num_rows = self._length = 0
+        self._pieces: list[np.ndarray] = []
+        self._ends: list[int] = []  # the number of rows up to the end of each piece
+        self._new_rows: list[np.ndarray] = []
+        self._length = self._num_packed = 0
 
     def __len__(self) -> int:
         return self._length
 
     def append(self, rows: np.ndarray) -> None:
-        """Copies the experts of the next positions, integers [rows, L, A], to the end."""
-        start = self._length
-        stop = start + len(rows)
-        if stop > self._num_rows:
-            self._grow(stop, rows)
-        assert self._space is not None
-        self._space[start:stop] = rows
-        self._length = stop
+        """Adds the experts of the next positions, integers [rows, L, A], which must not be changed afterwards."""
+        self._new_rows.append(rows)
+        self._length += len(rows)
+        if self._length - self._num_packed >= _ROWS_OF_A_PIECE:
+            self._pack()
 
     def between(self, start: int, stop: int) -> np.ndarray:
-        """The rows of positions `start` to `stop`: a view, valid until the next `append`."""
-        assert self._space is not None and 0 <= start <= stop <= self._length
-        return self._space[start:stop]
+        """The rows of positions `start` to `stop`, at least one. They may share memory and must not be changed.
+
+        A result that is a small part of a piece is a copy, so that it does not keep the piece in memory.
+        """
+        assert 0 <= start < stop <= self._length
+        if stop > self._num_packed:
+            self._pack()
+        found, number = [], bisect.bisect_right(self._ends, start)
+        for piece, end in zip(self._pieces[number:], self._ends[number:], strict=True):
+            first = end - len(piece)
+            if first >= stop:
+                break
+            found.append(piece[max(start - first, 0) : stop - first])
+        is_most_of_a_piece = len(found) == 1 and 2 * (stop - start) >= len(self._pieces[number])
+        return found[0] if is_most_of_a_piece else np.concatenate(found)
+
+    def array(self) -> np.ndarray | None:
+        """A copy of all rows; None if there are none."""
+        self._pack()
+        return np.concatenate(self._pieces) if self._pieces else None
 
     def continued(self) -> "RoutedRows":
-        """An object with the same rows in the same memory, to append to. `self` must not be appended to any more."""
+        """An object with the same rows, to append to. It shares the pieces."""
+        self._pack()
         other = RoutedRows()
-        other._space, other._num_rows, other._length = self._space, self._num_rows, self._length
+        other._pieces, other._ends = list(self._pieces), list(self._ends)
+        other._length = other._num_packed = self._length
         return other
 
-    def _grow(self, needed: int, rows: np.ndarray) -> None:
-        self._num_rows = max(needed, 2 * self._num_rows, _FIRST_ROWS)
-        grown = np.empty((self._num_rows, *rows.shape[1:]), rows.dtype if self._space is None else self._space.dtype)
-        if self._length:
-            grown[: self._length] = self.between(0, self._length)
-        self._space = grown
+    def _pack(self) -> None:
+        """Copies the new rows into a piece."""
+        if self._new_rows:
+            self._pieces.append(np.concatenate(self._new_rows))
+            self._ends.append(self._length)
+            self._new_rows = []
+            self._num_packed = self._length
 
 
 if TYPE_CHECKING:
@@ -140,18 +162,27 @@ NOT_FINITE = (
 
 
 class Decision(NamedTuple):
-    """The token chosen at one position, and its log-probability if the step computed any."""
+    """The token chosen at one position.
+
+    Attributes:
+        token: The token; `sampler.NO_TOKEN` if none can be chosen.
+        logprob: Its log-probability; None if the step computed none.
+        top: The likeliest ids and their log-probabilities, if requested.
+    """
 
     token: int
-    logprob: TokenLogprob | None
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)  # with slots, attributes are read in half the time
 class RequestState:
     """One request: its confirmed tokens, its pages, its drafts, and its results so far.
 
     Attributes:
         request: The request.
+        params: Its sampling parameters.
+        prompt_length: Number of prompt tokens.
         tokens: Confirmed tokens, the prompt first.
         seed: Seed of its random numbers.
         max_length: The most tokens, prompt included.
@@ -164,18 +195,20 @@ class RequestState:
         text: The text so far; None without a tokenizer.
         structure: State of the grammar; None without structured output.
         node: Node of the prefix tree up to which the tree has its blocks; None if it no longer adds blocks.
-        drafts: Tokens that the MTP heads predict next.
         states_start: The first position whose main-model state the worker still keeps for the heads.
         head_lengths: Positions that each head has computed.
         logprobs: Log-probability of each new token, if requested.
         top_logprobs: The likeliest ids and their log-probabilities at each new token, if requested.
         prompt_logprobs: Of each prompt token but the first, if requested.
+        pooled: The pooled states of the prompt so far, if requested.
         policy_versions: Version of the weights that chose each new token.
         drafted: For each new token, whether it was drafted.
         blocks: Blocks of tokens that `block` has made.
         repeats: Counter of repeated passages; None without `SamplingParams.max_repeats`.
         routing: Routed experts of the computed positions, if requested.
-        token_counts: Counts of the new tokens, if `params` change the logits.
+        is_plain: Whether its tokens are the likeliest ones, without log-probabilities or changes of the logits.
+        sampled_pages: The page tables for whose seat the worker has the sampling parameters of this request.
+        num_counted_tokens: New tokens that the worker has counted for the penalties.
         finish_reason: As in `Delta`; "" while it runs.
         error: As in `Delta`.
         is_request_error: As in `Delta`.
@@ -194,47 +227,44 @@ class RequestState:
     text: TextStream | None = None
     structure: "StructureState | None" = None
     node: PrefixNode | None = None
-    drafts: list[int] = field(default_factory=list)
     states_start: int = 0
     head_lengths: list[int] = field(default_factory=list)
     logprobs: array = field(default_factory=lambda: array("d"))
     top_logprobs: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    pooled: "PooledStates | None" = None
     policy_versions: array = field(default_factory=lambda: array("i"))
     drafted: bytearray = field(default_factory=bytearray)
     blocks: list[bytes] = field(default_factory=list)
     repeats: "RepeatCounter | None" = None
     routing: RoutedRows = field(default_factory=RoutedRows)
-    token_counts: Counter[int] | None = None
+    sampled_pages: PageTables | None = None
+    num_counted_tokens: int = 0
     finish_reason: str = ""
     error: str = ""
     is_request_error: bool = False
     num_reported: int = 0
 
+    params: SamplingParams = field(init=False)
+    prompt_length: int = field(init=False)
+    is_plain: bool = field(init=False)
+
     def __post_init__(self) -> None:
+        self.params = self.request.params
+        self.prompt_length = len(self.request.prompt_token_ids)
+        params = self.params
+        has_numbers = params.temperature > 0.0 or params.logprobs or params.top_logprobs
+        self.is_plain = not (has_numbers or params.changes_logits)
         if self.params.max_repeats:
             self.repeats = RepeatCounter(self.params.max_repeats)
-
-    @property
-    def params(self) -> SamplingParams:
-        """Its sampling parameters."""
-        return self.request.params
-
-    @property
-    def prompt_length(self) -> int:
-        """Number of prompt tokens."""
-        return len(self.request.prompt_token_ids)
+        if self.params.pooling:
+            self.pooled = PooledStates()
 
     @property
     def held_pages(self) -> PageTables:
         """Its page tables. It must hold some, as every running request does."""
         assert self.pages is not None, f"request {self.request.id} holds no pages"
         return self.pages
-
-    @functools.cached_property
-    def prompt_ids(self) -> frozenset[int]:
-        """The distinct tokens of the prompt."""
-        return frozenset(self.request.prompt_token_ids)
 
     def block(self, number: int, size: int) -> bytes:
         """Block `number` of `size` tokens, int32 as bytes. Blocks are cached, because tokens never change."""
@@ -259,7 +289,7 @@ class RequestState:
 
     def add(self, decision: Decision, *, drafted: bool, policy_version: int) -> None:
         """Confirms one token, and finishes the request if it is the last."""
-        token = decision.token
+        token, logprob, top = decision
         if token == NO_TOKEN:
             if self.structure is None or self.structure.allowed().any():
                 self.finish("error", NOT_FINITE)
@@ -269,14 +299,12 @@ class RequestState:
         self.tokens.append(token)
         self.drafted.append(drafted)
         self.policy_versions.append(policy_version)
-        if self.params.logprobs or self.params.top_logprobs:
-            assert decision.logprob is not None, "the step computed no log-probabilities"
-            if self.params.logprobs:
-                self.logprobs.append(decision.logprob.logprob)
-            if self.params.top_logprobs:
-                self.top_logprobs.append(decision.logprob.top)
-        if self.token_counts is not None:
-            self.token_counts[token] += 1
+        params = self.params
+        if params.logprobs:
+            assert logprob is not None, "the step computed no log-probabilities"
+            self.logprobs.append(logprob)
+        if params.top_logprobs:
+            self.top_logprobs.append(top)
         if token in self.stop_ids:
             self.finish("stop")
             return
@@ -292,7 +320,7 @@ class RequestState:
                 return
         if self.repeats is not None and self.repeats.add(token):
             self.finish("repetition")
-        elif self.max_new_tokens_left == 0:
+        elif len(self.tokens) == self.max_length:
             self.finish("length")
 
     def finish(self, reason: str, error: str = "", *, is_request_error: bool = False) -> None:
@@ -300,7 +328,6 @@ class RequestState:
         self.finish_reason = reason
         self.error = error
         self.is_request_error = is_request_error
-        self.drafts = []
         if self.text is not None:
             self.text.finish()
 
@@ -311,7 +338,6 @@ class RequestState:
         self.pages = None
         self.node = None
         self.num_computed_tokens = 0
-        self.drafts = []
         self.states_start = 0
         self.head_lengths = [0] * len(self.head_lengths)
         self.routing = RoutedRows()
@@ -332,6 +358,8 @@ class RequestState:
             num_prompt_tokens=self.prompt_length,
             num_cached_tokens=self.num_cached_tokens,
             prompt_logprobs=tuple(self.prompt_logprobs) if start == 0 else (),
+            embedding=tuple(self.pooled.embedding()) if self.pooled is not None and start == 0 else (),
+            stop_string=self.text.stop_string if self.text is not None else "",
         )
 
     def completion(self) -> Completion:
@@ -345,9 +373,11 @@ class RequestState:
             finish_reason=self.finish_reason,
             top_logprobs=list(self.top_logprobs) if params.top_logprobs else None,
             prompt_logprobs=[entry.logprob for entry in self.prompt_logprobs] if params.prompt_logprobs else None,
+            prompt_top_logprobs=[entry.top for entry in self.prompt_logprobs] if params.prompt_top_logprobs else None,
+            embedding=self.pooled.embedding() if self.pooled is not None else None,
             policy_versions=self.policy_versions.tolist(),
             drafted=list(map(bool, self.drafted)),
-            routed_experts=self.routing.between(0, len(self.routing)).copy() if len(self.routing) else None,
+            routed_experts=self.routing.array(),
             num_cached_tokens=self.num_cached_tokens,
             error=self.error,
         )
@@ -361,6 +391,33 @@ class RequestState:
         tokens = self.tokens[self.prompt_length + start : self.prompt_length + stop]
         tops = self.top_logprobs[start:stop] if self.params.top_logprobs else [()] * len(tokens)
         return tuple(TokenLogprob(*entry) for entry in zip(tokens, self.logprobs[start:stop], tops, strict=True))
+
+
+class PooledStates:
+    """The sum of the final states of a prompt's positions, or the state of the last one.
+
+    Attributes:
+        num_positions: Number of positions that have been added.
+    """
+
+    def __init__(self) -> None:
+        self.num_positions = 0
+        self._pooled_D: torch.Tensor | None = None
+        self._divisor = 1
+
+    def add(self, states_TD: torch.Tensor, *, pooling: str) -> None:
+        """Adds the states of the next positions."""
+        self.num_positions += len(states_TD)
+        if pooling == "last":
+            self._pooled_D = states_TD[-1].double()
+            return
+        sum_D = states_TD.double().sum(dim=0)
+        self._pooled_D = sum_D if self._pooled_D is None else self._pooled_D + sum_D
+        self._divisor = self.num_positions
+
+    def embedding(self) -> list[float]:
+        """The pooled state; empty before the first position."""
+        return [] if self._pooled_D is None else (self._pooled_D / self._divisor).tolist()
 
 
 class RepeatCounter:

@@ -1,17 +1,17 @@
 """The host side of a step: makes a `StepInput` from requests, and applies a `StepOutput` to them.
 
-A decoding pass takes the newest token and the drafts of each sequence, decides a token at every position, and keeps
-those up to the first that was not drafted. Plain decoding is the case without drafts. Prompts run in a separate pass,
-so the arithmetic of a decoding token does not depend on the prompts of the same step.
+A decoding step drafts, takes the newest token and the drafts of each sequence, decides a token at every position, and
+keeps those up to the first that was not drafted. Plain decoding is the case without drafts. Prompts run in a separate
+pass, so the arithmetic of a decoding token does not depend on the prompts of the same step.
 
-The host waits for the device twice per step: for the decided tokens, because only the host knows which texts end (stop
-strings, grammars), and for the drafts of the sequences that continue.
+The host waits for the device once per step, for the decided tokens. Accepted drafts equal decided tokens, so the host
+does not need the drafts, except where a grammar needs them: then it reads them before the main layers run.
 """
 
 import itertools
 import math
 import time
-from collections import Counter
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -20,13 +20,29 @@ from openmimo.core.records import TokenLogprob
 from openmimo.engine.cache import PageArena
 from openmimo.engine.config import EngineConfig
 from openmimo.engine.request_state import NOT_FINITE, Decision, RequestState
-from openmimo.engine.sampler import Draw, LogitChange, sampling_input
+from openmimo.engine.sampler import RowChange, SamplingInput, SeatSampling, seat_sampling, uniform
 from openmimo.engine.speculative import DraftLength, DraftPlanner
 from openmimo.engine.stats import EngineStats
-from openmimo.engine.step import HeadInput, Span, StepBuffers, StepInput, StepOutput
-from openmimo.engine.worker import Worker
+from openmimo.engine.step import (
+    DraftInput,
+    HeadInput,
+    PassShape,
+    PromptScores,
+    ScoredRows,
+    Span,
+    StepBuffers,
+    StepInput,
+    StepOutput,
+    padded_shape,
+)
+from openmimo.engine.worker import Worker, why_no_graphs
 from openmimo.model.attention import kv_spec
 from openmimo.model.mimo import MiMo
+
+if TYPE_CHECKING:
+    from openmimo.engine.structured import StructureState
+
+_PLAIN = SamplingInput()
 
 
 class Runner:
@@ -43,8 +59,10 @@ class Runner:
         stats: EngineStats,
     ):
         self.stats = stats
-        self.worker = Worker(model, arena, num_drafts=num_drafts)
-        self._model = model
+        uses_graphs = config.graphs and why_no_graphs(model) is None
+        self.worker = Worker(model, arena, num_drafts=num_drafts, uses_graphs=uses_graphs)
+        self._max_sequences, self._max_positions = config.max_sequences, model.config.max_positions
+        self._device = model.device
         self._draft_length = draft_length
         self._routing_dtype = np.uint8 if model.config.moe and model.config.moe.num_experts <= 256 else np.int16
         num_layers = len(model.config.layers)
@@ -65,146 +83,292 @@ class Runner:
         if num_drafts:
             assert model.config.mtp is not None
             self._drafting = DraftPlanner(
+                self._buffers,
                 [buffers(range(num_layers + head, num_layers + head + 1)) for head in range(num_drafts)],
                 keep_positions=kv_spec(model.config.mtp.attention).keep_positions,
                 ring_positions=self.worker.ring_positions,
-                device=model.device,
             )
 
-    @torch.inference_mode()
     def decode(self, sequences: list[RequestState], policy_version: int) -> None:
-        """Adds at least one token to every sequence, and at most one more than it had drafts."""
+        """Adds at least one token to every sequence, and at most one more than it has drafts."""
         start = time.perf_counter()
-        num_drafted = max(len(sequence.drafts) for sequence in sequences)
-        draws = [draw for sequence in sequences for draw in draws_of(sequence)]
-        output = self.worker.execute(self._decode_input(sequences, draws, num_drafted))
-        decided, routing = _decisions(output, draws), self._routing(output)
+        num_heads = self._draft_length.choose(len(sequences)) if self._drafting else 0
+        num_drafts = [0] * len(sequences)
+        if self._drafting:
+            num_drafts = [self._drafting.num_drafts_of(sequence, num_heads) for sequence in sequences]
+        output = self.worker.execute(self._decode_input(sequences, num_drafts))
+        assert output.tokens_R is not None
+        decided, routing = _decisions(output, sequences, num_drafts), self._routing(output)
         accepted = [0] * len(sequences) if output.num_accepted_B is None else output.num_accepted_B.tolist()
         self.stats.num_prompt_tokens += sum(s.num_computed_tokens < s.prompt_length for s in sequences)
         first = 0
-        for sequence, num_accepted in zip(sequences, accepted, strict=True):
-            num_rows = 1 + len(sequence.drafts)
-            self._confirm(sequence, decided[first : first + num_rows], num_accepted, policy_version)
+        for sequence, num_accepted, num_offered in zip(sequences, accepted, num_drafts, strict=True):
+            if sequence.pooled is not None:  # the last token of a prompt may be computed here
+                assert output.states_TD is not None
+                _pool_prompt(sequence, output.states_TD[first : first + 1])
+            self._confirm(
+                sequence,
+                decided[first : first + num_accepted + 1],
+                num_offered=num_offered,
+                policy_version=policy_version,
+            )
             if sequence.params.routed_experts:
                 assert routing is not None
-                num_new = min(sequence.num_computed_tokens - len(sequence.routing), num_rows)
+                num_new = min(sequence.num_computed_tokens - len(sequence.routing), num_offered + 1)
                 sequence.routing.append(routing[first : first + num_new])
-            first += num_rows
+            first += num_offered + 1
         self.stats.num_steps += 1
         self.stats.sequence_steps += len(sequences)
-        if self._draft(sequences) == num_drafted:
-            self._draft_length.observe(len(sequences), num_drafted, time.perf_counter() - start)
+        if self._drafting and max(num_drafts) == num_heads:
+            self._draft_length.observe(len(sequences), num_heads, time.perf_counter() - start)
 
-    @torch.inference_mode()
     def prefill(self, prefills: list[tuple[RequestState, int]], policy_version: int) -> None:
         """Computes chunks of prompts, each up to its stop. A sequence whose last chunk this is gets its next token."""
         sequences = [sequence for sequence, _ in prefills]
         counts = [stop - sequence.num_computed_tokens for sequence, stop in prefills]
         ends = list(itertools.accumulate(counts))
         last = [(s, end - 1) for (s, stop), end in zip(prefills, ends, strict=True) if stop == len(s.tokens)]
-        draws = [draws_of(sequence)[0] for sequence, _ in last]
-        output = self.worker.execute(self._prefill_input(prefills, [row for _, row in last], draws))
+        read = [sequence for sequence, _ in last]
+        step, scored = self._prefill_input(prefills, read, [row for _, row in last], counts)
+        output = self.worker.execute(step)
         routing = self._routing(output)
+        for (sequence, targets), scores in zip(scored, output.prompt_scores, strict=True):
+            _add_prompt_logprobs(sequence, targets, scores)
         for sequence, count, end in zip(sequences, counts, ends, strict=True):
-            rows = slice(end - count, end)
-            if sequence.params.prompt_logprobs:
-                self._score_prompt(sequence, output.states_TD[rows], count)
+            if sequence.pooled is not None:
+                assert output.states_TD is not None
+                _pool_prompt(sequence, output.states_TD[end - count : end])
             if sequence.params.routed_experts:
                 assert routing is not None
-                sequence.routing.append(routing[rows])
+                sequence.routing.append(routing[end - count : end])
             sequence.num_computed_tokens += count
         if self._drafting:
             self._drafting.forget_old_states(sequences)
         self.stats.num_prompt_tokens += sum(counts)
-        read = [sequence for sequence, _ in last if not sequence.finish_reason]
-        if last:
-            for (sequence, _), decision in zip(last, _decisions(output, draws), strict=True):
+        if read:
+            for sequence, decision in zip(read, _decisions(output, read, [0] * len(read)), strict=True):
                 if not sequence.finish_reason:
                     sequence.add(decision, drafted=False, policy_version=policy_version)
-        if read:
-            self.stats.num_new_tokens += len(read)
-            self._draft(read)
+                    self.stats.num_new_tokens += 1
+        elif self._device.type != "cpu":
+            torch.accelerator.synchronize()  # nothing was read, so the device may not have copied the buffers yet
 
-    def _decode_input(self, sequences: list[RequestState], draws: list[Draw], num_drafted: int) -> StepInput:
+    def _decode_input(self, sequences: list[RequestState], num_drafts: list[int]) -> StepInput:
+        heads = self._drafting.draft(sequences, num_drafts) if self._drafting else ()
+        drafts: list[list[int]] = [[] for _ in sequences]
+        if heads and any(sequence.structure is not None for sequence in sequences):
+            # The masks of a grammar depend on the drafts, so the host needs them first.
+            drafts_BH = self.worker.draft(heads, len(sequences)).T.tolist()
+            drafts = [known[:number] for known, number in zip(drafts_BH, num_drafts, strict=True)]
         spans: list[Span] = []
         tokens: list[int] = []
-        for sequence in sequences:
-            computed = sequence.num_computed_tokens
-            spans.append(Span(sequence.held_pages, computed, computed + 1 + len(sequence.drafts)))
+        draft_rows: list[int] = []  # the row before each draft
+        padded_rows: list[int] = []
+        sources: list[int] = []
+        num_rows, num_columns = sum(num_drafts) + len(sequences), max(num_drafts)
+        for index, (sequence, number) in enumerate(zip(sequences, num_drafts, strict=True)):
+            computed, first = sequence.num_computed_tokens, len(tokens)
+            spans.append(Span(sequence.held_pages, computed, computed + 1 + number))
             tokens.append(sequence.tokens[-1])
-            tokens += sequence.drafts
-        draft_rows_BK = None
-        if num_drafted:
-            counts = [len(sequence.drafts) for sequence in sequences]
-            firsts = itertools.accumulate((1 + count for count in counts[:-1]), initial=0)
-            last, rows = len(tokens) - 1, zip(firsts, counts, strict=True)
-            table = [[*range(first, first + n), *[last] * (num_drafted - n)] for first, n in rows]
-            draft_rows_BK = torch.tensor(table, device=self._model.device)
-        return self._step_input(sequences, spans, tokens, draws, draft_rows_BK=draft_rows_BK)
+            if number:
+                tokens += drafts[index] or [0] * number
+                draft_rows += range(first + 1, first + 1 + number)
+                sources += range(index, index + number * len(sequences), len(sequences))
+            if num_columns:
+                padded_rows += [*range(first, first + number), *[num_rows - 1] * (num_columns - number)]
+        drafting = draft_rows_BK = None
+        if num_columns:
+            draft_rows_BK = self._buffers.values("verified_rows", padded_rows).view(len(sequences), num_columns)
+            if not any(drafts):
+                rows_N, sources_N = (
+                    self._buffers.values("draft_rows", draft_rows),
+                    self._buffers.values("draft_sources", sources),
+                )
+                drafting = DraftInput(heads, len(sequences), rows_N, sources_N)
+        return self._step_input(
+            sequences,
+            spans,
+            tokens,
+            sampling=self._sampling_input(sequences, num_drafts, drafts),
+            drafting=drafting,
+            draft_rows_BK=draft_rows_BK,
+            shape=self._graph_shape(sequences, spans, 1 + num_columns),
+        )
+
+    def _graph_shape(self, sequences: list[RequestState], spans: list[Span], longest_query: int) -> PassShape | None:
+        """The shape of the captured graph that runs a decoding pass; None if none does."""
+        if self.worker.graphs is None or any(sequence.params.routed_experts for sequence in sequences):
+            return None
+        return padded_shape(
+            len(spans),
+            longest_query,
+            max(span.stop for span in spans),
+            max_sequences=self._max_sequences,
+            max_positions=self._max_positions,
+        )
 
     def _prefill_input(
-        self, prefills: list[tuple[RequestState, int]], last_rows: list[int], draws: list[Draw]
-    ) -> StepInput:
+        self,
+        prefills: list[tuple[RequestState, int]],
+        read: list[RequestState],
+        last_rows: list[int],
+        counts: list[int],
+    ) -> tuple[StepInput, list[tuple[RequestState, list[int]]]]:
+        """The step, and the sequences whose prompts it scores, each with the tokens to score."""
         spans = [Span(sequence.held_pages, sequence.num_computed_tokens, stop) for sequence, stop in prefills]
         tokens = [
             token for sequence, stop in prefills for token in sequence.tokens[sequence.num_computed_tokens : stop]
         ]
         heads = self._drafting.follow_prompt(prefills) if self._drafting else ()
-        rows_R = torch.tensor(last_rows, device=self._model.device) if last_rows else None
         sequences = [sequence for sequence, _ in prefills]
-        return self._step_input(sequences, spans, tokens, draws, prompt_heads=heads, decided_rows_R=rows_R)
+        rows, scored = self._scored_rows(sequences, counts)
+        step = self._step_input(
+            sequences,
+            spans,
+            tokens,
+            sampling=self._sampling_input(read, [0] * len(read), [[]] * len(read)) if read else None,
+            prompt_heads=heads,
+            decided_rows_R=self._buffers.values("decided_rows", last_rows) if read else None,
+            scored=rows,
+        )
+        return step, scored
+
+    def _scored_rows(
+        self, sequences: list[RequestState], counts: list[int]
+    ) -> tuple[tuple[ScoredRows, ...], list[tuple[RequestState, list[int]]]]:
+        """The rows of a pass over the next `counts` tokens whose following prompt tokens are scored, if requested."""
+        found: list[tuple[RequestState, list[int]]] = []
+        places: list[int] = []
+        first_row = 0
+        for sequence, count in zip(sequences, counts, strict=True):
+            computed = sequence.num_computed_tokens
+            first = max(computed, len(sequence.prompt_logprobs))  # some are known if a preempted prompt is read again
+            stop = min(computed + count, sequence.prompt_length - 1)
+            if sequence.params.prompt_logprobs and first < stop:
+                found.append((sequence, sequence.tokens[first + 1 : stop + 1]))
+                places.append(first_row + first - computed)
+            first_row += count
+        if not found:
+            return (), found
+        targets_N = self._buffers.values("targets", [token for _, targets in found for token in targets])
+        pieces = targets_N.split([len(targets) for _, targets in found])
+        rows = tuple(
+            ScoredRows(
+                place,
+                place + len(piece),
+                piece,
+                sequence.params.temperature or 1.0,
+                sequence.params.prompt_top_logprobs,
+            )
+            for place, piece, (sequence, _) in zip(places, pieces, found, strict=True)
+        )
+        return rows, found
+
+    def _sampling_input(
+        self, sequences: list[RequestState], num_drafts: list[int], drafts: list[list[int]]
+    ) -> SamplingInput:
+        """The sampling of the rows after the newest token of each sequence and after each of its drafts.
+
+        Args:
+            drafts: The drafts of each sequence that the host knows; empty where it does not need them.
+        """
+        if all(sequence.is_plain for sequence in sequences):
+            return _PLAIN
+        admitted: list[SeatSampling] = []
+        new_tokens: list[tuple[int, torch.Tensor]] = []
+        changes: list[RowChange] = []
+        all_seats: list[int] = []
+        seats: list[int] = []
+        rows: list[int] = []
+        uniforms: list[float] = []
+        for sequence, number, known in zip(sequences, num_drafts, drafts, strict=True):
+            params, seat, first = sequence.params, sequence.held_pages.seat, len(all_seats)
+            if sequence.sampled_pages is not sequence.pages:
+                admitted.append(self._admit(sequence))
+            if params.repetition_penalty != 1.0 or params.presence_penalty or params.frequency_penalty:
+                new = sequence.tokens[sequence.prompt_length + sequence.num_counted_tokens :]
+                sequence.num_counted_tokens += len(new)
+                if new:
+                    new_tokens.append((seat, torch.tensor(new, device=self._device)))
+            if params.changes_logits:
+                changes += row_changes(sequence, first, number, known)
+            if params.temperature > 0.0:
+                seats += [seat] * (number + 1)
+                rows += range(first, first + number + 1)
+                length = len(sequence.tokens)
+                uniforms += [uniform(sequence.seed, length + offset) for offset in range(number + 1)]
+            all_seats += [seat] * (number + 1)
+        every = [sequence.params for sequence in sequences]
+        values, is_sampled = self._buffers.values, bool(rows)
+        return SamplingInput(
+            admitted=tuple(admitted),
+            new_tokens=tuple(new_tokens),
+            seats_S=values("sampled_seats", seats) if is_sampled else None,
+            uniform_S=values("uniforms", uniforms, torch.float64) if is_sampled else None,
+            sampled_rows_S=values("sampled_rows", rows) if is_sampled and len(rows) < len(all_seats) else None,
+            has_filters=any(p.temperature > 0.0 and (p.top_p != 1.0 or p.top_k or p.min_p) for p in every),
+            changes=tuple(changes),
+            logprob_seats_R=values("seats", all_seats) if any(p.logprobs or p.top_logprobs for p in every) else None,
+            num_top_logprobs=max(p.top_logprobs for p in every),
+        )
+
+    def _admit(self, sequence: RequestState) -> SeatSampling:
+        """The parameters of a sequence whose seat the worker has not got, or has with those of an earlier request."""
+        sequence.sampled_pages = sequence.held_pages
+        sequence.num_counted_tokens = 0
+        return seat_sampling(
+            sequence.held_pages.seat,
+            sequence.params,
+            prompt=sequence.request.prompt_token_ids,
+            stop_ids=sequence.stop_ids,
+            device=self._device,
+        )
 
     def _step_input(
         self,
         sequences: list[RequestState],
         spans: list[Span],
         tokens: list[int],
-        draws: list[Draw],
         *,
+        sampling: SamplingInput | None,
+        drafting: DraftInput | None = None,
         prompt_heads: tuple[HeadInput, ...] = (),
         decided_rows_R: torch.Tensor | None = None,
         draft_rows_BK: torch.Tensor | None = None,
+        scored: tuple[ScoredRows, ...] = (),
+        shape: PassShape | None = None,
     ) -> StepInput:
         places_T, rows_T = self._drafting.state_places(spans) if self._drafting else (None, None)
         return StepInput(
-            main=self._buffers.fill(spans, tokens),
+            main=self._buffers.fill(spans, tokens, shape),
+            drafting=drafting,
             state_places_T=places_T,
             state_rows_T=rows_T,
             prompt_heads=prompt_heads,
             decided_rows_R=decided_rows_R,
-            sampling=sampling_input(draws, self._model.device) if draws else None,
+            sampling=sampling,
             draft_rows_BK=draft_rows_BK,
+            scored=scored,
             records_routing=any(sequence.params.routed_experts for sequence in sequences),
+            returns_states=any(sequence.pooled is not None for sequence in sequences),
         )
 
-    def _confirm(self, sequence: RequestState, decided: list[Decision], num_accepted: int, policy_version: int) -> None:
-        """Adds the accepted drafts and the token after them to a sequence."""
-        num_drafts, sequence.drafts = len(sequence.drafts), []
-        length_before = len(sequence.tokens)
-        for index, decision in enumerate(decided[: num_accepted + 1]):
+    def _confirm(
+        self, sequence: RequestState, decided: list[Decision], *, num_offered: int, policy_version: int
+    ) -> None:
+        """Adds the accepted ones of `num_offered` drafts and the token after them to a sequence."""
+        length_before, num_accepted = len(sequence.tokens), len(decided) - 1
+        for index, decision in enumerate(decided):
             if not sequence.finish_reason:
                 sequence.add(decision, drafted=index < num_accepted, policy_version=policy_version)
+        num_new = len(sequence.tokens) - length_before
         # A text that ended among its drafts has fewer tokens than were accepted.
         sequence.num_computed_tokens = min(sequence.num_computed_tokens + num_accepted + 1, len(sequence.tokens) - 1)
-        if self._drafting:
-            self.stats.count_drafts(num_drafts, num_accepted)
-            self._draft_length.judge(num_drafts, num_accepted)
-        self.stats.num_decoded_tokens += len(sequence.tokens) - length_before
-        self.stats.num_new_tokens += len(sequence.tokens) - length_before
-
-    def _draft(self, sequences: list[RequestState]) -> int:
-        """Drafts the next tokens of the unfinished sequences. Returns the number of heads that drafted."""
-        running = [sequence for sequence in sequences if not sequence.finish_reason]
-        if not self._drafting or not running:
-            return 0
-        num_drafts = self._draft_length.choose(len(running))
-        heads = self._drafting.draft(running, num_drafts)
-        if heads:
-            drafts_BH = self.worker.draft(heads, len(running)).T.tolist()
-            for sequence, drafts in zip(running, drafts_BH, strict=True):
-                sequence.drafts = drafts[: max(sequence.max_new_tokens_left - 1, 0)]
-        self._drafting.forget_old_states(running)
-        return num_drafts
+        if num_offered:
+            self.stats.count_drafts(num_offered, num_accepted)
+            self._draft_length.judge(num_offered, num_accepted)
+        self.stats.num_decoded_tokens += num_new
+        self.stats.num_new_tokens += num_new
 
     def _routing(self, output: StepOutput) -> np.ndarray | None:
         """The routed experts of a pass on the host, [T, L, A], if recorded."""
@@ -212,76 +376,71 @@ class Runner:
             return None
         return output.routing_TLA.cpu().numpy().astype(self._routing_dtype)
 
-    def _score_prompt(self, sequence: RequestState, states_TD: torch.Tensor, count: int) -> None:
-        """Adds the log-probabilities of the prompt tokens that follow the `count` positions just computed.
 
-        Ends the sequence with an error if one is not finite.
-        """
-        known = len(sequence.prompt_logprobs)  # not 0 if a preempted prompt is read again
-        computed = sequence.num_computed_tokens
-        first = max(computed, known)
-        stop = min(computed + count, sequence.prompt_length - 1)
-        if first >= stop:
-            return
-        targets = sequence.tokens[first + 1 : stop + 1]
-        rows = slice(first - computed, stop - computed)
-        targets_T = torch.tensor(targets, device=states_TD.device)
-        temperature = sequence.params.temperature or 1.0
-        logprobs = self._model.head.logprobs(states_TD[rows], targets_T, temperature).tolist()
-        if not all(map(math.isfinite, logprobs)):
-            sequence.finish("error", NOT_FINITE)
-            return
-        sequence.prompt_logprobs += [TokenLogprob(*pair) for pair in zip(targets, logprobs, strict=True)]
+def _add_prompt_logprobs(sequence: RequestState, targets: list[int], scores: PromptScores) -> None:
+    """Adds log-probabilities of prompt tokens. Ends the sequence with an error if one is not finite."""
+    logprobs = scores.logprobs_N.tolist()
+    if not all(map(math.isfinite, logprobs)):
+        sequence.finish("error", NOT_FINITE)
+        return
+    tops: list[tuple[tuple[int, float], ...]] = [()] * len(targets)
+    if scores.top_ids_NV is not None and scores.top_logprobs_NV is not None:
+        pairs = zip(scores.top_ids_NV.tolist(), scores.top_logprobs_NV.tolist(), strict=True)
+        tops = [tuple(zip(ids, values, strict=True)) for ids, values in pairs]
+    sequence.prompt_logprobs += [TokenLogprob(*entry) for entry in zip(targets, logprobs, tops, strict=True)]
 
 
-def _decisions(output: StepOutput, draws: list[Draw]) -> list[Decision]:
+def _pool_prompt(sequence: RequestState, states_TD: torch.Tensor) -> None:
+    """Adds the prompt positions just computed to an embedding; a preempted prompt is read again and not added again."""
+    assert sequence.pooled is not None
+    skipped = sequence.pooled.num_positions - sequence.num_computed_tokens
+    new_TD = states_TD[max(skipped, 0) : sequence.prompt_length - sequence.num_computed_tokens]
+    if len(new_TD):
+        sequence.pooled.add(new_TD, pooling=sequence.params.pooling)
+
+
+def _decisions(output: StepOutput, sequences: list[RequestState], num_drafts: list[int]) -> list[Decision]:
     """The decided tokens, with log-probabilities if the step computed any."""
     assert output.tokens_R is not None
     tokens = output.tokens_R.tolist()
     if output.logprobs_R is None:
-        return [Decision(token, None) for token in tokens]
-    tops: list[tuple[tuple[int, float], ...]] = [()] * len(draws)
+        return [Decision(token) for token in tokens]
+    tops: list[tuple[tuple[int, float], ...]] = [()] * len(tokens)
     if output.top_ids_RV is not None and output.top_logprobs_RV is not None:
-        pairs = zip(output.top_ids_RV.tolist(), output.top_logprobs_RV.tolist(), draws, strict=True)
-        tops = [tuple(zip(i, v, strict=True))[: draw.params.top_logprobs] for i, v, draw in pairs]
-    chosen = output.logprobs_R.tolist()
-    return [Decision(entry[0], TokenLogprob(*entry)) for entry in zip(tokens, chosen, tops, strict=True)]
+        numbers = [s.params.top_logprobs for s, n in zip(sequences, num_drafts, strict=True) for _ in range(n + 1)]
+        pairs = zip(output.top_ids_RV.tolist(), output.top_logprobs_RV.tolist(), numbers, strict=True)
+        tops = [tuple(zip(ids, values, strict=True))[:number] for ids, values, number in pairs]
+    return [Decision(*entry) for entry in zip(tokens, output.logprobs_R.tolist(), tops, strict=True)]
 
 
-def draws_of(sequence: RequestState) -> list[Draw]:
-    """The draws after the newest token of a sequence and after each of its drafts."""
-    params, length = sequence.params, len(sequence.tokens)
-    if not params.changes_logits:
-        return [Draw(params, sequence.seed, length + offset) for offset in range(len(sequence.drafts) + 1)]
-    changes = _changes(sequence)
-    return [Draw(params, sequence.seed, length + offset, change) for offset, change in enumerate(changes)]
-
-
-def _changes(sequence: RequestState) -> list[LogitChange]:
+def row_changes(sequence: RequestState, first_row: int, num_drafts: int, drafts: list[int]) -> list[RowChange]:
     """The logit changes at each position to decide, if the drafts before it are accepted.
 
     After a draft that the structure forbids, no mask is computed: that draft cannot be accepted.
+
+    Args:
+        drafts: The drafts themselves, if the sequence has a structure.
     """
-    new_tokens = len(sequence.tokens) - sequence.prompt_length
-    counts, structure = sequence.token_counts, sequence.structure
-    assert counts is not None
-    changes: list[LogitChange] = []
+    new_tokens, min_tokens = len(sequence.tokens) - sequence.prompt_length, sequence.params.min_tokens
+    masks = [None] * (num_drafts + 1) if sequence.structure is None else _masks(sequence, sequence.structure, drafts)
+    seat = sequence.held_pages.seat
+    return [
+        RowChange(first_row + offset, seat, offset, new_tokens + offset < min_tokens, allowed_V)
+        for offset, allowed_V in enumerate(masks)
+    ]
+
+
+def _masks(sequence: RequestState, structure: "StructureState", drafts: list[int]) -> list[torch.Tensor | None]:
+    """What the structure allows after the text and after each of its drafts."""
+    masks: list[torch.Tensor | None] = [structure.allowed()]
     num_accepted, is_open = 0, True
-    for offset, draft in enumerate([*sequence.drafts, None]):
-        allowed_V = None
-        if structure is not None and is_open:
-            allowed_V = structure.allowed()
-        is_below_min_tokens = new_tokens + offset < sequence.params.min_tokens
-        forbidden = sequence.stop_ids if is_below_min_tokens else frozenset()
-        changes.append(LogitChange(sequence.prompt_ids, counts, forbidden, allowed_V))
-        if draft is None:
-            break
-        counts = counts + Counter((draft,))
-        if structure is not None and allowed_V is not None:
-            is_open = bool(allowed_V[draft]) and draft not in sequence.stop_ids
-            if is_open:
-                structure.accept(draft)
-                num_accepted += 1
-    if structure is not None and num_accepted:
+    for draft in drafts:
+        allowed_V = masks[-1]
+        is_open = is_open and allowed_V is not None and bool(allowed_V[draft]) and draft not in sequence.stop_ids
+        if is_open:
+            structure.accept(draft)
+            num_accepted += 1
+        masks.append(structure.allowed() if is_open else None)
+    if num_accepted:
         structure.rollback(num_accepted)
-    return changes
+    return masks

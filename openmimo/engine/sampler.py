@@ -1,15 +1,14 @@
 """Sampling: from logits to tokens, greedy or with one random number per token.
 
-R rows (one per position to decide), V vocabulary. The host makes a `SamplingInput` from `Draw`s; `decide` runs on the
-device.
+R rows (one per position to decide), X seats, V vocabulary. The host makes a `SamplingInput`; `decide` runs on the
+device, where a `SamplingTable` keeps the parameters of each request.
 
 The random number of a position is a hash of seed and position, not the state of a generator. So the token does not
 depend on the batch, the order or the number of times that a position is decided (once as a draft, once confirmed).
 """
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -19,149 +18,235 @@ from openmimo.core.records import SamplingParams
 NO_TOKEN = -1
 _MAX_DISTRIBUTION_NUMBERS = 1 << 21  # 16 MiB in float64; sorting needs several copies
 _MASK_64 = (1 << 64) - 1
+_NUMBERS, _FIRST_SEATS = 5, 64
 _UNIFORM_BITS = 52  # one fewer than float64 holds, so that u < 1 and u * total < total survive rounding
 
 
-class Draw(NamedTuple):
-    """One position to decide.
+class SeatChange(NamedTuple):
+    """What changes the logits of a request, as tensors: ids int64, values float64.
 
     Attributes:
-        params: Sampling parameters.
-        seed: Seed of the request.
-        position: Position of the token to decide.
-        change: Changes of the logits; None if the request has none.
+        bias_ids: Tokens with a bias.
+        biases: Their biases.
+        stop_ids: Tokens that cannot be chosen before `SamplingParams.min_tokens`, unless no other is left.
+        prompt_ids: The distinct tokens of the prompt, for `repetition_penalty`; else none.
+        repetition_penalty: As in `SamplingParams`.
+        presence_penalty: As in `SamplingParams`.
+        frequency_penalty: As in `SamplingParams`.
     """
 
-    params: SamplingParams
-    seed: int
-    position: int
-    change: "LogitChange | None" = None
+    bias_ids: torch.Tensor
+    biases: torch.Tensor
+    stop_ids: torch.Tensor
+    prompt_ids: torch.Tensor
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
 
 
-class LogitChange(NamedTuple):
-    """The state of a request that, together with its `params`, changes the logits of one position.
+class SeatSampling(NamedTuple):
+    """The sampling parameters of one request. A worker keeps them for the seat until it gets others.
 
     Attributes:
-        prompt: Distinct tokens of the prompt.
-        counts: Number of occurrences of each token in the text before this position.
-        forbidden: Ids that cannot be chosen here.
-        allowed_V: Bool mask of the ids that can be chosen (None: all), on any device.
+        seat: The seat of the request.
+        numbers: Temperature, top-p (2: none), top-k (infinite: none), min-p, and the temperature of the reported
+            log-probabilities (1 for greedy requests).
+        change: Changes of the logits; None if there are none.
     """
 
-    prompt: frozenset[int]
-    counts: Mapping[int, int]
-    forbidden: frozenset[int]
-    allowed_V: torch.Tensor | None
+    seat: int
+    numbers: tuple[float, float, float, float, float]
+    change: SeatChange | None
 
 
-@dataclass(frozen=True)
-class ChangeInput:
-    """A `LogitChange` and the parameters that it needs, as tensors: ids int64, values float64.
+class RowChange(NamedTuple):
+    """The change of the logits of one row.
 
     Attributes:
         row: The row to change.
-        bias_ids: Tokens with a bias.
-        biases: Their biases.
-        seen_ids: Tokens of prompt and text so far, for `repetition_penalty`.
-        repetition_penalty: As in `SamplingParams`.
-        counted_ids: Generated tokens, for the other two penalties.
-        counts: Their numbers of occurrences.
-        presence_penalty: As in `SamplingParams`.
-        frequency_penalty: As in `SamplingParams`.
-        allowed_V: Bool mask of the tokens that may be chosen (None: all).
-        forbidden_ids: Tokens that cannot be chosen, unless no other is left.
+        seat: The seat of its request.
+        num_drafts: Drafts before the row that belong to the text, as far as the row is concerned: the tokens of the
+            pass in this row and the ones before it.
+        forbids_stops: Whether the text is too short to end.
+        allowed_V: Bool mask of the tokens that may be chosen (None: all), on any device.
     """
 
     row: int
-    bias_ids: torch.Tensor
-    biases: torch.Tensor
-    seen_ids: torch.Tensor
-    repetition_penalty: float
-    counted_ids: torch.Tensor
-    counts: torch.Tensor
-    presence_penalty: float
-    frequency_penalty: float
-    allowed_V: torch.Tensor | None
-    forbidden_ids: torch.Tensor
+    seat: int
+    num_drafts: int = 0
+    forbids_stops: bool = False
+    allowed_V: torch.Tensor | None = None
 
 
-@dataclass(frozen=True)
-class SamplingInput:
+class SamplingInput(NamedTuple):
     """The sampling of all rows of a step. S sampled rows; the others are greedy.
 
     Attributes:
-        numbers_5S: Per sampled row, float64: temperature, top-p (2: none), top-k (infinite: none), min-p, and the
-            random number of the position. None if all rows are greedy.
+        admitted: Parameters that the worker writes first.
+        new_tokens: For seats with penalties, the tokens that their texts gained since the last step, int64.
+        seats_S: The seats of the sampled rows, int64; None if all rows are greedy.
+        uniform_S: The random numbers of their positions, float64.
         sampled_rows_S: The sampled rows, int64; None: all rows.
         has_filters: Whether a row has top-p, top-k or min-p.
         changes: Changes of logits, applied first.
-        logprob_temperature_R1: Temperature of the reported log-probabilities, float32; None if no request needs any.
+        logprob_seats_R: The seats of all rows, int64, for the temperature of log-probabilities; None if no request
+            needs any.
         num_top_logprobs: The largest `top_logprobs` of a request.
     """
 
-    numbers_5S: torch.Tensor | None
-    sampled_rows_S: torch.Tensor | None
-    has_filters: bool
-    changes: tuple[ChangeInput, ...]
-    logprob_temperature_R1: torch.Tensor | None
-    num_top_logprobs: int
+    admitted: tuple[SeatSampling, ...] = ()
+    new_tokens: tuple[tuple[int, torch.Tensor], ...] = ()
+    seats_S: torch.Tensor | None = None
+    uniform_S: torch.Tensor | None = None
+    sampled_rows_S: torch.Tensor | None = None
+    has_filters: bool = False
+    changes: tuple[RowChange, ...] = ()
+    logprob_seats_R: torch.Tensor | None = None
+    num_top_logprobs: int = 0
 
 
-def sampling_input(draws: list[Draw], device: torch.device | str = "cpu") -> SamplingInput:
-    """The `SamplingInput` of the positions to decide."""
-    sampled = [row for row, draw in enumerate(draws) if draw.params.temperature > 0.0]
-    params = [draws[row].params for row in sampled]
-    numbers_5S = rows_S = None
-    if sampled:
-        columns = (
-            [p.temperature for p in params],
-            [p.top_p if p.top_p < 1.0 else 2.0 for p in params],  # the cumulative sum may round to above 1
-            [p.top_k or math.inf for p in params],
-            [p.min_p for p in params],
-            [uniform(draws[row].seed, draws[row].position) for row in sampled],
-        )
-        numbers_5S = torch.tensor(columns, dtype=torch.float64, device=device)
-        if len(sampled) < len(draws):
-            rows_S = torch.tensor(sampled, device=device)
-    changes = tuple(
-        _change_input(row, draw.params, draw.change, device)
-        for row, draw in enumerate(draws)
-        if draw.change is not None
+def seat_sampling(
+    seat: int,
+    params: SamplingParams,
+    *,
+    prompt: Iterable[int] = (),
+    stop_ids: Iterable[int] = (),
+    device: torch.device | str = "cpu",
+) -> SeatSampling:
+    """The parameters of a request as a worker keeps them."""
+
+    def ids(values: Iterable[int]) -> torch.Tensor:
+        return torch.tensor(list(values), device=device, dtype=torch.int64)
+
+    top_p = params.top_p if params.top_p < 1.0 else 2.0  # the cumulative sum may round to above 1
+    temperature = params.temperature
+    numbers = (temperature, top_p, params.top_k or math.inf, params.min_p, temperature or 1.0)
+    if not params.changes_logits:
+        return SeatSampling(seat, numbers, None)
+    change = SeatChange(
+        bias_ids=ids(params.logit_bias),
+        biases=torch.tensor(list(params.logit_bias.values()), device=device, dtype=torch.float64),
+        stop_ids=ids(stop_ids if params.min_tokens else ()),
+        prompt_ids=ids(set(prompt) if params.repetition_penalty != 1.0 else ()),
+        repetition_penalty=params.repetition_penalty,
+        presence_penalty=params.presence_penalty,
+        frequency_penalty=params.frequency_penalty,
     )
-    temperature_R1 = None
-    if any(draw.params.logprobs or draw.params.top_logprobs for draw in draws):
-        temperature_R1 = torch.tensor([[draw.params.temperature or 1.0] for draw in draws], device=device)
-    return SamplingInput(
-        numbers_5S,
-        rows_S,
-        any(p.top_p != 1.0 or p.top_k or p.min_p for p in params),
-        changes,
-        temperature_R1,
-        max((draw.params.top_logprobs for draw in draws), default=0),
-    )
+    return SeatSampling(seat, numbers, change)
 
 
-def decide(logits_RV: torch.Tensor, sampling: SamplingInput) -> torch.Tensor:
+class _Penalties(NamedTuple):
+    """What the penalties of a seat need: the counts of the tokens of its text, and whether the prompt has a token."""
+
+    counts_V: torch.Tensor
+    in_prompt_V: torch.Tensor
+
+
+class SamplingTable:
+    """The sampling parameters of all seats on the device. They are written when a request is admitted.
+
+    Args:
+        vocab_size: Of the model.
+        device: Of the tensors.
+    """
+
+    def __init__(self, vocab_size: int, device: torch.device | str):
+        self._vocab_size = vocab_size
+        self._numbers_5X = torch.zeros(_NUMBERS, _FIRST_SEATS, dtype=torch.float64, device=device)
+        self._changes: dict[int, SeatChange] = {}
+        self._penalties: dict[int, _Penalties] = {}
+
+    def update(self, sampling: SamplingInput) -> None:
+        """Writes the parameters of admitted requests, and counts the tokens that texts with penalties gained."""
+        for admitted in sampling.admitted:
+            self._admit(admitted)
+        for seat, token_ids in sampling.new_tokens:
+            self._penalties[seat].counts_V.index_add_(0, token_ids, torch.ones_like(token_ids))
+
+    def numbers(self, seats_S: torch.Tensor) -> torch.Tensor:
+        """The numbers of `SeatSampling`, float64 [5, S]."""
+        return self._numbers_5X.index_select(1, seats_S)
+
+    def change(self, logits_V: torch.Tensor, row: RowChange, drafts: torch.Tensor) -> None:
+        """Applies biases, penalties and masks in place, in the order of the fields of SamplingParams."""
+        change = self._changes[row.seat]
+        if len(change.bias_ids):
+            logits_V[change.bias_ids] += change.biases.to(logits_V.dtype)
+        if row.seat in self._penalties:
+            _penalize(logits_V, change, self._penalties[row.seat], drafts)
+        if row.allowed_V is not None:
+            logits_V.masked_fill_(~row.allowed_V.to(logits_V.device), float("-inf"))
+        if row.forbids_stops and len(change.stop_ids):
+            kept = logits_V[change.stop_ids]
+            logits_V[change.stop_ids] = float("-inf")
+            # If no other token is allowed, the structure is complete and the text may end.
+            is_open = logits_V.max() > float("-inf")
+            logits_V[change.stop_ids] = logits_V[change.stop_ids].where(is_open, kept)
+
+    def _admit(self, admitted: SeatSampling) -> None:
+        seat, change = admitted.seat, admitted.change
+        device = self._numbers_5X.device
+        if seat >= self._numbers_5X.shape[1]:
+            grown_5X = self._numbers_5X.new_zeros(_NUMBERS, 2 * seat)
+            grown_5X[:, : self._numbers_5X.shape[1]] = self._numbers_5X
+            self._numbers_5X = grown_5X
+        self._numbers_5X[:, seat] = torch.tensor(admitted.numbers, dtype=torch.float64)
+        self._changes.pop(seat, None)
+        self._penalties.pop(seat, None)
+        if change is None:
+            return
+        self._changes[seat] = change
+        if change.repetition_penalty != 1.0 or change.presence_penalty or change.frequency_penalty:
+            in_prompt_V = torch.zeros(self._vocab_size, dtype=torch.bool, device=device)
+            in_prompt_V[change.prompt_ids] = True
+            counts_V = torch.zeros(self._vocab_size, dtype=torch.int64, device=device)
+            self._penalties[seat] = _Penalties(counts_V, in_prompt_V)
+
+
+def _penalize(logits_V: torch.Tensor, change: SeatChange, penalties: _Penalties, drafts: torch.Tensor) -> None:
+    """Applies the penalties in place. `drafts` are tokens that follow the counted text, int64."""
+    counts_V = penalties.counts_V
+    if len(drafts):
+        counts_V = counts_V.index_add(0, drafts, torch.ones_like(drafts))
+    if change.repetition_penalty != 1.0:
+        penalty = change.repetition_penalty
+        changed_V = torch.where(logits_V > 0, logits_V / penalty, logits_V * penalty)
+        logits_V.copy_(changed_V.where(penalties.in_prompt_V | (counts_V > 0), logits_V))
+    if change.presence_penalty or change.frequency_penalty:
+        penalty_V = change.presence_penalty + change.frequency_penalty * counts_V.to(logits_V.dtype)
+        logits_V -= penalty_V.masked_fill_(counts_V == 0, 0.0)
+
+
+def decide(
+    logits_RV: torch.Tensor, sampling: SamplingInput, table: SamplingTable, token_ids_T: torch.Tensor
+) -> torch.Tensor:
     """Decides a token for each row, int64 [R]: the argmax at temperature 0, else a draw from the filtered distribution.
 
     The token is `NO_TOKEN` for a row whose maximum is not finite: all logits are -inf, or one is NaN or +inf.
+
+    Args:
+        table: Updated with `sampling`.
+        token_ids_T: The tokens of the pass. Where rows follow drafts, row r is the one after token r.
     """
     if sampling.changes:
         logits_RV = logits_RV.clone()
         for change in sampling.changes:
-            _change(logits_RV[change.row], change)
+            drafts = token_ids_T[change.row + 1 - change.num_drafts : change.row + 1]
+            table.change(logits_RV[change.row], change, drafts)
     largest_R, tokens_R = logits_RV.max(dim=-1)
-    if sampling.numbers_5S is not None:
+    if sampling.seats_S is not None:
+        assert sampling.uniform_S is not None
+        numbers_5S = table.numbers(sampling.seats_S)
         rows_S = sampling.sampled_rows_S
         if rows_S is None:
-            tokens_R = _draw(logits_RV, sampling)
+            tokens_R = _draw(logits_RV, numbers_5S, sampling.uniform_S, sampling.has_filters)
         else:
-            tokens_R[rows_S] = _draw(logits_RV[rows_S], sampling)
-    return tokens_R.where(largest_R.isfinite(), NO_TOKEN)
+            tokens_R[rows_S] = _draw(logits_RV[rows_S], numbers_5S, sampling.uniform_S, sampling.has_filters)
+    return tokens_R.masked_fill_(largest_R - largest_R != 0, NO_TOKEN)  # true of NaN and of infinite numbers only
 
 
 def decided_logprobs(
-    logits_RV: torch.Tensor, tokens_R: torch.Tensor, sampling: SamplingInput
+    logits_RV: torch.Tensor, tokens_R: torch.Tensor, sampling: SamplingInput, table: SamplingTable
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """Log-probabilities of the decided tokens, and of the likeliest tokens if a request needs them.
 
@@ -171,8 +256,9 @@ def decided_logprobs(
     Returns:
         Log-probabilities [R] of `tokens_R`; ids and log-probabilities [R, num_top_logprobs] of the likeliest tokens.
     """
-    assert sampling.logprob_temperature_R1 is not None
-    logprobs_RV = (logits_RV / sampling.logprob_temperature_R1.to(logits_RV.dtype)).log_softmax(dim=-1)
+    assert sampling.logprob_seats_R is not None
+    temperature_R1 = table.numbers(sampling.logprob_seats_R)[4, :, None].float()
+    logprobs_RV = (logits_RV / temperature_R1.to(logits_RV.dtype)).log_softmax(dim=-1)
     chosen_R = logprobs_RV.gather(1, tokens_R.clamp(min=0)[:, None])[:, 0]  # the value of NO_TOKEN is not used
     if not sampling.num_top_logprobs:
         return chosen_R, None, None
@@ -180,55 +266,11 @@ def decided_logprobs(
     return chosen_R, ids, values
 
 
-def _change_input(row: int, params: SamplingParams, change: LogitChange, device: torch.device | str) -> ChangeInput:
-    def ids(values: Iterable[int]) -> torch.Tensor:
-        return torch.tensor(list(values), device=device, dtype=torch.int64)
-
-    def numbers(values: Iterable[float]) -> torch.Tensor:
-        return torch.tensor(list(values), device=device, dtype=torch.float64)
-
-    is_repetition_penalized = params.repetition_penalty != 1.0
-    is_counted = bool(params.presence_penalty or params.frequency_penalty)
-    return ChangeInput(
-        row,
-        ids(params.logit_bias),
-        numbers(params.logit_bias.values()),
-        ids(change.prompt | change.counts.keys() if is_repetition_penalized else ()),
-        params.repetition_penalty,
-        ids(change.counts if is_counted else ()),
-        numbers(change.counts.values() if is_counted else ()),
-        params.presence_penalty,
-        params.frequency_penalty,
-        None if change.allowed_V is None else change.allowed_V.to(device),
-        ids(change.forbidden),
-    )
-
-
-def _change(logits_V: torch.Tensor, change: ChangeInput) -> None:
-    """Applies biases, penalties and masks in place, in the order of the fields of SamplingParams."""
-    if len(change.bias_ids):
-        logits_V[change.bias_ids] += change.biases.to(logits_V.dtype)
-    if len(change.seen_ids):
-        old, penalty = logits_V[change.seen_ids], change.repetition_penalty
-        logits_V[change.seen_ids] = torch.where(old > 0, old / penalty, old * penalty)
-    if len(change.counted_ids):
-        counts = change.counts.to(logits_V.dtype)
-        logits_V[change.counted_ids] -= change.presence_penalty + change.frequency_penalty * counts
-    if change.allowed_V is not None:
-        logits_V.masked_fill_(~change.allowed_V, float("-inf"))
-    if len(change.forbidden_ids):
-        kept = logits_V[change.forbidden_ids]
-        logits_V[change.forbidden_ids] = float("-inf")
-        # If no other token is allowed, the structure is complete and the text may end.
-        is_open = logits_V.max() > float("-inf")
-        logits_V[change.forbidden_ids] = logits_V[change.forbidden_ids].where(is_open, kept)
-
-
 def filtered_probabilities(logits_RV: torch.Tensor, numbers_5R: torch.Tensor, *, has_filters: bool) -> torch.Tensor:
     """The distribution of each row after temperature and filters, float64 [R, V], not normalized.
 
     Top-p keeps the smallest set of the most likely tokens that holds that probability, top-k at most that many tokens,
-    and min-p the tokens at least that fraction as likely as the likeliest. `numbers_5R` is as in `SamplingInput`.
+    and min-p the tokens at least that fraction as likely as the likeliest. `numbers_5R` is as in `SeatSampling`.
     """
     temperature_R1, top_p_R1, top_k_R1, min_p_R1, _ = numbers_5R[:, :, None]
     probabilities_RV = (logits_RV.double() / temperature_R1).softmax(dim=-1)
@@ -246,23 +288,25 @@ def uniform(seed: int, position: int) -> float:
     return (_mix(_mix(seed & _MASK_64) ^ position) >> (64 - _UNIFORM_BITS)) / (1 << _UNIFORM_BITS)
 
 
-def _draw(logits_RV: torch.Tensor, sampling: SamplingInput) -> torch.Tensor:
+def _draw(
+    logits_RV: torch.Tensor, numbers_5R: torch.Tensor, uniform_R: torch.Tensor, has_filters: bool
+) -> torch.Tensor:
     """Draws by inverting each row's cumulative distribution, in order of token id, at the random number.
 
     Large batches are split by rows, because the float64 distributions need many times the memory of the logits.
     """
-    assert sampling.numbers_5S is not None
     rows = max(_MAX_DISTRIBUTION_NUMBERS // logits_RV.shape[1], 1)
     if len(logits_RV) <= rows:
-        return _draw_rows(logits_RV, sampling.numbers_5S, sampling.has_filters)
-    pieces = zip(logits_RV.split(rows), sampling.numbers_5S.split(rows, dim=1), strict=True)
-    return torch.cat([_draw_rows(logits, numbers, sampling.has_filters) for logits, numbers in pieces])
+        return _draw_rows(logits_RV, numbers_5R, uniform_R, has_filters)
+    pieces = zip(logits_RV.split(rows), numbers_5R.split(rows, dim=1), uniform_R.split(rows), strict=True)
+    return torch.cat([_draw_rows(*piece, has_filters) for piece in pieces])
 
 
-def _draw_rows(logits_RV: torch.Tensor, numbers_5R: torch.Tensor, has_filters: bool) -> torch.Tensor:
+def _draw_rows(
+    logits_RV: torch.Tensor, numbers_5R: torch.Tensor, uniform_R: torch.Tensor, has_filters: bool
+) -> torch.Tensor:
     cumulative_RV = filtered_probabilities(logits_RV, numbers_5R, has_filters=has_filters).cumsum(dim=-1)
-    uniform_R1 = numbers_5R[4, :, None]
-    return torch.searchsorted(cumulative_RV, uniform_R1 * cumulative_RV[:, -1:], right=True)[:, 0]
+    return torch.searchsorted(cumulative_RV, uniform_R[:, None] * cumulative_RV[:, -1:], right=True)[:, 0]
 
 
 def _mix(value: int) -> int:

@@ -10,7 +10,9 @@ budget goes to prompts in order, but a prompt longer than the budget gets only a
 delays neither the tokens nor the short prompts of other requests.
 
 Admission. Requests are admitted by priority, then in order of arrival, once the cache has room for their prompt and the
-next drafts. The first in the queue blocks those after it, so a large request is not overtaken forever.
+next drafts. The first in the queue blocks those after it, so a large request is not overtaken forever. A try matches
+the prompt against the prefix tree and counts the pages of the running requests. So a request that does not fit is tried
+again when another ends, and otherwise after 8, 16, 32, ... steps: tries grow with the logarithm of the steps only.
 
 Preemption. When the cache is full, memory that no running request needs is freed first: prefixes, then idle sessions,
 then the pages of session turns that wait. Then the last running request in the same order is preempted: it releases its
@@ -29,7 +31,7 @@ from openmimo.engine.prefix import PrefixCache
 from openmimo.engine.request_state import RequestState
 
 _SPARED_SHARE = 8  # 1/8 of the arena is not given to positions that only a later request could read
-_STEPS_BETWEEN_TRIES = 8  # to admit a request that does not fit: each try matches its prompt against the prefix tree
+_FIRST_WAIT = 8  # steps from the first to the second try to admit a request that does not fit
 
 
 @dataclass
@@ -77,7 +79,7 @@ class Scheduler:
         self._margin = num_drafts
         self._free_idle = free_idle
         self._refused: RequestState | None = None
-        self._steps_to_next_try = 0
+        self._steps_to_next_try = self._wait = 0
 
     def pages_at_most(self, max_length: int) -> int:
         """An upper bound on the pages that one sequence of `max_length` positions holds at any time."""
@@ -103,8 +105,10 @@ class Scheduler:
         plan = Plan()
         self._admit()
         for sequence in list(self.running):
-            is_decoding = sequence.num_uncomputed_tokens == 1 and sequence in self.running
-            if is_decoding and self._reach(sequence, sequence.num_computed_tokens + 1 + len(sequence.drafts)):
+            if sequence.num_uncomputed_tokens != 1 or sequence.pages is None:  # without pages: preempted just now
+                continue
+            num_drafts = min(self._margin, sequence.max_new_tokens_left - 1)
+            if self._reach(sequence, sequence.num_computed_tokens + 1 + num_drafts):
                 plan.decodes.append(sequence)
         self._plan_prefills(plan)
         # A sequence that was planned first may have been preempted by one that comes earlier in the order.
@@ -134,12 +138,14 @@ class Scheduler:
         reading = [sequence for sequence in self.running if sequence.num_uncomputed_tokens > 1]
         budget = self._config.mixed_prefill_tokens if plan.decodes else self._config.prefill_tokens
         even_share, longest_short = max(budget // max(len(reading), 1), 1), budget
-        for index, sequence in enumerate(reading):
-            later = [other.num_uncomputed_tokens for other in reading[index + 1 :]]
-            kept_for_long = even_share * sum(remaining > longest_short for remaining in later)
-            is_long = sequence.num_uncomputed_tokens > longest_short
-            limit = even_share if is_long else max(budget - kept_for_long, even_share)
-            count = min(sequence.num_uncomputed_tokens, budget, max(limit, budget - sum(later)))
+        unread_of = [sequence.num_uncomputed_tokens for sequence in reading]
+        unread_later, num_long_later = sum(unread_of), sum(unread > longest_short for unread in unread_of)
+        for sequence, unread in zip(reading, unread_of, strict=True):
+            is_long = unread > longest_short
+            unread_later -= unread
+            num_long_later -= is_long
+            limit = even_share if is_long else max(budget - even_share * num_long_later, even_share)
+            count = min(unread, budget, max(limit, budget - unread_later))
             if count < 1 or sequence.pages is None:
                 continue
             if self._reach(sequence, sequence.num_computed_tokens + count):
@@ -166,7 +172,8 @@ class Scheduler:
             if self.running and needed > self._arena.num_free and not self._can_free(needed, sequence):
                 if sequence.request.session is None:
                     sequence.forget_computed()
-                self._refused, self._steps_to_next_try = sequence, _STEPS_BETWEEN_TRIES
+                self._wait = 2 * self._wait if sequence is self._refused else _FIRST_WAIT
+                self._refused, self._steps_to_next_try = sequence, self._wait
                 return
             self._make_room(needed, sequence)
             del self.waiting[0]
@@ -174,6 +181,8 @@ class Scheduler:
 
     def _reach(self, sequence: RequestState, length: int) -> bool:
         """Takes the pages for `length` positions; returns False if the sequence itself had to be preempted."""
+        if length <= sequence.held_pages.num_positions:
+            return True
         missing = sequence.held_pages.missing(length)
         while missing > self._arena.num_free and not self._make_room(missing):
             victim = self.running[-1]

@@ -46,20 +46,20 @@ class DraftPlanner:
     change: drafts are verified.
 
     Args:
+        main: Buffers of the main pass.
         buffers: Buffers for the pass of each head.
         keep_positions: Positions that a head caches (None: all).
         ring_positions: As in `Worker`.
-        device: Of the tensors that it makes.
     """
 
     def __init__(
-        self, buffers: list[StepBuffers], *, keep_positions: int | None, ring_positions: int, device: torch.device
+        self, main: StepBuffers, buffers: list[StepBuffers], *, keep_positions: int | None, ring_positions: int
     ):
+        self._main = main
         self.num_drafts = len(buffers)
         self._buffers = buffers
         self._keep_positions = keep_positions
         self._ring_positions = ring_positions
-        self._device = device
 
     def follow_prompt(self, prefills: list[tuple[RequestState, int]]) -> tuple[HeadInput, ...]:
         """The passes that bring the heads up to date with prompts that are read in the same step.
@@ -94,13 +94,21 @@ class DraftPlanner:
                 heads.append(self._head_input(head, work, places, range(len(work)), len(work)))
         return tuple(heads)
 
-    def draft(self, sequences: list[RequestState], num_drafts: int) -> list[HeadInput]:
-        """The passes for the next drafts: at most one fewer than a sequence has tokens left; a step adds one more."""
+    def num_drafts_of(self, sequence: RequestState, num_heads: int) -> int:
+        """How many of `num_heads` heads draft for a sequence: a step adds one token more than it has drafts.
+
+        None can if the first head has no position to compute: before the first position, after a cached prefix, and
+        after a chunk that leaves one token of a prompt. Then the step computes the next one.
+        """
+        if max(sequence.states_start, sequence.head_lengths[0]) >= sequence.num_computed_tokens:
+            return 0
+        return min(num_heads, sequence.max_new_tokens_left - 1)
+
+    def draft(self, sequences: list[RequestState], num_drafts: list[int]) -> tuple[HeadInput, ...]:
+        """The passes for the next drafts, as many of each sequence as `num_drafts` says."""
         heads = []
-        for head in range(num_drafts):
-            ready = [n for n, sequence in enumerate(sequences) if sequence.max_new_tokens_left > head + 1]
-            if not ready:
-                break
+        for head in range(max(num_drafts)):
+            ready = [number for number, count in enumerate(num_drafts) if count > head]
             work: list[_Work] = []
             places: list[int] = []
             for sequence in (sequences[n] for n in ready):
@@ -109,7 +117,8 @@ class DraftPlanner:
                 places += self._places(sequence, start, stop)
                 sequence.head_lengths[head] = max(stop - head, 0)
             heads.append(self._head_input(head, work, places, ready, len(sequences)))
-        return heads
+        self.forget_old_states(sequences)
+        return tuple(heads)
 
     def forget_old_states(self, sequences: list[RequestState]) -> None:
         """Advances `states_start` to the first state that the last head, which lags most, still reads."""
@@ -130,8 +139,8 @@ class DraftPlanner:
             places += [offset + p % self._ring_positions for p in range(span.stop - count, span.stop)]
             first_row += span.stop - span.start
             rows += range(first_row - count, first_row)
-        places_T = torch.tensor(places, device=self._device)
-        return places_T, None if len(rows) == first_row else torch.tensor(rows, device=self._device)
+        places_T = self._main.values("state_places", places)
+        return places_T, None if len(rows) == first_row else self._main.values("state_rows", rows)
 
     def _places(self, sequence: RequestState, start: int, stop: int) -> list[int]:
         offset = sequence.held_pages.seat * self._ring_positions
@@ -155,19 +164,15 @@ class DraftPlanner:
             sources += (earlier * num_sequences + member for earlier in range(head - num_drafted, head))
             tokens += [0] * num_drafted
             last_rows.append(len(tokens) - 1)
-        forward = self._buffers[head].fill(spans, tokens)
-
-        def ids(values: "range | list[int]") -> torch.Tensor:
-            return torch.tensor(values, dtype=torch.int64, device=self._device)
-
+        buffers = self._buffers[head]
         return HeadInput(
             head,
-            forward,
-            state_places_T=ids(places),
-            draft_rows=ids(rows) if rows else None,
-            draft_sources=ids(sources) if rows else None,
-            last_rows_B=ids(last_rows) if len(last_rows) < len(tokens) else None,
-            sequences_B=ids(members) if len(members) < num_sequences else None,
+            buffers.fill(spans, tokens),
+            state_places_T=buffers.values("state_places", places),
+            draft_rows=buffers.values("draft_rows", rows) if rows else None,
+            draft_sources=buffers.values("draft_sources", sources) if rows else None,
+            last_rows_B=buffers.values("last_rows", last_rows) if len(last_rows) < len(tokens) else None,
+            sequences_B=buffers.values("sequences", members) if len(members) < num_sequences else None,
         )
 
 

@@ -7,6 +7,7 @@ T packed tokens of the pass, B sequences, R rows to decide, Y rows of a page tab
 `openmimo.engine.cache`), D model dim, V vocabulary.
 """
 
+import itertools
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +17,9 @@ from openmimo.engine.cache import PageArena, PageTables
 from openmimo.engine.sampler import SamplingInput
 
 _MAX_VIEWS = 64
+_MAX_PADDED_TOKENS = 256  # larger passes keep the device busy for longer than their launches take
+_FIRST_POSITIONS, _NEXT_POSITIONS = 512, 4
+_NUMPY_DTYPES = {torch.int32: np.int32, torch.int64: np.int64, torch.float64: np.float64}
 
 
 class Span(NamedTuple):
@@ -30,17 +34,33 @@ class GroupSlots(NamedTuple):
     """The pages that a pass reads and writes in one group of layers.
 
     Attributes:
-        tables_pBY: Page tables, int32. Entries without a page are 0.
-        page_pT: The page of each new token, int64.
+        tables_BY: For each part, the page tables, int32. Entries without a page are 0.
+        page_T: For each part, the page of each new token, int64.
         offset_T: The offset of each new token in its page, int64.
-        kept_rows: The rows of the new tokens that have a page, int64; None if all have one. `page_pT` and `offset_T`
+        kept_rows: The rows of the new tokens that have a page, int64; None if all have one. `page_T` and `offset_T`
             hold only these. Layers with a window store only the last positions of a long prompt.
     """
 
-    tables_pBY: torch.Tensor
-    page_pT: torch.Tensor
+    tables_BY: tuple[torch.Tensor, ...]
+    page_T: tuple[torch.Tensor, ...]
     offset_T: torch.Tensor
     kept_rows: torch.Tensor | None
+
+
+class PassShape(NamedTuple):
+    """The padded sizes of a pass that a captured graph replays.
+
+    Attributes:
+        num_sequences: Sequences. The last ones may have no tokens.
+        num_tokens: Tokens. The last ones belong to no sequence and have no page.
+        longest_query: The most new tokens of a sequence.
+        longest_key: The most positions of a sequence.
+    """
+
+    num_sequences: int
+    num_tokens: int
+    longest_query: int
+    longest_key: int
 
 
 class PassInput(NamedTuple):
@@ -54,6 +74,8 @@ class PassInput(NamedTuple):
         starts: The first new position of each sequence.
         stops: The end of the new positions of each sequence.
         groups: Pages per group of layers; None for groups that the pass does not run.
+        num_tokens: Tokens of the sequences, without padding.
+        shape: The padded sizes of the tensors; None if they are exact. If padded, `starts` and `stops` are bounds.
     """
 
     token_ids_T: torch.Tensor
@@ -63,6 +85,8 @@ class PassInput(NamedTuple):
     starts: tuple[int, ...]
     stops: tuple[int, ...]
     groups: tuple[GroupSlots | None, ...]
+    num_tokens: int
+    shape: PassShape | None = None
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -70,11 +94,60 @@ class PassInput(NamedTuple):
         return tuple(stop - start for start, stop in zip(self.starts, self.stops, strict=True))
 
 
+class DraftInput(NamedTuple):
+    """Drafts that a step makes before its pass, which then verifies them.
+
+    Attributes:
+        heads: The passes of the drafting heads, in order.
+        num_sequences: The sequences of the step, B.
+        rows_N: The rows of the main pass whose tokens are drafts, int64.
+        sources_N: The index of each of these drafts in the flattened drafts [H, B], int64.
+    """
+
+    heads: "tuple[HeadInput, ...]"
+    num_sequences: int
+    rows_N: torch.Tensor
+    sources_N: torch.Tensor
+
+
+class ScoredRows(NamedTuple):
+    """Rows of a pass after which the next tokens of a prompt are scored.
+
+    Attributes:
+        first: The first row.
+        stop: The end of the rows.
+        targets_N: The token after each, int64.
+        temperature: Divides the logits.
+        num_top_logprobs: How many of the likeliest tokens are returned.
+    """
+
+    first: int
+    stop: int
+    targets_N: torch.Tensor
+    temperature: float
+    num_top_logprobs: int = 0
+
+
+class PromptScores(NamedTuple):
+    """The log-probabilities after the rows of a `ScoredRows`. Those of a row come from one tensor.
+
+    Attributes:
+        logprobs_N: Of the targets.
+        top_ids_NV: The likeliest tokens, if requested.
+        top_logprobs_NV: Their log-probabilities.
+    """
+
+    logprobs_N: torch.Tensor
+    top_ids_NV: torch.Tensor | None = None
+    top_logprobs_NV: torch.Tensor | None = None
+
+
 class StepInput(NamedTuple):
     """A pass of the main layers, and the positions to decide after it.
 
     Attributes:
         main: The pass.
+        drafting: Drafts that are made first; None if there are none, or if the host knows them.
         state_places_T: Rows of the worker's states where main-model states are stored for the MTP heads, int64; None
             without heads.
         state_rows_T: Rows of the pass that these states come from, int64; None: all.
@@ -83,17 +156,22 @@ class StepInput(NamedTuple):
         sampling: Sampling of the decided rows; None if no token is decided.
         draft_rows_BK: For each draft to verify, the row of the token before it, int64; padded with the last row of the
             pass for sequences with fewer than K drafts. None if there are no drafts.
+        scored: Rows of prompts whose log-probabilities are computed.
         records_routing: Whether the routed experts are returned.
+        returns_states: Whether the states are returned.
     """
 
     main: PassInput
+    drafting: DraftInput | None
     state_places_T: torch.Tensor | None
     state_rows_T: torch.Tensor | None
     prompt_heads: "tuple[HeadInput, ...]"
     decided_rows_R: torch.Tensor | None
     sampling: SamplingInput | None
     draft_rows_BK: torch.Tensor | None
+    scored: tuple[ScoredRows, ...]
     records_routing: bool
+    returns_states: bool = False
 
 
 class StepOutput(NamedTuple):
@@ -106,7 +184,8 @@ class StepOutput(NamedTuple):
         top_ids_RV: The likeliest tokens, if a request needs any.
         top_logprobs_RV: Log-probabilities of `top_ids_RV`.
         routing_TLA: The experts of each token, int64 [T, sparse layers, active experts], if recorded.
-        states_TD: Main-model states after the final norm (prompts are scored from them).
+        prompt_scores: The log-probabilities after the rows of each of `StepInput.scored`.
+        states_TD: Main-model states after the final norm, if requested.
     """
 
     tokens_R: torch.Tensor | None
@@ -115,7 +194,8 @@ class StepOutput(NamedTuple):
     top_ids_RV: torch.Tensor | None
     top_logprobs_RV: torch.Tensor | None
     routing_TLA: torch.Tensor | None
-    states_TD: torch.Tensor
+    prompt_scores: tuple[PromptScores, ...]
+    states_TD: torch.Tensor | None = None
 
 
 class HeadInput(NamedTuple):
@@ -141,13 +221,44 @@ class HeadInput(NamedTuple):
     sequences_B: torch.Tensor | None
 
 
+def padded_shape(
+    num_sequences: int, longest_query: int, longest_key: int, *, max_sequences: int, max_positions: int
+) -> PassShape | None:
+    """The smallest shape of a graph that holds a pass; None if it is too large for a graph.
+
+    There are few shapes: 1, 2, 4, 8, 12, 16, 24, 32, ... sequences with equally many tokens, and up to 512, 2,048,
+    8,192, ... positions.
+
+    Args:
+        num_sequences: Sequences of the pass.
+        longest_query: The most new tokens of a sequence.
+        longest_key: The most positions of a sequence.
+        max_sequences: Limit of the engine.
+        max_positions: Limit of the model.
+    """
+    sequences = min(_padded_sequences(num_sequences), max_sequences)
+    if sequences * longest_query > _MAX_PADDED_TOKENS:
+        return None
+    positions = _FIRST_POSITIONS
+    while positions < longest_key:
+        positions *= _NEXT_POSITIONS
+    return PassShape(sequences, sequences * longest_query, longest_query, min(positions, max_positions))
+
+
+def _padded_sequences(count: int) -> int:
+    """The next of 1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, ..."""
+    power = 1 << (count - 1).bit_length()
+    return 3 * power // 4 if count <= 3 * power // 4 and power >= 16 else power
+
+
 class _Buffer:
     """A host array and its copy on the device (the same memory on a CPU)."""
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device):
         self._views: dict[tuple[int, ...], tuple[torch.Tensor, torch.Tensor]] = {}
+        self._parts: dict[tuple[int, ...], tuple[torch.Tensor, ...]] = {}
         if device.type == "cpu":  # NumPy's zeros take memory on first use, and tables are mostly empty
-            self.array = np.zeros(shape, dtype=np.int64 if dtype == torch.int64 else np.int32)
+            self.array = np.zeros(shape, dtype=_NUMPY_DTYPES[dtype])
             self._host = self._device = torch.from_numpy(self.array)
             return
         self._host = torch.zeros(shape, dtype=dtype, pin_memory=True)
@@ -165,6 +276,15 @@ class _Buffer:
         if self._device is not self._host:
             device.copy_(host, non_blocking=True)
         return device
+
+    def upload_parts(self, *sizes: int) -> tuple[torch.Tensor, ...]:
+        """As `upload`, but a view for each index of the first dimension."""
+        uploaded = self.upload(*sizes)
+        if sizes not in self._parts:
+            if len(self._parts) == _MAX_VIEWS:
+                self._parts.clear()
+            self._parts[sizes] = uploaded.unbind(0)
+        return self._parts[sizes]
 
 
 class StepBuffers:
@@ -189,6 +309,7 @@ class StepBuffers:
         max_sequences: int,
         max_positions: int,
     ):
+        self._device = device
         self._groups = arena.layout.groups
         self._used_groups = {arena.place_of_layer[layer][0] for layer in layers}
         self._tokens = _Buffer((max_tokens,), torch.int64, device)
@@ -202,68 +323,129 @@ class StepBuffers:
             self._pages.append(_Buffer((group.num_parts, max_tokens), torch.int64, device))
             self._offsets.append(_Buffer((max_tokens,), torch.int64, device))
             self._kept.append(_Buffer((max_tokens,), torch.int64, device))
+        self._max_tokens = max_tokens
+        self._values: dict[str, _Buffer] = {}
+        self._counting = np.arange(max_sequences)
+        # The sequence whose table each row of `_tables` holds, and how many of its rows were copied, by group.
+        self._owners: list[PageTables | None] = [None] * max_sequences
+        self._num_copied = [[0] * max_sequences for _ in self._groups]
 
-    def fill(self, spans: list[Span], tokens: list[int]) -> PassInput:
-        """Fills the buffers with a pass over the positions of `spans`, whose tokens are `tokens` in order."""
+    def values(
+        self, name: str, values: "list[int] | list[float] | range", dtype: torch.dtype = torch.int64
+    ) -> torch.Tensor:
+        """Puts `values` into the buffer of this name, which is made at its first use; returns the filled part."""
+        buffer = self._values.get(name)
+        if buffer is None:
+            buffer = self._values[name] = _Buffer((self._max_tokens,), dtype, self._device)
+        buffer.array[: len(values)] = values
+        return buffer.upload(len(values))
+
+    def fill(self, spans: list[Span], tokens: list[int], shape: PassShape | None = None) -> PassInput:
+        """Fills the buffers with a pass over the positions of `spans`, whose tokens are `tokens` in order.
+
+        Args:
+            shape: Sizes to which the tensors are padded, if every new token surely has a page.
+        """
         num_tokens, num_sequences = len(tokens), len(spans)
         assert num_tokens <= len(self._tokens.array) and num_sequences <= len(self._query_lengths.array)
         starts, stops = tuple(span.start for span in spans), tuple(span.stop for span in spans)
         self._tokens.array[:num_tokens] = tokens
         self._key_lengths.array[:num_sequences] = stops
-        end = 0
+        counts: list[int] = []
+        positions: list[int] = []
+        is_whole = True
         for row, span in enumerate(spans):
-            count = span.stop - span.start
-            self._query_lengths.array[row] = count
-            self._positions.array[end : end + count] = range(span.start, span.stop)
-            end += count
-        assert end == num_tokens, "tokens and spans disagree"
+            counts.append(span.stop - span.start)
+            positions += range(span.start, span.stop)
+            is_whole = is_whole and span.start >= span.pages.whole_from
+            assert span.stop <= span.pages.num_positions, "a sequence has positions without a row in its page table"
+            if self._owners[row] is not span.pages:
+                self._owners[row] = span.pages
+                for num_copied in self._num_copied:
+                    num_copied[row] = 0
+        self._query_lengths.array[:num_sequences] = counts
+        self._positions.array[:num_tokens] = positions  # raises if tokens and spans disagree
+        sequence_T = self._counting[:num_sequences]
+        if num_tokens > num_sequences:
+            sequence_T = sequence_T.repeat(counts)
+        if not is_whole:
+            shape = None
+        padded_tokens, padded_sequences = num_tokens, num_sequences
+        if shape is not None:
+            padded_tokens, padded_sequences = shape.num_tokens, shape.num_sequences
+            stops = (shape.longest_key,) * padded_sequences
+            starts = (shape.longest_key - shape.longest_query,) * padded_sequences
+            for buffer in (self._tokens, self._positions):
+                buffer.array[num_tokens:padded_tokens] = 0
+            for buffer in (self._query_lengths, self._key_lengths):
+                buffer.array[num_sequences:padded_sequences] = 0
         return PassInput(
-            self._tokens.upload(num_tokens),
-            self._positions.upload(num_tokens),
-            self._query_lengths.upload(num_sequences),
-            self._key_lengths.upload(num_sequences),
+            self._tokens.upload(padded_tokens),
+            self._positions.upload(padded_tokens),
+            self._query_lengths.upload(padded_sequences),
+            self._key_lengths.upload(padded_sequences),
             starts,
             stops,
             tuple(
-                self._slots(number, spans, num_tokens) if number in self._used_groups else None
+                self._slots(number, spans, sequence_T, is_whole=is_whole, shape=shape)
+                if number in self._used_groups
+                else None
                 for number in range(len(self._groups))
             ),
+            num_tokens,
+            shape,
         )
 
-    def _slots(self, number: int, spans: list[Span], num_tokens: int) -> GroupSlots:
-        group = self._groups[number]
-        P, parts = group.page_positions, group.num_parts
+    def _slots(
+        self, number: int, spans: list[Span], sequence_T: np.ndarray, *, is_whole: bool, shape: PassShape | None
+    ) -> GroupSlots:
+        """Fills the pages of a group of layers.
+
+        Args:
+            sequence_T: The index of the sequence of each new token.
+            is_whole: Whether every new token surely has a page.
+            shape: Sizes to which the tensors are padded.
+        """
+        P, parts, num_tokens = self._groups[number].page_positions, self._groups[number].num_parts, len(sequence_T)
         tables, pages, offsets = self._tables[number], self._pages[number], self._offsets[number]
-        end, num_rows, is_whole = 0, 1, True
-        for row, span in enumerate(spans):
-            table = span.pages.table(number)
-            assert span.stop <= len(table) * P, "a sequence has positions without a row in its page table"
-            num_rows = max(num_rows, len(table))
-            # MTP heads may have no page for positions still inside the window; those entries point at page 0. Draft
-            # quality may suffer. Output does not: drafts are verified.
-            first = span.pages.first_row(number)
-            np.maximum(table[first:].T, 0, out=tables.array[:, row, first : len(table)])
-            count = span.stop - span.start
-            if count == 1:
-                pages.array[:, end] = table[span.start // P]
-                is_whole = is_whole and table[span.start // P, 0] >= 0
-            else:
-                found = table[np.arange(span.start, span.stop) // P]
-                pages.array[:, end : end + count] = found.T
-                is_whole = is_whole and bool(found[:, 0].min() >= 0)
-            end += count
-        np.bitwise_and(self._positions.array[:num_tokens], P - 1, out=offsets.array[:num_tokens])
+        num_rows = max(self._copy_table(number, row, span.pages) for row, span in enumerate(spans))
+        positions = self._positions.array[:num_tokens]
+        np.bitwise_and(positions, P - 1, out=offsets.array[:num_tokens])
         kept_rows, num_kept = None, num_tokens
-        if not is_whole:
+        if is_whole:
+            pages.array[:, :num_tokens] = tables.array[:, sequence_T, positions // P]
+        else:
+            for span, end in zip(spans, itertools.accumulate(span.stop - span.start for span in spans), strict=True):
+                found = span.pages.table(number)[np.arange(span.start, span.stop) // P]
+                pages.array[:, end - len(found) : end] = found.T
             kept = np.flatnonzero(pages.array[0, :num_tokens] >= 0)
-            num_kept = len(kept)
-            self._kept[number].array[:num_kept] = kept
-            pages.array[:, :num_kept] = pages.array[:, kept]
-            offsets.array[:num_kept] = offsets.array[kept]
-            kept_rows = self._kept[number].upload(num_kept)
+            if len(kept) < num_tokens:
+                num_kept = len(kept)
+                self._kept[number].array[:num_kept] = kept
+                pages.array[:, :num_kept] = pages.array[:, kept]
+                offsets.array[:num_kept] = offsets.array[kept]
+                kept_rows = self._kept[number].upload(num_kept)
+        num_sequences = len(spans)
+        if shape is not None:
+            pages.array[:, num_tokens : shape.num_tokens] = -1
+            num_kept, num_sequences = shape.num_tokens, shape.num_sequences
+            num_rows = self._groups[number].rows_until(shape.longest_key)
         return GroupSlots(
-            tables.upload(parts, len(spans), num_rows),
-            pages.upload(parts, num_kept),
+            tables.upload_parts(parts, num_sequences, num_rows),
+            pages.upload_parts(parts, num_kept),
             offsets.upload(num_kept),
             kept_rows,
         )
+
+    def _copy_table(self, number: int, row: int, pages: PageTables) -> int:
+        """Copies the rows that a sequence's table has gained since the last pass; returns its number of rows."""
+        num_rows, num_copied = pages.num_rows(number), self._num_copied[number]
+        if num_copied[row] < num_rows:
+            # MTP heads may have no page for positions still inside the window; those entries point at page 0. Draft
+            # quality may suffer. Output does not: drafts are verified.
+            first = max(num_copied[row], pages.first_row(number))
+            np.maximum(
+                pages.table(number)[first:].T, 0, out=self._tables[number].array[:, row, first:num_rows]
+            )  # fmt: skip
+            num_copied[row] = num_rows
+        return num_rows

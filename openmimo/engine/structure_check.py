@@ -20,6 +20,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,13 @@ from openmimo.core.records import Structure
 # White space between the tokens of JSON: none, a space, or a line end and indent. It is limited, because a model could
 # otherwise fill its reply with it.
 _JSON_OPTIONS: Any = {"whitespace_pattern": r"( |\n[ \t]{0,24})?"}
+_KEYWORDS_OF_ONE = ("additionalItems", "additionalProperties", "items", "propertyNames")
+_KEYWORDS_OF_MANY = ("allOf", "anyOf", "oneOf", "prefixItems")
+_KEYWORDS_OF_NAMED = ("$defs", "definitions", "patternProperties", "properties")
+_OTHER_FORMATS = tuple(  # formats of pydantic and OpenAPI that say nothing about the text
+    ("format", name) for name in ("base64url", "binary", "byte", "decimal", "directory-path", "double", "file-path",
+                                  "float", "int32", "int64", "json-string", "password", "path")
+)  # fmt: skip
 _MAX_SOURCE_CHARACTERS = 1 << 18
 _MAX_CPU_SECONDS = 2
 _MAX_WALL_SECONDS = 60.0
@@ -42,14 +50,84 @@ _NO_TEXT = "allows no text"
 
 def new_matcher(tokenizer: LLTokenizer, structure: Structure) -> LLMatcher:
     """Create a matcher at the start of a text. Raises ValueError for a schema that is not JSON."""
-    if structure.kind == "regex":
-        grammar = LLMatcher.grammar_from_regex(structure.source)
-    elif structure.kind == "grammar":
-        grammar = LLMatcher.grammar_from_lark(structure.source)
-    else:
-        schema = structure.source if structure.kind == "json_schema" else '{"type": "object"}'
-        grammar = LLMatcher.grammar_from_json_schema(schema, overrides=_JSON_OPTIONS)
+    form = _form_grammar(structure)
+    start, parts = "start: @form", [{**form, "name": "form"}]
+    if structure.alternative:
+        start += " | @alternative"
+        parts.append({**_regex_grammar(structure.alternative), "name": "alternative"})
+    if structure.prefix:
+        rule = _regex_grammar(structure.prefix)["lark_grammar"].removeprefix("start:")
+        start = f"start: prefix ({start.removeprefix('start: ')})\nprefix[lazy]:{rule}"
+    grammars = [{"lark_grammar": start}, *parts] if structure.alternative or structure.prefix else [form]
+    grammar = json.dumps({"grammars": grammars})
     return LLMatcher(tokenizer, grammar, log_level=0, limits=LLParserLimits(verbose_errors=False))
+
+
+def _form_grammar(structure: Structure) -> dict[str, Any]:
+    """The form without prefix and alternative, as an entry of a list of grammars."""
+    if structure.kind == "regex":
+        return _regex_grammar(structure.source)
+    if structure.kind == "grammar":
+        return {"lark_grammar": structure.source}
+    root = json.loads(structure.source) if structure.kind == "json_schema" else {"type": "object"}
+    schema = json.dumps(_known_keywords(root, root))
+    return _only_grammar(LLMatcher.grammar_from_json_schema(schema, overrides=_JSON_OPTIONS))
+
+
+def _regex_grammar(pattern: str) -> dict[str, Any]:
+    return _only_grammar(LLMatcher.grammar_from_regex(pattern))
+
+
+def _known_keywords(schema: Any, root: Any) -> Any:
+    """The schema without some keywords that llguidance refuses and that pydantic emits.
+
+    `propertyNames` becomes `patternProperties`. `uniqueItems` is left out: no grammar can express it. So are formats
+    that llguidance does not know; JSON Schema has them ignored.
+    """
+    if not isinstance(schema, dict):
+        return schema
+    known: dict[str, Any] = {}
+    for name, value in schema.items():
+        if name in _KEYWORDS_OF_ONE:
+            known[name] = _known_keywords(value, root)
+        elif name in _KEYWORDS_OF_MANY and isinstance(value, list):
+            known[name] = [_known_keywords(one, root) for one in value]
+        elif name in _KEYWORDS_OF_NAMED and isinstance(value, dict):
+            known[name] = {key: _known_keywords(one, root) for key, one in value.items()}
+        elif name != "uniqueItems" and (name, value) not in _OTHER_FORMATS:
+            known[name] = value
+    pattern = _name_pattern(known.get("propertyNames"), root)
+    if pattern and not ({"properties", "patternProperties"} & known.keys()):
+        del known["propertyNames"]
+        known["patternProperties"] = {pattern: known.get("additionalProperties", True)}
+        known["additionalProperties"] = False
+    return known
+
+
+def _name_pattern(names: Any, root: Any) -> str:
+    """The regular expression of the names that a `propertyNames` allows; empty if it cannot be expressed."""
+    while isinstance(names, dict) and isinstance(names.get("$ref"), str) and names["$ref"].startswith("#/"):
+        names = _at(root, names["$ref"])
+        if isinstance(names, dict) and "$ref" in names:
+            return ""
+    if not isinstance(names, dict):
+        return ""
+    constraints = names.keys() - {"type", "title", "description"}
+    if constraints == {"pattern"} and isinstance(names["pattern"], str):
+        return names["pattern"]
+    options = names.get("enum", [names.get("const")])
+    if constraints in ({"enum"}, {"const"}) and isinstance(options, list) and all(isinstance(o, str) for o in options):
+        return f"^({'|'.join(map(re.escape, options))})$"
+    if constraints and constraints <= {"minLength", "maxLength"}:
+        least, most = names.get("minLength", 0), names.get("maxLength", "")
+        if isinstance(least, int) and (most == "" or isinstance(most, int)):
+            return f"^[\\s\\S]{{{least},{most}}}$"
+    return ""
+
+
+def _only_grammar(serialized: str) -> dict[str, Any]:
+    (grammar,) = json.loads(serialized)["grammars"]
+    return {name: value for name, value in grammar.items() if value is not None}
 
 
 def error_of(matcher: LLMatcher) -> str:
@@ -67,10 +145,11 @@ class StructureChecker:
 
     def problem(self, structure: Structure) -> str:
         """Return the reason why a structure cannot be used, as the predicate of a sentence about it; "" if it can."""
-        if len(structure.source) > _MAX_SOURCE_CHARACTERS:
-            return f"has {len(structure.source)} characters; give at most {_MAX_SOURCE_CHARACTERS}"
+        num_characters = len(structure.source) + len(structure.prefix) + len(structure.alternative)
+        if num_characters > _MAX_SOURCE_CHARACTERS:
+            return f"has {num_characters} characters; give at most {_MAX_SOURCE_CHARACTERS}"
         with self._lock:
-            answer = self._ask(json.dumps([structure.kind, structure.source]))
+            answer = self._ask(json.dumps(asdict(structure)))
         if answer:
             return json.loads(answer)
         return (
@@ -123,7 +202,7 @@ def _serve() -> None:
     for line in sys.stdin:
         limit = math.ceil(time.process_time()) + _MAX_CPU_SECONDS
         resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.RLIM_INFINITY))
-        print(json.dumps(_problem(tokenizer, Structure(*json.loads(line)))), flush=True)
+        print(json.dumps(_problem(tokenizer, Structure(**json.loads(line)))), flush=True)
 
 
 def _problem(tokenizer: LLTokenizer, structure: Structure) -> str:

@@ -17,7 +17,7 @@ _STDERR = Console(stderr=True)
 _CHAT_HELP = "/reset forgets the conversation, /quit (or the end of input) leaves"
 
 
-_NO_OUTPUT = ("logprobs", "top_logprobs", "prompt_logprobs", "routed_experts")
+_NO_OUTPUT = ("logprobs", "top_logprobs", "prompt_logprobs", "prompt_top_logprobs", "pooling", "routed_experts")
 
 
 def check_sampling(sampling: SamplingParams) -> None:

@@ -4,26 +4,45 @@
 pages. A worker knows no requests: it takes the tensors of a step and returns tensors. Two workers with equal weights,
 page contents and states return equal results for equal steps. Several ranks of one engine would rely on this.
 
+On an accelerator, decoding passes are captured graphs, so that the host launches a pass at once. A graph has fixed
+shapes. The host therefore pads a pass (`step.padded_shape`) by sequences without tokens and tokens without a page. The
+kernels of such a pass skip the padding, and none makes the host wait.
+
 T packed new tokens, S keys, N query heads, G key/value heads, K key dim, V value dim, R rotated dims in the context and
 decided rows in the worker, B sequences, Y rows of a table, H drafting heads, D model dim.
 """
 
+import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
 from openmimo.engine.cache import PageArena
-from openmimo.engine.sampler import decide, decided_logprobs
-from openmimo.engine.step import GroupSlots, HeadInput, PassInput, StepInput, StepOutput
+from openmimo.engine.sampler import SamplingTable, decide, decided_logprobs
+from openmimo.engine.step import (
+    GroupSlots,
+    HeadInput,
+    PassInput,
+    PassShape,
+    PromptScores,
+    ScoredRows,
+    StepInput,
+    StepOutput,
+)
 from openmimo.kernels.attention import AttentionOut, Pages, attend, paged_attend, store
+from openmimo.kernels.dispatch import triton_unavailable
 from openmimo.kernels.operations import rotary_table
 from openmimo.model.attention import AttentionConfig
 from openmimo.model.backbone import Hidden
 from openmimo.model.context import AttentionCall, RoutingTape, SequenceBalance
 from openmimo.model.mimo import MiMo
+from openmimo.model.weight_formats import QuantizableModule
+from openmimo.runtime.device import CapturedGraphs
 
 _FIRST_POSITIONS = 512
 _ROTARY_PIECE = 1 << 16
+_MAX_SCORED_NUMBERS = 1 << 22  # logits of a prompt that are held at once; 16 MiB in float32
 _MAX_SHORT_TOKENS = 16  # new tokens per sequence up to which a pass attends directly to the pages
 _Geometry = tuple[int, float, torch.dtype]
 
@@ -104,7 +123,7 @@ class PagedContext:
         self._lengths = step.lengths
         self._longest_query, self._longest_key = max(self._lengths), max(step.stops)
         self._is_short = self._longest_query <= _MAX_SHORT_TOKENS
-        is_contiguous = len(step.starts) == 1
+        is_contiguous = len(step.starts) == 1 and step.shape is None
         self._rotary_rows = slice(step.starts[0], step.stops[0]) if is_contiguous else step.positions_T
         self._picked.clear()
         self.block_scores = {}
@@ -126,7 +145,7 @@ class PagedContext:
         group, part = self._arena.place_of_layer[owner]
         slots = self._step.groups[group]
         assert slots is not None, "the pass was planned without this group of layers"
-        pages = Pages(keys_XPGK, values_XPGV, slots.tables_pBY[part])
+        pages = Pages(keys_XPGK, values_XPGV, slots.tables_BY[part])
         if self._is_short and slots.kept_rows is None:
             if call.k_TGK is not None and call.v_TGV is not None:
                 self._store(slots, part, pages, call.k_TGK, call.v_TGV)
@@ -172,7 +191,7 @@ class PagedContext:
     def _store(self, slots: GroupSlots, part: int, pages: Pages, k_TGK: torch.Tensor, v_TGV: torch.Tensor) -> None:
         if slots.kept_rows is not None:
             k_TGK, v_TGV = k_TGK[slots.kept_rows], v_TGV[slots.kept_rows]
-        store(pages, slots.page_pT[part], slots.offset_T, k_TGK, v_TGV)
+        store(pages, slots.page_T[part], slots.offset_T, k_TGK, v_TGV)
 
     def _with_past(self, pages: Pages, window_keys: int | None, k_TGK: torch.Tensor, v_TGV: torch.Tensor) -> _Keys:
         """The cached keys and values of each sequence followed by the new ones."""
@@ -193,6 +212,65 @@ class PagedContext:
         return _Keys(torch.cat(keys), torch.cat(values), tuple(key_lengths))
 
 
+class PassResult(NamedTuple):
+    """The results of a decoding pass.
+
+    Attributes:
+        hidden: States of the tokens.
+        logits_TV: Logits of the tokens.
+    """
+
+    hidden: Hidden
+    logits_TV: torch.Tensor
+
+
+def why_no_graphs(model: MiMo) -> str | None:
+    """Why the passes of a model cannot be captured; None if they can."""
+    if model.device.type == "cpu":
+        return "graphs need an accelerator"
+    dtype = model.compute_dtype or next(model.parameters()).dtype
+    if reason := triton_unavailable(False, dtype):
+        return reason
+    if any(module.blocks for module in model.modules() if isinstance(module, QuantizableModule)):
+        return "a weight is quantized"
+    if any(spec.score_block is not None for spec in model.config.attention_layers()):
+        return "a layer computes block scores"
+    return None
+
+
+class PassGraphs:
+    """The captured passes of a worker, by shape.
+
+    Attributes:
+        capture_seconds: Time that the captures took.
+    """
+
+    def __init__(self, device: torch.device, run: Callable[[PassInput], PassResult]):
+        """
+        Args:
+            device: The accelerator.
+            run: Queues the work of a pass.
+        """
+        self._run = run
+        self._graphs = CapturedGraphs(device)
+        self._replays: dict[PassShape, Callable[[], PassResult]] = {}
+        self.capture_seconds = 0.0
+
+    @property
+    def num_captured(self) -> int:
+        """Captured graphs."""
+        return len(self._replays)
+
+    def replay(self, step: PassInput) -> PassResult:
+        """Replays a padded pass, whose tensors are those of every pass of this shape; captures it at its first use."""
+        assert step.shape is not None, "only padded passes are captured"
+        if step.shape not in self._replays:
+            start = time.perf_counter()
+            self._replays[step.shape] = self._graphs.capture(lambda: self._run(step))
+            self.capture_seconds += time.perf_counter() - start
+        return self._replays[step.shape]()
+
+
 class Worker:
     """A model, its cache arena, and the newest main-model states of each sequence, which the MTP heads read.
 
@@ -200,20 +278,25 @@ class Worker:
     The ring holds at least 2 * num_drafts + 1 positions: the last head lags by num_drafts, a step adds num_drafts + 1.
     """
 
-    def __init__(self, model: MiMo, arena: PageArena, *, num_drafts: int):
+    def __init__(self, model: MiMo, arena: PageArena, *, num_drafts: int, uses_graphs: bool = False):
         self._model = model
         self._arena = arena
         self._context = PagedContext(arena, RotaryRows(model.device, model.config.max_positions))
         self._reads_pre_norm = model.config.mtp is not None and model.config.mtp.hidden == "pre_norm"
         self.ring_positions = 1 << (2 * num_drafts).bit_length()
         self._states_XD: torch.Tensor | None = None
+        self._sampling = SamplingTable(model.config.vocab_size, model.device)
+        self.graphs = PassGraphs(model.device, self._pass) if uses_graphs else None
 
     @torch.inference_mode()
     def execute(self, step: StepInput) -> StepOutput:
-        """Runs the main layers over the new tokens, stores their states, decides tokens and verifies drafts."""
-        context = self._context.bind(step.main, records_routing=step.records_routing)
-        hidden = self._model(step.main.token_ids_T, context)
-        recorded = context.routing.recorded
+        """Drafts, runs the main layers over the new tokens, stores their states, decides tokens and verifies drafts."""
+        if step.drafting is not None:
+            drafts_HB = self._draft(step.drafting.heads, step.drafting.num_sequences)
+            drafts_N = drafts_HB.view(-1).index_select(0, step.drafting.sources_N)
+            step.main.token_ids_T.index_copy_(0, step.drafting.rows_N, drafts_N)
+        hidden, logits_TV = self._run_main(step)
+        recorded = self._context.routing.recorded
         if step.state_places_T is not None:
             states_TD = hidden.pre_norm_TD if self._reads_pre_norm else hidden.post_norm_TD
             kept_XD = self._states(states_TD)
@@ -223,37 +306,83 @@ class Worker:
                 new_TD = states_TD[(-1 - head.state_places_T).clamp(min=0)]
                 self._run_head(head, torch.where(places_T1 >= 0, old_TD, new_TD))
             rows_TD = states_TD if step.state_rows_T is None else states_TD[step.state_rows_T]
-            kept_XD[step.state_places_T] = rows_TD
+            kept_XD.index_copy_(0, step.state_places_T, rows_TD)
         tokens_R = num_accepted_B = None
         logprobs_R = top_ids_RV = top_logprobs_RV = None
         if step.sampling is not None:
             states_RD = hidden.post_norm_TD
             if step.decided_rows_R is not None:
                 states_RD = states_RD[step.decided_rows_R]
-            logits_RV = self._model.head(states_RD)
-            tokens_R = decide(logits_RV, step.sampling)
-            if step.sampling.logprob_temperature_R1 is not None:
-                logprobs_R, top_ids_RV, top_logprobs_RV = decided_logprobs(logits_RV, tokens_R, step.sampling)
+            logits_RV = self._model.head(states_RD) if logits_TV is None else logits_TV
+            table, tokens_T = self._sampling, step.main.token_ids_T[: step.main.num_tokens]
+            table.update(step.sampling)
+            tokens_R = decide(logits_RV, step.sampling, table, tokens_T)
+            if step.sampling.logprob_seats_R is not None:
+                logprobs_R, top_ids_RV, top_logprobs_RV = decided_logprobs(logits_RV, tokens_R, step.sampling, table)
             if step.draft_rows_BK is not None:
-                num_accepted_B = count_accepted(step.main.token_ids_T, tokens_R, step.draft_rows_BK)
+                num_accepted_B = count_accepted(tokens_T, tokens_R, step.draft_rows_BK)
         routing_TLA = None
         if step.records_routing:
             routing_TLA = torch.stack([recorded[layer] for layer in sorted(recorded)], dim=1)
+        scores = tuple(self._score(hidden.post_norm_TD[rows.first : rows.stop], rows) for rows in step.scored)
         return StepOutput(
-            tokens_R, num_accepted_B, logprobs_R, top_ids_RV, top_logprobs_RV, routing_TLA, hidden.post_norm_TD
+            tokens_R,
+            num_accepted_B,
+            logprobs_R,
+            top_ids_RV,
+            top_logprobs_RV,
+            routing_TLA,
+            scores,
+            hidden.post_norm_TD if step.returns_states else None,
         )
 
+    def _score(self, states_ND: torch.Tensor, rows: ScoredRows) -> PromptScores:
+        """Log-probabilities after the states of a prompt."""
+        if not rows.num_top_logprobs:
+            return PromptScores(self._model.head.logprobs(states_ND, rows.targets_N, rows.temperature))
+        vocab_size = self._model.config.vocab_size
+        num_rows, num_top = max(_MAX_SCORED_NUMBERS // vocab_size, 1), min(rows.num_top_logprobs, vocab_size)
+        chosen, values, ids = [], [], []
+        for states_RD, targets_R in zip(states_ND.split(num_rows), rows.targets_N.split(num_rows), strict=True):
+            logprobs_RV = (self._model.head(states_RD) / rows.temperature).log_softmax(dim=-1)
+            chosen.append(logprobs_RV.gather(1, targets_R[:, None])[:, 0])
+            top = logprobs_RV.topk(num_top, dim=-1)
+            values.append(top.values)
+            ids.append(top.indices)
+        return PromptScores(torch.cat(chosen), torch.cat(ids), torch.cat(values))
+
+    def _run_main(self, step: StepInput) -> tuple[Hidden, torch.Tensor | None]:
+        """Runs the main layers. Returns the states, and the logits of all tokens if a graph computed them."""
+        main = step.main
+        if main.shape is None:
+            context = self._context.bind(main, records_routing=step.records_routing)
+            return self._model(main.token_ids_T, context), None
+        assert self.graphs is not None and step.decided_rows_R is None and not step.records_routing
+        hidden, logits_TV = self.graphs.replay(main)
+        pre_norm_TD, post_norm_TD = (states[: main.num_tokens] for states in (hidden.pre_norm_TD, hidden.post_norm_TD))
+        return Hidden(pre_norm_TD=pre_norm_TD, post_norm_TD=post_norm_TD), logits_TV[: main.num_tokens]
+
+    def _pass(self, main: PassInput) -> PassResult:
+        hidden = self._model(main.token_ids_T, self._context.bind(main))
+        return PassResult(hidden, self._model.head(hidden.post_norm_TD))
+
     @torch.inference_mode()
-    def draft(self, heads: list[HeadInput], num_sequences: int) -> torch.Tensor:
+    def draft(self, heads: tuple[HeadInput, ...], num_sequences: int) -> torch.Tensor:
+        """Only drafts, int64 [H, B], for a host that needs the drafts before the main layers run."""
+        return self._draft(heads, num_sequences)
+
+    def _draft(self, heads: tuple[HeadInput, ...], num_sequences: int) -> torch.Tensor:
         """Runs the drafting heads in order: drafts, int64 [H, B]. A head reads the drafts of earlier ones."""
         drafts_HB = torch.zeros(len(heads), num_sequences, dtype=torch.int64, device=self._model.device)
         assert self._states_XD is not None, "heads draft after the main layers"
         for step in heads:
             if step.draft_rows is not None:
-                step.forward.token_ids_T[step.draft_rows] = drafts_HB.view(-1)[step.draft_sources]
-            states_BD = self._run_head(step, self._states_XD[step.state_places_T])
+                assert step.draft_sources is not None
+                drafts = drafts_HB.view(-1).index_select(0, step.draft_sources)
+                step.forward.token_ids_T.index_copy_(0, step.draft_rows, drafts)
+            states_BD = self._run_head(step, self._states_XD.index_select(0, step.state_places_T))
             if step.last_rows_B is not None:
-                states_BD = states_BD[step.last_rows_B]
+                states_BD = states_BD.index_select(0, step.last_rows_B)
             tokens_B = self._model.head(states_BD).argmax(dim=-1)
             if step.sequences_B is None:
                 drafts_HB[step.head] = tokens_B
@@ -275,7 +404,7 @@ class Worker:
     def _states(self, like_TD: torch.Tensor) -> torch.Tensor:
         """The memory of the states, grown to hold every seat."""
         num_rows, states_XD = self._arena.num_seats * self.ring_positions, self._states_XD
-        if states_XD is None or len(states_XD) < num_rows:
+        if states_XD is None or states_XD.shape[0] < num_rows:
             grown_XD = like_TD.new_zeros(2 * num_rows, like_TD.shape[1])
             if states_XD is not None:
                 grown_XD[: len(states_XD)] = states_XD
@@ -293,4 +422,7 @@ def count_accepted(token_ids_T: torch.Tensor, tokens_T: torch.Tensor, draft_rows
     """
     is_right_T = torch.zeros_like(token_ids_T, dtype=torch.bool)  # the last row decides no draft, so it stays false
     torch.eq(token_ids_T[1:], tokens_T[:-1], out=is_right_T[:-1])
-    return is_right_T[draft_rows_BK].cumprod(dim=1).sum(dim=1)
+    is_right_BK = is_right_T[draft_rows_BK]
+    if draft_rows_BK.shape[1] == 1:
+        return is_right_BK.view(-1).long()
+    return is_right_BK.cumprod(dim=1).sum(dim=1)

@@ -5,13 +5,18 @@ properties of a call on which the selection depends) and its `Dispatcher`. Each 
 `PLUGIN = Backend(priority, run, refuse)`. The backend with the highest priority that does not refuse the need computes
 the call. `reference` defines the operation: it refuses nothing and has priority 0. A backend that does not support a
 part of a call refuses the call.
+
+Backends in Triton import it in their first call, so that nothing on a CPU imports it.
 """
 
 import functools
+import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 from openmimo.core.errors import ConfigError
 from openmimo.core.registry import Registry
@@ -78,3 +83,24 @@ class Dispatcher:
         if reason := backend.refuse(need):
             raise ConfigError(f"{self.variable}={forced}, but this backend refuses the call: {reason}.")
         return forced, backend
+
+
+@functools.cache
+def _is_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def triton_unavailable(on_cpu: bool, dtype: torch.dtype) -> str | None:
+    """Why a Triton kernel cannot serve a call; None if it can.
+
+    Args:
+        on_cpu: Whether the tensors are in CPU memory. Triton's interpreter serves them if TRITON_INTERPRET is set.
+        dtype: Dtype of the products.
+    """
+    if on_cpu and not os.environ.get("TRITON_INTERPRET"):
+        return "Triton kernels run on accelerators"
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"it does not compute {dtype}"
+    if on_cpu and dtype == torch.bfloat16:
+        return "Triton's interpreter does not compute bfloat16"
+    return None if _is_installed() else "Triton is not installed"

@@ -21,11 +21,11 @@ import torch
 from openmimo.core.errors import CheckpointError, ConfigError
 from openmimo.core.files import file_in_folder, listed, new_folder_atomic, read_json, recover_folder, require_folder
 from openmimo.data.tokenizer import Tokenizer
-from openmimo.data.tokenizer_files import companion_names, read_companions
+from openmimo.data.tokenizer_files import base_folder, companion_names, read_companions
 from openmimo.kernels.weights import Weight, copy_weight, dequantized, format_of, rows_of, unbind
 from openmimo.model.config import ModelConfig
 from openmimo.model.hf_config import config_from_hf, config_to_hf
-from openmimo.model.hf_files import DEFAULT_SHARD_BYTES, INDEX, CheckpointReader, Entry, write_shards
+from openmimo.model.hf_files import DEFAULT_SHARD_BYTES, INDEX, Adapter, CheckpointReader, Entry, write_shards
 from openmimo.model.mimo import MiMo
 from openmimo.model.weight_formats import QuantizableModule, allocate_quantized, entry_weight, quantized_format
 from openmimo.runtime.device import DTYPES, resolve_device
@@ -47,7 +47,8 @@ def load_model(
 ) -> MiMo:
     """Load a published or saved checkpoint folder in the Hugging Face layout, including FP8.
 
-    The weights are streamed: peak memory is the model and one shard.
+    The weights are streamed: peak memory is the model and one shard. A folder of a LoRA adapter that peft has saved is
+    merged into its base model.
 
     Args:
         path: The folder.
@@ -184,18 +185,21 @@ def write_config(
 def open_checkpoint(folder: Path, window_keys: int | None) -> tuple[ModelConfig, CheckpointReader]:
     """Return the config and an open reader of a checkpoint folder; the number of MTP heads is that of the weights.
 
+    The folder may be one of peft's that holds a LoRA adapter; the reader then merges it into the weights of its base.
+
     Raises:
         CheckpointError: A file is missing or damaged, or config.json has more layers, more experts or another number of
             MTP heads than the weights. If the weights have no MTP head at all, a warning is printed instead.
         ConfigError: config.json is not valid.
     """
     recover_folder(folder)
-    path = file_in_folder(require_folder(folder), "config.json")
+    given, folder = folder, base_folder(require_folder(folder))
+    path = file_in_folder(folder, "config.json")
     if path is None:
         raise CheckpointError(f"{folder} holds no config.json; a checkpoint is a folder with config.json and weights.")
     values = read_json(path)
     config = config_from_hf(values, where=str(path), window_keys=window_keys)
-    reader = CheckpointReader(folder)
+    reader = CheckpointReader(folder, None if folder == given else Adapter(given))
     names = reader.names()
     heads = count_mtp_heads(names, config)
     stated = values.get("num_nextn_predict_layers")
@@ -255,6 +259,8 @@ def check_fit(model: MiMo, reader: CheckpointReader) -> None:
         parts = [f"{len(names)} {what}: {listed(names, ', ')}" for what, names in findings.items() if names]
         raise CheckpointError(f"{reader.folder} does not fit its config.json: {'; '.join(parts)}.")
     _check_tied(reader, model.config)
+    if reader.adapter is not None:
+        reader.adapter.check({name: tuple(reader.shape(name, model.config)) for name in present})
 
 
 def _check_tied(reader: CheckpointReader, config: ModelConfig) -> None:

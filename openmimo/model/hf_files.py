@@ -3,13 +3,15 @@
 The reader presents *logical* tensors: split q, k and v in a plain dtype. The folder may store them in one file or many,
 as FP8 codes and scales (which may be in different files), or as q, k and v fused by rank
 (`attention_projection_layout: fused_qkv`). All errors that the headers reveal are raised before a tensor is read. The
-writer streams tensors into shards of bounded size.
+writer streams tensors into shards of bounded size. A LoRA adapter changes tensors while they are read.
 """
 
 import contextlib
 import json
+import math
+import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from safetensors.torch import save_file
 
 from openmimo.core.errors import CheckpointError
 from openmimo.core.files import file_in_folder, listed, parse_json, read_json, read_known_keys, require_folder
+from openmimo.data.tokenizer_files import ADAPTER_CONFIG
 from openmimo.kernels.weights import FP8_BLOCK, BlockScaled, Weight
 from openmimo.model.config import AttentionConfig, ModelConfig
 from openmimo.model.weight_formats import (
@@ -35,6 +38,17 @@ _FLOAT_DTYPES = {"F64", "F32", "BF16", "F16"}
 _FP8_DTYPE = "F8_E4M3"
 _SCALE = "_scale_inv"
 _PARTS = ("q_proj", "k_proj", "v_proj")
+_ADAPTER_WEIGHTS = "adapter_model.safetensors"
+_ADAPTER_PREFIX = "base_model.model."
+_LORA_A, _LORA_B = ".lora_A.weight", ".lora_B.weight"
+# Methods that train something else than A and B, or change the weights of the base. A value that is not false or empty
+# means that the method is used.
+_OTHER_ADAPTERS = (
+    "alora_invocation_tokens", "arrow_config", "corda_config", "fan_in_fan_out", "kasa_config", "layer_replication",
+    "lora_bias", "monteclora_config", "target_parameters", "trainable_token_indices", "use_bdlora", "use_dora",
+    "use_qalora", "velora_config",
+)  # fmt: skip
+_PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva")  # values of init_lora_weights that keep the base
 _MAX_OPEN_FILES = 2  # a weight and its scale may be in different files; more would keep old shards in memory
 
 
@@ -61,10 +75,15 @@ class _Index:
 
 
 class CheckpointReader:
-    """The tensors of one folder. Raises CheckpointError if a file is missing, truncated or inconsistent."""
+    """The tensors of one folder, with the changes of an adapter if there is one.
 
-    def __init__(self, folder: Path):
+    Raises:
+        CheckpointError: A file is missing, truncated or inconsistent.
+    """
+
+    def __init__(self, folder: Path, adapter: "Adapter | None" = None):
         self.folder = Path(folder)
+        self.adapter = adapter
         self.stored = read_headers(self.folder)
         self._open: dict[str, Any] = {}
 
@@ -158,7 +177,14 @@ class CheckpointReader:
         return weight.dequantize(torch.float32) if isinstance(weight, BlockScaled) else weight
 
     def read_weight(self, name: str, config: ModelConfig) -> Weight:
-        """Return a logical tensor in its stored dtype, or its codes and scales if it is FP8."""
+        """Return a logical tensor in its stored dtype, or its codes and scales if it is FP8.
+
+        A tensor that the adapter changes is in float32.
+        """
+        weight = self._read_weight(name, config)
+        return weight if self.adapter is None else self.adapter.merged(name, weight)
+
+    def _read_weight(self, name: str, config: ModelConfig) -> Weight:
         physical = self._physical(name)
         if physical != name:
             spec, ranks, fused = _attention_of(name, config), config.qkv_ranks, self._weight(physical)
@@ -254,7 +280,7 @@ def read_headers(folder: Path) -> dict[str, StoredTensor]:
     stored: dict[str, StoredTensor] = {}
     for name in sorted(names):
         try:
-            header = _read_header(folder, name)
+            header = read_header(folder, name)
         except CheckpointError as error:
             findings.append(str(error))
             continue
@@ -291,7 +317,8 @@ def _read_index(folder: Path) -> dict[str, str]:
     return weight_map
 
 
-def _read_header(folder: Path, name: str) -> dict[str, StoredTensor]:
+def read_header(folder: Path, name: str) -> dict[str, StoredTensor]:
+    """The header entries of a file in a checkpoint folder. Raises CheckpointError if it is missing or damaged."""
     path = file_in_folder(folder, name)
     if path is None:
         raise CheckpointError(f"{folder / name} is missing, but the checkpoint's index names it. Download it again.")
@@ -392,3 +419,126 @@ def _fill_shards(entries: list[Entry], max_shard_bytes: int) -> Iterator[list[En
         size += entry.num_bytes
     if shard:
         yield shard
+
+
+# --- adapters ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _AdapterConfig:
+    """The keys of `adapter_config.json` that are read.
+
+    Attributes:
+        peft_type: LORA.
+        r: Rank of the matrices.
+        lora_alpha: The scale is this divided by the rank, or by its square root with `use_rslora`.
+        use_rslora: See `lora_alpha`.
+        alpha_pattern: Values of `lora_alpha` for modules, by the ends of their names.
+    """
+
+    peft_type: str
+    r: int
+    lora_alpha: float
+    use_rslora: bool = False
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+
+
+class Adapter:
+    """A LoRA adapter in peft's format, which is merged into weights while they are read.
+
+    A folder of peft's `save_pretrained` holds `adapter_config.json`, which names the folder of the base model, and
+    `adapter_model.safetensors`. For a weight W of the base it holds A and B; the merged weight is W + scale * B @ A
+    (Hu et al. 2021, https://arxiv.org/abs/2106.09685). Its other tensors replace those of the base (`modules_to_save`).
+
+    O output dim, D input dim, R rank.
+
+    Args:
+        folder: The folder of the adapter.
+
+    Raises:
+        CheckpointError: A file is missing or damaged, or the adapter is of a kind that cannot be merged.
+    """
+
+    def __init__(self, folder: Path):
+        self._path = folder / _ADAPTER_WEIGHTS
+        where = str(folder / ADAPTER_CONFIG)
+        values = read_json(folder / ADAPTER_CONFIG, CheckpointError)
+        self._config = read_known_keys(_AdapterConfig, values, where, error=CheckpointError)
+        _check_adapter_kind(values, where)
+        if file_in_folder(folder, _ADAPTER_WEIGHTS) is None:
+            raise CheckpointError(f"{folder} holds no {_ADAPTER_WEIGHTS}; save the adapter with safetensors.")
+        self._stored: dict[str, StoredTensor] = read_header(folder, _ADAPTER_WEIGHTS)
+        self._file = open_safetensors(self._path)
+
+    def check(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        """Raise CheckpointError for tensors that do not fit a base whose weights have these shapes."""
+        findings = []
+        for stored_name, entry in self._stored.items():
+            name = _base_name(stored_name)
+            if name not in shapes:
+                findings.append(f"{stored_name} belongs to no weight of the base model.")
+            elif stored_name.endswith(_LORA_A):
+                other = self._stored.get(stored_name.removesuffix(_LORA_A) + _LORA_B)
+                if (
+                    other is None
+                    or other.shape[1:] != entry.shape[:1]
+                    or other.shape[:1] + entry.shape[1:] != shapes[name]
+                ):
+                    findings.append(
+                        f"{stored_name} and {_LORA_B[1:]} do not form a matrix of shape {list(shapes[name])}."
+                    )
+            elif stored_name.endswith(_LORA_B):
+                if stored_name.removesuffix(_LORA_B) + _LORA_A not in self._stored:
+                    findings.append(f"{stored_name} lacks its {_LORA_A[1:]}.")
+            elif entry.shape != shapes[name]:
+                findings.append(f"{stored_name} has shape {list(entry.shape)}, the base model {list(shapes[name])}.")
+        if findings:
+            raise CheckpointError(f"{self._path} does not fit its base model: {listed(findings)}")
+
+    def merged(self, name: str, weight: Weight) -> Weight:
+        """A weight of the base with the adapter's change, in float32; the weight itself if there is no change."""
+        module = _ADAPTER_PREFIX + name.removesuffix(".weight")
+        if _ADAPTER_PREFIX + name in self._stored:
+            return self._file.get_tensor(_ADAPTER_PREFIX + name)
+        if module + _LORA_A not in self._stored:
+            return weight
+        plain = weight.dequantize(torch.float32) if isinstance(weight, BlockScaled) else weight.float()
+        a_RD, b_OR = (self._file.get_tensor(module + part).float() for part in (_LORA_A, _LORA_B))
+        return plain + self._scale(name.removesuffix(".weight"), rank=len(a_RD)) * (b_OR @ a_RD)
+
+    def _scale(self, module: str, *, rank: int) -> float:
+        patterns = self._config.alpha_pattern
+        found = next((name for name in patterns if f".{module}".endswith(f".{name}")), None)
+        alpha = self._config.lora_alpha if found is None else patterns[found]
+        return alpha / (math.sqrt(rank) if self._config.use_rslora else rank)
+
+
+def _is_product(shape: tuple[int, ...], left: tuple[int, ...], right: tuple[int, ...]) -> bool:
+    """Whether matrices of the shapes `left` and `right` have a product of this shape."""
+    return len(left) == len(right) == 2 and left[1] == right[0] and shape == (left[0], right[1])
+
+
+def _base_name(stored_name: str) -> str:
+    """The name of the base's weight that a tensor of the adapter changes."""
+    name = stored_name.removeprefix(_ADAPTER_PREFIX)
+    for part in (_LORA_A, _LORA_B):
+        if name.endswith(part):
+            return name.removesuffix(part) + ".weight"
+    return name
+
+
+def _check_adapter_kind(values: dict[str, Any], where: str) -> None:
+    if values["peft_type"] != "LORA":
+        raise CheckpointError(f"{where}: peft_type is {values['peft_type']!r}; only LORA adapters can be loaded.")
+    used = [name for name in _OTHER_ADAPTERS if values.get(name)]
+    if values.get("bias", "none") != "none":
+        used.append("bias")
+    if values.get("init_lora_weights", True) not in _PLAIN_STARTS:
+        used.append("init_lora_weights")
+    if any(re.search(r"[^\w.]", name) for name in values.get("alpha_pattern") or ()):
+        used.append("regular expressions in alpha_pattern")
+    if used:
+        raise CheckpointError(
+            f"{where}: adapters with {', '.join(used)} cannot be loaded; merge it with peft (merge_and_unload) and "
+            "save the model."
+        )

@@ -5,13 +5,15 @@ import functools
 import os
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from openmimo.core.errors import ConfigError
 
+Result = TypeVar("Result")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
@@ -48,6 +50,39 @@ def synchronize(device: torch.device) -> None:
     """Wait until the device has finished all queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+class CapturedGraphs:
+    """Graphs of work on an accelerator, which share the memory of their intermediate results.
+
+    The results of a replay are valid until the next replay of any of them.
+    """
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def capture(self, function: Callable[[], Result]) -> Callable[[], Result]:
+        """Run `function` twice, and capture the work that it queues. It must not wait for the device.
+
+        Returns:
+            A function that replays the work on the same tensors, and returns the results of `function`.
+        """
+        stream = torch.cuda.Stream(self._device)
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(stream):
+            for _ in range(2):  # compiles kernels and makes tables
+                function()
+        torch.cuda.current_stream(self._device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            result = function()
+
+        def replay() -> Result:
+            graph.replay()
+            return result
+
+        return replay
 
 
 @functools.cache

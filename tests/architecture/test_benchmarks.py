@@ -1,4 +1,4 @@
-"""Benchmarks are run by hand, so what breaks their imports would show late."""
+"""Nothing in CI runs the benchmarks, so these tests import them."""
 
 import importlib
 import pkgutil
@@ -22,7 +22,7 @@ def test_every_benchmark_imports(name):
 
 @pytest.mark.parametrize("name", OUR_SIDES)
 def test_our_side_of_each_comparison_imports(name, monkeypatch):
-    """As a script in its folder, the way it is started."""
+    """Runs as a script in its folder, which is how a user starts it."""
     monkeypatch.syspath_prepend(PEERS)
     assert callable(importlib.import_module(name).OpenMiMo.load)
 

@@ -1,6 +1,6 @@
-"""What a module brings with it: its static import closure stays small, and no modules import each other in a circle.
+"""Static import closures stay small, and there are no import cycles.
 
-The imports are those in the source, anywhere in a file and under TYPE_CHECKING too. Empty files do not count.
+All imports in the source count, also those inside functions and under TYPE_CHECKING. Empty files do not count.
 """
 
 import ast
@@ -23,7 +23,7 @@ FILES = {module_name(path): path for path in (ROOT / "openmimo").rglob("*.py")}
 
 @functools.cache
 def imports_of(module: str) -> frozenset[str]:
-    """The modules of the package that a module imports."""
+    """Returns the modules of the package that a module imports."""
     found = set()
     for node in ast.walk(ast.parse(FILES[module].read_text())):
         if isinstance(node, ast.Import):
@@ -35,7 +35,7 @@ def imports_of(module: str) -> frozenset[str]:
 
 
 def closure_of(module: str) -> set[str]:
-    """The module and every module that it imports, directly or through others."""
+    """Returns the module and every module that it imports, directly or through others."""
     found, waiting = {module}, [module]
     while waiting:
         new = imports_of(waiting.pop()) - found

@@ -23,7 +23,7 @@ DISPATCHERS = {
 def test_every_folder_is_an_operation():
     assert {*(dispatcher.package for dispatcher in DISPATCHERS.values()), "openmimo.kernels.native"} == PACKAGES
     files = {path.name for path in ROOT.glob("*.py")}
-    assert files == {"__init__.py", "dispatch.py", "operations.py", "triton_support.py", "weights.py"}
+    assert files == {"__init__.py", "dispatch.py", "operations.py", "weights.py"}
 
 
 @pytest.mark.parametrize("name", DISPATCHERS)
@@ -33,13 +33,13 @@ def test_an_operation_has_a_reference_that_serves_everything_and_a_variable(name
     assert name.rpartition(".")[2] == dispatcher.variable.removeprefix("OPENMIMO_")
     assert dispatcher.backends()[-1][0] == "reference"
     assert dispatcher.backends()[-1][1].priority == 0
-    assert dispatcher.backends()[-1][1].refuse(None) is None  # it does not even look at the need
+    assert dispatcher.backends()[-1][1].refuse(None) is None  # the function does not read the need
     assert all(backend.priority > 0 for name, backend in dispatcher.backends() if name != "reference")
 
 
 @pytest.mark.parametrize("module", [attention, operations], ids=["attention", "operations"])
 def test_the_call_leaves_the_choice_to_the_dispatcher(module):
-    """No operation asks for a device or for the C library: it only states them in the need."""
+    """No `__init__` of an operation chooses by the device or by the C library: both are fields of the need."""
     tree = ast.parse(Path(module.__file__).read_text())
     imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names}
     assert "native" not in imported

@@ -1,4 +1,4 @@
-"""Tests about the source itself: who imports whom, what stays light, what may be named where."""
+"""Rules about the source: allowed imports between folders, light imports, and names that only some files may use."""
 
 import ast
 import re
@@ -26,7 +26,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 
 def imports_of(path: Path) -> set[str]:
-    """Dotted names of every module a file imports, anywhere in it."""
+    """Returns the dotted names of all modules that a file imports, at module level or inside functions."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -112,9 +112,10 @@ def test_public_things_have_docstrings():
 
 
 def documented_methods(trees: Iterable[ast.Module]) -> set[tuple[str, str, int]]:
-    """Class, name and number of arguments of the methods that another class documents.
+    """Returns (class, name, number of arguments) of methods whose docstring is on another class.
 
-    That is a base class of the package or, as protocols are structural, any Protocol or abstract class (class "").
+    The other class is a base class of the package. Protocols are structural, so a method of any Protocol or abstract
+    class also counts, with "" as its class.
     """
     classes = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
     documented = set()

@@ -1,5 +1,6 @@
-"""Every attention backend computes what `reference` computes, forward and backward, or refuses; lengths well above the
-window, ragged packs, cached prefixes, random sinks, and memory that is poisoned before it is written.
+"""Every attention backend computes what `reference` computes, forward and backward, or refuses.
+
+The cases have lengths well above the window, ragged packs, cached prefixes, random sinks and poisoned memory.
 """
 
 from dataclasses import replace
@@ -37,7 +38,7 @@ CALLS = {
     "verify drafts": ((4, 2), (300, 7), 8, 2, 24, 16, None, False),
     "verify drafts in a window": ((4, 4), (36, 11), 8, 2, 24, 16, 33, True),
 }
-# The same, where a query also sees later keys.
+# The same shapes without a causal mask: queries also attend to later keys.
 BIDIRECTIONAL = {
     "documents": ((7, 30, 1, 90, 7, 7, 7, 7), (7, 30, 1, 90, 7, 7, 7, 7), 4, 2, 12, 20, None, False),
     "documents with sinks": ((7, 30, 1, 90, 7, 7, 7, 7), (7, 30, 1, 90, 7, 7, 7, 7), 4, 2, 12, 20, None, True),
@@ -61,7 +62,7 @@ def tensors_of(call, dtype, gradients):
 
 
 def run(name, need, tensors, scale=None):
-    """Output and gradients of a backend, in order."""
+    """Returns the output and the gradients of a backend, in order."""
     backend = dict(ATTENTION.backends())[name]
     out = backend.run(*tensors, need=need, scale=scale or need.key_dim**-0.5).out_TNV
     if not need.needs_gradients:
@@ -72,7 +73,7 @@ def run(name, need, tensors, scale=None):
 
 @pytest.fixture
 def poisoned(monkeypatch):
-    """Memory that is allocated without being written holds NaN, so that reading it shows."""
+    """Memory that is allocated without being written holds NaN, so a read of it makes the comparison fail."""
     real = {name: getattr(torch, name) for name in ("empty", "empty_like", "empty_strided")}
     real_new_empty = torch.Tensor.new_empty
 
@@ -165,7 +166,7 @@ def test_the_scale_is_the_callers(name, call):
 @pytest.mark.parametrize("far", ["an early key", "a late key", "a sink"])
 @pytest.mark.parametrize("name", BACKENDS)
 def test_logits_that_leave_the_range_of_exp(name, far):
-    """One logit is hundreds above or below those of other keys."""
+    """One logit differs from those of other keys by hundreds, in either direction."""
     need, tensors = tensors_of(((1300,), (1300,), 4, 2, 24, 16, None, True), torch.float64, True)
     if dict(ATTENTION.backends())[name].refuse(need):
         pytest.skip("refused")
@@ -181,7 +182,7 @@ def test_logits_that_leave_the_range_of_exp(name, far):
 
 
 def test_an_accelerators_padded_batches_are_the_reference(monkeypatch):
-    """sdpa refuses a CPU, where torch has no fast kernel for it, but what it computes can be seen there."""
+    """On a CPU, sdpa refuses the call because torch has no fast kernel; its computation still runs and is compared."""
     monkeypatch.setattr(sdpa, "PREFERRED", [SDPBackend.MATH])
     need, tensors = tensors_of(CALLS["packed full"][:7] + (False,), torch.float64, True)
     for ours, theirs in zip(run("sdpa", need, tensors), run("reference", need, tensors), strict=True):
@@ -201,7 +202,7 @@ def test_one_more_key_in_the_window_shows():
 )
 @pytest.mark.parametrize("name", [*BACKENDS, "reference"])
 def test_block_scores_are_block_maxima_of_the_probabilities_or_refused(name, call, block):
-    """Maxima over the keys of a block and the query heads of a key/value head; the grid restarts at each sequence."""
+    """Scores are maxima over a block's keys and a key/value head's query heads; blocks restart at each sequence."""
     need, (q, k, v, sink) = tensors_of(CALLS[call], torch.float64, True)
     need = replace(need, score_block=block)
     backend = dict(ATTENTION.backends())[name]

@@ -1,4 +1,8 @@
-"""Every environment: same index, same problem; its oracle earns 1, a lazy policy 0; mistakes are told, not raised."""
+"""Contract of every environment.
+
+The same index gives the same problem. The oracle earns 1, a policy that does nothing earns 0. Mistakes are reported to
+the policy and never raised.
+"""
 
 import pickle
 

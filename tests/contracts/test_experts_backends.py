@@ -10,7 +10,7 @@ from openmimo.kernels.weights import quantize
 needs_library = pytest.mark.skipif(native.library() is None, reason="there is no C compiler")
 BACKENDS = [name for name, _ in EXPERTS.backends() if name != "reference"]
 
-# tokens, experts, active, model dim, expert dim, experts that are ever chosen
+# tokens, experts, active, model dim, expert dim, experts that the router may choose
 CALLS = {
     "training": (300, 8, 2, 16, 24, 8),
     "some experts idle": (200, 8, 2, 16, 8, 3),
@@ -58,7 +58,7 @@ def test_backend_is_the_reference_or_refuses(name, call, gradients):
 @pytest.mark.parametrize("num_tokens", [300, 2048])
 @pytest.mark.parametrize("name", BACKENDS)
 def test_bfloat16_stays_close(name, num_tokens):
-    """2,048 tokens are enough for the loop to pad each expert's rows."""
+    """With 2,048 tokens, the loop backend pads each expert's rows."""
     call = (num_tokens, 8, 2, 16, 24, 8)
     exact_need, exact = tensors_of(call, torch.float64, True)
     need, tensors = tensors_of(call, torch.bfloat16, True)
@@ -82,7 +82,7 @@ def test_no_tokens_give_no_rows():
     assert out.shape == (0, 8)
 
 
-# tokens, experts, active, model dim, expert dim, experts that are ever chosen
+# tokens, experts, active, model dim, expert dim, experts that the router may choose
 SMALL_CALLS = {
     "one token": (1, 8, 2, 48, 24, 8),
     "odd sizes": (5, 3, 2, 7, 5, 3),
@@ -93,7 +93,7 @@ SMALL_CALLS = {
 
 
 def inside_poison(tensor):
-    """The same numbers with NaN before and behind them, so that reading too much shows."""
+    """Copies the numbers between NaNs, so that a read out of bounds makes the comparison fail."""
     around = torch.full((tensor.numel() + 128,), float("nan"), dtype=tensor.dtype)
     return around[64:-64].view(tensor.shape).copy_(tensor)
 
@@ -128,7 +128,7 @@ def test_native_gives_a_token_the_same_bits_alone_and_in_any_batch(call, dtype):
 @needs_library
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_threads_change_no_bit(dtype):
-    """The experts are large enough to be shared out."""
+    """The experts are large enough to be split between threads."""
     _, (x, ids, weights, gate_up, down) = tensors_of((5, 4, 2, 800, 450, 4), dtype, False)
     before = torch.get_num_threads()
     outputs = []

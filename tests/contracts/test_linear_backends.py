@@ -1,4 +1,4 @@
-"""Every linear backend computes what float64 computes, or refuses; the native one gives a row the same bits always."""
+"""Every linear backend agrees with float64 or refuses; the native one is bit-identical per row for any batch."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from openmimo.model.hf import save_model
 from openmimo.model.weight_formats import quantize_model
 
 BACKENDS = dict(LINEAR.backends())
-DTYPES = {"float32": (torch.float32, 2e-6), "bfloat16": (torch.bfloat16, 4e-3)}  # relative error of a whole output
+DTYPES = {"float32": (torch.float32, 2e-6), "bfloat16": (torch.bfloat16, 4e-3)}  # relative error of the whole output
 SIZES = [(1, 1), (3, 7), (5, 48), (17, 200), (64, 128), (33, 65), (2, 1000)]  # outputs, input dim
 needs_library = pytest.mark.skipif(native.library() is None, reason="there is no C compiler")
 
@@ -26,7 +26,7 @@ def draw(*shape, dtype, seed=0):
 
 
 def inside_poison(tensor):
-    """The same numbers with NaN before and behind them, so that reading too much shows."""
+    """Copies the numbers between NaNs, so that a read out of bounds makes the comparison fail."""
     around = torch.full((tensor.numel() + 128,), float("nan"), dtype=tensor.dtype)
     return around[64:-64].view(tensor.shape).copy_(tensor)
 
@@ -76,7 +76,7 @@ def test_a_row_has_the_same_bits_alone_and_in_any_batch(dtype, size):
 @pytest.mark.parametrize("dtype", DTYPES)
 @torch.inference_mode()
 def test_threads_change_no_bit(dtype):
-    """The weights are large enough to be shared out."""
+    """The weights are large enough to be split between threads."""
     weight, x = draw(2000, 1200, dtype=DTYPES[dtype][0], seed=1), draw(5, 1200, dtype=DTYPES[dtype][0])
     before = torch.get_num_threads()
     outputs = []
@@ -150,7 +150,7 @@ def test_what_does_not_fit_is_torchs_error(weight):
         linear(torch.zeros(2, 5), weight)
 
 
-# Outputs and input dim: blocks cut short at both edges, several tiles.
+# Outputs and input dim: partial blocks at both edges, several tiles.
 SCALED_SIZES = [(1, 1), (17, 200), (129, 130), (300, 257)]
 
 

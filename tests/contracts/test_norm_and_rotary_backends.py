@@ -1,4 +1,4 @@
-"""Every backend of the norm and of the rotation against double precision, forward and backward, or it refuses."""
+"""Every backend of the norm and of the rotation agrees with float64, forward and backward, or refuses."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-6, torch.bfloat16: 4e-3}
 
 
 def inside_poison(tensor):
-    """The same numbers with NaN before and behind them, so that reading too much shows."""
+    """Copies the numbers between NaNs, so that a read out of bounds makes the comparison fail."""
     around = torch.full((tensor.numel() + 128,), float("nan"), dtype=tensor.dtype)
     return around[64:-64].view(tensor.shape).copy_(tensor)
 
@@ -112,7 +112,7 @@ def test_rms_norm_keeps_float32_weights_over_bfloat16_activations():
 
 
 def test_bfloat16_gradients_are_computed_in_float32():
-    """A gradient along x changes nothing but the scale, which the norm removes: its two terms cancel."""
+    """A gradient parallel to x only changes the scale, which the norm removes: the two terms of the gradient cancel."""
     x = torch.randn(50, 64).bfloat16().requires_grad_()
     weight = torch.ones(64, dtype=torch.bfloat16, requires_grad=True)
     rms_norm(x, weight, 1e-12).backward(x.detach())
@@ -122,7 +122,7 @@ def test_bfloat16_gradients_are_computed_in_float32():
 
 
 def test_published_frequencies():
-    """Check values of the published bases: rotations per position of the 64 rotated dims."""
+    """Expected values are computed from the published bases: rotations per position of the 64 rotated dims."""
     for theta, checks in ((5e6, {1: 0.617528737, 31: 3.23871546e-7}), (1e4, {1: 0.749894202, 31: 1.3335215e-4})):
         _, sin = rotary_table(torch.tensor([1]), 64, theta, torch.float64)
         for index, frequency in checks.items():

@@ -1,5 +1,7 @@
-"""Every paged backend computes what float64 attention over gathered keys computes: shuffled and shared pages, ragged
-batches, verification, windows, sinks, a cache poisoned wherever nobody wrote, and lengths well above window and block.
+"""Every paged backend computes what float64 attention over gathered keys computes.
+
+The cases have shuffled and shared pages, ragged batches, verification, windows, sinks, NaN in all unwritten positions,
+and lengths well above window and block.
 """
 
 import math
@@ -27,7 +29,7 @@ CALLS = {
 
 
 def call_of(name, dtype, seed=0):
-    """Queries, pages whose unused places are NaN, the sink, and the arguments of one call."""
+    """Queries, pages with NaN in all unused positions, the sink, and the arguments of one call."""
     query_lengths, key_lengths, N, G, K, V, P, window, has_sink = CALLS[name]
     generator = torch.Generator().manual_seed(seed)
 
@@ -46,7 +48,7 @@ def call_of(name, dtype, seed=0):
         for position in range(first, length):
             keys[tables[row, position // P], position % P] = draw(G, K)
             values[tables[row, position // P], position % P] = draw(G, V)
-        tables[row, : first // P] = -1  # given back
+        tables[row, : first // P] = -1  # freed: the window has passed them
     sink = draw(N).float() if has_sink else None
     arguments = {"query_lengths": query_lengths, "key_lengths": key_lengths, "window_keys": window}
     return draw(sum(query_lengths), N, K), Pages(keys, values, tables), sink, arguments
@@ -57,7 +59,7 @@ def int32(*lengths):
 
 
 def tensors_of(arguments):
-    """The arguments of a backend."""
+    """The tensor arguments of a backend."""
     return {
         "query_lengths_B": int32(*arguments["query_lengths"]),
         "key_lengths_B": int32(*arguments["key_lengths"]),
@@ -72,7 +74,7 @@ def attend_by_length(q, pages, sink, arguments, **options):
 
 
 def exact_output(q, pages, sink, *, query_lengths, key_lengths, window_keys):
-    """Row by row, in float64."""
+    """The expected output, computed row by row in float64."""
     rows, first_query = [], 0
     P = pages.keys_XPGK.shape[1]
     for sequence, (queries, length) in enumerate(zip(query_lengths, key_lengths, strict=True)):

@@ -1,4 +1,4 @@
-"""Every router backend chooses what the definition chooses in float64, or refuses."""
+"""Every router backend chooses the experts that the definition chooses in float64, or refuses."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ TOKENS = 32
 
 
 def inside_poison(tensor):
-    """The same numbers with NaN before and behind them, so that reading too much shows."""
+    """Copies the numbers between NaNs, so that a read out of bounds makes the comparison fail."""
     around = torch.full((tensor.numel() + 128,), float("nan"), dtype=tensor.dtype)
     return around[64:-64].view(tensor.shape).copy_(tensor)
 
@@ -39,7 +39,7 @@ def need_of(call, rule, *, replayed=False, keep_scores=False, gradients=False):
 
 
 def exact_route(call, rule):
-    """Token by token, in float64: ids best first, weights, scores."""
+    """Routes token by token in float64. Returns ids (best first), weights and scores."""
     x, weight, bias = (tensor.double() for tensor in call)
     scores = (x @ weight.T).sigmoid()
     ids = []

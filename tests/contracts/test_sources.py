@@ -1,4 +1,4 @@
-"""What every data source promises, whatever it reads. A new file in openmimo/data/sources is tested by being there."""
+"""Contract of every data source. It covers each file in openmimo/data/sources without being listed."""
 
 import dataclasses
 import gzip
@@ -24,7 +24,7 @@ from openmimo.data.tokenizer import Tokenizer
 NAMES = SOURCES.names()
 TEXT_NAMES = [name for name in NAMES if isinstance(SOURCES.get(name), TextSource)]
 SYNTHETIC_NAMES = [name for name in NAMES if isinstance(SOURCES.get(name), SyntheticSource)]
-SYNTHETIC_NAMES.remove("chat")  # needs a file of its own form: tests/unit/test_chat_sources.py holds it to the same
+SYNTHETIC_NAMES.remove("chat")  # reads one file format only: tests/unit/test_chat_sources.py has the same tests for it
 PATH_NAMES = [
     name for name in TEXT_NAMES if any(f.name == "path" for f in dataclasses.fields(SOURCES.get(name).options))
 ]
@@ -75,7 +75,7 @@ def fake_enwik8() -> bytes:
 
 @pytest.fixture(autouse=True)
 def offline(tmp_path_factory, monkeypatch):
-    """A cache of its own, and an archive that `enwik8` gets instead of a download."""
+    """Gives each test its own cache, and gives `enwik8` a local archive in place of the download."""
     monkeypatch.setenv("OPENMIMO_CACHE", str(tmp_path_factory.mktemp("cache")))
     raw = fake_enwik8()
 
@@ -197,7 +197,7 @@ def test_rows_are_whole_documents_of_known_tokens(name, tokenizer):
         assert row.loss_mask is None or row.loss_mask.shape == (SEQUENCE_LENGTH,)
 
 
-SMALL = {  # so few different examples that the sides would meet if they were not kept apart
+SMALL = {  # few distinct examples: training and validation would share some if they were not kept apart
     "needles": {"num_pairs": 1, "num_keys": 2, "num_values": 3, "min_length": 8, "max_length": 8},
     "repeats": {"min_period": 1, "max_period": 2, "min_length": 8, "max_length": 8, "alphabet": "characters"},
     "tasks": {"tasks": [{"name": "addition", "min_difficulty": 1, "max_difficulty": 1}]},

@@ -1,4 +1,4 @@
-"""Every backend that stores keys and values writes the rows where they belong and nowhere else, or refuses."""
+"""Every backend that stores keys and values writes the rows to their positions only, or refuses."""
 
 import math
 
@@ -13,8 +13,9 @@ TOKENS = (1, 7, 64, 100)
 
 
 def call_of(tokens, dtype, stored):
-    """Pages with gaps between, places, rows as the model gives them (keys a part of a wider row), and what must lie in
-    memory after the call.
+    """The arguments of one call, and the expected memory after it.
+
+    The pages have gaps between them. The keys are slices of wider rows, as in the model.
     """
     generator = torch.Generator().manual_seed(0)
     joined = torch.randn(tokens, 5 * 48, generator=generator).to(dtype)

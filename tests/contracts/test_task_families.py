@@ -1,4 +1,7 @@
-"""What every task family promises: its key is right, nonsense is wrong, no text breaks it, its stream is a function."""
+"""Contract of every task family.
+
+The answer key is right, nonsense is wrong, no text raises an error, and a stream depends on its seed only.
+"""
 
 import random
 from pathlib import Path
@@ -21,7 +24,7 @@ from openmimo.data.task import (
     prompt_messages,
 )
 
-ADAPTERS = {"jsonl", "reasoning_gym"}  # tested by themselves: they need a file or a library
+ADAPTERS = {"jsonl", "reasoning_gym"}  # have tests of their own: they need a file or a library
 NAMES = [name for name in FAMILIES.names() if name not in ADAPTERS]
 VARIANTS = [(name, {}) for name in NAMES] + [
     ("addition", {"reversed_answer": False, "terms": 3}),
@@ -36,7 +39,7 @@ EASIEST = {name: FAMILIES.get(name).difficulties[0] for name in NAMES}
 
 
 def levels_of(name: str) -> list[int]:
-    """The first levels and the last."""
+    """The first levels and the last one."""
     difficulties = FAMILIES.get(name).difficulties
     return [*difficulties[:4], difficulties[-1]]
 
@@ -172,7 +175,7 @@ def test_impossible_tasks_are_refused():
 
 
 def test_too_few_prompts_are_reported():
-    task = task_of("reverse", {"num_letters": 2}, 2)  # four prompts, of which none need be held out
+    task = task_of("reverse", {"num_letters": 2}, 2)  # it has four prompts, too few to hold some out
     with pytest.raises(DataError, match=f"none of {MAX_DRAWS} draws is in the 'validation' split"):
         task.problem_at(0, split="validation", seed=0)
 

@@ -1,4 +1,7 @@
-"""Every evaluation task: same seed, same examples; its own answer key scores 1, nonsense 0; lengths are exact."""
+"""Contract of every evaluation task.
+
+The same seed gives the same examples. The answer key scores 1 and nonsense scores 0. Lengths are exact.
+"""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The command line as its users meet it: help for every option, one paragraph and exit code 1 for mistakes."""
+"""The command line: help lists every option, and mistakes give one paragraph and exit code 1."""
 
 import errno
 import json
@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def run(capsys, *arguments: str) -> tuple[int, str, str]:
-    """Exit code, standard output and standard error of a command, run in this process."""
+    """Runs a command in this process. Returns its exit code, standard output and standard error."""
     before, sys.argv = sys.argv, ["openmimo", *arguments]
     try:
         cli.main()
@@ -197,7 +197,7 @@ def test_sigterm_ends_a_verb_with_a_paragraph(speaking):
     process = subprocess.Popen(
         command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
-    process.stderr.readline()  # what chat says once it listens
+    process.stderr.readline()  # the line that chat prints when it is ready
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 143

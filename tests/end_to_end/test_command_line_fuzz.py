@@ -1,6 +1,6 @@
-"""Wrong values on the command line and in the files of `--from`: one paragraph, exit code 1 or 2, nothing written.
+"""Wrong values on the command line and in `--from` files give one paragraph and exit code 1 or 2, and write nothing.
 
-Words and files are drawn by hypothesis. The fast tests run `cli.main` in this process; the slow ones run real commands.
+Hypothesis draws words and files. The fast tests run `cli.main` in this process; the slow ones start commands.
 """
 
 import functools
@@ -22,14 +22,14 @@ from openmimo.core import config as config_io
 
 ROOT = Path(__file__).parents[2]
 TRAINERS = ("pretrain", "extend", "sft", "rl", "mopd", "compare", "demo")
-SECONDS = 120  # a wide margin: no case does any work
+SECONDS = 120  # seconds, far above what a refusal takes
 BYTES = 6 << 30  # address space of a command
 WORDS = ("", " ", "-1", "0", "nan", "inf", "-inf", "1e309", "1e30", "9" * 400, "1.5", "true", "None", "x", "a\nb",
          "/nope", "/dev/null", "/proc/self/mem", "..", "[]", "{}", "\ud800", "\udcff", "\x1b[31m", "é" * 300, "--", "-",
          "--nope", "a" * 5000)  # fmt: skip
 VALUES = (None, True, -1, 0, 2**70, 10**400, 1.5, float("nan"), float("inf"), 1e308, "", "x", "a\nb", "\ud800", [], [1],
           {}, {"x": 1}, [[]], "false")  # fmt: skip
-# An option whose every value of WORDS is refused, for each verb: what it is given before, and the option.
+# For each verb, its first words and an option that refuses every value of WORDS.
 REFUSING = {
     "generate": (("/nope",), ("--max-tokens", "--temperature", "--top-p", "--device", "--dtype", "--seed", "--nope")),
     "chat": (("/nope",), ("--max-tokens", "--top-k", "--min-p", "--device", "--dtype", "--logit-bias")),
@@ -48,7 +48,7 @@ SETTING = dict(deadline=None, suppress_health_check=list(HealthCheck))
 
 
 def run_here(arguments: list[str], capsys) -> tuple[int, str]:
-    """Exit code and standard error of a command, run in this process; 99 and the trace where it is a traceback."""
+    """Runs a command in this process. Returns exit code and standard error; 99 and the trace if it raised."""
     before, sys.argv = sys.argv, ["openmimo", *arguments]
     capsys.readouterr()
     code, trace = 0, ""
@@ -64,7 +64,7 @@ def run_here(arguments: list[str], capsys) -> tuple[int, str]:
 
 
 def run_there(arguments: list[str], capsys=None) -> tuple[int, str]:
-    """The same in a process of its own, whose time and memory are bounded."""
+    """Runs a command in a process of its own, with limits on time and memory."""
     done = subprocess.run(
         [sys.executable, "-m", "openmimo", *(os.fsencode(word) if _bytes(word) else word for word in arguments)],
         stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, timeout=SECONDS,
@@ -90,7 +90,7 @@ def assert_refused(arguments: list[str], code: int, err: str, folder: Path, befo
 
 @st.composite
 def commands(draw: st.DrawFn) -> list[str]:
-    """A verb, a path that does not exist where it takes one, and one to three options with odd values."""
+    """Draws a verb, a path that does not exist if the verb needs one, and one to three options with odd values."""
     verb = draw(st.sampled_from(sorted(REFUSING)))
     first, options = REFUSING[verb]
     words = st.one_of(st.sampled_from(WORDS), st.text(max_size=8).map(lambda text: text.replace("\0", "")))
@@ -101,7 +101,9 @@ def commands(draw: st.DrawFn) -> list[str]:
 
 @st.composite
 def config_files(draw: st.DrawFn) -> tuple[str, bytes | None]:
-    """A verb, and the bytes of a file for its `--from`: the recipe's own config with one value changed, or no JSON."""
+    """Draws a verb and the bytes of a file for its `--from`: the recipe's config with one changed value, or invalid
+    JSON.
+    """
     verb = draw(st.sampled_from(TRAINERS))
     if draw(st.integers(0, 9)) == 0:
         return verb, draw(
@@ -127,7 +129,7 @@ def config_files(draw: st.DrawFn) -> tuple[str, bytes | None]:
 
 @functools.cache
 def training_options(verb: str) -> list[str]:
-    """The options of a verb's recipe that take one word, as the command line names them."""
+    """Returns the options of a verb's recipe that take one word, as the command line names them."""
 
     def leaves(value, name):
         if isinstance(value, dict):
@@ -142,7 +144,7 @@ def training_options(verb: str) -> list[str]:
 
 @st.composite
 def training_commands(draw: st.DrawFn) -> list[str]:
-    """A verb that trains, a checkpoint that is not there, and one option with an odd value."""
+    """Draws a verb that trains, a checkpoint that does not exist, and one option with an odd value."""
     verb = draw(st.sampled_from(sorted(MISSING)))
     option = draw(st.sampled_from(training_options(verb)))
     return [verb, "tiny_cpu", "--run-folder", "NEW", MISSING[verb], "/nope", option, draw(st.sampled_from(WORDS))]
@@ -158,7 +160,7 @@ def check_command(arguments: list[str], folder: Path, run, capsys) -> None:
 
 
 def check_file(verb: str, content: bytes | None, folder: Path, run, capsys) -> None:
-    """The config is read and checked only: an unknown option follows, so no run starts where it is sound."""
+    """Checks that a config file is accepted or refused. An unknown option after it keeps a run from starting."""
     path = folder / "odd.json"
     path.unlink(missing_ok=True)
     if content is None:

@@ -1,4 +1,4 @@
-"""The demo at toy size: every part runs, the report is there, the second start does nothing, transformers loads it."""
+"""The demo at toy size: all parts run, the report exists, a second start does nothing, transformers loads the model."""
 
 from dataclasses import replace
 
@@ -12,7 +12,7 @@ from recipes import tiny_cpu
 
 
 def toy(folder):
-    """The shipped demo with few and small steps."""
+    """The shipped demo with fewer and smaller steps."""
     demo = tiny_cpu.demo_in(str(folder))
 
     def short(stage):

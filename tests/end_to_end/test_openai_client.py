@@ -25,13 +25,13 @@ ARGUMENTS = "<parameter=city>Oslo</parameter>\n</function>\n</tool_call>"
 
 
 class Verdict(pydantic.BaseModel):
-    """What structured replies are asked to be."""
+    """The schema that structured replies must have."""
 
     answer: Literal["yes", "no"]
 
 
 def script(prompt, request):
-    """What the stub says: what was asked for, in pieces that cut through words and markup."""
+    """The stub's reply for a request, in pieces that split words and markup."""
     if request.params.structure is not None and request.params.structure.kind.startswith("json"):
         text = '{"answer": "yes"}'
     elif prompt.endswith("<function=get_weather>\n"):
@@ -104,7 +104,9 @@ def test_completions_whole_and_streamed(client, model):
     assert usage.completion_tokens == whole.usage.completion_tokens
     logprobs = whole.choices[0].logprobs
     assert len(logprobs.tokens) == len(logprobs.token_logprobs) == len(logprobs.text_offset)
-    assert all(len(top) <= 2 for top in logprobs.top_logprobs) and max(logprobs.token_logprobs) <= 0
+    assert all(len(top) <= 3 for top in logprobs.top_logprobs) and max(logprobs.token_logprobs) <= 0
+    for token, top in zip(logprobs.tokens, logprobs.top_logprobs, strict=True):
+        assert token in top  # the chosen token is listed even if it is not one of the likeliest
 
 
 def test_token_ids_are_prompts_and_are_echoed(client, model):
@@ -210,7 +212,7 @@ def test_errors_are_the_clients_own(client, model, server_url):
         client.chat.completions.create(model="another", messages=HELLO)
     assert caught.value.code == "model_not_found"
     with pytest.raises(openai.NotFoundError):
-        client.embeddings.create(model=model, input="x")
+        client.moderations.create(model=model, input="x")
     with pytest.raises(openai.AuthenticationError):
         openai.OpenAI(base_url=f"{server_url}/v1", api_key="wrong", max_retries=0).models.list()
     with pytest.raises(openai.BadRequestError) as caught:
@@ -218,7 +220,16 @@ def test_errors_are_the_clients_own(client, model, server_url):
     assert caught.value.param == "previous_response_id"
 
 
-# --- what only a script can promise ----------------------------------------------------------------------------------
+def test_embeddings(client, model):
+    # Without encoding_format the client asks for base64 and decodes it.
+    vectors = [entry.embedding for entry in client.embeddings.create(model=model, input=["x y", "z"]).data]
+    plain = client.embeddings.create(model=model, input=["x y", "z"], encoding_format="float")
+    for vector, entry in zip(vectors, plain.data, strict=True):
+        assert vector == pytest.approx(entry.embedding, abs=1e-6)
+        assert sum(value**2 for value in entry.embedding) == pytest.approx(1.0)
+
+
+# --- what needs scripted replies -------------------------------------------------------------------------------------
 
 
 @scripted

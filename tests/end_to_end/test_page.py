@@ -1,4 +1,4 @@
-"""The chat page in a real browser: headless Chromium against the server, whose backend plays scripted replies."""
+"""The chat page in headless Chromium against the server, whose backend gives scripted replies."""
 
 import json
 import re
@@ -40,7 +40,7 @@ def browser():
 
 @pytest.fixture
 def open_page(browser, address):
-    """open_page(**context options): a page that has found its model; a script error fails the test."""
+    """open_page(**context options) opens a page and waits until it shows the model; a script error fails the test."""
     contexts, problems = [], []
 
     def open_one(**options):
@@ -69,7 +69,7 @@ def send(page, text):
 
 
 def ask(page, text):
-    """Send `text` and wait for the whole reply; returns its element."""
+    """Sends `text` and waits for the whole reply. Returns its element."""
     send(page, text)
     return finished(page)
 
@@ -82,14 +82,14 @@ def finished(page):
 
 
 def last_request(page, action):
-    """What `action()` makes the page send."""
+    """Returns the request that the page sends during `action()`."""
     with page.expect_request(COMPLETIONS) as request:
         action()
     return request.value.post_data_json
 
 
 def fail_with(page, status, message, headers=None):
-    """Let the next completion fail."""
+    """Makes the next completion fail."""
     body = json.dumps({"error": {"message": message, "type": "error", "param": None, "code": None}})
     page.route(COMPLETIONS, lambda route: route.fulfill(status=status, body=body, headers=headers or {}), times=1)
 
@@ -218,7 +218,7 @@ def test_tool_calls_are_shown_and_take_results(page):
     tools = [{"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object"}}}]
     page.get_by_label("Tools").fill("[{")
     page.get_by_role("button", name="Save").click()
-    assert page.get_by_role("dialog").is_visible()  # what is no JSON is not saved
+    assert page.get_by_role("dialog").is_visible()  # the page does not save invalid JSON
     page.get_by_label("Tools").fill(json.dumps(tools))
     page.get_by_role("button", name="Save").click()
     assert last_request(page, lambda: send(page, "weather"))["tools"] == tools
@@ -320,7 +320,7 @@ def test_markdown(page):
 
 @pytest.mark.slow
 def test_marks_of_drafts_follow_their_text(page):
-    """Through emphasis, escapes, entities, links, list indents and fences, each marked letter is tinted once."""
+    """Each letter is marked once, through emphasis, escapes, entities, links, list indents and fences."""
     text = "# *ab* \\*c &amp; [d](http://b/)b\n\n- e\n  f\n\n> ```py\n> b\n> p\n> ```\n"
     marks = "".join({"b": "1", "p": "2", "f": "3"}.get(letter, "0") for letter in text)
     script = """async ([text, marks]) => {
@@ -346,7 +346,7 @@ def test_a_block_beyond_the_limits_is_shown_as_written(page, text):
 
 @pytest.mark.slow
 def test_hostile_markdown_costs_no_more_than_its_length(page):
-    """Each text would take a backtracking parser minutes; the page's default timeout is the only clock."""
+    """Each text would take a backtracking parser minutes; the page's default timeout detects that."""
     opening = ["*", "[", "`a", "> ", "- ", "*a ", "_a*b", "~~a", "[a](", "***a", "|a", "1. ", "# ", "a|b\n-|- "]
     texts = [piece * 20000 for piece in opening] + ["# " + " " * 50000 + "x", "a|b\n-" + " " * 50000 + "x"]
     script = """async (texts) => {

@@ -1,17 +1,13 @@
-"""Runs of post-training that diverge, are ended by a signal, or are started twice."""
+"""Post-training runs that diverge, are started twice, or have wrong settings."""
 
 import multiprocessing
-import os
-import signal
 
 import pytest
 import torch
-from rl_runs import grpo_config, mopd_config, run, save_models, weights
+from rl_runs import grpo_config, mopd_config, run, save_models
 
 from openmimo.core.config import run_folder
-from openmimo.core.errors import ConfigError, DivergedError, Interrupted
-from openmimo.core.metrics import read_metrics
-from openmimo.engine.engine import Engine
+from openmimo.core.errors import ConfigError, DivergedError
 from openmimo.rl.learning.policy_trainer import PolicyTrainer
 
 
@@ -40,29 +36,6 @@ def test_a_bad_step_ends_the_run_and_good_checkpoints_stay(models, tmp_path, mon
     assert "step-00000002, is intact" in str(caught.value)
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"]
     assert not (tmp_path / "run" / "model").exists()
-
-
-def test_a_signal_in_a_rollout_saves_the_last_whole_step_and_the_run_goes_on(models, tmp_path, monkeypatch):
-    config = grpo_config(models, tmp_path / "run")
-    run(grpo_config(models, tmp_path / "whole"))
-    real, calls = Engine.step, []
-
-    def step(engine):
-        calls.append(engine)
-        if len(calls) == 58:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return real(engine)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Engine, "step", step)
-        with pytest.raises(Interrupted) as caught:
-            run(config)
-    assert caught.value.signal == signal.SIGTERM
-    done = max(row["step"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl"))
-    assert f"the checkpoint of step {done} is saved" in caught.value.kept
-    run(config)
-    expected, resumed = weights(tmp_path / "whole" / "model"), weights(tmp_path / "run" / "model")
-    assert all(torch.equal(tensor, resumed[name]) for name, tensor in expected.items())
 
 
 def test_a_finished_run_is_not_run_again_and_a_running_one_not_twice(models, tmp_path):

@@ -1,4 +1,4 @@
-"""Samples that are interrupted at new weights, and rewards that arrive after their samples, in real runs and kills."""
+"""Samples that new weights interrupt, and rewards that arrive after their samples, in real runs with kills."""
 
 from dataclasses import replace
 
@@ -26,12 +26,8 @@ def partial_config(models, folder):
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(models):
-    run(partial_config(models, models / "whole"))
-    return models / "whole"
-
-
-def test_interrupted_samples_keep_their_tokens_and_continue_with_the_new_policy(models, tmp_path, monkeypatch):
+def observed(models):
+    """An uninterrupted run: its folder, and (version, tokens) of each sample whenever new weights interrupted it."""
     kept, real = {}, DataScheduler.on_partial
 
     def on_partial(own, group_id, sample):
@@ -39,9 +35,20 @@ def test_interrupted_samples_keep_their_tokens_and_continue_with_the_new_policy(
             kept.setdefault(sample.info["sample_id"], []).append((own._version, sample.token_ids.tolist()))
         real(own, group_id, sample)
 
-    monkeypatch.setattr(DataScheduler, "on_partial", on_partial)
-    run(partial_config(models, tmp_path / "run"))
-    learned = {sample[0]: sample for samples in batches(tmp_path / "run").values() for sample in samples}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DataScheduler, "on_partial", on_partial)
+        run(partial_config(models, models / "whole"))
+    return models / "whole", kept
+
+
+@pytest.fixture
+def uninterrupted(observed):
+    return observed[0]
+
+
+def test_interrupted_samples_keep_their_tokens_and_continue_with_the_new_policy(observed):
+    folder, kept = observed
+    learned = {sample[0]: sample for samples in batches(folder).values() for sample in samples}
     continued = [name for name in kept if name in learned]
     assert continued
     for name in continued:

@@ -1,4 +1,4 @@
-"""Selection by the pass rate of problems in real runs: hopeless problems are stepped over, also after a kill."""
+"""Runs that select problems by pass rate skip hopeless ones, also after a kill."""
 
 import pytest
 import torch

@@ -1,10 +1,15 @@
-"""A run of post-training that is killed, wherever, and started again is the run that was not, bit for bit."""
+"""A post-training run that is killed or ended at any point and resumed equals the uninterrupted run bit for bit."""
+
+import os
+import signal
 
 import pytest
 import torch
 from rl_runs import batches, grpo_config, mopd_config, run, run_and_kill, save_models, source, weights
 
+from openmimo.core.errors import Interrupted
 from openmimo.core.metrics import read_metrics
+from openmimo.engine.engine import Engine
 
 CONFIGS = {"grpo": grpo_config, "mopd": mopd_config}
 
@@ -19,7 +24,7 @@ def models(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def uninterrupted(models):
-    """Of each algorithm, a run that nothing happened to."""
+    """One uninterrupted run for each algorithm."""
     folders = {name: models / f"whole-{name}" for name in CONFIGS}
     for name, folder in folders.items():
         run(CONFIGS[name](models, folder))
@@ -29,12 +34,12 @@ def uninterrupted(models):
 @pytest.mark.parametrize(
     ("name", "where", "after_calls"),
     [
-        ("grpo", "rollout", 58),
         ("grpo", "reward", 44),
-        ("grpo", "update", 7),  # of the second half of a batch
-        ("mopd", "rollout", 30),  # before there is a checkpoint
-        ("mopd", "reward", 14),
-        ("mopd", "update", 3),
+        ("grpo", "update", 7),  # in the second half of a batch
+        ("mopd", "rollout", 30),  # before the first checkpoint
+        pytest.param("grpo", "rollout", 58, marks=pytest.mark.slow),
+        pytest.param("mopd", "reward", 14, marks=pytest.mark.slow),
+        pytest.param("mopd", "update", 3, marks=pytest.mark.slow),
         pytest.param("grpo", "rollout", 30, marks=pytest.mark.slow),
         pytest.param("grpo", "update", 0, marks=pytest.mark.slow),
         pytest.param("grpo", "log", 20, marks=pytest.mark.slow),
@@ -61,6 +66,30 @@ def test_killed_and_resumed_is_uninterrupted_bit_for_bit(models, uninterrupted, 
         assert [row[key] for row in rows[0] if key in row] == [row[key] for row in rows[1] if key in row]
 
 
+def test_a_signal_in_a_rollout_saves_the_last_whole_step_and_the_run_goes_on(
+    models, uninterrupted, tmp_path, monkeypatch
+):
+    config = grpo_config(models, tmp_path / "run")
+    real, calls = Engine.step, []
+
+    def step(engine):
+        calls.append(engine)
+        if len(calls) == 58:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(engine)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "step", step)
+        with pytest.raises(Interrupted) as caught:
+            run(config)
+    assert caught.value.signal == signal.SIGTERM
+    done = max(row["step"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl"))
+    assert f"the checkpoint of step {done} is saved" in caught.value.kept
+    run(config)
+    expected, resumed = weights(uninterrupted["grpo"] / "model"), weights(tmp_path / "run" / "model")
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in expected.items())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("where", ["rollout", "reward"])
 @pytest.mark.parametrize(
@@ -71,7 +100,7 @@ def test_killed_and_resumed_is_uninterrupted_bit_for_bit(models, uninterrupted, 
     ],
 )
 def test_what_was_accepted_is_learned_from_once_where_bits_may_differ(models, tmp_path, where, changes):
-    """Slow episodes come back in any order, and partial samples begin again; nothing is lost or repeated."""
+    """Slow episodes return in any order, and partial samples begin again; none is lost or counted twice."""
     config = grpo_config(models, tmp_path / "run", **changes)
     run_and_kill(config, where, 25)
     run(config)

@@ -1,4 +1,4 @@
-"""No body below the size limit keeps the server from answering others, takes much memory, or ends it."""
+"""No body below the size limit blocks the server for others, takes much memory, or ends it."""
 
 import os
 import re
@@ -13,7 +13,7 @@ import pytest
 from hostile_bodies import HOSTILE
 from tiny_checkpoint import save_tiny_checkpoint
 
-MAX_SECONDS = 2.0  # on a shared machine; alone it is a tenth of that
+MAX_SECONDS = 2.0  # on a shared machine; ten times faster on an idle one
 MAX_GROWTH_BYTES = 300 * 2**20
 ANSWERS = (200, 400, 413, 429)
 
@@ -38,7 +38,7 @@ class Process:
 
 
 class Watch:
-    """Asks a server for its health all the time: the longest wait, and the most memory it held."""
+    """Polls a server's health. Keeps the longest wait and the largest memory use."""
 
     def __init__(self, server: Process):
         self.longest_seconds = 0.0
@@ -78,13 +78,14 @@ def server(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_body_holds_up_no_other_client(server, name):
-    path, body = HOSTILE[name]
+    path, make_body = HOSTILE[name]
+    body = make_body()
     before = server.resident_bytes()
     start = time.monotonic()
     with Watch(server) as watch:
         try:
             response = server.client.post(path, content=body, headers={"Content-Type": "application/json"}, timeout=30)
-        except httpx.ReadTimeout:  # the engine works at it; the client leaves
+        except httpx.ReadTimeout:  # the engine works on this one; the client disconnects
             response = httpx.Response(200)
         time.sleep(0.05)
     growth = max(watch.most_bytes - before, 0)

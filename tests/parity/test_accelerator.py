@@ -1,5 +1,6 @@
-"""The same code on an accelerator: kernels against their references, the model against itself on the CPU, training,
-decoding. `pytest -m gpu` runs this where there is one.
+"""The same code on an accelerator: kernels against their references, the model against the CPU, training, decoding.
+
+`pytest -m gpu` runs these tests on a machine with an accelerator.
 """
 
 from dataclasses import replace
@@ -12,7 +13,7 @@ import openmimo
 from openmimo.core.records import SamplingParams
 from openmimo.data.config import MixtureConfig, SourceConfig
 from openmimo.engine.llm import LLM
-from openmimo.engine.sampler import Draw, LogitChange, decide, sampling_input
+from openmimo.engine.sampler import RowChange, SamplingInput, SamplingTable, decide, seat_sampling
 from openmimo.kernels.attention import ATTENTION, PAGED_ATTENTION, AttentionNeed, PagedNeed, Pages
 from openmimo.kernels.operations import EXPERTS, ROUTER, ExpertsNeed, RoutingRule, route, token_logprobs, token_loss
 from openmimo.model.context import PackedContext
@@ -233,8 +234,15 @@ def test_masks_of_structures_are_moved_to_the_logits(device, temperature):
     allowed = torch.zeros(50, dtype=torch.bool)
     allowed[17] = True
     params = SamplingParams(temperature=temperature, logit_bias={3: 100.0}, frequency_penalty=1.0)
-    changes = [
-        LogitChange(frozenset({1}), {2: 1}, frozenset({4}), mask) for mask in (allowed, torch.zeros_like(allowed))
-    ]
-    sampling = sampling_input([Draw(params, 0, 5, change) for change in changes], device)
-    assert decide(logits, sampling).tolist() == [17, -1]
+    seat = seat_sampling(0, params, device=device)
+    masks = (allowed, torch.zeros_like(allowed))
+    rows, numbers = torch.zeros(2, dtype=torch.int64, device=device), torch.full((2,), 0.3, device=device).double()
+    sampling = SamplingInput(
+        (seat,),
+        seats_S=rows if temperature else None,
+        uniform_S=numbers if temperature else None,
+        changes=tuple(RowChange(row, 0, allowed_V=mask) for row, mask in enumerate(masks)),
+    )
+    table = SamplingTable(50, device)
+    table.update(sampling)
+    assert decide(logits, sampling, table, rows).tolist() == [17, -1]

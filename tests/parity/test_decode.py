@@ -1,4 +1,4 @@
-"""Decoding with a cache against the whole forward pass, and the engine's front against decoding by definition."""
+"""Decoding with a cache against the whole forward pass, and the offline engine against decoding by definition."""
 
 from dataclasses import replace
 
@@ -30,7 +30,7 @@ def _arena(model, cache_bytes=1 << 22):
 
 
 def _read(model, arena, rotary, work):
-    """Logits of the next tokens of some sequences: (pages, where they start, the tokens)."""
+    """Returns logits of the next tokens of some sequences, given (pages, start, tokens) of each."""
     for pages, start, ids in work:
         pages.reach(start + len(ids))
     spans = [Span(pages, start, start + len(ids)) for pages, start, ids in work]
@@ -45,7 +45,7 @@ def _read(model, arena, rotary, work):
 
 
 def _cached_logits(model, ids, chunk_lengths):
-    """Logits of one sequence read in chunks through a cache."""
+    """Returns logits of one sequence, read in chunks through a cache."""
     arena, rotary = _arena(model), RotaryRows("cpu", model.config.max_positions)
     pages, start, logits = PageTables(arena, margin=0), 0, []
     for length in chunk_lengths:
@@ -107,8 +107,8 @@ def test_greedy_generation_by_definition():
 
 
 @pytest.mark.parametrize("heads", [0, 2])
-def test_same_seed_same_tokens_whatever_runs_beside(heads):
-    # In float32 a batch of another size rounds otherwise, which moves a draw once in 10,000 tokens.
+def test_a_seed_gives_the_same_tokens_in_any_batch(heads):
+    # In float32, rounding depends on the batch size, which changes a draw once in 10,000 tokens.
     model = tiny_model(3, mtp_heads=heads).to(torch.float64)
     prompts = [_ids(length, length) for length in (5, 30, 12, 50)]
     params = [
@@ -179,7 +179,7 @@ def test_stop_ids_and_the_checkpoints_own():
 
 @pytest.fixture(scope="module")
 def text_llm():
-    """A random model with a tokenizer: it babbles bytes."""
+    """A random model with a byte tokenizer."""
     tokenizer = Tokenizer.train(["some words to learn from, and some more words"], vocab_size=300)
     model = randomize(MiMo(replace(tiny_config(mtp_heads=2), vocab_size=tokenizer.vocab_size)), 7)
     return LLM(model, tokenizer)

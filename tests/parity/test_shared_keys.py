@@ -1,5 +1,6 @@
-"""Layers that read an earlier layer's keys and block scores: training, chunks, decoding, reused prefixes, preemption,
-speculation, cache bytes and counts, against attention written out in float64.
+"""Layers that read an earlier layer's keys and block scores, against attention written out in float64.
+
+Covers training, chunks, decoding, reused prefixes, preemption, speculation, cache bytes and counts.
 """
 
 from dataclasses import replace
@@ -25,7 +26,7 @@ SHARED, SCORED, BLOCK = "tests.attention_kinds:SHARED", "tests.attention_kinds:S
 
 
 def shared_config(kind: str = SHARED, mtp_heads: int = 0) -> ModelConfig:
-    """Layers 2 and 3 read the keys of full layer 0, layer 5 those of sliding layer 4, through a narrower window."""
+    """Layers 2 and 3 read the keys of full layer 0; layer 5 reads those of sliding layer 4 in a narrower window."""
     config = tiny_config(mtp_heads=mtp_heads)
     layers = list(config.layers)
     full = replace(layers[0].attention, score_block=BLOCK if kind == SCORED else None)
@@ -47,7 +48,7 @@ def ids_of(length: int, seed: int = 0) -> torch.Tensor:
 
 
 class WrittenOut(PackedContext):
-    """One query and head at a time."""
+    """Attention computed for one query and one head at a time."""
 
     def attend(self, call: AttentionCall) -> AttentionOut:
         if call.source_layer is None:
@@ -96,7 +97,7 @@ def test_training_is_attention_written_out(kind):
 def test_a_layer_is_trained_by_those_that_read_its_keys_and_the_loss_falls():
     model, tokens_T = shared_model(), ids_of(60)
     with torch.no_grad():
-        model.model.layers[0].self_attn.o_proj.weight.zero_()  # its own output says nothing
+        model.model.layers[0].self_attn.o_proj.weight.zero_()  # its output projection is zero
     first, gradients = loss_and_gradients(model, PackedContext((60,)), tokens_T)
     assert gradients["model.layers.0.self_attn.q_proj.weight"].abs().max() == 0
     for part in ("k_proj", "v_proj"):
@@ -130,7 +131,7 @@ def assert_by_definition(model: MiMo, prompt: list[int], tokens: list[int], logp
 @pytest.mark.parametrize("kind", [SHARED, SCORED])
 @torch.inference_mode()
 def test_generation_by_definition(kind, mtp_heads):
-    """Prompts read whole and in chunks, decoded one by one and with drafts, several sequences at once."""
+    """Prompts read whole and in chunks, decoded one by one and with drafts, several sequences in a batch."""
     model = shared_model(kind, mtp_heads)
     prompts = [ids_of(length, length).tolist() for length in (1, 9, 40, 77)]
     params = SamplingParams(max_tokens=20, temperature=0.0, logprobs=True, ignore_eos=True)
@@ -172,7 +173,7 @@ def test_preemption_changes_nothing():
 
 
 def test_layers_that_read_others_have_no_bytes_in_the_cache():
-    """Layer for layer: an arena of the shared model holds what one of the model without these layers does."""
+    """An arena of the shared model has the layers of one whose model lacks the layers that share keys."""
     model = shared_model(mtp_heads=2)
     owners = {index for index, spec in enumerate(model.config.attention_layers()) if spec.kv_from is None}
     arena = Engine(model).arena

@@ -1,4 +1,4 @@
-"""A step is tensors: copied byte by byte, it gives the same results on a worker with the same pages and states."""
+"""A step consists of tensors: from a byte copy, a worker with the same pages and states computes the same results."""
 
 import pickle
 
@@ -13,37 +13,49 @@ from openmimo.engine.worker import Worker
 
 
 def _tensors(output):
-    return [value for value in output._asdict().values() if value is not None]
+    fields = output._asdict()
+    scores = [value for scores in fields.pop("prompt_scores") for value in scores]
+    return [value for value in (*scores, *fields.values()) if value is not None]
 
 
 def test_a_second_worker_gives_the_same_results_from_copied_steps(monkeypatch):
-    """It sees the copies only: of decoding, verification, drafting and prompts read in chunks, greedy and sampled."""
+    """The second worker sees only copies of the steps: decoding, verification, drafting, chunked prompts, greedy and
+    sampled.
+    """
     model = tiny_model(1, mtp_heads=3)
     config = EngineConfig(cache_gigabytes=0.01, prefill_tokens=16, adaptive_drafts=False)
     engine, other = Engine(model, config=config), Engine(model, config=config)
     first, second = engine._runner.worker, other._runner.worker
     num_compared = {"execute": 0, "draft": 0}
 
-    def mirrored(name, real):
+    def mirrored(real):
         def call(worker, *arguments):
             if worker is not first:
                 return real(worker, *arguments)
             copies = pickle.loads(pickle.dumps(arguments))
             other.arena.num_seats = engine.arena.num_seats
             found, expected = real(second, *copies), real(first, *arguments)
-            pairs = [(found, expected)] if name == "draft" else zip(_tensors(found), _tensors(expected), strict=True)
+            pairs = zip(_tensors(found), _tensors(expected), strict=True)
             assert all(torch.equal(a, b) for a, b in pairs)
-            num_compared[name] += 1
+            (step,) = arguments
+            num_compared["execute"] += 1
+            num_compared["draft"] += step.drafting is not None
             return expected
 
         return call
 
-    for name in num_compared:
-        monkeypatch.setattr(Worker, name, mirrored(name, getattr(Worker, name)))
+    monkeypatch.setattr(Worker, "execute", mirrored(Worker.execute))
     kinds = [
         {"temperature": 0.0, "logprobs": True},
         {"temperature": 1.0, "top_p": 0.9, "top_logprobs": 2},
         {"temperature": 0.7, "frequency_penalty": 0.5, "logit_bias": {3: 1.0}, "routed_experts": True},
+        {
+            "temperature": 0.0,
+            "repetition_penalty": 1.3,
+            "min_tokens": 9,
+            "prompt_logprobs": True,
+            "prompt_top_logprobs": 2,
+        },
     ]
     for number, kind in enumerate(kinds):
         prompt = tuple(range(5 + number, 45 + 7 * number))
@@ -55,14 +67,14 @@ def test_a_second_worker_gives_the_same_results_from_copied_steps(monkeypatch):
 
 @pytest.mark.parametrize("speculative", [False, True])
 def test_passes_of_a_step_reuse_the_same_memory(speculative):
-    """A captured graph can read its inputs from fixed addresses."""
+    """Fixed addresses let a captured graph read its inputs."""
     engine = Engine(tiny_model(1, mtp_heads=3), config=EngineConfig(speculative=speculative, adaptive_drafts=False))
     addresses, real = set(), engine._runner.worker.execute
 
     def execute(step):
         groups = [slots for slots in step.main.groups if slots is not None]
         tensors = [step.main.token_ids_T, step.main.positions_T, step.main.query_lengths_B, step.main.key_lengths_B]
-        tensors += [tensor for slots in groups for tensor in (slots.tables_pBY, slots.page_pT, slots.offset_T)]
+        tensors += [tensor for slots in groups for tensor in (*slots.tables_BY, *slots.page_T, slots.offset_T)]
         addresses.add(tuple(tensor.data_ptr() for tensor in tensors))
         return real(step)
 
@@ -73,3 +85,27 @@ def test_passes_of_a_step_reuse_the_same_memory(speculative):
     while engine.has_work:
         engine.step()
     assert len(addresses) == 1
+
+
+def test_a_decoding_step_is_one_call_and_writes_parameters_once(monkeypatch):
+    """Drafts, penalties and sampling included. The host reads drafts for a grammar only."""
+    engine = Engine(tiny_model(1, mtp_heads=3), config=EngineConfig(adaptive_drafts=False))
+    steps, real = [], engine._runner.worker.execute
+    engine._runner.worker.execute = lambda step: steps.append(step) or real(step)
+    monkeypatch.setattr(Worker, "draft", lambda *arguments: pytest.fail("drafts were read"))
+    kinds = [{"temperature": 0.8, "top_p": 0.9}, {"temperature": 0.0, "frequency_penalty": 0.5}, {"min_tokens": 4}]
+    for number, kind in enumerate(kinds):
+        params = SamplingParams(max_tokens=20, seed=number, ignore_eos=True, **kind)
+        engine.submit(Request(str(number), tuple(range(10 + number)), params))
+    engine.step()
+    num_prefills, num_engine_steps = len(steps), 0
+    while engine.has_work:
+        engine.step()
+        num_engine_steps += 1
+    decodes = steps[num_prefills:]
+    assert (
+        len(decodes) == num_engine_steps and sum(step.drafting is not None for step in decodes) >= num_engine_steps - 2
+    )
+    assert [admitted.seat for step in steps for admitted in step.sampling.admitted] == [0, 1, 2]
+    counted = [tokens.tolist() for step in steps for _, tokens in step.sampling.new_tokens]
+    assert 19 <= sum(map(len, counted)) <= 20

@@ -1,4 +1,4 @@
-"""What docs/engine.md promises of bfloat16: with the compiled kernels, decoding does not depend on the batch."""
+"""With the compiled kernels, decoding in bfloat16 does not depend on the batch (docs/engine.md)."""
 
 import pytest
 from tiny_checkpoint import save_tiny_checkpoint

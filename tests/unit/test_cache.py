@@ -1,4 +1,4 @@
-"""Pages, tables and prefixes: what is held, what is given back, and how near the bytes come to the ideal."""
+"""Pages, tables and prefixes: allocation, release, and bytes compared with the ideal."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def test_every_layer_has_a_place_and_pages_are_equal(preset, page_positions):
     for group in layout.groups:
         numbers = len(group.layers) * group.page_positions * group.spec.bytes_per_position(1)
         assert group.page_positions in (16, 32, 64, 128)
-        least = 0.9 if page_positions > 16 else 0.7  # sliding layers cannot have less than 16
+        least = 0.9 if page_positions > 16 else 0.7  # sliding layers have at least 16 positions
         assert least * layout.page_numbers < numbers / group.num_parts <= layout.page_numbers
         assert layout.block_positions % group.page_positions == 0
 
@@ -47,7 +47,7 @@ def test_layers_that_share_pages_never_overlap_in_them():
 )
 @pytest.mark.parametrize("preset", [flash, small])
 def test_bytes_are_within_five_percent_of_the_ideal_at_mixed_lengths(preset, lengths):
-    """And a length of 16K costs a tenth of what a model of full layers needs, or near it (paper table 1)."""
+    """A length of 16K needs less than a quarter of the cache of a model of full layers (paper table 1)."""
     config = preset()
     arena = _arena(config, pages=1, dtype=torch.bfloat16)
     held = sum(arena.pages_for(length, 0) for length in lengths) * arena.page_bytes

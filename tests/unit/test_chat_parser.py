@@ -1,4 +1,4 @@
-"""The chat parser: nothing is lost, cuts do not matter, arguments stream, and what a template wrote comes back."""
+"""The chat parser loses no text, gives the same result for any pieces, streams arguments, and inverts the template."""
 
 import json
 from dataclasses import replace
@@ -42,7 +42,7 @@ QUICK = settings(max_examples=150, deadline=None, database=None, derandomize=Tru
 
 
 def parse(pieces, *, starts_thinking: bool = False) -> list[ChatEvent]:
-    """The events of a reply that comes in pieces, with neighbors merged."""
+    """Returns the events of a reply that arrives in pieces, with adjacent events merged."""
     parser = ChatParser(tools=TOOLS, starts_thinking=starts_thinking)
     merged = []
     for event in [one for piece in pieces for one in parser.push(piece)] + parser.finish():
@@ -65,12 +65,12 @@ def called(arguments: str, *, index: int = 0, name: str = "act") -> list[ChatEve
 
 
 def value_of(parameter: str, text: str):
-    """What an argument becomes."""
+    """The parsed value of an argument."""
     arguments = parse([call((parameter, text))])[1].text
     return json.loads(arguments)[parameter]
 
 
-# --- what a reply is made of -----------------------------------------------------------------------------------------
+# --- structure of a reply --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -301,7 +301,7 @@ def test_arguments_grow_as_they_come():
     parser = ChatParser(tools=TOOLS)
     parser.push("<tool_call>\n<function=act>\n<parameter=text>")
     grown = [event.text for word in ("one ", 'two "', "three\n") for event in parser.push(word)]
-    assert grown == ['"one ', 'two \\"', "three"]  # the line end waits for what follows
+    assert grown == ['"one ', 'two \\"', "three"]  # a line end is held back until the next text
     for parameter in ("maybe", "either", "count", "unheard_of"):
         parser = ChatParser(tools=TOOLS)
         parser.push(f"<tool_call>\n<function=act>\n<parameter={parameter}>")
@@ -318,7 +318,7 @@ def test_text_is_held_back_no_longer_than_it_may_be_a_mark():
     assert parser.push("so") == [ContentText("<tool_call>\nso")]
 
 
-# --- any text at all -------------------------------------------------------------------------------------------------
+# --- arbitrary text --------------------------------------------------------------------------------------------------
 
 PIECES = st.sampled_from(
     [
@@ -401,18 +401,18 @@ def test_text_around_calls_is_kept(texts):
     ids=lambda reply: reply[:50],
 )
 def test_long_replies_in_small_pieces(reply):
-    """A parser that looks at everything again with each piece would be noticed by whoever waits for this."""
+    """A parser that reads the whole reply again for each piece would take minutes."""
     parser = ChatParser(tools=TOOLS)
     grown = [event for character in reply for event in parser.push(character)] + parser.finish()
     assert text_of(grown) == text_of(parse([reply]))
 
 
 def text_of(events: list[ChatEvent]) -> str:
-    """All that the events say."""
+    """Joins the text of all events."""
     return "".join(event.text for event in events if not isinstance(event, ToolCallStart | ToolCallEnd))
 
 
-# --- what the template wrote comes back ------------------------------------------------------------------------------
+# --- round trips through the template --------------------------------------------------------------------------------
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"])).filter(lambda text: "</parameter>" not in text)
 NUMBERS = st.integers() | st.floats(allow_nan=False, allow_infinity=False)
@@ -442,13 +442,13 @@ def is_free_of_marks(text: str) -> bool:
 
 
 def reply_of(turn: Message) -> str:
-    """What the template writes for an assistant's turn, as the model would."""
+    """Returns the text of an assistant's turn in the template, as a model would write it."""
     text = render([Message("user", "?"), turn], tools=TOOLS, add_generation_prompt=False)
     return text.partition("<|im_start|>assistant\n")[2].removesuffix("<|im_end|>")
 
 
-def told_by(events: list[ChatEvent]) -> Message:
-    """The turn that the events make."""
+def turn_of(events: list[ChatEvent]) -> Message:
+    """Builds the turn that the events describe."""
     said = {ReasoningText: "", ContentText: ""}
     calls: list[dict] = []
     for event in events:
@@ -468,7 +468,7 @@ def told_by(events: list[ChatEvent]) -> Message:
 @given(reasoning=TEXTS.filter(is_free_of_marks), content=TEXTS.filter(is_free_of_marks), calls=CALLS)
 def test_a_rendered_turn_comes_back(reasoning, content, calls):
     turn = Message("assistant", content, reasoning, tuple(calls))
-    assert told_by(parse([reply_of(turn)])) == turn
+    assert turn_of(parse([reply_of(turn)])) == turn
 
 
 def test_a_tokenized_turn_comes_back_from_any_cut_of_its_tokens():
@@ -479,7 +479,7 @@ def test_a_tokenized_turn_comes_back_from_any_cut_of_its_tokens():
     prompt = encode_chat(tokenizer, [Message("user", "?")], tools=TOOLS, enable_thinking=True)
     ids = encode_chat(tokenizer, [Message("user", "?"), turn], tools=TOOLS, add_generation_prompt=False)
     text = tokenizer.decode(ids[len(prompt) : -1], skip_special=False)
-    assert told_by(parse([text])) == told_by(parse(text)) == turn
+    assert turn_of(parse([text])) == turn_of(parse(text)) == turn
 
 
 def test_where_no_call_may_come_its_markup_is_text():

@@ -1,4 +1,4 @@
-"""The sources `tasks` and `chat`: rows of whole conversations of which only the assistant's words count."""
+"""The sources `tasks` and `chat`: rows of whole conversations whose loss covers the assistant's tokens only."""
 
 import json
 import warnings
@@ -26,7 +26,7 @@ def rows_of(config: SourceConfig, number: int, sequence_length: int = 300):
 
 
 def documents_of(row):
-    """(text, text that counts) of each document of a row."""
+    """Yields (text, text in the loss) of each document of a row."""
     edges = np.cumsum((0, *row.document_lengths))
     for start, end in zip(edges[:-1], edges[1:], strict=True):
         token_ids, mask = row.token_ids[start:end], row.loss_mask[start:end]
@@ -38,7 +38,7 @@ def documents_of(row):
 
 
 def demonstrations_of(config: SourceConfig, number: int) -> list[tuple[str, str]]:
-    """(prompt, answer) of every demonstration that counts."""
+    """Returns (prompt, answer) of every demonstration in the loss."""
     found = []
     for row in rows_of(config, number):
         *whole, (_, last_counts) = documents_of(row)
@@ -95,7 +95,7 @@ def test_task_sources_survive_json():
     assert open_source(again)[1].tasks == TASKS
 
 
-def test_a_loader_reads_demonstrations_beside_other_sources():
+def test_a_loader_mixes_demonstrations_with_other_sources():
     mixture = MixtureConfig((demonstrations(*TASKS), SourceConfig("repeats")))
     batch = Loader(mixture, TOKENIZER, sequence_length=256, seed=0).next_batch(8)
     assert batch.loss_mask is not None and 0 < batch.loss_mask.sum() < len(batch.token_ids)

@@ -1,4 +1,4 @@
-"""Conversations to text: byte for byte as the golden files say, and as transformers renders the same template."""
+"""Conversations as text: byte for byte as in the golden files, and as transformers renders the same template."""
 
 from pathlib import Path
 
@@ -64,7 +64,7 @@ CASES = {
     "tool_calls_then_user": dict(messages=[*TOOL_USE, Message("user", "Thanks"), Message("system", "Be brief.")]),
 }
 
-# MiMo-V2's own ids for the user turn "Hello" with thinking off, each with the text that its vocabulary gives it.
+# MiMo-V2's own ids for the user turn "Hello" with thinking off, each with its text in MiMo-V2's vocabulary.
 HELLO_TOKENS = [
     (151644, "<|im_start|>"), (8948, "system"), (198, "\n"), (2610, "You"), (525, " are"), (20740, " Mi"),
     (25612, "Mo"), (11, ","), (264, " a"), (10950, " helpful"), (15235, " AI"), (17847, " assistant"),
@@ -91,7 +91,7 @@ def test_hello_is_the_published_token_sequence():
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_reply_extends_its_prompt(name):
-    """A finished turn, rendered as history, begins with the prompt that the turn was written for."""
+    """A finished turn, rendered as history, begins with the prompt of that turn."""
     case = {**CASES[name], "add_generation_prompt": True, "enable_thinking": False, "keep_all_reasoning": True}
     reply = Message("assistant", "Yes.")
     assert render(**{**case, "messages": [*case["messages"], reply]}).startswith(render(**case) + "Yes.<|im_end|>")

@@ -1,4 +1,4 @@
-"""Loading, saving and converting: FP8 and fused layouts, shards, and everything that can be wrong with a folder."""
+"""Loading, saving and converting: FP8 and fused layouts, shards, and faults of a checkpoint folder."""
 
 import json
 from dataclasses import replace
@@ -27,7 +27,7 @@ def same(a: MiMo, b: MiMo) -> bool:
 
 
 def real_dims_model() -> MiMo:
-    """Two layers with the published head dims, so that key rows of a rank end inside a block of scales."""
+    """Two layers with the published head dims: the key rows of a rank end inside a block of scales."""
     config = tiny_config(num_layers=2, mtp_heads=1)
     full = replace(config.layers[0].attention, num_heads=8, num_kv_heads=4, key_dim=192, value_dim=128, rotary_dim=64)
     sliding = replace(full, kind="sliding", num_kv_heads=8, window_keys=9, sink=True)
@@ -81,7 +81,7 @@ def test_fp8_is_restored_to_its_rounding_error(tmp_path, projections):
 def test_fp8_full_layers_have_the_published_scale_layout(tmp_path):
     """K of a full layer: 4 ranks x 2 rows of scales, V: 4 x 1; K_r rows 128-191 and V_r rows 0-63 share one scale."""
     model = real_dims_model()
-    model.model.layers[0].self_attn.v_proj.weight.data[::2] *= 10  # so that no two scales are alike
+    model.model.layers[0].self_attn.v_proj.weight.data[::2] *= 10  # makes all scales different
     model.model.layers[0].self_attn.v_proj.weight.data[64:128] *= 10
     openmimo.save_model(model, tmp_path / "m")
     convert(tmp_path / "m", tmp_path / "q", ConvertConfig(dtype="fp8"), start=quiet)
@@ -92,7 +92,7 @@ def test_fp8_full_layers_have_the_published_scale_layout(tmp_path):
     k, v = model.model.layers[0].self_attn.k_proj.weight, model.model.layers[0].self_attn.v_proj.weight
     shared = torch.cat([k[192 + 128 : 2 * 192], v[128 : 128 + 64]]).abs().max() / 448
     assert torch.isclose(stored[prefix + "k_proj.weight_scale_inv"][3, 0], shared)
-    # Uniform blocks, the obvious reading, give another matrix.
+    # Uniform blocks would give another matrix.
     wrong = dequantize_fp8(stored[prefix + "v_proj.weight"], stored[prefix + "v_proj.weight_scale_inv"])
     right = openmimo.load_model(tmp_path / "q").model.layers[0].self_attn.v_proj.weight
     assert (wrong - right).norm() / right.norm() > 0.1
@@ -100,7 +100,7 @@ def test_fp8_full_layers_have_the_published_scale_layout(tmp_path):
 
 @pytest.mark.parametrize("kv_heads, key_dim, value_dim", [(1, 48, 32), (2, 96, 64), (2, 192, 128), (4, 192, 192)])
 def test_fp8_survives_other_geometries(tmp_path, kv_heads, key_dim, value_dim):
-    """Where the split scales could not tell a grid per rank from a uniform one, the uniform one is written and read."""
+    """For shapes that do not tell a grid per rank from a uniform grid, the uniform grid is written and read."""
     config = tiny_config(num_layers=2)
     full = replace(
         config.layers[0].attention,

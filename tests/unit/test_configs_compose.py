@@ -1,4 +1,4 @@
-"""Every field of every config is read by the package and reachable from a command; engine settings are nested."""
+"""Every field of every config is read by the package and has a command-line option; engine settings are nested."""
 
 import ast
 import dataclasses
@@ -35,7 +35,7 @@ COMMANDS = (
 
 
 def config_modules():
-    """Every `config.py` of the package but that of the model, whose fields are those of a checkpoint."""
+    """Every `config.py` of the package but the model's, whose fields come from a checkpoint."""
     names = [module.name for module in pkgutil.walk_packages([str(PACKAGE)], "openmimo.")]
     return [
         name
@@ -62,7 +62,7 @@ def attributes_read():
 
 
 def reachable(config_type, found):
-    """Adds the dataclasses that an annotation holds, with their bases, to `found`."""
+    """Adds the dataclasses in an annotation, with their bases, to `found`."""
     for argument in typing.get_args(config_type):
         reachable(argument, found)
     if isinstance(config_type, type) and dataclasses.is_dataclass(config_type) and config_type not in found:
@@ -89,12 +89,12 @@ def test_every_config_is_reachable_from_a_command():
         reachable(command, found)
     names = {field.name for config in found for field in dataclasses.fields(config)}
     assert {field.name for field in dataclasses.fields(SchedulerConfig)} <= names
-    indirect = {SchedulerConfig, TaskConfig}  # made by RlConfig.scheduler, and from the options of a source
+    indirect = {SchedulerConfig, TaskConfig}  # built by RlConfig.scheduler, and from the options of a source
     assert set(config_classes()) - found - indirect == set()
 
 
 def leaves(value, name=""):
-    """The dotted names of the options of a config; those below a dict are named by its keys."""
+    """Returns the dotted names of the options of a config; a dict's options have its keys as names."""
     if dataclasses.is_dataclass(value):
         for field in dataclasses.fields(value):
             yield from leaves(getattr(value, field.name), f"{name}.{field.name}".lstrip("."))

@@ -1,4 +1,4 @@
-"""Any damage to a checkpoint folder gives a working model or one paragraph that names the file, never another error."""
+"""A damaged checkpoint folder gives a working model, or one paragraph that names the file."""
 
 import resource
 import signal

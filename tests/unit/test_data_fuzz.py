@@ -1,4 +1,4 @@
-"""Damaged data files: each is read, or refused by a DataError that names the file and the line or byte."""
+"""A damaged data file is read, or refused by a DataError that names the file and the line or byte."""
 
 import gzip
 import json
@@ -48,7 +48,7 @@ ODD = st.sampled_from(
 
 
 def read(kind, path):
-    """Everything that a run would read of the file."""
+    """Reads everything that a run would read of the file."""
     if kind == "problems":
         task = open_task(TaskConfig("jsonl", 2, 2, options={"path": path}))
         return task.problem_at(0, split="train", seed=0)
@@ -77,7 +77,7 @@ def check(kind, path, *, whole_set_may_be_refused=True):
 
 
 def mutated(value, data):
-    """`value` with one part, at any depth, exchanged, taken out or renamed."""
+    """Returns `value` with one part, at any depth, replaced, removed or renamed."""
     if isinstance(value, (dict, list)) and value and data.draw(st.booleans()):
         key = data.draw(st.sampled_from(sorted(value) if isinstance(value, dict) else range(len(value))))
         change = data.draw(st.sampled_from(["deeper", "deeper", "exchange", "remove", "rename"]))

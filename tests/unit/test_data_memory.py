@@ -1,4 +1,4 @@
-"""Texts in pieces and orders without memory: the ids and the order are those of a plain computation."""
+"""Texts in pieces and orders in constant memory: ids and order are those of a plain computation."""
 
 import json
 import subprocess
@@ -36,7 +36,7 @@ def test_ids_of_pieces_are_those_of_the_whole(size):
 @settings(max_examples=300, deadline=None)
 @given(text=st.text(alphabet=ALPHABET, max_size=200).map(lambda text: "x y\nz " + text + " x\ny z"))
 def test_a_cut_at_a_line_end_or_a_blank_changes_no_id(text):
-    """Every place that the cutting prefers, tried one by one, and in texts of all kinds of blanks and accents."""
+    """Cuts at every preferred position, one by one, in texts with all kinds of blanks and accents."""
     for place in range(1, len(text)):
         before, after = text[place - 1], text[place : place + 2]
         at_line_end = text[:place].endswith("\n") and not text[: place - 1].rstrip("\r")[-1:].isspace() and place > 1
@@ -95,7 +95,7 @@ print(peak() - before)
 
 @pytest.mark.parametrize("megabytes", [5, pytest.param(60, marks=pytest.mark.slow)])
 def test_a_long_document_takes_little_memory(tmp_path, monkeypatch, megabytes):
-    """By the old way 5 MB took 800 MB, and 60 MB took 9.7 GB."""
+    """Without pieces, 5 MB took 800 MB, and 60 MB took 9.7 GB."""
     monkeypatch.setenv("OPENMIMO_CACHE", str(tmp_path / "cache"))
     line = "the quick brown fox jumps over the lazy dog\n"
     (tmp_path / "one.jsonl").write_text(json.dumps({"text": line * (megabytes * 10**6 // len(line))}))

@@ -1,4 +1,4 @@
-"""The number of drafts follows what was measured, and what has changed since."""
+"""The number of drafts follows the measured step times and acceptance, also after they change."""
 
 import random
 
@@ -8,7 +8,7 @@ from openmimo.engine.speculative import DraftLength
 
 
 def play(length, *, acceptance, seconds, batch_size=1, steps=400, seed=0):
-    """Steps of an engine whose heads are right, and whose steps take, as told; the choices."""
+    """Simulates an engine with the given acceptance and step times. Returns the chosen numbers of drafts."""
     rng, choices, drafted = random.Random(seed), [], 0
     for _ in range(steps):
         accepted = 0

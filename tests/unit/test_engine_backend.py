@@ -6,10 +6,9 @@ import warnings
 from contextlib import aclosing
 from dataclasses import replace
 
-import httpx
 import pytest
 from conftest import tiny_config, tiny_model
-from server_thread import running
+from server_thread import connect, running
 
 from openmimo.core.errors import UserError
 from openmimo.core.records import Request, SamplingParams, Structure
@@ -113,7 +112,7 @@ def test_an_engine_that_dies_tells_its_clients_and_its_health(engine, monkeypatc
     assert not is_healthy
 
 
-def test_heads_that_are_right_by_chance_are_told_of_once():
+def test_heads_that_are_right_by_chance_are_reported_once():
     stats = EngineStats(offered=[0], accepted=[0])
     with pytest.warns(UserWarning, match="no more than by chance"):
         for step in range(1000):
@@ -147,10 +146,10 @@ def test_what_the_engine_refuses_names_the_field_at_fault():
     backend = EngineBackend(Engine(model, tokenizer, EngineConfig(cache_gigabytes=0.01)), tokenizer, model_name="tiny")
     messages = [{"role": "user", "content": "x"}]
     prompts = {"/v1/completions": {"prompt": "x"}, "/v1/responses": {"input": "x"}}
-    with running(backend) as server:
+    with running(backend) as server, connect(server) as client:
         for path, fields, param in BAD_FORMS:
             body = {**prompts.get(path, {"messages": messages}), **fields}
-            response = httpx.post(server.url + path, json=body)
+            response = client.post(path, json=body)
             assert (response.status_code, response.json()["error"]["param"]) == (400, param), response.text
 
 

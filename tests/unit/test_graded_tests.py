@@ -1,4 +1,4 @@
-"""Reward by the difficulty of tests, against values worked out by hand."""
+"""Reward by the difficulty of tests, compared with values computed by hand."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""config.json in both dialects: what is read, what is refused."""
+"""config.json in both dialects: accepted and refused values."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Text of the policy's that a library scores: never run as code, never able to stop a run or to write its own score."""
+"""Libraries score the policy's text in a jail: it never runs as code, and cannot stop a run or write its own score."""
 
 import threading
 from dataclasses import replace
@@ -21,7 +21,7 @@ EVALUATED = ("countdown", "puzzle24", "simple_integration", "polynomial_multipli
 
 
 def attacks(path):
-    """Answers that make a file or a score if anything runs them."""
+    """Answers that create a file or a score if a scorer runs them."""
     write = f"open({str(path)!r}, 'w')"
     return [
         f"__import__('os').system('touch {path}')",
@@ -47,10 +47,12 @@ def test_no_answer_to_a_library_task_runs(dataset, tmp_path):
         assert not mark.exists()
 
 
-def test_an_answer_without_end_scores_0_and_is_counted():
+def test_an_answer_without_end_scores_0_and_is_counted(monkeypatch):
     pytest.importorskip("math_verify")
     before = isolated_calls().counts["timed out"]
-    assert score_answer("math", "5", "$9^{9^9}$") == 0.0
+    with monkeypatch.context() as patch:
+        patch.setattr(answers, "MATH_SECONDS", 0.3)
+        assert score_answer("math", "5", "$9^{9^9}$") == 0.0
     assert isolated_calls().counts["timed out"] == before + 1
     assert score_answer("math", "1/2", "so it is $0.5$") == 1.0
 
@@ -71,7 +73,7 @@ def test_answers_are_scored_from_many_threads():
 
 @pytest.fixture
 def own_process(monkeypatch):
-    """Calls in a child process without a jail, where the test's own module can be imported."""
+    """Isolated calls in a child process without a jail, which can import the test's own module."""
     monkeypatch.setattr(calls, "find_interpreter", refuse)
     with pytest.warns(UserWarning, match="without a jail: no Python here"):
         made = IsolatedCalls(1)
@@ -126,7 +128,7 @@ def test_numbers_agree_exactly_unless_a_tolerance_is_given(key, text, tolerance,
 
 
 class MathLetters(LettersEpisode):
-    """Has an answer without an end scored before its own reward."""
+    """An episode whose reward first scores an expression that cannot be evaluated in time."""
 
     def reward(self):
         assert score_answer("math", "5", "$9^{9^9}$") == 0.0

@@ -1,4 +1,4 @@
-"""The loader: rows are documents of the sources, in a fixed order, resumable and reshardable; and the needle task."""
+"""The loader: rows of documents in a fixed order, resumable and reshardable; and the needle task."""
 
 import json
 
@@ -75,7 +75,7 @@ def assert_same(first: Batch, second: Batch) -> None:
 
 
 def make_store(lengths: list[int]) -> TokenStore:
-    """Documents whose tokens tell their place: token i of the store is i."""
+    """A store in which token i has the value i."""
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     return TokenStore(np.arange(offsets[-1], dtype=np.uint16), offsets, text_bytes=0, content="")
 

@@ -1,4 +1,4 @@
-"""The geometry of one tensor-parallel rank: the ranks' outputs add up to those of the whole model."""
+"""The shapes of one tensor-parallel rank: the sum of the ranks' outputs is the output of the whole model."""
 
 from dataclasses import replace
 
@@ -22,7 +22,7 @@ def inputs() -> torch.Tensor:
 
 
 def part(tensor: torch.Tensor, num_heads: int, rank: int, tp: int) -> torch.Tensor:
-    """The rows of a rank: its heads, or the one head that it shares with other ranks."""
+    """Returns the rows of a rank: its heads, or the one head that it shares with other ranks."""
     heads = tensor.unflatten(0, (num_heads, -1))
     count = max(num_heads // tp, 1)
     first = rank * num_heads // tp
@@ -95,7 +95,7 @@ def test_what_does_not_divide_is_named(tp, message):
 
 @torch.no_grad()
 def test_some_layers_of_a_backbone_are_the_layers_of_the_whole():
-    """As on two pipeline stages: indices, parameter names and routes stay those of the whole model."""
+    """Two pipeline stages keep the indices, parameter names and routes of the whole model."""
     config = tiny_config()
     whole = randomize(MiMo(config), 0).model
     names = dict(whole.named_parameters())

@@ -1,4 +1,4 @@
-"""Metrics files: what is written is read, a resumed run does not repeat steps, TensorBoard reads the same numbers."""
+"""Metrics files: read back as written, no repeated steps after a resume, the same numbers in TensorBoard."""
 
 from openmimo.core.metrics import MetricsWriter, read_metrics
 

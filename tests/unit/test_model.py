@@ -1,4 +1,4 @@
-"""Parts of the model that transformers has no counterpart for: MTP heads, routing tape, balance, packing, dtypes."""
+"""Parts of the model that transformers does not have: MTP heads, routing tape, balance, packing, dtypes."""
 
 from dataclasses import replace
 
@@ -194,7 +194,7 @@ def test_initialization_has_the_reports_standard_deviation():
 
 
 def test_flops_are_counted_like_matrix_products():
-    """Windows make long sequences cheaper: at 4096 tokens the hybrid model does less than the all-global one."""
+    """Windows make long sequences cheaper: at 4096 tokens the hybrid model needs fewer FLOPs than an all-global one."""
     hybrid, all_global = tiny(), tiny_all_global()
     assert training_flops_per_token(hybrid, 4096) < 0.7 * training_flops_per_token(all_global, 4096)
     dense = 2 * 3 * (3 * 128 * 256)

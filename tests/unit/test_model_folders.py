@@ -1,4 +1,4 @@
-"""Files of a model folder: where they may lie, what they may say, and that saving carries them on unchanged."""
+"""Files of a model folder: allowed locations, allowed content, and exact copies when a model is saved."""
 
 import io
 import json
@@ -52,7 +52,7 @@ def refused(call, *arguments, error=UserError) -> str:
     return str(caught.value)
 
 
-# --- where files may lie ---------------------------------------------------------------------------------------------
+# --- locations -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("place", ["absolute", "parent", "inside", "null"])
@@ -109,7 +109,7 @@ def test_verbs_say_that_a_folder_does_not_exist(tmp_path, monkeypatch, capsys, v
     assert list(tmp_path.iterdir()) == []
 
 
-# --- what they may say -----------------------------------------------------------------------------------------------
+# --- content ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -189,7 +189,7 @@ def test_a_stated_truncation_does_not_cut_texts(folder):
     assert len(Tokenizer.load(folder).encode("a longer text")) > 2
 
 
-# --- weights that contradict -----------------------------------------------------------------------------------------
+# --- weights that contradict the config ------------------------------------------------------------------------------
 
 
 def test_contradictions_of_the_index_are_listed(folder):
@@ -236,7 +236,7 @@ def test_tied_embeddings_next_to_another_head_are_refused(folder, tmp_path):
     tensors = {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
     embedding = tensors["model.embed_tokens.weight"]
     save_file({**load_file(path), "lm_head.weight": embedding.clone()}, path)
-    assert torch.equal(openmimo.load_model(folder).lm_head.weight, embedding)  # the same head stored twice is no fault
+    assert torch.equal(openmimo.load_model(folder).lm_head.weight, embedding)  # two equal copies are allowed
 
 
 def test_heads_that_transformers_has_dropped_are_no_error(folder, capsys):
@@ -282,7 +282,7 @@ def test_scales_and_fused_rows_are_checked(quantized, tmp_path, layout, part, ch
     assert part in message
 
 
-# --- what is carried on ----------------------------------------------------------------------------------------------
+# --- files that are copied -------------------------------------------------------------------------------------------
 
 
 def companion_texts(folder: Path) -> dict[str, str]:
@@ -297,7 +297,7 @@ def carried(folder: Path) -> dict[str, str]:
 
 @pytest.fixture
 def published(folder) -> Path:
-    """A folder whose files say more than is read here, as published ones do."""
+    """A folder whose files have more content than the package reads, like published ones."""
     ids = [290, 292, 5]
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ids, "temperature": 0.3}, indent=4))
     edit(folder / "tokenizer_config.json", eos_token="<|im_end|>", model_max_length=512, split_special_tokens=False)
@@ -321,8 +321,8 @@ def test_a_saved_model_carries_the_files_of_its_folder(published, tmp_path):
         assert carried(tmp_path / other) == carried(published)
 
 
-def test_fine_tuning_carries_the_files_of_its_folder(published, tmp_path):
-    (published / "chat_template.jinja").unlink()  # the template of the tests writes no turns to learn from
+def test_fine_tuning_carries_the_files_of_its_folder(published, tmp_path, without_figures):
+    (published / "chat_template.jinja").unlink()  # the template of this fixture has no assistant turns to train on
     lines = [
         {"messages": [{"role": "user", "content": f"q{n}"}, {"role": "assistant", "content": f"a{n}"}]}
         for n in range(64)

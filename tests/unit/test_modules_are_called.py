@@ -1,4 +1,4 @@
-"""Every module of a model is called: hooks and parametrizations of any module take effect in every use of the model."""
+"""Every use of the model calls its modules, so hooks and parametrizations of any module take effect."""
 
 from collections import Counter
 from dataclasses import replace
@@ -24,7 +24,7 @@ PROMPT = [5, 17, 3, 99, 42, 8, 61, 12, 30, 7]
 
 
 class Counting(nn.Module):
-    """The identity, which counts under a name how often a weight is read."""
+    """The identity; counts under a name how often a weight is read."""
 
     def __init__(self, name: str, counts: Counter):
         super().__init__()
@@ -55,7 +55,7 @@ def hooked(model: MiMo) -> tuple[set[str], Counter]:
 
 
 def train(model: MiMo) -> list[torch.Tensor]:
-    """Loss and lengths of the gradients of a micro-batch."""
+    """Returns loss and gradient norms of a micro-batch."""
     tokens = torch.arange(40) * 7 % 160
     batch = micro_batch(tokens, (25, 15), None, model.config.num_mtp_heads)
     loss, shares = training_loss(
@@ -68,7 +68,7 @@ def train(model: MiMo) -> list[torch.Tensor]:
 
 
 def policy_step(model: MiMo) -> list[torch.Tensor]:
-    """An update with a learning rate of zero, which leaves the weights."""
+    """An update with learning rate 0, which does not change the weights."""
     tokens = [*PROMPT, *range(50, 70)]
     mask = [False] * 10 + [True] * 20
     sample = Sample(tokens, mask, [-1.0] * 30, [0] * 30)
@@ -113,7 +113,7 @@ WITH_MTP = {"training", "training a policy", "drafting"}
 
 
 def model_with_every_part(**changes) -> MiMo:
-    """Full and sliding layers, sinks, biases, experts and MTP heads."""
+    """A model with full and sliding layers, sinks, biases, experts and MTP heads."""
     return randomize(MiMo(replace(tiny_config(mtp_heads=2), attention_bias=True, **changes)), 0)
 
 
@@ -126,7 +126,7 @@ def expected_names(names: set[str], use: str) -> set[str]:
 def test_every_module_is_called_and_identities_change_no_bit(wrap, use):
     plain, wrapped = model_with_every_part(), model_with_every_part()
     names, counts = wrap(wrapped)
-    # Nothing calls a container of modules that is no module of the computation.
+    # Containers that compute nothing are not called.
     names -= {name for name in names if isinstance(wrapped.get_submodule(name), nn.ModuleList)}
     ours, theirs = USES[use](wrapped), USES[use](plain)
     assert set(counts) >= expected_names(names, use), expected_names(names, use) - set(counts)

@@ -1,4 +1,4 @@
-"""The native library: built once, kept, and done without where it cannot be had."""
+"""The native library is built once and cached; without a compiler, the package works without it."""
 
 import subprocess
 import sys
@@ -25,7 +25,7 @@ print(x.sum().item())
 
 
 def decode_without(monkeypatch, tmp_path, **environment):
-    """What a fresh process prints, and its warnings."""
+    """Runs the operations in a new process and checks their result. Returns the warnings."""
     monkeypatch.setenv("OPENMIMO_CACHE", str(tmp_path))
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
@@ -39,7 +39,7 @@ def test_it_can_be_turned_off(monkeypatch, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("compiler", ["/bin/false", "/no/such/compiler"])
+@pytest.mark.parametrize("compiler", ["/bin/false", pytest.param("/no/such/compiler", marks=pytest.mark.slow)])
 def test_a_compiler_that_fails_is_said_once_and_done_without(monkeypatch, tmp_path, compiler):
     warnings = decode_without(monkeypatch, tmp_path, CC=compiler, OPENMIMO_NATIVE="1")
     assert warnings.count("UserWarning") == 1

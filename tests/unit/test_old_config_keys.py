@@ -1,4 +1,4 @@
-"""Config keys, options and names of the version before: read with one warning that names the new ones."""
+"""Config keys, options and names of the previous version still work, with one warning that names the new ones."""
 
 import io
 import json
@@ -31,7 +31,7 @@ OLD = {
 
 
 def with_old_keys(values):
-    """A saved config as the version before spelled it."""
+    """Returns the values of a saved config with the keys of the previous version."""
     if isinstance(values, dict):
         return {OLD.get(key, key): with_old_keys(value) for key, value in values.items()}
     return [with_old_keys(value) for value in values] if isinstance(values, list) else values
@@ -86,7 +86,7 @@ def test_an_old_option_reaches_the_run(tmp_path):
     assert "global_batch_size is 0" in ended.stderr
 
 
-def test_a_run_folder_of_the_version_before_is_resumed(tmp_path):
+def test_a_run_folder_of_the_version_before_is_resumed(tmp_path, without_figures):
     start = save_tiny_checkpoint(tmp_path / "start")
     source = SourceConfig("repeats", options={"alphabet": "characters", "min_length": 64})
     config = SftConfig(

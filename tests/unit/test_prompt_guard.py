@@ -1,4 +1,4 @@
-"""Text of a conversation never becomes a special token, in whichever field it stands and however fields are joined."""
+"""Text in any field of a conversation never becomes a special token, also where the template joins fields."""
 
 import json
 
@@ -39,7 +39,7 @@ def with_template(template: str | None) -> Tokenizer:
 
 TOKENIZERS = [with_template(template) for template in (None, TAGGED, SPLITTING)]
 
-# Whole special tokens, their pieces, escapes that JSON and HTML have for them, and the characters that mark them.
+# Whole special tokens, their pieces, their escapes in JSON and HTML, and the characters that mark them.
 PIECES = st.sampled_from(
     [
         *SPECIAL_TOKENS, *EXTRA, "<|im_", "end|>", "<|", "|>", "<", ">", "|", "im_start", "think", "/think",
@@ -77,7 +77,7 @@ CONVERSATIONS = st.fixed_dictionaries(
 
 
 def clean(value):
-    """The value with an innocent text for each of its texts."""
+    """Replaces each text in the value by a harmless one."""
     if isinstance(value, str):
         return "x" if value else ""
     if isinstance(value, list):
@@ -94,7 +94,7 @@ KNOWN = {
 
 
 def request(parts: dict) -> tuple[list[dict], list[dict]]:
-    """Messages and tools of a conversation that has the parts in all its fields."""
+    """Messages and tools of a conversation that contains the parts in all its fields."""
     calls = [{"id": parts["name"], "function": call} for call in parts["calls"]]
     messages = [
         {"role": "system", "content": parts["system"], "name": parts["name"]},

@@ -1,4 +1,4 @@
-"""The Python API with wrong arguments: a UserError that names the argument, never a traceback of something deeper."""
+"""Wrong arguments of the Python API raise a UserError that names the argument."""
 
 import math
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Every shipped recipe builds, is saved and read back, and its stages fit together."""
+"""Every shipped recipe builds, survives saving and loading, and has consistent stages."""
 
 import importlib
 import inspect
@@ -60,7 +60,7 @@ def test_every_recipe_is_saved_and_read_back(name):
 
 
 def test_the_report_in_numbers():
-    """27T tokens; the learning rate at the seams of the report's schedule."""
+    """27T tokens; the learning rate at the phase boundaries of the report's schedule."""
     stages = load_recipe("flash_309b", "pretrain").stages
     first = stages[0]
     read = np.cumsum([rows_of_step(first, step) for step in range(first.steps)]) * first.sequence_length / 1e12

@@ -1,4 +1,4 @@
-"""Keys that were renamed or moved: files of before are read with one warning that names the new keys."""
+"""Files with keys that were renamed or moved still load, with one warning that names the new keys."""
 
 from dataclasses import dataclass
 
@@ -32,7 +32,7 @@ class Derived(Outer):
 
 
 def read(config_type, values, capsys, where="file.json"):
-    """The config, and what was printed while it was read."""
+    """Returns the config, and the output of reading it."""
     warn_of_renamed.cache_clear()
     capsys.readouterr()
     return config_io.from_dict(config_type, values, where), capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Run folders: one process at a time, nothing left over, whole or not at all, and the messages of a resume."""
+"""Run folders: one process at a time, no leftovers, atomic writes, and the messages of a resume."""
 
 import contextlib
 import fcntl
@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny_model
+from forked import start_command
 from test_training import ROOT, run_config
 
 from openmimo.core import config as config_io
@@ -28,6 +29,8 @@ from openmimo.model.hf import load_model, save_model
 from openmimo.train.config import CheckpointConfig, EvaluationConfig
 from openmimo.train.pretrain import pretrain
 
+pytestmark = pytest.mark.usefixtures("without_figures")
+
 
 @pytest.fixture(autouse=True)
 def _one_thread():
@@ -37,24 +40,13 @@ def _one_thread():
     torch.set_num_threads(before)
 
 
-@pytest.fixture(autouse=True)
-def _quick_report(monkeypatch):
-    """A report without figures, which take longer to draw than these runs."""
-
-    def write(folder):
-        (folder / "report.html").write_text("<html>")
-        return folder / "report.html"
-
-    monkeypatch.setattr("openmimo.train.pretrain.write_report", write)
-
-
 def short_run(folder: Path, *, steps: int = 2, **changes):
     config = run_config(folder)
     return replace(config, stages=(replace(config.stages[0], steps=steps),), **changes)
 
 
 def in_process(code: str, *arguments: str) -> subprocess.Popen:
-    """Python in another process, which says when it is where the test wants it."""
+    """Starts Python in another process, which prints a line when it has reached the point that the test needs."""
     return subprocess.Popen(
         [sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, text=True, cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
@@ -118,7 +110,7 @@ def test_the_unfinished_work_of_a_live_process_stays_and_of_a_dead_one_goes(tmp_
 
 
 def test_a_folder_is_replaced_in_one_step(tmp_path, monkeypatch):
-    """At the moment of the exchange, and at every moment before, the name stands for a whole folder."""
+    """The name refers to a whole folder at every moment, also during the exchange."""
     with new_folder_atomic(tmp_path / "model") as folder:
         (folder / "file").write_text("old")
     replace_entry, seen = os.replace, []
@@ -131,7 +123,7 @@ def test_a_folder_is_replaced_in_one_step(tmp_path, monkeypatch):
 
 
 def test_a_replacement_that_was_killed_half_way_is_finished_at_the_next_use(tmp_path, monkeypatch):
-    """Where two folders cannot be exchanged, the old one has another name for a moment."""
+    """On file systems that cannot exchange two folders, the old one is renamed first."""
     model = tiny_model()
     save_model(model, tmp_path / "model")
     monkeypatch.setattr(files, "_exchange", lambda first, second: False)
@@ -175,7 +167,7 @@ def test_a_finished_run_that_is_started_again_says_so_and_writes_nothing(tmp_pat
 
 
 def test_a_resume_names_what_differs_and_allows_other_housekeeping(tmp_path, monkeypatch):
-    """Both values are in the message; what decides nothing about the weights may change."""
+    """The message has both values; settings without effect on the weights may change."""
     from openmimo.train.trainer import Trainer
 
     real = Trainer.run
@@ -218,7 +210,7 @@ def test_the_tokenizer_of_an_abandoned_start_is_not_taken_for_other_text(tmp_pat
 
 
 def test_a_tokenizer_folder_without_its_file_does_not_stop_a_run(tmp_path):
-    """As a kill left it while the tokenizer was first saved."""
+    """A kill while the tokenizer was first saved leaves such a folder."""
     config = short_run(tmp_path)
     (tmp_path / "run" / "tokenizer").mkdir(parents=True)
     (tmp_path / "run" / "tokenizer" / ".tokenizer.json.9740.tmp").write_text("{")
@@ -261,7 +253,7 @@ def test_metrics_that_are_damaged_are_read_with_a_warning(tmp_path, capsys):
         assert kept == [step for step in range(1, 5) if step != place + 1]
 
 
-def test_metrics_are_json_whatever_the_numbers(tmp_path):
+def test_metrics_are_json_for_any_numbers(tmp_path):
     writer = MetricsWriter(tmp_path)
     writer.write(1, {"loss": float("nan"), "by_layer": [1.0, float("inf")], "stage": "a"})
     line = (tmp_path / "metrics.jsonl").read_text()
@@ -284,17 +276,17 @@ def test_a_full_disk_names_the_file(tmp_path):
 def test_a_signal_ends_a_run_after_a_checkpoint_and_the_run_goes_on(tmp_path, number):
     config = short_run(tmp_path, steps=2000, checkpoints=CheckpointConfig(every_steps=1000))
     config_io.save(config, tmp_path / "start.json")
-    command = [sys.executable, "-m", "openmimo", "pretrain", "--from", str(tmp_path / "start.json")]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = start_command(["pretrain", "--from", str(tmp_path / "start.json")], tmp_path / "errors")
     metrics = tmp_path / "run" / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not (
         metrics.exists() and any(row["step"] > 0 for row in read_metrics(metrics))
     ):
         time.sleep(0.05)
-    process.send_signal(number)
-    _, said = process.communicate(timeout=120)
-    assert process.returncode == 128 + number
+    os.kill(process.pid, number)
+    process.join(120)
+    assert process.exitcode == 128 + number
+    said = (tmp_path / "errors").read_text()
     (newest,) = (tmp_path / "run" / "checkpoints").iterdir()
     step = int(newest.name.removeprefix("step-"))
     assert f"ended by {number.name}: the checkpoint of step {step} is saved" in said
@@ -325,7 +317,7 @@ def test_a_lock_is_let_go_with_its_file(tmp_path):
 
 
 def test_a_cache_that_cannot_be_written_stops_a_run_before_it_trains(tmp_path, monkeypatch):
-    """The message names the variable that says where the cache is."""
+    """The message names the variable that sets the location of the cache."""
     (tmp_path / "cache").write_text("a file where the folder should be")
     monkeypatch.setenv("OPENMIMO_CACHE", str(tmp_path / "cache"))
     with pytest.raises(UserError, match="OPENMIMO_CACHE"):

@@ -1,18 +1,24 @@
-"""Sampling: the random numbers, the filters, and the distribution that comes out."""
+"""Sampling: the random numbers, the filters, and the resulting distribution."""
 
 from dataclasses import replace
 
 import pytest
 import torch
+from sampled_rows import Draw, sample, sampling_of
 
 from openmimo.core.records import SamplingParams
-from openmimo.engine.sampler import Draw, decide, decided_logprobs, filtered_probabilities, sampling_input, uniform
+from openmimo.engine.sampler import (
+    RowChange,
+    SamplingInput,
+    SamplingTable,
+    decide,
+    decided_logprobs,
+    filtered_probabilities,
+    seat_sampling,
+    uniform,
+)
 
 VOCAB = 11
-
-
-def sample(logits, draws):
-    return decide(logits, sampling_input(draws)).tolist()
 
 
 def _logits(rows=1, seed=0):
@@ -24,7 +30,7 @@ def test_random_numbers_are_uniform_and_independent():
     assert numbers.min() >= 0.0 and numbers.max() < 1.0
     counts = torch.histc(numbers, bins=20, min=0.0, max=1.0)
     chi_square = ((counts - 2000) ** 2 / 2000).sum()
-    assert chi_square < 45  # 19 degrees of freedom: above it once in 1500
+    assert chi_square < 45  # 19 degrees of freedom: above 45 once in 1500
     centered = numbers - 0.5
     assert (centered[1:] * centered[:-1]).mean().abs() < 0.002
     assert (centered[:, 1:] * centered[:, :-1]).mean().abs() < 0.002
@@ -32,7 +38,7 @@ def test_random_numbers_are_uniform_and_independent():
 
 
 def test_random_numbers_stay_what_they_are():
-    """A seed given today must give the same text tomorrow."""
+    """A seed must give the same text in every version."""
     assert uniform(0, 0) == 0.6524484863740321
     assert uniform(2**64 - 1, 12345) == 0.6785045720544753
     assert uniform(-1, 7) == uniform(2**64 - 1, 7)
@@ -45,7 +51,7 @@ def test_greedy_is_the_arg_max():
 
 
 def _by_definition(logits, params):
-    """The filters, token by token in Python floats."""
+    """The filters, token by token with Python floats."""
     probabilities = (logits.double() / params.temperature).softmax(dim=-1).tolist()
     kept, mass = set(), 0.0
     for token in sorted(range(VOCAB), key=lambda token: -probabilities[token]):
@@ -68,8 +74,9 @@ PARAMS = [
 @pytest.mark.parametrize("params", PARAMS)
 def test_filters_by_definition(params):
     logits = _logits(seed=3)
-    sampling = sampling_input([Draw(params, 0, 0)])
-    found = filtered_probabilities(logits, sampling.numbers_5S, has_filters=sampling.has_filters)[0]
+    sampling, table = sampling_of([Draw(params, 0, 0)])
+    numbers = table.numbers(sampling.seats_S)
+    found = filtered_probabilities(logits, numbers, has_filters=sampling.has_filters)[0]
     assert torch.allclose((found / found.sum()).float(), _by_definition(logits[0], params), atol=1e-6)
 
 
@@ -83,7 +90,7 @@ def test_frequencies_follow_the_distribution(params):
     assert observed[expected == 0].sum() == 0
     possible = expected > 0
     chi_square = ((observed - expected)[possible] ** 2 / expected[possible]).sum()
-    assert chi_square < 30  # at most 10 degrees of freedom: above it once in 1000
+    assert chi_square < 30  # at most 10 degrees of freedom: above the limit once in 1000
 
 
 def test_a_row_does_not_depend_on_the_others():
@@ -98,6 +105,41 @@ def test_logprobs_are_at_the_sampling_temperature_before_the_filters():
     logits = _logits(3, seed=6)
     params = [SamplingParams(temperature=0.0), SamplingParams(temperature=0.5, top_k=1), SamplingParams(top_p=0.1)]
     params = [replace(p, logprobs=True) for p in params]
-    found, *_ = decided_logprobs(logits, torch.tensor([1, 2, 3]), sampling_input([Draw(p, 0, 0) for p in params]))
+    found, *_ = decided_logprobs(logits, torch.tensor([1, 2, 3]), *sampling_of([Draw(p, 0, 0) for p in params]))
     expected = [(logits[row] / t).log_softmax(-1)[row + 1].item() for row, t in enumerate([1.0, 0.5, 1.0])]
     assert found.tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def _penalized(logits, params, prompt, text):
+    """The penalties token by token in Python floats."""
+    expected = logits.tolist()
+    for token in range(VOCAB):
+        if token in (*prompt, *text):
+            penalty = params.repetition_penalty
+            expected[token] = expected[token] / penalty if expected[token] > 0 else expected[token] * penalty
+        if token in text:
+            expected[token] -= params.presence_penalty + params.frequency_penalty * text.count(token)
+    return torch.tensor(expected)
+
+
+def test_penalties_count_the_text_and_the_drafts_before_a_row():
+    params = SamplingParams(
+        temperature=0.0, repetition_penalty=1.5, presence_penalty=0.25, frequency_penalty=0.5, logprobs=True
+    )
+    logits, table, prompt, text = _logits(3, seed=8).double(), SamplingTable(VOCAB, "cpu"), (1, 2, 2), [3, 4, 3]
+    for seat in (70, 2):  # a table grows with the seats; a seat is written again when another request takes it
+        table.update(
+            SamplingInput((seat_sampling(seat, SamplingParams(presence_penalty=1.0)),), ((seat, torch.tensor([5])),))
+        )
+        sampling = SamplingInput((seat_sampling(seat, params, prompt=prompt),), ((seat, torch.tensor(text[:2])),))
+        table.update(sampling)
+        table.update(SamplingInput(new_tokens=((seat, torch.tensor(text[2:])),)))
+        token_ids = torch.tensor([3, 7, 4])  # the newest token, then two drafts
+        for row, drafts in enumerate(([], [7], [7, 4])):
+            found = logits[row].clone()
+            change = RowChange(row, seat, num_drafts=len(drafts))
+            table.change(found, change, token_ids[row + 1 - len(drafts) : row + 1])
+            expected = _penalized(logits[row], params, prompt, text + drafts)
+            assert torch.allclose(found, expected.double(), atol=1e-6)
+            changed = sampling._replace(changes=tuple(RowChange(r, seat, num_drafts=r) for r in range(3)))
+            assert decide(logits, changed, table, token_ids)[row] == expected.argmax()

@@ -1,4 +1,4 @@
-"""What honest programs can rely on in the sandbox, its working folders, its pool and its grading."""
+"""The sandbox for honest programs: its interface, its working folders, its pool and its grading."""
 
 import asyncio
 import os
@@ -30,7 +30,7 @@ from openmimo.runtime.sandbox.tiers import TIERS
 
 
 def working(name: str):
-    """A pytest parameter for a tier, skipped by its reason where it does not work."""
+    """A pytest parameter for a tier; if the tier does not work here, it is skipped with the reason."""
     reason = why_not(name)
     return pytest.param(name, marks=pytest.mark.skipif(reason is not None, reason=f"{name}: {reason}"))
 
@@ -141,7 +141,7 @@ def test_an_unknown_tier_is_named():
         Sandbox(tier="docker")
 
 
-def test_without_a_jail_nothing_runs_unless_told_so(monkeypatch):
+def test_without_a_jail_nothing_runs_unless_allowed(monkeypatch):
     monkeypatch.setattr(choosing, "why_not", lambda name: "not here" if TIERS[name].isolates else None)
     with pytest.raises(SandboxUnavailableError) as refusal:
         Sandbox()
@@ -159,7 +159,7 @@ def test_resource_limits_alone_are_no_jail():
 
 
 def test_the_self_test_finds_a_jail_that_leaks(monkeypatch):
-    """Resource limits that claim to isolate are found out by the probe's attacks."""
+    """The probe's attacks detect resource limits that claim to isolate."""
     from dataclasses import replace
 
     leaky = replace(TIERS["rlimits"], name="leaky", isolates=True)
@@ -200,7 +200,7 @@ def test_pool_runs_jobs_in_fresh_jails(sandbox):
         with pytest.raises(UserError):
             pool.run("", {"../a": "b"})
         assert pool.wait_until_warm()
-    assert pool.run("print(1)").stdout == b"1\n"  # closed: as without a pool
+    assert pool.run("print(1)").stdout == b"1\n"  # a closed pool starts a jail for each call
 
 
 def test_pool_replaces_jails_that_died(sandbox):

@@ -1,4 +1,4 @@
-"""What counts as the right answer of a solution: integers are exact, floats equal within the test's tolerance."""
+"""Comparing a solution's result with the expected value: integers exactly, floats within the test's tolerance."""
 
 import json
 import math
@@ -50,7 +50,7 @@ def test_it_is_pythons_equality_where_no_tolerance_holds(value, other):
 
 
 def test_half_a_number_does_not_pass_for_its_floor():
-    """Through a jail: one bit in a million is a wrong answer; a test may state another tolerance for floats."""
+    """In a jail, an error of one in a million fails; a test may set another tolerance for floats."""
     try:
         sandbox = Sandbox()
     except SandboxUnavailableError as error:
@@ -71,7 +71,7 @@ def test_impossible_tolerances_are_refused(tolerances):
 
 
 class Unstarted:
-    """A runner that must not be reached."""
+    """A runner that fails the test if it is called."""
 
     limits = SandboxLimits()
 

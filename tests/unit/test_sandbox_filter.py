@@ -1,4 +1,4 @@
-"""The system call filter: its program interpreted for both architectures, and what honest programs still can do."""
+"""The system call filter, interpreted for both architectures, and system calls that honest programs need."""
 
 import errno
 import json
@@ -13,12 +13,12 @@ from openmimo.runtime.sandbox.selftest import why_not
 from openmimo.runtime.sandbox.tiers import TIERS
 
 ALLOWED = {"read": (0, 63), "openat": (257, 56), "execve": (59, 221), "futex": (202, 98), "wait4": (61, 260)}
-FORK, THREAD = 17, 0x3D0F00  # SIGCHLD; what pthread_create passes
+FORK, THREAD = 17, 0x3D0F00  # SIGCHLD; the flags of pthread_create
 OWN, HOST = 71, 70
 
 
 def answer(machine: str, number: int, *arguments: int, audit: int | None = None) -> int:
-    """The error number that the filter answers with, 0 where it allows the call: classic BPF, interpreted."""
+    """Interprets the filter's classic BPF. Returns its error number, or 0 if it allows the call."""
     architecture = seccomp.ARCHITECTURES[machine]
     padded = [argument & 2**64 - 1 for argument in (*arguments, 0, 0, 0, 0, 0, 0)][:6]
     data = struct.pack("<iIQ6Q", number, architecture.audit if audit is None else audit, 0, *padded)
@@ -146,7 +146,7 @@ def test_honest_programs_run(everywhere, program):
 
 
 def test_numpy_runs_under_the_filter(tmp_path):
-    """Packages are not shown in a jail; here the filter alone holds a Python that has them."""
+    """A jail does not show installed packages, so this test applies only the filter to a Python that has them."""
     numpy = pytest.importorskip("numpy")
     install = seccomp.__file__.replace("seccomp.py", "jailed_start.py")
     program = f"""

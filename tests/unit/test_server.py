@@ -1,19 +1,19 @@
-"""The server on its stub backend: limits, errors, disconnects, draining, metrics, and what reaches the engine."""
+"""The server on its stub backend: limits, errors, disconnects, draining, metrics, and the engine's requests."""
 
 import asyncio
+import itertools
 import json
+import multiprocessing
 import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import threading
-from pathlib import Path
+from contextlib import redirect_stdout
 
 import httpx
 import pytest
-from server_thread import running, wait_until
+from server_thread import connect, running, wait_until
 
 from openmimo.core.errors import ConfigError
 from openmimo.core.records import Request, SamplingParams
@@ -23,6 +23,7 @@ from openmimo.engine.server.config import ServerConfig
 from openmimo.engine.server.http import limits
 from openmimo.engine.server.http.errors import ApiError
 from openmimo.engine.server.http.service import Service
+from openmimo.engine.server.serve import serve
 
 CHAT = "/v1/chat/completions"
 HELLO = {"messages": [{"role": "user", "content": "hello there"}]}
@@ -42,12 +43,12 @@ def backend():
 
 @pytest.fixture(scope="module")
 def client(backend):
-    with running(backend) as server, httpx.Client(base_url=server.url) as client:
+    with running(backend) as server, connect(server) as client:
         yield client
 
 
 def error_of(response: httpx.Response) -> dict:
-    """The error of a response, after a look at its shape."""
+    """Checks the shape of an error response. Returns the error."""
     error = response.json()["error"]
     assert set(error) == {"message", "type", "param", "code"} and error["message"] and error["type"]
     return error
@@ -59,7 +60,7 @@ def events_of(response: httpx.Response) -> list[dict]:
     return [json.loads(one) for one in data if one != "[DONE]"]
 
 
-# --- what is refused -------------------------------------------------------------------------------------------------
+# --- refusals --------------------------------------------------------------------------------------------------------
 
 BAD_CHATS = {
     "messages": {"messages": []},
@@ -72,7 +73,7 @@ BAD_CHATS = {
     "top_p": {**HELLO, "top_p": 0},
     "logit_bias": {**HELLO, "logit_bias": {"x": 1}},
     "n": {**HELLO, "n": 1000},
-    "max_tokens": {**HELLO, "max_tokens": 10**6},
+    "max_tokens": {**HELLO, "max_tokens": 0},
     "min_tokens": {**HELLO, "min_tokens": 9, "max_tokens": 8},
     "max_repeats": {**HELLO, "max_repeats": 1},
     "stream_options": {**HELLO, "stream_options": {"include_usage": True}},
@@ -83,10 +84,13 @@ BAD_CHATS = {
     "structured_outputs": {**HELLO, "structured_outputs": {"regex": "a", "choice": ["b"]}},
     "reasoning_effort": {**HELLO, "reasoning_effort": "high", "chat_template_kwargs": {"enable_thinking": False}},
     "session": {**HELLO, "session": "a", "n": 2},
-    "audio": {**HELLO, "audio": {}},
-    "functions": {**HELLO, "functions": []},
-    "maxTokens2": {**HELLO, "maxTokens2": 5},
-    "stream_options.token-details": {**HELLO, "stream": True, "stream_options": {"token-details": True}},
+    "audio": {**HELLO, "audio": {"voice": "alloy"}},
+    "functions": {**HELLO, "functions": [WEATHER["function"]]},
+    "guided_json": {**HELLO, "guided_json": {"type": "object"}},
+    "prompt_logprobs": {**HELLO, "prompt_logprobs": 1, "stream": True},
+    "continue_final_message": {**HELLO, "continue_final_message": True, "add_generation_prompt": True},
+    "tool_choice.allowed_tools.tools": {**HELLO, "tools": [WEATHER], "tool_choice": {
+        "type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [TIME]}}},
     "stop": {**HELLO, "stop": ["x"] * 17},
     "stop[1]": {**HELLO, "stop": ["x", 3]},
     "logit_bias.7": {**HELLO, "logit_bias": {"7": "x"}},
@@ -106,21 +110,6 @@ def test_what_is_wrong_with_a_chat_is_named(client, param, body):
 
 
 @pytest.mark.parametrize(
-    ("param", "change"),
-    [
-        ("response_format", {"tools": [WEATHER]}),
-        ("response_format", {"reasoning_effort": "high"}),
-        ("structured_outputs", {"structured_outputs": {"regex": "a"}}),
-    ],
-)
-def test_a_reply_of_a_fixed_form_has_room_for_nothing_else(client, param, change):
-    body = {**HELLO, "response_format": {"type": "json_object"}, **change}
-    assert error_of(client.post(CHAT, json=body))["param"] == param
-    if "tools" in change:
-        assert client.post(CHAT, json={**body, "tool_choice": "none"}).status_code == 200
-
-
-@pytest.mark.parametrize(
     ("path", "body", "param"),
     [
         ("/v1/completions", {"prompt": "x", "suffix": "y"}, "suffix"),
@@ -132,9 +121,18 @@ def test_a_reply_of_a_fixed_form_has_room_for_nothing_else(client, param, change
         ("/v1/completions", {}, "prompt"),
         ("/v1/responses", {"input": "x", "previous_response_id": "resp_1"}, "previous_response_id"),
         ("/v1/responses", {"input": "x", "background": True}, "background"),
-        ("/v1/responses", {"input": [{"type": "item_reference", "id": "x"}]}, "input[0]"),
+        ("/v1/responses", {}, "input"),
+        ("/v1/responses", {"input": []}, "input"),
+        ("/v1/responses", {"input": "x", "conversation": "conv_1"}, "conversation"),
+        ("/v1/responses", {"input": "x", "top_logprobs": 2}, "top_logprobs"),
+        ("/v1/responses", {"input": "x", "include": ["message.output_text.logprobs"]}, "include[0]"),
+        ("/v1/responses", {"input": [{"type": "item_reference", "id": "x"}]}, "input[0].id"),
+        ("/v1/responses", {"input": [{"type": "no type"}]}, "input[0]"),
+        ("/v1/responses", {"input": [{"type": "compaction", "encrypted_content": "x"}]}, "input[0].encrypted_content"),
         ("/v1/responses", {"input": [{"role": "user", "content": 4}]}, "input[0].content"),
-        ("/v1/responses", {"input": "x", "tools": [{"type": "web_search"}]}, "tools[0].type"),
+        ("/v1/responses", {"input": "x", "tools": [{"name": "f"}]}, "tools[0].type"),
+        ("/v1/responses/compact", {"input": "x"}, "model"),
+        ("/v1/responses/compact", {"model": "stub"}, "input"),
         ("/tokenize", {"prompt": "x", "messages": HELLO["messages"]}, None),
     ],
 )
@@ -142,6 +140,23 @@ def test_what_is_wrong_elsewhere_is_named(client, path, body, param):
     response = client.post(path, json=body)
     assert response.status_code == 400
     assert error_of(response)["param"] == param
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"stop": 3}, "stop: it must be a text or a list."),
+        ({"messages": "x"}, "messages: it must be a list."),
+        ({"messages": [3]}, "messages[0]: it must be an object."),
+        ({"messages": [{"role": "user", "content": 3}]}, "messages[0].content: it must be a text or a list."),
+        ({"tool_choice": 3}, "tool_choice: it must be a text or an object."),
+        ({"response_format": "json"}, "response_format: it must be an object."),
+        ({"stream": "yes"}, "stream: it must be true or false."),
+        ({"metadata": {"topK": 1}}, "metadata.topK: it must be a text."),
+    ],
+)
+def test_errors_name_types_of_json(client, change, message):
+    assert error_of(client.post(CHAT, json={**HELLO, **change}))["message"] == message
 
 
 @pytest.mark.parametrize("body", [b"{", b"[]", b"3", b'"\\ud800"', b'{"messages": NaN}', b"\xff", b"[" * 9999, b""])
@@ -152,7 +167,7 @@ def test_bodies_that_are_no_json_object(client, body):
 
 
 def test_a_body_that_does_not_say_that_it_is_json_is_refused(client):
-    # A page of another origin can send such a body to a server on this machine without asking.
+    # A page of another origin can send such a body to a server on this machine without a preflight request.
     response = client.post(CHAT, content=json.dumps(HELLO), headers={"Content-Type": "text/plain"})
     assert response.status_code == 400
     assert "application/json" in error_of(response)["message"]
@@ -184,27 +199,29 @@ def test_a_host_that_others_reach_needs_a_key():
         ServerConfig(max_queue=0)
 
 
-HOSTS = [  # given, of a server without a key, answered
-    ("localhost:8000", (), True),
-    ("127.5.5.5:80", (), True),
-    ("[::1]:8000", (), True),
-    ("LocalHost.", (), True),
-    ("rebound.example:8000", (), False),
-    ("localhost.evil.example", (), False),
-    ("evil.example/localhost", (), False),
-    ("models.example", ("models.example",), True),
-    ("other.example", ("models.example",), False),
-    ("any.example", ("*",), True),
-]
+HOSTS = {  # allowed hosts of a server without a key: hosts of requests, and whether it answers them
+    (): {
+        "localhost:8000": True,
+        "127.5.5.5:80": True,
+        "[::1]:8000": True,
+        "LocalHost.": True,
+        "rebound.example:8000": False,
+        "localhost.evil.example": False,
+        "evil.example/localhost": False,
+    },
+    ("models.example",): {"models.example": True, "other.example": False},
+    ("*",): {"any.example": True},
+}
 
 
-@pytest.mark.parametrize(("host", "allowed", "answered"), HOSTS)
-def test_a_name_of_another_site_is_not_answered(host, allowed, answered):
-    with running(StubBackend(), allowed_hosts=allowed) as server, httpx.Client(base_url=server.url) as client:
-        for method, path in (("GET", "/"), ("GET", "/health"), ("GET", "/metrics"), ("POST", "/tokenize")):
+@pytest.mark.parametrize("allowed", HOSTS)
+def test_a_name_of_another_site_is_not_answered(allowed):
+    requests = [("GET", "/"), ("GET", "/health"), ("GET", "/metrics"), ("POST", "/tokenize")]
+    with running(StubBackend(), allowed_hosts=allowed) as server, connect(server) as client:
+        for (host, answered), (method, path) in itertools.product(HOSTS[allowed].items(), requests):
             body = {"json": {"prompt": "x"}} if method == "POST" else {}
             response = client.request(method, path, headers={"Host": host}, **body)
-            assert response.status_code == (200 if answered else 403), path
+            assert response.status_code == (200 if answered else 403), (host, path)
             if not answered:
                 assert error_of(response)["code"] == "host_not_allowed"
                 assert "--allowed-hosts" in error_of(response)["message"]
@@ -212,8 +229,8 @@ def test_a_name_of_another_site_is_not_answered(host, allowed, answered):
 
 def test_with_a_key_any_name_is_answered_unless_some_are_named():
     for allowed, status in (((), 200), (("models.example",), 403)):
-        with running(StubBackend(), api_key="k", allowed_hosts=allowed) as server:
-            assert httpx.get(server.url + "/health", headers={"Host": "other.example"}).status_code == status
+        with running(StubBackend(), api_key="k", allowed_hosts=allowed) as server, connect(server) as client:
+            assert client.get("/health", headers={"Host": "other.example"}).status_code == status
 
 
 def test_a_page_of_another_origin_may_not_send_anything(client):
@@ -231,7 +248,7 @@ def test_pages_of_allowed_origins_may_use_the_server():
     page = "https://page.example"
     ask = {"Origin": page, "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
     settings = {"api_key": "k", "allowed_origins": (page,)}
-    with running(StubBackend(), **settings) as server, httpx.Client(base_url=server.url) as client:
+    with running(StubBackend(), **settings) as server, connect(server) as client:
         leave = client.options(CHAT, headers=ask)
         assert (leave.status_code, leave.headers["access-control-allow-origin"]) == (204, page)
         assert "POST" in leave.headers["access-control-allow-methods"]
@@ -250,7 +267,7 @@ def test_pages_of_allowed_origins_may_use_the_server():
 
 
 def test_the_key_guards_the_api_and_nothing_else():
-    with running(StubBackend(), api_key="secret") as server, httpx.Client(base_url=server.url) as client:
+    with running(StubBackend(), api_key="secret") as server, connect(server) as client:
         for path in ("/v1/models", "/v1/nothing"):
             for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "secret"}):
                 response = client.get(path, headers=headers)
@@ -268,13 +285,13 @@ def test_the_size_of_a_body_is_limited_chunked_or_not():
         for start in range(0, len(body), 512):
             yield body[start : start + 512]
 
-    with running(StubBackend(), max_body_bytes=4096) as server, httpx.Client(base_url=server.url) as client:
+    with running(StubBackend(), max_body_bytes=4096) as server, connect(server) as client:
         for content in (body, chunks()):
             response = client.post(CHAT, content=content, headers=json_type)
             assert (response.status_code, error_of(response)["code"]) == (413, "request_too_large")
         assert client.post(CHAT, json=HELLO).status_code == 200
-    with running(StubBackend(), max_body_bytes=len(body)) as server:
-        assert httpx.post(server.url + CHAT, content=chunks(), headers=json_type).status_code == 200
+    with running(StubBackend(), max_body_bytes=len(body)) as server, connect(server) as client:
+        assert client.post(CHAT, content=chunks(), headers=json_type).status_code == 200
 
 
 # --- load and time ---------------------------------------------------------------------------------------------------
@@ -283,7 +300,7 @@ def test_the_size_of_a_body_is_limited_chunked_or_not():
 def test_a_full_queue_sends_clients_away():
     backend = StubBackend(endless, slots=1, step_seconds=0.002, max_positions=10**6)
     with running(backend, max_queue=1, retry_after_seconds=7) as server:
-        with httpx.Client(base_url=server.url) as client, client.stream("POST", CHAT, json={**HELLO, "stream": True}):
+        with connect(server) as client, client.stream("POST", CHAT, json={**HELLO, "stream": True}):
             wait_until(lambda: backend.running)
             service = server.config.app.state.service
             wait_until(lambda: service.num_waiting == 0)
@@ -297,7 +314,7 @@ def test_a_full_queue_sends_clients_away():
 
 def test_a_reply_that_takes_too_long():
     backend = StubBackend(endless, step_seconds=0.01, max_positions=10**6)
-    with running(backend, request_timeout_seconds=0.2) as server, httpx.Client(base_url=server.url) as client:
+    with running(backend, request_timeout_seconds=0.2) as server, connect(server) as client:
         response = client.post(CHAT, json=HELLO)
         assert (response.status_code, error_of(response)["type"]) == (504, "timeout_error")
         last = events_of(client.post(CHAT, json={**HELLO, "stream": True}))[-1]
@@ -327,7 +344,7 @@ def test_a_client_that_leaves_frees_its_request(path, stream):
 
 def test_waiting_requests_of_a_client_that_leaves_are_forgotten():
     backend = StubBackend(endless, slots=1, step_seconds=0.002, max_positions=10**6)
-    with running(backend) as server, httpx.Client(base_url=server.url) as client:
+    with running(backend) as server, connect(server) as client:
         with client.stream("POST", CHAT, json={**HELLO, "n": 3, "stream": True}):
             wait_until(lambda: backend.gauges().num_waiting == 2)
         wait_until(lambda: backend.gauges().num_waiting == 0 and not backend.running)
@@ -336,14 +353,14 @@ def test_waiting_requests_of_a_client_that_leaves_are_forgotten():
 
 def test_draining_lets_running_requests_finish():
     backend = StubBackend(lambda prompt, request: [Step((" word",))] * 40, step_seconds=0.01)
-    with running(backend) as server:
+    with running(backend) as server, connect(server) as client:
         replies = []
-        asking = threading.Thread(target=lambda: replies.append(httpx.post(server.url + CHAT, json=HELLO)))
+        asking = threading.Thread(target=lambda: replies.append(client.post(CHAT, json=HELLO)))
         asking.start()
         wait_until(lambda: backend.running)
         server.begin_drain()
         wait_until(lambda: server.config.app.state.service.is_draining)
-        refused, health = httpx.post(server.url + CHAT, json=HELLO), httpx.get(server.url + "/health")
+        refused, health = client.post(CHAT, json=HELLO), client.get("/health")
         assert (refused.status_code, error_of(refused)["code"]) == (503, "draining")
         assert refused.headers["retry-after"] and health.status_code == 503
         asking.join()
@@ -353,8 +370,8 @@ def test_draining_lets_running_requests_finish():
 
 def test_draining_ends_what_does_not_finish():
     backend = StubBackend(endless, step_seconds=0.01, max_positions=10**6)
-    with running(backend, drain_timeout_seconds=0.1) as server:
-        with httpx.stream("POST", server.url + CHAT, json={**HELLO, "stream": True}) as response:
+    with running(backend, drain_timeout_seconds=0.1) as server, connect(server) as client:
+        with client.stream("POST", CHAT, json={**HELLO, "stream": True}) as response:
             wait_until(lambda: backend.running)
             server.begin_drain()
             response.read()
@@ -362,27 +379,30 @@ def test_draining_ends_what_does_not_finish():
         wait_until(lambda: server.should_exit and not backend.running)
 
 
+def _serve(output: int) -> None:
+    """Serves replies of 30 slow steps, and prints to the file descriptor."""
+    backend = StubBackend(lambda prompt, request: [Step((" word",))] * 30, step_seconds=0.02)
+    with open(output, "w") as stream, redirect_stdout(stream):
+        serve(backend, ServerConfig(port=0))
+
+
 def test_sigterm_drains_a_process():
-    code = (
-        "from openmimo.engine.server.serve import serve\n"
-        "from openmimo.engine.server.backends.stub import Step, StubBackend\n"
-        "from openmimo.engine.server.config import ServerConfig\n"
-        "steps = lambda prompt, request: [Step((' word',))] * 30\n"
-        "serve(StubBackend(steps, step_seconds=0.02), ServerConfig(port=0))\n"
-    )
-    with subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]
-    ) as process:
-        url = re.search(r"http://[\d.:]+", process.stdout.readline())[0]
-        with httpx.stream("POST", url + CHAT, json={**HELLO, "stream": True}) as response:
-            lines = response.iter_lines()
-            next(lines)
-            os.kill(process.pid, signal.SIGTERM)
-            assert [line for line in lines if line][-1] == "data: [DONE]"
-        assert process.wait() == 0
+    reader, writer = os.pipe()
+    process = multiprocessing.get_context("fork").Process(target=_serve, args=(writer,))
+    process.start()
+    os.close(writer)
+    with open(reader) as output:
+        url = re.search(r"http://[\d.:]+", output.readline())[0]
+    with httpx.stream("POST", url + CHAT, json={**HELLO, "stream": True}) as response:
+        lines = response.iter_lines()
+        next(lines)
+        os.kill(process.pid, signal.SIGTERM)
+        assert [line for line in lines if line][-1] == "data: [DONE]"
+    process.join(20)
+    assert process.exitcode == 0
 
 
-# --- the engine's troubles -------------------------------------------------------------------------------------------
+# --- failures of the engine ------------------------------------------------------------------------------------------
 
 
 def test_engine_errors_reach_the_client_whole_and_streamed():
@@ -390,7 +410,7 @@ def test_engine_errors_reach_the_client_whole_and_streamed():
         yield Step((" so", " far"))
         yield Step((), error="out of pages")
 
-    with running(StubBackend(break_down)) as server, httpx.Client(base_url=server.url) as client:
+    with running(StubBackend(break_down)) as server, connect(server) as client:
         response = client.post(CHAT, json=HELLO)
         assert response.status_code == 500
         assert "out of pages" in error_of(response)["message"]
@@ -407,22 +427,22 @@ def test_an_exception_in_the_backend_is_no_silent_end(caplog):
         yield Step((" so",))
         raise ZeroDivisionError
 
-    with running(StubBackend(fall_over)) as server, httpx.Client(base_url=server.url) as client:
+    with running(StubBackend(fall_over)) as server, connect(server) as client:
         assert error_of(client.post(CHAT, json=HELLO))["code"] == "engine_error"
         assert "error" in events_of(client.post(CHAT, json={**HELLO, "stream": True, "n": 2}))[-1]
         assert "ZeroDivisionError" in caplog.text
         assert client.get("/health").status_code == 200
 
 
-def test_a_dead_engine_is_told():
+def test_a_dead_engine_is_reported():
     backend = StubBackend()
-    with running(backend) as server, httpx.Client(base_url=server.url) as client:
+    with running(backend) as server, connect(server) as client:
         backend.is_healthy = False
         for response in (client.get("/health"), client.post(CHAT, json=HELLO)):
             assert (response.status_code, error_of(response)["code"]) == (503, "engine_unhealthy")
 
 
-# --- what reaches the engine, and what comes back --------------------------------------------------------------------
+# --- requests to the engine and replies ------------------------------------------------------------------------------
 
 
 def test_sampling_fields_reach_the_engine(client, backend):
@@ -502,13 +522,13 @@ def test_tool_choice_begins_the_call_that_must_come(client, backend):
 
 def test_one_call_only_where_calls_may_not_be_parallel():
     call = "<tool_call>\n<function=get_weather>\n<parameter=city>Oslo</parameter>\n</function>\n</tool_call>"
-    with running(StubBackend(lambda prompt, request: [Step((call + call,))] * 9)) as server:
+    with running(StubBackend(lambda prompt, request: [Step((call + call,))] * 9)) as server, connect(server) as client:
         for body, most in (({}, 18), ({"parallel_tool_calls": False}, 1)):
             body = {**HELLO, "tools": [WEATHER], **body}
-            choice = httpx.post(server.url + CHAT, json=body).json()["choices"][0]
+            choice = client.post(CHAT, json=body).json()["choices"][0]
             assert len(choice["message"]["tool_calls"]) == most
             assert choice["finish_reason"] == "tool_calls" and choice["message"]["content"] is None
-            events = events_of(httpx.post(server.url + CHAT, json={**body, "stream": True}))
+            events = events_of(client.post(CHAT, json={**body, "stream": True}))
             parts = [part for event in events for part in event["choices"][0]["delta"].get("tool_calls", [])]
             assert {part["index"] for part in parts} == set(range(most))
             assert events[-1]["choices"][0]["finish_reason"] == "tool_calls"
@@ -516,11 +536,11 @@ def test_one_call_only_where_calls_may_not_be_parallel():
 
 def test_a_call_that_is_cut_off_is_not_taken_for_a_whole_one():
     call = "<tool_call>\n<function=get_weather>\nAh. <parameter=city>Os"
-    with running(StubBackend(lambda prompt, request: [Step((call,))])) as server:
-        choice = httpx.post(server.url + CHAT, json=HELLO).json()["choices"][0]
+    with running(StubBackend(lambda prompt, request: [Step((call,))])) as server, connect(server) as client:
+        choice = client.post(CHAT, json=HELLO).json()["choices"][0]
         assert choice["message"]["tool_calls"][0]["function"]["arguments"] == '{"city": "Os'
         assert choice["message"]["content"] == "\nAh. "
-        events = events_of(httpx.post(server.url + "/v1/responses", json={"input": "x", "stream": True}))
+        events = events_of(client.post("/v1/responses", json={"input": "x", "stream": True}))
     output = events[-1]["response"]["output"]
     assert [(item["type"], item["status"]) for item in output] == [
         ("function_call", "incomplete"),
@@ -553,8 +573,8 @@ def test_token_details_and_ids_tell_the_whole_reply():
     body = {**HELLO, "stream": True, "return_token_ids": True, "chat_template_kwargs": {"enable_thinking": True}}
     body["stream_options"] = {"token_details": True, "include_usage": True}
     backend = StubBackend(think)
-    with running(backend) as server:
-        *events, last = events_of(httpx.post(server.url + CHAT, json=body))
+    with running(backend) as server, connect(server) as client:
+        *events, last = events_of(client.post(CHAT, json=body))
     choices = [event["choices"][0] for event in events]
     assert "".join(choice["delta"].get("reasoning_content", "") for choice in choices) == "because"
     assert "".join(choice["delta"].get("content", "") for choice in choices) == "né 日!"
@@ -570,9 +590,9 @@ def test_token_details_and_ids_tell_the_whole_reply():
 
 
 def test_a_character_cut_in_half_is_flushed_at_the_end():
-    with running(StubBackend(lambda prompt, request: [Step(("日本",))])) as server:
+    with running(StubBackend(lambda prompt, request: [Step(("日本",))])) as server, connect(server) as client:
         body = {"prompt": "x", "max_tokens": 4, "stream": True}
-        events = events_of(httpx.post(server.url + "/v1/completions", json=body))
+        events = events_of(client.post("/v1/completions", json=body))
     assert "".join(event["choices"][0]["text"] for event in events) == "日\ufffd"
 
 
@@ -580,7 +600,8 @@ def test_line_ends_of_unicode_do_not_cut_events():
     script = [Step(("a\u2028b\x85c",))]
     with (
         running(StubBackend(lambda prompt, request: script)) as server,
-        httpx.stream("POST", server.url + CHAT, json={**HELLO, "stream": True}) as response,
+        connect(server) as client,
+        client.stream("POST", CHAT, json={**HELLO, "stream": True}) as response,
     ):
         chunks = [json.loads(line[6:]) for line in response.iter_lines() if line.startswith("data: {")]
     assert "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks) == "a\u2028b\x85c"
@@ -609,7 +630,7 @@ def test_metrics_count_requests_tokens_and_drafts():
     def steps(prompt, request):
         return [Step(("a",)), Step(("b", "c", "d")), Step(("e", "f"))]
 
-    with running(StubBackend(steps)) as server, httpx.Client(base_url=server.url) as client:
+    with running(StubBackend(steps)) as server, connect(server) as client:
         assert client.post("/v1/completions", json={"prompt": "xyz", "n": 2}).status_code == 200
         client.post("/v1/completions", json={"prompt": []})
         client.get("/nothing/here")
@@ -642,7 +663,7 @@ def test_the_page_may_load_nothing_from_elsewhere(client):
     assert client.get("/docs").status_code == 404
 
 
-# --- bounds -----------------------------------------------------------------------------------------------------------
+# --- limits -----------------------------------------------------------------------------------------------------------
 
 
 def test_replies_are_counted_before_any_prompt_is_encoded(client, backend, monkeypatch):
@@ -659,7 +680,6 @@ def test_replies_are_counted_before_any_prompt_is_encoded(client, backend, monke
     [
         ("/v1/completions", {"prompt": [None] * 200_000}, "prompt[0]"),
         ("/v1/completions", {"prompt": [""] * 100_000}, "prompt"),
-        ("/v1/completions", {"prompt": "x", **{f"x{i}": 1 for i in range(100_000)}}, "x0"),
         ("/v1/completions", {"prompt": "word " * 200_000}, "prompt"),
         ("/v1/completions", {"prompt": "x" * 600_000}, "prompt"),
         ("/v1/completions", {"prompt": "x", "structured_outputs": {"grammar": 'start: "a"\n' * 600}},
@@ -670,7 +690,7 @@ def test_replies_are_counted_before_any_prompt_is_encoded(client, backend, monke
             "schema": {"anyOf": [{"$ref": "#"}] * 300}}}}, "response_format.json_schema.schema"),
         ("/detokenize", {"tokens": [1] * 300_000}, "tokens"),
     ],
-    ids=range(10),
+    ids=range(9),
 )  # fmt: skip
 def test_what_is_too_much_is_named_with_one_short_error(client, path, body, param):
     response = client.post(path, json=body)
@@ -681,13 +701,13 @@ def test_what_is_too_much_is_named_with_one_short_error(client, path, body, para
 def test_health_answers_while_requests_are_prepared(monkeypatch):
     backend, goes_on = StubBackend(), threading.Event()
     monkeypatch.setattr(backend, "check", lambda request: goes_on.wait(20))
-    with running(backend, max_queue=1) as server, httpx.Client(base_url=server.url) as client:
-        asking = [threading.Thread(target=lambda: httpx.post(server.url + CHAT, json=HELLO)) for _ in range(2)]
+    with running(backend, max_queue=1) as server, connect(server) as client:
+        asking = [threading.Thread(target=lambda: client.post(CHAT, json=HELLO)) for _ in range(2)]
         for thread in asking:
             thread.start()
         lane = server.config.app.state.service._small
         wait_until(lane._free.locked)
-        assert client.get("/health").status_code == 200  # both threads are taken
+        assert client.get("/health").status_code == 200  # both threads are busy
         with socket.create_connection(server.servers[0].sockets[0].getsockname()) as connection:
             body = json.dumps(HELLO).encode()
             head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
@@ -696,7 +716,7 @@ def test_health_answers_while_requests_are_prepared(monkeypatch):
             response = client.post(CHAT, json=HELLO)
             assert (response.status_code, error_of(response)["code"]) == (429, "queue_full")
             assert client.get("/health").status_code == 200
-        wait_until(lambda: lane._num_waiting == 0)  # a client that has left waits no longer
+        wait_until(lambda: lane._num_waiting == 0)  # a client that disconnects leaves the queue
         goes_on.set()
         for thread in asking:
             thread.join()
@@ -706,7 +726,7 @@ def test_health_answers_while_requests_are_prepared(monkeypatch):
 def test_the_sizes_of_open_requests_are_limited_together():
     backend = StubBackend(endless, step_seconds=0.01, max_positions=10**6)
     body = {**HELLO, "metadata": {str(i): "x" * 4000 for i in range(50)}}
-    with running(backend, max_open_bytes=300_000) as server, httpx.Client(base_url=server.url) as client:
+    with running(backend, max_open_bytes=300_000) as server, connect(server) as client:
         with client.stream("POST", CHAT, json={**body, "stream": True}):
             wait_until(lambda: backend.running)
             response = client.post(CHAT, json=body)

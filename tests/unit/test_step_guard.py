@@ -1,4 +1,4 @@
-"""The guard before the optimizer: no step on what is not finite, no checkpoint of it, the same verdict everywhere."""
+"""The guard before the optimizer: non-finite values stop a step and its checkpoint, and all processes decide alike."""
 
 import json
 from dataclasses import replace
@@ -18,16 +18,7 @@ from openmimo.train.optim import StepGuard, clip_gradients
 from openmimo.train.pretrain import pretrain
 from openmimo.train.trainer import Trainer
 
-
-@pytest.fixture(autouse=True)
-def _quick_report(monkeypatch):
-    """A report without figures, which take longer to draw than these runs."""
-
-    def write(folder):
-        (folder / "report.html").write_text("<html>")
-        return folder / "report.html"
-
-    monkeypatch.setattr("openmimo.train.pretrain.write_report", write)
+pytestmark = pytest.mark.usefixtures("without_figures")
 
 
 def one_stage(folder, *, steps=4, every_steps=1, **changes):
@@ -67,7 +58,7 @@ def test_a_bad_step_ends_the_run_and_good_checkpoints_stay(tmp_path, monkeypatch
 
 
 def test_an_exploding_learning_rate_writes_no_checkpoint(tmp_path):
-    """Its weights are finite for a step: reading a batch with them shows what they are."""
+    """The weights stay finite for one step; the next loss shows the fault."""
     config = one_stage(tmp_path, learning_rate=1e30, end_learning_rate=1e30)
     with pytest.raises(DivergedError, match="no checkpoint yet"):
         pretrain(config)
@@ -160,7 +151,7 @@ def test_the_optimizer_state_is_written_without_a_copy(tmp_path):
 
 
 def test_the_balance_loss_is_of_training_rows():
-    """DeepSeek-V3's sequence is a row: how documents lie in it changes nothing, and each row counts the same."""
+    """DeepSeek-V3's sequence is a training row: document boundaries change nothing, and rows have equal weights."""
     from openmimo.model.context import PackedContext, RoutingTape
     from openmimo.model.heads import micro_batch
 

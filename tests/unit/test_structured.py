@@ -1,8 +1,9 @@
-"""Structures: what they allow token by token, how they end, and what is refused before anything runs."""
+"""Structures: allowed tokens, ends, and refusals before a request runs."""
 
 import json
 import random
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -32,7 +33,7 @@ def compiler():
 
 
 def random_text(state, seed):
-    """A text of random allowed tokens, each tried, taken back and taken again; up to an end that was allowed."""
+    """Accepts random allowed tokens up to an allowed end, with a rollback before each. Returns the text."""
     choose, tokens = random.Random(seed), []
     while True:
         allowed = state.allowed().nonzero()[:, 0].tolist()
@@ -53,6 +54,54 @@ def test_every_allowed_text_has_the_form(compiler, name):
     for seed in range(10):
         state = compiler.start(structure)
         assert fits(random_text(state, seed)) and not state.error
+
+
+def test_thoughts_come_first_and_an_alternative_may_take_the_place_of_the_form(compiler):
+    thoughts, call = r"<think>(.|\n)*</think>", r"<tool_call>\n<function=(f|g/h)>(.|\n){0,5}"
+    for name, (structure, fits) in STRUCTURES.items():
+        combined = replace(structure, prefix=thoughts, alternative=call)
+        seen = set()
+        for seed in range(12):
+            text = random_text(compiler.start(combined), seed)
+            assert text.startswith("<think>")
+            rest = text.split("</think>", 1)[1]
+            is_call = re.fullmatch(call, rest) is not None
+            assert is_call or fits(rest), (name, text)
+            seen.add(is_call)
+        assert seen == {True, False}, name
+        text = random_text(compiler.start(replace(structure, prefix=thoughts)), 0)
+        assert text.startswith("<think>") and fits(text.split("</think>", 1)[1])
+
+
+PYDANTIC_SCHEMAS = [  # a schema as pydantic writes it, texts of it, and others
+    ({"additionalProperties": {"type": "integer"}, "propertyNames": {"enum": ["a", "b.c"]}, "type": "object"},
+     ['{"a": 1}', '{"b.c": 2, "a": 1}', "{}"], ['{"bxc": 1}', '{"a": "x"}']),
+    ({"additionalProperties": {"type": "integer"}, "propertyNames": {"$ref": "#/$defs/C"}, "type": "object",
+      "$defs": {"C": {"enum": ["r"], "type": "string", "title": "C"}}}, ['{"r": 1}'], ['{"s": 1}']),
+    ({"additionalProperties": {"type": "null"}, "propertyNames": {"minLength": 2, "maxLength": 3}, "type": "object"},
+     ['{"ab": null}'], ['{"a": null}', '{"abcd": null}']),
+    ({"type": "object", "properties": {"uniqueItems": {"type": "integer"}}, "required": ["uniqueItems"]},
+     ['{"uniqueItems": 3}'], ["{}"]),
+    ({"items": {"type": "integer"}, "type": "array", "uniqueItems": True}, ["[1, 2]", "[]"], ['["a"]']),
+    ({"format": "binary", "type": "string"}, ['"a"'], ["1"]),
+    ({"oneOf": [{"type": "object", "properties": {"k": {"const": kind}, "v": {"type": of}}, "required": ["k", "v"]}
+                for kind, of in (("x", "integer"), ("y", "string"))], "discriminator": {"propertyName": "k"}},
+     ['{"k": "x", "v": 1}', '{"k": "y", "v": "s"}'], ['{"k": "x", "v": "s"}']),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("schema", "texts", "others"), PYDANTIC_SCHEMAS, ids=range(len(PYDANTIC_SCHEMAS)))
+def test_schemas_of_pydantic_are_followed(compiler, schema, texts, others):
+    def allows(text):
+        state = compiler.start(Structure("json_schema", json.dumps(schema)))
+        for token in TOKENIZER.encode(text):
+            if not state.allowed()[token]:
+                return False
+            state.accept(token)
+        return bool(state.allowed()[list(TOKENIZER.eos_token_ids)].any())
+
+    assert [text for text in texts if not allows(text)] == []
+    assert [text for text in others if allows(text)] == []
 
 
 def test_states_of_one_structure_do_not_share_their_progress(compiler):
@@ -157,7 +206,7 @@ LARGE = Structure("regex", "([a-z]{1,40} ?){200,300}")
 
 
 def _until_it_fails(state):
-    """Words of two letters until nothing is allowed."""
+    """Accepts words of two letters until no token is allowed. Returns their number."""
     letters, tokens = [TOKENIZER.encode(letter)[0] for letter in "ab"], 0
     while state.allowed().any():
         state.accept(letters[tokens % 2])

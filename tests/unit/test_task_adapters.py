@@ -1,4 +1,4 @@
-"""Problems from outside: your own JSON Lines, the library reasoning-gym, and math-verify as a scorer."""
+"""Problems from outside the package: JSON Lines files, the library reasoning-gym, and math-verify as a scorer."""
 
 import json
 import sys
@@ -29,7 +29,7 @@ def write(tmp_path):
 
 
 def without(monkeypatch, package: str) -> None:
-    """Makes the package look as if it were not installed."""
+    """Makes a package unimportable."""
     for name in [name for name in sys.modules if name.partition(".")[0] == package]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
@@ -188,7 +188,7 @@ def test_reasoning_gym_problems(dataset):
         assert problems == [task.problem_at(index, split="train", seed=0) for index in range(10)]
         held_out = {task.problem_at(index, split="validation", seed=0).prompt for index in range(10)}
         assert not held_out & {problem.prompt for problem in problems}
-        for problem in problems:
+        for problem in problems[:4]:
             assert task.score(problem, f"<think>easy</think>{problem.answer}") == 1.0
             for text in ("", "nonsense", "\x00", "9" * 999):
                 assert 0.0 <= task.score(problem, text) < 1.0

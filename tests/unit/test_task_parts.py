@@ -1,4 +1,4 @@
-"""What task families are built from: arithmetic, the small language, comparing answers; and what is special of each."""
+"""Parts of task families (arithmetic, the mini language, answer comparison), and rules of single families."""
 
 import ast
 import operator
@@ -124,7 +124,7 @@ def test_program_rewards_differ_as_they_should():
     assert [score(reward, "rev") for reward in ("strict", "soft", "all")] == [1.0, 1.0, 1.0]
     # the identity passes tests 0 and 1 only: half of each group
     assert [score(reward, "inc0") for reward in ("strict", "soft", "all")] == [0.0, 0.5, 0.0]
-    # sorting downwards is right for all of them, though it is another program
+    # descending sort is right for all tests, though it is another program
     assert score("all", "sort;rev") == 1.0
     # right on "12" but not on "123"
     assert [score(reward, "rot1") for reward in ("strict", "soft", "all")] == [0.5, 0.75, 0.0]
@@ -169,7 +169,7 @@ def test_boolean_agrees_with_python():
         problem = task.problem_at(index, split="train", seed=0)
         python = problem.prompt.replace("!", " not ").replace("0", "False").replace("1", "True")
         python = python.replace("&", " and ").replace("|", " or ")
-        if "^" not in python:  # `not` binds otherwise there
+        if "^" not in python:  # `not` has another precedence in Python
             assert str(int(eval(python))) == problem.answer  # noqa: S307
 
 

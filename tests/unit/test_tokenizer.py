@@ -1,4 +1,4 @@
-"""The tokenizer against tokenizers and transformers, and against its own promises."""
+"""The tokenizer against tokenizers and transformers, and its own guarantees."""
 
 import json
 import random
@@ -187,7 +187,7 @@ def test_stream_equals_decode_and_never_splits_a_character(tokenizer):
     assert "".join(parts) == tokenizer.decode(ids)
     assert stream.flush() == ""
     assert not any("\ufffd" in part for part in parts)
-    assert "" in parts  # some character did take several tokens
+    assert "" in parts  # some character took several tokens
 
 
 def test_stream_equals_decode_on_any_ids(tokenizer):

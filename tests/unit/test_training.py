@@ -1,10 +1,6 @@
-"""Schedules, loss, optimizer state, and the bitwise oracle: a run killed and resumed is the run that was not."""
+"""Schedules, loss, optimizer state; a run that is killed and resumed equals the uninterrupted run bit for bit."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny_model
+from forked import start_command
 from safetensors.torch import load_file
 
 from openmimo.core import config as config_io
@@ -123,7 +120,7 @@ class TestSchedule:
 
 
 def test_loss_is_the_definition():
-    """Next token within documents, plus the weighted mean of the heads; shares of micro-batches add up."""
+    """Next token within documents, plus the weighted mean of the heads; losses of micro-batches add up."""
     model = tiny_model(mtp_heads=2)
     lengths = (20, 1, 9)
     tokens = torch.randint(0, 160, (30,))
@@ -218,8 +215,8 @@ def test_a_run_leaves_what_it_says(finished):
 
 
 @pytest.mark.parametrize("kill_at_step", [3, pytest.param(6, marks=pytest.mark.slow)])
-def test_killed_and_resumed_is_uninterrupted_bit_for_bit(finished, tmp_path, kill_at_step):
-    """kill -9 while steps run, at a place inside a stage and at the seam of two."""
+def test_killed_and_resumed_is_uninterrupted_bit_for_bit(finished, tmp_path, kill_at_step, without_figures):
+    """SIGKILL inside a stage, and at the boundary of two stages."""
     (tmp_path / "text").mkdir()
     for file in (finished / "text").iterdir():
         (tmp_path / "text" / file.name).write_text(file.read_text())
@@ -227,16 +224,15 @@ def test_killed_and_resumed_is_uninterrupted_bit_for_bit(finished, tmp_path, kil
     config = replace(config, run_folder=str(tmp_path / "run"), loader_workers=2)
     path = tmp_path / "start.json"
     config_io.save(config, path)
-    command = [sys.executable, "-m", "openmimo", "pretrain", "--from", str(path)]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = start_command(["pretrain", "--from", str(path)], tmp_path / "errors")
     metrics = tmp_path / "run" / "metrics.jsonl"
     deadline = time.monotonic() + 120
-    while process.poll() is None and time.monotonic() < deadline:
+    while process.is_alive() and time.monotonic() < deadline:
         if metrics.exists() and any(row["step"] >= kill_at_step for row in read_metrics(metrics)):
             break
         time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     pretrain(config)
     expected = weights(finished / "run" / "model")
     resumed = weights(tmp_path / "run" / "model")
@@ -247,7 +243,7 @@ def test_killed_and_resumed_is_uninterrupted_bit_for_bit(finished, tmp_path, kil
     assert [row["loss/main"] for row in read_metrics(metrics) if "loss/main" in row] == losses
 
 
-def test_a_damaged_newest_checkpoint_is_reported_and_passed_over(finished, tmp_path, capsys):
+def test_a_damaged_newest_checkpoint_is_reported_and_passed_over(finished, tmp_path, capsys, without_figures):
     import shutil
 
     shutil.copytree(finished / "run", tmp_path / "run")
@@ -262,7 +258,7 @@ def test_a_damaged_newest_checkpoint_is_reported_and_passed_over(finished, tmp_p
     assert all(torch.equal(tensor, again[name]) for name, tensor in expected.items())
 
 
-def test_a_full_disk_costs_a_checkpoint_and_not_the_run(finished, tmp_path, monkeypatch, capsys):
+def test_a_full_disk_costs_a_checkpoint_and_not_the_run(finished, tmp_path, monkeypatch, capsys, without_figures):
     real, calls = checkpoint_module.save_file, []
 
     def full_now_and_then(tensors, path):
@@ -305,14 +301,18 @@ def test_another_config_does_not_continue_a_run(finished):
         pretrain(replace(run_config(finished), seed=1))
 
 
-def test_accumulation_over_microbatches_changes_nothing(finished, tmp_path):
-    pretrain(replace(run_config(finished), run_folder=str(tmp_path / "run"), micro_batch_size=4, balance_weight=0.0))
-    pretrain(replace(run_config(finished), run_folder=str(tmp_path / "run2"), micro_batch_size=1, balance_weight=0.0))
-    one = [row["loss/main"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss/main" in row]
-    four = [row["loss/main"] for row in read_metrics(tmp_path / "run2" / "metrics.jsonl") if "loss/main" in row]
-    assert one == pytest.approx(four, rel=1e-4)
+def test_accumulation_over_microbatches_changes_nothing(tmp_path, without_figures):
+    config = run_config(tmp_path, balance_weight=0.0)
+    config = replace(config, stages=tuple(replace(stage, steps=3) for stage in config.stages))
+    losses = []
+    for size in (4, 1):
+        folder = tmp_path / f"run{size}"
+        pretrain(replace(config, run_folder=str(folder), micro_batch_size=size))
+        losses.append([row["loss/main"] for row in read_metrics(folder / "metrics.jsonl") if "loss/main" in row])
+    assert len(losses[0]) == 6
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 def test_a_model_without_gradients_has_none_to_clip():
-    """As after a part of a step in which nothing was worth learning from."""
+    """Covers a part of a step that has no sample to learn from."""
     assert clip_gradients(tiny_model(), 1.0) == GradientReport(norm=0.0, num_zeros=0, apart_norm=0.0)

@@ -1,4 +1,4 @@
-"""Models with int8 and FP8 weights: the text of their dequantized values, half the bytes, checkpoints as stored."""
+"""Int8 and FP8 weights: the tokens of their dequantized values, half the bytes, checkpoints as stored."""
 
 from dataclasses import replace
 
@@ -21,7 +21,7 @@ IDS = torch.randint(0, 160, (40,), generator=torch.Generator().manual_seed(0))
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A checkpoint whose matrices have ragged blocks, with an MTP head."""
+    """A checkpoint with an MTP head, whose matrices end in partial blocks."""
     base = tiny_config(mtp_heads=1)
     config = replace(base, hidden_size=136, dense_ffn_dim=150, moe=replace(base.moe, expert_dim=72))
     path = tmp_path_factory.mktemp("formats") / "plain"
@@ -39,13 +39,13 @@ def fp8_folder(request, folder):
 
 
 def held(model):
-    """Every block-scaled weight of a model."""
+    """Returns every block-scaled weight of a model."""
     modules = [module for module in model.modules() if isinstance(module, QuantizableModule)]
     return [module.held_weight(name) for module in modules for name in module.blocks]
 
 
 def with_dequantized_weights(model, like):
-    """`like` with the values of a quantized model in float32."""
+    """Copies the values of a quantized model to `like` in float32."""
     values = {slot.name: dequantized(slot.target, torch.float32) for slot in slots(model)}
     with torch.no_grad():
         for slot in slots(like):
@@ -72,7 +72,7 @@ def test_the_greedy_text_is_that_of_the_dequantized_weights_in_float32(folder, w
 
 @pytest.mark.parametrize("weights", ["int8", "fp8"])
 def test_matrices_take_about_half_the_bytes_of_bfloat16(folder, weights):
-    """The scales of these small matrices are a larger part than those of real ones."""
+    """Scales are a larger share of these small matrices than of real ones."""
     scaled = held(load_model(folder, weights=weights))
     assert len(scaled) > 30
     assert all(isinstance(weight, BlockScaled) and weight.format == weights for weight in scaled)

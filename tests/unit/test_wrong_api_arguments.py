@@ -1,4 +1,4 @@
-"""Wrong types and values in the Python API: a UserError that names the argument, and nothing is written."""
+"""Wrong types and values in the Python API raise a UserError that names the argument, and no file is written."""
 
 from dataclasses import replace
 

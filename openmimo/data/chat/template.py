@@ -7,6 +7,7 @@ a message, a tool or an argument remains plain text, even where the template joi
 import functools
 import json
 import re
+import secrets
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -27,6 +28,7 @@ def encode_chat(
     *,
     tools: Iterable[Mapping[str, Any]] = (),
     add_generation_prompt: bool = True,
+    continue_final_message: bool = False,
     enable_thinking: bool = False,
     keep_all_reasoning: bool = False,
     most_tokens: int | None = None,
@@ -41,6 +43,8 @@ def encode_chat(
         messages: The turns, as in `render`.
         tools: Function schemas that the model may call.
         add_generation_prompt: Whether to open the turn of the assistant.
+        continue_final_message: Whether to end after the content of the last message, which must be the assistant's, so
+            that the model continues it. Excludes `add_generation_prompt`.
         enable_thinking: Whether the model may open `<think>` itself.
         keep_all_reasoning: Whether to keep the reasoning of turns before the last question.
         most_tokens: Encoding may stop after more than this number of tokens, as in `Tokenizer.encode`.
@@ -48,6 +52,10 @@ def encode_chat(
     Raises:
         DataError: The template or the conversation does not render.
     """
+    final_mark = ""
+    if continue_final_message:
+        messages, final_mark = _with_final_mark(messages)
+        add_generation_prompt = False
     template, eos_token, special_ids = tokenizer.chat_template, tokenizer.eos_token, tokenizer.special_tokens
     marks = _marks_of(template, eos_token, tuple(special_ids))
     text = render(
@@ -60,6 +68,12 @@ def encode_chat(
         special_tokens={"eos_token": eos_token},
         marks=marks,
     )
+    if final_mark:
+        text, _, rest = text.partition(final_mark)
+        if not rest:
+            raise DataError(
+                "The chat template does not write the content of the last message, so it cannot be continued."
+            )
     id_of_mark = {mark: special_ids[token] for token, mark in marks.items()}
     ids: list[int] = []
     for piece in _MARK.split(text):
@@ -70,6 +84,15 @@ def encode_chat(
         else:
             ids.extend(tokenizer.encode(piece, most_tokens=most_tokens))
     return ids
+
+
+def _with_final_mark(messages: Iterable[Message | Mapping[str, Any]]) -> tuple[list[dict[str, Any]], str]:
+    """The conversation with a random text at the end of its last message, and that text. Raises DataError."""
+    turns = [message_dict(message) for message in messages]
+    if not turns or turns[-1]["role"] != "assistant" or "tool_calls" in turns[-1]:
+        raise DataError("Only a text of the assistant can be continued; the last message must be one.")
+    mark = secrets.token_hex(16)
+    return [*turns[:-1], {**turns[-1], "content": turns[-1]["content"] + mark}], mark
 
 
 def render(

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from openmimo.core.errors import ConfigError
-from openmimo.core.fields import Bounds, NonNegativeFloat, PositiveFloat, PositiveInt, check_fields
+from openmimo.core.fields import Bounds, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, check_fields
 
+ANY = "*"  # in lists of names: any name
 _KEY_VARIABLE = "OPENMIMO_API_KEY"
 _ORIGIN = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://[^/\s]+")
 
@@ -28,11 +29,18 @@ class ServerConfig:
         allowed_origins: Origins of web pages that may use the server, such as https://example.org ("*": all). The
             built-in chat page needs none.
         model_name: Model name in the API (empty: the name of the run or of the checkpoint folder).
-        max_tokens: Maximum new tokens of one reply, and the default if a client sets no limit.
+        model_aliases: Further names of the model that requests may use ("*": any name).
+        strict: Whether unknown fields of a request are rejected. Otherwise they are ignored, named in the header
+            X-OpenMiMo-Warning of the response, and counted in /metrics.
+        max_tokens: Maximum new tokens of one reply, and the default if a client sets no limit. Higher limits of
+            requests are lowered to it.
         max_body_bytes: Maximum size of one request body.
         max_open_bytes: Maximum total size of the bodies of all open requests; beyond it, requests get a 429.
         max_choices: Maximum number of prompts times n of one request.
         max_queue: Maximum number of replies that wait for their first token; beyond it, requests get a 429.
+        response_store_bytes: Maximum size of the stored responses, which previous_response_id continues; the least
+            recently used are dropped. 0: none are stored.
+        response_store_seconds: Time after its last use for which a response is stored.
         retry_after_seconds: Value of the Retry-After header of a 429.
         request_timeout_seconds: Time limit of one request, including its time in the queue.
         drain_timeout_seconds: Time that running requests may take to finish after SIGTERM.
@@ -44,11 +52,15 @@ class ServerConfig:
     allowed_hosts: tuple[str, ...] = ()
     allowed_origins: tuple[str, ...] = ()
     model_name: str = ""
+    model_aliases: tuple[str, ...] = ()
+    strict: bool = False
     max_tokens: PositiveInt = 32768
     max_body_bytes: PositiveInt = 4 * 2**20
     max_open_bytes: PositiveInt = 32 * 2**20
     max_choices: PositiveInt = 128
     max_queue: PositiveInt = 256
+    response_store_bytes: NonNegativeInt = 64 * 2**20
+    response_store_seconds: PositiveFloat = 24 * 3600.0
     retry_after_seconds: PositiveInt = 1
     request_timeout_seconds: PositiveFloat = 600.0
     drain_timeout_seconds: NonNegativeFloat = 30.0
@@ -61,7 +73,7 @@ class ServerConfig:
                     f"ServerConfig.allowed_hosts contains {host!r}; give host names only, such as example.org."
                 )
         for origin in self.allowed_origins:
-            if origin != "*" and not _ORIGIN.fullmatch(origin):
+            if origin != ANY and not _ORIGIN.fullmatch(origin):
                 raise ConfigError(
                     f"ServerConfig.allowed_origins contains {origin!r}; an origin is a scheme and a host, such as "
                     "https://example.org or http://localhost:3000."
@@ -78,7 +90,7 @@ class ServerConfig:
     @property
     def answered_hosts(self) -> tuple[str, ...] | None:
         """Accepted Host header names, except those of this machine, which are always accepted. None: any name."""
-        if "*" in self.allowed_hosts or (self.required_key is not None and not self.allowed_hosts):
+        if ANY in self.allowed_hosts or (self.required_key is not None and not self.allowed_hosts):
             return None
         return (self.host, *self.allowed_hosts)
 

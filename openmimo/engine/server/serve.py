@@ -12,7 +12,9 @@ from types import FrameType
 import torch
 import uvicorn
 
-from openmimo.core.errors import ConfigError
+from openmimo.core.errors import ConfigError, DataError, UserError
+from openmimo.core.records import Message, Request, SamplingParams, Structure
+from openmimo.data.chat.template import encode_chat
 from openmimo.data.tokenizer import Tokenizer
 from openmimo.engine.config import EngineConfig, WeightFormat
 from openmimo.engine.engine import Engine
@@ -25,7 +27,9 @@ from openmimo.model.hf import load_model
 from openmimo.runtime.device import resolve_device
 
 _RUN_MODEL = "model"  # the checkpoint folder of a run
+_WARM_UP_TOKENS = 8
 _FLUSH_SECONDS = 5  # time for clients to read the ends of their replies after all replies are complete
+_QUEUED_MESSAGES = 1  # of a WebSocket connection, while a reply is generated
 
 
 class Server(uvicorn.Server):
@@ -41,6 +45,8 @@ class Server(uvicorn.Server):
                 log_level="warning",
                 access_log=False,
                 timeout_graceful_shutdown=_FLUSH_SECONDS,
+                ws_max_size=config.max_body_bytes,
+                ws_max_queue=_QUEUED_MESSAGES,
             )
         )
         self._service = app.state.service
@@ -124,9 +130,33 @@ def launch(
     if dtype == "auto":
         dtype = "float32" if torch_device.type == "cpu" else "bfloat16"
     model = load_model(path, dtype=dtype, device=str(torch_device), weights=weights)
+    served_engine = Engine(model, tokenizer, engine)
+    warm_up(served_engine, tokenizer)
     name, *aliases = served_names(path)
-    backend = EngineBackend(Engine(model, tokenizer, engine), tokenizer, model_name=name, model_aliases=tuple(aliases))
-    serve(backend, server)
+    serve(EngineBackend(served_engine, tokenizer, model_name=name, model_aliases=tuple(aliases)), server)
+
+
+def warm_up(engine: Engine, tokenizer: Tokenizer) -> None:
+    """Run a short chat and a form, so that no request waits for kernels to compile or for the grammar checker to start.
+
+    Raises:
+        UserError: The model cannot generate, for example because its weights hold NaN.
+    """
+    try:
+        ids = encode_chat(tokenizer, [Message("user", "Hello")])
+    except DataError:  # a template that rejects this conversation may accept those of clients
+        ids = tokenizer.encode("Hello")
+    prompt = tuple(ids[: engine.model.config.max_positions - 1])
+    forms = [None, Structure("json_object")] if engine.eos_ids else [None]
+    for form in forms:
+        params = SamplingParams(max_tokens=_WARM_UP_TOKENS, temperature=0.0, structure=form)
+        sequence = engine.submit(Request("warm-up", prompt, params))
+        while not sequence.finish_reason:
+            engine.step()
+        if sequence.error:
+            raise UserError(f"{sequence.error}.")
+    engine.forget_cached()
+    engine.reset_stats()
 
 
 def served_names(path: str) -> tuple[str, ...]:

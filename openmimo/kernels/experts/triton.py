@@ -5,9 +5,8 @@ T tokens, A active experts a token, D model dim, E experts, F expert hidden dim.
 
 import torch
 
-from openmimo.kernels.dispatch import Backend
+from openmimo.kernels.dispatch import Backend, triton_unavailable
 from openmimo.kernels.operations import ExpertsNeed
-from openmimo.kernels.triton_support import unavailable
 from openmimo.kernels.weights import PLAIN
 
 _MAX_TOKENS = 256  # above, sorted tokens and torch's grouped product are faster
@@ -30,7 +29,7 @@ def run(
 
 def refuse(need: ExpertsNeed) -> str | None:
     """A few tokens on an accelerator, plain weights, no gradients."""
-    if reason := unavailable(need.on_cpu, need.dtype):
+    if reason := triton_unavailable(need.on_cpu, need.dtype):
         return reason
     if need.weight_format != PLAIN:
         return f"its weights are plain, not {need.weight_format}"

@@ -6,8 +6,7 @@ T queries, N query heads, G key/value heads, K key dim, V value dim, B sequences
 import torch
 
 from openmimo.kernels.attention import NO_SCORES, AttentionOut, PagedNeed, Pages
-from openmimo.kernels.dispatch import Backend
-from openmimo.kernels.triton_support import unavailable
+from openmimo.kernels.dispatch import Backend, triton_unavailable
 
 _CACHE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn)
 _MAX_QUERIES = 16
@@ -41,7 +40,7 @@ def refuse(need: PagedNeed) -> str | None:
     """Few queries per sequence, in the floating-point formats of the kernel, without gradients."""
     if need.score_block is not None:
         return NO_SCORES
-    if reason := unavailable(need.on_cpu, need.dtype):
+    if reason := triton_unavailable(need.on_cpu, need.dtype):
         return reason
     if need.needs_gradients:
         return "it has no backward pass"

@@ -2,9 +2,8 @@
 
 import torch
 
-from openmimo.kernels.dispatch import Backend
+from openmimo.kernels.dispatch import Backend, triton_unavailable
 from openmimo.kernels.operations import RotaryNeed
-from openmimo.kernels.triton_support import unavailable
 
 _MAX_NUMBERS = 1 << 30  # offsets of 32 bits
 
@@ -18,7 +17,7 @@ def run(x_THK: torch.Tensor, cos_TR: torch.Tensor, sin_TR: torch.Tensor) -> torc
 
 def refuse(need: RotaryNeed) -> str | None:
     """Inference on an accelerator."""
-    if reason := unavailable(need.on_cpu, need.dtype):
+    if reason := triton_unavailable(need.on_cpu, need.dtype):
         return reason
     if need.needs_gradients:
         return "it has no backward pass"

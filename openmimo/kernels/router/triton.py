@@ -5,9 +5,8 @@ The host does not wait for the result, so a graph can capture it.
 
 import torch
 
-from openmimo.kernels.dispatch import Backend
+from openmimo.kernels.dispatch import Backend, triton_unavailable
 from openmimo.kernels.operations import RouterNeed, RoutingRule
-from openmimo.kernels.triton_support import unavailable
 
 _MAX_TOKENS = 512  # every token reads the whole weight
 
@@ -30,7 +29,7 @@ def run(
 
 def refuse(need: RouterNeed) -> str | None:
     """Decoding on an accelerator with one group of experts."""
-    if reason := unavailable(need.on_cpu, need.dtype):
+    if reason := triton_unavailable(need.on_cpu, need.dtype):
         return reason
     if need.needs_gradients or need.replayed or need.keep_scores or need.grouped:
         return "it does not train, replay routes, return scores or divide experts into groups"

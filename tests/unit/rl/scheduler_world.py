@@ -1,4 +1,4 @@
-"""A world in simulated time for the data scheduler: slots that write one token a tick, and scoring that takes time."""
+"""A simulation for the data scheduler: slots that write one token per tick, and scoring that takes time."""
 
 import json
 import math
@@ -15,12 +15,12 @@ from openmimo.rl.scheduling.scheduler import DataScheduler
 
 
 def endless(name):
-    """A stream in which no problem comes twice."""
+    """A stream in which every problem is new."""
     return lambda index: Problem(f"{name}-{index}")
 
 
 def round_robin(name, num_problems):
-    """A finite set that goes round and round."""
+    """A stream that repeats a finite set of problems in order."""
     return lambda index: Problem(f"{name}-{index % num_problems}")
 
 
@@ -38,9 +38,9 @@ def make_scheduler(config, streams=None):
 
 
 class World:
-    """Runs what a scheduler asks for.
+    """Runs the requests of a scheduler in simulated time.
 
-    Length and reward of an answer follow from its sample id and the seed, so that they do not depend on when it runs.
+    Length and reward of an answer are functions of its sample id and the seed, so they do not depend on when it runs.
     """
 
     def __init__(
@@ -66,7 +66,9 @@ class World:
         return float(self.chance("reward", sample_id).random() < rate)
 
     def begin_step(self, version):
-        """New weights: tokens so far are the old policy's; in `interrupt` mode they go back to the scheduler."""
+        """Starts a step with new weights; in `interrupt` mode, all unfinished samples return to the scheduler as
+        partials.
+        """
         for sample_id, job in list(self.jobs.items()):
             done = min(int(self.now - job["start"]), job["left"])
             job["versions"] += [self.version] * done
@@ -80,7 +82,7 @@ class World:
         self.after_call()
 
     def step(self, version):
-        """One batch and its report."""
+        """Runs one step. Returns its batch and its report."""
         self.begin_step(version)
         while not self.scheduler.is_complete():
             self.submit()
@@ -95,7 +97,7 @@ class World:
         return taken
 
     def submit(self):
-        free = max(0, self.slots - len(self.jobs))  # what was being scored at a crash runs again
+        free = max(0, self.slots - len(self.jobs))  # samples in scoring at a crash run again
         requests = self.scheduler.next_submissions(free)
         self.after_call()
         assert sum(len(request.sample_ids) for request in requests) <= free
@@ -122,7 +124,7 @@ class World:
             self.rewards.pop(sample_id, None)
 
     def next_event(self):
-        """The next answer that ends, or the next one that is scored."""
+        """Advances to the next event: an answer ends, or a reward arrives."""
         events = [(job["start"] + job["left"], job["order"], key) for key, job in self.jobs.items()]
         events += [(when, order, key) for key, (when, order, _) in self.rewards.items()]
         self.now, _, sample_id = min(events)
@@ -159,13 +161,13 @@ class World:
         )
 
     def after_call(self):
-        """With `resume_streams`, the scheduler is saved and built anew after every single call."""
+        """With `resume_streams`, saves the scheduler and loads it into a new one after every call."""
         if self.resume_streams is not None:
             self.scheduler = resumed(self.scheduler, self.resume_streams)
 
 
 def resumed(scheduler, streams):
-    """A new scheduler from the saved state of another."""
+    """Returns a new scheduler with the saved state of another."""
     state = through_files(scheduler.state())
     copy = DataScheduler(scheduler._config, streams)
     copy.load_state(state)
@@ -174,7 +176,7 @@ def resumed(scheduler, streams):
 
 
 def through_files(state):
-    """A state after it was saved and loaded."""
+    """Returns a state after a round trip through files."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "samples.arrays"
         plain = json.dumps(write_state(state, path), allow_nan=False)

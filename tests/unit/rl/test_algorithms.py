@@ -1,6 +1,6 @@
-"""What every algorithm promises, whatever it learns from, and how settings are checked.
+"""Contract of every algorithm, and the checks of their settings.
 
-A new file in openmimo/rl/algorithms is tested by being there.
+It covers each file in openmimo/rl/algorithms without being listed.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ OUTCOME_NAMES = [name for name in NAMES if not ALGORITHMS.get(name).uses_teacher
 
 
 def make_sample(mask, *, reward=0.0, group="g", domain="d", finish_reason="stop", gap=0.5):
-    """Tokens with mask 1 are the policy's; the teacher likes each more than the policy by `gap`."""
+    """Tokens with mask 1 are the policy's; the teacher's log-probability of each is higher by `gap`."""
     logprobs = [-1.0 - 0.1 * i if written else 0.0 for i, written in enumerate(mask)]
     return Sample(
         token_ids=list(range(len(mask))),
@@ -45,7 +45,7 @@ def annotate(name, samples, **options):
 
 
 def make_step():
-    """Two groups of two, with prompts, an answer of a tool in the middle, and different lengths."""
+    """Two groups of two samples, with prompts, a tool's turn in the middle, and different lengths."""
     return [
         make_sample([0, 1, 1, 0, 0, 1], reward=1.0, group="a"),
         make_sample([0, 1], reward=0.0, group="a"),
@@ -62,7 +62,7 @@ def test_only_what_the_policy_wrote_counts(name):
         for written, advantage, weight in zip(sample.loss_mask, sample.advantages, sample.weights, strict=True):
             assert (weight > 0) == written
             assert (advantage != 0) == written
-    # answers of tools change no mean: without them, everything is as before
+    # tokens of tools change no mean: without them, the other samples get the same values
     shorter = make_step()
     shorter[0] = make_sample([0, 1, 1, 1], reward=1.0, group="a")
     shorter = annotate(name, shorter)
@@ -94,7 +94,7 @@ def test_losses_are_per_token_and_push_the_right_way(name):
     losses = algorithm.token_losses(TokenBatch(logprobs, old, old, advantages, sequence, staleness, 2), options)
     assert losses.shape == (4,)
     losses.sum().backward()
-    assert torch.allclose(logprobs.grad, -advantages)  # on policy all of them are REINFORCE
+    assert torch.allclose(logprobs.grad, -advantages)  # on policy, every algorithm is REINFORCE
     assert torch.equal(logprobs.grad.sign(), -advantages.sign())
 
 
@@ -150,7 +150,7 @@ def test_other_settings_without_effect_or_sense_are_errors():
 
 
 def engine_gap_batch(advantage=1.0):
-    """π_θ / π_old of 1.1, π_old / μ of 1.5, 3 and 0.1; the last is of a sequence of its own, and three versions old."""
+    """π_θ / π_old is 1.1; π_old / μ is 1.5, 3 and 0.1. The last token is a second sequence, three versions old."""
     logprobs = torch.full((3,), -1.0, dtype=torch.float64, requires_grad=True)
     old = logprobs.detach() - torch.tensor(1.1, dtype=torch.float64).log()
     behavior = old - torch.tensor([1.5, 3.0, 0.1], dtype=torch.float64).log()
@@ -172,7 +172,7 @@ def engine_gap_batch(advantage=1.0):
         ({"kind": "staleness_tis", "max_staleness": 2}, [1.5, 1.5, 0]),
     ],
 )
-def test_grpo_weighs_the_engines_gap_beside_its_own_ratio(correction, expected):
+def test_grpo_multiplies_its_ratio_by_the_correction_of_the_engines_gap(correction, expected):
     algorithm, options = open_algorithm("grpo", {"correction": correction})
     batch = engine_gap_batch()
     losses = algorithm.token_losses(batch, options)
@@ -199,7 +199,7 @@ def test_without_a_ratio_the_correction_goes_all_the_way(name):
     algorithm, options = open_algorithm(name, {"correction": {"kind": "icepop"}})
     batch = engine_gap_batch()
     (gradient,) = torch.autograd.grad(algorithm.token_losses(batch, options).sum(), batch.logprobs_N)
-    assert gradient.tolist() == pytest.approx([-1.65, 0.0, 0.0])  # π_θ / μ; outside the gate the gradient is gone
+    assert gradient.tolist() == pytest.approx([-1.65, 0.0, 0.0])  # π_θ / μ; outside the gate the gradient is 0
 
 
 def test_grpo_weighs_tokens_alike_and_mopd_answers():
@@ -211,13 +211,15 @@ def test_grpo_weighs_tokens_alike_and_mopd_answers():
         assert sum(weight for sample in samples for weight in sample.weights) == pytest.approx(1.0)
 
 
-def test_constant_weights_take_the_longest_answer_unless_told():
+def test_constant_weights_divide_by_the_longest_answer_or_the_given_length():
     assert max(annotate("dr_grpo", make_step())[1].weights) == pytest.approx(1 / (4 * 3))
     assert max(annotate("dr_grpo", make_step(), max_answer_tokens=10)[1].weights) == pytest.approx(1 / (4 * 10))
 
 
 def test_mopd_balances_domains():
-    """Three long answers of one domain against one short of another: by default each has half of the gradient."""
+    """Three long answers of one domain and one short answer of another: by default each domain has half of the
+    gradient.
+    """
     samples = [make_sample([0] + [1] * 40, domain="long") for _ in range(3)] + [make_sample([0, 1], domain="short")]
 
     def share(**options):
@@ -230,7 +232,7 @@ def test_mopd_balances_domains():
 
 
 def test_mopd_never_whitens():
-    """All advantages have one sign where the teacher likes everything more; twice the gap is twice the advantage."""
+    """If the teacher prefers every token, all advantages are positive; twice the gap gives twice the advantage."""
     for gap in (0.5, 1.0):
         for sample in annotate("mopd", [make_sample([0, 1, 1], gap=gap), make_sample([0, 1], gap=gap)]):
             assert sample.advantages[1:] == pytest.approx([gap] * (len(sample.token_ids) - 1))
@@ -256,7 +258,7 @@ def test_mopd_without_a_teachers_reply():
     annotate("mopd", [missing, given])
     assert missing.advantages.tolist() == [0.0, 0.0]
     assert given.advantages == pytest.approx([0.0, 0.5])
-    annotate("mopd", [missing, given], alpha=0.5)  # the outcome is still known
+    annotate("mopd", [missing, given], alpha=0.5)  # the outcome reward is still known
     assert missing.advantages == pytest.approx([0.0, 0.5], abs=1e-5)
     assert given.advantages == pytest.approx([0.0, 0.0], abs=1e-5)
 
@@ -270,7 +272,7 @@ def test_mopd_needs_rewards_for_alpha_only():
 @pytest.mark.parametrize("name", ["teacher", "policy"])
 @pytest.mark.parametrize("cut", [slice(1, None), slice(None, -1), slice(0, 0)])
 def test_scores_that_are_not_aligned_with_the_tokens_are_refused(name, cut):
-    """Off by one: a list without the prompt, or without the last token, would score each token by its neighbor."""
+    """A list that is shifted by one (no prompt, or no last token) would score each token by its neighbor."""
     sample = make_sample([0, 1, 1])
     policy = list(sample.logprobs)
     if name == "teacher":

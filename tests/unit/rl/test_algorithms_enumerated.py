@@ -1,4 +1,4 @@
-"""Algorithms on a policy so small that every answer can be written down: expected gradients against exact ones.
+"""Expected gradients of the algorithms against exact ones, on a policy whose answers can be enumerated.
 
 Vocabulary 3, answers of 3 tokens, one row of logits for each prefix; expectations are sums over all 27 answers.
 """
@@ -38,12 +38,12 @@ def teacher():
 
 
 def token_logprobs(logits):
-    """[27, 3]: log-probability of each token of each answer."""
+    """Returns [27, 3]: the log-probability of each token of each answer."""
     return logits.log_softmax(-1)[VISITED, CHOSEN]
 
 
 def prefix_probabilities(logits):
-    """[13]: how often each prefix is reached."""
+    """Returns [13]: the probability of reaching each prefix."""
     steps = logits.detach().log_softmax(-1)
     return torch.stack(
         [sum((steps[ROWS[p[:i]], p[i]] for i in range(len(p))), start=steps.new_zeros(())).exp() for p in PREFIXES]
@@ -51,7 +51,7 @@ def prefix_probabilities(logits):
 
 
 def make_sample(index, *, logprobs, teacher_logprobs=None, group="", domain="", reward=float("nan")):
-    """A prompt of one token, and the answer."""
+    """A sample with a prompt of one token and the given answer."""
     return Sample(
         token_ids=[0, *ANSWERS[index]],
         loss_mask=[False, True, True, True],
@@ -66,9 +66,9 @@ def make_sample(index, *, logprobs, teacher_logprobs=None, group="", domain="", 
 
 
 def expected_gradient(policy, name, options, indices, probabilities, *, teacher=None, groups=None):
-    """The gradient of the algorithm's loss, where sample i of the step is answer indices[i].
+    """Returns the gradient of the algorithm's loss, where sample i of the step is answer indices[i].
 
-    probabilities [samples] is how probable each is; a step of them all weighs each alike, so they are put in by hand.
+    The loss of a step weighs its samples equally, so each is multiplied by probabilities [samples] here.
     """
     algorithm, options = open_algorithm(name, options)
     logprobs = token_logprobs(policy)[indices]
@@ -108,7 +108,7 @@ def answer_probabilities(policy):
 
 
 def test_mopd_lowers_the_reverse_kl_of_each_token(policy, teacher):
-    """Without its future-token path: prefixes are taken as the policy gives them, and how often is no part of it."""
+    """Covers the term without future tokens: the probabilities of the prefixes are constants."""
     ours = expected_gradient(
         policy, "mopd", {"advantage_limit": 1e9}, range(27), answer_probabilities(policy).detach(), teacher=teacher
     )
@@ -125,7 +125,7 @@ def test_the_future_token_path_is_not_in_it(policy, teacher):
         policy, "mopd", {"advantage_limit": 1e9}, range(27), answer_probabilities(policy).detach(), teacher=teacher
     )
     assert not torch.allclose(ours, whole, atol=1e-3)
-    # at the last token there is no future, and there they agree
+    # the last token has no future, so there the two agree
     last = [ROWS[prefix] for prefix in PREFIXES if len(prefix) == LENGTH - 1]
     assert torch.allclose(ours[last], whole[last], atol=1e-12)
 
@@ -142,7 +142,7 @@ def test_mopd_steps_lead_to_the_teacher(policy, teacher):
 
 
 def pairs(policy):
-    """Every pair of answers, as groups of two, and how probable each pair is, for both of its samples."""
+    """Returns all pairs of answers, as groups of two, and for each sample the probability of its pair."""
     probabilities = answer_probabilities(policy).detach()
     couples = list(itertools.product(range(27), repeat=2))
     indices = [index for couple in couples for index in couple]
@@ -157,7 +157,7 @@ def exact_policy_gradient(policy):
 
 @pytest.mark.parametrize(("name", "factor"), [("rloo", 1.0), ("dr_grpo", 0.5), ("grpo", 1.0)])
 def test_expected_gradient_is_that_of_the_expected_reward(policy, name, factor):
-    """RLOO exactly; a mean with the answer itself in it shrinks it by (n - 1) / n; std of 0/1 pairs only scales it."""
+    """Exact for RLOO; a mean that includes the answer itself scales by (n - 1) / n; std of 0/1 pairs only scales."""
     options = {"normalization": "constant", "max_answer_tokens": 1}
     indices, weights, groups = pairs(policy)
     ours = expected_gradient(policy, name, options, indices, weights, groups=groups)
@@ -172,7 +172,7 @@ def test_all_algorithms_agree_in_direction_where_they_should(policy):
     for name in ("grpo", "dr_grpo", "gspo", "cispo", "rloo"):
         ours = expected_gradient(policy, name, {}, indices, weights, groups=groups)
         cosine = torch.nn.functional.cosine_similarity(ours.reshape(-1), exact.reshape(-1), dim=0)
-        assert cosine > 1 - 1e-9, name  # all answers are of one length, so that normalizations only scale
+        assert cosine > 1 - 1e-9, name  # all answers have one length, so normalizations only scale
 
 
 def test_mopd_with_outcomes_adds_the_policy_gradient(policy, teacher):
@@ -189,9 +189,9 @@ def test_mopd_with_outcomes_adds_the_policy_gradient(policy, teacher):
 
 
 def test_importance_weights_undo_the_engines_gap(policy, teacher):
-    """Sampled by another policy: with the raw ratio, what is expected is what would be with the policy's own prefixes.
+    """With samples of another policy, the raw ratio gives the gradient that samples of the policy itself would give.
 
-    Token ratios correct the token, not the prefix, so one-token answers are where this is exact.
+    Token ratios correct the token and not the prefix, so this is exact for answers of one token.
     """
     algorithm, options = open_algorithm("mopd", {"correction": {"kind": "icepop", "low": 0.0, "high": 1e9}})
     engine = random_logits(2)[:1].log_softmax(-1)[0]

@@ -1,4 +1,4 @@
-"""Chat tool calls and context management: what is read from a turn, and what happens when a conversation gets long."""
+"""Chat tool calls and context management: reading calls from a turn, and conversations that exceed the context."""
 
 import pytest
 from environment_players import call, play
@@ -19,7 +19,7 @@ TOOLS = (
 
 
 class Looking(ChatToolEpisode):
-    """Sees a long text in every place but one."""
+    """Returns a long text for every place but one."""
 
     def __init__(self, max_calls=10):
         super().__init__((Message("system", "Be brief."), Message("user", "Find it.")), TOOLS, max_calls)
@@ -28,7 +28,7 @@ class Looking(ChatToolEpisode):
     def run(self, name, arguments):
         if name == "stop":
             self.is_over = True
-            return "never told"
+            return "never returned"
         if arguments["place"] == "nowhere":
             raise ToolMistakeError("there is nothing")
         return self.archived.get(arguments["place"]) or f"{arguments['place']}: " + "x" * 100
@@ -67,7 +67,7 @@ def test_calls_are_read_with_their_types():
         ("<function=look>", "malformed"),
     ],
 )
-def test_what_is_wrong_with_a_call_is_told(text, error):
+def test_the_fault_of_a_call_is_reported(text, error):
     answer = Looking().respond(text)
     assert len(answer.messages) == 1
     assert answer.messages[0].role == "tool"
@@ -139,7 +139,7 @@ def test_whoever_has_the_last_part_closes():
     inner = Looking()
     first = ManagedEpisode(inner, ContextLimits(max_length=100, share=0.3))
     first.respond(call("look", place="a", times="1"))
-    first.close()  # the successor was never asked for
+    first.close()  # no successor was requested
     assert inner.num_closed == 1
     second = first.successor()
     second.close()

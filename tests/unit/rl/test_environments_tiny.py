@@ -1,4 +1,4 @@
-"""Calculator and store: results inserted in the text, for tiny models."""
+"""Calculator and store: environments for tiny models that insert results into the text."""
 
 import pytest
 
@@ -32,7 +32,7 @@ def test_calculator_inserts_results():
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "expected"),
     [
         ("<c>12*7-90</c>", "at most 1 at once"),
         ("<c>12**7</c>", "number is missing"),
@@ -42,10 +42,10 @@ def test_calculator_inserts_results():
         ("12*7</c>", "there is no <c>"),
     ],
 )
-def test_calculator_tells_mistakes(text, told):
+def test_calculator_tells_mistakes(text, expected):
     answer = open_sum("12*7").respond(text)
     assert answer.text.startswith("=error: ")
-    assert told in answer.text
+    assert expected in answer.text
 
 
 def test_calculator_takes_whole_expressions_if_allowed():

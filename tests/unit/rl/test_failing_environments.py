@@ -1,4 +1,4 @@
-"""Runs of the real trainer with environments that fail: a run that learned from nothing never looks like success."""
+"""Runs of the real trainer with failing environments: a run that learned from no sample is reported as a failure."""
 
 import io
 import json
@@ -28,7 +28,7 @@ def models(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def episodes():
-    """What hung in one test goes on after it."""
+    """Ends the calls that hang in a test when the test ends."""
     rl_failing._counted["episodes"] = 0
     rl_failing.hang.clear()
     yield
@@ -45,7 +45,7 @@ def config_of(models, folder, *sources, **changes):
 
 
 def train(config, monkeypatch):
-    """The rows of the metrics and the text of the console, of a run that ends well."""
+    """Runs to a successful end. Returns the rows of the metrics and the text of the console."""
     out = io.StringIO()
     monkeypatch.setattr(run_module, "write_report", lambda run_folder: run_folder)
     run_module.train(config, console=Console(file=out, width=4000))
@@ -54,7 +54,7 @@ def train(config, monkeypatch):
 
 
 def refusal(config):
-    """The message of a run that ends with a UserError, and the text of its console."""
+    """Runs until a UserError. Returns its message and the text of the console."""
     out = io.StringIO()
     with pytest.raises(UserError) as caught:
         run_module.train(config, console=Console(file=out, width=4000))
@@ -62,7 +62,7 @@ def refusal(config):
 
 
 def slowly(*values):
-    """Further members of a kind."""
+    """More cases of the same kind, marked as slow."""
     return [pytest.param(*value, marks=pytest.mark.slow) for value in values]
 
 
@@ -88,7 +88,7 @@ def test_what_is_no_reward_ends_the_run_and_is_named(models, tmp_path, how):
 
 @pytest.mark.parametrize("how", ["nan", *slowly(("hundred",))])
 def test_a_reward_that_is_none_ends_the_run_in_the_middle_of_training(models, tmp_path, how):
-    """Some NaN only, from threads, and after the evaluation."""
+    """Only some rewards are NaN, they come from threads, and the first comes after the evaluation."""
     message, _ = refusal(config_of(models, tmp_path / "run", failing("rl_failing:SLOW_FAILING", how=how, every=9)))
     assert "rl_failing:SLOW_FAILING" in message and "train-" in message
 
@@ -111,13 +111,13 @@ def test_a_run_that_loses_every_sample_ends_with_the_exception(models, tmp_path,
 def test_the_first_failure_is_shown_at_once_and_all_are_counted(models, tmp_path, monkeypatch):
     config = config_of(models, tmp_path / "run", failing(every=5), steps=3, max_draws=4.0)
     rows, text = train(config, monkeypatch)
-    assert text.count("LookupError: the key of the answer is lost") == 2  # one by the evaluation or a step each
+    assert text.count("LookupError: the key of the answer is lost") == 2  # one by the evaluation, one by the steps
     assert sum(row["errors"] for row in rows) == sum(row["scheduler/errors"] for row in rows) > 1
     assert f"{sum(row['learned_samples'] > 0 for row in rows)} of 3 steps learned" in text
 
 
 def test_a_step_that_loses_all_its_samples_ends_the_run_unless_it_may(models, tmp_path, monkeypatch):
-    """The evaluation before works; every later episode fails."""
+    """The first evaluation works; every later episode fails."""
     from rl_failing import FailingEpisode
 
     opened = iter(range(10**6))

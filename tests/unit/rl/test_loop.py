@@ -1,4 +1,4 @@
-"""Short runs of the post-training loop: what they write, and what they refuse."""
+"""Short runs of the post-training loop: files they write, and settings they refuse."""
 
 import io
 import itertools
@@ -41,7 +41,7 @@ def models(tmp_path_factory):
 
 
 def check_run(config, folder):
-    """The files of a finished run, and that each step learned from a full batch of samples of its own."""
+    """Checks the files of a finished run, and that each step learned from a full batch of samples of its own."""
     rows = read_metrics(folder / "metrics.jsonl")
     steps = [row for row in rows if "loss" in row]
     assert [row["step"] for row in steps] == list(range(1, config.steps + 1))
@@ -72,7 +72,7 @@ def finished(models):
 
 @pytest.fixture
 def copied(finished, tmp_path):
-    """Its config and folder, to do something to."""
+    """A copy of the finished run, for tests that change it."""
     config, folder = finished
     shutil.copytree(folder, tmp_path / "run")
     return replace(config, run_folder=str(tmp_path / "run")), tmp_path / "run"
@@ -93,7 +93,7 @@ def test_grpo_learns_from_what_pays(models, finished):
 
 
 def test_a_task_that_is_never_solved_is_no_error(models, tmp_path):
-    """All rewards are 0: with dynamic sampling, batches stay empty and the weights as they are."""
+    """All rewards are 0: with dynamic sampling, batches stay empty and the weights do not change."""
     config = grpo_config(models, tmp_path / "run", sources=(sorting_source(),), steps=2, max_draws=1.0)
     folder = run(config)
     assert [len(samples) for samples in batches(tmp_path / "run").values()] == [0, 0]
@@ -108,7 +108,7 @@ def test_addition_without_dynamic_sampling(models, tmp_path):
     config = grpo_config(models, tmp_path / "run", sources=(own,), steps=2, dynamic_sampling=False)
     run(config)
     steps = check_run(config, tmp_path / "run")
-    assert all(row["scheduler/drawn"] == row["samples"] / 4 == 3 for row in steps)  # none for nothing
+    assert all(row["scheduler/drawn"] == row["samples"] / 4 == 3 for row in steps)  # no group is drawn in vain
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_slow_episodes_of_several_turns(models, tmp_path):
     check_run(config, tmp_path / "run")
     rows = itertools.chain(*batches(tmp_path / "run").values())
     versions = [versions[versions.index(max(versions)) :] for _, _, _, versions, _ in rows]
-    assert any(-1 in own for own in versions)  # something was put in between two turns
+    assert any(-1 in own for own in versions)  # the environment inserted tokens between two turns
 
 
 def test_a_finished_run_is_left_as_it_is(copied):
@@ -174,7 +174,7 @@ def test_another_config_is_refused_in_the_same_folder(copied):
 
 
 def test_another_config_is_refused_before_the_first_checkpoint_too(copied):
-    """What was rolled out under the old one is in the event log."""
+    """The event log holds samples that were rolled out under the old config."""
     config, folder = copied
     shutil.rmtree(folder / "checkpoints")
     log = open_log(folder / "events")
@@ -186,7 +186,7 @@ def test_another_config_is_refused_before_the_first_checkpoint_too(copied):
 
 
 def test_nothing_of_a_damaged_checkpoints_future_is_repeated(copied):
-    """The log begins after the newest checkpoint; from the one before it, everything is rolled out anew."""
+    """The log begins after the newest checkpoint: a run that falls back to an older one rolls out all samples again."""
     config, folder = copied
     expected = weights(folder / "model")
     newest = folder / "checkpoints" / "step-00000004"
@@ -235,10 +235,10 @@ def test_the_log_repeats_what_came_and_hands_out_the_rest(tmp_path):
     ids = [sample_id for request in left for sample_id in request.sample_ids]
     expected = [sample_id for request in requests for sample_id in request.sample_ids]
     assert ids == expected[3:]
-    anew = open_log(path, repeats_exactly=True)
-    assert anew.begin_step(0) == []
-    assert anew.next_submissions(100) == requests
-    anew.close()
+    repeated = open_log(path, repeats_exactly=True)
+    assert repeated.begin_step(0) == []
+    assert repeated.next_submissions(100) == requests
+    repeated.close()
     assert events_of(path) == ["submit"]
 
 
@@ -310,7 +310,7 @@ def test_records_of_the_version_before_are_dropped_with_a_warning(tmp_path, caps
 
 
 def test_what_is_on_the_disk_when(tmp_path, monkeypatch):
-    """The arrays before the records, both files before anything is learned from, and the folder with new names."""
+    """Arrays are synced before records, both before the step learns from them, and the folder after new names."""
     synced, real = [], os.fsync
     monkeypatch.setattr(os, "fsync", lambda file: synced.append(os.readlink(f"/proc/self/fd/{file}")) or real(file))
     log = open_log(tmp_path / "events")
@@ -331,7 +331,7 @@ def test_what_is_on_the_disk_when(tmp_path, monkeypatch):
 
 
 def test_routes_are_kept_as_bytes(tmp_path):
-    """An answer of 1,000 tokens at 47 layers and 8 experts has 376,000 of them."""
+    """An answer of 1,000 tokens at 47 layers and 8 experts has 376,000 routes."""
     log = open_log(tmp_path / "events")
     log.begin_step(0)
     (request, *_) = log.next_submissions(12)

@@ -1,4 +1,4 @@
-"""Advantages and weights: by hand, and each mistake that has been made elsewhere."""
+"""Advantages and weights: values by hand, and known mistakes of other implementations."""
 
 import math
 
@@ -37,20 +37,20 @@ def test_group_advantages_by_hand():
 
 @pytest.mark.parametrize("advantages", [grpo_advantages, dr_grpo_advantages, rloo_advantages])
 def test_constant_groups_and_only_answers_teach_nothing(advantages):
-    # the mean of seven 0.1 is not 0.1 in floating point, and dividing by a tiny std would make a signal of that
+    # the mean of seven 0.1 is not 0.1 in floating point, and division by a tiny std would amplify the difference
     rewards = tensor(*[0.1] * 7, 0, 0, 1)
     groups = torch.tensor([0] * 7 + [1, 1, 2])
     assert (advantages(rewards, groups) == 0).all()
 
 
 def test_teacher_advantages_keep_scale_and_sign():
-    """Whitening would fail each of these."""
+    """Whitening would fail each of these assertions."""
     policy = tensor(-1.0, -2.0, -0.5)
     gap = tensor(0.5, 1.0, 2.0)
     advantages = teacher_advantages(policy + gap, policy, limit=5.0)
-    assert_close(advantages, 0.5, 1.0, 2.0)  # all better than the policy: none is pushed down
+    assert_close(advantages, 0.5, 1.0, 2.0)  # the teacher prefers all tokens: no advantage is negative
     assert_close(teacher_advantages(policy + 2 * gap, policy, limit=5.0), *(2 * advantages).tolist())
-    assert_close(teacher_advantages(policy + gap[:1], policy, limit=5.0), 0.5, 0.5, 0.5)  # no spread, still a signal
+    assert_close(teacher_advantages(policy + gap[:1], policy, limit=5.0), 0.5, 0.5, 0.5)  # equal gaps still count
 
 
 def test_teacher_advantages_are_clipped_and_detached():
@@ -63,7 +63,7 @@ def test_teacher_advantages_are_clipped_and_detached():
 def test_a_missing_teacher_is_no_advantage():
     policy = tensor(-1.0, -2.0)
     assert_close(teacher_advantages(tensor(NAN, -1.5), policy, limit=5.0), 0.0, 0.5)
-    # a reply of zeros in its place would have said that the teacher is certain of the token
+    # zeros in place of a missing reply would mean that the teacher is certain of the token
     assert (teacher_advantages(tensor(0.0, -1.5), policy, limit=5.0) != tensor(0.0, 0.5)).any()
 
 
@@ -72,7 +72,7 @@ def test_policy_logprobs_that_were_never_computed_are_refused():
         teacher_advantages(tensor(-1.0, -2.0), tensor(0.0, 0.0), limit=5.0)
     with pytest.raises(ValueError, match="NaN"):
         teacher_advantages(tensor(-1.0, -2.0), tensor(-1.0, NAN), limit=5.0)
-    teacher_advantages(tensor(-1.0, -2.0), tensor(0.0, -1e-3), limit=5.0)  # one certain token is no skipped pass
+    teacher_advantages(tensor(-1.0, -2.0), tensor(0.0, -1e-3), limit=5.0)  # one certain token is allowed
     assert len(teacher_advantages(tensor(), tensor(), limit=5.0)) == 0
 
 
@@ -104,7 +104,7 @@ def test_long_answers_own_the_gradient_unless_domains_are_balanced():
         balanced = normalize.balance_domains(weights, lengths, domains)
         assert balanced[of_domain_1].sum() == pytest.approx(float(weights.sum()) / 2)
         assert balanced.sum() == pytest.approx(float(weights.sum()))
-    # within a domain, proportions stay
+    # proportions within a domain do not change
     assert_close(normalize.balance_domains(sequence, lengths, domains)[:2], 0.125, 0.125)
 
 

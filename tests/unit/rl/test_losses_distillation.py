@@ -48,7 +48,7 @@ def test_zero_and_flat_at_the_teacher_only(divergence):
 
 
 def test_corrected_top_k_summands():
-    """Each is 0 or more and 0 only where the probabilities are equal; the cut-off sum without correction is not."""
+    """Each summand is at least 0, and 0 only for equal probabilities; the truncated sum without correction is not."""
     student, teacher = logits()
     logprobs, ids = distillation.teacher_top_k(teacher, 3)
     summands = torch.stack(
@@ -95,7 +95,7 @@ def test_infinity_on_one_side_stays_finite(divergence, whose):
 
 
 def expected_gradient(per_token_loss):
-    """E over v ~ p_S of the gradient of per_token_loss(log p_S(v), log p_T(v)), by summing over the vocabulary."""
+    """The gradient of E over v ~ p_S of per_token_loss(log p_S(v), log p_T(v)), by summing over the vocabulary."""
     student, teacher = logits(tokens=1)
     student_logprobs, teacher_logprobs = student.log_softmax(-1)[0], teacher.log_softmax(-1)[0]
     losses = per_token_loss(student_logprobs, teacher_logprobs)

@@ -13,7 +13,7 @@ NAN = float("nan")
 
 
 def make_batch(ratios, advantages, *, lengths=None, engine_ratios=None, staleness=None):
-    """π_θ / π_old = ratios, π_old / μ = engine_ratios (1 if not given)."""
+    """A batch with π_θ / π_old = ratios and π_old / μ = engine_ratios (1 by default)."""
     lengths = lengths or [len(ratios)]
     logprobs = torch.linspace(-2.0, -0.5, len(ratios), dtype=torch.float64)
     old = logprobs - torch.tensor(ratios, dtype=torch.float64).log()
@@ -48,7 +48,7 @@ def test_clipped_by_hand():
     batch = make_batch([1.25, 1.3, 0.7, 1.3, 0.7, 4.0], [1.0, 1.0, 1.0, -1.0, -1.0, -1.0])
     losses = objectives.clipped(batch, low=0.2, high=0.28)
     assert_close(losses, -1.25, -1.28, -0.7, 1.3, 0.8, 4.0)
-    # no gradient where the ratio has gone as far as it may in the direction of the advantage; 1.25 is not clipped
+    # no gradient once the ratio has passed the clip in the direction of the advantage; 1.25 is not clipped
     assert_close(gradient(losses, batch), -1.25, 0.0, -0.7, 1.3, 0.0, 4.0)
     dual = objectives.clipped(batch, low=0.2, high=0.28, dual=3.0)
     assert_close(dual, -1.25, -1.28, -0.7, 1.3, 0.8, 3.0)
@@ -193,7 +193,7 @@ def test_diagnostics_by_hand():
 
 
 def test_the_gap_is_seen_where_the_gate_drops_fewer_tokens():
-    """A fixed gate can drop less and less while trainer and engine drift apart."""
+    """With a fixed gate, fewer tokens can be dropped although trainer and engine differ more."""
     early = make_batch([1.0] * 4, [0.0] * 4, engine_ratios=[1.0, 1.0, 1.0, 2.1])
     late = make_batch([1.0] * 4, [0.0] * 4, engine_ratios=[1.9, 1.9, 0.55, 0.55])
     early, late = (diagnostics.batch_diagnostics(batch, low=0.5, high=2.0) for batch in (early, late))

@@ -1,4 +1,4 @@
-"""The policy's optimizer steps: what moves, what does not, and that it moves the right way; and the teachers."""
+"""The policy's optimizer steps (which weights move, and in which direction), and the teachers."""
 
 import copy
 from dataclasses import replace
@@ -44,7 +44,7 @@ def samples():
 
 
 def annotated(samples, weight=0.05):
-    """Advantages of both signs, and small weights."""
+    """Gives samples advantages of both signs, and small weights."""
     return [
         replace(
             sample,
@@ -56,7 +56,7 @@ def annotated(samples, weight=0.05):
 
 
 def gradients_of(model, samples, objective=REINFORCE, **options):
-    """The gradients of one update without clipping, and its report. The model stays as it is."""
+    """Returns the gradients of one update without clipping, and its report. The model does not change."""
     trainer = PolicyTrainer(copy.deepcopy(model), OptimizerConfig(clip_norm=1e9), **options)
     kept = {}
 
@@ -86,7 +86,7 @@ def test_micro_batches_do_not_change_gradients(samples):
 
 @pytest.mark.parametrize("factor", [1.0, 3.0])
 def test_a_domains_share_of_the_gradient_follows_its_weights(samples, factor):
-    """Two domains with the same samples, one of them weighed `factor` times as much."""
+    """Two domains with the same samples; `factor` multiplies the weights of one."""
     once = [replace(sample, domain="once") for sample in samples]
     more = [replace(own, domain="more") for own in annotated(samples, weight=0.05 * factor)]
     for size in (300, 100_000):
@@ -96,7 +96,7 @@ def test_a_domains_share_of_the_gradient_follows_its_weights(samples, factor):
 
 
 def test_what_the_policy_did_not_write_is_in_no_loss(samples):
-    """Numbers of prompts and tools change nothing, and a sample with no weight on written tokens is left out."""
+    """Values at tokens of prompts and tools change nothing; samples without weight on written tokens have no loss."""
     model = policy(0)
     expected, _ = gradients_of(model, samples)
     noisy = [
@@ -116,7 +116,7 @@ def test_what_the_policy_did_not_write_is_in_no_loss(samples):
 
 
 def test_each_written_token_is_predicted_by_the_row_before_it(samples):
-    """Against the plain logits of one sequence at a time."""
+    """Compares with the logits of one sequence at a time."""
     model = policy(0)
     trainer = PolicyTrainer(model, OptimizerConfig(), replay_routing=False)
     for temperature in (1.0, 0.5):
@@ -153,7 +153,7 @@ def test_the_loss_of_the_heads_moves_nothing_but_the_heads(samples):
     assert all(with_heads[name].any() for name in heads)
     for name, gradient in without.items():
         assert torch.equal(with_heads[name], little[name]), name
-        torch.testing.assert_close(with_heads[name], gradient, rtol=1e-4, atol=1e-5)  # prompts are packed otherwise
+        torch.testing.assert_close(with_heads[name], gradient, rtol=1e-4, atol=1e-5)  # the packs differ with heads
 
 
 def test_the_heads_do_not_change_the_policys_step_through_clipping_either(samples):
@@ -238,7 +238,7 @@ def save(model: MiMo, folder, own_tokenizer: Tokenizer | None = None):
 
 
 def child_of(model: MiMo, seed: int) -> MiMo:
-    """A model near another one, as a teacher should be."""
+    """A model with weights near those of another, like a trained teacher."""
     child, generator = copy.deepcopy(model), torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in child.parameters():
@@ -248,7 +248,7 @@ def child_of(model: MiMo, seed: int) -> MiMo:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """A student and a teacher of it."""
+    """A student and a teacher trained from it."""
     folder = tmp_path_factory.mktemp("models")
     student = policy(0, ends=2.0)
     save(student, folder / "student")
@@ -267,7 +267,7 @@ def open_teaching(folders, student, teachers=None, **changes):
 
 
 def distance(student, teacher, samples):
-    """The mean full reverse KL on these samples, by plain logits."""
+    """The mean full reverse KL on these samples, from whole logits."""
     values = []
     with torch.no_grad():
         for sample in samples:
@@ -321,7 +321,7 @@ def test_every_signal_brings_the_student_nearer_to_its_teacher(folders, changes)
 
 @pytest.mark.parametrize("signal", ["sampled", "full", "top_k", "forward"])
 def test_a_student_is_its_own_teacher_at_first(folders, signal):
-    """Advantages and gradients are zero, also where another domain has another teacher."""
+    """Advantages and gradients are zero, also if another domain has another teacher."""
     student = policy(0, ends=2.0)
     teaching = open_teaching(folders, student, {"math": "self"}, signal=signal)
     assert teaching.teachers.model("math") is not student

@@ -1,4 +1,4 @@
-"""A run of RL that goes on: its problem files may have been moved, but hold what they held."""
+"""A resumed RL run accepts problem files that moved, and refuses files whose content changed."""
 
 import json
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Rollouts by worker processes: the same samples as by an engine here, and nothing lost, torn or left behind."""
+"""Rollouts by worker processes give the samples of an engine in this process, lose none and leave no process."""
 
 import functools
 import itertools
@@ -54,7 +54,7 @@ def poll_until(rollouts, is_enough):
     """Polls until is_enough(all samples so far)."""
     samples, deadline = [], time.monotonic() + PATIENCE_SECONDS
     while not is_enough(samples):
-        assert time.monotonic() < deadline, f"only {len(samples)} samples came"
+        assert time.monotonic() < deadline, f"only {len(samples)} samples arrived"
         samples += rollouts.poll()
     return samples
 
@@ -102,7 +102,7 @@ def policy(folder):
 
 @pytest.fixture(scope="module")
 def rollouts(policy):
-    """Two workers for several tests, which give them weights of their own. None is left when they are closed."""
+    """Two workers for several tests, which set their own weights. Both processes must have ended after close."""
     opened = ProcessRollouts(policy[0], setup_of(policy), num_workers=2)
     yield opened
     process_ids = opened.process_ids()
@@ -114,7 +114,7 @@ NEXT_VERSION = itertools.count(1)
 
 
 def renew(model, rollouts):
-    """Gives model and workers new weights. Their version."""
+    """Gives model and workers new weights. Returns their version."""
     version = next(NEXT_VERSION)
     randomize(model, version)
     rollouts.update_weights(version)
@@ -144,7 +144,7 @@ def test_new_weights_are_used_in_the_middle_of_a_sample(policy, rollouts):
     model, _ = policy
     before = renew(model, rollouts)
     rollouts.submit(request(0, samples=8, tokens=400))
-    early = poll_until(rollouts, lambda samples: samples)  # the others are on their way now
+    early = poll_until(rollouts, lambda samples: samples)  # the other samples are still running
     old = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     after = renew(model, rollouts)
     rollouts.submit(request(2, samples=4))
@@ -173,7 +173,7 @@ def test_a_dead_worker_gives_failed_samples_and_another_one_takes_its_place(poli
     failed = poll_until(rollouts, lambda samples: len(samples) == 2)
     assert [sample.finish_reason for sample in failed] == ["error", "error"]
     assert set(by_id(failed)) == {"addition/0/0", "addition/0/1"}
-    rollouts.submit(request(0))  # what a scheduler would do; the first worker has the fewest samples
+    rollouts.submit(request(0))  # as a scheduler does; the first worker has the fewest samples
     again = all_of(rollouts)
     assert set(by_id(again)) == set(by_id(failed))
     assert {version for sample in again for version in sample.versions} == {-1, version}
@@ -198,8 +198,8 @@ def wrong_opener():
     raise ConfigError("the setting is wrong")
 
 
-class Told:
-    """The worker's line to nobody."""
+class RecordingChannel:
+    """The channel of a worker that fails at its start: records messages."""
 
     def __init__(self):
         self.messages = []
@@ -214,7 +214,7 @@ class Told:
 @pytest.mark.slow
 def test_a_worker_tells_settings_from_other_failures(policy):
     for make_opener, text, is_users in ((wrong_opener, "is wrong", True), (broken_opener, "no such luck", False)):
-        channel, layout = Told(), layout_of(policy[0])
+        channel, layout = RecordingChannel(), layout_of(policy[0])
         serve(replace(setup_of(policy), make_opener=make_opener), layout, WeightBuffer(layout), channel, "cpu")
         (failure,) = channel.messages
         assert text in failure.text
@@ -237,7 +237,7 @@ class BrokenLink:
 
 
 class BrokenRollouts(WorkerRollouts):
-    """All its workers die at once."""
+    """Rollouts whose workers all die at once."""
 
     def _start(self, number):
         return BrokenLink()
@@ -320,7 +320,7 @@ def test_no_weights_are_half_written():
     def take(tensors, version):
         copies.clear()
         copies.update({name: tensor.clone() for name, tensor in tensors.items()}, version=version)
-        time.sleep(0.0005 * (len(versions) % 3))  # be overtaken now and then
+        time.sleep(0.0005 * (len(versions) % 3))  # slow enough that a write overtakes it sometimes
 
     writer.start()
     try:
@@ -374,7 +374,7 @@ def test_a_run_overlaps_and_goes_on_after_it_was_killed(folder, tmp_path):
         def watched(batch):
             batches[name].append(written(batch))
             if run.step == stop:
-                assert run.rollouts.num_running > 0  # of the next step, while this one is learned from
+                assert run.rollouts.num_running > 0  # samples of the next step run while this one is learned from
                 raise KeyboardInterrupt
             return learn(batch)
 
@@ -410,11 +410,11 @@ def test_a_process_killed_with_the_lock_of_the_weights_holds_up_no_other(monkeyp
     model = rl_world.policy()
     buffer = WeightBuffer(layout_of(model))
     buffer.write(model_tensors(model), 3)
-    buffer._lock.acquire()  # by a process that never gives it back
+    buffer._lock.acquire()  # as a process would that is killed while it holds the lock
     assert buffer.version == 3
     buffer._lock.acquire()
     buffer.write(model_tensors(model), 4)
     seen = []
     buffer.read(lambda tensors, version: seen.append(version))
     assert seen == [4]
-    assert buffer._lock.acquire(timeout=1)  # it is whole again
+    assert buffer._lock.acquire(timeout=1)  # the lock works again

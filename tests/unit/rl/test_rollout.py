@@ -1,4 +1,4 @@
-"""From problems to samples: every token with its mask, log-probability, version and routes, whatever happens."""
+"""From problems to samples: every token has its mask, log-probability, version and routes."""
 
 import json
 import threading
@@ -33,14 +33,14 @@ def model():
 
 @contextmanager
 def episode_calls(threads):
-    """Threads for episodes, which have ended afterwards."""
+    """Threads for episodes, closed at the end of the block."""
     calls = EpisodeCalls(threads=threads)
     yield calls
     calls.close()
 
 
 def open_many_turns(own):
-    """Turns of tools, of users, and words inside a turn."""
+    """Episodes with turns of tools, turns of users, and texts inserted inside a turn."""
     if own.problem.content % 2:
         episode = Scripted(EnvResponse(text="= 3, so"), EnvResponse(text=" and"), EnvResponse(messages=USER_TURN))
         episode.stop = (" ",)
@@ -49,7 +49,7 @@ def open_many_turns(own):
 
 
 def check_complete(sample, model):
-    """Every list has an entry for every token, and every token that was read has its routes."""
+    """Checks that every list has an entry for every token, and that every token that was read has its routes."""
     length, moe = len(sample.token_ids), model.config.moe
     assert len(sample.loss_mask) == len(sample.logprobs) == len(sample.versions) == length
     for written, logprob, version in zip(sample.loss_mask, sample.logprobs, sample.versions, strict=True):
@@ -61,7 +61,7 @@ def check_complete(sample, model):
 
 
 def check_agrees(samples, model):
-    """The oracle of engine and trainer: the same weights in float32 give the same numbers."""
+    """Checks that engine and trainer, with the same float32 weights, compute the same log-probabilities."""
     trainer = PolicyTrainer(model, OptimizerConfig(), tokens_per_microbatch=300)
     for sample, own in zip(samples, trainer.logprobs(samples), strict=True):
         ours, theirs = torch.tensor(own), torch.tensor(sample.logprobs)
@@ -114,7 +114,7 @@ def test_episodes_hear_what_was_written_without_the_end_of_the_turn(model):
                 turns.append(current)
                 current = []
         ended = [turn[:-1] if turn[-1] in tokenizer().eos_token_ids else turn for turn in turns]
-        if not episode.stop:  # else an answer of its own may begin where the policy stopped
+        if not episode.stop:  # with stop strings, the episode's text may begin where the policy stopped
             assert episode.heard == [tokenizer().decode(turn, skip_special=False) for turn in ended]
         assert sample.info["turns"] == len(episode.heard)
         assert episode.num_closed == 1
@@ -148,7 +148,7 @@ def test_turns_are_those_of_the_whole_conversation(model):
 
 
 def inserted_runs(sample):
-    """What was put between the policy's turns."""
+    """Returns the tokens that were inserted between the policy's turns."""
     start = sample.prompt_length
     runs, before = [], True
     for token, written in zip(sample.token_ids[start:], sample.loss_mask[start:], strict=True):
@@ -195,7 +195,7 @@ def test_versions_are_those_of_the_weights_that_sampled(model):
 
 
 class Replaced(Scripted):
-    """Goes on as another episode after its last answer."""
+    """An episode that another one succeeds after its last response."""
 
     def __init__(self, *answers, following=None, **options):
         super().__init__(*answers, **options)
@@ -220,7 +220,7 @@ def test_a_context_that_is_replaced_goes_on_and_all_of_it_is_learned_from(tmp_pa
         assert question in tokenizer().decode(context.token_ids)
         check_complete(context, model)
     for context, own in zip(contexts, PolicyTrainer(model, OptimizerConfig()).logprobs(contexts), strict=True):
-        assert own == pytest.approx(context.logprobs, abs=1e-4)  # the logits of its end of turn are far from zero
+        assert own == pytest.approx(context.logprobs, abs=1e-4)  # the logits of the end-of-turn token are large
     assert last.num_closed == 1
     assert pages_in_use(rollouts) == 0
     file = ArrayFile(tmp_path / "arrays")
@@ -310,7 +310,7 @@ def test_cancelled_samples_give_back_pages_and_episodes(model):
     rollouts = open_rollouts(model, open_episode, max_sequences=3)
     for number in (0, 1):
         rollouts.submit(request(number, samples=4))
-    for _ in range(12):  # some run, some wait, some are between two turns
+    for _ in range(12):  # some samples run, some wait, some are between two turns
         rollouts.poll()
     assert pages_in_use(rollouts) > 0
     rollouts.cancel([f"math/{number}/{index}" for number in (0, 1) for index in range(4)] + ["math/7/0"])
@@ -370,13 +370,13 @@ def test_what_is_cancelled_before_it_could_answer_never_does(model):
             rollouts.poll()
         rollouts.cancel([f"math/0/{index}" for index in range(4)])
         may_answer.set()
-    assert sum(len(one.heard) for one in opened) == 1  # the one that had begun
+    assert sum(len(one.heard) for one in opened) == 1  # the call that had begun
     assert [one.num_closed for one in opened] == [1] * 4
     assert pages_in_use(rollouts) == 0
 
 
 def cut(sample, num_written):
-    """What is known of a sample after so many written tokens."""
+    """Returns the sample as it is known after `num_written` written tokens."""
     end = sample.prompt_length + num_written
     lists = ("token_ids", "loss_mask", "logprobs", "versions")
     values = {name: getattr(sample, name)[:end] for name in lists}
@@ -388,7 +388,7 @@ def test_a_partial_goes_on_as_if_it_had_not_been_cut(num_written):
     model = policy(ends=1.0)
     single = roll_out(model, lambda own: Scripted(), request(temperature=0.0))[0]
     partial = cut(single, num_written)
-    # what is old is kept as it is, not made anew
+    # recorded values of the partial are kept, not recomputed
     partial.logprobs[-1] -= 0.5
     partial.routed_experts = partial.routed_experts.copy()
     partial.routed_experts[-1] = 7
@@ -418,7 +418,7 @@ def test_the_episode_of_a_partial_hears_the_whole_turn():
     assert episode.heard == [tokenizer().decode(single.token_ids[single.prompt_length :], skip_special=False)]
 
 
-def test_partials_that_no_new_episode_can_take_begin_anew(model):
+def test_partials_that_no_new_episode_can_take_start_over(model):
     whole = roll_out(model, open_many_turns, *(request(number, samples=2, max_answer_tokens=60) for number in range(2)))
     for sample in whole:
         group = int(sample.group.rpartition("/")[2])

@@ -1,4 +1,4 @@
-"""R3: the trainer routes as the engine did, and its router learns from it (paper section 4.6.1)."""
+"""R3: the trainer routes like the engine, and its router still gets gradients (paper section 4.6.1)."""
 
 import copy
 import tracemalloc
@@ -26,7 +26,7 @@ TWO_TURNS = (Message("tool", words(12)),)
 
 @torch.no_grad()
 def engine_copy(model, *, bias_noise=0.0, weight_noise=0.0, seed=0):
-    """The policy as an engine has it whose router is off: in what it chooses, or in its scores too."""
+    """Copies the policy with noise in its routers: `bias_noise` changes the choice, `weight_noise` the scores too."""
     other, generator = copy.deepcopy(model), torch.Generator().manual_seed(seed)
     for router in other.routers().values():
         for tensor, noise in ((router.e_score_correction_bias, bias_noise), (router.weight, weight_noise)):
@@ -74,7 +74,7 @@ def test_another_choice_of_experts_is_made_good_exactly():
 
 
 def test_what_noise_in_the_router_does_falls_at_least_fivefold():
-    """What is left comes from the gates' weights, which are the trainer's own."""
+    """The rest comes from the gate weights, which the trainer computes itself."""
     results = {True: [], False: []}
     for seed in range(3):
         model = policy(seed, num_layers=5, ends=1.0)
@@ -123,7 +123,7 @@ def test_routes_are_bytes_and_have_no_row_for_the_last_token(world):
 
 
 def test_rows_that_are_not_known_are_routed_by_the_router_itself(world):
-    """Token by token: what is replayed elsewhere in the pack stays."""
+    """Routing is replayed token by token: known rows of the pack keep their recorded routes."""
     model, samples = world
     sample = replace(samples[0], routed_experts=samples[0].routed_experts.astype(np.int16))
     unknown = np.zeros(len(sample.routed_experts), dtype=bool)
@@ -136,7 +136,7 @@ def test_rows_that_are_not_known_are_routed_by_the_router_itself(world):
         with torch.no_grad():
             model(pack.tokens_T, PackedContext(pack.lengths, routing=tape))
         recorded[name] = tape.recorded
-    first = min(model.routers())  # above it the states differ
+    first = min(model.routers())  # after the first router the states differ
     replayed, plain = recorded["replayed"][first][:-1].numpy(), recorded["none"][first][:-1].numpy()
     assert np.array_equal(replayed[unknown], plain[unknown])
     assert np.array_equal(replayed[~unknown], sample.routed_experts[~unknown, 0])
@@ -172,7 +172,7 @@ def annotated(samples):
 
 
 def gradients_of(model, samples, *, checkpointing=False, replay_routing=True):
-    """The gradients of one policy-gradient step, before any clipping, and its report."""
+    """Returns the gradients of one policy-gradient step, before any clipping, and its report."""
     model = copy.deepcopy(model)
     if checkpointing:
         checkpoint_activations(model.model)
@@ -193,10 +193,10 @@ def test_gradients_reach_the_router_also_for_experts_it_would_not_have_chosen(wo
     model = copy.deepcopy(model)
     layer, router = next(iter(model.routers().items()))
     with torch.no_grad():
-        router.e_score_correction_bias[0] -= 100.0  # the trainer's own router never takes it
+        router.e_score_correction_bias[0] -= 100.0  # the trainer's own router never chooses this expert
     samples = [replace(sample, routed_experts=sample.routed_experts.copy()) for sample in samples]
     for sample in samples:
-        sample.routed_experts[:, 0] = (0, 1)  # the engine always did
+        sample.routed_experts[:, 0] = (0, 1)  # the engine always chose it
     off, report_off = gradients_of(model, samples, replay_routing=False)
     on, report_on = gradients_of(model, samples)
     name = f"model.layers.{layer}.mlp"
@@ -210,7 +210,7 @@ def test_gradients_reach_the_router_also_for_experts_it_would_not_have_chosen(wo
 
 
 def test_the_routers_gradient_is_that_of_the_gates(world):
-    """Against finite differences of the loss with the routes held fixed."""
+    """Compares with finite differences of the loss with the routes held fixed."""
     model, samples = world
     model = copy.deepcopy(model).double()
     samples = annotated(samples[:2])
@@ -248,7 +248,7 @@ def test_what_is_computed_again_in_the_backward_pass_is_routed_the_same(world):
 
 
 def test_the_selection_bias_follows_the_replayed_load(world):
-    model, samples = copy.deepcopy(world[0]), world[1][:1]  # alone, as tokens of a shared prompt count once
+    model, samples = copy.deepcopy(world[0]), world[1][:1]  # one sample, because tokens of a shared prompt count once
     before = {layer: router.e_score_correction_bias.clone() for layer, router in model.routers().items()}
     trainer = PolicyTrainer(model, OptimizerConfig(), tokens_per_microbatch=150, bias_rate=0.01)
     objective = weighted_sum(lambda batch: -batch.advantages_N * batch.logprobs_N)
@@ -267,7 +267,7 @@ def test_the_selection_bias_follows_the_replayed_load(world):
 
 
 def test_memory_to_pack_a_sample_grows_with_its_length_and_is_that_of_small_integers():
-    """The routes of 47 layers and 8 experts as int16, and not as the int64 that the router works with."""
+    """Routes of 47 layers and 8 experts stay int16; only the router works with int64."""
     model = SimpleNamespace(routers=lambda: dict.fromkeys(range(47)), config=flash(), device="cpu")
     peaks = []
     for length in (4000, 8000):

@@ -1,4 +1,4 @@
-"""Samples and their files: checked arrays, exact copies, references that outlive their file."""
+"""Samples and their files: checked arrays, exact copies, arrays that outlive their file."""
 
 import json
 import math

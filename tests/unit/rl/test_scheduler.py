@@ -1,4 +1,4 @@
-"""The data scheduler in a simulated world: what every batch must be, whatever happens."""
+"""The data scheduler in simulated time: properties of every batch in all situations."""
 
 import math
 import subprocess
@@ -20,7 +20,7 @@ DROPS = ("dropped_easy", "dropped_hard", "dropped_equal", "dropped_stale", "drop
 
 
 def check_batch(config, batch, report):
-    """What holds of every batch."""
+    """Checks the properties of every batch."""
     for group in batch:
         rewards = [sample.reward for sample in group]
         quota = next(source for source in config.sources if group[0].group.startswith(source.name + "/"))
@@ -96,7 +96,7 @@ def test_full_batches_in_the_ordinary_case():
         assert report["short"] == 0
 
 
-def test_quotas_hold_among_accepted_groups_whatever_the_pass_rates():
+def test_quotas_hold_among_accepted_groups_at_any_pass_rates():
     rates = {"a": 0.9, "b": 0.1, "c": 0.5}
     sources = tuple(
         SourceQuota(name, quota=quota, samples_per_prompt=4) for name, quota in (("a", 3), ("b", 2), ("c", 1))

@@ -1,4 +1,4 @@
-"""Long answers are learned from as often as they are given: early termination and partial rollouts favor no length."""
+"""Early termination and partial rollouts favor no answer length."""
 
 import math
 from collections import Counter
@@ -13,7 +13,7 @@ STEPS = 30
 
 
 def length_bias(world, accepted):
-    """How far the mean log length of some answers is from that of all answers, in standard errors."""
+    """Returns the difference between the mean log length of some answers and of all answers, in standard errors."""
     own = [math.log(world.length(sample_id)) for sample_id in accepted]
     every = [math.log(world.length(f"other/{number}")) for number in range(4_000)]
     mean, expected = sum(own) / len(own), sum(every) / len(every)
@@ -39,7 +39,7 @@ def test_early_termination_favors_no_length(steps):
 
 
 def test_first_come_first_served_would_favor_short_answers(monkeypatch):
-    """That the test above can fail: without the rule, the same world is far off."""
+    """Shows that the test above can fail: without the rule, the bias in the same simulation is large."""
     monkeypatch.setattr(groups, "holds_up", lambda group, *, version, wait_age: False)
     world, accepted, _ = run(make_config(margin=2.0))
     assert length_bias(world, accepted) < -6.0
@@ -55,7 +55,7 @@ def test_partial_rollouts_favor_no_length_and_lose_none(wait_age, interrupt):
     assert totals["staleness/1"] > 0
 
 
-def test_a_step_does_not_wait_for_young_groups_if_told_so():
+def test_a_step_does_not_wait_for_young_groups_if_configured_so():
     times = []
     for wait_age in (0, 3):
         config = make_config(margin=1.0, unfinished="partial", max_staleness=3, wait_age=wait_age)
@@ -98,7 +98,7 @@ def test_partials_too_old_are_dropped_and_counted():
     world = World(make_scheduler(config), slots=100)
     stale = 0
     for step in range(20):
-        batch, report = world.step(3 * step)  # versions jump further than may be
+        batch, report = world.step(3 * step)  # versions grow faster than the limit allows
         assert all(min(sample.versions[1:]) == 3 * step for group in batch for sample in group)
         stale += report["dropped_stale"]
     assert stale > 0

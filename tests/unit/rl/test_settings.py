@@ -1,4 +1,4 @@
-"""Every setting of post-training has its effect, or is refused before anything is written."""
+"""Every setting of post-training has its effect, or is refused before the run writes a file."""
 
 from dataclasses import replace
 
@@ -137,7 +137,7 @@ def test_entropy_is_logged(models, tmp_path):
 
 @torch.no_grad()
 def test_temperature_divides_logits_and_not_states():
-    """In bfloat16 the states would round: the trainer's log-probabilities would not be those the engine samples by."""
+    """In bfloat16, divided states would round, and the trainer's log-probabilities would differ from the engine's."""
     model = policy(ends=1.0)
     model.compute_dtype = torch.bfloat16
     (sample,) = roll_out(model, lambda own: Scripted(), request(temperature=0.7, samples=1))

@@ -1,4 +1,4 @@
-"""A prompt computed once for all its samples gives what computing it for each gives."""
+"""A prompt that is computed once for all its samples gives the same results as computing it for each."""
 
 import random
 
@@ -13,7 +13,7 @@ from openmimo.rl.learning.packing import packs
 
 
 def group(rng, *, prompt, answers, vocabulary):
-    """Samples of one prompt, with a tool's tokens in the middle of some."""
+    """Samples of one prompt; some have a tool's tokens in the middle."""
     begin = [rng.randrange(vocabulary) for _ in range(prompt)]
     samples = []
     for length in answers:

@@ -1,4 +1,4 @@
-"""Quota, rate, deadlines, broken and hanging workers, counters: each seen from the caller's side."""
+"""Quota, rate, deadlines, broken and hanging workers, and counters, as the caller sees them."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -9,11 +9,11 @@ from openmimo.core.errors import ConfigError
 from openmimo.rl.toolbox import Tool, Toolbox, ToolFailureError, ToolLimits, ToolMistakeError
 from openmimo.rl.toolbox.rate import TokenBucket
 
-PATIENCE_SECONDS = 20.0  # for what must happen at once: only a hang takes longer
+PATIENCE_SECONDS = 20.0  # an upper bound for events that happen at once unless the code hangs
 
 
 class Scripted:
-    """A worker that does what the call says, and keeps a record of its kind."""
+    """A worker that runs the function in the call, and records its creation and its end."""
 
     def __init__(self, record):
         self.record = record
@@ -38,8 +38,8 @@ def raise_(error):
 def test_results_mistakes_and_counters():
     with make_box(quota=2) as box:
         assert box.call("tool", {"do": lambda: 42}).value == 42
-        told = box.call("tool", {"do": lambda: raise_(ToolMistakeError("no such page"))})
-        assert (told.error, told.text) == ("mistake", "error: no such page")
+        result = box.call("tool", {"do": lambda: raise_(ToolMistakeError("no such page"))})
+        assert (result.error, result.text) == ("mistake", "error: no such page")
         counts = box.counts("tool")
         assert (counts.calls, counts.mistakes, counts.failures, counts.waiting, counts.running) == (2, 1, 0, 0, 0)
         metrics = box.metrics()
@@ -68,7 +68,7 @@ def test_quota_holds_whoever_calls():
         with lock:
             running.append(1)
             most.append(len(running))
-        both.wait(PATIENCE_SECONDS)  # passes only if two run at one time
+        both.wait(PATIENCE_SECONDS)  # passes only if two calls run at the same time
         with lock:
             running.pop()
 
@@ -118,7 +118,7 @@ def test_a_hanging_call_times_out_and_its_worker_is_replaced():
         late = box.call("tool", {"do": lambda: release.wait(PATIENCE_SECONDS)}, on_end=ended.set)
         assert late.error == "timeout"
         assert "0.05 seconds" in late.text
-        assert not ended.is_set()  # the call still runs, whoever has given it up
+        assert not ended.is_set()  # the call still runs after its caller has given up
         assert box.call("tool", {"do": lambda: 1}).value == 1
         release.set()
         assert ended.wait(PATIENCE_SECONDS)
@@ -174,7 +174,7 @@ def test_token_bucket():
     now = [0.0]
     bucket = TokenBucket(2.0, burst=3, clock=lambda: now[0])
     assert [bucket.reserve(10.0) for _ in range(5)] == [0.0, 0.0, 0.0, 0.5, 1.0]
-    assert bucket.reserve(1.0) is None  # would be 1.5, and takes no token
+    assert bucket.reserve(1.0) is None  # the delay would be 1.5; a refusal takes no token
     assert bucket.reserve(2.0) == 1.5
     now[0] = 100.0
     assert [bucket.reserve(10.0) for _ in range(4)] == [0.0, 0.0, 0.0, 0.5]

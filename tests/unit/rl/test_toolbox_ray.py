@@ -1,4 +1,4 @@
-"""Workers as actors: against Ray where it is installed, and against a stand-in of the same shape everywhere."""
+"""Workers as actors: with Ray if it is installed, and with a stand-in of the same interface."""
 
 import sys
 import threading
@@ -14,7 +14,7 @@ from openmimo.rl.toolbox.ray_pool import RayWorkers
 
 
 class Moody:
-    """A worker that does as it is told."""
+    """A worker that does what the call names."""
 
     def call(self, arguments):
         if arguments["do"] == "mistake":
@@ -30,7 +30,7 @@ class Moody:
 
 
 class StandIn(types.ModuleType):
-    """As much of `ray` as is used: actors in threads."""
+    """The used part of `ray`: actors in threads."""
 
     def __init__(self):
         super().__init__("ray")
@@ -91,7 +91,7 @@ def test_actors_of_ray():
         ray.shutdown()
 
 
-def test_without_ray_it_is_told_what_to_install(monkeypatch):
+def test_without_ray_the_error_names_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ConfigError, match="pip install"):
         RayWorkers(Moody, 1)

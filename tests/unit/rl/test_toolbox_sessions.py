@@ -1,4 +1,4 @@
-"""Sessions: one environment for one episode, given back whenever the episode ends; rewards in the background."""
+"""Sessions: one environment per episode, released when the episode ends; rewards in the background."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +22,7 @@ PATIENCE_SECONDS = 20.0
 
 
 class Doing:
-    """A worker that does what the call says, in the episode's environment."""
+    """A worker that runs the function in the call with the episode's environment."""
 
     def call(self, arguments):
         return arguments["do"](arguments.get("environment"))
@@ -32,7 +32,7 @@ class Doing:
 
 
 class Folders:
-    """Environments with a record of which are open."""
+    """Environments that record which are open."""
 
     def __init__(self):
         self.num_made, self.open = 0, set()
@@ -135,7 +135,7 @@ def test_a_time_out_gives_the_environment_up_but_not_before_the_call_has_ended()
         assert sessions.open().call("tool", {"do": lambda folder: folder}).value == 2
 
 
-def test_a_time_out_without_an_environment_is_told():
+def test_a_time_out_without_an_environment_is_reported():
     release = threading.Event()
     with make_sessions(timeout_seconds=0.05) as sessions:
         result = sessions.open().call("tool", {"do": lambda _: release.wait(PATIENCE_SECONDS)})

@@ -132,7 +132,9 @@ class StubBackend:
         num_prompt_tokens = len(request.prompt_token_ids)
         room = min(params.max_tokens, self.max_positions - num_prompt_tokens)
         prompt = self.tokenizer.decode(request.prompt_token_ids, skip_special=False)
-        prompt_logprobs = self._logprobs(request.prompt_token_ids[1:], request) if params.prompt_logprobs else ()
+        scored_ids = request.prompt_token_ids[1:] if params.prompt_logprobs else ()
+        prompt_logprobs = self._logprobs(scored_ids, params.prompt_top_logprobs)
+        embedding = _embedding(request)
         for step in self._script(prompt, request):
             await asyncio.sleep(self._step_seconds)
             if step.error:
@@ -149,15 +151,17 @@ class StubBackend:
                 request.id,
                 token_ids=tuple(ids),
                 text=text.take(),
-                logprobs=self._logprobs(ids, request) if params.logprobs else (),
+                logprobs=self._logprobs(ids, params.top_logprobs) if params.logprobs else (),
                 drafted=tuple(drafted[: len(ids)]),
                 finish_reason="stop" if text.stopped else "" if room else "length",
                 num_prompt_tokens=num_prompt_tokens,
                 prompt_logprobs=prompt_logprobs,
+                embedding=embedding,
+                stop_string=text.stop_string,
             )
             if text.stopped or not room:
                 return
-            prompt_logprobs = ()
+            prompt_logprobs = embedding = ()
         text.finish()
         yield Delta(
             request.id,
@@ -165,6 +169,8 @@ class StubBackend:
             finish_reason="stop",
             num_prompt_tokens=num_prompt_tokens,
             prompt_logprobs=prompt_logprobs,
+            embedding=embedding,
+            stop_string=text.stop_string,
         )
 
     def _tokens_of(self, step: Step) -> tuple[list[int], list[bool]]:
@@ -179,16 +185,19 @@ class StubBackend:
             self._accepted[position] += position < num_accepted
         return ids, drafted
 
-    def _logprobs(self, ids: Iterable[int], request: Request) -> tuple[TokenLogprob, ...]:
+    def _logprobs(self, ids: Iterable[int], num_top: int) -> tuple[TokenLogprob, ...]:
         vocab_size = self.tokenizer.vocab_size
         return tuple(
             TokenLogprob(
                 token_id,
                 -(token_id % 7) / 4 - 0.25,
-                tuple(
-                    ((token_id + rank) % vocab_size, -(token_id % 7) / 4 - 0.25 - rank)
-                    for rank in range(request.params.top_logprobs)
-                ),
+                tuple(((token_id + rank) % vocab_size, -(token_id % 7) / 4 - 0.25 - rank) for rank in range(num_top)),
             )
             for token_id in ids
         )
+
+
+def _embedding(request: Request) -> tuple[float, ...]:
+    """The mean, or the last, of the first three bits of the prompt's ids; empty if no embedding is requested."""
+    ids = {"": (), "mean": request.prompt_token_ids, "last": request.prompt_token_ids[-1:]}[request.params.pooling]
+    return tuple(sum(token_id >> bit & 1 for token_id in ids) / len(ids) for bit in range(3)) if ids else ()

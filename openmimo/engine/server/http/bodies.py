@@ -1,9 +1,11 @@
 """Request bodies: size checks, strict JSON parsing and validation, in a thread and while the client is connected."""
 
 import asyncio
+import functools
 import re
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from typing import Any, TypeVar
+from urllib.parse import quote
 
 import pydantic_core
 from fastapi import Request, Response
@@ -13,8 +15,11 @@ from starlette.types import Receive
 
 from openmimo.engine.server.http import limits
 from openmimo.engine.server.http.errors import ClientGoneError, invalid, validation_error
+from openmimo.engine.server.http.fields import IgnoredFields
+from openmimo.engine.server.http.warnings import warn
 
 _JSON_TYPE = re.compile(r"application/([a-z0-9.-]+\+)?json")
+_LISTED_FIELDS = 16
 _Body = TypeVar("_Body", bound=BaseModel)
 _Result = TypeVar("_Result")
 
@@ -22,8 +27,9 @@ _Result = TypeVar("_Result")
 class JsonRoute(APIRoute):
     """A route whose endpoint takes `body`, a pydantic model, and `request`, and no other parameters.
 
-    The raw body is dropped after parsing. `request.state.is_large` records whether it exceeded
-    `limits.LARGE_BODY_BYTES`.
+    The raw body is dropped after parsing. `request.state.num_bytes` records its size, and `request.state.is_large`
+    whether it exceeded `limits.LARGE_BODY_BYTES`. Ignored unknown fields are counted, and the response names them in a
+    header.
     """
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
@@ -33,27 +39,55 @@ class JsonRoute(APIRoute):
         async def handle(request: Request) -> Response:
             _check_content_type(request)
             content = (await request.receive()).get("body", b"")
+            request.state.num_bytes = len(content)
             request.state.is_large = len(content) > limits.LARGE_BODY_BYTES
             service = request.app.state.service
             most_values = max(limits.VALUES, 2 * service.backend.max_positions)
-            work = service.prepared(lambda: read_body(content, model, most_values), is_large=request.state.is_large)
-            return await endpoint(body=await unless_disconnected(request.receive, work), request=request)
+            read = functools.partial(read_body, content, model, most_values, strict=service.config.strict)
+            work = service.prepared(read, is_large=request.state.is_large)
+            body, ignored = await unless_disconnected(request.receive, work)
+            service.metrics.count_ignored_fields(ignored)
+            response = await endpoint(body=body, request=request)
+            return warn(response, [f"ignored fields: {_header_list(ignored)}"] if ignored else [])
 
         return handle
 
 
-def read_body(content: bytes, model: type[_Body], most_values: int = limits.VALUES) -> _Body:
-    """Parse and validate a body. Raises ApiError, which names the first invalid field."""
+def read_body(
+    content: bytes, model: type[_Body], most_values: int = limits.VALUES, *, strict: bool = True
+) -> tuple[_Body, tuple[str, ...]]:
+    """Parse and validate a body.
+
+    Args:
+        content: The raw body.
+        model: The body's schema.
+        most_values: Maximum number of JSON values.
+        strict: Whether unknown fields are rejected.
+
+    Returns:
+        The body, and the paths of the unknown fields that were ignored.
+
+    Raises:
+        ApiError: The body is invalid; the error names the first invalid field.
+    """
     try:
         value = read_json(content, most_values)
     except ValueError as error:
         raise invalid(f"The body is not valid JSON: {error}", None, code="invalid_json") from error
     if not isinstance(value, dict):
         raise invalid("The body must be a JSON object.", None)
+    ignored = IgnoredFields()
     try:
-        return model.model_validate(value)
+        body = model.model_validate(value, context=None if strict else ignored)
     except ValidationError as error:
         raise validation_error(error) from error
+    return body, ignored.paths(value) if ignored.found else ()
+
+
+def _header_list(names: Sequence[str]) -> str:
+    """Names as a list in a header, which holds only ASCII and no line ends."""
+    listed = ", ".join(quote(name, safe="[]") for name in names[:_LISTED_FIELDS])
+    return listed + (", ..." if len(names) > _LISTED_FIELDS else "")
 
 
 def _check_content_type(request: Request) -> None:
@@ -81,6 +115,16 @@ def check_tree(value: Any, most_values: int) -> int:
             raise ValueError(f"it is nested more than {limits.DEPTH} levels deep.")
         level = [inner for outer in level for inner in _inside(outer)]
     return count
+
+
+def dicts_in(value: Any) -> Iterator[dict[str, Any]]:
+    """Yield every object in parsed JSON."""
+    waiting = [value]
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, dict):
+            yield one
+        waiting.extend(_inside(one))
 
 
 def check_counts(content: bytes, most_values: int) -> None:

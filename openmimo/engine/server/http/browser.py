@@ -12,12 +12,12 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from openmimo.engine.server.config import is_loopback
+from openmimo.engine.server.config import ANY, is_loopback
 from openmimo.engine.server.http.errors import ApiError
+from openmimo.engine.server.http.middleware import REQUESTS
 
-ANY = "*"
 _SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
-_EXPOSED = "Retry-After"
+_EXPOSED = "Retry-After, X-Request-Id, X-OpenMiMo-Warning"
 _PREFLIGHT_SECONDS = "600"
 
 
@@ -29,7 +29,7 @@ class CheckHost:
         self._allowed = frozenset(_host_name(name) for name in allowed)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
+        if scope["type"] in REQUESTS:
             for host in Headers(scope=scope).getlist("host"):
                 if not self._allows(_host_name(host)):
                     error = ApiError(
@@ -59,13 +59,13 @@ class CheckOrigin:
         self._refuses_others = refuses_others
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers = Headers(scope=scope) if scope["type"] == "http" else Headers()
+        headers = Headers(scope=scope) if scope["type"] in REQUESTS else Headers()
         origin = headers.get("origin")
         if origin is None:
             await self._app(scope, receive, send)
         elif ANY in self._allowed or origin.lower() in self._allowed:
             await self._answer_allowed(origin, headers, scope, receive, send)
-        elif scope["method"] == "OPTIONS" or (self._refuses_others and self._is_foreign(origin, headers, scope)):
+        elif scope.get("method") == "OPTIONS" or (self._refuses_others and self._is_foreign(origin, headers, scope)):
             error = ApiError(
                 403,
                 f"Pages of the origin {origin!r} may not use this server; start it with --allowed-origins ORIGIN to "
@@ -78,7 +78,7 @@ class CheckOrigin:
 
     @staticmethod
     def _is_foreign(origin: str, headers: Headers, scope: Scope) -> bool:
-        if scope["method"] in _SAFE_METHODS:
+        if scope.get("method") in _SAFE_METHODS:  # a WebSocket has no method, and can change state
             return False
         return urlsplit(origin).netloc.lower() != headers.get("host", "").lower() or "://" not in origin
 
@@ -92,7 +92,7 @@ class CheckOrigin:
             await send(message)
 
         app = self._app
-        if scope["method"] == "OPTIONS" and "access-control-request-method" in headers:
+        if scope.get("method") == "OPTIONS" and "access-control-request-method" in headers:
             app = _preflight(headers)
         await app(scope, receive, allow_and_send)
 
@@ -100,7 +100,7 @@ class CheckOrigin:
 def _preflight(headers: Headers) -> Response:
     """The response to a CORS preflight request."""
     allowed = {
-        "Access-Control-Allow-Methods": "GET, HEAD, POST, OPTIONS",
+        "Access-Control-Allow-Methods": "GET, HEAD, POST, DELETE, OPTIONS",
         "Access-Control-Allow-Headers": headers.get("access-control-request-headers", "authorization, content-type"),
         "Access-Control-Max-Age": _PREFLIGHT_SECONDS,
     }

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
@@ -22,6 +23,14 @@ _TYPES = {
 }
 _TAG = re.compile(r"<[a-z ]+>")
 _PARAM_CHARACTERS = 200
+# pydantic names Python types, and for a union the type of one member. The other member of such unions is a text.
+_KINDS = {
+    "bool_type": "true or false",
+    "dict_type": "an object",
+    "list_type": "a list",
+    "model_type": "an object",
+    "string_type": "a text",
+}
 
 
 class ErrorDetails(BaseModel):
@@ -102,6 +111,7 @@ def install_handlers(app: FastAPI) -> None:
     """Convert every exception that the app's routes raise to a response in OpenAI's format."""
     app.exception_handler(ApiError)(_on_api_error)
     app.exception_handler(UserError)(_on_user_error)
+    app.exception_handler(RequestValidationError)(_on_invalid_query)
     app.exception_handler(HTTPException)(_on_http_error)
     app.exception_handler(ClientGoneError)(_on_client_gone)
     app.exception_handler(Exception)(_on_bug)
@@ -115,18 +125,29 @@ async def _on_user_error(request: Request, error: UserError) -> JSONResponse:
     return invalid(str(error), None).response()
 
 
+async def _on_invalid_query(request: Request, error: RequestValidationError) -> JSONResponse:
+    first = error.errors()[0]
+    param = str(first["loc"][-1])
+    return invalid(f"{param}: {first['msg']}", param, code="invalid_value").response()
+
+
 def validation_error(error: ValidationError) -> ApiError:
     """A 400 that names the first invalid field."""
     first = error.errors(include_url=False, include_input=False)[0]
     kind, context, location = first["type"], first.get("ctx", {}), first["loc"]
-    if kind == "unknown_field":
+    if kind in ("unknown_field", "unsupported_field"):
         path = _param(location)
         param = f"{path}.{context['name']}" if path else context["name"]
-        return invalid(f"{param} is not a field that this server knows.", param, code="unknown_parameter")
+        if kind == "unknown_field":
+            return invalid(f"{param} is not a field that this server knows.", param, code="unknown_parameter")
+        return invalid(f"{param} is not supported: {context['advice']}", param, code="unsupported_parameter")
     param = _param(location)
     if kind == "missing":
         return invalid(f"{param} is missing.", param, code="missing_parameter")
     reason = str(first["msg"]).removeprefix("Value error, ")
+    if kind in _KINDS:
+        is_text_or = location and isinstance(location[-1], str) and _TAG.fullmatch(location[-1])
+        reason = f"it must be {'a text or ' if is_text_or else ''}{_KINDS[kind]}."
     return invalid(f"{param}: {reason}" if param else reason, param, code="invalid_value")
 
 

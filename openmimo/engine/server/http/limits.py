@@ -27,8 +27,12 @@ DETOKENIZED_TOKENS = 2**18
 TOKENIZED_TOKENS = 2**20
 PASSAGE_CHARACTERS = 2**19  # of a text that cannot be split; tokenization takes about 200 bytes per character
 REPLY_PROMPT_TOKENS = 2**22  # total of all replies to one request
+SCORED_TOKENS = 2**21  # total of the log-probabilities of prompts, the likeliest tokens of each position included
 UNREAD_DELTAS = 2**14  # of one request whose client does not read its reply
 MESSAGE_CHARACTERS = 1000  # of an error
+IGNORED_FIELDS = 64  # reported unknown fields of one request
+PATH_CHARACTERS = 200  # of a reported field
+REQUEST_ID_CHARACTERS = 128
 
 
 def shortened(text: str, most: int = MESSAGE_CHARACTERS) -> str:

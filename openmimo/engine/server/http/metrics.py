@@ -1,6 +1,6 @@
 """Prometheus metrics of one app, in a separate registry, so that one process can hold several apps."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -10,6 +10,7 @@ from openmimo.engine.server.backends.protocol import Backend, BackendGauges
 
 _SECONDS_TO_FIRST = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 _SECONDS_PER_TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
+_COUNTED_NAMES = 64
 _SECONDS_IN_ALL = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 
 
@@ -42,7 +43,21 @@ class Metrics:
             buckets=_SECONDS_IN_ALL,
             registry=self._registry,
         )
+        self._ignored_fields = Counter(
+            "openmimo_ignored_fields",
+            "Unknown fields of requests that were ignored.",
+            ["field"],
+            registry=self._registry,
+        )
+        self._ignored_names: set[str] = set()
         self._registry.register(_BackendCollector(backend))
+
+    def count_ignored_fields(self, names: Sequence[str]) -> None:
+        """Count the unknown fields of a request. After many distinct names, further ones count as "other"."""
+        for name in names:
+            if len(self._ignored_names) < _COUNTED_NAMES:
+                self._ignored_names.add(name)
+            self._ignored_fields.labels(name if name in self._ignored_names else "other").inc()
 
     def text(self) -> bytes:
         """Return all metrics in Prometheus' text format."""

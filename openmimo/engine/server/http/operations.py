@@ -1,4 +1,4 @@
-"""GET /health and /metrics for operators, and GET / for the chat page."""
+"""GET /health, /ping, /version and /metrics for operators, and GET / for the chat page."""
 
 from pathlib import Path
 from typing import Any
@@ -8,6 +8,7 @@ from fastapi.responses import FileResponse, PlainTextResponse
 from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
 
+import openmimo
 from openmimo.engine.server.http.service import Service
 
 PAGE = Path(__file__).parents[1] / "page"
@@ -23,12 +24,18 @@ def operation_routes(service: Service) -> APIRouter:
     """The endpoints for health checks and metrics."""
     router = APIRouter()
 
+    @router.get("/ping")
     @router.get("/health")
     async def health() -> dict[str, Any]:
         """Reports whether requests are accepted: 503 while the server drains or after the engine has failed."""
         if (refusal := service.refusal()) is not None:
             raise refusal
         return {"status": "ok"}
+
+    @router.get("/version")
+    async def version() -> dict[str, str]:
+        """Returns the version of openmimo."""
+        return {"version": openmimo.__version__}
 
     @router.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:

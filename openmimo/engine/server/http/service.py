@@ -14,10 +14,11 @@ from typing import TypeVar
 from openmimo.core.errors import UserError
 from openmimo.core.records import Delta, Request, SamplingParams
 from openmimo.engine.server.backends.protocol import Backend
-from openmimo.engine.server.config import ServerConfig
+from openmimo.engine.server.config import ANY, ServerConfig
 from openmimo.engine.server.http import limits
 from openmimo.engine.server.http.errors import ApiError, engine_failed, invalid
 from openmimo.engine.server.http.metrics import Metrics
+from openmimo.engine.server.http.open_bytes import OpenBytes
 
 _LOG = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
@@ -71,6 +72,7 @@ class Service:
         created: Unix time of the start, in seconds.
         is_draining: Whether new requests are rejected because the server is shutting down.
         num_waiting: Number of replies that wait for their first token.
+        open_bytes: The bodies of all open requests.
     """
 
     def __init__(self, backend: Backend, config: ServerConfig):
@@ -81,9 +83,15 @@ class Service:
         self.created = int(time.time())
         self.is_draining = False
         self.num_waiting = 0
+        self.open_bytes = OpenBytes(config.max_open_bytes, retry_after_seconds=config.retry_after_seconds)
         self._generations: set[Generation] = set()
         # Two lanes, so that long documents do not delay chats.
         self._small, self._large = self._lane("small", num_threads=2), self._lane("large", num_threads=1)
+
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        """The names of the model in the API; its own name first."""
+        return (self.model_name, *self.config.model_aliases)
 
     @property
     def num_active(self) -> int:
@@ -92,7 +100,8 @@ class Service:
 
     def check_model(self, name: str | None) -> None:
         """Raise ApiError (404) if a request names a model other than the served one and its aliases."""
-        if name is not None and name not in (self.model_name, *self.backend.model_aliases):
+        names = (*self.model_names, *self.backend.model_aliases)
+        if name is not None and name not in names and ANY not in names:
             message = f"There is no model {name!r}; this server serves {self.model_name!r}."
             raise ApiError(404, message, param="model", code="model_not_found")
 
@@ -146,6 +155,17 @@ class Service:
                 f"The prompts of all replies have {num_tokens} tokens in total; at most "
                 f"{limits.REPLY_PROMPT_TOKENS} are allowed.",
                 "n",
+            )
+        num_scored = sum(
+            len(request.prompt_token_ids) * (1 + request.params.prompt_top_logprobs)
+            for request in requests
+            if request.params.prompt_logprobs
+        )
+        if num_scored > limits.SCORED_TOKENS:
+            raise invalid(
+                f"The request needs {num_scored} log-probabilities of prompts; at most {limits.SCORED_TOKENS} are "
+                "allowed. Send fewer prompts at once, or ask for fewer likeliest tokens.",
+                param,
             )
         checked: set[int] = set()
         for request in requests:

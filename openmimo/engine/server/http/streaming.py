@@ -22,10 +22,14 @@ _HEADERS = {"content-type": "text/event-stream; charset=utf-8", "cache-control":
 
 
 def event(data: dict[str, Any], name: str | None = None) -> bytes:
-    """Encode one event. Events of the Responses API have a name."""
+    """Encode one event. Events of some APIs have a name."""
+    return (f"event: {name}\n" if name else "").encode() + f"data: {json_text(data)}\n\n".encode()
+
+
+def json_text(data: dict[str, Any]) -> str:
+    """Encode an object as JSON in one line."""
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    text = text.translate(_LINE_ENDS)  # some clients treat these characters as line ends
-    return (f"event: {name}\n" if name else "").encode() + f"data: {text}\n\n".encode()
+    return text.translate(_LINE_ENDS)  # some clients treat these characters as line ends
 
 
 class Answer(Protocol):

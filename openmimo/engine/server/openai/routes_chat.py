@@ -9,18 +9,16 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from openmimo.core.records import Request as EngineRequest
+from openmimo.core.records import TokenLogprob
 from openmimo.data.chat.parser import ChatEvent, ContentText, ReasoningText, ToolCallArguments, ToolCallStart
+from openmimo.engine.server.chat.prompts import prompt_ending
+from openmimo.engine.server.chat.tools import ToolPolicy, selected_tools, tool_policy
+from openmimo.engine.server.chat.turns import ChatPrompt, ChatReply, chat_prompt
 from openmimo.engine.server.http.bodies import JsonRoute, unless_disconnected
 from openmimo.engine.server.http.errors import invalid
 from openmimo.engine.server.http.service import Generation, Service
 from openmimo.engine.server.http.streaming import DONE, STREAMED, event, respond
-from openmimo.engine.server.openai.chat import (
-    ChatPrompt,
-    ChatReply,
-    chat_prompt,
-    template_messages,
-    template_options,
-)
+from openmimo.engine.server.openai.conversation import template_messages, template_options
 from openmimo.engine.server.openai.sampling import (
     engine_requests,
     sampling_params,
@@ -28,9 +26,8 @@ from openmimo.engine.server.openai.sampling import (
     structure_of,
     token_limit,
 )
-from openmimo.engine.server.openai.schema import ChatRequest, StreamOptions
-from openmimo.engine.server.openai.tokens import TokenDetails, chat_logprobs, usage
-from openmimo.engine.server.openai.tools import ToolPolicy, check_structure_alone, tool_policy
+from openmimo.engine.server.openai.schema import AllowedToolsChoice, ChatRequest, StreamOptions
+from openmimo.engine.server.openai.tokens import TokenDetails, chat_logprobs, prompt_entries, usage
 
 
 def chat_routes(service: Service) -> APIRouter:
@@ -57,6 +54,8 @@ def _check_options(body: ChatRequest) -> None:
         raise invalid("stream_options requires stream: true.", "stream_options")
     if body.top_logprobs and not body.logprobs:
         raise invalid("top_logprobs requires logprobs: true.", "top_logprobs")
+    if body.prompt_logprobs is not None and body.stream:
+        raise invalid("prompt_logprobs requires stream: false.", "prompt_logprobs")
 
 
 @dataclass(frozen=True)
@@ -75,17 +74,19 @@ def _prepare(service: Service, body: ChatRequest) -> _Chat:
     policy = _tool_policy(body)
     options = template_options(body.chat_template_kwargs, body.reasoning_effort, "reasoning_effort")
     structure = structure_of(body, body.response_format)
-    if structure is not None:
-        check_structure_alone(policy, thinks=bool(options.enable_thinking))
     tokenizer = service.backend.tokenizer
     messages = template_messages(body.messages)
-    prompt = chat_prompt(tokenizer, messages, policy, options, most_tokens=service.backend.max_positions)
+    ending = prompt_ending(
+        add_generation_prompt=body.add_generation_prompt, continue_final_message=body.continue_final_message
+    )
+    prompt = chat_prompt(tokenizer, messages, policy, options, most_tokens=service.backend.max_positions, ending=ending)
     params = sampling_params(
         body,
         max_tokens=_max_tokens(service, body, prompt),
-        structure=structure or policy.structure,
+        structure=prompt.structure(structure),
         logprobs=bool(body.logprobs),
         top_logprobs=body.top_logprobs or 0,
+        prompt_logprobs=body.prompt_logprobs,
     )
     requests = engine_requests([prompt.token_ids], params, body, num_choices=num_choices)
     structure_param = "tools" if structure is None else structure_field(body, "response_format")
@@ -96,6 +97,10 @@ def _prepare(service: Service, body: ChatRequest) -> _Chat:
 def _tool_policy(body: ChatRequest) -> ToolPolicy:
     tools = [tool.model_dump(exclude_none=True, exclude={"function": {"strict"}}) for tool in body.tools or []]
     choice = body.tool_choice or "auto"
+    if isinstance(choice, AllowedToolsChoice):
+        names = [tool.function.name for tool in choice.allowed_tools.tools]
+        tools = selected_tools(tools, names, "tool_choice.allowed_tools.tools")
+        choice = choice.allowed_tools.mode
     if isinstance(choice, str):
         return tool_policy(tools, mode=choice, function=None, parallel=body.parallel_tool_calls)
     return tool_policy(tools, mode="function", function=choice.function.name, parallel=body.parallel_tool_calls)
@@ -104,10 +109,9 @@ def _tool_policy(body: ChatRequest) -> ToolPolicy:
 def _max_tokens(service: Service, body: ChatRequest, prompt: ChatPrompt) -> int:
     if None not in (body.max_tokens, body.max_completion_tokens) and body.max_tokens != body.max_completion_tokens:
         raise invalid("max_tokens and max_completion_tokens contradict each other; give one.", "max_tokens")
-    param = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
     requested = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     room = max(service.backend.max_positions - len(prompt.token_ids), 1)
-    return token_limit(requested, room, service.config.max_tokens, param)
+    return token_limit(requested, room, service.config.max_tokens)
 
 
 class _ChatAnswer:
@@ -133,8 +137,10 @@ class _ChatAnswer:
 
     async def whole(self) -> dict[str, Any]:
         logprobs: list[list[dict[str, Any]]] = [[] for _ in self._replies]
+        prompt_logprobs: tuple[TokenLogprob, ...] = ()
         async for index, delta in self.generation.deltas():
             self._push(index, delta)
+            prompt_logprobs = prompt_logprobs or delta.prompt_logprobs
             if delta.logprobs:
                 logprobs[index] += chat_logprobs(self._tokenizer, delta.logprobs)["content"]
         choices = []
@@ -151,6 +157,8 @@ class _ChatAnswer:
         answer = {**self._envelope, "object": "chat.completion", "choices": choices, "usage": self._usage()}
         if self._body.return_token_ids:
             answer["prompt_token_ids"] = list(self._prompt.token_ids)
+        if self._body.prompt_logprobs is not None:
+            answer["prompt_logprobs"] = prompt_entries(self._tokenizer, prompt_logprobs, self._body.prompt_logprobs)
         return answer
 
     async def events(self) -> AsyncIterator[bytes]:
@@ -184,7 +192,10 @@ class _ChatAnswer:
         return events
 
     def _chunk(self, choice: dict[str, Any]) -> bytes:
-        return event({**self._envelope, "object": "chat.completion.chunk", "choices": [choice]})
+        chunk = {**self._envelope, "object": "chat.completion.chunk", "choices": [choice]}
+        if self._body.stream_options and self._body.stream_options.continuous_usage_stats:
+            chunk["usage"] = self._usage()
+        return event(chunk)
 
     def _usage(self) -> dict[str, Any]:
         return usage(

@@ -2,7 +2,7 @@
 
 import secrets
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -10,14 +10,14 @@ from fastapi import APIRouter, Request, Response
 from openmimo.core.records import Delta, SamplingParams, TokenLogprob
 from openmimo.core.records import Request as EngineRequest
 from openmimo.data.tokenizer import Tokenizer
+from openmimo.engine.server.chat.prompts import encode_prompts, listed_prompts
 from openmimo.engine.server.http.bodies import JsonRoute, unless_disconnected
 from openmimo.engine.server.http.errors import invalid
 from openmimo.engine.server.http.service import Generation, Service
 from openmimo.engine.server.http.streaming import DONE, STREAMED, event, respond
-from openmimo.engine.server.openai.prompts import encode_text
 from openmimo.engine.server.openai.sampling import engine_requests, sampling_params, structure_of, token_limit
 from openmimo.engine.server.openai.schema import CompletionRequest, StreamOptions
-from openmimo.engine.server.openai.tokens import CompletionLogprobs, TokenDetails, usage
+from openmimo.engine.server.openai.tokens import CompletionLogprobs, TokenDetails, prompt_entries, usage
 
 _DEFAULT_MAX_TOKENS = 16  # OpenAI's
 
@@ -43,6 +43,8 @@ def completion_routes(service: Service) -> APIRouter:
 def _check_options(body: CompletionRequest) -> None:
     if body.stream_options and not body.stream:
         raise invalid("stream_options requires stream: true.", "stream_options")
+    if body.prompt_logprobs is not None and body.stream:
+        raise invalid("prompt_logprobs requires stream: false.", "prompt_logprobs")
     if body.best_of not in (None, body.n or 1):
         raise invalid("best_of must equal n: this server does not rank replies.", "best_of")
 
@@ -51,38 +53,27 @@ def _requests(service: Service, body: CompletionRequest) -> list[EngineRequest]:
     """Convert a body to checked engine requests. Runs in a worker thread."""
     num_choices = body.n or 1
     params = _params(service, body)
-    prompts = _prompts(body)
+    prompts = listed_prompts(body.prompt)
     service.check_num_replies(len(prompts), num_choices)
     tokenizer, most = service.backend.tokenizer, service.backend.max_positions
-    special = bool(body.parse_special)
-    ids = [
-        encode_text(tokenizer, prompt, most_tokens=most, param="prompt", allow_special=special)
-        if isinstance(prompt, str)
-        else prompt
-        for prompt in prompts
-    ]
+    ids = encode_prompts(tokenizer, prompts, most_tokens=most, param="prompt", allow_special=bool(body.parse_special))
     requests = engine_requests(ids, params, body, num_choices=num_choices)
     service.check(requests, param="prompt", structure_param="structured_outputs")
     return requests
 
 
-def _prompts(body: CompletionRequest) -> Sequence[str | list[int]]:
-    if isinstance(body.prompt, str):
-        return [body.prompt]
-    return [body.prompt] if isinstance(body.prompt[0], int) else body.prompt
-
-
 def _params(service: Service, body: CompletionRequest) -> SamplingParams:
     if body.max_tokens == 0 and not body.echo:
         raise invalid("max_tokens is 0, so there is nothing to generate; 0 is allowed only with echo.", "max_tokens")
-    limit = token_limit(body.max_tokens, _DEFAULT_MAX_TOKENS, service.config.max_tokens, "max_tokens")
+    scored = [body.logprobs if body.echo else None, body.prompt_logprobs]
+    limit = token_limit(body.max_tokens, _DEFAULT_MAX_TOKENS, service.config.max_tokens)
     return sampling_params(
         body,
         max_tokens=max(limit, 1),  # the engine generates at least one token; if the limit is 0, it is dropped
         structure=structure_of(body),
         logprobs=body.logprobs is not None,
         top_logprobs=body.logprobs or 0,
-        prompt_logprobs=bool(body.echo) and body.logprobs is not None,
+        prompt_logprobs=max((number for number in scored if number is not None), default=None),
         skip_special_tokens=True,
     )
 
@@ -98,24 +89,32 @@ class _Continuation:
         self.num_drafted_tokens = 0
         self._tokenizer = tokenizer
         self._echo = bool(body.echo)
+        self.prompt_logprobs: tuple[TokenLogprob, ...] = ()
         self._only_prompt = body.max_tokens == 0
-        self._logprobs = None if body.logprobs is None else CompletionLogprobs(tokenizer, body.logprobs)
+        self._logprobs: CompletionLogprobs | None = None
+        if body.logprobs is not None:
+            skip_special = body.skip_special_tokens is not False
+            self._logprobs = CompletionLogprobs(tokenizer, body.logprobs, skip_special=skip_special)
 
     def push(self, delta: Delta) -> dict[str, Any]:
         """Add a delta. Returns its text and, if requested, its log-probabilities, as fields of a choice."""
         text = "" if self._only_prompt else delta.text
-        logprobs: tuple[TokenLogprob | int, ...] = () if self._only_prompt else delta.logprobs
+        self.prompt_logprobs = self.prompt_logprobs or delta.prompt_logprobs
+        parts = []
         if self._echo:
             self._echo = False
             text = self._tokenizer.decode(self.prompt_token_ids, skip_special=False) + text
-            logprobs = self.prompt_token_ids[:1] + delta.prompt_logprobs + logprobs
+            if self._logprobs is not None:
+                parts.append(self._logprobs.prompt_entries(self.prompt_token_ids, delta.prompt_logprobs))
+        if self._logprobs is not None and not self._only_prompt:
+            parts.append(self._logprobs.entries(delta.logprobs))
         if not self._only_prompt:
             self.token_ids += delta.token_ids
             self.num_drafted_tokens += sum(delta.drafted)
         self.num_cached_tokens = max(self.num_cached_tokens, delta.num_cached_tokens)
         reason = "length" if delta.finish_reason and self._only_prompt else delta.finish_reason
         self.finish_reason = "length" if reason == "repetition" else reason
-        return {"text": text, "logprobs": self._logprobs and self._logprobs.entries(logprobs)}
+        return {"text": text, "logprobs": _joined(parts)}
 
 
 class _CompletionAnswer:
@@ -149,6 +148,9 @@ class _CompletionAnswer:
             }
             if self._body.return_token_ids:
                 choice |= {"token_ids": reply.token_ids, "prompt_token_ids": list(reply.prompt_token_ids)}
+            if self._body.prompt_logprobs is not None:
+                entries = reply.prompt_logprobs
+                choice["prompt_logprobs"] = prompt_entries(self._tokenizer, entries, self._body.prompt_logprobs)
             choices.append(choice)
         return {**self._envelope, "choices": choices, "usage": self._usage()}
 
@@ -169,7 +171,8 @@ class _CompletionAnswer:
                 if index not in started:
                     choice["prompt_token_ids"] = list(reply.prompt_token_ids)
             started.add(index)
-            yield event({**self._envelope, "choices": [choice]})
+            counts = {"usage": self._usage()} if options.continuous_usage_stats else {}
+            yield event({**self._envelope, "choices": [choice], **counts})
         if options.include_usage:
             yield event({**self._envelope, "choices": [], "usage": self._usage()})
         yield DONE

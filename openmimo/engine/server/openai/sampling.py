@@ -13,7 +13,7 @@ from openmimo.engine.server.http.errors import invalid
 from openmimo.engine.server.openai.schema import CommonFields, ResponseFormat, StructuredOutputs
 
 _SAME_NAME = (
-    "temperature", "top_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "top_k", "min_p",
+    "temperature", "top_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "min_p",
     "min_tokens", "ignore_eos", "max_repeats",
 )  # fmt: skip
 
@@ -25,10 +25,19 @@ def sampling_params(
     structure: Structure | None = None,
     logprobs: bool = False,
     top_logprobs: int = 0,
-    prompt_logprobs: bool = False,
+    prompt_logprobs: int | None = None,
     skip_special_tokens: bool = False,
 ) -> SamplingParams:
     """Build the sampling parameters of a request. Absent fields have the defaults of `SamplingParams`.
+
+    Args:
+        fields: The request.
+        max_tokens: Maximum number of new tokens.
+        structure: Required form of the text.
+        logprobs: Whether to return the log-probabilities of new tokens.
+        top_logprobs: Number of likeliest tokens at each new position.
+        prompt_logprobs: Number of likeliest tokens at each position of the prompt; None if the prompt is not scored.
+        skip_special_tokens: Default of the field of that name.
 
     Raises:
         ApiError: min_tokens exceeds `max_tokens`.
@@ -39,23 +48,23 @@ def sampling_params(
     stop = [fields.stop] if isinstance(fields.stop, str) else fields.stop or []
     return SamplingParams(
         max_tokens=max_tokens,
+        top_k=max(fields.top_k or 0, 0),
         seed=None if fields.seed is None else fields.seed % 2**63,
         stop=tuple(stop),
         stop_token_ids=tuple(fields.stop_token_ids or ()),
         logit_bias={int(key): bias for key, bias in (fields.logit_bias or {}).items()},
         structure=structure,
-        skip_special_tokens=skip_special_tokens,
+        skip_special_tokens=skip_special_tokens if fields.skip_special_tokens is None else fields.skip_special_tokens,
         logprobs=logprobs,
         top_logprobs=top_logprobs,
-        prompt_logprobs=prompt_logprobs,
+        prompt_logprobs=prompt_logprobs is not None,
+        prompt_top_logprobs=prompt_logprobs or 0,
         **copied,
     )
 
 
-def token_limit(requested: int | None, default: int, most: int, param: str) -> int:
-    """Return the maximum number of new tokens. Raises ApiError if `requested` exceeds the server's limit, `most`."""
-    if requested is not None and requested > most:
-        raise invalid(f"{param} is {requested}; this server generates at most {most} tokens.", param)
+def token_limit(requested: int | None, default: int, most: int) -> int:
+    """Return the maximum number of new tokens: the requested or the default number, but no more than `most`."""
     return min(default if requested is None else requested, most)
 
 

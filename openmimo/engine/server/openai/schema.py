@@ -3,11 +3,12 @@
 None means absent. The fields marked "not in OpenAI's API" are additional features of `SamplingParams` and `Request`.
 """
 
-import json
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Discriminator, Field, Tag, field_validator, model_validator
 
+from openmimo.engine.server.chat.schema import FunctionParameters, OutputSchema, check_tools
 from openmimo.engine.server.http import limits
 from openmimo.engine.server.http.bodies import check_counts, check_tree
 from openmimo.engine.server.http.fields import (
@@ -30,13 +31,15 @@ class StreamOptions(Fields):
 
     Attributes:
         include_usage: Whether a last chunk contains the token counts.
+        continuous_usage_stats: Whether each chunk contains the token counts so far (not in OpenAI's API; vLLM's name).
         token_details: Whether each chunk contains the text of each token and whether an MTP layer drafted it (not in
             OpenAI's API).
         include_obfuscation: Accepted without effect.
     """
 
-    include_usage: bool = False
-    token_details: bool = False
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+    token_details: bool | None = None
     include_obfuscation: bool | None = None
 
 
@@ -46,18 +49,7 @@ def _check_grammar(grammar: str) -> str:
     return grammar
 
 
-def _check_output_schema(schema: dict[str, Any]) -> dict[str, Any]:
-    check_tree(schema, limits.SCHEMA_VALUES)
-    text = json.dumps(schema)
-    if len(text) > limits.STRUCTURE_CHARACTERS:
-        raise ValueError(f"it has {len(text)} characters; at most {limits.STRUCTURE_CHARACTERS} are allowed.")
-    if text.count('"$ref"') > limits.SCHEMA_REFERENCES:
-        raise ValueError(f"it contains more than {limits.SCHEMA_REFERENCES} references ($ref).")
-    return schema
-
-
 _GRAMMAR = AfterValidator(_check_grammar)
-OutputSchema = Annotated[dict[str, Any], AfterValidator(_check_output_schema)]
 
 
 class StructuredOutputs(Fields):
@@ -83,7 +75,14 @@ class TemplateOptions(Fields):
 
 
 class CommonFields(Fields):
-    """Fields of all three generating endpoints."""
+    """Fields of the generating endpoints."""
+
+    unsupported: ClassVar[Mapping[str, str]] = {
+        "guided_choice": "give structured_outputs.choice.",
+        "guided_grammar": "give structured_outputs.grammar.",
+        "guided_json": "give structured_outputs.json.",
+        "guided_regex": "give structured_outputs.regex.",
+    }
 
     model: Name | None = None
     stream: bool | None = None
@@ -107,11 +106,12 @@ class CommonFields(Fields):
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     repetition_penalty: Annotated[float, Field(gt=0.0, le=100.0)] | None = None
-    top_k: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None  # vLLM's clients send -1 for no limit
     min_p: Annotated[float, Field(ge=0.0, le=1.0)] | None = None
     min_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     ignore_eos: bool | None = None
     max_repeats: Annotated[int, Field(ge=0, le=1000)] | None = None
+    skip_special_tokens: bool | None = None
     structured_outputs: StructuredOutputs | None = None
     priority: Annotated[int, Field(ge=-1000, le=1000)] | None = None
     session: Annotated[Text, Field(max_length=limits.SHORT_CHARACTERS)] | None = None
@@ -169,12 +169,19 @@ Prompt = Annotated[
 
 
 class CompletionRequest(CommonFields):
-    """POST /v1/completions. `suffix` is not supported: the model was not trained to fill in the middle.
+    """POST /v1/completions.
 
     Attributes:
+        prompt_logprobs: Number of likeliest tokens to return at each position of the prompt (not in OpenAI's API; the
+            name and format are vLLM's).
         parse_special: Whether names of special tokens in a prompt are encoded as those tokens, for clients that render
             the chat template themselves. Otherwise they are text. (Not in OpenAI's API; the name is llama.cpp's.)
     """
+
+    unsupported: ClassVar[Mapping[str, str]] = {
+        **CommonFields.unsupported,
+        "suffix": "the model was not trained to fill in the middle.",
+    }
 
     prompt: Prompt
     max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
@@ -182,6 +189,7 @@ class CompletionRequest(CommonFields):
     best_of: Annotated[int, Field(ge=1, le=128)] | None = None
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    prompt_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     stream_options: StreamOptions | None = None
     return_token_ids: bool | None = None
     parse_special: bool | None = None
@@ -242,24 +250,6 @@ class ChatMessage(LenientFields):
     tool_call_id: Label | None = None
 
 
-def _check_parameters(parameters: dict[str, Any]) -> dict[str, Any]:
-    check_tree(parameters, limits.SCHEMA_VALUES)
-    properties = parameters.get("properties") or {}
-    if not isinstance(properties, dict) or not all(isinstance(one, dict | bool) for one in properties.values()):
-        raise ValueError("properties must be an object that maps each parameter to a schema (an object or a boolean).")
-    return parameters
-
-
-def check_tools(tools: list[Any]) -> list[Any]:
-    """Raise ValueError if the schemas of all tools contain too many values in total."""
-    if sum(check_tree(tool.parameters_schema, limits.SCHEMA_VALUES) for tool in tools) > limits.TOOL_VALUES:
-        raise ValueError(f"their parameters contain more than {limits.TOOL_VALUES} values in total.")
-    return tools
-
-
-FunctionParameters = Annotated[dict[str, Any], AfterValidator(_check_parameters)] | None
-
-
 class FunctionSchema(Fields):
     """A function that the model may call. `strict` is accepted without effect: the schema is not enforced."""
 
@@ -297,7 +287,31 @@ class NamedToolChoice(Fields):
     function: FunctionName
 
 
-ToolMode = Annotated[Literal["none", "auto", "required"], Tag("<text>")]
+class AllowedTools(Fields):
+    """The tools that the model may use, a selection of `tools`, and whether it must use one of them."""
+
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[NamedToolChoice], Field(min_length=1, max_length=limits.TOOLS, fail_fast=True)]
+
+
+class AllowedToolsChoice(Fields):
+    """A selection of the tools."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedTools
+
+
+def _tool_choice_tag(value: Any) -> str:
+    if isinstance(value, str):
+        return "<text>"
+    return "<allowed>" if isinstance(value, dict) and value.get("type") == "allowed_tools" else "<named>"
+
+
+ToolMode = Annotated[Literal["none", "auto", "required", "any"], Tag("<text>")]  # any: required, in other APIs
+ToolChoice = Annotated[
+    ToolMode | Annotated[NamedToolChoice, Tag("<named>")] | Annotated[AllowedToolsChoice, Tag("<allowed>")],
+    Discriminator(_tool_choice_tag),
+]
 
 
 class JsonSchemaFormat(Fields):
@@ -322,11 +336,26 @@ class ResponseFormat(Fields):
         return self
 
 
+ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 Messages = Annotated[list[ChatMessage], Field(min_length=1, max_length=limits.MESSAGES, fail_fast=True)]
 
 
 class ChatRequest(CommonFields):
-    """POST /v1/chat/completions."""
+    """POST /v1/chat/completions.
+
+    Attributes:
+        add_generation_prompt: Whether the prompt ends with the beginning of an assistant turn (not in OpenAI's API).
+        continue_final_message: Whether the reply continues the last message, an assistant turn (not in OpenAI's API;
+            the name is vLLM's and transformers').
+        prompt_logprobs: As in CompletionRequest.
+    """
+
+    unsupported: ClassVar[Mapping[str, str]] = {
+        **CommonFields.unsupported,
+        "audio": "this server generates only text.",
+        "function_call": "give tool_choice.",
+        "functions": "give tools.",
+    }
 
     messages: Messages
     max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
@@ -335,20 +364,41 @@ class ChatRequest(CommonFields):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     tools: Tools | None = None
-    tool_choice: Annotated[ToolMode | Annotated[NamedToolChoice, Tag("<named>")], text_or("<named>")] | None = None
+    tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    reasoning_effort: ReasoningEffort | None = None
     modalities: Annotated[list[Literal["text"]], Field(max_length=8, fail_fast=True)] | None = None
+    prompt_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
     stream_options: StreamOptions | None = None
     chat_template_kwargs: TemplateOptions | None = None
     return_token_ids: bool | None = None
 
 
+class EmbeddingRequest(Fields):
+    """POST /v1/embeddings.
+
+    Attributes:
+        dimensions: Accepted if it is the model's own number of dimensions.
+        pooling: How the final states of an input's tokens become one vector: their mean, or that of the last token (not
+            in OpenAI's API).
+    """
+
+    input: Prompt
+    model: Name | None = None
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    pooling: Literal["mean", "last"] | None = None
+    user: Label | None = None
+
+
 class TokenizeRequest(Fields):
     """POST /tokenize: the token ids of a text, or of a conversation in the model's chat format.
 
-    `parse_special` is that of CompletionRequest; `allow_special` is a synonym.
+    `parse_special` is that of CompletionRequest; `allow_special` is a synonym. A prompt that is the name of a special
+    token, and nothing else, is that token.
     """
 
     model: Name | None = None
@@ -357,7 +407,8 @@ class TokenizeRequest(Fields):
     allow_special: bool = False
     messages: Messages | None = None
     tools: Tools | None = None
-    add_generation_prompt: bool = True
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
     chat_template_kwargs: TemplateOptions | None = None
 
     @model_validator(mode="after")

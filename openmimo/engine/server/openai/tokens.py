@@ -1,5 +1,6 @@
 """Tokens in OpenAI's formats: log-probabilities, the text of each token, and the token counts of a reply (usage)."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from openmimo.core.records import Delta, TokenLogprob
@@ -14,30 +15,77 @@ def chat_logprobs(tokenizer: Tokenizer, logprobs: tuple[TokenLogprob, ...]) -> d
 
 
 class CompletionLogprobs:
-    """Converts the log-probabilities of one choice to the completion format, with each token's offset in the text."""
+    """Converts the log-probabilities of one choice to the completion format, with each token's offset in the text.
 
-    def __init__(self, tokenizer: Tokenizer, num_top: int):
+    A token that is not whole UTF-8 is named by its bytes, as OpenAI did (`bytes:\\xe2\\x80`), so different tokens have
+    different names. Its offset is that of the character that it is part of.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        num_top: Number of likeliest tokens at each position; the chosen token is always among them.
+        skip_special: Whether the text of the reply leaves out control tokens. The echoed prompt contains them.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, num_top: int, *, skip_special: bool):
         self._tokenizer = tokenizer
         self._num_top = num_top
+        self._decoder = StreamDecoder(tokenizer, skip_special=skip_special)
         self._offset = 0
 
-    def entries(self, logprobs: tuple[TokenLogprob | int, ...]) -> dict[str, list[Any]]:
-        """Convert the next tokens. A bare id, the first token of an echoed prompt, has no log-probability."""
+    def prompt_entries(self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprob]) -> dict[str, list[Any]]:
+        """Convert the tokens of an echoed prompt. The first has no log-probability."""
+        decoder = StreamDecoder(self._tokenizer, skip_special=False)
+        columns = self._entries([None, *logprobs], token_ids, decoder)
+        self._offset += len(decoder.flush())
+        return columns
+
+    def entries(self, logprobs: Sequence[TokenLogprob]) -> dict[str, list[Any]]:
+        """Convert the next tokens of the reply."""
+        return self._entries(logprobs, [entry.token_id for entry in logprobs], self._decoder)
+
+    def _entries(
+        self, logprobs: Sequence[TokenLogprob | None], token_ids: Sequence[int], decoder: StreamDecoder
+    ) -> dict[str, list[Any]]:
         columns: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
-        for entry in logprobs:
-            token_id = entry if isinstance(entry, int) else entry.token_id
-            text = _text(self._tokenizer, token_id)
-            scored = None if isinstance(entry, int) else entry
-            columns["tokens"].append(text)
-            columns["token_logprobs"].append(scored and _finite(scored.logprob))
-            columns["top_logprobs"].append(scored and self._top(scored))
-            columns["text_offset"].append(self._offset)
-            self._offset += len(text)
+        for token_id, entry in zip(token_ids, logprobs, strict=True):
+            name, new_text = _name(self._tokenizer, token_id), decoder.push([token_id])
+            # The decoder emits the mark of an earlier, broken character together with the next token.
+            before_token = len(new_text) - len(name) if new_text.endswith(name) else 0
+            columns["tokens"].append(name)
+            columns["token_logprobs"].append(entry and _finite(entry.logprob))
+            columns["top_logprobs"].append(entry and self._top(entry))
+            columns["text_offset"].append(self._offset + before_token)
+            self._offset += len(new_text)
         return columns
 
     def _top(self, entry: TokenLogprob) -> dict[str, float]:
-        pairs = entry.top[: self._num_top]
-        return {_text(self._tokenizer, token_id): _finite(logprob) for token_id, logprob in pairs}
+        named: dict[str, float] = {}
+        for token_id, logprob in (*entry.top[: self._num_top], (entry.token_id, entry.logprob)):
+            named.setdefault(_name(self._tokenizer, token_id), _finite(logprob))  # the likeliest come first
+        return named
+
+
+def prompt_entries(
+    tokenizer: Tokenizer, logprobs: Sequence[TokenLogprob], num_top: int
+) -> list[dict[str, dict[str, Any]] | None]:
+    """Convert the log-probabilities of a prompt to vLLM's format: an object by token id for each token but the first.
+
+    The rank of a token that is not among the likeliest is null.
+    """
+    return [None, *(_ranked(tokenizer, entry, num_top) for entry in logprobs)]
+
+
+def _ranked(tokenizer: Tokenizer, entry: TokenLogprob, num_top: int) -> dict[str, dict[str, Any]]:
+    ranks = {token_id: rank for rank, (token_id, _) in enumerate(entry.top, 1)}
+    pairs = [(entry.token_id, entry.logprob), *entry.top[:num_top]]
+    return {
+        str(token_id): {
+            "logprob": _finite(logprob),
+            "rank": ranks.get(token_id),
+            "decoded_token": tokenizer.decode([token_id], skip_special=False),
+        }
+        for token_id, logprob in pairs
+    }
 
 
 def usage(
@@ -87,8 +135,12 @@ def _token_entry(tokenizer: Tokenizer, token_id: int, logprob: float) -> dict[st
     return {"token": text, "logprob": _finite(logprob), "bytes": list(token_bytes)}
 
 
-def _text(tokenizer: Tokenizer, token_id: int) -> str:
-    return tokenizer.decode([token_id], skip_special=False)
+def _name(tokenizer: Tokenizer, token_id: int) -> str:
+    token_bytes = tokenizer.token_bytes(token_id)
+    try:
+        return token_bytes.decode("utf-8")
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token_bytes)
 
 
 def _finite(logprob: float) -> float:

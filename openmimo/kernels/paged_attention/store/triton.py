@@ -3,8 +3,7 @@
 import torch
 
 from openmimo.kernels.attention import Pages, StoreNeed
-from openmimo.kernels.dispatch import Backend
-from openmimo.kernels.triton_support import unavailable
+from openmimo.kernels.dispatch import Backend, triton_unavailable
 
 _CACHE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn)
 
@@ -18,7 +17,7 @@ def run(pages: Pages, page_T: torch.Tensor, slot_T: torch.Tensor, k_TGK: torch.T
 
 def refuse(need: StoreNeed) -> str | None:
     """Rows that can be read and written by address, without gradients."""
-    if reason := unavailable(need.on_cpu, need.dtype):
+    if reason := triton_unavailable(need.on_cpu, need.dtype):
         return reason
     if need.needs_gradients:
         return "it has no backward pass"

@@ -2,12 +2,13 @@
 
 A required call is forced by a prefix: the prompt ends with the opening of MiMo's call markup, and the reply continues
 it. A regular expression allows only function names to follow, and does not let the reply end before the call is
-complete. A call of a function with required parameters contains at least one of them.
+complete. A call of a function with required parameters contains at least one of them. If the model thinks first, the
+regular expression contains the opening. Where the request demands a form, and tools may be called, the reply is either.
 """
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from openmimo.core.records import Structure
@@ -44,7 +45,7 @@ def tool_policy(
 
     Args:
         tools: Tools in OpenAI's chat format.
-        mode: "none", "auto", "required", or "function" for a call of `function`.
+        mode: "none", "auto", "required" (or its synonym "any"), or "function" for a call of `function`.
         function: Name of the required function if `mode` is "function".
         parallel: False ends the reply after its first call.
 
@@ -67,9 +68,22 @@ def tool_policy(
         name = function or names[0]
         structure = Structure("regex", _first_parameter(tools[names.index(name)]) + _REST_OF_CALL)
         return ToolPolicy(tuple(tools), f"{_CALL_OPENING}{name}>\n", structure, one_call=one_call or mode == "function")
-    openings = (f"{re.escape(name)}>\n{_first_parameter(tool)}" for name, tool in zip(names, tools, strict=True))
-    pattern = f"({'|'.join(openings)}){_REST_OF_CALL}"
-    return ToolPolicy(tuple(tools), _CALL_OPENING, Structure("regex", pattern), one_call)
+    return ToolPolicy(tuple(tools), _CALL_OPENING, Structure("regex", _rest_of_any_call(tools)), one_call)
+
+
+def selected_tools(tools: Sequence[dict[str, Any]], names: Sequence[str], param: str) -> list[dict[str, Any]]:
+    """The tools with these function names. Raises ApiError, for the field `param`, for a name without a tool."""
+    known = {tool["function"]["name"] for tool in tools}
+    unknown = next((name for name in names if name not in known), None)
+    if unknown is not None:
+        raise invalid(f"The function {unknown!r} is not among the tools.", param)
+    return [tool for tool in tools if tool["function"]["name"] in names]
+
+
+def _rest_of_any_call(tools: Sequence[dict[str, Any]]) -> str:
+    """The pattern of a call of one of the tools, after the opening, and of the text after the call."""
+    openings = (f"{re.escape(tool['function']['name'])}>\n{_first_parameter(tool)}" for tool in tools)
+    return f"({'|'.join(openings)}){_REST_OF_CALL}"
 
 
 def _first_parameter(tool: dict[str, Any]) -> str:
@@ -80,12 +94,24 @@ def _first_parameter(tool: dict[str, Any]) -> str:
     return f"<parameter=({'|'.join(patterns)})>(.|\n)*</parameter>\n" if patterns else ""
 
 
-def check_structure_alone(policy: ToolPolicy, *, thinks: bool, param: str = "response_format") -> None:
-    """Raise ApiError if a structured reply is combined with thinking or tools: the structure covers the whole reply."""
-    if thinks:
-        raise invalid("A structured reply excludes thinking; turn one of the two off.", param)
-    if policy.tools:
-        raise invalid(
-            'A structured reply excludes tool calls; omit the tools, or set tool_choice to "none".',
-            param,
-        )
+def without_opening(policy: ToolPolicy) -> ToolPolicy:
+    """The same policy for a reply that thinks before a required call: its structure contains the opening."""
+    if policy.structure is None or not policy.opening:
+        return policy
+    pattern = re.escape(policy.opening) + policy.structure.source
+    return replace(policy, opening="", structure=replace(policy.structure, source=pattern))
+
+
+def reply_structure(policy: ToolPolicy, form: Structure | None, *, thoughts: str) -> Structure | None:
+    """The structure of a reply: its thoughts, then tool calls or the form.
+
+    Args:
+        policy: The tools. If a call is required, there is no room for the form.
+        form: The form that the request demands.
+        thoughts: Pattern of the thinking at the beginning of the reply; empty if it begins without thinking.
+    """
+    if policy.structure is not None:
+        form = policy.structure
+    elif form is not None and policy.tools:
+        form = replace(form, alternative=f"{re.escape(_CALL_OPENING)}{_rest_of_any_call(policy.tools)}")
+    return form if form is None or not thoughts else replace(form, prefix=thoughts)

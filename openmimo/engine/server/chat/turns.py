@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from openmimo.core.errors import DataError
-from openmimo.core.records import Delta
+from openmimo.core.records import Delta, Structure
 from openmimo.data.chat.parser import (
     ChatEvent,
     ChatParser,
@@ -17,12 +17,8 @@ from openmimo.data.chat.parser import (
     ToolCallStart,
 )
 from openmimo.data.tokenizer import THINK_END, THINK_START, Tokenizer
-from openmimo.engine.server.http.errors import invalid
-from openmimo.engine.server.openai.prompts import encode_messages
-from openmimo.engine.server.openai.schema import ChatMessage, TemplateOptions
-from openmimo.engine.server.openai.tools import CALL_MARK, ToolPolicy
-
-_THINKING_EFFORTS = ("low", "medium", "high", "xhigh")
+from openmimo.engine.server.chat.prompts import ChatOptions, PromptEnding, encode_messages
+from openmimo.engine.server.chat.tools import CALL_MARK, ToolPolicy, reply_structure, without_opening
 
 
 @dataclass(frozen=True)
@@ -32,34 +28,30 @@ class ChatPrompt:
     Attributes:
         token_ids: The prompt. It ends with the policy's opening, which is the beginning of the reply.
         policy: The tools, and the constraints on tool calls.
+        thinks: Whether the reply may begin with thinking.
         starts_thinking: Whether the reply begins inside `<think>`.
     """
 
     token_ids: tuple[int, ...]
     policy: ToolPolicy
+    thinks: bool
     starts_thinking: bool
 
-
-def template_options(options: TemplateOptions | None, effort: str | None, effort_param: str) -> TemplateOptions:
-    """Merge chat_template_kwargs and the reasoning effort. Thinking is on or off: efforts of low and above enable it.
-
-    Raises ApiError, for the field `effort_param`, if the two contradict each other.
-    """
-    options = options or TemplateOptions()
-    effort_thinks = None if effort is None else effort in _THINKING_EFFORTS
-    if None not in (effort_thinks, options.enable_thinking) and effort_thinks != options.enable_thinking:
-        raise invalid(f"{effort_param} and chat_template_kwargs.enable_thinking contradict each other.", effort_param)
-    enable = options.enable_thinking if effort_thinks is None else effort_thinks
-    return TemplateOptions(enable_thinking=bool(enable), keep_all_reasoning=options.keep_all_reasoning)
+    def structure(self, form: Structure | None) -> Structure | None:
+        """The structure of the reply if the request demands `form`."""
+        opening = "" if self.starts_thinking else THINK_START
+        thoughts = f"{opening}(.|\n)*{THINK_END}" if self.thinks or self.starts_thinking else ""
+        return reply_structure(self.policy, form, thoughts=thoughts)
 
 
 def chat_prompt(
     tokenizer: Tokenizer,
     messages: Sequence[dict[str, Any]],
     policy: ToolPolicy,
-    options: TemplateOptions,
+    options: ChatOptions,
     *,
     most_tokens: int,
+    ending: PromptEnding = "new turn",
     param: str = "messages",
 ) -> ChatPrompt:
     """Render and encode a conversation in the model's chat format.
@@ -70,29 +62,23 @@ def chat_prompt(
         policy: The tools, and the constraints on tool calls.
         options: Options of the chat template.
         most_tokens: Maximum length of the prompt.
+        ending: End of the prompt.
         param: Field of the HTTP request that contains the conversation.
 
     Raises:
         ApiError: The template rejects the conversation, or the prompt exceeds `most_tokens`.
     """
-    if options.enable_thinking and policy.opening:
-        raise invalid("A required tool call excludes thinking; turn one of the two off.", "tool_choice")
-    ids = encode_messages(tokenizer, messages, policy.tools, options, most_tokens=most_tokens, param=param)
+    ids = encode_messages(
+        tokenizer, messages, policy.tools, options, most_tokens=most_tokens, ending=ending, param=param
+    )
     starts_thinking = _ends_in_thought(tokenizer, ids)
+    thinks = options.thinks and ending == "new turn"
+    if thinks or starts_thinking:
+        policy = without_opening(policy)
     if policy.opening:
         ids += tokenizer.encode(CALL_MARK, allow_special=True)
         ids += tokenizer.encode(policy.opening.removeprefix(CALL_MARK))
-    return ChatPrompt(tuple(ids), policy, starts_thinking)
-
-
-def template_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
-    """Convert messages to the form that templates take. "developer" is OpenAI's newer name of the role "system"."""
-    turns = []
-    for message in messages:
-        turn = message.model_dump(exclude_none=True)
-        turn["role"] = "system" if message.role == "developer" else message.role
-        turns.append(turn)
-    return turns
+    return ChatPrompt(tuple(ids), policy, thinks=thinks, starts_thinking=starts_thinking)
 
 
 @dataclass
@@ -117,6 +103,7 @@ class ChatReply:
         tool_calls: The calls in order. The last may be incomplete.
         token_ids: All generated tokens.
         finish_reason: The engine's finish reason; empty while the reply is unfinished.
+        stop_string: The stop string that ended the reply, or empty.
         num_cached_tokens: Prompt tokens found in the prefix cache.
         num_reasoning_tokens: Tokens between the `<think>` marks.
         num_drafted_tokens: Tokens that were accepted drafts of MTP layers.
@@ -129,6 +116,7 @@ class ChatReply:
         self.tool_calls: list[ToolCallState] = []
         self.token_ids: list[int] = []
         self.finish_reason = ""
+        self.stop_string = ""
         self.num_cached_tokens = 0
         self.num_reasoning_tokens = 0
         self.num_drafted_tokens = 0
@@ -152,6 +140,7 @@ class ChatReply:
         if delta.finish_reason:
             events += self._parser.finish()
             self.finish_reason = delta.finish_reason
+            self.stop_string = delta.stop_string
         added = []
         for event in events:
             if self._one_call and self.tool_calls and isinstance(event, ToolCallStart):

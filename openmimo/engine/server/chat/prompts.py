@@ -1,14 +1,44 @@
 """Tokenization of texts and conversations of requests, with bounded time and memory. Runs in a worker thread."""
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from openmimo.core.errors import DataError
 from openmimo.data.chat.template import encode_chat
 from openmimo.data.tokenizer import Tokenizer, text_pieces
 from openmimo.engine.server.http import limits
 from openmimo.engine.server.http.errors import ApiError, invalid
-from openmimo.engine.server.openai.schema import TemplateOptions
+
+
+@dataclass(frozen=True)
+class ChatOptions:
+    """Options of the chat template.
+
+    Attributes:
+        thinks: Whether the model may open a `<think>` block.
+        keep_all_reasoning: Whether the prompt contains the reasoning of turns before the last question.
+    """
+
+    thinks: bool = False
+    keep_all_reasoning: bool = False
+
+
+# The end of a prompt: the beginning of an assistant turn, the end of the last message, or the last message without its
+# end, so that the reply continues it.
+PromptEnding = Literal["new turn", "last message", "open turn"]
+
+
+def prompt_ending(*, add_generation_prompt: bool | None, continue_final_message: bool | None) -> PromptEnding:
+    """The ending that the two fields of a request select. Raises ApiError if they contradict each other."""
+    if not continue_final_message:
+        return "last message" if add_generation_prompt is False else "new turn"
+    if add_generation_prompt:
+        raise invalid(
+            "continue_final_message and add_generation_prompt exclude each other; set one of them.",
+            "continue_final_message",
+        )
+    return "open turn"
 
 
 def encode_text(
@@ -20,14 +50,36 @@ def encode_text(
     return _few_enough(ids, most_tokens, param)
 
 
+def listed_prompts(prompt: Any) -> Sequence[str | list[int]]:
+    """The prompts of a field of type `schema.Prompt`, each a text or a list of token ids."""
+    return [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
+
+
+def encode_prompts(
+    tokenizer: Tokenizer,
+    prompts: Sequence[str | list[int]],
+    *,
+    most_tokens: int,
+    param: str,
+    allow_special: bool = False,
+) -> list[list[int]]:
+    """Encode the texts among `prompts` as `encode_text` does."""
+    return [
+        encode_text(tokenizer, prompt, most_tokens=most_tokens, param=param, allow_special=allow_special)
+        if isinstance(prompt, str)
+        else prompt
+        for prompt in prompts
+    ]
+
+
 def encode_messages(
     tokenizer: Tokenizer,
     messages: Sequence[dict[str, Any]],
     tools: Sequence[dict[str, Any]],
-    options: TemplateOptions,
+    options: ChatOptions,
     *,
     most_tokens: int,
-    add_generation_prompt: bool = True,
+    ending: PromptEnding = "new turn",
     param: str = "messages",
 ) -> list[int]:
     """Render and encode a conversation.
@@ -38,7 +90,7 @@ def encode_messages(
         tools: Tools in OpenAI's chat format.
         options: Options of the chat template.
         most_tokens: Maximum length in tokens.
-        add_generation_prompt: Whether to end with the beginning of an assistant turn.
+        ending: End of the prompt.
         param: Field of the HTTP request that contains the conversation.
 
     Raises:
@@ -51,8 +103,9 @@ def encode_messages(
             tokenizer,
             messages,
             tools=tools,
-            add_generation_prompt=add_generation_prompt,
-            enable_thinking=bool(options.enable_thinking),
+            add_generation_prompt=ending == "new turn",
+            continue_final_message=ending == "open turn",
+            enable_thinking=options.thinks,
             keep_all_reasoning=options.keep_all_reasoning,
             most_tokens=most_tokens,
         )

@@ -1,0 +1,1 @@
+"""Anthropic's Messages API: schemas, conversions, errors and routes."""

@@ -1,0 +1,1 @@
+"""The Responses API: its requests, its items and events, stored responses, and the WebSocket transport."""
