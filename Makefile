@@ -4,7 +4,7 @@ TORCH  ?= torch==2.13.0
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: setup demo test types sanitize interpret clients check bench
+.PHONY: setup demo tiny-mimo test types sanitize interpret clients check bench
 
 # torch goes first and alone, so that every later range finds it satisfied
 $(VENV)/setup: pyproject.toml
@@ -19,6 +19,11 @@ $(VENV)/dev: $(VENV)/setup
 setup: $(VENV)/setup
 demo: $(VENV)/setup
 	$(BIN)/python -m openmimo demo
+# the checkpoint in the package, from the demo's student; its card states figures of runs/demo/results
+tiny-mimo: demo
+	rm -rf build/tiny-mimo
+	$(BIN)/python -m openmimo convert runs/demo/mopd/model build/tiny-mimo --dtype bfloat16
+	cp build/tiny-mimo/* openmimo/assets/tiny-mimo/
 test: $(VENV)/dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile -m "not slow and not gpu"
 types: $(VENV)/dev

@@ -31,6 +31,7 @@ from openmimo.core.records import SamplingParams
 from openmimo.demo.config import DemoConfig
 from openmimo.engine.config import EngineConfig, WeightFormat, chosen_format
 from openmimo.engine.server.config import ServerConfig
+from openmimo.model.embedded import EMBEDDED, announce
 from openmimo.rl.agents.option_arguments import algorithm_arguments, merged
 from openmimo.rl.config import CompareConfig, MopdConfig, RlConfig
 from openmimo.train.config import ExtendConfig, PretrainConfig, SftConfig
@@ -311,7 +312,7 @@ class SpeakOptions:
     """Chat with a checkpoint in the terminal.
 
     Attributes:
-        path: A checkpoint folder with a tokenizer.
+        path: A checkpoint folder with a tokenizer (if none is given: the built-in tiny model).
         dtype: Dtype of weights and activations.
         device: auto (an accelerator if there is one), cpu, or a torch device.
         weights: Storage of weight matrices: plain (in dtype), int8, or fp8 (as an FP8 checkpoint stores them). int8 and
@@ -320,7 +321,7 @@ class SpeakOptions:
         system: The system message of the chat.
     """
 
-    path: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PATH")]
+    path: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PATH")] = EMBEDDED
     sampling: Annotated[SamplingParams, tyro.conf.arg(name="")] = SamplingParams()
     engine: Annotated[EngineConfig, tyro.conf.arg(name="")] = EngineConfig(mixed_prefill_tokens=1024)
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -368,6 +369,7 @@ def _chat(arguments: list[str]) -> None:
 
 
 def _load(options: SpeakOptions) -> Any:
+    announce(options.path)
     from openmimo.engine import terminal
 
     return terminal.load(
@@ -380,7 +382,7 @@ class ServeOptions:
     """Serve a checkpoint: an OpenAI-compatible API under /v1, a chat page at /, metrics at /metrics.
 
     Attributes:
-        path: A checkpoint folder with a tokenizer (none with --stub).
+        path: A checkpoint folder with a tokenizer (if none is given: the built-in tiny model; none with --stub).
         stub: Serve no model, for tests of clients: the server echoes every message word by word.
         dtype: Dtype of weights and activations (auto: bfloat16 on an accelerator, else float32).
         device: auto (an accelerator if there is one), cpu, or a torch device.
@@ -390,7 +392,7 @@ class ServeOptions:
         int8: Earlier name of --weights int8.
     """
 
-    path: tyro.conf.Positional[str] = ""
+    path: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PATH")] = EMBEDDED
     server: Annotated[ServerConfig, tyro.conf.arg(name="")] = ServerConfig()
     engine: Annotated[EngineConfig, tyro.conf.arg(name="")] = EngineConfig()
     stub: bool = False
@@ -403,13 +405,14 @@ class ServeOptions:
 
 def _serve(arguments: list[str]) -> None:
     options = parse(ServeOptions, arguments, "openmimo serve")
-    if bool(options.path) == options.stub:
+    if options.stub and options.path != EMBEDDED:
         raise ConfigError("give either the folder of a checkpoint, or --stub to run without a model.")
     from openmimo.engine.server.serve import launch, launch_stub
 
     if options.stub:
         launch_stub(options.server)
     else:
+        announce(options.path)
         launch(
             options.path, options.server, options.engine,
             dtype=options.dtype, device=options.device, threads=options.threads,
@@ -424,6 +427,7 @@ def _eval(arguments: list[str]) -> None:
     from openmimo.evals.config import EvalConfig
 
     config = parse(EvalConfig, arguments, "openmimo eval")
+    announce(config.path)
     from openmimo.evals.runner import run_and_print
 
     run_and_print(config)

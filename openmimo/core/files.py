@@ -215,6 +215,8 @@ Schema = TypeVar("Schema")
 
 def require_folder(folder: Path | str, error: type[UserError] = CheckpointError) -> Path:
     """Return `folder` as a path. Raises `error` if it is not a folder."""
+    if folder == "":
+        raise error("the path of the checkpoint is empty; give the path of a checkpoint folder.")
     folder = Path(folder)
     if not folder.is_dir():
         found = "is a file, not a folder" if folder.exists() else "does not exist"

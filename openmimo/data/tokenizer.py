@@ -26,7 +26,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from openmimo.core.errors import DataError
 from openmimo.core.files import parse_json, read_known_keys, require_folder
-from openmimo.data.chat.jinja import check_template, mimo_template
+from openmimo.data.chat.jinja import check_template, mimo_template, trained_template
 from openmimo.data.tokenizer_files import (
     Companions,
     GenerationConfig,
@@ -91,7 +91,8 @@ class Tokenizer:
     ) -> "Tokenizer":
         """Train a vocabulary of at most `vocab_size` ids: 256 bytes, merges, then `special_tokens` as the last ids.
 
-        The same texts give the same tokenizer. Too little text for that many merges gives a smaller vocabulary.
+        The same texts give the same tokenizer. Too little text for that many merges gives a smaller vocabulary. The
+        chat template is MiMo's with an empty default system message.
 
         Raises:
             DataError: The bytes and special tokens exceed `vocab_size`.
@@ -116,7 +117,12 @@ class Tokenizer:
         )
         ids = backend.get_vocab(with_added_tokens=True)
         end_of_text, turn_end = ids[END_OF_TEXT], ids[TURN_END]
-        return cls(backend, eos_token_ids=(turn_end, end_of_text), pad_id=end_of_text)
+        return cls(
+            backend,
+            eos_token_ids=(turn_end, end_of_text),
+            pad_id=end_of_text,
+            chat_template=trained_template(),
+        )
 
     @classmethod
     def load(cls, folder: Path | str) -> "Tokenizer":

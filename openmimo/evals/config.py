@@ -8,6 +8,7 @@ import tyro
 from openmimo.core.errors import ConfigError
 from openmimo.core.fields import NonNegativeInt, PositiveInt, check_fields
 from openmimo.engine.config import EngineConfig
+from openmimo.model.embedded import EMBEDDED
 
 
 @dataclass(frozen=True)
@@ -15,7 +16,7 @@ class EvalConfig:
     """Measure a checkpoint on a task at several context lengths.
 
     Attributes:
-        path: A checkpoint folder with a tokenizer.
+        path: A checkpoint folder with a tokenizer (if none is given: the built-in tiny model).
         task: A file in `openmimo/evals/tasks`, or `package.module:Object`.
         lengths: Tokens of an example, including question and answer.
         examples: Examples per length.
@@ -28,9 +29,9 @@ class EvalConfig:
         output: JSON file for the scores (None: print only).
     """
 
-    path: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PATH")]
+    path: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PATH")] = EMBEDDED
     task: str = "needle"
-    lengths: tuple[PositiveInt, ...] = (128, 256, 512, 1024, 2048)
+    lengths: tuple[PositiveInt, ...] = (128, 256, 512, 1024)
     examples: PositiveInt = 64
     seed: NonNegativeInt = 0
     batch: PositiveInt = 16

@@ -222,7 +222,7 @@ def test_odd_values_in_commands_of_their_own(arguments, tmp_path_factory):
 
 
 SYNTAX = [
-    (["generate"], "PATH"), (["chat"], "PATH"), (["eval"], "PATH"), (["convert", "a"], "DESTINATION"),
+    (["convert"], "SOURCE"), (["convert", "a"], "DESTINATION"),
     (["merge", "a", "b"], "--children"), (["pretrain", "tiny_cpu", "--nope", "3"], "--nope"),
     (["pretrain", "tiny_cpu", "extra"], "extra"), (["pretrain", "tiny_cpu", "--threads", "x"], "--threads"),
     (["pretrain", "tiny_cpu", "--run-folder"], "--run-folder"),

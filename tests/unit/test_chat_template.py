@@ -125,6 +125,7 @@ def test_messages_as_dicts_in_openai_form_give_the_same_text():
 def test_transformers_renders_the_same_text(name, tokenizer, tmp_path):
     transformers = pytest.importorskip("transformers")
     tokenizer.save(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(mimo_template(), encoding="utf-8")
     peer = transformers.AutoTokenizer.from_pretrained(tmp_path)
     case = {"add_generation_prompt": True, **CASES[name]}
     messages = [
@@ -139,7 +140,7 @@ def test_transformers_renders_the_same_text(name, tokenizer, tmp_path):
     tools = case.pop("tools", None)
     text = peer.apply_chat_template(messages, tools=tools, tokenize=False, **case)
     assert text == (GOLDEN / f"chat_{name}.txt").read_text(encoding="utf-8")
-    assert encode_chat(tokenizer, **CASES[name]) == peer(text, add_special_tokens=False).input_ids
+    assert encode_chat(Tokenizer.load(tmp_path), **CASES[name]) == peer(text, add_special_tokens=False).input_ids
 
 
 @pytest.mark.parametrize("role", ["system", "user", "tool"])
@@ -180,6 +181,16 @@ def test_own_template_gets_the_same_extras_as_in_transformers(tokenizer, tmp_pat
 def test_what_cannot_be_rendered_is_named(messages, template, named):
     with pytest.raises(DataError, match=named):
         render(messages, template=template)
+
+
+def test_a_new_tokenizer_asks_as_the_tasks_train(tokenizer):
+    """Without a system message, a chat has the text of one with an empty one, and nothing claims to be MiMo."""
+    question = Message("user", "sort 31524")
+    text = render([question], template=tokenizer.chat_template)
+    assert text == render([Message("system", ""), question])
+    assert text.startswith("<|im_start|>system\n<|im_end|>")
+    spoken = [Message("system", "Be brief."), question]
+    assert render(spoken, template=tokenizer.chat_template) == render(spoken)
 
 
 def test_mimo_is_the_default_template():

@@ -22,6 +22,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from openmimo.core.errors import DataError
 
 SURROGATE = re.compile("[\ud800-\udfff]")
+_MIMO_SYSTEM = "You are MiMo, a helpful AI assistant engineered by Xiaomi."
 
 
 def check_template(source: str, path: Path) -> None:
@@ -38,6 +39,15 @@ def check_template(source: str, path: Path) -> None:
 def mimo_template() -> str:
     """Return the Jinja source of MiMo's chat format."""
     return Path(__file__).with_name("mimo_chat.jinja").read_text(encoding="utf-8")
+
+
+@functools.cache
+def trained_template() -> str:
+    """Return the Jinja source for models with a new tokenizer: MiMo's format with an empty default system message.
+
+    Such a model is not MiMo, and the tasks train it with an empty system message.
+    """
+    return mimo_template().replace(f"'{_MIMO_SYSTEM}'", "''")
 
 
 class _GenerationBlock(jinja2.ext.Extension):

@@ -28,7 +28,7 @@ class ServerConfig:
             and an empty list, any name is accepted.
         allowed_origins: Origins of web pages that may use the server, such as https://example.org ("*": all). The
             built-in chat page needs none.
-        model_name: Model name in the API (empty: the name of the checkpoint).
+        model_name: Model name in the API (empty: the name of the run or of the checkpoint folder).
         model_aliases: Further names of the model that requests may use ("*": any name).
         strict: Whether unknown fields of a request are rejected. Otherwise they are ignored, named in the header
             X-OpenMiMo-Warning of the response, and counted in /metrics.

@@ -26,6 +26,7 @@ from openmimo.engine.server.config import ServerConfig
 from openmimo.model.hf import load_model
 from openmimo.runtime.device import resolve_device
 
+_RUN_MODEL = "model"  # the checkpoint folder of a run
 _WARM_UP_TOKENS = 8
 _FLUSH_SECONDS = 5  # time for clients to read the ends of their replies after all replies are complete
 _QUEUED_MESSAGES = 1  # of a WebSocket connection, while a reply is generated
@@ -131,7 +132,8 @@ def launch(
     model = load_model(path, dtype=dtype, device=str(torch_device), weights=weights)
     served_engine = Engine(model, tokenizer, engine)
     warm_up(served_engine, tokenizer)
-    serve(EngineBackend(served_engine, tokenizer, model_name=Path(path).resolve().name), server)
+    name, *aliases = served_names(path)
+    serve(EngineBackend(served_engine, tokenizer, model_name=name, model_aliases=tuple(aliases)), server)
 
 
 def warm_up(engine: Engine, tokenizer: Tokenizer) -> None:
@@ -155,6 +157,18 @@ def warm_up(engine: Engine, tokenizer: Tokenizer) -> None:
             raise UserError(f"{sequence.error}.")
     engine.forget_cached()
     engine.reset_stats()
+
+
+def served_names(path: str) -> tuple[str, ...]:
+    """Return the name of a checkpoint in the API, and other names that requests may use.
+
+    It is the name of the folder. Runs store their checkpoint in RUN/model, which is served as RUN and, because it was
+    called so earlier, also as "model".
+    """
+    folder = Path(path).resolve()
+    if folder.name == _RUN_MODEL and folder.parent.name:
+        return folder.parent.name, _RUN_MODEL
+    return (folder.name,)
 
 
 def launch_stub(server: ServerConfig) -> None:

@@ -404,6 +404,6 @@ def test_a_teacher_of_other_texts_is_refused(folders, tmp_path):
         teachers_of(folders, {"math": str(tmp_path / "vocabulary")})
     save(model, tmp_path / "template")
     path = tmp_path / "template" / "tokenizer_config.json"
-    path.write_text(path.read_text().replace("a helpful AI", "a hopeful AI"))
+    path.write_text(path.read_text().replace("<|im_start|>user", "<|im_start|>asker"))
     with pytest.raises(CheckpointError, match="'math'.*another chat template"):
         teachers_of(folders, {"math": str(tmp_path / "template")})

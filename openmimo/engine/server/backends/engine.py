@@ -28,8 +28,9 @@ _Reply = asyncio.Queue[Delta | UserError]
 class EngineBackend:
     """Serve an engine. No other code may step the engine until `close` returns."""
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, *, model_name: str):
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, *, model_name: str, model_aliases: tuple[str, ...] = ()):
         self.model_name = model_name
+        self.model_aliases = model_aliases
         self.tokenizer = tokenizer
         self.max_positions = engine.model.config.max_positions
         self._engine = engine

@@ -42,11 +42,13 @@ class Backend(Protocol):
 
     Attributes:
         model_name: Default model name in the API.
+        model_aliases: Other names of the model that requests may use.
         tokenizer: The model's tokenizer.
         max_positions: Maximum number of tokens of prompt plus reply.
     """
 
     model_name: str
+    model_aliases: tuple[str, ...]
     tokenizer: Tokenizer
     max_positions: int
 

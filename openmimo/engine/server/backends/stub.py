@@ -65,6 +65,7 @@ class StubBackend:
         slots: int = 64,
     ):
         self.model_name = model_name
+        self.model_aliases: tuple[str, ...] = ()
         self.tokenizer = tokenizer or Tokenizer.train(_CORPUS, vocab_size=320)
         self.max_positions = max_positions
         self.running: set[str] = set()

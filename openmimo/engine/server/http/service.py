@@ -100,7 +100,8 @@ class Service:
 
     def check_model(self, name: str | None) -> None:
         """Raise ApiError (404) if a request names a model other than the served one and its aliases."""
-        if name is not None and name not in self.model_names and ANY not in self.model_names:
+        names = (*self.model_names, *self.backend.model_aliases)
+        if name is not None and name not in names and ANY not in names:
             message = f"There is no model {name!r}; this server serves {self.model_name!r}."
             raise ApiError(404, message, param="model", code="model_not_found")
 
