@@ -482,7 +482,8 @@ def _serve(arguments: list[str]) -> None:
 def _eval(arguments: list[str]) -> None:
     from openmimo.evals.config import EvalConfig
 
-    main = ("path", "task", "lengths", "examples", "output", "device", "dtype", "seed")
+    main = ("path", "text", "text_field", "text_tokens", "window", "task", "lengths", "examples", "output", "device",
+            "dtype", "seed")  # fmt: skip
     config = _parse_options(EvalConfig, arguments, "eval PATH", main)
     from openmimo.evals.runner import run_and_print
 
@@ -543,7 +544,11 @@ VERBS: dict[str, Verb] = {
         "no report was written; the models are evaluated again",
     ),
     "merge": Verb("merge the weights of fine-tuned checkpoints", _merge, "the merged model was not written"),
-    "eval": Verb("evaluate a checkpoint at several context lengths", _eval, "the scores so far are not kept"),
+    "eval": Verb(
+        "evaluate a checkpoint at several context lengths, or its loss on your text",
+        _eval,
+        "the scores so far are not kept",
+    ),
     "generate": Verb("continue a prompt", _generate, "only the text so far was generated"),
     "chat": Verb("chat with a checkpoint in the terminal", _chat, "the conversation is not kept"),
     "serve": Verb(
