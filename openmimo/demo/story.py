@@ -118,9 +118,8 @@ class _Parts:
 
     def print_time(self) -> None:
         """Prints how long the parts without a result took on the reference machine; nothing if all have one."""
-        left = sum(
-            seconds for name, seconds in REFERENCE_SECONDS.items() if not (self.folder / f"{name}.json").exists()
-        )
+        unfinished = [name for name in REFERENCE_SECONDS if not (self.folder / f"{name}.json").exists()]
+        left = sum(REFERENCE_SECONDS[name] for name in unfinished)
         if left:
             self.console.print(
                 f"Measured on {REFERENCE_MACHINE}: {duration_text(left)} in all.", highlight=False, soft_wrap=True
@@ -190,6 +189,8 @@ def program() -> list[str]:
     script = python.with_name("openmimo")
     path = script if os.access(script, os.X_OK) else python
     shown = str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+    if "/" not in shown:
+        shown = f"./{shown}"  # a shell searches for a bare name elsewhere
     return [shown] if path == script else [shown, "-m", "openmimo"]
 
 
