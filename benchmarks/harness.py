@@ -73,14 +73,23 @@ def median_milliseconds(
 
 
 def print_rows(rows: list[Row]) -> None:
-    """Prints the rows as a table."""
-    table = Table("what", "ours ms", "peer ms", "ratio", "goal", "floor ms", "peer", "note")
+    """Prints the rows as a table that fits into 80 columns, and below it the peer and the note of each row."""
+    table = Table("what")
+    for title in ("ours ms", "peer ms", "ratio", "goal", "floor ms"):
+        table.add_column(title, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(
             row.name, f"{row.ours_ms:.2f}", _shown(row.peer_ms), _shown(row.ratio, "x"), _shown(row.goal, "x"),
-            _shown(row.floor_ms), row.peer, row.note,
+            _shown(row.floor_ms),
         )  # fmt: skip
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    for row in rows:
+        remarks = [f"against {row.peer}"] if row.peer else []
+        if row.note:
+            remarks.append(row.note)
+        if remarks:
+            console.print(f"{row.name}: {'; '.join(remarks)}", highlight=False, markup=False)
 
 
 def write_rows(

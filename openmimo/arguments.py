@@ -11,7 +11,8 @@ from typing import Any
 
 import tyro
 
-from openmimo.core.errors import UserError
+from openmimo.core.config import from_dict
+from openmimo.core.errors import ConfigError, UserError
 from openmimo.core.fields import field_types, new_key, warn_of_renamed
 
 _MAX_CHARACTERS = 2000
@@ -22,14 +23,17 @@ class UsageError(UserError):
     """The command line cannot be parsed. The exit code is 2."""
 
 
-def parse(target: Callable[..., Any], arguments: list[str], prog: str, default: Any = None) -> Any:
-    """Parses the arguments of a command.
+def parse(
+    target: Callable[..., Any], arguments: list[str], prog: str, default: Any = None, *, listed: Any = None
+) -> Any:
+    """Parses the arguments of a command. `--help-all` prints every option with its type, default and text.
 
     Args:
         target: A dataclass, or a function whose parameters are the options.
         arguments: The words after the verb.
         prog: The command and verb, for messages.
         default: An object of `target` that the arguments change (None: the defaults of its fields).
+        listed: A dataclass object of further options, which `--help-all` lists; `split_options` has parsed them.
 
     Returns:
         An object of the dataclass `target`, or the return value of the function `target`.
@@ -41,9 +45,59 @@ def parse(target: Callable[..., Any], arguments: list[str], prog: str, default: 
     _check_encoding(arguments, prog)
     if isinstance(target, type):
         arguments = with_new_options(target, arguments, prog)
+    if "--help-all" in arguments:
+        arguments, target, default = ["--help"], *_with_listed(target, default, listed)
     keywords = {} if default is None else {"default": default}
     with usage_paragraph(prog):
         return tyro.cli(target, args=arguments, prog=prog, **keywords)
+
+
+def _with_listed(target: Any, default: Any, listed: Any) -> tuple[Any, Any]:
+    """The target and default with the options of `listed` before them, for the help."""
+    if listed is None:
+        return target, default
+    flat = tyro.conf.arg(name="")
+    parts: list[tuple[str, Any]] = [
+        ("own", typing.Annotated[type(listed), flat]), ("config", typing.Annotated[target, flat]),
+    ]  # fmt: skip
+    both = dataclasses.make_dataclass(target.__name__, parts, frozen=True)
+    both.__doc__ = target.__doc__
+    return both, both(listed, default)
+
+
+def split_options(options_type: type, arguments: list[str], prog: str) -> tuple[Any, list[str]]:
+    """Splits off the options of a dataclass whose fields are texts, and returns them with the other arguments.
+
+    Raises:
+        UsageError: An option has no value.
+        ConfigError: A value is not one of those that the field allows.
+    """
+    names = {f"--{name.replace('_', '-')}": name for name in field_types(options_type)}
+    values: dict[str, str] = {}
+    others: list[str] = []
+    rest = list(arguments)
+    while rest:
+        option, equals, value = rest.pop(0).partition("=")
+        name = names.get(option.replace("_", "-"))
+        if name is None:
+            others.append(f"{option}{equals}{value}")
+            continue
+        if not equals:
+            if not rest or rest[0].startswith("--"):
+                raise UsageError(f"{prog}: {option} needs a value.")
+            value = rest.pop(0)
+        if not value:
+            raise UsageError(f"{prog}: {option} has an empty value.")
+        values[name] = value
+    try:
+        return from_dict(options_type, values, where=prog), others
+    except ConfigError as error:
+        raise UsageError(str(error)) from error
+
+
+def asks_for_help(arguments: list[str]) -> bool:
+    """Whether the arguments ask for the short help."""
+    return any(word in ("-h", "--help") for word in arguments) and "--help-all" not in arguments
 
 
 def with_new_options(config_type: type, arguments: list[str], prog: str) -> list[str]:

@@ -2,8 +2,9 @@
 
     openmimo VERB [RECIPE] [--overrides]
 
-A recipe is a function in `recipes/` that returns a complete config. `openmimo VERB RECIPE --help` lists every field
-with its type, default and meaning. An error that the user can fix is printed as one paragraph, with exit code 1.
+A recipe is a function in `recipes/`, or in a file of your own, that returns a complete config. `openmimo VERB RECIPE
+--help` lists the main options, and `--help-all` every field with its type, default and meaning. An error that the user
+can fix is printed as one paragraph, with exit code 1.
 """
 
 import dataclasses
@@ -15,7 +16,7 @@ import os
 import pkgutil
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -24,16 +25,20 @@ import tyro
 from rich.console import Console
 from rich.markup import escape
 
-from openmimo.arguments import UsageError, paragraph, parse, usage_paragraph
+import openmimo
+from openmimo.arguments import UsageError, asks_for_help, paragraph, parse, split_options, usage_paragraph
 from openmimo.core import config as config_io
 from openmimo.core.errors import ConfigError, Interrupted, UserError, terminable
 from openmimo.core.records import SamplingParams
+from openmimo.core.registry import load_object
 from openmimo.demo.config import DemoConfig
 from openmimo.engine.config import EngineConfig, WeightFormat, chosen_format
 from openmimo.engine.server.config import ServerConfig
 from openmimo.model.embedded import EMBEDDED, announce
-from openmimo.rl.agents.option_arguments import algorithm_arguments, merged
+from openmimo.own_data import Own, OwnProblems, own_data_of, with_own_data
+from openmimo.rl.agents.option_arguments import merged, plugin_arguments
 from openmimo.rl.config import CompareConfig, MopdConfig, RlConfig
+from openmimo.short_help import short_help
 from openmimo.train.config import ExtendConfig, PretrainConfig, SftConfig
 
 _STDERR = Console(stderr=True)
@@ -66,9 +71,12 @@ def main() -> None:
     # Spinning threads make a run on shared cores many times slower. Set before torch is imported, which reads it.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     arguments = sys.argv[1:]
-    if not arguments or arguments[0] in ("-h", "--help"):
+    if not arguments or arguments[0] in ("-h", "--help", "--help-all", "help"):
         print(_overview())
         sys.exit(0 if arguments else 2)
+    if arguments[0] in ("-V", "--version"):
+        print(f"openmimo {openmimo.__version__}")
+        sys.exit(0)
     try:
         if arguments[0] not in VERBS:
             raise ConfigError(f"there is no verb {arguments[0]!r}. Verbs: {', '.join(VERBS)}.")
@@ -112,10 +120,12 @@ def _overview() -> str:
     lines = [f"  {name:<10}{verb.help}" for name, verb in VERBS.items()]
     return "\n".join(
         [
-            "usage: openmimo VERB [RECIPE] [--overrides]\n",
+            "usage: openmimo VERB [RECIPE] [--overrides]",
+            "       openmimo VERB --from CONFIG.json [--overrides]\n",
             *lines,
-            f"\nrecipes: {', '.join(recipe_names())}",
-            "openmimo VERB [RECIPE] --help lists every option with its type and default.",
+            f"\nrecipes: {', '.join(recipe_names())}, or FILE.py:FUNCTION",
+            "openmimo VERB [RECIPE] --help lists the main options, and --help-all explains every option.",
+            "openmimo --version prints the version.",
         ]
     )
 
@@ -132,13 +142,15 @@ def load_recipe(name: str, verb: str) -> Any:
     """Returns the config of a recipe.
 
     Args:
-        name: A module of `recipes/`, or `module:function`.
+        name: A module of `recipes/`, `module:function`, or `path/file.py:function`.
         verb: The function that is called if `name` has none.
 
     Raises:
         ConfigError: There is no such module or function.
     """
     module_name, _, function = name.partition(":")
+    if module_name.endswith(".py"):
+        return load_object(f"{module_name}:{function or verb}")()
     if module_name not in recipe_names():
         raise ConfigError(f"there is no recipe {module_name!r}. Recipes: {', '.join(recipe_names())}.")
     module = importlib.import_module(f"recipes.{module_name}")
@@ -156,7 +168,7 @@ def load_recipe(name: str, verb: str) -> Any:
 
 
 def _with_overrides(verb: str, arguments: list[str], config_type: type) -> Any:
-    """Returns the config of a recipe or of `--from config.json`, with the overrides of the command line applied."""
+    """Returns the config of a recipe or of `--from config.json` with the user's own data and the overrides applied."""
     if arguments and arguments[0].split("=")[0] == "--from":
         name = "--from"
         path, rest = _after_from(arguments)
@@ -172,7 +184,38 @@ def _with_overrides(verb: str, arguments: list[str], config_type: type) -> Any:
             f"recipe {name!r} returns {type(default).__name__}, but {verb} needs {config_type.__name__}; "
             "name another recipe or another verb."
         )
-    return parse(config_type, rest, f"openmimo {verb} {name}", default)
+    prog = f"openmimo {verb} {name}"
+    own_type = own_data_of(config_type)
+    own, rest = (None, rest) if own_type is None else _own_data(own_type, rest, prog)
+    if asks_for_help(rest):
+        usage = f"openmimo {verb} [RECIPE | --from FILE] [OPTIONS]"
+        note = (
+            f"The defaults below are those of {name}. RECIPE is {', '.join(recipe_names())}, or FILE.py:FUNCTION of "
+            "your own. --from FILE reads the config.json of a run, or a part of one, in place of a recipe."
+        )
+        print(short_help(default, usage=usage, main=_MAIN, note=note, own=own_type and own_type()))
+        sys.exit(0)
+    if own is not None:
+        default = with_own_data(default, own)
+    return parse(config_type, rest, prog, default, listed=own)
+
+
+_MAIN = (
+    "checkpoint", "base", "run_folder", "folder", "model", "init_from", "steps", "sequence_length", "global_batch_size",
+    "groups_per_step", "learning_rate", "algorithm", "signal", "teachers", "problems", "seed", "device", "dtype",
+    "threads",
+)  # fmt: skip
+
+
+def _own_data(own_type: type[Own], arguments: list[str], prog: str) -> tuple[Own, list[str]]:
+    """The options for the user's own data, and the other arguments."""
+    settings, arguments = plugin_arguments(arguments, "environment-options")
+    own, others = split_options(own_type, arguments, prog)
+    if not settings:
+        return own, others
+    if not isinstance(own, OwnProblems):
+        raise UsageError(f"{prog}: --environment-options are options of openmimo rl.")
+    return dataclasses.replace(own, environment_options=settings), others
 
 
 def _after_from(arguments: list[str]) -> tuple[str, list[str]]:
@@ -208,7 +251,7 @@ def _run_recipe(verb: str, config_type: type, function: str) -> Callable[[list[s
 
 def _with_algorithm_options(verb: str, arguments: list[str], config_type: type) -> Any:
     """Like `_with_overrides`, and also reads `--algorithm-options.NAME VALUE`, which tyro cannot parse."""
-    options, others = algorithm_arguments(arguments)
+    options, others = plugin_arguments(arguments, "algorithm-options")
     config = _with_overrides(verb, others, config_type)
     return dataclasses.replace(config, algorithm_options=merged(config.algorithm_options, options))
 
@@ -344,8 +387,30 @@ class GenerateOptions(SpeakOptions):
     chat: bool = False
 
 
+_SPEAK = (
+    "system", "thinking", "max_tokens", "temperature", "top_p", "top_k", "seed", "stop", "dtype", "weights", "device",
+)  # fmt: skip
+_UNSEEN = (
+    "logprobs",
+    "top_logprobs",
+    "prompt_logprobs",
+    "prompt_top_logprobs",
+    "pooling",
+    "routed_experts",
+)  # a terminal does not show their results
+
+
+def _parse_options(options_type: type, arguments: list[str], usage: str, main: Sequence[str]) -> Any:
+    """Parses the options of a verb without recipes, or prints its short help, which explains the options `main`."""
+    if asks_for_help(arguments):
+        usage = f"openmimo {usage} [OPTIONS]"
+        print(short_help(options_type, usage=usage, main=main, omitted=_UNSEEN))
+        sys.exit(0)
+    return parse(options_type, arguments, f"openmimo {usage.split()[0]}")
+
+
 def _generate(arguments: list[str]) -> None:
-    options = parse(GenerateOptions, arguments, "openmimo generate")
+    options = _parse_options(GenerateOptions, arguments, "generate [PATH]", ("path", "prompt", "chat", *_SPEAK))
     if not options.chat and (options.thinking or options.system):
         raise ConfigError(
             "--thinking and --system are settings of the chat template and have no effect without --chat; add --chat."
@@ -361,7 +426,7 @@ def _generate(arguments: list[str]) -> None:
 
 
 def _chat(arguments: list[str]) -> None:
-    options = parse(SpeakOptions, arguments, "openmimo chat")
+    options = _parse_options(SpeakOptions, arguments, "chat [PATH]", ("path", *_SPEAK))
     from openmimo.engine import terminal
 
     terminal.check_sampling(options.sampling)
@@ -404,7 +469,8 @@ class ServeOptions:
 
 
 def _serve(arguments: list[str]) -> None:
-    options = parse(ServeOptions, arguments, "openmimo serve")
+    main = ("path", "host", "port", "api_key", "dtype", "weights", "device", "threads", "max_sequences")
+    options = _parse_options(ServeOptions, arguments, "serve [PATH]", main)
     if options.stub and options.path != EMBEDDED:
         raise ConfigError("give either the folder of a checkpoint, or --stub to run without a model.")
     from openmimo.engine.server.serve import launch, launch_stub
@@ -426,7 +492,9 @@ def _serve(arguments: list[str]) -> None:
 def _eval(arguments: list[str]) -> None:
     from openmimo.evals.config import EvalConfig
 
-    config = parse(EvalConfig, arguments, "openmimo eval")
+    main = ("path", "text", "text_field", "text_tokens", "window", "task", "lengths", "examples", "output", "device",
+            "dtype", "seed")  # fmt: skip
+    config = _parse_options(EvalConfig, arguments, "eval [PATH]", main)
     announce(config.path)
     from openmimo.evals.runner import run_and_print
 
@@ -487,7 +555,11 @@ VERBS: dict[str, Verb] = {
         "no report was written; the models are evaluated again",
     ),
     "merge": Verb("merge the weights of fine-tuned checkpoints", _merge, "the merged model was not written"),
-    "eval": Verb("evaluate a checkpoint at several context lengths", _eval, "the scores so far are not kept"),
+    "eval": Verb(
+        "evaluate a checkpoint at several context lengths, or its loss on your text",
+        _eval,
+        "the scores so far are not kept",
+    ),
     "generate": Verb("continue a prompt", _generate, "only the text so far was generated"),
     "chat": Verb("chat with a checkpoint in the terminal", _chat, "the conversation is not kept"),
     "serve": Verb(

@@ -48,11 +48,11 @@ def pretrain() -> PretrainConfig:
         seed=1,  # only some seeds learn retrieval within these steps (docs/log.md)
         stages=(
             Phase(
-                name="copy", steps=250, sequence_length=64, global_batch_size=32, warmup_steps=40, constant_steps=210,
+                name="copy", steps=250, sequence_length=64, global_batch_size=32, warmup_steps=40,
                 learning_rate=3e-3, end_learning_rate=3e-3, mixture=mixture(REPEATS), mtp_weight=0.3, bias_rate=1e-2,
             ),
             Phase(
-                name="general", steps=450, sequence_length=64, global_batch_size=32, constant_steps=450,
+                name="general", steps=450, sequence_length=64, global_batch_size=32,
                 learning_rate=3e-3, end_learning_rate=3e-3, mixture=general, mtp_weight=0.3, bias_rate=1e-2,
             ),
             Phase(

@@ -95,7 +95,9 @@ def run_folder(folder: Path) -> Iterator[None]:
         yield
 
 
-def keep_config(config: Any, folder: Path, *, free: Sequence[str], traces: Sequence[str]) -> None:
+def keep_config(
+    config: Any, folder: Path, *, free: Sequence[str], traces: Sequence[str], growing: Sequence[str] = ()
+) -> None:
     """Save the config of a run as `config.json` in its folder.
 
     Args:
@@ -103,24 +105,26 @@ def keep_config(config: Any, folder: Path, *, free: Sequence[str], traces: Seque
         folder: The run's folder.
         free: Dotted names (with wildcards) of the settings that may change between starts.
         traces: Files and folders. At least one of them exists once the run has begun.
+        growing: Dotted names of numbers that may rise between starts.
 
     Raises:
         ConfigError: The folder contains a run with other settings. The message lists old and new values.
     """
     path = folder / "config.json"
     if path.exists() and any((folder / name).exists() for name in traces):
-        check_same_run(config, path, free=free)
+        check_same_run(config, path, free=free, growing=growing)
     save(config, path)
 
 
-def check_same_run(config: Any, path: Path, *, free: Sequence[str]) -> None:
-    """Raise ConfigError if the config in the file `path` differs from `config` in settings outside `free`."""
+def check_same_run(config: Any, path: Path, *, free: Sequence[str], growing: Sequence[str] = ()) -> None:
+    """Raise ConfigError if the config in the file `path` differs from `config` in more than `free` and `growing`."""
     before, now = _flat(to_dict(load(type(config), path))), _flat(to_dict(config))
     changed = [
         f"{name} was {_value_or_absent(before, name)} and is now {_value_or_absent(now, name)}"
         for name in dict.fromkeys([*before, *now])
         if before.get(name, _ABSENT) != now.get(name, _ABSENT)
         and not any(fnmatch.fnmatchcase(name, pattern) for pattern in free)
+        and not (name in growing and name in before and name in now and before[name] < now[name])
     ]
     if changed:
         more = f"; and {len(changed) - _MAX_SHOWN} more" if len(changed) > _MAX_SHOWN else ""

@@ -17,6 +17,48 @@ from openmimo.core.files import naming, write_text_atomic
 Row = dict[str, Any]
 
 
+class TimeLeft:
+    """States once, from measured steps, how long the rest of some work will take.
+
+    Args:
+        num_steps: Measured steps. The first step does not count, because it also allocates and compiles.
+    """
+
+    def __init__(self, num_steps: int = 3):
+        self._num_steps = num_steps
+        self._num_added = 0
+        self._seconds = self._amount = 0.0
+
+    def after_step(self, seconds: float, amount: float, amount_left: float) -> str | None:
+        """The sentence after the last measured step; None after every other step, and for less than 30 seconds.
+
+        Args:
+            seconds: Duration of the step.
+            amount: Its work, such as a number of tokens.
+            amount_left: The work after it.
+        """
+        self._num_added += 1
+        if self._num_added == 1 or self._num_added > self._num_steps + 1:
+            return None
+        self._seconds += seconds
+        self._amount += amount
+        if self._num_added <= self._num_steps or self._amount <= 0:
+            return None
+        left = self._seconds / self._amount * amount_left
+        return f"about {duration_text(left)} left, at the speed of the first steps" if left >= _SHORT_SECONDS else None
+
+
+_SHORT_SECONDS = 30.0
+
+
+def duration_text(seconds: float) -> str:
+    """A duration in words, rounded: 40 seconds, 12 minutes, 3.5 hours, 2.1 days."""
+    for name, length in (("days", 86400.0), ("hours", 3600.0), ("minutes", 60.0)):
+        if seconds >= 2 * length or (name == "minutes" and seconds >= 90.0):
+            return f"{seconds / length:.0f} {name}" if name == "minutes" else f"{seconds / length:.1f} {name}"
+    return f"{seconds:.0f} seconds"
+
+
 class MetricsWriter:
     """Appends to `folder/metrics.jsonl`; with `tensorboard=True` also writes event files to `folder/tensorboard`.
 

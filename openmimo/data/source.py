@@ -255,7 +255,8 @@ def _refuse_compressed(file: Path) -> None:
     with reading(file), open(file, "rb") as opened:
         start = opened.read(6)
     if any(start.startswith(magic) for magic in _PACKED_STARTS):
-        raise DataError(f"{file} is compressed. Unpack it, and give the unpacked file.")
+        command = f" (gunzip -k {file})" if file.suffix == ".gz" else ""
+        raise DataError(f"{file} is compressed. Unpack it{command}, and give the unpacked file.")
 
 
 @contextlib.contextmanager

@@ -95,8 +95,9 @@ class TaskFamily:
         difficulties: Supported difficulty levels.
         make: make(rng, difficulty, options) returns a problem, as a pure function of its arguments.
         score: score(problem, text) returns the score of the answer `text`, from 0.0 to 1.0. The reference answer
-            scores 1.0, and no text raises. The default compares the text with the reference answer. The text is never
-            executed in this process: libraries that may do so are called through `runtime/isolated`.
+            scores 1.0, and no text raises (a reward function of the user may). The default compares the text with the
+            reference answer. The text is never executed in this process: libraries that may do so are called through
+            `runtime/isolated`.
         is_instant: is_instant(options) returns whether scoring takes microseconds, so that it needs no thread.
         problem_set: problem_set(options) returns all problems of a finite family; None for an infinite one. Raises
             DataError.

@@ -6,6 +6,7 @@ resumes from its newest checkpoint.
 
 import json
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from openmimo.core import config as config_io
 from openmimo.core.config import run_folder
 from openmimo.core.errors import ConfigError
 from openmimo.core.files import write_text_atomic
+from openmimo.core.metrics import duration_text
 from openmimo.demo.config import DemoConfig
 from openmimo.demo.measure import measure_answers, measure_decoding, measure_retrieval
 from openmimo.demo.page import Findings, write_page
@@ -27,6 +29,12 @@ from openmimo.rl.compare import compare
 from openmimo.rl.run import train
 from openmimo.train.config import check_path
 from openmimo.train.pretrain import extend, pretrain, sft
+
+REFERENCE_MACHINE = "2 cores of an AMD EPYC (family 25), shared with other work, 2026-11-28"
+REFERENCE_SECONDS = {
+    "pretrain": 1082, "extend": 242, "retrieval_before": 15, "retrieval_after": 30, "decoding": 6, "sft": 222,
+    "teachers": 375, "mopd": 308, "seesaw": 47, "answers": 2,
+}  # fmt: skip
 
 
 def run(config: DemoConfig) -> Path:
@@ -48,6 +56,7 @@ def run(config: DemoConfig) -> Path:
 
 def _tell(config: DemoConfig, folder: Path, console: Console) -> Path:
     parts = _Parts(folder, console)
+    parts.print_time()
     checkpoint, model_folder = config.extend.checkpoint, Path(config.extend.run_folder) / "model"
     parts.run(
         "pretrain",
@@ -94,15 +103,27 @@ class _Parts:
 
     def run(self, name: str, title: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Returns the result of a part. Calls `work` only if there is no stored result."""
-        self.console.print(f"[bold]{title}[/]")
         path = self.folder / f"{name}.json"
         if path.exists():
+            self.console.print(f"[bold]{title}[/]")
             return json.loads(path.read_text())["result"]
+        self.console.print(
+            f"[bold]{title}[/]  ({duration_text(REFERENCE_SECONDS[name])} there)", highlight=False, soft_wrap=True
+        )
         started = time.perf_counter()
         result = work()
         seconds = time.perf_counter() - started
         write_text_atomic(path, json.dumps({"result": result, "seconds": seconds}, indent=2) + "\n")
         return result
+
+    def print_time(self) -> None:
+        """Prints how long the parts without a result took on the reference machine; nothing if all have one."""
+        unfinished = [name for name in REFERENCE_SECONDS if not (self.folder / f"{name}.json").exists()]
+        left = sum(REFERENCE_SECONDS[name] for name in unfinished)
+        if left:
+            self.console.print(
+                f"Measured on {REFERENCE_MACHINE}: {duration_text(left)} in all.", highlight=False, soft_wrap=True
+            )
 
     def seconds(self) -> dict[str, float]:
         """Returns the wall time of each part in the process that finished it."""
@@ -146,15 +167,31 @@ def _say_what_came_of_it(
     console.print(f"report            {report}", soft_wrap=True)
     console.print(f"model             {model_folder}   (also loads in transformers)", soft_wrap=True)
     console.print(f"student           {student_folder}", soft_wrap=True)
-    command = Path(os.path.relpath(sys.executable)).parent / "openmimo"
-    generate = f"{command} generate --temperature 0"
-    console.print(f"talk to it        {generate} {model_folder} --prompt 'def main('", soft_wrap=True)
-    question = "sort 31524"
-    console.print(f"ask the student   {generate} {student_folder} --chat --prompt '{question}'", soft_wrap=True)
-    console.print(
-        f"serve it          {command} serve {student_folder}   (API and chat page at http://127.0.0.1:8000)",
-        soft_wrap=True,
-    )
+    for title, command in _commands(model_folder, student_folder).items():
+        print(f"{title:<17} {command}")  # not styled, so that it can be copied
+
+
+def _commands(model_folder: Path, student_folder: Path) -> dict[str, str]:
+    """Commands that try the models, and run in the present working folder as they are printed."""
+    openmimo = program()
+    generate = [*openmimo, "generate", "--temperature", "0"]
+    return {
+        "talk to it": shlex.join([*generate, str(model_folder), "--prompt", "def main("]),
+        "ask the student": shlex.join([*generate, str(student_folder), "--chat", "--prompt", "sort 31524"]),
+        "serve it": shlex.join([*openmimo, "serve", str(student_folder)])
+        + "   # API and chat page at http://127.0.0.1:8000",
+    }
+
+
+def program() -> list[str]:
+    """The words that start this program: its installed script, or Python with -m; short if it lies below here."""
+    python = Path(sys.executable)
+    script = python.with_name("openmimo")
+    path = script if os.access(script, os.X_OK) else python
+    shown = str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+    if "/" not in shown:
+        shown = f"./{shown}"  # a shell searches for a bare name elsewhere
+    return [shown] if path == script else [shown, "-m", "openmimo"]
 
 
 def _say_who_can_what(console: Console, findings: Findings) -> None:

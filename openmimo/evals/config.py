@@ -1,22 +1,27 @@
 """Configuration of an evaluation. Imports no torch."""
 
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Annotated
 
 import tyro
 
 from openmimo.core.errors import ConfigError
-from openmimo.core.fields import NonNegativeInt, PositiveInt, check_fields
+from openmimo.core.fields import Bounds, NonNegativeInt, PositiveInt, check_fields
 from openmimo.engine.config import EngineConfig
 from openmimo.model.embedded import EMBEDDED
 
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """Measure a checkpoint on a task at several context lengths.
+    """Measure a checkpoint on a task at several context lengths, or its loss on your own text.
 
     Attributes:
         path: A checkpoint folder with a tokenizer (if none is given: the built-in tiny model).
+        text: Measure the loss on these texts in place of a task: a text file, a .jsonl or .parquet file, or a folder of
+            one of these kinds.
+        text_field: Key (.jsonl) or column (.parquet) of the text (None: text).
+        text_tokens: Tokens of the text that are measured at most (0: all).
+        window: Tokens that the model reads at once (None: as many as it has positions, at most 2048).
         task: A file in `openmimo/evals/tasks`, or `package.module:Object`.
         lengths: Tokens of an example, including question and answer.
         examples: Examples per length.
@@ -30,6 +35,10 @@ class EvalConfig:
     """
 
     path: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PATH")] = EMBEDDED
+    text: str | None = None
+    text_field: str | None = None
+    text_tokens: NonNegativeInt = 100_000
+    window: Annotated[int, Bounds(least=2)] | None = None
     task: str = "needle"
     lengths: tuple[PositiveInt, ...] = (128, 256, 512, 1024)
     examples: PositiveInt = 64
@@ -45,3 +54,13 @@ class EvalConfig:
         check_fields(self, "EvalConfig")
         if not self.lengths:
             raise ConfigError("EvalConfig.lengths is empty; give at least one length.")
+        unused = _TASK_ONLY if self.text is not None else _TEXT_ONLY
+        for field_ in fields(self):
+            default = field_.default_factory() if field_.default_factory is not MISSING else field_.default
+            if field_.name in unused and getattr(self, field_.name) != default:
+                option = f"--{field_.name.replace('_', '-')}"
+                raise ConfigError(f"{option} has no effect {'with' if self.text is not None else 'without'} --text.")
+
+
+_TASK_ONLY = ("task", "lengths", "examples", "seed", "batch", "options")
+_TEXT_ONLY = ("text_field", "text_tokens", "window")

@@ -18,6 +18,7 @@ from openmimo.data.tokenizer import Tokenizer
 from openmimo.engine.llm import LLM
 from openmimo.evals.config import EvalConfig
 from openmimo.evals.task import TASKS, Example, Score, Task, wilson_interval
+from openmimo.evals.text_loss import TextLoss, measure, text_windows
 from openmimo.model.config import ModelConfig
 from openmimo.model.hf import load_config
 
@@ -44,12 +45,22 @@ def examples_of(config: EvalConfig, task: Task, llm: LLM, length: int) -> Iterat
 
 
 def run_and_print(config: EvalConfig) -> None:
-    """`openmimo eval`: loads the checkpoint, runs the task, prints a table, and writes JSON if configured."""
+    """`openmimo eval`: loads the checkpoint, measures it, prints a table, and writes JSON if configured."""
     tokenizer = Tokenizer.load(config.path)
-    _check_lengths(config, load_config(config.path))
+    model = load_config(config.path)
+    windows = None
+    if config.text is None:
+        _check_lengths(config, model)
+    elif config.window is not None and config.window > model.max_positions:
+        raise ConfigError(f"--window is {config.window}, but the model has {model.max_positions} positions.")
+    else:
+        windows = text_windows(config, tokenizer, model.max_positions)
     if config.output is not None and not Path(config.output).absolute().parent.is_dir():
         raise ConfigError(f"EvalConfig.output is {config.output!r}, but its folder does not exist; create it first.")
     llm = LLM(config.path, tokenizer, engine=config.engine, device=config.device, dtype=config.dtype)
+    if windows is not None:
+        _print_losses(config, measure(windows, llm.score, tokenizer, Console(stderr=True).print))
+        return
     scores = run(config, llm)
     table = Table("tokens", "examples", "score", "95 % interval", title=f"{config.task} on {config.path}")
     for score in scores:
@@ -57,9 +68,25 @@ def run_and_print(config: EvalConfig) -> None:
             str(score.length), str(score.examples), f"{score.mean:.3f}", f"{score.low:.3f} to {score.high:.3f}"
         )
     Console().print(table)
+    _write(config, {"version": TASKS.get(config.task).version, "scores": to_dict(scores)})
+
+
+def _print_losses(config: EvalConfig, losses: list[TextLoss]) -> None:
+    table = Table("positions", "tokens", "nats per token", "bits per byte", title=f"{config.text} on {config.path}")
+    *parts, total = losses
+    for loss in parts:
+        table.add_row(
+            f"{loss.first} to {loss.last}", str(loss.tokens), f"{loss.nats_per_token:.4f}", f"{loss.bits_per_byte:.4f}"
+        )
+    table.add_row("all", str(total.tokens), f"{total.nats_per_token:.4f}", f"{total.bits_per_byte:.4f}")
+    Console().print(table)
+    _write(config, {"losses": to_dict(losses)})
+
+
+def _write(config: EvalConfig, results: dict[str, Any]) -> None:
     if config.output is not None:
-        result = {"config": to_dict(config), "version": TASKS.get(config.task).version, "scores": to_dict(scores)}
-        write_text_atomic(Path(config.output), json.dumps(result, indent=2) + "\n")
+        text = json.dumps({"config": to_dict(config)} | results, indent=2)
+        write_text_atomic(Path(config.output), text + "\n")
 
 
 def _check_lengths(config: EvalConfig, model: ModelConfig) -> None:

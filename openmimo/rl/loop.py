@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as ProgressBar
 
 from openmimo.core.errors import CheckpointError, Interrupted, StopRequest, stop_requests
-from openmimo.core.metrics import MetricsWriter
+from openmimo.core.metrics import MetricsWriter, TimeLeft
 from openmimo.core.sample_files import write_state
 from openmimo.core.samples import Sample
 from openmimo.core.services import close_services, service_metrics
@@ -149,11 +149,16 @@ class RlRun:
         if self.step == 0:
             self._evaluate()
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        time_left = TimeLeft(1)
         with ProgressBar(*columns, console=self.console) as bar:
             task = bar.add_task("rolling out", total=self.config.steps, completed=self.step)
             while self.step < last:
                 self._end_if_stopped()
-                bar.update(task, description=progress_text(self._one_step()), completed=self.step)
+                values = self._one_step()
+                bar.update(task, description=progress_text(values), completed=self.step)
+                seconds = values["seconds/rollout"] + values["seconds/update"]
+                if said := time_left.after_step(seconds, 1, last - self.step):
+                    self.console.print(said)
         self._end_if_stopped()
         self._failures.end_run()
 

@@ -26,6 +26,7 @@ FREE = (
     *outcome.FREE, "reward_threads", "rollout_workers", "environment_seconds", "max_lost_steps",
     "activation_checkpointing",
 )  # fmt: skip
+GROWING = ("steps",)
 _TRACES = ("checkpoints", "events.jsonl", "events", "metrics.jsonl", "model")
 
 
@@ -45,7 +46,7 @@ def train(config: RlConfig, *, console: Console | None = None) -> Path:
         return folder / "model"
     tokenizer = _check_start(config, folder)
     model = None if checkpoints.newest() else load_model(config.checkpoint, dtype="float32", device=str(device))
-    with held_run(config, checkpoints, free=FREE, traces=_TRACES, console=console) as newest:
+    with held_run(config, checkpoints, free=FREE, growing=GROWING, traces=_TRACES, console=console) as newest:
         keep_problem_files(problem_files(config.sources), folder)
         if newest is None:
             model = model or load_model(config.checkpoint, dtype="float32", device=str(device))
@@ -63,7 +64,7 @@ def train(config: RlConfig, *, console: Console | None = None) -> Path:
 def _check_start(config: RlConfig, folder: Path) -> Tokenizer:
     """Check settings, files and checkpoints before anything is written. Returns the tokenizer of the policy."""
     if (folder / "config.json").exists() and any((folder / name).exists() for name in _TRACES):
-        check_same_run(config, folder / "config.json", free=FREE)
+        check_same_run(config, folder / "config.json", free=FREE, growing=GROWING)
         check_same_problems(problem_files(config.sources), folder)
     check_replaceable(folder / "model")
     algorithm_of(config)

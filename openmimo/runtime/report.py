@@ -16,7 +16,7 @@ figure { margin: 1rem 0; } img { max-width: 100%; background: #fff; border-radiu
 figcaption { font-size: .9rem; opacity: .8; }
 table { border-collapse: collapse; margin: 1rem 0; } th, td { padding: .25rem .8rem; border-bottom: 1px solid #8884; }
 td { font-variant-numeric: tabular-nums; } th { text-align: left; }
-pre { background: #8881; padding: .8rem; border-radius: 6px; overflow-x: auto; white-space: pre-wrap; }
+pre { background: #8881; padding: .8rem; border-radius: 6px; white-space: pre-wrap; overflow-wrap: anywhere; }
 """
 
 

@@ -104,7 +104,8 @@ class Phase(PhaseSettings):
         if self.warmup_steps + self.constant_steps > self.steps:
             raise ConfigError(
                 f"{where} warms up for {self.warmup_steps} and holds for {self.constant_steps} steps, which is more "
-                f"than its {self.steps} steps."
+                f"than its {self.steps} steps: lower warmup_steps and constant_steps to at most {self.steps} together "
+                "(in pre-training, --stages.N.warmup-steps and --stages.N.constant-steps)."
             )
         if (self.initial_batch_size is None) != (self.batch_warmup_steps == 0):
             raise ConfigError(f"{where}: initial_batch_size and batch_warmup_steps have an effect only together.")

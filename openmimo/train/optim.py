@@ -108,6 +108,15 @@ def total_steps(stages: tuple[Phase, ...]) -> int:
     return sum(stage.steps for stage in stages)
 
 
+def tokens_left(step: int, stages: tuple[Phase, ...]) -> int:
+    """Tokens of all steps from `step` on. A warm-up of the batch size counts as full batches."""
+    tokens = 0
+    for stage in stages:
+        tokens += max(0, stage.steps - max(step, 0)) * stage.global_batch_size * stage.sequence_length
+        step -= stage.steps
+    return tokens
+
+
 def place_of(step: int, stages: tuple[Phase, ...]) -> SchedulePosition:
     """Return the position of optimizer step `step` (from 0). Steps past the end belong to the last stage."""
     for index, stage in enumerate(stages):

@@ -45,7 +45,13 @@ def use_device(config: RunConfig) -> torch.device:
 
 @contextlib.contextmanager
 def held_run(
-    config: RunConfig, checkpoints: Checkpoints, *, free: Sequence[str], traces: Sequence[str], console: Console
+    config: RunConfig,
+    checkpoints: Checkpoints,
+    *,
+    free: Sequence[str],
+    growing: Sequence[str],
+    traces: Sequence[str],
+    console: Console,
 ) -> Iterator[Path | None]:
     """Hold the folder of a run, and save its config there. Yields its newest intact checkpoint (None: a new run).
 
@@ -53,12 +59,13 @@ def held_run(
         config: The config of the run.
         checkpoints: The checkpoints of the run.
         free: Settings that may differ; see `keep_config`.
+        growing: Settings that may rise; see `keep_config`.
         traces: Files that exist as soon as the run has begun; see `keep_config`.
         console: Console for the name of the checkpoint.
     """
     folder = Path(config.run_folder)
     with run_folder(folder):
-        keep_config(config, folder, free=free, traces=traces)
+        keep_config(config, folder, free=free, traces=traces, growing=growing)
         checkpoints.recover()
         newest = checkpoints.newest_intact()
         if newest is not None:
@@ -89,7 +96,8 @@ def has_finished(
     if not any((folder / "model").glob("*.safetensors")) or find_damage(newest) is not None:
         return False
     console.print(
-        f"this run is finished: {steps} steps. Nothing was done; set another run_folder for a new run.",
+        f"this run is finished: {steps} steps. Nothing was done; ask for more steps to continue it, or set another "
+        "run_folder for a new run.",
         soft_wrap=True,
     )
     console.print(f"model   {folder / 'model'}\nreport  {folder / 'report.html'}", soft_wrap=True)

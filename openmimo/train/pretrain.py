@@ -49,10 +49,15 @@ def pretrain(config: PretrainConfig, *, console: Console | None = None) -> Path:
     if has_finished(config, checkpoints, steps=total_steps(config.stages), free=FREE, console=console):
         return folder / "model"
     prepared = _check_start(config, checkpoints, device)
-    with held_run(config, checkpoints, free=FREE, traces=TRACES, console=console) as newest:
+    with held_run(config, checkpoints, free=FREE, growing=growing(config), traces=TRACES, console=console) as newest:
         trainer = _open_trainer(config, prepared, newest, device, console)
         trainer.run()
         return write_outcome(trainer.model, trainer.tokenizer, checkpoints, folder, write_report, console)
+
+
+def growing(config: PretrainConfig) -> tuple[str, ...]:
+    """The settings that may rise when a run continues: the steps of its last stage."""
+    return (f"stages.{len(config.stages) - 1}.steps",)
 
 
 def extend(config: ExtendConfig, *, console: Console | None = None) -> Path:
@@ -77,7 +82,7 @@ def _check_start(config: PretrainConfig, checkpoints: Checkpoints, device: torch
     """Check that everything a run needs exists and fits, before any file is written."""
     folder = Path(config.run_folder)
     if (folder / "config.json").exists() and any((folder / name).exists() for name in TRACES):
-        check_same_run(config, folder / "config.json", free=FREE)
+        check_same_run(config, folder / "config.json", free=FREE, growing=growing(config))
     check_replaceable(folder / "model")
     described = _described(config)
     tokenizer = _given_tokenizer(config)

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as ProgressBar
 
 from openmimo.core.errors import CheckpointError, Interrupted, stop_requests
-from openmimo.core.metrics import MetricsWriter
+from openmimo.core.metrics import MetricsWriter, TimeLeft
 from openmimo.data.loader import Loader
 from openmimo.data.tokenizer import Tokenizer
 from openmimo.model.backbone import checkpoint_activations
@@ -35,6 +35,7 @@ from openmimo.train.optim import (
     learning_rate,
     place_of,
     rows_of_step,
+    tokens_left,
     total_steps,
 )
 
@@ -128,6 +129,7 @@ class Trainer:
             self.guard.check_weights(f"the model before step {self.step + 1}")
             if self.step == 0:
                 self._evaluate()
+            time_left = TimeLeft()
             with ProgressBar(*columns, console=self.console) as bar:
                 task = bar.add_task("training", total=last, completed=self.step)
                 while self.step < last and stop.signal is None:
@@ -137,6 +139,8 @@ class Trainer:
                     synchronize(self.device)
                     seconds = time.perf_counter() - started
                     self._after_step(stage, report, seconds, is_last=self.step == last)
+                    if said := time_left.after_step(seconds, report.tokens, tokens_left(self.step, self.config.stages)):
+                        self.console.print(said)
                     bar.update(task, completed=self.step, description=f"{stage.name} loss {report.losses[0]:.3f}")
             if stop.signal is not None:
                 raise Interrupted(stop.signal, self.checkpoints.save_before_end(self.step, self.save))

@@ -8,6 +8,7 @@ import pytest
 
 import benchmarks
 from benchmarks import bench_cpu
+from benchmarks.harness import Row, print_rows
 from openmimo.core.errors import UserError
 
 PEERS = Path(benchmarks.__file__).parent / "peers"
@@ -34,3 +35,13 @@ def test_without_the_peer_its_measurements_are_left_out(monkeypatch, capsys):
     assert bench_cpu.chosen("sliding") == ["sliding"]
     with pytest.raises(UserError, match="decode is measured against transformers"):
         bench_cpu.chosen("decode")
+
+
+def test_the_table_of_measurements_fits_into_80_columns(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    peer, note = "F.scaled_dot_product_attention, causal", "the peer has no window [at all]"
+    print_rows([Row("sliding 4096 bfloat16, forward and backward", 12345.67, 45678.9, peer, 23456.7, 20.0, note)])
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert any("12345.67" in line and "45678.90" in line and "23456.70" in line for line in lines)
+    assert f"against {peer}; {note}" in " ".join(" ".join(lines).split())

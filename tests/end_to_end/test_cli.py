@@ -69,15 +69,48 @@ def test_help_needs_no_torch_and_names_every_verb():
 
 @pytest.mark.parametrize("verb", [verb for verb in cli.VERBS if verb != "bench"])
 def test_every_option_has_a_default_and_a_line(verb, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "200")
-    code, out, _ = run(capsys, verb, "--help")
+    monkeypatch.setenv("COLUMNS", "100")  # wider, and tyro writes two columns
+    code, out, _ = run(capsys, verb, "--help-all")
     assert code == 0
-    options = re.split(r"\n│ (?=--)", out)[1:]
+    options = re.split(r"\n\W*(?=--[a-z])", out)[1:]
+    assert options
     for option in options:
-        words = re.sub(r"[│╭╮╰╯─\s]+", " ", option)
+        words = re.sub(r"[│╭╮╰╯─|+\s-]+ ", " ", option)
         name, _, rest = words.partition(" ")
+        if re.search(r"\.options\.|^--(teachers|models|mopd.teachers|compare.(teachers|models))\.", name):
+            continue  # keys of the recipe's mappings
         described = re.sub(r"\(default:.*|\(required\).*", "", rest)
         assert len(re.findall(r"[a-z]{2,}", described)) >= 2, f"{verb} {name} has no line of help: {words!r}"
+
+
+@pytest.mark.parametrize("verb", [verb for verb in cli.VERBS if verb not in ("bench", "merge", "convert", "audit")])
+def test_the_short_help_fits_two_screens_and_names_every_option(verb, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    code, short, _ = run(capsys, verb, "--help")
+    assert code == 0
+    assert max(map(len, short.splitlines())) <= 80
+    assert len(short.splitlines()) <= 90
+    assert "--help-all" in short
+    if verb != "demo":  # has the options of all training commands
+        _, long, _ = run(capsys, verb, "--help-all")
+        options = re.findall(r"^\W*--([a-z0-9.-]+)", long, flags=re.MULTILINE)
+        names = {name.rpartition(".")[2] for name in options if ".options." not in name}
+        missing = {name for name in names if not re.search(rf"[ -]{name}\b", short)}
+        assert missing - set(MAPPINGS) == {
+            name.replace("_", "-") for name in cli._UNSEEN if verb in ("generate", "chat")
+        }
+
+
+MAPPINGS = ("sorting", "unique", "reverse", "lookup", "student")  # keys that the recipe's teachers and models have
+
+
+def test_version_and_the_ways_to_start_are_told(capsys):
+    assert run(capsys, "--version")[:2] == (0, f"openmimo {openmimo.__version__}\n")
+    for verb, options in {"pretrain": ["--data"], "sft": ["--data"], "rl": ["--problems", "--reward"]}.items():
+        _, short, _ = run(capsys, verb, "--help")
+        assert "--from FILE" in short
+        assert all(re.search(rf"^  {option} ", short, flags=re.MULTILINE) for option in options)
+    assert "--from" in run(capsys, "--help")[1]
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from openmimo.core import config as config_io
 from openmimo.core.errors import CheckpointError, ConfigError
-from openmimo.core.metrics import read_metrics
+from openmimo.core.metrics import TimeLeft, duration_text, read_metrics
 from openmimo.data.config import MixtureConfig, SourceConfig
 from openmimo.model.context import PackedContext
 from openmimo.model.heads import micro_batch
@@ -29,6 +29,7 @@ from openmimo.train.optim import (
     parameter_groups,
     place_of,
     rows_of_step,
+    tokens_left,
 )
 from openmimo.train.pretrain import pretrain
 
@@ -299,6 +300,40 @@ def test_a_checkpoint_that_cannot_be_written_names_itself(tmp_path, monkeypatch,
 def test_another_config_does_not_continue_a_run(finished):
     with pytest.raises(ConfigError, match="seed"):
         pretrain(replace(run_config(finished), seed=1))
+
+
+def test_a_finished_run_takes_more_steps_in_its_last_stage(finished, tmp_path):
+    """With a constant learning rate, the result is that of a run with all steps from the start."""
+    base = run_config(finished)
+    stages = tuple(replace(stage, steps=2, end_learning_rate=stage.learning_rate) for stage in base.stages)
+    longer = (stages[0], replace(stages[1], steps=5))
+    grown, whole = (replace(base, run_folder=str(tmp_path / name), stages=longer) for name in ("grown", "whole"))
+    pretrain(replace(grown, stages=stages))
+    assert pretrain(grown) == tmp_path / "grown" / "model"
+    pretrain(whole)
+    first, second = (weights(tmp_path / name / "model") for name in ("grown", "whole"))
+    assert all(torch.equal(first[name], second[name]) for name in second)
+    with pytest.raises(ConfigError, match="stages.1.steps was 5 and is now 2"):
+        pretrain(replace(grown, stages=stages))
+    with pytest.raises(ConfigError, match="stages.0.steps was 2 and is now 3"):
+        pretrain(replace(grown, stages=(replace(longer[0], steps=3), longer[1])))
+
+
+def test_the_time_left_is_stated_once_for_long_work():
+    time_left = TimeLeft(2)
+    assert [time_left.after_step(seconds, 10, 900) for seconds in (50.0, 1.0, 3.0, 9.0)] == [
+        None, None, "about 3 minutes left, at the speed of the first steps", None,
+    ]  # fmt: skip
+    short = TimeLeft(1)
+    assert [short.after_step(1.0, 10, 290) for _ in range(3)] == [None, None, None]
+    durations = {40: "40 seconds", 100: "2 minutes", 720: "12 minutes", 12600: "3.5 hours", 200000: "2.3 days"}
+    assert {seconds: duration_text(seconds) for seconds in durations} == durations
+
+
+def test_the_tokens_left_are_those_of_the_remaining_steps(tmp_path):
+    stages = run_config(tmp_path).stages
+    each = [stage.global_batch_size * stage.sequence_length for stage in stages for _ in range(stage.steps)]
+    assert [tokens_left(step, stages) for step in range(len(each) + 1)] == [sum(each[n:]) for n in range(len(each) + 1)]
 
 
 def test_accumulation_over_microbatches_changes_nothing(tmp_path, without_figures):

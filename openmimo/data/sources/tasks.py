@@ -52,6 +52,8 @@ def row_makers(options: Options, tokenizer: Tokenizer, sequence_length: int, val
     weights = [config.weight for config in options.tasks]
 
     def encode(problem: Problem, answer: str) -> Document:
+        if not answer:
+            raise DataError(f"Problem {problem.id!r} of a task has no answer to demonstrate. Give each one an answer.")
         messages = [*prompt_messages(problem, options.system), Message("assistant", answer)]
         return make_document(encode_conversation(tokenizer, messages), tokenizer.end_of_text_id)
 

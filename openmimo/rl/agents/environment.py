@@ -144,9 +144,9 @@ def check_same_problems(files: Files, run_folder: Path) -> None:
         for old, new in zip(before.get(name, ()), now, strict=False):
             if old.sha256 != new.sha256:
                 raise CheckpointError(
-                    f"The problems of source {name!r} in {new.path} have changed: the run in {run_folder} was started "
-                    f"on content {old.sha256[:12]}, read from {old.path}; now it is {new.sha256[:12]}. Restore "
-                    "the file, or set another run_folder for a new run."
+                    f"The problems or the reward of source {name!r} in {new.path} have changed: the run in "
+                    f"{run_folder} was started on content {old.sha256[:12]}, read from {old.path}; now it is "
+                    f"{new.sha256[:12]}. Restore the file, or set another run_folder for a new run."
                 )
         if len(before.get(name, ())) != len(now):
             raise CheckpointError(

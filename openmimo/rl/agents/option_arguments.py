@@ -1,30 +1,33 @@
-"""`--algorithm-options.NAME VALUE` on the command line: options of an algorithm, whose names its plug-in defines."""
+"""`--algorithm-options.NAME VALUE` on the command line: options whose names a plug-in defines."""
 
 import json
 from typing import Any
 
 from openmimo.core.errors import ConfigError
 
-_PREFIXES = ("--algorithm-options.", "--algorithm_options.")
 
-
-def algorithm_arguments(arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
-    """Splits arguments into options `--algorithm-options.NAME VALUE` (or `...NAME=VALUE`) and the others.
+def plugin_arguments(arguments: list[str], group: str) -> tuple[dict[str, Any], list[str]]:
+    """Splits arguments into options `--GROUP.NAME VALUE` (or `--GROUP.NAME=VALUE`) and the others.
 
     A dot in a name addresses a nested option: `correction.kind`. Values are JSON, or else text.
+
+    Args:
+        arguments: The words after the verb.
+        group: The prefix of the options, such as "algorithm-options".
 
     Raises:
         ConfigError: An option has no value.
     """
+    prefixes = (f"--{group}.", f"--{group.replace('-', '_')}.")
     options: dict[str, Any] = {}
     others: list[str] = []
     rest = list(arguments)
     while rest:
         argument = rest.pop(0)
-        if not argument.startswith(_PREFIXES):
+        if not argument.startswith(prefixes):
             others.append(argument)
             continue
-        name, equals, value = argument[len(_PREFIXES[0]) :].partition("=")
+        name, equals, value = argument[len(prefixes[0]) :].partition("=")
         if not equals:
             if not rest:
                 raise ConfigError(f"{argument} needs a value.")

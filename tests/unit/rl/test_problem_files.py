@@ -6,8 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 from rl_runs import grpo_config, run, save_models, source
+from safetensors.torch import load_file
 
 from openmimo.core.errors import ConfigError, DataError, UserError
+from openmimo.core.metrics import read_metrics
 
 
 def test_changed_problems_are_refused_and_moved_ones_are_not(tmp_path):
@@ -37,5 +39,19 @@ def test_changed_problems_are_refused_and_moved_ones_are_not(tmp_path):
         run(replace(broken, run_folder=str(tmp_path / "other")))
     assert not (tmp_path / "other").exists()
     (tmp_path / "a.jsonl").write_text((tmp_path / "moved.jsonl").read_text())
-    with pytest.raises(ConfigError, match="steps was 1 and is now 2"):
-        run(grpo_config(tmp_path, tmp_path / "run", sources=first.sources, steps=2))
+    with pytest.raises(ConfigError, match="learning_rate was .* and is now 0.5"):
+        run(replace(first, learning_rate=0.5))
+
+
+def test_a_finished_run_takes_more_steps(tmp_path):
+    torch.set_num_threads(1)
+    save_models(tmp_path)
+    sources = (source("letters", "rl_runs:LETTERS"),)
+    for name, lengths in {"grown": (1, 2), "whole": (2,)}.items():
+        for steps in lengths:
+            run(grpo_config(tmp_path, tmp_path / name, sources=sources, steps=steps))
+    grown, whole = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("grown", "whole"))
+    assert all(torch.equal(grown[name], whole[name]) for name in whole)
+    assert read_metrics(tmp_path / "grown" / "metrics.jsonl")[-1]["step"] == 2
+    with pytest.raises(ConfigError, match="steps was 2 and is now 1"):
+        run(grpo_config(tmp_path, tmp_path / "grown", sources=sources, steps=1))
