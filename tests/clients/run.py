@@ -48,6 +48,7 @@ def results_of(script: Path, python: str, arguments: list[str]) -> Iterator[dict
         "OPENMIMO_ROOT": str(ROOT),
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(Path(arguments[-1]) / "huggingface"),
     }
     start = time.monotonic()
     with tempfile.TemporaryFile("w+") as errors:
