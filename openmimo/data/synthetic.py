@@ -48,7 +48,8 @@ def length_range(
     if shortest_made < smallest:
         raise DataError(
             f"Source {source!r} needs {smallest} tokens per document, but rows of {sequence_length} and min_length "
-            f"{min_length} give documents of {shortest_made}. Raise min_length or make the task smaller."
+            f"{min_length} give documents of {shortest_made}. "
+            + ("Lengthen the rows." if sequence_length < smallest else "Raise min_length or make the task smaller.")
         )
     return shortest, longest
 
