@@ -5,7 +5,7 @@ from pathlib import Path
 
 EMBEDDED = str(Path(__file__).parents[1] / "assets" / "tiny-mimo")
 _NOTICE = (
-    "no checkpoint given: using the built-in tiny model (1.6 million parameters), which knows small tasks such as "
+    "no checkpoint given: using the built-in tiny model (1.6 million parameters), trained for small tasks such as "
     "'sort 31524'"
 )
 
