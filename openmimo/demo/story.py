@@ -32,8 +32,8 @@ from openmimo.train.pretrain import extend, pretrain, sft
 
 REFERENCE_MACHINE = "2 cores of an AMD EPYC (family 25), shared with other work, 2026-11-28"
 REFERENCE_SECONDS = {
-    "pretrain": 1082, "extend": 242, "retrieval_before": 15, "retrieval_after": 30, "decoding": 6, "sft": 222,
-    "teachers": 375, "mopd": 308, "seesaw": 47, "answers": 2,
+    "pretrain": 431, "extend": 114, "retrieval_before": 17, "retrieval_after": 19, "decoding": 5, "sft": 175,
+    "teachers": 245, "mopd": 83, "seesaw": 18, "answers": 1,
 }  # fmt: skip
 
 
@@ -108,7 +108,9 @@ class _Parts:
             self.console.print(f"[bold]{title}[/]")
             return json.loads(path.read_text())["result"]
         self.console.print(
-            f"[bold]{title}[/]  ({duration_text(REFERENCE_SECONDS[name])} there)", highlight=False, soft_wrap=True
+            f"[bold]{title}[/]  ({duration_text(REFERENCE_SECONDS[name])} on the reference machine)",
+            highlight=False,
+            soft_wrap=True,
         )
         started = time.perf_counter()
         result = work()

@@ -217,7 +217,7 @@ def test_parameters_of_an_attention_layer_are_counted(index):
         (0, {"window_keys": 5}, "a full layer has no window"),
         (2, {"kind": SCORED}, "reads the block scores of layer 0, which has no score_block"),
         (0, {"kind": "flat"}, "has no AttentionKind called 'flat'"),
-        (2, {"kind": "tests.attention_kinds:NONE"}, "has no attribute 'NONE'"),
+        (2, {"kind": "tests.attention_kinds:NONE"}, "has no 'NONE'"),
     ],
 )
 def test_a_geometry_that_cannot_be_is_refused(index, changes, message):

@@ -428,7 +428,10 @@ def test_a_merge_is_the_mean_of_the_changes(sound, tmp_path):
 
 @pytest.mark.parametrize(
     ("code", "named"),
-    [("import nothing_of_that_name", "line 1: No module"), ("import os\nos.nothing", "line 2: AttributeError")],
+    [
+        ("import nothing_of_that_name", "line 1: ModuleNotFoundError: No module"),
+        ("import os\nos.nothing", "line 2: AttributeError"),
+    ],
 )
 def test_a_plug_in_that_fails_to_import_says_where(tmp_path, monkeypatch, code, named):
     module = f"plugin_{abs(hash(code))}"

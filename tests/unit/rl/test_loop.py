@@ -127,8 +127,8 @@ def test_mopd_learns_from_a_teacher_for_each_domain(models, tmp_path, changes):
     steps = [row for row in rows if "loss" in row]
     assert [row["scheduler/short"] for row in steps] == [0, 0]
     if "writer" not in changes:
-        assert all(row["teacher_kl/letters"] > row["teacher_kl/sort"] for row in steps)
-        assert steps[0]["teacher_kl/sort"] == pytest.approx(0.0, abs=1e-6)
+        assert steps[0]["teacher_kl/sort"] == pytest.approx(0.0, abs=1e-6)  # its teacher is the student itself
+        assert steps[0]["teacher_kl/letters"] > 1e-3
         assert steps[0]["mismatch_k3"] < 1e-8
     domains = {sample[0].split("/")[0] for samples in batches(tmp_path / "run").values() for sample in samples}
     assert domains == {"letters", "sort"}

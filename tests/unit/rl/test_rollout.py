@@ -179,7 +179,8 @@ def test_the_same_requests_again_are_the_same_to_the_last_bit(model):
     assert one == other
 
 
-def test_versions_are_those_of_the_weights_that_sampled(model):
+def test_versions_are_those_of_the_weights_that_sampled():
+    model = policy(ends=0.5)  # turns are longer than the polls before the update
     rollouts = open_rollouts(model, lambda own: Scripted())
     rollouts.update_weights(4)
     rollouts.submit(request(samples=2))
@@ -229,7 +230,7 @@ def test_a_context_that_is_replaced_goes_on_and_all_of_it_is_learned_from(tmp_pa
 
 def test_contexts_of_one_prompt_are_drawn_apart():
     last = Scripted()
-    rollouts = open_rollouts(policy(ends=60.0), lambda own: Replaced(following=Replaced(following=last)))
+    rollouts = open_rollouts(policy(ends=10.0), lambda own: Replaced(following=Replaced(following=last)))
     rollouts.submit(request(samples=1, max_answer_tokens=64, temperature=5.0))
     (sample,) = finish(rollouts).values()
     first, second, _ = (context.token_ids.tolist() for context in sample.contexts())
