@@ -128,12 +128,12 @@ class Loader:
         return _join(row.result() for row in rows)
 
     def fixed_batches(self, num_rows: int, num_batches: int) -> Iterator[Batch]:
-        """Yield the first rows of the held-out split, mixed by weight. Every call yields the same batches.
+        """Yield the first rows of the held-out split, mixed by weight. Every call and process yields the same batches.
 
         After one pass over the held-out documents, rows repeat with other document boundaries.
         """
         for batch in range(num_batches):
-            indices = self._indices(batch * num_rows * self._world_size, num_rows)
+            indices = range(batch * num_rows, (batch + 1) * num_rows)
             yield _join(self._validation.row(index) for index in indices)
 
     def state(self) -> dict[str, Any]:

@@ -8,6 +8,7 @@ models.
 T packed tokens, N query heads, G key/value heads, K key dim, V value dim, A active experts.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -99,11 +100,27 @@ class SequenceBalance:
         weight: Weight of the loss.
         sequence_T: Index of the sequence of each token.
         num_sequences: Number of sequences.
+        sum_over_ranks: Sums a tensor over the processes that hold other tokens of the same sequences.
     """
 
     weight: float
     sequence_T: torch.Tensor
     num_sequences: int
+    sum_over_ranks: Callable[[torch.Tensor], torch.Tensor] = lambda counts: counts
+
+
+class SeenKeys(NamedTuple):
+    """The keys and values of packed sequences.
+
+    Attributes:
+        k_SGK: Packed keys.
+        v_SGV: Packed values.
+        lengths: Keys of each sequence.
+    """
+
+    k_SGK: torch.Tensor
+    v_SGV: torch.Tensor
+    lengths: tuple[int, ...]
 
 
 class RotaryTables:
@@ -155,8 +172,7 @@ class PackedContext:
             self.sequence_balance = SequenceBalance(balance_weight, rows_T.to(device), int(rows_T[-1]) + 1)
         self.block_scores: dict[int, torch.Tensor] = {}
         self._rotary = RotaryTables(self.positions_T)
-        self._key_lengths = document_lengths
-        self._sources: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._sources: dict[int, SeenKeys] = {}
 
     def rotary(self, spec: AttentionConfig, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """As `AttentionContext.rotary`."""
@@ -164,14 +180,14 @@ class PackedContext:
 
     def attend(self, call: AttentionCall) -> AttentionOut:
         """As `AttentionContext.attend`."""
-        k_SGK, v_SGV = self._keys_and_values(call)
+        seen = self._keys_and_values(call)
         result = attend(
             call.q_TNK,
-            k_SGK,
-            v_SGV,
+            seen.k_SGK,
+            seen.v_SGV,
             call.sink_N,
             query_lengths=self.document_lengths,
-            key_lengths=self._key_lengths,
+            key_lengths=seen.lengths,
             window_keys=call.window_keys,
             score_block=call.score_block,
         )
@@ -180,16 +196,20 @@ class PackedContext:
             self.block_scores[call.layer] = result.block_scores_TGC
         return result
 
-    def _keys_and_values(self, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return packed keys [S, G, K] and values [S, G, V] that the call reads. Stores them if `is_source`."""
+    def _keys_and_values(self, call: AttentionCall) -> SeenKeys:
+        """Return the keys and values that the call reads. Stores them if `is_source`."""
         if call.source_layer is not None:
             return self._sources[call.source_layer]
         assert call.k_TGK is not None and call.v_TGV is not None
-        seen = self._seen(call.k_TGK, call.v_TGV)
+        # A layer that reads them later may see more of them than this one.
+        seen = self._seen(call.k_TGK, call.v_TGV, None if call.is_source else call.window_keys)
         if call.is_source:
             self._sources[call.layer] = seen
         return seen
 
-    def _seen(self, k_TGK: torch.Tensor, v_TGV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the keys and values that the sequences see. A subclass adds those of earlier tokens."""
-        return k_TGK, v_TGV
+    def _seen(self, k_TGK: torch.Tensor, v_TGV: torch.Tensor, window_keys: int | None) -> SeenKeys:
+        """Return the keys and values of the sequences, at least those within the window (None: no window).
+
+        A subclass adds those of earlier tokens.
+        """
+        return SeenKeys(k_TGK, v_TGV, self.document_lengths)

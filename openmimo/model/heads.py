@@ -141,11 +141,18 @@ class MicroBatch:
         tokens_T: Packed token ids.
         document_lengths: Lengths of the documents.
         labels: int64 [T] per head, the main head first, then the MTP heads; -1 where there is nothing to predict.
+        shifted: Input tokens of each MTP head, int64 [T]; see `MiMo.forward`.
     """
 
     tokens_T: torch.Tensor
     document_lengths: tuple[int, ...]
     labels: tuple[torch.Tensor, ...]
+    shifted: tuple[torch.Tensor, ...]
+
+    def to(self, device: torch.device) -> "MicroBatch":
+        """Return the micro-batch on `device`."""
+        labels, shifted = (tuple(item.to(device) for item in items) for items in (self.labels, self.shifted))
+        return MicroBatch(self.tokens_T.to(device), self.document_lengths, labels, shifted)
 
     def label_counts(self) -> torch.Tensor:
         """Return the number of labels of each head, int64 [heads]."""
@@ -168,15 +175,10 @@ def micro_batch(
         shift_within_documents(label_tokens_T, document_lengths, by=1 + head, fill=IGNORED_LABEL)
         for head in range(1 + num_mtp_heads)
     )
-    return MicroBatch(tokens_T, document_lengths, labels)
-
-
-def shifted_tokens(batch: MicroBatch) -> dict[int, torch.Tensor]:
-    """Return the input tokens of each MTP head, int64 [T]; see `MiMo.forward`."""
-    return {
-        head: shift_within_documents(batch.tokens_T, batch.document_lengths, by=1 + head, fill=0)
-        for head in range(len(batch.labels) - 1)
-    }
+    shifted = tuple(
+        shift_within_documents(tokens_T, document_lengths, by=1 + head, fill=0) for head in range(num_mtp_heads)
+    )
+    return MicroBatch(tokens_T, document_lengths, labels, shifted)
 
 
 def shift_within_documents(

@@ -111,7 +111,8 @@ def sequence_balance_loss(scores_TE: torch.Tensor, ids_TA: torch.Tensor, balance
     """Return the mean over sequences of sum_e f_e P_e (DeepSeek-V3 equations 17-20), which is 1 for an even load.
 
     f_e is E times the fraction of the sequence's choices that are expert e, and P_e is the mean normalized score of e.
-    The sequences are training rows, as in that paper.
+    The sequences are training rows, as in that paper. If several processes hold the tokens of a sequence, the sum of
+    their results is the loss, and the gradient of each is that of its own tokens.
     """
     E, A = scores_TE.shape[1], ids_TA.shape[1]
     ones_TA = torch.ones_like(ids_TA, dtype=scores_TE.dtype)
@@ -119,7 +120,8 @@ def sequence_balance_loss(scores_TE: torch.Tensor, ids_TA: torch.Tensor, balance
     normalized_TE = scores_TE / scores_TE.sum(dim=-1, keepdim=True)
     zeros = scores_TE.new_zeros(balance.num_sequences, E)
     length = zeros[:, :1].index_add(0, balance.sequence_T, torch.ones_like(scores_TE[:, :1]))
-    frequency = zeros.index_add(0, balance.sequence_T, chosen_TE) * (E / A) / length
+    length = balance.sum_over_ranks(length)
+    frequency = balance.sum_over_ranks(zeros.index_add(0, balance.sequence_T, chosen_TE)) * (E / A) / length
     probability = zeros.index_add(0, balance.sequence_T, normalized_TE) / length
     return (frequency * probability).sum(dim=-1).mean()
 

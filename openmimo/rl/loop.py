@@ -44,7 +44,7 @@ from openmimo.rl.step_metrics import (
     update_metrics,
 )
 from openmimo.rl.teaching.teachers import Distillation
-from openmimo.train.checkpoint import Checkpoints, Progress, load_optimizer_state
+from openmimo.train.checkpoint import Checkpoints, Progress, load_optimizer_state, optimizer_state
 from openmimo.train.optim import warmed_cosine
 
 
@@ -326,7 +326,9 @@ class RlRun:
             skipped=guard.num_skipped,
             skipped_in_a_row=guard.skipped_in_a_row,
         )
-        path = self.checkpoints.save(self.model, self.trainer.optimizer, self.tokenizer, progress)
+        path = self.checkpoints.save(
+            self.model, optimizer_state(self.model, self.trainer.optimizer), self.tokenizer, progress
+        )
         self.log.forget_before(self.step)
         return path
 

@@ -46,6 +46,15 @@ def worker_device(device: torch.device, number: int) -> torch.device:
     return torch.device("cuda", (current + 1 + number % (count - 1)) % count)
 
 
+def process_device(device: torch.device, local_rank: int) -> torch.device:
+    """Return the device of a process of a run on several devices, by its number on this machine."""
+    if device.type != "cuda":
+        return device
+    local_device = resolve_device(torch.device("cuda", local_rank))
+    torch.cuda.set_device(local_device)
+    return local_device
+
+
 def synchronize(device: torch.device) -> None:
     """Wait until the device has finished all queued work."""
     if device.type == "cuda":

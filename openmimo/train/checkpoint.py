@@ -85,8 +85,16 @@ class Checkpoints:
         self.policy = policy
         self._write_state = write_state
 
-    def save(self, model: MiMo, optimizer: torch.optim.Optimizer, tokenizer: Tokenizer, progress: Progress) -> Path:
+    def save(
+        self, model: MiMo, optimizer_tensors: dict[str, torch.Tensor], tokenizer: Tokenizer, progress: Progress
+    ) -> Path:
         """Write a checkpoint, then delete those that the policy does not keep.
+
+        Args:
+            model: The model.
+            optimizer_tensors: A result of `optimizer_state`.
+            tokenizer: The tokenizer of the model.
+            progress: The progress of the run.
 
         Raises:
             CheckpointError: It cannot be written (e.g. the disk is full). Earlier checkpoints are unchanged.
@@ -94,7 +102,7 @@ class Checkpoints:
         path = self._path(progress.step)
         try:
             with new_folder_atomic(path) as folder:
-                _write(folder, model, optimizer, tokenizer, progress, self._write_state)
+                _write(folder, model, optimizer_tensors, tokenizer, progress, self._write_state)
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"the checkpoint {path} could not be written: {error}. {self.standing()}") from error
         self._delete_old()
@@ -205,14 +213,27 @@ def optimizer_state(model: MiMo, optimizer: torch.optim.Optimizer) -> dict[str, 
     }
 
 
-def load_optimizer_state(model: MiMo, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
-    """Load a result of `optimizer_state`. Parameters without an entry, such as new MTP heads, keep no state."""
+def load_optimizer_state(
+    model: MiMo,
+    optimizer: torch.optim.Optimizer,
+    tensors: dict[str, torch.Tensor],
+    *,
+    like: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = lambda parameter, value: value,
+) -> None:
+    """Load a result of `optimizer_state`. Parameters without an entry, such as new MTP heads, keep no state.
+
+    Args:
+        model: The model.
+        optimizer: Its optimizer.
+        tensors: The tensors, whole.
+        like: Distributes a tensor as a parameter is.
+    """
     parameters = dict(model.named_parameters())
     for name, value in tensors.items():
         parameter_name, key = name.rsplit("/", 1)
         parameter = parameters[parameter_name]
         device = "cpu" if key == "step" and not optimizer.defaults.get("fused") else parameter.device
-        optimizer.state[parameter][key] = value.to(device)
+        optimizer.state[parameter][key] = like(parameter, value).to(device)
 
 
 def find_damage(path: Path) -> str | None:
@@ -241,7 +262,7 @@ def find_damage(path: Path) -> str | None:
 def _write(
     folder: Path,
     model: MiMo,
-    optimizer: torch.optim.Optimizer,
+    optimizer_tensors: dict[str, torch.Tensor],
     tokenizer: Tokenizer,
     progress: Progress,
     write_state: StateWriter,
@@ -252,7 +273,7 @@ def _write(
     generators = {f"rng.{name}": state for name, state in rng_state(model.device).items()}
     optimizer_path = trainer / _OPTIMIZER
     with umask_mode(optimizer_path):
-        save_file({**optimizer_state(model, optimizer), **generators}, optimizer_path)
+        save_file({**optimizer_tensors, **generators}, optimizer_path)
     plain = write_state(vars(progress), trainer / _ARRAYS)
     (trainer / "progress.json").write_text(json.dumps(plain))
     files = sorted(path for path in folder.rglob("*") if path.is_file())

@@ -193,6 +193,30 @@ class TokenizerConfig:
 
 
 @dataclass(frozen=True)
+class ParallelConfig:
+    """Sizes of the mesh of a run that `torchrun` starts on several devices. The run may continue on another mesh.
+
+    Attributes:
+        dp_replicate: Groups of processes that hold the same shards of the weights and read other rows.
+        dp_shard: Processes of a group that hold other shards and read other rows (-1: as many as are left).
+        cp: Processes that share the tokens of each row. Sliding layers exchange the window's keys only.
+        tp: Processes that share the heads and hidden dims of each layer.
+        ep: Processes that hold different experts; it divides dp_shard x cp.
+    """
+
+    dp_replicate: PositiveInt = 1
+    dp_shard: Annotated[int, Bounds(least=-1)] = -1
+    cp: PositiveInt = 1
+    tp: PositiveInt = 1
+    ep: PositiveInt = 1
+
+    def __post_init__(self) -> None:
+        check_fields(self, "parallel")
+        if self.dp_shard == 0:
+            raise ConfigError("parallel.dp_shard is 0; give the number of processes, or -1 for as many as are left.")
+
+
+@dataclass(frozen=True)
 class FromCheckpoint:
     """Settings of a run that starts from a model.
 
@@ -244,6 +268,7 @@ class TrainConfig(RunConfig):
         loader_workers: Threads that prepare sequences in advance. Their number does not change the sequences.
         log_every_steps: Optimizer steps between lines of metrics.
         evaluation: Validation on held-out documents.
+        parallel: Mesh of a run on several devices.
     """
 
     _: KW_ONLY
@@ -252,6 +277,7 @@ class TrainConfig(RunConfig):
     loader_workers: Threads = 0
     log_every_steps: PositiveInt = 10
     evaluation: EvaluationConfig = EvaluationConfig()
+    parallel: ParallelConfig = ParallelConfig()
 
 
 @renamed_keys()

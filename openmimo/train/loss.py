@@ -14,7 +14,7 @@ import torch
 from openmimo.data.loader import Batch, Loader
 from openmimo.kernels.operations import IGNORED_LABEL
 from openmimo.model.context import PackedContext
-from openmimo.model.heads import MicroBatch, micro_batch, shifted_tokens
+from openmimo.model.heads import MicroBatch, micro_batch
 from openmimo.model.mimo import MiMo
 
 
@@ -46,7 +46,7 @@ def training_loss(
 
 def head_states(model: MiMo, batch: MicroBatch, context: PackedContext) -> list[torch.Tensor]:
     """Return the final states [T, D] of every head from one pass, the main head first."""
-    hidden = model(batch.tokens_T, context, shifted_tokens(batch))
+    hidden = model(batch.tokens_T, context, dict(enumerate(batch.shifted)))
     return [hidden.post_norm_TD, *hidden.mtp_TD.values()]
 
 
@@ -67,10 +67,7 @@ def to_device(batch: Batch, num_mtp_heads: int, device: torch.device) -> MicroBa
     """Convert a batch of the loader to tensors with the labels of every head."""
     tokens_T = torch.from_numpy(batch.token_ids).to(torch.int64)
     mask_T = None if batch.loss_mask is None else torch.from_numpy(batch.loss_mask)
-    built = micro_batch(tokens_T, batch.document_lengths, mask_T, num_mtp_heads)
-    return MicroBatch(
-        built.tokens_T.to(device), built.document_lengths, tuple(labels_T.to(device) for labels_T in built.labels)
-    )
+    return micro_batch(tokens_T, batch.document_lengths, mask_T, num_mtp_heads).to(device)
 
 
 @dataclass(frozen=True)

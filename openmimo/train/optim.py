@@ -16,13 +16,22 @@ from openmimo.model.mimo import MiMo
 from openmimo.train.config import OptimizerConfig, Phase
 
 
-def build_optimizer(model: MiMo, config: OptimizerConfig) -> torch.optim.AdamW:
-    """Build AdamW with weight decay on matrices (embedding, projections, experts, router) only."""
-    decayed, free = parameter_groups(model)
-    groups = [
-        {"params": list(decayed.values()), "weight_decay": config.weight_decay},
-        {"params": list(free.values()), "weight_decay": 0.0},
-    ]
+def build_optimizer(
+    model: MiMo, config: OptimizerConfig, *, mesh_of: Callable[[torch.Tensor], object] = lambda parameter: None
+) -> torch.optim.AdamW:
+    """Build AdamW with weight decay on matrices (embedding, projections, experts, router) only.
+
+    Args:
+        model: The model.
+        config: The settings.
+        mesh_of: Returns the mesh over which a parameter is distributed. A group has parameters of one mesh.
+    """
+    groups = []
+    for named, decay in zip(parameter_groups(model), (config.weight_decay, 0.0), strict=True):
+        by_mesh: dict[object, list[nn.Parameter]] = {}
+        for parameter in named.values():
+            by_mesh.setdefault(mesh_of(parameter), []).append(parameter)
+        groups += [{"params": parameters, "weight_decay": decay} for parameters in by_mesh.values()]
     return torch.optim.AdamW(groups, lr=0.0, betas=(config.beta1, config.beta2), eps=config.epsilon, fused=True)
 
 
@@ -50,7 +59,26 @@ class GradientReport:
     apart_norm: torch.Tensor
 
 
-def clip_gradients(model: MiMo, max_norm: float, *, apart: Iterable[nn.Parameter] = ()) -> GradientReport:
+class Gradients:
+    """Measures of gradients that this process holds whole."""
+
+    def local(self, parameters: Iterable[nn.Parameter]) -> list[torch.Tensor]:
+        """Return the gradients of the parameters that have one."""
+        return gradients_of(parameters)
+
+    def norm(self, parameters: Iterable[nn.Parameter]) -> torch.Tensor:
+        """Return the norm of all gradients together, a scalar."""
+        return torch.nn.utils.get_total_norm(gradients_of(parameters))
+
+    def num_zeros(self, parameters: Iterable[nn.Parameter]) -> torch.Tensor:
+        """Return the number of entries of the gradients that are exactly zero, a scalar."""
+        counts = [gradient.numel() - torch.count_nonzero(gradient) for gradient in gradients_of(parameters)]
+        return torch.stack(counts).sum()
+
+
+def clip_gradients(
+    model: MiMo, max_norm: float, *, apart: Iterable[nn.Parameter] = (), gradients: Gradients | None = None
+) -> GradientReport:
     """Scale all gradients so that their total norm is at most `max_norm`. Does not synchronize with the device.
 
     Gradients whose norm is not finite are unchanged.
@@ -59,19 +87,22 @@ def clip_gradients(model: MiMo, max_norm: float, *, apart: Iterable[nn.Parameter
         model: The model whose gradients are scaled.
         max_norm: Maximum norm, above 0.
         apart: Parameters that are clipped separately, by their own norm.
+        gradients: Measures the gradients (None: this process holds them whole).
 
     Returns:
         Statistics of the gradients before clipping.
     """
-    apart = list(apart)
+    gradients = gradients or Gradients()
     ids = {id(parameter) for parameter in apart}
-    common = [parameter for parameter in model.parameters() if parameter.grad is not None and id(parameter) not in ids]
-    num_zeros = torch.zeros((), dtype=torch.int64, device=model.device)
-    for gradient in gradients_of(common):
-        num_zeros += gradient.numel() - torch.count_nonzero(gradient)
-    norm = _clip(common, max_norm, model.device)
-    apart_norm = _clip([parameter for parameter in apart if parameter.grad is not None], max_norm, model.device)
-    return GradientReport(norm, num_zeros, apart_norm)
+    with_gradient = [parameter for parameter in model.parameters() if parameter.grad is not None]
+    common = [parameter for parameter in with_gradient if id(parameter) not in ids]
+    separate = [parameter for parameter in with_gradient if id(parameter) in ids]
+    zero = torch.zeros((), device=model.device)
+    return GradientReport(
+        num_zeros=gradients.num_zeros(common) if common else zero.long(),
+        norm=_clip(common, max_norm, gradients) if common else zero,
+        apart_norm=_clip(separate, max_norm, gradients) if separate else zero,
+    )
 
 
 def gradients_of(parameters: Iterable[nn.Parameter]) -> list[torch.Tensor]:
@@ -79,12 +110,11 @@ def gradients_of(parameters: Iterable[nn.Parameter]) -> list[torch.Tensor]:
     return [parameter.grad for parameter in parameters if parameter.grad is not None]
 
 
-def _clip(parameters: list[nn.Parameter], max_norm: float, device: torch.device) -> torch.Tensor:
-    if not parameters:
-        return torch.zeros((), device=device)
-    norm = torch.nn.utils.get_total_norm(gradients_of(parameters))
-    # A norm of 0 gives a scale of 1. NaN would spread to every gradient and hide its origin.
-    torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, torch.where(norm.isfinite(), norm, 0.0))
+def _clip(parameters: list[nn.Parameter], max_norm: float, gradients: Gradients) -> torch.Tensor:
+    norm = gradients.norm(parameters)
+    # NaN would spread to every gradient and hide its origin.
+    scale = torch.where(norm.isfinite(), max_norm / (norm + 1e-6), 1.0).clamp(max=1.0)
+    torch._foreach_mul_(gradients.local(parameters), scale)
     return norm
 
 
@@ -178,6 +208,7 @@ class StepGuard:
         num_skipped: int = 0,
         skipped_in_a_row: int = 0,
         reduce: Reduce = lambda counts: counts,
+        local: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor,
     ):
         """
         Args:
@@ -186,10 +217,12 @@ class StepGuard:
             num_skipped: Initial value, for a resumed run.
             skipped_in_a_row: Initial value, for a resumed run.
             reduce: Sums a float32 tensor over all processes of the run.
+            local: Returns the part of a parameter, gradient or buffer that this process holds.
         """
         self._model = model
         self._max_skipped_steps = max_skipped_steps
         self._reduce = reduce
+        self._local = local
         self.num_skipped = num_skipped
         self.skipped_in_a_row = skipped_in_a_row
 
@@ -220,7 +253,7 @@ class StepGuard:
 
     def check_weights(self, where: str) -> None:
         """Raise DivergedError, with the first name, if a parameter or buffer is not finite."""
-        name = first_not_finite([*self._model.named_parameters(), *self._model.named_buffers()])
+        name = first_not_finite(self._weights())
         num_bad = self._reduce(torch.tensor([float(name is not None)], device=next(self._model.parameters()).device))
         if num_bad.item():
             raise DivergedError(f"{where}: {name or 'a weight of another process'} is not finite.")
@@ -231,8 +264,7 @@ class StepGuard:
         Finite weights can still be unusable, e.g. after a step with a learning rate of 1e30. Clears all gradients.
         """
         loss.backward()
-        gradients = ((name, item.grad) for name, item in self._model.named_parameters() if item.grad is not None)
-        name = first_not_finite([("the loss", loss), *gradients])
+        name = first_not_finite([("the loss", loss), *self._gradients()])
         self._model.zero_grad(set_to_none=True)
         if self._reduce(torch.tensor([float(name is not None)], device=loss.device)).item():
             raise DivergedError(f"{where} gives values that are not finite (first: {name or 'in another process'}).")
@@ -242,12 +274,19 @@ class StepGuard:
         if self._reduce((~loss.detach().isfinite()).any().float()[None]).item():
             raise DivergedError(f"{where} is not finite ({_shown(loss)}).")
 
+    def _weights(self) -> list[tuple[str, torch.Tensor]]:
+        tensors = (*self._model.named_parameters(), *self._model.named_buffers())
+        return [(name, self._local(tensor)) for name, tensor in tensors]
+
+    def _gradients(self) -> list[tuple[str, torch.Tensor]]:
+        parameters = self._model.named_parameters()
+        return [(name, self._local(item.grad)) for name, item in parameters if item.grad is not None]
+
     def _describe(self, loss: torch.Tensor, gradients: GradientReport, where: str) -> str:
-        weights = first_not_finite([*self._model.named_parameters(), *self._model.named_buffers()])
-        with_gradient = ((name, item.grad) for name, item in self._model.named_parameters() if item.grad is not None)
+        weights = first_not_finite(self._weights())
         if weights is not None:
             first = f"the weights of {weights} are not finite"
-        elif (name := first_not_finite(with_gradient)) is not None:
+        elif (name := first_not_finite(self._gradients())) is not None:
             first = f"the first gradient that is not finite is that of {name}"
         else:
             first = "each gradient is finite on its own"

@@ -1,8 +1,11 @@
 """`openmimo pretrain`, `extend` and `sft`: setup, resumption, training and report of a run."""
 
+import contextlib
 import hashlib
 import json
+import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,6 +16,7 @@ from openmimo.core import config as config_io
 from openmimo.core.config import check_same_run
 from openmimo.core.errors import ConfigError
 from openmimo.core.files import new_folder_atomic
+from openmimo.core.registry import load_object
 from openmimo.data.config import SourceConfig
 from openmimo.data.loader import Loader
 from openmimo.data.source import TextSource, open_source, training_documents
@@ -26,7 +30,7 @@ from openmimo.train.checkpoint import Checkpoints, Progress, restore
 from openmimo.train.config import ExtendConfig, PretrainConfig, SftConfig
 from openmimo.train.optim import place_of, total_steps
 from openmimo.train.outcome import has_finished, held_run, use_device, write_outcome, write_report
-from openmimo.train.trainer import Trainer
+from openmimo.train.trainer import Alone, Trainer
 
 # The paths of the data may change, because the loader compares the content.
 FREE = (*outcome.FREE, "loader_workers", "log_every_steps")
@@ -43,16 +47,49 @@ def pretrain(config: PretrainConfig, *, console: Console | None = None) -> Path:
         Interrupted: SIGINT or SIGTERM ended the run after a checkpoint.
     """
     console = console or Console(stderr=True)
+    with open_ranks(config) as ranks:
+        return _pretrain(config, ranks, console if ranks.is_main else Console(quiet=True))
+
+
+@contextmanager
+def open_ranks(config: PretrainConfig) -> Iterator[Alone]:
+    """Yield the part of this process in the run: all of it, or one of the processes that `torchrun` has started.
+
+    Raises:
+        ConfigError: The config's mesh does not fit the number of processes.
+    """
+    device, sizes = use_device(config), vars(config.parallel)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        with load_object("openmimo.parallel.ranks:open_ranks")(device, sizes) as ranks:
+            yield ranks
+        return
+    if any(size > 1 for size in sizes.values()):
+        raise ConfigError(
+            f"parallel asks for several processes ({', '.join(f'{name} {size}' for name, size in sizes.items())}), but "
+            "this is one; start the command with torchrun --nproc-per-node N -m openmimo ...."
+        )
+    yield Alone(device)
+
+
+def _pretrain(config: PretrainConfig, ranks: Alone, console: Console) -> Path:
     folder = Path(config.run_folder)
-    device = use_device(config)
     checkpoints = Checkpoints(folder, config.checkpoints)
-    if has_finished(config, checkpoints, steps=total_steps(config.stages), free=FREE, console=console):
+    steps = total_steps(config.stages)
+    if ranks.on_main(lambda: has_finished(config, checkpoints, steps=steps, free=FREE, console=console)):
         return folder / "model"
-    prepared = _check_start(config, checkpoints, device)
-    with held_run(config, checkpoints, free=FREE, growing=growing(config), traces=TRACES, console=console) as newest:
-        trainer = _open_trainer(config, prepared, newest, device, console)
+    prepared = ranks.main_first(lambda: _check_start(config, checkpoints, ranks))
+    with contextlib.ExitStack() as held:
+        newest = ranks.on_main(
+            lambda: held.enter_context(
+                held_run(config, checkpoints, free=FREE, growing=growing(config), traces=TRACES, console=console)
+            )
+        )
+        trainer = _open_trainer(config, prepared, newest, ranks, console)
         trainer.run()
-        return write_outcome(trainer.model, trainer.tokenizer, checkpoints, folder, write_report, console)
+        model, _ = ranks.gathered(trainer.model, {})
+        return ranks.on_main(
+            lambda: write_outcome(model, trainer.tokenizer, checkpoints, folder, write_report, console)
+        )
 
 
 def growing(config: PretrainConfig) -> tuple[str, ...]:
@@ -78,7 +115,7 @@ class _Prepared:
     loaders: dict[int, Loader] | None = None
 
 
-def _check_start(config: PretrainConfig, checkpoints: Checkpoints, device: torch.device) -> _Prepared:
+def _check_start(config: PretrainConfig, checkpoints: Checkpoints, ranks: Alone) -> _Prepared:
     """Check that everything a run needs exists and fits, before any file is written."""
     folder = Path(config.run_folder)
     if (folder / "config.json").exists() and any((folder / name).exists() for name in TRACES):
@@ -98,8 +135,8 @@ def _check_start(config: PretrainConfig, checkpoints: Checkpoints, device: torch
     _check_vocabulary(config, tokenizer, described)
     if checkpoints.newest() is not None:
         return _Prepared()
-    model = _initial_model(config, tokenizer, device) if config.init_from else None
-    return _Prepared(model, _open_loaders(config, tokenizer))
+    model = _initial_model(config, tokenizer, ranks.device) if config.init_from else None
+    return _Prepared(model, _open_loaders(config, tokenizer, ranks))
 
 
 def _check_heads(config: PretrainConfig, described: ModelConfig) -> None:
@@ -129,30 +166,33 @@ def _check_vocabulary(config: PretrainConfig, tokenizer: Tokenizer, described: M
 
 
 def _open_trainer(
-    config: PretrainConfig, prepared: _Prepared, newest: Path | None, device: torch.device, console: Console
+    config: PretrainConfig, prepared: _Prepared, newest: Path | None, ranks: Alone, console: Console
 ) -> Trainer:
     """Build the trainer of a run at its newest intact checkpoint, with the data of the remaining stages."""
     if newest is None:
-        tokenizer = _given_tokenizer(config) or _own_tokenizer(config, console)
-        model = prepared.model or _initial_model(config, tokenizer, device)
+        tokenizer = _given_tokenizer(config) or ranks.main_first(lambda: _own_tokenizer(config, console))
+        model = prepared.model or _initial_model(config, tokenizer, ranks.device)
         optimizer_tensors, start = None, Progress.beginning()
     else:
         tokenizer = Tokenizer.load(newest)
-        model, optimizer_tensors, start = restore(newest, device)
+        model, optimizer_tensors, start = restore(newest, ranks.device)
     first_stage = place_of(start.step, config.stages).stage_index
+    loaders = prepared.loaders or ranks.main_first(lambda: _open_loaders(config, tokenizer, ranks, first_stage))
     return Trainer(
         config,
         model,
         tokenizer,
-        prepared.loaders or _open_loaders(config, tokenizer, first_stage),
-        device=device,
+        loaders,
+        ranks=ranks,
         start=start,
         optimizer_tensors=optimizer_tensors,
         console=console,
     )
 
 
-def _open_loaders(config: PretrainConfig, tokenizer: Tokenizer, first_stage: int = 0) -> dict[int, Loader]:
+def _open_loaders(
+    config: PretrainConfig, tokenizer: Tokenizer, ranks: Alone, first_stage: int = 0
+) -> dict[int, Loader]:
     """Open and tokenize the data of each stage from `first_stage` on, and check the held-out part. Raises UserError."""
     loaders = {}
     for index, stage in enumerate(config.stages[first_stage:], start=first_stage):
@@ -162,6 +202,8 @@ def _open_loaders(config: PretrainConfig, tokenizer: Tokenizer, first_stage: int
             sequence_length=stage.sequence_length,
             seed=config.seed,
             stage=index,
+            rank=ranks.row_rank,
+            world_size=ranks.num_row_ranks,
             num_workers=config.loader_workers,
         )
         if stage.mixture.validation_fraction > 0.0:

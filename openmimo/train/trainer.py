@@ -6,16 +6,19 @@ guard, updates the parameters, and updates the experts' selection bias. A checkp
 an uninterrupted one.
 """
 
+import signal
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as ProgressBar
 
-from openmimo.core.errors import CheckpointError, Interrupted, stop_requests
+from openmimo.core.errors import CheckpointError, Interrupted, StopRequest, stop_requests
 from openmimo.core.metrics import MetricsWriter, TimeLeft
 from openmimo.data.loader import Loader
 from openmimo.data.tokenizer import Tokenizer
@@ -29,6 +32,7 @@ from openmimo.train.checkpoint import Checkpoints, Progress, load_optimizer_stat
 from openmimo.train.config import Phase, PretrainConfig
 from openmimo.train.loss import evaluate, load_micro_batches, training_loss
 from openmimo.train.optim import (
+    Gradients,
     StepGuard,
     build_optimizer,
     clip_gradients,
@@ -38,6 +42,8 @@ from openmimo.train.optim import (
     tokens_left,
     total_steps,
 )
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -59,15 +65,95 @@ class StepReport:
     tokens: int
 
 
+class Alone:
+    """The part of one process in a run: here all of it. `parallel.ranks.Ranks` is that of one of several processes.
+
+    All processes of a run call the methods together and in the same order.
+
+    Attributes:
+        device: The device of this process.
+        is_main: Whether this process writes files and messages.
+        row_rank: Index of this process among those that read different rows.
+        num_row_ranks: Number of processes that read different rows.
+        gradients: Measures of the gradients.
+    """
+
+    is_main, row_rank, num_row_ranks = True, 0, 1
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.gradients = Gradients()
+
+    def rows(self, rows: int) -> int:
+        """Return the number of rows of an optimizer step that this process reads. Raises ConfigError."""
+        return rows
+
+    def apply(self, model: MiMo, *, recompute: bool) -> None:
+        """Distribute a model in place; `recompute`: layers recompute their activations in the backward pass."""
+        if recompute:
+            checkpoint_activations(model.model)
+
+    def split(
+        self, batch: MicroBatch, *, routing: RoutingTape | None, balance_weight: float, balance_length: int | None
+    ) -> tuple[MicroBatch, PackedContext]:
+        """Return the part of a micro-batch that this process computes, and its context."""
+        return batch, PackedContext(
+            batch.document_lengths,
+            device=self.device,
+            routing=routing,
+            balance_weight=balance_weight,
+            balance_length=balance_length,
+        )
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the sum of a tensor over all processes with different tokens."""
+        return tensor
+
+    def sum_over_rows(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the sum of a tensor over the processes that read different rows."""
+        return tensor
+
+    def sum_over_all(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the sum of a tensor over all processes."""
+        return tensor
+
+    def local(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the part of a parameter, gradient or buffer that this process holds."""
+        return tensor
+
+    def like(self, parameter: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
+        """Return `whole`, of the shape of a parameter, distributed as the parameter is."""
+        return whole
+
+    def mesh_of(self, parameter: torch.Tensor) -> object:
+        """Return the mesh of a parameter; a fused optimizer takes parameters of one mesh at a time."""
+        return None
+
+    def check_growth(self) -> None:
+        """Raise ConfigError if modules cannot be added to a model that has been distributed."""
+
+    def gathered(self, model: MiMo, optimizer_tensors: dict[str, torch.Tensor]) -> tuple[MiMo, dict[str, torch.Tensor]]:
+        """Return the whole model and its optimizer's tensors, on the main process."""
+        return model, optimizer_tensors
+
+    def main_first(self, function: Callable[[], Result]) -> Result:
+        """Call a function on the main process, then on the others. An error of the main process ends all of them."""
+        return function()
+
+    def on_main(self, function: Callable[[], Result]) -> Result:
+        """Call a function on the main process only. Returns its result (which is pickled) on all processes."""
+        return function()
+
+
 class Trainer:
     """Trains one run from the progress `start` to the end of its last stage.
 
     Args:
         config: The config of the run.
-        model: The model in float32, on `device`.
+        model: The model in float32, whole; it is distributed in place.
         tokenizer: The tokenizer, which is saved with checkpoints.
         loaders: Loaders of the stages by number, from the current stage on.
-        device: The device.
+        ranks: The part of this process in the run.
         start: The progress to start from.
         optimizer_tensors: The optimizer's state at `start` (None for a new run).
         console: Console for the progress bar and warnings.
@@ -80,40 +166,41 @@ class Trainer:
         tokenizer: Tokenizer,
         loaders: dict[int, Loader],
         *,
-        device: torch.device,
+        ranks: Alone,
         start: Progress,
         optimizer_tensors: dict[str, torch.Tensor] | None = None,
         console: Console | None = None,
     ):
         self.config = config
         self.model = model.train()
-        self.model.compute_dtype = activation_dtype(config.dtype, device)
-        if config.activation_checkpointing:
-            checkpoint_activations(self.model.model)
+        self.model.compute_dtype = activation_dtype(config.dtype, ranks.device)
         self.tokenizer = tokenizer
-        self.device = device
+        self.ranks = ranks
+        self.device = ranks.device
         self.console = console or Console(stderr=True)
         self.run_folder = Path(config.run_folder)
         self.checkpoints = Checkpoints(self.run_folder, config.checkpoints)
-        self.metrics = MetricsWriter(self.run_folder, tensorboard=config.tensorboard)
-        self.metrics.truncate_after(start.step or -1)  # the evaluation before the first step is repeated
+        self.metrics = MetricsWriter(self.run_folder, tensorboard=config.tensorboard) if ranks.is_main else None
+        if self.metrics is not None:
+            self.metrics.truncate_after(start.step or -1)  # the evaluation before the first step is repeated
         self.step, self.tokens = start.step, start.tokens
+        self._loaders = loaders
+        self._stage_index = -1
+        self.loader = self._enter_stage(place_of(self.step, config.stages).stage_index)
+        if start.loader and start.stage_index == self._stage_index:
+            self.loader.load_state(start.loader)
+        ranks.apply(self.model, recompute=config.activation_checkpointing)
+        self.optimizer = self._new_optimizer(optimizer_tensors or {})
         self.guard = StepGuard(
             model,
             max_skipped_steps=config.optimizer.max_skipped_steps,
             num_skipped=start.skipped,
             skipped_in_a_row=start.skipped_in_a_row,
+            reduce=ranks.sum_over_all,
+            local=ranks.local,
         )
         self._probe: MicroBatch | None = None  # a micro-batch of the last step that was not skipped
-        self._loaders = loaders
-        self._stage_index = -1
-        self.optimizer = build_optimizer(self.model, config.optimizer)
-        if optimizer_tensors is not None:
-            load_optimizer_state(self.model, self.optimizer, optimizer_tensors)
-        self.loader = self._enter_stage(place_of(self.step, config.stages).stage_index)
-        if start.loader and start.stage_index == self._stage_index:
-            self.loader.load_state(start.loader)
-        self._matmul_flops = measured_matmul_flops(device, self.model.compute_dtype)
+        self._matmul_flops = measured_matmul_flops(self.device, self.model.compute_dtype)
 
     def run(self, *, stop_after_step: int | None = None) -> None:
         """Train to the end or to `stop_after_step`. Writes metrics and checkpoints regularly and at the end.
@@ -132,7 +219,7 @@ class Trainer:
             time_left = TimeLeft()
             with ProgressBar(*columns, console=self.console) as bar:
                 task = bar.add_task("training", total=last, completed=self.step)
-                while self.step < last and stop.signal is None:
+                while self.step < last and not self._is_stopped(stop):
                     started = time.perf_counter()
                     stage = self._stage_of_step()
                     report = self.train_step(stage, self.step - self._steps_before_stage())
@@ -142,9 +229,15 @@ class Trainer:
                     if said := time_left.after_step(seconds, report.tokens, tokens_left(self.step, self.config.stages)):
                         self.console.print(said)
                     bar.update(task, completed=self.step, description=f"{stage.name} loss {report.losses[0]:.3f}")
-            if stop.signal is not None:
-                raise Interrupted(stop.signal, self.checkpoints.save_before_end(self.step, self.save))
-        self.metrics.close()
+            if self._is_stopped(stop):
+                saved = self.checkpoints.save_before_end(self.step, self.save)
+                raise Interrupted(stop.signal or signal.SIGTERM, saved)
+        if self.metrics is not None:
+            self.metrics.close()
+
+    def _is_stopped(self, stop: StopRequest) -> bool:
+        """Whether a signal has reached any process of the run."""
+        return bool(self.ranks.sum_over_all(torch.tensor([float(stop.signal is not None)])))
 
     def train_step(self, stage: Phase, stage_step: int) -> StepReport:
         """Run one optimizer step of `stage` and advance the counters. Raises DivergedError."""
@@ -152,13 +245,13 @@ class Trainer:
         first_row = self.loader.rows_consumed
         micro_batches = load_micro_batches(
             self.loader,
-            rows,
+            self.ranks.rows(rows),
             micro_batch_size=self.config.micro_batch_size,
             num_mtp_heads=self.model.config.num_mtp_heads,
             device=self.device,
         )
-        losses, load = self._accumulate(stage, micro_batches)
-        gradients = clip_gradients(self.model, self.config.optimizer.clip_norm)
+        losses, load, tokens = self._accumulate(stage, micro_batches)
+        gradients = clip_gradients(self.model, self.config.optimizer.clip_norm, gradients=self.ranks.gradients)
         where = f"step {self.step + 1} (stage {stage.name!r}, rows {first_row} to {first_row + rows - 1} of its data)"
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(stage, stage_step)
@@ -169,37 +262,42 @@ class Trainer:
             self._probe = micro_batches[0]
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        tokens = sum(len(batch.tokens_T) for batch in micro_batches)
         self.tokens += tokens
         return StepReport(losses.tolist(), float(gradients.norm), int(gradients.num_zeros), load, tokens)
 
     def _accumulate(
         self, stage: Phase, micro_batches: list[MicroBatch]
-    ) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
-        """Accumulate the gradients of a step. Returns each head's mean loss, float32 [heads], and the experts' load."""
-        counts = torch.stack([batch.label_counts() for batch in micro_batches]).sum(dim=0)
+    ) -> tuple[torch.Tensor, dict[int, torch.Tensor], int]:
+        """Accumulate the gradients of a step.
+
+        Returns:
+            Each head's mean loss, float32 [heads], the experts' load by layer, and the number of tokens, of all
+            processes together.
+        """
+        whole = torch.stack([batch.label_counts() for batch in micro_batches]).sum(dim=0)
+        tokens = sum(len(batch.tokens_T) for batch in micro_batches) * self.ranks.num_row_ranks
+        counts = self.ranks.sum_over_rows(whole)
         losses = torch.zeros(len(counts), device=self.device)
         load: dict[int, torch.Tensor] = {}
-        tokens = sum(len(batch.tokens_T) for batch in micro_batches)
         for batch in micro_batches:
-            context = PackedContext(
-                batch.document_lengths,
-                device=self.device,
+            part, context = self.ranks.split(
+                batch,
                 routing=RoutingTape(record=True),
                 balance_weight=self.config.balance_weight * len(batch.tokens_T) / tokens,
                 balance_length=stage.sequence_length,
             )
-            loss, shares = training_loss(self.model, batch, context, label_counts=counts, mtp_weight=stage.mtp_weight)
+            loss, shares = training_loss(self.model, part, context, label_counts=counts, mtp_weight=stage.mtp_weight)
             loss.backward()
             losses += shares
             if self.model.config.moe is not None:
                 context.routing.add_expert_load(load, self.model.config.moe.num_experts)
-        return losses, load
+        return self.ranks.sum(losses), {layer: self.ranks.sum(load_E) for layer, load_E in load.items()}, tokens
 
     def save(self) -> Path:
         """Write a checkpoint. Raises DivergedError if the weights are not finite or give values that are not."""
         self._check_weights()
-        self.metrics.sync()
+        if self.metrics is not None:
+            self.metrics.sync()
         progress = Progress(
             self.step,
             self.tokens,
@@ -208,14 +306,15 @@ class Trainer:
             skipped=self.guard.num_skipped,
             skipped_in_a_row=self.guard.skipped_in_a_row,
         )
-        return self.checkpoints.save(self.model, self.optimizer, self.tokenizer, progress)
+        model, tensors = self.ranks.gathered(self.model, optimizer_state(self.model, self.optimizer))
+        return self.ranks.on_main(lambda: self.checkpoints.save(model, tensors, self.tokenizer, progress))
 
     def _check_weights(self) -> None:
         self.guard.check_weights(f"the model after step {self.step}")
         if self._probe is not None:
-            context = PackedContext(self._probe.document_lengths, device=self.device)
             counts = self._probe.label_counts()
-            loss, _ = training_loss(self.model, self._probe, context, label_counts=counts, mtp_weight=1.0)
+            part, context = self.ranks.split(self._probe, routing=None, balance_weight=0.0, balance_length=None)
+            loss, _ = training_loss(self.model, part, context, label_counts=counts, mtp_weight=1.0)
             self.guard.check_step(loss, f"the model after step {self.step}, on a micro-batch of that step,")
 
     def _stage_of_step(self) -> Phase:
@@ -230,19 +329,26 @@ class Trainer:
 
     def _enter_stage(self, index: int) -> Loader:
         """Apply the stage's changes to the model, and return its loader."""
-        stage = self.config.stages[index]
+        stage, is_running = self.config.stages[index], self._stage_index >= 0
         self._stage_index = index
         self.model.extend_context(full_rope_theta=stage.full_rope_theta, max_positions=stage.sequence_length)
         if stage.mtp_heads is not None and stage.mtp_heads > self.model.config.num_mtp_heads:
-            kept = optimizer_state(self.model, self.optimizer)
+            if is_running:
+                self.ranks.check_growth()
+            kept = optimizer_state(self.model, self.optimizer) if is_running else {}
             self.model.replicate_mtp_heads(stage.mtp_heads)
-            self.optimizer = build_optimizer(self.model, self.config.optimizer)
-            load_optimizer_state(self.model, self.optimizer, kept)
+            if is_running:
+                self.optimizer = self._new_optimizer(kept)
         return self._loaders[index]
+
+    def _new_optimizer(self, tensors: dict[str, torch.Tensor]) -> torch.optim.AdamW:
+        optimizer = build_optimizer(self.model, self.config.optimizer, mesh_of=self.ranks.mesh_of)
+        load_optimizer_state(self.model, optimizer, tensors, like=self.ranks.like)
+        return optimizer
 
     def _after_step(self, stage: Phase, report: StepReport, seconds: float, *, is_last: bool) -> None:
         if self.step % self.config.log_every_steps == 0 or is_last or self.guard.skipped_in_a_row:
-            self.metrics.write(self.step, self._step_metrics(stage, report, seconds))
+            self._write(self._step_metrics(stage, report, seconds))
         if self.step % self.config.evaluation.every_steps == 0 or is_last:
             self._evaluate()
         if is_last:
@@ -252,6 +358,10 @@ class Trainer:
                 self.save()
             except CheckpointError as error:
                 self.console.print(f"[yellow]warning:[/] {error} Training continues.", soft_wrap=True)
+
+    def _write(self, values: dict[str, Any]) -> None:
+        if self.metrics is not None:
+            self.metrics.write(self.step, values)
 
     def _step_metrics(self, stage: Phase, report: StepReport, seconds: float) -> dict:
         flops = training_flops_per_token(self.model.config, stage.sequence_length) * report.tokens
@@ -282,5 +392,5 @@ class Trainer:
         batches = self.loader.fixed_batches(self.config.micro_batch_size, self.config.evaluation.batches)
         result = evaluate(self.model, batches, stage.sequence_length)
         self.model.train()
-        self.metrics.write(self.step, {"stage": stage.name, **result.metrics()})
+        self._write({"stage": stage.name, **result.metrics()})
         self.guard.check_loss(torch.tensor(result.losses), f"the held-out loss after step {self.step}")

@@ -291,7 +291,7 @@ def test_a_checkpoint_that_cannot_be_written_names_itself(tmp_path, monkeypatch,
     checkpoints = Checkpoints(tmp_path, CheckpointConfig())
     with pytest.raises(CheckpointError, match="step-00000000"):
         checkpoints.save(
-            model, build_optimizer(model, run_config_optimizer()), Tokenizer.load(finished / "run" / "model"),
+            model, {}, Tokenizer.load(finished / "run" / "model"),
             Progress.beginning(),
         )  # fmt: skip
     assert list((tmp_path / "checkpoints").iterdir()) == []

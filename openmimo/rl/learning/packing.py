@@ -35,7 +35,7 @@ import numpy as np
 import torch
 
 from openmimo.core.samples import Sample
-from openmimo.model.context import PackedContext, RotaryTables, RoutingTape
+from openmimo.model.context import PackedContext, RotaryTables, RoutingTape, SeenKeys
 from openmimo.model.mimo import MiMo
 
 NOT_RECORDED = -1
@@ -82,8 +82,9 @@ class SharedPromptContext(PackedContext):
         self._rotary = RotaryTables(self.positions_T)
         self._keys_S, self._key_lengths = torch.cat(keys).to(device), tuple(key_lengths)
 
-    def _seen(self, k_TGK: torch.Tensor, v_TGV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return k_TGK.index_select(0, self._keys_S), v_TGV.index_select(0, self._keys_S)
+    def _seen(self, k_TGK: torch.Tensor, v_TGV: torch.Tensor, window_keys: int | None) -> SeenKeys:
+        keys_S = self._keys_S
+        return SeenKeys(k_TGK.index_select(0, keys_S), v_TGV.index_select(0, keys_S), self._key_lengths)
 
 
 @dataclass(frozen=True)

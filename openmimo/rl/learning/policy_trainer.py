@@ -18,7 +18,7 @@ from torch import nn
 from openmimo.core.samples import Sample
 from openmimo.model.backbone import Hidden
 from openmimo.model.context import PackedContext, RoutingTape
-from openmimo.model.heads import micro_batch, shifted_tokens
+from openmimo.model.heads import micro_batch
 from openmimo.model.mimo import MiMo
 from openmimo.rl.learning.annotation import spread
 from openmimo.rl.learning.packing import PackedSamples, packs
@@ -253,7 +253,7 @@ class PolicyTrainer:
         heads = self.model.config.num_mtp_heads
         batch = micro_batch(pack.tokens_T, pack.lengths, mask_T, heads)
         backbone = Hidden(hidden.pre_norm_TD.detach(), hidden.post_norm_TD.detach())
-        states = self.model(None, context, shifted_tokens(batch), hidden=backbone).mtp_TD
+        states = self.model(None, context, dict(enumerate(batch.shifted)), hidden=backbone).mtp_TD
         losses = []
         for states_TD, labels_T in zip(states.values(), batch.labels[1:], strict=True):
             losses.append(-self.model.head.logprobs(states_TD, labels_T).sum() / max(num_written, 1))

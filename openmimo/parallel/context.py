@@ -1,0 +1,151 @@
+"""Context parallelism: each rank has some tokens of every row, and fetches the keys that its queries see.
+
+A micro-batch of T tokens is cut into 2 C chunks for C ranks. Rank r has chunks r and 2 C - 1 - r, so that in a long
+document every rank has the same number of query-key pairs:
+
+    chunk    0   1   2   3   4   5   6   7        C = 4
+    rank     0   1   2   3   3   2   1   0
+
+Before attention, a rank fetches the keys and values that its queries see and that it does not hold: in a sliding layer
+the `window_keys - 1` before each chunk (the halo), in a full layer those from the start of each document. Labels, MTP
+inputs and positions are computed before the cut, so that nothing else of a neighbor is needed.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from openmimo.model.context import PackedContext, RotaryTables, RoutingTape, SeenKeys, SequenceBalance
+from openmimo.model.heads import MicroBatch
+from openmimo.parallel.exchange import FetchPlan, fetch_rows, plan_fetch
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A run of tokens of one document in one chunk.
+
+    Attributes:
+        start: First row in the micro-batch.
+        stop: The row after the last.
+        document_start: First row of the document.
+    """
+
+    start: int
+    stop: int
+    document_start: int
+
+    def first_key(self, window_keys: int | None) -> int:
+        """Return the first row that the first query of the segment sees."""
+        return self.document_start if window_keys is None else max(self.document_start, self.start - window_keys + 1)
+
+
+def segments_of(document_lengths: tuple[int, ...], rank: int, num_ranks: int) -> list[Segment]:
+    """Return the tokens of one rank, in the order in which it holds them."""
+    T = sum(document_lengths)
+    chunks = [(number * T // (2 * num_ranks), (number + 1) * T // (2 * num_ranks)) for number in range(2 * num_ranks)]
+    segments = []
+    for first, last in (chunks[rank], chunks[2 * num_ranks - 1 - rank]):
+        start = 0
+        for length in document_lengths:
+            begin, end = max(first, start), min(last, start + length)
+            if begin < end:
+                segments.append(Segment(begin, end, start))
+            start += length
+    return segments
+
+
+class ContextSplit:
+    """The cut of one micro-batch over the ranks of a group.
+
+    Args:
+        document_lengths: Tokens of each document of the whole micro-batch.
+        group: The ranks that share it.
+        device: Device of the tokens.
+    """
+
+    def __init__(self, document_lengths: tuple[int, ...], group: dist.ProcessGroup, device: torch.device):
+        self.group, self.device = group, device
+        self._rank = dist.get_rank(group)
+        self._by_rank = [
+            segments_of(document_lengths, rank, dist.get_world_size(group))
+            for rank in range(dist.get_world_size(group))
+        ]
+        self._held = [_rows((segment.start, segment.stop) for segment in segments) for segments in self._by_rank]
+        self._plans: dict[int | None, FetchPlan] = {}
+
+    @property
+    def segments(self) -> list[Segment]:
+        """The tokens of this rank."""
+        return self._by_rank[self._rank]
+
+    @property
+    def rows(self) -> torch.Tensor:
+        """The rows of this rank in the whole micro-batch, int64 [T], on the CPU."""
+        return self._held[self._rank]
+
+    def batch(self, whole: MicroBatch) -> MicroBatch:
+        """Return the part of a micro-batch that this rank has."""
+        rows_T = self.rows.to(whole.tokens_T.device)
+        return MicroBatch(
+            whole.tokens_T[rows_T],
+            tuple(segment.stop - segment.start for segment in self.segments),
+            tuple(labels_T[rows_T] for labels_T in whole.labels),
+            tuple(tokens_T[rows_T] for tokens_T in whole.shifted),
+        )
+
+    def plan(self, window_keys: int | None) -> FetchPlan:
+        """Return the plan by which this rank fetches the keys of a layer."""
+        if window_keys not in self._plans:
+            needed = [
+                _rows((segment.first_key(window_keys), segment.stop) for segment in segments)
+                for segments in self._by_rank
+            ]
+            self._plans[window_keys] = plan_fetch(self._rank, self._held, needed, self.device)
+        return self._plans[window_keys]
+
+
+class ShardedContext(PackedContext):
+    """The tokens that one rank has of packed documents.
+
+    Args:
+        split: The cut of the micro-batch.
+        routing: Recording and replay of experts (None: neither).
+        balance_weight: As in `PackedContext`.
+        balance_length: As in `PackedContext`; required with a balance weight.
+        sum_over_ranks: Sums a tensor over the ranks that share the micro-batch.
+    """
+
+    def __init__(
+        self,
+        split: ContextSplit,
+        *,
+        routing: RoutingTape | None = None,
+        balance_weight: float = 0.0,
+        balance_length: int | None = None,
+        sum_over_ranks: Callable[[torch.Tensor], torch.Tensor],
+    ):
+        lengths = tuple(segment.stop - segment.start for segment in split.segments)
+        super().__init__(lengths, device=split.device, routing=routing)
+        offsets = [segment.start - segment.document_start for segment in split.segments]
+        self.positions_T += torch.repeat_interleave(torch.tensor(offsets), torch.tensor(lengths)).to(split.device)
+        self._rotary = RotaryTables(self.positions_T)
+        self._split = split
+        if balance_weight > 0.0:
+            assert balance_length is not None, "rows are cut, so a document is no sequence"
+            rows_T = split.rows // balance_length
+            num_rows = 1 + max(int(rows[-1]) for rows in split._held if len(rows)) // balance_length
+            self.sequence_balance = SequenceBalance(balance_weight, rows_T.to(split.device), num_rows, sum_over_ranks)
+
+    def _seen(self, k_TGK: torch.Tensor, v_TGV: torch.Tensor, window_keys: int | None) -> SeenKeys:
+        T, G, K = k_TGK.shape
+        joined = torch.cat([k_TGK, v_TGV], dim=-1).reshape(T, -1)
+        fetched = fetch_rows(joined, self._split.plan(window_keys), self._split.group).view(-1, G, K + v_TGV.shape[-1])
+        lengths = tuple(segment.stop - segment.first_key(window_keys) for segment in self._split.segments)
+        return SeenKeys(fetched[..., :K], fetched[..., K:], lengths)
+
+
+def _rows(ranges: Iterable[tuple[int, int]]) -> torch.Tensor:
+    parts = [torch.arange(start, stop) for start, stop in ranges]
+    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)

@@ -1,0 +1,59 @@
+"""Fully sharded data parallelism with torch FSDP2: a rank keeps a shard of every weight and of its optimizer state.
+
+A layer's weights are gathered before it runs and freed after it. Gradients are summed, not averaged, because losses are
+already divided by the number of labels of the whole step.
+"""
+
+from collections.abc import Iterable
+
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, Shard
+
+from openmimo.core.errors import ConfigError
+from openmimo.model.mimo import MiMo
+
+
+def shard_model(model: MiMo, weights: DeviceMesh, experts: DeviceMesh, parallel_experts: Iterable[nn.Module]) -> None:
+    """Shard a model in place. Its weights are whole on every rank, except those that are distributed already.
+
+    Args:
+        model: The model.
+        weights: Mesh of the plain weights, with dimensions replicate and shard.
+        experts: Mesh of expert-parallel weights, with dimensions replicate and shard.
+        parallel_experts: Modules of expert-parallel weights.
+
+    Raises:
+        ConfigError: The model ties its embedding to its output head.
+    """
+    if model.config.tie_embeddings:
+        raise ConfigError(
+            "the model has tied embeddings, and a sharded weight cannot belong to two modules; set tie_embeddings "
+            "false in its config, or train on one device."
+        )
+    for module in parallel_experts:
+        _shard(module, experts)
+    for layer in (*model.model.layers, *model.model.mtp.layers):
+        _shard(layer, weights)
+    for module in (model.model.embed_tokens, model.lm_head, model):
+        _shard(module, weights)
+
+
+def _shard(module: nn.Module, mesh: DeviceMesh) -> None:
+    replicated = mesh["replicate"].size() > 1
+    fully_shard(
+        module,
+        mesh=mesh["replicate", "shard"] if replicated else mesh["shard"],
+        reshard_after_forward=True,
+        shard_placement_fn=_place,
+    )
+    assert isinstance(module, FSDPModule)
+    module.set_gradient_divide_factor(1.0)
+    module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sums
+
+
+def _place(parameter: nn.Parameter) -> Shard:
+    """Return the dimension to shard: the first one, or the second if the first is distributed already."""
+    distributed = isinstance(parameter, DTensor) and any(place.is_shard(0) for place in parameter.placements)
+    return Shard(1 if distributed else 0)

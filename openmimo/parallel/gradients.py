@@ -1,0 +1,52 @@
+"""Measures of gradients whose parameters are sharded over different meshes."""
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the part of a parameter, gradient or buffer that this rank holds."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+class ShardedGradients:
+    """Norm and zeros of sharded gradients. All ranks call its methods together."""
+
+    def local(self, parameters: Iterable[nn.Parameter]) -> list[torch.Tensor]:
+        """Return the parts of the gradients that this rank holds."""
+        return [local_part(parameter.grad) for parameter in parameters if parameter.grad is not None]
+
+    def norm(self, parameters: Iterable[nn.Parameter]) -> torch.Tensor:
+        """Return the norm of all gradients together, a scalar."""
+        with_gradient = [parameter for parameter in parameters if parameter.grad is not None]
+        norms = torch._foreach_norm(self.local(with_gradient))
+        return _sum_over_shards(with_gradient, [norm.float() ** 2 for norm in norms]).sqrt()
+
+    def num_zeros(self, parameters: Iterable[nn.Parameter]) -> torch.Tensor:
+        """Return the number of entries of the gradients that are exactly zero, a scalar."""
+        with_gradient = [parameter for parameter in parameters if parameter.grad is not None]
+        counts = [part.numel() - torch.count_nonzero(part) for part in self.local(with_gradient)]
+        return _sum_over_shards(with_gradient, [torch.as_tensor(count, dtype=torch.float64) for count in counts]).long()
+
+
+def _sum_over_shards(parameters: list[nn.Parameter], values: list[torch.Tensor]) -> torch.Tensor:
+    """Return the sum of one value per parameter and rank; ranks with the same part of a parameter count once."""
+    by_groups: dict[tuple[dist.ProcessGroup, ...], list[torch.Tensor]] = {}
+    for parameter, value in zip(parameters, values, strict=True):
+        gradient = parameter.grad
+        groups: tuple[dist.ProcessGroup, ...] = ()
+        if isinstance(gradient, DTensor):
+            mesh = gradient.device_mesh
+            groups = tuple(mesh.get_group(dim) for dim, place in enumerate(gradient.placements) if place.is_shard())
+        by_groups.setdefault(groups, []).append(value)
+    total = torch.zeros((), dtype=values[0].dtype, device=values[0].device)
+    for groups, parts in by_groups.items():
+        part = torch.stack(parts).sum()
+        for group in groups:
+            dist.all_reduce(part, group=group)
+        total = total + part
+    return total

@@ -1,0 +1,125 @@
+"""The processes of a run as a mesh, and the start and end of their communication.
+
+A run on several devices is started by `torchrun`, or by any launcher that sets RANK, WORLD_SIZE, LOCAL_RANK,
+MASTER_ADDR and MASTER_PORT. The dimensions of the mesh, outermost first:
+
+    dp_replicate    processes that hold the same shards and read other rows
+    dp_shard        processes that hold other shards and read other rows
+    cp              processes that hold other shards and read other tokens of the same rows
+    tp              processes that compute parts of the same layers on the same tokens
+
+Weights are sharded over dp_shard x cp. The expert-parallel ranks are `ep` neighbors of that product; each holds other
+experts, whose weights are sharded over the rest of the product.
+"""
+
+import datetime
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from openmimo.core.errors import ConfigError
+from openmimo.runtime.device import process_device
+
+_TIMEOUT = datetime.timedelta(minutes=10)
+
+
+def world_size() -> int:
+    """Return the number of processes that the launcher has started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@contextmanager
+def process_group(device: torch.device) -> Iterator[torch.device]:
+    """Connect the processes of the run. Yields the device of this process; the connection ends with the block."""
+    local_device = process_device(device, int(os.environ.get("LOCAL_RANK", "0")))
+    backend = "gloo" if local_device.type == "cpu" else "nccl"
+    dist.init_process_group(backend, timeout=_TIMEOUT, device_id=local_device if backend == "nccl" else None)
+    try:
+        yield local_device
+    finally:
+        dist.destroy_process_group()
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """The meshes of a run. All of them have the same processes.
+
+    Attributes:
+        whole: Dimensions dp_replicate, dp_shard, cp, tp.
+        weights: Dimensions replicate and shard, over which plain weights are kept; shard is dp_shard x cp.
+        experts: Dimensions replicate, shard and ep, over which experts are kept; shard x ep is dp_shard x cp.
+    """
+
+    whole: DeviceMesh
+    weights: DeviceMesh
+    experts: DeviceMesh
+
+    @property
+    def cp(self) -> DeviceMesh:
+        """The processes that share the rows of this one."""
+        return self.whole["cp"]
+
+    @property
+    def tp(self) -> DeviceMesh:
+        """The processes that share the tokens of this one."""
+        return self.whole["tp"]
+
+    @property
+    def ep(self) -> DeviceMesh:
+        """The processes that hold the other experts."""
+        return self.experts["ep"]
+
+    @property
+    def row_rank(self) -> int:
+        """Index of this process among those that read different rows."""
+        replica, shard = self.whole.get_local_rank("dp_replicate"), self.whole.get_local_rank("dp_shard")
+        return replica * self.whole["dp_shard"].size() + shard
+
+    @property
+    def num_row_ranks(self) -> int:
+        """Number of processes that read different rows."""
+        return self.whole["dp_replicate"].size() * self.whole["dp_shard"].size()
+
+
+def build_mesh(device_type: str, *, dp_replicate: int, dp_shard: int, cp: int, tp: int, ep: int) -> Mesh:
+    """Arrange the processes of the run.
+
+    Args:
+        device_type: Type of the devices.
+        dp_replicate: Processes with the same shards.
+        dp_shard: Processes with other shards and rows (-1: as many as are left).
+        cp: Processes that share rows.
+        tp: Processes that share layers.
+        ep: Processes that hold different experts.
+
+    Raises:
+        ConfigError: The product is not the number of processes, or ep does not divide dp_shard x cp.
+    """
+    processes = dist.get_world_size()
+    if dp_shard == -1:
+        dp_shard = max(processes // (dp_replicate * cp * tp), 1)
+    product = dp_replicate * dp_shard * cp * tp
+    if product != processes:
+        raise ConfigError(
+            f"dp_replicate {dp_replicate} x dp_shard {dp_shard} x cp {cp} x tp {tp} are {product} processes, but "
+            f"{processes} were started; change parallel.*, or start torchrun with --nproc-per-node {product}."
+        )
+    if dp_shard * cp % ep:
+        raise ConfigError(f"ep is {ep}; it must divide dp_shard x cp, which is {dp_shard * cp}.")
+    whole = init_device_mesh(
+        device_type, (dp_replicate, dp_shard, cp, tp), mesh_dim_names=("dp_replicate", "dp_shard", "cp", "tp")
+    )
+    weights = init_device_mesh(
+        device_type, (dp_replicate, dp_shard * cp, tp), mesh_dim_names=("replicate", "shard", "tp")
+    )
+    experts = init_device_mesh(
+        device_type,
+        (dp_replicate, dp_shard * cp // ep, ep, tp),
+        mesh_dim_names=("replicate", "shard", "ep", "tp"),
+    )
+    return Mesh(whole, weights, experts)

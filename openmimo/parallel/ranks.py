@@ -1,0 +1,210 @@
+"""The part of one process in a training run on several devices; `train.trainer.Alone` is its counterpart for one.
+
+All processes call the methods together and in the same order.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from openmimo.core.errors import ConfigError
+from openmimo.model.backbone import checkpoint_activations
+from openmimo.model.context import PackedContext, RoutingTape
+from openmimo.model.heads import MicroBatch
+from openmimo.model.mimo import MiMo
+from openmimo.parallel.context import ContextSplit, ShardedContext
+from openmimo.parallel.expert import distribute_experts
+from openmimo.parallel.fsdp import shard_model
+from openmimo.parallel.gradients import ShardedGradients, local_part
+from openmimo.parallel.mesh import Mesh, build_mesh, process_group
+
+Result = TypeVar("Result")
+
+
+@contextmanager
+def open_ranks(device: torch.device, sizes: dict[str, int]) -> Iterator["Ranks"]:
+    """Connect the processes of a run.
+
+    Args:
+        device: The device of the config.
+        sizes: Dimensions of the mesh, see `build_mesh`.
+
+    Raises:
+        ConfigError: The sizes do not fit the number of processes.
+    """
+    with process_group(device) as local_device:
+        yield Ranks(build_mesh(local_device.type, **sizes), local_device)
+
+
+class Ranks:
+    """One process of a run.
+
+    Attributes:
+        device: The device of this process.
+        gradients: Measures of the gradients.
+    """
+
+    def __init__(self, mesh: Mesh, device: torch.device):
+        self.mesh = mesh
+        self.device = device
+        self.gradients = ShardedGradients()
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and messages."""
+        return dist.get_rank() == 0
+
+    @property
+    def row_rank(self) -> int:
+        """Index of this process among those that read different rows."""
+        return self.mesh.row_rank
+
+    @property
+    def num_row_ranks(self) -> int:
+        """Number of processes that read different rows."""
+        return self.mesh.num_row_ranks
+
+    def rows(self, rows: int) -> int:
+        """Return the number of rows of an optimizer step that this process reads. Raises ConfigError."""
+        if rows % self.num_row_ranks:
+            raise ConfigError(
+                f"an optimizer step has {rows} rows, which dp_replicate x dp_shard = {self.num_row_ranks} does not "
+                "divide; change global_batch_size (and initial_batch_size), or parallel.*."
+            )
+        return rows // self.num_row_ranks
+
+    def apply(self, model: MiMo, *, recompute: bool) -> None:
+        """Distribute a model, whole on every process, in place. Raises ConfigError for a model that does not fit.
+
+        Args:
+            model: The model.
+            recompute: Whether layers recompute their activations in the backward pass.
+        """
+        if recompute:
+            checkpoint_activations(model.model)
+        experts = distribute_experts(model, self.mesh.ep) if self.mesh.ep.size() > 1 else []
+        shard_model(model, self.mesh.weights, self.mesh.experts, experts)
+
+    def split(
+        self, batch: MicroBatch, *, routing: RoutingTape | None, balance_weight: float, balance_length: int | None
+    ) -> tuple[MicroBatch, PackedContext]:
+        """Return the part of a micro-batch that this process computes, and its context."""
+        if self.mesh.cp.size() == 1:
+            return batch, PackedContext(
+                batch.document_lengths,
+                device=self.device,
+                routing=routing,
+                balance_weight=balance_weight,
+                balance_length=balance_length,
+            )
+        split = ContextSplit(batch.document_lengths, self.mesh.cp.get_group(), self.device)
+        context = ShardedContext(
+            split,
+            routing=routing,
+            balance_weight=balance_weight,
+            balance_length=balance_length,
+            sum_over_ranks=lambda tensor: self._sum(tensor, ("cp",)),
+        )
+        return split.batch(batch), context
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the sum of a tensor over all processes with different tokens."""
+        return self._sum(tensor, ("dp_replicate", "dp_shard", "cp"))
+
+    def _sum(self, tensor: torch.Tensor, dimensions: tuple[str, ...]) -> torch.Tensor:
+        total = tensor.clone()
+        for name in dimensions:
+            if self.mesh.whole[name].size() > 1:
+                dist.all_reduce(total, group=self.mesh.whole.get_group(name))
+        return total
+
+    def sum_over_rows(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the sum of a tensor over the processes that read different rows."""
+        return self._sum(tensor, ("dp_replicate", "dp_shard"))
+
+    def sum_over_all(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the sum of a tensor over all processes."""
+        total = tensor.to(self.device, copy=True)
+        dist.all_reduce(total)
+        return total
+
+    def local(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the part of a parameter, gradient or buffer that this process holds."""
+        return local_part(tensor)
+
+    def like(self, parameter: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
+        """Return `whole`, of the shape of a parameter, distributed as the parameter is."""
+        if not isinstance(parameter, DTensor) or whole.shape != parameter.shape:
+            return whole
+        whole = whole.to(self.device)
+        return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+    def mesh_of(self, parameter: torch.Tensor) -> object:
+        """Return the mesh of a parameter; a fused optimizer takes parameters of one mesh at a time."""
+        return parameter.device_mesh if isinstance(parameter, DTensor) else None
+
+    def check_growth(self) -> None:
+        """Raise ConfigError, because modules cannot be added to a model that has been distributed."""
+        raise ConfigError(
+            "mtp_heads rises in the middle of a run, which a run on several devices cannot do; end this run before "
+            "that stage, and start the stage as another run with init_from."
+        )
+
+    def gathered(self, model: MiMo, optimizer_tensors: dict[str, torch.Tensor]) -> tuple[MiMo, dict[str, torch.Tensor]]:
+        """Return a copy of the model and of its optimizer's tensors in CPU memory; on all but the main process empty.
+
+        The tensors are gathered one at a time.
+        """
+        with torch.device("meta"):
+            copy = MiMo(model.config)
+        if self.is_main:
+            copy = copy.to_empty(device="cpu")
+        copy.companions, copy.is_extended = model.companions, model.is_extended
+        targets = copy.state_dict()
+        for name, tensor in model.state_dict().items():
+            whole = _whole(tensor)
+            if self.is_main:
+                targets[name].copy_(whole)
+        tensors = {}
+        for name, tensor in optimizer_tensors.items():
+            whole = _whole(tensor)
+            if self.is_main:
+                tensors[name] = whole.cpu()
+        return copy, tensors
+
+    def main_first(self, function: Callable[[], Result]) -> Result:
+        """Call a function on the main process, then on the others. An error of the main process ends all of them."""
+        result: Any = None
+        if self.is_main:
+            result = self._shared(function)[1]
+        else:
+            self._shared(None)
+            result = function()
+        return result
+
+    def on_main(self, function: Callable[[], Result]) -> Result:
+        """Call a function on the main process only. Returns its result (which is pickled) on all processes."""
+        return self._shared(function if self.is_main else None, share=True)[0]
+
+    def _shared(self, function: Callable[[], Any] | None, *, share: bool = False) -> tuple[Any, Any]:
+        """Run a function on the main process and tell the others the outcome. Returns (shared result, own result)."""
+        result, error = None, None
+        if function is not None:
+            try:
+                result = function()
+            except Exception as raised:  # all processes must end, whatever it is
+                error = raised
+        box = [(result if share else None, error)]
+        dist.broadcast_object_list(box, src=0)
+        shared, error = box[0]
+        if error is not None:
+            raise error
+        return shared, result
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
