@@ -222,8 +222,8 @@ class ModelConfig:
         return replace(
             self,
             dense_ffn_dim=max(self.dense_ffn_dim // tp, 1),
-            layers=tuple(replace(layer, attention=_local_heads(layer.attention, tp)) for layer in self.layers),
-            mtp=replace(self.mtp, attention=_local_heads(self.mtp.attention, tp)) if self.mtp else None,
+            layers=tuple(replace(layer, attention=local_heads(layer.attention, tp)) for layer in self.layers),
+            mtp=replace(self.mtp, attention=local_heads(self.mtp.attention, tp)) if self.mtp else None,
         )
 
     def with_full_rope_theta(self, theta: float) -> "ModelConfig":
@@ -254,7 +254,8 @@ def _undivided(spec: AttentionConfig, where: str, tp: int) -> list[str]:
     return problems
 
 
-def _local_heads(spec: AttentionConfig, tp: int) -> AttentionConfig:
+def local_heads(spec: AttentionConfig, tp: int) -> AttentionConfig:
+    """Return the geometry of one of `tp` tensor-parallel ranks; see `ModelConfig.local`."""
     return replace(spec, num_heads=spec.num_heads // tp, num_kv_heads=max(spec.num_kv_heads // tp, 1))
 
 

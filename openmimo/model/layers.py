@@ -158,6 +158,10 @@ class Attention(nn.Module):
         self.o_proj = Linear(spec.num_heads * spec.value_dim, D, bias=False)
         self.attention_sink_bias = nn.Parameter(torch.zeros(spec.num_heads)) if spec.sink else None
 
+    def sink(self) -> torch.Tensor | None:
+        """Return the sink logits [N], or None if the geometry has none."""
+        return self.attention_sink_bias
+
     def forward(self, x_TD: torch.Tensor, context: AttentionContext) -> torch.Tensor:
         """Map [T, D] to [T, D]."""
         spec, T = self.spec, x_TD.shape[0]
@@ -175,7 +179,7 @@ class Attention(nn.Module):
             q_TNK,
             k_TGK,
             v_TGV,
-            self.attention_sink_bias,
+            self.sink(),
             spec.window_keys,
             is_source=self.is_source,
             score_block=spec.score_block,

@@ -21,6 +21,7 @@ from openmimo.parallel.expert import distribute_experts
 from openmimo.parallel.fsdp import shard_model
 from openmimo.parallel.gradients import ShardedGradients, local_part
 from openmimo.parallel.mesh import Mesh, build_mesh, process_group
+from openmimo.parallel.tensor import divide_layers
 
 Result = TypeVar("Result")
 
@@ -86,6 +87,8 @@ class Ranks:
         """
         if recompute:
             checkpoint_activations(model.model)
+        if self.mesh.tp.size() > 1:
+            divide_layers(model, self.mesh.weights["tp"])
         experts = distribute_experts(model, self.mesh.ep) if self.mesh.ep.size() > 1 else []
         shard_model(model, self.mesh.weights, self.mesh.experts, experts)
 
