@@ -22,27 +22,38 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from openmimo.core.errors import ConfigError
+from openmimo.core.errors import ConfigError, UserError
 from openmimo.runtime.device import process_device
 
 _TIMEOUT = datetime.timedelta(minutes=10)
 
 
-def world_size() -> int:
-    """Return the number of processes that the launcher has started."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 @contextmanager
 def process_group(device: torch.device) -> Iterator[torch.device]:
-    """Connect the processes of the run. Yields the device of this process; the connection ends with the block."""
+    """Connect the processes of the run. Yields the device of this process; the connection ends with the block.
+
+    Raises:
+        UserError: Another process has ended or does not answer.
+    """
     local_device = process_device(device, int(os.environ.get("LOCAL_RANK", "0")))
     backend = "gloo" if local_device.type == "cpu" else "nccl"
     dist.init_process_group(backend, timeout=_TIMEOUT, device_id=local_device if backend == "nccl" else None)
     try:
         yield local_device
+    except RuntimeError as error:
+        if not _is_lost_connection(error):
+            raise
+        raise UserError(
+            f"another process of the run has ended or does not answer, so process {dist.get_rank()} ends; torchrun "
+            "prints which process failed first. The same command continues from the newest checkpoint."
+        ) from error
     finally:
         dist.destroy_process_group()
+
+
+def _is_lost_connection(error: RuntimeError) -> bool:
+    """Whether an error comes from a collective; gloo raises a plain RuntimeError."""
+    return isinstance(error, dist.DistError) or "/gloo/" in str(error)
 
 
 @dataclass(frozen=True)

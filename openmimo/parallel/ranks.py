@@ -194,18 +194,20 @@ class Ranks:
         return self._shared(function if self.is_main else None, share=True)[0]
 
     def _shared(self, function: Callable[[], Any] | None, *, share: bool = False) -> tuple[Any, Any]:
-        """Run a function on the main process and tell the others the outcome. Returns (shared result, own result)."""
-        result, error = None, None
+        """Run a function on the main process and send the outcome to the others. Returns (shared, own) result."""
+        result, failure = None, None
         if function is not None:
             try:
                 result = function()
-            except Exception as raised:  # all processes must end, whatever it is
-                error = raised
-        box = [(result if share else None, error)]
+            except Exception as error:  # of any kind: the other processes wait for an answer
+                failure = error
+        box = [(result if share else None, failure is not None)]
         dist.broadcast_object_list(box, src=0)
-        shared, error = box[0]
-        if error is not None:
-            raise error
+        if failure is not None:
+            raise failure
+        shared, has_failed = box[0]
+        if has_failed:
+            raise SystemExit(1)  # the main process prints the error
         return shared, result
 
 

@@ -1,0 +1,148 @@
+"""A training step on several processes has the loss and every gradient of the same step on one."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import tiny_model
+from distributed.processes import run_processes
+
+from openmimo.core.errors import ConfigError
+from openmimo.model.context import RoutingTape
+from openmimo.model.heads import MicroBatch, micro_batch
+from openmimo.model.mimo import MiMo
+from openmimo.parallel.mesh import build_mesh
+from openmimo.parallel.ranks import Ranks
+from openmimo.train.config import OptimizerConfig
+from openmimo.train.loss import training_loss
+from openmimo.train.optim import build_optimizer, clip_gradients
+from openmimo.train.trainer import Alone
+
+CPU = torch.device("cpu")
+ROW = 96
+WHOLE = {"dp_replicate": 1, "dp_shard": -1, "cp": 1, "tp": 1, "ep": 1}
+TWO = [{}, {"dp_replicate": 2, "dp_shard": 1}, {"cp": 2}, {"tp": 2}, {"ep": 2}]
+FOUR = [
+    {"cp": 4}, {"tp": 4}, {"ep": 4}, {"ep": 2}, {"tp": 2}, {"dp_replicate": 2}, {"tp": 2, "cp": 2},
+    {"cp": 2, "ep": 4}, {"cp": 2, "ep": 2}, {"dp_replicate": 2, "dp_shard": 2, "ep": 2}, {"dp_replicate": 2, "tp": 2},
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The results of one training step: losses by head, the norm and zeros of the gradients, and each gradient."""
+
+    losses: torch.Tensor
+    norm: float
+    num_zeros: int
+    load: dict[int, torch.Tensor]
+    gradients: dict[str, torch.Tensor]
+    updated: dict[str, torch.Tensor]
+
+
+def large_sink_model() -> MiMo:
+    """Large sinks show a dropped sink gradient. A window reaches over several chunks of four ranks."""
+    model = tiny_model(mtp_heads=2, window_keys=40)
+    with torch.no_grad():
+        for name, tensor in model.named_parameters():
+            if "sink" in name:
+                tensor *= 3
+    return model.train()
+
+
+def batches() -> list[MicroBatch]:
+    """Four micro-batches of two rows: one document, and three of unequal lengths."""
+    generator = torch.Generator().manual_seed(1)
+    lengths = (ROW, 51, 7, ROW - 58)
+    return [micro_batch(torch.randint(0, 160, (2 * ROW,), generator=generator), lengths, None, 2) for _ in range(4)]
+
+
+def step(model: MiMo, ranks: Alone, mine: list[MicroBatch]) -> Outcome:
+    counts = ranks.sum_over_rows(torch.stack([batch.label_counts() for batch in mine]).sum(0))
+    losses, load = torch.zeros(len(counts)), {}
+    tape = RoutingTape(record=True)
+    for batch in mine:
+        part, context = ranks.split(batch, routing=tape, balance_weight=0.01, balance_length=ROW)
+        loss, shares = training_loss(model, part, context, label_counts=counts, mtp_weight=0.3)
+        loss.backward()
+        losses += shares
+        tape.add_expert_load(load, model.config.moe.num_experts)
+    report = clip_gradients(model, 0.5, gradients=ranks.gradients)
+    gradients = {name: whole(parameter.grad) for name, parameter in model.named_parameters()}
+    optimizer = build_optimizer(model, OptimizerConfig(), mesh_of=ranks.mesh_of)
+    for group in optimizer.param_groups:
+        group["lr"] = 1e-3
+    optimizer.step()
+    updated = {name: whole(parameter.detach()) for name, parameter in model.named_parameters()}
+    load = {layer: ranks.sum(load_E) for layer, load_E in load.items()}
+    return Outcome(ranks.sum(losses), float(report.norm), int(report.num_zeros), load, gradients, updated)
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor.clone()
+
+
+def steps_on_meshes(meshes: list[dict[str, int]], recompute: bool) -> list[Outcome]:
+    outcomes = []
+    for sizes in meshes:
+        ranks = Ranks(build_mesh("cpu", **WHOLE | sizes), CPU)
+        model = large_sink_model()
+        ranks.apply(model, recompute=recompute)
+        outcomes.append(step(model, ranks, batches()[ranks.row_rank :: ranks.num_row_ranks]))
+    return outcomes if dist.get_rank() == 0 else []
+
+
+@pytest.fixture(scope="module")
+def alone() -> Outcome:
+    return step(large_sink_model(), Alone(CPU), batches())
+
+
+def assert_equal(outcome: Outcome, alone: Outcome, sizes: dict[str, int]) -> None:
+    torch.testing.assert_close(outcome.losses, alone.losses, rtol=1e-6, atol=1e-6)
+    assert abs(outcome.norm - alone.norm) < 1e-5 * alone.norm, sizes
+    assert outcome.num_zeros == alone.num_zeros, sizes
+    for layer, load_E in alone.load.items():
+        assert torch.equal(outcome.load[layer], load_E), (sizes, layer)
+    for name, gradient in alone.gradients.items():
+        assert gradient.abs().max() > 0, name
+        error = (outcome.gradients[name] - gradient).abs().max() / gradient.abs().max()
+        assert error < 1e-5, (sizes, name, float(error))
+        # Adam's first step has the size of the learning rate, whatever that of the gradient
+        assert (outcome.updated[name] - alone.updated[name]).abs().max() < 1e-4, (sizes, name)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_two_processes(tmp_path, alone, recompute):
+    meshes = TWO if not recompute else [{"cp": 2, "ep": 2}]
+    outcomes, _ = run_processes(tmp_path, 2, steps_on_meshes, meshes, recompute)
+    for sizes, outcome in zip(meshes, outcomes, strict=True):
+        assert_equal(outcome, alone, sizes)
+
+
+@pytest.mark.slow
+def test_four_processes(tmp_path, alone):
+    outcomes, *_ = run_processes(tmp_path, 4, steps_on_meshes, FOUR, False)
+    for sizes, outcome in zip(FOUR, outcomes, strict=True):
+        assert_equal(outcome, alone, sizes)
+
+
+def refusals() -> list[str]:
+    messages = []
+    for sizes in ({"cp": 4}, {"ep": 3}, {"dp_shard": 3}):
+        with pytest.raises(ConfigError) as error:
+            build_mesh("cpu", **WHOLE | sizes)
+        messages.append(str(error.value))
+    ranks = Ranks(build_mesh("cpu", **WHOLE), CPU)
+    with pytest.raises(ConfigError) as error:
+        ranks.rows(5)
+    messages.append(str(error.value))
+    with pytest.raises(ConfigError) as error:
+        ranks.check_growth()
+    return [*messages, str(error.value)]
+
+
+def test_what_does_not_fit_is_refused_by_name(tmp_path):
+    mesh, experts, shard, rows, growth = run_processes(tmp_path, 2, refusals)[0]
+    assert "--nproc-per-node 4" in mesh and "ep is 3" in experts and "--nproc-per-node 3" in shard
+    assert "5 rows" in rows and "mtp_heads" in growth
