@@ -1,0 +1,168 @@
+"""The plan's bytes are those of real processes, and its search finds meshes that fit."""
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import tiny_config
+from distributed.processes import run_processes
+from distributed.test_equals_one_process import CPU, WHOLE
+
+from openmimo.core.errors import ConfigError
+from openmimo.model.backbone import checkpoint_activations
+from openmimo.model.context import PackedContext, RoutingTape
+from openmimo.model.heads import micro_batch
+from openmimo.model.mimo import MiMo
+from openmimo.model.presets import model_config
+from openmimo.parallel.mesh import build_mesh
+from openmimo.parallel.plan import CARDS, MeshSizes, StepShape, activation_bytes, kept_parameters, meshes, plan, search
+from openmimo.parallel.ranks import Ranks
+from openmimo.train.loss import training_loss
+
+STEP = StepShape(sequence_length=128, rows=8, micro_batch_rows=2, activation_bytes=4)
+CONFIG = tiny_config(mtp_heads=2)
+MESHES = [
+    MeshSizes(dp_shard=4), MeshSizes(dp_shard=2, cp=2), MeshSizes(cp=4), MeshSizes(dp_replicate=2, dp_shard=2),
+    MeshSizes(dp_shard=2, tp=2), MeshSizes(dp_shard=2, cp=2, ep=4), MeshSizes(dp_shard=4, ep=2),
+]  # fmt: skip
+
+
+def measured(sizes: MeshSizes) -> dict[str, float]:
+    """Bytes that this process keeps, and receives in a step, with the messages of collectives counted by kind."""
+    counts: Counter = Counter()
+
+    def count(name, kind, share):
+        inner = getattr(dist, name)
+
+        def counted(output, *arguments, **options):
+            group = options.get("group") or dist.group.WORLD
+            ranks = dist.get_world_size(group)
+            counts[kind] += output.numel() * output.element_size() * share(ranks)
+            return inner(output, *arguments, **options)
+
+        setattr(dist, name, counted)
+
+    count(
+        "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor",
+        "gather",
+        lambda n: (n - 1) / n,
+    )
+    count(
+        "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor",
+        "scatter",
+        lambda n: n - 1,
+    )
+    count("all_reduce", "reduce", lambda n: 2 * (n - 1) / n)
+    inner = dist.all_to_all_single
+
+    def exchanged(output, given, output_split_sizes=None, input_split_sizes=None, group=None):
+        own = 0 if output_split_sizes is None else output_split_sizes[dist.get_rank(group)]
+        rows = sum(output_split_sizes or [])
+        counts["exchange"] += (rows - own) * output[:1].numel() * output.element_size()
+        return inner(output, given, output_split_sizes, input_split_sizes, group=group)
+
+    dist.all_to_all_single = exchanged
+    mesh = {name: getattr(sizes, name) for name in WHOLE}
+    ranks = Ranks(build_mesh("cpu", **mesh), CPU)
+    model = MiMo(CONFIG)
+    model.initialize(torch.Generator().manual_seed(0))
+    ranks.apply(model.train(), recompute=False)
+    generator = torch.Generator().manual_seed(ranks.row_rank)
+    for _ in range(STEP.rows // sizes.row_ranks // STEP.micro_batch_rows):
+        tokens = torch.randint(0, CONFIG.vocab_size, (2 * 128,), generator=generator)
+        part, context = ranks.split(
+            micro_batch(tokens, (128, 128), None, 2), routing=RoutingTape(), balance_weight=0.0, balance_length=None
+        )
+        loss, _ = training_loss(model, part, context, label_counts=torch.tensor([100] * 3), mtp_weight=0.3)
+        loss.backward()
+    counts["kept"] = sum(ranks.local(parameter).numel() for parameter in model.parameters())
+    return dict(counts)
+
+
+def all_measured() -> list[dict[str, float]]:
+    functions = dict(vars(dist))
+    outcomes = []
+    for sizes in MESHES:
+        outcomes.append(measured(sizes))
+        for name in ("all_gather_single", "reduce_scatter_single", "all_reduce", "all_to_all_single"):
+            setattr(dist, name, functions[name])
+    return outcomes
+
+
+@pytest.mark.slow
+def test_bytes_are_those_of_real_processes(tmp_path):
+    by_rank = run_processes(tmp_path, 4, all_measured)
+    for number, sizes in enumerate(MESHES):
+        mean: Counter = Counter()
+        for outcomes in by_rank:
+            mean.update({kind: value / 4 for kind, value in outcomes[number].items()})
+        traffic = plan(CONFIG, sizes, STEP, CARDS["h100"], efficiency=0.4).traffic
+        assert mean["kept"] == kept_parameters(CONFIG, sizes), sizes
+        assert mean["gather"] + mean["scatter"] == pytest.approx(traffic.shard), sizes
+        assert mean["reduce"] == pytest.approx(traffic.replicate + traffic.tp), sizes
+        # a random router is not even, and the counts of tokens travel as well
+        assert mean["exchange"] == pytest.approx(traffic.cp + traffic.ep, rel=0.1 if sizes.ep > 1 else 1e-9), sizes
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_activations_are_those_that_autograd_keeps(recompute):
+    """The layers' tensors, not those of the loss, which depend on the vocabulary and are freed first."""
+    model = MiMo(replace(CONFIG, mtp=None))
+    model.initialize(torch.Generator().manual_seed(0))
+    if recompute:
+        checkpoint_activations(model.model)
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        hidden = model.train()(torch.arange(1024) % 160, PackedContext((1024,)))
+    step = StepShape(sequence_length=1024, rows=1, micro_batch_rows=1, activation_bytes=4, recompute=recompute)
+    predicted = activation_bytes(model.config, MeshSizes(), step)
+    assert hidden.post_norm_TD.requires_grad
+    print(sum(kept.values()), predicted)
+
+
+def test_the_search_finds_meshes_that_fit():
+    config, step = model_config("flash_base"), StepShape(32_768, 2048, 1, recompute=True)
+    fitting, others = search(config, step, CARDS["h100"], num_cards=256, efficiency=0.4)
+    assert fitting and all(found.memory.total < 80e9 for found in fitting)
+    assert all(found.memory.total > 70e9 for found in others)
+    assert fitting == sorted(fitting, key=lambda found: found.step_seconds)
+    assert not search(config, step, CARDS["h100"], num_cards=8, efficiency=0.4)[0]
+
+
+def test_meshes_use_every_card():
+    found = list(meshes(16, 8))
+    assert len(set(found)) == len(found)
+    assert all(sizes.row_ranks * sizes.cp * sizes.tp == 16 for sizes in found)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        (MeshSizes(dp_shard=3), "8 rows"),
+        (MeshSizes(dp_shard=2, ep=2, tp=3), "tp"),
+        (MeshSizes(dp_shard=2, ep=4), "ep 4"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_refused(sizes, message):
+    with pytest.raises(ConfigError, match=message):
+        plan(CONFIG, sizes, STEP, CARDS["h100"], efficiency=0.4)
+
+
+def test_context_parallelism_moves_less_than_gathering_all_keys():
+    """Eight ranks and 256K tokens: a halo makes the traffic of sliding layers vanish beside that of full ones."""
+    config = model_config("flash_base")
+    step = StepShape(262_144, 64, 1)
+    moved = plan(config, MeshSizes(dp_shard=8, cp=8), step, CARDS["h100"], efficiency=0.4).traffic.cp / 8 / 2
+    specs = [config.attention_place(index).spec for index in range(len(config.attention_layers()))]
+    gathered = sum(spec.num_kv_heads * (spec.key_dim + spec.value_dim) for spec in specs) * 262_144 * 7 / 8 * 2
+    assert gathered / moved > 9.6
