@@ -4,7 +4,7 @@ TORCH  ?= torch==2.13.0
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: setup demo tiny-mimo test types sanitize interpret clients check bench
+.PHONY: setup demo tiny-mimo test distributed types sanitize interpret clients check bench
 
 # torch goes first and alone, so that every later range finds it satisfied
 $(VENV)/setup: pyproject.toml
@@ -26,6 +26,9 @@ tiny-mimo: demo
 	cp build/tiny-mimo/* openmimo/assets/tiny-mimo/
 test: $(VENV)/dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile -m "not slow and not gpu"
+# gradients, losses and resumption on two and four processes; takes 3 to 6 minutes
+distributed: $(VENV)/dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/distributed
 types: $(VENV)/dev
 	$(BIN)/mypy
 # the C kernels, compiled with gcc's address and undefined-behavior sanitizers, under the tests that call them

@@ -36,6 +36,7 @@ from openmimo.engine.config import EngineConfig, WeightFormat, chosen_format
 from openmimo.engine.server.config import ServerConfig
 from openmimo.model.embedded import EMBEDDED, announce
 from openmimo.own_data import Own, OwnProblems, own_data_of, with_own_data
+from openmimo.parallel.config import PlanConfig
 from openmimo.rl.agents.option_arguments import merged, plugin_arguments
 from openmimo.rl.config import CompareConfig, MopdConfig, RlConfig
 from openmimo.short_help import short_help
@@ -347,6 +348,29 @@ def _audit(arguments: list[str]) -> None:
     print_audit(audit(model_config(model), quantized=quantized), list_tensors=tensors)
 
 
+def _plan(arguments: list[str]) -> None:
+    options = _parse_options(PlanConfig, arguments, "plan [RECIPE]", ("recipe", "gpus", "gpu", "stage", "dry_run"))
+    config = load_recipe(options.recipe, "pretrain")
+    if not isinstance(config, PretrainConfig):
+        raise ConfigError(f"recipe {options.recipe!r} returns {type(config).__name__}; plan needs a PretrainConfig.")
+    if options.stage >= len(config.stages):
+        raise ConfigError(f"--stage is {options.stage}, but recipe {options.recipe!r} has {len(config.stages)} stages.")
+    stage = config.stages[options.stage]
+    from openmimo.model.hf import load_config
+    from openmimo.model.presets import model_config
+    from openmimo.parallel.plan import StepShape
+    from openmimo.parallel.print_plan import print_plan
+
+    step = StepShape(
+        sequence_length=stage.sequence_length,
+        rows=stage.global_batch_size,
+        micro_batch_rows=options.micro_batch_size,
+        recompute=options.recompute,
+    )
+    model = load_config(config.init_from) if config.init_from else model_config(config.model or "tiny")
+    print_plan(options, model, step)
+
+
 # --- verbs: generation -----------------------------------------------------------------------------------------------
 
 
@@ -572,6 +596,7 @@ VERBS: dict[str, Verb] = {
         _convert,
         "the new checkpoint was not written; the old one is unchanged",
     ),
+    "plan": Verb("predict memory, messages and time of a recipe on a number of accelerators", _plan),
     "audit": Verb("count the parameters and tensors of a model without allocating them", _audit),
     "bench": Verb(
         "compare the speed of kernels, training and decoding with other implementations",

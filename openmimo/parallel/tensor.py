@@ -61,6 +61,7 @@ class DividedAttention(Attention):
 
     @spec.setter
     def spec(self, whole: AttentionConfig) -> None:
+        """Keep the part of this rank."""
         self._spec = local_heads(whole, dist.get_world_size(self.group))
 
     def sink(self) -> torch.Tensor | None:

@@ -16,6 +16,7 @@ from openmimo.model.context import PackedContext, RoutingTape
 from openmimo.model.heads import micro_batch
 from openmimo.model.mimo import MiMo
 from openmimo.model.presets import model_config
+from openmimo.parallel.dry_run import dry_run
 from openmimo.parallel.mesh import build_mesh
 from openmimo.parallel.plan import CARDS, MeshSizes, StepShape, activation_bytes, kept_parameters, meshes, plan, search
 from openmimo.parallel.ranks import Ranks
@@ -156,6 +157,13 @@ def test_meshes_use_every_card():
 def test_a_mesh_that_does_not_fit_is_refused(sizes, message):
     with pytest.raises(ConfigError, match=message):
         plan(CONFIG, sizes, STEP, CARDS["h100"], efficiency=0.4)
+
+
+@pytest.mark.parametrize("sizes", [MeshSizes(dp_shard=4, ep=2), MeshSizes(dp_replicate=2, cp=2, tp=2)])
+def test_a_dry_run_builds_every_rank(sizes):
+    counts = list(dry_run(CONFIG, sizes, recompute=True))
+    assert len(counts) == sizes.row_ranks * sizes.cp * sizes.tp
+    assert sum(counts) / len(counts) == pytest.approx(kept_parameters(CONFIG, sizes))
 
 
 def test_context_parallelism_moves_less_than_gathering_all_keys():

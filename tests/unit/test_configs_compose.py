@@ -24,13 +24,14 @@ from openmimo.demo.config import DemoConfig
 from openmimo.engine.config import EngineConfig
 from openmimo.engine.llm import LLM
 from openmimo.evals.config import EvalConfig
+from openmimo.parallel.config import PlanConfig
 from openmimo.rl.config import BatchConfig, CompareConfig, MopdConfig, RlConfig, SchedulerConfig
 from openmimo.train.config import ExtendConfig, PhaseSettings, PretrainConfig, RunConfig, SftConfig, TrainConfig
 
 PACKAGE = Path(openmimo.__file__).parent
 COMMANDS = (
     PretrainConfig, ExtendConfig, SftConfig, RlConfig, MopdConfig, CompareConfig, DemoConfig, EvalConfig,
-    SpeakOptions, GenerateOptions, ServeOptions,
+    SpeakOptions, GenerateOptions, ServeOptions, PlanConfig,
 )  # fmt: skip
 
 

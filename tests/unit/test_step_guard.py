@@ -32,11 +32,11 @@ def spoil(monkeypatch, *, steps: tuple[int, ...]) -> None:
     real = Trainer._accumulate
 
     def accumulate(trainer, stage, micro_batches):
-        losses, load = real(trainer, stage, micro_batches)
+        losses, load, tokens = real(trainer, stage, micro_batches)
         if trainer.step + 1 in steps:
             trainer.model.get_parameter("model.layers.2.self_attn.q_proj.weight").grad[0, 0] = float("nan")
             losses = losses * float("nan")
-        return losses, load
+        return losses, load, tokens
 
     monkeypatch.setattr(Trainer, "_accumulate", accumulate)
 

@@ -1,0 +1,87 @@
+"""The tables of `openmimo plan`."""
+
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from openmimo.core.errors import ConfigError
+from openmimo.model.config import ModelConfig
+from openmimo.parallel.config import PlanConfig
+from openmimo.parallel.plan import CARDS, Plan, StepShape, search
+
+_TERA, _GIGA = 1e12, 1e9
+
+
+def print_plan(options: PlanConfig, model: ModelConfig, step: StepShape) -> None:
+    """Search the meshes, and print the best.
+
+    Args:
+        options: The options of the command.
+        model: The model of the recipe.
+        step: The optimizer step of the recipe's stage.
+
+    Raises:
+        ConfigError: No mesh serves.
+    """
+    console, card = Console(soft_wrap=True), CARDS[options.gpu]
+    fitting, others = search(model, step, card, num_cards=options.gpus, efficiency=options.efficiency)
+    if not fitting and not others:
+        raise ConfigError(
+            f"no mesh of {options.gpus} cards divides the model and {step.rows} rows in micro-batches of "
+            f"{step.micro_batch_rows}; change --gpus or --micro-batch-size."
+        )
+    console.print(
+        f"{options.gpus} x {options.gpu}, {step.rows} rows of {step.sequence_length:,} tokens a step; products at "
+        f"{options.efficiency:.0%} of {card.flops / _TERA:.0f} TFLOP/s (an assumption: --efficiency)."
+    )
+    shown = (fitting or others)[: options.top]
+    if not fitting:
+        smallest = min(others, key=lambda found: found.memory.total)
+        console.print(
+            f"[yellow]no mesh fits[/] into {card.memory_bytes / _GIGA:.0f} GB with a tenth to spare; the smallest "
+            f"needs {smallest.memory.total / _GIGA:.0f} GB ({smallest.sizes}). The fastest that would run elsewhere:"
+        )
+    console.print(_speeds(shown))
+    console.print(_parts(shown[0]))
+    if options.dry_run:
+        from openmimo.parallel.dry_run import dry_run
+
+        counts = list(
+            track(
+                dry_run(model, shown[0].sizes, recompute=step.recompute),
+                total=options.gpus,
+                description="building the shards of each rank",
+            )
+        )
+        console.print(
+            f"{len(counts)} ranks built on the meta device: {min(counts):,} to {max(counts):,} parameters each, and "
+            "the shards of every weight add up to it."
+        )
+
+
+def _speeds(plans: list[Plan]) -> Table:
+    table = Table(box=None, title="meshes, the fastest first", title_justify="left")
+    for name in ("mesh", "memory, GB", "step, s", "products, s", "tokens a day"):
+        table.add_column(name, justify="left" if name == "mesh" else "right")
+    for found in plans:
+        table.add_row(
+            str(found.sizes),
+            f"{found.memory.total / _GIGA:.1f}",
+            f"{found.step_seconds:.2f}",
+            f"{found.compute_seconds:.2f}",
+            f"{found.tokens_per_day / _GIGA:,.1f}e9",
+        )
+    return table
+
+
+def _parts(best: Plan) -> Table:
+    table = Table(box=None, title="one rank of the first mesh", title_justify="left")
+    table.add_column("memory, GB")
+    table.add_column("", justify="right")
+    table.add_column("received in a step, GB")
+    table.add_column("", justify="right")
+    memory = [(name, value / _GIGA) for name, value in vars(best.memory).items()]
+    traffic = [(name, value / _GIGA) for name, value in vars(best.traffic).items()]
+    for (part, size), (dimension, moved) in zip(memory, traffic, strict=True):
+        table.add_row(part, f"{size:.2f}", dimension, f"{moved:.2f}")
+    return table
