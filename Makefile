@@ -24,8 +24,9 @@ tiny-mimo: demo
 	rm -rf build/tiny-mimo
 	$(BIN)/python -m openmimo convert runs/demo/mopd/model build/tiny-mimo --dtype bfloat16
 	cp build/tiny-mimo/* openmimo/assets/tiny-mimo/
+# an empty PYTHONDONTWRITEBYTECODE keeps compiled tests, which each worker and each child process would compile again
 test: $(VENV)/dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile -m "not slow and not gpu"
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile -m "not slow and not gpu"
 types: $(VENV)/dev
 	$(BIN)/mypy
 # the C kernels, compiled with gcc's address and undefined-behavior sanitizers, under the tests that call them
