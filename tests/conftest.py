@@ -1,5 +1,6 @@
 """Settings and models that many tests share."""
 
+import functools
 import gc
 import os
 
@@ -21,6 +22,10 @@ import torch
 from openmimo.model.config import ModelConfig
 from openmimo.model.mimo import MiMo
 from openmimo.model.presets import tiny
+from openmimo.runtime import device
+
+# The measurement takes as long as a short training run; here one per process is enough.
+device.measured_matmul_flops = functools.cache(device.measured_matmul_flops)
 
 with suppress(ImportError):  # without hypothesis, the tests that need it are skipped
     from hypothesis import settings
