@@ -24,8 +24,9 @@ tiny-mimo: demo
 	rm -rf build/tiny-mimo
 	$(BIN)/python -m openmimo convert runs/demo/mopd/model build/tiny-mimo --dtype bfloat16
 	cp build/tiny-mimo/* openmimo/assets/tiny-mimo/
+# an empty PYTHONDONTWRITEBYTECODE keeps compiled tests, which each worker and each child process would compile again
 test: $(VENV)/dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile -m "not slow and not gpu"
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile -m "not slow and not gpu"
 # gradients, losses and resumption on two and four processes; takes 3 to 6 minutes
 distributed: $(VENV)/dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/distributed

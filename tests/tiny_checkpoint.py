@@ -13,9 +13,9 @@ _CORPUS = ["The quick brown fox jumps over the lazy dog, 0123456789.\n", "def ad
 
 
 def save_tiny_checkpoint(folder: Path) -> Path:
-    """Writes the checkpoint; its model has 4,096 positions."""
+    """Writes the checkpoint; its model has a layer of each attention kind, and 4,096 positions."""
     tokenizer = Tokenizer.train(_CORPUS, vocab_size=320)
-    config = replace(tiny_config(mtp_heads=3), vocab_size=tokenizer.vocab_size, max_positions=4096)
+    config = replace(tiny_config(num_layers=2, mtp_heads=3), vocab_size=tokenizer.vocab_size, max_positions=4096)
     save_model(randomize(MiMo(config), 0), folder)
     tokenizer.save(folder)
     return folder

@@ -1,6 +1,7 @@
 """All operations are dispatched alike: a folder of backends with a reference, and an environment variable."""
 
 import ast
+import functools
 import pkgutil
 from pathlib import Path
 
@@ -48,14 +49,19 @@ def test_the_call_leaves_the_choice_to_the_dispatcher(module):
     assert not asked & {"is_cpu", "device", "is_cuda"}
 
 
+@functools.cache
+def names_in_contract_tests() -> set[tuple[str, str]]:
+    """Returns the modules and names that contract tests import."""
+    nodes = [
+        node
+        for path in (Path(__file__).parents[1] / "contracts").glob("test_*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom)
+    ]
+    return {(node.module, alias.name) for node in nodes for alias in node.names}
+
+
 @pytest.mark.parametrize("name", DISPATCHERS)
 def test_an_operation_has_a_contract_test(name):
     module, _, dispatcher = name.rpartition(".")
-    contracts = Path(__file__).parents[1] / "contracts"
-    imports = [
-        node
-        for path in contracts.glob("test_*.py")
-        for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.ImportFrom) and node.module == f"openmimo.kernels.{module}"
-    ]
-    assert dispatcher in {alias.name for node in imports for alias in node.names}
+    assert (f"openmimo.kernels.{module}", dispatcher) in names_in_contract_tests()

@@ -1,6 +1,7 @@
 """Rules about the source: allowed imports between folders, light imports, and names that only some files may use."""
 
 import ast
+import functools
 import re
 import subprocess
 import sys
@@ -25,10 +26,16 @@ TORCH_FREE = ["openmimo", "openmimo.cli", "openmimo.train.config", "openmimo.mod
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
+@functools.cache
+def tree_of(path: Path) -> ast.Module:
+    """Returns the syntax tree of a file, which several rules read."""
+    return ast.parse(path.read_text())
+
+
 def imports_of(path: Path) -> set[str]:
     """Returns the dotted names of all modules that a file imports, at module level or inside functions."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -85,7 +92,7 @@ def test_no_landfill_modules():
 
 
 def test_public_things_have_docstrings():
-    trees = {path: ast.parse(path.read_text()) for path in FILES}
+    trees = {path: tree_of(path) for path in FILES}
     documented = documented_methods(trees.values())
     missing = []
     for path, tree in trees.items():
@@ -134,7 +141,7 @@ def name_of(base: ast.expr) -> str:
 def test_functions_fit_a_screen():
     long = []
     for path in FILES:
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(tree_of(path)):
             if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno > 70:
                 long.append(f"{path}:{node.lineno} {node.name}")
     assert not long, "\n".join(long)

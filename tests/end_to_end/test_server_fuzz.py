@@ -16,7 +16,7 @@ from openmimo.engine.server.app import create_app
 from openmimo.engine.server.backends.stub import StubBackend
 from openmimo.engine.server.config import ServerConfig
 
-FEW = settings(max_examples=25, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+FEW = settings(max_examples=12, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 CHECKS = ["not_a_server_error", "status_code_conformance", "content_type_conformance", "response_schema_conformance"]
 PATHS = [
     "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/responses/compact", "/v1/messages",

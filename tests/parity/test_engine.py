@@ -85,7 +85,7 @@ SITUATIONS = (
 )
 
 
-@settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(max_examples=4, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(*SITUATIONS)
 def test_a_request_gets_its_own_text_among_any_other_requests(plans, pages, max_sequences, prefill, prefix_cache):
     expect_own_text(plans, pages, max_sequences, prefill, prefix_cache)

@@ -27,7 +27,7 @@ SHARED, SCORED, BLOCK = "tests.attention_kinds:SHARED", "tests.attention_kinds:S
 
 def shared_config(kind: str = SHARED, mtp_heads: int = 0) -> ModelConfig:
     """Layers 2 and 3 read the keys of full layer 0; layer 5 reads those of sliding layer 4 in a narrower window."""
-    config = tiny_config(mtp_heads=mtp_heads)
+    config = tiny_config(num_layers=7, mtp_heads=mtp_heads)
     layers = list(config.layers)
     full = replace(layers[0].attention, score_block=BLOCK if kind == SCORED else None)
     layers[0] = replace(layers[0], attention=full)
@@ -250,4 +250,4 @@ def test_context_extension_moves_a_full_layer_and_those_that_read_it():
     model = shared_model()
     model.extend_context(full_rope_theta=1e7, max_positions=1 << 16)
     thetas = [layer.self_attn.spec.rope_theta for layer in model.model.layers]
-    assert [index for index, theta in enumerate(thetas) if theta == 1e7] == [0, 2, 3]
+    assert [index for index, theta in enumerate(thetas) if theta == 1e7] == [0, 2, 3, 6]

@@ -1,5 +1,6 @@
 """Speculation gives the tokens of plain decoding: greedy or sampled, with few or nearly all drafts accepted."""
 
+import functools
 from dataclasses import replace
 
 import pytest
@@ -63,15 +64,19 @@ PARAMS = {
 }
 
 
+@functools.cache
+def _model_and_plain_texts(model, params):
+    # In float32, rounding depends on the length of a pass, which changes a draw once in 10,000 tokens.
+    model = MODELS[model]().to(torch.float64 if params == "sampled" else torch.float32)
+    return model, LLM(model, speculative=False).generate(_prompts(), PARAMS[params])
+
+
 @pytest.mark.parametrize("num_drafts", [1, 3])
 @pytest.mark.parametrize("params", PARAMS)
 @pytest.mark.parametrize("model", MODELS)
 def test_speculation_changes_no_token(model, params, num_drafts):
-    # In float32, rounding depends on the length of a pass, which changes a draw once in 10,000 tokens.
-    dtype = torch.float64 if params == "sampled" else torch.float32
-    model, params = MODELS[model]().to(dtype), PARAMS[params]
-    plain = LLM(model, speculative=False).generate(_prompts(), params)
-    drafted = LLM(model, num_drafts=num_drafts, prefill_tokens=16).generate(_prompts(), params)
+    model, plain = _model_and_plain_texts(model, params)
+    drafted = LLM(model, num_drafts=num_drafts, prefill_tokens=16).generate(_prompts(), PARAMS[params])
     assert [c.token_ids for c in drafted] == [c.token_ids for c in plain]
     assert [c.finish_reason for c in drafted] == [c.finish_reason for c in plain]
     for mine, expected in zip(drafted, plain, strict=True):
@@ -79,16 +84,17 @@ def test_speculation_changes_no_token(model, params, num_drafts):
 
 
 @torch.inference_mode()
-def _drafts_by_definition(model, tokens, num_drafts):
-    """Runs every head over the whole sequence, with the earlier heads' drafts as the missing tokens."""
-    newest = len(tokens) - 1
-    context = PackedContext((newest,))
-    hidden = model(torch.tensor(tokens[:-1]), context)
-    drafts = []
+def _drafts_by_definition(model, texts, num_drafts):
+    """Runs every head over all texts from their beginning, with the earlier heads' drafts as the missing tokens."""
+    lengths = tuple(len(text) - 1 for text in texts)
+    ends = torch.tensor(lengths).cumsum(0) - 1
+    hidden = model(torch.tensor([token for text in texts for token in text[:-1]]), PackedContext(lengths))
+    drafts = [[] for _ in texts]
     for head in range(num_drafts):
-        shifted = (tokens + drafts)[1 + head :]
-        states = model.mtp(head, hidden, torch.tensor(shifted), PackedContext((newest,)))
-        drafts.append(model.head(states[-1:]).argmax().item())
+        shifted = [token for text, own in zip(texts, drafts, strict=True) for token in (text + own)[1 + head :]]
+        states = model.mtp(head, hidden, torch.tensor(shifted), PackedContext(lengths))
+        for own, token in zip(drafts, model.head(states[ends]).argmax(-1).tolist(), strict=True):
+            own.append(token)
     return drafts
 
 
@@ -112,8 +118,10 @@ def test_drafts_are_those_of_the_whole_sequence(model, num_drafts):
     def compared(step):
         nonlocal num_compared
         output, first, tokens = execute(step), 0, step.main.token_ids_T.tolist()
-        for sequence, number in planned if step.drafting else ():
-            expected = _drafts_by_definition(model, sequence.tokens, num_drafts)
+        if not step.drafting:
+            return output
+        drafts = _drafts_by_definition(model, [sequence.tokens for sequence, _ in planned], num_drafts)
+        for (_, number), expected in zip(planned, drafts, strict=True):
             assert tokens[first + 1 : first + 1 + number] == expected[:number]
             first, num_compared = first + 1 + number, num_compared + number
         return output

@@ -38,7 +38,7 @@ def damaged(request, folder, tmp_path_factory):
             model.model.mtp.layers[0].eh_proj.weight.fill_(math.nan)
             model.model.norm.weight.fill_(math.inf)
         else:
-            model.model.layers[2].self_attn.q_proj.weight[0, 0] = math.nan
+            model.model.layers[1].self_attn.q_proj.weight[0, 0] = math.nan
     save_model(model, path)
     tokenizer.save(path)
     return path

@@ -302,7 +302,7 @@ def test_another_config_does_not_continue_a_run(finished):
         pretrain(replace(run_config(finished), seed=1))
 
 
-def test_a_finished_run_takes_more_steps_in_its_last_stage(finished, tmp_path):
+def test_a_finished_run_takes_more_steps_in_its_last_stage(finished, tmp_path, without_figures):
     """With a constant learning rate, the result is that of a run with all steps from the start."""
     base = run_config(finished)
     stages = tuple(replace(stage, steps=2, end_learning_rate=stage.learning_rate) for stage in base.stages)

@@ -22,7 +22,7 @@ IDS = torch.randint(0, 160, (40,), generator=torch.Generator().manual_seed(0))
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A checkpoint with an MTP head, whose matrices end in partial blocks."""
-    base = tiny_config(mtp_heads=1)
+    base = tiny_config(num_layers=7, mtp_heads=1)
     config = replace(base, hidden_size=136, dense_ffn_dim=150, moe=replace(base.moe, expert_dim=72))
     path = tmp_path_factory.mktemp("formats") / "plain"
     save_model(randomize(MiMo(config), 3), path)
