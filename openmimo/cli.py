@@ -29,7 +29,8 @@ import openmimo
 from openmimo.arguments import UsageError, asks_for_help, paragraph, parse, split_options, usage_paragraph
 from openmimo.core import config as config_io
 from openmimo.core.errors import ConfigError, Interrupted, UserError, terminable
-from openmimo.core.records import SamplingParams
+from openmimo.core.fields import field_types
+from openmimo.core.records import SamplingParams, TextParams
 from openmimo.core.registry import load_object
 from openmimo.demo.config import DemoConfig
 from openmimo.engine.config import EngineConfig, WeightFormat, chosen_format
@@ -365,13 +366,17 @@ class SpeakOptions:
     """
 
     path: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PATH")] = EMBEDDED
-    sampling: Annotated[SamplingParams, tyro.conf.arg(name="")] = SamplingParams()
+    text: Annotated[TextParams, tyro.conf.arg(name="")] = TextParams()
     engine: Annotated[EngineConfig, tyro.conf.arg(name="")] = EngineConfig(mixed_prefill_tokens=1024)
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: str = "auto"
     weights: WeightFormat = "plain"
     thinking: bool = False
     system: str | None = None
+
+    def sampling(self) -> SamplingParams:
+        """The parameters of a request. A terminal shows the text only, so no other results are requested."""
+        return SamplingParams(**{name: getattr(self.text, name) for name in field_types(TextParams)})
 
 
 @dataclass(frozen=True)
@@ -390,21 +395,13 @@ class GenerateOptions(SpeakOptions):
 _SPEAK = (
     "system", "thinking", "max_tokens", "temperature", "top_p", "top_k", "seed", "stop", "dtype", "weights", "device",
 )  # fmt: skip
-_UNSEEN = (
-    "logprobs",
-    "top_logprobs",
-    "prompt_logprobs",
-    "prompt_top_logprobs",
-    "pooling",
-    "routed_experts",
-)  # a terminal does not show their results
 
 
 def _parse_options(options_type: type, arguments: list[str], usage: str, main: Sequence[str]) -> Any:
     """Parses the options of a verb without recipes, or prints its short help, which explains the options `main`."""
     if asks_for_help(arguments):
         usage = f"openmimo {usage} [OPTIONS]"
-        print(short_help(options_type, usage=usage, main=main, omitted=_UNSEEN))
+        print(short_help(options_type, usage=usage, main=main))
         sys.exit(0)
     return parse(options_type, arguments, f"openmimo {usage.split()[0]}")
 
@@ -418,9 +415,8 @@ def _generate(arguments: list[str]) -> None:
     from openmimo.engine import terminal
 
     terminal.check_prompt(options.prompt)
-    terminal.check_sampling(options.sampling)
     terminal.generate(
-        _load(options), options.prompt, options.sampling,
+        _load(options), options.prompt, options.sampling(),
         as_chat=options.chat, thinking=options.thinking, system=options.system,
     )  # fmt: skip
 
@@ -429,8 +425,7 @@ def _chat(arguments: list[str]) -> None:
     options = _parse_options(SpeakOptions, arguments, "chat [PATH]", ("path", *_SPEAK))
     from openmimo.engine import terminal
 
-    terminal.check_sampling(options.sampling)
-    terminal.chat(_load(options), options.sampling, thinking=options.thinking, system=options.system)
+    terminal.chat(_load(options), options.sampling(), thinking=options.thinking, system=options.system)
 
 
 def _load(options: SpeakOptions) -> Any:
