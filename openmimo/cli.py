@@ -40,7 +40,7 @@ from openmimo.own_data import Own, OwnProblems, own_data_of, with_own_data
 from openmimo.rl.agents.option_arguments import merged, plugin_arguments
 from openmimo.rl.config import CompareConfig, MopdConfig, RlConfig
 from openmimo.short_help import short_help
-from openmimo.train.config import ExtendConfig, PretrainConfig, SftConfig
+from openmimo.train.config import ExtendConfig, PretrainConfig, SftConfig, shortened
 
 _STDERR = Console(stderr=True)
 
@@ -198,6 +198,8 @@ def _with_overrides(verb: str, arguments: list[str], config_type: type) -> Any:
         sys.exit(0)
     if own is not None:
         default = with_own_data(default, own)
+    if isinstance(default, PretrainConfig):
+        default = _with_short_stages(default, rest)
     return parse(config_type, rest, prog, default, listed=own)
 
 
@@ -206,6 +208,26 @@ _MAIN = (
     "groups_per_step", "learning_rate", "algorithm", "signal", "teachers", "problems", "seed", "device", "dtype",
     "threads",
 )  # fmt: skip
+
+
+def _with_short_stages(config: PretrainConfig, arguments: list[str]) -> PretrainConfig:
+    """Scales the warm-up of stages that `--stages.N.steps` makes shorter than it, unless it is given as well."""
+    words = [part.replace("_", "-") for word in arguments for part in word.split("=", 1)]
+    stages = list(config.stages)
+    for number, stage in enumerate(config.stages):
+        prefix = f"--stages.{number}."
+        places = [place for place, word in enumerate(words[:-1]) if word == f"{prefix}steps"]
+        if not places or {f"{prefix}warmup-steps", f"{prefix}constant-steps"} & set(words):
+            continue
+        steps = words[places[-1] + 1]
+        if steps.isdecimal() and (short := shortened(stage, int(steps))) != stage:
+            stages[number] = short
+            _STDERR.print(
+                f"stage {stage.name!r}: {steps} steps, of which {short.warmup_steps} warm up and "
+                f"{short.constant_steps} are constant ({prefix}warmup-steps, {prefix}constant-steps)",
+                soft_wrap=True, highlight=False,
+            )  # fmt: skip
+    return dataclasses.replace(config, stages=tuple(stages))
 
 
 def _own_data(own_type: type[Own], arguments: list[str], prog: str) -> tuple[Own, list[str]]:

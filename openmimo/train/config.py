@@ -5,7 +5,7 @@ Settings that several commands share are declared once, in a base class: `RunCon
 name in Python, in `config.json` and on the command line.
 """
 
-from dataclasses import KW_ONLY, dataclass, fields
+from dataclasses import KW_ONLY, dataclass, fields, replace
 from typing import Annotated, Any
 
 from openmimo.core.errors import ConfigError
@@ -114,6 +114,14 @@ class Phase(PhaseSettings):
                 f"{where} has initial_batch_size {self.initial_batch_size} above global_batch_size "
                 f"{self.global_batch_size}."
             )
+
+
+def shortened(phase: Phase, steps: int) -> Phase:
+    """Return a phase whose warm-up and constant steps, if they exceed `steps`, are scaled to that number of steps."""
+    if steps >= phase.warmup_steps + phase.constant_steps:
+        return phase
+    warmup, constant = (count * steps // phase.steps for count in (phase.warmup_steps, phase.constant_steps))
+    return replace(phase, warmup_steps=warmup, constant_steps=constant)
 
 
 @dataclass(frozen=True)

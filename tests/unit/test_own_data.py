@@ -292,3 +292,21 @@ def test_a_run_learns_from_the_user_s_code(folder, models, own, monkeypatch):
 def test_the_usage_error_is_of_exit_code_2(data):
     with pytest.raises(UsageError):
         resolved("rl", RlConfig, "--problems", "my.jsonl", "--scoring", "vague")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "warmup"),
+    [
+        (["--stages.0.steps", "20"], 3),  # 40 of 250
+        (["--stages.0.steps=20"], 3),
+        (["--stages.0.steps", "40"], 40),
+        (["--stages.0.steps", "20", "--stages.0.warmup-steps", "7"], 7),
+        (["--stages.1.steps", "20"], 40),
+    ],
+)
+def test_a_short_stage_scales_a_warm_up_that_does_not_fit(arguments, warmup, capsys):
+    config = resolved("pretrain", PretrainConfig, *arguments)
+    assert config.stages[0].warmup_steps == warmup
+    assert (" of which 3 warm up" in capsys.readouterr().err) == (warmup == 3)
+    with pytest.raises(ConfigError, match="warms up for 30"):
+        resolved("pretrain", PretrainConfig, "--stages.0.steps", "20", "--stages.0.warmup-steps", "30")
