@@ -12,6 +12,7 @@ import errno
 import importlib
 import inspect
 import io
+import itertools
 import os
 import pkgutil
 import signal
@@ -40,7 +41,7 @@ from openmimo.own_data import Own, OwnProblems, own_data_of, with_own_data
 from openmimo.rl.agents.option_arguments import merged, plugin_arguments
 from openmimo.rl.config import CompareConfig, MopdConfig, RlConfig
 from openmimo.short_help import short_help
-from openmimo.train.config import ExtendConfig, PretrainConfig, SftConfig, shortened
+from openmimo.train.config import ExtendConfig, PhaseSettings, PretrainConfig, SftConfig, shortened
 
 _STDERR = Console(stderr=True)
 
@@ -198,9 +199,7 @@ def _with_overrides(verb: str, arguments: list[str], config_type: type) -> Any:
         sys.exit(0)
     if own is not None:
         default = with_own_data(default, own)
-    if isinstance(default, PretrainConfig):
-        default = _with_short_stages(default, rest)
-    return parse(config_type, rest, prog, default, listed=own)
+    return parse(config_type, rest, prog, _with_short_warm_up(default, rest), listed=own)
 
 
 _MAIN = (
@@ -210,24 +209,28 @@ _MAIN = (
 )  # fmt: skip
 
 
-def _with_short_stages(config: PretrainConfig, arguments: list[str]) -> PretrainConfig:
-    """Scales the warm-up of stages that `--stages.N.steps` makes shorter than it, unless it is given as well."""
+def _with_short_warm_up(config: Any, arguments: list[str]) -> Any:
+    """The config with a shorter warm-up where the arguments set fewer steps than it has, and do not set it as well."""
     words = [part.replace("_", "-") for word in arguments for part in word.split("=", 1)]
-    stages = list(config.stages)
-    for number, stage in enumerate(config.stages):
-        prefix = f"--stages.{number}."
-        places = [place for place, word in enumerate(words[:-1]) if word == f"{prefix}steps"]
-        if not places or {f"{prefix}warmup-steps", f"{prefix}constant-steps"} & set(words):
-            continue
-        steps = words[places[-1] + 1]
-        if steps.isdecimal() and (short := shortened(stage, int(steps))) != stage:
-            stages[number] = short
-            _STDERR.print(
-                f"stage {stage.name!r}: {steps} steps, of which {short.warmup_steps} warm up and "
-                f"{short.constant_steps} are constant ({prefix}warmup-steps, {prefix}constant-steps)",
-                soft_wrap=True, highlight=False,
-            )  # fmt: skip
-    return dataclasses.replace(config, stages=tuple(stages))
+    if isinstance(config, PretrainConfig):
+        stages = (_fitting(stage, f"--stages.{number}.", words) for number, stage in enumerate(config.stages))
+        return dataclasses.replace(config, stages=tuple(stages))
+    return _fitting(config, "--", words) if isinstance(config, PhaseSettings) else config
+
+
+def _fitting(settings: Any, prefix: str, words: list[str]) -> Any:
+    """One phase, for `_with_short_warm_up`."""
+    steps = [value for option, value in itertools.pairwise(words) if option == f"{prefix}steps"]
+    if not steps or not steps[-1].isdecimal() or {f"{prefix}warmup-steps", f"{prefix}constant-steps"} & set(words):
+        return settings
+    short = shortened(settings, int(steps[-1]))
+    if short != settings:
+        _STDERR.print(
+            f"{prefix}steps {steps[-1]} shortens the warm-up from {settings.warmup_steps} to {short.warmup_steps} "
+            f"steps ({prefix}warmup-steps sets it)",
+            soft_wrap=True, highlight=False,
+        )  # fmt: skip
+    return short
 
 
 def _own_data(own_type: type[Own], arguments: list[str], prog: str) -> tuple[Own, list[str]]:
@@ -378,7 +381,7 @@ class SpeakOptions:
     """Chat with a checkpoint in the terminal.
 
     Attributes:
-        path: A checkpoint folder with a tokenizer (if none is given: the built-in tiny model).
+        path: A checkpoint folder with a tokenizer (default: the built-in tiny model).
         dtype: Dtype of weights and activations.
         device: auto (an accelerator if there is one), cpu, or a torch device.
         weights: Storage of weight matrices: plain (in dtype), int8, or fp8 (as an FP8 checkpoint stores them). int8 and
@@ -464,7 +467,7 @@ class ServeOptions:
     """Serve a checkpoint: an OpenAI-compatible API under /v1, a chat page at /, metrics at /metrics.
 
     Attributes:
-        path: A checkpoint folder with a tokenizer (if none is given: the built-in tiny model; none with --stub).
+        path: A checkpoint folder with a tokenizer (default: the built-in tiny model; none with --stub).
         stub: Serve no model, for tests of clients: the server echoes every message word by word.
         dtype: Dtype of weights and activations (auto: bfloat16 on an accelerator, else float32).
         device: auto (an accelerator if there is one), cpu, or a torch device.

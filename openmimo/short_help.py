@@ -74,8 +74,9 @@ def _rows(config: Any, group: str = "") -> Iterator[_Row]:
             if dataclasses.is_dataclass(item) and not isinstance(item, type):
                 yield from _rows(item, group if _FLAT in typing.get_args(types[field.name]) else f"{group}{part}.")
             elif number == 0:
-                written = _written(field.name, types[field.name])
-                yield _Row(group, field.name, written, texts.get(field.name, ""), _default(value))
+                written, text = _written(field.name, types[field.name]), texts.get(field.name, "")
+                default = "" if "(default:" in text else _default(value)
+                yield _Row(group, field.name, written, text, default)
 
 
 def _value(config: Any, field: dataclasses.Field) -> Any:

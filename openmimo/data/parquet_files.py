@@ -102,7 +102,7 @@ def _check_column(schema: pyarrow.Schema, path: Path, column: str) -> None:
     if schema.names.count(column) != 1:
         raise DataError(
             f"{path} has {'several columns' if column in schema.names else 'no column'} {column!r}; it has "
-            f"{', '.join(schema.names)}. Set option 'column' to one of them."
+            f"{', '.join(schema.names)}. Set option 'column' (--data-field, --text-field) to one of them."
         )
     kind = schema.field(column).type
     if not _is_text(kind.value_type if types.is_dictionary(kind) else kind):

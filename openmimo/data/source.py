@@ -240,7 +240,9 @@ def find_files(path: str, suffixes: tuple[str, ...]) -> list[Path]:
     if packed and not found:
         raise DataError(f"{root} contains only compressed files, such as {packed[0].name}. Unpack them.")
     if not found:
-        raise DataError(f"{root} contains no file with the suffix {' or '.join(suffixes)}.")
+        plain = [suffix for suffix in suffixes if not suffix.endswith(PACKED_SUFFIXES)]
+        also = " (also .gz, .zst)" if unpacks else ""
+        raise DataError(f"{root} contains no file with the suffix {' or '.join(plain)}{also}.")
     if packed:
         warnings.warn(
             f"{root}: {len(packed)} compressed files, such as {packed[0].name}, are skipped. Unpack them.",

@@ -6,7 +6,7 @@ name in Python, in `config.json` and on the command line.
 """
 
 from dataclasses import KW_ONLY, dataclass, fields, replace
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from openmimo.core.errors import ConfigError
 from openmimo.core.fields import (
@@ -116,12 +116,18 @@ class Phase(PhaseSettings):
             )
 
 
-def shortened(phase: Phase, steps: int) -> Phase:
+Settings = TypeVar("Settings", bound=PhaseSettings)
+
+
+def shortened(settings: Settings, steps: int) -> Settings:
     """Return a phase whose warm-up and constant steps, if they exceed `steps`, are scaled to that number of steps."""
-    if steps >= phase.warmup_steps + phase.constant_steps:
-        return phase
-    warmup, constant = (count * steps // phase.steps for count in (phase.warmup_steps, phase.constant_steps))
-    return replace(phase, warmup_steps=warmup, constant_steps=constant)
+    constant = settings.constant_steps if isinstance(settings, Phase) else 0
+    if steps >= settings.warmup_steps + constant:
+        return settings
+    warmup, constant = (count * steps // settings.steps for count in (settings.warmup_steps, constant))
+    if isinstance(settings, Phase):
+        settings = replace(settings, constant_steps=constant)
+    return replace(settings, warmup_steps=warmup)
 
 
 @dataclass(frozen=True)

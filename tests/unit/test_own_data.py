@@ -307,6 +307,7 @@ def test_the_usage_error_is_of_exit_code_2(data):
 def test_a_short_stage_scales_a_warm_up_that_does_not_fit(arguments, warmup, capsys):
     config = resolved("pretrain", PretrainConfig, *arguments)
     assert config.stages[0].warmup_steps == warmup
-    assert (" of which 3 warm up" in capsys.readouterr().err) == (warmup == 3)
+    assert ("shortens the warm-up from 40 to 3 steps" in capsys.readouterr().err) == (warmup == 3)
     with pytest.raises(ConfigError, match="warms up for 30"):
         resolved("pretrain", PretrainConfig, "--stages.0.steps", "20", "--stages.0.warmup-steps", "30")
+    assert resolved("sft", SftConfig, "--steps", "15").warmup_steps == 1  # 20 of 300

@@ -29,7 +29,7 @@ def documents(options: Options) -> Iterator[str]:
         if options.field not in row:
             raise DataError(
                 f"{where}: the key {options.field!r} is missing (found: {', '.join(row) or 'nothing'}). Set option "
-                "'field' to the key of the text."
+                "'field' (--data-field, --text-field) to the key of the text."
             )
         text = row.pop(options.field)
         if not isinstance(text, str):
