@@ -104,6 +104,9 @@ def has_finished(
     return True
 
 
+Rows = list[dict[str, Any]]
+
+
 def write_outcome(
     model: MiMo,
     tokenizer: Tokenizer,
@@ -129,11 +132,25 @@ def write_outcome(
         ) from error
     report = write_report(folder)
     console.print(f"model   {destination}\nreport  {report}", soft_wrap=True)
+    for line in held_out_changes(read_metrics(folder / "metrics.jsonl")):
+        console.print(line, highlight=False, soft_wrap=True)
     return destination
 
 
+def held_out_changes(rows: Rows) -> list[str]:
+    """The first and last value of each measurement on held-out data: the loss, or the mean reward of a source."""
+    lines = []
+    for name in dict.fromkeys(name for row in rows for name in row):
+        group, _, part = name.partition("/")
+        values = [(row["step"], row[name]) for row in rows if isinstance(row.get(name), float)]
+        if len(values) > 1 and (name == "validation/main" or group == "evaluation"):
+            what = "held-out loss" if group == "validation" else f"held-out reward of {part}"
+            (first, before), (last, after) = values[0], values[-1]
+            lines.append(f"{what}: {before:.3f} at step {first}, {after:.3f} at step {last}")
+    return lines
+
+
 _MAX_LINES = 8  # maximum number of layers with separate lines in one plot
-Rows = list[dict[str, Any]]
 
 
 def write_report(run_folder: Path) -> Path:

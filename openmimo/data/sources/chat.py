@@ -56,6 +56,8 @@ def row_makers(options: Options, tokenizer: Tokenizer, sequence_length: int, val
         for split, documents in examples.items()
     }
     num_all, num_fitting = (sum(map(len, by_split.values())) for by_split in (examples, fitting))
+    if not num_all:
+        raise DataError(f"{options.path} contains no conversation with an answer of the assistant to learn.")
     if not fitting["train"]:
         raise DataError(
             f"Source 'chat' finds no conversation in {options.path} to train on that fits into rows of "

@@ -179,8 +179,8 @@ def _text(row: Mapping[str, Any], field: str, where: str) -> str:
         return _number(value, field, where)
     if not isinstance(value, str) or not value:
         raise DataError(
-            f"{where}: no text or number under {field!r} (found: {', '.join(row) or 'nothing'}). Set the options "
-            "prompt_field and answer_field to the right keys."
+            f"{where}: no text or number under {field!r} (found: {', '.join(row) or 'nothing'}). Rename the "
+            "keys to 'prompt' and 'answer', or set the options prompt_field and answer_field."
         )
     return value
 
