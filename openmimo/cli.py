@@ -12,6 +12,7 @@ import errno
 import importlib
 import inspect
 import io
+import itertools
 import os
 import pkgutil
 import signal
@@ -29,7 +30,8 @@ import openmimo
 from openmimo.arguments import UsageError, asks_for_help, paragraph, parse, split_options, usage_paragraph
 from openmimo.core import config as config_io
 from openmimo.core.errors import ConfigError, Interrupted, UserError, terminable
-from openmimo.core.records import SamplingParams
+from openmimo.core.fields import field_types
+from openmimo.core.records import SamplingParams, TextParams
 from openmimo.core.registry import load_object
 from openmimo.demo.config import DemoConfig
 from openmimo.engine.config import EngineConfig, WeightFormat, chosen_format
@@ -40,7 +42,7 @@ from openmimo.parallel.config import PlanConfig
 from openmimo.rl.agents.option_arguments import merged, plugin_arguments
 from openmimo.rl.config import CompareConfig, MopdConfig, RlConfig
 from openmimo.short_help import short_help
-from openmimo.train.config import ExtendConfig, PretrainConfig, SftConfig
+from openmimo.train.config import ExtendConfig, PhaseSettings, PretrainConfig, SftConfig, shortened
 
 _STDERR = Console(stderr=True)
 
@@ -198,7 +200,7 @@ def _with_overrides(verb: str, arguments: list[str], config_type: type) -> Any:
         sys.exit(0)
     if own is not None:
         default = with_own_data(default, own)
-    return parse(config_type, rest, prog, default, listed=own)
+    return parse(config_type, rest, prog, _with_short_warm_up(default, rest), listed=own)
 
 
 _MAIN = (
@@ -206,6 +208,30 @@ _MAIN = (
     "groups_per_step", "learning_rate", "algorithm", "signal", "teachers", "problems", "seed", "device", "dtype",
     "threads",
 )  # fmt: skip
+
+
+def _with_short_warm_up(config: Any, arguments: list[str]) -> Any:
+    """The config with a shorter warm-up where the arguments set fewer steps than it has, and do not set it as well."""
+    words = [part.replace("_", "-") for word in arguments for part in word.split("=", 1)]
+    if isinstance(config, PretrainConfig):
+        stages = (_fitting(stage, f"--stages.{number}.", words) for number, stage in enumerate(config.stages))
+        return dataclasses.replace(config, stages=tuple(stages))
+    return _fitting(config, "--", words) if isinstance(config, PhaseSettings) else config
+
+
+def _fitting(settings: Any, prefix: str, words: list[str]) -> Any:
+    """One phase, for `_with_short_warm_up`."""
+    steps = [value for option, value in itertools.pairwise(words) if option == f"{prefix}steps"]
+    if not steps or not steps[-1].isdecimal() or {f"{prefix}warmup-steps", f"{prefix}constant-steps"} & set(words):
+        return settings
+    short = shortened(settings, int(steps[-1]))
+    if short != settings:
+        _STDERR.print(
+            f"{prefix}steps {steps[-1]} shortens the warm-up from {settings.warmup_steps} to {short.warmup_steps} "
+            f"steps ({prefix}warmup-steps sets it)",
+            soft_wrap=True, highlight=False,
+        )  # fmt: skip
+    return short
 
 
 def _own_data(own_type: type[Own], arguments: list[str], prog: str) -> tuple[Own, list[str]]:
@@ -379,7 +405,7 @@ class SpeakOptions:
     """Chat with a checkpoint in the terminal.
 
     Attributes:
-        path: A checkpoint folder with a tokenizer (if none is given: the built-in tiny model).
+        path: A checkpoint folder with a tokenizer (default: the built-in tiny model).
         dtype: Dtype of weights and activations.
         device: auto (an accelerator if there is one), cpu, or a torch device.
         weights: Storage of weight matrices: plain (in dtype), int8, or fp8 (as an FP8 checkpoint stores them). int8 and
@@ -389,13 +415,17 @@ class SpeakOptions:
     """
 
     path: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PATH")] = EMBEDDED
-    sampling: Annotated[SamplingParams, tyro.conf.arg(name="")] = SamplingParams()
+    text: Annotated[TextParams, tyro.conf.arg(name="")] = TextParams()
     engine: Annotated[EngineConfig, tyro.conf.arg(name="")] = EngineConfig(mixed_prefill_tokens=1024)
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: str = "auto"
     weights: WeightFormat = "plain"
     thinking: bool = False
     system: str | None = None
+
+    def sampling(self) -> SamplingParams:
+        """The parameters of a request. A terminal shows the text only, so no other results are requested."""
+        return SamplingParams(**{name: getattr(self.text, name) for name in field_types(TextParams)})
 
 
 @dataclass(frozen=True)
@@ -414,21 +444,13 @@ class GenerateOptions(SpeakOptions):
 _SPEAK = (
     "system", "thinking", "max_tokens", "temperature", "top_p", "top_k", "seed", "stop", "dtype", "weights", "device",
 )  # fmt: skip
-_UNSEEN = (
-    "logprobs",
-    "top_logprobs",
-    "prompt_logprobs",
-    "prompt_top_logprobs",
-    "pooling",
-    "routed_experts",
-)  # a terminal does not show their results
 
 
 def _parse_options(options_type: type, arguments: list[str], usage: str, main: Sequence[str]) -> Any:
     """Parses the options of a verb without recipes, or prints its short help, which explains the options `main`."""
     if asks_for_help(arguments):
         usage = f"openmimo {usage} [OPTIONS]"
-        print(short_help(options_type, usage=usage, main=main, omitted=_UNSEEN))
+        print(short_help(options_type, usage=usage, main=main))
         sys.exit(0)
     return parse(options_type, arguments, f"openmimo {usage.split()[0]}")
 
@@ -442,9 +464,8 @@ def _generate(arguments: list[str]) -> None:
     from openmimo.engine import terminal
 
     terminal.check_prompt(options.prompt)
-    terminal.check_sampling(options.sampling)
     terminal.generate(
-        _load(options), options.prompt, options.sampling,
+        _load(options), options.prompt, options.sampling(),
         as_chat=options.chat, thinking=options.thinking, system=options.system,
     )  # fmt: skip
 
@@ -453,8 +474,7 @@ def _chat(arguments: list[str]) -> None:
     options = _parse_options(SpeakOptions, arguments, "chat [PATH]", ("path", *_SPEAK))
     from openmimo.engine import terminal
 
-    terminal.check_sampling(options.sampling)
-    terminal.chat(_load(options), options.sampling, thinking=options.thinking, system=options.system)
+    terminal.chat(_load(options), options.sampling(), thinking=options.thinking, system=options.system)
 
 
 def _load(options: SpeakOptions) -> Any:
@@ -471,7 +491,7 @@ class ServeOptions:
     """Serve a checkpoint: an OpenAI-compatible API under /v1, a chat page at /, metrics at /metrics.
 
     Attributes:
-        path: A checkpoint folder with a tokenizer (if none is given: the built-in tiny model; none with --stub).
+        path: A checkpoint folder with a tokenizer (default: the built-in tiny model; none with --stub).
         stub: Serve no model, for tests of clients: the server echoes every message word by word.
         dtype: Dtype of weights and activations (auto: bfloat16 on an accelerator, else float32).
         device: auto (an accelerator if there is one), cpu, or a torch device.

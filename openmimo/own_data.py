@@ -24,7 +24,7 @@ class OwnTexts:
 
     Attributes:
         data: Train on these texts in place of the recipe's: a text file, a .jsonl or .parquet file, or a folder of one
-            of these kinds. The examples that the recipe generates stay.
+            of these kinds; .gz and .zst also. The examples that the recipe generates stay.
         data_field: Key (.jsonl) or column (.parquet) of the text (None: text).
     """
 
@@ -50,8 +50,8 @@ class OwnChats:
     """Your own conversations.
 
     Attributes:
-        data: Fine-tune on these conversations in place of the recipe's data: a .jsonl file, or a folder of them, with
-            `messages` in each line.
+        data: Fine-tune on these conversations in place of the recipe's data: a .jsonl (.gz, .zst) or .parquet file, or
+            a folder of them, with `messages` in each line or row.
     """
 
     data: str | None = None
@@ -60,7 +60,7 @@ class OwnChats:
         """The config with these conversations. Raises DataError."""
         if self.data is None:
             return config
-        check_json_lines(self.data, "--data")
+        check_object_files(self.data, "--data")
         chats = SourceConfig("chat", options={"path": self.data, "thinking": "auto"})
         return replace(config, mixture=replace(config.mixture, sources=(chats,)))
 
@@ -70,8 +70,8 @@ class OwnProblems:
     """Your own problems, reward or environment.
 
     Attributes:
-        problems: Learn from these problems in place of the recipe's: a .jsonl file with `prompt` and `answer` in each
-            line. A tenth is held out.
+        problems: Learn from these problems in place of the recipe's: a .jsonl (.gz, .zst) or .parquet file with
+            `prompt` and `answer` in each line or row. A tenth is held out.
         test_problems: Held-out problems, in place of that tenth.
         scoring: How answers are compared with the key: exact, contains, numeric or math (None: exact).
         reward: Your function, FILE.py:FUNCTION, that scores answers in place of a comparison: score(problem, text).
@@ -114,9 +114,9 @@ class OwnProblems:
 
     def _problems(self) -> dict[str, Any]:
         assert self.problems is not None
-        check_json_lines(self.problems, "--problems")
+        check_object_files(self.problems, "--problems")
         if self.test_problems is not None:
-            check_json_lines(self.test_problems, "--test-problems")
+            check_object_files(self.test_problems, "--test-problems")
         given = {"test_path": self.test_problems, "scoring": self.scoring, "reward": self.reward}
         options = {"path": self.problems} | {key: value for key, value in given.items() if value is not None}
         task = to_dict(TaskConfig("jsonl", min_difficulty=0, max_difficulty=1000, options=options))
@@ -140,15 +140,15 @@ def _with_texts(mixture: MixtureConfig, source: SourceConfig) -> MixtureConfig:
     return replace(mixture, sources=(replace(source, weight=weight), *generated))
 
 
-def check_json_lines(path: str, option: str) -> None:
+def check_object_files(path: str, option: str) -> None:
     """Raises DataError for a path that is not there, or a file of another kind."""
     place = Path(path)
     if not path.strip() or "\0" in path or not place.expanduser().exists():
-        raise DataError(f"{option} {path}: there is no such file. Give a .jsonl file.")
-    if place.suffix.lower() in (".json", ".csv", ".tsv", ".parquet", ".arrow"):
+        raise DataError(f"{option} {path}: there is no such file. Give a .jsonl or .parquet file.")
+    if place.suffix.lower() in (".csv", ".tsv", ".arrow", ".xlsx"):
         raise DataError(
-            f"{option} {path}: {place.suffix} files are not read here. Write one JSON object per line as .jsonl, for a "
-            f"JSON list with: jq -c '.[]' {place} > {place.stem}.jsonl"
+            f"{option} {path}: {place.suffix} files are not read here. Write one JSON object per line as .jsonl, or a "
+            "Parquet file."
         )
 
 

@@ -25,9 +25,7 @@ _POSITIONAL = typing.get_args(tyro.conf.Positional[str])[1]
 _ENTRY = re.compile(r"^    (\w+): (.+)$")
 
 
-def short_help(
-    config: Any, *, usage: str, main: Sequence[str], note: str = "", own: Any = None, omitted: Sequence[str] = ()
-) -> str:
+def short_help(config: Any, *, usage: str, main: Sequence[str], note: str = "", own: Any = None) -> str:
     """The text of the short help.
 
     Args:
@@ -37,10 +35,9 @@ def short_help(
             effect.
         note: A paragraph after the first one of the docstring.
         own: Options for the user's own data, which come first.
-        omitted: Options that are not named.
     """
     columns = min(_MAX_COLUMNS, shutil.get_terminal_size().columns)
-    rows = [row for row in _rows(config) if row.name not in omitted]
+    rows = list(_rows(config))
     by_name = {row.name: row for row in rows if not row.group}
     shown = [by_name[name] for name in main if name in by_name]
     lines = [f"usage: {usage}", "", *textwrap.wrap(_summary(config), columns)]
@@ -77,8 +74,9 @@ def _rows(config: Any, group: str = "") -> Iterator[_Row]:
             if dataclasses.is_dataclass(item) and not isinstance(item, type):
                 yield from _rows(item, group if _FLAT in typing.get_args(types[field.name]) else f"{group}{part}.")
             elif number == 0:
-                written = _written(field.name, types[field.name])
-                yield _Row(group, field.name, written, texts.get(field.name, ""), _default(value))
+                written, text = _written(field.name, types[field.name]), texts.get(field.name, "")
+                default = "" if "(default:" in text else _default(value)
+                yield _Row(group, field.name, written, text, default)
 
 
 def _value(config: Any, field: dataclasses.Field) -> Any:

@@ -214,13 +214,15 @@ Schema = TypeVar("Schema")
 
 
 def require_folder(folder: Path | str, error: type[UserError] = CheckpointError) -> Path:
-    """Return `folder` as a path. Raises `error` if it is not a folder."""
+    """Return `folder` as a path. Raises `error` if it is not a folder, or the folder of a run, which has a model."""
     if folder == "":
         raise error("the path of the checkpoint is empty; give the path of a checkpoint folder.")
     folder = Path(folder)
     if not folder.is_dir():
         found = "is a file, not a folder" if folder.exists() else "does not exist"
         raise error(f"{folder} {found}; a checkpoint is a folder with config.json, *.safetensors and a tokenizer.")
+    if (folder / "model" / "config.json").exists() and not any(folder.glob("*.safetensors")):
+        raise error(f"{folder} is the folder of a run. Give the folder of its model: {folder / 'model'}.")
     return folder
 
 

@@ -21,11 +21,12 @@ class TimeLeft:
     """States once, from measured steps, how long the rest of some work will take.
 
     Args:
-        num_steps: Measured steps. The first step does not count, because it also allocates and compiles.
+        num_steps: Measured steps.
+        warm_up: Steps before these, which also allocate and compile.
     """
 
-    def __init__(self, num_steps: int = 3):
-        self._num_steps = num_steps
+    def __init__(self, num_steps: int = 3, *, warm_up: int = 1):
+        self._warm_up, self._num_steps = warm_up, num_steps
         self._num_added = 0
         self._seconds = self._amount = 0.0
 
@@ -38,14 +39,15 @@ class TimeLeft:
             amount_left: The work after it.
         """
         self._num_added += 1
-        if self._num_added == 1 or self._num_added > self._num_steps + 1:
+        last = self._warm_up + self._num_steps
+        if not self._warm_up < self._num_added <= last:
             return None
         self._seconds += seconds
         self._amount += amount
-        if self._num_added <= self._num_steps or self._amount <= 0:
+        if self._num_added < last or self._amount <= 0:
             return None
         left = self._seconds / self._amount * amount_left
-        return f"about {duration_text(left)} left, at the speed of the first steps" if left >= _SHORT_SECONDS else None
+        return f"about {duration_text(left)} left, at the speed so far" if left >= _SHORT_SECONDS else None
 
 
 _SHORT_SECONDS = 30.0

@@ -59,9 +59,12 @@ class Structure:
             )
 
 
+_Rules = Mapping[str, tuple[bool, str]]  # by field: whether its value is valid, and what it must be
+
+
 @dataclass(frozen=True)
-class SamplingParams:
-    """Sampling parameters of one request.
+class TextParams:
+    """The sampling parameters that determine the text of a reply.
 
     Processing follows the order of the fields. Biases and penalties change the logits, and temperature scales them.
     Then top_k, top_p and min_p truncate the distribution, each based on the probabilities before any truncation.
@@ -85,15 +88,6 @@ class SamplingParams:
             most 64 tokens (0: never).
         structure: Constraint on the form of the text.
         skip_special_tokens: Omit special tokens from the text.
-        logprobs: Return the log-probability of each new token at the sampling temperature, before biases, penalties
-            and truncation (for temperature 0: at temperature 1).
-        top_logprobs: Number of most likely tokens to return at each position.
-        prompt_logprobs: Return the log-probabilities of the prompt's tokens.
-        prompt_top_logprobs: Return this many of the likeliest tokens at each position of the prompt as well; requires
-            prompt_logprobs.
-        pooling: Return an embedding of the prompt: the "mean" of the final states of its tokens, or that of the "last"
-            token. Empty: none.
-        routed_experts: Return the experts that each token was routed to.
     """
 
     max_tokens: PositiveInt = 128
@@ -113,18 +107,12 @@ class SamplingParams:
     max_repeats: NonNegativeInt = 0
     structure: Structure | None = None
     skip_special_tokens: bool = True
-    logprobs: bool = False
-    top_logprobs: Annotated[int, Bounds(least=0, most=20)] = 0
-    prompt_logprobs: bool = False
-    prompt_top_logprobs: Annotated[int, Bounds(least=0, most=20)] = 0
-    pooling: str = ""
-    routed_experts: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
         check_fields(self, "SamplingParams")
-        rules = {
+        rules: _Rules = {
             "min_tokens": (self.min_tokens <= self.max_tokens, f"at most max_tokens ({self.max_tokens})"),
             "temperature": (
                 self.temperature == 0.0 or self.temperature >= _MIN_TEMPERATURE,
@@ -132,9 +120,10 @@ class SamplingParams:
             ),
             "stop": (all(self.stop), "without empty strings"),
             "max_repeats": (self.max_repeats != 1, "0 (never) or at least 2"),
-            "prompt_top_logprobs": (self.prompt_logprobs or not self.prompt_top_logprobs, "0 without prompt_logprobs"),
-            "pooling": (self.pooling in POOLINGS, f"one of {', '.join(map(repr, POOLINGS))}"),
         }
+        self._check(rules)
+
+    def _check(self, rules: _Rules) -> None:
         for name, (good, expected) in rules.items():
             if not good:
                 raise ConfigError(f"SamplingParams.{name} is {getattr(self, name)!r}; it must be {expected}.")
@@ -149,6 +138,42 @@ class SamplingParams:
             or self.frequency_penalty
             or self.min_tokens
             or self.structure
+        )
+
+
+@dataclass(frozen=True)
+class SamplingParams(TextParams):
+    """Sampling parameters of one request: those of the text, and the values to return with it.
+
+    Attributes:
+        logprobs: Return the log-probability of each new token at the sampling temperature, before biases, penalties
+            and truncation (for temperature 0: at temperature 1).
+        top_logprobs: Number of most likely tokens to return at each position.
+        prompt_logprobs: Return the log-probabilities of the prompt's tokens.
+        prompt_top_logprobs: Return this many of the likeliest tokens at each position of the prompt as well; requires
+            prompt_logprobs.
+        pooling: Return an embedding of the prompt: the "mean" of the final states of its tokens, or that of the "last"
+            token. Empty: none.
+        routed_experts: Return the experts that each token was routed to.
+    """
+
+    logprobs: bool = False
+    top_logprobs: Annotated[int, Bounds(least=0, most=20)] = 0
+    prompt_logprobs: bool = False
+    prompt_top_logprobs: Annotated[int, Bounds(least=0, most=20)] = 0
+    pooling: str = ""
+    routed_experts: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check(
+            {
+                "prompt_top_logprobs": (
+                    self.prompt_logprobs or not self.prompt_top_logprobs,
+                    "0 without prompt_logprobs",
+                ),
+                "pooling": (self.pooling in POOLINGS, f"one of {', '.join(map(repr, POOLINGS))}"),
+            }
         )
 
     @property

@@ -6,37 +6,41 @@ A malformed line raises an error, so that a run never skips data silently.
 import json
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NoReturn
 
 from openmimo.core.errors import DataError
-from openmimo.data.source import find_files, reading
+from openmimo.data.compressed import read_lines, with_packed
 
-SUFFIXES = (".jsonl",)
+SUFFIXES = (*with_packed(".jsonl"), ".json.gz", ".json.zst")
 _MAY_HOLD_SURROGATES = re.compile(r"\\u[dD][89a-fA-F]")
 
 
-def read_objects(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield (file and line, object) for each line of a file, or of the .jsonl files of a folder. Skips empty lines.
+def read_file(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (file and line, object) for each line of a file. Skips empty lines.
 
     Raises:
         DataError: A line is not a JSON object of valid text and finite numbers.
     """
-    for file in find_files(path, SUFFIXES):
-        number = 0
-        with reading(file), open(file, "rb") as lines:
-            while line := lines.readline():
-                number += 1
-                if line.isspace():
-                    continue
-                where = f"{file}, line {number}"
-                text = _text(line, where)
-                del line  # a line may be large, and is not needed while the caller uses the object
-                value = _parsed(text, where)
-                if _MAY_HOLD_SURROGATES.search(text):
-                    _refuse_surrogates(value, where)
-                del text
-                yield where, value
-                del value
+    number = 0
+    for line in read_lines(file):
+        number += 1
+        if line.isspace():
+            continue
+        where = f"{file}, line {number}"
+        text = _text(line, where)
+        del line  # a line may be large, and is not needed while the caller uses the object
+        if number == 1 and text.lstrip().startswith("["):
+            raise DataError(
+                f"{where}: expected a JSON object in each line, found a list. Convert it: jq -c '.[]' {file} > "
+                f"{file.stem}_lines.jsonl"
+            )
+        value = _parsed(text, where)
+        if _MAY_HOLD_SURROGATES.search(text):
+            _refuse_surrogates(value, where)
+        del text
+        yield where, value
+        del value
 
 
 def _text(line: bytes, where: str) -> str:

@@ -10,6 +10,7 @@ import hashlib
 import math
 import os
 import warnings
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +27,10 @@ from openmimo.data.tokenizer import Tokenizer, blocks, cut_text, utf8_length
 Split = Literal["train", "validation"]
 
 _PASSAGE_CHARACTERS = 1024
-_PACKED_SUFFIXES = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip")
-_PACKED_STARTS = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd", b"\x04\x22\x4d\x18", b"PK\x03\x04")
+PACKED_SUFFIXES = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip")
+GZIP_START, ZSTD_START = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
+UNPACKED_STARTS = (GZIP_START, ZSTD_START)
+_PACKED_STARTS = (*UNPACKED_STARTS, b"BZh", b"\xfd7zXZ\x00", b"\x04\x22\x4d\x18", b"PK\x03\x04")
 
 
 @dataclass(frozen=True)
@@ -210,7 +213,8 @@ def _highest_hash_of_passages(config: SourceConfig, validation_fraction: float) 
 def find_files(path: str, suffixes: tuple[str, ...]) -> list[Path]:
     """Return `path` if it is a file, else the files below that folder with one of `suffixes`, sorted by path.
 
-    Compressed files in a folder are skipped with a warning.
+    Suffixes such as ".txt.gz" state that the caller reads gzip and zstd files, with `openmimo.data.compressed`. All
+    other compressed files are refused; in a folder, they are skipped with a warning.
 
     Raises:
         DataError: There is no such file, or `path` is compressed.
@@ -224,46 +228,56 @@ def find_files(path: str, suffixes: tuple[str, ...]) -> list[Path]:
         raise DataError(f"{path!r} cannot be opened ({error}). Set 'path' to an existing file or folder.") from error
     if not exists:
         raise DataError(f"{root} does not exist. Set the option 'path' of the source to an existing file or folder.")
+    unpacks = any(suffix.endswith(".gz") for suffix in suffixes)
     if is_file:
-        _refuse_compressed(root)
+        _refuse_compressed(root, unpacks)
         return [root]
     if not is_folder:
         raise DataError(f"{root} is neither a file nor a folder. Set the option 'path' to one.")
     files = sorted(file for file in root.rglob("*") if file.is_file())
-    found = [file for file in files if file.suffix.lower() in suffixes]
-    packed = [file for file in files if _without_packing(file) in suffixes]
+    found = [file for file in files if has_suffix(file, suffixes)]
+    packed = [file for file in files if not has_suffix(file, suffixes) and _without_packing(file) in suffixes]
     if packed and not found:
         raise DataError(f"{root} contains only compressed files, such as {packed[0].name}. Unpack them.")
     if not found:
-        raise DataError(f"{root} contains no file with the suffix {' or '.join(suffixes)}.")
+        plain = [suffix for suffix in suffixes if not suffix.endswith(PACKED_SUFFIXES)]
+        also = " (also .gz, .zst)" if unpacks else ""
+        raise DataError(f"{root} contains no file with the suffix {' or '.join(plain)}{also}.")
     if packed:
         warnings.warn(
             f"{root}: {len(packed)} compressed files, such as {packed[0].name}, are skipped. Unpack them.",
             stacklevel=2,
         )
     for file in found:
-        _refuse_compressed(file)
+        _refuse_compressed(file, unpacks)
     return found
+
+
+def has_suffix(file: Path, suffixes: tuple[str, ...]) -> bool:
+    """Return whether the name ends with one of `suffixes` (lower case), which may have two parts, such as ".txt.gz"."""
+    return file.name.lower().endswith(suffixes)
 
 
 def _without_packing(file: Path) -> str:
     """Return the suffix of a compressed file without its compression suffix; "" for an uncompressed file."""
-    return Path(file.stem).suffix.lower() if file.suffix.lower() in _PACKED_SUFFIXES else ""
+    return Path(file.stem).suffix.lower() if file.suffix.lower() in PACKED_SUFFIXES else ""
 
 
-def _refuse_compressed(file: Path) -> None:
+def _refuse_compressed(file: Path, unpacks: bool) -> None:
     with reading(file), open(file, "rb") as opened:
         start = opened.read(6)
-    if any(start.startswith(magic) for magic in _PACKED_STARTS):
+    if any(start.startswith(magic) for magic in _PACKED_STARTS) and not (unpacks and start.startswith(UNPACKED_STARTS)):
         command = f" (gunzip -k {file})" if file.suffix == ".gz" else ""
         raise DataError(f"{file} is compressed. Unpack it{command}, and give the unpacked file.")
 
 
 @contextlib.contextmanager
 def reading(file: Path) -> Iterator[None]:
-    """Convert an OSError of the block into a DataError that names the file."""
+    """Convert an error of the block's input, unpacking included, into a DataError that names the file."""
     try:
         yield
+    except (EOFError, zlib.error) as error:
+        raise DataError(f"{file} is a damaged gzip file ({error}). Compress or download it again.") from error
     except OSError as error:
         raise DataError(f"{file} cannot be read: {error.strerror or error}.") from error
 
@@ -281,10 +295,16 @@ def fingerprint_files(files: list[Path]) -> str:
 
 def read_text(file: Path) -> str:
     """Read a UTF-8 text file. Raises DataError, with the file name, if it is not one."""
+    with reading(file):
+        return decoded(file.read_bytes(), file)
+
+
+def decoded(content: bytes, file: Path) -> str:
+    """Return the text of a file, with line ends of one character. Raises DataError if it is not UTF-8 text."""
     try:
-        with reading(file):
-            return file.read_text(encoding="utf-8")
+        text = content.decode("utf-8")
     except UnicodeDecodeError as error:
         raise DataError(
             f"{file} is not UTF-8 text (byte {error.start}). Convert it, or remove it from the folder."
         ) from error
+    return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text

@@ -128,7 +128,7 @@ def _write(folder: Path, config: SourceConfig, tokenizer: Tokenizer, validation_
             writer.close()
     splits = {split: writer.description() for split, writer in writers.items()}
     if not any(entry["tokens"] for entry in splits.values()):
-        raise DataError(f"Source {config.name!r} with options {config.options} contains no text.")
+        raise DataError(f"{config.options.get('path', f'Source {config.name!r}')} contains no text.")
     description = {"source": to_dict(config), "dtype": np.dtype(dtype).name, "splits": splits}
     (folder / "store.json").write_text(json.dumps(description, indent=2) + "\n")
 

@@ -215,7 +215,7 @@ class Task:
             raise DataError(
                 f"None of the {len(problems)} problems of {self._file_names} is in the {split!r} split, to which a "
                 f"hash of the prompt assigns them ({self._fraction(split):g} are held out). Add problems, or give a "
-                "separate validation file as option 'test_path'."
+                "separate validation file as option 'test_path' (--test-problems)."
             )
         return chosen
 

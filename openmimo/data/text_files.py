@@ -5,25 +5,25 @@ from pathlib import Path
 
 from openmimo.core.errors import ConfigError, DataError
 from openmimo.data.config import SourceConfig
+from openmimo.data.source import PACKED_SUFFIXES
 
 _SOURCES = {
-    ".jsonl": "jsonl", ".parquet": "parquet", ".txt": "text_folder", ".md": "text_folder", ".py": "text_folder",
+    ".jsonl": "jsonl", ".json": "jsonl", ".parquet": "parquet",
+    ".txt": "text_folder", ".md": "text_folder", ".py": "text_folder",
 }  # fmt: skip
 _FIELDS = {"jsonl": "field", "parquet": "column"}
 _ADVICE = {
-    ".json": "Write one object per line as .jsonl: jq -c '.[]' FILE.json > FILE.jsonl",
     ".csv": "Write one object per line as .jsonl, or a Parquet file",
     ".tsv": "Write one object per line as .jsonl, or a Parquet file",
     ".arrow": "Write a Parquet file",
 }
-_PACKED = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip")
 
 
 def text_source(path: str, field: str | None = None) -> SourceConfig:
     """The source of the texts in `path`, with all its options.
 
-    A .jsonl file has one document per line, a .parquet file one per row, any other file is one document. A folder
-    contains files of one of these kinds.
+    A .jsonl or .json file has one document per line, a .parquet file one per row, any other file is one document. Files
+    may be compressed (.gz, .zst). A folder contains files of one of these kinds.
 
     Args:
         path: A file or folder.
@@ -45,18 +45,23 @@ def text_source(path: str, field: str | None = None) -> SourceConfig:
 
 
 def _source_of_file(file: Path) -> str:
-    suffix = file.suffix.lower()
+    suffix = _suffix(file)
     if suffix in _ADVICE:
-        raise DataError(f"{file}: {suffix} files are not read as texts. {_ADVICE[suffix].replace('FILE', file.stem)}.")
-    if suffix in _PACKED:
-        suffix = Path(file.stem).suffix.lower()  # the source names the compression
+        raise DataError(f"{file}: {suffix} files are not read as texts. {_ADVICE[suffix]}.")
     return _SOURCES.get(suffix, "text_folder")
 
 
 def _source_of_folder(folder: Path) -> str:
-    suffixes = [file.suffix.lower() for file in folder.rglob("*") if file.is_file()]
+    files = [file for file in folder.rglob("*") if file.is_file() and file.suffix.lower() != ".json"]
+    suffixes = [_suffix(file) for file in files]
     found = Counter(_SOURCES[suffix] for suffix in suffixes if suffix in _SOURCES)
     if len(found) > 1:
         kinds = ", ".join(sorted({suffix for suffix in suffixes if suffix in _SOURCES}))
         raise DataError(f"{folder} contains files of several kinds ({kinds}). Give one kind, or one file.")
     return next(iter(found), "text_folder")
+
+
+def _suffix(file: Path) -> str:
+    """The suffix in lower case; of a compressed file, the one before it."""
+    suffix = file.suffix.lower()
+    return Path(file.stem).suffix.lower() if suffix in PACKED_SUFFIXES else suffix

@@ -7,7 +7,7 @@ from typing import Any
 from openmimo.core.metrics import read_metrics
 from openmimo.demo.config import DemoConfig
 from openmimo.rl.compare import Cell, seesaw_figure, seesaw_table
-from openmimo.runtime.report import Report, new_figure
+from openmimo.runtime.report import Report, length_axis, new_figure
 from openmimo.train.outcome import add_training_figures
 
 
@@ -64,8 +64,9 @@ def write_page(folder: Path, config: DemoConfig, findings: Findings) -> Path:
         _cache(findings.decoding),
         "Cache of one sequence, for this model and for the same model with all layers global.",
     )
+    report.paragraph("Two samples. The model generated the marked text.")
     for sample in findings.decoding["samples"][:2]:
-        report.code(f"{sample['prompt']}⟨generated text follows⟩{sample['text']}")
+        report.continuation(sample["prompt"], sample["text"])
     report.heading("Post-training: the see-saw")
     report.paragraph(
         "The base is fine-tuned on demonstrations. Reinforcement learning on verified answers then trains one teacher "
@@ -105,9 +106,12 @@ def _retrieval(findings: Findings, config: DemoConfig) -> Any:
         (config.extend.sequence_length, "extended to"),
     ):
         axis.axvline(length, color="gray", linestyle=":")
-        axis.annotate(label, (length, 1.03), ha="center", fontsize=8)
-    axis.set_xscale("log", base=2)
-    axis.set(xlabel="context length, tokens", ylabel="facts found", ylim=(-0.03, 1.1))
+        axis.annotate(
+            label, (length, 1), xycoords=("data", "axes fraction"), xytext=(0, 3), textcoords="offset points",
+            ha="center", fontsize=8,
+        )  # fmt: skip
+    length_axis(axis, "context length, tokens", [score["length"] for score in findings.before])
+    axis.set(ylabel="facts found", ylim=(-0.03, 1.05))
     axis.legend()
     return figure
 
@@ -117,7 +121,7 @@ def _decoding(decoding: dict[str, Any]) -> Any:
     values = [decoding["plain"]["tokens_per_second"], decoding["speculative"]["tokens_per_second"]]
     speed.bar(["plain", "with MTP drafts"], values)
     speed.bar_label(speed.containers[0], fmt="%.0f")
-    speed.set(ylabel="tokens per second")
+    speed.set(ylabel="tokens per second", ylim=(0, 1.1 * max(values)))
     acceptance = decoding["speculative"]["acceptance_by_head"]
     heads.bar([f"head {head}" for head in range(len(acceptance))], acceptance)
     heads.bar_label(heads.containers[0], fmt="%.2f")

@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.console import Console
 
-from openmimo.core.errors import ConfigError, Interrupted, UserError
+from openmimo.core.errors import Interrupted, UserError
 from openmimo.core.records import Message, SamplingParams
 from openmimo.data.chat.template import encode_chat
 from openmimo.data.tokenizer import Tokenizer
@@ -15,16 +15,6 @@ from openmimo.engine.llm import LLM
 
 _STDERR = Console(stderr=True)
 _CHAT_HELP = "/reset forgets the conversation, /quit (or the end of input) leaves"
-
-
-_NO_OUTPUT = ("logprobs", "top_logprobs", "prompt_logprobs", "prompt_top_logprobs", "pooling", "routed_experts")
-
-
-def check_sampling(sampling: SamplingParams) -> None:
-    """Raise ConfigError for settings whose result the terminal does not show."""
-    for name in _NO_OUTPUT:
-        if getattr(sampling, name):
-            raise ConfigError(f"--{name.replace('_', '-')} has no effect here: only the text is printed. Omit it.")
 
 
 def load(path: str, engine: EngineConfig, *, dtype: str, device: str, weights: WeightFormat) -> LLM:

@@ -16,9 +16,9 @@ class EvalConfig:
     """Measure a checkpoint on a task at several context lengths, or its loss on your own text.
 
     Attributes:
-        path: A checkpoint folder with a tokenizer (if none is given: the built-in tiny model).
+        path: A checkpoint folder with a tokenizer (default: the built-in tiny model).
         text: Measure the loss on these texts in place of a task: a text file, a .jsonl or .parquet file, or a folder of
-            one of these kinds.
+            one of these kinds; .gz and .zst also.
         text_field: Key (.jsonl) or column (.parquet) of the text (None: text).
         text_tokens: Tokens of the text that are measured at most (0: all).
         window: Tokens that the model reads at once (None: as many as it has positions, at most 2048).

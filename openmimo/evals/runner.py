@@ -1,6 +1,7 @@
 """Runs an evaluation task at several lengths with greedy decoding, and prints the scores."""
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from rich.table import Table
 from openmimo.core.config import from_dict, to_dict
 from openmimo.core.errors import ConfigError, UserError
 from openmimo.core.files import write_text_atomic
+from openmimo.core.metrics import TimeLeft
 from openmimo.core.records import SamplingParams
 from openmimo.data.tokenizer import Tokenizer
 from openmimo.engine.llm import LLM
@@ -33,7 +35,8 @@ def run(config: EvalConfig, llm: LLM) -> list[Score]:
     _check_lengths(config, llm.model.config)
     for length in config.lengths:
         next(examples_of(config, task, llm, length))
-    return [_score_length(config, task, llm, length) for length in config.lengths]
+    progress = _Progress(sum(config.lengths) * config.examples)
+    return [_score_length(config, task, llm, length, progress) for length in config.lengths]
 
 
 def examples_of(config: EvalConfig, task: Task, llm: LLM, length: int) -> Iterator[Example]:
@@ -99,7 +102,24 @@ def _check_lengths(config: EvalConfig, model: ModelConfig) -> None:
         )
 
 
-def _score_length(config: EvalConfig, task: Task, llm: LLM, length: int) -> Score:
+class _Progress:
+    """Prints once how long the rest takes, if that is long. Work is measured in tokens."""
+
+    def __init__(self, num_tokens: int):
+        self._tokens_left = num_tokens
+        self._time_left = TimeLeft(2)
+        self._started = time.perf_counter()
+
+    def add(self, num_tokens: int) -> None:
+        """Record tokens that were processed since the last call."""
+        now = time.perf_counter()
+        self._tokens_left -= num_tokens
+        if said := self._time_left.after_step(now - self._started, num_tokens, self._tokens_left):
+            Console(stderr=True).print(said)
+        self._started = now
+
+
+def _score_length(config: EvalConfig, task: Task, llm: LLM, length: int, progress: _Progress) -> Score:
     examples = list(examples_of(config, task, llm, length))
     starts = range(0, len(examples), config.batch)
     total = 0.0
@@ -115,5 +135,6 @@ def _score_length(config: EvalConfig, task: Task, llm: LLM, length: int) -> Scor
         total += sum(
             task.score(example, completion.token_ids) for example, completion in zip(batch, completions, strict=True)
         )
+        progress.add(length * len(batch))
     mean = total / len(examples)
     return Score(length, len(examples), mean, *wilson_interval(mean, len(examples)))

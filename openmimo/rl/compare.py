@@ -5,6 +5,7 @@ lead over the base a student has (headroom recovered), and whether a student is 
 """
 
 import json
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from rich.table import Table
 from openmimo.core.config import run_folder
 from openmimo.core.errors import ConfigError
 from openmimo.core.files import write_text_atomic
-from openmimo.core.metrics import bootstrap_interval
+from openmimo.core.metrics import TimeLeft, bootstrap_interval
 from openmimo.data.tokenizer import Tokenizer
 from openmimo.engine.engine import Engine
 from openmimo.model.hf import load_model
@@ -78,10 +79,15 @@ def compare(config: CompareConfig, *, console: Console | None = None) -> dict[st
 def _compare(
     config: CompareConfig, models: dict[str, tuple[str, ...]], folder: Path, console: Console
 ) -> dict[str, dict[str, Cell]]:
-    rewards = {
-        name: [_rewards(config, path, console) for path in paths]
-        for name, paths in track(models.items(), description="evaluating", console=Console(stderr=True), transient=True)
-    }
+    rewards: dict[str, list[dict[str, list[float]]]] = {name: [] for name in models}
+    checkpoints = [(name, path) for name, paths in models.items() for path in paths]
+    time_left = TimeLeft(1, warm_up=0)
+    bar = track(checkpoints, description="evaluating", console=Console(stderr=True), transient=True)
+    for number, (name, checkpoint) in enumerate(bar, start=1):
+        started = time.perf_counter()
+        rewards[name].append(_rewards(config, checkpoint, console))
+        if said := time_left.after_step(time.perf_counter() - started, 1, len(checkpoints) - number):
+            console.print(said)
     cells = {name: _cells(config, rewards, name) for name in models}
     write_text_atomic(folder / "results.json", json.dumps({"rewards": rewards}, indent=1) + "\n")
     _print(console, config, cells)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from openmimo.core.metrics import bootstrap_interval, read_metrics
-from openmimo.runtime.report import Report, new_figure
+from openmimo.runtime.report import Report, new_figure, step_axis
 
 Rows = list[dict[str, Any]]
 
@@ -92,7 +92,8 @@ def _lines(rows: Rows, prefix: str, *, exclude: str) -> Any:
     for name in rows[-1]:
         if name.startswith(prefix) and name != prefix + exclude:
             axis.plot([row["step"] for row in rows], [row[name] for row in rows], marker="o", label=name[len(prefix) :])
-    axis.set(xlabel="step", ylabel="mean reward", ylim=(-0.02, 1.02))
+    step_axis(axis, "step")
+    axis.set(ylabel="mean reward", ylim=(-0.02, 1.02))
     axis.legend()
     return figure
 
@@ -102,11 +103,14 @@ def _panels(rows: Rows, panels: list[tuple[str, str]], *, by_domain: bool = Fals
     figure, axes = new_figure(columns=len(panels))
     for axis, (metric, unit) in zip(axes if len(panels) > 1 else [axes], panels, strict=True):
         names = [name for name in _names(rows) if name.startswith(metric + "/")] if by_domain else [metric]
+        if len(names) == 2 and f"{metric}/mean" in names:  # equal to the one domain's
+            names.remove(f"{metric}/mean")
         for name in names:
             known = [row for row in rows if name in row]
             label = name.removeprefix(metric).strip("/").removesuffix("/mean").removesuffix("mean") or "all"
             axis.plot([row["step"] for row in known], [row[name] for row in known], label=label)
-        axis.set(xlabel="step", ylabel=unit, title=metric.removeprefix("scheduler/"))
+        step_axis(axis, "step")
+        axis.set(ylabel=unit, title=metric.removeprefix("scheduler/").replace("_", " ").replace("/", " "))
         if by_domain and names:
             axis.legend()
     return figure

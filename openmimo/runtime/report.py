@@ -3,6 +3,7 @@
 import base64
 import html
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ figcaption { font-size: .9rem; opacity: .8; }
 table { border-collapse: collapse; margin: 1rem 0; } th, td { padding: .25rem .8rem; border-bottom: 1px solid #8884; }
 td { font-variant-numeric: tabular-nums; } th { text-align: left; }
 pre { background: #8881; padding: .8rem; border-radius: 6px; white-space: pre-wrap; overflow-wrap: anywhere; }
+mark { background: #fc08; color: inherit; }
 """
 
 
@@ -38,6 +40,10 @@ class Report:
     def code(self, text: str) -> None:
         """Add preformatted text, such as commands or generated samples."""
         self._parts.append(f"<pre>{html.escape(text)}</pre>")
+
+    def continuation(self, prompt: str, text: str) -> None:
+        """Add a prompt with the text that a model generated after it, which is marked."""
+        self._parts.append(f"<pre>{html.escape(prompt)}<mark>{html.escape(text)}</mark></pre>")
 
     def table(self, header: list[str], rows: list[list[Any]]) -> None:
         """Add a table. Floats are shown with four significant digits."""
@@ -81,6 +87,20 @@ def new_figure(*, width: float = 7.5, height: float = 3.6, columns: int = 1) -> 
     for axis in axes if columns > 1 else [axes]:
         axis.grid(alpha=0.3)
     return figure, axes
+
+
+def step_axis(axis: Any, label: str) -> None:
+    """Set up a horizontal axis of steps: ticks at whole numbers."""
+    axis.set_xlabel(label)
+    axis.xaxis.get_major_locator().set_params(integer=True)
+
+
+def length_axis(axis: Any, label: str, lengths: Sequence[int]) -> None:
+    """Set up a horizontal logarithmic axis with a tick at each of these lengths, as a number."""
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(lengths, [str(length) for length in lengths])
+    axis.minorticks_off()
+    axis.set_xlabel(label)
 
 
 def _shown(cell: Any) -> str:

@@ -5,8 +5,8 @@ Settings that several commands share are declared once, in a base class: `RunCon
 name in Python, in `config.json` and on the command line.
 """
 
-from dataclasses import KW_ONLY, dataclass, fields
-from typing import Annotated, Any
+from dataclasses import KW_ONLY, dataclass, fields, replace
+from typing import Annotated, Any, TypeVar
 
 from openmimo.core.errors import ConfigError
 from openmimo.core.fields import (
@@ -114,6 +114,20 @@ class Phase(PhaseSettings):
                 f"{where} has initial_batch_size {self.initial_batch_size} above global_batch_size "
                 f"{self.global_batch_size}."
             )
+
+
+Settings = TypeVar("Settings", bound=PhaseSettings)
+
+
+def shortened(settings: Settings, steps: int) -> Settings:
+    """Return a phase whose warm-up and constant steps, if they exceed `steps`, are scaled to that number of steps."""
+    constant = settings.constant_steps if isinstance(settings, Phase) else 0
+    if steps >= settings.warmup_steps + constant:
+        return settings
+    warmup, constant = (count * steps // settings.steps for count in (settings.warmup_steps, constant))
+    if isinstance(settings, Phase):
+        settings = replace(settings, constant_steps=constant)
+    return replace(settings, warmup_steps=warmup)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from openmimo.data.tokenizer import Tokenizer
 from openmimo.model.hf import check_replaceable, write_model
 from openmimo.model.mimo import MiMo
 from openmimo.runtime.device import resolve_device
-from openmimo.runtime.report import Report, new_figure
+from openmimo.runtime.report import Report, length_axis, new_figure, step_axis
 from openmimo.train.checkpoint import Checkpoints, find_damage
 from openmimo.train.config import RunConfig
 
@@ -104,6 +104,9 @@ def has_finished(
     return True
 
 
+Rows = list[dict[str, Any]]
+
+
 def write_outcome(
     model: MiMo,
     tokenizer: Tokenizer,
@@ -129,11 +132,25 @@ def write_outcome(
         ) from error
     report = write_report(folder)
     console.print(f"model   {destination}\nreport  {report}", soft_wrap=True)
+    for line in held_out_changes(read_metrics(folder / "metrics.jsonl")):
+        console.print(line, highlight=False, soft_wrap=True)
     return destination
 
 
+def held_out_changes(rows: Rows) -> list[str]:
+    """The first and last value of each measurement on held-out data: the loss, or the mean reward of a source."""
+    lines = []
+    for name in dict.fromkeys(name for row in rows for name in row):
+        group, _, part = name.partition("/")
+        values = [(row["step"], row[name]) for row in rows if isinstance(row.get(name), float)]
+        if len(values) > 1 and (name == "validation/main" or group == "evaluation"):
+            what = "held-out loss" if group == "validation" else f"held-out reward of {part}"
+            (first, before), (last, after) = values[0], values[-1]
+            lines.append(f"{what}: {before:.3f} at step {first}, {after:.3f} at step {last}")
+    return lines
+
+
 _MAX_LINES = 8  # maximum number of layers with separate lines in one plot
-Rows = list[dict[str, Any]]
 
 
 def write_report(run_folder: Path) -> Path:
@@ -152,7 +169,8 @@ def add_training_figures(report: Report, rows: Rows) -> None:
     validation = [row for row in rows if "validation/main" in row]
     report.heading("Loss")
     report.figure(
-        _losses(train, validation, rows), "Cross-entropy in nats per token: training (lines), held-out data (dots)."
+        _losses(train, validation, rows),
+        "Cross-entropy in nats per token: training (lines), held-out data (dots). Dotted: stages.",
     )
     if validation:
         report.figure(_by_position(validation), "Held-out loss by position in the document, first and last evaluation.")
@@ -180,7 +198,8 @@ def _losses(train: Rows, validation: Rows, rows: Rows) -> Any:
     for before, row in zip(rows, rows[1:], strict=False):
         if row["stage"] != before["stage"]:
             axis.axvline(before["step"], color="gray", linestyle=":")
-    axis.set(xlabel="optimizer step", ylabel="nats per token")
+    step_axis(axis, "optimizer step")
+    axis.set_ylabel("nats per token")
     axis.legend()
     return figure
 
@@ -194,8 +213,9 @@ def _by_position(validation: Rows) -> Any:
             marker="o",
             label=f"step {row['step']}",
         )
-    axis.set(xlabel="position, up to", ylabel="nats per token", xscale="log")
-    axis.set_xscale("log", base=2)
+    edges = {edge for row in (validation[0], validation[-1]) for edge in row["validation/position_edges"]}
+    length_axis(axis, "position, up to", sorted(edges))
+    axis.set_ylabel("nats per token")
     axis.legend()
     return figure
 
@@ -204,7 +224,8 @@ def _acceptance(validation: Rows) -> Any:
     figure, axis = new_figure()
     for name in [name for name in validation[-1] if name.startswith("validation/acceptance_")]:
         _plot(axis, validation, name, label=f"head {name.rsplit('_', 1)[1]}", marker="o")
-    axis.set(xlabel="optimizer step", ylabel="acceptance", ylim=(0, 1))
+    step_axis(axis, "optimizer step")
+    axis.set(ylabel="acceptance", ylim=(0, 1))
     axis.legend()
     return figure
 
@@ -219,22 +240,31 @@ def _expert_load(train: Rows) -> Any:
         steps = [row["step"] for row in train]
         for label, pick in (("most uneven layer", max), ("median layer", statistics.median), ("most even layer", min)):
             over_time.plot(steps, [pick(row[name] for name in names) for row in train], label=label)
-    over_time.set(xlabel="optimizer step", ylabel="max / mean load")
+    step_axis(over_time, "optimizer step")
+    over_time.set_ylabel("max / mean load")
     over_time.legend()
     load = train[-1]["expert_load/by_layer"]
     shares = [[count / max(sum(layer), 1) for count in layer] for layer in load]
     last.grid(False)
     image = last.imshow(shares, aspect="auto", cmap="viridis", vmin=0)
-    last.set(xlabel="expert", ylabel="sparse layer", title="share of tokens, last step")
+    if len(names) <= _MAX_LINES:
+        last.set_yticks(range(len(names)), [name.rsplit("_", 1)[1] for name in names])
+    last.set(
+        xlabel="expert",
+        ylabel="layer" if len(names) <= _MAX_LINES else "sparse layer",
+        title="share of tokens, last step",
+    )
     figure.colorbar(image, ax=last)
     return figure
 
 
 def _speed(train: Rows) -> Any:
     figure, axes = new_figure(columns=3, width=11, height=3)
-    for axis, name in zip(axes, ("lr", "gradient/norm", "tokens_per_second"), strict=True):
+    titles = {"lr": "learning rate", "gradient/norm": "gradient norm", "tokens_per_second": "tokens per second"}
+    for axis, (name, title) in zip(axes, titles.items(), strict=True):
         _plot(axis, train, name)
-        axis.set(xlabel="optimizer step", title=name)
+        step_axis(axis, "optimizer step")
+        axis.set_title(title)
     return figure
 
 

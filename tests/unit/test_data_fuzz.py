@@ -1,18 +1,24 @@
 """A damaged data file is read, or refused by a DataError that names the file and the line or byte."""
 
+import bz2
 import gzip
 import json
 import os
 import re
 import warnings
+from functools import partial
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from openmimo.core.errors import ConfigError, DataError
+from openmimo.data import compressed
 from openmimo.data.config import SourceConfig, TaskConfig
+from openmimo.data.objects import read_objects
 from openmimo.data.source import SOURCES, SyntheticSource, open_source, read_documents
 from openmimo.data.task import FAMILIES, open_task
 from openmimo.data.tokenizer import Tokenizer
@@ -153,18 +159,95 @@ def test_paths_that_cannot_be_read(kind, tmp_path):
 
 
 def test_compressed_files_are_named(tmp_path):
-    packed = gzip.compress(b'{"text": "x"}\n')
-    (tmp_path / "a.jsonl.gz").write_bytes(packed)
-    with pytest.raises(DataError, match="only compressed files, such as a.jsonl.gz. Unpack them"):
+    packed = bz2.compress(b'{"text": "x"}\n')
+    (tmp_path / "a.jsonl.bz2").write_bytes(packed)
+    with pytest.raises(DataError, match="only compressed files, such as a.jsonl.bz2. Unpack them"):
         read("jsonl", str(tmp_path))
-    with pytest.raises(DataError, match="a.jsonl.gz is compressed. Unpack it"):
-        read("jsonl", str(tmp_path / "a.jsonl.gz"))
+    with pytest.raises(DataError, match="a.jsonl.bz2 is compressed. Unpack it"):
+        read("jsonl", str(tmp_path / "a.jsonl.bz2"))
     (tmp_path / "b.jsonl").write_text('{"text": "y"}\n')
-    with pytest.warns(UserWarning, match="1 compressed files, such as a.jsonl.gz, are skipped"):
+    with pytest.warns(UserWarning, match="1 compressed files, such as a.jsonl.bz2, are skipped"):
         assert read("jsonl", str(tmp_path)) == ["y"]
     (tmp_path / "b.jsonl").write_bytes(packed)
     with pytest.raises(DataError, match="b.jsonl is compressed"):
         read("jsonl", str(tmp_path / "b.jsonl"))
+
+
+ZSTD = partial(pyarrow.compress, codec="zstd", asbytes=True)
+
+
+@pytest.mark.parametrize(("suffix", "pack"), [(".gz", gzip.compress), (".zst", ZSTD)])
+@pytest.mark.parametrize("kind", sorted(GOOD))
+def test_compressed_lines_are_those_of_the_plain_file(kind, suffix, pack, tmp_path):
+    content = "".join(json.dumps(row) + "\n" for row in GOOD[kind]).encode()
+    (tmp_path / "plain.jsonl").write_bytes(content)
+    (tmp_path / f"packed.json{suffix}").write_bytes(pack(content[:9]) + pack(content[9:]))  # two members
+    plain, packed = (read(kind, str(tmp_path / name)) for name in ("plain.jsonl", f"packed.json{suffix}"))
+    assert str(plain) == str(packed)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "damage", "message"),
+    [
+        (".gz", lambda packed: packed[:-9], "damaged gzip file"),
+        (".gz", lambda packed: packed[:-8] + b"12345678", "cannot be read: CRC check failed"),
+        (".gz", lambda packed: b"once upon a time", "not compressed, although its name says so"),
+        (".zst", lambda packed: b"once upon a time", "not compressed, although its name says so"),
+        (".zst", lambda packed: packed[:-3], "cannot be read: Truncated"),
+    ],
+)
+def test_damaged_compressed_files_are_named(tmp_path, suffix, damage, message):
+    packed = gzip.compress(b"a\n" * 99) if suffix == ".gz" else ZSTD(b"a\n" * 99)
+    file = tmp_path / f"a.txt{suffix}"
+    file.write_bytes(damage(packed))
+    with pytest.raises(DataError, match=f"{re.escape(str(file))} .*{message}"):
+        read("text_folder", str(file))
+
+
+def test_a_compressed_document_has_a_maximum_size(tmp_path, monkeypatch):
+    monkeypatch.setattr(compressed, "MAX_DOCUMENT_BYTES", 1 << 20)
+    (tmp_path / "text.txt.gz").write_bytes(gzip.compress(bytes(1 << 20)))
+    assert len(read("text_folder", str(tmp_path / "text.txt.gz"))[0]) == 1 << 20
+    (tmp_path / "text.txt.gz").write_bytes(gzip.compress(bytes((1 << 20) + 1)))
+    (tmp_path / "line.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n' * 100_000 + b" " * (1 << 21)))
+    for kind, name in (("text_folder", "text.txt.gz"), ("jsonl", "line.jsonl.gz")):
+        with pytest.raises(DataError, match="a document of more than 1 MiB"):
+            read(kind, str(tmp_path / name))
+
+
+@pytest.mark.parametrize("kind", ["chat", "problems"])
+def test_parquet_rows_are_those_of_json_lines(kind, tmp_path):
+    lines, table = tmp_path / "a.jsonl", tmp_path / "a.parquet"
+    rows = [row | {"answer": "b"} if "prompt" in row else row for row in GOOD[kind]]
+    lines.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    keys = dict.fromkeys(key for row in rows for key in row)
+    pyarrow.parquet.write_table(pyarrow.table({key: [row.get(key) for row in rows] for key in keys}), table)
+    assert str(read(kind, str(lines))) == str(read(kind, str(table)))
+    with pytest.raises(DataError, match="contains JSON Lines and Parquet files"):
+        read(kind, str(tmp_path))
+
+
+def test_parquet_columns_and_values_without_json_form(tmp_path):
+    file = tmp_path / "a.parquet"
+    columns = {"prompt": ["x", None], "answer": [1.5, 2.5], "picture": [b"1", b"2"], "many": [[1, None], None]}
+    pyarrow.parquet.write_table(pyarrow.table(columns), file)
+    with pytest.warns(UserWarning, match=r"left out: picture \(binary\)"):
+        assert [row for _, row in read_objects(str(file))] == [
+            {"prompt": "x", "answer": 1.5, "many": [1, None]},
+            {"answer": 2.5},
+        ]
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": ["x", "y"], "answer": [1.0, float("nan")]}), file)
+    with pytest.raises(DataError, match="a.parquet, row 2: nan is not a JSON number"):
+        list(read_objects(str(file)))
+    file.write_bytes(b"PAR1 and so on")
+    with pytest.raises(DataError, match="a.parquet cannot be read after row 0"):
+        list(read_objects(str(file)))
+
+
+def test_a_json_list_names_the_command_that_rewrites_it(tmp_path):
+    (tmp_path / "a.json").write_text('[\n{"text": "x"}\n]')
+    with pytest.raises(DataError, match=r"jq -c '\.\[\]' .*a\.json > a_lines\.jsonl"):
+        read("jsonl", str(tmp_path / "a.json"))
 
 
 @pytest.mark.parametrize("text", ["null", "3", "[]", '{"a": 1}'])

@@ -13,6 +13,7 @@ from server_thread import running
 
 import openmimo
 from openmimo import cli
+from openmimo.core import metrics
 from openmimo.core.records import Message, SamplingParams
 from openmimo.data.chat.template import encode_chat
 from openmimo.data.task import FAMILIES
@@ -90,10 +91,13 @@ def test_a_command_without_a_path_uses_it_and_says_so(verb, capsys, monkeypatch)
 
 
 def test_eval_without_a_path_uses_it_and_says_so(capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["openmimo", "eval", "--lengths", "64", "--examples", "2"])
+    arguments = ["--lengths", "64", "--examples", "4", "--batch", "1"]
+    monkeypatch.setattr(metrics, "_SHORT_SECONDS", 0.0)  # the time left is printed for any work
+    monkeypatch.setattr(sys, "argv", ["openmimo", "eval", *arguments])
     cli.main()
     out, err = capsys.readouterr()
     assert "needle" in out and err.startswith("no checkpoint given: ")
+    assert err.count(" left, at the speed so far") == 1
 
 
 @pytest.mark.parametrize("verb", ["chat", "generate", "serve", "eval"])

@@ -52,6 +52,14 @@ def refused(call, *arguments, error=UserError) -> str:
     return str(caught.value)
 
 
+def test_the_folder_of_a_run_names_its_model(folder, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    shutil.copytree(folder, run / "model")
+    for load in (openmimo.load_model, Tokenizer.load):
+        assert refused(load, run).endswith(f"is the folder of a run. Give the folder of its model: {run / 'model'}.")
+
+
 # --- locations -------------------------------------------------------------------------------------------------------
 
 

@@ -322,10 +322,15 @@ def test_a_finished_run_takes_more_steps_in_its_last_stage(finished, tmp_path, w
 def test_the_time_left_is_stated_once_for_long_work():
     time_left = TimeLeft(2)
     assert [time_left.after_step(seconds, 10, 900) for seconds in (50.0, 1.0, 3.0, 9.0)] == [
-        None, None, "about 3 minutes left, at the speed of the first steps", None,
+        None, None, "about 3 minutes left, at the speed so far", None,
     ]  # fmt: skip
     short = TimeLeft(1)
     assert [short.after_step(1.0, 10, 290) for _ in range(3)] == [None, None, None]
+    at_once = TimeLeft(1, warm_up=0)
+    assert [at_once.after_step(40.0, 1, left) for left in (2, 1)] == [
+        "about 80 seconds left, at the speed so far",
+        None,
+    ]
     durations = {40: "40 seconds", 100: "2 minutes", 720: "12 minutes", 12600: "3.5 hours", 200000: "2.3 days"}
     assert {seconds: duration_text(seconds) for seconds in durations} == durations
 

@@ -1,4 +1,6 @@
-"""Conversations from JSON Lines as training rows in the chat format. Only tokens of the assistant enter the loss.
+"""Conversations from JSON Lines or Parquet as training rows in the chat format.
+
+Only tokens of the assistant enter the loss.
 
 Each line is an object with `messages` in OpenAI's format and optionally `tools`. A conversation with reasoning
 (`reasoning_content`, or `<think>` in the content) becomes one example per question, because the template hides the
@@ -18,7 +20,7 @@ import numpy as np
 from openmimo.core.errors import DataError
 from openmimo.data.chat.conversation import conversations_by_question, encode_conversation, has_reasoning
 from openmimo.data.chat.rows import Document, join_row, make_document
-from openmimo.data.json_lines import read_objects
+from openmimo.data.objects import read_objects
 from openmimo.data.source import Row, RowMaker, RowMakers, Split, SyntheticSource, split_of
 from openmimo.data.tokenizer import Tokenizer
 
@@ -28,7 +30,7 @@ class Options:
     """Options of source `chat`.
 
     Attributes:
-        path: A file, or a folder of .jsonl files.
+        path: A file of JSON Lines (.jsonl, .jsonl.gz, .json.gz) or Parquet, or a folder of one of these kinds.
         thinking: "auto" uses thinking mode for conversations with reasoning only; "on" uses it for all; "off" uses it
             for none and drops reasoning.
     """
@@ -54,6 +56,8 @@ def row_makers(options: Options, tokenizer: Tokenizer, sequence_length: int, val
         for split, documents in examples.items()
     }
     num_all, num_fitting = (sum(map(len, by_split.values())) for by_split in (examples, fitting))
+    if not num_all:
+        raise DataError(f"{options.path} contains no conversation with an answer of the assistant to learn.")
     if not fitting["train"]:
         raise DataError(
             f"Source 'chat' finds no conversation in {options.path} to train on that fits into rows of "

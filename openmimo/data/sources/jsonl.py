@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from openmimo.core.errors import DataError
-from openmimo.data.json_lines import SUFFIXES, read_objects
+from openmimo.data.json_lines import SUFFIXES, read_file
 from openmimo.data.source import TextSource, find_files, fingerprint_files
 
 
@@ -14,7 +14,7 @@ class Options:
     """Options of source `jsonl`.
 
     Attributes:
-        path: A file, or a folder of .jsonl files.
+        path: A file, or a folder of .jsonl, .jsonl.gz and .json.gz (or .zst) files.
         field: The key of the text.
     """
 
@@ -24,11 +24,12 @@ class Options:
 
 def documents(options: Options) -> Iterator[str]:
     """Yield one document per line. Raises DataError with file and line for a malformed line."""
-    for where, row in read_objects(options.path):
+    rows = (row for file in find_files(options.path, SUFFIXES) for row in read_file(file))
+    for where, row in rows:
         if options.field not in row:
             raise DataError(
                 f"{where}: the key {options.field!r} is missing (found: {', '.join(row) or 'nothing'}). Set option "
-                "'field' to the key of the text."
+                "'field' (--data-field, --text-field) to the key of the text."
             )
         text = row.pop(options.field)
         if not isinstance(text, str):

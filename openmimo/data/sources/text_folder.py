@@ -1,11 +1,12 @@
-"""Local texts: a file, or a folder of .txt, .md and .py files. Each file is one document."""
+"""Local texts: a file, or a folder of .txt, .md and .py files (also .gz and .zst). Each file is one document."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from openmimo.data.source import TextSource, find_files, fingerprint_files, read_text
+from openmimo.data.compressed import read_whole, with_packed
+from openmimo.data.source import TextSource, decoded, find_files, fingerprint_files
 
-SUFFIXES = (".txt", ".md", ".py")
+SUFFIXES = with_packed(".txt", ".md", ".py")
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Options:
 
 def documents(options: Options) -> Iterator[str]:
     """Return one document per file, in the order of the paths."""
-    return (read_text(file) for file in find_files(options.path, SUFFIXES))
+    return (decoded(read_whole(file), file) for file in find_files(options.path, SUFFIXES))
 
 
 def fingerprint(options: Options) -> str:

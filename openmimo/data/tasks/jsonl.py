@@ -1,4 +1,4 @@
-"""Problems from JSON Lines files.
+"""Problems from JSON Lines or Parquet files.
 
 Each line has a prompt (or `messages`, the turns up to the question) and an answer, and may have an id, a difficulty and
 a system turn. The problems are repeated in epochs. Problems with the same prompt are in the same split.
@@ -21,8 +21,8 @@ from openmimo.core.errors import ConfigError, DataError
 from openmimo.core.fields import NonNegativeFloat, check_fields
 from openmimo.core.records import Message
 from openmimo.core.registry import load_object
-from openmimo.data.json_lines import SUFFIXES, read_objects
-from openmimo.data.source import FileContent, find_files, fingerprint_files
+from openmimo.data.objects import object_files, read_objects
+from openmimo.data.source import FileContent, fingerprint_files
 from openmimo.data.task import Problem, ProblemSet, TaskFamily, final_answer
 from openmimo.data.tasks._answers import check_method, is_instant, score_answer
 
@@ -34,7 +34,7 @@ class Options:
     """Location of the problems, and the comparison of answers with keys.
 
     Attributes:
-        path: A file, or a folder of .jsonl files.
+        path: A file of JSON Lines (.jsonl, .jsonl.gz, .json.gz) or Parquet, or a folder of one of these kinds.
         test_path: File or folder of the validation problems (empty: a tenth of the prompts of `path` is held out).
         scoring: "exact" (as text), "contains" (the key occurs in the text, possibly among other candidates), "numeric"
             (the last number) or "math" (by math-verify).
@@ -82,7 +82,7 @@ def problem_set(options: Options) -> ProblemSet:
     paths = [path for path in (options.path, options.test_path) if path]
     if reward_files := _reward_files(options.reward):
         paths.append(reward_files[0].path)
-    return _read(options, tuple(fingerprint_files(find_files(path, SUFFIXES)) for path in paths))
+    return _read(options, tuple(fingerprint_files(object_files(path)) for path in paths))
 
 
 @functools.lru_cache(maxsize=4)
@@ -179,8 +179,8 @@ def _text(row: Mapping[str, Any], field: str, where: str) -> str:
         return _number(value, field, where)
     if not isinstance(value, str) or not value:
         raise DataError(
-            f"{where}: no text or number under {field!r} (found: {', '.join(row) or 'nothing'}). Set the options "
-            "prompt_field and answer_field to the right keys."
+            f"{where}: no text or number under {field!r} (found: {', '.join(row) or 'nothing'}). Rename the "
+            "keys to 'prompt' and 'answer', or set the options prompt_field and answer_field."
         )
     return value
 

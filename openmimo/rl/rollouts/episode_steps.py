@@ -162,7 +162,7 @@ def checked_reward(value: Any, request: GroupRequest) -> float:
     raise RewardError(
         f"environment {request.environment!r} (source {request.source!r}) gave problem {request.problem.id!r} the "
         f"reward {value!r}{'' if is_number else f', a {type(value).__name__}'}; a reward is a number from 0 to 1. "
-        "Correct the environment's reward()."
+        "Correct the environment's reward(), or the function of --reward."
     )
 
 
