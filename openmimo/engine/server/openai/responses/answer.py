@@ -5,7 +5,7 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
-from openmimo.engine.server.chat.task import chat_events
+from openmimo.engine.server.chat.task import chat_deltas
 from openmimo.engine.server.chat.turns import ChatReply
 from openmimo.engine.server.http.errors import ApiError
 from openmimo.engine.server.http.service import Generation, Service
@@ -46,7 +46,7 @@ class ResponseAnswer:
         self._prepared = prepared
         self._owner = owner
         self._has_output = has_output
-        self._reply = prepared.chat.new_reply(service.backend.tokenizer)
+        (self._reply,) = prepared.chat.new_replies(service.backend.tokenizer)
         self._output = OutputItems(self._reply, _reasoning_form(body))
         self._num_prompt_tokens = len(prepared.chat.prompt.token_ids)
         self._response = new_response(body, model=service.model_name)
@@ -87,9 +87,10 @@ class ResponseAnswer:
             yield event(self._numbered({**details, "type": "error", "error": details}), "error")
 
     async def _item_events(self) -> AsyncIterator[Event]:
-        async for part in chat_events(self.generation, self._reply):
-            for item_event in self._output.push(part) if self._has_output else ():
-                yield item_event
+        async for _, _, parts in chat_deltas(self.generation, [self._reply]):
+            for part in parts if self._has_output else ():
+                for item_event in self._output.push(part):
+                    yield item_event
         for item_event in self._finish():
             yield item_event
 
