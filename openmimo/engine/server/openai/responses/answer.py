@@ -11,10 +11,13 @@ from openmimo.engine.server.http.errors import ApiError
 from openmimo.engine.server.http.service import Generation, Service
 from openmimo.engine.server.http.streaming import event
 from openmimo.engine.server.openai.responses.input import as_input, num_characters
+from openmimo.engine.server.openai.responses.logprobs import MessageLogprobs
 from openmimo.engine.server.openai.responses.output import Event, OutputItems, ReasoningForm
 from openmimo.engine.server.openai.responses.schema import ResponseRequest, ResponseTool
 from openmimo.engine.server.openai.responses.store import ResponseStore, StoredResponse, estimated_bytes
 from openmimo.engine.server.openai.responses.task import PreparedResponse, functions_of
+
+_ENTRY_BYTES = 512  # about what one token's entry among log-probabilities takes in memory
 
 
 class ResponseAnswer:
@@ -48,6 +51,7 @@ class ResponseAnswer:
         self._has_output = has_output
         (self._reply,) = prepared.chat.new_replies(service.backend.tokenizer)
         self._output = OutputItems(self._reply, _reasoning_form(body))
+        self._logprobs = MessageLogprobs(service.backend.tokenizer)
         self._num_prompt_tokens = len(prepared.chat.prompt.token_ids)
         self._response = new_response(body, model=service.model_name)
         self._num_events = 0
@@ -87,9 +91,10 @@ class ResponseAnswer:
             yield event(self._numbered({**details, "type": "error", "error": details}), "error")
 
     async def _item_events(self) -> AsyncIterator[Event]:
-        async for _, _, parts in chat_deltas(self.generation, [self._reply]):
+        async for _, delta, parts in chat_deltas(self.generation, [self._reply]):
+            self._logprobs.add(delta.logprobs)
             for part in parts if self._has_output else ():
-                for item_event in self._output.push(part):
+                for item_event in self._output.push(part, self._logprobs.of(part)):
                     yield item_event
         for item_event in self._finish():
             yield item_event
@@ -124,8 +129,12 @@ class ResponseAnswer:
             prepared.input_items,
             [*prepared.conversation.items, *output],
             prepared.num_characters + size,
-            prepared.num_bytes + estimated_bytes(2 * size, len(output)),
+            prepared.num_bytes + estimated_bytes(2 * size, len(output)) + self._logprob_bytes(),
         )
+
+    def _logprob_bytes(self) -> int:
+        params = self._prepared.chat.requests[0].params
+        return len(self._reply.token_ids) * (1 + params.top_logprobs) * _ENTRY_BYTES if params.logprobs else 0
 
     def _numbered(self, one: Event) -> Event:
         self._num_events += 1
@@ -182,7 +191,7 @@ def new_response(body: ResponseRequest, *, model: str) -> dict[str, Any]:
         "text": {"format": _format_dict(body)},
         "tool_choice": _choice_dict(body),
         "tools": [_tool_dict(tool) for tool in functions_of(body)],
-        "top_logprobs": 0,
+        "top_logprobs": body.top_logprobs or 0,
         "top_p": 1.0 if body.top_p is None else body.top_p,
         "truncation": body.truncation or "disabled",
         "usage": None,
