@@ -172,15 +172,11 @@ def test_messages(client, question):
     check_type(types.MessageTokensCount, count.json())
 
 
-OPENAI_PATHS = (
-    "chat/completions",
-    "completions",
-    "responses",
-    "responses/compact",
-    "responses/input_tokens",
-    "embeddings",
-)
-PATHS = [*(f"/v1/{path}" for path in OPENAI_PATHS), "/v1/messages", "/v1/messages/count_tokens", "/tokenize"]
+PATHS = [
+    *("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/tokenize", "/v1/messages/count_tokens"),
+    *("/v1/responses", "/v1/responses/compact", "/v1/responses/input_tokens", "/v1/messages"),
+]
+ASK = {"messages": [{"role": "user", "content": "x"}], "input": "x", "prompt": "x", "max_tokens": 9}
 BAD_BODIES = {  # each with the status of its reply
     "no JSON": (400, b"{"),
     "no object": (400, b"[]"),
