@@ -27,17 +27,11 @@ from typing import Any
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from openmimo.core.records import Structure
+from openmimo.engine.structure_schema import known_keywords, part_at
 
 # White space between the tokens of JSON: none, a space, or a line end and indent. It is limited, because a model could
 # otherwise fill its reply with it.
 _JSON_OPTIONS: Any = {"whitespace_pattern": r"( |\n[ \t]{0,24})?"}
-_KEYWORDS_OF_ONE = ("additionalItems", "additionalProperties", "items", "propertyNames")
-_KEYWORDS_OF_MANY = ("allOf", "anyOf", "oneOf", "prefixItems")
-_KEYWORDS_OF_NAMED = ("$defs", "definitions", "patternProperties", "properties")
-_OTHER_FORMATS = tuple(  # formats of pydantic and OpenAPI that say nothing about the text
-    ("format", name) for name in ("base64url", "binary", "byte", "decimal", "directory-path", "double", "file-path",
-                                  "float", "int32", "int64", "json-string", "password", "path")
-)  # fmt: skip
 _MAX_SOURCE_CHARACTERS = 1 << 18
 _MAX_CPU_SECONDS = 2
 _MAX_WALL_SECONDS = 60.0
@@ -70,59 +64,12 @@ def _form_grammar(structure: Structure) -> dict[str, Any]:
     if structure.kind == "grammar":
         return {"lark_grammar": structure.source}
     root = json.loads(structure.source) if structure.kind == "json_schema" else {"type": "object"}
-    schema = json.dumps(_known_keywords(root, root))
+    schema = json.dumps(known_keywords(root, root))
     return _only_grammar(LLMatcher.grammar_from_json_schema(schema, overrides=_JSON_OPTIONS))
 
 
 def _regex_grammar(pattern: str) -> dict[str, Any]:
     return _only_grammar(LLMatcher.grammar_from_regex(pattern))
-
-
-def _known_keywords(schema: Any, root: Any) -> Any:
-    """The schema without some keywords that llguidance refuses and that pydantic emits.
-
-    `propertyNames` becomes `patternProperties`. `uniqueItems` is left out: no grammar can express it. So are formats
-    that llguidance does not know; JSON Schema has them ignored.
-    """
-    if not isinstance(schema, dict):
-        return schema
-    known: dict[str, Any] = {}
-    for name, value in schema.items():
-        if name in _KEYWORDS_OF_ONE:
-            known[name] = _known_keywords(value, root)
-        elif name in _KEYWORDS_OF_MANY and isinstance(value, list):
-            known[name] = [_known_keywords(one, root) for one in value]
-        elif name in _KEYWORDS_OF_NAMED and isinstance(value, dict):
-            known[name] = {key: _known_keywords(one, root) for key, one in value.items()}
-        elif name != "uniqueItems" and (name, value) not in _OTHER_FORMATS:
-            known[name] = value
-    pattern = _name_pattern(known.get("propertyNames"), root)
-    if pattern and not ({"properties", "patternProperties"} & known.keys()):
-        del known["propertyNames"]
-        known["patternProperties"] = {pattern: known.get("additionalProperties", True)}
-        known["additionalProperties"] = False
-    return known
-
-
-def _name_pattern(names: Any, root: Any) -> str:
-    """The regular expression of the names that a `propertyNames` allows; empty if it cannot be expressed."""
-    while isinstance(names, dict) and isinstance(names.get("$ref"), str) and names["$ref"].startswith("#/"):
-        names = _at(root, names["$ref"])
-        if isinstance(names, dict) and "$ref" in names:
-            return ""
-    if not isinstance(names, dict):
-        return ""
-    constraints = names.keys() - {"type", "title", "description"}
-    if constraints == {"pattern"} and isinstance(names["pattern"], str):
-        return names["pattern"]
-    options = names.get("enum", [names.get("const")])
-    if constraints in ({"enum"}, {"const"}) and isinstance(options, list) and all(isinstance(o, str) for o in options):
-        return f"^({'|'.join(map(re.escape, options))})$"
-    if constraints and constraints <= {"minLength", "maxLength"}:
-        least, most = names.get("minLength", 0), names.get("maxLength", "")
-        if isinstance(least, int) and (most == "" or isinstance(most, int)):
-            return f"^[\\s\\S]{{{least},{most}}}$"
-    return ""
 
 
 def _only_grammar(serialized: str) -> dict[str, Any]:
@@ -241,7 +188,7 @@ def has_text(structure: Structure) -> bool:
     try:
         if structure.kind == "json_schema":
             root = json.loads(structure.source)
-            return _least_fixpoint("#", lambda pointer, has: _schema_has_text(_at(root, pointer), has))
+            return _least_fixpoint("#", lambda pointer, has: _schema_has_text(part_at(root, pointer), has))
         rules = _rules(structure.source) if structure.kind == "grammar" else None
         return rules is None or _least_fixpoint("start", lambda name, has: _rule_has_text(rules, name, has))
     except RecursionError:  # hundreds of nested parts
@@ -280,17 +227,6 @@ def _evaluate_all(root: str, evaluate: Callable[[str, _Has], bool], proven: set[
 
 
 # JSON schemas.
-
-
-def _at(root: Any, pointer: str) -> Any:
-    """Return the part of a schema at a JSON pointer (`#/a/b`); True, which allows everything, if it does not exist."""
-    found = root
-    for part in pointer.split("/")[1:]:
-        part = part.replace("~1", "/").replace("~0", "~")
-        if not isinstance(found, dict) or part not in found:
-            return True
-        found = found[part]
-    return found
 
 
 def _schema_has_text(schema: Any, has: _Has) -> bool:
