@@ -93,6 +93,7 @@ def results_of(script: Path, clients: Path, arguments: list[str], home: Path) ->
         found.append({"check": name_of(script), "problem": problem, "seconds": time.monotonic() - start})
     if any(result.get("problem") for result in found):
         print(f"--- {name_of(script)}: the end of its standard error ---\n{tail}", file=sys.stderr)
+    return found
 
 
 def main() -> int:
