@@ -8,7 +8,7 @@ from pydantic import AfterValidator, ValidationInfo
 from openmimo.engine.server.http import limits
 from openmimo.engine.server.http.bodies import check_tree, dicts_in
 from openmimo.engine.server.http.fields import IgnoredFields
-from openmimo.engine.structure_schema import unique_lists
+from openmimo.engine.structure_check import unique_lists
 
 
 def _check_output_schema(schema: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
