@@ -39,10 +39,11 @@ sanitize: $(VENV)/dev
 	    tests/contracts/test_router_backends.py tests/contracts/test_store_backends.py tests/parity/test_engine.py
 # the packages of the field against the server, in an environment of their own; those of npm where node is installed
 CLIENTS ?= .venv-clients
-$(CLIENTS)/setup: tests/clients/requirements.txt tests/clients/package.json
+$(CLIENTS)/setup: tests/clients/requirements.txt tests/clients/overrides.txt tests/clients/package.json
 	$(PYTHON) -m venv $(CLIENTS)
 	$(CLIENTS)/bin/pip install -q --disable-pip-version-check uv $(TORCH)
-	$(CLIENTS)/bin/uv pip install -q --python $(CLIENTS)/bin/python $(TORCH) -r tests/clients/requirements.txt
+	$(CLIENTS)/bin/uv pip install -q --python $(CLIENTS)/bin/python $(TORCH) -r tests/clients/requirements.txt \
+	    --override tests/clients/overrides.txt
 	mkdir -p $(CLIENTS)/node
 	cp tests/clients/package.json $(CLIENTS)/node
 	! command -v npm > /dev/null || npm install --prefix $(CLIENTS)/node --silent --no-audit --no-fund --ignore-scripts
