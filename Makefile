@@ -41,15 +41,19 @@ sanitize: $(VENV)/dev
 	    tests/contracts/test_attention_backends.py tests/contracts/test_experts_backends.py \
 	    tests/contracts/test_linear_backends.py tests/contracts/test_paged_attention_backends.py \
 	    tests/contracts/test_router_backends.py tests/contracts/test_store_backends.py tests/parity/test_engine.py
-# the packages of the field against the server, in an environment of their own; takes 3 to 9 minutes
+# the packages of the field against the server, in an environment of their own; those of npm where node is installed
 CLIENTS ?= .venv-clients
-$(CLIENTS)/setup: tests/clients/requirements.txt
+$(CLIENTS)/setup: tests/clients/requirements.txt tests/clients/overrides.txt tests/clients/package.json
 	$(PYTHON) -m venv $(CLIENTS)
 	$(CLIENTS)/bin/pip install -q --disable-pip-version-check uv $(TORCH)
-	$(CLIENTS)/bin/uv pip install -q --python $(CLIENTS)/bin/python $(TORCH) -r tests/clients/requirements.txt
+	$(CLIENTS)/bin/uv pip install -q --python $(CLIENTS)/bin/python $(TORCH) -r tests/clients/requirements.txt \
+	    --override tests/clients/overrides.txt
+	mkdir -p $(CLIENTS)/node
+	cp tests/clients/package.json $(CLIENTS)/node
+	! command -v npm > /dev/null || npm install --prefix $(CLIENTS)/node --silent --no-audit --no-fund --ignore-scripts
 	touch $@
 clients: $(VENV)/dev $(CLIENTS)/setup
-	$(BIN)/python tests/clients/run.py $(CLIENTS)/bin/python
+	$(BIN)/python tests/clients/run.py $(CLIENTS)
 # the Triton kernels in Triton's interpreter, which needs no accelerator (and NumPy before 2.4)
 interpret: $(VENV)/dev
 	$(BIN)/pip install -q --disable-pip-version-check --no-deps --upgrade --target build/triton triton==3.6.0 "numpy<2.4"

@@ -2,11 +2,13 @@
 
 import importlib.metadata
 import json
+import os
 import sys
 import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 MODEL = "tiny"  # the name of the model on both servers
 KEY = "secret"  # no server requires one, but most clients do
@@ -41,11 +43,23 @@ def check(name: str) -> Callable[[Check], Check]:
     return register
 
 
-def main(*packages: str) -> None:
-    """Run all checks. The lines on standard output have the keys check, problem (empty: passed) and seconds."""
+def node_packages() -> Path:
+    """The folder of the packages that npm installed."""
+    return Path(os.environ["OPENMIMO_NODE"]) / "node_modules"
+
+
+def main(*packages: str, npm: tuple[str, ...] = ()) -> None:
+    """Run all checks. The lines on standard output have the keys check, problem (empty: passed) and seconds.
+
+    Args:
+        packages: The Python packages that the first line gives the versions of.
+        npm: The packages of npm, likewise.
+    """
     served = Served(*sys.argv[1:4])
     out, sys.stdout = sys.stdout, sys.stderr
     versions = {package: importlib.metadata.version(package) for package in packages}
+    for package in npm:
+        versions[package] = json.loads((node_packages() / package / "package.json").read_text())["version"]
     print(json.dumps({"versions": versions}), file=out, flush=True)
     for name, function in _CHECKS:
         start, problem = time.monotonic(), ""

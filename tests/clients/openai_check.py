@@ -1,10 +1,13 @@
 """The openai package: chats, streams, tools, forms, thinking, log-probabilities, responses, embeddings."""
 
+import json
+from datetime import date
 from typing import Literal
+from uuid import UUID
 
 from checks import KEY, MODEL, Served, check, main
 from openai import OpenAI
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 HELLO = [{"role": "user", "content": "hello"}]
 SHORT = {"model": MODEL, "max_tokens": 12}
@@ -23,6 +26,12 @@ class Dog(BaseModel):
 class Pets(BaseModel):
     pet: Cat | Dog
     counts: dict[Literal["a", "b"], Literal[1, 2]]
+
+
+class Visits(BaseModel):
+    by_id: dict[UUID, Literal[1, 2]]
+    colors: set[Literal["red", "green"]]
+    dates: dict[date, bool] = Field(max_length=2)
 
 
 class Weather(BaseModel):
@@ -70,6 +79,16 @@ def _(served: Served) -> None:
     assert isinstance(reply.choices[0].message.parsed, Pets)
 
 
+@check("openai parse of a pydantic form with keys of a format and a set")
+def _(served: Served) -> None:
+    reply = client(served.url).chat.completions.parse(
+        model=MODEL, messages=HELLO, response_format=Visits, max_tokens=3000, temperature=0.2, seed=1
+    )
+    content = json.loads(reply.choices[0].message.content)
+    assert isinstance(reply.choices[0].message.parsed, Visits)
+    assert len(content["colors"]) == len(set(content["colors"]))
+
+
 @check("openai tools with a form")
 def _(served: Served) -> None:
     import openai
@@ -100,6 +119,14 @@ def _(served: Served) -> None:
         for event in stream:
             last = event
     assert last.response.output_text == whole
+
+
+@check("openai responses, logprobs")
+def _(served: Served) -> None:
+    reply = client(served.url).responses.create(
+        model=MODEL, input="hello", max_output_tokens=12, include=["message.output_text.logprobs"], top_logprobs=3
+    )
+    assert all(len(entry.top_logprobs) == 3 for entry in reply.output[0].content[0].logprobs)
 
 
 @check("openai responses parse of a pydantic form")

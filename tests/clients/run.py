@@ -1,27 +1,39 @@
 """Runs the packages of the field against this checkout's server: `make clients`.
 
-    python tests/clients/run.py CLIENT_PYTHON [NAME ...]
+    python tests/clients/run.py CLIENTS [NAME ...]
 
-CLIENT_PYTHON is the interpreter of the clients' environment. Names select checks, such as openai (default: all). Prints
-the versions and a table of results; the exit status is 1 if a check fails.
+CLIENTS is the folder that `make clients` makes: a Python environment, and the packages of npm in its folder `node`.
+Names select checks, such as openai (default: all). Prints the versions and a table of results; the exit status is 1 if
+a check fails. Clients of npm are skipped if that folder is absent, because there is no node.
 """
 
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-CLIENT_SECONDS = 240
-START_SECONDS = 120
+CLIENT_SECONDS = 420
+CLIENTS_AT_ONCE = 2  # most of their time is spent on imports, by one core
+NODE_CLIENTS = ("ai_sdk", "claude_code", "codex")
+# Accounts of the user, which no check may use.
+_ACCOUNTS = re.compile(r"(ANTHROPIC|CLAUDE|CODEX|HF|LANGSMITH|LITELLM|OPENAI)_.*")
+# No client may reach more than this machine: the clients' own settings, and a proxy that refuses what is left.
+_OFFLINE = {
+    "ALL_PROXY": "http://127.0.0.1:9", "HTTPS_PROXY": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9",
+    "NO_PROXY": "127.0.0.1,localhost", "DO_NOT_TRACK": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "1",
+    "LANGSMITH_TRACING": "false", "LITELLM_LOCAL_MODEL_COST_MAP": "True", "OPENAI_AGENTS_DISABLE_TRACING": "1",
+}  # fmt: skip
 
 
 @contextmanager
@@ -40,22 +52,36 @@ def running(*command: str) -> Iterator[str]:
             process.terminate()
 
 
-def results_of(script: Path, python: str, arguments: list[str]) -> Iterator[dict]:
-    """The JSON lines of one client's checks, and a failed check if the process ends early."""
-    environment = {
-        **{name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
+def client_environment(clients: Path, home: Path) -> dict[str, str]:
+    """The environment variables of a client: no accounts, no network, and a home folder that is removed."""
+    kept = {name: value for name, value in os.environ.items() if not _ACCOUNTS.fullmatch(name) and name != "PYTHONPATH"}
+    return {
+        **{name: value for name, value in kept.items() if not name.lower().endswith("_proxy")},
+        **_OFFLINE,
+        "HOME": str(home),
+        "OMP_NUM_THREADS": "1",
+        "OPENMIMO_NODE": str(clients / "node"),
         "OPENMIMO_PYTHON": sys.executable,
         "OPENMIMO_ROOT": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "HF_HOME": str(Path(arguments[-1]) / "huggingface"),
     }
+
+
+def command_of(script: Path, clients: Path) -> list[str]:
+    """The command that runs one client's checks. Packages of npm are found from the folder of the script."""
+    if script.suffix == ".py":
+        return [str(clients / "bin" / "python"), str(script)]
+    shutil.copy(script, clients / "node")
+    return ["node", script.name]
+
+
+def results_of(script: Path, clients: Path, arguments: list[str], home: Path) -> list[dict]:
+    """The JSON lines of one client's checks, and a failed check if the process ends early."""
     start = time.monotonic()
     with tempfile.TemporaryFile("w+") as errors:
         try:
             done = subprocess.run(
-                [python, str(script), *arguments], env=environment, stdout=subprocess.PIPE, stderr=errors, text=True,
-                timeout=CLIENT_SECONDS,
+                [*command_of(script, clients), *arguments], env=client_environment(clients, home), cwd=clients / "node",
+                stdout=subprocess.PIPE, stderr=errors, text=True, timeout=CLIENT_SECONDS,
             )  # fmt: skip
             output, problem = done.stdout, "" if done.returncode == 0 else f"exit status {done.returncode}"
         except subprocess.TimeoutExpired as expired:
@@ -63,34 +89,44 @@ def results_of(script: Path, python: str, arguments: list[str]) -> Iterator[dict
         errors.seek(0)
         tail = errors.read()[-3000:]
     found = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
-    yield from found
     if problem:
-        yield {"check": script.stem, "problem": problem, "seconds": time.monotonic() - start}
-    if problem or any(result.get("problem") for result in found):
-        print(f"--- {script.stem}: the end of its standard error ---\n{tail}", file=sys.stderr)
+        found.append({"check": name_of(script), "problem": problem, "seconds": time.monotonic() - start})
+    if any(result.get("problem") for result in found):
+        print(f"--- {name_of(script)}: the end of its standard error ---\n{tail}", file=sys.stderr)
+    return found
 
 
 def main() -> int:
     """Run the checks. Returns the exit status."""
     from tiny_checkpoint import save_tiny_checkpoint
 
-    python, *names = sys.argv[1:]
-    scripts = sorted(HERE.glob("*_check.py"))
+    clients, *names = Path(sys.argv[1]).absolute(), *sys.argv[2:]
+    scripts = sorted([*HERE.glob("*_check.py"), *HERE.glob("*_check.mjs")], key=lambda script: script.name)
     if names:
-        scripts = [HERE / f"{name}_check.py" for name in names]
+        scripts = [script for script in scripts if name_of(script) in names]
+    if not (clients / "node" / "node_modules").exists():
+        print(f"skipped, because node is not installed: {', '.join(NODE_CLIENTS)}", flush=True)
+        scripts = [script for script in scripts if name_of(script) not in NODE_CLIENTS]
     start, results = time.monotonic(), []
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as home:
         save_tiny_checkpoint(Path(folder))
         serve = ("-m", "openmimo", "serve", folder, "--port", "0", "--model-name", "tiny", "--model-aliases", folder)
         with running(*serve) as url, running(str(HERE / "scripted_server.py")) as scripted_url:
-            for script in scripts:
-                for result in results_of(script, python, [url, scripted_url, folder]):
-                    show(result)
-                    results.append(result)
+            arguments = [url, scripted_url, folder]
+            with ThreadPoolExecutor(CLIENTS_AT_ONCE) as pool:
+                for found in pool.map(lambda script: results_of(script, clients, arguments, Path(home)), scripts):
+                    for result in found:
+                        show(result)
+                    results += found
     checks = [result for result in results if "check" in result]
     failed = sum(bool(result["problem"]) for result in checks)
     print(f"{len(checks) - failed} of {len(checks)} checks passed in {time.monotonic() - start:.0f} s")
     return 1 if failed or not checks else 0
+
+
+def name_of(script: Path) -> str:
+    """The client of a script."""
+    return script.stem.removesuffix("_check")
 
 
 def show(result: dict) -> None:

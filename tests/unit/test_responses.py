@@ -196,6 +196,56 @@ def test_the_response_repeats_the_settings(client):
     assert {name: response[name] for name in given} == given
 
 
+LOGPROBS = {"include": ["message.output_text.logprobs"]}
+SPOKEN = "Grüße, 日本. "
+
+
+def speak(prompt, request):
+    """Think, speak, call and speak again, in pieces that split characters and marks."""
+    text = f"<think>Hm.</think>{SPOKEN}{CALL}Bye."
+    return (Step((text[start : start + 3],)) for start in range(0, len(text), 3))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_log_probabilities_are_those_of_the_tokens_of_messages(stream):
+    body = {"input": "x", "tools": [WEATHER], **LOGPROBS, "top_logprobs": 2, "stream": stream}
+    with running(StubBackend(speak)) as server, connect(server) as client:
+        reply = client.post(RESPONSES, json=body)
+    events = [json.loads(line.removeprefix("data: ")) for line in reply.text.split("\n") if line.startswith("data: ")]
+    response = events[-1]["response"] if stream else reply.json()
+    assert response["top_logprobs"] == 2
+    parts = [item["content"][0] for item in response["output"] if item["type"] == "message"]
+    assert [part["text"].strip() for part in parts] == [SPOKEN.strip(), "Bye."]
+    for part in parts:
+        assert b"".join(bytes(entry["bytes"]) for entry in part["logprobs"]) == part["text"].encode()
+        assert {len(entry["top_logprobs"]) for entry in part["logprobs"]} == {2}
+    if stream:
+        deltas = [event for event in events if event["type"] == "response.output_text.delta"]
+        assert sum((delta["logprobs"] for delta in deltas), []) == sum((part["logprobs"] for part in parts), [])
+        done = [event["logprobs"] for event in events if event["type"] == "response.output_text.done"]
+        assert done == [part["logprobs"] for part in parts]
+
+
+def test_a_response_without_log_probabilities_has_empty_lists(client):
+    (item,) = created(client, input="x")["output"]
+    assert item["content"][0]["logprobs"] == []
+
+
+@pytest.mark.parametrize(
+    ("fields", "advice"),
+    [
+        ({"background": True}, "set stream to true"),
+        ({"conversation": "conv_1"}, "previous_response_id"),
+        ({"top_logprobs": 2}, "message.output_text.logprobs"),
+    ],
+)
+def test_what_responses_cannot_do_is_refused_with_advice(client, fields, advice):
+    response = client.post(RESPONSES, json={"input": "x", **fields})
+    error = response.json()["error"]
+    assert response.status_code == 400 and error["param"] == next(iter(fields)) and advice in error["message"]
+    assert client.post(RESPONSES, json={"input": "x", "background": False, "top_logprobs": 0}).status_code == 200
+
+
 @pytest.mark.parametrize("part", [{"type": "input_image", "image_url": "x"}, {"type": "input_file", "file_id": "x"}])
 def test_images_and_files_are_refused_in_clear_words(client, part):
     content = [{"type": "input_text", "text": "What is this?"}, part]

@@ -221,6 +221,21 @@ def test_more_inputs_than_replies_are_embedded_in_turns():
     assert answer["data"][3]["embedding"] == [0.0, 0.0, 1.0]  # token 4 in the stub's three bits
 
 
+def test_logprobs_of_responses_are_those_of_chats(served):
+    client, _ = served
+    ask = {"temperature": 0, "top_logprobs": 3}
+    chat = client.post(CHAT, json={**HELLO, **ask, "max_tokens": 12, "logprobs": True}).json()["choices"][0]
+    include = ["message.output_text.logprobs"]
+    body = {"input": HELLO["messages"], **ask, "max_output_tokens": 12, "include": include}
+    (item,) = client.post("/v1/responses", json=body).json()["output"]
+    (part,) = item["content"]
+    assert part["text"] == chat["message"]["content"]
+    for entry, expected in zip(part["logprobs"], chat["logprobs"]["content"], strict=True):
+        assert entry["bytes"] == expected["bytes"]
+        tops = [[one["logprob"] for one in each["top_logprobs"]] for each in (entry, expected)]
+        assert tops[0] == pytest.approx(tops[1], abs=1e-5)  # the second request finds its prompt in the cache
+
+
 @pytest.mark.parametrize("path", ["/v1/completions", CHAT])
 def test_prompt_logprobs_are_those_of_the_model(served, path):
     client, llm = served

@@ -3,8 +3,14 @@
 import json
 import random
 import re
+import uuid
 from dataclasses import replace
+from datetime import date, datetime, time, timedelta
+from ipaddress import IPv4Address, IPv6Address
+from pathlib import Path
+from typing import Annotated, Literal
 
+import pydantic
 import pytest
 
 from openmimo.core.errors import UserError
@@ -102,6 +108,65 @@ def test_schemas_of_pydantic_are_followed(compiler, schema, texts, others):
 
     assert [text for text in texts if not allows(text)] == []
     assert [text for text in others if allows(text)] == []
+
+
+KEYS = [
+    uuid.UUID, pydantic.UUID4, date, datetime, time, timedelta, IPv4Address, IPv6Address, Path, bytes,
+    pydantic.AnyUrl, Annotated[str, pydantic.StringConstraints(min_length=2, max_length=4)], Literal["a", "b"],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("key", KEYS, ids=str)
+def test_maps_by_what_pydantic_has_as_keys(compiler, key):
+    kind = pydantic.TypeAdapter(dict[key, Literal[1, 2]])
+    structure = Structure("json_schema", json.dumps(kind.json_schema() | {"maxProperties": 2}))
+    compiler.check(structure)
+    maps = [kind.validate_json(random_text(compiler.start(structure), seed)) for seed in range(5)]
+    assert any(maps)
+
+
+@pytest.mark.parametrize(
+    ("items", "fields"),
+    [
+        ({"enum": ["a", "b", "c", "d"]}, {}),
+        ({"type": "boolean"}, {"minItems": 1}),
+        ({"$ref": "#/$defs/Color"}, {"maxItems": 2}),
+        ({"anyOf": [{"const": 1}, {"enum": ["1", None]}]}, {"minItems": 2, "title": "Set"}),
+        ({"enum": list("abcdefghijkl")}, {"maxItems": 2}),
+    ],
+    ids=str,
+)
+def test_lists_of_few_values_have_no_repeated_items(compiler, items, fields):
+    array = {"type": "array", "uniqueItems": True, "items": items, **fields}
+    schema = {"type": "object", "properties": {"set": array}, "required": ["set"], "additionalProperties": False}
+    schema["$defs"] = {"Color": {"enum": ["red", "green"], "type": "string"}}
+    structure = Structure("json_schema", json.dumps(schema))
+    lengths = set()
+    for seed in range(5):
+        values = [json.dumps(value) for value in json.loads(random_text(compiler.start(structure), seed))["set"]]
+        assert len(set(values)) == len(values) and fields.get("minItems", 0) <= len(values)
+        lengths.add(len(values))
+    assert len(lengths) > 1
+
+
+BAD_PARTS = [
+    {"type": ["array"], "uniqueItems": True, "items": {"enum": [1]}},
+    {"type": "array", "uniqueItems": True, "items": {"type": ["string"], "enum": ["a"]}},
+    {"type": "array", "uniqueItems": True, "items": {"$ref": "#/$defs/Loop"}, "minItems": 10**9},
+    {"type": "object", "propertyNames": {"format": ["uuid"]}},
+    {"type": "string", "format": {"a": 1}},
+    {"type": "array", "uniqueItems": True, "items": {"anyOf": [{"enum": list(range(400))}] * 300}, "maxItems": 400},
+]
+
+
+@pytest.mark.parametrize("part", BAD_PARTS, ids=lambda part: str(part)[:60])
+def test_odd_schemas_are_followed_or_refused(compiler, part):
+    loop = {"anyOf": [{"$ref": "#/$defs/Loop"}]}
+    structure = Structure("json_schema", json.dumps({"properties": {"a": part}, "$defs": {"Loop": loop}}))
+    try:
+        compiler.check(structure)
+    except UserError as error:
+        assert "too complex" not in str(error)
 
 
 def test_states_of_one_structure_do_not_share_their_progress(compiler):

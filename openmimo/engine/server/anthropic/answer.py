@@ -6,7 +6,7 @@ from typing import Any
 
 from openmimo.engine.server.anthropic.blocks import ContentBlocks, Event
 from openmimo.engine.server.anthropic.errors import anthropic_error
-from openmimo.engine.server.chat.task import PreparedChat, chat_events
+from openmimo.engine.server.chat.task import PreparedChat, chat_deltas
 from openmimo.engine.server.http.errors import ApiError
 from openmimo.engine.server.http.service import Generation, Service
 from openmimo.engine.server.http.streaming import event
@@ -17,9 +17,9 @@ class MessageAnswer:
 
     def __init__(self, service: Service, prepared: PreparedChat, generation: Generation):
         self.generation = generation
-        self._params = prepared.request.params
+        self._params = prepared.requests[0].params
         self._num_prompt_tokens = len(prepared.prompt.token_ids)
-        self._reply = prepared.new_reply(service.backend.tokenizer)
+        (self._reply,) = prepared.new_replies(service.backend.tokenizer)
         self._content = ContentBlocks(self._reply)
         self._envelope = {
             "id": f"msg_{secrets.token_hex(12)}",
@@ -57,9 +57,10 @@ class MessageAnswer:
         yield {"type": "message_stop"}
 
     async def _content_events(self) -> AsyncIterator[Event]:
-        async for part in chat_events(self.generation, self._reply):
-            for one in self._content.push(part):
-                yield one
+        async for _, _, parts in chat_deltas(self.generation, [self._reply]):
+            for part in parts:
+                for one in self._content.push(part):
+                    yield one
         for one in self._content.close():
             yield one
 

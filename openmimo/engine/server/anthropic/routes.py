@@ -34,7 +34,7 @@ def message_routes(service: Service) -> APIRouter:
             lambda: prepare_chat(service, message_task(body, max_tokens=max_tokens)), is_large=is_large
         )
         prepared = await unless_disconnected(request.receive, work)
-        answer = MessageAnswer(service, prepared, service.start([prepared.request]))
+        answer = MessageAnswer(service, prepared, service.start(prepared.requests))
         response = await respond(request, answer, answer.events() if body.stream else None)
         return warn(response, skipped(skipped_parts(body)))
 

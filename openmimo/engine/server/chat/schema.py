@@ -8,6 +8,7 @@ from pydantic import AfterValidator, ValidationInfo
 from openmimo.engine.server.http import limits
 from openmimo.engine.server.http.bodies import check_tree, dicts_in
 from openmimo.engine.server.http.fields import IgnoredFields
+from openmimo.engine.structure_check import unique_lists
 
 
 def _check_output_schema(schema: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
@@ -19,8 +20,8 @@ def _check_output_schema(schema: dict[str, Any], info: ValidationInfo) -> dict[s
         raise ValueError(f"it contains more than {limits.SCHEMA_REFERENCES} references ($ref).")
     if isinstance(info.context, IgnoredFields):
         for part in dicts_in(schema):
-            if part.get("uniqueItems") is True:
-                info.context.add(part, "uniqueItems")  # no grammar can express it
+            if part.get("uniqueItems") is True and unique_lists(part, schema) is None:
+                info.context.add(part, "uniqueItems")  # the grammar cannot express it
     return schema
 
 

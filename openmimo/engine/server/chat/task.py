@@ -1,17 +1,17 @@
 """A chat request and its reply between the wire formats and the engine.
 
-Each wire format converts its requests to a `ChatTask` and its replies from the events of `chat_events`.
+Each wire format converts its requests to a `ChatTask` and its replies from `chat_deltas`.
 """
 
-import secrets
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from openmimo.core.records import Request, SamplingParams
+from openmimo.core.records import Delta, Request, SamplingParams
 from openmimo.data.chat.parser import ChatEvent
 from openmimo.data.tokenizer import Tokenizer
 from openmimo.engine.server.chat.prompts import ChatOptions, PromptEnding
+from openmimo.engine.server.chat.requests import engine_requests
 from openmimo.engine.server.chat.tools import ToolPolicy
 from openmimo.engine.server.chat.turns import ChatPrompt, ChatReply, chat_prompt
 from openmimo.engine.server.http.service import Generation, Service
@@ -32,11 +32,12 @@ class FieldNames:
 
 @dataclass(frozen=True)
 class ChatTask:
-    """One reply to generate.
+    """The next turn of a conversation, to be generated.
 
     Attributes:
         messages: The conversation, in the form that templates take.
         params: Sampling parameters; `structure` is the form that the request demands.
+        num_choices: Number of replies to generate, each with its own seed.
         policy: The tools, and the constraints on tool calls.
         options: Options of the chat template.
         ending: End of the prompt.
@@ -47,6 +48,7 @@ class ChatTask:
 
     messages: Sequence[dict[str, Any]]
     params: SamplingParams
+    num_choices: int = 1
     policy: ToolPolicy = field(default_factory=ToolPolicy)
     options: ChatOptions = field(default_factory=ChatOptions)
     ending: PromptEnding = "new turn"
@@ -57,14 +59,14 @@ class ChatTask:
 
 @dataclass(frozen=True)
 class PreparedChat:
-    """A task with its prompt and its engine request, which the backend has checked."""
+    """A task with its prompt and its engine requests, one for each reply, which the backend has checked."""
 
     prompt: ChatPrompt
-    request: Request
+    requests: Sequence[Request]
 
-    def new_reply(self, tokenizer: Tokenizer) -> ChatReply:
-        """Return the reply, still without tokens."""
-        return ChatReply(tokenizer, self.prompt)
+    def new_replies(self, tokenizer: Tokenizer) -> list[ChatReply]:
+        """Return the replies, still without tokens."""
+        return [ChatReply(tokenizer, self.prompt) for _ in self.requests]
 
 
 def encode_task(service: Service, task: ChatTask) -> ChatPrompt:
@@ -82,25 +84,32 @@ def encode_task(service: Service, task: ChatTask) -> ChatPrompt:
 
 
 def prepare_chat(service: Service, task: ChatTask) -> PreparedChat:
-    """Convert a task to a checked engine request. Raises ApiError; runs in a worker thread."""
+    """Convert a task to checked engine requests. Raises ApiError; runs in a worker thread."""
+    service.check_num_replies(1, task.num_choices)
     demanded = task.params.structure
     prompt = encode_task(service, task)
-    request = Request(
-        id=secrets.token_hex(12),
-        prompt_token_ids=prompt.token_ids,
-        params=replace(task.params, structure=prompt.structure(demanded)),
+    requests = engine_requests(
+        [prompt.token_ids],
+        replace(task.params, structure=prompt.structure(demanded)),
+        num_choices=task.num_choices,
         priority=task.priority,
         session=task.session,
     )
     structure_param = "tools" if demanded is None else task.names.structure
-    service.check([request], param=task.names.messages, structure_param=structure_param)
-    return PreparedChat(prompt, request)
+    service.check(requests, param=task.names.messages, structure_param=structure_param)
+    return PreparedChat(prompt, requests)
 
 
-async def chat_events(generation: Generation, reply: ChatReply) -> AsyncIterator[ChatEvent]:
-    """Yield the events of one reply in order, and add its deltas to `reply`. Raises ApiError as `Generation.deltas`."""
-    async for _, delta in generation.deltas():
-        for part in reply.push(delta):
-            yield part
-        if reply.is_complete:
-            generation.abort(0)
+async def chat_deltas(
+    generation: Generation, replies: Sequence[ChatReply]
+) -> AsyncIterator[tuple[int, Delta, list[ChatEvent]]]:
+    """Add the deltas of a generation to its replies. Raises ApiError as `Generation.deltas`.
+
+    Yields:
+        The index of a reply, its delta, and the events of that delta, in order of arrival.
+    """
+    async for index, delta in generation.deltas():
+        events = replies[index].push(delta)
+        if replies[index].is_complete:
+            generation.abort(index)
+        yield index, delta, events

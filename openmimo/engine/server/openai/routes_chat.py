@@ -3,29 +3,22 @@
 import secrets
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from openmimo.core.records import Request as EngineRequest
 from openmimo.core.records import TokenLogprob
 from openmimo.data.chat.parser import ChatEvent, ContentText, ReasoningText, ToolCallArguments, ToolCallStart
 from openmimo.engine.server.chat.prompts import prompt_ending
+from openmimo.engine.server.chat.task import ChatTask, FieldNames, PreparedChat, chat_deltas, prepare_chat
 from openmimo.engine.server.chat.tools import ToolPolicy, selected_tools, tool_policy
-from openmimo.engine.server.chat.turns import ChatPrompt, ChatReply, chat_prompt
+from openmimo.engine.server.chat.turns import ChatReply
 from openmimo.engine.server.http.bodies import JsonRoute, unless_disconnected
 from openmimo.engine.server.http.errors import invalid
 from openmimo.engine.server.http.service import Generation, Service
 from openmimo.engine.server.http.streaming import DONE, STREAMED, event, respond
 from openmimo.engine.server.openai.conversation import template_messages, template_options
-from openmimo.engine.server.openai.sampling import (
-    engine_requests,
-    sampling_params,
-    structure_field,
-    structure_of,
-    token_limit,
-)
+from openmimo.engine.server.openai.sampling import sampling_params, structure_field, structure_of, token_limit
 from openmimo.engine.server.openai.schema import AllowedToolsChoice, ChatRequest, StreamOptions
 from openmimo.engine.server.openai.tokens import TokenDetails, chat_logprobs, prompt_entries, usage
 
@@ -41,9 +34,9 @@ def chat_routes(service: Service) -> APIRouter:
         _check_options(body)
         has_structure = body.structured_outputs is not None or body.response_format is not None
         is_large = request.state.is_large or has_structure
-        work = service.prepared(lambda: _prepare(service, body), is_large=is_large)
-        chat = await unless_disconnected(request.receive, work)
-        answer = _ChatAnswer(service, body, chat, service.start(chat.requests))
+        work = service.prepared(lambda: prepare_chat(service, _task(service, body)), is_large=is_large)
+        prepared = await unless_disconnected(request.receive, work)
+        answer = _ChatAnswer(service, body, prepared, service.start(prepared.requests))
         return await respond(request, answer, answer.events() if body.stream else None)
 
     return router
@@ -58,40 +51,29 @@ def _check_options(body: ChatRequest) -> None:
         raise invalid("prompt_logprobs requires stream: false.", "prompt_logprobs")
 
 
-@dataclass(frozen=True)
-class _Chat:
-    """A chat request ready for the engine, with one entry of `requests` and `replies` per choice."""
-
-    prompt: ChatPrompt
-    requests: list[EngineRequest]
-    replies: list[ChatReply]
-
-
-def _prepare(service: Service, body: ChatRequest) -> _Chat:
-    """Convert a body to checked engine requests. Runs in a worker thread."""
-    num_choices = body.n or 1
-    service.check_num_replies(1, num_choices)
-    policy = _tool_policy(body)
-    options = template_options(body.chat_template_kwargs, body.reasoning_effort, "reasoning_effort")
-    structure = structure_of(body, body.response_format)
-    tokenizer = service.backend.tokenizer
-    messages = template_messages(body.messages)
-    ending = prompt_ending(
-        add_generation_prompt=body.add_generation_prompt, continue_final_message=body.continue_final_message
-    )
-    prompt = chat_prompt(tokenizer, messages, policy, options, most_tokens=service.backend.max_positions, ending=ending)
+def _task(service: Service, body: ChatRequest) -> ChatTask:
     params = sampling_params(
         body,
-        max_tokens=_max_tokens(service, body, prompt),
-        structure=prompt.structure(structure),
+        max_tokens=_max_tokens(service, body),
+        structure=structure_of(body, body.response_format),
         logprobs=bool(body.logprobs),
         top_logprobs=body.top_logprobs or 0,
         prompt_logprobs=body.prompt_logprobs,
     )
-    requests = engine_requests([prompt.token_ids], params, body, num_choices=num_choices)
-    structure_param = "tools" if structure is None else structure_field(body, "response_format")
-    service.check(requests, param="messages", structure_param=structure_param)
-    return _Chat(prompt, requests, [ChatReply(tokenizer, prompt) for _ in range(num_choices)])
+    ending = prompt_ending(
+        add_generation_prompt=body.add_generation_prompt, continue_final_message=body.continue_final_message
+    )
+    return ChatTask(
+        messages=template_messages(body.messages),
+        params=params,
+        num_choices=body.n or 1,
+        policy=_tool_policy(body),
+        options=template_options(body.chat_template_kwargs, body.reasoning_effort, "reasoning_effort"),
+        ending=ending,
+        priority=body.priority or 0,
+        session=body.session,
+        names=FieldNames(structure=structure_field(body, "response_format")),
+    )
 
 
 def _tool_policy(body: ChatRequest) -> ToolPolicy:
@@ -106,29 +88,22 @@ def _tool_policy(body: ChatRequest) -> ToolPolicy:
     return tool_policy(tools, mode="function", function=choice.function.name, parallel=body.parallel_tool_calls)
 
 
-def _max_tokens(service: Service, body: ChatRequest, prompt: ChatPrompt) -> int:
+def _max_tokens(service: Service, body: ChatRequest) -> int:
     if None not in (body.max_tokens, body.max_completion_tokens) and body.max_tokens != body.max_completion_tokens:
         raise invalid("max_tokens and max_completion_tokens contradict each other; give one.", "max_tokens")
     requested = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-    room = max(service.backend.max_positions - len(prompt.token_ids), 1)
-    return token_limit(requested, room, service.config.max_tokens)
+    return token_limit(requested, service.config.max_tokens, service.config.max_tokens)
 
 
 class _ChatAnswer:
     """The replies to one chat request, as one object or as a stream of chunks."""
 
-    def __init__(
-        self,
-        service: Service,
-        body: ChatRequest,
-        chat: _Chat,
-        generation: Generation,
-    ):
+    def __init__(self, service: Service, body: ChatRequest, prepared: PreparedChat, generation: Generation):
         self.generation = generation
         self._tokenizer = service.backend.tokenizer
         self._body = body
-        self._prompt = chat.prompt
-        self._replies = chat.replies
+        self._prompt = prepared.prompt
+        self._replies = prepared.new_replies(self._tokenizer)
         self._envelope = {
             "id": f"chatcmpl-{secrets.token_hex(12)}",
             "created": int(time.time()),
@@ -138,8 +113,7 @@ class _ChatAnswer:
     async def whole(self) -> dict[str, Any]:
         logprobs: list[list[dict[str, Any]]] = [[] for _ in self._replies]
         prompt_logprobs: tuple[TokenLogprob, ...] = ()
-        async for index, delta in self.generation.deltas():
-            self._push(index, delta)
+        async for index, delta, _ in chat_deltas(self.generation, self._replies):
             prompt_logprobs = prompt_logprobs or delta.prompt_logprobs
             if delta.logprobs:
                 logprobs[index] += chat_logprobs(self._tokenizer, delta.logprobs)["content"]
@@ -167,9 +141,8 @@ class _ChatAnswer:
         details = [TokenDetails(self._tokenizer) for _ in self._replies]
         for index in range(len(self._replies)):
             yield self._chunk({"index": index, "delta": {"role": "assistant", "content": ""}, "finish_reason": None})
-        async for index, delta in self.generation.deltas():
+        async for index, delta, events in chat_deltas(self.generation, self._replies):
             reply = self._replies[index]
-            events = self._push(index, delta)
             choice: dict[str, Any] = {"index": index, "delta": _delta(events, reply), "finish_reason": None}
             if delta.logprobs:
                 choice["logprobs"] = chat_logprobs(self._tokenizer, delta.logprobs)
@@ -184,12 +157,6 @@ class _ChatAnswer:
         if options.include_usage:
             yield event({**self._envelope, "object": "chat.completion.chunk", "choices": [], "usage": self._usage()})
         yield DONE
-
-    def _push(self, index: int, delta: Any) -> list[ChatEvent]:
-        events = self._replies[index].push(delta)
-        if self._replies[index].is_complete:
-            self.generation.abort(index)
-        return events
 
     def _chunk(self, choice: dict[str, Any]) -> bytes:
         chunk = {**self._envelope, "object": "chat.completion.chunk", "choices": [choice]}

@@ -11,11 +11,12 @@ from openmimo.core.records import Delta, SamplingParams, TokenLogprob
 from openmimo.core.records import Request as EngineRequest
 from openmimo.data.tokenizer import Tokenizer
 from openmimo.engine.server.chat.prompts import encode_prompts, listed_prompts
+from openmimo.engine.server.chat.requests import engine_requests
 from openmimo.engine.server.http.bodies import JsonRoute, unless_disconnected
 from openmimo.engine.server.http.errors import invalid
 from openmimo.engine.server.http.service import Generation, Service
 from openmimo.engine.server.http.streaming import DONE, STREAMED, event, respond
-from openmimo.engine.server.openai.sampling import engine_requests, sampling_params, structure_of, token_limit
+from openmimo.engine.server.openai.sampling import sampling_params, structure_of, token_limit
 from openmimo.engine.server.openai.schema import CompletionRequest, StreamOptions
 from openmimo.engine.server.openai.tokens import CompletionLogprobs, TokenDetails, prompt_entries, usage
 
@@ -57,7 +58,7 @@ def _requests(service: Service, body: CompletionRequest) -> list[EngineRequest]:
     service.check_num_replies(len(prompts), num_choices)
     tokenizer, most = service.backend.tokenizer, service.backend.max_positions
     ids = encode_prompts(tokenizer, prompts, most_tokens=most, param="prompt", allow_special=bool(body.parse_special))
-    requests = engine_requests(ids, params, body, num_choices=num_choices)
+    requests = engine_requests(ids, params, num_choices=num_choices, priority=body.priority or 0, session=body.session)
     service.check(requests, param="prompt", structure_param="structured_outputs")
     return requests
 

@@ -1,13 +1,9 @@
-"""Conversion of request fields to `SamplingParams` and engine requests."""
+"""Conversion of request fields to `SamplingParams`."""
 
-import hashlib
 import json
 import re
-import secrets
-from collections.abc import Sequence
-from dataclasses import replace
 
-from openmimo.core.records import Request, SamplingParams, Structure
+from openmimo.core.records import SamplingParams, Structure
 from openmimo.engine.server.http import limits
 from openmimo.engine.server.http.errors import invalid
 from openmimo.engine.server.openai.schema import CommonFields, ResponseFormat, StructuredOutputs
@@ -68,29 +64,6 @@ def token_limit(requested: int | None, default: int, most: int) -> int:
     return min(default if requested is None else requested, most)
 
 
-def engine_requests(
-    prompts: Sequence[Sequence[int]], params: SamplingParams, fields: CommonFields, *, num_choices: int
-) -> list[Request]:
-    """Build `num_choices` requests for each prompt, in order.
-
-    The seed of a choice depends only on the client's seed and on the index of the choice.
-    """
-    if fields.session is not None and len(prompts) * num_choices > 1:
-        raise invalid("A session has one turn at a time; give one prompt and n: 1.", "session")
-    shared = [tuple(prompt) for prompt in prompts]
-    return [
-        Request(
-            id=secrets.token_hex(12),
-            prompt_token_ids=prompt,
-            params=replace(params, seed=_derived_seed(params.seed, choice)),
-            priority=fields.priority or 0,
-            session=fields.session,
-        )
-        for prompt in shared
-        for choice in range(num_choices)
-    ]
-
-
 def structure_of(fields: CommonFields, response_format: ResponseFormat | None = None) -> Structure | None:
     """Return the structure of the reply, from structured_outputs or response_format, or None.
 
@@ -131,10 +104,3 @@ def _of_structured_outputs(outputs: StructuredOutputs) -> Structure:
             f"The choices have more than {limits.STRUCTURE_CHARACTERS} characters.", "structured_outputs.choice"
         )
     return Structure("regex", pattern)
-
-
-def _derived_seed(seed: int | None, choice: int) -> int | None:
-    if seed is None or choice == 0:
-        return seed
-    digest = hashlib.sha256(f"{seed}:{choice}".encode()).digest()
-    return int.from_bytes(digest[:8]) >> 1

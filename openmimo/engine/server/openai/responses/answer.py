@@ -5,16 +5,19 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
-from openmimo.engine.server.chat.task import chat_events
+from openmimo.engine.server.chat.task import chat_deltas
 from openmimo.engine.server.chat.turns import ChatReply
 from openmimo.engine.server.http.errors import ApiError
 from openmimo.engine.server.http.service import Generation, Service
 from openmimo.engine.server.http.streaming import event
 from openmimo.engine.server.openai.responses.input import as_input, num_characters
+from openmimo.engine.server.openai.responses.logprobs import MessageLogprobs
 from openmimo.engine.server.openai.responses.output import Event, OutputItems, ReasoningForm
 from openmimo.engine.server.openai.responses.schema import ResponseRequest, ResponseTool
 from openmimo.engine.server.openai.responses.store import ResponseStore, StoredResponse, estimated_bytes
 from openmimo.engine.server.openai.responses.task import PreparedResponse, functions_of
+
+_ENTRY_BYTES = 512  # about what one token's entry among log-probabilities takes in memory
 
 
 class ResponseAnswer:
@@ -46,8 +49,9 @@ class ResponseAnswer:
         self._prepared = prepared
         self._owner = owner
         self._has_output = has_output
-        self._reply = prepared.chat.new_reply(service.backend.tokenizer)
+        (self._reply,) = prepared.chat.new_replies(service.backend.tokenizer)
         self._output = OutputItems(self._reply, _reasoning_form(body))
+        self._logprobs = MessageLogprobs(service.backend.tokenizer)
         self._num_prompt_tokens = len(prepared.chat.prompt.token_ids)
         self._response = new_response(body, model=service.model_name)
         self._num_events = 0
@@ -87,9 +91,11 @@ class ResponseAnswer:
             yield event(self._numbered({**details, "type": "error", "error": details}), "error")
 
     async def _item_events(self) -> AsyncIterator[Event]:
-        async for part in chat_events(self.generation, self._reply):
-            for item_event in self._output.push(part) if self._has_output else ():
-                yield item_event
+        async for _, delta, parts in chat_deltas(self.generation, [self._reply]):
+            self._logprobs.add(delta.logprobs)
+            for part in parts if self._has_output else ():
+                for item_event in self._output.push(part, self._logprobs.of(part)):
+                    yield item_event
         for item_event in self._finish():
             yield item_event
 
@@ -123,8 +129,12 @@ class ResponseAnswer:
             prepared.input_items,
             [*prepared.conversation.items, *output],
             prepared.num_characters + size,
-            prepared.num_bytes + estimated_bytes(2 * size, len(output)),
+            prepared.num_bytes + estimated_bytes(2 * size, len(output)) + self._logprob_bytes(),
         )
+
+    def _logprob_bytes(self) -> int:
+        params = self._prepared.chat.requests[0].params
+        return len(self._reply.token_ids) * (1 + params.top_logprobs) * _ENTRY_BYTES if params.logprobs else 0
 
     def _numbered(self, one: Event) -> Event:
         self._num_events += 1
@@ -181,7 +191,7 @@ def new_response(body: ResponseRequest, *, model: str) -> dict[str, Any]:
         "text": {"format": _format_dict(body)},
         "tool_choice": _choice_dict(body),
         "tools": [_tool_dict(tool) for tool in functions_of(body)],
-        "top_logprobs": 0,
+        "top_logprobs": body.top_logprobs or 0,
         "top_p": 1.0 if body.top_p is None else body.top_p,
         "truncation": body.truncation or "disabled",
         "usage": None,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from openmimo.core.records import SamplingParams
-from openmimo.engine.server.chat.task import ChatTask, FieldNames, PreparedChat, chat_events, prepare_chat
+from openmimo.engine.server.chat.task import ChatTask, FieldNames, PreparedChat, chat_deltas, prepare_chat
 from openmimo.engine.server.http.service import Generation, Service
 from openmimo.engine.server.openai.responses.answer import usage_of
 from openmimo.engine.server.openai.responses.input import messages_of
@@ -58,11 +58,11 @@ class CompactionAnswer:
     def __init__(self, service: Service, prepared: PreparedCompaction, generation: Generation):
         self.generation = generation
         self._kept = prepared.kept
-        self._reply = prepared.chat.new_reply(service.backend.tokenizer)
+        (self._reply,) = prepared.chat.new_replies(service.backend.tokenizer)
         self._num_prompt_tokens = len(prepared.chat.prompt.token_ids)
 
     async def whole(self) -> dict[str, Any]:
-        async for _ in chat_events(self.generation, self._reply):
+        async for _ in chat_deltas(self.generation, [self._reply]):
             pass
         content = compacted_content(self._kept, self._reply.content.strip())
         return {

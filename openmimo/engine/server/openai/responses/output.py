@@ -1,7 +1,7 @@
 """The output items and events of a response, built from the events of a chat reply."""
 
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +30,7 @@ class _TextKind:
         part: The part, still without text.
         part_event: Name of the events of the part, without the last word.
         text_event: Name of the events of the text, without the last word.
-        text_fields: Further fields of the events of the text.
+        has_logprobs: Whether the part and the events of its text have log-probabilities.
     """
 
     prefix: str
@@ -39,7 +39,7 @@ class _TextKind:
     part: Mapping[str, Any]
     part_event: str
     text_event: str
-    text_fields: Mapping[str, Any]
+    has_logprobs: bool = False
 
     @property
     def index(self) -> dict[str, int]:
@@ -51,10 +51,10 @@ _MESSAGE = _TextKind(
     "msg",
     {"type": "message", "role": "assistant"},
     "content",
-    {"type": "output_text", "text": "", "annotations": [], "logprobs": []},
+    {"type": "output_text", "text": "", "annotations": []},
     "response.content_part",
     "response.output_text",
-    {"logprobs": []},
+    has_logprobs=True,
 )
 _REASONING = _TextKind(
     "rs",
@@ -63,7 +63,6 @@ _REASONING = _TextKind(
     {"type": "reasoning_text", "text": ""},
     "response.content_part",
     "response.reasoning_text",
-    {},
 )
 _SUMMARY = _TextKind(
     "rs",
@@ -72,7 +71,6 @@ _SUMMARY = _TextKind(
     {"type": "summary_text", "text": ""},
     "response.reasoning_summary_part",
     "response.reasoning_summary_text",
-    {},
 )
 
 
@@ -106,13 +104,13 @@ class OutputItems:
         self._is_open = False
         self._kind: _TextKind | None = None  # of the last item, if it is a text
 
-    def push(self, part: ChatEvent) -> Iterator[Event]:
-        """Add one part of the reply."""
+    def push(self, part: ChatEvent, logprobs: Sequence[dict[str, Any]] = ()) -> Iterator[Event]:
+        """Add one part of the reply, and the log-probabilities of its tokens if it is content."""
         match part:
             case ReasoningText():
                 yield from self._add_text(_SUMMARY if self._reasoning.is_summary else _REASONING, part.text)
             case ContentText():
-                yield from self._add_text(_MESSAGE, part.text)
+                yield from self._add_text(_MESSAGE, part.text, logprobs)
             case ToolCallStart():
                 yield from self.close("completed")
                 yield from self._open_call(part.index)
@@ -138,22 +136,29 @@ class OutputItems:
             part = item[kind.parts][0]
             if item["type"] == "reasoning" and self._reasoning.is_sealed:
                 item["encrypted_content"] = seal(part["text"])
-            yield self._event(f"{kind.text_event}.done", **kind.index, text=part["text"], **kind.text_fields)
-            yield self._event(f"{kind.part_event}.done", **kind.index, part=dict(part))
+            logprobs = {"logprobs": part["logprobs"]} if kind.has_logprobs else {}
+            yield self._event(f"{kind.text_event}.done", **kind.index, text=part["text"], **logprobs)
+            yield self._event(f"{kind.part_event}.done", **kind.index, part=_copy(part))
         yield self._item_event("response.output_item.done")
 
-    def _add_text(self, kind: _TextKind, text: str) -> Iterator[Event]:
+    def _add_text(self, kind: _TextKind, text: str, logprobs: Sequence[dict[str, Any]] = ()) -> Iterator[Event]:
         if not self._is_open or self._kind is not kind:
             yield from self._open(kind)
-        self.items[-1][kind.parts][0]["text"] += text
-        yield self._event(f"{kind.text_event}.delta", **kind.index, delta=text, **kind.text_fields)
+        part = self.items[-1][kind.parts][0]
+        part["text"] += text
+        fields = {}
+        if kind.has_logprobs:
+            part["logprobs"] += logprobs
+            fields = {"logprobs": list(logprobs)}
+        yield self._event(f"{kind.text_event}.delta", **kind.index, delta=text, **fields)
 
     def _open(self, kind: _TextKind) -> Iterator[Event]:
         yield from self.close("completed")
         self._kind = kind
         yield from self._add({"id": new_id(kind.prefix), **kind.item, kind.parts: []})
-        self.items[-1][kind.parts].append(dict(kind.part))
-        yield self._event(f"{kind.part_event}.added", **kind.index, part=dict(kind.part))
+        part = {**kind.part, "logprobs": []} if kind.has_logprobs else dict(kind.part)
+        self.items[-1][kind.parts].append(part)
+        yield self._event(f"{kind.part_event}.added", **kind.index, part=_copy(part))
 
     def _open_call(self, index: int) -> Iterator[Event]:
         self._kind = None
@@ -175,8 +180,11 @@ class OutputItems:
 
 
 def _copy(item: dict[str, Any]) -> dict[str, Any]:
-    """Return the item as it is now: its parts still grow."""
-    return {name: [dict(part) for part in value] if isinstance(value, list) else value for name, value in item.items()}
+    """Return an item or a part as it is now: its lists and the parts in them still grow."""
+    return {
+        name: [_copy(part) for part in value] if isinstance(value, list) and name != "bytes" else value
+        for name, value in item.items()
+    }
 
 
 def new_id(prefix: str) -> str:

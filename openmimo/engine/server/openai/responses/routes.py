@@ -48,7 +48,7 @@ def _generating_routes(service: Service, store: ResponseStore) -> APIRouter:
         is_large = request.state.is_large or has_structure(body) or conversation.previous is not None
         prepare = functools.partial(prepare_response, service, body, conversation, num_bytes=request.state.num_bytes)
         prepared = await unless_disconnected(request.receive, service.prepared(prepare, is_large=is_large))
-        answer = ResponseAnswer(service, store, body, prepared, service.start([prepared.chat.request]))
+        answer = ResponseAnswer(service, store, body, prepared, service.start(prepared.chat.requests))
         response = await respond(request, answer, answer.encoded_events() if body.stream else None)
         return warn(response, skipped(skipped_parts(body)))
 
@@ -59,7 +59,7 @@ def _generating_routes(service: Service, store: ResponseStore) -> APIRouter:
         conversation = conversation_of(store, None, previous_response_id=body.previous_response_id, given=body.input)
         work = service.prepared(lambda: prepare_compaction(service, conversation, body.instructions), is_large=True)
         prepared = await unless_disconnected(request.receive, work)
-        answer = CompactionAnswer(service, prepared, service.start([prepared.chat.request]))
+        answer = CompactionAnswer(service, prepared, service.start(prepared.chat.requests))
         return await respond(request, answer, None)
 
     @router.post("/v1/responses/input_tokens")

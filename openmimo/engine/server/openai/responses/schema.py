@@ -346,10 +346,7 @@ def _is_given(value: Any, info: ValidationInfo) -> Any:
 NewInput = Annotated[ResponseInput | None, AfterValidator(_is_given)]
 
 
-def _check_include(name: str) -> str:
-    if name == "message.output_text.logprobs":
-        raise ValueError("this endpoint returns no log-probabilities; /v1/chat/completions does.")
-    return name
+_LOGPROBS = "message.output_text.logprobs"
 
 
 class ResponseRequest(CommonFields):
@@ -358,9 +355,11 @@ class ResponseRequest(CommonFields):
     Attributes:
         input: A user message, or items. With previous_response_id, they follow that response.
         previous_response_id: A stored response, whose conversation this request continues.
-        include: "reasoning.encrypted_content" returns the reasoning also in that field. Other values have no effect.
+        include: "reasoning.encrypted_content" returns the reasoning also in that field, "message.output_text.logprobs"
+            the log-probabilities of the tokens of messages. Other values have no effect.
         max_tool_calls, client_metadata: Accepted without effect; the former limits tools that servers run.
-        top_logprobs: Only 0.
+        top_logprobs: Number of likeliest tokens at each position of messages. Needs the value in `include`.
+        background: Only false.
         truncation: "auto" leaves out the oldest turns of a conversation that is too long.
     """
 
@@ -373,9 +372,7 @@ class ResponseRequest(CommonFields):
     parallel_tool_calls: bool | None = None
     text: TextOptions | None = None
     reasoning: ReasoningOptions | None = None
-    include: (
-        Annotated[list[Annotated[Name, AfterValidator(_check_include)]], Field(max_length=32, fail_fast=True)] | None
-    ) = None
+    include: Annotated[list[Name], Field(max_length=32, fail_fast=True)] | None = None
     stream_options: ResponseStreamOptions | None = None
     chat_template_kwargs: TemplateOptions | None = None
     truncation: Literal["auto", "disabled"] | None = None
@@ -385,18 +382,30 @@ class ResponseRequest(CommonFields):
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     client_metadata: Annotated[dict[Name, Any], few_entries(limits.LABELS)] | None = None
 
-    @field_validator("conversation", "background")
+    @property
+    def has_logprobs(self) -> bool:
+        """Whether the response contains log-probabilities."""
+        return _LOGPROBS in (self.include or ())
+
+    @field_validator("conversation")
     @classmethod
-    def _is_not_offered(cls, value: Any) -> Any:
+    def _has_no_conversation(cls, value: Any) -> Any:
         if value:
             raise ValueError("this server does not offer it; continue a response with previous_response_id.")
         return value
 
+    @field_validator("background")
+    @classmethod
+    def _is_in_the_foreground(cls, value: bool | None) -> bool | None:
+        if value:
+            raise ValueError("this server runs no responses in the background; omit it, or set stream to true.")
+        return value
+
     @field_validator("top_logprobs")
     @classmethod
-    def _has_no_logprobs(cls, value: int | None) -> int | None:
-        if value:
-            raise ValueError("this endpoint returns no log-probabilities; /v1/chat/completions does.")
+    def _has_logprobs(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if value and _LOGPROBS not in (info.data.get("include") or ()):
+            raise ValueError(f'it requires include: ["{_LOGPROBS}"].')
         return value
 
 

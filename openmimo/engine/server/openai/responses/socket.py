@@ -117,8 +117,8 @@ class _Connection:
         work = functools.partial(prepare_response, service, body, conversation, num_bytes=len(content))
         prepared = await service.prepared(work, is_large=is_large)
         has_output = body.generate is not False
-        request = prepared.chat.request if has_output else shortest(prepared.chat.request)
-        generation = service.start([request])
+        requests = prepared.chat.requests
+        generation = service.start(requests if has_output else [shortest(request) for request in requests])
         return ResponseAnswer(service, self._store, body, prepared, generation, owner=self, has_output=has_output)
 
     async def _send(self, one: dict[str, Any]) -> None:

@@ -147,7 +147,13 @@ def response_task(service: Service, body: ResponseRequest, conversation: Convers
     limit = min(body.max_output_tokens or service.config.max_tokens, service.config.max_tokens)
     task = ChatTask(
         messages=messages_of(conversation.items, body.instructions),
-        params=sampling_params(body, max_tokens=limit, structure=_structure(body)),
+        params=sampling_params(
+            body,
+            max_tokens=limit,
+            structure=_structure(body),
+            logprobs=body.has_logprobs,
+            top_logprobs=body.top_logprobs or 0,
+        ),
         policy=_policy(body),
         options=template_options(body.chat_template_kwargs, effort, "reasoning.effort"),
         priority=body.priority or 0,
