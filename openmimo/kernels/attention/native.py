@@ -8,8 +8,14 @@ Batch invariance: a row of the output has the same bits in every call that compu
 import torch
 
 from openmimo.kernels import native
-from openmimo.kernels.attention import CAUSAL_ONLY, NO_SCORES, AttentionNeed, AttentionOut
-from openmimo.kernels.attention._calls import MAX_DECODE_QUERIES, NO_WINDOW, float32_sink, packed_lengths
+from openmimo.kernels.attention import CAUSAL_ONLY, AttentionNeed, AttentionOut
+from openmimo.kernels.attention._calls import (
+    MAX_DECODE_QUERIES,
+    NO_WINDOW,
+    float32_sink,
+    packed_lengths,
+    refuse_blocks,
+)
 from openmimo.kernels.dispatch import Backend
 from openmimo.runtime.device import cpu_multiplies_bfloat16
 
@@ -49,8 +55,8 @@ def run(
 
 def refuse(need: AttentionNeed) -> str | None:
     """Refuse decoding, gradients, accelerators, and bfloat16 on a CPU that multiplies it."""
-    if need.score_block is not None:
-        return NO_SCORES
+    if reason := refuse_blocks(need):
+        return reason
     if not need.causal:
         return CAUSAL_ONLY
     if need.dtype == torch.bfloat16 and cpu_multiplies_bfloat16():

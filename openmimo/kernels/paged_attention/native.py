@@ -6,8 +6,8 @@ Batch invariance: a row of the output has the same bits in every call that compu
 import torch
 
 from openmimo.kernels import native
-from openmimo.kernels.attention import NO_SCORES, AttentionOut, PagedNeed, Pages
-from openmimo.kernels.attention._calls import MAX_DECODE_QUERIES, NO_WINDOW, float32_sink
+from openmimo.kernels.attention import AttentionOut, ChosenBlocks, PagedNeed, Pages
+from openmimo.kernels.attention._calls import MAX_DECODE_QUERIES, NO_WINDOW, float32_sink, refuse_blocks
 from openmimo.kernels.dispatch import Backend
 
 MAX_DIM = 256
@@ -26,6 +26,7 @@ def run(
     longest_key: int,
     window_keys: int | None,
     score_block: int | None = None,
+    blocks: ChosenBlocks | None = None,
 ) -> AttentionOut:
     """Implement `openmimo.kernels.attention.paged_attend`."""
     keys_XPGK, values_XPGV, tables_BY = pages
@@ -63,8 +64,8 @@ def _strides(x_XPGK: torch.Tensor) -> tuple[int, int]:
 
 def refuse(need: PagedNeed) -> str | None:
     """Refuse all but few queries per sequence on a CPU, of the cache's dtype and whole vectors, without gradients."""
-    if need.score_block is not None:
-        return NO_SCORES
+    if reason := refuse_blocks(need):
+        return reason
     if need.longest_query > MAX_DECODE_QUERIES:
         return f"it takes at most {MAX_DECODE_QUERIES} queries a sequence, not {need.longest_query}"
     if need.dtype != need.cache_dtype:
