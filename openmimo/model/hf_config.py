@@ -161,13 +161,17 @@ def config_from_hf(
     if values.get("model_type") == OWN_TYPE:
         return _from_own_layout(values, where, window_keys, num_mtp_heads)
     hub = read_known_keys(_HubConfig, values, where, inert=_INERT_KEYS)
-    if hub.quantization_config is not None:
-        read_known_keys(_Quantization, hub.quantization_config, f"{where}: quantization_config")
+    _check_quantization(hub.quantization_config, where)
     token_ids = {key: values[key] for key in _TOKEN_ID_KEYS if key in values}
     try:
         return _Reader(hub).model_config(window_keys, num_mtp_heads, token_ids)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from error
+
+
+def _check_quantization(values: dict[str, Any] | None, where: str) -> None:
+    if values is not None:
+        read_known_keys(_Quantization, values, f"{where}: quantization_config")
 
 
 @dataclass(frozen=True)
@@ -178,12 +182,15 @@ class _OwnLayout:
     model: dict[str, Any]
     num_nextn_predict_layers: MTPHeadCount | Literal[0]
     dtype: str | None = None
+    attention_projection_layout: Literal["split", "fused_qkv"] | None = None
+    quantization_config: dict[str, Any] | None = None
 
 
 def _from_own_layout(
     values: dict[str, Any], where: str, window_keys: int | None, num_mtp_heads: int | None
 ) -> ModelConfig:
     stated = read_known_keys(_OwnLayout, values, where, inert={"architectures", "openmimo_version"})
+    _check_quantization(stated.quantization_config, where)
     if window_keys is not None:
         raise ConfigError(
             f"{where}: window_keys {window_keys} is given, but the layout 'openmimo' states every window."

@@ -20,6 +20,7 @@ from openmimo.kernels.operations import apply_rotary
 from openmimo.model.audit import audit
 from openmimo.model.config import ModelConfig, active_matmul_parameters, attention_flops_per_token
 from openmimo.model.context import AttentionCall, PackedContext
+from openmimo.model.convert import ConvertConfig, convert
 from openmimo.model.hf import load_model, save_model
 from openmimo.model.hf_config import config_from_hf, config_to_hf
 from openmimo.model.mimo import MiMo
@@ -227,6 +228,20 @@ def test_a_saved_model_is_the_same_and_transformers_refuses_it(tmp_path):
     assert torch.equal(loaded.logits(ids_of(70)), model.logits(ids_of(70)))
     with pytest.raises(ValueError, match="openmimo"):
         AutoConfig.from_pretrained(tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    "settings", [{"projections": "fused_qkv", "dtype": "float32"}, {"dtype": "fp8"}], ids=["fused_qkv", "fp8"]
+)
+def test_a_converted_checkpoint_has_all_tensors(settings, tmp_path):
+    model = randomize(MiMo(tiny_hysparse()), 1)
+    save_model(model, tmp_path / "model")
+    convert(tmp_path / "model", tmp_path / "other", ConvertConfig(**settings), start=lambda size: lambda done: None)
+    loaded, expected = load_model(tmp_path / "other").state_dict(), model.state_dict()
+    assert loaded.keys() == expected.keys()
+    for name, tensor in expected.items():
+        error = (loaded[name] - tensor).norm() / tensor.norm()
+        assert error <= (0.05 if "dtype" in settings and settings["dtype"] == "fp8" else 0.0), name
 
 
 @pytest.mark.parametrize("name", [name for name in PRESETS if "hysparse" in name])
