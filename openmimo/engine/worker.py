@@ -30,7 +30,7 @@ from openmimo.engine.step import (
     StepInput,
     StepOutput,
 )
-from openmimo.kernels.attention import AttentionOut, Pages, attend, paged_attend, store
+from openmimo.kernels.attention import AttentionOut, ChosenBlocks, Pages, attend, paged_attend, store
 from openmimo.kernels.dispatch import triton_unavailable
 from openmimo.kernels.operations import rotary_table
 from openmimo.model.attention import AttentionConfig
@@ -111,6 +111,7 @@ class PagedContext:
         self.routing = RoutingTape()
         self.sequence_balance: SequenceBalance | None = None
         self.block_scores: dict[int, torch.Tensor] = {}
+        self.chosen_blocks: dict[tuple[int, int], ChosenBlocks] = {}
         self._arena = arena
         self._rotary = rotary
         self._picked: dict[_Geometry, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -126,7 +127,7 @@ class PagedContext:
         is_contiguous = len(step.starts) == 1 and step.shape is None
         self._rotary_rows = slice(step.starts[0], step.stops[0]) if is_contiguous else step.positions_T
         self._picked.clear()
-        self.block_scores = {}
+        self.block_scores, self.chosen_blocks = {}, {}
         self._sources: dict[int, _Keys] = {}
         return self
 
@@ -159,6 +160,7 @@ class PagedContext:
                 longest_key=self._longest_key,
                 window_keys=call.window_keys,
                 score_block=call.score_block,
+                blocks=call.blocks,
             )
         else:
             keys = self._keys(call, slots, part, pages)
@@ -171,6 +173,7 @@ class PagedContext:
                 key_lengths=keys.lengths,
                 window_keys=call.window_keys,
                 score_block=call.score_block,
+                blocks=call.blocks,
             )
         if result.block_scores_TGC is not None:
             assert call.window_keys is None, "only a layer that sees every key scores blocks"

@@ -4,6 +4,7 @@ Geometry is stated per layer, never per model, because full and sliding layers d
 and the models of the family differ in more. Presets are in `presets.py`.
 """
 
+import functools
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
@@ -202,7 +203,8 @@ class ModelConfig:
 
         A rank has num_heads / tp query heads of every layer and dense_ffn_dim / tp of every dense FFN; outputs are
         summed over ranks. Key/value heads are divided in the same way. If a layer has fewer than `tp` of them, a rank
-        has one: rank r has head r * num_kv_heads // tp. Experts, embedding and output head are whole on every rank.
+        has one: rank r has head r * num_kv_heads // tp. Layers with block scores need `tp` or more, because a score is
+        a maximum over all query heads of a key/value head. Experts, embedding and output head are whole on every rank.
 
         Raises:
             ConfigError: A number is not divisible; the message names all such numbers.
@@ -249,7 +251,7 @@ class ModelConfig:
 def _undivided(spec: AttentionConfig, where: str, tp: int) -> list[str]:
     """Return the head counts of a layer that cannot be divided among `tp` ranks, as clauses of a message."""
     problems = [f"{where} has {spec.num_heads} heads"] if spec.num_heads % tp else []
-    if spec.num_kv_heads % tp and tp % spec.num_kv_heads:
+    if spec.num_kv_heads % tp and (tp % spec.num_kv_heads or spec.score_block is not None):
         problems.append(f"{where} has {spec.num_kv_heads} key/value heads")
     return problems
 
@@ -324,11 +326,14 @@ def mtp_matmul_parameters(config: ModelConfig) -> int:
 
 def attention_flops_per_token(spec: AttentionConfig, length: int) -> float:
     """Count the forward FLOPs of a layer's scores and weighted values, averaged over the positions of a sequence."""
-    kind = attention_kind(spec.kind)
-    reach = kind.visible_keys(spec, length - 1)
-    # The first `reach` queries see 1, 2, ... reach keys; the others see `reach`.
-    mean_keys = (reach * (reach + 1) / 2 + (length - reach) * reach) / length
-    return 2 * spec.num_heads * (spec.key_dim + spec.value_dim) * mean_keys
+    return 2 * spec.num_heads * (spec.key_dim + spec.value_dim) * _visible_keys(spec, length) / length
+
+
+@functools.lru_cache(maxsize=256)
+def _visible_keys(spec: AttentionConfig, length: int) -> int:
+    """Count the keys that all queries of a sequence read.."""
+    visible_keys = attention_kind(spec.kind).visible_keys
+    return sum(visible_keys(spec, position) for position in range(length))
 
 
 def training_flops_per_token(config: ModelConfig, length: int) -> float:

@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from openmimo.kernels.attention import AttentionOut, attend
+from openmimo.kernels.attention import AttentionOut, ChosenBlocks, attend
 from openmimo.kernels.operations import count_experts, rotary_table
 from openmimo.model.attention import AttentionConfig
 
@@ -55,6 +55,7 @@ class AttentionCall(NamedTuple):
         source_layer: An earlier layer of the pass, whose call had `is_source`.
         is_source: Whether a later layer of the pass reads these keys and values.
         score_block: Keys of a block, to request block scores of a call without a window (None: no scores).
+        blocks: The blocks of keys that each query reads, of a call without a window (None: all).
     """
 
     layer: int
@@ -66,6 +67,7 @@ class AttentionCall(NamedTuple):
     source_layer: int | None = None
     is_source: bool = False
     score_block: int | None = None
+    blocks: ChosenBlocks | None = None
 
 
 class AttentionContext(Protocol):
@@ -76,12 +78,15 @@ class AttentionContext(Protocol):
         routing: Recording and replay of the tokens' experts.
         sequence_balance: The sequence-level balance loss of a training pass, or None.
         block_scores: Scores [T, G, C] by layer, see `AttentionOut`, of the layers that requested them in this pass.
+        chosen_blocks: Blocks that sparse layers chose in this pass, by scored layer and number of keys, for all sparse
+            layers that read the same.
     """
 
     positions_T: torch.Tensor
     routing: RoutingTape
     sequence_balance: "SequenceBalance | None"
     block_scores: dict[int, torch.Tensor]
+    chosen_blocks: dict[tuple[int, int], ChosenBlocks]
 
     def rotary(self, spec: AttentionConfig, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """Return cos and sin [T, rotary_dim] of the tokens' positions, in `dtype`."""
@@ -171,6 +176,7 @@ class PackedContext:
             rows_T = index if balance_length is None else torch.arange(len(index)) // balance_length
             self.sequence_balance = SequenceBalance(balance_weight, rows_T.to(device), int(rows_T[-1]) + 1)
         self.block_scores: dict[int, torch.Tensor] = {}
+        self.chosen_blocks: dict[tuple[int, int], ChosenBlocks] = {}
         self._rotary = RotaryTables(self.positions_T)
         self._sources: dict[int, SeenKeys] = {}
 
@@ -190,6 +196,7 @@ class PackedContext:
             key_lengths=seen.lengths,
             window_keys=call.window_keys,
             score_block=call.score_block,
+            blocks=call.blocks,
         )
         if result.block_scores_TGC is not None:
             assert call.window_keys is None, "only a layer that sees every key scores blocks"

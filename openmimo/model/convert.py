@@ -130,11 +130,12 @@ def _converted_entries(model: MiMo, reader: CheckpointReader, config: ConvertCon
     dtype = torch.bfloat16 if config.dtype == "fp8" else DTYPES[config.dtype]
     by_name = {slot.name: slot for slot in slots(model)}
     for slot in by_name.values():
-        if config.projections == "fused_qkv" and ".self_attn." in slot.name and slot.name.endswith("_proj.weight"):
+        if config.projections == "fused_qkv" and slot.name.endswith(
+            (".q_proj.weight", ".k_proj.weight", ".v_proj.weight")
+        ):
             if slot.name.endswith(".q_proj.weight"):
                 yield from _fused_entries(slot.name, by_name, model, reader, config)
-            if not slot.name.endswith(".o_proj.weight"):
-                continue
+            continue
         if config.dtype == "fp8" and is_fp8_in_hub_layout(slot.name):
             yield from _fp8_entries(slot, model, reader)
         else:

@@ -5,18 +5,21 @@ transformers class (`layer_types`, `rope_parameters`, `rms_norm_eps`, ...). A fi
 keys and contradictory keys are a ConfigError that names them. Written files have the keys of both dialects, so that
 transformers, the hub's remote code and this package read the same model.
 
+A model with sparse layers is written in a third layout, `model_type: openmimo`, which states the `ModelConfig` itself.
+transformers and serving engines do not know this type and refuse the file, instead of computing another model.
+
 Implementations disagree on whether `sliding_window_size: 128` lets a query see 128 or 129 keys, its own included
 (docs/model.md). If `window_keys`, a key of this package, is in the file, it decides. Otherwise a native
 `sliding_window: n` means n keys, and a hub `sliding_window_size: n` means n + 1, as in transformers (5.20 and later)
 and SGLang.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any, Literal, TypeVar
 
 from openmimo.core.errors import ConfigError
-from openmimo.core.fields import Bounds, NonNegativeFloat
+from openmimo.core.fields import Bounds, NonNegativeFloat, checked
 from openmimo.core.files import read_known_keys
 from openmimo.model.attention import AttentionConfig, HeadCount, Positions, RopeTheta, Size
 from openmimo.model.config import (
@@ -34,7 +37,9 @@ from openmimo.model.config import (
 
 ARCHITECTURES = {"mimo_v2_flash": "MiMoV2FlashForCausalLM", "mimo": "MiMoForCausalLM"}
 
+OWN_TYPE, OWN_ARCHITECTURE = "openmimo", "OpenMiMoForCausalLM"
 _KINDS = ("full", "sliding")  # the attention kinds that `layer_types` can name
+_OWN_KINDS = (*_KINDS, "sparse")  # those of the layout `openmimo`; a file never names code of other packages
 _TOKEN_ID_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # Keys of transformers and the hub that do not affect the computation; they are ignored.
 _INERT_KEYS = {
@@ -153,14 +158,61 @@ def config_from_hf(
     Raises:
         ConfigError: The message names `where` and all keys with a wrong type or value.
     """
+    if values.get("model_type") == OWN_TYPE:
+        return _from_own_layout(values, where, window_keys, num_mtp_heads)
     hub = read_known_keys(_HubConfig, values, where, inert=_INERT_KEYS)
-    if hub.quantization_config is not None:
-        read_known_keys(_Quantization, hub.quantization_config, f"{where}: quantization_config")
+    _check_quantization(hub.quantization_config, where)
     token_ids = {key: values[key] for key in _TOKEN_ID_KEYS if key in values}
     try:
         return _Reader(hub).model_config(window_keys, num_mtp_heads, token_ids)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from error
+
+
+def _check_quantization(values: dict[str, Any] | None, where: str) -> None:
+    if values is not None:
+        read_known_keys(_Quantization, values, f"{where}: quantization_config")
+
+
+@dataclass(frozen=True)
+class _OwnLayout:
+    """The keys of a `config.json` in the layout `openmimo`."""
+
+    model_type: Literal["openmimo"]
+    model: dict[str, Any]
+    num_nextn_predict_layers: MTPHeadCount | Literal[0]
+    dtype: str | None = None
+    attention_projection_layout: Literal["split", "fused_qkv"] | None = None
+    quantization_config: dict[str, Any] | None = None
+
+
+def _from_own_layout(
+    values: dict[str, Any], where: str, window_keys: int | None, num_mtp_heads: int | None
+) -> ModelConfig:
+    stated = read_known_keys(_OwnLayout, values, where, inert={"architectures", "openmimo_version"})
+    _check_quantization(stated.quantization_config, where)
+    if window_keys is not None:
+        raise ConfigError(
+            f"{where}: window_keys {window_keys} is given, but the layout 'openmimo' states every window."
+        )
+    for kind in _named_kinds(stated.model):
+        if kind not in _OWN_KINDS:
+            raise ConfigError(f"{where}: attention kind {kind!r}; the layout 'openmimo' has {', '.join(_OWN_KINDS)}.")
+    config: ModelConfig = checked(ModelConfig, stated.model, f"{where}: model")
+    if num_mtp_heads is None or num_mtp_heads == config.num_mtp_heads:
+        return config
+    return config.with_mtp_heads(num_mtp_heads) if num_mtp_heads else replace(config, mtp=None)
+
+
+def _named_kinds(values: Any) -> Iterator[Any]:
+    """Yield every value of a key `kind`, at any depth."""
+    if isinstance(values, dict):
+        if "kind" in values:
+            yield values["kind"]
+        values = list(values.values())
+    if isinstance(values, list):
+        for value in values:
+            yield from _named_kinds(value)
 
 
 class _Reader:
@@ -329,15 +381,15 @@ def config_to_hf(config: ModelConfig, *, dtype: str = "float32") -> dict[str, An
     Raises:
         ConfigError: `config.json` cannot express the geometry of the model.
     """
+    if any(spec.kind == "sparse" for spec in config.attention_layers()):
+        return _to_own_layout(config, dtype)
     kinds = {layer.attention.kind: layer.attention for layer in config.layers}
     if config.mtp:
         kinds.setdefault(config.mtp.attention.kind, config.mtp.attention)
     _refuse_mixed_geometry(config, kinds)
     reference = kinds.get("full") or kinds["sliding"]
     values: dict[str, Any] = {
-        "architectures": [
-            ARCHITECTURES[config.family] if _native_class_agrees(config, kinds) else "OpenMiMoForCausalLM"
-        ],
+        "architectures": [ARCHITECTURES[config.family] if _native_class_agrees(config, kinds) else OWN_ARCHITECTURE],
         "model_type": config.family,
         "dtype": dtype,
         "vocab_size": config.vocab_size,
@@ -364,6 +416,22 @@ def config_to_hf(config: ModelConfig, *, dtype: str = "float32") -> dict[str, An
         values["partial_rotary_factor"] = _rotary_factor(reference)
         return values
     return values | _hybrid_keys(config, kinds, reference)
+
+
+def _to_own_layout(config: ModelConfig, dtype: str) -> dict[str, Any]:
+    for spec in config.attention_layers():
+        if spec.kind not in _OWN_KINDS:
+            raise ConfigError(
+                f"an attention layer of kind {spec.kind!r} cannot be saved: config.json states the kinds "
+                f"{', '.join(_OWN_KINDS)}."
+            )
+    return {
+        "architectures": [OWN_ARCHITECTURE],
+        "model_type": OWN_TYPE,
+        "dtype": dtype,
+        "num_nextn_predict_layers": config.num_mtp_heads,
+        "model": asdict(config),
+    }
 
 
 def _hybrid_keys(config: ModelConfig, kinds: dict[str, AttentionConfig], reference: AttentionConfig) -> dict[str, Any]:

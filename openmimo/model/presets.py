@@ -1,11 +1,13 @@
 """Model configs by name, without torch.
 
 `tiny` is for a CPU, `deep` and `small` are for one GPU; `flash` (309B-A15B) and `mimo_7b` are the published models.
+`hysparse_7b` and `hysparse_80b` have the published geometry of HySparse; its paper publishes no weights.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 from openmimo.core.errors import ConfigError
 from openmimo.core.files import file_in_folder, read_json
@@ -132,8 +134,125 @@ def mimo_7b() -> ModelConfig:
     )
 
 
+def hysparse_layers(
+    num_layers: int,
+    *,
+    full_layers: Collection[int],
+    full: AttentionConfig,
+    block: int,
+    selected_keys: int,
+    window_keys: int,
+    gate: Literal["head", "channel"] = "head",
+    sink: bool = True,
+    moe: bool = False,
+) -> tuple[LayerConfig, ...]:
+    """Return the layers of HySparse (arXiv 2602.03560): each sparse layer reads the last full layer before it.
+
+    Args:
+        num_layers: Number of layers.
+        full_layers: Indices of the full layers; 0 is one of them. In the paper, the last layer is another one.
+        full: Geometry of the full layers. Its `sink` is theirs.
+        block: Keys of a block; 1 selects tokens.
+        selected_keys: Keys in the blocks that a query of a sparse layer reads.
+        window_keys: Keys of the window of a sparse layer.
+        gate: Granularity of the gates of a sparse layer.
+        sink: Whether the two branches of a sparse layer have sinks.
+        moe: Whether the layers have experts, besides layer 0.
+
+    Raises:
+        ConfigError: Layer 0 is not full.
+    """
+    if 0 not in full_layers:
+        raise ConfigError(f"full_layers is {sorted(full_layers)}; layer 0 must be full, because others read its keys.")
+    layers: list[LayerConfig] = []
+    source = 0
+    for index in range(num_layers):
+        if index in full_layers:
+            source = index
+            is_read = index + 1 < num_layers and index + 1 not in full_layers
+            attention = replace(full, score_block=block if is_read else None)
+        else:
+            attention = replace(
+                full,
+                kind="sparse",
+                window_keys=window_keys,
+                sink=sink,
+                kv_from=source,
+                score_block=block,
+                selected_keys=selected_keys,
+                gate=gate,
+            )
+        layers.append(LayerConfig(attention, "moe" if moe and index > 0 else "dense"))
+    return tuple(layers)
+
+
+def tiny_hysparse() -> ModelConfig:
+    """Return `tiny` with sparse layers instead of sliding ones: full layers 0 and 5, blocks of 16 keys, 4 per query."""
+    config = tiny()
+    assert config.mtp is not None
+    full = replace(config.layers[0].attention, num_kv_heads=2)
+    layers = hysparse_layers(
+        6, full_layers=(0, 5), full=full, block=16, selected_keys=64, window_keys=16, moe=config.moe is not None
+    )
+    head = replace(full, kind="sliding", window_keys=16, sink=True)
+    return replace(config, layers=layers, mtp=replace(config.mtp, attention=head))
+
+
+def hysparse_7b() -> ModelConfig:
+    """Return the dense HySparse model of 36 layers, ten of them full (arXiv 2602.03560).
+
+    The paper states layers, widths, heads, window, block and selected keys. It states neither the FFN nor the
+    vocabulary, which are those of MiMo-7B here, nor whether a tenth full layer closes the network, as its text implies.
+    """
+    full = AttentionConfig(
+        "full", num_heads=32, num_kv_heads=8, key_dim=128, value_dim=128, rotary_dim=128, rope_theta=640_000.0
+    )
+    return ModelConfig(
+        vocab_size=151680,
+        hidden_size=4096,
+        dense_ffn_dim=11008,
+        layers=hysparse_layers(
+            36, full_layers=(*range(0, 36, 4), 35), full=full, block=64, selected_keys=1024, window_keys=128
+        ),
+        max_positions=32768,
+    )
+
+
+def hysparse_80b() -> ModelConfig:
+    """Return the sparse-expert HySparse model of 49 layers, five of them full (arXiv 2602.03560).
+
+    Experts have 512 hidden dims, which the paper does not state and which gives 80 billion parameters with 512 experts.
+    """
+    full = AttentionConfig(
+        "full", num_heads=64, num_kv_heads=4, key_dim=128, value_dim=128, rotary_dim=128, rope_theta=640_000.0
+    )
+    return ModelConfig(
+        vocab_size=151680,
+        hidden_size=2048,
+        dense_ffn_dim=8192,
+        layers=hysparse_layers(
+            49, full_layers=range(0, 49, 12), full=full, block=64, selected_keys=1024, window_keys=128, moe=True
+        ),
+        moe=MoEConfig(num_experts=512, experts_per_token=8, expert_dim=512),
+        max_positions=32768,
+    )
+
+
 PRESETS: dict[str, Callable[[], ModelConfig]] = {
-    preset.__name__: preset for preset in (tiny, tiny_all_global, tiny_no_sink, deep, small, flash, flash_base, mimo_7b)
+    preset.__name__: preset
+    for preset in (
+        tiny,
+        tiny_all_global,
+        tiny_no_sink,
+        tiny_hysparse,
+        deep,
+        small,
+        flash,
+        flash_base,
+        mimo_7b,
+        hysparse_7b,
+        hysparse_80b,
+    )
 }
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from openmimo.kernels import native
-from openmimo.kernels.attention import PAGED_ATTENTION, PagedNeed, Pages, attend, paged_attend
+from openmimo.kernels.attention import PAGED_ATTENTION, ChosenBlocks, PagedNeed, Pages, attend, paged_attend
 
 BACKENDS = [name for name, _ in PAGED_ATTENTION.backends()]
 TOLERANCES = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -141,6 +141,7 @@ def test_block_scores_are_those_of_packed_attention_or_refused(backend):
         assert backend != "reference" and "block scores" in reason
         return
     found = chosen.run(q, pages, sink, **tensors_of(arguments), score_block=24)
+    assert torch.allclose(found.out_TNV, chosen.run(q, pages, sink, **tensors_of(arguments)).out_TNV, atol=1e-6)
     rows = [
         [(int(table[p // 16]), p % 16) for p in range(length)]
         for table, length in zip(pages.tables_BY, arguments["key_lengths"], strict=True)
@@ -148,7 +149,42 @@ def test_block_scores_are_those_of_packed_attention_or_refused(backend):
     k, v = (torch.stack([x[place] for places in rows for place in places]) for x in pages[:2])
     expected = attend(q, k, v, sink, **arguments, score_block=24)
     assert found.block_scores_TGC.shape == (22, 2, 13)
-    assert torch.equal(found.block_scores_TGC, expected.block_scores_TGC)
+    assert torch.allclose(found.block_scores_TGC, expected.block_scores_TGC, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", [1, 8, 24, 64])
+@pytest.mark.parametrize("name", ["decode", "verify", "long"])
+@pytest.mark.parametrize("backend", BACKENDS)
+@torch.inference_mode()
+def test_chosen_blocks_are_read_from_the_pages_or_refused(backend, name, size, dtype):
+    """Blocks smaller and larger than a page, and such that share no grid with it, against attention to packed keys."""
+    q, pages, sink, arguments = call_of(name, dtype)
+    need = need_of(q, pages, arguments["query_lengths"])._replace(chosen_block=size)
+    chosen = dict(PAGED_ATTENTION.backends())[backend]
+    if reason := chosen.refuse(need):
+        assert backend != "reference"
+        pytest.skip(reason)
+    generator, rows = torch.Generator().manual_seed(1), []
+    for queries, keys in zip(arguments["query_lengths"], arguments["key_lengths"], strict=True):
+        for own in range(keys - queries, keys):
+            for _ in range(2):  # key/value heads
+                some = torch.randperm(own // size + 1, generator=generator)[:3].sort().values
+                rows.append(torch.nn.functional.pad(some, (0, 3 - len(some)), value=-1))
+    ids_TGJ = torch.stack(rows).view(len(q), -1, 3)[:, : pages.keys_XPGK.shape[2]]
+    blocks = ChosenBlocks(ids_TGJ.contiguous(), size)
+    found = chosen.run(q, pages, sink, **tensors_of(arguments), blocks=blocks).out_TNV
+    places = [
+        (int(table[p // pages.keys_XPGK.shape[1]]), p % pages.keys_XPGK.shape[1])
+        for table, length in zip(pages.tables_BY, arguments["key_lengths"], strict=True)
+        for p in range(length)
+    ]
+    k, v = (torch.stack([x[place] for place in places]) for x in pages[:2])
+    if backend == "native":
+        assert torch.equal(found, attend(q, k, v, sink, **arguments, blocks=blocks).out_TNV)
+    k, v = k.double(), v.double()
+    expected = attend(q.double(), k, v, None if sink is None else sink.double(), **arguments, blocks=blocks).out_TNV
+    assert (found.double() - expected).norm() / expected.norm() < TOLERANCES[dtype]
 
 
 def test_block_scores_with_a_window_are_refused():

@@ -1,5 +1,7 @@
 """Layers that read an earlier layer's keys and block scores, against attention written out in float64.
 
+Besides two kinds of tests, these are the sparse layers of HySparse, whose own window is a second call.
+
 Covers training, chunks, decoding, reused prefixes, preemption, speculation, cache bytes and counts.
 """
 
@@ -23,16 +25,21 @@ from openmimo.model.mimo import MiMo
 from openmimo.rl.learning.packing import PromptGroup, SharedPromptContext
 
 SHARED, SCORED, BLOCK = "tests.attention_kinds:SHARED", "tests.attention_kinds:SCORED", 8
+KINDS = [SHARED, SCORED, "sparse"]
+SLOW_SPARSE = pytest.param("sparse", marks=pytest.mark.slow)
 
 
 def shared_config(kind: str = SHARED, mtp_heads: int = 0) -> ModelConfig:
     """Layers 2 and 3 read the keys of full layer 0; layer 5 reads those of sliding layer 4 in a narrower window."""
     config = tiny_config(num_layers=7, mtp_heads=mtp_heads)
     layers = list(config.layers)
-    full = replace(layers[0].attention, score_block=BLOCK if kind == SCORED else None)
+    full = replace(layers[0].attention, score_block=None if kind == SHARED else BLOCK)
     layers[0] = replace(layers[0], attention=full)
     for index in (2, 3):
         shared = replace(full, kind=kind, kv_from=0, sink=True, score_block=None)
+        if kind == "sparse":
+            gate = "head" if index == 2 else "channel"
+            shared = replace(shared, score_block=BLOCK, selected_keys=2 * BLOCK, gate=gate, window_keys=6)
         layers[index] = replace(layers[index], attention=shared)
     narrow = replace(layers[4].attention, kind=SHARED, kv_from=4, window_keys=5)
     layers[5] = replace(layers[5], attention=narrow)
@@ -61,12 +68,15 @@ class WrittenOut(PackedContext):
             first = start if call.window_keys is None else max(start, place - call.window_keys + 1)
             for head in range(N):
                 group = head // (N // G)
-                logits = k_TGK[first : place + 1, group] @ call.q_TNK[place, head] / K**0.5
+                keys = torch.arange(first, place + 1)
+                if call.blocks is not None:
+                    keys = keys[torch.isin((keys - start) // BLOCK, call.blocks.ids_TGJ[place, group])]
+                logits = k_TGK[keys, group] @ call.q_TNK[place, head] / K**0.5
                 if call.sink_N is not None:
                     logits = torch.cat([logits, call.sink_N[head, None]])
-                weights = logits.softmax(0)[: place + 1 - first]
-                rows.append(weights @ v_TGV[first : place + 1, group])
-                for key, weight in enumerate(weights.detach(), first - start):
+                weights = logits.softmax(0)[: len(keys)]
+                rows.append(weights @ v_TGV[keys, group])
+                for key, weight in zip((keys - start).tolist(), weights.detach(), strict=True):
                     scores[place, group, key // BLOCK] = max(scores[place, group, key // BLOCK], weight)
         self.block_scores[call.layer] = scores.to(call.q_TNK.dtype)
         return AttentionOut(torch.stack(rows).view(T, N, -1))
@@ -80,7 +90,7 @@ def loss_and_gradients(model: MiMo, context: PackedContext, tokens_T: torch.Tens
     return loss.detach(), {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
-@pytest.mark.parametrize("kind", [SHARED, SCORED])
+@pytest.mark.parametrize("kind", KINDS)
 def test_training_is_attention_written_out(kind):
     torch.set_default_dtype(torch.float64)
     try:
@@ -109,7 +119,7 @@ def test_a_layer_is_trained_by_those_that_read_its_keys_and_the_loss_falls():
     assert loss < 0.8 * first
 
 
-@pytest.mark.parametrize("kind", [SHARED, SCORED])
+@pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_answers_that_share_a_prompt_are_whole_samples(kind):
     model, prompt, answers = shared_model(kind), ids_of(30), [ids_of(11, 1), ids_of(20, 2)]
@@ -127,8 +137,17 @@ def assert_by_definition(model: MiMo, prompt: list[int], tokens: list[int], logp
     assert logprobs == pytest.approx(logprobs_TX.max(-1).values.tolist(), abs=1e-10)
 
 
-@pytest.mark.parametrize("mtp_heads", [0, 2])
-@pytest.mark.parametrize("kind", [SHARED, SCORED])
+@pytest.mark.parametrize(
+    ("kind", "mtp_heads"),
+    [
+        (SHARED, 0),
+        (SHARED, 2),
+        (SCORED, 0),
+        (SCORED, 2),
+        pytest.param("sparse", 0, marks=pytest.mark.slow),
+        ("sparse", 2),
+    ],
+)
 @torch.inference_mode()
 def test_generation_by_definition(kind, mtp_heads):
     """Prompts read whole and in chunks, decoded one by one and with drafts, several sequences in a batch."""
@@ -141,7 +160,7 @@ def test_generation_by_definition(kind, mtp_heads):
 
 
 @pytest.mark.parametrize("mtp_heads", [0, 2])
-@pytest.mark.parametrize("kind", [SHARED, SCORED])
+@pytest.mark.parametrize("kind", [SHARED, SCORED, SLOW_SPARSE])
 @torch.inference_mode()
 def test_reused_prefixes_by_definition(kind, mtp_heads):
     model, prompt = shared_model(kind, mtp_heads), ids_of(300).tolist()
@@ -156,9 +175,10 @@ def test_reused_prefixes_by_definition(kind, mtp_heads):
     assert_by_definition(model, longer, list(completion.token_ids), list(completion.logprobs))
 
 
+@pytest.mark.parametrize("kind", [SHARED, SLOW_SPARSE])
 @torch.inference_mode()
-def test_preemption_changes_nothing():
-    model = shared_model(mtp_heads=2)
+def test_preemption_changes_nothing(kind):
+    model = shared_model(kind, mtp_heads=2)
     roomy = Engine(model)
     cache_bytes = (roomy.scheduler.pages_at_most(200) + 4) * roomy.arena.page_bytes
     engine = Engine(model, config=EngineConfig(cache_gigabytes=cache_bytes / 2**30))
@@ -191,9 +211,11 @@ def test_layers_that_read_others_have_no_bytes_in_the_cache():
         assert arena.layer(reader) is arena.layer(source)
 
 
-@pytest.mark.parametrize("index", [0, 1, 2, 5, 7])
-def test_parameters_of_an_attention_layer_are_counted(index):
-    config = replace(shared_config(mtp_heads=1), attention_bias=True)
+@pytest.mark.parametrize(
+    ("kind", "index"), [(SHARED, index) for index in (0, 1, 2, 5, 7)] + [("sparse", 2), ("sparse", 3)]
+)
+def test_parameters_of_an_attention_layer_are_counted(kind, index):
+    config = replace(shared_config(kind, mtp_heads=1), attention_bias=True)
     model = MiMo(config)
     layer = model.model.layers[index] if index < 7 else model.model.mtp.layers[0]
     counted = sum(parameter.numel() for parameter in layer.self_attn.parameters())
@@ -235,7 +257,7 @@ def test_a_checkpoint_that_cannot_state_a_kind_is_not_written(kind, tmp_path):
     assert not (tmp_path / "model").exists()
 
 
-@pytest.mark.parametrize("kind", [SHARED, SCORED])
+@pytest.mark.parametrize("kind", KINDS)
 def test_recomputed_activations_give_the_same_gradients(kind):
     model, tokens_T = shared_model(kind), ids_of(40)
     loss, gradients = loss_and_gradients(model, PackedContext((25, 15)), tokens_T)
@@ -246,8 +268,9 @@ def test_recomputed_activations_give_the_same_gradients(kind):
         assert torch.equal(gradient, recomputed[name]), name
 
 
-def test_context_extension_moves_a_full_layer_and_those_that_read_it():
-    model = shared_model()
+@pytest.mark.parametrize("kind", [SHARED, "sparse"])
+def test_context_extension_moves_a_full_layer_and_those_that_read_it(kind):
+    model = shared_model(kind)
     model.extend_context(full_rope_theta=1e7, max_positions=1 << 16)
     thetas = [layer.self_attn.spec.rope_theta for layer in model.model.layers]
     assert [index for index, theta in enumerate(thetas) if theta == 1e7] == [0, 2, 3, 6]

@@ -20,6 +20,7 @@ import torch
 from openmimo.kernels.dispatch import Dispatcher
 
 NO_SCORES = "it computes no block scores"
+NO_BLOCKS = "it does not read chosen blocks of keys"
 CAUSAL_ONLY = "it computes causal attention only"
 ATTENTION = Dispatcher("openmimo.kernels.attention", "OPENMIMO_ATTENTION")
 PAGED_ATTENTION = Dispatcher("openmimo.kernels.paged_attention", "OPENMIMO_PAGED_ATTENTION")
@@ -41,6 +42,19 @@ class AttentionOut(NamedTuple):
     block_scores_TGC: torch.Tensor | None = None
 
 
+class ChosenBlocks(NamedTuple):
+    """The blocks of keys that each query reads; all other keys are hidden from it.
+
+    Attributes:
+        ids_TGJ: int64, blocks of its sequence by query and key/value head, ascending, followed by entries of -1. A
+            query reads the keys of these blocks up to its own position; it has at least one.
+        size: Keys of a block. Block c of a sequence holds its keys c * size to (c + 1) * size - 1.
+    """
+
+    ids_TGJ: torch.Tensor
+    size: int
+
+
 @dataclass(frozen=True)
 class AttentionNeed:
     """The properties of one call; a backend decides from these alone whether it serves the call.
@@ -59,6 +73,7 @@ class AttentionNeed:
         on_cpu: Whether the queries are in CPU memory.
         score_block: Keys of a block of the requested block scores (None: no scores).
         causal: Whether later keys are hidden.
+        chosen_block: Keys of a block, if each query reads chosen blocks only (None: all blocks).
     """
 
     query_lengths: tuple[int, ...]
@@ -74,6 +89,7 @@ class AttentionNeed:
     on_cpu: bool
     score_block: int | None = None
     causal: bool = True
+    chosen_block: int | None = None
 
     @property
     def is_self_attention(self) -> bool:
@@ -92,6 +108,7 @@ def attend(
     window_keys: int | None,
     score_block: int | None = None,
     causal: bool = True,
+    blocks: ChosenBlocks | None = None,
 ) -> AttentionOut:
     """Compute attention of packed queries to packed keys. Differentiable in q, k, v and sink.
 
@@ -105,9 +122,10 @@ def attend(
         window_keys: Keys that a query sees, its own included (None: all).
         score_block: Keys of a block, to request block scores (None: no scores).
         causal: Whether keys after a query's position are hidden. If not, a window extends equally far to both sides.
+        blocks: The blocks that each query reads, of a causal call without a window (None: all).
 
     Raises:
-        ValueError: Lengths and shapes disagree.
+        ValueError: Lengths and shapes disagree, or chosen blocks are combined with a window or later keys.
     """
     T, N, K = q_TNK.shape
     S, G, V = v_SGV.shape
@@ -116,6 +134,7 @@ def attend(
             f"attention shapes do not fit: q {tuple(q_TNK.shape)}, k {tuple(k_SGK.shape)}, v {tuple(v_SGV.shape)}, "
             f"{sum(query_lengths)} queries and {sum(key_lengths)} keys by length"
         )
+    _check_blocks(blocks, (T, G), window_keys=window_keys, score_block=score_block, causal=causal)
     tensors = (q_TNK, k_SGK, v_SGV) if sink_N is None else (q_TNK, k_SGK, v_SGV, sink_N)
     need = AttentionNeed(
         query_lengths=query_lengths,
@@ -131,9 +150,28 @@ def attend(
         on_cpu=q_TNK.device.type == "cpu",
         score_block=score_block,
         causal=causal,
+        chosen_block=None if blocks is None else blocks.size,
     )
     _, backend = ATTENTION.choose(need)
+    if blocks is not None:
+        return backend.run(q_TNK, k_SGK, v_SGV, sink_N, need=need, scale=1.0 / math.sqrt(K), blocks=blocks)
     return backend.run(q_TNK, k_SGK, v_SGV, sink_N, need=need, scale=1.0 / math.sqrt(K))
+
+
+def _check_blocks(
+    blocks: ChosenBlocks | None,
+    rows: tuple[int, int],
+    *,
+    window_keys: int | None,
+    score_block: int | None,
+    causal: bool = True,
+) -> None:
+    if blocks is None:
+        return
+    if blocks.ids_TGJ.shape[:2] != rows:
+        raise ValueError(f"blocks are chosen for {tuple(blocks.ids_TGJ.shape[:2])} queries and heads, not {rows}")
+    if window_keys is not None or score_block is not None or not causal:
+        raise ValueError("chosen blocks need a causal call without a window and without block scores")
 
 
 class Pages(NamedTuple):
@@ -166,6 +204,7 @@ class PagedNeed(NamedTuple):
         cache_dtype: Dtype of the keys and values.
         on_cpu: Whether the queries are in CPU memory.
         score_block: Keys of a block of the requested block scores (None: no scores).
+        chosen_block: Keys of a block, if each query reads chosen blocks only (None: all blocks).
     """
 
     longest_query: int
@@ -176,6 +215,7 @@ class PagedNeed(NamedTuple):
     cache_dtype: torch.dtype
     on_cpu: bool
     score_block: int | None = None
+    chosen_block: int | None = None
 
 
 def paged_attend(
@@ -189,6 +229,7 @@ def paged_attend(
     longest_key: int,
     window_keys: int | None,
     score_block: int | None = None,
+    blocks: ChosenBlocks | None = None,
 ) -> AttentionOut:
     """Compute attention of packed queries to a paged cache.
 
@@ -202,9 +243,10 @@ def paged_attend(
         longest_key: The largest key length, likewise.
         window_keys: Keys that a query sees, its own included (None: all).
         score_block: Keys of a block, to request block scores. Not with a window: the first keys may be evicted.
+        blocks: The blocks that each query reads, of a call without a window (None: all).
 
     Raises:
-        ValueError: Lengths and shapes disagree, or block scores are requested with a window.
+        ValueError: Lengths and shapes disagree, or block scores or chosen blocks are combined with a window.
     """
     T, N, K = q_TNK.shape
     _, P, G, V = pages.values_XPGV.shape
@@ -221,6 +263,7 @@ def paged_attend(
         )
     if score_block is not None and window_keys is not None:
         raise ValueError(f"block scores need every key, but the window has {window_keys}")
+    _check_blocks(blocks, (T, G), window_keys=window_keys, score_block=score_block)
     tensors = (q_TNK, pages.keys_XPGK, pages.values_XPGV, sink_N)
     need = PagedNeed(
         longest_query=longest_query,
@@ -231,6 +274,7 @@ def paged_attend(
         cache_dtype=pages.keys_XPGK.dtype,
         on_cpu=q_TNK.device.type == "cpu",
         score_block=score_block,
+        chosen_block=None if blocks is None else blocks.size,
     )
     _, backend = PAGED_ATTENTION.choose(need)
     return backend.run(
@@ -243,6 +287,7 @@ def paged_attend(
         longest_key=longest_key,
         window_keys=window_keys,
         score_block=score_block,
+        blocks=blocks,
     )
 
 

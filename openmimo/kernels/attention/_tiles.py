@@ -84,6 +84,13 @@ def logits_gradient(probabilities_LMC: torch.Tensor, v_LCV: torch.Tensor, grad_o
     return torch._softmax_backward_data(grad_LMC, probabilities_LMC, -1, probabilities_LMC.dtype)
 
 
+def chosen_mask(ids_TGJ: torch.Tensor, num_blocks: int) -> torch.Tensor:
+    """Return whether each query reads each of the `num_blocks` blocks, bool [T, G, num_blocks]."""
+    T, G, _ = ids_TGJ.shape
+    mask = torch.zeros(T, G, num_blocks + 1, dtype=torch.bool, device=ids_TGJ.device)
+    return mask.scatter_(2, ids_TGJ + 1, True)[..., 1:]  # entries of -1 set the column that is cut off
+
+
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype in which gradients are summed over tiles: float32, or float64 for float64."""
     return torch.float64 if dtype == torch.float64 else torch.float32

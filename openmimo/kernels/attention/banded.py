@@ -25,7 +25,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from openmimo.kernels.attention import CAUSAL_ONLY, NO_SCORES, AttentionNeed, AttentionOut
+from openmimo.kernels.attention import CAUSAL_ONLY, AttentionNeed, AttentionOut
+from openmimo.kernels.attention._calls import refuse_blocks
 from openmimo.kernels.attention._tiles import (
     logits_gradient,
     pack_rows,
@@ -78,8 +79,8 @@ def _starts(lengths: tuple[int, ...], device: torch.device) -> torch.Tensor:
 
 def refuse(need: AttentionNeed) -> str | None:
     """Refuse calls without a window, and wide windows on a CPU."""
-    if need.score_block is not None:
-        return NO_SCORES
+    if reason := refuse_blocks(need):
+        return reason
     if not need.causal:
         return CAUSAL_ONLY
     if need.window_keys is None:

@@ -11,8 +11,8 @@ import functools
 
 import torch
 
-from openmimo.kernels.attention import CAUSAL_ONLY, NO_SCORES, AttentionNeed, AttentionOut
-from openmimo.kernels.attention._calls import MAX_DECODE_QUERIES
+from openmimo.kernels.attention import CAUSAL_ONLY, AttentionNeed, AttentionOut
+from openmimo.kernels.attention._calls import MAX_DECODE_QUERIES, refuse_blocks
 from openmimo.kernels.attention._tiles import pack_rows, scaled_product, unpack_rows, whole_columns
 from openmimo.kernels.dispatch import Backend
 
@@ -88,8 +88,8 @@ def _hidden_from(queries: int, keys: int, window_keys: int | None, device: torch
 
 def refuse(need: AttentionNeed) -> str | None:
     """Refuse gradients and more than a few queries per sequence."""
-    if need.score_block is not None:
-        return NO_SCORES
+    if reason := refuse_blocks(need):
+        return reason
     if not need.causal:
         return CAUSAL_ONLY
     if need.needs_gradients:

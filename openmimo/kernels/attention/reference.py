@@ -6,7 +6,8 @@ T queries, S keys, N query heads, G key/value heads, R = N / G, K key dim, V val
 import torch
 import torch.nn.functional as F
 
-from openmimo.kernels.attention import AttentionNeed, AttentionOut
+from openmimo.kernels.attention import AttentionNeed, AttentionOut, ChosenBlocks
+from openmimo.kernels.attention._tiles import chosen_mask
 from openmimo.kernels.dispatch import Backend
 
 
@@ -18,18 +19,20 @@ def run(
     *,
     need: AttentionNeed,
     scale: float,
+    blocks: ChosenBlocks | None = None,
 ) -> AttentionOut:
     """Implement `openmimo.kernels.attention.attend`."""
+    chosen = [None] * len(need.query_lengths) if blocks is None else blocks.ids_TGJ.split(need.query_lengths)
     queries = q_TNK.split(need.query_lengths)
     keys = k_SGK.split(need.key_lengths)
     values = v_SGV.split(need.key_lengths)
     outputs, scores = [], []
-    for q, k, v in zip(queries, keys, values, strict=True):
-        out_TNV, probabilities_NTS = _one_sequence(q, k, v, sink_N, need, scale)
+    for q, k, v, ids in zip(queries, keys, values, chosen, strict=True):
+        out_TNV, probabilities_NTS = _one_sequence(q, k, v, sink_N, need, scale, ids)
         outputs.append(out_TNV)
         if need.score_block is not None:
-            blocks = -(-max(need.key_lengths) // need.score_block)
-            scores.append(_block_scores(probabilities_NTS, need.num_kv_heads, blocks, need.score_block))
+            num_blocks = -(-max(need.key_lengths) // need.score_block)
+            scores.append(_block_scores(probabilities_NTS, need.num_kv_heads, num_blocks, need.score_block))
     return AttentionOut(torch.cat(outputs), torch.cat(scores) if scores else None)
 
 
@@ -48,6 +51,7 @@ def _one_sequence(
     sink_N: torch.Tensor | None,
     need: AttentionNeed,
     scale: float,
+    ids_TGJ: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the output [T, N, V] and the probabilities [N, T, S]."""
     T, N, _ = q_TNK.shape
@@ -61,6 +65,13 @@ def _one_sequence(
     if need.window_keys is not None:
         hidden_TS = hidden_TS | (distance_TS.abs() >= need.window_keys)
     logits_NTS = logits_NTS.masked_fill(hidden_TS, float("-inf"))
+    if ids_TGJ is not None:
+        assert need.chosen_block is not None
+        is_read_TGC = chosen_mask(ids_TGJ, -(-S // need.chosen_block))
+        is_read_TGS = is_read_TGC.repeat_interleave(need.chosen_block, dim=2)[..., :S]
+        logits_NTS = logits_NTS.masked_fill(
+            ~is_read_TGS.repeat_interleave(N // G, dim=1).transpose(0, 1), float("-inf")
+        )
     if sink_N is not None:
         sink_NT1 = sink_N.to(dtype)[:, None, None].expand(N, T, 1)
         logits_NTS = torch.cat([logits_NTS, sink_NT1], dim=-1)

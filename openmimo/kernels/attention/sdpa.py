@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from openmimo.kernels.attention import NO_SCORES, AttentionNeed, AttentionOut
+from openmimo.kernels.attention import AttentionNeed, AttentionOut
+from openmimo.kernels.attention._calls import refuse_blocks
 from openmimo.kernels.dispatch import Backend
 from openmimo.runtime.device import has_fused_attention
 
@@ -51,8 +52,8 @@ def run(
 
 def refuse(need: AttentionNeed) -> str | None:
     """Refuse all but self-attention in half precision on an accelerator, without window and sink."""
-    if need.score_block is not None:
-        return NO_SCORES
+    if reason := refuse_blocks(need):
+        return reason
     if need.on_cpu:
         return "it runs on accelerators only"
     if need.window_keys is not None or need.has_sink:

@@ -10,7 +10,8 @@ B sequences of a batch, Q queries and S keys of each (padded), R query heads of 
 
 import torch
 
-from openmimo.kernels.attention import NO_SCORES, AttentionNeed, AttentionOut
+from openmimo.kernels.attention import AttentionNeed, AttentionOut
+from openmimo.kernels.attention._calls import refuse_blocks
 from openmimo.kernels.dispatch import Backend
 
 MIN_SEQUENCES = 8
@@ -80,8 +81,8 @@ def _attend_batch(
 
 def refuse(need: AttentionNeed) -> str | None:
     """Refuse all but many short sequences on a CPU: otherwise padding costs more than it saves."""
-    if need.score_block is not None:
-        return NO_SCORES
+    if reason := refuse_blocks(need):
+        return reason
     if not need.on_cpu:
         return "it runs on CPUs only"
     if len(need.query_lengths) < MIN_SEQUENCES or max(need.key_lengths) > MAX_KEYS:

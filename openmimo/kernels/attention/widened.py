@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import torch
 
-from openmimo.kernels.attention import ATTENTION, NO_SCORES, AttentionNeed, AttentionOut
+from openmimo.kernels.attention import ATTENTION, AttentionNeed, AttentionOut
+from openmimo.kernels.attention._calls import refuse_blocks
 from openmimo.kernels.dispatch import Backend
 from openmimo.runtime.device import cpu_multiplies_bfloat16
 
@@ -24,13 +25,13 @@ def run(
     wide = backend.run(
         q_TNK.float(), k_SGK.float(), v_SGV.float(), sink_N, need=replace(need, dtype=torch.float32), scale=scale
     )
-    return AttentionOut(wide.to(q_TNK.dtype))
+    return AttentionOut(wide.out_TNV.to(q_TNK.dtype))
 
 
 def refuse(need: AttentionNeed) -> str | None:
     """Refuse all but bfloat16 on a CPU without instructions for it."""
-    if need.score_block is not None:
-        return NO_SCORES
+    if reason := refuse_blocks(need):
+        return reason
     if not need.on_cpu:
         return "it runs on CPUs only"
     if need.dtype != torch.bfloat16:

@@ -13,13 +13,19 @@
  * A fully masked block leaves a row bit-identical, so the result of a row depends only on its own keys, and not on the
  * other queries, sequences, pages or threads of the call (batch invariance).
  *
+ * A table has one entry for each run of `page_positions` positions. An entry is a page number times `entry_positions` plus
+ * the first position of the run in that page. In a plain call a run is a whole page, and `entry_positions` is 1. Where
+ * queries read chosen blocks, every query is a sequence, each KV head has a table of its own, and a run is a block or a
+ * part of one: the positions of the sequence are those of the chosen blocks, in order.
+ *
  * bfloat16 is computed in float32. A word holds two numbers, and unpacking words puts the even numbers before the odd
  * ones. Keys, queries and sums share that order; the output restores the original one.
  */
 
-#include "vectors.h"
+#include "scores.h"
 
 #include <math.h>
+#include <stdlib.h>
 
 #define BLOCK 64    /* positions per update of the running maximum */
 #define TILE 16     /* positions whose keys or values are unpacked to float32 at once */
@@ -34,12 +40,15 @@ typedef struct {
     const void *queries, *keys, *values; /* [T, N, K], [X, P, G, K], [X, P, G, V] */
     const float *sinks;                  /* [N] or none */
     void *out;                           /* [T, N, V] */
-    const int32_t *tables;               /* [B, Y] */
-    const int32_t *query_lengths, *key_lengths; /* [B] */
+    float *scores;                       /* [T, G, score_blocks], zeros, or none */
+    const int32_t *tables;               /* [B, Y] or [B, G, Y] */
+    const int32_t *query_lengths, *key_lengths; /* [B]; [B] or [B, G] */
     int64_t sequences, heads, kv_heads, key_dim, value_dim;
-    int64_t page_positions, key_page_stride, key_stride, value_page_stride, value_stride, table_stride;
+    int64_t page_positions, entry_positions, key_page_stride, key_stride, value_page_stride, value_stride;
+    int64_t table_stride, table_head_stride, length_stride, length_head_stride;
     int64_t window; /* longer than any sequence if there is no window */
     int64_t threads, bfloat16;
+    int64_t score_block, score_blocks; /* keys of a block, and blocks of the longest sequence */
 } paged_call;
 
 typedef struct {
@@ -57,6 +66,8 @@ typedef struct {
     int64_t first[MAX_ROWS], last[MAX_ROWS]; /* first and last visible position of a row */
     int64_t rows, begin, end; /* `begin` to `end`: positions visible to any row */
     float tile[TILE][MAX_DIM];
+    float *largest;                   /* [row][score block]: largest logits, if there are scores */
+    int64_t score_block, score_blocks;
 } row_group;
 
 static const float zeros[MAX_DIM];
@@ -214,7 +225,12 @@ static __attribute__((noinline)) void update_row(row_group *group, int64_t row, 
         logits[i] = choose((column < first) | (column > last), all(-INFINITY), load_vector(weights + WIDTH * i));
         most = greater(logits[i], most);
     }
-    float old = group->peaks[row], peak = largest(most);
+    if (group->largest) {
+        for (int i = 0; i < BLOCK / WIDTH; i++) store_vector(weights + WIDTH * i, logits[i]);
+        int64_t seen = last < BLOCK ? last + 1 : BLOCK;
+        keep_largest(weights, block, seen, group->score_block, group->largest + row * group->score_blocks);
+    }
+    float old = group->peaks[row], peak = largest_lane(most);
     peak = peak > old ? peak : old;
     float shrink = power_of_two(all(old - peak))[0];
     vector norm = group->norms[row] * shrink;
@@ -236,8 +252,15 @@ static __attribute__((noinline)) void update_row(row_group *group, int64_t row, 
 typedef struct {
     const char *pages;
     const int32_t *table;
-    int64_t page_positions, page_bytes, position_bytes, dims, bfloat16;
+    int64_t page_positions, entry_positions, page_bytes, position_bytes, dims, bfloat16;
 } stream;
+
+/* The address of the first position of a run. */
+static const char *run_address(const stream *stream, int64_t run) {
+    int64_t entry = stream->table[run], page = entry, first = 0;
+    if (stream->entry_positions > 1) page = entry / stream->entry_positions, first = entry % stream->entry_positions;
+    return stream->pages + page * stream->page_bytes + first * stream->position_bytes;
+}
 
 /* Sixteen positions as float32, and the addresses one page ahead for prefetching (NULL: none). */
 typedef struct {
@@ -247,16 +270,19 @@ typedef struct {
 
 /* Positions that are visible to no row are replaced by zeros and not read. */
 static void find_tile(const stream *stream, row_group *group, int64_t position, tile *found) {
-    int64_t page = position / stream->page_positions, offset = position % stream->page_positions;
+    int64_t run = position / stream->page_positions, offset = position % stream->page_positions;
+    const char *here = NULL, *next = NULL;
     for (int key = 0; key < TILE; key++, position++, offset++) {
-        if (offset == stream->page_positions) offset = 0, page++;
+        if (offset == stream->page_positions) offset = 0, run++, here = NULL;
         found->ahead[key] = NULL;
         found->numbers[key] = zeros;
         if (position < group->begin || position >= group->end) continue;
-        const char *numbers = stream->pages + offset * stream->position_bytes;
-        if (position + stream->page_positions < group->end)
-            found->ahead[key] = numbers + stream->table[page + 1] * stream->page_bytes;
-        numbers += stream->table[page] * stream->page_bytes;
+        if (!here) {
+            here = run_address(stream, run);
+            next = (run + 1) * stream->page_positions < group->end ? run_address(stream, run + 1) : NULL;
+        }
+        if (position + stream->page_positions < group->end) found->ahead[key] = next + offset * stream->position_bytes;
+        const char *numbers = here + offset * stream->position_bytes;
         if (stream->bfloat16) read_numbers(numbers, group->tile[key], stream->dims, 1);
         found->numbers[key] = stream->bfloat16 ? group->tile[key] : (const float *)numbers;
     }
@@ -316,6 +342,8 @@ static void start_rows(const paged_call *call, const paged_sequence *sequence, i
         group->first[row] = position >= call->window ? position - call->window + 1 : 0;
         group->peaks[row] = call->sinks ? call->sinks[number % call->heads] * LOG2_E : LOWEST;
         group->norms[row] = (vector){call->sinks ? 1.0f : 0.0f};
+        if (!group->largest) continue;
+        for (int64_t i = 0; i < call->score_blocks; i++) group->largest[row * call->score_blocks + i] = -INFINITY;
     }
     group->begin = group->first[0];
     group->end = group->last[group->rows - 1] + 1;
@@ -325,9 +353,9 @@ static void attend_rows(const paged_call *call, const paged_sequence *sequence, 
                         row_group *group) {
     int64_t size = call->bfloat16 ? 2 : 4;
     stream keys = {(const char *)call->keys + size * kv_head * call->key_dim, sequence->table, call->page_positions,
-                   size * call->key_page_stride, size * call->key_stride, call->key_dim, call->bfloat16};
+                   call->entry_positions, size * call->key_page_stride, size * call->key_stride, call->key_dim, call->bfloat16};
     stream values = {(const char *)call->values + size * kv_head * call->value_dim, sequence->table,
-                     call->page_positions, size * call->value_page_stride, size * call->value_stride,
+                     call->page_positions, call->entry_positions, size * call->value_page_stride, size * call->value_stride,
                      call->value_dim, call->bfloat16};
     start_rows(call, sequence, kv_head, from, group);
     for (int64_t block = group->begin / BLOCK * BLOCK; block < group->end; block += BLOCK)
@@ -337,14 +365,21 @@ static void attend_rows(const paged_call *call, const paged_sequence *sequence, 
         for (int64_t dim = 0; dim < call->value_dim; dim++) group->sums[row][dim] /= norm;
         char *out = (char *)call->out + size * row_index(call, sequence, kv_head, from + row) * call->value_dim;
         write_numbers(group->sums[row], out, call->value_dim, call->bfloat16);
+        if (!group->largest) continue;
+        int64_t query = row_index(call, sequence, kv_head, from + row) / call->heads;
+        raise_scores(group->largest + row * call->score_blocks, group->last[row] / call->score_block + 1,
+                     group->peaks[row], 1.0f / norm,
+                     call->scores + (query * call->kv_heads + kv_head) * call->score_blocks);
     }
 }
 
-void openmimo_paged_attention(const paged_call *call) {
+/* Returns -1 if memory runs out. */
+int openmimo_paged_attention(const paged_call *call) {
     paged_sequence sequences[call->sequences];
+    int failed = 0;
     int64_t first_query = 0, products = 0;
     for (int64_t i = 0; i < call->sequences; i++) {
-        int64_t queries = call->query_lengths[i], keys = call->key_lengths[i];
+        int64_t queries = call->query_lengths[i], keys = call->key_lengths[i * call->length_stride];
         sequences[i] = (paged_sequence){first_query, queries, keys, call->tables + i * call->table_stride};
         first_query += queries;
         products += queries * (keys < call->window ? keys : call->window) * call->heads * call->key_dim;
@@ -353,14 +388,26 @@ void openmimo_paged_attention(const paged_call *call) {
     int threads = products < MIN_PARALLEL_PRODUCTS ? 1 : (int)call->threads;
 #pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
     for (int64_t task = 0; task < tasks; task++) {
-        const paged_sequence *sequence = sequences + task / call->kv_heads;
-        int64_t rows = sequence->queries * (call->heads / call->kv_heads);
+        int64_t number = task / call->kv_heads, kv_head = task % call->kv_heads;
+        paged_sequence sequence = sequences[number];
+        sequence.keys = call->key_lengths[number * call->length_stride + kv_head * call->length_head_stride];
+        sequence.table += kv_head * call->table_head_stride;
+        int64_t rows = sequence.queries * (call->heads / call->kv_heads);
         row_group group;
+        group.score_block = call->score_block, group.score_blocks = call->score_blocks;
+        group.largest = call->scores ? malloc(MAX_ROWS * call->score_blocks * sizeof(float)) : NULL;
+        if (call->scores && !group.largest) {
+#pragma omp atomic write
+            failed = -1;
+            continue;
+        }
         for (int64_t from = 0; from < rows; from += MAX_ROWS) {
             group.rows = rows - from < MAX_ROWS ? rows - from : MAX_ROWS;
-            attend_rows(call, sequence, task % call->kv_heads, from, &group);
+            attend_rows(call, &sequence, kv_head, from, &group);
         }
+        free(group.largest);
     }
+    return failed;
 }
 
 /* The call record that the page store packs. Strides count bytes. */

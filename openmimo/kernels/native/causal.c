@@ -11,7 +11,7 @@
  * maximum and running sum per row). The result of a row depends only on its own keys (batch invariance).
  */
 
-#include "vectors.h"
+#include "scores.h"
 
 #include <math.h>
 #include <stdlib.h>
@@ -32,9 +32,11 @@ typedef struct {
     const void *queries, *keys, *values; /* [T, N, K], [S, G, K], [S, G, V] */
     const float *sinks;                  /* [N] or none */
     void *out;                           /* [T, N, V] */
+    float *scores;                       /* [T, G, score_blocks], zeros, or none */
     int64_t sequences, heads, kv_heads, key_dim, value_dim;
     int64_t window; /* longer than any sequence if there is no window */
     int64_t threads, bfloat16;
+    int64_t score_block, score_blocks; /* keys of a block, and blocks of the longest sequence */
     double scale; /* of the logits */
 } causal_call;
 
@@ -49,6 +51,7 @@ typedef struct {
     float weights[MAX_ROWS][BLOCK]; /* logits, then probabilities relative to 2^peak */
     float *queries;                 /* [row / ROWS][dim][ROWS], times scale and log2(e) */
     float *sums;                    /* [row][value dim, padded to panels]: sums of weights times values */
+    float *largest;                 /* [row][score block]: largest logits, if there are scores */
     float norms[MAX_ROWS], peaks[MAX_ROWS];
     int64_t rows, first[MAX_ROWS], last[MAX_ROWS]; /* first and last visible key of a row */
 } unit;
@@ -136,13 +139,13 @@ static void start_rows(const causal_call *call, const causal_sequence *sequence,
         unit->first[row] = position >= call->window ? position - call->window + 1 : 0;
         unit->peaks[row] = call->sinks ? call->sinks[number % call->heads] * LOG2_E : LOWEST;
         unit->norms[row] = call->sinks ? 1.0f : 0.0f;
+        if (!call->scores || row >= unit->rows) continue;
+        for (int64_t i = 0; i < call->score_blocks; i++) unit->largest[row * call->score_blocks + i] = -INFINITY;
     }
 }
 
-/* The online softmax step of one row: turns the logits in columns `begin` to `end` of a block into weights
- * 2^(logit - peak), where peak is the running maximum, and rescales the sums of earlier blocks by 2^(old peak - peak). */
-static __attribute__((noinline)) void update_row(unit *unit, int64_t row, int64_t block, int64_t begin, int64_t end,
-                                                 int64_t dims) {
+/* Sets the logits of hidden keys in columns `begin` to `end` of a block to -inf. */
+static void mask_row(unit *unit, int64_t row, int64_t block, int64_t begin, int64_t end) {
     float *weights = unit->weights[row];
     int32_t first = (int32_t)(unit->first[row] > block ? unit->first[row] - block : 0);
     int32_t last = (int32_t)(unit->last[row] < block + BLOCK ? unit->last[row] - block : BLOCK);
@@ -152,10 +155,16 @@ static __attribute__((noinline)) void update_row(unit *unit, int64_t row, int64_
             vector logits = load_vector(weights + column);
             store_vector(weights + column, choose((columns < first) | (columns > last), all(-INFINITY), logits));
         }
+}
+
+/* The online softmax step of one row: turns the logits in columns `begin` to `end` of a block into weights
+ * 2^(logit - peak), where peak is the running maximum, and rescales the sums of earlier blocks by 2^(old peak - peak). */
+static __attribute__((noinline)) void update_row(unit *unit, int64_t row, int64_t begin, int64_t end, int64_t dims) {
+    float *weights = unit->weights[row];
     vector most[2] = {all(LOWEST), all(LOWEST)}, sums_of[2] = {};
     for (int64_t column = begin; column < end; column += 2 * WIDTH)
         for (int i = 0; i < 2; i++) most[i] = greater(load_vector(weights + column + i * WIDTH), most[i]);
-    float old = unit->peaks[row], peak = largest(greater(most[0], most[1]));
+    float old = unit->peaks[row], peak = largest_lane(greater(most[0], most[1]));
     peak = peak > old ? peak : old;
     for (int64_t column = begin; column < end; column += 2 * WIDTH)
         for (int i = 0; i < 2; i++) {
@@ -185,7 +194,13 @@ static void attend_block(const causal_call *call, const causal_sequence *sequenc
             const float *panel = keys + key * call->key_dim;
             multiply_keys(unit->queries + row * call->key_dim, panel, call->key_dim, unit->weights[row] + key);
         }
-    for (int64_t row = 0; row < rows; row++) update_row(unit, row, block, begin, end, dims);
+    for (int64_t row = 0; row < rows; row++) {
+        mask_row(unit, row, block, begin, end);
+        if (call->scores && row < unit->rows)
+            keep_largest(unit->weights[row] + first, block + first, stop - first, call->score_block,
+                         unit->largest + row * call->score_blocks);
+        update_row(unit, row, begin, end, dims);
+    }
     for (int64_t dim = 0; dim < dims; dim += PANEL_WIDTH)
         for (int64_t row = 0; row < rows; row += ROWS) {
             const float *panel = values + dim * sequence->keys;
@@ -204,7 +219,17 @@ static void attend_rows(const causal_call *call, const causal_sequence *sequence
         float inverse = 1.0f / unit->norms[row];
         for (int64_t dim = 0; dim < call->value_dim; dim++)
             write_number(call->out, first + dim, unit->sums[row * dims + dim] * inverse, call->bfloat16);
+        if (!call->scores) continue;
+        int64_t query = row_index(call, sequence, head, from + row) / call->heads;
+        raise_scores(unit->largest + row * call->score_blocks, unit->last[row] / call->score_block + 1, unit->peaks[row],
+                     inverse, call->scores + (query * call->kv_heads + head) * call->score_blocks);
     }
+}
+
+/* Rows of a unit. With block scores, a unit has whole queries, because it writes the maximum over their heads. */
+INLINE int64_t unit_rows(const causal_call *call) {
+    int64_t group = call->heads / call->kv_heads;
+    return call->scores ? MAX_ROWS / group * group : MAX_ROWS;
 }
 
 INLINE int64_t rows_of(const causal_call *call, const causal_sequence *sequence) {
@@ -212,7 +237,7 @@ INLINE int64_t rows_of(const causal_call *call, const causal_sequence *sequence)
 }
 
 INLINE int64_t units_of(const causal_call *call, const causal_sequence *sequence) {
-    return (rows_of(call, sequence) + MAX_ROWS - 1) / MAX_ROWS;
+    return (rows_of(call, sequence) + unit_rows(call) - 1) / unit_rows(call);
 }
 
 INLINE int64_t panels_of(const causal_sequence *sequence) { return whole(sequence->keys, PANEL_WIDTH) / PANEL_WIDTH; }
@@ -233,7 +258,8 @@ static const causal_sequence *find(const causal_sequence *sequences, int64_t cou
 
 static int attend_units(const causal_call *call, const causal_sequence *sequences, int64_t panels, int64_t units,
                         int threads) {
-    int64_t numbers = (call->key_dim + whole(call->value_dim, PANEL_WIDTH)) * MAX_ROWS;
+    int64_t dims = whole(call->value_dim, PANEL_WIDTH);
+    int64_t numbers = (call->key_dim + dims + (call->scores ? call->score_blocks : 0)) * MAX_ROWS;
     int failed = 0;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
@@ -254,6 +280,7 @@ static int attend_units(const causal_call *call, const causal_sequence *sequence
         if (scratch) {
             state->queries = scratch;
             state->sums = state->queries + call->key_dim * MAX_ROWS;
+            state->largest = state->sums + dims * MAX_ROWS;
         }
         /* later queries see more keys: the longest units come first, which balances the threads */
 #pragma omp for schedule(dynamic)
@@ -261,9 +288,9 @@ static int attend_units(const causal_call *call, const causal_sequence *sequence
             if (failed) continue;
             const causal_sequence *sequence = find(sequences, call->sequences, work, 0);
             int64_t number = work - sequence->first_unit;
-            int64_t head = number % call->kv_heads, from = number / call->kv_heads * MAX_ROWS;
+            int64_t head = number % call->kv_heads, from = number / call->kv_heads * unit_rows(call);
             int64_t left = rows_of(call, sequence) - from;
-            state->rows = left < MAX_ROWS ? left : MAX_ROWS;
+            state->rows = left < unit_rows(call) ? left : unit_rows(call);
             attend_rows(call, sequence, head, from, state);
         }
         free(scratch), free(state);

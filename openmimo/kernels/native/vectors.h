@@ -91,7 +91,7 @@ static inline vector greater(vector a, vector b) {
 #endif
 }
 
-static inline float largest(vector x) {
+static inline float largest_lane(vector x) {
     float most[WIDTH];
     store_vector(most, x);
     for (int half = WIDTH / 2; half; half /= 2)

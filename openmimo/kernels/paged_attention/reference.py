@@ -5,7 +5,7 @@ It refuses nothing: prefill chunks with long pasts, every cache dtype, CPUs and 
 
 import torch
 
-from openmimo.kernels.attention import AttentionOut, Pages, attend
+from openmimo.kernels.attention import AttentionOut, ChosenBlocks, Pages, attend
 from openmimo.kernels.dispatch import Backend
 
 
@@ -20,6 +20,7 @@ def run(
     longest_key: int,
     window_keys: int | None,
     score_block: int | None = None,
+    blocks: ChosenBlocks | None = None,
 ) -> AttentionOut:
     """Implement `openmimo.kernels.attention.paged_attend`."""
     query_lengths, key_lengths = tuple(query_lengths_B.tolist()), tuple(key_lengths_B.tolist())
@@ -37,6 +38,7 @@ def run(
         key_lengths=tuple(keys - begin for begin, keys in zip(first, key_lengths, strict=True)),
         window_keys=window_keys,
         score_block=score_block,
+        blocks=blocks,
     )
 
 

@@ -5,7 +5,8 @@ T queries, N query heads, G key/value heads, K key dim, V value dim, B sequences
 
 import torch
 
-from openmimo.kernels.attention import NO_SCORES, AttentionOut, PagedNeed, Pages
+from openmimo.kernels.attention import AttentionOut, ChosenBlocks, PagedNeed, Pages
+from openmimo.kernels.attention._calls import refuse_blocks
 from openmimo.kernels.dispatch import Backend, triton_unavailable
 
 _CACHE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn)
@@ -23,11 +24,12 @@ def run(
     longest_key: int,
     window_keys: int | None,
     score_block: int | None = None,
+    blocks: ChosenBlocks | None = None,
 ) -> AttentionOut:
     """Implement `openmimo.kernels.attention.paged_attend`."""
     from openmimo.kernels.paged_attention._triton import attend_pages
 
-    assert score_block is None, "refused"
+    assert score_block is None and blocks is None, "refused"
     return AttentionOut(
         attend_pages(
             q_TNK, pages, sink_N, query_lengths_B, key_lengths_B,
@@ -38,8 +40,8 @@ def run(
 
 def refuse(need: PagedNeed) -> str | None:
     """Few queries per sequence, in the floating-point formats of the kernel, without gradients."""
-    if need.score_block is not None:
-        return NO_SCORES
+    if reason := refuse_blocks(need):
+        return reason
     if reason := triton_unavailable(need.on_cpu, need.dtype):
         return reason
     if need.needs_gradients:

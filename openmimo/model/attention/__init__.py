@@ -7,7 +7,7 @@ A kind defines the module of a layer and its cache requirements. A kind of anoth
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Protocol
+from typing import TYPE_CHECKING, Annotated, Literal, Protocol
 
 from openmimo.core.fields import Bounds, NonNegativeInt, check_fields
 from openmimo.core.registry import Registry
@@ -35,8 +35,10 @@ class AttentionConfig:
         window_keys: Keys that a query sees, its own included (None for full attention).
         sink: Whether each query head has a learned sink logit, which takes probability and has no value.
         kv_from: Index of the earlier layer whose keys and values this layer reads (None: its own).
-        score_block: Keys of a block, if the layer stores block scores in the context for a later layer (None: no
-            scores).
+        score_block: Keys of a block, if the layer stores block scores in the context for a later layer, or reads those
+            of layer `kv_from` (None: no scores).
+        selected_keys: Keys in the blocks that a query of a sparse layer reads of layer `kv_from`.
+        gate: Whether the two branches of a sparse layer have one gate per head or one per channel of a head's value.
     """
 
     kind: str
@@ -50,6 +52,8 @@ class AttentionConfig:
     sink: bool = False
     kv_from: NonNegativeInt | None = None
     score_block: Size | None = None
+    selected_keys: Size | None = None
+    gate: Literal["head", "channel"] | None = None
 
     def __post_init__(self) -> None:
         check_fields(self, f"attention {self.kind!r}")
@@ -103,6 +107,16 @@ class AttentionPlace:
     bias: bool
     value_scale: float
     is_source: bool
+
+
+def refuse_sparse_settings(spec: AttentionConfig) -> str | None:
+    """Return the reason why a layer that chooses no blocks refuses a geometry that does, or None."""
+    if spec.selected_keys is not None or spec.gate is not None:
+        return (
+            f"is {spec.kind!r} with selected_keys {spec.selected_keys} and gate {spec.gate!r}, which only sparse "
+            "layers have."
+        )
+    return None
 
 
 class AttentionModule(Protocol):

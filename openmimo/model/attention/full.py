@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from openmimo.model.attention import AttentionConfig, AttentionKind, AttentionPlace, KVSpec
+from openmimo.model.attention import AttentionConfig, AttentionKind, AttentionPlace, KVSpec, refuse_sparse_settings
 
 if TYPE_CHECKING:
     from torch import nn
@@ -16,12 +16,12 @@ def build(place: AttentionPlace) -> "nn.Module":
 
 
 def check(spec: AttentionConfig, source: AttentionConfig | None) -> str | None:
-    """Refuse a window and the keys of another layer."""
+    """Refuse a window, the keys of another layer, and settings of sparse layers."""
     if spec.window_keys is not None:
         return f"is {spec.kind!r} with window_keys {spec.window_keys}; a full layer has no window."
     if source is not None:
         return f"is {spec.kind!r} with kv_from {spec.kv_from}; a full layer has its own keys."
-    return None
+    return refuse_sparse_settings(spec)
 
 
 PLUGIN = AttentionKind(

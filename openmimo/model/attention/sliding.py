@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from openmimo.model.attention import AttentionConfig, AttentionKind, AttentionPlace, KVSpec
+from openmimo.model.attention import AttentionConfig, AttentionKind, AttentionPlace, KVSpec, refuse_sparse_settings
 
 if TYPE_CHECKING:
     from torch import nn
@@ -16,14 +16,16 @@ def build(place: AttentionPlace) -> "nn.Module":
 
 
 def check(spec: AttentionConfig, source: AttentionConfig | None) -> str | None:
-    """Refuse a geometry without a window, the keys of another layer, and block scores (early blocks are evicted)."""
+    """Refuse a geometry without a window, the keys of another layer, block scores (early blocks are evicted), and
+    settings of sparse layers.
+    """
     if spec.window_keys is None:
         return f"is {spec.kind!r} with window_keys None; a sliding layer needs a window."
     if source is not None:
         return f"is {spec.kind!r} with kv_from {spec.kv_from}; a sliding layer has its own keys."
     if spec.score_block is not None:
         return f"is {spec.kind!r} with score_block {spec.score_block}; only a layer without a window scores blocks."
-    return None
+    return refuse_sparse_settings(spec)
 
 
 def _window(spec: AttentionConfig) -> int:
