@@ -21,8 +21,8 @@ OPTIONS = {"gsm_medium": {"shots": 1}, "gsm_hard": {"shots": 1}}
 # The share of pairs of examples with the same answer; small numbers and letters are equal by chance.
 GUESSABLE = {"many_shot": 0.35, "math_find": 0.5, "longbench2": 0.5, "gsm_medium": 0.35, "gsm_hard": 0.35,
              "token_multikey": 0.2, "token_tracking": 0.2, "token_two_hop": 0.2, "needle": 0.2}  # fmt: skip
-LANDMARKS = {"Paris": "Eiffel", "Rome": "Colosseum", "Berlin": "Brandenburg", "London": "Big Ben", "Athens": "Acropolis",
-             "Barcelona": "Sagrada", "New York": "Liberty", "Agra": "Taj", "Istanbul": "Sophia", "Beijing": "Forbidden",
+LANDMARKS = {"Paris": "Eiffel", "Rome": "Colosseum", "Berlin": "Brandenburg", "London": "Big Ben",
+             "Athens": "Acropolis", "Barcelona": "Sagrada", "New York": "Liberty", "Agra": "Taj", "Istanbul": "Sophia", "Beijing": "Forbidden",
              "Copenhagen": "Mermaid", "Prague": "Charles", "Amsterdam": "Rijks", "Lisbon": "Belem", "Giza": "Sphinx",
              "Cape Town": "Table", "Rio de Janeiro": "Redeemer", "Toronto": "CN", "Brussels": "Atomium",
              "Vienna": "Schönbrunn"}  # fmt: skip
@@ -73,7 +73,7 @@ def test_task(name, tokenizer, options):
 
 
 @pytest.mark.parametrize("name", TASKS.names())
-def test_a_solver_that_reads_the_prompt_scores_1_and_answers_of_others_are_chance(name, tokenizer, options):
+def test_a_solver_scores_1_and_answers_of_others_are_chance(name, tokenizer, options):
     task = TASKS.get(name)
     examples = [make(name, options, tokenizer, index) for index in range(4)]
     for example in examples:
@@ -123,9 +123,7 @@ def solve_biography(text):
         for name, value in re.findall(rf"(\w+ \w+) [^.]*?{pattern}", text):
             facts[kind, name] = value
     kind = next(kind for kind in ("born", "trade", "collect", "ship") if kind in question)
-    name = re.search(r"(\w+ [A-Z][a-z]+) (?:born)|of (?:the teacher of )?(\w+ [A-Z][a-z]+)\?|did (?:the teacher of )?"
-                     r"(\w+ [A-Z][a-z]+) collect|which (?:the teacher of )?(\w+ [A-Z][a-z]+) sailed", question)  # fmt: skip
-    name = next(one for one in name.groups() if one)
+    name = re.search(r"(?:was|of|did|which) (?:the teacher of )?(\w+ [A-Z][a-z]+)", question)[1]
     return facts[kind, facts["teacher", name] if "the teacher of" in question else name]
 
 
@@ -253,6 +251,8 @@ SOLVERS = {
     "number_string": lambda text: re.search(r"The sequence of digits is (\d+)\.", text)[1],
     "longbench2": lambda text: f" ({'ABCD'[int(re.search(r'number (.*)[?]', text)[1]) % 4]})",
 }  # fmt: skip
+
+
 def test_wilson_interval_contains_the_mean_and_narrows():
     low, high = wilson_interval(0.9, 64)
     assert low < 0.9 < high

@@ -26,7 +26,7 @@ class Retrieval:
 
     Attributes:
         haystack: The filler: one repeated line, sentences, or facts of the same form.
-        keys: Facts with different keys, besides the filler.
+        keys: Facts with different keys, in addition to the filler.
         values: Values of each key.
         queries: Keys that are asked for.
         uuid_keys: Whether keys are UUIDs in place of words.
