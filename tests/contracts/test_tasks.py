@@ -22,7 +22,8 @@ OPTIONS = {"gsm_medium": {"shots": 1}, "gsm_hard": {"shots": 1}}
 GUESSABLE = {"many_shot": 0.35, "math_find": 0.5, "longbench2": 0.5, "gsm_medium": 0.35, "gsm_hard": 0.35,
              "token_multikey": 0.2, "token_tracking": 0.2, "token_two_hop": 0.2, "needle": 0.2}  # fmt: skip
 LANDMARKS = {"Paris": "Eiffel", "Rome": "Colosseum", "Berlin": "Brandenburg", "London": "Big Ben",
-             "Athens": "Acropolis", "Barcelona": "Sagrada", "New York": "Liberty", "Agra": "Taj", "Istanbul": "Sophia", "Beijing": "Forbidden",
+             "Athens": "Acropolis", "Barcelona": "Sagrada", "New York": "Liberty", "Agra": "Taj",
+             "Istanbul": "Sophia", "Beijing": "Forbidden",
              "Copenhagen": "Mermaid", "Prague": "Charles", "Amsterdam": "Rijks", "Lisbon": "Belem", "Giza": "Sphinx",
              "Cape Town": "Table", "Rio de Janeiro": "Redeemer", "Toronto": "CN", "Brussels": "Atomium",
              "Vienna": "Schönbrunn"}  # fmt: skip

@@ -6,7 +6,6 @@ import json
 import math
 import sys
 import threading
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
