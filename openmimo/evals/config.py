@@ -95,8 +95,9 @@ class EvalConfig:
 _TASKS = ("task", "suite")
 _HAS_EFFECT_WITH = {
     **dict.fromkeys(("task", "options"), ("task",)),
-    **dict.fromkeys(("lengths", "examples", "seed", "batch", "form", "base_url", "model", "run_folder"), _TASKS),
+    **dict.fromkeys(("lengths", "examples", "batch", "form", "base_url", "model", "run_folder"), _TASKS),
     **dict.fromkeys(("text_field", "text_tokens", "window", "last_tokens"), ("text",)),
+    "seed": (*_TASKS, "engine_check"),
     "length": ("engine_check",),
     "output": ("task", "suite", "text"),
 }

@@ -168,7 +168,7 @@ def test_a_stopped_suite_goes_on_after_its_last_answer(folder, tmp_path, monkeyp
     "settings",
     [
         {"task": "needle", "lengths": (64,), "examples": 3},
-        {"task": "passkey", "lengths": (400,), "examples": 1},
+        pytest.param({"task": "passkey", "lengths": (400,), "examples": 1}, marks=pytest.mark.slow),
         {"task": "passkey", "lengths": (500,), "examples": 1, "form": "chat"},
     ],
     ids=["token ids", "text", "chat"],
