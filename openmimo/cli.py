@@ -536,8 +536,8 @@ def _serve(arguments: list[str]) -> None:
 def _eval(arguments: list[str]) -> None:
     from openmimo.evals.config import EvalConfig
 
-    main = ("path", "text", "text_field", "text_tokens", "window", "task", "lengths", "examples", "output", "device",
-            "dtype", "seed")  # fmt: skip
+    main = ("path", "text", "text_field", "text_tokens", "window", "suite", "task", "lengths", "examples", "base_url",
+            "run_folder", "engine_check", "output", "device", "dtype", "seed")  # fmt: skip
     config = _parse_options(EvalConfig, arguments, "eval [PATH]", main)
     announce(config.path)
     from openmimo.evals.runner import run_and_print
@@ -600,9 +600,9 @@ VERBS: dict[str, Verb] = {
     ),
     "merge": Verb("merge the weights of fine-tuned checkpoints", _merge, "the merged model was not written"),
     "eval": Verb(
-        "evaluate a checkpoint at several context lengths, or its loss on your text",
+        "evaluate a checkpoint or server at several context lengths, its loss on your text, or the engine at length",
         _eval,
-        "the scores so far are not kept",
+        "with --run-folder, the answers so far are kept and the same command goes on; without it they are not",
     ),
     "generate": Verb("continue a prompt", _generate, "only the text so far was generated"),
     "chat": Verb("chat with a checkpoint in the terminal", _chat, "the conversation is not kept"),

@@ -33,7 +33,7 @@ from openmimo.engine.step import (
 from openmimo.kernels.attention import AttentionOut, ChosenBlocks, Pages, attend, paged_attend, store
 from openmimo.kernels.dispatch import triton_unavailable
 from openmimo.kernels.operations import rotary_table
-from openmimo.model.attention import AttentionConfig
+from openmimo.model.attention import AttentionConfig, Rotation
 from openmimo.model.backbone import Hidden
 from openmimo.model.context import AttentionCall, RoutingTape, SequenceBalance
 from openmimo.model.mimo import MiMo
@@ -44,7 +44,7 @@ _FIRST_POSITIONS = 512
 _ROTARY_PIECE = 1 << 16
 _MAX_SCORED_NUMBERS = 1 << 22  # logits of a prompt that are held at once; 16 MiB in float32
 _MAX_SHORT_TOKENS = 16  # new tokens per sequence up to which a pass attends directly to the pages
-_Geometry = tuple[int, float, torch.dtype]
+_Geometry = tuple[Rotation, torch.dtype]
 
 
 class RotaryRows:
@@ -64,27 +64,29 @@ class RotaryRows:
 
     def tables(self, spec: AttentionConfig, dtype: torch.dtype, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin [max_positions, R], filled for at least the positions below `length`."""
-        geometry = (spec.rotary_dim, spec.rope_theta, dtype)
+        geometry = (spec.rotation, dtype)
         if geometry not in self._tables:
             shape = (self._max_positions, spec.rotary_dim)
             cos, sin = (torch.empty(shape, dtype=dtype, device=self.device) for _ in range(2))
             self._tables[geometry], self._num_known[geometry] = (cos, sin), 0
         if self._num_known[geometry] < length:
-            self._grow(geometry, spec, length)
+            self._grow(geometry, length)
         return self._tables[geometry]
 
-    def _grow(self, geometry: _Geometry, spec: AttentionConfig, length: int) -> None:
+    def _grow(self, geometry: _Geometry, length: int) -> None:
         """Fills rows up to `length`, and at least doubles the filled part.
 
         Only new rows are computed, in pieces, which bounds temporary memory. Pieces begin and end at multiples of 512
         rows, so every row is computed by the same vector instructions and has the same bits however the table grew.
         """
         assert length <= self._max_positions, "a position exceeds the model's maximum"
-        num_known = self._num_known[geometry]
+        num_known, (rotation, dtype) = self._num_known[geometry], geometry
         stop = -(-max(length, 2 * num_known) // _FIRST_POSITIONS) * _FIRST_POSITIONS
         for start in range(num_known, stop, _ROTARY_PIECE):
             positions = torch.arange(start, min(start + _ROTARY_PIECE, stop), device=self.device)
-            rows = rotary_table(positions, spec.rotary_dim, spec.rope_theta, geometry[2])
+            rows = rotary_table(
+                positions, rotation.rotary_dim, rotation.theta, dtype, rotation.divisors, rotation.amplitude
+            )
             room = max(self._max_positions - start, 0)
             for table, new in zip(self._tables[geometry], rows, strict=True):
                 table[start : start + len(new)] = new[:room]
@@ -133,7 +135,7 @@ class PagedContext:
 
     def rotary(self, spec: AttentionConfig, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin [T, R] of the new tokens."""
-        geometry = (spec.rotary_dim, spec.rope_theta, dtype)
+        geometry = (spec.rotation, dtype)
         if geometry not in self._picked:
             cos, sin = self._rotary.tables(spec, dtype, self._longest_key)
             self._picked[geometry] = (cos[self._rotary_rows], sin[self._rotary_rows])

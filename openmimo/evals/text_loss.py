@@ -21,6 +21,7 @@ from openmimo.evals.config import EvalConfig
 
 MAX_WINDOW = 2048
 _FIRST_EDGE = 32
+_FIRST_CONTEXT = 512
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,64 @@ def measure(
     ranges = zip([1, *edges[:-1]], edges, counts, nats, sizes, strict=True)
     parts = [_loss(first, end - 1, count, total, size) for first, end, count, total, size in ranges if count]
     return [*parts, _loss(1, edges[-1] - 1, sum(counts), sum(nats), sum(sizes))]
+
+
+def measure_last(
+    windows: Iterable[list[int]],
+    last_tokens: int,
+    score: Callable[[list[int]], torch.Tensor],
+    tokenizer: Tokenizer,
+    report: Callable[[str], None],
+) -> list[TextLoss]:
+    """The loss of the same last tokens of each window after contexts of several lengths.
+
+    The difficulty of the text is the same for every context, so the losses show what a longer context adds.
+
+    Args:
+        windows: Token ids. Only windows of the largest length count.
+        last_tokens: The measured tokens of a window.
+        score: As in `measure`.
+        tokenizer: For the bytes of each token.
+        report: Called once with the time left, if that is long.
+
+    Returns:
+        One entry for each context. `first` is its number of tokens, which is the position of the first measured one.
+
+    Raises:
+        DataError: The windows are too short.
+    """
+    windows = list(windows)
+    length = max(map(len, windows))
+    contexts = _contexts(length - last_tokens)
+    if not contexts:
+        raise DataError(
+            f"The windows have {length} tokens; {last_tokens} last tokens need more than {_FIRST_EDGE} before them. "
+            "Give longer documents, a larger --window or fewer --last-tokens."
+        )
+    whole = [window for window in windows if len(window) == length]
+    nats, size = dict.fromkeys(contexts, 0.0), 0
+    left = len(whole) * sum(context + last_tokens for context in contexts)
+    time_left = TimeLeft(2)
+    for window in whole:
+        size += sum(len(tokenizer.token_bytes(token)) for token in window[-last_tokens:])
+        for context in contexts:
+            started = time.perf_counter()
+            nats[context] -= float(score(window[-last_tokens - context :])[-last_tokens:].sum())
+            left -= context + last_tokens
+            if said := time_left.after_step(time.perf_counter() - started, context + last_tokens, left):
+                report(said)
+    count = len(whole) * last_tokens
+    return [_loss(context, context + last_tokens - 1, count, nats[context], size) for context in contexts]
+
+
+def _contexts(most: int) -> list[int]:
+    """512, 1024, ... up to `most`, which is the last; shorter ones if `most` is short."""
+    context = _FIRST_CONTEXT if most >= 2 * _FIRST_CONTEXT else _FIRST_EDGE
+    contexts = []
+    while context < most:
+        contexts.append(context)
+        context *= 2
+    return [*contexts, most] if contexts else []
 
 
 def _edges(length: int) -> list[int]:

@@ -151,11 +151,24 @@ class RotaryNeed(NamedTuple):
 
 
 def rotary_table(
-    positions_T: torch.Tensor, rotary_dim: int, theta: float, dtype: torch.dtype
+    positions_T: torch.Tensor,
+    rotary_dim: int,
+    theta: float,
+    dtype: torch.dtype,
+    divisors: tuple[float, ...] = (),
+    amplitude: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute cos and sin of position * theta^(-2i/R), each [T, R] in `dtype`, in float32 (float64 for float64).
 
     The second half of a row repeats the first.
+
+    Args:
+        positions_T: Positions.
+        rotary_dim: Rotated dims, R.
+        theta: Base.
+        dtype: Of the tables.
+        divisors: Divisor of each of the R/2 frequencies (empty: none), for context extension.
+        amplitude: Factor of cos and sin.
 
     Raises:
         ValueError: `rotary_dim` is odd.
@@ -165,8 +178,13 @@ def rotary_table(
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     exponents = torch.arange(0, rotary_dim, 2, dtype=wide, device=positions_T.device) / rotary_dim
     frequencies = 1.0 / theta**exponents
+    if divisors:
+        frequencies = frequencies / torch.tensor(divisors, dtype=wide, device=positions_T.device)
     angles_TR = (positions_T.to(wide)[:, None] * frequencies).repeat(1, 2)
-    return angles_TR.cos().to(dtype), angles_TR.sin().to(dtype)
+    cos_TR, sin_TR = angles_TR.cos(), angles_TR.sin()
+    if amplitude != 1.0:
+        cos_TR, sin_TR = cos_TR * amplitude, sin_TR * amplitude
+    return cos_TR.to(dtype), sin_TR.to(dtype)
 
 
 def apply_rotary(x_THK: torch.Tensor, cos_TR: torch.Tensor, sin_TR: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,15 @@ from typing import Annotated, Literal
 
 from openmimo.core.errors import ConfigError
 from openmimo.core.fields import Bounds, NonNegativeFloat, check_fields, renamed_keys
-from openmimo.model.attention import AttentionConfig, AttentionPlace, Positions, Size, attention_kind, is_global
+from openmimo.model.attention import (
+    AttentionConfig,
+    AttentionPlace,
+    Positions,
+    RopeScaling,
+    Size,
+    attention_kind,
+    is_global,
+)
 
 MAX_LAYERS = 1024
 LayerCount = Annotated[int, Bounds(least=1, most=MAX_LAYERS)]
@@ -189,7 +197,7 @@ class ModelConfig:
                 f"layer {number} has kv_from {spec.kv_from}, but that layer reads the keys of layer {source.kv_from}; "
                 "name a layer with its own keys."
             )
-        for name in ("num_kv_heads", "key_dim", "value_dim", "rotary_dim", "rope_theta"):
+        for name in ("num_kv_heads", "key_dim", "value_dim", "rotary_dim", "rope_theta", "rope_scaling"):
             reader_value, source_value = getattr(spec, name), getattr(source, name)
             if reader_value != source_value:
                 raise ConfigError(
@@ -228,17 +236,20 @@ class ModelConfig:
             mtp=replace(self.mtp, attention=local_heads(self.mtp.attention, tp)) if self.mtp else None,
         )
 
-    def with_full_rope_theta(self, theta: float) -> "ModelConfig":
-        """Return the model with another RoPE base in its full layers, for context extension."""
-        layers = tuple(
-            replace(layer, attention=replace(layer.attention, rope_theta=theta))
-            if is_global(layer.attention)
-            else layer
-            for layer in self.layers
-        )
-        mtp = self.mtp
-        if mtp is not None and is_global(mtp.attention):
-            mtp = replace(mtp, attention=replace(mtp.attention, rope_theta=theta))
+    def with_full_rope(self, theta: float | None, scaling: RopeScaling | None = None) -> "ModelConfig":
+        """Return the model with another RoPE base and scaling in its full layers (None: unchanged)."""
+
+        def changed(spec: AttentionConfig) -> AttentionConfig:
+            if not is_global(spec):
+                return spec
+            return replace(
+                spec,
+                rope_theta=spec.rope_theta if theta is None else theta,
+                rope_scaling=spec.rope_scaling if scaling is None else scaling,
+            )
+
+        layers = tuple(replace(layer, attention=changed(layer.attention)) for layer in self.layers)
+        mtp = None if self.mtp is None else replace(self.mtp, attention=changed(self.mtp.attention))
         return replace(self, layers=layers, mtp=mtp)
 
     def with_mtp_heads(self, num_heads: int) -> "ModelConfig":
@@ -271,6 +282,8 @@ def _check_attention(attention: AttentionConfig, where: str, source: AttentionCo
             f"{where} rotates {attention.rotary_dim} of {attention.key_dim} key dims; it must be even and no larger. "
             "It is int(key_dim x partial_rotary_factor)."
         )
+    if attention.rotation.rotary_dim == 0 and attention.rope_scaling is not None:
+        raise ConfigError(f"{where} rotates no dims, so rope_scaling has no effect; leave one of them out.")
     if reason := attention_kind(attention.kind).check(attention, source):
         raise ConfigError(f"{where} {reason}")
 

@@ -16,7 +16,7 @@ import torch
 
 from openmimo.kernels.attention import AttentionOut, ChosenBlocks, attend
 from openmimo.kernels.operations import count_experts, rotary_table
-from openmimo.model.attention import AttentionConfig
+from openmimo.model.attention import AttentionConfig, Rotation
 
 
 @dataclass
@@ -133,13 +133,16 @@ class RotaryTables:
 
     def __init__(self, positions_T: torch.Tensor):
         self.positions_T = positions_T
-        self._tables: dict[tuple[int, float, torch.dtype], tuple[torch.Tensor, torch.Tensor]] = {}
+        self._tables: dict[tuple[Rotation, torch.dtype], tuple[torch.Tensor, torch.Tensor]] = {}
 
     def get(self, spec: AttentionConfig, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """Return cos and sin [T, rotary_dim] for the geometry of `spec`."""
-        key = (spec.rotary_dim, spec.rope_theta, dtype)
+        rotation = spec.rotation
+        key = (rotation, dtype)
         if key not in self._tables:
-            self._tables[key] = rotary_table(self.positions_T, spec.rotary_dim, spec.rope_theta, dtype)
+            self._tables[key] = rotary_table(
+                self.positions_T, rotation.rotary_dim, rotation.theta, dtype, rotation.divisors, rotation.amplitude
+            )
         return self._tables[key]
 
 

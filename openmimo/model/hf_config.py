@@ -14,14 +14,15 @@ Implementations disagree on whether `sliding_window_size: 128` lets a query see 
 and SGLang.
 """
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
 from openmimo.core.errors import ConfigError
-from openmimo.core.fields import Bounds, NonNegativeFloat, checked
+from openmimo.core.fields import Bounds, NonNegativeFloat, PositiveFloat, checked
 from openmimo.core.files import read_known_keys
-from openmimo.model.attention import AttentionConfig, HeadCount, Positions, RopeTheta, Size
+from openmimo.model.attention import AttentionConfig, Factor, HeadCount, Positions, RopeScaling, RopeTheta, Size
 from openmimo.model.config import (
     Epsilon,
     LayerConfig,
@@ -31,7 +32,6 @@ from openmimo.model.config import (
     MTPConfig,
     MTPHeadCount,
     Scale,
-    Share,
     VocabSize,
 )
 
@@ -49,15 +49,33 @@ _INERT_KEYS = {
     "return_dict", "router_aux_loss_coef", "openmimo_version",
 }  # fmt: skip
 _LayerKind = TypeVar("_LayerKind", bound=str)
+_RopeType: TypeAlias = Literal["default", "linear", "yarn", "longrope", "dynamic"]
+RotaryShare = Annotated[float, Bounds(least=0, most=1)]
 
 
 @dataclass(frozen=True)
 class _Rope:
-    """One entry of `rope_parameters`, for all layers or for one kind of layer."""
+    """One entry of `rope_parameters`, for all layers or for one kind of layer; or the older `rope_scaling`."""
 
-    rope_type: Literal["default"] = "default"
+    rope_type: _RopeType | None = None
+    type: _RopeType | None = None
     rope_theta: RopeTheta | None = None
-    partial_rotary_factor: Share | None = None
+    partial_rotary_factor: RotaryShare | None = None
+    factor: Factor | None = None
+    original_max_position_embeddings: Positions | None = None
+    attention_factor: PositiveFloat | None = None
+    beta_fast: PositiveFloat | None = None
+    beta_slow: PositiveFloat | None = None
+    mscale: PositiveFloat | None = None
+    mscale_all_dim: PositiveFloat | None = None
+    truncate: Literal[True] | None = None
+    short_factor: tuple[Factor, ...] | None = None
+    long_factor: tuple[Factor, ...] | None = None
+
+    @property
+    def kind(self) -> _RopeType:
+        """The type under either of its keys."""
+        return _or(self.rope_type, _or(self.type, "default"))
 
 
 @dataclass(frozen=True)
@@ -97,8 +115,8 @@ class _HubConfig:
     swa_v_head_dim: Size | None = None
     swa_rope_theta: RopeTheta | None = None
     rope_parameters: _RopeByKind | None = None
-    rope_scaling: Literal[None] = None
-    partial_rotary_factor: Share | None = None
+    rope_scaling: _Rope | None = None
+    partial_rotary_factor: RotaryShare | None = None
     attention_bias: bool | None = None
     attention_dropout: Annotated[float, Bounds(least=0, most=0)] | None = None
     attention_value_scale: Scale | None = None
@@ -321,7 +339,7 @@ class _Reader:
             # The native class has no such key and gives sliding layers twice the key/value heads of full layers.
             kv_heads = _or(hub.swa_num_key_value_heads, 2 * kv_heads)
         key_dim = _or(key_dim, hub.hidden_size // hub.num_attention_heads)
-        theta, factor = self._rope(kind)
+        theta, factor, scaling = self._rope(kind)
         sink = hub.add_swa_attention_sink_bias if is_sliding else hub.add_full_attention_sink_bias
         return AttentionConfig(
             kind=kind,
@@ -333,10 +351,11 @@ class _Reader:
             rope_theta=theta,
             window_keys=window_keys,
             sink=_or(sink, is_sliding and hub.model_type == "mimo_v2_flash"),
+            rope_scaling=scaling,
         )
 
-    def _rope(self, kind: str) -> tuple[float, float]:
-        """Return RoPE base and rotated fraction of one kind of layer, from the flat keys or `rope_parameters`."""
+    def _rope(self, kind: str) -> tuple[float, float, RopeScaling | None]:
+        """Return RoPE base, rotated fraction and scaling of one kind of layer, from flat keys or `rope_parameters`."""
         hub, by_kind = self.hub, self.hub.rope_parameters or _RopeByKind()
         nested = (by_kind.sliding_attention if kind == "sliding" else by_kind.full_attention) or by_kind
         flat = hub.swa_rope_theta if kind == "sliding" else hub.rope_theta
@@ -348,7 +367,46 @@ class _Reader:
         theta = _or(flat, nested.rope_theta)
         if theta is None:
             raise ConfigError(f"no RoPE base for {kind} layers is stated (rope_theta or rope_parameters).")
-        return theta, _or(factors[0], _or(factors[1], 1.0))
+        scaling = self._rope_scaling(nested)
+        flat_scaling = scaling if hub.rope_scaling is None else self._rope_scaling(hub.rope_scaling)
+        if None not in (scaling, flat_scaling) and scaling != flat_scaling:
+            raise ConfigError(f"rope_scaling and rope_parameters for {kind} layers must agree.")
+        return theta, _or(factors[0], _or(factors[1], 1.0)), _or(scaling, flat_scaling)
+
+    def _rope_scaling(self, rope: _Rope) -> RopeScaling | None:
+        """Return the scaling that an entry describes with the keys of transformers."""
+        if rope.kind == "default":
+            return None
+        if rope.kind == "dynamic":
+            raise ConfigError(
+                "RoPE of type 'dynamic' depends on the length of a text, which a cache of rotated keys cannot follow. "
+                "Raise rope_theta instead (NTK-aware scaling), or use 'yarn'."
+            )
+        positions = _or(self.hub.max_position_embeddings, 32768)
+        original = _or(rope.original_max_position_embeddings, positions)
+        if rope.kind == "longrope":
+            divisors = rope.long_factor if positions > original else rope.short_factor
+            if divisors is None:
+                raise ConfigError("RoPE of type 'longrope' needs short_factor and long_factor.")
+            return RopeScaling(
+                "longrope",
+                _or(rope.factor, max(positions / original, 1.0)),
+                original,
+                divisors=divisors,
+                amplitude=rope.attention_factor,
+            )
+        if rope.factor is None:
+            raise ConfigError(f"RoPE of type {rope.kind!r} needs a factor.")
+        if rope.kind == "linear":
+            return RopeScaling("linear", rope.factor)
+        return RopeScaling(
+            "yarn",
+            rope.factor,
+            original,
+            beta_fast=_or(rope.beta_fast, 32.0),
+            beta_slow=_or(rope.beta_slow, 1.0),
+            amplitude=_yarn_amplitude(rope),
+        )
 
     def moe(self) -> MoEConfig:
         hub, experts = self.hub, self.agreed("n_routed_experts", "num_local_experts")
@@ -370,6 +428,43 @@ class _Reader:
             normalize_weights=_or(hub.norm_topk_prob, True),
             routed_scale=_or(hub.routed_scaling_factor, 1.0),
         )
+
+
+def _yarn_amplitude(rope: _Rope) -> float | None:
+    """Return the stated amplitude, or the one that `mscale` and `mscale_all_dim` state together (DeepSeek)."""
+    if rope.attention_factor is not None or rope.mscale is None or rope.mscale_all_dim is None:
+        return rope.attention_factor
+    logarithm = math.log(rope.factor or 1.0)
+    return (0.1 * rope.mscale * logarithm + 1.0) / (0.1 * rope.mscale_all_dim * logarithm + 1.0)
+
+
+def _rope_keys(spec: AttentionConfig) -> dict[str, Any]:
+    """Return the entry of `rope_parameters` of a layer. NTK-aware scaling is a raised base."""
+    values: dict[str, Any] = {
+        "rope_type": "default",
+        "rope_theta": _written_theta(spec),
+        "partial_rotary_factor": _rotary_factor(spec),
+    }
+    scaling = spec.rope_scaling
+    if scaling is None or scaling.kind == "ntk":
+        return values
+    values |= {"rope_type": scaling.kind, "factor": scaling.factor}
+    if scaling.original_positions is not None:
+        values["original_max_position_embeddings"] = scaling.original_positions
+    if scaling.amplitude is not None:
+        values["attention_factor"] = scaling.amplitude
+    if scaling.kind == "yarn":
+        values |= {"beta_fast": scaling.beta_fast, "beta_slow": scaling.beta_slow}
+    if scaling.kind == "longrope":
+        # one set of divisors for every length, because the cache holds rotated keys
+        values |= {"short_factor": list(scaling.divisors), "long_factor": list(scaling.divisors)}
+    return values
+
+
+def _written_theta(spec: AttentionConfig) -> float:
+    if spec.rope_scaling is None or spec.rope_scaling.kind != "ntk":
+        return spec.rope_theta
+    return spec.rope_theta * spec.rope_scaling.factor ** (spec.rotary_dim / max(spec.rotary_dim - 2, 1))
 
 
 def config_to_hf(config: ModelConfig, *, dtype: str = "float32") -> dict[str, Any]:
@@ -412,8 +507,11 @@ def config_to_hf(config: ModelConfig, *, dtype: str = "float32") -> dict[str, An
     if config.mtp:
         values["mtp_hidden"] = config.mtp.hidden
     if config.family == "mimo":
-        values["rope_theta"] = reference.rope_theta
-        values["partial_rotary_factor"] = _rotary_factor(reference)
+        rope = _rope_keys(reference)
+        values["rope_theta"] = rope.pop("rope_theta")
+        values["partial_rotary_factor"] = rope.pop("partial_rotary_factor")
+        if rope["rope_type"] != "default":
+            values["rope_scaling"] = rope
         return values
     return values | _hybrid_keys(config, kinds, reference)
 
@@ -436,20 +534,12 @@ def _to_own_layout(config: ModelConfig, dtype: str) -> dict[str, Any]:
 
 def _hybrid_keys(config: ModelConfig, kinds: dict[str, AttentionConfig], reference: AttentionConfig) -> dict[str, Any]:
     full, sliding = kinds.get("full", reference), kinds.get("sliding", reference)
-    rope = {
-        f"{name}_attention": {
-            "rope_type": "default",
-            "rope_theta": spec.rope_theta,
-            "partial_rotary_factor": _rotary_factor(spec),
-        }
-        for name, spec in (("full", full), ("sliding", sliding))
-    }
     values: dict[str, Any] = {
         "layernorm_epsilon": config.norm_epsilon,
         "attention_value_scale": config.value_scale,
-        "rope_parameters": rope,
-        "rope_theta": full.rope_theta,
-        "swa_rope_theta": sliding.rope_theta,
+        "rope_parameters": {"full_attention": _rope_keys(full), "sliding_attention": _rope_keys(sliding)},
+        "rope_theta": _written_theta(full),
+        "swa_rope_theta": _written_theta(sliding),
         "swa_num_attention_heads": sliding.num_heads,
         "swa_num_key_value_heads": sliding.num_kv_heads,
         "swa_head_dim": sliding.key_dim,
@@ -483,6 +573,8 @@ def _native_class_agrees(config: ModelConfig, kinds: dict[str, AttentionConfig])
     if config.family != "mimo_v2_flash":
         return True
     full, sliding = kinds.get("full"), kinds.get("sliding")
+    if any(spec.rotary_dim == 0 for spec in kinds.values()):
+        return False
     if full is not None and full.sink:
         return False
     if sliding is None or "sliding" not in {layer.attention.kind for layer in config.layers}:
@@ -520,8 +612,8 @@ def _mtp_is_full(family: str, kinds: Iterable[str]) -> bool:
 
 def _rotary_factor(spec: AttentionConfig) -> float:
     """Return a fraction of the key dims that truncates to `rotary_dim`: 1, the published 0.334, or another."""
-    if spec.rotary_dim == spec.key_dim:
-        return 1.0
+    if spec.rotary_dim in (0, spec.key_dim):
+        return spec.rotary_dim / spec.key_dim
     return 0.334 if int(spec.key_dim * 0.334) == spec.rotary_dim else (spec.rotary_dim + 0.5) / spec.key_dim
 
 

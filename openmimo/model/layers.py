@@ -166,11 +166,12 @@ class Attention(nn.Module):
         """Map [T, D] to [T, D]."""
         spec, T = self.spec, x_TD.shape[0]
         N, G, K, V = spec.num_heads, spec.num_kv_heads, spec.key_dim, spec.value_dim
-        cos_TR, sin_TR = context.rotary(spec, x_TD.dtype)
         joined = project(x_TD, (self.q_proj, self.k_proj, self.v_proj))
         queries_and_keys, values = joined.split_with_sizes([(N + G) * K, G * V], dim=1)
-        rotated = apply_rotary(queries_and_keys.view(T, N + G, K), cos_TR, sin_TR)
-        q_TNK, k_TGK = rotated.split_with_sizes([N, G], dim=1)
+        heads = queries_and_keys.view(T, N + G, K)
+        if spec.rotary_dim:
+            heads = apply_rotary(heads, *context.rotary(spec, x_TD.dtype))
+        q_TNK, k_TGK = heads.split_with_sizes([N, G], dim=1)
         v_TGV = values.view(T, G, V)
         if self.value_scale != 1.0:
             v_TGV = v_TGV * self.value_scale

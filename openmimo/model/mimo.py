@@ -12,7 +12,7 @@ from torch import nn
 
 from openmimo.core.errors import UserError
 from openmimo.data.tokenizer_files import Companions
-from openmimo.model.attention import AttentionModule
+from openmimo.model.attention import AttentionModule, RopeScaling
 from openmimo.model.backbone import Backbone, Hidden
 from openmimo.model.config import ModelConfig
 from openmimo.model.context import AttentionContext, PackedContext
@@ -122,18 +122,21 @@ class MiMo(nn.Module):
             outside = low if low < 0 else high
             raise UserError(f"token_ids holds id {outside}, but the model's ids are 0 to {self.config.vocab_size - 1}.")
 
-    def extend_context(self, *, full_rope_theta: float | None, max_positions: int) -> None:
+    def extend_context(
+        self, *, full_rope_theta: float | None, max_positions: int, full_rope_scaling: RopeScaling | None = None
+    ) -> None:
         """Extend the context (paper section 3.1): change the RoPE base of the full-attention layers, add positions.
 
         Args:
             full_rope_theta: New RoPE base of the full-attention layers (None: unchanged). Sliding layers keep theirs.
             max_positions: New maximum length. A smaller value than the current one has no effect.
+            full_rope_scaling: New scaling of RoPE in the full-attention layers (None: unchanged).
         """
         self.is_extended = self.is_extended or max_positions > self.config.max_positions
         self.config = replace(self.config, max_positions=max(max_positions, self.config.max_positions))
-        if full_rope_theta is None:
+        if full_rope_theta is None and full_rope_scaling is None:
             return
-        self.config = self.config.with_full_rope_theta(full_rope_theta)
+        self.config = self.config.with_full_rope(full_rope_theta, full_rope_scaling)
         for layer in self.model.layers:
             cast(AttentionModule, layer.self_attn).spec = self.config.layers[layer.index].attention
         for block in self.model.mtp.layers:

@@ -114,7 +114,7 @@ def flash() -> ModelConfig:
 
 def flash_base() -> ModelConfig:
     """Return `flash` during pre-training, with one MTP head and the RoPE base before extension (paper section 3.1)."""
-    return flash().with_mtp_heads(1).with_full_rope_theta(640_000.0)
+    return flash().with_mtp_heads(1).with_full_rope(640_000.0)
 
 
 def mimo_7b() -> ModelConfig:

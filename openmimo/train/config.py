@@ -21,6 +21,7 @@ from openmimo.core.fields import (
     renamed_names,
 )
 from openmimo.data.config import MixtureConfig
+from openmimo.model.attention import RopeScaling
 
 Threads = Annotated[int, Bounds(least=0, most=1024)]
 Decay = Annotated[float, Bounds(least=0, below=1)]
@@ -82,6 +83,7 @@ class Phase(PhaseSettings):
         initial_batch_size: Sequences in the first step of a batch-size warm-up (None: no warm-up).
         batch_warmup_steps: Steps in which the batch size rises linearly to `global_batch_size`.
         full_rope_theta: RoPE base of the full-attention layers from this phase on (None: unchanged).
+        full_rope_scaling: Scaling of RoPE in the full-attention layers from this phase on (None: unchanged).
     """
 
     name: str
@@ -91,6 +93,7 @@ class Phase(PhaseSettings):
     batch_warmup_steps: NonNegativeInt = 0
     mtp_weight: NonNegativeFloat = 0.3
     full_rope_theta: PositiveFloat | None = None
+    full_rope_scaling: RopeScaling | None = None
 
     def __post_init__(self) -> None:
         where = f"phase {self.name!r}"
@@ -341,10 +344,12 @@ class ExtendConfig(PhaseSettings, TrainConfig, FromCheckpoint):
 
     Attributes:
         full_rope_theta: New RoPE base of the full-attention layers. The report increases it with the context length.
+        full_rope_scaling: Scaling of RoPE in the full-attention layers, such as YaRN (None: that of the checkpoint).
     """
 
     _: KW_ONLY
     full_rope_theta: PositiveFloat
+    full_rope_scaling: RopeScaling | None = None
     bias_rate: NonNegativeFloat = 1e-5
     micro_batch_size: PositiveInt = 1
 
@@ -354,7 +359,12 @@ class ExtendConfig(PhaseSettings, TrainConfig, FromCheckpoint):
 
     def as_pretraining(self) -> PretrainConfig:
         """Return this run as a pre-training run of one phase that starts from the checkpoint. Raises ConfigError."""
-        phase = Phase("extend", full_rope_theta=self.full_rope_theta, **part_of(self, PhaseSettings))
+        phase = Phase(
+            "extend",
+            full_rope_theta=self.full_rope_theta,
+            full_rope_scaling=self.full_rope_scaling,
+            **part_of(self, PhaseSettings),
+        )
         return PretrainConfig(stages=(phase,), init_from=self.checkpoint, **part_of(self, TrainConfig))
 
 

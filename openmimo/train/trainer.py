@@ -331,7 +331,11 @@ class Trainer:
         """Apply the stage's changes to the model, and return its loader."""
         stage, is_running = self.config.stages[index], self._stage_index >= 0
         self._stage_index = index
-        self.model.extend_context(full_rope_theta=stage.full_rope_theta, max_positions=stage.sequence_length)
+        self.model.extend_context(
+            full_rope_theta=stage.full_rope_theta,
+            max_positions=stage.sequence_length,
+            full_rope_scaling=stage.full_rope_scaling,
+        )
         if stage.mtp_heads is not None and stage.mtp_heads > self.model.config.num_mtp_heads:
             if is_running:
                 self.ranks.check_growth()

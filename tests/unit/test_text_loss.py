@@ -15,7 +15,7 @@ from openmimo import cli
 from openmimo.core.errors import ConfigError, DataError
 from openmimo.data.tokenizer import Tokenizer
 from openmimo.evals.config import EvalConfig
-from openmimo.evals.text_loss import text_windows
+from openmimo.evals.text_loss import measure_last, text_windows
 from openmimo.model.mimo import MiMo
 
 TEXTS = ["some words and some more words, é and so on. " * 9, "x", "another document with other words in it. " * 5]
@@ -102,3 +102,23 @@ def test_a_window_above_the_positions_is_refused_before_the_weights_are_read(spe
     with pytest.raises(SystemExit):
         cli.main()
     assert "positions" in capsys.readouterr().err
+
+
+def test_the_last_tokens_are_the_same_for_every_context(speaking):
+    model, tokenizer = openmimo.load_model(speaking / "model"), Tokenizer.load(speaking / "model")
+    ids = tokenizer.encode(TEXTS[0])[:150]
+
+    def score(token_ids):
+        logprobs = model.logits(torch.tensor(token_ids)).detach().log_softmax(-1)
+        return logprobs[:-1].gather(1, torch.tensor(token_ids)[1:, None])[:, 0]
+
+    losses = measure_last([ids[:100], ids[50:150], ids[:40]], 20, score, tokenizer, print)
+    assert [loss.first for loss in losses] == [32, 64, 80] and {loss.tokens for loss in losses} == {40}
+    for loss in losses:
+        nats = 0.0
+        for window in (ids[:100], ids[50:150]):
+            part = torch.tensor(window[-20 - loss.first :])
+            nats += float(functional.cross_entropy(model.logits(part).detach()[-21:-1], part[-20:], reduction="sum"))
+        assert loss.nats_per_token == pytest.approx(nats / 40, rel=1e-4)
+    with pytest.raises(DataError, match="last tokens need more"):
+        measure_last([ids[:50]], 20, score, tokenizer, print)

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from openmimo.data.tasks._needles import make_needle, needle_symbols
-from openmimo.data.tokenizer import Tokenizer
-from openmimo.evals.task import Example, Task
+from openmimo.evals.task import Example, Room, Seed, Task
+from openmimo.evals.tasks._tokens import exact, token_example
 
 
 @dataclass(frozen=True)
@@ -24,18 +24,16 @@ class Options:
     num_values: int = 36
 
 
-def example(options: Options, tokenizer: Tokenizer, length: int, rng: np.random.Generator) -> Example:
+def example(options: Options, room: Room, seed: Seed) -> Example:
     """Facts in filler, then one query. The depth of the queried fact is uniform."""
-    symbols = needle_symbols(tokenizer, num_keys=options.num_keys, num_values=options.num_values)
+    rng = np.random.default_rng(seed)
+    symbols = needle_symbols(room.tokenizer, num_keys=options.num_keys, num_values=options.num_values)
     depth = float(rng.random())
-    ids, answers = make_needle(symbols, length=length, num_pairs=options.num_pairs, num_queries=1, rng=rng, depth=depth)
+    ids, answers = make_needle(
+        symbols, length=room.length, num_pairs=options.num_pairs, num_queries=1, rng=rng, depth=depth
+    )
     position = int(answers[0])
-    return Example(ids[:position].tolist(), [int(ids[position])], depth)
+    return token_example(room, ids[:position], [int(ids[position])], depth)
 
 
-def score(example: Example, output_ids: list[int]) -> float:
-    """1 if the output begins with the answer, else 0."""
-    return float(output_ids[: len(example.answer_ids)] == example.answer_ids)
-
-
-PLUGIN = Task(version=1, options=Options, example=example, score=score)
+PLUGIN = Task(version=1, options=Options, example=example, score=exact)

@@ -5,11 +5,13 @@ A kind defines the module of a layer and its cache requirements. A kind of anoth
 """
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple, Protocol
 
-from openmimo.core.fields import Bounds, NonNegativeInt, check_fields
+from openmimo.core.errors import ConfigError
+from openmimo.core.fields import Bounds, NonNegativeInt, PositiveFloat, check_fields
 from openmimo.core.registry import Registry
 
 # The upper bounds are far above every published model. They refuse an impossible config before a tensor is described,
@@ -18,6 +20,107 @@ Size = Annotated[int, Bounds(least=1, most=1 << 20)]
 HeadCount = Annotated[int, Bounds(least=1, most=1 << 16)]
 Positions = Annotated[int, Bounds(least=1, most=1 << 31)]
 RopeTheta = Annotated[float, Bounds(least=1, most=1e15)]
+
+
+RotaryDim = Annotated[int, Bounds(least=0, most=1 << 20)]
+Factor = Annotated[float, Bounds(least=1, most=1e6)]
+
+
+class Rotation(NamedTuple):
+    """The arguments of `kernels.operations.rotary_table` of one geometry, a key of tables that layers share.
+
+    Attributes:
+        rotary_dim: Rotated dims, R.
+        theta: RoPE base.
+        divisors: Divisor of each of the R/2 frequencies; empty for plain RoPE.
+        amplitude: Factor of cos and sin.
+    """
+
+    rotary_dim: int
+    theta: float
+    divisors: tuple[float, ...] = ()
+    amplitude: float = 1.0
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Extension of RoPE beyond the positions of the training, with frequencies that do not depend on the length.
+
+        linear     position interpolation (2306.15595): every frequency is divided by the factor
+        ntk        NTK-aware: the base is raised such that the lowest frequency is divided by the factor
+        yarn       YaRN (2309.00071): low frequencies are divided, high ones are not, with a ramp between them
+        longrope   LongRoPE (2402.13753): a divisor for each frequency, found by a search
+
+    Methods whose frequencies depend on the length of a text (transformers' `dynamic`) are not supported, because a
+    cache holds keys that were rotated before the length is known.
+
+    Attributes:
+        kind: The method.
+        factor: Extension of the context.
+        original_positions: Positions of the training (yarn, longrope).
+        beta_fast: Rotations within the original positions above which a frequency is unchanged (yarn).
+        beta_slow: Rotations below which a frequency is divided by the whole factor (yarn).
+        divisors: The divisor of each frequency (longrope).
+        amplitude: Factor of cos and sin (None: that of the method; yarn: 0.1 ln(factor) + 1, longrope:
+            sqrt(1 + ln(factor) / ln(original_positions)), else 1).
+    """
+
+    kind: Literal["linear", "ntk", "yarn", "longrope"]
+    factor: Factor = 1.0
+    original_positions: Positions | None = None
+    beta_fast: PositiveFloat = 32.0
+    beta_slow: PositiveFloat = 1.0
+    divisors: tuple[Factor, ...] = ()
+    amplitude: PositiveFloat | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self, "rope scaling")
+        if self.kind in ("yarn", "longrope") and (self.original_positions is None or self.original_positions < 2):
+            raise ConfigError(f"rope scaling {self.kind!r} needs original_positions, the positions of the training.")
+        if self.kind in ("linear", "ntk") and self.amplitude is not None:
+            raise ConfigError(f"rope scaling {self.kind!r} has no amplitude; leave it out.")
+        if (self.kind == "longrope") != bool(self.divisors):
+            raise ConfigError("rope scaling: only 'longrope' has divisors, and it needs them.")
+
+    def rotation(self, rotary_dim: int, theta: float) -> Rotation:
+        """The rotation of `rotary_dim` dims with the base `theta`. Raises ConfigError if the divisors do not fit."""
+        half = rotary_dim // 2
+        if self.kind == "linear":
+            divisors = (self.factor,) * half
+        elif self.kind == "ntk":
+            divisors = tuple(self.factor ** (pair / max(half - 1, 1)) for pair in range(half))
+        elif self.kind == "longrope":
+            divisors = self.divisors
+            if len(divisors) != half:
+                raise ConfigError(f"rope scaling has {len(divisors)} divisors for {half} frequencies.")
+        else:
+            divisors = tuple(self._yarn_divisor(pair, rotary_dim, theta) for pair in range(half))
+        return Rotation(rotary_dim, theta, divisors, self._amplitude())
+
+    def _yarn_divisor(self, pair: int, rotary_dim: int, theta: float) -> float:
+        first = math.floor(self._pair_of(self.beta_fast, rotary_dim, theta))
+        last = math.ceil(self._pair_of(self.beta_slow, rotary_dim, theta))
+        first, last = max(first, 0), min(last, rotary_dim - 1)
+        ramp = (pair - first) / (last - first if last != first else 0.001)
+        share = min(max(ramp, 0.0), 1.0)
+        return 1.0 / (share / self.factor + (1.0 - share))
+
+    def _pair_of(self, rotations: float, rotary_dim: int, theta: float) -> float:
+        """The (fractional) number of the frequency that makes `rotations` within the original positions."""
+        assert self.original_positions is not None
+        if theta <= 1.0:
+            raise ConfigError(f"rope scaling 'yarn' needs a RoPE base above 1; it is {theta}.")
+        return rotary_dim * math.log(self.original_positions / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+
+    def _amplitude(self) -> float:
+        if self.amplitude is not None:
+            return self.amplitude
+        if self.factor <= 1.0 or self.kind in ("linear", "ntk"):
+            return 1.0
+        if self.kind == "yarn":
+            return 0.1 * math.log(self.factor) + 1.0
+        assert self.original_positions is not None
+        return math.sqrt(1 + math.log(self.factor) / math.log(self.original_positions))
 
 
 @dataclass(frozen=True)
@@ -30,7 +133,7 @@ class AttentionConfig:
         num_kv_heads: Key/value heads.
         key_dim: Dims of a query and a key.
         value_dim: Dims of a value.
-        rotary_dim: Number of leading dims of queries and keys that are rotated.
+        rotary_dim: Number of leading dims of queries and keys that are rotated (0: no positions, NoPE).
         rope_theta: RoPE base.
         window_keys: Keys that a query sees, its own included (None for full attention).
         sink: Whether each query head has a learned sink logit, which takes probability and has no value.
@@ -39,6 +142,7 @@ class AttentionConfig:
             of layer `kv_from` (None: no scores).
         selected_keys: Keys in the blocks that a query of a sparse layer reads of layer `kv_from`.
         gate: Whether the two branches of a sparse layer have one gate per head or one per channel of a head's value.
+        rope_scaling: Extension of RoPE (None: plain RoPE).
     """
 
     kind: str
@@ -46,7 +150,7 @@ class AttentionConfig:
     num_kv_heads: HeadCount
     key_dim: Size
     value_dim: Size
-    rotary_dim: Size
+    rotary_dim: RotaryDim
     rope_theta: RopeTheta
     window_keys: Positions | None = None
     sink: bool = False
@@ -54,9 +158,17 @@ class AttentionConfig:
     score_block: Size | None = None
     selected_keys: Size | None = None
     gate: Literal["head", "channel"] | None = None
+    rope_scaling: RopeScaling | None = None
 
     def __post_init__(self) -> None:
         check_fields(self, f"attention {self.kind!r}")
+
+    @functools.cached_property
+    def rotation(self) -> Rotation:
+        """The rotation of queries and keys."""
+        if self.rope_scaling is None:
+            return Rotation(self.rotary_dim, self.rope_theta)
+        return self.rope_scaling.rotation(self.rotary_dim, self.rope_theta)
 
 
 if TYPE_CHECKING:
