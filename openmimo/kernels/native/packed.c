@@ -40,9 +40,15 @@ typedef struct {
     int64_t all, marked;
 } packed_sums;
 
-INLINE uint64_t load_bits(const uint8_t *from, int64_t bytes) {
+INLINE uint64_t load_bits(const uint8_t *from) {
+    uint64_t bits;
+    memcpy(&bits, from, sizeof bits);
+    return bits;
+}
+
+INLINE uint64_t load_last_bits(const uint8_t *from, int64_t bytes) {
     uint64_t bits = 0;
-    memcpy(&bits, from, bytes < 8 ? bytes : 8);
+    for (int64_t i = bytes - 1; i >= 0; i--) bits = bits << 8 | from[i];
     return bits;
 }
 
@@ -91,15 +97,20 @@ INLINE void sum_rows(int count, const uint8_t *first, const uint8_t *sign, int64
     const uint8_t *rows[4] = {x, x, x, x};
     int64_t less_all = 0, less_marked = 0;
     for (int r = 1; r < count; r++) rows[r] = rows[r - 1] + stride;
-    for (; bytes > 0; bytes -= 8, sign += 8) {
-        uint64_t signs = load_bits(sign, bytes), marks = 0;
-        if (first) {
-            marks = load_bits(first, bytes);
-            first += 8;
+    if (first) {
+        for (; bytes > 0; bytes -= 8, sign += 8, first += 8) {
+            uint64_t signs = bytes < 8 ? load_last_bits(sign, bytes) : load_bits(sign);
+            uint64_t marks = bytes < 8 ? load_last_bits(first, bytes) : load_bits(first);
+            for (int r = 0; r < count; r++, rows[r - 1] += BLOCK) add_block(marks, signs, rows[r], all + r, marked + r);
+            less_all += BLOCK << 7;
+            less_marked += (int64_t)__builtin_popcountll(marks) << 7;
         }
-        for (int r = 0; r < count; r++, rows[r - 1] += BLOCK) add_block(marks, signs, rows[r], all + r, marked + r);
-        less_all += BLOCK << 7;
-        less_marked += (int64_t)__builtin_popcountll(marks) << 7;
+    } else {
+        for (; bytes > 0; bytes -= 8, sign += 8) {
+            uint64_t signs = bytes < 8 ? load_last_bits(sign, bytes) : load_bits(sign);
+            for (int r = 0; r < count; r++, rows[r - 1] += BLOCK) add_block(0, signs, rows[r], all + r, marked + r);
+            less_all += BLOCK << 7;
+        }
     }
     for (int r = 0; r < count; r++)
         sums[r] = (packed_sums){sum_lanes(all[r]) - less_all, sum_lanes(marked[r]) - less_marked};
