@@ -25,7 +25,6 @@ import torch
 from torch import nn
 
 from openmimo.kernels.operations import IGNORED_LABEL, token_argmax, token_logprobs, token_loss
-from openmimo.kernels.weights import BlockScaled
 from openmimo.model.attention import build_attention
 from openmimo.model.config import ModelConfig
 from openmimo.model.context import AttentionContext
@@ -51,7 +50,7 @@ class Head(Linear):
         """
         if reader is not None:
             weight_VD = self.weight_as("weight", states_TD.dtype)
-            assert not isinstance(weight_VD, BlockScaled)
+            assert isinstance(weight_VD, torch.Tensor)
             return reader(states_TD, weight_VD)
         logits_TV = super().forward(states_TD)
         return logits_TV if logits_TV.dtype == torch.float64 else logits_TV.float()

@@ -73,6 +73,31 @@ class _Quantization:
 
 
 @dataclass(frozen=True)
+class PackedConfig:
+    """`quantization_config` of a checkpoint whose weights are packed (`kernels/weights.py`).
+
+    Attributes:
+        quant_method: The name of the method.
+        format: A packed format.
+        stages: Number of stages.
+        scales: Scales of a whole matrix or of each row.
+    """
+
+    quant_method: Literal["openmimo_packed"]
+    format: Literal["fairy2i", "fairy", "ternary", "binary"]
+    stages: Annotated[int, Bounds(least=1, most=4)] = 1
+    scales: Literal["tensor", "row"] = "tensor"
+
+
+def packed_config(values: dict[str, Any], where: str) -> PackedConfig | None:
+    """Return how the weights of a checkpoint with this `config.json` are packed; None if they are not."""
+    entry = values.get("quantization_config")
+    if not isinstance(entry, dict) or entry.get("quant_method") != "openmimo_packed":
+        return None
+    return read_known_keys(PackedConfig, entry, f"{where}: quantization_config")
+
+
+@dataclass(frozen=True)
 class _HubConfig:
     """All keys of `config.json` that are read, of both dialects. None: the key is absent or null."""
 
@@ -154,7 +179,7 @@ def config_from_hf(
         ConfigError: The message names `where` and all keys with a wrong type or value.
     """
     hub = read_known_keys(_HubConfig, values, where, inert=_INERT_KEYS)
-    if hub.quantization_config is not None:
+    if hub.quantization_config is not None and packed_config(values, where) is None:
         read_known_keys(_Quantization, hub.quantization_config, f"{where}: quantization_config")
     token_ids = {key: values[key] for key in _TOKEN_ID_KEYS if key in values}
     try:

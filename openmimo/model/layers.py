@@ -20,12 +20,12 @@ from torch.nn.modules.module import (
 )
 
 from openmimo.kernels.operations import apply_rotary, joined_linear, rms_norm
-from openmimo.kernels.weights import BlockScaled, Weight
+from openmimo.kernels.weights import BlockScaled, Packed, Weight
 from openmimo.model.attention import AttentionPlace
 from openmimo.model.context import AttentionCall, AttentionContext
 from openmimo.model.weight_formats import QuantizableModule
 
-_LOCAL_WEIGHTS = (nn.Parameter, torch.Tensor, BlockScaled)
+_LOCAL_WEIGHTS = (nn.Parameter, torch.Tensor, BlockScaled, Packed)
 
 
 def as_dtype(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
