@@ -147,7 +147,9 @@ _TARGETS = {"avx512": ["-mavx512bw", "-mavx512f"], "avx2": ["-mavx2", "-mpopcnt"
 
 
 @needs_library
-@pytest.mark.parametrize("target", _TARGETS)
+@pytest.mark.parametrize(
+    "target", ["portable", *(pytest.param(name, marks=pytest.mark.slow) for name in ("avx512", "avx2"))]
+)
 def test_the_inner_loop_has_no_multiplication(target, tmp_path):
     """Reads the instructions of the compiled functions that hold the inner loop."""
     source, assembly = native.SOURCES / "packed.c", tmp_path / "packed.s"
