@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from openmimo.kernels.dispatch import Dispatcher
-from openmimo.kernels.weights import PLAIN, BlockScaled, Packed, Weight, format_of
+from openmimo.kernels.weights import PLAIN, BlockScaled, Latent, Packed, Weight, format_of
 
 LINEAR = Dispatcher("openmimo.kernels.linear", "OPENMIMO_LINEAR")
 NORM = Dispatcher("openmimo.kernels.norm", "OPENMIMO_NORM")
@@ -65,7 +65,7 @@ def joined_linear(x: torch.Tensor, layers: tuple[WeightAndBias, ...]) -> torch.T
     """
     dtype, input_dim, readable, weight_format = x.dtype, x.shape[-1], True, None
     for weight_OD, bias_O in layers:
-        if isinstance(weight_OD, (BlockScaled, Packed)):
+        if isinstance(weight_OD, (BlockScaled, Packed, Latent)):
             this_format, fits = weight_OD.format, weight_OD.is_contiguous()
         else:
             this_format, fits = PLAIN, weight_OD.dtype == dtype and weight_OD.is_contiguous()

@@ -28,6 +28,7 @@ PLAIN = "plain"
 INT8 = "int8"  # one scale per output
 FP8 = "fp8"  # float8_e4m3fn, one scale per block
 INT8_BLOCKS = "int8_blocks"  # int8 with any other block size
+LATENT = "latent"  # plain, and trained to be packed
 FAIRY2I, FAIRY, TERNARY, BINARY = "fairy2i", "fairy", "ternary", "binary"
 PackedFormat: TypeAlias = Literal["fairy2i", "fairy", "ternary", "binary"]
 PACKED: tuple[PackedFormat, ...] = ("fairy2i", "fairy", "ternary", "binary")
@@ -278,6 +279,64 @@ class Packed(NamedTuple):
         return None
 
 
+class Latent(NamedTuple):
+    """A plain weight [..., M x O, D] of which products use the packed values (quantization-aware training).
+
+    The gradient of the values is given to the weight unchanged (straight-through).
+
+    Attributes:
+        tensor: The weight.
+        packing: The format.
+        matrices: M, the number of stacked matrices.
+    """
+
+    tensor: torch.Tensor
+    packing: Packing
+    matrices: int
+
+    @property
+    def shape(self) -> torch.Size:
+        """The shape of the weight."""
+        return self.tensor.shape
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether the weight requires a gradient."""
+        return self.tensor.requires_grad
+
+    @property
+    def format(self) -> str:
+        """Name of the format, by which backends accept or refuse a call."""
+        return LATENT
+
+    def is_contiguous(self) -> bool:
+        """Return whether the weight is contiguous."""
+        return self.tensor.is_contiguous()
+
+    def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
+        """Return the packed values in `dtype`, differentiable in the weight."""
+        values = pack(self.tensor, self.packing, self.matrices).dequantize(torch.float32)
+        return (self.tensor + (values - self.tensor.detach())).to(dtype)
+
+    def tiles(self, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+        """Yield the packed values of a matrix as one tile."""
+        yield self.dequantize(dtype)
+
+    def select(self, index: int) -> "Latent":
+        """Return the weight at `index` of the first axis, as a view."""
+        return self._replace(tensor=self.tensor[index])
+
+    def unbind(self) -> list["Latent"]:
+        """Return the weights along the first axis, as views."""
+        return [self._replace(tensor=tensor) for tensor in self.tensor.unbind()]
+
+    def rows(self, start: int, stop: int) -> "Latent":
+        """Return rows `start` to `stop`, which begin and end between matrices, as a view."""
+        rows = self.tensor.shape[-2] // self.matrices
+        assert start % rows == 0 == stop % rows
+        return self._replace(tensor=self.tensor[..., start:stop, :], matrices=(stop - start) // rows)
+
+
 def _pack(bits: torch.Tensor) -> torch.Tensor:
     """Pack bits [..., columns] into bytes [..., ceil(columns / 8)]."""
     bits = F.pad(bits.to(torch.uint8), (0, -bits.shape[-1] % 8)).unflatten(-1, (-1, 8))
@@ -386,8 +445,13 @@ def int8_input(x: torch.Tensor, halves: int = 1) -> torch.Tensor:
     return x + (result - x.detach()) if x.requires_grad else result
 
 
+def product_input(x: torch.Tensor, weight: "Weight") -> torch.Tensor:
+    """Return the input that a product with this weight uses: x, rounded to int8 levels for packed weights."""
+    return int8_input(x, weight.packing.input_halves) if isinstance(weight, (Packed, Latent)) else x
+
+
 Quantized: TypeAlias = BlockScaled | Packed
-Weight: TypeAlias = torch.Tensor | BlockScaled | Packed
+Weight: TypeAlias = torch.Tensor | BlockScaled | Packed | Latent
 
 
 def is_quantized(weight: Weight) -> TypeGuard[Quantized]:
@@ -397,12 +461,12 @@ def is_quantized(weight: Weight) -> TypeGuard[Quantized]:
 
 def format_of(weight: Weight) -> str:
     """Return the name of a weight's format."""
-    return weight.format if is_quantized(weight) else PLAIN
+    return PLAIN if isinstance(weight, torch.Tensor) else weight.format
 
 
 def dequantized(weight: Weight, dtype: torch.dtype) -> torch.Tensor:
     """Return a weight in any format as a tensor of `dtype`. A plain tensor of that dtype is returned unchanged."""
-    if isinstance(weight, (BlockScaled, Packed)):
+    if not isinstance(weight, torch.Tensor):
         return weight.dequantize(dtype)
     return weight if weight.dtype == dtype else weight.to(dtype)
 
@@ -484,6 +548,7 @@ def copy_weight(target: Weight, source: Weight) -> None:
     if isinstance(target, torch.Tensor):
         target.copy_(source if isinstance(source, torch.Tensor) else source.dequantize(torch.float32))
         return
+    assert not isinstance(target, Latent), "models hold plain weights, of which products see the packed values"
     if isinstance(target, Packed):
         if not isinstance(source, Packed) or source.packing != target.packing:
             plain = dequantized(source, torch.float32).to(target.codes.device)

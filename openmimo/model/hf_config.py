@@ -12,7 +12,7 @@ and SGLang.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
 from openmimo.core.errors import ConfigError
@@ -20,6 +20,7 @@ from openmimo.core.fields import Bounds, NonNegativeFloat
 from openmimo.core.files import read_known_keys
 from openmimo.model.attention import AttentionConfig, HeadCount, Positions, RopeTheta, Size
 from openmimo.model.config import (
+    ComplexConfig,
     Epsilon,
     LayerConfig,
     LayerCount,
@@ -157,6 +158,7 @@ class _HubConfig:
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
     quantization_config: dict[str, Any] | None = None
+    complex_layers: ComplexConfig | None = None
 
 
 def config_from_hf(
@@ -226,6 +228,7 @@ class _Reader:
             max_positions=_or(hub.max_position_embeddings, 32768),
             family=hub.model_type,
             token_ids=token_ids,
+            complex_layers=hub.complex_layers,
         )
 
     def agreed(self, *keys: str) -> Any:
@@ -384,6 +387,8 @@ def config_to_hf(config: ModelConfig, *, dtype: str = "float32") -> dict[str, An
     }
     if config.mtp:
         values["mtp_hidden"] = config.mtp.hidden
+    if config.complex_layers:
+        values["complex_layers"] = asdict(config.complex_layers)
     if config.family == "mimo":
         values["rope_theta"] = reference.rope_theta
         values["partial_rotary_factor"] = _rotary_factor(reference)
@@ -437,6 +442,8 @@ def _hybrid_keys(config: ModelConfig, kinds: dict[str, AttentionConfig], referen
 
 def _native_class_agrees(config: ModelConfig, kinds: dict[str, AttentionConfig]) -> bool:
     """Return whether the native transformers class, which has one geometry per model, computes this model correctly."""
+    if config.complex_layers is not None:
+        return False
     if config.family != "mimo_v2_flash":
         return True
     full, sliding = kinds.get("full"), kinds.get("sliding")

@@ -1,6 +1,7 @@
 """Model configs by name, without torch.
 
 `tiny` is for a CPU, `deep` and `small` are for one GPU; `flash` (309B-A15B) and `mimo_7b` are the published models.
+`tiny_fairy`, `fairy_700m` and `fairy_1b3` have complex-valued layers.
 """
 
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from pathlib import Path
 from openmimo.core.errors import ConfigError
 from openmimo.core.files import file_in_folder, read_json
 from openmimo.model.attention import AttentionConfig
-from openmimo.model.config import LayerConfig, ModelConfig, MoEConfig, MTPConfig
+from openmimo.model.config import ComplexConfig, LayerConfig, ModelConfig, MoEConfig, MTPConfig
 from openmimo.model.hf_config import config_from_hf
 
 
@@ -132,9 +133,51 @@ def mimo_7b() -> ModelConfig:
     )
 
 
+def tiny_fairy() -> ModelConfig:
+    """Return `tiny` with complex-valued layers: as many real numbers a state, half of the parameters in its layers."""
+    config = tiny()
+    assert config.mtp is not None
+    layers = tuple(
+        replace(layer, attention=replace(layer.attention, rotary_dim=layer.attention.key_dim))
+        for layer in config.layers
+    )
+    mtp = replace(config.mtp, attention=layers[1].attention)
+    return replace(config, layers=layers, mtp=mtp, complex_layers=ComplexConfig())
+
+
+def fairy_700m() -> ModelConfig:
+    """Return Fairy+-i 700M (arXiv 2508.05571): 679 million complex weights in 24 full layers."""
+    return _fairy(width=1536, ffn=4096, heads=16)
+
+
+def fairy_1b3() -> ModelConfig:
+    """Return Fairy+-i in the geometry of BitNet b1.58 1.3B (arXiv 2402.17764): 1.2 billion complex weights."""
+    return _fairy(width=2048, ffn=5460, heads=32)
+
+
+def _fairy(*, width: int, ffn: int, heads: int) -> ModelConfig:
+    """Return a dense model of 24 full layers; the widths count complex numbers."""
+    dims = 2 * width // heads
+    full = AttentionConfig(
+        "full", num_heads=heads, num_kv_heads=heads, key_dim=dims, value_dim=dims, rotary_dim=dims, rope_theta=1e4
+    )
+    return ModelConfig(
+        vocab_size=32000,
+        hidden_size=2 * width,
+        dense_ffn_dim=2 * ffn,
+        layers=(LayerConfig(full, "dense"),) * 24,
+        init_std=0.02 / 2**0.5,
+        max_positions=2048,
+        complex_layers=ComplexConfig(),
+    )
+
+
 PRESETS: dict[str, Callable[[], ModelConfig]] = {
-    preset.__name__: preset for preset in (tiny, tiny_all_global, tiny_no_sink, deep, small, flash, flash_base, mimo_7b)
-}
+    preset.__name__: preset
+    for preset in (
+        tiny, tiny_all_global, tiny_no_sink, deep, small, flash, flash_base, mimo_7b, tiny_fairy, fairy_700m, fairy_1b3
+    )
+}  # fmt: skip
 
 
 def model_config(name_or_path: str) -> ModelConfig:

@@ -35,6 +35,7 @@ from openmimo.kernels.weights import (
     PACKED,
     PLAIN,
     BlockScaled,
+    Latent,
     Packed,
     Packing,
     Quantized,
@@ -67,11 +68,13 @@ class QuantizableModule(nn.Module):
             is quantized separately.
         is_complex: Whether a matrix has the rows of real parts, then those of imaginary parts, of complex weights.
         blocks: The layout of each quantized weight: (rows, columns) of a block, or the packing and shape of a matrix.
+        trained_as: The packing whose values products use although the weights are plain (None: the weights).
     """
 
     quantizable: Mapping[str, int] = MappingProxyType({})
     is_complex = False
     blocks: Mapping[str, Layout] = MappingProxyType({})
+    trained_as: Packing | None = None
 
     def weight_as(self, name: str, dtype: torch.dtype) -> Weight:
         """Return a weight for a product in `dtype`: a tensor of that dtype, or a quantized weight as it is held."""
@@ -80,6 +83,8 @@ class QuantizableModule(nn.Module):
             tensor = getattr(self, name)
         if name in self.blocks:
             return self._quantized(name, tensor)
+        if self.trained_as is not None and name in self.quantizable:
+            return Latent(tensor, self.trained_as, self.quantizable[name])
         return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
     def held_weight(self, name: str) -> Weight:
@@ -175,6 +180,25 @@ def allocate_quantized(model: nn.Module, layout: WeightLayout, qkv_ranks: int = 
     """Replace the weights that a format covers by storage without values. Arguments as in `quantize_model`."""
     for module, name, block in list(_covered(model, layout, qkv_ranks)):
         module.allocate(name, layout, block)
+
+
+def train_packed(model: nn.Module, packing: Packing | None) -> None:
+    """Make products use the packed values of the weights and int8 inputs, for quantization-aware training.
+
+    The weights stay plain. `quantize_model` with the same packing later gives the same products.
+
+    Args:
+        model: A plain model.
+        packing: The format; None to undo it.
+
+    Raises:
+        ConfigError: The format needs complex weights and the model has real ones, or the reverse.
+    """
+    for module_name, module in model.named_modules():
+        if isinstance(module, QuantizableModule) and module.quantizable:
+            if packing is not None:
+                _check_arithmetic(module_name, packing, module.is_complex)
+            module.trained_as = packing
 
 
 @torch.no_grad()

@@ -135,20 +135,29 @@ def learning_rate(stage: Phase, stage_step: int) -> float:
         end=stage.end_learning_rate,
         warmup_steps=stage.warmup_steps,
         constant_steps=stage.constant_steps,
+        linear=stage.decay == "linear",
     )
 
 
 def warmed_cosine(
-    step: int, *, steps: int, peak: float, end: float, warmup_steps: int, constant_steps: int = 0
+    step: int,
+    *,
+    steps: int,
+    peak: float,
+    end: float,
+    warmup_steps: int,
+    constant_steps: int = 0,
+    linear: bool = False,
 ) -> float:
-    """Return the learning rate of `step`: linear warm-up, constant phase, cosine decay (paper section 3.1)."""
+    """Return the learning rate of `step`: linear warm-up, constant phase, decay (paper section 3.1)."""
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
     decay_start = warmup_steps + constant_steps
     if step < decay_start or steps == decay_start:
         return peak
     progress = (step - decay_start) / (steps - decay_start)
-    return end + (peak - end) * 0.5 * (1 + math.cos(math.pi * progress))
+    share = 1 - progress if linear else 0.5 * (1 + math.cos(math.pi * progress))
+    return end + (peak - end) * share
 
 
 def rows_of_step(stage: Phase, stage_step: int) -> int:

@@ -19,11 +19,13 @@ from openmimo.core.errors import CheckpointError, Interrupted, stop_requests
 from openmimo.core.metrics import MetricsWriter, TimeLeft
 from openmimo.data.loader import Loader
 from openmimo.data.tokenizer import Tokenizer
+from openmimo.kernels.weights import Packing
 from openmimo.model.backbone import checkpoint_activations
 from openmimo.model.config import training_flops_per_token
 from openmimo.model.context import PackedContext, RoutingTape
 from openmimo.model.heads import MicroBatch
 from openmimo.model.mimo import MiMo
+from openmimo.model.weight_formats import train_packed
 from openmimo.runtime.device import activation_dtype, measured_matmul_flops, peak_memory_bytes, synchronize
 from openmimo.train.checkpoint import Checkpoints, Progress, load_optimizer_state, optimizer_state
 from openmimo.train.config import Phase, PretrainConfig
@@ -90,6 +92,7 @@ class Trainer:
         self.model.compute_dtype = activation_dtype(config.dtype, device)
         if config.activation_checkpointing:
             checkpoint_activations(self.model.model)
+        self._train_packed()
         self.tokenizer = tokenizer
         self.device = device
         self.console = console or Console(stderr=True)
@@ -238,7 +241,16 @@ class Trainer:
             self.model.replicate_mtp_heads(stage.mtp_heads)
             self.optimizer = build_optimizer(self.model, self.config.optimizer)
             load_optimizer_state(self.model, self.optimizer, kept)
+            self._train_packed()
+        decay = self.config.optimizer.weight_decay if stage.weight_decay is None else stage.weight_decay
+        self.optimizer.param_groups[0]["weight_decay"] = decay  # of the matrices; the others have none
         return self._loaders[index]
+
+    def _train_packed(self) -> None:
+        """Make the products of the model use quantized values, if the config says so."""
+        name = self.config.quantization
+        if name != "none":
+            train_packed(self.model, Packing(name, self.config.quantization_stages))
 
     def _after_step(self, stage: Phase, report: StepReport, seconds: float, *, is_last: bool) -> None:
         if self.step % self.config.log_every_steps == 0 or is_last or self.guard.skipped_in_a_row:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from openmimo.kernels.dispatch import Backend
 from openmimo.kernels.operations import MIXED, ExpertsNeed, linear
-from openmimo.kernels.weights import PLAIN, BlockScaled, Packed
+from openmimo.kernels.weights import PLAIN, BlockScaled, Latent, Packed
 
 MAX_TOKENS = 32  # the row limit of the C kernels of linear layers
 
@@ -19,8 +19,8 @@ def run(
     x_TD: torch.Tensor,
     expert_ids_TA: torch.Tensor,
     weights_TA: torch.Tensor,
-    gate_up_EHD: BlockScaled | Packed,
-    down_EDF: BlockScaled | Packed,
+    gate_up_EHD: BlockScaled | Packed | Latent,
+    down_EDF: BlockScaled | Packed | Latent,
     *,
     need: ExpertsNeed,
 ) -> torch.Tensor:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from openmimo.kernels.dispatch import Backend
 from openmimo.kernels.operations import LinearNeed, WeightAndBias
-from openmimo.kernels.weights import PLAIN, BlockScaled, Packed, int8_input
+from openmimo.kernels.weights import PLAIN, product_input
 
 
 def run(x: torch.Tensor, layers: tuple[WeightAndBias, ...]) -> torch.Tensor:
@@ -17,8 +17,8 @@ def run(x: torch.Tensor, layers: tuple[WeightAndBias, ...]) -> torch.Tensor:
     wide = x.to(dtype)
     outputs = []
     for weight_OD, bias_O in layers:
-        if isinstance(weight_OD, (BlockScaled, Packed)):
-            source = int8_input(wide, weight_OD.packing.input_halves) if isinstance(weight_OD, Packed) else wide
+        if not isinstance(weight_OD, torch.Tensor):
+            source = product_input(wide, weight_OD)
             products = [F.linear(source, tile) for tile in weight_OD.tiles(dtype)]
             out = torch.cat(products or [wide.new_empty(*x.shape[:-1], 0)], dim=-1).to(x.dtype)
             outputs.append(out if bias_O is None else out + bias_O)
