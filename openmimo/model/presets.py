@@ -1,7 +1,8 @@
 """Model configs by name, without torch.
 
 `tiny` is for a CPU, `deep` and `small` are for one GPU; `flash` (309B-A15B) and `mimo_7b` are the published models.
-`tiny_fairy`, `fairy_700m` and `fairy_1b3` have complex-valued layers.
+`tiny_fairy`, `fairy_700m` and `fairy_1b3` have complex-valued layers. The presets `bytes_*` have layers of equal bytes
+in different weight formats (recipe `low_bits`).
 """
 
 from collections.abc import Callable
@@ -172,10 +173,52 @@ def _fairy(*, width: int, ffn: int, heads: int) -> ModelConfig:
     )
 
 
+def bytes_fairy() -> ModelConfig:
+    """Return 0.21 million complex weights, of 2 bits each in the format fairy: 53 kB."""
+    return replace(_dense(width=128, head_dim=32, ffn=384), complex_layers=ComplexConfig())
+
+
+def bytes_fairy_plain() -> ModelConfig:
+    """Return `bytes_fairy` with the gate and norms of a real layer: silu, and no norm inside attention and FFN."""
+    return replace(bytes_fairy(), complex_layers=ComplexConfig(gate="swiglu", sub_norms=False))
+
+
+def bytes_ternary() -> ModelConfig:
+    """Return 0.21 million real weights, of 2 bits each in the format ternary: 53 kB."""
+    return _dense(width=64, head_dim=16, ffn=192)
+
+
+def bytes_binary() -> ModelConfig:
+    """Return 0.43 million real weights, of 1 bit each in the format binary: 53 kB."""
+    return _dense(width=92, head_dim=22, ffn=268)
+
+
+def bytes_real() -> ModelConfig:
+    """Return 0.026 million real weights, of 16 bits each in bfloat16: 53 kB."""
+    return _dense(width=24, head_dim=6, ffn=60)
+
+
+def _dense(*, width: int, head_dim: int, ffn: int) -> ModelConfig:
+    """Return a model of four full layers of four heads for the vocabulary of the built-in tokenizer."""
+    full = AttentionConfig(
+        "full", num_heads=4, num_kv_heads=4, key_dim=head_dim, value_dim=head_dim, rotary_dim=head_dim,
+        rope_theta=1e4,
+    )  # fmt: skip
+    return ModelConfig(
+        vocab_size=512,
+        hidden_size=width,
+        dense_ffn_dim=ffn,
+        layers=(LayerConfig(full, "dense"),) * 4,
+        init_std=0.06,
+        max_positions=512,
+    )
+
+
 PRESETS: dict[str, Callable[[], ModelConfig]] = {
     preset.__name__: preset
     for preset in (
-        tiny, tiny_all_global, tiny_no_sink, deep, small, flash, flash_base, mimo_7b, tiny_fairy, fairy_700m, fairy_1b3
+        tiny, tiny_all_global, tiny_no_sink, deep, small, flash, flash_base, mimo_7b, tiny_fairy, fairy_700m, fairy_1b3,
+        bytes_fairy, bytes_fairy_plain, bytes_ternary, bytes_binary, bytes_real,
     )
 }  # fmt: skip
 
