@@ -322,6 +322,9 @@ def _convert(arguments: list[str]) -> None:
         projections: str = "split",
         window_keys: int | None = None,
         max_shard_gigabytes: float = 4.0,
+        quantize: str = "none",
+        stages: int = 1,
+        scales: str = "tensor",
     ) -> dict[str, Any]:
         """Rewrite a checkpoint folder in another dtype or layout; at most one shard is in memory.
 
@@ -332,6 +335,10 @@ def _convert(arguments: list[str]) -> None:
             projections: split (q, k, v) or fused_qkv (stacked by rank).
             window_keys: Keys that a query of a sliding layer sees, including its own (default: as in config.json).
             max_shard_gigabytes: Maximum size of a weight file.
+            quantize: none, or a packed format for linear layers and experts: fairy2i (1 bit a weight and stage),
+                fairy (complex models), binary, or ternary.
+            stages: Stages of the packed format, 1 to 4. Each stores what the ones before it left over.
+            scales: tensor or row: what shares the scales of the packed format.
         """
         return locals()
 
@@ -345,6 +352,9 @@ def _convert(arguments: list[str]) -> None:
         projections=values["projections"],
         window_keys=values["window_keys"],
         max_shard_gigabytes=values["max_shard_gigabytes"],
+        quantize=values["quantize"],
+        stages=values["stages"],
+        scales=values["scales"],
     )
     with Progress(BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(), console=_STDERR) as bar:
 
@@ -408,8 +418,9 @@ class SpeakOptions:
         path: A checkpoint folder with a tokenizer (default: the built-in tiny model).
         dtype: Dtype of weights and activations.
         device: auto (an accelerator if there is one), cpu, or a torch device.
-        weights: Storage of weight matrices: plain (in dtype), int8, or fp8 (as an FP8 checkpoint stores them). int8 and
-            fp8 take half the bytes of bfloat16.
+        weights: Storage of weight matrices: plain (in dtype), int8, fp8 (as an FP8 checkpoint stores them), or a
+            packed format: fairy2i, fairy, ternary, binary (as a converted checkpoint stores them). int8 and fp8 take
+            half the bytes of bfloat16, packed formats an eighth or a sixteenth.
         thinking: Let the model think before it answers.
         system: The system message of the chat.
     """
@@ -496,8 +507,9 @@ class ServeOptions:
         dtype: Dtype of weights and activations (auto: bfloat16 on an accelerator, else float32).
         device: auto (an accelerator if there is one), cpu, or a torch device.
         threads: CPU threads for the model (none: all cores).
-        weights: Storage of weight matrices: plain (in dtype), int8, or fp8 (as an FP8 checkpoint stores them). int8 and
-            fp8 take half the bytes of bfloat16.
+        weights: Storage of weight matrices: plain (in dtype), int8, fp8 (as an FP8 checkpoint stores them), or a
+            packed format: fairy2i, fairy, ternary, binary (as a converted checkpoint stores them). int8 and fp8 take
+            half the bytes of bfloat16, packed formats an eighth or a sixteenth.
         int8: Earlier name of --weights int8.
     """
 

@@ -6,7 +6,7 @@ from typing import Literal, TypeAlias
 from openmimo.core.errors import ConfigError
 from openmimo.core.fields import PositiveFloat, PositiveInt, check_fields
 
-WeightFormat: TypeAlias = Literal["plain", "int8", "fp8"]
+WeightFormat: TypeAlias = Literal["plain", "int8", "fp8", "fairy2i", "fairy", "ternary", "binary"]
 
 
 def chosen_format(weights: WeightFormat, *, int8: bool) -> WeightFormat:

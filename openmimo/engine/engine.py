@@ -26,7 +26,7 @@ from openmimo.engine.speculative import DraftLength
 from openmimo.engine.stats import EngineStats
 from openmimo.model.config import AttentionConfig, ModelConfig, active_matmul_parameters
 from openmimo.model.mimo import MiMo
-from openmimo.model.weight_formats import set_weight
+from openmimo.model.weight_formats import entry_weight, set_weight
 from openmimo.runtime.device import at_most_threads, free_memory_bytes
 
 if TYPE_CHECKING:
@@ -205,7 +205,7 @@ class Engine:
     ) -> None:
         """Replaces weights between two steps, while requests run.
 
-        Cached prefixes and idle sessions are dropped. The new values of block-scaled weights are quantized.
+        Cached prefixes and idle sessions are dropped. The new values of quantized weights are quantized.
 
         Args:
             tensors: New values by parameter name, for any subset; None if the caller has changed the model in place.
@@ -216,10 +216,12 @@ class Engine:
         Raises:
             UserError: The model has no parameter of that name or shape. Nothing is changed.
         """
-        own = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+        held = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+        own = {name: entry_weight(self.model, name, held[name]) for name in tensors or () if name in held}
         for name, tensor in (tensors or {}).items():
-            if name not in own or own[name].shape != tensor.shape:
-                shape = tuple(own[name].shape) if name in own else "no such parameter"
+            weight = own.get(name)
+            if weight is None or weight.shape != tensor.shape:
+                shape = "no such parameter" if weight is None else tuple(weight.shape)
                 raise UserError(f"update_weights: {name} has shape {tuple(tensor.shape)}; the model has {shape}.")
         for name, tensor in (tensors or {}).items():
             set_weight(self.model, name, tensor)

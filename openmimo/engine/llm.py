@@ -37,7 +37,7 @@ class LLM:
         dtype: Dtype of weights and activations of a folder. In bfloat16, a text may depend on the other prompts of its
             batch.
         device: Device of a folder's model ("auto": the accelerator if available).
-        weights: Format of a folder's weight matrices: plain (in `dtype`), int8 or fp8; see `load_model`.
+        weights: Format of a folder's weight matrices: plain (in `dtype`), int8, fp8 or a packed one; see `load_model`.
         int8: The earlier name of weights="int8".
         settings: Fields of `EngineConfig` that replace those of `engine`.
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from openmimo.kernels.dispatch import Dispatcher
-from openmimo.kernels.weights import PLAIN, BlockScaled, Weight, format_of
+from openmimo.kernels.weights import PLAIN, BlockScaled, Latent, Packed, Weight, format_of
 
 LINEAR = Dispatcher("openmimo.kernels.linear", "OPENMIMO_LINEAR")
 NORM = Dispatcher("openmimo.kernels.norm", "OPENMIMO_NORM")
@@ -61,11 +61,11 @@ def joined_linear(x: torch.Tensor, layers: tuple[WeightAndBias, ...]) -> torch.T
     Args:
         x: The input. Differentiable.
         layers: Pairs of a weight [O, D] and a bias [O] or None. Plain weights and biases have the dtype of x and are
-            differentiable. Block-scaled weights are constants.
+            differentiable. Quantized weights are constants.
     """
     dtype, input_dim, readable, weight_format = x.dtype, x.shape[-1], True, None
     for weight_OD, bias_O in layers:
-        if isinstance(weight_OD, BlockScaled):
+        if isinstance(weight_OD, (BlockScaled, Packed, Latent)):
             this_format, fits = weight_OD.format, weight_OD.is_contiguous()
         else:
             this_format, fits = PLAIN, weight_OD.dtype == dtype and weight_OD.is_contiguous()
@@ -339,13 +339,13 @@ def apply_experts(
 ) -> torch.Tensor:
     """Sum each token's experts by weight, [T, D] in the dtype of x, accumulated in float32 (float64 for float64).
 
-    Differentiable in all tensors except block-scaled weights.
+    Differentiable in all tensors except quantized weights.
 
     Args:
         x_TD: Inputs.
         expert_ids_TA: Chosen experts, integer.
         weights_TA: Weights of the chosen experts, float32.
-        gate_up_EHD: Gate and up weights [E, 2F, D], in the dtype of x or block-scaled.
+        gate_up_EHD: Gate and up weights [E, 2F, D], in the dtype of x or quantized.
         down_EDF: Down weights [E, D, F], in the same form.
     """
     num_tokens, model_dim = x_TD.shape

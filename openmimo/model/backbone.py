@@ -10,10 +10,9 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from openmimo.model.attention import build_attention
 from openmimo.model.config import LayerConfig, ModelConfig
 from openmimo.model.context import AttentionContext
-from openmimo.model.layers import DenseFFN, Embedding, RMSNorm
+from openmimo.model.layers import Embedding, parts_of
 from openmimo.model.moe import MoE, Router
 
 if TYPE_CHECKING:
@@ -48,16 +47,16 @@ class DecoderLayer(nn.Module):
     def __init__(self, config: ModelConfig, layer: LayerConfig, index: int):
         super().__init__()
         self.index = index
-        self.input_layernorm = RMSNorm(config.hidden_size, config.norm_epsilon)
-        self.self_attn = build_attention(config.attention_place(index))
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_epsilon)
+        parts = parts_of(config)
+        self.input_layernorm = parts.norm(config.hidden_size, config.norm_epsilon)
+        self.self_attn = parts.attention(config.attention_place(index))
+        self.post_attention_layernorm = parts.norm(config.hidden_size, config.norm_epsilon)
         self.is_sparse = layer.ffn == "moe"
-        self.mlp: MoE | DenseFFN
         if self.is_sparse:
             assert config.moe is not None, "checked by the config"
-            self.mlp = MoE(config.hidden_size, config.moe, index)
+            self.mlp: nn.Module = parts.moe(config.hidden_size, config.moe, index)
         else:
-            self.mlp = DenseFFN(config.hidden_size, config.dense_ffn_dim)
+            self.mlp = parts.ffn(config.hidden_size, config.dense_ffn_dim)
 
     def forward(self, x_TD: torch.Tensor, context: AttentionContext) -> torch.Tensor:
         """Map [T, D] to [T, D]."""
@@ -113,7 +112,7 @@ class Backbone(nn.Module):
         if embed_tokens is not None:
             self.embed_tokens = embed_tokens
         self.layers = LayerStack(DecoderLayer(config, config.layers[index], index) for index in indices)
-        self.norm = RMSNorm(config.hidden_size, config.norm_epsilon)
+        self.norm = parts_of(config).norm(config.hidden_size, config.norm_epsilon)
 
     def forward(self, x_TD: torch.Tensor, context: AttentionContext) -> Hidden:
         """Map embedded inputs [T, D] to hidden states."""

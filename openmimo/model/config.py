@@ -94,6 +94,29 @@ class MTPConfig:
 
 
 @dataclass(frozen=True)
+class ComplexConfig:
+    """Complex-valued layers (Fairy+-i, arXiv 2508.05571): all but the router and the output head.
+
+    All dims of the model's config count real numbers: a state of `hidden_size` numbers has half as many complex ones.
+
+    Attributes:
+        conjugate: Whether linear layers compute W conj(x), as the released models do, or W x.
+        score_scale: Attention scores are divided by the root of "key_dim" (both parts of a head count, as in the
+            released models) or of "complex_dim", half of it.
+        gate: "relu2" squares the parts of a gate unless both are negative, "swiglu" applies silu to them.
+        sub_norms: Whether the inputs of output and down projections are normalized.
+    """
+
+    conjugate: bool = True
+    score_scale: Literal["key_dim", "complex_dim"] = "key_dim"
+    gate: Literal["relu2", "swiglu"] = "relu2"
+    sub_norms: bool = True
+
+    def __post_init__(self) -> None:
+        check_fields(self, "complex_layers")
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """A whole model.
 
@@ -112,6 +135,7 @@ class ModelConfig:
         max_positions: Maximum length of a sequence.
         family: Checkpoint layout: "mimo_v2_flash", or "mimo" for the dense MiMo-7B line.
         token_ids: Special token ids by their key in `config.json`.
+        complex_layers: The settings of a model whose layers are complex-valued (None for a real model).
     """
 
     vocab_size: VocabSize
@@ -128,9 +152,12 @@ class ModelConfig:
     max_positions: Positions = 32768
     family: Literal["mimo_v2_flash", "mimo"] = "mimo_v2_flash"
     token_ids: dict[str, int | list[int] | None] = field(default_factory=dict)
+    complex_layers: ComplexConfig | None = None
 
     def __post_init__(self) -> None:
         check_fields(self, "model")
+        if self.complex_layers is not None:
+            _check_complex(self)
         if not 1 <= len(self.layers) <= MAX_LAYERS:
             raise ConfigError(f"model.layers has {len(self.layers)} entries; it must have 1 to {MAX_LAYERS}.")
         for number, layer in enumerate(self.layers):
@@ -219,6 +246,8 @@ class ModelConfig:
         """
         if tp < 1:
             raise ConfigError(f"tp is {tp}; it must be at least 1.")
+        if tp > 1 and self.complex_layers is not None:
+            raise ConfigError("complex-valued layers cannot be divided among tensor-parallel ranks; set tp to 1.")
         layers = [(f"layer {number}", layer.attention) for number, layer in enumerate(self.layers)]
         layers += [("the MTP heads", self.mtp.attention)] if self.mtp else []
         problems = [problem for where, spec in layers for problem in _undivided(spec, where, tp)]
@@ -288,6 +317,25 @@ def _check_attention(attention: AttentionConfig, where: str, source: AttentionCo
         raise ConfigError(f"{where} {reason}")
 
 
+def _check_complex(config: ModelConfig) -> None:
+    """Raise ConfigError if the dims are not pairs of real and imaginary parts, or a part has no complex form."""
+    dims = {"hidden_size": config.hidden_size, "dense_ffn_dim": config.dense_ffn_dim}
+    if config.moe is not None:
+        dims["expert_dim"] = config.moe.expert_dim
+    for spec in config.attention_layers():
+        dims |= {"key_dim": spec.key_dim, "value_dim": spec.value_dim}
+        if spec.kind not in ("full", "sliding") or spec.rotary_dim != spec.key_dim:
+            raise ConfigError(
+                f"complex_layers: a layer of kind {spec.kind!r} rotates {spec.rotary_dim} of {spec.key_dim} key dims; "
+                "complex layers are full or sliding, and rotate all of them."
+            )
+    odd = [f"{name} {value}" for name, value in dims.items() if value % 2]
+    if odd:
+        raise ConfigError(f"complex_layers: {', '.join(odd)} must be even, a real and an imaginary part each.")
+    if config.attention_bias or config.family != "mimo_v2_flash":
+        raise ConfigError("complex_layers: there are no biases, and no such models in the family 'mimo'.")
+
+
 def _check_moe(moe: MoEConfig, num_layers: int) -> None:
     if num_layers * moe.num_experts > MAX_EXPERTS:
         raise ConfigError(
@@ -309,27 +357,43 @@ def _check_moe(moe: MoEConfig, num_layers: int) -> None:
 
 
 def attention_parameters(config: ModelConfig, index: int) -> int:
-    """Count the parameters of the attention module of layer `index`. MTP head h is layer `len(layers) + h`."""
+    """Count the parameters of the attention module of layer `index`. MTP head h is layer `len(layers) + h`.
+
+    A complex layer has half of the weights of this real one.
+    """
     place = config.attention_place(index)
     return attention_kind(place.spec.kind).parameters(place)
 
 
 def active_matmul_parameters(config: ModelConfig) -> int:
     """Count the active parameters of the main model's matrix products per token, without the embedding."""
+    return _active(config, multiplied=1 if config.complex_layers is None else 2)
+
+
+def _active(config: ModelConfig, *, multiplied: int) -> int:
+    """Count the multiplications of the main model's matrix products per token, each weight of a layer `1/multiplied`.
+
+    A parameter of a complex layer is multiplied twice, with a real and an imaginary part.
+    """
     D = config.hidden_size
     total = D * config.vocab_size
     for index, layer in enumerate(config.layers):
-        total += attention_parameters(config, index)
+        sinks = layer.attention.num_heads if layer.attention.sink else 0
+        total += sinks + (attention_parameters(config, index) - sinks) // multiplied
         if layer.ffn == "dense":
-            total += 3 * D * config.dense_ffn_dim
+            total += 3 * D * config.dense_ffn_dim // multiplied
         else:
             assert config.moe is not None, "checked by the config"
-            total += D * config.moe.num_experts + config.moe.experts_per_token * 3 * D * config.moe.expert_dim
+            experts = config.moe.experts_per_token * 3 * D * config.moe.expert_dim
+            total += D * config.moe.num_experts + experts // multiplied
     return total
 
 
 def mtp_matmul_parameters(config: ModelConfig) -> int:
-    """Count the active parameters of all MTP heads per token. Each head has its own pass through the output head."""
+    """Count the multiplications of all MTP heads per token. Each head has its own pass through the output head.
+
+    They are the active parameters of real layers, and twice those of complex ones.
+    """
     if config.mtp is None:
         return 0
     D = config.hidden_size
@@ -351,6 +415,6 @@ def _visible_keys(spec: AttentionConfig, length: int) -> int:
 
 def training_flops_per_token(config: ModelConfig, length: int) -> float:
     """Count the FLOPs of one token in a training step: three times the forward pass, including MTP heads."""
-    matmul = 2 * (active_matmul_parameters(config) + mtp_matmul_parameters(config))
+    matmul = 2 * (_active(config, multiplied=1) + mtp_matmul_parameters(config))
     attention = sum(attention_flops_per_token(spec, length) for spec in config.attention_layers())
     return 3 * (matmul + attention)

@@ -8,17 +8,18 @@ from typing import Annotated, Any, Literal, cast
 
 import torch
 
-from openmimo.core.errors import CheckpointError
+from openmimo.core.errors import CheckpointError, ConfigError
 from openmimo.core.fields import Bounds, check_fields
 from openmimo.core.files import new_folder_atomic
 from openmimo.data.tokenizer_files import read_companions
-from openmimo.kernels.weights import FP8_BLOCK
+from openmimo.kernels.weights import FP8_BLOCK, Packed, Packing, pack
 from openmimo.model.attention import AttentionModule, Positions
 from openmimo.model.config import ModelConfig
-from openmimo.model.hf import DTYPES, Slot, check_fit, open_checkpoint, slots, write_config
-from openmimo.model.hf_files import DEFAULT_SHARD_BYTES, CheckpointReader, Entry, fuse, write_shards
+from openmimo.model.hf import DTYPES, Slot, check_fit, open_checkpoint, packed_entry, slots, write_config
+from openmimo.model.hf_files import DEFAULT_SHARD_BYTES, CheckpointReader, Entry, fuse, packed_entries, write_shards
 from openmimo.model.mimo import MiMo
 from openmimo.model.weight_formats import (
+    allocate_quantized,
     has_fp8_rank_scales,
     is_fp8_in_hub_layout,
     num_fp8_blocks,
@@ -40,15 +41,33 @@ class ConvertConfig:
         projections: "split" q, k and v, or "fused_qkv" stacked by rank.
         max_shard_gigabytes: Size limit of a file in GiB; a tensor is never split.
         window_keys: Window of the sliding layers (None: as in `config.json`).
+        quantize: Packed format of linear layers and experts (see `kernels/weights.py`); "none" for none.
+        stages: Stages of the packed format. In fairy2i and binary, each takes one bit a weight.
+        scales: Scales of the packed format: of a whole matrix, or of each row.
     """
 
     dtype: Literal["float32", "bfloat16", "float16", "float64", "fp8"] = "bfloat16"
     projections: Literal["split", "fused_qkv"] = "split"
     max_shard_gigabytes: Annotated[float, Bounds(least=0.001, most=1e6)] = DEFAULT_SHARD_BYTES / 2**30
     window_keys: Positions | None = None
+    quantize: Literal["none", "fairy2i", "fairy", "ternary", "binary"] = "none"
+    stages: Annotated[int, Bounds(least=1, most=4)] = 1
+    scales: Literal["tensor", "row"] = "tensor"
 
     def __post_init__(self) -> None:
         check_fields(self, "convert")
+        if self.quantize == "none" and (self.stages, self.scales) != (1, "tensor"):
+            raise ConfigError("stages and scales have no effect without quantize; name a packed format.")
+        if self.quantize != "none" and (self.dtype == "fp8" or self.projections != "split"):
+            raise ConfigError(
+                f"quantize {self.quantize} packs split projections, and dtype is that of the other tensors; give a "
+                "plain dtype and projections split."
+            )
+
+    @property
+    def packing(self) -> Packing | None:
+        """The packed format, or None."""
+        return None if self.quantize == "none" else Packing(self.quantize, self.stages, self.scales == "row")
 
 
 def convert(
@@ -74,10 +93,14 @@ def convert(
     with torch.device("meta"):
         model = MiMo(model_config)
     check_fit(model, reader)
+    if config.packing:
+        allocate_quantized(model, config.packing)
     entries = list(_converted_entries(model, reader, config))
     extra: dict[str, Any] = {}
     if config.projections != "split":
         extra["attention_projection_layout"] = config.projections
+    if config.packing:
+        extra |= packed_entry(config.packing)
     if config.dtype == "fp8":
         extra["quantization_config"] = {
             "quant_method": "fp8",
@@ -129,6 +152,8 @@ def _has_rank_grid(name: str, model: MiMo) -> bool:
 def _converted_entries(model: MiMo, reader: CheckpointReader, config: ConvertConfig) -> Iterator[Entry]:
     dtype = torch.bfloat16 if config.dtype == "fp8" else DTYPES[config.dtype]
     by_name = {slot.name: slot for slot in slots(model)}
+    # The three tensors of a packed matrix are written one after another.
+    read_packed = functools.lru_cache(maxsize=1)(functools.partial(_read_packed, reader, model.config))
     for slot in by_name.values():
         if config.projections == "fused_qkv" and slot.name.endswith(
             (".q_proj.weight", ".k_proj.weight", ".v_proj.weight")
@@ -136,7 +161,11 @@ def _converted_entries(model: MiMo, reader: CheckpointReader, config: ConvertCon
             if slot.name.endswith(".q_proj.weight"):
                 yield from _fused_entries(slot.name, by_name, model, reader, config)
             continue
-        if config.dtype == "fp8" and is_fp8_in_hub_layout(slot.name):
+        target = slot.target
+        if isinstance(target, Packed) and not slot.swaps_halves:
+            load = functools.partial(read_packed, slot.name, target.packing)
+            yield from packed_entries(slot.name, target.packing, target.matrix_shape, load)
+        elif config.dtype == "fp8" and is_fp8_in_hub_layout(slot.name):
             yield from _fp8_entries(slot, model, reader)
         else:
             yield Entry(
@@ -145,6 +174,10 @@ def _converted_entries(model: MiMo, reader: CheckpointReader, config: ConvertCon
                 torch.float32 if slot.is_router else dtype,
                 functools.partial(reader.read, slot.name, model.config),
             )
+
+
+def _read_packed(reader: CheckpointReader, config: ModelConfig, name: str, packing: Packing) -> Packed:
+    return pack(reader.read(name, config), packing)
 
 
 def _fp8_entries(slot: Slot, model: MiMo, reader: CheckpointReader) -> Iterator[Entry]:

@@ -25,11 +25,9 @@ import torch
 from torch import nn
 
 from openmimo.kernels.operations import IGNORED_LABEL, token_argmax, token_logprobs, token_loss
-from openmimo.kernels.weights import BlockScaled
-from openmimo.model.attention import build_attention
 from openmimo.model.config import ModelConfig
 from openmimo.model.context import AttentionContext
-from openmimo.model.layers import DenseFFN, Embedding, Linear, RMSNorm
+from openmimo.model.layers import Embedding, Linear, parts_of
 
 Reader = Callable[[torch.Tensor, torch.Tensor], Any]
 
@@ -51,7 +49,7 @@ class Head(Linear):
         """
         if reader is not None:
             weight_VD = self.weight_as("weight", states_TD.dtype)
-            assert not isinstance(weight_VD, BlockScaled)
+            assert isinstance(weight_VD, torch.Tensor)
             return reader(states_TD, weight_VD)
         logits_TV = super().forward(states_TD)
         return logits_TV if logits_TV.dtype == torch.float64 else logits_TV.float()
@@ -91,15 +89,15 @@ class MTPBlock(nn.Module):
 
     def __init__(self, config: ModelConfig, index: int):
         super().__init__()
-        D, epsilon = config.hidden_size, config.norm_epsilon
-        self.enorm = RMSNorm(D, epsilon)
-        self.hnorm = RMSNorm(D, epsilon)
-        self.eh_proj = Linear(2 * D, D, bias=False)
-        self.input_layernorm = RMSNorm(D, epsilon)
-        self.self_attn = build_attention(config.attention_place(index))
-        self.pre_mlp_layernorm = RMSNorm(D, epsilon)
-        self.mlp = DenseFFN(D, config.dense_ffn_dim)
-        self.final_layernorm = RMSNorm(D, epsilon)
+        D, epsilon, parts = config.hidden_size, config.norm_epsilon, parts_of(config)
+        self.enorm = parts.norm(D, epsilon)
+        self.hnorm = parts.norm(D, epsilon)
+        self.eh_proj = parts.merge(D)
+        self.input_layernorm = parts.norm(D, epsilon)
+        self.self_attn = parts.attention(config.attention_place(index))
+        self.pre_mlp_layernorm = parts.norm(D, epsilon)
+        self.mlp = parts.ffn(D, config.dense_ffn_dim)
+        self.final_layernorm = parts.norm(D, epsilon)
 
     def forward(self, embedding_TD: torch.Tensor, hidden_TD: torch.Tensor, context: AttentionContext) -> torch.Tensor:
         """Map embeddings of shifted tokens and main-model states, both [T, D], to inputs of the output head [T, D]."""

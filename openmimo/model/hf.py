@@ -22,10 +22,18 @@ from openmimo.core.errors import CheckpointError, ConfigError
 from openmimo.core.files import file_in_folder, listed, new_folder_atomic, read_json, recover_folder, require_folder
 from openmimo.data.tokenizer import Tokenizer
 from openmimo.data.tokenizer_files import base_folder, companion_names, read_companions
-from openmimo.kernels.weights import Weight, copy_weight, dequantized, format_of, rows_of, unbind
+from openmimo.kernels.weights import Packed, Packing, Weight, copy_weight, dequantized, format_of, rows_of, unbind
 from openmimo.model.config import ModelConfig
-from openmimo.model.hf_config import config_from_hf, config_to_hf
-from openmimo.model.hf_files import DEFAULT_SHARD_BYTES, INDEX, Adapter, CheckpointReader, Entry, write_shards
+from openmimo.model.hf_config import config_from_hf, config_to_hf, packed_config
+from openmimo.model.hf_files import (
+    DEFAULT_SHARD_BYTES,
+    INDEX,
+    Adapter,
+    CheckpointReader,
+    Entry,
+    packed_entries,
+    write_shards,
+)
 from openmimo.model.mimo import MiMo
 from openmimo.model.weight_formats import QuantizableModule, allocate_quantized, entry_weight, quantized_format
 from openmimo.runtime.device import DTYPES, resolve_device
@@ -55,18 +63,20 @@ def load_model(
         dtype: float32, bfloat16, float16 or float64. The router is always float32 (float64 for float64).
         device: A torch device, or "auto".
         window_keys: Overrides the number of keys that a query of a sliding layer sees (see `hf_config`).
-        weights: plain (in `dtype`; FP8 is dequantized), int8 (linear layers and experts with a scale for each output),
-            or fp8 (the matrices that the published checkpoint stores as FP8; codes and scales of an FP8 checkpoint stay
-            as they are stored). Quantized models are for inference and cannot be saved.
+        weights: plain (in `dtype`; quantized weights are dequantized), int8 (linear layers and experts with a scale
+            for each output), fp8 (the matrices that the published checkpoint stores as FP8; codes and scales of an FP8
+            checkpoint stay as they are stored), or a packed format (linear layers and experts; those of a checkpoint
+            in this format stay as they are stored). Quantized models are for inference. Only packed ones can be saved.
 
     Raises:
         CheckpointError: Lists all missing, unexpected, misshaped and unreadable tensors, before any is read.
         ConfigError: An argument is unknown.
     """
     _check_path(path)
-    weight_format = quantized_format(weights)
+    quantized_format(weights)
     weights_dtype, weights_device = _dtype(dtype), resolve_device(device)
     config, reader = open_checkpoint(Path(path), window_keys)
+    weight_format = quantized_format(weights, reader.packing)
     companions = read_companions(Path(path))
     with torch.device("meta"):
         model = MiMo(config)
@@ -96,14 +106,15 @@ def save_model(
     """Write a checkpoint that this package and transformers load. The write is atomic.
 
     Args:
-        model: The model, not quantized. Tensors keep their dtype.
+        model: The model, plain or packed. Tensors keep their dtype.
         path: The folder. An existing checkpoint is replaced.
         tokenizer: Source of the tokenizer files, with chat template and stop tokens. None: the files of the folder from
             which the model was loaded, or else those in `path`.
         max_shard_bytes: Size limit of a file.
 
     Raises:
-        CheckpointError: `path` has files that do not belong to a checkpoint, or the model is quantized.
+        CheckpointError: `path` has files that do not belong to a checkpoint, or the model is
+            int8 or fp8.
         ConfigError: An argument has a wrong type or value.
     """
     _check_path(path)
@@ -139,38 +150,48 @@ def _other_files(folder: Path) -> list[str]:
     ]
 
 
-def _check_plain(model: MiMo) -> None:
-    """Raise CheckpointError if the model has block-scaled weights."""
+def _packing_of(model: MiMo) -> Packing | None:
+    """Return the format of the packed weights; None without any. Raises CheckpointError for int8 and fp8 weights."""
+    packing = None
     for name, module in model.named_modules():
-        if isinstance(module, QuantizableModule) and module.blocks:
-            part = next(iter(module.blocks))
-            weight_format = format_of(module.held_weight(part))
-            raise CheckpointError(
-                f"{name}.{part} is held as {weight_format}, and a quantized model cannot be saved. Load it with "
-                "weights='plain', or write an FP8 checkpoint with `openmimo convert`."
-            )
+        for part in module.blocks if isinstance(module, QuantizableModule) else ():
+            assert isinstance(module, QuantizableModule)
+            weight = module.held_weight(part)
+            if not isinstance(weight, Packed) or packing not in (None, weight.packing):
+                raise CheckpointError(
+                    f"{name}.{part} is held as {format_of(weight)}, and a quantized model cannot be saved unless all "
+                    "weights have one packed format. Load it with weights='plain', or write an FP8 checkpoint with "
+                    "`openmimo convert`."
+                )
+            packing = weight.packing
+    return packing
+
+
+def packed_entry(packing: Packing) -> dict[str, Any]:
+    """Return the entry of `config.json` that states how weights are packed."""
+    return {
+        "quantization_config": {
+            "quant_method": "openmimo_packed",
+            "format": packing.format,
+            "stages": packing.stages,
+            "scales": "row" if packing.per_row else "tensor",
+        }
+    }
 
 
 def write_model(
     model: MiMo, folder: Path, *, tokenizer: Tokenizer | None = None, max_shard_bytes: int = DEFAULT_SHARD_BYTES
 ) -> None:
     """Write the files of `save_model` to an existing folder; the caller makes the write atomic."""
-    _check_plain(model)
+    packing = _packing_of(model)
     companions = model.companions if tokenizer is None else tokenizer.companions
     if model.is_extended:
         companions = companions.with_max_length(model.config.max_positions)
     if companions.files:
         companions.write(folder)
-    entries = [
-        Entry(
-            slot.name,
-            tuple(slot.target.shape),
-            slot.plain_target.dtype,
-            slot.to_checkpoint,
-        )
-        for slot in slots(model)
-    ]
-    write_config(model.config, folder, dtype=str(model.model.embed_tokens.dtype).removeprefix("torch."))
+    dtype = str(model.model.embed_tokens.dtype).removeprefix("torch.")
+    entries = [entry for slot in slots(model) for entry in slot.entries()]
+    write_config(model.config, folder, dtype=dtype, extra=packed_entry(packing) if packing else None)
     write_shards(folder, entries, max_shard_bytes=max_shard_bytes)
 
 
@@ -199,7 +220,9 @@ def open_checkpoint(folder: Path, window_keys: int | None) -> tuple[ModelConfig,
         raise CheckpointError(f"{folder} holds no config.json; a checkpoint is a folder with config.json and weights.")
     values = read_json(path)
     config = config_from_hf(values, where=str(path), window_keys=window_keys)
-    reader = CheckpointReader(folder, None if folder == given else Adapter(given))
+    packed = packed_config(values, str(path))
+    packing = Packing(packed.format, packed.stages, packed.scales == "row") if packed else None
+    reader = CheckpointReader(folder, None if folder == given else Adapter(given), packing)
     names = reader.names()
     heads = count_mtp_heads(names, config)
     stated = values.get("num_nextn_predict_layers")
@@ -322,6 +345,21 @@ class Slot:
         copy_weight(
             self.target, self.from_checkpoint(dequantized(weight, torch.float32)) if self.swaps_halves else weight
         )
+
+    def entries(self) -> list[Entry]:
+        """Return the tensors to store in the checkpoint. The target must be plain or packed.
+
+        Raises:
+            CheckpointError: The target is packed and the checkpoint has another order of columns.
+        """
+        if isinstance(self.target, Packed):
+            packed = self.target
+            if self.swaps_halves:
+                raise CheckpointError(
+                    f"{self.name} has another order of columns in the checkpoint; it cannot be packed."
+                )
+            return packed_entries(self.name, packed.packing, packed.matrix_shape, lambda: packed)
+        return [Entry(self.name, tuple(self.target.shape), self.plain_target.dtype, self.to_checkpoint)]
 
     def to_checkpoint(self) -> torch.Tensor:
         """Return the tensor to store in the checkpoint. The target must be plain."""

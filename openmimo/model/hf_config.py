@@ -24,6 +24,7 @@ from openmimo.core.fields import Bounds, NonNegativeFloat, PositiveFloat, checke
 from openmimo.core.files import read_known_keys
 from openmimo.model.attention import AttentionConfig, Factor, HeadCount, Positions, RopeScaling, RopeTheta, Size
 from openmimo.model.config import (
+    ComplexConfig,
     Epsilon,
     LayerConfig,
     LayerCount,
@@ -96,6 +97,31 @@ class _Quantization:
 
 
 @dataclass(frozen=True)
+class PackedConfig:
+    """`quantization_config` of a checkpoint whose weights are packed (`kernels/weights.py`).
+
+    Attributes:
+        quant_method: The name of the method.
+        format: A packed format.
+        stages: Number of stages.
+        scales: Scales of a whole matrix or of each row.
+    """
+
+    quant_method: Literal["openmimo_packed"]
+    format: Literal["fairy2i", "fairy", "ternary", "binary"]
+    stages: Annotated[int, Bounds(least=1, most=4)] = 1
+    scales: Literal["tensor", "row"] = "tensor"
+
+
+def packed_config(values: dict[str, Any], where: str) -> PackedConfig | None:
+    """Return how the weights of a checkpoint with this `config.json` are packed; None if they are not."""
+    entry = values.get("quantization_config")
+    if not isinstance(entry, dict) or entry.get("quant_method") != "openmimo_packed":
+        return None
+    return read_known_keys(PackedConfig, entry, f"{where}: quantization_config")
+
+
+@dataclass(frozen=True)
 class _HubConfig:
     """All keys of `config.json` that are read, of both dialects. None: the key is absent or null."""
 
@@ -155,6 +181,7 @@ class _HubConfig:
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
     quantization_config: dict[str, Any] | None = None
+    complex_layers: ComplexConfig | None = None
 
 
 def config_from_hf(
@@ -179,7 +206,8 @@ def config_from_hf(
     if values.get("model_type") == OWN_TYPE:
         return _from_own_layout(values, where, window_keys, num_mtp_heads)
     hub = read_known_keys(_HubConfig, values, where, inert=_INERT_KEYS)
-    _check_quantization(hub.quantization_config, where)
+    if hub.quantization_config is not None and packed_config(values, where) is None:
+        _check_quantization(hub.quantization_config, where)
     token_ids = {key: values[key] for key in _TOKEN_ID_KEYS if key in values}
     try:
         return _Reader(hub).model_config(window_keys, num_mtp_heads, token_ids)
@@ -271,6 +299,7 @@ class _Reader:
             max_positions=_or(hub.max_position_embeddings, 32768),
             family=hub.model_type,
             token_ids=token_ids,
+            complex_layers=hub.complex_layers,
         )
 
     def agreed(self, *keys: str) -> Any:
@@ -506,6 +535,8 @@ def config_to_hf(config: ModelConfig, *, dtype: str = "float32") -> dict[str, An
     }
     if config.mtp:
         values["mtp_hidden"] = config.mtp.hidden
+    if config.complex_layers:
+        values["complex_layers"] = asdict(config.complex_layers)
     if config.family == "mimo":
         rope = _rope_keys(reference)
         values["rope_theta"] = rope.pop("rope_theta")
@@ -570,6 +601,8 @@ def _hybrid_keys(config: ModelConfig, kinds: dict[str, AttentionConfig], referen
 
 def _native_class_agrees(config: ModelConfig, kinds: dict[str, AttentionConfig]) -> bool:
     """Return whether the native transformers class, which has one geometry per model, computes this model correctly."""
+    if config.complex_layers is not None:
+        return False
     if config.family != "mimo_v2_flash":
         return True
     full, sliding = kinds.get("full"), kinds.get("sliding")

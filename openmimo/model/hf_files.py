@@ -1,8 +1,9 @@
 """The files of a checkpoint folder in the Hugging Face layout: a reader of tensors and a writer of shards.
 
 The reader presents *logical* tensors: split q, k and v in a plain dtype. The folder may store them in one file or many,
-as FP8 codes and scales (which may be in different files), or as q, k and v fused by rank
-(`attention_projection_layout: fused_qkv`). All errors that the headers reveal are raised before a tensor is read. The
+as FP8 codes and scales (which may be in different files), as q, k and v fused by rank (`attention_projection_layout:
+fused_qkv`), or packed: codes under the name of the weight, `_scales`, and `_packed` with the shape of the matrix and
+the CRC-32 of the codes. All errors that the headers reveal are raised before a tensor is read. The
 writer streams tensors into shards of bounded size. A LoRA adapter changes tensors while they are read.
 """
 
@@ -10,6 +11,7 @@ import contextlib
 import json
 import math
 import re
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +24,7 @@ from safetensors.torch import save_file
 from openmimo.core.errors import CheckpointError
 from openmimo.core.files import file_in_folder, listed, parse_json, read_json, read_known_keys, require_folder
 from openmimo.data.tokenizer_files import ADAPTER_CONFIG
-from openmimo.kernels.weights import FP8_BLOCK, BlockScaled, Weight
+from openmimo.kernels.weights import FP8_BLOCK, BlockScaled, Packed, Packing, Weight, dequantized
 from openmimo.model.config import AttentionConfig, ModelConfig
 from openmimo.model.weight_formats import (
     has_fp8_rank_scales,
@@ -36,7 +38,9 @@ SINGLE = "model.safetensors"
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the format
 _FLOAT_DTYPES = {"F64", "F32", "BF16", "F16"}
 _FP8_DTYPE = "F8_E4M3"
+_PACKED_DTYPE = "U8"
 _SCALE = "_scale_inv"
+_PACKED_SCALES, _PACKED_FACTS = "_scales", "_packed"
 _PARTS = ("q_proj", "k_proj", "v_proj")
 _ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _ADAPTER_PREFIX = "base_model.model."
@@ -77,13 +81,19 @@ class _Index:
 class CheckpointReader:
     """The tensors of one folder, with the changes of an adapter if there is one.
 
+    Args:
+        folder: The folder.
+        adapter: The adapter.
+        packing: The format of packed weights, if the folder's config states one.
+
     Raises:
         CheckpointError: A file is missing, truncated or inconsistent.
     """
 
-    def __init__(self, folder: Path, adapter: "Adapter | None" = None):
+    def __init__(self, folder: Path, adapter: "Adapter | None" = None, packing: Packing | None = None):
         self.folder = Path(folder)
         self.adapter = adapter
+        self.packing = packing
         self.stored = read_headers(self.folder)
         self._open: dict[str, Any] = {}
 
@@ -94,7 +104,19 @@ class CheckpointReader:
         return (names - fused) | {name.replace("qkv_proj", part) for name in fused for part in _PARTS}
 
     def _is_scale(self, name: str) -> bool:
-        return name.endswith(_SCALE) and name.removesuffix(_SCALE) in self.stored
+        suffixes = (_SCALE, _PACKED_SCALES, _PACKED_FACTS) if self.packing else (_SCALE,)
+        return any(name.endswith(suffix) and name.removesuffix(suffix) in self.stored for suffix in suffixes)
+
+    def _is_packed(self, name: str) -> bool:
+        return self.packing is not None and name in self.stored and self.stored[name].dtype == _PACKED_DTYPE
+
+    def _packed_facts(self, name: str) -> tuple[tuple[int, int], int] | None:
+        """Return shape and checksum of a packed matrix; None if they are not stored."""
+        stored = self.stored.get(name + _PACKED_FACTS)
+        if stored is None or stored.dtype != "I64" or stored.shape != (3,):
+            return None
+        rows, columns, checksum = self._tensor(name + _PACKED_FACTS).tolist()
+        return (rows, columns), checksum
 
     def names_by_file(self, names: set[str]) -> Iterator[str]:
         """Yield `names` grouped by file, so that reading in this order streams shard by shard."""
@@ -102,6 +124,8 @@ class CheckpointReader:
 
     def shape(self, name: str, config: ModelConfig) -> tuple[int, ...]:
         """Return the shape of a logical tensor."""
+        if self._is_packed(name) and (facts := self._packed_facts(name)):
+            return facts[0]
         if name in self.stored:
             return self.stored[name].shape
         return (_rows_by_part(_attention_of(name, config))[_part(name)], *self._stored(name).shape[1:])
@@ -110,6 +134,8 @@ class CheckpointReader:
         """Return the reason why the tensor cannot be read, according to the headers; None if it can."""
         physical = self._physical(name)
         stored, scale_name = self.stored[physical], physical + _SCALE
+        if self._is_packed(physical):
+            return self._packed_problem(physical)
         if stored.dtype not in (*_FLOAT_DTYPES, _FP8_DTYPE):
             readable = ", ".join([*sorted(_FLOAT_DTYPES), _FP8_DTYPE])
             return f"{name} in {stored.file} has dtype {stored.dtype}; supported are {readable}"
@@ -123,6 +149,36 @@ class CheckpointReader:
             if physical != name and (problem := self._fused_problem(name, physical, config)):
                 return problem
         return self._scale_problem(physical, config) if scale_name in self.stored else None
+
+    def _packed_problem(self, name: str) -> str | None:
+        assert self.packing is not None
+        file, facts, scales = self.stored[name].file, self._packed_facts(name), self.stored.get(name + _PACKED_SCALES)
+        if facts is None:
+            return f"{name} in {file} is packed, but there is no {name}{_PACKED_FACTS} with its shape and checksum"
+        if scales is None or scales.dtype != "F32":
+            return f"{name} in {file} is packed, but there is no {name}{_PACKED_SCALES} in F32"
+        if min(facts[0]) < 1 or (self.stored[name].shape, scales.shape) != self.packing.shapes(*facts[0]):
+            return (
+                f"{name} in {file} has codes {list(self.stored[name].shape)} and scales {list(scales.shape)}; those of "
+                f"a {self.packing.format} matrix {list(facts[0])} with the stages and scales of quantization_config "
+                "differ"
+            )
+        return None
+
+    def _packed(self, name: str) -> Packed:
+        """Return a packed matrix. Raises CheckpointError if its codes or scales are corrupt."""
+        facts = self._packed_facts(name)
+        assert self.packing is not None and facts is not None, "checked before"
+        codes, scales = self._tensor(name), self._tensor(name + _PACKED_SCALES)
+        weight = Packed(codes[None], scales[None], self.packing, facts[0])
+        problem = weight.problem()
+        if problem is None and packed_checksum(codes) != facts[1]:
+            problem = f"the codes do not have the checksum in {name}{_PACKED_FACTS}"
+        if problem:
+            raise CheckpointError(
+                f"{self.folder}: {name} is corrupt ({problem}). Copy or convert the checkpoint again."
+            )
+        return weight
 
     def _fused_problem(self, name: str, physical: str, config: ModelConfig) -> str | None:
         spec, ranks = _attention_of(name, config), config.qkv_ranks
@@ -172,12 +228,12 @@ class CheckpointReader:
         return has_fp8_rank_scales(scale.shape[0], config.qkv_ranks, weight.shape[0])
 
     def read(self, name: str, config: ModelConfig) -> torch.Tensor:
-        """Return a logical tensor in its stored dtype, or float32 if it was FP8."""
+        """Return a logical tensor in its stored dtype, or float32 if it was quantized."""
         weight = self.read_weight(name, config)
-        return weight.dequantize(torch.float32) if isinstance(weight, BlockScaled) else weight
+        return weight if isinstance(weight, torch.Tensor) else weight.dequantize(torch.float32)
 
     def read_weight(self, name: str, config: ModelConfig) -> Weight:
-        """Return a logical tensor in its stored dtype, or its codes and scales if it is FP8.
+        """Return a logical tensor in its stored dtype, or its codes and scales if it is quantized.
 
         A tensor that the adapter changes is in float32.
         """
@@ -189,6 +245,7 @@ class CheckpointReader:
         if physical != name:
             spec, ranks, fused = _attention_of(name, config), config.qkv_ranks, self._weight(physical)
             if not isinstance(fused, BlockScaled):
+                assert isinstance(fused, torch.Tensor), "packed weights are not fused"
                 return split_fused(fused, spec, ranks)[_part(name)]
             return split_fp8_ranks(fused, list(_rows_by_part(spec).values()), ranks)[_PARTS.index(_part(name))]
         if _part(name) in ("k_proj", "v_proj") and self._has_rank_scales(name, config):
@@ -199,6 +256,8 @@ class CheckpointReader:
 
     def _weight(self, physical: str) -> Weight:
         """Return a stored tensor, or its codes and scales in the order of the file."""
+        if self._is_packed(physical):
+            return self._packed(physical)
         if physical + _SCALE not in self.stored:
             return self._tensor(physical)
         return BlockScaled(self._tensor(physical), self._scale(physical).float(), (FP8_BLOCK, FP8_BLOCK))
@@ -342,7 +401,31 @@ def _contradictions(index: Path, weight_map: dict[str, str], stored: dict[str, S
     return findings
 
 
-_BYTES = {torch.float32: 4, torch.float64: 8, torch.bfloat16: 2, torch.float16: 2, torch.float8_e4m3fn: 1}
+def packed_checksum(codes: torch.Tensor) -> int:
+    """Return the CRC-32 of packed codes."""
+    return zlib.crc32(codes.contiguous().numpy().tobytes())
+
+
+def packed_entries(
+    name: str, packing: Packing, matrix_shape: tuple[int, int], load: Callable[[], Packed]
+) -> "list[Entry]":
+    """Return the tensors of a packed matrix. `load` returns it, and is called for each of them."""
+    codes_shape, scales_shape = packing.shapes(*matrix_shape)
+
+    def facts() -> torch.Tensor:
+        return torch.tensor([*matrix_shape, packed_checksum(load().codes[0].cpu())])
+
+    return [
+        Entry(name, codes_shape, torch.uint8, lambda: load().codes[0]),
+        Entry(name + _PACKED_SCALES, scales_shape, torch.float32, lambda: load().scales[0]),
+        Entry(name + _PACKED_FACTS, (3,), torch.int64, facts),
+    ]
+
+
+_BYTES = {
+    torch.float32: 4, torch.float64: 8, torch.bfloat16: 2, torch.float16: 2, torch.float8_e4m3fn: 1, torch.uint8: 1,
+    torch.int64: 8,
+}  # fmt: skip
 DEFAULT_SHARD_BYTES = 4 << 30
 
 
@@ -502,7 +585,7 @@ class Adapter:
             return self._file.get_tensor(_ADAPTER_PREFIX + name)
         if module + _LORA_A not in self._stored:
             return weight
-        plain = weight.dequantize(torch.float32) if isinstance(weight, BlockScaled) else weight.float()
+        plain = dequantized(weight, torch.float32)
         a_RD, b_OR = (self._file.get_tensor(module + part).float() for part in (_LORA_A, _LORA_B))
         return plain + self._scale(name.removesuffix(".weight"), rank=len(a_RD)) * (b_OR @ a_RD)
 

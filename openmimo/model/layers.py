@@ -7,6 +7,8 @@ casts its weights to the dtype of its input. Only a module's own `forward` reads
 parametrizations, sharded weights and replaced modules take effect.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from types import MappingProxyType
 
 import torch
@@ -19,13 +21,16 @@ from torch.nn.modules.module import (
     _global_forward_pre_hooks,
 )
 
+from openmimo.core.registry import load_object
 from openmimo.kernels.operations import apply_rotary, joined_linear, rms_norm
-from openmimo.kernels.weights import BlockScaled, Weight
-from openmimo.model.attention import AttentionPlace
+from openmimo.kernels.weights import BlockScaled, Latent, Packed, Weight
+from openmimo.model.attention import AttentionPlace, build_attention
+from openmimo.model.config import ModelConfig, MoEConfig
 from openmimo.model.context import AttentionCall, AttentionContext
+from openmimo.model.moe import MoE
 from openmimo.model.weight_formats import QuantizableModule
 
-_LOCAL_WEIGHTS = (nn.Parameter, torch.Tensor, BlockScaled)
+_LOCAL_WEIGHTS = (nn.Parameter, torch.Tensor, BlockScaled, Packed, Latent)
 
 
 def as_dtype(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -186,3 +191,31 @@ class Attention(nn.Module):
             score_block=spec.score_block,
         )
         return self.o_proj(context.attend(call).out_TNV.reshape(T, N * V))
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The modules of a decoder layer and of an MTP block, real or complex.
+
+    Attributes:
+        norm: Builds a norm of a dim with an epsilon.
+        attention: Builds an attention layer.
+        ffn: Builds a dense FFN of a model dim and a hidden dim.
+        moe: Builds a sparse FFN of a model dim, for a layer index.
+        merge: Builds the projection of an MTP block from two vectors of the model dim to one.
+    """
+
+    norm: Callable[[int, float], RMSNorm]
+    attention: Callable[[AttentionPlace], nn.Module]
+    ffn: Callable[[int, int], nn.Module]
+    moe: Callable[[int, MoEConfig, int], MoE]
+    merge: Callable[[int], Linear]
+
+
+def parts_of(config: ModelConfig) -> Parts:
+    """Return the parts of which a model consists."""
+    if config.complex_layers is not None:
+        return load_object("openmimo.model.complex_layers:parts")(config)
+    return Parts(
+        RMSNorm, build_attention, DenseFFN, MoE, lambda model_dim: Linear(2 * model_dim, model_dim, bias=False)
+    )

@@ -2,6 +2,8 @@
 
 `tiny` is for a CPU, `deep` and `small` are for one GPU; `flash` (309B-A15B) and `mimo_7b` are the published models.
 `hysparse_7b` and `hysparse_80b` have the published geometry of HySparse; its paper publishes no weights.
+`tiny_fairy`, `fairy_700m` and `fairy_1b3` have complex-valued layers. The presets `bytes_*` have layers of equal bytes
+in different weight formats (recipe `low_bits`).
 """
 
 from collections.abc import Callable, Collection
@@ -12,7 +14,7 @@ from typing import Literal
 from openmimo.core.errors import ConfigError
 from openmimo.core.files import file_in_folder, read_json
 from openmimo.model.attention import AttentionConfig
-from openmimo.model.config import LayerConfig, ModelConfig, MoEConfig, MTPConfig
+from openmimo.model.config import ComplexConfig, LayerConfig, ModelConfig, MoEConfig, MTPConfig
 from openmimo.model.hf_config import config_from_hf
 
 
@@ -238,22 +240,94 @@ def hysparse_80b() -> ModelConfig:
     )
 
 
+def tiny_fairy() -> ModelConfig:
+    """Return `tiny` with complex-valued layers: as many real numbers a state, half of the parameters in its layers."""
+    config = tiny()
+    assert config.mtp is not None
+    layers = tuple(
+        replace(layer, attention=replace(layer.attention, rotary_dim=layer.attention.key_dim))
+        for layer in config.layers
+    )
+    mtp = replace(config.mtp, attention=layers[1].attention)
+    return replace(config, layers=layers, mtp=mtp, complex_layers=ComplexConfig())
+
+
+def fairy_700m() -> ModelConfig:
+    """Return Fairy+-i 700M (arXiv 2508.05571): 679 million complex weights in 24 full layers."""
+    return _fairy(width=1536, ffn=4096, heads=16)
+
+
+def fairy_1b3() -> ModelConfig:
+    """Return Fairy+-i in the geometry of BitNet b1.58 1.3B (arXiv 2402.17764): 1.2 billion complex weights."""
+    return _fairy(width=2048, ffn=5460, heads=32)
+
+
+def _fairy(*, width: int, ffn: int, heads: int) -> ModelConfig:
+    """Return a dense model of 24 full layers; the widths count complex numbers."""
+    dims = 2 * width // heads
+    full = AttentionConfig(
+        "full", num_heads=heads, num_kv_heads=heads, key_dim=dims, value_dim=dims, rotary_dim=dims, rope_theta=1e4
+    )
+    return ModelConfig(
+        vocab_size=32000,
+        hidden_size=2 * width,
+        dense_ffn_dim=2 * ffn,
+        layers=(LayerConfig(full, "dense"),) * 24,
+        init_std=0.02 / 2**0.5,
+        max_positions=2048,
+        complex_layers=ComplexConfig(),
+    )
+
+
+def bytes_fairy() -> ModelConfig:
+    """Return 0.21 million complex weights, of 2 bits each in the format fairy: 53 kB."""
+    return replace(_dense(width=128, head_dim=32, ffn=384), complex_layers=ComplexConfig())
+
+
+def bytes_fairy_plain() -> ModelConfig:
+    """Return `bytes_fairy` with the gate and norms of a real layer: silu, and no norm inside attention and FFN."""
+    return replace(bytes_fairy(), complex_layers=ComplexConfig(gate="swiglu", sub_norms=False))
+
+
+def bytes_ternary() -> ModelConfig:
+    """Return 0.21 million real weights, of 2 bits each in the format ternary: 53 kB."""
+    return _dense(width=64, head_dim=16, ffn=192)
+
+
+def bytes_binary() -> ModelConfig:
+    """Return 0.43 million real weights, of 1 bit each in the format binary: 53 kB."""
+    return _dense(width=92, head_dim=22, ffn=268)
+
+
+def bytes_real() -> ModelConfig:
+    """Return 0.026 million real weights, of 16 bits each in bfloat16: 53 kB."""
+    return _dense(width=24, head_dim=6, ffn=60)
+
+
+def _dense(*, width: int, head_dim: int, ffn: int) -> ModelConfig:
+    """Return a model of four full layers of four heads for the vocabulary of the built-in tokenizer."""
+    full = AttentionConfig(
+        "full", num_heads=4, num_kv_heads=4, key_dim=head_dim, value_dim=head_dim, rotary_dim=head_dim,
+        rope_theta=1e4,
+    )  # fmt: skip
+    return ModelConfig(
+        vocab_size=512,
+        hidden_size=width,
+        dense_ffn_dim=ffn,
+        layers=(LayerConfig(full, "dense"),) * 4,
+        init_std=0.06,
+        max_positions=512,
+    )
+
+
 PRESETS: dict[str, Callable[[], ModelConfig]] = {
     preset.__name__: preset
     for preset in (
-        tiny,
-        tiny_all_global,
-        tiny_no_sink,
-        tiny_hysparse,
-        deep,
-        small,
-        flash,
-        flash_base,
-        mimo_7b,
-        hysparse_7b,
-        hysparse_80b,
+        tiny, tiny_all_global, tiny_no_sink, tiny_hysparse, deep, small, flash, flash_base, mimo_7b, hysparse_7b,
+        hysparse_80b, tiny_fairy, fairy_700m, fairy_1b3, bytes_fairy, bytes_fairy_plain, bytes_ternary, bytes_binary,
+        bytes_real,
     )
-}
+}  # fmt: skip
 
 
 def model_config(name_or_path: str) -> ModelConfig:

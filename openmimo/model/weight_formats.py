@@ -1,7 +1,8 @@
-"""Modules whose weights may be block-scaled, the weights that a format covers, and the FP8 layouts of checkpoints.
+"""Modules whose weights may be quantized, the weights that a format covers, and the FP8 layouts of checkpoints.
 
-int8 covers all linear layers and experts. fp8 covers the matrices that the published checkpoint stores as FP8, on its
-blocks of 128 x 128: W = float(F8) * scale[block]. Routers, norms, embeddings and output heads always stay plain.
+int8 and the packed formats cover all linear layers and experts. fp8 covers the matrices that the published checkpoint
+stores as FP8, on its blocks of 128 x 128: W = float(F8) * scale[block]. Routers, norms, embeddings and output heads
+always stay plain.
 
 A checkpoint has two FP8 layouts. Most matrices have one uniform grid of blocks. Keys and values of full layers were
 quantized per rank, as parts of a fused slice [Q_r | K_r | V_r]. The grid then restarts at each rank, and a block may
@@ -27,90 +28,118 @@ from torch import nn
 
 from openmimo.core.errors import ConfigError
 from openmimo.kernels.weights import (
+    FAIRY,
+    FAIRY2I,
     FP8_BLOCK,
     INT8,
+    PACKED,
     PLAIN,
     BlockScaled,
+    Latent,
+    Packed,
+    Packing,
+    Quantized,
     QuantizedFormat,
     Weight,
     copy_weight,
+    empty_packed,
     empty_quantized,
+    is_quantized,
     joined_rows,
     quantize,
 )
 
 _SCALES = "_scales"
-_QUANTIZED: dict[str, QuantizedFormat] = {"int8": "int8", "fp8": "fp8"}
+Layout = tuple[int, int] | tuple[Packing, tuple[int, int]]  # rows and columns of a block; packing and matrix shape
+WeightLayout = QuantizedFormat | Packing
+_BLOCK_SCALED: dict[str, QuantizedFormat] = {"int8": "int8", "fp8": "fp8"}
+_DEFAULT_STAGES = {FAIRY2I: 2}  # 2 bits a weight, as published; the other formats have one stage
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
 
 class QuantizableModule(nn.Module):
-    """A module whose weights [..., O, D] may be held block-scaled, for inference.
+    """A module whose weights [..., O, D] may be held quantized, for inference.
 
-    A block-scaled weight is a parameter of codes under the weight's name, and a buffer of scales under that name plus
+    A quantized weight is a parameter of codes under the weight's name, and a buffer of scales under that name plus
     `_scales`. Both move between devices with the module. A change of the module's dtype leaves both as they are.
 
     Attributes:
-        quantizable: The weights that may be block-scaled, and how many matrices each stacks along its rows. Each
-            matrix is quantized separately.
-        blocks: The (rows, columns) of the blocks of each block-scaled weight.
+        quantizable: The weights that may be quantized, and how many matrices each stacks along its rows. Each matrix
+            is quantized separately.
+        is_complex: Whether a matrix has the rows of real parts, then those of imaginary parts, of complex weights.
+        blocks: The layout of each quantized weight: (rows, columns) of a block, or the packing and shape of a matrix.
+        trained_as: The packing whose values products use although the weights are plain (None: the weights).
     """
 
     quantizable: Mapping[str, int] = MappingProxyType({})
-    blocks: Mapping[str, tuple[int, int]] = MappingProxyType({})
+    is_complex = False
+    blocks: Mapping[str, Layout] = MappingProxyType({})
+    trained_as: Packing | None = None
 
     def weight_as(self, name: str, dtype: torch.dtype) -> Weight:
-        """Return a weight for a product in `dtype`: a tensor of that dtype, or a block-scaled weight as it is held."""
+        """Return a weight for a product in `dtype`: a tensor of that dtype, or a quantized weight as it is held."""
         tensor = self._parameters.get(name)  # a fifth of the time of getattr; a parametrized tensor is not in it
         if tensor is None:
             tensor = getattr(self, name)
         if name in self.blocks:
-            return self._block_scaled(name, tensor)
+            return self._quantized(name, tensor)
+        if self.trained_as is not None and name in self.quantizable:
+            return Latent(tensor, self.trained_as, self.quantizable[name])
         return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
     def held_weight(self, name: str) -> Weight:
         """Return a weight as it is held, without gradient. Changes of its values change the module."""
         tensor = getattr(self, name).detach()
-        return self._block_scaled(name, tensor) if name in self.blocks else tensor
+        return self._quantized(name, tensor) if name in self.blocks else tensor
 
-    def allocate(self, name: str, weight_format: QuantizedFormat, block: tuple[int, int]) -> None:
-        """Replace a weight by block-scaled storage without values."""
-        self._hold(name, empty_quantized(getattr(self, name), weight_format, block))
+    def allocate(self, name: str, layout: WeightLayout, block: tuple[int, int]) -> None:
+        """Replace a weight by quantized storage without values. `block` is for the block-scaled formats."""
+        plain = getattr(self, name)
+        if isinstance(layout, Packing):
+            self._hold(name, empty_packed(plain, layout, self.quantizable[name]))
+        else:
+            self._hold(name, empty_quantized(plain, layout, block))
 
     def store(self, name: str, tensor: torch.Tensor) -> None:
-        """Copy new values into a weight, quantized if the weight is block-scaled."""
+        """Copy new values into a weight, quantized if the weight is held so."""
         stored = self.held_weight(name)
-        if not isinstance(stored, BlockScaled):
+        if isinstance(stored, torch.Tensor):
             copy_weight(stored, tensor)
             return
         step = tensor.shape[-2] // self.quantizable[name]
         for start in range(0, tensor.shape[-2], step):
             copy_weight(stored.rows(start, start + step), tensor[..., start : start + step, :])
 
-    def _block_scaled(self, name: str, codes: torch.Tensor) -> BlockScaled:
+    def _quantized(self, name: str, codes: torch.Tensor) -> Quantized:
         scales = self._buffers[name + _SCALES]
         assert scales is not None
-        return BlockScaled(codes, scales, self.blocks[name])
+        first, second = self.blocks[name]
+        if isinstance(first, Packing):
+            assert isinstance(second, tuple)
+            return Packed(codes, scales, first, second)
+        assert isinstance(second, int)
+        return BlockScaled(codes, scales, (first, second))
 
-    def _hold(self, name: str, weight: BlockScaled) -> None:
+    def _hold(self, name: str, weight: Quantized) -> None:
         setattr(self, name, nn.Parameter(weight.codes, requires_grad=False))
         self.register_buffer(name + _SCALES, weight.scales)
-        self.blocks = {**self.blocks, name: weight.block}
+        layout = weight.block if isinstance(weight, BlockScaled) else (weight.packing, weight.matrix_shape)
+        self.blocks = {**self.blocks, name: layout}
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "QuantizableModule":
         """Extend the method of nn.Module behind `to` and others. Codes and scales pass as integers, without a cast."""
         stored = {name: self.held_weight(name) for name in self.blocks}
         super()._apply(fn, recurse)
         for name, weight in stored.items():
-            assert isinstance(weight, BlockScaled)
+            assert is_quantized(weight)
             codes = fn(weight.codes.view(torch.uint8)).view(weight.codes.dtype)
             scales = fn(weight.scales.view(torch.int32)).view(torch.float32)
-            self._hold(name, BlockScaled(codes, scales, weight.block))
+            self._hold(name, weight._replace(codes=codes, scales=scales))
         return self
 
 
 def entry_weight(model: nn.Module, name: str, tensor: torch.Tensor) -> Weight | None:
-    """Return the weight of a state entry: None for scales, the block-scaled weight for codes, else `tensor`."""
+    """Return the weight of a state entry: None for scales, the quantized weight for codes, else `tensor`."""
     owner, _, local_name = name.rpartition(".")
     module = model.get_submodule(owner)
     if not isinstance(module, QuantizableModule) or not module.blocks:
@@ -121,7 +150,7 @@ def entry_weight(model: nn.Module, name: str, tensor: torch.Tensor) -> Weight | 
 
 
 def set_weight(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
-    """Copy new values into the parameter or buffer `name` of a model, quantized if it is block-scaled."""
+    """Copy new values into the parameter or buffer `name` of a model, quantized if it is held so."""
     owner, _, local_name = name.rpartition(".")
     module = model.get_submodule(owner)
     if isinstance(module, QuantizableModule) and local_name in module.blocks:
@@ -130,52 +159,98 @@ def set_weight(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
         getattr(module, local_name).copy_(tensor)
 
 
-def quantized_format(weights: str) -> QuantizedFormat | None:
-    """Return the option `weights` as a format; None for "plain". Raises ConfigError for an unknown one."""
+def quantized_format(weights: str, stored: Packing | None = None) -> WeightLayout | None:
+    """Return the option `weights` as a format; None for "plain". Raises ConfigError for an unknown one.
+
+    Args:
+        weights: The option.
+        stored: The packing of the checkpoint, which is kept if its format is that of the option.
+    """
     if weights == PLAIN:
         return None
-    if not isinstance(weights, str) or weights not in _QUANTIZED:
-        raise ConfigError(f"weights is {weights!r}; it must be one of {', '.join((PLAIN, *_QUANTIZED))}.")
-    return _QUANTIZED[weights]
+    for name in PACKED:
+        if weights == name:
+            return stored if stored and stored.format == name else Packing(name, _DEFAULT_STAGES.get(name, 1))
+    if not isinstance(weights, str) or weights not in _BLOCK_SCALED:
+        raise ConfigError(f"weights is {weights!r}; it must be one of {', '.join((PLAIN, *_BLOCK_SCALED, *PACKED))}.")
+    return _BLOCK_SCALED[weights]
 
 
-def allocate_quantized(model: nn.Module, weight_format: QuantizedFormat, qkv_ranks: int = 1) -> None:
+def allocate_quantized(model: nn.Module, layout: WeightLayout, qkv_ranks: int = 1) -> None:
     """Replace the weights that a format covers by storage without values. Arguments as in `quantize_model`."""
-    for module, name, block in _covered(model, weight_format, qkv_ranks):
-        module.allocate(name, weight_format, block)
+    for module, name, block in list(_covered(model, layout, qkv_ranks)):
+        module.allocate(name, layout, block)
+
+
+def train_packed(model: nn.Module, packing: Packing | None) -> None:
+    """Make products use the packed values of the weights and int8 inputs, for quantization-aware training.
+
+    The weights stay plain. `quantize_model` with the same packing later gives the same products.
+
+    Args:
+        model: A plain model.
+        packing: The format; None to undo it.
+
+    Raises:
+        ConfigError: The format needs complex weights and the model has real ones, or the reverse.
+    """
+    for module_name, module in model.named_modules():
+        if isinstance(module, QuantizableModule) and module.quantizable:
+            if packing is not None:
+                _check_arithmetic(module_name, packing, module.is_complex)
+            module.trained_as = packing
 
 
 @torch.no_grad()
-def quantize_model(model: nn.Module, weight_format: QuantizedFormat, qkv_ranks: int = 1) -> None:
-    """Quantize the weights that a format covers in place. The model is then for inference and cannot be saved.
+def quantize_model(model: nn.Module, layout: WeightLayout, qkv_ranks: int = 1) -> None:
+    """Quantize the weights that a format covers in place. The model is then for inference.
 
     Args:
         model: A model in memory.
-        weight_format: int8 or fp8.
+        layout: int8, fp8, or a packing.
         qkv_ranks: The ranks of the checkpoint layout (`ModelConfig.qkv_ranks`), which the blocks of fp8 respect.
+
+    Raises:
+        ConfigError: The format needs complex weights and the model has real ones, or the reverse.
     """
-    for module, name, block in _covered(model, weight_format, qkv_ranks):
+    for module, name, block in list(_covered(model, layout, qkv_ranks)):
         tensor = getattr(module, name).detach()
-        module.allocate(name, weight_format, block)
+        module.allocate(name, layout, block)
         module.store(name, tensor)
 
 
 def _covered(
-    model: nn.Module, weight_format: QuantizedFormat, qkv_ranks: int
+    model: nn.Module, layout: WeightLayout, qkv_ranks: int
 ) -> Iterator[tuple[QuantizableModule, str, tuple[int, int]]]:
-    """Yield module, name and block size of each weight that a format covers."""
+    """Yield module, name and block size of each weight that a format covers. A packed format has no block."""
+    if isinstance(layout, Packing):
+        for module_name, module in model.named_modules():
+            for name in module.quantizable if isinstance(module, QuantizableModule) else ():
+                assert isinstance(module, QuantizableModule)
+                _check_arithmetic(f"{module_name}.{name}", layout, module.is_complex)
+                yield module, name, (0, 0)
+        return
     for module_name, module in model.named_modules():
         if not isinstance(module, QuantizableModule):
             continue
         for name, num_matrices in module.quantizable.items():
             rows, columns = getattr(module, name).shape[-2:]
-            if weight_format == INT8:
+            if layout == INT8:
                 yield module, name, (1, columns)
             elif num_matrices > 1 or is_fp8_in_hub_layout(f"{module_name}.{name}"):
                 block_rows = _projection_block_rows(model, module_name, qkv_ranks) if name == "weight" else FP8_BLOCK
                 if num_matrices > 1:
                     block_rows = math.gcd(block_rows, rows // num_matrices)
                 yield module, name, (block_rows, FP8_BLOCK)
+
+
+def _check_arithmetic(name: str, packing: Packing, is_complex: bool) -> None:
+    if packing.format == FAIRY and not is_complex:
+        raise ConfigError(
+            f"the format fairy is for complex weights, but {name} is real; the format fairy2i converts it."
+        )
+    if packing.format == FAIRY2I and is_complex:
+        raise ConfigError(f"the format fairy2i is for real weights, but {name} is complex; use the format fairy.")
 
 
 def _projection_block_rows(model: nn.Module, name: str, qkv_ranks: int) -> int:

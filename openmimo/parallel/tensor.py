@@ -18,6 +18,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
+from openmimo.core.errors import ConfigError
 from openmimo.kernels.operations import joined_linear
 from openmimo.model.attention import AttentionConfig
 from openmimo.model.config import local_heads
@@ -87,10 +88,23 @@ class DividedFFN(DenseFFN):
 def divide_layers(model: MiMo, mesh: DeviceMesh) -> None:
     """Replace attention and dense FFNs by the parts of this rank. Raises ConfigError if they are not divisible."""
     model.config.local(tp=mesh.size())
+    _check_divisible(model)
     for layer in (*model.model.layers, *model.model.mtp.layers):
         _divide_attention(cast(Attention, layer.self_attn), mesh)
         if isinstance(layer.mlp, DenseFFN):
             _divide_ffn(layer.mlp, mesh)
+
+
+def _check_divisible(model: MiMo) -> None:
+    for layer in (*model.model.layers, *model.model.mtp.layers):
+        parts = (layer.self_attn, layer.mlp)
+        if type(layer.self_attn) is not Attention or any(
+            type(part) is not Linear for module in parts for part in module.modules() if isinstance(part, nn.Linear)
+        ):
+            raise ConfigError(
+                "tensor parallelism divides full and sliding layers of real weights; this model has other layers. Set "
+                "parallel.tp 1."
+            )
 
 
 def _divide_attention(attention: Attention, mesh: DeviceMesh) -> None:

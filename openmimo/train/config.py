@@ -6,7 +6,7 @@ name in Python, in `config.json` and on the command line.
 """
 
 from dataclasses import KW_ONLY, dataclass, fields, replace
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from openmimo.core.errors import ConfigError
 from openmimo.core.fields import (
@@ -51,7 +51,7 @@ class PhaseSettings:
         sequence_length: Tokens per sequence. Documents and conversations are packed into it.
         global_batch_size: Sequences per optimizer step.
         learning_rate: Learning rate after the warm-up.
-        end_learning_rate: Learning rate at the end of the cosine decay.
+        end_learning_rate: Learning rate at the end of the decay.
         mixture: The data sources and their weights.
         warmup_steps: Steps of linear warm-up of the learning rate.
         mtp_weight: Weight of the mean loss of the MTP heads.
@@ -79,7 +79,9 @@ class Phase(PhaseSettings):
 
     Attributes:
         name: Name in metrics and plots.
-        constant_steps: Steps at the peak learning rate, before the cosine decay.
+        decay: Form of the decay of the learning rate, "cosine" or "linear".
+        weight_decay: Weight decay in this phase (None: that of the optimizer).
+        constant_steps: Steps at the peak learning rate, before the decay.
         initial_batch_size: Sequences in the first step of a batch-size warm-up (None: no warm-up).
         batch_warmup_steps: Steps in which the batch size rises linearly to `global_batch_size`.
         full_rope_theta: RoPE base of the full-attention layers from this phase on (None: unchanged).
@@ -88,6 +90,8 @@ class Phase(PhaseSettings):
 
     name: str
     _: KW_ONLY
+    decay: Literal["cosine", "linear"] = "cosine"
+    weight_decay: NonNegativeFloat | None = None
     constant_steps: NonNegativeInt = 0
     initial_batch_size: PositiveInt | None = None
     batch_warmup_steps: NonNegativeInt = 0
@@ -286,9 +290,14 @@ class TrainConfig(RunConfig):
         log_every_steps: Optimizer steps between lines of metrics.
         evaluation: Validation on held-out documents.
         parallel: Mesh of a run on several devices.
+        quantization: Quantization-aware training: products use int8 inputs and the values of this packed format
+            (`kernels/weights.py`), and the weights get their gradient. `openmimo convert --quantize` packs the result.
+        quantization_stages: Stages of the packed format.
     """
 
     _: KW_ONLY
+    quantization: Literal["none", "fairy2i", "fairy", "ternary", "binary"] = "none"
+    quantization_stages: Annotated[int, Bounds(least=1, most=4)] = 1
     micro_batch_size: PositiveInt = 8
     balance_weight: NonNegativeFloat = 1e-5
     loader_workers: Threads = 0
@@ -332,6 +341,8 @@ class PretrainConfig(TrainConfig):
             raise ConfigError("tokenizer.train_megabytes has no effect on an existing tokenizer; omit it.")
         if self.dtype not in ("auto", "float32", "bfloat16", "float64"):
             raise ConfigError(f"dtype {self.dtype!r} is unknown; train in 'auto', 'bfloat16' or 'float32'.")
+        if self.quantization == "none" and self.quantization_stages != 1:
+            raise ConfigError("quantization_stages has no effect without quantization; name a packed format.")
         names = [phase.name for phase in self.stages]
         if len(set(names)) != len(names):
             raise ConfigError(f"two stages share a name: {', '.join(names)}.")

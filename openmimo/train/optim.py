@@ -25,13 +25,17 @@ def build_optimizer(
         model: The model.
         config: The settings.
         mesh_of: Returns the mesh over which a parameter is distributed. A group has parameters of one mesh.
+
+    Returns:
+        The optimizer. Its groups have an entry `decays`: whether weight decay applies to them.
     """
     groups = []
-    for named, decay in zip(parameter_groups(model), (config.weight_decay, 0.0), strict=True):
+    for named, decays in zip(parameter_groups(model), (True, False), strict=True):
+        decay = config.weight_decay if decays else 0.0
         by_mesh: dict[object, list[nn.Parameter]] = {}
         for parameter in named.values():
             by_mesh.setdefault(mesh_of(parameter), []).append(parameter)
-        groups += [{"params": parameters, "weight_decay": decay} for parameters in by_mesh.values()]
+        groups += [{"params": group, "weight_decay": decay, "decays": decays} for group in by_mesh.values()]
     return torch.optim.AdamW(groups, lr=0.0, betas=(config.beta1, config.beta2), eps=config.epsilon, fused=True)
 
 
@@ -165,20 +169,29 @@ def learning_rate(stage: Phase, stage_step: int) -> float:
         end=stage.end_learning_rate,
         warmup_steps=stage.warmup_steps,
         constant_steps=stage.constant_steps,
+        linear=stage.decay == "linear",
     )
 
 
 def warmed_cosine(
-    step: int, *, steps: int, peak: float, end: float, warmup_steps: int, constant_steps: int = 0
+    step: int,
+    *,
+    steps: int,
+    peak: float,
+    end: float,
+    warmup_steps: int,
+    constant_steps: int = 0,
+    linear: bool = False,
 ) -> float:
-    """Return the learning rate of `step`: linear warm-up, constant phase, cosine decay (paper section 3.1)."""
+    """Return the learning rate of `step`: linear warm-up, constant phase, decay (paper section 3.1)."""
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
     decay_start = warmup_steps + constant_steps
     if step < decay_start or steps == decay_start:
         return peak
     progress = (step - decay_start) / (steps - decay_start)
-    return end + (peak - end) * 0.5 * (1 + math.cos(math.pi * progress))
+    share = 1 - progress if linear else 0.5 * (1 + math.cos(math.pi * progress))
+    return end + (peak - end) * share
 
 
 def rows_of_step(stage: Phase, stage_step: int) -> int:

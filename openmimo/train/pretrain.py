@@ -124,6 +124,7 @@ def _check_start(config: PretrainConfig, checkpoints: Checkpoints, ranks: Alone)
     described = _described(config)
     tokenizer = _given_tokenizer(config)
     _check_heads(config, described)
+    _check_quantization(config, described)
     for stage in config.stages:
         for source in stage.mixture.sources:
             plugin, options = open_source(source)
@@ -145,6 +146,15 @@ def _check_heads(config: PretrainConfig, described: ModelConfig) -> None:
         if stage.mtp_heads is not None and (heads == 0 or stage.mtp_heads < heads):
             raise ConfigError(f"stage {stage.name!r} has mtp_heads {stage.mtp_heads}, but the model has {heads}.")
         heads = stage.mtp_heads or heads
+
+
+def _check_quantization(config: PretrainConfig, described: ModelConfig) -> None:
+    needed = {"fairy": True, "fairy2i": False}.get(config.quantization)
+    if needed not in (None, described.complex_layers is not None):
+        numbers, others = ("complex", "real") if needed else ("real", "complex")
+        raise ConfigError(
+            f"quantization {config.quantization!r} is for {numbers} weights, but the model has {others} ones."
+        )
 
 
 def _described(config: PretrainConfig) -> ModelConfig:

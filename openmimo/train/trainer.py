@@ -22,11 +22,13 @@ from openmimo.core.errors import CheckpointError, Interrupted, StopRequest, stop
 from openmimo.core.metrics import MetricsWriter, TimeLeft
 from openmimo.data.loader import Loader
 from openmimo.data.tokenizer import Tokenizer
+from openmimo.kernels.weights import Packing
 from openmimo.model.backbone import checkpoint_activations
 from openmimo.model.config import training_flops_per_token
 from openmimo.model.context import PackedContext, RoutingTape
 from openmimo.model.heads import MicroBatch
 from openmimo.model.mimo import MiMo
+from openmimo.model.weight_formats import train_packed
 from openmimo.runtime.device import activation_dtype, measured_matmul_flops, peak_memory_bytes, synchronize
 from openmimo.train.checkpoint import Checkpoints, Progress, load_optimizer_state, optimizer_state
 from openmimo.train.config import Phase, PretrainConfig
@@ -189,8 +191,10 @@ class Trainer:
         self.loader = self._enter_stage(place_of(self.step, config.stages).stage_index)
         if start.loader and start.stage_index == self._stage_index:
             self.loader.load_state(start.loader)
+        self._train_packed()
         ranks.apply(self.model, recompute=config.activation_checkpointing)
         self.optimizer = self._new_optimizer(optimizer_tensors or {})
+        self._set_weight_decay(self.config.stages[self._stage_index])
         self.guard = StepGuard(
             model,
             max_skipped_steps=config.optimizer.max_skipped_steps,
@@ -341,14 +345,28 @@ class Trainer:
                 self.ranks.check_growth()
             kept = optimizer_state(self.model, self.optimizer) if is_running else {}
             self.model.replicate_mtp_heads(stage.mtp_heads)
+            self._train_packed()
             if is_running:
                 self.optimizer = self._new_optimizer(kept)
+        if is_running:
+            self._set_weight_decay(stage)
         return self._loaders[index]
+
+    def _train_packed(self) -> None:
+        """Make the products of the model use quantized values, if the config says so."""
+        name = self.config.quantization
+        if name != "none":
+            train_packed(self.model, Packing(name, self.config.quantization_stages))
 
     def _new_optimizer(self, tensors: dict[str, torch.Tensor]) -> torch.optim.AdamW:
         optimizer = build_optimizer(self.model, self.config.optimizer, mesh_of=self.ranks.mesh_of)
         load_optimizer_state(self.model, optimizer, tensors, like=self.ranks.like)
         return optimizer
+
+    def _set_weight_decay(self, stage: Phase) -> None:
+        decay = self.config.optimizer.weight_decay if stage.weight_decay is None else stage.weight_decay
+        for group in self.optimizer.param_groups:
+            group["weight_decay"] = decay if group["decays"] else 0.0
 
     def _after_step(self, stage: Phase, report: StepReport, seconds: float, *, is_last: bool) -> None:
         if self.step % self.config.log_every_steps == 0 or is_last or self.guard.skipped_in_a_row:

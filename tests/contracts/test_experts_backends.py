@@ -5,7 +5,7 @@ import torch
 
 from openmimo.kernels import native
 from openmimo.kernels.operations import EXPERTS, ExpertsNeed, apply_experts
-from openmimo.kernels.weights import quantize
+from openmimo.kernels.weights import PACKED, Packing, pack, quantize
 
 needs_library = pytest.mark.skipif(native.library() is None, reason="there is no C compiler")
 BACKENDS = [name for name, _ in EXPERTS.backends() if name != "reference"]
@@ -172,6 +172,21 @@ def test_block_scaled_experts_are_their_dequantized_values_in_float64(name, call
     (ours,) = run(name, need, (inside_poison(x), ids, weights.float(), *poisoned))
     assert ours.dtype == dtype
     assert (ours.double() - exact).norm() / exact.norm() < tolerance
+
+
+@pytest.mark.parametrize("weight_format", PACKED)
+@pytest.mark.parametrize("call", ["one token", "crowded", "prompt"])
+@pytest.mark.parametrize("name", BACKENDS)
+def test_packed_experts_are_the_reference(name, call, weight_format):
+    """Inputs of both products are rounded to int8. In float64 no rounding falls to the other side."""
+    T, E, A, D, F, chosen = BLOCK_SCALED_CALLS[call]
+    need, (x, ids, weights, *plain) = tensors_of((T, E, A, D, 2 * F, chosen), torch.float64, False)
+    need = need._replace(weight_format=weight_format)
+    if reason := dict(EXPERTS.backends())[name].refuse(need):
+        pytest.skip(reason)
+    packed = [pack(weight, Packing(weight_format, 2), matrices) for weight, matrices in zip(plain, (2, 1), strict=True)]
+    (ours,), (exact,) = (run(which, need, (x, ids, weights, *packed)) for which in (name, "reference"))
+    assert torch.allclose(ours, exact, rtol=1e-9, atol=1e-9)
 
 
 @needs_library

@@ -9,9 +9,10 @@ from openmimo.core.errors import CheckpointError, ConfigError
 from openmimo.core.records import SamplingParams
 from openmimo.engine.llm import LLM
 from openmimo.kernels import native
+from openmimo.kernels.linear import reference
 from openmimo.kernels.linear.native import MAX_ROWS
 from openmimo.kernels.operations import LINEAR, LinearNeed, joined_linear, linear
-from openmimo.kernels.weights import quantize
+from openmimo.kernels.weights import PACKED, Packing, pack, quantize
 from openmimo.model.hf import save_model
 from openmimo.model.weight_formats import quantize_model
 
@@ -180,6 +181,49 @@ def test_block_scaled_weights_are_their_dequantized_values_in_float64(name, weig
             F.linear(x.double(), w.dequantize(torch.float64), None if b is None else b.double()) for w, b in layers
         ]
         assert relative_error(BACKENDS[name].run(x, layers), torch.cat(exact, dim=-1)) < tolerance
+
+
+PACKED_SIZES = [(2, 1), (34, 65), (18, 200), (66, 640)]
+
+
+@pytest.mark.parametrize("with_bias", [False, True], ids=["no bias", "bias"])
+@pytest.mark.parametrize("size", PACKED_SIZES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("weight_format", PACKED)
+@pytest.mark.parametrize("name", BACKENDS)
+@torch.inference_mode()
+def test_packed_weights_are_the_reference_in_float64(name, weight_format, dtype, size, with_bias):
+    """Inputs are rounded to int8 in the definition, from the same numbers in both computations."""
+    (outputs, dims), (dtype, tolerance) = size, DTYPES[dtype]
+    packing = Packing(weight_format, 2, per_row=with_bias)
+    layers = (
+        (
+            poisoned(pack(draw(outputs, dims, dtype=torch.float32, seed=1), packing)),
+            inside_poison(draw(outputs, dtype=dtype, seed=2)) if with_bias else None,
+        ),
+        (poisoned(pack(draw(8, dims, dtype=torch.float32, seed=4), packing, 2)), None),
+    )
+    for rows in (1, 3, 32, 33):
+        if BACKENDS[name].refuse(LinearNeed(rows, dtype, False, True, True, weight_format)):
+            continue
+        x = inside_poison(draw(rows, dims + 8, dtype=dtype, seed=3))[:, :dims]
+        exact = reference.run(x.double(), tuple((w, None if b is None else b.double()) for w, b in layers))
+        error = relative_error(BACKENDS[name].run(x, layers), exact)
+        assert error < (3 * tolerance if name == "reference" else tolerance)
+
+
+@needs_library
+@pytest.mark.parametrize("weight_format", PACKED)
+@torch.inference_mode()
+def test_a_row_of_packed_products_has_the_same_bits_in_any_batch(weight_format):
+    weight, x = (
+        pack(draw(66, 200, dtype=torch.float32, seed=1), Packing(weight_format, 2)),
+        draw(MAX_ROWS, 200, dtype=torch.float32),
+    )
+    assert LINEAR.choose(LinearNeed(1, torch.float32, False, True, True, weight_format))[0] == "packed"
+    alone = torch.cat([linear(row[None], weight) for row in x])
+    for rows in range(1, MAX_ROWS + 1):
+        assert torch.equal(linear(x[:rows], weight), alone[:rows])
 
 
 @torch.inference_mode()

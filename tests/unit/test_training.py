@@ -15,12 +15,15 @@ from openmimo.core import config as config_io
 from openmimo.core.errors import CheckpointError, ConfigError
 from openmimo.core.metrics import TimeLeft, duration_text, read_metrics
 from openmimo.data.config import MixtureConfig, SourceConfig
+from openmimo.data.loader import Loader
+from openmimo.data.tokenizer import Tokenizer
 from openmimo.model.context import PackedContext
 from openmimo.model.heads import micro_batch
+from openmimo.model.hf import load_model
 from openmimo.train import checkpoint as checkpoint_module
 from openmimo.train.checkpoint import Checkpoints, find_damage
 from openmimo.train.config import CheckpointConfig, EvaluationConfig, Phase, PretrainConfig, TokenizerConfig
-from openmimo.train.loss import training_loss
+from openmimo.train.loss import evaluate, training_loss
 from openmimo.train.optim import (
     GradientReport,
     build_optimizer,
@@ -32,6 +35,7 @@ from openmimo.train.optim import (
     tokens_left,
 )
 from openmimo.train.pretrain import pretrain
+from openmimo.train.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
 
@@ -104,6 +108,12 @@ class TestSchedule:
         assert rates[75] == pytest.approx(0.55)
         assert rates[99] == pytest.approx(0.1, rel=0.01)
         assert rates[50:] == sorted(rates[50:], reverse=True)
+
+    def test_a_linear_decay_and_a_weight_decay_of_its_own(self):
+        rates = [learning_rate(replace(self.stage, decay="linear"), step) for step in range(100)]
+        assert rates[50] == 1.0
+        assert rates[75] == pytest.approx(0.55)
+        assert rates[60] - rates[59] == pytest.approx(rates[99] - rates[98]) == pytest.approx(-0.9 / 50)
 
     def test_rows(self):
         assert [rows_of_step(self.stage, step) for step in (0, 10, 20, 99)] == [16, 40, 64, 64]
@@ -356,3 +366,44 @@ def test_accumulation_over_microbatches_changes_nothing(tmp_path, without_figure
 def test_a_model_without_gradients_has_none_to_clip():
     """Covers a part of a step that has no sample to learn from."""
     assert clip_gradients(tiny_model(), 1.0) == GradientReport(norm=0.0, num_zeros=0, apart_norm=0.0)
+
+
+@pytest.mark.parametrize(
+    ("model", "mtp_heads"), [("bytes_fairy", None), pytest.param("tiny_fairy", 2, marks=pytest.mark.slow)]
+)
+def test_quantization_is_one_setting_and_its_result_is_packed_later(
+    tmp_path, without_figures, monkeypatch, model, mtp_heads
+):
+    """The held-out loss of the run is that of the packed model, and each phase has its own weight decay."""
+    config = run_config(tmp_path, model=model, quantization="fairy")
+    first, second = config.stages
+    first = replace(first, steps=2, decay="linear")
+    second = replace(second, steps=1, weight_decay=0.0, mtp_heads=mtp_heads)
+    decays, step = [], Trainer.train_step
+
+    def recorded(trainer, *arguments):
+        decays.append([group["weight_decay"] for group in trainer.optimizer.param_groups])
+        return step(trainer, *arguments)
+
+    monkeypatch.setattr(Trainer, "train_step", recorded)
+    folder = pretrain(replace(config, stages=(first, second)))
+    assert decays == [[0.1, 0.0], [0.1, 0.0], [0.0, 0.0]]
+    metrics = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    reported = [row["validation/main"] for row in metrics if "validation/main" in row][-1]
+    losses = {}
+    for weights in ("plain", "fairy"):
+        loader = Loader(second.mixture, Tokenizer.load(folder), sequence_length=64, seed=config.seed, stage=1)
+        batches = loader.fixed_batches(2, 1)
+        losses[weights] = evaluate(load_model(folder, weights=weights), batches, 64).losses[0]
+    assert losses["fairy"] == pytest.approx(reported, abs=2e-3)
+    assert abs(losses["plain"] - reported) > 5e-3
+
+
+def test_quantization_that_does_not_fit_the_model_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="complex weights"):
+        pretrain(run_config(tmp_path, quantization="fairy"))
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(ConfigError, match="real weights"):
+        pretrain(run_config(tmp_path, quantization="fairy2i", model="tiny_fairy"))
+    with pytest.raises(ConfigError, match="quantization_stages"):
+        run_config(tmp_path, quantization_stages=2)

@@ -1,4 +1,4 @@
-"""Decoding with block-scaled experts on a CPU. Each chosen expert is read once for all of its tokens.
+"""Decoding with quantized experts on a CPU. Each chosen expert is read once for all of its tokens.
 
 A token's output has the same bits in every batch if the linear layers have that property.
 
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from openmimo.kernels.dispatch import Backend
 from openmimo.kernels.operations import MIXED, ExpertsNeed, linear
-from openmimo.kernels.weights import PLAIN, BlockScaled
+from openmimo.kernels.weights import PLAIN, BlockScaled, Latent, Packed
 
 MAX_TOKENS = 32  # the row limit of the C kernels of linear layers
 
@@ -19,8 +19,8 @@ def run(
     x_TD: torch.Tensor,
     expert_ids_TA: torch.Tensor,
     weights_TA: torch.Tensor,
-    gate_up_EHD: BlockScaled,
-    down_EDF: BlockScaled,
+    gate_up_EHD: BlockScaled | Packed | Latent,
+    down_EDF: BlockScaled | Packed | Latent,
     *,
     need: ExpertsNeed,
 ) -> torch.Tensor:
@@ -40,9 +40,9 @@ def run(
 
 
 def refuse(need: ExpertsNeed) -> str | None:
-    """Refuse all but a few tokens on a CPU with block-scaled experts, without gradients."""
+    """Refuse all but a few tokens on a CPU with quantized experts, without gradients."""
     if need.weight_format in (PLAIN, MIXED):
-        return f"its weights are block-scaled, not {need.weight_format}"
+        return f"its weights are quantized, not {need.weight_format}"
     if need.needs_gradients:
         return "it has no backward pass"
     if not need.on_cpu:

@@ -4,8 +4,9 @@ import torch
 import torch.nn.functional as F
 
 from openmimo.kernels.dispatch import Backend
+from openmimo.kernels.linear import reference as linear
 from openmimo.kernels.operations import ExpertsNeed
-from openmimo.kernels.weights import Weight, dequantized, unbind
+from openmimo.kernels.weights import Weight, unbind
 
 
 def run(
@@ -22,8 +23,8 @@ def run(
     out_TD = torch.zeros(x_TD.shape, dtype=dtype, device=x_TD.device)
     for expert, (gate_up_HD, down_DF) in enumerate(zip(unbind(gate_up_EHD), unbind(down_EDF), strict=True)):
         token, slot = torch.where(expert_ids_TA == expert)
-        gate, up = F.linear(x_TD[token], dequantized(gate_up_HD, x_TD.dtype)).chunk(2, dim=-1)
-        y = F.linear(F.silu(gate) * up, dequantized(down_DF, x_TD.dtype))
+        gate, up = linear.run(x_TD[token], ((gate_up_HD, None),)).chunk(2, dim=-1)
+        y = linear.run(F.silu(gate) * up, ((down_DF, None),))
         out_TD = out_TD.index_add(0, token, y.to(dtype) * weights_TA[token, slot, None].to(dtype))
     return out_TD.to(x_TD.dtype)
 

@@ -1,4 +1,4 @@
-"""Block-scaled weights of any format: tiles of rows are dequantized and multiplied one after another.
+"""Quantized weights of any format: tiles of rows are dequantized and multiplied one after another.
 
 The whole matrix never exists in a wide dtype. On a CPU, products are computed in float32 or better.
 """
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from openmimo.kernels.dispatch import Backend
 from openmimo.kernels.operations import LinearNeed, WeightAndBias
-from openmimo.kernels.weights import PLAIN, BlockScaled
+from openmimo.kernels.weights import PLAIN, product_input
 
 
 def run(x: torch.Tensor, layers: tuple[WeightAndBias, ...]) -> torch.Tensor:
@@ -17,8 +17,9 @@ def run(x: torch.Tensor, layers: tuple[WeightAndBias, ...]) -> torch.Tensor:
     wide = x.to(dtype)
     outputs = []
     for weight_OD, bias_O in layers:
-        if isinstance(weight_OD, BlockScaled):
-            products = [F.linear(wide, tile) for tile in weight_OD.tiles(dtype)]
+        if not isinstance(weight_OD, torch.Tensor):
+            source = product_input(wide, weight_OD)
+            products = [F.linear(source, tile) for tile in weight_OD.tiles(dtype)]
             out = torch.cat(products or [wide.new_empty(*x.shape[:-1], 0)], dim=-1).to(x.dtype)
             outputs.append(out if bias_O is None else out + bias_O)
         else:
@@ -27,7 +28,7 @@ def run(x: torch.Tensor, layers: tuple[WeightAndBias, ...]) -> torch.Tensor:
 
 
 def refuse(need: LinearNeed) -> str | None:
-    """Refuse calls without a block-scaled weight."""
+    """Refuse calls without a quantized weight."""
     return "the weights are plain" if need.weight_format == PLAIN else None
 
 
