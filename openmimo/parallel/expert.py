@@ -14,7 +14,6 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from openmimo.core.errors import ConfigError
 from openmimo.kernels.operations import apply_experts
-from openmimo.kernels.weights import BlockScaled
 from openmimo.model.mimo import MiMo
 from openmimo.model.moe import Experts, MoE
 from openmimo.parallel.exchange import all_to_all
@@ -46,8 +45,8 @@ class ParallelExperts(Experts):
 
     def _held(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         weight = self.weight_as(name, dtype)
-        assert not isinstance(weight, BlockScaled), "a model in training is not quantized"
-        return weight.to_local() if isinstance(weight, DTensor) else weight
+        assert isinstance(weight, DTensor), "distributed by `distribute_experts`"
+        return weight.to_local()
 
 
 def distribute_experts(model: MiMo, mesh: DeviceMesh) -> list[ParallelExperts]:
