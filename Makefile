@@ -46,7 +46,7 @@ CLIENTS ?= .venv-clients
 $(CLIENTS)/setup: tests/clients/requirements.txt tests/clients/overrides.txt tests/clients/package.json
 	$(PYTHON) -m venv $(CLIENTS)
 	$(CLIENTS)/bin/pip install -q --disable-pip-version-check uv $(TORCH)
-	$(CLIENTS)/bin/uv pip install -q --python $(CLIENTS)/bin/python $(TORCH) -r tests/clients/requirements.txt \
+	$(CLIENTS)/bin/uv pip install -q --upgrade --python $(CLIENTS)/bin/python $(TORCH) -r tests/clients/requirements.txt \
 	    --override tests/clients/overrides.txt
 	mkdir -p $(CLIENTS)/node
 	cp tests/clients/package.json $(CLIENTS)/node

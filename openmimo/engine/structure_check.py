@@ -175,7 +175,7 @@ def _name_pattern(names: Any, root: Any) -> str | None:
 
     Returns "" if it allows every name, and None if it cannot be expressed.
     """
-    names = _resolved(names, root)
+    names = resolved(names, root)
     if names is True:
         return ""
     if not isinstance(names, dict):
@@ -216,13 +216,13 @@ def unique_lists(schema: dict[str, Any], root: Any) -> list[Sequence[Any]] | Non
 
 def _values(schema: Any, root: Any) -> dict[str, Any] | None:
     """The different values that a schema allows, by their JSON text, if it lists them; None otherwise."""
-    schema = _resolved(schema, root)
+    schema = resolved(schema, root)
     parts = schema.get("anyOf") if isinstance(schema, dict) else None
     if not isinstance(parts, list) or schema.keys() - {"anyOf", *_ANNOTATIONS}:
         return _listed_values(schema)
     values: dict[str, Any] = {}
     for part in parts:
-        listed = _listed_values(_resolved(part, root))
+        listed = _listed_values(resolved(part, root))
         if listed is None:
             return None
         values |= listed
@@ -252,7 +252,7 @@ def _list_of(values: Sequence[Any]) -> dict[str, Any]:
     return {"type": "array", "prefixItems": items, "items": False, "minItems": len(items), "maxItems": len(items)}
 
 
-def _resolved(schema: Any, root: Any) -> Any:
+def resolved(schema: Any, root: Any) -> Any:
     """The schema that a reference within the root stands for."""
     for _ in range(_MAX_REFERENCES):
         reference = schema.get("$ref") if isinstance(schema, dict) else None

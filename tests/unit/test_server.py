@@ -125,7 +125,6 @@ def test_what_is_wrong_with_a_chat_is_named(client, param, body):
         ("/v1/responses", {"input": []}, "input"),
         ("/v1/responses", {"input": "x", "conversation": "conv_1"}, "conversation"),
         ("/v1/responses", {"input": "x", "top_logprobs": 2}, "top_logprobs"),
-        ("/v1/responses", {"input": "x", "include": ["message.output_text.logprobs"]}, "include[0]"),
         ("/v1/responses", {"input": [{"type": "item_reference", "id": "x"}]}, "input[0].id"),
         ("/v1/responses", {"input": [{"type": "no type"}]}, "input[0]"),
         ("/v1/responses", {"input": [{"type": "compaction", "encrypted_content": "x"}]}, "input[0].encrypted_content"),

@@ -7,7 +7,7 @@ import struct
 import httpx
 import pytest
 import torch
-from server_thread import running
+from server_thread import connect, running
 from tiny_checkpoint import save_tiny_checkpoint
 
 from openmimo.core.errors import DataError
@@ -16,7 +16,7 @@ from openmimo.data.chat.template import encode_chat, render
 from openmimo.engine.config import EngineConfig
 from openmimo.engine.llm import LLM
 from openmimo.engine.server.backends.engine import EngineBackend
-from openmimo.engine.server.backends.stub import StubBackend
+from openmimo.engine.server.backends.stub import Step, StubBackend
 from openmimo.model.context import PackedContext
 
 CHAT = "/v1/chat/completions"
@@ -171,6 +171,48 @@ def test_a_template_that_leaves_out_the_last_message_is_no_silent_mistake():
     assert render(PREFILL, template=tokenizer.chat_template) == "hello there"
     with pytest.raises(DataError, match="cannot be continued"):
         encode_chat(tokenizer, PREFILL, continue_final_message=True)
+
+
+SETS = {
+    "type": "object",
+    "properties": {
+        "sizes": {"type": "array", "uniqueItems": True, "items": {"type": "integer"}},
+        "inner": {"anyOf": [{"$ref": "#/$defs/Inner"}, {"type": "null"}]},
+    },
+    "$defs": {"Inner": {"additionalProperties": {"type": "array", "uniqueItems": True, "items": {"type": "array"}}}},
+}
+FEW = {"type": "array", "uniqueItems": True, "items": {"enum": ["a", "b"]}}
+
+
+@pytest.mark.parametrize(
+    ("text", "repeated"),
+    [
+        ('{"sizes": [1, 2], "inner": {"x": [[1], [1, 2]]}}', ""),
+        ('{"sizes": [1, 2, 1], "inner": {"x": [[1], [2], [1]], "y": [[1]]}}', "repeated items: sizes, inner.x"),
+        ('{"sizes": [1, 1', ""),
+        ('{"sizes": ' + "[" * 2000 + "]" * 2000 + "}", ""),
+    ],
+    ids=["different", "repeated", "cut", "deep"],
+)
+def test_repeated_items_that_no_grammar_can_forbid_are_reported(text, repeated):
+    form = {"type": "json_schema", "schema": SETS}
+    asks = {
+        CHAT: {**HELLO, "response_format": {"type": "json_schema", "json_schema": {"name": "s", "schema": SETS}}},
+        "/v1/responses": {"input": "x", "text": {"format": {**form, "name": "s"}}},
+        "/v1/messages": {**HELLO, "model": "stub", "max_tokens": 9000, "output_config": {"format": form}},
+    }
+    backend = StubBackend(lambda prompt, request: [Step((text,))], max_positions=20_000)
+    with running(backend) as server, connect(server) as client:
+        for path, body in asks.items():
+            response = client.post(path, json=body)
+            assert response.status_code == 200, response.text
+            found, _, ignored = response.headers[WARNING].rpartition("ignored fields: ")
+            assert found.removesuffix("; ") == repeated and "sizes.uniqueItems" in ignored
+
+
+def test_lists_of_few_values_need_no_warning(client):
+    form = {"type": "json_schema", "json_schema": {"name": "s", "schema": FEW}}
+    assert WARNING not in client.post(CHAT, json={**HELLO, "response_format": form}).headers
 
 
 # --- on a real engine ------------------------------------------------------------------------------------------------

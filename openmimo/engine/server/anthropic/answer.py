@@ -13,14 +13,18 @@ from openmimo.engine.server.http.streaming import event
 
 
 class MessageAnswer:
-    """The reply to one request, which `generation` produces."""
+    """The reply to one request, which `generation` produces.
+
+    Attributes:
+        reply: The reply so far.
+    """
 
     def __init__(self, service: Service, prepared: PreparedChat, generation: Generation):
         self.generation = generation
         self._params = prepared.requests[0].params
         self._num_prompt_tokens = len(prepared.prompt.token_ids)
-        (self._reply,) = prepared.new_replies(service.backend.tokenizer)
-        self._content = ContentBlocks(self._reply)
+        (self.reply,) = prepared.new_replies(service.backend.tokenizer)
+        self._content = ContentBlocks(self.reply)
         self._envelope = {
             "id": f"msg_{secrets.token_hex(12)}",
             "type": "message",
@@ -57,7 +61,7 @@ class MessageAnswer:
         yield {"type": "message_stop"}
 
     async def _content_events(self) -> AsyncIterator[Event]:
-        async for _, _, parts in chat_deltas(self.generation, [self._reply]):
+        async for _, _, parts in chat_deltas(self.generation, [self.reply]):
             for part in parts:
                 for one in self._content.push(part):
                     yield one
@@ -65,7 +69,7 @@ class MessageAnswer:
             yield one
 
     def _stop(self) -> dict[str, Any]:
-        reply = self._reply
+        reply = self.reply
         if reply.finish_reason == "length" and len(reply.token_ids) < self._params.max_tokens:
             reason = "model_context_window_exceeded"
         elif reply.finish_reason in ("length", "repetition"):
@@ -77,11 +81,11 @@ class MessageAnswer:
         return {"stop_reason": reason, "stop_sequence": None}
 
     def _usage(self) -> dict[str, Any]:
-        num_cached = self._reply.num_cached_tokens
+        num_cached = self.reply.num_cached_tokens
         return {
             "input_tokens": self._num_prompt_tokens - num_cached,
             "cache_creation_input_tokens": 0,
             "cache_read_input_tokens": num_cached,
-            "output_tokens": len(self._reply.token_ids),
-            "output_tokens_details": {"thinking_tokens": self._reply.num_reasoning_tokens},
+            "output_tokens": len(self.reply.token_ids),
+            "output_tokens_details": {"thinking_tokens": self.reply.num_reasoning_tokens},
         }

@@ -36,7 +36,7 @@ def message_routes(service: Service) -> APIRouter:
         prepared = await unless_disconnected(request.receive, work)
         answer = MessageAnswer(service, prepared, service.start(prepared.requests))
         response = await respond(request, answer, answer.events() if body.stream else None)
-        return warn(response, skipped(skipped_parts(body)))
+        return warn(response, skipped(skipped_parts(body)) + prepared.warnings([answer.reply]))
 
     @router.post("/v1/messages/count_tokens")
     async def count_tokens(body: PromptRequest, request: Request) -> Response:

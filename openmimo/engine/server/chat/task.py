@@ -10,6 +10,7 @@ from typing import Any
 from openmimo.core.records import Delta, Request, SamplingParams
 from openmimo.data.chat.parser import ChatEvent
 from openmimo.data.tokenizer import Tokenizer
+from openmimo.engine.server.chat.forms import form_warnings
 from openmimo.engine.server.chat.prompts import ChatOptions, PromptEnding
 from openmimo.engine.server.chat.requests import engine_requests
 from openmimo.engine.server.chat.tools import ToolPolicy
@@ -67,6 +68,10 @@ class PreparedChat:
     def new_replies(self, tokenizer: Tokenizer) -> list[ChatReply]:
         """Return the replies, still without tokens."""
         return [ChatReply(tokenizer, self.prompt) for _ in self.requests]
+
+    def warnings(self, replies: Sequence[ChatReply]) -> list[str]:
+        """Return the warnings about complete replies. Those of a stream are not complete when its headers are sent."""
+        return form_warnings(self.requests[0].params.structure, (reply.content for reply in replies))
 
 
 def encode_task(service: Service, task: ChatTask) -> ChatPrompt:

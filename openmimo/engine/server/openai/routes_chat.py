@@ -17,6 +17,7 @@ from openmimo.engine.server.http.bodies import JsonRoute, unless_disconnected
 from openmimo.engine.server.http.errors import invalid
 from openmimo.engine.server.http.service import Generation, Service
 from openmimo.engine.server.http.streaming import DONE, STREAMED, event, respond
+from openmimo.engine.server.http.warnings import warn
 from openmimo.engine.server.openai.conversation import template_messages, template_options
 from openmimo.engine.server.openai.sampling import sampling_params, structure_field, structure_of, token_limit
 from openmimo.engine.server.openai.schema import AllowedToolsChoice, ChatRequest, StreamOptions
@@ -37,7 +38,8 @@ def chat_routes(service: Service) -> APIRouter:
         work = service.prepared(lambda: prepare_chat(service, _task(service, body)), is_large=is_large)
         prepared = await unless_disconnected(request.receive, work)
         answer = _ChatAnswer(service, body, prepared, service.start(prepared.requests))
-        return await respond(request, answer, answer.events() if body.stream else None)
+        response = await respond(request, answer, answer.events() if body.stream else None)
+        return warn(response, prepared.warnings(answer.replies))
 
     return router
 
@@ -96,14 +98,18 @@ def _max_tokens(service: Service, body: ChatRequest) -> int:
 
 
 class _ChatAnswer:
-    """The replies to one chat request, as one object or as a stream of chunks."""
+    """The replies to one chat request, as one object or as a stream of chunks.
+
+    Attributes:
+        replies: The replies so far, one for each choice.
+    """
 
     def __init__(self, service: Service, body: ChatRequest, prepared: PreparedChat, generation: Generation):
         self.generation = generation
         self._tokenizer = service.backend.tokenizer
         self._body = body
         self._prompt = prepared.prompt
-        self._replies = prepared.new_replies(self._tokenizer)
+        self.replies = prepared.new_replies(self._tokenizer)
         self._envelope = {
             "id": f"chatcmpl-{secrets.token_hex(12)}",
             "created": int(time.time()),
@@ -111,14 +117,14 @@ class _ChatAnswer:
         }
 
     async def whole(self) -> dict[str, Any]:
-        logprobs: list[list[dict[str, Any]]] = [[] for _ in self._replies]
+        logprobs: list[list[dict[str, Any]]] = [[] for _ in self.replies]
         prompt_logprobs: tuple[TokenLogprob, ...] = ()
-        async for index, delta, _ in chat_deltas(self.generation, self._replies):
+        async for index, delta, _ in chat_deltas(self.generation, self.replies):
             prompt_logprobs = prompt_logprobs or delta.prompt_logprobs
             if delta.logprobs:
                 logprobs[index] += chat_logprobs(self._tokenizer, delta.logprobs)["content"]
         choices = []
-        for index, reply in enumerate(self._replies):
+        for index, reply in enumerate(self.replies):
             choice: dict[str, Any] = {
                 "index": index,
                 "message": reply.message(),
@@ -138,11 +144,11 @@ class _ChatAnswer:
     async def events(self) -> AsyncIterator[bytes]:
         """Yield the chunks: each choice's role, its deltas and its finish reason; then the usage if requested."""
         options = self._body.stream_options or StreamOptions()
-        details = [TokenDetails(self._tokenizer) for _ in self._replies]
-        for index in range(len(self._replies)):
+        details = [TokenDetails(self._tokenizer) for _ in self.replies]
+        for index in range(len(self.replies)):
             yield self._chunk({"index": index, "delta": {"role": "assistant", "content": ""}, "finish_reason": None})
-        async for index, delta, events in chat_deltas(self.generation, self._replies):
-            reply = self._replies[index]
+        async for index, delta, events in chat_deltas(self.generation, self.replies):
+            reply = self.replies[index]
             choice: dict[str, Any] = {"index": index, "delta": _delta(events, reply), "finish_reason": None}
             if delta.logprobs:
                 choice["logprobs"] = chat_logprobs(self._tokenizer, delta.logprobs)
@@ -167,10 +173,10 @@ class _ChatAnswer:
     def _usage(self) -> dict[str, Any]:
         return usage(
             num_prompt_tokens=len(self._prompt.token_ids),
-            num_new_tokens=sum(len(reply.token_ids) for reply in self._replies),
-            num_cached_tokens=max(reply.num_cached_tokens for reply in self._replies),
-            num_reasoning_tokens=sum(reply.num_reasoning_tokens for reply in self._replies),
-            num_drafted_tokens=sum(reply.num_drafted_tokens for reply in self._replies),
+            num_new_tokens=sum(len(reply.token_ids) for reply in self.replies),
+            num_cached_tokens=max(reply.num_cached_tokens for reply in self.replies),
+            num_reasoning_tokens=sum(reply.num_reasoning_tokens for reply in self.replies),
+            num_drafted_tokens=sum(reply.num_drafted_tokens for reply in self.replies),
         )
 
 

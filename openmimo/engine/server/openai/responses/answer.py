@@ -31,6 +31,9 @@ class ResponseAnswer:
         generation: The running reply.
         owner: The WebSocket connection of the request. It keeps a response that is not to be stored.
         has_output: Whether the response contains the reply. Otherwise the request only reads its prompt.
+
+    Attributes:
+        reply: The reply so far.
     """
 
     def __init__(
@@ -49,8 +52,8 @@ class ResponseAnswer:
         self._prepared = prepared
         self._owner = owner
         self._has_output = has_output
-        (self._reply,) = prepared.chat.new_replies(service.backend.tokenizer)
-        self._output = OutputItems(self._reply, _reasoning_form(body))
+        (self.reply,) = prepared.chat.new_replies(service.backend.tokenizer)
+        self._output = OutputItems(self.reply, _reasoning_form(body))
         self._logprobs = MessageLogprobs(service.backend.tokenizer)
         self._num_prompt_tokens = len(prepared.chat.prompt.token_ids)
         self._response = new_response(body, model=service.model_name)
@@ -91,7 +94,7 @@ class ResponseAnswer:
             yield event(self._numbered({**details, "type": "error", "error": details}), "error")
 
     async def _item_events(self) -> AsyncIterator[Event]:
-        async for _, delta, parts in chat_deltas(self.generation, [self._reply]):
+        async for _, delta, parts in chat_deltas(self.generation, [self.reply]):
             self._logprobs.add(delta.logprobs)
             for part in parts if self._has_output else ():
                 for item_event in self._output.push(part, self._logprobs.of(part)):
@@ -100,8 +103,8 @@ class ResponseAnswer:
             yield item_event
 
     def _finish(self) -> Iterator[Event]:
-        is_cut = self._has_output and self._reply.openai_finish_reason == "length"
-        is_whole = not is_cut and not self._reply.has_open_call
+        is_cut = self._has_output and self.reply.openai_finish_reason == "length"
+        is_whole = not is_cut and not self.reply.has_open_call
         status = "completed" if is_whole else "incomplete"
         yield from self._output.close("incomplete" if is_cut else "completed")
         self._response |= {
@@ -110,7 +113,7 @@ class ResponseAnswer:
             "incomplete_details": None if is_whole else {"reason": "max_output_tokens"},
             "completed_at": int(time.time()),
             "output": self._output.items,
-            "usage": usage_of(self._reply, self._num_prompt_tokens),
+            "usage": usage_of(self.reply, self._num_prompt_tokens),
         }
         self._keep()
         yield {"type": f"response.{status}", "response": self._response}
@@ -134,7 +137,7 @@ class ResponseAnswer:
 
     def _logprob_bytes(self) -> int:
         params = self._prepared.chat.requests[0].params
-        return len(self._reply.token_ids) * (1 + params.top_logprobs) * _ENTRY_BYTES if params.logprobs else 0
+        return len(self.reply.token_ids) * (1 + params.top_logprobs) * _ENTRY_BYTES if params.logprobs else 0
 
     def _numbered(self, one: Event) -> Event:
         self._num_events += 1

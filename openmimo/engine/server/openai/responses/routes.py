@@ -50,7 +50,7 @@ def _generating_routes(service: Service, store: ResponseStore) -> APIRouter:
         prepared = await unless_disconnected(request.receive, service.prepared(prepare, is_large=is_large))
         answer = ResponseAnswer(service, store, body, prepared, service.start(prepared.chat.requests))
         response = await respond(request, answer, answer.encoded_events() if body.stream else None)
-        return warn(response, skipped(skipped_parts(body)))
+        return warn(response, skipped(skipped_parts(body)) + prepared.chat.warnings([answer.reply]))
 
     @router.post("/v1/responses/compact")
     async def compact(body: CompactRequest, request: Request) -> Response:
