@@ -9,6 +9,7 @@ an uninterrupted one.
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -17,6 +18,7 @@ from rich.progress import Progress as ProgressBar
 
 from openmimo.core.errors import CheckpointError, Interrupted, stop_requests
 from openmimo.core.metrics import MetricsWriter, TimeLeft
+from openmimo.core.registry import load_object
 from openmimo.data.loader import Loader
 from openmimo.data.tokenizer import Tokenizer
 from openmimo.model.backbone import checkpoint_activations
@@ -97,6 +99,7 @@ class Trainer:
         self.checkpoints = Checkpoints(self.run_folder, config.checkpoints)
         self.metrics = MetricsWriter(self.run_folder, tensorboard=config.tensorboard)
         self.metrics.truncate_after(start.step or -1)  # the evaluation before the first step is repeated
+        self._trace = self._open_trace(start.step) if config.expert_trace else None
         self.step, self.tokens = start.step, start.tokens
         self.guard = StepGuard(
             model,
@@ -173,6 +176,20 @@ class Trainer:
         self.tokens += tokens
         return StepReport(losses.tolist(), float(gradients.norm), int(gradients.num_zeros), load, tokens)
 
+    def _open_trace(self, after_step: int) -> Any:
+        """Return the writer of the expert-load trace, whose file is imported by the runs that ask for it."""
+        moe = self.model.config.moe
+        assert moe is not None, "checked before the run"
+        writer = load_object("openmimo.core.load_trace:LoadTraceWriter")
+        return writer(
+            self.run_folder,
+            layers=list(self.model.routers()),
+            num_experts=moe.num_experts,
+            experts_per_token=moe.experts_per_token,
+            most_tokens=max(stage.global_batch_size * stage.sequence_length for stage in self.config.stages),
+            after_step=after_step,
+        )
+
     def _accumulate(
         self, stage: Phase, micro_batches: list[MicroBatch]
     ) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
@@ -200,6 +217,8 @@ class Trainer:
         """Write a checkpoint. Raises DivergedError if the weights are not finite or give values that are not."""
         self._check_weights()
         self.metrics.sync()
+        if self._trace is not None:
+            self._trace.sync()
         progress = Progress(
             self.step,
             self.tokens,
@@ -241,6 +260,8 @@ class Trainer:
         return self._loaders[index]
 
     def _after_step(self, stage: Phase, report: StepReport, seconds: float, *, is_last: bool) -> None:
+        if self._trace is not None:
+            self._trace.write(self.step, torch.stack(list(report.load.values())).cpu().numpy())
         if self.step % self.config.log_every_steps == 0 or is_last or self.guard.skipped_in_a_row:
             self.metrics.write(self.step, self._step_metrics(stage, report, seconds))
         if self.step % self.config.evaluation.every_steps == 0 or is_last:
