@@ -39,6 +39,7 @@ from openmimo.engine.server.config import ServerConfig
 from openmimo.model.embedded import EMBEDDED, announce
 from openmimo.own_data import Own, OwnProblems, own_data_of, with_own_data
 from openmimo.parallel.config import PlanConfig
+from openmimo.parallel.expert_load.config import ExpertsConfig
 from openmimo.rl.agents.option_arguments import merged, plugin_arguments
 from openmimo.rl.config import CompareConfig, MopdConfig, RlConfig
 from openmimo.short_help import short_help
@@ -407,6 +408,25 @@ def _plan(arguments: list[str]) -> None:
     print_plan(options, model, step)
 
 
+@dataclass(frozen=True)
+class ExpertsOptions:
+    """Show the expert load of a run: its map over layers and time, forecasts, and a placement on devices.
+
+    Attributes:
+        path: The folder of a run that was trained with --expert-trace. The page `experts.html` is written there.
+    """
+
+    path: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
+    settings: Annotated[ExpertsConfig, tyro.conf.arg(name="")] = ExpertsConfig()
+
+
+def _experts(arguments: list[str]) -> None:
+    options = parse(ExpertsOptions, arguments, "openmimo experts")
+    from openmimo.parallel.expert_load.page import write_page
+
+    print(f"wrote {write_page(Path(options.path), options.settings)}")
+
+
 # --- verbs: generation -----------------------------------------------------------------------------------------------
 
 
@@ -629,6 +649,9 @@ VERBS: dict[str, Verb] = {
         "the new checkpoint was not written; the old one is unchanged",
     ),
     "plan": Verb("predict memory, messages and time of a recipe on a number of accelerators", _plan),
+    "experts": Verb(
+        "show the expert load of a run, its forecast, and a placement on devices; writes experts.html", _experts
+    ),
     "audit": Verb("count the parameters and tensors of a model without allocating them", _audit),
     "bench": Verb(
         "compare the speed of kernels, training and decoding with other implementations",

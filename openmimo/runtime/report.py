@@ -76,15 +76,15 @@ class Report:
         return path
 
 
-def new_figure(*, width: float = 7.5, height: float = 3.6, columns: int = 1) -> tuple[Any, Any]:
-    """Create a matplotlib figure and its axes (an array for several columns), rendered without a display."""
+def new_figure(*, width: float = 7.5, height: float = 3.6, columns: int = 1, rows: int = 1) -> tuple[Any, Any]:
+    """Create a matplotlib figure and its axes (an array for several of them), rendered without a display."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, columns, figsize=(width, height), layout="constrained")
-    for axis in axes if columns > 1 else [axes]:
+    figure, axes = pyplot.subplots(rows, columns, figsize=(width, height), layout="constrained")
+    for axis in axes.flat if rows * columns > 1 else [axes]:
         axis.grid(alpha=0.3)
     return figure, axes
 

@@ -288,6 +288,8 @@ class TrainConfig(RunConfig):
         balance_weight: Weight of the sequence-level balance loss.
         loader_workers: Threads that prepare sequences in advance. Their number does not change the sequences.
         log_every_steps: Optimizer steps between lines of metrics.
+        expert_trace: Also record how many tokens each expert received in every step, in
+            `<run_folder>/expert_load.bin`, for `openmimo experts`.
         evaluation: Validation on held-out documents.
         parallel: Mesh of a run on several devices.
         quantization: Quantization-aware training: products use int8 inputs and the values of this packed format
@@ -302,6 +304,7 @@ class TrainConfig(RunConfig):
     balance_weight: NonNegativeFloat = 1e-5
     loader_workers: Threads = 0
     log_every_steps: PositiveInt = 10
+    expert_trace: bool = False
     evaluation: EvaluationConfig = EvaluationConfig()
     parallel: ParallelConfig = ParallelConfig()
 

@@ -33,7 +33,7 @@ from openmimo.train.outcome import has_finished, held_run, use_device, write_out
 from openmimo.train.trainer import Alone, Trainer
 
 # The paths of the data may change, because the loader compares the content.
-FREE = (*outcome.FREE, "loader_workers", "log_every_steps")
+FREE = (*outcome.FREE, "loader_workers", "log_every_steps", "expert_trace")
 TRACES = ("checkpoints", "tokenizer", "metrics.jsonl", "model")
 _TRAINED_ON = "trained_on.json"
 _DEFAULT_MODEL = "tiny"
@@ -125,6 +125,8 @@ def _check_start(config: PretrainConfig, checkpoints: Checkpoints, ranks: Alone)
     tokenizer = _given_tokenizer(config)
     _check_heads(config, described)
     _check_quantization(config, described)
+    if config.expert_trace and described.moe is None:
+        raise ConfigError("expert_trace has no effect on a model without experts; leave it out (--no-expert-trace).")
     for stage in config.stages:
         for source in stage.mixture.sources:
             plugin, options = open_source(source)

@@ -20,6 +20,7 @@ from rich.progress import Progress as ProgressBar
 
 from openmimo.core.errors import CheckpointError, Interrupted, StopRequest, stop_requests
 from openmimo.core.metrics import MetricsWriter, TimeLeft
+from openmimo.core.registry import load_object
 from openmimo.data.loader import Loader
 from openmimo.data.tokenizer import Tokenizer
 from openmimo.kernels.weights import Packing
@@ -185,6 +186,7 @@ class Trainer:
         self.metrics = MetricsWriter(self.run_folder, tensorboard=config.tensorboard) if ranks.is_main else None
         if self.metrics is not None:
             self.metrics.truncate_after(start.step or -1)  # the evaluation before the first step is repeated
+        self._trace = self._open_trace(start.step) if config.expert_trace and ranks.is_main else None
         self.step, self.tokens = start.step, start.tokens
         self._loaders = loaders
         self._stage_index = -1
@@ -269,6 +271,20 @@ class Trainer:
         self.tokens += tokens
         return StepReport(losses.tolist(), float(gradients.norm), int(gradients.num_zeros), load, tokens)
 
+    def _open_trace(self, after_step: int) -> Any:
+        """Return the writer of the expert-load trace, whose file is imported by the runs that ask for it."""
+        moe = self.model.config.moe
+        assert moe is not None, "checked before the run"
+        writer = load_object("openmimo.core.load_trace:LoadTraceWriter")
+        return writer(
+            self.run_folder,
+            layers=list(self.model.routers()),
+            num_experts=moe.num_experts,
+            experts_per_token=moe.experts_per_token,
+            most_tokens=max(stage.global_batch_size * stage.sequence_length for stage in self.config.stages),
+            after_step=after_step,
+        )
+
     def _accumulate(
         self, stage: Phase, micro_batches: list[MicroBatch]
     ) -> tuple[torch.Tensor, dict[int, torch.Tensor], int]:
@@ -302,6 +318,8 @@ class Trainer:
         self._check_weights()
         if self.metrics is not None:
             self.metrics.sync()
+        if self._trace is not None:
+            self._trace.sync()
         progress = Progress(
             self.step,
             self.tokens,
@@ -369,6 +387,8 @@ class Trainer:
             group["weight_decay"] = decay if group["decays"] else 0.0
 
     def _after_step(self, stage: Phase, report: StepReport, seconds: float, *, is_last: bool) -> None:
+        if self._trace is not None:
+            self._trace.write(self.step, torch.stack(list(report.load.values())).cpu().numpy())
         if self.step % self.config.log_every_steps == 0 or is_last or self.guard.skipped_in_a_row:
             self._write(self._step_metrics(stage, report, seconds))
         if self.step % self.config.evaluation.every_steps == 0 or is_last:

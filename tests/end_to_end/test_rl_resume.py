@@ -35,7 +35,7 @@ def uninterrupted(models):
     ("name", "where", "after_calls"),
     [
         ("grpo", "reward", 44),
-        ("grpo", "update", 7),  # in the second half of a batch
+        pytest.param("grpo", "update", 7, marks=pytest.mark.slow),  # in the second half of a batch
         ("mopd", "rollout", 30),  # before the first checkpoint
         pytest.param("grpo", "rollout", 58, marks=pytest.mark.slow),
         pytest.param("mopd", "reward", 14, marks=pytest.mark.slow),

@@ -60,8 +60,15 @@ def _assert_same_logits(found, expected):
     assert (found - expected).abs().max() / expected.abs().max() < tolerance
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("window_keys", [9, 32])
+@pytest.mark.parametrize(
+    ("window_keys", "dtype"),
+    [
+        (9, torch.float64),
+        (32, torch.float32),
+        pytest.param(9, torch.float32, marks=pytest.mark.slow),
+        pytest.param(32, torch.float64, marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("chunk_lengths", [[150], [64, 64, 22], [90, *[1] * 60], [3] * 50, [40, 1, 7, 102]])
 @torch.inference_mode()
 def test_reading_in_chunks_changes_nothing(window_keys, chunk_lengths, dtype):

@@ -71,7 +71,7 @@ def _model_and_plain_texts(model, params):
     return model, LLM(model, speculative=False).generate(_prompts(), PARAMS[params])
 
 
-@pytest.mark.parametrize("num_drafts", [1, 3])
+@pytest.mark.parametrize("num_drafts", [pytest.param(1, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize("params", PARAMS)
 @pytest.mark.parametrize("model", MODELS)
 def test_speculation_changes_no_token(model, params, num_drafts):

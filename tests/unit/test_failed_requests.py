@@ -84,7 +84,7 @@ def test_commands_say_it_and_exit_1(damaged, command, capsys, monkeypatch):
     assert not out.strip() and (out == "" or command == ["chat"])
 
 
-@pytest.mark.parametrize("speculative", [False, True])
+@pytest.mark.parametrize("speculative", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_limit_of_the_grammar_ends_its_request_alone_and_spoils_no_other(folder, speculative):
     llm = LLM(folder, speculative=speculative)
     tokenizer = llm.tokenizer

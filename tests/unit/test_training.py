@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from openmimo.core import config as config_io
 from openmimo.core.errors import CheckpointError, ConfigError
+from openmimo.core.load_trace import TRACE_FILE, read_load_trace
 from openmimo.core.metrics import TimeLeft, duration_text, read_metrics
 from openmimo.data.config import MixtureConfig, SourceConfig
 from openmimo.data.loader import Loader
@@ -193,7 +194,7 @@ def finished(tmp_path_factory):
     """One uninterrupted run, shared by the tests below."""
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("finished")
-    pretrain(run_config(folder))
+    pretrain(run_config(folder, expert_trace=True))
     return folder
 
 
@@ -214,6 +215,10 @@ def test_a_run_leaves_what_it_says(finished):
     assert "loss/mtp_1" in train[-1]
     assert "loss/mtp_1" not in train[0]
     assert sum(train[0]["expert_load/by_layer"][0]) == 4 * 32 * 2
+    trace = read_load_trace(run)
+    assert trace.counts.tolist() == [row["expert_load/by_layer"] for row in train]
+    assert trace.steps.tolist() == list(range(1, 11)) and trace.header.layers == (1, 2, 3, 4, 5)
+    assert trace.header.dtype == "uint8"  # at most 128 tokens a step
     validation = [row for row in rows if "validation/main" in row]
     assert {"validation/acceptance_0", "validation/loss_by_position"} <= set(validation[0])
     assert (run / "report.html").read_text().count("<img") >= 5
@@ -317,10 +322,13 @@ def test_a_finished_run_takes_more_steps_in_its_last_stage(finished, tmp_path, w
     base = run_config(finished)
     stages = tuple(replace(stage, steps=2, end_learning_rate=stage.learning_rate) for stage in base.stages)
     longer = (stages[0], replace(stages[1], steps=5))
-    grown, whole = (replace(base, run_folder=str(tmp_path / name), stages=longer) for name in ("grown", "whole"))
+    grown, whole = (
+        replace(base, run_folder=str(tmp_path / name), stages=longer, expert_trace=True) for name in ("grown", "whole")
+    )
     pretrain(replace(grown, stages=stages))
     assert pretrain(grown) == tmp_path / "grown" / "model"
     pretrain(whole)
+    assert (tmp_path / "grown" / TRACE_FILE).read_bytes() == (tmp_path / "whole" / TRACE_FILE).read_bytes()
     first, second = (weights(tmp_path / name / "model") for name in ("grown", "whole"))
     assert all(torch.equal(first[name], second[name]) for name in second)
     with pytest.raises(ConfigError, match="stages.1.steps was 5 and is now 2"):

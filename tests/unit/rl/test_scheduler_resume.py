@@ -11,7 +11,10 @@ STREAMS = {"math": round_robin("math", 12), "code": round_robin("code", 12)}
 WORLD = {"error_rate": 0.1, "reward_delay": 30.0, "pass_rate": lambda problem_id: 1.0 if problem_id[-1] == "1" else 0.6}
 
 
-@pytest.mark.parametrize(("unfinished", "interrupt"), [("abort", True), ("partial", True), ("partial", False)])
+@pytest.mark.parametrize(
+    ("unfinished", "interrupt"),
+    [("abort", True), ("partial", True), pytest.param("partial", False, marks=pytest.mark.slow)],
+)
 def test_resuming_after_every_call_changes_nothing(unfinished, interrupt):
     config = make_config(unfinished=unfinished, margin=0.5, easy_fraction=0.3, groups_per_step=4)
     plain = World(make_scheduler(config, STREAMS), interrupt=interrupt, **WORLD)
