@@ -32,6 +32,7 @@ import triton.language as tl
 from openmimo.kernels.attention import Pages
 
 _MAX_ROWS = 64
+_WIDE_ROWS = 64  # rows of the first operand of a matrix unit
 _MIN_TILE = 16  # of a matrix product
 _MAX_WINDOW_OF_A_PART = 512
 _PARTS_AHEAD = 8
@@ -102,7 +103,7 @@ def attend_pages(
         REST_PAD=max(_MIN_TILE, triton.next_power_of_2(max(K - first_dims, 1))),
         VALUE_DIM=value_dim, VALUE_PAD=max(_MIN_TILE, triton.next_power_of_2(value_dim)),
         PAGE=P, PAGES=max(1, _BLOCK_KEYS // P) if P & (P - 1) == 0 else 0, BLOCK=_BLOCK_KEYS,
-        IS_COMBINED=is_combined, IS_PAIRED=is_paired, KEY_AXIS=0 if tile_rows < _MAX_ROWS else 1,
+        IS_COMBINED=is_combined, IS_PAIRED=is_paired, KEY_AXIS=0 if tile_rows < _WIDE_ROWS else 1,
         PRECISION="ieee" if q_TNK.dtype == torch.float32 else "tf32",
         num_warps=4, num_stages=_STAGES, **shape_arguments,
     )  # fmt: skip
