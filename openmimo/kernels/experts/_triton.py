@@ -20,7 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
-from openmimo.kernels.linear._block_scaled import PAIRS, TILE, add_block, pairs_of, scale_pairs_of, token_block
+from openmimo.kernels.linear._block_scaled import PAIRS, TILE, add_block, codes_of, pairs_of, scale_pairs_of, token_block
 from openmimo.kernels.weights import BlockScaled, Weight
 
 _TILE_VISITS = 16
@@ -54,8 +54,7 @@ def run_experts(
     if isinstance(gate_up_EHD, BlockScaled):
         assert isinstance(down_EDF, BlockScaled)
         kind = dict(
-            PAIRS=PAIRS, TILE=TILE, IS_INT8=gate_up_EHD.codes.dtype == torch.int8,
-            IS_BFLOAT16=x_TD.dtype == torch.bfloat16,
+            PAIRS=PAIRS, TILE=TILE, CODES=codes_of(gate_up_EHD), IS_BFLOAT16=x_TD.dtype == torch.bfloat16,
         )  # fmt: skip
         scales = gate_up_EHD.scales
         _gate_up_scaled[(triton.cdiv(F, TILE), programs)](
@@ -185,7 +184,7 @@ def _down(
 @triton.jit
 def _gate_up_scaled(
     x, codes, scales, hidden, num_pairs, F, stride_e, stride_o, block_rows, lists, num_visits,
-    A: tl.constexpr, TILE: tl.constexpr, PAIRS: tl.constexpr, SCALE_PAIRS: tl.constexpr, IS_INT8: tl.constexpr,
+    A: tl.constexpr, TILE: tl.constexpr, PAIRS: tl.constexpr, SCALE_PAIRS: tl.constexpr, CODES: tl.constexpr,
     IS_BFLOAT16: tl.constexpr, VISITS_PAD: tl.constexpr, TILE_VISITS: tl.constexpr, IS_LISTED: tl.constexpr,
 ):  # fmt: skip
     expert, count, own_visits = _work_of(tl.program_id(1), lists, num_visits, VISITS_PAD, IS_LISTED)
@@ -206,10 +205,10 @@ def _gate_up_scaled(
             even, odd, magnitude = token_block(inputs, is_row, start, num_pairs, PAIRS, IS_BFLOAT16)
             gate = add_block(
                 gate, gate_rows, gate_scales, is_column, even, odd, magnitude, start, num_pairs, PAIRS, SCALE_PAIRS,
-                IS_INT8,
+                CODES,
             )  # fmt: skip
             up = add_block(
-                up, up_rows, up_scales, is_column, even, odd, magnitude, start, num_pairs, PAIRS, SCALE_PAIRS, IS_INT8
+                up, up_rows, up_scales, is_column, even, odd, magnitude, start, num_pairs, PAIRS, SCALE_PAIRS, CODES
             )
         result = tl.trans(gate / (1.0 + tl.exp(-gate)) * up)
         tl.store(hidden + visit[:, None] * F + columns[None, :], result, mask=is_row[:, None] & is_column[None, :])
@@ -218,7 +217,7 @@ def _gate_up_scaled(
 @triton.jit
 def _down_scaled(
     hidden, codes, scales, outputs, D, num_pairs, stride_e, stride_o, block_rows, lists, num_visits,
-    TILE: tl.constexpr, PAIRS: tl.constexpr, SCALE_PAIRS: tl.constexpr, IS_INT8: tl.constexpr,
+    TILE: tl.constexpr, PAIRS: tl.constexpr, SCALE_PAIRS: tl.constexpr, CODES: tl.constexpr,
     IS_BFLOAT16: tl.constexpr, VISITS_PAD: tl.constexpr, TILE_VISITS: tl.constexpr, IS_LISTED: tl.constexpr,
 ):  # fmt: skip
     expert, count, own_visits = _work_of(tl.program_id(1), lists, num_visits, VISITS_PAD, IS_LISTED)
@@ -236,7 +235,7 @@ def _down_scaled(
             even, odd, magnitude = token_block(inputs, is_row, start, num_pairs, PAIRS, IS_BFLOAT16)
             output = add_block(
                 output, code_rows, scale_rows, is_column, even, odd, magnitude, start, num_pairs, PAIRS, SCALE_PAIRS,
-                IS_INT8,
+                CODES,
             )  # fmt: skip
         tl.store(
             outputs + visit[:, None] * D + columns[None, :], tl.trans(output),

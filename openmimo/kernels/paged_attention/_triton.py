@@ -30,26 +30,28 @@ import triton
 import triton.language as tl
 
 from openmimo.kernels.attention import Pages
+from openmimo.kernels.linear._float8 import float8_halves, in_assembly
 
 _MAX_ROWS = 64
 _WIDE_ROWS = 64  # rows of the first operand of a matrix unit
 _MIN_TILE = 16  # of a matrix product
 _MAX_WINDOW_OF_A_PART = 512
-_PARTS_AHEAD = 8
+_PARTS_AHEAD = 32
 _LOG2_E = 1.4426950408889634
 _BLOCK_KEYS = 64
+_WARPS = 4
+_LARGEST_PART = 2048
 _STAGES = 3
 
 
 def count_parts(num_keys: int) -> int:
     """The number of parts that cover `num_keys` keys; see `_part`."""
-    if num_keys <= 2048:
-        return triton.cdiv(num_keys, 256)
-    if num_keys <= 4096:
-        return 8 + triton.cdiv(num_keys - 2048, 512)
-    if num_keys <= 8192:
-        return 12 + triton.cdiv(num_keys - 4096, 1024)
-    return 16 + triton.cdiv(num_keys - 8192, 2048)
+    first, count, size = 0, 0, 256
+    for last in (2048, 4096, 8192):
+        if size == _LARGEST_PART or num_keys <= last:
+            break
+        first, count, size = last, count + (last - first) // size, 2 * size
+    return count + triton.cdiv(num_keys - first, size)
 
 
 def attend_pages(
@@ -94,7 +96,7 @@ def attend_pages(
     )  # fmt: skip
     shape_arguments = dict(
         num_heads=N, num_groups=G, num_parts=num_parts, HEADS=N // G, TILE_ROWS=tile_rows, ROW_TILES=row_tiles,
-        HAS_SINK=sink_N is not None, HAS_WINDOW=window_keys is not None, SEQUENCES=triton.next_power_of_2(B),
+        HAS_SINK=sink_N is not None, HAS_WINDOW=window_keys is not None, SEQUENCES=triton.next_power_of_2(B), LARGEST_PART=_LARGEST_PART,
     )  # fmt: skip
     _attend_part[(G * row_tiles, B, num_parts)](
         q_TNK, keys_XPGK, values_XPGV, tables_BY, query_lengths_B, key_lengths_B, sink_N, out_TNV,
@@ -104,8 +106,9 @@ def attend_pages(
         VALUE_DIM=value_dim, VALUE_PAD=max(_MIN_TILE, triton.next_power_of_2(value_dim)),
         PAGE=P, PAGES=max(1, _BLOCK_KEYS // P) if P & (P - 1) == 0 else 0, BLOCK=_BLOCK_KEYS,
         IS_COMBINED=is_combined, IS_PAIRED=is_paired, KEY_AXIS=0 if tile_rows < _WIDE_ROWS else 1,
-        PRECISION="ieee" if q_TNK.dtype == torch.float32 else "tf32",
-        num_warps=4, num_stages=_STAGES, **shape_arguments,
+        IN_ASSEMBLY=in_assembly(), PRECISION="ieee" if q_TNK.dtype == torch.float32 else "tf32",
+        num_warps=_WARPS, num_stages=_STAGES,
+        maxnreg=_registers(q_TNK.dtype, is_paired, tile_rows), **shape_arguments,
     )  # fmt: skip
     if is_combined:
         _combine_parts[(row_tiles * tile_rows, G, B)](
@@ -114,6 +117,15 @@ def attend_pages(
             VALUE_DIM=V, VALUE_PAD=triton.next_power_of_2(V), num_warps=1, **shape_arguments,
         )  # fmt: skip
     return out_TNV
+
+
+def _registers(dtype: torch.dtype, is_paired: bool, tile_rows: int) -> int | None:
+    """The most registers of a thread, so that four programs run on a multiprocessor, or three; None for no limit."""
+    if dtype == torch.float32:
+        return None
+    if tile_rows < _WIDE_ROWS:
+        return 128
+    return 168 if is_paired else None
 
 
 def _is_paired(q_TNK: torch.Tensor, pages: Pages) -> bool:
@@ -125,15 +137,19 @@ def _is_paired(q_TNK: torch.Tensor, pages: Pages) -> bool:
 
 
 @triton.jit
-def _part(part):
+def _part(part, LARGEST: tl.constexpr):
     """The first key of a part and the number of its keys."""
     first = part * 256
-    first = tl.where(part >= 8, 2048 + (part - 8) * 512, first)
-    first = tl.where(part >= 12, 4096 + (part - 12) * 1024, first)
-    first = tl.where(part >= 16, 8192 + (part - 16) * 2048, first)
-    size = tl.where(part >= 8, 512, 256)
-    size = tl.where(part >= 12, 1024, size)
-    size = tl.where(part >= 16, 2048, size)
+    size = first * 0 + 256
+    if LARGEST > 256:
+        first = tl.where(part >= 8, 2048 + (part - 8) * 512, first)
+        size = tl.where(part >= 8, 512, size)
+    if LARGEST > 512:
+        first = tl.where(part >= 12, 4096 + (part - 12) * 1024, first)
+        size = tl.where(part >= 12, 1024, size)
+    if LARGEST > 1024:
+        first = tl.where(part >= 16, 8192 + (part - 16) * 2048, first)
+        size = tl.where(part >= 16, 2048, size)
     return first, size
 
 
@@ -152,25 +168,24 @@ def _load_rows(rows, is_row, dims, num_dims):
 
 
 @triton.jit
-def _pages_of(table, block, position, is_key, stop, PAGE: tl.constexpr, PAGES: tl.constexpr):
-    """The page of each position of a block, int64. If a block begins with a page, its pages are read as scalars."""
+def _offsets_of(
+    table, block, position, is_key, stop, stride_kx, stride_vx, PAGE: tl.constexpr, PAGES: tl.constexpr
+):  # fmt: skip
+    """The offsets of the pages of a block's keys and values. If a block begins with a page, pages are read as scalars."""
     if PAGES == 0:
-        return tl.load(table + position // PAGE, mask=is_key, other=0).to(tl.int64)
+        page = tl.load(table + position // PAGE, mask=is_key, other=0).to(tl.int64)
+        return page * stride_kx, page * stride_vx
     else:
         first = block // PAGE
-        page = (position * 0 + tl.load(table + first)).to(tl.int64)
+        page = tl.load(table + first).to(tl.int64)
+        zero = position.to(tl.int64) * 0
+        key_offset, value_offset = zero + page * stride_kx, zero + page * stride_vx
         for number in tl.static_range(1, PAGES):
-            following = tl.load(table + first + number, mask=block + number * PAGE < stop, other=0).to(tl.int64)
-            page = tl.where(position >= block + number * PAGE, following, page)
-        return page
-
-
-@triton.jit
-def _halves(x):
-    """The float16 values of the even and of the odd numbers of float8_e4m3fn that int16 hold in pairs."""
-    even = x.to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(tl.float16)
-    odd = (x >> 8).to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(tl.float16)
-    return even, odd
+            page = tl.load(table + first + number, mask=block + number * PAGE < stop, other=0).to(tl.int64)
+            is_there = position >= block + number * PAGE
+            key_offset = tl.where(is_there, page * stride_kx, key_offset)
+            value_offset = tl.where(is_there, page * stride_vx, value_offset)
+        return key_offset, value_offset
 
 
 @triton.jit
@@ -211,8 +226,8 @@ def _attend_part(
     HEADS: tl.constexpr, KEY_DIM: tl.constexpr, FIRST_DIMS: tl.constexpr, REST_DIMS: tl.constexpr,
     REST_PAD: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr, PAGE: tl.constexpr,
     PAGES: tl.constexpr, BLOCK: tl.constexpr, TILE_ROWS: tl.constexpr, ROW_TILES: tl.constexpr,
-    SEQUENCES: tl.constexpr, HAS_SINK: tl.constexpr, HAS_WINDOW: tl.constexpr, IS_COMBINED: tl.constexpr,
-    IS_PAIRED: tl.constexpr, KEY_AXIS: tl.constexpr, PRECISION: tl.constexpr,
+    SEQUENCES: tl.constexpr, LARGEST_PART: tl.constexpr, HAS_SINK: tl.constexpr, HAS_WINDOW: tl.constexpr, IS_COMBINED: tl.constexpr,
+    IS_PAIRED: tl.constexpr, KEY_AXIS: tl.constexpr, IN_ASSEMBLY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     group, row_tile = tl.program_id(0) // ROW_TILES, tl.program_id(0) % ROW_TILES
     b = tl.program_id(1)
@@ -220,7 +235,7 @@ def _attend_part(
     first_query, num_queries, num_keys = _span(query_lengths, key_lengths, b, SEQUENCES)
     start, stop, lowest = num_keys * 0, num_keys, num_keys * 0
     if IS_COMBINED:
-        start, size = _part(part)
+        start, size = _part(part, LARGEST_PART)
         stop = tl.minimum(start + size, num_keys)
     if HAS_WINDOW:
         lowest = tl.maximum(num_keys - num_queries - window + 1, 0)
@@ -252,7 +267,6 @@ def _attend_part(
                 q_rest_odd = (q_rest_odd / magnitude[:, None]).to(tl.float16)
         factor = tl.expand_dims(factor, KEY_AXIS)
         largest = tl.full((TILE_ROWS,), float("-inf"), tl.float32)
-        total = tl.zeros((TILE_ROWS,), tl.float32)
         if KEY_AXIS == 0:
             zeros = tl.zeros((BLOCK, TILE_ROWS), tl.float32)
             sum_values = tl.zeros((VALUE_PAD, TILE_ROWS), tl.float32)
@@ -260,22 +274,25 @@ def _attend_part(
             zeros = tl.zeros((TILE_ROWS, BLOCK), tl.float32)
             sum_values = tl.zeros((TILE_ROWS, VALUE_PAD), tl.float32)
         sum_odd_values = sum_values
+        total = zeros if KEY_AXIS == 0 else tl.zeros((TILE_ROWS,), tl.float32)
         group_keys, group_values = keys + group * stride_kg, values + group * stride_vg
         table = tables + b * stride_tb
         for block in range(start, stop, BLOCK):
             position = block + tl.arange(0, BLOCK)
             is_key = (position >= lowest) & (position < stop)
-            page = _pages_of(table, block, position, is_key, stop, PAGE, PAGES)
-            slot = position % PAGE
-            key_rows = group_keys + (page * stride_kx + slot * stride_kp)[:, None]
-            value_rows = group_values + (page * stride_vx + slot * stride_vp)[:, None]
+            key_offset, value_offset = _offsets_of(
+                table, block, position, is_key, stop, stride_kx, stride_vx, PAGE, PAGES
+            )
+            slot = position % PAGE if PAGES == 0 else position & (PAGE - 1)
+            key_rows = (group_keys + key_offset + slot * stride_kp)[:, None]
+            value_rows = (group_values + value_offset + slot * stride_vp)[:, None]
             k = _load_rows(key_rows, is_key, dims, KEY_DIM)
             if IS_PAIRED:
-                even, odd = _halves(k)
+                even, odd = float8_halves(k, IN_ASSEMBLY)
                 logits = _logits(q_first, even, zeros, KEY_AXIS, PRECISION)
                 logits = _logits(q_first_odd, odd, logits, KEY_AXIS, PRECISION)
                 if REST_DIMS > 0:
-                    even, odd = _halves(_load_rows(key_rows, is_key, rest, KEY_DIM))
+                    even, odd = float8_halves(_load_rows(key_rows, is_key, rest, KEY_DIM), IN_ASSEMBLY)
                     logits = _logits(q_rest, even, logits, KEY_AXIS, PRECISION)
                     logits = _logits(q_rest_odd, odd, logits, KEY_AXIS, PRECISION)
             else:
@@ -292,11 +309,14 @@ def _attend_part(
             safe = tl.where(new_largest == float("-inf"), 0.0, new_largest)
             probabilities = tl.exp2(logits - tl.expand_dims(safe, KEY_AXIS))
             shrink = tl.exp2(largest - safe)
-            total = total * shrink + tl.sum(probabilities, axis=KEY_AXIS)
+            if KEY_AXIS == 0:  # the sum over keys comes after the loop, because several warps share the keys
+                total = total * shrink[None, :] + probabilities
+            else:
+                total = total * shrink + tl.sum(probabilities, axis=1)
             shrink = tl.expand_dims(shrink, KEY_AXIS)
             v = _load_rows(value_rows, is_key, v_dims, VALUE_DIM)
             if IS_PAIRED:
-                even, odd = _halves(v)
+                even, odd = float8_halves(v, IN_ASSEMBLY)
                 sum_values = _weighted(probabilities, even, sum_values * shrink, KEY_AXIS, PRECISION)
                 sum_odd_values = _weighted(probabilities, odd, sum_odd_values * shrink, KEY_AXIS, PRECISION)
             else:
@@ -304,6 +324,7 @@ def _attend_part(
                 sum_values = _weighted(probabilities, v, sum_values * shrink, KEY_AXIS, PRECISION)
             largest = new_largest
         if KEY_AXIS == 0:
+            total = tl.sum(total, axis=0)
             sum_values, sum_odd_values = tl.trans(sum_values), tl.trans(sum_odd_values)
         DIMS: tl.constexpr = VALUE_PAD * 2 if IS_PAIRED else VALUE_PAD
         if IS_PAIRED:
@@ -332,7 +353,7 @@ def _attend_part(
 def _combine_parts(
     partial, maxima, sums, query_lengths, key_lengths, sink, out, window, num_heads, num_groups, num_parts,
     HEADS: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr, TILE_ROWS: tl.constexpr,
-    ROW_TILES: tl.constexpr, PARTS_PAD: tl.constexpr, SEQUENCES: tl.constexpr, HAS_SINK: tl.constexpr,
+    ROW_TILES: tl.constexpr, PARTS_PAD: tl.constexpr, SEQUENCES: tl.constexpr, LARGEST_PART: tl.constexpr, HAS_SINK: tl.constexpr,
     HAS_WINDOW: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     row, group, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -343,7 +364,7 @@ def _combine_parts(
         if HAS_WINDOW:
             lowest = tl.maximum(num_keys - num_queries - window + 1, 0)
         parts = tl.arange(0, PARTS_PAD)
-        first, size = _part(parts)
+        first, size = _part(parts, LARGEST_PART)
         is_used = (first < num_keys) & (first + size > lowest)
         first_place = (b * num_groups + group).to(tl.int64) * num_parts
         largest = tl.load(
