@@ -40,6 +40,7 @@ class LinearNeed(NamedTuple):
             x requires, and plain ones have its dtype.
         on_cpu: Whether the tensors are in CPU memory.
         weight_format: The format of all weights (see `kernels.weights`), or "mixed".
+        input_dim: D.
     """
 
     num_rows: int | None
@@ -48,6 +49,7 @@ class LinearNeed(NamedTuple):
     readable: bool
     on_cpu: bool
     weight_format: str = PLAIN
+    input_dim: int = 0
 
 
 def linear(x: torch.Tensor, weight_OD: Weight, bias_O: torch.Tensor | None = None) -> torch.Tensor:
@@ -82,6 +84,7 @@ def joined_linear(x: torch.Tensor, layers: tuple[WeightAndBias, ...]) -> torch.T
         readable,
         x.is_cpu,
         weight_format or PLAIN,
+        input_dim,
     )
     return LINEAR.choose(need)[1].run(x, layers)
 

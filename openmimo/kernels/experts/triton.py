@@ -7,7 +7,7 @@ import torch
 
 from openmimo.kernels.dispatch import Backend, triton_unavailable
 from openmimo.kernels.operations import ExpertsNeed
-from openmimo.kernels.weights import PLAIN
+from openmimo.kernels.weights import FP8, INT8, PLAIN, BlockScaled, Weight
 
 _MAX_TOKENS = 256  # above, sorted tokens and torch's grouped product are faster
 
@@ -16,23 +16,33 @@ def run(
     x_TD: torch.Tensor,
     expert_ids_TA: torch.Tensor,
     weights_TA: torch.Tensor,
-    gate_up_EHD: torch.Tensor,
-    down_EDF: torch.Tensor,
+    gate_up_EHD: Weight,
+    down_EDF: Weight,
     *,
     need: ExpertsNeed,
 ) -> torch.Tensor:
     """Implement `openmimo.kernels.operations.apply_experts`."""
     from openmimo.kernels.experts._triton import run_experts
 
-    return run_experts(x_TD, expert_ids_TA, weights_TA, gate_up_EHD.contiguous(), down_EDF.contiguous())
+    return run_experts(x_TD, expert_ids_TA, weights_TA, _contiguous(gate_up_EHD), _contiguous(down_EDF))
+
+
+def _contiguous(weight: Weight) -> Weight:
+    if isinstance(weight, BlockScaled):
+        return BlockScaled(weight.codes.contiguous(), weight.scales.contiguous(), weight.block)
+    return weight.contiguous()
 
 
 def refuse(need: ExpertsNeed) -> str | None:
-    """A few tokens on an accelerator, plain weights, no gradients."""
+    """A few tokens on an accelerator, no gradients. Block-scaled weights need 16-bit tokens and even dims."""
     if reason := triton_unavailable(need.on_cpu, need.dtype):
         return reason
-    if need.weight_format != PLAIN:
-        return f"its weights are plain, not {need.weight_format}"
+    if need.weight_format not in (PLAIN, INT8, FP8):
+        return f"its weights are plain, int8 with a scale for each output or fp8, not {need.weight_format}"
+    if need.weight_format != PLAIN and need.dtype == torch.float32:
+        return "it multiplies block-scaled weights and numbers of 16 bits"
+    if need.weight_format != PLAIN and (need.model_dim % 2 or need.expert_dim % 2):
+        return "it reads codes in pairs, and a row has an odd number of them"
     if need.needs_gradients:
         return "it has no backward pass"
     if not 1 <= need.num_tokens <= _MAX_TOKENS:

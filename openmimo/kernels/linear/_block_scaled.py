@@ -1,0 +1,242 @@
+"""Products with block-scaled weights in Triton, for linear layers and experts.
+
+Codes (float8_e4m3fn or int8) are read as pairs, 16 bits each. The even and the odd codes are converted to float16, which
+holds every code exactly; float8 takes one instruction for two codes. The weights are the first operand of the product,
+of which a matrix unit takes 64 rows, and the few tokens are the second. A block of 128 dims is multiplied as follows:
+
+    tokens     divided by their largest magnitude in the block, so that they fit into float16
+    product    codes x tokens, summed in float32
+    total      += product * scale of the weights' block * magnitude of the tokens' block
+
+O outputs, R rows of tokens, D input dims. All functions need an even D and tokens of 16 bits.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from openmimo.kernels.linear._float8 import float8_halves, in_assembly
+from openmimo.kernels.weights import BlockScaled
+
+MAX_WEIGHTS = 3
+PAIRS = 64  # of a block of 128 dims; the blocks of scales are as large or span all dims
+TILE = 64  # outputs of a program
+_MIN_TILE_ROWS = 16
+_MAX_TILE_ROWS = 64
+_WIDE_TILE = 128  # outputs of a program with prepared tokens
+_WIDE_WARPS = 8
+_MAX_UNPREPARED_ROWS = 16
+_PROGRAMS = 264  # that keep a device busy: two for each of 132 multiprocessors
+_MIN_SPLIT_DIMS = 1024
+_ADDED = 1024  # sums of a program
+_STAGES = 4
+
+
+def pairs_of(x: torch.Tensor) -> torch.Tensor:
+    """Return a contiguous tensor of codes or of 16-bit numbers as pairs."""
+    return x.view(torch.int16 if x.element_size() == 1 else torch.int32)
+
+
+def scale_pairs_of(weight: BlockScaled) -> int:
+    """Return the pairs of a row that share a scale: a power of two, at least all if there is one scale."""
+    return weight.block[1] // 2 if weight.scales.shape[-1] > 1 else triton.next_power_of_2(weight.shape[-1])
+
+
+def codes_of(weight: BlockScaled) -> str:
+    """Return how kernels convert the codes of a weight; see `code_halves`."""
+    if weight.codes.dtype == torch.int8:
+        return "int8"
+    return "float8 in assembly" if in_assembly() else "float8"
+
+
+def multiply(x_RD: torch.Tensor, weights: tuple[BlockScaled, ...]) -> torch.Tensor:
+    """Return x [R, D] times one to three weights of one format, side by side: [R, sum of O], in the dtype of x."""
+    x_RD = x_RD.contiguous()
+    R, D = x_RD.shape
+    is_prepared = R > _MAX_UNPREPARED_ROWS
+    tile, warps = (_WIDE_TILE, _WIDE_WARPS) if is_prepared else (TILE, 4)
+    tile_rows = max(_MIN_TILE_ROWS, min(_MAX_TILE_ROWS, triton.next_power_of_2(R)))
+    sizes = [weight.shape[0] for weight in weights] + [0] * (MAX_WEIGHTS - len(weights))
+    tiles = [triton.cdiv(size, tile) for size in sizes]
+    splits = 1  # not by the number of rows
+    while sum(triton.cdiv(size, TILE) for size in sizes) * splits < _PROGRAMS and D >= 2 * splits * _MIN_SPLIT_DIMS:
+        splits *= 2
+    O, blocks = sum(sizes), triton.cdiv(D, 2 * PAIRS)
+    tokens, magnitudes = pairs_of(x_RD), x_RD
+    is_bfloat16 = x_RD.dtype == torch.bfloat16
+    if is_prepared:
+        tokens = x_RD.new_empty(2, R, D // 2, dtype=torch.float16)
+        magnitudes = x_RD.new_empty(R, blocks, dtype=torch.float32)
+        _prepare[(triton.cdiv(R, _MIN_TILE_ROWS), blocks)](
+            pairs_of(x_RD), tokens, magnitudes, R, D // 2, blocks, ROWS=_MIN_TILE_ROWS, PAIRS=PAIRS,
+            IS_BFLOAT16=is_bfloat16,
+        )  # fmt: skip
+    out_RO = x_RD.new_empty(R, O)
+    parts_SRO = out_RO if splits == 1 else x_RD.new_empty(splits, R, O, dtype=torch.float32)
+    three = [*weights, *weights[-1:] * (MAX_WEIGHTS - len(weights))]
+    _multiply[(sum(tiles), triton.cdiv(R, tile_rows), splits)](
+        tokens, magnitudes, parts_SRO,
+        *[pairs_of(weight.codes) for weight in three], *[weight.scales for weight in three], *sizes,
+        *[weight.block[0] for weight in three], *[weight.scales.stride(0) for weight in three], R, O, D // 2,
+        triton.cdiv(blocks, splits) * PAIRS, blocks,
+        TILES0=tiles[0], TILES1=tiles[1], TILES2=tiles[2], TILE_ROWS=tile_rows, TILE=tile, PAIRS=PAIRS,
+        SCALE_PAIRS=scale_pairs_of(weights[0]), CODES=codes_of(weights[0]), IS_BFLOAT16=is_bfloat16,
+        IS_PREPARED=is_prepared, num_warps=warps, num_stages=_STAGES,
+    )  # fmt: skip
+    if splits > 1:
+        _add_parts[(triton.cdiv(R * O, _ADDED),)](parts_SRO, out_RO, R * O, SPLITS=splits, BLOCK=_ADDED)
+    return out_RO
+
+
+@triton.jit
+def token_block(x_rows, is_row, start, num_pairs, PAIRS: tl.constexpr, IS_BFLOAT16: tl.constexpr):
+    """A block of tokens: float16 [rows, pairs] of the even and the odd dims, and the magnitudes that divide them.
+
+    `x_rows` points to pairs of 16-bit numbers.
+    """
+    places = start + tl.arange(0, PAIRS)
+    pairs = tl.load(x_rows[:, None] + places[None, :], mask=is_row[:, None] & (places < num_pairs)[None, :], other=0)
+    low, high = pairs.to(tl.uint16), (pairs >> 16).to(tl.uint16)
+    if IS_BFLOAT16:
+        even, odd = low.to(tl.bfloat16, bitcast=True).to(tl.float32), high.to(tl.bfloat16, bitcast=True).to(tl.float32)
+    else:
+        even, odd = low.to(tl.float16, bitcast=True).to(tl.float32), high.to(tl.float16, bitcast=True).to(tl.float32)
+    magnitude = tl.maximum(tl.max(tl.maximum(tl.abs(even), tl.abs(odd)), axis=1), 1e-30)
+    inverse = 1.0 / magnitude
+    return (even * inverse[:, None]).to(tl.float16), (odd * inverse[:, None]).to(tl.float16), magnitude
+
+
+@triton.jit
+def code_halves(pairs, CODES: tl.constexpr):
+    """The float16 values of the even and of the odd codes in int16 pairs.
+
+    CODES is "int8", "float8" or "float8 in assembly".
+    """
+    if CODES == "int8":  # the bits of 1024 + 128 + code
+        low, high = pairs.to(tl.uint8), (pairs >> 8).to(tl.uint8)
+        even = ((low ^ 0x80).to(tl.uint16) | 0x6400).to(tl.float16, bitcast=True) - 1152.0
+        odd = ((high ^ 0x80).to(tl.uint16) | 0x6400).to(tl.float16, bitcast=True) - 1152.0
+    else:
+        even, odd = float8_halves(pairs, CODES == "float8 in assembly")
+    return even, odd
+
+
+@triton.jit
+def add_block(
+    total, codes, scales, is_output, even, odd, magnitude, start, num_pairs,
+    PAIRS: tl.constexpr, SCALE_PAIRS: tl.constexpr, CODES: tl.constexpr,
+):  # fmt: skip
+    """Add the product of one block to `total`, [outputs, rows].
+
+    Args:
+        total: The sum so far, float32.
+        codes: Pointers to the pairs of each output.
+        scales: Pointers to the scales of each output.
+        is_output: Whether an output exists.
+        even: As returned by `token_block`, with `odd` and `magnitude`.
+        odd: See there.
+        magnitude: See there.
+        start: First pair of the block.
+        num_pairs: D // 2.
+        PAIRS: Pairs of a block.
+        SCALE_PAIRS: Pairs that share a scale.
+        CODES: As in `code_halves`.
+    """
+    places = start + tl.arange(0, PAIRS)
+    pairs = tl.load(codes[:, None] + places[None, :], mask=is_output[:, None] & (places < num_pairs)[None, :], other=0)
+    scale = tl.load(scales + start // SCALE_PAIRS, mask=is_output, other=0.0)
+    even_codes, odd_codes = code_halves(pairs, CODES)
+    product = tl.dot(even_codes, tl.trans(even))
+    product = tl.dot(odd_codes, tl.trans(odd), product)
+    return total + product * scale[:, None] * magnitude[None, :]
+
+
+@triton.jit
+def _prepare(
+    x, tokens, magnitudes, num_rows, num_pairs, num_blocks, ROWS: tl.constexpr, PAIRS: tl.constexpr,
+    IS_BFLOAT16: tl.constexpr,
+):  # fmt: skip
+    """Store what `token_block` returns for each block, so that each program of the product need not compute it."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    is_row = rows < num_rows
+    block = tl.program_id(1)
+    row_places = rows.to(tl.int64) * num_pairs
+    even, odd, magnitude = token_block(x + row_places, is_row, block * PAIRS, num_pairs, PAIRS, IS_BFLOAT16)
+    pairs = block * PAIRS + tl.arange(0, PAIRS)
+    place = row_places[:, None] + pairs[None, :]
+    mask = is_row[:, None] & (pairs < num_pairs)[None, :]
+    tl.store(tokens + place, even, mask=mask)
+    tl.store(tokens + num_rows.to(tl.int64) * num_pairs + place, odd, mask=mask)
+    tl.store(magnitudes + rows * num_blocks + block, magnitude, mask=is_row)
+
+
+@triton.jit
+def _multiply(
+    x, magnitudes, out, codes0, codes1, codes2, scales0, scales1, scales2, size0, size1, size2, block0, block1, block2,
+    stride0, stride1, stride2, num_rows, num_outputs, num_pairs, split_pairs, num_blocks,
+    TILES0: tl.constexpr, TILES1: tl.constexpr, TILES2: tl.constexpr, TILE_ROWS: tl.constexpr, TILE: tl.constexpr,
+    PAIRS: tl.constexpr, SCALE_PAIRS: tl.constexpr, CODES: tl.constexpr, IS_BFLOAT16: tl.constexpr,
+    IS_PREPARED: tl.constexpr,
+):  # fmt: skip
+    tile = tl.program_id(0)
+    if tile < TILES0:
+        _multiply_tile(
+            x, magnitudes, out, codes0, scales0, tile, size0, block0, stride0, size0 * 0, num_rows, num_outputs,
+            num_pairs, split_pairs, num_blocks, TILE_ROWS, TILE, PAIRS, SCALE_PAIRS, CODES, IS_BFLOAT16, IS_PREPARED,
+        )  # fmt: skip
+    if TILES1 > 0:
+        if (tile >= TILES0) & (tile < TILES0 + TILES1):
+            _multiply_tile(
+                x, magnitudes, out, codes1, scales1, tile - TILES0, size1, block1, stride1, size0, num_rows,
+                num_outputs, num_pairs, split_pairs, num_blocks, TILE_ROWS, TILE, PAIRS, SCALE_PAIRS, CODES,
+                IS_BFLOAT16, IS_PREPARED,
+            )  # fmt: skip
+    if TILES2 > 0:
+        if tile >= TILES0 + TILES1:
+            _multiply_tile(
+                x, magnitudes, out, codes2, scales2, tile - TILES0 - TILES1, size2, block2, stride2, size0 + size1,
+                num_rows, num_outputs, num_pairs, split_pairs, num_blocks, TILE_ROWS, TILE, PAIRS, SCALE_PAIRS, CODES,
+                IS_BFLOAT16, IS_PREPARED,
+            )  # fmt: skip
+
+
+@triton.jit
+def _multiply_tile(
+    x, magnitudes, out, codes, scales, tile, size, block, stride, before, num_rows, num_outputs, num_pairs,
+    split_pairs, num_blocks, TILE_ROWS: tl.constexpr, TILE: tl.constexpr, PAIRS: tl.constexpr,
+    SCALE_PAIRS: tl.constexpr, CODES: tl.constexpr, IS_BFLOAT16: tl.constexpr, IS_PREPARED: tl.constexpr,
+):  # fmt: skip
+    split = tl.program_id(2).to(tl.int64)
+    rows = tl.program_id(1) * TILE_ROWS + tl.arange(0, TILE_ROWS)
+    is_row = rows < num_rows
+    outputs = tile * TILE + tl.arange(0, TILE)
+    is_output = outputs < size
+    code_rows = codes + outputs.to(tl.int64) * num_pairs
+    scale_rows = scales + outputs // block * stride
+    x_rows = x + rows.to(tl.int64) * num_pairs
+    total = tl.zeros((TILE, TILE_ROWS), tl.float32)
+    first = tl.program_id(2) * split_pairs
+    for start in range(first, tl.minimum(first + split_pairs, num_pairs), PAIRS):
+        if IS_PREPARED:
+            places = start + tl.arange(0, PAIRS)
+            mask = is_row[:, None] & (places < num_pairs)[None, :]
+            even = tl.load(x_rows[:, None] + places[None, :], mask=mask, other=0.0)
+            odd = tl.load((x_rows + num_rows.to(tl.int64) * num_pairs)[:, None] + places[None, :], mask=mask, other=0.0)
+            magnitude = tl.load(magnitudes + rows * num_blocks + start // PAIRS, mask=is_row, other=0.0)
+        else:
+            even, odd, magnitude = token_block(x_rows, is_row, start, num_pairs, PAIRS, IS_BFLOAT16)
+        total = add_block(
+            total, code_rows, scale_rows, is_output, even, odd, magnitude, start, num_pairs, PAIRS, SCALE_PAIRS, CODES
+        )
+    place = (split * num_rows + rows)[:, None] * num_outputs + (before + outputs)[None, :]
+    tl.store(out + place, tl.trans(total), mask=is_row[:, None] & is_output[None, :])
+
+
+@triton.jit
+def _add_parts(parts, out, count, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
+    numbers = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    is_number = numbers < count
+    total = tl.zeros((BLOCK,), tl.float32)
+    for split in tl.static_range(SPLITS):
+        total += tl.load(parts + split * count + numbers, mask=is_number, other=0.0)
+    tl.store(out + numbers, total, mask=is_number)
