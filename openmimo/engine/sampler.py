@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 
 from openmimo.core.records import SamplingParams
+from openmimo.runtime.device import uploaded
 
 NO_TOKEN = -1
 _MAX_DISTRIBUTION_NUMBERS = 1 << 21  # 16 MiB in float64; sorting needs several copies
@@ -116,7 +117,7 @@ def seat_sampling(
     """The parameters of a request as a worker keeps them."""
 
     def ids(values: Iterable[int]) -> torch.Tensor:
-        return torch.tensor(list(values), device=device, dtype=torch.int64)
+        return uploaded(list(values), torch.int64, device)
 
     top_p = params.top_p if params.top_p < 1.0 else 2.0  # the cumulative sum may round to above 1
     temperature = params.temperature
@@ -125,7 +126,7 @@ def seat_sampling(
         return SeatSampling(seat, numbers, None)
     change = SeatChange(
         bias_ids=ids(params.logit_bias),
-        biases=torch.tensor(list(params.logit_bias.values()), device=device, dtype=torch.float64),
+        biases=uploaded(list(params.logit_bias.values()), torch.float64, device),
         stop_ids=ids(stop_ids if params.min_tokens else ()),
         prompt_ids=ids(set(prompt) if params.repetition_penalty != 1.0 else ()),
         repetition_penalty=params.repetition_penalty,
@@ -190,7 +191,7 @@ class SamplingTable:
             grown_5X = self._numbers_5X.new_zeros(_NUMBERS, 2 * seat)
             grown_5X[:, : self._numbers_5X.shape[1]] = self._numbers_5X
             self._numbers_5X = grown_5X
-        self._numbers_5X[:, seat] = torch.tensor(admitted.numbers, dtype=torch.float64)
+        self._numbers_5X[:, seat] = uploaded(admitted.numbers, torch.float64, device)
         self._changes.pop(seat, None)
         self._penalties.pop(seat, None)
         if change is None:
@@ -217,32 +218,49 @@ def _penalize(logits_V: torch.Tensor, change: SeatChange, penalties: _Penalties,
         logits_V -= penalty_V.masked_fill_(counts_V == 0, 0.0)
 
 
+def likeliest(logits_RV: torch.Tensor) -> torch.Tensor:
+    """The argmax of each row, int64 [R]; `NO_TOKEN` for a row whose maximum is not finite.
+
+    The maximum is not finite if all logits are -inf, or one is NaN or +inf.
+    """
+    largest_R, tokens_R = logits_RV.max(dim=-1)
+    return tokens_R.masked_fill_(largest_R - largest_R != 0, NO_TOKEN)  # true of NaN and of infinite numbers only
+
+
 def decide(
-    logits_RV: torch.Tensor, sampling: SamplingInput, table: SamplingTable, token_ids_T: torch.Tensor
+    logits_RV: torch.Tensor,
+    sampling: SamplingInput,
+    table: SamplingTable,
+    token_ids_T: torch.Tensor,
+    likeliest_R: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Decides a token for each row, int64 [R]: the argmax at temperature 0, else a draw from the filtered distribution.
 
-    The token is `NO_TOKEN` for a row whose maximum is not finite: all logits are -inf, or one is NaN or +inf.
+    The token is `NO_TOKEN` where `likeliest` of the changed logits gives it.
 
     Args:
         table: Updated with `sampling`.
         token_ids_T: The tokens of the pass. Where rows follow drafts, row r is the one after token r.
+        likeliest_R: `likeliest` of the logits, if it is known.
     """
     if sampling.changes:
         logits_RV = logits_RV.clone()
         for change in sampling.changes:
             drafts = token_ids_T[change.row + 1 - change.num_drafts : change.row + 1]
             table.change(logits_RV[change.row], change, drafts)
-    largest_R, tokens_R = logits_RV.max(dim=-1)
-    if sampling.seats_S is not None:
-        assert sampling.uniform_S is not None
-        numbers_5S = table.numbers(sampling.seats_S)
-        rows_S = sampling.sampled_rows_S
-        if rows_S is None:
-            tokens_R = _draw(logits_RV, numbers_5S, sampling.uniform_S, sampling.has_filters)
-        else:
-            tokens_R[rows_S] = _draw(logits_RV[rows_S], numbers_5S, sampling.uniform_S, sampling.has_filters)
-    return tokens_R.masked_fill_(largest_R - largest_R != 0, NO_TOKEN)  # true of NaN and of infinite numbers only
+    if likeliest_R is None or sampling.changes:
+        likeliest_R = likeliest(logits_RV)
+    if sampling.seats_S is None:
+        return likeliest_R
+    assert sampling.uniform_S is not None
+    numbers_5S = table.numbers(sampling.seats_S)
+    rows_S = sampling.sampled_rows_S
+    if rows_S is None:
+        drawn_R = _draw(logits_RV, numbers_5S, sampling.uniform_S, sampling.has_filters)
+    else:
+        drawn_S = _draw(logits_RV[rows_S], numbers_5S, sampling.uniform_S, sampling.has_filters)
+        drawn_R = likeliest_R.index_copy(0, rows_S, drawn_S)
+    return drawn_R.masked_fill_(likeliest_R == NO_TOKEN, NO_TOKEN)
 
 
 def decided_logprobs(

@@ -46,18 +46,22 @@ class DraftPlanner:
     change: drafts are verified.
 
     Args:
-        main: Buffers of the main pass.
-        buffers: Buffers for the pass of each head.
+        decode_buffers: Buffers for the pass of each head before a decoding step.
+        prompt_buffers: Buffers for the pass of each head over prompts.
         keep_positions: Positions that a head caches (None: all).
         ring_positions: As in `Worker`.
     """
 
     def __init__(
-        self, main: StepBuffers, buffers: list[StepBuffers], *, keep_positions: int | None, ring_positions: int
+        self,
+        decode_buffers: list[StepBuffers],
+        prompt_buffers: list[StepBuffers],
+        *,
+        keep_positions: int | None,
+        ring_positions: int,
     ):
-        self._main = main
-        self.num_drafts = len(buffers)
-        self._buffers = buffers
+        self.num_drafts = len(decode_buffers)
+        self._decode_buffers, self._prompt_buffers = decode_buffers, prompt_buffers
         self._keep_positions = keep_positions
         self._ring_positions = ring_positions
 
@@ -91,7 +95,8 @@ class DraftPlanner:
                     sequence.head_lengths[head] = stop
                 first_row += main_stop - sequence.num_computed_tokens
             if work:
-                heads.append(self._head_input(head, work, places, range(len(work)), len(work)))
+                buffers = self._prompt_buffers[head]
+                heads.append(self._head_input(buffers, head, work, places, range(len(work)), len(work)))
         return tuple(heads)
 
     def num_drafts_of(self, sequence: RequestState, num_heads: int) -> int:
@@ -116,7 +121,7 @@ class DraftPlanner:
                 work.append((sequence, start, stop))
                 places += self._places(sequence, start, stop)
                 sequence.head_lengths[head] = max(stop - head, 0)
-            heads.append(self._head_input(head, work, places, ready, len(sequences)))
+            heads.append(self._head_input(self._decode_buffers[head], head, work, places, ready, len(sequences)))
         self.forget_old_states(sequences)
         return tuple(heads)
 
@@ -125,8 +130,8 @@ class DraftPlanner:
         for sequence in sequences:
             sequence.states_start = max(sequence.states_start, sequence.num_computed_tokens - self.num_drafts)
 
-    def state_places(self, spans: list[Span]) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Where the worker keeps the states of a pass, and which rows of the pass it keeps (None: all).
+    def state_places(self, spans: list[Span], buffers: StepBuffers) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Where the worker keeps the states of a pass of `buffers`, and which rows of the pass it keeps (None: all).
 
         Of a sequence with many new positions only the newest states, as many as the ring holds, can still be read.
         """
@@ -139,15 +144,21 @@ class DraftPlanner:
             places += [offset + p % self._ring_positions for p in range(span.stop - count, span.stop)]
             first_row += span.stop - span.start
             rows += range(first_row - count, first_row)
-        places_T = self._main.values("state_places", places)
-        return places_T, None if len(rows) == first_row else self._main.values("state_rows", rows)
+        places_T = buffers.values("state_places", places)
+        return places_T, None if len(rows) == first_row else buffers.values("state_rows", rows)
 
     def _places(self, sequence: RequestState, start: int, stop: int) -> list[int]:
         offset = sequence.held_pages.seat * self._ring_positions
         return [offset + position % self._ring_positions for position in range(start, stop)]
 
     def _head_input(
-        self, head: int, work: list[_Work], places: list[int], members: "range | list[int]", num_sequences: int
+        self,
+        buffers: StepBuffers,
+        head: int,
+        work: list[_Work],
+        places: list[int],
+        members: "range | list[int]",
+        num_sequences: int,
     ) -> HeadInput:
         """The pass of one head. `members` are the indices of its sequences among the `num_sequences` that draft."""
         spans: list[Span] = []
@@ -164,8 +175,7 @@ class DraftPlanner:
             sources += (earlier * num_sequences + member for earlier in range(head - num_drafted, head))
             tokens += [0] * num_drafted
             last_rows.append(len(tokens) - 1)
-        buffers = self._buffers[head]
-        return HeadInput(
+        step = HeadInput(
             head,
             buffers.fill(spans, tokens),
             state_places_T=buffers.values("state_places", places),
@@ -174,6 +184,8 @@ class DraftPlanner:
             last_rows_B=buffers.values("last_rows", last_rows) if len(last_rows) < len(tokens) else None,
             sequences_B=buffers.values("sequences", members) if len(members) < num_sequences else None,
         )
+        buffers.send()
+        return step
 
 
 _SMOOTHING = 0.1

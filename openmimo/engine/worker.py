@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 
 from openmimo.engine.cache import PageArena
-from openmimo.engine.sampler import SamplingTable, decide, decided_logprobs
+from openmimo.engine.sampler import SamplingTable, decide, decided_logprobs, likeliest
 from openmimo.engine.step import (
     GroupSlots,
     HeadInput,
@@ -218,10 +218,12 @@ class PassResult(NamedTuple):
     Attributes:
         hidden: States of the tokens.
         logits_TV: Logits of the tokens.
+        likeliest_T: `sampler.likeliest` of the logits.
     """
 
     hidden: Hidden
     logits_TV: torch.Tensor
+    likeliest_T: torch.Tensor
 
 
 def why_no_graphs(model: MiMo) -> str | None:
@@ -278,7 +280,17 @@ class Worker:
     The ring holds at least 2 * num_drafts + 1 positions: the last head lags by num_drafts, a step adds num_drafts + 1.
     """
 
-    def __init__(self, model: MiMo, arena: PageArena, *, num_drafts: int, uses_graphs: bool = False):
+    def __init__(
+        self, model: MiMo, arena: PageArena, *, num_drafts: int, uses_graphs: bool = False, max_decided: int = 0
+    ):
+        """
+        Args:
+            model: The model.
+            arena: Its cache.
+            num_drafts: MTP heads that draft.
+            uses_graphs: Whether padded passes are captured.
+            max_decided: Entries of the decided tokens (`StepInput.decided_place`).
+        """
         self._model = model
         self._arena = arena
         self._context = PagedContext(arena, RotaryRows(model.device, model.config.max_positions))
@@ -286,6 +298,7 @@ class Worker:
         self.ring_positions = 1 << (2 * num_drafts).bit_length()
         self._states_XD: torch.Tensor | None = None
         self._sampling = SamplingTable(model.config.vocab_size, model.device)
+        self._decided_X = torch.zeros(max_decided, dtype=torch.int64, device=model.device)
         self.graphs = PassGraphs(model.device, self._pass) if uses_graphs else None
 
     @torch.inference_mode()
@@ -295,7 +308,7 @@ class Worker:
             drafts_HB = self._draft(step.drafting.heads, step.drafting.num_sequences)
             drafts_N = drafts_HB.view(-1).index_select(0, step.drafting.sources_N)
             step.main.token_ids_T.index_copy_(0, step.drafting.rows_N, drafts_N)
-        hidden, logits_TV = self._run_main(step)
+        hidden, computed = self._run_main(step)
         recorded = self._context.routing.recorded
         if step.state_places_T is not None:
             states_TD = hidden.pre_norm_TD if self._reads_pre_norm else hidden.post_norm_TD
@@ -310,13 +323,20 @@ class Worker:
         tokens_R = num_accepted_B = None
         logprobs_R = top_ids_RV = top_logprobs_RV = None
         if step.sampling is not None:
-            states_RD = hidden.post_norm_TD
-            if step.decided_rows_R is not None:
-                states_RD = states_RD[step.decided_rows_R]
-            logits_RV = self._model.head(states_RD) if logits_TV is None else logits_TV
+            likeliest_R = None
+            if computed is None:
+                states_RD = hidden.post_norm_TD
+                if step.decided_rows_R is not None:
+                    states_RD = states_RD[step.decided_rows_R]
+                logits_RV = self._model.head(states_RD)
+            else:
+                logits_RV, likeliest_R = computed.logits_TV, computed.likeliest_T
             table, tokens_T = self._sampling, step.main.token_ids_T[: step.main.num_tokens]
             table.update(step.sampling)
-            tokens_R = decide(logits_RV, step.sampling, table, tokens_T)
+            tokens_R = decide(logits_RV, step.sampling, table, tokens_T, likeliest_R)
+            if step.decided_place is not None:
+                kept_R = self._decided_X[step.decided_place : step.decided_place + tokens_R.shape[0]]
+                torch.clamp(tokens_R, min=0, out=kept_R)  # the next step runs also if no token could be decided
             if step.sampling.logprob_seats_R is not None:
                 logprobs_R, top_ids_RV, top_logprobs_RV = decided_logprobs(logits_RV, tokens_R, step.sampling, table)
             if step.draft_rows_BK is not None:
@@ -351,20 +371,28 @@ class Worker:
             ids.append(top.indices)
         return PromptScores(torch.cat(chosen), torch.cat(ids), torch.cat(values))
 
-    def _run_main(self, step: StepInput) -> tuple[Hidden, torch.Tensor | None]:
-        """Runs the main layers. Returns the states, and the logits of all tokens if a graph computed them."""
+    def _run_main(self, step: StepInput) -> tuple[Hidden, PassResult | None]:
+        """Runs the main layers. Returns the states, and the results of all tokens if a graph computed them."""
         main = step.main
         if main.shape is None:
             context = self._context.bind(main, records_routing=step.records_routing)
-            return self._model(main.token_ids_T, context), None
+            tokens_T = self._with_decided(main.token_ids_T) if step.reads_decided else main.token_ids_T
+            return self._model(tokens_T, context), None
         assert self.graphs is not None and step.decided_rows_R is None and not step.records_routing
-        hidden, logits_TV = self.graphs.replay(main)
+        hidden, logits_TV, likeliest_T = self.graphs.replay(main)
         pre_norm_TD, post_norm_TD = (states[: main.num_tokens] for states in (hidden.pre_norm_TD, hidden.post_norm_TD))
-        return Hidden(pre_norm_TD=pre_norm_TD, post_norm_TD=post_norm_TD), logits_TV[: main.num_tokens]
+        kept = Hidden(pre_norm_TD=pre_norm_TD, post_norm_TD=post_norm_TD)
+        return kept, PassResult(kept, logits_TV[: main.num_tokens], likeliest_T[: main.num_tokens])
 
     def _pass(self, main: PassInput) -> PassResult:
-        hidden = self._model(main.token_ids_T, self._context.bind(main))
-        return PassResult(hidden, self._model.head(hidden.post_norm_TD))
+        hidden = self._model(self._with_decided(main.token_ids_T), self._context.bind(main))
+        logits_TV = self._model.head(hidden.post_norm_TD)
+        return PassResult(hidden, logits_TV, likeliest(logits_TV))
+
+    def _with_decided(self, token_ids_T: torch.Tensor) -> torch.Tensor:
+        """Token ids in which those of earlier steps have taken the places of their references."""
+        decided_T = self._decided_X[(-1 - token_ids_T).clamp_(min=0)]
+        return torch.where(token_ids_T < 0, decided_T, token_ids_T)
 
     @torch.inference_mode()
     def draft(self, heads: tuple[HeadInput, ...], num_sequences: int) -> torch.Tensor:

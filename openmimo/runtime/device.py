@@ -52,6 +52,61 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def works_ahead(device: torch.device) -> bool:
+    """Return whether the device works through a queue while the host goes on."""
+    return device.type != "cpu"
+
+
+class HostBlock:
+    """Pinned memory, from which an accelerator copies while the host works on.
+
+    Attributes:
+        array: The memory, uint8.
+    """
+
+    def __init__(self, num_bytes: int):
+        self._memory = torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=True)
+        self._sent: torch.cuda.Event | None = None
+        self.array = self._memory.numpy()
+
+    def send(self, target: torch.Tensor, num_bytes: int) -> None:
+        """Queue a copy of the first bytes to `target`. Do not write before `wait`."""
+        target[:num_bytes].copy_(self._memory[:num_bytes], non_blocking=True)
+        self._sent = self._sent or torch.cuda.Event()
+        self._sent.record()
+
+    def wait(self) -> None:
+        """Wait until the device has read what was sent last."""
+        if self._sent is not None:
+            self._sent.synchronize()
+
+
+class Arrival:
+    """Copies of tensors on their way to the host. On a CPU they are there already."""
+
+    def __init__(self, tensors: tuple[torch.Tensor | None, ...]):
+        self._copies = tuple(None if tensor is None else tensor.to("cpu", non_blocking=True) for tensor in tensors)
+        self._event: torch.cuda.Event | None = None
+        if any(tensor is not None and tensor.device.type == "cuda" for tensor in tensors):
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def wait(self) -> tuple[torch.Tensor | None, ...]:
+        """Wait for the copies, and for nothing that was queued later."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._copies
+
+
+def uploaded(
+    values: list[int] | list[float] | tuple[float, ...], dtype: torch.dtype, device: torch.device | str
+) -> torch.Tensor:
+    """Return a tensor of `values` on the device, without waiting for work that is queued there."""
+    if torch.device(device).type == "cpu":
+        return torch.tensor(values, dtype=dtype)
+    return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
+
+
 class CapturedGraphs:
     """Graphs of work on an accelerator, which share the memory of their intermediate results.
 
