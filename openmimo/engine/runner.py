@@ -28,6 +28,7 @@ from openmimo.engine.sampler import RowChange, SamplingInput, SeatSampling, seat
 from openmimo.engine.speculative import DraftLength, DraftPlanner
 from openmimo.engine.stats import EngineStats
 from openmimo.engine.step import (
+    PROMPTS,
     DraftInput,
     HeadInput,
     PassShape,
@@ -37,7 +38,9 @@ from openmimo.engine.step import (
     StepBuffers,
     StepInput,
     StepOutput,
+    padded_prompt_tokens,
     padded_shape,
+    prompt_shape,
 )
 from openmimo.engine.worker import Worker, why_no_graphs
 from openmimo.model.attention import kv_spec
@@ -140,13 +143,13 @@ class Runner:
                 model.device,
                 layers,
                 max_tokens=max_tokens,
-                max_sequences=config.max_sequences,
+                max_sequences=max(config.max_sequences, PROMPTS),
                 max_positions=model.config.max_positions,
             )
 
         decode_tokens = config.max_sequences * (2 * num_drafts + 2)
         self._decode_buffers = buffers(range(num_layers), decode_tokens)
-        self._prompt_buffers = buffers(range(num_layers), prompt_tokens)
+        self._prompt_buffers = buffers(range(num_layers), padded_prompt_tokens(prompt_tokens))
         self._drafting: DraftPlanner | None = None
         if num_drafts:
             assert model.config.mtp is not None
@@ -303,6 +306,16 @@ class Runner:
             max_positions=self._max_positions,
         )
 
+    def _prompt_shape(self, sequences: list[RequestState], spans: list[Span], num_tokens: int) -> PassShape | None:
+        """The shape of the captured graph that reads prompts; None if none does."""
+        graphs = self.worker.graphs
+        if graphs is None or any(sequence.params.routed_experts for sequence in sequences):
+            return None
+        if padded_prompt_tokens(num_tokens) > graphs.max_prompt_tokens:
+            return None
+        longest_key = max(span.stop for span in spans)
+        return prompt_shape(len(spans), num_tokens, longest_key, max_positions=self._max_positions)
+
     def _prefill_input(
         self,
         prefills: list[tuple[RequestState, int]],
@@ -327,6 +340,7 @@ class Runner:
             sampling=self._sampling_input(buffers, read, [0] * len(read), [[]] * len(read)) if read else None,
             decided_place=self._max_sequences,
             prompt_heads=heads,
+            shape=self._prompt_shape(sequences, spans, len(tokens)),
             decided_rows_R=buffers.values("decided_rows", last_rows) if read else None,
             scored=rows,
         )

@@ -18,12 +18,17 @@ from openmimo.engine.cache import PageArena, PageTables
 from openmimo.engine.sampler import SamplingInput
 from openmimo.runtime.device import HostBlock
 
+MAX_SHORT_TOKENS = 16  # new tokens per sequence up to which a pass decodes or verifies drafts
 _MAX_VIEWS = 256
 _ALIGNMENT_BYTES = 16
 _STAGING_MARGIN = 1 << 12  # bytes, for alignment
 _MAX_VALUES = 16  # names of `StepBuffers.values` in one step
 _MAX_PADDED_TOKENS = 256  # larger passes keep the device busy for longer than their launches take
 _FIRST_POSITIONS, _NEXT_POSITIONS = 512, 4
+PROMPTS = 16  # sequences of a captured pass over prompts
+_PROMPT_TOKENS = (64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
+_CHEAP_TOKENS = 1024  # up to so many, padding costs less than the launches that a graph saves
+_FULL_SHARE = 0.85
 _NUMPY_DTYPES = {torch.int32: np.int32, torch.int64: np.int64, torch.float64: np.float64}
 
 
@@ -66,6 +71,11 @@ class PassShape(NamedTuple):
     num_tokens: int
     longest_query: int
     longest_key: int
+
+    @property
+    def is_prompt(self) -> bool:
+        """Whether the pass reads prompts: its sequences may have any number of new tokens."""
+        return self.longest_query > MAX_SHORT_TOKENS
 
 
 class PassInput(NamedTuple):
@@ -231,6 +241,27 @@ class HeadInput(NamedTuple):
     sequences_B: torch.Tensor | None
 
 
+def prompt_shape(num_sequences: int, num_tokens: int, longest_key: int, *, max_positions: int) -> PassShape | None:
+    """The smallest shape of a graph that holds a pass over prompts; None if it is too large, or half empty.
+
+    Args:
+        num_sequences: Sequences of the pass.
+        num_tokens: Tokens of the pass.
+        longest_key: The most positions of a sequence.
+        max_positions: Limit of the model.
+    """
+    tokens = padded_prompt_tokens(num_tokens)
+    is_too_empty = tokens > _CHEAP_TOKENS and num_tokens < _FULL_SHARE * tokens
+    if num_tokens > _PROMPT_TOKENS[-1] or num_sequences > PROMPTS or is_too_empty:
+        return None
+    return PassShape(PROMPTS, tokens, tokens, _padded_positions(longest_key, max_positions))
+
+
+def padded_prompt_tokens(num_tokens: int) -> int:
+    """The tokens of the smallest captured pass over prompts that holds `num_tokens`, or `num_tokens` if none does."""
+    return next((size for size in _PROMPT_TOKENS if size >= num_tokens), num_tokens)
+
+
 def padded_shape(
     num_sequences: int, longest_query: int, longest_key: int, *, max_sequences: int, max_positions: int
 ) -> PassShape | None:
@@ -249,10 +280,15 @@ def padded_shape(
     sequences = min(_padded_sequences(num_sequences), max_sequences)
     if sequences * longest_query > _MAX_PADDED_TOKENS:
         return None
+    return PassShape(sequences, sequences * longest_query, longest_query, _padded_positions(longest_key, max_positions))
+
+
+def _padded_positions(longest_key: int, max_positions: int) -> int:
+    """The next of 512, 2,048, 8,192, ..."""
     positions = _FIRST_POSITIONS
     while positions < longest_key:
         positions *= _NEXT_POSITIONS
-    return PassShape(sequences, sequences * longest_query, longest_query, min(positions, max_positions))
+    return min(positions, max_positions)
 
 
 def _padded_sequences(count: int) -> int:

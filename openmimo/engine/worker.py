@@ -21,6 +21,7 @@ import torch
 from openmimo.engine.cache import PageArena
 from openmimo.engine.sampler import SamplingTable, decide, decided_logprobs, likeliest
 from openmimo.engine.step import (
+    MAX_SHORT_TOKENS,
     GroupSlots,
     HeadInput,
     PassInput,
@@ -30,9 +31,9 @@ from openmimo.engine.step import (
     StepInput,
     StepOutput,
 )
-from openmimo.kernels.attention import AttentionOut, Pages, attend, paged_attend, store
+from openmimo.kernels.attention import PAGED_ATTENTION, AttentionOut, PagedNeed, Pages, attend, paged_attend, store
 from openmimo.kernels.dispatch import triton_unavailable
-from openmimo.kernels.operations import rotary_table
+from openmimo.kernels.operations import EXPERTS, ExpertsNeed, rotary_table
 from openmimo.model.attention import AttentionConfig
 from openmimo.model.backbone import Hidden
 from openmimo.model.context import AttentionCall, RoutingTape, SequenceBalance
@@ -43,7 +44,7 @@ from openmimo.runtime.device import CapturedGraphs
 _FIRST_POSITIONS = 512
 _ROTARY_PIECE = 1 << 16
 _MAX_SCORED_NUMBERS = 1 << 22  # logits of a prompt that are held at once; 16 MiB in float32
-_MAX_SHORT_TOKENS = 16  # new tokens per sequence up to which a pass attends directly to the pages
+_MOST_PROMPT_TOKENS, _FEW_TOKENS = 8192, 256
 _Geometry = tuple[int, float, torch.dtype]
 
 
@@ -102,9 +103,9 @@ class _Keys(NamedTuple):
 class PagedContext:
     """An `AttentionContext` (see `openmimo.model.context`) over an arena. A worker has one and binds it to each pass.
 
-    A short pass (decoding, verification) stores its keys first and attends to the pages. A long pass (prefill) attends
-    to a copy of the cached keys followed by the new ones, and then stores the new keys, of which a sliding layer may
-    keep only the last.
+    A short pass (decoding, verification) stores its keys first and attends to the pages, and so does a captured pass. A
+    long pass (prefill) attends to a copy of the cached keys followed by the new ones, and then stores the new keys, of
+    which a sliding layer may keep only the last.
     """
 
     def __init__(self, arena: PageArena, rotary: RotaryRows):
@@ -122,7 +123,7 @@ class PagedContext:
         self._step = step
         self._lengths = step.lengths
         self._longest_query, self._longest_key = max(self._lengths), max(step.stops)
-        self._is_short = self._longest_query <= _MAX_SHORT_TOKENS
+        self._reads_pages = self._longest_query <= MAX_SHORT_TOKENS or step.shape is not None
         is_contiguous = len(step.starts) == 1 and step.shape is None
         self._rotary_rows = slice(step.starts[0], step.stops[0]) if is_contiguous else step.positions_T
         self._picked.clear()
@@ -146,7 +147,7 @@ class PagedContext:
         slots = self._step.groups[group]
         assert slots is not None, "the pass was planned without this group of layers"
         pages = Pages(keys_XPGK, values_XPGV, slots.tables_BY[part])
-        if self._is_short and slots.kept_rows is None:
+        if self._reads_pages and slots.kept_rows is None:
             if call.k_TGK is not None and call.v_TGV is not None:
                 self._store(slots, part, pages, call.k_TGK, call.v_TGV)
             result = paged_attend(
@@ -213,17 +214,19 @@ class PagedContext:
 
 
 class PassResult(NamedTuple):
-    """The results of a decoding pass.
+    """The results of a captured pass.
 
     Attributes:
         hidden: States of the tokens.
         logits_TV: Logits of the tokens.
         likeliest_T: `sampler.likeliest` of the logits.
+
+    Logits of prompts are not computed here, because few are needed: these are then None.
     """
 
     hidden: Hidden
-    logits_TV: torch.Tensor
-    likeliest_T: torch.Tensor
+    logits_TV: torch.Tensor | None
+    likeliest_T: torch.Tensor | None
 
 
 def why_no_graphs(model: MiMo) -> str | None:
@@ -240,19 +243,42 @@ def why_no_graphs(model: MiMo) -> str | None:
     return None
 
 
+def max_prompt_tokens(model: MiMo, cache_dtype: torch.dtype) -> int:
+    """Tokens of the largest pass over prompts that can be captured: 0 if none can.
+
+    Other kernels for prompts wait for the device, or need the lengths of the sequences on the host.
+    """
+    config, dtype = model.config, model.activation_dtype
+    for spec in config.attention_layers():
+        need = PagedNeed(2 * MAX_SHORT_TOKENS, spec.key_dim, spec.value_dim, False, dtype, cache_dtype, False)
+        if PAGED_ATTENTION.choose(need)[0] != "triton_prompts":
+            return 0
+    if config.moe is None:
+        return _MOST_PROMPT_TOKENS
+    moe = config.moe
+    for tokens, name in ((_MOST_PROMPT_TOKENS, "triton_grouped"), (_FEW_TOKENS, "triton")):
+        sizes = (moe.num_experts, moe.experts_per_token, config.hidden_size, moe.expert_dim)
+        if EXPERTS.choose(ExpertsNeed(tokens, *sizes, dtype, False, False))[0] == name:
+            return tokens
+    return 0
+
+
 class PassGraphs:
     """The captured passes of a worker, by shape.
 
     Attributes:
         capture_seconds: Time that the captures took.
+        max_prompt_tokens: Tokens of the largest pass over prompts that is captured.
     """
 
-    def __init__(self, device: torch.device, run: Callable[[PassInput], PassResult]):
+    def __init__(self, device: torch.device, run: Callable[[PassInput], PassResult], *, max_prompt_tokens: int = 0):
         """
         Args:
             device: The accelerator.
             run: Queues the work of a pass.
+            max_prompt_tokens: As in the attributes.
         """
+        self.max_prompt_tokens = max_prompt_tokens
         self._run = run
         self._graphs = CapturedGraphs(device)
         self._replays: dict[PassShape, Callable[[], PassResult]] = {}
@@ -299,7 +325,10 @@ class Worker:
         self._states_XD: torch.Tensor | None = None
         self._sampling = SamplingTable(model.config.vocab_size, model.device)
         self._decided_X = torch.zeros(max_decided, dtype=torch.int64, device=model.device)
-        self.graphs = PassGraphs(model.device, self._pass) if uses_graphs else None
+        self.graphs: PassGraphs | None = None
+        if uses_graphs:
+            prompt_tokens = max_prompt_tokens(model, arena.dtype)
+            self.graphs = PassGraphs(model.device, self._pass, max_prompt_tokens=prompt_tokens)
 
     @torch.inference_mode()
     def execute(self, step: StepInput) -> StepOutput:
@@ -308,7 +337,8 @@ class Worker:
             drafts_HB = self._draft(step.drafting.heads, step.drafting.num_sequences)
             drafts_N = drafts_HB.view(-1).index_select(0, step.drafting.sources_N)
             step.main.token_ids_T.index_copy_(0, step.drafting.rows_N, drafts_N)
-        hidden, computed = self._run_main(step)
+        computed = self._run_main(step)
+        hidden = computed.hidden
         recorded = self._context.routing.recorded
         if step.state_places_T is not None:
             states_TD = hidden.pre_norm_TD if self._reads_pre_norm else hidden.post_norm_TD
@@ -323,14 +353,14 @@ class Worker:
         tokens_R = num_accepted_B = None
         logprobs_R = top_ids_RV = top_logprobs_RV = None
         if step.sampling is not None:
-            likeliest_R = None
-            if computed is None:
+            likeliest_R = computed.likeliest_T
+            if computed.logits_TV is None:
                 states_RD = hidden.post_norm_TD
                 if step.decided_rows_R is not None:
                     states_RD = states_RD[step.decided_rows_R]
                 logits_RV = self._model.head(states_RD)
             else:
-                logits_RV, likeliest_R = computed.logits_TV, computed.likeliest_T
+                logits_RV = computed.logits_TV
             table, tokens_T = self._sampling, step.main.token_ids_T[: step.main.num_tokens]
             table.update(step.sampling)
             tokens_R = decide(logits_RV, step.sampling, table, tokens_T, likeliest_R)
@@ -371,21 +401,27 @@ class Worker:
             ids.append(top.indices)
         return PromptScores(torch.cat(chosen), torch.cat(ids), torch.cat(values))
 
-    def _run_main(self, step: StepInput) -> tuple[Hidden, PassResult | None]:
-        """Runs the main layers. Returns the states, and the results of all tokens if a graph computed them."""
+    def _run_main(self, step: StepInput) -> PassResult:
+        """Runs the main layers."""
         main = step.main
         if main.shape is None:
             context = self._context.bind(main, records_routing=step.records_routing)
             tokens_T = self._with_decided(main.token_ids_T) if step.reads_decided else main.token_ids_T
-            return self._model(tokens_T, context), None
-        assert self.graphs is not None and step.decided_rows_R is None and not step.records_routing
+            return PassResult(self._model(tokens_T, context), None, None)
+        assert self.graphs is not None and not step.records_routing
         hidden, logits_TV, likeliest_T = self.graphs.replay(main)
         pre_norm_TD, post_norm_TD = (states[: main.num_tokens] for states in (hidden.pre_norm_TD, hidden.post_norm_TD))
         kept = Hidden(pre_norm_TD=pre_norm_TD, post_norm_TD=post_norm_TD)
-        return kept, PassResult(kept, logits_TV[: main.num_tokens], likeliest_T[: main.num_tokens])
+        if logits_TV is None or likeliest_T is None:
+            return PassResult(kept, None, None)
+        assert step.decided_rows_R is None, "all rows of a decoding pass are decided"
+        return PassResult(kept, logits_TV[: main.num_tokens], likeliest_T[: main.num_tokens])
 
     def _pass(self, main: PassInput) -> PassResult:
         hidden = self._model(self._with_decided(main.token_ids_T), self._context.bind(main))
+        assert main.shape is not None
+        if main.shape.is_prompt:
+            return PassResult(hidden, None, None)
         logits_TV = self._model.head(hidden.post_norm_TD)
         return PassResult(hidden, logits_TV, likeliest(logits_TV))
 

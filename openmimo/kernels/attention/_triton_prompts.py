@@ -10,7 +10,7 @@ any of them sees. With a window of 3, four queries and two heads, rows run over 
     query 7   head 0, 1              x x x
 
 Keys that all queries see need no mask; in a layer without a window these are most. Softmax is computed block by block
-with base 2. Key dims are read as two powers of two (192 = 128 + 64).
+with base 2. Key dims are read as two powers of two (192 = 128 + 64). Keys are packed, or in the pages of the cache.
 """
 
 import math
@@ -19,52 +19,74 @@ import torch
 import triton
 import triton.language as tl
 
+_TILE_ROWS = 128  # queries times query heads of a key/value head
 _MIN_TILE = 16  # of a matrix product
 _BLOCK_KEYS = 64
 
 
 def attend_tiles(
     q_TNK: torch.Tensor,
-    k_SGK: torch.Tensor,
-    v_SGV: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    tables_BY: torch.Tensor | None,
     sink_N: torch.Tensor | None,
-    tiles_X5: torch.Tensor,
+    query_lengths_B: torch.Tensor,
+    key_lengths_B: torch.Tensor,
     *,
-    tile_queries: int,
+    longest_query: int,
     scale: float,
     window_keys: int | None,
 ) -> torch.Tensor:
-    """Attention output [T, N, V].
+    """Attention output [T, N, V]. Rows of queries beyond the sum of `query_lengths_B` are not written.
 
     Args:
         q_TNK: Packed queries.
-        k_SGK: Packed keys.
-        v_SGV: Packed values.
+        keys: Packed keys [S, G, K], or pages [X, P, G, K].
+        values: Packed values, or pages.
+        tables_BY: The pages of each sequence, int32; None for packed keys.
         sink_N: Sink logits, or None.
-        tiles_X5: As in `openmimo.kernels.attention.triton_prompts`.
-        tile_queries: Queries of a tile, a power of two.
+        query_lengths_B: Queries of each sequence, int32.
+        key_lengths_B: Keys of each sequence, int32.
+        longest_query: A bound of `query_lengths_B`.
         scale: Factor of the logits.
         window_keys: Keys that a query sees, its own included (None: all).
     """
     T, N, K = q_TNK.shape
-    _, G, V = v_SGV.shape
-    q_TNK, k_SGK, v_SGV = (x if x.stride(2) == 1 else x.contiguous() for x in (q_TNK, k_SGK, v_SGV))
+    G, V = values.shape[-2:]
+    B = len(query_lengths_B)
+    q_TNK = q_TNK if q_TNK.stride(2) == 1 else q_TNK.contiguous()
+    keys, values = (x if x.stride(-1) == 1 else x.contiguous() for x in (keys, values))
     out_TNV = q_TNK.new_empty(T, N, V)
     heads = triton.next_power_of_2(N // G)
+    tile_queries = max(_TILE_ROWS // heads, 1)
     first_dims = 1 << (K.bit_length() - 1)
     rest_dims = K - first_dims
     is_wide = q_TNK.dtype == torch.float32
-    _attend_tile[(len(tiles_X5), G)](
-        q_TNK, k_SGK, v_SGV, sink_N, out_TNV, tiles_X5, scale * math.log2(math.e), window_keys or 0,
-        q_TNK.stride(0), q_TNK.stride(1), k_SGK.stride(0), k_SGK.stride(1), v_SGV.stride(0), v_SGV.stride(1), N,
+    is_paged = tables_BY is not None
+    _attend_tile[(triton.cdiv(longest_query, tile_queries), G, B)](
+        q_TNK, keys, values, tables_BY, sink_N, out_TNV, query_lengths_B, key_lengths_B,
+        scale * math.log2(math.e), window_keys or 0, q_TNK.stride(0), q_TNK.stride(1),
+        keys.stride(0), keys.stride(-3), keys.stride(-2), values.stride(0), values.stride(-3), values.stride(-2),
+        tables_BY.stride(0) if tables_BY is not None else 0, N, triton.cdiv(longest_query, tile_queries),
         HEADS=N // G, HEADS_PAD=heads, ROWS=max(tile_queries * heads, _MIN_TILE), KEY_DIM=K,
         FIRST_DIMS=max(_MIN_TILE, first_dims), REST_DIMS=rest_dims,
         REST_PAD=max(_MIN_TILE, triton.next_power_of_2(max(rest_dims, 1))),
         VALUE_DIM=V, VALUE_PAD=max(_MIN_TILE, triton.next_power_of_2(V)), BLOCK=32 if is_wide else _BLOCK_KEYS,
+        PAGE=keys.shape[1] if is_paged else 0, SEQUENCES=triton.next_power_of_2(B),
         HAS_SINK=sink_N is not None, HAS_WINDOW=window_keys is not None, PRECISION="ieee" if is_wide else "tf32",
         num_warps=8, num_stages=1 if is_wide else 2,
     )  # fmt: skip
     return out_TNV
+
+
+@triton.jit
+def _place(tables, position, is_key, PAGE: tl.constexpr, IS_MASKED: tl.constexpr):
+    """The page of each position and its place there; packed keys are one page."""
+    if PAGE == 0:
+        return position.to(tl.int64) * 0, position.to(tl.int64)
+    if IS_MASKED:
+        return tl.load(tables + position // PAGE, mask=is_key, other=0).to(tl.int64), (position % PAGE).to(tl.int64)
+    return tl.load(tables + position // PAGE).to(tl.int64), (position % PAGE).to(tl.int64)
 
 
 @triton.jit
@@ -77,7 +99,8 @@ def _load_tile(rows, is_row, dims, num_dims, DIMS_PAD: tl.constexpr, DIMS: tl.co
 
 @triton.jit
 def _add_keys(
-    q_first, q_rest, largest, total, sum_values, k, v, start, stop, own, num_keys, scale, window, stride_ks, stride_vs,
+    q_first, q_rest, largest, total, sum_values, k, v, tables, start, stop, own, num_keys, scale, window,
+    stride_kx, stride_ks, stride_vx, stride_vs, PAGE: tl.constexpr,
     KEY_DIM: tl.constexpr, FIRST_DIMS: tl.constexpr, REST_DIMS: tl.constexpr, REST_PAD: tl.constexpr,
     VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr, BLOCK: tl.constexpr, HAS_WINDOW: tl.constexpr,
     IS_MASKED: tl.constexpr, PRECISION: tl.constexpr,
@@ -89,7 +112,8 @@ def _add_keys(
     for block in range(start, stop, BLOCK):
         position = block + tl.arange(0, BLOCK)
         is_key = position < num_keys
-        key_rows = k + position.to(tl.int64)[:, None] * stride_ks
+        page, slot = _place(tables, position, is_key, PAGE, IS_MASKED)
+        key_rows = k + page[:, None] * stride_kx + slot[:, None] * stride_ks
         tile = _load_tile(key_rows, is_key, dims, KEY_DIM, FIRST_DIMS, FIRST_DIMS, IS_MASKED or KEY_DIM < FIRST_DIMS)
         logits = tl.dot(q_first, tl.trans(tile), input_precision=PRECISION)
         if REST_DIMS > 0:
@@ -108,7 +132,7 @@ def _add_keys(
         probabilities = tl.exp2(logits - safe[:, None])
         shrink = tl.exp2(largest - safe)
         total = total * shrink + tl.sum(probabilities, axis=1)
-        value_rows = v + position.to(tl.int64)[:, None] * stride_vs
+        value_rows = v + page[:, None] * stride_vx + slot[:, None] * stride_vs
         tile = _load_tile(value_rows, is_key, v_dims, VALUE_DIM, VALUE_PAD, VALUE_DIM, IS_MASKED)
         sum_values = sum_values * shrink[:, None]
         sum_values += tl.dot(probabilities.to(tile.dtype), tile, input_precision=PRECISION)
@@ -118,55 +142,65 @@ def _add_keys(
 
 @triton.jit
 def _attend_tile(
-    q, k, v, sink, out, tiles, scale, window,
-    stride_qt, stride_qn, stride_ks, stride_kg, stride_vs, stride_vg, num_heads,
+    q, keys, values, tables, sink, out, query_lengths, key_lengths, scale, window,
+    stride_qt, stride_qn, stride_kx, stride_ks, stride_kg, stride_vx, stride_vs, stride_vg, stride_tb, num_heads,
+    num_tiles,
     HEADS: tl.constexpr, HEADS_PAD: tl.constexpr, ROWS: tl.constexpr, KEY_DIM: tl.constexpr,
     FIRST_DIMS: tl.constexpr, REST_DIMS: tl.constexpr, REST_PAD: tl.constexpr, VALUE_DIM: tl.constexpr,
-    VALUE_PAD: tl.constexpr, BLOCK: tl.constexpr, HAS_SINK: tl.constexpr, HAS_WINDOW: tl.constexpr,
-    PRECISION: tl.constexpr,
+    VALUE_PAD: tl.constexpr, BLOCK: tl.constexpr, PAGE: tl.constexpr, SEQUENCES: tl.constexpr,
+    HAS_SINK: tl.constexpr, HAS_WINDOW: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    tile, group = tl.program_id(0), tl.program_id(1)
-    first_query, last_query = tl.load(tiles + tile * 5), tl.load(tiles + tile * 5 + 1)
-    first_key, first_own = tl.load(tiles + tile * 5 + 2), tl.load(tiles + tile * 5 + 3)
-    num_keys = tl.load(tiles + tile * 5 + 4)
-    rows = tl.arange(0, ROWS)
-    query, head = first_query + rows // HEADS_PAD, group * HEADS + rows % HEADS_PAD
-    is_row = (query < last_query) & (rows % HEADS_PAD < HEADS)
-    own = first_own + rows // HEADS_PAD
-    q_rows = q + query.to(tl.int64)[:, None] * stride_qt + head[:, None] * stride_qn
-    dims = tl.arange(0, FIRST_DIMS)
-    rest = FIRST_DIMS + tl.arange(0, REST_PAD)
-    v_dims = tl.arange(0, VALUE_PAD)
-    q_first = tl.load(q_rows + dims[None, :], mask=is_row[:, None] & (dims < KEY_DIM)[None, :], other=0.0)
-    q_rest = tl.load(q_rows + rest[None, :], mask=is_row[:, None] & (rest < KEY_DIM)[None, :], other=0.0)
-    largest = tl.full((ROWS,), float("-inf"), tl.float32)
-    total = tl.zeros((ROWS,), tl.float32)
-    sum_values = tl.zeros((ROWS, VALUE_PAD), tl.float32)
-    keys = k + first_key.to(tl.int64) * stride_ks + group * stride_kg
-    values = v + first_key.to(tl.int64) * stride_vs + group * stride_vg
-    start = first_own * 0
-    stop = tl.minimum(first_own + ROWS // HEADS_PAD, num_keys)
-    if HAS_WINDOW:
-        start = tl.maximum(first_own - window + 1, 0)
-    else:
-        whole = (first_own + 1) // BLOCK * BLOCK
+    group, b = tl.program_id(1), tl.program_id(2)
+    offset = (num_tiles - 1 - tl.program_id(0)) * (ROWS // HEADS_PAD)  # tiles with the most keys begin first
+    num_queries, num_keys = tl.load(query_lengths + b), tl.load(key_lengths + b)
+    if offset < num_queries:
+        earlier = tl.arange(0, SEQUENCES)
+        first_query = tl.sum(tl.load(query_lengths + earlier, mask=earlier < b, other=0))
+        rows = tl.arange(0, ROWS)
+        number, head = offset + rows // HEADS_PAD, group * HEADS + rows % HEADS_PAD
+        is_row = (number < num_queries) & (rows % HEADS_PAD < HEADS)
+        first_own = num_keys - num_queries + offset
+        own = num_keys - num_queries + number
+        query = (first_query + number).to(tl.int64)
+        q_rows = q + query[:, None] * stride_qt + head[:, None] * stride_qn
+        dims = tl.arange(0, FIRST_DIMS)
+        rest = FIRST_DIMS + tl.arange(0, REST_PAD)
+        v_dims = tl.arange(0, VALUE_PAD)
+        q_first = tl.load(q_rows + dims[None, :], mask=is_row[:, None] & (dims < KEY_DIM)[None, :], other=0.0)
+        q_rest = tl.load(q_rows + rest[None, :], mask=is_row[:, None] & (rest < KEY_DIM)[None, :], other=0.0)
+        largest = tl.full((ROWS,), float("-inf"), tl.float32)
+        total = tl.zeros((ROWS,), tl.float32)
+        sum_values = tl.zeros((ROWS, VALUE_PAD), tl.float32)
+        k, v, table = keys + group * stride_kg, values + group * stride_vg, tables
+        if PAGE == 0:
+            first_key = tl.sum(tl.load(key_lengths + earlier, mask=earlier < b, other=0)).to(tl.int64)
+            k += first_key * stride_ks
+            v += first_key * stride_vs
+        else:
+            table += b.to(tl.int64) * stride_tb
+        start = num_keys * 0
+        stop = tl.minimum(first_own + ROWS // HEADS_PAD, num_keys)
+        if HAS_WINDOW:
+            start = tl.maximum(first_own - window + 1, 0)
+        else:
+            whole = (first_own + 1) // BLOCK * BLOCK
+            largest, total, sum_values = _add_keys(
+                q_first, q_rest, largest, total, sum_values, k, v, table, start, whole, own, num_keys, scale, window,
+                stride_kx, stride_ks, stride_vx, stride_vs, PAGE, KEY_DIM, FIRST_DIMS, REST_DIMS, REST_PAD, VALUE_DIM,
+                VALUE_PAD, BLOCK, HAS_WINDOW, False, PRECISION,
+            )  # fmt: skip
+            start = whole
         largest, total, sum_values = _add_keys(
-            q_first, q_rest, largest, total, sum_values, keys, values, start, whole, own, num_keys, scale, window,
-            stride_ks, stride_vs, KEY_DIM, FIRST_DIMS, REST_DIMS, REST_PAD, VALUE_DIM, VALUE_PAD, BLOCK, HAS_WINDOW,
-            False, PRECISION,
+            q_first, q_rest, largest, total, sum_values, k, v, table, start, stop, own, num_keys, scale, window,
+            stride_kx, stride_ks, stride_vx, stride_vs, PAGE, KEY_DIM, FIRST_DIMS, REST_DIMS, REST_PAD, VALUE_DIM,
+            VALUE_PAD, BLOCK, HAS_WINDOW, True, PRECISION,
         )  # fmt: skip
-        start = whole
-    largest, total, sum_values = _add_keys(
-        q_first, q_rest, largest, total, sum_values, keys, values, start, stop, own, num_keys, scale, window,
-        stride_ks, stride_vs, KEY_DIM, FIRST_DIMS, REST_DIMS, REST_PAD, VALUE_DIM, VALUE_PAD, BLOCK, HAS_WINDOW,
-        True, PRECISION,
-    )  # fmt: skip
-    if HAS_SINK:
-        sink_rows = tl.load(sink + head, mask=is_row, other=0.0).to(tl.float32) * 1.4426950408889634
-        new_largest = tl.maximum(largest, sink_rows)
-        shrink = tl.exp2(largest - new_largest)
-        total = total * shrink + tl.exp2(sink_rows - new_largest)
-        sum_values = sum_values * shrink[:, None]
-    result = sum_values / tl.where(total == 0.0, 1.0, total)[:, None]
-    place = (query.to(tl.int64) * num_heads + head)[:, None] * VALUE_DIM + v_dims[None, :]
-    tl.store(out + place, result.to(out.dtype.element_ty), mask=is_row[:, None] & (v_dims < VALUE_DIM)[None, :])
+        if HAS_SINK:
+            sink_rows = tl.load(sink + head, mask=is_row, other=0.0).to(tl.float32) * 1.4426950408889634
+            new_largest = tl.maximum(largest, sink_rows)
+            shrink = tl.exp2(largest - new_largest)
+            total = total * shrink + tl.exp2(sink_rows - new_largest)
+            sum_values = sum_values * shrink[:, None]
+        result = sum_values / tl.where(total == 0.0, 1.0, total)[:, None]
+        place = (query * num_heads + head)[:, None] * VALUE_DIM + v_dims[None, :]
+        tl.store(out + place, result.to(out.dtype.element_ty), mask=is_row[:, None] & (v_dims < VALUE_DIM)[None, :])
