@@ -5,10 +5,11 @@ import functools
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
 import torch
 
 from openmimo.core.errors import ConfigError
@@ -99,12 +100,13 @@ class Arrival:
 
 
 def uploaded(
-    values: list[int] | list[float] | tuple[float, ...], dtype: torch.dtype, device: torch.device | str
+    values: Sequence[int] | Sequence[float] | np.ndarray, dtype: torch.dtype, device: torch.device | str
 ) -> torch.Tensor:
     """Return a tensor of `values` on the device, without waiting for work that is queued there."""
+    tensor = torch.as_tensor(values, dtype=dtype)
     if torch.device(device).type == "cpu":
-        return torch.tensor(values, dtype=dtype)
-    return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 class CapturedGraphs:
