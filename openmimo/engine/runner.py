@@ -168,7 +168,7 @@ class Runner:
         num_drafts = [0] * len(sequences)
         if self._drafting:
             num_drafts = [self._drafting.num_drafts_of(sequence, num_heads) for sequence in sequences]
-        output = self.worker.execute(self._decode_input(sequences, num_drafts))
+        output = self._execute(self._decode_input(sequences, num_drafts))
         self.stats.num_prompt_tokens += sum(s.num_computed_tokens < s.prompt_length for s in sequences)
         for place, sequence in enumerate(sequences):
             if sequence.pooled is not None:  # the last token of a prompt may be computed here
@@ -217,7 +217,7 @@ class Runner:
         last = [(s, end - 1) for (s, stop), end in zip(prefills, ends, strict=True) if stop == len(s.tokens)]
         read = [sequence for sequence, _ in last]
         step, scored = self._prefill_input(prefills, read, [row for _, row in last], counts)
-        output = self.worker.execute(step)
+        output = self._execute(step)
         for sequence, count in zip(sequences, counts, strict=True):
             sequence.num_computed_tokens += count
         for place, sequence in enumerate(read):
@@ -251,6 +251,16 @@ class Runner:
                 if sequence.finish_reason:
                     sequence.num_computed_tokens = min(sequence.num_computed_tokens, len(sequence.tokens) - 1)
         return [sequence for sequence in running if sequence in run.read or sequence.finish_reason]
+
+    def _execute(self, step: StepInput) -> StepOutput:
+        output, graphs = self.worker.execute(step), self.worker.graphs
+        if step.main.shape is None:
+            self.stats.num_other_passes += 1
+        elif graphs is not None:
+            self.stats.num_graph_passes += 1
+            self.stats.num_graphs, self.stats.graph_seconds = graphs.num_captured, graphs.capture_seconds
+            self.stats.graph_bytes = graphs.num_bytes
+        return output
 
     def _decode_input(self, sequences: list[RequestState], num_drafts: list[int]) -> StepInput:
         values = self._decode_buffers.values

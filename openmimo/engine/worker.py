@@ -285,6 +285,11 @@ class PassGraphs:
         self.capture_seconds = 0.0
 
     @property
+    def num_bytes(self) -> int:
+        """Memory that the captures took."""
+        return self._graphs.num_bytes
+
+    @property
     def num_captured(self) -> int:
         """Captured graphs."""
         return len(self._replays)

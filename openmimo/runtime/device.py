@@ -113,11 +113,15 @@ class CapturedGraphs:
     """Graphs of work on an accelerator, which share the memory of their intermediate results.
 
     The results of a replay are valid until the next replay of any of them.
+
+    Attributes:
+        num_bytes: Memory that the captures took from the device.
     """
 
     def __init__(self, device: torch.device):
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
+        self.num_bytes = 0
 
     def capture(self, function: Callable[[], Result]) -> Callable[[], Result]:
         """Run `function` twice, and capture the work that it queues. It must not wait for the device.
@@ -132,8 +136,11 @@ class CapturedGraphs:
                 function()
         torch.cuda.current_stream(self._device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
+        torch.cuda.empty_cache()  # as the capture would, so that the difference is its own memory
+        before = torch.cuda.memory_reserved(self._device)
         with torch.cuda.graph(graph, pool=self._pool):
             result = function()
+        self.num_bytes += torch.cuda.memory_reserved(self._device) - before
 
         def replay() -> Result:
             graph.replay()

@@ -82,19 +82,25 @@ def attend_tiles(
 @triton.jit
 def _place(tables, position, is_key, PAGE: tl.constexpr, IS_MASKED: tl.constexpr):
     """The page of each position and its place there; packed keys are one page."""
-    if PAGE == 0:
-        return position.to(tl.int64) * 0, position.to(tl.int64)
-    if IS_MASKED:
-        return tl.load(tables + position // PAGE, mask=is_key, other=0).to(tl.int64), (position % PAGE).to(tl.int64)
-    return tl.load(tables + position // PAGE).to(tl.int64), (position % PAGE).to(tl.int64)
+    slot = position.to(tl.int64)
+    page = slot * 0
+    if PAGE > 0:
+        if IS_MASKED:
+            page = tl.load(tables + position // PAGE, mask=is_key, other=0).to(tl.int64)
+        else:
+            page = tl.load(tables + position // PAGE).to(tl.int64)
+        slot = slot % PAGE
+    return page, slot
 
 
 @triton.jit
 def _load_tile(rows, is_row, dims, num_dims, DIMS_PAD: tl.constexpr, DIMS: tl.constexpr, IS_MASKED: tl.constexpr):
     """A tile [rows, dims] from the addresses of rows; 0 outside."""
     if IS_MASKED or DIMS_PAD != DIMS:
-        return tl.load(rows + dims[None, :], mask=is_row[:, None] & (dims < num_dims)[None, :], other=0.0)
-    return tl.load(rows + dims[None, :])
+        tile = tl.load(rows + dims[None, :], mask=is_row[:, None] & (dims < num_dims)[None, :], other=0.0)
+    else:
+        tile = tl.load(rows + dims[None, :])
+    return tile
 
 
 @triton.jit

@@ -136,6 +136,7 @@ def _draw(
             num_ties = tl.minimum(tl.minimum(by_weight, top_k - count), _MANY).to(tl.int64)
             num_ties = tl.maximum(num_ties, 1)
     kept = tl.full((), 0.0, tl.float64)
+    token = tl.full((), V, tl.int64)
     for _turn in range(0, 2):
         aim = tl.load(uniforms + number) * kept  # of no use in the first turn, which only sums
         passed = tl.full((), 0.0, tl.float64)
