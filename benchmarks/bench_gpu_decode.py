@@ -188,10 +188,11 @@ def measure_decoding(device: torch.device, rate: float, batches: list[int], *, r
         )
         floor = NEW * step_bytes(config, batch) / rate
         tokens, goal = 1e3 * batch * NEW, GOALS.get(batch)
+        stats = engine.stats
         note = (
-            f"{tokens / ours:.0f} against {tokens / peer:.0f} tokens/s{f', goal {goal}' if goal else ''}; a decoding step "
-            f"takes {step:.2f} ms, {1e3 * batch / step:.0f} tokens/s; prompts {prompt:.1f} ms; {engine.stats.num_graphs} graphs of {engine.stats.graph_bytes / 2**20:.0f} MiB "
-            f"in {engine.stats.graph_seconds:.1f} s"
+            f"{tokens / ours:.0f} against {tokens / peer:.0f} tokens/s{f', goal {goal}' if goal else ''}; a decoding "
+            f"step takes {step:.2f} ms, {1e3 * batch / step:.0f} tokens/s; prompts {prompt:.1f} ms; {stats.num_graphs} "
+            f"graphs of {stats.graph_bytes / 2**20:.0f} MiB in {stats.graph_seconds:.1f} s"
         )
         ratio = goal * peer / tokens if goal else None
         rows.append(Row(f"decode, batch {batch}", ours, peer, "transformers generate", floor, ratio, note))

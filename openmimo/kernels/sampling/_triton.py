@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-_BLOCK = 2048
+_BLOCK = 4096
 _LOWEST, _MANY = tl.constexpr(-(1 << 31)), tl.constexpr((1 << 31) - 1)
 
 
@@ -27,7 +27,7 @@ def draw_rows(
     tokens_R = torch.empty(R, dtype=torch.int64, device=logits_RV.device)
     _draw[(R,)](
         logits_RV, numbers_5R.contiguous(), uniform_R, tokens_R, logits_RV.stride(0), R, V,
-        BLOCK=min(_BLOCK, triton.next_power_of_2(V)), HAS_FILTERS=has_filters, num_warps=8,
+        BLOCK=min(_BLOCK, triton.next_power_of_2(V)), HAS_FILTERS=has_filters, num_warps=16,
     )  # fmt: skip
     return tokens_R
 
@@ -38,7 +38,7 @@ def log_sums(logits_RV: torch.Tensor, temperature_R: torch.Tensor) -> torch.Tens
     sums_R = torch.empty(R, dtype=torch.float32, device=logits_RV.device)
     _log_sum[(R,)](
         logits_RV, temperature_R.contiguous(), sums_R, logits_RV.stride(0), V,
-        BLOCK=min(_BLOCK, triton.next_power_of_2(V)), num_warps=8,
+        BLOCK=min(_BLOCK, triton.next_power_of_2(V)), num_warps=16,
     )  # fmt: skip
     return sums_R
 
