@@ -23,6 +23,7 @@ import gc
 import tempfile
 import time
 import zlib
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -38,11 +39,13 @@ from openmimo.kernels.operations import RoutingRule, apply_experts, route
 from openmimo.model.config import ModelConfig
 from openmimo.model.hf import save_model
 from openmimo.model.mimo import MiMo
-from openmimo.runtime.device import resolve_device, synchronize
+from openmimo.runtime.device import CapturedGraphs, resolve_device, synchronize
 
 PROMPT, NEW = 512, 128
 GOALS = {1: 1_000, 8: 6_000, 32: 16_000, 64: 20_000}  # tokens a second of a whole call
 ATTENTION_GOAL, EXPERTS_GOAL = 0.85, 1.35  # share of the copy rate at batch 8 and 32; multiple of the floor
+REPLAYS = 20
+DRAFTS = 3
 GREEDY = {"temperature": 0.0}
 SAMPLED = {"temperature": 1.0, "top_p": 0.9, "top_k": 50, "logprobs": True}
 ATTENTION_CASES = ((1, 1, None), (8, 1, None), (32, 1, None), (32, 4, None), (32, 1, 128), (32, 4, 128))
@@ -79,6 +82,18 @@ def copy_bytes_per_ms(device: torch.device) -> float:
     return 2 * source.numel() / ms
 
 
+def replayed_milliseconds(call: Callable[[], object], device: torch.device) -> float:
+    """Milliseconds of a call in a captured graph, as the engine runs it: without the time of its launches."""
+    replay = CapturedGraphs(device).capture(call)
+
+    def replays() -> None:
+        for _ in range(REPLAYS):
+            replay()
+
+    (ms,) = median_milliseconds([replays], rounds=10, device=device)
+    return ms / REPLAYS
+
+
 def measure_attention(device: torch.device, rate: float) -> list[Row]:
     """Decoding and verification of the two kinds of layers."""
     rows = []
@@ -107,7 +122,7 @@ def measure_attention(device: torch.device, rate: float) -> list[Row]:
                 window_keys=window,
             )
 
-        (ms,) = median_milliseconds([call], rounds=20, device=device)
+        ms = replayed_milliseconds(call, device)
         reach = CONTEXT if window is None else window + queries - 1
         floor = batch * reach * groups * 320 * 2 / rate
         kind = "full" if window is None else f"window {window}"
@@ -128,11 +143,10 @@ def measure_experts(device: torch.device, rate: float) -> list[Row]:
     for tokens in EXPERT_TOKENS:
         x = torch.randn(tokens, D, device=device).to(torch.bfloat16)
         ids, weights, _ = route(x, weight, bias, RoutingRule(A))
-        calls = [
-            lambda x=x, ids=ids, weights=weights: apply_experts(x, ids, weights, gate_up, down),
-            lambda x=x: route(x, weight, bias, RoutingRule(A)),
-        ]
-        ms, router_ms = median_milliseconds(calls, rounds=20, device=device)
+        ms = replayed_milliseconds(
+            lambda x=x, ids=ids, weights=weights: apply_experts(x, ids, weights, gate_up, down), device
+        )
+        router_ms = replayed_milliseconds(lambda x=x: route(x, weight, bias, RoutingRule(A)), device)
         hit = ids.unique().numel()
         floor = hit * 3 * D * F * 2 / rate
         note = (
@@ -202,7 +216,24 @@ def measure_decoding(device: torch.device, rate: float, batches: list[int], *, r
         print(f"[{time.strftime('%H:%M:%S')}] batch {batch}, sampled: {note}", flush=True)
         del engine
         gc.collect()
+        rows.append(measure_drafts(model, prompts.tolist(), device, rate))
+        print(f"[{time.strftime('%H:%M:%S')}] {rows[-1].name}: {rows[-1].ours_ms:.2f} ms", flush=True)
+        gc.collect()
     return rows
+
+
+def measure_drafts(model: MiMo, prompts: list[list[int]], device: torch.device, rate: float) -> Row:
+    """A step that drafts and verifies. The heads are random, so nearly no draft is accepted: only its time counts."""
+    config, batch = model.config, len(prompts)
+    engine_config = EngineConfig(num_drafts=DRAFTS, adaptive_drafts=False, cache_gigabytes=8.0)
+    engine = Engine(model, config=replace(engine_config, mixed_prefill_tokens="all"))
+    decode(engine, prompts, device, "warm", GREEDY)
+    _, step, _ = decode(engine, prompts, device, "drafts", GREEDY)
+    heads = sum(parameter.numel() for parameter in model.model.mtp.parameters()) / config.num_mtp_heads
+    floor_bytes = step_bytes(config, batch * (DRAFTS + 1)) + 2 * DRAFTS * (
+        heads + config.hidden_size * config.vocab_size
+    )
+    return Row(f"step with {DRAFTS} drafts, batch {batch}", step, floor_ms=floor_bytes / rate)
 
 
 def decode(

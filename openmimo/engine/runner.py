@@ -38,6 +38,8 @@ from openmimo.engine.step import (
     StepBuffers,
     StepInput,
     StepOutput,
+    draft_rows_of,
+    draft_shape,
     padded_prompt_tokens,
     padded_shape,
     prompt_shape,
@@ -147,7 +149,7 @@ class Runner:
                 max_positions=model.config.max_positions,
             )
 
-        decode_tokens = config.max_sequences * (2 * num_drafts + 2)
+        decode_tokens = config.max_sequences * max(2 * num_drafts + 2, draft_rows_of(num_drafts))
         self._decode_buffers = buffers(range(num_layers), decode_tokens)
         self._prompt_buffers = buffers(range(num_layers), padded_prompt_tokens(prompt_tokens))
         self._drafting: DraftPlanner | None = None
@@ -264,11 +266,14 @@ class Runner:
 
     def _decode_input(self, sequences: list[RequestState], num_drafts: list[int]) -> StepInput:
         values = self._decode_buffers.values
-        heads = self._drafting.draft(sequences, num_drafts) if self._drafting else ()
+        heads: tuple[HeadInput, ...] = ()
+        width = len(sequences)
+        if self._drafting:
+            heads, width = self._drafting.draft(sequences, num_drafts, self._draft_shape(sequences))
         drafts: list[list[int]] = [[] for _ in sequences]
         if heads and any(sequence.structure is not None for sequence in sequences):
             # The masks of a grammar depend on the drafts, so the host needs them first.
-            drafts_BH = self.worker.draft(heads, len(sequences)).T.tolist()
+            drafts_BH = self.worker.draft(heads, width)[:, : len(sequences)].T.tolist()
             drafts = [known[:number] for known, number in zip(drafts_BH, num_drafts, strict=True)]
         spans: list[Span] = []
         tokens: list[int] = []
@@ -283,7 +288,7 @@ class Runner:
             if number:
                 tokens += drafts[index] or [0] * number
                 draft_rows += range(first + 1, first + 1 + number)
-                sources += range(index, index + number * len(sequences), len(sequences))
+                sources += range(index, index + number * width, width)
             if num_columns:
                 padded_rows += [*range(first, first + number), *[num_rows - 1] * (num_columns - number)]
         drafting = draft_rows_BK = None
@@ -291,7 +296,7 @@ class Runner:
             draft_rows_BK = values("verified_rows", padded_rows).view(len(sequences), num_columns)
             if not any(drafts):
                 rows_N, sources_N = values("draft_rows", draft_rows), values("draft_sources", sources)
-                drafting = DraftInput(heads, len(sequences), rows_N, sources_N)
+                drafting = DraftInput(heads, width, rows_N, sources_N)
         return self._step_input(
             self._decode_buffers,
             sequences,
@@ -302,6 +307,18 @@ class Runner:
             drafting=drafting,
             draft_rows_BK=draft_rows_BK,
             shape=self._graph_shape(sequences, spans, 1 + num_columns),
+        )
+
+    def _draft_shape(self, sequences: list[RequestState]) -> PassShape | None:
+        """The shape of the captured passes of the drafting heads; None if none are."""
+        if self.worker.graphs is None or self._drafting is None:
+            return None
+        return draft_shape(
+            len(sequences),
+            self._drafting.num_drafts,
+            max(sequence.num_computed_tokens for sequence in sequences),
+            max_sequences=self._max_sequences,
+            max_positions=self._max_positions,
         )
 
     def _graph_shape(self, sequences: list[RequestState], spans: list[Span], longest_query: int) -> PassShape | None:

@@ -29,6 +29,7 @@ PROMPTS = 16  # sequences of a captured pass over prompts
 _PROMPT_TOKENS = (64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
 _CHEAP_TOKENS = 1024  # up to so many, padding costs less than the launches that a graph saves
 _FULL_SHARE = 0.85
+_MAX_DRAFTING_TOKENS = 512
 _NUMPY_DTYPES = {torch.int32: np.int32, torch.int64: np.int64, torch.float64: np.float64}
 
 
@@ -115,13 +116,13 @@ class DraftInput(NamedTuple):
 
     Attributes:
         heads: The passes of the drafting heads, in order.
-        num_sequences: The sequences of the step, B.
+        width: Columns of the drafts [H, W]: one for each sequence, and more if the passes are padded.
         rows_N: The rows of the main pass whose tokens are drafts, int64.
-        sources_N: The index of each of these drafts in the flattened drafts [H, B], int64.
+        sources_N: The index of each of these drafts in the flattened drafts [H, W], int64.
     """
 
     heads: "tuple[HeadInput, ...]"
-    num_sequences: int
+    width: int
     rows_N: torch.Tensor
     sources_N: torch.Tensor
 
@@ -227,9 +228,12 @@ class HeadInput(NamedTuple):
         state_places_T: The main-model states that it reads, int64: rows of the worker's states, or -1 - r for row r of
             the main pass of the same step.
         draft_rows: Rows of the pass whose token is a draft of an earlier head, int64; None if there are none.
-        draft_sources: The index of each of these drafts in the flattened drafts [H, B], int64.
+        draft_sources: The index of each of these drafts in the flattened drafts [H, W], int64.
         last_rows_B: The last row of each sequence, int64; None if the pass has one row per sequence.
-        sequences_B: The index of each sequence in the drafts, int64; None if the head serves all of them.
+        sequences_B: The column of each sequence in the drafts, int64; None if the head serves all of them.
+
+    In a padded pass the last row belongs to no sequence, and neither does the last column of the drafts. Surplus
+    entries of the lists name these.
     """
 
     head: int
@@ -260,6 +264,31 @@ def prompt_shape(num_sequences: int, num_tokens: int, longest_key: int, *, max_p
 def padded_prompt_tokens(num_tokens: int) -> int:
     """The tokens of the smallest captured pass over prompts that holds `num_tokens`, or `num_tokens` if none does."""
     return next((size for size in _PROMPT_TOKENS if size >= num_tokens), num_tokens)
+
+
+def draft_shape(
+    num_sequences: int, num_drafts: int, longest_key: int, *, max_sequences: int, max_positions: int
+) -> PassShape | None:
+    """The shape of the passes of drafting heads in a graph; None if they are too large for one.
+
+    A head computes the positions of the last step, and those of earlier drafts: fewer than twice the drafts and one.
+
+    Args:
+        num_sequences: Sequences of the step.
+        num_drafts: Heads that may draft.
+        longest_key: The most positions of a sequence.
+        max_sequences: Limit of the engine.
+        max_positions: Limit of the model.
+    """
+    sequences, rows = min(_padded_sequences(num_sequences), max_sequences), draft_rows_of(num_drafts)
+    if sequences * rows > _MAX_DRAFTING_TOKENS or rows > MAX_SHORT_TOKENS:
+        return None
+    return PassShape(sequences, sequences * rows, rows, _padded_positions(longest_key, max_positions))
+
+
+def draft_rows_of(num_drafts: int) -> int:
+    """Rows of a sequence in a padded pass of a drafting head."""
+    return 1 << (2 * num_drafts).bit_length()
 
 
 def padded_shape(

@@ -14,7 +14,7 @@ decided rows in the worker, B sequences, Y rows of a table, H drafting heads, D 
 
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 
@@ -45,6 +45,7 @@ _FIRST_POSITIONS = 512
 _ROTARY_PIECE = 1 << 16
 _MAX_SCORED_NUMBERS = 1 << 22  # logits of a prompt that are held at once; 16 MiB in float32
 _MOST_PROMPT_TOKENS, _FEW_TOKENS = 8192, 256
+Result = TypeVar("Result")
 _Geometry = tuple[int, float, torch.dtype]
 
 
@@ -282,6 +283,7 @@ class PassGraphs:
         self._run = run
         self._graphs = CapturedGraphs(device)
         self._replays: dict[PassShape, Callable[[], PassResult]] = {}
+        self._draft_replays: dict[tuple[PassShape, int], Callable[[], torch.Tensor]] = {}
         self.capture_seconds = 0.0
 
     @property
@@ -292,16 +294,33 @@ class PassGraphs:
     @property
     def num_captured(self) -> int:
         """Captured graphs."""
-        return len(self._replays)
+        return len(self._replays) + len(self._draft_replays)
 
     def replay(self, step: PassInput) -> PassResult:
         """Replays a padded pass, whose tensors are those of every pass of this shape; captures it at its first use."""
         assert step.shape is not None, "only padded passes are captured"
         if step.shape not in self._replays:
-            start = time.perf_counter()
-            self._replays[step.shape] = self._graphs.capture(lambda: self._run(step))
-            self.capture_seconds += time.perf_counter() - start
+            self._replays[step.shape] = self._capture(lambda: self._run(step))
         return self._replays[step.shape]()
+
+    def replay_drafts(self, heads: tuple[HeadInput, ...], width: int, run: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """Replays the padded passes of drafting heads, as `replay` does. `run` queues their work."""
+        shape = heads[0].forward.shape
+        assert shape is not None and width == shape.num_sequences + 1
+        key = (shape, len(heads))
+        if key not in self._draft_replays:
+            self._draft_replays[key] = self._capture(run)
+        return self._draft_replays[key]()
+
+    def forget_drafts(self) -> None:
+        """Drops the graphs of drafting heads."""
+        self._draft_replays.clear()
+
+    def _capture(self, run: Callable[[], Result]) -> Callable[[], Result]:
+        start = time.perf_counter()
+        replay = self._graphs.capture(run)
+        self.capture_seconds += time.perf_counter() - start
+        return replay
 
 
 class Worker:
@@ -339,8 +358,8 @@ class Worker:
     def execute(self, step: StepInput) -> StepOutput:
         """Drafts, runs the main layers over the new tokens, stores their states, decides tokens and verifies drafts."""
         if step.drafting is not None:
-            drafts_HB = self._draft(step.drafting.heads, step.drafting.num_sequences)
-            drafts_N = drafts_HB.view(-1).index_select(0, step.drafting.sources_N)
+            drafts_HW = self._draft(step.drafting.heads, step.drafting.width)
+            drafts_N = drafts_HW.view(-1).index_select(0, step.drafting.sources_N)
             step.main.token_ids_T.index_copy_(0, step.drafting.rows_N, drafts_N)
         computed = self._run_main(step)
         hidden = computed.hidden
@@ -436,13 +455,20 @@ class Worker:
         return torch.where(token_ids_T < 0, decided_T, token_ids_T)
 
     @torch.inference_mode()
-    def draft(self, heads: tuple[HeadInput, ...], num_sequences: int) -> torch.Tensor:
-        """Only drafts, int64 [H, B], for a host that needs the drafts before the main layers run."""
-        return self._draft(heads, num_sequences)
+    def draft(self, heads: tuple[HeadInput, ...], width: int) -> torch.Tensor:
+        """Only drafts, int64 [H, W], for a host that needs the drafts before the main layers run."""
+        return self._draft(heads, width)
 
-    def _draft(self, heads: tuple[HeadInput, ...], num_sequences: int) -> torch.Tensor:
-        """Runs the drafting heads in order: drafts, int64 [H, B]. A head reads the drafts of earlier ones."""
-        drafts_HB = torch.zeros(len(heads), num_sequences, dtype=torch.int64, device=self._model.device)
+    def _draft(self, heads: tuple[HeadInput, ...], width: int) -> torch.Tensor:
+        """Drafts, int64 [H, W]. Padded passes are captured: all heads of a step are one graph."""
+        if not heads or heads[0].forward.shape is None:
+            return self._run_heads(heads, width)
+        assert self.graphs is not None, "only padded passes are captured"
+        return self.graphs.replay_drafts(heads, width, lambda: self._run_heads(heads, width))
+
+    def _run_heads(self, heads: tuple[HeadInput, ...], width: int) -> torch.Tensor:
+        """Runs the drafting heads in order: drafts, int64 [H, W]. A head reads the drafts of earlier ones."""
+        drafts_HB = torch.zeros(len(heads), width, dtype=torch.int64, device=self._model.device)
         assert self._states_XD is not None, "heads draft after the main layers"
         for step in heads:
             if step.draft_rows is not None:
@@ -456,7 +482,7 @@ class Worker:
             if step.sequences_B is None:
                 drafts_HB[step.head] = tokens_B
             else:
-                drafts_HB[step.head, step.sequences_B] = tokens_B
+                drafts_HB[step.head].index_copy_(0, step.sequences_B, tokens_B)
         return drafts_HB
 
     def _run_head(self, step: HeadInput, states_TD: torch.Tensor) -> torch.Tensor:
@@ -478,6 +504,8 @@ class Worker:
             if states_XD is not None:
                 grown_XD[: len(states_XD)] = states_XD
             self._states_XD = states_XD = grown_XD
+            if self.graphs is not None:
+                self.graphs.forget_drafts()  # they read the old memory
         return states_XD
 
 

@@ -106,6 +106,36 @@ def test_drafts_change_no_token(device):
     assert sum(engine.stats.offered) > 20
 
 
+@pytest.mark.parametrize("num_drafts", [1, 2, 3])
+def test_captured_drafts_are_those_of_single_launches(device, num_drafts):
+    """Also where texts begin, end and share prefixes, so that passes are padded. Output alone would not show it."""
+    model = tiny_model(3, mtp_heads=3).to(device)
+    drafts = {}
+    for graphs in (True, False):
+        config = EngineConfig(num_drafts=num_drafts, adaptive_drafts=False, graphs=graphs, cache_gigabytes=0.05)
+        engine = Engine(model, config=config)
+        worker, found = engine._runner.worker, []
+        real = worker._draft
+
+        def draft(heads, width, real=real, found=found):
+            drafts_HW = real(heads, width)
+            found.append(drafts_HW.tolist())
+            return drafts_HW
+
+        worker._draft = draft
+        for number, request in enumerate(mixed(11)):
+            engine.submit(request)
+            if number % 2:
+                engine.step()
+        while engine.has_work:
+            engine.step()
+        drafts[graphs] = found
+        assert not graphs or len(worker.graphs._draft_replays) > 1
+    assert len(drafts[True]) == len(drafts[False]) > 20
+    for ours, theirs in zip(drafts[True], drafts[False], strict=True):
+        assert [row[: len(theirs[0])] for row in ours] == theirs
+
+
 def test_a_text_does_not_depend_on_its_batch(device):
     """Bitwise where our kernels compute; the products of torch's library round by the number of rows."""
     model = tiny_model(3).to(device)
