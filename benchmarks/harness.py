@@ -168,6 +168,9 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str:
+    """The commit of the working tree; a copy of it without a repository gets it from the environment."""
+    if named := os.environ.get("OPENMIMO_COMMIT"):
+        return named
     try:
         run = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):

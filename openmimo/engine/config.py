@@ -6,6 +6,7 @@ from typing import Literal, TypeAlias
 from openmimo.core.errors import ConfigError
 from openmimo.core.fields import PositiveFloat, PositiveInt, check_fields
 
+_PROMPT_TOKENS = {True: (1024, 256), False: (8192, 2048)}  # on a CPU and not: alone, and among decoding texts
 WeightFormat: TypeAlias = Literal["plain", "int8", "fp8", "fairy2i", "fairy", "ternary", "binary"]
 
 
@@ -22,8 +23,9 @@ class EngineConfig:
 
     Attributes:
         max_sequences: Requests that run at once; the others wait.
-        prefill_tokens: Prompt tokens that one step reads at most.
-        mixed_prefill_tokens: The same for a step in which others decode: how long their next token may wait.
+        prefill_tokens: Prompt tokens that one step reads at most. auto: 1,024 on a CPU and 8,192 on an accelerator.
+        mixed_prefill_tokens: The same for a step in which others decode: how long their next token may wait. auto: 256
+            on a CPU and 2,048 on an accelerator. all: as many as `prefill_tokens`.
         cache_gigabytes: Memory for keys and values (none: what max_sequences of the longest texts need, and at most
             40 % of what is free).
         cache_dtype: Of stored keys and values: auto (that of the activations), float32, bfloat16, float16 or fp8. With
@@ -35,11 +37,13 @@ class EngineConfig:
         num_drafts: MTP heads that draft (none: all).
         adaptive_drafts: Use fewer heads while they do not pay.
         graphs: Replay captured graphs in decoding on an accelerator, where Triton is installed.
+        plans_ahead: Plan a step while an accelerator computes the last one. A text that a token or a stop string ends
+            is then computed for one step more, whose token is dropped.
     """
 
     max_sequences: PositiveInt = 64
-    prefill_tokens: PositiveInt = 1024
-    mixed_prefill_tokens: PositiveInt = 256
+    prefill_tokens: PositiveInt | Literal["auto"] = "auto"
+    mixed_prefill_tokens: PositiveInt | Literal["auto", "all"] = "auto"
     cache_gigabytes: PositiveFloat | None = None
     cache_dtype: Literal["auto", "float32", "bfloat16", "float16", "fp8"] = "auto"
     page_positions: Literal[16, 32, 64, 128] = 32
@@ -48,6 +52,7 @@ class EngineConfig:
     num_drafts: PositiveInt | None = None
     adaptive_drafts: bool = True
     graphs: bool = True
+    plans_ahead: bool = True
 
     def __post_init__(self) -> None:
         check_fields(self, "EngineConfig")
@@ -70,3 +75,12 @@ class EngineConfig:
         if self.speculative is False:
             return 0
         return num_heads if self.num_drafts is None else self.num_drafts
+
+    def prompt_tokens(self, *, on_cpu: bool) -> tuple[int, int]:
+        """`prefill_tokens` and `mixed_prefill_tokens` as numbers."""
+        alone, mixed = _PROMPT_TOKENS[on_cpu]
+        if self.prefill_tokens != "auto":
+            alone = self.prefill_tokens
+        if self.mixed_prefill_tokens == "all":
+            return alone, alone
+        return alone, mixed if self.mixed_prefill_tokens == "auto" else self.mixed_prefill_tokens

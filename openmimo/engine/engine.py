@@ -9,7 +9,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -20,14 +20,14 @@ from openmimo.engine.cache import PageArena, plan_pages
 from openmimo.engine.config import EngineConfig
 from openmimo.engine.prefix import PrefixCache
 from openmimo.engine.request_state import RequestState, TextStream
-from openmimo.engine.runner import Runner
-from openmimo.engine.scheduler import Scheduler
+from openmimo.engine.runner import DecodeRun, PrefillRun, Runner
+from openmimo.engine.scheduler import Plan, Scheduler
 from openmimo.engine.speculative import DraftLength
 from openmimo.engine.stats import EngineStats
 from openmimo.model.config import AttentionConfig, ModelConfig, active_matmul_parameters
 from openmimo.model.mimo import MiMo
 from openmimo.model.weight_formats import entry_weight, set_weight
-from openmimo.runtime.device import at_most_threads, free_memory_bytes
+from openmimo.runtime.device import at_most_threads, free_memory_bytes, works_ahead
 
 if TYPE_CHECKING:
     from openmimo.engine.structured import StructureCompiler
@@ -41,6 +41,13 @@ _CACHE_DTYPES = {
     "float16": torch.float16,
     "fp8": torch.float8_e4m3fn,
 }
+
+
+class _Flight(NamedTuple):
+    """A step whose work is queued and whose results the host has not read."""
+
+    decode: DecodeRun | None
+    prefill: PrefillRun | None
 
 
 class Engine:
@@ -71,12 +78,24 @@ class Engine:
         self.arena = self._new_arena()
         self.prefix = PrefixCache(self.arena) if config.prefix_cache else None
         self.scheduler = Scheduler(
-            self.arena, self.prefix, config, num_drafts=self.num_drafts, free_idle=self._free_idle_session
+            self.arena,
+            self.prefix,
+            config,
+            num_drafts=self.num_drafts,
+            on_cpu=model.device.type == "cpu",
+            free_idle=self._free_idle_session,
         )
         draft_length = DraftLength(self.num_drafts, adaptive=config.adaptive_drafts)
         self.stats = EngineStats(offered=[0] * self.num_drafts, accepted=[0] * self.num_drafts)
+        self._plans_ahead = config.plans_ahead and works_ahead(model.device) and not self.num_drafts
         self._runner = Runner(
-            model, self.arena, config, num_drafts=self.num_drafts, draft_length=draft_length, stats=self.stats
+            model,
+            self.arena,
+            config,
+            num_drafts=self.num_drafts,
+            draft_length=draft_length,
+            stats=self.stats,
+            plans_ahead=self._plans_ahead,
         )
         is_small = active_matmul_parameters(model.config) < _SMALL_MODEL_PARAMETERS
         self._head_lag = self.num_drafts + 1 if self.num_drafts else 0
@@ -86,13 +105,16 @@ class Engine:
         self._busy_sessions: set[str] = set()
         self._num_arrivals = 0
         self._paused = False
+        self._num_held_back = 0  # requests whose next step depends on what the host reads
+        self._flight: _Flight | None = None
+        self._settled: list[RequestState] = []
         self._structures: StructureCompiler | None = None
         self._structures_lock = threading.Lock()
 
     @property
     def has_work(self) -> bool:
-        """Whether a request waits or runs."""
-        return bool(self._sequences)
+        """Whether a request waits or runs, or `step` has results to return."""
+        return bool(self._sequences or self._settled)
 
     @property
     def num_waiting(self) -> int:
@@ -155,6 +177,7 @@ class Engine:
         )
         self._num_arrivals += 1
         self._sequences[request.id] = sequence
+        self._num_held_back += not sequence.may_run_ahead
         if request.session is not None:
             self._busy_sessions.add(request.session)
             self._continue_session(sequence)
@@ -172,27 +195,28 @@ class Engine:
     def step(self) -> list[RequestState]:
         """One step. The sequences that gained tokens or ended; `take_delta` says what is new.
 
-        Does nothing while paused, or without work.
+        Does nothing while paused, or without work. On an accelerator a call queues a step and then reads the results of
+        the one before, unless a request needs them to go on (`EngineConfig.plans_ahead`).
         """
-        if self._paused or not self._sequences:
+        if self._paused or not self.has_work:
             return []
         start = time.perf_counter()
-        plan = self.scheduler.plan()
-        if plan.decodes:
-            with at_most_threads(self._decode_threads):
-                self._runner.decode(plan.decodes, self.policy_version)
-        if plan.prefills:
-            self._runner.prefill(plan.prefills, self.policy_version)
-        read = [
-            sequence for sequence, _ in plan.prefills if sequence.num_uncomputed_tokens <= 1 or sequence.finish_reason
-        ]
-        touched = plan.decodes + read
-        self._after(touched, [sequence for sequence, _ in plan.prefills])
+        touched, self._settled = self._settled, []
+        if self._plans_ahead and not self._num_held_back:
+            before, self._flight = self._flight, None
+            flight = self._launch(self.scheduler.plan())
+            touched += self._land(before)
+            self._flight = flight if self._sequences else None
+        else:
+            before, self._flight = self._flight, None
+            touched += self._land(before)
+            touched += self._run(self.scheduler.plan())
         self.stats.seconds += time.perf_counter() - start
-        return touched
+        return list(dict.fromkeys(touched))
 
     def pause(self) -> None:
         """Stops serving: `step` does nothing until `resume`. Requests keep their pages."""
+        self._settle()
         self._paused = True
 
     def resume(self) -> None:
@@ -223,6 +247,7 @@ class Engine:
             if weight is None or weight.shape != tensor.shape:
                 shape = "no such parameter" if weight is None else tuple(weight.shape)
                 raise UserError(f"update_weights: {name} has shape {tuple(tensor.shape)}; the model has {shape}.")
+        self._settle()
         for name, tensor in (tensors or {}).items():
             set_weight(self.model, name, tensor)
         self.policy_version = version
@@ -247,8 +272,48 @@ class Engine:
         """Sets all counters to zero."""
         self.stats.reset()
 
+    def _run(self, plan: Plan) -> list[RequestState]:
+        """Runs a step and waits for its results. Returns the sequences that gained tokens or ended."""
+        touched: list[RequestState] = []
+        if plan.decodes:
+            with at_most_threads(self._decode_threads):
+                touched += self._runner.finish_decode(self._runner.decode(plan.decodes, self.policy_version))
+        if plan.prefills:
+            touched += self._runner.finish_prefill(self._runner.prefill(plan.prefills, self.policy_version))
+        self._after(touched, [sequence for sequence, _ in plan.prefills])
+        return touched
+
+    def _launch(self, plan: Plan) -> _Flight:
+        """Queues the work of a step."""
+        decode = prefill = None
+        if plan.decodes:
+            decode = self._runner.decode(plan.decodes, self.policy_version)
+        if plan.prefills:
+            prefill = self._runner.prefill(plan.prefills, self.policy_version)
+            self._after([], prefill.sequences)  # requests of the next step may share these pages
+        return _Flight(decode, prefill)
+
+    def _land(self, flight: _Flight | None) -> list[RequestState]:
+        """Reads the results of a queued step. Returns the sequences that gained tokens or ended."""
+        touched: list[RequestState] = []
+        if flight is None:
+            return touched
+        if flight.decode is not None:
+            touched += self._runner.finish_decode(flight.decode)
+        if flight.prefill is not None:
+            touched += self._runner.finish_prefill(flight.prefill)
+        self._after(touched, [])
+        return touched
+
+    def _settle(self) -> None:
+        """Reads the results of a queued step; the next `step` returns them."""
+        flight, self._flight = self._flight, None
+        self._settled += self._land(flight)
+
     def _after(self, touched: list[RequestState], read: list[RequestState]) -> None:
         for sequence in dict.fromkeys(touched + read):
+            if sequence.pages is None:  # preempted while its step was on its way
+                continue
             if self.prefix is not None and sequence.node is not None:
                 self.prefix.extend(sequence)
                 if sequence in read and sequence.num_uncomputed_tokens <= 1:
@@ -263,6 +328,7 @@ class Engine:
 
     def _retire(self, sequence: RequestState) -> None:
         del self._sequences[sequence.request.id]
+        self._num_held_back -= not sequence.may_run_ahead
         self.stats.num_cached_tokens += sequence.num_cached_tokens
         self.scheduler.remove(sequence)
         session = sequence.request.session

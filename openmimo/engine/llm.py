@@ -160,6 +160,9 @@ class LLM:
             num_prompt_tokens: Computed prompt tokens.
             num_cached_tokens: Prompt tokens that were reused from the cache.
             seconds, num_new_tokens: Wall time and number of new tokens.
+            num_graphs, graph_seconds, graph_bytes: Captured graphs of an accelerator, time of their capture, and their
+                memory.
+            num_graph_passes, num_other_passes: Passes that replayed a graph, and passes that did not.
         """
         return self.engine.stats.report()
 
@@ -215,11 +218,7 @@ def _engine_config(engine: EngineConfig | None, settings: dict[str, Any]) -> Eng
         raise ConfigError(f"{unknown_key_message(unknown, known, 'EngineConfig')}; LLM takes its fields as keywords.")
     if engine is None:
         config = EngineConfig(**settings)
-        return (
-            config
-            if "mixed_prefill_tokens" in settings
-            else replace(config, mixed_prefill_tokens=config.prefill_tokens)
-        )
+        return config if "mixed_prefill_tokens" in settings else replace(config, mixed_prefill_tokens="all")
     if not isinstance(engine, EngineConfig):
         raise ConfigError(f"engine is a {type(engine).__name__}; give an EngineConfig.")
     return replace(engine, **settings)

@@ -189,8 +189,10 @@ class RequestState:
         stop_ids: Tokens that end the text.
         arrival: Its number in the order of arrival.
         pages: Page tables; None while it holds no pages.
-        num_computed_tokens: Positions that the main layers have computed: all tokens but the last while it decodes,
-            fewer while its prompt is read, or read again after a preemption.
+        num_computed_tokens: Positions that the main layers have computed or that were queued: all tokens but the last
+            while it decodes, fewer while its prompt is read, or read again after a preemption.
+        num_pending_tokens: Tokens that a worker has decided or will decide, after `tokens`, and the host has not read.
+        decided_place: The entry of the worker's decided tokens that holds the newest of them.
         num_cached_tokens: Prompt tokens that were reused from the prefix cache or the session.
         text: The text so far; None without a tokenizer.
         structure: State of the grammar; None without structured output.
@@ -207,6 +209,7 @@ class RequestState:
         repeats: Counter of repeated passages; None without `SamplingParams.max_repeats`.
         routing: Routed experts of the computed positions, if requested.
         is_plain: Whether its tokens are the likeliest ones, without log-probabilities or changes of the logits.
+        may_run_ahead: Whether a step can be planned before the host has read the token of the one before.
         sampled_pages: The page tables for whose seat the worker has the sampling parameters of this request.
         num_counted_tokens: New tokens that the worker has counted for the penalties.
         finish_reason: As in `Delta`; "" while it runs.
@@ -223,6 +226,8 @@ class RequestState:
     arrival: int = 0
     pages: PageTables | None = None
     num_computed_tokens: int = 0
+    num_pending_tokens: int = 0
+    decided_place: int = 0
     num_cached_tokens: int = 0
     text: TextStream | None = None
     structure: "StructureState | None" = None
@@ -248,6 +253,7 @@ class RequestState:
     params: SamplingParams = field(init=False)
     prompt_length: int = field(init=False)
     is_plain: bool = field(init=False)
+    may_run_ahead: bool = field(init=False)
 
     def __post_init__(self) -> None:
         self.params = self.request.params
@@ -255,6 +261,9 @@ class RequestState:
         params = self.params
         has_numbers = params.temperature > 0.0 or params.logprobs or params.top_logprobs
         self.is_plain = not (has_numbers or params.changes_logits)
+        penalizes = params.repetition_penalty != 1.0 or params.presence_penalty or params.frequency_penalty
+        reads_pass = params.routed_experts or params.reads_whole_prompt or params.pooling
+        self.may_run_ahead = not (penalizes or reads_pass or params.structure)
         if self.params.max_repeats:
             self.repeats = RepeatCounter(self.params.max_repeats)
         if self.params.pooling:
@@ -274,13 +283,13 @@ class RequestState:
 
     @property
     def num_uncomputed_tokens(self) -> int:
-        """Tokens that the main layers have not computed: 1 while it decodes."""
-        return len(self.tokens) - self.num_computed_tokens
+        """Tokens, pending ones included, that the main layers have not computed: 1 while it decodes."""
+        return len(self.tokens) + self.num_pending_tokens - self.num_computed_tokens
 
     @property
     def max_new_tokens_left(self) -> int:
-        """Tokens until `max_length`."""
-        return self.max_length - len(self.tokens)
+        """Tokens until `max_length`, without pending ones."""
+        return self.max_length - len(self.tokens) - self.num_pending_tokens
 
     @property
     def is_below_min_tokens(self) -> bool:

@@ -6,12 +6,16 @@ pass, so the arithmetic of a decoding token does not depend on the prompts of th
 
 The host waits for the device once per step, for the decided tokens. Accepted drafts equal decided tokens, so the host
 does not need the drafts, except where a grammar needs them: then it reads them before the main layers run.
+
+`decode` and `prefill` queue the work of a step; `finish_decode` and `finish_prefill` read and apply its results. In
+between, the host may queue the next step: without drafts it knows which position a text computes, and the worker puts
+the token in.
 """
 
 import itertools
 import math
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -24,6 +28,7 @@ from openmimo.engine.sampler import RowChange, SamplingInput, SeatSampling, seat
 from openmimo.engine.speculative import DraftLength, DraftPlanner
 from openmimo.engine.stats import EngineStats
 from openmimo.engine.step import (
+    PROMPTS,
     DraftInput,
     HeadInput,
     PassShape,
@@ -33,16 +38,78 @@ from openmimo.engine.step import (
     StepBuffers,
     StepInput,
     StepOutput,
+    draft_rows_of,
+    draft_shape,
+    padded_prompt_tokens,
     padded_shape,
+    prompt_shape,
 )
 from openmimo.engine.worker import Worker, why_no_graphs
 from openmimo.model.attention import kv_spec
 from openmimo.model.mimo import MiMo
+from openmimo.runtime.device import Arrival, uploaded
 
 if TYPE_CHECKING:
     from openmimo.engine.structured import StructureState
 
 _PLAIN = SamplingInput()
+
+
+class Results(NamedTuple):
+    """What the host reads of a `StepOutput`. Each field is as there."""
+
+    tokens_R: torch.Tensor | None
+    num_accepted_B: torch.Tensor | None
+    logprobs_R: torch.Tensor | None
+    top_ids_RV: torch.Tensor | None
+    top_logprobs_RV: torch.Tensor | None
+    routing_TLA: torch.Tensor | None
+
+
+class DecodeRun(NamedTuple):
+    """A decoding step whose work is queued.
+
+    Attributes:
+        sequences: The sequences that decode.
+        num_drafts: Drafts of each.
+        num_heads: Heads that draft.
+        output: The results on the device.
+        arrival: `Results` on their way.
+        policy_version: Version of the weights.
+        start: Time at which the step began, in seconds.
+    """
+
+    sequences: list[RequestState]
+    num_drafts: list[int]
+    num_heads: int
+    output: StepOutput
+    arrival: Arrival
+    policy_version: int
+    start: float
+
+
+class PrefillRun(NamedTuple):
+    """A pass over prompts whose work is queued.
+
+    Attributes:
+        sequences: The sequences whose prompts are read.
+        starts: The first position of each in the pass.
+        ends: The row after the last of each.
+        read: The sequences whose last chunk this is.
+        scored: The sequences whose prompts are scored, each with the tokens to score.
+        output: The results on the device.
+        arrival: `Results` on their way.
+        policy_version: Version of the weights.
+    """
+
+    sequences: list[RequestState]
+    starts: list[int]
+    ends: list[int]
+    read: list[RequestState]
+    scored: list[tuple[RequestState, list[int]]]
+    output: StepOutput
+    arrival: Arrival
+    policy_version: int
 
 
 class Runner:
@@ -57,108 +124,156 @@ class Runner:
         num_drafts: int,
         draft_length: DraftLength,
         stats: EngineStats,
+        plans_ahead: bool = False,
     ):
         self.stats = stats
+        self._plans_ahead = plans_ahead
         uses_graphs = config.graphs and why_no_graphs(model) is None
-        self.worker = Worker(model, arena, num_drafts=num_drafts, uses_graphs=uses_graphs)
+        self.worker = Worker(
+            model, arena, num_drafts=num_drafts, uses_graphs=uses_graphs, max_decided=2 * config.max_sequences
+        )
         self._max_sequences, self._max_positions = config.max_sequences, model.config.max_positions
         self._device = model.device
         self._draft_length = draft_length
         self._routing_dtype = np.uint8 if model.config.moe and model.config.moe.num_experts <= 256 else np.int16
         num_layers = len(model.config.layers)
-        prompt_tokens = max(config.prefill_tokens, config.mixed_prefill_tokens)
+        prompt_tokens = max(config.prompt_tokens(on_cpu=model.device.type == "cpu"))
 
-        def buffers(layers: range) -> StepBuffers:
+        def buffers(layers: range, max_tokens: int) -> StepBuffers:
             return StepBuffers(
                 arena,
                 model.device,
                 layers,
-                max_tokens=prompt_tokens + config.max_sequences * (2 * num_drafts + 2),
-                max_sequences=config.max_sequences,
+                max_tokens=max_tokens,
+                max_sequences=max(config.max_sequences, PROMPTS),
                 max_positions=model.config.max_positions,
             )
 
-        self._buffers = buffers(range(num_layers))
+        decode_tokens = config.max_sequences * max(2 * num_drafts + 2, draft_rows_of(num_drafts))
+        self._decode_buffers = buffers(range(num_layers), decode_tokens)
+        self._prompt_buffers = buffers(range(num_layers), padded_prompt_tokens(prompt_tokens))
         self._drafting: DraftPlanner | None = None
         if num_drafts:
             assert model.config.mtp is not None
+            layers = [range(num_layers + head, num_layers + head + 1) for head in range(num_drafts)]
             self._drafting = DraftPlanner(
-                self._buffers,
-                [buffers(range(num_layers + head, num_layers + head + 1)) for head in range(num_drafts)],
+                [buffers(layer, decode_tokens) for layer in layers],
+                [buffers(layer, prompt_tokens + decode_tokens) for layer in layers],
                 keep_positions=kv_spec(model.config.mtp.attention).keep_positions,
                 ring_positions=self.worker.ring_positions,
             )
 
-    def decode(self, sequences: list[RequestState], policy_version: int) -> None:
-        """Adds at least one token to every sequence, and at most one more than it has drafts."""
+    def decode(self, sequences: list[RequestState], policy_version: int) -> DecodeRun:
+        """Queues a step that adds at least one token to every sequence, and at most one more than it has drafts."""
         start = time.perf_counter()
         num_heads = self._draft_length.choose(len(sequences)) if self._drafting else 0
         num_drafts = [0] * len(sequences)
         if self._drafting:
             num_drafts = [self._drafting.num_drafts_of(sequence, num_heads) for sequence in sequences]
-        output = self.worker.execute(self._decode_input(sequences, num_drafts))
-        assert output.tokens_R is not None
-        decided, routing = _decisions(output, sequences, num_drafts), self._routing(output)
-        accepted = [0] * len(sequences) if output.num_accepted_B is None else output.num_accepted_B.tolist()
+        output = self._execute(self._decode_input(sequences, num_drafts))
         self.stats.num_prompt_tokens += sum(s.num_computed_tokens < s.prompt_length for s in sequences)
-        first = 0
-        for sequence, num_accepted, num_offered in zip(sequences, accepted, num_drafts, strict=True):
+        for place, sequence in enumerate(sequences):
             if sequence.pooled is not None:  # the last token of a prompt may be computed here
                 assert output.states_TD is not None
-                _pool_prompt(sequence, output.states_TD[first : first + 1])
-            self._confirm(
-                sequence,
-                decided[first : first + num_accepted + 1],
-                num_offered=num_offered,
-                policy_version=policy_version,
-            )
-            if sequence.params.routed_experts:
-                assert routing is not None
-                num_new = min(sequence.num_computed_tokens - len(sequence.routing), num_offered + 1)
-                sequence.routing.append(routing[first : first + num_new])
-            first += num_offered + 1
-        self.stats.num_steps += 1
-        self.stats.sequence_steps += len(sequences)
-        if self._drafting and max(num_drafts) == num_heads:
-            self._draft_length.observe(len(sequences), num_heads, time.perf_counter() - start)
+                row = sum(num_drafts[:place]) + place
+                _pool_prompt(sequence, sequence.num_computed_tokens, output.states_TD[row : row + 1])
+            sequence.num_computed_tokens += 1
+            sequence.num_pending_tokens += 1
+            sequence.decided_place = place
+        return DecodeRun(sequences, num_drafts, num_heads, output, _arrival(output), policy_version, start)
 
-    def prefill(self, prefills: list[tuple[RequestState, int]], policy_version: int) -> None:
-        """Computes chunks of prompts, each up to its stop. A sequence whose last chunk this is gets its next token."""
+    def finish_decode(self, run: DecodeRun) -> list[RequestState]:
+        """Applies the results of a decoding step. Returns the sequences that had not ended before."""
+        results = Results(*run.arrival.wait())
+        decided, routing = _decisions(results, run.sequences, run.num_drafts), self._routing(results)
+        accepted = [0] * len(run.sequences) if results.num_accepted_B is None else results.num_accepted_B.tolist()
+        first, touched = 0, []
+        for sequence, num_accepted, num_offered in zip(run.sequences, accepted, run.num_drafts, strict=True):
+            sequence.num_pending_tokens -= 1
+            if not sequence.finish_reason:  # else it ended while this step was on its way
+                touched.append(sequence)
+                self._confirm(
+                    sequence,
+                    decided[first : first + num_accepted + 1],
+                    num_offered=num_offered,
+                    policy_version=run.policy_version,
+                )
+                if sequence.params.routed_experts:
+                    assert routing is not None
+                    num_new = min(sequence.num_computed_tokens - len(sequence.routing), num_offered + 1)
+                    sequence.routing.append(routing[first : first + num_new])
+            first += num_offered + 1
+        if touched:
+            self.stats.num_steps += 1
+            self.stats.sequence_steps += len(touched)
+        if self._drafting and max(run.num_drafts) == run.num_heads:
+            self._draft_length.observe(len(run.sequences), run.num_heads, time.perf_counter() - run.start)
+        return touched
+
+    def prefill(self, prefills: list[tuple[RequestState, int]], policy_version: int) -> PrefillRun:
+        """Queues chunks of prompts, each up to its stop. A sequence whose last chunk this is gets its next token."""
         sequences = [sequence for sequence, _ in prefills]
-        counts = [stop - sequence.num_computed_tokens for sequence, stop in prefills]
+        starts = [sequence.num_computed_tokens for sequence in sequences]
+        counts = [stop - start for start, (_, stop) in zip(starts, prefills, strict=True)]
         ends = list(itertools.accumulate(counts))
         last = [(s, end - 1) for (s, stop), end in zip(prefills, ends, strict=True) if stop == len(s.tokens)]
         read = [sequence for sequence, _ in last]
         step, scored = self._prefill_input(prefills, read, [row for _, row in last], counts)
-        output = self.worker.execute(step)
-        routing = self._routing(output)
-        for (sequence, targets), scores in zip(scored, output.prompt_scores, strict=True):
-            _add_prompt_logprobs(sequence, targets, scores)
-        for sequence, count, end in zip(sequences, counts, ends, strict=True):
-            if sequence.pooled is not None:
-                assert output.states_TD is not None
-                _pool_prompt(sequence, output.states_TD[end - count : end])
-            if sequence.params.routed_experts:
-                assert routing is not None
-                sequence.routing.append(routing[end - count : end])
+        output = self._execute(step)
+        for sequence, count in zip(sequences, counts, strict=True):
             sequence.num_computed_tokens += count
+        for place, sequence in enumerate(read):
+            sequence.num_pending_tokens += 1
+            sequence.decided_place = self._max_sequences + place
         if self._drafting:
             self._drafting.forget_old_states(sequences)
         self.stats.num_prompt_tokens += sum(counts)
-        if read:
-            for sequence, decision in zip(read, _decisions(output, read, [0] * len(read)), strict=True):
+        return PrefillRun(sequences, starts, ends, read, scored, output, _arrival(output), policy_version)
+
+    def finish_prefill(self, run: PrefillRun) -> list[RequestState]:
+        """Applies the results of a pass over prompts. Returns the sequences that gained a token or ended."""
+        results = Results(*run.arrival.wait())
+        routing = self._routing(results)
+        running = [sequence for sequence in run.sequences if not sequence.finish_reason]
+        for (sequence, targets), scores in zip(run.scored, run.output.prompt_scores, strict=True):
+            _add_prompt_logprobs(sequence, targets, scores)
+        for sequence, start, first, end in zip(run.sequences, run.starts, [0, *run.ends], run.ends, strict=False):
+            if sequence.pooled is not None:
+                assert run.output.states_TD is not None
+                _pool_prompt(sequence, start, run.output.states_TD[first:end])
+            if sequence.params.routed_experts:
+                assert routing is not None
+                sequence.routing.append(routing[first:end])
+        if run.read:
+            for sequence, decision in zip(run.read, _decisions(results, run.read, [0] * len(run.read)), strict=True):
+                sequence.num_pending_tokens -= 1
                 if not sequence.finish_reason:
-                    sequence.add(decision, drafted=False, policy_version=policy_version)
+                    sequence.add(decision, drafted=False, policy_version=run.policy_version)
                     self.stats.num_new_tokens += 1
-        elif self._device.type != "cpu":
-            torch.accelerator.synchronize()  # nothing was read, so the device may not have copied the buffers yet
+                if sequence.finish_reason:
+                    sequence.num_computed_tokens = min(sequence.num_computed_tokens, len(sequence.tokens) - 1)
+        return [sequence for sequence in running if sequence in run.read or sequence.finish_reason]
+
+    def _execute(self, step: StepInput) -> StepOutput:
+        output, graphs = self.worker.execute(step), self.worker.graphs
+        if step.main.shape is None:
+            self.stats.num_other_passes += 1
+        elif graphs is not None:
+            self.stats.num_graph_passes += 1
+            self.stats.num_graphs, self.stats.graph_seconds = graphs.num_captured, graphs.capture_seconds
+            self.stats.graph_bytes = graphs.num_bytes
+        return output
 
     def _decode_input(self, sequences: list[RequestState], num_drafts: list[int]) -> StepInput:
-        heads = self._drafting.draft(sequences, num_drafts) if self._drafting else ()
+        values = self._decode_buffers.values
+        heads: tuple[HeadInput, ...] = ()
+        width = len(sequences)
+        if self._drafting:
+            heads, width = self._drafting.draft(sequences, num_drafts, self._draft_shape(sequences))
         drafts: list[list[int]] = [[] for _ in sequences]
         if heads and any(sequence.structure is not None for sequence in sequences):
             # The masks of a grammar depend on the drafts, so the host needs them first.
-            drafts_BH = self.worker.draft(heads, len(sequences)).T.tolist()
+            drafts_BH = self.worker.draft(heads, width)[:, : len(sequences)].T.tolist()
             drafts = [known[:number] for known, number in zip(drafts_BH, num_drafts, strict=True)]
         spans: list[Span] = []
         tokens: list[int] = []
@@ -169,30 +284,41 @@ class Runner:
         for index, (sequence, number) in enumerate(zip(sequences, num_drafts, strict=True)):
             computed, first = sequence.num_computed_tokens, len(tokens)
             spans.append(Span(sequence.held_pages, computed, computed + 1 + number))
-            tokens.append(sequence.tokens[-1])
+            tokens.append(-1 - sequence.decided_place if sequence.num_pending_tokens else sequence.tokens[-1])
             if number:
                 tokens += drafts[index] or [0] * number
                 draft_rows += range(first + 1, first + 1 + number)
-                sources += range(index, index + number * len(sequences), len(sequences))
+                sources += range(index, index + number * width, width)
             if num_columns:
                 padded_rows += [*range(first, first + number), *[num_rows - 1] * (num_columns - number)]
         drafting = draft_rows_BK = None
         if num_columns:
-            draft_rows_BK = self._buffers.values("verified_rows", padded_rows).view(len(sequences), num_columns)
+            draft_rows_BK = values("verified_rows", padded_rows).view(len(sequences), num_columns)
             if not any(drafts):
-                rows_N, sources_N = (
-                    self._buffers.values("draft_rows", draft_rows),
-                    self._buffers.values("draft_sources", sources),
-                )
-                drafting = DraftInput(heads, len(sequences), rows_N, sources_N)
+                rows_N, sources_N = values("draft_rows", draft_rows), values("draft_sources", sources)
+                drafting = DraftInput(heads, width, rows_N, sources_N)
         return self._step_input(
+            self._decode_buffers,
             sequences,
             spans,
             tokens,
-            sampling=self._sampling_input(sequences, num_drafts, drafts),
+            sampling=self._sampling_input(self._decode_buffers, sequences, num_drafts, drafts),
+            decided_place=0,
             drafting=drafting,
             draft_rows_BK=draft_rows_BK,
             shape=self._graph_shape(sequences, spans, 1 + num_columns),
+        )
+
+    def _draft_shape(self, sequences: list[RequestState]) -> PassShape | None:
+        """The shape of the captured passes of the drafting heads; None if none are."""
+        if self.worker.graphs is None or self._drafting is None:
+            return None
+        return draft_shape(
+            len(sequences),
+            self._drafting.num_drafts,
+            max(sequence.num_computed_tokens for sequence in sequences),
+            max_sequences=self._max_sequences,
+            max_positions=self._max_positions,
         )
 
     def _graph_shape(self, sequences: list[RequestState], spans: list[Span], longest_query: int) -> PassShape | None:
@@ -206,6 +332,16 @@ class Runner:
             max_sequences=self._max_sequences,
             max_positions=self._max_positions,
         )
+
+    def _prompt_shape(self, sequences: list[RequestState], spans: list[Span], num_tokens: int) -> PassShape | None:
+        """The shape of the captured graph that reads prompts; None if none does."""
+        graphs = self.worker.graphs
+        if graphs is None or any(sequence.params.routed_experts for sequence in sequences):
+            return None
+        if padded_prompt_tokens(num_tokens) > graphs.max_prompt_tokens:
+            return None
+        longest_key = max(span.stop for span in spans)
+        return prompt_shape(len(spans), num_tokens, longest_key, max_positions=self._max_positions)
 
     def _prefill_input(
         self,
@@ -222,13 +358,17 @@ class Runner:
         heads = self._drafting.follow_prompt(prefills) if self._drafting else ()
         sequences = [sequence for sequence, _ in prefills]
         rows, scored = self._scored_rows(sequences, counts)
+        buffers = self._prompt_buffers
         step = self._step_input(
+            buffers,
             sequences,
             spans,
             tokens,
-            sampling=self._sampling_input(read, [0] * len(read), [[]] * len(read)) if read else None,
+            sampling=self._sampling_input(buffers, read, [0] * len(read), [[]] * len(read)) if read else None,
+            decided_place=self._max_sequences,
             prompt_heads=heads,
-            decided_rows_R=self._buffers.values("decided_rows", last_rows) if read else None,
+            shape=self._prompt_shape(sequences, spans, len(tokens)),
+            decided_rows_R=buffers.values("decided_rows", last_rows) if read else None,
             scored=rows,
         )
         return step, scored
@@ -250,7 +390,7 @@ class Runner:
             first_row += count
         if not found:
             return (), found
-        targets_N = self._buffers.values("targets", [token for _, targets in found for token in targets])
+        targets_N = self._prompt_buffers.values("targets", [token for _, targets in found for token in targets])
         pieces = targets_N.split([len(targets) for _, targets in found])
         rows = tuple(
             ScoredRows(
@@ -265,7 +405,11 @@ class Runner:
         return rows, found
 
     def _sampling_input(
-        self, sequences: list[RequestState], num_drafts: list[int], drafts: list[list[int]]
+        self,
+        buffers: StepBuffers,
+        sequences: list[RequestState],
+        num_drafts: list[int],
+        drafts: list[list[int]],
     ) -> SamplingInput:
         """The sampling of the rows after the newest token of each sequence and after each of its drafts.
 
@@ -289,17 +433,17 @@ class Runner:
                 new = sequence.tokens[sequence.prompt_length + sequence.num_counted_tokens :]
                 sequence.num_counted_tokens += len(new)
                 if new:
-                    new_tokens.append((seat, torch.tensor(new, device=self._device)))
+                    new_tokens.append((seat, uploaded(new, torch.int64, self._device)))
             if params.changes_logits:
                 changes += row_changes(sequence, first, number, known)
             if params.temperature > 0.0:
                 seats += [seat] * (number + 1)
                 rows += range(first, first + number + 1)
-                length = len(sequence.tokens)
+                length = len(sequence.tokens) + sequence.num_pending_tokens
                 uniforms += [uniform(sequence.seed, length + offset) for offset in range(number + 1)]
             all_seats += [seat] * (number + 1)
         every = [sequence.params for sequence in sequences]
-        values, is_sampled = self._buffers.values, bool(rows)
+        values, is_sampled = buffers.values, bool(rows)
         return SamplingInput(
             admitted=tuple(admitted),
             new_tokens=tuple(new_tokens),
@@ -326,11 +470,13 @@ class Runner:
 
     def _step_input(
         self,
+        buffers: StepBuffers,
         sequences: list[RequestState],
         spans: list[Span],
         tokens: list[int],
         *,
         sampling: SamplingInput | None,
+        decided_place: int,
         drafting: DraftInput | None = None,
         prompt_heads: tuple[HeadInput, ...] = (),
         decided_rows_R: torch.Tensor | None = None,
@@ -338,9 +484,11 @@ class Runner:
         scored: tuple[ScoredRows, ...] = (),
         shape: PassShape | None = None,
     ) -> StepInput:
-        places_T, rows_T = self._drafting.state_places(spans) if self._drafting else (None, None)
+        places_T, rows_T = self._drafting.state_places(spans, buffers) if self._drafting else (None, None)
+        main = buffers.fill(spans, tokens, shape)
+        buffers.send()
         return StepInput(
-            main=self._buffers.fill(spans, tokens, shape),
+            main=main,
             drafting=drafting,
             state_places_T=places_T,
             state_rows_T=rows_T,
@@ -351,6 +499,8 @@ class Runner:
             scored=scored,
             records_routing=any(sequence.params.routed_experts for sequence in sequences),
             returns_states=any(sequence.pooled is not None for sequence in sequences),
+            reads_decided=any(sequence.num_pending_tokens for sequence in sequences),
+            decided_place=decided_place if self._plans_ahead else None,
         )
 
     def _confirm(
@@ -362,19 +512,24 @@ class Runner:
             if not sequence.finish_reason:
                 sequence.add(decision, drafted=index < num_accepted, policy_version=policy_version)
         num_new = len(sequence.tokens) - length_before
-        # A text that ended among its drafts has fewer tokens than were accepted.
-        sequence.num_computed_tokens = min(sequence.num_computed_tokens + num_accepted + 1, len(sequence.tokens) - 1)
+        # A text that ended among its drafts has fewer tokens than were accepted, and none of its pending ones.
+        sequence.num_computed_tokens += num_accepted
+        if sequence.finish_reason:
+            sequence.num_computed_tokens = min(sequence.num_computed_tokens, len(sequence.tokens) - 1)
         if num_offered:
             self.stats.count_drafts(num_offered, num_accepted)
             self._draft_length.judge(num_offered, num_accepted)
         self.stats.num_decoded_tokens += num_new
         self.stats.num_new_tokens += num_new
 
-    def _routing(self, output: StepOutput) -> np.ndarray | None:
-        """The routed experts of a pass on the host, [T, L, A], if recorded."""
-        if output.routing_TLA is None:
-            return None
-        return output.routing_TLA.cpu().numpy().astype(self._routing_dtype)
+    def _routing(self, results: Results) -> np.ndarray | None:
+        """The routed experts of a pass, [T, L, A], if recorded."""
+        return None if results.routing_TLA is None else results.routing_TLA.numpy().astype(self._routing_dtype)
+
+
+def _arrival(output: StepOutput) -> Arrival:
+    """`Results` of a step on their way to the host."""
+    return Arrival(tuple(getattr(output, name) for name in Results._fields))
 
 
 def _add_prompt_logprobs(sequence: RequestState, targets: list[int], scores: PromptScores) -> None:
@@ -390,16 +545,16 @@ def _add_prompt_logprobs(sequence: RequestState, targets: list[int], scores: Pro
     sequence.prompt_logprobs += [TokenLogprob(*entry) for entry in zip(targets, logprobs, tops, strict=True)]
 
 
-def _pool_prompt(sequence: RequestState, states_TD: torch.Tensor) -> None:
-    """Adds the prompt positions just computed to an embedding; a preempted prompt is read again and not added again."""
+def _pool_prompt(sequence: RequestState, start: int, states_TD: torch.Tensor) -> None:
+    """Adds the prompt positions from `start` on to an embedding, except those of a preempted prompt that it has."""
     assert sequence.pooled is not None
-    skipped = sequence.pooled.num_positions - sequence.num_computed_tokens
-    new_TD = states_TD[max(skipped, 0) : sequence.prompt_length - sequence.num_computed_tokens]
+    skipped = sequence.pooled.num_positions - start
+    new_TD = states_TD[max(skipped, 0) : sequence.prompt_length - start]
     if len(new_TD):
         sequence.pooled.add(new_TD, pooling=sequence.params.pooling)
 
 
-def _decisions(output: StepOutput, sequences: list[RequestState], num_drafts: list[int]) -> list[Decision]:
+def _decisions(output: Results, sequences: list[RequestState], num_drafts: list[int]) -> list[Decision]:
     """The decided tokens, with log-probabilities if the step computed any."""
     assert output.tokens_R is not None
     tokens = output.tokens_R.tolist()
@@ -421,7 +576,8 @@ def row_changes(sequence: RequestState, first_row: int, num_drafts: int, drafts:
     Args:
         drafts: The drafts themselves, if the sequence has a structure.
     """
-    new_tokens, min_tokens = len(sequence.tokens) - sequence.prompt_length, sequence.params.min_tokens
+    new_tokens = len(sequence.tokens) + sequence.num_pending_tokens - sequence.prompt_length
+    min_tokens = sequence.params.min_tokens
     masks = [None] * (num_drafts + 1) if sequence.structure is None else _masks(sequence, sequence.structure, drafts)
     seat = sequence.held_pages.seat
     return [

@@ -11,12 +11,14 @@ import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from openmimo.core.records import SamplingParams
+from openmimo.kernels.operations import chosen_logprobs, draw_tokens
+from openmimo.runtime.device import uploaded
 
 NO_TOKEN = -1
-_MAX_DISTRIBUTION_NUMBERS = 1 << 21  # 16 MiB in float64; sorting needs several copies
 _MASK_64 = (1 << 64) - 1
 _NUMBERS, _FIRST_SEATS = 5, 64
 _UNIFORM_BITS = 52  # one fewer than float64 holds, so that u < 1 and u * total < total survive rounding
@@ -68,7 +70,7 @@ class RowChange(NamedTuple):
         num_drafts: Drafts before the row that belong to the text, as far as the row is concerned: the tokens of the
             pass in this row and the ones before it.
         forbids_stops: Whether the text is too short to end.
-        allowed_V: Bool mask of the tokens that may be chosen (None: all), on any device.
+        allowed_V: Bool mask of the tokens that may be chosen (None: all), in CPU memory.
     """
 
     row: int
@@ -116,7 +118,7 @@ def seat_sampling(
     """The parameters of a request as a worker keeps them."""
 
     def ids(values: Iterable[int]) -> torch.Tensor:
-        return torch.tensor(list(values), device=device, dtype=torch.int64)
+        return uploaded(list(values), torch.int64, device)
 
     top_p = params.top_p if params.top_p < 1.0 else 2.0  # the cumulative sum may round to above 1
     temperature = params.temperature
@@ -125,7 +127,7 @@ def seat_sampling(
         return SeatSampling(seat, numbers, None)
     change = SeatChange(
         bias_ids=ids(params.logit_bias),
-        biases=torch.tensor(list(params.logit_bias.values()), device=device, dtype=torch.float64),
+        biases=uploaded(list(params.logit_bias.values()), torch.float64, device),
         stop_ids=ids(stop_ids if params.min_tokens else ()),
         prompt_ids=ids(set(prompt) if params.repetition_penalty != 1.0 else ()),
         repetition_penalty=params.repetition_penalty,
@@ -168,14 +170,12 @@ class SamplingTable:
         return self._numbers_5X.index_select(1, seats_S)
 
     def change(self, logits_V: torch.Tensor, row: RowChange, drafts: torch.Tensor) -> None:
-        """Applies biases, penalties and masks in place, in the order of the fields of SamplingParams."""
+        """Applies biases and penalties in place, in the order of the fields of SamplingParams, after the masks."""
         change = self._changes[row.seat]
         if len(change.bias_ids):
             logits_V[change.bias_ids] += change.biases.to(logits_V.dtype)
         if row.seat in self._penalties:
             _penalize(logits_V, change, self._penalties[row.seat], drafts)
-        if row.allowed_V is not None:
-            logits_V.masked_fill_(~row.allowed_V.to(logits_V.device), float("-inf"))
         if row.forbids_stops and len(change.stop_ids):
             kept = logits_V[change.stop_ids]
             logits_V[change.stop_ids] = float("-inf")
@@ -190,7 +190,7 @@ class SamplingTable:
             grown_5X = self._numbers_5X.new_zeros(_NUMBERS, 2 * seat)
             grown_5X[:, : self._numbers_5X.shape[1]] = self._numbers_5X
             self._numbers_5X = grown_5X
-        self._numbers_5X[:, seat] = torch.tensor(admitted.numbers, dtype=torch.float64)
+        self._numbers_5X[:, seat] = uploaded(admitted.numbers, torch.float64, device)
         self._changes.pop(seat, None)
         self._penalties.pop(seat, None)
         if change is None:
@@ -201,6 +201,20 @@ class SamplingTable:
             in_prompt_V[change.prompt_ids] = True
             counts_V = torch.zeros(self._vocab_size, dtype=torch.int64, device=device)
             self._penalties[seat] = _Penalties(counts_V, in_prompt_V)
+
+
+def _mask(logits_RV: torch.Tensor, masks: list[tuple[int, torch.Tensor]]) -> None:
+    """Forbids tokens of rows in place. Biases and penalties leave them forbidden. An accelerator gets bits, at once."""
+    if logits_RV.is_cpu or not masks:
+        for row, allowed_V in masks:
+            logits_RV[row].masked_fill_(~allowed_V, float("-inf"))
+        return
+    bits = np.packbits(torch.stack([allowed_V for _, allowed_V in masks]).numpy(), axis=1, bitorder="little")
+    bits_MB = uploaded(bits, torch.uint8, logits_RV.device)
+    rows_M = uploaded([row for row, _ in masks], torch.int64, logits_RV.device)
+    places_8 = torch.arange(8, dtype=torch.uint8, device=logits_RV.device)
+    is_allowed_MV = ((bits_MB[:, :, None] >> places_8) & 1).flatten(1)[:, : logits_RV.shape[1]].bool()
+    logits_RV[rows_M] = logits_RV[rows_M].masked_fill_(~is_allowed_MV, float("-inf"))
 
 
 def _penalize(logits_V: torch.Tensor, change: SeatChange, penalties: _Penalties, drafts: torch.Tensor) -> None:
@@ -217,32 +231,52 @@ def _penalize(logits_V: torch.Tensor, change: SeatChange, penalties: _Penalties,
         logits_V -= penalty_V.masked_fill_(counts_V == 0, 0.0)
 
 
+def likeliest(logits_RV: torch.Tensor) -> torch.Tensor:
+    """The argmax of each row, int64 [R]; `NO_TOKEN` for a row whose maximum is not finite.
+
+    The maximum is not finite if all logits are -inf, or one is NaN or +inf.
+    """
+    largest_R, tokens_R = logits_RV.max(dim=-1)
+    return tokens_R.masked_fill_(largest_R - largest_R != 0, NO_TOKEN)  # true of NaN and of infinite numbers only
+
+
 def decide(
-    logits_RV: torch.Tensor, sampling: SamplingInput, table: SamplingTable, token_ids_T: torch.Tensor
+    logits_RV: torch.Tensor,
+    sampling: SamplingInput,
+    table: SamplingTable,
+    token_ids_T: torch.Tensor,
+    likeliest_R: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Decides a token for each row, int64 [R]: the argmax at temperature 0, else a draw from the filtered distribution.
 
-    The token is `NO_TOKEN` for a row whose maximum is not finite: all logits are -inf, or one is NaN or +inf.
+    The token is `NO_TOKEN` where `likeliest` of the changed logits gives it.
 
     Args:
         table: Updated with `sampling`.
         token_ids_T: The tokens of the pass. Where rows follow drafts, row r is the one after token r.
+        likeliest_R: `likeliest` of the logits, if it is known.
     """
     if sampling.changes:
         logits_RV = logits_RV.clone()
+        _mask(
+            logits_RV, [(change.row, change.allowed_V) for change in sampling.changes if change.allowed_V is not None]
+        )
         for change in sampling.changes:
             drafts = token_ids_T[change.row + 1 - change.num_drafts : change.row + 1]
             table.change(logits_RV[change.row], change, drafts)
-    largest_R, tokens_R = logits_RV.max(dim=-1)
-    if sampling.seats_S is not None:
-        assert sampling.uniform_S is not None
-        numbers_5S = table.numbers(sampling.seats_S)
-        rows_S = sampling.sampled_rows_S
-        if rows_S is None:
-            tokens_R = _draw(logits_RV, numbers_5S, sampling.uniform_S, sampling.has_filters)
-        else:
-            tokens_R[rows_S] = _draw(logits_RV[rows_S], numbers_5S, sampling.uniform_S, sampling.has_filters)
-    return tokens_R.masked_fill_(largest_R - largest_R != 0, NO_TOKEN)  # true of NaN and of infinite numbers only
+    if likeliest_R is None or sampling.changes:
+        likeliest_R = likeliest(logits_RV)
+    if sampling.seats_S is None:
+        return likeliest_R
+    assert sampling.uniform_S is not None
+    numbers_5S = table.numbers(sampling.seats_S)
+    rows_S = sampling.sampled_rows_S
+    if rows_S is None:
+        drawn_R = draw_tokens(logits_RV, numbers_5S, sampling.uniform_S, has_filters=sampling.has_filters)
+    else:
+        drawn_S = draw_tokens(logits_RV[rows_S], numbers_5S, sampling.uniform_S, has_filters=sampling.has_filters)
+        drawn_R = likeliest_R.index_copy(0, rows_S, drawn_S)
+    return drawn_R.masked_fill_(likeliest_R == NO_TOKEN, NO_TOKEN)
 
 
 def decided_logprobs(
@@ -254,59 +288,17 @@ def decided_logprobs(
     filters.
 
     Returns:
-        Log-probabilities [R] of `tokens_R`; ids and log-probabilities [R, num_top_logprobs] of the likeliest tokens.
+        Log-probabilities [R] of `tokens_R` (of no use for `NO_TOKEN`); ids and log-probabilities
+        [R, num_top_logprobs] of the likeliest tokens.
     """
     assert sampling.logprob_seats_R is not None
-    temperature_R1 = table.numbers(sampling.logprob_seats_R)[4, :, None].float()
-    logprobs_RV = (logits_RV / temperature_R1.to(logits_RV.dtype)).log_softmax(dim=-1)
-    chosen_R = logprobs_RV.gather(1, tokens_R.clamp(min=0)[:, None])[:, 0]  # the value of NO_TOKEN is not used
-    if not sampling.num_top_logprobs:
-        return chosen_R, None, None
-    values, ids = logprobs_RV.topk(min(sampling.num_top_logprobs, logprobs_RV.shape[1]), dim=-1)
-    return chosen_R, ids, values
-
-
-def filtered_probabilities(logits_RV: torch.Tensor, numbers_5R: torch.Tensor, *, has_filters: bool) -> torch.Tensor:
-    """The distribution of each row after temperature and filters, float64 [R, V], not normalized.
-
-    Top-p keeps the smallest set of the most likely tokens that holds that probability, top-k at most that many tokens,
-    and min-p the tokens at least that fraction as likely as the likeliest. `numbers_5R` is as in `SeatSampling`.
-    """
-    temperature_R1, top_p_R1, top_k_R1, min_p_R1, _ = numbers_5R[:, :, None]
-    probabilities_RV = (logits_RV.double() / temperature_R1).softmax(dim=-1)
-    if not has_filters:
-        return probabilities_RV
-    sorted_RV, order_RV = probabilities_RV.sort(dim=-1, descending=True, stable=True)
-    before_RV = sorted_RV.cumsum(dim=-1) - sorted_RV
-    rank_V = torch.arange(logits_RV.shape[1], device=logits_RV.device)
-    kept_RV = (before_RV < top_p_R1) & (rank_V < top_k_R1) & (sorted_RV >= min_p_R1 * sorted_RV[:, :1])
-    return torch.zeros_like(probabilities_RV).scatter(1, order_RV, sorted_RV * kept_RV)
+    temperature_R = table.numbers(sampling.logprob_seats_R)[4]
+    return chosen_logprobs(logits_RV, tokens_R.clamp(min=0), temperature_R, sampling.num_top_logprobs)
 
 
 def uniform(seed: int, position: int) -> float:
     """A number in [0, 1) for this seed and position (splitmix64, Steele et al. 2014, as a counter-based hash)."""
     return (_mix(_mix(seed & _MASK_64) ^ position) >> (64 - _UNIFORM_BITS)) / (1 << _UNIFORM_BITS)
-
-
-def _draw(
-    logits_RV: torch.Tensor, numbers_5R: torch.Tensor, uniform_R: torch.Tensor, has_filters: bool
-) -> torch.Tensor:
-    """Draws by inverting each row's cumulative distribution, in order of token id, at the random number.
-
-    Large batches are split by rows, because the float64 distributions need many times the memory of the logits.
-    """
-    rows = max(_MAX_DISTRIBUTION_NUMBERS // logits_RV.shape[1], 1)
-    if len(logits_RV) <= rows:
-        return _draw_rows(logits_RV, numbers_5R, uniform_R, has_filters)
-    pieces = zip(logits_RV.split(rows), numbers_5R.split(rows, dim=1), uniform_R.split(rows), strict=True)
-    return torch.cat([_draw_rows(*piece, has_filters) for piece in pieces])
-
-
-def _draw_rows(
-    logits_RV: torch.Tensor, numbers_5R: torch.Tensor, uniform_R: torch.Tensor, has_filters: bool
-) -> torch.Tensor:
-    cumulative_RV = filtered_probabilities(logits_RV, numbers_5R, has_filters=has_filters).cumsum(dim=-1)
-    return torch.searchsorted(cumulative_RV, uniform_R[:, None] * cumulative_RV[:, -1:], right=True)[:, 0]
 
 
 def _mix(value: int) -> int:

@@ -58,6 +58,7 @@ class Scheduler:
     Args:
         prefix: The prefix cache; None if it is disabled.
         num_drafts: MTP heads that draft.
+        on_cpu: Whether the engine runs on a CPU, for the default sizes of a step.
         free_idle: Releases the pages of the least recently used idle session; returns whether there was one.
     """
 
@@ -68,6 +69,7 @@ class Scheduler:
         config: EngineConfig,
         *,
         num_drafts: int,
+        on_cpu: bool = True,
         free_idle: Callable[[], bool],
     ):
         self.waiting: list[RequestState] = []
@@ -75,7 +77,8 @@ class Scheduler:
         self.num_preemptions = 0
         self._arena = arena
         self._prefix = prefix
-        self._config = config
+        self._max_sequences = config.max_sequences
+        self._prompt_tokens, self._mixed_prompt_tokens = config.prompt_tokens(on_cpu=on_cpu)
         self._margin = num_drafts
         self._free_idle = free_idle
         self._refused: RequestState | None = None
@@ -107,6 +110,8 @@ class Scheduler:
         for sequence in list(self.running):
             if sequence.num_uncomputed_tokens != 1 or sequence.pages is None:  # without pages: preempted just now
                 continue
+            if not sequence.max_new_tokens_left:  # its last token is on its way to the host
+                continue
             num_drafts = min(self._margin, sequence.max_new_tokens_left - 1)
             if self._reach(sequence, sequence.num_computed_tokens + 1 + num_drafts):
                 plan.decodes.append(sequence)
@@ -136,7 +141,7 @@ class Scheduler:
             D           20    short      20    the rest
         """
         reading = [sequence for sequence in self.running if sequence.num_uncomputed_tokens > 1]
-        budget = self._config.mixed_prefill_tokens if plan.decodes else self._config.prefill_tokens
+        budget = self._mixed_prompt_tokens if plan.decodes else self._prompt_tokens
         even_share, longest_short = max(budget // max(len(reading), 1), 1), budget
         unread_of = [sequence.num_uncomputed_tokens for sequence in reading]
         unread_later, num_long_later = sum(unread_of), sum(unread > longest_short for unread in unread_of)
@@ -158,7 +163,7 @@ class Scheduler:
         The first is always admitted if nothing runs: `Engine.check` ensures that it fits in the arena. Pages are taken
         later, in `_reach`, so a request needs room for its tokens, the next token and drafts, and one spare row.
         """
-        while self.waiting and len(self.running) < self._config.max_sequences:
+        while self.waiting and len(self.running) < self._max_sequences:
             sequence = self.waiting[0]
             if self.running and sequence is self._refused and self._steps_to_next_try:
                 self._steps_to_next_try -= 1

@@ -33,7 +33,7 @@ import math
 import torch
 
 from openmimo.engine.request_state import RequestState
-from openmimo.engine.step import HeadInput, Span, StepBuffers
+from openmimo.engine.step import HeadInput, PassShape, Span, StepBuffers
 
 _Work = tuple[RequestState, int, int]  # a sequence, and the positions `start` to `stop` that a head computes
 
@@ -46,18 +46,22 @@ class DraftPlanner:
     change: drafts are verified.
 
     Args:
-        main: Buffers of the main pass.
-        buffers: Buffers for the pass of each head.
+        decode_buffers: Buffers for the pass of each head before a decoding step.
+        prompt_buffers: Buffers for the pass of each head over prompts.
         keep_positions: Positions that a head caches (None: all).
         ring_positions: As in `Worker`.
     """
 
     def __init__(
-        self, main: StepBuffers, buffers: list[StepBuffers], *, keep_positions: int | None, ring_positions: int
+        self,
+        decode_buffers: list[StepBuffers],
+        prompt_buffers: list[StepBuffers],
+        *,
+        keep_positions: int | None,
+        ring_positions: int,
     ):
-        self._main = main
-        self.num_drafts = len(buffers)
-        self._buffers = buffers
+        self.num_drafts = len(decode_buffers)
+        self._decode_buffers, self._prompt_buffers = decode_buffers, prompt_buffers
         self._keep_positions = keep_positions
         self._ring_positions = ring_positions
 
@@ -91,7 +95,8 @@ class DraftPlanner:
                     sequence.head_lengths[head] = stop
                 first_row += main_stop - sequence.num_computed_tokens
             if work:
-                heads.append(self._head_input(head, work, places, range(len(work)), len(work)))
+                buffers = self._prompt_buffers[head]
+                heads.append(self._head_input(buffers, head, work, places, range(len(work)), len(work)))
         return tuple(heads)
 
     def num_drafts_of(self, sequence: RequestState, num_heads: int) -> int:
@@ -104,29 +109,45 @@ class DraftPlanner:
             return 0
         return min(num_heads, sequence.max_new_tokens_left - 1)
 
-    def draft(self, sequences: list[RequestState], num_drafts: list[int]) -> tuple[HeadInput, ...]:
-        """The passes for the next drafts, as many of each sequence as `num_drafts` says."""
-        heads = []
+    def draft(
+        self, sequences: list[RequestState], num_drafts: list[int], shape: PassShape | None = None
+    ) -> tuple[tuple[HeadInput, ...], int]:
+        """The passes for the next drafts, as many of each sequence as `num_drafts` says.
+
+        Args:
+            shape: Sizes to which the passes are padded if all of them fit.
+
+        Returns:
+            The passes, and the columns of the drafts (`DraftInput.width`).
+        """
+        members, works = [], []
         for head in range(max(num_drafts)):
             ready = [number for number, count in enumerate(num_drafts) if count > head]
             work: list[_Work] = []
-            places: list[int] = []
             for sequence in (sequences[n] for n in ready):
                 start, stop = max(sequence.head_lengths[head], sequence.states_start), sequence.num_computed_tokens
                 work.append((sequence, start, stop))
-                places += self._places(sequence, start, stop)
                 sequence.head_lengths[head] = max(stop - head, 0)
-            heads.append(self._head_input(head, work, places, ready, len(sequences)))
+            members.append(ready)
+            works.append(work)
+        if shape is not None and not all(_fits(work, shape) for work in works):
+            shape = None
+        width = len(sequences) if shape is None else shape.num_sequences + 1
+        heads = []
+        for head, (ready, work) in enumerate(zip(members, works, strict=True)):
+            places = [place for sequence, start, stop in work for place in self._places(sequence, start, stop)]
+            buffers = self._decode_buffers[head]
+            heads.append(self._head_input(buffers, head, work, places, ready, width, shape))
         self.forget_old_states(sequences)
-        return tuple(heads)
+        return tuple(heads), width
 
     def forget_old_states(self, sequences: list[RequestState]) -> None:
         """Advances `states_start` to the first state that the last head, which lags most, still reads."""
         for sequence in sequences:
             sequence.states_start = max(sequence.states_start, sequence.num_computed_tokens - self.num_drafts)
 
-    def state_places(self, spans: list[Span]) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Where the worker keeps the states of a pass, and which rows of the pass it keeps (None: all).
+    def state_places(self, spans: list[Span], buffers: StepBuffers) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Where the worker keeps the states of a pass of `buffers`, and which rows of the pass it keeps (None: all).
 
         Of a sequence with many new positions only the newest states, as many as the ring holds, can still be read.
         """
@@ -139,17 +160,24 @@ class DraftPlanner:
             places += [offset + p % self._ring_positions for p in range(span.stop - count, span.stop)]
             first_row += span.stop - span.start
             rows += range(first_row - count, first_row)
-        places_T = self._main.values("state_places", places)
-        return places_T, None if len(rows) == first_row else self._main.values("state_rows", rows)
+        places_T = buffers.values("state_places", places)
+        return places_T, None if len(rows) == first_row else buffers.values("state_rows", rows)
 
     def _places(self, sequence: RequestState, start: int, stop: int) -> list[int]:
         offset = sequence.held_pages.seat * self._ring_positions
         return [offset + position % self._ring_positions for position in range(start, stop)]
 
     def _head_input(
-        self, head: int, work: list[_Work], places: list[int], members: "range | list[int]", num_sequences: int
+        self,
+        buffers: StepBuffers,
+        head: int,
+        work: list[_Work],
+        places: list[int],
+        members: "range | list[int]",
+        width: int,
+        shape: PassShape | None = None,
     ) -> HeadInput:
-        """The pass of one head. `members` are the indices of its sequences among the `num_sequences` that draft."""
+        """The pass of one head. `members` are the columns of its sequences among the `width` columns of the drafts."""
         spans: list[Span] = []
         tokens: list[int] = []
         last_rows: list[int] = []
@@ -161,19 +189,41 @@ class DraftPlanner:
             num_drafted = stop - start - len(confirmed)  # their tokens are drafts of earlier heads
             tokens += confirmed
             rows += range(len(tokens), len(tokens) + num_drafted)
-            sources += (earlier * num_sequences + member for earlier in range(head - num_drafted, head))
+            sources += (earlier * width + member for earlier in range(head - num_drafted, head))
             tokens += [0] * num_drafted
             last_rows.append(len(tokens) - 1)
-        buffers = self._buffers[head]
-        return HeadInput(
+        is_short, is_part = len(last_rows) == len(tokens), len(members) < width
+        if shape is not None:
+            is_short, is_part, members = False, True, list(members)
+            for values, count, surplus in (
+                (places, shape.num_tokens, 0),
+                (rows, head * shape.num_sequences, shape.num_tokens - 1),
+                (sources, head * shape.num_sequences, 0),
+                (last_rows, shape.num_sequences, shape.num_tokens - 1),
+                (members, shape.num_sequences, width - 1),
+            ):
+                values += [surplus] * (count - len(values))
+        step = HeadInput(
             head,
-            buffers.fill(spans, tokens),
+            buffers.fill(spans, tokens, shape),
             state_places_T=buffers.values("state_places", places),
             draft_rows=buffers.values("draft_rows", rows) if rows else None,
             draft_sources=buffers.values("draft_sources", sources) if rows else None,
-            last_rows_B=buffers.values("last_rows", last_rows) if len(last_rows) < len(tokens) else None,
-            sequences_B=buffers.values("sequences", members) if len(members) < num_sequences else None,
+            last_rows_B=None if is_short else buffers.values("last_rows", last_rows),
+            sequences_B=buffers.values("sequences", members) if is_part else None,
         )
+        assert step.forward.shape == shape, "a pass that fits was not padded"
+        buffers.send()
+        return step
+
+
+def _fits(work: list[_Work], shape: PassShape) -> bool:
+    """Whether a pass leaves a row of a padded pass free, and all its positions have pages."""
+    longest = max(stop - start for _, start, stop in work)
+    is_whole = all(start >= sequence.held_pages.whole_from for sequence, start, _ in work)
+    return (
+        is_whole and longest <= shape.longest_query and sum(stop - start for _, start, stop in work) < shape.num_tokens
+    )
 
 
 _SMOOTHING = 0.1

@@ -27,6 +27,11 @@ class EngineStats:
         all_global_cache_bytes: Bytes at that moment in a model of full layers.
         offered: Per head, drafts that were judged; those after a rejected draft are not.
         accepted: Per head, drafts that were accepted.
+        num_graphs: Captured graphs, since the engine was made.
+        graph_seconds: Time of their capture.
+        graph_bytes: Memory that their capture took.
+        num_graph_passes: Passes of the main model that replayed a graph.
+        num_other_passes: Passes of the main model that launched their kernels one by one.
     """
 
     num_prompt_tokens: int = 0
@@ -40,6 +45,11 @@ class EngineStats:
     all_global_cache_bytes: int = 0
     offered: list[int] = field(default_factory=list)
     accepted: list[int] = field(default_factory=list)
+    num_graphs: int = 0
+    graph_seconds: float = 0.0
+    graph_bytes: int = 0
+    num_graph_passes: int = 0
+    num_other_passes: int = 0
 
     def count_drafts(self, num_offered: int, num_accepted: int) -> None:
         """Counts one verification, in which the first `num_accepted` of `num_offered` drafts were accepted."""
@@ -65,7 +75,13 @@ class EngineStats:
 
     def reset(self) -> None:
         """Sets all counters to zero."""
-        zero = EngineStats(offered=[0] * len(self.offered), accepted=[0] * len(self.accepted))
+        zero = EngineStats(
+            offered=[0] * len(self.offered),
+            accepted=[0] * len(self.accepted),
+            num_graphs=self.num_graphs,
+            graph_seconds=self.graph_seconds,
+            graph_bytes=self.graph_bytes,
+        )
         vars(self).update(vars(zero))
 
     def report(self) -> dict[str, float | int | list[float]]:
@@ -81,4 +97,9 @@ class EngineStats:
             "num_new_tokens": self.num_new_tokens,
             "num_prompt_tokens": self.num_prompt_tokens,
             "num_cached_tokens": self.num_cached_tokens,
+            "num_graphs": self.num_graphs,
+            "graph_seconds": self.graph_seconds,
+            "graph_bytes": self.graph_bytes,
+            "num_graph_passes": self.num_graph_passes,
+            "num_other_passes": self.num_other_passes,
         }

@@ -8,6 +8,7 @@ T packed tokens of the pass, B sequences, R rows to decide, Y rows of a page tab
 """
 
 import itertools
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -15,10 +16,20 @@ import torch
 
 from openmimo.engine.cache import PageArena, PageTables
 from openmimo.engine.sampler import SamplingInput
+from openmimo.runtime.device import HostBlock
 
-_MAX_VIEWS = 64
+MAX_SHORT_TOKENS = 16  # new tokens per sequence up to which a pass decodes or verifies drafts
+_MAX_VIEWS = 256
+_ALIGNMENT_BYTES = 16
+_STAGING_MARGIN = 1 << 12  # bytes, for alignment
+_MAX_VALUES = 16  # names of `StepBuffers.values` in one step
 _MAX_PADDED_TOKENS = 256  # larger passes keep the device busy for longer than their launches take
 _FIRST_POSITIONS, _NEXT_POSITIONS = 512, 4
+PROMPTS = 16  # sequences of a captured pass over prompts
+_PROMPT_TOKENS = (64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
+_CHEAP_TOKENS = 1024  # up to so many, padding costs less than the launches that a graph saves
+_FULL_SHARE = 0.85
+_MAX_DRAFTING_TOKENS = 512
 _NUMPY_DTYPES = {torch.int32: np.int32, torch.int64: np.int64, torch.float64: np.float64}
 
 
@@ -62,12 +73,18 @@ class PassShape(NamedTuple):
     longest_query: int
     longest_key: int
 
+    @property
+    def is_prompt(self) -> bool:
+        """Whether the pass reads prompts: its sequences may have any number of new tokens."""
+        return self.longest_query > MAX_SHORT_TOKENS
+
 
 class PassInput(NamedTuple):
     """One forward pass over packed new tokens.
 
     Attributes:
-        token_ids_T: Token ids, int64. For an MTP head, the shifted tokens.
+        token_ids_T: Token ids, int64. For an MTP head, the shifted tokens. In a step with `StepInput.reads_decided`,
+            -1 - d stands for entry d of the worker's decided tokens, which the host has not read yet.
         positions_T: Positions, int64.
         query_lengths_B: New tokens of each sequence, int32.
         key_lengths_B: Positions of each sequence, new ones included, int32.
@@ -99,13 +116,13 @@ class DraftInput(NamedTuple):
 
     Attributes:
         heads: The passes of the drafting heads, in order.
-        num_sequences: The sequences of the step, B.
+        width: Columns of the drafts [H, W]: one for each sequence, and more if the passes are padded.
         rows_N: The rows of the main pass whose tokens are drafts, int64.
-        sources_N: The index of each of these drafts in the flattened drafts [H, B], int64.
+        sources_N: The index of each of these drafts in the flattened drafts [H, W], int64.
     """
 
     heads: "tuple[HeadInput, ...]"
-    num_sequences: int
+    width: int
     rows_N: torch.Tensor
     sources_N: torch.Tensor
 
@@ -159,6 +176,8 @@ class StepInput(NamedTuple):
         scored: Rows of prompts whose log-probabilities are computed.
         records_routing: Whether the routed experts are returned.
         returns_states: Whether the states are returned.
+        reads_decided: Whether a token of the pass is one that an earlier step decided.
+        decided_place: The first entry of the worker's decided tokens that keep those of this step; None: not kept.
     """
 
     main: PassInput
@@ -172,6 +191,8 @@ class StepInput(NamedTuple):
     scored: tuple[ScoredRows, ...]
     records_routing: bool
     returns_states: bool = False
+    reads_decided: bool = False
+    decided_place: int | None = None
 
 
 class StepOutput(NamedTuple):
@@ -207,9 +228,12 @@ class HeadInput(NamedTuple):
         state_places_T: The main-model states that it reads, int64: rows of the worker's states, or -1 - r for row r of
             the main pass of the same step.
         draft_rows: Rows of the pass whose token is a draft of an earlier head, int64; None if there are none.
-        draft_sources: The index of each of these drafts in the flattened drafts [H, B], int64.
+        draft_sources: The index of each of these drafts in the flattened drafts [H, W], int64.
         last_rows_B: The last row of each sequence, int64; None if the pass has one row per sequence.
-        sequences_B: The index of each sequence in the drafts, int64; None if the head serves all of them.
+        sequences_B: The column of each sequence in the drafts, int64; None if the head serves all of them.
+
+    In a padded pass the last row belongs to no sequence, and neither does the last column of the drafts. Surplus
+    entries of the lists name these.
     """
 
     head: int
@@ -219,6 +243,52 @@ class HeadInput(NamedTuple):
     draft_sources: torch.Tensor | None
     last_rows_B: torch.Tensor | None
     sequences_B: torch.Tensor | None
+
+
+def prompt_shape(num_sequences: int, num_tokens: int, longest_key: int, *, max_positions: int) -> PassShape | None:
+    """The smallest shape of a graph that holds a pass over prompts; None if it is too large, or half empty.
+
+    Args:
+        num_sequences: Sequences of the pass.
+        num_tokens: Tokens of the pass.
+        longest_key: The most positions of a sequence.
+        max_positions: Limit of the model.
+    """
+    tokens = padded_prompt_tokens(num_tokens)
+    is_too_empty = tokens > _CHEAP_TOKENS and num_tokens < _FULL_SHARE * tokens
+    if num_tokens > _PROMPT_TOKENS[-1] or num_sequences > PROMPTS or is_too_empty:
+        return None
+    return PassShape(PROMPTS, tokens, tokens, _padded_positions(longest_key, max_positions))
+
+
+def padded_prompt_tokens(num_tokens: int) -> int:
+    """The tokens of the smallest captured pass over prompts that holds `num_tokens`, or `num_tokens` if none does."""
+    return next((size for size in _PROMPT_TOKENS if size >= num_tokens), num_tokens)
+
+
+def draft_shape(
+    num_sequences: int, num_drafts: int, longest_key: int, *, max_sequences: int, max_positions: int
+) -> PassShape | None:
+    """The shape of the passes of drafting heads in a graph; None if they are too large for one.
+
+    A head computes the positions of the last step, and those of earlier drafts: fewer than twice the drafts and one.
+
+    Args:
+        num_sequences: Sequences of the step.
+        num_drafts: Heads that may draft.
+        longest_key: The most positions of a sequence.
+        max_sequences: Limit of the engine.
+        max_positions: Limit of the model.
+    """
+    sequences, rows = min(_padded_sequences(num_sequences), max_sequences), draft_rows_of(num_drafts)
+    if sequences * rows > _MAX_DRAFTING_TOKENS or rows > MAX_SHORT_TOKENS:
+        return None
+    return PassShape(sequences, sequences * rows, rows, _padded_positions(longest_key, max_positions))
+
+
+def draft_rows_of(num_drafts: int) -> int:
+    """Rows of a sequence in a padded pass of a drafting head."""
+    return 1 << (2 * num_drafts).bit_length()
 
 
 def padded_shape(
@@ -239,10 +309,15 @@ def padded_shape(
     sequences = min(_padded_sequences(num_sequences), max_sequences)
     if sequences * longest_query > _MAX_PADDED_TOKENS:
         return None
+    return PassShape(sequences, sequences * longest_query, longest_query, _padded_positions(longest_key, max_positions))
+
+
+def _padded_positions(longest_key: int, max_positions: int) -> int:
+    """The next of 512, 2,048, 8,192, ..."""
     positions = _FIRST_POSITIONS
     while positions < longest_key:
         positions *= _NEXT_POSITIONS
-    return PassShape(sequences, sequences * longest_query, longest_query, min(positions, max_positions))
+    return min(positions, max_positions)
 
 
 def _padded_sequences(count: int) -> int:
@@ -251,44 +326,76 @@ def _padded_sequences(count: int) -> int:
     return 3 * power // 4 if count <= 3 * power // 4 and power >= 16 else power
 
 
-class _Buffer:
-    """A host array and its copy on the device (the same memory on a CPU)."""
+class _Staging:
+    """Memory on an accelerator that a step's arrays fill by one copy, from pinned memory.
 
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device):
-        self._views: dict[tuple[int, ...], tuple[torch.Tensor, torch.Tensor]] = {}
+    A view of the device has the same address whenever the same sizes were added before it, as a captured graph needs.
+    There are two blocks of pinned memory, used in turn: the host fills one while the device may still read the other.
+    """
+
+    def __init__(self, num_bytes: int, device: torch.device):
+        self._device = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+        self._blocks = tuple(HostBlock(num_bytes) for _ in range(2))
+        self._turn = self._num_used = 0
+        self._views: dict[tuple[int, torch.dtype, tuple[int, ...]], torch.Tensor] = {}
+
+    def add(self, array: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
+        """Copies an array to pinned memory; returns its place on the device, which `send` fills."""
+        first, stop = self._num_used, self._num_used + array.nbytes
+        assert stop <= self._device.numel(), "the arrays of a step exceed its memory"
+        self._blocks[self._turn].array[first:stop].view(array.dtype).reshape(array.shape)[...] = array
+        self._num_used = -(-stop // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+        key = (first, dtype, array.shape)
+        if key not in self._views:
+            if len(self._views) == _MAX_VIEWS:
+                self._views.clear()
+            self._views[key] = self._device[first:stop].view(dtype).view(array.shape)
+        return self._views[key]
+
+    def send(self) -> None:
+        """Queues the copy of everything added, and begins with the other block."""
+        if self._num_used:
+            self._blocks[self._turn].send(self._device, self._num_used)
+            self._turn, self._num_used = 1 - self._turn, 0
+            self._blocks[self._turn].wait()
+
+
+class _Buffer:
+    """A host array, and the tensor of a part of it: the same memory on a CPU, else a part of `staging`."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, staging: _Staging | None):
+        self.array = np.zeros(shape, dtype=_NUMPY_DTYPES[dtype])  # takes memory on first use; tables are mostly empty
+        self._tensor = torch.from_numpy(self.array)
+        self._staging = staging
+        self._views: dict[tuple[int, ...], torch.Tensor] = {}
         self._parts: dict[tuple[int, ...], tuple[torch.Tensor, ...]] = {}
-        if device.type == "cpu":  # NumPy's zeros take memory on first use, and tables are mostly empty
-            self.array = np.zeros(shape, dtype=_NUMPY_DTYPES[dtype])
-            self._host = self._device = torch.from_numpy(self.array)
-            return
-        self._host = torch.zeros(shape, dtype=dtype, pin_memory=True)
-        self._device = torch.zeros(shape, dtype=dtype, device=device)
-        self.array = self._host.numpy()
 
     def upload(self, *sizes: int) -> torch.Tensor:
         """The first `sizes` entries of each dimension, on the device."""
+        if self._staging is not None:
+            return self._staging.add(self.array[tuple(slice(size) for size in sizes)], self._tensor.dtype)
         if sizes not in self._views:  # decoding steps repeat their sizes, and making a view costs as much as a kernel
             if len(self._views) == _MAX_VIEWS:
                 self._views.clear()
-            part = tuple(slice(size) for size in sizes)
-            self._views[sizes] = (self._host[part], self._device[part])
-        host, device = self._views[sizes]
-        if self._device is not self._host:
-            device.copy_(host, non_blocking=True)
-        return device
+            self._views[sizes] = self._tensor[tuple(slice(size) for size in sizes)]
+        return self._views[sizes]
 
     def upload_parts(self, *sizes: int) -> tuple[torch.Tensor, ...]:
         """As `upload`, but a view for each index of the first dimension."""
-        uploaded = self.upload(*sizes)
+        if self._staging is not None:
+            return self.upload(*sizes).unbind(0)
         if sizes not in self._parts:
             if len(self._parts) == _MAX_VIEWS:
                 self._parts.clear()
-            self._parts[sizes] = uploaded.unbind(0)
+            self._parts[sizes] = self.upload(*sizes).unbind(0)
         return self._parts[sizes]
 
 
 class StepBuffers:
     """Buffers for one pass at a time over `layers`: the next `fill` overwrites the last pass.
+
+    A step fills and then calls `send`. On an accelerator the host may fill for the next step at once: the device works
+    on its own copy, which the next `send` overwrites in the order of the queue.
 
     Args:
         arena: The arena whose pages the pass uses.
@@ -309,20 +416,30 @@ class StepBuffers:
         max_sequences: int,
         max_positions: int,
     ):
-        self._device = device
         self._groups = arena.layout.groups
         self._used_groups = {arena.place_of_layer[layer][0] for layer in layers}
-        self._tokens = _Buffer((max_tokens,), torch.int64, device)
-        self._positions = _Buffer((max_tokens,), torch.int64, device)
-        self._query_lengths = _Buffer((max_sequences,), torch.int32, device)
-        self._key_lengths = _Buffer((max_sequences,), torch.int32, device)
+        table_shapes = [
+            (group.num_parts, max_sequences, group.rows_until(max_positions) if number in self._used_groups else 0)
+            for number, group in enumerate(self._groups)
+        ]
+        self._staging = self._value_staging = None
+        if device.type != "cpu":
+            pass_bytes = 4 * sum(map(math.prod, table_shapes)) + 8 * (max_tokens + 8) * sum(
+                4 + group.num_parts for group in self._groups
+            )
+            self._staging = _Staging(pass_bytes + 8 * max_sequences + _STAGING_MARGIN, device)
+            self._value_staging = _Staging(_MAX_VALUES * (8 * max_tokens + _ALIGNMENT_BYTES), device)
+        staging = self._staging
+        self._tokens = _Buffer((max_tokens,), torch.int64, staging)
+        self._positions = _Buffer((max_tokens,), torch.int64, staging)
+        self._query_lengths = _Buffer((max_sequences,), torch.int32, staging)
+        self._key_lengths = _Buffer((max_sequences,), torch.int32, staging)
         self._tables, self._pages, self._offsets, self._kept = [], [], [], []
-        for number, group in enumerate(self._groups):
-            num_rows = group.rows_until(max_positions) if number in self._used_groups else 0
-            self._tables.append(_Buffer((group.num_parts, max_sequences, num_rows), torch.int32, device))
-            self._pages.append(_Buffer((group.num_parts, max_tokens), torch.int64, device))
-            self._offsets.append(_Buffer((max_tokens,), torch.int64, device))
-            self._kept.append(_Buffer((max_tokens,), torch.int64, device))
+        for group, table_shape in zip(self._groups, table_shapes, strict=True):
+            self._tables.append(_Buffer(table_shape, torch.int32, staging))
+            self._pages.append(_Buffer((group.num_parts, max_tokens), torch.int64, staging))
+            self._offsets.append(_Buffer((max_tokens,), torch.int64, staging))
+            self._kept.append(_Buffer((max_tokens,), torch.int64, staging))
         self._max_tokens = max_tokens
         self._values: dict[str, _Buffer] = {}
         self._counting = np.arange(max_sequences)
@@ -330,13 +447,19 @@ class StepBuffers:
         self._owners: list[PageTables | None] = [None] * max_sequences
         self._num_copied = [[0] * max_sequences for _ in self._groups]
 
+    def send(self) -> None:
+        """Queues the copy of what was filled to an accelerator. Every step calls it before its passes run."""
+        if self._staging is not None and self._value_staging is not None:
+            self._staging.send()
+            self._value_staging.send()
+
     def values(
         self, name: str, values: "list[int] | list[float] | range", dtype: torch.dtype = torch.int64
     ) -> torch.Tensor:
         """Puts `values` into the buffer of this name, which is made at its first use; returns the filled part."""
         buffer = self._values.get(name)
         if buffer is None:
-            buffer = self._values[name] = _Buffer((self._max_tokens,), dtype, self._device)
+            buffer = self._values[name] = _Buffer((self._max_tokens,), dtype, self._value_staging)
         buffer.array[: len(values)] = values
         return buffer.upload(len(values))
 

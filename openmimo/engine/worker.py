@@ -14,13 +14,14 @@ decided rows in the worker, B sequences, Y rows of a table, H drafting heads, D 
 
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 
 from openmimo.engine.cache import PageArena
-from openmimo.engine.sampler import SamplingTable, decide, decided_logprobs
+from openmimo.engine.sampler import SamplingTable, decide, decided_logprobs, likeliest
 from openmimo.engine.step import (
+    MAX_SHORT_TOKENS,
     GroupSlots,
     HeadInput,
     PassInput,
@@ -30,9 +31,18 @@ from openmimo.engine.step import (
     StepInput,
     StepOutput,
 )
-from openmimo.kernels.attention import AttentionOut, ChosenBlocks, Pages, attend, paged_attend, store
+from openmimo.kernels.attention import (
+    PAGED_ATTENTION,
+    AttentionOut,
+    ChosenBlocks,
+    PagedNeed,
+    Pages,
+    attend,
+    paged_attend,
+    store,
+)
 from openmimo.kernels.dispatch import triton_unavailable
-from openmimo.kernels.operations import rotary_table
+from openmimo.kernels.operations import EXPERTS, ExpertsNeed, rotary_table
 from openmimo.model.attention import AttentionConfig, Rotation
 from openmimo.model.backbone import Hidden
 from openmimo.model.context import AttentionCall, RoutingTape, SequenceBalance
@@ -43,7 +53,8 @@ from openmimo.runtime.device import CapturedGraphs
 _FIRST_POSITIONS = 512
 _ROTARY_PIECE = 1 << 16
 _MAX_SCORED_NUMBERS = 1 << 22  # logits of a prompt that are held at once; 16 MiB in float32
-_MAX_SHORT_TOKENS = 16  # new tokens per sequence up to which a pass attends directly to the pages
+_MOST_PROMPT_TOKENS, _FEW_TOKENS = 8192, 256
+Result = TypeVar("Result")
 _Geometry = tuple[Rotation, torch.dtype]
 
 
@@ -104,9 +115,9 @@ class _Keys(NamedTuple):
 class PagedContext:
     """An `AttentionContext` (see `openmimo.model.context`) over an arena. A worker has one and binds it to each pass.
 
-    A short pass (decoding, verification) stores its keys first and attends to the pages. A long pass (prefill) attends
-    to a copy of the cached keys followed by the new ones, and then stores the new keys, of which a sliding layer may
-    keep only the last.
+    A short pass (decoding, verification) stores its keys first and attends to the pages, and so does a captured pass. A
+    long pass (prefill) attends to a copy of the cached keys followed by the new ones, and then stores the new keys, of
+    which a sliding layer may keep only the last.
     """
 
     def __init__(self, arena: PageArena, rotary: RotaryRows):
@@ -125,7 +136,7 @@ class PagedContext:
         self._step = step
         self._lengths = step.lengths
         self._longest_query, self._longest_key = max(self._lengths), max(step.stops)
-        self._is_short = self._longest_query <= _MAX_SHORT_TOKENS
+        self._reads_pages = self._longest_query <= MAX_SHORT_TOKENS or step.shape is not None
         is_contiguous = len(step.starts) == 1 and step.shape is None
         self._rotary_rows = slice(step.starts[0], step.stops[0]) if is_contiguous else step.positions_T
         self._picked.clear()
@@ -149,7 +160,7 @@ class PagedContext:
         slots = self._step.groups[group]
         assert slots is not None, "the pass was planned without this group of layers"
         pages = Pages(keys_XPGK, values_XPGV, slots.tables_BY[part])
-        if self._is_short and slots.kept_rows is None:
+        if self._reads_pages and slots.kept_rows is None:
             if call.k_TGK is not None and call.v_TGV is not None:
                 self._store(slots, part, pages, call.k_TGK, call.v_TGV)
             result = paged_attend(
@@ -218,15 +229,19 @@ class PagedContext:
 
 
 class PassResult(NamedTuple):
-    """The results of a decoding pass.
+    """The results of a captured pass.
 
     Attributes:
         hidden: States of the tokens.
         logits_TV: Logits of the tokens.
+        likeliest_T: `sampler.likeliest` of the logits.
+
+    Logits of prompts are not computed here, because few are needed: these are then None.
     """
 
     hidden: Hidden
-    logits_TV: torch.Tensor
+    logits_TV: torch.Tensor | None
+    likeliest_T: torch.Tensor | None
 
 
 def why_no_graphs(model: MiMo) -> str | None:
@@ -243,37 +258,83 @@ def why_no_graphs(model: MiMo) -> str | None:
     return None
 
 
+def max_prompt_tokens(model: MiMo, cache_dtype: torch.dtype) -> int:
+    """Tokens of the largest pass over prompts that can be captured: 0 if none can.
+
+    Other kernels for prompts wait for the device, or need the lengths of the sequences on the host.
+    """
+    config, dtype = model.config, model.activation_dtype
+    for spec in config.attention_layers():
+        need = PagedNeed(2 * MAX_SHORT_TOKENS, spec.key_dim, spec.value_dim, False, dtype, cache_dtype, False)
+        if PAGED_ATTENTION.choose(need)[0] != "triton_prompts":
+            return 0
+    if config.moe is None:
+        return _MOST_PROMPT_TOKENS
+    moe = config.moe
+    for tokens, name in ((_MOST_PROMPT_TOKENS, "triton_grouped"), (_FEW_TOKENS, "triton")):
+        sizes = (moe.num_experts, moe.experts_per_token, config.hidden_size, moe.expert_dim)
+        if EXPERTS.choose(ExpertsNeed(tokens, *sizes, dtype, False, False))[0] == name:
+            return tokens
+    return 0
+
+
 class PassGraphs:
     """The captured passes of a worker, by shape.
 
     Attributes:
         capture_seconds: Time that the captures took.
+        max_prompt_tokens: Tokens of the largest pass over prompts that is captured.
     """
 
-    def __init__(self, device: torch.device, run: Callable[[PassInput], PassResult]):
+    def __init__(self, device: torch.device, run: Callable[[PassInput], PassResult], *, max_prompt_tokens: int = 0):
         """
         Args:
             device: The accelerator.
             run: Queues the work of a pass.
+            max_prompt_tokens: As in the attributes.
         """
+        self.max_prompt_tokens = max_prompt_tokens
         self._run = run
         self._graphs = CapturedGraphs(device)
         self._replays: dict[PassShape, Callable[[], PassResult]] = {}
+        self._draft_replays: dict[tuple[PassShape, int], Callable[[], torch.Tensor]] = {}
         self.capture_seconds = 0.0
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory that the captures took."""
+        return self._graphs.num_bytes
 
     @property
     def num_captured(self) -> int:
         """Captured graphs."""
-        return len(self._replays)
+        return len(self._replays) + len(self._draft_replays)
 
     def replay(self, step: PassInput) -> PassResult:
         """Replays a padded pass, whose tensors are those of every pass of this shape; captures it at its first use."""
         assert step.shape is not None, "only padded passes are captured"
         if step.shape not in self._replays:
-            start = time.perf_counter()
-            self._replays[step.shape] = self._graphs.capture(lambda: self._run(step))
-            self.capture_seconds += time.perf_counter() - start
+            self._replays[step.shape] = self._capture(lambda: self._run(step))
         return self._replays[step.shape]()
+
+    def replay_drafts(self, heads: tuple[HeadInput, ...], width: int, run: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """Replays the padded passes of drafting heads, as `replay` does. `run` queues their work."""
+        shape = heads[0].forward.shape
+        assert shape is not None and width == shape.num_sequences + 1
+        key = (shape, len(heads))
+        if key not in self._draft_replays:
+            self._draft_replays[key] = self._capture(run)
+        return self._draft_replays[key]()
+
+    def forget_drafts(self) -> None:
+        """Drops the graphs of drafting heads."""
+        self._draft_replays.clear()
+
+    def _capture(self, run: Callable[[], Result]) -> Callable[[], Result]:
+        start = time.perf_counter()
+        replay = self._graphs.capture(run)
+        self.capture_seconds += time.perf_counter() - start
+        return replay
 
 
 class Worker:
@@ -283,7 +344,17 @@ class Worker:
     The ring holds at least 2 * num_drafts + 1 positions: the last head lags by num_drafts, a step adds num_drafts + 1.
     """
 
-    def __init__(self, model: MiMo, arena: PageArena, *, num_drafts: int, uses_graphs: bool = False):
+    def __init__(
+        self, model: MiMo, arena: PageArena, *, num_drafts: int, uses_graphs: bool = False, max_decided: int = 0
+    ):
+        """
+        Args:
+            model: The model.
+            arena: Its cache.
+            num_drafts: MTP heads that draft.
+            uses_graphs: Whether padded passes are captured.
+            max_decided: Entries of the decided tokens (`StepInput.decided_place`).
+        """
         self._model = model
         self._arena = arena
         self._context = PagedContext(arena, RotaryRows(model.device, model.config.max_positions))
@@ -291,16 +362,21 @@ class Worker:
         self.ring_positions = 1 << (2 * num_drafts).bit_length()
         self._states_XD: torch.Tensor | None = None
         self._sampling = SamplingTable(model.config.vocab_size, model.device)
-        self.graphs = PassGraphs(model.device, self._pass) if uses_graphs else None
+        self._decided_X = torch.zeros(max_decided, dtype=torch.int64, device=model.device)
+        self.graphs: PassGraphs | None = None
+        if uses_graphs:
+            prompt_tokens = max_prompt_tokens(model, arena.dtype)
+            self.graphs = PassGraphs(model.device, self._pass, max_prompt_tokens=prompt_tokens)
 
     @torch.inference_mode()
     def execute(self, step: StepInput) -> StepOutput:
         """Drafts, runs the main layers over the new tokens, stores their states, decides tokens and verifies drafts."""
         if step.drafting is not None:
-            drafts_HB = self._draft(step.drafting.heads, step.drafting.num_sequences)
-            drafts_N = drafts_HB.view(-1).index_select(0, step.drafting.sources_N)
+            drafts_HW = self._draft(step.drafting.heads, step.drafting.width)
+            drafts_N = drafts_HW.view(-1).index_select(0, step.drafting.sources_N)
             step.main.token_ids_T.index_copy_(0, step.drafting.rows_N, drafts_N)
-        hidden, logits_TV = self._run_main(step)
+        computed = self._run_main(step)
+        hidden = computed.hidden
         recorded = self._context.routing.recorded
         if step.state_places_T is not None:
             states_TD = hidden.pre_norm_TD if self._reads_pre_norm else hidden.post_norm_TD
@@ -315,13 +391,20 @@ class Worker:
         tokens_R = num_accepted_B = None
         logprobs_R = top_ids_RV = top_logprobs_RV = None
         if step.sampling is not None:
-            states_RD = hidden.post_norm_TD
-            if step.decided_rows_R is not None:
-                states_RD = states_RD[step.decided_rows_R]
-            logits_RV = self._model.head(states_RD) if logits_TV is None else logits_TV
+            likeliest_R = computed.likeliest_T
+            if computed.logits_TV is None:
+                states_RD = hidden.post_norm_TD
+                if step.decided_rows_R is not None:
+                    states_RD = states_RD[step.decided_rows_R]
+                logits_RV = self._model.head(states_RD)
+            else:
+                logits_RV = computed.logits_TV
             table, tokens_T = self._sampling, step.main.token_ids_T[: step.main.num_tokens]
             table.update(step.sampling)
-            tokens_R = decide(logits_RV, step.sampling, table, tokens_T)
+            tokens_R = decide(logits_RV, step.sampling, table, tokens_T, likeliest_R)
+            if step.decided_place is not None:
+                kept_R = self._decided_X[step.decided_place : step.decided_place + tokens_R.shape[0]]
+                torch.clamp(tokens_R, min=0, out=kept_R)  # the next step runs also if no token could be decided
             if step.sampling.logprob_seats_R is not None:
                 logprobs_R, top_ids_RV, top_logprobs_RV = decided_logprobs(logits_RV, tokens_R, step.sampling, table)
             if step.draft_rows_BK is not None:
@@ -356,29 +439,50 @@ class Worker:
             ids.append(top.indices)
         return PromptScores(torch.cat(chosen), torch.cat(ids), torch.cat(values))
 
-    def _run_main(self, step: StepInput) -> tuple[Hidden, torch.Tensor | None]:
-        """Runs the main layers. Returns the states, and the logits of all tokens if a graph computed them."""
+    def _run_main(self, step: StepInput) -> PassResult:
+        """Runs the main layers."""
         main = step.main
         if main.shape is None:
             context = self._context.bind(main, records_routing=step.records_routing)
-            return self._model(main.token_ids_T, context), None
-        assert self.graphs is not None and step.decided_rows_R is None and not step.records_routing
-        hidden, logits_TV = self.graphs.replay(main)
+            tokens_T = self._with_decided(main.token_ids_T) if step.reads_decided else main.token_ids_T
+            return PassResult(self._model(tokens_T, context), None, None)
+        assert self.graphs is not None and not step.records_routing
+        hidden, logits_TV, likeliest_T = self.graphs.replay(main)
         pre_norm_TD, post_norm_TD = (states[: main.num_tokens] for states in (hidden.pre_norm_TD, hidden.post_norm_TD))
-        return Hidden(pre_norm_TD=pre_norm_TD, post_norm_TD=post_norm_TD), logits_TV[: main.num_tokens]
+        kept = Hidden(pre_norm_TD=pre_norm_TD, post_norm_TD=post_norm_TD)
+        if logits_TV is None or likeliest_T is None:
+            return PassResult(kept, None, None)
+        assert step.decided_rows_R is None, "all rows of a decoding pass are decided"
+        return PassResult(kept, logits_TV[: main.num_tokens], likeliest_T[: main.num_tokens])
 
     def _pass(self, main: PassInput) -> PassResult:
-        hidden = self._model(main.token_ids_T, self._context.bind(main))
-        return PassResult(hidden, self._model.head(hidden.post_norm_TD))
+        hidden = self._model(self._with_decided(main.token_ids_T), self._context.bind(main))
+        assert main.shape is not None
+        if main.shape.is_prompt:
+            return PassResult(hidden, None, None)
+        logits_TV = self._model.head(hidden.post_norm_TD)
+        return PassResult(hidden, logits_TV, likeliest(logits_TV))
+
+    def _with_decided(self, token_ids_T: torch.Tensor) -> torch.Tensor:
+        """Token ids in which those of earlier steps have taken the places of their references."""
+        decided_T = self._decided_X[(-1 - token_ids_T).clamp_(min=0)]
+        return torch.where(token_ids_T < 0, decided_T, token_ids_T)
 
     @torch.inference_mode()
-    def draft(self, heads: tuple[HeadInput, ...], num_sequences: int) -> torch.Tensor:
-        """Only drafts, int64 [H, B], for a host that needs the drafts before the main layers run."""
-        return self._draft(heads, num_sequences)
+    def draft(self, heads: tuple[HeadInput, ...], width: int) -> torch.Tensor:
+        """Only drafts, int64 [H, W], for a host that needs the drafts before the main layers run."""
+        return self._draft(heads, width)
 
-    def _draft(self, heads: tuple[HeadInput, ...], num_sequences: int) -> torch.Tensor:
-        """Runs the drafting heads in order: drafts, int64 [H, B]. A head reads the drafts of earlier ones."""
-        drafts_HB = torch.zeros(len(heads), num_sequences, dtype=torch.int64, device=self._model.device)
+    def _draft(self, heads: tuple[HeadInput, ...], width: int) -> torch.Tensor:
+        """Drafts, int64 [H, W]. Padded passes are captured: all heads of a step are one graph."""
+        if not heads or heads[0].forward.shape is None:
+            return self._run_heads(heads, width)
+        assert self.graphs is not None, "only padded passes are captured"
+        return self.graphs.replay_drafts(heads, width, lambda: self._run_heads(heads, width))
+
+    def _run_heads(self, heads: tuple[HeadInput, ...], width: int) -> torch.Tensor:
+        """Runs the drafting heads in order: drafts, int64 [H, W]. A head reads the drafts of earlier ones."""
+        drafts_HB = torch.zeros(len(heads), width, dtype=torch.int64, device=self._model.device)
         assert self._states_XD is not None, "heads draft after the main layers"
         for step in heads:
             if step.draft_rows is not None:
@@ -392,7 +496,7 @@ class Worker:
             if step.sequences_B is None:
                 drafts_HB[step.head] = tokens_B
             else:
-                drafts_HB[step.head, step.sequences_B] = tokens_B
+                drafts_HB[step.head].index_copy_(0, step.sequences_B, tokens_B)
         return drafts_HB
 
     def _run_head(self, step: HeadInput, states_TD: torch.Tensor) -> torch.Tensor:
@@ -414,6 +518,8 @@ class Worker:
             if states_XD is not None:
                 grown_XD[: len(states_XD)] = states_XD
             self._states_XD = states_XD = grown_XD
+            if self.graphs is not None:
+                self.graphs.forget_drafts()  # they read the old memory
         return states_XD
 
 

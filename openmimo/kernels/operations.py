@@ -1,4 +1,4 @@
-"""The operations of a model besides attention: linear, norm, rotary, router, experts, token_loss.
+"""The operations of a model besides attention: linear, norm, rotary, router, experts, token_loss, sampling.
 
 Each operation is a section with a function that the model calls, a `Need` (the properties of a call; a backend decides
 from these alone whether it serves the call) and a `Dispatcher` over the folder of its backends, which bears its name.
@@ -19,6 +19,7 @@ ROTARY = Dispatcher("openmimo.kernels.rotary", "OPENMIMO_ROTARY")
 ROUTER = Dispatcher("openmimo.kernels.router", "OPENMIMO_ROUTER")
 EXPERTS = Dispatcher("openmimo.kernels.experts", "OPENMIMO_EXPERTS")
 TOKEN_LOSS = Dispatcher("openmimo.kernels.token_loss", "OPENMIMO_TOKEN_LOSS")
+SAMPLING = Dispatcher("openmimo.kernels.sampling", "OPENMIMO_SAMPLING")
 
 MIXED = "mixed"  # the weight format of a call whose weights have different formats
 IGNORED_LABEL = -1
@@ -439,3 +440,79 @@ def token_argmax(hidden_TD: torch.Tensor, weight_VD: torch.Tensor) -> torch.Tens
 
 def _functions(hidden_TD: torch.Tensor) -> TokenLossFunctions:
     return TOKEN_LOSS.choose(TokenLossNeed(hidden_TD.dtype, hidden_TD.is_cpu))[1].run
+
+
+# Sampling: one token of each row of logits.
+# R rows, V vocabulary.
+
+
+class SamplingNeed(NamedTuple):
+    """The properties of one call; a backend decides from these alone whether it serves the call.
+
+    Attributes:
+        vocab_size: V.
+        dtype: Dtype of the logits.
+        on_cpu: Whether the logits are in CPU memory.
+        readable: Whether the logits of a row are contiguous.
+    """
+
+    vocab_size: int
+    dtype: torch.dtype
+    on_cpu: bool
+    readable: bool
+
+
+@dataclass(frozen=True)
+class SamplingFunctions:
+    """The functions of a backend.
+
+    Attributes:
+        draw: Implements `draw_tokens`.
+        logprobs: Implements `chosen_logprobs`.
+    """
+
+    draw: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, bool], torch.Tensor]
+    logprobs: Callable[
+        [torch.Tensor, torch.Tensor, torch.Tensor, int], tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
+    ]
+
+
+def draw_tokens(
+    logits_RV: torch.Tensor, numbers_5R: torch.Tensor, uniform_R: torch.Tensor, *, has_filters: bool
+) -> torch.Tensor:
+    """Draw a token of each row, int64 [R]: the inverse of the cumulative distribution, in the order of token ids.
+
+    The distribution is the softmax at the row's temperature, filtered. Top-p keeps the smallest set of the most likely
+    tokens that holds that probability, top-k at most that many tokens, and min-p the tokens at least that fraction as
+    likely as the likeliest. Of equally likely tokens, those with the smaller ids are kept first.
+
+    Args:
+        logits_RV: Logits. A row whose largest logit is not finite gives any token.
+        numbers_5R: Temperature, top-p (2: none), top-k (infinite: none), min-p, and a number that is not read; float64.
+        uniform_R: A number in [0, 1) for each row, float64.
+        has_filters: Whether a row has top-p, top-k or min-p.
+    """
+    return _sampling(logits_RV).draw(logits_RV, numbers_5R, uniform_R, has_filters)
+
+
+def chosen_logprobs(
+    logits_RV: torch.Tensor, tokens_R: torch.Tensor, temperature_R: torch.Tensor, num_top: int
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Return log-probabilities of tokens at the temperature of their row.
+
+    Args:
+        logits_RV: Logits.
+        tokens_R: A token of each row.
+        temperature_R: The temperatures, float64.
+        num_top: How many of the likeliest tokens are returned.
+
+    Returns:
+        Log-probabilities [R] of the tokens; ids and log-probabilities [R, num_top] of the likeliest ones, None if
+        `num_top` is 0.
+    """
+    return _sampling(logits_RV).logprobs(logits_RV, tokens_R, temperature_R, num_top)
+
+
+def _sampling(logits_RV: torch.Tensor) -> SamplingFunctions:
+    need = SamplingNeed(logits_RV.shape[1], logits_RV.dtype, logits_RV.is_cpu, logits_RV.stride(1) == 1)
+    return SAMPLING.choose(need)[1].run

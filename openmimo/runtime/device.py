@@ -5,10 +5,11 @@ import functools
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
 import torch
 
 from openmimo.core.errors import ConfigError
@@ -61,15 +62,75 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def works_ahead(device: torch.device) -> bool:
+    """Return whether the device works through a queue while the host goes on."""
+    return device.type != "cpu"
+
+
+class HostBlock:
+    """Pinned memory, from which an accelerator copies while the host works on.
+
+    Attributes:
+        array: The memory, uint8.
+    """
+
+    def __init__(self, num_bytes: int):
+        self._memory = torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=True)
+        self._sent: torch.cuda.Event | None = None
+        self.array = self._memory.numpy()
+
+    def send(self, target: torch.Tensor, num_bytes: int) -> None:
+        """Queue a copy of the first bytes to `target`. Do not write before `wait`."""
+        target[:num_bytes].copy_(self._memory[:num_bytes], non_blocking=True)
+        self._sent = self._sent or torch.cuda.Event()
+        self._sent.record()
+
+    def wait(self) -> None:
+        """Wait until the device has read what was sent last."""
+        if self._sent is not None:
+            self._sent.synchronize()
+
+
+class Arrival:
+    """Copies of tensors on their way to the host. On a CPU they are there already."""
+
+    def __init__(self, tensors: tuple[torch.Tensor | None, ...]):
+        self._copies = tuple(None if tensor is None else tensor.to("cpu", non_blocking=True) for tensor in tensors)
+        self._event: torch.cuda.Event | None = None
+        if any(tensor is not None and tensor.device.type == "cuda" for tensor in tensors):
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def wait(self) -> tuple[torch.Tensor | None, ...]:
+        """Wait for the copies, and for nothing that was queued later."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._copies
+
+
+def uploaded(
+    values: Sequence[int] | Sequence[float] | np.ndarray, dtype: torch.dtype, device: torch.device | str
+) -> torch.Tensor:
+    """Return a tensor of `values` on the device, without waiting for work that is queued there."""
+    tensor = torch.as_tensor(values, dtype=dtype)
+    if torch.device(device).type == "cpu":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 class CapturedGraphs:
     """Graphs of work on an accelerator, which share the memory of their intermediate results.
 
     The results of a replay are valid until the next replay of any of them.
+
+    Attributes:
+        num_bytes: Memory that the captures took from the device.
     """
 
     def __init__(self, device: torch.device):
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
+        self.num_bytes = 0
 
     def capture(self, function: Callable[[], Result]) -> Callable[[], Result]:
         """Run `function` twice, and capture the work that it queues. It must not wait for the device.
@@ -84,8 +145,11 @@ class CapturedGraphs:
                 function()
         torch.cuda.current_stream(self._device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
+        torch.cuda.empty_cache()  # as the capture would, so that the difference is its own memory
+        before = torch.cuda.memory_reserved(self._device)
         with torch.cuda.graph(graph, pool=self._pool):
             result = function()
+        self.num_bytes += torch.cuda.memory_reserved(self._device) - before
 
         def replay() -> Result:
             graph.replay()

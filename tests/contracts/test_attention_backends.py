@@ -97,6 +97,16 @@ def test_backend_is_the_reference_or_refuses(name, call, gradients, poisoned):
         assert torch.allclose(ours, theirs, rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.parametrize("call", CALLS)
+def test_triton_prompts_are_the_reference(call, poisoned):
+    """In Triton's interpreter, where it is installed; see `make interpret`."""
+    need, tensors = tensors_of(CALLS[call], torch.float32, False)
+    if reason := dict(ATTENTION.backends())["triton_prompts"].refuse(need):
+        pytest.skip(reason)
+    exact = run("reference", need, [None if tensor is None else tensor.double() for tensor in tensors])[0]
+    assert torch.allclose(run("triton_prompts", need, tensors)[0].double(), exact, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("gradients", [True, False], ids=["with gradients", "inference"])
 @pytest.mark.parametrize("call", BIDIRECTIONAL)
 @pytest.mark.parametrize("name", BACKENDS)

@@ -227,6 +227,74 @@ def test_captured_graphs_change_no_token(device):
     assert texts[True, True] == texts[False, True]
 
 
+def test_planning_ahead_changes_no_token(device):
+    """Texts that end by a token are computed for one step more; prompts are read while others decode."""
+    model = tiny_model().to(device, torch.bfloat16)
+    kinds = [
+        {"temperature": 0.0},
+        {"temperature": 1.0, "top_p": 0.9, "logprobs": True},
+        {"temperature": 0.8, "top_k": 9},
+    ]
+    texts = {}
+    for ahead in (True, False):
+        config = EngineConfig(plans_ahead=ahead, cache_gigabytes=0.1, prefill_tokens=64, mixed_prefill_tokens=32)
+        engine = Engine(model, config=config)
+        states = []
+        for number in range(12):
+            prompt = tuple(range(3 + number, 20 + 9 * number))
+            stops = tuple(range(number, 160, 11))
+            params = SamplingParams(max_tokens=40, seed=number, stop_token_ids=stops, **kinds[number % 3])
+            states.append(engine.submit(Request(str(number), prompt, params)))
+            engine.step()
+        while engine.has_work:
+            engine.step()
+        texts[ahead] = [(state.tokens, state.finish_reason, list(state.logprobs)) for state in states]
+    assert texts[True] == texts[False]
+    assert {reason for _, reason, _ in texts[True]} == {"stop", "length"}
+
+
+@pytest.mark.parametrize("window_keys", [None, 33, 128])
+@pytest.mark.parametrize(
+    "query_lengths, key_lengths",
+    [((700,), (700,)), ((130, 1, 300, 64), (130, 1, 300, 64)), ((3, 200, 40), (900, 200, 1300))],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dims", [(192, 128), (24, 16)])
+def test_attention_of_prompts(device, dims, dtype, query_lengths, key_lengths, window_keys):
+    (K, V), N, G = dims, 16, 2
+    shapes = ((sum(query_lengths), N, K), (sum(key_lengths), G, K), (sum(key_lengths), G, V))
+    q, k, v = (torch.randn(shape, device=device).to(dtype) for shape in shapes)
+    sink = torch.randn(N, device=device) if window_keys else None
+    need = AttentionNeed(query_lengths, key_lengths, N, G, K, V, window_keys, sink is not None, False, dtype, False)
+    name, backend = ATTENTION.choose(need)
+    assert name == "triton_prompts"
+    exact = dict(ATTENTION.backends())["reference"].run(
+        q.double(), k.double(), v.double(), None if sink is None else sink.double(), need=need, scale=K**-0.5
+    )
+    out = backend.run(q, k, v, sink, need=need, scale=K**-0.5).out_TNV
+    assert relative(out, exact.out_TNV) < (1e-2 if dtype == torch.bfloat16 else 1e-5)
+
+
+@pytest.mark.parametrize("tokens", [257, 3000])
+def test_many_tokens_through_experts(device, tokens):
+    E, A, D, F = 48, 6, 200, 72
+    ids = torch.rand(tokens, E, device=device).topk(A).indices
+    tensors = [
+        torch.randn(tokens, D),
+        torch.rand(tokens, A),
+        0.1 * torch.randn(E, 2 * F, D),
+        0.1 * torch.randn(E, D, F),
+    ]
+    x, weights, gate_up, down = (tensor.to(device) for tensor in tensors)
+    x, gate_up, down = x.bfloat16(), gate_up.bfloat16(), down.bfloat16()
+    need = ExpertsNeed(tokens, E, A, D, F, torch.bfloat16, False, False)
+    name, backend = EXPERTS.choose(need)
+    out = backend.run(x, ids, weights, gate_up, down, need=need)
+    wide = (x.double(), ids, weights.double(), gate_up.double(), down.double())
+    assert name == "triton_grouped"
+    assert relative(out, dict(EXPERTS.backends())["reference"].run(*wide, need=need)) < 1e-2
+
+
 def test_training_runs_and_resumes(device, tmp_path):
     from openmimo.train.pretrain import pretrain
 

@@ -13,10 +13,10 @@ from openmimo.engine.sampler import (
     SamplingTable,
     decide,
     decided_logprobs,
-    filtered_probabilities,
     seat_sampling,
     uniform,
 )
+from openmimo.kernels.sampling.reference import filtered_probabilities
 
 VOCAB = 11
 

@@ -642,6 +642,7 @@ def test_metrics_count_requests_tokens_and_drafts():
         "openmimo_prompt_tokens_total 6.0",
         "openmimo_generated_tokens_total 12.0",
         'openmimo_drafts_offered_total{position="1"} 6.0',
+        "openmimo_graphs 0.0",
         'openmimo_drafts_accepted_total{position="1"} 4.0',
         'openmimo_drafts_accepted_total{position="2"} 2.0',
         "openmimo_time_to_first_token_seconds_count 2.0",

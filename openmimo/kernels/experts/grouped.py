@@ -31,7 +31,7 @@ def run(
     return combine(y_PD, sorted_tokens.row_M, weights_TA)
 
 
-def refuse(need: ExpertsNeed) -> str | None:
+def refuse_grouped_mm(need: ExpertsNeed) -> str | None:
     """Refuse what torch's kernel does not support, and CPUs, where it is slower than a loop."""
     if need.weight_format != PLAIN:
         return f"its weights are plain, not {need.weight_format}"
@@ -44,4 +44,4 @@ def refuse(need: ExpertsNeed) -> str | None:
     return None
 
 
-PLUGIN = Backend(priority=50, run=run, refuse=refuse)
+PLUGIN = Backend(priority=50, run=run, refuse=refuse_grouped_mm)

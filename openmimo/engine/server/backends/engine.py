@@ -80,6 +80,11 @@ class EngineBackend:
             num_new_tokens=stats.num_new_tokens,
             drafts_offered=tuple(stats.offered),
             drafts_accepted=tuple(stats.accepted),
+            num_graphs=stats.num_graphs,
+            graph_seconds=stats.graph_seconds,
+            graph_bytes=stats.graph_bytes,
+            num_graph_passes=stats.num_graph_passes,
+            num_other_passes=stats.num_other_passes,
             is_healthy=not (self._has_died or self._is_closing),
         )
 

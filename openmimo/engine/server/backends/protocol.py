@@ -22,6 +22,11 @@ class BackendGauges:
         num_new_tokens: Generated tokens.
         drafts_offered: Verified drafts by position; index 0 is the first draft of a step.
         drafts_accepted: Accepted drafts by position.
+        num_graphs: Captured graphs of an accelerator.
+        graph_seconds: Time of their capture.
+        graph_bytes: Memory that their capture took.
+        num_graph_passes: Passes that replayed a graph.
+        num_other_passes: Passes that did not.
         is_healthy: Whether the backend accepts requests.
     """
 
@@ -34,6 +39,11 @@ class BackendGauges:
     num_new_tokens: int = 0
     drafts_offered: tuple[int, ...] = ()
     drafts_accepted: tuple[int, ...] = ()
+    num_graphs: int = 0
+    graph_seconds: float = 0.0
+    graph_bytes: int = 0
+    num_graph_passes: int = 0
+    num_other_passes: int = 0
     is_healthy: bool = True
 
 

@@ -90,6 +90,13 @@ def _families(gauges: BackendGauges) -> Iterator[Metric]:
     yield CounterMetricFamily("openmimo_generated_tokens", "Tokens generated.", gauges.num_new_tokens)
     yield _by_position("openmimo_drafts_offered", "Drafts that were verified.", gauges.drafts_offered)
     yield _by_position("openmimo_drafts_accepted", "Drafts that were accepted.", gauges.drafts_accepted)
+    yield GaugeMetricFamily("openmimo_graphs", "Captured graphs of the accelerator.", gauges.num_graphs)
+    yield GaugeMetricFamily("openmimo_graph_capture_seconds", "Time of their capture.", gauges.graph_seconds)
+    yield GaugeMetricFamily("openmimo_graph_bytes", "Memory that their capture took.", gauges.graph_bytes)
+    yield CounterMetricFamily("openmimo_graph_passes", "Passes that replayed a graph.", gauges.num_graph_passes)
+    yield CounterMetricFamily(
+        "openmimo_other_passes", "Passes that launched their kernels one by one.", gauges.num_other_passes
+    )
 
 
 def _by_position(name: str, help_line: str, counts: tuple[int, ...]) -> CounterMetricFamily:
