@@ -59,8 +59,8 @@ class Runner:
         stats: EngineStats,
     ):
         self.stats = stats
-        uses_graphs = config.graphs and why_no_graphs(model) is None
-        self.worker = Worker(model, arena, num_drafts=num_drafts, uses_graphs=uses_graphs)
+        uses_graphs = config.graphs and why_no_graphs(model, arena.dtype) is None
+        self.worker = Worker(model, arena, num_drafts=num_drafts, uses_graphs=uses_graphs, integers=config.integers)
         self._max_sequences, self._max_positions = config.max_sequences, model.config.max_positions
         self._device = model.device
         self._draft_length = draft_length
