@@ -283,29 +283,16 @@ def paged_attend(
     Raises:
         ValueError: Lengths and shapes disagree, or block scores or chosen blocks are combined with a window.
     """
-    T, N, K = q_TNK.shape
-    _, P, G, width = pages.values_XPGV.shape
-    extra = scale_bytes(pages.keys_XPGK.dtype)
-    V = width - extra
-    B, Y = pages.tables_BY.shape
-    shapes_fit = pages.keys_XPGK.shape[1:] == (P, G, K + extra) and N % G == 0 and B <= T <= B * longest_query
-    is_int32 = query_lengths_B.dtype == key_lengths_B.dtype == torch.int32
-    have_lengths = query_lengths_B.shape[0] == key_lengths_B.shape[0] == B  # `len` of a tensor takes 2 us
-    if not (shapes_fit and is_int32 and have_lengths and longest_key <= Y * P):
-        raise ValueError(
-            f"paged attention shapes do not fit: q {tuple(q_TNK.shape)}, keys {tuple(pages.keys_XPGK.shape)}, values "
-            f"{tuple(pages.values_XPGV.shape)}, tables {(B, Y)}, query lengths "
-            f"{query_lengths_B.tolist()}, key lengths {key_lengths_B.tolist()} (int32, up to {longest_query} and "
-            f"{longest_key})"
-        )
+    value_dim = _check_paged(q_TNK, pages, query_lengths_B, key_lengths_B, longest_query, longest_key)
     if score_block is not None and window_keys is not None:
         raise ValueError(f"block scores need every key, but the window has {window_keys}")
-    _check_blocks(blocks, (T, G), window_keys=window_keys, score_block=score_block)
+    rows = (q_TNK.shape[0], pages.keys_XPGK.shape[2])
+    _check_blocks(blocks, rows, window_keys=window_keys, score_block=score_block)
     tensors = (q_TNK, pages.keys_XPGK, pages.values_XPGV, sink_N)
     need = PagedNeed(
         longest_query=longest_query,
-        key_dim=K,
-        value_dim=V,
+        key_dim=q_TNK.shape[2],
+        value_dim=value_dim,
         needs_gradients=torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors),
         dtype=q_TNK.dtype,
         cache_dtype=pages.keys_XPGK.dtype,
@@ -326,6 +313,33 @@ def paged_attend(
         score_block=score_block,
         blocks=blocks,
     )
+
+
+def _check_paged(
+    q_TNK: torch.Tensor,
+    pages: Pages,
+    query_lengths_B: torch.Tensor,
+    key_lengths_B: torch.Tensor,
+    longest_query: int,
+    longest_key: int,
+) -> int:
+    """Return V. Raises ValueError if lengths and shapes disagree."""
+    T, N, K = q_TNK.shape
+    _, P, G, width = pages.values_XPGV.shape
+    extra = scale_bytes(pages.keys_XPGK.dtype)
+    V = width - extra
+    B, Y = pages.tables_BY.shape
+    shapes_fit = pages.keys_XPGK.shape[1:] == (P, G, K + extra) and N % G == 0 and B <= T <= B * longest_query
+    is_int32 = query_lengths_B.dtype == key_lengths_B.dtype == torch.int32
+    have_lengths = query_lengths_B.shape[0] == key_lengths_B.shape[0] == B  # `len` of a tensor takes 2 us
+    if not (shapes_fit and is_int32 and have_lengths and longest_key <= Y * P):
+        raise ValueError(
+            f"paged attention shapes do not fit: q {tuple(q_TNK.shape)}, keys {tuple(pages.keys_XPGK.shape)}, values "
+            f"{tuple(pages.values_XPGV.shape)}, tables {(B, Y)}, query lengths "
+            f"{query_lengths_B.tolist()}, key lengths {key_lengths_B.tolist()} (int32, up to {longest_query} and "
+            f"{longest_key})"
+        )
+    return V
 
 
 class StoreNeed(NamedTuple):
