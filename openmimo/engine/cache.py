@@ -30,6 +30,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from openmimo.kernels.attention import scale_bytes
 from openmimo.model.attention import AttentionConfig, KVSpec, kv_spec
 
 MIN_PAGE_POSITIONS, MAX_PAGE_POSITIONS = 16, 128
@@ -48,12 +49,14 @@ class PageGroup:
         layers: Layer numbers.
         page_positions: Positions per page, P.
         layers_per_page: Layers per page; the last part of a group may have fewer.
+        scale_numbers: Elements that hold the scale of a key or a value.
     """
 
     spec: KVSpec
     layers: tuple[int, ...]
     page_positions: int
     layers_per_page: int
+    scale_numbers: int = 0
 
     @property
     def num_parts(self) -> int:
@@ -98,7 +101,12 @@ class PageLayout:
         return sum(group.num_parts for group in self.groups)
 
 
-def plan_pages(layers: Sequence[AttentionConfig], page_positions: int = _DEFAULT_PAGE_POSITIONS) -> PageLayout:
+def plan_pages(
+    layers: Sequence[AttentionConfig],
+    page_positions: int = _DEFAULT_PAGE_POSITIONS,
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> PageLayout:
     """Groups the layers and splits each group into parts such that pages have nearly equal bytes.
 
     Every combination of page sizes is tried; a model has few groups. `_waste` ranks them: least padding and least
@@ -108,27 +116,30 @@ def plan_pages(layers: Sequence[AttentionConfig], page_positions: int = _DEFAULT
         layers: As in `PageArena`.
         page_positions: Positions per page of full layers: a power of two from 16 to 128. Sliding layers may get
             fewer, because a window that begins inside a page wastes the rest of the page.
+        dtype: Of the stored keys and values; int8 rows hold their scales.
     """
     layers_of: dict[KVSpec, list[int]] = {}
     for index, layer in enumerate(layers):
         if kv_spec(layer).source_layer is None:
             layers_of.setdefault(kv_spec(layer), []).append(index)
-    choices = [_group_choices(spec, tuple(indices), page_positions) for spec, indices in layers_of.items()]
+    scale = scale_bytes(dtype) // dtype.itemsize
+    choices = [_group_choices(spec, tuple(indices), page_positions, scale) for spec, indices in layers_of.items()]
     groups = min(itertools.product(*choices), key=_waste)
     return PageLayout(groups, max(map(_numbers, groups)))
 
 
-def _group_choices(spec: KVSpec, layers: tuple[int, ...], page_positions: int) -> list[PageGroup]:
+def _group_choices(spec: KVSpec, layers: tuple[int, ...], page_positions: int, scale_numbers: int) -> list[PageGroup]:
     """All page shapes of a group: sliding layers may halve the positions, and layers split into 1, 2, ... parts."""
     positions = [page_positions]
     while spec.keep_positions is not None and positions[-1] > MIN_PAGE_POSITIONS:
         positions.append(positions[-1] // 2)
     sizes = sorted({-(-len(layers) // parts) for parts in range(1, len(layers) + 1)})
-    return [PageGroup(spec, layers, count, size) for count in positions for size in sizes]
+    return [PageGroup(spec, layers, count, size, scale_numbers) for count in positions for size in sizes]
 
 
 def _numbers(group: PageGroup) -> int:
-    return group.layers_per_page * group.page_positions * group.spec.bytes_per_position(1)
+    numbers = group.spec.bytes_per_position(1, scale_bytes=group.scale_numbers)
+    return group.layers_per_page * group.page_positions * numbers
 
 
 def _waste(groups: tuple[PageGroup, ...]) -> tuple[bool, float]:
@@ -168,7 +179,7 @@ class PageArena:
         device: torch.device | str = "cpu",
         page_positions: int = _DEFAULT_PAGE_POSITIONS,
     ):
-        self.layout = plan_pages(layers, page_positions)
+        self.layout = plan_pages(layers, page_positions, dtype=dtype)
         self.page_bytes = self.layout.page_numbers * dtype.itemsize
         self.num_pages = cache_bytes // self.page_bytes
         self.dtype = dtype
@@ -252,7 +263,7 @@ class PageArena:
         kept = (kv_spec(layer) for layer in self._layers)
         return sum(
             (length if spec.keep_positions is None else min(length, spec.keep_positions))
-            * spec.bytes_per_position(self.dtype.itemsize)
+            * spec.bytes_per_position(self.dtype.itemsize, scale_bytes=scale_bytes(self.dtype))
             for spec in kept
         )
 
@@ -271,7 +282,8 @@ def _zeros(rows: int, columns: int, dtype: torch.dtype, device: torch.device) ->
 
 def _layer_views(storage: torch.Tensor, group: PageGroup, place: int) -> tuple[torch.Tensor, torch.Tensor]:
     pages, page_numbers = storage.shape
-    P, G, K, V = group.page_positions, group.spec.num_kv_heads, group.spec.key_dim, group.spec.value_dim
+    P, G = group.page_positions, group.spec.num_kv_heads
+    K, V = group.spec.key_dim + group.scale_numbers, group.spec.value_dim + group.scale_numbers
     start = place * P * G * (K + V)
     keys = storage.as_strided((pages, P, G, K), (page_numbers, G * K, K, 1), start)
     values = storage.as_strided((pages, P, G, V), (page_numbers, G * V, V, 1), start + P * G * K)
@@ -286,8 +298,12 @@ def all_global_cache_bytes(layers: Sequence[AttentionConfig], num_positions: int
     owners = [spec for spec in layers if kv_spec(spec).source_layer is None]
     full = next((spec for spec in owners if kv_spec(spec).keep_positions is None), None)
     if full is not None:
-        return num_positions * len(layers) * kv_spec(full).bytes_per_position(dtype.itemsize)
-    return num_positions * sum(kv_spec(spec).bytes_per_position(dtype.itemsize) for spec in layers)
+        return num_positions * len(layers) * _position_bytes(full, dtype)
+    return num_positions * sum(_position_bytes(spec, dtype) for spec in layers)
+
+
+def _position_bytes(spec: AttentionConfig, dtype: torch.dtype) -> int:
+    return kv_spec(spec).bytes_per_position(dtype.itemsize, scale_bytes=scale_bytes(dtype))
 
 
 class PageTables:

@@ -28,8 +28,11 @@ class EngineConfig:
             on a CPU and 2,048 on an accelerator. all: as many as `prefill_tokens`.
         cache_gigabytes: Memory for keys and values (none: what max_sequences of the longest texts need, and at most
             40 % of what is free).
-        cache_dtype: Of stored keys and values: auto (that of the activations), float32, bfloat16, float16 or fp8. With
-            one narrower than the activations, texts depend on chunk sizes and prefix hits.
+        cache_dtype: Of stored keys and values: auto (that of the activations, or int8 with attention in int8), float32,
+            bfloat16, float16, fp8, or int8 (a scale for each key and value). With one narrower than the activations,
+            texts depend on chunk sizes and prefix hits.
+        attention: Products of full layers in prompts: exact, int8 (of queries and keys, and of probabilities and
+            values), or int8_half (of queries and keys). Decoding multiplies what the cache holds.
         page_positions: Positions that a cache page holds of layers that keep all of them: a power of two from 16 to
             128. Sliding layers may get fewer, at least 16. Prompts share whole pages only.
         prefix_cache: Reuse what requests with the same beginning computed.
@@ -45,7 +48,8 @@ class EngineConfig:
     prefill_tokens: PositiveInt | Literal["auto"] = "auto"
     mixed_prefill_tokens: PositiveInt | Literal["auto", "all"] = "auto"
     cache_gigabytes: PositiveFloat | None = None
-    cache_dtype: Literal["auto", "float32", "bfloat16", "float16", "fp8"] = "auto"
+    cache_dtype: Literal["auto", "float32", "bfloat16", "float16", "fp8", "int8"] = "auto"
+    attention: Literal["exact", "int8", "int8_half"] = "exact"
     page_positions: Literal[16, 32, 64, 128] = 32
     prefix_cache: bool = True
     speculative: bool | None = None
@@ -60,6 +64,12 @@ class EngineConfig:
             raise ConfigError(
                 f"num_drafts is {self.num_drafts}, which has no effect with speculative=False; give one of the two."
             )
+
+    @property
+    def integers(self) -> Literal["full", "half"] | None:
+        """The products of full layers that prompts compute in int8."""
+        names: dict[str, Literal["full", "half"]] = {"int8": "full", "int8_half": "half"}
+        return names.get(self.attention)
 
     def drafts_for(self, num_heads: int) -> int:
         """How many heads of a model with `num_heads` draft. Raises ConfigError where that contradicts the model."""

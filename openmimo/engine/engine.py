@@ -40,6 +40,7 @@ _CACHE_DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
     "fp8": torch.float8_e4m3fn,
+    "int8": torch.int8,
 }
 
 
@@ -388,7 +389,8 @@ class Engine:
 
     def _new_arena(self) -> PageArena:
         layers = self.model.config.attention_layers()[: len(self.model.config.layers) + self.num_drafts]
-        dtype = _CACHE_DTYPES.get(self.config.cache_dtype, self.model.activation_dtype)
+        name = "int8" if self.config.cache_dtype == "auto" and self.config.integers else self.config.cache_dtype
+        dtype = _CACHE_DTYPES.get(name, self.model.activation_dtype)
         free_bytes = free_memory_bytes(self.model.device)
         if self.config.cache_gigabytes is not None:
             cache_bytes = int(self.config.cache_gigabytes * 2**30)
@@ -430,7 +432,7 @@ def _most_useful_bytes(
     layers: tuple[AttentionConfig, ...], dtype: torch.dtype, model: ModelConfig, config: EngineConfig
 ) -> int:
     """Bytes for `max_sequences` of the longest texts, doubled to leave room for cached prefixes."""
-    layout = plan_pages(layers, config.page_positions)
+    layout = plan_pages(layers, config.page_positions, dtype=dtype)
     pages = sum(
         group.pages_until(min(model.max_positions, 2 * (group.spec.keep_positions or model.max_positions) + 64))
         + 2 * group.num_parts

@@ -128,10 +128,12 @@ class Runner:
     ):
         self.stats = stats
         self._plans_ahead = plans_ahead
-        uses_graphs = config.graphs and why_no_graphs(model) is None
+        reason = "the attention of prompts is computed in int8" if config.integers else why_no_graphs(model, arena.dtype)
+        uses_graphs = config.graphs and reason is None
         self.worker = Worker(
-            model, arena, num_drafts=num_drafts, uses_graphs=uses_graphs, max_decided=2 * config.max_sequences
-        )
+            model, arena, num_drafts=num_drafts, uses_graphs=uses_graphs, max_decided=2 * config.max_sequences,
+            integers=config.integers,
+        )  # fmt: skip
         self._max_sequences, self._max_positions = config.max_sequences, model.config.max_positions
         self._device = model.device
         self._draft_length = draft_length

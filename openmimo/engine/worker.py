@@ -35,10 +35,12 @@ from openmimo.kernels.attention import (
     PAGED_ATTENTION,
     AttentionOut,
     ChosenBlocks,
+    Integers,
     PagedNeed,
     Pages,
     attend,
     paged_attend,
+    read_rows,
     store,
 )
 from openmimo.kernels.dispatch import triton_unavailable
@@ -118,15 +120,21 @@ class PagedContext:
     A short pass (decoding, verification) stores its keys first and attends to the pages, and so does a captured pass. A
     long pass (prefill) attends to a copy of the cached keys followed by the new ones, and then stores the new keys, of
     which a sliding layer may keep only the last.
+
+    Args:
+        arena: The cache.
+        rotary: Rotary tables.
+        integers: The products of long passes of full layers that may be computed in int8 (None: none).
     """
 
-    def __init__(self, arena: PageArena, rotary: RotaryRows):
+    def __init__(self, arena: PageArena, rotary: RotaryRows, *, integers: Integers | None = None):
         self.routing = RoutingTape()
         self.sequence_balance: SequenceBalance | None = None
         self.block_scores: dict[int, torch.Tensor] = {}
         self.chosen_blocks: dict[tuple[int, int], ChosenBlocks] = {}
         self._arena = arena
         self._rotary = rotary
+        self._integers = integers
         self._picked: dict[_Geometry, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def bind(self, step: PassInput, *, records_routing: bool = False) -> "PagedContext":
@@ -187,6 +195,7 @@ class PagedContext:
                 window_keys=call.window_keys,
                 score_block=call.score_block,
                 blocks=call.blocks,
+                integers=self._integers if call.window_keys is None else None,
             )
         if result.block_scores_TGC is not None:
             assert call.window_keys is None, "only a layer that sees every key scores blocks"
@@ -222,8 +231,8 @@ class PagedContext:
             positions = torch.arange(first, start, device=k_new.device)
             P = pages.keys_XPGK.shape[1]
             page, offset = pages.tables_BY[row][positions // P].long(), positions % P
-            keys += [pages.keys_XPGK[page, offset].to(k_new.dtype), k_new]
-            values += [pages.values_XPGV[page, offset].to(v_new.dtype), v_new]
+            keys += [read_rows(pages.keys_XPGK[page, offset], k_new.dtype), k_new]
+            values += [read_rows(pages.values_XPGV[page, offset], v_new.dtype), v_new]
             key_lengths.append(stop - first)
         return _Keys(torch.cat(keys), torch.cat(values), tuple(key_lengths))
 
@@ -244,8 +253,8 @@ class PassResult(NamedTuple):
     likeliest_T: torch.Tensor | None
 
 
-def why_no_graphs(model: MiMo) -> str | None:
-    """Why the passes of a model cannot be captured; None if they can."""
+def why_no_graphs(model: MiMo, cache_dtype: torch.dtype) -> str | None:
+    """Why the passes of a model over a cache of this dtype cannot be captured; None if they can."""
     if model.device.type == "cpu":
         return "graphs need an accelerator"
     dtype = model.compute_dtype or next(model.parameters()).dtype
@@ -255,6 +264,8 @@ def why_no_graphs(model: MiMo) -> str | None:
         return "a weight is quantized"
     if any(spec.score_block is not None for spec in model.config.attention_layers()):
         return "a layer computes block scores"
+    if cache_dtype == torch.int8:
+        return "no kernel of an accelerator reads an int8 cache in place"
     return None
 
 
@@ -345,7 +356,14 @@ class Worker:
     """
 
     def __init__(
-        self, model: MiMo, arena: PageArena, *, num_drafts: int, uses_graphs: bool = False, max_decided: int = 0
+        self,
+        model: MiMo,
+        arena: PageArena,
+        *,
+        num_drafts: int,
+        uses_graphs: bool = False,
+        max_decided: int = 0,
+        integers: Integers | None = None,
     ):
         """
         Args:
@@ -354,10 +372,11 @@ class Worker:
             num_drafts: MTP heads that draft.
             uses_graphs: Whether padded passes are captured.
             max_decided: Entries of the decided tokens (`StepInput.decided_place`).
+            integers: The products of long passes of full layers that may be computed in int8 (None: none).
         """
         self._model = model
         self._arena = arena
-        self._context = PagedContext(arena, RotaryRows(model.device, model.config.max_positions))
+        self._context = PagedContext(arena, RotaryRows(model.device, model.config.max_positions), integers=integers)
         self._reads_pre_norm = model.config.mtp is not None and model.config.mtp.hidden == "pre_norm"
         self.ring_positions = 1 << (2 * num_drafts).bit_length()
         self._states_XD: torch.Tensor | None = None

@@ -13,15 +13,17 @@ may share pages. B sequences, X pages, P positions a page, Y pages of the longes
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 
+from openmimo.core.errors import ConfigError
 from openmimo.kernels.dispatch import Dispatcher
 
 NO_SCORES = "it computes no block scores"
 NO_BLOCKS = "it does not read chosen blocks of keys"
 CAUSAL_ONLY = "it computes causal attention only"
+Integers: TypeAlias = Literal["full", "half"]
 ATTENTION = Dispatcher("openmimo.kernels.attention", "OPENMIMO_ATTENTION")
 PAGED_ATTENTION = Dispatcher("openmimo.kernels.paged_attention", "OPENMIMO_PAGED_ATTENTION")
 STORE = Dispatcher("openmimo.kernels.paged_attention.store", "OPENMIMO_STORE")
@@ -74,6 +76,8 @@ class AttentionNeed:
         score_block: Keys of a block of the requested block scores (None: no scores).
         causal: Whether later keys are hidden.
         chosen_block: Keys of a block, if each query reads chosen blocks only (None: all blocks).
+        integers: The products that may be computed in int8: those of queries and keys ("half"), or also those of
+            probabilities and values ("full"); None for none.
     """
 
     query_lengths: tuple[int, ...]
@@ -90,6 +94,7 @@ class AttentionNeed:
     score_block: int | None = None
     causal: bool = True
     chosen_block: int | None = None
+    integers: Integers | None = None
 
     @property
     def is_self_attention(self) -> bool:
@@ -109,6 +114,7 @@ def attend(
     score_block: int | None = None,
     causal: bool = True,
     blocks: ChosenBlocks | None = None,
+    integers: Integers | None = None,
 ) -> AttentionOut:
     """Compute attention of packed queries to packed keys. Differentiable in q, k, v and sink.
 
@@ -123,8 +129,10 @@ def attend(
         score_block: Keys of a block, to request block scores (None: no scores).
         causal: Whether keys after a query's position are hidden. If not, a window extends equally far to both sides.
         blocks: The blocks that each query reads, of a causal call without a window (None: all).
+        integers: The products that may be computed in int8, see `AttentionNeed`. For inference.
 
     Raises:
+        ConfigError: `integers` is given and an input requires a gradient.
         ValueError: Lengths and shapes disagree, or chosen blocks are combined with a window or later keys.
     """
     T, N, K = q_TNK.shape
@@ -151,7 +159,12 @@ def attend(
         score_block=score_block,
         causal=causal,
         chosen_block=None if blocks is None else blocks.size,
+        integers=integers,
     )
+    if integers is not None and need.needs_gradients:
+        raise ConfigError(
+            f"attention with integers={integers!r} is for inference and has no gradient; train without it."
+        )
     _, backend = ATTENTION.choose(need)
     if blocks is not None:
         return backend.run(q_TNK, k_SGK, v_SGV, sink_N, need=need, scale=1.0 / math.sqrt(K), blocks=blocks)
@@ -174,11 +187,33 @@ def _check_blocks(
         raise ValueError("chosen blocks need a causal call without a window and without block scores")
 
 
+def scale_bytes(dtype: torch.dtype) -> int:
+    """Return the bytes of the scale at the end of each key and each value in a cache of this dtype."""
+    return torch.float32.itemsize if dtype == torch.int8 else 0
+
+
+def write_rows(x: torch.Tensor) -> torch.Tensor:
+    """Return rows [..., X] in the layout of an int8 cache [..., X + 4]: codes, and the bytes of a float32 scale."""
+    x = x.float()
+    largest = x.abs().amax(dim=-1, keepdim=True)
+    scales = torch.where(largest > 0, largest / 127, 1.0)
+    return torch.cat([(x / scales).round().to(torch.int8), scales.view(torch.int8)], dim=-1)
+
+
+def read_rows(rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return rows of a cache in `dtype`, those of an int8 cache without their scales."""
+    if rows.dtype != torch.int8:
+        return rows.to(dtype)
+    codes, scales = rows[..., :-4], rows[..., -4:].clone(memory_format=torch.contiguous_format).view(torch.float32)
+    return (codes * scales).to(dtype)
+
+
 class Pages(NamedTuple):
     """The keys and values of one layer in the cache.
 
-    The dtype of the cache may be narrower than that of the queries. The values of one position are contiguous; the
-    strides of pages and positions are free.
+    In an int8 cache, each key and each value is followed by the four bytes of its float32 scale. The dtype of
+    the cache may be narrower than that of the queries. The values of one position are contiguous; the strides of pages
+    and positions are free.
 
     Attributes:
         keys_XPGK: View of the cached keys.
@@ -248,27 +283,16 @@ def paged_attend(
     Raises:
         ValueError: Lengths and shapes disagree, or block scores or chosen blocks are combined with a window.
     """
-    T, N, K = q_TNK.shape
-    _, P, G, V = pages.values_XPGV.shape
-    B, Y = pages.tables_BY.shape
-    shapes_fit = pages.keys_XPGK.shape[1:] == (P, G, K) and N % G == 0 and B <= T <= B * longest_query
-    is_int32 = query_lengths_B.dtype == key_lengths_B.dtype == torch.int32
-    have_lengths = query_lengths_B.shape[0] == key_lengths_B.shape[0] == B  # `len` of a tensor takes 2 us
-    if not (shapes_fit and is_int32 and have_lengths and longest_key <= Y * P):
-        raise ValueError(
-            f"paged attention shapes do not fit: q {tuple(q_TNK.shape)}, keys {tuple(pages.keys_XPGK.shape)}, values "
-            f"{tuple(pages.values_XPGV.shape)}, tables {(B, Y)}, query lengths "
-            f"{query_lengths_B.tolist()}, key lengths {key_lengths_B.tolist()} (int32, up to {longest_query} and "
-            f"{longest_key})"
-        )
+    value_dim = _check_paged(q_TNK, pages, query_lengths_B, key_lengths_B, longest_query, longest_key)
     if score_block is not None and window_keys is not None:
         raise ValueError(f"block scores need every key, but the window has {window_keys}")
-    _check_blocks(blocks, (T, G), window_keys=window_keys, score_block=score_block)
+    rows = (q_TNK.shape[0], pages.keys_XPGK.shape[2])
+    _check_blocks(blocks, rows, window_keys=window_keys, score_block=score_block)
     tensors = (q_TNK, pages.keys_XPGK, pages.values_XPGV, sink_N)
     need = PagedNeed(
         longest_query=longest_query,
-        key_dim=K,
-        value_dim=V,
+        key_dim=q_TNK.shape[2],
+        value_dim=value_dim,
         needs_gradients=torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors),
         dtype=q_TNK.dtype,
         cache_dtype=pages.keys_XPGK.dtype,
@@ -289,6 +313,33 @@ def paged_attend(
         score_block=score_block,
         blocks=blocks,
     )
+
+
+def _check_paged(
+    q_TNK: torch.Tensor,
+    pages: Pages,
+    query_lengths_B: torch.Tensor,
+    key_lengths_B: torch.Tensor,
+    longest_query: int,
+    longest_key: int,
+) -> int:
+    """Return V. Raises ValueError if lengths and shapes disagree."""
+    T, N, K = q_TNK.shape
+    _, P, G, width = pages.values_XPGV.shape
+    extra = scale_bytes(pages.keys_XPGK.dtype)
+    V = width - extra
+    B, Y = pages.tables_BY.shape
+    shapes_fit = pages.keys_XPGK.shape[1:] == (P, G, K + extra) and N % G == 0 and B <= T <= B * longest_query
+    is_int32 = query_lengths_B.dtype == key_lengths_B.dtype == torch.int32
+    have_lengths = query_lengths_B.shape[0] == key_lengths_B.shape[0] == B  # `len` of a tensor takes 2 us
+    if not (shapes_fit and is_int32 and have_lengths and longest_key <= Y * P):
+        raise ValueError(
+            f"paged attention shapes do not fit: q {tuple(q_TNK.shape)}, keys {tuple(pages.keys_XPGK.shape)}, values "
+            f"{tuple(pages.values_XPGV.shape)}, tables {(B, Y)}, query lengths "
+            f"{query_lengths_B.tolist()}, key lengths {key_lengths_B.tolist()} (int32, up to {longest_query} and "
+            f"{longest_key})"
+        )
+    return V
 
 
 class StoreNeed(NamedTuple):

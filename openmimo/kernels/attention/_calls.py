@@ -10,13 +10,24 @@ from collections.abc import Callable
 import torch
 
 from openmimo.kernels import native
-from openmimo.kernels.attention import NO_BLOCKS, NO_SCORES, AttentionNeed, ChosenBlocks, PagedNeed, Pages
+from openmimo.kernels.attention import (
+    NO_BLOCKS,
+    NO_SCORES,
+    AttentionNeed,
+    AttentionOut,
+    ChosenBlocks,
+    PagedNeed,
+    Pages,
+    scale_bytes,
+)
 
 MAX_DECODE_QUERIES = 16  # a call with at most these queries per sequence is decoding or verification
 NO_WINDOW = 1 << 62  # the window of full attention, for the C kernels
 MAX_PAGED_DIM = 256
 PAGED_KEY_MULTIPLE, PAGED_VALUE_MULTIPLE = 16, 32
-_PAGED = native.Function("openmimo_paged_attention", "9P20q")  # `paged_call` of native/attention.c
+_CAUSAL = native.Function("openmimo_causal_attention", "8P11qd", num_arguments=2)  # `causal_call` of native/causal.c
+_PAGED = native.Function("openmimo_paged_attention", "9P21q")  # `paged_call` of native/attention.c
+MAX_INTEGER_DIMS = (1 << 24) // 127**2
 _CHOSEN_QUERIES = 1024  # queries of a call of the C kernel, which bounds the memory of their tables
 
 
@@ -47,6 +58,58 @@ def packed_lengths(query_lengths: tuple[int, ...], key_lengths: tuple[int, ...])
 def float32_sink(sink_N: torch.Tensor | None) -> torch.Tensor | None:
     """Return the sink logits in the layout that the C kernels read."""
     return None if sink_N is None else sink_N.to(torch.float32).contiguous()
+
+
+def refuse_integers(need: AttentionNeed) -> str | None:
+    """Refuse calls in which no product may be computed in int8, and all but full attention without gradients."""
+    if need.integers is None:
+        return "the call does not allow products in int8"
+    if need.needs_gradients:
+        return "int8 attention is for inference: it has no backward pass"
+    if need.window_keys is not None:
+        return "it computes full attention only"
+    if need.key_dim > MAX_INTEGER_DIMS:
+        return f"float32 does not hold the sums of more than {MAX_INTEGER_DIMS} products of codes exactly"
+    return refuse_blocks(need)
+
+
+def call_causal_kernel(
+    q_TNK: torch.Tensor,
+    k_SGK: torch.Tensor,
+    v_SGV: torch.Tensor,
+    sink_N: torch.Tensor | None,
+    need: AttentionNeed,
+    scale: float,
+    *,
+    key_means_BGK: torch.Tensor | None = None,
+    value_scales_BG: torch.Tensor | None = None,
+) -> AttentionOut:
+    """Call native/causal.c, in int8 if the means of the keys are given.
+
+    Raises:
+        MemoryError: There is no memory for the kernel's layout of the keys.
+    """
+    q_TNK, k_SGK, v_SGV = q_TNK.contiguous(), k_SGK.contiguous(), v_SGV.contiguous()
+    out_TNV = q_TNK.new_empty(*q_TNK.shape[:2], v_SGV.shape[2])
+    sink_N = float32_sink(sink_N)
+    scores_TGC = zero_scores(q_TNK, need.num_kv_heads, need.score_block, max(need.key_lengths))
+    integers = 0 if key_means_BGK is None else 2 if need.integers == "full" else 1
+    call = _CAUSAL.pack(
+        q_TNK.data_ptr(),
+        k_SGK.data_ptr(),
+        v_SGV.data_ptr(),
+        address(sink_N),
+        out_TNV.data_ptr(),
+        address(scores_TGC),
+        address(key_means_BGK),
+        address(value_scales_BG),
+        *(len(need.query_lengths), need.num_heads, need.num_kv_heads, need.key_dim, need.value_dim),
+        *(need.window_keys or NO_WINDOW, torch.get_num_threads(), q_TNK.dtype == torch.bfloat16),
+        *(need.score_block or 1, 1 if scores_TGC is None else scores_TGC.shape[2], integers, scale),
+    )
+    if _CAUSAL.call(call, packed_lengths(need.query_lengths, need.key_lengths)):
+        raise MemoryError(f"there is no memory to lay out {sum(need.key_lengths):,} keys for attention")
+    return AttentionOut(out_TNV, scores_TGC)
 
 
 def refuse_paged_dims(need: AttentionNeed | PagedNeed) -> str | None:
@@ -95,7 +158,10 @@ def call_paged_kernel(
     """
     keys_XPGK, values_XPGV, tables = pages
     T, N, K = q_TNK.shape
-    G, V = values_XPGV.shape[2:]
+    int8_cache, dtype = keys_XPGK.dtype == torch.int8, q_TNK.dtype
+    G, V = values_XPGV.shape[2], values_XPGV.shape[3] - scale_bytes(keys_XPGK.dtype)
+    if int8_cache:
+        q_TNK = q_TNK.float()
     if scale is not None and scale != 1.0 / math.sqrt(K):
         q_TNK = q_TNK * (scale * math.sqrt(K))
     q_TNK, tables, sink_N = q_TNK.contiguous(), tables.contiguous(), float32_sink(sink_N)
@@ -117,11 +183,11 @@ def call_paged_kernel(
         *(run_positions, entry_positions, *_strides(keys_XPGK), *_strides(values_XPGV), *table_strides),
         *((1, 0) if key_lengths.ndim == 1 else (G, 1)),
         *(window_keys or NO_WINDOW, torch.get_num_threads(), q_TNK.dtype == torch.bfloat16),
-        *(score_block or 1, 1 if scores_TGC is None else scores_TGC.shape[2]),
+        *(score_block or 1, 1 if scores_TGC is None else scores_TGC.shape[2], int8_cache),
     )
     if _PAGED.call(call):
         raise MemoryError(f"there is no memory for the block scores of {longest_key:,} keys")
-    return out_TNV, scores_TGC
+    return out_TNV.to(dtype), scores_TGC
 
 
 def _strides(x_XPGK: torch.Tensor) -> tuple[int, int]:

@@ -9,19 +9,11 @@ import torch
 
 from openmimo.kernels import native
 from openmimo.kernels.attention import CAUSAL_ONLY, NO_BLOCKS, NO_SCORES, AttentionNeed, AttentionOut
-from openmimo.kernels.attention._calls import (
-    MAX_DECODE_QUERIES,
-    NO_WINDOW,
-    address,
-    float32_sink,
-    packed_lengths,
-    zero_scores,
-)
+from openmimo.kernels.attention._calls import MAX_DECODE_QUERIES, call_causal_kernel
 from openmimo.kernels.dispatch import Backend
 from openmimo.runtime.device import cpu_multiplies_bfloat16
 
 _MAX_ROWS = 96  # of native/causal.c
-_CAUSAL = native.Function("openmimo_causal_attention", "6P10qd", num_arguments=2)  # `causal_call` of native/causal.c
 
 
 def run(
@@ -38,24 +30,7 @@ def run(
     Raises:
         MemoryError: There is no memory for the kernel's layout of the keys.
     """
-    q_TNK, k_SGK, v_SGV = q_TNK.contiguous(), k_SGK.contiguous(), v_SGV.contiguous()
-    out_TNV = q_TNK.new_empty(*q_TNK.shape[:2], v_SGV.shape[2])
-    sink_N = float32_sink(sink_N)
-    scores_TGC = zero_scores(q_TNK, need.num_kv_heads, need.score_block, max(need.key_lengths))
-    call = _CAUSAL.pack(
-        q_TNK.data_ptr(),
-        k_SGK.data_ptr(),
-        v_SGV.data_ptr(),
-        address(sink_N),
-        out_TNV.data_ptr(),
-        address(scores_TGC),
-        *(len(need.query_lengths), need.num_heads, need.num_kv_heads, need.key_dim, need.value_dim),
-        *(need.window_keys or NO_WINDOW, torch.get_num_threads(), q_TNK.dtype == torch.bfloat16),
-        *(need.score_block or 1, 1 if scores_TGC is None else scores_TGC.shape[2], scale),
-    )
-    if _CAUSAL.call(call, packed_lengths(need.query_lengths, need.key_lengths)):
-        raise MemoryError(f"there is no memory to lay out {sum(need.key_lengths):,} keys for attention")
-    return AttentionOut(out_TNV, scores_TGC)
+    return call_causal_kernel(q_TNK, k_SGK, v_SGV, sink_N, need, scale)
 
 
 def refuse(need: AttentionNeed) -> str | None:

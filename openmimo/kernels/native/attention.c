@@ -18,6 +18,8 @@
  * queries read chosen blocks, every query is a sequence, each KV head has a table of its own, and a run is a block or a
  * part of one: the positions of the sequence are those of the chosen blocks, in order.
  *
+ * The cache has the dtype of the queries, or it is int8: a key or a value is `dims` codes and the four bytes of a scale.
+ *
  * bfloat16 is computed in float32. A word holds two numbers, and unpacking words puts the even numbers before the odd
  * ones. Keys, queries and sums share that order; the output restores the original one.
  */
@@ -49,6 +51,7 @@ typedef struct {
     int64_t window; /* longer than any sequence if there is no window */
     int64_t threads, bfloat16;
     int64_t score_block, score_blocks; /* keys of a block, and blocks of the longest sequence */
+    int64_t int8_cache;
 } paged_call;
 
 typedef struct {
@@ -252,8 +255,20 @@ static __attribute__((noinline)) void update_row(row_group *group, int64_t row, 
 typedef struct {
     const char *pages;
     const int32_t *table;
-    int64_t page_positions, entry_positions, page_bytes, position_bytes, dims, bfloat16;
+    int64_t page_positions, entry_positions, page_bytes, position_bytes, dims, bfloat16, int8;
 } stream;
+
+/* Reads `dims` codes and their scale; `dims` is a multiple of 16. */
+static void read_codes(const char *from, float *to, int64_t dims) {
+    typedef int8_t bytes __attribute__((vector_size(WIDTH)));
+    float scale;
+    memcpy(&scale, from + dims, sizeof scale);
+    for (int64_t dim = 0; dim < dims; dim += WIDTH) {
+        bytes codes;
+        memcpy(&codes, from + dim, sizeof codes);
+        store_vector(to + dim, __builtin_convertvector(__builtin_convertvector(codes, lanes), vector) * scale);
+    }
+}
 
 /* The address of the first position of a run. */
 static const char *run_address(const stream *stream, int64_t run) {
@@ -283,14 +298,15 @@ static void find_tile(const stream *stream, row_group *group, int64_t position, 
         }
         if (position + stream->page_positions < group->end) found->ahead[key] = next + offset * stream->position_bytes;
         const char *numbers = here + offset * stream->position_bytes;
-        if (stream->bfloat16) read_numbers(numbers, group->tile[key], stream->dims, 1);
-        found->numbers[key] = stream->bfloat16 ? group->tile[key] : (const float *)numbers;
+        if (stream->int8) read_codes(numbers, group->tile[key], stream->dims);
+        else if (stream->bfloat16) read_numbers(numbers, group->tile[key], stream->dims, 1);
+        found->numbers[key] = stream->int8 || stream->bfloat16 ? group->tile[key] : (const float *)numbers;
     }
 }
 
 /* Prefetches a few positions of the next page per call: more than the core's outstanding misses would stall it. */
 static void fetch_ahead(const stream *stream, const tile *found, int from, int count) {
-    int64_t bytes = stream->dims * (stream->bfloat16 ? 2 : 4);
+    int64_t bytes = stream->int8 ? stream->dims + 4 : stream->dims * (stream->bfloat16 ? 2 : 4);
     for (int key = from; key < from + count; key++)
         for (int64_t byte = 0; found->ahead[key] && byte < bytes; byte += 64)
             __builtin_prefetch(found->ahead[key] + byte, 0, 2);
@@ -351,19 +367,19 @@ static void start_rows(const paged_call *call, const paged_sequence *sequence, i
 
 static void attend_rows(const paged_call *call, const paged_sequence *sequence, int64_t kv_head, int64_t from,
                         row_group *group) {
-    int64_t size = call->bfloat16 ? 2 : 4;
-    stream keys = {(const char *)call->keys + size * kv_head * call->key_dim, sequence->table, call->page_positions,
-                   call->entry_positions, size * call->key_page_stride, size * call->key_stride, call->key_dim, call->bfloat16};
-    stream values = {(const char *)call->values + size * kv_head * call->value_dim, sequence->table,
+    int64_t out_size = call->bfloat16 ? 2 : 4, size = call->int8_cache ? 1 : out_size, scale = call->int8_cache ? 4 : 0;
+    stream keys = {(const char *)call->keys + kv_head * (size * call->key_dim + scale), sequence->table, call->page_positions,
+                   call->entry_positions, size * call->key_page_stride, size * call->key_stride, call->key_dim, call->bfloat16, call->int8_cache};
+    stream values = {(const char *)call->values + kv_head * (size * call->value_dim + scale), sequence->table,
                      call->page_positions, call->entry_positions, size * call->value_page_stride, size * call->value_stride,
-                     call->value_dim, call->bfloat16};
+                     call->value_dim, call->bfloat16, call->int8_cache};
     start_rows(call, sequence, kv_head, from, group);
     for (int64_t block = group->begin / BLOCK * BLOCK; block < group->end; block += BLOCK)
         attend_block(&keys, &values, group, block);
     for (int64_t row = 0; row < group->rows; row++) {
         float norm = sum_of(group->norms[row]);
         for (int64_t dim = 0; dim < call->value_dim; dim++) group->sums[row][dim] /= norm;
-        char *out = (char *)call->out + size * row_index(call, sequence, kv_head, from + row) * call->value_dim;
+        char *out = (char *)call->out + out_size * row_index(call, sequence, kv_head, from + row) * call->value_dim;
         write_numbers(group->sums[row], out, call->value_dim, call->bfloat16);
         if (!group->largest) continue;
         int64_t query = row_index(call, sequence, kv_head, from + row) / call->heads;

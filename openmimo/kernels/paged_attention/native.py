@@ -73,10 +73,10 @@ def _attend_chosen(
 
 
 def refuse(need: PagedNeed) -> str | None:
-    """Refuse all but few queries per sequence on a CPU, of the cache's dtype and whole vectors, without gradients."""
+    """Refuse all but few queries per sequence on a CPU, of whole vectors and the cache's dtype or an int8 cache."""
     if need.longest_query > MAX_DECODE_QUERIES:
         return f"it takes at most {MAX_DECODE_QUERIES} queries a sequence, not {need.longest_query}"
-    if need.dtype != need.cache_dtype:
+    if need.cache_dtype not in (need.dtype, torch.int8):
         return f"the queries are {need.dtype} and the cache {need.cache_dtype}"
     return refuse_paged_dims(need) or native.refuse(need)
 

@@ -5,7 +5,7 @@ It refuses nothing: prefill chunks with long pasts, every cache dtype, CPUs and 
 
 import torch
 
-from openmimo.kernels.attention import AttentionOut, ChosenBlocks, Pages, attend
+from openmimo.kernels.attention import AttentionOut, ChosenBlocks, Pages, attend, read_rows
 from openmimo.kernels.dispatch import Backend
 
 
@@ -57,7 +57,7 @@ def _rows(pages: Pages, first: list[int], key_lengths: tuple[int, ...]) -> torch
 def _gather(x_XPGK: torch.Tensor, rows_S: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Return keys or values at the indices `rows_S`, [S, G, K], converted to `dtype`."""
     page_positions = x_XPGK.shape[1]
-    return x_XPGK[rows_S // page_positions, rows_S % page_positions].to(dtype)
+    return read_rows(x_XPGK[rows_S // page_positions, rows_S % page_positions], dtype)
 
 
 PLUGIN = Backend(priority=0, run=run, refuse=lambda need: None)

@@ -193,11 +193,11 @@ class KVSpec:
     keep_positions: int | None
     source_layer: int | None = None
 
-    def bytes_per_position(self, bytes_per_value: int) -> int:
-        """Return the cache bytes of one position of this layer."""
+    def bytes_per_position(self, bytes_per_value: int, *, scale_bytes: int = 0) -> int:
+        """Return the cache bytes of one position. `scale_bytes` are those of the scale of a key or a value, if any."""
         if self.source_layer is not None:
             return 0
-        return self.num_kv_heads * (self.key_dim + self.value_dim) * bytes_per_value
+        return self.num_kv_heads * ((self.key_dim + self.value_dim) * bytes_per_value + 2 * scale_bytes)
 
 
 @dataclass(frozen=True)
