@@ -50,7 +50,7 @@ _INERT_KEYS = {
     "return_dict", "router_aux_loss_coef", "openmimo_version",
 }  # fmt: skip
 _LayerKind = TypeVar("_LayerKind", bound=str)
-_RopeType: TypeAlias = Literal["default", "linear", "yarn", "longrope", "dynamic"]
+_RopeType: TypeAlias = Literal["default", "linear", "yarn", "longrope", "dynamic", "alibi"]
 RotaryShare = Annotated[float, Bounds(least=0, most=1)]
 
 
@@ -371,7 +371,7 @@ class _Reader:
         theta, factor, scaling = self._rope(kind)
         sink = hub.add_swa_attention_sink_bias if is_sliding else hub.add_full_attention_sink_bias
         return AttentionConfig(
-            kind=kind,
+            kind="alibi" if self._nested_rope(kind).kind == "alibi" else kind,
             num_heads=num_heads,
             num_kv_heads=kv_heads,
             key_dim=key_dim,
@@ -385,8 +385,7 @@ class _Reader:
 
     def _rope(self, kind: str) -> tuple[float, float, RopeScaling | None]:
         """Return RoPE base, rotated fraction and scaling of one kind of layer, from flat keys or `rope_parameters`."""
-        hub, by_kind = self.hub, self.hub.rope_parameters or _RopeByKind()
-        nested = (by_kind.sliding_attention if kind == "sliding" else by_kind.full_attention) or by_kind
+        hub, nested = self.hub, self._nested_rope(kind)
         flat = hub.swa_rope_theta if kind == "sliding" else hub.rope_theta
         if None not in (flat, nested.rope_theta) and flat != nested.rope_theta:
             raise ConfigError(f"RoPE base {flat} and {nested.rope_theta} (rope_parameters) for {kind} layers.")
@@ -402,9 +401,14 @@ class _Reader:
             raise ConfigError(f"rope_scaling and rope_parameters for {kind} layers must agree.")
         return theta, _or(factors[0], _or(factors[1], 1.0)), _or(scaling, flat_scaling)
 
+    def _nested_rope(self, kind: str) -> _Rope:
+        """Return the entry of `rope_parameters` of one kind of layer."""
+        by_kind = self.hub.rope_parameters or _RopeByKind()
+        return (by_kind.sliding_attention if kind == "sliding" else by_kind.full_attention) or by_kind
+
     def _rope_scaling(self, rope: _Rope) -> RopeScaling | None:
         """Return the scaling that an entry describes with the keys of transformers."""
-        if rope.kind == "default":
+        if rope.kind in ("default", "alibi"):
             return None
         if rope.kind == "dynamic":
             raise ConfigError(
@@ -467,6 +471,11 @@ def _yarn_amplitude(rope: _Rope) -> float | None:
     return (0.1 * rope.mscale * logarithm + 1.0) / (0.1 * rope.mscale_all_dim * logarithm + 1.0)
 
 
+def _hub_kind(spec: AttentionConfig) -> str:
+    """Return the kind in `layer_types`. ALiBi layers are full layers whose `rope_type` is "alibi"."""
+    return "full" if spec.kind == "alibi" else spec.kind
+
+
 def _rope_keys(spec: AttentionConfig) -> dict[str, Any]:
     """Return the entry of `rope_parameters` of a layer. NTK-aware scaling is a raised base."""
     values: dict[str, Any] = {
@@ -474,8 +483,10 @@ def _rope_keys(spec: AttentionConfig) -> dict[str, Any]:
         "rope_theta": _written_theta(spec),
         "partial_rotary_factor": _rotary_factor(spec),
     }
+    if spec.kind == "alibi":
+        return values | {"rope_type": "alibi"}
     scaling = spec.rope_scaling
-    if scaling is None or scaling.kind == "ntk":
+    if scaling is None or scaling.kind in ("none", "ntk"):
         return values
     values |= {"rope_type": scaling.kind, "factor": scaling.factor}
     if scaling.original_positions is not None:
@@ -507,9 +518,9 @@ def config_to_hf(config: ModelConfig, *, dtype: str = "float32") -> dict[str, An
     """
     if any(spec.kind == "sparse" for spec in config.attention_layers()):
         return _to_own_layout(config, dtype)
-    kinds = {layer.attention.kind: layer.attention for layer in config.layers}
+    kinds = {_hub_kind(layer.attention): layer.attention for layer in config.layers}
     if config.mtp:
-        kinds.setdefault(config.mtp.attention.kind, config.mtp.attention)
+        kinds.setdefault(_hub_kind(config.mtp.attention), config.mtp.attention)
     _refuse_mixed_geometry(config, kinds)
     reference = kinds.get("full") or kinds["sliding"]
     values: dict[str, Any] = {
@@ -575,7 +586,7 @@ def _hybrid_keys(config: ModelConfig, kinds: dict[str, AttentionConfig], referen
         "swa_num_key_value_heads": sliding.num_kv_heads,
         "swa_head_dim": sliding.key_dim,
         "swa_v_head_dim": sliding.value_dim,
-        "layer_types": [f"{layer.attention.kind}_attention" for layer in config.layers],
+        "layer_types": [f"{_hub_kind(layer.attention)}_attention" for layer in config.layers],
         "hybrid_layer_pattern": [int(layer.attention.kind == "sliding") for layer in config.layers],
         "mlp_layer_types": ["sparse" if layer.ffn == "moe" else "dense" for layer in config.layers],
         "moe_layer_freq": [int(layer.ffn == "moe") for layer in config.layers],
@@ -624,13 +635,13 @@ def _native_class_agrees(config: ModelConfig, kinds: dict[str, AttentionConfig])
 
 def _refuse_mixed_geometry(config: ModelConfig, kinds: dict[str, AttentionConfig]) -> None:
     for kind, spec in kinds.items():
-        if kind not in _KINDS or spec.score_block is not None:
+        if _hub_kind(spec) not in _KINDS or spec.score_block is not None:
             raise ConfigError(
                 f"an attention layer of kind {kind!r} with score_block {spec.score_block} cannot be saved: config.json "
                 f"states the kinds {' and '.join(_KINDS)}, without block scores."
             )
     for number, layer in enumerate(config.layers):
-        if layer.attention != kinds[layer.attention.kind]:
+        if layer.attention != kinds[_hub_kind(layer.attention)]:
             raise ConfigError(
                 f"layer {number} has a different geometry; config.json can state one for each kind of layer."
             )

@@ -68,6 +68,26 @@ def tiny_no_sink() -> ModelConfig:
     return replace(config, layers=layers, mtp=replace(config.mtp, attention=replace(config.mtp.attention, sink=False)))
 
 
+def tiny_nope() -> ModelConfig:
+    """Return `tiny` without positions in its full layers (NoPE); sliding layers keep RoPE."""
+    return _with_full_layers(tiny(), rotary_dim=0)
+
+
+def tiny_alibi() -> ModelConfig:
+    """Return `tiny` with linear biases (ALiBi) in its full layers; sliding layers keep RoPE."""
+    return _with_full_layers(tiny(), rotary_dim=0, kind="alibi")
+
+
+def _with_full_layers(config: ModelConfig, *, rotary_dim: int, kind: str = "full") -> ModelConfig:
+    layers = tuple(
+        replace(layer, attention=replace(layer.attention, kind=kind, rotary_dim=rotary_dim))
+        if layer.attention.kind == "full"
+        else layer
+        for layer in config.layers
+    )
+    return replace(config, layers=layers)
+
+
 def deep() -> ModelConfig:
     """Return a model of 13 million parameters: 48 layers of `tiny` and three MTP heads, in proportion as in `flash`."""
     config = tiny()
@@ -323,9 +343,9 @@ def _dense(*, width: int, head_dim: int, ffn: int) -> ModelConfig:
 PRESETS: dict[str, Callable[[], ModelConfig]] = {
     preset.__name__: preset
     for preset in (
-        tiny, tiny_all_global, tiny_no_sink, tiny_hysparse, deep, small, flash, flash_base, mimo_7b, hysparse_7b,
-        hysparse_80b, tiny_fairy, fairy_700m, fairy_1b3, bytes_fairy, bytes_fairy_plain, bytes_ternary, bytes_binary,
-        bytes_real,
+        tiny, tiny_all_global, tiny_no_sink, tiny_nope, tiny_alibi, tiny_hysparse, deep, small, flash, flash_base,
+        mimo_7b, hysparse_7b, hysparse_80b, tiny_fairy, fairy_700m, fairy_1b3, bytes_fairy, bytes_fairy_plain,
+        bytes_ternary, bytes_binary, bytes_real,
     )
 }  # fmt: skip
 

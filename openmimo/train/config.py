@@ -85,7 +85,7 @@ class Phase(PhaseSettings):
         initial_batch_size: Sequences in the first step of a batch-size warm-up (None: no warm-up).
         batch_warmup_steps: Steps in which the batch size rises linearly to `global_batch_size`.
         full_rope_theta: RoPE base of the full-attention layers from this phase on (None: unchanged).
-        full_rope_scaling: Scaling of RoPE in the full-attention layers from this phase on (None: unchanged).
+        full_rope_scaling: Scaling of RoPE in the full-attention layers from this phase on (none: unchanged).
     """
 
     name: str
@@ -97,7 +97,7 @@ class Phase(PhaseSettings):
     batch_warmup_steps: NonNegativeInt = 0
     mtp_weight: NonNegativeFloat = 0.3
     full_rope_theta: PositiveFloat | None = None
-    full_rope_scaling: RopeScaling | None = None
+    full_rope_scaling: RopeScaling = RopeScaling()
 
     def __post_init__(self) -> None:
         where = f"phase {self.name!r}"
@@ -358,12 +358,12 @@ class ExtendConfig(PhaseSettings, TrainConfig, FromCheckpoint):
 
     Attributes:
         full_rope_theta: New RoPE base of the full-attention layers. The report increases it with the context length.
-        full_rope_scaling: Scaling of RoPE in the full-attention layers, such as YaRN (None: that of the checkpoint).
+        full_rope_scaling: Scaling of RoPE in the full-attention layers, such as yarn (none: that of the checkpoint).
     """
 
     _: KW_ONLY
     full_rope_theta: PositiveFloat
-    full_rope_scaling: RopeScaling | None = None
+    full_rope_scaling: RopeScaling = RopeScaling()
     bias_rate: NonNegativeFloat = 1e-5
     micro_batch_size: PositiveInt = 1
 

@@ -356,7 +356,7 @@ class Trainer:
         self.model.extend_context(
             full_rope_theta=stage.full_rope_theta,
             max_positions=stage.sequence_length,
-            full_rope_scaling=stage.full_rope_scaling,
+            full_rope_scaling=None if stage.full_rope_scaling.kind == "none" else stage.full_rope_scaling,
         )
         if stage.mtp_heads is not None and stage.mtp_heads > self.model.config.num_mtp_heads:
             if is_running:

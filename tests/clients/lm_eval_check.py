@@ -1,12 +1,17 @@
-"""lm-eval against the server: likelihood, multiple choice, rolling, generation, chat; compared with its hf model."""
+"""lm-eval against the server and with the package's own model; compared with lm-eval's hf model.
+
+Likelihood, multiple choice, rolling, generation and chat.
+"""
 
 import functools
 import json
 import os
+import sys
 from pathlib import Path
 
 from checks import MODEL, Served, check, main
 
+sys.path.append(os.environ["OPENMIMO_ROOT"])  # model openmimo runs in this process
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
 
 from lm_eval.api.registry import get_model
@@ -38,7 +43,11 @@ def responses(model: str, url: str, folder: str, **options: str) -> dict[str, li
     path = Path(folder) / "lm_eval_rows.json"
     path.write_text("\n".join(map(json.dumps, ROWS)))
     arguments = {"pretrained": folder, "dtype": "float32", "max_length": 1024, "device": "cpu"}
-    if model != "hf":
+    if model == "openmimo":
+        from openmimo.evals import harness
+
+        assert harness.OpenMiMo is get_model("openmimo")
+    elif model != "hf":
         arguments = {"model": MODEL, "base_url": url, "max_length": 1024, "num_concurrent": 2, **options}
     configs = {
         f"own_{name}": {**COMMON, **task, "task": f"own_{name}", "dataset_kwargs": {"data_files": {"test": str(path)}}}
@@ -47,7 +56,7 @@ def responses(model: str, url: str, folder: str, **options: str) -> dict[str, li
     }
     lm = get_model(model).create_from_arg_obj(arguments)
     tasks = get_task_dict(list(configs.values()), TaskManager(include_defaults=False))
-    is_chat = model == "local-chat-completions"
+    is_chat = model == "local-chat-completions" or "chat" in options
     result = evaluate(lm=lm, task_dict=tasks, log_samples=True, bootstrap_iters=0, apply_chat_template=is_chat)
     return {
         name: [one["filtered_resps"] for one in sorted(samples, key=lambda sample: sample["doc_id"])]
@@ -73,6 +82,10 @@ for name in TASKS:
         ours = responses("local-completions", f"{served.url}/v1/completions", served.folder, tokenizer=served.folder)
         near(ours[task], responses("hf", "", served.folder)[task])
 
+    @check(f"lm-eval {name} through model openmimo equals its hf model")
+    def _(served: Served, task: str = f"own_{name}") -> None:
+        near(responses("openmimo", "", served.folder)[task], responses("hf", "", served.folder)[task])
+
 
 @check("lm-eval with the server's tokenizer")
 def _(served: Served) -> None:
@@ -87,6 +100,13 @@ def _(served: Served) -> None:
     address = f"{served.url}/v1/chat/completions"
     texts = responses("local-chat-completions", address, served.folder)["own_generate"]
     assert len(texts) == len(ROWS) and all(isinstance(text, str) for (text,) in texts), texts
+
+
+@check("lm-eval chat through model openmimo")
+def _(served: Served) -> None:
+    address = f"{served.url}/v1/chat/completions"
+    theirs = responses("local-chat-completions", address, served.folder)["own_generate"]
+    near(responses("openmimo", "", served.folder, chat="yes")["own_generate"], theirs)
 
 
 main("lm_eval")

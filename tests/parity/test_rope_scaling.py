@@ -14,7 +14,9 @@ from openmimo.core.errors import ConfigError
 from openmimo.core.records import SamplingParams
 from openmimo.engine.llm import LLM
 from openmimo.kernels.operations import rotary_table
-from openmimo.model.attention import RopeScaling
+from openmimo.model.alibi import slopes
+from openmimo.model.attention import AttentionPlace, RopeScaling, build_attention
+from openmimo.model.context import PackedContext
 from openmimo.model.hf_config import config_from_hf, config_to_hf
 from openmimo.model.mimo import MiMo
 
@@ -103,18 +105,21 @@ def test_logits_equal_those_of_transformers(name, tmp_path):
     assert not torch.allclose(model.logits(ids), randomize(MiMo(tiny_config()), 3).logits(ids), atol=1e-3)
 
 
-@pytest.mark.parametrize("kind", ["yarn", "none"])
+def with_full_layers(config, **changes):
+    layers = [
+        replace(layer, attention=replace(layer.attention, **changes)) if layer.attention.kind == "full" else layer
+        for layer in config.layers
+    ]
+    return replace(config, layers=tuple(layers))
+
+
+@pytest.mark.parametrize("kind", ["yarn", "none", "alibi"])
 def test_the_engine_continues_as_a_whole_pass(kind):
     config = tiny_config()
     if kind == "yarn":
         config = config.with_full_rope(None, RopeScaling("yarn", 4.0, 64))
     else:
-        layers = [
-            replace(layer, attention=replace(layer.attention, rotary_dim=0))
-            if layer.attention.kind == "full" else layer
-            for layer in config.layers
-        ]  # fmt: skip
-        config = replace(config, layers=tuple(layers))
+        config = with_full_layers(config, rotary_dim=0, kind="alibi" if kind == "alibi" else "full")
     model = randomize(MiMo(config), 3).double()
     ids = torch.randint(0, config.vocab_size, (120,), generator=torch.Generator().manual_seed(2)).tolist()
     llm = LLM(model, prefill_tokens=32)
@@ -123,9 +128,39 @@ def test_the_engine_continues_as_a_whole_pass(kind):
     whole = torch.tensor([*ids, *answer.token_ids])
     expected = model.logits(whole)[len(ids) - 1 : -1].argmax(-1)
     assert answer.token_ids == expected.tolist()
-    if kind == "none":  # transformers has no such layers, so it must refuse the folder
+    if kind != "yarn":  # transformers has no such layers, so it must refuse the folder
         assert config_to_hf(config)["architectures"] == ["OpenMiMoForCausalLM"]
         assert config_from_hf(config_to_hf(config)) == config
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 2e-3)])
+def test_alibi_subtracts_the_slope_times_the_distance(dtype, tolerance):
+    """Against biases that are added to the logits, at positions of several digits."""
+    spec = replace(tiny_config().layers[0].attention, kind="alibi", rotary_dim=0)
+    place = AttentionPlace(spec, 0, 24, bias=False, value_scale=1.0, is_source=False)
+    layer = randomize(build_attention(place), 4).to(dtype)
+    length = 700
+    x = torch.randn(length, 24, generator=torch.Generator().manual_seed(0)).to(dtype)
+    found = layer(x, PackedContext((length,)))
+    N, G, K = spec.num_heads, spec.num_kv_heads, spec.key_dim
+    q = layer.q_proj(x).view(length, N, K)
+    k = layer.k_proj(x).view(length, G, K).repeat_interleave(N // G, 1)
+    v = layer.v_proj(x).view(length, G, spec.value_dim).repeat_interleave(N // G, 1)
+    distance = (torch.arange(length)[:, None] - torch.arange(length)).to(dtype)
+    bias = -torch.tensor(slopes(N), dtype=dtype)[:, None, None] * distance
+    logits = torch.einsum("tnk,snk->nts", q, k) / K**0.5 + bias
+    weights = logits.masked_fill(distance < 0, float("-inf")).softmax(-1)
+    expected = layer.o_proj(torch.einsum("nts,snv->tnv", weights, v).reshape(length, -1))
+    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
+
+
+def test_slopes_are_those_of_the_paper():
+    assert slopes(8) == [2.0**-power for power in range(1, 9)]
+    assert slopes(6) == [2.0**-2, 2.0**-4, 2.0**-6, 2.0**-8, 2.0**-1, 2.0**-3]
+    with pytest.raises(ConfigError, match="must be 0"):
+        with_full_layers(tiny_config(), kind="alibi")
+    with pytest.raises(ConfigError, match="sink"):
+        with_full_layers(tiny_config(), kind="alibi", rotary_dim=0, sink=True)
 
 
 def test_the_base_and_flat_rope_scaling_of_older_files():

@@ -55,7 +55,7 @@ class RopeScaling:
     cache holds keys that were rotated before the length is known.
 
     Attributes:
-        kind: The method.
+        kind: The method (none: plain RoPE; in a training config: as before).
         factor: Extension of the context.
         original_positions: Positions of the training (yarn, longrope).
         beta_fast: Rotations within the original positions above which a frequency is unchanged (yarn).
@@ -65,7 +65,7 @@ class RopeScaling:
             sqrt(1 + ln(factor) / ln(original_positions)), else 1).
     """
 
-    kind: Literal["linear", "ntk", "yarn", "longrope"]
+    kind: Literal["none", "linear", "ntk", "yarn", "longrope"] = "none"
     factor: Factor = 1.0
     original_positions: Positions | None = None
     beta_fast: PositiveFloat = 32.0
@@ -75,9 +75,11 @@ class RopeScaling:
 
     def __post_init__(self) -> None:
         check_fields(self, "rope scaling")
+        if self.kind == "none" and self.factor != 1.0:
+            raise ConfigError("rope scaling has a factor, but its kind is 'none'; give the kind, such as yarn.")
         if self.kind in ("yarn", "longrope") and (self.original_positions is None or self.original_positions < 2):
             raise ConfigError(f"rope scaling {self.kind!r} needs original_positions, the positions of the training.")
-        if self.kind in ("linear", "ntk") and self.amplitude is not None:
+        if self.kind in ("none", "linear", "ntk") and self.amplitude is not None:
             raise ConfigError(f"rope scaling {self.kind!r} has no amplitude; leave it out.")
         if (self.kind == "longrope") != bool(self.divisors):
             raise ConfigError("rope scaling: only 'longrope' has divisors, and it needs them.")
@@ -85,7 +87,10 @@ class RopeScaling:
     def rotation(self, rotary_dim: int, theta: float) -> Rotation:
         """The rotation of `rotary_dim` dims with the base `theta`. Raises ConfigError if the divisors do not fit."""
         half = rotary_dim // 2
-        if self.kind == "linear":
+        divisors: tuple[float, ...]
+        if self.kind == "none":
+            divisors = ()
+        elif self.kind == "linear":
             divisors = (self.factor,) * half
         elif self.kind == "ntk":
             divisors = tuple(self.factor ** (pair / max(half - 1, 1)) for pair in range(half))
@@ -115,7 +120,7 @@ class RopeScaling:
     def _amplitude(self) -> float:
         if self.amplitude is not None:
             return self.amplitude
-        if self.factor <= 1.0 or self.kind in ("linear", "ntk"):
+        if self.factor <= 1.0 or self.kind in ("none", "linear", "ntk"):
             return 1.0
         if self.kind == "yarn":
             return 0.1 * math.log(self.factor) + 1.0
