@@ -79,7 +79,7 @@ def test_ternary_and_binary_codes_are_those_of_their_papers():
 
 def test_relative_errors_of_gaussian_weights():
     """The values that follow from the normal distribution: 1 - 2/pi for one bit, and so on."""
-    weight = draw(800, 800)
+    weight = draw(500, 500)
     expected = {
         ("binary", 1): 0.3634, ("fairy", 1): 0.3634, ("ternary", 1): 0.264, ("fairy2i", 1): 0.3634,
         ("fairy2i", 2): 0.1310, ("fairy2i", 3): 0.0586, ("fairy2i", 4): 0.0331,
@@ -90,7 +90,7 @@ def test_relative_errors_of_gaussian_weights():
 
 
 def test_each_residual_stage_divides_the_error():
-    weight = draw(600, 600)
+    weight = draw(300, 300)
     errors = [
         ((weight - pack(weight, Packing("fairy2i", stages)).dequantize(torch.float32)) ** 2).sum().item()
         for stages in (1, 2, 3, 4)
@@ -255,7 +255,14 @@ def test_a_converted_checkpoint_is_the_model_quantized_in_memory(folder, packed_
     assert 0 < (plain - logits(converted)).abs().mean() < 0.1 * (plain - original).abs().mean()
 
 
-@pytest.mark.parametrize("packing", [Packing("ternary"), Packing("binary", 3, True), Packing("fairy2i", 4)], ids=str)
+@pytest.mark.parametrize(
+    "packing",
+    [
+        Packing("binary", 3, True),
+        *(pytest.param(packing, marks=pytest.mark.slow) for packing in (Packing("ternary"), Packing("fairy2i", 4))),
+    ],
+    ids=["binary", "ternary", "fairy2i"],
+)
 def test_a_packed_model_is_saved_and_loaded_as_it_is(folder, tmp_path, packing):
     model = load_model(folder)
     quantize_model(model, packing)
@@ -271,7 +278,7 @@ def test_a_packed_model_is_saved_and_loaded_as_it_is(folder, tmp_path, packing):
     assert torch.equal(logits(model), logits(new))
 
 
-@pytest.mark.parametrize("batched", [False, True], ids=["alone", "batched"])
+@pytest.mark.parametrize("batched", [pytest.param(False, marks=pytest.mark.slow), True], ids=["alone", "batched"])
 def test_drafts_do_not_change_the_text_of_packed_weights(packed_folder, batched):
     prompts = [IDS.tolist(), IDS[5:12].tolist(), IDS[20:].tolist()][: 3 if batched else 1]
     params = SamplingParams(max_tokens=16, temperature=0.0)
