@@ -27,7 +27,7 @@ from openmimo.kernels.weights import (
     widely_linear,
 )
 from openmimo.model.convert import ConvertConfig, convert
-from openmimo.model.hf import load_model, save_model
+from openmimo.model.hf import load_model, save_model, slots
 from openmimo.model.mimo import MiMo
 from openmimo.model.weight_formats import QuantizableModule, quantize_model
 
@@ -111,6 +111,14 @@ def test_the_widely_linear_form_is_the_real_product_and_goes_back(shape):
     assert torch.allclose(torch.cat([y.real, y.imag])[: shape[0]], matrix @ x, atol=1e-5)
 
 
+def test_every_matrix_of_a_checkpoint_goes_to_the_widely_linear_form_and_back(folder):
+    matrices = [slot.target for slot in slots(load_model(folder)) if slot.target.ndim == 2]
+    assert len(matrices) > 30
+    for matrix in matrices:
+        back = real_matrix(widely_linear(matrix), tuple(matrix.shape))
+        assert (back - matrix).abs().max() < 1e-6 * matrix.abs().max()
+
+
 def test_inputs_have_255_levels_for_each_row_or_half_and_the_gradient_of_the_identity():
     x = draw(3, 10).requires_grad_()
     for halves in (1, 2):
@@ -183,6 +191,19 @@ def test_sums_of_integers_are_exact_on_other_processors(target, tmp_path):
         addresses = (wide.data_ptr(), packed.codes.data_ptr(), packed.scales.data_ptr(), out.data_ptr())
         assert not function(_PACKED_LINEAR.pack(*addresses, 9, 200, 34, 34, 2, _FORMATS[name], False, 1))
         assert torch.equal(out.to(torch.int64), exact)
+
+
+@needs_library
+@torch.inference_mode()
+def test_threads_change_no_bit():
+    """The codes are large enough to be split between threads."""
+    weight, x, before = pack(draw(1600, 1400), Packing("fairy2i", 2)), draw(3, 1400, seed=1), torch.get_num_threads()
+    outputs = []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        outputs.append(linear(x, weight))
+    torch.set_num_threads(before)
+    assert torch.equal(*outputs)
 
 
 @torch.inference_mode()
