@@ -1,7 +1,7 @@
 """Packed weights: loss of a converted model by bits, and speed of their products on the CPU against bfloat16 and int8.
 
     python -m benchmarks.bench_packed loss [--model FOLDER] [--text-rows 128]
-    python -m benchmarks.bench_packed speed [--rounds 9]
+    python -m benchmarks.bench_packed speed [--rounds 40]
 
 The loss is that of held-out answers of the built-in model's tasks. int4 has one float scale (counted as 16 bits) for 32
 or 128 weights of a row.
@@ -12,12 +12,13 @@ limited by instructions and not by reading 2 bits a code, and are 2 to 4 times a
 
 import argparse
 import math
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 
-from benchmarks.harness import Row, median_milliseconds, print_rows, write_rows
+from benchmarks.harness import Row, print_rows, write_rows
 from openmimo.data.loader import Batch, Loader
 from openmimo.data.tokenizer import Tokenizer
 from openmimo.kernels.operations import linear
@@ -29,8 +30,10 @@ from openmimo.model.weight_formats import QuantizableModule, quantize_model
 from openmimo.train.loss import evaluate
 from recipes import tiny_cpu
 
+CPU = torch.device("cpu")
 _GROUPS = (32, 128)
 _ROWS = 8  # of a batch
+_CACHE_BYTES = 2**26
 _SHAPES = {"2048 x 2048": (2048, 2048), "10920 x 2048": (10920, 2048), "4096 x 4096": (4096, 4096)}
 _FORMATS = [
     Packing("binary"), Packing("ternary"), Packing("fairy"), Packing("fairy2i"), Packing("fairy2i", 2),
@@ -44,14 +47,15 @@ def main() -> None:
     parser.add_argument("what", choices=["loss", "speed"])
     parser.add_argument("--model", default=EMBEDDED)
     parser.add_argument("--text-rows", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=40)
     options = parser.parse_args()
     if options.what == "loss":
         measure_loss(options.model, options.text_rows)
     else:
         rows = measure_speed(options.rounds)
         print_rows(rows)
-        write_rows("bench_packed", rows)
+        remark = "Times are the least of all rounds, because other programs used the processor."
+        write_rows("bench_packed", rows, device=CPU, threads=torch.get_num_threads(), remarks=(remark,))
 
 
 # --- loss by bits ----------------------------------------------------------------------------------------------------
@@ -142,26 +146,24 @@ def _with_error(values: torch.Tensor) -> str:
 def measure_speed(rounds: int) -> list[Row]:
     """Compares products with packed weights with those of bfloat16 and int8 weights of the same matrix.
 
-    Each call reads another of several copies of the weights, which together exceed the caches.
+    Each call reads another of several copies of the weights, which together exceed the caches. The floor of a product
+    is its bytes by the rate at which that with bfloat16 weights reads at batch 1.
     """
-    rate = _read_rate()
-    rows = [Row("read 256 MiB", 2**28 / rate * 1e3, note=f"{rate / 1e9:.1f} GB/s")]
+    rows = []
     for name, (outputs, dims) in _SHAPES.items():
         plain = torch.randn(outputs, dims, generator=torch.Generator().manual_seed(0))
-        copies = max(2, 2**27 // (2 * plain.numel()))
+        weights = [plain.bfloat16(), quantize(plain, "int8"), *(pack(plain, packing) for packing in _FORMATS)]
+        copies = [[_copy(weight) for _ in range(2 + _CACHE_BYTES // weight.nbytes)] for weight in weights]
+        rate = 0.0
         for batch in (1, 4, 16):
             x = torch.randn(batch, dims, generator=torch.Generator().manual_seed(1))
-            wide = x.bfloat16()
-            weights = [plain.bfloat16(), quantize(plain, "int8"), *(pack(plain, packing) for packing in _FORMATS)]
-            calls = [
-                _calls(wide if isinstance(weight, torch.Tensor) else x, [_copy(weight) for _ in range(copies)])
-                for weight in weights
-            ]
-            times = median_milliseconds(calls, rounds=rounds)
+            calls = [_calls(x.bfloat16() if number == 0 else x, copies[number]) for number in range(len(weights))]
+            times = _least_milliseconds(calls, rounds=rounds)
+            rate = rate or weights[0].nbytes / times[0]
             for weight, milliseconds in zip(weights[1:], times[1:], strict=True):
                 label = "int8" if weight.format == "int8" else f"{weight.format} T={weight.packing.stages}"
                 note = f"{weight.nbytes / milliseconds / 1e6:.1f} GB/s"
-                floor = weight.nbytes / rate * 1e3
+                floor = weight.nbytes / rate
                 rows.append(Row(f"{name} batch {batch} {label}", milliseconds, times[0], "bfloat16", floor, note=note))
     return rows
 
@@ -178,10 +180,15 @@ def _calls(x: torch.Tensor, weights: list) -> Callable[[], object]:
     return lambda: linear(x, weights[next(turn) % len(weights)])
 
 
-def _read_rate() -> float:
-    """Returns the bytes a second of a sum over memory that no cache holds."""
-    memory = torch.ones(2**25, dtype=torch.int64)
-    return memory.nbytes / median_milliseconds([memory.sum], rounds=9)[0] * 1e3
+def _least_milliseconds(calls: list[Callable[[], object]], *, rounds: int) -> list[float]:
+    """Returns the least wall time of each call, in which the scheduler has not interrupted it. Rounds run all calls."""
+    least = [math.inf] * len(calls)
+    for _ in range(rounds):
+        for number, call in enumerate(calls):
+            started = time.perf_counter()
+            call()
+            least[number] = min(least[number], time.perf_counter() - started)
+    return [1e3 * seconds for seconds in least]
 
 
 if __name__ == "__main__":

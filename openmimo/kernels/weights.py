@@ -33,7 +33,6 @@ FAIRY2I, FAIRY, TERNARY, BINARY = "fairy2i", "fairy", "ternary", "binary"
 PackedFormat: TypeAlias = Literal["fairy2i", "fairy", "ternary", "binary"]
 PACKED: tuple[PackedFormat, ...] = ("fairy2i", "fairy", "ternary", "binary")
 QuantizedFormat: TypeAlias = Literal["int8", "fp8"]
-MAX_STAGES = 4
 
 FP8_BLOCK = 128  # rows and columns of a block in the published checkpoint
 FP8_MAX = 448.0
@@ -128,7 +127,7 @@ class Packing(NamedTuple):
 
     Attributes:
         format: A name of `PACKED`.
-        stages: Number of stages, 1 to `MAX_STAGES`.
+        stages: Number of stages, 1 to 4.
         per_row: Whether each row has its own scales. Otherwise a stage has one for the matrix (and for each of U and
             W, and for each axis of the complex plane).
     """

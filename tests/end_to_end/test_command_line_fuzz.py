@@ -35,7 +35,7 @@ REFUSING = {
     "chat": (("/nope",), ("--max-tokens", "--top-k", "--min-p", "--device", "--dtype", "--logit-bias")),
     "serve": (("/nope",), ("--port", "--host", "--threads", "--max-queue", "--device", "--dtype", "--max-tokens")),
     "eval": (("/nope",), ("--lengths", "--examples", "--seed", "--batch", "--task", "--dtype", "--output")),
-    "convert": (("/nope", "NEW"), ("--dtype", "--projections", "--window-keys", "--max-shard-gigabytes")),
+    "convert": (("/nope", "NEW"), ("--dtype", "--projections", "--window-keys", "--quantize", "--stages", "--scales")),
     "merge": (("/nope", "NEW"), ("--children", "--method", "--scale")),
     "audit": ((), ("--model", "--quantized", "nope")),
     "bench": ((), ("--only", "--threads", "--nope")),

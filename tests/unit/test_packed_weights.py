@@ -27,7 +27,7 @@ from openmimo.kernels.weights import (
     widely_linear,
 )
 from openmimo.model.convert import ConvertConfig, convert
-from openmimo.model.hf import load_model, save_model
+from openmimo.model.hf import load_model, save_model, slots
 from openmimo.model.mimo import MiMo
 from openmimo.model.weight_formats import QuantizableModule, quantize_model
 
@@ -79,7 +79,7 @@ def test_ternary_and_binary_codes_are_those_of_their_papers():
 
 def test_relative_errors_of_gaussian_weights():
     """The values that follow from the normal distribution: 1 - 2/pi for one bit, and so on."""
-    weight = draw(800, 800)
+    weight = draw(500, 500)
     expected = {
         ("binary", 1): 0.3634, ("fairy", 1): 0.3634, ("ternary", 1): 0.264, ("fairy2i", 1): 0.3634,
         ("fairy2i", 2): 0.1310, ("fairy2i", 3): 0.0586, ("fairy2i", 4): 0.0331,
@@ -90,7 +90,7 @@ def test_relative_errors_of_gaussian_weights():
 
 
 def test_each_residual_stage_divides_the_error():
-    weight = draw(600, 600)
+    weight = draw(300, 300)
     errors = [
         ((weight - pack(weight, Packing("fairy2i", stages)).dequantize(torch.float32)) ** 2).sum().item()
         for stages in (1, 2, 3, 4)
@@ -109,6 +109,14 @@ def test_the_widely_linear_form_is_the_real_product_and_goes_back(shape):
     z = torch.complex(*padded.chunk(2))
     y = u @ z + w @ z.conj()
     assert torch.allclose(torch.cat([y.real, y.imag])[: shape[0]], matrix @ x, atol=1e-5)
+
+
+def test_every_matrix_of_a_checkpoint_goes_to_the_widely_linear_form_and_back(folder):
+    matrices = [slot.target for slot in slots(load_model(folder)) if slot.target.ndim == 2]
+    assert len(matrices) > 30
+    for matrix in matrices:
+        back = real_matrix(widely_linear(matrix), tuple(matrix.shape))
+        assert (back - matrix).abs().max() < 1e-6 * matrix.abs().max()
 
 
 def test_inputs_have_255_levels_for_each_row_or_half_and_the_gradient_of_the_identity():
@@ -185,6 +193,19 @@ def test_sums_of_integers_are_exact_on_other_processors(target, tmp_path):
         assert torch.equal(out.to(torch.int64), exact)
 
 
+@needs_library
+@torch.inference_mode()
+def test_threads_change_no_bit():
+    """The codes are large enough to be split between threads."""
+    weight, x, before = pack(draw(1600, 1400), Packing("fairy2i", 2)), draw(3, 1400, seed=1), torch.get_num_threads()
+    outputs = []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        outputs.append(linear(x, weight))
+    torch.set_num_threads(before)
+    assert torch.equal(*outputs)
+
+
 @torch.inference_mode()
 def test_stacked_matrices_are_packed_one_by_one():
     weight = draw(3, 12, 20)
@@ -255,7 +276,14 @@ def test_a_converted_checkpoint_is_the_model_quantized_in_memory(folder, packed_
     assert 0 < (plain - logits(converted)).abs().mean() < 0.1 * (plain - original).abs().mean()
 
 
-@pytest.mark.parametrize("packing", [Packing("ternary"), Packing("binary", 3, True), Packing("fairy2i", 4)], ids=str)
+@pytest.mark.parametrize(
+    "packing",
+    [
+        Packing("binary", 3, True),
+        *(pytest.param(packing, marks=pytest.mark.slow) for packing in (Packing("ternary"), Packing("fairy2i", 4))),
+    ],
+    ids=["binary", "ternary", "fairy2i"],
+)
 def test_a_packed_model_is_saved_and_loaded_as_it_is(folder, tmp_path, packing):
     model = load_model(folder)
     quantize_model(model, packing)
@@ -271,7 +299,7 @@ def test_a_packed_model_is_saved_and_loaded_as_it_is(folder, tmp_path, packing):
     assert torch.equal(logits(model), logits(new))
 
 
-@pytest.mark.parametrize("batched", [False, True], ids=["alone", "batched"])
+@pytest.mark.parametrize("batched", [pytest.param(False, marks=pytest.mark.slow), True], ids=["alone", "batched"])
 def test_drafts_do_not_change_the_text_of_packed_weights(packed_folder, batched):
     prompts = [IDS.tolist(), IDS[5:12].tolist(), IDS[20:].tolist()][: 3 if batched else 1]
     params = SamplingParams(max_tokens=16, temperature=0.0)

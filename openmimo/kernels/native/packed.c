@@ -24,6 +24,7 @@
 #define MAX_ROWS 32
 #define BLOCK 64 /* columns of a step of the inner loop */
 #define ZERO 128 /* the byte of 0 */
+#define MIN_PARALLEL_CODES (1 << 19) /* bytes whose sums take as long as reading MIN_PARALLEL_BYTES */
 
 enum { BINARY, TERNARY, FAIRY, FAIRY2I };
 
@@ -220,7 +221,7 @@ int openmimo_packed_linear(const packed_call *call) {
     int64_t halves = call->format >= FAIRY ? 2 : 1;
     product p = {call, &inputs, parts, (call->outputs + halves - 1) / halves, call->format == BINARY ? 1 : 2,
                  (width + 7) / 8, call->format >= FAIRY ? 2 : 1};
-    int threads = call->stages * parts * p.part_rows * p.planes * p.bytes < MIN_PARALLEL_BYTES ? 1 : (int)call->threads;
+    int threads = call->stages * parts * p.part_rows * p.planes * p.bytes < MIN_PARALLEL_CODES ? 1 : (int)call->threads;
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t row = 0; row < p.part_rows; row++) fill_output(&p, row);
     free(memory);
