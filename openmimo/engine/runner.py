@@ -128,7 +128,9 @@ class Runner:
     ):
         self.stats = stats
         self._plans_ahead = plans_ahead
-        reason = "the attention of prompts is computed in int8" if config.integers else why_no_graphs(model, arena.dtype)
+        reason = (
+            "the attention of prompts is computed in int8" if config.integers else why_no_graphs(model, arena.dtype)
+        )
         uses_graphs = config.graphs and reason is None
         self.worker = Worker(
             model, arena, num_drafts=num_drafts, uses_graphs=uses_graphs, max_decided=2 * config.max_sequences,

@@ -64,6 +64,8 @@ def distribute_experts(model: MiMo, mesh: DeviceMesh) -> list[ParallelExperts]:
     for layer in model.model.layers:
         if layer.is_sparse:
             experts = cast(MoE, layer.mlp).experts
+            if type(experts) is not Experts or experts.trained_as is not None:
+                raise ConfigError("expert parallelism divides experts of plain real weights only; set parallel.ep 1.")
             experts.__class__ = ParallelExperts
             assert isinstance(experts, ParallelExperts)
             experts.group = mesh.get_group()

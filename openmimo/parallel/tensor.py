@@ -99,10 +99,13 @@ def _check_divisible(model: MiMo) -> None:
     for layer in (*model.model.layers, *model.model.mtp.layers):
         parts = (layer.self_attn, layer.mlp)
         if type(layer.self_attn) is not Attention or any(
-            type(part) is not Linear for module in parts for part in module.modules() if isinstance(part, nn.Linear)
+            type(part) is not Linear or part.trained_as is not None
+            for module in parts
+            for part in module.modules()
+            if isinstance(part, nn.Linear)
         ):
             raise ConfigError(
-                "tensor parallelism divides full and sliding layers of real weights; this model has other layers. Set "
+                "tensor parallelism divides full and sliding layers of plain real weights; this model has others. Set "
                 "parallel.tp 1."
             )
 

@@ -12,6 +12,7 @@ from openmimo.core.errors import ConfigError
 from openmimo.model.context import RoutingTape
 from openmimo.model.heads import MicroBatch, micro_batch
 from openmimo.model.mimo import MiMo
+from openmimo.model.presets import model_config
 from openmimo.parallel.mesh import build_mesh
 from openmimo.parallel.ranks import Ranks
 from openmimo.train.config import OptimizerConfig
@@ -127,8 +128,39 @@ def test_four_processes(tmp_path, alone):
         assert_equal(outcome, alone, sizes)
 
 
+def other_models(names: list[str]) -> list[list[Outcome]]:
+    outcomes = []
+    for name in names:
+        model, ranks = preset(name), Ranks(build_mesh("cpu", **WHOLE | {"cp": 2}), CPU)
+        ranks.apply(model, recompute=False)
+        outcomes.append(step(model, ranks, batches()))
+    return outcomes
+
+
+def preset(name: str) -> MiMo:
+    model = MiMo(model_config(name))
+    model.initialize(torch.Generator().manual_seed(0))
+    model.replicate_mtp_heads(2)
+    return model.train()
+
+
+@pytest.mark.slow
+def test_other_kinds_of_layers_on_two_processes(tmp_path):
+    """Sparse layers read the blocks of a layer before them, whose keys are fetched from other ranks."""
+    names = ["tiny_hysparse", "tiny_alibi", "tiny_fairy"]
+    outcomes, _ = run_processes(tmp_path, 2, other_models, names)
+    for name, outcome in zip(names, outcomes, strict=True):
+        alone = step(preset(name), Alone(CPU), batches())
+        for parameter, gradient in alone.gradients.items():
+            error = (outcome.gradients[parameter] - gradient).abs().max() / gradient.abs().max().clamp(min=1e-8)
+            assert error < 1e-5, (name, parameter, float(error))
+
+
 def refusals() -> list[str]:
     messages = []
+    for sizes in ({"ep": 2}, {"tp": 2}):
+        with pytest.raises(ConfigError, match="real weights|complex-valued"):
+            Ranks(build_mesh("cpu", **WHOLE | sizes), CPU).apply(preset("tiny_fairy"), recompute=False)
     for sizes in ({"cp": 4}, {"ep": 3}, {"dp_shard": 3}):
         with pytest.raises(ConfigError) as error:
             build_mesh("cpu", **WHOLE | sizes)

@@ -20,7 +20,15 @@ import torch
 import triton
 import triton.language as tl
 
-from openmimo.kernels.linear._block_scaled import PAIRS, TILE, add_block, codes_of, pairs_of, scale_pairs_of, token_block
+from openmimo.kernels.linear._block_scaled import (
+    PAIRS,
+    TILE,
+    add_block,
+    codes_of,
+    pairs_of,
+    scale_pairs_of,
+    token_block,
+)
 from openmimo.kernels.weights import BlockScaled, Weight
 
 _TILE_VISITS = 16
