@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from openmimo.model.attention import build_attention
 from openmimo.model.config import LayerConfig, ModelConfig
 from openmimo.model.context import AttentionContext
-from openmimo.model.layers import DenseFFN, Embedding, RMSNorm
+from openmimo.model.layers import DenseFFN, Embedding, ResidualRMSNorm, RMSNorm
 from openmimo.model.moe import MoE, Router
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class DecoderLayer(nn.Module):
         self.index = index
         self.input_layernorm = RMSNorm(config.hidden_size, config.norm_epsilon)
         self.self_attn = build_attention(config.attention_place(index))
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_epsilon)
+        self.post_attention_layernorm = ResidualRMSNorm(config.hidden_size, config.norm_epsilon)
         self.is_sparse = layer.ffn == "moe"
         self.mlp: MoE | DenseFFN
         if self.is_sparse:
@@ -61,8 +61,7 @@ class DecoderLayer(nn.Module):
 
     def forward(self, x_TD: torch.Tensor, context: AttentionContext) -> torch.Tensor:
         """Map [T, D] to [T, D]."""
-        x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), context)
-        y_TD = self.post_attention_layernorm(x_TD)
+        x_TD, y_TD = self.post_attention_layernorm(x_TD, self.self_attn(self.input_layernorm(x_TD), context))
         return x_TD + (self.mlp(y_TD, context) if self.is_sparse else self.mlp(y_TD))
 
 

@@ -29,7 +29,7 @@ from openmimo.kernels.weights import BlockScaled
 from openmimo.model.attention import build_attention
 from openmimo.model.config import ModelConfig
 from openmimo.model.context import AttentionContext
-from openmimo.model.layers import DenseFFN, Embedding, Linear, RMSNorm
+from openmimo.model.layers import DenseFFN, Embedding, Linear, ResidualRMSNorm, RMSNorm
 
 Reader = Callable[[torch.Tensor, torch.Tensor], Any]
 
@@ -97,15 +97,15 @@ class MTPBlock(nn.Module):
         self.eh_proj = Linear(2 * D, D, bias=False)
         self.input_layernorm = RMSNorm(D, epsilon)
         self.self_attn = build_attention(config.attention_place(index))
-        self.pre_mlp_layernorm = RMSNorm(D, epsilon)
+        self.pre_mlp_layernorm = ResidualRMSNorm(D, epsilon)
         self.mlp = DenseFFN(D, config.dense_ffn_dim)
         self.final_layernorm = RMSNorm(D, epsilon)
 
     def forward(self, embedding_TD: torch.Tensor, hidden_TD: torch.Tensor, context: AttentionContext) -> torch.Tensor:
         """Map embeddings of shifted tokens and main-model states, both [T, D], to inputs of the output head [T, D]."""
         x_TD = self.eh_proj(torch.cat([self.enorm(embedding_TD), self.hnorm(hidden_TD)], dim=-1))
-        x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), context)
-        x_TD = x_TD + self.mlp(self.pre_mlp_layernorm(x_TD))
+        x_TD, y_TD = self.pre_mlp_layernorm(x_TD, self.self_attn(self.input_layernorm(x_TD), context))
+        x_TD = x_TD + self.mlp(y_TD)
         return self.final_layernorm(x_TD)
 
 

@@ -19,7 +19,7 @@ from torch.nn.modules.module import (
     _global_forward_pre_hooks,
 )
 
-from openmimo.kernels.operations import apply_rotary, joined_linear, rms_norm
+from openmimo.kernels.operations import add_rms_norm, apply_rotary, joined_linear, rms_norm
 from openmimo.kernels.weights import BlockScaled, Weight
 from openmimo.model.attention import AttentionPlace
 from openmimo.model.context import AttentionCall, AttentionContext
@@ -121,6 +121,14 @@ class RMSNorm(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Normalize x [..., D]; shape and dtype do not change."""
         return rms_norm(x, self.weight, self.epsilon)
+
+
+class ResidualRMSNorm(RMSNorm):
+    """The norm after an addition to the residual stream, computed with the sum."""
+
+    def forward(self, x: torch.Tensor, added: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+        """Return `x + added` [..., D] and its normalization."""
+        return add_rms_norm(x, added, self.weight, self.epsilon)
 
 
 class DenseFFN(nn.Module):
