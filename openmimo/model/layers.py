@@ -19,7 +19,8 @@ from torch.nn.modules.module import (
     _global_forward_pre_hooks,
 )
 
-from openmimo.kernels.operations import add_rms_norm, apply_rotary, joined_linear, rms_norm
+from openmimo.kernels.attention import FreshHeads
+from openmimo.kernels.operations import add_rms_norm, joined_linear, rms_norm
 from openmimo.kernels.weights import BlockScaled, Weight
 from openmimo.model.attention import AttentionPlace
 from openmimo.model.context import AttentionCall, AttentionContext
@@ -171,18 +172,12 @@ class Attention(nn.Module):
         spec, T = self.spec, x_TD.shape[0]
         N, G, K, V = spec.num_heads, spec.num_kv_heads, spec.key_dim, spec.value_dim
         cos_TR, sin_TR = context.rotary(spec, x_TD.dtype)
-        joined = project(x_TD, (self.q_proj, self.k_proj, self.v_proj))
-        queries_and_keys, values = joined.split_with_sizes([(N + G) * K, G * V], dim=1)
-        rotated = apply_rotary(queries_and_keys.view(T, N + G, K), cos_TR, sin_TR)
-        q_TNK, k_TGK = rotated.split_with_sizes([N, G], dim=1)
-        v_TGV = values.view(T, G, V)
-        if self.value_scale != 1.0:
-            v_TGV = v_TGV * self.value_scale
+        joined_TJ = project(x_TD, (self.q_proj, self.k_proj, self.v_proj))
         call = AttentionCall(
             self.index,
-            q_TNK,
-            k_TGK,
-            v_TGV,
+            FreshHeads(joined_TJ, N, G, K, V, cos_TR, sin_TR, self.value_scale),
+            None,
+            None,
             self.attention_sink_bias,
             spec.window_keys,
             is_source=self.is_source,

@@ -64,14 +64,21 @@ def call_of(name, dtype, cached, scale=0.7):
 
 def need_of(fresh, pages, arguments, readable=True):
     return UpdateNeed(
-        arguments["longest_query"], fresh.joined_TJ.dtype, pages.keys_XPGK.dtype, False, readable, fresh.joined_TJ.is_cpu
+        arguments["longest_query"],
+        fresh.joined_TJ.dtype,
+        pages.keys_XPGK.dtype,
+        False,
+        readable,
+        fresh.joined_TJ.is_cpu,
     )
 
 
 def widened(call):
     """The same call in float64, with its own pages."""
     fresh, pages, *rest = call
-    fresh = fresh._replace(joined_TJ=fresh.joined_TJ.double(), cos_TR=fresh.cos_TR.double(), sin_TR=fresh.sin_TR.double())
+    fresh = fresh._replace(
+        joined_TJ=fresh.joined_TJ.double(), cos_TR=fresh.cos_TR.double(), sin_TR=fresh.sin_TR.double()
+    )
     return fresh, Pages(pages.keys_XPGK.double(), pages.values_XPGV.double(), pages.tables_BY), *rest
 
 

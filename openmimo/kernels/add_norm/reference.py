@@ -6,7 +6,9 @@ from openmimo.kernels.dispatch import Backend
 from openmimo.kernels.operations import rms_norm
 
 
-def run(x: torch.Tensor, added: torch.Tensor, weight: torch.Tensor, epsilon: float) -> tuple[torch.Tensor, torch.Tensor]:
+def run(
+    x: torch.Tensor, added: torch.Tensor, weight: torch.Tensor, epsilon: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Implement `openmimo.kernels.operations.add_rms_norm`."""
     total = x + added
     return total, rms_norm(total, weight, epsilon)

@@ -6,7 +6,9 @@ from openmimo.kernels.dispatch import Backend
 from openmimo.kernels.norm.triton import refuse
 
 
-def run(x: torch.Tensor, added: torch.Tensor, weight: torch.Tensor, epsilon: float) -> tuple[torch.Tensor, torch.Tensor]:
+def run(
+    x: torch.Tensor, added: torch.Tensor, weight: torch.Tensor, epsilon: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Implement `openmimo.kernels.operations.add_rms_norm`."""
     from openmimo.kernels.norm._triton import add_and_normalize_rows
 

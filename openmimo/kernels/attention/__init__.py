@@ -7,8 +7,9 @@ j <= key_length - query_length + i, and with a window only the last `window_keys
 section 2.2; equations 2-4 for the sink).
 
 `paged_attend` computes attention of the newest positions of sequences to all their positions in a paged cache, to
-which `store` writes keys and values. `update_and_attend` does both for projected heads. A table maps each run of positions to a page, and sequences with a common prefix
-may share pages. B sequences, X pages, P positions a page, Y pages of the longest sequence.
+which `store` writes keys and values. `update_and_attend` does both, and the rotation, for projected heads. A table
+maps each run of positions to a page, and sequences with a common prefix may share pages. B sequences, X pages, P
+positions a page, Y pages of the longest sequence.
 """
 
 import math
@@ -18,6 +19,7 @@ from typing import NamedTuple
 import torch
 
 from openmimo.kernels.dispatch import Dispatcher
+from openmimo.kernels.operations import apply_rotary
 
 NO_SCORES = "it computes no block scores"
 CAUSAL_ONLY = "it computes causal attention only"
@@ -314,6 +316,16 @@ class FreshHeads(NamedTuple):
     cos_TR: torch.Tensor
     sin_TR: torch.Tensor
     value_scale: float
+
+
+def rotated_heads(fresh: FreshHeads) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return rotated queries [T, N, K], rotated keys [T, G, K] and scaled values [T, G, V]. Differentiable."""
+    T, N, G, K = len(fresh.joined_TJ), fresh.num_heads, fresh.num_kv_heads, fresh.key_dim
+    queries_and_keys, values = fresh.joined_TJ.split_with_sizes([(N + G) * K, G * fresh.value_dim], dim=1)
+    rotated = apply_rotary(queries_and_keys.view(T, N + G, K), fresh.cos_TR, fresh.sin_TR)
+    q_TNK, k_TGK = rotated.split_with_sizes([N, G], dim=1)
+    v_TGV = values.view(T, G, fresh.value_dim)
+    return q_TNK, k_TGK, v_TGV if fresh.value_scale == 1.0 else v_TGV * fresh.value_scale
 
 
 class UpdateNeed(NamedTuple):

@@ -1,13 +1,13 @@
 """Triton kernels of paged attention.
 
 A program computes the rows (queries of a sequence times query heads of a group) of one key/value head against one part
-of the keys. The parts of a sequence begin at fixed positions, so that the bits of a row depend neither on the batch nor
-on the length of the text. Later parts have more keys: a short text is spread over many programs, and a long one has few
-partial results. Sequences with more keys than a part are combined by a second kernel; layers with a window have one
-part, which begins at a multiple of the block:
+of the keys. The parts of a sequence begin at fixed positions, so that the bits of a row depend neither on the batch
+nor on the length of the text. Later parts have more keys: a short text is spread over many programs, and a long one has
+few partial results. A second kernel combines the parts of a row; a layer with a short window has one part, which begins
+at a multiple of the block:
 
-    keys of a sequence     0 .... 255 | ... | 1792 .. 2047 | 2048 .. 2559 | ... | 4096 .. 5119 | ... | 8192 .. 10239 | ...
-    part                       0      | ... |      7       |      8       | ... |      12      | ... |      16       | ...
+    keys of a sequence     0 .. 255 | ... | 1792 .. 2047 | 2048 .. 2559 | ... | 4096 .. 5119 | ... | 8192 .. 10239 | ...
+    part                       0    | ... |      7       |      8       | ... |      12      | ... |      16       | ...
     result of a program    (max, sum, weighted values) of each row
     combine                one row of one head: rescales the parts in order, adds the sink
 
@@ -15,10 +15,10 @@ The keys of a page are read once for all rows of the group. A matrix unit of Hop
 These are keys (and dims of values) while there are fewer rows than 64. Key dims are read as two powers of two
 (192 = 128 + 64). Exponents are of base 2.
 
-A cache in float8_e4m3fn is read as pairs of numbers, 16 bits each. The even and the odd numbers are converted to float16,
-which holds every value of the format and which takes one instruction for two numbers. (bfloat16 takes two more for each
-number, which are slower than the memory.) Queries are divided by their largest magnitude for float16, and the logits
-multiplied by it:
+A cache in float8_e4m3fn is read as pairs of numbers, 16 bits each. The even and the odd numbers are converted to
+float16, which holds every value of the format and takes one instruction for two numbers. (bfloat16 takes another one
+for each number, of a unit that is slower than the memory.) Queries are divided by their largest magnitude for float16,
+and the logits are multiplied by it:
 
     keys, 16 bits     (k0 k1) (k2 k3) ...  ->  even k0 k2 ...   odd k1 k3 ...
     logits            q_even x even  +  q_odd x odd
@@ -32,7 +32,7 @@ import triton
 import triton.language as tl
 
 from openmimo.kernels.attention import Pages
-from openmimo.kernels.linear._float8 import float8_halves, in_assembly
+from openmimo.kernels.linear._triton_float8 import float8_halves, in_assembly
 
 _MAX_ROWS = 64
 _WIDE_ROWS = 64  # rows of the first operand of a matrix unit
@@ -82,11 +82,11 @@ def attend_pages(
         partial = q_TNK.new_empty(*shape, V, dtype=torch.float32)
         maxima, sums = (q_TNK.new_empty(shape, dtype=torch.float32) for _ in range(2))
     both = dict(
-        num_heads=N, num_groups=G, num_parts=num_parts, HEADS=N // G, TILE_ROWS=tile.rows, ROW_TILES=tile.count,
+        num_heads=N, num_groups=G, num_parts=num_parts, HEADS=N // G, TILE_ROWS=tile.rows, ROW_TILES=tile.num_tiles,
         HAS_SINK=sink_N is not None, HAS_WINDOW=window_keys is not None, SEQUENCES=triton.next_power_of_2(B),
         LARGEST_PART=_LARGEST_PART,
     )  # fmt: skip
-    _attend_part[(G * tile.count, B, num_parts)](
+    _attend_part[(G * tile.num_tiles, B, num_parts)](
         q_TNK, tile.keys, tile.values, pages.tables_BY, query_lengths_B, key_lengths_B, sink_N, out_TNV,
         partial, maxima, sums, q_TNK.shape[2] ** -0.5 * LOG2_E, window_keys or 0,
         q_TNK.stride(0), q_TNK.stride(1), *tile.strides, pages.tables_BY.stride(0),
@@ -111,7 +111,7 @@ class Tile(NamedTuple):
 
     Attributes:
         rows: Rows of a program.
-        count: Tiles of a sequence and key/value head.
+        num_tiles: Tiles of a sequence and key/value head.
         keys: The cached keys, maybe as pairs.
         values: The cached values, likewise.
         strides: Their strides of pages, positions and heads.
@@ -119,7 +119,7 @@ class Tile(NamedTuple):
     """
 
     rows: int
-    count: int
+    num_tiles: int
     keys: torch.Tensor
     values: torch.Tensor
     strides: tuple[int, ...]
@@ -128,7 +128,7 @@ class Tile(NamedTuple):
     @property
     def num_rows(self) -> int:
         """Rows of all tiles of a sequence and key/value head."""
-        return self.rows * self.count
+        return self.rows * self.num_tiles
 
 
 def tile_of(dtype: torch.dtype, pages: Pages, num_heads: int, longest_query: int) -> Tile:
@@ -208,7 +208,7 @@ def _load_rows(rows, is_row, dims, num_dims):
 def _offsets_of(
     table, block, position, is_key, stop, stride_kx, stride_vx, PAGE: tl.constexpr, PAGES: tl.constexpr
 ):  # fmt: skip
-    """The offsets of the pages of a block's keys and values. If a block begins with a page, pages are read as scalars."""
+    """The offsets of the pages of a block's keys and values. If blocks begin with pages, these are read as scalars."""
     if PAGES == 0:
         page = tl.load(table + position // PAGE, mask=is_key, other=0).to(tl.int64)
         return page * stride_kx, page * stride_vx
@@ -248,7 +248,7 @@ def _weighted(probabilities, v, total, KEY_AXIS: tl.constexpr, PRECISION: tl.con
 def rotated(
     rows, cos_rows, sin_rows, is_row, dims, NUM_DIMS: tl.constexpr, HALF: tl.constexpr, dtype: tl.constexpr
 ):  # fmt: skip
-    """A tile [rows, dims] whose first 2 * HALF dims are rotated as in `openmimo.kernels.rotary`; no rotation if HALF is 0."""
+    """A tile [rows, dims] whose first 2 * HALF dims are rotated as in `openmimo.kernels.rotary`."""
     numbers = _load_rows(rows, is_row, dims, NUM_DIMS)
     if HALF > 0:
         is_turned = is_row[:, None] & (dims < 2 * HALF)[None, :]
@@ -283,7 +283,7 @@ def query_tile(
     REST_DIMS: tl.constexpr, REST_PAD: tl.constexpr, TILE_ROWS: tl.constexpr, HALF: tl.constexpr,
     IS_PAIRED: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
-    """The queries of a tile, the rest of their dims, both again for odd dims, and the factor of the logits of each row."""
+    """The queries of a tile, the rest of their dims, both again for odd dims, and the factor of each row's logits."""
     dims = tl.arange(0, FIRST_DIMS)
     rest = FIRST_DIMS + tl.arange(0, REST_PAD)
     first, first_odd = _load_queries(q_rows, cos_rows, sin_rows, is_row, dims, KEY_DIM, HALF, IS_PAIRED, dtype)
@@ -461,8 +461,8 @@ def _attend_part(
 def _combine_parts(
     partial, maxima, sums, query_lengths, key_lengths, sink, out, window, num_heads, num_groups, num_parts,
     HEADS: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr, TILE_ROWS: tl.constexpr,
-    ROW_TILES: tl.constexpr, PARTS_PAD: tl.constexpr, SEQUENCES: tl.constexpr, LARGEST_PART: tl.constexpr, HAS_SINK: tl.constexpr,
-    HAS_WINDOW: tl.constexpr, AHEAD: tl.constexpr,
+    ROW_TILES: tl.constexpr, PARTS_PAD: tl.constexpr, SEQUENCES: tl.constexpr, LARGEST_PART: tl.constexpr,
+    HAS_SINK: tl.constexpr, HAS_WINDOW: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     row, group, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     first_query, num_queries, num_keys = span(query_lengths, key_lengths, b, SEQUENCES)
@@ -495,7 +495,8 @@ def _combine_parts(
                 place = (first_place + part) * (ROW_TILES * TILE_ROWS) + row
                 scale = tl.exp2(tl.load(maxima + place, mask=part < end, other=float("-inf")) - top)
                 total += scale * tl.load(sums + place, mask=part < end, other=0.0)
-                result += scale * tl.load(partial + place * VALUE_DIM + v_dims, mask=is_dim & (part < end), other=0.0)
+                weighted = tl.load(partial + place * VALUE_DIM + v_dims, mask=is_dim & (part < end), other=0.0)
+                result += scale * weighted
         if HAS_SINK:
             total += tl.exp2(sink_logit - top)
         place_out = ((first_query + query).to(tl.int64) * num_heads + head) * VALUE_DIM

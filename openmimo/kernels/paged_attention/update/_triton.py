@@ -45,21 +45,19 @@ def update_window(
     B = pages.tables_BY.shape[0]
     out_TNV = joined_TJ.new_empty(joined_TJ.shape[0], N, V)
     tile = tile_of(joined_TJ.dtype, pages, N, longest_query)
-    _update_window[(G * tile.count, B)](
+    _update_window[(G * tile.num_tiles, B)](
         joined_TJ, fresh.cos_TR, fresh.sin_TR, pages.keys_XPGK, pages.values_XPGV, tile.keys, tile.values,
         pages.tables_BY, page_T, slot_T, query_lengths_B, key_lengths_B, sink_N, out_TNV, K**-0.5 * LOG2_E, window_keys,
         fresh.value_scale, torch.finfo(pages.keys_XPGK.dtype).max, joined_TJ.stride(0), fresh.cos_TR.stride(0),
         *_strides(pages), *tile.strides, pages.tables_BY.stride(0), N,
-        HEADS=N // G, TILE_ROWS=tile.rows, ROW_TILES=tile.count, SEQUENCES=triton.next_power_of_2(B),
+        HEADS=N // G, TILE_ROWS=tile.rows, ROW_TILES=tile.num_tiles, SEQUENCES=triton.next_power_of_2(B),
         TOKENS=triton.next_power_of_2(longest_query), HAS_SINK=sink_N is not None, **_dims(fresh, pages),
-        **tile.constants,
+        **{**tile.constants, "maxnreg": None},
     )  # fmt: skip
     return out_TNV
 
 
-def rotate_and_store(
-    fresh: FreshHeads, pages: Pages, page_T: torch.Tensor, slot_T: torch.Tensor
-) -> torch.Tensor:
+def rotate_and_store(fresh: FreshHeads, pages: Pages, page_T: torch.Tensor, slot_T: torch.Tensor) -> torch.Tensor:
     """Write keys and values to the pages, and return the rotated queries [T, N, K]."""
     joined_TJ, N, G, K = fresh.joined_TJ, fresh.num_heads, fresh.num_kv_heads, fresh.key_dim
     T = joined_TJ.shape[0]
