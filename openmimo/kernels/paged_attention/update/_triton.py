@@ -177,13 +177,13 @@ def _rotate_and_store(
             keys + page * stride_kx + slot * stride_kp + group * stride_kg, numbers, is_key, dims, K, limit, SATURATES
         )
         if tl.program_id(1) == 0:
-            group = tl.arange(0, GROUPS_PAD)
+            own_group = tl.arange(0, GROUPS_PAD)
             v_dims = tl.arange(0, V_PAD)
-            mask = (group < num_groups)[:, None] & (v_dims < V)[None, :]
-            rows = own + ((num_heads + num_groups) * K + group * V)[:, None]
+            mask = (own_group < num_groups)[:, None] & (v_dims < V)[None, :]
+            rows = own + ((num_heads + num_groups) * K + own_group * V)[:, None]
             v = tl.load(rows + v_dims[None, :], mask=mask, other=0.0)
             v = (v.to(tl.float32) * value_scale).to(v.dtype)
             _store_rows(
-                values + page * stride_vx + slot * stride_vp + group * stride_vg, v, group < num_groups, v_dims, V,
+                values + page * stride_vx + slot * stride_vp + own_group * stride_vg, v, own_group < num_groups, v_dims, V,
                 limit, SATURATES,
             )  # fmt: skip
