@@ -42,6 +42,7 @@ from openmimo.kernels.attention import (
     paged_attend,
     read_rows,
     store,
+    update_and_attend,
 )
 from openmimo.kernels.dispatch import triton_unavailable
 from openmimo.kernels.operations import EXPERTS, ExpertsNeed, rotary_table
@@ -168,7 +169,21 @@ class PagedContext:
         slots = self._step.groups[group]
         assert slots is not None, "the pass was planned without this group of layers"
         pages = Pages(keys_XPGK, values_XPGV, slots.tables_BY[part])
-        if self._reads_pages and slots.kept_rows is None:
+        if self._reads_pages and slots.kept_rows is None and call.fresh is not None:
+            result = update_and_attend(
+                call.fresh,
+                pages,
+                slots.page_T[part],
+                slots.offset_T,
+                call.sink_N,
+                query_lengths_B=self._step.query_lengths_B,
+                key_lengths_B=self._step.key_lengths_B,
+                longest_query=self._longest_query,
+                longest_key=self._longest_key,
+                window_keys=call.window_keys,
+                score_block=call.score_block,
+            )
+        elif self._reads_pages and slots.kept_rows is None:
             if call.k_TGK is not None and call.v_TGV is not None:
                 self._store(slots, part, pages, call.k_TGK, call.v_TGV)
             result = paged_attend(

@@ -15,6 +15,7 @@ from openmimo.kernels.weights import PLAIN, BlockScaled, Latent, Packed, Weight,
 
 LINEAR = Dispatcher("openmimo.kernels.linear", "OPENMIMO_LINEAR")
 NORM = Dispatcher("openmimo.kernels.norm", "OPENMIMO_NORM")
+ADD_NORM = Dispatcher("openmimo.kernels.add_norm", "OPENMIMO_ADD_NORM")
 ROTARY = Dispatcher("openmimo.kernels.rotary", "OPENMIMO_ROTARY")
 ROUTER = Dispatcher("openmimo.kernels.router", "OPENMIMO_ROUTER")
 EXPERTS = Dispatcher("openmimo.kernels.experts", "OPENMIMO_EXPERTS")
@@ -107,7 +108,7 @@ class NormNeed(NamedTuple):
         dtype: Dtype of x and the weight.
         needs_gradients: Whether autograd records. It does not matter whether x or the weight requires a gradient, so
             that frozen parameters do not change the bits of a training step.
-        readable: Whether the weight has as many elements as a row of x.
+        readable: Whether the weight has as many elements as a row of x, and a summand the shape and dtype of x.
         on_cpu: Whether x is in CPU memory.
     """
 
@@ -129,6 +130,21 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Ten
         weight = weight.to(dtype)
     need = NormNeed(x.numel(), dtype, torch.is_grad_enabled(), weight.shape[0] == x.shape[-1], x.is_cpu)
     return NORM.choose(need)[1].run(x, weight, epsilon)
+
+
+def add_rms_norm(
+    x: torch.Tensor, added: torch.Tensor, weight: torch.Tensor, epsilon: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return `x + added`, [..., D] in the dtype of x, and the normalization of this sum; see `rms_norm`.
+
+    Both tensors have one shape and dtype. Differentiable in all tensors.
+    """
+    dtype = x.dtype
+    if weight.dtype != dtype:
+        weight = weight.to(dtype)
+    readable = weight.shape[0] == x.shape[-1] and added.dtype == dtype and added.shape == x.shape
+    need = NormNeed(x.numel(), dtype, torch.is_grad_enabled(), readable, x.is_cpu)
+    return ADD_NORM.choose(need)[1].run(x, added, weight, epsilon)
 
 
 # Rotary position embedding over the leading dims of each head (arXiv 2104.09864). T tokens, H heads, K head dim,

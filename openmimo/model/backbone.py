@@ -50,7 +50,7 @@ class DecoderLayer(nn.Module):
         parts = parts_of(config)
         self.input_layernorm = parts.norm(config.hidden_size, config.norm_epsilon)
         self.self_attn = parts.attention(config.attention_place(index))
-        self.post_attention_layernorm = parts.norm(config.hidden_size, config.norm_epsilon)
+        self.post_attention_layernorm = parts.residual_norm(config.hidden_size, config.norm_epsilon)
         self.is_sparse = layer.ffn == "moe"
         if self.is_sparse:
             assert config.moe is not None, "checked by the config"
@@ -60,8 +60,7 @@ class DecoderLayer(nn.Module):
 
     def forward(self, x_TD: torch.Tensor, context: AttentionContext) -> torch.Tensor:
         """Map [T, D] to [T, D]."""
-        x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), context)
-        y_TD = self.post_attention_layernorm(x_TD)
+        x_TD, y_TD = self.post_attention_layernorm(x_TD, self.self_attn(self.input_layernorm(x_TD), context))
         return x_TD + (self.mlp(y_TD, context) if self.is_sparse else self.mlp(y_TD))
 
 

@@ -47,7 +47,7 @@ def parts(config: ModelConfig) -> Parts:
     def moe(model_dim: int, moe: MoEConfig, index: int) -> MoE:
         return ComplexMoE(model_dim, moe, index, rule, epsilon)
 
-    return Parts(ComplexNorm, attention, ffn, moe, lambda model_dim: ComplexMerge(model_dim, rule))
+    return Parts(ComplexNorm, ComplexResidualNorm, attention, ffn, moe, lambda model_dim: ComplexMerge(model_dim, rule))
 
 
 def stack_parts(products: torch.Tensor, *, conjugate: bool) -> torch.Tensor:
@@ -99,6 +99,15 @@ class ComplexNorm(RMSNorm):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Normalize x [..., D]; shape and dtype do not change."""
         return rms_norm(x, self.weight * math.sqrt(0.5), self.epsilon / 2)
+
+
+class ComplexResidualNorm(ComplexNorm):
+    """The norm after an addition to the residual stream; see `layers.ResidualRMSNorm`."""
+
+    def forward(self, x: torch.Tensor, added: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+        """Return `x + added` [..., D] and its normalization."""
+        total = x + added
+        return total, super().forward(total)
 
 
 class ComplexAttention(nn.Module):

@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from openmimo.kernels.attention import AttentionOut, ChosenBlocks, attend
+from openmimo.kernels.attention import AttentionOut, ChosenBlocks, FreshHeads, attend, rotated_heads
 from openmimo.kernels.operations import count_experts, rotary_table
 from openmimo.model.attention import AttentionConfig, Rotation
 
@@ -42,14 +42,15 @@ class RoutingTape:
             load[layer] = load[layer] + counts if layer in load else counts
 
 
-class AttentionCall(NamedTuple):
+class AttentionCall:
     """The arguments of one attention operation. A layer may call several times in one pass.
+
+    A layer gives its queries, keys and values, or `fresh` heads. From these they are computed at first use. A context
+    that hands the fresh heads to `kernels.attention.update_and_attend` computes them within that operation instead.
 
     Attributes:
         layer: Index of the layer under which its keys are stored; MTP head h is layer `num_layers + h`.
-        q_TNK: Queries, rotated.
-        k_TGK: Keys, rotated; None to read those of `source_layer`.
-        v_TGV: Values, scaled; None to read those of `source_layer`.
+        fresh: Projected heads, or None.
         sink_N: Sink logits, or None.
         window_keys: Keys that a query sees, its own included (None: all).
         source_layer: An earlier layer of the pass, whose call had `is_source`.
@@ -58,16 +59,60 @@ class AttentionCall(NamedTuple):
         blocks: The blocks of keys that each query reads, of a call without a window (None: all).
     """
 
-    layer: int
-    q_TNK: torch.Tensor
-    k_TGK: torch.Tensor | None
-    v_TGV: torch.Tensor | None
-    sink_N: torch.Tensor | None
-    window_keys: int | None
-    source_layer: int | None = None
-    is_source: bool = False
-    score_block: int | None = None
-    blocks: ChosenBlocks | None = None
+    __slots__ = ("_heads", "blocks", "fresh", "is_source", "layer", "score_block", "sink_N", "source_layer", "window_keys")
+
+    def __init__(
+        self,
+        layer: int,
+        q_TNK: torch.Tensor | FreshHeads,
+        k_TGK: torch.Tensor | None,
+        v_TGV: torch.Tensor | None,
+        sink_N: torch.Tensor | None,
+        window_keys: int | None,
+        source_layer: int | None = None,
+        is_source: bool = False,
+        score_block: int | None = None,
+        blocks: ChosenBlocks | None = None,
+    ):
+        """
+        Args:
+            layer: See the attributes, also for the arguments that are not listed.
+            q_TNK: Queries, rotated, or all heads before rotation.
+            k_TGK: Keys, rotated; None to read those of `source_layer`, or with fresh heads.
+            v_TGV: Values, scaled; None likewise.
+            sink_N: See the attributes.
+            window_keys: See the attributes.
+            source_layer: See the attributes.
+            is_source: See the attributes.
+            score_block: See the attributes.
+            blocks: See the attributes.
+        """
+        self.layer, self.sink_N, self.window_keys = layer, sink_N, window_keys
+        self.source_layer, self.is_source, self.score_block = source_layer, is_source, score_block
+        self.blocks = blocks
+        self.fresh = q_TNK if isinstance(q_TNK, FreshHeads) else None
+        self._heads = None if isinstance(q_TNK, FreshHeads) else (q_TNK, k_TGK, v_TGV)
+
+    @property
+    def q_TNK(self) -> torch.Tensor:  # noqa: N802
+        """Queries, rotated."""
+        return self._all_heads()[0]
+
+    @property
+    def k_TGK(self) -> torch.Tensor | None:  # noqa: N802
+        """Keys, rotated; None to read those of `source_layer`."""
+        return self._all_heads()[1]
+
+    @property
+    def v_TGV(self) -> torch.Tensor | None:  # noqa: N802
+        """Values, scaled; None to read those of `source_layer`."""
+        return self._all_heads()[2]
+
+    def _all_heads(self) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        if self._heads is None:
+            assert self.fresh is not None
+            self._heads = rotated_heads(self.fresh)
+        return self._heads
 
 
 class AttentionContext(Protocol):

@@ -95,15 +95,15 @@ class MTPBlock(nn.Module):
         self.eh_proj = parts.merge(D)
         self.input_layernorm = parts.norm(D, epsilon)
         self.self_attn = parts.attention(config.attention_place(index))
-        self.pre_mlp_layernorm = parts.norm(D, epsilon)
+        self.pre_mlp_layernorm = parts.residual_norm(D, epsilon)
         self.mlp = parts.ffn(D, config.dense_ffn_dim)
         self.final_layernorm = parts.norm(D, epsilon)
 
     def forward(self, embedding_TD: torch.Tensor, hidden_TD: torch.Tensor, context: AttentionContext) -> torch.Tensor:
         """Map embeddings of shifted tokens and main-model states, both [T, D], to inputs of the output head [T, D]."""
         x_TD = self.eh_proj(torch.cat([self.enorm(embedding_TD), self.hnorm(hidden_TD)], dim=-1))
-        x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), context)
-        x_TD = x_TD + self.mlp(self.pre_mlp_layernorm(x_TD))
+        x_TD, y_TD = self.pre_mlp_layernorm(x_TD, self.self_attn(self.input_layernorm(x_TD), context))
+        x_TD = x_TD + self.mlp(y_TD)
         return self.final_layernorm(x_TD)
 
 

@@ -22,7 +22,8 @@ from torch.nn.modules.module import (
 )
 
 from openmimo.core.registry import load_object
-from openmimo.kernels.operations import apply_rotary, joined_linear, rms_norm
+from openmimo.kernels.attention import FreshHeads
+from openmimo.kernels.operations import add_rms_norm, joined_linear, rms_norm
 from openmimo.kernels.weights import BlockScaled, Latent, Packed, Weight
 from openmimo.model.attention import AttentionPlace, build_attention
 from openmimo.model.config import ModelConfig, MoEConfig
@@ -128,6 +129,14 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.epsilon)
 
 
+class ResidualRMSNorm(RMSNorm):
+    """The norm after an addition to the residual stream, computed with the sum."""
+
+    def forward(self, x: torch.Tensor, added: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+        """Return `x + added` [..., D] and its normalization."""
+        return add_rms_norm(x, added, self.weight, self.epsilon)
+
+
 class DenseFFN(nn.Module):
     """SwiGLU: down(silu(gate(x)) * up(x))."""
 
@@ -171,20 +180,13 @@ class Attention(nn.Module):
         """Map [T, D] to [T, D]."""
         spec, T = self.spec, x_TD.shape[0]
         N, G, K, V = spec.num_heads, spec.num_kv_heads, spec.key_dim, spec.value_dim
-        joined = project(x_TD, (self.q_proj, self.k_proj, self.v_proj))
-        queries_and_keys, values = joined.split_with_sizes([(N + G) * K, G * V], dim=1)
-        heads = queries_and_keys.view(T, N + G, K)
-        if spec.rotary_dim:
-            heads = apply_rotary(heads, *context.rotary(spec, x_TD.dtype))
-        q_TNK, k_TGK = heads.split_with_sizes([N, G], dim=1)
-        v_TGV = values.view(T, G, V)
-        if self.value_scale != 1.0:
-            v_TGV = v_TGV * self.value_scale
+        cos_TR, sin_TR = context.rotary(spec, x_TD.dtype) if spec.rotary_dim else (None, None)
+        joined_TJ = project(x_TD, (self.q_proj, self.k_proj, self.v_proj))
         call = AttentionCall(
             self.index,
-            q_TNK,
-            k_TGK,
-            v_TGV,
+            FreshHeads(joined_TJ, N, G, K, V, cos_TR, sin_TR, self.value_scale),
+            None,
+            None,
             self.sink(),
             spec.window_keys,
             is_source=self.is_source,
@@ -199,6 +201,7 @@ class Parts:
 
     Attributes:
         norm: Builds a norm of a dim with an epsilon.
+        residual_norm: Builds the norm after an addition to the residual stream; see `ResidualRMSNorm`.
         attention: Builds an attention layer.
         ffn: Builds a dense FFN of a model dim and a hidden dim.
         moe: Builds a sparse FFN of a model dim, for a layer index.
@@ -206,6 +209,7 @@ class Parts:
     """
 
     norm: Callable[[int, float], RMSNorm]
+    residual_norm: Callable[[int, float], nn.Module]
     attention: Callable[[AttentionPlace], nn.Module]
     ffn: Callable[[int, int], nn.Module]
     moe: Callable[[int, MoEConfig, int], MoE]
@@ -217,5 +221,5 @@ def parts_of(config: ModelConfig) -> Parts:
     if config.complex_layers is not None:
         return load_object("openmimo.model.complex_layers:parts")(config)
     return Parts(
-        RMSNorm, build_attention, DenseFFN, MoE, lambda model_dim: Linear(2 * model_dim, model_dim, bias=False)
+        RMSNorm, ResidualRMSNorm, build_attention, DenseFFN, MoE, lambda model_dim: Linear(2 * model_dim, model_dim, bias=False)
     )

@@ -4,9 +4,19 @@ import pytest
 import torch
 
 from openmimo.kernels import native
-from openmimo.kernels.operations import NORM, ROTARY, NormNeed, RotaryNeed, apply_rotary, rms_norm, rotary_table
+from openmimo.kernels.operations import (
+    ADD_NORM,
+    NORM,
+    ROTARY,
+    NormNeed,
+    RotaryNeed,
+    add_rms_norm,
+    apply_rotary,
+    rms_norm,
+    rotary_table,
+)
 
-NORMS, ROTATIONS = dict(NORM.backends()), dict(ROTARY.backends())
+NORMS, ROTATIONS, SUMS = dict(NORM.backends()), dict(ROTARY.backends()), dict(ADD_NORM.backends())
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-6, torch.bfloat16: 4e-3}
 
 
@@ -49,6 +59,36 @@ def test_the_gradients_of_a_norm(name, dtype):
     ours = torch.autograd.grad(NORMS[name].run(x, weight, 1e-5), (x, weight), upstream.to(dtype))
     for mine, theirs in zip(ours, torch.autograd.grad(exact, wide, upstream), strict=True):
         assert (mine.double() - theirs).norm() / theirs.norm() < 10 * TOLERANCES[dtype]
+
+
+@pytest.mark.parametrize("shape", [(1, 128), (5, 7), (3, 4, 48), (0, 16)], ids=str)
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("name", SUMS)
+@torch.inference_mode()
+def test_a_sum_and_its_norm_are_the_sum_and_the_norm_or_refused(name, dtype, shape):
+    x, added, weight = (inside_poison(torch.randn(size).to(dtype)) for size in (shape, shape, shape[-1]))
+    if reason := SUMS[name].refuse(NormNeed(x.numel(), dtype, False, True, True)):
+        pytest.skip(reason)
+    total, ours = SUMS[name].run(x, added, weight, 1e-5)
+    assert torch.equal(total, x + added)
+    wide = total.double()
+    exact = wide * (wide.square().mean(dim=-1, keepdim=True) + 1e-5).rsqrt() * weight.double()
+    assert ours.dtype == dtype
+    assert torch.allclose(ours.double(), exact, rtol=2 * TOLERANCES[dtype], atol=TOLERANCES[dtype])
+
+
+def test_a_sum_and_its_norm_have_gradients_and_broadcast_summands():
+    x, added, weight = (torch.randn(size, requires_grad=True) for size in ((6, 40), (1, 40), (40,)))
+    total, normalized = add_rms_norm(x, added, weight, 1e-5)
+    expected = rms_norm(x + added, weight, 1e-5)
+    assert torch.equal(total, x + added)
+    assert torch.equal(normalized, expected)
+    for ours, theirs in zip(
+        torch.autograd.grad(normalized.square().sum(), (x, added, weight)),
+        torch.autograd.grad(expected.square().sum(), (x, added, weight)),
+        strict=True,
+    ):
+        assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("rotary_dim", [2, 16, 24])

@@ -7,8 +7,9 @@ j <= key_length - query_length + i, and with a window only the last `window_keys
 section 2.2; equations 2-4 for the sink).
 
 `paged_attend` computes attention of the newest positions of sequences to all their positions in a paged cache, to
-which `store` writes keys and values. A table maps each run of positions to a page, and sequences with a common prefix
-may share pages. B sequences, X pages, P positions a page, Y pages of the longest sequence.
+which `store` writes keys and values. `update_and_attend` does both, and the rotation, for projected heads. A table
+maps each run of positions to a page, and sequences with a common prefix may share pages. B sequences, X pages, P
+positions a page, Y pages of the longest sequence.
 """
 
 import math
@@ -19,6 +20,7 @@ import torch
 
 from openmimo.core.errors import ConfigError
 from openmimo.kernels.dispatch import Dispatcher
+from openmimo.kernels.operations import apply_rotary
 
 NO_SCORES = "it computes no block scores"
 NO_BLOCKS = "it does not read chosen blocks of keys"
@@ -27,6 +29,7 @@ Integers: TypeAlias = Literal["full", "half"]
 ATTENTION = Dispatcher("openmimo.kernels.attention", "OPENMIMO_ATTENTION")
 PAGED_ATTENTION = Dispatcher("openmimo.kernels.paged_attention", "OPENMIMO_PAGED_ATTENTION")
 STORE = Dispatcher("openmimo.kernels.paged_attention.store", "OPENMIMO_STORE")
+UPDATE = Dispatcher("openmimo.kernels.paged_attention.update", "OPENMIMO_UPDATE")
 
 
 class AttentionOut(NamedTuple):
@@ -385,3 +388,119 @@ def store(pages: Pages, page_T: torch.Tensor, slot_T: torch.Tensor, k_TGK: torch
         k_TGK.is_cpu,
     )
     STORE.choose(need)[1].run(pages, page_T, slot_T, k_TGK, v_TGV)
+
+
+class FreshHeads(NamedTuple):
+    """The projected heads of new tokens, before rotation and scale.
+
+    Attributes:
+        joined_TJ: The query heads, the key heads and the value heads of each token, [T, (N + G) K + G V].
+        num_heads: N.
+        num_kv_heads: G.
+        key_dim: K.
+        value_dim: V.
+        cos_TR: Rotation of each token, as in `openmimo.kernels.operations.apply_rotary`; None for no rotation.
+        sin_TR: See there.
+        value_scale: Factor of the values.
+    """
+
+    joined_TJ: torch.Tensor
+    num_heads: int
+    num_kv_heads: int
+    key_dim: int
+    value_dim: int
+    cos_TR: torch.Tensor | None
+    sin_TR: torch.Tensor | None
+    value_scale: float
+
+
+def rotated_heads(fresh: FreshHeads) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return rotated queries [T, N, K], rotated keys [T, G, K] and scaled values [T, G, V]. Differentiable."""
+    T, N, G, K = len(fresh.joined_TJ), fresh.num_heads, fresh.num_kv_heads, fresh.key_dim
+    queries_and_keys, values = fresh.joined_TJ.split_with_sizes([(N + G) * K, G * fresh.value_dim], dim=1)
+    heads = queries_and_keys.view(T, N + G, K)
+    if fresh.cos_TR is not None and fresh.sin_TR is not None:
+        heads = apply_rotary(heads, fresh.cos_TR, fresh.sin_TR)
+    q_TNK, k_TGK = heads.split_with_sizes([N, G], dim=1)
+    v_TGV = values.view(T, G, fresh.value_dim)
+    return q_TNK, k_TGK, v_TGV if fresh.value_scale == 1.0 else v_TGV * fresh.value_scale
+
+
+class UpdateNeed(NamedTuple):
+    """The properties of one call; a backend decides from these alone whether it serves the call.
+
+    Attributes:
+        longest_query: The largest number of queries of a sequence.
+        dtype: Dtype of the heads.
+        cache_dtype: Dtype of the pages.
+        needs_gradients: Whether autograd records and an input requires a gradient.
+        readable: Whether heads are rotated, the numbers of a head are contiguous in heads, tables and pages, and both
+            tables have the dtype of the heads and equal strides.
+        on_cpu: Whether the heads are in CPU memory.
+        score_block: Keys of a block of the requested block scores (None: no scores).
+    """
+
+    longest_query: int
+    dtype: torch.dtype
+    cache_dtype: torch.dtype
+    needs_gradients: bool
+    readable: bool
+    on_cpu: bool
+    score_block: int | None = None
+
+
+def update_and_attend(
+    fresh: FreshHeads,
+    pages: Pages,
+    page_T: torch.Tensor,
+    slot_T: torch.Tensor,
+    sink_N: torch.Tensor | None,
+    *,
+    query_lengths_B: torch.Tensor,
+    key_lengths_B: torch.Tensor,
+    longest_query: int,
+    longest_key: int,
+    window_keys: int | None,
+    score_block: int | None = None,
+) -> AttentionOut:
+    """Rotate the heads of new tokens, scale their values, `store` keys and values, and `paged_attend`.
+
+    Arguments as in these operations.
+
+    Raises:
+        ValueError: The width of the heads is not the sum of their dims, or as for `paged_attend`.
+    """
+    joined, keys, values = fresh.joined_TJ, pages.keys_XPGK, pages.values_XPGV
+    width = (fresh.num_heads + fresh.num_kv_heads) * fresh.key_dim + fresh.num_kv_heads * fresh.value_dim
+    if joined.shape[1] != width or keys.shape[2:] != (fresh.num_kv_heads, fresh.key_dim):
+        raise ValueError(
+            f"heads do not fit: {tuple(joined.shape)} for {fresh.num_heads} query heads and {fresh.num_kv_heads} "
+            f"key/value heads of {fresh.key_dim} and {fresh.value_dim} dims, and pages of {tuple(keys.shape[2:])}"
+        )
+    cos, sin = fresh.cos_TR, fresh.sin_TR
+    need = UpdateNeed(
+        longest_query,
+        joined.dtype,
+        keys.dtype,
+        torch.is_grad_enabled() and joined.requires_grad,
+        cos is not None
+        and sin is not None
+        and joined.dtype == cos.dtype
+        and cos.stride() == sin.stride()
+        and joined.stride(1) == cos.stride(1) == keys.stride(3) == values.stride(3) == 1,
+        joined.is_cpu,
+        score_block,
+    )
+    return UPDATE.choose(need)[1].run(
+        fresh,
+        pages,
+        page_T,
+        slot_T,
+        sink_N,
+        query_lengths_B=query_lengths_B,
+        key_lengths_B=key_lengths_B,
+        longest_query=longest_query,
+        longest_key=longest_key,
+        window_keys=window_keys,
+        score_block=score_block,
+    )

@@ -7,20 +7,20 @@ A visit is a token with one of its experts: visit m is token m // A. Three kerne
     down      a program per expert and tile of D: the output of each visit
     combine   a program per token: the weighted sum over its visits, in order
 
-With few visits there is a program per visit instead of one per expert. It computes the expert of its visit if no earlier
-visit has the same expert, and otherwise ends at once; it finds the other visits of the expert in the expert ids. So a
-single token does not start thousands of programs without work. With more visits, a kernel before lists the visits of
+With few visits there is a program per visit instead of one per expert. It computes the expert of its visit if no
+earlier visit has the same expert, and otherwise ends at once. The expert ids give it the other visits of the expert. So
+a single token does not start thousands of programs without work. With more visits, a kernel before lists the visits of
 each expert.
 
 The result of a visit does not depend on the other visits. Block-scaled weights are multiplied as in
-`openmimo.kernels.linear._block_scaled`.
+`openmimo.kernels.linear._triton`.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from openmimo.kernels.linear._block_scaled import (
+from openmimo.kernels.linear._triton import (
     PAIRS,
     TILE,
     add_block,

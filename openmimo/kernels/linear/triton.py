@@ -14,7 +14,7 @@ _MAX_ROWS = 256
 
 def run(x_RD: torch.Tensor, layers: tuple[WeightAndBias, ...]) -> torch.Tensor:
     """Implement `openmimo.kernels.operations.joined_linear`."""
-    from openmimo.kernels.linear._block_scaled import MAX_WEIGHTS, multiply
+    from openmimo.kernels.linear._triton import MAX_WEIGHTS, multiply
 
     outputs = []
     for first in range(0, len(layers), MAX_WEIGHTS):

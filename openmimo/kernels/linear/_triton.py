@@ -1,8 +1,8 @@
 """Products with block-scaled weights in Triton, for linear layers and experts.
 
-Codes (float8_e4m3fn or int8) are read as pairs, 16 bits each. The even and the odd codes are converted to float16, which
-holds every code exactly; float8 takes one instruction for two codes. The weights are the first operand of the product,
-of which a matrix unit takes 64 rows, and the few tokens are the second. A block of 128 dims is multiplied as follows:
+Codes (float8_e4m3fn or int8) are read as pairs, 16 bits each. The even and the odd codes are converted to float16,
+which holds every code exactly; float8 takes one instruction for two codes. The weights are the first operand of the
+product, of which a matrix unit takes 64 rows, and the few tokens are the second. A block of 128 dims is multiplied so:
 
     tokens     divided by their largest magnitude in the block, so that they fit into float16
     product    codes x tokens, summed in float32
@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from openmimo.kernels.linear._float8 import float8_halves, in_assembly
+from openmimo.kernels.linear._triton_float8 import float8_halves, in_assembly
 from openmimo.kernels.weights import BlockScaled
 
 MAX_WEIGHTS = 3
@@ -59,9 +59,10 @@ def multiply(x_RD: torch.Tensor, weights: tuple[BlockScaled, ...]) -> torch.Tens
     sizes = [weight.shape[0] for weight in weights] + [0] * (MAX_WEIGHTS - len(weights))
     tiles = [triton.cdiv(size, tile) for size in sizes]
     splits = 1  # not by the number of rows
-    while sum(triton.cdiv(size, TILE) for size in sizes) * splits < _PROGRAMS and D >= 2 * splits * _MIN_SPLIT_DIMS:
+    programs = sum(triton.cdiv(size, TILE) for size in sizes)
+    while programs * splits < _PROGRAMS and splits * _MIN_SPLIT_DIMS <= D // 2:
         splits *= 2
-    O, blocks = sum(sizes), triton.cdiv(D, 2 * PAIRS)
+    num_outputs, blocks = sum(sizes), triton.cdiv(D, 2 * PAIRS)
     tokens, magnitudes = pairs_of(x_RD), x_RD
     is_bfloat16 = x_RD.dtype == torch.bfloat16
     if is_prepared:
@@ -71,20 +72,22 @@ def multiply(x_RD: torch.Tensor, weights: tuple[BlockScaled, ...]) -> torch.Tens
             pairs_of(x_RD), tokens, magnitudes, R, D // 2, blocks, ROWS=_MIN_TILE_ROWS, PAIRS=PAIRS,
             IS_BFLOAT16=is_bfloat16,
         )  # fmt: skip
-    out_RO = x_RD.new_empty(R, O)
-    parts_SRO = out_RO if splits == 1 else x_RD.new_empty(splits, R, O, dtype=torch.float32)
+    out_RO = x_RD.new_empty(R, num_outputs)
+    parts_SRO = out_RO if splits == 1 else x_RD.new_empty(splits, R, num_outputs, dtype=torch.float32)
     three = [*weights, *weights[-1:] * (MAX_WEIGHTS - len(weights))]
     _multiply[(sum(tiles), triton.cdiv(R, tile_rows), splits)](
         tokens, magnitudes, parts_SRO,
         *[pairs_of(weight.codes) for weight in three], *[weight.scales for weight in three], *sizes,
-        *[weight.block[0] for weight in three], *[weight.scales.stride(0) for weight in three], R, O, D // 2,
+        *[weight.block[0] for weight in three], *[weight.scales.stride(0) for weight in three], R, num_outputs, D // 2,
         triton.cdiv(blocks, splits) * PAIRS, blocks,
         TILES0=tiles[0], TILES1=tiles[1], TILES2=tiles[2], TILE_ROWS=tile_rows, TILE=tile, PAIRS=PAIRS,
         SCALE_PAIRS=scale_pairs_of(weights[0]), CODES=codes_of(weights[0]), IS_BFLOAT16=is_bfloat16,
         IS_PREPARED=is_prepared, num_warps=warps, num_stages=_STAGES,
     )  # fmt: skip
     if splits > 1:
-        _add_parts[(triton.cdiv(R * O, _ADDED),)](parts_SRO, out_RO, R * O, SPLITS=splits, BLOCK=_ADDED)
+        _add_parts[(triton.cdiv(R * num_outputs, _ADDED),)](
+            parts_SRO, out_RO, R * num_outputs, SPLITS=splits, BLOCK=_ADDED
+        )
     return out_RO
 
 
@@ -184,14 +187,14 @@ def _multiply(
             x, magnitudes, out, codes0, scales0, tile, size0, block0, stride0, size0 * 0, num_rows, num_outputs,
             num_pairs, split_pairs, num_blocks, TILE_ROWS, TILE, PAIRS, SCALE_PAIRS, CODES, IS_BFLOAT16, IS_PREPARED,
         )  # fmt: skip
-    if TILES1 > 0:
+    if TILES1 > 0:  # noqa: SIM102  (known when the kernel is compiled)
         if (tile >= TILES0) & (tile < TILES0 + TILES1):
             _multiply_tile(
                 x, magnitudes, out, codes1, scales1, tile - TILES0, size1, block1, stride1, size0, num_rows,
                 num_outputs, num_pairs, split_pairs, num_blocks, TILE_ROWS, TILE, PAIRS, SCALE_PAIRS, CODES,
                 IS_BFLOAT16, IS_PREPARED,
             )  # fmt: skip
-    if TILES2 > 0:
+    if TILES2 > 0:  # noqa: SIM102
         if tile >= TILES0 + TILES1:
             _multiply_tile(
                 x, magnitudes, out, codes2, scales2, tile - TILES0 - TILES1, size2, block2, stride2, size0 + size1,

@@ -1,0 +1,100 @@
+"""Kernels of decoding on an accelerator: caches and weights in every format, fused operations, and rows in any batch.
+
+`pytest -m gpu` runs these tests on a machine with an accelerator.
+"""
+
+import pytest
+import torch
+from update_calls import CALLS, assert_is_the_reference, call_of
+
+from openmimo.kernels.attention import UPDATE, Pages, UpdateNeed
+from openmimo.kernels.operations import (
+    ADD_NORM,
+    EXPERTS,
+    LINEAR,
+    ExpertsNeed,
+    LinearNeed,
+    NormNeed,
+    apply_experts,
+    joined_linear,
+)
+from openmimo.kernels.weights import quantize
+from openmimo.runtime.device import resolve_device
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(scope="module")
+def device():
+    found = resolve_device("auto")
+    if found.type == "cpu":
+        pytest.skip("no accelerator")
+    return found
+
+
+def relative(ours, theirs):
+    return float((ours.double() - theirs.double()).norm() / theirs.double().norm())
+
+
+@pytest.mark.parametrize(
+    "dtype, cached", [("float32", "float32"), ("bfloat16", "bfloat16"), ("bfloat16", "float8_e4m3fn")]
+)
+@pytest.mark.parametrize("name", CALLS)
+@torch.inference_mode()
+def test_new_tokens_are_rotated_stored_and_attend(device, name, dtype, cached):
+    dtype, cached = getattr(torch, dtype), getattr(torch, cached)
+    (fresh, pages, page_T, slot_T, sink), arguments = call_of(name, dtype, cached)
+    fresh = fresh._replace(**{part: getattr(fresh, part).to(device) for part in ("joined_TJ", "cos_TR", "sin_TR")})
+    pages = Pages(*(x.to(device) for x in pages))
+    rest = [None if x is None else x.to(device) for x in (page_T, slot_T, sink)]
+    arguments = {key: x.to(device) if isinstance(x, torch.Tensor) else x for key, x in arguments.items()}
+    need = UpdateNeed(arguments["longest_query"], dtype, cached, False, True, False)
+    chosen, backend = UPDATE.choose(need)
+    assert chosen == "triton"
+    assert_is_the_reference(backend, (fresh, pages, *rest), arguments)
+
+
+@pytest.mark.parametrize("weight_format", ["int8", "fp8"])
+@pytest.mark.parametrize("rows, sizes, dims", [(1, (17,), 200), (33, (129, 5, 300), 130), (70, (300, 64), 4500)])
+@torch.inference_mode()
+def test_linear_layers_with_block_scaled_weights(device, rows, sizes, dims, weight_format):
+    weights = [quantize(torch.randn(outputs, dims, device=device), weight_format) for outputs in sizes]
+    x = torch.randn(rows, dims, device=device).bfloat16()
+    layers = tuple((weight, None) for weight in weights)
+    ours = joined_linear(x, layers)
+    exact = torch.cat([x.double() @ weight.dequantize(torch.float64).T for weight in weights], dim=1)
+    assert LINEAR.choose(LinearNeed(rows, x.dtype, False, True, False, weight_format, dims))[0] == "triton"
+    assert relative(ours, exact) < 4e-3
+    assert torch.equal(joined_linear(x[:1], layers)[0], joined_linear(x[:7], layers)[0])
+    for factor in (2.0**40, 2.0**-40):  # float16 holds no such numbers
+        far = (factor * x.float()).bfloat16()
+        assert relative(joined_linear(far, layers), factor * exact) < 4e-3
+
+
+@pytest.mark.parametrize("weight_format", ["int8", "fp8"])
+@pytest.mark.parametrize("tokens", [1, 5, 64, 256])
+@torch.inference_mode()
+def test_experts_with_block_scaled_weights(device, tokens, weight_format):
+    E, A, D, F = 16, 4, 264, 136
+    ids = torch.rand(tokens, E, device=device).topk(A).indices
+    x, weights = torch.randn(tokens, D, device=device).bfloat16(), torch.rand(tokens, A, device=device)
+    scaled = [quantize(0.1 * torch.randn(shape, device=device), weight_format) for shape in ((E, 2 * F, D), (E, D, F))]
+    need = ExpertsNeed(tokens, E, A, D, F, x.dtype, False, False, weight_format)
+    assert EXPERTS.choose(need)[0] == "triton"
+    ours = apply_experts(x, ids, weights, *scaled)
+    wide = [weight.dequantize(torch.float64) for weight in scaled]
+    exact = dict(EXPERTS.backends())["reference"].run(x.double(), ids, weights.double(), *wide, need=need)
+    assert relative(ours, exact) < 1e-2
+    assert torch.equal(apply_experts(x[:1], ids[:1], weights[:1], *scaled)[0], ours[0])
+
+
+@torch.inference_mode()
+def test_a_sum_and_its_norm(device):
+    x, added = (torch.randn(33, 4096, device=device).bfloat16() for _ in range(2))
+    weight = torch.randn(4096, device=device).bfloat16()
+    name, backend = ADD_NORM.choose(NormNeed(x.numel(), x.dtype, False, True, False))
+    total, normalized = backend.run(x, added, weight, 1e-5)
+    expected = dict(ADD_NORM.backends())["reference"].run(x, added, weight, 1e-5)
+    assert name == "triton"
+    assert torch.equal(total, expected[0])
+    assert torch.equal(normalized, expected[1])
