@@ -59,7 +59,17 @@ class AttentionCall:
         blocks: The blocks of keys that each query reads, of a call without a window (None: all).
     """
 
-    __slots__ = ("_heads", "blocks", "fresh", "is_source", "layer", "score_block", "sink_N", "source_layer", "window_keys")
+    __slots__ = (
+        "_heads",
+        "blocks",
+        "fresh",
+        "is_source",
+        "layer",
+        "score_block",
+        "sink_N",
+        "source_layer",
+        "window_keys",
+    )
 
     def __init__(
         self,

@@ -221,5 +221,10 @@ def parts_of(config: ModelConfig) -> Parts:
     if config.complex_layers is not None:
         return load_object("openmimo.model.complex_layers:parts")(config)
     return Parts(
-        RMSNorm, ResidualRMSNorm, build_attention, DenseFFN, MoE, lambda model_dim: Linear(2 * model_dim, model_dim, bias=False)
+        RMSNorm,
+        ResidualRMSNorm,
+        build_attention,
+        DenseFFN,
+        MoE,
+        lambda model_dim: Linear(2 * model_dim, model_dim, bias=False),
     )

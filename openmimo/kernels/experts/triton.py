@@ -28,9 +28,10 @@ def run(
 
 
 def _contiguous(weight: Weight) -> Weight:
-    if isinstance(weight, BlockScaled):
-        return BlockScaled(weight.codes.contiguous(), weight.scales.contiguous(), weight.block)
-    return weight.contiguous()
+    if isinstance(weight, torch.Tensor):
+        return weight.contiguous()
+    assert isinstance(weight, BlockScaled), "other formats are refused"
+    return BlockScaled(weight.codes.contiguous(), weight.scales.contiguous(), weight.block)
 
 
 def refuse(need: ExpertsNeed) -> str | None:

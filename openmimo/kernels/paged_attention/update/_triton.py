@@ -42,13 +42,14 @@ def update_window(
 ) -> torch.Tensor:
     """Attention output [T, N, V]; arguments as in `openmimo.kernels.attention.update_and_attend`."""
     joined_TJ, N, G, K, V = fresh.joined_TJ, fresh.num_heads, fresh.num_kv_heads, fresh.key_dim, fresh.value_dim
+    cos_TR, sin_TR = _tables(fresh)
     B = pages.tables_BY.shape[0]
     out_TNV = joined_TJ.new_empty(joined_TJ.shape[0], N, V)
     tile = tile_of(joined_TJ.dtype, pages, N, longest_query)
     _update_window[(G * tile.num_tiles, B)](
-        joined_TJ, fresh.cos_TR, fresh.sin_TR, pages.keys_XPGK, pages.values_XPGV, tile.keys, tile.values,
+        joined_TJ, cos_TR, sin_TR, pages.keys_XPGK, pages.values_XPGV, tile.keys, tile.values,
         pages.tables_BY, page_T, slot_T, query_lengths_B, key_lengths_B, sink_N, out_TNV, K**-0.5 * LOG2_E, window_keys,
-        fresh.value_scale, torch.finfo(pages.keys_XPGK.dtype).max, joined_TJ.stride(0), fresh.cos_TR.stride(0),
+        fresh.value_scale, torch.finfo(pages.keys_XPGK.dtype).max, joined_TJ.stride(0), cos_TR.stride(0),
         *_strides(pages), *tile.strides, pages.tables_BY.stride(0), N,
         HEADS=N // G, TILE_ROWS=tile.rows, ROW_TILES=tile.num_tiles, SEQUENCES=triton.next_power_of_2(B),
         TOKENS=triton.next_power_of_2(longest_query), HAS_SINK=sink_N is not None, **_dims(fresh, pages),
@@ -60,14 +61,20 @@ def update_window(
 def rotate_and_store(fresh: FreshHeads, pages: Pages, page_T: torch.Tensor, slot_T: torch.Tensor) -> torch.Tensor:
     """Write keys and values to the pages, and return the rotated queries [T, N, K]."""
     joined_TJ, N, G, K = fresh.joined_TJ, fresh.num_heads, fresh.num_kv_heads, fresh.key_dim
+    cos_TR, sin_TR = _tables(fresh)
     T = joined_TJ.shape[0]
     q_TNK = joined_TJ.new_empty(T, N, K)
     _rotate_and_store[(T, triton.cdiv(N + G, _HEADS))](
-        joined_TJ, fresh.cos_TR, fresh.sin_TR, q_TNK, pages.keys_XPGK, pages.values_XPGV, page_T, slot_T,
-        fresh.value_scale, torch.finfo(pages.keys_XPGK.dtype).max, joined_TJ.stride(0), fresh.cos_TR.stride(0),
+        joined_TJ, cos_TR, sin_TR, q_TNK, pages.keys_XPGK, pages.values_XPGV, page_T, slot_T,
+        fresh.value_scale, torch.finfo(pages.keys_XPGK.dtype).max, joined_TJ.stride(0), cos_TR.stride(0),
         *_strides(pages), N, G, BLOCK_HEADS=_HEADS, GROUPS_PAD=triton.next_power_of_2(G), **_dims(fresh, pages),
     )  # fmt: skip
     return q_TNK
+
+
+def _tables(fresh: FreshHeads) -> tuple[torch.Tensor, torch.Tensor]:
+    assert fresh.cos_TR is not None and fresh.sin_TR is not None, "heads without rotation are refused"
+    return fresh.cos_TR, fresh.sin_TR
 
 
 def _strides(pages: Pages) -> tuple[int, ...]:
@@ -78,7 +85,7 @@ def _strides(pages: Pages) -> tuple[int, ...]:
 def _dims(fresh: FreshHeads, pages: Pages) -> dict[str, int | bool]:
     K, V = fresh.key_dim, fresh.value_dim
     return dict(
-        K=K, K_PAD=triton.next_power_of_2(K), V=V, V_PAD=triton.next_power_of_2(V), HALF=fresh.cos_TR.shape[1] // 2,
+        K=K, K_PAD=triton.next_power_of_2(K), V=V, V_PAD=triton.next_power_of_2(V), HALF=_tables(fresh)[0].shape[1] // 2,
         SATURATES=torch.finfo(pages.keys_XPGK.dtype).max < torch.finfo(fresh.joined_TJ.dtype).max,
     )  # fmt: skip
 

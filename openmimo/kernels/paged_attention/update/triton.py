@@ -57,7 +57,11 @@ def refuse(need: UpdateNeed) -> str | None:
         return f"it takes up to {_MAX_QUERIES} queries per sequence, not {need.longest_query}"
     if need.cache_dtype not in _CACHE_DTYPES:
         return f"it does not write {need.cache_dtype}"
-    return None if need.readable else "heads are not rotated, or heads, tables or pages are not contiguous or differ in dtype"
+    return (
+        None
+        if need.readable
+        else "heads are not rotated, or heads, tables or pages are not contiguous or differ in dtype"
+    )
 
 
 PLUGIN = Backend(priority=80, run=run, refuse=refuse)
