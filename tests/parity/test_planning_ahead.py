@@ -33,7 +33,7 @@ def requests(kinds, count):
         Request(
             str(n),
             ids(5 + 23 * n % 90, n % 4),
-            SamplingParams(**{"max_tokens": 30, "seed": n, **kinds[n % len(kinds)]}),
+            SamplingParams(**{"max_tokens": 20, "seed": n, **kinds[n % len(kinds)]}),
         )
         for n in range(count)
     ]
@@ -56,9 +56,9 @@ def serve(monkeypatch, ahead, work, **settings):
     return completions, engine
 
 
-@pytest.mark.parametrize("gigabytes", [0.01, 0.0008], ids=["roomy", "preempting"])
+@pytest.mark.parametrize("gigabytes", [0.01, pytest.param(0.0008, marks=pytest.mark.slow)], ids=["roomy", "preempting"])
 def test_results_do_not_depend_on_it(monkeypatch, gigabytes):
-    work = requests(KINDS, 14)
+    work = requests(KINDS, 10)
     expected, _ = serve(monkeypatch, False, work, cache_gigabytes=gigabytes)
     found, engine = serve(monkeypatch, True, work, cache_gigabytes=gigabytes)
     reasons = {completion.finish_reason for completion in found}
