@@ -132,3 +132,20 @@ def test_aborted_paused_and_updated_between_two_steps(monkeypatch):
     while reference.has_work:
         reference.step()
     assert alone.tokens == first.tokens
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_an_aborted_request_is_not_returned_again(monkeypatch, ends):
+    """Also if its last results were read between two steps."""
+    monkeypatch.setattr(engine_module, "works_ahead", lambda device: True)
+    engine = Engine(MODEL, config=EngineConfig(cache_gigabytes=0.01))
+    params = SamplingParams(max_tokens=3 if ends else 20, temperature=0.0, ignore_eos=True)
+    state = engine.submit(Request("1", ids(9, 0), params))
+    for _ in range(3):
+        engine.step()
+    engine.pause()
+    engine.resume()
+    assert engine.has_work and len(state.tokens) == 12
+    assert engine.abort("1") is state
+    assert state.finish_reason == ("length" if ends else "abort")
+    assert engine.step() == [] and not engine.has_work and engine.abort("1") is None
