@@ -186,11 +186,18 @@ class Engine:
         return sequence
 
     def abort(self, request_id: str) -> RequestState | None:
-        """Ends a request at once and frees its pages; None if there is no such request (any more)."""
+        """Ends a request at once and frees its pages; None if there is no such request (any more).
+
+        One that has ended, but that `step` has not returned yet, is returned as it ended. `step` then leaves it out.
+        """
+        settled = next((sequence for sequence in self._settled if sequence.request.id == request_id), None)
+        if settled is not None:
+            self._settled.remove(settled)
         sequence = self._sequences.get(request_id)
-        if sequence is not None:
-            sequence.finish("abort")
-            self._retire(sequence)
+        if sequence is None:
+            return settled
+        sequence.finish("abort")
+        self._retire(sequence)
         return sequence
 
     def step(self) -> list[RequestState]:

@@ -326,6 +326,14 @@ def _padded_sequences(count: int) -> int:
     return 3 * power // 4 if count <= 3 * power // 4 and power >= 16 else power
 
 
+class _StagedViews(NamedTuple):
+    """The place of one array of a step in both blocks of the host and on the device, and where the next one begins."""
+
+    hosts: tuple[np.ndarray, ...]
+    device: torch.Tensor
+    stop: int
+
+
 class _Staging:
     """Memory on an accelerator that a step's arrays fill by one copy, from pinned memory.
 
@@ -337,20 +345,28 @@ class _Staging:
         self._device = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
         self._blocks = tuple(HostBlock(num_bytes) for _ in range(2))
         self._turn = self._num_used = 0
-        self._views: dict[tuple[int, torch.dtype, tuple[int, ...]], torch.Tensor] = {}
+        self._views: dict[tuple[int, torch.dtype, tuple[int, ...]], _StagedViews] = {}
 
     def add(self, array: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
         """Copies an array to pinned memory; returns its place on the device, which `send` fills."""
-        first, stop = self._num_used, self._num_used + array.nbytes
+        key = (self._num_used, dtype, array.shape)
+        views = self._views.get(key)
+        if views is None:
+            views = self._new_views(*key, array)
+        views.hosts[self._turn][...] = array
+        self._num_used = views.stop
+        return views.device
+
+    def _new_views(self, first: int, dtype: torch.dtype, shape: tuple[int, ...], array: np.ndarray) -> _StagedViews:
+        stop = first + array.nbytes
         assert stop <= self._device.numel(), "the arrays of a step exceed its memory"
-        self._blocks[self._turn].array[first:stop].view(array.dtype).reshape(array.shape)[...] = array
-        self._num_used = -(-stop // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
-        key = (first, dtype, array.shape)
-        if key not in self._views:
-            if len(self._views) == _MAX_VIEWS:
-                self._views.clear()
-            self._views[key] = self._device[first:stop].view(dtype).view(array.shape)
-        return self._views[key]
+        hosts = tuple(block.array[first:stop].view(array.dtype).reshape(shape) for block in self._blocks)
+        device = self._device[first:stop].view(dtype).view(shape)
+        if len(self._views) == _MAX_VIEWS:
+            self._views.clear()
+        views = _StagedViews(hosts, device, -(-stop // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES)
+        self._views[first, dtype, shape] = views
+        return views
 
     def send(self) -> None:
         """Queues the copy of everything added, and begins with the other block."""

@@ -290,6 +290,8 @@ def max_prompt_tokens(model: MiMo, cache_dtype: torch.dtype) -> int:
     Other kernels for prompts wait for the device, or need the lengths of the sequences on the host.
     """
     config, dtype = model.config, model.activation_dtype
+    if any(module.blocks for module in model.modules() if isinstance(module, QuantizableModule)):
+        return 0
     for spec in config.attention_layers():
         need = PagedNeed(2 * MAX_SHORT_TOKENS, spec.key_dim, spec.value_dim, False, dtype, cache_dtype, False)
         if PAGED_ATTENTION.choose(need)[0] != "triton_prompts":

@@ -83,7 +83,7 @@ class HostBlock:
         """Queue a copy of the first bytes to `target`. Do not write before `wait`."""
         target[:num_bytes].copy_(self._memory[:num_bytes], non_blocking=True)
         self._sent = self._sent or torch.cuda.Event()
-        self._sent.record()
+        self._sent.record(torch.cuda.current_stream(target.device))
 
     def wait(self) -> None:
         """Wait until the device has read what was sent last."""
@@ -97,9 +97,10 @@ class Arrival:
     def __init__(self, tensors: tuple[torch.Tensor | None, ...]):
         self._copies = tuple(None if tensor is None else tensor.to("cpu", non_blocking=True) for tensor in tensors)
         self._event: torch.cuda.Event | None = None
-        if any(tensor is not None and tensor.device.type == "cuda" for tensor in tensors):
+        device = next((tensor.device for tensor in tensors if tensor is not None), torch.device("cpu"))
+        if device.type == "cuda":
             self._event = torch.cuda.Event()
-            self._event.record()
+            self._event.record(torch.cuda.current_stream(device))
 
     def wait(self) -> tuple[torch.Tensor | None, ...]:
         """Wait for the copies, and for nothing that was queued later."""
@@ -130,6 +131,7 @@ class CapturedGraphs:
     def __init__(self, device: torch.device):
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(device)  # one, because the memory of a pool is divided by streams
         self.num_bytes = 0
 
     def capture(self, function: Callable[[], Result]) -> Callable[[], Result]:
@@ -138,7 +140,7 @@ class CapturedGraphs:
         Returns:
             A function that replays the work on the same tensors, and returns the results of `function`.
         """
-        stream = torch.cuda.Stream(self._device)
+        stream = self._stream
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream):
             for _ in range(2):  # compiles kernels and makes tables
@@ -147,7 +149,7 @@ class CapturedGraphs:
         graph = torch.cuda.CUDAGraph()
         torch.cuda.empty_cache()  # as the capture would, so that the difference is its own memory
         before = torch.cuda.memory_reserved(self._device)
-        with torch.cuda.graph(graph, pool=self._pool):
+        with torch.cuda.graph(graph, pool=self._pool, stream=stream):
             result = function()
         self.num_bytes += torch.cuda.memory_reserved(self._device) - before
 

@@ -33,7 +33,7 @@ def requests(kinds, count):
         Request(
             str(n),
             ids(5 + 23 * n % 90, n % 4),
-            SamplingParams(**{"max_tokens": 30, "seed": n, **kinds[n % len(kinds)]}),
+            SamplingParams(**{"max_tokens": 20, "seed": n, **kinds[n % len(kinds)]}),
         )
         for n in range(count)
     ]
@@ -56,9 +56,9 @@ def serve(monkeypatch, ahead, work, **settings):
     return completions, engine
 
 
-@pytest.mark.parametrize("gigabytes", [0.01, 0.0008], ids=["roomy", "preempting"])
+@pytest.mark.parametrize("gigabytes", [0.01, pytest.param(0.0008, marks=pytest.mark.slow)], ids=["roomy", "preempting"])
 def test_results_do_not_depend_on_it(monkeypatch, gigabytes):
-    work = requests(KINDS, 14)
+    work = requests(KINDS, 10)
     expected, _ = serve(monkeypatch, False, work, cache_gigabytes=gigabytes)
     found, engine = serve(monkeypatch, True, work, cache_gigabytes=gigabytes)
     reasons = {completion.finish_reason for completion in found}
@@ -132,3 +132,20 @@ def test_aborted_paused_and_updated_between_two_steps(monkeypatch):
     while reference.has_work:
         reference.step()
     assert alone.tokens == first.tokens
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_an_aborted_request_is_not_returned_again(monkeypatch, ends):
+    """Also if its last results were read between two steps."""
+    monkeypatch.setattr(engine_module, "works_ahead", lambda device: True)
+    engine = Engine(MODEL, config=EngineConfig(cache_gigabytes=0.01))
+    params = SamplingParams(max_tokens=3 if ends else 20, temperature=0.0, ignore_eos=True)
+    state = engine.submit(Request("1", ids(9, 0), params))
+    for _ in range(3):
+        engine.step()
+    engine.pause()
+    engine.resume()
+    assert engine.has_work and len(state.tokens) == 12
+    assert engine.abort("1") is state
+    assert state.finish_reason == ("length" if ends else "abort")
+    assert engine.step() == [] and not engine.has_work and engine.abort("1") is None

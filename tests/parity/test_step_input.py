@@ -2,11 +2,13 @@
 
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from conftest import tiny_model
 
 from openmimo.core.records import Request, SamplingParams
+from openmimo.engine import step as step_module
 from openmimo.engine.config import EngineConfig
 from openmimo.engine.engine import Engine
 from openmimo.engine.worker import Worker
@@ -85,6 +87,40 @@ def test_passes_of_a_step_reuse_the_same_memory(speculative):
     while engine.has_work:
         engine.step()
     assert len(addresses) == 2 and len({is_prompt for is_prompt, *_ in addresses}) == 2
+
+
+def test_arrays_go_to_an_accelerator_in_one_copy_and_to_the_same_place(monkeypatch):
+    """The host fills one of two blocks, and waits for a block before it fills it again."""
+    sent = []
+
+    class Block:
+        def __init__(self, num_bytes):
+            self.array = np.zeros(num_bytes, dtype=np.uint8)
+
+        def send(self, target, num_bytes):
+            target[:num_bytes] = torch.from_numpy(self.array[:num_bytes])
+            sent.append(self)
+
+        def wait(self):
+            assert len(sent) < 2 or sent[-1] is not self
+
+    monkeypatch.setattr(step_module, "HostBlock", Block)
+    staging, places = step_module._Staging(4096, torch.device("cpu")), []
+    for turn in range(5):
+        arrays = [
+            (np.arange(turn, turn + 7), torch.int64),
+            (np.full((3, 9), turn, dtype=np.int32)[:, :5], torch.int32),
+            (np.zeros((2, 0), dtype=np.int32), torch.int32),
+            (np.array([turn / 2]), torch.float64),
+        ]
+        views = [staging.add(array, dtype) for array, dtype in arrays]
+        staging.send()
+        assert all((view.numpy() == array).all() for view, (array, _) in zip(views, arrays, strict=True))
+        places.append([view.data_ptr() for view in views])
+    assert all(place == places[0] for place in places)
+    assert len(sent) == 5 and sent[0] is sent[2] is not sent[1]
+    with pytest.raises(AssertionError, match="exceed"):
+        staging.add(np.zeros(600), torch.float64)
 
 
 def test_a_decoding_step_is_one_call_and_writes_parameters_once(monkeypatch):

@@ -1,4 +1,4 @@
-"""Prompts on an accelerator: one kernel for all sequences of a pass, whatever their lengths, windows and sinks."""
+"""Prompts on an accelerator: one kernel for all sequences of a pass, with windows and sinks."""
 
 import functools
 

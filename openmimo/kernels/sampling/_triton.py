@@ -109,6 +109,7 @@ def _draw(
     largest = _largest(row, V, BLOCK)
     limit = tl.full((), _LOWEST, tl.int64)  # the smallest kept logit in the order
     num_ties = tl.full((), _MANY, tl.int64)  # kept tokens that have it
+    drops_ties = num_ties < 0
     if HAS_FILTERS:
         top_p, top_k = tl.load(numbers + num_rows + number), tl.load(numbers + 2 * num_rows + number)
         min_p = tl.load(numbers + 3 * num_rows + number)
@@ -135,13 +136,13 @@ def _draw(
             by_weight = tl.where(each > 0.0, tl.ceil((top_p * total - weight) / each), _MANY)
             num_ties = tl.minimum(tl.minimum(by_weight, top_k - count), _MANY).to(tl.int64)
             num_ties = tl.maximum(num_ties, 1)
+            drops_ties = num_ties < num_equal
     kept = tl.full((), 0.0, tl.float64)
     token = tl.full((), V, tl.int64)
-    for _turn in range(0, 2):
-        aim = tl.load(uniforms + number) * kept  # of no use in the first turn, which only sums
+    for turn in range(0, 2):  # the first sums, the second finds the token
+        aim = tl.load(uniforms + number) * kept
         passed = tl.full((), 0.0, tl.float64)
         ties = tl.full((), 0, tl.int64)
-        token = tl.full((), V, tl.int64)
         for first in range(0, V, BLOCK):
             ids = first + tl.arange(0, BLOCK)
             values = tl.load(row + ids, mask=ids < V, other=float("-inf"))
@@ -150,14 +151,19 @@ def _draw(
             if HAS_FILTERS:
                 places = _in_order(values).to(tl.int64)
                 is_tie = (places == limit) & is_kept
-                tie_number = tl.cumsum(is_tie.to(tl.int32), axis=0)
-                is_kept = is_kept & ((places > limit) | (is_tie & (ties + tie_number <= num_ties)))
-                is_kept = is_kept & (weights >= min_p)
-                ties += tl.max(tie_number)
-            sums = passed + tl.cumsum(tl.where(is_kept, weights, 0.0), axis=0)
-            is_past = (sums > aim) & is_kept
-            token = tl.minimum(token, tl.min(tl.where(is_past, ids, V)).to(tl.int64))
-            passed = tl.max(sums)
+                is_kept = is_kept & (places >= limit) & (weights >= min_p)
+                if drops_ties:
+                    tie_number = tl.cumsum(is_tie.to(tl.int32), axis=0)
+                    is_kept = is_kept & (~is_tie | (ties + tie_number <= num_ties))
+                    ties += tl.max(tie_number)
+            weights = tl.where(is_kept, weights, 0.0)
+            through = passed + tl.sum(weights)
+            if (turn == 1) & (token == V) & (through > aim):
+                is_past = (passed + tl.cumsum(weights, axis=0) > aim) & is_kept
+                # Rounding may leave the aim behind the last token of the block.
+                last = tl.max(tl.where(is_kept & (weights > 0.0), ids, 0))
+                token = tl.minimum(tl.min(tl.where(is_past, ids, V)), last).to(tl.int64)
+            passed = through
         kept = passed
     tl.store(tokens + number, tl.minimum(token, V - 1))
 
