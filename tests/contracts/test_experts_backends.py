@@ -157,7 +157,9 @@ def test_native_takes_an_expert_twice_and_names_one_that_is_not_there():
 BLOCK_SCALED_CALLS = {**SMALL_CALLS, "ragged blocks": (6, 3, 2, 130, 65, 3), "prompt": (70, 4, 2, 40, 24, 4)}
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-6), (torch.bfloat16, 1e-2)], ids=str)
+@pytest.mark.parametrize(
+    "dtype, tolerance", [(torch.float32, 2e-6), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)], ids=str
+)
 @pytest.mark.parametrize("weight_format", ["int8", "fp8"])
 @pytest.mark.parametrize("call", BLOCK_SCALED_CALLS)
 @pytest.mark.parametrize("name", [*BACKENDS, "reference"])
@@ -172,6 +174,15 @@ def test_block_scaled_experts_are_their_dequantized_values_in_float64(name, call
     (ours,) = run(name, need, (inside_poison(x), ids, weights.float(), *poisoned))
     assert ours.dtype == dtype
     assert (ours.double() - exact).norm() / exact.norm() < tolerance
+
+
+def test_triton_refuses_what_it_does_not_multiply():
+    need = ExpertsNeed(1, 8, 2, 16, 8, torch.float16, False, True, "fp8")
+    changes = [
+        {"num_tokens": 0}, {"num_tokens": 999}, {"dtype": torch.float32}, {"dtype": torch.float64},
+        {"needs_gradients": True}, {"weight_format": "mixed"}, {"model_dim": 15}, {"expert_dim": 7},
+    ]  # fmt: skip
+    assert all(dict(EXPERTS.backends())["triton"].refuse(need._replace(**change)) for change in changes)
 
 
 @needs_library
