@@ -141,7 +141,7 @@ def full_layers(device: torch.device, rate: float) -> list[Row]:
             pages = cache(batch, CONTEXT, 32, 4, dtype, device)
             q = torch.randn(batch * queries, 64, 192, device=device).to(torch.bfloat16)
             arguments = lengths(batch, queries, CONTEXT, device)
-            ms = milliseconds(device, lambda: paged_attend(q, pages, None, window_keys=None, **arguments), calls=3)  # noqa: B023
+            ms = milliseconds(device, lambda: paged_attend(q, pages, None, window_keys=None, **arguments))  # noqa: B023
             num_bytes = batch * CONTEXT * 4 * 320 * dtype.itemsize
             rows.append(row(f"attention, {name} cache, batch {batch}, {queries} queries", ms, num_bytes, rate))
     return rows
@@ -185,12 +185,12 @@ def experts(device: torch.device, rate: float) -> list[Row]:
             x = torch.randn(tokens, D, device=device).to(torch.bfloat16)
             ids = torch.rand(tokens, E, device=device).topk(A).indices
             gates = torch.rand(tokens, A, device=device)
-            ms = milliseconds(device, lambda: apply_experts(x, ids, gates, *weights), calls=3)  # noqa: B023
+            ms = milliseconds(device, lambda: apply_experts(x, ids, gates, *weights))  # noqa: B023
             peer_ms = None
             if name == "bfloat16":
                 grouped = dict(EXPERTS.backends())["grouped"]
                 need = ExpertsNeed(tokens, E, A, D, hidden, x.dtype, False, False)
-                peer_ms = milliseconds(device, lambda: grouped.run(x, ids, gates, *weights, need=need), calls=3)  # noqa: B023
+                peer_ms = milliseconds(device, lambda: grouped.run(x, ids, gates, *weights, need=need))  # noqa: B023
             num_bytes = ids.unique().numel() * 3 * D * hidden * (2 if name == "bfloat16" else 1)
             found = row(
                 f"experts, {name}, {tokens} tokens", ms, num_bytes, rate, peer_ms, "torch grouped_mm" if peer_ms else ""
@@ -257,7 +257,7 @@ def flashinfer_attention(device: torch.device, rate: float) -> list[Row]:
         pages = cache(batch, CONTEXT, 32, 4, torch.bfloat16, device, key_dim=128)
         q = torch.randn(batch, 64, 128, device=device).to(torch.bfloat16)
         arguments = lengths(batch, 1, CONTEXT, device)
-        ours = milliseconds(device, lambda: paged_attend(q, pages, None, window_keys=None, **arguments), calls=3)  # noqa: B023
+        ours = milliseconds(device, lambda: paged_attend(q, pages, None, window_keys=None, **arguments))  # noqa: B023
         wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD", use_tensor_cores=True)
         pages_of_each = CONTEXT // 32
         wrapper.plan(
@@ -267,7 +267,7 @@ def flashinfer_attention(device: torch.device, rate: float) -> list[Row]:
             64, 4, 128, 32, q_data_type=torch.bfloat16, kv_data_type=torch.bfloat16,
         )  # fmt: skip
         held = (pages.keys_XPGK.contiguous(), pages.values_XPGV.contiguous())
-        theirs = milliseconds(device, lambda: wrapper.run(q, held), calls=3)  # noqa: B023
+        theirs = milliseconds(device, lambda: wrapper.run(q, held))  # noqa: B023
         num_bytes = batch * CONTEXT * 4 * 256 * 2
         rows.append(row(f"attention, 128 dims, batch {batch}", ours, num_bytes, rate, theirs, "FlashInfer"))
     return rows
