@@ -157,7 +157,9 @@ def test_native_takes_an_expert_twice_and_names_one_that_is_not_there():
 BLOCK_SCALED_CALLS = {**SMALL_CALLS, "ragged blocks": (6, 3, 2, 130, 65, 3), "prompt": (70, 4, 2, 40, 24, 4)}
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-6), (torch.bfloat16, 1e-2)], ids=str)
+@pytest.mark.parametrize(
+    "dtype, tolerance", [(torch.float32, 2e-6), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)], ids=str
+)
 @pytest.mark.parametrize("weight_format", ["int8", "fp8"])
 @pytest.mark.parametrize("call", BLOCK_SCALED_CALLS)
 @pytest.mark.parametrize("name", [*BACKENDS, "reference"])
@@ -187,6 +189,15 @@ def test_packed_experts_are_the_reference(name, call, weight_format):
     packed = [pack(weight, Packing(weight_format, 2), matrices) for weight, matrices in zip(plain, (2, 1), strict=True)]
     (ours,), (exact,) = (run(which, need, (x, ids, weights, *packed)) for which in (name, "reference"))
     assert torch.allclose(ours, exact, rtol=1e-9, atol=1e-9)
+
+
+def test_triton_refuses_what_it_does_not_multiply():
+    need = ExpertsNeed(1, 8, 2, 16, 8, torch.float16, False, True, "fp8")
+    changes = [
+        {"num_tokens": 0}, {"num_tokens": 999}, {"dtype": torch.float32}, {"dtype": torch.float64},
+        {"needs_gradients": True}, {"weight_format": "mixed"}, {"model_dim": 15}, {"expert_dim": 7},
+    ]  # fmt: skip
+    assert all(dict(EXPERTS.backends())["triton"].refuse(need._replace(**change)) for change in changes)
 
 
 @needs_library

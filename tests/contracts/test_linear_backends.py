@@ -153,6 +153,7 @@ def test_what_does_not_fit_is_torchs_error(weight):
 
 # Outputs and input dim: partial blocks at both edges, several tiles.
 SCALED_SIZES = [(1, 1), (17, 200), (129, 130), (300, 257)]
+SCALED_DTYPES = {**DTYPES, "float16": (torch.float16, 1e-3)}
 
 
 def poisoned(weight):
@@ -162,19 +163,19 @@ def poisoned(weight):
 
 @pytest.mark.parametrize("with_bias", [False, True], ids=["no bias", "bias"])
 @pytest.mark.parametrize("size", SCALED_SIZES, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", SCALED_DTYPES)
 @pytest.mark.parametrize("weight_format", ["int8", "fp8"])
 @pytest.mark.parametrize("name", BACKENDS)
 @torch.inference_mode()
 def test_block_scaled_weights_are_their_dequantized_values_in_float64(name, weight_format, dtype, size, with_bias):
-    (outputs, dims), (dtype, tolerance) = size, DTYPES[dtype]
+    (outputs, dims), (dtype, tolerance) = size, SCALED_DTYPES[dtype]
     weight = poisoned(quantize(draw(outputs, dims, dtype=torch.float32, seed=1), weight_format))
     layers = (
         (weight, inside_poison(draw(outputs, dtype=dtype, seed=2)) if with_bias else None),
         (poisoned(quantize(draw(5, dims, dtype=torch.float32, seed=4), weight_format)), None),
     )
     for rows in (1, 3, 32, 33):
-        if BACKENDS[name].refuse(LinearNeed(rows, dtype, False, True, True, weight_format)):
+        if BACKENDS[name].refuse(LinearNeed(rows, dtype, False, True, True, weight_format, dims)):
             continue
         x = inside_poison(draw(rows, dims + 8, dtype=dtype, seed=3))[:, :dims]
         exact = [
@@ -224,6 +225,25 @@ def test_a_row_of_packed_products_has_the_same_bits_in_any_batch(weight_format):
     alone = torch.cat([linear(row[None], weight) for row in x])
     for rows in range(1, MAX_ROWS + 1):
         assert torch.equal(linear(x[:rows], weight), alone[:rows])
+
+
+def test_triton_refuses_what_it_does_not_multiply():
+    need = LinearNeed(1, torch.float16, False, True, True, "fp8", 64)
+    changes = [
+        {"num_rows": None}, {"num_rows": 999}, {"dtype": torch.float32}, {"dtype": torch.float64}, {"readable": False},
+        {"needs_gradients": True}, {"weight_format": "plain"}, {"weight_format": "int8_blocks"}, {"input_dim": 63},
+    ]  # fmt: skip
+    assert all(BACKENDS["triton"].refuse(need._replace(**change)) for change in changes)
+
+
+@torch.inference_mode()
+def test_triton_has_the_same_bits_for_a_row_alone():
+    need = LinearNeed(1, torch.float16, False, True, True, "fp8", 300)
+    if reason := BACKENDS["triton"].refuse(need):
+        pytest.skip(reason)
+    layers = ((quantize(draw(70, 300, dtype=torch.float32, seed=1), "fp8"), None),)
+    x = draw(9, 300, dtype=torch.float16)
+    assert torch.equal(BACKENDS["triton"].run(x[:1], layers)[0], BACKENDS["triton"].run(x, layers)[0])
 
 
 @torch.inference_mode()

@@ -25,6 +25,9 @@ CALLS = {
     "many heads": ((3, 1), (130, 77), 64, 4, 192, 128, 64, 129, True),
     "window of one": ((1, 3), (20, 40), 4, 1, 16, 32, 3, 1, True),
     "long": ((1, 2, 1), (1200, 700, 30), 4, 2, 48, 32, 16, None, True),
+    "parts of two sizes": ((2,), (2700,), 4, 1, 16, 16, 64, None, False),
+    "a window of several parts": ((2, 1), (1500, 90), 4, 1, 16, 16, 32, 700, True),
+    "odd dims": ((2, 1), (70, 20), 4, 2, 35, 17, 16, None, True),
 }
 
 
@@ -112,6 +115,21 @@ def test_backend_is_float64_or_refuses(backend, name, dtype):
     out = chosen.run(q, pages, sink, **tensors_of(arguments)).out_TNV
     exact = exact_output(q, pages, sink, **arguments)
     assert out.dtype == dtype
+    assert (out.double() - exact).norm() / exact.norm() < TOLERANCES[dtype]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("name", ["window", "verify in a window", "long", "odd dims"])
+@pytest.mark.parametrize("backend", BACKENDS)
+@torch.inference_mode()
+def test_a_float8_cache_is_read_as_its_values_or_refused(backend, name, dtype):
+    q, pages, sink, arguments = call_of(name, dtype)
+    small = Pages(*(x.to(torch.float8_e4m3fn) for x in pages[:2]), pages.tables_BY)
+    chosen = dict(PAGED_ATTENTION.backends())[backend]
+    if reason := chosen.refuse(need_of(q, small, arguments["query_lengths"])):
+        pytest.skip(reason)
+    exact = exact_output(q, Pages(*(x.double() for x in small[:2]), small.tables_BY), sink, **arguments)
+    out = chosen.run(q, small, sink, **tensors_of(arguments)).out_TNV
     assert (out.double() - exact).norm() / exact.norm() < TOLERANCES[dtype]
 
 

@@ -23,8 +23,8 @@ PAIRS = 64  # of a block of 128 dims; the blocks of scales are as large or span 
 TILE = 64  # outputs of a program
 _MIN_TILE_ROWS = 16
 _MAX_TILE_ROWS = 64
-_WIDE_TILE = 128  # outputs of a program with prepared tokens
-_WIDE_WARPS = 8
+_WIDE_TILE = 128  # outputs of a program with up to 32 prepared tokens
+_MAX_WIDE_ROWS = 32
 _MAX_UNPREPARED_ROWS = 16
 _PROGRAMS = 264  # that keep a device busy: two for each of 132 multiprocessors
 _MIN_SPLIT_DIMS = 1024
@@ -54,7 +54,8 @@ def multiply(x_RD: torch.Tensor, weights: tuple[BlockScaled, ...]) -> torch.Tens
     x_RD = x_RD.contiguous()
     R, D = x_RD.shape
     is_prepared = R > _MAX_UNPREPARED_ROWS
-    tile, warps = (_WIDE_TILE, _WIDE_WARPS) if is_prepared else (TILE, 4)
+    is_wide = is_prepared and R <= _MAX_WIDE_ROWS
+    tile = _WIDE_TILE if is_wide else TILE
     tile_rows = max(_MIN_TILE_ROWS, min(_MAX_TILE_ROWS, triton.next_power_of_2(R)))
     sizes = [weight.shape[0] for weight in weights] + [0] * (MAX_WEIGHTS - len(weights))
     tiles = [triton.cdiv(size, tile) for size in sizes]
@@ -82,7 +83,7 @@ def multiply(x_RD: torch.Tensor, weights: tuple[BlockScaled, ...]) -> torch.Tens
         triton.cdiv(blocks, splits) * PAIRS, blocks,
         TILES0=tiles[0], TILES1=tiles[1], TILES2=tiles[2], TILE_ROWS=tile_rows, TILE=tile, PAIRS=PAIRS,
         SCALE_PAIRS=scale_pairs_of(weights[0]), CODES=codes_of(weights[0]), IS_BFLOAT16=is_bfloat16,
-        IS_PREPARED=is_prepared, num_warps=warps, num_stages=_STAGES,
+        IS_PREPARED=is_prepared, num_warps=8 if is_wide else 4, num_stages=_STAGES,
     )  # fmt: skip
     if splits > 1:
         _add_parts[(triton.cdiv(R * num_outputs, _ADDED),)](

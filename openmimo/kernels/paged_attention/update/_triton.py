@@ -53,7 +53,7 @@ def update_window(
         *_strides(pages), *tile.strides, pages.tables_BY.stride(0), N,
         HEADS=N // G, TILE_ROWS=tile.rows, ROW_TILES=tile.num_tiles, SEQUENCES=triton.next_power_of_2(B),
         TOKENS=triton.next_power_of_2(longest_query), HAS_SINK=sink_N is not None, **_dims(fresh, pages),
-        **{**tile.constants, "maxnreg": None},
+        **{**tile.constants, "maxnreg": None, "num_stages": 2},
     )  # fmt: skip
     return out_TNV
 
@@ -191,6 +191,6 @@ def _rotate_and_store(
             v = tl.load(rows + v_dims[None, :], mask=mask, other=0.0)
             v = (v.to(tl.float32) * value_scale).to(v.dtype)
             _store_rows(
-                values + page * stride_vx + slot * stride_vp + own_group * stride_vg, v, own_group < num_groups, v_dims, V,
-                limit, SATURATES,
+                values + page * stride_vx + slot * stride_vp + own_group * stride_vg, v, own_group < num_groups,
+                v_dims, V, limit, SATURATES,
             )  # fmt: skip
