@@ -1,6 +1,6 @@
 """Full, hybrid sliding and HySparse models of equal size on a recall task of two hops, trained on a CPU.
 
-    python -m benchmarks.hysparse_hops [--arms full,sliding,sparse,sparse_token] [--seeds 3] [--steps 600] [--far]
+    python -m benchmarks.hysparse_hops [--arms full,sliding,sparse,sparse_token] [--seeds 3] [--steps 4000] [--far]
 
 A context has four blocks of 8 tokens. A block has four pairs of two chains: key -> tag and tag -> value. After the
 context, queries ask for the tag of a key (one hop) or for its value (two hops). All models have three layers: a sliding
@@ -172,7 +172,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arms", default=",".join(ARMS))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--far", action="store_true")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
