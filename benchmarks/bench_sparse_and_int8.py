@@ -1,6 +1,6 @@
 """CPU cost of block scores, of reading chosen blocks, and of attention in integers; errors on a trained model.
 
-    python -m benchmarks.bench_sparse_and_int8 [--only kernels|decode|model] [--quick]
+    python -m benchmarks.bench_sparse_and_int8 [--only kernels|decode|model|mass] [--quick]
 
 Predictions before the first run: Block scores of 64 keys cost 3 % of a prompt's attention, because a logit takes 192
 multiply-adds and one comparison. Reading 1,024 of 32,768 keys takes 1/32 of the bytes, and at most 1/25 of the time.
@@ -11,6 +11,7 @@ Times are the CPU time of one thread, which other processes on the machine do no
 """
 
 import argparse
+import functools
 import math
 import os
 import time
@@ -38,6 +39,7 @@ from openmimo.kernels.attention import (
 from openmimo.kernels.attention._integers import IntegerSettings, attend_in_integers
 from openmimo.model.context import AttentionCall, PackedContext
 from openmimo.model.hf import load_model
+from openmimo.model.sparse_attention import choose_blocks
 
 HEADS, KV_HEADS, KEY_DIM, VALUE_DIM = 16, 2, 192, 128
 MODEL = Path(__file__).parents[1] / "openmimo" / "assets" / "tiny-mimo"
@@ -171,6 +173,7 @@ def texts_of_the_library(num_texts: int) -> torch.Tensor:
     return torch.tensor([tokens for tokens in ids if len(tokens) == 1024][:num_texts])
 
 
+@functools.cache
 def texts_of_the_model(num_texts: int) -> torch.Tensor:
     """Return texts that the built-in model samples after the first 32 tokens of texts of the library."""
     params = SamplingParams(max_tokens=992, temperature=1.0, ignore_eos=True, seed=0)
@@ -226,10 +229,57 @@ def measure_model(num_texts: int) -> None:
             print(f"{call.layer}, {values} | {error:.4f} | {rmse:.2e} | {cosine:.6f} | {without:.4f}", flush=True)
 
 
+@torch.inference_mode()
+def measure_mass(num_texts: int) -> None:
+    """Print the attention mass of the model's last full layer in blocks that are chosen by its first full layer.
+
+    Queries are those from position 512 on. The other selections have as many blocks: those with the largest mass, the
+    newest, random ones, and those whose mean key has the largest logit.
+    """
+    model = load_model(MODEL)
+    print("blocks | reused | best | newest | random | mean key")
+    for size, count in ((16, 4), (16, 8), (64, 2), (1, 64)):
+        rows = []
+        for tokens in texts_of_the_model(num_texts):
+            context = _Capturing((1024,))
+            model(tokens, context)
+            first, last = context.calls
+            plain = {"query_lengths": (1024,), "key_lengths": (1024,), "window_keys": None}
+            scores = attend(first.q_TNK, first.k_TGK, first.v_TGV, None, **plain, score_block=size).block_scores_TGC
+            rows.append(_masses(last, scores, size, count))
+        print(f"{count} of {size} | " + " | ".join(f"{x:.3f}" for x in torch.tensor(rows).mean(0).tolist()), flush=True)
+
+
+def _masses(call: AttentionCall, scores_TGC: torch.Tensor, size: int, count: int) -> list[float]:
+    """Return the mass of each selection."""
+    assert call.k_TGK is not None
+    T, G = call.q_TNK.shape[0], call.k_TGK.shape[1]
+    q_TGRK = call.q_TNK.unflatten(1, (G, -1))
+    logits = torch.einsum("tgrk,sgk->tgrs", q_TGRK, call.k_TGK) * call.q_TNK.shape[2] ** -0.5
+    hidden_TS = torch.ones(T, T, dtype=torch.bool).triu(1)
+    mass_TGC = (
+        logits.masked_fill(hidden_TS[:, None, None], -math.inf).softmax(-1).mean(2).unflatten(2, (-1, size)).sum(-1)
+    )
+    means_CGK = call.k_TGK.unflatten(0, (-1, size)).mean(1)
+    by_mean_TGC = torch.einsum("tgrk,cgk->tgrc", q_TGRK, means_CGK).amax(2)
+    selections = (
+        scores_TGC,
+        mass_TGC,
+        torch.arange(1.0, mass_TGC.shape[2] + 1).expand_as(mass_TGC),
+        torch.rand(mass_TGC.shape, generator=torch.Generator().manual_seed(0)),
+        by_mean_TGC - by_mean_TGC.min(),
+    )
+    masses = []
+    for ranks_TGC in selections:
+        ids_TGJ = choose_blocks(ranks_TGC, torch.arange(T), size=size, count=count).ids_TGJ[512:]
+        masses.append(mass_TGC[512:].gather(2, ids_TGJ).sum(-1).mean().item())
+    return masses
+
+
 def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", choices=("kernels", "decode", "model"))
+    parser.add_argument("--only", choices=("kernels", "decode", "model", "mass"))
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -240,6 +290,8 @@ def main() -> None:
             measure_decode((4096, 32768) if options.quick else (4096, 32768, 131072), 5)
     if options.only in (None, "model"):
         measure_model(4 if options.quick else 24)
+    if options.only in (None, "mass"):
+        measure_mass(2 if options.quick else 8)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 """Full, hybrid sliding and HySparse models of equal size on a recall task of two hops, trained on a CPU.
 
-    python -m benchmarks.hysparse_hops [--arms full,sliding,sparse,sparse_token] [--seeds 3] [--steps 600] [--far]
+    python -m benchmarks.hysparse_hops [--arms full,sliding,sparse,sparse_token] [--seeds 3] [--steps 4000] [--far]
 
 A context has four blocks of 8 tokens. A block has four pairs of two chains: key -> tag and tag -> value. After the
 context, queries ask for the tag of a key (one hop) or for its value (two hops). All models have three layers: a sliding
 one, a full one, and one of the arm's kind. The full layer finds the tag of a key, and only a later layer that reads far
-keys can find the value of the tag. With --far, the two pairs of a chain are in different blocks.
+keys can find the value of the tag. With --far, the two pairs of a chain are in different blocks. The first half of the
+steps has contexts of one block, then two, and three.
 
 Prediction before the first run: full and sparse models learn both questions where the pairs of a chain share a block,
 and sliding models only the first. With --far, sparse models fall behind full ones, because the blocks are chosen for
@@ -57,9 +58,11 @@ def model_config(arm: str) -> ModelConfig:
     )
 
 
-def draw_batch(batch: int, *, far: bool, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return token ids [batch * LENGTH], and labels: the answer after each asked key, -1 elsewhere."""
-    chains = CHAINS * NUM_BLOCKS
+def draw_batch(
+    batch: int, *, far: bool, generator: torch.Generator, num_blocks: int = NUM_BLOCKS
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return token ids of `batch` equal texts, and labels: the answer after each asked key, -1 elsewhere."""
+    chains = CHAINS * num_blocks
 
     def shuffled(count: int, size: int) -> torch.Tensor:
         return torch.rand(batch, size, generator=generator).argsort(1)[:, :count]
@@ -67,17 +70,17 @@ def draw_batch(batch: int, *, far: bool, generator: torch.Generator) -> tuple[to
     keys, tags, values = (shuffled(chains, WORDS) + first for first in (0, WORDS, 2 * WORDS))
     first, second = torch.stack([keys, tags], 2), torch.stack([tags, values], 2)
     if far:
-        second = second.roll(CHAINS * (NUM_BLOCKS // 2), 1)
-    pairs = torch.cat([x.view(batch, NUM_BLOCKS, CHAINS, 2) for x in (first, second)], 2)
-    order = torch.rand(batch, NUM_BLOCKS, 2 * CHAINS, generator=generator).argsort(2)
+        second = second.roll(CHAINS * (num_blocks // 2), 1)
+    pairs = torch.cat([x.view(batch, num_blocks, CHAINS, 2) for x in (first, second)], 2)
+    order = torch.rand(batch, num_blocks, 2 * CHAINS, generator=generator).argsort(2)
     context = pairs.gather(2, order[..., None].expand(-1, -1, -1, 2)).flatten(1)
-    asked = shuffled(QUERIES, chains)
+    asked = torch.randint(chains, (batch, QUERIES), generator=generator)
     is_two = torch.rand(batch, QUERIES, generator=generator) < 0.5
     answers = torch.where(is_two, values.gather(1, asked), tags.gather(1, asked))
     questions = torch.stack([torch.where(is_two, TWO, ONE), keys.gather(1, asked), answers], 2).flatten(1)
     tokens = torch.cat([context, questions], 1)
     labels = torch.full_like(tokens, -1)
-    labels[:, BLOCK * NUM_BLOCKS + 1 :: 3] = answers
+    labels[:, BLOCK * num_blocks + 1 :: 3] = answers
     return tokens.flatten(), labels.flatten()
 
 
@@ -92,8 +95,10 @@ def train(arm: str, seed: int, *, steps: int, far: bool, batch: int = 32) -> tup
     for step in range(1, steps + 1):
         for group in optimizer.param_groups:
             group["lr"] = 3e-3 * min(step / 50, 1.0, (steps - step + 1) / (0.3 * steps))
-        tokens, labels = draw_batch(batch, far=far, generator=generator)
-        logits = model.head(model(tokens, PackedContext((LENGTH,) * batch)).post_norm_TD[labels >= 0])
+        num_blocks = min(1 + step * 2 * (NUM_BLOCKS - 1) // steps, NUM_BLOCKS)
+        tokens, labels = draw_batch(batch, far=far, generator=generator, num_blocks=num_blocks)
+        context = PackedContext((len(tokens) // batch,) * batch)
+        logits = model.head(model(tokens, context).post_norm_TD[labels >= 0])
         loss = F.cross_entropy(logits, labels[labels >= 0])
         optimizer.zero_grad()
         loss.backward()
@@ -172,7 +177,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arms", default=",".join(ARMS))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--far", action="store_true")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
