@@ -194,7 +194,7 @@ def _measured(config: EvalConfig, cells: list[Cell], folder: Path | None, tokeni
     means = SUITES[config.suite].means if config.suite else {}
     model: Answerer
     if config.base_url is not None:
-        model = Endpoint(config.base_url, config.model, config.batch)
+        model = Endpoint(config.base_url, config.model)
     else:
         model = LocalModel(LLM(config.path, tokenizer, engine=config.engine, device=config.device, dtype=config.dtype))
     if folder is None:
