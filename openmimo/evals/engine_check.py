@@ -306,9 +306,10 @@ class EngineCheck:
     def _rotation_findings(self) -> Iterator[Finding]:
         """Compare the engine's tables for each geometry. They grow with each chunk, as in an engine."""
         sampled_T = torch.tensor(self._sampled(self.length), device=self.model.device)
-        kinds = {spec.rotation: spec for spec in self.model.config.attention_layers() if spec.rotary_dim}
+        layers = [spec for spec in self.model.config.attention_layers() if spec.rotary_dim]
+        geometries = {spec.rotation: spec for spec in layers}
         tables = RotaryRows(self.model.device, self.model.config.max_positions)
-        for spec in kinds.values():
+        for rotation, spec in geometries.items():
             dtype = self.model.activation_dtype
             for length in range(_CHUNK, self.length, _CHUNK):
                 tables.tables(spec, dtype, length)
@@ -319,7 +320,8 @@ class EngineCheck:
             ]
             worst = torch.maximum(*differences).tolist()
             rows = [Row(position, value) for position, value in zip(sampled_T.tolist(), worst, strict=True)]
-            yield judge(f"rotation, {spec.kind} layers", rows, _rotation_limit(self.length, dtype))
+            kinds = " and ".join(dict.fromkeys(one.kind for one in layers if one.rotation == rotation))
+            yield judge(f"rotation, {kinds} layers", rows, _rotation_limit(self.length, dtype))
 
     def _cache_finding(self, engine: Engine) -> Finding:
         """Compare cached keys and values with those of the reference, relative to their size."""
