@@ -43,8 +43,15 @@ _CHUNK = 512
 _ROWS_PER_OCTAVE = 24
 _SHARE_OF_WRONG_ROWS = 0.2
 _BLOCK_NUMBERS = 1 << 24  # logits of the reference that are held at once
-_LIMITS = {torch.float64: 1e-8, torch.float32: 2e-4, torch.bfloat16: 0.25, torch.float16: 0.05}
-_CACHE_LIMITS = {torch.float64: 1e-8, torch.float32: 2e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
+# The largest differences by the narrower dtype of activations and cache: of log-probabilities, and of cached numbers as
+# a share of the largest.
+_LIMITS = {
+    torch.float64: (1e-8, 1e-8),
+    torch.float32: (2e-4, 2e-4),
+    torch.float16: (0.05, 0.02),
+    torch.bfloat16: (0.25, 0.1),
+    torch.float8_e4m3fn: (1.0, 0.2),
+}
 
 
 @dataclass(frozen=True)
@@ -223,14 +230,15 @@ class EngineCheck:
         nexts = self._next_tokens(self._engine(_CHUNK))
         report("running the reference")
         self._pass([*self.prompt, *chunked.token_ids])
-        limit = _LIMITS[self.model.activation_dtype]
+        dtypes = self.model.activation_dtype, self._engine(_CHUNK).arena.dtype
+        limit, cache_limit = _LIMITS[min(dtypes, key=lambda dtype: (dtype.itemsize, dtype == torch.float16))]
         return [
             *self._rotation_findings(),
             judge("one chunk", self._score_rows(whole), limit),
             judge("chunks", self._score_rows(chunked), limit),
             judge("decoding", self._decoded_rows(chunked), limit),
             judge("prefix", self._next_rows(nexts), limit),
-            self._cache_finding(self._engine(_CHUNK)),
+            self._cache_finding(self._engine(_CHUNK), cache_limit),
         ]
 
     def _engine(self, chunk: int) -> Engine:
@@ -306,9 +314,10 @@ class EngineCheck:
     def _rotation_findings(self) -> Iterator[Finding]:
         """Compare the engine's tables for each geometry. They grow with each chunk, as in an engine."""
         sampled_T = torch.tensor(self._sampled(self.length), device=self.model.device)
-        kinds = {spec.rotation: spec for spec in self.model.config.attention_layers() if spec.rotary_dim}
+        layers = [spec for spec in self.model.config.attention_layers() if spec.rotary_dim]
+        geometries = {spec.rotation: spec for spec in layers}
         tables = RotaryRows(self.model.device, self.model.config.max_positions)
-        for spec in kinds.values():
+        for rotation, spec in geometries.items():
             dtype = self.model.activation_dtype
             for length in range(_CHUNK, self.length, _CHUNK):
                 tables.tables(spec, dtype, length)
@@ -319,16 +328,17 @@ class EngineCheck:
             ]
             worst = torch.maximum(*differences).tolist()
             rows = [Row(position, value) for position, value in zip(sampled_T.tolist(), worst, strict=True)]
-            yield judge(f"rotation, {spec.kind} layers", rows, _rotation_limit(self.length, dtype))
+            kinds = " and ".join(dict.fromkeys(one.kind for one in layers if one.rotation == rotation))
+            yield judge(f"rotation, {kinds} layers", rows, _rotation_limit(self.length, dtype))
 
-    def _cache_finding(self, engine: Engine) -> Finding:
+    def _cache_finding(self, engine: Engine, limit: float) -> Finding:
         """Compare cached keys and values with those of the reference, relative to their size."""
         state = engine.submit(Request("cache", tuple(self.prompt), SamplingParams(max_tokens=DECODED, ignore_eos=True)))
         while state.num_uncomputed_tokens > 1:
             engine.step()
         rows = list(self._cache_rows(engine, state))
         engine.abort("cache")
-        return judge("cache", rows, _CACHE_LIMITS[self.model.activation_dtype])
+        return judge("cache", rows, limit)
 
     def _cache_rows(self, engine: Engine, state: RequestState) -> Iterator[Row]:
         pages = state.held_pages

@@ -2,10 +2,10 @@
 
 import json
 import os
+import threading
 import time
 import urllib.error
 import urllib.request
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
 from openmimo.core.errors import UserError
@@ -51,20 +51,35 @@ class Endpoint:
     Args:
         base_url: Address that ends before `/completions`.
         model: Name of the model (None: the first of the list of the server).
-        requests: Requests at once.
 
     Raises:
         UserError: The server does not answer, or lists no model.
     """
 
-    def __init__(self, base_url: str, model: str | None, requests: int):
+    def __init__(self, base_url: str, model: str | None):
         self._base_url = base_url.rstrip("/")
-        self._pool = ThreadPoolExecutor(requests)
         self._model = model or self._first_model()
 
     def answers(self, room: Room, examples: list[Example]) -> list[str]:
-        """As `Answerer.answers`. Prompts are texts, or token ids in tasks on token ids."""
-        return list(self._pool.map(lambda example: self._answer(room, example), examples))
+        """As `Answerer.answers`, all requests at once. Prompts are texts, or token ids in tasks on token ids."""
+        texts = [""] * len(examples)
+        failures: list[UserError] = []
+
+        def ask(index: int) -> None:
+            try:
+                texts[index] = self._answer(room, examples[index])
+            except UserError as error:
+                failures.append(error)
+
+        # daemons, so that an interrupted run does not wait for the server
+        threads = [threading.Thread(target=ask, args=(index,), daemon=True) for index in range(len(examples))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if failures:
+            raise failures[0]
+        return texts
 
     def _answer(self, room: Room, example: Example) -> str:
         body: dict[str, Any] = {"model": self._model, "max_tokens": example.max_tokens, "temperature": 0.0}

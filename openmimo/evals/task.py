@@ -95,22 +95,26 @@ class Room:
         fitting, tokens = least, self._tokens(best)
         if tokens > self.length:
             raise DataError(f"The task needs at least {tokens} tokens; the length is {self.length}. Give more.")
-        smallest, over, units = tokens, None, least + 8
+        smallest, units = tokens, least + 8
+        over: tuple[int, int] | None = None
         for _ in range(_MAX_ROUNDS):
             example = build(units)
             new = self._tokens(example)
             if new <= self.length:
                 best, fitting, tokens = example, units, new
             else:
-                over = units
-            # from the smallest size, because the sizes of two similar numbers of units differ by chance
-            slope = max((new - smallest) / (units - least), _LEAST_SLOPE)
+                over = units, new
+            if over is None:
+                # from the smallest size, because the sizes of two similar numbers of units differ by chance
+                slope = max((new - smallest) / (units - least), _LEAST_SLOPE)
+            else:
+                slope = (over[1] - tokens) / (over[0] - fitting)
             left = self.length - tokens
-            if (over is not None and over - fitting <= 1) or left < min(slope, self.length * _SLACK):
+            if (over is not None and over[0] - fitting <= 1) or left < min(slope, self.length * _SLACK):
                 break
             units = fitting + max(int(left / slope), 1)
             if over is not None:
-                units = min(units, over - 1)
+                units = min(units, over[0] - 1)
         return best
 
     def _tokens(self, example: Example) -> int:

@@ -91,7 +91,8 @@ def test_config_json_keeps_the_method_and_transformers_keeps_the_model_class(nam
     assert values["rope_parameters"]["sliding_attention"]["rope_type"] == "default"
 
 
-@pytest.mark.parametrize("name", [pytest.param("linear", marks=pytest.mark.slow), "yarn"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["linear", "yarn"])
 def test_logits_equal_those_of_transformers(name, tmp_path):
     from transformers import AutoModelForCausalLM
 

@@ -155,6 +155,7 @@ def test_a_stopped_suite_goes_on_after_its_last_answer(folder, tmp_path, monkeyp
     assert "<img" in (run_folder / "report.html").read_text()
     assert "100.0" in capsys.readouterr().out
     third = KnowsTheKey()
+    monkeypatch.setattr(runner, "write_report", lambda results, title, folder: folder)
     monkeypatch.setattr(runner, "LocalModel", lambda llm: third)
     more = [6 if value == 5 else value for value in arguments]
     run(monkeypatch, *more)
@@ -169,7 +170,7 @@ def test_a_stopped_suite_goes_on_after_its_last_answer(folder, tmp_path, monkeyp
     [
         {"task": "needle", "lengths": (64,), "examples": 3},
         pytest.param({"task": "passkey", "lengths": (400,), "examples": 1}, marks=pytest.mark.slow),
-        {"task": "passkey", "lengths": (500,), "examples": 1, "form": "chat"},
+        pytest.param({"task": "passkey", "lengths": (500,), "examples": 1, "form": "chat"}, marks=pytest.mark.slow),
     ],
     ids=["token ids", "text", "chat"],
 )
@@ -180,7 +181,7 @@ def test_a_server_gives_the_answers_of_its_engine(settings, folder):
     cells = runner.plan(config, tokenizer, config.lengths)
     mine = list(runner.answer_all(config, cells, runner.LocalModel(runner.LLM(model, tokenizer))))
     with running(EngineBackend(Engine(model, tokenizer), tokenizer, model_name="tiny")) as server:
-        theirs = list(runner.answer_all(config, cells, Endpoint(f"{server.url}/v1/", None, 2)))
+        theirs = list(runner.answer_all(config, cells, Endpoint(f"{server.url}/v1/", None)))
     assert [one.text for one in theirs] == [one.text for one in mine]
 
 
@@ -190,11 +191,12 @@ class Replies(http.server.BaseHTTPRequestHandler):
     prepared = []
 
     def do_POST(self):  # noqa: N802 - the name that http.server calls
-        self.rfile.read(int(self.headers["Content-Length"]))
-        status, body = self.prepared.pop(0)
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        assert ("messages" in body) == (self.path == "/chat/completions") and body["temperature"] == 0.0
+        status, reply = self.prepared.pop(0)
         self.send_response(status)
         self.end_headers()
-        self.wfile.write(body.encode())
+        self.wfile.write(reply.encode())
 
     def log_message(self, *arguments):
         pass
@@ -208,6 +210,7 @@ class Replies(http.server.BaseHTTPRequestHandler):
         ([(200, "<html>")], "does not answer with JSON"),
         ([(200, '{"choices": []}')], "answers without text"),
         ([(200, "[]")], "answers without text"),
+        ([(200, json.dumps({"choices": [{"message": {"content": " fine"}}]}))], "chat"),
     ],
 )
 def test_a_busy_server_is_asked_again_and_other_failures_name_it(replies, message, monkeypatch):
@@ -215,10 +218,10 @@ def test_a_busy_server_is_asked_again_and_other_failures_name_it(replies, messag
     monkeypatch.setattr(Replies, "prepared", list(replies))
     with http.server.HTTPServer(("127.0.0.1", 0), Replies) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        model = Endpoint(f"http://127.0.0.1:{server.server_port}", "m", 1)
+        model = Endpoint(f"http://127.0.0.1:{server.server_port}", "m")
         try:
-            room = Room(None, 10)
-            if message is None:
+            room = Room(None, 10, "chat" if message == "chat" else "base")
+            if message in (None, "chat"):
                 assert model.answers(room, [with_details()]) == [" fine"]
             else:
                 with pytest.raises(UserError, match=message):
