@@ -106,13 +106,14 @@ def print_table(results: Path) -> None:
 
 
 def draw(results: Path, conversion: Path, image: Path) -> None:
-    """Draws the loss of converted models by bits, and that of trained ones by bytes."""
+    """Draws the loss of converted models by bits, and that of trained ones by bytes and FLOPs."""
     import matplotlib
 
     matplotlib.use("svg")
     from matplotlib import pyplot
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4))
+    matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "openmimo"}
+    figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(13, 4))
     text = conversion.read_text()
     for name in ("fairy2i", "binary", "ternary", "int4"):
         pattern = rf"^{name}(?: T=\d| group \d+) +([\d.]+) bits  loss rises by ([\d.-]+)"
@@ -120,12 +121,14 @@ def draw(results: Path, conversion: Path, image: Path) -> None:
         left.plot(*zip(*points, strict=True), marker="o", label=name)
     left.set(xlabel="bits a weight", ylabel="rise of the loss, nats a token", yscale="log", title="conversion")
     left.legend()
-    for arm, (losses, _) in summary(results).items():
-        size = bytes_of(arm)[1] / 1e3
+    for arm, (losses, flops) in summary(results).items():
         mean = statistics.mean(losses)
-        right.errorbar(size, mean, [[mean - min(losses)], [max(losses) - mean]], marker="o", capsize=3, label=arm)
-    right.set(xlabel="kB of the whole model", ylabel="held-out loss, nats a token", xscale="log", title="training")
-    right.legend(fontsize=8)
+        reach = [[mean - min(losses)], [max(losses) - mean]]
+        middle.errorbar(bytes_of(arm)[1] / 1e3, mean, reach, marker="o", capsize=3, label=arm)
+        right.errorbar(flops / 1e12, mean, reach, marker="o", capsize=3, label=arm)
+    middle.set(xlabel="kB of the whole model", ylabel="held-out loss, nats a token", xscale="log", title="training")
+    right.set(xlabel="FLOPs of training, 10^12", ylabel="held-out loss, nats a token", xscale="log", title="training")
+    right.legend(fontsize=8, loc="upper left")
     figure.tight_layout()
     figure.savefig(image, metadata={"Date": None})
 
