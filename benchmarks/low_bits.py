@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from openmimo.core.metrics import read_metrics
-from openmimo.kernels.weights import Packing
+from openmimo.kernels.weights import TERNARY
 from openmimo.model.mimo import MiMo
 from openmimo.model.presets import model_config
 from openmimo.model.weight_formats import QuantizableModule
@@ -80,8 +80,7 @@ def bytes_of(arm: str) -> tuple[float, float]:
     rest = sum(parameter.numel() for parameter in model.parameters()) - layers
     bits = 16.0
     if config.quantization != "none":
-        packing = Packing(config.quantization, config.quantization_stages)
-        bits = packing.planes * packing.stages * packing.parts / (4 if packing.parts == 2 else packing.axes)
+        bits = config.quantization_stages * (2.0 if config.quantization == TERNARY else 1.0)
     return layers * bits / 8, layers * bits / 8 + 2 * rest
 
 
@@ -128,7 +127,7 @@ def draw(results: Path, conversion: Path, image: Path) -> None:
         right.errorbar(flops / 1e12, mean, reach, marker="o", capsize=3, label=arm)
     middle.set(xlabel="kB of the whole model", ylabel="held-out loss, nats a token", xscale="log", title="training")
     right.set(xlabel="FLOPs of training, 10^12", ylabel="held-out loss, nats a token", xscale="log", title="training")
-    right.legend(fontsize=8, loc="upper left")
+    right.legend(fontsize=8, loc="lower left")
     figure.tight_layout()
     figure.savefig(image, metadata={"Date": None})
 
