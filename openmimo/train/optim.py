@@ -139,6 +139,21 @@ def learning_rate(stage: Phase, stage_step: int) -> float:
     )
 
 
+def set_schedule(optimizer: torch.optim.Optimizer, stage: Phase, stage_step: int, *, weight_decay: float) -> None:
+    """Set learning rate and weight decay of a step of a stage.
+
+    Args:
+        optimizer: An optimizer of `build_optimizer`.
+        stage: The stage.
+        stage_step: The step.
+        weight_decay: Weight decay of matrices in a stage that does not state its own.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(stage, stage_step)
+        if group["params"][0].ndim >= 2:  # as in `parameter_groups`
+            group["weight_decay"] = weight_decay if stage.weight_decay is None else stage.weight_decay
+
+
 def warmed_cosine(
     step: int,
     *,

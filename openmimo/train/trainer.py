@@ -34,9 +34,9 @@ from openmimo.train.optim import (
     StepGuard,
     build_optimizer,
     clip_gradients,
-    learning_rate,
     place_of,
     rows_of_step,
+    set_schedule,
     tokens_left,
     total_steps,
 )
@@ -92,7 +92,6 @@ class Trainer:
         self.model.compute_dtype = activation_dtype(config.dtype, device)
         if config.activation_checkpointing:
             checkpoint_activations(self.model.model)
-        self._train_packed()
         self.tokenizer = tokenizer
         self.device = device
         self.console = console or Console(stderr=True)
@@ -163,8 +162,7 @@ class Trainer:
         losses, load = self._accumulate(stage, micro_batches)
         gradients = clip_gradients(self.model, self.config.optimizer.clip_norm)
         where = f"step {self.step + 1} (stage {stage.name!r}, rows {first_row} to {first_row + rows - 1} of its data)"
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(stage, stage_step)
+        set_schedule(self.optimizer, stage, stage_step, weight_decay=self.config.optimizer.weight_decay)
         if self.guard.allows_step(losses, gradients, where):
             self.optimizer.step()
             for layer, router in self.model.routers().items():
@@ -236,21 +234,14 @@ class Trainer:
         stage = self.config.stages[index]
         self._stage_index = index
         self.model.extend_context(full_rope_theta=stage.full_rope_theta, max_positions=stage.sequence_length)
+        if self.config.quantization != "none":
+            train_packed(self.model, Packing(self.config.quantization, self.config.quantization_stages))
         if stage.mtp_heads is not None and stage.mtp_heads > self.model.config.num_mtp_heads:
             kept = optimizer_state(self.model, self.optimizer)
             self.model.replicate_mtp_heads(stage.mtp_heads)
             self.optimizer = build_optimizer(self.model, self.config.optimizer)
             load_optimizer_state(self.model, self.optimizer, kept)
-            self._train_packed()
-        decay = self.config.optimizer.weight_decay if stage.weight_decay is None else stage.weight_decay
-        self.optimizer.param_groups[0]["weight_decay"] = decay  # of the matrices; the others have none
         return self._loaders[index]
-
-    def _train_packed(self) -> None:
-        """Make the products of the model use quantized values, if the config says so."""
-        name = self.config.quantization
-        if name != "none":
-            train_packed(self.model, Packing(name, self.config.quantization_stages))
 
     def _after_step(self, stage: Phase, report: StepReport, seconds: float, *, is_last: bool) -> None:
         if self.step % self.config.log_every_steps == 0 or is_last or self.guard.skipped_in_a_row:
