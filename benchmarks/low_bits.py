@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from openmimo.core.metrics import read_metrics
-from openmimo.kernels.weights import Packing
+from openmimo.kernels.weights import TERNARY
 from openmimo.model.mimo import MiMo
 from openmimo.model.presets import model_config
 from openmimo.model.weight_formats import QuantizableModule
@@ -80,8 +80,7 @@ def bytes_of(arm: str) -> tuple[float, float]:
     rest = sum(parameter.numel() for parameter in model.parameters()) - layers
     bits = 16.0
     if config.quantization != "none":
-        packing = Packing(config.quantization, config.quantization_stages)
-        bits = packing.planes * packing.stages * packing.parts / (4 if packing.parts == 2 else packing.axes)
+        bits = config.quantization_stages * (2.0 if config.quantization == TERNARY else 1.0)
     return layers * bits / 8, layers * bits / 8 + 2 * rest
 
 
@@ -106,13 +105,14 @@ def print_table(results: Path) -> None:
 
 
 def draw(results: Path, conversion: Path, image: Path) -> None:
-    """Draws the loss of converted models by bits, and that of trained ones by bytes."""
+    """Draws the loss of converted models by bits, and that of trained ones by bytes and FLOPs."""
     import matplotlib
 
     matplotlib.use("svg")
     from matplotlib import pyplot
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4))
+    matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "openmimo"}
+    figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(13, 4))
     text = conversion.read_text()
     for name in ("fairy2i", "binary", "ternary", "int4"):
         pattern = rf"^{name}(?: T=\d| group \d+) +([\d.]+) bits  loss rises by ([\d.-]+)"
@@ -120,12 +120,14 @@ def draw(results: Path, conversion: Path, image: Path) -> None:
         left.plot(*zip(*points, strict=True), marker="o", label=name)
     left.set(xlabel="bits a weight", ylabel="rise of the loss, nats a token", yscale="log", title="conversion")
     left.legend()
-    for arm, (losses, _) in summary(results).items():
-        size = bytes_of(arm)[1] / 1e3
+    for arm, (losses, flops) in summary(results).items():
         mean = statistics.mean(losses)
-        right.errorbar(size, mean, [[mean - min(losses)], [max(losses) - mean]], marker="o", capsize=3, label=arm)
-    right.set(xlabel="kB of the whole model", ylabel="held-out loss, nats a token", xscale="log", title="training")
-    right.legend(fontsize=8)
+        reach = [[mean - min(losses)], [max(losses) - mean]]
+        middle.errorbar(bytes_of(arm)[1] / 1e3, mean, reach, marker="o", capsize=3, label=arm)
+        right.errorbar(flops / 1e12, mean, reach, marker="o", capsize=3, label=arm)
+    middle.set(xlabel="kB of the whole model", ylabel="held-out loss, nats a token", xscale="log", title="training")
+    right.set(xlabel="FLOPs of training, 10^12", ylabel="held-out loss, nats a token", xscale="log", title="training")
+    right.legend(fontsize=8, loc="lower left")
     figure.tight_layout()
     figure.savefig(image, metadata={"Date": None})
 

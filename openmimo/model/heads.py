@@ -28,6 +28,7 @@ from openmimo.kernels.operations import IGNORED_LABEL, token_argmax, token_logpr
 from openmimo.model.config import ModelConfig
 from openmimo.model.context import AttentionContext
 from openmimo.model.layers import Embedding, Linear, parts_of
+from openmimo.model.weight_formats import copy_training
 
 Reader = Callable[[torch.Tensor, torch.Tensor], Any]
 
@@ -128,6 +129,7 @@ class MTP(nn.Module):
             parameter = next(last.parameters())
             block = MTPBlock(config, len(config.layers) + len(self.layers)).to(parameter.device, parameter.dtype)
             block.load_state_dict(last.state_dict())
+            copy_training(last, block)
             self.layers.append(block)
 
 

@@ -201,6 +201,13 @@ def train_packed(model: nn.Module, packing: Packing | None) -> None:
             module.trained_as = packing
 
 
+def copy_training(source: nn.Module, target: nn.Module) -> None:
+    """Make the products of a copy use the packings of `train_packed` that those of the source use."""
+    for module, copied in zip(source.modules(), target.modules(), strict=True):
+        if isinstance(module, QuantizableModule) and isinstance(copied, QuantizableModule):
+            copied.trained_as = module.trained_as
+
+
 @torch.no_grad()
 def quantize_model(model: nn.Module, layout: WeightLayout, qkv_ranks: int = 1) -> None:
     """Quantize the weights that a format covers in place. The model is then for inference.

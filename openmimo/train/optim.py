@@ -25,17 +25,13 @@ def build_optimizer(
         model: The model.
         config: The settings.
         mesh_of: Returns the mesh over which a parameter is distributed. A group has parameters of one mesh.
-
-    Returns:
-        The optimizer. Its groups have an entry `decays`: whether weight decay applies to them.
     """
     groups = []
-    for named, decays in zip(parameter_groups(model), (True, False), strict=True):
-        decay = config.weight_decay if decays else 0.0
+    for named, decay in zip(parameter_groups(model), (config.weight_decay, 0.0), strict=True):
         by_mesh: dict[object, list[nn.Parameter]] = {}
         for parameter in named.values():
             by_mesh.setdefault(mesh_of(parameter), []).append(parameter)
-        groups += [{"params": group, "weight_decay": decay, "decays": decays} for group in by_mesh.values()]
+        groups += [{"params": group, "weight_decay": decay} for group in by_mesh.values()]
     return torch.optim.AdamW(groups, lr=0.0, betas=(config.beta1, config.beta2), eps=config.epsilon, fused=True)
 
 
@@ -171,6 +167,21 @@ def learning_rate(stage: Phase, stage_step: int) -> float:
         constant_steps=stage.constant_steps,
         linear=stage.decay == "linear",
     )
+
+
+def set_schedule(optimizer: torch.optim.Optimizer, stage: Phase, stage_step: int, *, weight_decay: float) -> None:
+    """Set learning rate and weight decay of a step of a stage.
+
+    Args:
+        optimizer: An optimizer of `build_optimizer`.
+        stage: The stage.
+        stage_step: The step.
+        weight_decay: Weight decay of matrices in a stage that does not state its own.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(stage, stage_step)
+        if group["params"][0].ndim >= 2:  # as in `parameter_groups`
+            group["weight_decay"] = weight_decay if stage.weight_decay is None else stage.weight_decay
 
 
 def warmed_cosine(

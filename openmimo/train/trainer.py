@@ -39,9 +39,9 @@ from openmimo.train.optim import (
     StepGuard,
     build_optimizer,
     clip_gradients,
-    learning_rate,
     place_of,
     rows_of_step,
+    set_schedule,
     tokens_left,
     total_steps,
 )
@@ -193,10 +193,8 @@ class Trainer:
         self.loader = self._enter_stage(place_of(self.step, config.stages).stage_index)
         if start.loader and start.stage_index == self._stage_index:
             self.loader.load_state(start.loader)
-        self._train_packed()
         ranks.apply(self.model, recompute=config.activation_checkpointing)
         self.optimizer = self._new_optimizer(optimizer_tensors or {})
-        self._set_weight_decay(self.config.stages[self._stage_index])
         self.guard = StepGuard(
             model,
             max_skipped_steps=config.optimizer.max_skipped_steps,
@@ -259,8 +257,7 @@ class Trainer:
         losses, load, tokens = self._accumulate(stage, micro_batches)
         gradients = clip_gradients(self.model, self.config.optimizer.clip_norm, gradients=self.ranks.gradients)
         where = f"step {self.step + 1} (stage {stage.name!r}, rows {first_row} to {first_row + rows - 1} of its data)"
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(stage, stage_step)
+        set_schedule(self.optimizer, stage, stage_step, weight_decay=self.config.optimizer.weight_decay)
         if self.guard.allows_step(losses, gradients, where):
             self.optimizer.step()
             for layer, router in self.model.routers().items():
@@ -358,33 +355,21 @@ class Trainer:
             max_positions=stage.sequence_length,
             full_rope_scaling=None if stage.full_rope_scaling.kind == "none" else stage.full_rope_scaling,
         )
+        if self.config.quantization != "none":
+            train_packed(self.model, Packing(self.config.quantization, self.config.quantization_stages))
         if stage.mtp_heads is not None and stage.mtp_heads > self.model.config.num_mtp_heads:
             if is_running:
                 self.ranks.check_growth()
             kept = optimizer_state(self.model, self.optimizer) if is_running else {}
             self.model.replicate_mtp_heads(stage.mtp_heads)
-            self._train_packed()
             if is_running:
                 self.optimizer = self._new_optimizer(kept)
-        if is_running:
-            self._set_weight_decay(stage)
         return self._loaders[index]
-
-    def _train_packed(self) -> None:
-        """Make the products of the model use quantized values, if the config says so."""
-        name = self.config.quantization
-        if name != "none":
-            train_packed(self.model, Packing(name, self.config.quantization_stages))
 
     def _new_optimizer(self, tensors: dict[str, torch.Tensor]) -> torch.optim.AdamW:
         optimizer = build_optimizer(self.model, self.config.optimizer, mesh_of=self.ranks.mesh_of)
         load_optimizer_state(self.model, optimizer, tensors, like=self.ranks.like)
         return optimizer
-
-    def _set_weight_decay(self, stage: Phase) -> None:
-        decay = self.config.optimizer.weight_decay if stage.weight_decay is None else stage.weight_decay
-        for group in self.optimizer.param_groups:
-            group["weight_decay"] = decay if group["decays"] else 0.0
 
     def _after_step(self, stage: Phase, report: StepReport, seconds: float, *, is_last: bool) -> None:
         if self._trace is not None:

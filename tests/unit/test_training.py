@@ -390,8 +390,9 @@ def test_quantization_is_one_setting_and_its_result_is_packed_later(
     decays, step = [], Trainer.train_step
 
     def recorded(trainer, *arguments):
+        report = step(trainer, *arguments)
         decays.append([group["weight_decay"] for group in trainer.optimizer.param_groups])
-        return step(trainer, *arguments)
+        return report
 
     monkeypatch.setattr(Trainer, "train_step", recorded)
     folder = pretrain(replace(config, stages=(first, second)))

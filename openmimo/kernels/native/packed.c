@@ -2,7 +2,7 @@
  * subtracts int8 inputs and multiplies nothing; scales multiply the finished sums.
  *
  * An input x in [-127, 127] is stored as the byte x + 128, and -x is 0 - (x + 128) modulo 256. A sum over lanes of
- * such bytes is exact in 64 bits; 128 for each lane is subtracted afterwards:
+ * such bytes is exact in 64 bits; 128 for each lane is subtracted afterwards, and lanes that do not count are 128:
  *
  *     columns of a code row    0     1     2     3    ...   one bit each
  *     first plane              0     1     1     0          axis (fairy) or "not zero" (ternary)
@@ -24,6 +24,7 @@
 #define MAX_ROWS 32
 #define BLOCK 64 /* columns of a step of the inner loop */
 #define ZERO 128 /* the byte of 0 */
+#define AHEAD 2  /* rows of codes between prefetching and use */
 #define MIN_PARALLEL_CODES (1 << 19) /* bytes whose sums take as long as reading MIN_PARALLEL_BYTES */
 
 enum { BINARY, TERNARY, FAIRY, FAIRY2I };
@@ -56,10 +57,10 @@ INLINE uint64_t load_last_bits(const uint8_t *from, int64_t bytes) {
 #if defined(__AVX512BW__)
 typedef __m512i lanes64;
 INLINE void add_block(uint64_t first, uint64_t sign, const uint8_t *x, lanes64 *all, lanes64 *marked) {
-    __m512i zero = _mm512_setzero_si512(), bytes = _mm512_loadu_si512(x);
-    bytes = _mm512_mask_sub_epi8(bytes, sign, zero, bytes);
-    *all = _mm512_add_epi64(*all, _mm512_sad_epu8(bytes, zero));
-    *marked = _mm512_add_epi64(*marked, _mm512_sad_epu8(_mm512_maskz_mov_epi8(first, bytes), zero));
+    __m512i nothing = _mm512_setzero_si512(), zeros = _mm512_set1_epi8((char)ZERO), bytes = _mm512_loadu_si512(x);
+    bytes = _mm512_mask_sub_epi8(bytes, sign, nothing, bytes);
+    *all = _mm512_add_epi64(*all, _mm512_sad_epu8(bytes, nothing));
+    *marked = _mm512_add_epi64(*marked, _mm512_sad_epu8(_mm512_mask_mov_epi8(zeros, first, bytes), nothing));
 }
 INLINE int64_t sum_lanes(lanes64 x) { return _mm512_reduce_add_epi64(x); }
 #elif defined(__AVX2__)
@@ -71,11 +72,12 @@ INLINE __m256i spread(uint32_t bits) { /* bit j to all bits of byte j */
 }
 INLINE void add_block(uint64_t first, uint64_t sign, const uint8_t *x, lanes64 *all, lanes64 *marked) {
     for (int half = 0; half < 2; half++, first >>= 32, sign >>= 32) {
-        __m256i negative = spread((uint32_t)sign), zero = _mm256_setzero_si256();
+        __m256i negative = spread((uint32_t)sign), mark = spread((uint32_t)first), nothing = _mm256_setzero_si256();
         __m256i bytes = _mm256_loadu_si256((const __m256i *)x + half);
         bytes = _mm256_sub_epi8(_mm256_xor_si256(bytes, negative), negative);
-        *all = _mm256_add_epi64(*all, _mm256_sad_epu8(bytes, zero));
-        *marked = _mm256_add_epi64(*marked, _mm256_sad_epu8(_mm256_and_si256(bytes, spread((uint32_t)first)), zero));
+        *all = _mm256_add_epi64(*all, _mm256_sad_epu8(bytes, nothing));
+        bytes = _mm256_blendv_epi8(_mm256_set1_epi8((char)ZERO), bytes, mark);
+        *marked = _mm256_add_epi64(*marked, _mm256_sad_epu8(bytes, nothing));
     }
 }
 INLINE int64_t sum_lanes(lanes64 x) { return x[0] + x[1] + x[2] + x[3]; }
@@ -85,7 +87,7 @@ INLINE void add_block(uint64_t first, uint64_t sign, const uint8_t *x, lanes64 *
     for (int lane = 0; lane < BLOCK; lane++, first >>= 1, sign >>= 1) {
         uint8_t negative = (uint8_t)-(int)(sign & 1), byte = (uint8_t)((x[lane] ^ negative) - negative);
         *all += byte;
-        *marked += byte & (uint8_t)-(int)(first & 1);
+        *marked += first & 1 ? byte : ZERO;
     }
 }
 INLINE int64_t sum_lanes(lanes64 x) { return x; }
@@ -96,25 +98,26 @@ INLINE void sum_rows(int count, const uint8_t *first, const uint8_t *sign, int64
                      int64_t stride, packed_sums *sums) {
     lanes64 all[4] = {}, marked[4] = {};
     const uint8_t *rows[4] = {x, x, x, x};
-    int64_t less_all = 0, less_marked = 0;
+    int64_t less = (bytes + 7) / 8 * (BLOCK << 7);
     for (int r = 1; r < count; r++) rows[r] = rows[r - 1] + stride;
-    if (first) {
-        for (; bytes > 0; bytes -= 8, sign += 8, first += 8) {
-            uint64_t signs = bytes < 8 ? load_last_bits(sign, bytes) : load_bits(sign);
-            uint64_t marks = bytes < 8 ? load_last_bits(first, bytes) : load_bits(first);
+    if (first)
+        for (; bytes >= 8; bytes -= 8, sign += 8, first += 8) {
+            uint64_t signs = load_bits(sign), marks = load_bits(first);
             for (int r = 0; r < count; r++, rows[r - 1] += BLOCK) add_block(marks, signs, rows[r], all + r, marked + r);
-            less_all += BLOCK << 7;
-            less_marked += (int64_t)__builtin_popcountll(marks) << 7;
         }
-    } else {
-        for (; bytes > 0; bytes -= 8, sign += 8) {
-            uint64_t signs = bytes < 8 ? load_last_bits(sign, bytes) : load_bits(sign);
+    else
+        for (; bytes >= 8; bytes -= 8, sign += 8) {
+            uint64_t signs = load_bits(sign);
             for (int r = 0; r < count; r++, rows[r - 1] += BLOCK) add_block(0, signs, rows[r], all + r, marked + r);
-            less_all += BLOCK << 7;
         }
+    if (bytes) {
+        uint64_t signs = load_last_bits(sign, bytes), marks = first ? load_last_bits(first, bytes) : 0;
+        for (int r = 0; r < count; r++) add_block(marks, signs, rows[r], all + r, marked + r);
     }
-    for (int r = 0; r < count; r++)
-        sums[r] = (packed_sums){sum_lanes(all[r]) - less_all, sum_lanes(marked[r]) - less_marked};
+    for (int r = 0; r < count; r++) { /* both sums are below 2^32 for fewer than 2^24 columns */
+        uint64_t both = (uint64_t)sum_lanes(all[r] + (marked[r] << 32));
+        sums[r] = (packed_sums){(int64_t)(both & 0xffffffff) - less, (int64_t)(both >> 32) - less};
+    }
 }
 
 /* The inner loop, as functions of their own: a test reads their instructions. */
@@ -173,6 +176,8 @@ static void fill_output(const product *p, int64_t row) {
         const uint8_t *x = p->inputs->bytes;
         int64_t stride = p->inputs->stride, done = 0;
         packed_sums sums[2 * MAX_ROWS];
+        for (int64_t line = 0; line < p->planes * p->bytes; line += 64)
+            __builtin_prefetch(codes + AHEAD * p->planes * p->bytes + line);
         for (; done + 4 <= vectors; done += 4)
             openmimo_packed_rows4(first, sign, p->bytes, x + done * stride, stride, sums + done);
         for (; done + 2 <= vectors; done += 2)
