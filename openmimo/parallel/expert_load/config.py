@@ -15,13 +15,13 @@ class DetectorConfig:
         max_dispersion: Largest dispersion of a stable window. Tokens of one text choose alike, which raises it for
             good, so that it must be set from the end of a long run.
         max_shift: Largest shift of a stable window.
-        windows_in_a_row: Windows that must be below both limits.
+        span_windows: Windows over which the shares must not have changed.
     """
 
     window_steps: PositiveInt = 100
     max_dispersion: PositiveFloat = 3.0
     max_shift: PositiveFloat = 3.0
-    windows_in_a_row: PositiveInt = 3
+    span_windows: PositiveInt = 3
 
     def __post_init__(self) -> None:
         check_fields(self, "detector")

@@ -130,15 +130,15 @@ def _state_section(report: Report, trace: LoadTrace, state: LoadState, config: D
     steps = trace.steps[state.ends - 1]
     for place, layer in enumerate(trace.header.layers[:_MOST_MAPS]):
         left.plot(steps, np.maximum(state.dispersion[:, place], 0.1), label=f"layer {layer}")
-        right.plot(steps[1:], np.maximum(state.shift[1:, place], 0.1))
+        right.plot(steps[config.span_windows :], np.maximum(state.shift[config.span_windows :, place], 0.1))
     for axis, name, limit in ((left, "dispersion", config.max_dispersion), (right, "shift", config.max_shift)):
         axis.axhline(limit, color="black", linestyle=":")
         axis.set(yscale="log", xlabel="step", title=name)
     left.legend(fontsize=7)
     report.figure(
         figure,
-        f"Variance within windows of {config.window_steps} steps over that of sampling, and squared change between "
-        "windows over its variance. Dotted: the limits of the stable state.",
+        f"Variance within windows of {config.window_steps} steps over that of sampling, and squared change over "
+        f"{config.span_windows} windows over its variance. Dotted: the limits of the stable state.",
     )
     rows = []
     for place, layer in enumerate(trace.header.layers):

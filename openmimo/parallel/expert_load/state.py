@@ -4,10 +4,10 @@ The trace is cut into windows. Two numbers describe a window of a layer:
 
 - dispersion: variance of an expert's share within the window over that of sampling; the median over the experts.
   About 1 if each step draws from the same shares. It does not depend on the batch size, as the plain variance does.
-- shift: squared change of an expert's mean share since the window before, over the variance of that change; the mean
-  over the experts. About 1 if the shares did not change.
+- shift: squared change of an expert's mean share since the window `span_windows` before, over the variance of that
+  change; the mean over the experts. About 1 if the shares did not change. A slow drift adds up over the span.
 
-A layer is stable once both have stayed below their limits for some windows in a row.
+A layer is stable if the shift, and the dispersion of all windows of the span, are below their limits.
 """
 
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ class LoadState:
     Attributes:
         ends: Index of the step after each window, [windows].
         dispersion: Dispersion, float64 [windows, layers].
-        shift: Shift, float64 [windows, layers]; infinite for the first window.
+        shift: Shift, float64 [windows, layers]; infinite for the windows of the first span.
         is_stable: Whether the layer is stable at the end of the window, bool [windows, layers].
     """
 
@@ -56,14 +56,14 @@ def detect_state(trace: LoadTrace, config: DetectorConfig) -> LoadState:
     dispersion = np.nan_to_num(np.nanmedian(dispersion_WLE, axis=-1), nan=0.0)
 
     shift = np.full(dispersion.shape, np.inf)
-    change_WLE = np.diff(mean_WLE, axis=0) ** 2
-    expected_WLE = (variance_WLE[1:] + variance_WLE[:-1]) / w
+    span = min(config.span_windows, num_windows)
+    change_WLE = (mean_WLE[span:] - mean_WLE[: num_windows - span]) ** 2
+    expected_WLE = (variance_WLE[span:] + variance_WLE[: num_windows - span]) / w
     known = expected_WLE > 0
     ratio_WLE = np.divide(change_WLE, expected_WLE, out=np.zeros_like(change_WLE), where=known)
-    shift[1:] = ratio_WLE.sum(axis=-1) / np.maximum(known.sum(axis=-1), 1)
+    shift[span:] = ratio_WLE.sum(axis=-1) / np.maximum(known.sum(axis=-1), 1)
 
-    is_calm = (dispersion < config.max_dispersion) & (shift < config.max_shift)
-    is_stable = np.zeros_like(is_calm)
-    for end in range(config.windows_in_a_row, num_windows + 1):
-        is_stable[end - 1] = is_calm[end - config.windows_in_a_row : end].all(axis=0)
+    is_stable = shift < config.max_shift
+    for end in range(span, num_windows):
+        is_stable[end] &= (dispersion[end - span + 1 : end + 1] < config.max_dispersion).all(axis=0)
     return LoadState(left_over + w * np.arange(1, num_windows + 1), dispersion, shift, is_stable)
