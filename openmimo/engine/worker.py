@@ -45,11 +45,13 @@ from openmimo.kernels.attention import (
     update_and_attend,
 )
 from openmimo.kernels.dispatch import triton_unavailable
-from openmimo.kernels.operations import EXPERTS, ExpertsNeed, rotary_table
+from openmimo.kernels.operations import EXPERTS, MIXED, ExpertsNeed, rotary_table
+from openmimo.kernels.weights import FP8, INT8, PLAIN, format_of
 from openmimo.model.attention import AttentionConfig, Rotation
 from openmimo.model.backbone import Hidden
 from openmimo.model.context import AttentionCall, RoutingTape, SequenceBalance
 from openmimo.model.mimo import MiMo
+from openmimo.model.moe import Experts
 from openmimo.model.weight_formats import QuantizableModule
 from openmimo.runtime.device import CapturedGraphs
 
@@ -275,8 +277,8 @@ def why_no_graphs(model: MiMo, cache_dtype: torch.dtype) -> str | None:
     dtype = model.compute_dtype or next(model.parameters()).dtype
     if reason := triton_unavailable(False, dtype):
         return reason
-    if any(module.blocks for module in model.modules() if isinstance(module, QuantizableModule)):
-        return "a weight is quantized"
+    if others := _weight_formats(model) - {PLAIN, INT8, FP8}:
+        return f"a weight is held as {', '.join(sorted(others))}"
     if any(spec.score_block is not None for spec in model.config.attention_layers()):
         return "a layer computes block scores"
     if cache_dtype == torch.int8:
@@ -299,11 +301,23 @@ def max_prompt_tokens(model: MiMo, cache_dtype: torch.dtype) -> int:
     if config.moe is None:
         return _MOST_PROMPT_TOKENS
     moe = config.moe
+    formats = _weight_formats(model, Experts)
+    expert_format = formats.pop() if len(formats) == 1 else MIXED
     for tokens, name in ((_MOST_PROMPT_TOKENS, "triton_grouped"), (_FEW_TOKENS, "triton")):
         sizes = (moe.num_experts, moe.experts_per_token, config.hidden_size, moe.expert_dim)
-        if EXPERTS.choose(ExpertsNeed(tokens, *sizes, dtype, False, False))[0] == name:
+        if EXPERTS.choose(ExpertsNeed(tokens, *sizes, dtype, False, False, expert_format))[0] == name:
             return tokens
     return 0
+
+
+def _weight_formats(model: MiMo, kind: type[QuantizableModule] = QuantizableModule) -> set[str]:
+    """The formats of the weights of the modules of a kind."""
+    return {
+        format_of(module.held_weight(name)) if name in module.blocks else PLAIN
+        for module in model.modules()
+        if isinstance(module, kind)
+        for name in module.quantizable
+    }
 
 
 class PassGraphs:

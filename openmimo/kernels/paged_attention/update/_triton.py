@@ -85,7 +85,8 @@ def _strides(pages: Pages) -> tuple[int, ...]:
 def _dims(fresh: FreshHeads, pages: Pages) -> dict[str, int | bool]:
     K, V = fresh.key_dim, fresh.value_dim
     return dict(
-        K=K, K_PAD=triton.next_power_of_2(K), V=V, V_PAD=triton.next_power_of_2(V), HALF=_tables(fresh)[0].shape[1] // 2,
+        K=K, K_PAD=triton.next_power_of_2(K), V=V, V_PAD=triton.next_power_of_2(V),
+        HALF=_tables(fresh)[0].shape[1] // 2,
         SATURATES=torch.finfo(pages.keys_XPGK.dtype).max < torch.finfo(fresh.joined_TJ.dtype).max,
     )  # fmt: skip
 
