@@ -240,6 +240,7 @@ class PagedNeed(NamedTuple):
         on_cpu: Whether the queries are in CPU memory.
         score_block: Keys of a block of the requested block scores (None: no scores).
         chosen_block: Keys of a block, if each query reads chosen blocks only (None: all blocks).
+        page_positions: P, of a call with chosen blocks; otherwise 0.
     """
 
     longest_query: int
@@ -251,6 +252,7 @@ class PagedNeed(NamedTuple):
     on_cpu: bool
     score_block: int | None = None
     chosen_block: int | None = None
+    page_positions: int = 0
 
 
 def paged_attend(
@@ -299,6 +301,7 @@ def paged_attend(
         on_cpu=q_TNK.device.type == "cpu",
         score_block=score_block,
         chosen_block=None if blocks is None else blocks.size,
+        page_positions=0 if blocks is None else pages.keys_XPGK.shape[1],
     )
     _, backend = PAGED_ATTENTION.choose(need)
     return backend.run(

@@ -8,6 +8,9 @@ with more keys than a part are combined by a second kernel; layers with a window
     program                     part 0    |     part 1      |    part 2      -> (max, sum, weighted values) each
     combine                               one row of one head: rescales the parts, adds the sink
 
+Where block scores are requested, the first kernel also stores the largest logit of each row in each block of BLOCK
+keys, and the second one the logarithm of the denominator of each row.
+
 The keys of a page are read once for all rows of the group. Key dims are read as two powers of two (192 = 128 + 64).
 """
 
@@ -18,7 +21,7 @@ import triton.language as tl
 from openmimo.kernels.attention import Pages
 
 SPLIT_KEYS = 256
-_BLOCK_KEYS = 64
+BLOCK_KEYS = 64
 _MAX_ROWS = 64
 _MIN_TILE = 16  # of a matrix product
 
@@ -33,8 +36,11 @@ def attend_pages(
     longest_query: int,
     longest_key: int,
     window_keys: int | None,
-) -> torch.Tensor:
-    """Attention output [T, N, V]; arguments as in `openmimo.kernels.attention.paged_attend`.
+    scores: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attention output [T, N, V], and scores [B, G, C, queries] of blocks of BLOCK_KEYS keys if requested.
+
+    Other arguments are as in `openmimo.kernels.attention.paged_attend`.
 
     Rows of queries beyond the sum of `query_lengths_B` are not written. A sequence may have no queries and no keys.
     """
@@ -54,6 +60,13 @@ def attend_pages(
         shape = (B, G, num_parts, row_tiles * tile_rows)
         partial = q_TNK.new_empty(*shape, V, dtype=torch.float32)
         maxima, sums = (q_TNK.new_empty(shape, dtype=torch.float32) for _ in range(2))
+    num_blocks = triton.cdiv(longest_key, BLOCK_KEYS) if scores else 0
+    largest_logits = denominators = out_TNV
+    if scores:
+        largest_logits, denominators = (
+            q_TNK.new_full((B, G, blocks, row_tiles * tile_rows), unwritten, dtype=torch.float32)
+            for blocks, unwritten in ((num_blocks, float("-inf")), (1, float("inf")))
+        )
     first_dims = 1 << (K.bit_length() - 1)
     rest_dims = K - first_dims
     strides = (
@@ -63,23 +76,30 @@ def attend_pages(
     shape_arguments = dict(
         num_heads=N, num_groups=G, HEADS=N // G, VALUE_DIM=V, TILE_ROWS=tile_rows, ROW_TILES=row_tiles,
         NUM_PARTS=num_parts, IS_COMBINED=is_combined, SPLIT=SPLIT_KEYS,
-        HAS_SINK=sink_N is not None, HAS_WINDOW=window_keys is not None,
+        HAS_SINK=sink_N is not None, HAS_WINDOW=window_keys is not None, HAS_SCORES=scores,
         SEQUENCES=triton.next_power_of_2(B), VALUE_PAD=max(_MIN_TILE, triton.next_power_of_2(V)),
     )  # fmt: skip
     _attend_part[(num_parts * row_tiles, G, B)](
         q_TNK, keys_XPGK, values_XPGV, tables_BY, query_lengths_B, key_lengths_B, sink_N, out_TNV,
-        partial, maxima, sums, K**-0.5, window_keys or 0, *strides,
+        partial, maxima, sums, largest_logits, K**-0.5, window_keys or 0, num_blocks, *strides,
         KEY_DIM=K, FIRST_DIMS=max(_MIN_TILE, first_dims), REST_DIMS=rest_dims,
-        REST_PAD=max(_MIN_TILE, triton.next_power_of_2(max(rest_dims, 1))), PAGE=P, BLOCK=_BLOCK_KEYS,
+        REST_PAD=max(_MIN_TILE, triton.next_power_of_2(max(rest_dims, 1))), PAGE=P, BLOCK=BLOCK_KEYS,
         PRECISION="ieee" if q_TNK.dtype == torch.float32 else "tf32",
         num_warps=4, num_stages=3, **shape_arguments,
     )  # fmt: skip
     if is_combined:
         _combine_parts[(row_tiles * tile_rows, G, B)](
-            partial, maxima, sums, query_lengths_B, key_lengths_B, sink_N, out_TNV, window_keys or 0,
+            partial, maxima, sums, denominators, query_lengths_B, key_lengths_B, sink_N, out_TNV, window_keys or 0,
             PARTS_PAD=triton.next_power_of_2(num_parts), num_warps=2, **shape_arguments,
         )  # fmt: skip
-    return out_TNV
+    return out_TNV, _largest_probabilities(largest_logits, denominators, N // G) if scores else None
+
+
+def _largest_probabilities(logits_BGCM: torch.Tensor, denominators_BG1M: torch.Tensor, heads: int) -> torch.Tensor:
+    """Probabilities of the largest logits of rows, and their maximum over the heads of a query: [B, G, C, queries]."""
+    probabilities_BGCM = (logits_BGCM - denominators_BG1M).exp()
+    queries = probabilities_BGCM.shape[3] // heads
+    return probabilities_BGCM[..., : queries * heads].unflatten(3, (queries, heads)).amax(4)
 
 
 @triton.jit
@@ -103,14 +123,13 @@ def _load_rows(rows, is_row, dims, num_dims):
 
 @triton.jit
 def _attend_part(
-    q, keys, values, tables, query_lengths, key_lengths, sink, out, partial, maxima, sums, scale, window,
-    stride_qt, stride_qn, stride_kx, stride_kp, stride_kg, stride_vx, stride_vp, stride_vg, stride_tb,
-    num_heads, num_groups,
-    HEADS: tl.constexpr, KEY_DIM: tl.constexpr, FIRST_DIMS: tl.constexpr, REST_DIMS: tl.constexpr,
-    REST_PAD: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
-    SPLIT: tl.constexpr, TILE_ROWS: tl.constexpr, ROW_TILES: tl.constexpr, NUM_PARTS: tl.constexpr,
-    IS_COMBINED: tl.constexpr,
-    SEQUENCES: tl.constexpr, HAS_SINK: tl.constexpr, HAS_WINDOW: tl.constexpr, PRECISION: tl.constexpr,
+    q, keys, values, tables, query_lengths, key_lengths, sink, out, partial, maxima, sums, largest_logits, scale,
+    window, num_blocks, stride_qt, stride_qn, stride_kx, stride_kp, stride_kg, stride_vx, stride_vp, stride_vg,
+    stride_tb, num_heads, num_groups, HEADS: tl.constexpr, KEY_DIM: tl.constexpr, FIRST_DIMS: tl.constexpr,
+    REST_DIMS: tl.constexpr, REST_PAD: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr,
+    PAGE: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr, TILE_ROWS: tl.constexpr, ROW_TILES: tl.constexpr,
+    NUM_PARTS: tl.constexpr, IS_COMBINED: tl.constexpr, SEQUENCES: tl.constexpr, HAS_SINK: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, HAS_SCORES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     part = tl.program_id(0) // ROW_TILES
     row_tile = tl.program_id(0) % ROW_TILES
@@ -147,7 +166,11 @@ def _attend_part(
             if HAS_WINDOW:
                 is_seen = is_seen & (position[None, :] > own[:, None] - window)
             logits = tl.where(is_seen, logits * scale, float("-inf"))
-            new_largest = tl.maximum(largest, tl.max(logits, axis=1))
+            most = tl.max(logits, axis=1)
+            if HAS_SCORES:
+                number = (b * num_groups + group) * num_blocks + block // BLOCK
+                tl.store(largest_logits + number.to(tl.int64) * (ROW_TILES * TILE_ROWS) + rows, most)
+            new_largest = tl.maximum(largest, most)
             safe = tl.where(new_largest == float("-inf"), 0.0, new_largest)
             probabilities = tl.exp(logits - safe[:, None])
             shrink = tl.exp(largest - safe)
@@ -182,11 +205,11 @@ def _with_sink(largest, total, sum_values, sink_rows):
 
 @triton.jit
 def _combine_parts(
-    partial, maxima, sums, query_lengths, key_lengths, sink, out, window, num_heads, num_groups,
+    partial, maxima, sums, denominators, query_lengths, key_lengths, sink, out, window, num_heads, num_groups,
     HEADS: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr, SPLIT: tl.constexpr,
     TILE_ROWS: tl.constexpr, ROW_TILES: tl.constexpr, NUM_PARTS: tl.constexpr,
     IS_COMBINED: tl.constexpr, PARTS_PAD: tl.constexpr,
-    SEQUENCES: tl.constexpr, HAS_SINK: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    SEQUENCES: tl.constexpr, HAS_SINK: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SCORES: tl.constexpr,
 ):  # fmt: skip
     row, group, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     first_query, num_queries, num_keys, lowest = _span(query_lengths, key_lengths, b, window, SEQUENCES, HAS_WINDOW)
@@ -209,5 +232,7 @@ def _combine_parts(
             result += scale * tl.load(partial + this * VALUE_DIM + v_dims, mask=v_dims < VALUE_DIM, other=0.0)
         if HAS_SINK:
             total += tl.exp(tl.load(sink + head).to(tl.float32) - top)
+        if HAS_SCORES:
+            tl.store(denominators + (b * num_groups + group) * (ROW_TILES * TILE_ROWS) + row, top + tl.log(total))
         place_out = ((first_query + query).to(tl.int64) * num_heads + head) * VALUE_DIM
         tl.store(out + place_out + v_dims, result / total, mask=v_dims < VALUE_DIM)
