@@ -158,7 +158,7 @@ def heat_map(examples: list[Answered], labels: list[str]) -> Any:
             cell[1] += 1
         means = [[total / count if count else float("nan") for total, count in row] for row in sums]
         axis.grid(False)
-        image = axis.imshow(means, vmin=0.0, vmax=1.0, cmap="RdYlGn", aspect="auto")
+        image = axis.imshow(means, vmin=0.0, vmax=1.0, cmap="viridis", aspect="auto")
         axis.set_xticks(range(len(lengths)), [_short(length) for length in lengths])
         axis.set_yticks([-0.5, _DEPTH_BINS / 2 - 0.5, _DEPTH_BINS - 0.5], ["start", "middle", "end"])
         axis.set(title=label, xlabel="tokens")
