@@ -19,8 +19,8 @@ class DetectorConfig:
     """
 
     window_steps: PositiveInt = 100
-    max_dispersion: PositiveFloat = 3.0
-    max_shift: PositiveFloat = 3.0
+    max_dispersion: PositiveFloat = 6.0
+    max_shift: PositiveFloat = 6.0
     span_windows: PositiveInt = 3
 
     def __post_init__(self) -> None:

@@ -5,7 +5,8 @@ The trace is cut into windows. Two numbers describe a window of a layer:
 - dispersion: variance of an expert's share within the window over that of sampling; the median over the experts.
   About 1 if each step draws from the same shares. It does not depend on the batch size, as the plain variance does.
 - shift: squared change of an expert's mean share since the window `span_windows` before, over the variance of that
-  change; the mean over the experts. About 1 if the shares did not change. A slow drift adds up over the span.
+  change; the mean over the experts. About 1 if the shares did not change. A slow drift adds up over the span. The
+  variance of a window's mean comes from the means of its fifths, because neighboring steps read related text.
 
 A layer is stable if the shift, and the dispersion of all windows of the span, are below their limits.
 """
@@ -58,7 +59,8 @@ def detect_state(trace: LoadTrace, config: DetectorConfig) -> LoadState:
     shift = np.full(dispersion.shape, np.inf)
     span = min(config.span_windows, num_windows)
     change_WLE = (mean_WLE[span:] - mean_WLE[: num_windows - span]) ** 2
-    expected_WLE = (variance_WLE[span:] + variance_WLE[: num_windows - span]) / w
+    of_mean_WLE = _variance_of_mean(windows_WwLE)
+    expected_WLE = of_mean_WLE[span:] + of_mean_WLE[: num_windows - span]
     known = expected_WLE > 0
     ratio_WLE = np.divide(change_WLE, expected_WLE, out=np.zeros_like(change_WLE), where=known)
     shift[span:] = ratio_WLE.sum(axis=-1) / np.maximum(known.sum(axis=-1), 1)
@@ -67,3 +69,14 @@ def detect_state(trace: LoadTrace, config: DetectorConfig) -> LoadState:
     for end in range(span, num_windows):
         is_stable[end] &= (dispersion[end - span + 1 : end + 1] < config.max_dispersion).all(axis=0)
     return LoadState(left_over + w * np.arange(1, num_windows + 1), dispersion, shift, is_stable)
+
+
+_PARTS = 5
+
+
+def _variance_of_mean(windows_WwLE: np.ndarray) -> np.ndarray:
+    """Return the variance of the mean of each window, from the means of five parts; a remainder is left out."""
+    parts = min(_PARTS, windows_WwLE.shape[1])
+    length = windows_WwLE.shape[1] // parts
+    means = windows_WwLE[:, : parts * length].reshape(len(windows_WwLE), parts, length, *windows_WwLE.shape[2:])
+    return means.mean(axis=2).var(axis=1, ddof=1) / parts
