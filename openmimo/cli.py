@@ -421,7 +421,7 @@ class ExpertsOptions:
 
 
 def _experts(arguments: list[str]) -> None:
-    options = parse(ExpertsOptions, arguments, "openmimo experts")
+    options = _parse_options(ExpertsOptions, arguments, "experts RUN", ("path",))
     from openmimo.parallel.expert_load.page import write_page
 
     print(f"wrote {write_page(Path(options.path), options.settings)}")

@@ -54,7 +54,10 @@ def _opened(file: Path) -> Iterator[tuple[BinaryIO, int]]:
         start = opened.read(4)
         opened.seek(0)
         if start.startswith(GZIP_START):
-            yield cast(BinaryIO, stack.enter_context(gzip.GzipFile(fileobj=opened))), MAX_DOCUMENT_BYTES
+            try:
+                yield cast(BinaryIO, stack.enter_context(gzip.GzipFile(fileobj=opened))), MAX_DOCUMENT_BYTES
+            except gzip.BadGzipFile as error:
+                raise DataError(f"{file} is compressed, as its first bytes say, but damaged: {error}.") from error
         elif start == ZSTD_START:
             import pyarrow  # slow to import
 

@@ -128,7 +128,7 @@ def test_missing_difficulty_is_named(write):
         ({"answer": "1"}, "line 1: no text or number under 'prompt'"),
         ({"prompt": "p", "answer": None}, "line 1: no text or number under 'answer'"),
         ({"prompt": "p", "answer": "a", "difficulty": "easy"}, "line 1: the difficulty must be a whole number"),
-        ([1], "line 1: expected a JSON object, found a list"),
+        ([1], "line 1: expected a JSON object in each line, found a list"),
         ({"prompt": "p", "answer": 1e999}, "line 1: not valid JSON .*Infinity"),
         ({"prompt": "p", "answer": "a", "id": {}}, "line 1: the id must be"),
         ({"prompt": "p", "messages": [{"role": "user", "content": "a"}], "answer": "a"}, "line 1: there are both"),
