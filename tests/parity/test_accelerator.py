@@ -242,7 +242,7 @@ def test_planning_ahead_changes_no_token(device):
         states = []
         for number in range(12):
             prompt = tuple(range(3 + number, 20 + 9 * number))
-            stops = tuple(range(number, 160, 11))
+            stops = () if number % 4 == 3 else tuple(range(number, 160, 11))
             params = SamplingParams(max_tokens=40, seed=number, stop_token_ids=stops, **kinds[number % 3])
             states.append(engine.submit(Request(str(number), prompt, params)))
             engine.step()

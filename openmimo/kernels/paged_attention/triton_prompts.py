@@ -5,7 +5,7 @@ So a captured graph can read prompts, and a chunk needs no copy of the keys befo
 
 import torch
 
-from openmimo.kernels.attention import NO_SCORES, AttentionOut, PagedNeed, Pages
+from openmimo.kernels.attention import AttentionOut, ChosenBlocks, NO_SCORES, PagedNeed, Pages
 from openmimo.kernels.dispatch import Backend, triton_unavailable
 
 _MAX_DIMS = 256  # of a key or a value
@@ -22,6 +22,7 @@ def run(
     longest_key: int,
     window_keys: int | None,
     score_block: int | None = None,
+    blocks: ChosenBlocks | None = None,
 ) -> AttentionOut:
     """Implement `openmimo.kernels.attention.paged_attend`."""
     from openmimo.kernels.attention._triton_prompts import attend_tiles
