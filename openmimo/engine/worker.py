@@ -278,7 +278,7 @@ def why_no_graphs(model: MiMo, cache_dtype: torch.dtype) -> str | None:
     if reason := triton_unavailable(False, dtype):
         return reason
     if _weight_formats(model) != {PLAIN}:
-        return "a weight is quantized"  # its products copy from the host, which a capture refuses
+        return "a weight is quantized"  # some backends of quantized experts wait for the host
     if any(spec.score_block is not None for spec in model.config.attention_layers()):
         return "a layer computes block scores"
     if cache_dtype == torch.int8:

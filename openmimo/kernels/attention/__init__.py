@@ -434,8 +434,8 @@ class UpdateNeed(NamedTuple):
         dtype: Dtype of the heads.
         cache_dtype: Dtype of the pages.
         needs_gradients: Whether autograd records and an input requires a gradient.
-        readable: Whether heads are rotated, the numbers of a head are contiguous in heads, tables and pages, and both
-            tables have the dtype of the heads and equal strides.
+        readable: Whether heads are rotated, the tables are contiguous and have the dtype of the heads, and the numbers of
+            a head are contiguous in heads and pages.
         on_cpu: Whether the heads are in CPU memory.
         score_block: Keys of a block of the requested block scores (None: no scores).
     """
@@ -486,8 +486,9 @@ def update_and_attend(
         cos is not None
         and sin is not None
         and joined.dtype == cos.dtype
-        and cos.stride() == sin.stride()
-        and joined.stride(1) == cos.stride(1) == keys.stride(3) == values.stride(3) == 1,
+        and cos.is_contiguous()
+        and sin.is_contiguous()
+        and joined.stride(1) == keys.stride(3) == values.stride(3) == 1,
         joined.is_cpu,
         score_block,
     )
