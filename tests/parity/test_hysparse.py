@@ -234,10 +234,10 @@ def test_a_geometry_that_cannot_be_is_refused(index, changes, message):
         replace(config, layers=tuple(layers))
 
 
-def test_key_value_heads_are_not_divided_because_scores_are_maxima_over_their_query_heads():
-    assert tiny_hysparse().local(tp=2).layers[1].attention.num_kv_heads == 1
-    with pytest.raises(ConfigError, match="layer 0 has 2 key/value heads"):
-        tiny_hysparse().local(tp=4)
+def test_tensor_parallel_ranks_do_not_divide_the_heads():
+    assert tiny_hysparse().local(tp=1) == tiny_hysparse()
+    with pytest.raises(ConfigError, match="layer 1 is 'sparse', a kind whose heads are not divided"):
+        tiny_hysparse().local(tp=2)
 
 
 def test_a_saved_model_is_the_same_and_transformers_refuses_it(tmp_path):
