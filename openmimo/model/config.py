@@ -238,8 +238,7 @@ class ModelConfig:
 
         A rank has num_heads / tp query heads of every layer and dense_ffn_dim / tp of every dense FFN; outputs are
         summed over ranks. Key/value heads are divided in the same way. If a layer has fewer than `tp` of them, a rank
-        has one: rank r has head r * num_kv_heads // tp. Layers with block scores need `tp` or more, because a score is
-        a maximum over all query heads of a key/value head. Experts, embedding and output head are whole on every rank.
+        has one: rank r has head r * num_kv_heads // tp. Experts, embedding and output head are whole on every rank.
 
         Raises:
             ConfigError: A number is not divisible; the message names all such numbers.
@@ -291,7 +290,9 @@ class ModelConfig:
 def _undivided(spec: AttentionConfig, where: str, tp: int) -> list[str]:
     """Return the head counts of a layer that cannot be divided among `tp` ranks, as clauses of a message."""
     problems = [f"{where} has {spec.num_heads} heads"] if spec.num_heads % tp else []
-    if spec.num_kv_heads % tp and (tp % spec.num_kv_heads or spec.score_block is not None):
+    if tp > 1 and not attention_kind(spec.kind).divides_heads:
+        problems.append(f"{where} is {spec.kind!r}, a kind whose heads are not divided")
+    if spec.num_kv_heads % tp and tp % spec.num_kv_heads:
         problems.append(f"{where} has {spec.num_kv_heads} key/value heads")
     return problems
 

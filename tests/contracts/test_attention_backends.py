@@ -200,6 +200,15 @@ def test_an_accelerators_padded_batches_are_the_reference(monkeypatch):
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("call", ["packed windows", "packed full", "decode"])
+def test_bfloat16_widened_to_float32_stays_close(call):
+    """As on a processor without bfloat16 instructions. Elsewhere the backend refuses, but its computation runs."""
+    _, exact = tensors_of(CALLS[call], torch.float64, False)
+    need, tensors = tensors_of(CALLS[call], torch.bfloat16, False)
+    (out,), (expected,) = run("widened", need, tensors), run("reference", replace(need, dtype=torch.float64), exact)
+    assert out.dtype == torch.bfloat16 and (out.double() - expected).norm() / expected.norm() < 4e-2
+
+
 def test_one_more_key_in_the_window_shows():
     need, tensors = tensors_of(CALLS["window"], torch.float64, False)
     right = run("reference", need, tensors)[0]
@@ -226,7 +235,7 @@ def test_block_scores_are_block_maxima_of_the_probabilities_or_refused(name, cal
     assert not scores.requires_grad and scores.shape[2] == -(-max(need.key_lengths) // block)
     first_query = first_key = 0
     for queries, keys in zip(need.query_lengths, need.key_lengths, strict=True):
-        for index in range(0, queries, 13):
+        for index in range(0, queries, 37):
             own = keys - queries + index
             oldest = 0 if need.window_keys is None else max(0, own - need.window_keys + 1)
             for group in range(need.num_kv_heads):
@@ -282,7 +291,7 @@ def attend_chosen(need, tensors, blocks, scale):
 
 
 @pytest.mark.parametrize(("size", "gradients"), [(1, False), (7, True), (64, False)])
-@pytest.mark.parametrize("call", ["full with sink", "packed full", "chunk after a cache", "decode", "verify drafts"])
+@pytest.mark.parametrize("call", ["packed full", "chunk after a cache", "verify drafts"])
 @pytest.mark.parametrize("name", [*BACKENDS, "reference"])
 def test_chosen_blocks_are_the_only_keys_or_refused(name, call, size, gradients, poisoned):
     dims = (48, 32) if name in NATIVE else CALLS[call][4:6]

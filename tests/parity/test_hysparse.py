@@ -14,7 +14,9 @@ from conftest import randomize
 from transformers import AutoConfig
 
 from openmimo.core.errors import ConfigError
+from openmimo.core.records import SamplingParams
 from openmimo.engine.cache import PageArena, PageTables, all_global_cache_bytes
+from openmimo.engine.llm import LLM
 from openmimo.kernels.attention import attend
 from openmimo.kernels.operations import apply_rotary
 from openmimo.model.audit import audit
@@ -132,6 +134,24 @@ def test_documents_of_a_pack_have_their_own_blocks():
         assert torch.equal(chosen[rows], chosen_alone)
 
 
+@pytest.mark.parametrize("block", [16, 1], ids=["blocks", "tokens"])
+@torch.inference_mode()
+def test_c_kernels_decode_what_one_pass_computes(block):
+    """Prompts in chunks, drafts and decoding in float32, where the C kernels run, against one pass without a cache."""
+    config = tiny_hysparse()
+    layers = [
+        replace(x, attention=replace(x.attention, score_block=x.attention.score_block and block)) for x in config.layers
+    ]
+    model = randomize(MiMo(replace(config, layers=tuple(layers))), 1)
+    prompts = [ids_of(length, length).tolist() for length in (3, 170)]
+    params = SamplingParams(max_tokens=40, temperature=0.0, logprobs=True, ignore_eos=True)
+    for prompt, completion in zip(prompts, LLM(model, prefill_tokens=64).generate(prompts, params), strict=True):
+        tokens = torch.tensor(prompt + list(completion.token_ids))
+        logprobs = model.logits(tokens)[len(prompt) - 1 : -1].log_softmax(-1)
+        assert list(completion.token_ids) == logprobs.argmax(-1).tolist()
+        assert torch.allclose(torch.tensor(completion.logprobs), logprobs.max(-1).values, atol=1e-4)
+
+
 def formula(config: ModelConfig, length: int, number_bytes: int) -> int:
     """Keys and values of all positions in full layers, and of the window before the next query in sparse layers."""
     total = 0
@@ -214,10 +234,10 @@ def test_a_geometry_that_cannot_be_is_refused(index, changes, message):
         replace(config, layers=tuple(layers))
 
 
-def test_key_value_heads_are_not_divided_because_scores_are_maxima_over_their_query_heads():
-    assert tiny_hysparse().local(tp=2).layers[1].attention.num_kv_heads == 1
-    with pytest.raises(ConfigError, match="layer 0 has 2 key/value heads"):
-        tiny_hysparse().local(tp=4)
+def test_tensor_parallel_ranks_do_not_divide_the_heads():
+    assert tiny_hysparse().local(tp=1) == tiny_hysparse()
+    with pytest.raises(ConfigError, match="layer 1 is 'sparse', a kind whose heads are not divided"):
+        tiny_hysparse().local(tp=2)
 
 
 def test_a_saved_model_is_the_same_and_transformers_refuses_it(tmp_path):

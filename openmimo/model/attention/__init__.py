@@ -273,6 +273,7 @@ class AttentionKind:
         check: Returns the reason why a geometry cannot be of this kind, as the predicate of a sentence about the layer,
             or None. The second argument is the geometry of the layer that `kv_from` names, if any.
         parameters: Returns the number of parameters of the module.
+        divides_heads: Whether tensor-parallel ranks may have a part of the heads each.
     """
 
     build: "Callable[[AttentionPlace], nn.Module]"
@@ -281,6 +282,7 @@ class AttentionKind:
     is_global: Callable[[AttentionConfig], bool]
     check: Callable[[AttentionConfig, AttentionConfig | None], str | None]
     parameters: Callable[[AttentionPlace], int] = standard_parameters
+    divides_heads: bool = True
 
 
 KINDS: Registry[AttentionKind] = Registry("openmimo.model.attention", AttentionKind)

@@ -61,4 +61,5 @@ PLUGIN = AttentionKind(
     is_global=lambda spec: True,
     check=check,
     parameters=parameters,
+    divides_heads=False,
 )
