@@ -634,7 +634,7 @@ VERBS: dict[str, Verb] = {
     "eval": Verb(
         "evaluate a checkpoint or server at several context lengths, its loss on your text, or the engine at length",
         _eval,
-        "with --run-folder, the answers so far are kept and the same command goes on; without it they are not",
+        "the scores so far are kept only with --run-folder, where the same command goes on",
     ),
     "generate": Verb("continue a prompt", _generate, "only the text so far was generated"),
     "chat": Verb("chat with a checkpoint in the terminal", _chat, "the conversation is not kept"),

@@ -85,6 +85,8 @@ class EvalConfig:
         if self.base_url is None and self.model is not None:
             raise ConfigError("--model has no effect without --base-url.")
         if self.base_url is not None:
+            if self.path == EMBEDDED:
+                raise ConfigError("--base-url needs PATH, a folder with the tokenizer of the server's model.")
             for name in ("device", "dtype", "engine"):
                 if name in given:
                     raise ConfigError(f"{_option(name)} has no effect with --base-url; the server decides.")

@@ -24,6 +24,7 @@ from openmimo.evals.models import Endpoint
 from openmimo.evals.results import Answered, heat_map, summarize
 from openmimo.evals.suites import SUITES
 from openmimo.evals.task import TASKS, Example, Room
+from openmimo.model.embedded import EMBEDDED
 from openmimo.model.hf import load_model
 
 
@@ -240,12 +241,13 @@ def test_a_busy_server_is_asked_again_and_other_failures_name_it(replies, messag
         ({"last_tokens": 8}, "--last-tokens has no effect without --text"),
         ({"model": "m"}, "--model has no effect without --base-url"),
         ({"base_url": "localhost"}, "must begin with http"),
+        ({"base_url": "http://x", "path": EMBEDDED}, "--base-url needs PATH"),
         ({"base_url": "http://x", "dtype": "bfloat16"}, "--dtype has no effect with --base-url"),
     ],
 )
 def test_settings_without_effect_are_refused(settings, message):
     with pytest.raises(ConfigError, match=message):
-        EvalConfig("model", **settings)
+        EvalConfig(**{"path": "model", **settings})
 
 
 def test_lengths_that_are_too_short_are_refused_for_a_task_and_left_out_of_a_suite(folder):
