@@ -15,7 +15,7 @@ from tiny_checkpoint import save_tiny_checkpoint
 
 import openmimo
 from openmimo.arguments import parse
-from openmimo.cli import GenerateOptions, ServeOptions, SpeakOptions, load_recipe
+from openmimo.cli import ExpertsOptions, GenerateOptions, ServeOptions, SpeakOptions, load_recipe
 from openmimo.core.errors import ConfigError
 from openmimo.core.fields import field_types
 from openmimo.core.records import SamplingParams
@@ -30,7 +30,7 @@ from openmimo.train.config import ExtendConfig, PhaseSettings, PretrainConfig, R
 PACKAGE = Path(openmimo.__file__).parent
 COMMANDS = (
     PretrainConfig, ExtendConfig, SftConfig, RlConfig, MopdConfig, CompareConfig, DemoConfig, EvalConfig,
-    SpeakOptions, GenerateOptions, ServeOptions,
+    SpeakOptions, GenerateOptions, ServeOptions, ExpertsOptions,
 )  # fmt: skip
 
 
