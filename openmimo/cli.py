@@ -421,7 +421,8 @@ class ExpertsOptions:
 
 
 def _experts(arguments: list[str]) -> None:
-    options = _parse_options(ExpertsOptions, arguments, "experts RUN", ("path",))
+    main = ("path", "horizon", "predictors", "devices", "spare_slots", "nodes", "groups")
+    options = _parse_options(ExpertsOptions, arguments, "experts RUN", main)
     from openmimo.parallel.expert_load.page import write_page
 
     print(f"wrote {write_page(Path(options.path), options.settings)}")

@@ -17,6 +17,7 @@ from openmimo.engine.server.backends.stub import StubBackend
 from openmimo.engine.server.config import ServerConfig
 
 FEW = settings(max_examples=12, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+MANY = settings(FEW, max_examples=50)
 CHECKS = ["not_a_server_error", "status_code_conformance", "content_type_conformance", "response_schema_conformance"]
 PATHS = [
     "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/responses/compact", "/v1/messages",
@@ -42,6 +43,7 @@ def schemathesis():
     return pytest.importorskip("schemathesis", reason="needs schemathesis")
 
 
+@pytest.mark.slow  # test_reply_types.py and the bodies below are its fast siblings
 def test_every_answer_is_one_that_the_schema_promises(url, schemathesis):
     requests = pytest.importorskip("requests", reason="needs requests")
     checks = [getattr(schemathesis.checks, name) for name in CHECKS]
@@ -52,7 +54,7 @@ def test_every_answer_is_one_that_the_schema_promises(url, schemathesis):
         session.trust_env = False  # looking for proxies takes as long as the request
         for operation in operations:
 
-            @FEW
+            @MANY
             @given(case=operation.as_strategy())
             def call(case):
                 case.call_and_validate(base_url=url, session=session, checks=checks)

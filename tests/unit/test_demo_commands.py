@@ -12,7 +12,9 @@ from rich.console import Console
 from openmimo.demo import story
 
 
-@pytest.mark.parametrize("working_folder", [pytest.param("/", marks=pytest.mark.slow), "HERE", "BIN"])
+@pytest.mark.parametrize(
+    "working_folder", [pytest.param("/", marks=pytest.mark.slow), pytest.param("HERE", marks=pytest.mark.slow), "BIN"]
+)
 def test_the_printed_program_starts_from_any_folder(working_folder, tmp_path, monkeypatch):
     folder = {"HERE": tmp_path, "BIN": Path(sys.executable).parent}.get(working_folder, Path(working_folder))
     monkeypatch.chdir(folder)

@@ -1,4 +1,4 @@
-"""Errors of load forecasts beside the error that sampling alone would leave (arXiv 2404.16914 prints none).
+"""Errors of load forecasts and the error that sampling alone leaves (arXiv 2404.16914 prints none).
 
 Each token visits k different experts. If it chooses expert e with probability k p, independently of other tokens, the
 share of e among N slots has the variance p (1 - k p) / N, and a forecast that knows p is off by sqrt(2 / pi) standard
