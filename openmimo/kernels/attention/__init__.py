@@ -434,8 +434,8 @@ class UpdateNeed(NamedTuple):
         dtype: Dtype of the heads.
         cache_dtype: Dtype of the pages.
         needs_gradients: Whether autograd records and an input requires a gradient.
-        readable: Whether heads are rotated, the tables are contiguous and have the dtype of the heads, and the numbers of
-            a head are contiguous in heads and pages.
+        readable: Whether heads are rotated, the tables are contiguous and have the dtype of the heads, and the numbers
+            of a head are contiguous in heads and pages.
         on_cpu: Whether the heads are in CPU memory.
         score_block: Keys of a block of the requested block scores (None: no scores).
     """

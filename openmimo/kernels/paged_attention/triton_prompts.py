@@ -5,7 +5,7 @@ So a captured graph can read prompts, and a chunk needs no copy of the keys befo
 
 import torch
 
-from openmimo.kernels.attention import AttentionOut, ChosenBlocks, NO_SCORES, PagedNeed, Pages
+from openmimo.kernels.attention import NO_SCORES, AttentionOut, ChosenBlocks, PagedNeed, Pages
 from openmimo.kernels.dispatch import Backend, triton_unavailable
 
 _MAX_DIMS = 256  # of a key or a value
