@@ -19,7 +19,7 @@ Form: TypeAlias = Literal["base", "chat"]
 Seed: TypeAlias = tuple[int, int, int]
 _MAX_ROUNDS = 10
 _LEAST_SLOPE = 0.1  # tokens of a unit
-_SLACK = 1 / 256  # unused share of the length at which `fill` stops early
+_SLACK = 1 / 1024  # unused share of the length at which `fill` stops early
 _SPEAKERS = {"user": "User", "assistant": "Assistant", "system": "System"}
 
 
@@ -110,7 +110,7 @@ class Room:
             else:
                 slope = (over[1] - tokens) / (over[0] - fitting)
             left = self.length - tokens
-            if (over is not None and over[0] - fitting <= 1) or left < min(slope, self.length * _SLACK):
+            if (over is not None and over[0] - fitting <= 1) or left < max(slope, self.length * _SLACK):
                 break
             units = fitting + max(int(left / slope), 1)
             if over is not None:
