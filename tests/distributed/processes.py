@@ -10,6 +10,10 @@ import torch
 import torch.distributed as dist
 
 
+# Set when tests are collected: a process forked from one that has started threads can wait for them forever.
+torch.set_num_threads(1)
+
+
 def run_processes(folder: Path, count: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
     """Returns the results of `function(*arguments)` in each of `count` processes, by rank."""
     context = multiprocessing.get_context("fork")
@@ -25,7 +29,6 @@ def run_processes(folder: Path, count: int, function: Callable[..., Any], *argum
 
 
 def _run(folder: Path, rank: int, count: int, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-    torch.set_num_threads(1)
     try:
         dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=count)
         torch.save(function(*arguments), folder / f"result-{rank}")
