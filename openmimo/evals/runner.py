@@ -8,6 +8,7 @@ import contextlib
 import itertools
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from rich.table import Table
 from openmimo.core.config import from_dict, keep_config, run_folder, to_dict
 from openmimo.core.errors import ConfigError, DataError, UserError
 from openmimo.core.files import write_text_atomic
-from openmimo.core.metrics import MetricsWriter, read_metrics
+from openmimo.core.metrics import MetricsWriter, TimeLeft, read_metrics
 from openmimo.data.task import final_answer
 from openmimo.data.tokenizer import Tokenizer
 from openmimo.engine.llm import LLM
@@ -124,21 +125,27 @@ def answer_all(
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         bar = progress.add_task("tokens", total=total)
+        time_left = TimeLeft(2)
         for cell in cells:
             progress.update(bar, description=f"{cell.entry.label} {cell.room.length}")
             keys = [(cell.entry.label, cell.room.length, index) for index in range(cell.num_examples)]
             finished = [done[key] for key in keys if key in done]
+            total -= cell.room.length * len(finished)
             progress.advance(bar, cell.room.length * len(finished))
             yield from finished
             waiting = [key[2] for key in keys if key not in done]
             size = max(min(config.batch, _BATCH_TOKENS // cell.room.length), 1)
             for start in range(0, len(waiting), size):
-                batch = waiting[start : start + size]
+                batch, started = waiting[start : start + size], time.perf_counter()
                 for one in _answer_batch(config, cell, model, batch):
                     if keep is not None:
                         keep(one)
                     yield one
-                progress.advance(bar, cell.room.length * len(batch))
+                num_tokens = cell.room.length * len(batch)
+                total -= num_tokens
+                progress.advance(bar, num_tokens)
+                if said := time_left.after_step(time.perf_counter() - started, num_tokens, total):
+                    progress.console.print(said)
 
 
 def _answer_batch(config: EvalConfig, cell: Cell, model: Answerer, indices: list[int]) -> Iterator[Answered]:
