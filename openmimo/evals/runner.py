@@ -121,31 +121,31 @@ def answer_all(
         keep: Called with each new one.
     """
     done = done or {}
-    total = tokens_left = sum(cell.room.length * cell.num_examples for cell in cells)
-    time_left, errors = TimeLeft(2), Console(stderr=True)
+    total = sum(cell.room.length * cell.num_examples for cell in cells)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=errors, transient=True) as progress:
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         bar = progress.add_task("tokens", total=total)
+        time_left = TimeLeft(2)
         for cell in cells:
             progress.update(bar, description=f"{cell.entry.label} {cell.room.length}")
             keys = [(cell.entry.label, cell.room.length, index) for index in range(cell.num_examples)]
             finished = [done[key] for key in keys if key in done]
+            total -= cell.room.length * len(finished)
             progress.advance(bar, cell.room.length * len(finished))
-            tokens_left -= cell.room.length * len(finished)
             yield from finished
             waiting = [key[2] for key in keys if key not in done]
             size = max(min(config.batch, _BATCH_TOKENS // cell.room.length), 1)
             for start in range(0, len(waiting), size):
-                started, batch = time.perf_counter(), waiting[start : start + size]
+                batch, started = waiting[start : start + size], time.perf_counter()
                 for one in _answer_batch(config, cell, model, batch):
                     if keep is not None:
                         keep(one)
                     yield one
                 num_tokens = cell.room.length * len(batch)
-                tokens_left -= num_tokens
+                total -= num_tokens
                 progress.advance(bar, num_tokens)
-                if said := time_left.after_step(time.perf_counter() - started, num_tokens, tokens_left):
-                    errors.print(said)
+                if said := time_left.after_step(time.perf_counter() - started, num_tokens, total):
+                    progress.console.print(said)
 
 
 def _answer_batch(config: EvalConfig, cell: Cell, model: Answerer, indices: list[int]) -> Iterator[Answered]:
