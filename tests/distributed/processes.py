@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-
 # Set when tests are collected: a process forked from one that has started threads can wait for them forever.
 torch.set_num_threads(1)
 

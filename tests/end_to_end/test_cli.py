@@ -205,7 +205,7 @@ def test_eval_writes_scores(speaking, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("verb", "said"), [("generate", "the text so far"), ("convert", "old one is unchanged"), ("eval", "answers so far")]
+    ("verb", "said"), [("generate", "the text so far"), ("convert", "old one is unchanged"), ("eval", "scores")]
 )
 @pytest.mark.parametrize(
     ("interrupt", "code"),
