@@ -8,6 +8,7 @@ messages are added, because the layers wait for them.
 T tokens of a micro-batch on one rank, D model dim.
 """
 
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -372,6 +373,7 @@ def _fetched_values(config: ModelConfig, index: int, sizes: MeshSizes, step: Ste
     return rows * kv_heads * (spec.key_dim + spec.value_dim)
 
 
+@functools.cache
 def fetched_rows(spec: AttentionConfig, cp: int, sequence_length: int, micro_batch_rows: int) -> float:
     """Return the rows that a rank fetches from others for one layer, mean over ranks.
 

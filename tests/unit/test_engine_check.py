@@ -33,8 +33,9 @@ def window_off_by_one(monkeypatch):
     attend = PagedContext.attend
 
     def wrong(self, call):
-        window = call.window_keys
-        return attend(self, call if window is None else call._replace(window_keys=window - 1))
+        if call.window_keys is not None:
+            call.window_keys -= 1
+        return attend(self, call)
 
     monkeypatch.setattr(PagedContext, "attend", wrong)
 

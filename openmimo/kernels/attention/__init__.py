@@ -472,7 +472,7 @@ def update_and_attend(
     """
     joined, keys, values = fresh.joined_TJ, pages.keys_XPGK, pages.values_XPGV
     width = (fresh.num_heads + fresh.num_kv_heads) * fresh.key_dim + fresh.num_kv_heads * fresh.value_dim
-    if joined.shape[1] != width or keys.shape[2:] != (fresh.num_kv_heads, fresh.key_dim):
+    if joined.shape[1] != width or keys.shape[2:] != (fresh.num_kv_heads, fresh.key_dim + scale_bytes(keys.dtype)):
         raise ValueError(
             f"heads do not fit: {tuple(joined.shape)} for {fresh.num_heads} query heads and {fresh.num_kv_heads} "
             f"key/value heads of {fresh.key_dim} and {fresh.value_dim} dims, and pages of {tuple(keys.shape[2:])}"
