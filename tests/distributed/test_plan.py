@@ -131,7 +131,18 @@ def test_activations_are_those_that_autograd_keeps(recompute):
     print(sum(kept.values()), predicted)
 
 
-def test_the_search_finds_meshes_that_fit():
+def test_the_search_sorts_meshes_by_time_and_memory():
+    card = replace(CARDS["h100"], memory_bytes=1.5e9)
+    fitting, others = search(model_config("small"), StepShape(4096, 64, 1), card, num_cards=4, efficiency=0.4)
+    assert fitting and others
+    for plans in (fitting, others):
+        assert plans == sorted(plans, key=lambda found: found.step_seconds)
+    largest, smallest = max(found.memory.total for found in fitting), min(found.memory.total for found in others)
+    assert largest < 0.9 * 1.5e9 <= smallest
+
+
+@pytest.mark.slow
+def test_the_search_finds_meshes_for_the_published_model():
     config, step = model_config("flash_base"), StepShape(32_768, 2048, 1, recompute=True)
     fitting, others = search(config, step, CARDS["h100"], num_cards=256, efficiency=0.4)
     assert fitting and all(found.memory.total < 80e9 for found in fitting)
