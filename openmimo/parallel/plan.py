@@ -222,7 +222,7 @@ def search(
 
 
 def meshes(num_cards: int, cards_per_node: int) -> Iterator[MeshSizes]:
-    """Yield the meshes of so many cards; tensor-parallel ranks share a machine."""
+    """Yield the meshes of `num_cards` cards; tensor-parallel ranks share a machine."""
     for tp in _divisors(min(num_cards, cards_per_node)):
         if num_cards % tp:
             continue

@@ -109,7 +109,7 @@ def assert_equal(outcome: Outcome, alone: Outcome, sizes: dict[str, int]) -> Non
         assert gradient.abs().max() > 0, name
         error = (outcome.gradients[name] - gradient).abs().max() / gradient.abs().max()
         assert error < 1e-5, (sizes, name, float(error))
-        # Adam's first step has the size of the learning rate, whatever that of the gradient
+        # Adam's first step has the size of the learning rate for any size of the gradient
         assert (outcome.updated[name] - alone.updated[name]).abs().max() < 1e-4, (sizes, name)
 
 

@@ -178,7 +178,7 @@ def test_a_dry_run_builds_every_rank(sizes):
 
 
 def test_context_parallelism_moves_less_than_gathering_all_keys():
-    """Eight ranks and 256K tokens: a halo makes the traffic of sliding layers vanish beside that of full ones."""
+    """Eight ranks and 256K tokens: a halo makes the traffic of sliding layers vanish next to that of full ones."""
     config = model_config("flash_base")
     step = StepShape(262_144, 64, 1)
     moved = plan(config, MeshSizes(dp_shard=8, cp=8), step, CARDS["h100"], efficiency=0.4).traffic.cp / 8 / 2
