@@ -138,6 +138,7 @@ class PagedContext:
         self._arena = arena
         self._rotary = rotary
         self._integers = integers
+        self._is_on_cpu = arena.layer(0)[0].is_cpu  # where no backend joins these operations
         self._picked: dict[_Geometry, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def bind(self, step: PassInput, *, records_routing: bool = False) -> "PagedContext":
@@ -171,7 +172,7 @@ class PagedContext:
         slots = self._step.groups[group]
         assert slots is not None, "the pass was planned without this group of layers"
         pages = Pages(keys_XPGK, values_XPGV, slots.tables_BY[part])
-        if self._reads_pages and slots.kept_rows is None and call.fresh is not None:
+        if self._reads_pages and slots.kept_rows is None and call.fresh is not None and not self._is_on_cpu:
             result = update_and_attend(
                 call.fresh,
                 pages,
@@ -186,10 +187,11 @@ class PagedContext:
                 score_block=call.score_block,
             )
         elif self._reads_pages and slots.kept_rows is None:
-            if call.k_TGK is not None and call.v_TGV is not None:
-                self._store(slots, part, pages, call.k_TGK, call.v_TGV)
+            q_TNK, k_TGK, v_TGV = call.heads()
+            if k_TGK is not None and v_TGV is not None:
+                self._store(slots, part, pages, k_TGK, v_TGV)
             result = paged_attend(
-                call.q_TNK,
+                q_TNK,
                 pages,
                 call.sink_N,
                 query_lengths_B=self._step.query_lengths_B,

@@ -106,19 +106,20 @@ class AttentionCall:
     @property
     def q_TNK(self) -> torch.Tensor:  # noqa: N802
         """Queries, rotated."""
-        return self._all_heads()[0]
+        return self.heads()[0]
 
     @property
     def k_TGK(self) -> torch.Tensor | None:  # noqa: N802
         """Keys, rotated; None to read those of `source_layer`."""
-        return self._all_heads()[1]
+        return self.heads()[1]
 
     @property
     def v_TGV(self) -> torch.Tensor | None:  # noqa: N802
         """Values, scaled; None to read those of `source_layer`."""
-        return self._all_heads()[2]
+        return self.heads()[2]
 
-    def _all_heads(self) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    def heads(self) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """Return queries, keys and values, as the properties do."""
         if self._heads is None:
             assert self.fresh is not None
             self._heads = rotated_heads(self.fresh)

@@ -187,7 +187,7 @@ def call_paged_kernel(
     )
     if _PAGED.call(call):
         raise MemoryError(f"there is no memory for the block scores of {longest_key:,} keys")
-    return out_TNV.to(dtype), scores_TGC
+    return out_TNV if out_TNV.dtype == dtype else out_TNV.to(dtype), scores_TGC
 
 
 def _strides(x_XPGK: torch.Tensor) -> tuple[int, int]:
