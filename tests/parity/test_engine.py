@@ -195,13 +195,13 @@ def test_priorities_come_first():
 
 def test_no_pass_reads_a_page_that_is_not_there(monkeypatch):
     """MTP heads skip positions of a prompt that is read in chunks, so their windows cover positions without a page."""
-    lowest, passes = [], worker.update_and_attend
+    lowest, passes = [], worker.paged_attend
 
-    def watched(fresh, pages, *places, **lengths):
+    def watched(q_TNK, pages, sink_N, **lengths):
         lowest.append(int(pages.tables_BY.min()))
-        return passes(fresh, pages, *places, **lengths)
+        return passes(q_TNK, pages, sink_N, **lengths)
 
-    monkeypatch.setattr(worker, "update_and_attend", watched)
+    monkeypatch.setattr(worker, "paged_attend", watched)
     engine = _engine(MODEL, prefill_tokens=64, prefix_cache=False)
     for length in range(66, 90):
         _run(engine, [Request("1", tuple(_ids(length, length)), replace(GREEDY, max_tokens=2))])
