@@ -5,7 +5,8 @@ So a captured graph can read prompts, and a chunk needs no copy of the keys befo
 
 import torch
 
-from openmimo.kernels.attention import NO_SCORES, AttentionOut, ChosenBlocks, PagedNeed, Pages
+from openmimo.kernels.attention import AttentionOut, ChosenBlocks, PagedNeed, Pages
+from openmimo.kernels.attention._calls import refuse_blocks
 from openmimo.kernels.dispatch import Backend, triton_unavailable
 
 _MAX_DIMS = 256  # of a key or a value
@@ -44,9 +45,9 @@ def run(
 
 
 def refuse(need: PagedNeed) -> str | None:
-    """Refuse training, block scores, large heads, and a cache in another dtype."""
-    if need.score_block is not None:
-        return NO_SCORES
+    """Refuse training, block scores, chosen blocks, large heads, and a cache in another dtype."""
+    if reason := refuse_blocks(need):
+        return reason
     if reason := triton_unavailable(need.on_cpu, need.dtype):
         return reason
     if need.needs_gradients:
