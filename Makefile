@@ -27,7 +27,7 @@ tiny-mimo: demo
 # an empty PYTHONDONTWRITEBYTECODE keeps compiled tests, which each worker and each child process would compile again
 test: $(VENV)/dev
 	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile -m "not slow and not gpu"
-# gradients, losses and resumption on two and four processes; takes 3 to 6 minutes
+# gradients, losses and resumption on two and four processes; takes 2 to 6 minutes
 distributed: $(VENV)/dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/distributed
 types: $(VENV)/dev

@@ -342,3 +342,11 @@ def test_shapes_that_do_not_fit_are_refused():
     q, k, v = torch.randn(20, 2, 8), torch.randn(20, 1, 8), torch.randn(20, 1, 8)
     with pytest.raises(ValueError, match="shapes do not fit"):
         attend(q, k, v, None, query_lengths=(19,), key_lengths=(20,), window_keys=None)
+
+
+def test_kernels_of_prompts_refuse_chosen_blocks_and_scores():
+    """Their other refusals come after these, so that the test says something on a machine without an accelerator."""
+    need, _ = tensors_of(CALLS[next(iter(CALLS))], torch.float32, False)
+    backend = dict(ATTENTION.backends())["triton_prompts"]
+    assert "blocks" in backend.refuse(replace(need, window_keys=None, chosen_block=4))
+    assert "scores" in backend.refuse(replace(need, window_keys=None, score_block=4))

@@ -4,7 +4,8 @@ import functools
 
 import torch
 
-from openmimo.kernels.attention import CAUSAL_ONLY, NO_SCORES, AttentionNeed, AttentionOut
+from openmimo.kernels.attention import CAUSAL_ONLY, AttentionNeed, AttentionOut
+from openmimo.kernels.attention._calls import refuse_blocks
 from openmimo.kernels.dispatch import Backend, triton_unavailable
 from openmimo.runtime.device import uploaded
 
@@ -47,9 +48,9 @@ def _uploaded(lengths: tuple[int, ...], device: torch.device) -> torch.Tensor:
 
 
 def refuse(need: AttentionNeed) -> str | None:
-    """Refuse training, block scores, attention to later keys, and large heads."""
-    if need.score_block is not None:
-        return NO_SCORES
+    """Refuse training, block scores, chosen blocks, attention to later keys, and large heads."""
+    if reason := refuse_blocks(need):
+        return reason
     if reason := triton_unavailable(need.on_cpu, need.dtype):
         return reason
     if need.needs_gradients:
