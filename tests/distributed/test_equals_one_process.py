@@ -1,5 +1,6 @@
 """A training step on several processes has the loss and every gradient of the same step on one."""
 
+import inspect
 from dataclasses import dataclass
 
 import pytest
@@ -178,3 +179,13 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path):
     mesh, experts, shard, rows, growth = run_processes(tmp_path, 2, refusals)[0]
     assert "--nproc-per-node 4" in mesh and "ep is 3" in experts and "--nproc-per-node 3" in shard
     assert "5 rows" in rows and "mtp_heads" in growth
+
+
+def public_methods(kind: type) -> dict[str, str]:
+    methods = inspect.getmembers(kind, inspect.isfunction)
+    return {name: str(inspect.signature(method)) for name, method in methods if not name.startswith("_")}
+
+
+def test_one_process_and_several_have_one_interface():
+    """The trainer calls either; `Alone` cannot be a base class, because `parallel` lies below `train`."""
+    assert public_methods(Ranks) == public_methods(Alone)
