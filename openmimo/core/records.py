@@ -266,6 +266,8 @@ class Completion:
             experts, else int16; None if not requested.
         num_cached_tokens: Prompt tokens that were reused from the cache.
         error: As in `Delta`.
+        steps_by_drafts: Decoding steps by the number of drafts that they verified; empty without MTP heads.
+        accepted_by_head: Accepted drafts of each MTP head.
     """
 
     prompt_token_ids: list[int]
@@ -282,3 +284,5 @@ class Completion:
     routed_experts: Any = None
     num_cached_tokens: int = 0
     error: str = ""
+    steps_by_drafts: list[int] = field(default_factory=list)
+    accepted_by_head: list[int] = field(default_factory=list)

@@ -22,7 +22,7 @@ from openmimo.engine.prefix import PrefixCache
 from openmimo.engine.request_state import RequestState, TextStream
 from openmimo.engine.runner import DecodeRun, PrefillRun, Runner
 from openmimo.engine.scheduler import Plan, Scheduler
-from openmimo.engine.speculative import DraftLength
+from openmimo.engine.speculative import DraftPolicy, step_cost
 from openmimo.engine.stats import EngineStats
 from openmimo.model.config import AttentionConfig, ModelConfig, active_matmul_parameters
 from openmimo.model.mimo import MiMo
@@ -86,15 +86,15 @@ class Engine:
             on_cpu=model.device.type == "cpu",
             free_idle=self._free_idle_session,
         )
-        draft_length = DraftLength(self.num_drafts, adaptive=config.adaptive_drafts)
-        self.stats = EngineStats(offered=[0] * self.num_drafts, accepted=[0] * self.num_drafts)
+        draft_policy = DraftPolicy(self.num_drafts, adaptive=config.adaptive_drafts, cost=step_cost(model.config))
+        self.stats = EngineStats.of_heads(self.num_drafts)
         self._plans_ahead = config.plans_ahead and works_ahead(model.device) and not self.num_drafts
         self._runner = Runner(
             model,
             self.arena,
             config,
             num_drafts=self.num_drafts,
-            draft_length=draft_length,
+            draft_policy=draft_policy,
             stats=self.stats,
             plans_ahead=self._plans_ahead,
         )
@@ -175,6 +175,8 @@ class Engine:
             text=TextStream(decoder, params.stop) if decoder else None,
             structure=self._structure_compiler().start(params.structure) if params.structure else None,
             head_lengths=[0] * self.num_drafts,
+            steps_by_drafts=[0] * (self.num_drafts + 1),
+            accepted_by_head=[0] * self.num_drafts,
         )
         self._num_arrivals += 1
         self._sequences[request.id] = sequence

@@ -147,12 +147,14 @@ class LLM:
             raise UserError(f"{NOT_FINITE}.")
         return logprobs
 
-    def stats(self) -> dict[str, float | int | list[float]]:
+    def stats(self) -> dict[str, float | int | list[float] | list[int]]:
         """Return the statistics since the LLM was created or `reset_stats` was called.
 
         Returns:
             accepted_tokens_per_step: Tokens per sequence and decoding pass of the main model (1.0 without drafts).
             acceptance_by_head: Share of accepted drafts of each MTP head, among those after accepted drafts only.
+            accepted_per_step_by_head: Accepted drafts of each MTP head per sequence and decoding pass.
+            steps_by_drafts: Sequences of all decoding passes, by the number of their drafts.
             cache_bytes: Maximum bytes in the caches.
             all_global_cache_bytes: The bytes of the same positions in a model with full attention in all layers.
             tokens_per_second: New tokens by wall time, including prefill.

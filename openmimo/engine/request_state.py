@@ -199,6 +199,8 @@ class RequestState:
         node: Node of the prefix tree up to which the tree has its blocks; None if it no longer adds blocks.
         states_start: The first position whose main-model state the worker still keeps for the heads.
         head_lengths: Positions that each head has computed.
+        steps_by_drafts: Its decoding steps by the number of its drafts.
+        accepted_by_head: Its accepted drafts of each head.
         logprobs: Log-probability of each new token, if requested.
         top_logprobs: The likeliest ids and their log-probabilities at each new token, if requested.
         prompt_logprobs: Of each prompt token but the first, if requested.
@@ -234,6 +236,8 @@ class RequestState:
     node: PrefixNode | None = None
     states_start: int = 0
     head_lengths: list[int] = field(default_factory=list)
+    steps_by_drafts: list[int] = field(default_factory=list)
+    accepted_by_head: list[int] = field(default_factory=list)
     logprobs: array = field(default_factory=lambda: array("d"))
     top_logprobs: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
@@ -332,6 +336,12 @@ class RequestState:
         elif len(self.tokens) == self.max_length:
             self.finish("length")
 
+    def count_drafts(self, num_offered: int, num_accepted: int) -> None:
+        """Counts a decoding step in which the first `num_accepted` of `num_offered` drafts were right."""
+        self.steps_by_drafts[num_offered] += 1
+        for head in range(num_accepted):
+            self.accepted_by_head[head] += 1
+
     def finish(self, reason: str, error: str = "", *, is_request_error: bool = False) -> None:
         """Ends the request; no token may be added afterwards."""
         self.finish_reason = reason
@@ -389,6 +399,8 @@ class RequestState:
             routed_experts=self.routing.array(),
             num_cached_tokens=self.num_cached_tokens,
             error=self.error,
+            steps_by_drafts=list(self.steps_by_drafts),
+            accepted_by_head=list(self.accepted_by_head),
         )
 
     def _fail_structure(self) -> None:

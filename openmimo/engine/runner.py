@@ -25,7 +25,7 @@ from openmimo.engine.cache import PageArena
 from openmimo.engine.config import EngineConfig
 from openmimo.engine.request_state import NOT_FINITE, Decision, RequestState
 from openmimo.engine.sampler import RowChange, SamplingInput, SeatSampling, seat_sampling, uniform
-from openmimo.engine.speculative import DraftLength, DraftPlanner
+from openmimo.engine.speculative import DraftPlanner, DraftPolicy
 from openmimo.engine.stats import EngineStats
 from openmimo.engine.step import (
     PROMPTS,
@@ -72,7 +72,7 @@ class DecodeRun(NamedTuple):
     Attributes:
         sequences: The sequences that decode.
         num_drafts: Drafts of each.
-        num_heads: Heads that draft.
+        seats: The seat of each.
         output: The results on the device.
         arrival: `Results` on their way.
         policy_version: Version of the weights.
@@ -81,7 +81,7 @@ class DecodeRun(NamedTuple):
 
     sequences: list[RequestState]
     num_drafts: list[int]
-    num_heads: int
+    seats: list[int]
     output: StepOutput
     arrival: Arrival
     policy_version: int
@@ -122,7 +122,7 @@ class Runner:
         config: EngineConfig,
         *,
         num_drafts: int,
-        draft_length: DraftLength,
+        draft_policy: DraftPolicy,
         stats: EngineStats,
         plans_ahead: bool = False,
     ):
@@ -138,7 +138,7 @@ class Runner:
         )  # fmt: skip
         self._max_sequences, self._max_positions = config.max_sequences, model.config.max_positions
         self._device = model.device
-        self._draft_length = draft_length
+        self._draft_policy = draft_policy
         self._routing_dtype = np.uint8 if model.config.moe and model.config.moe.num_experts <= 256 else np.int16
         num_layers = len(model.config.layers)
         prompt_tokens = max(config.prompt_tokens(on_cpu=model.device.type == "cpu"))
@@ -170,10 +170,10 @@ class Runner:
     def decode(self, sequences: list[RequestState], policy_version: int) -> DecodeRun:
         """Queues a step that adds at least one token to every sequence, and at most one more than it has drafts."""
         start = time.perf_counter()
-        num_heads = self._draft_length.choose(len(sequences)) if self._drafting else 0
-        num_drafts = [0] * len(sequences)
+        num_drafts, seats = [0] * len(sequences), [sequence.held_pages.seat for sequence in sequences]
         if self._drafting:
-            num_drafts = [self._drafting.num_drafts_of(sequence, num_heads) for sequence in sequences]
+            limits = [self._drafting.num_drafts_of(sequence) for sequence in sequences]
+            num_drafts = self._draft_policy.choose(seats, [sequence.arrival for sequence in sequences], limits)
         output = self._execute(self._decode_input(sequences, num_drafts))
         self.stats.num_prompt_tokens += sum(s.num_computed_tokens < s.prompt_length for s in sequences)
         for place, sequence in enumerate(sequences):
@@ -184,7 +184,7 @@ class Runner:
             sequence.num_computed_tokens += 1
             sequence.num_pending_tokens += 1
             sequence.decided_place = place
-        return DecodeRun(sequences, num_drafts, num_heads, output, _arrival(output), policy_version, start)
+        return DecodeRun(sequences, num_drafts, seats, output, _arrival(output), policy_version, start)
 
     def finish_decode(self, run: DecodeRun) -> list[RequestState]:
         """Applies the results of a decoding step. Returns the sequences that had not ended before."""
@@ -210,8 +210,11 @@ class Runner:
         if touched:
             self.stats.num_steps += 1
             self.stats.sequence_steps += len(touched)
-        if self._drafting and max(run.num_drafts) == run.num_heads:
-            self._draft_length.observe(len(run.sequences), run.num_heads, time.perf_counter() - run.start)
+        if self._drafting:
+            arrivals = [sequence.arrival for sequence in run.sequences]
+            self._draft_policy.judge(run.seats, arrivals, run.num_drafts, accepted)
+            num_tokens = len(run.sequences) + sum(accepted)
+            self._draft_policy.observe(run.num_drafts, num_tokens, time.perf_counter() - run.start)
         return touched
 
     def prefill(self, prefills: list[tuple[RequestState, int]], policy_version: int) -> PrefillRun:
@@ -520,9 +523,9 @@ class Runner:
         sequence.num_computed_tokens += num_accepted
         if sequence.finish_reason:
             sequence.num_computed_tokens = min(sequence.num_computed_tokens, len(sequence.tokens) - 1)
-        if num_offered:
+        if self._drafting:
+            sequence.count_drafts(num_offered, num_accepted)
             self.stats.count_drafts(num_offered, num_accepted)
-            self._draft_length.judge(num_offered, num_accepted)
         self.stats.num_decoded_tokens += num_new
         self.stats.num_new_tokens += num_new
 

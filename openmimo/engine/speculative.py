@@ -20,20 +20,26 @@ So head k reads drafts at its last k positions. The next round computes these po
 
 This file plans the passes of the heads; `Worker` runs them.
 
-Chooses the number of drafting heads that gives the most tokens per second, from measurements.
+How many drafts. `DraftPolicy` chooses the number of drafts of each sequence in each step, so that a step gives the most
+tokens per second. With a chance a_h that the draft of head h is right if those before it are, k drafts of a sequence
+add a_0 + a_0 a_1 + ... + a_0...a_(k-1) tokens. These terms fall, so the best n drafts of a batch are the n largest
+terms of all its sequences: the marginal gains, sorted. The time of a step depends on the number of heads that draft,
+which is the shape of its graphs, and on n. So one sort finds the optimum exactly.
 
-More drafts mean more accepted tokens, with falling returns, and a more expensive step. Each number is tried a few times
-per batch size (in powers of two), because a batch that fills the machine pays for every rejected token. Then the best
-number is used, and a neighbor is tried every 128 steps. Acceptance and step times are running averages.
-The choice changes speed only: the text is the same with any number of drafts.
+`StepTimes` predicts the times from measured steps. The chances of a sequence are those of its own drafts, with those
+of all sequences as a prior; both forget. The choice changes speed only: the text is the same with any drafts.
 """
 
 import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from openmimo.engine.request_state import RequestState
-from openmimo.engine.step import HeadInput, PassShape, Span, StepBuffers
+from openmimo.engine.step import HeadInput, PassShape, Span, StepBuffers, padded_batch
+from openmimo.model.config import ModelConfig, active_matmul_parameters, mtp_matmul_parameters
 
 _Work = tuple[RequestState, int, int]  # a sequence, and the positions `start` to `stop` that a head computes
 
@@ -99,15 +105,15 @@ class DraftPlanner:
                 heads.append(self._head_input(buffers, head, work, places, range(len(work)), len(work)))
         return tuple(heads)
 
-    def num_drafts_of(self, sequence: RequestState, num_heads: int) -> int:
-        """How many of `num_heads` heads draft for a sequence: a step adds one token more than it has drafts.
+    def num_drafts_of(self, sequence: RequestState) -> int:
+        """How many heads may draft for a sequence: a step adds one token more than it has drafts.
 
         None can if the first head has no position to compute: before the first position, after a cached prefix, and
         after a chunk that leaves one token of a prompt. Then the step computes the next one.
         """
         if max(sequence.states_start, sequence.head_lengths[0]) >= sequence.num_computed_tokens:
             return 0
-        return min(num_heads, sequence.max_new_tokens_left - 1)
+        return min(self.num_drafts, sequence.max_new_tokens_left - 1)
 
     def draft(
         self, sequences: list[RequestState], num_drafts: list[int], shape: PassShape | None = None
@@ -226,65 +232,328 @@ def _fits(work: list[_Work], shape: PassShape) -> bool:
     )
 
 
-_SMOOTHING = 0.1
-_SLOWEST_LEARNING = 0.02
-_STEPS_BETWEEN_TRIALS = 128
-_STEPS_OF_A_TRIAL = 2
 _FIRST_MEASUREMENTS = 3  # the fastest of these counts: the first steps may include one-time costs
+_LEAST_RATE, _MOST_RATE = 0.1, 0.5  # of averages: of a shape in use, and of one that was not used for long
+_STEPS_OF_MEMORY = 64
+_COMMON_RATE = 0.02  # what slows one shape slows the others: longer texts, other processes
+_READING_ROWS = 10  # rows whose arithmetic takes as long as reading the weights, before any measurement
+_PRIOR_SLOPE, _SLOPE_WEIGHT, _SLOPE_KEPT = 0.5, 0.02, 0.99
+_UNTRIED_DISCOUNT = 0.5
 
 
-class DraftLength:
-    """The choice of one engine. With `adaptive=False` all heads always draft."""
+class StepCost(NamedTuple):
+    """What a step reads and multiplies, in parameters: the shape of its cost before any step is measured.
 
-    def __init__(self, num_heads: int, *, adaptive: bool):
-        self._num_heads = num_heads
-        self._adaptive = adaptive
-        self._acceptance = [0.5] * num_heads
-        self._num_judged = [0] * num_heads
-        self._seconds: dict[int, list[float]] = {}
-        self._num_measured: dict[int, list[int]] = {}
-        self._steps = 0
+    Attributes:
+        shared: Parameters of the main layers and the output head that every row multiplies.
+        experts: Parameters of all routed experts.
+        hit_share: Share of the routed experts that one row multiplies.
+        head: Parameters of one drafting head, with its pass through the output head.
+    """
 
-    def choose(self, batch_size: int) -> int:
-        """The number of heads that draft for the next step of `batch_size` sequences."""
+    shared: float
+    experts: float
+    hit_share: float
+    head: float
+
+    def main(self, num_rows: int) -> np.ndarray:
+        """The cost of the main layers by the number of rows, from 0 to `num_rows`.
+
+        A row adds its products, and the experts that no earlier row has read: E (1 - (1 - A / E)^R) of E experts are
+        read by R rows of A each, if routes are independent.
+        """
+        rows_R = np.arange(num_rows + 1)
+        read_R = self.shared + self.experts * (1.0 - (1.0 - self.hit_share) ** rows_R)
+        return read_R + rows_R * (self.shared + self.experts * self.hit_share) / _READING_ROWS
+
+    def heads(self, num_heads: int, num_sequences: int) -> float:
+        """The cost of the passes of drafting heads."""
+        return num_heads * self.head * (1.0 + num_sequences / _READING_ROWS)
+
+
+def step_cost(config: ModelConfig) -> StepCost:
+    """The cost of the steps of a model, from its sizes."""
+    active, experts, hit_share = float(active_matmul_parameters(config)), 0.0, 0.0
+    if config.moe is not None:
+        num_sparse = sum(layer.ffn == "moe" for layer in config.layers)
+        experts = 3.0 * config.hidden_size * config.moe.expert_dim * config.moe.num_experts * num_sparse
+        hit_share = config.moe.experts_per_token / config.moe.num_experts
+    num_heads = max(config.num_mtp_heads, 1)
+    return StepCost(active - experts * hit_share, experts, hit_share, mtp_matmul_parameters(config) / num_heads)
+
+
+class _ShapeTimes:
+    """Measured steps of one size of batch, by the number of heads that draft."""
+
+    def __init__(self, num_heads: int):
+        self.seconds = [math.inf] * (num_heads + 1)
+        self.cost = [0.0] * (num_heads + 1)  # the mean of `StepCost` in these steps
+        self.num_measured = [0] * (num_heads + 1)
+        self.last_step = [0] * (num_heads + 1)
+        self.covariance = self.variance = 0.0
+
+    @property
+    def slope(self) -> float:
+        """By how many percent a step is longer in which `StepCost` is one percent higher, with as many heads."""
+        slope = (self.covariance + _PRIOR_SLOPE * _SLOPE_WEIGHT) / (self.variance + _SLOPE_WEIGHT)
+        return min(max(slope, 0.0), 2.0)
+
+    def knows(self, num_heads: int) -> bool:
+        """Whether enough steps with this number of heads were measured."""
+        return self.num_measured[num_heads] >= _FIRST_MEASUREMENTS
+
+
+class StepTimes:
+    """Predicts the time of a step from measured steps of the same captured shape.
+
+    A shape is a size of batch and a number of drafting heads. Within a shape the time depends on the verified rows, in
+    proportion to `StepCost` times a measured slope. A shape that was not measured has the ratio to another one of its
+    batch size that `StepCost` gives.
+    """
+
+    def __init__(self, cost: StepCost, num_heads: int):
+        self._cost, self._num_heads = cost, num_heads
+        self._main = cost.main(0)
+        self._sizes: dict[int, _ShapeTimes] = {}
+        self._num_steps = 0
+
+    def knows(self, num_sequences: int, num_heads: int) -> bool:
+        """Whether enough steps of this shape were measured."""
+        return self._of(num_sequences).knows(num_heads)
+
+    def least_recent(self, num_sequences: int) -> tuple[int, int]:
+        """The number of heads whose time is oldest, and its age in steps."""
+        last = self._of(num_sequences).last_step
+        oldest = min(range(self._num_heads + 1), key=last.__getitem__)
+        return oldest, self._num_steps - last[oldest]
+
+    def seconds(self, num_sequences: int) -> np.ndarray:
+        """Seconds of a step by the number of heads that draft and the number of drafts, [heads + 1, drafts + 1]."""
+        times, most = self._of(num_sequences), num_sequences * (1 + self._num_heads)
+        main_N = self._main_costs(most)[num_sequences : most + 1]
+        bases, slopes = [], []
+        for heads in range(self._num_heads + 1):
+            base, cost, slope = self._mean(times, num_sequences, heads)
+            per_cost = base * slope / cost
+            bases.append(base - base * slope + per_cost * self._cost.heads(heads, num_sequences))
+            slopes.append(per_cost)
+        return np.array(bases)[:, None] + np.array(slopes)[:, None] * main_N
+
+    def predict(self, num_sequences: int, num_heads: int, num_drafts: int) -> float:
+        """Seconds of one step."""
+        mean, cost, slope = self._mean(self._of(num_sequences), num_sequences, num_heads)
+        return mean * (1.0 + slope * (self._cost_of(num_sequences, num_heads, num_drafts) / cost - 1.0))
+
+    def observe(self, num_sequences: int, num_heads: int, num_drafts: int, seconds: float) -> None:
+        """Records the time of a step in which `num_heads` heads made `num_drafts` drafts."""
+        self._num_steps += 1
+        times, cost = self._of(num_sequences), self._cost_of(num_sequences, num_heads, num_drafts)
+        age = self._num_steps - times.last_step[num_heads]
+        times.last_step[num_heads] = self._num_steps
+        if not times.knows(num_heads):
+            times.num_measured[num_heads] += 1
+            if seconds < times.seconds[num_heads]:
+                times.seconds[num_heads], times.cost[num_heads] = seconds, cost
+            return
+        predicted = self.predict(num_sequences, num_heads, num_drafts)
+        ratio = min(seconds / predicted, 2.0)  # other processes may have delayed the step
+        rate = min(max(age / _STEPS_OF_MEMORY, _LEAST_RATE), _MOST_RATE)
+        mean_seconds, mean_cost = times.seconds[num_heads], times.cost[num_heads]
+        more_cost = cost / mean_cost - 1.0
+        more_seconds = ratio * predicted / mean_seconds - 1.0
+        times.variance = _SLOPE_KEPT * times.variance + more_cost * more_cost
+        times.covariance = _SLOPE_KEPT * times.covariance + more_cost * more_seconds
+        times.seconds[num_heads] = mean_seconds * (1.0 + rate * more_seconds)
+        times.cost[num_heads] = mean_cost * (1.0 + rate * more_cost)
+        for heads in range(self._num_heads + 1):
+            if heads != num_heads and times.knows(heads):
+                times.seconds[heads] *= 1.0 + _COMMON_RATE * (ratio - 1.0)
+
+    def _mean(self, times: _ShapeTimes, num_sequences: int, num_heads: int) -> tuple[float, float, float]:
+        """Seconds and `StepCost` of a mean step of a shape, and the slope around it."""
+        if times.knows(num_heads):
+            return times.seconds[num_heads], times.cost[num_heads], times.slope
+        known = next((heads for heads in range(self._num_heads + 1) if times.knows(heads)), None)
+        cost = self._cost_of(num_sequences, num_heads, num_heads * num_sequences)
+        if known is None:
+            return cost, cost, 1.0
+        # A discount, so that what the sizes of the model make look expensive is tried as well.
+        return times.seconds[known] * (1.0 + _UNTRIED_DISCOUNT * (cost / times.cost[known] - 1.0)), cost, times.slope
+
+    def _cost_of(self, num_sequences: int, num_heads: int, num_drafts: int) -> float:
+        main = self._main_costs(num_sequences + num_drafts)[num_sequences + num_drafts]
+        return float(main) + self._cost.heads(num_heads, num_sequences)
+
+    def _main_costs(self, most: int) -> np.ndarray:
+        if len(self._main) <= most:
+            self._main = self._cost.main(2 * most)
+        return self._main
+
+    def _of(self, num_sequences: int) -> _ShapeTimes:
+        size = padded_batch(num_sequences)
+        if size not in self._sizes:
+            self._sizes[size] = _ShapeTimes(self._num_heads)
+        return self._sizes[size]
+
+
+def allocate(gains_BH: np.ndarray, seconds_HN: np.ndarray) -> np.ndarray:
+    """The number of drafts of each sequence that gives the most tokens per second, int64 [B].
+
+    Args:
+        gains_BH: Tokens that the next draft of each sequence adds, by the drafts before it. They do not rise along a
+            row; a draft that may not be made has a gain of 0.
+        seconds_HN: Seconds of a step by the number of heads that draft and the number of drafts, [H + 1, B H + 1].
+    """
+    B, H = gains_BH.shape
+    gains_N = gains_BH.T.ravel()
+    order_N = np.argsort(-gains_N, kind="stable")  # of equal gains, the earlier head comes first
+    sorted_N, heads_N = gains_N[order_N], order_N // B
+    is_usable_HN = (heads_N < np.arange(1, H + 1)[:, None]) & (sorted_N > 0.0)
+    num_HN = np.cumsum(is_usable_HN, axis=1)
+    tokens_HN = B + np.cumsum(np.where(is_usable_HN, sorted_N, 0.0), axis=1)
+    rates_HN = tokens_HN / np.take_along_axis(seconds_HN[1:], num_HN, axis=1)
+    heads, last = divmod(int(rates_HN.argmax()), B * H)
+    if rates_HN[heads, last] <= B / seconds_HN[0, 0]:
+        return np.zeros(B, dtype=np.int64)
+    chosen_N = order_N[: last + 1][is_usable_HN[heads, : last + 1]]
+    return np.bincount(chosen_N % B, minlength=B)
+
+
+_FIRST_CHANCE, _FIRST_CHANCE_WEIGHT = 0.7, 2.0
+_COMMON_WEIGHT = 4.0  # drafts of its own after which a sequence counts as much as all others
+_RATIO_WEIGHT = 1.0
+_KEPT = 0.98  # of what a sequence's drafts have shown, after each step
+_OPTIMISM = 0.5  # standard deviations by which a chance is overestimated, so that unknown ones are measured
+_STEPS_BETWEEN_TRIALS = 256
+_STEPS_OF_REST = 8
+_ALLOWED_LOSS = 0.01  # of the time of plain decoding, in the long run
+_MOST_CREDIT, _CREDIT_TO_START, _MOST_LOSS_OF_A_STEP = 8.0, 2.0, 2.0  # plain steps
+
+
+class DraftPolicy:
+    """Chooses the drafts of each sequence of an engine. With `adaptive=False` all heads always draft.
+
+    Chances are overestimated by a part of their standard deviation, and times of untried shapes are underestimated, so
+    the policy tries what may pay. It keeps an account of the time that drafts have saved and cost against plain steps.
+    An overdrawn account means plain steps, which add one percent of their time to it. So drafts that do not pay cost
+    one percent.
+
+    Args:
+        num_heads: Heads that may draft.
+        adaptive: Whether there is a choice.
+        cost: The cost of steps before any is measured.
+    """
+
+    def __init__(self, num_heads: int, *, adaptive: bool, cost: StepCost):
+        self.times = StepTimes(cost, num_heads)
+        self._num_heads, self._adaptive = num_heads, adaptive
+        self._heads_H = np.arange(num_heads)
+        self._owners_X = np.full(0, -1)
+        self._judged_XH = np.zeros((0, num_heads))
+        self._right_XH = np.zeros((0, num_heads))
+        self._all_judged_H = np.zeros(num_heads)
+        self._all_right_H = np.zeros(num_heads)
+        self._credit = _MOST_CREDIT
+        self._may_draft = True
+        self._rest = self._resting_size = 0
+
+    def choose(self, seats: Sequence[int], owners: Sequence[int], limits: Sequence[int]) -> list[int]:
+        """The number of drafts of each sequence in the next step.
+
+        Args:
+            seats: The seat of each sequence, by which the policy keeps what it learns.
+            owners: A number of each sequence, to recognize a seat that has passed to another.
+            limits: The most drafts of each.
+        """
         if not self._adaptive or not self._num_heads:
-            return self._num_heads
-        seconds, num_measured = self._measurements(batch_size)
-        untried = [count for count, number in enumerate(num_measured) if number < _FIRST_MEASUREMENTS]
-        if untried:
-            return untried[-1]
-        self._steps += 1
-        best = max(range(self._num_heads + 1), key=lambda count: (self._tokens_per_step(count) / seconds[count], count))
-        trial, step = divmod(self._steps, _STEPS_BETWEEN_TRIALS)
-        if trial and step < _STEPS_OF_A_TRIAL:
-            return min(best + 1, self._num_heads) if trial % 2 else max(best - 1, 0)
-        return best
+            return list(limits)
+        num_sequences = len(limits)
+        if self._rest and num_sequences == self._resting_size:
+            self._rest -= 1
+            return [0] * num_sequences
+        if not self.times.knows(num_sequences, 0) or not self._allows():
+            return [0] * num_sequences
+        oldest, age = self.times.least_recent(num_sequences)
+        if age > _STEPS_BETWEEN_TRIALS:
+            return [min(limit, oldest) for limit in limits]
+        chances_BH = self.chances(np.array(seats), np.array(owners), optimism=_OPTIMISM)
+        gains_BH = np.cumprod(chances_BH, axis=1)
+        gains_BH[self._heads_H >= np.array(limits)[:, None]] = 0.0
+        counts = allocate(gains_BH, self.times.seconds(num_sequences)).tolist()
+        if not any(counts):
+            self._rest, self._resting_size = _STEPS_OF_REST, num_sequences
+        return counts
 
-    def observe(self, batch_size: int, num_drafts: int, seconds: float) -> None:
-        """Records the wall time of a step that verified `num_drafts` drafts per sequence and proposed as many."""
-        averages, num_measured = self._measurements(batch_size)
-        old = averages[num_drafts]
-        if num_measured[num_drafts] < _FIRST_MEASUREMENTS:
-            averages[num_drafts] = min(old, seconds)
-        else:  # other processes may have delayed the step, so its time is capped at twice the average
-            averages[num_drafts] += _SMOOTHING * (min(seconds, 2 * old) - old)
-        num_measured[num_drafts] += 1
+    def chances(self, seats_B: np.ndarray, owners_B: np.ndarray, *, optimism: float = 0.0) -> np.ndarray:
+        """The chance of each draft to be right if those before it are, float64 [B, H].
 
-    def judge(self, num_offered: int, num_accepted: int) -> None:
-        """Records one verification, in which the first `num_accepted` of `num_offered` drafts were accepted."""
-        for head in range(min(num_accepted + 1, num_offered)):
-            self._num_judged[head] += 1
-            rate = max(1 / (self._num_judged[head] + 1), _SLOWEST_LEARNING)
-            self._acceptance[head] += rate * ((head < num_accepted) - self._acceptance[head])
+        Args:
+            seats_B: As in `choose`.
+            owners_B: As in `choose`.
+            optimism: Standard deviations that are added.
+        """
+        self._meet(seats_B, owners_B)
+        weight = _FIRST_CHANCE_WEIGHT
+        common_H = (self._all_right_H + weight * _FIRST_CHANCE) / (self._all_judged_H + weight)
+        judged_BH, right_BH = self._judged_XH[seats_B], self._right_XH[seats_B]
+        wrong_H = 1.0 - common_H
+        ratio_B = ((judged_BH - right_BH).sum(axis=1) + _RATIO_WEIGHT) / (judged_BH @ wrong_H + _RATIO_WEIGHT)
+        weights_BH = judged_BH + _COMMON_WEIGHT
+        priors_BH = 1.0 - np.minimum(ratio_B[:, None] * wrong_H, 0.98)
+        chances_BH = (right_BH + _COMMON_WEIGHT * priors_BH) / weights_BH
+        if optimism:
+            chances_BH += optimism * np.sqrt(chances_BH * (1.0 - chances_BH) / weights_BH)
+        return np.minimum(chances_BH, 1.0)
 
-    def _tokens_per_step(self, count: int) -> float:
-        tokens, chance = 1.0, 1.0
-        for acceptance in self._acceptance[:count]:
-            chance *= acceptance
-            tokens += chance
-        return tokens
+    def judge(
+        self, seats: Sequence[int], owners: Sequence[int], offered: Sequence[int], accepted: Sequence[int]
+    ) -> None:
+        """Records a verification, in which the first `accepted` of `offered` drafts of each sequence were right."""
+        if not self._adaptive or not self._num_heads:
+            return
+        for values in (self._judged_XH, self._right_XH, self._all_judged_H, self._all_right_H):
+            values *= _KEPT
+        if not any(offered):
+            return
+        seats_B, accepted_B1 = np.array(seats), np.array(accepted)[:, None]
+        self._meet(seats_B, np.array(owners))
+        judged_BH = self._heads_H < np.minimum(accepted_B1 + 1, np.array(offered)[:, None])
+        right_BH = self._heads_H < accepted_B1
+        self._judged_XH[seats_B] += judged_BH
+        self._right_XH[seats_B] += right_BH
+        self._all_judged_H += judged_BH.sum(axis=0)
+        self._all_right_H += right_BH.sum(axis=0)
 
-    def _measurements(self, batch_size: int) -> tuple[list[float], list[int]]:
-        """Seconds per step and number of measurements, each by the number of drafts."""
-        size, counts = batch_size.bit_length(), self._num_heads + 1
-        return self._seconds.setdefault(size, [math.inf] * counts), self._num_measured.setdefault(size, [0] * counts)
+    def observe(self, counts: Sequence[int], num_tokens: int, seconds: float) -> None:
+        """Records the wall time of a step with these drafts of each sequence, and the tokens that it added."""
+        if not self._adaptive or not self._num_heads:
+            return
+        num_sequences, num_heads, num_drafts = len(counts), max(counts), sum(counts)
+        self.times.observe(num_sequences, num_heads, num_drafts, seconds)
+        saved = 0.0
+        if num_heads:
+            longer = self.times.predict(num_sequences, num_heads, num_drafts) / self.times.predict(num_sequences, 0, 0)
+            saved = max(num_tokens / num_sequences - longer, -_MOST_LOSS_OF_A_STEP)
+        self._credit = min(self._credit + saved + _ALLOWED_LOSS, _MOST_CREDIT)
+
+    def _allows(self) -> bool:
+        """Whether the account allows drafts: once it is overdrawn, not before it has the credit to start."""
+        if self._credit <= 0.0 or self._credit >= _CREDIT_TO_START:
+            self._may_draft = self._credit > 0.0
+        return self._may_draft
+
+    def _meet(self, seats_B: np.ndarray, owners_B: np.ndarray) -> None:
+        """Forgets what is known of seats that have passed to other sequences."""
+        num_missing = int(seats_B.max()) + 1 - len(self._owners_X)
+        if num_missing > 0:
+            num_new = num_missing + len(self._owners_X)
+            self._owners_X = np.concatenate([self._owners_X, np.full(num_new, -1)])
+            self._judged_XH, self._right_XH = (
+                np.concatenate([values_XH, np.zeros((num_new, self._num_heads))])
+                for values_XH in (self._judged_XH, self._right_XH)
+            )
+        is_new_B = self._owners_X[seats_B] != owners_B
+        if is_new_B.any():
+            new = seats_B[is_new_B]
+            self._owners_X[new] = owners_B[is_new_B]
+            self._judged_XH[new] = self._right_XH[new] = 0.0

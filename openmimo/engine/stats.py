@@ -27,6 +27,7 @@ class EngineStats:
         all_global_cache_bytes: Bytes at that moment in a model of full layers.
         offered: Per head, drafts that were judged; those after a rejected draft are not.
         accepted: Per head, drafts that were accepted.
+        steps_by_drafts: `sequence_steps` by the number of drafts of the sequence.
         num_graphs: Captured graphs, since the engine was made.
         graph_seconds: Time of their capture.
         graph_bytes: Memory that their capture took.
@@ -45,14 +46,21 @@ class EngineStats:
     all_global_cache_bytes: int = 0
     offered: list[int] = field(default_factory=list)
     accepted: list[int] = field(default_factory=list)
+    steps_by_drafts: list[int] = field(default_factory=list)
     num_graphs: int = 0
     graph_seconds: float = 0.0
     graph_bytes: int = 0
     num_graph_passes: int = 0
     num_other_passes: int = 0
 
+    @classmethod
+    def of_heads(cls, num_heads: int) -> "EngineStats":
+        """Zeros for this many drafting heads."""
+        return cls(offered=[0] * num_heads, accepted=[0] * num_heads, steps_by_drafts=[0] * (num_heads + 1))
+
     def count_drafts(self, num_offered: int, num_accepted: int) -> None:
         """Counts one verification, in which the first `num_accepted` of `num_offered` drafts were accepted."""
+        self.steps_by_drafts[num_offered] += 1
         for head in range(min(num_accepted + 1, num_offered)):
             self.offered[head] += 1
             self.accepted[head] += head < num_accepted
@@ -75,20 +83,17 @@ class EngineStats:
 
     def reset(self) -> None:
         """Sets all counters to zero."""
-        zero = EngineStats(
-            offered=[0] * len(self.offered),
-            accepted=[0] * len(self.accepted),
-            num_graphs=self.num_graphs,
-            graph_seconds=self.graph_seconds,
-            graph_bytes=self.graph_bytes,
-        )
+        zero = EngineStats.of_heads(len(self.offered))
+        zero.num_graphs, zero.graph_seconds, zero.graph_bytes = self.num_graphs, self.graph_seconds, self.graph_bytes
         vars(self).update(vars(zero))
 
-    def report(self) -> dict[str, float | int | list[float]]:
+    def report(self) -> dict[str, float | int | list[float] | list[int]]:
         """The statistics that `LLM.stats` describes."""
         return {
             "accepted_tokens_per_step": self.num_decoded_tokens / max(self.sequence_steps, 1),
             "acceptance_by_head": [a / max(o, 1) for a, o in zip(self.accepted, self.offered, strict=True)],
+            "accepted_per_step_by_head": [a / max(self.sequence_steps, 1) for a in self.accepted],
+            "steps_by_drafts": list(self.steps_by_drafts),
             "cache_bytes": self.cache_bytes,
             "all_global_cache_bytes": self.all_global_cache_bytes,
             "tokens_per_second": self.num_new_tokens / self.seconds if self.seconds else 0.0,

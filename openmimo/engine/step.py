@@ -280,7 +280,7 @@ def draft_shape(
         max_sequences: Limit of the engine.
         max_positions: Limit of the model.
     """
-    sequences, rows = min(_padded_sequences(num_sequences), max_sequences), draft_rows_of(num_drafts)
+    sequences, rows = min(padded_batch(num_sequences), max_sequences), draft_rows_of(num_drafts)
     if sequences * rows > _MAX_DRAFTING_TOKENS or rows > MAX_SHORT_TOKENS:
         return None
     return PassShape(sequences, sequences * rows, rows, _padded_positions(longest_key, max_positions))
@@ -306,7 +306,7 @@ def padded_shape(
         max_sequences: Limit of the engine.
         max_positions: Limit of the model.
     """
-    sequences = min(_padded_sequences(num_sequences), max_sequences)
+    sequences = min(padded_batch(num_sequences), max_sequences)
     if sequences * longest_query > _MAX_PADDED_TOKENS:
         return None
     return PassShape(sequences, sequences * longest_query, longest_query, _padded_positions(longest_key, max_positions))
@@ -320,8 +320,8 @@ def _padded_positions(longest_key: int, max_positions: int) -> int:
     return min(positions, max_positions)
 
 
-def _padded_sequences(count: int) -> int:
-    """The next of 1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, ..."""
+def padded_batch(count: int) -> int:
+    """The sequences of the captured passes that hold `count`: the next of 1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, ..."""
     power = 1 << (count - 1).bit_length()
     return 3 * power // 4 if count <= 3 * power // 4 and power >= 16 else power
 
