@@ -170,10 +170,12 @@ class Runner:
     def decode(self, sequences: list[RequestState], policy_version: int) -> DecodeRun:
         """Queues a step that adds at least one token to every sequence, and at most one more than it has drafts."""
         start = time.perf_counter()
-        num_heads = self._draft_length.choose(len(sequences)) if self._drafting else 0
+        num_heads, limits = self._draft_limits(sequences)
         num_drafts = [0] * len(sequences)
         if self._drafting:
-            num_drafts = [self._drafting.num_drafts_of(sequence, num_heads) for sequence in sequences]
+            num_drafts = [
+                self._drafting.num_drafts_of(sequence, limit) for sequence, limit in zip(sequences, limits, strict=True)
+            ]
         output = self._execute(self._decode_input(sequences, num_drafts))
         self.stats.num_prompt_tokens += sum(s.num_computed_tokens < s.prompt_length for s in sequences)
         for place, sequence in enumerate(sequences):
@@ -185,6 +187,15 @@ class Runner:
             sequence.num_pending_tokens += 1
             sequence.decided_place = place
         return DecodeRun(sequences, num_drafts, num_heads, output, _arrival(output), policy_version, start)
+
+    def _draft_limits(self, sequences: list[RequestState]) -> tuple[int, list[int]]:
+        """The number of heads that draft in the next step, and the most drafts of each sequence.
+
+        It decides from results that may be one step old. A step that is planned ahead uses the same limits
+        (`AheadInput.limits_B`).
+        """
+        num_heads = self._draft_length.choose(len(sequences)) if self._drafting else 0
+        return num_heads, [num_heads] * len(sequences)
 
     def finish_decode(self, run: DecodeRun) -> list[RequestState]:
         """Applies the results of a decoding step. Returns the sequences that had not ended before."""
