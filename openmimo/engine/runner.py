@@ -170,10 +170,11 @@ class Runner:
     def decode(self, sequences: list[RequestState], policy_version: int) -> DecodeRun:
         """Queues a step that adds at least one token to every sequence, and at most one more than it has drafts."""
         start = time.perf_counter()
-        num_drafts, seats = [0] * len(sequences), [sequence.held_pages.seat for sequence in sequences]
+        num_drafts, limits = [0] * len(sequences), self._draft_limits(sequences)
         if self._drafting:
-            limits = [self._drafting.num_drafts_of(sequence) for sequence in sequences]
-            num_drafts = self._draft_policy.choose(seats, [sequence.arrival for sequence in sequences], limits)
+            num_drafts = [
+                self._drafting.num_drafts_of(sequence, limit) for sequence, limit in zip(sequences, limits, strict=True)
+            ]
         output = self._execute(self._decode_input(sequences, num_drafts))
         self.stats.num_prompt_tokens += sum(s.num_computed_tokens < s.prompt_length for s in sequences)
         for place, sequence in enumerate(sequences):
@@ -184,7 +185,22 @@ class Runner:
             sequence.num_computed_tokens += 1
             sequence.num_pending_tokens += 1
             sequence.decided_place = place
+        seats = [sequence.held_pages.seat for sequence in sequences]
         return DecodeRun(sequences, num_drafts, seats, output, _arrival(output), policy_version, start)
+
+    def _draft_limits(self, sequences: list[RequestState]) -> list[int]:
+        """The most drafts of each sequence in the next step.
+
+        It decides from results that may be one step old. A step that is planned ahead uses the same limits
+        (`AheadInput.limits_B`).
+        """
+        if self._drafting is None:
+            return [0] * len(sequences)
+        return self._draft_policy.choose(
+            [sequence.held_pages.seat for sequence in sequences],
+            [sequence.arrival for sequence in sequences],
+            [min(self._drafting.num_drafts, sequence.max_new_tokens_left - 1) for sequence in sequences],
+        )
 
     def finish_decode(self, run: DecodeRun) -> list[RequestState]:
         """Applies the results of a decoding step. Returns the sequences that had not ended before."""

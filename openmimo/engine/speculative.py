@@ -105,15 +105,15 @@ class DraftPlanner:
                 heads.append(self._head_input(buffers, head, work, places, range(len(work)), len(work)))
         return tuple(heads)
 
-    def num_drafts_of(self, sequence: RequestState) -> int:
-        """How many heads may draft for a sequence: a step adds one token more than it has drafts.
+    def num_drafts_of(self, sequence: RequestState, num_heads: int) -> int:
+        """How many of `num_heads` heads draft for a sequence: a step adds one token more than it has drafts.
 
         None can if the first head has no position to compute: before the first position, after a cached prefix, and
         after a chunk that leaves one token of a prompt. Then the step computes the next one.
         """
         if max(sequence.states_start, sequence.head_lengths[0]) >= sequence.num_computed_tokens:
             return 0
-        return min(self.num_drafts, sequence.max_new_tokens_left - 1)
+        return min(num_heads, sequence.max_new_tokens_left - 1)
 
     def draft(
         self, sequences: list[RequestState], num_drafts: list[int], shape: PassShape | None = None

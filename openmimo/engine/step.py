@@ -219,6 +219,61 @@ class StepOutput(NamedTuple):
     states_TD: torch.Tensor | None = None
 
 
+class AdmittedRows(NamedTuple):
+    """What the host knows of sequences whose lengths a worker counts from this step on. A sequences.
+
+    Attributes:
+        seats_A: Their seats, int64.
+        rows_AM: The rows of the worker's memory of sequences (see `openmimo.engine.ahead`), int64. A negative token is
+            as in `PassInput.token_ids_T`.
+    """
+
+    seats_A: torch.Tensor
+    rows_AM: torch.Tensor
+
+
+class AheadInput(NamedTuple):
+    """A decoding step that is planned before the host knows how many drafts the steps before it accepted.
+
+    The worker knows the length of each sequence and derives tokens, positions, lengths and slots. All tensors are int64
+    unless stated, and padded to `main_shape.num_sequences`.
+
+    Attributes:
+        seats_B: The seat of each sequence; for padding the worker's last one.
+        limits_B: The most drafts of each sequence in this step: 0 to `num_heads`, -1 for padding. Surplus rows of the
+            passes are masked.
+        max_lengths_B: The most tokens of each sequence. A sequence that has as many computes its last position again.
+        whole_from_B: The first position of each sequence from which on it surely has pages.
+        tables: For each group of layers, the page tables of its parts, int32, as in `GroupSlots.tables_BY`.
+        main_shape: Sizes of the pass of the main layers.
+        head_shape: Sizes of the passes of the drafting heads.
+        num_heads: Heads that draft: the largest limit.
+        is_captured: Whether the step is a captured graph.
+        draws: Whether a sequence is sampled.
+        has_filters: Whether a sampled sequence has top-p, top-k or min-p.
+        returns_logprobs: Whether a request needs log-probabilities.
+        num_top_logprobs: The largest `top_logprobs` of a request.
+        admitted: Sequences that the worker does not know yet; None if there are none.
+        sampling: Sampling parameters of requests that the worker does not know yet.
+    """
+
+    seats_B: torch.Tensor
+    limits_B: torch.Tensor
+    max_lengths_B: torch.Tensor
+    whole_from_B: torch.Tensor
+    tables: tuple[tuple[torch.Tensor, ...], ...]
+    main_shape: PassShape
+    head_shape: PassShape
+    num_heads: int
+    is_captured: bool
+    draws: bool
+    has_filters: bool
+    returns_logprobs: bool
+    num_top_logprobs: int
+    admitted: AdmittedRows | None
+    sampling: SamplingInput
+
+
 class HeadInput(NamedTuple):
     """A pass of one MTP head over several sequences.
 
