@@ -31,7 +31,6 @@ of all sequences as a prior; both forget. The choice changes speed only: the tex
 """
 
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -406,37 +405,41 @@ def allocate(gains_BH: np.ndarray, seconds_HN: np.ndarray) -> np.ndarray:
     """
     B, H = gains_BH.shape
     gains_N = gains_BH.T.ravel()
-    order_N = np.argsort(-gains_N, kind="stable")  # of equal gains, the earlier head comes first
-    sorted_N, heads_N = gains_N[order_N], order_N // B
-    is_usable_HN = (heads_N < np.arange(1, H + 1)[:, None]) & (sorted_N > 0.0)
-    num_HN = np.cumsum(is_usable_HN, axis=1)
-    tokens_HN = B + np.cumsum(np.where(is_usable_HN, sorted_N, 0.0), axis=1)
-    rates_HN = tokens_HN / np.take_along_axis(seconds_HN[1:], num_HN, axis=1)
-    heads, last = divmod(int(rates_HN.argmax()), B * H)
-    if rates_HN[heads, last] <= B / seconds_HN[0, 0]:
+    order_N = (-gains_N).argsort(kind="stable")  # of equal gains, the earlier head comes first
+    sorted_N = gains_N[order_N]
+    sorted_N = sorted_N[: int(np.count_nonzero(sorted_N))]
+    if not len(sorted_N):
         return np.zeros(B, dtype=np.int64)
-    chosen_N = order_N[: last + 1][is_usable_HN[heads, : last + 1]]
-    return np.bincount(chosen_N % B, minlength=B)
+    is_used_HN = order_N[: len(sorted_N)] < B * np.arange(1, H + 1)[:, None]  # by the first 1, 2, ... heads
+    num_HN = is_used_HN.cumsum(axis=1)
+    tokens_HN = (is_used_HN * sorted_N).cumsum(axis=1) + B
+    times_HN = seconds_HN.take(num_HN + seconds_HN.shape[1] * np.arange(1, H + 1)[:, None])
+    heads, last = divmod(int((tokens_HN / times_HN).argmax()), len(sorted_N))
+    if tokens_HN[heads, last] * seconds_HN[0, 0] <= B * times_HN[heads, last]:
+        return np.zeros(B, dtype=np.int64)
+    return np.bincount(order_N[: last + 1][is_used_HN[heads, : last + 1]] % B, minlength=B)
 
 
-_FIRST_CHANCE, _FIRST_CHANCE_WEIGHT = 0.7, 2.0
+_FIRST_RIGHT, _FIRST_WRONG = 1.4, 0.6  # drafts of each head that are assumed of all sequences before any is judged
 _COMMON_WEIGHT = 4.0  # drafts of its own after which a sequence counts as much as all others
-_RATIO_WEIGHT = 1.0
-_KEPT = 0.98  # of what a sequence's drafts have shown, after each step
-_OPTIMISM = 0.5  # standard deviations by which a chance is overestimated, so that unknown ones are measured
+_RATIO_WEIGHT = 2.0
+_OPTIMISM = 0.2  # drafts of a sequence that are assumed to be right, so that unknown ones are tried
+_KEPT = 0.96  # of what a sequence's drafts have shown, after each step
+_COMMON_KEPT = 0.99  # the same of all sequences
+_MOST_WRONG = 0.98
 _STEPS_BETWEEN_TRIALS = 256
 _STEPS_OF_REST = 8
+_STEPS_OF_TIMES = 8
 _ALLOWED_LOSS = 0.01  # of the time of plain decoding, in the long run
-_MOST_CREDIT, _CREDIT_TO_START, _MOST_LOSS_OF_A_STEP = 8.0, 2.0, 2.0  # plain steps
+_MOST_CREDIT, _CREDIT_TO_START, _MOST_LOSS_OF_A_STEP = 4.0, 2.0, 2.0  # plain steps
 
 
 class DraftPolicy:
     """Chooses the drafts of each sequence of an engine. With `adaptive=False` all heads always draft.
 
-    Chances are overestimated by a part of their standard deviation, and times of untried shapes are underestimated, so
-    the policy tries what may pay. It keeps an account of the time that drafts have saved and cost against plain steps.
-    An overdrawn account means plain steps, which add one percent of their time to it. So drafts that do not pay cost
-    one percent.
+    Chances of unknown drafts are overestimated and times of untried shapes are underestimated, so the policy tries what
+    may pay. It keeps an account of the time that drafts have saved and cost against plain steps. An overdrawn account
+    means plain steps, which add one percent of their time to it. So drafts that do not pay cost one percent.
 
     Args:
         num_heads: Heads that may draft.
@@ -446,18 +449,22 @@ class DraftPolicy:
 
     def __init__(self, num_heads: int, *, adaptive: bool, cost: StepCost):
         self.times = StepTimes(cost, num_heads)
-        self._num_heads, self._adaptive = num_heads, adaptive
+        self._num_heads, self._is_adaptive = num_heads, adaptive and num_heads > 0
         self._heads_H = np.arange(num_heads)
+        self._judged_X2H = np.zeros((0, 2, num_heads))  # drafts of each seat that were right, and that were wrong
+        self._common_2H = np.zeros((2, num_heads))
         self._owners_X = np.full(0, -1)
-        self._judged_XH = np.zeros((0, num_heads))
-        self._right_XH = np.zeros((0, num_heads))
-        self._all_judged_H = np.zeros(num_heads)
-        self._all_right_H = np.zeros(num_heads)
+        self._seats: list[int] = []
+        self._owners: list[int] = []
+        self._seats_B = np.zeros(0, dtype=np.int64)
+        self._num_plain = 0  # steps without drafts since the last with some
+        self._seconds: tuple[int, np.ndarray] | None = None
+        self._age_of_seconds = 0
         self._credit = _MOST_CREDIT
         self._may_draft = True
         self._rest = self._resting_size = 0
 
-    def choose(self, seats: Sequence[int], owners: Sequence[int], limits: Sequence[int]) -> list[int]:
+    def choose(self, seats: list[int], owners: list[int], limits: list[int]) -> list[int]:
         """The number of drafts of each sequence in the next step.
 
         Args:
@@ -465,68 +472,65 @@ class DraftPolicy:
             owners: A number of each sequence, to recognize a seat that has passed to another.
             limits: The most drafts of each.
         """
-        if not self._adaptive or not self._num_heads:
-            return list(limits)
+        if not self._is_adaptive:
+            return limits
         num_sequences = len(limits)
         if self._rest and num_sequences == self._resting_size:
             self._rest -= 1
             return [0] * num_sequences
-        if not self.times.knows(num_sequences, 0) or not self._allows():
+        if not self._allows() or not self.times.knows(num_sequences, 0):
             return [0] * num_sequences
         oldest, age = self.times.least_recent(num_sequences)
         if age > _STEPS_BETWEEN_TRIALS:
             return [min(limit, oldest) for limit in limits]
-        chances_BH = self.chances(np.array(seats), np.array(owners), optimism=_OPTIMISM)
-        gains_BH = np.cumprod(chances_BH, axis=1)
-        gains_BH[self._heads_H >= np.array(limits)[:, None]] = 0.0
-        counts = allocate(gains_BH, self.times.seconds(num_sequences)).tolist()
+        gains_BH = self.chances(seats, owners).cumprod(axis=1)
+        if min(limits) < self._num_heads:
+            gains_BH[self._heads_H >= np.array(limits)[:, None]] = 0.0
+        counts = allocate(gains_BH, self._recent_seconds(num_sequences)).tolist()
         if not any(counts):
             self._rest, self._resting_size = _STEPS_OF_REST, num_sequences
         return counts
 
-    def chances(self, seats_B: np.ndarray, owners_B: np.ndarray, *, optimism: float = 0.0) -> np.ndarray:
-        """The chance of each draft to be right if those before it are, float64 [B, H].
+    def chances(self, seats: list[int], owners: list[int]) -> np.ndarray:
+        """The chance of each draft to be right if those before it are, float64 [B, H]. Arguments as in `choose`.
 
-        Args:
-            seats_B: As in `choose`.
-            owners_B: As in `choose`.
-            optimism: Standard deviations that are added.
+        A sequence's drafts are judged by all heads together: if as many again were wrong as among all sequences, each
+        head is expected to be wrong twice as often. Its drafts of one head then correct this for the head.
         """
-        self._meet(seats_B, owners_B)
-        weight = _FIRST_CHANCE_WEIGHT
-        common_H = (self._all_right_H + weight * _FIRST_CHANCE) / (self._all_judged_H + weight)
-        judged_BH, right_BH = self._judged_XH[seats_B], self._right_XH[seats_B]
-        wrong_H = 1.0 - common_H
-        ratio_B = ((judged_BH - right_BH).sum(axis=1) + _RATIO_WEIGHT) / (judged_BH @ wrong_H + _RATIO_WEIGHT)
-        weights_BH = judged_BH + _COMMON_WEIGHT
-        priors_BH = 1.0 - np.minimum(ratio_B[:, None] * wrong_H, 0.98)
-        chances_BH = (right_BH + _COMMON_WEIGHT * priors_BH) / weights_BH
-        if optimism:
-            chances_BH += optimism * np.sqrt(chances_BH * (1.0 - chances_BH) / weights_BH)
+        self._meet(seats, owners)
+        right_H, wrong_H = self._common_2H
+        wrong_H = (wrong_H + _FIRST_WRONG) / (right_H + wrong_H + (_FIRST_RIGHT + _FIRST_WRONG))
+        judged_B2H = self._judged_X2H[self._seats_B]
+        right_BH, wrong_BH = judged_B2H[:, 0], judged_B2H[:, 1]
+        judged_BH = right_BH + wrong_BH
+        ratio_B = (wrong_BH.sum(axis=1) + _RATIO_WEIGHT) / (judged_BH @ wrong_H + _RATIO_WEIGHT)
+        expected_BH = np.minimum(ratio_B[:, None] * wrong_H, _MOST_WRONG)
+        chances_BH = (right_BH + (_COMMON_WEIGHT + _OPTIMISM) - _COMMON_WEIGHT * expected_BH) / (
+            judged_BH + _COMMON_WEIGHT
+        )
         return np.minimum(chances_BH, 1.0)
 
-    def judge(
-        self, seats: Sequence[int], owners: Sequence[int], offered: Sequence[int], accepted: Sequence[int]
-    ) -> None:
+    def judge(self, seats: list[int], owners: list[int], offered: list[int], accepted: list[int]) -> None:
         """Records a verification, in which the first `accepted` of `offered` drafts of each sequence were right."""
-        if not self._adaptive or not self._num_heads:
+        if not self._is_adaptive:
             return
-        for values in (self._judged_XH, self._right_XH, self._all_judged_H, self._all_right_H):
-            values *= _KEPT
+        self._num_plain += 1
         if not any(offered):
             return
-        seats_B, accepted_B1 = np.array(seats), np.array(accepted)[:, None]
-        self._meet(seats_B, np.array(owners))
-        judged_BH = self._heads_H < np.minimum(accepted_B1 + 1, np.array(offered)[:, None])
-        right_BH = self._heads_H < accepted_B1
-        self._judged_XH[seats_B] += judged_BH
-        self._right_XH[seats_B] += right_BH
-        self._all_judged_H += judged_BH.sum(axis=0)
-        self._all_right_H += right_BH.sum(axis=0)
+        self._meet(seats, owners)
+        num_right_B1 = np.array(accepted)[:, None]
+        right_BH = self._heads_H < num_right_B1
+        wrong_BH = (self._heads_H == num_right_B1) & (num_right_B1 < np.array(offered)[:, None])
+        new_B2H = np.stack((right_BH, wrong_BH), axis=1)
+        self._judged_X2H *= _KEPT**self._num_plain
+        self._judged_X2H[self._seats_B] += new_B2H
+        self._common_2H *= _COMMON_KEPT**self._num_plain
+        self._common_2H += new_B2H.sum(axis=0)
+        self._num_plain = 0
 
-    def observe(self, counts: Sequence[int], num_tokens: int, seconds: float) -> None:
+    def observe(self, counts: list[int], num_tokens: int, seconds: float) -> None:
         """Records the wall time of a step with these drafts of each sequence, and the tokens that it added."""
-        if not self._adaptive or not self._num_heads:
+        if not self._is_adaptive:
             return
         num_sequences, num_heads, num_drafts = len(counts), max(counts), sum(counts)
         self.times.observe(num_sequences, num_heads, num_drafts, seconds)
@@ -542,18 +546,24 @@ class DraftPolicy:
             self._may_draft = self._credit > 0.0
         return self._may_draft
 
-    def _meet(self, seats_B: np.ndarray, owners_B: np.ndarray) -> None:
-        """Forgets what is known of seats that have passed to other sequences."""
+    def _recent_seconds(self, num_sequences: int) -> np.ndarray:
+        """`StepTimes.seconds`, as it was at most a few steps ago."""
+        self._age_of_seconds += 1
+        if self._seconds is None or self._seconds[0] != num_sequences or self._age_of_seconds > _STEPS_OF_TIMES:
+            self._seconds, self._age_of_seconds = (num_sequences, self.times.seconds(num_sequences)), 0
+        return self._seconds[1]
+
+    def _meet(self, seats: list[int], owners: list[int]) -> None:
+        """Makes these the seats of the batch, and forgets what is known of those that have passed to others."""
+        if seats == self._seats and owners == self._owners:
+            return
+        seats_B, owners_B = np.array(seats), np.array(owners)
+        self._seats, self._owners, self._seats_B = list(seats), list(owners), seats_B
         num_missing = int(seats_B.max()) + 1 - len(self._owners_X)
         if num_missing > 0:
             num_new = num_missing + len(self._owners_X)
             self._owners_X = np.concatenate([self._owners_X, np.full(num_new, -1)])
-            self._judged_XH, self._right_XH = (
-                np.concatenate([values_XH, np.zeros((num_new, self._num_heads))])
-                for values_XH in (self._judged_XH, self._right_XH)
-            )
+            self._judged_X2H = np.concatenate([self._judged_X2H, np.zeros((num_new, 2, self._num_heads))])
         is_new_B = self._owners_X[seats_B] != owners_B
-        if is_new_B.any():
-            new = seats_B[is_new_B]
-            self._owners_X[new] = owners_B[is_new_B]
-            self._judged_XH[new] = self._right_XH[new] = 0.0
+        self._owners_X[seats_B] = owners_B
+        self._judged_X2H[seats_B[is_new_B]] = 0.0

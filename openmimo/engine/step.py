@@ -376,7 +376,7 @@ def _padded_positions(longest_key: int, max_positions: int) -> int:
 
 
 def padded_batch(count: int) -> int:
-    """The sequences of the captured passes that hold `count`: the next of 1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, ..."""
+    """The sequences of the captured pass that holds `count`: the next of 1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, ..."""
     power = 1 << (count - 1).bit_length()
     return 3 * power // 4 if count <= 3 * power // 4 and power >= 16 else power
 
