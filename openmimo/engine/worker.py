@@ -454,7 +454,7 @@ class Worker:
         recorded = self.context.routing.recorded
         if step.state_places_T is not None:
             states_TD = self.kept_states(hidden)
-            kept_XD = self._states(states_TD, self._arena.num_seats)
+            kept_XD = self.states_memory(self._arena.num_seats)
             for head in step.prompt_heads:
                 places_T1 = head.state_places_T[:, None]
                 old_TD = kept_XD[head.state_places_T.clamp(min=0)]
@@ -590,14 +590,10 @@ class Worker:
 
     def states_memory(self, num_seats: int) -> torch.Tensor:
         """The memory of the states, grown to hold this many seats."""
-        like_TD = torch.empty(0, self.model.config.hidden_size, dtype=self.model.activation_dtype)
-        return self._states(like_TD.to(self.model.device), num_seats)
-
-    def _states(self, like_TD: torch.Tensor, num_seats: int) -> torch.Tensor:
-        """The memory of states like these, grown to hold this many seats."""
         num_rows, states_XD = num_seats * self.ring_positions, self._states_XD
         if states_XD is None or states_XD.shape[0] < num_rows:
-            grown_XD = like_TD.new_zeros(2 * num_rows, like_TD.shape[1])
+            size, dtype = self.model.config.hidden_size, self.model.activation_dtype
+            grown_XD = torch.zeros(2 * num_rows, size, dtype=dtype, device=self.model.device)
             if states_XD is not None:
                 grown_XD[: len(states_XD)] = states_XD
             self._states_XD = states_XD = grown_XD
