@@ -129,6 +129,11 @@ class TextParams:
                 raise ConfigError(f"SamplingParams.{name} is {getattr(self, name)!r}; it must be {expected}.")
 
     @property
+    def has_filters(self) -> bool:
+        """Whether the distribution is truncated."""
+        return self.top_p != 1.0 or self.top_k > 0 or self.min_p > 0.0
+
+    @property
     def changes_logits(self) -> bool:
         """Whether the distribution depends on more than the model's logits and the temperature."""
         return bool(

@@ -20,7 +20,7 @@ from openmimo.engine.cache import PageArena, plan_pages
 from openmimo.engine.config import EngineConfig
 from openmimo.engine.prefix import PrefixCache
 from openmimo.engine.request_state import RequestState, TextStream
-from openmimo.engine.runner import DecodeRun, PrefillRun, Runner
+from openmimo.engine.runner import AheadRun, DecodeRun, PrefillRun, Runner
 from openmimo.engine.scheduler import Plan, Scheduler
 from openmimo.engine.speculative import DraftPolicy, step_cost
 from openmimo.engine.stats import EngineStats
@@ -47,7 +47,7 @@ _CACHE_DTYPES = {
 class _Flight(NamedTuple):
     """A step whose work is queued and whose results the host has not read."""
 
-    decode: DecodeRun | None
+    decode: DecodeRun | AheadRun | None
     prefill: PrefillRun | None
 
 
@@ -88,7 +88,6 @@ class Engine:
         )
         draft_policy = DraftPolicy(self.num_drafts, adaptive=config.adaptive_drafts, cost=step_cost(model.config))
         self.stats = EngineStats.of_heads(self.num_drafts)
-        self._plans_ahead = config.plans_ahead and works_ahead(model.device) and not self.num_drafts
         self._runner = Runner(
             model,
             self.arena,
@@ -96,8 +95,9 @@ class Engine:
             num_drafts=self.num_drafts,
             draft_policy=draft_policy,
             stats=self.stats,
-            plans_ahead=self._plans_ahead,
+            plans_ahead=config.plans_ahead and works_ahead(model.device),
         )
+        self._plans_ahead = self._runner.plans_ahead
         is_small = active_matmul_parameters(model.config) < _SMALL_MODEL_PARAMETERS
         self._head_lag = self.num_drafts + 1 if self.num_drafts else 0
         self._decode_threads = 1 if is_small else torch.get_num_threads()
@@ -180,7 +180,7 @@ class Engine:
         )
         self._num_arrivals += 1
         self._sequences[request.id] = sequence
-        self._num_held_back += not sequence.may_run_ahead
+        self._num_held_back += self._holds_back(sequence)
         if request.session is not None:
             self._busy_sessions.add(request.session)
             self._continue_session(sequence)
@@ -297,7 +297,7 @@ class Engine:
         """Queues the work of a step."""
         decode = prefill = None
         if plan.decodes:
-            decode = self._runner.decode(plan.decodes, self.policy_version)
+            decode = self._runner.decode_ahead(plan.decodes, self.policy_version)
         if plan.prefills:
             prefill = self._runner.prefill(plan.prefills, self.policy_version)
             self._after([], prefill.sequences)  # requests of the next step may share these pages
@@ -336,9 +336,14 @@ class Engine:
         for sequence in finished:
             self._retire(sequence)
 
+    def _holds_back(self, sequence: RequestState) -> bool:
+        """Whether a step with this request waits for the results of the one before."""
+        # Which draft a change of logits applies to depends on how many were accepted.
+        return not sequence.may_run_ahead or (self.num_drafts > 0 and sequence.params.changes_logits)
+
     def _retire(self, sequence: RequestState) -> None:
         del self._sequences[sequence.request.id]
-        self._num_held_back -= not sequence.may_run_ahead
+        self._num_held_back -= self._holds_back(sequence)
         self.stats.num_cached_tokens += sequence.num_cached_tokens
         self.scheduler.remove(sequence)
         session = sequence.request.session

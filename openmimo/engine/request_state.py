@@ -192,6 +192,7 @@ class RequestState:
         num_computed_tokens: Positions that the main layers have computed or that were queued: all tokens but the last
             while it decodes, fewer while its prompt is read, or read again after a preemption.
         num_pending_tokens: Tokens that a worker has decided or will decide, after `tokens`, and the host has not read.
+        num_possible_tokens: Tokens that a queued step may decide in addition to the pending ones: its drafts.
         decided_place: The entry of the worker's decided tokens that holds the newest of them.
         num_cached_tokens: Prompt tokens that were reused from the prefix cache or the session.
         text: The text so far; None without a tokenizer.
@@ -213,6 +214,7 @@ class RequestState:
         is_plain: Whether its tokens are the likeliest ones, without log-probabilities or changes of the logits.
         may_run_ahead: Whether a step can be planned before the host has read the token of the one before.
         sampled_pages: The page tables for whose seat the worker has the sampling parameters of this request.
+        followed_pages: The page tables with which the worker counts its tokens, for steps that are planned ahead.
         num_counted_tokens: New tokens that the worker has counted for the penalties.
         finish_reason: As in `Delta`; "" while it runs.
         error: As in `Delta`.
@@ -229,6 +231,7 @@ class RequestState:
     pages: PageTables | None = None
     num_computed_tokens: int = 0
     num_pending_tokens: int = 0
+    num_possible_tokens: int = 0
     decided_place: int = 0
     num_cached_tokens: int = 0
     text: TextStream | None = None
@@ -248,6 +251,7 @@ class RequestState:
     repeats: "RepeatCounter | None" = None
     routing: RoutedRows = field(default_factory=RoutedRows)
     sampled_pages: PageTables | None = None
+    followed_pages: PageTables | None = None
     num_counted_tokens: int = 0
     finish_reason: str = ""
     error: str = ""

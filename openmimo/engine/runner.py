@@ -9,26 +9,30 @@ does not need the drafts, except where a grammar needs them: then it reads them 
 
 `decode` and `prefill` queue the work of a step; `finish_decode` and `finish_prefill` read and apply its results. In
 between, the host may queue the next step: without drafts it knows which position a text computes, and the worker puts
-the token in.
+the token in. With drafts it does not; `decode_ahead` then queues a step that the worker completes (`engine.ahead`).
 """
 
 import itertools
 import math
 import time
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 import torch
 
 from openmimo.core.records import TokenLogprob
-from openmimo.engine.cache import PageArena
+from openmimo.core.registry import load_object
+from openmimo.engine.cache import PageArena, PageTables
 from openmimo.engine.config import EngineConfig
 from openmimo.engine.request_state import NOT_FINITE, Decision, RequestState
 from openmimo.engine.sampler import RowChange, SamplingInput, SeatSampling, seat_sampling, uniform
 from openmimo.engine.speculative import DraftPlanner, DraftPolicy
 from openmimo.engine.stats import EngineStats
 from openmimo.engine.step import (
+    MAX_SHORT_TOKENS,
     PROMPTS,
+    AheadInput,
+    AheadOutput,
     DraftInput,
     HeadInput,
     PassShape,
@@ -88,6 +92,52 @@ class DecodeRun(NamedTuple):
     start: float
 
 
+class AheadRun(NamedTuple):
+    """A decoding step whose work is queued, and that was planned before the lengths of its sequences were known.
+
+    Attributes:
+        sequences: The sequences that decode.
+        pages: The page tables that each had.
+        limits: The most drafts of each.
+        arrival: `AheadOutput` on its way.
+        policy_version: Version of the weights.
+        start: Time at which the step began, in seconds.
+    """
+
+    sequences: list[RequestState]
+    pages: list[PageTables]
+    limits: list[int]
+    arrival: Arrival
+    policy_version: int
+    start: float
+
+
+class AheadPlanner(Protocol):
+    """`openmimo.engine.ahead.AheadPlanner`, which is loaded only where steps with drafts are planned ahead."""
+
+    def plan(
+        self, sequences: list[RequestState], limits: list[int], *, spare_seat: int, admitted: tuple[SeatSampling, ...]
+    ) -> AheadInput:
+        """See there."""
+        ...
+
+    def follow(self, sequence: RequestState, num_heads: int, num_offered: int) -> None:
+        """See there."""
+        ...
+
+
+class AheadWorker(Protocol):
+    """`openmimo.engine.ahead.AheadWorker`."""
+
+    def reserve(self) -> int:
+        """See there."""
+        ...
+
+    def execute(self, step: AheadInput) -> AheadOutput:
+        """See there."""
+        ...
+
+
 class PrefillRun(NamedTuple):
     """A pass over prompts whose work is queued.
 
@@ -127,14 +177,17 @@ class Runner:
         plans_ahead: bool = False,
     ):
         self.stats = stats
-        self._plans_ahead = plans_ahead
         reason = (
             "the attention of prompts is computed in int8" if config.integers else why_no_graphs(model, arena.dtype)
         )
         uses_graphs = config.graphs and reason is None
+        # A CPU plans ahead in tests only. Without graphs, an accelerator would wait for the host in any case.
+        can_draft_ahead = num_drafts > 0 and draft_rows_of(num_drafts) <= MAX_SHORT_TOKENS
+        self.drafts_ahead = plans_ahead and can_draft_ahead and (uses_graphs or model.device.type == "cpu")
+        self._plans_ahead = plans_ahead and (self.drafts_ahead or not num_drafts)
         self.worker = Worker(
             model, arena, num_drafts=num_drafts, uses_graphs=uses_graphs, max_decided=2 * config.max_sequences,
-            integers=config.integers,
+            integers=config.integers, drafts_ahead=self.drafts_ahead,
         )  # fmt: skip
         self._max_sequences, self._max_positions = config.max_sequences, model.config.max_positions
         self._device = model.device
@@ -166,6 +219,28 @@ class Runner:
                 keep_positions=kv_spec(model.config.mtp.attention).keep_positions,
                 ring_positions=self.worker.ring_positions,
             )
+        self._last_landing = 0.0
+        self._ahead_planner: AheadPlanner | None = None
+        self._ahead_worker: AheadWorker | None = None
+        if self.drafts_ahead:
+            all_layers = buffers(range(num_layers + num_drafts), config.max_sequences)
+            self._start_ahead(arena, all_layers, num_drafts)
+
+    def _start_ahead(self, arena: PageArena, buffers: StepBuffers, num_drafts: int) -> None:
+        """Loads what plans steps with drafts ahead."""
+        self._ahead_worker = load_object("openmimo.engine.ahead:AheadWorker")(self.worker, arena, num_drafts=num_drafts)
+        self._ahead_planner = load_object("openmimo.engine.ahead:AheadPlanner")(
+            buffers,
+            num_drafts=num_drafts,
+            ring_positions=self.worker.ring_positions,
+            max_sequences=self._max_sequences,
+            max_positions=self._max_positions,
+        )
+
+    @property
+    def plans_ahead(self) -> bool:
+        """Whether a step can be queued before the results of the one before are read."""
+        return self._plans_ahead
 
     def decode(self, sequences: list[RequestState], policy_version: int) -> DecodeRun:
         """Queues a step that adds at least one token to every sequence, and at most one more than it has drafts."""
@@ -175,6 +250,8 @@ class Runner:
             num_drafts = [
                 self._drafting.num_drafts_of(sequence, limit) for sequence, limit in zip(sequences, limits, strict=True)
             ]
+        for sequence in sequences:
+            sequence.followed_pages = None  # from here on the worker does not know its length
         output = self._execute(self._decode_input(sequences, num_drafts))
         self.stats.num_prompt_tokens += sum(s.num_computed_tokens < s.prompt_length for s in sequences)
         for place, sequence in enumerate(sequences):
@@ -202,8 +279,63 @@ class Runner:
             [min(self._drafting.num_drafts, sequence.max_new_tokens_left - 1) for sequence in sequences],
         )
 
-    def finish_decode(self, run: DecodeRun) -> list[RequestState]:
+    def decode_ahead(self, sequences: list[RequestState], policy_version: int) -> "AheadRun | DecodeRun":
+        """As `decode`, but before the results of the step before are read."""
+        if self._ahead_planner is None or self._ahead_worker is None:
+            return self.decode(sequences, policy_version)
+        start = time.perf_counter()
+        limits = self._draft_limits(sequences)
+        admitted: tuple[SeatSampling, ...] = ()
+        if not all(sequence.is_plain for sequence in sequences):
+            admitted = tuple(self._admit(s) for s in sequences if s.sampled_pages is not s.pages)
+        spare_seat = self._ahead_worker.reserve()
+        step = self._ahead_planner.plan(sequences, limits, spare_seat=spare_seat, admitted=admitted)
+        output = self._ahead_worker.execute(step)
+        self._count_pass(is_captured=step.is_captured)
+        self.stats.num_prompt_tokens += sum(s.num_computed_tokens < s.prompt_length for s in sequences)
+        for sequence, limit in zip(sequences, limits, strict=True):
+            sequence.num_computed_tokens += 1
+            sequence.num_pending_tokens += 1
+            sequence.num_possible_tokens += limit
+        pages = [sequence.held_pages for sequence in sequences]
+        return AheadRun(sequences, pages, limits, Arrival(tuple(output)), policy_version, start)
+
+    def _finish_ahead(self, run: AheadRun) -> list[RequestState]:
+        """As `finish_decode`, for a step that was planned ahead."""
+        assert self._ahead_planner is not None
+        results_BX, *others = run.arrival.wait()
+        assert results_BX is not None
+        output, touched = AheadOutput(results_BX, *others), []
+        offered, accepted = [], []
+        for row, (sequence, pages, limit) in enumerate(zip(run.sequences, run.pages, run.limits, strict=True)):
+            num_offered, num_accepted, *tokens = output.results_BX[row].tolist()
+            offered.append(num_offered)
+            accepted.append(num_accepted)
+            if not sequence.finish_reason:
+                touched.append(sequence)
+                if sequence.pages is pages:
+                    self._ahead_planner.follow(sequence, max(run.limits), num_offered)
+            sequence.num_pending_tokens -= 1
+            sequence.num_possible_tokens -= limit
+            if not sequence.finish_reason:
+                self._confirm(
+                    sequence,
+                    _row_decisions(output, row, tokens[: num_accepted + 1], sequence.params.top_logprobs),
+                    num_offered=num_offered,
+                    policy_version=run.policy_version,
+                    is_computed=sequence.pages is pages,
+                )
+        self._count_step(touched)
+        now = time.perf_counter()  # the step began when the one before had ended
+        seats = [pages.seat for pages in run.pages]
+        self._learn(run.sequences, seats, run.limits, offered, accepted, now - max(run.start, self._last_landing))
+        self._last_landing = now
+        return touched
+
+    def finish_decode(self, run: "DecodeRun | AheadRun") -> list[RequestState]:
         """Applies the results of a decoding step. Returns the sequences that had not ended before."""
+        if isinstance(run, AheadRun):
+            return self._finish_ahead(run)
         results = Results(*run.arrival.wait())
         decided, routing = _decisions(results, run.sequences, run.num_drafts), self._routing(results)
         accepted = [0] * len(run.sequences) if results.num_accepted_B is None else results.num_accepted_B.tolist()
@@ -223,15 +355,38 @@ class Runner:
                     num_new = min(sequence.num_computed_tokens - len(sequence.routing), num_offered + 1)
                     sequence.routing.append(routing[first : first + num_new])
             first += num_offered + 1
+        self._count_step(touched)
+        seconds = time.perf_counter() - run.start
+        self._learn(run.sequences, run.seats, run.num_drafts, run.num_drafts, accepted, seconds)
+        return touched
+
+    def _learn(
+        self,
+        sequences: list[RequestState],
+        seats: list[int],
+        planned: list[int],
+        offered: list[int],
+        accepted: list[int],
+        seconds: float,
+    ) -> None:
+        """Shows a step to the policy of drafts.
+
+        Args:
+            sequences: The sequences of the step.
+            seats: Their seats in it.
+            planned: The drafts of each that the step had room for.
+            offered: The drafts of each.
+            accepted: Those that were right.
+            seconds: The time of the step.
+        """
+        if self._drafting is not None:
+            self._draft_policy.judge(seats, [sequence.arrival for sequence in sequences], offered, accepted)
+            self._draft_policy.observe(planned, len(sequences) + sum(accepted), seconds)
+
+    def _count_step(self, touched: list[RequestState]) -> None:
         if touched:
             self.stats.num_steps += 1
             self.stats.sequence_steps += len(touched)
-        if self._drafting:
-            arrivals = [sequence.arrival for sequence in run.sequences]
-            self._draft_policy.judge(run.seats, arrivals, run.num_drafts, accepted)
-            num_tokens = len(run.sequences) + sum(accepted)
-            self._draft_policy.observe(run.num_drafts, num_tokens, time.perf_counter() - run.start)
-        return touched
 
     def prefill(self, prefills: list[tuple[RequestState, int]], policy_version: int) -> PrefillRun:
         """Queues chunks of prompts, each up to its stop. A sequence whose last chunk this is gets its next token."""
@@ -256,6 +411,7 @@ class Runner:
     def finish_prefill(self, run: PrefillRun) -> list[RequestState]:
         """Applies the results of a pass over prompts. Returns the sequences that gained a token or ended."""
         results = Results(*run.arrival.wait())
+        self._last_landing = time.perf_counter()
         routing = self._routing(results)
         running = [sequence for sequence in run.sequences if not sequence.finish_reason]
         for (sequence, targets), scores in zip(run.scored, run.output.prompt_scores, strict=True):
@@ -278,14 +434,18 @@ class Runner:
         return [sequence for sequence in running if sequence in run.read or sequence.finish_reason]
 
     def _execute(self, step: StepInput) -> StepOutput:
-        output, graphs = self.worker.execute(step), self.worker.graphs
-        if step.main.shape is None:
+        output = self.worker.execute(step)
+        self._count_pass(is_captured=step.main.shape is not None)
+        return output
+
+    def _count_pass(self, *, is_captured: bool) -> None:
+        graphs = self.worker.graphs
+        if not is_captured:
             self.stats.num_other_passes += 1
         elif graphs is not None:
             self.stats.num_graph_passes += 1
             self.stats.num_graphs, self.stats.graph_seconds = graphs.num_captured, graphs.capture_seconds
             self.stats.graph_bytes = graphs.num_bytes
-        return output
 
     def _decode_input(self, sequences: list[RequestState], num_drafts: list[int]) -> StepInput:
         values = self._decode_buffers.values
@@ -473,7 +633,7 @@ class Runner:
             seats_S=values("sampled_seats", seats) if is_sampled else None,
             uniform_S=values("uniforms", uniforms, torch.float64) if is_sampled else None,
             sampled_rows_S=values("sampled_rows", rows) if is_sampled and len(rows) < len(all_seats) else None,
-            has_filters=any(p.temperature > 0.0 and (p.top_p != 1.0 or p.top_k or p.min_p) for p in every),
+            has_filters=any(p.temperature > 0.0 and p.has_filters for p in every),
             changes=tuple(changes),
             logprob_seats_R=values("seats", all_seats) if any(p.logprobs or p.top_logprobs for p in every) else None,
             num_top_logprobs=max(p.top_logprobs for p in every),
@@ -527,16 +687,27 @@ class Runner:
         )
 
     def _confirm(
-        self, sequence: RequestState, decided: list[Decision], *, num_offered: int, policy_version: int
+        self,
+        sequence: RequestState,
+        decided: list[Decision],
+        *,
+        num_offered: int,
+        policy_version: int,
+        is_computed: bool = True,
     ) -> None:
-        """Adds the accepted ones of `num_offered` drafts and the token after them to a sequence."""
+        """Adds the accepted ones of `num_offered` drafts and the token after them to a sequence.
+
+        Args:
+            is_computed: Whether the sequence still has the pages with the keys of these drafts.
+        """
         length_before, num_accepted = len(sequence.tokens), len(decided) - 1
         for index, decision in enumerate(decided):
             if not sequence.finish_reason:
                 sequence.add(decision, drafted=index < num_accepted, policy_version=policy_version)
         num_new = len(sequence.tokens) - length_before
         # A text that ended among its drafts has fewer tokens than were accepted, and none of its pending ones.
-        sequence.num_computed_tokens += num_accepted
+        if is_computed:
+            sequence.num_computed_tokens += num_accepted
         if sequence.finish_reason:
             sequence.num_computed_tokens = min(sequence.num_computed_tokens, len(sequence.tokens) - 1)
         if self._drafting:
@@ -589,6 +760,18 @@ def _decisions(output: Results, sequences: list[RequestState], num_drafts: list[
         pairs = zip(output.top_ids_RV.tolist(), output.top_logprobs_RV.tolist(), numbers, strict=True)
         tops = [tuple(zip(ids, values, strict=True))[:number] for ids, values, number in pairs]
     return [Decision(*entry) for entry in zip(tokens, output.logprobs_R.tolist(), tops, strict=True)]
+
+
+def _row_decisions(output: AheadOutput, row: int, tokens: list[int], num_top: int) -> list[Decision]:
+    """The decided tokens of one sequence of a step that was planned ahead."""
+    if output.logprobs_BL is None:
+        return [Decision(token) for token in tokens]
+    logprobs = output.logprobs_BL[row].tolist()
+    tops: list[tuple[tuple[int, float], ...]] = [()] * len(tokens)
+    if num_top and output.top_ids_BLV is not None and output.top_logprobs_BLV is not None:
+        pairs = zip(output.top_ids_BLV[row].tolist(), output.top_logprobs_BLV[row].tolist(), strict=True)
+        tops = [tuple(zip(ids, values, strict=True))[:num_top] for ids, values in pairs]
+    return [Decision(*entry) for entry in zip(tokens, logprobs, tops, strict=False)]
 
 
 def row_changes(sequence: RequestState, first_row: int, num_drafts: int, drafts: list[int]) -> list[RowChange]:

@@ -20,6 +20,7 @@ from openmimo.runtime.device import uploaded
 
 NO_TOKEN = -1
 _MASK_64 = (1 << 64) - 1
+_WEYL, _ROUNDS, _LAST_SHIFT = 0x9E3779B97F4A7C15, ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)), 31
 _NUMBERS, _FIRST_SEATS = 5, 64
 _UNIFORM_BITS = 52  # one fewer than float64 holds, so that u < 1 and u * total < total survive rounding
 
@@ -165,6 +166,11 @@ class SamplingTable:
         for seat, token_ids in sampling.new_tokens:
             self._penalties[seat].counts_V.index_add_(0, token_ids, torch.ones_like(token_ids))
 
+    @property
+    def address(self) -> int:
+        """Where the numbers are. It changes when they grow."""
+        return self._numbers_5X.data_ptr()
+
     def numbers(self, seats_S: torch.Tensor) -> torch.Tensor:
         """The numbers of `SeatSampling`, float64 [5, S]."""
         return self._numbers_5X.index_select(1, seats_S)
@@ -301,8 +307,32 @@ def uniform(seed: int, position: int) -> float:
     return (_mix(_mix(seed & _MASK_64) ^ position) >> (64 - _UNIFORM_BITS)) / (1 << _UNIFORM_BITS)
 
 
+def seed_key(seed: int) -> int:
+    """What `random_numbers` needs of a seed, as a signed number of 64 bits."""
+    return _signed(_mix(seed & _MASK_64))
+
+
+def random_numbers(keys_R: torch.Tensor, positions_R: torch.Tensor) -> torch.Tensor:
+    """`uniform` for the seeds of `keys_R` at positions on the device, float64. Products of int64 wrap around there."""
+    mixed_R = (keys_R ^ positions_R) + _signed(_WEYL)
+    for shift, factor in _ROUNDS:
+        mixed_R = (mixed_R ^ _shifted(mixed_R, shift)) * _signed(factor)
+    mixed_R = mixed_R ^ _shifted(mixed_R, _LAST_SHIFT)
+    return _shifted(mixed_R, 64 - _UNIFORM_BITS).double() / (1 << _UNIFORM_BITS)
+
+
+def _signed(value: int) -> int:
+    """The signed number with the same 64 bits."""
+    return value - (1 << 64) if value >> 63 else value
+
+
+def _shifted(values: torch.Tensor, count: int) -> torch.Tensor:
+    """Bits of int64 moved to the right, with zeros on the left."""
+    return (values >> count) & ((1 << (64 - count)) - 1)
+
+
 def _mix(value: int) -> int:
-    value = (value + 0x9E3779B97F4A7C15) & _MASK_64
-    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK_64
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK_64
-    return value ^ (value >> 31)
+    value = (value + _WEYL) & _MASK_64
+    for shift, factor in _ROUNDS:
+        value = ((value ^ (value >> shift)) * factor) & _MASK_64
+    return value ^ (value >> _LAST_SHIFT)

@@ -113,7 +113,9 @@ class Scheduler:
             if not sequence.max_new_tokens_left:  # its last token is on its way to the host
                 continue
             num_drafts = min(self._margin, sequence.max_new_tokens_left - 1)
-            if self._reach(sequence, sequence.num_computed_tokens + 1 + num_drafts):
+            # A sequence may be longer by now, but not longer than it can become.
+            longest = sequence.num_computed_tokens + sequence.num_possible_tokens + 1 + num_drafts
+            if self._reach(sequence, min(longest, sequence.max_length)):
                 plan.decodes.append(sequence)
         self._plan_prefills(plan)
         # A sequence that was planned first may have been preempted by one that comes earlier in the order.

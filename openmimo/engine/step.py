@@ -244,7 +244,7 @@ class AheadInput(NamedTuple):
             passes are masked.
         max_lengths_B: The most tokens of each sequence. A sequence that has as many computes its last position again.
         whole_from_B: The first position of each sequence from which on it surely has pages.
-        tables: For each group of layers, the page tables of its parts, int32, as in `GroupSlots.tables_BY`.
+        tables: For each group of layers, the page tables of its parts, int32 [p, B, Y], as in `GroupSlots.tables_BY`.
         main_shape: Sizes of the pass of the main layers.
         head_shape: Sizes of the passes of the drafting heads.
         num_heads: Heads that draft: the largest limit.
@@ -261,7 +261,7 @@ class AheadInput(NamedTuple):
     limits_B: torch.Tensor
     max_lengths_B: torch.Tensor
     whole_from_B: torch.Tensor
-    tables: tuple[tuple[torch.Tensor, ...], ...]
+    tables: tuple[torch.Tensor, ...]
     main_shape: PassShape
     head_shape: PassShape
     num_heads: int
@@ -272,6 +272,23 @@ class AheadInput(NamedTuple):
     num_top_logprobs: int
     admitted: AdmittedRows | None
     sampling: SamplingInput
+
+
+class AheadOutput(NamedTuple):
+    """The results of an `AheadInput`, all on the device. L is one more than its heads.
+
+    Attributes:
+        results_BX: For each sequence, int64: how many drafts were verified and how many of them were accepted, and L
+            decided tokens as in `StepOutput`, of which those after the verified drafts have no meaning.
+        logprobs_BL: Log-probabilities of the decided tokens, if a request needs any.
+        top_ids_BLV: The likeliest tokens, if a request needs any.
+        top_logprobs_BLV: Their log-probabilities.
+    """
+
+    results_BX: torch.Tensor
+    logprobs_BL: torch.Tensor | None = None
+    top_ids_BLV: torch.Tensor | None = None
+    top_logprobs_BLV: torch.Tensor | None = None
 
 
 class HeadInput(NamedTuple):
@@ -365,6 +382,41 @@ def padded_shape(
     if sequences * longest_query > _MAX_PADDED_TOKENS:
         return None
     return PassShape(sequences, sequences * longest_query, longest_query, _padded_positions(longest_key, max_positions))
+
+
+class AheadShapes(NamedTuple):
+    """The sizes of a step that is planned ahead.
+
+    Attributes:
+        main: Of the pass of the main layers.
+        heads: Of the passes of the drafting heads.
+        is_captured: Whether a graph is worth its memory.
+    """
+
+    main: PassShape
+    heads: PassShape
+    is_captured: bool
+
+
+def ahead_shapes(
+    limits: list[int], num_heads: int, longest_key: int, *, num_drafts: int, max_sequences: int, max_positions: int
+) -> AheadShapes:
+    """The smallest sizes that hold a step planned ahead.
+
+    Args:
+        limits: The most drafts of each sequence.
+        num_heads: Heads that draft.
+        longest_key: The most positions of a sequence.
+        num_drafts: Heads that may draft.
+        max_sequences: Limit of the engine.
+        max_positions: Limit of the model.
+    """
+    sequences, rows = min(padded_batch(len(limits)), max_sequences), draft_rows_of(num_drafts)
+    positions = _padded_positions(longest_key, max_positions)
+    main = PassShape(sequences, sequences * (1 + num_heads), 1 + num_heads, positions)
+    heads = PassShape(sequences, sequences * rows, rows, positions)
+    fits = main.num_tokens <= _MAX_PADDED_TOKENS and heads.num_tokens <= _MAX_DRAFTING_TOKENS
+    return AheadShapes(main, heads, fits)
 
 
 def _padded_positions(longest_key: int, max_positions: int) -> int:
@@ -475,6 +527,9 @@ class StepBuffers:
         max_tokens: The most tokens of a pass.
         max_sequences: The most sequences of a pass.
         max_positions: The most positions of a sequence.
+
+    Attributes:
+        device: Of the tensors.
     """
 
     def __init__(
@@ -487,6 +542,7 @@ class StepBuffers:
         max_sequences: int,
         max_positions: int,
     ):
+        self.device = device
         self._groups = arena.layout.groups
         self._used_groups = {arena.place_of_layer[layer][0] for layer in layers}
         table_shapes = [
@@ -553,10 +609,7 @@ class StepBuffers:
             positions += range(span.start, span.stop)
             is_whole = is_whole and span.start >= span.pages.whole_from
             assert span.stop <= span.pages.num_positions, "a sequence has positions without a row in its page table"
-            if self._owners[row] is not span.pages:
-                self._owners[row] = span.pages
-                for num_copied in self._num_copied:
-                    num_copied[row] = 0
+            self._own(row, span.pages)
         self._query_lengths.array[:num_sequences] = counts
         self._positions.array[:num_tokens] = positions  # raises if tokens and spans disagree
         sequence_T = self._counting[:num_sequences]
@@ -589,6 +642,25 @@ class StepBuffers:
             num_tokens,
             shape,
         )
+
+    def fill_tables(self, sequences: list[PageTables], shape: PassShape) -> tuple[torch.Tensor, ...]:
+        """Fills the page tables of all groups only: int32 [p, B, Y] each, padded to `shape`."""
+        for row, pages in enumerate(sequences):
+            self._own(row, pages)
+        filled = []
+        for number, group in enumerate(self._groups):
+            for row, pages in enumerate(sequences):
+                self._copy_table(number, row, pages)
+            num_rows = group.rows_until(shape.longest_key)
+            filled.append(self._tables[number].upload(group.num_parts, shape.num_sequences, num_rows))
+        return tuple(filled)
+
+    def _own(self, row: int, pages: PageTables) -> None:
+        """Gives a row of the tables to a sequence."""
+        if self._owners[row] is not pages:
+            self._owners[row] = pages
+            for num_copied in self._num_copied:
+                num_copied[row] = 0
 
     def _slots(
         self, number: int, spans: list[Span], sequence_T: np.ndarray, *, is_whole: bool, shape: PassShape | None

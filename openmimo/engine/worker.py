@@ -13,8 +13,8 @@ decided rows in the worker, B sequences, Y rows of a table, H drafting heads, D 
 """
 
 import time
-from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -342,6 +342,7 @@ class PassGraphs:
         self._graphs = CapturedGraphs(device)
         self._replays: dict[PassShape, Callable[[], PassResult]] = {}
         self._draft_replays: dict[tuple[PassShape, int], Callable[[], torch.Tensor]] = {}
+        self._ahead_replays: dict[Hashable, Callable[[], Any]] = {}
         self.capture_seconds = 0.0
 
     @property
@@ -352,7 +353,7 @@ class PassGraphs:
     @property
     def num_captured(self) -> int:
         """Captured graphs."""
-        return len(self._replays) + len(self._draft_replays)
+        return len(self._replays) + len(self._draft_replays) + len(self._ahead_replays)
 
     def replay(self, step: PassInput) -> PassResult:
         """Replays a padded pass, whose tensors are those of every pass of this shape; captures it at its first use."""
@@ -370,6 +371,17 @@ class PassGraphs:
             self._draft_replays[key] = self._capture(run)
         return self._draft_replays[key]()
 
+    def replay_ahead(self, key: Hashable, run: Callable[[], Result]) -> Result:
+        """Replays a step that was planned ahead, as `replay` does. `run` queues its work; `key` has its sizes."""
+        if key not in self._ahead_replays:
+            self._ahead_replays[key] = self._capture(run)
+        result: Result = self._ahead_replays[key]()
+        return result
+
+    def forget_ahead(self) -> None:
+        """Drops the graphs of steps that were planned ahead."""
+        self._ahead_replays.clear()
+
     def forget_drafts(self) -> None:
         """Drops the graphs of drafting heads."""
         self._draft_replays.clear()
@@ -386,6 +398,14 @@ class Worker:
 
     Each seat has a ring of states: the state of position i is in row `seat * ring_positions + i % ring_positions`.
     The ring holds at least 2 * num_drafts + 1 positions: the last head lags by num_drafts, a step adds num_drafts + 1.
+    If steps with drafts are planned ahead, a text may end while a step is on its way. That one adds as many.
+
+    Attributes:
+        model: The model.
+        context: The context of all its passes.
+        sampling: The sampling parameters of each seat.
+        ring_positions: Positions of a ring.
+        graphs: The captured passes; None if none are captured.
     """
 
     def __init__(
@@ -397,6 +417,7 @@ class Worker:
         uses_graphs: bool = False,
         max_decided: int = 0,
         integers: Integers | None = None,
+        drafts_ahead: bool = False,
     ):
         """
         Args:
@@ -406,14 +427,15 @@ class Worker:
             uses_graphs: Whether padded passes are captured.
             max_decided: Entries of the decided tokens (`StepInput.decided_place`).
             integers: The products of long passes of full layers that may be computed in int8 (None: none).
+            drafts_ahead: Whether steps with drafts are planned ahead.
         """
-        self._model = model
+        self.model = model
         self._arena = arena
-        self._context = PagedContext(arena, RotaryRows(model.device, model.config.max_positions), integers=integers)
+        self.context = PagedContext(arena, RotaryRows(model.device, model.config.max_positions), integers=integers)
         self._reads_pre_norm = model.config.mtp is not None and model.config.mtp.hidden == "pre_norm"
-        self.ring_positions = 1 << (2 * num_drafts).bit_length()
+        self.ring_positions = 1 << (3 * num_drafts + 1 if drafts_ahead else 2 * num_drafts).bit_length()
         self._states_XD: torch.Tensor | None = None
-        self._sampling = SamplingTable(model.config.vocab_size, model.device)
+        self.sampling = SamplingTable(model.config.vocab_size, model.device)
         self._decided_X = torch.zeros(max_decided, dtype=torch.int64, device=model.device)
         self.graphs: PassGraphs | None = None
         if uses_graphs:
@@ -429,15 +451,15 @@ class Worker:
             step.main.token_ids_T.index_copy_(0, step.drafting.rows_N, drafts_N)
         computed = self._run_main(step)
         hidden = computed.hidden
-        recorded = self._context.routing.recorded
+        recorded = self.context.routing.recorded
         if step.state_places_T is not None:
-            states_TD = hidden.pre_norm_TD if self._reads_pre_norm else hidden.post_norm_TD
-            kept_XD = self._states(states_TD)
+            states_TD = self.kept_states(hidden)
+            kept_XD = self.states_memory(self._arena.num_seats)
             for head in step.prompt_heads:
                 places_T1 = head.state_places_T[:, None]
                 old_TD = kept_XD[head.state_places_T.clamp(min=0)]
                 new_TD = states_TD[(-1 - head.state_places_T).clamp(min=0)]
-                self._run_head(head, torch.where(places_T1 >= 0, old_TD, new_TD))
+                self.run_head(head.head, head.forward, torch.where(places_T1 >= 0, old_TD, new_TD))
             rows_TD = states_TD if step.state_rows_T is None else states_TD[step.state_rows_T]
             kept_XD.index_copy_(0, step.state_places_T, rows_TD)
         tokens_R = num_accepted_B = None
@@ -448,10 +470,10 @@ class Worker:
                 states_RD = hidden.post_norm_TD
                 if step.decided_rows_R is not None:
                     states_RD = states_RD[step.decided_rows_R]
-                logits_RV = self._model.head(states_RD)
+                logits_RV = self.model.head(states_RD)
             else:
                 logits_RV = computed.logits_TV
-            table, tokens_T = self._sampling, step.main.token_ids_T[: step.main.num_tokens]
+            table, tokens_T = self.sampling, step.main.token_ids_T[: step.main.num_tokens]
             table.update(step.sampling)
             tokens_R = decide(logits_RV, step.sampling, table, tokens_T, likeliest_R)
             if step.decided_place is not None:
@@ -479,12 +501,12 @@ class Worker:
     def _score(self, states_ND: torch.Tensor, rows: ScoredRows) -> PromptScores:
         """Log-probabilities after the states of a prompt."""
         if not rows.num_top_logprobs:
-            return PromptScores(self._model.head.logprobs(states_ND, rows.targets_N, rows.temperature))
-        vocab_size = self._model.config.vocab_size
+            return PromptScores(self.model.head.logprobs(states_ND, rows.targets_N, rows.temperature))
+        vocab_size = self.model.config.vocab_size
         num_rows, num_top = max(_MAX_SCORED_NUMBERS // vocab_size, 1), min(rows.num_top_logprobs, vocab_size)
         chosen, values, ids = [], [], []
         for states_RD, targets_R in zip(states_ND.split(num_rows), rows.targets_N.split(num_rows), strict=True):
-            logprobs_RV = (self._model.head(states_RD) / rows.temperature).log_softmax(dim=-1)
+            logprobs_RV = (self.model.head(states_RD) / rows.temperature).log_softmax(dim=-1)
             chosen.append(logprobs_RV.gather(1, targets_R[:, None])[:, 0])
             top = logprobs_RV.topk(num_top, dim=-1)
             values.append(top.values)
@@ -495,9 +517,9 @@ class Worker:
         """Runs the main layers."""
         main = step.main
         if main.shape is None:
-            context = self._context.bind(main, records_routing=step.records_routing)
-            tokens_T = self._with_decided(main.token_ids_T) if step.reads_decided else main.token_ids_T
-            return PassResult(self._model(tokens_T, context), None, None)
+            context = self.context.bind(main, records_routing=step.records_routing)
+            tokens_T = self.with_decided(main.token_ids_T) if step.reads_decided else main.token_ids_T
+            return PassResult(self.model(tokens_T, context), None, None)
         assert self.graphs is not None and not step.records_routing
         hidden, logits_TV, likeliest_T = self.graphs.replay(main)
         pre_norm_TD, post_norm_TD = (states[: main.num_tokens] for states in (hidden.pre_norm_TD, hidden.post_norm_TD))
@@ -508,14 +530,14 @@ class Worker:
         return PassResult(kept, logits_TV[: main.num_tokens], likeliest_T[: main.num_tokens])
 
     def _pass(self, main: PassInput) -> PassResult:
-        hidden = self._model(self._with_decided(main.token_ids_T), self._context.bind(main))
+        hidden = self.model(self.with_decided(main.token_ids_T), self.context.bind(main))
         assert main.shape is not None
         if main.shape.is_prompt:
             return PassResult(hidden, None, None)
-        logits_TV = self._model.head(hidden.post_norm_TD)
+        logits_TV = self.model.head(hidden.post_norm_TD)
         return PassResult(hidden, logits_TV, likeliest(logits_TV))
 
-    def _with_decided(self, token_ids_T: torch.Tensor) -> torch.Tensor:
+    def with_decided(self, token_ids_T: torch.Tensor) -> torch.Tensor:
         """Token ids in which those of earlier steps have taken the places of their references."""
         decided_T = self._decided_X[(-1 - token_ids_T).clamp_(min=0)]
         return torch.where(token_ids_T < 0, decided_T, token_ids_T)
@@ -534,39 +556,44 @@ class Worker:
 
     def _run_heads(self, heads: tuple[HeadInput, ...], width: int) -> torch.Tensor:
         """Runs the drafting heads in order: drafts, int64 [H, W]. A head reads the drafts of earlier ones."""
-        drafts_HB = torch.zeros(len(heads), width, dtype=torch.int64, device=self._model.device)
+        drafts_HB = torch.zeros(len(heads), width, dtype=torch.int64, device=self.model.device)
         assert self._states_XD is not None, "heads draft after the main layers"
         for step in heads:
             if step.draft_rows is not None:
                 assert step.draft_sources is not None
                 drafts = drafts_HB.view(-1).index_select(0, step.draft_sources)
                 step.forward.token_ids_T.index_copy_(0, step.draft_rows, drafts)
-            states_BD = self._run_head(step, self._states_XD.index_select(0, step.state_places_T))
+            states_BD = self.run_head(step.head, step.forward, self._states_XD.index_select(0, step.state_places_T))
             if step.last_rows_B is not None:
                 states_BD = states_BD.index_select(0, step.last_rows_B)
-            tokens_B = self._model.head(states_BD).argmax(dim=-1)
+            tokens_B = self.model.head(states_BD).argmax(dim=-1)
             if step.sequences_B is None:
                 drafts_HB[step.head] = tokens_B
             else:
                 drafts_HB[step.head].index_copy_(0, step.sequences_B, tokens_B)
         return drafts_HB
 
-    def _run_head(self, step: HeadInput, states_TD: torch.Tensor) -> torch.Tensor:
+    def run_head(self, head: int, forward: PassInput, states_TD: torch.Tensor) -> torch.Tensor:
         """Runs one head over its new positions; returns its states [T, D]."""
         hidden = Hidden(pre_norm_TD=states_TD, post_norm_TD=states_TD)  # the worker keeps only the one that heads read
-        return self._model.mtp(step.head, hidden, step.forward.token_ids_T, self._context.bind(step.forward))
+        return self.model.mtp(head, hidden, forward.token_ids_T, self.context.bind(forward))
+
+    def kept_states(self, hidden: Hidden) -> torch.Tensor:
+        """The states that the heads read."""
+        return hidden.pre_norm_TD if self._reads_pre_norm else hidden.post_norm_TD
 
     def states(self, seat: int, first: int, stop: int) -> torch.Tensor:
         """The stored states of positions `first` to `stop` of a sequence, [positions, D]."""
         assert self._states_XD is not None
-        positions = torch.arange(first, stop, device=self._model.device)
+        positions = torch.arange(first, stop, device=self.model.device)
         return self._states_XD[seat * self.ring_positions + positions % self.ring_positions]
 
-    def _states(self, like_TD: torch.Tensor) -> torch.Tensor:
-        """The memory of the states, grown to hold every seat."""
-        num_rows, states_XD = self._arena.num_seats * self.ring_positions, self._states_XD
+    def states_memory(self, num_seats: int) -> torch.Tensor:
+        """The memory of the states, grown to hold this many seats."""
+        num_rows, states_XD = num_seats * self.ring_positions, self._states_XD
         if states_XD is None or states_XD.shape[0] < num_rows:
-            grown_XD = like_TD.new_zeros(2 * num_rows, like_TD.shape[1])
+            size, dtype = self.model.config.hidden_size, self.model.activation_dtype
+            grown_XD = torch.zeros(2 * num_rows, size, dtype=dtype, device=self.model.device)
             if states_XD is not None:
                 grown_XD[: len(states_XD)] = states_XD
             self._states_XD = states_XD = grown_XD

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import randomize, tiny_config, tiny_model
+from test_speculative import counting_model
 
 from openmimo.core.errors import UserError
 from openmimo.core.records import Request, SamplingParams, Structure
@@ -106,13 +107,59 @@ def test_drafts_change_no_token(device):
     assert sum(engine.stats.offered) > 20
 
 
+def drafting(count):
+    """Requests whose steps with drafts are planned ahead: no option changes their logits."""
+    kinds = [KINDS[0], KINDS[1], {"temperature": 0.7, "top_k": 20, "logprobs": True}, {"temperature": 0.4}]
+    return [
+        Request(str(n), ids(7 + 31 * n % 120, n), SamplingParams(**{"max_tokens": 25 + n, "seed": n, **kinds[n % 4]}))
+        for n in range(count)
+    ]
+
+
+@pytest.mark.parametrize("num_drafts", [1, 2, 3])
+@pytest.mark.parametrize("noise", [0.1, 0.8], ids=["sure", "noisy"])
+def test_drafts_that_are_planned_ahead(device, noise, num_drafts):
+    """The same tokens as without drafts, and the same drafts as of a host that waits, in a full cache as well."""
+    model = counting_model(3, noise=noise).to(device)
+    settings = {"num_drafts": num_drafts, "adaptive_drafts": False}
+    plain, _ = serve(model, drafting(11), speculative=False)
+    waited, waiting = serve(model, drafting(11), plans_ahead=False, **settings)
+    found, engine = serve(model, drafting(11), **settings)
+    full, preempting = serve(model, drafting(11), cache_gigabytes=0.0004, prefix_cache=False, **settings)
+    assert engine._plans_ahead and not waiting._plans_ahead
+    assert engine._runner.worker.graphs._ahead_replays and preempting.scheduler.num_preemptions > 0
+    assert engine.stats.accepted == waiting.stats.accepted and engine.stats.offered == waiting.stats.offered
+    assert sum(engine.stats.accepted) > 20 and preempting.arena.num_used == 0
+    for expected, *others in zip(plain, waited, found, full, strict=True):
+        assert all(other.token_ids == expected.token_ids for other in others)
+        assert not expected.logprobs or np.allclose(others[1].logprobs, expected.logprobs, atol=1e-4)
+
+
+def test_weights_change_under_a_step_with_drafts_on_its_way(device):
+    model, other = counting_model(3, noise=0.8).to(device), counting_model(3, noise=0.5).to(device)
+    engine = Engine(model, config=EngineConfig(cache_gigabytes=0.05, adaptive_drafts=False))
+    params = SamplingParams(max_tokens=60, temperature=0.0, ignore_eos=True)
+    state = engine.submit(Request("1", ids(30, 0), params))
+    for _ in range(8):
+        engine.step()
+    engine.update_weights(other.state_dict(), version=1)
+    known = len(state.tokens)
+    while engine.has_work:
+        engine.step()
+    rest = SamplingParams(max_tokens=90 - known, temperature=0.0, ignore_eos=True)
+    (expected,), _ = serve(other, [Request("2", tuple(state.tokens[:known]), rest)], speculative=False)
+    assert 30 < known < 90 and state.tokens[known:] == expected.token_ids
+
+
 @pytest.mark.parametrize("num_drafts", [1, 2, 3])
 def test_captured_drafts_are_those_of_single_launches(device, num_drafts):
     """Also where texts begin, end and share prefixes, so that passes are padded. Output alone would not show it."""
     model = tiny_model(3, mtp_heads=3).to(device)
     drafts = {}
     for graphs in (True, False):
-        config = EngineConfig(num_drafts=num_drafts, adaptive_drafts=False, graphs=graphs, cache_gigabytes=0.05)
+        config = EngineConfig(
+            num_drafts=num_drafts, adaptive_drafts=False, graphs=graphs, cache_gigabytes=0.05, plans_ahead=False
+        )
         engine = Engine(model, config=config)
         worker, found = engine._runner.worker, []
         real = worker._draft

@@ -40,9 +40,13 @@ def requests(kinds, count):
 
 
 def serve(monkeypatch, ahead, work, **settings):
+    return serve_model(monkeypatch, MODEL, ahead, work, **settings)
+
+
+def serve_model(monkeypatch, model, ahead, work, **settings):
     """Submits two requests a step. Returns the completions, and the engine."""
     monkeypatch.setattr(engine_module, "works_ahead", lambda device: ahead)
-    engine = Engine(MODEL, config=EngineConfig(**{"prefill_tokens": 40, "mixed_prefill_tokens": 24, **settings}))
+    engine = Engine(model, config=EngineConfig(**{"prefill_tokens": 40, "mixed_prefill_tokens": 24, **settings}))
     waiting, states, deltas = list(work), [], {}
     while waiting or engine.has_work:
         states += [engine.submit(request) for request in waiting[:2]]

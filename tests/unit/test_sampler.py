@@ -13,7 +13,9 @@ from openmimo.engine.sampler import (
     SamplingTable,
     decide,
     decided_logprobs,
+    random_numbers,
     seat_sampling,
+    seed_key,
     uniform,
 )
 from openmimo.kernels.sampling.reference import filtered_probabilities
@@ -35,6 +37,15 @@ def test_random_numbers_are_uniform_and_independent():
     assert (centered[1:] * centered[:-1]).mean().abs() < 0.002
     assert (centered[:, 1:] * centered[:, :-1]).mean().abs() < 0.002
     assert len({uniform(seed, position) for seed in range(50) for position in range(50)}) == 2500
+
+
+def test_random_numbers_of_a_device_are_those_of_the_host():
+    """Bit by bit, for seeds and positions of every size."""
+    seeds = [0, 1, 7, (1 << 63) - 1, 1 << 63, (1 << 64) - 1, -5, 123456789012345678]
+    positions = [0, 1, 2, 1000, (1 << 40) + 3]
+    keys = torch.tensor([seed_key(seed) for seed in seeds for _ in positions])
+    found = random_numbers(keys, torch.tensor(positions * len(seeds)))
+    assert found.tolist() == [uniform(seed, position) for seed in seeds for position in positions]
 
 
 def test_random_numbers_stay_what_they_are():
