@@ -232,8 +232,9 @@ def _fits(work: list[_Work], shape: PassShape) -> bool:
 
 
 _FIRST_MEASUREMENTS = 3  # the fastest of these counts: the first steps may include one-time costs
-_LEAST_RATE, _MOST_RATE = 0.1, 0.5  # of averages: of a shape in use, and of one that was not used for long
+_LEAST_RATE, _MOST_RATE = 0.05, 0.25  # of averages: of a shape in use, and of one that was not used for long
 _STEPS_OF_MEMORY = 64
+_MOST_CHANGE = 1.2  # of one step
 _COMMON_RATE = 0.02  # what slows one shape slows the others: longer texts, other processes
 _READING_ROWS = 10  # rows whose arithmetic takes as long as reading the weights, before any measurement
 _PRIOR_SLOPE, _SLOPE_WEIGHT, _SLOPE_KEPT = 0.5, 0.02, 0.99
@@ -355,7 +356,7 @@ class StepTimes:
                 times.seconds[num_heads], times.cost[num_heads] = seconds, cost
             return
         predicted = self.predict(num_sequences, num_heads, num_drafts)
-        ratio = min(seconds / predicted, 2.0)  # other processes may have delayed the step
+        ratio = min(max(seconds / predicted, 1.0 / _MOST_CHANGE), _MOST_CHANGE)  # a step may have been delayed
         rate = min(max(age / _STEPS_OF_MEMORY, _LEAST_RATE), _MOST_RATE)
         mean_seconds, mean_cost = times.seconds[num_heads], times.cost[num_heads]
         more_cost = cost / mean_cost - 1.0
@@ -421,9 +422,9 @@ def allocate(gains_BH: np.ndarray, seconds_HN: np.ndarray) -> np.ndarray:
 
 
 _FIRST_RIGHT, _FIRST_WRONG = 1.4, 0.6  # drafts of each head that are assumed of all sequences before any is judged
-_COMMON_WEIGHT = 4.0  # drafts of its own after which a sequence counts as much as all others
+_COMMON_WEIGHT = 6.0  # drafts of its own after which a sequence counts as much as all others
 _RATIO_WEIGHT = 2.0
-_OPTIMISM = 0.2  # drafts of a sequence that are assumed to be right, so that unknown ones are tried
+_OPTIMISM = 0.4  # drafts of a sequence that are assumed to be right, so that unknown ones are tried
 _KEPT = 0.96  # of what a sequence's drafts have shown, after each step
 _COMMON_KEPT = 0.99  # the same of all sequences
 _MOST_WRONG = 0.98
