@@ -72,8 +72,8 @@ def find_slots(
     (parts, B, Y), Q = tables_pBY.shape, len(rows.position_Q)
     page_pQ, offset_Q = rows.position_Q.new_empty(parts, Q), rows.position_Q.new_empty(Q)
     _slots[(triton.cdiv(Q, _BLOCK), parts)](
-        tables_pBY.contiguous(), rows.sequence_Q, rows.position_Q, rows.is_row_Q, whole_from_B, page_pQ, offset_Q, B, Y, Q,
-        PAGE=page_positions, BLOCK=_BLOCK, num_warps=4,
+        tables_pBY.contiguous(), rows.sequence_Q, rows.position_Q, rows.is_row_Q, whole_from_B, page_pQ, offset_Q, B, Y,
+        Q, PAGE=page_positions, BLOCK=_BLOCK, num_warps=4,
     )  # fmt: skip
     return page_pQ, offset_Q
 
