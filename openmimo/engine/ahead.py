@@ -19,8 +19,9 @@ All of it is one captured graph, which writes no row itself, because a capture r
 written after it. A graph has padded passes: packed rows of the sequences and then rows that belong to none and have no
 page. A CPU has no graphs; it reads the lengths and runs passes of the exact sizes. Only tests do that.
 
-B sequences, T rows of a pass, H heads that draft, L = H + 1, M numbers of a row, R places of a ring, p parts of a group
-of layers, Y rows of a page table, X seats, D model dim, V vocabulary.
+The arithmetic of rows is an operation of its own (`kernels/drafting`). B sequences, A admitted ones, T rows of a pass,
+Q rows of all passes, H heads that draft, L = H + 1, M numbers of a row, p parts of a group of layers, Y rows of a page
+table, X seats, D model dim, V vocabulary.
 """
 
 from typing import NamedTuple
@@ -37,7 +38,6 @@ from openmimo.engine.sampler import (
     SeatSampling,
     decided_logprobs,
     likeliest,
-    random_numbers,
     seed_key,
 )
 from openmimo.engine.step import (
@@ -46,16 +46,22 @@ from openmimo.engine.step import (
     AheadOutput,
     GroupSlots,
     PassInput,
-    PassShape,
     StepBuffers,
     ahead_shapes,
 )
 from openmimo.engine.worker import Worker
-from openmimo.kernels.operations import draw_tokens
+from openmimo.kernels.operations import (
+    ROW_HEADS,
+    DraftingRows,
+    DraftingSizes,
+    advance_texts,
+    drafting_slots,
+    draw_tokens,
+    insert_drafts,
+    plan_drafting,
+)
 from openmimo.model.backbone import Hidden
 from openmimo.runtime.device import uploaded
-
-_LENGTH, _STATES_START, _KEY, _HEADS = range(4)  # columns of a row; those of the heads and the ring follow
 
 
 class AheadPlanner:
@@ -152,24 +158,6 @@ class AheadPlanner:
         return [length, sequence.states_start, seed_key(sequence.seed), *sequence.head_lengths, *ring]
 
 
-class _Rows(NamedTuple):
-    """The rows of a pass: those of each sequence in order, then surplus rows.
-
-    Attributes:
-        counts_B: Rows of each sequence.
-        first_B: The first row of each.
-        sequence_T: The sequence of each row; any for surplus rows.
-        position_T: The position of each row; 0 for surplus rows.
-        is_row_T: False for surplus rows.
-    """
-
-    counts_B: torch.Tensor
-    first_B: torch.Tensor
-    sequence_T: torch.Tensor
-    position_T: torch.Tensor
-    is_row_T: torch.Tensor
-
-
 class _Verified(NamedTuple):
     """The results of the part of a step that is captured.
 
@@ -178,7 +166,7 @@ class _Verified(NamedTuple):
         results_BX: As in `AheadOutput`.
         logits_TV: Logits of the main pass.
         tokens_T: Decided tokens.
-        places_BL: The row of the main pass of each decided token of a sequence.
+        first_B: The first row of each sequence in the main pass.
         seat_T: The seat of each row.
     """
 
@@ -186,8 +174,15 @@ class _Verified(NamedTuple):
     results_BX: torch.Tensor
     logits_TV: torch.Tensor
     tokens_T: torch.Tensor
-    places_BL: torch.Tensor
+    first_B: torch.Tensor
     seat_T: torch.Tensor
+
+
+class _Slots(NamedTuple):
+    """Pages and offsets of all rows of a step in one group of layers; see `drafting_slots`."""
+
+    page_pQ: torch.Tensor
+    offset_Q: torch.Tensor
 
 
 class AheadWorker:
@@ -203,7 +198,7 @@ class AheadWorker:
         self._worker, self._arena = worker, arena
         self._model, self._device = worker.model, worker.model.device
         self._num_drafts, self._ring_positions = num_drafts, worker.ring_positions
-        self._first_token = _HEADS + num_drafts
+        self._first_token = ROW_HEADS + num_drafts
         self._rows_XM = torch.zeros(1, self._first_token + self._ring_positions, dtype=torch.int64, device=self._device)
         self._is_exact = self._device.type == "cpu"
         self._captured_from: tuple[int, ...] = ()
@@ -246,173 +241,70 @@ class AheadWorker:
 
     def _verify(self, step: AheadInput) -> _Verified:
         """A step, without writing the rows of the sequences. Doing it twice changes nothing."""
-        rows_BM = self._rows_XM.index_select(0, step.seats_B)
-        length_B = rows_BM[:, _LENGTH]
-        starts_BH = torch.maximum(
-            rows_BM[:, _HEADS : _HEADS + step.num_heads], rows_BM[:, _STATES_START : _STATES_START + 1]
+        states_XD, H = self._worker.states_memory(0), step.num_heads
+        sizes = DraftingSizes(
+            H,
+            self._num_drafts,
+            self._ring_positions,
+            step.head_shape.num_tokens,
+            step.main_shape.num_tokens,
+            spare_place=len(states_XD) - 1,
         )
-        offered_B = torch.minimum(step.limits_B, (step.max_lengths_B - 1 - length_B).clamp_(min=0))
-        if step.num_heads:
-            can_draft_B = starts_BH[:, 0] < length_B - 1
-            offered_B = torch.where(can_draft_B, offered_B, offered_B.clamp(max=0))
-        heads_H = torch.arange(step.num_heads, device=self._device)
-        drafts_BH = heads_H < offered_B[:, None]
-        drafts_HB = self._draft(step, rows_BM, starts_BH, drafts_BH)
-        rows = _packed(offered_B + 1, length_B - 1, step.main_shape.num_tokens)
-        places_BL = rows.first_B[:, None] + torch.arange(step.num_heads + 1, device=self._device)
-        logits_TV, tokens_T = self._decide(step, rows_BM, rows, drafts_HB)
-        places_BL = places_BL.clamp_(max=len(tokens_T) - 1)
-        decided_BL = tokens_T[places_BL]
-        is_right_BH = (decided_BL[:, : step.num_heads] == drafts_HB.T) & drafts_BH
-        accepted_B = is_right_BH.cumprod(dim=1).sum(dim=1)
-        return _Verified(
-            self._advanced(rows_BM, step, decided_BL, accepted_B, drafts_BH),
-            torch.cat([offered_B[:, None], accepted_B[:, None], decided_BL], dim=1),
-            logits_TV,
-            tokens_T,
-            places_BL,
-            step.seats_B[rows.sequence_T[: len(tokens_T)]],
-        )
-
-    def _draft(
-        self, step: AheadInput, rows_BM: torch.Tensor, starts_BH: torch.Tensor, drafts_BH: torch.Tensor
-    ) -> torch.Tensor:
-        """The drafts of each head, int64 [H, B]; any where a head does not draft."""
-        num_sequences, length_B = len(rows_BM), rows_BM[:, _LENGTH]
-        drafts_HB = torch.zeros(step.num_heads, num_sequences, dtype=torch.int64, device=self._device)
-        if not step.num_heads:
-            return drafts_HB
-        states_XD = self._worker.states_memory(0)
-        starts_HB = starts_BH.T.contiguous()
-        counts_HB = torch.where(drafts_BH.T, length_B - 1 - starts_HB, 0)
-        keys_HB = torch.where(drafts_BH.T, length_B - 1, 0)
-        all_rows = _packed(counts_HB, starts_HB, step.head_shape.num_tokens)
-        heads_H1 = torch.arange(step.num_heads, device=self._device)[:, None]
-        index_HT = all_rows.position_T + heads_H1 + 1
-        confirmed_HT = self._ring(rows_BM, all_rows.sequence_T, index_HT)
-        earlier_HT = index_HT - length_B[all_rows.sequence_T]  # the head that drafted the token, if not negative
-        source_HT = earlier_HT.clamp(min=0, max=step.num_heads - 1) * num_sequences + all_rows.sequence_T
-        state_HT = self._state_places(step.seats_B, all_rows.sequence_T, all_rows.position_T)
-        last_HB = (all_rows.first_B + counts_HB - 1).clamp_(min=0)
-        for head in range(step.num_heads):
-            rows = _Rows(*(value[head] for value in all_rows))
-            tokens_T = confirmed_HT[head]
-            if head:
-                drafted_T = drafts_HB.view(-1).index_select(0, source_HT[head])
-                tokens_T = torch.where(earlier_HT[head] < 0, tokens_T, drafted_T)
-            layer = len(self._model.config.layers) + head
-            forward = self._pass(step, rows, tokens_T, keys_HB[head], step.head_shape, layers=range(layer, layer + 1))
-            if forward is None:
-                continue
-            states_TD = states_XD.index_select(0, state_HT[head][: len(forward.token_ids_T)])
-            states_BD = self._worker.run_head(head, forward, states_TD).index_select(0, last_HB[head])
-            drafts_HB[head] = self._model.head(states_BD).argmax(dim=-1)
-        return drafts_HB
-
-    def _decide(
-        self, step: AheadInput, rows_BM: torch.Tensor, rows: _Rows, drafts_HB: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Runs the main layers and keeps their states. Returns the logits of the rows and a token after each."""
-        length_B, num_sequences = rows_BM[:, _LENGTH], len(rows_BM)
-        length_T = length_B[rows.sequence_T]
-        newest_B = rows_BM.gather(1, self._first_token + (length_B[:, None] - 1) % self._ring_positions)[:, 0]
-        tokens_LB = torch.cat([newest_B[None], drafts_HB])
-        offset_T = torch.where(rows.is_row_T, rows.position_T - length_T + 1, 0)
-        tokens_T = tokens_LB.view(-1).index_select(0, offset_T * num_sequences + rows.sequence_T)
-        keys_B = torch.where(rows.counts_B > 0, length_B - 1 + rows.counts_B, 0)
-        forward = self._pass(
-            step, rows, tokens_T, keys_B, step.main_shape, layers=range(len(self._model.config.layers))
-        )
+        rows = plan_drafting(self._rows_XM, step.seats_B, step.limits_B, step.max_lengths_B, sizes)
+        slots = [
+            _Slots(*drafting_slots(tables_pBY, rows, step.whole_from_B, group.page_positions))
+            for tables_pBY, group in zip(step.tables, self._arena.layout.groups, strict=True)
+        ]
+        for head in range(H):
+            self._draft(step, head, rows, slots)
+        main = slice(H * step.head_shape.num_tokens, sizes.num_rows)
+        forward = self._pass(step, H, rows, slots, main)
         assert forward is not None, "a step has sequences"
-        num_rows = len(forward.token_ids_T)
+        main = slice(main.start, main.start + len(forward.token_ids_T))
         hidden: Hidden = self._model(forward.token_ids_T, self._worker.context.bind(forward))
-        states_XD = self._worker.states_memory(0)
-        place_T = self._state_places(step.seats_B, rows.sequence_T, rows.position_T)
-        place_T = torch.where(rows.is_row_T, place_T, len(states_XD) - 1)[:num_rows]
-        states_XD.index_copy_(0, place_T, self._worker.kept_states(hidden))
-        logits_TV = self._model.head(hidden.post_norm_TD)
-        decided_T = likeliest(logits_TV)
+        states_XD.index_copy_(0, rows.state_Q[main], self._worker.kept_states(hidden))
+        logits_TV, seat_T = self._model.head(hidden.post_norm_TD), rows.seat_Q[main]
+        tokens_T = likeliest(logits_TV)
         if step.draws:
-            sequence_T = rows.sequence_T[:num_rows]
-            key_T = rows_BM[:, _KEY][sequence_T]
-            uniform_T = random_numbers(key_T, rows.position_T[:num_rows] + 1)
-            numbers_5T = self._worker.sampling.numbers(step.seats_B[sequence_T])
-            decided_T = _drawn(logits_TV, decided_T, numbers_5T, uniform_T, has_filters=step.has_filters)
-        return logits_TV, decided_T
+            numbers_5T = self._worker.sampling.numbers(seat_T)
+            tokens_T = _drawn(logits_TV, tokens_T, numbers_5T, rows.uniform_Q[main], has_filters=step.has_filters)
+        rows_BM, results_BX = advance_texts(self._rows_XM, step.seats_B, step.max_lengths_B, rows, tokens_T, sizes)
+        return _Verified(rows_BM, results_BX, logits_TV, tokens_T, rows.first_LB[H], seat_T)
 
-    def _advanced(
-        self,
-        rows_BM: torch.Tensor,
-        step: AheadInput,
-        decided_BL: torch.Tensor,
-        accepted_B: torch.Tensor,
-        drafts_BH: torch.Tensor,
-    ) -> torch.Tensor:
-        """The rows of the sequences after the step.
-
-        The ring gets rejected tokens as well: it is larger than what a head reads again, and the next step overwrites
-        them.
-        """
-        length_B1, new_BM = rows_BM[:, _LENGTH : _LENGTH + 1], rows_BM.clone()
-        new_BM[:, _LENGTH] = torch.minimum(length_B1[:, 0] + 1 + accepted_B, step.max_lengths_B)
-        new_BM[:, _STATES_START] = torch.maximum(rows_BM[:, _STATES_START], length_B1[:, 0] - 1 - self._num_drafts)
-        heads = slice(_HEADS, _HEADS + step.num_heads)
-        heads_H = torch.arange(step.num_heads, device=self._device)
-        new_BM[:, heads] = torch.where(drafts_BH, (length_B1 - 1 - heads_H).clamp_(min=0), rows_BM[:, heads])
-        places_BL = (length_B1 + torch.arange(step.num_heads + 1, device=self._device)) % self._ring_positions
-        return new_BM.scatter_(1, self._first_token + places_BL, decided_BL.clamp(min=0))
+    def _draft(self, step: AheadInput, head: int, rows: DraftingRows, slots: list[_Slots]) -> None:
+        """Runs a head, and puts its drafts into `rows.tokens_LB`: any tokens where it does not draft."""
+        first = head * step.head_shape.num_tokens
+        forward = self._pass(step, head, rows, slots, slice(first, first + step.head_shape.num_tokens))
+        if forward is None:
+            return
+        place_T = rows.state_Q[first : first + len(forward.token_ids_T)]
+        states_TD = self._worker.run_head(head, forward, self._worker.states_memory(0).index_select(0, place_T))
+        logits_BV = self._model.head(states_TD.index_select(0, rows.last_LB[head]))
+        torch.argmax(logits_BV, dim=-1, out=rows.tokens_LB[1 + head])
 
     def _pass(
-        self,
-        step: AheadInput,
-        rows: _Rows,
-        tokens_T: torch.Tensor,
-        key_lengths_B: torch.Tensor,
-        shape: PassShape,
-        *,
-        layers: range,
+        self, step: AheadInput, number: int, rows: DraftingRows, slots: list[_Slots], own: slice
     ) -> PassInput | None:
-        """The pass over some layers; None if it has no rows, which only a CPU knows."""
-        used = {self._arena.place_of_layer[layer][0] for layer in layers}
-        has_page_T = rows.is_row_T & (rows.position_T >= step.whole_from_B[rows.sequence_T])
-        groups: list[GroupSlots | None] = [None] * len(step.tables)
-        for number in used:
-            tables_pBY, P = step.tables[number], self._arena.layout.groups[number].page_positions
-            place_T = rows.sequence_T * tables_pBY.shape[2] + rows.position_T // P
-            page_pT = torch.where(has_page_T, tables_pBY.flatten(1).index_select(1, place_T), -1).long()
-            groups[number] = GroupSlots(tables_pBY.unbind(0), page_pT.unbind(0), rows.position_T % P, None)
-        first = shape.longest_key - shape.longest_query
+        """The pass of a head, or of the main layers after them; None if it has no rows, which only a CPU knows."""
+        is_main, num_layers = number == step.num_heads, len(self._model.config.layers)
+        shape = step.main_shape if is_main else step.head_shape
+        layers = range(num_layers) if is_main else range(num_layers + number, num_layers + number + 1)
+        groups: list[GroupSlots | None] = [None] * len(slots)
+        for group in {self._arena.place_of_layer[layer][0] for layer in layers}:
+            pages = slots[group].page_pQ[:, own].unbind(0)
+            groups[group] = GroupSlots(step.tables[group].unbind(0), pages, slots[group].offset_Q[own], None)
         forward = PassInput(
-            tokens_T,
-            rows.position_T,
-            rows.counts_B.int(),
-            key_lengths_B.int(),
-            (first,) * shape.num_sequences,
+            insert_drafts(rows.token_Q[own], rows.source_Q[own], rows.tokens_LB),
+            rows.position_Q[own],
+            rows.counts_LB[number],
+            rows.keys_LB[number],
+            (shape.longest_key - shape.longest_query,) * shape.num_sequences,
             (shape.longest_key,) * shape.num_sequences,
             tuple(groups),
             shape.num_tokens,
             shape,
         )
         return _exact(forward) if self._is_exact else forward
-
-    def _ring(self, rows_BM: torch.Tensor, sequence_T: torch.Tensor, position_T: torch.Tensor) -> torch.Tensor:
-        """Tokens of sequences at positions that their rings hold."""
-        column_T = self._first_token + position_T % self._ring_positions
-        return rows_BM.view(-1)[sequence_T * rows_BM.shape[1] + column_T]
-
-    def _state_places(self, seats_B: torch.Tensor, sequence_T: torch.Tensor, position_T: torch.Tensor) -> torch.Tensor:
-        return seats_B[sequence_T] * self._ring_positions + position_T % self._ring_positions
-
-
-def _packed(counts_B: torch.Tensor, starts_B: torch.Tensor, num_rows: int) -> _Rows:
-    """Packs `counts_B` consecutive positions of each sequence from `starts_B` on. A leading dimension is a batch."""
-    ends_B = counts_B.cumsum(dim=-1)
-    first_B = ends_B - counts_B
-    row_T = torch.arange(num_rows, device=counts_B.device).expand(*counts_B.shape[:-1], num_rows).contiguous()
-    sequence_T = torch.searchsorted(ends_B, row_T, right=True).clamp_(max=counts_B.shape[-1] - 1)
-    is_row_T = row_T < ends_B[..., -1:]
-    position_T = torch.where(is_row_T, row_T + (starts_B - first_B).gather(-1, sequence_T), 0)
-    return _Rows(counts_B, first_B, sequence_T, position_T, is_row_T)
 
 
 def _exact(forward: PassInput) -> PassInput | None:
@@ -463,5 +355,7 @@ def _drawn(
 def _with_logprobs(step: AheadInput, done: _Verified, table: SamplingTable) -> AheadOutput:
     sampling = SamplingInput(logprob_seats_R=done.seat_T, num_top_logprobs=step.num_top_logprobs)
     logprobs_T, top_ids_TV, top_logprobs_TV = decided_logprobs(done.logits_TV, done.tokens_T, sampling, table)
-    values = (None if value is None else value[done.places_BL] for value in (logprobs_T, top_ids_TV, top_logprobs_TV))
+    places_L = torch.arange(step.num_heads + 1, device=done.tokens_T.device)
+    places_BL = (done.first_B[:, None] + places_L).clamp_(max=len(done.tokens_T) - 1)
+    values = (None if value is None else value[places_BL] for value in (logprobs_T, top_ids_TV, top_logprobs_TV))
     return AheadOutput(done.results_BX, *values)

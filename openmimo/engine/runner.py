@@ -250,8 +250,9 @@ class Runner:
             num_drafts = [
                 self._drafting.num_drafts_of(sequence, limit) for sequence, limit in zip(sequences, limits, strict=True)
             ]
-        for sequence in sequences:
-            sequence.followed_pages = None  # from here on the worker does not know its length
+        if self.drafts_ahead:  # the worker does not count these tokens
+            for sequence in sequences:
+                sequence.followed_pages = None
         output = self._execute(self._decode_input(sequences, num_drafts))
         self.stats.num_prompt_tokens += sum(s.num_computed_tokens < s.prompt_length for s in sequences)
         for place, sequence in enumerate(sequences):

@@ -15,14 +15,20 @@ import numpy as np
 import torch
 
 from openmimo.core.records import SamplingParams
-from openmimo.kernels.operations import chosen_logprobs, draw_tokens
+from openmimo.kernels.operations import (
+    MIX_ADDEND,
+    MIX_LAST_SHIFT,
+    MIX_ROUNDS,
+    UNIFORM_BITS,
+    chosen_logprobs,
+    draw_tokens,
+    signed,
+)
 from openmimo.runtime.device import uploaded
 
 NO_TOKEN = -1
 _MASK_64 = (1 << 64) - 1
-_WEYL, _ROUNDS, _LAST_SHIFT = 0x9E3779B97F4A7C15, ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)), 31
 _NUMBERS, _FIRST_SEATS = 5, 64
-_UNIFORM_BITS = 52  # one fewer than float64 holds, so that u < 1 and u * total < total survive rounding
 
 
 class SeatChange(NamedTuple):
@@ -304,35 +310,16 @@ def decided_logprobs(
 
 def uniform(seed: int, position: int) -> float:
     """A number in [0, 1) for this seed and position (splitmix64, Steele et al. 2014, as a counter-based hash)."""
-    return (_mix(_mix(seed & _MASK_64) ^ position) >> (64 - _UNIFORM_BITS)) / (1 << _UNIFORM_BITS)
+    return (_mix(_mix(seed & _MASK_64) ^ position) >> (64 - UNIFORM_BITS)) / (1 << UNIFORM_BITS)
 
 
 def seed_key(seed: int) -> int:
-    """What `random_numbers` needs of a seed, as a signed number of 64 bits."""
-    return _signed(_mix(seed & _MASK_64))
-
-
-def random_numbers(keys_R: torch.Tensor, positions_R: torch.Tensor) -> torch.Tensor:
-    """`uniform` for the seeds of `keys_R` at positions on the device, float64. Products of int64 wrap around there."""
-    mixed_R = (keys_R ^ positions_R) + _signed(_WEYL)
-    for shift, factor in _ROUNDS:
-        mixed_R = (mixed_R ^ _shifted(mixed_R, shift)) * _signed(factor)
-    mixed_R = mixed_R ^ _shifted(mixed_R, _LAST_SHIFT)
-    return _shifted(mixed_R, 64 - _UNIFORM_BITS).double() / (1 << _UNIFORM_BITS)
-
-
-def _signed(value: int) -> int:
-    """The signed number with the same 64 bits."""
-    return value - (1 << 64) if value >> 63 else value
-
-
-def _shifted(values: torch.Tensor, count: int) -> torch.Tensor:
-    """Bits of int64 moved to the right, with zeros on the left."""
-    return (values >> count) & ((1 << (64 - count)) - 1)
+    """The key with which a device computes `uniform` (`DraftingSizes`), as a signed number of 64 bits."""
+    return signed(_mix(seed & _MASK_64))
 
 
 def _mix(value: int) -> int:
-    value = (value + _WEYL) & _MASK_64
-    for shift, factor in _ROUNDS:
+    value = (value + MIX_ADDEND) & _MASK_64
+    for shift, factor in MIX_ROUNDS:
         value = ((value ^ (value >> shift)) * factor) & _MASK_64
-    return value ^ (value >> _LAST_SHIFT)
+    return value ^ (value >> MIX_LAST_SHIFT)

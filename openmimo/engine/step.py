@@ -401,7 +401,9 @@ class AheadShapes(NamedTuple):
 def ahead_shapes(
     limits: list[int], num_heads: int, longest_key: int, *, num_drafts: int, max_sequences: int, max_positions: int
 ) -> AheadShapes:
-    """The smallest sizes that hold a step planned ahead.
+    """The smallest sizes that hold a step planned ahead. The main pass has a multiple of its sequences of rows.
+
+    So rows that drafts of other sequences leave over are few, and so are the sizes.
 
     Args:
         limits: The most drafts of each sequence.
@@ -413,7 +415,8 @@ def ahead_shapes(
     """
     sequences, rows = min(padded_batch(len(limits)), max_sequences), draft_rows_of(num_drafts)
     positions = _padded_positions(longest_key, max_positions)
-    main = PassShape(sequences, sequences * (1 + num_heads), 1 + num_heads, positions)
+    num_tokens = -(-(len(limits) + sum(limits)) // sequences) * sequences
+    main = PassShape(sequences, num_tokens, 1 + num_heads, positions)
     heads = PassShape(sequences, sequences * rows, rows, positions)
     fits = main.num_tokens <= _MAX_PADDED_TOKENS and heads.num_tokens <= _MAX_DRAFTING_TOKENS
     return AheadShapes(main, heads, fits)

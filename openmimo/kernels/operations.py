@@ -1,4 +1,4 @@
-"""The operations of a model besides attention: linear, norm, rotary, router, experts, token_loss, sampling.
+"""The operations of a model besides attention: linear, norm, rotary, router, experts, token_loss, sampling, drafting.
 
 Each operation is a section with a function that the model calls, a `Need` (the properties of a call; a backend decides
 from these alone whether it serves the call) and a `Dispatcher` over the folder of its backends, which bears its name.
@@ -21,6 +21,7 @@ ROUTER = Dispatcher("openmimo.kernels.router", "OPENMIMO_ROUTER")
 EXPERTS = Dispatcher("openmimo.kernels.experts", "OPENMIMO_EXPERTS")
 TOKEN_LOSS = Dispatcher("openmimo.kernels.token_loss", "OPENMIMO_TOKEN_LOSS")
 SAMPLING = Dispatcher("openmimo.kernels.sampling", "OPENMIMO_SAMPLING")
+DRAFTING = Dispatcher("openmimo.kernels.drafting", "OPENMIMO_DRAFTING")
 
 MIXED = "mixed"  # the weight format of a call whose weights have different formats
 IGNORED_LABEL = -1
@@ -532,3 +533,196 @@ def chosen_logprobs(
 def _sampling(logits_RV: torch.Tensor) -> SamplingFunctions:
     need = SamplingNeed(logits_RV.shape[1], logits_RV.dtype, logits_RV.is_cpu, logits_RV.stride(1) == 1)
     return SAMPLING.choose(need)[1].run
+
+
+# Drafting: the rows of a step with drafts, where only the device knows the lengths of the texts.
+# X seats, M numbers of a row of memory, B sequences, H heads that draft, L = H + 1, Q rows of all passes, p parts and
+# Y rows of page tables. See `openmimo.engine.ahead`.
+
+# The random number of a position is a hash of key and position: splitmix64 (Steele et al. 2014).
+MIX_ADDEND, MIX_ROUNDS, MIX_LAST_SHIFT = 0x9E3779B97F4A7C15, ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)), 31
+UNIFORM_BITS = 52  # one fewer than float64 holds, so that u < 1 and u * total < total survive rounding
+ROW_LENGTH, ROW_STATES_START, ROW_KEY, ROW_HEADS = range(4)  # numbers of a row; `DraftingSizes` says what follows
+
+
+class DraftingSizes(NamedTuple):
+    """The sizes of a step with drafts.
+
+    The memory has a row of numbers for each seat: the tokens of the text, the first position whose state is kept, the
+    key of its random numbers, the positions that each of `num_drafts` heads has computed, and a ring of the newest
+    tokens. The passes of the heads come before that of the main layers.
+
+    Attributes:
+        num_heads: H.
+        num_drafts: Heads that may draft.
+        ring_positions: Places of a ring of tokens or states, a power of two. Position i is in place i % ring_positions.
+        head_rows: Rows of the pass of a head.
+        main_rows: Rows of the pass of the main layers.
+        spare_place: A place for states that is not read.
+    """
+
+    num_heads: int
+    num_drafts: int
+    ring_positions: int
+    head_rows: int
+    main_rows: int
+    spare_place: int
+
+    @property
+    def first_token(self) -> int:
+        """The first number of a ring of tokens."""
+        return ROW_HEADS + self.num_drafts
+
+    @property
+    def num_rows(self) -> int:
+        """Q."""
+        return self.num_heads * self.head_rows + self.main_rows
+
+
+class DraftingRows(NamedTuple):
+    """The rows of all passes of a step. A pass has the rows of each sequence in order, then surplus rows.
+
+    Attributes:
+        counts_LB: Rows of each sequence in each pass, int32; the last pass is that of the main layers.
+        keys_LB: Keys that the sequences have after each pass, int32; 0 for those without rows.
+        first_LB: The first row of each sequence in its pass, int64.
+        last_LB: The last row of each, int64; any for those without rows.
+        sequence_Q: The sequence of each row, int64; any for surplus rows.
+        position_Q: Its position, int64; 0 for surplus rows.
+        is_row_Q: False for surplus rows.
+        state_Q: The place of its state, int64; the spare one for surplus rows.
+        token_Q: Its token, int64, if `source_Q` is negative.
+        source_Q: The place of its token in `tokens_LB`, int64.
+        uniform_Q: The random number after it, float64.
+        seat_Q: Its seat, int64.
+        tokens_LB: The newest token of each sequence, and zeros for the drafts of each head, int64.
+    """
+
+    counts_LB: torch.Tensor
+    keys_LB: torch.Tensor
+    first_LB: torch.Tensor
+    last_LB: torch.Tensor
+    sequence_Q: torch.Tensor
+    position_Q: torch.Tensor
+    is_row_Q: torch.Tensor
+    state_Q: torch.Tensor
+    token_Q: torch.Tensor
+    source_Q: torch.Tensor
+    uniform_Q: torch.Tensor
+    seat_Q: torch.Tensor
+    tokens_LB: torch.Tensor
+
+
+class DraftingNeed(NamedTuple):
+    """The properties of one call; a backend decides from these alone whether it serves the call.
+
+    Attributes:
+        on_cpu: Whether the tensors are in CPU memory.
+    """
+
+    on_cpu: bool
+
+
+@dataclass(frozen=True)
+class DraftingFunctions:
+    """The functions of a backend.
+
+    Attributes:
+        plan: Implements `plan_drafting`.
+        slots: Implements `drafting_slots`.
+        insert: Implements `insert_drafts`.
+        advance: Implements `advance_texts`.
+    """
+
+    plan: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, DraftingSizes], DraftingRows]
+    slots: Callable[[torch.Tensor, DraftingRows, torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
+    insert: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+    advance: Callable[
+        [torch.Tensor, torch.Tensor, torch.Tensor, DraftingRows, torch.Tensor, DraftingSizes],
+        tuple[torch.Tensor, torch.Tensor],
+    ]
+
+
+def signed(value: int) -> int:
+    """Return the signed number with the same 64 bits."""
+    return value - (1 << 64) if value >> 63 else value
+
+
+def plan_drafting(
+    rows_XM: torch.Tensor,
+    seats_B: torch.Tensor,
+    limits_B: torch.Tensor,
+    max_lengths_B: torch.Tensor,
+    sizes: DraftingSizes,
+) -> DraftingRows:
+    """Plan the rows of a step. Head h reads the positions that it has not computed, and drafts where the step has more
+    than h drafts of a sequence. The main layers read the newest token and the drafts.
+
+    Args:
+        rows_XM: The memory, int64.
+        seats_B: The seat of each sequence, int64.
+        limits_B: The most drafts of each sequence, int64; -1 for no rows at all. There are fewer where the text would
+            be longer than its limit, and none where the first head has no position to compute.
+        max_lengths_B: The most tokens of each text, int64.
+        sizes: The sizes.
+    """
+    return _drafting(rows_XM).plan(rows_XM, seats_B, limits_B, max_lengths_B, sizes)
+
+
+def drafting_slots(
+    tables_pBY: torch.Tensor, rows: DraftingRows, whole_from_B: torch.Tensor, page_positions: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the page of each row in each part of a group of layers, int64 [p, Q], and its offset there, int64 [Q].
+
+    The page is -1 for surplus rows, and for positions before `whole_from_B` of their sequence.
+
+    Args:
+        tables_pBY: Page tables, int32.
+        rows: The rows.
+        whole_from_B: int64.
+        page_positions: Positions of a page, a power of two.
+    """
+    return _drafting(tables_pBY).slots(tables_pBY, rows, whole_from_B, page_positions)
+
+
+def insert_drafts(token_T: torch.Tensor, source_T: torch.Tensor, tokens_LB: torch.Tensor) -> torch.Tensor:
+    """Return the tokens of a pass: `token_T` where `source_T` is negative, else the entry of `tokens_LB` that it names.
+
+    Args:
+        token_T: int64.
+        source_T: int64.
+        tokens_LB: `DraftingRows.tokens_LB`, with drafts.
+    """
+    return _drafting(token_T).insert(token_T, source_T, tokens_LB)
+
+
+def advance_texts(
+    rows_XM: torch.Tensor,
+    seats_B: torch.Tensor,
+    max_lengths_B: torch.Tensor,
+    rows: DraftingRows,
+    decided_T: torch.Tensor,
+    sizes: DraftingSizes,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Count the leading drafts that equal the decided tokens, and return the rows of memory after the step, [B, M].
+
+    The ring gets rejected tokens as well: it is larger than what a head reads again, and the next step overwrites them.
+
+    Args:
+        rows_XM: The memory, which is not changed.
+        seats_B: As in `plan_drafting`.
+        max_lengths_B: As in `plan_drafting`.
+        rows: The plan, with drafts.
+        decided_T: The token after each row of the pass of the main layers, int64; negative if none can be chosen.
+        sizes: The sizes.
+
+    Returns:
+        The new rows, and for each sequence its drafts, how many were accepted, and the L tokens from its first row
+        on: int64 [B, L + 2].
+    """
+    return _drafting(rows_XM).advance(rows_XM, seats_B, max_lengths_B, rows, decided_T, sizes)
+
+
+def _drafting(tensor: torch.Tensor) -> DraftingFunctions:
+    functions: DraftingFunctions = DRAFTING.choose(DraftingNeed(tensor.is_cpu))[1].run
+    return functions

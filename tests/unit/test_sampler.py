@@ -13,11 +13,11 @@ from openmimo.engine.sampler import (
     SamplingTable,
     decide,
     decided_logprobs,
-    random_numbers,
     seat_sampling,
     seed_key,
     uniform,
 )
+from openmimo.kernels.drafting.reference import random_numbers
 from openmimo.kernels.sampling.reference import filtered_probabilities
 
 VOCAB = 11
