@@ -3,7 +3,7 @@
 A visit is a token with one of its experts: visit m is token m // A. Three kernels, each with fixed shapes:
 
     gate, up  a program per expert and tile of F: silu(gate) * up of each visit; it reads its rows of the weight once
-              for 16 visits
+              for 16 visits (64 of block-scaled experts with more visits on average than 16)
     down      a program per expert and tile of D: the output of each visit
     combine   a program per token: the weighted sum over its visits, in order
 
@@ -34,6 +34,8 @@ from openmimo.kernels.weights import BlockScaled, Weight
 _TILE_VISITS = 16
 _MAX_UNLISTED_VISITS = 64
 _STAGES = 4
+_LONG_TILE_VISITS = 64
+_LONG_STAGES = 3
 
 
 def run_experts(
@@ -55,9 +57,11 @@ def run_experts(
     if is_listed:
         lists, programs = torch.empty(E, 1 + M, dtype=torch.int32, device=x_TD.device), E
         _list_visits[(E,)](expert_ids_TA, lists, M, VISITS_PAD=visits_pad)
+    is_scaled = isinstance(gate_up_EHD, BlockScaled)
+    is_long = is_scaled and M > _TILE_VISITS * E
     visits = dict(
-        lists=lists, num_visits=M, VISITS_PAD=visits_pad, TILE_VISITS=_TILE_VISITS, IS_LISTED=is_listed, num_warps=4,
-        num_stages=_STAGES,
+        lists=lists, num_visits=M, VISITS_PAD=visits_pad, TILE_VISITS=_LONG_TILE_VISITS if is_long else _TILE_VISITS,
+        IS_LISTED=is_listed, num_warps=4, num_stages=_LONG_STAGES if is_long else _STAGES,
     )  # fmt: skip
     if isinstance(gate_up_EHD, BlockScaled):
         assert isinstance(down_EDF, BlockScaled)
