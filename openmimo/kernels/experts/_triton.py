@@ -36,6 +36,7 @@ _MAX_UNLISTED_VISITS = 64
 _STAGES = 4
 _LONG_TILE_VISITS = 64
 _LONG_STAGES = 3
+_LISTED_AT_ONCE = 2048
 
 
 def run_experts(
@@ -56,7 +57,8 @@ def run_experts(
     lists, programs = expert_ids_TA, M
     if is_listed:
         lists, programs = torch.empty(E, 1 + M, dtype=torch.int32, device=x_TD.device), E
-        _list_visits[(E,)](expert_ids_TA, lists, M, VISITS_PAD=visits_pad)
+        _list_visits[(E,)](expert_ids_TA, lists, M, BLOCK=min(visits_pad, _LISTED_AT_ONCE))
+        visits_pad = 1  # not used, and kernels are compiled for each value
     is_scaled = isinstance(gate_up_EHD, BlockScaled)
     is_long = is_scaled and M > _TILE_VISITS * E
     visits = dict(
@@ -99,14 +101,16 @@ def run_experts(
 
 
 @triton.jit
-def _list_visits(expert_ids, lists, num_visits, VISITS_PAD: tl.constexpr):
+def _list_visits(expert_ids, lists, num_visits, BLOCK: tl.constexpr):
     expert = tl.program_id(0)
-    numbers = tl.arange(0, VISITS_PAD)
-    is_mine = tl.load(expert_ids + numbers, mask=numbers < num_visits, other=-1) == expert
-    place = tl.cumsum(is_mine.to(tl.int32), axis=0)
     own = lists + expert * (1 + num_visits)
-    tl.store(own + place, numbers, mask=is_mine)
-    tl.store(own, tl.sum(is_mine.to(tl.int32)))
+    count = tl.program_id(0) * 0
+    for first in range(0, num_visits, BLOCK):
+        numbers = first + tl.arange(0, BLOCK)
+        is_mine = tl.load(expert_ids + numbers, mask=numbers < num_visits, other=-1) == expert
+        tl.store(own + count + tl.cumsum(is_mine.to(tl.int32), axis=0), numbers, mask=is_mine)
+        count += tl.sum(is_mine.to(tl.int32))
+    tl.store(own, count)
 
 
 @triton.jit
