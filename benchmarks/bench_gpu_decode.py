@@ -105,7 +105,8 @@ def measure_decoding(
         note = (
             f"{tokens / ours:.0f}{f' against {tokens / peer:.0f}' if peer else ''} tokens/s"
             f"{f', goal {goal}' if goal else ''}; a decoding step takes {step:.2f} ms, {1e3 * batch / step:.0f} "
-            f"tokens/s; prompts {prompt:.1f} ms; {stats.num_graphs} graphs of {stats.graph_bytes / 2**20:.0f} MiB in {stats.graph_seconds:.1f} s"
+            f"tokens/s; prompts {prompt:.1f} ms; {stats.num_graphs} graphs of {stats.graph_bytes / 2**20:.0f} MiB in "
+            f"{stats.graph_seconds:.1f} s"
         )
         ratio = goal * peer / tokens if goal and peer else None
         rows.append(
