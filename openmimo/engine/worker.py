@@ -50,6 +50,7 @@ from openmimo.kernels.weights import FP8, INT8, PLAIN, format_of
 from openmimo.model.attention import AttentionConfig, Rotation
 from openmimo.model.backbone import Hidden
 from openmimo.model.context import AttentionCall, RoutingTape, SequenceBalance
+from openmimo.model.layers import Linear
 from openmimo.model.mimo import MiMo
 from openmimo.model.moe import Experts
 from openmimo.model.weight_formats import QuantizableModule
@@ -339,6 +340,27 @@ def _weight_formats(model: MiMo, kind: type[QuantizableModule] = QuantizableModu
     }
 
 
+_READ_TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+@torch.no_grad()
+def join_memory(model: MiMo) -> None:
+    """Give plain weights that multiply one input adjacent memory, so that their products are one.
+
+    The parameters stay. Those that share memory with other tensors are left where they are.
+    """
+    for module in model.modules():
+        for names in _READ_TOGETHER:
+            layers = [getattr(module, name, None) for name in names]
+            weights = [layer.weight for layer in layers if type(layer) is Linear and not layer.blocks]
+            own_memory = all(weight.untyped_storage().nbytes() == weight.nbytes for weight in weights)
+            if len(weights) < len(names) or not own_memory:
+                continue
+            joined = torch.cat([weight.data for weight in weights])
+            for weight, rows in zip(weights, joined.split([len(weight) for weight in weights]), strict=True):
+                weight.data = rows
+
+
 class PassGraphs:
     """The captured passes of a worker, by shape.
 
@@ -434,6 +456,7 @@ class Worker:
         self._decided_X = torch.zeros(max_decided, dtype=torch.int64, device=model.device)
         self.graphs: PassGraphs | None = None
         if uses_graphs:
+            join_memory(model)
             prompt_tokens = max_prompt_tokens(model, arena.dtype)
             self.graphs = PassGraphs(model.device, self._pass, max_prompt_tokens=prompt_tokens)
 

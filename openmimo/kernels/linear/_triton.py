@@ -22,10 +22,8 @@ MAX_WEIGHTS = 3
 PAIRS = 64  # of a block of 128 dims; the blocks of scales are as large or span all dims
 TILE = 64  # outputs of a program
 _MIN_TILE_ROWS = 16
-_MAX_TILE_ROWS = 64
-_WIDE_TILE = 128  # outputs of a program with up to 32 prepared tokens
-_MAX_WIDE_ROWS = 32
-_MAX_UNPREPARED_ROWS = 16
+_TILES = ((16, 64, 16, 4), (32, 128, 32, 8), (64, 64, 64, 4))  # up to so many rows: outputs, rows, warps of a program
+_LARGE_TILE = (64, 64, 4)
 _PROGRAMS = 264  # that keep a device busy: two for each of 132 multiprocessors
 _MIN_SPLIT_DIMS = 1024
 _ADDED = 1024  # sums of a program
@@ -49,14 +47,32 @@ def codes_of(weight: BlockScaled) -> str:
     return "float8 in assembly" if in_assembly() else "float8"
 
 
+def prepare(x_RD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return rows as `token_block` gives them: float16 [2, R, D / 2] of even and odd dims, and magnitudes [R, blocks].
+
+    A kernel before the products does this once, and not each program of a product.
+    """
+    R, D = x_RD.shape
+    blocks = triton.cdiv(D, 2 * PAIRS)
+    tokens = x_RD.new_empty(2, R, D // 2, dtype=torch.float16)
+    magnitudes = x_RD.new_empty(R, blocks, dtype=torch.float32)
+    _prepare[(triton.cdiv(R, _MIN_TILE_ROWS), blocks)](
+        pairs_of(x_RD), tokens, magnitudes, R, D // 2, blocks, ROWS=_MIN_TILE_ROWS, PAIRS=PAIRS,
+        IS_BFLOAT16=x_RD.dtype == torch.bfloat16,
+    )  # fmt: skip
+    return tokens, magnitudes
+
+
+def _tile_of(num_rows: int) -> tuple[int, int, int]:
+    """The outputs, rows and warps of a program."""
+    return next((tile for most, *tile in _TILES if num_rows <= most), _LARGE_TILE)
+
+
 def multiply(x_RD: torch.Tensor, weights: tuple[BlockScaled, ...]) -> torch.Tensor:
     """Return x [R, D] times one to three weights of one format, side by side: [R, sum of O], in the dtype of x."""
     x_RD = x_RD.contiguous()
     R, D = x_RD.shape
-    is_prepared = R > _MAX_UNPREPARED_ROWS
-    is_wide = is_prepared and R <= _MAX_WIDE_ROWS
-    tile = _WIDE_TILE if is_wide else TILE
-    tile_rows = max(_MIN_TILE_ROWS, min(_MAX_TILE_ROWS, triton.next_power_of_2(R)))
+    tile, tile_rows, num_warps = _tile_of(R)
     sizes = [weight.shape[0] for weight in weights] + [0] * (MAX_WEIGHTS - len(weights))
     tiles = [triton.cdiv(size, tile) for size in sizes]
     splits = 1  # not by the number of rows
@@ -64,15 +80,7 @@ def multiply(x_RD: torch.Tensor, weights: tuple[BlockScaled, ...]) -> torch.Tens
     while programs * splits < _PROGRAMS and splits * _MIN_SPLIT_DIMS <= D // 2:
         splits *= 2
     num_outputs, blocks = sum(sizes), triton.cdiv(D, 2 * PAIRS)
-    tokens, magnitudes = pairs_of(x_RD), x_RD
-    is_bfloat16 = x_RD.dtype == torch.bfloat16
-    if is_prepared:
-        tokens = x_RD.new_empty(2, R, D // 2, dtype=torch.float16)
-        magnitudes = x_RD.new_empty(R, blocks, dtype=torch.float32)
-        _prepare[(triton.cdiv(R, _MIN_TILE_ROWS), blocks)](
-            pairs_of(x_RD), tokens, magnitudes, R, D // 2, blocks, ROWS=_MIN_TILE_ROWS, PAIRS=PAIRS,
-            IS_BFLOAT16=is_bfloat16,
-        )  # fmt: skip
+    tokens, magnitudes = prepare(x_RD)
     out_RO = x_RD.new_empty(R, num_outputs)
     parts_SRO = out_RO if splits == 1 else x_RD.new_empty(splits, R, num_outputs, dtype=torch.float32)
     three = [*weights, *weights[-1:] * (MAX_WEIGHTS - len(weights))]
@@ -82,8 +90,8 @@ def multiply(x_RD: torch.Tensor, weights: tuple[BlockScaled, ...]) -> torch.Tens
         *[weight.block[0] for weight in three], *[weight.scales.stride(0) for weight in three], R, num_outputs, D // 2,
         triton.cdiv(blocks, splits) * PAIRS, blocks,
         TILES0=tiles[0], TILES1=tiles[1], TILES2=tiles[2], TILE_ROWS=tile_rows, TILE=tile, PAIRS=PAIRS,
-        SCALE_PAIRS=scale_pairs_of(weights[0]), CODES=codes_of(weights[0]), IS_BFLOAT16=is_bfloat16,
-        IS_PREPARED=is_prepared, num_warps=8 if is_wide else 4, num_stages=_STAGES,
+        SCALE_PAIRS=scale_pairs_of(weights[0]), CODES=codes_of(weights[0]),
+        num_warps=num_warps, num_stages=_STAGES,
     )  # fmt: skip
     if splits > 1:
         _add_parts[(triton.cdiv(R * num_outputs, _ADDED),)](
@@ -108,6 +116,16 @@ def token_block(x_rows, is_row, start, num_pairs, PAIRS: tl.constexpr, IS_BFLOAT
     magnitude = tl.maximum(tl.max(tl.maximum(tl.abs(even), tl.abs(odd)), axis=1), 1e-30)
     inverse = 1.0 / magnitude
     return (even * inverse[:, None]).to(tl.float16), (odd * inverse[:, None]).to(tl.float16), magnitude
+
+
+@triton.jit
+def prepared_block(tokens, magnitudes, is_row, start, num_rows, num_pairs, PAIRS: tl.constexpr):
+    """As `token_block`, from what `prepare` has stored. The pointers are those of the rows."""
+    places = start + tl.arange(0, PAIRS)
+    mask = is_row[:, None] & (places < num_pairs)[None, :]
+    even = tl.load(tokens[:, None] + places[None, :], mask=mask, other=0.0)
+    odd = tl.load((tokens + tl.cast(num_rows, tl.int64) * num_pairs)[:, None] + places[None, :], mask=mask, other=0.0)
+    return even, odd, tl.load(magnitudes + start // PAIRS, mask=is_row, other=0.0)
 
 
 @triton.jit
@@ -170,7 +188,7 @@ def _prepare(
     place = row_places[:, None] + pairs[None, :]
     mask = is_row[:, None] & (pairs < num_pairs)[None, :]
     tl.store(tokens + place, even, mask=mask)
-    tl.store(tokens + num_rows.to(tl.int64) * num_pairs + place, odd, mask=mask)
+    tl.store(tokens + tl.cast(num_rows, tl.int64) * num_pairs + place, odd, mask=mask)
     tl.store(magnitudes + rows * num_blocks + block, magnitude, mask=is_row)
 
 
@@ -179,28 +197,25 @@ def _multiply(
     x, magnitudes, out, codes0, codes1, codes2, scales0, scales1, scales2, size0, size1, size2, block0, block1, block2,
     stride0, stride1, stride2, num_rows, num_outputs, num_pairs, split_pairs, num_blocks,
     TILES0: tl.constexpr, TILES1: tl.constexpr, TILES2: tl.constexpr, TILE_ROWS: tl.constexpr, TILE: tl.constexpr,
-    PAIRS: tl.constexpr, SCALE_PAIRS: tl.constexpr, CODES: tl.constexpr, IS_BFLOAT16: tl.constexpr,
-    IS_PREPARED: tl.constexpr,
+    PAIRS: tl.constexpr, SCALE_PAIRS: tl.constexpr, CODES: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0)
     if tile < TILES0:
         _multiply_tile(
             x, magnitudes, out, codes0, scales0, tile, size0, block0, stride0, size0 * 0, num_rows, num_outputs,
-            num_pairs, split_pairs, num_blocks, TILE_ROWS, TILE, PAIRS, SCALE_PAIRS, CODES, IS_BFLOAT16, IS_PREPARED,
+            num_pairs, split_pairs, num_blocks, TILE_ROWS, TILE, PAIRS, SCALE_PAIRS, CODES,
         )  # fmt: skip
     if TILES1 > 0:  # noqa: SIM102  (known when the kernel is compiled)
         if (tile >= TILES0) & (tile < TILES0 + TILES1):
             _multiply_tile(
                 x, magnitudes, out, codes1, scales1, tile - TILES0, size1, block1, stride1, size0, num_rows,
                 num_outputs, num_pairs, split_pairs, num_blocks, TILE_ROWS, TILE, PAIRS, SCALE_PAIRS, CODES,
-                IS_BFLOAT16, IS_PREPARED,
             )  # fmt: skip
     if TILES2 > 0:  # noqa: SIM102
         if tile >= TILES0 + TILES1:
             _multiply_tile(
                 x, magnitudes, out, codes2, scales2, tile - TILES0 - TILES1, size2, block2, stride2, size0 + size1,
                 num_rows, num_outputs, num_pairs, split_pairs, num_blocks, TILE_ROWS, TILE, PAIRS, SCALE_PAIRS, CODES,
-                IS_BFLOAT16, IS_PREPARED,
             )  # fmt: skip
 
 
@@ -208,7 +223,7 @@ def _multiply(
 def _multiply_tile(
     x, magnitudes, out, codes, scales, tile, size, block, stride, before, num_rows, num_outputs, num_pairs,
     split_pairs, num_blocks, TILE_ROWS: tl.constexpr, TILE: tl.constexpr, PAIRS: tl.constexpr,
-    SCALE_PAIRS: tl.constexpr, CODES: tl.constexpr, IS_BFLOAT16: tl.constexpr, IS_PREPARED: tl.constexpr,
+    SCALE_PAIRS: tl.constexpr, CODES: tl.constexpr,
 ):  # fmt: skip
     split = tl.program_id(2).to(tl.int64)
     rows = tl.program_id(1) * TILE_ROWS + tl.arange(0, TILE_ROWS)
@@ -221,14 +236,9 @@ def _multiply_tile(
     total = tl.zeros((TILE, TILE_ROWS), tl.float32)
     first = tl.program_id(2) * split_pairs
     for start in range(first, tl.minimum(first + split_pairs, num_pairs), PAIRS):
-        if IS_PREPARED:
-            places = start + tl.arange(0, PAIRS)
-            mask = is_row[:, None] & (places < num_pairs)[None, :]
-            even = tl.load(x_rows[:, None] + places[None, :], mask=mask, other=0.0)
-            odd = tl.load((x_rows + num_rows.to(tl.int64) * num_pairs)[:, None] + places[None, :], mask=mask, other=0.0)
-            magnitude = tl.load(magnitudes + rows * num_blocks + start // PAIRS, mask=is_row, other=0.0)
-        else:
-            even, odd, magnitude = token_block(x_rows, is_row, start, num_pairs, PAIRS, IS_BFLOAT16)
+        even, odd, magnitude = prepared_block(
+            x_rows, magnitudes + rows * num_blocks, is_row, start, num_rows, num_pairs, PAIRS
+        )
         total = add_block(
             total, code_rows, scale_rows, is_output, even, odd, magnitude, start, num_pairs, PAIRS, SCALE_PAIRS, CODES
         )
