@@ -217,12 +217,12 @@ def _gate_up_scaled(
         rows = first + tl.arange(0, TILE_VISITS)
         is_row = rows < count
         visit = _visits_at(rows, is_row, own_visits, VISITS_PAD, IS_LISTED)
-        token = (visit // A).to(tl.int64)
-        inputs, input_magnitudes = x + token * num_pairs, magnitudes + token * tl.cdiv(num_pairs, PAIRS)
         gate = tl.zeros((TILE, TILE_VISITS), tl.float32)
         up = tl.zeros((TILE, TILE_VISITS), tl.float32)
         for start in range(0, num_pairs, PAIRS):
-            even, odd, magnitude = prepared_block(inputs, input_magnitudes, is_row, start, num_tokens, num_pairs, PAIRS)
+            even, odd, magnitude = prepared_block(
+                x, magnitudes, visit // A, is_row, start, num_tokens, tl.cdiv(num_pairs, PAIRS), PAIRS
+            )
             gate = add_block(
                 gate, gate_rows, gate_scales, is_column, even, odd, magnitude, start, num_pairs, PAIRS, SCALE_PAIRS,
                 CODES,
@@ -249,11 +249,11 @@ def _down_scaled(
         rows = first + tl.arange(0, TILE_VISITS)
         is_row = rows < count
         visit = _visits_at(rows, is_row, own_visits, VISITS_PAD, IS_LISTED)
-        row = visit.to(tl.int64)
-        inputs, input_magnitudes = hidden + row * num_pairs, magnitudes + row * tl.cdiv(num_pairs, PAIRS)
         output = tl.zeros((TILE, TILE_VISITS), tl.float32)
         for start in range(0, num_pairs, PAIRS):
-            even, odd, magnitude = prepared_block(inputs, input_magnitudes, is_row, start, num_visits, num_pairs, PAIRS)
+            even, odd, magnitude = prepared_block(
+                hidden, magnitudes, visit, is_row, start, num_visits, tl.cdiv(num_pairs, PAIRS), PAIRS
+            )
             output = add_block(
                 output, code_rows, scale_rows, is_column, even, odd, magnitude, start, num_pairs, PAIRS, SCALE_PAIRS,
                 CODES,
