@@ -29,6 +29,8 @@ from openmimo.kernels.weights import FP8_BLOCK, BlockScaled
 from openmimo.runtime.device import CapturedGraphs, resolve_device, synchronize
 
 FLOAT8 = torch.float8_e4m3fn
+ATTENTION_GOAL, EXPERTS_GOAL = "85% of the copy rate", "1.35 x the floor"
+REPLAYS = 4  # queued before the host waits
 CONTEXT = 32_768
 ATTENTION_CASES = ((1, 1), (8, 1), (32, 1), (8, 4), (32, 4))  # batch, queries
 EXPERT_TOKENS = (1, 4, 32, 128)
@@ -72,27 +74,35 @@ def copy_bytes_per_ms(device: torch.device) -> float:
 
 
 def milliseconds(device: torch.device, call: Callable[[], object], *, calls: int = 10, rounds: int = 9) -> float:
-    """Median time of one of several calls in a captured graph."""
+    """Median time of one of several calls in a captured graph.
+
+    Several replays are queued before the host waits once, so that its wait is no part of the time.
+    """
 
     def all_calls() -> None:
         for _ in range(calls):
             call()
 
     replay = CapturedGraphs(device).capture(all_calls)
+    replay()
     times = []
     for _ in range(rounds):
         synchronize(device)
         start = time.perf_counter()
-        replay()
+        for _ in range(REPLAYS):
+            replay()
         synchronize(device)
-        times.append(1e3 * (time.perf_counter() - start) / calls)
+        times.append(1e3 * (time.perf_counter() - start) / (REPLAYS * calls))
     return sorted(times)[rounds // 2]
 
 
-def row(name: str, ms: float, num_bytes: float, rate: float, peer_ms: float | None = None, peer: str = "") -> Row:
+def row(
+    name: str, ms: float, num_bytes: float, rate: float, peer_ms: float | None = None, peer: str = "", goal: str = ""
+) -> Row:
     """A row with its floor and its ratio to it."""
     floor = num_bytes / rate
     note = f"{1e3 * ms:.1f} us, {ms / floor:.2f} x the floor, {floor / ms:.0%} of the copy rate"
+    note += f"; goal {goal}" if goal else ""
     if peer_ms is not None:
         note += f"; the peer takes {1e3 * peer_ms:.1f} us"
     return Row(name, ms, peer_ms, peer, floor, note=note)
@@ -143,7 +153,11 @@ def full_layers(device: torch.device, rate: float) -> list[Row]:
             arguments = lengths(batch, queries, CONTEXT, device)
             ms = milliseconds(device, lambda: paged_attend(q, pages, None, window_keys=None, **arguments))  # noqa: B023
             num_bytes = batch * CONTEXT * 4 * 320 * dtype.itemsize
-            rows.append(row(f"attention, {name} cache, batch {batch}, {queries} queries", ms, num_bytes, rate))
+            title, goal = (
+                f"attention, {name} cache, batch {batch}, {queries} queries",
+                ATTENTION_GOAL if batch > 1 else "",
+            )
+            rows.append(row(title, ms, num_bytes, rate, goal=goal))
     return rows
 
 
@@ -192,10 +206,8 @@ def experts(device: torch.device, rate: float) -> list[Row]:
                 need = ExpertsNeed(tokens, E, A, D, hidden, x.dtype, False, False)
                 peer_ms = milliseconds(device, lambda: grouped.run(x, ids, gates, *weights, need=need))  # noqa: B023
             num_bytes = ids.unique().numel() * 3 * D * hidden * (2 if name == "bfloat16" else 1)
-            found = row(
-                f"experts, {name}, {tokens} tokens", ms, num_bytes, rate, peer_ms, "torch grouped_mm" if peer_ms else ""
-            )
-            rows.append(found)
+            title, peer = f"experts, {name}, {tokens} tokens", "torch grouped_mm" if peer_ms else ""
+            rows.append(row(title, ms, num_bytes, rate, peer_ms, peer, EXPERTS_GOAL))
     return rows
 
 
@@ -258,7 +270,7 @@ def flashinfer_attention(device: torch.device, rate: float) -> list[Row]:
         q = torch.randn(batch, 64, 128, device=device).to(torch.bfloat16)
         arguments = lengths(batch, 1, CONTEXT, device)
         ours = milliseconds(device, lambda: paged_attend(q, pages, None, window_keys=None, **arguments))  # noqa: B023
-        wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD", use_tensor_cores=True)
+        wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD", use_tensor_cores=True, backend="fa2")
         pages_of_each = CONTEXT // 32
         wrapper.plan(
             torch.arange(batch + 1, dtype=torch.int32, device=device) * pages_of_each,

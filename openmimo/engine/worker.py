@@ -46,10 +46,11 @@ from openmimo.kernels.attention import (
 )
 from openmimo.kernels.dispatch import triton_unavailable
 from openmimo.kernels.operations import EXPERTS, MIXED, ExpertsNeed, rotary_table
-from openmimo.kernels.weights import PLAIN, format_of
+from openmimo.kernels.weights import FP8, INT8, PLAIN, format_of
 from openmimo.model.attention import AttentionConfig, Rotation
 from openmimo.model.backbone import Hidden
 from openmimo.model.context import AttentionCall, RoutingTape, SequenceBalance
+from openmimo.model.layers import Linear
 from openmimo.model.mimo import MiMo
 from openmimo.model.moe import Experts
 from openmimo.model.weight_formats import QuantizableModule
@@ -279,12 +280,26 @@ def why_no_graphs(model: MiMo, cache_dtype: torch.dtype) -> str | None:
     dtype = model.compute_dtype or next(model.parameters()).dtype
     if reason := triton_unavailable(False, dtype):
         return reason
-    if _weight_formats(model) != {PLAIN}:
-        return "a weight is quantized"  # some backends of quantized experts wait for the host
+    if reason := _why_not_captured(model):
+        return reason
     if any(spec.score_block is not None for spec in model.config.attention_layers()):
         return "a layer computes block scores"
     if cache_dtype == torch.int8:
         return "no kernel of an accelerator reads an int8 cache in place"
+    return None
+
+
+def _why_not_captured(model: MiMo) -> str | None:
+    """Why a product with a quantized weight waits for the host; None if none does."""
+    formats = _weight_formats(model)
+    if formats == {PLAIN}:
+        return None
+    if others := formats - {PLAIN, INT8, FP8}:
+        return f"no kernel of an accelerator multiplies weights held as {', '.join(sorted(others))}"
+    if model.activation_dtype == torch.float32:
+        return "a weight is quantized, and the kernels for it multiply activations of 16 bits"
+    if model.config.moe is not None and _experts_backend(model, 1) != "triton":
+        return "one weight of an expert is quantized and the other is not, or its rows are odd"
     return None
 
 
@@ -294,22 +309,25 @@ def max_prompt_tokens(model: MiMo, cache_dtype: torch.dtype) -> int:
     Other kernels for prompts wait for the device, or need the lengths of the sequences on the host.
     """
     config, dtype = model.config, model.activation_dtype
-    if any(module.blocks for module in model.modules() if isinstance(module, QuantizableModule)):
-        return 0
     for spec in config.attention_layers():
         need = PagedNeed(2 * MAX_SHORT_TOKENS, spec.key_dim, spec.value_dim, False, dtype, cache_dtype, False)
         if PAGED_ATTENTION.choose(need)[0] != "triton_prompts":
             return 0
     if config.moe is None:
         return _MOST_PROMPT_TOKENS
-    moe = config.moe
-    formats = _weight_formats(model, Experts)
-    expert_format = formats.pop() if len(formats) == 1 else MIXED
-    for tokens, name in ((_MOST_PROMPT_TOKENS, "triton_grouped"), (_FEW_TOKENS, "triton")):
-        sizes = (moe.num_experts, moe.experts_per_token, config.hidden_size, moe.expert_dim)
-        if EXPERTS.choose(ExpertsNeed(tokens, *sizes, dtype, False, False, expert_format))[0] == name:
+    for tokens, names in ((_MOST_PROMPT_TOKENS, ("triton_grouped", "triton")), (_FEW_TOKENS, ("triton",))):
+        if _experts_backend(model, tokens) in names:
             return tokens
     return 0
+
+
+def _experts_backend(model: MiMo, num_tokens: int) -> str:
+    """The backend of the experts of a pass over `num_tokens` tokens."""
+    config, moe, formats = model.config, model.config.moe, _weight_formats(model, Experts)
+    assert moe is not None
+    sizes = (moe.num_experts, moe.experts_per_token, config.hidden_size, moe.expert_dim)
+    expert_format = formats.pop() if len(formats) == 1 else MIXED
+    return EXPERTS.choose(ExpertsNeed(num_tokens, *sizes, model.activation_dtype, False, False, expert_format))[0]
 
 
 def _weight_formats(model: MiMo, kind: type[QuantizableModule] = QuantizableModule) -> set[str]:
@@ -320,6 +338,27 @@ def _weight_formats(model: MiMo, kind: type[QuantizableModule] = QuantizableModu
         if isinstance(module, kind)
         for name in module.quantizable
     }
+
+
+_READ_TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+@torch.no_grad()
+def join_memory(model: MiMo) -> None:
+    """Give plain weights that multiply one input adjacent memory, so that their products are one.
+
+    The parameters stay. Those that share memory with other tensors are left where they are.
+    """
+    for module in model.modules():
+        for names in _READ_TOGETHER:
+            layers = [getattr(module, name, None) for name in names]
+            weights = [layer.weight for layer in layers if type(layer) is Linear and not layer.blocks]
+            own_memory = all(weight.untyped_storage().nbytes() == weight.nbytes for weight in weights)
+            if len(weights) < len(names) or not own_memory:
+                continue
+            joined = torch.cat([weight.data for weight in weights])
+            for weight, rows in zip(weights, joined.split([len(weight) for weight in weights]), strict=True):
+                weight.data = rows
 
 
 class PassGraphs:
@@ -439,6 +478,7 @@ class Worker:
         self._decided_X = torch.zeros(max_decided, dtype=torch.int64, device=model.device)
         self.graphs: PassGraphs | None = None
         if uses_graphs:
+            join_memory(model)
             prompt_tokens = max_prompt_tokens(model, arena.dtype)
             self.graphs = PassGraphs(model.device, self._pass, max_prompt_tokens=prompt_tokens)
 

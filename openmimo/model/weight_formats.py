@@ -241,10 +241,10 @@ def _covered(
         if not isinstance(module, QuantizableModule):
             continue
         for name, num_matrices in module.quantizable.items():
-            rows, columns = getattr(module, name).shape[-2:]
+            *stack, rows, columns = getattr(module, name).shape
             if layout == INT8:
                 yield module, name, (1, columns)
-            elif num_matrices > 1 or is_fp8_in_hub_layout(f"{module_name}.{name}"):
+            elif stack or is_fp8_in_hub_layout(f"{module_name}.{name}"):  # checkpoints name the experts one by one
                 block_rows = _projection_block_rows(model, module_name, qkv_ranks) if name == "weight" else FP8_BLOCK
                 if num_matrices > 1:
                     block_rows = math.gcd(block_rows, rows // num_matrices)

@@ -194,7 +194,8 @@ def test_packed_experts_are_the_reference(name, call, weight_format):
 def test_triton_refuses_what_it_does_not_multiply():
     need = ExpertsNeed(1, 8, 2, 16, 8, torch.float16, False, True, "fp8")
     changes = [
-        {"num_tokens": 0}, {"num_tokens": 999}, {"dtype": torch.float32}, {"dtype": torch.float64},
+        {"num_tokens": 0}, {"num_tokens": 999, "weight_format": "plain"}, {"dtype": torch.float32},
+        {"dtype": torch.float64},
         {"needs_gradients": True}, {"weight_format": "mixed"}, {"model_dim": 15}, {"expert_dim": 7},
     ]  # fmt: skip
     assert all(dict(EXPERTS.backends())["triton"].refuse(need._replace(**change)) for change in changes)

@@ -72,7 +72,7 @@ def test_linear_layers_with_block_scaled_weights(device, rows, sizes, dims, weig
 
 
 @pytest.mark.parametrize("weight_format", ["int8", "fp8"])
-@pytest.mark.parametrize("tokens", [1, 5, 64, 256])
+@pytest.mark.parametrize("tokens", [1, 5, 64, 256, 2050])
 @torch.inference_mode()
 def test_experts_with_block_scaled_weights(device, tokens, weight_format):
     E, A, D, F = 16, 4, 264, 136

@@ -4,17 +4,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import randomize, tiny_config
+from conftest import randomize, tiny_config, tiny_model
 
 import openmimo
 from openmimo.core.errors import CheckpointError, ConfigError
 from openmimo.core.records import SamplingParams
 from openmimo.engine.llm import LLM
+from openmimo.engine.worker import why_no_graphs
 from openmimo.kernels.weights import BlockScaled, dequantized
 from openmimo.model.convert import ConvertConfig, convert
 from openmimo.model.hf import load_model, save_model, slots
 from openmimo.model.mimo import MiMo
-from openmimo.model.weight_formats import QuantizableModule, quantize_model
+from openmimo.model.weight_formats import QuantizableModule, is_fp8_in_hub_layout, quantize_model
 
 IDS = torch.randint(0, 160, (40,), generator=torch.Generator().manual_seed(0))
 
@@ -68,6 +69,14 @@ def test_the_greedy_text_is_that_of_the_dequantized_weights_in_float32(folder, w
     assert ours == theirs
     assert torch.allclose(logits(llm.model), logits(exact.model), atol=1e-4)
     assert (logits(llm.model) - logits(load_model(folder))).abs().max() > 1e-4
+
+
+def test_fp8_covers_the_matrices_that_a_published_checkpoint_stores_so(folder):
+    held_as_codes = {
+        slot.name: not isinstance(slot.target, torch.Tensor) for slot in slots(load_model(folder, weights="fp8"))
+    }
+    assert held_as_codes == {name: is_fp8_in_hub_layout(name) for name in held_as_codes}
+    assert held_as_codes["model.layers.1.mlp.experts.0.down_proj.weight"]
 
 
 @pytest.mark.parametrize("weights", ["int8", "fp8"])
@@ -150,3 +159,17 @@ def test_the_option_and_its_earlier_name(folder):
         load_model(folder, weights="int4")
     with pytest.raises(ConfigError, match="caller's"):
         LLM(load_model(folder), weights="fp8")
+
+
+@pytest.mark.parametrize("weights", ["int8", "fp8"])
+def test_quantized_models_whose_products_do_not_wait_for_the_host_are_captured(monkeypatch, weights):
+    monkeypatch.setattr("openmimo.engine.worker.triton_unavailable", lambda on_cpu, dtype: None)
+    monkeypatch.setattr("openmimo.engine.worker._experts_backend", lambda model, num_tokens: "triton")
+    model = tiny_model()
+    monkeypatch.setattr(type(model), "device", torch.device("cuda"))
+    quantize_model(model, weights)
+    assert "16 bits" in why_no_graphs(model, torch.bfloat16)
+    model.compute_dtype = torch.bfloat16
+    assert why_no_graphs(model, torch.bfloat16) is None
+    monkeypatch.setattr("openmimo.engine.worker._experts_backend", lambda model, num_tokens: "sorted_loop")
+    assert "expert" in why_no_graphs(model, torch.bfloat16)

@@ -3,7 +3,7 @@
 A visit is a token with one of its experts: visit m is token m // A. Three kernels, each with fixed shapes:
 
     gate, up  a program per expert and tile of F: silu(gate) * up of each visit; it reads its rows of the weight once
-              for 16 visits
+              for 16 visits (up to 64 if block-scaled experts have many)
     down      a program per expert and tile of D: the output of each visit
     combine   a program per token: the weighted sum over its visits, in order
 
@@ -26,14 +26,18 @@ from openmimo.kernels.linear._triton import (
     add_block,
     codes_of,
     pairs_of,
+    prepare,
+    prepared_block,
     scale_pairs_of,
-    token_block,
 )
 from openmimo.kernels.weights import BlockScaled, Weight
 
 _TILE_VISITS = 16
 _MAX_UNLISTED_VISITS = 64
 _STAGES = 4
+_LONG_TILES = ((8, 32), (24, 64))  # above so many visits of an expert on average: visits of a tile
+_LONG_STAGES = 3
+_LISTED_AT_ONCE = 2048
 
 
 def run_experts(
@@ -54,25 +58,25 @@ def run_experts(
     lists, programs = expert_ids_TA, M
     if is_listed:
         lists, programs = torch.empty(E, 1 + M, dtype=torch.int32, device=x_TD.device), E
-        _list_visits[(E,)](expert_ids_TA, lists, M, VISITS_PAD=visits_pad)
+        _list_visits[(E,)](expert_ids_TA, lists, M, BLOCK=min(visits_pad, _LISTED_AT_ONCE))
+        visits_pad = 1  # not used, and kernels are compiled for each value
+    tile_visits = _tile_visits(M, E) if isinstance(gate_up_EHD, BlockScaled) else _TILE_VISITS
     visits = dict(
-        lists=lists, num_visits=M, VISITS_PAD=visits_pad, TILE_VISITS=_TILE_VISITS, IS_LISTED=is_listed, num_warps=4,
-        num_stages=_STAGES,
+        lists=lists, num_visits=M, VISITS_PAD=visits_pad, TILE_VISITS=tile_visits, IS_LISTED=is_listed, num_warps=4,
+        num_stages=_STAGES if tile_visits == _TILE_VISITS else _LONG_STAGES,
     )  # fmt: skip
     if isinstance(gate_up_EHD, BlockScaled):
         assert isinstance(down_EDF, BlockScaled)
-        kind = dict(
-            PAIRS=PAIRS, TILE=TILE, CODES=codes_of(gate_up_EHD), IS_BFLOAT16=x_TD.dtype == torch.bfloat16,
-        )  # fmt: skip
+        kind = dict(PAIRS=PAIRS, TILE=TILE, CODES=codes_of(gate_up_EHD))
         scales = gate_up_EHD.scales
         _gate_up_scaled[(triton.cdiv(F, TILE), programs)](
-            pairs_of(x_TD), pairs_of(gate_up_EHD.codes), scales, hidden_MF, D // 2, F,
+            *prepare(x_TD), pairs_of(gate_up_EHD.codes), scales, hidden_MF, T, D // 2, F,
             scales.stride(0), scales.stride(1), gate_up_EHD.block[0],
             SCALE_PAIRS=scale_pairs_of(gate_up_EHD), A=A, **kind, **visits,
         )  # fmt: skip
         scales = down_EDF.scales
         _down_scaled[(triton.cdiv(D, TILE), programs)](
-            pairs_of(hidden_MF), pairs_of(down_EDF.codes), scales, outputs_MD, D, F // 2,
+            *prepare(hidden_MF), pairs_of(down_EDF.codes), scales, outputs_MD, D, F // 2,
             scales.stride(0), scales.stride(1), down_EDF.block[0],
             SCALE_PAIRS=scale_pairs_of(down_EDF), **kind, **visits,
         )  # fmt: skip
@@ -94,15 +98,22 @@ def run_experts(
     return out_TD
 
 
+def _tile_visits(num_visits: int, num_experts: int) -> int:
+    """Visits that a program of block-scaled experts computes at once, most of which should have work."""
+    return max([_TILE_VISITS, *(tile for mean, tile in _LONG_TILES if num_visits > mean * num_experts)])
+
+
 @triton.jit
-def _list_visits(expert_ids, lists, num_visits, VISITS_PAD: tl.constexpr):
+def _list_visits(expert_ids, lists, num_visits, BLOCK: tl.constexpr):
     expert = tl.program_id(0)
-    numbers = tl.arange(0, VISITS_PAD)
-    is_mine = tl.load(expert_ids + numbers, mask=numbers < num_visits, other=-1) == expert
-    place = tl.cumsum(is_mine.to(tl.int32), axis=0)
     own = lists + expert * (1 + num_visits)
-    tl.store(own + place, numbers, mask=is_mine)
-    tl.store(own, tl.sum(is_mine.to(tl.int32)))
+    count = tl.program_id(0) * 0
+    for first in range(0, num_visits, BLOCK):
+        numbers = first + tl.arange(0, BLOCK)
+        is_mine = tl.load(expert_ids + numbers, mask=numbers < num_visits, other=-1) == expert
+        tl.store(own + count + tl.cumsum(is_mine.to(tl.int32), axis=0), numbers, mask=is_mine)
+        count += tl.sum(is_mine.to(tl.int32))
+    tl.store(own, count)
 
 
 @triton.jit
@@ -191,9 +202,9 @@ def _down(
 
 @triton.jit
 def _gate_up_scaled(
-    x, codes, scales, hidden, num_pairs, F, stride_e, stride_o, block_rows, lists, num_visits,
+    x, magnitudes, codes, scales, hidden, num_tokens, num_pairs, F, stride_e, stride_o, block_rows, lists, num_visits,
     A: tl.constexpr, TILE: tl.constexpr, PAIRS: tl.constexpr, SCALE_PAIRS: tl.constexpr, CODES: tl.constexpr,
-    IS_BFLOAT16: tl.constexpr, VISITS_PAD: tl.constexpr, TILE_VISITS: tl.constexpr, IS_LISTED: tl.constexpr,
+    VISITS_PAD: tl.constexpr, TILE_VISITS: tl.constexpr, IS_LISTED: tl.constexpr,
 ):  # fmt: skip
     expert, count, own_visits = _work_of(tl.program_id(1), lists, num_visits, VISITS_PAD, IS_LISTED)
     columns = tl.program_id(0) * TILE + tl.arange(0, TILE)
@@ -206,11 +217,12 @@ def _gate_up_scaled(
         rows = first + tl.arange(0, TILE_VISITS)
         is_row = rows < count
         visit = _visits_at(rows, is_row, own_visits, VISITS_PAD, IS_LISTED)
-        inputs = x + (visit // A).to(tl.int64) * num_pairs
         gate = tl.zeros((TILE, TILE_VISITS), tl.float32)
         up = tl.zeros((TILE, TILE_VISITS), tl.float32)
         for start in range(0, num_pairs, PAIRS):
-            even, odd, magnitude = token_block(inputs, is_row, start, num_pairs, PAIRS, IS_BFLOAT16)
+            even, odd, magnitude = prepared_block(
+                x, magnitudes, visit // A, is_row, start, num_tokens, tl.cdiv(num_pairs, PAIRS), PAIRS
+            )
             gate = add_block(
                 gate, gate_rows, gate_scales, is_column, even, odd, magnitude, start, num_pairs, PAIRS, SCALE_PAIRS,
                 CODES,
@@ -224,9 +236,9 @@ def _gate_up_scaled(
 
 @triton.jit
 def _down_scaled(
-    hidden, codes, scales, outputs, D, num_pairs, stride_e, stride_o, block_rows, lists, num_visits,
+    hidden, magnitudes, codes, scales, outputs, D, num_pairs, stride_e, stride_o, block_rows, lists, num_visits,
     TILE: tl.constexpr, PAIRS: tl.constexpr, SCALE_PAIRS: tl.constexpr, CODES: tl.constexpr,
-    IS_BFLOAT16: tl.constexpr, VISITS_PAD: tl.constexpr, TILE_VISITS: tl.constexpr, IS_LISTED: tl.constexpr,
+    VISITS_PAD: tl.constexpr, TILE_VISITS: tl.constexpr, IS_LISTED: tl.constexpr,
 ):  # fmt: skip
     expert, count, own_visits = _work_of(tl.program_id(1), lists, num_visits, VISITS_PAD, IS_LISTED)
     columns = tl.program_id(0) * TILE + tl.arange(0, TILE)
@@ -237,10 +249,11 @@ def _down_scaled(
         rows = first + tl.arange(0, TILE_VISITS)
         is_row = rows < count
         visit = _visits_at(rows, is_row, own_visits, VISITS_PAD, IS_LISTED)
-        inputs = hidden + visit.to(tl.int64) * num_pairs
         output = tl.zeros((TILE, TILE_VISITS), tl.float32)
         for start in range(0, num_pairs, PAIRS):
-            even, odd, magnitude = token_block(inputs, is_row, start, num_pairs, PAIRS, IS_BFLOAT16)
+            even, odd, magnitude = prepared_block(
+                hidden, magnitudes, visit, is_row, start, num_visits, tl.cdiv(num_pairs, PAIRS), PAIRS
+            )
             output = add_block(
                 output, code_rows, scale_rows, is_column, even, odd, magnitude, start, num_pairs, PAIRS, SCALE_PAIRS,
                 CODES,

@@ -1,5 +1,7 @@
 """Decoding on an accelerator: each expert reads its weights once for its tokens. The host waits for nothing.
 
+Prompts through block-scaled experts take the same kernels, in pieces.
+
 T tokens, A active experts a token, D model dim, E experts, F expert hidden dim.
 """
 
@@ -9,7 +11,8 @@ from openmimo.kernels.dispatch import Backend, triton_unavailable
 from openmimo.kernels.operations import ExpertsNeed
 from openmimo.kernels.weights import FP8, INT8, PLAIN, BlockScaled, Weight
 
-_MAX_TOKENS = 256  # above, sorted tokens and torch's grouped product are faster
+_MAX_PLAIN_TOKENS = 256  # above, sorted tokens and torch's grouped product are faster
+_PIECE_TOKENS = 2048
 
 
 def run(
@@ -24,7 +27,11 @@ def run(
     """Implement `openmimo.kernels.operations.apply_experts`."""
     from openmimo.kernels.experts._triton import run_experts
 
-    return run_experts(x_TD, expert_ids_TA, weights_TA, _contiguous(gate_up_EHD), _contiguous(down_EDF))
+    gate_up_EHD, down_EDF = _contiguous(gate_up_EHD), _contiguous(down_EDF)
+    if need.num_tokens <= _PIECE_TOKENS:
+        return run_experts(x_TD, expert_ids_TA, weights_TA, gate_up_EHD, down_EDF)
+    pieces = zip(*(tensor.split(_PIECE_TOKENS) for tensor in (x_TD, expert_ids_TA, weights_TA)), strict=True)
+    return torch.cat([run_experts(x, ids, weights, gate_up_EHD, down_EDF) for x, ids, weights in pieces])
 
 
 def _contiguous(weight: Weight) -> Weight:
@@ -35,7 +42,7 @@ def _contiguous(weight: Weight) -> Weight:
 
 
 def refuse(need: ExpertsNeed) -> str | None:
-    """A few tokens on an accelerator, no gradients. Block-scaled weights need 16-bit tokens and even dims."""
+    """No gradients; plain weights only with few tokens. Block-scaled weights need 16-bit tokens and even dims."""
     if reason := triton_unavailable(need.on_cpu, need.dtype):
         return reason
     if need.weight_format not in (PLAIN, INT8, FP8):
@@ -46,8 +53,10 @@ def refuse(need: ExpertsNeed) -> str | None:
         return "it reads codes in pairs, and a row has an odd number of them"
     if need.needs_gradients:
         return "it has no backward pass"
-    if not 1 <= need.num_tokens <= _MAX_TOKENS:
-        return f"it takes 1 to {_MAX_TOKENS} tokens, not {need.num_tokens}"
+    if need.num_tokens < 1:
+        return "there are no tokens"
+    if need.weight_format == PLAIN and need.num_tokens > _MAX_PLAIN_TOKENS:
+        return f"it takes up to {_MAX_PLAIN_TOKENS} tokens with plain weights, not {need.num_tokens}"
     return None
 
 

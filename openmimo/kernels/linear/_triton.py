@@ -1,7 +1,8 @@
 """Products with block-scaled weights in Triton, for linear layers and experts.
 
-Codes (float8_e4m3fn or int8) are read as pairs, 16 bits each. The even and the odd codes are converted to float16,
-which holds every code exactly; float8 takes one instruction for two codes. The weights are the first operand of the
+Codes (float8_e4m3fn or int8) are read as pairs, 16 bits each, and converted to float16, which holds every code exactly;
+float8 takes one instruction for two codes. A block of them becomes two operands of a product, each of which has one
+half of the dims. The weights are the first operand of the
 product, of which a matrix unit takes 64 rows, and the few tokens are the second. A block of 128 dims is multiplied so:
 
     tokens     divided by their largest magnitude in the block, so that they fit into float16
@@ -15,17 +16,21 @@ import torch
 import triton
 import triton.language as tl
 
-from openmimo.kernels.linear._triton_float8 import float8_halves, in_assembly
+from openmimo.kernels.linear._triton_float8 import (
+    first_dims,
+    float8_halves,
+    float8_quads,
+    in_assembly,
+    int8_quads,
+)
 from openmimo.kernels.weights import BlockScaled
 
 MAX_WEIGHTS = 3
 PAIRS = 64  # of a block of 128 dims; the blocks of scales are as large or span all dims
 TILE = 64  # outputs of a program
 _MIN_TILE_ROWS = 16
-_MAX_TILE_ROWS = 64
-_WIDE_TILE = 128  # outputs of a program with up to 32 prepared tokens
-_MAX_WIDE_ROWS = 32
-_MAX_UNPREPARED_ROWS = 16
+_TILES = ((16, 64, 16, 4), (32, 128, 32, 8), (64, 64, 64, 4))  # up to so many rows: outputs, rows, warps of a program
+_LARGE_TILE = (64, 64, 4)
 _PROGRAMS = 264  # that keep a device busy: two for each of 132 multiprocessors
 _MIN_SPLIT_DIMS = 1024
 _ADDED = 1024  # sums of a program
@@ -37,6 +42,9 @@ def pairs_of(x: torch.Tensor) -> torch.Tensor:
     return x.view(torch.int16 if x.element_size() == 1 else torch.int32)
 
 
+IN_QUADS = True  # see `float8_quads`
+
+
 def scale_pairs_of(weight: BlockScaled) -> int:
     """Return the pairs of a row that share a scale: a power of two, at least all if there is one scale."""
     return weight.block[1] // 2 if weight.scales.shape[-1] > 1 else triton.next_power_of_2(weight.shape[-1])
@@ -44,19 +52,39 @@ def scale_pairs_of(weight: BlockScaled) -> int:
 
 def codes_of(weight: BlockScaled) -> str:
     """Return how kernels convert the codes of a weight; see `code_halves`."""
-    if weight.codes.dtype == torch.int8:
-        return "int8"
-    return "float8 in assembly" if in_assembly() else "float8"
+    name = "int8" if weight.codes.dtype == torch.int8 else "float8"
+    return f"{name} in quads" if IN_QUADS and in_assembly() else name
+
+
+def prepare(x_RD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return rows [R, D] as products with codes take them.
+
+    A kernel before the products does this once, and not each program of a product.
+
+    Returns:
+        float16 [2, R, blocks * PAIRS]: the numbers of both operands (`first_dims` and the others), divided by the
+        largest magnitude of their block; zeros fill the last block. And these magnitudes, float32 [R, blocks].
+    """
+    R, D = x_RD.shape
+    blocks = triton.cdiv(D, 2 * PAIRS)
+    tokens = x_RD.new_empty(2, R, blocks * PAIRS, dtype=torch.float16)
+    magnitudes = x_RD.new_empty(R, blocks, dtype=torch.float32)
+    _prepare[(triton.cdiv(R, _MIN_TILE_ROWS), blocks)](
+        x_RD, tokens, magnitudes, R, D, blocks, ROWS=_MIN_TILE_ROWS, PAIRS=PAIRS, IN_QUADS=IN_QUADS and in_assembly(),
+    )  # fmt: skip
+    return tokens, magnitudes
+
+
+def _tile_of(num_rows: int) -> tuple[int, int, int]:
+    """The outputs, rows and warps of a program."""
+    return next((tile for most, *tile in _TILES if num_rows <= most), _LARGE_TILE)
 
 
 def multiply(x_RD: torch.Tensor, weights: tuple[BlockScaled, ...]) -> torch.Tensor:
     """Return x [R, D] times one to three weights of one format, side by side: [R, sum of O], in the dtype of x."""
     x_RD = x_RD.contiguous()
     R, D = x_RD.shape
-    is_prepared = R > _MAX_UNPREPARED_ROWS
-    is_wide = is_prepared and R <= _MAX_WIDE_ROWS
-    tile = _WIDE_TILE if is_wide else TILE
-    tile_rows = max(_MIN_TILE_ROWS, min(_MAX_TILE_ROWS, triton.next_power_of_2(R)))
+    tile, tile_rows, num_warps = _tile_of(R)
     sizes = [weight.shape[0] for weight in weights] + [0] * (MAX_WEIGHTS - len(weights))
     tiles = [triton.cdiv(size, tile) for size in sizes]
     splits = 1  # not by the number of rows
@@ -64,15 +92,7 @@ def multiply(x_RD: torch.Tensor, weights: tuple[BlockScaled, ...]) -> torch.Tens
     while programs * splits < _PROGRAMS and splits * _MIN_SPLIT_DIMS <= D // 2:
         splits *= 2
     num_outputs, blocks = sum(sizes), triton.cdiv(D, 2 * PAIRS)
-    tokens, magnitudes = pairs_of(x_RD), x_RD
-    is_bfloat16 = x_RD.dtype == torch.bfloat16
-    if is_prepared:
-        tokens = x_RD.new_empty(2, R, D // 2, dtype=torch.float16)
-        magnitudes = x_RD.new_empty(R, blocks, dtype=torch.float32)
-        _prepare[(triton.cdiv(R, _MIN_TILE_ROWS), blocks)](
-            pairs_of(x_RD), tokens, magnitudes, R, D // 2, blocks, ROWS=_MIN_TILE_ROWS, PAIRS=PAIRS,
-            IS_BFLOAT16=is_bfloat16,
-        )  # fmt: skip
+    tokens, magnitudes = prepare(x_RD)
     out_RO = x_RD.new_empty(R, num_outputs)
     parts_SRO = out_RO if splits == 1 else x_RD.new_empty(splits, R, num_outputs, dtype=torch.float32)
     three = [*weights, *weights[-1:] * (MAX_WEIGHTS - len(weights))]
@@ -82,8 +102,8 @@ def multiply(x_RD: torch.Tensor, weights: tuple[BlockScaled, ...]) -> torch.Tens
         *[weight.block[0] for weight in three], *[weight.scales.stride(0) for weight in three], R, num_outputs, D // 2,
         triton.cdiv(blocks, splits) * PAIRS, blocks,
         TILES0=tiles[0], TILES1=tiles[1], TILES2=tiles[2], TILE_ROWS=tile_rows, TILE=tile, PAIRS=PAIRS,
-        SCALE_PAIRS=scale_pairs_of(weights[0]), CODES=codes_of(weights[0]), IS_BFLOAT16=is_bfloat16,
-        IS_PREPARED=is_prepared, num_warps=8 if is_wide else 4, num_stages=_STAGES,
+        SCALE_PAIRS=scale_pairs_of(weights[0]), CODES=codes_of(weights[0]),
+        num_warps=num_warps, num_stages=_STAGES,
     )  # fmt: skip
     if splits > 1:
         _add_parts[(triton.cdiv(R * num_outputs, _ADDED),)](
@@ -93,36 +113,30 @@ def multiply(x_RD: torch.Tensor, weights: tuple[BlockScaled, ...]) -> torch.Tens
 
 
 @triton.jit
-def token_block(x_rows, is_row, start, num_pairs, PAIRS: tl.constexpr, IS_BFLOAT16: tl.constexpr):
-    """A block of tokens: float16 [rows, pairs] of the even and the odd dims, and the magnitudes that divide them.
-
-    `x_rows` points to pairs of 16-bit numbers.
-    """
-    places = start + tl.arange(0, PAIRS)
-    pairs = tl.load(x_rows[:, None] + places[None, :], mask=is_row[:, None] & (places < num_pairs)[None, :], other=0)
-    low, high = pairs.to(tl.uint16), (pairs >> 16).to(tl.uint16)
-    if IS_BFLOAT16:
-        even, odd = low.to(tl.bfloat16, bitcast=True).to(tl.float32), high.to(tl.bfloat16, bitcast=True).to(tl.float32)
-    else:
-        even, odd = low.to(tl.float16, bitcast=True).to(tl.float32), high.to(tl.float16, bitcast=True).to(tl.float32)
-    magnitude = tl.maximum(tl.max(tl.maximum(tl.abs(even), tl.abs(odd)), axis=1), 1e-30)
-    inverse = 1.0 / magnitude
-    return (even * inverse[:, None]).to(tl.float16), (odd * inverse[:, None]).to(tl.float16), magnitude
+def prepared_block(tokens, magnitudes, rows, is_row, start, num_rows, num_blocks, PAIRS: tl.constexpr):
+    """A block of prepared tokens: float16 [rows, pairs] for the two operands, and the magnitudes of the rows."""
+    rows = rows.to(tl.int64)
+    first = tokens + (rows * num_blocks * PAIRS)[:, None] + (start + tl.arange(0, PAIRS))[None, :]
+    second = first + tl.cast(num_rows, tl.int64) * num_blocks * PAIRS
+    even = tl.load(first, mask=is_row[:, None], other=0.0)
+    odd = tl.load(second, mask=is_row[:, None], other=0.0)
+    return even, odd, tl.load(magnitudes + rows * num_blocks + start // PAIRS, mask=is_row, other=0.0)
 
 
 @triton.jit
 def code_halves(pairs, CODES: tl.constexpr):
-    """The float16 values of the even and of the odd codes in int16 pairs.
-
-    CODES is "int8", "float8" or "float8 in assembly".
-    """
-    if CODES == "int8":  # the bits of 1024 + 128 + code
+    """The float16 values of the codes in int16 pairs, for the two operands of `prepare`."""
+    if CODES == "float8 in quads":
+        return float8_quads(pairs)
+    elif CODES == "int8 in quads":
+        return int8_quads(pairs)
+    elif CODES == "int8":  # the bits of 1024 + 128 + code
         low, high = pairs.to(tl.uint8), (pairs >> 8).to(tl.uint8)
         even = ((low ^ 0x80).to(tl.uint16) | 0x6400).to(tl.float16, bitcast=True) - 1152.0
         odd = ((high ^ 0x80).to(tl.uint16) | 0x6400).to(tl.float16, bitcast=True) - 1152.0
+        return even, odd
     else:
-        even, odd = float8_halves(pairs, CODES == "float8 in assembly")
-    return even, odd
+        return float8_halves(pairs, IN_ASSEMBLY=False)
 
 
 @triton.jit
@@ -137,7 +151,7 @@ def add_block(
         codes: Pointers to the pairs of each output.
         scales: Pointers to the scales of each output.
         is_output: Whether an output exists.
-        even: As returned by `token_block`, with `odd` and `magnitude`.
+        even: As returned by `prepared_block`, with `odd` and `magnitude`.
         odd: See there.
         magnitude: See there.
         start: First pair of the block.
@@ -157,20 +171,25 @@ def add_block(
 
 @triton.jit
 def _prepare(
-    x, tokens, magnitudes, num_rows, num_pairs, num_blocks, ROWS: tl.constexpr, PAIRS: tl.constexpr,
-    IS_BFLOAT16: tl.constexpr,
+    x, tokens, magnitudes, num_rows, num_dims, num_blocks, ROWS: tl.constexpr, PAIRS: tl.constexpr,
+    IN_QUADS: tl.constexpr,
 ):  # fmt: skip
-    """Store what `token_block` returns for each block, so that each program of the product need not compute it."""
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     is_row = rows < num_rows
     block = tl.program_id(1)
-    row_places = rows.to(tl.int64) * num_pairs
-    even, odd, magnitude = token_block(x + row_places, is_row, block * PAIRS, num_pairs, PAIRS, IS_BFLOAT16)
     pairs = block * PAIRS + tl.arange(0, PAIRS)
-    place = row_places[:, None] + pairs[None, :]
-    mask = is_row[:, None] & (pairs < num_pairs)[None, :]
-    tl.store(tokens + place, even, mask=mask)
-    tl.store(tokens + num_rows.to(tl.int64) * num_pairs + place, odd, mask=mask)
+    dims = first_dims(pairs, IN_QUADS)
+    others = dims + (2 if IN_QUADS else 1)
+    x_rows = x + (rows * num_dims)[:, None]
+    first = tl.load(x_rows + dims[None, :], mask=is_row[:, None] & (dims < num_dims)[None, :], other=0.0)
+    second = tl.load(x_rows + others[None, :], mask=is_row[:, None] & (others < num_dims)[None, :], other=0.0)
+    first, second = first.to(tl.float32), second.to(tl.float32)
+    magnitude = tl.maximum(tl.max(tl.maximum(tl.abs(first), tl.abs(second)), axis=1), 1e-30)
+    inverse = (1.0 / magnitude)[:, None]
+    place = tokens + (rows * num_blocks * PAIRS)[:, None] + pairs[None, :]
+    tl.store(place, (first * inverse).to(tl.float16), mask=is_row[:, None])
+    place += tl.cast(num_rows, tl.int64) * num_blocks * PAIRS
+    tl.store(place, (second * inverse).to(tl.float16), mask=is_row[:, None])
     tl.store(magnitudes + rows * num_blocks + block, magnitude, mask=is_row)
 
 
@@ -179,28 +198,25 @@ def _multiply(
     x, magnitudes, out, codes0, codes1, codes2, scales0, scales1, scales2, size0, size1, size2, block0, block1, block2,
     stride0, stride1, stride2, num_rows, num_outputs, num_pairs, split_pairs, num_blocks,
     TILES0: tl.constexpr, TILES1: tl.constexpr, TILES2: tl.constexpr, TILE_ROWS: tl.constexpr, TILE: tl.constexpr,
-    PAIRS: tl.constexpr, SCALE_PAIRS: tl.constexpr, CODES: tl.constexpr, IS_BFLOAT16: tl.constexpr,
-    IS_PREPARED: tl.constexpr,
+    PAIRS: tl.constexpr, SCALE_PAIRS: tl.constexpr, CODES: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0)
     if tile < TILES0:
         _multiply_tile(
             x, magnitudes, out, codes0, scales0, tile, size0, block0, stride0, size0 * 0, num_rows, num_outputs,
-            num_pairs, split_pairs, num_blocks, TILE_ROWS, TILE, PAIRS, SCALE_PAIRS, CODES, IS_BFLOAT16, IS_PREPARED,
+            num_pairs, split_pairs, num_blocks, TILE_ROWS, TILE, PAIRS, SCALE_PAIRS, CODES,
         )  # fmt: skip
     if TILES1 > 0:  # noqa: SIM102  (known when the kernel is compiled)
         if (tile >= TILES0) & (tile < TILES0 + TILES1):
             _multiply_tile(
                 x, magnitudes, out, codes1, scales1, tile - TILES0, size1, block1, stride1, size0, num_rows,
                 num_outputs, num_pairs, split_pairs, num_blocks, TILE_ROWS, TILE, PAIRS, SCALE_PAIRS, CODES,
-                IS_BFLOAT16, IS_PREPARED,
             )  # fmt: skip
     if TILES2 > 0:  # noqa: SIM102
         if tile >= TILES0 + TILES1:
             _multiply_tile(
                 x, magnitudes, out, codes2, scales2, tile - TILES0 - TILES1, size2, block2, stride2, size0 + size1,
                 num_rows, num_outputs, num_pairs, split_pairs, num_blocks, TILE_ROWS, TILE, PAIRS, SCALE_PAIRS, CODES,
-                IS_BFLOAT16, IS_PREPARED,
             )  # fmt: skip
 
 
@@ -208,7 +224,7 @@ def _multiply(
 def _multiply_tile(
     x, magnitudes, out, codes, scales, tile, size, block, stride, before, num_rows, num_outputs, num_pairs,
     split_pairs, num_blocks, TILE_ROWS: tl.constexpr, TILE: tl.constexpr, PAIRS: tl.constexpr,
-    SCALE_PAIRS: tl.constexpr, CODES: tl.constexpr, IS_BFLOAT16: tl.constexpr, IS_PREPARED: tl.constexpr,
+    SCALE_PAIRS: tl.constexpr, CODES: tl.constexpr,
 ):  # fmt: skip
     split = tl.program_id(2).to(tl.int64)
     rows = tl.program_id(1) * TILE_ROWS + tl.arange(0, TILE_ROWS)
@@ -217,18 +233,10 @@ def _multiply_tile(
     is_output = outputs < size
     code_rows = codes + outputs.to(tl.int64) * num_pairs
     scale_rows = scales + outputs // block * stride
-    x_rows = x + rows.to(tl.int64) * num_pairs
     total = tl.zeros((TILE, TILE_ROWS), tl.float32)
     first = tl.program_id(2) * split_pairs
     for start in range(first, tl.minimum(first + split_pairs, num_pairs), PAIRS):
-        if IS_PREPARED:
-            places = start + tl.arange(0, PAIRS)
-            mask = is_row[:, None] & (places < num_pairs)[None, :]
-            even = tl.load(x_rows[:, None] + places[None, :], mask=mask, other=0.0)
-            odd = tl.load((x_rows + num_rows.to(tl.int64) * num_pairs)[:, None] + places[None, :], mask=mask, other=0.0)
-            magnitude = tl.load(magnitudes + rows * num_blocks + start // PAIRS, mask=is_row, other=0.0)
-        else:
-            even, odd, magnitude = token_block(x_rows, is_row, start, num_pairs, PAIRS, IS_BFLOAT16)
+        even, odd, magnitude = prepared_block(x, magnitudes, rows, is_row, start, num_rows, num_blocks, PAIRS)
         total = add_block(
             total, code_rows, scale_rows, is_output, even, odd, magnitude, start, num_pairs, PAIRS, SCALE_PAIRS, CODES
         )

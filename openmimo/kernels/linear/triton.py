@@ -9,7 +9,7 @@ from openmimo.kernels.dispatch import Backend, triton_unavailable
 from openmimo.kernels.operations import LinearNeed, WeightAndBias
 from openmimo.kernels.weights import FP8, INT8, BlockScaled
 
-_MAX_ROWS = 256
+_MAX_ROWS = 512  # above, weights are dequantized in tiles for torch's product
 
 
 def run(x_RD: torch.Tensor, layers: tuple[WeightAndBias, ...]) -> torch.Tensor:
