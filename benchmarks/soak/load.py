@@ -49,7 +49,6 @@ _MALFORMED: tuple[tuple[str, Any], ...] = (
     (CHAT, {"messages": _HI, "response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "star"}}}}),
     (CHAT, {"messages": _HI, "top_logprobs": 2}),
     (CHAT, {"messages": _HI, "stream": True, "n": 0}),
-    (CHAT, {"messages": _HI, "color": "red"}),
     (COMPLETION, {"prompt": []}),
     (COMPLETION, {"prompt": "hi", "max_tokens": -1}),
     (COMPLETION, {"prompt": "hi", "stream_options": {"include_usage": True}}),

@@ -44,7 +44,7 @@ class ServerProcess:
         self.log = log
         environment = {name: value for name, value in os.environ.items() if name != "OPENMIMO_API_KEY"}
         # MTP heads with random weights are no better than chance, about which the engine warns.
-        environment["PYTHONWARNINGS"] = "ignore:of 1000 drafts:UserWarning"
+        environment["PYTHONWARNINGS"] = "ignore::UserWarning:openmimo.engine.runner"
         with log.open("wb") as stderr:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "openmimo", "serve", *arguments, "--host", "127.0.0.1", "--port", "0"],
