@@ -47,7 +47,7 @@ from openmimo.engine.step import (
 from openmimo.engine.worker import Worker, why_no_graphs
 from openmimo.model.attention import kv_spec
 from openmimo.model.mimo import MiMo
-from openmimo.runtime.device import Arrival, uploaded
+from openmimo.runtime.device import Arrival
 
 if TYPE_CHECKING:
     from openmimo.engine.structured import StructureState
@@ -423,7 +423,7 @@ class Runner:
         if all(sequence.is_plain for sequence in sequences):
             return _PLAIN
         admitted: list[SeatSampling] = []
-        new_tokens: list[tuple[int, torch.Tensor]] = []
+        new_tokens: list[tuple[int, list[int]]] = []
         changes: list[RowChange] = []
         all_seats: list[int] = []
         seats: list[int] = []
@@ -437,7 +437,7 @@ class Runner:
                 new = sequence.tokens[sequence.prompt_length + sequence.num_counted_tokens :]
                 sequence.num_counted_tokens += len(new)
                 if new:
-                    new_tokens.append((seat, uploaded(new, torch.int64, self._device)))
+                    new_tokens.append((seat, new))
             if params.changes_logits:
                 changes += row_changes(sequence, first, number, known)
             if params.temperature > 0.0:
