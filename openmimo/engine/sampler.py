@@ -70,14 +70,14 @@ class RowChange(NamedTuple):
         num_drafts: Drafts before the row that belong to the text, as far as the row is concerned: the tokens of the
             pass in this row and the ones before it.
         forbids_stops: Whether the text is too short to end.
-        allowed_V: Bool mask of the tokens that may be chosen (None: all), in CPU memory.
+        allowed_bits: The tokens that may be chosen (None: all), uint8: token t is bit t % 8 of byte t // 8.
     """
 
     row: int
     seat: int
     num_drafts: int = 0
     forbids_stops: bool = False
-    allowed_V: torch.Tensor | None = None
+    allowed_bits: np.ndarray | None = None
 
 
 class SamplingInput(NamedTuple):
@@ -221,7 +221,7 @@ class SamplingTable:
             changes: The changes of rows.
             token_ids_T: As in `decide`.
         """
-        _mask(logits_RV, [(change.row, change.allowed_V) for change in changes if change.allowed_V is not None])
+        _mask(logits_RV, [(change.row, change.allowed_bits) for change in changes if change.allowed_bits is not None])
         self._add_biases(logits_RV, [row for row in changes if len(self._changes[row.seat].bias_ids)])
         self._penalize(logits_RV, [row for row in changes if row.seat in self._counts], token_ids_T)
         short = [row for row in changes if row.forbids_stops and len(self._changes[row.seat].stop_ids)]
@@ -290,17 +290,23 @@ class SamplingTable:
             self._counts.start(seat, change.prompt_ids)
 
 
-def _mask(logits_RV: torch.Tensor, masks: list[tuple[int, torch.Tensor]]) -> None:
+def is_allowed(allowed_bits: np.ndarray, token: int) -> bool:
+    """Whether `RowChange.allowed_bits` holds a token."""
+    return bool(allowed_bits[token >> 3] >> (token & 7) & 1)
+
+
+def _mask(logits_RV: torch.Tensor, masks: list[tuple[int, np.ndarray]]) -> None:
     """Forbids tokens of rows in place. Biases and penalties leave them forbidden. An accelerator gets bits, at once."""
+    vocab_size, device = logits_RV.shape[1], logits_RV.device
     if logits_RV.is_cpu or not masks:
-        for row, allowed_V in masks:
-            logits_RV[row].masked_fill_(~allowed_V, float("-inf"))
+        for row, bits in masks:
+            is_forbidden_V = torch.from_numpy(np.unpackbits(bits, count=vocab_size, bitorder="little") == 0)
+            logits_RV[row].masked_fill_(is_forbidden_V, float("-inf"))
         return
-    bits = np.packbits(torch.stack([allowed_V for _, allowed_V in masks]).numpy(), axis=1, bitorder="little")
-    bits_MB = uploaded(bits, torch.uint8, logits_RV.device)
-    rows_M = uploaded([row for row, _ in masks], torch.int64, logits_RV.device)
-    places_8 = torch.arange(8, dtype=torch.uint8, device=logits_RV.device)
-    is_allowed_MV = ((bits_MB[:, :, None] >> places_8) & 1).flatten(1)[:, : logits_RV.shape[1]].bool()
+    bits_MB = uploaded(np.stack([bits for _, bits in masks]), torch.uint8, device)
+    rows_M = uploaded([row for row, _ in masks], torch.int64, device)
+    places_8 = torch.arange(8, dtype=torch.uint8, device=device)
+    is_allowed_MV = ((bits_MB[:, :, None] >> places_8) & 1).flatten(1)[:, :vocab_size].bool()
     logits_RV[rows_M] = logits_RV[rows_M].masked_fill_(~is_allowed_MV, float("-inf"))
 
 

@@ -252,6 +252,7 @@ def test_sampling_does_not_wait_for_the_device(device):
     generator = torch.Generator().manual_seed(0)
     uniform = torch.rand(num_rows, generator=generator, dtype=torch.float64)
     masks = torch.rand(num_rows, vocab, generator=generator) < 0.5
+    bits = np.packbits(masks, axis=1, bitorder="little")
     logits = 2 * torch.randn(num_rows, vocab, generator=generator)
     found = []
     for where in (device, torch.device("cpu")):
@@ -264,7 +265,7 @@ def test_sampling_does_not_wait_for_the_device(device):
             seats_S=seats,
             uniform_S=uniform.to(where),
             has_filters=True,
-            changes=tuple(RowChange(row, row, row % 2, row % 3 == 0, masks[row]) for row in range(num_rows)),
+            changes=tuple(RowChange(row, row, row % 2, row % 3 == 0, bits[row]) for row in range(num_rows)),
             logprob_seats_R=seats,
             num_top_logprobs=3,
         )

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from sampled_rows import Draw, sample, sampling_of
@@ -210,7 +211,10 @@ def test_stops_stay_where_no_other_token_is_left():
     table, logits = SamplingTable(VOCAB, "cpu"), _logits(2)
     table.update(SamplingInput((seat_sampling(0, SamplingParams(min_tokens=5), stop_ids=(4,)),)))
     only_stop = torch.arange(VOCAB) == 4
-    changes = [RowChange(0, 0, forbids_stops=True, allowed_V=only_stop), RowChange(1, 0, forbids_stops=True)]
+    changes = [
+        RowChange(0, 0, forbids_stops=True, allowed_bits=np.packbits(only_stop, bitorder="little")),
+        RowChange(1, 0, forbids_stops=True),
+    ]
     found = logits.clone()
     table.change(found, changes, torch.zeros(2, dtype=torch.int64))
     assert (found[0] > float("-inf")).tolist() == only_stop.tolist()
