@@ -167,7 +167,7 @@ class _TokenCounts:
         place = self._place_of_seat[seat] = self._free_places.pop()
         self._counts_PV[place] = 0
         self._in_prompt_PV[place] = False
-        self._in_prompt_PV[place, prompt_ids] = True
+        self._in_prompt_PV[place].index_fill_(0, prompt_ids, True)  # an assignment would wait for the device
 
     def end(self, seat: int) -> None:
         """Frees the place of a seat, if it has one."""
@@ -268,7 +268,7 @@ class SamplingTable:
         lengths, ids_N = [len(ids) for ids in stops], torch.cat(stops)
         rows_N = _repeated([row.row for row in rows], lengths, device)
         kept_N = logits_RV[rows_N, ids_N]
-        logits_RV[rows_N, ids_N] = float("-inf")
+        logits_RV.index_put_((rows_N, ids_N), torch.full_like(kept_N, float("-inf")))
         is_open_M = logits_RV[uploaded([row.row for row in rows], torch.int64, device)].amax(dim=1) > float("-inf")
         is_open_N = is_open_M[_repeated(range(len(rows)), lengths, device)]
         logits_RV[rows_N, ids_N] = kept_N.masked_fill_(is_open_N, float("-inf"))
