@@ -7,12 +7,10 @@ from collections import defaultdict
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import httpx
+from benchmarks.soak.http import Connection, Response
+from benchmarks.soak.load import SCHEMA, TOOLS, Planned, next_turn
 
-from benchmarks.soak.load import SCHEMA, Planned
-
-_JSON = {"content-type": "application/json"}
-_MAX_REFUSALS = 60
+_MAX_REFUSALS = 120
 _ERROR_TYPES = {400: "invalid_request_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
@@ -28,6 +26,7 @@ class Outcome:
         num_refusals: Attempts that got a 429.
         retry_after_seconds: Retry-After header of the last attempt.
         texts: Text of each choice.
+        finish_reasons: Finish reason of each choice.
         num_tokens: Tokens of all choices.
         seconds_in_all: Time to the end of the reply.
         seconds_to_first: Time to the first token; only for streams.
@@ -41,59 +40,90 @@ class Outcome:
     num_refusals: int = 0
     retry_after_seconds: float | None = None
     texts: tuple[str, ...] = ()
+    finish_reasons: tuple[str, ...] = ()
     num_tokens: int = 0
     seconds_in_all: float = 0.0
     seconds_to_first: float | None = None
     seconds_per_token: float | None = None
 
 
-async def ask(client: httpx.AsyncClient, planned: Planned) -> Outcome:
+async def ask(connection: Connection, planned: Planned) -> list[Outcome]:
+    """Sends a request, and the later turns of its conversation, each after the reply to the last one."""
+    outcomes = [await _ask_once(connection, planned)]
+    while outcomes[-1].planned.later_turns and outcomes[-1].status == 200 and not outcomes[-1].problem:
+        outcomes.append(await _ask_once(connection, next_turn(outcomes[-1].planned, outcomes[-1].texts[0])))
+    return outcomes
+
+
+async def _ask_once(connection: Connection, planned: Planned) -> Outcome:
     """Sends the request until it is answered or cancelled. After a 429, waits for the time in Retry-After."""
+    if planned.cut:
+        return await _cut(connection, planned)
     for num_refusals in range(_MAX_REFUSALS):
         try:
             async with asyncio.timeout(planned.cancel_after_seconds):
-                outcome = await _attempt(client, planned)
+                outcome = await _attempt(connection, planned)
         except TimeoutError:
+            connection.close()
             return Outcome(planned, was_cancelled=True, num_refusals=num_refusals)
-        except httpx.HTTPError as error:
+        except (ConnectionError, ValueError) as error:
+            connection.close()
             return Outcome(planned, problem=f"lost: {type(error).__name__} {error}", num_refusals=num_refusals)
-        if outcome.status != 429 or outcome.problem:
+        if outcome.status != 429 or outcome.problem or outcome.retry_after_seconds is None:
             return replace(outcome, num_refusals=num_refusals)
         await asyncio.sleep(outcome.retry_after_seconds)
     return replace(outcome, problem=f"refused with 429 {_MAX_REFUSALS} times")
 
 
-async def _attempt(client: httpx.AsyncClient, planned: Planned) -> Outcome:
+async def _cut(connection: Connection, planned: Planned) -> Outcome:
+    """Breaks the connection: within the request, right after it, or (with RST) within the reply."""
+    try:
+        if planned.cut == "reply":
+            response = await connection.request("POST", planned.path, planned.content)
+            async for _ in response.lines():
+                break
+            connection.reset()
+        else:
+            share = 0.5 if planned.cut == "request" else 1.0
+            await connection.send_part(planned.path, planned.content, int(share * len(planned.content)))
+            connection.close()
+    except ConnectionError as error:
+        connection.close()
+        return Outcome(planned, problem=f"lost: {type(error).__name__} {error}")
+    return Outcome(planned, was_cancelled=True)
+
+
+async def _attempt(connection: Connection, planned: Planned) -> Outcome:
     start = time.perf_counter()
-    async with client.stream("POST", planned.path, content=planned.content, headers=_JSON) as response:
-        if response.status_code != 200 or not planned.streams:
-            await response.aread()
-            if response.status_code != 200:
-                return _refused(planned, response)
-            reply = _Reply(planned, start)
-            reply.take_whole(response.json())
-            return reply.outcome()
-        reply = _Reply(planned, start)
-        num_events = 0
-        async for line in response.aiter_lines():
-            if line.startswith("data: "):
-                reply.take_event(line.removeprefix("data: "))
-                num_events += 1
-            if num_events == planned.cancel_after_events:
-                return Outcome(planned, status=200, was_cancelled=True)
+    response = await connection.request("POST", planned.path, planned.content)
+    if response.status != 200:
+        return _refused(planned, response, await response.read())
+    reply = _Reply(planned, start)
+    if not planned.streams:
+        reply.take_whole(json.loads(await response.read()))
         return reply.outcome()
+    num_events = 0
+    async for line in response.lines():
+        if line.startswith("data: "):
+            reply.take_event(line.removeprefix("data: "))
+            num_events += 1
+        if num_events == planned.cancel_after_events:
+            connection.close()
+            return Outcome(planned, status=200, was_cancelled=True)
+    return reply.outcome()
 
 
-def _refused(planned: Planned, response: httpx.Response) -> Outcome:
+def _refused(planned: Planned, response: Response, body: bytes) -> Outcome:
     """Validates an error response. It must have the planned status or 429, and OpenAI's format."""
-    status = response.status_code
+    status, text = response.status, body[:200].decode(errors="replace")
     retry_after = response.headers.get("retry-after", "")
     outcome = Outcome(planned, status=status, retry_after_seconds=float(retry_after) if retry_after.isdigit() else None)
-    error = _error_of(response)
-    if status not in (planned.status, 429):
-        problem = f"status {status} instead of {planned.status}: {response.text[:200]}"
+    error = _error_of(body)
+    expected = (400, 429) if planned.is_hostile else (planned.status, 429)
+    if status not in expected:
+        problem = f"status {status} instead of {expected[0]}: {text}"
     elif error is None or not error["message"] or error["type"] != _ERROR_TYPES[status]:
-        problem = f"a {status} that is not in OpenAI's format: {response.text[:200]}"
+        problem = f"a {status} that is not in OpenAI's format: {text}"
     elif status == 429:
         problem = "" if retry_after.isdigit() else "a 429 without Retry-After"
     else:
@@ -102,9 +132,9 @@ def _refused(planned: Planned, response: httpx.Response) -> Outcome:
     return replace(outcome, problem=problem)
 
 
-def _error_of(response: httpx.Response) -> dict[str, Any] | None:
+def _error_of(body: bytes) -> dict[str, Any] | None:
     try:
-        error = response.json()["error"]
+        error = json.loads(body)["error"]
     except (ValueError, KeyError, TypeError):
         return None
     return error if set(error) == {"message", "type", "param", "code"} else None
@@ -116,12 +146,17 @@ class _Choice:
     num_tokens: int = 0
     num_logprobs: int = 0
     finish_reason: str | None = None
+    called: str = ""
+    arguments: str = ""
 
     def take(self, data: dict[str, Any]) -> None:
         """Adds a choice object of a reply or of a chunk."""
         said = data.get("message") or data.get("delta") or {}
         self.text += data.get("text") or said.get("content") or ""
         self.num_tokens += len(data.get("token_ids") or ())
+        for call in (said.get("tool_calls") or ())[:1]:
+            self.called += call["function"].get("name") or ""
+            self.arguments += call["function"].get("arguments") or ""
         logprobs = data.get("logprobs") or {}
         self.num_logprobs += len(logprobs.get("content") or logprobs.get("tokens") or ())
         self.finish_reason = data.get("finish_reason") or self.finish_reason
@@ -170,6 +205,7 @@ class _Reply:
             status=200,
             problem=self.error or self._problem(),
             texts=tuple(self.choices[index].text for index in sorted(self.choices)),
+            finish_reasons=tuple(self.choices[index].finish_reason or "none" for index in sorted(self.choices)),
             num_tokens=num_tokens,
             seconds_in_all=time.perf_counter() - self.start,
             seconds_to_first=None if self.first is None else self.first - self.start,
@@ -183,7 +219,7 @@ class _Reply:
 
     def _problem(self) -> str:
         body, choices = self.planned.body, self.choices.values()
-        if self.planned.status != 200:
+        if self.planned.status != 200 and not self.planned.is_hostile:
             return f"status 200 instead of {self.planned.status}"
         if not self.is_done or any(choice.finish_reason is None for choice in choices):
             return "the reply is incomplete"
@@ -194,7 +230,9 @@ class _Reply:
             return f"{num_tokens} tokens, but usage is {self.usage}"
         if body.get("logprobs") and any(choice.num_logprobs != choice.num_tokens for choice in choices):
             return "the numbers of log-probabilities and tokens differ"
-        if "response_format" in body or "structured_outputs" in body:
+        if "tools" in body:
+            return next(filter(None, map(_call_problem, choices)), "")
+        if not self.planned.is_hostile and ("response_format" in body or "structured_outputs" in body):
             return next(filter(None, map(_json_problem, choices)), "")
         return ""
 
@@ -208,3 +246,15 @@ def _json_problem(choice: _Choice) -> str:
     except ValueError:
         is_right = False
     return "" if is_right else f"the text does not match the schema: {choice.text!r}"
+
+
+def _call_problem(choice: _Choice) -> str:
+    """Returns what is wrong with a tool call. Does not check calls that the token limit cut."""
+    if choice.finish_reason != "tool_calls":
+        return ""
+    names = [tool["function"]["name"] for tool in TOOLS]
+    try:
+        is_right = choice.called in names and isinstance(json.loads(choice.arguments), dict)
+    except ValueError:
+        is_right = False
+    return "" if is_right else f"the call is not one of {names}: {choice.called!r} {choice.arguments!r}"

@@ -1,9 +1,9 @@
-"""The requests of the soak test: valid ones of every kind, cancelled, invalid and repeated ones."""
+"""The requests of the soak test: valid ones of every kind, cancelled, cut off, invalid, hostile and repeated ones."""
 
 import json
 import random
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
 _TEXT = (
@@ -22,6 +22,17 @@ SCHEMA = {
     "required": ["name", "count", "color"],
     "additionalProperties": False,
 }
+TOOLS: list[dict[str, Any]] = [
+    {
+        "type": "function",
+        "function": {
+            "name": name,
+            "description": "Looks things up.",
+            "parameters": {"type": "object", "properties": {"place": {"type": "string"}}, "required": ["place"]},
+        },
+    }
+    for name in ("weather", "distance")
+]
 _MAX_NEW_TOKENS, _JSON_TOKENS, _TOKENS_TO_CANCEL = 120, 200, 200
 _NUM_PREFIXES, _PREFIX_WORDS = 4, 60
 _HI = [{"role": "user", "content": "hi"}]
@@ -38,12 +49,36 @@ _MALFORMED: tuple[tuple[str, Any], ...] = (
     (CHAT, {"messages": _HI, "response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "star"}}}}),
     (CHAT, {"messages": _HI, "top_logprobs": 2}),
     (CHAT, {"messages": _HI, "stream": True, "n": 0}),
-    (CHAT, {"messages": _HI, "color": "red"}),
     (COMPLETION, {"prompt": []}),
     (COMPLETION, {"prompt": "hi", "max_tokens": -1}),
     (COMPLETION, {"prompt": "hi", "stream_options": {"include_usage": True}}),
     (COMPLETION, {"prompt": [2**31 - 1]}),
     (COMPLETION, {"prompt": "hi", "stop": ""}),
+)
+_DEEP: dict[str, Any] = {"type": "string"}
+for _ in range(40):
+    _DEEP = {"type": "array", "items": _DEEP}
+# Structures that a server may refuse or serve, but that must not stop it.
+_HOSTILE: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("json", {"$ref": "#"}),
+    ("json", {"type": "object", "properties": {"a": {"$ref": "#/properties/a"}}, "required": ["a"]}),
+    ("json", {"type": "integer", "minimum": 9, "maximum": 1}),
+    ("json", {"enum": []}),
+    ("json", {"type": "string", "pattern": "(a+)+$" * 20}),
+    ("json", {"type": "string", "minLength": 10**9}),
+    ("json", {"type": "array", "items": {"type": "integer"}, "minItems": 10**6, "maxItems": 10**7}),
+    ("json", {"allOf": [{"type": "string"}, {"type": "integer"}]}),
+    ("json", {"type": "object", "patternProperties": {"(": {}}}),
+    ("json", {"not": {}}),
+    ("json", _DEEP),
+    ("regex", "(" * 200 + ")" * 200),
+    ("regex", "[a-z]{1,100000}"),
+    ("regex", "(?=look)ahead"),
+    ("grammar", "start: start"),
+    ("grammar", 'start: "a" start | start start'),
+    ("grammar", "start: /[/"),
+    ("choice", ["a" * 5000, "b"]),
+    ("choice", ["\u0000", "\ud7ff"]),
 )
 
 
@@ -55,19 +90,27 @@ class Planned:
         path: Path of the API.
         body: JSON value, or bytes to send unchanged.
         status: Expected status.
+        kind: Kind of the request, for the report.
         group: Replies of one group must be equal ("": no group).
         cancel_after_events: Number of stream events after which the client disconnects.
         cancel_after_seconds: Time after which the client disconnects.
+        cut: Where the client breaks the connection: within the request, after it without reading, or within the reply.
+        later_turns: Texts of the user that follow the reply, in the same session.
+        is_hostile: Whether the server may serve the request or refuse it with a 400.
         error_code: Expected code of an error (None: any).
     """
 
     path: str
     body: Any
     status: int = 200
+    kind: str = ""
     group: str = ""
     cancel_after_events: int | None = None
     cancel_after_seconds: float | None = None
     error_code: str | None = None
+    cut: Literal["", "request", "after", "reply"] = ""
+    later_turns: tuple[str, ...] = ()
+    is_hostile: bool = False
 
     @property
     def streams(self) -> bool:
@@ -88,21 +131,43 @@ class Planned:
 def plan_load(num_requests: int, *, model_name: str, positions: int, seed: int = 0) -> list[Planned]:
     """Returns the requests in the order in which they are sent, a pure function of the arguments.
 
-    One tenth is malformed, one tenth is cancelled, and one tenth (at least 10) repeats a few requests with a seed. One
-    in fifty has a prompt longer than the model's `positions`. One in a hundred names an unknown model.
+    Of 100 requests, 5 demand JSON, 5 have tools, 4 begin a conversation of three turns in a session, 5 have a prompt of
+    up to half of the model's `positions`, 8 are cancelled, 4 break the connection, 6 are malformed, 4 have a structure
+    that is hard to compile, 8 (at least 10 in all) repeat a few requests with a seed, 2 have a prompt longer than
+    `positions`, and 1 names an unknown model. The others are valid requests with various options.
     """
     draw = random.Random(seed)
     prefixes = [_words(draw, _PREFIX_WORDS) for _ in range(_NUM_PREFIXES)]
-    tenth, few = max(num_requests // 10, 1), max(num_requests // 50, 2)
-    load = [Planned(*_MALFORMED[index % len(_MALFORMED)], status=400) for index in range(tenth)]
-    load += [_cancelled(draw, prefixes) for _ in range(tenth)]
-    load += _repeated(draw, prefixes, max(tenth, 10))
-    load += [_too_long(index, positions) for index in range(few)]
+
+    def share(percent: int, least: int = 1) -> range:
+        return range(max(num_requests * percent // 100, least))
+
+    load = [Planned(*_MALFORMED[index % len(_MALFORMED)], status=400, kind="malformed") for index in share(6)]
+    load += [_hostile(index) for index in share(4)]
+    load += [_cancelled(draw, prefixes) for _ in share(8)]
+    load += [_cut(draw, prefixes, index) for index in share(4)]
+    load += _repeated(draw, prefixes, len(share(8, least=10)))
+    load += [_too_long(index, positions) for index in share(2, least=2)]
     unknown = {"model": "no-such-model", "messages": _HI}
-    load += [Planned(CHAT, unknown, status=404, error_code="model_not_found")] * max(num_requests // 100, 1)
+    load += [Planned(CHAT, unknown, 404, "unknown model", error_code="model_not_found") for _ in share(1)]
+    load += [_form(draw, prefixes) for _ in share(5)]
+    load += [_tools(draw, prefixes, index) for index in share(5)]
+    load += [_conversation(draw, prefixes, index) for index in share(4)]
+    load += [_long(draw, positions) for _ in share(5)]
     load += [_good(draw, prefixes) for _ in range(num_requests - len(load))]
     draw.shuffle(load)
     return [_for_model(planned, model_name) for planned in load]
+
+
+def next_turn(planned: Planned, reply: str) -> Planned:
+    """Returns the request that continues a conversation after a reply."""
+    text, *rest = planned.later_turns
+    messages = [
+        *planned.body["messages"],
+        {"role": "assistant", "content": reply},
+        {"role": "user", "content": text},
+    ]
+    return replace(planned, body=planned.body | {"messages": messages}, later_turns=tuple(rest))
 
 
 def long_stream(model_name: str, num_tokens: int) -> Planned:
@@ -136,9 +201,50 @@ def _good(draw: random.Random, prefixes: list[str]) -> Planned:
     path = draw.choice([CHAT, COMPLETION])
     if draw.random() < 0.2:
         body |= {"logprobs": True, "top_logprobs": 3} if path == CHAT else {"logprobs": 3}
-    if draw.random() < 0.1:
-        body |= _json_fields(path)
-    return _shown(Planned(path, body | _prompt(draw, prefixes, path)))
+    return _shown(Planned(path, body | _prompt(draw, prefixes, path), kind="plain"))
+
+
+def _form(draw: random.Random, prefixes: list[str]) -> Planned:
+    path = draw.choice([CHAT, COMPLETION])
+    body = _json_fields(path) | {"temperature": draw.choice([0.0, 1.0]), "stream": draw.random() < 0.5}
+    return _shown(Planned(path, body | _prompt(draw, prefixes, path), kind="JSON"))
+
+
+def _tools(draw: random.Random, prefixes: list[str], index: int) -> Planned:
+    named = {"type": "function", "function": {"name": "distance"}}
+    body = {
+        "tools": TOOLS,
+        "tool_choice": ("auto", "required", named)[index % 3],
+        "max_tokens": _MAX_NEW_TOKENS,
+        "stream": draw.random() < 0.5,
+    }
+    return _shown(Planned(CHAT, body | _prompt(draw, prefixes, CHAT), kind="tools"))
+
+
+def _conversation(draw: random.Random, prefixes: list[str], index: int) -> Planned:
+    """Returns the first turn of a conversation in a session of its own."""
+    turns = tuple(_words(draw, draw.randint(2, 30)) for _ in range(2))
+    body = {"max_tokens": draw.randint(4, 40), "session": f"session {index}", "stream": draw.random() < 0.5}
+    return _shown(Planned(CHAT, body | _prompt(draw, prefixes, CHAT), kind="session", later_turns=turns))
+
+
+def _long(draw: random.Random, positions: int) -> Planned:
+    """Returns a request with a prompt of digits, each of which is one token."""
+    digits = "".join(draw.choices("0123456789", k=draw.randint(positions // 8, positions // 2)))
+    body = {"prompt": digits, "max_tokens": draw.randint(4, 40), "stream": draw.random() < 0.5}
+    return _shown(Planned(COMPLETION, body, kind="long prompt"))
+
+
+def _hostile(index: int) -> Planned:
+    name, value = _HOSTILE[index % len(_HOSTILE)]
+    body = {"prompt": "the", "max_tokens": 20, "structured_outputs": {name: value}}
+    return _shown(Planned(COMPLETION, body, kind="hostile structure", is_hostile=True))
+
+
+def _cut(draw: random.Random, prefixes: list[str], index: int) -> Planned:
+    path, where = draw.choice([CHAT, COMPLETION]), ("request", "after", "reply")[index % 3]
+    body = {"max_tokens": _TOKENS_TO_CANCEL, "ignore_eos": True, "stream": where == "reply"}
+    return _shown(Planned(path, body | _prompt(draw, prefixes, path), kind="broken connection", cut=where))
 
 
 def _cancelled(draw: random.Random, prefixes: list[str]) -> Planned:
@@ -146,8 +252,8 @@ def _cancelled(draw: random.Random, prefixes: list[str]) -> Planned:
     path = draw.choice([CHAT, COMPLETION])
     body = {"max_tokens": _TOKENS_TO_CANCEL, "ignore_eos": True} | _prompt(draw, prefixes, path)
     if draw.random() < 0.25:
-        return _shown(Planned(path, body, cancel_after_seconds=draw.uniform(0.02, 0.5)))
-    return _shown(Planned(path, body | {"stream": True}, cancel_after_events=draw.randint(1, 12)))
+        return _shown(Planned(path, body, kind="cancelled", cancel_after_seconds=draw.uniform(0.02, 0.5)))
+    return _shown(Planned(path, body | {"stream": True}, kind="cancelled", cancel_after_events=draw.randint(1, 12)))
 
 
 def _repeated(draw: random.Random, prefixes: list[str], count: int) -> list[Planned]:
@@ -164,7 +270,7 @@ def _repeated(draw: random.Random, prefixes: list[str], count: int) -> list[Plan
     for index in range(count):
         original = originals[index % len(originals)]
         streams = index // len(originals) % 2 == 1
-        load.append(_shown(replace(original, body=original.body | {"stream": streams})))
+        load.append(_shown(replace(original, kind="repeated", body=original.body | {"stream": streams})))
     return load
 
 
@@ -173,8 +279,8 @@ def _too_long(index: int, positions: int) -> Planned:
     digits = "7" * (positions + index)
     code = "context_length_exceeded"
     if index % 2:
-        return Planned(COMPLETION, {"prompt": digits, "stream": True}, status=400, error_code=code)
-    return Planned(CHAT, {"messages": [{"role": "user", "content": digits}]}, status=400, error_code=code)
+        return Planned(COMPLETION, {"prompt": digits, "stream": True}, 400, "too long", error_code=code)
+    return Planned(CHAT, {"messages": [{"role": "user", "content": digits}]}, 400, "too long", error_code=code)
 
 
 def _json_fields(path: str) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.engine_models import med
 from benchmarks.soak.load import CORPUS
 from openmimo.data.tokenizer import Tokenizer
 from openmimo.model.hf import save_model
@@ -18,6 +19,8 @@ from openmimo.model.presets import tiny
 
 _START_SECONDS = 120
 _POSITIONS = 2048
+_MED_POSITIONS, _MED_VOCABULARY = 4096, 32_768
+_TEXT_SUFFIXES = (".py", ".md", ".c", ".h", ".js")
 
 
 class ServerProcess:
@@ -41,7 +44,7 @@ class ServerProcess:
         self.log = log
         environment = {name: value for name, value in os.environ.items() if name != "OPENMIMO_API_KEY"}
         # MTP heads with random weights are no better than chance, about which the engine warns.
-        environment["PYTHONWARNINGS"] = "ignore:of 1000 drafts:UserWarning"
+        environment["PYTHONWARNINGS"] = "ignore::UserWarning:openmimo.engine.runner"
         with log.open("wb") as stderr:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "openmimo", "serve", *arguments, "--host", "127.0.0.1", "--port", "0"],
@@ -106,3 +109,21 @@ def save_random_tiny(folder: Path) -> None:
     model.initialize(torch.Generator().manual_seed(0))
     save_model(model, folder)
     tokenizer.save(folder)
+
+
+def save_random_med(folder: Path, device: torch.device) -> None:
+    """Writes `med` with random bfloat16 weights, 4,096 positions, and a tokenizer of this project's texts."""
+    tokenizer = Tokenizer.train(_project_texts(), vocab_size=_MED_VOCABULARY)
+    config = replace(med(), vocab_size=tokenizer.vocab_size, max_positions=_MED_POSITIONS)
+    with torch.device("meta"):
+        model = MiMo(config).to(torch.bfloat16)
+    model = model.to_empty(device=device)
+    model.initialize(torch.Generator(device).manual_seed(0))
+    save_model(model, folder)
+    tokenizer.save(folder)
+
+
+def _project_texts() -> list[str]:
+    root = Path(__file__).parents[2]
+    files = [path for name in ("openmimo", "docs", "tests", "benchmarks") for path in sorted((root / name).rglob("*"))]
+    return [path.read_text() for path in files if path.suffix in _TEXT_SUFFIXES]

@@ -25,7 +25,7 @@ from openmimo.core.registry import load_object
 from openmimo.engine.cache import PageArena, PageTables
 from openmimo.engine.config import EngineConfig
 from openmimo.engine.request_state import NOT_FINITE, Decision, RequestState
-from openmimo.engine.sampler import RowChange, SamplingInput, SeatSampling, seat_sampling, uniform
+from openmimo.engine.sampler import RowChange, SamplingInput, SeatSampling, is_allowed, seat_sampling, uniform
 from openmimo.engine.speculative import DraftPlanner, DraftPolicy
 from openmimo.engine.stats import EngineStats
 from openmimo.engine.step import (
@@ -51,7 +51,7 @@ from openmimo.engine.step import (
 from openmimo.engine.worker import Worker, why_no_graphs
 from openmimo.model.attention import kv_spec
 from openmimo.model.mimo import MiMo
-from openmimo.runtime.device import Arrival, uploaded
+from openmimo.runtime.device import Arrival
 
 if TYPE_CHECKING:
     from openmimo.engine.structured import StructureState
@@ -603,7 +603,7 @@ class Runner:
         if all(sequence.is_plain for sequence in sequences):
             return _PLAIN
         admitted: list[SeatSampling] = []
-        new_tokens: list[tuple[int, torch.Tensor]] = []
+        new_tokens: list[tuple[int, list[int]]] = []
         changes: list[RowChange] = []
         all_seats: list[int] = []
         seats: list[int] = []
@@ -617,7 +617,7 @@ class Runner:
                 new = sequence.tokens[sequence.prompt_length + sequence.num_counted_tokens :]
                 sequence.num_counted_tokens += len(new)
                 if new:
-                    new_tokens.append((seat, uploaded(new, torch.int64, self._device)))
+                    new_tokens.append((seat, new))
             if params.changes_logits:
                 changes += row_changes(sequence, first, number, known)
             if params.temperature > 0.0:
@@ -788,22 +788,22 @@ def row_changes(sequence: RequestState, first_row: int, num_drafts: int, drafts:
     masks = [None] * (num_drafts + 1) if sequence.structure is None else _masks(sequence, sequence.structure, drafts)
     seat = sequence.held_pages.seat
     return [
-        RowChange(first_row + offset, seat, offset, new_tokens + offset < min_tokens, allowed_V)
-        for offset, allowed_V in enumerate(masks)
+        RowChange(first_row + offset, seat, offset, new_tokens + offset < min_tokens, allowed)
+        for offset, allowed in enumerate(masks)
     ]
 
 
-def _masks(sequence: RequestState, structure: "StructureState", drafts: list[int]) -> list[torch.Tensor | None]:
-    """What the structure allows after the text and after each of its drafts."""
-    masks: list[torch.Tensor | None] = [structure.allowed()]
+def _masks(sequence: RequestState, structure: "StructureState", drafts: list[int]) -> list[np.ndarray | None]:
+    """What the structure allows after the text and after each of its drafts, as in `RowChange`."""
+    masks: list[np.ndarray | None] = [structure.allowed_bits()]
     num_accepted, is_open = 0, True
     for draft in drafts:
-        allowed_V = masks[-1]
-        is_open = is_open and allowed_V is not None and bool(allowed_V[draft]) and draft not in sequence.stop_ids
+        allowed = masks[-1]
+        is_open = is_open and allowed is not None and is_allowed(allowed, draft) and draft not in sequence.stop_ids
         if is_open:
             structure.accept(draft)
             num_accepted += 1
-        masks.append(structure.allowed() if is_open else None)
+        masks.append(structure.allowed_bits() if is_open else None)
     if num_accepted:
         structure.rollback(num_accepted)
     return masks

@@ -8,7 +8,7 @@ depend on the batch, the order or the number of times that a position is decided
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -77,14 +77,14 @@ class RowChange(NamedTuple):
         num_drafts: Drafts before the row that belong to the text, as far as the row is concerned: the tokens of the
             pass in this row and the ones before it.
         forbids_stops: Whether the text is too short to end.
-        allowed_V: Bool mask of the tokens that may be chosen (None: all), in CPU memory.
+        allowed_bits: The tokens that may be chosen (None: all), uint8: token t is bit t % 8 of byte t // 8.
     """
 
     row: int
     seat: int
     num_drafts: int = 0
     forbids_stops: bool = False
-    allowed_V: torch.Tensor | None = None
+    allowed_bits: np.ndarray | None = None
 
 
 class SamplingInput(NamedTuple):
@@ -92,7 +92,7 @@ class SamplingInput(NamedTuple):
 
     Attributes:
         admitted: Parameters that the worker writes first.
-        new_tokens: For seats with penalties, the tokens that their texts gained since the last step, int64.
+        new_tokens: For seats with penalties, the tokens that their texts gained since the last step.
         seats_S: The seats of the sampled rows, int64; None if all rows are greedy.
         uniform_S: The random numbers of their positions, float64.
         sampled_rows_S: The sampled rows, int64; None: all rows.
@@ -104,7 +104,7 @@ class SamplingInput(NamedTuple):
     """
 
     admitted: tuple[SeatSampling, ...] = ()
-    new_tokens: tuple[tuple[int, torch.Tensor], ...] = ()
+    new_tokens: tuple[tuple[int, list[int]], ...] = ()
     seats_S: torch.Tensor | None = None
     uniform_S: torch.Tensor | None = None
     sampled_rows_S: torch.Tensor | None = None
@@ -144,11 +144,55 @@ def seat_sampling(
     return SeatSampling(seat, numbers, change)
 
 
-class _Penalties(NamedTuple):
-    """What the penalties of a seat need: the counts of the tokens of its text, and whether the prompt has a token."""
+class _TokenCounts:
+    """The tokens of the texts of seats with penalties. Each such seat has a place, P of them.
 
-    counts_V: torch.Tensor
-    in_prompt_V: torch.Tensor
+    Args:
+        vocab_size: Of the model.
+        device: Of the tensors.
+    """
+
+    def __init__(self, vocab_size: int, device: torch.device | str):
+        self._vocab_size = vocab_size
+        self._counts_PV = torch.zeros(0, vocab_size, dtype=torch.int32, device=device)
+        self._in_prompt_PV = torch.zeros(0, vocab_size, dtype=torch.bool, device=device)
+        self._place_of_seat: dict[int, int] = {}
+        self._free_places: list[int] = []
+
+    def __contains__(self, seat: int) -> bool:
+        return seat in self._place_of_seat
+
+    def start(self, seat: int, prompt_ids: torch.Tensor) -> None:
+        """Gives a seat a place without counts, and the distinct tokens of its prompt."""
+        if not self._free_places:
+            num_places = len(self._counts_PV)
+            self._free_places += range(num_places, 2 * num_places + 1)
+            self._counts_PV, self._in_prompt_PV = (
+                torch.cat([tensor, tensor.new_zeros(num_places + 1, self._vocab_size)])
+                for tensor in (self._counts_PV, self._in_prompt_PV)
+            )
+        place = self._place_of_seat[seat] = self._free_places.pop()
+        self._counts_PV[place] = 0
+        self._in_prompt_PV[place] = False
+        self._in_prompt_PV[place].index_fill_(0, prompt_ids, True)  # an assignment would wait for the device
+
+    def end(self, seat: int) -> None:
+        """Frees the place of a seat, if it has one."""
+        place = self._place_of_seat.pop(seat, None)
+        if place is not None:
+            self._free_places.append(place)
+
+    def add(self, new_tokens: Iterable[tuple[int, list[int]]]) -> None:
+        """Counts tokens of the texts of seats."""
+        entries = [self._place_of_seat[seat] * self._vocab_size + token for seat, ids in new_tokens for token in ids]
+        if entries:
+            entries_N = uploaded(entries, torch.int64, self._counts_PV.device)
+            self._counts_PV.view(-1).index_add_(0, entries_N, torch.ones_like(entries_N, dtype=torch.int32))
+
+    def of(self, seats: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Copies of the counts, int32, and of whether the prompt has a token, bool, for each seat, [M, V] both."""
+        places_M = uploaded([self._place_of_seat[seat] for seat in seats], torch.int64, self._counts_PV.device)
+        return self._counts_PV[places_M], self._in_prompt_PV[places_M]
 
 
 class SamplingTable:
@@ -160,17 +204,15 @@ class SamplingTable:
     """
 
     def __init__(self, vocab_size: int, device: torch.device | str):
-        self._vocab_size = vocab_size
         self._numbers_5X = torch.zeros(_NUMBERS, _FIRST_SEATS, dtype=torch.float64, device=device)
         self._changes: dict[int, SeatChange] = {}
-        self._penalties: dict[int, _Penalties] = {}
+        self._counts = _TokenCounts(vocab_size, device)
 
     def update(self, sampling: SamplingInput) -> None:
         """Writes the parameters of admitted requests, and counts the tokens that texts with penalties gained."""
         for admitted in sampling.admitted:
             self._admit(admitted)
-        for seat, token_ids in sampling.new_tokens:
-            self._penalties[seat].counts_V.index_add_(0, token_ids, torch.ones_like(token_ids))
+        self._counts.add(sampling.new_tokens)
 
     @property
     def address(self) -> int:
@@ -181,19 +223,67 @@ class SamplingTable:
         """The numbers of `SeatSampling`, float64 [5, S]."""
         return self._numbers_5X.index_select(1, seats_S)
 
-    def change(self, logits_V: torch.Tensor, row: RowChange, drafts: torch.Tensor) -> None:
-        """Applies biases and penalties in place, in the order of the fields of SamplingParams, after the masks."""
-        change = self._changes[row.seat]
-        if len(change.bias_ids):
-            logits_V[change.bias_ids] += change.biases.to(logits_V.dtype)
-        if row.seat in self._penalties:
-            _penalize(logits_V, change, self._penalties[row.seat], drafts)
-        if row.forbids_stops and len(change.stop_ids):
-            kept = logits_V[change.stop_ids]
-            logits_V[change.stop_ids] = float("-inf")
-            # If no other token is allowed, the structure is complete and the text may end.
-            is_open = logits_V.max() > float("-inf")
-            logits_V[change.stop_ids] = logits_V[change.stop_ids].where(is_open, kept)
+    def change(self, logits_RV: torch.Tensor, changes: Sequence[RowChange], token_ids_T: torch.Tensor) -> None:
+        """Applies masks, biases and penalties in place, in this order, then forbids stops.
+
+        Each of them is a fixed number of launches for all rows.
+
+        Args:
+            logits_RV: Logits.
+            changes: The changes of rows.
+            token_ids_T: As in `decide`.
+        """
+        _mask(logits_RV, [(change.row, change.allowed_bits) for change in changes if change.allowed_bits is not None])
+        self._add_biases(logits_RV, [row for row in changes if len(self._changes[row.seat].bias_ids)])
+        self._penalize(logits_RV, [row for row in changes if row.seat in self._counts], token_ids_T)
+        short = [row for row in changes if row.forbids_stops and len(self._changes[row.seat].stop_ids)]
+        self._forbid_stops(logits_RV, short)
+
+    def _add_biases(self, logits_RV: torch.Tensor, rows: list[RowChange]) -> None:
+        if not rows:
+            return
+        changes = [self._changes[row.seat] for row in rows]
+        rows_N = _repeated([row.row for row in rows], [len(change.bias_ids) for change in changes], logits_RV.device)
+        ids_N = torch.cat([change.bias_ids for change in changes])
+        logits_RV[rows_N, ids_N] += torch.cat([change.biases for change in changes]).to(logits_RV.dtype)
+
+    def _penalize(self, logits_RV: torch.Tensor, rows: list[RowChange], token_ids_T: torch.Tensor) -> None:
+        if not rows:
+            return
+        counts_MV, in_prompt_MV = self._counts.of([row.seat for row in rows])
+        places = [place for row in rows for place in range(row.row + 1 - row.num_drafts, row.row + 1)]
+        if places:  # tokens that follow the counted text
+            drafts_N = token_ids_T[uploaded(places, torch.int64, logits_RV.device)]
+            starts_M = [index * counts_MV.shape[1] for index in range(len(rows))]
+            starts_N = _repeated(starts_M, [row.num_drafts for row in rows], logits_RV.device)
+            counts_MV.view(-1).index_add_(0, starts_N + drafts_N, torch.ones_like(drafts_N, dtype=torch.int32))
+        changes = [self._changes[row.seat] for row in rows]
+        numbers = [(one.repetition_penalty, one.presence_penalty, one.frequency_penalty) for one in changes]
+        numbers_M3 = uploaded(np.array(numbers), torch.float64, logits_RV.device).to(logits_RV.dtype)
+        repetition_M1, presence_M1, frequency_M1 = numbers_M3.split(1, dim=1)
+        rows_M = uploaded([row.row for row in rows], torch.int64, logits_RV.device)
+        logits_MV = logits_RV[rows_M]
+        is_new_MV = counts_MV > 0
+        if any(change.repetition_penalty != 1.0 for change in changes):
+            changed_MV = torch.where(logits_MV > 0, logits_MV / repetition_M1, logits_MV * repetition_M1)
+            logits_MV = changed_MV.where(in_prompt_MV | is_new_MV, logits_MV)
+        if any(change.presence_penalty or change.frequency_penalty for change in changes):
+            penalty_MV = presence_M1 + frequency_M1 * counts_MV.to(logits_RV.dtype)
+            logits_MV = logits_MV - penalty_MV.masked_fill_(~is_new_MV, 0.0)
+        logits_RV[rows_M] = logits_MV
+
+    def _forbid_stops(self, logits_RV: torch.Tensor, rows: list[RowChange]) -> None:
+        """If no other token is allowed, the structure is complete and the text may end."""
+        if not rows:
+            return
+        device, stops = logits_RV.device, [self._changes[row.seat].stop_ids for row in rows]
+        lengths, ids_N = [len(ids) for ids in stops], torch.cat(stops)
+        rows_N = _repeated([row.row for row in rows], lengths, device)
+        kept_N = logits_RV[rows_N, ids_N]
+        logits_RV.index_put_((rows_N, ids_N), torch.full_like(kept_N, float("-inf")))
+        is_open_M = logits_RV[uploaded([row.row for row in rows], torch.int64, device)].amax(dim=1) > float("-inf")
+        is_open_N = is_open_M[_repeated(range(len(rows)), lengths, device)]
+        logits_RV[rows_N, ids_N] = kept_N.masked_fill_(is_open_N, float("-inf"))
 
     def _admit(self, admitted: SeatSampling) -> None:
         seat, change = admitted.seat, admitted.change
@@ -204,43 +294,37 @@ class SamplingTable:
             self._numbers_5X = grown_5X
         self._numbers_5X[:, seat] = uploaded(admitted.numbers, torch.float64, device)
         self._changes.pop(seat, None)
-        self._penalties.pop(seat, None)
+        self._counts.end(seat)
         if change is None:
             return
         self._changes[seat] = change
         if change.repetition_penalty != 1.0 or change.presence_penalty or change.frequency_penalty:
-            in_prompt_V = torch.zeros(self._vocab_size, dtype=torch.bool, device=device)
-            in_prompt_V[change.prompt_ids] = True
-            counts_V = torch.zeros(self._vocab_size, dtype=torch.int64, device=device)
-            self._penalties[seat] = _Penalties(counts_V, in_prompt_V)
+            self._counts.start(seat, change.prompt_ids)
 
 
-def _mask(logits_RV: torch.Tensor, masks: list[tuple[int, torch.Tensor]]) -> None:
+def is_allowed(allowed_bits: np.ndarray, token: int) -> bool:
+    """Whether `RowChange.allowed_bits` holds a token."""
+    return bool(allowed_bits[token >> 3] >> (token & 7) & 1)
+
+
+def _mask(logits_RV: torch.Tensor, masks: list[tuple[int, np.ndarray]]) -> None:
     """Forbids tokens of rows in place. Biases and penalties leave them forbidden. An accelerator gets bits, at once."""
+    vocab_size, device = logits_RV.shape[1], logits_RV.device
     if logits_RV.is_cpu or not masks:
-        for row, allowed_V in masks:
-            logits_RV[row].masked_fill_(~allowed_V, float("-inf"))
+        for row, bits in masks:
+            is_forbidden_V = torch.from_numpy(np.unpackbits(bits, count=vocab_size, bitorder="little") == 0)
+            logits_RV[row].masked_fill_(is_forbidden_V, float("-inf"))
         return
-    bits = np.packbits(torch.stack([allowed_V for _, allowed_V in masks]).numpy(), axis=1, bitorder="little")
-    bits_MB = uploaded(bits, torch.uint8, logits_RV.device)
-    rows_M = uploaded([row for row, _ in masks], torch.int64, logits_RV.device)
-    places_8 = torch.arange(8, dtype=torch.uint8, device=logits_RV.device)
-    is_allowed_MV = ((bits_MB[:, :, None] >> places_8) & 1).flatten(1)[:, : logits_RV.shape[1]].bool()
+    bits_MB = uploaded(np.stack([bits for _, bits in masks]), torch.uint8, device)
+    rows_M = uploaded([row for row, _ in masks], torch.int64, device)
+    places_8 = torch.arange(8, dtype=torch.uint8, device=device)
+    is_allowed_MV = ((bits_MB[:, :, None] >> places_8) & 1).flatten(1)[:, :vocab_size].bool()
     logits_RV[rows_M] = logits_RV[rows_M].masked_fill_(~is_allowed_MV, float("-inf"))
 
 
-def _penalize(logits_V: torch.Tensor, change: SeatChange, penalties: _Penalties, drafts: torch.Tensor) -> None:
-    """Applies the penalties in place. `drafts` are tokens that follow the counted text, int64."""
-    counts_V = penalties.counts_V
-    if len(drafts):
-        counts_V = counts_V.index_add(0, drafts, torch.ones_like(drafts))
-    if change.repetition_penalty != 1.0:
-        penalty = change.repetition_penalty
-        changed_V = torch.where(logits_V > 0, logits_V / penalty, logits_V * penalty)
-        logits_V.copy_(changed_V.where(penalties.in_prompt_V | (counts_V > 0), logits_V))
-    if change.presence_penalty or change.frequency_penalty:
-        penalty_V = change.presence_penalty + change.frequency_penalty * counts_V.to(logits_V.dtype)
-        logits_V -= penalty_V.masked_fill_(counts_V == 0, 0.0)
+def _repeated(values: Sequence[int], counts: list[int], device: torch.device) -> torch.Tensor:
+    """Each value as often as its count says, int64, on the device."""
+    return uploaded(np.repeat(np.asarray(values), counts), torch.int64, device)
 
 
 def likeliest(logits_RV: torch.Tensor) -> torch.Tensor:
@@ -270,12 +354,7 @@ def decide(
     """
     if sampling.changes:
         logits_RV = logits_RV.clone()
-        _mask(
-            logits_RV, [(change.row, change.allowed_V) for change in sampling.changes if change.allowed_V is not None]
-        )
-        for change in sampling.changes:
-            drafts = token_ids_T[change.row + 1 - change.num_drafts : change.row + 1]
-            table.change(logits_RV[change.row], change, drafts)
+        table.change(logits_RV, sampling.changes, token_ids_T)
     if likeliest_R is None or sampling.changes:
         likeliest_R = likeliest(logits_RV)
     if sampling.seats_S is None:

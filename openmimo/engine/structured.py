@@ -42,18 +42,21 @@ class StructureState:
         """The reason why the text cannot continue (a limit of the library, or no possible token), or ""."""
         return error_of(self._matcher)
 
-    def allowed(self) -> torch.Tensor:
-        """Return the tokens that may come next, bool [V]. If the text is complete, they include the stop tokens.
+    def allowed_bits(self) -> np.ndarray:
+        """Return the tokens that may come next, a bit for each, in the form of `sampler.RowChange`.
 
-        If the matcher fails, no token is allowed, although the library would allow the stop tokens. `error` has the
-        reason.
+        If the text is complete, they include the stop tokens. If the matcher fails, no token is allowed, although the
+        library would allow the stop tokens. `error` has the reason.
         """
-        bits = np.unpackbits(np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8), bitorder="little")
-        allowed_V = np.zeros(self._vocab_size, dtype=bool)
-        num_known = min(len(bits), self._vocab_size)
+        bits = np.zeros(-(-self._vocab_size // 8), dtype=np.uint8)
+        found = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)[: len(bits)]
         if not self._matcher.is_error():
-            allowed_V[:num_known] = bits[:num_known]
-        return torch.from_numpy(allowed_V)
+            bits[: len(found)] = found
+        return bits
+
+    def allowed(self) -> torch.Tensor:
+        """Return the tokens of `allowed_bits`, bool [V]."""
+        return torch.from_numpy(np.unpackbits(self.allowed_bits(), count=self._vocab_size, bitorder="little") > 0)
 
     def accept(self, token: int) -> None:
         """Append a token to the text. A token that is not allowed is an error."""

@@ -139,7 +139,6 @@ class PagedContext:
         self._arena = arena
         self._rotary = rotary
         self._integers = integers
-        self._is_on_cpu = arena.layer(0)[0].is_cpu  # where no backend joins these operations
         self._picked: dict[_Geometry, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def bind(self, step: PassInput, *, records_routing: bool = False) -> "PagedContext":
@@ -173,7 +172,7 @@ class PagedContext:
         slots = self._step.groups[group]
         assert slots is not None, "the pass was planned without this group of layers"
         pages = Pages(keys_XPGK, values_XPGV, slots.tables_BY[part])
-        if self._reads_pages and slots.kept_rows is None and call.fresh is not None and not self._is_on_cpu:
+        if self._reads_pages and slots.kept_rows is None and call.fresh is not None:
             result = update_and_attend(
                 call.fresh,
                 pages,

@@ -17,6 +17,8 @@ def need_of(fresh, pages, arguments, readable=True):
         False,
         readable,
         fresh.joined_TJ.is_cpu,
+        fresh.key_dim,
+        fresh.value_dim,
     )
 
 

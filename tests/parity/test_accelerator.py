@@ -5,6 +5,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from conftest import tiny_model
@@ -338,7 +339,9 @@ def test_masks_of_structures_are_moved_to_the_logits(device, temperature):
         (seat,),
         seats_S=rows if temperature else None,
         uniform_S=numbers if temperature else None,
-        changes=tuple(RowChange(row, 0, allowed_V=mask) for row, mask in enumerate(masks)),
+        changes=tuple(
+            RowChange(row, 0, allowed_bits=np.packbits(mask, bitorder="little")) for row, mask in enumerate(masks)
+        ),
     )
     table = SamplingTable(50, device)
     table.update(sampling)

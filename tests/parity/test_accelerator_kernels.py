@@ -48,7 +48,7 @@ def test_new_tokens_are_rotated_stored_and_attend(device, name, dtype, cached):
     pages = Pages(*(x.to(device) for x in pages))
     rest = [None if x is None else x.to(device) for x in (page_T, slot_T, sink)]
     arguments = {key: x.to(device) if isinstance(x, torch.Tensor) else x for key, x in arguments.items()}
-    need = UpdateNeed(arguments["longest_query"], dtype, cached, False, True, False)
+    need = UpdateNeed(arguments["longest_query"], dtype, cached, False, True, False, fresh.key_dim, fresh.value_dim)
     chosen, backend = UPDATE.choose(need)
     assert chosen == "triton"
     assert_is_the_reference(backend, (fresh, pages, *rest), arguments)

@@ -195,13 +195,13 @@ def test_priorities_come_first():
 
 def test_no_pass_reads_a_page_that_is_not_there(monkeypatch):
     """MTP heads skip positions of a prompt that is read in chunks, so their windows cover positions without a page."""
-    lowest, passes = [], worker.paged_attend
+    lowest, passes = [], worker.update_and_attend
 
-    def watched(q_TNK, pages, sink_N, **lengths):
+    def watched(fresh, pages, *others, **lengths):
         lowest.append(int(pages.tables_BY.min()))
-        return passes(q_TNK, pages, sink_N, **lengths)
+        return passes(fresh, pages, *others, **lengths)
 
-    monkeypatch.setattr(worker, "paged_attend", watched)
+    monkeypatch.setattr(worker, "update_and_attend", watched)
     engine = _engine(MODEL, prefill_tokens=64, prefix_cache=False)
     for length in range(66, 90):
         _run(engine, [Request("1", tuple(_ids(length, length)), replace(GREEDY, max_tokens=2))])

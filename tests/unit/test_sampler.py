@@ -2,9 +2,11 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from sampled_rows import Draw, sample, sampling_of
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from openmimo.core.records import SamplingParams
 from openmimo.engine.sampler import (
@@ -139,18 +141,92 @@ def test_penalties_count_the_text_and_the_drafts_before_a_row():
     )
     logits, table, prompt, text = _logits(3, seed=8).double(), SamplingTable(VOCAB, "cpu"), (1, 2, 2), [3, 4, 3]
     for seat in (70, 2):  # a table grows with the seats; a seat is written again when another request takes it
-        table.update(
-            SamplingInput((seat_sampling(seat, SamplingParams(presence_penalty=1.0)),), ((seat, torch.tensor([5])),))
-        )
-        sampling = SamplingInput((seat_sampling(seat, params, prompt=prompt),), ((seat, torch.tensor(text[:2])),))
+        table.update(SamplingInput((seat_sampling(seat, SamplingParams(presence_penalty=1.0)),), ((seat, [5]),)))
+        sampling = SamplingInput((seat_sampling(seat, params, prompt=prompt),), ((seat, text[:2]),))
         table.update(sampling)
-        table.update(SamplingInput(new_tokens=((seat, torch.tensor(text[2:])),)))
+        table.update(SamplingInput(new_tokens=((seat, text[2:]),)))
         token_ids = torch.tensor([3, 7, 4])  # the newest token, then two drafts
         for row, drafts in enumerate(([], [7], [7, 4])):
-            found = logits[row].clone()
-            change = RowChange(row, seat, num_drafts=len(drafts))
-            table.change(found, change, token_ids[row + 1 - len(drafts) : row + 1])
+            found = logits.clone()
+            table.change(found, [RowChange(row, seat, num_drafts=len(drafts))], token_ids)
             expected = _penalized(logits[row], params, prompt, text + drafts)
-            assert torch.allclose(found, expected.double(), atol=1e-6)
+            assert torch.allclose(found[row], expected.double(), atol=1e-6)
+            assert torch.equal(found[:row], logits[:row]) and torch.equal(found[row + 1 :], logits[row + 1 :])
             changed = sampling._replace(changes=tuple(RowChange(r, seat, num_drafts=r) for r in range(3)))
             assert decide(logits, changed, table, token_ids)[row] == expected.argmax()
+
+
+KINDS = [
+    {"logit_bias": {3: 2.0, 7: -1.5}},
+    {"repetition_penalty": 1.5, "presence_penalty": 0.25, "frequency_penalty": 0.5},
+    {"repetition_penalty": 0.8, "logit_bias": {1: 4.0}, "min_tokens": 5},
+    {"frequency_penalty": -1.0},
+    {"min_tokens": 5},
+]
+
+
+def _many_changes(num_rows):
+    """A table whose seat n has the options n, and a change of each row; the seats have two drafts in turns."""
+    table, generator = SamplingTable(VOCAB, "cpu"), torch.Generator().manual_seed(1)
+    texts = [torch.randint(0, VOCAB, (4,), generator=generator).tolist() for _ in range(num_rows)]
+    params = [SamplingParams(temperature=0.0, **KINDS[seat % len(KINDS)]) for seat in range(num_rows)]
+    penalized = [seat for seat in range(num_rows) if seat % len(KINDS) in (1, 2, 3)]
+    table.update(
+        SamplingInput(
+            tuple(seat_sampling(seat, one, prompt=(1, 2, 2), stop_ids=(0, 9)) for seat, one in enumerate(params)),
+            tuple((seat, texts[seat]) for seat in penalized),
+        )
+    )
+    changes = [RowChange(seat, seat, min(seat, 2) * (seat % 2), seat % 3 == 2) for seat in range(num_rows)]
+    return table, params, texts, changes
+
+
+def test_changes_of_many_rows_are_those_of_each_alone():
+    table, params, texts, changes = _many_changes(20)
+    logits, token_ids = _logits(20, seed=9).double(), torch.arange(20) % VOCAB
+    together = logits.clone()
+    table.change(together, changes, token_ids)
+    for row, (one, change) in enumerate(zip(params, changes, strict=True)):
+        alone = logits.clone()
+        table.change(alone, [change], token_ids)
+        assert torch.equal(alone[row], together[row])
+        expected = logits[row].clone()
+        for token, bias in one.logit_bias.items():
+            expected[token] += bias
+        if row % len(KINDS) in (1, 2, 3):
+            text = texts[row] + token_ids[row + 1 - change.num_drafts : row + 1].tolist()
+            expected = _penalized(expected, one, (1, 2) if one.repetition_penalty != 1.0 else (), text)
+        if change.forbids_stops and one.min_tokens:
+            expected[[0, 9]] = float("-inf")
+        assert torch.allclose(together[row], expected.double(), atol=1e-6)
+
+
+def test_the_number_of_launches_does_not_depend_on_the_number_of_rows():
+    class Counted(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), options=None):
+            counts.append(str(function))
+            return function(*arguments, **(options or {}))
+
+    found = []
+    for num_rows in (10, 60):
+        table, _, _, changes = _many_changes(num_rows)
+        logits, token_ids, counts = _logits(num_rows), torch.arange(num_rows) % VOCAB, []
+        with Counted():
+            table.change(logits, changes, token_ids)
+        found.append(len(counts))
+    assert found[0] == found[1] > 10
+
+
+def test_stops_stay_where_no_other_token_is_left():
+    """A complete structure may end although the text is shorter than `min_tokens`."""
+    table, logits = SamplingTable(VOCAB, "cpu"), _logits(2)
+    table.update(SamplingInput((seat_sampling(0, SamplingParams(min_tokens=5), stop_ids=(4,)),)))
+    only_stop = torch.arange(VOCAB) == 4
+    changes = [
+        RowChange(0, 0, forbids_stops=True, allowed_bits=np.packbits(only_stop, bitorder="little")),
+        RowChange(1, 0, forbids_stops=True),
+    ]
+    found = logits.clone()
+    table.change(found, changes, torch.zeros(2, dtype=torch.int64))
+    assert (found[0] > float("-inf")).tolist() == only_stop.tolist()
+    assert (found[1] > float("-inf")).tolist() == (~only_stop).tolist()

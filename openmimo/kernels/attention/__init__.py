@@ -286,7 +286,7 @@ def paged_attend(
     Raises:
         ValueError: Lengths and shapes disagree, or block scores or chosen blocks are combined with a window.
     """
-    value_dim = _check_paged(q_TNK, pages, query_lengths_B, key_lengths_B, longest_query, longest_key)
+    value_dim = _check_paged(q_TNK.shape, pages, query_lengths_B, key_lengths_B, longest_query, longest_key)
     if score_block is not None and window_keys is not None:
         raise ValueError(f"block scores need every key, but the window has {window_keys}")
     rows = (q_TNK.shape[0], pages.keys_XPGK.shape[2])
@@ -319,15 +319,15 @@ def paged_attend(
 
 
 def _check_paged(
-    q_TNK: torch.Tensor,
+    query_shape: tuple[int, ...],
     pages: Pages,
     query_lengths_B: torch.Tensor,
     key_lengths_B: torch.Tensor,
     longest_query: int,
     longest_key: int,
 ) -> int:
-    """Return V. Raises ValueError if lengths and shapes disagree."""
-    T, N, K = q_TNK.shape
+    """Return V. Raises ValueError if lengths and the shape [T, N, K] of the queries disagree."""
+    T, N, K = query_shape
     _, P, G, width = pages.values_XPGV.shape
     extra = scale_bytes(pages.keys_XPGK.dtype)
     V = width - extra
@@ -337,7 +337,7 @@ def _check_paged(
     have_lengths = query_lengths_B.shape[0] == key_lengths_B.shape[0] == B  # `len` of a tensor takes 2 us
     if not (shapes_fit and is_int32 and have_lengths and longest_key <= Y * P):
         raise ValueError(
-            f"paged attention shapes do not fit: q {tuple(q_TNK.shape)}, keys {tuple(pages.keys_XPGK.shape)}, values "
+            f"paged attention shapes do not fit: q {tuple(query_shape)}, keys {tuple(pages.keys_XPGK.shape)}, values "
             f"{tuple(pages.values_XPGV.shape)}, tables {(B, Y)}, query lengths "
             f"{query_lengths_B.tolist()}, key lengths {key_lengths_B.tolist()} (int32, up to {longest_query} and "
             f"{longest_key})"
@@ -434,9 +434,11 @@ class UpdateNeed(NamedTuple):
         dtype: Dtype of the heads.
         cache_dtype: Dtype of the pages.
         needs_gradients: Whether autograd records and an input requires a gradient.
-        readable: Whether heads are rotated, the tables are contiguous and have the dtype of the heads, and the numbers
-            of a head are contiguous in heads and pages.
+        readable: Whether heads are rotated, the tables are contiguous and have the rows and dtype of the heads, and the
+            numbers of a head are contiguous in heads and pages.
         on_cpu: Whether the heads are in CPU memory.
+        key_dim: K.
+        value_dim: V.
         score_block: Keys of a block of the requested block scores (None: no scores).
     """
 
@@ -446,6 +448,8 @@ class UpdateNeed(NamedTuple):
     needs_gradients: bool
     readable: bool
     on_cpu: bool
+    key_dim: int
+    value_dim: int
     score_block: int | None = None
 
 
@@ -468,7 +472,7 @@ def update_and_attend(
     Arguments as in these operations.
 
     Raises:
-        ValueError: The width of the heads is not the sum of their dims, or as for `paged_attend`.
+        ValueError: The width of the heads is not the sum of their dims, or lengths and shapes disagree.
     """
     joined, keys, values = fresh.joined_TJ, pages.keys_XPGK, pages.values_XPGV
     width = (fresh.num_heads + fresh.num_kv_heads) * fresh.key_dim + fresh.num_kv_heads * fresh.value_dim
@@ -477,6 +481,8 @@ def update_and_attend(
             f"heads do not fit: {tuple(joined.shape)} for {fresh.num_heads} query heads and {fresh.num_kv_heads} "
             f"key/value heads of {fresh.key_dim} and {fresh.value_dim} dims, and pages of {tuple(keys.shape[2:])}"
         )
+    query_shape = (joined.shape[0], fresh.num_heads, fresh.key_dim)
+    _check_paged(query_shape, pages, query_lengths_B, key_lengths_B, longest_query, longest_key)
     cos, sin = fresh.cos_TR, fresh.sin_TR
     need = UpdateNeed(
         longest_query,
@@ -486,10 +492,13 @@ def update_and_attend(
         cos is not None
         and sin is not None
         and joined.dtype == cos.dtype
+        and joined.shape[0] == cos.shape[0] == sin.shape[0]
         and cos.is_contiguous()
         and sin.is_contiguous()
         and joined.stride(1) == keys.stride(3) == values.stride(3) == 1,
         joined.is_cpu,
+        fresh.key_dim,
+        fresh.value_dim,
         score_block,
     )
     return UPDATE.choose(need)[1].run(

@@ -18,6 +18,7 @@ from openmimo.kernels.attention import (
     ChosenBlocks,
     PagedNeed,
     Pages,
+    UpdateNeed,
     scale_bytes,
 )
 
@@ -112,7 +113,7 @@ def call_causal_kernel(
     return AttentionOut(out_TNV, scores_TGC)
 
 
-def refuse_paged_dims(need: AttentionNeed | PagedNeed) -> str | None:
+def refuse_paged_dims(need: AttentionNeed | PagedNeed | UpdateNeed) -> str | None:
     """Refuse dims that are not whole vectors of native/attention.c."""
     dims_fit = need.key_dim % PAGED_KEY_MULTIPLE == need.value_dim % PAGED_VALUE_MULTIPLE == 0
     if dims_fit and max(need.key_dim, need.value_dim) <= MAX_PAGED_DIM:
@@ -180,7 +181,7 @@ def call_paged_kernel(
         query_lengths_B.data_ptr(),
         key_lengths.data_ptr(),
         *(query_lengths_B.shape[0], N, G, K, V),
-        *(run_positions, entry_positions, *_strides(keys_XPGK), *_strides(values_XPGV), *table_strides),
+        *(run_positions, entry_positions, *position_strides(keys_XPGK), *position_strides(values_XPGV), *table_strides),
         *((1, 0) if key_lengths.ndim == 1 else (G, 1)),
         *(window_keys or NO_WINDOW, torch.get_num_threads(), q_TNK.dtype == torch.bfloat16),
         *(score_block or 1, 1 if scores_TGC is None else scores_TGC.shape[2], int8_cache),
@@ -190,7 +191,7 @@ def call_paged_kernel(
     return out_TNV if out_TNV.dtype == dtype else out_TNV.to(dtype), scores_TGC
 
 
-def _strides(x_XPGK: torch.Tensor) -> tuple[int, int]:
+def position_strides(x_XPGK: torch.Tensor) -> tuple[int, int]:
     """Return the strides of pages and positions, in elements. Raises ValueError if a position is not contiguous."""
     page, position, head, element = x_XPGK.stride()
     if element != 1 or head != x_XPGK.shape[3]:

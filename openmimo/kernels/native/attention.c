@@ -24,6 +24,7 @@
  * ones. Keys, queries and sums share that order; the output restores the original one.
  */
 
+#include "rotation.h"
 #include "scores.h"
 
 #include <math.h>
@@ -443,4 +444,61 @@ void openmimo_store_rows(const store_call *call) {
         memcpy(call->value_pages + page * call->value_page_stride + slot * call->value_stride,
                call->values + i * call->value_row, call->value_bytes);
     }
+}
+
+/* The call record of the joined update, which paged_attention/update/native.py packs. Strides count numbers. */
+typedef struct {
+    const void *heads;           /* [T, (N + G) K + G V]: query, key and value heads of each new token */
+    const void *cosines, *sines; /* [T, rotary_dims] */
+    void *keys, *values;         /* pages, as in `paged_call`; they have the dtype of the heads */
+    const int64_t *pages, *slots; /* [T], where the rows of a token are stored */
+    const float *sinks;
+    void *out;
+    const int32_t *tables, *query_lengths, *key_lengths; /* [B, Y], [B], [B] */
+    int64_t tokens, row_stride, rotary_dims;
+    int64_t sequences, query_heads, kv_heads, key_dim, value_dim;
+    int64_t page_positions, key_page_stride, key_stride, value_page_stride, value_stride, table_stride;
+    int64_t window, threads, bfloat16;
+    double value_scale;
+} update_call;
+
+/* Rotates the heads of one token: the queries to `queries`, the keys to their page, with the scaled values. */
+INLINE void place_token(const update_call *call, int64_t token, char *queries, int64_t bfloat16) {
+    int64_t size = bfloat16 ? 2 : 4, N = call->query_heads, G = call->kv_heads, K = call->key_dim, V = call->value_dim;
+    int64_t page = call->pages[token], slot = call->slots[token], table = size * token * call->rotary_dims;
+    const char *heads = (const char *)call->heads + size * token * call->row_stride;
+    const char *cosines = (const char *)call->cosines + table, *sines = (const char *)call->sines + table;
+    char *keys = (char *)call->keys + size * (page * call->key_page_stride + slot * call->key_stride);
+    char *values = (char *)call->values + size * (page * call->value_page_stride + slot * call->value_stride);
+    for (int64_t head = 0; head < N + G; head++)
+        rotate_head(heads + size * head * K, head < N ? queries + size * head * K : keys + size * (head - N) * K, cosines,
+                    sines, call->rotary_dims, K, bfloat16);
+    for (int64_t i = 0; i < G * V; i++)
+        write_number(values, i, read_number(heads, (N + G) * K + i, bfloat16) * (float)call->value_scale, bfloat16);
+}
+
+/* Returns -1 if memory runs out. */
+int openmimo_update_and_attend(const update_call *call) {
+    int64_t row_bytes = (call->bfloat16 ? 2 : 4) * call->query_heads * call->key_dim;
+    char *queries = malloc(call->tokens * row_bytes);
+    if (!queries) return -1;
+    for (int64_t token = 0; token < call->tokens; token++) {
+        if (call->bfloat16) place_token(call, token, queries + token * row_bytes, 1);
+        else place_token(call, token, queries + token * row_bytes, 0);
+    }
+    paged_call attention = {
+        .queries = queries, .keys = call->keys, .values = call->values, .sinks = call->sinks, .out = call->out,
+        .tables = call->tables, .query_lengths = call->query_lengths, .key_lengths = call->key_lengths,
+        .sequences = call->sequences, .heads = call->query_heads, .kv_heads = call->kv_heads,
+        .key_dim = call->key_dim, .value_dim = call->value_dim,
+        .page_positions = call->page_positions, .entry_positions = 1,
+        .key_page_stride = call->key_page_stride, .key_stride = call->key_stride,
+        .value_page_stride = call->value_page_stride, .value_stride = call->value_stride,
+        .table_stride = call->table_stride, .length_stride = 1,
+        .window = call->window, .threads = call->threads, .bfloat16 = call->bfloat16,
+        .score_block = 1, .score_blocks = 1,
+    };
+    int failed = openmimo_paged_attention(&attention);
+    free(queries);
+    return failed;
 }

@@ -1,6 +1,7 @@
 /* The row operations of a decoder layer other than its products: RMS norm, RoPE, router. Single-threaded. */
 
 #include "products.h"
+#include "rotation.h"
 
 #include <math.h>
 
@@ -48,17 +49,10 @@ typedef struct {
 } rotary_call;
 
 INLINE void rotate(const rotary_call *call, int64_t row, int64_t head, int64_t bfloat16) {
-    int64_t size = bfloat16 ? 2 : 4, half = call->rotary_dims / 2, table = row * call->table_stride;
-    const char *x = (const char *)call->x + size * (row * call->row_stride + head * call->head_stride);
-    char *out = (char *)call->out + size * (row * call->heads + head) * call->dims;
-    for (int64_t i = 0; i < half; i++) {
-        float cosine = read_number(call->cosines, table + i, bfloat16);
-        float sine = read_number(call->sines, table + i, bfloat16);
-        float first = read_number(x, i, bfloat16), second = read_number(x, i + half, bfloat16);
-        write_number(out, i, first * cosine - second * sine, bfloat16);
-        write_number(out, i + half, second * cosine + first * sine, bfloat16);
-    }
-    memcpy(out + size * call->rotary_dims, x + size * call->rotary_dims, size * (call->dims - call->rotary_dims));
+    int64_t size = bfloat16 ? 2 : 4, table = size * row * call->table_stride;
+    rotate_head((const char *)call->x + size * (row * call->row_stride + head * call->head_stride),
+                (char *)call->out + size * (row * call->heads + head) * call->dims, (const char *)call->cosines + table,
+                (const char *)call->sines + table, call->rotary_dims, call->dims, bfloat16);
 }
 
 void openmimo_rotary(const rotary_call *call) {
