@@ -14,12 +14,12 @@ from openmimo.model.audio.tokenizer import AudioTokenizer
 from openmimo.train.audio.tokenizer import trainer as trainer_module
 from openmimo.train.audio.tokenizer.clips import Clip, fixed_segments, random_segments
 from openmimo.train.audio.tokenizer.config import (
-    AudioPhase,
     AudioTokenizerTrainConfig,
     DiscriminatorConfig,
     LossWeights,
     QuantizerTraining,
     TextModelConfig,
+    TokenizerPhase,
 )
 from openmimo.train.audio.tokenizer.discriminators import Discriminators
 from openmimo.train.audio.tokenizer.losses import MultiScaleMel, adversarial_loss, discriminator_loss, feature_loss
@@ -48,7 +48,7 @@ def synthetic_clips(count: int, *, seconds: float = 0.2) -> list[Clip]:
 
 
 def run_config(folder, **changes) -> AudioTokenizerTrainConfig:
-    phase = AudioPhase(
+    phase = TokenizerPhase(
         name="first", kind="reconstruction", steps=4, batch_size=2, segment_seconds=0.2, learning_rate=1e-3,
         end_learning_rate=1e-4, weights=LossWeights(coarse_mel=1.0, text=1.0),
     )  # fmt: skip

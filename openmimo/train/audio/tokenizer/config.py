@@ -45,7 +45,7 @@ class LossWeights:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AudioPhase:
+class TokenizerPhase:
     """One stage of the training.
 
     Attributes:
@@ -163,7 +163,7 @@ class AudioTokenizerTrainConfig(RunConfig):
 
     corpus: str = "runs/audio/corpus"
     _: KW_ONLY
-    stages: tuple[AudioPhase, ...]
+    stages: tuple[TokenizerPhase, ...]
     tokenizer: str | None = "tiny_codec"
     init_from: str | None = None
     mel_scales: tuple[MelScale, ...] = (5, 6, 7)
@@ -205,7 +205,7 @@ class AudioTokenizerTrainConfig(RunConfig):
         """Optimizer steps of all stages."""
         return sum(stage.steps for stage in self.stages)
 
-    def place_of(self, step: int) -> tuple[AudioPhase, int]:
+    def place_of(self, step: int) -> tuple[TokenizerPhase, int]:
         """Return the stage of a step (from 0) of the run, and the step in the stage."""
         for stage in self.stages:
             if step < stage.steps:
