@@ -22,17 +22,17 @@ def tiny() -> AudioTokenizerTrainConfig:
         run_folder="runs/audio/tokenizer",
         stages=(
             TokenizerPhase(
-                name="reconstruction", kind="reconstruction", steps=1400, batch_size=5, segment_seconds=2.88,
-                learning_rate=2e-3, end_learning_rate=1e-4, warmup_steps=50, weights=_WEIGHTS,
+                name="reconstruction", kind="reconstruction", steps=1500, batch_size=3, segment_seconds=2.88,
+                learning_rate=3e-3, end_learning_rate=1e-4, warmup_steps=50, weights=_WEIGHTS,
             ),
             TokenizerPhase(
-                name="adversarial", kind="adversarial", steps=300, batch_size=4, segment_seconds=0.96,
-                learning_rate=2e-4, end_learning_rate=2e-5, weights=LossWeights(mel=5.0, coarse_mel=1.0),
+                name="adversarial", kind="adversarial", steps=150, batch_size=3, segment_seconds=0.96,
+                learning_rate=3e-4, end_learning_rate=3e-5, weights=LossWeights(mel=5.0, coarse_mel=1.0),
             ),
         ),
         quantizer=QuantizerTraining(start_step=200),
         discriminators=DiscriminatorConfig(
-            periods=(2, 3, 5), stft_samples=(1024, 256), channels=8, max_channels=64
+            periods=(2, 3, 5), stft_samples=(512, 128), channels=4, max_channels=16
         ),
         optimizer=OptimizerConfig(weight_decay=0.01),
         checkpoints=CheckpointConfig(every_steps=500),
