@@ -30,7 +30,7 @@ def tiny() -> AudioTokenizerTrainConfig:
                 learning_rate=3e-4, end_learning_rate=3e-5, weights=LossWeights(mel=5.0, coarse_mel=1.0),
             ),
         ),
-        quantizer=QuantizerTraining(start_step=200),
+        quantizer=QuantizerTraining(start_step=200, decay=0.95),
         discriminators=DiscriminatorConfig(
             periods=(2, 3, 5), stft_samples=(512, 128), channels=4, max_channels=16
         ),

@@ -14,7 +14,7 @@ from openmimo.core.fields import (
     check_fields,
 )
 from openmimo.model.audio.config import preset
-from openmimo.train.config import RunConfig, check_path
+from openmimo.train.config import Decay, RunConfig, check_path
 
 MelScale = Annotated[int, Bounds(least=3, most=10)]
 
@@ -88,6 +88,8 @@ class QuantizerTraining:
         start_step: Steps before the codebooks exist; the decoder then gets the encoder's states.
         start_batches: Batches whose states are the vectors of the k-means initialization.
         iterations: Iterations of k-means.
+        decay: Decay of the entries' moving averages over batches. A lower one lets the entries follow states that change
+            fast; the last 1 / (1 - decay) batches should hold several states for each entry.
         partial: Share of the segments that are decoded from a random number of codebooks instead of all, so that the
             first codebooks are useful alone.
     """
@@ -95,6 +97,7 @@ class QuantizerTraining:
     start_step: NonNegativeInt = 0
     start_batches: PositiveInt = 8
     iterations: PositiveInt = 50
+    decay: Decay = 0.99
     partial: Fraction = 0.5
 
     def __post_init__(self) -> None:

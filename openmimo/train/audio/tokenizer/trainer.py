@@ -105,6 +105,8 @@ class Trainer:
             torch.manual_seed(config.seed)
             self.modules = Trained(config, tokenizer).to(self.device)
         self.tokenizer = tokenizer
+        for codebook in tokenizer.encoder.quantizer.books:
+            codebook.decay = config.quantizer.decay
         self.mel_distance = MultiScaleMel(tokenizer.config.sample_rate, config.mel_scales).to(self.device)
         self.optimizer = _adamw(config, {"tokenizer": tokenizer, "text": self.modules.text})
         self.adversary = torch.optim.AdamW(
