@@ -23,7 +23,8 @@ TORCH_FREE = ["openmimo", "openmimo.cli", "openmimo.train.config", "openmimo.mod
               "openmimo.train.audio.config", "openmimo.model.hf_config", "openmimo.data.config",
               "openmimo.evals.config", "openmimo.demo.config", "openmimo.engine.config",
               "openmimo.engine.server.config", "openmimo.rl.config", "openmimo.rl.scheduling.scheduler",
-              "openmimo.rl.algorithm", "openmimo.data.task", "openmimo.runtime.sandbox"]  # fmt: skip
+              "openmimo.rl.algorithm", "openmimo.data.task", "openmimo.runtime.sandbox",
+              "openmimo.data.audio.config", "openmimo.demo.audio.config"]  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
