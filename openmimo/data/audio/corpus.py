@@ -27,8 +27,8 @@ from openmimo.data.audio.files import SAMPLE_RATE, optional_module, read_audio, 
 from openmimo.data.audio.words import compose, spoken_words
 
 TRAINING_VOICE = "allison"
-TRANSCRIBE = "Transcribe the following voice message."
-SPEAK = "Please read the following text aloud: "
+TRANSCRIBE = "Transcribe this audio file."
+SPEAK = "Please convert this text to speech: "
 ENDINGS = (".wav", ".flac", ".ogg", ".mp3", ".g722")
 
 _G722_RATE = 16_000
@@ -163,7 +163,7 @@ def is_held_out(text: str, share: float) -> bool:
 def transcription(clip: Clip) -> list[dict[str, Any]]:
     """The conversation that transcribes a clip, in the format of MiMo-Audio-Training."""
     return [
-        {"role": "user", "content": [{"type": "text", "text": TRANSCRIBE}, {"type": "audio", "audio": clip.audio}]},
+        {"role": "user", "content": [{"type": "audio", "audio": clip.audio}, {"type": "text", "text": TRANSCRIBE}]},
         {"role": "assistant", "thinking": False, "content": [{"type": "text", "text": clip.text}]},
     ]
 
@@ -174,7 +174,7 @@ def speech(clip: Clip) -> list[dict[str, Any]]:
         {"role": "user", "content": [{"type": "text", "text": f"{SPEAK}{clip.text}"}]},
         {
             "role": "assistant",
-            "thinking": False,
+            "thinking": None,
             "content": [{"type": "text", "text": clip.text}, {"type": "audio", "audio": clip.audio}],
         },
     ]
