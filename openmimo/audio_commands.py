@@ -30,8 +30,6 @@ DEMO_MODEL = str(DEMO_FOLDER / "language" / "model")
 _RAW = "-"
 _CHUNK_FRAMES = 4  # codes that a stream decodes at once: one patch of the language model
 
-Word = tyro.conf.Positional
-
 
 @dataclass(frozen=True)
 class Command:
@@ -72,7 +70,7 @@ def _overview() -> str:
             "  openmimo audio transcribe hello.wav",
             '  openmimo audio speak "extension four two is activated" reply.wav',
             '  openmimo audio speak "you have two new messages" - | aplay -f S16_LE -r 24000',
-            "  openmimo audio encode hello.wav hello.codes && openmimo audio decode hello.codes again.wav --codebooks 2",
+            "  openmimo audio encode hello.wav hello.codes; openmimo audio decode hello.codes again.wav --codebooks 2",
             "",
             "openmimo audio COMMAND --help explains the options of a command.",
         ]
@@ -103,8 +101,8 @@ class EncodeOptions:
         device: auto (an accelerator if there is one), cpu, or a torch device.
     """
 
-    source: Annotated[Word[str], tyro.conf.arg(metavar="SOURCE")]
-    destination: Annotated[Word[str], tyro.conf.arg(metavar="DESTINATION")]
+    source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")]
+    destination: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DESTINATION")]
     tokenizer: str = DEMO_TOKENIZER
     codebooks: int | None = None
     max_seconds: float = MAX_SECONDS
@@ -124,8 +122,8 @@ def _encode(arguments: list[str]) -> None:
     bits = tokenizer.config.frames_per_second * sum(float(np.log2(size)) for size in sizes)
     note = f" ({recording.note})" if recording.note else ""
     print(
-        f"{options.destination}: {len(codes_FQ):,} frames of {codes_FQ.shape[1]} codes for {recording.seconds:.2f} s of "
-        f"sound, {bits / 1000:.2f} kbit/s{note}"
+        f"{options.destination}: {len(codes_FQ):,} frames of {codes_FQ.shape[1]} codes for {recording.seconds:.2f} s "
+        f"of sound, {bits / 1000:.2f} kbit/s{note}"
     )
 
 
@@ -142,8 +140,8 @@ class DecodeOptions:
         device: auto (an accelerator if there is one), cpu, or a torch device.
     """
 
-    source: Annotated[Word[str], tyro.conf.arg(metavar="SOURCE")]
-    destination: Annotated[Word[str], tyro.conf.arg(metavar="DESTINATION")]
+    source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")]
+    destination: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DESTINATION")]
     tokenizer: str = DEMO_TOKENIZER
     codebooks: int | None = None
     device: str = "auto"
@@ -192,7 +190,8 @@ def _tokenizer(path: str, device: str) -> Any:
 def _require_demo(path: str, demo: str, option: str) -> None:
     if path == demo and not Path(path).exists():
         raise ConfigError(
-            f"there is no {path} yet. `openmimo audio demo` trains it in minutes on a CPU; {option} FOLDER names another."
+            f"there is no {path} yet. `openmimo audio demo` trains it in minutes on a CPU; {option} FOLDER names "
+            "another."
         )
 
 
@@ -284,7 +283,7 @@ class TranscribeOptions:
         sources: Audio files of any format and sample rate. With several, each line begins with the name of its file.
     """
 
-    sources: Annotated[Word[tuple[str, ...]], tyro.conf.arg(metavar="SOURCE ...")]
+    sources: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="SOURCE ...")]
     settings: Annotated[ModelOptions, tyro.conf.arg(name="")] = ModelOptions()
 
 
@@ -314,8 +313,8 @@ class SpeakOptions:
         voice: A recording whose voice the model takes, for models that were trained with such.
     """
 
-    text: Annotated[Word[str], tyro.conf.arg(metavar="TEXT")]
-    destination: Annotated[Word[str], tyro.conf.arg(metavar="DESTINATION")]
+    text: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="TEXT")]
+    destination: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DESTINATION")]
     instruction: str | None = None
     voice: str | None = None
     settings: Annotated[ModelOptions, tyro.conf.arg(name="")] = ModelOptions()
@@ -412,7 +411,7 @@ class DataOptions:
         folder: The folder that is written.
     """
 
-    folder: Annotated[Word[str], tyro.conf.arg(metavar="FOLDER")]
+    folder: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FOLDER")]
     corpus: Annotated[CorpusConfig, tyro.conf.arg(name="")] = CorpusConfig()
 
 

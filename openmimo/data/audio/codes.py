@@ -1,4 +1,4 @@
-"""Files of audio codes: one safetensors tensor `codes` [frames, codebooks] of int32, and the length of the recording."""
+"""Files of audio codes: a safetensors tensor `codes`, int32 [frames, codebooks], and the length of the recording."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
