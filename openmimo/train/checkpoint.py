@@ -99,10 +99,27 @@ class Checkpoints:
         Raises:
             CheckpointError: It cannot be written (e.g. the disk is full). Earlier checkpoints are unchanged.
         """
-        path = self._path(progress.step)
+        return self.write(
+            progress.step,
+            lambda folder: _write(folder, model, optimizer_tensors, tokenizer, progress, self._write_state),
+        )
+
+    def write(self, step: int, write_files: Callable[[Path], None]) -> Path:
+        """Write a checkpoint of any kind of model, then delete those that the policy does not keep.
+
+        Args:
+            step: Completed optimizer steps.
+            write_files: Writes `config.json`, weights, `trainer/progress.json` and `trainer/optimizer.safetensors` to a
+                folder. The manifest is added here.
+
+        Raises:
+            CheckpointError: It cannot be written. Earlier checkpoints are unchanged.
+        """
+        path = self._path(step)
         try:
             with new_folder_atomic(path) as folder:
-                _write(folder, model, optimizer_tensors, tokenizer, progress, self._write_state)
+                write_files(folder)
+                _write_manifest(folder)
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"the checkpoint {path} could not be written: {error}. {self.standing()}") from error
         self._delete_old()
@@ -276,9 +293,13 @@ def _write(
         save_file({**optimizer_tensors, **generators}, optimizer_path)
     plain = write_state(vars(progress), trainer / _ARRAYS)
     (trainer / "progress.json").write_text(json.dumps(plain))
+
+
+def _write_manifest(folder: Path) -> None:
+    """Write the checksum of each file of a checkpoint."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     manifest = {str(path.relative_to(folder)): _checksum(path) for path in files}
-    (trainer / _MANIFEST).write_text(json.dumps(manifest, indent=2))
+    (folder / "trainer" / _MANIFEST).write_text(json.dumps(manifest, indent=2))
 
 
 def _checksum(path: Path) -> str:

@@ -35,7 +35,7 @@ def build_optimizer(
     return torch.optim.AdamW(groups, lr=0.0, betas=(config.beta1, config.beta2), eps=config.epsilon, fused=True)
 
 
-def parameter_groups(model: MiMo) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
+def parameter_groups(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
     """Return the named parameters with weight decay, and those without."""
     decayed: dict[str, nn.Parameter] = {}
     free: dict[str, nn.Parameter] = {}

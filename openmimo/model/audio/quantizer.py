@@ -128,27 +128,35 @@ class ResidualQuantizer(nn.Module):
         parts = [codebook(ids) for codebook, ids in zip(self.books, ids_TQ.unbind(1), strict=False)]
         return torch.stack(parts).sum(0)
 
-    def forward(self, x_TD: torch.Tensor, counts_T: torch.Tensor | None = None, *, update: bool = True) -> Quantized:
-        """Quantize vectors in training.
+    def forward(self, x_TD: torch.Tensor, counts_T: torch.Tensor | None = None) -> Quantized:
+        """Quantize vectors in training. The codebooks do not change; see `update`.
 
         Args:
             x_TD: The vectors.
-            counts_T: Number of codebooks that each output sums, from 1 (None: all). The other codebooks are updated
-                nevertheless, because their residuals do not depend on it.
-            update: Whether the codebooks change.
+            counts_T: Number of codebooks that each output sums, from 1 (None: all).
         """
         output, residual = torch.zeros_like(x_TD), x_TD
         ids, commitments = [], []
         for number, codebook in enumerate(self.books):
-            chosen = codebook.nearest(residual.detach())
-            entries = codebook(chosen).detach()
-            if update:
-                codebook.update(residual.detach(), chosen)
+            ids.append(codebook.nearest(residual.detach()))
+            entries = codebook(ids[-1]).detach()
             commitments.append(F.mse_loss(residual, entries))
             output = output + (entries if counts_T is None else entries * (counts_T > number)[:, None])
             residual = residual - entries
-            ids.append(chosen)
         return Quantized(x_TD + (output - x_TD).detach(), torch.stack(ids, dim=1), torch.stack(commitments).mean())
+
+    @torch.no_grad()
+    def update(self, x_TD: torch.Tensor, ids_TQ: torch.Tensor) -> None:
+        """Move all codebooks towards the residuals of vectors and of the codes that `forward` chose for them.
+
+        A codebook's residuals do not depend on the number of codebooks that an output sums, so all codebooks learn from
+        all vectors.
+        """
+        residual = x_TD.detach()
+        for codebook, ids_T in zip(self.books, ids_TQ.unbind(1), strict=True):
+            entries = codebook(ids_T)
+            codebook.update(residual, ids_T)
+            residual = residual - entries
 
     @torch.no_grad()
     def initialize(self, x_TD: torch.Tensor, iterations: int = 50) -> None:

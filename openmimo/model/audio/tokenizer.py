@@ -3,6 +3,8 @@
 S samples, F code frames, Q codebooks, L mel frames.
 """
 
+from pathlib import Path
+
 import torch
 from torch import nn
 
@@ -208,7 +210,7 @@ def check_codes(codes_FQ: torch.Tensor, config: AudioTokenizerConfig) -> None:
         )
 
 
-def load_audio_tokenizer(path: str, *, device: str = "cpu", dtype: str = "float32") -> AudioTokenizer:
+def load_audio_tokenizer(path: str | Path, *, device: str = "cpu", dtype: str = "float32") -> AudioTokenizer:
     """Load a tokenizer folder, ours or a released one.
 
     Args:
@@ -223,7 +225,7 @@ def load_audio_tokenizer(path: str, *, device: str = "cpu", dtype: str = "float3
     return load_weights(path, AudioTokenizer, device=device, dtype=dtype)
 
 
-def save_audio_tokenizer(tokenizer: AudioTokenizer, path: str) -> None:
+def save_audio_tokenizer(tokenizer: AudioTokenizer, path: str | Path) -> None:
     """Write a tokenizer folder with the names and the layout of the released one. The write is atomic.
 
     Raises:
