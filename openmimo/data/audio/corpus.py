@@ -6,15 +6,16 @@
     FOLDER/composed/NAME.flac     sentences composed of recordings of words
     FOLDER/LICENSES.txt
 
-A clip is held out by a hash of its name, and a composed sentence by a hash of its text, so that no text of the held-out
-rows occurs in a composed sentence of the training rows. Clips of other voices are never trained on.
+A clip is held out by a hash of its name, and a composed sentence by a hash of its text. The recordings of words of which
+sentences are composed are never held out, so no part of a held-out recording is in a training sentence, and held-out
+sentences are new sequences of known words. Clips of other voices are never trained on.
 """
 
 import hashlib
 import json
 import random
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -125,12 +126,14 @@ def write_corpus(folder: Path, config: CorpusConfig, cache: Path) -> Corpus:
         DataError: There are no recordings, or they cannot be read.
     """
     if config.sounds is None:
-        sounds = [_Sounds(fetch(PROMPTS, cache), TRAINING_VOICE, spoken_words(), PROMPTS.license)]
+        words = spoken_words()
+        sounds = [_Sounds(fetch(PROMPTS, cache), TRAINING_VOICE, PROMPTS.license, words, words)]
         sounds += _other_voices(fetch(OTHER_VOICES, cache))
     else:
         own = Path(config.sounds)
         are_prompts = (own / "digits").is_dir() and (own / "phonetic").is_dir()
-        sounds = [_Sounds(own, "own", spoken_words() if are_prompts else {}, "Recordings of your own.")]
+        words = spoken_words() if are_prompts else {}
+        sounds = [_Sounds(own, "own", "Recordings of your own.", words, words)]
     if config.transcripts is not None:
         sounds[0] = replace(sounds[0], texts=sounds[0].texts | _read_transcripts(Path(config.transcripts)))
     clips: list[Clip] = []
@@ -185,12 +188,21 @@ def speech(clip: Clip) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class _Sounds:
-    """A folder of recordings of one voice, with the words of some of them by path without ending."""
+    """A folder of recordings of one voice.
+
+    Attributes:
+        folder: The folder.
+        voice: Name of the voice.
+        license: Who recorded it, and the license.
+        texts: What is said in some of the recordings, by path without ending.
+        words: Recordings of words of which sentences are composed; not empty for telephone prompts.
+    """
 
     folder: Path
     voice: str
-    texts: dict[str, str]
     license: str
+    texts: dict[str, str]
+    words: dict[str, str] = field(default_factory=dict)
 
 
 def _other_voices(folder: Path) -> list[_Sounds]:
@@ -201,7 +213,7 @@ def _other_voices(folder: Path) -> list[_Sounds]:
         for line in read_text(folder / name, DataError).splitlines():
             words, _, key = line.rpartition("(")
             texts[key.rstrip(")")] = words.replace("<s>", "").replace("</s>", "").strip()
-        found.append(_Sounds(folder / voice, voice, texts, OTHER_VOICES.license))
+        found.append(_Sounds(folder / voice, voice, OTHER_VOICES.license, texts))
     return found
 
 
@@ -227,7 +239,7 @@ def _write_clips(
     paths = sorted(path for path in sounds.folder.rglob("*") if path.suffix.lower() in ENDINGS and path.is_file())
     for path in paths:
         name = path.relative_to(sounds.folder).with_suffix("").as_posix()
-        if sounds.texts and name.startswith(_NO_SPEECH):
+        if sounds.words and name.startswith(_NO_SPEECH):
             continue
         try:
             samples = _read_sound(path, config.max_seconds)
@@ -236,7 +248,8 @@ def _write_clips(
             continue
         target = Path("clips") / sounds.voice / f"{name}.wav"
         write_audio(folder / target, samples)
-        split: Split = "other" if is_other else ("heldout" if is_held_out(name, config.held_out) else "train")
+        is_kept = name in sounds.words or not is_held_out(name, config.held_out)
+        split: Split = "other" if is_other else ("train" if is_kept else "heldout")
         yield Clip(
             target.as_posix(), _text_of(path, name, sounds), sounds.voice, len(samples) / SAMPLE_RATE, split
         )  # fmt: skip
@@ -292,16 +305,12 @@ def _write_composed(folder: Path, clips: Iterable[Clip], sounds: _Sounds, config
 
 
 def _recorded_words(folder: Path, clips: Iterable[Clip], sounds: _Sounds) -> dict[str, list[np.ndarray]]:
-    """The recordings of each word without silence at both ends.
-
-    Those of held-out clips are among them, since most words have one recording only.
-    """
+    """The recordings of each word without silence at both ends."""
     found: dict[str, list[np.ndarray]] = {}
-    names = spoken_words() if sounds.texts else {}
     for clip in clips:
         name = clip.audio.removeprefix(f"clips/{sounds.voice}/").removesuffix(".wav")
-        if clip.voice == sounds.voice and name in names:
-            found.setdefault(names[name], []).append(_trimmed(read_audio(folder / clip.audio).samples_S))
+        if clip.voice == sounds.voice and name in sounds.words:
+            found.setdefault(sounds.words[name], []).append(_trimmed(read_audio(folder / clip.audio).samples_S))
     return found
 
 

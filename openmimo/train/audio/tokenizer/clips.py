@@ -40,13 +40,14 @@ class Segments(NamedTuple):
 def open_clips(folder: str, split: Split, sample_rate: int) -> list[Clip]:
     """Return the clips of one split of a corpus. They are read when they are used.
 
+    Held-out clips are recordings: composed sentences consist of recordings that training has heard.
+
     Raises:
         DataError: There is no corpus, or the split has no clips.
     """
     corpus = read_corpus(folder)
-    clips = [
-        Clip(clip.audio, clip.text, _reader(corpus.folder / clip.audio, sample_rate)) for clip in corpus.select(split)
-    ]
+    selected = corpus.select(split, composed=False if split == "heldout" else None)
+    clips = [Clip(clip.audio, clip.text, _reader(corpus.folder / clip.audio, sample_rate)) for clip in selected]
     if not clips:
         raise DataError(f"the corpus {folder} has no clips of the split {split!r}; write it again.")
     return clips
