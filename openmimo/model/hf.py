@@ -39,6 +39,7 @@ from openmimo.model.weight_formats import QuantizableModule, allocate_quantized,
 from openmimo.runtime.device import DTYPES, resolve_device
 
 Model = TypeVar("Model", bound=MiMo)
+CODEC_FOLDER = "codec"  # of the audio tokenizer in the folder of an audio language model
 
 
 def load_config(path: str | Path, *, window_keys: int | None = None) -> ModelConfig:
@@ -153,7 +154,7 @@ def check_replaceable(path: Path) -> None:
 
 def _other_files(folder: Path) -> list[str]:
     """Return the names in a folder that do not belong to a checkpoint."""
-    checkpoint_names = {"config.json", INDEX, *(name.split("/")[0] for name in companion_names(folder))}
+    checkpoint_names = {"config.json", INDEX, CODEC_FOLDER, *(name.split("/")[0] for name in companion_names(folder))}
     return [
         path.name for path in folder.iterdir() if path.suffix != ".safetensors" and path.name not in checkpoint_names
     ]

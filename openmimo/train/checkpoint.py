@@ -24,7 +24,7 @@ from openmimo.core import config as config_io
 from openmimo.core.errors import CheckpointError, DivergedError
 from openmimo.core.files import new_folder_atomic, recover_folder, remove_unfinished
 from openmimo.data.tokenizer import Tokenizer
-from openmimo.model.hf import load_model, write_model
+from openmimo.model.hf import Model, load_model, write_model
 from openmimo.model.hf_files import umask_mode
 from openmimo.model.mimo import MiMo
 from openmimo.runtime.device import rng_state, set_rng_state
@@ -198,19 +198,24 @@ class Checkpoints:
 
 
 def restore(
-    path: Path, device: torch.device, *, read_state: StateReader = _as_it_is
-) -> tuple[MiMo, dict[str, torch.Tensor], Progress]:
+    path: Path,
+    device: torch.device,
+    *,
+    read_state: StateReader = _as_it_is,
+    load: Callable[[Path, str, str], Model] = load_model,  # type: ignore[assignment]
+) -> tuple[Model, dict[str, torch.Tensor], Progress]:
     """Load a checkpoint and restore the random generators.
 
     Args:
         path: The folder of the checkpoint.
         device: Device of the model.
         read_state: The inverse of the `write_state` of `Checkpoints`.
+        load: Loads the model of a folder, given dtype and device.
 
     Returns:
         The model in float32, its optimizer state by name for `load_optimizer_state`, and the progress.
     """
-    model = load_model(path, dtype="float32", device=str(device))
+    model = load(path, "float32", str(device))
     names = (_OPTIMIZER, _OPTIMIZER_BEFORE)
     optimizer_path = next(path / "trainer" / name for name in names if (path / "trainer" / name).exists())
     tensors = load_file(optimizer_path, device="cpu")

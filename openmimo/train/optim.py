@@ -24,7 +24,8 @@ def build_optimizer(
     Args:
         model: The model.
         config: The settings.
-        mesh_of: Returns the mesh over which a parameter is distributed. A group has parameters of one mesh.
+        mesh_of: Returns the mesh over which a parameter is distributed, or another key. A group has parameters of one
+            key.
     """
     groups = []
     for named, decay in zip(parameter_groups(model), (config.weight_decay, 0.0), strict=True):

@@ -15,7 +15,8 @@ import torch
 
 from openmimo.core.errors import DataError, UserError
 from openmimo.core.fields import Bounds, NonNegativeFloat, PositiveInt, check_fields
-from openmimo.core.registry import load_object
+from openmimo.data.audio.corpus import SPEAK, TRANSCRIBE
+from openmimo.data.audio.files import resample
 from openmimo.data.tokenizer import THINK_END, StreamDecoder, Tokenizer
 from openmimo.engine.audio.cache import BackboneCache
 from openmimo.engine.audio.form import SpeechForm
@@ -23,15 +24,15 @@ from openmimo.engine.sampler import uniform
 from openmimo.kernels.operations import draw_tokens
 from openmimo.model.audio.context import StepContext
 from openmimo.model.audio.conversation import (
-    SPEAK,
     STYLE,
-    TRANSCRIBE,
     VOICE,
     conversation_parts,
     reply_parts,
 )
-from openmimo.model.audio.language import CODEC_FOLDER, load_audio_model
+from openmimo.model.audio.language import load_audio_model
 from openmimo.model.audio.sequence import AudioPart, AudioSequence, Part, SequenceBuilder, SpeechPart, TextPart
+from openmimo.model.audio.tokenizer import load_audio_tokenizer
+from openmimo.model.hf import CODEC_FOLDER
 
 _DRAWS_PER_POSITION = 1 << 10
 Waveform = np.ndarray[Any, np.dtype[np.float32]]
@@ -77,7 +78,8 @@ class AudioParams:
         audio_temperature: Temperature of the codes (0: the most likely ones).
         top_p: Share of the probability from which codes and text are drawn.
         seed: Seed of the draws. Equal seeds give equal replies.
-        thinking: Whether the model thinks first.
+        thinking: Whether the model thinks first. False writes empty think tags, and None writes none, as in the spoken
+            dialogues of the released model.
     """
 
     output: Literal["text", "audio", "interleaved"] = "text"
@@ -86,7 +88,7 @@ class AudioParams:
     audio_temperature: NonNegativeFloat = 0.9
     top_p: Annotated[float, Bounds(above=0, most=1)] = 0.95
     seed: int = 0
-    thinking: bool = False
+    thinking: bool | None = False
 
     def __post_init__(self) -> None:
         check_fields(self, "audio params")
@@ -167,16 +169,14 @@ class AudioEngine:
         if isinstance(prompt[0], (TextPart, AudioPart, SpeechPart)):
             parts: list[Part] = list(prompt)  # type: ignore[arg-type]
         else:
-            spoken = params.output != "text"
-            thinking = True if params.thinking else (None if spoken else False)
             parts = conversation_parts(prompt, self.codes_of)  # type: ignore[arg-type]
-            parts += reply_parts(thinking=thinking, is_spoken=spoken)
+            parts += reply_parts(thinking=params.thinking, is_spoken=params.output != "text")
         return self._events(parts, params, None)
 
     def transcribe(self, waveform: Waveform | torch.Tensor, sample_rate: int, *, max_tokens: int = 512) -> str:
         """Return the text of speech."""
         audio = {"waveform": waveform, "sample_rate": sample_rate}
-        content = [{"type": "audio", "audio": audio}, {"type": "text", "text": TRANSCRIBE}]
+        content = [{"type": "text", "text": TRANSCRIBE}, {"type": "audio", "audio": audio}]
         params = AudioParams(output="text", max_tokens=max_tokens)
         events = self.generate([{"role": "user", "content": content}], params)
         return "".join(event.text or "" for event in events).strip()
@@ -201,9 +201,9 @@ class AudioEngine:
         """
         if not text.strip():
             raise DataError("there is no text to speak.")
+        params = replace(params or AudioParams(max_tokens=2048), output="audio")
         parts = conversation_parts(speech_request(text, instruction, voice), self.codes_of)
-        parts += reply_parts(thinking=None, is_spoken=True)
-        params = replace(params or AudioParams(max_tokens=2048), output="audio", thinking=False)
+        parts += reply_parts(thinking=params.thinking, is_spoken=True)
         events = self._events(parts, params, self.builder.speech_segments(text))
         return (event.waveform for event in events if event.waveform is not None)
 
@@ -231,7 +231,7 @@ class AudioEngine:
                 "[samples] of one channel."
             )
         if rate != self.sample_rate:
-            waveform = load_object("openmimo.data.audio:resampled")(waveform, rate, self.sample_rate)
+            waveform = torch.from_numpy(resample(waveform.float().cpu().numpy(), rate, self.sample_rate))
         return self.codec.encode(waveform.float())
 
     def _check_codec(self) -> None:
@@ -261,7 +261,7 @@ def speech_request(text: str, instruction: str | None, voice: Any) -> list[dict[
     elif instruction is not None:
         messages.append({"role": "system", "content": STYLE})
     style = "" if instruction is None else f"({instruction})"
-    return [*messages, {"role": "user", "content": f"{SPEAK}: {text}{style}"}]
+    return [*messages, {"role": "user", "content": f"{SPEAK}{text}{style}"}]
 
 
 class _Generation:
@@ -274,7 +274,7 @@ class _Generation:
         self._text = StreamDecoder(engine.tokenizer)
         self._codec = engine.codec
         self._audio: CodecStream | None = None
-        self._is_reasoning = params.thinking
+        self._is_reasoning = bool(params.thinking)
         self._think_end = engine.tokenizer.special_tokens.get(THINK_END)
         self._form: SpeechForm | None = None
         self._position = 0
@@ -392,5 +392,4 @@ def _draw(logits_V: torch.Tensor, temperature: float, top_p: float, number: floa
 def _load_codec(folder: Path, device: str) -> Codec:
     if not folder.is_dir():
         raise UserError(f"there is no audio tokenizer in {folder}; give its folder as codec_path.")
-    codec: Codec = load_object("openmimo.model.audio.tokenizer:load_audio_tokenizer")(folder, device=device)
-    return codec
+    return load_audio_tokenizer(str(folder), device=device)

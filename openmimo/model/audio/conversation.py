@@ -18,8 +18,6 @@ from openmimo.core.errors import DataError
 from openmimo.data.tokenizer import THINK_END, THINK_START, TURN_END, TURN_START
 from openmimo.model.audio.sequence import AudioPart, Part, SpeechPart, TextPart
 
-TRANSCRIBE = "Transcribe this audio file."
-SPEAK = "Please convert this text to speech"
 VOICE = "Your voice should be:"
 STYLE = "Generate speech from the text in the style of the instruction."
 STREAM_START = "<|sostm|>"

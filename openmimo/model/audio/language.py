@@ -32,13 +32,12 @@ from openmimo.model.audio.sequence import AudioSequence, delayed
 from openmimo.model.backbone import Backbone, Hidden
 from openmimo.model.context import AttentionContext, PackedContext
 from openmimo.model.heads import Head
-from openmimo.model.hf import filled_model, write_model
+from openmimo.model.hf import CODEC_FOLDER, check_replaceable, filled_model, write_model
 from openmimo.model.hf_files import CheckpointReader
 from openmimo.model.layers import Embedding, Linear
 from openmimo.model.mimo import MiMo
 
 __all__ = ["AudioLanguageModel", "AudioModelConfig", "load_audio_model", "save_audio_model"]
-CODEC_FOLDER = "codec"
 ChooseCode = Callable[[torch.Tensor, int, int], int]
 
 
@@ -207,8 +206,7 @@ def save_audio_model(
     path = Path(path)
     recover_folder(path)
     kept = path / CODEC_FOLDER if codec is None else Path(codec)
-    if path.is_file() or (path.is_dir() and any(path.iterdir()) and not (path / "config.json").is_file()):
-        raise CheckpointError(f"{path} exists and is no model; save to a new folder.")
+    check_replaceable(path)
     if codec is not None and not kept.is_dir():
         raise CheckpointError(f"there is no folder {kept} of an audio tokenizer.")
     with new_folder_atomic(path) as folder:

@@ -158,10 +158,7 @@ def with_audio(
 
 
 def tiny_audio() -> AudioModelConfig:
-    """Return a model of 1.3 million parameters: the dense family, eight codebooks of 64 codes, patches of four frames.
-
-    Its codebooks are those of the tokenizer preset `tiny`.
-    """
+    """Return a model of 1.7 million parameters: the dense family, patches of four frames, codebooks of `tiny_codec`."""
     full = AttentionConfig("full", num_heads=4, num_kv_heads=2, key_dim=32, value_dim=32, rotary_dim=32, rope_theta=1e4)
     backbone = ModelConfig(
         vocab_size=512,
@@ -174,7 +171,7 @@ def tiny_audio() -> AudioModelConfig:
         max_positions=1024,
         family="mimo",
     )
-    return with_audio(backbone, codebook_sizes=(64,) * 8, encoder=_tiny_local(1), decoder=_tiny_local(2),
+    return with_audio(backbone, codebook_sizes=(256, 256, *(128,) * 6), encoder=_tiny_local(1), decoder=_tiny_local(2),
                       local_rope_theta=1e4)  # fmt: skip
 
 
@@ -193,6 +190,14 @@ def tiny_audio_hybrid() -> AudioModelConfig:
         max_positions=1024,
     )
     return replace(tiny_audio(), backbone=backbone)
+
+
+def with_codebooks(config: AudioModelConfig, codebook_sizes: tuple[int, ...]) -> AudioModelConfig:
+    """Return the model with the codebooks of an audio tokenizer; as many as it has, and no more than the tokenizer."""
+    sizes = tuple(codebook_sizes[: config.num_codebooks])
+    return replace(
+        config, vocab_sizes=tuple(size + 1 for size in sizes), empty_ids=sizes, delays=config.delays[: len(sizes)]
+    )
 
 
 def _tiny_local(num_layers: int) -> LocalConfig:
