@@ -20,7 +20,8 @@ from openmimo.arguments import UsageError, asks_for_help, parse
 from openmimo.core.errors import ConfigError, DataError, UserError
 from openmimo.core.files import cache_folder
 from openmimo.data.audio.codes import Codes, load_codes, save_codes
-from openmimo.data.audio.corpus import CorpusConfig, Split, write_corpus
+from openmimo.data.audio.config import CorpusConfig
+from openmimo.data.audio.corpus import Split, write_corpus
 from openmimo.data.audio.files import FORMATS, MAX_SECONDS, audio_writer, format_of, pcm_bytes, read_audio
 from openmimo.short_help import short_help
 

@@ -13,7 +13,8 @@ import pytest
 from openmimo.core import files as corpus_files
 from openmimo.core.errors import DataError
 from openmimo.data.audio import corpus, debian, words
-from openmimo.data.audio.corpus import CorpusConfig, is_held_out, read_corpus, write_corpus
+from openmimo.data.audio.config import CorpusConfig
+from openmimo.data.audio.corpus import is_held_out, read_corpus, write_corpus
 from openmimo.data.audio.files import read_audio, write_audio
 from openmimo.data.audio.words import compose, spoken_words
 
