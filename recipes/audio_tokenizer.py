@@ -22,7 +22,7 @@ def tiny() -> AudioTokenizerTrainConfig:
         run_folder="runs/audio/tokenizer",
         stages=(
             AudioPhase(
-                name="reconstruction", kind="reconstruction", steps=2000, batch_size=8, segment_seconds=1.92,
+                name="reconstruction", kind="reconstruction", steps=1400, batch_size=5, segment_seconds=2.88,
                 learning_rate=2e-3, end_learning_rate=1e-4, warmup_steps=50, weights=_WEIGHTS,
             ),
             AudioPhase(
@@ -30,7 +30,7 @@ def tiny() -> AudioTokenizerTrainConfig:
                 learning_rate=2e-4, end_learning_rate=2e-5, weights=LossWeights(mel=5.0, coarse_mel=1.0),
             ),
         ),
-        quantizer=QuantizerTraining(start_step=300),
+        quantizer=QuantizerTraining(start_step=200),
         discriminators=DiscriminatorConfig(
             periods=(2, 3, 5), stft_samples=(1024, 256), channels=8, max_channels=64
         ),

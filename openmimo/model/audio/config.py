@@ -69,7 +69,8 @@ class AudioTokenizerConfig:
         decoder_kernel: Kernel size of the transposed convolution that ends the decoder.
         decoder_stride: Its stride.
         decoder_norm: Statistics of the norms in the decoder's transposed convolutions: of the whole "sequence", as in
-            the released tokenizer, or of each "frame", which makes the decoder causal.
+            the released tokenizer, or of each "frame", which makes the decoder causal. The last norm then has none,
+            because its output is the mel spectrogram, whose level differs from frame to frame.
         rope_theta: Base of the rotary positions.
         expiry_threshold: A code whose average use per training batch is below this is replaced (0: never).
         max_seconds: Longest audio of the released tokenizer, which is only recorded.

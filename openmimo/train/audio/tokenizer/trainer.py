@@ -33,6 +33,7 @@ from openmimo.train.audio.tokenizer.losses import (
     discriminator_loss,
     feature_loss,
 )
+from openmimo.train.audio.tokenizer.start import set_levels
 from openmimo.train.audio.tokenizer.state import load_state, write_state
 from openmimo.train.audio.tokenizer.text import TextModel
 from openmimo.train.checkpoint import Checkpoints, Progress
@@ -40,6 +41,7 @@ from openmimo.train.optim import GradientReport, StepGuard, parameter_groups, wa
 
 Losses = dict[str, torch.Tensor]
 _SEED_STRIDE = 1_000_003
+_START_SEGMENTS = 32  # of which the initial levels are computed
 
 
 class Trained(nn.Module):
@@ -171,6 +173,9 @@ class Trainer:
         generator = torch.Generator().manual_seed(seed)
         with torch.random.fork_rng(devices=[] if self.device.type == "cpu" else [self.device]):
             torch.manual_seed(seed)
+            if self.step == 0 and self.config.init_from is None:
+                start = random_segments(self.clips, _START_SEGMENTS, self.samples_of(phase), generator)
+                set_levels(self.tokenizer, start.waveform_BS.to(self.device))
             if self._starts_codebooks(phase_step):
                 self._start_codebooks(phase, generator)
             batch = random_segments(self.clips, phase.batch_size, self.samples_of(phase), generator)
@@ -342,7 +347,7 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self, phase: AudioPhase) -> dict[str, Any]:
-        """Return mel distances by number of codebooks, codebook perplexities, and the text loss, of held-out segments."""
+        """Return mel distances by codebooks, codebook perplexities and the text loss, of held-out segments."""
         self.modules.eval()
         tokenizer = self.tokenizer
         segments = fixed_segments(self.held_out, self.config.evaluation_clips, self.samples_of(phase))
