@@ -172,7 +172,7 @@ def _decoded(tokenizer: Any, codes: Codes) -> Iterator[np.ndarray]:
 
 def _parts(tokenizer: Any, codes_FQ: Any) -> Iterator[np.ndarray]:
     config = tokenizer.config
-    if config.decoder_norm != "frame" or config.decoder.right_positions != 0 or config.vocoder.right_positions is None:
+    if config.decoder_norm == "sequence" or config.decoder.right_positions != 0 or config.vocoder.right_positions is None:
         yield tokenizer.decode(codes_FQ).cpu().numpy()
         return
     stream = tokenizer.stream()

@@ -14,7 +14,7 @@ class CorpusConfig:
             same name that ends in .txt. Default: the prompts of Debian's asterisk-core-sounds-en-g722, one voice.
         transcripts: A file with a line "name: words" for each recording (core-sounds-en.txt of Asterisk's archive has
             this form). Default for the prompts: the words of files whose name determines them.
-        composed: Number of sentences composed of the recordings of words, for training; a tenth of it is held out.
+        composed: Number of sentences composed of the recordings of words, for training; a twentieth of it is held out.
         held_out: Share of clips and sentences that are held out.
         max_seconds: Longest recording.
         seed: Seed of the composed sentences.
@@ -22,7 +22,7 @@ class CorpusConfig:
 
     sounds: str | None = None
     transcripts: str | None = None
-    composed: int = 800
+    composed: int = 1600
     held_out: float = 0.1
     max_seconds: float = 60.0
     seed: int = 0

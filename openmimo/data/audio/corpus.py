@@ -252,7 +252,7 @@ def _read_sound(path: Path, max_seconds: float) -> np.ndarray:
 
 
 def _write_composed(folder: Path, clips: Iterable[Clip], sounds: _Sounds, config: CorpusConfig) -> list[Clip]:
-    """Writes sentences composed of the recordings of words: `composed` for training, and a tenth of it held out.
+    """Writes sentences composed of the recordings of words: `composed` for training, and a twentieth of it held out.
 
     None if the recordings are not those of a telephone system, which has all words of the sentences.
     """
@@ -261,7 +261,7 @@ def _write_composed(folder: Path, clips: Iterable[Clip], sounds: _Sounds, config
         return []
     composed: list[Clip] = []
     source = random.Random(config.seed)
-    wanted: dict[Split, int] = {"train": config.composed, "heldout": config.composed // 10}
+    wanted: dict[Split, int] = {"train": config.composed, "heldout": config.composed // 20}
     seen: set[str] = set()
     while any(wanted.values()):
         parts = compose(source)
