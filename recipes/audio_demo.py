@@ -1,7 +1,8 @@
 """The speech demo: an audio tokenizer and a model that transcribes and speaks, on two CPU cores in minutes.
 
     openmimo audio demo
-    openmimo audio tokenizer audio_demo:tokenizer; openmimo audio language audio_demo:language    # its two trainings alone
+    openmimo audio tokenizer audio_demo:tokenizer    # its two trainings alone
+    openmimo audio language audio_demo:language
 
 The model reads patches of four frames, so a word is two to four positions, and it learns from sentences composed of
 recorded words, whose texts are known.
@@ -48,6 +49,4 @@ def language() -> AudioTrainConfig:
 
 def demo() -> AudioDemoConfig:
     """All parts of the demo."""
-    return AudioDemoConfig(
-        folder="runs/audio", corpus=CorpusConfig(), tokenizer=tokenizer(), language=language()
-    )
+    return AudioDemoConfig(folder="runs/audio", corpus=CorpusConfig(), tokenizer=tokenizer(), language=language())

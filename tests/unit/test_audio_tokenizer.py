@@ -7,6 +7,7 @@ import audio_reference as reference
 import numpy as np
 import pytest
 import torch
+
 from openmimo.core.errors import CheckpointError, ConfigError, DataError, UserError
 from openmimo.model.audio import tokenizer as tokenizer_module
 from openmimo.model.audio.checkpoint import count_parameters, released_name

@@ -1,4 +1,4 @@
-"""Measurements of the speech demo: the tokenizer by number of codebooks, and the language model's hearing and speech."""
+"""Measurements of the speech demo: the tokenizer by number of codebooks, and what the model hears and speaks."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -163,8 +163,8 @@ def _errors(found: list[str], references: list[str]) -> dict[str, Any]:
 def measure_speech(corpus: Corpus, model: Path, sounds: Path, count: int) -> dict[str, Any]:
     """Speaks the texts of held-out sentences and asks the judge whose voice it is.
 
-    The candidates are the training voice and the other voices of the corpus. The model's own transcription of its speech
-    is scored as well; it is not independent of the speech.
+    The candidates are the training voice and the other voices of the corpus. The model's own transcription of its
+    speech is scored as well; it is not independent of the speech.
 
     Returns:
         Similarities by voice, the share attributed to the training voice, error rates of its own transcription, speed.

@@ -97,8 +97,8 @@ def _add_hearing(report: Report, findings: AudioFindings) -> None:
     header = ["", "sentences", "word error", "by chance", "character error", "by chance", "without an error"]
     report.table(header, rows)
     report.paragraph(
-        "A held-out sentence is a sequence of words that is in no training sentence. Its words were recorded once each, "
-        "so the model knows their recordings. Chance is the error against the references of other sentences. Other "
+        "A held-out sentence is a sequence of words that is in no training sentence. Its words were recorded once each, so "
+        "the model knows their recordings. Chance is the error against the references of other sentences. Other "
         "voices say other words."
     )
     held_out = findings.hearing["heldout"]

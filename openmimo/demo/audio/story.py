@@ -65,7 +65,9 @@ def _tell(config: AudioDemoConfig, folder: Path, console: Console) -> Path:
     )
     parts.run("language", "3/4  language model", lambda: {"model": str(train_audio(config.language))})
     hearing = parts.run(
-        "hearing", "4/4  transcription of held-out sentences", lambda: measure_hearing(corpus, model, config.transcribed)
+        "hearing",
+        "4/4  transcription of held-out sentences",
+        lambda: measure_hearing(corpus, model, config.transcribed),
     )
     speech = parts.run(
         "speech",

@@ -13,7 +13,6 @@ from openmimo.model.audio.attention import AudioLayer, LayerStream, rotation
 from openmimo.model.audio.config import AudioTokenizerConfig
 from openmimo.model.audio.vocoder import Vocoder
 
-
 Statistics: TypeAlias = Literal["sequence", "frame", "none"]
 
 

@@ -40,8 +40,8 @@ class Segments(NamedTuple):
 def open_clips(folder: str, split: Split, sample_rate: int) -> list[Clip]:
     """Return the clips of one split of a corpus. They are read when they are used.
 
-    Composed sentences repeat recorded words. There are at most as many of them as recordings in training, and none among
-    held-out clips.
+    Composed sentences repeat recorded words. There are at most as many of them as recordings in training, and none
+    among held-out clips.
 
     Raises:
         DataError: There is no corpus, or the split has no clips.
