@@ -6,9 +6,9 @@
     FOLDER/composed/NAME.flac     sentences composed of recordings of words
     FOLDER/LICENSES.txt
 
-A clip is held out by a hash of its name, and a composed sentence by a hash of its text. The recordings of words are never
-held out, so no part of a held-out recording is in a training sentence, and held-out sentences are new sequences of known
-words. Clips of other voices are never trained on.
+A clip is held out by a hash of its name, and a composed sentence by a hash of its text. The recordings of words are
+never held out, so no part of a held-out recording is in a training sentence, and held-out sentences are new sequences
+of known words. Clips of other voices are never trained on.
 """
 
 import hashlib

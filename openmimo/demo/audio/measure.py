@@ -176,7 +176,9 @@ def measure_speech(corpus: Corpus, model: Path, sounds: Path, count: int) -> dic
         for name in sorted({clip.voice for clip in corpus.select("other")})
     }
     texts = [clip.text or "" for clip in clips]
-    spoken, seconds, first = [], 0.0, []
+    spoken: list[np.ndarray] = []
+    first: list[float] = []
+    seconds = 0.0
     for number, text in enumerate(texts):
         started = time.perf_counter()
         parts = list(_timed(engine.speak(text, params=AudioParams(max_tokens=128, seed=number)), started, first))

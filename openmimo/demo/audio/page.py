@@ -97,9 +97,9 @@ def _add_hearing(report: Report, findings: AudioFindings) -> None:
     header = ["", "sentences", "word error", "by chance", "character error", "by chance", "without an error"]
     report.table(header, rows)
     report.paragraph(
-        "A held-out sentence is a sequence of words that is in no training sentence. Its words were recorded once each, so "
-        "the model knows their recordings. Chance is the error against the references of other sentences. Other "
-        "voices say other words."
+        "A held-out sentence is a sequence of words that is in no training sentence. Its words were recorded once "
+        "each, and the model knows these recordings. Chance is the error against the references of other sentences. "
+        "Other voices say other words."
     )
     held_out = findings.hearing["heldout"]
     pairs = list(zip(held_out["references"], held_out["found"], strict=True))
