@@ -1,6 +1,6 @@
 """The audio tokenizer against an independent reference, and against the published classes where they are at hand.
 
-Set OPENMIMO_MIMO_AUDIO_SOURCE to the folder `src` of github.com/XiaomiMiMo/MiMo-Audio to run the published classes, with
+Set OPENMIMO_MIMO_AUDIO_SOURCE to the folder `src` of github.com/XiaomiMiMo/MiMo-Audio to run the published classes with
 torch's attention in place of flash-attn.
 """
 
@@ -16,6 +16,7 @@ import audio_reference as reference
 import pytest
 import torch
 import torch.nn.functional as F
+
 from openmimo.model.audio.checkpoint import released_name
 from openmimo.model.audio.config import config_from_released
 from openmimo.model.audio.tokenizer import AudioTokenizer
