@@ -131,12 +131,19 @@ def _open_trainer(
         tokenizer = Tokenizer.load(newest)
         model, optimizer_tensors, start = restore(newest, device, load=load_audio_model)
     builder = SequenceBuilder(tokenizer, described)
-    codes = Codes(Path(config.run_folder) / "codes", codec, _fingerprint(Path(config.codec)))
+    fingerprint = _fingerprint(Path(config.codec))
+    codes = Codes(Path(config.run_folder) / "codes", codec, fingerprint)
     first = place_of(start.step, config.stages).stage_index
     codes.prepare([clip for stage in sources[first:] for row in _rows(stage) for clip in row.clips()], console)
     loaders = {
         index: AudioLoader(
-            sources[index], builder, codes, sequence_length=stage.sequence_length, seed=config.seed, stage=index
+            sources[index],
+            builder,
+            codes,
+            sequence_length=stage.sequence_length,
+            seed=config.seed,
+            stage=index,
+            identity=fingerprint,
         )
         for index, stage in enumerate(config.stages)
         if index >= first
