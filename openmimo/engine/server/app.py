@@ -70,7 +70,7 @@ def create_app(backend: Backend, config: ServerConfig) -> FastAPI:
     # checked, then its API key, and only then is its body read.
     app.add_middleware(
         LimitBody,
-        max_bytes=config.max_body_bytes if service.speech is None else max(config.max_body_bytes, config.max_audio_bytes),
+        max_bytes=max(config.max_body_bytes, 0 if service.speech is None else config.max_audio_bytes),
         open_bytes=service.open_bytes,
         timeout_seconds=config.request_timeout_seconds,
     )

@@ -6,16 +6,15 @@ so a long reply does not delay the first sound of another.
 
 import collections
 import secrets
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol, TypeAlias
 
 import numpy as np
 
 from openmimo.core.errors import UserError
 from openmimo.core.records import Delta, Request, SamplingParams
-from openmimo.data.tokenizer import Tokenizer
-from openmimo.engine.server.backends.protocol import BackendGauges
+from openmimo.engine.server.backends.protocol import Backend, BackendGauges
 from openmimo.engine.server.backends.threaded import ThreadedBackend
 
 
@@ -57,11 +56,13 @@ class ChatWork:
         messages: The conversation.
         output: What the turn consists of: text, audio, or both in turn.
         thinks: Whether the model may think first.
+        voice: One of the model's voices; None is its default.
     """
 
     messages: tuple[SpeechMessage, ...]
     output: SpeechOutput = "text"
     thinks: bool = False
+    voice: str | None = None
 
 
 @dataclass(frozen=True)
@@ -129,16 +130,12 @@ class SpeechModel(Protocol):
     """A model of text and sound. `events` and what it returns are called in one thread.
 
     Attributes:
-        tokenizer: Of texts.
         sample_rate: Of the sound that it generates.
         voices: Names of its voices; empty if it has one.
-        max_positions: Maximum length of prompt and reply: tokens of text and patches of sound.
     """
 
-    tokenizer: Tokenizer
     sample_rate: int
     voices: Sequence[str]
-    max_positions: int
 
     def check(self, work: SpeechWork) -> None:
         """Raise UserError if the work can never be done. Must be thread-safe."""
@@ -229,8 +226,9 @@ class SpeechSteps:
         return bool(self._waiting or self._running)
 
     def submit(self, request: Request) -> None:
-        """Queue a request. Raises UserError for one without speech work."""
-        self._waiting[request.id] = with_work(request)
+        """Queue a request."""
+        assert isinstance(request, SpeechRequest), "the backend passes on requests of text"
+        self._waiting[request.id] = request
 
     def abort(self, request_id: str) -> None:
         """Release a request, if it is still waiting or running."""
@@ -271,51 +269,52 @@ class SpeechSteps:
 
 
 class SpeechBackend(ThreadedBackend):
-    """Serve a speech model.
+    """Serve a speech model, and its text model to requests of text only.
 
     Args:
         model: The model. No other code may use it until `close` returns.
-        model_name: Model name in the API.
-        model_aliases: Other names of the model that requests may use.
-        most_running: Replies that are generated at once.
+        text: Generates the replies to requests without sound. Its names, tokenizer and positions are the backend's.
+        most_running: Replies of the speech model that are generated at once.
     """
 
-    def __init__(
-        self, model: SpeechModel, *, model_name: str, model_aliases: tuple[str, ...] = (), most_running: int = 8
-    ):
+    def __init__(self, model: SpeechModel, text: Backend, *, most_running: int = 8):
         self.model = model
-        self.model_name = model_name
-        self.model_aliases = model_aliases
-        self.tokenizer = model.tokenizer
-        self.max_positions = model.max_positions
+        self.model_name = text.model_name
+        self.model_aliases = text.model_aliases
+        self.tokenizer = text.tokenizer
+        self.max_positions = text.max_positions
+        self._text = text
         self._speech = SpeechSteps(model, most_running)
         super().__init__(self._speech)
 
     def check(self, request: Request) -> None:
         """Raise UserError if the request can never run. Thread-safe."""
-        self.model.check(with_work(request).work)
+        if isinstance(request, SpeechRequest):
+            self.model.check(request.work)
+        else:
+            self._text.check(request)
+
+    def generate(self, request: Request) -> AsyncGenerator[Delta, None]:
+        """Yield the reply of the model that the request needs. Closing the iterator aborts the request."""
+        return super().generate(request) if isinstance(request, SpeechRequest) else self._text.generate(request)
 
     def gauges(self) -> BackendGauges:
         """Return the state for /metrics and /health."""
-        steps = self._speech
-        return BackendGauges(
-            num_waiting=steps.num_waiting,
-            num_running=steps.num_running,
-            num_new_tokens=steps.num_tokens,
+        text, steps = self._text.gauges(), self._speech
+        return replace(
+            text,
+            num_waiting=text.num_waiting + steps.num_waiting,
+            num_running=text.num_running + steps.num_running,
+            num_new_tokens=text.num_new_tokens + steps.num_tokens,
             seconds_heard=steps.seconds_heard,
             seconds_spoken=steps.seconds_spoken,
-            is_healthy=self.is_healthy,
+            is_healthy=text.is_healthy and self.is_healthy,
         )
 
-
-def with_work(request: Request) -> SpeechRequest:
-    """Return the request as one of a speech model. Raises UserError if its prompt is token ids."""
-    if not isinstance(request, SpeechRequest):
-        raise UserError(
-            "this model hears and speaks; it answers /v1/chat/completions, /v1/audio/transcriptions and "
-            "/v1/audio/speech. Send the text as a chat."
-        )
-    return request
+    async def close(self) -> None:
+        """Stop both threads after their current step."""
+        await self._text.close()
+        await super().close()
 
 
 def seconds_of(work: SpeechWork) -> float:

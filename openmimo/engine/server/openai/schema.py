@@ -389,6 +389,11 @@ class VoiceId(Fields):
 Voice = Annotated[Annotated[Name, Tag("<text>")] | Annotated[VoiceId, Tag("<id>")], text_or("<id>")]
 
 
+def voice_name(voice: str | VoiceId | None) -> str | None:
+    """The name of a voice, which a request gives as a text or as an id."""
+    return voice.id if isinstance(voice, VoiceId) else voice
+
+
 class AudioOutput(Fields):
     """The sound of a reply. A stream has the format pcm16."""
 
@@ -424,9 +429,9 @@ class ChatRequest(CommonFields):
     parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None
     reasoning_effort: ReasoningEffort | None = None
-    modalities: (
-        Annotated[list[Literal["text", "audio"]], Field(min_length=1, max_length=8, fail_fast=True)] | None
-    ) = None
+    modalities: Annotated[list[Literal["text", "audio"]], Field(min_length=1, max_length=8, fail_fast=True)] | None = (
+        None
+    )
     prompt_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None

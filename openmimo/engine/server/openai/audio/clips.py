@@ -66,9 +66,7 @@ class Clips:
             raise invalid(f"{param} is an empty file.", param, code="invalid_audio")
         self._num_left -= 1
         try:
-            recording = read_audio(
-                content, sample_rate=self._sample_rate, max_seconds=self._seconds_left, name=param
-            )
+            recording = read_audio(content, sample_rate=self._sample_rate, max_seconds=self._seconds_left, name=param)
         except DataError as error:
             raise self._refused(error, param) from error
         self._seconds_left -= recording.seconds

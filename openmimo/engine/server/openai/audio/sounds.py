@@ -6,12 +6,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from openmimo.core.errors import UserError
-from openmimo.data.audio.files import audio_bytes, optional_module, pcm_bytes
+from openmimo.data.audio.files import audio_bytes, optional_module, pcm_bytes, resample
 from openmimo.engine.server.http.errors import invalid
 
 PCM_RATE = 24_000  # samples per second of pcm in OpenAI's API, which has no header that could say another rate
 MEDIA_TYPES = {"wav": "audio/wav", "flac": "audio/flac", "mp3": "audio/mpeg", "opus": "audio/ogg", "pcm": "audio/pcm"}
-_ENDINGS = {"wav": ".wav", "flac": ".flac", "mp3": ".mp3", "opus": ".opus"}
+_OPUS_RATES = (8_000, 12_000, 16_000, 24_000, 48_000)
 _SOUND_FILE_NAMES = {"mp3": ("MP3", None), "opus": ("OGG", "OPUS"), "wav": ("WAV", None), "flac": ("FLAC", None)}
 _UNKNOWN_BYTES = 0xFFFFFFFF  # size of a stream in a header, which players read as "until the end"
 
@@ -40,7 +40,9 @@ def sound_file(waveform: np.ndarray, sample_rate: int, name: str) -> bytes:
     if name == "pcm":
         stream = PcmStream(sample_rate)
         return stream.push(waveform) + stream.finish()
-    return audio_bytes(waveform, sample_rate, _ENDINGS[name])
+    if name == "opus" and sample_rate not in _OPUS_RATES:
+        waveform, sample_rate = resample(waveform, sample_rate, PCM_RATE), PCM_RATE
+    return audio_bytes(waveform, sample_rate, f".{name}")
 
 
 class PcmStream:
