@@ -563,6 +563,12 @@ def _serve(arguments: list[str]) -> None:
         )  # fmt: skip
 
 
+def _audio(arguments: list[str]) -> None:
+    from openmimo import audio_commands
+
+    audio_commands.run(arguments)
+
+
 # --- verbs: measurement ----------------------------------------------------------------------------------------------
 
 
@@ -643,6 +649,11 @@ VERBS: dict[str, Verb] = {
         "serve a checkpoint: OpenAI-compatible API and a chat page",
         _serve,
         "the server has stopped; unfinished answers are cut off",
+    ),
+    "audio": Verb(
+        "speech: encode, decode, transcribe, speak, chat, corpora, and a demo that trains on real speech",
+        _audio,
+        "finished files are kept, and the same command of a training run or demo resumes",
     ),
     "convert": Verb(
         "rewrite a checkpoint in another dtype or layout",
