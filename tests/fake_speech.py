@@ -70,7 +70,9 @@ class FakeSpeech:
                     yield SpeechEvent(waveform=tone(PATCH / RATE), num_tokens=1)
             case ChatWork():
                 said = f"{_texts(work)} and {seconds_of(work):.2f} seconds"
-                for event in _words("<think>Hm.</think>" + said if work.thinks else said):
+                if work.thinks:
+                    yield SpeechEvent(reasoning="Hm.", num_tokens=1)
+                for event in _words(said):
                     if work.output != "audio":
                         yield event
                     if work.output != "text":

@@ -115,27 +115,29 @@ class SpeechEvent:
 
     Attributes:
         text: New text.
+        reasoning: New text of thoughts.
         waveform: New samples at the model's rate, float32.
         finish_reason: "" while the reply goes on, then "stop" or "length".
         num_tokens: New tokens of text and new patches of sound.
     """
 
     text: str = ""
+    reasoning: str = ""
     waveform: np.ndarray | None = None
     finish_reason: str = ""
     num_tokens: int = 0
 
 
 class SpeechModel(Protocol):
-    """A model of text and sound. `events` and what it returns are called in one thread.
+    """A model of text and sound. `events` and what it returns are called in one thread."""
 
-    Attributes:
-        sample_rate: Of the sound that it generates.
-        voices: Names of its voices; empty if it has one.
-    """
+    @property
+    def sample_rate(self) -> int:
+        """Samples per second of the sound that it generates."""
 
-    sample_rate: int
-    voices: Sequence[str]
+    @property
+    def voices(self) -> Sequence[str]:
+        """Names of its voices; empty if it has one."""
 
     def check(self, work: SpeechWork) -> None:
         """Raise UserError if the work can never be done. Must be thread-safe."""
@@ -171,17 +173,19 @@ class SpeechDelta(Delta):
     """The output of one event of a speech model.
 
     Attributes:
+        reasoning: New text of thoughts.
         waveform: New samples.
         num_tokens: New tokens of text and new patches of sound.
     """
 
+    reasoning: str = ""
     waveform: np.ndarray | None = None
     num_tokens: int = 0
 
     @property
     def has_output(self) -> bool:
         """Whether the delta adds to the reply."""
-        return bool(self.text) or self.waveform is not None
+        return bool(self.text or self.reasoning) or self.waveform is not None
 
     @property
     def num_new_tokens(self) -> int:
@@ -257,6 +261,7 @@ class SpeechSteps:
         return SpeechDelta(
             request_id,
             text=event.text,
+            reasoning=event.reasoning,
             finish_reason=event.finish_reason,
             waveform=event.waveform,
             num_tokens=event.num_tokens,

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 from fastapi import Request, Response
 
-from openmimo.data.chat.parser import ChatEvent, ChatParser, ContentText, ReasoningText
 from openmimo.engine.server.backends.speech import (
     ChatWork,
     Clip,
@@ -63,7 +62,7 @@ async def answer_chat(
     service: Service, store: SpeechStore, body: ChatRequest, request: Request, audio_field: str
 ) -> Response:
     """Answer a chat completion with sound, which `audio_field` contains or asks for. Raises ApiError."""
-    backend = speech_backend(service, "Sound in chats", audio_field)
+    backend = speech_backend(service, audio_field, audio_field)
     form = _reply_form(body)
     voice, warnings = check_voice(backend.model.voices, voice_name(body.audio.voice if body.audio else None), "voice")
     _check_options(body)
@@ -182,7 +181,6 @@ class _SpokenReply:
     """One choice, built from its deltas.
 
     Attributes:
-        parser: Splits the text into reasoning and content.
         audio_id: Id of the sound.
         reasoning: The thoughts.
         content: The text, or the transcript of the sound.
@@ -193,7 +191,6 @@ class _SpokenReply:
         num_reasoning_tokens: Those tokens of text that are thoughts.
     """
 
-    parser: ChatParser
     audio_id: str = field(default_factory=new_reply_id)
     reasoning: str = ""
     content: str = ""
@@ -203,32 +200,17 @@ class _SpokenReply:
     num_patches: int = 0
     num_reasoning_tokens: int = 0
 
-    def push(self, delta: SpeechDelta) -> dict[str, str]:
-        """Add a delta. Returns the new reasoning_content and content."""
-        events = self.parser.push(delta.text)
-        if delta.finish_reason:
-            events += self.parser.finish()
-            self.finish_reason = delta.finish_reason
-        new = _texts(events)
-        self.reasoning += new.get("reasoning_content", "")
-        self.content += new.get("content", "")
+    def push(self, delta: SpeechDelta) -> None:
+        """Add a delta."""
+        self.reasoning += delta.reasoning
+        self.content += delta.text
+        self.finish_reason = delta.finish_reason
         if delta.waveform is None:
             self.num_text_tokens += delta.num_tokens
-            self.num_reasoning_tokens += delta.num_tokens if "reasoning_content" in new else 0
+            self.num_reasoning_tokens += delta.num_tokens if delta.reasoning else 0
         else:
             self.pieces.append(delta.waveform)
             self.num_patches += delta.num_tokens
-        return new
-
-
-def _texts(events: Sequence[ChatEvent]) -> dict[str, str]:
-    new: dict[str, str] = {}
-    for one in events:
-        if isinstance(one, ReasoningText):
-            new["reasoning_content"] = new.get("reasoning_content", "") + one.text
-        elif isinstance(one, ContentText):
-            new["content"] = new.get("content", "") + one.text
-    return new
 
 
 class _SpokenChat:
@@ -250,7 +232,7 @@ class _SpokenChat:
         self._body = body
         self._form = form
         self._counts = backend.model.prompt_counts(requests[0].work)
-        self._replies = [_SpokenReply(ChatParser(tools=(), reads_calls=False)) for _ in requests]
+        self._replies = [_SpokenReply() for _ in requests]
         self._envelope = {
             "id": f"chatcmpl-{secrets.token_hex(12)}",
             "created": int(time.time()),
@@ -302,11 +284,11 @@ class _SpokenChat:
             yield self._chunk(index, first | ({"audio": {"id": reply.audio_id, "transcript": ""}} if speaks else {}))
         async for index, delta in speech_deltas(self.generation):
             reply, stream = self._replies[index], streams[index]
-            new = reply.push(delta)
+            reply.push(delta)
             sound = b"" if delta.waveform is None else stream.push(delta.waveform)
             if reply.finish_reason and speaks:
                 sound += stream.finish()
-            if chunk := _delta(new, sound, reply.audio_id if speaks else None):
+            if chunk := _delta(delta, sound, reply.audio_id if speaks else None):
                 yield self._chunk(index, chunk)
             if reply.finish_reason:
                 end = {"audio": {"id": reply.audio_id, "expires_at": self._keep(reply)}} if speaks else {}
@@ -335,16 +317,12 @@ class _SpokenChat:
         }
 
 
-def _delta(new: dict[str, str], sound: bytes, audio_id: str | None) -> dict[str, Any]:
-    """The delta object of a chunk. The content of a spoken reply is the transcript of its sound."""
+def _delta(part: SpeechDelta, sound: bytes, audio_id: str | None) -> dict[str, Any]:
+    """The delta object of a chunk. The text of a spoken reply is the transcript of its sound."""
+    delta: dict[str, Any] = {"reasoning_content": part.reasoning} if part.reasoning else {}
     if audio_id is None:
-        return dict(new)
-    delta: dict[str, Any] = {name: text for name, text in new.items() if name != "content"}
-    audio: dict[str, Any] = {}
-    if "content" in new:
-        audio["transcript"] = new["content"]
+        return delta | ({"content": part.text} if part.text else {})
+    audio: dict[str, Any] = {"transcript": part.text} if part.text else {}
     if sound:
         audio["data"] = base64.b64encode(sound).decode()
-    if audio:
-        delta["audio"] = {"id": audio_id, **audio}
-    return delta
+    return delta | ({"audio": {"id": audio_id, **audio}} if audio else {})
