@@ -109,12 +109,18 @@ def _add_hearing(report: Report, findings: AudioFindings) -> None:
 def _add_speech(report: Report, folder: Path, config: AudioDemoConfig, findings: AudioFindings) -> None:
     speech = findings.speech
     report.heading("Speech")
+    own = speech["own_transcription"]["word_error"]
     report.paragraph(
-        f"Texts of held-out sentences. The judge attributes {speech['attributed']:.0%} of them to the training voice "
-        f"and not to one of {len(speech['similarities'][0]) - 1} others. Similarity of composed recordings of the same "
-        f"texts: {speech['recorded_similarity']:.2f}. Real-time factor {speech['factor']:.2f}, first samples after "
-        f"{1000 * speech['first_samples_seconds']:.0f} ms. Word error of the model's own transcription of its speech, "
-        f"which is no independent judge: {speech['own_transcription']['word_error']:.0%}."
+        f"Texts of held-out sentences. The judge attributes {speech['attributed']:.0%} of them to the training voice: "
+        f"it is the nearest of {len(speech['similarities'][0])} voices, with a similarity above "
+        f"{speech['threshold']:.2f}, the middle between composed recordings of the same texts "
+        f"({speech['recorded_similarity']:.2f}) and recordings of other voices ({speech['other_similarity']:.2f}). "
+        f"Random codes have {speech['random_similarity']:.2f}."
+    )
+    report.paragraph(
+        f"Real-time factor {speech['factor']:.2f}, first samples after "
+        f"{1000 * speech['first_samples_seconds']:.0f} ms. The model transcribes its own speech with a word error of "
+        f"{own:.0%}; it is no independent judge."
     )
     voices = list(speech["similarities"][0])
     report.table(
