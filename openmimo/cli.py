@@ -384,9 +384,14 @@ def _audit(arguments: list[str]) -> None:
         return model, quantized, tensors
 
     model, quantized, tensors = parse(options, arguments, "openmimo audit")
+    from openmimo.model.audio.audit import audit_audio, is_audio_model, print_audio_audit
+    from openmimo.model.audio.language_config import audio_model_config
     from openmimo.model.audit import audit, print_audit
     from openmimo.model.presets import model_config
 
+    if is_audio_model(model):
+        print_audio_audit(audit_audio(audio_model_config(model)), list_tensors=tensors)
+        return
     print_audit(audit(model_config(model), quantized=quantized), list_tensors=tensors)
 
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from openmimo.core.errors import CheckpointError, ConfigError
 from openmimo.data.tokenizer import Tokenizer
+from openmimo.model.audio.audit import audit_audio, is_audio_model
 from openmimo.model.audio.context import StepContext
 from openmimo.model.audio.language import AudioLanguageModel, load_audio_model, save_audio_model
 from openmimo.model.audio.language_config import (
@@ -20,6 +21,7 @@ from openmimo.model.audio.language_config import (
 )
 from openmimo.model.audio.sequence import ALL_SPECIAL_TOKENS, AudioPart, SequenceBuilder, SpeechPart, TextPart
 from openmimo.model.context import PackedContext
+from openmimo.model.hf import load_model
 
 PRESETS = ["tiny_audio", "tiny_audio_hybrid"]
 
@@ -195,16 +197,19 @@ def test_a_folder_that_does_not_fit_is_refused(tmp_path):
 
 
 def test_the_released_model_has_396_million_parameters_besides_the_text_model():
-    with torch.device("meta"):
-        model = AudioLanguageModel(mimo_audio_7b())
-    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    extra = sum(size for name, size in sizes.items() if not name.startswith(("model.", "lm_head.")))
-    assert extra == 395_968_512
-    assert sum(sizes.values()) - extra == 7_622_619_136
-    assert {name.split(".")[0] for name in sizes} == {
+    result = audit_audio(mimo_audio_7b())
+    assert (result.backbone, result.extra) == (7_622_619_136, 395_968_512)
+    assert {name.split(".")[0] for name in result.shapes} == {
         "model", "lm_head", "input_local_transformer", "speech_group_downcast", "speech_embeddings",
         "hidden_states_downcast", "local_transformer", "local_transformer_lm_heads",
     }  # fmt: skip
+
+
+def test_the_loader_of_text_models_names_the_right_one(tmp_path):
+    save_audio_model(model_of("tiny_audio"), tmp_path / "model")
+    assert is_audio_model(str(tmp_path / "model"))
+    with pytest.raises(ConfigError, match="audio language model; load it with"):
+        load_model(tmp_path / "model")
 
 
 RELEASED = {

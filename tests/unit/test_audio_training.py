@@ -26,6 +26,7 @@ from openmimo.model.audio.sequence import (
 )
 from openmimo.model.audio.tokenizer import AudioTokenizer, preset, save_audio_tokenizer
 from openmimo.model.context import PackedContext
+from openmimo.train.audio import run
 from openmimo.train.audio.config import AudioPhase, AudioTrainConfig, audio_rows
 from openmimo.train.audio.loader import AudioLoader
 from openmimo.train.audio.loss import LossWeights, audio_loss, targets
@@ -147,6 +148,7 @@ def run_config(data, folder, *, steps=4, model="tiny_audio"):
 
 
 def test_an_interrupted_run_ends_as_an_uninterrupted_one(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "write_report", lambda folder: (folder / "report.html").write_text(""))  # plots are slow
     rates = {}
     scale_rates = AudioTrainer._scale_rates
 
@@ -199,6 +201,7 @@ def test_a_model_learns_to_transcribe_its_clips(data, tmp_path, name):
     assert hits >= 11
 
 
+@pytest.mark.slow
 def test_a_text_model_becomes_the_backbone(data, tmp_path):
     from openmimo.model.hf import save_model
     from openmimo.model.mimo import MiMo
