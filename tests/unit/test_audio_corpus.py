@@ -87,7 +87,7 @@ def test_a_corpus_has_clips_sentences_splits_and_rows(written):
     assert len(rows) == 2 * len(written.select("train", with_text=True))
     transcribe, speak = rows[:2]
     clip = written.select("train", with_text=True)[0]
-    assert transcribe[0]["content"][0] == {"type": "audio", "audio": clip.audio}
+    assert transcribe[0]["content"][1] == {"type": "audio", "audio": clip.audio}
     assert transcribe[1] == {"role": "assistant", "thinking": False, "content": [{"type": "text", "text": clip.text}]}
     assert [part["type"] for part in speak[1]["content"]] == ["text", "audio"]
 

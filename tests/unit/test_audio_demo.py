@@ -12,13 +12,12 @@ from tiny_audio_checkpoint import save_tiny_audio_checkpoint
 
 from openmimo.core.config import from_dict, to_dict
 from openmimo.core.errors import ConfigError
-from openmimo.data.audio.corpus import SPEAK, TRANSCRIBE, Clip, Corpus, speech, transcription
+from openmimo.data.audio.corpus import SPEAK, Clip, Corpus, speech, transcription
 from openmimo.data.audio.files import write_audio
 from openmimo.demo.audio import measure, story
 from openmimo.demo.audio.config import AudioDemoConfig
 from openmimo.demo.audio.page import AudioFindings, write_page
-from openmimo.engine.audio.engine import speech_request
-from openmimo.model.audio import conversation
+from openmimo.engine.audio.engine import AudioEngine, speech_request
 from recipes import audio_demo
 
 pytest.importorskip("soundfile", reason="the extra audio is not installed")
@@ -26,11 +25,11 @@ pytest.importorskip("soxr", reason="the extra audio is not installed")
 
 
 class StubJudge:
-    """Embeds a recording as its level by thirds."""
+    """Embeds a recording as its level and its length."""
 
     def embed(self, samples_S, sample_rate):
-        levels = np.array([np.abs(part).mean() + 1e-6 for part in np.array_split(samples_S, 3)])
-        return levels / np.linalg.norm(levels)
+        features = np.array([np.abs(samples_S).mean() + 1e-6, len(samples_S) / sample_rate])
+        return features / np.linalg.norm(features)
 
     def voice(self, recordings, sample_rate):
         mean = np.mean([self.embed(samples, sample_rate) for samples in recordings], axis=0)
@@ -57,10 +56,15 @@ def corpus_of(folder: Path) -> Corpus:
 def test_rows_ask_as_the_engine_does():
     """What the model is trained to answer is what `AudioEngine.transcribe` and `speak` ask."""
     clip = Clip("a.wav", "one two", "allison", 1.0, "train")
-    assert TRANSCRIBE == conversation.TRANSCRIBE
+    engine, asked = AudioEngine.__new__(AudioEngine), []
+    engine.generate = lambda prompt, params: asked.append((prompt, params.thinking)) or []
+    engine.transcribe("a.wav", 24_000)
+    request, reply = transcription(clip)
+    request["content"][1]["audio"] = {"waveform": "a.wav", "sample_rate": 24_000}
+    assert asked == [([request], reply["thinking"])]
     assert speech(clip)[0]["content"][0]["text"] == f"{SPEAK}one two"
+    assert speech(clip)[1]["thinking"] == AudioParams().thinking
     assert speech_request("one two", None, None) == [{"role": "user", "content": f"{SPEAK}one two"}]
-    assert [part["type"] for part in transcription(clip)[0]["content"]] == ["audio", "text"]
 
 
 def test_the_recipe_survives_its_file():
@@ -105,6 +109,7 @@ def test_measurements_and_page_of_a_model_with_random_weights(tmp_path, monkeypa
     assert set(spoken["similarities"][0]) == {"allison", "cards"}
     rows = [{"step": step, "loss/mel": 1.0 / step} for step in (1, 2)]
     (tmp_path / "tokenizer" / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    shutil.copy(tmp_path / "tokenizer" / "metrics.jsonl", tmp_path / "language")
     monkeypatch.setattr("openmimo.demo.audio.page.add_training_figures", lambda report, rows: None)
     config = audio_demo.demo()
     config = replace(

@@ -140,7 +140,7 @@ def is_held_out(text: str, share: float) -> bool:
 def transcription(clip: Clip) -> list[dict[str, Any]]:
     """The conversation that transcribes a clip, in the format of MiMo-Audio-Training."""
     return [
-        {"role": "user", "content": [{"type": "audio", "audio": clip.audio}, {"type": "text", "text": TRANSCRIBE}]},
+        {"role": "user", "content": [{"type": "text", "text": TRANSCRIBE}, {"type": "audio", "audio": clip.audio}]},
         {"role": "assistant", "thinking": False, "content": [{"type": "text", "text": clip.text}]},
     ]
 
@@ -151,7 +151,7 @@ def speech(clip: Clip) -> list[dict[str, Any]]:
         {"role": "user", "content": [{"type": "text", "text": f"{SPEAK}{clip.text}"}]},
         {
             "role": "assistant",
-            "thinking": None,
+            "thinking": False,
             "content": [{"type": "text", "text": clip.text}, {"type": "audio", "audio": clip.audio}],
         },
     ]
