@@ -16,7 +16,8 @@ PACKAGE = ROOT / "openmimo"
 # Imports go downwards only; folders of one level never import each other (docs/decisions, ARCHITECTURE.md).
 LEVELS = {
     "core": 0, "runtime": 1, "arguments": 1, "short_help": 1, "kernels": 2, "data": 2, "model": 3, "parallel": 4,
-    "train": 5, "engine": 5, "rl": 6, "evals": 6, "demo": 7, "own_data": 7, "cli": 8,
+    "train": 5, "engine": 5, "rl": 6, "evals": 6, "demo": 7, "own_data": 7, "audio_commands": 8,
+    "cli": 9,
 }  # fmt: skip
 TORCH_FREE = ["openmimo", "openmimo.cli", "openmimo.train.config", "openmimo.model.config",
               "openmimo.model.presets", "openmimo.model.audio.config", "openmimo.model.audio.language_config",

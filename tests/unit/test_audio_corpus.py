@@ -13,7 +13,8 @@ import pytest
 from openmimo.core import files as corpus_files
 from openmimo.core.errors import DataError
 from openmimo.data.audio import corpus, debian, words
-from openmimo.data.audio.corpus import CorpusConfig, is_held_out, read_corpus, write_corpus
+from openmimo.data.audio.config import CorpusConfig
+from openmimo.data.audio.corpus import is_held_out, read_corpus, write_corpus
 from openmimo.data.audio.files import read_audio, write_audio
 from openmimo.data.audio.words import compose, spoken_words
 
@@ -52,6 +53,9 @@ def recordings(tmp_path_factory):
         tone = 0.3 * np.sin(2 * np.pi * (300 + 10 * number) * np.arange(2400) / 24_000)
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         soundfile.write(folder / f"{name}.wav", np.concatenate([np.zeros(1200), tone, np.zeros(1200)]), 24_000)
+    (folder / "sentences").mkdir()
+    for number in range(9):
+        soundfile.write(folder / "sentences" / f"{number}.wav", np.full(240, 0.1), 24_000)
     (folder / "goodbye.txt").write_text("Goodbye then.\n")
     soundfile.write(folder / "long.wav", np.zeros(4 * 24_000), 24_000)
     (folder / "broken.wav").write_text("no audio")
@@ -70,11 +74,13 @@ def written(recordings):
 def test_a_corpus_has_clips_sentences_splits_and_rows(written):
     assert read_corpus(written.folder).clips == written.clips
     assert len(written.select("train", composed=True)) == 20
-    assert len(written.select("heldout", composed=True)) == 2
+    assert len(written.select("heldout", composed=True)) == 1
     assert [name in note for name, note in zip(("broken.wav", "long.wav"), written.notes, strict=True)] == [True, True]
     for clip in written.clips:
-        key = clip.text if clip.is_composed else clip.audio.removeprefix("clips/own/").removesuffix(".wav")
-        assert (clip.split == "heldout") == is_held_out(key, 0.1)
+        name = clip.audio.removeprefix("clips/own/").removesuffix(".wav")
+        held_out = is_held_out(clip.text if clip.is_composed else name, 0.1) and name not in spoken_words()
+        assert (clip.split == "heldout") == held_out
+    assert [clip.audio for clip in written.select("heldout", composed=False)] == ["clips/own/sentences/8.wav"]
     held_out = {clip.text for clip in written.select("heldout", composed=True)}
     assert not held_out & {clip.text for clip in written.select("train")}
     rows = [json.loads(line) for line in (written.folder / "train.jsonl").read_text().splitlines()]

@@ -133,7 +133,7 @@ def test_values_beyond_full_scale_are_clipped_and_not_wrapped(tmp_path):
 
 
 def test_the_name_of_a_written_file_says_its_format(tmp_path):
-    with pytest.raises(ConfigError, match=r"tone.aiff must end in one of .wav, .flac, .ogg, .mp3"):
+    with pytest.raises(ConfigError, match=r"tone.aiff must end in one of .wav, .flac, .ogg, .opus, .mp3"):
         write_audio(tmp_path / "tone.aiff", tone())
 
 

@@ -6,29 +6,31 @@
     FOLDER/composed/NAME.flac     sentences composed of recordings of words
     FOLDER/LICENSES.txt
 
-A clip is held out by a hash of its name, and a composed sentence by a hash of its text, so that no text of the held-out
-rows occurs in a composed sentence of the training rows. Clips of other voices are never trained on.
+A clip is held out by a hash of its name, and a composed sentence by a hash of its text. The recordings of words are
+never held out, so no part of a held-out recording is in a training sentence, and held-out sentences are new sequences
+of known words. Clips of other voices are never trained on.
 """
 
 import hashlib
 import json
 import random
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from openmimo.core.errors import ConfigError, DataError
+from openmimo.core.errors import DataError
 from openmimo.core.files import read_text, write_text_atomic
+from openmimo.data.audio.config import CorpusConfig
 from openmimo.data.audio.debian import OTHER_VOICES, PROMPTS, fetch
 from openmimo.data.audio.files import SAMPLE_RATE, optional_module, read_audio, resample, write_audio
 from openmimo.data.audio.words import compose, spoken_words
 
 TRAINING_VOICE = "allison"
-TRANSCRIBE = "Transcribe the following voice message."
-SPEAK = "Please read the following text aloud: "
+TRANSCRIBE = "Transcribe this audio file."
+SPEAK = "Please convert this text to speech: "
 ENDINGS = (".wav", ".flac", ".ogg", ".mp3", ".g722")
 
 _G722_RATE = 16_000
@@ -58,33 +60,6 @@ class Clip:
     seconds: float
     split: Split
     is_composed: bool = False
-
-
-@dataclass(frozen=True)
-class CorpusConfig:
-    """Write a speech corpus: Debian's telephone prompts, or recordings of your own.
-
-    Attributes:
-        sounds: A folder with recordings of your own (wav, flac, ogg, mp3, g722), each with its words in a file of the
-            same name that ends in .txt. Default: the prompts of Debian's asterisk-core-sounds-en-g722, one voice.
-        transcripts: A file with a line "name: words" for each recording (core-sounds-en.txt of Asterisk's archive has
-            this form). Default for the prompts: the words of files whose name determines them.
-        composed: Number of sentences composed of the recordings of words, for training; a tenth of it is held out.
-        held_out: Share of clips and sentences that are held out.
-        max_seconds: Longest recording.
-        seed: Seed of the composed sentences.
-    """
-
-    sounds: str | None = None
-    transcripts: str | None = None
-    composed: int = 800
-    held_out: float = 0.1
-    max_seconds: float = 60.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not 0 < self.held_out < 1 or self.composed < 0 or self.max_seconds <= 0:
-            raise ConfigError("held_out must lie between 0 and 1, composed be at least 0, and max_seconds above 0.")
 
 
 @dataclass(frozen=True)
@@ -125,12 +100,14 @@ def write_corpus(folder: Path, config: CorpusConfig, cache: Path) -> Corpus:
         DataError: There are no recordings, or they cannot be read.
     """
     if config.sounds is None:
-        sounds = [_Sounds(fetch(PROMPTS, cache), TRAINING_VOICE, spoken_words(), PROMPTS.license)]
+        words = spoken_words()
+        sounds = [_Sounds(fetch(PROMPTS, cache), TRAINING_VOICE, PROMPTS.license, words, words)]
         sounds += _other_voices(fetch(OTHER_VOICES, cache))
     else:
         own = Path(config.sounds)
         are_prompts = (own / "digits").is_dir() and (own / "phonetic").is_dir()
-        sounds = [_Sounds(own, "own", spoken_words() if are_prompts else {}, "Recordings of your own.")]
+        words = spoken_words() if are_prompts else {}
+        sounds = [_Sounds(own, "own", "Recordings of your own.", words, words)]
     if config.transcripts is not None:
         sounds[0] = replace(sounds[0], texts=sounds[0].texts | _read_transcripts(Path(config.transcripts)))
     clips: list[Clip] = []
@@ -185,12 +162,21 @@ def speech(clip: Clip) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class _Sounds:
-    """A folder of recordings of one voice, with the words of some of them by path without ending."""
+    """A folder of recordings of one voice.
+
+    Attributes:
+        folder: The folder.
+        voice: Name of the voice.
+        license: Who recorded it, and the license.
+        texts: What is said in some of the recordings, by path without ending.
+        words: Recordings of words of which sentences are composed; not empty for telephone prompts.
+    """
 
     folder: Path
     voice: str
-    texts: dict[str, str]
     license: str
+    texts: dict[str, str]
+    words: dict[str, str] = field(default_factory=dict)
 
 
 def _other_voices(folder: Path) -> list[_Sounds]:
@@ -201,7 +187,7 @@ def _other_voices(folder: Path) -> list[_Sounds]:
         for line in read_text(folder / name, DataError).splitlines():
             words, _, key = line.rpartition("(")
             texts[key.rstrip(")")] = words.replace("<s>", "").replace("</s>", "").strip()
-        found.append(_Sounds(folder / voice, voice, texts, OTHER_VOICES.license))
+        found.append(_Sounds(folder / voice, voice, OTHER_VOICES.license, texts))
     return found
 
 
@@ -227,7 +213,7 @@ def _write_clips(
     paths = sorted(path for path in sounds.folder.rglob("*") if path.suffix.lower() in ENDINGS and path.is_file())
     for path in paths:
         name = path.relative_to(sounds.folder).with_suffix("").as_posix()
-        if sounds.texts and name.startswith(_NO_SPEECH):
+        if sounds.words and name.startswith(_NO_SPEECH):
             continue
         try:
             samples = _read_sound(path, config.max_seconds)
@@ -236,7 +222,8 @@ def _write_clips(
             continue
         target = Path("clips") / sounds.voice / f"{name}.wav"
         write_audio(folder / target, samples)
-        split: Split = "other" if is_other else ("heldout" if is_held_out(name, config.held_out) else "train")
+        is_kept = name in sounds.words or not is_held_out(name, config.held_out)
+        split: Split = "other" if is_other else ("train" if is_kept else "heldout")
         yield Clip(
             target.as_posix(), _text_of(path, name, sounds), sounds.voice, len(samples) / SAMPLE_RATE, split
         )  # fmt: skip
@@ -265,7 +252,7 @@ def _read_sound(path: Path, max_seconds: float) -> np.ndarray:
 
 
 def _write_composed(folder: Path, clips: Iterable[Clip], sounds: _Sounds, config: CorpusConfig) -> list[Clip]:
-    """Writes sentences composed of the recordings of words: `composed` for training, and a tenth of it held out.
+    """Writes sentences composed of the recordings of words: `composed` for training, and a twentieth of it held out.
 
     None if the recordings are not those of a telephone system, which has all words of the sentences.
     """
@@ -274,7 +261,7 @@ def _write_composed(folder: Path, clips: Iterable[Clip], sounds: _Sounds, config
         return []
     composed: list[Clip] = []
     source = random.Random(config.seed)
-    wanted: dict[Split, int] = {"train": config.composed, "heldout": config.composed // 10}
+    wanted: dict[Split, int] = {"train": config.composed, "heldout": config.composed // 20}
     seen: set[str] = set()
     while any(wanted.values()):
         parts = compose(source)
@@ -292,16 +279,12 @@ def _write_composed(folder: Path, clips: Iterable[Clip], sounds: _Sounds, config
 
 
 def _recorded_words(folder: Path, clips: Iterable[Clip], sounds: _Sounds) -> dict[str, list[np.ndarray]]:
-    """The recordings of each word without silence at both ends.
-
-    Those of held-out clips are among them, since most words have one recording only.
-    """
+    """The recordings of each word without silence at both ends."""
     found: dict[str, list[np.ndarray]] = {}
-    names = spoken_words() if sounds.texts else {}
     for clip in clips:
         name = clip.audio.removeprefix(f"clips/{sounds.voice}/").removesuffix(".wav")
-        if clip.voice == sounds.voice and name in names:
-            found.setdefault(names[name], []).append(_trimmed(read_audio(folder / clip.audio).samples_S))
+        if clip.voice == sounds.voice and name in sounds.words:
+            found.setdefault(sounds.words[name], []).append(_trimmed(read_audio(folder / clip.audio).samples_S))
     return found
 
 

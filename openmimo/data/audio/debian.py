@@ -58,8 +58,8 @@ OTHER_VOICES = Package(
     "eaeb7a01d54f20b799d1a81ef110ec544b2cb47ea006614078220737a33019f0",
     1_822_580,
     "usr/share/pocketsphinx/test/data",
-    "Test data of PocketSphinx, 16 kHz: Carnegie Mellon University, BSD 2-clause. Its recordings of LibriVox are in the "
-    "public domain.",
+    "Test data of PocketSphinx, 16 kHz: Carnegie Mellon University, BSD 2-clause. Its recordings of LibriVox are in "
+    "the public domain.",
 )
 
 

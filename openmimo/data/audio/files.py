@@ -22,7 +22,10 @@ SAMPLE_RATE = 24_000
 """Samples per second of MiMo-Audio's tokenizer."""
 MAX_SECONDS = 1800.0
 """Longest recording that is read by default; `max_audio_seconds` of the released tokenizer."""
-FORMATS = {".wav": ("WAV", "PCM_16"), ".flac": ("FLAC", "PCM_16"), ".ogg": ("OGG", "VORBIS"), ".mp3": ("MP3", None)}
+FORMATS = {
+    ".wav": ("WAV", "PCM_16"), ".flac": ("FLAC", "PCM_16"), ".ogg": ("OGG", "VORBIS"), ".opus": ("OGG", "OPUS"),
+    ".mp3": ("MP3", None),
+}  # fmt: skip
 """Formats that are written, by the ending of the file's name."""
 
 _RATES = range(4_000, 384_001)

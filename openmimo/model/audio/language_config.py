@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from openmimo.core.errors import ConfigError
+from openmimo.core.errors import ConfigError, UserError
 from openmimo.core.fields import Bounds, check_fields
 from openmimo.core.files import file_in_folder, read_json, read_known_keys
 from openmimo.model.attention import AttentionConfig, RopeTheta, Size, is_global
@@ -263,6 +263,15 @@ _INERT = {
 }  # fmt: skip
 _QWEN2_INERT = {"sliding_window", "use_mrope", "layer_types"}
 _PUBLIC_HEAD_DIM = 128  # of the public config class
+
+
+def is_audio_folder(path: str | Path) -> bool:
+    """Return whether the `config.json` of a folder describes an audio language model. False if it cannot be read."""
+    try:
+        values = read_json(Path(path) / "config.json")
+    except UserError:
+        return False
+    return isinstance(values, dict) and ARCHITECTURE in (values.get("architectures") or ())
 
 
 def audio_config_from_hf(values: dict[str, Any], *, where: str = "config.json") -> AudioModelConfig:
