@@ -25,6 +25,7 @@ from openmimo.model.audio.sequence import (
     packed,
 )
 from openmimo.model.audio.tokenizer import AudioTokenizer, preset, save_audio_tokenizer
+from openmimo.model.config import training_flops_per_token
 from openmimo.model.context import PackedContext
 from openmimo.train.audio import run
 from openmimo.train.audio.config import AudioPhase, AudioTrainConfig, audio_rows
@@ -177,6 +178,8 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(data, tmp_path, monkeyp
     metrics = read_metrics(tmp_path / "whole" / "metrics.jsonl")
     assert {"validation/main", "validation/codebook_7"} <= metrics[0].keys()
     assert {"loss/main", "loss/codebook_0", "lr"} <= metrics[1].keys()
+    backbone = training_flops_per_token(load_audio_model(whole).config, 100) * metrics[1]["tokens"]
+    assert backbone < metrics[1]["flops"] < 10 * backbone  # the local transformers count
     events = list(AudioEngine(whole).generate([{"role": "user", "content": "hello"}], AudioParams(max_tokens=2)))
     assert events[-1].finish_reason is not None
     assert train_audio(run_config(data, tmp_path / "whole"), console=QUIET) == whole  # it is finished
