@@ -211,8 +211,7 @@ def test_a_text_model_becomes_the_backbone(data, tmp_path):
 
     text = MiMo(replace(audio_model_config("tiny_audio_hybrid").backbone, vocab_size=400))
     text.initialize(torch.Generator().manual_seed(5))
-    tokens = Tokenizer.train(["hello world"] * 3, 320, ALL_SPECIAL_TOKENS)
-    save_model(text, tmp_path / "text", tokenizer=tokens)
+    save_model(text, tmp_path / "text", tokenizer=Tokenizer.train(["hello world"] * 3, 320))
     config = replace(run_config(data, tmp_path / "run", steps=1), model=None, init_from=str(tmp_path / "text"))
     stage = replace(config.stages[0], learning_rate=1e-9, end_learning_rate=0.0, encoder_learning_rate=None)
     model = load_audio_model(train_audio(replace(config, stages=(stage,)), console=QUIET))
