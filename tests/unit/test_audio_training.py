@@ -299,3 +299,7 @@ def test_phases_without_sense_are_refused(data):
         replace(stage, text_weight=0.0, codebook_weights=(0.0,) * 8)
     with pytest.raises(ConfigError, match="'audio_rows'"):
         replace(stage, mixture=MixtureConfig((SourceConfig("python_stdlib"),)))
+    with pytest.raises(ConfigError, match="no MTP heads"):
+        replace(stage, mtp_weight=0.1)
+    with pytest.raises(ConfigError, match="loader_workers has no effect"):
+        replace(run_config(data, "unused"), loader_workers=2)
