@@ -108,6 +108,21 @@ def test_speech_follows_the_given_text_and_streams(engine):
     assert not np.array_equal(again[:20], other[:20])
 
 
+def test_speech_with_an_instruction_and_in_a_voice(engine, monkeypatch):
+    prompts = []
+    real = engine.builder.build
+    monkeypatch.setattr(engine.builder, "build", lambda parts: prompts.append(real(parts)) or prompts[-1])
+    plain, styled, voiced = (
+        next(engine.speak(" hello", **options, params=AudioParams(max_tokens=8)))
+        for options in ({}, {"instruction": "slowly"}, {"voice": speech(), "instruction": "slowly"})
+    )
+    assert len(plain) and len(styled) and len(voiced)
+    texts = [engine.tokenizer.decode(prompt.text_ids_T.tolist()) for prompt in prompts]
+    assert "slowly" not in texts[0]
+    assert all(text.count("hello(slowly)") == 1 and text.startswith("system\n") for text in texts[1:])
+    assert [int(prompt.is_patch_T.sum()) for prompt in prompts] == [0, 0, 4]  # 30 samples are 15 frames
+
+
 def test_the_parts_of_a_reply_join_to_the_samples_of_its_codes(engine, monkeypatch):
     generated = []
     real = engine.model.generate_patch
