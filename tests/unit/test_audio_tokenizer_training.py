@@ -10,19 +10,21 @@ from rich.console import Console
 
 from openmimo.core.errors import ConfigError, Interrupted
 from openmimo.model.audio.config import AudioTokenizerConfig, StackConfig, preset
-from openmimo.model.audio.tokenizer import AudioTokenizer
+from openmimo.model.audio.tokenizer import AudioTokenizer, load_audio_tokenizer
+from openmimo.train.audio.tokenizer import run as run_module
 from openmimo.train.audio.tokenizer import trainer as trainer_module
 from openmimo.train.audio.tokenizer.clips import Clip, fixed_segments, random_segments
 from openmimo.train.audio.tokenizer.config import (
-    AudioPhase,
     AudioTokenizerTrainConfig,
     DiscriminatorConfig,
     LossWeights,
     QuantizerTraining,
     TextModelConfig,
+    TokenizerPhase,
 )
 from openmimo.train.audio.tokenizer.discriminators import Discriminators
 from openmimo.train.audio.tokenizer.losses import MultiScaleMel, adversarial_loss, discriminator_loss, feature_loss
+from openmimo.train.audio.tokenizer.run import train_tokenizer
 from openmimo.train.audio.tokenizer.text import TextModel
 from openmimo.train.audio.tokenizer.trainer import Trainer
 from openmimo.train.config import CheckpointConfig
@@ -48,7 +50,7 @@ def synthetic_clips(count: int, *, seconds: float = 0.2) -> list[Clip]:
 
 
 def run_config(folder, **changes) -> AudioTokenizerTrainConfig:
-    phase = AudioPhase(
+    phase = TokenizerPhase(
         name="first", kind="reconstruction", steps=4, batch_size=2, segment_seconds=0.2, learning_rate=1e-3,
         end_learning_rate=1e-4, weights=LossWeights(coarse_mel=1.0, text=1.0),
     )  # fmt: skip
@@ -152,6 +154,27 @@ def test_a_step_that_is_not_finite_changes_nothing(tmp_path, monkeypatch):
     trainer.run(stop_after_step=3)
     for name, tensor in trainer.modules.state_dict().items():
         assert torch.equal(tensor, before[name]), name
+
+
+@pytest.mark.slow
+def test_a_run_ends_with_a_tokenizer_and_a_report_and_is_not_repeated(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_module, "open_clips", lambda corpus, split, rate: synthetic_clips(4))
+    monkeypatch.setattr(run_module, "preset", lambda name: _SHAPE)
+    config = run_config(tmp_path / "run")
+    folder = train_tokenizer(config, console=Console(quiet=True))
+    loaded = load_audio_tokenizer(folder)
+    assert loaded.config == _SHAPE
+    report = (tmp_path / "run" / "report.html").read_text()
+    assert report.count("<img") == 3 and "perplexity" in report
+    weights = (folder / "model.safetensors").read_bytes()
+    before = (folder / "model.safetensors").stat().st_mtime_ns
+    assert train_tokenizer(config, console=Console(quiet=True)) == folder
+    assert (folder / "model.safetensors").stat().st_mtime_ns == before
+    with pytest.raises(ConfigError, match="seed was 0 and is now 1"):
+        train_tokenizer(replace(config, seed=1), console=Console(quiet=True))
+    from_ours = replace(config, run_folder=str(tmp_path / "again"), tokenizer=None, init_from=str(folder))
+    train_tokenizer(from_ours, console=Console(quiet=True))
+    assert (folder / "model.safetensors").read_bytes() == weights
 
 
 @pytest.mark.slow
