@@ -1,6 +1,7 @@
 """The public code of MiMo-Audio as a test oracle. It is never part of this package.
 
-The environment variable OPENMIMO_MIMO_AUDIO_SOURCE names a clone of github.com/XiaomiMiMo/MiMo-Audio, bare or not.
+The environment variable OPENMIMO_MIMO_AUDIO_SOURCE names a clone of github.com/XiaomiMiMo/MiMo-Audio, bare or not, or the
+folder `src` of one.
 """
 
 import os
@@ -19,8 +20,9 @@ def public_text(path: str) -> str:
     if not os.environ.get(VARIABLE):
         pytest.skip(f"{VARIABLE} does not name a clone of github.com/XiaomiMiMo/MiMo-Audio")
     folder = Path(os.environ[VARIABLE])
-    if (folder / path).is_file():
-        return (folder / path).read_text()
+    for parent in (folder, folder.parent):
+        if (parent / path).is_file():
+            return (parent / path).read_text()
     command = ["git", "--git-dir", str(folder), "show", f"HEAD:{path}"]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 

@@ -8,9 +8,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from openmimo.core.files import read_json
 from openmimo.model.audio.language import AudioLanguageModel
-from openmimo.model.audio.language_config import AUDIO_PRESETS, AudioModelConfig
+from openmimo.model.audio.language_config import AUDIO_PRESETS, AudioModelConfig, is_audio_folder
 from openmimo.model.hf import slots
 
 _BACKBONE = ("model.", "lm_head.")
@@ -34,11 +33,7 @@ class AudioAudit:
 def is_audio_model(name_or_path: str) -> bool:
     """Return whether a name is a preset of an audio language model, or a path leads to the config of one."""
     path = Path(name_or_path)
-    path = path / "config.json" if path.is_dir() else path
-    if name_or_path in AUDIO_PRESETS or path.suffix != ".json" or not path.is_file():
-        return name_or_path in AUDIO_PRESETS
-    values = read_json(path)
-    return isinstance(values, dict) and "speech_vocab_size" in values
+    return name_or_path in AUDIO_PRESETS or is_audio_folder(path.parent if path.name == "config.json" else path)
 
 
 def audit_audio(config: AudioModelConfig) -> AudioAudit:
