@@ -24,7 +24,7 @@ CORPUS = "runs/audio/corpus"
 def tokenizer() -> AudioTokenizerTrainConfig:
     """The tokenizer of `audio_tokenizer:tiny` in fewer steps."""
     config = audio_tokenizer.tiny()
-    stages = (replace(stage, steps=steps) for stage, steps in zip(config.stages, (1000, 150), strict=True))
+    stages = (replace(stage, steps=steps) for stage, steps in zip(config.stages, (700, 70), strict=True))
     return replace(config, corpus=CORPUS, stages=tuple(stages))
 
 

@@ -17,7 +17,7 @@ from openmimo.data.audio.files import write_audio
 from openmimo.demo.audio import measure, story
 from openmimo.demo.audio.config import AudioDemoConfig
 from openmimo.demo.audio.page import AudioFindings, write_page
-from openmimo.engine.audio.engine import AudioEngine, speech_request
+from openmimo.engine.audio.engine import AudioEngine, AudioParams, speech_request
 from recipes import audio_demo
 
 pytest.importorskip("soundfile", reason="the extra audio is not installed")

@@ -88,7 +88,7 @@ class QuantizerTraining:
         start_step: Steps before the codebooks exist; the decoder then gets the encoder's states.
         start_batches: Batches whose states are the vectors of the k-means initialization.
         iterations: Iterations of k-means.
-        decay: Decay of the entries' moving averages over batches. A lower one lets the entries follow states that change
+        decay: Decay of the entries' moving averages over batches. A low one lets the entries follow states that change
             fast; the last 1 / (1 - decay) batches should hold several states for each entry.
         partial: Share of the segments that are decoded from a random number of codebooks instead of all, so that the
             first codebooks are useful alone.
@@ -110,7 +110,7 @@ class TextModelConfig:
 
     Attributes:
         dim: Model dim.
-        num_layers: Layers.
+        num_layers: Number of layers.
         num_heads: Attention heads.
         max_bytes: Longer transcripts are left out.
     """
