@@ -19,7 +19,7 @@ import shutil
 import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from openmimo.core.errors import CheckpointError, ConfigError, UserError
 from openmimo.core.fields import checked, field_types, required_fields, shortened, unknown_key_message
@@ -39,13 +39,24 @@ def write_text_atomic(path: Path, text: str) -> None:
     Raises:
         OSError: The file cannot be written. The error names it, and an existing file is unchanged.
     """
+    with new_file_atomic(path) as file:
+        file.write(text.encode("utf-8"))
+
+
+@contextlib.contextmanager
+def new_file_atomic(path: Path) -> Iterator[BinaryIO]:
+    """Yield an empty temporary file. It is renamed to `path` if the block succeeds, and deleted if the block fails.
+
+    Raises:
+        OSError: The file cannot be written. The error names it, and an existing file is unchanged.
+    """
     path = Path(path)
     with naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary, descriptor = _claim(path, is_folder=False)
         try:
-            with open(descriptor, "w", encoding="utf-8") as file:
-                file.write(text)
+            with open(descriptor, "wb") as file:
+                yield file
                 file.flush()
                 os.fsync(descriptor)
                 os.replace(temporary, path)
@@ -224,6 +235,13 @@ def require_folder(folder: Path | str, error: type[UserError] = CheckpointError)
     if (folder / "model" / "config.json").exists() and not any(folder.glob("*.safetensors")):
         raise error(f"{folder} is the folder of a run. Give the folder of its model: {folder / 'model'}.")
     return folder
+
+
+def require_file(path: Path | str, error: type[UserError] = ConfigError) -> Path:
+    """Return the path of a regular file that this user can read. Raises `error` otherwise."""
+    path = Path(path)
+    _check_regular(path, error)
+    return path
 
 
 def file_in_folder(folder: Path, name: str, error: type[UserError] = CheckpointError) -> Path | None:

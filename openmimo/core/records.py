@@ -250,6 +250,16 @@ class Delta:
     embedding: tuple[float, ...] = ()
     stop_string: str = ""
 
+    @property
+    def has_output(self) -> bool:
+        """Whether the delta adds to the reply."""
+        return bool(self.token_ids)
+
+    @property
+    def num_new_tokens(self) -> int:
+        """Number of tokens that the delta adds."""
+        return len(self.token_ids)
+
 
 @dataclass
 class Completion:

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -37,6 +37,9 @@ from openmimo.model.hf_files import (
 from openmimo.model.mimo import MiMo
 from openmimo.model.weight_formats import QuantizableModule, allocate_quantized, entry_weight, quantized_format
 from openmimo.runtime.device import DTYPES, resolve_device
+
+Model = TypeVar("Model", bound=MiMo)
+CODEC_FOLDER = "codec"  # of the audio tokenizer in the folder of an audio language model
 
 
 def load_config(path: str | Path, *, window_keys: int | None = None) -> ModelConfig:
@@ -74,14 +77,21 @@ def load_model(
     """
     _check_path(path)
     quantized_format(weights)
-    weights_dtype, weights_device = _dtype(dtype), resolve_device(device)
+    _dtype(dtype)
+    resolve_device(device)
     config, reader = open_checkpoint(Path(path), window_keys)
-    weight_format = quantized_format(weights, reader.packing)
     companions = read_companions(Path(path))
     with torch.device("meta"):
         model = MiMo(config)
-    check_fit(model, reader)
     model.companions = companions
+    return filled_model(model, reader, dtype=dtype, device=device, weights=weights)
+
+
+def filled_model(model: Model, reader: CheckpointReader, *, dtype: str, device: str, weights: str = "plain") -> Model:
+    """Return a model on the meta device with the weights of a checkpoint; the other arguments as in `load_model`."""
+    weights_dtype, weights_device = _dtype(dtype), resolve_device(device)
+    weight_format, config = quantized_format(weights, reader.packing), model.config
+    check_fit(model, reader)
     model = model.to(weights_dtype)
     for router in model.routers().values():
         router.to(torch.promote_types(weights_dtype, torch.float32))
@@ -144,7 +154,7 @@ def check_replaceable(path: Path) -> None:
 
 def _other_files(folder: Path) -> list[str]:
     """Return the names in a folder that do not belong to a checkpoint."""
-    checkpoint_names = {"config.json", INDEX, *(name.split("/")[0] for name in companion_names(folder))}
+    checkpoint_names = {"config.json", INDEX, CODEC_FOLDER, *(name.split("/")[0] for name in companion_names(folder))}
     return [
         path.name for path in folder.iterdir() if path.suffix != ".safetensors" and path.name not in checkpoint_names
     ]
@@ -191,7 +201,8 @@ def write_model(
         companions.write(folder)
     dtype = str(model.model.embed_tokens.dtype).removeprefix("torch.")
     entries = [entry for slot in slots(model) for entry in slot.entries()]
-    write_config(model.config, folder, dtype=dtype, extra=packed_entry(packing) if packing else None)
+    values = model.config_keys(config_to_hf(model.config, dtype=dtype)) | (packed_entry(packing) if packing else {})
+    _write_json(values, folder)
     write_shards(folder, entries, max_shard_bytes=max_shard_bytes)
 
 
@@ -199,7 +210,10 @@ def write_config(
     config: ModelConfig, folder: Path, *, dtype: str = "float32", extra: dict[str, Any] | None = None
 ) -> None:
     """Write `config.json` only."""
-    values = config_to_hf(config, dtype=dtype) | (extra or {})
+    _write_json(config_to_hf(config, dtype=dtype) | (extra or {}), folder)
+
+
+def _write_json(values: dict[str, Any], folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
 
 

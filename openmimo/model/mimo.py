@@ -5,7 +5,7 @@ T packed tokens, D model dim.
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -59,6 +59,10 @@ class MiMo(nn.Module):
     def head(self) -> Head:
         """The output head: `model.head(states_TD)` gives logits."""
         return self.lm_head
+
+    def config_keys(self, values: dict[str, Any]) -> dict[str, Any]:
+        """Return the entries of `config.json`, given those of `config`. A subclass adds its own."""
+        return values
 
     def tie_weights(self) -> None:
         """Share the embedding's weight with the head if the config ties them; call it again after `to_empty`."""

@@ -15,6 +15,7 @@ body { font: 16px/1.55 system-ui, sans-serif; max-width: 60rem; margin: 2rem aut
 h1 { font-size: 1.7rem; } h2 { font-size: 1.25rem; margin-top: 2.2rem; }
 figure { margin: 1rem 0; } img { max-width: 100%; background: #fff; border-radius: 6px; }
 figcaption { font-size: .9rem; opacity: .8; }
+.sounds { display: flex; flex-wrap: wrap; gap: 0 1.5rem; } audio { height: 2.2rem; }
 table { border-collapse: collapse; margin: 1rem 0; } th, td { padding: .25rem .8rem; border-bottom: 1px solid #8884; }
 td { font-variant-numeric: tabular-nums; } th { text-align: left; }
 pre { background: #8881; padding: .8rem; border-radius: 6px; white-space: pre-wrap; overflow-wrap: anywhere; }
@@ -64,6 +65,15 @@ class Report:
         self._parts.append(
             f'<figure><img alt="{text}" src="data:image/png;base64,{data}"><figcaption>{text}</figcaption></figure>'
         )
+
+    def sounds(self, clips: Sequence[tuple[str, bytes]]) -> None:
+        """Embed players of mp3 files, each with a caption."""
+        players = "".join(
+            f"<figure><audio controls preload=none src='data:audio/mpeg;base64,{base64.b64encode(data).decode()}'>"
+            f"</audio><figcaption>{html.escape(caption)}</figcaption></figure>"
+            for caption, data in clips
+        )
+        self._parts.append(f'<div class="sounds">{players}</div>')
 
     def write(self, path: Path) -> Path:
         """Write the page and return its path."""

@@ -24,7 +24,7 @@ from openmimo.core import config as config_io
 from openmimo.core.errors import CheckpointError, DivergedError
 from openmimo.core.files import new_folder_atomic, recover_folder, remove_unfinished
 from openmimo.data.tokenizer import Tokenizer
-from openmimo.model.hf import load_model, write_model
+from openmimo.model.hf import Model, load_model, write_model
 from openmimo.model.hf_files import umask_mode
 from openmimo.model.mimo import MiMo
 from openmimo.runtime.device import rng_state, set_rng_state
@@ -99,10 +99,27 @@ class Checkpoints:
         Raises:
             CheckpointError: It cannot be written (e.g. the disk is full). Earlier checkpoints are unchanged.
         """
-        path = self._path(progress.step)
+        return self.write(
+            progress.step,
+            lambda folder: _write(folder, model, optimizer_tensors, tokenizer, progress, self._write_state),
+        )
+
+    def write(self, step: int, write_files: Callable[[Path], None]) -> Path:
+        """Write a checkpoint of any kind of model, then delete those that the policy does not keep.
+
+        Args:
+            step: Completed optimizer steps.
+            write_files: Writes `config.json`, weights, `trainer/progress.json` and `trainer/optimizer.safetensors` to a
+                folder. The manifest is added here.
+
+        Raises:
+            CheckpointError: It cannot be written. Earlier checkpoints are unchanged.
+        """
+        path = self._path(step)
         try:
             with new_folder_atomic(path) as folder:
-                _write(folder, model, optimizer_tensors, tokenizer, progress, self._write_state)
+                write_files(folder)
+                _write_manifest(folder)
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"the checkpoint {path} could not be written: {error}. {self.standing()}") from error
         self._delete_old()
@@ -181,19 +198,24 @@ class Checkpoints:
 
 
 def restore(
-    path: Path, device: torch.device, *, read_state: StateReader = _as_it_is
-) -> tuple[MiMo, dict[str, torch.Tensor], Progress]:
+    path: Path,
+    device: torch.device,
+    *,
+    read_state: StateReader = _as_it_is,
+    load: Callable[[Path, str, str], Model] = load_model,  # type: ignore[assignment]
+) -> tuple[Model, dict[str, torch.Tensor], Progress]:
     """Load a checkpoint and restore the random generators.
 
     Args:
         path: The folder of the checkpoint.
         device: Device of the model.
         read_state: The inverse of the `write_state` of `Checkpoints`.
+        load: Loads the model of a folder, given dtype and device.
 
     Returns:
         The model in float32, its optimizer state by name for `load_optimizer_state`, and the progress.
     """
-    model = load_model(path, dtype="float32", device=str(device))
+    model = load(path, "float32", str(device))
     names = (_OPTIMIZER, _OPTIMIZER_BEFORE)
     optimizer_path = next(path / "trainer" / name for name in names if (path / "trainer" / name).exists())
     tensors = load_file(optimizer_path, device="cpu")
@@ -276,9 +298,13 @@ def _write(
         save_file({**optimizer_tensors, **generators}, optimizer_path)
     plain = write_state(vars(progress), trainer / _ARRAYS)
     (trainer / "progress.json").write_text(json.dumps(plain))
+
+
+def _write_manifest(folder: Path) -> None:
+    """Write the checksum of each file of a checkpoint."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     manifest = {str(path.relative_to(folder)): _checksum(path) for path in files}
-    (trainer / _MANIFEST).write_text(json.dumps(manifest, indent=2))
+    (folder / "trainer" / _MANIFEST).write_text(json.dumps(manifest, indent=2))
 
 
 def _checksum(path: Path) -> str:

@@ -24,7 +24,8 @@ def build_optimizer(
     Args:
         model: The model.
         config: The settings.
-        mesh_of: Returns the mesh over which a parameter is distributed. A group has parameters of one mesh.
+        mesh_of: Returns the mesh over which a parameter is distributed, or another key. A group has parameters of one
+            key.
     """
     groups = []
     for named, decay in zip(parameter_groups(model), (config.weight_decay, 0.0), strict=True):
@@ -35,7 +36,7 @@ def build_optimizer(
     return torch.optim.AdamW(groups, lr=0.0, betas=(config.beta1, config.beta2), eps=config.epsilon, fused=True)
 
 
-def parameter_groups(model: MiMo) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
+def parameter_groups(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
     """Return the named parameters with weight decay, and those without."""
     decayed: dict[str, nn.Parameter] = {}
     free: dict[str, nn.Parameter] = {}

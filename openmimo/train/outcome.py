@@ -172,7 +172,7 @@ def add_training_figures(report: Report, rows: Rows) -> None:
         _losses(train, validation, rows),
         "Cross-entropy in nats per token: training (lines), held-out data (dots). Dotted: stages.",
     )
-    if validation:
+    if validation and "validation/loss_by_position" in validation[-1]:
         report.figure(_by_position(validation), "Held-out loss by position in the document, first and last evaluation.")
     if validation and "validation/acceptance_0" in validation[-1]:
         report.heading("Multi-token prediction")

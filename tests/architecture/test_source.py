@@ -16,13 +16,16 @@ PACKAGE = ROOT / "openmimo"
 # Imports go downwards only; folders of one level never import each other (docs/decisions, ARCHITECTURE.md).
 LEVELS = {
     "core": 0, "runtime": 1, "arguments": 1, "short_help": 1, "kernels": 2, "data": 2, "model": 3, "parallel": 4,
-    "train": 5, "engine": 5, "rl": 6, "evals": 6, "demo": 7, "own_data": 7, "cli": 8,
+    "train": 5, "engine": 5, "rl": 6, "evals": 6, "demo": 7, "own_data": 7, "audio_commands": 8,
+    "cli": 9,
 }  # fmt: skip
 TORCH_FREE = ["openmimo", "openmimo.cli", "openmimo.train.config", "openmimo.model.config",
-              "openmimo.model.presets", "openmimo.model.hf_config", "openmimo.data.config",
+              "openmimo.model.presets", "openmimo.model.audio.config", "openmimo.model.audio.language_config",
+              "openmimo.train.audio.config", "openmimo.model.hf_config", "openmimo.data.config",
               "openmimo.evals.config", "openmimo.demo.config", "openmimo.engine.config",
               "openmimo.engine.server.config", "openmimo.rl.config", "openmimo.rl.scheduling.scheduler",
-              "openmimo.rl.algorithm", "openmimo.data.task", "openmimo.runtime.sandbox"]  # fmt: skip
+              "openmimo.rl.algorithm", "openmimo.data.task", "openmimo.runtime.sandbox",
+              "openmimo.data.audio.config", "openmimo.demo.audio.config"]  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

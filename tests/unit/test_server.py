@@ -96,7 +96,7 @@ BAD_CHATS = {
     "logit_bias.7": {**HELLO, "logit_bias": {"7": "x"}},
     "tools[0].function.parameters": {**HELLO, "tools": [
         {"type": "function", "function": {"name": "f", "parameters": {"properties": 3}}}]},
-    "modalities[0]": {**HELLO, "modalities": ["audio"]},
+    "modalities": {**HELLO, "modalities": ["audio"]},
 }  # fmt: skip
 
 

@@ -16,6 +16,8 @@ from openmimo.engine.server.http.errors import ErrorBody, install_handlers
 from openmimo.engine.server.http.middleware import CountRequests, LimitBody, NameRequests, RequireKey
 from openmimo.engine.server.http.operations import PAGE, PageFiles, operation_routes, page_routes
 from openmimo.engine.server.http.service import Service
+from openmimo.engine.server.openai.audio.routes_speech import speech_routes
+from openmimo.engine.server.openai.audio.routes_transcriptions import transcription_routes
 from openmimo.engine.server.openai.responses.routes import response_routes
 from openmimo.engine.server.openai.routes_chat import chat_routes
 from openmimo.engine.server.openai.routes_completions import completion_routes
@@ -53,6 +55,8 @@ def create_app(backend: Backend, config: ServerConfig) -> FastAPI:
         chat_routes,
         response_routes,
         embedding_routes,
+        speech_routes,
+        transcription_routes,
         message_routes,
         token_routes,
         operation_routes,
@@ -66,7 +70,7 @@ def create_app(backend: Backend, config: ServerConfig) -> FastAPI:
     # checked, then its API key, and only then is its body read.
     app.add_middleware(
         LimitBody,
-        max_bytes=config.max_body_bytes,
+        max_bytes=max(config.max_body_bytes, 0 if service.speech is None else config.max_audio_bytes),
         open_bytes=service.open_bytes,
         timeout_seconds=config.request_timeout_seconds,
     )

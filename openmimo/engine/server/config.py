@@ -35,6 +35,8 @@ class ServerConfig:
         max_tokens: Maximum new tokens of one reply, and the default if a client sets no limit. Higher limits of
             requests are lowered to it.
         max_body_bytes: Maximum size of one request body.
+        max_audio_bytes: Maximum size of one request body of a model that hears, in place of max_body_bytes if larger.
+        max_audio_seconds: Maximum length of all recordings in one request.
         max_open_bytes: Maximum total size of the bodies of all open requests; beyond it, requests get a 429.
         max_choices: Maximum number of prompts times n of one request.
         max_queue: Maximum number of replies that wait for their first token; beyond it, requests get a 429.
@@ -56,6 +58,8 @@ class ServerConfig:
     strict: bool = False
     max_tokens: PositiveInt = 32768
     max_body_bytes: PositiveInt = 4 * 2**20
+    max_audio_bytes: PositiveInt = 25 * 2**20
+    max_audio_seconds: PositiveFloat = 1800.0
     max_open_bytes: PositiveInt = 32 * 2**20
     max_choices: PositiveInt = 128
     max_queue: PositiveInt = 256

@@ -14,6 +14,7 @@ import uvicorn
 
 from openmimo.core.errors import ConfigError, DataError, UserError
 from openmimo.core.records import Message, Request, SamplingParams, Structure
+from openmimo.data.audio.files import optional_module
 from openmimo.data.chat.template import encode_chat
 from openmimo.data.tokenizer import Tokenizer
 from openmimo.engine.config import EngineConfig, WeightFormat
@@ -21,14 +22,17 @@ from openmimo.engine.engine import Engine
 from openmimo.engine.server.app import create_app
 from openmimo.engine.server.backends.engine import EngineBackend
 from openmimo.engine.server.backends.protocol import Backend
+from openmimo.engine.server.backends.speech import SpeechBackend
 from openmimo.engine.server.backends.stub import StubBackend
 from openmimo.engine.server.config import ServerConfig
+from openmimo.model.audio.language_config import is_audio_folder
 from openmimo.model.hf import load_model
 from openmimo.runtime.device import resolve_device
 
 _RUN_MODEL = "model"  # the checkpoint folder of a run
 _WARM_UP_TOKENS = 8
 _FLUSH_SECONDS = 5  # time for clients to read the ends of their replies after all replies are complete
+_AUDIO_PACKAGES = ("soundfile", "soxr", "python_multipart")
 _QUEUED_MESSAGES = 1  # of a WebSocket connection, while a reply is generated
 
 
@@ -121,9 +125,12 @@ def launch(
         UserError: An argument or the checkpoint is invalid. Raised before the server accepts requests.
     """
     check_address(server)
+    if threads is not None and threads < 1:
+        raise ConfigError(f"threads is {threads}; it must be at least 1.")
+    if is_audio_folder(path):
+        launch_audio(path, server, engine, dtype=dtype, device=device, threads=threads, weights=weights)
+        return
     if threads is not None:
-        if threads < 1:
-            raise ConfigError(f"threads is {threads}; it must be at least 1.")
         torch.set_num_threads(threads)
     tokenizer = Tokenizer.load(path)
     torch_device = resolve_device(device)
@@ -134,6 +141,43 @@ def launch(
     warm_up(served_engine, tokenizer)
     name, *aliases = served_names(path)
     serve(EngineBackend(served_engine, tokenizer, model_name=name, model_aliases=tuple(aliases)), server)
+
+
+def launch_audio(
+    path: str,
+    server: ServerConfig,
+    engine: EngineConfig,
+    *,
+    dtype: str,
+    device: str,
+    threads: int | None,
+    weights: WeightFormat,
+) -> None:
+    """As `launch`, for a model that hears and speaks. Its text model answers requests without sound.
+
+    Raises:
+        UserError: An argument or the checkpoint is invalid, or a package of the extra `audio` is missing.
+    """
+    from openmimo.engine.audio.engine import AudioEngine
+    from openmimo.engine.server.backends.audio import AudioModel, read_voices
+
+    check_address(server)
+    for package in _AUDIO_PACKAGES:
+        optional_module(package)
+    if weights != "plain":
+        raise ConfigError(f"--weights {weights} is not supported for audio models; leave it out.")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    torch_device = resolve_device(device)
+    if dtype == "auto":
+        dtype = "float32" if torch_device.type == "cpu" else "bfloat16"
+    audio = AudioEngine(path, device=str(torch_device), dtype=dtype)
+    text_engine = Engine(audio.model, audio.tokenizer, engine)
+    warm_up(text_engine, audio.tokenizer)
+    name, *aliases = served_names(path)
+    text = EngineBackend(text_engine, audio.tokenizer, model_name=name, model_aliases=tuple(aliases))
+    model = AudioModel(audio, read_voices(Path(path), audio.sample_rate))
+    serve(SpeechBackend(model, text, most_running=engine.max_sequences), server)
 
 
 def warm_up(engine: Engine, tokenizer: Tokenizer) -> None:

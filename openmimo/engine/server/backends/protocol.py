@@ -27,6 +27,8 @@ class BackendGauges:
         graph_bytes: Memory that their capture took.
         num_graph_passes: Passes that replayed a graph.
         num_other_passes: Passes that did not.
+        seconds_heard: Sound in the prompts of a speech model.
+        seconds_spoken: Sound that it generated.
         is_healthy: Whether the backend accepts requests.
     """
 
@@ -44,6 +46,8 @@ class BackendGauges:
     graph_bytes: int = 0
     num_graph_passes: int = 0
     num_other_passes: int = 0
+    seconds_heard: float = 0.0
+    seconds_spoken: float = 0.0
     is_healthy: bool = True
 
 

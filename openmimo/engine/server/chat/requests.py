@@ -31,7 +31,7 @@ def engine_requests(
         Request(
             id=secrets.token_hex(12),
             prompt_token_ids=prompt,
-            params=replace(params, seed=_derived_seed(params.seed, choice)),
+            params=replace(params, seed=derived_seed(params.seed, choice)),
             priority=priority,
             session=session,
         )
@@ -40,7 +40,8 @@ def engine_requests(
     ]
 
 
-def _derived_seed(seed: int | None, choice: int) -> int | None:
+def derived_seed(seed: int | None, choice: int) -> int | None:
+    """The seed of a choice, from the client's seed and the index of the choice."""
     if seed is None or choice == 0:
         return seed
     digest = hashlib.sha256(f"{seed}:{choice}".encode()).digest()

@@ -97,6 +97,8 @@ def _families(gauges: BackendGauges) -> Iterator[Metric]:
     yield CounterMetricFamily(
         "openmimo_other_passes", "Passes that launched their kernels one by one.", gauges.num_other_passes
     )
+    yield CounterMetricFamily("openmimo_audio_input_seconds", "Sound in prompts.", gauges.seconds_heard)
+    yield CounterMetricFamily("openmimo_audio_output_seconds", "Sound generated.", gauges.seconds_spoken)
 
 
 def _by_position(name: str, help_line: str, counts: tuple[int, ...]) -> CounterMetricFamily:

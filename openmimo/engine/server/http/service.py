@@ -14,6 +14,7 @@ from typing import TypeVar
 from openmimo.core.errors import UserError
 from openmimo.core.records import Delta, Request, SamplingParams
 from openmimo.engine.server.backends.protocol import Backend
+from openmimo.engine.server.backends.speech import SpeechBackend
 from openmimo.engine.server.config import ANY, ServerConfig
 from openmimo.engine.server.http import limits
 from openmimo.engine.server.http.errors import ApiError, engine_failed, invalid
@@ -92,6 +93,11 @@ class Service:
     def model_names(self) -> tuple[str, ...]:
         """The names of the model in the API; its own name first."""
         return (self.model_name, *self.config.model_aliases)
+
+    @property
+    def speech(self) -> SpeechBackend | None:
+        """The backend, if its model hears and speaks."""
+        return self.backend if isinstance(self.backend, SpeechBackend) else None
 
     @property
     def num_active(self) -> int:
@@ -349,13 +355,13 @@ class _Meter:
         service.num_waiting += 1
 
     def record(self, delta: Delta) -> None:
-        if delta.token_ids:
+        if delta.has_output:
             self._last = time.monotonic()
-            if not self._num_tokens:
+            if math.isnan(self._first):
                 self._stop_waiting()
                 self._first = self._last
                 self._service.metrics.seconds_to_first_token.observe(self._first - self._arrival)
-            self._num_tokens += len(delta.token_ids)
+            self._num_tokens += delta.num_new_tokens
         self.finish_reason = delta.finish_reason or self.finish_reason
 
     def end(self) -> None:

@@ -1,7 +1,7 @@
 """Server-sent events: replies and their errors as streams."""
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from typing import Any, Protocol
 
 from fastapi import Request
@@ -51,16 +51,16 @@ async def respond(request: Request, answer: Answer, events: AsyncIterator[bytes]
         await answer.generation.close()
 
 
-class EventStream(Response):
-    """Send events as they arrive, and close `generation` when they end or the client disconnects.
+class PieceStream(Response):
+    """Send pieces of a body as they arrive, and close `generation` when they end or the client disconnects.
 
-    An ApiError becomes a final event in OpenAI's format, which OpenAI's clients raise.
+    After an ApiError the connection is closed without the end of the body, which clients report as an error.
     """
 
-    def __init__(self, events: AsyncIterator[bytes], generation: Generation):
-        super().__init__(headers=_HEADERS)
+    def __init__(self, pieces: AsyncIterator[bytes], generation: Generation, headers: Mapping[str, str]):
+        super().__init__(headers=headers)
         del self.headers["content-length"]
-        self._events = events
+        self._pieces = pieces
         self._generation = generation
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -71,11 +71,29 @@ class EventStream(Response):
         finally:
             await self._generation.close()
 
+    def error_piece(self, error: ApiError) -> bytes | None:
+        """Return a last piece that tells the client about an error, or None if the format has none."""
+        return None
+
     async def _send_all(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         try:
-            async for part in self._events:
+            async for part in self._pieces:
                 await send({"type": "http.response.body", "body": part, "more_body": True})
         except ApiError as error:
-            await send({"type": "http.response.body", "body": event(error.body()), "more_body": True})
+            piece = self.error_piece(error)
+            if piece is None:
+                return  # the web server closes the connection
+            await send({"type": "http.response.body", "body": piece, "more_body": True})
         await send({"type": "http.response.body", "body": b""})
+
+
+class EventStream(PieceStream):
+    """Send events. An ApiError becomes a final event in OpenAI's format, which OpenAI's clients raise."""
+
+    def __init__(self, events: AsyncIterator[bytes], generation: Generation):
+        super().__init__(events, generation, _HEADERS)
+
+    def error_piece(self, error: ApiError) -> bytes | None:
+        """The error as an event."""
+        return event(error.body())

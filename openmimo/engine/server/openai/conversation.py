@@ -27,7 +27,7 @@ def template_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
     """Convert messages to the form that templates take. "developer" is OpenAI's newer name of the role "system"."""
     turns = []
     for message in messages:
-        turn = message.model_dump(exclude_none=True)
+        turn = message.model_dump(exclude_none=True, exclude={"audio"})
         turn["role"] = "system" if message.role == "developer" else message.role
         turns.append(turn)
     return turns

@@ -18,8 +18,10 @@ from openmimo.engine.server.http.errors import invalid
 from openmimo.engine.server.http.service import Generation, Service
 from openmimo.engine.server.http.streaming import DONE, STREAMED, event, respond
 from openmimo.engine.server.http.warnings import warn
+from openmimo.engine.server.openai.audio.chat import answer_chat, field_with_audio
+from openmimo.engine.server.openai.audio.store import SpeechStore
 from openmimo.engine.server.openai.conversation import template_messages, template_options
-from openmimo.engine.server.openai.sampling import sampling_params, structure_field, structure_of, token_limit
+from openmimo.engine.server.openai.sampling import chat_token_limit, sampling_params, structure_field, structure_of
 from openmimo.engine.server.openai.schema import AllowedToolsChoice, ChatRequest, StreamOptions
 from openmimo.engine.server.openai.tokens import TokenDetails, chat_logprobs, prompt_entries, usage
 
@@ -27,12 +29,15 @@ from openmimo.engine.server.openai.tokens import TokenDetails, chat_logprobs, pr
 def chat_routes(service: Service) -> APIRouter:
     """The endpoint /v1/chat/completions of a service."""
     router = APIRouter(route_class=JsonRoute)
+    store = SpeechStore()
 
     @router.post("/v1/chat/completions", responses=STREAMED)
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         """Generates the next turn of a conversation."""
         service.check_model(body.model)
         _check_options(body)
+        if (audio_field := field_with_audio(body)) is not None:
+            return await answer_chat(service, store, body, request, audio_field)
         has_structure = body.structured_outputs is not None or body.response_format is not None
         is_large = request.state.is_large or has_structure
         work = service.prepared(lambda: prepare_chat(service, _task(service, body)), is_large=is_large)
@@ -56,7 +61,7 @@ def _check_options(body: ChatRequest) -> None:
 def _task(service: Service, body: ChatRequest) -> ChatTask:
     params = sampling_params(
         body,
-        max_tokens=_max_tokens(service, body),
+        max_tokens=chat_token_limit(body, service.config.max_tokens),
         structure=structure_of(body, body.response_format),
         logprobs=bool(body.logprobs),
         top_logprobs=body.top_logprobs or 0,
@@ -88,13 +93,6 @@ def _tool_policy(body: ChatRequest) -> ToolPolicy:
     if isinstance(choice, str):
         return tool_policy(tools, mode=choice, function=None, parallel=body.parallel_tool_calls)
     return tool_policy(tools, mode="function", function=choice.function.name, parallel=body.parallel_tool_calls)
-
-
-def _max_tokens(service: Service, body: ChatRequest) -> int:
-    if None not in (body.max_tokens, body.max_completion_tokens) and body.max_tokens != body.max_completion_tokens:
-        raise invalid("max_tokens and max_completion_tokens contradict each other; give one.", "max_tokens")
-    requested = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-    return token_limit(requested, service.config.max_tokens, service.config.max_tokens)
 
 
 class _ChatAnswer:

@@ -67,7 +67,17 @@ def _model(service: Service, name: str) -> dict[str, Any]:
         "lifecycle": "active",
         "max_input_tokens": service.backend.max_positions,
         "max_tokens": min(service.config.max_tokens, service.backend.max_positions),
+        **_modalities(service),
     }
+
+
+def _modalities(service: Service) -> dict[str, Any]:
+    """What the model reads and writes, for clients that show it, such as the chat page."""
+    names = ["text"] if service.speech is None else ["text", "audio"]
+    found: dict[str, Any] = {"input_modalities": names, "output_modalities": names}
+    if service.speech is not None:
+        found["voices"] = list(service.speech.model.voices)
+    return found
 
 
 def token_routes(service: Service) -> APIRouter:

@@ -6,7 +6,7 @@ import re
 from openmimo.core.records import SamplingParams, Structure
 from openmimo.engine.server.http import limits
 from openmimo.engine.server.http.errors import invalid
-from openmimo.engine.server.openai.schema import CommonFields, ResponseFormat, StructuredOutputs
+from openmimo.engine.server.openai.schema import ChatRequest, CommonFields, ResponseFormat, StructuredOutputs
 
 _SAME_NAME = (
     "temperature", "top_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "min_p",
@@ -62,6 +62,14 @@ def sampling_params(
 def token_limit(requested: int | None, default: int, most: int) -> int:
     """Return the maximum number of new tokens: the requested or the default number, but no more than `most`."""
     return min(default if requested is None else requested, most)
+
+
+def chat_token_limit(body: ChatRequest, most: int) -> int:
+    """Return the maximum number of new tokens of a chat, at most `most`. Raises ApiError if its two limits differ."""
+    if None not in (body.max_tokens, body.max_completion_tokens) and body.max_tokens != body.max_completion_tokens:
+        raise invalid("max_tokens and max_completion_tokens contradict each other; give one.", "max_tokens")
+    requested = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    return token_limit(requested, most, most)
 
 
 def structure_of(fields: CommonFields, response_format: ResponseFormat | None = None) -> Structure | None:

@@ -195,11 +195,45 @@ class CompletionRequest(CommonFields):
     parse_special: bool | None = None
 
 
-class ContentPart(LenientFields):
-    """A part of a message. Only text is supported."""
+class TextPart(LenientFields):
+    """A text of a message."""
 
     type: Literal["text"]
     text: str
+
+
+class InputAudio(LenientFields):
+    """A recording.
+
+    Attributes:
+        data: The file in base64.
+        format: Format of the file. Its content decides.
+    """
+
+    data: Text
+    format: Literal["wav", "mp3", "flac", "ogg", "opus"]
+
+
+class AudioPart(LenientFields):
+    """A recording in a message. Models that hear accept it."""
+
+    type: Literal["input_audio"]
+    input_audio: InputAudio
+
+
+def _part_tag(value: Any) -> str:
+    return "<audio>" if isinstance(value, dict) and value.get("type") == "input_audio" else "<text>"
+
+
+ContentPart = Annotated[
+    Annotated[TextPart, Tag("<text>")] | Annotated[AudioPart, Tag("<audio>")], Discriminator(_part_tag)
+]
+
+
+class AudioReference(LenientFields):
+    """The sound of an earlier reply, which the server keeps for a time."""
+
+    id: Label
 
 
 class CalledFunction(LenientFields):
@@ -234,7 +268,12 @@ class ToolCall(LenientFields):
 
 
 class ChatMessage(LenientFields):
-    """One turn of the conversation. `reasoning_content` is the reasoning of that turn as the server returned it."""
+    """One turn of the conversation.
+
+    Attributes:
+        reasoning_content: The reasoning of that turn as the server returned it.
+        audio: The sound of that turn.
+    """
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: (
@@ -248,6 +287,7 @@ class ChatMessage(LenientFields):
     reasoning_content: str | None = None
     tool_calls: Annotated[list[ToolCall], Field(max_length=limits.CALLS, fail_fast=True)] | None = None
     tool_call_id: Label | None = None
+    audio: AudioReference | None = None
 
 
 class FunctionSchema(Fields):
@@ -340,6 +380,27 @@ ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "
 Messages = Annotated[list[ChatMessage], Field(min_length=1, max_length=limits.MESSAGES, fail_fast=True)]
 
 
+class VoiceId(Fields):
+    """A voice by its id."""
+
+    id: Name
+
+
+Voice = Annotated[Annotated[Name, Tag("<text>")] | Annotated[VoiceId, Tag("<id>")], text_or("<id>")]
+
+
+def voice_name(voice: str | VoiceId | None) -> str | None:
+    """The name of a voice, which a request gives as a text or as an id."""
+    return voice.id if isinstance(voice, VoiceId) else voice
+
+
+class AudioOutput(Fields):
+    """The sound of a reply. A stream has the format pcm16."""
+
+    voice: Voice | None = None
+    format: Literal["wav", "aac", "mp3", "flac", "opus", "pcm16"] = "wav"
+
+
 class ChatRequest(CommonFields):
     """POST /v1/chat/completions.
 
@@ -352,12 +413,12 @@ class ChatRequest(CommonFields):
 
     unsupported: ClassVar[Mapping[str, str]] = {
         **CommonFields.unsupported,
-        "audio": "this server generates only text.",
         "function_call": "give tool_choice.",
         "functions": "give tools.",
     }
 
     messages: Messages
+    audio: AudioOutput | None = None
     max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     n: Annotated[int, Field(ge=1, le=128)] | None = None
@@ -368,7 +429,9 @@ class ChatRequest(CommonFields):
     parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None
     reasoning_effort: ReasoningEffort | None = None
-    modalities: Annotated[list[Literal["text"]], Field(max_length=8, fail_fast=True)] | None = None
+    modalities: Annotated[list[Literal["text", "audio"]], Field(min_length=1, max_length=8, fail_fast=True)] | None = (
+        None
+    )
     prompt_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
