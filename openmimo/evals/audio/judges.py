@@ -1,6 +1,7 @@
 """Judges of spoken answers, which hear without the model that is evaluated."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Protocol
 
 import numpy as np
@@ -41,8 +42,13 @@ class PocketSphinxJudge:
             samprate=_POCKETSPHINX_RATE, loglevel="FATAL"
         )
 
+        self._text_of = lru_cache(maxsize=256)(self._decode)  # references are heard several times
+
     def hear(self, sound: Sound, candidates: Sequence[tuple[str, Sound]]) -> str:
         """As `TextJudge.hear`."""
+        return self._text_of(sound)
+
+    def _decode(self, sound: Sound) -> str:
         samples = resample(sound.waveform, SAMPLE_RATE, _POCKETSPHINX_RATE)
         if not len(samples):
             return ""

@@ -39,13 +39,13 @@ def text_errors(found: str, reference: str) -> dict[str, Fraction]:
     }
 
 
-def fraction_interval(fractions: Sequence[Fraction]) -> tuple[float, float, float]:
+def fraction_interval(fractions: Sequence[Fraction], *, is_share: bool = False) -> tuple[float, float, float]:
     """Return the sum of the numerators by the sum of the denominators, and its 95 % interval.
 
-    The interval is Wilson's for shares of ones, and a bootstrap over the examples for other fractions.
+    The interval is Wilson's for shares of examples, and a bootstrap over the examples for other fractions.
     """
     value = _ratio(fractions)
-    if all(fraction in ((0.0, 1.0), (1.0, 1.0)) for fraction in fractions):
+    if is_share and all(fraction in ((0.0, 1.0), (1.0, 1.0)) for fraction in fractions):
         return value, *wilson_interval(value, len(fractions))
     draw = random.Random(0)
     ratios = sorted(_ratio(draw.choices(fractions, k=len(fractions))) for _ in range(_RESAMPLES))

@@ -23,7 +23,7 @@ from openmimo.core.metrics import MetricsWriter, read_metrics
 from openmimo.data.audio.files import SAMPLE_RATE, write_audio
 from openmimo.evals.audio.measures import fraction_interval
 from openmimo.evals.audio.models import AudioAnswerer
-from openmimo.evals.audio.task import AUDIO_TASKS, SCORE, Answer, AudioExample, Fraction, Measures, OpenTask
+from openmimo.evals.audio.task import AUDIO_TASKS, SCORE, SHARES, Answer, AudioExample, Fraction, Measures, OpenTask
 from openmimo.evals.config import EvalConfig
 from openmimo.evals.suites import SPEECH_SUITE, Entry
 
@@ -114,7 +114,8 @@ def summarize(label: str, task: OpenTask, answered: Sequence[AudioAnswered]) -> 
     """Return every measure of a task. The score has the task's own chance if the task states one."""
     found = []
     for name in dict.fromkeys(name for one in answered for name in one.measures):
-        value, low, high = fraction_interval([one.measures[name] for one in answered if name in one.measures])
+        found_by_model = [one.measures[name] for one in answered if name in one.measures]
+        value, low, high = fraction_interval(found_by_model, is_share=name in SHARES)
         reference = _whole(one.reference.get(name) for one in answered)
         chance = _whole(one.shuffled.get(name) for one in answered)
         if name == SCORE and task.chance is not None:

@@ -17,6 +17,7 @@ from openmimo.data.audio.files import SAMPLE_RATE
 Fraction: TypeAlias = tuple[float, float]
 Measures: TypeAlias = Mapping[str, Fraction]
 SCORE = "score"
+SHARES = (SCORE, "right", "answered")  # measures that count examples
 
 
 @dataclass(frozen=True, eq=False)
