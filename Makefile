@@ -4,7 +4,7 @@ TORCH  ?= torch==2.13.0
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: setup demo tiny-mimo test distributed types sanitize interpret clients check bench
+.PHONY: setup demo demo-audio tiny-mimo test distributed types sanitize interpret clients check bench
 
 # torch goes first and alone, so that every later range finds it satisfied
 $(VENV)/setup: pyproject.toml
@@ -19,6 +19,13 @@ $(VENV)/dev: $(VENV)/setup
 setup: $(VENV)/setup
 demo: $(VENV)/setup
 	$(BIN)/python -m openmimo demo
+# the judge of voices is a file of weights in a package, whose dependencies are not needed
+$(VENV)/audio: $(VENV)/setup
+	$(BIN)/pip install -q --disable-pip-version-check -e ".[audio-demo]"
+	$(BIN)/pip install -q --disable-pip-version-check --no-deps resemblyzer==0.1.4
+	touch $@
+demo-audio: $(VENV)/audio
+	$(BIN)/python -m openmimo audio demo
 # the checkpoint in the package, from the demo's student; its card states figures of runs/demo/results
 tiny-mimo: demo
 	rm -rf build/tiny-mimo

@@ -5,7 +5,6 @@
 Imports torch only after parsing the arguments.
 """
 
-import importlib
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,11 +19,12 @@ from openmimo.arguments import UsageError, asks_for_help, parse
 from openmimo.core.errors import ConfigError, DataError, UserError
 from openmimo.core.files import cache_folder
 from openmimo.data.audio.codes import Codes, load_codes, save_codes
-from openmimo.data.audio.corpus import CorpusConfig, Split, write_corpus
+from openmimo.data.audio.config import CorpusConfig
+from openmimo.data.audio.corpus import Split, write_corpus
 from openmimo.data.audio.files import FORMATS, MAX_SECONDS, audio_writer, format_of, pcm_bytes, read_audio
 from openmimo.short_help import short_help
 
-DEMO_FOLDER = Path("runs/audio_demo")
+DEMO_FOLDER = Path("runs/audio")
 DEMO_TOKENIZER = str(DEMO_FOLDER / "tokenizer" / "model")
 DEMO_MODEL = str(DEMO_FOLDER / "language" / "model")
 _RAW = "-"
@@ -44,8 +44,31 @@ class Command:
     run: Callable[[list[str]], None]
 
 
-def run(arguments: list[str]) -> None:
-    """Runs `openmimo audio` with the arguments after `audio`.
+@dataclass(frozen=True)
+class RecipeCommand:
+    """One command of `openmimo audio` with a recipe and overrides.
+
+    Attributes:
+        name: The command.
+        help: One line.
+        config: `module:Class` of its config.
+        function: `module:name` of the function that runs a config.
+        recipe: The recipe if none is named.
+    """
+
+    name: str
+    help: str
+    config: str
+    function: str
+    recipe: str
+
+
+def run(arguments: list[str], run_recipe: Callable[[RecipeCommand, list[str]], None]) -> None:
+    """Runs `openmimo audio`.
+
+    Args:
+        arguments: The words after `audio`.
+        run_recipe: Runs a command with a recipe with the words after its name.
 
     Raises:
         UserError: An argument, file or model is not usable.
@@ -55,7 +78,11 @@ def run(arguments: list[str]) -> None:
         sys.exit(0 if arguments else 2)
     if arguments[0] not in COMMANDS:
         raise UsageError(f"openmimo audio has no command {arguments[0]!r}. Commands: {', '.join(COMMANDS)}.")
-    COMMANDS[arguments[0]].run(arguments[1:])
+    command = COMMANDS[arguments[0]]
+    if isinstance(command, RecipeCommand):
+        run_recipe(command, arguments[1:])
+    else:
+        command.run(arguments[1:])
 
 
 def _overview() -> str:
@@ -171,7 +198,11 @@ def _decoded(tokenizer: Any, codes: Codes) -> Iterator[np.ndarray]:
 
 def _parts(tokenizer: Any, codes_FQ: Any) -> Iterator[np.ndarray]:
     config = tokenizer.config
-    if config.decoder_norm != "frame" or config.decoder.right_positions != 0 or config.vocoder.right_positions is None:
+    if (
+        config.decoder_norm == "sequence"
+        or config.decoder.right_positions != 0
+        or config.vocoder.right_positions is None
+    ):
         yield tokenizer.decode(codes_FQ).cpu().numpy()
         return
     stream = tokenizer.stream()
@@ -411,13 +442,13 @@ class DataOptions:
         folder: The folder that is written.
     """
 
-    folder: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FOLDER")]
+    folder: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FOLDER")] = str(DEMO_FOLDER / "corpus")
     corpus: Annotated[CorpusConfig, tyro.conf.arg(name="")] = CorpusConfig()
 
 
 def _data(arguments: list[str]) -> None:
     main = ("folder", "sounds", "transcripts", "composed", "held_out", "max_seconds", "seed")
-    options = _options(DataOptions, arguments, "data FOLDER", main)
+    options = _options(DataOptions, arguments, "data [FOLDER]", main)
     corpus = write_corpus(Path(options.folder), options.corpus, cache_folder() / "audio")
     for note in corpus.notes:
         print(f"left out: {note}", file=sys.stderr)
@@ -432,18 +463,31 @@ def _data(arguments: list[str]) -> None:
     print(f"licenses: {corpus.folder / 'LICENSES.txt'}")
 
 
-def _later(function: str) -> Callable[[list[str]], None]:
-    """A command whose module is imported when it runs."""
-
-    def run_it(arguments: list[str]) -> None:
-        module, _, name = function.partition(":")
-        getattr(importlib.import_module(module), name)(arguments)
-
-    return run_it
-
-
-COMMANDS: dict[str, Command] = {
-    "demo": Command("train a tokenizer and a model on real speech, measure them; writes report.html", lambda _: None),
+_TRAINED = (
+    RecipeCommand(
+        "demo",
+        "train a tokenizer and a model on real speech, measure them; writes report.html",
+        "openmimo.demo.audio.config:AudioDemoConfig",
+        "openmimo.demo.audio.story:run",
+        "audio_demo:demo",
+    ),
+    RecipeCommand(
+        "tokenizer",
+        "train an audio tokenizer on a corpus",
+        "openmimo.train.audio.tokenizer.config:AudioTokenizerTrainConfig",
+        "openmimo.train.audio.tokenizer.run:train_tokenizer",
+        "audio_tokenizer:tiny",
+    ),
+    RecipeCommand(
+        "language",
+        "train an audio language model on rows of conversations or documents",
+        "openmimo.train.audio.config:AudioTrainConfig",
+        "openmimo.train.audio.run:train_audio",
+        "audio_demo:language",
+    ),
+)
+COMMANDS: dict[str, Command | RecipeCommand] = {
+    **{command.name: command for command in _TRAINED},
     "data": Command("write a speech corpus: Debian's telephone prompts, or recordings of your own", _data),
     "encode": Command("encode a recording as codes", _encode),
     "decode": Command("decode codes to sound", _decode),

@@ -171,7 +171,7 @@ def load_recipe(name: str, verb: str) -> Any:
     return functions[function or verb]()
 
 
-def _with_overrides(verb: str, arguments: list[str], config_type: type) -> Any:
+def _with_overrides(verb: str, arguments: list[str], config_type: type, default_recipe: str = "tiny_cpu") -> Any:
     """Returns the config of a recipe or of `--from config.json` with the user's own data and the overrides applied."""
     if arguments and arguments[0].split("=")[0] == "--from":
         name = "--from"
@@ -181,7 +181,7 @@ def _with_overrides(verb: str, arguments: list[str], config_type: type) -> Any:
         raise UsageError(f"--from FILE replaces the recipe: openmimo {verb} --from FILE [--overrides].")
     else:
         named = bool(arguments) and not arguments[0].startswith("-")
-        name, rest = (arguments[0], arguments[1:]) if named else ("tiny_cpu", arguments)
+        name, rest = (arguments[0], arguments[1:]) if named else (default_recipe, arguments)
         default = load_recipe(name, verb)
     if not isinstance(default, config_type):
         raise ConfigError(
@@ -258,7 +258,9 @@ def _after_from(arguments: list[str]) -> tuple[str, list[str]]:
 # --- verbs: training -------------------------------------------------------------------------------------------------
 
 
-def _run_recipe(verb: str, config_type: type, function: str) -> Callable[[list[str]], None]:
+def _run_recipe(
+    verb: str, config_type: type, function: str, default_recipe: str = "tiny_cpu"
+) -> Callable[[list[str]], None]:
     """Returns the function that runs a verb with recipes.
 
     Args:
@@ -266,11 +268,14 @@ def _run_recipe(verb: str, config_type: type, function: str) -> Callable[[list[s
         config_type: The type of its config.
         function: `module:name` of the function that runs a config. The module is imported after the arguments are
             parsed.
+        default_recipe: The recipe if none is named.
     """
 
     def run(arguments: list[str]) -> None:
-        read = _with_algorithm_options if issubclass(config_type, RlConfig) else _with_overrides
-        config = read(verb, arguments, config_type)
+        if issubclass(config_type, RlConfig):
+            config = _with_algorithm_options(verb, arguments, config_type)
+        else:
+            config = _with_overrides(verb, arguments, config_type, default_recipe)
         module, _, name = function.partition(":")
         getattr(importlib.import_module(module), name)(config)
 
@@ -379,9 +384,14 @@ def _audit(arguments: list[str]) -> None:
         return model, quantized, tensors
 
     model, quantized, tensors = parse(options, arguments, "openmimo audit")
+    from openmimo.model.audio.audit import audit_audio, is_audio_model, print_audio_audit
+    from openmimo.model.audio.language_config import audio_model_config
     from openmimo.model.audit import audit, print_audit
     from openmimo.model.presets import model_config
 
+    if is_audio_model(model):
+        print_audio_audit(audit_audio(audio_model_config(model)), list_tensors=tensors)
+        return
     print_audit(audit(model_config(model), quantized=quantized), list_tensors=tensors)
 
 
@@ -566,7 +576,11 @@ def _serve(arguments: list[str]) -> None:
 def _audio(arguments: list[str]) -> None:
     from openmimo import audio_commands
 
-    audio_commands.run(arguments)
+    def run_recipe(command: audio_commands.RecipeCommand, words: list[str]) -> None:
+        config_type = load_object(command.config)
+        _run_recipe(f"audio {command.name}", config_type, command.function, command.recipe)(words)
+
+    audio_commands.run(arguments, run_recipe)
 
 
 # --- verbs: measurement ----------------------------------------------------------------------------------------------

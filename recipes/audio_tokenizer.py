@@ -5,11 +5,11 @@ openmimo audio tokenizer audio_tokenizer:released # the shape and the losses of 
 """
 
 from openmimo.train.audio.tokenizer.config import (
-    AudioPhase,
     AudioTokenizerTrainConfig,
     DiscriminatorConfig,
     LossWeights,
     QuantizerTraining,
+    TokenizerPhase,
 )
 from openmimo.train.config import CheckpointConfig, OptimizerConfig
 
@@ -21,18 +21,18 @@ def tiny() -> AudioTokenizerTrainConfig:
     return AudioTokenizerTrainConfig(
         run_folder="runs/audio/tokenizer",
         stages=(
-            AudioPhase(
-                name="reconstruction", kind="reconstruction", steps=2000, batch_size=8, segment_seconds=1.92,
-                learning_rate=2e-3, end_learning_rate=1e-4, warmup_steps=50, weights=_WEIGHTS,
+            TokenizerPhase(
+                name="reconstruction", kind="reconstruction", steps=1500, batch_size=3, segment_seconds=2.88,
+                learning_rate=3e-3, end_learning_rate=1e-4, warmup_steps=50, weights=_WEIGHTS,
             ),
-            AudioPhase(
-                name="adversarial", kind="adversarial", steps=300, batch_size=4, segment_seconds=0.96,
-                learning_rate=2e-4, end_learning_rate=2e-5, weights=LossWeights(mel=5.0, coarse_mel=1.0),
+            TokenizerPhase(
+                name="adversarial", kind="adversarial", steps=150, batch_size=3, segment_seconds=0.96,
+                learning_rate=3e-4, end_learning_rate=3e-5, weights=LossWeights(mel=5.0, coarse_mel=1.0),
             ),
         ),
-        quantizer=QuantizerTraining(start_step=300),
+        quantizer=QuantizerTraining(start_step=200, decay=0.95),
         discriminators=DiscriminatorConfig(
-            periods=(2, 3, 5), stft_samples=(1024, 256), channels=8, max_channels=64
+            periods=(2, 3, 5), stft_samples=(512, 128), channels=4, max_channels=16
         ),
         optimizer=OptimizerConfig(weight_decay=0.01),
         checkpoints=CheckpointConfig(every_steps=500),
@@ -45,11 +45,11 @@ def released() -> AudioTokenizerTrainConfig:
         run_folder="runs/audio/mimo_audio_tokenizer",
         tokenizer="mimo_audio_tokenizer",
         stages=(
-            AudioPhase(
+            TokenizerPhase(
                 name="reconstruction", kind="reconstruction", steps=1_000_000, batch_size=32, segment_seconds=30.0,
                 learning_rate=2e-4, end_learning_rate=2e-5, warmup_steps=5000,
             ),
-            AudioPhase(
+            TokenizerPhase(
                 name="adversarial", kind="adversarial", steps=500_000, batch_size=32, segment_seconds=2.0,
                 learning_rate=2e-4, end_learning_rate=2e-5, warmup_steps=5000,
             ),

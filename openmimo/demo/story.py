@@ -4,12 +4,9 @@ The result of each part is a file in the demo's folder. A part with a result is 
 resumes from its newest checkpoint.
 """
 
-import json
 import os
 import shlex
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +16,10 @@ from rich.console import Console
 from openmimo.core import config as config_io
 from openmimo.core.config import run_folder
 from openmimo.core.errors import ConfigError
-from openmimo.core.files import write_text_atomic
-from openmimo.core.metrics import duration_text
 from openmimo.demo.config import DemoConfig
 from openmimo.demo.measure import measure_answers, measure_decoding, measure_retrieval
 from openmimo.demo.page import Findings, write_page
+from openmimo.demo.parts import Parts
 from openmimo.demo.teachers import run_teachers
 from openmimo.rl.compare import compare
 from openmimo.rl.run import train
@@ -55,7 +51,7 @@ def run(config: DemoConfig) -> Path:
 
 
 def _tell(config: DemoConfig, folder: Path, console: Console) -> Path:
-    parts = _Parts(folder, console)
+    parts = Parts(folder, console, REFERENCE_SECONDS, REFERENCE_MACHINE)
     parts.print_time()
     checkpoint, model_folder = config.extend.checkpoint, Path(config.extend.run_folder) / "model"
     parts.run(
@@ -92,44 +88,6 @@ def _check_config(config: DemoConfig, folder: Path) -> None:
     path = folder / "config.json"
     if path.exists() and config_io.load(DemoConfig, path) != config:
         raise ConfigError(f"{folder} contains a demo with other settings; name another --folder, or remove it.")
-
-
-class _Parts:
-    """Runs each part once and stores its result and wall time in `<folder>/results`."""
-
-    def __init__(self, folder: Path, console: Console):
-        self.folder = folder / "results"
-        self.console = console
-
-    def run(self, name: str, title: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Returns the result of a part. Calls `work` only if there is no stored result."""
-        path = self.folder / f"{name}.json"
-        if path.exists():
-            self.console.print(f"[bold]{title}[/]")
-            return json.loads(path.read_text())["result"]
-        self.console.print(
-            f"[bold]{title}[/]  ({duration_text(REFERENCE_SECONDS[name])} on the reference machine)",
-            highlight=False,
-            soft_wrap=True,
-        )
-        started = time.perf_counter()
-        result = work()
-        seconds = time.perf_counter() - started
-        write_text_atomic(path, json.dumps({"result": result, "seconds": seconds}, indent=2) + "\n")
-        return result
-
-    def print_time(self) -> None:
-        """Prints how long the parts without a result took on the reference machine; nothing if all have one."""
-        unfinished = [name for name in REFERENCE_SECONDS if not (self.folder / f"{name}.json").exists()]
-        left = sum(REFERENCE_SECONDS[name] for name in unfinished)
-        if left:
-            self.console.print(
-                f"Measured on {REFERENCE_MACHINE}: {duration_text(left)} in all.", highlight=False, soft_wrap=True
-            )
-
-    def seconds(self) -> dict[str, float]:
-        """Returns the wall time of each part in the process that finished it."""
-        return {path.stem: json.loads(path.read_text())["seconds"] for path in sorted(self.folder.glob("*.json"))}
 
 
 def _done(model_folder: Path) -> dict[str, Any]:

@@ -205,6 +205,10 @@ def config_from_hf(
     """
     if values.get("model_type") == OWN_TYPE:
         return _from_own_layout(values, where, window_keys, num_mtp_heads)
+    if "speech_vocab_size" in values:
+        raise ConfigError(
+            f"{where} describes an audio language model; load it with openmimo.model.audio.language.load_audio_model."
+        )
     hub = read_known_keys(_HubConfig, values, where, inert=_INERT_KEYS)
     if hub.quantization_config is not None and packed_config(values, where) is None:
         _check_quantization(hub.quantization_config, where)

@@ -20,10 +20,12 @@ LEVELS = {
     "cli": 9,
 }  # fmt: skip
 TORCH_FREE = ["openmimo", "openmimo.cli", "openmimo.train.config", "openmimo.model.config",
-              "openmimo.model.presets", "openmimo.model.audio.config", "openmimo.model.hf_config", "openmimo.data.config",
+              "openmimo.model.presets", "openmimo.model.audio.config", "openmimo.model.audio.language_config",
+              "openmimo.train.audio.config", "openmimo.model.hf_config", "openmimo.data.config",
               "openmimo.evals.config", "openmimo.demo.config", "openmimo.engine.config",
               "openmimo.engine.server.config", "openmimo.rl.config", "openmimo.rl.scheduling.scheduler",
-              "openmimo.rl.algorithm", "openmimo.data.task", "openmimo.runtime.sandbox"]  # fmt: skip
+              "openmimo.rl.algorithm", "openmimo.data.task", "openmimo.runtime.sandbox",
+              "openmimo.data.audio.config", "openmimo.demo.audio.config"]  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

@@ -10,6 +10,7 @@ import pytest
 from rich.console import Console
 
 from openmimo.demo import story
+from openmimo.demo.parts import Parts
 
 
 @pytest.mark.parametrize(
@@ -42,7 +43,7 @@ def test_a_program_without_an_installed_script_is_python_with_m(tmp_path, monkey
 def test_every_part_has_a_time_that_is_shown_before_it_runs(tmp_path, capsys):
     parts = re.findall(r'parts\.run\(\s*"(\w+)"', inspect.getsource(story._tell))
     assert parts == list(story.REFERENCE_SECONDS)
-    run = story._Parts(tmp_path, Console(width=200))
+    run = Parts(tmp_path, Console(width=200), story.REFERENCE_SECONDS, story.REFERENCE_MACHINE)
     run.print_time()
     assert "18 minutes in all" in capsys.readouterr().out
     run.run("sft", "fine-tuning", lambda: {"shown": capsys.readouterr().out})

@@ -6,9 +6,9 @@
     FOLDER/composed/NAME.flac     sentences composed of recordings of words
     FOLDER/LICENSES.txt
 
-A clip is held out by a hash of its name, and a composed sentence by a hash of its text. The recordings of words of which
-sentences are composed are never held out, so no part of a held-out recording is in a training sentence, and held-out
-sentences are new sequences of known words. Clips of other voices are never trained on.
+A clip is held out by a hash of its name, and a composed sentence by a hash of its text. The recordings of words are
+never held out, so no part of a held-out recording is in a training sentence, and held-out sentences are new sequences
+of known words. Clips of other voices are never trained on.
 """
 
 import hashlib
@@ -21,8 +21,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from openmimo.core.errors import ConfigError, DataError
+from openmimo.core.errors import DataError
 from openmimo.core.files import read_text, write_text_atomic
+from openmimo.data.audio.config import CorpusConfig
 from openmimo.data.audio.debian import OTHER_VOICES, PROMPTS, fetch
 from openmimo.data.audio.files import SAMPLE_RATE, optional_module, read_audio, resample, write_audio
 from openmimo.data.audio.words import compose, spoken_words
@@ -59,33 +60,6 @@ class Clip:
     seconds: float
     split: Split
     is_composed: bool = False
-
-
-@dataclass(frozen=True)
-class CorpusConfig:
-    """Write a speech corpus: Debian's telephone prompts, or recordings of your own.
-
-    Attributes:
-        sounds: A folder with recordings of your own (wav, flac, ogg, mp3, g722), each with its words in a file of the
-            same name that ends in .txt. Default: the prompts of Debian's asterisk-core-sounds-en-g722, one voice.
-        transcripts: A file with a line "name: words" for each recording (core-sounds-en.txt of Asterisk's archive has
-            this form). Default for the prompts: the words of files whose name determines them.
-        composed: Number of sentences composed of the recordings of words, for training; a tenth of it is held out.
-        held_out: Share of clips and sentences that are held out.
-        max_seconds: Longest recording.
-        seed: Seed of the composed sentences.
-    """
-
-    sounds: str | None = None
-    transcripts: str | None = None
-    composed: int = 800
-    held_out: float = 0.1
-    max_seconds: float = 60.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not 0 < self.held_out < 1 or self.composed < 0 or self.max_seconds <= 0:
-            raise ConfigError("held_out must lie between 0 and 1, composed be at least 0, and max_seconds above 0.")
 
 
 @dataclass(frozen=True)
@@ -166,7 +140,7 @@ def is_held_out(text: str, share: float) -> bool:
 def transcription(clip: Clip) -> list[dict[str, Any]]:
     """The conversation that transcribes a clip, in the format of MiMo-Audio-Training."""
     return [
-        {"role": "user", "content": [{"type": "audio", "audio": clip.audio}, {"type": "text", "text": TRANSCRIBE}]},
+        {"role": "user", "content": [{"type": "text", "text": TRANSCRIBE}, {"type": "audio", "audio": clip.audio}]},
         {"role": "assistant", "thinking": False, "content": [{"type": "text", "text": clip.text}]},
     ]
 
@@ -177,7 +151,7 @@ def speech(clip: Clip) -> list[dict[str, Any]]:
         {"role": "user", "content": [{"type": "text", "text": f"{SPEAK}{clip.text}"}]},
         {
             "role": "assistant",
-            "thinking": None,
+            "thinking": False,
             "content": [{"type": "text", "text": clip.text}, {"type": "audio", "audio": clip.audio}],
         },
     ]
@@ -278,7 +252,7 @@ def _read_sound(path: Path, max_seconds: float) -> np.ndarray:
 
 
 def _write_composed(folder: Path, clips: Iterable[Clip], sounds: _Sounds, config: CorpusConfig) -> list[Clip]:
-    """Writes sentences composed of the recordings of words: `composed` for training, and a tenth of it held out.
+    """Writes sentences composed of the recordings of words: `composed` for training, and a twentieth of it held out.
 
     None if the recordings are not those of a telephone system, which has all words of the sentences.
     """
@@ -287,7 +261,7 @@ def _write_composed(folder: Path, clips: Iterable[Clip], sounds: _Sounds, config
         return []
     composed: list[Clip] = []
     source = random.Random(config.seed)
-    wanted: dict[Split, int] = {"train": config.composed, "heldout": config.composed // 10}
+    wanted: dict[Split, int] = {"train": config.composed, "heldout": config.composed // 20}
     seen: set[str] = set()
     while any(wanted.values()):
         parts = compose(source)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from openmimo.core.fields import PositiveInt, check_fields
-from openmimo.data.audio.corpus import CorpusConfig
+from openmimo.data.audio.config import CorpusConfig
 from openmimo.train.audio.config import AudioTrainConfig
 from openmimo.train.audio.tokenizer.config import AudioTokenizerTrainConfig
 

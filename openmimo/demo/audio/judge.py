@@ -34,6 +34,8 @@ class SpeakerJudge(nn.Module):
         UserError: The file has other weights.
     """
 
+    bands: torch.Tensor
+
     def __init__(self, weights: Path | None = None):
         super().__init__()
         self.lstm = nn.LSTM(_BANDS, 256, 3, batch_first=True)

@@ -1,4 +1,4 @@
-"""Measurements of the speech demo: the tokenizer by number of codebooks, and the language model's hearing and speech."""
+"""Measurements of the speech demo: the tokenizer by number of codebooks, and what the model hears and speaks."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -15,6 +15,7 @@ from openmimo.demo.audio.metrics import chance_error_rate, error_rate, si_sdr, s
 from openmimo.engine.audio.engine import AudioEngine, AudioParams
 from openmimo.model.audio.quantizer import perplexity
 from openmimo.model.audio.tokenizer import AudioTokenizer, load_audio_tokenizer
+from openmimo.model.hf import CODEC_FOLDER
 
 _VOICE_CLIPS = 24
 _LEAST_SECONDS = 1.5
@@ -163,20 +164,25 @@ def _errors(found: list[str], references: list[str]) -> dict[str, Any]:
 def measure_speech(corpus: Corpus, model: Path, sounds: Path, count: int) -> dict[str, Any]:
     """Speaks the texts of held-out sentences and asks the judge whose voice it is.
 
-    The candidates are the training voice and the other voices of the corpus. The model's own transcription of its speech
-    is scored as well; it is not independent of the speech.
+    Speech is attributed to the training voice if that is the nearest of all voices of the corpus, and the similarity is
+    above the middle between that of recordings of the voice and that of recordings of others. Random codes are judged
+    for comparison. The model's own transcription of its speech is scored as well; it is not independent of the speech.
 
     Returns:
         Similarities by voice, the share attributed to the training voice, error rates of its own transcription, speed.
     """
     engine, judge = AudioEngine(model), SpeakerJudge()
     clips = corpus.select("heldout", composed=True, with_text=True)[:count]
-    voices = {TRAINING_VOICE: _training_voice(corpus, judge)} | {
-        name: judge.voice([_read(corpus, clip) for clip in corpus.clips if clip.voice == name], SAMPLE_RATE)
-        for name in sorted({clip.voice for clip in corpus.select("other")})
-    }
+    voices = {TRAINING_VOICE: _training_voice(corpus, judge)}
+    others = []
+    for name in sorted({clip.voice for clip in corpus.select("other")}):
+        recordings = [_read(corpus, clip) for clip in corpus.clips if clip.voice == name]
+        voices[name] = judge.voice(recordings, SAMPLE_RATE)
+        others += [float(judge.embed(samples, SAMPLE_RATE) @ voices[TRAINING_VOICE]) for samples in recordings]
     texts = [clip.text or "" for clip in clips]
-    spoken, seconds, first = [], 0.0, []
+    spoken: list[np.ndarray] = []
+    first: list[float] = []
+    seconds = 0.0
     for number, text in enumerate(texts):
         started = time.perf_counter()
         parts = list(_timed(engine.speak(text, params=AudioParams(max_tokens=128, seed=number)), started, first))
@@ -188,17 +194,36 @@ def measure_speech(corpus: Corpus, model: Path, sounds: Path, count: int) -> dic
         {name: float(judge.embed(samples, SAMPLE_RATE) @ voice) for name, voice in voices.items()} for samples in spoken
     ]
     recorded = [float(judge.embed(_read(corpus, clip), SAMPLE_RATE) @ voices[TRAINING_VOICE]) for clip in clips]
+    threshold = float(np.mean(recorded) + np.mean(others)) / 2
+    noise = judge.embed(_random_speech(model / CODEC_FOLDER), SAMPLE_RATE) @ voices[TRAINING_VOICE]
     heard = [engine.transcribe(samples, SAMPLE_RATE, max_tokens=64) for samples in spoken]
     return {
         "texts": texts,
         "similarities": similar,
         "recorded_similarity": float(np.mean(recorded)),
-        "attributed": sum(max(row, key=row.__getitem__) == TRAINING_VOICE for row in similar) / len(similar),
+        "other_similarity": float(np.mean(others)),
+        "random_similarity": float(noise),
+        "threshold": threshold,
+        "attributed": sum(_is_of_voice(row, threshold) for row in similar) / len(similar),
         "own_transcription": _errors(heard, texts),
         "seconds": sum(map(len, spoken)) / SAMPLE_RATE,
         "factor": seconds / max(1e-9, sum(map(len, spoken)) / SAMPLE_RATE),
         "first_samples_seconds": float(np.median(first)) if first else 0.0,
     }
+
+
+def _is_of_voice(similarities: dict[str, float], threshold: float) -> bool:
+    nearest = max(similarities, key=similarities.__getitem__)
+    return nearest == TRAINING_VOICE and similarities[nearest] > threshold
+
+
+def _random_speech(folder: Path) -> np.ndarray:
+    """Three seconds that a tokenizer decodes from random codes."""
+    tokenizer = load_audio_tokenizer(str(folder))
+    generator = torch.Generator().manual_seed(0)
+    frames = round(3 * tokenizer.config.frames_per_second)
+    codes = [torch.randint(size, (frames,), generator=generator) for size in tokenizer.config.codebook_sizes]
+    return tokenizer.decode(torch.stack(codes, dim=1)).numpy()
 
 
 def _timed(parts: Iterator[np.ndarray], started: float, first: list[float]) -> Iterator[np.ndarray]:

@@ -5,10 +5,10 @@ Module names are those of the checkpoint, except that the released ones nest the
 
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple
 
+import torch
 from safetensors import SafetensorError
 from torch import nn
 
@@ -16,10 +16,15 @@ from openmimo.core.errors import CheckpointError
 from openmimo.core.files import file_in_folder, listed, new_folder_atomic, read_json, recover_folder, require_folder
 from openmimo.model.audio.config import AudioTokenizerConfig, config_from_released, config_to_released
 from openmimo.model.hf import check_replaceable
-from openmimo.model.hf_files import DEFAULT_SHARD_BYTES, Entry, open_safetensors, read_headers, write_shards
-from openmimo.runtime.device import activation_dtype, resolve_device
+from openmimo.model.hf_files import (
+    DEFAULT_SHARD_BYTES,
+    Entry,
+    StoredTensor,
+    open_safetensors,
+    read_headers,
+    write_shards,
+)
 
-Tokenizer = TypeVar("Tokenizer", bound=nn.Module)
 _OURS, _RELEASED = r"^encoder\.quantizer\.codebooks\.(\d+)\.", r"^encoder\.quantizer\.vq\.layers\.(\d+)\._codebook\."
 
 
@@ -33,19 +38,25 @@ def own_name(name: str) -> str:
     return re.sub(_RELEASED, r"encoder.quantizer.codebooks.\1.", name)
 
 
-def load_weights(
-    path: str | Path, build: Callable[[AudioTokenizerConfig], Tokenizer], *, device: str, dtype: str
-) -> Tokenizer:
-    """Build the tokenizer of a folder and fill it. The names and shapes must be those of the config.
+class StoredTokenizer(NamedTuple):
+    """A tokenizer folder whose headers were read.
 
-    Args:
-        path: The folder.
-        build: Returns a tokenizer with a config.
-        device: Device of the weights.
-        dtype: Dtype of the layers; codebooks and windows remain float32.
+    Attributes:
+        folder: The folder.
+        config: The shape.
+        tensors: The header entries by released name.
+    """
+
+    folder: Path
+    config: AudioTokenizerConfig
+    tensors: dict[str, StoredTensor]
+
+
+def open_folder(path: Path | str) -> StoredTokenizer:
+    """Read config and headers of a tokenizer folder.
 
     Raises:
-        CheckpointError: Files are missing or damaged, or the weights do not fit the config.
+        CheckpointError: Files are missing or damaged.
         ConfigError: The config is invalid.
     """
     folder = Path(path)
@@ -55,21 +66,19 @@ def load_weights(
     if config_path is None:
         raise CheckpointError(f"{folder} holds no config.json; a tokenizer folder has config.json and *.safetensors.")
     config = config_from_released(read_json(config_path), str(config_path))
-    chosen_device = resolve_device(device)
-    tokenizer = build(config)
-    for _, parameter in tokenizer.named_parameters():
-        parameter.data = parameter.data.to(activation_dtype(dtype, chosen_device))
-    _fill(tokenizer, folder)
-    return tokenizer.to(chosen_device).eval()
+    return StoredTokenizer(folder, config, read_headers(folder))
 
 
-def _fill(tokenizer: nn.Module, folder: Path) -> None:
-    stored = read_headers(folder)
-    own = tokenizer.state_dict()
-    shapes = {own_name(name): entry.shape for name, entry in stored.items()}
+def check_fit(tokenizer: nn.Module, stored: StoredTokenizer) -> None:
+    """Raise CheckpointError unless the folder has exactly the tensors of the tokenizer, which may be on "meta"."""
+    own, folder = tokenizer.state_dict(), stored.folder
+    shapes = {own_name(name): entry.shape for name, entry in stored.tensors.items()}
     findings = [f"{folder} lacks {released_name(name)}." for name in own if name not in shapes]
-    findings += [f"{folder} holds {name}, which the tokenizer of its config.json does not have." for name in stored
-                 if own_name(name) not in own]  # fmt: skip
+    findings += [
+        f"{folder} holds {name}, which the tokenizer of its config.json does not have."
+        for name in stored.tensors
+        if own_name(name) not in own
+    ]
     findings += [
         f"{released_name(name)} in {folder} has shape {list(shapes[name])}, but config.json requires "
         f"{list(tensor.shape)}."
@@ -78,15 +87,22 @@ def _fill(tokenizer: nn.Module, folder: Path) -> None:
     ]
     if findings:
         raise CheckpointError(listed(findings))
-    for file in sorted({entry.file for entry in stored.values()}):
-        reader = open_safetensors(folder / file)
-        for name in (name for name, entry in stored.items() if entry.file == file):
+
+
+@torch.no_grad()
+def fill(tokenizer: nn.Module, stored: StoredTokenizer) -> None:
+    """Copy the tensors of a folder into a tokenizer that they fit. Raises CheckpointError if one is not finite."""
+    own = tokenizer.state_dict()
+    for file in sorted({entry.file for entry in stored.tensors.values()}):
+        path = stored.folder / file
+        reader = open_safetensors(path)
+        for name in (name for name, entry in stored.tensors.items() if entry.file == file):
             try:
                 tensor = reader.get_tensor(name)
             except SafetensorError as error:
-                raise CheckpointError(f"{folder / file}: {name} cannot be read ({error}).") from error
+                raise CheckpointError(f"{path}: {name} cannot be read ({error}).") from error
             if not tensor.isfinite().all():
-                raise CheckpointError(f"{folder / file}: {name} holds an infinity or NaN. Copy the file again.")
+                raise CheckpointError(f"{path}: {name} holds an infinity or NaN. Copy the file again.")
             own[own_name(name)].copy_(tensor)
 
 

@@ -9,6 +9,9 @@ from openmimo.core.fields import Bounds, NonNegativeFloat, NonNegativeInt, Posit
 from openmimo.core.files import read_known_keys
 
 DecoderNorm = Literal["sequence", "frame"]
+SampleRate = Annotated[int, Bounds(least=1000, most=384_000)]
+Layers = Annotated[int, Bounds(least=1, most=256)]
+Size = Annotated[int, Bounds(least=1, most=1 << 16)]
 CodebookSize = Annotated[int, Bounds(least=2, most=1 << 20)]
 _UNLIMITED = -1  # in the windows of a released config.json
 
@@ -26,10 +29,10 @@ class StackConfig:
         right_positions: Later positions that a position sees (None: all; 0: causal).
     """
 
-    dim: PositiveInt
-    num_layers: PositiveInt
-    num_heads: PositiveInt
-    ffn_dim: PositiveInt
+    dim: Size
+    num_layers: Layers
+    num_heads: Size
+    ffn_dim: Size
     left_positions: NonNegativeInt | None = None
     right_positions: NonNegativeInt | None = None
 
@@ -69,7 +72,8 @@ class AudioTokenizerConfig:
         decoder_kernel: Kernel size of the transposed convolution that ends the decoder.
         decoder_stride: Its stride.
         decoder_norm: Statistics of the norms in the decoder's transposed convolutions: of the whole "sequence", as in
-            the released tokenizer, or of each "frame", which makes the decoder causal.
+            the released tokenizer, or of each "frame", which makes the decoder causal. The last norm then has none,
+            because its output is the mel spectrogram, whose level differs from frame to frame.
         rope_theta: Base of the rotary positions.
         expiry_threshold: A code whose average use per training batch is below this is replaced (0: never).
         max_seconds: Longest audio of the released tokenizer, which is only recorded.
@@ -79,19 +83,19 @@ class AudioTokenizerConfig:
     decoder: StackConfig
     vocoder: StackConfig
     codebook_sizes: tuple[CodebookSize, ...]
-    sample_rate: PositiveInt = 24_000
-    fft_samples: PositiveInt = 960
-    window_samples: PositiveInt = 960
-    hop_samples: PositiveInt = 240
-    mel_bins: PositiveInt = 128
+    sample_rate: SampleRate = 24_000
+    fft_samples: Size = 960
+    window_samples: Size = 960
+    hop_samples: Size = 240
+    mel_bins: Size = 128
     lowest_frequency: NonNegativeFloat = 0.0
     highest_frequency: PositiveFloat | None = None
     skip_layer: PositiveInt | None = None
-    encoder_kernel: PositiveInt = 3
-    encoder_stride: PositiveInt = 2
-    pooling: PositiveInt = 2
-    decoder_kernel: PositiveInt = 3
-    decoder_stride: PositiveInt = 2
+    encoder_kernel: Size = 3
+    encoder_stride: Size = 2
+    pooling: Size = 2
+    decoder_kernel: Size = 3
+    decoder_stride: Size = 2
     decoder_norm: DecoderNorm = "sequence"
     rope_theta: PositiveFloat = 10_000.0
     expiry_threshold: NonNegativeFloat = 2.0
@@ -166,7 +170,7 @@ def mimo_audio_tokenizer() -> AudioTokenizerConfig:
 
 
 def tiny_codec() -> AudioTokenizerConfig:
-    """Return a tokenizer of 0.9 million parameters that trains on two CPU cores in minutes: 8 codebooks."""
+    """Return a tokenizer of 1.2 million parameters that trains on two CPU cores in minutes: 8 codebooks."""
     layers = StackConfig(dim=96, num_layers=2, num_heads=4, ffn_dim=384)
     return AudioTokenizerConfig(
         encoder=layers,
@@ -175,7 +179,7 @@ def tiny_codec() -> AudioTokenizerConfig:
         codebook_sizes=(256, 256, *[128] * 6),
         skip_layer=1,
         decoder_norm="frame",
-        max_seconds=3600,
+        expiry_threshold=0.1,  # a small batch has 200 frames, less than one for each entry
     )
 
 
@@ -204,39 +208,39 @@ _INERT_KEYS = {
 class _ReleasedKeys:
     """The keys of the released `config.json`. Keys without a default determine shapes, so they must be present."""
 
-    d_model: PositiveInt
-    encoder_layers: PositiveInt
-    encoder_attention_heads: PositiveInt
-    encoder_ffn_dim: PositiveInt
+    d_model: Size
+    encoder_layers: Layers
+    encoder_attention_heads: Size
+    encoder_ffn_dim: Size
     encoder_skip_layer_id: PositiveInt | None = None
     encoder_causal: bool = False
     encoder_attn_window_size: Window | None = None
-    decoder_layers: PositiveInt
-    decoder_attention_heads: PositiveInt
-    decoder_ffn_dim: PositiveInt
-    decoder_kernel_size: PositiveInt = 3
-    decoder_stride_size: PositiveInt = 2
+    decoder_layers: Layers
+    decoder_attention_heads: Size
+    decoder_ffn_dim: Size
+    decoder_kernel_size: Size = 3
+    decoder_stride_size: Size = 2
     decoder_causal: bool = True
     decoder_attn_window_size: Window | None = None
-    vocoder_dim: PositiveInt
-    vocoder_intermediate_dim: PositiveInt
-    vocoder_num_layers: PositiveInt
-    vocoder_attention_heads: PositiveInt
+    vocoder_dim: Size
+    vocoder_intermediate_dim: Size
+    vocoder_num_layers: Layers
+    vocoder_attention_heads: Size
     vocoder_attn_window_size: Window | None = (40, 10)
     vocoder_padding: Literal["same"] = "same"
-    num_quantizers: PositiveInt
+    num_quantizers: Layers
     codebook_size: tuple[CodebookSize, ...]
     threshold_ema_dead_code: NonNegativeFloat = 2.0
-    n_mels: PositiveInt
-    nfft: PositiveInt
-    window_size: PositiveInt
-    hop_length: PositiveInt
-    sampling_rate: PositiveInt
+    n_mels: Size
+    nfft: Size
+    window_size: Size
+    hop_length: Size
+    sampling_rate: SampleRate
     fmin: NonNegativeFloat = 0.0
     fmax: PositiveFloat | None = None
-    kernel_size: PositiveInt = 3
-    stride_size: PositiveInt = 2
-    avg_pooler: PositiveInt
+    kernel_size: Size = 3
+    stride_size: Size = 2
+    avg_pooler: Size
     activation_function: Literal["gelu"] = "gelu"
     ln_type: Literal["LayerNorm"] = "LayerNorm"
     position_embedding_type: Literal["rope"] = "rope"

@@ -3,13 +3,17 @@
 B sequences, F code frames, L positions or mel frames, D dim, M bands.
 """
 
+from typing import Literal, TypeAlias
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from openmimo.model.audio.attention import AudioLayer, LayerStream, rotation
-from openmimo.model.audio.config import AudioTokenizerConfig, DecoderNorm
+from openmimo.model.audio.config import AudioTokenizerConfig
 from openmimo.model.audio.vocoder import Vocoder
+
+Statistics: TypeAlias = Literal["sequence", "frame", "none"]
 
 
 class Moments:
@@ -33,11 +37,11 @@ class ChannelNorm(nn.Module):
 
     Args:
         dim: Number of channels.
-        statistics: Of each "frame", or of the "sequence".
+        statistics: Of each "frame", of the "sequence", or "none": only the channels' scales and offsets remain.
         epsilon: Added to the variance.
     """
 
-    def __init__(self, dim: int, statistics: DecoderNorm, epsilon: float = 1e-5):
+    def __init__(self, dim: int, statistics: Statistics, epsilon: float = 1e-5):
         super().__init__()
         self.statistics, self.epsilon = statistics, epsilon
         self.weight = nn.Parameter(torch.ones(dim))
@@ -51,6 +55,8 @@ class ChannelNorm(nn.Module):
             moments: Of a stream whose next states these are. A norm over the sequence then uses the statistics of the
                 sequence so far.
         """
+        if self.statistics == "none":
+            return x_BLD * self.weight + self.bias
         if self.statistics == "frame":
             return F.layer_norm(x_BLD, x_BLD.shape[-1:], self.weight, self.bias, self.epsilon)
         if moments is None:
@@ -70,7 +76,7 @@ class UpsamplingConv(nn.Module):
         statistics: See `ChannelNorm`.
     """
 
-    def __init__(self, dim: int, out_dim: int, kernel: int, stride: int, statistics: DecoderNorm):
+    def __init__(self, dim: int, out_dim: int, kernel: int, stride: int, statistics: Statistics):
         super().__init__()
         self.conv = nn.ConvTranspose1d(dim, out_dim, kernel, stride)
         self.norm = ChannelNorm(out_dim, statistics)
@@ -101,11 +107,14 @@ class AudioDecoder(nn.Module):
         super().__init__()
         self.config = config
         stack, norm = config.decoder, config.decoder_norm
+        last_norm: Statistics = "none" if norm == "frame" else norm
         if config.pooling > 1:
             self.dconv1 = UpsamplingConv(stack.dim, stack.dim, config.pooling, config.pooling, norm)
         self.layers = nn.ModuleList(AudioLayer(stack) for _ in range(stack.num_layers))
         self.layer_norm = nn.LayerNorm(stack.dim)
-        self.dconv2 = UpsamplingConv(stack.dim, config.mel_bins, config.decoder_kernel, config.decoder_stride, norm)
+        self.dconv2 = UpsamplingConv(
+            stack.dim, config.mel_bins, config.decoder_kernel, config.decoder_stride, last_norm
+        )
         self.vocoder = Vocoder(config)
 
     @property

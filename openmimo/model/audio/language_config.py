@@ -158,7 +158,7 @@ def with_audio(
 
 
 def tiny_audio() -> AudioModelConfig:
-    """Return a model of 1.7 million parameters: the dense family, patches of four frames, codebooks of `tiny_codec`."""
+    """Return a model of 1.6 million parameters: the dense family, patches of four frames, codebooks of `tiny_codec`."""
     full = AttentionConfig("full", num_heads=4, num_kv_heads=2, key_dim=32, value_dim=32, rotary_dim=32, rope_theta=1e4)
     backbone = ModelConfig(
         vocab_size=512,

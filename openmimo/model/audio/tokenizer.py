@@ -9,12 +9,13 @@ import torch
 from torch import nn
 
 from openmimo.core.errors import DataError
-from openmimo.model.audio.checkpoint import load_weights, save_weights
+from openmimo.model.audio.checkpoint import check_fit, fill, open_folder, save_weights
 from openmimo.model.audio.config import AUDIO_TOKENIZER_PRESETS, AudioTokenizerConfig, preset
 from openmimo.model.audio.decoder import AudioDecoder, DecoderStream
 from openmimo.model.audio.encoder import AudioEncoder
 from openmimo.model.audio.mel import LogMel
 from openmimo.model.audio.vocoder import VocoderStream
+from openmimo.runtime.device import activation_dtype, resolve_device
 
 __all__ = [
     "AUDIO_TOKENIZER_PRESETS", "AudioStream", "AudioTokenizer", "AudioTokenizerConfig", "load_audio_tokenizer",
@@ -35,15 +36,7 @@ class AudioTokenizer(nn.Module):
     def __init__(self, config: AudioTokenizerConfig):
         super().__init__()
         self.config = config
-        self.log_mel = LogMel(
-            sample_rate=config.sample_rate,
-            fft_samples=config.fft_samples,
-            window_samples=config.window_samples,
-            hop_samples=config.hop_samples,
-            mel_bins=config.mel_bins,
-            lowest_frequency=config.lowest_frequency,
-            highest_frequency=config.highest_frequency,
-        )
+        self.log_mel = _log_mel(config)
         self.encoder = AudioEncoder(config)
         self.decoder = AudioDecoder(config)
 
@@ -161,6 +154,18 @@ class AudioStream:
         return self._vocoder.push(self._decoder.push(x_BFD, last=last), last=last).float()
 
 
+def _log_mel(config: AudioTokenizerConfig) -> LogMel:
+    return LogMel(
+        sample_rate=config.sample_rate,
+        fft_samples=config.fft_samples,
+        window_samples=config.window_samples,
+        hop_samples=config.hop_samples,
+        mel_bins=config.mel_bins,
+        lowest_frequency=config.lowest_frequency,
+        highest_frequency=config.highest_frequency,
+    )
+
+
 def check_waveform(waveform_S: torch.Tensor, config: AudioTokenizerConfig) -> None:
     """Raise DataError unless this is a mono waveform of finite floating-point samples."""
     if not isinstance(waveform_S, torch.Tensor):
@@ -222,7 +227,17 @@ def load_audio_tokenizer(path: str | Path, *, device: str = "cpu", dtype: str = 
         CheckpointError: Files are missing or damaged, or the weights do not fit the config.
         ConfigError: The config is invalid.
     """
-    return load_weights(path, AudioTokenizer, device=device, dtype=dtype)
+    chosen_device = resolve_device(device)
+    stored = open_folder(path)
+    with torch.device("meta"):  # no memory before the weights are known to have the config's shapes
+        tokenizer = AudioTokenizer(stored.config)
+    check_fit(tokenizer, stored)
+    for parameter in tokenizer.parameters():
+        parameter.data = parameter.data.to(activation_dtype(dtype, chosen_device))
+    tokenizer.to_empty(device=chosen_device)
+    tokenizer.log_mel = _log_mel(stored.config).to(chosen_device)  # its buffers are not stored
+    fill(tokenizer, stored)
+    return tokenizer.eval()
 
 
 def save_audio_tokenizer(tokenizer: AudioTokenizer, path: str | Path) -> None:

@@ -23,6 +23,7 @@ class AudioLoader:
         sequence_length: The most positions of a row.
         seed: Seed of the order.
         stage: Number of the phase.
+        identity: Identifies the tokenizers; a run does not continue with others.
 
     Raises:
         DataError: A document is longer than a row.
@@ -37,9 +38,11 @@ class AudioLoader:
         sequence_length: int,
         seed: int,
         stage: int,
+        identity: str = "",
     ):
         self._sources, self._builder, self._codes_of = sources, builder, codes_of
         self._length, self._seed, self._stage = sequence_length, seed, stage
+        self._identity = f"{identity} {builder.tokenizer.fingerprint}"
         weights = np.array([source.weight for source in sources])
         self._shares = np.cumsum(weights / weights.sum())
         self._taken = [0] * len(sources)
@@ -76,10 +79,11 @@ class AudioLoader:
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Continue from a result of `state`. Raises CheckpointError if the rows are others."""
+        """Continue from a result of `state`. Raises CheckpointError if rows or tokenizers are others."""
         if state.get("content") != self._fingerprint():
             raise CheckpointError(
-                "the rows of the data are not those with which this run began. Restore them, or start another run."
+                "the rows of the data or the tokenizers are not those with which this run began. Restore them, or "
+                "start another run."
             )
         self._taken, self._documents, self._rows = list(state["taken"]), state["documents"], state["rows"]
 
@@ -131,7 +135,7 @@ class AudioLoader:
         return document
 
     def _fingerprint(self) -> str:
-        content = hashlib.sha256(str((self._seed, self._stage, self._length)).encode())
+        content = hashlib.sha256(str((self._seed, self._stage, self._length, self._identity)).encode())
         for source in self._sources:
             for row in source.train:
                 content.update(row.digest)

@@ -11,12 +11,12 @@ import torch
 from rich.console import Console
 
 from openmimo.core.errors import ConfigError, DataError
-from openmimo.core.files import new_folder_atomic, read_json
+from openmimo.core.files import new_folder_atomic
 from openmimo.data.tokenizer import Tokenizer
+from openmimo.model.audio.audit import is_audio_model
 from openmimo.model.audio.language import AudioLanguageModel, load_audio_model
 from openmimo.model.audio.language_config import (
     AudioModelConfig,
-    audio_config_from_hf,
     audio_model_config,
     with_codebooks,
 )
@@ -72,7 +72,7 @@ def train_audio(config: AudioTrainConfig, *, console: Console | None = None) -> 
 
 def _described(config: AudioTrainConfig, codec: AudioTokenizer) -> AudioModelConfig:
     """Return the geometry of the model, with the codebooks of the audio tokenizer."""
-    if config.init_from is not None and config.model is None and _is_audio_model(Path(config.init_from)):
+    if config.init_from is not None and config.model is None and is_audio_model(config.init_from):
         given = audio_model_config(config.init_from)
         fitting = with_codebooks(given, codec.config.codebook_sizes)
         if fitting.empty_ids != given.empty_ids:
@@ -83,20 +83,11 @@ def _described(config: AudioTrainConfig, codec: AudioTokenizer) -> AudioModelCon
         return given
     described = with_codebooks(audio_model_config(config.model or _DEFAULT_MODEL), codec.config.codebook_sizes)
     if config.init_from is not None:
-        if _is_audio_model(Path(config.init_from)):
+        if is_audio_model(config.init_from):
             raise ConfigError(f"init_from {config.init_from!r} determines the model; leave model out.")
         backbone = load_model(config.init_from).config
         return replace(described, backbone=replace(backbone, mtp=None))
     return described
-
-
-def _is_audio_model(folder: Path) -> bool:
-    path = folder / "config.json"
-    values = read_json(path) if path.is_file() else {}
-    if isinstance(values, dict) and "speech_vocab_size" in values:
-        audio_config_from_hf(values, where=str(path))
-        return True
-    return False
 
 
 def _check_weights(config: AudioTrainConfig, described: AudioModelConfig) -> None:
@@ -131,12 +122,19 @@ def _open_trainer(
         tokenizer = Tokenizer.load(newest)
         model, optimizer_tensors, start = restore(newest, device, load=load_audio_model)
     builder = SequenceBuilder(tokenizer, described)
-    codes = Codes(Path(config.run_folder) / "codes", codec, _fingerprint(Path(config.codec)))
+    fingerprint = _fingerprint(Path(config.codec))
+    codes = Codes(Path(config.run_folder) / "codes", codec, fingerprint)
     first = place_of(start.step, config.stages).stage_index
     codes.prepare([clip for stage in sources[first:] for row in _rows(stage) for clip in row.clips()], console)
     loaders = {
         index: AudioLoader(
-            sources[index], builder, codes, sequence_length=stage.sequence_length, seed=config.seed, stage=index
+            sources[index],
+            builder,
+            codes,
+            sequence_length=stage.sequence_length,
+            seed=config.seed,
+            stage=index,
+            identity=fingerprint,
         )
         for index, stage in enumerate(config.stages)
         if index >= first
@@ -176,7 +174,7 @@ def _tokenizer(
 
 
 def _initial_model(config: AudioTrainConfig, described: AudioModelConfig, device: torch.device) -> AudioLanguageModel:
-    if config.init_from is not None and _is_audio_model(Path(config.init_from)):
+    if config.init_from is not None and is_audio_model(config.init_from):
         return load_audio_model(config.init_from, "float32", str(device))
     model = AudioLanguageModel(described)
     model.initialize(torch.Generator().manual_seed(config.seed))

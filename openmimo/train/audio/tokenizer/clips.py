@@ -40,13 +40,17 @@ class Segments(NamedTuple):
 def open_clips(folder: str, split: Split, sample_rate: int) -> list[Clip]:
     """Return the clips of one split of a corpus. They are read when they are used.
 
-    Held-out clips are recordings: composed sentences consist of recordings that training has heard.
+    Composed sentences repeat recorded words. There are at most as many of them as recordings in training, and none
+    among held-out clips.
 
     Raises:
         DataError: There is no corpus, or the split has no clips.
     """
     corpus = read_corpus(folder)
-    selected = corpus.select(split, composed=False if split == "heldout" else None)
+    selected = corpus.select(split, composed=False)
+    if split != "heldout":
+        composed = corpus.select(split, composed=True)
+        selected += composed[:: max(1, -(-len(composed) // max(1, len(selected))))]
     clips = [Clip(clip.audio, clip.text, _reader(corpus.folder / clip.audio, sample_rate)) for clip in selected]
     if not clips:
         raise DataError(f"the corpus {folder} has no clips of the split {split!r}; write it again.")

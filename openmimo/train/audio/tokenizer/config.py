@@ -14,7 +14,7 @@ from openmimo.core.fields import (
     check_fields,
 )
 from openmimo.model.audio.config import preset
-from openmimo.train.config import RunConfig, check_path
+from openmimo.train.config import Decay, RunConfig, check_path
 
 MelScale = Annotated[int, Bounds(least=3, most=10)]
 
@@ -45,7 +45,7 @@ class LossWeights:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AudioPhase:
+class TokenizerPhase:
     """One stage of the training.
 
     Attributes:
@@ -88,6 +88,8 @@ class QuantizerTraining:
         start_step: Steps before the codebooks exist; the decoder then gets the encoder's states.
         start_batches: Batches whose states are the vectors of the k-means initialization.
         iterations: Iterations of k-means.
+        decay: Decay of the entries' moving averages over batches. A low one lets the entries follow states that change
+            fast; the last 1 / (1 - decay) batches should hold several states for each entry.
         partial: Share of the segments that are decoded from a random number of codebooks instead of all, so that the
             first codebooks are useful alone.
     """
@@ -95,6 +97,7 @@ class QuantizerTraining:
     start_step: NonNegativeInt = 0
     start_batches: PositiveInt = 8
     iterations: PositiveInt = 50
+    decay: Decay = 0.99
     partial: Fraction = 0.5
 
     def __post_init__(self) -> None:
@@ -163,7 +166,7 @@ class AudioTokenizerTrainConfig(RunConfig):
 
     corpus: str = "runs/audio/corpus"
     _: KW_ONLY
-    stages: tuple[AudioPhase, ...]
+    stages: tuple[TokenizerPhase, ...]
     tokenizer: str | None = "tiny_codec"
     init_from: str | None = None
     mel_scales: tuple[MelScale, ...] = (5, 6, 7)
@@ -205,7 +208,7 @@ class AudioTokenizerTrainConfig(RunConfig):
         """Optimizer steps of all stages."""
         return sum(stage.steps for stage in self.stages)
 
-    def place_of(self, step: int) -> tuple[AudioPhase, int]:
+    def place_of(self, step: int) -> tuple[TokenizerPhase, int]:
         """Return the stage of a step (from 0) of the run, and the step in the stage."""
         for stage in self.stages:
             if step < stage.steps:

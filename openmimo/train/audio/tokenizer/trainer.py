@@ -25,7 +25,7 @@ from openmimo.model.audio.quantizer import perplexity
 from openmimo.model.audio.tokenizer import AudioTokenizer
 from openmimo.runtime.device import peak_memory_bytes, synchronize
 from openmimo.train.audio.tokenizer.clips import Clip, Segments, fixed_segments, random_segments
-from openmimo.train.audio.tokenizer.config import AudioPhase, AudioTokenizerTrainConfig
+from openmimo.train.audio.tokenizer.config import AudioTokenizerTrainConfig, TokenizerPhase
 from openmimo.train.audio.tokenizer.discriminators import Discriminators
 from openmimo.train.audio.tokenizer.losses import (
     MultiScaleMel,
@@ -33,6 +33,7 @@ from openmimo.train.audio.tokenizer.losses import (
     discriminator_loss,
     feature_loss,
 )
+from openmimo.train.audio.tokenizer.start import set_levels
 from openmimo.train.audio.tokenizer.state import load_state, write_state
 from openmimo.train.audio.tokenizer.text import TextModel
 from openmimo.train.checkpoint import Checkpoints, Progress
@@ -40,6 +41,7 @@ from openmimo.train.optim import GradientReport, StepGuard, parameter_groups, wa
 
 Losses = dict[str, torch.Tensor]
 _SEED_STRIDE = 1_000_003
+_START_SEGMENTS = 32  # of which the initial levels are computed
 
 
 class Trained(nn.Module):
@@ -103,6 +105,8 @@ class Trainer:
             torch.manual_seed(config.seed)
             self.modules = Trained(config, tokenizer).to(self.device)
         self.tokenizer = tokenizer
+        for codebook in tokenizer.encoder.quantizer.books:
+            codebook.decay = config.quantizer.decay
         self.mel_distance = MultiScaleMel(tokenizer.config.sample_rate, config.mel_scales).to(self.device)
         self.optimizer = _adamw(config, {"tokenizer": tokenizer, "text": self.modules.text})
         self.adversary = torch.optim.AdamW(
@@ -165,12 +169,15 @@ class Trainer:
 
     # --- steps -------------------------------------------------------------------------------------------------------
 
-    def _next_step(self) -> tuple[AudioPhase, dict[str, float]]:
+    def _next_step(self) -> tuple[TokenizerPhase, dict[str, float]]:
         phase, phase_step = self.config.place_of(self.step)
         seed = self.config.seed * _SEED_STRIDE + self.step
         generator = torch.Generator().manual_seed(seed)
         with torch.random.fork_rng(devices=[] if self.device.type == "cpu" else [self.device]):
             torch.manual_seed(seed)
+            if self.step == 0 and self.config.init_from is None:
+                start = random_segments(self.clips, _START_SEGMENTS, self.samples_of(phase), generator)
+                set_levels(self.tokenizer, start.waveform_BS.to(self.device))
             if self._starts_codebooks(phase_step):
                 self._start_codebooks(phase, generator)
             batch = random_segments(self.clips, phase.batch_size, self.samples_of(phase), generator)
@@ -180,7 +187,7 @@ class Trainer:
         self.step += 1
         return phase, values
 
-    def samples_of(self, phase: AudioPhase) -> int:
+    def samples_of(self, phase: TokenizerPhase) -> int:
         """Return the length of a segment of this stage: a whole number of code frames."""
         config = self.tokenizer.config
         return max(1, round(phase.segment_seconds * config.frames_per_second)) * config.samples_per_frame
@@ -192,7 +199,7 @@ class Trainer:
         return bool(self.tokenizer.encoder.quantizer.books[0].inited)
 
     @torch.no_grad()
-    def _start_codebooks(self, phase: AudioPhase, generator: torch.Generator) -> None:
+    def _start_codebooks(self, phase: TokenizerPhase, generator: torch.Generator) -> None:
         """Initialize the codebooks from the states of some batches."""
         settings, states = self.config.quantizer, []
         for _ in range(settings.start_batches):
@@ -205,7 +212,7 @@ class Trainer:
         return self.tokenizer.log_mel(waveform_BS)[:, :-1]
 
     def _reconstruction_step(
-        self, phase: AudioPhase, batch: Segments, generator: torch.Generator
+        self, phase: TokenizerPhase, batch: Segments, generator: torch.Generator
     ) -> dict[str, float]:  # fmt: skip
         """Train encoder, codebooks, decoder and text model."""
         self.modules.train()
@@ -222,7 +229,7 @@ class Trainer:
         return _as_metrics(decoded.losses)
 
     def _decode(
-        self, waveform_BS: torch.Tensor, texts: list[str | None], phase: AudioPhase, generator: torch.Generator
+        self, waveform_BS: torch.Tensor, texts: list[str | None], phase: TokenizerPhase, generator: torch.Generator
     ) -> Decoded:
         """Encode and decode segments, with the losses of the first stage that have a weight."""
         tokenizer, losses = self.tokenizer, Losses()
@@ -253,7 +260,7 @@ class Trainer:
         return random_B.where(is_partial_B, books).repeat_interleave(frames).to(self.device)
 
     def _adversarial_step(
-        self, phase: AudioPhase, batch: Segments, generator: torch.Generator
+        self, phase: TokenizerPhase, batch: Segments, generator: torch.Generator
     ) -> dict[str, float]:  # fmt: skip
         """Train the discriminators on real and decoded segments, then the decoder against them."""
         self.modules.train()
@@ -285,7 +292,7 @@ class Trainer:
         self._step_optimizer(loss, self.optimizer)
         return _as_metrics({**losses, "discriminators": against})
 
-    def _set_rates(self, phase: AudioPhase, phase_step: int) -> None:
+    def _set_rates(self, phase: TokenizerPhase, phase_step: int) -> None:
         rate = warmed_cosine(
             phase_step,
             steps=phase.steps,
@@ -316,7 +323,7 @@ class Trainer:
 
     # --- metrics -----------------------------------------------------------------------------------------------------
 
-    def _after_step(self, phase: AudioPhase, values: dict[str, float], seconds: float, *, is_last: bool) -> None:
+    def _after_step(self, phase: TokenizerPhase, values: dict[str, float], seconds: float, *, is_last: bool) -> None:
         if self.step % self.config.log_every_steps == 0 or is_last:
             audio_seconds = phase.batch_size * self.samples_of(phase) / self.tokenizer.config.sample_rate
             self.metrics.write(
@@ -341,8 +348,8 @@ class Trainer:
                 self.console.print(f"[yellow]warning:[/] {error} Training continues.", soft_wrap=True)
 
     @torch.no_grad()
-    def evaluate(self, phase: AudioPhase) -> dict[str, Any]:
-        """Return mel distances by number of codebooks, codebook perplexities, and the text loss, of held-out segments."""
+    def evaluate(self, phase: TokenizerPhase) -> dict[str, Any]:
+        """Return mel distances by codebooks, codebook perplexities and the text loss, of held-out segments."""
         self.modules.eval()
         tokenizer = self.tokenizer
         segments = fixed_segments(self.held_out, self.config.evaluation_clips, self.samples_of(phase))
