@@ -1,4 +1,4 @@
-"""Options of the optimizer step and of the routers' losses by expert, on the model of `expert_traces` (docs/experts.md).
+"""Options of the optimizer step and of the routers' losses by expert, for the model of `expert_traces`.
 
     python -m benchmarks.expert_steps FOLDER [SEEDS] [STEPS]
 

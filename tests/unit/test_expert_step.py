@@ -118,7 +118,9 @@ def test_the_balance_loss_over_a_batch_counts_the_micro_batches_before():
     probability = (scores / scores.sum(1, keepdim=True)).mean(0)
     assert float(balance_loss(scores, ids, losses, 5)) == pytest.approx(float((frequency * probability).sum()), 1e-5)
     alone = replace(losses, load_before={})
-    assert float(balance_loss(scores, ids, alone, 5)) != pytest.approx(float(balance_loss(scores, ids, losses, 5)), 1e-5)
+    assert float(balance_loss(scores, ids, alone, 5)) != pytest.approx(
+        float(balance_loss(scores, ids, losses, 5)), 1e-5
+    )
 
 
 SETTINGS = {
