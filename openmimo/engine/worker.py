@@ -49,7 +49,7 @@ from openmimo.kernels.operations import EXPERTS, MIXED, ExpertsNeed, rotary_tabl
 from openmimo.kernels.weights import FP8, INT8, PLAIN, format_of
 from openmimo.model.attention import AttentionConfig, Rotation
 from openmimo.model.backbone import Hidden
-from openmimo.model.context import AttentionCall, RoutingTape, SequenceBalance
+from openmimo.model.context import AttentionCall, RouterLoss, RoutingTape
 from openmimo.model.layers import Linear
 from openmimo.model.mimo import MiMo
 from openmimo.model.moe import Experts
@@ -133,7 +133,7 @@ class PagedContext:
 
     def __init__(self, arena: PageArena, rotary: RotaryRows, *, integers: Integers | None = None):
         self.routing = RoutingTape()
-        self.sequence_balance: SequenceBalance | None = None
+        self.router_loss: RouterLoss | None = None
         self.block_scores: dict[int, torch.Tensor] = {}
         self.chosen_blocks: dict[tuple[int, int], ChosenBlocks] = {}
         self._arena = arena

@@ -34,7 +34,7 @@ from openmimo.engine.worker import RotaryRows
 from openmimo.evals.config import EvalConfig
 from openmimo.kernels.attention import AttentionOut
 from openmimo.model.attention import AttentionConfig, kv_spec
-from openmimo.model.context import AttentionCall, RoutingTape, SequenceBalance
+from openmimo.model.context import AttentionCall, RouterLoss, RoutingTape
 from openmimo.model.hf import load_config, load_model
 from openmimo.model.mimo import MiMo
 
@@ -111,7 +111,7 @@ class ReferenceContext:
     def __init__(self, model: MiMo, length: int, kept_T: torch.Tensor):
         self.positions_T = torch.arange(length, device=model.device)
         self.routing = RoutingTape()
-        self.sequence_balance: SequenceBalance | None = None
+        self.router_loss: RouterLoss | None = None
         self.block_scores: dict[int, torch.Tensor] = {}
         self.kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._layers = model.config.attention_layers()

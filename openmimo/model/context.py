@@ -8,7 +8,7 @@ models.
 T packed tokens, N query heads, G key/value heads, K key dim, V value dim, A active experts.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -132,7 +132,7 @@ class AttentionContext(Protocol):
     Attributes:
         positions_T: Position of each token in its sequence.
         routing: Recording and replay of the tokens' experts.
-        sequence_balance: The sequence-level balance loss of a training pass, or None.
+        router_loss: The losses of the routers in a training pass, or None.
         block_scores: Scores [T, G, C] by layer, see `AttentionOut`, of the layers that requested them in this pass.
         chosen_blocks: Blocks that sparse layers chose in this pass, by scored layer and number of keys, for all sparse
             layers that read the same.
@@ -140,7 +140,7 @@ class AttentionContext(Protocol):
 
     positions_T: torch.Tensor
     routing: RoutingTape
-    sequence_balance: "SequenceBalance | None"
+    router_loss: "RouterLoss | None"
     block_scores: dict[int, torch.Tensor]
     chosen_blocks: dict[tuple[int, int], ChosenBlocks]
 
@@ -154,20 +154,27 @@ class AttentionContext(Protocol):
 
 
 @dataclass(frozen=True)
-class SequenceBalance:
-    """The sequence-level balance loss of a training pass.
+class RouterLoss:
+    """The losses of the routers in a training pass, whose gradient is added to that of the router.
 
     Attributes:
-        weight: Weight of the loss.
+        balance_weight: Weight of the balance loss (paper section 3.1).
         sequence_T: Index of the sequence of each token.
         num_sequences: Number of sequences.
         sum_over_ranks: Sums a tensor over the processes that hold other tokens of the same sequences.
+        z_weight: Weight of the mean square of the log-sum-exp of the logits (z-loss, arXiv 2202.08906).
+        load_before: Visits of each expert, int64 [E], by layer, in the earlier micro-batches of this process. The
+            balance loss then uses the frequencies of the whole batch so far (arXiv 2501.11873) and not of a sequence.
+        sum_over_batch: Sums a tensor over the processes that hold other tokens of the batch.
     """
 
-    weight: float
+    balance_weight: float
     sequence_T: torch.Tensor
     num_sequences: int
     sum_over_ranks: Callable[[torch.Tensor], torch.Tensor] = lambda counts: counts
+    z_weight: float = 0.0
+    load_before: Mapping[int, torch.Tensor] | None = None
+    sum_over_batch: Callable[[torch.Tensor], torch.Tensor] = lambda counts: counts
 
 
 class SeenKeys(NamedTuple):
@@ -213,6 +220,7 @@ class PackedContext:
             of the router; 0 for none.
         balance_length: Tokens of a sequence of that loss, which is a whole training row in DeepSeek-V3 (None: each
             document is a sequence).
+        z_weight: Weight of the routers' z-loss, likewise.
     """
 
     def __init__(
@@ -223,6 +231,7 @@ class PackedContext:
         routing: RoutingTape | None = None,
         balance_weight: float = 0.0,
         balance_length: int | None = None,
+        z_weight: float = 0.0,
     ):
         self.document_lengths = document_lengths
         lengths = torch.tensor(document_lengths)
@@ -230,10 +239,10 @@ class PackedContext:
         index = torch.repeat_interleave(torch.arange(len(document_lengths)), lengths)
         self.positions_T = (torch.arange(int(lengths.sum())) - starts[index]).to(device)
         self.routing = routing or RoutingTape()
-        self.sequence_balance = None
-        if balance_weight > 0.0:
+        self.router_loss = None
+        if balance_weight > 0.0 or z_weight > 0.0:
             rows_T = index if balance_length is None else torch.arange(len(index)) // balance_length
-            self.sequence_balance = SequenceBalance(balance_weight, rows_T.to(device), int(rows_T[-1]) + 1)
+            self.router_loss = RouterLoss(balance_weight, rows_T.to(device), int(rows_T[-1]) + 1, z_weight=z_weight)
         self.block_scores: dict[int, torch.Tensor] = {}
         self.chosen_blocks: dict[tuple[int, int], ChosenBlocks] = {}
         self._rotary = RotaryTables(self.positions_T)

@@ -15,7 +15,7 @@ from torch import nn
 
 from openmimo.kernels.operations import RoutingRule, apply_experts, route
 from openmimo.model.config import MoEConfig
-from openmimo.model.context import AttentionContext, SequenceBalance
+from openmimo.model.context import AttentionContext, RouterLoss
 from openmimo.model.weight_formats import QuantizableModule
 
 
@@ -42,10 +42,10 @@ class Router(nn.Module):
     def forward(self, x_TD: torch.Tensor, context: AttentionContext) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the chosen expert ids, int64 [T, A], and their weights, float32 [T, A] (float64 for float64 x).
 
-        Adds the gradient of the balance loss if the context has one.
+        Adds the gradients of the losses of the context's `router_loss`.
         """
-        routing, balance = context.routing, context.sequence_balance
-        has_loss = balance is not None and torch.is_grad_enabled()
+        routing, losses = context.routing, context.router_loss
+        has_loss = losses is not None and torch.is_grad_enabled()
         ids_TA, weights_TA, scores_TE = route(
             x_TD,
             self.weight,
@@ -55,9 +55,11 @@ class Router(nn.Module):
             keep_scores=has_loss,
         )
         if has_loss:
-            assert balance is not None and scores_TE is not None
-            loss = sequence_balance_loss(scores_TE, ids_TA, balance)
-            weights_TA = _AddLoss.apply(weights_TA, balance.weight * loss)
+            assert losses is not None and scores_TE is not None
+            loss = losses.balance_weight * balance_loss(scores_TE, ids_TA, losses, self.index)
+            if losses.z_weight:
+                loss = loss + losses.z_weight * z_loss(x_TD, self.weight, losses)
+            weights_TA = _AddLoss.apply(weights_TA, loss)
         if routing.record:
             routing.recorded[self.index] = ids_TA
         return ids_TA, weights_TA
@@ -107,23 +109,39 @@ class MoE(nn.Module):
         return self.experts(x_TD, ids_TA, weights_TA)
 
 
-def sequence_balance_loss(scores_TE: torch.Tensor, ids_TA: torch.Tensor, balance: SequenceBalance) -> torch.Tensor:
+def balance_loss(scores_TE: torch.Tensor, ids_TA: torch.Tensor, losses: RouterLoss, layer: int) -> torch.Tensor:
     """Return the mean over sequences of sum_e f_e P_e (DeepSeek-V3 equations 17-20), which is 1 for an even load.
 
     f_e is E times the fraction of the sequence's choices that are expert e, and P_e is the mean normalized score of e.
-    The sequences are training rows, as in that paper. If several processes hold the tokens of a sequence, the sum of
-    their results is the loss, and the gradient of each is that of its own tokens.
+    The sequences are training rows, as in that paper. With `losses.load_before`, f_e is that of the whole batch so far
+    (arXiv 2501.11873), so that a sequence may prefer some experts. If several processes hold the tokens of a sequence,
+    the sum of their results is the loss, and the gradient of each is that of its own tokens.
     """
     E, A = scores_TE.shape[1], ids_TA.shape[1]
     ones_TA = torch.ones_like(ids_TA, dtype=scores_TE.dtype)
     chosen_TE = torch.zeros_like(scores_TE).scatter_(1, ids_TA, ones_TA)
     normalized_TE = scores_TE / scores_TE.sum(dim=-1, keepdim=True)
-    zeros = scores_TE.new_zeros(balance.num_sequences, E)
-    length = zeros[:, :1].index_add(0, balance.sequence_T, torch.ones_like(scores_TE[:, :1]))
-    length = balance.sum_over_ranks(length)
-    frequency = balance.sum_over_ranks(zeros.index_add(0, balance.sequence_T, chosen_TE)) * (E / A) / length
-    probability = zeros.index_add(0, balance.sequence_T, normalized_TE) / length
+    zeros = scores_TE.new_zeros(losses.num_sequences, E)
+    length = zeros[:, :1].index_add(0, losses.sequence_T, torch.ones_like(scores_TE[:, :1]))
+    length = losses.sum_over_ranks(length)
+    probability = zeros.index_add(0, losses.sequence_T, normalized_TE) / length
+    if losses.load_before is None:
+        frequency = losses.sum_over_ranks(zeros.index_add(0, losses.sequence_T, chosen_TE)) * (E / A) / length
+    else:
+        before_E = losses.load_before.get(layer, torch.zeros_like(chosen_TE[0]))
+        load_E = losses.sum_over_batch(chosen_TE.sum(dim=0) + before_E)
+        frequency = load_E * (E / load_E.sum())
     return (frequency * probability).sum(dim=-1).mean()
+
+
+def z_loss(x_TD: torch.Tensor, weight_ED: torch.Tensor, losses: RouterLoss) -> torch.Tensor:
+    """Return the mean square of the log-sum-exp of the logits (arXiv 2202.08906, equation 5), which bounds them.
+
+    If several processes hold tokens of a sequence, the sum of their results is the loss.
+    """
+    logits_TE = nn.functional.linear(x_TD.float(), weight_ED.float())
+    tokens = losses.sum_over_ranks(logits_TE.new_tensor(float(len(logits_TE))))
+    return logits_TE.logsumexp(dim=-1).square().sum() / tokens
 
 
 class _AddLoss(torch.autograd.Function):

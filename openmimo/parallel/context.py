@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from openmimo.model.context import PackedContext, RotaryTables, RoutingTape, SeenKeys, SequenceBalance
+from openmimo.model.context import PackedContext, RotaryTables, RouterLoss, RoutingTape, SeenKeys
 from openmimo.model.heads import MicroBatch
 from openmimo.parallel.exchange import FetchPlan, fetch_rows, plan_fetch
 
@@ -114,6 +114,7 @@ class ShardedContext(PackedContext):
         routing: Recording and replay of experts (None: neither).
         balance_weight: As in `PackedContext`.
         balance_length: As in `PackedContext`; required with a balance weight.
+        z_weight: As in `PackedContext`.
         sum_over_ranks: Sums a tensor over the ranks that share the micro-batch.
     """
 
@@ -124,6 +125,7 @@ class ShardedContext(PackedContext):
         routing: RoutingTape | None = None,
         balance_weight: float = 0.0,
         balance_length: int | None = None,
+        z_weight: float = 0.0,
         sum_over_ranks: Callable[[torch.Tensor], torch.Tensor],
     ):
         lengths = tuple(segment.stop - segment.start for segment in split.segments)
@@ -132,11 +134,13 @@ class ShardedContext(PackedContext):
         self.positions_T += torch.repeat_interleave(torch.tensor(offsets), torch.tensor(lengths)).to(split.device)
         self._rotary = RotaryTables(self.positions_T)
         self._split = split
-        if balance_weight > 0.0:
+        if balance_weight > 0.0 or z_weight > 0.0:
             assert balance_length is not None, "rows are cut, so a document is no sequence"
             rows_T = split.rows // balance_length
             num_rows = 1 + max(int(rows[-1]) for rows in split._held if len(rows)) // balance_length
-            self.sequence_balance = SequenceBalance(balance_weight, rows_T.to(split.device), num_rows, sum_over_ranks)
+            self.router_loss = RouterLoss(
+                balance_weight, rows_T.to(split.device), num_rows, sum_over_ranks, z_weight=z_weight
+            )
 
     def _seen(self, k_TGK: torch.Tensor, v_TGV: torch.Tensor, window_keys: int | None) -> SeenKeys:
         T, G, K = k_TGK.shape

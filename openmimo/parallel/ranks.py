@@ -93,7 +93,13 @@ class Ranks:
         shard_model(model, self.mesh.weights, self.mesh.experts, experts)
 
     def split(
-        self, batch: MicroBatch, *, routing: RoutingTape | None, balance_weight: float, balance_length: int | None
+        self,
+        batch: MicroBatch,
+        *,
+        routing: RoutingTape | None,
+        balance_weight: float,
+        balance_length: int | None,
+        z_weight: float = 0.0,
     ) -> tuple[MicroBatch, PackedContext]:
         """Return the part of a micro-batch that this process computes, and its context."""
         if self.mesh.cp.size() == 1:
@@ -103,6 +109,7 @@ class Ranks:
                 routing=routing,
                 balance_weight=balance_weight,
                 balance_length=balance_length,
+                z_weight=z_weight,
             )
         split = ContextSplit(batch.document_lengths, self.mesh.cp.get_group(), self.device)
         context = ShardedContext(
@@ -110,6 +117,7 @@ class Ranks:
             routing=routing,
             balance_weight=balance_weight,
             balance_length=balance_length,
+            z_weight=z_weight,
             sum_over_ranks=lambda tensor: self._sum(tensor, ("cp",)),
         )
         return split.batch(batch), context

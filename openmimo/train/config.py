@@ -138,6 +138,31 @@ def shortened(settings: Settings, steps: int) -> Settings:
 
 
 @dataclass(frozen=True)
+class ExpertStepConfig:
+    """How an optimizer step treats single experts. By default their weights are parameters like all others.
+
+    Attributes:
+        clip_norm: Maximum gradient norm of each expert, before all gradients are clipped together (0: none).
+        rate_exponent: The learning rate of an expert is multiplied by r^rate_exponent, at most by 4. r is its share of
+            the step's tokens relative to the mean (0: one rate for all; 0.5: square root of the share).
+        keep_idle: Leave weights and moments of an expert without tokens in a step unchanged. Adam otherwise decays its
+            moments and moves the weights along them.
+    """
+
+    clip_norm: NonNegativeFloat = 0.0
+    rate_exponent: NonNegativeFloat = 0.0
+    keep_idle: bool = False
+
+    def __post_init__(self) -> None:
+        check_fields(self, "expert_step")
+
+    @property
+    def is_used(self) -> bool:
+        """Whether any of the settings has an effect."""
+        return self != ExpertStepConfig()
+
+
+@dataclass(frozen=True)
 class OptimizerConfig:
     """AdamW with the settings of the report (paper section 3.1).
 
@@ -285,7 +310,10 @@ class TrainConfig(RunConfig):
 
     Attributes:
         micro_batch_size: Sequences per micro-batch. An optimizer step accumulates gradients over micro-batches.
-        balance_weight: Weight of the sequence-level balance loss.
+        balance_weight: Weight of the balance loss.
+        balance_over: Tokens over which that loss counts the visits of experts: each sequence, or the batch so far.
+        z_weight: Weight of the routers' z-loss, the mean square of the log-sum-exp of their logits.
+        expert_step: How an optimizer step treats single experts; on one device.
         loader_workers: Threads that prepare sequences in advance. Their number does not change the sequences.
         log_every_steps: Optimizer steps between lines of metrics.
         expert_trace: Also record how many tokens each expert received in every step, in
@@ -302,6 +330,9 @@ class TrainConfig(RunConfig):
     quantization_stages: Annotated[int, Bounds(least=1, most=4)] = 1
     micro_batch_size: PositiveInt = 8
     balance_weight: NonNegativeFloat = 1e-5
+    balance_over: Literal["sequence", "batch"] = "sequence"
+    z_weight: NonNegativeFloat = 0.0
+    expert_step: ExpertStepConfig = ExpertStepConfig()
     loader_workers: Threads = 0
     log_every_steps: PositiveInt = 10
     expert_trace: bool = False
@@ -346,6 +377,8 @@ class PretrainConfig(TrainConfig):
             raise ConfigError(f"dtype {self.dtype!r} is unknown; train in 'auto', 'bfloat16' or 'float32'.")
         if self.quantization == "none" and self.quantization_stages != 1:
             raise ConfigError("quantization_stages has no effect without quantization; name a packed format.")
+        if self.balance_over == "batch" and not self.balance_weight:
+            raise ConfigError("balance_over has no effect without the balance loss; set balance_weight above 0.")
         names = [phase.name for phase in self.stages]
         if len(set(names)) != len(names):
             raise ConfigError(f"two stages share a name: {', '.join(names)}.")

@@ -125,6 +125,7 @@ def _check_start(config: PretrainConfig, checkpoints: Checkpoints, ranks: Alone)
     tokenizer = _given_tokenizer(config)
     _check_heads(config, described)
     _check_quantization(config, described)
+    _check_experts(config, described, ranks)
     if config.expert_trace and described.moe is None:
         raise ConfigError("expert_trace has no effect on a model without experts; leave it out (--no-expert-trace).")
     for stage in config.stages:
@@ -156,6 +157,21 @@ def _check_quantization(config: PretrainConfig, described: ModelConfig) -> None:
         numbers, others = ("complex", "real") if needed else ("real", "complex")
         raise ConfigError(
             f"quantization {config.quantization!r} is for {numbers} weights, but the model has {others} ones."
+        )
+
+
+def _check_experts(config: PretrainConfig, described: ModelConfig, ranks: Alone) -> None:
+    settings = {
+        "expert_step": config.expert_step.is_used,
+        "z_weight": config.z_weight > 0,
+        "balance_over": config.balance_over == "batch",
+    }
+    used = [name for name, is_used in settings.items() if is_used]
+    if used and described.moe is None:
+        raise ConfigError(f"{', '.join(used)}: no effect on a model without experts; leave it out.")
+    if config.expert_step.is_used and not isinstance(ranks, Alone):
+        raise ConfigError(
+            "expert_step works on one device, because a process of several holds parts of experts; leave it out."
         )
 
 

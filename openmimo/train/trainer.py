@@ -9,7 +9,7 @@ an uninterrupted one.
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -97,7 +97,13 @@ class Alone:
             checkpoint_activations(model.model)
 
     def split(
-        self, batch: MicroBatch, *, routing: RoutingTape | None, balance_weight: float, balance_length: int | None
+        self,
+        batch: MicroBatch,
+        *,
+        routing: RoutingTape | None,
+        balance_weight: float,
+        balance_length: int | None,
+        z_weight: float = 0.0,
     ) -> tuple[MicroBatch, PackedContext]:
         """Return the part of a micro-batch that this process computes, and its context."""
         return batch, PackedContext(
@@ -106,6 +112,7 @@ class Alone:
             routing=routing,
             balance_weight=balance_weight,
             balance_length=balance_length,
+            z_weight=z_weight,
         )
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -195,6 +202,7 @@ class Trainer:
             self.loader.load_state(start.loader)
         ranks.apply(self.model, recompute=config.activation_checkpointing)
         self.optimizer = self._new_optimizer(optimizer_tensors or {})
+        self._expert_step = self._new_expert_step() if config.expert_step.is_used else None
         self.guard = StepGuard(
             model,
             max_skipped_steps=config.optimizer.max_skipped_steps,
@@ -255,11 +263,16 @@ class Trainer:
             device=self.device,
         )
         losses, load, tokens = self._accumulate(stage, micro_batches)
+        if self._expert_step is not None:
+            self._expert_step.clip()
         gradients = clip_gradients(self.model, self.config.optimizer.clip_norm, gradients=self.ranks.gradients)
         where = f"step {self.step + 1} (stage {stage.name!r}, rows {first_row} to {first_row + rows - 1} of its data)"
         set_schedule(self.optimizer, stage, stage_step, weight_decay=self.config.optimizer.weight_decay)
         if self.guard.allows_step(losses, gradients, where):
-            self.optimizer.step()
+            if self._expert_step is None:
+                self.optimizer.step()
+            else:
+                self._expert_step.step(self.optimizer, load)
             for layer, router in self.model.routers().items():
                 router.update_selection_bias(load[layer], stage.bias_rate)
             self._probe = micro_batches[0]
@@ -267,6 +280,10 @@ class Trainer:
         self.step += 1
         self.tokens += tokens
         return StepReport(losses.tolist(), float(gradients.norm), int(gradients.num_zeros), load, tokens)
+
+    def _new_expert_step(self) -> Any:
+        """Return the optimizer step by expert, whose file is imported by the runs that ask for it."""
+        return load_object("openmimo.train.expert_step:ExpertStep")(self.model, self.config.expert_step)
 
     def _open_trace(self, after_step: int) -> Any:
         """Return the writer of the expert-load trace, whose file is imported by the runs that ask for it."""
@@ -302,7 +319,11 @@ class Trainer:
                 routing=RoutingTape(record=True),
                 balance_weight=self.config.balance_weight * len(batch.tokens_T) / tokens,
                 balance_length=stage.sequence_length,
+                z_weight=self.config.z_weight * len(batch.tokens_T) / tokens,
             )
+            if self.config.balance_over == "batch":
+                assert context.router_loss is not None, "checked by the config"
+                context.router_loss = replace(context.router_loss, load_before=load, sum_over_batch=self.ranks.sum)
             loss, shares = training_loss(self.model, part, context, label_counts=counts, mtp_weight=stage.mtp_weight)
             loss.backward()
             losses += shares

@@ -65,7 +65,7 @@ def step(model: MiMo, ranks: Alone, mine: list[MicroBatch]) -> Outcome:
     losses, load = torch.zeros(len(counts)), {}
     tape = RoutingTape(record=True)
     for batch in mine:
-        part, context = ranks.split(batch, routing=tape, balance_weight=0.01, balance_length=ROW)
+        part, context = ranks.split(batch, routing=tape, balance_weight=0.01, balance_length=ROW, z_weight=0.01)
         loss, shares = training_loss(model, part, context, label_counts=counts, mtp_weight=0.3)
         loss.backward()
         losses += shares

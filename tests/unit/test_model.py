@@ -9,10 +9,10 @@ from conftest import tiny_config, tiny_model
 from openmimo.core.errors import ConfigError
 from openmimo.model.backbone import checkpoint_activations
 from openmimo.model.config import MTPConfig, training_flops_per_token
-from openmimo.model.context import PackedContext, RoutingTape, SequenceBalance
+from openmimo.model.context import PackedContext, RouterLoss, RoutingTape
 from openmimo.model.heads import shift_within_documents
 from openmimo.model.mimo import MiMo
-from openmimo.model.moe import sequence_balance_loss
+from openmimo.model.moe import balance_loss
 from openmimo.model.presets import tiny, tiny_all_global
 
 
@@ -152,7 +152,7 @@ def test_the_selection_bias_changes_choices_but_not_weights():
     assert torch.allclose(weights, scores / scores.sum(-1, keepdim=True), atol=1e-6)
 
 
-def test_sequence_balance_loss_by_hand():
+def test_balance_loss_by_hand():
     scores = torch.rand(7, 4)
     ids = scores.topk(2).indices
     sequence = torch.tensor([0, 0, 0, 1, 1, 1, 1])
@@ -163,8 +163,8 @@ def test_sequence_balance_loss_by_hand():
             frequency = sum(int(expert in ids[row]) for row in rows) * 4 / (2 * len(rows))
             probability = sum(float(scores[row, expert] / scores[row].sum()) for row in rows) / len(rows)
             expected += frequency * probability / 2
-    balance = SequenceBalance(1.0, sequence, 2)
-    assert abs(sequence_balance_loss(scores, ids, balance).item() - expected) < 1e-5
+    balance = RouterLoss(1.0, sequence, 2)
+    assert abs(balance_loss(scores, ids, balance, layer=1).item() - expected) < 1e-5
 
 
 def test_the_balance_loss_reaches_the_router_and_nothing_but_gradients():

@@ -166,7 +166,7 @@ def test_the_balance_loss_is_of_training_rows():
         batch = micro_batch(tokens, lengths, None, 0)
         loss, _ = training_loss(model, batch, context, label_counts=batch.label_counts(), mtp_weight=0.0)
         loss.backward()
-        return context.sequence_balance
+        return context.router_loss
 
     balance = router_gradient((3, 29, 32), 1.0)
     assert balance.num_sequences == 2
