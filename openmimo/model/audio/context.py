@@ -7,7 +7,7 @@ import torch
 
 from openmimo.kernels.attention import AttentionOut, ChosenBlocks, attend
 from openmimo.model.attention import AttentionConfig
-from openmimo.model.context import AttentionCall, PackedContext, RotaryTables, RoutingTape, SequenceBalance
+from openmimo.model.context import AttentionCall, PackedContext, RotaryTables, RouterLoss, RoutingTape
 
 
 class BidirectionalContext(PackedContext):
@@ -38,7 +38,7 @@ class StepContext:
 
     def __init__(self, num_steps: int, device: torch.device | str = "cpu"):
         self.routing = RoutingTape()
-        self.sequence_balance: SequenceBalance | None = None
+        self.router_loss: RouterLoss | None = None
         self.block_scores: dict[int, torch.Tensor] = {}
         self.chosen_blocks: dict[tuple[int, int], ChosenBlocks] = {}
         self._all_positions = torch.arange(num_steps, device=device)
