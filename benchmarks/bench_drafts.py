@@ -5,7 +5,8 @@
 The load is mixed: held-out Python files continued greedily, prose of Python's manual sampled at
 temperature 1, and JSON files of this project continued greedily, in turns. Each request has a prompt of 96 tokens and
 gets 128 new ones. A finished request is replaced at once, so the batch is always full. A round of a side is the same
-number of tokens for all sides, prompts included; sides take turns. The first round of each side is not timed.
+number of tokens for all sides, prompts included; sides take turns. The first round of each side is not timed. Sides
+with drafts share an engine, and so its graphs.
 
 Sides: plain decoding; one, two and three heads that always draft; the engine's choice for each sequence (ours); an
 oracle. The oracle has one number of drafts for each kind of text, found after the fact: from the best fixed number, one
@@ -21,11 +22,11 @@ import argparse
 import itertools
 import statistics
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from pydoc_data.topics import topics
-from typing import Any
 
 from benchmarks.harness import Row, print_rows, write_rows
 from openmimo.core.records import Request, SamplingParams
@@ -35,6 +36,7 @@ from openmimo.data.tokenizer import Tokenizer
 from openmimo.engine.config import EngineConfig
 from openmimo.engine.engine import Engine
 from openmimo.engine.llm import LLM
+from openmimo.engine.speculative import DraftPolicy, step_cost
 from openmimo.runtime.device import resolve_device, synchronize
 
 ROOT = Path(__file__).parents[1]
@@ -72,16 +74,16 @@ def _beginnings(tokenizer: Tokenizer, texts: Iterator[str], most: int = 64) -> l
 
 
 class ByKind:
-    """Stands in for a `DraftPolicy`: a fixed number of drafts for each kind of text. Kinds arrive in turns."""
+    """Stands in for a `DraftPolicy`: a fixed number of drafts for each kind of text."""
 
     def __init__(self, numbers: tuple[int, ...]):
         self.numbers = numbers
+        self.kinds: dict[int, int] = {}
 
     def choose(self, seats: list[int], owners: list[int], limits: list[int]) -> list[int]:
         """As `DraftPolicy.choose`."""
-        return [
-            min(self.numbers[owner % len(self.numbers)], limit) for owner, limit in zip(owners, limits, strict=True)
-        ]
+        numbers = [self.numbers[self.kinds[owner]] for owner in owners]
+        return [min(number, limit) for number, limit in zip(numbers, limits, strict=True)]
 
     def judge(self, seats: list[int], owners: list[int], offered: list[int], accepted: list[int]) -> None:
         """Learns nothing."""
@@ -92,24 +94,31 @@ class ByKind:
 
 @dataclass
 class Side:
-    """An engine that serves a load without end, and the milliseconds per token of its rounds.
+    """One way to decode a load without end, in rounds that begin with an empty batch.
 
     Attributes:
-        engine: The engine.
+        engine: The engine, which other sides use in their turns.
+        policy: The policy of drafts; None without drafts.
         kinds: The kinds of the load, in turns.
         prompts: The prompts by kind.
         batch: Requests at once.
         rounds: Milliseconds per token of each timed round.
         texts: The new tokens of the requests that have ended, by number.
+        num_sent: Requests so far.
+        steps_by_drafts: Sequences of decoding passes by the number of their drafts.
+        num_decoded: Tokens of these passes.
     """
 
     engine: Engine
+    policy: DraftPolicy | ByKind | None
     kinds: tuple[str, ...]
     prompts: dict[str, list[list[int]]]
     batch: int
     rounds: list[float] = field(default_factory=list)
     texts: dict[int, list[int]] = field(default_factory=dict)
     num_sent: int = 0
+    steps_by_drafts: Counter[int] = field(default_factory=Counter)
+    num_decoded: int = 0
 
     @property
     def milliseconds(self) -> float:
@@ -118,107 +127,108 @@ class Side:
 
     def run(self, num_tokens: int) -> float:
         """Decodes this many tokens. Returns milliseconds per token."""
-        stats = self.engine.stats
-        device = self.engine.model.device
+        stats, device = self.engine.stats, self.engine.model.device
+        if self.policy is not None:
+            self.engine._runner._draft_policy = self.policy  # type: ignore[assignment]
+        self.engine.reset_stats()
+        running: dict[str, int] = {}
         synchronize(device)
-        first, start = stats.num_new_tokens, time.perf_counter()
-        while stats.num_new_tokens - first < num_tokens:
-            while self.engine.num_running + self.engine.num_waiting < self.batch:
-                self._send()
+        start = time.perf_counter()
+        while stats.num_new_tokens < num_tokens:
+            while len(running) < self.batch:
+                running[self._send()] = self.num_sent
+                self.num_sent += 1
             for state in self.engine.step():
                 if state.finish_reason:
-                    self.texts[int(state.request.id)] = state.tokens[state.prompt_length :]
+                    self.texts[running.pop(state.request.id)] = state.tokens[state.prompt_length :]
         synchronize(device)
-        return 1e3 * (time.perf_counter() - start) / (stats.num_new_tokens - first)
+        milliseconds = 1e3 * (time.perf_counter() - start) / stats.num_new_tokens
+        self.steps_by_drafts.update(dict(enumerate(stats.steps_by_drafts)))
+        self.num_decoded += stats.num_decoded_tokens
+        for name in running:
+            self.engine.abort(name)
+        while self.engine.has_work:
+            self.engine.step()
+        return milliseconds
 
-    def _send(self) -> None:
+    def _send(self) -> str:
         turn, kind = divmod(self.num_sent, len(self.kinds))
         name = self.kinds[kind]
         prompts = self.prompts[name]
         params = SamplingParams(max_tokens=NEW, temperature=TEMPERATURES[name], seed=self.num_sent, ignore_eos=True)
-        request = Request(str(self.num_sent), tuple(prompts[turn % len(prompts)]), params)
-        self.engine.submit(request)
-        self.num_sent += 1
+        state = self.engine.submit(Request(str(self.num_sent), tuple(prompts[turn % len(prompts)]), params))
+        if isinstance(self.policy, ByKind):
+            self.policy.kinds[state.arrival] = kind
+        return state.request.id
 
 
 class Bench:
     """The measurement of one checkpoint on one device."""
 
-    def __init__(self, checkpoint: Path, device: str, rounds: int):
-        self._llm = LLM(checkpoint, device=device, speculative=False)
-        assert self._llm.tokenizer is not None
-        self._prompts = prompts_of(self._llm.tokenizer)
+    def __init__(self, checkpoint: Path, device: str, rounds: int, most_sequences: int):
+        loaded = LLM(checkpoint, device=device, speculative=False, max_sequences=most_sequences, prefix_cache=False)
+        assert loaded.tokenizer is not None
+        self._prompts = prompts_of(loaded.tokenizer)
+        self._plain = loaded.engine
+        config = EngineConfig(max_sequences=most_sequences, prefix_cache=False, mixed_prefill_tokens="all")
+        self._drafting = Engine(loaded.model, loaded.tokenizer, config)
+        self._num_heads = self._drafting.num_drafts
         self._rounds = rounds
 
     def rows(self, batch: int, *, is_deep: bool) -> list[Row]:
         """The measurements of one size of batch."""
         num_tokens = NEW * len(MIXED) * max(batch, 2)
-        sides = {"plain": self._side(MIXED, batch, speculative=False)}
-        heads = self._llm.model.config.num_mtp_heads
-        for number in range(1, heads + 1):
-            sides[f"{number} of every sequence"] = self._side(MIXED, batch, num_drafts=number, adaptive_drafts=False)
-        sides["ours"] = self._side(MIXED, batch)
+        sides = {"plain": self._side(MIXED, batch, None)}
+        for number in range(1, self._num_heads + 1):
+            sides[f"{number} of every sequence"] = self._side(MIXED, batch, ByKind((number,) * len(MIXED)))
         self._race(sides, num_tokens)
-        oracle, numbers = self._oracle(batch, sides, num_tokens)
-        self._race({"oracle": oracle, **sides}, num_tokens, warm_up=False)
-        ours, plain = sides.pop("ours"), sides["plain"]
+        oracle, numbers = self._oracle(batch, list(sides.values()), num_tokens)
         best = min(sides, key=lambda name: sides[name].milliseconds)
-        note = _note(ours, plain)
+        others, ours = {**sides, "oracle": oracle}, self._side(MIXED, batch, self._policy())
+        self._race({**others, "ours": ours}, num_tokens)
+        note = _note(ours, sides["plain"])
         rows = [_row("mixed", batch, ours, sides[name], name, None, note) for name in sides]
         rows.append(_row("mixed", batch, ours, sides[best], f"best fixed: {best}", BEST_FIXED_GOAL, note))
         by_kind = ", ".join(f"{kind} {number}" for kind, number in zip(MIXED, numbers, strict=True))
         rows.append(_row("mixed", batch, ours, oracle, f"oracle: {by_kind}", ORACLE_GOAL, note))
         for kind in ("code", "unpredictable"):
-            sides = {"plain": self._side((kind,), batch, speculative=False), "ours": self._side((kind,), batch)}
-            self._race(sides, num_tokens)
+            plain, ours = self._side((kind,), batch, None), self._side((kind,), batch, self._policy())
+            self._race({"plain": plain, "ours": ours}, num_tokens)
             goal = DEEP_GOALS.get(batch, PLAIN_GOAL) if is_deep and kind == "code" else PLAIN_GOAL
-            note = _note(sides["ours"], sides["plain"])
-            rows.append(_row(kind, batch, sides["ours"], sides["plain"], "plain", goal, note))
+            rows.append(_row(kind, batch, ours, plain, "plain", goal, _note(ours, plain)))
         return rows
 
-    def _side(self, kinds: tuple[str, ...], batch: int, **settings: Any) -> Side:
-        config = EngineConfig(
-            max_sequences=batch, prefix_cache=False, cache_gigabytes=self._gigabytes(batch), **settings
-        )
-        return Side(Engine(self._llm.model, self._llm.tokenizer, config), kinds, self._prompts, batch)
+    def _policy(self) -> DraftPolicy:
+        return DraftPolicy(self._num_heads, adaptive=True, cost=step_cost(self._plain.model.config))
 
-    def _gigabytes(self, batch: int) -> float:
-        arena = self._llm.engine.arena
-        pages = arena.layout.pages_per_row * (8 + (PROMPT + NEW) // 16)
-        return 2 * (batch + 1) * pages * arena.page_bytes / 2**30 + 0.01
+    def _side(self, kinds: tuple[str, ...], batch: int, policy: DraftPolicy | ByKind | None) -> Side:
+        return Side(self._plain if policy is None else self._drafting, policy, kinds, self._prompts, batch)
 
-    def _race(self, sides: dict[str, Side], num_tokens: int, *, warm_up: bool = True) -> None:
+    def _race(self, sides: dict[str, Side], num_tokens: int) -> None:
         """Runs the rounds of all sides in turns."""
-        for number in range(-warm_up, self._rounds):
+        for number in range(-1, self._rounds):
             for side in sides.values():
-                milliseconds = side.run(num_tokens)
+                milliseconds = side.run(num_tokens if number >= 0 else num_tokens // 2)
                 if number >= 0:
                     side.rounds.append(milliseconds)
-        shown = ", ".join(f"{name} {side.milliseconds:.3f}" for name, side in sides.items())
-        print(
-            f"[{time.strftime('%H:%M:%S')}] batch {next(iter(sides.values())).batch}, ms per token: {shown}", flush=True
-        )
+        shown = ", ".join(f"{name} {side.milliseconds:.4f}" for name, side in sides.items())
+        load = next(iter(sides.values()))
+        print(f"[{time.strftime('%H:%M:%S')}] {load.kinds}, batch {load.batch}, ms per token: {shown}", flush=True)
 
-    def _oracle(self, batch: int, sides: dict[str, Side], num_tokens: int) -> tuple[Side, tuple[int, ...]]:
+    def _oracle(self, batch: int, fixed: list[Side], num_tokens: int) -> tuple[Side, tuple[int, ...]]:
         """The side with the best number of drafts for each kind, and the numbers."""
-        fixed = [side.milliseconds for name, side in sides.items() if name != "ours"]
-        side = self._side(MIXED, batch)
-        numbers = [fixed.index(min(fixed))] * len(MIXED)
-        policy = ByKind(tuple(numbers))
-        side.engine._runner._draft_policy = policy  # type: ignore[assignment]
-        for number in range(len(fixed)):  # the first use of a number captures graphs
-            policy.numbers = (number,) * len(MIXED)
-            side.run(num_tokens // 8)
-        policy.numbers = tuple(numbers)
-        best = side.run(num_tokens)
-        for kind, number in itertools.product(range(len(MIXED)), range(len(fixed))):
+        times = [side.milliseconds for side in fixed]
+        best, numbers = min(times), [times.index(min(times))] * len(MIXED)
+        for kind, number in itertools.product(range(len(MIXED)), range(len(times))):
             if number != numbers[kind]:
-                policy.numbers = (*numbers[:kind], number, *numbers[kind + 1 :])
+                tried = (*numbers[:kind], number, *numbers[kind + 1 :])
+                side = self._side(MIXED, batch, ByKind(tried))
+                side.run(num_tokens // 8)  # may capture graphs
+                side.num_sent = 0
                 milliseconds = side.run(num_tokens)
                 if milliseconds < best:
                     best, numbers[kind] = milliseconds, number
-        policy.numbers = tuple(numbers)
-        return side, policy.numbers
+        return self._side(MIXED, batch, ByKind(tuple(numbers))), tuple(numbers)
 
 
 def _row(load: str, batch: int, ours: Side, other: Side, name: str, goal: float | None, note: str) -> Row:
@@ -227,13 +237,12 @@ def _row(load: str, batch: int, ours: Side, other: Side, name: str, goal: float 
 
 def _note(ours: Side, plain: Side) -> str:
     """What ours did, and how many texts are those of plain decoding."""
-    stats = ours.engine.stats.report()
     both = ours.texts.keys() & plain.texts.keys()
     same = sum(ours.texts[number] == plain.texts[number] for number in both)
-    steps = ours.engine.stats.steps_by_drafts
-    shares = ", ".join(f"{count / max(sum(steps), 1):.0%}" for count in steps)
+    num_steps = max(ours.steps_by_drafts.total(), 1)
+    shares = ", ".join(f"{count / num_steps:.0%}" for _, count in sorted(ours.steps_by_drafts.items()))
     return (
-        f"{stats['accepted_tokens_per_step']:.2f} tokens per step; steps with 0, 1, ... drafts: {shares}; "
+        f"{ours.num_decoded / num_steps:.2f} tokens per step; steps with 0, 1, ... drafts: {shares}; "
         f"{same} of {len(both)} texts as plain"
     )
 
@@ -249,7 +258,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--no-write", action="store_true")
     options = parser.parse_args(arguments)
     device, start, rows = resolve_device(options.device), time.perf_counter(), []
-    bench = Bench(options.checkpoint, options.device, options.rounds)
+    bench = Bench(options.checkpoint, options.device, options.rounds, max(options.batches))
     for batch in options.batches:
         if time.perf_counter() - start < options.seconds:
             rows += bench.rows(batch, is_deep=options.checkpoint != TINY)

@@ -76,7 +76,9 @@ def _model_and_plain_texts(model, params):
 @pytest.mark.parametrize("model", MODELS)
 def test_speculation_changes_no_token(model, params, num_drafts):
     model, plain = _model_and_plain_texts(model, params)
-    drafted = LLM(model, num_drafts=num_drafts, prefill_tokens=16).generate(_prompts(), PARAMS[params])
+    drafted = LLM(model, num_drafts=num_drafts, prefill_tokens=16, adaptive_drafts=False).generate(
+        _prompts(), PARAMS[params]
+    )
     assert [c.token_ids for c in drafted] == [c.token_ids for c in plain]
     assert [c.finish_reason for c in drafted] == [c.finish_reason for c in plain]
     for mine, expected in zip(drafted, plain, strict=True):
@@ -138,7 +140,7 @@ def test_the_distribution_is_the_models():
     model = counting_model(2, noise=0.5, num_layers=2, vocab_size=6)
     prompt, count, temperature = [1, 4, 2], 2000, 3.0
     params = [SamplingParams(max_tokens=3, temperature=temperature, seed=seed) for seed in range(count)]
-    llm = LLM(model, max_sequences=500)
+    llm = LLM(model, max_sequences=500, adaptive_drafts=False)
     tokens = torch.tensor([c.token_ids for c in llm.generate([prompt] * count, params)])
     assert llm.stats()["acceptance_by_head"][0] > 0.2
     observed = torch.bincount(tokens @ torch.tensor([36, 6, 1]), minlength=216).double()

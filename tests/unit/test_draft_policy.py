@@ -64,7 +64,7 @@ def test_equal_gains_keep_the_order_of_the_heads():
 
 
 class Simulation:
-    """An engine with known chances and times. Sequences of 80 steps come and go; their chances are those of `kinds` in turns.
+    """An engine with known chances and times. Sequences of 80 steps come and go, with the chances of `kinds` in turns.
 
     The policy sees the time of a step with noise, and one step in fifty takes three times as long.
     """

@@ -645,6 +645,8 @@ def test_metrics_count_requests_tokens_and_drafts():
         "openmimo_graphs 0.0",
         'openmimo_drafts_accepted_total{position="1"} 4.0',
         'openmimo_drafts_accepted_total{position="2"} 2.0',
+        'openmimo_sequence_steps_total{drafts="0"} 0.0',
+        'openmimo_sequence_steps_total{drafts="3"} 6.0',
         "openmimo_time_to_first_token_seconds_count 2.0",
         "openmimo_time_per_output_token_seconds_count 2.0",
         "openmimo_requests_running 0.0",

@@ -59,6 +59,7 @@ class EngineBackend(ThreadedBackend):
             num_new_tokens=stats.num_new_tokens,
             drafts_offered=tuple(stats.offered),
             drafts_accepted=tuple(stats.accepted),
+            steps_by_drafts=tuple(stats.steps_by_drafts),
             num_graphs=stats.num_graphs,
             graph_seconds=stats.graph_seconds,
             graph_bytes=stats.graph_bytes,

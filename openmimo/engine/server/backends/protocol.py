@@ -22,6 +22,7 @@ class BackendGauges:
         num_new_tokens: Generated tokens.
         drafts_offered: Verified drafts by position; index 0 is the first draft of a step.
         drafts_accepted: Accepted drafts by position.
+        steps_by_drafts: Decoding steps of all sequences, by the number of drafts that each verified.
         num_graphs: Captured graphs of an accelerator.
         graph_seconds: Time of their capture.
         graph_bytes: Memory that their capture took.
@@ -41,6 +42,7 @@ class BackendGauges:
     num_new_tokens: int = 0
     drafts_offered: tuple[int, ...] = ()
     drafts_accepted: tuple[int, ...] = ()
+    steps_by_drafts: tuple[int, ...] = ()
     num_graphs: int = 0
     graph_seconds: float = 0.0
     graph_bytes: int = 0

@@ -79,6 +79,7 @@ class StubBackend:
         self._num_new_tokens = 0
         self._offered = [0, 0, 0]
         self._accepted = [0, 0, 0]
+        self._num_steps = 0
 
     def check(self, request: Request) -> None:
         """Raise UserError for an empty prompt, one that leaves no room, or an id outside the vocabulary."""
@@ -120,6 +121,7 @@ class StubBackend:
             num_new_tokens=self._num_new_tokens,
             drafts_offered=tuple(self._offered),
             drafts_accepted=tuple(self._accepted),
+            steps_by_drafts=(0, 0, 0, self._num_steps),
             is_healthy=self.is_healthy,
         )
 
@@ -179,6 +181,7 @@ class StubBackend:
             text_ids = self.tokenizer.encode(text, allow_special=True)
             ids += text_ids
             drafted += [index < len(step.tokens) - 1] * len(text_ids)
+        self._num_steps += 1
         num_accepted = min(sum(drafted), len(self._offered))
         for position in range(min(num_accepted + 1, len(self._offered))):
             self._offered[position] += 1

@@ -90,6 +90,12 @@ def _families(gauges: BackendGauges) -> Iterator[Metric]:
     yield CounterMetricFamily("openmimo_generated_tokens", "Tokens generated.", gauges.num_new_tokens)
     yield _by_position("openmimo_drafts_offered", "Drafts that were verified.", gauges.drafts_offered)
     yield _by_position("openmimo_drafts_accepted", "Drafts that were accepted.", gauges.drafts_accepted)
+    steps = CounterMetricFamily(
+        "openmimo_sequence_steps", "Decoding steps of sequences, by the number of drafts verified.", labels=["drafts"]
+    )
+    for drafts, count in enumerate(gauges.steps_by_drafts):
+        steps.add_metric([str(drafts)], count)
+    yield steps
     yield GaugeMetricFamily("openmimo_graphs", "Captured graphs of the accelerator.", gauges.num_graphs)
     yield GaugeMetricFamily("openmimo_graph_capture_seconds", "Time of their capture.", gauges.graph_seconds)
     yield GaugeMetricFamily("openmimo_graph_bytes", "Memory that their capture took.", gauges.graph_bytes)
