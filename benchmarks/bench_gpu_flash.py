@@ -45,7 +45,7 @@ CACHE_DTYPES = {"fp8": torch.float8_e4m3fn, "bfloat16": torch.bfloat16}
 _ROUNDS, _BUSY_MS = 7, 8.0
 _MAX_QUERIES = 16
 _WARM_VOCABULARY = 512
-_NO_NAN = 0b10111111  # keeps the numbers below two
+_NO_NAN = 0xBFBFBFBF - (1 << 32)  # a mask for four float8 numbers that keeps them below two
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -123,7 +123,7 @@ def _fill(module: nn.Module) -> None:
     for name, parameter in module.named_parameters(recurse=False):
         held = module.held_weight(name) if isinstance(module, QuantizableModule) else parameter
         if isinstance(held, BlockScaled):
-            held.codes.view(torch.uint8).random_(0, 256).bitwise_and_(_NO_NAN)
+            held.codes.view(torch.int32).random_(-(1 << 31), (1 << 31) - 1).bitwise_and_(_NO_NAN)
             held.scales.uniform_(0.005, 0.015)
         elif parameter.dim() == 1:
             parameter.fill_(0.0 if "sink" in name else 1.0)
