@@ -29,7 +29,7 @@ MAX_WEIGHTS = 3
 PAIRS = 64  # of a block of 128 dims; the blocks of scales are as large or span all dims
 TILE = 64  # outputs of a program
 _MIN_TILE_ROWS = 16
-_TILES = ((16, 64, 16, 4), (32, 128, 32, 8), (64, 64, 64, 4))  # up to so many rows: outputs, rows, warps of a program
+_TILES = {16: (64, 16, 4), 32: (128, 32, 8), 64: (64, 64, 4)}  # up to so many rows: outputs, rows, warps of a program
 _LARGE_TILE = (64, 64, 4)
 _PROGRAMS = 264  # that keep a device busy: two for each of 132 multiprocessors
 _MIN_SPLIT_DIMS = 1024
@@ -77,7 +77,7 @@ def prepare(x_RD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _tile_of(num_rows: int) -> tuple[int, int, int]:
     """The outputs, rows and warps of a program."""
-    return next((tile for most, *tile in _TILES if num_rows <= most), _LARGE_TILE)
+    return next((tile for most, tile in _TILES.items() if num_rows <= most), _LARGE_TILE)
 
 
 def multiply(x_RD: torch.Tensor, weights: tuple[BlockScaled, ...]) -> torch.Tensor:
