@@ -265,7 +265,8 @@ def flashinfer_attention(device: torch.device, rate: float) -> list[Row]:
     """Full attention with equal dims of keys and values against FlashInfer."""
     try:
         import flashinfer
-    except ImportError:
+    except ImportError as error:
+        print(f"FlashInfer is left out: {error}", flush=True)
         return []
     rows = []
     workspace = torch.zeros(256 << 20, dtype=torch.uint8, device=device)
