@@ -22,6 +22,7 @@ import gc
 import tempfile
 import time
 import zlib
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -56,30 +57,37 @@ def main(arguments: list[str] | None = None) -> None:
     device = resolve_device("auto")
     if device.type == "cpu":
         parser.error("this benchmark needs an accelerator; bench_engine measures decoding on a CPU")
+    rate = copy_bytes_per_ms(device)
+    remark = f"A copy moves {rate * 1e-9:.2f} TB/s, bytes read plus bytes written."
+    rows: list[Row] = []
+
+    def keep(more: list[Row]) -> None:  # at once, so that a run that is cut off has results
+        rows.extend(more)
+        for row in more:
+            print(f"[{time.strftime('%H:%M:%S')}] {row.name}: {row.ours_ms:.3f} ms; {row.note}", flush=True)
+        if not options.no_write:
+            write_rows("bench_gpu_decode", rows, device=device, threads=1, remarks=(remark,))
+
+    peer_rounds = min(options.peer_rounds, options.rounds)
+    for measured in measure_decoding(device, rate, options.batches, rounds=options.rounds, peer_rounds=peer_rounds):
+        keep(measured)
     with torch.inference_mode():
-        rate = copy_bytes_per_ms(device)
-        rows = full_layers(device, rate) + experts(device, rate) + flashinfer_attention(device, rate)
-    print(f"[{time.strftime('%H:%M:%S')}] kernels measured", flush=True)
-    rows += measure_decoding(
-        device, rate, options.batches, rounds=options.rounds, peer_rounds=min(options.peer_rounds, options.rounds)
-    )
+        for measure in (full_layers, experts, flashinfer_attention):
+            keep(measure(device, rate))
     print_rows(rows)
-    if not options.no_write:
-        remark = f"A copy moves {rate * 1e-9:.2f} TB/s, bytes read plus bytes written."
-        print(f"wrote {write_rows('bench_gpu_decode', rows, device=device, threads=1, remarks=(remark,))}")
 
 
 def measure_decoding(
     device: torch.device, rate: float, batches: list[int], *, rounds: int, peer_rounds: int
-) -> list[Row]:
-    """Whole calls of the engine and of transformers' `generate`, in turns."""
+) -> Iterator[list[Row]]:
+    """Whole calls of the engine and of transformers' `generate`, in turns: the rows of one batch after another."""
     config = replace(med(), vocab_size=32_000)
     model = MiMo(config).to(device)
     model.initialize(torch.Generator(device).manual_seed(0))
     model.to(torch.bfloat16)
     theirs = _peer_of(model) if peer_rounds else None
-    rows = []
     for batch in batches:
+        rows: list[Row] = []
         generator = torch.Generator().manual_seed(batch)
         prompts = torch.randint(0, config.vocab_size, (batch, PROMPT), generator=generator)
         config_of_engine = EngineConfig(
@@ -112,16 +120,13 @@ def measure_decoding(
         rows.append(
             Row(f"decode, batch {batch}", ours, peer, "transformers generate" if peer else "", floor, ratio, note)
         )
-        print(f"[{time.strftime('%H:%M:%S')}] batch {batch}: {note}", flush=True)
         note = f"{tokens / sampled_ms:.0f} tokens/s; a decoding step takes {sampled_step:.2f} ms"
         rows.append(Row(f"decode, batch {batch}, sampled", sampled_ms, floor_ms=floor, note=note))
-        print(f"[{time.strftime('%H:%M:%S')}] batch {batch}, sampled: {note}", flush=True)
         del engine
         gc.collect()
         rows.append(measure_drafts(model, prompts.tolist(), device, rate))
-        print(f"[{time.strftime('%H:%M:%S')}] {rows[-1].name}: {rows[-1].ours_ms:.2f} ms", flush=True)
         gc.collect()
-    return rows
+        yield rows
 
 
 def _peer_of(model: MiMo) -> Any:

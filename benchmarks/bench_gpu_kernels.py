@@ -1,6 +1,6 @@
 """Kernels of decoding on a GPU with the sizes of a layer of `flash`, against the bytes that they must move.
 
-    python -m benchmarks.bench_gpu_kernels [--no-write]
+    python -m benchmarks.bench_gpu_kernels [--only experts] [--no-write]
 
 Every time is that of a call in a captured graph, so no launch on the host counts. The floor is the bytes that a call
 must read and write, at the measured rate of a large copy. A copy writes half of its bytes; a kernel that only reads can
@@ -40,6 +40,9 @@ PROJECTIONS = {"q, k, v": ((12288, 768, 512), 4096), "gate, up": ((16384, 16384)
 def main(arguments: list[str] | None = None) -> None:
     """Measures the kernels, prints a table, and writes the results unless --no-write."""
     parser = argparse.ArgumentParser(prog="bench_gpu_kernels", description=__doc__.split("\n\n")[0])
+    measures = (full_layers, sliding_layers, experts, linear_layers, norms, flashinfer_attention)
+    names = [measure.__name__ for measure in measures]
+    parser.add_argument("--only", nargs="+", default=names, choices=names, help="what is measured (default: all)")
     parser.add_argument("--no-write", action="store_true", help="write no results")
     options = parser.parse_args(arguments)
     device = resolve_device("auto")
@@ -48,9 +51,10 @@ def main(arguments: list[str] | None = None) -> None:
     rows: list[Row] = []
     with torch.inference_mode():
         rate = copy_bytes_per_ms(device)
-        for measure in (full_layers, sliding_layers, experts, linear_layers, norms, flashinfer_attention):
-            rows += measure(device, rate)
-            print(f"[{time.strftime('%H:%M:%S')}] {measure.__name__}", flush=True)
+        for measure in measures:
+            if measure.__name__ in options.only:
+                rows += measure(device, rate)
+                print(f"[{time.strftime('%H:%M:%S')}] {measure.__name__}", flush=True)
     print_rows(rows)
     if not options.no_write:
         remark = (
@@ -261,7 +265,8 @@ def flashinfer_attention(device: torch.device, rate: float) -> list[Row]:
     """Full attention with equal dims of keys and values against FlashInfer."""
     try:
         import flashinfer
-    except ImportError:
+    except ImportError as error:
+        print(f"FlashInfer is left out: {error}", flush=True)
         return []
     rows = []
     workspace = torch.zeros(256 << 20, dtype=torch.uint8, device=device)

@@ -39,7 +39,6 @@ FP8_MAX = 448.0
 _INT8_MAX = 127
 _LEAST_SCALE = 1e-5  # of PhaseQuant, and the divisor of ternary codes
 _TILE_NUMBERS = 1 << 20  # 4 MiB of float32
-_DEVICE_TILE_NUMBERS = 1 << 24  # on an accelerator, where launches of small tiles take longer than their work
 
 
 class BlockScaled(NamedTuple):
@@ -94,8 +93,7 @@ class BlockScaled(NamedTuple):
     def tiles(self, dtype: torch.dtype) -> Iterator[torch.Tensor]:
         """Yield the rows of a matrix [O, D] in order, in dequantized tiles of a few rows."""
         rows, columns = self.shape
-        numbers = _TILE_NUMBERS if self.codes.is_cpu else _DEVICE_TILE_NUMBERS
-        step = self.block[0] * max(1, numbers // max(1, columns * self.block[0]))
+        step = self.block[0] * max(1, _TILE_NUMBERS // max(1, columns * self.block[0]))
         for start in range(0, rows, step):
             yield self.rows(start, min(rows, start + step)).dequantize(dtype)
 

@@ -174,7 +174,7 @@ def test_block_scaled_weights_are_their_dequantized_values_in_float64(name, weig
         (weight, inside_poison(draw(outputs, dtype=dtype, seed=2)) if with_bias else None),
         (poisoned(quantize(draw(5, dims, dtype=torch.float32, seed=4), weight_format)), None),
     )
-    for rows in (1, 3, 32, 33):
+    for rows in (1, 3, 32, 33, 200):
         if BACKENDS[name].refuse(LinearNeed(rows, dtype, False, True, True, weight_format, dims)):
             continue
         x = inside_poison(draw(rows, dims + 8, dtype=dtype, seed=3))[:, :dims]
@@ -230,7 +230,7 @@ def test_a_row_of_packed_products_has_the_same_bits_in_any_batch(weight_format):
 def test_triton_refuses_what_it_does_not_multiply():
     need = LinearNeed(1, torch.float16, False, True, True, "fp8", 64)
     changes = [
-        {"num_rows": None}, {"num_rows": 999}, {"dtype": torch.float32}, {"dtype": torch.float64}, {"readable": False},
+        {"num_rows": None}, {"num_rows": 0}, {"dtype": torch.float32}, {"dtype": torch.float64}, {"readable": False},
         {"needs_gradients": True}, {"weight_format": "plain"}, {"weight_format": "int8_blocks"}, {"input_dim": 63},
     ]  # fmt: skip
     assert all(BACKENDS["triton"].refuse(need._replace(**change)) for change in changes)

@@ -55,7 +55,9 @@ def test_new_tokens_are_rotated_stored_and_attend(device, name, dtype, cached):
 
 
 @pytest.mark.parametrize("weight_format", ["int8", "fp8"])
-@pytest.mark.parametrize("rows, sizes, dims", [(1, (17,), 200), (33, (129, 5, 300), 130), (70, (300, 64), 4500)])
+@pytest.mark.parametrize(
+    "rows, sizes, dims", [(1, (17,), 200), (33, (129, 5, 300), 130), (70, (300, 64), 4500), (300, (129, 5, 300), 130)]
+)
 @torch.inference_mode()
 def test_linear_layers_with_block_scaled_weights(device, rows, sizes, dims, weight_format):
     weights = [quantize(torch.randn(outputs, dims, device=device), weight_format) for outputs in sizes]

@@ -13,6 +13,7 @@ O outputs, R rows of tokens, D input dims. All functions need an even D and toke
 """
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 
@@ -29,8 +30,10 @@ MAX_WEIGHTS = 3
 PAIRS = 64  # of a block of 128 dims; the blocks of scales are as large or span all dims
 TILE = 64  # outputs of a program
 _MIN_TILE_ROWS = 16
-_TILES = ((16, 64, 16, 4), (32, 128, 32, 8), (64, 64, 64, 4))  # up to so many rows: outputs, rows, warps of a program
+_TILES = {16: (64, 16, 4), 32: (128, 32, 8), 64: (64, 64, 4)}  # up to so many rows: outputs, rows, warps of a program
 _LARGE_TILE = (64, 64, 4)
+_MAX_DIRECT_ROWS = 192  # above, it is faster to write the weights in the dtype of the tokens for torch's product
+_DEQUANTIZED_ROWS = 16  # of a program
 _PROGRAMS = 264  # that keep a device busy: two for each of 132 multiprocessors
 _MIN_SPLIT_DIMS = 1024
 _ADDED = 1024  # sums of a program
@@ -77,13 +80,15 @@ def prepare(x_RD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _tile_of(num_rows: int) -> tuple[int, int, int]:
     """The outputs, rows and warps of a program."""
-    return next((tile for most, *tile in _TILES if num_rows <= most), _LARGE_TILE)
+    return next((tile for most, tile in _TILES.items() if num_rows <= most), _LARGE_TILE)
 
 
 def multiply(x_RD: torch.Tensor, weights: tuple[BlockScaled, ...]) -> torch.Tensor:
     """Return x [R, D] times one to three weights of one format, side by side: [R, sum of O], in the dtype of x."""
     x_RD = x_RD.contiguous()
     R, D = x_RD.shape
+    if R > _MAX_DIRECT_ROWS:
+        return F.linear(x_RD, _dequantized(weights, x_RD))
     tile, tile_rows, num_warps = _tile_of(R)
     sizes = [weight.shape[0] for weight in weights] + [0] * (MAX_WEIGHTS - len(weights))
     tiles = [triton.cdiv(size, tile) for size in sizes]
@@ -110,6 +115,20 @@ def multiply(x_RD: torch.Tensor, weights: tuple[BlockScaled, ...]) -> torch.Tens
             parts_SRO, out_RO, R * num_outputs, SPLITS=splits, BLOCK=_ADDED
         )
     return out_RO
+
+
+def _dequantized(weights: tuple[BlockScaled, ...], like: torch.Tensor) -> torch.Tensor:
+    """The values of the weights in the dtype of `like`, side by side: [sum of O, D]."""
+    sizes = [weight.shape[0] for weight in weights]
+    joined_OD = like.new_empty(sum(sizes), like.shape[1])
+    for weight, out_OD in zip(weights, joined_OD.split(sizes), strict=True):
+        rows, dims = weight.shape
+        codes = "int8" if weight.codes.dtype == torch.int8 else "float8"
+        _dequantize[(triton.cdiv(rows, _DEQUANTIZED_ROWS), triton.cdiv(dims, 2 * PAIRS))](
+            pairs_of(weight.codes), weight.scales, out_OD, rows, dims // 2, weight.block[0], weight.scales.stride(0),
+            ROWS=_DEQUANTIZED_ROWS, PAIRS=PAIRS, SCALE_PAIRS=scale_pairs_of(weight), CODES=codes,
+        )  # fmt: skip
+    return joined_OD
 
 
 @triton.jit
@@ -191,6 +210,25 @@ def _prepare(
     place += tl.cast(num_rows, tl.int64) * num_blocks * PAIRS
     tl.store(place, (second * inverse).to(tl.float16), mask=is_row[:, None])
     tl.store(magnitudes + rows * num_blocks + block, magnitude, mask=is_row)
+
+
+@triton.jit
+def _dequantize(
+    codes, scales, out, num_rows, num_pairs, block_rows, stride, ROWS: tl.constexpr, PAIRS: tl.constexpr,
+    SCALE_PAIRS: tl.constexpr, CODES: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    places = tl.program_id(1) * PAIRS + tl.arange(0, PAIRS)
+    first = rows.to(tl.int64) * num_pairs
+    mask = (rows < num_rows)[:, None] & (places < num_pairs)[None, :]
+    even, odd = code_halves(tl.load(codes + first[:, None] + places[None, :], mask=mask, other=0), CODES)
+    scale_places = (rows // block_rows * stride)[:, None] + (places // SCALE_PAIRS)[None, :]
+    scale = tl.load(scales + scale_places, mask=mask, other=0.0)
+    values = tl.join(even.to(tl.float32) * scale, odd.to(tl.float32) * scale)
+    columns = 2 * PAIRS * tl.program_id(1) + tl.arange(0, 2 * PAIRS)
+    is_there = (rows < num_rows)[:, None] & (columns < 2 * num_pairs)[None, :]
+    values = tl.reshape(values, (ROWS, 2 * PAIRS)).to(out.dtype.element_ty)
+    tl.store(out + 2 * first[:, None] + columns[None, :], values, mask=is_there)
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Few rows on an accelerator with block-scaled weights: codes are read as they are stored, and each once.
+"""Block-scaled weights on an accelerator: codes are read as they are stored, and for few rows each once.
 
 R rows, D input dim, O output dim.
 """
@@ -8,8 +8,6 @@ import torch
 from openmimo.kernels.dispatch import Backend, triton_unavailable
 from openmimo.kernels.operations import LinearNeed, WeightAndBias
 from openmimo.kernels.weights import FP8, INT8, BlockScaled
-
-_MAX_ROWS = 512  # above, weights are dequantized in tiles for torch's product
 
 
 def run(x_RD: torch.Tensor, layers: tuple[WeightAndBias, ...]) -> torch.Tensor:
@@ -31,7 +29,7 @@ def run(x_RD: torch.Tensor, layers: tuple[WeightAndBias, ...]) -> torch.Tensor:
 
 
 def refuse(need: LinearNeed) -> str | None:
-    """Few rows of 16-bit numbers on an accelerator, int8 with one scale for each output or fp8, without gradients."""
+    """A matrix of 16-bit numbers on an accelerator, int8 with one scale for each output or fp8, without gradients."""
     if reason := triton_unavailable(need.on_cpu, need.dtype):
         return reason
     if need.weight_format not in (INT8, FP8):
@@ -40,8 +38,8 @@ def refuse(need: LinearNeed) -> str | None:
         return "it multiplies numbers of 16 bits"
     if need.needs_gradients:
         return "it has no backward pass"
-    if need.num_rows is None or not 1 <= need.num_rows <= _MAX_ROWS:
-        return f"it takes a matrix of 1 to {_MAX_ROWS} rows"
+    if not need.num_rows:
+        return "it takes a matrix with rows"
     if need.input_dim % 2:
         return f"it reads codes in pairs, and a row has {need.input_dim}"
     return None if need.readable else "a weight or bias is not contiguous, or does not fit the rows"

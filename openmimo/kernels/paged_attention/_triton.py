@@ -15,13 +15,13 @@ The keys of a page are read once for all rows of the group. A matrix unit of Hop
 These are keys (and dims of values) while there are fewer rows than 64. Key dims are read as two powers of two
 (192 = 128 + 64). Exponents are of base 2.
 
-A cache in float8_e4m3fn is read as pairs of numbers, 16 bits each. The even and the odd numbers are converted to
+A cache in float8_e4m3fn is read as pairs of numbers, 16 bits each. Two halves of the numbers are converted to
 float16, which holds every value of the format and takes one instruction for two numbers. (bfloat16 takes another one
 for each number, of a unit that is slower than the memory.) Queries are divided by their largest magnitude for float16,
 and the logits are multiplied by it:
 
-    keys, 16 bits     (k0 k1) (k2 k3) ...  ->  even k0 k2 ...   odd k1 k3 ...
-    logits            q_even x even  +  q_odd x odd
+    keys, 16 bits     (k0 k1) (k2 k3) ...  ->  first k0 k1 k4 k5 ...   second k2 k3 k6 k7 ...
+    logits            q_first x first  +  q_second x second
     values            two sums, of the even and of the odd dims, which are joined at the end
 """
 
@@ -32,7 +32,7 @@ import triton
 import triton.language as tl
 
 from openmimo.kernels.attention import Pages
-from openmimo.kernels.linear._triton_float8 import float8_halves, in_assembly
+from openmimo.kernels.linear._triton_float8 import first_dims, float8_halves, float8_quads, in_assembly
 
 _MAX_ROWS = 64
 _WIDE_ROWS = 64  # rows of the first operand of a matrix unit
@@ -43,6 +43,7 @@ LOG2_E = 1.4426950408889634
 _BLOCK_KEYS = 64
 _LARGEST_PART = 2048
 _STAGES = 3
+_FEW_PROGRAMS, _STAGES_OF_FEW = 8, 5  # sequences times key/value heads that leave most of a device idle
 
 
 def count_parts(num_keys: int) -> int:
@@ -137,7 +138,7 @@ def tile_of(dtype: torch.dtype, pages: Pages, num_heads: int, longest_query: int
     P, G = keys.shape[1:3]
     rows = triton.next_power_of_2(longest_query) * (num_heads // G)
     tile_rows = max(_MIN_TILE, min(_MAX_ROWS, triton.next_power_of_2(rows)))
-    is_paired = _is_paired(dtype, pages)
+    is_paired, is_few = _is_paired(dtype, pages), pages.tables_BY.shape[0] * G <= _FEW_PROGRAMS
     if is_paired:
         keys, values = keys.view(torch.int16), values.view(torch.int16)
     K, V = keys.shape[3], values.shape[3]
@@ -148,7 +149,8 @@ def tile_of(dtype: torch.dtype, pages: Pages, num_heads: int, longest_query: int
         VALUE_DIM=V, VALUE_PAD=max(_MIN_TILE, triton.next_power_of_2(V)),
         PAGE=P, PAGES=max(1, _BLOCK_KEYS // P) if P & (P - 1) == 0 else 0, BLOCK=_BLOCK_KEYS, IS_PAIRED=is_paired,
         KEY_AXIS=0 if tile_rows < _WIDE_ROWS else 1, IN_ASSEMBLY=in_assembly(),
-        PRECISION="ieee" if dtype == torch.float32 else "tf32", num_warps=4, num_stages=_STAGES,
+        PRECISION="ieee" if dtype == torch.float32 else "tf32", num_warps=4,
+        num_stages=_STAGES_OF_FEW if is_few and not is_paired else _STAGES,
         maxnreg=_registers(is_paired, tile_rows),
     )  # fmt: skip
     strides = (*keys.stride()[:3], *values.stride()[:3])
@@ -265,13 +267,15 @@ def rotated(
 @triton.jit
 def _load_queries(
     q_rows, cos_rows, sin_rows, is_row, dims, KEY_DIM: tl.constexpr, HALF: tl.constexpr, IS_PAIRED: tl.constexpr,
-    dtype: tl.constexpr,
+    IN_QUADS: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
-    """Queries [rows, dims], and those of the odd dims if keys are read in pairs: float32 then."""
+    """Queries [rows, dims], and those of the other dims if keys are read in pairs (see `_key_halves`): float32 then."""
     if IS_PAIRED:
-        even = rotated(q_rows, cos_rows, sin_rows, is_row, 2 * dims, 2 * KEY_DIM, HALF, dtype).to(tl.float32)
-        odd = rotated(q_rows, cos_rows, sin_rows, is_row, 2 * dims + 1, 2 * KEY_DIM, HALF, dtype).to(tl.float32)
-        return even, odd
+        numbers = first_dims(dims, IN_QUADS)
+        others = numbers + (2 if IN_QUADS else 1)
+        first = rotated(q_rows, cos_rows, sin_rows, is_row, numbers, 2 * KEY_DIM, HALF, dtype).to(tl.float32)
+        second = rotated(q_rows, cos_rows, sin_rows, is_row, others, 2 * KEY_DIM, HALF, dtype).to(tl.float32)
+        return first, second
     else:
         numbers = rotated(q_rows, cos_rows, sin_rows, is_row, dims, KEY_DIM, HALF, dtype)
         return numbers, numbers
@@ -281,15 +285,19 @@ def _load_queries(
 def query_tile(
     q_rows, cos_rows, sin_rows, is_row, scale, KEY_DIM: tl.constexpr, FIRST_DIMS: tl.constexpr,
     REST_DIMS: tl.constexpr, REST_PAD: tl.constexpr, TILE_ROWS: tl.constexpr, HALF: tl.constexpr,
-    IS_PAIRED: tl.constexpr, dtype: tl.constexpr,
+    IS_PAIRED: tl.constexpr, IN_QUADS: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
     """The queries of a tile, the rest of their dims, both again for odd dims, and the factor of each row's logits."""
     dims = tl.arange(0, FIRST_DIMS)
     rest = FIRST_DIMS + tl.arange(0, REST_PAD)
-    first, first_odd = _load_queries(q_rows, cos_rows, sin_rows, is_row, dims, KEY_DIM, HALF, IS_PAIRED, dtype)
+    first, first_odd = _load_queries(
+        q_rows, cos_rows, sin_rows, is_row, dims, KEY_DIM, HALF, IS_PAIRED, IN_QUADS, dtype
+    )
     others, others_odd = first, first
     if REST_DIMS > 0:
-        others, others_odd = _load_queries(q_rows, cos_rows, sin_rows, is_row, rest, KEY_DIM, HALF, IS_PAIRED, dtype)
+        others, others_odd = _load_queries(
+            q_rows, cos_rows, sin_rows, is_row, rest, KEY_DIM, HALF, IS_PAIRED, IN_QUADS, dtype
+        )
     factor = tl.full((TILE_ROWS,), scale, tl.float32)
     if IS_PAIRED:
         magnitude = tl.max(tl.maximum(tl.abs(first), tl.abs(first_odd)), axis=1)
@@ -304,6 +312,15 @@ def query_tile(
 
 
 @triton.jit
+def _key_halves(pairs, IN_ASSEMBLY: tl.constexpr):
+    """The numbers of keys in pairs for two products: of the dims 0, 1, 4, 5, ..., or of the even dims."""
+    if IN_ASSEMBLY:
+        return float8_quads(pairs)
+    else:
+        return float8_halves(pairs, IN_ASSEMBLY)
+
+
+@triton.jit
 def _block_logits(
     q_first, q_rest, q_first_odd, q_rest_odd, zeros, key_rows, is_key, KEY_DIM: tl.constexpr,
     FIRST_DIMS: tl.constexpr, REST_DIMS: tl.constexpr, REST_PAD: tl.constexpr, IS_PAIRED: tl.constexpr,
@@ -313,11 +330,11 @@ def _block_logits(
     rest = FIRST_DIMS + tl.arange(0, REST_PAD)
     k = _load_rows(key_rows, is_key, tl.arange(0, FIRST_DIMS), KEY_DIM)
     if IS_PAIRED:
-        even, odd = float8_halves(k, IN_ASSEMBLY)
+        even, odd = _key_halves(k, IN_ASSEMBLY)
         logits = _logits(q_first, even, zeros, KEY_AXIS, PRECISION)
         logits = _logits(q_first_odd, odd, logits, KEY_AXIS, PRECISION)
         if REST_DIMS > 0:
-            even, odd = float8_halves(_load_rows(key_rows, is_key, rest, KEY_DIM), IN_ASSEMBLY)
+            even, odd = _key_halves(_load_rows(key_rows, is_key, rest, KEY_DIM), IN_ASSEMBLY)
             logits = _logits(q_rest, even, logits, KEY_AXIS, PRECISION)
             logits = _logits(q_rest_odd, odd, logits, KEY_AXIS, PRECISION)
     else:
@@ -433,7 +450,7 @@ def _attend_part(
         q_rows = q + (first_query + query).to(tl.int64)[:, None] * stride_qt + head[:, None] * stride_qn
         q_first, q_rest, q_first_odd, q_rest_odd, factor = query_tile(
             q_rows, q_rows, q_rows, is_row, scale, KEY_DIM, FIRST_DIMS, REST_DIMS, REST_PAD, TILE_ROWS, 0, IS_PAIRED,
-            q.dtype.element_ty,
+            IN_ASSEMBLY, q.dtype.element_ty,
         )  # fmt: skip
         largest, total, sum_values = walk(
             q_first, q_rest, q_first_odd, q_rest_odd, factor, num_keys - num_queries + query,

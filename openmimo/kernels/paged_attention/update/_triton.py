@@ -145,7 +145,8 @@ def _update_window(
         tables_R = (q_token * stride_table)[:, None]
         q_first, q_rest, q_first_odd, q_rest_odd, factor = query_tile(
             joined + (q_token * stride_t + head * K)[:, None], cos + tables_R, sin + tables_R, is_row, scale, KEY_DIM,
-            FIRST_DIMS, REST_DIMS, REST_PAD, TILE_ROWS, HALF, IS_PAIRED, joined.dtype.element_ty,
+            FIRST_DIMS, REST_DIMS, REST_PAD, TILE_ROWS, HALF, IS_PAIRED, IN_ASSEMBLY,
+            joined.dtype.element_ty,
         )  # fmt: skip
         largest, total, sum_values = walk(
             q_first, q_rest, q_first_odd, q_rest_odd, factor, num_keys - num_queries + query,
