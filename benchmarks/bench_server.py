@@ -1,14 +1,14 @@
 """A soak test of the server with a real engine: many concurrent clients, valid, invalid and cancelled requests.
 
     python -m benchmarks.bench_server [--device cpu] [--requests 500] [--clients 64] [--checkpoint PATH] [--threads 1]
-        [--max-sequences 64] [--cache-gigabytes N] [--limit-seconds N] [--seed 0] [--quick] [--no-write]
+        [--max-sequences 64] [--cache-gigabytes N] [--limit-seconds N] [--no-drafts] [--seed 0] [--quick] [--no-write]
 
 `openmimo serve` runs in its own process. Without --checkpoint it serves random weights: on a CPU the `tiny` preset with
 32 MiB of cache, else `med` of `engine_models` with 4 GB. The small cache fills early, so prefixes are evicted while
 others are read. The queue holds half as many requests as there are clients, so some of the first requests get a 429.
 Each client sends its next request when the previous one is answered. Times are measured by the clients, on the machine
 of the server, from the first attempt that gets no 429. If a check fails, the exit status is 1, and no results are
-written. On an accelerator, the server captures its graphs during the load, and a text may depend on its batch.
+written. On an accelerator, a text may depend on its batch.
 
 Predictions before the first run, for `tiny`, 64 clients and two cores: A step of 64 sequences takes 15 ms. The event
 loop holds the interpreter for the same time to send 64 events. This gives 40 ms a token at the median and 100 ms at
@@ -144,6 +144,7 @@ def _save_random(folder: Path, device: torch.device) -> tuple[Path, float]:
 def _serve_arguments(options: argparse.Namespace, device: torch.device) -> list[str]:
     arguments = [str(options.checkpoint), "--threads", str(options.threads), "--device", str(device)]
     arguments += ["--max-queue", str(max(options.clients // 2, 1)), "--max-sequences", str(options.max_sequences)]
+    arguments += ["--speculative", "False"] if options.no_drafts else []
     return arguments + (["--cache-gigabytes", str(options.cache_gigabytes)] if options.cache_gigabytes else [])
 
 
@@ -160,6 +161,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--cache-gigabytes", type=float, help=cache_help)
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of the server's model (default: 1)")
     parser.add_argument("--max-sequences", type=int, default=64, help="requests that run at once (default: 64)")
+    parser.add_argument("--no-drafts", action="store_true", help="serve without drafts")
     parser.add_argument("--limit-seconds", type=float, help="time limit of the load (default: 60 and 1 a request)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the requests and their order (default: 0)")
     parser.add_argument("--quick", action="store_true", help=f"send {QUICK_REQUESTS} requests, write no results")

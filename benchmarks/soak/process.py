@@ -17,9 +17,9 @@ from openmimo.model.hf import save_model
 from openmimo.model.mimo import MiMo
 from openmimo.model.presets import tiny
 
-_START_SECONDS = 120
+_START_SECONDS = 300  # on an accelerator, kernels are compiled and graphs captured
 _POSITIONS = 2048
-_MED_POSITIONS, _MED_VOCABULARY = 4096, 32_768
+_MED_POSITIONS, _MED_VOCABULARY = 2048, 32_768
 _TEXT_SUFFIXES = (".py", ".md", ".c", ".h", ".js")
 
 
@@ -112,7 +112,7 @@ def save_random_tiny(folder: Path) -> None:
 
 
 def save_random_med(folder: Path, device: torch.device) -> None:
-    """Writes `med` with random bfloat16 weights, 4,096 positions, and a tokenizer of this project's texts."""
+    """Writes `med` with random bfloat16 weights, 2,048 positions, and a tokenizer of this project's texts."""
     tokenizer = Tokenizer.train(_project_texts(), vocab_size=_MED_VOCABULARY)
     config = replace(med(), vocab_size=tokenizer.vocab_size, max_positions=_MED_POSITIONS)
     with torch.device("meta"):

@@ -127,6 +127,11 @@ class Engine:
         """Requests that hold pages and take part in steps."""
         return len(self.scheduler.running)
 
+    @property
+    def captures_graphs(self) -> bool:
+        """Whether passes are captured at their first use."""
+        return self._runner.worker.graphs is not None
+
     def check(self, request: Request) -> None:
         """Raises UserError if the request can never run: empty, too long, an unknown id, a bad structure.
 

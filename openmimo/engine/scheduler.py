@@ -29,6 +29,7 @@ from openmimo.engine.cache import PageArena, PageTables
 from openmimo.engine.config import EngineConfig
 from openmimo.engine.prefix import PrefixCache
 from openmimo.engine.request_state import RequestState
+from openmimo.engine.step import PROMPTS
 
 _SPARED_SHARE = 8  # 1/8 of the arena is not given to positions that only a later request could read
 _FIRST_WAIT = 8  # steps from the first to the second try to admit a request that does not fit
@@ -58,7 +59,8 @@ class Scheduler:
     Args:
         prefix: The prefix cache; None if it is disabled.
         num_drafts: MTP heads that draft.
-        on_cpu: Whether the engine runs on a CPU, for the default sizes of a step.
+        on_cpu: Whether the engine runs on a CPU, for the default sizes of a step. Elsewhere a step reads at most 16
+            prompts, as a captured pass does.
         free_idle: Releases the pages of the least recently used idle session; returns whether there was one.
     """
 
@@ -79,6 +81,7 @@ class Scheduler:
         self._prefix = prefix
         self._max_sequences = config.max_sequences
         self._prompt_tokens, self._mixed_prompt_tokens = config.prompt_tokens(on_cpu=on_cpu)
+        self._max_prompts = config.max_sequences if on_cpu else PROMPTS
         self._margin = num_drafts
         self._free_idle = free_idle
         self._refused: RequestState | None = None
@@ -141,8 +144,13 @@ class Scheduler:
             B           30    short      30    whole: 100 - 25 (A) - 25 (kept for C) are left
             C          400    long       25    share
             D           20    short      20    the rest
+
+        If there are more prompts than a step may read, it reads the first, so that each has its turn, and the shortest.
         """
         reading = [sequence for sequence in self.running if sequence.num_uncomputed_tokens > 1]
+        if len(reading) > self._max_prompts:
+            places = sorted(range(1, len(reading)), key=lambda place: reading[place].num_uncomputed_tokens)
+            reading = [reading[place] for place in sorted([0, *places[: self._max_prompts - 1]])]
         budget = self._mixed_prompt_tokens if plan.decodes else self._prompt_tokens
         even_share, longest_short = max(budget // max(len(reading), 1), 1), budget
         unread_of = [sequence.num_uncomputed_tokens for sequence in reading]

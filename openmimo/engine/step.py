@@ -27,7 +27,7 @@ _MAX_PADDED_TOKENS = 512  # larger passes keep the device busy for longer than t
 _FIRST_POSITIONS, _NEXT_POSITIONS = 512, 4
 PROMPTS = 16  # sequences of a captured pass over prompts
 _PROMPT_TOKENS = (64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
-_CHEAP_TOKENS = 1024  # padding to this many costs less than the launches that a graph saves
+_CHEAP_TOKENS = 2048  # padding to this many costs less than the launches that a graph saves
 _FULL_SHARE = 0.85
 _MAX_DRAFTING_TOKENS = 512
 _NUMPY_DTYPES = {torch.int32: np.int32, torch.int64: np.int64, torch.float64: np.float64}
@@ -331,6 +331,16 @@ def prompt_shape(num_sequences: int, num_tokens: int, longest_key: int, *, max_p
     if num_tokens > _PROMPT_TOKENS[-1] or num_sequences > PROMPTS or is_too_empty:
         return None
     return PassShape(PROMPTS, tokens, tokens, _padded_positions(longest_key, max_positions))
+
+
+def captured_prompt_tokens(most: int) -> tuple[int, ...]:
+    """The tokens of captured passes over prompts, up to `most`."""
+    return tuple(size for size in _PROMPT_TOKENS if size <= most)
+
+
+def captured_batches(max_sequences: int) -> list[int]:
+    """The sequences of captured decoding passes of an engine with this limit."""
+    return sorted({min(_padded_sequences(count), max_sequences) for count in range(1, max_sequences + 1)})
 
 
 def padded_prompt_tokens(num_tokens: int) -> int:

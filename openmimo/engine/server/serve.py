@@ -25,12 +25,14 @@ from openmimo.engine.server.backends.protocol import Backend
 from openmimo.engine.server.backends.speech import SpeechBackend
 from openmimo.engine.server.backends.stub import StubBackend
 from openmimo.engine.server.config import ServerConfig
+from openmimo.engine.step import PROMPTS, captured_batches, captured_prompt_tokens
 from openmimo.model.audio.language_config import is_audio_folder
 from openmimo.model.hf import load_model
 from openmimo.runtime.device import resolve_device
 
 _RUN_MODEL = "model"  # the checkpoint folder of a run
 _WARM_UP_TOKENS = 8
+_TEXT_LENGTHS = (16, 600)  # of up to 512 and 2,048 positions, the sizes of tables of pages in captured passes
 _FLUSH_SECONDS = 5  # time for clients to read the ends of their replies after all replies are complete
 _AUDIO_PACKAGES = ("soundfile", "soxr", "python_multipart")
 _QUEUED_MESSAGES = 1  # of a WebSocket connection, while a reply is generated
@@ -183,6 +185,8 @@ def launch_audio(
 def warm_up(engine: Engine, tokenizer: Tokenizer) -> None:
     """Run a short chat and a form, so that no request waits for kernels to compile or for the grammar checker to start.
 
+    On an accelerator, run batches as well, so that few requests wait for the capture of a graph.
+
     Raises:
         UserError: The model cannot generate, for example because its weights hold NaN.
     """
@@ -199,8 +203,42 @@ def warm_up(engine: Engine, tokenizer: Tokenizer) -> None:
             engine.step()
         if sequence.error:
             raise UserError(f"{sequence.error}.")
+    if engine.captures_graphs:
+        run_captured_sizes(engine)
     engine.forget_cached()
     engine.reset_stats()
+
+
+def run_captured_sizes(engine: Engine) -> None:
+    """Run batches of every size that is captured, with short and longer texts, and prompts of every such size.
+
+    Graphs of texts beyond 2,048 positions are captured at their first use.
+    """
+    greatest, _ = engine.config.prompt_tokens(on_cpu=False)
+    for length in _TEXT_LENGTHS:
+        for count in captured_batches(engine.config.max_sequences):
+            # A step reads up to 16 prompts. The first texts go on until the last prompt is read. The prompts are equal,
+            # so that most of them come from the cache.
+            _run_batch(engine, [range(length)] * count, num_tokens=_WARM_UP_TOKENS + count // 4)
+    for size in captured_prompt_tokens(greatest):
+        engine.forget_cached()
+        _run_batch(engine, [range(first, first + size // PROMPTS) for first in range(PROMPTS)], num_tokens=1)
+        engine.forget_cached()
+        _run_batch(engine, [range(size)], num_tokens=1)
+
+
+def _run_batch(engine: Engine, prompts: list[range], *, num_tokens: int) -> None:
+    """Run texts after these prompts at once. Leaves out those that can never run."""
+    vocab_size = engine.model.config.vocab_size
+    params = SamplingParams(max_tokens=num_tokens, ignore_eos=True, top_p=0.9, logprobs=True)
+    for number, prompt in enumerate(prompts):
+        request = Request(f"warm-up {number}", tuple(token % vocab_size for token in prompt), params)
+        try:
+            engine.submit(request)
+        except UserError:
+            continue
+    while engine.has_work:
+        engine.step()
 
 
 def served_names(path: str) -> tuple[str, ...]:
