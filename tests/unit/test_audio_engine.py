@@ -164,6 +164,23 @@ def test_outputs(engine, output):
     assert (has_text, has_sound) == {"text": (True, False), "audio": (False, True), "interleaved": (True, True)}[output]
 
 
+def test_text_output_has_no_audio_even_if_the_model_prefers_it(engine, monkeypatch):
+    ids = engine.tokenizer.special_tokens
+
+    def head(states_TD, reader=None):
+        logits_TV = torch.zeros(len(states_TD), 512)
+        logits_TV[:, [ids["<|sostm|>"], ids["<|empty|>"], ids["<|sosp|>"], ids["<|eostm|>"]]] = 5.0
+        logits_TV[:, engine.tokenizer.encode("hello")[0]] = 1.0
+        return logits_TV
+
+    monkeypatch.setattr(engine.model.lm_head, "forward", head)
+    events = list(engine.generate(request(AUDIO), AudioParams(max_tokens=4)))
+    assert all(event.waveform is None for event in events)
+    assert "".join(event.text or "" for event in events) == 4 * engine.tokenizer.decode(
+        engine.tokenizer.encode("hello")[:1]
+    )
+
+
 def test_transcription_is_text(engine):
     assert isinstance(engine.transcribe(speech(), 50, max_tokens=5), str)
     with pytest.raises(ConfigError, match="openmimo\\[audio\\]"):
