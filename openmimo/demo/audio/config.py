@@ -28,7 +28,7 @@ class AudioDemoConfig:
     tokenizer: AudioTokenizerTrainConfig
     language: AudioTrainConfig
     measured_clips: PositiveInt = 16
-    transcribed: PositiveInt = 60
+    transcribed: PositiveInt = 40
     spoken: PositiveInt = 12
     threads: PositiveInt | None = None
 
