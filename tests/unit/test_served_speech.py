@@ -239,6 +239,12 @@ def test_a_failure_after_the_first_sound_breaks_the_reply_off(http):
     assert "the codec broke" in events[-1]["error"]["message"]
 
 
+def test_speech_without_sound_is_an_error(http):
+    for name in ("wav", "mp3"):
+        response = http.post("/v1/audio/speech", json={"input": "silence", "response_format": name})
+        assert "without sound" in refusal(response, 500)
+
+
 def test_voices_are_those_of_the_model():
     with running(speech_backend(("ann", "ben"))) as server, connect(server) as http:
         assert http.get("/v1/models").json()["data"][0]["voices"] == ["ann", "ben"]
