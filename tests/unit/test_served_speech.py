@@ -13,6 +13,7 @@ from server_thread import connect, running, wait_until
 
 from openmimo.engine.server.backends.speech import Clip
 from openmimo.engine.server.backends.stub import StubBackend
+from openmimo.engine.server.http import limits
 from openmimo.engine.server.openai.audio.store import SpeechStore
 
 soundfile = pytest.importorskip("soundfile", reason="needs the extra audio")
@@ -388,6 +389,23 @@ def test_replies_take_turns(server, http, backend):
     order = backend.model.order
     between = order[order.index("short") : len(order) - order[::-1].index("short")]
     assert between == ["short", "long"] * 5 + ["short"]  # the last event ends the reply
+
+
+def test_decoded_sound_counts_among_the_open_bytes(monkeypatch):
+    monkeypatch.setattr(limits, "OPEN_SOUND_BYTES", 0)
+    small = file_of(np.zeros(4 * RATE, "int16"), kind="FLAC")  # 256 kB when decoded
+    backend = speech_backend()
+    with running(backend, max_open_bytes=300_000) as server, connect(server) as http:
+        backend.model.gate.clear()
+        thread = threading.Thread(target=transcribe, args=(http, small))
+        thread.start()
+        try:
+            wait_until(lambda: backend.model.open == 1)
+            assert len(small) < 10_000 and "already have" in refusal(transcribe(http, small), 429)
+        finally:
+            backend.model.gate.set()
+        thread.join()
+        assert transcribe(http, small).json()["text"] == "4.00 seconds at 16000"
 
 
 def test_metrics_count_sound(http):

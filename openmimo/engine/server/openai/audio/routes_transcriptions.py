@@ -40,6 +40,7 @@ def transcription_routes(service: Service) -> APIRouter:
         clips = Clips(service, backend)
         decoding = service.prepared(lambda: clips.from_file(content, "file"), is_large=True)
         clip = await unless_disconnected(request.receive, decoding)
+        request.state.open_body.add(clips.num_bytes)
         sampling = SpeechSampling(service.config.max_tokens, text_temperature=fields.temperature, seed=fields.seed)
         one = speech_request(TranscribeWork(clip), sampling)
         check_work(service, [one], "file")
