@@ -100,11 +100,11 @@ def test_a_served_model_with_the_openai_client(engine, model):
         running(SpeechBackend(model, text)) as server,
         openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client,
     ):
-        told = [
+        texts = [
             client.audio.transcriptions.create(model="tiny", file=("a.wav", file.getvalue()), extra_body={"seed": 1})
             for _ in range(2)
         ]
-        assert told[0].text == told[1].text
+        assert texts[0].text == texts[1].text
         spoken = client.audio.speech.create(
             model="tiny", voice="ann", input=SAID, response_format="flac", extra_body={"seed": 2}
         )

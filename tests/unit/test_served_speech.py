@@ -107,7 +107,7 @@ def test_transcriptions_have_the_types_of_the_api(http):
 
 
 @pytest.mark.parametrize(("kind", "subtype"), [("FLAC", None), ("MP3", None), ("OGG", "OPUS"), ("WAV", "FLOAT")])
-def test_formats_are_told_from_the_content(http, kind, subtype):
+def test_the_content_says_the_format(http, kind, subtype):
     text = transcribe(http, file_of(tone(0.5), kind=kind, subtype=subtype)).json()["text"]
     assert 0.45 < float(text.split()[0]) < 0.6
 
