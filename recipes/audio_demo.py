@@ -24,7 +24,7 @@ CORPUS = "runs/audio/corpus"
 def tokenizer() -> AudioTokenizerTrainConfig:
     """The tokenizer of `audio_tokenizer:tiny` in fewer steps."""
     config = audio_tokenizer.tiny()
-    stages = (replace(stage, steps=steps) for stage, steps in zip(config.stages, (1100, 100), strict=True))
+    stages = (replace(stage, steps=steps) for stage, steps in zip(config.stages, (700, 70), strict=True))
     return replace(config, corpus=CORPUS, stages=tuple(stages))
 
 
@@ -37,7 +37,7 @@ def language() -> AudioTrainConfig:
         model="tiny_audio",
         stages=(
             AudioPhase(
-                name="hear and speak", steps=550, sequence_length=256, global_batch_size=8, warmup_steps=30,
+                name="hear and speak", steps=600, sequence_length=256, global_batch_size=8, warmup_steps=30,
                 learning_rate=3e-3, end_learning_rate=1e-4, mixture=MixtureConfig((rows,)), bias_rate=0.0,
             ),
         ),

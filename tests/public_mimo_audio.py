@@ -1,7 +1,7 @@
 """The public code of MiMo-Audio as a test oracle. It is never part of this package.
 
-The environment variable OPENMIMO_MIMO_AUDIO_SOURCE names a clone of github.com/XiaomiMiMo/MiMo-Audio, bare or not, or the
-folder `src` of one.
+The environment variable OPENMIMO_MIMO_AUDIO_SOURCE names a clone of github.com/XiaomiMiMo/MiMo-Audio, bare or not, or
+the folder `src` of one.
 """
 
 import os

@@ -159,6 +159,20 @@ class Tokenizer:
             companions=companions,
         )
 
+    def with_special_tokens(self, tokens: Sequence[str]) -> "Tokenizer":
+        """Return a tokenizer that has these special tokens; missing ones get the ids behind all others."""
+        backend = tokenizers.Tokenizer.from_str(self._backend.to_str())
+        missing = [token for token in tokens if token not in self._special_ids]
+        backend.add_tokens([tokenizers.AddedToken(token, normalized=False, special=True) for token in missing])
+        files = {**self.companions.files, "tokenizer.json": backend.to_str(pretty=True)}
+        return Tokenizer(
+            backend,
+            eos_token_ids=self._eos_token_ids,
+            pad_id=self._pad_id,
+            chat_template=self._chat_template,
+            companions=Companions(files),
+        )
+
     @property
     def companions(self) -> Companions:
         """The files that `save` writes. For a loaded tokenizer, these are the files it was loaded from."""

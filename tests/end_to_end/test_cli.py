@@ -14,7 +14,7 @@ import pytest
 from conftest import tiny_model
 
 import openmimo
-from openmimo import cli
+from openmimo import audio_commands, cli
 from openmimo.core.errors import Interrupted
 from openmimo.data.tokenizer import Tokenizer
 
@@ -67,10 +67,14 @@ def test_help_needs_no_torch_and_names_every_verb():
     assert "tiny_cpu" in out
 
 
-@pytest.mark.parametrize("verb", [verb for verb in cli.VERBS if verb != "bench"])
+AUDIO = [f"audio {command}" for command in audio_commands.COMMANDS]
+DEMOS = ("demo", "audio demo")  # have the options of all training commands
+
+
+@pytest.mark.parametrize("verb", [*(verb for verb in cli.VERBS if verb not in ("bench", "audio")), *AUDIO])
 def test_every_option_has_a_default_and_a_line(verb, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")  # wider, and tyro writes two columns
-    code, out, _ = run(capsys, verb, "--help-all")
+    code, out, _ = run(capsys, *verb.split(), "--help-all")
     assert code == 0
     options = re.split(r"\n\W*(?=--[a-z])", out)[1:]
     assert options
@@ -83,16 +87,18 @@ def test_every_option_has_a_default_and_a_line(verb, capsys, monkeypatch):
         assert len(re.findall(r"[a-z]{2,}", described)) >= 2, f"{verb} {name} has no line of help: {words!r}"
 
 
-@pytest.mark.parametrize("verb", [verb for verb in cli.VERBS if verb not in ("bench", "merge", "convert", "audit")])
+@pytest.mark.parametrize(
+    "verb", [*(verb for verb in cli.VERBS if verb not in ("bench", "merge", "convert", "audit", "audio")), *AUDIO]
+)
 def test_the_short_help_fits_two_screens_and_names_every_option(verb, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    code, short, _ = run(capsys, verb, "--help")
+    code, short, _ = run(capsys, *verb.split(), "--help")
     assert code == 0
     assert max(map(len, short.splitlines())) <= 80
     assert len(short.splitlines()) <= 90
-    assert "--help-all" in short
-    if verb != "demo":  # has the options of all training commands
-        _, long, _ = run(capsys, verb, "--help-all")
+    assert "--help-all" in short or verb.startswith("audio")  # those of few options explain all of them
+    if verb not in DEMOS:
+        _, long, _ = run(capsys, *verb.split(), "--help-all")
         options = re.findall(r"^\W*--([a-z0-9.-]+)", long, flags=re.MULTILINE)
         names = {name.rpartition(".")[2] for name in options if ".options." not in name}
         missing = {name for name in names if not re.search(rf"[ -]{name}\b", short)}

@@ -12,6 +12,7 @@ from openmimo.model.audio.conversation import conversation_parts, reply_parts
 from openmimo.model.audio.language_config import tiny_audio
 from openmimo.model.audio.sequence import (
     ALL_SPECIAL_TOKENS,
+    AUDIO_TOKENS,
     AudioPart,
     AudioTokens,
     SequenceBuilder,
@@ -112,6 +113,18 @@ def test_missing_special_tokens_are_all_named():
     plain = Tokenizer.train(TEXTS, 300)
     with pytest.raises(DataError, match=r"no special token <\|empty\|>, <\|sosp\|>.*<\|eot\|>.*Use the tokenizer.json"):
         AudioTokens.of(plain)
+
+
+def test_special_tokens_are_added_behind_the_ids_of_a_text_model(tmp_path):
+    plain = Tokenizer.train(TEXTS, 300)
+    grown = plain.with_special_tokens(AUDIO_TOKENS)
+    assert sorted(grown.special_tokens[token] for token in AUDIO_TOKENS) == [
+        *range(plain.vocab_size, plain.vocab_size + len(AUDIO_TOKENS))
+    ]
+    grown.save(tmp_path)
+    assert AudioTokens.of(Tokenizer.load(tmp_path)) == AudioTokens.of(grown)
+    assert grown.encode("hello <|empty|>") == plain.encode("hello <|empty|>")
+    assert grown.with_special_tokens(AUDIO_TOKENS).fingerprint == grown.fingerprint
 
 
 def test_ids_are_those_of_the_tokenizer_and_no_defaults(tokenizer):

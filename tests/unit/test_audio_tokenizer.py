@@ -183,7 +183,7 @@ STREAMS = {
 
 
 @pytest.mark.parametrize("changes", STREAMS.values(), ids=STREAMS)
-@pytest.mark.parametrize("step", [1, 7])
+@pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.slow), 7])
 def test_a_stream_gives_the_samples_of_decode(changes, step):
     tokenizer = small(**changes)
     codes = random_codes(tokenizer, 40)[:, :2]
@@ -192,6 +192,20 @@ def test_a_stream_gives_the_samples_of_decode(changes, step):
     joined = torch.cat([*parts, stream.finish()])
     torch.testing.assert_close(joined, tokenizer.decode(codes), atol=1e-5, rtol=1e-4)
     assert sum(len(part) for part in parts) > 20 * tokenizer.config.samples_per_frame
+
+
+def test_long_codes_are_decoded_in_parts(monkeypatch):
+    tokenizer = small()
+    codes = random_codes(tokenizer, 50)
+    whole, lengths = tokenizer.decode(codes), []
+    monkeypatch.setattr(tokenizer_module, "WHOLE_FRAMES", 20)
+    tokenizer.decoder.vocoder.embeddings.register_forward_pre_hook(
+        lambda module, arguments: lengths.append(arguments[0].shape[1])
+    )
+    torch.testing.assert_close(tokenizer.decode(codes), whole, atol=1e-5, rtol=1e-4)
+    assert lengths == [80, 80, 40, 0]
+    small_sequence = small(openmimo_decoder_norm="sequence")
+    assert not small_sequence.has_exact_streams and len(small_sequence.decode(codes)) == len(whole)
 
 
 def test_an_empty_stream_and_empty_parts():
@@ -208,7 +222,7 @@ def test_a_stream_with_sequence_norms_comes_close():
     tokenizer = small(openmimo_decoder_norm="sequence")
     codes = random_codes(tokenizer, 300)
     stream = tokenizer.stream()
-    joined = torch.cat([*[stream.push(part) for part in codes.split(20)], stream.finish()])
+    joined = torch.cat([*[stream.push(part) for part in codes.split(50)], stream.finish()])
     whole = tokenizer.decode(codes)
     late = slice(200 * tokenizer.config.samples_per_frame, None)
     assert 0 < (joined - whole)[late].abs().mean() < 0.05 * whole[late].abs().mean()

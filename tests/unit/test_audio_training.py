@@ -25,6 +25,7 @@ from openmimo.model.audio.sequence import (
     packed,
 )
 from openmimo.model.audio.tokenizer import AudioTokenizer, preset, save_audio_tokenizer
+from openmimo.model.config import training_flops_per_token
 from openmimo.model.context import PackedContext
 from openmimo.train.audio import run
 from openmimo.train.audio.config import AudioPhase, AudioTrainConfig, audio_rows
@@ -177,6 +178,8 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(data, tmp_path, monkeyp
     metrics = read_metrics(tmp_path / "whole" / "metrics.jsonl")
     assert {"validation/main", "validation/codebook_7"} <= metrics[0].keys()
     assert {"loss/main", "loss/codebook_0", "lr"} <= metrics[1].keys()
+    backbone = training_flops_per_token(load_audio_model(whole).config, 100) * metrics[1]["tokens"]
+    assert backbone < metrics[1]["flops"] < 10 * backbone  # the local transformers count
     events = list(AudioEngine(whole).generate([{"role": "user", "content": "hello"}], AudioParams(max_tokens=2)))
     assert events[-1].finish_reason is not None
     assert train_audio(run_config(data, tmp_path / "whole"), console=QUIET) == whole  # it is finished
@@ -208,8 +211,7 @@ def test_a_text_model_becomes_the_backbone(data, tmp_path):
 
     text = MiMo(replace(audio_model_config("tiny_audio_hybrid").backbone, vocab_size=400))
     text.initialize(torch.Generator().manual_seed(5))
-    tokens = Tokenizer.train(["hello world"] * 3, 320, ALL_SPECIAL_TOKENS)
-    save_model(text, tmp_path / "text", tokenizer=tokens)
+    save_model(text, tmp_path / "text", tokenizer=Tokenizer.train(["hello world"] * 3, 320))
     config = replace(run_config(data, tmp_path / "run", steps=1), model=None, init_from=str(tmp_path / "text"))
     stage = replace(config.stages[0], learning_rate=1e-9, end_learning_rate=0.0, encoder_learning_rate=None)
     model = load_audio_model(train_audio(replace(config, stages=(stage,)), console=QUIET))
@@ -297,3 +299,7 @@ def test_phases_without_sense_are_refused(data):
         replace(stage, text_weight=0.0, codebook_weights=(0.0,) * 8)
     with pytest.raises(ConfigError, match="'audio_rows'"):
         replace(stage, mixture=MixtureConfig((SourceConfig("python_stdlib"),)))
+    with pytest.raises(ConfigError, match="no MTP heads"):
+        replace(stage, mtp_weight=0.1)
+    with pytest.raises(ConfigError, match="loader_workers has no effect"):
+        replace(run_config(data, "unused"), loader_workers=2)

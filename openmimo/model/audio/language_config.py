@@ -29,7 +29,7 @@ class LocalConfig:
 
     Attributes:
         dim: Model dim.
-        num_layers: Layers.
+        num_layers: Number of layers.
         num_heads: Heads of queries, keys and values.
         ffn_dim: Hidden dim of the FFN.
     """

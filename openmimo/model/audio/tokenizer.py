@@ -24,6 +24,7 @@ __all__ = [
 
 # Mel frames that are encoded together, 60 seconds: the segments of the released program, which bound the memory.
 SEGMENT_MEL_FRAMES = 6000
+WHOLE_FRAMES = 1500  # code frames that are decoded at once, 60 seconds
 
 
 class AudioTokenizer(nn.Module):
@@ -49,6 +50,13 @@ class AudioTokenizer(nn.Module):
     def dtype(self) -> torch.dtype:
         """Dtype of the layers' weights."""
         return self.encoder.conv1.weight.dtype
+
+    @property
+    def has_exact_streams(self) -> bool:
+        """Whether a stream gives the samples of `decode`: decoder and vocoder do not depend on all later codes."""
+        stacks = (self.config.decoder, self.config.vocoder)
+        is_local = all(stack.right_positions is not None for stack in stacks)
+        return is_local and self.config.decoder_norm == "frame"
 
     def num_frames(self, samples: int) -> int:
         """Return the number of code frames of a waveform: that of its duration, and at most one more."""
@@ -84,12 +92,18 @@ class AudioTokenizer(nn.Module):
     def decode(self, codes_FQ: torch.Tensor) -> torch.Tensor:
         """Return the waveform float32 [F * samples_per_frame] of codes of the first Q codebooks.
 
+        Long sequences are decoded as a stream, in bounded memory, if streams are exact.
+
         Raises:
             DataError: The codes have a wrong shape or dtype, or are outside their codebooks.
         """
         check_codes(codes_FQ, self.config)
         if not len(codes_FQ):
             return torch.empty(0, device=self.device)
+        if len(codes_FQ) > WHOLE_FRAMES and self.has_exact_streams:
+            stream = self.stream()
+            parts = [stream.push(part) for part in codes_FQ.split(WHOLE_FRAMES)]
+            return torch.cat([*parts, stream.finish()])
         return self.decoder(self._vectors(codes_FQ))[0].float()
 
     def stream(self) -> "AudioStream":

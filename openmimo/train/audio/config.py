@@ -50,12 +50,14 @@ class AudioPhase(Phase):
         check_fields(self, where)
         if self.text_weight + sum(self.codebook_weights) == 0.0:
             raise ConfigError(f"{where}: all weights of the loss are 0.")
-        if self.mtp_heads is not None:
-            raise ConfigError(f"{where} has mtp_heads, but audio models have no MTP heads.")
+        if self.mtp_heads is not None or self.mtp_weight != Phase.mtp_weight:
+            raise ConfigError(f"{where} has mtp_heads or mtp_weight, but audio models have no MTP heads; leave it out.")
         if self.learning_rate == 0.0 and (self.encoder_learning_rate or self.decoder_learning_rate):
             raise ConfigError(f"{where}: the learning rates of the parts are relative to learning_rate, which is 0.")
         for source in self.mixture.sources:
             unknown = set(source.options) - {"path", "test_path"}
+            if source.max_megabytes:
+                raise ConfigError(f"{where}: max_megabytes has no effect on {ROWS!r}; leave it out.")
             if source.name != ROWS or unknown or not isinstance(source.options.get("path"), str):
                 raise ConfigError(
                     f"{where} has the source {source.name!r} with options {sorted(source.options)}; an audio model is "
@@ -97,5 +99,11 @@ class AudioTrainConfig(TrainConfig):
             raise ConfigError("audio models are not trained with quantization; leave it out.")
         if any(size > 1 for size in vars(self.parallel).values()):
             raise ConfigError("audio models are trained by one process; leave parallel out.")
-        if self.expert_trace:
-            raise ConfigError("expert_trace has no effect on audio models; leave it out.")
+        unused = {
+            "expert_trace": self.expert_trace,
+            "loader_workers": self.loader_workers,
+            "tokenizer.train_megabytes": self.tokenizer.train_megabytes != TokenizerConfig.train_megabytes,
+        }
+        for name, is_set in unused.items():
+            if is_set:
+                raise ConfigError(f"{name} has no effect on the training of an audio model; leave it out.")

@@ -20,7 +20,7 @@ from openmimo.model.audio.language_config import (
     audio_model_config,
     with_codebooks,
 )
-from openmimo.model.audio.sequence import ALL_SPECIAL_TOKENS, SequenceBuilder
+from openmimo.model.audio.sequence import ALL_SPECIAL_TOKENS, AUDIO_TOKENS, SequenceBuilder
 from openmimo.model.audio.tokenizer import AudioTokenizer, load_audio_tokenizer
 from openmimo.model.hf import CODEC_FOLDER, check_replaceable, load_model
 from openmimo.train.audio.config import AudioTrainConfig
@@ -158,10 +158,11 @@ def _rows(sources: Iterable[SplitRows]) -> Iterator[Row]:
 def _tokenizer(
     config: AudioTrainConfig, described: AudioModelConfig, sources: list[list[SplitRows]], console: Console
 ) -> Tokenizer:
-    """Return the text tokenizer: the given one, or one trained on the texts of the rows."""
-    given = config.tokenizer.path or config.init_from
-    if given is not None:
-        return Tokenizer.load(given)
+    """Return the text tokenizer: the given one, that of the first model, or one trained on the texts of the rows."""
+    if config.tokenizer.path is not None:
+        return Tokenizer.load(config.tokenizer.path)
+    if config.init_from is not None:
+        return Tokenizer.load(config.init_from).with_special_tokens(AUDIO_TOKENS)
     folder = Path(config.run_folder) / "tokenizer"
     if folder.is_dir():
         return Tokenizer.load(folder)

@@ -8,6 +8,7 @@ from torch import nn
 
 from openmimo.model.audio.language import AudioLanguageModel
 from openmimo.model.audio.sequence import AudioSequence
+from openmimo.model.config import training_flops_per_token
 from openmimo.model.context import PackedContext, RoutingTape
 from openmimo.train.audio.config import AudioPhase
 from openmimo.train.audio.loader import AudioLoader
@@ -39,6 +40,7 @@ class AudioTrainer(Trainer):
     model: AudioLanguageModel
     loader: AudioLoader  # type: ignore[assignment]
     _audio_probe: AudioSequence | None = None
+    _num_patches = (0, 0)  # encoded and predicted in the last step
 
     def train_step(self, stage: Phase, stage_step: int) -> StepReport:
         """As `Trainer.train_step`. The losses are those of the text channel and of the codebooks."""
@@ -68,6 +70,8 @@ class AudioTrainer(Trainer):
         predicted = [targets(batch, weights) for batch in batches]
         counts = torch.stack([each.counts() for each in predicted]).sum(dim=0)
         tokens = sum(map(len, batches))
+        encoded = sum(int(batch.is_patch_T.sum()) for batch in batches)
+        self._num_patches = encoded, int(counts[1]) if any(weights.codebooks) else 0
         losses = torch.zeros(1 + self.model.audio.num_codebooks, device=self.device)
         load: dict[int, torch.Tensor] = {}
         for batch, each in zip(batches, predicted, strict=True):
@@ -148,7 +152,17 @@ class AudioTrainer(Trainer):
 
     def _step_metrics(self, stage: Phase, report: StepReport, seconds: float) -> dict[str, Any]:
         values = super()._step_metrics(stage, report, seconds)
+        values["flops"] += self._local_flops()
+        values["matmul_utilization"] = values["flops"] / seconds / self._matmul_flops
         return {name.replace("loss/mtp_", "loss/codebook_"): value for name, value in values.items()}
+
+    def _local_flops(self) -> float:
+        """Count the FLOPs of the local transformers in the last step, without the heads of the codebooks."""
+        audio, (encoded, predicted) = self.model.audio, self._num_patches
+        encoder, decoder = (audio.local_model(local) for local in (audio.encoder, audio.decoder))
+        per_patch = audio.patch_frames * training_flops_per_token(encoder, audio.patch_frames)
+        per_prediction = audio.local_steps * training_flops_per_token(decoder, audio.local_steps)
+        return encoded * per_patch + predicted * per_prediction
 
 
 def _part(parts: dict[nn.Parameter, str], parameter: torch.Tensor) -> str:

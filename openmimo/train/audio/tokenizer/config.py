@@ -110,7 +110,7 @@ class TextModelConfig:
 
     Attributes:
         dim: Model dim.
-        num_layers: Layers.
+        num_layers: Number of layers.
         num_heads: Attention heads.
         max_bytes: Longer transcripts are left out.
     """
