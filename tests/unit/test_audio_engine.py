@@ -108,6 +108,21 @@ def test_speech_follows_the_given_text_and_streams(engine):
     assert not np.array_equal(again[:20], other[:20])
 
 
+def test_speech_with_an_instruction_and_in_a_voice(engine, monkeypatch):
+    prompts = []
+    real = engine.builder.build
+    monkeypatch.setattr(engine.builder, "build", lambda parts: prompts.append(real(parts)) or prompts[-1])
+    plain, styled, voiced = (
+        next(engine.speak(" hello", **options, params=AudioParams(max_tokens=8)))
+        for options in ({}, {"instruction": "slowly"}, {"voice": speech(), "instruction": "slowly"})
+    )
+    assert len(plain) and len(styled) and len(voiced)
+    texts = [engine.tokenizer.decode(prompt.text_ids_T.tolist()) for prompt in prompts]
+    assert "slowly" not in texts[0]
+    assert all(text.count("hello(slowly)") == 1 and text.startswith("system\n") for text in texts[1:])
+    assert [int(prompt.is_patch_T.sum()) for prompt in prompts] == [0, 0, 4]  # 30 samples are 15 frames
+
+
 def test_the_parts_of_a_reply_join_to_the_samples_of_its_codes(engine, monkeypatch):
     generated = []
     real = engine.model.generate_patch
@@ -147,6 +162,23 @@ def test_outputs(engine, output):
     has_text = any(event.text for event in events)
     has_sound = any(event.waveform is not None for event in events)
     assert (has_text, has_sound) == {"text": (True, False), "audio": (False, True), "interleaved": (True, True)}[output]
+
+
+def test_text_output_has_no_audio_even_if_the_model_prefers_it(engine, monkeypatch):
+    ids = engine.tokenizer.special_tokens
+
+    def head(states_TD, reader=None):
+        logits_TV = torch.zeros(len(states_TD), 512)
+        logits_TV[:, [ids["<|sostm|>"], ids["<|empty|>"], ids["<|sosp|>"], ids["<|eostm|>"]]] = 5.0
+        logits_TV[:, engine.tokenizer.encode("hello")[0]] = 1.0
+        return logits_TV
+
+    monkeypatch.setattr(engine.model.lm_head, "forward", head)
+    events = list(engine.generate(request(AUDIO), AudioParams(max_tokens=4)))
+    assert all(event.waveform is None for event in events)
+    assert "".join(event.text or "" for event in events) == 4 * engine.tokenizer.decode(
+        engine.tokenizer.encode("hello")[:1]
+    )
 
 
 def test_transcription_is_text(engine):

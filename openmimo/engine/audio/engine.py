@@ -282,9 +282,9 @@ class _Generation:
             self._form = SpeechForm(self._tokens, given)
         tokens = self._tokens
         self._stops = {tokens.turn_end, tokens.stream_end, *engine.tokenizer.eos_token_ids}
-        self._never_text = torch.tensor(
-            [tokens.empty, tokens.start, tokens.end, tokens.stream_start, *self._stops], device=self._model.device
-        )
+        audio = [tokens.empty, tokens.start, tokens.end, tokens.stream_start]
+        self._never_text = torch.tensor([*audio, tokens.stream_end], device=self._model.device)
+        self._never_spoken = torch.tensor([*audio, *self._stops], device=self._model.device)
         self._continues_audio = self._form is None and params.output == "audio" and not params.thinking
 
     def events(self, max_tokens: int) -> Iterator[AudioEvent]:
@@ -321,10 +321,8 @@ class _Generation:
         if allowed is not None:
             place = _draw(logits_V[list(allowed)], self._params.text_temperature, self._params.top_p, self._number(0))
             return allowed[place]
-        if self._form is not None:
-            logits_V[self._never_text] = -torch.inf
-        elif not self._is_reasoning and self._params.output == "text":
-            logits_V[self._tokens.empty] = -torch.inf
+        if self._form is not None or self._params.output == "text":
+            logits_V[self._never_spoken if self._form is not None else self._never_text] = -torch.inf
         logits_V[self._builder.tokenizer.vocab_size :] = -torch.inf
         return _draw(logits_V, self._params.text_temperature, self._params.top_p, self._number(0))
 
