@@ -9,6 +9,7 @@ import torch
 from openmimo.core.errors import UserError
 from openmimo.demo.audio.judge import SpeakerJudge, _mel_bands, _without_silence
 from openmimo.demo.audio.metrics import chance_error_rate, error_rate, si_sdr
+from openmimo.evals.audio.measures import edit_distance
 
 TIME = np.arange(24_000) / 24_000
 
@@ -18,6 +19,14 @@ def test_distortion_is_the_ratio_of_powers_and_ignores_the_scale():
     assert si_sdr(target + 0.1 * noise, target) == pytest.approx(20, abs=1e-6)
     assert si_sdr(5 * (target + 0.1 * noise), target) == pytest.approx(20, abs=1e-6)
     assert si_sdr(target + noise, target) == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("found", "reference", "edits"),
+    [("", "", 0), ("", "abc", 3), ("abc", "", 3), ("kitten", "sitting", 3), ("flaw", "lawn", 2), ("abc", "abc", 0)],
+)
+def test_edits_between_texts(found, reference, edits):
+    assert edit_distance(found, reference) == edits
 
 
 def test_error_rates_count_edits_by_length_and_chance_uses_the_references_of_others():
