@@ -15,7 +15,7 @@ OPTIONS = {
     "synthesis": ("synthesis", {"candidates": 4}),
     **{f"speech_mmlu_{form}": ("speech_mmlu", {"form": form}) for form in ("s2s", "t2s", "t2t")},
 }
-EXAMPLES = 12
+EXAMPLES = 8
 
 
 def opened(key, seed=0):

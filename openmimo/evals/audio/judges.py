@@ -96,8 +96,14 @@ def voice_judge(name: str) -> VoiceJudge:
     return SpectrumJudge() if name == "spectrum" else load_object(name)()
 
 
-def similarity(judge: VoiceJudge, one: Sound, other: Sound) -> float:
-    """Return the cosine of two voices; 0 if one sound is empty."""
-    if not len(one.waveform) or not len(other.waveform):
-        return 0.0
-    return float(judge.embed(one.waveform, SAMPLE_RATE) @ judge.embed(other.waveform, SAMPLE_RATE))
+class Similarities:
+    """Compares voices. The vector of each sound is computed once."""
+
+    def __init__(self, judge: VoiceJudge):
+        self._vector = lru_cache(maxsize=512)(lambda sound: judge.embed(sound.waveform, SAMPLE_RATE))
+
+    def __call__(self, one: Sound, other: Sound) -> float:
+        """Return the cosine of two voices; 0 if one sound is empty."""
+        if not len(one.waveform) or not len(other.waveform):
+            return 0.0
+        return float(self._vector(one) @ self._vector(other))

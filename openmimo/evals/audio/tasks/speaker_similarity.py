@@ -4,7 +4,7 @@ import random
 from dataclasses import dataclass
 
 from openmimo.core.errors import ConfigError
-from openmimo.evals.audio.judges import similarity, voice_judge
+from openmimo.evals.audio.judges import Similarities, voice_judge
 from openmimo.evals.audio.task import Answer, AudioExample, AudioTask, Measures, Sound
 from openmimo.evals.audio.voices import TONES, open_voices
 
@@ -40,7 +40,7 @@ class _SpeakerSimilarity:
         self._sentences = [sentences for sentences in self._sentences if len(sentences) >= _COMPARED + 2]
         if len(self._sentences) < 2:
             raise ConfigError(f"{options.voices} has enough sentences of one voice only; the task needs two.")
-        self._judge = voice_judge(options.judge)
+        self._similar = Similarities(voice_judge(options.judge))
         self.judge = options.judge
         self.chance = 1 / len(self._sentences)
         self._seed = seed
@@ -68,7 +68,7 @@ class _SpeakerSimilarity:
         }
 
     def _similarity(self, sound: Sound, recordings: tuple[Sound, ...]) -> float:
-        return sum(similarity(self._judge, sound, recording) for recording in recordings) / len(recordings)
+        return sum(self._similar(sound, recording) for recording in recordings) / len(recordings)
 
 
 PLUGIN = AudioTask(version=1, options=SpeakerOptions, open=_SpeakerSimilarity)

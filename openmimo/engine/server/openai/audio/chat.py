@@ -75,6 +75,7 @@ async def answer_chat(
         return requests
 
     prepared = await unless_disconnected(request.receive, service.prepared(prepare, is_large=request.state.is_large))
+    request.state.open_body.add(clips.num_bytes)
     answer = _SpokenChat(service, backend, store, body, form, prepared, service.start(prepared))
     response = await respond(request, answer, answer.events() if body.stream else None)
     return warn(response, [*warnings, *clips.notes])
