@@ -17,7 +17,7 @@ class SpeakerOptions:
 
     Attributes:
         voices: tones, or a corpus of `openmimo audio data` with several voices.
-        judge: spectrum (the mean spectrum), or `package.module:Class` with a method `embed(samples, sample_rate)`, such as
+        judge: spectrum (the mean spectrum), or `package.module:Class` with a method `embed(samples, sample_rate)`, as
             openmimo.demo.audio.judge:SpeakerJudge, the speaker encoder of Resemblyzer.
     """
 
