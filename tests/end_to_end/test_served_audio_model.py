@@ -146,6 +146,7 @@ def test_audio_tasks_refuse_what_has_no_effect(folder, tmp_path):
         ({"lengths": (64,)}, "--lengths has no effect"),
         ({"options": {"voices": str(tmp_path / "none")}}, "voices is"),
         ({"path": str(tmp_path)}, "no audio model"),
+        ({"task": "needle"}, "give --suite speech"),
     ):
         with pytest.raises(UserError, match=reason):
             run_and_print(EvalConfig(**{"path": str(folder), "task": "transcription", "device": "cpu"} | options))
