@@ -340,7 +340,7 @@ def captured_prompt_tokens(most: int) -> tuple[int, ...]:
 
 def captured_batches(max_sequences: int) -> list[int]:
     """The sequences of captured decoding passes of an engine with this limit."""
-    return sorted({min(_padded_sequences(count), max_sequences) for count in range(1, max_sequences + 1)})
+    return sorted({min(padded_batch(count), max_sequences) for count in range(1, max_sequences + 1)})
 
 
 def padded_prompt_tokens(num_tokens: int) -> int:
