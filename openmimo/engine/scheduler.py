@@ -59,8 +59,8 @@ class Scheduler:
     Args:
         prefix: The prefix cache; None if it is disabled.
         num_drafts: MTP heads that draft.
-        on_cpu: Whether the engine runs on a CPU, for the default sizes of a step. Elsewhere a step reads at most 16
-            prompts, as a captured pass does.
+        on_cpu: Whether the engine runs on a CPU, for the default sizes of a step and the pages of prompts. Elsewhere a
+            step reads at most 16 prompts, as a captured pass does.
         free_idle: Releases the pages of the least recently used idle session; returns whether there was one.
     """
 
@@ -82,6 +82,8 @@ class Scheduler:
         self._max_sequences = config.max_sequences
         self._prompt_tokens, self._mixed_prompt_tokens = config.prompt_tokens(on_cpu=on_cpu)
         self._max_prompts = config.max_sequences if on_cpu else PROMPTS
+        # An accelerator captures the pass over a prompt if each of its positions has a page.
+        self._spares_pages = prefix is not None or not on_cpu
         self._margin = num_drafts
         self._free_idle = free_idle
         self._refused: RequestState | None = None
@@ -205,7 +207,7 @@ class Scheduler:
             if victim is sequence:
                 return False
         spare = self._arena.num_free - missing - self._arena.num_pages // _SPARED_SHARE
-        sequence.held_pages.reach(length, spare_pages=max(spare, 0) if self._prefix is not None else 0)
+        sequence.held_pages.reach(length, spare_pages=max(spare, 0) if self._spares_pages else 0)
         return True
 
     def _can_free(self, num_pages: int, admitted: RequestState) -> bool:

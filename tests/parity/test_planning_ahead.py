@@ -12,6 +12,7 @@ from openmimo.core.records import Request, SamplingParams
 from openmimo.engine import engine as engine_module
 from openmimo.engine.config import EngineConfig
 from openmimo.engine.engine import Engine
+from openmimo.engine.scheduler import Scheduler
 
 MODEL = tiny_model(11).to(torch.float64)
 KINDS = [
@@ -153,3 +154,18 @@ def test_an_aborted_request_is_not_returned_again(monkeypatch, ends):
     assert engine.abort("1") is state
     assert state.finish_reason == ("length" if ends else "abort")
     assert engine.step() == [] and not engine.has_work and engine.abort("1") is None
+
+
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_every_position_of_a_prompt_has_a_page_on_an_accelerator(on_cpu):
+    """So that a pass over it can be captured, also without a prefix cache. Pages before the window go afterwards."""
+    config = EngineConfig(cache_gigabytes=0.01, prefix_cache=False)
+    engine = Engine(MODEL, config=config)
+    scheduler = Scheduler(engine.arena, None, config, num_drafts=0, on_cpu=on_cpu, free_idle=lambda: False)
+    state = engine.submit(Request("1", ids(120, 0), SamplingParams(max_tokens=3)))
+    scheduler.add(state)
+    (planned, stop), *_ = scheduler.plan().prefills
+    assert planned is state and stop == 120
+    assert (state.held_pages.whole_from > 0) == on_cpu
+    state.held_pages.leave_behind(120)
+    assert state.held_pages.whole_from > 0
