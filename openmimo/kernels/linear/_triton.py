@@ -1,9 +1,9 @@
 """Products with block-scaled weights in Triton, for linear layers and experts.
 
 Codes (float8_e4m3fn or int8) are read as pairs, 16 bits each, and converted to float16, which holds every code exactly;
-float8 takes one instruction for two codes. A block of them becomes two operands of a product, each of which has one
-half of the dims. The weights are the first operand of the
-product, of which a matrix unit takes 64 rows, and the few tokens are the second. A block of 128 dims is multiplied so:
+float8 takes one instruction for two codes. The dims of a block are divided between two products. The weights are the
+first operand of a product, of which a matrix unit takes 64 rows, and the few tokens are the second. A block of 128 dims
+is multiplied so:
 
     tokens     divided by their largest magnitude in the block, so that they fit into float16
     product    codes x tokens, summed in float32
@@ -40,12 +40,9 @@ _ADDED = 1024  # sums of a program
 _STAGES = 4
 
 
-def pairs_of(x: torch.Tensor) -> torch.Tensor:
-    """Return a contiguous tensor of codes or of 16-bit numbers as pairs."""
-    return x.view(torch.int16 if x.element_size() == 1 else torch.int32)
-
-
-IN_QUADS = True  # see `float8_quads`
+def pairs_of(codes: torch.Tensor) -> torch.Tensor:
+    """Return contiguous codes as pairs."""
+    return codes.view(torch.int16)
 
 
 def scale_pairs_of(weight: BlockScaled) -> int:
@@ -56,7 +53,7 @@ def scale_pairs_of(weight: BlockScaled) -> int:
 def codes_of(weight: BlockScaled) -> str:
     """Return how kernels convert the codes of a weight; see `code_halves`."""
     name = "int8" if weight.codes.dtype == torch.int8 else "float8"
-    return f"{name} in quads" if IN_QUADS and in_assembly() else name
+    return f"{name} in quads" if in_assembly() else name
 
 
 def prepare(x_RD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -73,7 +70,7 @@ def prepare(x_RD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     tokens = x_RD.new_empty(2, R, blocks * PAIRS, dtype=torch.float16)
     magnitudes = x_RD.new_empty(R, blocks, dtype=torch.float32)
     _prepare[(triton.cdiv(R, _MIN_TILE_ROWS), blocks)](
-        x_RD, tokens, magnitudes, R, D, blocks, ROWS=_MIN_TILE_ROWS, PAIRS=PAIRS, IN_QUADS=IN_QUADS and in_assembly(),
+        x_RD, tokens, magnitudes, R, D, blocks, ROWS=_MIN_TILE_ROWS, PAIRS=PAIRS, IN_QUADS=in_assembly(),
     )  # fmt: skip
     return tokens, magnitudes
 
