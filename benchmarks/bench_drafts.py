@@ -6,7 +6,8 @@ The load is mixed, in turns: held-out Python files, prose of Python's manual sam
 this project. Code and JSON have temperature 0.02, which is nearly greedy and replays the same graphs. Each request has
 a prompt of 96 tokens and gets 128 new ones. A finished request is replaced at once, so the batch is always full. A
 round has the same number of tokens for all sides, prompts included; sides take turns. The first round of each side is
-shorter and not timed. Sides with drafts share an engine, and so its graphs.
+shorter and not timed. Sides with drafts share an engine, and so its graphs. Weights are in bfloat16 on
+an accelerator.
 
 Sides: plain decoding; one, two and three drafts of every sequence; the engine's choice for each sequence (ours); an
 oracle. The oracle has one number of drafts for each kind of text, found after the fact: from the acceptance of each
@@ -182,7 +183,14 @@ class Bench:
     """The measurement of one checkpoint on one device."""
 
     def __init__(self, checkpoint: Path, device: str, rounds: int, most_sequences: int):
-        loaded = LLM(checkpoint, device=device, speculative=False, max_sequences=most_sequences, prefix_cache=False)
+        loaded = LLM(
+            checkpoint,
+            device=device,
+            dtype="float32" if resolve_device(device).type == "cpu" else "bfloat16",
+            speculative=False,
+            max_sequences=most_sequences,
+            prefix_cache=False,
+        )
         assert loaded.tokenizer is not None
         self._prompts = prompts_of(loaded.tokenizer)
         self._plain = loaded.engine
