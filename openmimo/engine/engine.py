@@ -283,6 +283,10 @@ class Engine:
         while self._free_idle_session():
             pass
 
+    def forget_acceptance(self) -> None:
+        """Forgets which drafts were accepted and how long steps took, on which the number of drafts depends."""
+        self._runner.use_draft_length(DraftLength(self.num_drafts, adaptive=self.config.adaptive_drafts))
+
     def reset_stats(self) -> None:
         """Sets all counters to zero."""
         self.stats.reset()

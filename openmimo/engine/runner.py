@@ -242,6 +242,10 @@ class Runner:
         """Whether a step can be queued before the results of the one before are read."""
         return self._plans_ahead
 
+    def use_draft_length(self, draft_length: DraftLength) -> None:
+        """Replaces the choice of the number of drafts, with what it has learned."""
+        self._draft_length = draft_length
+
     def decode(self, sequences: list[RequestState], policy_version: int) -> DecodeRun:
         """Queues a step that adds at least one token to every sequence, and at most one more than it has drafts."""
         start = time.perf_counter()

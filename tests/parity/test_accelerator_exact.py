@@ -179,9 +179,8 @@ def together_requests():
     [
         {"speculative": True, "adaptive_drafts": False},
         {"speculative": False, "cache_gigabytes": 0.0009, "prefix_cache": False},
-        {"speculative": False, "graphs": False},
     ],
-    ids=["drafts", "preemption", "no graphs"],
+    ids=["drafts", "preemption"],
 )
 def test_all_features_together_are_those_of_the_cpu(device, settings):
     model = with_text("cpu", mtp_heads=3)

@@ -63,6 +63,14 @@ def test_the_warm_up_of_an_accelerator_reaches_every_captured_size(llm, monkeypa
     assert not llm.engine.has_work
 
 
+def test_a_warm_up_teaches_nothing_about_drafts(llm):
+    """Its texts are no language, so no head predicts them."""
+    run_captured_sizes(llm.engine)
+    assert llm.engine._runner._draft_length.choose(1) < llm.num_drafts
+    warm_up(llm.engine, llm.tokenizer)
+    assert llm.engine._runner._draft_length.choose(1) == llm.num_drafts
+
+
 def test_a_step_on_an_accelerator_reads_the_first_prompt_and_the_shortest():
     engine = Engine(tiny_model(1), config=EngineConfig(max_sequences=40, prefill_tokens=2000, cache_gigabytes=0.05))
     engine.scheduler._max_prompts = 4

@@ -206,6 +206,7 @@ def warm_up(engine: Engine, tokenizer: Tokenizer) -> None:
     if engine.captures_graphs:
         run_captured_sizes(engine)
     engine.forget_cached()
+    engine.forget_acceptance()
     engine.reset_stats()
 
 
