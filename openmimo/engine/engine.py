@@ -86,14 +86,13 @@ class Engine:
             on_cpu=model.device.type == "cpu",
             free_idle=self._free_idle_session,
         )
-        draft_policy = DraftPolicy(self.num_drafts, adaptive=config.adaptive_drafts, cost=step_cost(model.config))
         self.stats = EngineStats.of_heads(self.num_drafts)
         self._runner = Runner(
             model,
             self.arena,
             config,
             num_drafts=self.num_drafts,
-            draft_policy=draft_policy,
+            draft_policy=self._new_draft_policy(),
             stats=self.stats,
             plans_ahead=config.plans_ahead and works_ahead(model.device),
         )
@@ -285,7 +284,11 @@ class Engine:
 
     def forget_acceptance(self) -> None:
         """Forgets which drafts were accepted and how long steps took, on which the number of drafts depends."""
-        self._runner.use_draft_length(DraftLength(self.num_drafts, adaptive=self.config.adaptive_drafts))
+        self._runner.use_draft_policy(self._new_draft_policy())
+
+    def _new_draft_policy(self) -> DraftPolicy:
+        cost = step_cost(self.model.config)
+        return DraftPolicy(self.num_drafts, adaptive=self.config.adaptive_drafts, cost=cost)
 
     def reset_stats(self) -> None:
         """Sets all counters to zero."""

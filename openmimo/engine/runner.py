@@ -242,9 +242,9 @@ class Runner:
         """Whether a step can be queued before the results of the one before are read."""
         return self._plans_ahead
 
-    def use_draft_length(self, draft_length: DraftLength) -> None:
+    def use_draft_policy(self, draft_policy: DraftPolicy) -> None:
         """Replaces the choice of the number of drafts, with what it has learned."""
-        self._draft_length = draft_length
+        self._draft_policy = draft_policy
 
     def decode(self, sequences: list[RequestState], policy_version: int) -> DecodeRun:
         """Queues a step that adds at least one token to every sequence, and at most one more than it has drafts."""
