@@ -25,7 +25,7 @@ from openmimo.data.audio.files import FORMATS, MAX_SECONDS, audio_writer, format
 from openmimo.short_help import short_help
 
 DEMO_FOLDER = Path("runs/audio")
-DEMO_TOKENIZER = str(DEMO_FOLDER / "tokenizer" / "model")
+DEMO_TOKENIZER = str(DEMO_FOLDER / "decoder" / "model")
 DEMO_MODEL = str(DEMO_FOLDER / "language" / "model")
 _RAW = "-"
 _CHUNK_FRAMES = 4  # codes that a stream decodes at once: one patch of the language model

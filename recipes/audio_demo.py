@@ -1,7 +1,8 @@
 """The speech demo: an audio tokenizer and a model that transcribes and speaks, on two CPU cores in minutes.
 
     openmimo audio demo
-    openmimo audio tokenizer audio_demo:tokenizer    # its two trainings alone
+    openmimo audio tokenizer audio_demo:tokenizer    # its trainings alone
+    openmimo audio tokenizer audio_demo:decoder
     openmimo audio language audio_demo:language
 
 The model reads patches of four frames, so a word is two to four positions, and it learns from sentences composed of
@@ -14,7 +15,7 @@ from openmimo.data.audio.config import CorpusConfig
 from openmimo.data.config import MixtureConfig
 from openmimo.demo.audio.config import AudioDemoConfig
 from openmimo.train.audio.config import AudioPhase, AudioTrainConfig, audio_rows
-from openmimo.train.audio.tokenizer.config import AudioTokenizerTrainConfig
+from openmimo.train.audio.tokenizer.config import AudioTokenizerTrainConfig, LossWeights, TokenizerPhase
 from openmimo.train.config import CheckpointConfig, EvaluationConfig
 from recipes import audio_tokenizer
 
@@ -28,16 +29,34 @@ def tokenizer() -> AudioTokenizerTrainConfig:
     return replace(config, corpus=CORPUS, stages=tuple(stages))
 
 
+def decoder() -> AudioTokenizerTrainConfig:
+    """The decoder and the vocoder alone, with one scale more: a voice needs more steps than the codes do."""
+    config = tokenizer()
+    phase = TokenizerPhase(
+        name="decoder", kind="adversarial", steps=1300, batch_size=4, segment_seconds=1.44, learning_rate=2e-3,
+        end_learning_rate=5e-5, warmup_steps=20,
+        weights=LossWeights(coarse_mel=0.2, adversarial=0.0, feature_matching=0.0),
+    )  # fmt: skip
+    return replace(
+        config,
+        run_folder="runs/audio/decoder",
+        tokenizer=None,
+        init_from=f"{config.run_folder}/model",
+        stages=(phase,),
+        mel_scales=(5, 6, 7, 8),
+    )
+
+
 def language() -> AudioTrainConfig:
     """Transcription and speech of composed sentences, in turn."""
     rows = audio_rows(f"{CORPUS}/train.jsonl", test_path=f"{CORPUS}/heldout.jsonl")
     return AudioTrainConfig(
         run_folder="runs/audio/language",
-        codec="runs/audio/tokenizer/model",
+        codec="runs/audio/decoder/model",
         model="tiny_audio",
         stages=(
             AudioPhase(
-                name="hear and speak", steps=600, sequence_length=256, global_batch_size=8, warmup_steps=30,
+                name="hear and speak", steps=700, sequence_length=256, global_batch_size=8, warmup_steps=30,
                 learning_rate=3e-3, end_learning_rate=1e-4, mixture=MixtureConfig((rows,)), bias_rate=0.0,
             ),
         ),
@@ -49,4 +68,6 @@ def language() -> AudioTrainConfig:
 
 def demo() -> AudioDemoConfig:
     """All parts of the demo."""
-    return AudioDemoConfig(folder="runs/audio", corpus=CorpusConfig(), tokenizer=tokenizer(), language=language())
+    return AudioDemoConfig(
+        folder="runs/audio", corpus=CorpusConfig(), tokenizer=tokenizer(), decoder=decoder(), language=language()
+    )

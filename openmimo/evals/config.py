@@ -25,8 +25,10 @@ class EvalConfig:
         window: Tokens that the model reads at once (None: as many as it has positions, at most 2048).
         last_tokens: Measure the loss of the same last tokens of every window after contexts of 512, 1024, ... tokens
             (0: measure all tokens by position).
-        suite: Measure several tasks: ruler, long, or tiny (on token ids, for models too small to read English).
-        task: A file in `openmimo/evals/tasks`, or `package.module:Object`.
+        suite: Measure several tasks: ruler, long, tiny (on token ids, for models too small to read English), or speech
+            (of an audio model).
+        task: A file in `openmimo/evals/tasks` or, of an audio model, in `openmimo/evals/audio/tasks`; or
+            `package.module:Object`.
         lengths: Tokens of an example, including question and answer (a suite has its own, up to the model's positions).
         examples: Examples per length.
         seed: Determines the examples.
@@ -52,7 +54,7 @@ class EvalConfig:
     text_tokens: NonNegativeInt = 100_000
     window: Annotated[int, Bounds(least=2)] | None = None
     last_tokens: NonNegativeInt = 0
-    suite: Literal["ruler", "long", "tiny"] | None = None
+    suite: Literal["ruler", "long", "tiny", "speech"] | None = None
     task: str = "needle"
     lengths: tuple[PositiveInt, ...] = (128, 256, 512, 1024)
     examples: PositiveInt = 64

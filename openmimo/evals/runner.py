@@ -160,12 +160,23 @@ def _answer_batch(config: EvalConfig, cell: Cell, model: Answerer, indices: list
         yield Answered(cell.entry.label, cell.room.length, index, score, example.depth, metrics, text)
 
 
+def is_audio(config: EvalConfig) -> bool:
+    """Return whether the task or the suite is one of audio models. Imports no task."""
+    folder = Path(__file__).parent / "audio" / "tasks"
+    return config.suite == "speech" or (config.suite is None and (folder / f"{config.task}.py").is_file())
+
+
 def run_and_print(config: EvalConfig) -> None:
     """`openmimo eval`: loads the checkpoint, measures it, prints a table, and writes files if configured."""
     if config.engine_check:
         from openmimo.evals.engine_check import check_and_print
 
         check_and_print(config)
+        return
+    if config.text is None and is_audio(config):
+        from openmimo.evals.audio.runner import run_audio
+
+        run_audio(config)
         return
     if config.output is not None and not Path(config.output).absolute().parent.is_dir():
         raise ConfigError(f"EvalConfig.output is {config.output!r}, but its folder does not exist; create it first.")

@@ -47,6 +47,12 @@ _GSM = ("gsm_symbolic", "gsm_medium", "gsm_hard")
 _TOKENS = ("needle", "token_multikey", "token_tracking", "token_two_hop")
 _LENGTHS = tuple(4096 << power for power in range(6))
 
+SPEECH_SUITE = (
+    *_entries("transcription", "synthesis", "speaker_similarity"),
+    *(Entry(f"speech_mmlu_{form}", "speech_mmlu", {"form": form}) for form in ("s2s", "s2t", "t2s", "t2t")),
+    *_entries("few_shot_speed", "few_shot_denoising"),
+)
+
 SUITES = {
     "ruler": Suite(_entries(*_RULER), _LENGTHS, {"NIAH-Multi": _NIAH_MULTI, "RULER": _RULER}),
     "long": Suite(

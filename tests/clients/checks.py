@@ -1,4 +1,4 @@
-"""Checks of one client: `python NAME_check.py URL SCRIPTED_URL FOLDER` runs them and prints JSON lines."""
+"""Checks of one client: `python NAME_check.py URL SCRIPTED_URL FOLDER AUDIO_URL` runs them and prints JSON lines."""
 
 import importlib.metadata
 import json
@@ -22,11 +22,13 @@ class Served:
         url: A server of a small checkpoint with random weights.
         scripted_url: A server whose replies come from `scripted_server.py`.
         folder: The checkpoint.
+        audio_url: A server of a small audio model with random weights.
     """
 
     url: str
     scripted_url: str
     folder: str
+    audio_url: str
 
 
 Check = Callable[[Served], None]
@@ -55,7 +57,7 @@ def main(*packages: str, npm: tuple[str, ...] = ()) -> None:
         packages: The Python packages that the first line gives the versions of.
         npm: The packages of npm, likewise.
     """
-    served = Served(*sys.argv[1:4])
+    served = Served(*sys.argv[1:5])
     out, sys.stdout = sys.stdout, sys.stderr
     versions = {package: importlib.metadata.version(package) for package in packages}
     for package in npm:

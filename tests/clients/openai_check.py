@@ -1,6 +1,10 @@
 """The openai package: chats, streams, tools, forms, thinking, log-probabilities, responses, embeddings."""
 
+import base64
+import io
 import json
+import struct
+import wave
 from datetime import date
 from typing import Literal
 from uuid import UUID
@@ -141,6 +145,62 @@ def _(served: Served) -> None:
 def _(served: Served) -> None:
     data = client(served.url).embeddings.create(model=MODEL, input=["a b", "c"]).data
     assert [len(entry.embedding) for entry in data] == [len(data[0].embedding)] * 2
+
+
+def recording(seconds: int = 1) -> bytes:
+    file = io.BytesIO()
+    with wave.open(file, "wb") as sound:
+        sound.setparams((1, 2, 16_000, 0, "NONE", ""))
+        sound.writeframes(b"".join(struct.pack("<h", (step % 80 - 40) * 400) for step in range(16_000 * seconds)))
+    return file.getvalue()
+
+
+@check("openai transcriptions, whole and streamed")
+def _(served: Served) -> None:
+    ask = {"model": MODEL, "file": ("speech.wav", recording()), "extra_body": {"seed": 1}}
+    whole = client(served.audio_url).audio.transcriptions.create(**ask).text
+    *deltas, done = client(served.audio_url).audio.transcriptions.create(**ask, stream=True)
+    assert "".join(event.delta for event in deltas) == done.text == whole
+    verbose = client(served.audio_url).audio.transcriptions.create(**ask, response_format="verbose_json")
+    assert verbose.duration == 1.0
+
+
+@check("openai speech, whole and streamed")
+def _(served: Served) -> None:
+    text = "hello world, what a fine day it is. " * 3
+    ask = {"model": MODEL, "voice": "alloy", "input": text, "extra_body": {"seed": 1}}
+    pcm = client(served.audio_url).audio.speech.create(**ask, response_format="pcm").content
+    with client(served.audio_url).audio.speech.with_streaming_response.create(**ask, response_format="pcm") as reply:
+        assert b"".join(reply.iter_bytes()) == pcm
+    sound = client(served.audio_url).audio.speech.create(**ask, response_format="wav").content
+    assert sound.startswith(b"RIFF") and len(sound) == 44 + len(pcm)
+
+
+@check("openai chat with sound in and out")
+def _(served: Served) -> None:
+    data = base64.b64encode(recording()).decode()
+    part = {"type": "input_audio", "input_audio": {"data": data, "format": "wav"}}
+    text = {"type": "text", "text": "hello"}
+    ask = {"model": MODEL, "messages": [{"role": "user", "content": [text, part]}], "max_tokens": 24, "seed": 1}
+    heard = client(served.audio_url).chat.completions.create(**ask)
+    assert heard.usage.prompt_tokens_details.audio_tokens == 7
+    speak = {"modalities": ["text", "audio"], "temperature": 1.0}
+    audio = (
+        client(served.audio_url)
+        .chat.completions.create(**ask, **speak, audio={"voice": "alloy", "format": "wav"})
+        .choices[0]
+        .message.audio
+    )
+    assert audio.id and audio.expires_at
+    transcript, pieces = "", b""
+    for chunk in client(served.audio_url).chat.completions.create(
+        **ask, **speak, audio={"voice": "alloy", "format": "pcm16"}, stream=True
+    ):
+        delta = chunk.choices[0].delta.audio
+        if delta is not None:
+            transcript += delta.transcript or ""
+            pieces += base64.b64decode(delta.data or "")
+    assert transcript == audio.transcript and base64.b64decode(audio.data)[44:] == pieces
 
 
 main("openai")

@@ -98,6 +98,7 @@ def results_of(script: Path, clients: Path, arguments: list[str], home: Path) ->
 
 def main() -> int:
     """Run the checks. Returns the exit status."""
+    from tiny_audio_checkpoint import save_tiny_audio_checkpoint
     from tiny_checkpoint import save_tiny_checkpoint
 
     clients, *names = Path(sys.argv[1]).absolute(), *sys.argv[2:]
@@ -111,8 +112,11 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as home:
         save_tiny_checkpoint(Path(folder))
         serve = ("-m", "openmimo", "serve", folder, "--port", "0", "--model-name", "tiny", "--model-aliases", folder)
-        with running(*serve) as url, running(str(HERE / "scripted_server.py")) as scripted_url:
-            arguments = [url, scripted_url, folder]
+        save_tiny_audio_checkpoint(Path(home) / "tiny")
+        speak = ("-m", "openmimo", "serve", str(Path(home) / "tiny"), "--port", "0")
+        scripted = str(HERE / "scripted_server.py")
+        with running(*serve) as url, running(scripted) as scripted_url, running(*speak) as audio_url:
+            arguments = [url, scripted_url, folder, audio_url]
             with ThreadPoolExecutor(CLIENTS_AT_ONCE) as pool:
                 for found in pool.map(lambda script: results_of(script, clients, arguments, Path(home)), scripts):
                     for result in found:

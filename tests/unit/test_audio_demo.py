@@ -70,7 +70,8 @@ def test_rows_ask_as_the_engine_does():
 def test_the_recipe_survives_its_file():
     config = audio_demo.demo()
     assert from_dict(AudioDemoConfig, json.loads(json.dumps(to_dict(config)))) == config
-    assert config.language.codec == f"{config.tokenizer.run_folder}/model"
+    assert config.decoder.init_from == f"{config.tokenizer.run_folder}/model"
+    assert config.language.codec == f"{config.decoder.run_folder}/model"
     assert config.language.stages[0].mixture.sources[0].options["path"] == f"{config.tokenizer.corpus}/train.jsonl"
 
 
@@ -116,6 +117,7 @@ def test_measurements_and_page_of_a_model_with_random_weights(tmp_path, monkeypa
         config,
         folder=str(tmp_path),
         tokenizer=replace(config.tokenizer, run_folder=str(tmp_path / "tokenizer")),
+        decoder=replace(config.decoder, run_folder=str(tmp_path / "tokenizer")),
         language=replace(config.language, run_folder=str(tmp_path / "language")),
     )
     data = {"minutes": {"train": 1.0, "train composed": 2.0}, "notes": []}

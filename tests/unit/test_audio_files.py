@@ -141,3 +141,13 @@ def test_without_the_packages_the_message_says_what_to_install(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "soundfile", None)
     with pytest.raises(ConfigError, match=r"pip install openmimo\[audio\]"):
         read_audio(b"")
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+def test_a_damaged_file_prints_no_traceback():
+    file = io.BytesIO()
+    soundfile.write(file, np.zeros(800, np.float32), 16_000, format="AIFF")
+    content = bytearray(file.getvalue())
+    content[38] = 255  # libsndfile seeks before the beginning
+    with pytest.raises(DataError):
+        read_audio(bytes(content), max_seconds=1)

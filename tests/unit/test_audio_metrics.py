@@ -8,7 +8,8 @@ import torch
 
 from openmimo.core.errors import UserError
 from openmimo.demo.audio.judge import SpeakerJudge, _mel_bands, _without_silence
-from openmimo.demo.audio.metrics import chance_error_rate, edit_distance, error_rate, si_sdr
+from openmimo.demo.audio.metrics import chance_error_rate, error_rate, si_sdr
+from openmimo.evals.audio.measures import edit_distance
 
 TIME = np.arange(24_000) / 24_000
 

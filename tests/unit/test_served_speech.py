@@ -13,6 +13,7 @@ from server_thread import connect, running, wait_until
 
 from openmimo.engine.server.backends.speech import Clip
 from openmimo.engine.server.backends.stub import StubBackend
+from openmimo.engine.server.http import limits
 from openmimo.engine.server.openai.audio.store import SpeechStore
 
 soundfile = pytest.importorskip("soundfile", reason="needs the extra audio")
@@ -106,7 +107,7 @@ def test_transcriptions_have_the_types_of_the_api(http):
 
 
 @pytest.mark.parametrize(("kind", "subtype"), [("FLAC", None), ("MP3", None), ("OGG", "OPUS"), ("WAV", "FLOAT")])
-def test_formats_are_told_from_the_content(http, kind, subtype):
+def test_the_content_says_the_format(http, kind, subtype):
     text = transcribe(http, file_of(tone(0.5), kind=kind, subtype=subtype)).json()["text"]
     assert 0.45 < float(text.split()[0]) < 0.6
 
@@ -237,6 +238,12 @@ def test_a_failure_after_the_first_sound_breaks_the_reply_off(http):
         http.post("/v1/audio/speech", json=body)
     events = events_of(http.post("/v1/audio/speech", json={**body, "stream_format": "sse"}).text)
     assert "the codec broke" in events[-1]["error"]["message"]
+
+
+def test_speech_without_sound_is_an_error(http):
+    for name in ("wav", "mp3"):
+        response = http.post("/v1/audio/speech", json={"input": "silence", "response_format": name})
+        assert "without sound" in refusal(response, 500)
 
 
 def test_voices_are_those_of_the_model():
@@ -382,6 +389,23 @@ def test_replies_take_turns(server, http, backend):
     order = backend.model.order
     between = order[order.index("short") : len(order) - order[::-1].index("short")]
     assert between == ["short", "long"] * 5 + ["short"]  # the last event ends the reply
+
+
+def test_decoded_sound_counts_among_the_open_bytes(monkeypatch):
+    monkeypatch.setattr(limits, "OPEN_SOUND_BYTES", 0)
+    small = file_of(np.zeros(4 * RATE, "int16"), kind="FLAC")  # 256 kB when decoded
+    backend = speech_backend()
+    with running(backend, max_open_bytes=300_000) as server, connect(server) as http:
+        backend.model.gate.clear()
+        thread = threading.Thread(target=transcribe, args=(http, small))
+        thread.start()
+        try:
+            wait_until(lambda: backend.model.open == 1)
+            assert len(small) < 10_000 and "already have" in refusal(transcribe(http, small), 429)
+        finally:
+            backend.model.gate.set()
+        thread.join()
+        assert transcribe(http, small).json()["text"] == "4.00 seconds at 16000"
 
 
 def test_metrics_count_sound(http):

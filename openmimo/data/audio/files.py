@@ -160,11 +160,25 @@ def optional_module(name: str, extra: str = "audio") -> Any:
         raise ConfigError(f"this needs the package {name} ({error}): pip install openmimo[{extra}]") from error
 
 
+class _Content(io.BytesIO):
+    """The bytes of a file, in which a seek before the beginning has no effect.
+
+    Damaged files make libsndfile try one. An error in its callback would be printed with a traceback.
+    """
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        """As `io.BytesIO.seek`, without an error."""
+        try:
+            return super().seek(offset, whence)
+        except ValueError:
+            return self.tell()
+
+
 @contextlib.contextmanager
 def _opened(source: Path | str | bytes) -> Iterator[BinaryIO | int]:
     """The source as a file for soundfile. A descriptor, so that the content says the format and not the name."""
     if isinstance(source, bytes):
-        yield io.BytesIO(source)
+        yield _Content(source)
         return
     descriptor = os.open(require_file(source, DataError), os.O_RDONLY | os.O_CLOEXEC)
     try:

@@ -16,6 +16,7 @@ class AudioDemoConfig:
         folder: Folder of results, sounds and report. Finished parts are kept, and the same command resumes a demo.
         corpus: The speech.
         tokenizer: Training of the audio tokenizer.
+        decoder: Further training of its decoder; the codes remain the same.
         language: Training of the language model, which transcribes and speaks.
         measured_clips: Held-out recordings from which the tokenizer is measured.
         transcribed: Held-out sentences that the model transcribes.
@@ -26,9 +27,10 @@ class AudioDemoConfig:
     folder: str
     corpus: CorpusConfig
     tokenizer: AudioTokenizerTrainConfig
+    decoder: AudioTokenizerTrainConfig
     language: AudioTrainConfig
     measured_clips: PositiveInt = 16
-    transcribed: PositiveInt = 60
+    transcribed: PositiveInt = 40
     spoken: PositiveInt = 12
     threads: PositiveInt | None = None
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from openmimo.data.audio.files import optional_module
+from openmimo.evals.audio.measures import edit_distance
 
 
 def si_sdr(decoded_S: np.ndarray, target_S: np.ndarray) -> float:
@@ -19,16 +20,6 @@ def si_sdr(decoded_S: np.ndarray, target_S: np.ndarray) -> float:
 def stoi(decoded_S: np.ndarray, target_S: np.ndarray, sample_rate: int) -> float:
     """Returns the short-time objective intelligibility, 0 to 1 (pystoi)."""
     return float(optional_module("pystoi", "audio-demo").stoi(target_S, decoded_S, sample_rate))
-
-
-def edit_distance(found: Sequence[str], reference: Sequence[str]) -> int:
-    """Returns the least number of insertions, deletions and substitutions that turn one sequence into the other."""
-    row = list(range(len(reference) + 1))
-    for count, item in enumerate(found, 1):
-        diagonal, row[0] = row[0], count
-        for place, expected in enumerate(reference, 1):
-            diagonal, row[place] = row[place], min(row[place] + 1, row[place - 1] + 1, diagonal + (item != expected))
-    return row[-1]
 
 
 def error_rate(found: Sequence[Sequence[str]], references: Sequence[Sequence[str]]) -> float:

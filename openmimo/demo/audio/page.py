@@ -51,7 +51,10 @@ def write_page(folder: Path, config: AudioDemoConfig, findings: AudioFindings) -
     _add_hearing(report, findings)
     _add_speech(report, folder, config, findings)
     report.heading("Training")
-    report.figure(_losses(Path(config.tokenizer.run_folder)), "Mel distance of the tokenizer by step.")
+    runs = [Path(part.run_folder) for part in (config.tokenizer, config.decoder)]
+    report.figure(
+        _losses(runs), "Mel distance of the tokenizer by step; with more scales while its decoder is trained."
+    )
     add_training_figures(report, read_metrics(Path(config.language.run_folder) / "metrics.jsonl"))
     report.heading("Time")
     report.table(["part", "seconds"], [[name, float(seconds)] for name, seconds in findings.seconds.items()])
@@ -138,7 +141,7 @@ def _add_speech(report: Report, folder: Path, config: AudioDemoConfig, findings:
 
 
 def _sizes(config: AudioDemoConfig) -> tuple[int, ...]:
-    return load_audio_tokenizer(str(Path(config.tokenizer.run_folder) / "model")).config.codebook_sizes
+    return load_audio_tokenizer(str(Path(config.decoder.run_folder) / "model")).config.codebook_sizes
 
 
 def _caption(name: str) -> str:
@@ -169,7 +172,7 @@ def _by_bitrate(rows: list[dict[str, float]], recorded: float) -> Any:
 
 
 def _spectrograms(folder: Path, config: AudioDemoConfig, names: list[str]) -> Any:
-    tokenizer = load_audio_tokenizer(str(Path(config.tokenizer.run_folder) / "model"))
+    tokenizer = load_audio_tokenizer(str(Path(config.decoder.run_folder) / "model"))
     figure, axes = new_figure(rows=len(names), width=9, height=1.7 * len(names))
     seconds_per_frame = tokenizer.config.hop_samples / tokenizer.config.sample_rate
     for axis, name in zip(axes, names, strict=True):
@@ -184,10 +187,11 @@ def _spectrograms(folder: Path, config: AudioDemoConfig, names: list[str]) -> An
     return figure
 
 
-def _losses(run: Path) -> Any:
-    figure, axis = new_figure()
-    rows = [row for row in read_metrics(run / "metrics.jsonl") if "loss/mel" in row]
-    axis.plot([row["step"] for row in rows], [row["loss/mel"] for row in rows])
-    axis.set_ylabel("multi-scale mel distance")
-    step_axis(axis, "step")
+def _losses(runs: list[Path]) -> Any:
+    figure, axes = new_figure(columns=len(runs), width=9)
+    for axis, run in zip(axes, runs, strict=True):
+        rows = [row for row in read_metrics(run / "metrics.jsonl") if "loss/mel" in row]
+        axis.plot([row["step"] for row in rows], [row["loss/mel"] for row in rows])
+        axis.set(ylabel="multi-scale mel distance", title=run.name)
+        step_axis(axis, "step")
     return figure

@@ -27,7 +27,15 @@ from openmimo.train.audio.tokenizer.run import train_tokenizer
 from openmimo.train.config import check_path
 
 REFERENCE_MACHINE = "2 cores of an AMD EPYC (family 25), shared with other work, 2026-11-28"
-REFERENCE_SECONDS = {"data": 10, "tokenizer": 300, "quality": 40, "language": 300, "hearing": 20, "speech": 30}
+REFERENCE_SECONDS = {
+    "data": 10,
+    "tokenizer": 300,
+    "decoder": 200,
+    "quality": 40,
+    "language": 300,
+    "hearing": 20,
+    "speech": 30,
+}
 
 
 def run(config: AudioDemoConfig) -> Path:
@@ -54,10 +62,11 @@ def run(config: AudioDemoConfig) -> Path:
 def _tell(config: AudioDemoConfig, folder: Path, console: Console) -> Path:
     parts, sounds = Parts(folder, console, REFERENCE_SECONDS, REFERENCE_MACHINE), folder / "sounds"
     parts.print_time()
-    tokenizer, model = (Path(part.run_folder) / "model" for part in (config.tokenizer, config.language))
+    tokenizer, model = (Path(part.run_folder) / "model" for part in (config.decoder, config.language))
     data = parts.run("data", "1/4  speech of one voice, and sentences composed of its words", lambda: _data(config))
     corpus = read_corpus(config.tokenizer.corpus)
     parts.run("tokenizer", "2/4  audio tokenizer", lambda: {"model": str(train_tokenizer(config.tokenizer))})
+    parts.run("decoder", "     its decoder alone", lambda: {"model": str(train_tokenizer(config.decoder))})
     quality = parts.run(
         "quality",
         "     its sound by number of codebooks",

@@ -18,6 +18,7 @@ CLIPS = 64  # recordings of one request
 FORM_FIELDS = 64
 FORM_FIELD_BYTES = 2**16
 SPOKEN_CHARACTERS = 4096  # of a text that is spoken; OpenAI's limit
+OPEN_SOUND_BYTES = 2**29  # decoded sound of all open requests; half an hour at 24 kHz is a third of it
 STORED_SPEECH_BYTES = 2**26  # sound of earlier replies, which messages refer to
 STORED_SPEECH_SECONDS = 3600
 STRUCTURE_CHARACTERS = 2**17

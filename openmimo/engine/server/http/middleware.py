@@ -123,6 +123,8 @@ class LimitBody:
                 await error.response()(scope, receive, send)
                 return
 
+            scope.setdefault("state", {})["open_body"] = size
+
             async def replay() -> Message:
                 return unread.pop() if unread else await receive()
 

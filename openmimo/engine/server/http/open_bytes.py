@@ -54,3 +54,7 @@ class OpenBody:
     def grow(self, num_bytes: int) -> None:
         """Record that the body has `num_bytes`. Raises ApiError as `OpenBytes.grow`."""
         self._total.grow(self, num_bytes)
+
+    def add(self, num_bytes: int) -> None:
+        """Record that the request holds more, such as decoded sound. Raises ApiError as `OpenBytes.grow`."""
+        self.grow(self.num_bytes + num_bytes)

@@ -73,7 +73,7 @@ class Service:
         created: Unix time of the start, in seconds.
         is_draining: Whether new requests are rejected because the server is shutting down.
         num_waiting: Number of replies that wait for their first token.
-        open_bytes: The bodies of all open requests.
+        open_bytes: The bodies of all open requests, and the sound that was decoded from them.
     """
 
     def __init__(self, backend: Backend, config: ServerConfig):
@@ -84,7 +84,10 @@ class Service:
         self.created = int(time.time())
         self.is_draining = False
         self.num_waiting = 0
-        self.open_bytes = OpenBytes(config.max_open_bytes, retry_after_seconds=config.retry_after_seconds)
+        most_open = (
+            config.max_open_bytes if self.speech is None else max(config.max_open_bytes, limits.OPEN_SOUND_BYTES)
+        )
+        self.open_bytes = OpenBytes(most_open, retry_after_seconds=config.retry_after_seconds)
         self._generations: set[Generation] = set()
         # Two lanes, so that long documents do not delay chats.
         self._small, self._large = self._lane("small", num_threads=2), self._lane("large", num_threads=1)

@@ -2,7 +2,8 @@
 
 import { copyText } from "./clipboard.js";
 import { ReplyBuilder, isWhole, newReply, requestMessages } from "./reply.js";
-import { isSettingsOpen, openSettings, requestFields, settings, startSettings } from "./settings.js";
+import { isSettingsOpen, openSettings, requestFields, settings, spokenFields, startSettings } from "./settings.js";
+import { MOST_SECONDS, Player, Recorder, playWav, pushPcm } from "./sound.js";
 import { loadApiKey, loadTurns, saveTurns } from "./store.js";
 import { ChatError, listModels, streamChat } from "./stream.js";
 import { AssistantView, isSendKey, openEditor, toolTurn, userTurn } from "./view.js";
@@ -22,6 +23,8 @@ const page = {
   prompt: find("prompt"),
   send: find("send"),
   stop: find("stop"),
+  record: find("record"),
+  speak: find("speak"),
   model: find("model"),
   unsaved: find("unsaved"),
   announcer: find("announcer"),
@@ -29,6 +32,8 @@ const page = {
 
 let turns = loadTurns();
 let model = "";
+let hasSound = false; // whether the model hears and speaks
+let recorder = null; // while the microphone is on
 let running = null; // {controller, finished} of the reply that streams
 let following = true; // whether the view stays at the end of a growing reply
 
@@ -59,6 +64,7 @@ function awaitsResults(turn) {
 function userActions(turn) {
   return {
     copy: (button) => copyFrom(button, turn.content),
+    play: () => playWav(turn.audio.data),
     edit: (node) => openEditor(node, turn.content, (text) => sendEdited(turn, text), () => closeEditor(node, turn)),
   };
 }
@@ -66,6 +72,7 @@ function userActions(turn) {
 function assistantActions(turn) {
   return {
     copy: (button) => copyFrom(button, turn.content),
+    play: () => playReply(turn),
     retry: () => answerAfter(turns.indexOf(turn)),
     enterKey: () => openSettings("api-key"),
     sendResults: (results) => sendResults(turn, results),
@@ -78,8 +85,8 @@ function closeEditor(node, turn) {
   plain.querySelector("button:last-of-type").focus();
 }
 
-function sendMessage(text) {
-  turns.push({ role: "user", content: text });
+function sendMessage(text, audio = null) {
+  turns.push(audio ? { role: "user", content: text, audio } : { role: "user", content: text });
   answerAfter(turns.length);
 }
 
@@ -150,7 +157,9 @@ async function runReply(reply, view, signal) {
 
 async function receive(reply, painter, signal) {
   if (!model) await findModel();
-  const builder = new ReplyBuilder(reply);
+  const player = hasSound && settings.speak ? new Player() : null;
+  signal.addEventListener("abort", () => player?.stop());
+  const builder = new ReplyBuilder(reply, (data) => player && pushPcm(player, data));
   for await (const chunk of streamChat(requestBody(reply), loadApiKey(), signal)) {
     builder.add(chunk);
     painter.request();
@@ -164,7 +173,13 @@ function requestBody(reply) {
     stream: true,
     stream_options: { include_usage: true, token_details: true },
     ...requestFields(),
+    ...(hasSound && settings.speak ? spokenFields() : {}),
   };
+}
+
+function playReply(reply) {
+  const player = new Player();
+  for (const data of reply.audio.pieces) pushPcm(player, data);
 }
 
 function endEarly(reply, error) {
@@ -239,7 +254,10 @@ async function copyFrom(button, text) {
 // The model
 
 async function findModel() {
-  [model] = await listModels(loadApiKey());
+  const [served] = await listModels(loadApiKey());
+  model = served.id;
+  hasSound = (served.input_modalities ?? []).includes("audio");
+  page.record.hidden = page.speak.hidden = !hasSound;
   page.model.textContent = model;
   document.title = `${model} · openmimo`;
 }
@@ -263,6 +281,51 @@ function submitPrompt() {
   sendMessage(text);
 }
 
+// The microphone
+
+async function startRecording() {
+  const starting = new Recorder();
+  try {
+    await starting.start();
+  } catch (error) {
+    if (!(error instanceof DOMException)) throw error;
+    announce("The microphone is not available");
+    showRecording("No microphone", false);
+    return;
+  }
+  recorder = starting;
+  announce("Recording");
+  showTime();
+}
+
+/** Stop, and send the recording with the text of the message field, or drop it. */
+async function endRecording(isSent) {
+  const ending = recorder;
+  recorder = null;
+  showRecording("Record", false);
+  const audio = await ending.stop();
+  announce(isSent ? "Recording sent" : "Recording dropped");
+  if (!isSent || !audio.seconds) return;
+  const text = page.prompt.value;
+  page.prompt.value = "";
+  sendMessage(text.trim() ? text : "", audio);
+}
+
+function showTime() {
+  if (!recorder) return;
+  if (recorder.seconds >= MOST_SECONDS) {
+    endRecording(true);
+    return;
+  }
+  showRecording(`Send ${recorder.seconds.toFixed(0)} s`, true);
+  setTimeout(showTime, 200);
+}
+
+function showRecording(label, isOn) {
+  page.record.setAttribute("aria-pressed", String(isOn));
+  page.record.querySelector("span").textContent = label;
+}
+
 function scrollToEnd() {
   page.scroll.scrollTop = page.scroll.scrollHeight;
 }
@@ -284,8 +347,11 @@ function listenToComposer() {
     submitPrompt();
   });
   page.stop.addEventListener("click", stopReply);
+  page.record.addEventListener("click", () => (recorder ? endRecording(true) : startRecording()));
   document.addEventListener("keydown", (event) => {
-    if (event.key === "Escape" && !isSettingsOpen()) stopReply();
+    if (event.key !== "Escape" || isSettingsOpen()) return;
+    if (recorder) endRecording(false);
+    else stopReply();
   });
 }
 

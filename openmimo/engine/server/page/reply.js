@@ -21,6 +21,7 @@ export function newReply() {
     seconds: 0, // from the first chunk with tokens to the last
     thinkingSeconds: 0,
     tokensPerSecond: 0,
+    audio: null, // {id, pieces: [base64 of pcm16]} of a spoken reply; content is its transcript
     finishReason: "",
     error: null, // {title, detail, kind}
   };
@@ -55,16 +56,24 @@ export function requestMessages(turns, systemPrompt) {
     } else if (turn.role === "tool") {
       messages.push({ role: "tool", tool_call_id: turn.toolCallId, content: turn.content });
     } else {
-      messages.push({ role: "user", content: turn.content });
+      messages.push({ role: "user", content: userContent(turn) });
     }
   }
   return messages;
 }
 
+function userContent(turn) {
+  if (!turn.audio) return turn.content;
+  if (!turn.audio.data) return turn.content || "(a recording that the page has not kept)";
+  const recording = { type: "input_audio", input_audio: { data: turn.audio.data, format: "wav" } };
+  return turn.content ? [{ type: "text", text: turn.content }, recording] : [recording];
+}
+
 function assistantMessage(turn) {
   const calls = turn.toolCalls.filter(isWhole);
-  if (!turn.content && !turn.reasoning && !calls.length) return null;
+  if (!turn.content && !turn.reasoning && !turn.audio && !calls.length) return null;
   const message = { role: "assistant", content: turn.content || null };
+  if (turn.audio) message.audio = { id: turn.audio.id };
   if (turn.reasoning) message.reasoning_content = turn.reasoning;
   if (calls.length) {
     message.tool_calls = calls.map((call) => ({
@@ -76,10 +85,11 @@ function assistantMessage(turn) {
   return message;
 }
 
-/** Adds chunks to a reply. `now` returns milliseconds. */
+/** Adds chunks to a reply. `hear` is called with each piece of its sound; `now` returns milliseconds. */
 export class ReplyBuilder {
-  constructor(reply, now = () => performance.now()) {
+  constructor(reply, hear = () => {}, now = () => performance.now()) {
     this.reply = reply;
+    this.hear = hear;
     this.now = now;
     this.draftRun = 0;
     this.pendingText = ""; // told by token_details, not yet seen in the reply's text
@@ -99,10 +109,11 @@ export class ReplyBuilder {
     const delta = choice.delta ?? {};
     const before = this.reply.tokens;
     if (choice.token_details) this.addDetails(choice.token_details);
-    else if (delta.content || delta.reasoning_content || delta.tool_calls) this.reply.tokens += 1;
+    else if (delta.content || delta.reasoning_content || delta.tool_calls || delta.audio) this.reply.tokens += 1;
     if (this.reply.tokens > before) this.stampTime();
     if (delta.reasoning_content) this.addText("reasoning", delta.reasoning_content);
     if (delta.content) this.addText("content", delta.content);
+    if (delta.audio) this.addAudio(delta.audio);
     for (const call of delta.tool_calls ?? []) this.addToolCall(call);
     if (choice.finish_reason) this.reply.finishReason = choice.finish_reason;
   }
@@ -131,6 +142,15 @@ export class ReplyBuilder {
     this.pendingText = this.pendingText.slice(start + text.length);
     this.pendingMarks = this.pendingMarks.slice(start + text.length);
     return marks;
+  }
+
+  addAudio({ id, transcript, data }) {
+    this.reply.audio ??= { id, pieces: [] };
+    if (transcript) this.addText("content", transcript);
+    if (!data) return;
+    this.reply.state = "writing";
+    this.reply.audio.pieces.push(data);
+    this.hear(data);
   }
 
   addToolCall(part) {

@@ -27,6 +27,11 @@ export function requestFields() {
   return fields;
 }
 
+/** The fields that ask for a spoken reply, where the model speaks. */
+export function spokenFields() {
+  return { modalities: ["text", "audio"], audio: { format: "pcm16" } };
+}
+
 export function isSettingsOpen() {
   return dialog.open;
 }
@@ -46,6 +51,7 @@ export function startSettings(onNewKey) {
   DARK.addEventListener("change", () => showTheme());
   find("thinking").addEventListener("click", () => flip("thinking"));
   find("tint").addEventListener("click", () => flip("tint"));
+  find("speak").addEventListener("click", () => flip("speak"));
   find("open-settings").addEventListener("click", () => openSettings("system-prompt"));
   find("cancel-settings").addEventListener("click", () => dialog.close());
   find("reset-settings").addEventListener("click", () => fillForm(DEFAULT_SETTINGS));
@@ -93,6 +99,7 @@ function flip(name) {
 function showToggles() {
   find("thinking").setAttribute("aria-pressed", String(settings.thinking));
   find("tint").setAttribute("aria-pressed", String(settings.tint));
+  find("speak").setAttribute("aria-pressed", String(settings.speak));
   find("legend").hidden = !settings.tint;
   document.body.classList.toggle("tinted", settings.tint);
 }

@@ -19,7 +19,11 @@ export const DEFAULT_SETTINGS = {
   tools: "",
   thinking: false,
   tint: false,
+  speak: false,
 };
+
+/** Sound is not kept: a minute of it would fill the storage of the browser. */
+const withoutSound = (name, value) => (name === "data" || name === "pieces" ? undefined : value);
 
 export function loadTurns() {
   const turns = read(TURNS, []);
@@ -32,7 +36,7 @@ export function loadTurns() {
 /** Returns whether the browser had room for the conversation. */
 export function saveTurns(turns) {
   try {
-    localStorage.setItem(TURNS, JSON.stringify(turns));
+    localStorage.setItem(TURNS, JSON.stringify(turns, withoutSound));
     return true;
   } catch (error) {
     if (error.name !== "QuotaExceededError") throw error;

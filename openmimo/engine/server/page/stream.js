@@ -10,11 +10,11 @@ export class ChatError extends Error {
   }
 }
 
-/** The names of the models that the server offers. */
+/** The models that the server offers. */
 export async function listModels(apiKey) {
   const response = await request("v1/models", { headers: headers(apiKey) });
   const body = await response.json();
-  return body.data.map((model) => model.id);
+  return body.data;
 }
 
 /** Yield the chunks of one chat completion. Aborting `signal` raises its AbortError. */

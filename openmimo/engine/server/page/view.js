@@ -40,11 +40,15 @@ function turnNode(kind, label) {
   return node;
 }
 
-/** The reader's turn. actions: {copy(button), edit(node)}. */
+/** The reader's turn. actions: {copy(button), edit(node), play()}. */
 export function userTurn(turn, actions) {
   const node = turnNode("user", "You");
-  node.append(element("div", "bubble", turn.content));
+  const bubble = element("div", "bubble");
+  if (turn.audio) bubble.append(element("span", "voice", `Recording, ${turn.audio.seconds.toFixed(1)} s`));
+  bubble.append(turn.content);
+  node.append(bubble);
   const bar = element("div", "actions");
+  if (turn.audio?.data) bar.append(button("Play", "play", () => actions.play()));
   bar.append(
     button("Copy", "copy", (event) => actions.copy(event.currentTarget)),
     button("Edit", "edit", () => actions.edit(node)),
@@ -96,7 +100,7 @@ export function toolTurn(turn) {
   return node;
 }
 
-/** The assistant's turn. actions: {copy(button), retry(), enterKey(), sendResults(results)}. */
+/** The assistant's turn. actions: {copy(button), retry(), enterKey(), sendResults(results), play()}. */
 export class AssistantView {
   constructor(actions) {
     this.actions = actions;
@@ -110,7 +114,9 @@ export class AssistantView {
     this.notice = element("div", "notices");
     this.stats = element("p", "stats");
     this.bar = element("div", "actions");
+    this.play = button("Play", "play", () => actions.play());
     this.bar.append(
+      this.play,
       button("Copy", "copy", (event) => actions.copy(event.currentTarget)),
       button("Retry", "retry", () => actions.retry()),
     );
@@ -140,6 +146,7 @@ export class AssistantView {
     this.markdown.update(reply.content, reply.contentMarks);
     this.updateTools(reply);
     this.stats.textContent = statsText(reply);
+    this.play.hidden = !reply.audio?.pieces?.length;
     this.bar.hidden = running || Boolean(reply.error);
     if (!running) this.showEnd(reply, awaitsResults);
   }

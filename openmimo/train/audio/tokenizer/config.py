@@ -51,7 +51,8 @@ class TokenizerPhase:
     Attributes:
         name: Name in metrics and plots.
         kind: "reconstruction" trains encoder, codebooks, decoder and text model; "adversarial" trains the decoder
-            against discriminators, with encoder and codebooks frozen.
+            against discriminators, with encoder and codebooks frozen; where the weights `adversarial` and
+            `feature_matching` are 0, there are no discriminators.
         steps: Optimizer steps.
         batch_size: Segments per step.
         segment_seconds: Length of a segment. Shorter clips are padded with silence; parts of longer ones have no text.

@@ -273,24 +273,22 @@ class Trainer:
         coarse_BLM = tokenizer.decoder.coarse_mel(codes_BFD)
         decoded_BS = tokenizer.decoder.vocoder(coarse_BLM)
 
-        against = discriminator_loss(discriminators(waveform_BS), discriminators(decoded_BS.detach()))
-        against.backward()
-        self._step_optimizer(against, self.adversary)
-
-        with torch.no_grad():
-            real = discriminators(waveform_BS)
-        judged = discriminators(decoded_BS)
-        losses = {
-            "mel": self.mel_distance(decoded_BS, waveform_BS),
-            "adversarial": adversarial_loss(judged),
-            "feature_matching": feature_loss(real, judged),
-        }
+        losses, reported = {"mel": self.mel_distance(decoded_BS, waveform_BS)}, {}
+        if weights.adversarial or weights.feature_matching:
+            against = discriminator_loss(discriminators(waveform_BS), discriminators(decoded_BS.detach()))
+            against.backward()
+            self._step_optimizer(against, self.adversary)
+            reported["discriminators"] = against
+            with torch.no_grad():
+                real = discriminators(waveform_BS)
+            judged = discriminators(decoded_BS)
+            losses |= {"adversarial": adversarial_loss(judged), "feature_matching": feature_loss(real, judged)}
         if weights.coarse_mel:
             losses["coarse_mel"] = F.l1_loss(coarse_BLM, self._mel(waveform_BS))
         loss = torch.stack([getattr(weights, name) * value for name, value in losses.items()]).sum()
         loss.backward()
         self._step_optimizer(loss, self.optimizer)
-        return _as_metrics({**losses, "discriminators": against})
+        return _as_metrics(losses | reported)
 
     def _set_rates(self, phase: TokenizerPhase, phase_step: int) -> None:
         rate = warmed_cosine(

@@ -75,6 +75,7 @@ async def answer_chat(
         return requests
 
     prepared = await unless_disconnected(request.receive, service.prepared(prepare, is_large=request.state.is_large))
+    request.state.open_body.add(clips.num_bytes)
     answer = _SpokenChat(service, backend, store, body, form, prepared, service.start(prepared))
     response = await respond(request, answer, answer.events() if body.stream else None)
     return warn(response, [*warnings, *clips.notes])
@@ -146,12 +147,18 @@ def _requests(service: Service, body: ChatRequest, work: ChatWork) -> list[Speec
 
 
 def _spoken_message(message: ChatMessage, index: int, clips: Clips, store: SpeechStore) -> SpeechMessage:
+    """Convert a turn. The content of a turn whose sound has expired takes its place."""
     where = f"messages[{index}]"
     if message.role not in _ROLES or message.tool_calls:
         raise invalid("Calls of tools are not supported in chats with sound.", f"{where}.role")
     parts: list[Part] = []
     if message.audio is not None:
-        parts += _earlier_reply(message.audio.id, f"{where}.audio.id", store)
+        reply = store.get(message.audio.id)
+        if reply is not None:
+            return SpeechMessage("assistant", (reply.transcript, reply.clip) if reply.transcript else (reply.clip,))
+        if not message.content:
+            raise _no_reply(message.audio.id, f"{where}.audio.id")
+        clips.notes.append(f"{where}.audio has expired, its content is used")
     if isinstance(message.content, str):
         parts.append(message.content)
     for position, part in enumerate(message.content if isinstance(message.content, list) else ()):
@@ -164,16 +171,13 @@ def _spoken_message(message: ChatMessage, index: int, clips: Clips, store: Speec
     return SpeechMessage(_ROLES[message.role], tuple(part for part in parts if isinstance(part, Clip) or part))
 
 
-def _earlier_reply(reply_id: str, param: str, store: SpeechStore) -> list[Part]:
-    reply = store.get(reply_id)
-    if reply is None:
-        raise ApiError(
-            404,
-            f"There is no sound with the id {reply_id!r}, or it has expired; send the transcript as content.",
-            param=param,
-            code="audio_not_found",
-        )
-    return [reply.transcript, reply.clip]
+def _no_reply(reply_id: str, param: str) -> ApiError:
+    return ApiError(
+        404,
+        f"There is no sound with the id {reply_id!r}, or it has expired; send the transcript as content.",
+        param=param,
+        code="audio_not_found",
+    )
 
 
 @dataclass

@@ -36,6 +36,7 @@ class Clips:
 
     Attributes:
         notes: What the conversions mean for the listener, for the warnings of the response.
+        num_bytes: Size of the decoded sound.
     """
 
     def __init__(self, service: Service, backend: SpeechBackend):
@@ -44,6 +45,7 @@ class Clips:
         self._most_seconds = service.config.max_audio_seconds
         self._num_left = limits.CLIPS
         self.notes: list[str] = []
+        self.num_bytes = 0
 
     def from_base64(self, data: str, param: str) -> Clip:
         """Decode a file in base64. Raises ApiError."""
@@ -70,6 +72,7 @@ class Clips:
         except DataError as error:
             raise self._refused(error, param) from error
         self._seconds_left -= recording.seconds
+        self.num_bytes += recording.samples_S.nbytes
         if recording.note:
             self.notes.append(f"{param}: {recording.note}")
         return Clip(recording.samples_S, recording.sample_rate)

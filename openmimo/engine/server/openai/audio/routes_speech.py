@@ -14,7 +14,7 @@ from openmimo.engine.server.backends.speech import (
     speech_request,
 )
 from openmimo.engine.server.http.bodies import JsonRoute, unless_disconnected
-from openmimo.engine.server.http.errors import invalid
+from openmimo.engine.server.http.errors import engine_failed, invalid
 from openmimo.engine.server.http.service import Generation, Service
 from openmimo.engine.server.http.streaming import EventStream, PieceStream, event
 from openmimo.engine.server.http.warnings import warn
@@ -99,11 +99,15 @@ class _SpeechAnswer:
 
     async def _pieces(self) -> AsyncIterator[bytes]:
         """Yield the bytes of the reply. The last piece may be empty."""
+        has_sound = False
         async for _, delta in speech_deltas(self.generation):
             if delta.waveform is not None:
+                has_sound = True
                 self._num_patches += delta.num_tokens
                 if piece := self._stream.push(delta.waveform):
                     yield piece
+        if not has_sound:
+            raise engine_failed("the model ended its reply without sound. Give another seed, or a longer text.")
         yield self._stream.finish()
 
 

@@ -30,7 +30,7 @@ def transcription_routes(service: Service) -> APIRouter:
     """The endpoints /v1/audio/transcriptions and /v1/audio/translations of a service."""
     router = APIRouter()
 
-    @router.post("/v1/audio/transcriptions", responses=STREAMED)
+    @router.post("/v1/audio/transcriptions", responses=STREAMED, openapi_extra=_form_schema())
     async def transcriptions(request: Request) -> Response:
         """Writes down what is said in a recording."""
         backend = speech_backend(service, "Transcription")
@@ -40,6 +40,7 @@ def transcription_routes(service: Service) -> APIRouter:
         clips = Clips(service, backend)
         decoding = service.prepared(lambda: clips.from_file(content, "file"), is_large=True)
         clip = await unless_disconnected(request.receive, decoding)
+        request.state.open_body.add(clips.num_bytes)
         sampling = SpeechSampling(service.config.max_tokens, text_temperature=fields.temperature, seed=fields.seed)
         one = speech_request(TranscribeWork(clip), sampling)
         check_work(service, [one], "file")
@@ -61,6 +62,14 @@ def transcription_routes(service: Service) -> APIRouter:
         )
 
     return router
+
+
+def _form_schema() -> dict[str, Any]:
+    """The form in the OpenAPI schema, which cannot be read from the endpoint's parameters."""
+    schema = TranscriptionFields.model_json_schema()
+    schema["properties"]["file"] = {"type": "string", "format": "binary"}
+    schema["required"] = ["file"]
+    return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}
 
 
 async def _read_form(service: Service, request: Request) -> tuple[TranscriptionFields, bytes, list[str]]:

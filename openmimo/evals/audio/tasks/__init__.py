@@ -1,0 +1,1 @@
+"""The tasks; each file has a PLUGIN."""
