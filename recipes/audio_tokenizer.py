@@ -22,8 +22,8 @@ def tiny() -> AudioTokenizerTrainConfig:
         run_folder="runs/audio/tokenizer",
         stages=(
             TokenizerPhase(
-                name="reconstruction", kind="reconstruction", steps=1500, batch_size=3, segment_seconds=2.88,
-                learning_rate=3e-3, end_learning_rate=1e-4, warmup_steps=50, weights=_WEIGHTS,
+                name="reconstruction", kind="reconstruction", steps=2000, batch_size=3, segment_seconds=1.92,
+                learning_rate=2e-3, end_learning_rate=1e-4, warmup_steps=50, weights=_WEIGHTS,
             ),
             TokenizerPhase(
                 name="adversarial", kind="adversarial", steps=150, batch_size=3, segment_seconds=0.96,

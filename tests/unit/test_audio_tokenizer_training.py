@@ -25,6 +25,7 @@ from openmimo.train.audio.tokenizer.config import (
 from openmimo.train.audio.tokenizer.discriminators import Discriminators
 from openmimo.train.audio.tokenizer.losses import MultiScaleMel, adversarial_loss, discriminator_loss, feature_loss
 from openmimo.train.audio.tokenizer.run import train_tokenizer
+from openmimo.train.audio.tokenizer.start import set_initial_values
 from openmimo.train.audio.tokenizer.text import TextModel
 from openmimo.train.audio.tokenizer.trainer import Trainer
 from openmimo.train.config import CheckpointConfig
@@ -199,6 +200,23 @@ def test_training_lowers_the_mel_distance(tmp_path):
     trainer.run()
     rows = [row for row in rows_of(trainer) if "loss/mel" in row]
     assert rows[-1]["loss/mel"] < 0.5 * rows[0]["loss/mel"]
+
+
+def test_a_new_tokenizer_starts_at_the_levels_of_the_data():
+    torch.manual_seed(0)
+    tokenizer = AudioTokenizer(_SHAPE)
+    waveform_BS = fixed_segments(synthetic_clips(4), 4, 4800).waveform_BS
+    set_initial_values(tokenizer, waveform_BS)
+    with torch.no_grad():
+        mel_BLM = tokenizer.log_mel(waveform_BS)
+        states_BLD = torch.randn(1, 5, 16)
+        turn = (torch.ones(5, 8), torch.zeros(5, 8))
+        layer = tokenizer.decoder.layers[0]
+        torch.testing.assert_close(layer(states_BLD, turn), states_BLD + layer.fc2.bias + layer.self_attn.out_proj.bias)
+        read = tokenizer.encoder.conv1(mel_BLM.transpose(1, 2))[:, :, 1:-1]
+        written = tokenizer.decoder.coarse_mel(torch.randn(4, 20, 16)).mean((0, 1))
+    assert read.mean() == pytest.approx(0.0, abs=0.1) and 0.1 < read.std() < 3
+    assert (written - mel_BLM.mean((0, 1))).abs().mean() < 0.3 * mel_BLM.std()
 
 
 # --- data ------------------------------------------------------------------------------------------------------------

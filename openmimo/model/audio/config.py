@@ -65,6 +65,10 @@ class AudioTokenizerConfig:
         mel_bins: Bands of the mel spectrogram.
         lowest_frequency: Lower edge of the first band, in hertz.
         highest_frequency: Upper edge of the last band, in hertz (None: half the sample rate).
+        mel_floor: Magnitudes of bands below this are raised to it (released: 1e-7). Digital silence then differs from
+            speech by more than sounds differ from each other.
+        mel_center: Subtracted from log-mel spectrograms, whose values are around -8 (released: 0).
+        mel_scale: Divides log-mel spectrograms after that (released: 1).
         skip_layer: The output of this layer (from 1) is added to that of the last encoder layer (None: nothing is).
         encoder_kernel: Kernel size of the two convolutions of the encoder.
         encoder_stride: Stride of the second of them.
@@ -90,6 +94,9 @@ class AudioTokenizerConfig:
     mel_bins: Size = 128
     lowest_frequency: NonNegativeFloat = 0.0
     highest_frequency: PositiveFloat | None = None
+    mel_floor: PositiveFloat = 1e-7
+    mel_center: float = 0.0
+    mel_scale: PositiveFloat = 1.0
     skip_layer: PositiveInt | None = None
     encoder_kernel: Size = 3
     encoder_stride: Size = 2
@@ -177,6 +184,9 @@ def tiny_codec() -> AudioTokenizerConfig:
         decoder=replace(layers, left_positions=100, right_positions=0),
         vocoder=StackConfig(dim=128, num_layers=2, num_heads=4, ffn_dim=512, left_positions=16, right_positions=4),
         codebook_sizes=(256, 256, *[128] * 6),
+        mel_floor=1e-3,
+        mel_center=-2.0,
+        mel_scale=3.0,
         skip_layer=1,
         decoder_norm="frame",
         expiry_threshold=0.1,  # a small batch has 200 frames, less than one for each entry
@@ -248,6 +258,9 @@ class _ReleasedKeys:
     rope_theta: PositiveFloat = 10_000.0
     max_audio_seconds: PositiveInt = 1800
     openmimo_decoder_norm: DecoderNorm = "sequence"
+    openmimo_mel_floor: PositiveFloat = 1e-7
+    openmimo_mel_center: float = 0.0
+    openmimo_mel_scale: PositiveFloat = 1.0
 
 
 def config_from_released(values: Any, where: str) -> AudioTokenizerConfig:
@@ -297,6 +310,9 @@ def config_from_released(values: Any, where: str) -> AudioTokenizerConfig:
         mel_bins=keys.n_mels,
         lowest_frequency=keys.fmin,
         highest_frequency=keys.fmax,
+        mel_floor=keys.openmimo_mel_floor,
+        mel_center=keys.openmimo_mel_center,
+        mel_scale=keys.openmimo_mel_scale,
         skip_layer=keys.encoder_skip_layer_id,
         encoder_kernel=keys.kernel_size,
         encoder_stride=keys.stride_size,
@@ -354,8 +370,13 @@ def config_to_released(config: AudioTokenizerConfig) -> dict[str, Any]:
             f"{part}_causal": stack.right_positions == 0,
             f"{part}_attn_window_size": _window(stack),
         }
-    if config.decoder_norm != "sequence":
-        values["openmimo_decoder_norm"] = config.decoder_norm
+    own = {
+        "openmimo_decoder_norm": config.decoder_norm,
+        "openmimo_mel_floor": config.mel_floor,
+        "openmimo_mel_center": config.mel_center,
+        "openmimo_mel_scale": config.mel_scale,
+    }
+    values |= {key: value for key, value in own.items() if value != getattr(_ReleasedKeys, key)}
     return values
 
 

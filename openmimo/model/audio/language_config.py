@@ -322,7 +322,7 @@ def _backbone_keys(rest: dict[str, Any], keys: _AudioKeys) -> dict[str, Any]:
 
 
 def _check_nested(nested: Any, keys: _AudioKeys, where: str) -> None:
-    """Refuse an `audio_config` that contradicts the keys beside it; later models of the family state both."""
+    """Refuse an `audio_config` that contradicts the other keys; later models of the family state both."""
     if nested is None:
         return
     if not isinstance(nested, dict):

@@ -25,6 +25,8 @@ class LogMel(nn.Module):
         lowest_frequency: Lower edge of the first band, in hertz.
         highest_frequency: Upper edge of the last band, in hertz (None: half the sample rate).
         smallest: Band magnitudes below this are raised to it before the logarithm.
+        center: Subtracted from the logarithms.
+        scale: Divides them after that.
     """
 
     def __init__(
@@ -38,10 +40,12 @@ class LogMel(nn.Module):
         lowest_frequency: float = 0.0,
         highest_frequency: float | None = None,
         smallest: float = SMALLEST,
+        center: float = 0.0,
+        scale: float = 1.0,
     ):
         super().__init__()
         self.fft_samples, self.window_samples, self.hop_samples = fft_samples, window_samples, hop_samples
-        self.smallest = smallest
+        self.smallest, self.center, self.scale = smallest, center, scale
         bands = mel_bands(
             sample_rate=sample_rate,
             frequencies=fft_samples // 2 + 1,
@@ -83,7 +87,7 @@ class LogMel(nn.Module):
             return_complex=True,
         )
         mel_BLM = spectrum_BHL.abs().transpose(1, 2) @ self.bands
-        return mel_BLM.clamp(min=self.smallest).log()
+        return (mel_BLM.clamp(min=self.smallest).log() - self.center) / self.scale
 
 
 def mel_bands(*, sample_rate: int, frequencies: int, mel_bins: int, lowest: float, highest: float) -> torch.Tensor:

@@ -177,6 +177,9 @@ def _log_mel(config: AudioTokenizerConfig) -> LogMel:
         mel_bins=config.mel_bins,
         lowest_frequency=config.lowest_frequency,
         highest_frequency=config.highest_frequency,
+        smallest=config.mel_floor,
+        center=config.mel_center,
+        scale=config.mel_scale,
     )
 
 

@@ -8,8 +8,6 @@ from torch import nn
 
 from openmimo.model.audio.mel import LogMel
 
-_SMALLEST = 1e-5  # of a band's magnitude; the loss does not resolve silence below it
-
 
 class MultiScaleMel(nn.Module):
     """Mean absolute difference of log-mel spectrograms, the mean of several scales.
@@ -19,9 +17,10 @@ class MultiScaleMel(nn.Module):
     Args:
         sample_rate: Samples per second.
         scales: The scales i.
+        smallest: Magnitudes of bands below this count as silence.
     """
 
-    def __init__(self, sample_rate: int, scales: Sequence[int]):
+    def __init__(self, sample_rate: int, scales: Sequence[int], smallest: float = 1e-5):
         super().__init__()
         self.transforms = nn.ModuleList(
             LogMel(
@@ -30,7 +29,7 @@ class MultiScaleMel(nn.Module):
                 window_samples=15 * 2 ** (scale - 1),
                 hop_samples=15 * 2 ** (scale - 2),
                 mel_bins=2**scale,
-                smallest=_SMALLEST,
+                smallest=smallest,
             )
             for scale in scales
         )

@@ -101,7 +101,7 @@ def spectrograms(tokenizer: AudioTokenizer, held_out: Sequence[Clip]) -> Any:
             ],
             strict=True,
         ):
-            mel_LM = tokenizer.log_mel(audio_S[None])[0].cpu().numpy()
+            mel_LM = tokenizer.log_mel(audio_S[None])[0].cpu().numpy() * config.mel_scale + config.mel_center
             axis.imshow(
                 mel_LM.T,
                 origin="lower",

@@ -1,25 +1,31 @@
-"""Initial values of a new tokenizer that depend on the data: the level of each mel band and of each frequency.
+"""Initial values of a new tokenizer: the level of each mel band and frequency in the data, and layers that add nothing.
 
-Log-mel spectrograms are far from zero mean and unit variance, and an optimizer step changes an offset by about the
-learning rate. A run of some hundred steps would spend them on offsets.
+The bands of log-mel spectrograms differ in mean and variance, and an optimizer step changes an offset by about the
+learning rate. A run of some hundred steps would spend them on offsets. Layers that add nothing at first let the
+convolutions learn alone, which takes fewer steps (docs/log.md).
 """
 
 import torch
 
+from openmimo.model.audio.attention import AudioLayer
 from openmimo.model.audio.tokenizer import AudioTokenizer
 
-_SMALLEST_DEVIATION = 0.1
+_SMALLEST_DEVIATION = 0.25
 _SMALLEST_MAGNITUDE = 1e-5
 
 
 @torch.no_grad()
-def set_levels(tokenizer: AudioTokenizer, waveform_BS: torch.Tensor) -> None:
-    """Standardize the input of the encoder, and give mel spectrogram and spectrum of the decoder the data's levels.
+def set_initial_values(tokenizer: AudioTokenizer, waveform_BS: torch.Tensor) -> None:
+    """Set the outputs of all layers to zero, and input and outputs of the tokenizer to the data's levels.
 
     Args:
         tokenizer: A new tokenizer.
         waveform_BS: Segments of training clips.
     """
+    for module in tokenizer.modules():
+        if isinstance(module, AudioLayer):
+            module.self_attn.out_proj.weight.zero_()
+            module.fc2.weight.zero_()
     mel_RM = tokenizer.log_mel(waveform_BS).flatten(0, 1)
     mean_M, deviation_M = mel_RM.mean(0), mel_RM.std(0).clamp(min=_SMALLEST_DEVIATION)
     conv = tokenizer.encoder.conv1

@@ -33,7 +33,7 @@ from openmimo.train.audio.tokenizer.losses import (
     discriminator_loss,
     feature_loss,
 )
-from openmimo.train.audio.tokenizer.start import set_levels
+from openmimo.train.audio.tokenizer.start import set_initial_values
 from openmimo.train.audio.tokenizer.state import load_state, write_state
 from openmimo.train.audio.tokenizer.text import TextModel
 from openmimo.train.checkpoint import Checkpoints, Progress
@@ -41,7 +41,8 @@ from openmimo.train.optim import GradientReport, StepGuard, parameter_groups, wa
 
 Losses = dict[str, torch.Tensor]
 _SEED_STRIDE = 1_000_003
-_START_SEGMENTS = 32  # of which the initial levels are computed
+_SILENCE = 1e-5  # magnitudes below which the mel distance sees no differences, if the tokenizer's floor is lower
+_START_SEGMENTS = 32  # of which the initial values are computed
 
 
 class Trained(nn.Module):
@@ -107,7 +108,9 @@ class Trainer:
         self.tokenizer = tokenizer
         for codebook in tokenizer.encoder.quantizer.books:
             codebook.decay = config.quantizer.decay
-        self.mel_distance = MultiScaleMel(tokenizer.config.sample_rate, config.mel_scales).to(self.device)
+        self.mel_distance = MultiScaleMel(
+            tokenizer.config.sample_rate, config.mel_scales, max(tokenizer.config.mel_floor, _SILENCE)
+        ).to(self.device)
         self.optimizer = _adamw(config, {"tokenizer": tokenizer, "text": self.modules.text})
         self.adversary = torch.optim.AdamW(
             self.modules.discriminators.parameters(), betas=(0.8, 0.99), weight_decay=0.0
@@ -177,7 +180,7 @@ class Trainer:
             torch.manual_seed(seed)
             if self.step == 0 and self.config.init_from is None:
                 start = random_segments(self.clips, _START_SEGMENTS, self.samples_of(phase), generator)
-                set_levels(self.tokenizer, start.waveform_BS.to(self.device))
+                set_initial_values(self.tokenizer, start.waveform_BS.to(self.device))
             if self._starts_codebooks(phase_step):
                 self._start_codebooks(phase, generator)
             batch = random_segments(self.clips, phase.batch_size, self.samples_of(phase), generator)
