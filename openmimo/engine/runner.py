@@ -80,7 +80,7 @@ class DecodeRun(NamedTuple):
         output: The results on the device.
         arrival: `Results` on their way.
         policy_version: Version of the weights.
-        start: Time at which the step began, in seconds.
+        start: Time at which the step began, in seconds of the runner's clock.
     """
 
     sequences: list[RequestState]
@@ -101,7 +101,7 @@ class AheadRun(NamedTuple):
         limits: The most drafts of each.
         arrival: `AheadOutput` on its way.
         policy_version: Version of the weights.
-        start: Time at which the step began, in seconds.
+        start: Time at which the step began, in seconds of the runner's clock.
     """
 
     sequences: list[RequestState]
@@ -220,6 +220,8 @@ class Runner:
                 ring_positions=self.worker.ring_positions,
             )
         self._last_landing = 0.0
+        # On a CPU, other processes change the wall time of a step, but not which drafts are worth their time.
+        self._clock = time.thread_time if model.device.type == "cpu" else time.perf_counter
         self._ahead_planner: AheadPlanner | None = None
         self._ahead_worker: AheadWorker | None = None
         if self.drafts_ahead:
@@ -248,7 +250,7 @@ class Runner:
 
     def decode(self, sequences: list[RequestState], policy_version: int) -> DecodeRun:
         """Queues a step that adds at least one token to every sequence, and at most one more than it has drafts."""
-        start = time.perf_counter()
+        start = self._clock()
         num_drafts, limits = [0] * len(sequences), self._draft_limits(sequences)
         if self._drafting:
             num_drafts = [
@@ -288,7 +290,7 @@ class Runner:
         """As `decode`, but before the results of the step before are read."""
         if self._ahead_planner is None or self._ahead_worker is None:
             return self.decode(sequences, policy_version)
-        start = time.perf_counter()
+        start = self._clock()
         limits = self._draft_limits(sequences)
         admitted: tuple[SeatSampling, ...] = ()
         if not all(sequence.is_plain for sequence in sequences):
@@ -331,7 +333,7 @@ class Runner:
                     is_computed=sequence.pages is pages,
                 )
         self._count_step(touched)
-        now = time.perf_counter()  # the step began when the one before had ended
+        now = self._clock()  # the step began when the one before had ended
         seats = [pages.seat for pages in run.pages]
         self._learn(run.sequences, seats, run.limits, offered, accepted, now - max(run.start, self._last_landing))
         self._last_landing = now
@@ -361,7 +363,7 @@ class Runner:
                     sequence.routing.append(routing[first : first + num_new])
             first += num_offered + 1
         self._count_step(touched)
-        seconds = time.perf_counter() - run.start
+        seconds = self._clock() - run.start
         self._learn(run.sequences, run.seats, run.num_drafts, run.num_drafts, accepted, seconds)
         return touched
 
@@ -416,7 +418,7 @@ class Runner:
     def finish_prefill(self, run: PrefillRun) -> list[RequestState]:
         """Applies the results of a pass over prompts. Returns the sequences that gained a token or ended."""
         results = Results(*run.arrival.wait())
-        self._last_landing = time.perf_counter()
+        self._last_landing = self._clock()
         routing = self._routing(results)
         running = [sequence for sequence in run.sequences if not sequence.finish_reason]
         for (sequence, targets), scores in zip(run.scored, run.output.prompt_scores, strict=True):

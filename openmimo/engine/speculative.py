@@ -464,9 +464,10 @@ class DraftPolicy:
         self._credit = _MOST_CREDIT
         self._may_draft = True
         self._rest = self._resting_size = 0
+        self._again: list[int] | None = None  # the last choice, until the step after it has taken it as well
 
     def choose(self, seats: list[int], owners: list[int], limits: list[int]) -> list[int]:
-        """The number of drafts of each sequence in the next step.
+        """The number of drafts of each sequence in the next step. Every second step of one batch repeats a choice.
 
         Args:
             seats: The seat of each sequence, by which the policy keeps what it learns.
@@ -476,6 +477,9 @@ class DraftPolicy:
         if not self._is_adaptive:
             return limits
         num_sequences = len(limits)
+        again, self._again = self._again, None
+        if again is not None and seats == self._seats and owners == self._owners:
+            return [min(count, limit) for count, limit in zip(again, limits, strict=True)]
         if self._rest and num_sequences == self._resting_size:
             self._rest -= 1
             return [0] * num_sequences
@@ -490,6 +494,8 @@ class DraftPolicy:
         counts = allocate(gains_BH, self._recent_seconds(num_sequences)).tolist()
         if not any(counts):
             self._rest, self._resting_size = _STEPS_OF_REST, num_sequences
+        else:
+            self._again = counts
         return counts
 
     def chances(self, seats: list[int], owners: list[int]) -> np.ndarray:
@@ -530,7 +536,7 @@ class DraftPolicy:
         self._num_plain = 0
 
     def observe(self, counts: list[int], num_tokens: int, seconds: float) -> None:
-        """Records the wall time of a step with these drafts of each sequence, and the tokens that it added."""
+        """Records the time of a step with these drafts of each sequence, and the tokens that it added."""
         if not self._is_adaptive:
             return
         num_sequences, num_heads, num_drafts = len(counts), max(counts), sum(counts)
