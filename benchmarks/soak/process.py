@@ -93,13 +93,15 @@ class ServerProcess:
     def _read_url(self) -> str:
         watchdog = threading.Timer(_START_SECONDS, self._process.kill)
         watchdog.start()
-        line = self._process.stdout.readline()
-        watchdog.cancel()
-        found = re.search(r"http://\S+", line)
-        if found is None:
-            self.kill()
-            raise RuntimeError(f"the server did not start: {self.log.read_text()[-2000:]}")
-        return found.group()
+        try:
+            for line in self._process.stdout:
+                if found := re.search(r"http://\S+", line):
+                    return found.group()
+                print(line, end="", flush=True)
+        finally:
+            watchdog.cancel()
+        self.kill()
+        raise RuntimeError(f"the server did not start: {self.log.read_text()[-2000:]}")
 
 
 def save_random_tiny(folder: Path) -> None:

@@ -63,6 +63,19 @@ def test_the_warm_up_of_an_accelerator_reaches_every_captured_size(llm, monkeypa
     assert not llm.engine.has_work
 
 
+@pytest.mark.parametrize("captures_graphs", [True, False])
+@pytest.mark.parametrize("captures", [True, False])
+def test_graphs_are_captured_first_if_there_are_any_unless_declined(
+    llm, captures, captures_graphs, monkeypatch, capsys
+):
+    ran = []
+    monkeypatch.setattr(Engine, "captures_graphs", captures_graphs)
+    monkeypatch.setattr("openmimo.engine.server.serve.run_captured_sizes", ran.append)
+    warm_up(llm.engine, llm.tokenizer, captures=captures)
+    assert ran == [llm.engine] * (captures and captures_graphs)
+    assert ("--no-warm-up" in capsys.readouterr().out) == bool(ran)
+
+
 def test_a_warm_up_teaches_nothing_about_drafts(llm):
     """Its texts are no language, so no head predicts them."""
     run_captured_sizes(llm.engine)

@@ -46,6 +46,7 @@ class ServerConfig:
         retry_after_seconds: Value of the Retry-After header of a 429.
         request_timeout_seconds: Time limit of one request, including its time in the queue.
         drain_timeout_seconds: Time that running requests may take to finish after SIGTERM.
+        warm_up: Whether an accelerator captures its graphs before the server listens. Otherwise requests wait for it.
     """
 
     host: str = "127.0.0.1"
@@ -68,6 +69,7 @@ class ServerConfig:
     retry_after_seconds: PositiveInt = 1
     request_timeout_seconds: PositiveFloat = 600.0
     drain_timeout_seconds: NonNegativeFloat = 30.0
+    warm_up: bool = True
 
     def __post_init__(self) -> None:
         check_fields(self, "ServerConfig")

@@ -6,6 +6,7 @@ The first SIGTERM or Ctrl-C drains the server. A second one aborts the requests 
 import asyncio
 import gc
 import socket
+import time
 from pathlib import Path
 from types import FrameType
 
@@ -140,7 +141,7 @@ def launch(
         dtype = "float32" if torch_device.type == "cpu" else "bfloat16"
     model = load_model(path, dtype=dtype, device=str(torch_device), weights=weights)
     served_engine = Engine(model, tokenizer, engine)
-    warm_up(served_engine, tokenizer)
+    warm_up(served_engine, tokenizer, captures=server.warm_up)
     name, *aliases = served_names(path)
     serve(EngineBackend(served_engine, tokenizer, model_name=name, model_aliases=tuple(aliases)), server)
 
@@ -175,17 +176,20 @@ def launch_audio(
         dtype = "float32" if torch_device.type == "cpu" else "bfloat16"
     audio = AudioEngine(path, device=str(torch_device), dtype=dtype)
     text_engine = Engine(audio.model, audio.tokenizer, engine)
-    warm_up(text_engine, audio.tokenizer)
+    warm_up(text_engine, audio.tokenizer, captures=server.warm_up)
     name, *aliases = served_names(path)
     text = EngineBackend(text_engine, audio.tokenizer, model_name=name, model_aliases=tuple(aliases))
     model = AudioModel(audio, read_voices(Path(path), audio.sample_rate))
     serve(SpeechBackend(model, text, most_running=engine.max_sequences), server)
 
 
-def warm_up(engine: Engine, tokenizer: Tokenizer) -> None:
+def warm_up(engine: Engine, tokenizer: Tokenizer, *, captures: bool = True) -> None:
     """Run a short chat and a form, so that no request waits for kernels to compile or for the grammar checker to start.
 
-    On an accelerator, run batches as well, so that few requests wait for the capture of a graph.
+    Args:
+        engine: The engine to serve.
+        tokenizer: Its tokenizer.
+        captures: Whether an accelerator also runs batches of all captured sizes, so that few requests wait for one.
 
     Raises:
         UserError: The model cannot generate, for example because its weights hold NaN.
@@ -203,8 +207,12 @@ def warm_up(engine: Engine, tokenizer: Tokenizer) -> None:
             engine.step()
         if sequence.error:
             raise UserError(f"{sequence.error}.")
-    if engine.captures_graphs:
+    if captures and engine.captures_graphs:
+        print("capturing graphs; --no-warm-up leaves this to the first requests", flush=True)
+        start = time.perf_counter()
         run_captured_sizes(engine)
+        stats, seconds = engine.stats, time.perf_counter() - start
+        print(f"{stats.num_graphs} graphs of {stats.graph_bytes / 2**20:.0f} MiB in {seconds:.0f} s", flush=True)
     engine.forget_cached()
     engine.forget_acceptance()
     engine.reset_stats()
