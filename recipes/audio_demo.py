@@ -56,7 +56,7 @@ def language() -> AudioTrainConfig:
         model="tiny_audio",
         stages=(
             AudioPhase(
-                name="hear and speak", steps=700, sequence_length=256, global_batch_size=8, warmup_steps=30,
+                name="hear and speak", steps=400, sequence_length=256, global_batch_size=8, warmup_steps=30,
                 learning_rate=3e-3, end_learning_rate=1e-4, mixture=MixtureConfig((rows,)), bias_rate=0.0,
             ),
         ),

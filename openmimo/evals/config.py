@@ -43,7 +43,7 @@ class EvalConfig:
         length: Tokens of the engine check.
         device: auto, cpu, or a device of torch.
         dtype: Of weights and activations.
-        options: Settings of the task.
+        options: Settings of the task; with --suite speech, of every task, such as `voices FOLDER`.
         engine: Batching, cache and drafting.
         output: JSON file for the scores (None: print only).
     """
@@ -82,6 +82,8 @@ class EvalConfig:
             raise ConfigError(f"{_option(kinds[0])} and {_option(kinds[1])} exclude each other; give one of them.")
         kind = kinds[0] if kinds else "task"
         for name in given:
+            if name == "options" and self.suite == "speech":
+                continue
             if kind not in _HAS_EFFECT_WITH.get(name, (kind,)):
                 raise ConfigError(f"{_option(name)} has no effect {_without_or_with(name, kind)}.")
         if self.base_url is None and self.model is not None:

@@ -31,6 +31,7 @@ from openmimo.evals.results import Answered, Results, answered, score_table, sum
 from openmimo.evals.suites import SUITES, Entry
 from openmimo.evals.task import TASKS, Example, Room, Score, Task
 from openmimo.evals.text_loss import measure, measure_last, text_windows
+from openmimo.model.audio.language_config import is_audio_folder
 from openmimo.model.config import ModelConfig
 from openmimo.model.hf import load_config
 
@@ -178,6 +179,8 @@ def run_and_print(config: EvalConfig) -> None:
 
         run_audio(config)
         return
+    if config.base_url is None and is_audio_folder(config.path):
+        raise ConfigError(f"{config.path} is an audio model; give --suite speech, or a --task of audio models.")
     if config.output is not None and not Path(config.output).absolute().parent.is_dir():
         raise ConfigError(f"EvalConfig.output is {config.output!r}, but its folder does not exist; create it first.")
     tokenizer = Tokenizer.load(config.path)

@@ -10,6 +10,7 @@ import pytest
 from openmimo.evals.audio.runner import answer_task, summarize
 from openmimo.evals.audio.task import AUDIO_TASKS, SCORE, Answer, Sound
 
+pytest.importorskip("soxr", reason="needs the extra audio")
 OPTIONS = {
     **{name: (name, {}) for name in AUDIO_TASKS.names()},
     "synthesis": ("synthesis", {"candidates": 4}),

@@ -125,7 +125,13 @@ def test_a_served_model_with_the_openai_client(engine, model):
 def test_a_suite_of_speech_is_measured_and_resumed(folder, tmp_path, capsys):
     output = tmp_path / "scores.json"
     config = EvalConfig(
-        path=str(folder), suite="speech", examples=2, run_folder=str(tmp_path / "run"), output=str(output), device="cpu"
+        path=str(folder),
+        suite="speech",
+        options={"voices": "tones"},
+        examples=2,
+        run_folder=str(tmp_path / "run"),
+        output=str(output),
+        device="cpu",
     )
     run_and_print(config)
     results = json.loads(output.read_text())["results"]
@@ -146,6 +152,7 @@ def test_audio_tasks_refuse_what_has_no_effect(folder, tmp_path):
         ({"lengths": (64,)}, "--lengths has no effect"),
         ({"options": {"voices": str(tmp_path / "none")}}, "voices is"),
         ({"path": str(tmp_path)}, "no audio model"),
+        ({"task": "needle"}, "give --suite speech"),
     ):
         with pytest.raises(UserError, match=reason):
             run_and_print(EvalConfig(**{"path": str(folder), "task": "transcription", "device": "cpu"} | options))

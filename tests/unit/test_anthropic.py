@@ -344,7 +344,9 @@ BAD = {
     "messages": {"messages": []},
     "messages[0].content": {"messages": [{"role": "user"}]},
     "messages[0].role": {"messages": [{"role": "tool", "content": "x"}]},
-    "messages[0].content[0]: this model reads text only; image": {"messages": [{"role": "user", "content": [IMAGE]}]},
+    "messages[0].content[0]: this endpoint reads text only; image": {
+        "messages": [{"role": "user", "content": [IMAGE]}]
+    },
     "messages[0].content[0].content[0]": {
         "messages": [{"role": "user", "content": [{"type": "tool_result", "tool_use_id": "1", "content": [IMAGE]}]}]
     },

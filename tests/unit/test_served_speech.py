@@ -358,6 +358,12 @@ def test_text_alone_is_answered_by_the_text_model(http):
     assert http.post("/v1/completions", json={"prompt": "a"}).status_code == 200
 
 
+@pytest.mark.filterwarnings("error")
+def test_sound_is_not_tokenized(http):
+    response = http.post("/tokenize", json={"messages": chat(part())["messages"]})
+    assert "must be text" in refusal(response)
+
+
 def test_text_models_refuse_sound_with_the_reason():
     with running(StubBackend()) as server, connect(server) as http:
         assert http.get("/v1/models").json()["data"][0]["input_modalities"] == ["text"]

@@ -8,7 +8,7 @@ import itertools
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +141,10 @@ def run_audio(config: EvalConfig) -> None:
             raise ConfigError(f"--{name} has no effect with audio tasks; leave it out.")
     if config.output is not None and not Path(config.output).absolute().parent.is_dir():
         raise ConfigError(f"EvalConfig.output is {config.output!r}, but its folder does not exist; create it first.")
-    entries = SPEECH_SUITE if config.suite == "speech" else (Entry(config.task, config.task, config.options),)
+    if config.suite == "speech":
+        entries = tuple(replace(entry, options={**entry.options, **config.options}) for entry in SPEECH_SUITE)
+    else:
+        entries = (Entry(config.task, config.task, config.options),)
     tasks = [(entry, _opened(entry, config.seed)) for entry in entries]
     model = _loaded(config)
     if config.run_folder is None:

@@ -145,5 +145,5 @@ def check_is_text(part: Any) -> None:
     kind = part.get("type") if isinstance(part, dict) else None
     if isinstance(kind, str) and (name := next((name for name in _MEDIA if name in kind), None)) is not None:
         raise PydanticCustomError(
-            "not_text", "this model reads text only; {name} input is not supported.", {"name": name}
+            "not_text", "this endpoint reads text only; {name} input is not supported.", {"name": name}
         )

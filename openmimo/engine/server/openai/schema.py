@@ -222,7 +222,8 @@ class AudioPart(LenientFields):
 
 
 def _part_tag(value: Any) -> str:
-    return "<audio>" if isinstance(value, dict) and value.get("type") == "input_audio" else "<text>"
+    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)  # a body, or its model
+    return "<audio>" if kind == "input_audio" else "<text>"
 
 
 ContentPart = Annotated[

@@ -18,10 +18,12 @@ _NUM_OTHERS = 3
 
 @dataclass(frozen=True)
 class ConversionOptions:
-    """Attributes:
-    voices: tones, or a corpus of `openmimo audio data`.
-    shots: Pairs before the last input.
-    most_seconds: Longest recording.
+    """Settings of the task.
+
+    Attributes:
+        voices: tones, or a corpus of `openmimo audio data`.
+        shots: Pairs before the last input.
+        most_seconds: Longest recording.
     """
 
     voices: str = TONES

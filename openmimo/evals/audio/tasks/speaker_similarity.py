@@ -13,10 +13,12 @@ _COMPARED = 3  # recordings of each voice with which an answer is compared
 
 @dataclass(frozen=True)
 class SpeakerOptions:
-    """Attributes:
-    voices: tones, or a corpus of `openmimo audio data` with several voices.
-    judge: spectrum (the mean spectrum), or `package.module:Class` with a method `embed(samples, sample_rate)`, such as
-        openmimo.demo.audio.judge:SpeakerJudge, the speaker encoder of Resemblyzer.
+    """Settings of the task.
+
+    Attributes:
+        voices: tones, or a corpus of `openmimo audio data` with several voices.
+        judge: spectrum (the mean spectrum), or `package.module:Class` with a method `embed(samples, sample_rate)`, as
+            openmimo.demo.audio.judge:SpeakerJudge, the speaker encoder of Resemblyzer.
     """
 
     voices: str = TONES

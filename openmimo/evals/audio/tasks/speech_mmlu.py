@@ -30,9 +30,11 @@ _NUM_OPTIONS = 4
 
 @dataclass(frozen=True)
 class SpeechMmluOptions:
-    """Attributes:
-    form: s2s, s2t, t2s or t2t: speech or text in, speech or text out.
-    voices: tones, or a corpus of `openmimo audio data`.
+    """Settings of the task.
+
+    Attributes:
+        form: s2s, s2t, t2s or t2t: speech or text in, speech or text out.
+        voices: tones, or a corpus of `openmimo audio data`.
     """
 
     form: Literal["s2s", "s2t", "t2s", "t2t"] = "s2t"

@@ -16,10 +16,12 @@ from openmimo.evals.audio.voices import TONES, open_voices
 
 @dataclass(frozen=True)
 class SynthesisOptions:
-    """Attributes:
-    voices: tones, or a corpus of `openmimo audio data`, whose held-out sentences are spoken.
-    judge: templates (the nearest of known sentences), or pocketsphinx (English recordings only).
-    candidates: Sentences among which templates chooses.
+    """Settings of the task.
+
+    Attributes:
+        voices: tones, or a corpus of `openmimo audio data`, whose held-out sentences are spoken.
+        judge: templates (the nearest of known sentences), or pocketsphinx (English recordings only).
+        candidates: Sentences among which templates chooses.
     """
 
     voices: str = TONES

@@ -9,8 +9,10 @@ from openmimo.evals.audio.voices import TONES, open_voices
 
 @dataclass(frozen=True)
 class TranscriptionOptions:
-    """Attributes:
-    voices: tones, or a corpus of `openmimo audio data`, whose held-out recordings are transcribed.
+    """Settings of the task.
+
+    Attributes:
+        voices: tones, or a corpus of `openmimo audio data`, whose held-out recordings are transcribed.
     """
 
     voices: str = TONES
