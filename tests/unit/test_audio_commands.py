@@ -71,7 +71,7 @@ def test_encode_and_decode_go_through_files(tokenizer_folder, tmp_path, monkeypa
         (("speak", "hello"), 2, "Missing from openmimo audio speak: DESTINATION"),
         (("chat", "--model", "nowhere"), 1, "nowhere"),
         (("sing",), 2, "openmimo audio has no command 'sing'"),
-        (("language", "audio_demo"), 1, "Functions: tokenizer, language, demo"),
+        (("language", "audio_demo"), 1, "Functions: tokenizer, decoder, language, demo"),
         (("data", "out", "--sounds", "nowhere"), 1, "nowhere is no folder"),
         (("data", "out", "--held-out", "2"), 1, "held_out must lie between 0 and 1"),
     ],
