@@ -102,6 +102,8 @@ PAGED_CALLS = {  # query lengths, key lengths, query heads, key/value heads, key
     "verify": ((4, 2, 16), (1300, 7, 640), 64, 4, 192, 128, None, False),
     "small dims": ((3, 1), (130, 77), 4, 2, 48, 32, 33, True),
     "no queries": ((1, 0, 2), (40, 0, 90), 8, 2, 64, 64, None, True),
+    "unaligned dims": ((1, 4), (130, 77), 8, 2, 24, 16, None, True),
+    "unaligned dims in a window": ((3, 1), (130, 77), 8, 2, 24, 16, 33, True),
 }
 
 

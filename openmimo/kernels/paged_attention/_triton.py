@@ -43,6 +43,7 @@ LOG2_E = 1.4426950408889634
 _BLOCK_KEYS = 64
 _LARGEST_PART = 2048
 _STAGES = 3
+_ALIGNED = 16  # multiples of it are known to the compiler, which then gives neighbors of a row to one thread
 _FEW_PROGRAMS, _STAGES_OF_FEW = 8, 5  # sequences times key/value heads that leave most of a device idle
 
 
@@ -149,6 +150,7 @@ def tile_of(dtype: torch.dtype, pages: Pages, num_heads: int, longest_query: int
         VALUE_DIM=V, VALUE_PAD=max(_MIN_TILE, triton.next_power_of_2(V)),
         PAGE=P, PAGES=max(1, _BLOCK_KEYS // P) if P & (P - 1) == 0 else 0, BLOCK=_BLOCK_KEYS, IS_PAIRED=is_paired,
         KEY_AXIS=0 if tile_rows < _WIDE_ROWS else 1, IN_ASSEMBLY=in_assembly(),
+        IN_QUADS=in_assembly() and all(stride % _ALIGNED == 0 for stride in keys.stride()[:3]),
         PRECISION="ieee" if dtype == torch.float32 else "tf32", num_warps=4,
         num_stages=_STAGES_OF_FEW if is_few and not is_paired else _STAGES,
         maxnreg=_registers(is_paired, tile_rows),
@@ -312,9 +314,9 @@ def query_tile(
 
 
 @triton.jit
-def _key_halves(pairs, IN_ASSEMBLY: tl.constexpr):
+def _key_halves(pairs, IN_ASSEMBLY: tl.constexpr, IN_QUADS: tl.constexpr):
     """The numbers of keys in pairs for two products: of the dims 0, 1, 4, 5, ..., or of the even dims."""
-    if IN_ASSEMBLY:
+    if IN_QUADS:
         return float8_quads(pairs)
     else:
         return float8_halves(pairs, IN_ASSEMBLY)
@@ -324,17 +326,17 @@ def _key_halves(pairs, IN_ASSEMBLY: tl.constexpr):
 def _block_logits(
     q_first, q_rest, q_first_odd, q_rest_odd, zeros, key_rows, is_key, KEY_DIM: tl.constexpr,
     FIRST_DIMS: tl.constexpr, REST_DIMS: tl.constexpr, REST_PAD: tl.constexpr, IS_PAIRED: tl.constexpr,
-    KEY_AXIS: tl.constexpr, IN_ASSEMBLY: tl.constexpr, PRECISION: tl.constexpr,
+    KEY_AXIS: tl.constexpr, IN_ASSEMBLY: tl.constexpr, IN_QUADS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Products of the queries and the keys of a block."""
     rest = FIRST_DIMS + tl.arange(0, REST_PAD)
     k = _load_rows(key_rows, is_key, tl.arange(0, FIRST_DIMS), KEY_DIM)
     if IS_PAIRED:
-        even, odd = _key_halves(k, IN_ASSEMBLY)
+        even, odd = _key_halves(k, IN_ASSEMBLY, IN_QUADS)
         logits = _logits(q_first, even, zeros, KEY_AXIS, PRECISION)
         logits = _logits(q_first_odd, odd, logits, KEY_AXIS, PRECISION)
         if REST_DIMS > 0:
-            even, odd = _key_halves(_load_rows(key_rows, is_key, rest, KEY_DIM), IN_ASSEMBLY)
+            even, odd = _key_halves(_load_rows(key_rows, is_key, rest, KEY_DIM), IN_ASSEMBLY, IN_QUADS)
             logits = _logits(q_rest, even, logits, KEY_AXIS, PRECISION)
             logits = _logits(q_rest_odd, odd, logits, KEY_AXIS, PRECISION)
     else:
@@ -351,7 +353,8 @@ def walk(
     stride_kx, stride_kp, stride_vx, stride_vp, KEY_DIM: tl.constexpr, FIRST_DIMS: tl.constexpr,
     REST_DIMS: tl.constexpr, REST_PAD: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr,
     PAGE: tl.constexpr, PAGES: tl.constexpr, BLOCK: tl.constexpr, TILE_ROWS: tl.constexpr, HAS_WINDOW: tl.constexpr,
-    IS_PAIRED: tl.constexpr, KEY_AXIS: tl.constexpr, IN_ASSEMBLY: tl.constexpr, PRECISION: tl.constexpr,
+    IS_PAIRED: tl.constexpr, KEY_AXIS: tl.constexpr, IN_ASSEMBLY: tl.constexpr, IN_QUADS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The maximum, the sum, and the weighted values [rows, dims] of a tile over the keys from `start` to `stop`."""
     own_row, factor = tl.expand_dims(own_row, KEY_AXIS), tl.expand_dims(factor, KEY_AXIS)
@@ -372,7 +375,7 @@ def walk(
         slot = position % PAGE if PAGES == 0 else position & (PAGE - 1)
         logits = _block_logits(
             q_first, q_rest, q_first_odd, q_rest_odd, zeros, (keys + key_offset + slot * stride_kp)[:, None], is_key,
-            KEY_DIM, FIRST_DIMS, REST_DIMS, REST_PAD, IS_PAIRED, KEY_AXIS, IN_ASSEMBLY, PRECISION,
+            KEY_DIM, FIRST_DIMS, REST_DIMS, REST_PAD, IS_PAIRED, KEY_AXIS, IN_ASSEMBLY, IN_QUADS, PRECISION,
         )  # fmt: skip
         own_key = tl.expand_dims(position, 1 - KEY_AXIS)
         is_seen = tl.expand_dims(is_key, 1 - KEY_AXIS) & (own_key <= own_row)
@@ -430,6 +433,7 @@ def _attend_part(
     PAGES: tl.constexpr, BLOCK: tl.constexpr, TILE_ROWS: tl.constexpr, ROW_TILES: tl.constexpr,
     SEQUENCES: tl.constexpr, LARGEST_PART: tl.constexpr, HAS_SINK: tl.constexpr, HAS_WINDOW: tl.constexpr,
     IS_COMBINED: tl.constexpr, IS_PAIRED: tl.constexpr, KEY_AXIS: tl.constexpr, IN_ASSEMBLY: tl.constexpr,
+    IN_QUADS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     group, row_tile = tl.program_id(0) // ROW_TILES, tl.program_id(0) % ROW_TILES
@@ -450,13 +454,13 @@ def _attend_part(
         q_rows = q + (first_query + query).to(tl.int64)[:, None] * stride_qt + head[:, None] * stride_qn
         q_first, q_rest, q_first_odd, q_rest_odd, factor = query_tile(
             q_rows, q_rows, q_rows, is_row, scale, KEY_DIM, FIRST_DIMS, REST_DIMS, REST_PAD, TILE_ROWS, 0, IS_PAIRED,
-            IN_ASSEMBLY, q.dtype.element_ty,
+            IN_QUADS, q.dtype.element_ty,
         )  # fmt: skip
         largest, total, sum_values = walk(
             q_first, q_rest, q_first_odd, q_rest_odd, factor, num_keys - num_queries + query,
             keys + group * stride_kg, values + group * stride_vg, tables + b * stride_tb, start, stop, lowest, window,
             stride_kx, stride_kp, stride_vx, stride_vp, KEY_DIM, FIRST_DIMS, REST_DIMS, REST_PAD, VALUE_DIM, VALUE_PAD,
-            PAGE, PAGES, BLOCK, TILE_ROWS, HAS_WINDOW, IS_PAIRED, KEY_AXIS, IN_ASSEMBLY, PRECISION,
+            PAGE, PAGES, BLOCK, TILE_ROWS, HAS_WINDOW, IS_PAIRED, KEY_AXIS, IN_ASSEMBLY, IN_QUADS, PRECISION,
         )  # fmt: skip
         DIMS: tl.constexpr = VALUE_PAD * 2 if IS_PAIRED else VALUE_PAD
         NUM_DIMS: tl.constexpr = VALUE_DIM * 2 if IS_PAIRED else VALUE_DIM

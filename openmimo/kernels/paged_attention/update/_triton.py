@@ -111,7 +111,7 @@ def _update_window(
     V_PAD: tl.constexpr, HALF: tl.constexpr, SATURATES: tl.constexpr, KEY_DIM: tl.constexpr, FIRST_DIMS: tl.constexpr,
     REST_DIMS: tl.constexpr, REST_PAD: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr,
     PAGE: tl.constexpr, PAGES: tl.constexpr, BLOCK: tl.constexpr, IS_PAIRED: tl.constexpr, KEY_AXIS: tl.constexpr,
-    IN_ASSEMBLY: tl.constexpr, PRECISION: tl.constexpr,
+    IN_ASSEMBLY: tl.constexpr, IN_QUADS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     group, row_tile = tl.program_id(0) // ROW_TILES, tl.program_id(0) % ROW_TILES
     b = tl.program_id(1)
@@ -145,7 +145,7 @@ def _update_window(
         tables_R = (q_token * stride_table)[:, None]
         q_first, q_rest, q_first_odd, q_rest_odd, factor = query_tile(
             joined + (q_token * stride_t + head * K)[:, None], cos + tables_R, sin + tables_R, is_row, scale, KEY_DIM,
-            FIRST_DIMS, REST_DIMS, REST_PAD, TILE_ROWS, HALF, IS_PAIRED, IN_ASSEMBLY,
+            FIRST_DIMS, REST_DIMS, REST_PAD, TILE_ROWS, HALF, IS_PAIRED, IN_QUADS,
             joined.dtype.element_ty,
         )  # fmt: skip
         largest, total, sum_values = walk(
@@ -153,7 +153,7 @@ def _update_window(
             keys + group * stride_kg, values + group * stride_vg, tables + b * stride_tb, lowest // BLOCK * BLOCK,
             num_keys, lowest, window, stride_kx, stride_kp, stride_vx, stride_vp, KEY_DIM, FIRST_DIMS, REST_DIMS,
             REST_PAD, VALUE_DIM, VALUE_PAD, PAGE, PAGES, BLOCK, TILE_ROWS, True, IS_PAIRED, KEY_AXIS, IN_ASSEMBLY,
-            PRECISION,
+            IN_QUADS, PRECISION,
         )  # fmt: skip
         DIMS: tl.constexpr = VALUE_PAD * 2 if IS_PAIRED else VALUE_PAD
         store_result(out, sink, largest, total, sum_values, q_token, head, is_row, num_heads, V, DIMS, HAS_SINK)
