@@ -108,6 +108,19 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
     assert len(evaluation["validation/mel_by_codebooks"]) == len(evaluation["validation/perplexity"]) == 3
 
 
+def test_without_weights_of_the_discriminators_none_are_trained(tmp_path):
+    first, second = run_config(tmp_path).stages
+    second = replace(second, weights=LossWeights(adversarial=0.0, feature_matching=0.0))
+    trainer = open_trainer(run_config(tmp_path, stages=(first, second)))
+    before = {name: tensor.clone() for name, tensor in trainer.modules.state_dict().items()}
+    trainer.run()
+    after = trainer.modules.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in after if name.startswith("discriminators."))
+    assert not torch.equal(before["tokenizer.decoder.vocoder.head.out.weight"],
+                           after["tokenizer.decoder.vocoder.head.out.weight"])  # fmt: skip
+    assert "loss/adversarial" not in losses_of(trainer)[-1]
+
+
 def test_the_second_stage_trains_the_decoder_only(tmp_path):
     trainer = open_trainer(run_config(tmp_path))
     trainer.run(stop_after_step=4)
