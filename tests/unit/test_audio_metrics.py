@@ -52,6 +52,14 @@ def test_silence_is_cut_except_around_speech():
     assert np.isclose((cut**2).sum(), (speech**2).sum())
 
 
+@pytest.mark.parametrize("seconds", [0.0, 1e-4, 0.1, 0.2])
+def test_short_and_silent_recordings_are_embedded(seconds):
+    speech = np.sin(np.arange(int(16_000 * seconds)) / 10).astype(np.float32)
+    assert len(_without_silence(speech)) <= len(speech)
+    for samples in (speech, 0 * speech):
+        assert _judge().embed(samples, 16_000).shape == (256,)
+
+
 def test_the_judge_needs_the_weights_of_its_package(tmp_path):
     torch.save({"model_state": {"linear.weight": torch.zeros(2)}}, tmp_path / "other.pt")
     with pytest.raises(UserError, match="does not have the weights of Resemblyzer"):

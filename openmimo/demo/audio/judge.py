@@ -98,7 +98,7 @@ def _window_starts(samples: int) -> list[int]:
 
 
 def _amplified(samples_S: np.ndarray) -> np.ndarray:
-    level = float(np.sqrt(np.mean(samples_S**2)))
+    level = float(np.sqrt(np.sum(samples_S**2) / max(1, len(samples_S))))
     return samples_S * np.float32(_LEVEL / level) if 0 < level < _LEVEL else samples_S
 
 
@@ -110,7 +110,7 @@ def _without_silence(samples_S: np.ndarray, *, decibels: float = -35.0) -> np.nd
         return samples_S
     levels = np.sqrt(np.mean(samples_S[: count * window].reshape(count, window) ** 2, axis=1))
     loud = levels > levels.max() * 10 ** (decibels / 20)
-    near = np.convolve(loud, np.ones(7), "same") > 0
+    near = np.convolve(loud, np.ones(7))[3:-3] > 0
     return samples_S[: count * window][np.repeat(near, window)]
 
 

@@ -13,6 +13,7 @@ from openmimo.data.audio.files import SAMPLE_RATE, read_audio, write_audio
 from openmimo.demo.audio.judge import SpeakerJudge
 from openmimo.demo.audio.metrics import chance_error_rate, error_rate, si_sdr, stoi
 from openmimo.engine.audio.engine import AudioEngine, AudioParams
+from openmimo.model.audio.mel import LogMel
 from openmimo.model.audio.quantizer import perplexity
 from openmimo.model.audio.tokenizer import AudioTokenizer, load_audio_tokenizer
 from openmimo.model.hf import CODEC_FOLDER
@@ -93,8 +94,11 @@ def _mel_distance(tokenizer: AudioTokenizer, decoded_S: np.ndarray, samples_S: n
 
 @torch.no_grad()
 def log_mel(tokenizer: AudioTokenizer, samples_S: np.ndarray) -> torch.Tensor:
-    """Returns the log-mel spectrogram [frames, bands] that the tokenizer's encoder reads."""
-    return tokenizer.log_mel(torch.from_numpy(samples_S)[None])[0]
+    """Returns the log-mel spectrogram [frames, bands] of the released tokenizer, without an offset or scale."""
+    transform = LogMel(
+        sample_rate=tokenizer.config.sample_rate, fft_samples=960, window_samples=960, hop_samples=240, mel_bins=128
+    )
+    return transform(torch.from_numpy(samples_S)[None])[0]
 
 
 def _perplexities(tokenizer: AudioTokenizer, waveforms: Sequence[np.ndarray]) -> list[float]:

@@ -353,7 +353,8 @@ class Trainer:
         """Return mel distances by codebooks, codebook perplexities and the text loss, of held-out segments."""
         self.modules.eval()
         tokenizer = self.tokenizer
-        segments = fixed_segments(self.held_out, self.config.evaluation_clips, self.samples_of(phase))
+        samples = self.samples_of(self.config.stages[0])  # the same segments in all stages
+        segments = fixed_segments(self.held_out, self.config.evaluation_clips, samples)
         waveform_BS = segments.waveform_BS.to(self.device)
         states_BFD = tokenizer.encoder(self._mel(waveform_BS))
         ids_TQ = tokenizer.encoder.quantizer.encode(states_BFD.flatten(0, 1))
