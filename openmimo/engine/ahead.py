@@ -204,12 +204,13 @@ class AheadWorker:
         self._captured_from: tuple[int, ...] = ()
 
     def reserve(self) -> int:
-        """Makes room for the rows and states of all seats and one more. Returns the last seat, which no text has."""
+        """Makes room for rows, states and parameters of all seats and one more. Returns the last seat, of no text."""
         num_seats = len(self._worker.states_memory(self._arena.num_seats + 1)) // self._ring_positions
         if len(self._rows_XM) < num_seats:
             grown_XM = self._rows_XM.new_zeros(num_seats, self._rows_XM.shape[1])
             grown_XM[: len(self._rows_XM)] = self._rows_XM
             self._rows_XM = grown_XM
+        self._worker.sampling.reserve(num_seats)
         return num_seats - 1
 
     @torch.inference_mode()

@@ -208,6 +208,13 @@ class SamplingTable:
         self._changes: dict[int, SeatChange] = {}
         self._counts = _TokenCounts(vocab_size, device)
 
+    def reserve(self, num_seats: int) -> None:
+        """Makes room for this many seats. The numbers of a seat without a request are zero."""
+        if num_seats > self._numbers_5X.shape[1]:
+            grown_5X = self._numbers_5X.new_zeros(_NUMBERS, 2 * num_seats)
+            grown_5X[:, : self._numbers_5X.shape[1]] = self._numbers_5X
+            self._numbers_5X = grown_5X
+
     def update(self, sampling: SamplingInput) -> None:
         """Writes the parameters of admitted requests, and counts the tokens that texts with penalties gained."""
         for admitted in sampling.admitted:
@@ -288,10 +295,7 @@ class SamplingTable:
     def _admit(self, admitted: SeatSampling) -> None:
         seat, change = admitted.seat, admitted.change
         device = self._numbers_5X.device
-        if seat >= self._numbers_5X.shape[1]:
-            grown_5X = self._numbers_5X.new_zeros(_NUMBERS, 2 * seat)
-            grown_5X[:, : self._numbers_5X.shape[1]] = self._numbers_5X
-            self._numbers_5X = grown_5X
+        self.reserve(seat + 1)
         self._numbers_5X[:, seat] = uploaded(admitted.numbers, torch.float64, device)
         self._changes.pop(seat, None)
         self._counts.end(seat)

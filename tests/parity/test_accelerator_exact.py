@@ -233,8 +233,8 @@ def test_new_weights_with_drafts_are_read_by_graphs(device, weights):
     assert [one.drafted for one in after] == [one.drafted for one in expected]
     assert [one.token_ids for one in after] != [one.token_ids for one in before]
     graphs = engine._runner.worker.graphs
-    assert graphs is not None and fresh._runner.worker.graphs is not None
-    assert len(graphs._ahead_replays) > 0
+    assert (graphs is not None) == (fresh._runner.worker.graphs is not None) == (weights == "plain")
+    assert graphs is None or len(graphs._ahead_replays) > 0  # block-scaled weights are captured with tokens of 16 bits
 
 
 @pytest.mark.parametrize("options", [{"logprobs": True}, {"top_logprobs": 5}, {"structure": FORM}], ids=str)

@@ -173,3 +173,19 @@ def test_weights_change_while_a_step_is_on_its_way():
     assert states[1].finish_reason == "abort"
     versions = list(states[0].policy_versions)
     assert versions == [0] * (known - 30) + [3] * (70 - known) and 0 < known - 30 < 40
+
+
+def test_padding_has_sampling_parameters_where_texts_have_all_others():
+    """64 texts fill the first parameters. An accelerator also reads those of the seat of padding, which are zero."""
+    engine = Engine(NOISY, config=EngineConfig(max_sequences=64, **settings(cache_gigabytes=0.02)))
+    for number in range(64):
+        params = SamplingParams(max_tokens=4, temperature=0.5, ignore_eos=True, seed=number)
+        engine.submit(Request(str(number), ids(9, number), params))
+    while engine.num_running < 64:
+        engine.step()
+    engine.step()
+    worker = engine._runner._ahead_worker
+    spare_seat = worker.reserve()
+    assert spare_seat >= 64
+    assert not worker._worker.sampling.numbers(torch.tensor([spare_seat])).any()
+    assert worker._worker.sampling.numbers(torch.arange(64))[0].all()
