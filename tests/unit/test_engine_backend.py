@@ -113,7 +113,7 @@ def test_an_engine_that_dies_tells_its_clients_and_its_health(engine, monkeypatc
 
 
 def test_heads_that_are_right_by_chance_are_reported_once():
-    stats = EngineStats(offered=[0], accepted=[0])
+    stats = EngineStats.of_heads(1)
     with pytest.warns(UserWarning, match="no more than by chance"):
         for step in range(1000):
             stats.count_drafts(1, int(step % 100 == 0))
@@ -121,7 +121,7 @@ def test_heads_that_are_right_by_chance_are_reported_once():
         warnings.simplefilter("error")
         for _ in range(2000):
             stats.count_drafts(1, 0)
-    good = EngineStats(offered=[0], accepted=[0])
+    good = EngineStats.of_heads(1)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for step in range(3000):

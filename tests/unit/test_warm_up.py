@@ -79,9 +79,12 @@ def test_graphs_are_captured_first_if_there_are_any_unless_declined(
 def test_a_warm_up_teaches_nothing_about_drafts(llm):
     """Its texts are no language, so no head predicts them."""
     run_captured_sizes(llm.engine)
-    assert llm.engine._runner._draft_length.choose(1) < llm.num_drafts
+    learned = llm.engine._runner._draft_policy
+    assert learned.chances([0], [0])[0, 0] < 0.9
     warm_up(llm.engine, llm.tokenizer)
-    assert llm.engine._runner._draft_length.choose(1) == llm.num_drafts
+    forgotten = llm.engine._runner._draft_policy
+    assert forgotten is not learned
+    assert forgotten.chances([0], [0])[0, 0] > learned.chances([0], [0])[0, 0]
 
 
 def test_a_step_on_an_accelerator_reads_the_first_prompt_and_the_shortest():
