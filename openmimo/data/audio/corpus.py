@@ -230,9 +230,9 @@ def _write_clips(
 
 
 def _text_of(path: Path, name: str, sounds: _Sounds) -> str | None:
-    beside = path.with_suffix(".txt")
-    if name not in sounds.texts and beside.is_file():
-        return " ".join(read_text(beside, DataError).split()) or None
+    words_file = path.with_suffix(".txt")
+    if name not in sounds.texts and words_file.is_file():
+        return " ".join(read_text(words_file, DataError).split()) or None
     return sounds.texts.get(name)
 
 

@@ -35,7 +35,7 @@ from openmimo.kernels.weights import BlockScaled, Weight
 _TILE_VISITS = 16
 _MAX_UNLISTED_VISITS = 64
 _STAGES = 4
-_LONG_TILES = ((8, 32), (24, 64))  # above so many visits of an expert on average: visits of a tile
+_LONG_TILES = ((8, 32), (24, 64))  # mean visits of an expert, and visits of a tile above that mean
 _LONG_STAGES = 3
 _LISTED_AT_ONCE = 2048
 
