@@ -92,7 +92,7 @@ def _overview() -> str:
             "usage: openmimo audio COMMAND [ARGUMENTS]\n",
             *lines,
             "",
-            "A model of your own, in about twelve minutes of processor time:   openmimo audio demo",
+            "A model of your own, in about eleven minutes on two cores:   openmimo audio demo",
             f"encode and decode then use {DEMO_TOKENIZER}, the other commands {DEMO_MODEL}:",
             "  openmimo audio transcribe hello.wav",
             '  openmimo audio speak "extension four two is activated" reply.wav',

@@ -26,9 +26,9 @@ from openmimo.train.audio.run import train_audio
 from openmimo.train.audio.tokenizer.run import train_tokenizer
 from openmimo.train.config import check_path
 
-REFERENCE_MACHINE = "2 cores of an AMD EPYC (family 25), shared with a dozen other processes, 2026-11-28"
+REFERENCE_MACHINE = "2 cores of an AMD EPYC (family 25), otherwise nearly idle, 2026-11-28"
 REFERENCE_SECONDS = {
-    "data": 67, "tokenizer": 629, "decoder": 832, "quality": 80, "language": 551, "hearing": 12, "speech": 58,
+    "data": 9, "tokenizer": 156, "decoder": 184, "quality": 16, "language": 259, "hearing": 3, "speech": 14,
 }  # fmt: skip
 
 

@@ -25,7 +25,7 @@ def write_report(run_folder: Path, tokenizer: AudioTokenizer, held_out: Sequence
         held_out: Clips for the spectrograms.
     """
     rows = read_metrics(run_folder / "metrics.jsonl")
-    report = Report(f"Audio tokenizer {run_folder.name}")
+    report = Report(f"Audio tokenizer of {run_folder}")
     report.figure(_losses(rows), "losses by step")
     evaluations = [row for row in rows if "validation/mel_by_codebooks" in row]
     if evaluations:
