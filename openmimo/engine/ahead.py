@@ -192,10 +192,12 @@ class AheadWorker:
         worker: The worker.
         arena: Its cache.
         num_drafts: Heads that may draft.
+        max_sequences: Limit of the engine. There is room for these seats from the start, because graphs are dropped when
+            memory grows that they read.
     """
 
-    def __init__(self, worker: Worker, arena: PageArena, *, num_drafts: int):
-        self._worker, self._arena = worker, arena
+    def __init__(self, worker: Worker, arena: PageArena, *, num_drafts: int, max_sequences: int):
+        self._worker, self._arena, self._max_sequences = worker, arena, max_sequences
         self._model, self._device = worker.model, worker.model.device
         self._num_drafts, self._ring_positions = num_drafts, worker.ring_positions
         self._first_token = ROW_HEADS + num_drafts
@@ -205,7 +207,8 @@ class AheadWorker:
 
     def reserve(self) -> int:
         """Makes room for rows, states and parameters of all seats and one more. Returns the last seat, of no text."""
-        num_seats = len(self._worker.states_memory(self._arena.num_seats + 1)) // self._ring_positions
+        least = max(self._arena.num_seats, self._max_sequences) + 1
+        num_seats = len(self._worker.states_memory(least)) // self._ring_positions
         if len(self._rows_XM) < num_seats:
             grown_XM = self._rows_XM.new_zeros(num_seats, self._rows_XM.shape[1])
             grown_XM[: len(self._rows_XM)] = self._rows_XM
@@ -233,7 +236,10 @@ class AheadWorker:
         graphs = self._worker.graphs
         assert graphs is not None
         states_XD = self._worker.states_memory(0)
-        memory = (self._rows_XM.data_ptr(), states_XD.data_ptr(), self._worker.sampling.address)
+        memory = (
+            *(len(self._rows_XM), self._rows_XM.data_ptr(), len(states_XD), states_XD.data_ptr()),
+            self._worker.sampling.address,
+        )
         if memory != self._captured_from:  # a graph reads from the addresses of its capture
             graphs.forget_ahead()
             self._captured_from = memory

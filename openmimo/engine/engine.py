@@ -204,6 +204,8 @@ class Engine:
             return settled
         sequence.finish("abort")
         self._retire(sequence)
+        if not self._sequences:
+            self._flight = None  # its results are of no use, and the time until it is read says nothing
         return sequence
 
     def step(self) -> list[RequestState]:

@@ -230,7 +230,9 @@ class Runner:
 
     def _start_ahead(self, arena: PageArena, buffers: StepBuffers, num_drafts: int) -> None:
         """Loads what plans steps with drafts ahead."""
-        self._ahead_worker = load_object("openmimo.engine.ahead:AheadWorker")(self.worker, arena, num_drafts=num_drafts)
+        self._ahead_worker = load_object("openmimo.engine.ahead:AheadWorker")(
+            self.worker, arena, num_drafts=num_drafts, max_sequences=self._max_sequences
+        )
         self._ahead_planner = load_object("openmimo.engine.ahead:AheadPlanner")(
             buffers,
             num_drafts=num_drafts,
@@ -493,7 +495,7 @@ class Runner:
             spans,
             tokens,
             sampling=self._sampling_input(self._decode_buffers, sequences, num_drafts, drafts),
-            decided_place=0,
+            decided_place=None if self._drafting else 0,  # with drafts, the engine reads the results of this step first
             drafting=drafting,
             draft_rows_BK=draft_rows_BK,
             shape=self._graph_shape(sequences, spans, 1 + num_columns),
@@ -666,7 +668,7 @@ class Runner:
         tokens: list[int],
         *,
         sampling: SamplingInput | None,
-        decided_place: int,
+        decided_place: int | None,
         drafting: DraftInput | None = None,
         prompt_heads: tuple[HeadInput, ...] = (),
         decided_rows_R: torch.Tensor | None = None,

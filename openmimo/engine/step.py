@@ -428,7 +428,7 @@ def ahead_shapes(
     num_tokens = -(-(len(limits) + sum(limits)) // sequences) * sequences
     main = PassShape(sequences, num_tokens, 1 + num_heads, positions)
     heads = PassShape(sequences, sequences * rows, rows, positions)
-    fits = main.num_tokens <= _MAX_PADDED_TOKENS and heads.num_tokens <= _MAX_DRAFTING_TOKENS
+    fits = main.num_tokens <= _MAX_PADDED_TOKENS and (num_heads == 0 or heads.num_tokens <= _MAX_DRAFTING_TOKENS)
     return AheadShapes(main, heads, fits)
 
 

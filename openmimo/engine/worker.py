@@ -517,6 +517,7 @@ class Worker:
             tokens_R = decide(logits_RV, step.sampling, table, tokens_T, likeliest_R)
             if step.decided_place is not None:
                 kept_R = self._decided_X[step.decided_place : step.decided_place + tokens_R.shape[0]]
+                assert len(kept_R) == len(tokens_R), "graphs read this memory, so it cannot grow"
                 torch.clamp(tokens_R, min=0, out=kept_R)  # the next step runs also if no token could be decided
             if step.sampling.logprob_seats_R is not None:
                 logprobs_R, top_ids_RV, top_logprobs_RV = decided_logprobs(logits_RV, tokens_R, step.sampling, table)

@@ -149,7 +149,8 @@ class CapturedGraphs:
         graph = torch.cuda.CUDAGraph()
         torch.cuda.empty_cache()  # as the capture would, so that the difference is its own memory
         before = torch.cuda.memory_reserved(self._device)
-        with torch.cuda.graph(graph, pool=self._pool, stream=stream):
+        # Only calls of this thread are checked: another one may work with another model on the device.
+        with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
             result = function()
         self.num_bytes += torch.cuda.memory_reserved(self._device) - before
 

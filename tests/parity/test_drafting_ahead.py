@@ -16,6 +16,7 @@ from openmimo.engine.ahead import AheadWorker
 from openmimo.engine.config import EngineConfig
 from openmimo.engine.engine import Engine
 from openmimo.engine.runner import Runner
+from openmimo.engine.step import ahead_shapes
 
 KINDS = [
     {"temperature": 0.0},
@@ -189,3 +190,37 @@ def test_padding_has_sampling_parameters_where_texts_have_all_others():
     assert spare_seat >= 64
     assert not worker._worker.sampling.numbers(torch.tensor([spare_seat])).any()
     assert worker._worker.sampling.numbers(torch.arange(64))[0].all()
+
+
+def test_the_memory_that_graphs_read_does_not_move_when_a_step_is_held_back():
+    """A step with a bias is verified by the host, and has more rows than an engine without drafts decides tokens."""
+    engine = Engine(NOISY, config=EngineConfig(max_sequences=4, **settings()))
+    address = engine._runner.worker._decided_X.data_ptr()
+    for number in range(4):
+        bias = {"logit_bias": {3: 1.0}} if number == 0 else {}
+        params = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True, **bias)
+        engine.submit(Request(str(number), ids(9, number), params))
+    while engine.has_work:
+        engine.step()
+    assert engine._runner.worker._decided_X.data_ptr() == address
+
+
+def test_an_abort_of_the_last_text_drops_the_step_on_its_way():
+    engine = Engine(NOISY, config=EngineConfig(**settings()))
+    engine.submit(Request("1", ids(9, 0), LONG))
+    for _ in range(4):
+        engine.step()
+    assert engine._flight is not None
+    engine.abort("1")
+    assert engine._flight is None and not engine.has_work and engine.arena.num_used == 0
+
+
+def test_plain_steps_are_captured_in_large_batches():
+    shapes = {
+        (sequences, drafts): ahead_shapes(
+            [drafts] * sequences, drafts, 100, num_drafts=3, max_sequences=256, max_positions=4096
+        ).is_captured
+        for sequences in (64, 65, 256)
+        for drafts in (0, 3)
+    }
+    assert shapes == {(64, 0): True, (65, 0): True, (256, 0): True, (64, 3): True, (65, 3): False, (256, 3): False}

@@ -5,6 +5,7 @@ The first SIGTERM or Ctrl-C drains the server. A second one aborts the requests 
 
 import asyncio
 import gc
+import itertools
 import socket
 import time
 from pathlib import Path
@@ -224,11 +225,12 @@ def run_captured_sizes(engine: Engine) -> None:
     Graphs of texts beyond 2,048 positions are captured at their first use.
     """
     greatest, _ = engine.config.prompt_tokens(on_cpu=False)
-    for length in _TEXT_LENGTHS:
-        for count in captured_batches(engine.config.max_sequences):
+    for length, temperature in itertools.product(_TEXT_LENGTHS, (0.0, 1.0) if engine.num_drafts else (1.0,)):
+        for count in reversed(captured_batches(engine.config.max_sequences)):
             # A step reads up to 16 prompts. The first texts go on until the last prompt is read. The prompts are equal,
             # so that most of them come from the cache.
-            _run_batch(engine, [range(length)] * count, num_tokens=_WARM_UP_TOKENS + count // 4)
+            num_tokens = _WARM_UP_TOKENS + count // 4
+            _run_batch(engine, [range(length)] * count, num_tokens=num_tokens, temperature=temperature)
     for size in captured_prompt_tokens(greatest):
         engine.forget_cached()
         _run_batch(engine, [range(first, first + size // PROMPTS) for first in range(PROMPTS)], num_tokens=1)
@@ -236,10 +238,10 @@ def run_captured_sizes(engine: Engine) -> None:
         _run_batch(engine, [range(size)], num_tokens=1)
 
 
-def _run_batch(engine: Engine, prompts: list[range], *, num_tokens: int) -> None:
+def _run_batch(engine: Engine, prompts: list[range], *, num_tokens: int, temperature: float = 1.0) -> None:
     """Run texts after these prompts at once. Leaves out those that can never run."""
     vocab_size = engine.model.config.vocab_size
-    params = SamplingParams(max_tokens=num_tokens, ignore_eos=True, top_p=0.9, logprobs=True)
+    params = SamplingParams(max_tokens=num_tokens, ignore_eos=True, temperature=temperature, top_p=0.9, logprobs=True)
     for number, prompt in enumerate(prompts):
         request = Request(f"warm-up {number}", tuple(token % vocab_size for token in prompt), params)
         try:

@@ -101,6 +101,9 @@ class AudioTrainConfig(TrainConfig):
             raise ConfigError("audio models are trained by one process; leave parallel out.")
         unused = {
             "expert_trace": self.expert_trace,
+            "expert_step": self.expert_step.is_used,
+            "z_weight": self.z_weight > 0,
+            "balance_over": self.balance_over != "sequence",
             "loader_workers": self.loader_workers,
             "tokenizer.train_megabytes": self.tokenizer.train_megabytes != TokenizerConfig.train_megabytes,
         }

@@ -43,7 +43,8 @@ def run(
     joined, N, G, K, V, cos, sin, value_scale = fresh
     keys, values, tables = pages
     assert score_block is None and cos is not None and sin is not None, "refused"
-    T, sink_N, tables = joined.shape[0], float32_sink(sink_N), tables.contiguous()
+    T, sink_N = joined.shape[0], float32_sink(sink_N)
+    tables = tables if tables.stride(1) == 1 else tables.contiguous()
     assert query_lengths_B.is_contiguous() and key_lengths_B.is_contiguous()
     assert page_T.is_contiguous() and slot_T.is_contiguous()
     out_TNV = joined.new_empty(T, N, V)
