@@ -192,8 +192,8 @@ class AheadWorker:
         worker: The worker.
         arena: Its cache.
         num_drafts: Heads that may draft.
-        max_sequences: Limit of the engine. There is room for these seats from the start, because graphs are dropped when
-            memory grows that they read.
+        max_sequences: Limit of the engine. There is room for these seats from the start, because memory that grows
+            costs the graphs that read it.
     """
 
     def __init__(self, worker: Worker, arena: PageArena, *, num_drafts: int, max_sequences: int):

@@ -301,5 +301,6 @@ def test_phases_without_sense_are_refused(data):
         replace(stage, mixture=MixtureConfig((SourceConfig("python_stdlib"),)))
     with pytest.raises(ConfigError, match="no MTP heads"):
         replace(stage, mtp_weight=0.1)
-    with pytest.raises(ConfigError, match="loader_workers has no effect"):
-        replace(run_config(data, "unused"), loader_workers=2)
+    for changes in ({"loader_workers": 2}, {"z_weight": 1e-3}, {"balance_over": "batch"}):
+        with pytest.raises(ConfigError, match=f"{next(iter(changes))} has no effect"):
+            replace(run_config(data, "unused"), **changes)
