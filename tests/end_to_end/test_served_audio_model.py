@@ -73,6 +73,16 @@ def test_the_model_answers_as_its_engine_does(engine, model):
     assert (text or len(waveform)) and reason in ("stop", "length")
 
 
+def test_a_chat_has_the_recording_of_its_voice(model):
+    """Zero temperatures: only the recording can make the replies differ."""
+    sampling = SpeechSampling(12, audio_temperature=0.0, seed=3)
+    turns = (SpeechMessage("system", ("be kind",)), SpeechMessage("user", ("hello",)))
+    works = [ChatWork(turns, "interleaved", voice=voice) for voice in ("ann", None)]
+    voiced, plain = (collected(model.events(work, sampling)) for work in works)
+    assert voiced[0] != plain[0] or not np.array_equal(voiced[1], plain[1])
+    assert model.prompt_counts(works[0])[1] == 7 and model.prompt_counts(works[1])[1] == 0
+
+
 @pytest.mark.slow
 def test_prompts_are_counted_and_long_ones_refused(engine, model):
     work = TranscribeWork(Clip(SOUND, 24_000))

@@ -252,12 +252,16 @@ class AudioEngine:
         return generation.events(min(params.max_tokens, most - len(prompt)))
 
 
+def voice_turn(voice: Any) -> dict[str, Any]:
+    """Return the message that gives the voice of the replies; `voice` is audio in the form that `codes_of` reads."""
+    return {"role": "system", "content": [{"type": "text", "text": VOICE}, {"type": "audio", "audio": voice}]}
+
+
 def speech_request(text: str, instruction: str | None, voice: Any) -> list[dict[str, Any]]:
     """Return the messages that ask for speech; `voice` is audio in the form that `codes_of` reads, or None."""
     messages: list[dict[str, Any]] = []
     if voice is not None:
-        content = [{"type": "text", "text": VOICE}, {"type": "audio", "audio": voice}]
-        messages.append({"role": "system", "content": content})
+        messages.append(voice_turn(voice))
     elif instruction is not None:
         messages.append({"role": "system", "content": STYLE})
     style = "" if instruction is None else f"({instruction})"

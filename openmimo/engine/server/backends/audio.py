@@ -11,7 +11,7 @@ import numpy as np
 from openmimo.core.errors import UserError
 from openmimo.data.audio.corpus import TRANSCRIBE
 from openmimo.data.audio.files import read_audio
-from openmimo.engine.audio.engine import AudioEngine, AudioEvent, AudioParams
+from openmimo.engine.audio.engine import AudioEngine, AudioEvent, AudioParams, voice_turn
 from openmimo.engine.server.backends.speech import (
     ChatWork,
     Clip,
@@ -60,7 +60,9 @@ class AudioModel:
 
     def prompt_counts(self, work: SpeechWork) -> tuple[int, int]:
         """As `SpeechModel.prompt_counts`."""
-        num_patches = math.ceil(seconds_of(work) * self.sample_rate / self._patch_samples)
+        voice = self._voice(work)
+        num_samples = seconds_of(work) * self.sample_rate + (0 if voice is None else len(voice))
+        num_patches = math.ceil(num_samples / self._patch_samples)
         return len(self._engine.tokenizer.encode(_text_of(work))), num_patches
 
     def events(self, work: SpeechWork, sampling: SpeechSampling) -> Iterator[SpeechEvent]:
@@ -69,15 +71,24 @@ class AudioModel:
             case TranscribeWork():
                 yield from self._transcription(work.clip, _params(sampling))
             case SpeakWork():
-                voice = None if work.voice is None else self._recordings[work.voice]
                 params = replace(_params(sampling), output="audio")
-                for waveform in self._engine.speak(work.text, work.instruction, voice, params=params):
+                for waveform in self._engine.speak(work.text, work.instruction, self._voice(work), params=params):
                     yield self._event(AudioEvent(waveform=waveform))
                 yield SpeechEvent(finish_reason="stop")
             case ChatWork():
                 params = replace(_params(sampling), output=work.output, thinking=work.thinks)
-                for event in self._engine.chat([_message(message) for message in work.messages], params):
+                for event in self._engine.chat(self._conversation(work), params):
                     yield self._event(event)
+
+    def _voice(self, work: SpeechWork) -> np.ndarray | None:
+        name = None if isinstance(work, TranscribeWork) else work.voice
+        return None if name is None else self._recordings[name]
+
+    def _conversation(self, work: ChatWork) -> list[dict[str, Any]]:
+        """The messages after the recording of the voice, if the work names one."""
+        voice = self._voice(work)
+        messages = [_message(message) for message in work.messages]
+        return messages if voice is None else [voice_turn(voice), *messages]
 
     def _transcription(self, clip: Clip, params: AudioParams) -> Iterator[SpeechEvent]:
         """The text of a clip, without space at its beginning."""
