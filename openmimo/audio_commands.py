@@ -240,14 +240,19 @@ def _write(destination: str, parts: Iterable[np.ndarray], sample_rate: int) -> i
             sys.stdout.buffer.write(pcm_bytes(part))
             sys.stdout.buffer.flush()
             samples += len(part)
+        _check_samples(samples)
         return samples
     with audio_writer(destination, sample_rate) as write:
         for part in parts:
             write(part)
             samples += len(part)
-        if not samples:
-            raise DataError("the model said nothing; another text or --seed may give speech.")
+        _check_samples(samples)
     return samples
+
+
+def _check_samples(samples: int) -> None:
+    if not samples:
+        raise DataError("the model said nothing; another text or --seed may give speech.")
 
 
 def _say_speed(destination: str, seconds: float, wall_seconds: float) -> None:
@@ -285,6 +290,7 @@ class ModelOptions:
     device: str = "auto"
 
 
+_HIGHER = "give a higher --max-tokens."
 _MODEL = ("model", "tokenizer", "max_tokens", "temperature", "audio_temperature", "seed", "device")
 
 
@@ -306,6 +312,23 @@ def _params(options: ModelOptions) -> Any:
     )
 
 
+class _Reply:
+    """The events of a reply.
+
+    Attributes:
+        is_cut: Whether the limit of tokens ended it; known after the last event.
+    """
+
+    def __init__(self, events: Iterable[Any]):
+        self.is_cut = False
+        self._events = events
+
+    def __iter__(self) -> Iterator[Any]:
+        for event in self._events:
+            self.is_cut = event.finish_reason == "length"
+            yield event
+
+
 @dataclass(frozen=True)
 class TranscribeOptions:
     """Print the words of recordings.
@@ -324,12 +347,17 @@ def _transcribe(arguments: list[str]) -> None:
     if not options.sources:
         raise UsageError("openmimo audio transcribe needs at least one audio file.")
     recordings = {source: read_audio(source, max_seconds=settings.max_seconds) for source in options.sources}
-    engine = _engine(settings)
+    engine, cut = _engine(settings), []
     for source, recording in recordings.items():
         if recording.note:
             print(f"{source}: {recording.note}", file=sys.stderr)
-        text = engine.transcribe(recording.samples_S, recording.sample_rate, max_tokens=settings.max_tokens)
-        print(f"{source}: {text}" if len(recordings) > 1 else text)
+        reply = _Reply(engine.transcription(recording.samples_S, recording.sample_rate, _params(settings)))
+        text = "".join(event.text or "" for event in reply).strip()
+        print(f"{source}: {text}" if len(recordings) > 1 else text, flush=True)
+        if reply.is_cut:
+            cut.append(source)
+    if cut:
+        raise DataError(f"the text of {', '.join(cut)} is cut off after {settings.max_tokens} tokens; {_HIGHER}")
 
 
 @dataclass(frozen=True)
@@ -359,10 +387,13 @@ def _speak(arguments: list[str]) -> None:
     voice = None if options.voice is None else read_audio(options.voice, max_seconds=settings.max_seconds).samples_S
     engine = _engine(settings)
     started = time.perf_counter()
-    parts = engine.speak(options.text, options.instruction, voice, params=_params(settings))
+    reply = _Reply(engine.speech(options.text, options.instruction, voice, params=_params(settings)))
+    parts = (event.waveform for event in reply if event.waveform is not None)
     samples = _write(options.destination, parts, engine.sample_rate)
     if options.destination != _RAW:
         _say_speed(options.destination, samples / engine.sample_rate, time.perf_counter() - started)
+    if reply.is_cut:
+        raise DataError(f"the speech is cut off after {settings.max_tokens} tokens and patches; {_HIGHER}")
 
 
 @dataclass(frozen=True)
@@ -421,13 +452,16 @@ def _said(line: str, max_seconds: float) -> dict[str, Any]:
 def _reply(events: Iterable[Any]) -> tuple[str, np.ndarray]:
     """Prints the text of a reply as it comes, and returns it with the waveform."""
     text, parts = "", [np.zeros(0, np.float32)]
-    for event in events:
+    reply = _Reply(events)
+    for event in reply:
         if event.text:
             print(event.text, end="", flush=True)
             text += event.text
         if event.waveform is not None:
             parts.append(event.waveform)
     print()
+    if reply.is_cut:
+        print(f"warning: the reply is cut off; {_HIGHER}", file=sys.stderr)
     return text, np.concatenate(parts)
 
 

@@ -69,6 +69,9 @@ class FakeSpeech:
                         continue
                     if word == "break":
                         raise UserError("the codec broke.")
+                    if word == "cut":
+                        yield SpeechEvent(finish_reason="length")
+                        return
                     yield SpeechEvent(waveform=tone(PATCH / RATE), num_tokens=1)
             case ChatWork():
                 said = f"{_texts(work)} and {seconds_of(work):.2f} seconds"

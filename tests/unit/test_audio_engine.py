@@ -108,6 +108,20 @@ def test_speech_follows_the_given_text_and_streams(engine):
     assert not np.array_equal(again[:20], other[:20])
 
 
+def test_speech_that_cannot_fit_is_refused_and_cut_speech_has_the_reason(engine, monkeypatch):
+    empty = engine.builder.tokens.empty
+
+    def head(states_TD, reader=None):
+        return torch.nn.functional.one_hot(torch.full((len(states_TD),), empty), 512).float()
+
+    monkeypatch.setattr(engine.model.lm_head, "forward", head)
+    assert list(engine.speech(" hello" * 7, params=AudioParams(max_tokens=17)))[-1].finish_reason == "length"
+    with pytest.raises(UserError, match="needs about 17 tokens and patches, but max_tokens leaves room for 16"):
+        engine.speech(" hello" * 7, params=AudioParams(max_tokens=16))
+    with pytest.raises(UserError, match="the model's 1024 positions leaves room for"):
+        engine.speech(" hello" * 400)
+
+
 def test_speech_with_an_instruction_and_in_a_voice(engine, monkeypatch):
     prompts = []
     real = engine.builder.build

@@ -233,11 +233,13 @@ def test_speech_that_is_refused(http, name):
 def test_a_failure_after_the_first_sound_breaks_the_reply_off(http):
     import httpx
 
-    body = {"input": "one break", "response_format": "wav"}
-    with pytest.raises(httpx.RemoteProtocolError):
-        http.post("/v1/audio/speech", json=body)
-    events = events_of(http.post("/v1/audio/speech", json={**body, "stream_format": "sse"}).text)
-    assert "the codec broke" in events[-1]["error"]["message"]
+    for word, reason in (("break", "the codec broke"), ("cut", "did not end within the limit")):
+        body = {"input": f"one {word}", "response_format": "wav"}
+        with pytest.raises(httpx.RemoteProtocolError):
+            http.post("/v1/audio/speech", json=body)
+        events = events_of(http.post("/v1/audio/speech", json={**body, "stream_format": "sse"}).text)
+        assert reason in events[-1]["error"]["message"]
+    assert "within the limit" in refusal(http.post("/v1/audio/speech", json={"input": "one cut"}), 500)  # mp3
 
 
 def test_speech_without_sound_is_an_error(http):

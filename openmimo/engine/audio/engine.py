@@ -174,12 +174,17 @@ class AudioEngine:
         return self._events(parts, params, None)
 
     def transcribe(self, waveform: Waveform | torch.Tensor, sample_rate: int, *, max_tokens: int = 512) -> str:
-        """Return the text of speech."""
+        """Return the text of speech, cut at `max_tokens`."""
+        events = self.transcription(waveform, sample_rate, AudioParams(max_tokens=max_tokens))
+        return "".join(event.text or "" for event in events).strip()
+
+    def transcription(
+        self, waveform: Waveform | torch.Tensor, sample_rate: int, params: AudioParams | None = None
+    ) -> Iterator[AudioEvent]:
+        """Write down what is said; `output` of `params` is not used."""
         audio = {"waveform": waveform, "sample_rate": sample_rate}
         content = [{"type": "text", "text": TRANSCRIBE}, {"type": "audio", "audio": audio}]
-        params = AudioParams(output="text", max_tokens=max_tokens)
-        events = self.generate([{"role": "user", "content": content}], params)
-        return "".join(event.text or "" for event in events).strip()
+        return self.generate([{"role": "user", "content": content}], replace(params or AudioParams(), output="text"))
 
     def speak(
         self,
@@ -189,23 +194,35 @@ class AudioEngine:
         *,
         params: AudioParams | None = None,
     ) -> Iterator[Waveform]:
-        """Speak a text; yields waveforms at `sample_rate`.
+        """Speak a text; yields waveforms at `sample_rate`, as `speech` does without its finish reason."""
+        events = self.speech(text, instruction, voice, params=params)
+        return (event.waveform for event in events if event.waveform is not None)
 
-        The text channel is given. Only the audio is generated.
+    def speech(
+        self,
+        text: str,
+        instruction: str | None = None,
+        voice: Waveform | torch.Tensor | None = None,
+        *,
+        params: AudioParams | None = None,
+    ) -> Iterator[AudioEvent]:
+        """Speak a text. The text channel is given; only the audio is generated.
 
         Args:
             text: The text.
             instruction: The style of the speech.
             voice: Speech at `sample_rate` whose voice the reply takes.
             params: Settings; `output` is not used.
+
+        Raises:
+            UserError: There is no text, or its speech cannot fit. Raised before the first event.
         """
         if not text.strip():
             raise DataError("there is no text to speak.")
         params = replace(params or AudioParams(max_tokens=2048), output="audio")
         parts = conversation_parts(speech_request(text, instruction, voice), self.codes_of)
         parts += reply_parts(thinking=params.thinking, is_spoken=True)
-        events = self._events(parts, params, self.builder.speech_segments(text))
-        return (event.waveform for event in events if event.waveform is not None)
+        return self._events(parts, params, self.builder.speech_segments(text))
 
     def chat(self, messages: Sequence[Mapping[str, Any]], params: AudioParams | None = None) -> Iterator[AudioEvent]:
         """Reply to a conversation with speech and its text, or as `params` say."""
@@ -248,8 +265,19 @@ class AudioEngine:
             raise UserError(
                 f"the prompt has {len(prompt)} positions, but the model only {most}. Give shorter audio or text."
             )
-        generation = _Generation(self, prompt, params, given)
-        return generation.events(min(params.max_tokens, most - len(prompt)))
+        most_new = min(params.max_tokens, most - len(prompt))
+        if given is not None and (needed := positions_of_speech(given)) > most_new:
+            limit = "max_tokens" if most_new == params.max_tokens else f"the model's {most} positions"
+            raise UserError(
+                f"the speech of this text needs about {needed} tokens and patches, but {limit} leaves room for "
+                f"{most_new}. Give a shorter text{' or a higher limit' if most_new == params.max_tokens else ''}."
+            )
+        return _Generation(self, prompt, params, given).events(most_new)
+
+
+def positions_of_speech(segments: list[list[int]]) -> int:
+    """Return how many positions the speech of a text needs at least: as many patches as tokens, and the end."""
+    return 2 * sum(map(len, segments)) + 1
 
 
 def voice_turn(voice: Any) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import numpy as np
 from openmimo.core.errors import UserError
 from openmimo.data.audio.corpus import TRANSCRIBE
 from openmimo.data.audio.files import read_audio
-from openmimo.engine.audio.engine import AudioEngine, AudioEvent, AudioParams, voice_turn
+from openmimo.engine.audio.engine import AudioEngine, AudioEvent, AudioParams, positions_of_speech, voice_turn
 from openmimo.engine.server.backends.speech import (
     ChatWork,
     Clip,
@@ -48,14 +48,16 @@ class AudioModel:
         self._patch_samples = frames * engine.sample_rate / engine.codec.config.frames_per_second
 
     def check(self, work: SpeechWork) -> None:
-        """Raise UserError if the prompt is longer than the model's positions, or there is nothing to speak."""
+        """Raise UserError if prompt and given text have more positions than the model, or there is no text to speak."""
         if isinstance(work, SpeakWork) and not work.text.strip():
             raise UserError("there is no text to speak.")
         num_positions = sum(self.prompt_counts(work))
+        if isinstance(work, SpeakWork):
+            num_positions += positions_of_speech(self._engine.builder.speech_segments(work.text))
         if num_positions >= self._max_positions:
             raise UserError(
-                f"the prompt has about {num_positions} positions, but the model has {self._max_positions} for prompt "
-                "and reply. Give shorter audio or text."
+                f"the request needs about {num_positions} positions, but the model has {self._max_positions} for "
+                "prompt and reply. Give shorter audio or text."
             )
 
     def prompt_counts(self, work: SpeechWork) -> tuple[int, int]:
@@ -72,9 +74,8 @@ class AudioModel:
                 yield from self._transcription(work.clip, _params(sampling))
             case SpeakWork():
                 params = replace(_params(sampling), output="audio")
-                for waveform in self._engine.speak(work.text, work.instruction, self._voice(work), params=params):
-                    yield self._event(AudioEvent(waveform=waveform))
-                yield SpeechEvent(finish_reason="stop")
+                for event in self._engine.speech(work.text, work.instruction, self._voice(work), params=params):
+                    yield self._event(event)
             case ChatWork():
                 params = replace(_params(sampling), output=work.output, thinking=work.thinks)
                 for event in self._engine.chat(self._conversation(work), params):
@@ -93,8 +94,7 @@ class AudioModel:
     def _transcription(self, clip: Clip, params: AudioParams) -> Iterator[SpeechEvent]:
         """The text of a clip, without space at its beginning."""
         begins = True
-        message = _message(SpeechMessage("user", (TRANSCRIBE, clip)))
-        for event in self._engine.generate([message], replace(params, output="text")):
+        for event in self._engine.transcription(clip.waveform, clip.sample_rate, params):
             text = event.text or ""
             text = text.lstrip() if begins else text
             begins = begins and not text

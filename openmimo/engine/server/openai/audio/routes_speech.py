@@ -98,9 +98,10 @@ class _SpeechAnswer:
         yield event({"type": "speech.audio.done", "usage": usage})
 
     async def _pieces(self) -> AsyncIterator[bytes]:
-        """Yield the bytes of the reply. The last piece may be empty."""
-        has_sound = False
+        """Yield the bytes of the reply. The last piece may be empty. Raises ApiError for speech that is cut off."""
+        has_sound = is_cut = False
         async for _, delta in speech_deltas(self.generation):
+            is_cut = delta.finish_reason == "length"
             if delta.waveform is not None:
                 has_sound = True
                 self._num_patches += delta.num_tokens
@@ -108,6 +109,8 @@ class _SpeechAnswer:
                     yield piece
         if not has_sound:
             raise engine_failed("the model ended its reply without sound. Give another seed, or a longer text.")
+        if is_cut:
+            raise engine_failed("the speech did not end within the limit of tokens. Give a shorter text.")
         yield self._stream.finish()
 
 
