@@ -85,6 +85,14 @@ def test_speech_says_that_the_limit_ended_it(engine, model, monkeypatch):
     assert len(waveform) and reason == "length"
 
 
+def test_replies_without_a_seed_differ(model):
+    chat = ChatWork((SpeechMessage("user", ("hello",)),))
+    texts = {collected(model.events(chat, SpeechSampling(8, text_temperature=1.0)))[0] for _ in range(3)}
+    assert len(texts) > 1
+    seeded = SpeechSampling(8, text_temperature=1.0, seed=0)
+    assert len({collected(model.events(chat, seeded))[0] for _ in range(2)}) == 1
+
+
 def test_a_chat_has_the_recording_of_its_voice(model):
     """Zero temperatures: only the recording can make the replies differ."""
     sampling = SpeechSampling(12, audio_temperature=0.0, seed=3)

@@ -1,6 +1,7 @@
 """The audio engine as a speech model of the server."""
 
 import math
+import secrets
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -126,7 +127,7 @@ def _params(sampling: SpeechSampling) -> AudioParams:
         "text_temperature": sampling.text_temperature,
         "audio_temperature": sampling.audio_temperature,
         "top_p": sampling.top_p,
-        "seed": sampling.seed,
+        "seed": secrets.randbits(63) if sampling.seed is None else sampling.seed,
     }
     chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     return replace(AudioParams(max_tokens=sampling.max_tokens), **chosen)
