@@ -72,7 +72,7 @@ class FakeSpeech:
                     if word == "cut":
                         yield SpeechEvent(finish_reason="length")
                         return
-                    yield SpeechEvent(waveform=tone(PATCH / RATE), num_tokens=1)
+                    yield SpeechEvent(waveform=tone(PATCH / RATE), num_tokens=1, num_patches=1)
             case ChatWork():
                 said = f"{_texts(work)} and {seconds_of(work):.2f} seconds"
                 if work.thinks:
@@ -81,7 +81,7 @@ class FakeSpeech:
                     if work.output != "audio":
                         yield event
                     if work.output != "text":
-                        yield SpeechEvent(waveform=tone(PATCH / RATE), num_tokens=1)
+                        yield SpeechEvent(waveform=tone(PATCH / RATE), num_tokens=1, num_patches=1)
         yield SpeechEvent(finish_reason="stop")
 
 

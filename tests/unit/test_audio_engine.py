@@ -221,6 +221,40 @@ def test_thoughts_are_apart_from_the_reply(engine, monkeypatch):
     assert events[-1].finish_reason == "stop"
 
 
+def scripted(engine, monkeypatch, script):
+    """Lets the model write the ids of a script."""
+
+    def head(states_TD, reader=None):
+        logits_TV = torch.zeros(len(states_TD), 512)
+        logits_TV[:, script.pop(0)] = 1.0
+        return logits_TV
+
+    monkeypatch.setattr(engine.model.lm_head, "forward", head)
+
+
+def test_thoughts_that_the_limit_ends_are_not_said(engine, monkeypatch):
+    half = engine.tokenizer.encode("\u20ac")[:1]  # the first byte of a character: held back until the end
+    scripted(engine, monkeypatch, [*engine.tokenizer.encode("hm"), *half])
+    params = AudioParams(thinking=True, max_tokens=len(engine.tokenizer.encode("hm")) + 1)
+    events = list(engine.generate(request(text("hello")), params))
+    assert "".join(event.reasoning or "" for event in events) == "hm\ufffd"
+    assert all(event.text is None for event in events) and events[-1].finish_reason == "length"
+    scripted(engine, monkeypatch, [*half, engine.tokenizer.special_tokens["</think>"], *engine.tokenizer.encode("a")])
+    events = list(engine.generate(request(text("hello")), replace(params, max_tokens=3)))
+    assert [(event.reasoning, event.text) for event in events[:-1]] == [("\ufffd", None), (None, "a")]
+
+
+@pytest.mark.parametrize("output", ["text", "audio", "interleaved"])
+def test_events_count_the_ids_and_the_patches(engine, monkeypatch, output):
+    patches = []
+    real = engine.model.generate_patch
+    monkeypatch.setattr(engine.model, "generate_patch", lambda *given: patches.append(1) or real(*given))
+    events = list(engine.chat(request(AUDIO), AudioParams(output=output, max_tokens=13)))
+    assert sum(event.num_patches for event in events) == len(patches)
+    assert events[-1].finish_reason == "stop" or sum(event.num_tokens for event in events) == 13
+    assert (output == "text") == (not patches)
+
+
 def test_audio_is_continued_as_it_is(engine):
     codes_FQ = torch.randint(0, 128, (12, 8))
     parts = [TextPart("<|sosp|>", is_markup=True), AudioPart(codes_FQ, is_bounded=False)]

@@ -103,12 +103,16 @@ class AudioEvent:
         waveform: New samples at the engine's `sample_rate`, float32; or None.
         reasoning: New text of the model's thoughts, or None.
         finish_reason: "stop" or "length" in the last event, else None.
+        num_tokens: Ids of the text channel since the event before, those of patches and of the end included.
+        num_patches: Patches among them.
     """
 
     text: str | None = None
     waveform: Waveform | None = None
     reasoning: str | None = None
     finish_reason: str | None = None
+    num_tokens: int = 0
+    num_patches: int = 0
 
 
 class AudioEngine:
@@ -310,6 +314,7 @@ class _Generation:
         self._think_end = engine.tokenizer.special_tokens.get(THINK_END)
         self._form: SpeechForm | None = None
         self._position = 0
+        self._num_tokens = self._num_patches = 0
         if int(prompt.text_ids_T[-1]) == self._tokens.stream_start:
             self._form = SpeechForm(self._tokens, given)
         tokens = self._tokens
@@ -321,15 +326,23 @@ class _Generation:
 
     def events(self, max_tokens: int) -> Iterator[AudioEvent]:
         """Yield the reply."""
+        for event in self._reply(max_tokens):
+            counted = replace(event, num_tokens=self._num_tokens, num_patches=self._num_patches)
+            self._num_tokens = self._num_patches = 0
+            yield counted
+
+    def _reply(self, max_tokens: int) -> Iterator[AudioEvent]:
         cache = BackboneCache(self._model, len(self._prompt) + max_tokens)
         state_D = self._read(cache, self._prompt)
         for _ in range(max_tokens):
             self._position += 1
             token = self._next_id(state_D)
+            self._num_tokens += 1
             if token in self._stops or (self._continues_audio and token == self._tokens.end):
                 yield from self._last("stop")
                 return
             if token == self._tokens.empty:
+                self._num_patches += 1
                 codes_HQ = self._next_patch(state_D)
                 added = self._builder.patches(codes_HQ[None])
                 yield from self._heard(codes_HQ)
@@ -384,9 +397,12 @@ class _Generation:
 
     def _said(self, token: int) -> Iterator[AudioEvent]:
         if token == self._think_end and self._is_reasoning:
+            yield from self._written(self._text.flush())
             self._is_reasoning = False
-            return
-        text = self._text.push([token])
+        else:
+            yield from self._written(self._text.push([token]))
+
+    def _written(self, text: str) -> Iterator[AudioEvent]:
         if text and self._is_reasoning:
             yield AudioEvent(reasoning=text)
         elif text and self._params.output != "audio":
@@ -400,8 +416,8 @@ class _Generation:
     def _last(self, reason: str) -> Iterator[AudioEvent]:
         if self._audio is not None:
             yield from _samples(self._audio.finish())
-        text = self._text.flush() if self._params.output != "audio" else ""
-        yield AudioEvent(text=text or None, finish_reason=reason)
+        yield from self._written(self._text.flush())
+        yield AudioEvent(finish_reason=reason)
 
 
 def _samples(waveform: torch.Tensor) -> Iterator[AudioEvent]:

@@ -32,7 +32,7 @@ _VOICE_SECONDS = 60.0
 class AudioModel:
     """Generates replies with an audio engine.
 
-    Tokens and patches are counted from the text and the length of the sound.
+    Tokens and patches of a prompt are counted from its texts and the length of its sound.
 
     Args:
         engine: The engine. Only one thread may use what `events` returns.
@@ -76,11 +76,11 @@ class AudioModel:
             case SpeakWork():
                 params = replace(_params(sampling), output="audio")
                 for event in self._engine.speech(work.text, work.instruction, self._voice(work), params=params):
-                    yield self._event(event)
+                    yield _speech_event(event)
             case ChatWork():
                 params = replace(_params(sampling), output=work.output, thinking=work.thinks)
                 for event in self._engine.chat(self._conversation(work), params):
-                    yield self._event(event)
+                    yield _speech_event(event)
 
     def _voice(self, work: SpeechWork) -> np.ndarray | None:
         name = None if isinstance(work, TranscribeWork) else work.voice
@@ -99,15 +99,7 @@ class AudioModel:
             text = event.text or ""
             text = text.lstrip() if begins else text
             begins = begins and not text
-            yield self._event(replace(event, text=text))
-
-    def _event(self, event: AudioEvent) -> SpeechEvent:
-        text, reasoning = event.text or "", event.reasoning or ""
-        if event.waveform is None:
-            num_tokens = len(self._engine.tokenizer.encode(text + reasoning))
-        else:
-            num_tokens = round(len(event.waveform) / self._patch_samples)
-        return SpeechEvent(text, reasoning, event.waveform, event.finish_reason or "", num_tokens)
+            yield _speech_event(replace(event, text=text))
 
 
 def read_voices(folder: Path, sample_rate: int) -> dict[str, np.ndarray]:
@@ -120,6 +112,17 @@ def read_voices(folder: Path, sample_rate: int) -> dict[str, np.ndarray]:
     return {
         path.stem: read_audio(path, sample_rate=sample_rate, max_seconds=_VOICE_SECONDS).samples_S for path in files
     }
+
+
+def _speech_event(event: AudioEvent) -> SpeechEvent:
+    return SpeechEvent(
+        event.text or "",
+        event.reasoning or "",
+        event.waveform,
+        event.finish_reason or "",
+        num_tokens=event.num_tokens,
+        num_patches=event.num_patches,
+    )
 
 
 def _params(sampling: SpeechSampling) -> AudioParams:

@@ -190,9 +190,9 @@ class _SpokenReply:
         content: The text, or the transcript of the sound.
         pieces: The sound.
         finish_reason: Empty while the reply is unfinished.
-        num_text_tokens: Generated tokens of text.
-        num_patches: Generated patches of sound.
-        num_reasoning_tokens: Those tokens of text that are thoughts.
+        num_tokens: Generated tokens of text and patches of sound.
+        num_patches: Patches among them.
+        num_reasoning_tokens: Tokens among them that are thoughts.
     """
 
     audio_id: str = field(default_factory=new_reply_id)
@@ -200,7 +200,7 @@ class _SpokenReply:
     content: str = ""
     pieces: list[np.ndarray] = field(default_factory=list)
     finish_reason: str = ""
-    num_text_tokens: int = 0
+    num_tokens: int = 0
     num_patches: int = 0
     num_reasoning_tokens: int = 0
 
@@ -209,12 +209,11 @@ class _SpokenReply:
         self.reasoning += delta.reasoning
         self.content += delta.text
         self.finish_reason = delta.finish_reason
-        if delta.waveform is None:
-            self.num_text_tokens += delta.num_tokens
-            self.num_reasoning_tokens += delta.num_tokens if delta.reasoning else 0
-        else:
+        self.num_tokens += delta.num_tokens
+        self.num_patches += delta.num_patches
+        self.num_reasoning_tokens += delta.num_tokens if delta.reasoning else 0
+        if delta.waveform is not None:
             self.pieces.append(delta.waveform)
-            self.num_patches += delta.num_tokens
 
 
 class _SpokenChat:
@@ -308,7 +307,7 @@ class _SpokenChat:
     def _usage(self) -> dict[str, Any]:
         num_text, num_audio = self._counts
         num_patches = sum(reply.num_patches for reply in self._replies)
-        num_new = num_patches + sum(reply.num_text_tokens for reply in self._replies)
+        num_new = sum(reply.num_tokens for reply in self._replies)
         return {
             "prompt_tokens": num_text + num_audio,
             "completion_tokens": num_new,

@@ -102,9 +102,9 @@ class _SpeechAnswer:
         has_sound = is_cut = False
         async for _, delta in speech_deltas(self.generation):
             is_cut = delta.finish_reason == "length"
+            self._num_patches += delta.num_patches
             if delta.waveform is not None:
                 has_sound = True
-                self._num_patches += delta.num_tokens
                 if piece := self._stream.push(delta.waveform):
                     yield piece
         if not has_sound:
