@@ -75,6 +75,10 @@ class FakeSpeech:
                     yield SpeechEvent(waveform=tone(PATCH / RATE), num_tokens=1, num_patches=1)
             case ChatWork():
                 said = f"{_texts(work)} and {seconds_of(work):.2f} seconds"
+                if _texts(work) == "mute":
+                    yield from _words("no sound") if work.output == "interleaved" else ()
+                    yield SpeechEvent(finish_reason="stop")
+                    return
                 if work.thinks:
                     yield SpeechEvent(reasoning="Hm.", num_tokens=1)
                 for event in _words(said):

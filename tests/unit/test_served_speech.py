@@ -308,6 +308,19 @@ def test_thoughts_are_apart_from_what_is_said(http):
     assert message["audio"]["transcript"] == "say it and 0.00 seconds"
 
 
+def test_spoken_replies_without_sound_have_their_text_or_are_errors(http):
+    mute = {"type": "text", "text": "mute"}
+    choice = http.post("/v1/chat/completions", json=chat(mute, **SPOKEN)).json()["choices"][0]
+    assert choice["message"] == {"role": "assistant", "content": "no sound"}
+    streamed = {"audio": {"format": "pcm16"}, "stream": True}
+    chunks = events_of(http.post("/v1/chat/completions", json=chat(mute, **SPOKEN | streamed)).text)
+    assert chunks[-1]["choices"][0]["finish_reason"] == "stop" and "audio" not in chunks[-1]["choices"][0]["delta"]
+    alone = SPOKEN | {"modalities": ["audio"]}
+    assert "without sound" in refusal(http.post("/v1/chat/completions", json=chat(mute, **alone)), 500)
+    chunks = events_of(http.post("/v1/chat/completions", json=chat(mute, **alone | streamed)).text)
+    assert "without sound" in chunks[-1]["error"]["message"]
+
+
 def test_a_spoken_turn_is_referred_to_by_its_id(http):
     first = http.post("/v1/chat/completions", json=chat(TEXT, **SPOKEN)).json()["choices"][0]["message"]
     turns = [

@@ -29,7 +29,7 @@ from openmimo.engine.server.http.service import Generation, Service
 from openmimo.engine.server.http.streaming import DONE, event, respond
 from openmimo.engine.server.http.warnings import warn
 from openmimo.engine.server.openai.audio.clips import Clips, speech_backend
-from openmimo.engine.server.openai.audio.requests import check_work, speech_deltas
+from openmimo.engine.server.openai.audio.requests import check_work, no_sound, speech_deltas
 from openmimo.engine.server.openai.audio.sounds import PcmStream, check_format, check_voice, encoded, joined
 from openmimo.engine.server.openai.audio.store import SpeechStore, new_reply_id
 from openmimo.engine.server.openai.conversation import template_options
@@ -261,7 +261,8 @@ class _SpokenChat:
         message: dict[str, Any] = {"role": "assistant", "content": reply.content}
         if reply.reasoning:
             message["reasoning_content"] = reply.reasoning
-        if self._form.output != "text":
+        _check_output(reply, self._form)
+        if reply.pieces:
             waveform = joined(reply.pieces)
             sound = encoded(waveform, self._model.sample_rate, self._form.format, "audio.format")
             message["content"] = None
@@ -294,7 +295,8 @@ class _SpokenChat:
             if chunk := _delta(delta, sound, reply.audio_id if speaks else None):
                 yield self._chunk(index, chunk)
             if reply.finish_reason:
-                end = {"audio": {"id": reply.audio_id, "expires_at": self._keep(reply)}} if speaks else {}
+                _check_output(reply, self._form)
+                end = {"audio": {"id": reply.audio_id, "expires_at": self._keep(reply)}} if reply.pieces else {}
                 yield self._chunk(index, end, reply.finish_reason)
         if self._body.stream_options and self._body.stream_options.include_usage:
             yield event({**self._envelope, "object": "chat.completion.chunk", "choices": [], "usage": self._usage()})
@@ -318,6 +320,12 @@ class _SpokenChat:
                 "audio_tokens": num_patches,
             },
         }
+
+
+def _check_output(reply: _SpokenReply, form: _ReplyForm) -> None:
+    """Raise ApiError if a spoken reply has neither sound nor text. One without sound has its text as content."""
+    if form.output != "text" and not (reply.pieces or reply.content or reply.reasoning):
+        raise no_sound()
 
 
 def _delta(part: SpeechDelta, sound: bytes, audio_id: str | None) -> dict[str, Any]:

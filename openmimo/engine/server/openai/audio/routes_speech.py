@@ -19,7 +19,7 @@ from openmimo.engine.server.http.service import Generation, Service
 from openmimo.engine.server.http.streaming import EventStream, PieceStream, event
 from openmimo.engine.server.http.warnings import warn
 from openmimo.engine.server.openai.audio.clips import speech_backend
-from openmimo.engine.server.openai.audio.requests import check_work, speech_deltas
+from openmimo.engine.server.openai.audio.requests import check_work, no_sound, speech_deltas
 from openmimo.engine.server.openai.audio.schema import SpeechFields
 from openmimo.engine.server.openai.audio.sounds import MEDIA_TYPES, check_format, check_voice, sound_stream
 from openmimo.engine.server.openai.schema import voice_name
@@ -108,7 +108,7 @@ class _SpeechAnswer:
                 if piece := self._stream.push(delta.waveform):
                     yield piece
         if not has_sound:
-            raise engine_failed("the model ended its reply without sound. Give another seed, or a longer text.")
+            raise no_sound()
         if is_cut:
             raise engine_failed("the speech did not end within the limit of tokens. Give a shorter text.")
         yield self._stream.finish()
