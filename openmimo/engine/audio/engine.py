@@ -367,7 +367,10 @@ class _Generation:
             place = _draw(logits_V[list(allowed)], self._params.text_temperature, self._params.top_p, self._number(0))
             return allowed[place]
         if self._form is not None or self._params.output == "text":
+            empty = logits_V[self._tokens.empty].clone()
             logits_V[self._never_spoken if self._form is not None else self._never_text] = -torch.inf
+            if self._form is not None and self._form.allows_patch:
+                logits_V[self._tokens.empty] = empty
         logits_V[self._builder.tokenizer.vocab_size :] = -torch.inf
         return _draw(logits_V, self._params.text_temperature, self._params.top_p, self._number(0))
 
