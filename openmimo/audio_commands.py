@@ -267,15 +267,12 @@ def _say_speed(destination: str, seconds: float, wall_seconds: float) -> None:
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """Which model, and how it draws.
+    """Which model, and its limits.
 
     Attributes:
         model: Folder of an audio language model (default: that of the demo).
         tokenizer: Folder of its audio tokenizer (default: the folder "codec" in the model's folder).
         max_tokens: The most text tokens and patches of sound (0.16 s each) of a reply.
-        temperature: Temperature of the text (0: the most likely).
-        audio_temperature: Temperature of the codes of sound.
-        seed: Seed of the draws.
         max_seconds: Longest recording that is accepted.
         device: auto (an accelerator if there is one), cpu, or a torch device.
     """
@@ -283,15 +280,28 @@ class ModelOptions:
     model: str = DEMO_MODEL
     tokenizer: str | None = None
     max_tokens: int = 256
-    temperature: float = 0.0
-    audio_temperature: float = 0.9
-    seed: int = 0
     max_seconds: float = 120.0
     device: str = "auto"
 
 
+@dataclass(frozen=True)
+class SampledModelOptions(ModelOptions):
+    """Which model, its limits, and how it draws.
+
+    Attributes:
+        temperature: Temperature of the text (0: the most likely).
+        audio_temperature: Temperature of the codes of sound.
+        seed: Seed of the draws.
+    """
+
+    temperature: float = 0.0
+    audio_temperature: float = 0.9
+    seed: int = 0
+
+
 _HIGHER = "give a higher --max-tokens."
-_MODEL = ("model", "tokenizer", "max_tokens", "temperature", "audio_temperature", "seed", "device")
+_MODEL = ("model", "tokenizer", "max_tokens", "device")
+_SAMPLED_MODEL = (*_MODEL, "temperature", "audio_temperature", "seed")
 
 
 def _engine(options: ModelOptions) -> Any:
@@ -301,7 +311,7 @@ def _engine(options: ModelOptions) -> Any:
     return AudioEngine(options.model, options.tokenizer, options.device)
 
 
-def _params(options: ModelOptions) -> Any:
+def _params(options: SampledModelOptions) -> Any:
     from openmimo.engine.audio.engine import AudioParams
 
     return AudioParams(
@@ -342,16 +352,20 @@ class TranscribeOptions:
 
 
 def _transcribe(arguments: list[str]) -> None:
+    """Writes the most likely text, so nothing is drawn."""
     options = _options(TranscribeOptions, arguments, "transcribe SOURCE ...", ("sources", *_MODEL, "max_seconds"))
     settings = options.settings
     if not options.sources:
         raise UsageError("openmimo audio transcribe needs at least one audio file.")
     recordings = {source: read_audio(source, max_seconds=settings.max_seconds) for source in options.sources}
+    from openmimo.engine.audio.engine import AudioParams
+
     engine, cut = _engine(settings), []
+    params = AudioParams(max_tokens=settings.max_tokens)
     for source, recording in recordings.items():
         if recording.note:
             print(f"{source}: {recording.note}", file=sys.stderr)
-        reply = _Reply(engine.transcription(recording.samples_S, recording.sample_rate, _params(settings)))
+        reply = _Reply(engine.transcription(recording.samples_S, recording.sample_rate, params))
         text = "".join(event.text or "" for event in reply).strip()
         print(f"{source}: {text}" if len(recordings) > 1 else text, flush=True)
         if reply.is_cut:
@@ -376,11 +390,11 @@ class SpeakOptions:
     destination: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DESTINATION")]
     instruction: str | None = None
     voice: str | None = None
-    settings: Annotated[ModelOptions, tyro.conf.arg(name="")] = ModelOptions()
+    settings: Annotated[SampledModelOptions, tyro.conf.arg(name="")] = SampledModelOptions()
 
 
 def _speak(arguments: list[str]) -> None:
-    main = ("text", "destination", "instruction", "voice", *_MODEL)
+    main = ("text", "destination", "instruction", "voice", *_SAMPLED_MODEL)
     options = _options(SpeakOptions, arguments, "speak TEXT DESTINATION", main)
     settings = options.settings
     _check_destination(options.destination)
@@ -407,11 +421,11 @@ class ChatOptions:
 
     folder: str | None = None
     system: str | None = None
-    settings: Annotated[ModelOptions, tyro.conf.arg(name="")] = ModelOptions()
+    settings: Annotated[SampledModelOptions, tyro.conf.arg(name="")] = SampledModelOptions()
 
 
 def _chat(arguments: list[str]) -> None:
-    options = _options(ChatOptions, arguments, "chat", ("folder", "system", *_MODEL))
+    options = _options(ChatOptions, arguments, "chat", ("folder", "system", *_SAMPLED_MODEL))
     engine = _engine(options.settings)
     params = replace(_params(options.settings), output="interleaved" if options.folder else "text")
     messages: list[dict[str, Any]] = [{"role": "system", "content": options.system}] if options.system else []

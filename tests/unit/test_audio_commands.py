@@ -68,6 +68,8 @@ def test_encode_and_decode_go_through_files(tokenizer_folder, tmp_path, monkeypa
         (("decode", "text.wav", "out.aiff"), 1, "out.aiff must end in one of .wav"),
         (("transcribe", "text.wav"), 1, "text.wav cannot be read as audio"),
         (("transcribe",), 2, "needs at least one audio file"),
+        (("transcribe", "a.wav", "--temperature", "1"), 2, "--temperature"),
+        (("transcribe", "a.wav", "--seed", "1"), 2, "--seed"),
         (("speak", "hello", "out.wav"), 1, "there is no runs/audio/language/model yet"),
         (("speak", "hello"), 2, "Missing from openmimo audio speak: DESTINATION"),
         (("chat", "--model", "nowhere"), 1, "nowhere"),
