@@ -63,6 +63,9 @@ class FakeSpeech:
         match work:
             case TranscribeWork():
                 yield from _words(f"{work.clip.seconds:.2f} seconds at {work.clip.sample_rate}")
+                if work.clip.seconds > 8:  # more than it can write
+                    yield SpeechEvent(finish_reason="length")
+                    return
             case SpeakWork():
                 for word in work.text.split():
                     if word == "silence":

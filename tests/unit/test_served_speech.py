@@ -174,6 +174,11 @@ def test_fields_without_effect_are_named(http):
     assert response.headers["X-OpenMiMo-Warning"] == "ignored fields: beams, prompt, language"
 
 
+def test_a_text_that_is_cut_off_has_a_warning(http):
+    response = transcribe(http, file_of(tone(9)))
+    assert response.headers["X-OpenMiMo-Warning"] == "the text is cut off at the limit of tokens"
+
+
 def test_translations_are_refused(http):
     response = http.post("/v1/audio/translations", files={"file": ("a.wav", WAV)})
     assert "not trained to translate" in refusal(response)
