@@ -240,14 +240,19 @@ def _write(destination: str, parts: Iterable[np.ndarray], sample_rate: int) -> i
             sys.stdout.buffer.write(pcm_bytes(part))
             sys.stdout.buffer.flush()
             samples += len(part)
+        _check_samples(samples)
         return samples
     with audio_writer(destination, sample_rate) as write:
         for part in parts:
             write(part)
             samples += len(part)
-        if not samples:
-            raise DataError("the model said nothing; another text or --seed may give speech.")
+        _check_samples(samples)
     return samples
+
+
+def _check_samples(samples: int) -> None:
+    if not samples:
+        raise DataError("the model said nothing; another text or --seed may give speech.")
 
 
 def _say_speed(destination: str, seconds: float, wall_seconds: float) -> None:
@@ -262,15 +267,12 @@ def _say_speed(destination: str, seconds: float, wall_seconds: float) -> None:
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """Which model, and how it draws.
+    """Which model, and its limits.
 
     Attributes:
         model: Folder of an audio language model (default: that of the demo).
         tokenizer: Folder of its audio tokenizer (default: the folder "codec" in the model's folder).
         max_tokens: The most text tokens and patches of sound (0.16 s each) of a reply.
-        temperature: Temperature of the text (0: the most likely).
-        audio_temperature: Temperature of the codes of sound.
-        seed: Seed of the draws.
         max_seconds: Longest recording that is accepted.
         device: auto (an accelerator if there is one), cpu, or a torch device.
     """
@@ -278,14 +280,28 @@ class ModelOptions:
     model: str = DEMO_MODEL
     tokenizer: str | None = None
     max_tokens: int = 256
-    temperature: float = 0.0
-    audio_temperature: float = 0.9
-    seed: int = 0
     max_seconds: float = 120.0
     device: str = "auto"
 
 
-_MODEL = ("model", "tokenizer", "max_tokens", "temperature", "audio_temperature", "seed", "device")
+@dataclass(frozen=True)
+class SampledModelOptions(ModelOptions):
+    """Which model, its limits, and how it draws.
+
+    Attributes:
+        temperature: Temperature of the text (0: the most likely).
+        audio_temperature: Temperature of the codes of sound.
+        seed: Seed of the draws.
+    """
+
+    temperature: float = 0.0
+    audio_temperature: float = 0.9
+    seed: int = 0
+
+
+_HIGHER = "give a higher --max-tokens."
+_MODEL = ("model", "tokenizer", "max_tokens", "device")
+_SAMPLED_MODEL = (*_MODEL, "temperature", "audio_temperature", "seed")
 
 
 def _engine(options: ModelOptions) -> Any:
@@ -295,7 +311,7 @@ def _engine(options: ModelOptions) -> Any:
     return AudioEngine(options.model, options.tokenizer, options.device)
 
 
-def _params(options: ModelOptions) -> Any:
+def _params(options: SampledModelOptions) -> Any:
     from openmimo.engine.audio.engine import AudioParams
 
     return AudioParams(
@@ -304,6 +320,23 @@ def _params(options: ModelOptions) -> Any:
         audio_temperature=options.audio_temperature,
         seed=options.seed,
     )
+
+
+class _Reply:
+    """The events of a reply.
+
+    Attributes:
+        is_cut: Whether the limit of tokens ended it; known after the last event.
+    """
+
+    def __init__(self, events: Iterable[Any]):
+        self.is_cut = False
+        self._events = events
+
+    def __iter__(self) -> Iterator[Any]:
+        for event in self._events:
+            self.is_cut = event.finish_reason == "length"
+            yield event
 
 
 @dataclass(frozen=True)
@@ -319,17 +352,26 @@ class TranscribeOptions:
 
 
 def _transcribe(arguments: list[str]) -> None:
+    """Writes the most likely text, so nothing is drawn."""
     options = _options(TranscribeOptions, arguments, "transcribe SOURCE ...", ("sources", *_MODEL, "max_seconds"))
     settings = options.settings
     if not options.sources:
         raise UsageError("openmimo audio transcribe needs at least one audio file.")
     recordings = {source: read_audio(source, max_seconds=settings.max_seconds) for source in options.sources}
-    engine = _engine(settings)
+    from openmimo.engine.audio.engine import AudioParams
+
+    engine, cut = _engine(settings), []
+    params = AudioParams(max_tokens=settings.max_tokens)
     for source, recording in recordings.items():
         if recording.note:
             print(f"{source}: {recording.note}", file=sys.stderr)
-        text = engine.transcribe(recording.samples_S, recording.sample_rate, max_tokens=settings.max_tokens)
-        print(f"{source}: {text}" if len(recordings) > 1 else text)
+        reply = _Reply(engine.transcription(recording.samples_S, recording.sample_rate, params))
+        text = "".join(event.text or "" for event in reply).strip()
+        print(f"{source}: {text}" if len(recordings) > 1 else text, flush=True)
+        if reply.is_cut:
+            cut.append(source)
+    if cut:
+        raise DataError(f"the text of {', '.join(cut)} is cut off after {settings.max_tokens} tokens; {_HIGHER}")
 
 
 @dataclass(frozen=True)
@@ -348,21 +390,24 @@ class SpeakOptions:
     destination: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DESTINATION")]
     instruction: str | None = None
     voice: str | None = None
-    settings: Annotated[ModelOptions, tyro.conf.arg(name="")] = ModelOptions()
+    settings: Annotated[SampledModelOptions, tyro.conf.arg(name="")] = SampledModelOptions()
 
 
 def _speak(arguments: list[str]) -> None:
-    main = ("text", "destination", "instruction", "voice", *_MODEL)
+    main = ("text", "destination", "instruction", "voice", *_SAMPLED_MODEL)
     options = _options(SpeakOptions, arguments, "speak TEXT DESTINATION", main)
     settings = options.settings
     _check_destination(options.destination)
     voice = None if options.voice is None else read_audio(options.voice, max_seconds=settings.max_seconds).samples_S
     engine = _engine(settings)
     started = time.perf_counter()
-    parts = engine.speak(options.text, options.instruction, voice, params=_params(settings))
+    reply = _Reply(engine.speech(options.text, options.instruction, voice, params=_params(settings)))
+    parts = (event.waveform for event in reply if event.waveform is not None)
     samples = _write(options.destination, parts, engine.sample_rate)
     if options.destination != _RAW:
         _say_speed(options.destination, samples / engine.sample_rate, time.perf_counter() - started)
+    if reply.is_cut:
+        raise DataError(f"the speech is cut off after {settings.max_tokens} tokens and patches; {_HIGHER}")
 
 
 @dataclass(frozen=True)
@@ -376,11 +421,11 @@ class ChatOptions:
 
     folder: str | None = None
     system: str | None = None
-    settings: Annotated[ModelOptions, tyro.conf.arg(name="")] = ModelOptions()
+    settings: Annotated[SampledModelOptions, tyro.conf.arg(name="")] = SampledModelOptions()
 
 
 def _chat(arguments: list[str]) -> None:
-    options = _options(ChatOptions, arguments, "chat", ("folder", "system", *_MODEL))
+    options = _options(ChatOptions, arguments, "chat", ("folder", "system", *_SAMPLED_MODEL))
     engine = _engine(options.settings)
     params = replace(_params(options.settings), output="interleaved" if options.folder else "text")
     messages: list[dict[str, Any]] = [{"role": "system", "content": options.system}] if options.system else []
@@ -421,13 +466,16 @@ def _said(line: str, max_seconds: float) -> dict[str, Any]:
 def _reply(events: Iterable[Any]) -> tuple[str, np.ndarray]:
     """Prints the text of a reply as it comes, and returns it with the waveform."""
     text, parts = "", [np.zeros(0, np.float32)]
-    for event in events:
+    reply = _Reply(events)
+    for event in reply:
         if event.text:
             print(event.text, end="", flush=True)
             text += event.text
         if event.waveform is not None:
             parts.append(event.waveform)
     print()
+    if reply.is_cut:
+        print(f"warning: the reply is cut off; {_HIGHER}", file=sys.stderr)
     return text, np.concatenate(parts)
 
 

@@ -63,22 +63,32 @@ class FakeSpeech:
         match work:
             case TranscribeWork():
                 yield from _words(f"{work.clip.seconds:.2f} seconds at {work.clip.sample_rate}")
+                if work.clip.seconds > 8:  # more than it can write
+                    yield SpeechEvent(finish_reason="length")
+                    return
             case SpeakWork():
                 for word in work.text.split():
                     if word == "silence":
                         continue
                     if word == "break":
                         raise UserError("the codec broke.")
-                    yield SpeechEvent(waveform=tone(PATCH / RATE), num_tokens=1)
+                    if word == "cut":
+                        yield SpeechEvent(finish_reason="length")
+                        return
+                    yield SpeechEvent(waveform=tone(PATCH / RATE), num_tokens=1, num_patches=1)
             case ChatWork():
                 said = f"{_texts(work)} and {seconds_of(work):.2f} seconds"
+                if _texts(work) == "mute":
+                    yield from _words("no sound") if work.output == "interleaved" else ()
+                    yield SpeechEvent(finish_reason="stop")
+                    return
                 if work.thinks:
                     yield SpeechEvent(reasoning="Hm.", num_tokens=1)
                 for event in _words(said):
                     if work.output != "audio":
                         yield event
                     if work.output != "text":
-                        yield SpeechEvent(waveform=tone(PATCH / RATE), num_tokens=1)
+                        yield SpeechEvent(waveform=tone(PATCH / RATE), num_tokens=1, num_patches=1)
         yield SpeechEvent(finish_reason="stop")
 
 

@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from fake_speech import tone
 from server_thread import connect, running, wait_until
 from tiny_audio_checkpoint import save_tiny_audio_checkpoint
@@ -73,6 +74,35 @@ def test_the_model_answers_as_its_engine_does(engine, model):
     assert (text or len(waveform)) and reason in ("stop", "length")
 
 
+def test_speech_says_that_the_limit_ended_it(engine, model, monkeypatch):
+    empty, size = engine.builder.tokens.empty, engine.model.config.vocab_size
+
+    def head(states_TD, reader=None):
+        return torch.nn.functional.one_hot(torch.full((len(states_TD),), empty), size).float()
+
+    monkeypatch.setattr(engine.model.lm_head, "forward", head)
+    _, waveform, reason = collected(model.events(SpeakWork("hello"), SpeechSampling(12)))
+    assert len(waveform) and reason == "length"
+
+
+def test_replies_without_a_seed_differ(model):
+    chat = ChatWork((SpeechMessage("user", ("hello",)),))
+    texts = {collected(model.events(chat, SpeechSampling(8, text_temperature=1.0)))[0] for _ in range(3)}
+    assert len(texts) > 1
+    seeded = SpeechSampling(8, text_temperature=1.0, seed=0)
+    assert len({collected(model.events(chat, seeded))[0] for _ in range(2)}) == 1
+
+
+def test_a_chat_has_the_recording_of_its_voice(model):
+    """Zero temperatures: only the recording can make the replies differ."""
+    sampling = SpeechSampling(12, audio_temperature=0.0, seed=3)
+    turns = (SpeechMessage("system", ("be kind",)), SpeechMessage("user", ("hello",)))
+    works = [ChatWork(turns, "interleaved", voice=voice) for voice in ("ann", None)]
+    voiced, plain = (collected(model.events(work, sampling)) for work in works)
+    assert voiced[0] != plain[0] or not np.array_equal(voiced[1], plain[1])
+    assert model.prompt_counts(works[0])[1] == 7 and model.prompt_counts(works[1])[1] == 0
+
+
 @pytest.mark.slow
 def test_prompts_are_counted_and_long_ones_refused(engine, model):
     work = TranscribeWork(Clip(SOUND, 24_000))
@@ -80,6 +110,9 @@ def test_prompts_are_counted_and_long_ones_refused(engine, model):
     assert num_text > 0 and num_patches == 7  # 6.25 patches a second
     with pytest.raises(UserError, match="positions"):
         model.check(TranscribeWork(Clip(np.zeros(24_000 * 170, np.float32), 24_000)))
+    model.check(SpeakWork("hello" * 60))
+    with pytest.raises(UserError, match="positions"):
+        model.check(SpeakWork("hello" * 350))
     with pytest.raises(UserError, match="no text"):
         model.check(SpeakWork("  "))
 
@@ -115,7 +148,7 @@ def test_a_served_model_with_the_openai_client(engine, model):
         )
         assert len(plain.choices[0].logprobs.content) == 5
         with connect(server) as http:
-            body = {"input": "hello " * 300, "response_format": "pcm"}
+            body = {"input": "hello " * 60, "response_format": "pcm"}
             with http.stream("POST", "/v1/audio/speech", json=body) as response:
                 next(response.iter_raw())
             wait_until(lambda: server.config.app.state.service.backend.gauges().num_running == 0)

@@ -10,6 +10,7 @@ import torch
 from openmimo import audio_commands, cli
 from openmimo.data.audio.codes import Codes, load_codes, save_codes
 from openmimo.data.audio.files import read_audio, write_audio
+from openmimo.engine.audio.engine import AudioEvent
 from openmimo.model.audio.config import tiny_codec
 from openmimo.model.audio.tokenizer import AudioTokenizer, load_audio_tokenizer, save_audio_tokenizer
 
@@ -67,6 +68,8 @@ def test_encode_and_decode_go_through_files(tokenizer_folder, tmp_path, monkeypa
         (("decode", "text.wav", "out.aiff"), 1, "out.aiff must end in one of .wav"),
         (("transcribe", "text.wav"), 1, "text.wav cannot be read as audio"),
         (("transcribe",), 2, "needs at least one audio file"),
+        (("transcribe", "a.wav", "--temperature", "1"), 2, "--temperature"),
+        (("transcribe", "a.wav", "--seed", "1"), 2, "--seed"),
         (("speak", "hello", "out.wav"), 1, "there is no runs/audio/language/model yet"),
         (("speak", "hello"), 2, "Missing from openmimo audio speak: DESTINATION"),
         (("chat", "--model", "nowhere"), 1, "nowhere"),
@@ -104,19 +107,32 @@ class StubEngine:
 
     sample_rate = 24_000
 
-    def transcribe(self, waveform, sample_rate, *, max_tokens):
-        return f"{len(waveform) / sample_rate:.1f} seconds"
+    def transcription(self, waveform, sample_rate, params):
+        yield AudioEvent(text=f" {len(waveform) / sample_rate:.1f} seconds")
+        yield AudioEvent(finish_reason="stop" if params.max_tokens > 5 else "length")
 
-    def speak(self, text, instruction, voice, *, params):
-        for _ in text.split():
-            yield np.full(2400, 0.25, np.float32)
+    def speech(self, text, instruction, voice, *, params):
+        for _ in text.split()[: params.max_tokens]:
+            yield AudioEvent(waveform=np.full(2400, 0.25, np.float32))
+        yield AudioEvent(finish_reason="stop" if len(text.split()) <= params.max_tokens else "length")
 
     def chat(self, messages, params):
-        from openmimo.engine.audio.engine import AudioEvent
-
         kinds = [part["type"] for part in messages[-1]["content"]]
         yield AudioEvent(text=f"heard {kinds[0]}")
         yield AudioEvent(waveform=np.full(100, 0.5, np.float32), finish_reason="stop")
+
+
+def test_replies_that_are_cut_off_are_errors(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(audio_commands, "_engine", lambda options: StubEngine())
+    monkeypatch.chdir(tmp_path)
+    assert run(monkeypatch, "speak", "three words here", "out.wav", "--max-tokens", "2") == 1
+    assert "the speech is cut off after 2 tokens" in " ".join(capfd.readouterr().err.split())
+    assert read_audio("out.wav").seconds == 0.2
+    assert run(monkeypatch, "transcribe", "out.wav", "--max-tokens", "2") == 1
+    said = capfd.readouterr()
+    assert said.out == "0.2 seconds\n" and "out.wav is cut off after 2 tokens" in " ".join(said.err.split())
+    assert run(monkeypatch, "speak", " ", "-") == 1
+    assert "the model said nothing" in " ".join(capfd.readouterr().err.split())
 
 
 def test_transcribe_speak_and_chat(tmp_path, monkeypatch, capfd):

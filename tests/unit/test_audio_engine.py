@@ -108,6 +108,20 @@ def test_speech_follows_the_given_text_and_streams(engine):
     assert not np.array_equal(again[:20], other[:20])
 
 
+def test_speech_that_cannot_fit_is_refused_and_cut_speech_has_the_reason(engine, monkeypatch):
+    empty = engine.builder.tokens.empty
+
+    def head(states_TD, reader=None):
+        return torch.nn.functional.one_hot(torch.full((len(states_TD),), empty), 512).float()
+
+    monkeypatch.setattr(engine.model.lm_head, "forward", head)
+    assert list(engine.speech(" hello" * 7, params=AudioParams(max_tokens=17)))[-1].finish_reason == "length"
+    with pytest.raises(UserError, match="needs about 17 tokens and patches, but max_tokens leaves room for 16"):
+        engine.speech(" hello" * 7, params=AudioParams(max_tokens=16))
+    with pytest.raises(UserError, match="the model's 1024 positions leaves room for"):
+        engine.speech(" hello" * 400)
+
+
 def test_speech_with_an_instruction_and_in_a_voice(engine, monkeypatch):
     prompts = []
     real = engine.builder.build
@@ -205,6 +219,40 @@ def test_thoughts_are_apart_from_the_reply(engine, monkeypatch):
     assert "".join(event.reasoning or "" for event in events) == "hm"
     assert "".join(event.text or "" for event in events) == " hello"
     assert events[-1].finish_reason == "stop"
+
+
+def scripted(engine, monkeypatch, script):
+    """Lets the model write the ids of a script."""
+
+    def head(states_TD, reader=None):
+        logits_TV = torch.zeros(len(states_TD), 512)
+        logits_TV[:, script.pop(0)] = 1.0
+        return logits_TV
+
+    monkeypatch.setattr(engine.model.lm_head, "forward", head)
+
+
+def test_thoughts_that_the_limit_ends_are_not_said(engine, monkeypatch):
+    half = engine.tokenizer.encode("\u20ac")[:1]  # the first byte of a character: held back until the end
+    scripted(engine, monkeypatch, [*engine.tokenizer.encode("hm"), *half])
+    params = AudioParams(thinking=True, max_tokens=len(engine.tokenizer.encode("hm")) + 1)
+    events = list(engine.generate(request(text("hello")), params))
+    assert "".join(event.reasoning or "" for event in events) == "hm\ufffd"
+    assert all(event.text is None for event in events) and events[-1].finish_reason == "length"
+    scripted(engine, monkeypatch, [*half, engine.tokenizer.special_tokens["</think>"], *engine.tokenizer.encode("a")])
+    events = list(engine.generate(request(text("hello")), replace(params, max_tokens=3)))
+    assert [(event.reasoning, event.text) for event in events[:-1]] == [("\ufffd", None), (None, "a")]
+
+
+@pytest.mark.parametrize("output", ["text", "audio", "interleaved"])
+def test_events_count_the_ids_and_the_patches(engine, monkeypatch, output):
+    patches = []
+    real = engine.model.generate_patch
+    monkeypatch.setattr(engine.model, "generate_patch", lambda *given: patches.append(1) or real(*given))
+    events = list(engine.chat(request(AUDIO), AudioParams(output=output, max_tokens=13)))
+    assert sum(event.num_patches for event in events) == len(patches)
+    assert events[-1].finish_reason == "stop" or sum(event.num_tokens for event in events) == 13
+    assert (output == "text") == (not patches)
 
 
 def test_audio_is_continued_as_it_is(engine):

@@ -92,15 +92,39 @@ def test_text_and_patches_alternate_by_five(builder):
     assert kinds == "t" + "ttttt" + "ppppp" + "tt" + "t" + "ppppp" + "pp" + "t"  # starts, 7 words, end of text, end
 
 
-@pytest.mark.parametrize("num_words", [0, 3, 5, 11])
 @pytest.mark.parametrize("is_given", [True, False])
-def test_a_form_allows_the_replies_of_training(builder, num_words, is_given):
-    text = " hello" * num_words
-    sequence = builder.build([SpeechPart(text, codes_of(4 * (5 * num_words + 3)))])
-    form = SpeechForm(builder.tokens, builder.speech_segments(text) if is_given else None)
+def test_a_form_requires_patches_after_text_and_the_text_after_its_audio(builder, is_given):
+    text, tokens = " hello" * 7, builder.tokens
+    form = SpeechForm(tokens, builder.speech_segments(text) if is_given else None)
+    (hello,) = set(builder.tokenizer.encode(text))
+    for _ in range(5):
+        assert form.allowed() == ((hello,) if is_given else None) and not form.allows_patch
+        form.push(hello)
+    assert form.allowed() == ((tokens.empty,) if is_given else (tokens.text_end, tokens.empty))
+    form.push(tokens.empty)
+    assert form.allowed() == ((tokens.empty, hello) if is_given else None) and form.allows_patch
+    form.push(hello)
+    for token in (hello, tokens.text_end):  # the audio is over
+        assert form.allowed() == ((token,) if is_given else None) and not form.allows_patch
+        form.push(token)
+    assert form.allowed() == (tokens.stream_end,)
+
+
+@pytest.mark.parametrize(
+    ("num_words", "num_patches"),
+    [(0, 3), (3, 18), (5, 28), (11, 58), (12, 3), (12, 5), (12, 7), (12, 8), (12, 10), (20, 12), (10, 5), (5, 2)],
+)
+@pytest.mark.parametrize("is_given", [True, False])
+def test_a_form_allows_the_replies_of_training(builder, num_words, num_patches, is_given):
+    text, tokens = " hello" * num_words, builder.tokens
+    sequence = builder.build([SpeechPart(text, codes_of(4 * num_patches))])
+    form = SpeechForm(tokens, builder.speech_segments(text) if is_given else None)
     for token in sequence.text_ids_T.tolist()[1:]:
         allowed = form.allowed()
-        assert token in allowed if allowed is not None else token not in (builder.tokens.empty, builder.tokens.end)
+        if allowed is not None:
+            assert token in allowed
+        else:
+            assert form.allows_patch if token == tokens.empty else token not in (tokens.end, tokens.stream_end)
         form.push(token)
 
 

@@ -174,6 +174,11 @@ def test_fields_without_effect_are_named(http):
     assert response.headers["X-OpenMiMo-Warning"] == "ignored fields: beams, prompt, language"
 
 
+def test_a_text_that_is_cut_off_has_a_warning(http):
+    response = transcribe(http, file_of(tone(9)))
+    assert response.headers["X-OpenMiMo-Warning"] == "the text is cut off at the limit of tokens"
+
+
 def test_translations_are_refused(http):
     response = http.post("/v1/audio/translations", files={"file": ("a.wav", WAV)})
     assert "not trained to translate" in refusal(response)
@@ -233,11 +238,13 @@ def test_speech_that_is_refused(http, name):
 def test_a_failure_after_the_first_sound_breaks_the_reply_off(http):
     import httpx
 
-    body = {"input": "one break", "response_format": "wav"}
-    with pytest.raises(httpx.RemoteProtocolError):
-        http.post("/v1/audio/speech", json=body)
-    events = events_of(http.post("/v1/audio/speech", json={**body, "stream_format": "sse"}).text)
-    assert "the codec broke" in events[-1]["error"]["message"]
+    for word, reason in (("break", "the codec broke"), ("cut", "did not end within the limit")):
+        body = {"input": f"one {word}", "response_format": "wav"}
+        with pytest.raises(httpx.RemoteProtocolError):
+            http.post("/v1/audio/speech", json=body)
+        events = events_of(http.post("/v1/audio/speech", json={**body, "stream_format": "sse"}).text)
+        assert reason in events[-1]["error"]["message"]
+    assert "within the limit" in refusal(http.post("/v1/audio/speech", json={"input": "one cut"}), 500)  # mp3
 
 
 def test_speech_without_sound_is_an_error(http):
@@ -304,6 +311,19 @@ def test_thoughts_are_apart_from_what_is_said(http):
     message = http.post("/v1/chat/completions", json=body).json()["choices"][0]["message"]
     assert message["reasoning_content"] == "Hm."
     assert message["audio"]["transcript"] == "say it and 0.00 seconds"
+
+
+def test_spoken_replies_without_sound_have_their_text_or_are_errors(http):
+    mute = {"type": "text", "text": "mute"}
+    choice = http.post("/v1/chat/completions", json=chat(mute, **SPOKEN)).json()["choices"][0]
+    assert choice["message"] == {"role": "assistant", "content": "no sound"}
+    streamed = {"audio": {"format": "pcm16"}, "stream": True}
+    chunks = events_of(http.post("/v1/chat/completions", json=chat(mute, **SPOKEN | streamed)).text)
+    assert chunks[-1]["choices"][0]["finish_reason"] == "stop" and "audio" not in chunks[-1]["choices"][0]["delta"]
+    alone = SPOKEN | {"modalities": ["audio"]}
+    assert "without sound" in refusal(http.post("/v1/chat/completions", json=chat(mute, **alone)), 500)
+    chunks = events_of(http.post("/v1/chat/completions", json=chat(mute, **alone | streamed)).text)
+    assert "without sound" in chunks[-1]["error"]["message"]
 
 
 def test_a_spoken_turn_is_referred_to_by_its_id(http):

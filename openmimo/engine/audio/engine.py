@@ -103,12 +103,16 @@ class AudioEvent:
         waveform: New samples at the engine's `sample_rate`, float32; or None.
         reasoning: New text of the model's thoughts, or None.
         finish_reason: "stop" or "length" in the last event, else None.
+        num_tokens: Ids of the text channel since the event before, those of patches and of the end included.
+        num_patches: Patches among them.
     """
 
     text: str | None = None
     waveform: Waveform | None = None
     reasoning: str | None = None
     finish_reason: str | None = None
+    num_tokens: int = 0
+    num_patches: int = 0
 
 
 class AudioEngine:
@@ -174,12 +178,17 @@ class AudioEngine:
         return self._events(parts, params, None)
 
     def transcribe(self, waveform: Waveform | torch.Tensor, sample_rate: int, *, max_tokens: int = 512) -> str:
-        """Return the text of speech."""
+        """Return the text of speech, cut at `max_tokens`."""
+        events = self.transcription(waveform, sample_rate, AudioParams(max_tokens=max_tokens))
+        return "".join(event.text or "" for event in events).strip()
+
+    def transcription(
+        self, waveform: Waveform | torch.Tensor, sample_rate: int, params: AudioParams | None = None
+    ) -> Iterator[AudioEvent]:
+        """Write down what is said; `output` of `params` is not used."""
         audio = {"waveform": waveform, "sample_rate": sample_rate}
         content = [{"type": "text", "text": TRANSCRIBE}, {"type": "audio", "audio": audio}]
-        params = AudioParams(output="text", max_tokens=max_tokens)
-        events = self.generate([{"role": "user", "content": content}], params)
-        return "".join(event.text or "" for event in events).strip()
+        return self.generate([{"role": "user", "content": content}], replace(params or AudioParams(), output="text"))
 
     def speak(
         self,
@@ -189,23 +198,35 @@ class AudioEngine:
         *,
         params: AudioParams | None = None,
     ) -> Iterator[Waveform]:
-        """Speak a text; yields waveforms at `sample_rate`.
+        """Speak a text; yields waveforms at `sample_rate`, as `speech` does without its finish reason."""
+        events = self.speech(text, instruction, voice, params=params)
+        return (event.waveform for event in events if event.waveform is not None)
 
-        The text channel is given. Only the audio is generated.
+    def speech(
+        self,
+        text: str,
+        instruction: str | None = None,
+        voice: Waveform | torch.Tensor | None = None,
+        *,
+        params: AudioParams | None = None,
+    ) -> Iterator[AudioEvent]:
+        """Speak a text. The text channel is given; only the audio is generated.
 
         Args:
             text: The text.
             instruction: The style of the speech.
             voice: Speech at `sample_rate` whose voice the reply takes.
             params: Settings; `output` is not used.
+
+        Raises:
+            UserError: There is no text, or its speech cannot fit. Raised before the first event.
         """
         if not text.strip():
             raise DataError("there is no text to speak.")
         params = replace(params or AudioParams(max_tokens=2048), output="audio")
         parts = conversation_parts(speech_request(text, instruction, voice), self.codes_of)
         parts += reply_parts(thinking=params.thinking, is_spoken=True)
-        events = self._events(parts, params, self.builder.speech_segments(text))
-        return (event.waveform for event in events if event.waveform is not None)
+        return self._events(parts, params, self.builder.speech_segments(text))
 
     def chat(self, messages: Sequence[Mapping[str, Any]], params: AudioParams | None = None) -> Iterator[AudioEvent]:
         """Reply to a conversation with speech and its text, or as `params` say."""
@@ -248,16 +269,31 @@ class AudioEngine:
             raise UserError(
                 f"the prompt has {len(prompt)} positions, but the model only {most}. Give shorter audio or text."
             )
-        generation = _Generation(self, prompt, params, given)
-        return generation.events(min(params.max_tokens, most - len(prompt)))
+        most_new = min(params.max_tokens, most - len(prompt))
+        if given is not None and (needed := positions_of_speech(given)) > most_new:
+            limit = "max_tokens" if most_new == params.max_tokens else f"the model's {most} positions"
+            raise UserError(
+                f"the speech of this text needs about {needed} tokens and patches, but {limit} leaves room for "
+                f"{most_new}. Give a shorter text{' or a higher limit' if most_new == params.max_tokens else ''}."
+            )
+        return _Generation(self, prompt, params, given).events(most_new)
+
+
+def positions_of_speech(segments: list[list[int]]) -> int:
+    """Return how many positions the speech of a text needs at least: as many patches as tokens, and the end."""
+    return 2 * sum(map(len, segments)) + 1
+
+
+def voice_turn(voice: Any) -> dict[str, Any]:
+    """Return the message that gives the voice of the replies; `voice` is audio in the form that `codes_of` reads."""
+    return {"role": "system", "content": [{"type": "text", "text": VOICE}, {"type": "audio", "audio": voice}]}
 
 
 def speech_request(text: str, instruction: str | None, voice: Any) -> list[dict[str, Any]]:
     """Return the messages that ask for speech; `voice` is audio in the form that `codes_of` reads, or None."""
     messages: list[dict[str, Any]] = []
     if voice is not None:
-        content = [{"type": "text", "text": VOICE}, {"type": "audio", "audio": voice}]
-        messages.append({"role": "system", "content": content})
+        messages.append(voice_turn(voice))
     elif instruction is not None:
         messages.append({"role": "system", "content": STYLE})
     style = "" if instruction is None else f"({instruction})"
@@ -278,6 +314,7 @@ class _Generation:
         self._think_end = engine.tokenizer.special_tokens.get(THINK_END)
         self._form: SpeechForm | None = None
         self._position = 0
+        self._num_tokens = self._num_patches = 0
         if int(prompt.text_ids_T[-1]) == self._tokens.stream_start:
             self._form = SpeechForm(self._tokens, given)
         tokens = self._tokens
@@ -289,15 +326,23 @@ class _Generation:
 
     def events(self, max_tokens: int) -> Iterator[AudioEvent]:
         """Yield the reply."""
+        for event in self._reply(max_tokens):
+            counted = replace(event, num_tokens=self._num_tokens, num_patches=self._num_patches)
+            self._num_tokens = self._num_patches = 0
+            yield counted
+
+    def _reply(self, max_tokens: int) -> Iterator[AudioEvent]:
         cache = BackboneCache(self._model, len(self._prompt) + max_tokens)
         state_D = self._read(cache, self._prompt)
         for _ in range(max_tokens):
             self._position += 1
             token = self._next_id(state_D)
+            self._num_tokens += 1
             if token in self._stops or (self._continues_audio and token == self._tokens.end):
                 yield from self._last("stop")
                 return
             if token == self._tokens.empty:
+                self._num_patches += 1
                 codes_HQ = self._next_patch(state_D)
                 added = self._builder.patches(codes_HQ[None])
                 yield from self._heard(codes_HQ)
@@ -322,7 +367,10 @@ class _Generation:
             place = _draw(logits_V[list(allowed)], self._params.text_temperature, self._params.top_p, self._number(0))
             return allowed[place]
         if self._form is not None or self._params.output == "text":
+            empty = logits_V[self._tokens.empty].clone()
             logits_V[self._never_spoken if self._form is not None else self._never_text] = -torch.inf
+            if self._form is not None and self._form.allows_patch:
+                logits_V[self._tokens.empty] = empty
         logits_V[self._builder.tokenizer.vocab_size :] = -torch.inf
         return _draw(logits_V, self._params.text_temperature, self._params.top_p, self._number(0))
 
@@ -352,9 +400,12 @@ class _Generation:
 
     def _said(self, token: int) -> Iterator[AudioEvent]:
         if token == self._think_end and self._is_reasoning:
+            yield from self._written(self._text.flush())
             self._is_reasoning = False
-            return
-        text = self._text.push([token])
+        else:
+            yield from self._written(self._text.push([token]))
+
+    def _written(self, text: str) -> Iterator[AudioEvent]:
         if text and self._is_reasoning:
             yield AudioEvent(reasoning=text)
         elif text and self._params.output != "audio":
@@ -368,8 +419,8 @@ class _Generation:
     def _last(self, reason: str) -> Iterator[AudioEvent]:
         if self._audio is not None:
             yield from _samples(self._audio.finish())
-        text = self._text.flush() if self._params.output != "audio" else ""
-        yield AudioEvent(text=text or None, finish_reason=reason)
+        yield from self._written(self._text.flush())
+        yield AudioEvent(finish_reason=reason)
 
 
 def _samples(waveform: torch.Tensor) -> Iterator[AudioEvent]:

@@ -1,6 +1,7 @@
 """The audio engine as a speech model of the server."""
 
 import math
+import secrets
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 from openmimo.core.errors import UserError
 from openmimo.data.audio.corpus import TRANSCRIBE
 from openmimo.data.audio.files import read_audio
-from openmimo.engine.audio.engine import AudioEngine, AudioEvent, AudioParams
+from openmimo.engine.audio.engine import AudioEngine, AudioEvent, AudioParams, positions_of_speech, voice_turn
 from openmimo.engine.server.backends.speech import (
     ChatWork,
     Clip,
@@ -31,7 +32,7 @@ _VOICE_SECONDS = 60.0
 class AudioModel:
     """Generates replies with an audio engine.
 
-    Tokens and patches are counted from the text and the length of the sound.
+    Tokens and patches of a prompt are counted from its texts and the length of its sound.
 
     Args:
         engine: The engine. Only one thread may use what `events` returns.
@@ -48,19 +49,23 @@ class AudioModel:
         self._patch_samples = frames * engine.sample_rate / engine.codec.config.frames_per_second
 
     def check(self, work: SpeechWork) -> None:
-        """Raise UserError if the prompt is longer than the model's positions, or there is nothing to speak."""
+        """Raise UserError if prompt and given text have more positions than the model, or there is no text to speak."""
         if isinstance(work, SpeakWork) and not work.text.strip():
             raise UserError("there is no text to speak.")
         num_positions = sum(self.prompt_counts(work))
+        if isinstance(work, SpeakWork):
+            num_positions += positions_of_speech(self._engine.builder.speech_segments(work.text))
         if num_positions >= self._max_positions:
             raise UserError(
-                f"the prompt has about {num_positions} positions, but the model has {self._max_positions} for prompt "
-                "and reply. Give shorter audio or text."
+                f"the request needs about {num_positions} positions, but the model has {self._max_positions} for "
+                "prompt and reply. Give shorter audio or text."
             )
 
     def prompt_counts(self, work: SpeechWork) -> tuple[int, int]:
         """As `SpeechModel.prompt_counts`."""
-        num_patches = math.ceil(seconds_of(work) * self.sample_rate / self._patch_samples)
+        voice = self._voice(work)
+        num_samples = seconds_of(work) * self.sample_rate + (0 if voice is None else len(voice))
+        num_patches = math.ceil(num_samples / self._patch_samples)
         return len(self._engine.tokenizer.encode(_text_of(work))), num_patches
 
     def events(self, work: SpeechWork, sampling: SpeechSampling) -> Iterator[SpeechEvent]:
@@ -69,33 +74,32 @@ class AudioModel:
             case TranscribeWork():
                 yield from self._transcription(work.clip, _params(sampling))
             case SpeakWork():
-                voice = None if work.voice is None else self._recordings[work.voice]
                 params = replace(_params(sampling), output="audio")
-                for waveform in self._engine.speak(work.text, work.instruction, voice, params=params):
-                    yield self._event(AudioEvent(waveform=waveform))
-                yield SpeechEvent(finish_reason="stop")
+                for event in self._engine.speech(work.text, work.instruction, self._voice(work), params=params):
+                    yield _speech_event(event)
             case ChatWork():
                 params = replace(_params(sampling), output=work.output, thinking=work.thinks)
-                for event in self._engine.chat([_message(message) for message in work.messages], params):
-                    yield self._event(event)
+                for event in self._engine.chat(self._conversation(work), params):
+                    yield _speech_event(event)
+
+    def _voice(self, work: SpeechWork) -> np.ndarray | None:
+        name = None if isinstance(work, TranscribeWork) else work.voice
+        return None if name is None else self._recordings[name]
+
+    def _conversation(self, work: ChatWork) -> list[dict[str, Any]]:
+        """The messages after the recording of the voice, if the work names one."""
+        voice = self._voice(work)
+        messages = [_message(message) for message in work.messages]
+        return messages if voice is None else [voice_turn(voice), *messages]
 
     def _transcription(self, clip: Clip, params: AudioParams) -> Iterator[SpeechEvent]:
         """The text of a clip, without space at its beginning."""
         begins = True
-        message = _message(SpeechMessage("user", (TRANSCRIBE, clip)))
-        for event in self._engine.generate([message], replace(params, output="text")):
+        for event in self._engine.transcription(clip.waveform, clip.sample_rate, params):
             text = event.text or ""
             text = text.lstrip() if begins else text
             begins = begins and not text
-            yield self._event(replace(event, text=text))
-
-    def _event(self, event: AudioEvent) -> SpeechEvent:
-        text, reasoning = event.text or "", event.reasoning or ""
-        if event.waveform is None:
-            num_tokens = len(self._engine.tokenizer.encode(text + reasoning))
-        else:
-            num_tokens = round(len(event.waveform) / self._patch_samples)
-        return SpeechEvent(text, reasoning, event.waveform, event.finish_reason or "", num_tokens)
+            yield _speech_event(replace(event, text=text))
 
 
 def read_voices(folder: Path, sample_rate: int) -> dict[str, np.ndarray]:
@@ -110,12 +114,23 @@ def read_voices(folder: Path, sample_rate: int) -> dict[str, np.ndarray]:
     }
 
 
+def _speech_event(event: AudioEvent) -> SpeechEvent:
+    return SpeechEvent(
+        event.text or "",
+        event.reasoning or "",
+        event.waveform,
+        event.finish_reason or "",
+        num_tokens=event.num_tokens,
+        num_patches=event.num_patches,
+    )
+
+
 def _params(sampling: SpeechSampling) -> AudioParams:
     given = {
         "text_temperature": sampling.text_temperature,
         "audio_temperature": sampling.audio_temperature,
         "top_p": sampling.top_p,
-        "seed": sampling.seed,
+        "seed": secrets.randbits(63) if sampling.seed is None else sampling.seed,
     }
     chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     return replace(AudioParams(max_tokens=sampling.max_tokens), **chosen)

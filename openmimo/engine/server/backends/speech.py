@@ -119,6 +119,7 @@ class SpeechEvent:
         waveform: New samples at the model's rate, float32.
         finish_reason: "" while the reply goes on, then "stop" or "length".
         num_tokens: New tokens of text and new patches of sound.
+        num_patches: Patches among them.
     """
 
     text: str = ""
@@ -126,6 +127,7 @@ class SpeechEvent:
     waveform: np.ndarray | None = None
     finish_reason: str = ""
     num_tokens: int = 0
+    num_patches: int = 0
 
 
 class SpeechModel(Protocol):
@@ -176,11 +178,13 @@ class SpeechDelta(Delta):
         reasoning: New text of thoughts.
         waveform: New samples.
         num_tokens: New tokens of text and new patches of sound.
+        num_patches: Patches among them.
     """
 
     reasoning: str = ""
     waveform: np.ndarray | None = None
     num_tokens: int = 0
+    num_patches: int = 0
 
     @property
     def has_output(self) -> bool:
@@ -265,6 +269,7 @@ class SpeechSteps:
             finish_reason=event.finish_reason,
             waveform=event.waveform,
             num_tokens=event.num_tokens,
+            num_patches=event.num_patches,
         )
 
     def _close(self, request_id: str) -> None:

@@ -29,7 +29,7 @@ from openmimo.engine.server.http.service import Generation, Service
 from openmimo.engine.server.http.streaming import DONE, event, respond
 from openmimo.engine.server.http.warnings import warn
 from openmimo.engine.server.openai.audio.clips import Clips, speech_backend
-from openmimo.engine.server.openai.audio.requests import check_work, speech_deltas
+from openmimo.engine.server.openai.audio.requests import check_work, no_sound, speech_deltas
 from openmimo.engine.server.openai.audio.sounds import PcmStream, check_format, check_voice, encoded, joined
 from openmimo.engine.server.openai.audio.store import SpeechStore, new_reply_id
 from openmimo.engine.server.openai.conversation import template_options
@@ -190,9 +190,9 @@ class _SpokenReply:
         content: The text, or the transcript of the sound.
         pieces: The sound.
         finish_reason: Empty while the reply is unfinished.
-        num_text_tokens: Generated tokens of text.
-        num_patches: Generated patches of sound.
-        num_reasoning_tokens: Those tokens of text that are thoughts.
+        num_tokens: Generated tokens of text and patches of sound.
+        num_patches: Patches among them.
+        num_reasoning_tokens: Tokens among them that are thoughts.
     """
 
     audio_id: str = field(default_factory=new_reply_id)
@@ -200,7 +200,7 @@ class _SpokenReply:
     content: str = ""
     pieces: list[np.ndarray] = field(default_factory=list)
     finish_reason: str = ""
-    num_text_tokens: int = 0
+    num_tokens: int = 0
     num_patches: int = 0
     num_reasoning_tokens: int = 0
 
@@ -209,12 +209,11 @@ class _SpokenReply:
         self.reasoning += delta.reasoning
         self.content += delta.text
         self.finish_reason = delta.finish_reason
-        if delta.waveform is None:
-            self.num_text_tokens += delta.num_tokens
-            self.num_reasoning_tokens += delta.num_tokens if delta.reasoning else 0
-        else:
+        self.num_tokens += delta.num_tokens
+        self.num_patches += delta.num_patches
+        self.num_reasoning_tokens += delta.num_tokens if delta.reasoning else 0
+        if delta.waveform is not None:
             self.pieces.append(delta.waveform)
-            self.num_patches += delta.num_tokens
 
 
 class _SpokenChat:
@@ -262,7 +261,8 @@ class _SpokenChat:
         message: dict[str, Any] = {"role": "assistant", "content": reply.content}
         if reply.reasoning:
             message["reasoning_content"] = reply.reasoning
-        if self._form.output != "text":
+        _check_output(reply, self._form)
+        if reply.pieces:
             waveform = joined(reply.pieces)
             sound = encoded(waveform, self._model.sample_rate, self._form.format, "audio.format")
             message["content"] = None
@@ -295,7 +295,8 @@ class _SpokenChat:
             if chunk := _delta(delta, sound, reply.audio_id if speaks else None):
                 yield self._chunk(index, chunk)
             if reply.finish_reason:
-                end = {"audio": {"id": reply.audio_id, "expires_at": self._keep(reply)}} if speaks else {}
+                _check_output(reply, self._form)
+                end = {"audio": {"id": reply.audio_id, "expires_at": self._keep(reply)}} if reply.pieces else {}
                 yield self._chunk(index, end, reply.finish_reason)
         if self._body.stream_options and self._body.stream_options.include_usage:
             yield event({**self._envelope, "object": "chat.completion.chunk", "choices": [], "usage": self._usage()})
@@ -308,7 +309,7 @@ class _SpokenChat:
     def _usage(self) -> dict[str, Any]:
         num_text, num_audio = self._counts
         num_patches = sum(reply.num_patches for reply in self._replies)
-        num_new = num_patches + sum(reply.num_text_tokens for reply in self._replies)
+        num_new = sum(reply.num_tokens for reply in self._replies)
         return {
             "prompt_tokens": num_text + num_audio,
             "completion_tokens": num_new,
@@ -319,6 +320,12 @@ class _SpokenChat:
                 "audio_tokens": num_patches,
             },
         }
+
+
+def _check_output(reply: _SpokenReply, form: _ReplyForm) -> None:
+    """Raise ApiError if a spoken reply has neither sound nor text. One without sound has its text as content."""
+    if form.output != "text" and not (reply.pieces or reply.content or reply.reasoning):
+        raise no_sound()
 
 
 def _delta(part: SpeechDelta, sound: bytes, audio_id: str | None) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from collections.abc import AsyncIterator, Sequence
 
 from openmimo.core.errors import UserError
 from openmimo.engine.server.backends.speech import SpeechDelta, SpeechRequest
-from openmimo.engine.server.http.errors import invalid
+from openmimo.engine.server.http.errors import ApiError, engine_failed, invalid
 from openmimo.engine.server.http.service import Generation, Service
 
 
@@ -15,6 +15,11 @@ def check_work(service: Service, requests: Sequence[SpeechRequest], param: str) 
             service.backend.check(request)
         except UserError as error:
             raise invalid(str(error), param) from error
+
+
+def no_sound() -> ApiError:
+    """A 500: a reply that should have sound has none."""
+    return engine_failed("the model ended its reply without sound. Give another seed, or a longer text.")
 
 
 async def speech_deltas(generation: Generation) -> AsyncIterator[tuple[int, SpeechDelta]]:

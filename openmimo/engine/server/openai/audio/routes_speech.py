@@ -19,7 +19,7 @@ from openmimo.engine.server.http.service import Generation, Service
 from openmimo.engine.server.http.streaming import EventStream, PieceStream, event
 from openmimo.engine.server.http.warnings import warn
 from openmimo.engine.server.openai.audio.clips import speech_backend
-from openmimo.engine.server.openai.audio.requests import check_work, speech_deltas
+from openmimo.engine.server.openai.audio.requests import check_work, no_sound, speech_deltas
 from openmimo.engine.server.openai.audio.schema import SpeechFields
 from openmimo.engine.server.openai.audio.sounds import MEDIA_TYPES, check_format, check_voice, sound_stream
 from openmimo.engine.server.openai.schema import voice_name
@@ -98,16 +98,19 @@ class _SpeechAnswer:
         yield event({"type": "speech.audio.done", "usage": usage})
 
     async def _pieces(self) -> AsyncIterator[bytes]:
-        """Yield the bytes of the reply. The last piece may be empty."""
-        has_sound = False
+        """Yield the bytes of the reply. The last piece may be empty. Raises ApiError for speech that is cut off."""
+        has_sound = is_cut = False
         async for _, delta in speech_deltas(self.generation):
+            is_cut = delta.finish_reason == "length"
+            self._num_patches += delta.num_patches
             if delta.waveform is not None:
                 has_sound = True
-                self._num_patches += delta.num_tokens
                 if piece := self._stream.push(delta.waveform):
                     yield piece
         if not has_sound:
-            raise engine_failed("the model ended its reply without sound. Give another seed, or a longer text.")
+            raise no_sound()
+        if is_cut:
+            raise engine_failed("the speech did not end within the limit of tokens. Give a shorter text.")
         yield self._stream.finish()
 
 

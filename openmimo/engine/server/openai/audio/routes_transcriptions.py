@@ -48,7 +48,7 @@ def transcription_routes(service: Service) -> APIRouter:
         response = await respond(request, answer, answer.events() if fields.stream else None)
         if fields.response_format == "text" and not fields.stream:
             response = PlainTextResponse(answer.text + "\n")
-        return warn(response, [*warnings, *clips.notes])
+        return warn(response, [*warnings, *clips.notes, *answer.notes])
 
     @router.post("/v1/audio/translations", include_in_schema=False)
     async def translations(request: Request) -> Response:
@@ -153,11 +153,13 @@ class _Transcription:
 
     Attributes:
         text: What was written so far.
+        notes: Warnings about the text, known at its end.
     """
 
     def __init__(self, fields: TranscriptionFields, clip: Clip, generation: Generation):
         self.generation = generation
         self.text = ""
+        self.notes: list[str] = []
         self._fields = fields
         self._seconds = clip.seconds
 
@@ -182,6 +184,8 @@ class _Transcription:
 
     async def _pieces(self) -> AsyncIterator[str]:
         async for _, delta in speech_deltas(self.generation):
+            if delta.finish_reason == "length":
+                self.notes.append("the text is cut off at the limit of tokens")
             if delta.text:
                 self.text += delta.text
                 yield delta.text
