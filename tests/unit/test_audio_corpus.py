@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from openmimo.core import files as corpus_files
-from openmimo.core.errors import DataError
+from openmimo.core.errors import ConfigError, DataError
 from openmimo.data.audio import corpus, debian, words
 from openmimo.data.audio.config import CorpusConfig
 from openmimo.data.audio.corpus import is_held_out, read_corpus, write_corpus
@@ -130,6 +130,42 @@ def test_folders_without_recordings_are_refused(tmp_path):
     (tmp_path / "clips.jsonl").write_text('{"audio": "a.wav"}\n')
     with pytest.raises(DataError, match="is no list of clips"):
         read_corpus(tmp_path)
+
+
+@pytest.mark.parametrize("corpus", ["sounds", "sounds/corpus", "."])
+def test_a_corpus_within_its_recordings_is_refused(corpus, tmp_path):
+    write_audio(tmp_path / "sounds" / "a.wav", np.zeros(240))
+    with pytest.raises(ConfigError, match="lie in one another"):
+        write_corpus(tmp_path / corpus, CorpusConfig(sounds=str(tmp_path / "sounds")), tmp_path)
+    assert [path.name for path in tmp_path.rglob("*.*")] == ["a.wav"]
+
+
+def test_two_recordings_of_one_name_are_refused(tmp_path):
+    for ending in ("wav", "flac"):
+        write_audio(tmp_path / "sounds" / f"a.{ending}", np.zeros(240))
+    with pytest.raises(DataError, match=r"a.flac and .*a.wav have the same name"):
+        write_corpus(tmp_path / "corpus", CorpusConfig(sounds=str(tmp_path / "sounds")), tmp_path)
+    assert not (tmp_path / "corpus").exists()
+
+
+def test_a_small_corpus_has_a_held_out_clip_and_a_row(tmp_path):
+    names = [name for name in "abcdefgh" if not is_held_out(name, 0.1)][:3]
+    for name in names:
+        write_audio(tmp_path / "sounds" / f"{name}.wav", np.zeros(240))
+    config = CorpusConfig(sounds=str(tmp_path / "sounds"))
+    lowest = min(names, key=lambda name: next(share for share in np.linspace(0, 1, 9999) if is_held_out(name, share)))
+    clips = write_corpus(tmp_path / "corpus", config, tmp_path).clips
+    assert [clip.audio for clip in clips if clip.split == "heldout"] == [f"clips/own/{lowest}.wav"]
+    with_text = [name for name in names if name != lowest]
+    for name in with_text:
+        (tmp_path / "sounds" / f"{name}.txt").write_text(name)
+    written = write_corpus(tmp_path / "corpus", config, tmp_path)
+    assert [len(written.select(split)) for split in ("train", "heldout")] == [1, 2]
+    assert len((tmp_path / "corpus" / "heldout.jsonl").read_text().splitlines()) == 2
+    for name in with_text:
+        (tmp_path / "sounds" / f"{name}.wav").unlink()
+    with pytest.raises(DataError, match="has 1 usable recordings that may be held out"):
+        write_corpus(tmp_path / "corpus", config, tmp_path)
 
 
 def package_of(files: dict[str, bytes]) -> tuple[bytes, debian.Package]:
