@@ -22,6 +22,7 @@ from openmimo.data.audio.codes import Codes, load_codes, save_codes
 from openmimo.data.audio.config import CorpusConfig
 from openmimo.data.audio.corpus import ENDINGS, Split, write_corpus
 from openmimo.data.audio.files import FORMATS, MAX_SECONDS, audio_writer, format_of, pcm_bytes, read_audio
+from openmimo.data.audio.tasks import write_tasks
 from openmimo.short_help import short_help
 
 DEMO_FOLDER = Path("runs/audio")
@@ -463,6 +464,8 @@ def _reply(events: Iterable[Any]) -> tuple[str, np.ndarray]:
 class DataOptions:
     """Write a speech corpus for training: files of 24 kHz, clips.jsonl, train.jsonl and heldout.jsonl.
 
+    Each task of fine-tuning (transcription, speech, understanding, dialogue) has rows in a folder of its name.
+
     Attributes:
         folder: The folder that is written.
     """
@@ -485,6 +488,9 @@ def _data(arguments: list[str]) -> None:
                 with_text = sum(clip.text is not None for clip in clips)
                 minutes = sum(clip.seconds for clip in clips) / 60
                 print(f"{split:<8} {len(clips):>5} {kind}, {minutes:.1f} minutes, {with_text} with text")
+    for task, rows in write_tasks(corpus, options.corpus).items():
+        counts = " and ".join(f"{len(rows[split]):,} of {split}" for split in rows)
+        print(f"rows for {task}: {counts} in {corpus.folder / task}")
     print(f"licenses: {corpus.folder / 'LICENSES.txt'}")
 
 

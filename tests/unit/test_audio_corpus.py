@@ -9,14 +9,20 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from openmimo.core import files as corpus_files
 from openmimo.core.errors import ConfigError, DataError
 from openmimo.data.audio import corpus, debian, words
 from openmimo.data.audio.config import CorpusConfig
 from openmimo.data.audio.corpus import is_held_out, read_corpus, write_corpus
+from openmimo.data.audio.facts import question
 from openmimo.data.audio.files import read_audio, write_audio
+from openmimo.data.audio.tasks import write_tasks
 from openmimo.data.audio.words import compose, spoken_words
+from openmimo.engine.audio.engine import speech_request
+from openmimo.train.audio.rows import read_rows
+from recipes import audio_language
 
 soundfile = pytest.importorskip("soundfile", reason="the extra audio is not installed")
 pytest.importorskip("soxr", reason="the extra audio is not installed")
@@ -90,6 +96,73 @@ def test_a_corpus_has_clips_sentences_splits_and_rows(written):
     assert transcribe[0]["content"][1] == {"type": "audio", "audio": clip.audio}
     assert transcribe[1] == {"role": "assistant", "thinking": False, "content": [{"type": "text", "text": clip.text}]}
     assert [part["type"] for part in speak[1]["content"]] == ["text", "audio"]
+
+
+@pytest.fixture(scope="module")
+def tasks(written):
+    """The rows of its tasks."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(corpus_files.os, "fsync", lambda descriptor: None)
+        return write_tasks(written, CorpusConfig(composed=32))
+
+
+def test_every_recipe_finds_its_rows(written, tasks):
+    """The files that the recipes name have rows whose sounds exist, and none is in both splits."""
+    for task in ("transcription", "speech", "understanding", "dialogue"):
+        source = getattr(audio_language, task)().stages[0].mixture.sources[0].options
+        texts = []
+        for split, option in (("train", "path"), ("heldout", "test_path")):
+            assert source[option] == f"runs/audio/corpus/{task}/{split}.jsonl"
+            rows = read_rows(written.folder / task / f"{split}.jsonl")
+            assert [row.value for row in rows] == tasks[task][split]
+            assert all(path.is_file() for row in rows for path in row.clips())
+            for row in rows:
+                row.parts(lambda path: torch.zeros(4, 8, dtype=torch.int64))
+            texts.append({json.dumps(row.value[-1]["content"][0]) + str(row.value[-2]) for row in rows})
+        assert not texts[0] & texts[1]
+
+
+def test_speech_rows_ask_for_styles_and_voices_as_the_engine_does(written, tasks):
+    by_head = {row[0]["role"] + str(row[0]["content"])[:20]: row for row in tasks["speech"]["train"]}
+    assert len(by_head) == 3  # as it is, in a voice, in a style
+    for row in by_head.values():
+        asked, said = row[-2]["content"][0]["text"], row[-1]["content"][0]["text"]
+        style = asked.rpartition("(")[2].rstrip(")") if "(" in asked else None
+        voice = row[0]["content"][1]["audio"] if isinstance(row[0]["content"], list) and len(row) == 3 else None
+        expected = speech_request(said, style, voice)
+        expected[-1]["content"] = [{"type": "text", "text": expected[-1]["content"]}]
+        assert row[:-1] == expected
+    plain = [clip.seconds / len(clip.text.split()) for clip in written.clips if clip.is_composed]
+    slow = [
+        read_audio(written.folder / "speech" / row[-1]["content"][1]["audio"]).seconds / len(words_said.split())
+        for row in tasks["speech"]["train"]
+        if "(slowly)" in row[-2]["content"][0]["text"] and (words_said := row[-1]["content"][0]["text"])
+    ]
+    assert slow and min(slow) > max(plain)
+
+
+def test_questions_are_answered(tasks):
+    numbers = {word: value for value, word in enumerate(words._ONES + words._TEENS)}
+    source = random.Random(0)
+    for asked in (question(source) for _ in range(200)):
+        assert asked.right in asked.options and len(set(asked.options)) == 4
+        one, operation, other, *_ = asked.text.split()[:4] + [""]
+        if operation in ("plus", "minus"):
+            sign = 1 if operation == "plus" else -1
+            assert numbers[asked.right] == numbers[one] + sign * numbers[other]
+    for task, thinking in (("understanding", False), ("dialogue", None)):
+        kinds = [row[-1]["thinking"] for row in tasks[task]["train"]]
+        assert kinds == [thinking, thinking, thinking, True] * 2
+        assert "Chain-of-thought" in tasks[task]["train"][3][-1]
+
+
+def test_own_recordings_have_rows_of_two_tasks(tmp_path):
+    for name in "abc":
+        write_audio(tmp_path / "sounds" / f"{name}.wav", np.zeros(240))
+        (tmp_path / "sounds" / f"{name}.txt").write_text(name)
+    config = CorpusConfig(sounds=str(tmp_path / "sounds"))
+    written = write_tasks(write_corpus(tmp_path / "corpus", config, tmp_path), config)
+    assert {task: len(rows["train"]) for task, rows in written.items()} == {"transcription": 2, "speech": 3}
 
 
 def test_a_composed_sentence_is_its_words_in_order(written):

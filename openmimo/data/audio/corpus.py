@@ -31,6 +31,8 @@ from openmimo.data.audio.words import compose, spoken_words
 TRAINING_VOICE = "allison"
 TRANSCRIBE = "Transcribe this audio file."
 SPEAK = "Please convert this text to speech: "
+STYLE = "Generate speech from the text in the style of the instruction."
+VOICE = "Your voice should be:"
 ENDINGS = (".wav", ".flac", ".ogg", ".mp3", ".g722")
 
 _G722_RATE = 16_000
@@ -321,7 +323,7 @@ def _write_composed(folder: Path, clips: Iterable[Clip], sounds: _Sounds, config
             continue
         seen.add(text)
         wanted[split] -= 1
-        samples = _joined([source.choice(words[part]) for part in parts], source)
+        samples = joined([source.choice(words[part]) for part in parts], source)
         path = Path("composed") / f"{split}-{wanted[split]:05d}.flac"
         write_audio(folder / path, samples)
         composed.append(Clip(path.as_posix(), text, sounds.voice, len(samples) / SAMPLE_RATE, split, is_composed=True))
@@ -334,23 +336,25 @@ def _recorded_words(folder: Path, clips: Iterable[Clip], sounds: _Sounds) -> dic
     for clip in clips:
         name = _name_of(clip)
         if clip.voice == sounds.voice and name in sounds.words:
-            found.setdefault(sounds.words[name], []).append(_trimmed(read_audio(folder / clip.audio).samples_S))
+            found.setdefault(sounds.words[name], []).append(trimmed(read_audio(folder / clip.audio).samples_S))
     return found
 
 
-def _trimmed(samples_S: np.ndarray, *, window: int = 240, decibels: float = -40.0) -> np.ndarray:
-    """The samples from the first to the last window whose level is above `decibels` below the loudest one."""
+def trimmed(samples_S: np.ndarray, *, window: int = 240, decibels: float = -40.0) -> np.ndarray:
+    """Returns the samples from the first to the last window whose level is above `decibels` below the loudest one."""
     levels = np.sqrt(np.mean(samples_S[: len(samples_S) // window * window].reshape(-1, window) ** 2, axis=1))
     loud = np.flatnonzero(levels > levels.max(initial=0.0) * 10 ** (decibels / 20))
     return samples_S[max(0, loud[0] - 2) * window : (loud[-1] + 3) * window] if len(loud) else samples_S
 
 
-def _joined(parts: Sequence[np.ndarray], source: random.Random) -> np.ndarray:
-    """The parts with pauses of 40 to 160 ms between them, at a level up to 3 dB above or below the recorded one."""
+def joined(
+    parts: Sequence[np.ndarray], source: random.Random, pauses: tuple[float, float] = (0.04, 0.16)
+) -> np.ndarray:
+    """Returns the parts with pauses (in seconds) before them, at a level up to 3 dB above or below the recorded one."""
     gain = np.float32(10 ** (source.uniform(-3, 3) / 20))
     pieces: list[np.ndarray] = []
     for part in parts:
-        pieces += [np.zeros(int(source.uniform(0.04, 0.16) * SAMPLE_RATE), np.float32), gain * part]
+        pieces += [np.zeros(int(source.uniform(*pauses) * SAMPLE_RATE), np.float32), gain * part]
     pieces.append(np.zeros(int(0.08 * SAMPLE_RATE), np.float32))
     return np.concatenate(pieces)
 
