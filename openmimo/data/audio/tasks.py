@@ -44,6 +44,7 @@ _STYLES = {"slowly": ((0.35, 0.6), 1.0), "loudly": (_PAUSES, 1.8), "quietly": (_
 _SHARE = 4  # composed sentences of the corpus for one sentence of a task
 _THINKS_EVERY = 4
 _VOICE_EVERY = 4
+_VOICE_SECONDS = 5.0
 _TRIES = 100  # draws of a sentence before a split stays smaller
 
 Row = list[dict[str, Any]]
@@ -127,7 +128,8 @@ def _moved(row: Row) -> Row:
 
 def _voice_of(corpus: Corpus, source: random.Random) -> dict[str, Any]:
     """A message that asks for the voice of a recording."""
-    clip = source.choice(corpus.select("train", composed=False))
+    clips = sorted(corpus.select("train", composed=False), key=lambda clip: clip.seconds)
+    clip = source.choice([clip for clip in clips if clip.seconds <= _VOICE_SECONDS] or clips[:1])
     content = [{"type": "text", "text": VOICE}, {"type": "audio", "audio": f"../{clip.audio}"}]
     return {"role": "system", "content": content}
 
