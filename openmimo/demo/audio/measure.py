@@ -43,8 +43,8 @@ def check_measurable(corpus: Corpus) -> None:
     if lacking:
         raise DataError(
             f"the demo cannot be measured on {corpus.folder}, which lacks: at least {', '.join(lacking)}. The "
-            "telephone prompts have all of it (leave --corpus.sounds out). Recordings of your own train a tokenizer and a model "
-            "with `openmimo audio data`, `openmimo audio tokenizer` and `openmimo audio language`."
+            "telephone prompts have all of it (leave --corpus.sounds out). Recordings of your own train a tokenizer "
+            "and a model with `openmimo audio data`, `openmimo audio tokenizer` and `openmimo audio language`."
         )
 
 
