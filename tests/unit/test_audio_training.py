@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from rich.console import Console
+from safetensors.torch import load_file
 
 from openmimo.core.errors import ConfigError, DataError, Interrupted
 from openmimo.core.metrics import read_metrics
@@ -27,11 +28,11 @@ from openmimo.model.audio.sequence import (
 from openmimo.model.audio.tokenizer import AudioTokenizer, preset, save_audio_tokenizer
 from openmimo.model.config import training_flops_per_token
 from openmimo.model.context import PackedContext
-from openmimo.train.audio import run
+from openmimo.train.audio import rows, run
 from openmimo.train.audio.config import AudioPhase, AudioTrainConfig, audio_rows
 from openmimo.train.audio.loader import AudioLoader
 from openmimo.train.audio.loss import LossWeights, audio_loss, targets
-from openmimo.train.audio.rows import read_mixture, read_rows
+from openmimo.train.audio.rows import Codes, read_mixture, read_rows
 from openmimo.train.audio.run import train_audio
 from openmimo.train.audio.trainer import AudioTrainer, part_of_name
 from openmimo.train.config import CheckpointConfig, EvaluationConfig
@@ -303,3 +304,26 @@ def test_phases_without_sense_are_refused(data):
         replace(stage, mtp_weight=0.1)
     with pytest.raises(ConfigError, match="loader_workers has no effect"):
         replace(run_config(data, "unused"), loader_workers=2)
+
+
+def test_codes_before_an_interrupt_are_kept(tmp_path, monkeypatch):
+    clips = [tmp_path / f"{number}.npy" for number in range(3)]
+    for number, clip in enumerate(clips):
+        np.save(clip, np.full((2, 8), number))
+    stored, read = tmp_path / "codes" / "codes.safetensors", []
+
+    def interrupted(clip):
+        read.append(clip.name)
+        if clip == clips[2] and len(read) == 3:
+            assert len(load_file(stored)) == 2  # stored as it goes, so also where the process is killed
+            raise KeyboardInterrupt
+        return torch.from_numpy(np.load(clip)).int()
+
+    monkeypatch.setattr(rows, "_read_codes", interrupted)
+    monkeypatch.setattr(rows, "_STORED_EVERY", 2)
+    with pytest.raises(KeyboardInterrupt):
+        Codes(tmp_path / "codes", None, "codec").prepare(clips, QUIET)
+    codes = Codes(tmp_path / "codes", None, "codec")
+    codes.prepare(clips, QUIET)
+    assert read == ["0.npy", "1.npy", "2.npy", "2.npy"]
+    assert [int(codes(clip)[0, 0]) for clip in clips] == [0, 1, 2]
