@@ -25,7 +25,7 @@ from openmimo.model.audio.sequence import (
     TextPart,
     packed,
 )
-from openmimo.model.audio.tokenizer import AudioTokenizer, preset, save_audio_tokenizer
+from openmimo.model.audio.tokenizer import AudioTokenizer, load_audio_tokenizer, preset, save_audio_tokenizer
 from openmimo.model.config import training_flops_per_token
 from openmimo.model.context import PackedContext
 from openmimo.train.audio import rows, run
@@ -116,13 +116,16 @@ def test_understanding_alone_gives_the_patch_decoder_no_gradient(model, batch):
 # --- runs ---
 
 
+def random_codec(seed):
+    torch.manual_seed(seed)
+    return AudioTokenizer(preset("tiny_codec"))
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """Twelve clips of codes with words, as transcription and speech; an audio tokenizer of random weights."""
     folder = tmp_path_factory.mktemp("data")
-    torch.manual_seed(0)
-    codec = AudioTokenizer(preset("tiny_codec"))
-    save_audio_tokenizer(codec, str(folder / "codec"))
+    save_audio_tokenizer(random_codec(seed=0), str(folder / "codec"))
     draw, rows = np.random.default_rng(0), []
     for number in range(12):
         np.save(folder / f"{number}.npy", draw.integers(0, 128, (8, 8)))
@@ -181,6 +184,12 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(data, tmp_path, monkeyp
     assert {"loss/main", "loss/codebook_0", "lr"} <= metrics[1].keys()
     backbone = training_flops_per_token(load_audio_model(whole).config, 100) * metrics[1]["tokens"]
     assert backbone < metrics[1]["flops"] < 10 * backbone  # the local transformers count
+    for name, codec in (("copied", load_audio_tokenizer(str(data / "codec"))), ("other", random_codec(seed=1))):
+        save_audio_tokenizer(codec, str(tmp_path / name))
+    moved = replace(run_config(data, tmp_path / "whole"), codec=str(tmp_path / "copied"))
+    assert train_audio(moved, console=QUIET) == whole
+    with pytest.raises(ConfigError, match="has another audio tokenizer than codec '.*other'"):
+        train_audio(replace(moved, codec=str(tmp_path / "other")), console=QUIET)
     events = list(AudioEngine(whole).generate([{"role": "user", "content": "hello"}], AudioParams(max_tokens=2)))
     assert events[-1].finish_reason is not None
     assert train_audio(run_config(data, tmp_path / "whole"), console=QUIET) == whole  # it is finished
