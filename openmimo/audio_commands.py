@@ -20,8 +20,9 @@ from openmimo.core.errors import ConfigError, DataError, UserError
 from openmimo.core.files import cache_folder
 from openmimo.data.audio.codes import Codes, load_codes, save_codes
 from openmimo.data.audio.config import CorpusConfig
-from openmimo.data.audio.corpus import Split, write_corpus
+from openmimo.data.audio.corpus import ENDINGS, Split, write_corpus
 from openmimo.data.audio.files import FORMATS, MAX_SECONDS, audio_writer, format_of, pcm_bytes, read_audio
+from openmimo.data.audio.tasks import write_tasks
 from openmimo.short_help import short_help
 
 DEMO_FOLDER = Path("runs/audio")
@@ -121,7 +122,7 @@ class EncodeOptions:
 
     Attributes:
         source: An audio file: wav, flac, ogg, mp3 and others; any sample rate and number of channels.
-        destination: A file for the codes (safetensors).
+        destination: A file for the codes (safetensors): a new one, or one of codes, which is replaced.
         tokenizer: Folder of an audio tokenizer (default: that of the demo).
         codebooks: Number of codebooks to keep; fewer means fewer bits and less quality (default: all).
         max_seconds: Longest recording that is accepted.
@@ -139,6 +140,7 @@ class EncodeOptions:
 def _encode(arguments: list[str]) -> None:
     main = ("source", "destination", "tokenizer", "codebooks", "max_seconds", "device")
     options = _options(EncodeOptions, arguments, "encode SOURCE DESTINATION", main)
+    _check_codes_destination(Path(options.destination))
     recording = read_audio(options.source, max_seconds=options.max_seconds)
     tokenizer = _tokenizer(options.tokenizer, options.device)
     import torch
@@ -177,7 +179,7 @@ class DecodeOptions:
 def _decode(arguments: list[str]) -> None:
     main = ("source", "destination", "tokenizer", "codebooks", "device")
     options = _options(DecodeOptions, arguments, "decode SOURCE DESTINATION", main)
-    _check_destination(options.destination)
+    _check_destination(options.destination, options.source)
     codes = load_codes(Path(options.source)).first(options.codebooks)
     tokenizer = _tokenizer(options.tokenizer, options.device)
     started = time.perf_counter()
@@ -226,10 +228,26 @@ def _require_demo(path: str, demo: str, option: str) -> None:
         )
 
 
-def _check_destination(destination: str) -> None:
-    """Refuses a name whose ending is no format, before minutes of work."""
+def _check_destination(destination: str, source: str | None = None) -> None:
+    """Refuses the source itself, and a name whose ending is no format, before minutes of work."""
     if destination != _RAW:
         format_of(Path(destination))
+        if source is not None and Path(destination).resolve() == Path(source).resolve():
+            raise ConfigError(f"{destination} is the source, which would be lost. Name another destination.")
+
+
+def _check_codes_destination(path: Path) -> None:
+    """Refuses to replace a file that has no codes, such as a recording."""
+    if path.suffix.lower() in (*ENDINGS, *FORMATS):
+        raise ConfigError(
+            f"{path} has the ending of a recording, and the destination is a file of codes. Name a file such as "
+            f"{path.with_suffix('.codes')}; each call of encode takes one recording."
+        )
+    if path.exists():
+        try:
+            load_codes(path)
+        except DataError as error:
+            raise ConfigError(f"{path} exists and is no file of codes, so it is kept. Name another file.") from error
 
 
 def _write(destination: str, parts: Iterable[np.ndarray], sample_rate: int) -> int:
@@ -397,7 +415,7 @@ def _speak(arguments: list[str]) -> None:
     main = ("text", "destination", "instruction", "voice", *_SAMPLED_MODEL)
     options = _options(SpeakOptions, arguments, "speak TEXT DESTINATION", main)
     settings = options.settings
-    _check_destination(options.destination)
+    _check_destination(options.destination, options.voice)
     voice = None if options.voice is None else read_audio(options.voice, max_seconds=settings.max_seconds).samples_S
     engine = _engine(settings)
     started = time.perf_counter()
@@ -415,7 +433,8 @@ class ChatOptions:
     """Talk with a model: type a text, or the name of an audio file that it hears; Ctrl-D ends.
 
     Attributes:
-        folder: A folder for the spoken replies, reply-1.wav and so on (default: replies are text only).
+        folder: A folder for the spoken replies, reply-1.wav and so on, after those that are there (default: replies
+            are text only).
         system: The system message.
     """
 
@@ -429,7 +448,8 @@ def _chat(arguments: list[str]) -> None:
     engine = _engine(options.settings)
     params = replace(_params(options.settings), output="interleaved" if options.folder else "text")
     messages: list[dict[str, Any]] = [{"role": "system", "content": options.system}] if options.system else []
-    for number, line in enumerate(_lines(), 1):
+    first = _next_reply(Path(options.folder)) if options.folder else 1
+    for number, line in enumerate(_lines(), first):
         try:
             messages.append({"role": "user", "content": [_said(line, options.settings.max_seconds)]})
             text, waveform = _reply(engine.chat(messages, params))
@@ -442,6 +462,12 @@ def _chat(arguments: list[str]) -> None:
             path = Path(options.folder) / f"reply-{number}.wav"
             _write(str(path), [waveform], engine.sample_rate)
             print(path)
+
+
+def _next_reply(folder: Path) -> int:
+    """The number after the last reply in a folder."""
+    numbers = [path.stem.removeprefix("reply-") for path in folder.glob("reply-*.wav")]
+    return max((int(number) for number in numbers if number.isdecimal()), default=0) + 1
 
 
 def _lines() -> Iterator[str]:
@@ -486,6 +512,8 @@ def _reply(events: Iterable[Any]) -> tuple[str, np.ndarray]:
 class DataOptions:
     """Write a speech corpus for training: files of 24 kHz, clips.jsonl, train.jsonl and heldout.jsonl.
 
+    Each task of fine-tuning (transcription, speech, understanding, dialogue) has rows in a folder of its name.
+
     Attributes:
         folder: The folder that is written.
     """
@@ -508,6 +536,9 @@ def _data(arguments: list[str]) -> None:
                 with_text = sum(clip.text is not None for clip in clips)
                 minutes = sum(clip.seconds for clip in clips) / 60
                 print(f"{split:<8} {len(clips):>5} {kind}, {minutes:.1f} minutes, {with_text} with text")
+    for task, rows in write_tasks(corpus, options.corpus).items():
+        counts = " and ".join(f"{len(rows[split]):,} of {split}" for split in rows)
+        print(f"rows for {task}: {counts} in {corpus.folder / task}")
     print(f"licenses: {corpus.folder / 'LICENSES.txt'}")
 
 

@@ -1,6 +1,6 @@
 """Audio language models at a size that trains on two CPU cores: two stages of pre-training, and fine-tuning.
 
-    openmimo audio data                                  # a corpus in runs/audio/corpus
+    openmimo audio data                                  # a corpus in runs/audio/corpus, with rows of each task
     openmimo audio tokenizer audio_tokenizer:tiny        # runs/audio/tokenizer
     openmimo audio language audio_language:pretrain      # understanding, then generation as well
     openmimo audio language audio_language:transcription # and others, from the pre-trained model
@@ -53,12 +53,12 @@ def transcription() -> AudioTrainConfig:
 
 
 def understanding() -> AudioTrainConfig:
-    """Fine-tuning on questions about audio; rows with "thinking" true also teach the thoughts."""
+    """Fine-tuning on spoken questions; rows with "thinking" true also teach the thoughts."""
     return _tuned("understanding", codebook_weights=UNDERSTANDING_ONLY)
 
 
 def speech() -> AudioTrainConfig:
-    """Fine-tuning on speech synthesis by instruction."""
+    """Fine-tuning on speech synthesis, also by instruction and with the voice of a recording."""
     return _tuned("speech")
 
 
@@ -68,11 +68,11 @@ def dialogue() -> AudioTrainConfig:
 
 
 def _tuned(task: str, *, codebook_weights: tuple[float, ...] = CODEBOOK_WEIGHTS) -> AudioTrainConfig:
-    """A run on the rows `runs/audio/TASK/train.jsonl`, from the pre-trained model."""
+    """A run on the rows `runs/audio/corpus/TASK/train.jsonl`, from the pre-trained model."""
     phase = AudioPhase(
         name=task, steps=300, sequence_length=256, global_batch_size=8, warmup_steps=10, learning_rate=4e-4,
         end_learning_rate=4e-5, encoder_learning_rate=2e-3, decoder_learning_rate=2e-3,
-        mixture=rows(f"{FOLDER}/{task}"), codebook_weights=codebook_weights,
+        mixture=rows(f"{FOLDER}/corpus/{task}"), codebook_weights=codebook_weights,
     )  # fmt: skip
     return AudioTrainConfig(
         run_folder=f"{FOLDER}/tuned_{task}",

@@ -1,27 +1,32 @@
 """The audio tokenizer against an independent reference, and against the published classes where they are at hand.
 
-Set OPENMIMO_MIMO_AUDIO_SOURCE to the folder `src` of github.com/XiaomiMiMo/MiMo-Audio to run the published classes with
-torch's attention in place of flash-attn.
+Set OPENMIMO_MIMO_AUDIO_SOURCE to a clone of github.com/XiaomiMiMo/MiMo-Audio, bare or not, or to its folder `src`, to
+run the published classes with torch's attention in place of flash-attn.
 """
 
-import importlib
 import importlib.util
 import math
-import os
 import sys
 import types
-from pathlib import Path
 
 import audio_reference as reference
 import pytest
 import torch
 import torch.nn.functional as F
+from public_mimo_audio import public_package, public_text
 
 from openmimo.model.audio.checkpoint import released_name
 from openmimo.model.audio.config import config_from_released
 from openmimo.model.audio.tokenizer import AudioTokenizer
 
-SOURCE = "OPENMIMO_MIMO_AUDIO_SOURCE"
+PACKAGE = "mimo_audio_tokenizer"
+MODULES = (
+    "__init__",
+    "configuration_audio_tokenizer",
+    "modeling_audio_tokenizer",
+    "modeling_rope_utils",
+    "quantization",
+)
 VARIANTS = {
     "released": {},
     "windows": {"encoder_attn_window_size": [5, 7], "decoder_attn_window_size": [9, -1], "encoder_causal": False},
@@ -78,11 +83,10 @@ def test_every_stage_equals_the_reference(variant, samples):
         torch.testing.assert_close(tokenizer.decode(codes).double(), decoded, atol=1e-5, rtol=1e-4)
 
 
-def published(keys: dict):
-    """A published tokenizer with these keys. Skips where the source is absent."""
-    source = os.environ.get(SOURCE)
-    if not source or not (Path(source) / "mimo_audio_tokenizer").is_dir():
-        pytest.skip(f"{SOURCE} does not name the folder src of the published MiMo-Audio code")
+@pytest.fixture(scope="module")
+def package(tmp_path_factory):
+    """The published classes. Skips where the source is absent."""
+    public_text(f"src/{PACKAGE}/__init__.py")
     shims = {"flash_attn": {"flash_attn_varlen_func": attention_of_torch}}
     if importlib.util.find_spec("einops") is None:
         shims["einops"] = {"rearrange": rearranged, "repeat": repeated}
@@ -92,9 +96,11 @@ def published(keys: dict):
             module.__spec__ = importlib.util.spec_from_loader(name, loader=None)
             vars(module).update(functions)
             sys.modules[name] = module
-    if source not in sys.path:
-        sys.path.append(source)
-    package = importlib.import_module("mimo_audio_tokenizer")
+    return public_package(PACKAGE, MODULES, tmp_path_factory.mktemp("public"))
+
+
+def published(package, keys: dict):
+    """A published tokenizer with these keys."""
     return package.MiMoAudioTokenizer(package.MiMoAudioTokenizerConfig(**keys)).eval()
 
 
@@ -122,9 +128,9 @@ def repeated(x, pattern, *, d):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_every_stage_equals_the_published_classes(variant):
+def test_every_stage_equals_the_published_classes(variant, package):
     keys = reference.small_keys(**VARIANTS[variant])
-    theirs = published({**keys, "codebook_size": list(keys["codebook_size"])})
+    theirs = published(package, {**keys, "codebook_size": list(keys["codebook_size"])})
     tokenizer, waveform_S = random_tokenizer(keys), samples_of(keys, 2390)
     theirs.load_state_dict(state_of(tokenizer), strict=True)
     with torch.no_grad():
@@ -154,9 +160,9 @@ def test_every_stage_equals_the_published_classes(variant):
     torch.testing.assert_close(decoded, ours, atol=1e-5, rtol=1e-4)
 
 
-def test_a_published_tokenizer_loads_ours_and_ours_loads_it():
+def test_a_published_tokenizer_loads_ours_and_ours_loads_it(package):
     keys = reference.small_keys()
-    theirs, ours = published(keys), random_tokenizer(keys)
+    theirs, ours = published(package, keys), random_tokenizer(keys)
     from openmimo.model.audio.checkpoint import own_name
 
     names = {own_name(name): tensor for name, tensor in theirs.state_dict().items()}

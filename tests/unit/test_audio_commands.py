@@ -66,6 +66,7 @@ def test_encode_and_decode_go_through_files(tokenizer_folder, tmp_path, monkeypa
         (("encode", "text.wav", "out.codes"), 1, "text.wav cannot be read as audio"),
         (("decode", "text.wav", "out.wav"), 1, "text.wav is no file of codes"),
         (("decode", "text.wav", "out.aiff"), 1, "out.aiff must end in one of .wav"),
+        (("speak", "hello", "text.wav", "--voice", "./text.wav"), 1, "text.wav is the source, which would be lost"),
         (("transcribe", "text.wav"), 1, "text.wav cannot be read as audio"),
         (("transcribe",), 2, "needs at least one audio file"),
         (("transcribe", "a.wav", "--temperature", "1"), 2, "--temperature"),
@@ -86,6 +87,26 @@ def test_errors_say_what_to_do(words, code, message, tmp_path, monkeypatch, capf
     said = capfd.readouterr()
     assert message in " ".join(said.err.split())
     assert "Traceback" not in said.err
+
+
+@pytest.mark.parametrize("destination", ["b.wav", "a.wav", "new.opus", "a.G722", "notes"])
+def test_encode_destroys_no_recording(destination, tokenizer_folder, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    write_audio("a.wav", np.zeros(2400))
+    write_audio("b.wav", np.ones(2400))
+    (tmp_path / "notes").write_text("text")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert run(monkeypatch, "encode", "a.wav", destination, "--tokenizer", tokenizer_folder) == 1
+    assert "Name a" in " ".join(capfd.readouterr().err.split())
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_encode_replaces_codes(tokenizer_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_audio("a.wav", np.zeros(2400))
+    save_codes(tmp_path / "a.codes", Codes(np.zeros((1, 1), np.int32), 7))
+    assert run(monkeypatch, "encode", "a.wav", "a.codes", "--tokenizer", tokenizer_folder) == 0
+    assert load_codes(tmp_path / "a.codes").num_samples == 2400
 
 
 def test_files_that_are_no_codes_are_refused(tmp_path):
@@ -157,3 +178,7 @@ def test_transcribe_speak_and_chat(tmp_path, monkeypatch, capfd):
     assert said.out.split("\n")[:4] == ["heard text", "replies/reply-1.wav", "heard audio", "replies/reply-2.wav"]
     assert "none.wav does not exist" in said.err
     assert len(read_audio("replies/reply-1.wav").samples_S) == 100
+    (tmp_path / "replies" / "reply-old.wav").touch()
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n"))
+    assert run(monkeypatch, "chat", "--folder", "replies") == 0
+    assert capfd.readouterr().out.split("\n")[:2] == ["heard text", "replies/reply-3.wav"]

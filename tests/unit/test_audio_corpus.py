@@ -9,14 +9,20 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from openmimo.core import files as corpus_files
-from openmimo.core.errors import DataError
+from openmimo.core.errors import ConfigError, DataError
 from openmimo.data.audio import corpus, debian, words
 from openmimo.data.audio.config import CorpusConfig
 from openmimo.data.audio.corpus import is_held_out, read_corpus, write_corpus
+from openmimo.data.audio.facts import question
 from openmimo.data.audio.files import read_audio, write_audio
+from openmimo.data.audio.tasks import write_tasks
 from openmimo.data.audio.words import compose, spoken_words
+from openmimo.engine.audio.engine import speech_request
+from openmimo.train.audio.rows import read_rows
+from recipes import audio_language
 
 soundfile = pytest.importorskip("soundfile", reason="the extra audio is not installed")
 pytest.importorskip("soxr", reason="the extra audio is not installed")
@@ -92,6 +98,73 @@ def test_a_corpus_has_clips_sentences_splits_and_rows(written):
     assert [part["type"] for part in speak[1]["content"]] == ["text", "audio"]
 
 
+@pytest.fixture(scope="module")
+def tasks(written):
+    """The rows of its tasks."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(corpus_files.os, "fsync", lambda descriptor: None)
+        return write_tasks(written, CorpusConfig(composed=32))
+
+
+def test_every_recipe_finds_its_rows(written, tasks):
+    """The files that the recipes name have rows whose sounds exist, and none is in both splits."""
+    for task in ("transcription", "speech", "understanding", "dialogue"):
+        source = getattr(audio_language, task)().stages[0].mixture.sources[0].options
+        texts = []
+        for split, option in (("train", "path"), ("heldout", "test_path")):
+            assert source[option] == f"runs/audio/corpus/{task}/{split}.jsonl"
+            rows = read_rows(written.folder / task / f"{split}.jsonl")
+            assert [row.value for row in rows] == tasks[task][split]
+            assert all(path.is_file() for row in rows for path in row.clips())
+            for row in rows:
+                row.parts(lambda path: torch.zeros(4, 8, dtype=torch.int64))
+            texts.append({json.dumps(row.value[-1]["content"][0]) + str(row.value[-2]) for row in rows})
+        assert not texts[0] & texts[1]
+
+
+def test_speech_rows_ask_for_styles_and_voices_as_the_engine_does(written, tasks):
+    by_head = {row[0]["role"] + str(row[0]["content"])[:20]: row for row in tasks["speech"]["train"]}
+    assert len(by_head) == 3  # as it is, in a voice, in a style
+    for row in by_head.values():
+        asked, said = row[-2]["content"][0]["text"], row[-1]["content"][0]["text"]
+        style = asked.rpartition("(")[2].rstrip(")") if "(" in asked else None
+        voice = row[0]["content"][1]["audio"] if isinstance(row[0]["content"], list) and len(row) == 3 else None
+        expected = speech_request(said, style, voice)
+        expected[-1]["content"] = [{"type": "text", "text": expected[-1]["content"]}]
+        assert row[:-1] == expected
+    plain = [clip.seconds / len(clip.text.split()) for clip in written.clips if clip.is_composed]
+    slow = [
+        read_audio(written.folder / "speech" / row[-1]["content"][1]["audio"]).seconds / len(words_said.split())
+        for row in tasks["speech"]["train"]
+        if "(slowly)" in row[-2]["content"][0]["text"] and (words_said := row[-1]["content"][0]["text"])
+    ]
+    assert slow and min(slow) > max(plain)
+
+
+def test_questions_are_answered(tasks):
+    numbers = {word: value for value, word in enumerate(words._ONES + words._TEENS)}
+    source = random.Random(0)
+    for asked in (question(source) for _ in range(200)):
+        assert asked.right in asked.options and len(set(asked.options)) == 4
+        one, operation, other, *_ = asked.text.split()[:4] + [""]
+        if operation in ("plus", "minus"):
+            sign = 1 if operation == "plus" else -1
+            assert numbers[asked.right] == numbers[one] + sign * numbers[other]
+    for task, thinking in (("understanding", False), ("dialogue", None)):
+        kinds = [row[-1]["thinking"] for row in tasks[task]["train"]]
+        assert kinds == [thinking, thinking, thinking, True] * 2
+        assert "Chain-of-thought" in tasks[task]["train"][3][-1]
+
+
+def test_own_recordings_have_rows_of_two_tasks(tmp_path):
+    for name in "abc":
+        write_audio(tmp_path / "sounds" / f"{name}.wav", np.zeros(240))
+        (tmp_path / "sounds" / f"{name}.txt").write_text(name)
+    config = CorpusConfig(sounds=str(tmp_path / "sounds"))
+    written = write_tasks(write_corpus(tmp_path / "corpus", config, tmp_path), config)
+    assert {task: len(rows["train"]) for task, rows in written.items()} == {"transcription": 2, "speech": 3}
+
+
 def test_a_composed_sentence_is_its_words_in_order(written):
     hertz = {name.split("/")[-1]: 300 + 10 * number for number, name in enumerate(spoken_words())}
     digits = {word: hertz[name.split("/")[-1]] for name, word in spoken_words().items() if name.startswith("digits/")}
@@ -130,6 +203,42 @@ def test_folders_without_recordings_are_refused(tmp_path):
     (tmp_path / "clips.jsonl").write_text('{"audio": "a.wav"}\n')
     with pytest.raises(DataError, match="is no list of clips"):
         read_corpus(tmp_path)
+
+
+@pytest.mark.parametrize("corpus", ["sounds", "sounds/corpus", "."])
+def test_a_corpus_within_its_recordings_is_refused(corpus, tmp_path):
+    write_audio(tmp_path / "sounds" / "a.wav", np.zeros(240))
+    with pytest.raises(ConfigError, match="lie in one another"):
+        write_corpus(tmp_path / corpus, CorpusConfig(sounds=str(tmp_path / "sounds")), tmp_path)
+    assert [path.name for path in tmp_path.rglob("*.*")] == ["a.wav"]
+
+
+def test_two_recordings_of_one_name_are_refused(tmp_path):
+    for ending in ("wav", "flac"):
+        write_audio(tmp_path / "sounds" / f"a.{ending}", np.zeros(240))
+    with pytest.raises(DataError, match=r"a.flac and .*a.wav have the same name"):
+        write_corpus(tmp_path / "corpus", CorpusConfig(sounds=str(tmp_path / "sounds")), tmp_path)
+    assert not (tmp_path / "corpus").exists()
+
+
+def test_a_small_corpus_has_a_held_out_clip_and_a_row(tmp_path):
+    names = [name for name in "abcdefgh" if not is_held_out(name, 0.1)][:3]
+    for name in names:
+        write_audio(tmp_path / "sounds" / f"{name}.wav", np.zeros(240))
+    config = CorpusConfig(sounds=str(tmp_path / "sounds"))
+    lowest = min(names, key=lambda name: next(share for share in np.linspace(0, 1, 9999) if is_held_out(name, share)))
+    clips = write_corpus(tmp_path / "corpus", config, tmp_path).clips
+    assert [clip.audio for clip in clips if clip.split == "heldout"] == [f"clips/own/{lowest}.wav"]
+    with_text = [name for name in names if name != lowest]
+    for name in with_text:
+        (tmp_path / "sounds" / f"{name}.txt").write_text(name)
+    written = write_corpus(tmp_path / "corpus", config, tmp_path)
+    assert [len(written.select(split)) for split in ("train", "heldout")] == [1, 2]
+    assert len((tmp_path / "corpus" / "heldout.jsonl").read_text().splitlines()) == 2
+    for name in with_text:
+        (tmp_path / "sounds" / f"{name}.wav").unlink()
+    with pytest.raises(DataError, match="has 1 usable recordings that may be held out"):
+        write_corpus(tmp_path / "corpus", config, tmp_path)
 
 
 def package_of(files: dict[str, bytes]) -> tuple[bytes, debian.Package]:

@@ -11,7 +11,8 @@ from rich.console import Console
 from tiny_audio_checkpoint import save_tiny_audio_checkpoint
 
 from openmimo.core.config import from_dict, to_dict
-from openmimo.core.errors import ConfigError
+from openmimo.core.errors import ConfigError, DataError
+from openmimo.data.audio.config import CorpusConfig
 from openmimo.data.audio.corpus import SPEAK, Clip, Corpus, speech, transcription
 from openmimo.data.audio.files import write_audio
 from openmimo.demo.audio import measure, story
@@ -81,6 +82,23 @@ def test_another_config_in_the_folder_is_refused_before_any_work(tmp_path, monke
     (tmp_path / "config.json").write_text(json.dumps(to_dict(replace(config, spoken=3))))
     with pytest.raises(ConfigError, match="contains a demo with other settings"):
         story.run(config)
+
+
+def test_own_recordings_are_refused_before_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(story, "SpeakerJudge", StubJudge)
+    monkeypatch.setattr(story, "train_tokenizer", lambda config: pytest.fail("trained"))
+    for name in "abc":
+        write_audio(tmp_path / "sounds" / f"{name}.wav", np.zeros(48_000))
+    recipe = audio_demo.demo()
+    config = replace(
+        recipe, folder=str(tmp_path / "demo"), corpus=CorpusConfig(sounds=str(tmp_path / "sounds")),
+        tokenizer=replace(recipe.tokenizer, corpus=str(tmp_path / "corpus")),
+    )  # fmt: skip
+    with pytest.raises(DataError, match="lacks: at least 2 held-out composed sentences, 2 recordings of other voices"):
+        story.run(config)
+    with pytest.raises(DataError, match="lacks: at least 1 recordings of 1.5 to 8 s for training, 1 such recordings"):
+        measure.check_measurable(Corpus(tmp_path, ()))
+    measure.check_measurable(corpus_of(tmp_path))
 
 
 @pytest.mark.slow

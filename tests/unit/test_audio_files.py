@@ -57,11 +57,11 @@ def test_reading_in_blocks_gives_the_samples_of_resampling_the_whole(monkeypatch
     assert np.array_equal(in_blocks, resample(whole, 16_000, 24_000))
 
 
-def damaged(value: float) -> bytes:
+def damaged(value: float, rate: int = 24_000) -> bytes:
     file = io.BytesIO()
     samples = tone()
     samples[1200] = value
-    soundfile.write(file, samples, 24_000, format="WAV", subtype="FLOAT")
+    soundfile.write(file, samples, rate, format="WAV", subtype="FLOAT")
     return file.getvalue()
 
 
@@ -80,10 +80,23 @@ def wrong_rate(rate: int) -> bytes:
         (audio_bytes(np.zeros(0, np.float32)), "contains no samples"),
         (damaged(math.nan), r"not a finite number at sample 1,200 \(0.050 s\)"),
         (damaged(math.inf), r"not a finite number at sample 1,200 \(0.050 s\)"),
+        (damaged(1e37), r"a value above 1,000, and samples lie between -1 and 1, at sample 1,200 \(0.050 s\)"),
+        (damaged(-1e37, 8000), r"a value above 1,000, .* at sample 1,200 \(0.150 s\)"),
         (wrong_rate(1), "says that it has 1 samples per second"),
         (wrong_rate(2**30), "says that it has 1,073,741,824 samples per second"),
     ],
-    ids=["nothing", "text", "half a header", "no samples", "nan", "infinity", "one hertz", "a gigahertz"],
+    ids=[
+        "nothing",
+        "text",
+        "half a header",
+        "no samples",
+        "nan",
+        "infinity",
+        "huge",
+        "huge at 8 kHz",
+        "one hertz",
+        "a gigahertz",
+    ],
 )
 def test_unusable_audio_is_refused_with_a_reason(data, message, tmp_path):
     with pytest.raises(DataError, match=f"^the audio .*{message}|^the audio {message}"):

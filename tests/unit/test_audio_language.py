@@ -14,7 +14,7 @@ from openmimo.model.audio.language import AudioLanguageModel, load_audio_model, 
 from openmimo.model.audio.language_config import (
     AUDIO_PRESETS,
     audio_config_from_hf,
-    audio_config_to_hf,
+    audio_keys,
     audio_model_config,
     mimo_audio_7b,
     with_codebooks,
@@ -22,6 +22,7 @@ from openmimo.model.audio.language_config import (
 from openmimo.model.audio.sequence import ALL_SPECIAL_TOKENS, AudioPart, SequenceBuilder, SpeechPart, TextPart
 from openmimo.model.context import PackedContext
 from openmimo.model.hf import load_model
+from openmimo.model.hf_config import config_to_hf
 
 PRESETS = ["tiny_audio", "tiny_audio_hybrid"]
 
@@ -251,4 +252,5 @@ def test_bad_configs_are_refused(change, message):
 @pytest.mark.parametrize("name", AUDIO_PRESETS)
 def test_configs_survive_config_json(name):
     config = with_codebooks(audio_model_config(name), (32, 16, 8))
-    assert audio_config_from_hf(json.loads(json.dumps(audio_config_to_hf(config)))) == config
+    values = config_to_hf(config.backbone) | audio_keys(config)
+    assert audio_config_from_hf(json.loads(json.dumps(values))) == config

@@ -21,6 +21,11 @@ def test_distortion_is_the_ratio_of_powers_and_ignores_the_scale():
     assert si_sdr(target + noise, target) == pytest.approx(0, abs=1e-6)
 
 
+def test_distortion_of_silence_is_a_number():
+    tone, silence = np.sin(TIME).astype(np.float32), np.zeros(24_000, np.float32)
+    assert si_sdr(silence, tone) == si_sdr(tone, silence) == si_sdr(silence, silence) == -100
+
+
 @pytest.mark.parametrize(
     ("found", "reference", "edits"),
     [("", "", 0), ("", "abc", 3), ("abc", "", 3), ("kitten", "sitting", 3), ("flaw", "lawn", 2), ("abc", "abc", 0)],

@@ -19,9 +19,7 @@ from openmimo.model.audio.sequence import (
     SpeechPart,
     TextPart,
     delayed,
-    from_patches,
     packed,
-    parse_speech,
     to_patches,
     undelayed,
 )
@@ -48,8 +46,8 @@ def test_patches_and_delays_are_undone():
         codes_FQ = codes_of(frames, codebooks=codebooks)
         codes_PHQ = to_patches(codes_FQ, patch_frames)
         assert codes_PHQ.shape == (-(-frames // patch_frames), patch_frames, codebooks)
-        assert torch.equal(from_patches(codes_PHQ, frames), codes_FQ)
-        assert (from_patches(codes_PHQ)[frames:] == codes_FQ[-1]).all()
+        assert torch.equal(codes_PHQ.flatten(0, 1)[:frames], codes_FQ)
+        assert (codes_PHQ.flatten(0, 1)[frames:] == codes_FQ[-1]).all()
         for delays in (tuple(range(codebooks)), (0,) * codebooks, tuple(2 * q % 5 for q in range(codebooks))):
             shifted_PSQ = delayed(codes_PHQ, delays, (999,) * codebooks)
             assert shifted_PSQ.shape[1] == patch_frames + max(delays)
@@ -68,7 +66,7 @@ def test_positions_of_text_and_audio(builder, tokenizer):
     sequence = builder.build([TextPart("hello"), AudioPart(codes_FQ, has_loss=True)])
     text = tokenizer.encode("hello")
     assert sequence.text_ids_T.tolist() == [*text, ids["<|sosp|>"], *[ids["<|empty|>"]] * 3, ids["<|eosp|>"]]
-    assert torch.equal(from_patches(sequence.codes_THQ[sequence.is_patch_T], 9), codes_FQ)
+    assert torch.equal(sequence.codes_THQ[sequence.is_patch_T].flatten(0, 1)[:9], codes_FQ)
     assert sequence.codes_THQ[0].tolist() == [list(builder.config.empty_ids)] * 4
     assert sequence.has_loss_T.tolist() == [False] * len(text) + [True] * 5
     assert packed([sequence, sequence]).document_lengths == (len(sequence),) * 2
@@ -76,14 +74,16 @@ def test_positions_of_text_and_audio(builder, tokenizer):
 
 @pytest.mark.parametrize("num_words", [0, 5, 6, 23])
 @pytest.mark.parametrize("frames", [1, 90])
-def test_spoken_replies_are_parsed_back(builder, tokenizer, num_words, frames):
+def test_spoken_replies_hold_their_text_and_codes_in_order(builder, tokenizer, num_words, frames):
     text, codes_FQ = " hello" * num_words, codes_of(frames, num_words)
     assert len(tokenizer.encode(" hello")) == 1
     sequence = builder.build([TextPart("say it: "), SpeechPart(text, codes_FQ), TextPart(" and more")])
-    speech = parse_speech(sequence, builder.tokens)
-    assert speech.is_complete
-    assert tokenizer.decode(speech.text_ids) == text
-    assert torch.equal(speech.codes_FQ[:frames], codes_FQ)
+    ids, special = sequence.text_ids_T.tolist(), tokenizer.special_tokens
+    reply = slice(ids.index(special["<|sostm|>"]) + 1, ids.index(special["<|eostm|>"]))
+    said = [token for token in ids[reply] if token != special["<|empty|>"]]
+    assert said.pop() == special["<|eot|>"]
+    assert tokenizer.decode(said) == text
+    assert torch.equal(sequence.codes_THQ[reply][sequence.is_patch_T[reply]].flatten(0, 1)[:frames], codes_FQ)
 
 
 def test_text_and_patches_alternate_by_five(builder):
@@ -126,11 +126,6 @@ def test_a_form_allows_the_replies_of_training(builder, num_words, num_patches, 
         else:
             assert form.allows_patch if token == tokens.empty else token not in (tokens.end, tokens.stream_end)
         form.push(token)
-
-
-def test_a_reply_that_is_cut_off_is_not_complete(builder):
-    sequence = builder.build([SpeechPart(" hello" * 7, codes_of(40))])
-    assert not parse_speech(sequence.first(9), builder.tokens).is_complete
 
 
 def test_missing_special_tokens_are_all_named():

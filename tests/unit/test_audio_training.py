@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from rich.console import Console
+from safetensors.torch import load_file
 
 from openmimo.core.errors import ConfigError, DataError, Interrupted
 from openmimo.core.metrics import read_metrics
@@ -24,14 +25,14 @@ from openmimo.model.audio.sequence import (
     TextPart,
     packed,
 )
-from openmimo.model.audio.tokenizer import AudioTokenizer, preset, save_audio_tokenizer
+from openmimo.model.audio.tokenizer import AudioTokenizer, load_audio_tokenizer, preset, save_audio_tokenizer
 from openmimo.model.config import training_flops_per_token
 from openmimo.model.context import PackedContext
-from openmimo.train.audio import run
+from openmimo.train.audio import rows, run
 from openmimo.train.audio.config import AudioPhase, AudioTrainConfig, audio_rows
 from openmimo.train.audio.loader import AudioLoader
 from openmimo.train.audio.loss import LossWeights, audio_loss, targets
-from openmimo.train.audio.rows import read_mixture, read_rows
+from openmimo.train.audio.rows import Codes, read_mixture, read_rows
 from openmimo.train.audio.run import train_audio
 from openmimo.train.audio.trainer import AudioTrainer, part_of_name
 from openmimo.train.config import CheckpointConfig, EvaluationConfig
@@ -115,13 +116,16 @@ def test_understanding_alone_gives_the_patch_decoder_no_gradient(model, batch):
 # --- runs ---
 
 
+def random_codec(seed):
+    torch.manual_seed(seed)
+    return AudioTokenizer(preset("tiny_codec"))
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """Twelve clips of codes with words, as transcription and speech; an audio tokenizer of random weights."""
     folder = tmp_path_factory.mktemp("data")
-    torch.manual_seed(0)
-    codec = AudioTokenizer(preset("tiny_codec"))
-    save_audio_tokenizer(codec, str(folder / "codec"))
+    save_audio_tokenizer(random_codec(seed=0), str(folder / "codec"))
     draw, rows = np.random.default_rng(0), []
     for number in range(12):
         np.save(folder / f"{number}.npy", draw.integers(0, 128, (8, 8)))
@@ -180,6 +184,12 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(data, tmp_path, monkeyp
     assert {"loss/main", "loss/codebook_0", "lr"} <= metrics[1].keys()
     backbone = training_flops_per_token(load_audio_model(whole).config, 100) * metrics[1]["tokens"]
     assert backbone < metrics[1]["flops"] < 10 * backbone  # the local transformers count
+    for name, codec in (("copied", load_audio_tokenizer(str(data / "codec"))), ("other", random_codec(seed=1))):
+        save_audio_tokenizer(codec, str(tmp_path / name))
+    moved = replace(run_config(data, tmp_path / "whole"), codec=str(tmp_path / "copied"))
+    assert train_audio(moved, console=QUIET) == whole
+    with pytest.raises(ConfigError, match="has another audio tokenizer than codec '.*other'"):
+        train_audio(replace(moved, codec=str(tmp_path / "other")), console=QUIET)
     events = list(AudioEngine(whole).generate([{"role": "user", "content": "hello"}], AudioParams(max_tokens=2)))
     assert events[-1].finish_reason is not None
     assert train_audio(run_config(data, tmp_path / "whole"), console=QUIET) == whole  # it is finished
@@ -304,3 +314,26 @@ def test_phases_without_sense_are_refused(data):
     for changes in ({"loader_workers": 2}, {"z_weight": 1e-3}, {"balance_over": "batch"}):
         with pytest.raises(ConfigError, match=f"{next(iter(changes))} has no effect"):
             replace(run_config(data, "unused"), **changes)
+
+
+def test_codes_before_an_interrupt_are_kept(tmp_path, monkeypatch):
+    clips = [tmp_path / f"{number}.npy" for number in range(3)]
+    for number, clip in enumerate(clips):
+        np.save(clip, np.full((2, 8), number))
+    stored, read = tmp_path / "codes" / "codes.safetensors", []
+
+    def interrupted(clip):
+        read.append(clip.name)
+        if clip == clips[2] and len(read) == 3:
+            assert len(load_file(stored)) == 2  # stored as it goes, so also where the process is killed
+            raise KeyboardInterrupt
+        return torch.from_numpy(np.load(clip)).int()
+
+    monkeypatch.setattr(rows, "_read_codes", interrupted)
+    monkeypatch.setattr(rows, "_STORED_EVERY", 2)
+    with pytest.raises(KeyboardInterrupt):
+        Codes(tmp_path / "codes", None, "codec").prepare(clips, QUIET)
+    codes = Codes(tmp_path / "codes", None, "codec")
+    codes.prepare(clips, QUIET)
+    assert read == ["0.npy", "1.npy", "2.npy", "2.npy"]
+    assert [int(codes(clip)[0, 0]) for clip in clips] == [0, 1, 2]

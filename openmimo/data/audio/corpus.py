@@ -6,9 +6,9 @@
     FOLDER/composed/NAME.flac     sentences composed of recordings of words
     FOLDER/LICENSES.txt
 
-A clip is held out by a hash of its name, and a composed sentence by a hash of its text. The recordings of words are
-never held out, so no part of a held-out recording is in a training sentence, and held-out sentences are new sequences
-of known words. Clips of other voices are never trained on.
+A clip is held out by a hash of its name, at least one in a corpus, and a composed sentence by a hash of its text. The
+recordings of words are never held out, so no part of a held-out recording is in a training sentence, and held-out
+sentences are new sequences of known words. Clips of other voices are never trained on.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from openmimo.core.errors import DataError
+from openmimo.core.errors import ConfigError, DataError
 from openmimo.core.files import read_text, write_text_atomic
 from openmimo.data.audio.config import CorpusConfig
 from openmimo.data.audio.debian import OTHER_VOICES, PROMPTS, fetch
@@ -31,6 +31,8 @@ from openmimo.data.audio.words import compose, spoken_words
 TRAINING_VOICE = "allison"
 TRANSCRIBE = "Transcribe this audio file."
 SPEAK = "Please convert this text to speech: "
+STYLE = "Generate speech from the text in the style of the instruction."
+VOICE = "Your voice should be:"
 ENDINGS = (".wav", ".flac", ".ogg", ".mp3", ".g722")
 
 _G722_RATE = 16_000
@@ -96,8 +98,8 @@ def write_corpus(folder: Path, config: CorpusConfig, cache: Path) -> Corpus:
         cache: A folder for packages, which are loaded only once.
 
     Raises:
-        ConfigError: A package of an extra is not installed.
-        DataError: There are no recordings, or they cannot be read.
+        ConfigError: A package of an extra is not installed, or the corpus and the recordings share a folder.
+        DataError: There are fewer than two recordings, two of them have one name, or they cannot be read.
     """
     if config.sounds is None:
         words = spoken_words()
@@ -105,6 +107,7 @@ def write_corpus(folder: Path, config: CorpusConfig, cache: Path) -> Corpus:
         sounds += _other_voices(fetch(OTHER_VOICES, cache))
     else:
         own = Path(config.sounds)
+        _check_apart(folder, own)
         are_prompts = (own / "digits").is_dir() and (own / "phonetic").is_dir()
         words = spoken_words() if are_prompts else {}
         sounds = [_Sounds(own, "own", "Recordings of your own.", words, words)]
@@ -114,6 +117,7 @@ def write_corpus(folder: Path, config: CorpusConfig, cache: Path) -> Corpus:
     notes: list[str] = []
     for number, source in enumerate(sounds):
         clips += _write_clips(folder, source, config, notes, is_other=number > 0)
+    clips = _with_held_out(clips, sounds[0])
     clips += _write_composed(folder, clips, sounds[0], config)
     if not clips:
         raise DataError(f"{sounds[0].folder} has no recordings that end in {', '.join(ENDINGS)}.")
@@ -134,7 +138,12 @@ def read_corpus(folder: Path | str) -> Corpus:
 
 def is_held_out(text: str, share: float) -> bool:
     """Whether a name or text is held out; the same in every corpus."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64 < share
+    return _rank(text) < share
+
+
+def _rank(text: str) -> float:
+    """A hash between 0 and 1."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
 
 
 def transcription(clip: Clip) -> list[dict[str, Any]]:
@@ -208,13 +217,7 @@ def _write_clips(
     folder: Path, sounds: _Sounds, config: CorpusConfig, notes: list[str], *, is_other: bool
 ) -> Iterator[Clip]:
     """Writes the recordings of a folder as mono files of 24 kHz."""
-    if not sounds.folder.is_dir():
-        raise DataError(f"{sounds.folder} is no folder. Give the folder that contains the recordings.")
-    paths = sorted(path for path in sounds.folder.rglob("*") if path.suffix.lower() in ENDINGS and path.is_file())
-    for path in paths:
-        name = path.relative_to(sounds.folder).with_suffix("").as_posix()
-        if sounds.words and name.startswith(_NO_SPEECH):
-            continue
+    for name, path in _recordings(sounds).items():
         try:
             samples = _read_sound(path, config.max_seconds)
         except DataError as error:
@@ -227,6 +230,55 @@ def _write_clips(
         yield Clip(
             target.as_posix(), _text_of(path, name, sounds), sounds.voice, len(samples) / SAMPLE_RATE, split
         )  # fmt: skip
+
+
+def _recordings(sounds: _Sounds) -> dict[str, Path]:
+    """The recordings of a folder by their name, which is the path without ending."""
+    if not sounds.folder.is_dir():
+        raise DataError(f"{sounds.folder} is no folder. Give the folder that contains the recordings.")
+    found: dict[str, Path] = {}
+    for path in sorted(sounds.folder.rglob("*")):
+        name = path.relative_to(sounds.folder).with_suffix("").as_posix()
+        is_speech = not sounds.words or not name.startswith(_NO_SPEECH)
+        if path.suffix.lower() not in ENDINGS or not path.is_file() or not is_speech:
+            continue
+        if name in found:
+            raise DataError(
+                f"{found[name]} and {path} have the same name, and the corpus has one file for it. Rename one of them, "
+                "or remove it."
+            )
+        found[name] = path
+    return found
+
+
+def _check_apart(folder: Path, sounds: Path) -> None:
+    """Refuses a corpus in the folder of its recordings or around it, which would take its own files as recordings."""
+    corpus, own = folder.resolve(), sounds.resolve()
+    if corpus.is_relative_to(own) or own.is_relative_to(corpus):
+        raise ConfigError(
+            f"the corpus {folder} and the recordings {sounds} lie in one another, so that a second call would take "
+            "clips of the corpus as recordings. Name a folder outside of it."
+        )
+
+
+def _with_held_out(clips: list[Clip], sounds: _Sounds) -> list[Clip]:
+    """The clips with at least one held out, and one with text if two have text: that with the lowest hash."""
+    own = [clip for clip in clips if clip.voice == sounds.voice and _name_of(clip) not in sounds.words]
+    least = 1 if sounds.words else 2  # recordings of words are always trained on
+    for kind in (own, [clip for clip in own if clip.text is not None]):
+        if len(kind) >= least and all(clip.split == "train" for clip in kind):
+            chosen = min(kind, key=lambda clip: _rank(_name_of(clip)))
+            clips = [replace(clip, split="heldout") if clip is chosen else clip for clip in clips]
+    if clips and len(own) < least:
+        raise DataError(
+            f"{sounds.folder} has {len(own)} usable recordings that may be held out, and needs {least}. Add recordings."
+        )
+    return clips
+
+
+def _name_of(clip: Clip) -> str:
+    """The name of the recording of a clip."""
+    return clip.audio.removeprefix(f"clips/{clip.voice}/").removesuffix(".wav")
 
 
 def _text_of(path: Path, name: str, sounds: _Sounds) -> str | None:
@@ -261,7 +313,7 @@ def _write_composed(folder: Path, clips: Iterable[Clip], sounds: _Sounds, config
         return []
     composed: list[Clip] = []
     source = random.Random(config.seed)
-    wanted: dict[Split, int] = {"train": config.composed, "heldout": config.composed // 20}
+    wanted: dict[Split, int] = {"train": config.composed, "heldout": -(-config.composed // 20)}
     seen: set[str] = set()
     while any(wanted.values()):
         parts = compose(source)
@@ -271,7 +323,7 @@ def _write_composed(folder: Path, clips: Iterable[Clip], sounds: _Sounds, config
             continue
         seen.add(text)
         wanted[split] -= 1
-        samples = _joined([source.choice(words[part]) for part in parts], source)
+        samples = joined([source.choice(words[part]) for part in parts], source)
         path = Path("composed") / f"{split}-{wanted[split]:05d}.flac"
         write_audio(folder / path, samples)
         composed.append(Clip(path.as_posix(), text, sounds.voice, len(samples) / SAMPLE_RATE, split, is_composed=True))
@@ -282,25 +334,27 @@ def _recorded_words(folder: Path, clips: Iterable[Clip], sounds: _Sounds) -> dic
     """The recordings of each word without silence at both ends."""
     found: dict[str, list[np.ndarray]] = {}
     for clip in clips:
-        name = clip.audio.removeprefix(f"clips/{sounds.voice}/").removesuffix(".wav")
+        name = _name_of(clip)
         if clip.voice == sounds.voice and name in sounds.words:
-            found.setdefault(sounds.words[name], []).append(_trimmed(read_audio(folder / clip.audio).samples_S))
+            found.setdefault(sounds.words[name], []).append(trimmed(read_audio(folder / clip.audio).samples_S))
     return found
 
 
-def _trimmed(samples_S: np.ndarray, *, window: int = 240, decibels: float = -40.0) -> np.ndarray:
-    """The samples from the first to the last window whose level is above `decibels` below the loudest one."""
+def trimmed(samples_S: np.ndarray, *, window: int = 240, decibels: float = -40.0) -> np.ndarray:
+    """Returns the samples from the first to the last window whose level is above `decibels` below the loudest one."""
     levels = np.sqrt(np.mean(samples_S[: len(samples_S) // window * window].reshape(-1, window) ** 2, axis=1))
     loud = np.flatnonzero(levels > levels.max(initial=0.0) * 10 ** (decibels / 20))
     return samples_S[max(0, loud[0] - 2) * window : (loud[-1] + 3) * window] if len(loud) else samples_S
 
 
-def _joined(parts: Sequence[np.ndarray], source: random.Random) -> np.ndarray:
-    """The parts with pauses of 40 to 160 ms between them, at a level up to 3 dB above or below the recorded one."""
+def joined(
+    parts: Sequence[np.ndarray], source: random.Random, pauses: tuple[float, float] = (0.04, 0.16)
+) -> np.ndarray:
+    """Returns the parts with pauses (in seconds) before them, at a level up to 3 dB above or below the recorded one."""
     gain = np.float32(10 ** (source.uniform(-3, 3) / 20))
     pieces: list[np.ndarray] = []
     for part in parts:
-        pieces += [np.zeros(int(source.uniform(0.04, 0.16) * SAMPLE_RATE), np.float32), gain * part]
+        pieces += [np.zeros(int(source.uniform(*pauses) * SAMPLE_RATE), np.float32), gain * part]
     pieces.append(np.zeros(int(0.08 * SAMPLE_RATE), np.float32))
     return np.concatenate(pieces)
 

@@ -30,6 +30,7 @@ FORMATS = {
 
 _RATES = range(4_000, 384_001)
 _BLOCK_VALUES = 1 << 18
+_LARGEST_VALUE = 1e3
 _WRITTEN_SAMPLES = 1 << 15  # libsndfile's Vorbis encoder takes its memory for a block from the stack
 
 
@@ -80,7 +81,8 @@ def read_audio(
 
     Raises:
         ConfigError: The packages of the extra `audio` are not installed.
-        DataError: The source is no audio file, is empty, too long or damaged, or contains values that are not finite.
+        DataError: The source is no audio file, is empty, too long or damaged, or contains values that are not finite or
+            above 1,000.
     """
     name = name or ("the audio" if isinstance(source, bytes) else str(source))
     soundfile = optional_module("soundfile")
@@ -214,11 +216,15 @@ def _mono_blocks(sound: Any, name: str) -> Iterator[np.ndarray]:
     """The mean of the channels, block by block."""
     read = 0
     while len(block := sound.read(max(1, _BLOCK_VALUES // sound.channels), dtype="float32", always_2d=True)):
-        if not np.isfinite(block).all():
-            first = read + int(np.argmin(np.isfinite(block).all(axis=1)))
+        is_usable = (np.abs(block) <= _LARGEST_VALUE).all(axis=1)  # not so for values that are no numbers
+        if not is_usable.all():
+            place = int(np.argmin(is_usable))
+            is_finite = bool(np.isfinite(block[place]).all())
+            large = f"above {_LARGEST_VALUE:,.0f}, and samples lie between -1 and 1,"
+            found = large if is_finite else "that is not a finite number"
             raise DataError(
-                f"{name} has a value that is not a finite number at sample {first:,} "
-                f"({first / sound.samplerate:.3f} s). Export it again from its source."
+                f"{name} has a value {found} at sample {read + place:,} ({(read + place) / sound.samplerate:.3f} s). "
+                "Export it again from its source."
             )
         read += len(block)
         yield block.mean(axis=1)

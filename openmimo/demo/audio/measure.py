@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from openmimo.data.audio.corpus import TRAINING_VOICE, Clip, Corpus
+from openmimo.core.errors import DataError
+from openmimo.data.audio.corpus import TRAINING_VOICE, Clip, Corpus, Split
 from openmimo.data.audio.files import SAMPLE_RATE, read_audio, write_audio
 from openmimo.demo.audio.judge import SpeakerJudge
 from openmimo.demo.audio.metrics import chance_error_rate, error_rate, si_sdr, stoi
@@ -21,6 +22,39 @@ from openmimo.model.hf import CODEC_FOLDER
 _VOICE_CLIPS = 24
 _LEAST_SECONDS = 1.5
 _MOST_SECONDS = 8.0
+
+
+def check_measurable(corpus: Corpus) -> None:
+    """Refuses a corpus from which the demo cannot be measured, before minutes of training.
+
+    Raises:
+        DataError: It lacks recordings or sentences; the message lists them.
+    """
+    lacking = [
+        f"{least} {what}"
+        for what, least, found in (
+            (f"recordings of {_LEAST_SECONDS} to {_MOST_SECONDS:.0f} s for training", 1, _recorded(corpus, "train")),
+            ("such recordings that are held out", 1, _recorded(corpus, "heldout")),
+            ("held-out composed sentences", 2, corpus.select("heldout", composed=True, with_text=True)),
+            ("recordings of other voices with text", 2, _of_others(corpus)),
+        )
+        if len(found) < least
+    ]
+    if lacking:
+        raise DataError(
+            f"the demo cannot be measured on {corpus.folder}, which lacks: at least {', '.join(lacking)}. The "
+            "telephone prompts have all of it (leave --corpus.sounds out). Recordings of your own train a tokenizer "
+            "and a model with `openmimo audio data`, `openmimo audio tokenizer` and `openmimo audio language`."
+        )
+
+
+def _recorded(corpus: Corpus, split: Split) -> list[Clip]:
+    """The recordings of a split with a measurable length."""
+    return [clip for clip in corpus.select(split, composed=False) if _LEAST_SECONDS < clip.seconds < _MOST_SECONDS]
+
+
+def _of_others(corpus: Corpus) -> list[Clip]:
+    return [clip for clip in corpus.select("other", with_text=True) if clip.seconds < _MOST_SECONDS]
 
 
 def measure_tokenizer(corpus: Corpus, folder: Path, sounds: Path, count: int) -> dict[str, Any]:
@@ -36,7 +70,7 @@ def measure_tokenizer(corpus: Corpus, folder: Path, sounds: Path, count: int) ->
         Lists by number of codebooks, the scores of the recordings themselves, perplexities, and streaming speed.
     """
     tokenizer, judge = load_audio_tokenizer(str(folder)), SpeakerJudge()
-    clips = [clip for clip in corpus.select("heldout", composed=False) if _LEAST_SECONDS < clip.seconds < _MOST_SECONDS]
+    clips = _recorded(corpus, "heldout")
     waveforms = [_read(corpus, clip) for clip in clips[:count]]
     voice = _training_voice(corpus, judge)
     rows = [_quality(tokenizer, judge, voice, waveforms, used) for used in range(1, tokenizer.config.num_codebooks + 1)]
@@ -59,7 +93,7 @@ def _read(corpus: Corpus, clip: Clip) -> np.ndarray:
 
 def _training_voice(corpus: Corpus, judge: SpeakerJudge) -> np.ndarray:
     """The mean embedding of training recordings of the voice."""
-    clips = [clip for clip in corpus.select("train", composed=False) if _LEAST_SECONDS < clip.seconds < _MOST_SECONDS]
+    clips = _recorded(corpus, "train")
     chosen = clips[:: max(1, len(clips) // _VOICE_CLIPS)][:_VOICE_CLIPS]
     return judge.voice([_read(corpus, clip) for clip in chosen], SAMPLE_RATE)
 
@@ -144,7 +178,7 @@ def measure_hearing(corpus: Corpus, model: Path, count: int) -> dict[str, Any]:
     """
     engine = AudioEngine(model)
     clips = corpus.select("heldout", composed=True, with_text=True)[:count]
-    others = [clip for clip in corpus.select("other", with_text=True) if clip.seconds < _MOST_SECONDS]
+    others = _of_others(corpus)
     result: dict[str, Any] = {}
     for name, chosen in (("heldout", clips), ("other_voices", others)):
         texts = [engine.transcribe(_read(corpus, clip), SAMPLE_RATE, max_tokens=64) for clip in chosen]

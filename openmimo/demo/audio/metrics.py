@@ -7,11 +7,18 @@ import numpy as np
 from openmimo.data.audio.files import optional_module
 from openmimo.evals.audio.measures import edit_distance
 
+_SILENT_DECIBELS = -100.0
+
 
 def si_sdr(decoded_S: np.ndarray, target_S: np.ndarray) -> float:
-    """Returns the scale-invariant signal-to-distortion ratio in dB (Le Roux et al., arXiv 1811.02508, equation 5)."""
+    """Returns the scale-invariant signal-to-distortion ratio in dB (Le Roux et al., arXiv 1811.02508, equation 5).
+
+    It is -100 where one of the two is silent, for which the ratio has no value.
+    """
     target = target_S.astype(np.float64) - target_S.mean()
     decoded = decoded_S.astype(np.float64) - decoded_S.mean()
+    if not target.any() or not decoded.any():
+        return _SILENT_DECIBELS
     projection = (decoded @ target) / (target @ target) * target
     noise = decoded - projection
     return float(10 * np.log10((projection @ projection) / (noise @ noise)))

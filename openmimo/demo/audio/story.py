@@ -18,7 +18,7 @@ from openmimo.core.files import cache_folder
 from openmimo.data.audio.corpus import Corpus, read_corpus, write_corpus
 from openmimo.demo.audio.config import AudioDemoConfig
 from openmimo.demo.audio.judge import SpeakerJudge
-from openmimo.demo.audio.measure import measure_hearing, measure_speech, measure_tokenizer
+from openmimo.demo.audio.measure import check_measurable, measure_hearing, measure_speech, measure_tokenizer
 from openmimo.demo.audio.page import AudioFindings, write_page
 from openmimo.demo.parts import Parts
 from openmimo.demo.story import program
@@ -37,7 +37,7 @@ def run(config: AudioDemoConfig) -> Path:
 
     Raises:
         ConfigError: The folder cannot be used, or contains a demo with other settings; a package is not installed.
-        DataError: The speech cannot be loaded.
+        DataError: The speech cannot be loaded, or lacks what is measured.
     """
     console = Console()
     folder = Path(config.folder)
@@ -59,6 +59,7 @@ def _tell(config: AudioDemoConfig, folder: Path, console: Console) -> Path:
     tokenizer, model = (Path(part.run_folder) / "model" for part in (config.decoder, config.language))
     data = parts.run("data", "1/4  speech of one voice, and sentences composed of its words", lambda: _data(config))
     corpus = read_corpus(config.tokenizer.corpus)
+    check_measurable(corpus)
     parts.run("tokenizer", "2/4  audio tokenizer", lambda: {"model": str(train_tokenizer(config.tokenizer))})
     parts.run("decoder", "     its decoder alone", lambda: {"model": str(train_tokenizer(config.decoder))})
     quality = parts.run(

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 
 from openmimo.core.errors import DataError
+from openmimo.data.audio import corpus
 from openmimo.data.tokenizer import THINK_END, THINK_START, TURN_END, TURN_START
 from openmimo.model.audio.sequence import AudioPart, Part, SpeechPart, TextPart
 
-VOICE = "Your voice should be:"
-STYLE = "Generate speech from the text in the style of the instruction."
+VOICE, STYLE = corpus.VOICE, corpus.STYLE
 STREAM_START = "<|sostm|>"
 NO_THOUGHT = f"{THINK_START}\n\n{THINK_END}\n"
 ROLES = ("system", "user", "assistant")

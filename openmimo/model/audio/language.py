@@ -28,7 +28,7 @@ from openmimo.data.tokenizer import Tokenizer
 from openmimo.data.tokenizer_files import read_companions
 from openmimo.model.audio.context import BidirectionalContext, StepContext
 from openmimo.model.audio.language_config import AudioModelConfig, audio_config_from_hf, audio_keys
-from openmimo.model.audio.sequence import AudioSequence, delayed
+from openmimo.model.audio.sequence import AudioSequence, delayed, undelayed
 from openmimo.model.backbone import Backbone, Hidden
 from openmimo.model.context import AttentionContext, PackedContext
 from openmimo.model.heads import Head
@@ -127,7 +127,7 @@ class AudioLanguageModel(MiMo):
                 code" is -inf.
         """
         config = self._audio
-        H, Q = config.patch_frames, config.num_codebooks
+        H = config.patch_frames
         codes_SQ = torch.tensor(config.empty_ids, device=state_D.device).repeat(config.local_steps, 1)
         x_1L = self.hidden_states_downcast(state_D[None])
         context.restart()
@@ -139,8 +139,7 @@ class AudioLanguageModel(MiMo):
                     logits_V[config.empty_ids[number]] = -torch.inf
                     codes_SQ[step, number] = choose(logits_V, number, step - delay)
             x_1L = self._local_inputs(codes_SQ[None, step : step + 1])[0]
-        frames = [codes_SQ[config.delays[number] : config.delays[number] + H, number] for number in range(Q)]
-        return torch.stack(frames, dim=1)
+        return undelayed(codes_SQ[None], config.delays)[0]
 
     def _local_inputs(self, codes_PSQ: torch.Tensor) -> torch.Tensor:
         """Return the inputs [P, S, L] of the patch decoder for delayed codes."""

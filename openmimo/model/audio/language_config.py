@@ -14,7 +14,7 @@ from openmimo.core.fields import Bounds, check_fields
 from openmimo.core.files import file_in_folder, read_json, read_known_keys
 from openmimo.model.attention import AttentionConfig, RopeTheta, Size, is_global
 from openmimo.model.config import LayerConfig, ModelConfig, MoEConfig
-from openmimo.model.hf_config import config_from_hf, config_to_hf
+from openmimo.model.hf_config import config_from_hf
 from openmimo.model.presets import hybrid_layers, mimo_7b
 
 ARCHITECTURE = "MiMoAudioModel"
@@ -344,15 +344,6 @@ def _numbers(value: str | int, keys: _AudioKeys, where: str) -> tuple[int, ...]:
         raise ConfigError(f"{where} is {value!r}; it must be numbers with '-' between them.")
     numbers = [int(part) for part in parts]
     return tuple(numbers if len(numbers) > 1 else numbers * keys.audio_channels)
-
-
-def audio_config_to_hf(config: AudioModelConfig, *, dtype: str = "float32") -> dict[str, Any]:
-    """Return the `config.json` of a model.
-
-    Raises:
-        ConfigError: The keys of `config.json` cannot express it.
-    """
-    return config_to_hf(config.backbone, dtype=dtype) | audio_keys(config)
 
 
 def audio_keys(config: AudioModelConfig) -> dict[str, Any]:

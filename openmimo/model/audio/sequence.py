@@ -186,11 +186,6 @@ def to_patches(codes_FQ: torch.Tensor, patch_frames: int) -> torch.Tensor:
     return codes_FQ.reshape(-1, patch_frames, codes_FQ.shape[1])
 
 
-def from_patches(codes_PHQ: torch.Tensor, num_frames: int | None = None) -> torch.Tensor:
-    """Return the frames [F, Q] of patches; `num_frames` leaves out those that filled the last patch."""
-    return codes_PHQ.flatten(0, 1)[:num_frames]
-
-
 def delayed(codes_PHQ: torch.Tensor, delays: tuple[int, ...], empty_ids: tuple[int, ...]) -> torch.Tensor:
     """Shift codebook q of each patch by `delays[q]` steps: [P, S, Q], with the "no code" ids before and behind."""
     P, H, Q = codes_PHQ.shape
@@ -315,31 +310,3 @@ def _segments(token_ids: list[int], text_end: int) -> list[list[int]]:
     segments = [token_ids[first : first + SEGMENT_TOKENS] for first in firsts]
     segments[-1] = [*segments[-1], text_end]
     return segments
-
-
-@dataclass(frozen=True)
-class Speech:
-    """A spoken reply taken apart.
-
-    Attributes:
-        text_ids: Its text tokens, without the special ones.
-        codes_FQ: Codes of its audio, int64.
-        is_complete: Whether `<|eostm|>` ended it.
-    """
-
-    text_ids: tuple[int, ...]
-    codes_FQ: torch.Tensor
-    is_complete: bool
-
-
-def parse_speech(sequence: AudioSequence, tokens: AudioTokens) -> Speech:
-    """Take the first spoken reply of a sequence apart; without `<|sostm|>` it begins at the first position."""
-    ids = sequence.text_ids_T.tolist()
-    first = ids.index(tokens.stream_start) + 1 if tokens.stream_start in ids else 0
-    is_complete = tokens.stream_end in ids[first:]
-    stop = ids.index(tokens.stream_end, first) if is_complete else len(ids)
-    is_patch_T = sequence.is_patch_T[first:stop]
-    text = [token for token, patch in zip(ids[first:stop], is_patch_T.tolist(), strict=True) if not patch]
-    if tokens.text_end in text:
-        text = text[: text.index(tokens.text_end)]
-    return Speech(tuple(text), from_patches(sequence.codes_THQ[first:stop][is_patch_T]), is_complete)

@@ -33,6 +33,7 @@ from openmimo.model.audio.sequence import AudioPart, Part, SpeechPart, TextPart
 from openmimo.model.audio.tokenizer import AudioTokenizer
 
 _MOST_CODES = 1 << 27
+_STORED_EVERY = 256  # clips
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ def read_mixture(mixture: MixtureConfig) -> list[SplitRows]:
 
 
 class Codes:
-    """Codes of the clips of a run, computed once and kept in a folder.
+    """Codes of the clips of a run, computed once and kept in a folder, also those before an interrupt.
 
     Args:
         folder: The folder.
@@ -150,10 +151,14 @@ class Codes:
             self._names[clip] = _digest_of_file(clip, self._fingerprint)
             if self._names[clip] not in self._by_clip:
                 missing.append(clip)
-        for clip in track(missing, "encoding audio", console=console, disable=not missing):
-            self._by_clip[self._names[clip]] = self._encoded(clip)
-        if missing:
-            self._store()
+        try:
+            for number, clip in enumerate(track(missing, "encoding audio", console=console, disable=not missing), 1):
+                self._by_clip[self._names[clip]] = self._encoded(clip)
+                if number % _STORED_EVERY == 0:
+                    self._store()
+        finally:  # an interrupt or a clip that cannot be read keeps the work before it
+            if missing:
+                self._store()
 
     def __call__(self, clip: Path) -> torch.Tensor:
         """Return the codes of a prepared clip, int64 [F, Q]."""

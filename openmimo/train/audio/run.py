@@ -55,6 +55,7 @@ def train_audio(config: AudioTrainConfig, *, console: Console | None = None) -> 
     checkpoints = Checkpoints(folder, config.checkpoints)
     steps = total_steps(config.stages)
     if has_finished(config, checkpoints, steps=steps, free=_FREE, console=console):
+        _check_codec(folder / "model", config.codec)
         _add_codec(folder / "model", codec_folder)
         return folder / "model"
     sources = [read_mixture(stage.mixture) for stage in config.stages]
@@ -194,6 +195,16 @@ def _fingerprint(codec_folder: Path) -> str:
             with open(path, "rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
+
+
+def _check_codec(model: Path, codec: str) -> None:
+    """Refuse another audio tokenizer than that of a finished model."""
+    kept = model / CODEC_FOLDER
+    if kept.is_dir() and _fingerprint(kept) != _fingerprint(Path(codec)):
+        raise ConfigError(
+            f"the finished model {model} has another audio tokenizer than codec {codec!r}. Give the codec of the run, "
+            "or another run_folder. Commands such as `openmimo audio speak` take a tokenizer of their own."
+        )
 
 
 def _add_codec(model: Path, codec: Path) -> None:

@@ -92,7 +92,7 @@ export class ReplyBuilder {
     this.hear = hear;
     this.now = now;
     this.draftRun = 0;
-    this.pendingText = ""; // told by token_details, not yet seen in the reply's text
+    this.pendingText = ""; // announced by token_details, not yet seen in the reply's text
     this.pendingMarks = "";
     this.firstAt = null;
     this.tokensAtFirst = 0;

@@ -1,4 +1,4 @@
-/** The settings: the dialog, the two toggles beside the message, and the theme. */
+/** The settings: the dialog, the two toggles next to the message, and the theme. */
 
 import { DEFAULT_SETTINGS, loadApiKey, loadSettings, loadTheme, saveApiKey, saveSettings, saveTheme } from "./store.js";
 

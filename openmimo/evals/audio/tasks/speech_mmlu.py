@@ -10,22 +10,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from openmimo.core.errors import ConfigError
+from openmimo.data.audio.facts import NUM_OPTIONS, question
 from openmimo.evals.audio.measures import normalized
 from openmimo.evals.audio.sounds import nearest
 from openmimo.evals.audio.task import Answer, AudioExample, AudioTask, Measures, Part
 from openmimo.evals.audio.voices import TONES, open_voices
-
-_NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
-            "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen")  # fmt: skip
-_DAYS = ("sunday", "monday", "tuesday", "wednesday", "thursday", "friday", "saturday")
-_MONTHS = ("january", "february", "march", "april", "may", "june", "july", "august", "september", "october",
-           "november", "december")  # fmt: skip
-_ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth",
-             "eleventh", "twelfth")  # fmt: skip
-_RADIO = ("alpha", "bravo", "charlie", "delta", "echo", "foxtrot", "golf", "hotel", "india", "juliet", "kilo", "lima",
-          "mike", "oscar", "papa", "quebec", "romeo", "sierra", "tango", "uniform", "victor", "whiskey", "yankee",
-          "zulu")  # fmt: skip
-_NUM_OPTIONS = 4
 
 
 @dataclass(frozen=True)
@@ -42,7 +31,7 @@ class SpeechMmluOptions:
 
 
 class _SpeechMmlu:
-    chance = 1 / _NUM_OPTIONS
+    chance = 1 / NUM_OPTIONS
     num_examples = None
 
     def __init__(self, options: SpeechMmluOptions, seed: int):
@@ -55,13 +44,11 @@ class _SpeechMmlu:
 
     def example(self, index: int) -> AudioExample:
         source = random.Random(f"{self._seed}:{index}")
-        question, right, pool = source.choice(_FACTS)(source)
-        options = [right, *source.sample([word for word in pool if word != right], _NUM_OPTIONS - 1)]
-        source.shuffle(options)
-        text = f"{question} {' '.join(options)}"
-        parts: tuple[Part, ...] = (f"{question}: {', '.join(options)}?",)
+        asked = question(source)
+        options, right = asked.options, asked.right
+        parts: tuple[Part, ...] = (f"{asked.text}: {', '.join(options)}?",)
         if self._hears:
-            parts = (self._voices.say(text),)
+            parts = (self._voices.say(asked.spoken),)
         sounds = [self._voices.say(option) for option in options]
         reference = Answer(right, sounds[options.index(right)] if self._speaks else None)
         answers_with: Literal["sound", "text"] = "sound" if self._speaks else "text"
@@ -80,35 +67,4 @@ class _SpeechMmlu:
         }
 
 
-_Fact = tuple[str, str, tuple[str, ...]]
-
-
-def _sum(source: random.Random) -> _Fact:
-    one, other = source.randrange(10), source.randrange(10)
-    return f"{_NUMBERS[one]} plus {_NUMBERS[other]} equals", _NUMBERS[one + other], _NUMBERS
-
-
-def _difference(source: random.Random) -> _Fact:
-    one = source.randrange(20)
-    other = source.randrange(min(one, 9) + 1)
-    return f"{_NUMBERS[one]} minus {_NUMBERS[other]} equals", _NUMBERS[one - other], _NUMBERS
-
-
-def _tomorrow(source: random.Random) -> _Fact:
-    day = source.randrange(7)
-    word, step = source.choice((("tomorrow", 1), ("yesterday", -1)))
-    return f"today is {_DAYS[day]} {word} is", _DAYS[(day + step) % 7], _DAYS
-
-
-def _month(source: random.Random) -> _Fact:
-    month = source.randrange(12)
-    return f"{_MONTHS[month]} is", _ORDINALS[month], _ORDINALS
-
-
-def _letter(source: random.Random) -> _Fact:
-    word = source.choice(_RADIO)
-    return f"{word[0]} is", word, _RADIO
-
-
-_FACTS = (_sum, _difference, _tomorrow, _month, _letter)
 PLUGIN = AudioTask(version=1, options=SpeechMmluOptions, open=_SpeechMmlu)
