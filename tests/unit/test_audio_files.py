@@ -142,7 +142,8 @@ def test_an_interrupted_writer_leaves_the_earlier_file(tmp_path):
 def test_values_beyond_full_scale_are_clipped_and_not_wrapped(tmp_path):
     loud = np.array([2.0, -2.0, 0.5], np.float32)
     assert np.allclose(read_audio(write_audio(tmp_path / "loud.wav", loud)).samples_S, [1, -1, 0.5], atol=1e-4)
-    assert pcm_bytes(loud) == struct.pack("<3h", 32767, -32767, 16384)
+    assert pcm_bytes(loud) == struct.pack("<3h", 32767, -32768, 16384)
+    assert pcm_bytes(tone()) == audio_bytes(tone(), ending=".wav")[44:]  # a stream has the samples of a file
 
 
 def test_the_name_of_a_written_file_says_its_format(tmp_path):

@@ -142,8 +142,14 @@ def audio_bytes(samples_S: np.ndarray, sample_rate: int = SAMPLE_RATE, ending: s
 
 
 def pcm_bytes(samples_S: np.ndarray) -> bytes:
-    """Returns mono samples as raw signed 16-bit little-endian integers; values outside -1 to 1 are clipped."""
-    return (np.clip(samples_S, -1, 1) * 32767).round().astype("<i2").tobytes()
+    """Returns mono samples as raw signed 16-bit little-endian integers, those that a wav file of them has.
+
+    Values outside -1 to 1 are clipped.
+    """
+    file = io.BytesIO()
+    with _sound_writer(file, SAMPLE_RATE, "RAW", "PCM_16") as write:
+        write(samples_S)
+    return file.getvalue()
 
 
 def format_of(path: Path) -> tuple[str, str | None]:
@@ -235,7 +241,8 @@ def _sound_writer(
     file: BinaryIO, sample_rate: int, kind: str, subtype: str | None
 ) -> Iterator[Callable[[np.ndarray], None]]:
     soundfile = optional_module("soundfile")
-    with soundfile.SoundFile(file, "w", sample_rate, 1, format=kind, subtype=subtype) as sound:
+    endian = "LITTLE" if kind == "RAW" else None  # other formats have their own order
+    with soundfile.SoundFile(file, "w", sample_rate, 1, format=kind, subtype=subtype, endian=endian) as sound:
 
         def write(samples_S: np.ndarray) -> None:
             clipped = np.clip(np.asarray(samples_S, np.float32), -1, 1)
