@@ -1,6 +1,7 @@
 """A speech model whose replies say what it was given, for tests of the server, the page and the evaluation."""
 
 import threading
+import time
 
 import numpy as np
 
@@ -67,7 +68,7 @@ class FakeSpeech:
                     yield SpeechEvent(finish_reason="length")
                     return
             case SpeakWork():
-                for word in work.text.split():
+                for word in _words_spoken(work.text):
                     if word == "silence":
                         continue
                     if word == "break":
@@ -90,6 +91,15 @@ class FakeSpeech:
                     if work.output != "text":
                         yield SpeechEvent(waveform=tone(PATCH / RATE), num_tokens=1, num_patches=1)
         yield SpeechEvent(finish_reason="stop")
+
+
+def _words_spoken(text):
+    """Yield the words; after "forever" comes one every millisecond until the reply is closed."""
+    for word in text.split():
+        yield word
+        while word == "forever":
+            time.sleep(0.001)
+            yield word
 
 
 def _texts(work):

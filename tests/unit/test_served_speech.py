@@ -200,13 +200,12 @@ def test_speech_with_the_openai_client(openai_client):
         assert b"".join(response.iter_bytes()) == pcm.tobytes()
 
 
-def test_speech_arrives_while_it_is_generated(server, backend, http):
-    body = {"input": "word " * 400, "response_format": "wav"}
+def test_speech_arrives_while_it_is_generated(backend, http):
+    body = {"input": "forever", "response_format": "wav"}
     with http.stream("POST", "/v1/audio/speech", json=body) as response:
         pieces = response.iter_raw()
         assert next(pieces).startswith(b"RIFF")
     wait_until(lambda: backend.model.open == 0)  # the client has left
-    assert backend.model.order.count("word") < 400
 
 
 def test_events_of_speech(http):
