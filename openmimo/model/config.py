@@ -376,18 +376,20 @@ def _active(config: ModelConfig, *, multiplied: int) -> int:
 
     A parameter of a complex layer is multiplied twice, with a real and an imaginary part.
     """
-    D = config.hidden_size
-    total = D * config.vocab_size
-    for index, layer in enumerate(config.layers):
-        sinks = layer.attention.num_heads if layer.attention.sink else 0
-        total += sinks + (attention_parameters(config, index) - sinks) // multiplied
-        if layer.ffn == "dense":
-            total += 3 * D * config.dense_ffn_dim // multiplied
-        else:
-            assert config.moe is not None, "checked by the config"
-            experts = config.moe.experts_per_token * 3 * D * config.moe.expert_dim
-            total += D * config.moe.num_experts + experts // multiplied
-    return total
+    layers = (layer_multiplications(config, index, multiplied=multiplied) for index in range(len(config.layers)))
+    return config.hidden_size * config.vocab_size + sum(layers)
+
+
+def layer_multiplications(config: ModelConfig, index: int, *, multiplied: int = 1) -> int:
+    """Count the multiplications of the matrix products of a main layer per token, each weight `1/multiplied`."""
+    D, layer = config.hidden_size, config.layers[index]
+    sinks = layer.attention.num_heads if layer.attention.sink else 0
+    total = sinks + (attention_parameters(config, index) - sinks) // multiplied
+    if layer.ffn == "dense":
+        return total + 3 * D * config.dense_ffn_dim // multiplied
+    assert config.moe is not None, "checked by the config"
+    experts = config.moe.experts_per_token * 3 * D * config.moe.expert_dim
+    return total + D * config.moe.num_experts + experts // multiplied
 
 
 def mtp_matmul_parameters(config: ModelConfig) -> int:

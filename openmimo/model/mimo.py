@@ -16,7 +16,7 @@ from openmimo.model.attention import AttentionModule, RopeScaling
 from openmimo.model.backbone import Backbone, Hidden
 from openmimo.model.config import ModelConfig
 from openmimo.model.context import AttentionContext, PackedContext
-from openmimo.model.heads import MTP, Head
+from openmimo.model.heads import MTP, Head, MicroBatch
 from openmimo.model.layers import Embedding, RMSNorm
 from openmimo.model.moe import Experts, Router
 
@@ -100,6 +100,11 @@ class MiMo(nn.Module):
             for head, shifted_tokens_T in shifted_tokens.items()
         }
         return hidden._replace(mtp_TD=mtp_TD)
+
+    def head_states(self, batch: MicroBatch, context: AttentionContext) -> list[torch.Tensor]:
+        """Return the final states [T, D] of every head from one pass, the main head first."""
+        hidden = self(batch.tokens_T, context, dict(enumerate(batch.shifted)))
+        return [hidden.post_norm_TD, *hidden.mtp_TD.values()]
 
     def mtp(self, head: int, hidden: Hidden, shifted_tokens_T: torch.Tensor, context: AttentionContext) -> torch.Tensor:
         """Return the states [T, D] of one MTP head for the rows of `hidden`; see `forward`."""

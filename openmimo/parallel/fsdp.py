@@ -15,7 +15,14 @@ from openmimo.core.errors import ConfigError
 from openmimo.model.mimo import MiMo
 
 
-def shard_model(model: MiMo, weights: DeviceMesh, experts: DeviceMesh, parallel_experts: Iterable[nn.Module]) -> None:
+def shard_model(
+    model: MiMo,
+    weights: DeviceMesh,
+    experts: DeviceMesh,
+    parallel_experts: Iterable[nn.Module],
+    *,
+    called: Iterable[nn.Module] | None = None,
+) -> None:
     """Shard a model in place. Its weights are whole on every rank, except those that are distributed already.
 
     Args:
@@ -23,6 +30,7 @@ def shard_model(model: MiMo, weights: DeviceMesh, experts: DeviceMesh, parallel_
         weights: Mesh of the plain weights, with dimensions replicate and shard.
         experts: Mesh of expert-parallel weights, with dimensions replicate and shard.
         parallel_experts: Modules of expert-parallel weights.
+        called: The modules that are called from outside (None: the model); here the stages of a pipeline.
 
     Raises:
         ConfigError: The model ties its embedding to its output head.
@@ -36,7 +44,8 @@ def shard_model(model: MiMo, weights: DeviceMesh, experts: DeviceMesh, parallel_
         _shard(module, experts)
     for layer in (*model.model.layers, *model.model.mtp.layers):
         _shard(layer, weights)
-    for module in (model.model.embed_tokens, model.lm_head, model):
+    ends = [part for name, part in model.named_modules() if name in ("model.embed_tokens", "lm_head")]
+    for module in (*ends, *(called or [model])):
         _shard(module, weights)
 
 

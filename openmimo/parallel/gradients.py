@@ -14,7 +14,16 @@ def local_part(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class ShardedGradients:
-    """Norm and zeros of sharded gradients. All ranks call its methods together."""
+    """Norm and zeros of sharded gradients. All ranks call its methods together.
+
+    Args:
+        stages: The ranks that have the other layers of the model (None: there are none).
+        copies: Parameters of this rank that another of these ranks has as well; they count there.
+    """
+
+    def __init__(self, stages: dist.ProcessGroup | None = None, copies: Iterable[nn.Parameter] = ()):
+        self._stages = stages
+        self._copies = {id(parameter) for parameter in copies}
 
     def local(self, parameters: Iterable[nn.Parameter]) -> list[torch.Tensor]:
         """Return the parts of the gradients that this rank holds."""
@@ -22,15 +31,24 @@ class ShardedGradients:
 
     def norm(self, parameters: Iterable[nn.Parameter]) -> torch.Tensor:
         """Return the norm of all gradients together, a scalar."""
-        with_gradient = [parameter for parameter in parameters if parameter.grad is not None]
-        norms = torch._foreach_norm(self.local(with_gradient))
-        return _sum_over_shards(with_gradient, [norm.float() ** 2 for norm in norms]).sqrt()
+        counted = self._counted(parameters)
+        norms = torch._foreach_norm(self.local(counted))
+        return self._sum(counted, [norm.float() ** 2 for norm in norms]).sqrt()
 
     def num_zeros(self, parameters: Iterable[nn.Parameter]) -> torch.Tensor:
         """Return the number of entries of the gradients that are exactly zero, a scalar."""
-        with_gradient = [parameter for parameter in parameters if parameter.grad is not None]
-        counts = [part.numel() - torch.count_nonzero(part) for part in self.local(with_gradient)]
-        return _sum_over_shards(with_gradient, [torch.as_tensor(count, dtype=torch.float64) for count in counts]).long()
+        counted = self._counted(parameters)
+        counts = [part.numel() - torch.count_nonzero(part) for part in self.local(counted)]
+        return self._sum(counted, [torch.as_tensor(count, dtype=torch.float64) for count in counts]).long()
+
+    def _counted(self, parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+        return [item for item in parameters if item.grad is not None and id(item) not in self._copies]
+
+    def _sum(self, parameters: list[nn.Parameter], values: list[torch.Tensor]) -> torch.Tensor:
+        total = _sum_over_shards(parameters, values)
+        if self._stages is not None:
+            dist.all_reduce(total, group=self._stages)
+        return total
 
 
 def _sum_over_shards(parameters: list[nn.Parameter], values: list[torch.Tensor]) -> torch.Tensor:

@@ -3,6 +3,7 @@
 A run on several devices is started by `torchrun`, or by any launcher that sets RANK, WORLD_SIZE, LOCAL_RANK,
 MASTER_ADDR and MASTER_PORT. The dimensions of the mesh, outermost first:
 
+    pp              processes that hold other layers (stages) and read the same rows
     dp_replicate    processes that hold the same shards and read other rows
     dp_shard        processes that hold other shards and read other rows
     cp              processes that hold other shards and read other tokens of the same rows
@@ -53,6 +54,9 @@ def process_group(device: torch.device) -> Iterator[torch.device]:
 
 def _is_lost_connection(error: RuntimeError) -> bool:
     """Whether an error comes from a collective; gloo raises a plain RuntimeError."""
+    cause = error.__cause__  # a pipeline schedule raises a RuntimeError of its own
+    if isinstance(cause, RuntimeError) and _is_lost_connection(cause):
+        return True
     return isinstance(error, dist.DistError) or "/gloo/" in str(error)
 
 
@@ -61,7 +65,7 @@ class Mesh:
     """The meshes of a run. All of them have the same processes.
 
     Attributes:
-        whole: Dimensions dp_replicate, dp_shard, cp, tp.
+        whole: Dimensions pp, dp_replicate, dp_shard, cp, tp.
         weights: Dimensions replicate and shard, over which plain weights are kept; shard is dp_shard x cp.
         experts: Dimensions replicate, shard and ep, over which experts are kept; shard x ep is dp_shard x cp.
     """
@@ -69,6 +73,11 @@ class Mesh:
     whole: DeviceMesh
     weights: DeviceMesh
     experts: DeviceMesh
+
+    @property
+    def pp(self) -> DeviceMesh:
+        """The processes that have the other layers for the same rows."""
+        return self.whole["pp"]
 
     @property
     def cp(self) -> DeviceMesh:
@@ -97,7 +106,7 @@ class Mesh:
         return self.whole["dp_replicate"].size() * self.whole["dp_shard"].size()
 
 
-def build_mesh(device_type: str, *, dp_replicate: int, dp_shard: int, cp: int, tp: int, ep: int) -> Mesh:
+def build_mesh(device_type: str, *, dp_replicate: int, dp_shard: int, cp: int, tp: int, ep: int, pp: int = 1) -> Mesh:
     """Arrange the processes of the run.
 
     Args:
@@ -107,30 +116,33 @@ def build_mesh(device_type: str, *, dp_replicate: int, dp_shard: int, cp: int, t
         cp: Processes that share rows.
         tp: Processes that share layers.
         ep: Processes that hold different experts.
+        pp: Processes that hold different layers.
 
     Raises:
         ConfigError: The product is not the number of processes, or ep does not divide dp_shard x cp.
     """
     processes = dist.get_world_size()
     if dp_shard == -1:
-        dp_shard = max(processes // (dp_replicate * cp * tp), 1)
-    product = dp_replicate * dp_shard * cp * tp
+        dp_shard = max(processes // (pp * dp_replicate * cp * tp), 1)
+    product = pp * dp_replicate * dp_shard * cp * tp
     if product != processes:
         raise ConfigError(
-            f"dp_replicate {dp_replicate} x dp_shard {dp_shard} x cp {cp} x tp {tp} are {product} processes, but "
-            f"{processes} were started; change parallel.*, or start torchrun with --nproc-per-node {product}."
+            f"pp {pp} x dp_replicate {dp_replicate} x dp_shard {dp_shard} x cp {cp} x tp {tp} are {product} processes, "
+            f"but {processes} were started; change parallel.*, or start torchrun with --nproc-per-node {product}."
         )
     if dp_shard * cp % ep:
         raise ConfigError(f"ep is {ep}; it must divide dp_shard x cp, which is {dp_shard * cp}.")
     whole = init_device_mesh(
-        device_type, (dp_replicate, dp_shard, cp, tp), mesh_dim_names=("dp_replicate", "dp_shard", "cp", "tp")
+        device_type,
+        (pp, dp_replicate, dp_shard, cp, tp),
+        mesh_dim_names=("pp", "dp_replicate", "dp_shard", "cp", "tp"),
     )
     weights = init_device_mesh(
-        device_type, (dp_replicate, dp_shard * cp, tp), mesh_dim_names=("replicate", "shard", "tp")
+        device_type, (pp, dp_replicate, dp_shard * cp, tp), mesh_dim_names=("pp", "replicate", "shard", "tp")
     )
     experts = init_device_mesh(
         device_type,
-        (dp_replicate, dp_shard * cp // ep, ep, tp),
-        mesh_dim_names=("replicate", "shard", "ep", "tp"),
+        (pp, dp_replicate, dp_shard * cp // ep, ep, tp),
+        mesh_dim_names=("pp", "replicate", "shard", "ep", "tp"),
     )
     return Mesh(whole, weights, experts)

@@ -3,7 +3,7 @@
 All processes call the methods together and in the same order.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -21,38 +21,53 @@ from openmimo.parallel.expert import distribute_experts
 from openmimo.parallel.fsdp import shard_model
 from openmimo.parallel.gradients import ShardedGradients, local_part
 from openmimo.parallel.mesh import Mesh, build_mesh, process_group
+from openmimo.parallel.pipeline import Pipeline, gather_from_stages
+from openmimo.parallel.stages import PipelineOptions
 from openmimo.parallel.tensor import divide_layers
 
 Result = TypeVar("Result")
 
 
 @contextmanager
-def open_ranks(device: torch.device, sizes: dict[str, int]) -> Iterator["Ranks"]:
+def open_ranks(
+    device: torch.device, sizes: dict[str, int], pipeline: dict[str, Any] | None = None
+) -> Iterator["Ranks"]:
     """Connect the processes of a run.
 
     Args:
         device: The device of the config.
         sizes: Dimensions of the mesh, see `build_mesh`.
+        pipeline: Fields of `PipelineOptions`, for a mesh with pipeline stages.
 
     Raises:
         ConfigError: The sizes do not fit the number of processes.
     """
     with process_group(device) as local_device:
-        yield Ranks(build_mesh(local_device.type, **sizes), local_device)
+        options = None if pipeline is None else PipelineOptions(**pipeline)
+        yield Ranks(build_mesh(local_device.type, **sizes), local_device, options)
 
 
 class Ranks:
     """One process of a run.
+
+    Args:
+        mesh: The processes of the run.
+        device: The device of this process.
+        pipeline: The division into stages; required if the mesh has pipeline stages.
 
     Attributes:
         device: The device of this process.
         gradients: Measures of the gradients.
     """
 
-    def __init__(self, mesh: Mesh, device: torch.device):
+    def __init__(self, mesh: Mesh, device: torch.device, pipeline: PipelineOptions | None = None):
+        if mesh.pp.size() > 1 and pipeline is None:
+            raise ConfigError("this command cannot divide a model into pipeline stages; set parallel.pp 1.")
         self.mesh = mesh
         self.device = device
         self.gradients = ShardedGradients()
+        self._options = pipeline
+        self._pipeline: Pipeline | None = None
 
     @property
     def is_main(self) -> bool:
@@ -87,10 +102,16 @@ class Ranks:
         """
         if recompute:
             checkpoint_activations(model.model)
+        if self.mesh.pp.size() > 1:
+            assert self._options is not None
+            self._pipeline = Pipeline(model, self.mesh.pp.get_group(), self._options, self.device)
         if self.mesh.tp.size() > 1:
             divide_layers(model, self.mesh.weights["tp"])
         experts = distribute_experts(model, self.mesh.ep) if self.mesh.ep.size() > 1 else []
-        shard_model(model, self.mesh.weights, self.mesh.experts, experts)
+        stages = None if self._pipeline is None else self._pipeline.stages.values()
+        shard_model(model, self.mesh.weights, self.mesh.experts, experts, called=stages)
+        if self._pipeline is not None:
+            self.gradients = ShardedGradients(self.mesh.pp.get_group(), self._pipeline.copies())
 
     def split(
         self,
@@ -122,6 +143,27 @@ class Ranks:
         )
         return split.batch(batch), context
 
+    def backward(
+        self,
+        model: MiMo,
+        batches: Sequence[MicroBatch],
+        *,
+        split: Callable[[MicroBatch], tuple[MicroBatch, PackedContext]],
+        loss: Callable[[list[torch.Tensor], MicroBatch], tuple[torch.Tensor, torch.Tensor]],
+        seen: Callable[[PackedContext], None],
+    ) -> torch.Tensor:
+        """Accumulate the gradients of all micro-batches of an optimizer step; see `train.trainer.Alone`."""
+        if self._pipeline is not None:
+            return self._pipeline.backward(batches, split=split, loss=loss, seen=seen)
+        losses = torch.zeros(1 + model.config.num_mtp_heads, device=self.device)
+        for batch in batches:
+            part, context = split(batch)
+            total, shares = loss(model.head_states(part, context), part)
+            total.backward()
+            seen(context)
+            losses += shares
+        return losses
+
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return the sum of a tensor over all processes with different tokens."""
         return self._sum(tensor, ("dp_replicate", "dp_shard", "cp"))
@@ -136,6 +178,10 @@ class Ranks:
     def sum_over_rows(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return the sum of a tensor over the processes that read different rows."""
         return self._sum(tensor, ("dp_replicate", "dp_shard"))
+
+    def sum_over_stages(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the sum of a tensor over the processes that hold different layers."""
+        return self._sum(tensor, ("pp",))
 
     def sum_over_all(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return the sum of a tensor over all processes."""
@@ -176,16 +222,19 @@ class Ranks:
             copy = copy.to_empty(device="cpu")
         copy.companions, copy.is_extended = model.companions, model.is_extended
         targets = copy.state_dict()
-        for name, tensor in model.state_dict().items():
-            whole = _whole(tensor)
+        for name, whole in self._gathered(model.state_dict()):
             if self.is_main:
                 targets[name].copy_(whole)
         tensors = {}
-        for name, tensor in optimizer_tensors.items():
-            whole = _whole(tensor)
+        for name, whole in self._gathered(optimizer_tensors):
             if self.is_main:
                 tensors[name] = whole.cpu()
         return copy, tensors
+
+    def _gathered(self, tensors: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+        if self._pipeline is not None:
+            return gather_from_stages(tensors, self.mesh.pp.get_group(), self.device)
+        return ((name, _whole(tensor)) for name, tensor in tensors.items())
 
     def main_first(self, function: Callable[[], Result]) -> Result:
         """Call a function on the main process, then on the others. An error of the main process ends all of them."""

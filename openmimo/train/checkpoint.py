@@ -244,6 +244,8 @@ def load_optimizer_state(
 ) -> None:
     """Load a result of `optimizer_state`. Parameters without an entry, such as new MTP heads, keep no state.
 
+    Entries of parameters that this process does not have, because they belong to another pipeline stage, are ignored.
+
     Args:
         model: The model.
         optimizer: Its optimizer.
@@ -253,6 +255,8 @@ def load_optimizer_state(
     parameters = dict(model.named_parameters())
     for name, value in tensors.items():
         parameter_name, key = name.rsplit("/", 1)
+        if parameter_name not in parameters:
+            continue
         parameter = parameters[parameter_name]
         device = "cpu" if key == "step" and not optimizer.defaults.get("fused") else parameter.device
         optimizer.state[parameter][key] = like(parameter, value).to(device)

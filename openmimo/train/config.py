@@ -248,6 +248,10 @@ class ParallelConfig:
         cp: Processes that share the tokens of each row. Sliding layers exchange the window's keys only.
         tp: Processes that share the heads and hidden dims of each layer.
         ep: Processes that hold different experts; it divides dp_shard x cp.
+        pp: Processes that hold different layers (pipeline stages). Micro-batches pass through them.
+        pp_schedule: Order of the micro-batches: 1f1b, or interleaved with several stages for each process.
+        pp_stages: Number of stages (0: pp for 1f1b, 2 pp for interleaved, or what pp_boundaries says).
+        pp_boundaries: First layer of every stage after the first (none: stages of equal estimated cost).
     """
 
     dp_replicate: PositiveInt = 1
@@ -255,11 +259,59 @@ class ParallelConfig:
     cp: PositiveInt = 1
     tp: PositiveInt = 1
     ep: PositiveInt = 1
+    pp: PositiveInt = 1
+    pp_schedule: Literal["1f1b", "interleaved"] = "1f1b"
+    pp_stages: NonNegativeInt = 0
+    pp_boundaries: tuple[PositiveInt, ...] = ()
 
     def __post_init__(self) -> None:
         check_fields(self, "parallel")
         if self.dp_shard == 0:
             raise ConfigError("parallel.dp_shard is 0; give the number of processes, or -1 for as many as are left.")
+        if self.pp == 1 and (self.pp_schedule != "1f1b" or self.pp_stages or self.pp_boundaries):
+            raise ConfigError("parallel.pp_schedule, pp_stages and pp_boundaries have no effect with parallel.pp 1.")
+        self._check_stages()
+
+    def _check_stages(self) -> None:
+        stages = self.num_stages
+        if self.pp_boundaries and stages != len(self.pp_boundaries) + 1:
+            raise ConfigError(
+                f"parallel.pp_boundaries gives {len(self.pp_boundaries) + 1} stages, but there are {stages}; give the "
+                "first layer of every stage after the first."
+            )
+        if self.pp_schedule == "1f1b" and stages != self.pp:
+            raise ConfigError(f"the 1f1b schedule has parallel.pp = {self.pp} stages, and not {stages}.")
+        if self.pp_schedule == "interleaved" and (stages % self.pp or stages == self.pp):
+            raise ConfigError(
+                f"the interleaved schedule has two or more stages for each of the {self.pp} processes of a pipeline, "
+                f"and not {stages} in total; change parallel.pp_stages or pp_boundaries."
+            )
+
+    @property
+    def num_stages(self) -> int:
+        """Number of pipeline stages."""
+        if self.pp_stages:
+            return self.pp_stages
+        if self.pp_boundaries:
+            return len(self.pp_boundaries) + 1
+        return self.pp if self.pp_schedule == "1f1b" else 2 * self.pp
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The dimensions of the mesh."""
+        names = ("dp_replicate", "dp_shard", "cp", "tp", "ep", "pp")
+        return {name: getattr(self, name) for name in names}
+
+    def pipeline(self, sequence_length: int) -> dict[str, Any] | None:
+        """Return the fields of `parallel.stages.PipelineOptions`, or None without stages."""
+        if self.pp == 1:
+            return None
+        return {
+            "schedule": self.pp_schedule,
+            "stages": self.num_stages,
+            "boundaries": self.pp_boundaries,
+            "sequence_length": sequence_length,
+        }
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,15 @@ def training_loss(
     Returns:
         The loss, and each head's contribution to its mean cross-entropy in nats, float32 [heads].
     """
-    states = head_states(model, batch, context)
+    return loss_of_states(
+        model, model.head_states(batch, context), batch, label_counts=label_counts, mtp_weight=mtp_weight
+    )
+
+
+def loss_of_states(
+    model: MiMo, states: list[torch.Tensor], batch: MicroBatch, *, label_counts: torch.Tensor, mtp_weight: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute the loss of a micro-batch from the final states [T, D] of every head; see `training_loss`."""
     losses = [
         _head_loss(model, states_TD, labels_T, label_counts[head])
         for head, (states_TD, labels_T) in enumerate(zip(states, batch.labels, strict=True))
@@ -42,12 +50,6 @@ def training_loss(
     if len(losses) > 1:
         total = total + mtp_weight * torch.stack(losses[1:]).mean()
     return total, torch.stack([loss.detach() for loss in losses])
-
-
-def head_states(model: MiMo, batch: MicroBatch, context: PackedContext) -> list[torch.Tensor]:
-    """Return the final states [T, D] of every head from one pass, the main head first."""
-    hidden = model(batch.tokens_T, context, dict(enumerate(batch.shifted)))
-    return [hidden.post_norm_TD, *hidden.mtp_TD.values()]
 
 
 def _head_loss(model: MiMo, states_TD: torch.Tensor, labels_T: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
@@ -110,7 +112,7 @@ def evaluate(model: MiMo, batches: Iterable[Batch], sequence_length: int) -> Eva
     for batch in batches:
         micro = to_device(batch, heads, model.device)
         context = PackedContext(micro.document_lengths, device=model.device)
-        states = head_states(model, micro, context)
+        states = model.head_states(micro, context)
         for head, (states_TD, labels_T) in enumerate(zip(states, micro.labels, strict=True)):
             losses_T = -model.head.logprobs(states_TD, labels_T).cpu()
             loss_sums[head] += losses_T.sum()

@@ -289,6 +289,10 @@ class StepGuard:
         Finite weights can still be unusable, e.g. after a step with a learning rate of 1e30. Clears all gradients.
         """
         loss.backward()
+        self.check_gradients(loss, where)
+
+    def check_gradients(self, loss: torch.Tensor, where: str) -> None:
+        """Raise DivergedError if losses or the gradients that the model has are not finite. Clears all gradients."""
         name = first_not_finite([("the loss", loss), *self._gradients()])
         self._model.zero_grad(set_to_none=True)
         if self._reduce(torch.tensor([float(name is not None)], device=loss.device)).item():

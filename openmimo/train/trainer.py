@@ -8,7 +8,7 @@ an uninterrupted one.
 
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,7 +33,7 @@ from openmimo.model.weight_formats import train_packed
 from openmimo.runtime.device import activation_dtype, measured_matmul_flops, peak_memory_bytes, synchronize
 from openmimo.train.checkpoint import Checkpoints, Progress, load_optimizer_state, optimizer_state
 from openmimo.train.config import Phase, PretrainConfig
-from openmimo.train.loss import evaluate, load_micro_batches, training_loss
+from openmimo.train.loss import evaluate, load_micro_batches, loss_of_states
 from openmimo.train.optim import (
     Gradients,
     StepGuard,
@@ -115,12 +115,46 @@ class Alone:
             z_weight=z_weight,
         )
 
+    def backward(
+        self,
+        model: MiMo,
+        batches: Sequence[MicroBatch],
+        *,
+        split: Callable[[MicroBatch], tuple[MicroBatch, PackedContext]],
+        loss: Callable[[list[torch.Tensor], MicroBatch], tuple[torch.Tensor, torch.Tensor]],
+        seen: Callable[[PackedContext], None],
+    ) -> torch.Tensor:
+        """Accumulate the gradients of all micro-batches of an optimizer step, which has no gradients yet.
+
+        Args:
+            model: The model.
+            batches: The micro-batches of this process.
+            split: Calls `split` of this object. A pipeline calls it for each of its stages.
+            loss: Returns the loss of the states of all heads, and each head's contribution [heads].
+            seen: Called with the context after its forward pass.
+
+        Returns:
+            The contributions of all heads, float32 [heads].
+        """
+        losses = torch.zeros(1 + model.config.num_mtp_heads, device=self.device)
+        for batch in batches:
+            part, context = split(batch)
+            total, shares = loss(model.head_states(part, context), part)
+            total.backward()
+            seen(context)
+            losses += shares
+        return losses
+
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return the sum of a tensor over all processes with different tokens."""
         return tensor
 
     def sum_over_rows(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return the sum of a tensor over the processes that read different rows."""
+        return tensor
+
+    def sum_over_stages(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the sum of a tensor over the processes that hold different layers."""
         return tensor
 
     def sum_over_all(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -311,9 +345,9 @@ class Trainer:
         whole = torch.stack([batch.label_counts() for batch in micro_batches]).sum(dim=0)
         tokens = sum(len(batch.tokens_T) for batch in micro_batches) * self.ranks.num_row_ranks
         counts = self.ranks.sum_over_rows(whole)
-        losses = torch.zeros(len(counts), device=self.device)
         load: dict[int, torch.Tensor] = {}
-        for batch in micro_batches:
+
+        def split(batch: MicroBatch) -> tuple[MicroBatch, PackedContext]:
             part, context = self.ranks.split(
                 batch,
                 routing=RoutingTape(record=True),
@@ -323,13 +357,32 @@ class Trainer:
             )
             if self.config.balance_over == "batch":
                 assert context.router_loss is not None, "checked by the config"
-                context.router_loss = replace(context.router_loss, load_before=load, sum_over_batch=self.ranks.sum)
-            loss, shares = training_loss(self.model, part, context, label_counts=counts, mtp_weight=stage.mtp_weight)
-            loss.backward()
-            losses += shares
+                before = dict(load)  # a pipeline adds later micro-batches before this one is recomputed
+                context.router_loss = replace(context.router_loss, load_before=before, sum_over_batch=self.ranks.sum)
+            return part, context
+
+        def add_load(context: PackedContext) -> None:
             if self.model.config.moe is not None:
                 context.routing.add_expert_load(load, self.model.config.moe.num_experts)
-        return self.ranks.sum(losses), {layer: self.ranks.sum(load_E) for layer, load_E in load.items()}, tokens
+
+        losses = self.ranks.backward(
+            self.model, micro_batches, split=split, loss=self._loss(counts, stage.mtp_weight), seen=add_load
+        )
+        return self.ranks.sum_over_stages(self.ranks.sum(losses)), self._whole_load(load), tokens
+
+    def _loss(
+        self, counts: torch.Tensor, mtp_weight: float
+    ) -> Callable[[list[torch.Tensor], MicroBatch], tuple[torch.Tensor, torch.Tensor]]:
+        return lambda states, part: loss_of_states(self.model, states, part, label_counts=counts, mtp_weight=mtp_weight)
+
+    def _whole_load(self, load: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:
+        """Return the experts' load of all processes together, given that of this one, by layer."""
+        if self.model.config.moe is None or all(layer.ffn != "moe" for layer in self.model.config.layers):
+            return {}
+        none_E = torch.zeros(self.model.config.moe.num_experts, dtype=torch.int64, device=self.device)
+        layers = [index for index, layer in enumerate(self.model.config.layers) if layer.ffn == "moe"]
+        loads_LE = torch.stack([load.get(layer, none_E) for layer in layers])
+        return dict(zip(layers, self.ranks.sum_over_stages(self.ranks.sum(loads_LE)), strict=True))
 
     def save(self) -> Path:
         """Write a checkpoint. Raises DivergedError if the weights are not finite or give values that are not."""
@@ -353,9 +406,14 @@ class Trainer:
         self.guard.check_weights(f"the model after step {self.step}")
         if self._probe is not None:
             counts = self._probe.label_counts()
-            part, context = self.ranks.split(self._probe, routing=None, balance_weight=0.0, balance_length=None)
-            loss, _ = training_loss(self.model, part, context, label_counts=counts, mtp_weight=1.0)
-            self.guard.check_step(loss, f"the model after step {self.step}, on a micro-batch of that step,")
+            losses = self.ranks.backward(
+                self.model,
+                [self._probe],
+                split=lambda batch: self.ranks.split(batch, routing=None, balance_weight=0.0, balance_length=None),
+                loss=self._loss(counts, 1.0),
+                seen=lambda context: None,
+            )
+            self.guard.check_gradients(losses, f"the model after step {self.step}, on a micro-batch of that step,")
 
     def _stage_of_step(self) -> Phase:
         position = place_of(self.step, self.config.stages)
