@@ -27,18 +27,19 @@ Result = TypeVar("Result")
 
 
 @contextmanager
-def open_ranks(device: torch.device, sizes: dict[str, int]) -> Iterator["Ranks"]:
+def open_ranks(device: torch.device, sizes: dict[str, int], *, writes_shards: bool = True) -> Iterator["Ranks"]:
     """Connect the processes of a run.
 
     Args:
         device: The device of the config.
         sizes: Dimensions of the mesh, see `build_mesh`.
+        writes_shards: Whether each process writes its part of a checkpoint.
 
     Raises:
         ConfigError: The sizes do not fit the number of processes.
     """
     with process_group(device) as local_device:
-        yield Ranks(build_mesh(local_device.type, **sizes), local_device)
+        yield Ranks(build_mesh(local_device.type, **sizes), local_device, writes_shards=writes_shards)
 
 
 class Ranks:
@@ -46,10 +47,12 @@ class Ranks:
 
     Attributes:
         device: The device of this process.
+        writes_shards: Whether each process writes its part of a checkpoint.
         gradients: Measures of the gradients.
     """
 
-    def __init__(self, mesh: Mesh, device: torch.device):
+    def __init__(self, mesh: Mesh, device: torch.device, *, writes_shards: bool = True):
+        self.writes_shards = writes_shards
         self.mesh = mesh
         self.device = device
         self.gradients = ShardedGradients()

@@ -248,6 +248,8 @@ class ParallelConfig:
         cp: Processes that share the tokens of each row. Sliding layers exchange the window's keys only.
         tp: Processes that share the heads and hidden dims of each layer.
         ep: Processes that hold different experts; it divides dp_shard x cp.
+        checkpoints: shards (each process writes its part while training goes on) or whole (the main process gathers the
+            model and writes the format of one process).
     """
 
     dp_replicate: PositiveInt = 1
@@ -255,6 +257,12 @@ class ParallelConfig:
     cp: PositiveInt = 1
     tp: PositiveInt = 1
     ep: PositiveInt = 1
+    checkpoints: Literal["shards", "whole"] = "shards"
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The sizes of the mesh by dimension."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, int)}
 
     def __post_init__(self) -> None:
         check_fields(self, "parallel")

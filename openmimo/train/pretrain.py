@@ -58,9 +58,11 @@ def open_ranks(config: PretrainConfig) -> Iterator[Alone]:
     Raises:
         ConfigError: The config's mesh does not fit the number of processes.
     """
-    device, sizes = use_device(config), vars(config.parallel)
+    device, sizes = use_device(config), config.parallel.sizes
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        with load_object("openmimo.parallel.ranks:open_ranks")(device, sizes) as ranks:
+        with load_object("openmimo.parallel.ranks:open_ranks")(
+            device, sizes, writes_shards=config.parallel.checkpoints == "shards"
+        ) as ranks:
             yield ranks
         return
     if any(size > 1 for size in sizes.values()):
