@@ -194,16 +194,22 @@ def write_model(
 ) -> None:
     """Write the files of `save_model` to an existing folder; the caller makes the write atomic."""
     packing = _packing_of(model)
+    entries = [entry for slot in slots(model) for entry in slot.entries()]
+    write_description(model, folder, tokenizer=tokenizer, extra=packed_entry(packing) if packing else {})
+    write_shards(folder, entries, max_shard_bytes=max_shard_bytes)
+
+
+def write_description(
+    model: MiMo, folder: Path, *, tokenizer: Tokenizer | None = None, extra: dict[str, Any] | None = None
+) -> None:
+    """Write `config.json`, with the entries of `extra`, and the tokenizer files of a model to an existing folder."""
     companions = model.companions if tokenizer is None else tokenizer.companions
     if model.is_extended:
         companions = companions.with_max_length(model.config.max_positions)
     if companions.files:
         companions.write(folder)
     dtype = str(model.model.embed_tokens.dtype).removeprefix("torch.")
-    entries = [entry for slot in slots(model) for entry in slot.entries()]
-    values = model.config_keys(config_to_hf(model.config, dtype=dtype)) | (packed_entry(packing) if packing else {})
-    _write_json(values, folder)
-    write_shards(folder, entries, max_shard_bytes=max_shard_bytes)
+    _write_json(model.config_keys(config_to_hf(model.config, dtype=dtype)) | (extra or {}), folder)
 
 
 def write_config(

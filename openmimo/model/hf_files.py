@@ -334,7 +334,9 @@ def read_headers(folder: Path) -> dict[str, StoredTensor]:
     weight_map = _read_index(folder)
     names = set(weight_map.values()) if weight_map else {path.name for path in folder.glob("*.safetensors")}
     if not names:
-        raise CheckpointError(f"{folder} holds no *.safetensors file.")
+        in_shards = (folder / "trainer" / "shards").is_dir()
+        advice = f" It is a checkpoint in shards: `openmimo convert {folder} OUT` writes a model folder."
+        raise CheckpointError(f"{folder} holds no *.safetensors file.{advice if in_shards else ''}")
     findings: list[str] = []
     stored: dict[str, StoredTensor] = {}
     for name in sorted(names):

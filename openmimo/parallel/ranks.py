@@ -30,7 +30,11 @@ Result = TypeVar("Result")
 
 @contextmanager
 def open_ranks(
-    device: torch.device, sizes: dict[str, int], pipeline: dict[str, Any] | None = None
+    device: torch.device,
+    sizes: dict[str, int],
+    pipeline: dict[str, Any] | None = None,
+    *,
+    writes_shards: bool = True,
 ) -> Iterator["Ranks"]:
     """Connect the processes of a run.
 
@@ -38,13 +42,15 @@ def open_ranks(
         device: The device of the config.
         sizes: Dimensions of the mesh, see `build_mesh`.
         pipeline: Fields of `PipelineOptions`, for a mesh with pipeline stages.
+        writes_shards: Whether each process writes its part of a checkpoint.
 
     Raises:
         ConfigError: The sizes do not fit the number of processes.
     """
     with process_group(device) as local_device:
         options = None if pipeline is None else PipelineOptions(**pipeline)
-        yield Ranks(build_mesh(local_device.type, **sizes), local_device, options)
+        mesh = build_mesh(local_device.type, **sizes)
+        yield Ranks(mesh, local_device, options, writes_shards=writes_shards)
 
 
 class Ranks:
@@ -57,12 +63,21 @@ class Ranks:
 
     Attributes:
         device: The device of this process.
+        writes_shards: Whether each process writes its part of a checkpoint.
         gradients: Measures of the gradients.
     """
 
-    def __init__(self, mesh: Mesh, device: torch.device, pipeline: PipelineOptions | None = None):
+    def __init__(
+        self,
+        mesh: Mesh,
+        device: torch.device,
+        pipeline: PipelineOptions | None = None,
+        *,
+        writes_shards: bool = True,
+    ):
         if mesh.pp.size() > 1 and pipeline is None:
             raise ConfigError("this command cannot divide a model into pipeline stages; set parallel.pp 1.")
+        self.writes_shards = writes_shards
         self.mesh = mesh
         self.device = device
         self.gradients = ShardedGradients()

@@ -61,7 +61,9 @@ def open_ranks(config: PretrainConfig) -> Iterator[Alone]:
     device, sizes = use_device(config), config.parallel.sizes
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         pipeline = config.parallel.pipeline(config.stages[0].sequence_length)
-        with load_object("openmimo.parallel.ranks:open_ranks")(device, sizes, pipeline) as ranks:
+        open_parallel = load_object("openmimo.parallel.ranks:open_ranks")
+        writes_shards = config.parallel.checkpoints == "shards"
+        with open_parallel(device, sizes, pipeline, writes_shards=writes_shards) as ranks:
             yield ranks
         return
     if any(size > 1 for size in sizes.values()):
