@@ -7,7 +7,7 @@ Let w be the weight of a visit, h = silu(gate) * up, and g the gradient of the t
 Backward:
 
     G = g by expert;  U = G @ down;  grad w = U . h;  grad rows = gradient of gate, up from w U
-    grad down = G.T @ (w h);  grad gate_up = (grad rows).T @ rows;  grad x = sum of (grad rows) @ gate_up over the visits
+    grad down = G.T @ (w h);  grad gate_up = (grad rows).T @ rows;  grad x = sum of (grad rows) @ gate_up of a token
 
 The weight multiplies h and not g, so y is neither saved nor recomputed, and the kernel of `grad rows` recomputes h.
 Saved are x and gate, up: to recompute gate and up would take a third more FLOPs in the backward pass. `rows` are copied
