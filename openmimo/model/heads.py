@@ -29,6 +29,7 @@ from openmimo.model.config import ModelConfig
 from openmimo.model.context import AttentionContext
 from openmimo.model.layers import Embedding, Linear, parts_of
 from openmimo.model.weight_formats import copy_training
+from openmimo.runtime.device import uploaded
 
 Reader = Callable[[torch.Tensor, torch.Tensor], Any]
 
@@ -163,9 +164,10 @@ class MicroBatch:
     num_labels: tuple[int, ...] | None = None
 
     def to(self, device: torch.device) -> "MicroBatch":
-        """Return the micro-batch on `device`."""
-        labels, shifted = (tuple(item.to(device) for item in items) for items in (self.labels, self.shifted))
-        return replace(self, tokens_T=self.tokens_T.to(device), labels=labels, shifted=shifted)
+        """Return this micro-batch of the host on `device`."""
+        tokens_T, *rest = (uploaded(item, item.dtype, device) for item in (self.tokens_T, *self.labels, *self.shifted))
+        heads = len(self.labels)
+        return replace(self, tokens_T=tokens_T, labels=tuple(rest[:heads]), shifted=tuple(rest[heads:]))
 
     def label_counts(self) -> torch.Tensor:
         """Return the number of labels of each head, int64 [heads]."""
