@@ -114,8 +114,8 @@ def uploaded(
 ) -> torch.Tensor:
     """Return a tensor of `values` of the host on the device, without waiting for work that is queued there."""
     tensor = torch.as_tensor(values, dtype=dtype)
-    if torch.device(device).type == "cpu":
-        return tensor
+    if torch.device(device).type != "cuda":
+        return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
