@@ -413,11 +413,14 @@ class TokenLossFunctions:
         logprobs: hidden [T, D], weight [V, D], labels [T], temperature: see `token_logprobs`.
         loss: hidden [T, D], weight [V, D], labels [T], weights [T]: see `token_loss`; every row counts.
         argmax: hidden [T, D], weight [V, D]: see `token_argmax`.
+        joined: hidden [T, D], weight [V, D] of any dtype, labels [T], weights [T]: see `joined_token_loss`; every row
+            counts. None: the backend computes heads one after another.
     """
 
     logprobs: Callable[..., torch.Tensor]
     loss: Callable[..., torch.Tensor]
     argmax: Callable[..., torch.Tensor]
+    joined: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None
 
 
 def token_logprobs(
@@ -437,17 +440,67 @@ def token_logprobs(
 
 
 def token_loss(
-    hidden_TD: torch.Tensor, weight_VD: torch.Tensor, labels_T: torch.Tensor, weights_T: torch.Tensor
+    hidden_TD: torch.Tensor,
+    weight_VD: torch.Tensor,
+    labels_T: torch.Tensor,
+    weights_T: torch.Tensor,
+    *,
+    num_kept: int | None = None,
 ) -> torch.Tensor:
     """Return -sum over tokens of weights_T * log p(label), a float32 scalar (float64 for float64 inputs).
 
     Labels as in `token_logprobs`. Rows with label -1 or weight 0 are dropped before any arithmetic. Differentiable in
     hidden and weight, not in `weights_T`.
+
+    Args:
+        hidden_TD: Final hidden states.
+        weight_VD: Weight of the output head.
+        labels_T: Integer token ids.
+        weights_T: Weight of each token.
+        num_kept: Exact number of rows that are not dropped (None: the host waits for the device to count them).
     """
-    kept = torch.nonzero((labels_T != IGNORED_LABEL) & (weights_T != 0)).squeeze(1)
-    if len(kept) < len(labels_T):
-        hidden_TD, labels_T, weights_T = hidden_TD[kept], labels_T[kept], weights_T[kept]
+    hidden_TD, labels_T, weights_T = kept_rows(hidden_TD, labels_T, weights_T, num_kept)
     return _functions(hidden_TD).loss(hidden_TD, weight_VD, labels_T, weights_T.detach())
+
+
+def joins_heads(hidden_TD: torch.Tensor) -> bool:
+    """Return whether the backend for these states has `joined_token_loss`."""
+    return _functions(hidden_TD).joined is not None
+
+
+def joined_token_loss(
+    hidden_TD: torch.Tensor, weight_VD: torch.Tensor, labels_T: torch.Tensor, weights_T: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute the loss of several heads that share the output head, from their rows in one tensor; see `joins_heads`.
+
+    Differentiable once, in hidden and weight.
+
+    Args:
+        hidden_TD: Final hidden states of all heads.
+        weight_VD: Weight of the output head in any dtype, which its gradient has as well.
+        labels_T: Integer token ids, none of which is -1.
+        weights_T: Weight of each row in the loss.
+
+    Returns:
+        The loss, as `token_loss`, and log p(label) of each row without gradient, float32 [T].
+    """
+    joined = _functions(hidden_TD).joined
+    assert joined is not None, "the caller has asked joins_heads"
+    return joined(hidden_TD, weight_VD, labels_T, weights_T.detach())
+
+
+def kept_rows(
+    hidden_TD: torch.Tensor, labels_T: torch.Tensor, weights_T: torch.Tensor, num_kept: int | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the rows that have a label and a weight; arguments as in `token_loss`."""
+    if num_kept == len(labels_T):
+        return hidden_TD, labels_T, weights_T
+    is_kept_T = (labels_T != IGNORED_LABEL) & (weights_T != 0)
+    found = torch.nonzero(is_kept_T) if num_kept is None else torch.nonzero_static(is_kept_T, size=num_kept)
+    if len(found) == len(labels_T):
+        return hidden_TD, labels_T, weights_T
+    kept = found.squeeze(1)
+    return hidden_TD[kept], labels_T[kept], weights_T[kept]
 
 
 def token_argmax(hidden_TD: torch.Tensor, weight_VD: torch.Tensor) -> torch.Tensor:

@@ -17,6 +17,7 @@ import torch
 from openmimo.kernels.attention import AttentionOut, ChosenBlocks, FreshHeads, attend, rotated_heads
 from openmimo.kernels.operations import count_experts, rotary_table
 from openmimo.model.attention import AttentionConfig, Rotation
+from openmimo.runtime.device import uploaded
 
 
 @dataclass
@@ -237,12 +238,15 @@ class PackedContext:
         lengths = torch.tensor(document_lengths)
         starts = torch.cumsum(lengths, 0) - lengths
         index = torch.repeat_interleave(torch.arange(len(document_lengths)), lengths)
-        self.positions_T = (torch.arange(int(lengths.sum())) - starts[index]).to(device)
+        self.positions_T = uploaded(torch.arange(len(index)) - starts[index], torch.int64, device)
         self.routing = routing or RoutingTape()
         self.router_loss = None
         if balance_weight > 0.0 or z_weight > 0.0:
             rows_T = index if balance_length is None else torch.arange(len(index)) // balance_length
-            self.router_loss = RouterLoss(balance_weight, rows_T.to(device), int(rows_T[-1]) + 1, z_weight=z_weight)
+            num_rows = len(document_lengths) if balance_length is None else -(-len(index) // balance_length)
+            self.router_loss = RouterLoss(
+                balance_weight, uploaded(rows_T, torch.int64, device), num_rows, z_weight=z_weight
+            )
         self.block_scores: dict[int, torch.Tensor] = {}
         self.chosen_blocks: dict[tuple[int, int], ChosenBlocks] = {}
         self._rotary = RotaryTables(self.positions_T)

@@ -17,18 +17,19 @@ T packed tokens, D model dim, V vocabulary.
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import nn
 
-from openmimo.kernels.operations import IGNORED_LABEL, token_argmax, token_logprobs, token_loss
+from openmimo.kernels.operations import IGNORED_LABEL, joined_token_loss, token_argmax, token_logprobs, token_loss
 from openmimo.model.config import ModelConfig
 from openmimo.model.context import AttentionContext
 from openmimo.model.layers import Embedding, Linear, parts_of
 from openmimo.model.weight_formats import copy_training
+from openmimo.runtime.device import uploaded
 
 Reader = Callable[[torch.Tensor, torch.Tensor], Any]
 
@@ -41,15 +42,16 @@ class Head(Linear):
     def __init__(self, model_dim: int, vocab_size: int):
         super().__init__(model_dim, vocab_size, bias=False)
 
-    def forward(self, states_TD: torch.Tensor, reader: Reader | None = None) -> Any:
+    def forward(self, states_TD: torch.Tensor, reader: Reader | None = None, *, as_held: bool = False) -> Any:
         """Return logits [T, V] in float32 (float64 for float64 states), or the result of `reader`.
 
         Args:
             states_TD: Final hidden states.
             reader: Called with the states and the weight in their dtype, instead of computing logits.
+            as_held: Whether the reader gets the weight in its own dtype.
         """
         if reader is not None:
-            weight_VD = self.weight_as("weight", states_TD.dtype)
+            weight_VD = self.weight if as_held else self.weight_as("weight", states_TD.dtype)
             assert isinstance(weight_VD, torch.Tensor)
             return reader(states_TD, weight_VD)
         logits_TV = super().forward(states_TD)
@@ -61,9 +63,19 @@ class Head(Linear):
         """Return log p(label) at a temperature, [T], float32 or float64; see `kernels.operations.token_logprobs`."""
         return self(states_TD, functools.partial(_logprobs, labels_T=labels_T, temperature=temperature))
 
-    def loss(self, states_TD: torch.Tensor, labels_T: torch.Tensor, weights_T: torch.Tensor) -> torch.Tensor:
+    def loss(
+        self, states_TD: torch.Tensor, labels_T: torch.Tensor, weights_T: torch.Tensor, *, num_kept: int | None = None
+    ) -> torch.Tensor:
         """Return -sum of weights_T * log p(label), a scalar; see `kernels.operations.token_loss`."""
-        return self(states_TD, functools.partial(token_loss, labels_T=labels_T, weights_T=weights_T))
+        return self(states_TD, functools.partial(token_loss, labels_T=labels_T, weights_T=weights_T, num_kept=num_kept))
+
+    def joined_loss(
+        self, states_TD: torch.Tensor, labels_T: torch.Tensor, weights_T: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the loss of the rows of several heads, and log-probabilities; see `operations.joined_token_loss`."""
+        return self(
+            states_TD, functools.partial(joined_token_loss, labels_T=labels_T, weights_T=weights_T), as_held=True
+        )
 
     def argmax(self, states_TD: torch.Tensor) -> torch.Tensor:
         """Return the most probable token of each row, int64 [T]."""
@@ -142,17 +154,20 @@ class MicroBatch:
         document_lengths: Lengths of the documents.
         labels: int64 [T] per head, the main head first, then the MTP heads; -1 where there is nothing to predict.
         shifted: Input tokens of each MTP head, int64 [T]; see `MiMo.forward`.
+        num_labels: Number of labels of each head if the host knows it, else None.
     """
 
     tokens_T: torch.Tensor
     document_lengths: tuple[int, ...]
     labels: tuple[torch.Tensor, ...]
     shifted: tuple[torch.Tensor, ...]
+    num_labels: tuple[int, ...] | None = None
 
     def to(self, device: torch.device) -> "MicroBatch":
-        """Return the micro-batch on `device`."""
-        labels, shifted = (tuple(item.to(device) for item in items) for items in (self.labels, self.shifted))
-        return MicroBatch(self.tokens_T.to(device), self.document_lengths, labels, shifted)
+        """Return this micro-batch of the host on `device`."""
+        tokens_T, *rest = (uploaded(item, item.dtype, device) for item in (self.tokens_T, *self.labels, *self.shifted))
+        heads = len(self.labels)
+        return replace(self, tokens_T=tokens_T, labels=tuple(rest[:heads]), shifted=tuple(rest[heads:]))
 
     def label_counts(self) -> torch.Tensor:
         """Return the number of labels of each head, int64 [heads]."""
@@ -178,7 +193,8 @@ def micro_batch(
     shifted = tuple(
         shift_within_documents(tokens_T, document_lengths, by=1 + head, fill=0) for head in range(num_mtp_heads)
     )
-    return MicroBatch(tokens_T, document_lengths, labels, shifted)
+    batch = MicroBatch(tokens_T, document_lengths, labels, shifted)
+    return replace(batch, num_labels=tuple(batch.label_counts().tolist())) if tokens_T.is_cpu else batch
 
 
 def shift_within_documents(

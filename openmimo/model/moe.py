@@ -65,7 +65,7 @@ class Router(nn.Module):
         return ids_TA, weights_TA
 
     @torch.no_grad()
-    def update_selection_bias(self, load_E: torch.Tensor, rate: float) -> None:
+    def update_selection_bias(self, load_E: torch.Tensor, rate: float | torch.Tensor) -> None:
         """Move each expert's bias by `rate` towards the mean load (aux-loss-free balancing, arXiv 2408.15664).
 
         The mean of the bias is kept at zero: a common offset changes no choice, but would drift.

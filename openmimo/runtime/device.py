@@ -110,12 +110,12 @@ class Arrival:
 
 
 def uploaded(
-    values: Sequence[int] | Sequence[float] | np.ndarray, dtype: torch.dtype, device: torch.device | str
+    values: Sequence[int] | Sequence[float] | np.ndarray | torch.Tensor, dtype: torch.dtype, device: torch.device | str
 ) -> torch.Tensor:
-    """Return a tensor of `values` on the device, without waiting for work that is queued there."""
+    """Return a tensor of `values` of the host on the device, without waiting for work that is queued there."""
     tensor = torch.as_tensor(values, dtype=dtype)
-    if torch.device(device).type == "cpu":
-        return tensor
+    if torch.device(device).type != "cuda":
+        return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
 
 

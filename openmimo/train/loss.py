@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from openmimo.data.loader import Batch, Loader
-from openmimo.kernels.operations import IGNORED_LABEL
+from openmimo.kernels.operations import IGNORED_LABEL, joins_heads, kept_rows
 from openmimo.model.context import PackedContext
 from openmimo.model.heads import MicroBatch, micro_batch
 from openmimo.model.mimo import MiMo
@@ -42,9 +42,11 @@ def loss_of_states(
     model: MiMo, states: list[torch.Tensor], batch: MicroBatch, *, label_counts: torch.Tensor, mtp_weight: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute the loss of a micro-batch from the final states [T, D] of every head; see `training_loss`."""
+    if joins_heads(states[0]):
+        return _joined_losses(model, states, batch, label_counts, mtp_weight)
     losses = [
-        _head_loss(model, states_TD, labels_T, label_counts[head])
-        for head, (states_TD, labels_T) in enumerate(zip(states, batch.labels, strict=True))
+        model.head.loss(states_TD, labels_T, _token_weights(labels_T, label_counts[head]), num_kept=num_kept)
+        for head, (states_TD, labels_T, num_kept) in enumerate(_rows_of_heads(states, batch))
     ]
     total = losses[0]
     if len(losses) > 1:
@@ -52,9 +54,31 @@ def loss_of_states(
     return total, torch.stack([loss.detach() for loss in losses])
 
 
-def _head_loss(model: MiMo, states_TD: torch.Tensor, labels_T: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
-    weights_T = torch.ones_like(labels_T, dtype=torch.float32) / count.clamp(min=1)
-    return model.head.loss(states_TD, labels_T, weights_T)
+def _joined_losses(
+    model: MiMo, states: list[torch.Tensor], batch: MicroBatch, label_counts: torch.Tensor, mtp_weight: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute `training_loss` with one call of the output head for the rows of all heads."""
+    rows = [
+        kept_rows(states_TD, labels_T, _token_weights(labels_T, label_counts[head]), num_kept)
+        for head, (states_TD, labels_T, num_kept) in enumerate(_rows_of_heads(states, batch))
+    ]
+    mtp_share = mtp_weight / max(1, len(rows) - 1)
+    hidden_TD, labels_T = (torch.cat([row[part] for row in rows]) for part in (0, 1))
+    weights_T = torch.cat([weights * (mtp_share if head else 1.0) for head, (_, _, weights) in enumerate(rows)])
+    total, logprobs_T = model.head.joined_loss(hidden_TD, labels_T, weights_T)
+    parts = logprobs_T.split([len(labels) for _, labels, _ in rows])
+    return total, torch.stack([-(weights * part).sum() for (_, _, weights), part in zip(rows, parts, strict=True)])
+
+
+def _rows_of_heads(
+    states: list[torch.Tensor], batch: MicroBatch
+) -> Iterable[tuple[torch.Tensor, torch.Tensor, int | None]]:
+    """Return states, labels and, if the host knows it, the number of labels of each head."""
+    return zip(states, batch.labels, batch.num_labels or (None,) * len(batch.labels), strict=True)
+
+
+def _token_weights(labels_T: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+    return torch.ones_like(labels_T, dtype=torch.float32) / count.clamp(min=1)
 
 
 def load_micro_batches(

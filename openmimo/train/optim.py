@@ -13,6 +13,7 @@ from torch import nn
 
 from openmimo.core.errors import DivergedError
 from openmimo.model.mimo import MiMo
+from openmimo.runtime.device import Arrival
 from openmimo.train.config import OptimizerConfig, Phase
 
 
@@ -104,6 +105,12 @@ def clip_gradients(
         norm=_clip(common, max_norm, gradients) if common else zero,
         apart_norm=_clip(separate, max_norm, gradients) if separate else zero,
     )
+
+
+def step_unless(optimizer: torch.optim.AdamW, is_bad: torch.Tensor) -> None:
+    """Take a step of a fused optimizer unless the device finds 1 in `is_bad`, a float32 scalar."""
+    optimizer.found_inf = is_bad  # type: ignore[attr-defined]
+    optimizer.step()
 
 
 def gradients_of(parameters: Iterable[nn.Parameter]) -> list[torch.Tensor]:
@@ -250,6 +257,7 @@ class StepGuard:
         self._local = local
         self.num_skipped = num_skipped
         self.skipped_in_a_row = skipped_in_a_row
+        self._deferred: tuple[Arrival, str] | None = None
 
     def allows_step(self, loss: torch.Tensor, gradients: GradientReport, where: str, *, has_data: bool = True) -> bool:
         """Return whether the optimizer may use the gradients. If not, the step must change nothing.
@@ -263,18 +271,52 @@ class StepGuard:
         Raises:
             DivergedError: More than `max_skipped_steps` steps in a row have a loss or gradients that are not finite.
         """
+        num_bad, num_with_data = self._counts(loss, gradients, has_data).tolist()
+        if num_bad:
+            self._skip(loss, gradients.norm, where, self._first_not_finite)
+            return False
+        self.skipped_in_a_row = 0 if num_with_data else self.skipped_in_a_row
+        return bool(num_with_data)
+
+    def defer(self, loss: torch.Tensor, gradients: GradientReport, where: str) -> torch.Tensor:
+        """Decide on the device as `allows_step` does, without waiting for it. `settle` follows before the next step.
+
+        Returns:
+            1 if the step must change nothing, else 0, a float32 scalar.
+        """
+        assert self._deferred is None, "the step before is settled"
+        counts = self._counts(loss, gradients, has_data=True)
+        self._deferred = (Arrival((counts, loss.detach(), gradients.norm)), where)
+        return (counts[0] > 0).float()
+
+    def settle(self) -> bool | None:
+        """Read the decision of the last deferred step. Returns whether it was taken, or None if there is none.
+
+        Raises:
+            DivergedError: As `allows_step`.
+        """
+        if self._deferred is None:
+            return None
+        (arrival, where), self._deferred = self._deferred, None
+        counts, loss, norm = arrival.wait()
+        assert counts is not None and loss is not None and norm is not None
+        if counts.tolist()[0]:
+            self._skip(loss, norm, where, lambda: "its gradients are not kept")
+            return False
+        self.skipped_in_a_row = 0
+        return True
+
+    def _counts(self, loss: torch.Tensor, gradients: GradientReport, has_data: bool) -> torch.Tensor:
+        """Return the number of values that are not finite and of processes with data, float32 [2]."""
         values = torch.cat([loss.detach().flatten().float(), gradients.norm[None], gradients.apart_norm[None]])
         num_bad = (~values.isfinite()).sum()
-        counts = torch.stack([num_bad.float(), torch.full_like(num_bad, int(has_data)).float()])
-        num_bad, num_with_data = self._reduce(counts).tolist()
-        if not num_bad:
-            self.skipped_in_a_row = 0 if num_with_data else self.skipped_in_a_row
-            return bool(num_with_data)
+        return self._reduce(torch.stack([num_bad.float(), torch.full_like(num_bad, int(has_data)).float()]))
+
+    def _skip(self, loss: torch.Tensor, norm: torch.Tensor, where: str, first: Callable[[], str]) -> None:
         self.num_skipped += 1
         self.skipped_in_a_row += 1
-        if self.skipped_in_a_row <= self._max_skipped_steps:
-            return False
-        raise DivergedError(self._describe(loss, gradients, where))
+        if self.skipped_in_a_row > self._max_skipped_steps:
+            raise DivergedError(self._describe(loss, norm, where, first()))
 
     def check_weights(self, where: str) -> None:
         """Raise DivergedError, with the first name, if a parameter or buffer is not finite."""
@@ -311,17 +353,18 @@ class StepGuard:
         parameters = self._model.named_parameters()
         return [(name, self._local(item.grad)) for name, item in parameters if item.grad is not None]
 
-    def _describe(self, loss: torch.Tensor, gradients: GradientReport, where: str) -> str:
+    def _first_not_finite(self) -> str:
         weights = first_not_finite(self._weights())
         if weights is not None:
-            first = f"the weights of {weights} are not finite"
-        elif (name := first_not_finite(self._gradients())) is not None:
-            first = f"the first gradient that is not finite is that of {name}"
-        else:
-            first = "each gradient is finite on its own"
+            return f"the weights of {weights} are not finite"
+        if (name := first_not_finite(self._gradients())) is not None:
+            return f"the first gradient that is not finite is that of {name}"
+        return "each gradient is finite on its own"
+
+    def _describe(self, loss: torch.Tensor, norm: torch.Tensor, where: str, first: str) -> str:
         skipped = f" The {self.skipped_in_a_row - 1} steps before were skipped." if self.skipped_in_a_row > 1 else ""
         return (
-            f"{where} has a loss of {_shown(loss)} and a gradient norm of {float(gradients.norm):g}; {first}. The "
+            f"{where} has a loss of {_shown(loss)} and a gradient norm of {float(norm):g}; {first}. The "
             f"optimizer has not taken this step.{skipped} Lower the learning rate, inspect the data of this step, or "
             "allow such steps to be skipped with optimizer.max_skipped_steps."
         )

@@ -10,7 +10,7 @@ import contextlib
 import signal
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,11 +31,19 @@ from openmimo.model.context import PackedContext, RoutingTape
 from openmimo.model.heads import MicroBatch
 from openmimo.model.mimo import MiMo
 from openmimo.model.weight_formats import train_packed
-from openmimo.runtime.device import activation_dtype, measured_matmul_flops, peak_memory_bytes, synchronize
+from openmimo.runtime.device import (
+    Arrival,
+    activation_dtype,
+    measured_matmul_flops,
+    peak_memory_bytes,
+    synchronize,
+    works_ahead,
+)
 from openmimo.train.checkpoint import Checkpoints, Progress, load_optimizer_state, optimizer_state
 from openmimo.train.config import Phase, PretrainConfig
 from openmimo.train.loss import evaluate, load_micro_batches, loss_of_states
 from openmimo.train.optim import (
+    GradientReport,
     Gradients,
     StepGuard,
     build_optimizer,
@@ -43,6 +51,7 @@ from openmimo.train.optim import (
     place_of,
     rows_of_step,
     set_schedule,
+    step_unless,
     tokens_left,
     total_steps,
 )
@@ -50,23 +59,39 @@ from openmimo.train.optim import (
 Result = TypeVar("Result")
 
 
-@dataclass(frozen=True)
 class StepReport:
-    """Statistics of one optimizer step.
+    """Statistics of one optimizer step. Properties wait for the device to finish the step.
 
     Attributes:
-        losses: Mean loss of each head in nats.
-        gradient_norm: Gradient norm before clipping.
-        num_zero_gradients: Number of gradient entries that are exactly zero.
         load: Number of tokens routed to each expert, int64 [E], by layer.
         tokens: Number of tokens read.
     """
 
-    losses: list[float]
-    gradient_norm: float
-    num_zero_gradients: int
-    load: dict[int, torch.Tensor]
-    tokens: int
+    def __init__(
+        self, losses: torch.Tensor, gradients: GradientReport, load: dict[int, torch.Tensor], tokens: int
+    ) -> None:
+        self._arrival = Arrival((losses, gradients.norm, gradients.num_zeros))
+        self.load, self.tokens = load, tokens
+
+    @property
+    def losses(self) -> list[float]:
+        """Mean loss of each head in nats."""
+        return self._value(0).tolist()
+
+    @property
+    def gradient_norm(self) -> float:
+        """Gradient norm before clipping."""
+        return float(self._value(1))
+
+    @property
+    def num_zero_gradients(self) -> int:
+        """Number of gradient entries that are exactly zero."""
+        return int(self._value(2))
+
+    def _value(self, place: int) -> torch.Tensor:
+        tensor = self._arrival.wait()[place]
+        assert tensor is not None
+        return tensor
 
 
 class Alone:
@@ -249,6 +274,8 @@ class Trainer:
             local=ranks.local,
         )
         self._probe: MicroBatch | None = None  # a micro-batch of the last step that was not skipped
+        self._next_probe: MicroBatch | None = None  # the same of a step whose decision is on the device
+        self._runs_ahead = works_ahead(self.device) and isinstance(ranks, Alone) and self._expert_step is None
         self._matmul_flops = measured_matmul_flops(self.device, self.model.compute_dtype)
 
     def run(self, *, stop_after_step: int | None = None) -> None:
@@ -266,15 +293,20 @@ class Trainer:
             self.guard.check_weights(f"the model before step {self.step + 1}")
             if self.step == 0:
                 self._evaluate()
-            time_left = TimeLeft()
+            time_left, started, steps_ahead = TimeLeft(), 0.0, 0
             with ProgressBar(*columns, console=self.console) as bar:
                 task = bar.add_task("training", total=last, completed=self.step)
                 while self.step < last and not self._is_stopped(stop):
-                    started = time.perf_counter()
+                    started = started if steps_ahead else time.perf_counter()
                     stage = self._stage_of_step()
                     report = self.train_step(stage, self.step - self._steps_before_stage())
+                    steps_ahead += 1
+                    if self._runs_ahead and not self._is_read(last):
+                        bar.update(task, completed=self.step)
+                        continue
                     synchronize(self.device)
-                    seconds = time.perf_counter() - started
+                    self._settle()
+                    seconds, steps_ahead = (time.perf_counter() - started) / steps_ahead, 0
                     self._after_step(stage, report, seconds, is_last=self.step == last)
                     if said := time_left.after_step(seconds, report.tokens, tokens_left(self.step, self.config.stages)):
                         self.console.print(said)
@@ -316,7 +348,10 @@ class Trainer:
         gradients = clip_gradients(self.model, self.config.optimizer.clip_norm, gradients=self.ranks.gradients)
         where = f"step {self.step + 1} (stage {stage.name!r}, rows {first_row} to {first_row + rows - 1} of its data)"
         set_schedule(self.optimizer, stage, stage_step, weight_decay=self.config.optimizer.weight_decay)
-        if self.guard.allows_step(losses, gradients, where):
+        if self._runs_ahead:
+            self._step_ahead(losses, gradients, where, load, stage.bias_rate)
+            self._next_probe = micro_batches[0]
+        elif self.guard.allows_step(losses, gradients, where):
             if self._expert_step is None:
                 self.optimizer.step()
             else:
@@ -327,7 +362,36 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         self.tokens += tokens
-        return StepReport(losses.tolist(), float(gradients.norm), int(gradients.num_zeros), load, tokens)
+        return StepReport(losses, gradients, load, tokens)
+
+    def _step_ahead(
+        self,
+        losses: torch.Tensor,
+        gradients: GradientReport,
+        where: str,
+        load: dict[int, torch.Tensor],
+        bias_rate: float,
+    ) -> None:
+        """Queue the step, which changes nothing if the device finds it bad. The host reads this one step later.
+
+        So the host queues the next step while the device computes this one. Raises DivergedError of the step before.
+        """
+        self._settle()
+        is_bad = self.guard.defer(losses, gradients, where)
+        step_unless(self.optimizer, is_bad)
+        for layer, router in self.model.routers().items():
+            router.update_selection_bias(load[layer], bias_rate * (1 - is_bad))
+
+    def _settle(self) -> None:
+        """Read whether the last queued step was taken. Raises DivergedError."""
+        if self.guard.settle():
+            self._probe = self._next_probe
+
+    def _is_read(self, last: int) -> bool:
+        """Whether the host reads results of the step that it queued last."""
+        config = self.config
+        every = (config.log_every_steps, config.evaluation.every_steps, config.checkpoints.every_steps)
+        return self._trace is not None or self.step == last or any(self.step % steps == 0 for steps in every)
 
     def _new_expert_step(self) -> Any:
         """Return the optimizer step by expert, whose file is imported by the runs that ask for it."""
@@ -405,6 +469,7 @@ class Trainer:
             DivergedError: The weights are not finite, or give values that are not.
             CheckpointError: The checkpoint, or the one in shards before it, cannot be written.
         """
+        self._settle()
         self._check_weights()
         if self.metrics is not None:
             self.metrics.sync()

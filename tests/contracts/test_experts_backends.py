@@ -55,6 +55,58 @@ def test_backend_is_the_reference_or_refuses(name, call, gradients):
         assert torch.allclose(ours, theirs, rtol=1e-9, atol=1e-9)
 
 
+# tokens, experts, active, model dim, expert dim, experts that the router may choose; rows of a multiple of 16 bytes
+FLOAT32_CALLS = {
+    "ragged": (37, 6, 3, 20, 12, 6),
+    "one of each": (1, 4, 1, 8, 4, 4),
+    "experts without tokens": (40, 8, 2, 16, 8, 3),
+    "all experts": (9, 4, 4, 16, 20, 4),
+}
+
+
+def assert_close_in_float32(name, need, tensors):
+    wide = [tensor.detach().double() if tensor.is_floating_point() else tensor for tensor in tensors]
+    wide = [tensor.requires_grad_() if tensor.is_floating_point() else tensor for tensor in wide]
+    exact = run("reference", need._replace(dtype=torch.float64), wide)
+    ours = run(name, need, tensors)
+    for one, other in zip(ours, exact, strict=True):
+        assert (one.double() - other).norm() <= 2e-6 * other.norm()
+    return ours
+
+
+@pytest.mark.parametrize("call", FLOAT32_CALLS)
+@pytest.mark.parametrize("name", BACKENDS)
+def test_gradients_in_float32_are_those_of_the_reference_in_float64(name, call):
+    need, tensors = tensors_of(FLOAT32_CALLS[call], torch.float32, True)
+    if reason := dict(EXPERTS.backends())[name].refuse(need):
+        pytest.skip(reason)
+    once = assert_close_in_float32(name, need, tensors)
+    assert all(torch.equal(*pair) for pair in zip(once, run(name, need, tensors), strict=True)), "not deterministic"
+    unused = torch.ones(need.num_experts, dtype=torch.bool)
+    unused[tensors[1].unique()] = False
+    assert once[3][unused].eq(0).all() and once[4][unused].eq(0).all()
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_a_token_that_chose_an_expert_twice_has_two_visits(name):
+    need, (x, _, *rest) = tensors_of((5, 4, 2, 16, 8, 4), torch.float32, True)
+    if reason := dict(EXPERTS.backends())[name].refuse(need):
+        pytest.skip(reason)
+    assert_close_in_float32(name, need, (x, torch.tensor([[1, 1], [0, 3], [2, 2], [3, 3], [1, 0]]), *rest))
+
+
+@pytest.mark.parametrize("frozen", [0, 2, 3, 4], ids=["x", "weights", "gate_up", "down"])
+@pytest.mark.parametrize("name", BACKENDS)
+def test_what_is_frozen_gets_no_gradient_and_changes_no_other(name, frozen):
+    need, tensors = tensors_of((5, 4, 2, 16, 8, 4), torch.float32, True)
+    if reason := dict(EXPERTS.backends())[name].refuse(need):
+        pytest.skip(reason)
+    whole = run(name, need, tensors)
+    part = run(name, need, [tensor.detach() if at == frozen else tensor for at, tensor in enumerate(tensors)])
+    del whole[1 + [0, 2, 3, 4].index(frozen)]
+    assert all(torch.equal(*pair) for pair in zip(whole, part, strict=True))
+
+
 @pytest.mark.parametrize("num_tokens", [300, 2048])
 @pytest.mark.parametrize("name", BACKENDS)
 def test_bfloat16_stays_close(name, num_tokens):

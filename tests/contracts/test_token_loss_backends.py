@@ -7,11 +7,12 @@ import torch.nn.functional as F
 from openmimo.kernels.operations import (
     TOKEN_LOSS,
     TokenLossNeed,
+    kept_rows,
     token_argmax,
     token_logprobs,
     token_loss,
 )
-from openmimo.kernels.token_loss import tiled
+from openmimo.kernels.token_loss import tiled, triton
 
 BACKENDS = dict(TOKEN_LOSS.backends())
 
@@ -22,6 +23,8 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(tiled, "TILE_TOKENS", 16)
     monkeypatch.setattr(tiled, "TILE_VOCABULARY", 32)
     monkeypatch.setattr(tiled, "MAX_TILE_LOGITS", 16 * 32)
+    monkeypatch.setattr(triton, "TILE_TOKENS", 16)
+    monkeypatch.setattr(triton, "TILE_MULTIPLE", 4)
 
 
 def inputs(dtype=torch.float64, tokens=53, vocabulary=101):
@@ -64,6 +67,76 @@ def test_a_temperature_for_each_token(name):
     logits = hidden @ weight.T / temperature[:, None]
     expected = -F.cross_entropy(logits, labels, ignore_index=-1, reduction="none")
     assert torch.allclose(ours, expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7, torch.linspace(0.5, 2.0, 53)], ids=["1", "0.7", "each its own"])
+@pytest.mark.parametrize("name", BACKENDS)
+def test_logprobs_in_float32(name, temperature):
+    hidden, weight, labels = inputs(torch.float32)
+    functions, upstream = functions_of(name, torch.float32), torch.cos(torch.arange(53.0))
+    ours = functions.logprobs(hidden, weight, labels, temperature)
+    divisor = temperature[:, None].double() if isinstance(temperature, torch.Tensor) else temperature
+    logits = hidden.double() @ weight.double().T / divisor
+    exact = -F.cross_entropy(logits, labels, ignore_index=-1, reduction="none")
+    assert torch.allclose(ours.double(), exact, atol=1e-5)
+    assert (ours[::5] == 0).all()
+    for a, b in zip(
+        torch.autograd.grad(ours, (hidden, weight), upstream, retain_graph=True),
+        torch.autograd.grad(exact, (hidden, weight), upstream.double()),
+        strict=True,
+    ):
+        assert (a - b).norm() < 2e-6 * b.norm()
+    assert functions.logprobs(hidden[:0], weight, labels[:0], 1.0).shape == (0,)
+
+
+@pytest.mark.parametrize("factor", [1.0, -3.0])
+@pytest.mark.parametrize("frozen", [None, 0, 1], ids=["all", "hidden is frozen", "weight is frozen"])
+@pytest.mark.parametrize("name", BACKENDS)
+def test_loss_in_float32(name, frozen, factor):
+    hidden, weight, labels = inputs(torch.float32)
+    trained = [tensor for at, tensor in enumerate((hidden, weight)) if at != frozen]
+    if frozen is not None:
+        (hidden, weight)[frozen].requires_grad_(False)
+    functions, weights = functions_of(name, torch.float32), torch.rand(53)
+    ours = functions.loss(*(hidden[labels >= 0], weight, labels[labels >= 0], weights[labels >= 0]))
+    losses = F.cross_entropy(hidden.double() @ weight.double().T, labels, ignore_index=-1, reduction="none")
+    exact = (losses * weights.double()).sum()
+    assert ours.item() == pytest.approx(exact.item(), rel=1e-6)
+    for a, b in zip(
+        torch.autograd.grad(factor * ours, trained), torch.autograd.grad(factor * exact, trained), strict=True
+    ):
+        assert (a - b).norm() < 2e-6 * b.norm()
+    nothing = functions.loss(hidden[:0], weight, labels[:0], weights[:0])
+    assert nothing.item() == 0
+    if weight.requires_grad:
+        assert not torch.autograd.grad(nothing, weight)[0].any()
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_joined_heads_are_their_losses_apart(name):
+    joined = functions_of(name, torch.float32).joined
+    if joined is None:
+        pytest.skip("it computes heads one after another")
+    hidden, weight, labels = inputs(torch.float32)
+    hidden, labels, weights = kept_rows(hidden, labels, torch.rand(53), None)
+    loss, logprobs = joined(hidden, weight.double(), labels, weights)
+    exact = F.cross_entropy(hidden.double() @ weight.double().T, labels, reduction="none")
+    assert torch.allclose(-logprobs.double(), exact, atol=1e-5)
+    assert not logprobs.requires_grad
+    assert loss.item() == pytest.approx((exact * weights).sum().item(), rel=1e-6)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="one backward pass"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("kept", [53, 42, 1])
+def test_a_known_number_of_rows_gives_the_same_rows(kept):
+    hidden, _, labels = inputs()
+    labels = torch.full_like(labels, -1)
+    labels[torch.randperm(53, generator=torch.Generator().manual_seed(1))[:kept]] = 7
+    known, counted = (kept_rows(hidden, labels, torch.ones(53), number) for number in (kept, None))
+    assert len(known[1]) == kept
+    assert all(torch.equal(*pair) for pair in zip(known, counted, strict=True))
 
 
 @pytest.mark.parametrize("name", BACKENDS)

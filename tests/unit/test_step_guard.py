@@ -1,20 +1,23 @@
 """The guard before the optimizer: non-finite values stop a step and its checkpoint, and all processes decide alike."""
 
 import json
+import traceback
 from dataclasses import replace
 
 import pytest
 import torch
 from conftest import tiny_model
 from test_training import run_config, weights
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from openmimo.core.errors import ConfigError, DivergedError
 from openmimo.core.metrics import read_metrics
 from openmimo.model.hf import load_model, save_model
+from openmimo.train import trainer as trainer_module
 from openmimo.train.checkpoint import find_damage
 from openmimo.train.config import CheckpointConfig, OptimizerConfig
 from openmimo.train.loss import training_loss
-from openmimo.train.optim import StepGuard, clip_gradients
+from openmimo.train.optim import StepGuard, build_optimizer, clip_gradients, step_unless
 from openmimo.train.pretrain import pretrain
 from openmimo.train.trainer import Trainer
 
@@ -84,6 +87,121 @@ def test_more_than_the_allowed_skips_end_the_run(tmp_path, monkeypatch):
     config = replace(one_stage(tmp_path), optimizer=OptimizerConfig(max_skipped_steps=1))
     with pytest.raises(DivergedError, match="step 3"):
         pretrain(config)
+
+
+@pytest.mark.parametrize("bad", [(), (2,), (1, 2), (3,)], ids=str)
+def test_a_decision_that_stays_on_the_device_is_the_same(bad):
+    """Weights, moments and counts after steps of which some are bad, read one step later."""
+
+    def train(*, deferred: bool) -> tuple[list[torch.Tensor], int, int]:
+        model = tiny_model()
+        optimizer = build_optimizer(model, OptimizerConfig())
+        optimizer.param_groups[0]["lr"] = 1e-2
+        guard = StepGuard(model, max_skipped_steps=2)
+        for step in (1, 2, 3):
+            for parameter in model.parameters():
+                values = torch.cos(torch.arange(parameter.numel()) * step)
+                parameter.grad = values.view_as(parameter) * (float("nan") if step in bad else 1.0)
+            gradients = clip_gradients(model, 1.0)
+            if deferred:
+                guard.settle()
+                step_unless(optimizer, guard.defer(gradients.norm, gradients, f"step {step}"))
+            elif guard.allows_step(gradients.norm, gradients, f"step {step}"):
+                optimizer.step()
+        assert guard.settle() is (3 not in bad if deferred else None)
+        states = [tensor for state in optimizer.state.values() for tensor in state.values() if tensor.ndim]
+        return [*model.parameters(), *states], guard.num_skipped, guard.skipped_in_a_row
+
+    (ours, *counts), (theirs, *expected) = train(deferred=True), train(deferred=False)
+    assert counts == expected
+    assert all(torch.equal(*pair) for pair in zip(ours, theirs, strict=True))
+
+
+def test_too_many_bad_steps_are_reported_by_the_next():
+    model = tiny_model()
+    guard, gradients = StepGuard(model), clip_gradients(model, 1.0)
+    assert guard.defer(torch.tensor([float("inf")]), gradients, "step 7 (rows 3)").item() == 1
+    with pytest.raises(DivergedError, match=r"step 7 \(rows 3\) has a loss of inf"):
+        guard.settle()
+
+
+WAITS = ("_local_scalar_dense", "aten.nonzero.default", "masked_select", "unique", "aten.equal")
+LOOP = ("openmimo/kernels/experts/sorted_loop.py", "run")
+ALLOWED = {
+    LOOP,  # accelerators have other backends
+    ("openmimo/kernels/attention/blocked.py", "_plan"),  # reads lengths, which are on the host
+    ("openmimo/model/heads.py", "micro_batch"),  # reads labels before they are copied to the device
+    ("openmimo/train/optim.py", "settle"),  # reads the decision of the step before
+}
+
+
+class Waits(TorchDispatchMode):
+    """Collects the file and function of each operation that would wait for a device."""
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.found = set()
+        for name in ("item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__"):
+            monkeypatch.setattr(torch.Tensor, name, self._recorded(getattr(torch.Tensor, name)))
+
+    def _recorded(self, method):
+        def call(*args, **kwargs):
+            if torch.utils._python_dispatch._get_current_dispatch_mode() is self:
+                self._add()
+            return method(*args, **kwargs)
+
+        return call
+
+    def _add(self):
+        frames = [frame for frame in traceback.extract_stack() if "/openmimo/" in frame.filename]
+        frame = next(frame for frame in reversed(frames) if "site-packages" not in frame.filename)
+        self.found.add(("openmimo/" + frame.filename.rpartition("/openmimo/")[2], frame.name))
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = str(function)
+        indices = args[1] if name.startswith("aten.index") and isinstance(args[1], (list, tuple)) else ()
+        has_mask = any(isinstance(index, torch.Tensor) and index.dtype == torch.bool for index in indices)
+        if has_mask or any(word in name for word in WAITS):
+            self._add()
+        return function(*args, **(kwargs or {}))
+
+
+def run_ahead(monkeypatch):
+    """Makes trainers queue steps as on an accelerator."""
+    monkeypatch.setattr(trainer_module, "works_ahead", lambda device: True)
+
+
+def test_a_step_on_an_accelerator_waits_for_nothing(tmp_path, monkeypatch):
+    run_ahead(monkeypatch)
+    waits, real = Waits(monkeypatch), Trainer.train_step
+
+    def watched(trainer, *args):
+        with waits:
+            return real(trainer, *args)
+
+    monkeypatch.setattr(Trainer, "train_step", watched)
+    config = one_stage(tmp_path, steps=2, every_steps=2, mtp_heads=2)
+    pretrain(replace(config, log_every_steps=2, micro_batch_size=2, balance_weight=1e-3))
+    assert waits.found - ALLOWED == set()
+    assert LOOP in waits.found
+
+
+@pytest.mark.slow
+def test_a_run_that_queues_its_steps_is_the_same(tmp_path, monkeypatch):
+    spoil(monkeypatch, steps=(3,))
+    config = replace(run_config(tmp_path), log_every_steps=4, optimizer=OptimizerConfig(max_skipped_steps=1))
+    pretrain(config)
+    run_ahead(monkeypatch)
+    pretrain(replace(config, run_folder=str(tmp_path / "ahead")))
+    ours, theirs = (weights(tmp_path / folder / "model") for folder in ("ahead", "run"))
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    rows, expected = (read_metrics(tmp_path / folder / "metrics.jsonl") for folder in ("ahead", "run"))
+    expected = [row for row in expected if row["step"] != 3]  # on the host, a skipped step is always written
+    timed = {"tokens_per_second", "matmul_utilization", "memory_bytes", "time"}
+    for one, other in zip(rows, expected, strict=True):
+        assert {key: value for key, value in one.items() if key not in timed} == {
+            key: value for key, value in other.items() if key not in timed
+        }
 
 
 def test_a_model_that_is_not_finite_is_named_before_it_is_trained(tmp_path):

@@ -18,6 +18,7 @@ from openmimo.core.metrics import TimeLeft, duration_text, read_metrics
 from openmimo.data.config import MixtureConfig, SourceConfig
 from openmimo.data.loader import Loader
 from openmimo.data.tokenizer import Tokenizer
+from openmimo.kernels import operations
 from openmimo.model.context import PackedContext
 from openmimo.model.heads import micro_batch
 from openmimo.model.hf import load_model
@@ -129,6 +130,33 @@ class TestSchedule:
             replace(self.stage, warmup_steps=90)
         with pytest.raises(ConfigError, match="together"):
             replace(self.stage, initial_batch_size=None)
+
+
+def test_heads_that_share_a_call_have_the_same_losses_and_gradients(monkeypatch):
+    """A backend of an accelerator serves all heads with one call of the output head."""
+    model, lengths = tiny_model(mtp_heads=2), (20, 1, 9)
+    batch = micro_batch(torch.randint(0, 160, (30,)), lengths, torch.rand(30) > 0.3, 2)
+
+    def measure():
+        model.zero_grad()
+        loss, shares = training_loss(
+            model, batch, PackedContext(lengths), label_counts=batch.label_counts(), mtp_weight=0.3
+        )
+        loss.backward()
+        return [loss.detach(), shares, *(parameter.grad for parameter in model.parameters())]
+
+    def joined(hidden, weight, labels, weights):
+        logprobs = separate.logprobs(hidden, weight, labels, 1.0)
+        return -(weights * logprobs).sum(), logprobs.detach()
+
+    apart = measure()
+    separate = operations.TOKEN_LOSS.best(operations.TokenLossNeed(torch.float32, True))[1].run
+    monkeypatch.setattr(operations, "_functions", lambda hidden: replace(separate, joined=joined))
+    calls = []
+    model.head.register_forward_hook(lambda *_: calls.append(1))
+    for ours, theirs in zip(measure(), apart, strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-6)
+    assert len(calls) == 1
 
 
 def test_loss_is_the_definition():

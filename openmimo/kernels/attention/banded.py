@@ -37,6 +37,7 @@ from openmimo.kernels.attention._tiles import (
     write_sink,
 )
 from openmimo.kernels.dispatch import Backend
+from openmimo.runtime.device import uploaded
 
 SEGMENT_LOGITS_CPU = 1 << 19
 SEGMENT_LOGITS_ACCELERATOR = 1 << 25
@@ -74,7 +75,7 @@ def run(
 def _starts(lengths: tuple[int, ...], device: torch.device) -> torch.Tensor:
     """Return the index in the pack of the first token of each token's sequence, int64 [T]."""
     lengths_B = torch.tensor(lengths)
-    return (lengths_B.cumsum(0) - lengths_B).repeat_interleave(lengths_B).to(device)
+    return uploaded((lengths_B.cumsum(0) - lengths_B).repeat_interleave(lengths_B), torch.int64, device)
 
 
 def refuse(need: AttentionNeed) -> str | None:

@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from openmimo.kernels.attention import AttentionNeed, AttentionOut
 from openmimo.kernels.attention._calls import refuse_blocks
 from openmimo.kernels.dispatch import Backend
-from openmimo.runtime.device import has_fused_attention
+from openmimo.runtime.device import has_fused_attention, uploaded
 
 _MAX_PADDED = 1024  # tokens; for longer sequences, padding costs more than a call
 # cuDNN refuses sequences of one token, so short sequences may use MATH, which holds T x T logits (16.6 GiB against
@@ -89,9 +89,9 @@ def _padded_batches(lengths: tuple[int, ...], device: torch.device) -> tuple[lis
         is_real = position_L < lengths_B1
         rows_BL = starts_B1 + torch.where(is_real, position_L, 0)
         row_T[rows_BL[is_real]] = num_rows + torch.nonzero(is_real.flatten())[:, 0]
-        batches.append(rows_BL.to(device))
+        batches.append(uploaded(rows_BL, torch.int64, device))
         num_rows += rows_BL.numel()
-    return batches, row_T.to(device)
+    return batches, uploaded(row_T, torch.int64, device)
 
 
 def _batch(

@@ -33,13 +33,18 @@ def run(
 
 def refuse_grouped_mm(need: ExpertsNeed) -> str | None:
     """Refuse what torch's kernel does not support, and CPUs, where it is slower than a loop."""
-    if need.weight_format != PLAIN:
-        return f"its weights are plain, not {need.weight_format}"
     if need.on_cpu:
         return "on a CPU torch's grouped product is slower than the loop over experts"
     if need.dtype != torch.bfloat16:
         return f"torch's grouped product computes bfloat16, not {need.dtype}"
-    if 2 * need.model_dim % _ALIGNMENT_BYTES or 2 * need.expert_dim % _ALIGNMENT_BYTES:
+    return refuse_rows(need)
+
+
+def refuse_rows(need: ExpertsNeed) -> str | None:
+    """Refuse weights that are not plain, and rows that torch's grouped product does not read on any device."""
+    if need.weight_format != PLAIN:
+        return f"its weights are plain, not {need.weight_format}"
+    if any(need.dtype.itemsize * dim % _ALIGNMENT_BYTES for dim in (need.model_dim, need.expert_dim)):
         return f"the size of a row is not a multiple of {_ALIGNMENT_BYTES} bytes"
     return None
 

@@ -61,7 +61,7 @@ class AudioTrainer(Trainer):
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         self.tokens += tokens
-        return StepReport(losses.tolist(), float(gradients.norm), int(gradients.num_zeros), load, tokens)
+        return StepReport(losses, gradients, load, tokens)
 
     def _accumulate_audio(
         self, phase: AudioPhase, batches: list[AudioSequence]
