@@ -33,6 +33,7 @@ import numpy as np
 import torch
 import triton
 import triton.language as tl
+from torch.autograd.function import once_differentiable
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from openmimo.runtime.device import uploaded
@@ -222,6 +223,7 @@ class _Attention(torch.autograd.Function):
         return out_TNV
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_TNV: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         q_TNK, k_TGK, v_TGV, sink_N, out_TNV, lse_NT, starts_T, stops_T = ctx.saved_tensors
         documents = Documents(starts_T, stops_T, ctx.lengths)
@@ -452,7 +454,7 @@ def _block_range(starts, first_query, num_tokens, QUERIES: tl.constexpr, BLOCK: 
     return start, whole, tail
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _forward(
     q, k, v, k_first, k_rest, v_all, sink, order, starts, out, lse, scale,
     num_tokens, num_groups, stride_q, stride_k, stride_v,
@@ -516,7 +518,7 @@ def _add_gradients(state, rows, outputs, source, first, scale, FIRST: tl.constex
     return grad_first, grad_rest
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _gradient_of_queries(
     q, k, v, k_first, k_rest, v_all, sink, order, starts, out, grad_out, lse, delta, grad_q, grad_sinks, scale,
     plain_scale, stride_g, num_tokens, num_groups, stride_q, stride_k, stride_v,
@@ -583,7 +585,7 @@ def _gradient_of_queries(
         tl.store(target + rest, (grad_rest * plain_scale).to(kind), mask=is_row[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _gradient_of_keys(
     q, grad_out, k, v, q_first, q_rest, grad_all, order, starts, stops, lse, delta, grad_k, grad_v, scale, plain_scale,
     num_tokens, num_groups, stride_q, stride_k, stride_v, stride_g,

@@ -10,7 +10,7 @@ from openmimo.kernels.attention import CAUSAL_ONLY, AttentionNeed, AttentionOut
 from openmimo.kernels.attention._calls import refuse_blocks
 from openmimo.kernels.dispatch import Backend, triton_unavailable
 
-_MAX_DIMS = 256  # of a key or a value
+_MAX_KEY_DIM, _MAX_VALUE_DIM = 192, 128  # the sums of a block of keys fill the registers
 _MAX_HEADS = 128  # query heads of a key/value head
 
 
@@ -37,12 +37,14 @@ def refuse(need: AttentionNeed) -> str | None:
         return reason
     if reason := triton_unavailable(need.on_cpu, need.dtype):
         return reason
+    if need.dtype == torch.float32 and not need.on_cpu:
+        return "on an accelerator it computes half precision only"  # without tensor cores, compilation takes minutes
     if not need.is_self_attention:
         return "a sequence has more keys than queries"
     if not need.causal:
         return CAUSAL_ONLY
-    if max(need.key_dim, need.value_dim) > _MAX_DIMS:
-        return f"its heads have up to {_MAX_DIMS} dims"
+    if need.key_dim > _MAX_KEY_DIM or need.value_dim > _MAX_VALUE_DIM:
+        return f"its keys have up to {_MAX_KEY_DIM} dims and its values up to {_MAX_VALUE_DIM}"
     if need.num_heads // need.num_kv_heads > _MAX_HEADS:
         return f"it takes up to {_MAX_HEADS} query heads of a key/value head"
     return None
