@@ -70,7 +70,8 @@ interpret: $(VENV)/dev
 	    tests/contracts/test_experts_backends.py \
 	    tests/contracts/test_linear_backends.py tests/contracts/test_norm_and_rotary_backends.py \
 	    tests/contracts/test_paged_attention_backends.py tests/contracts/test_router_backends.py \
-	    tests/contracts/test_sampling_backends.py tests/contracts/test_store_backends.py tests/contracts/test_token_loss_backends.py \
+	    tests/contracts/test_sampling_backends.py tests/contracts/test_store_backends.py \
+	    tests/contracts/test_token_loss_backends.py tests/contracts/test_training_attention.py \
 	    tests/contracts/test_update_backends.py
 check: $(VENV)/dev
 	$(BIN)/ruff check .

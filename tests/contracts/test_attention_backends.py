@@ -200,6 +200,13 @@ def test_an_accelerators_padded_batches_are_the_reference(monkeypatch):
         torch.testing.assert_close(ours, theirs)
 
 
+def test_long_sequences_without_a_fused_kernel_are_refused_instead_of_unfused():
+    """On a CPU, torch has no cuDNN, as on an accelerator whose fused kernels refuse a call."""
+    need, tensors = tensors_of(((65,), (65,), 4, 2, 12, 20, None, False), torch.float32, False)
+    with pytest.raises(ConfigError, match="attention of 65 tokens with 4 query heads of 12 dims.*OPENMIMO_ATTENTION"):
+        run("sdpa", need, tensors)
+
+
 @pytest.mark.parametrize("call", ["packed windows", "packed full", "decode"])
 def test_bfloat16_widened_to_float32_stays_close(call):
     """As on a processor without bfloat16 instructions. Elsewhere the backend refuses, but its computation runs."""

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from openmimo.core.errors import ConfigError
 from openmimo.kernels.attention import AttentionNeed, AttentionOut
 from openmimo.kernels.attention._calls import refuse_blocks
 from openmimo.kernels.dispatch import Backend
@@ -99,8 +100,18 @@ def _batch(
 ) -> torch.Tensor:
     q, k, v = (x.unflatten(0, (num_sequences, -1)).transpose(1, 2) for x in (q_TNK, k_SGK, v_SGV))
     backends = PREFERRED if q.shape[2] > _SHORT else [*PREFERRED, SDPBackend.MATH]
-    with sdpa_kernel(backends, set_priority=True):
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=True)
+    try:
+        with sdpa_kernel(backends, set_priority=True):
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=True)
+    except RuntimeError as error:
+        if "No available kernel" not in str(error):
+            raise
+        raise ConfigError(
+            f"none of torch's fused kernels takes attention of {q.shape[2]:,} tokens with {q.shape[1]} query heads of "
+            f"{q.shape[3]} dims, {k.shape[1]} key heads and values of {v.shape[3]} dims in {q.dtype}, and torch's "
+            "unfused one would hold tokens x tokens logits of every head. Choose another backend, for example "
+            "OPENMIMO_ATTENTION=blocked."
+        ) from error
     return out.transpose(1, 2).flatten(0, 1)
 
 
