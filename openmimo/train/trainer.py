@@ -29,7 +29,7 @@ from openmimo.model.config import training_flops_per_token
 from openmimo.model.context import PackedContext, RoutingTape
 from openmimo.model.heads import MicroBatch
 from openmimo.model.mimo import MiMo
-from openmimo.model.weight_formats import train_packed
+from openmimo.model.weight_formats import train_float8, train_packed
 from openmimo.runtime.device import activation_dtype, measured_matmul_flops, peak_memory_bytes, synchronize
 from openmimo.train.checkpoint import Checkpoints, Progress, load_optimizer_state, optimizer_state
 from openmimo.train.config import Phase, PretrainConfig
@@ -378,6 +378,8 @@ class Trainer:
         )
         if self.config.quantization != "none":
             train_packed(self.model, Packing(self.config.quantization, self.config.quantization_stages))
+        if self.config.fp8:
+            train_float8(self.model)
         if stage.mtp_heads is not None and stage.mtp_heads > self.model.config.num_mtp_heads:
             if is_running:
                 self.ranks.check_growth()
