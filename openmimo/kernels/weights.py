@@ -596,11 +596,12 @@ def _quantize_int8(weight_OD: torch.Tensor, block: tuple[int, int]) -> BlockScal
 
 def _quantize_fp8(weight_OD: torch.Tensor, block: tuple[int, int]) -> BlockScaled:
     rows, columns = weight_OD.shape
-    padded = F.pad(weight_OD.detach().float(), (0, -columns % block[1], 0, -rows % block[0]))
+    padded, missing = weight_OD.detach().float(), (0, -columns % block[1], 0, -rows % block[0])
+    padded = F.pad(padded, missing) if any(missing) else padded.contiguous()
     blocks = padded.view(padded.shape[0] // block[0], block[0], padded.shape[1] // block[1], block[1])
-    largest = blocks.abs().nan_to_num(nan=0.0, posinf=math.inf).amax(dim=(1, 3))
+    largest = blocks.abs().amax(dim=(1, 3))
     scales = torch.where(largest >= FP8_LEAST, largest / FP8_MAX, 1.0)
-    codes = (blocks / scales[:, None, :, None]).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+    codes = (blocks / scales[:, None, :, None]).to(torch.float8_e4m3fn)
     return BlockScaled(codes.view(padded.shape)[:rows, :columns].contiguous(), scales, block)
 
 

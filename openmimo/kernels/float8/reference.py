@@ -80,9 +80,9 @@ def _sum_of_blocks(left_MK: BlockScaled, right_NK: BlockScaled) -> torch.Tensor:
     for start in range(0, K, step):
         part = slice(start, start + step)
         product_MN = left_MK.codes[:, part].float() @ right_NK.codes[:, part].float().T
-        left_M = left_MK.scales[:, start // left_MK.block[1]]
-        right_N = right_NK.scales[right_rows, start // right_NK.block[1]]
-        total_MN += product_MN * left_M[:, None] * right_N
+        product_MN *= left_MK.scales[:, start // left_MK.block[1], None]
+        product_MN *= right_NK.scales[right_rows, start // right_NK.block[1]]
+        total_MN = total_MN.add_(product_MN) if start else product_MN
     return total_MN
 
 
