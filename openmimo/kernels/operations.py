@@ -434,18 +434,21 @@ class Float8Functions:
             [groups, O, C] or [groups, C, O], with a scale for a block of 128 x 128.
         multiply: codes of rows [P, K], of a weight [groups, N, K], ends, dtype of the result [P, N].
         weight_gradient: transposed codes [O, P] and [C, P], ends. Returns float32 [groups, O, C].
-        gate: gate and up [P, 2F], whether they are for a backward pass. Returns silu(gate) * up in their dtype, and
-            the codes of gate and up, or None.
-        gate_backward: codes of gate and up, gradient of silu(gate) * up. Returns silu(gate) * up and the gradient of
-            gate and up [P, 2F], in the dtype of the gradient.
+        gate: gate and up [P, 2F], whether they are for a backward pass. Returns the codes of silu(gate) * up [P, F],
+            and those of gate and up, or None.
+        gate_backward: codes of gate and up, gradient of silu(gate) * up, whether to give transposed codes. Returns
+            the transposed codes of silu(gate) * up [F, P] or None, and both codes of the gradient of gate and up, as
+            `quantize` does.
     """
 
     quantize: Callable[[torch.Tensor, torch.Tensor | None, bool], tuple[BlockScaled, BlockScaled | None]]
     quantize_weight: Callable[[tuple[Float8Latent, ...], bool], BlockScaled]
     multiply: Callable[[BlockScaled, BlockScaled, torch.Tensor | None, torch.dtype], torch.Tensor]
     weight_gradient: Callable[[BlockScaled, BlockScaled, torch.Tensor | None], torch.Tensor]
-    gate: Callable[[torch.Tensor, bool], tuple[torch.Tensor, BlockScaled | None]]
-    gate_backward: Callable[[BlockScaled, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+    gate: Callable[[torch.Tensor, bool], tuple[BlockScaled, BlockScaled | None]]
+    gate_backward: Callable[
+        [BlockScaled, torch.Tensor, bool], tuple[BlockScaled | None, BlockScaled, BlockScaled | None]
+    ]
 
 
 @functools.cache

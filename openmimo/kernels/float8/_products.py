@@ -149,11 +149,10 @@ class _Experts(torch.autograd.Function):
         rows, columns = functions.quantize(x_TD, place_P, is_trained)
         codes_EHD = functions.quantize_weight((Float8Latent(gate_up_EHD, 2),), False)
         gate_up_PH = functions.multiply(rows, codes_EHD, ends_E, x_TD.dtype)
-        hidden_PF, gate_up = functions.gate(gate_up_PH, for_backward)
-        del gate_up_PH, rows, codes_EHD
+        rows, gate_up = functions.gate(gate_up_PH, for_backward)
+        del gate_up_PH, codes_EHD
         ctx.functions, ctx.num_tokens, ctx.saved = functions, len(x_TD), _Saved(columns, gate_up)
         ctx.save_for_backward(gate_up_EHD, down_EDF, row_M, ends_E, *_Saved.tensors(columns, gate_up))
-        rows, _ = functions.quantize(hidden_PF, None, False)
         codes_EDF = functions.quantize_weight((Float8Latent(down_EDF, 1),), False)
         return functions.multiply(rows, codes_EDF, ends_E, x_TD.dtype)
 
@@ -165,12 +164,10 @@ class _Experts(torch.autograd.Function):
         rows, columns = functions.quantize(gradient_PD.contiguous(), None, inputs is not None)
         codes_EFD = functions.quantize_weight((Float8Latent(down_EDF, 1),), True)
         gradient_PF = functions.multiply(rows, codes_EFD, ends_E, gradient_PD.dtype)
-        hidden_PF, gradient_PH = functions.gate_backward(gate_up, gradient_PF)
-        rows, gate_columns = functions.quantize(gradient_PH, None, inputs is not None)
+        hidden, rows, gate_columns = functions.gate_backward(gate_up, gradient_PF, inputs is not None)
         gradient_TD = gradient_EHD = gradient_EDF = None
-        if inputs is not None and columns is not None and gate_columns is not None:
-            _, hidden = functions.quantize(hidden_PF, None, True)
-            assert hidden is not None
+        if inputs is not None:
+            assert columns is not None and hidden is not None and gate_columns is not None
             gradient_EDF = functions.weight_gradient(columns, hidden, ends_E).to(down_EDF.dtype)
             gradient_EHD = functions.weight_gradient(gate_columns, inputs, ends_E).to(gate_up_EHD.dtype)
         if ctx.needs_input_grad[0]:

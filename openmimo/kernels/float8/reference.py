@@ -51,21 +51,23 @@ def weight_gradient(gradient_OP: BlockScaled, input_CP: BlockScaled, ends_E: tor
     return torch.stack(products)
 
 
-def gate(gate_up_PH: torch.Tensor, for_backward: bool) -> tuple[torch.Tensor, BlockScaled | None]:
+def gate(gate_up_PH: torch.Tensor, for_backward: bool) -> tuple[BlockScaled, BlockScaled | None]:
     """Implement `Float8Functions.gate`."""
     gate_PF, up_PF = gate_up_PH.float().chunk(2, dim=-1)
-    codes = quantize(gate_up_PH, "fp8", block_rows=1) if for_backward else None
-    return (F.silu(gate_PF) * up_PF).to(gate_up_PH.dtype), codes
+    codes, _ = quantize_rows(gate_up_PH, None, False)
+    return quantize_rows(F.silu(gate_PF) * up_PF, None, False)[0], codes if for_backward else None
 
 
-def gate_backward(gate_up_PH: BlockScaled, gradient_PF: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def gate_backward(
+    gate_up_PH: BlockScaled, gradient_PF: torch.Tensor, with_transposed: bool
+) -> tuple[BlockScaled | None, BlockScaled, BlockScaled | None]:
     """Implement `Float8Functions.gate_backward`."""
     gate_PF, up_PF = gate_up_PH.dequantize(torch.float32).chunk(2, dim=-1)
     wide_PF, sigmoid_PF = gradient_PF.float(), gate_PF.sigmoid()
     silu_PF = gate_PF * sigmoid_PF
-    gate_gradient_PF = wide_PF * up_PF * (sigmoid_PF + silu_PF * (1 - sigmoid_PF))
-    gradient_PH = torch.cat([gate_gradient_PF, wide_PF * silu_PF], dim=-1)
-    return (silu_PF * up_PF).to(gradient_PF.dtype), gradient_PH.to(gradient_PF.dtype)
+    gradient_PH = torch.cat([wide_PF * up_PF * (sigmoid_PF + silu_PF * (1 - sigmoid_PF)), wide_PF * silu_PF], dim=-1)
+    hidden = quantize_rows((silu_PF * up_PF).T, None, False)[0] if with_transposed else None
+    return hidden, *quantize_rows(gradient_PH, None, with_transposed)
 
 
 def _sum_of_blocks(left_MK: BlockScaled, right_NK: BlockScaled) -> torch.Tensor:
