@@ -157,7 +157,7 @@ def test_a_gpu_computes_the_arithmetic_with_torch_until_its_kernels_are_asked_fo
 
 def assert_same_codes(ours, theirs, *, different=0.002):
     """Numbers that differ in their last bit have the same code, but for a few at the border of two codes."""
-    assert torch.allclose(ours.scales, theirs.scales, rtol=1e-6)
+    assert torch.allclose(ours.scales, theirs.scales, rtol=1e-5)
     is_other = ours.codes.float() != theirs.codes.float()
     assert is_other.float().mean() <= different
     assert torch.allclose(ours.dequantize(torch.float32), theirs.dequantize(torch.float32), rtol=0.13, atol=1e-4)
@@ -278,6 +278,7 @@ def test_no_rows_and_more_axes():
     assert joined_linear(draw(2, 3, 5), ((weight, None),)).shape == (2, 3, 6)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(
     not os.environ.get("TRITON_INTERPRET") and not torch.cuda.is_available(),
     reason="needs Triton's interpreter or a GPU",
@@ -287,6 +288,8 @@ class TestTriton:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    of_products = 2e-3 if torch.cuda.is_available() else 2e-4  # tensor cores add 8-bit products with fewer bits
+    of_layers = 2e-2 if torch.cuda.is_available() else 4e-3  # a number at the border of two codes gets the other one
     run = BACKENDS["triton"].run
 
     def draw(self, *shape, seed=0):
@@ -351,9 +354,11 @@ class TestTriton:
         one = weight._replace(codes=weight.codes[:1], scales=weight.scales[:1])
         for groups, right, part in ((ends, weight, 384), (None, one, 400)):
             ours = self.run.multiply(rows, right, groups, torch.float32)[:part]
-            assert relative_error(ours, REFERENCE.multiply(rows, right, groups, torch.float32)[:part]) < 2e-4
+            assert (
+                relative_error(ours, REFERENCE.multiply(rows, right, groups, torch.float32)[:part]) < self.of_products
+            )
             ours = self.run.weight_gradient(gradient_columns, columns, groups)
-            assert relative_error(ours, REFERENCE.weight_gradient(gradient_columns, columns, groups)) < 2e-4
+            assert relative_error(ours, REFERENCE.weight_gradient(gradient_columns, columns, groups)) < self.of_products
 
     def test_triton_layers(self):
         """Both passes of a linear layer and of experts, with the functions of each backend."""
@@ -369,7 +374,7 @@ class TestTriton:
             gradients = self.draw(150, 384, seed=5), self.draw(150, 128, seed=6)
             results.append([y, z, *torch.autograd.grad((y, z), inputs, gradients)])
         for ours, theirs in zip(*results, strict=True):
-            assert relative_error(ours.detach(), theirs.detach()) < 4e-3
+            assert relative_error(ours.detach(), theirs.detach()) < self.of_layers
         assert not results[0][-1][2].any()
 
     def test_triton_gate(self):
