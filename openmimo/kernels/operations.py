@@ -434,20 +434,21 @@ class Float8Functions:
             [groups, O, C] or [groups, C, O], with a scale for a block of 128 x 128.
         multiply: codes of rows [P, K], of a weight [groups, N, K], ends, dtype of the result [P, N].
         weight_gradient: transposed codes [O, P] and [C, P], ends. Returns float32 [groups, O, C].
-        gate: gate and up [P, 2F], whether they are for a backward pass. Returns the codes of silu(gate) * up [P, F],
-            and those of gate and up, or None.
-        gate_backward: codes of gate and up, gradient of silu(gate) * up, whether to give transposed codes. Returns
-            the transposed codes of silu(gate) * up [F, P] or None, and both codes of the gradient of gate and up, as
-            `quantize` does.
+        gate: gate and up [P, 2F], weights of the rows float32 [P], whether they are for a backward pass. Returns the
+            codes of silu(gate) * up * weight [P, F], and those of gate and up, or None.
+        gate_backward: codes of gate and up, weights, gradient of silu(gate) * up * weight, whether to give transposed
+            codes. Returns the transposed codes of that product [F, P] or None, both codes of the gradient of gate and
+            up, as `quantize` does, and the gradient of the weights, float32 [P].
     """
 
     quantize: Callable[[torch.Tensor, torch.Tensor | None, bool], tuple[BlockScaled, BlockScaled | None]]
     quantize_weight: Callable[[tuple[Float8Latent, ...], bool], BlockScaled]
     multiply: Callable[[BlockScaled, BlockScaled, torch.Tensor | None, torch.dtype], torch.Tensor]
     weight_gradient: Callable[[BlockScaled, BlockScaled, torch.Tensor | None], torch.Tensor]
-    gate: Callable[[torch.Tensor, bool], tuple[BlockScaled, BlockScaled | None]]
+    gate: Callable[[torch.Tensor, torch.Tensor, bool], tuple[BlockScaled, BlockScaled | None]]
     gate_backward: Callable[
-        [BlockScaled, torch.Tensor, bool], tuple[BlockScaled | None, BlockScaled, BlockScaled | None]
+        [BlockScaled, torch.Tensor, torch.Tensor, bool],
+        tuple[BlockScaled | None, BlockScaled, BlockScaled | None, torch.Tensor],
     ]
 
 

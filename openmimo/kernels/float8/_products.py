@@ -9,7 +9,8 @@ Each of the three products of a weight has its own codes:
 The codes of x along the rows are made in the forward pass and saved, one byte for a number, so that x itself need not
 be. The weight is saved as it is (a parameter), and quantized again in the backward pass. A sharded weight is therefore
 quantized whenever it has been gathered. Experts save the codes of gate and up, not the product of both, and compute
-that again (DeepSeek-V3, arXiv 2412.19437, section 3.3).
+that again (DeepSeek-V3, arXiv 2412.19437, section 3.3). The weight of an expert multiplies the input of its down
+projection, so that its output need not be saved for the gradient of the weight.
 
 R rows, D input dim, O output dim, T tokens, A active experts a token, M = T x A choices, E experts, F expert hidden
 dim, P rows sorted by expert.
@@ -19,7 +20,6 @@ from typing import Any
 
 import torch
 
-from openmimo.kernels.experts._sorting import combine
 from openmimo.kernels.operations import FLOAT8, Float8Functions, Float8Need, WeightAndBias, count_experts
 from openmimo.kernels.weights import FP8_BLOCK, BlockScaled, Float8Latent, Weight
 
@@ -47,8 +47,9 @@ def experts(
     num_experts, model_dim, expert_dim = down_EDF.shape
     functions = _functions((model_dim, expert_dim), num_experts, x_TD)
     places = sort_choices(expert_ids_TA, num_experts)
-    y_PD = _Experts.apply(x_TD, functions, torch.is_grad_enabled(), places, gate_up_EHD.tensor, down_EDF.tensor)
-    return combine(y_PD, places[0], weights_TA)
+    return _Experts.apply(
+        x_TD, weights_TA, functions, torch.is_grad_enabled(), places, gate_up_EHD.tensor, down_EDF.tensor
+    )
 
 
 def _functions(dims: tuple[int, ...], num_groups: int, x: torch.Tensor) -> Float8Functions:
@@ -132,12 +133,13 @@ class _Linear(torch.autograd.Function):
 
 
 class _Experts(torch.autograd.Function):
-    """The outputs of experts for tokens [T, D], one row for each choice: [P, D]. Other rows are undefined."""
+    """The sum of the experts of tokens [T, D], by weights [T, A]."""
 
     @staticmethod
     def forward(
         ctx: Any,
         x_TD: torch.Tensor,
+        weights_TA: torch.Tensor,
         functions: Float8Functions,
         for_backward: bool,
         places: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
@@ -145,37 +147,46 @@ class _Experts(torch.autograd.Function):
         down_EDF: torch.Tensor,
     ) -> torch.Tensor:
         row_M, place_P, ends_E = places
-        is_trained = for_backward and any(ctx.needs_input_grad[4:])
+        is_trained = for_backward and any(ctx.needs_input_grad[5:])
         rows, columns = functions.quantize(x_TD, place_P, is_trained)
         codes_EHD = functions.quantize_weight((Float8Latent(gate_up_EHD, 2),), False)
         gate_up_PH = functions.multiply(rows, codes_EHD, ends_E, x_TD.dtype)
-        rows, gate_up = functions.gate(gate_up_PH, for_backward)
+        weights_P = weights_TA.new_zeros(len(place_P), dtype=torch.float32)
+        weights_P[row_M] = weights_TA.flatten().float()
+        rows, gate_up = functions.gate(gate_up_PH, weights_P, for_backward)
         del gate_up_PH, codes_EHD
-        ctx.functions, ctx.num_tokens, ctx.saved = functions, len(x_TD), _Saved(columns, gate_up)
-        ctx.save_for_backward(gate_up_EHD, down_EDF, row_M, ends_E, *_Saved.tensors(columns, gate_up))
+        ctx.functions, ctx.saved = functions, _Saved(columns, gate_up)
+        ctx.save_for_backward(weights_TA, weights_P, *places, gate_up_EHD, down_EDF, *_Saved.tensors(columns, gate_up))
         codes_EDF = functions.quantize_weight((Float8Latent(down_EDF, 1),), False)
-        return functions.multiply(rows, codes_EDF, ends_E, x_TD.dtype)
+        return _sum_of_choices(functions.multiply(rows, codes_EDF, ends_E, x_TD.dtype), row_M, weights_TA.shape)
 
     @staticmethod
-    def backward(ctx: Any, gradient_PD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, gradient_TD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         functions: Float8Functions = ctx.functions
-        gate_up_EHD, down_EDF, row_M, ends_E, *held = ctx.saved_tensors
+        weights_TA, weights_P, row_M, place_P, ends_E, gate_up_EHD, down_EDF, *held = ctx.saved_tensors
         inputs, gate_up = ctx.saved.codes(tuple(held))
-        rows, columns = functions.quantize(gradient_PD.contiguous(), None, inputs is not None)
+        is_trained = inputs is not None
+        rows, columns = functions.quantize(gradient_TD.contiguous(), place_P, is_trained)
         codes_EFD = functions.quantize_weight((Float8Latent(down_EDF, 1),), True)
-        gradient_PF = functions.multiply(rows, codes_EFD, ends_E, gradient_PD.dtype)
-        hidden, rows, gate_columns = functions.gate_backward(gate_up, gradient_PF, inputs is not None)
-        gradient_TD = gradient_EHD = gradient_EDF = None
+        gradient_PF = functions.multiply(rows, codes_EFD, ends_E, gradient_TD.dtype)
+        hidden, rows, gate_columns, gradient_P = functions.gate_backward(gate_up, weights_P, gradient_PF, is_trained)
+        gradient_x = gradient_EHD = gradient_EDF = None
         if inputs is not None:
             assert columns is not None and hidden is not None and gate_columns is not None
             gradient_EDF = functions.weight_gradient(columns, hidden, ends_E).to(down_EDF.dtype)
             gradient_EHD = functions.weight_gradient(gate_columns, inputs, ends_E).to(gate_up_EHD.dtype)
         if ctx.needs_input_grad[0]:
             codes_EDH = functions.quantize_weight((Float8Latent(gate_up_EHD, 2),), True)
-            sorted_PD = functions.multiply(rows, codes_EDH, ends_E, gradient_PD.dtype)
-            chosen_TAD = sorted_PD.index_select(0, row_M).unflatten(0, (ctx.num_tokens, -1))
-            gradient_TD = chosen_TAD.sum(dim=1, dtype=torch.float32).to(gradient_PD.dtype)
-        return gradient_TD, None, None, None, gradient_EHD, gradient_EDF
+            sorted_PD = functions.multiply(rows, codes_EDH, ends_E, gradient_TD.dtype)
+            gradient_x = _sum_of_choices(sorted_PD, row_M, weights_TA.shape)
+        gradient_TA = gradient_P[row_M].view(weights_TA.shape).to(weights_TA.dtype)
+        return gradient_x, gradient_TA, None, None, None, gradient_EHD, gradient_EDF
+
+
+def _sum_of_choices(sorted_PD: torch.Tensor, row_M: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """Sum the rows of each token's choices [T, A] in float32, in order: [T, D] in the dtype of the rows."""
+    chosen_TAD = sorted_PD.index_select(0, row_M).view(*shape, -1)
+    return chosen_TAD.sum(dim=1, dtype=torch.float32).to(sorted_PD.dtype)
 
 
 def _latents(weights: tuple[torch.Tensor, ...]) -> tuple[Float8Latent, ...]:

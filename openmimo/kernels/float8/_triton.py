@@ -90,36 +90,39 @@ def weight_gradient(gradient_OP: BlockScaled, input_CP: BlockScaled, ends_E: tor
     return out_EOC
 
 
-def gate(gate_up_PH: torch.Tensor, for_backward: bool) -> tuple[BlockScaled, BlockScaled | None]:
+def gate(
+    gate_up_PH: torch.Tensor, weights_P: torch.Tensor, for_backward: bool
+) -> tuple[BlockScaled, BlockScaled | None]:
     """Implement `Float8Functions.gate`."""
     P, H = gate_up_PH.shape
     hidden = _empty(P, H // 2, gate_up_PH.device)
     codes = _empty(P, H, gate_up_PH.device) if for_backward else None
     written = hidden if codes is None else codes
     _gate[(triton.cdiv(P, _GATE_ROWS), H // 2 // FP8_BLOCK)](
-        gate_up_PH, hidden.codes, hidden.scales, written.codes, written.scales, P, H // 2, *_strides(hidden),
-        *_strides(written), FOR_BACKWARD=for_backward, ROWS=_GATE_ROWS, BLOCK=FP8_BLOCK, IN_ASSEMBLY=in_assembly(),
-        num_warps=4,
+        gate_up_PH, weights_P, hidden.codes, hidden.scales, written.codes, written.scales, P, H // 2,
+        *_strides(hidden), *_strides(written), FOR_BACKWARD=for_backward, ROWS=_GATE_ROWS, BLOCK=FP8_BLOCK,
+        IN_ASSEMBLY=in_assembly(), num_warps=4,
     )  # fmt: skip
     return hidden, codes
 
 
 def gate_backward(
-    gate_up_PH: BlockScaled, gradient_PF: torch.Tensor, with_transposed: bool
-) -> tuple[BlockScaled | None, BlockScaled, BlockScaled | None]:
+    gate_up_PH: BlockScaled, weights_P: torch.Tensor, gradient_PF: torch.Tensor, with_transposed: bool
+) -> tuple[BlockScaled | None, BlockScaled, BlockScaled | None, torch.Tensor]:
     """Implement `Float8Functions.gate_backward`."""
     (P, H), device = gate_up_PH.shape, gradient_PF.device
     rows = _empty(P, H, device)
     hidden = _empty(H // 2, P, device) if with_transposed else None
     columns = _empty(H, P, device) if with_transposed else None
     some_hidden, some_columns = hidden or rows, columns or rows
+    parts = torch.empty(H // 2 // FP8_BLOCK, P, dtype=torch.float32, device=device)
     _gate_backward[(triton.cdiv(P, FP8_BLOCK), H // 2 // FP8_BLOCK)](
-        gate_up_PH.codes, gate_up_PH.scales, gradient_PF, some_hidden.codes, some_hidden.scales, rows.codes,
-        rows.scales, some_columns.codes, some_columns.scales, P, H // 2, *_strides(gate_up_PH),
+        gate_up_PH.codes, gate_up_PH.scales, weights_P, gradient_PF, some_hidden.codes, some_hidden.scales,
+        rows.codes, rows.scales, some_columns.codes, some_columns.scales, parts, P, H // 2, *_strides(gate_up_PH),
         *_strides(some_hidden), *_strides(rows), *_strides(some_columns), WITH_TRANSPOSED=with_transposed,
         BLOCK=FP8_BLOCK, IN_ASSEMBLY=in_assembly(), num_warps=_QUANTIZE_WARPS,
     )  # fmt: skip
-    return hidden, rows, columns
+    return hidden, rows, columns, parts.sum(dim=0)
 
 
 def _empty(rows: int, columns: int, device: torch.device) -> BlockScaled:
@@ -279,7 +282,7 @@ def _weight_gradient(
 
 @triton.jit
 def _gate(
-    gate_up, hidden_codes, hidden_scales, codes, scales, P, F, hidden_stride, hidden_block_stride, row_stride,
+    gate_up, weights, hidden_codes, hidden_scales, codes, scales, P, F, hidden_stride, hidden_block_stride, row_stride,
     block_stride, FOR_BACKWARD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, IN_ASSEMBLY: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -289,7 +292,8 @@ def _gate(
     place = gate_up + rows.to(tl.int64)[:, None] * (2 * F) + columns[None, :]
     gate = tl.load(place, mask=is_row[:, None], other=0.0).to(tl.float32)
     up = tl.load(place + F, mask=is_row[:, None], other=0.0).to(tl.float32)
-    hidden = gate / (1.0 + tl.exp(-gate)) * up
+    weight = tl.load(weights + rows, mask=is_row, other=0.0)
+    hidden = gate / (1.0 + tl.exp(-gate)) * up * weight[:, None]
     _store_rows(
         hidden, hidden_codes, hidden_scales, rows, is_row, columns, block, F, hidden_stride, hidden_block_stride,
         IN_ASSEMBLY,
@@ -304,7 +308,8 @@ def _gate(
 
 @triton.jit
 def _gate_backward(
-    codes, scales, gradient, hidden_codes, hidden_scales, row_codes, row_scales, column_codes, column_scales, P, F,
+    codes, scales, weights, gradient, hidden_codes, hidden_scales, row_codes, row_scales, column_codes,
+    column_scales, parts, P, F,
     scale_stride, scale_block_stride, hidden_stride, hidden_block_stride, row_stride, row_block_stride,
     column_stride, column_block_stride, WITH_TRANSPOSED: tl.constexpr, BLOCK: tl.constexpr, IN_ASSEMBLY: tl.constexpr,
 ):  # fmt: skip
@@ -312,19 +317,22 @@ def _gate_backward(
     tile, block = tl.program_id(0), tl.program_id(1)
     rows, columns = tile * BLOCK + own, block * BLOCK + own
     is_row = rows < P
+    weight = tl.load(weights + rows, mask=is_row, other=0.0)[:, None]
+    gate, up, wide = _gate_inputs(
+        codes, scales, gradient, rows, is_row, columns, block, F, scale_stride, scale_block_stride, BLOCK
+    )
+    hidden = gate / (1.0 + tl.exp(-gate)) * up
+    tl.store(parts + block.to(tl.int64) * P + rows, tl.sum(wide * hidden, axis=1), mask=is_row)
     if WITH_TRANSPOSED:
-        gate, up, wide = _gate_inputs(
-            codes, scales, gradient, rows, is_row, columns, block, F, scale_stride, scale_block_stride, BLOCK
-        )
         _store_rows(
-            tl.trans(gate / (1.0 + tl.exp(-gate)) * up), hidden_codes, hidden_scales, columns, columns < F, rows, tile,
-            P, hidden_stride, hidden_block_stride, IN_ASSEMBLY,
+            tl.trans(hidden * weight), hidden_codes, hidden_scales, columns, columns < F, rows, tile, P,
+            hidden_stride, hidden_block_stride, IN_ASSEMBLY,
         )  # fmt: skip
     gate, up, wide = _gate_inputs(
         codes, scales, gradient, rows, is_row, columns, block, F, scale_stride, scale_block_stride, BLOCK
     )
     sigmoid = 1.0 / (1.0 + tl.exp(-gate))
-    gate_gradient = wide * up * (sigmoid + gate * sigmoid * (1.0 - sigmoid))
+    gate_gradient = wide * weight * up * (sigmoid + gate * sigmoid * (1.0 - sigmoid))
     _store_rows(
         gate_gradient, row_codes, row_scales, rows, is_row, columns, block, 2 * F, row_stride, row_block_stride,
         IN_ASSEMBLY,
@@ -337,7 +345,7 @@ def _gate_backward(
     gate, up, wide = _gate_inputs(
         codes, scales, gradient, rows, is_row, columns, block, F, scale_stride, scale_block_stride, BLOCK
     )
-    up_gradient = wide * (gate / (1.0 + tl.exp(-gate)))
+    up_gradient = wide * weight * (gate / (1.0 + tl.exp(-gate)))
     _store_rows(
         up_gradient, row_codes, row_scales, rows, is_row, columns + F, block + F // BLOCK, 2 * F, row_stride,
         row_block_stride, IN_ASSEMBLY,

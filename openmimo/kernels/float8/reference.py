@@ -51,23 +51,28 @@ def weight_gradient(gradient_OP: BlockScaled, input_CP: BlockScaled, ends_E: tor
     return torch.stack(products)
 
 
-def gate(gate_up_PH: torch.Tensor, for_backward: bool) -> tuple[BlockScaled, BlockScaled | None]:
+def gate(
+    gate_up_PH: torch.Tensor, weights_P: torch.Tensor, for_backward: bool
+) -> tuple[BlockScaled, BlockScaled | None]:
     """Implement `Float8Functions.gate`."""
     gate_PF, up_PF = gate_up_PH.float().chunk(2, dim=-1)
-    codes, _ = quantize_rows(gate_up_PH, None, False)
-    return quantize_rows(F.silu(gate_PF) * up_PF, None, False)[0], codes if for_backward else None
+    codes = quantize_rows(gate_up_PH, None, False)[0] if for_backward else None
+    return quantize_rows(F.silu(gate_PF) * up_PF * weights_P[:, None], None, False)[0], codes
 
 
 def gate_backward(
-    gate_up_PH: BlockScaled, gradient_PF: torch.Tensor, with_transposed: bool
-) -> tuple[BlockScaled | None, BlockScaled, BlockScaled | None]:
+    gate_up_PH: BlockScaled, weights_P: torch.Tensor, gradient_PF: torch.Tensor, with_transposed: bool
+) -> tuple[BlockScaled | None, BlockScaled, BlockScaled | None, torch.Tensor]:
     """Implement `Float8Functions.gate_backward`."""
     gate_PF, up_PF = gate_up_PH.dequantize(torch.float32).chunk(2, dim=-1)
-    wide_PF, sigmoid_PF = gradient_PF.float(), gate_PF.sigmoid()
+    sigmoid_PF, wide_PF = gate_PF.sigmoid(), gradient_PF.float()
     silu_PF = gate_PF * sigmoid_PF
+    hidden_PF = silu_PF * up_PF
+    weights_gradient_P = (wide_PF * hidden_PF).sum(dim=1)
+    wide_PF = wide_PF * weights_P[:, None]
     gradient_PH = torch.cat([wide_PF * up_PF * (sigmoid_PF + silu_PF * (1 - sigmoid_PF)), wide_PF * silu_PF], dim=-1)
-    hidden = quantize_rows((silu_PF * up_PF).T, None, False)[0] if with_transposed else None
-    return hidden, *quantize_rows(gradient_PH, None, with_transposed)
+    hidden = quantize_rows((hidden_PF * weights_P[:, None]).T, None, False)[0] if with_transposed else None
+    return hidden, *quantize_rows(gradient_PH, None, with_transposed), weights_gradient_P
 
 
 def _sum_of_blocks(left_MK: BlockScaled, right_NK: BlockScaled) -> torch.Tensor:

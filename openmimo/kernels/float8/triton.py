@@ -44,20 +44,22 @@ def weight_gradient(gradient_OP: BlockScaled, input_CP: BlockScaled, ends_E: tor
     return _triton.weight_gradient(gradient_OP, input_CP, ends_E)
 
 
-def gate(gate_up_PH: torch.Tensor, for_backward: bool) -> tuple[BlockScaled, BlockScaled | None]:
+def gate(
+    gate_up_PH: torch.Tensor, weights_P: torch.Tensor, for_backward: bool
+) -> tuple[BlockScaled, BlockScaled | None]:
     """Implement `Float8Functions.gate`."""
     from openmimo.kernels.float8 import _triton
 
-    return _triton.gate(gate_up_PH, for_backward)
+    return _triton.gate(gate_up_PH, weights_P, for_backward)
 
 
 def gate_backward(
-    gate_up_PH: BlockScaled, gradient_PF: torch.Tensor, with_transposed: bool
-) -> tuple[BlockScaled | None, BlockScaled, BlockScaled | None]:
+    gate_up_PH: BlockScaled, weights_P: torch.Tensor, gradient_PF: torch.Tensor, with_transposed: bool
+) -> tuple[BlockScaled | None, BlockScaled, BlockScaled | None, torch.Tensor]:
     """Implement `Float8Functions.gate_backward`."""
     from openmimo.kernels.float8 import _triton
 
-    return _triton.gate_backward(gate_up_PH, gradient_PF, with_transposed)
+    return _triton.gate_backward(gate_up_PH, weights_P, gradient_PF, with_transposed)
 
 
 def refuse(need: Float8Need) -> str | None:
