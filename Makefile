@@ -67,7 +67,7 @@ interpret: $(VENV)/dev
 	$(BIN)/pip install -q --disable-pip-version-check --no-deps --upgrade --target build/triton triton==3.6.0 "numpy<2.4"
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 PYTHONPATH=build/triton $(BIN)/python -m pytest -q -p no:warnings -k triton \
 	    tests/contracts/test_attention_backends.py tests/contracts/test_drafting_backends.py \
-	    tests/contracts/test_experts_backends.py \
+	    tests/contracts/test_experts_backends.py tests/contracts/test_float8_backends.py \
 	    tests/contracts/test_linear_backends.py tests/contracts/test_norm_and_rotary_backends.py \
 	    tests/contracts/test_paged_attention_backends.py tests/contracts/test_router_backends.py \
 	    tests/contracts/test_sampling_backends.py tests/contracts/test_store_backends.py \

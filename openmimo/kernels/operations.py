@@ -1,17 +1,20 @@
-"""The operations of a model besides attention: linear, norm, rotary, router, experts, token_loss, sampling, drafting.
+"""The operations of a model besides attention: linear, norm, rotary, router, experts, float8, token_loss, sampling,
+drafting.
 
 Each operation is a section with a function that the model calls, a `Need` (the properties of a call; a backend decides
 from these alone whether it serves the call) and a `Dispatcher` over the folder of its backends, which bears its name.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
+from openmimo.core.registry import load_object
 from openmimo.kernels.dispatch import Dispatcher
-from openmimo.kernels.weights import PLAIN, BlockScaled, Latent, Packed, Weight, format_of
+from openmimo.kernels.weights import FP8_TRAINED, PLAIN, BlockScaled, Float8Latent, Latent, Packed, Weight, format_of
 
 LINEAR = Dispatcher("openmimo.kernels.linear", "OPENMIMO_LINEAR")
 NORM = Dispatcher("openmimo.kernels.norm", "OPENMIMO_NORM")
@@ -19,6 +22,7 @@ ADD_NORM = Dispatcher("openmimo.kernels.add_norm", "OPENMIMO_ADD_NORM")
 ROTARY = Dispatcher("openmimo.kernels.rotary", "OPENMIMO_ROTARY")
 ROUTER = Dispatcher("openmimo.kernels.router", "OPENMIMO_ROUTER")
 EXPERTS = Dispatcher("openmimo.kernels.experts", "OPENMIMO_EXPERTS")
+FLOAT8 = Dispatcher("openmimo.kernels.float8", "OPENMIMO_FLOAT8")
 TOKEN_LOSS = Dispatcher("openmimo.kernels.token_loss", "OPENMIMO_TOKEN_LOSS")
 SAMPLING = Dispatcher("openmimo.kernels.sampling", "OPENMIMO_SAMPLING")
 DRAFTING = Dispatcher("openmimo.kernels.drafting", "OPENMIMO_DRAFTING")
@@ -66,11 +70,11 @@ def joined_linear(x: torch.Tensor, layers: tuple[WeightAndBias, ...]) -> torch.T
     Args:
         x: The input. Differentiable.
         layers: Pairs of a weight [O, D] and a bias [O] or None. Plain weights and biases have the dtype of x and are
-            differentiable. Quantized weights are constants.
+            differentiable. Quantized weights are constants. Products with weights in FP8 training are those of FLOAT8.
     """
     dtype, input_dim, readable, weight_format = x.dtype, x.shape[-1], True, None
     for weight_OD, bias_O in layers:
-        if isinstance(weight_OD, (BlockScaled, Packed, Latent)):
+        if isinstance(weight_OD, (BlockScaled, Packed, Latent, Float8Latent)):
             this_format, fits = weight_OD.format, weight_OD.is_contiguous()
         else:
             this_format, fits = PLAIN, weight_OD.dtype == dtype and weight_OD.is_contiguous()
@@ -80,6 +84,8 @@ def joined_linear(x: torch.Tensor, layers: tuple[WeightAndBias, ...]) -> torch.T
             readable = False
         elif bias_O is not None:
             readable &= bias_O.dtype == dtype and bias_O.shape == weight_OD.shape[:1] and bias_O.is_contiguous()
+    if weight_format == FP8_TRAINED:
+        return float8_product("linear")(x, layers)
     need = LinearNeed(
         x.shape[0] if x.dim() == 2 else None,
         dtype,
@@ -367,11 +373,13 @@ def apply_experts(
         expert_ids_TA: Chosen experts, integer.
         weights_TA: Weights of the chosen experts, float32.
         gate_up_EHD: Gate and up weights [E, 2F, D], in the dtype of x or quantized.
-        down_EDF: Down weights [E, D, F], in the same form.
+        down_EDF: Down weights [E, D, F], in the same form. Products in FP8 training are those of FLOAT8.
     """
     num_tokens, model_dim = x_TD.shape
     num_experts, _, expert_dim = down_EDF.shape
     weight_format = format_of(gate_up_EHD)
+    if weight_format == FP8_TRAINED:
+        return float8_product("experts")(x_TD, expert_ids_TA, weights_TA, gate_up_EHD, down_EDF)
     if format_of(down_EDF) != weight_format:
         weight_format = MIXED
     need = ExpertsNeed(
@@ -387,6 +395,68 @@ def apply_experts(
     )
     _, backend = EXPERTS.choose(need)
     return backend.run(x_TD, expert_ids_TA, weights_TA, gate_up_EHD, down_EDF, need=need)
+
+
+# Products in FP8 training: both operands are float8_e4m3fn, with scales for 1 x 128 numbers of activations and
+# gradients and for 128 x 128 of weights, and sums are float32 (DeepSeek-V3, arXiv 2412.19437, section 3.3).
+# P rows, in groups that have a weight each (experts; a linear layer is one group), C and O the dims of a weight [O, C].
+
+
+class Float8Need(NamedTuple):
+    """The properties of the products of one layer; a backend decides from these alone whether it serves them.
+
+    Attributes:
+        dims: Input dims and output dims of all matrices.
+        num_groups: Number of groups.
+        dtype: Dtype of activations.
+        on_cpu: Whether the tensors are in CPU memory.
+    """
+
+    dims: tuple[int, ...]
+    num_groups: int
+    dtype: torch.dtype
+    on_cpu: bool
+
+
+@dataclass(frozen=True)
+class Float8Functions:
+    """The functions of one backend. Those of `reference` define codes and scales to the bit, and products up to the
+    order of float32 sums.
+
+    The rows of a group begin at a multiple of 128. `ends` are their ends, int32 [groups], multiples of 128 as well;
+    None if there is one group of all rows. Results for rows behind the last group are undefined.
+
+    Attributes:
+        quantize: rows [N, C], places int64 [P] or None, whether to give the second result. Returns the codes of the
+            rows [P, C] that the places name (zeros for -1; None: all rows in order), with scales for 1 x 128, and
+            those of the transposed matrix [C, P], or None.
+        quantize_weight: weights [O, C] or [groups, O, C] to stack along the rows, whether to transpose. Returns codes
+            [groups, O, C] or [groups, C, O], with a scale for a block of 128 x 128.
+        multiply: codes of rows [P, K], of a weight [groups, N, K], ends, dtype of the result [P, N].
+        weight_gradient: transposed codes [O, P] and [C, P], ends. Returns float32 [groups, O, C].
+        gate: gate and up [P, 2F], weights of the rows float32 [P], whether they are for a backward pass. Returns the
+            codes of silu(gate) * up * weight [P, F], and those of gate and up, or None.
+        gate_backward: codes of gate and up, weights, gradient of silu(gate) * up * weight, whether to give transposed
+            codes. Returns the transposed codes of that product [F, P] or None, both codes of the gradient of gate and
+            up, as `quantize` does, and the gradient of the weights, float32 [P].
+    """
+
+    quantize: Callable[[torch.Tensor, torch.Tensor | None, bool], tuple[BlockScaled, BlockScaled | None]]
+    quantize_weight: Callable[[tuple[Float8Latent, ...], bool], BlockScaled]
+    multiply: Callable[[BlockScaled, BlockScaled, torch.Tensor | None, torch.dtype], torch.Tensor]
+    weight_gradient: Callable[[BlockScaled, BlockScaled, torch.Tensor | None], torch.Tensor]
+    gate: Callable[[torch.Tensor, torch.Tensor, bool], tuple[BlockScaled, BlockScaled | None]]
+    gate_backward: Callable[
+        [BlockScaled, torch.Tensor, torch.Tensor, bool],
+        tuple[BlockScaled | None, BlockScaled, BlockScaled | None, torch.Tensor],
+    ]
+
+
+@functools.cache
+def float8_product(name: str) -> Callable[..., torch.Tensor]:
+    """Return the differentiable `linear` or `experts`, whose file is imported by the runs that train in FP8."""
+    function: Callable[..., torch.Tensor] = load_object(f"openmimo.kernels.float8._products:{name}")
+    return function
 
 
 # Log-probabilities and losses of tokens, computed from hidden states without keeping logits. The softmax computes in

@@ -29,6 +29,7 @@ INT8 = "int8"  # one scale per output
 FP8 = "fp8"  # float8_e4m3fn, one scale per block
 INT8_BLOCKS = "int8_blocks"  # int8 with any other block size
 LATENT = "latent"  # plain, and trained to be packed
+FP8_TRAINED = "fp8_trained"  # plain, and multiplied as FP8 in training
 FAIRY2I, FAIRY, TERNARY, BINARY = "fairy2i", "fairy", "ternary", "binary"
 PackedFormat: TypeAlias = Literal["fairy2i", "fairy", "ternary", "binary"]
 PACKED: tuple[PackedFormat, ...] = ("fairy2i", "fairy", "ternary", "binary")
@@ -36,6 +37,7 @@ QuantizedFormat: TypeAlias = Literal["int8", "fp8"]
 
 FP8_BLOCK = 128  # rows and columns of a block in the published checkpoint
 FP8_MAX = 448.0
+FP8_LEAST = 1e-30  # a block without a larger magnitude becomes zeros: its scale would not be a normal number
 _INT8_MAX = 127
 _LEAST_SCALE = 1e-5  # of PhaseQuant, and the divisor of ternary codes
 _TILE_NUMBERS = 1 << 20  # 4 MiB of float32
@@ -336,6 +338,72 @@ class Latent(NamedTuple):
         return self._replace(tensor=self.tensor[..., start:stop, :], matrices=(stop - start) // rows)
 
 
+class Float8Latent(NamedTuple):
+    """A plain weight [..., M x O, D] whose products compute with FP8 numbers in training; see `operations.FLOAT8`.
+
+    Attributes:
+        tensor: The weight, in its own dtype.
+        matrices: M, the number of stacked matrices.
+    """
+
+    tensor: torch.Tensor
+    matrices: int
+
+    @property
+    def shape(self) -> torch.Size:
+        """The shape of the weight."""
+        return self.tensor.shape
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether the weight requires a gradient."""
+        return self.tensor.requires_grad
+
+    @property
+    def format(self) -> str:
+        """Name of the format, by which operations choose the product."""
+        return FP8_TRAINED
+
+    def is_contiguous(self) -> bool:
+        """Return whether the weight is contiguous."""
+        return self.tensor.is_contiguous()
+
+    def quantized(self) -> BlockScaled:
+        """Return the codes and scales that products use. Blocks divide each of the stacked matrices."""
+        rows = self.tensor.shape[-2] // self.matrices
+        block_rows = FP8_BLOCK if self.matrices == 1 else math.gcd(FP8_BLOCK, rows)
+        return quantize(self.tensor, "fp8", block_rows=block_rows)
+
+    def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
+        """Return the values that products use in `dtype`, without gradient."""
+        return self.quantized().dequantize(dtype)
+
+    def tiles(self, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+        """Yield the values as one tile."""
+        yield self.dequantize(dtype)
+
+    def select(self, index: int) -> "Float8Latent":
+        """Return the weight at `index` of the first axis, as a view."""
+        return self._replace(tensor=self.tensor[index])
+
+    def unbind(self) -> list["Float8Latent"]:
+        """Return the weights along the first axis, as views."""
+        return [self._replace(tensor=tensor) for tensor in self.tensor.unbind()]
+
+    def rows(self, start: int, stop: int) -> "Float8Latent":
+        """Return rows `start` to `stop`, which begin and end between matrices, as a view."""
+        rows = self.tensor.shape[-2] // self.matrices
+        assert start % rows == 0 == stop % rows
+        return self._replace(tensor=self.tensor[..., start:stop, :], matrices=(stop - start) // rows)
+
+
+def latent(tensor: torch.Tensor, trained_as: "Packing | Literal['fp8']", matrices: int) -> "Latent | Float8Latent":
+    """Return a plain weight as one of which products use other values: packed ones or FP8 ones."""
+    if isinstance(trained_as, Packing):
+        return Latent(tensor, trained_as, matrices)
+    return Float8Latent(tensor, matrices)
+
+
 def _pack(bits: torch.Tensor) -> torch.Tensor:
     """Pack bits [..., columns] into bytes [..., ceil(columns / 8)]."""
     bits = F.pad(bits.to(torch.uint8), (0, -bits.shape[-1] % 8)).unflatten(-1, (-1, 8))
@@ -450,7 +518,7 @@ def product_input(x: torch.Tensor, weight: "Weight") -> torch.Tensor:
 
 
 Quantized: TypeAlias = BlockScaled | Packed
-Weight: TypeAlias = torch.Tensor | BlockScaled | Packed | Latent
+Weight: TypeAlias = torch.Tensor | BlockScaled | Packed | Latent | Float8Latent
 
 
 def is_quantized(weight: Weight) -> TypeGuard[Quantized]:
@@ -498,18 +566,25 @@ def block_of(weight_format: QuantizedFormat, input_dim: int) -> tuple[int, int]:
     return (1, input_dim) if weight_format == INT8 else (FP8_BLOCK, FP8_BLOCK)
 
 
-def quantize(weight: torch.Tensor, weight_format: QuantizedFormat) -> BlockScaled:
+def quantize(weight: torch.Tensor, weight_format: QuantizedFormat, *, block_rows: int | None = None) -> BlockScaled:
     """Quantize a weight [..., O, D] to the nearest codes. Stacked matrices are quantized one by one to save memory.
 
     The largest magnitude of a block becomes the largest code (127 or 448). A block of zeros has scale 1. NaN and
     infinities give values that are not finite.
+
+    Args:
+        weight: The weight, or for blocks of one row any matrix.
+        weight_format: The format.
+        block_rows: Rows of a block of fp8 (None: 128).
     """
     if weight.dim() > 2 and len(weight):
-        parts = [quantize(part, weight_format) for part in weight]
+        parts = [quantize(part, weight_format, block_rows=block_rows) for part in weight]
         block = parts[0].block
         return BlockScaled(torch.stack([p.codes for p in parts]), torch.stack([p.scales for p in parts]), block)
     block = block_of(weight_format, weight.shape[-1])
-    return _quantize_int8(weight, block) if weight_format == INT8 else _quantize_fp8(weight, block)
+    if weight_format == INT8:
+        return _quantize_int8(weight, block)
+    return _quantize_fp8(weight, (block_rows or block[0], block[1]))
 
 
 def _quantize_int8(weight_OD: torch.Tensor, block: tuple[int, int]) -> BlockScaled:
@@ -520,12 +595,13 @@ def _quantize_int8(weight_OD: torch.Tensor, block: tuple[int, int]) -> BlockScal
 
 
 def _quantize_fp8(weight_OD: torch.Tensor, block: tuple[int, int]) -> BlockScaled:
-    (rows, columns), size = weight_OD.shape, FP8_BLOCK
-    padded = F.pad(weight_OD.detach().float(), (0, -columns % size, 0, -rows % size))
-    blocks = padded.view(padded.shape[0] // size, size, padded.shape[1] // size, size)
+    rows, columns = weight_OD.shape
+    padded, missing = weight_OD.detach().float(), (0, -columns % block[1], 0, -rows % block[0])
+    padded = F.pad(padded, missing) if any(missing) else padded.contiguous()
+    blocks = padded.view(padded.shape[0] // block[0], block[0], padded.shape[1] // block[1], block[1])
     largest = blocks.abs().amax(dim=(1, 3))
-    scales = torch.where(largest > 0, largest / FP8_MAX, 1.0)
-    codes = (blocks / scales[:, None, :, None]).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+    scales = torch.where(largest >= FP8_LEAST, largest / FP8_MAX, 1.0)
+    codes = (blocks / scales[:, None, :, None]).to(torch.float8_e4m3fn)
     return BlockScaled(codes.view(padded.shape)[:rows, :columns].contiguous(), scales, block)
 
 
@@ -547,7 +623,7 @@ def copy_weight(target: Weight, source: Weight) -> None:
     if isinstance(target, torch.Tensor):
         target.copy_(source if isinstance(source, torch.Tensor) else source.dequantize(torch.float32))
         return
-    assert not isinstance(target, Latent), "models hold plain weights, of which products see the packed values"
+    assert not isinstance(target, (Latent, Float8Latent)), "models hold plain weights"
     if isinstance(target, Packed):
         if not isinstance(source, Packed) or source.packing != target.packing:
             plain = dequantized(source, torch.float32).to(target.codes.device)

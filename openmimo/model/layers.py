@@ -24,14 +24,14 @@ from torch.nn.modules.module import (
 from openmimo.core.registry import load_object
 from openmimo.kernels.attention import FreshHeads
 from openmimo.kernels.operations import add_rms_norm, joined_linear, rms_norm
-from openmimo.kernels.weights import BlockScaled, Latent, Packed, Weight
+from openmimo.kernels.weights import BlockScaled, Float8Latent, Latent, Packed, Weight
 from openmimo.model.attention import AttentionPlace, build_attention
 from openmimo.model.config import ModelConfig, MoEConfig
 from openmimo.model.context import AttentionCall, AttentionContext
 from openmimo.model.moe import MoE
 from openmimo.model.weight_formats import QuantizableModule
 
-_LOCAL_WEIGHTS = (nn.Parameter, torch.Tensor, BlockScaled, Packed, Latent)
+_LOCAL_WEIGHTS = (nn.Parameter, torch.Tensor, BlockScaled, Packed, Latent, Float8Latent)
 
 
 def as_dtype(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """Model configs by name, without torch.
 
-`tiny` is for a CPU, `deep` and `small` are for one GPU; `flash` (309B-A15B) and `mimo_7b` are the published models.
+`tiny` is for a CPU, `deep`, `small` and `medium` are for one GPU; `flash` (309B-A15B) and `mimo_7b` are the published
+models.
 `hysparse_7b` and `hysparse_80b` have the published geometry of HySparse; its paper publishes no weights.
 `tiny_fairy`, `fairy_700m` and `fairy_1b3` have complex-valued layers. The presets `bytes_*` have layers of equal bytes
 in different weight formats (recipe `low_bits`).
@@ -108,6 +109,25 @@ def small() -> ModelConfig:
         dense_ffn_dim=2048,
         layers=hybrid_layers(12, full=full, sliding=sliding, moe=True),
         moe=MoEConfig(num_experts=32, experts_per_token=4, expert_dim=256),
+        mtp=MTPConfig(num_layers=1, attention=sliding),
+        value_scale=0.707,
+        init_std=0.006,
+        max_positions=32768,
+    )
+
+
+def medium() -> ModelConfig:
+    """Return a model of 1.28 billion parameters (0.27 billion active) for one GPU, whose dims are multiples of 128."""
+    full = AttentionConfig(
+        "full", num_heads=16, num_kv_heads=2, key_dim=192, value_dim=128, rotary_dim=64, rope_theta=640_000.0
+    )
+    sliding = replace(full, kind="sliding", window_keys=128, sink=True, rope_theta=10_000.0)
+    return ModelConfig(
+        vocab_size=32000,
+        hidden_size=1024,
+        dense_ffn_dim=4096,
+        layers=hybrid_layers(12, full=full, sliding=sliding, moe=True),
+        moe=MoEConfig(num_experts=64, experts_per_token=8, expert_dim=512),
         mtp=MTPConfig(num_layers=1, attention=sliding),
         value_scale=0.707,
         init_std=0.006,
@@ -343,9 +363,9 @@ def _dense(*, width: int, head_dim: int, ffn: int) -> ModelConfig:
 PRESETS: dict[str, Callable[[], ModelConfig]] = {
     preset.__name__: preset
     for preset in (
-        tiny, tiny_all_global, tiny_no_sink, tiny_nope, tiny_alibi, tiny_hysparse, deep, small, flash, flash_base,
-        mimo_7b, hysparse_7b, hysparse_80b, tiny_fairy, fairy_700m, fairy_1b3, bytes_fairy, bytes_fairy_plain,
-        bytes_ternary, bytes_binary, bytes_real,
+        tiny, tiny_all_global, tiny_no_sink, tiny_nope, tiny_alibi, tiny_hysparse, deep, small, medium, flash,
+        flash_base, mimo_7b, hysparse_7b, hysparse_80b, tiny_fairy, fairy_700m, fairy_1b3, bytes_fairy,
+        bytes_fairy_plain, bytes_ternary, bytes_binary, bytes_real,
     )
 }  # fmt: skip
 

@@ -22,6 +22,7 @@ G key/value heads, K key dim, V value dim, D model dim.
 import math
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
+from typing import Literal
 
 import torch
 from torch import nn
@@ -35,7 +36,6 @@ from openmimo.kernels.weights import (
     PACKED,
     PLAIN,
     BlockScaled,
-    Latent,
     Packed,
     Packing,
     Quantized,
@@ -46,6 +46,7 @@ from openmimo.kernels.weights import (
     empty_quantized,
     is_quantized,
     joined_rows,
+    latent,
     quantize,
 )
 
@@ -68,13 +69,13 @@ class QuantizableModule(nn.Module):
             is quantized separately.
         is_complex: Whether a matrix has the rows of real parts, then those of imaginary parts, of complex weights.
         blocks: The layout of each quantized weight: (rows, columns) of a block, or the packing and shape of a matrix.
-        trained_as: The packing whose values products use although the weights are plain (None: the weights).
+        trained_as: The packing, or fp8, whose values products use although the weights are plain (None: the weights).
     """
 
     quantizable: Mapping[str, int] = MappingProxyType({})
     is_complex = False
     blocks: Mapping[str, Layout] = MappingProxyType({})
-    trained_as: Packing | None = None
+    trained_as: Packing | Literal["fp8"] | None = None
 
     def weight_as(self, name: str, dtype: torch.dtype) -> Weight:
         """Return a weight for a product in `dtype`: a tensor of that dtype, or a quantized weight as it is held."""
@@ -84,7 +85,7 @@ class QuantizableModule(nn.Module):
         if name in self.blocks:
             return self._quantized(name, tensor)
         if self.trained_as is not None and name in self.quantizable:
-            return Latent(tensor, self.trained_as, self.quantizable[name])
+            return latent(tensor, self.trained_as, self.quantizable[name])
         return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
     def held_weight(self, name: str) -> Weight:
@@ -201,8 +202,18 @@ def train_packed(model: nn.Module, packing: Packing | None) -> None:
             module.trained_as = packing
 
 
+def train_float8(model: nn.Module) -> None:
+    """Make the products of the weights that the format fp8 covers compute with FP8 numbers, for training.
+
+    These are the input projections of attention, dense FFNs and experts; output projections, heads, embeddings, norms
+    and routers stay as they are (paper section 3.2). The weights stay plain.
+    """
+    for module, _, _ in _covered(model, "fp8", 1):
+        module.trained_as = "fp8"
+
+
 def copy_training(source: nn.Module, target: nn.Module) -> None:
-    """Make the products of a copy use the packings of `train_packed` that those of the source use."""
+    """Make the products of a copy use what those of the source use by `train_packed` or `train_float8`."""
     for module, copied in zip(source.modules(), target.modules(), strict=True):
         if isinstance(module, QuantizableModule) and isinstance(copied, QuantizableModule):
             copied.trained_as = module.trained_as

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from openmimo.core.errors import ConfigError
 from openmimo.kernels.operations import apply_experts
+from openmimo.kernels.weights import Float8Latent, Weight
 from openmimo.model.mimo import MiMo
 from openmimo.model.moe import Experts, MoE
 from openmimo.parallel.exchange import all_to_all
@@ -43,10 +44,17 @@ class ParallelExperts(Experts):
         chosen_TAD = sorted_SD.index_select(0, torch.argsort(order)).view(T, A, D)
         return (chosen_TAD * weights_TA[..., None].to(x_TD.dtype)).sum(dim=1)
 
-    def _held(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+    def _held(self, name: str, dtype: torch.dtype) -> Weight:
         weight = self.weight_as(name, dtype)
-        assert isinstance(weight, DTensor), "distributed by `distribute_experts`"
-        return weight.to_local()
+        if isinstance(weight, Float8Latent):
+            return weight._replace(tensor=_local(weight.tensor))
+        assert isinstance(weight, torch.Tensor), "other formats are refused"
+        return _local(weight)
+
+
+def _local(weight: torch.Tensor) -> torch.Tensor:
+    assert isinstance(weight, DTensor), "distributed by `distribute_experts`"
+    return weight.to_local()
 
 
 def distribute_experts(model: MiMo, mesh: DeviceMesh) -> list[ParallelExperts]:
@@ -64,7 +72,7 @@ def distribute_experts(model: MiMo, mesh: DeviceMesh) -> list[ParallelExperts]:
     for layer in model.model.layers:
         if layer.is_sparse:
             experts = cast(MoE, layer.mlp).experts
-            if type(experts) is not Experts or experts.trained_as is not None:
+            if type(experts) is not Experts or experts.trained_as not in (None, "fp8"):
                 raise ConfigError("expert parallelism divides experts of plain real weights only; set parallel.ep 1.")
             experts.__class__ = ParallelExperts
             assert isinstance(experts, ParallelExperts)

@@ -378,11 +378,15 @@ class TrainConfig(RunConfig):
         quantization: Quantization-aware training: products use int8 inputs and the values of this packed format
             (`kernels/weights.py`), and the weights get their gradient. `openmimo convert --quantize` packs the result.
         quantization_stages: Stages of the packed format.
+        fp8: Compute the products of attention's input projections, dense FFNs and experts with FP8 numbers, in both
+            passes (paper section 3.2). Weights, optimizer state and checkpoints are as without it. `OPENMIMO_FLOAT8`
+            names the kernels (docs/runs.md).
     """
 
     _: KW_ONLY
     quantization: Literal["none", "fairy2i", "fairy", "ternary", "binary"] = "none"
     quantization_stages: Annotated[int, Bounds(least=1, most=4)] = 1
+    fp8: bool = False
     micro_batch_size: PositiveInt = 8
     balance_weight: NonNegativeFloat = 1e-5
     balance_over: Literal["sequence", "batch"] = "sequence"
@@ -432,6 +436,17 @@ class PretrainConfig(TrainConfig):
             raise ConfigError(f"dtype {self.dtype!r} is unknown; train in 'auto', 'bfloat16' or 'float32'.")
         if self.quantization == "none" and self.quantization_stages != 1:
             raise ConfigError("quantization_stages has no effect without quantization; name a packed format.")
+        if self.fp8 and self.quantization != "none":
+            raise ConfigError(
+                f"fp8 and quantization {self.quantization!r} are two arithmetics for the same products; omit one."
+            )
+        if self.fp8 and self.dtype == "float64":
+            raise ConfigError("fp8 sums products in float32, not in dtype 'float64'; omit one of them.")
+        if self.fp8 and self.parallel.tp > 1:
+            raise ConfigError(
+                f"fp8 does not divide the blocks of a weight over parallel.tp {self.parallel.tp} processes; set it to "
+                "1. dp_shard, cp and ep work with fp8."
+            )
         if self.balance_over == "batch" and not self.balance_weight:
             raise ConfigError("balance_over has no effect without the balance loss; set balance_weight above 0.")
         names = [phase.name for phase in self.stages]

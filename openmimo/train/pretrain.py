@@ -155,6 +155,8 @@ def _check_heads(config: PretrainConfig, described: ModelConfig) -> None:
 
 
 def _check_quantization(config: PretrainConfig, described: ModelConfig) -> None:
+    if config.fp8 and described.complex_layers is not None:
+        raise ConfigError("fp8 is for models with real weights, but this one has complex layers; leave it out.")
     needed = {"fairy": True, "fairy2i": False}.get(config.quantization)
     if needed not in (None, described.complex_layers is not None):
         numbers, others = ("complex", "real") if needed else ("real", "complex")

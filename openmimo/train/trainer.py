@@ -30,7 +30,7 @@ from openmimo.model.config import training_flops_per_token
 from openmimo.model.context import PackedContext, RoutingTape
 from openmimo.model.heads import MicroBatch
 from openmimo.model.mimo import MiMo
-from openmimo.model.weight_formats import train_packed
+from openmimo.model.weight_formats import train_float8, train_packed
 from openmimo.runtime.device import (
     Arrival,
     activation_dtype,
@@ -523,6 +523,8 @@ class Trainer:
         )
         if self.config.quantization != "none":
             train_packed(self.model, Packing(self.config.quantization, self.config.quantization_stages))
+        if self.config.fp8:
+            train_float8(self.model)
         if stage.mtp_heads is not None and stage.mtp_heads > self.model.config.num_mtp_heads:
             if is_running:
                 self.ranks.check_growth()

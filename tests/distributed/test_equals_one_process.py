@@ -14,6 +14,7 @@ from openmimo.model.context import RoutingTape
 from openmimo.model.heads import MicroBatch, micro_batch
 from openmimo.model.mimo import MiMo
 from openmimo.model.presets import model_config
+from openmimo.model.weight_formats import train_float8
 from openmimo.parallel.mesh import build_mesh
 from openmimo.parallel.ranks import Ranks
 from openmimo.train.config import OptimizerConfig
@@ -127,6 +128,46 @@ def test_four_processes(tmp_path, alone):
     outcomes, *_ = run_processes(tmp_path, 4, steps_on_meshes, FOUR, False)
     for sizes, outcome in zip(FOUR, outcomes, strict=True):
         assert_equal(outcome, alone, sizes)
+
+
+def steps_in_fp8(meshes: list[dict[str, int]]) -> list[Outcome]:
+    outcomes = []
+    for sizes in meshes:
+        ranks, model = Ranks(build_mesh("cpu", **WHOLE | sizes), CPU), large_sink_model()
+        train_float8(model)
+        ranks.apply(model, recompute=sizes == {})
+        outcomes.append(step(model, ranks, batches()[ranks.row_rank :: ranks.num_row_ranks]))
+    return outcomes if dist.get_rank() == 0 else []
+
+
+def test_fp8_on_two_processes(tmp_path):
+    """Shards change nothing: weights are quantized when they are whole. Other meshes change the 128 tokens that share a
+    scale in the gradient of a weight, and no other code.
+    """
+    meshes = [{}, {"ep": 2}, {"cp": 2}]
+    outcomes, _ = run_processes(tmp_path, 2, steps_in_fp8, meshes)
+    model = large_sink_model()
+    train_float8(model)
+    alone = step(model, Alone(CPU), batches())
+    assert_equal(outcomes[0], alone, meshes[0])
+    for sizes, outcome in zip(meshes[1:], outcomes[1:], strict=True):
+        torch.testing.assert_close(outcome.losses, alone.losses, rtol=1e-3, atol=1e-3)
+        for name, gradient in alone.gradients.items():
+            error = (outcome.gradients[name] - gradient).norm() / gradient.norm()
+            assert error < 0.08, (sizes, name, float(error))
+
+
+def test_fp8_does_not_divide_layers(tmp_path):
+    for message in run_processes(tmp_path, 2, refusals_in_fp8)[0]:
+        assert "parallel.tp 1" in message
+
+
+def refusals_in_fp8() -> list[str]:
+    model = large_sink_model()
+    train_float8(model)
+    with pytest.raises(ConfigError) as error:
+        Ranks(build_mesh("cpu", **WHOLE | {"tp": 2}), CPU).apply(model, recompute=False)
+    return [str(error.value)]
 
 
 def other_models(names: list[str]) -> list[list[Outcome]]:
