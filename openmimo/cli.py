@@ -401,7 +401,9 @@ def _audit(arguments: list[str]) -> None:
 
 
 def _plan(arguments: list[str]) -> None:
-    options = _parse_options(PlanConfig, arguments, "plan [RECIPE]", ("recipe", "gpus", "gpu", "stage", "dry_run"))
+    options = _parse_options(
+        PlanConfig, arguments, "plan [RECIPE]", ("recipe", "gpus", "gpu", "stage", "dry_run", "longest")
+    )
     config = load_recipe(options.recipe, "pretrain")
     if not isinstance(config, PretrainConfig):
         raise ConfigError(f"recipe {options.recipe!r} returns {type(config).__name__}; plan needs a PretrainConfig.")
@@ -418,6 +420,7 @@ def _plan(arguments: list[str]) -> None:
         rows=stage.global_batch_size,
         micro_batch_rows=options.micro_batch_size,
         recompute=options.recompute,
+        activations=config.activations,
     )
     model = load_config(config.init_from) if config.init_from else model_config(config.model or "tiny")
     print_plan(options, model, step)

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
-from openmimo.model.config import LayerConfig, ModelConfig
+from openmimo.core.registry import load_object
+from openmimo.model.config import ActivationConfig, LayerConfig, ModelConfig
 from openmimo.model.context import AttentionContext
 from openmimo.model.layers import Embedding, parts_of
 from openmimo.model.moe import MoE, Router
@@ -123,22 +123,19 @@ class Backbone(nn.Module):
         return {layer.index: cast(MoE, layer.mlp).gate for layer in self.layers if layer.is_sparse}
 
 
-class RecomputedLayer(DecoderLayer):
-    """A decoder layer that saves only its input for the backward pass."""
-
-    def forward(self, x_TD: torch.Tensor, context: AttentionContext) -> torch.Tensor:
-        """As `DecoderLayer.forward`."""
-        if not torch.is_grad_enabled():
-            return super().forward(x_TD, context)
-        return checkpoint(super().forward, x_TD, context, use_reentrant=False)
-
-
-def checkpoint_activations(backbone: "Backbone") -> None:
-    """Make every decoder layer recompute its activations in the backward pass; parameter names do not change.
+def checkpoint_activations(
+    backbone: nn.Module, config: ActivationConfig | None = None, *, recompute: bool = True
+) -> None:
+    """Make decoder layers and MTP blocks keep less for the backward pass; parameter names do not change.
 
     Apply it to a built model before its weights are sharded, so that the hooks of a wrapper run outside the recomputed
     region.
+
+    Args:
+        backbone: The backbone of a text model or of another.
+        config: What is recomputed, divided and offloaded (None: whole layers are recomputed).
+        recompute: Whether anything is recomputed. Otherwise only the other settings apply.
     """
-    for layer in backbone.layers:
-        if type(layer) is DecoderLayer:
-            layer.__class__ = RecomputedLayer
+    config = config or ActivationConfig()
+    if recompute or config != ActivationConfig():
+        load_object("openmimo.model.activations:keep_activations")(backbone, config, recompute=recompute)

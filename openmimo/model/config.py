@@ -94,6 +94,43 @@ class MTPConfig:
 
 
 @dataclass(frozen=True)
+class ActivationConfig:
+    """What a training step keeps of its activations; see `model.activations`.
+
+    Attributes:
+        recompute: What `activation_checkpointing` computes again in the backward pass: "layers" (all of a layer),
+            "but_attention" (all but the attention operation, which is most of the work of long sequences), "attention"
+            (with its projections) or "ffn" (the FFN, or router and experts).
+        recompute_every: Recompute every n-th layer only.
+        ffn_chunks: Parts of the tokens that a dense FFN or the experts compute one after another, each again in the
+            backward pass. Sums over tokens, such as the weights' gradients, then add up in another order.
+        offload: Keep what a layer saves in the memory of the host.
+    """
+
+    recompute: Literal["layers", "but_attention", "attention", "ffn"] = "layers"
+    recompute_every: Annotated[int, Bounds(least=1, most=MAX_LAYERS)] = 1
+    ffn_chunks: Annotated[int, Bounds(least=1, most=1 << 16)] = 1
+    offload: bool = False
+
+    def __post_init__(self) -> None:
+        check_fields(self, "activations")
+        if self.recompute == "ffn" and self.ffn_chunks > 1:
+            raise ConfigError(
+                "activations.ffn_chunks recomputes each chunk already, so recompute 'ffn' has no effect; leave one out."
+            )
+
+    def check(self, *, checkpointing: bool) -> None:
+        """Raise ConfigError for settings without effect in a run with or without `activation_checkpointing`."""
+        default = ActivationConfig()
+        for name in ("recompute", "recompute_every"):
+            if not checkpointing and getattr(self, name) != getattr(default, name):
+                raise ConfigError(
+                    f"activations.{name} is {getattr(self, name)!r}, which has no effect without "
+                    "activation_checkpointing; set it, or leave this out."
+                )
+
+
+@dataclass(frozen=True)
 class ComplexConfig:
     """Complex-valued layers (Fairy+-i, arXiv 2508.05571): all but the router and the output head.
 

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from openmimo.core.errors import ConfigError
 from openmimo.core.fields import Bounds, NonNegativeInt, PositiveInt, check_fields
 
 
@@ -19,6 +20,8 @@ class PlanConfig:
         stage: Index of the recipe's stage.
         micro_batch_size: Rows of a micro-batch of one process.
         recompute: Recompute activations in the backward pass.
+        longest: Print the longest row that all cards together can train on with each option of `activations`, instead
+            of the meshes. Each card holds a part of the row (cp) and of the weights.
         efficiency: Fraction of the card's peak at which the products of a step run.
         top: Number of meshes to print.
         dry_run: Also build the shards of every rank of the best mesh on the meta device, and check their shapes.
@@ -33,6 +36,9 @@ class PlanConfig:
     efficiency: Annotated[float, Bounds(above=0, most=1)] = 0.4
     top: PositiveInt = 8
     dry_run: bool = False
+    longest: bool = False
 
     def __post_init__(self) -> None:
         check_fields(self, "plan")
+        if self.longest and self.dry_run:
+            raise ConfigError("dry_run has no effect with longest, which searches no meshes; leave one of them out.")

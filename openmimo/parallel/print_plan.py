@@ -7,9 +7,11 @@ from rich.table import Table
 from openmimo.core.errors import ConfigError
 from openmimo.model.config import ModelConfig
 from openmimo.parallel.config import PlanConfig
-from openmimo.parallel.plan import CARDS, Plan, StepShape, search
+from openmimo.parallel.plan import CARDS, Card, MeshSizes, Plan, StepShape, search, state_bytes
+from openmimo.parallel.step_memory import longest
+from openmimo.parallel.step_memory import options as every_option
 
-_TERA, _GIGA = 1e12, 1e9
+_TERA, _GIGA, _KILO = 1e12, 1e9, 1e3
 
 
 def print_plan(options: PlanConfig, model: ModelConfig, step: StepShape) -> None:
@@ -24,6 +26,9 @@ def print_plan(options: PlanConfig, model: ModelConfig, step: StepShape) -> None
         ConfigError: No mesh serves.
     """
     console, card = Console(soft_wrap=True), CARDS[options.gpu]
+    if options.longest:
+        _print_longest(console, options, model, card)
+        return
     fitting, others = search(model, step, card, num_cards=options.gpus, efficiency=options.efficiency)
     if not fitting and not others:
         raise ConfigError(
@@ -57,6 +62,43 @@ def print_plan(options: PlanConfig, model: ModelConfig, step: StepShape) -> None
             f"{len(counts)} ranks built on the meta device: {min(counts):,} to {max(counts):,} parameters each, and "
             "the shards of every weight add up to it."
         )
+
+
+def _print_longest(console: Console, options: PlanConfig, model: ModelConfig, card: Card) -> None:
+    """Print the longest row of each option."""
+    sizes = MeshSizes(cp=options.gpus)
+    states = state_bytes(model, sizes)
+    usable = 0.9 * card.memory_bytes  # a tenth for the allocator
+    console.print(
+        f"{options.gpus} x {options.gpu}: {usable / _GIGA:.0f} of {card.memory_bytes / _GIGA:.0f} GB a card, of which "
+        f"weights, gradients and optimizer take {states / _GIGA:.1f} GB. One row in bfloat16; products at "
+        f"{options.efficiency:.0%} of {card.flops / _TERA:.0f} TFLOP/s (an assumption: --efficiency)."
+    )
+    table = Table(
+        box=None,
+        title="the longest row; kept and peak for each of its tokens",
+        title_justify="left",
+        padding=(0, 1, 0, 0),
+    )
+    for name in ("recompute", "chunks", "offload", "kept, kB", "peak, kB", "host, GB", "tokens", "step, s"):
+        table.add_column(name, justify="left" if name == "recompute" else "right", no_wrap=True)
+    for activations, recompute in every_option():
+        found = longest(
+            model, activations, recompute=recompute, memory_bytes=usable, state_bytes=states, cp=options.gpus
+        )
+        seconds = found.work / (options.gpus * card.flops * options.efficiency)
+        host = found.step.host * found.tokens / options.gpus / _GIGA
+        table.add_row(
+            activations.recompute if recompute else "nothing",
+            str(activations.ffn_chunks),
+            "yes" if activations.offload else "",
+            f"{found.step.kept / _KILO:,.1f}",
+            f"{found.step.device / _KILO:,.1f}",
+            f"{host:.1f}" if host else "",
+            f"{found.tokens:,}",
+            f"{seconds:,.1f}",
+        )
+    console.print(table)
 
 
 def _speeds(plans: list[Plan]) -> Table:

@@ -284,6 +284,7 @@ class RlConfig(BatchConfig, RunConfig, FromCheckpoint):
 
     def __post_init__(self) -> None:
         check_fields(self, "the run")
+        self.activations.check(checkpointing=self.activation_checkpointing)
         if self.end_learning_rate is not None and self.end_learning_rate > self.learning_rate:
             raise ConfigError(
                 f"end_learning_rate is {self.end_learning_rate}; it must be at most learning_rate, "

@@ -87,8 +87,7 @@ class RlRun:
         self.run_folder = Path(config.run_folder)
         self.step, self.tokens = start.step, start.tokens
         self.algorithm, self.options = algorithm_of(config)
-        if config.activation_checkpointing:
-            checkpoint_activations(model.model)
+        checkpoint_activations(model.model, config.activations, recompute=config.activation_checkpointing)
         self.trainer = _open_trainer(config, model, start, optimizer_tensors)
         self.engine = Engine(model, tokenizer, config.engine)
         opened = [open_environment(source.environment, source.options) for source in config.sources]

@@ -91,6 +91,74 @@ class HostBlock:
             self._sent.synchronize()
 
 
+class OffloadedTensor:
+    """A tensor of an accelerator in pinned memory of the host.
+
+    Attributes:
+        host: The copy.
+        loaded: The tensor on the device again, from `prefetch` on.
+    """
+
+    def __init__(self, tensor: torch.Tensor, *, pinned: bool):
+        self.device = tensor.device
+        self.host = torch.empty_like(tensor, device="cpu", pin_memory=pinned)
+        self.loaded: torch.Tensor | None = None
+        self.arrived: torch.cuda.Event | None = None
+
+
+class OffloadStream:
+    """Copies tensors to the host and back on a stream of their own, while the device computes. On a CPU, just copies.
+
+    Not yet run on an accelerator.
+    """
+
+    def __init__(self) -> None:
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+
+    def offload(self, tensor: torch.Tensor) -> OffloadedTensor:
+        """Queue a copy to the host. The caller may drop the tensor: its memory is reused after the copy."""
+        if tensor.device.type == "cpu":
+            moved = OffloadedTensor(tensor, pinned=False)
+            moved.host.copy_(tensor)
+            return moved
+        moved = OffloadedTensor(tensor, pinned=True)
+        stream = self._stream_of(tensor.device)
+        stream.wait_stream(torch.cuda.current_stream(tensor.device))
+        with torch.cuda.stream(stream):
+            moved.host.copy_(tensor, non_blocking=True)
+        tensor.record_stream(stream)
+        return moved
+
+    def prefetch(self, moved: OffloadedTensor) -> None:
+        """Queue the copy back, once."""
+        if moved.loaded is not None:
+            return
+        if moved.device.type == "cpu":
+            moved.loaded = moved.host
+            return
+        stream = self._stream_of(moved.device)
+        moved.loaded = torch.empty_like(moved.host, device=moved.device)
+        stream.wait_stream(torch.cuda.current_stream(moved.device))  # earlier work may still use this memory
+        with torch.cuda.stream(stream):
+            moved.loaded.copy_(moved.host, non_blocking=True)
+        moved.loaded.record_stream(stream)
+        moved.arrived = torch.cuda.Event()
+        moved.arrived.record(stream)
+
+    def load(self, moved: OffloadedTensor) -> torch.Tensor:
+        """Return the tensor on its device; work that is queued from now on waits for the copy."""
+        self.prefetch(moved)
+        if moved.arrived is not None:
+            torch.cuda.current_stream(moved.device).wait_event(moved.arrived)
+        assert moved.loaded is not None
+        return moved.loaded
+
+    def _stream_of(self, device: torch.device) -> torch.cuda.Stream:
+        if device not in self._streams:
+            self._streams[device] = torch.cuda.Stream(device)
+        return self._streams[device]
+
+
 class Arrival:
     """Copies of tensors on their way to the host. On a CPU they are there already."""
 

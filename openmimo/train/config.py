@@ -22,6 +22,7 @@ from openmimo.core.fields import (
 )
 from openmimo.data.config import MixtureConfig
 from openmimo.model.attention import RopeScaling
+from openmimo.model.config import ActivationConfig
 
 Threads = Annotated[int, Bounds(least=0, most=1024)]
 Decay = Annotated[float, Bounds(least=0, below=1)]
@@ -341,6 +342,7 @@ class RunConfig:
             optimizer state are float32.
         threads: CPU threads of torch (0: torch's default).
         activation_checkpointing: Recompute each layer in the backward pass instead of storing its activations.
+        activations: What is recomputed, divided into chunks, and kept in host memory.
         tensorboard: Also write event files to `<run_folder>/tensorboard`.
         optimizer: AdamW and gradient clipping.
         checkpoints: Interval and retention of checkpoints.
@@ -353,6 +355,7 @@ class RunConfig:
     dtype: str = "auto"
     threads: Threads = 0
     activation_checkpointing: bool = False
+    activations: ActivationConfig = ActivationConfig()
     tensorboard: bool = False
     optimizer: OptimizerConfig = OptimizerConfig()
     checkpoints: CheckpointConfig = CheckpointConfig()
@@ -424,6 +427,7 @@ class PretrainConfig(TrainConfig):
             raise ConfigError("the run has no stages.")
         check_path(self.run_folder, "run_folder")
         check_path(self.init_from, "init_from")
+        self.activations.check(checkpointing=self.activation_checkpointing)
         if self.init_from is not None and self.model is not None:
             raise ConfigError(
                 f"init_from {self.init_from!r} determines the model, so model {self.model!r} has no effect; omit it "

@@ -30,7 +30,7 @@ from openmimo.train.config import RunConfig
 # Settings of every run that do not affect the weights: they may change when a run continues.
 FREE = (
     "run_folder", "device", "threads", "tensorboard", "checkpoints.*", "evaluation.*", "optimizer.max_skipped_steps",
-    "*.options.path", "*.options.test_path", "parallel.*",
+    "*.options.path", "*.options.test_path", "parallel.*", "activation_checkpointing", "activations.*",
 )  # fmt: skip
 _FILES = ("config.json", "model/config.json", "model/tokenizer.json", "report.html")
 

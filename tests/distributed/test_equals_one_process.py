@@ -10,6 +10,7 @@ from conftest import tiny_model
 from distributed.processes import run_processes
 
 from openmimo.core.errors import ConfigError
+from openmimo.model.config import ActivationConfig
 from openmimo.model.context import RoutingTape
 from openmimo.model.heads import MicroBatch, micro_batch
 from openmimo.model.mimo import MiMo
@@ -86,12 +87,14 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor.clone()
 
 
-def steps_on_meshes(meshes: list[dict[str, int]], recompute: bool) -> list[Outcome]:
+def steps_on_meshes(
+    meshes: list[dict[str, int]], recompute: bool, activations: ActivationConfig | None = None
+) -> list[Outcome]:
     outcomes = []
     for sizes in meshes:
         ranks = Ranks(build_mesh("cpu", **WHOLE | sizes), CPU)
         model = large_sink_model()
-        ranks.apply(model, recompute=recompute)
+        ranks.apply(model, recompute=recompute, activations=activations)
         outcomes.append(step(model, ranks, batches()[ranks.row_rank :: ranks.num_row_ranks]))
     return outcomes if dist.get_rank() == 0 else []
 
@@ -121,6 +124,14 @@ def test_two_processes(tmp_path, alone, recompute):
     outcomes, _ = run_processes(tmp_path, 2, steps_on_meshes, meshes, recompute)
     for sizes, outcome in zip(meshes, outcomes, strict=True):
         assert_equal(outcome, alone, sizes)
+
+
+def test_two_processes_that_keep_less(tmp_path, alone):
+    """Recomputed layers, chunks of experts whose ranks exchange tokens, and attention that is not called again."""
+    keep = ActivationConfig(recompute="but_attention", ffn_chunks=3)
+    outcomes, _ = run_processes(tmp_path, 2, steps_on_meshes, [{"cp": 2, "ep": 2}, {"tp": 2}], True, keep)
+    for outcome in outcomes:
+        assert_equal(outcome, alone, {})
 
 
 @pytest.mark.slow

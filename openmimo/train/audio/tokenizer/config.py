@@ -193,8 +193,9 @@ class AudioTokenizerTrainConfig(RunConfig):
             preset(self.tokenizer)
         if self.dtype not in ("auto", "float32"):
             raise ConfigError(f"dtype {self.dtype!r} is not supported; the tokenizer is trained in float32.")
-        if self.activation_checkpointing:
-            raise ConfigError("activation_checkpointing has no effect on the training of a tokenizer; leave it out.")
+        for name in ("activation_checkpointing", "activations"):
+            if getattr(self, name) != getattr(RunConfig, name):
+                raise ConfigError(f"{name} has no effect on the training of a tokenizer; leave it out.")
         first = self.stages[0]
         if self.init_from is None and first.kind == "adversarial":
             raise ConfigError(f"stage {first.name!r} is adversarial, but the codebooks are untrained; set init_from.")
