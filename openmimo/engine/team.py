@@ -159,7 +159,7 @@ class Team:
         dtype: Of weights and activations.
         device: "auto", "cpu" or an accelerator's type.
         weights: Format of the weights: plain or int8.
-        start: Starts another rank.
+        start: Starts another rank (None: `start_member`).
 
     Attributes:
         divided: Rank 0's part of the model, with what it knows of the whole.
@@ -177,7 +177,7 @@ class Team:
         dtype: str,
         device: str,
         weights: str,
-        start: Callable[[], MemberProcess] = start_member,
+        start: Callable[[], MemberProcess] | None = None,
     ):
         self._size = config.tp
         division = Division(0, config.tp, config.ep)
@@ -192,7 +192,7 @@ class Team:
         self._end = weakref.finalize(self, self._ranks.close)
         try:
             for setup in setups[1:]:
-                self._ranks.members.append(start())
+                self._ranks.members.append((start or start_member)())
                 self._send_to(self._ranks.members[-1], encoded(setup))
             self._ranks.watch()
             self._part = Part(setups[0])
