@@ -179,11 +179,16 @@ class Team:
         weights: str,
         start: Callable[[], MemberProcess] | None = None,
     ):
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ConfigError(
+                f"tp {config.tp} starts its own processes on this machine; run the command itself, and not by torchrun."
+            )
         self._size = config.tp
         division = Division(0, config.tp, config.ep)
         check_division(load_config(path), division, weights)
         found = _checked_device(device, config.tp)
-        threads = max(torch.get_num_threads() // config.tp, 1)
+        self._threads_before = torch.get_num_threads()
+        threads = max(self._threads_before // config.tp, 1)
         setups = [
             LoadPart(str(path), Division(rank, config.tp, config.ep), dtype, found.type, weights, threads)
             for rank in range(config.tp)
@@ -238,6 +243,7 @@ class Team:
     def close(self) -> None:
         """End the other ranks. The model cannot be used any more."""
         self._end()
+        torch.set_num_threads(self._threads_before)
 
     def worker(self, arena: PageArena, config: EngineConfig, *, num_drafts: int, max_decided: int) -> Worker:
         """Make the workers of all ranks; returns that of rank 0, which makes the others execute each step too."""
