@@ -269,8 +269,11 @@ class Engine:
                 continue with the keys and values of the old weights.
 
         Raises:
-            UserError: The model has no parameter of that name or shape. Nothing is changed.
+            UserError: The model has no parameter of that name or shape, or no tensors are given for a model on several
+                devices, which nothing can change in place. Nothing is changed.
         """
+        if tensors is None and self.ranks is not None:
+            raise UserError("update_weights: a model on several devices is not changed in place; give the tensors.")
         for name, tensor in (tensors or {}).items():
             shape = self._weight_shape(name)
             if shape != tuple(tensor.shape):
