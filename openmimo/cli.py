@@ -545,7 +545,7 @@ class ServeOptions:
         stub: Serve no model, for tests of clients: the server echoes every message word by word.
         dtype: Dtype of weights and activations (auto: bfloat16 on an accelerator, else float32).
         device: auto (an accelerator if there is one), cpu, or a torch device.
-        threads: CPU threads for the model (none: all cores).
+        threads: CPU threads for the model (none: all cores). With --tp, they are shared by the ranks.
         weights: Storage of weight matrices: plain (in dtype), int8, fp8 (as an FP8 checkpoint stores them), or a
             packed format: fairy2i, fairy, ternary, binary (as a converted checkpoint stores them). int8 and fp8 take
             half the bytes of bfloat16, packed formats an eighth or a sixteenth.
@@ -564,7 +564,8 @@ class ServeOptions:
 
 
 def _serve(arguments: list[str]) -> None:
-    main = ("path", "host", "port", "api_key", "dtype", "weights", "device", "threads", "max_sequences")
+    main = ("path", "host", "port", "api_key", "dtype", "weights", "device", "threads", "max_sequences",
+            "tp", "ep")  # fmt: skip
     options = _parse_options(ServeOptions, arguments, "serve [PATH]", main)
     if options.stub and options.path != EMBEDDED:
         raise ConfigError("give either the folder of a checkpoint, or --stub to run without a model.")

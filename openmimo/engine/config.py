@@ -42,6 +42,9 @@ class EngineConfig:
         graphs: Replay captured graphs in decoding on an accelerator, where Triton is installed.
         plans_ahead: Plan a step while an accelerator computes the last one. A text that a token or a stop string ends
             is then computed for one step more, whose token is dropped.
+        tp: Devices (or processes on CPUs) that share every layer of the model. Each holds a part of the weights and of
+            the cache.
+        ep: With tp, each holds all of some experts instead of a part of every expert.
     """
 
     max_sequences: PositiveInt = 64
@@ -57,9 +60,13 @@ class EngineConfig:
     adaptive_drafts: bool = True
     graphs: bool = True
     plans_ahead: bool = True
+    tp: PositiveInt = 1
+    ep: bool = False
 
     def __post_init__(self) -> None:
         check_fields(self, "EngineConfig")
+        if self.ep and self.tp == 1:
+            raise ConfigError("ep divides the experts among the ranks of tp, but tp is 1; give a larger tp, or no ep.")
         if self.num_drafts is not None and self.speculative is False:
             raise ConfigError(
                 f"num_drafts is {self.num_drafts}, which has no effect with speculative=False; give one of the two."

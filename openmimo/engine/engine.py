@@ -20,7 +20,7 @@ from openmimo.engine.cache import PageArena, plan_pages
 from openmimo.engine.config import EngineConfig
 from openmimo.engine.prefix import PrefixCache
 from openmimo.engine.request_state import RequestState, TextStream
-from openmimo.engine.runner import AheadRun, DecodeRun, PrefillRun, Runner
+from openmimo.engine.runner import AheadRun, DecodeRun, PrefillRun, Ranks, Runner
 from openmimo.engine.scheduler import Plan, Scheduler
 from openmimo.engine.speculative import DraftPolicy, step_cost
 from openmimo.engine.stats import EngineStats
@@ -58,13 +58,27 @@ class Engine:
         model: The model. The caller owns its weights and may change them between steps (call `update_weights`).
         tokenizer: For text, stop strings and structured output. Without one, the engine handles token ids only.
         config: Settings; the defaults if None.
+        ranks: The ranks that hold the other parts of `model`, with `EngineConfig.tp`.
 
     Raises:
         ConfigError: The settings contradict the model or the tokenizer.
     """
 
-    def __init__(self, model: MiMo, tokenizer: Tokenizer | None = None, config: EngineConfig | None = None):
+    def __init__(
+        self,
+        model: MiMo,
+        tokenizer: Tokenizer | None = None,
+        config: EngineConfig | None = None,
+        *,
+        ranks: Ranks | None = None,
+    ):
         config = config or EngineConfig()
+        if config.tp > 1 and ranks is None:
+            raise ConfigError(
+                f"tp is {config.tp}, but this model is whole in the memory of one process; generate, chat, serve, eval "
+                "and LLM(PATH) divide a checkpoint folder among devices. Leave tp out."
+            )
+        self.ranks = ranks
         self.model = model
         self.tokenizer = tokenizer
         self.config = config
@@ -95,6 +109,7 @@ class Engine:
             draft_policy=self._new_draft_policy(),
             stats=self.stats,
             plans_ahead=config.plans_ahead and works_ahead(model.device),
+            ranks=ranks,
         )
         self._plans_ahead = self._runner.plans_ahead
         is_small = active_matmul_parameters(model.config) < _SMALL_MODEL_PARAMETERS
@@ -254,22 +269,34 @@ class Engine:
                 continue with the keys and values of the old weights.
 
         Raises:
-            UserError: The model has no parameter of that name or shape. Nothing is changed.
+            UserError: The model has no parameter of that name or shape, or no tensors are given for a model on several
+                devices, which nothing can change in place. Nothing is changed.
         """
-        held = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
-        own = {name: entry_weight(self.model, name, held[name]) for name in tensors or () if name in held}
+        if tensors is None and self.ranks is not None:
+            raise UserError("update_weights: a model on several devices is not changed in place; give the tensors.")
         for name, tensor in (tensors or {}).items():
-            weight = own.get(name)
-            if weight is None or weight.shape != tensor.shape:
-                shape = "no such parameter" if weight is None else tuple(weight.shape)
-                raise UserError(f"update_weights: {name} has shape {tuple(tensor.shape)}; the model has {shape}.")
+            shape = self._weight_shape(name)
+            if shape != tuple(tensor.shape):
+                shown = "no such parameter" if shape is None else shape
+                raise UserError(f"update_weights: {name} has shape {tuple(tensor.shape)}; the model has {shown}.")
         self._settle()
-        for name, tensor in (tensors or {}).items():
-            set_weight(self.model, name, tensor)
+        if self.ranks is not None:
+            self.ranks.set_weights(tensors or {})
+        else:
+            for name, tensor in (tensors or {}).items():
+                set_weight(self.model, name, tensor)
         self.policy_version = version
         self.forget_cached()
         if recompute:
             self.scheduler.restart()
+
+    def _weight_shape(self, name: str) -> tuple[int, ...] | None:
+        """The shape of a parameter or buffer of the whole model; None if it has none of that name."""
+        if self.ranks is not None:
+            return self.ranks.whole_shape(name)
+        held = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+        weight = entry_weight(self.model, name, held[name]) if name in held else None
+        return None if weight is None else tuple(weight.shape)
 
     def end_session(self, session: str) -> None:
         """Releases the pages of an idle session, which gets no more turns. Does nothing if there is none."""
@@ -419,7 +446,7 @@ class Engine:
         layers = self.model.config.attention_layers()[: len(self.model.config.layers) + self.num_drafts]
         name = "int8" if self.config.cache_dtype == "auto" and self.config.integers else self.config.cache_dtype
         dtype = _CACHE_DTYPES.get(name, self.model.activation_dtype)
-        free_bytes = free_memory_bytes(self.model.device)
+        free_bytes = free_memory_bytes(self.model.device) if self.ranks is None else self.ranks.free_bytes
         if self.config.cache_gigabytes is not None:
             cache_bytes = int(self.config.cache_gigabytes * 2**30)
             if cache_bytes > free_bytes:

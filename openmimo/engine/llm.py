@@ -12,11 +12,13 @@ import torch
 from openmimo.core.errors import ConfigError, UserError
 from openmimo.core.fields import checked, unknown_key_message
 from openmimo.core.records import Completion, Request, SamplingParams
+from openmimo.core.registry import load_object
 from openmimo.data.tokenizer import Tokenizer
 from openmimo.data.tokenizer_files import has_tokenizer
 from openmimo.engine.config import EngineConfig, WeightFormat, chosen_format
 from openmimo.engine.engine import Engine, check_token_ids
 from openmimo.engine.request_state import NOT_FINITE, RequestState
+from openmimo.engine.runner import Ranks
 from openmimo.model.context import PackedContext
 from openmimo.model.hf import load_model
 from openmimo.model.mimo import MiMo
@@ -67,17 +69,24 @@ class LLM:
             raise ConfigError(f"tokenizer is a {type(tokenizer).__name__}; give what Tokenizer.load returns.")
         weights = chosen_format(checked(WeightFormat, weights, "weights"), int8=checked(bool, int8, "int8"))
         self._is_borrowed = isinstance(model, MiMo)
+        self._ranks: Ranks | None = None
         if not isinstance(model, MiMo):
             if tokenizer is None and has_tokenizer(Path(model)):
                 tokenizer = Tokenizer.load(model)
-            model = load_model(model, dtype=dtype, device=device, weights=weights)
+            if config.tp > 1:
+                self._ranks = load_object("openmimo.engine.team:Team")(
+                    model, config, dtype=dtype, device=device, weights=weights
+                )
+                model = self._ranks.model
+            else:
+                model = load_model(model, dtype=dtype, device=device, weights=weights)
         elif weights != "plain":
             raise ConfigError(
                 f"weights={weights!r} would change the weights of the caller's model; give a checkpoint folder instead."
             )
         self.model = model
         self.tokenizer = tokenizer
-        self.engine = Engine(model, tokenizer, config)
+        self.engine = Engine(model, tokenizer, config, ranks=self._ranks)
         self.num_drafts = self.engine.num_drafts
         self._request_numbers = itertools.count()
 
@@ -141,13 +150,16 @@ class LLM:
         token_ids = _token_list(token_ids, "token_ids")
         check_token_ids(tuple(token_ids), self.model.config, "token_ids", room=0)
         tokens_T = torch.tensor(token_ids, device=self.model.device)
-        states_TD = self.model(tokens_T, PackedContext((len(token_ids),), device=self.model.device)).post_norm_TD
-        logprobs = self.model.head.logprobs(states_TD[:-1], tokens_T[1:]).float().cpu()
+        if self._ranks is not None:
+            logprobs = self._ranks.text_logprobs(tokens_T).float().cpu()
+        else:
+            states_TD = self.model(tokens_T, PackedContext((len(token_ids),), device=self.model.device)).post_norm_TD
+            logprobs = self.model.head.logprobs(states_TD[:-1], tokens_T[1:]).float().cpu()
         if not logprobs.isfinite().all():
             raise UserError(f"{NOT_FINITE}.")
         return logprobs
 
-    def stats(self) -> dict[str, float | int | list[float] | list[int]]:
+    def stats(self) -> dict[str, float | int | list[float] | list[int] | str]:
         """Return the statistics since the LLM was created or `reset_stats` was called.
 
         Returns:
@@ -165,8 +177,18 @@ class LLM:
             num_graphs, graph_seconds, graph_bytes: Captured graphs of an accelerator, time of their capture, and their
                 memory.
             num_graph_passes, num_other_passes: Passes that replayed a graph, and passes that did not.
+            num_ranks, weight_bytes_by_rank, cache_bytes_by_rank, why_no_graphs: With `EngineConfig.tp` only: number of
+                ranks, memory of each, and why none captures graphs. Other bytes are those of one rank.
         """
-        return self.engine.stats.report()
+        return self.engine.stats.report() | (self._ranks.report() if self._ranks else {})
+
+    def close(self) -> None:
+        """End the other processes of an LLM on several devices, which cannot be used any more. Else does nothing.
+
+        They also end with this process, and when the LLM is no longer referenced.
+        """
+        if self._ranks is not None:
+            self._ranks.close()
 
     def reset_stats(self) -> None:
         """Reset the statistics."""

@@ -15,6 +15,7 @@ the token in. With drafts it does not; `decode_ahead` then queues a step that th
 import itertools
 import math
 import time
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
@@ -138,6 +139,62 @@ class AheadWorker(Protocol):
         ...
 
 
+class Ranks(Protocol):
+    """`openmimo.engine.team.Team`, which is loaded only where several devices serve."""
+
+    @property
+    def free_bytes(self) -> int:
+        """See there."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """See there."""
+        ...
+
+    @property
+    def model(self) -> MiMo:
+        """See there."""
+        ...
+
+    @property
+    def loss(self) -> str:
+        """See there."""
+        ...
+
+    def worker(self, arena: PageArena, config: EngineConfig, *, num_drafts: int, max_decided: int) -> Worker:
+        """See there."""
+        ...
+
+    def whole_shape(self, name: str) -> tuple[int, ...] | None:
+        """See there."""
+        ...
+
+    def set_weights(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """See there."""
+        ...
+
+    def text_logprobs(self, tokens_T: torch.Tensor) -> torch.Tensor:
+        """See there."""
+        ...
+
+    def report(self) -> dict[str, int | list[int] | str]:
+        """See there."""
+        ...
+
+    def lines(self) -> list[str]:
+        """See there."""
+        ...
+
+    def on_loss(self, callback: Callable[[], None]) -> None:
+        """See there."""
+        ...
+
+    def close(self) -> None:
+        """See there."""
+        ...
+
+
 class PrefillRun(NamedTuple):
     """A pass over prompts whose work is queued.
 
@@ -175,22 +232,27 @@ class Runner:
         draft_policy: DraftPolicy,
         stats: EngineStats,
         plans_ahead: bool = False,
+        ranks: Ranks | None = None,
     ):
         self.stats = stats
         reason = (
             "the attention of prompts is computed in int8" if config.integers else why_no_graphs(model, arena.dtype)
         )
-        uses_graphs = config.graphs and reason is None
+        uses_graphs = config.graphs and reason is None and ranks is None
+        plans_ahead = plans_ahead and ranks is None
         # A CPU plans ahead in tests only. Without graphs, an accelerator would wait for the host in any case.
         can_draft_ahead = num_drafts > 0 and draft_rows_of(num_drafts) <= MAX_SHORT_TOKENS
         self.drafts_ahead = plans_ahead and can_draft_ahead and (uses_graphs or model.device.type == "cpu")
         self._plans_ahead = plans_ahead and (self.drafts_ahead or not num_drafts)
-        self.worker = Worker(
-            model, arena, num_drafts=num_drafts, uses_graphs=uses_graphs, max_decided=2 * config.max_sequences,
-            integers=config.integers, drafts_ahead=self.drafts_ahead,
-        )  # fmt: skip
+        if ranks is None:
+            self.worker = Worker(
+                model, arena, num_drafts=num_drafts, uses_graphs=uses_graphs, max_decided=2 * config.max_sequences,
+                integers=config.integers, drafts_ahead=self.drafts_ahead,
+            )  # fmt: skip
+        else:
+            self.worker = ranks.worker(arena, config, num_drafts=num_drafts, max_decided=2 * config.max_sequences)
         self._max_sequences, self._max_positions = config.max_sequences, model.config.max_positions
-        self._device = model.device
+        self._device = model.device if ranks is None else torch.device("cpu")  # of what is sent to all ranks
         self._draft_policy = draft_policy
         self._routing_dtype = np.uint8 if model.config.moe and model.config.moe.num_experts <= 256 else np.int16
         num_layers = len(model.config.layers)
@@ -199,7 +261,7 @@ class Runner:
         def buffers(layers: range, max_tokens: int) -> StepBuffers:
             return StepBuffers(
                 arena,
-                model.device,
+                self._device,
                 layers,
                 max_tokens=max_tokens,
                 max_sequences=max(config.max_sequences, PROMPTS),

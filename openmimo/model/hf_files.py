@@ -240,6 +240,11 @@ class CheckpointReader:
         weight = self._read_weight(name, config)
         return weight if self.adapter is None else self.adapter.merged(name, weight)
 
+    def read_part(self, name: str, config: ModelConfig, part: tuple[slice, ...]) -> torch.Tensor:
+        """Return some entries of a logical tensor, as `read`. Of one that is stored plain, only these are read."""
+        is_plain = name in self.stored and name + _SCALE not in self.stored and not self._is_packed(name)
+        return self._tensor(name, part) if is_plain and self.adapter is None else self.read(name, config)[part]
+
     def _read_weight(self, name: str, config: ModelConfig) -> Weight:
         physical = self._physical(name)
         if physical != name:
@@ -270,14 +275,15 @@ class CheckpointReader:
     def _stored(self, name: str) -> StoredTensor:
         return self.stored[self._physical(name)]
 
-    def _tensor(self, name: str) -> torch.Tensor:
+    def _tensor(self, name: str, part: tuple[slice, ...] | None = None) -> torch.Tensor:
+        """Return a stored tensor, or a part of it, of which only that part is read."""
         file = self.stored[name].file
         if file not in self._open:
             while len(self._open) >= _MAX_OPEN_FILES:
                 self._open.pop(next(iter(self._open)))
             self._open[file] = open_safetensors(self.folder / file)
         try:
-            return self._open[file].get_tensor(name)
+            return self._open[file].get_tensor(name) if part is None else self._open[file].get_slice(name)[part]
         except SafetensorError as error:
             raise CheckpointError(f"{self.folder / file}: {name} cannot be read ({error}).") from error
 

@@ -39,6 +39,11 @@ def resolve_device(name: str | torch.device) -> torch.device:
     return device
 
 
+def device_count() -> int:
+    """Return the number of accelerators that torch sees."""
+    return torch.cuda.device_count()
+
+
 def worker_device(device: torch.device, number: int) -> torch.device:
     """Return the device of worker `number` of a process on `device`. Workers use the other accelerators in turn."""
     if device.type != "cuda" or torch.cuda.device_count() == 1:

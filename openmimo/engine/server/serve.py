@@ -6,7 +6,9 @@ The first SIGTERM or Ctrl-C drains the server. A second one aborts the requests 
 import asyncio
 import gc
 import itertools
+import os
 import socket
+import threading
 import time
 from pathlib import Path
 from types import FrameType
@@ -16,11 +18,13 @@ import uvicorn
 
 from openmimo.core.errors import ConfigError, DataError, UserError
 from openmimo.core.records import Message, Request, SamplingParams, Structure
+from openmimo.core.registry import load_object
 from openmimo.data.audio.files import optional_module
 from openmimo.data.chat.template import encode_chat
 from openmimo.data.tokenizer import Tokenizer
 from openmimo.engine.config import EngineConfig, WeightFormat
 from openmimo.engine.engine import Engine
+from openmimo.engine.runner import Ranks
 from openmimo.engine.server.app import create_app
 from openmimo.engine.server.backends.engine import EngineBackend
 from openmimo.engine.server.backends.protocol import Backend
@@ -37,6 +41,8 @@ _WARM_UP_TOKENS = 8
 _TEXT_LENGTHS = (16, 600)  # of up to 512 and 2,048 positions, the sizes of tables of pages in captured passes
 _FLUSH_SECONDS = 5  # time for clients to read the ends of their replies after all replies are complete
 _AUDIO_PACKAGES = ("soundfile", "soxr", "python_multipart")
+_FAILURE_SECONDS = 2  # time for requests to end by themselves after a rank was lost
+_EXIT_SECONDS = 15  # after that the process ends although work on an accelerator has not
 _QUEUED_MESSAGES = 1  # of a WebSocket connection, while a reply is generated
 
 
@@ -96,12 +102,48 @@ class Server(uvicorn.Server):
         await self._service.drain()
         self.should_exit = True
 
+    def fail(self) -> None:
+        """End all requests with an error and stop the server, because the engine cannot continue. Thread-safe."""
+        if self._loop is None:
+            self.should_exit = True
+        else:
+            self._loop.call_soon_threadsafe(self._start_failing)
 
-def serve(backend: Backend, config: ServerConfig) -> None:
-    """Serve requests until SIGTERM or Ctrl-C, then drain."""
+    def _start_failing(self) -> None:
+        self._draining = asyncio.create_task(self._fail())
+
+    async def _fail(self) -> None:
+        await asyncio.sleep(_FAILURE_SECONDS)  # a step that fails ends its requests with a better error
+        self._service.is_draining = True
+        self._service.end_all()
+        self.should_exit = True
+
+
+def serve(backend: Backend, config: ServerConfig, ranks: Ranks | None = None) -> None:
+    """Serve requests until SIGTERM or Ctrl-C, then drain.
+
+    Raises:
+        UserError: One of `ranks` has ended, so that the server has stopped.
+    """
     gc.collect()
     gc.freeze()  # the loaded model lives as long as the process; scanning it would pause every request
-    Server(backend, config).run()
+    server = Server(backend, config)
+    if ranks is None:
+        server.run()
+        return
+
+    def fail() -> None:
+        exit_timer = threading.Timer(_EXIT_SECONDS, os._exit, (1,))  # a lost collective may block the engine's thread
+        exit_timer.daemon = True
+        exit_timer.start()
+        server.fail()
+
+    ranks.on_loss(fail)
+    server.run()
+    loss = ranks.loss
+    ranks.close()
+    if loss:
+        raise UserError(f"{loss}, so the server has stopped. Start it again.")
 
 
 def launch(
@@ -140,11 +182,18 @@ def launch(
     torch_device = resolve_device(device)
     if dtype == "auto":
         dtype = "float32" if torch_device.type == "cpu" else "bfloat16"
-    model = load_model(path, dtype=dtype, device=str(torch_device), weights=weights)
-    served_engine = Engine(model, tokenizer, engine)
+    ranks: Ranks | None = None
+    if engine.tp > 1:
+        ranks = load_object("openmimo.engine.team:Team")(
+            path, engine, dtype=dtype, device=str(torch_device), weights=weights
+        )
+    model = load_model(path, dtype=dtype, device=str(torch_device), weights=weights) if ranks is None else ranks.model
+    served_engine = Engine(model, tokenizer, engine, ranks=ranks)
+    for line in ranks.lines() if ranks else ():
+        print(line, flush=True)
     warm_up(served_engine, tokenizer, captures=server.warm_up)
     name, *aliases = served_names(path)
-    serve(EngineBackend(served_engine, tokenizer, model_name=name, model_aliases=tuple(aliases)), server)
+    serve(EngineBackend(served_engine, tokenizer, model_name=name, model_aliases=tuple(aliases)), server, ranks)
 
 
 def launch_audio(
@@ -168,6 +217,8 @@ def launch_audio(
     check_address(server)
     for package in _AUDIO_PACKAGES:
         optional_module(package)
+    if engine.tp > 1:
+        raise ConfigError(f"--tp {engine.tp} is not supported for audio models; leave it out.")
     if weights != "plain":
         raise ConfigError(f"--weights {weights} is not supported for audio models; leave it out.")
     if threads is not None:

@@ -65,5 +65,6 @@ class EngineBackend(ThreadedBackend):
             graph_bytes=stats.graph_bytes,
             num_graph_passes=stats.num_graph_passes,
             num_other_passes=stats.num_other_passes,
-            is_healthy=self.is_healthy,
+            num_ranks=1 if engine.ranks is None else engine.ranks.size,
+            is_healthy=self.is_healthy and not (engine.ranks and engine.ranks.loss),
         )

@@ -30,6 +30,7 @@ class BackendGauges:
         num_other_passes: Passes that did not.
         seconds_heard: Sound in the prompts of a speech model.
         seconds_spoken: Sound that it generated.
+        num_ranks: Devices, or processes on CPUs, that share the model.
         is_healthy: Whether the backend accepts requests.
     """
 
@@ -50,6 +51,7 @@ class BackendGauges:
     num_other_passes: int = 0
     seconds_heard: float = 0.0
     seconds_spoken: float = 0.0
+    num_ranks: int = 1
     is_healthy: bool = True
 
 

@@ -117,6 +117,9 @@ class ThreadedBackend:
             while self._wait_for_work():
                 self._do_work()
                 self._deliver(self._steps.step())
+        except UserError as error:  # for example, a rank has ended: the message says all
+            _LOG.error("the engine has failed: %s", error)
+            self._has_died = True
         except BaseException:  # includes panics of native libraries: clients and /health must learn of any failure
             _LOG.exception("the engine has failed")
             self._has_died = True

@@ -83,6 +83,7 @@ def _families(gauges: BackendGauges) -> Iterator[Metric]:
     yield GaugeMetricFamily("openmimo_cache_used_bytes", "KV cache held by requests.", gauges.cache_bytes_used)
     yield GaugeMetricFamily("openmimo_cache_bytes", "Size of the KV cache.", gauges.cache_bytes_total)
     yield GaugeMetricFamily("openmimo_healthy", "Whether the engine accepts requests.", float(gauges.is_healthy))
+    yield GaugeMetricFamily("openmimo_ranks", "Devices that share the model.", gauges.num_ranks)
     yield CounterMetricFamily("openmimo_prompt_tokens", "Tokens of prompts.", gauges.num_prompt_tokens)
     yield CounterMetricFamily(
         "openmimo_prefix_hit_tokens", "Prompt tokens found in the prefix cache.", gauges.num_cached_tokens

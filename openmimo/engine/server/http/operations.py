@@ -30,7 +30,7 @@ def operation_routes(service: Service) -> APIRouter:
         """Reports whether requests are accepted: 503 while the server drains or after the engine has failed."""
         if (refusal := service.refusal()) is not None:
             raise refusal
-        return {"status": "ok"}
+        return {"status": "ok", "ranks": service.backend.gauges().num_ranks}
 
     @router.get("/version")
     async def version() -> dict[str, str]:
