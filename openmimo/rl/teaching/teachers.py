@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from openmimo.core.errors import CheckpointError, ConfigError
 from openmimo.core.samples import Sample
 from openmimo.data.tokenizer import Tokenizer
+from openmimo.kernels.operations import linear
 from openmimo.model.hf import load_model
 from openmimo.model.mimo import MiMo
 from openmimo.rl.algorithm import Algorithm
@@ -100,11 +101,15 @@ class Teachers:
                 sample.teacher_logprobs = logprobs
 
     @torch.no_grad()
-    def states(self, pack: PackedSamples) -> tuple[torch.Tensor, MiMo]:
-        """The teacher of a pack, and its states [N, D] that predict the policy-written tokens."""
+    def states(self, pack: PackedSamples) -> tuple[torch.Tensor, torch.Tensor]:
+        """The teacher of a pack: its states [N, D] that predict the policy-written tokens, and its output head [V, D].
+
+        Both have the dtype of the teacher's activations.
+        """
         model = self.model(pack.samples[0].domain)
         hidden = model(pack.tokens_T, pack.context())
-        return hidden.post_norm_TD[pack.rows_N], model
+        teacher_ND = hidden.post_norm_TD[pack.rows_N]
+        return teacher_ND, model.head(teacher_ND, lambda states_ND, weight_VD: weight_VD)
 
 
 Divergence = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -143,28 +148,37 @@ def distillation_objective(student: MiMo, teachers: Teachers, divergence: Diverg
     """
 
     def objective(forward: Forward) -> torch.Tensor:
-        teacher_ND, teacher = teachers.states(forward.pack)
+        teacher_ND, teacher_VD = teachers.states(forward.pack)
         temperature_N1 = forward.pack.temperature_N[:, None]  # float32: it divides logits, not states
         observed: set[int] = set()  # starts of tiles, as each is computed again in the backward pass
 
-        def tile_loss(states_MD: torch.Tensor, rows: slice) -> torch.Tensor:
-            student_MV = student.head(states_MD) / temperature_N1[rows]
+        def tile_loss(states_MD: torch.Tensor, weight_VD: torch.Tensor, rows: slice) -> torch.Tensor:
+            student_MV = _logits(states_MD, weight_VD) / temperature_N1[rows]
             with torch.no_grad():
-                teacher_MV = teacher.head(teacher_ND[rows]) / temperature_N1[rows]
+                teacher_MV = _logits(teacher_ND[rows], teacher_VD) / temperature_N1[rows]
             divergence_M = divergence(student_MV, teacher_MV)
-            if rows.start not in observed:
+            if rows.start not in observed and not forward.is_filler:
                 observed.add(rows.start)
                 overlap = top_k_overlap(student_MV, teacher_MV, k=min(OVERLAP_TOKENS, student_MV.shape[1]))
                 observe(forward.pack.samples[0].domain, divergence_M.detach(), overlap)
             return (divergence_M * forward.weights_N[rows]).sum()
 
-        total = forward.states_ND.new_zeros(())
-        for start in range(0, len(forward.states_ND), TILE_ROWS):
-            rows = slice(start, start + TILE_ROWS)
-            total = total + checkpoint(tile_loss, forward.states_ND[rows], rows, use_reentrant=False)
-        return total
+        def all_tiles(states_ND: torch.Tensor, weight_VD: torch.Tensor) -> torch.Tensor:
+            total = forward.weights_N.new_zeros(())
+            for start in range(0, len(states_ND), TILE_ROWS):
+                rows = slice(start, start + TILE_ROWS)
+                total = total + checkpoint(tile_loss, states_ND[rows], weight_VD, rows, use_reentrant=False)
+            return total
+
+        return student.head(forward.states_ND, all_tiles)
 
     return objective
+
+
+def _logits(states_MD: torch.Tensor, weight_VD: torch.Tensor) -> torch.Tensor:
+    """The logits of an output head, [M, V], as `Head.forward` gives them."""
+    logits_MV = linear(states_MD, weight_VD)
+    return logits_MV if logits_MV.dtype == torch.float64 else logits_MV.float()
 
 
 def _check_tokenizer(domain: str, folder: Path, student: Tokenizer) -> None:
