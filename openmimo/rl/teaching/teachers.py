@@ -8,9 +8,9 @@ T packed tokens, N policy-written tokens, V vocabulary.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from openmimo.rl.algorithm import Algorithm
 from openmimo.rl.config import MopdConfig
 from openmimo.rl.learning.annotation import episode_lengths, is_learnable, lengths_of, numbers_of, write_annotations
 from openmimo.rl.learning.packing import PackedSamples
-from openmimo.rl.learning.policy_trainer import Forward, Objective, PolicyTrainer, score_samples
+from openmimo.rl.learning.policy_trainer import Forward, Objective, score_samples
 from openmimo.rl.losses import distillation, normalize
 from openmimo.rl.losses.tokens import top_k_overlap
 
@@ -48,6 +48,8 @@ class Teachers:
         student: Path,
         device: torch.device,
         tokens_per_microbatch: int = 8192,
+        placement: str = "resident",
+        shard: Callable[[MiMo], None] | None = None,
     ):
         """
         Args:
@@ -56,6 +58,9 @@ class Teachers:
             student: The checkpoint that the student starts from.
             device: The device of the teachers.
             tokens_per_microbatch: Packed tokens of a forward pass; one sample may have more.
+            placement: resident: this process keeps all teachers; turns: it loads a teacher when it is used, in place of
+                the one before; sharded: it keeps a part of each.
+            shard: Distributes a teacher over the processes of the run in place; required if sharded.
 
         Raises:
             ConfigError: A domain has no teacher, or a teacher no domain.
@@ -71,21 +76,41 @@ class Teachers:
         self._tokens_per_microbatch = tokens_per_microbatch
         self._folders = {domain: student if path == SELF else Path(path) for domain, path in paths.items()}
         student_tokenizer = Tokenizer.load(student)
+        self._device, self._placement, self._shard = device, placement, shard
+        self._compute_dtype: torch.dtype | None = None
         self._models: dict[Path, MiMo] = {}
         for domain, folder in self._folders.items():
             _check_tokenizer(domain, folder, student_tokenizer)
-            if folder.resolve() not in self._models:
-                model = load_model(folder, dtype="float32", device=str(device)).requires_grad_(False)
-                self._models[folder.resolve()] = model
+        if placement != "turns":
+            for domain in paths:
+                self.model(domain)
 
     def model(self, domain: str) -> MiMo:
-        """The teacher of a domain."""
-        return self._models[self._folders[domain].resolve()]
+        """The teacher of a domain. Loads it if it is not there."""
+        folder = self._folders[domain].resolve()
+        if folder not in self._models:
+            if self._placement == "turns":
+                self._models.clear()  # before the next one needs its memory
+            self._models[folder] = self._load(folder)
+        return self._models[folder]
+
+    def _load(self, folder: Path) -> MiMo:
+        model = load_model(folder, dtype="float32", device=str(self._device)).requires_grad_(False)
+        model.compute_dtype = self._compute_dtype
+        if self._placement == "sharded":
+            assert self._shard is not None, "several processes"
+            self._shard(model)
+        return model
 
     def set_compute_dtype(self, dtype: torch.dtype | None) -> None:
         """Set the dtype of activations to the student's, so that a self-teacher has the student's log-probabilities."""
+        self._compute_dtype = dtype
         for model in self._models.values():
             model.compute_dtype = dtype
+
+    def _read_weight(self, states_ND: torch.Tensor, weight_VD: torch.Tensor) -> torch.Tensor:
+        """The weight of an output head. A sharded head frees its memory after the call, so it is copied."""
+        return weight_VD.clone() if self._placement == "sharded" else weight_VD
 
     def score(self, samples: list[Sample]) -> None:
         """Set `teacher_logprobs`: the log-probability of each policy-written token at the sample's temperature.
@@ -109,7 +134,7 @@ class Teachers:
         model = self.model(pack.samples[0].domain)
         hidden = model(pack.tokens_T, pack.context())
         teacher_ND = hidden.post_norm_TD[pack.rows_N]
-        return teacher_ND, model.head(teacher_ND, lambda states_ND, weight_VD: weight_VD)
+        return teacher_ND, model.head(teacher_ND, self._read_weight)
 
 
 Divergence = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -198,16 +223,40 @@ def _check_tokenizer(domain: str, folder: Path, student: Tokenizer) -> None:
 TOP_K = 64
 
 
+class Scorer(Protocol):
+    """Scores samples by the policy; a `PolicyTrainer`, for example."""
+
+    def logprobs(self, samples: list[Sample]) -> list[np.ndarray]:
+        """See `PolicyTrainer`."""
+        ...
+
+
 class Distillation:
     """The teachers of a run, and their signal.
 
     Attributes:
         teachers: The teacher models by domain.
         objective: The objective that replaces the algorithm's token losses; None with signal "sampled".
+        score: Sets `teacher_logprobs` of samples, as `Teachers.score` does in one process.
     """
 
-    def __init__(self, config: MopdConfig, student: MiMo, console: Console):
+    def __init__(
+        self,
+        config: MopdConfig,
+        student: MiMo,
+        console: Console,
+        *,
+        placement: str = "resident",
+        shard: Callable[[MiMo], None] | None = None,
+    ):
         """
+        Args:
+            config: The config of the run.
+            student: The policy.
+            console: Prints the distance from each teacher.
+            placement: See `Teachers`.
+            shard: See `Teachers`.
+
         Raises:
             ConfigError: Teachers and domains do not match, or top_k is larger than the vocabulary.
             CheckpointError: A teacher has another vocabulary or chat template.
@@ -219,7 +268,10 @@ class Distillation:
             student=Path(config.checkpoint),
             device=student.device,
             tokens_per_microbatch=config.tokens_per_microbatch,
+            placement=placement,
+            shard=shard,
         )
+        self.score: Callable[[list[Sample]], None] = self.teachers.score
         self.teachers.set_compute_dtype(student.compute_dtype)
         self._sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
         self._is_first = True
@@ -232,7 +284,7 @@ class Distillation:
             divergence = divergence_named(config.signal, config.top_k or TOP_K)
             self.objective = distillation_objective(student, self.teachers, divergence, observe=self._add_divergence)
 
-    def annotate(self, samples: list[Sample], trainer: PolicyTrainer, algorithm: Algorithm, options: Any) -> None:
+    def annotate(self, samples: list[Sample], trainer: Scorer, algorithm: Algorithm, options: Any) -> None:
         """Set advantages and weights of all samples; with signal "sampled", from the teachers' log-probabilities."""
         lowest = self._config.min_reward
         kept = [sample for sample in samples if is_learnable(sample) and (lowest is None or sample.reward >= lowest)]
@@ -242,7 +294,7 @@ class Distillation:
             return
         if self._config.signal == "sampled":
             policy_logprobs = trainer.logprobs(kept)
-            self.teachers.score(kept)
+            self.score(kept)
             self._add_sampled_divergence(kept, policy_logprobs)
             algorithm.annotate(kept, options, policy_logprobs)
             return
@@ -273,6 +325,18 @@ class Distillation:
                     "origin would be. Distillation from such a teacher tends to narrow or break the student; teachers "
                     "should be trained from the checkpoint that the student starts from."
                 )
+
+    def take_sums(self) -> dict[str, list[float]]:
+        """The sums behind `metrics`, by name, each with its count; they start again from 0."""
+        taken = {name: list(sums) for name, sums in self._sums.items()}
+        self._sums.clear()
+        return taken
+
+    def add_sums(self, sums: Mapping[str, Sequence[float]]) -> None:
+        """Add the sums of another process."""
+        for name, (value, count) in sums.items():
+            self._sums[name][0] += value
+            self._sums[name][1] += count
 
     def _add_divergence(self, domain: str, divergence_N: torch.Tensor, overlap: float) -> None:
         self._add(f"teacher_kl/{domain}", float(divergence_N.sum()), len(divergence_N))
