@@ -69,13 +69,14 @@ def train(config: RlConfig, *, console: Console | None = None) -> Path:
 
 def _refuse_processes(config: RlConfig) -> None:
     """Raise ConfigError if the config needs several processes, because this is one."""
-    sizes = {f"parallel.{name}": size for name, size in vars(config.parallel).items() if size > 1}
+    asked = [
+        f"parallel.{name} {size}" for name, size in vars(config.parallel).items() if isinstance(size, int) and size > 1
+    ]
     if isinstance(config, MopdConfig) and config.teacher_placement == "sharded":
-        sizes["teacher_placement"] = "sharded"
-    if sizes:
-        asked = ", ".join(f"{name} {value}" for name, value in sizes.items())
+        asked.append("teacher_placement sharded")
+    if asked:
         raise ConfigError(
-            f"{asked}: this needs several processes, but this is one; start the command with torchrun "
+            f"{', '.join(asked)}: this needs several processes, but this is one; start the command with torchrun "
             "--nproc-per-node N -m openmimo ...."
         )
 

@@ -29,10 +29,14 @@ from openmimo.train.outcome import has_finished, held_run, use_device, write_out
 _DIVIDED = ("dp_replicate", "dp_shard", "tp", "ep")  # the dimensions of the mesh that leave samples whole
 
 
+def _sizes(config: RlConfig) -> dict[str, int]:
+    return {name: getattr(config.parallel, name) for name in (*_DIVIDED, "cp")}
+
+
 def train(config: RlConfig, console: Console) -> Path:
     """As `rl.run.train`, in each of several processes."""
     _refuse_others(config)
-    with open_ranks(use_device(config), vars(config.parallel)) as ranks:
+    with open_ranks(use_device(config), _sizes(config)) as ranks:
         return _train(config, ranks, console if ranks.is_main else Console(quiet=True))
 
 
