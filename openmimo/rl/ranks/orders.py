@@ -8,10 +8,12 @@ waits for environments. What an order makes them communicate (gradients, weights
 """
 
 import datetime
+import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 import torch.distributed as dist
 
 from openmimo.core.errors import UserError
@@ -19,6 +21,8 @@ from openmimo.rl.learning.policy_trainer import PackPlan, StepPlan
 from openmimo.rl.rollouts.worker import Cancel
 from openmimo.rl.scheduling.groups import GroupRequest
 
+_BLOCK_BYTES = 4096
+_LENGTH_BYTES = 8
 _TIMEOUT = datetime.timedelta(days=7)  # a process that has ended closes its connections, which ends the wait at once
 
 
@@ -110,28 +114,56 @@ def answer(execute: Callable[[Order], Any], order: Order) -> Answer:
 
 
 class Channel:
-    """The connection of the processes for orders. All of them create it together."""
+    """The connection of the processes for orders. All of them create it together.
+
+    A message is a block of fixed size with the number of bytes and as many of them as fit, and a second one with the
+    rest, if there is any. Most orders and answers are a poll and nothing, so each process wakes up once for them.
+    """
 
     def __init__(self) -> None:
         self._group = dist.new_group(backend="gloo", timeout=_TIMEOUT)
         self.rank, self.count = dist.get_rank(), dist.get_world_size()
 
     def scatter(self, orders: Sequence[Order]) -> None:
-        """Send each process its order. Only the leading process calls this."""
-        dist.scatter_object_list([None], list(orders), src=0, group=self._group)
+        """Send each other process its order. Only the leading process calls this."""
+        sent = [work for rank in range(1, self.count) for work in self._send(orders[rank], rank)]
+        for work in sent:
+            work.wait()
 
     def receive(self) -> Order:
         """Wait for an order of the leading process."""
-        box: list[Any] = [None]
-        dist.scatter_object_list(box, None, src=0, group=self._group)
-        return box[0]
+        return self._receive(0)
 
     def gather(self) -> list[Answer]:
         """The answers of the other processes, by rank from 1. Only the leading process calls this."""
-        answers: list[Any] = [None] * self.count
-        dist.gather_object(None, answers, dst=0, group=self._group)
-        return answers[1:]
+        return [self._receive(rank) for rank in range(1, self.count)]
 
     def reply(self, own: Answer) -> None:
         """Send an answer to the leading process."""
-        dist.gather_object(own, None, dst=0, group=self._group)
+        for work in self._send(own, 0):
+            work.wait()
+
+    def _send(self, value: Any, rank: int) -> list[dist.Work]:
+        payload = pickle.dumps(value)
+        first = len(payload).to_bytes(_LENGTH_BYTES, "little") + payload[: _BLOCK_BYTES - _LENGTH_BYTES]
+        blocks = [first.ljust(_BLOCK_BYTES, b"\0"), payload[_BLOCK_BYTES - _LENGTH_BYTES :]]
+        works = []
+        for block in blocks:
+            if block:
+                work = dist.isend(torch.frombuffer(bytearray(block), dtype=torch.uint8), rank, group=self._group)
+                assert work is not None, "this process is in the group"
+                works.append(work)
+        return works
+
+    def _receive(self, rank: int) -> Any:
+        block = self._receive_bytes(_BLOCK_BYTES, rank)
+        length = int.from_bytes(block[:_LENGTH_BYTES], "little")
+        payload = block[_LENGTH_BYTES : _LENGTH_BYTES + length]
+        if len(payload) < length:
+            payload += self._receive_bytes(length - len(payload), rank)
+        return pickle.loads(payload)
+
+    def _receive_bytes(self, count: int, rank: int) -> bytes:
+        buffer = torch.empty(count, dtype=torch.uint8)
+        dist.recv(buffer, rank, group=self._group)
+        return buffer.numpy().tobytes()
