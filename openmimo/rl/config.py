@@ -16,7 +16,7 @@ from openmimo.core.fields import (
     renamed_keys,
 )
 from openmimo.engine.config import EngineConfig
-from openmimo.train.config import CheckpointConfig, FromCheckpoint, OptimizerConfig, RunConfig, part_of
+from openmimo.train.config import CheckpointConfig, FromCheckpoint, OptimizerConfig, ParallelConfig, RunConfig, part_of
 
 PositiveFraction = Annotated[float, Bounds(above=0, most=1)]
 AtLeastOne = Annotated[float, Bounds(least=1)]
@@ -248,6 +248,8 @@ class RlConfig(BatchConfig, RunConfig, FromCheckpoint):
         reward_threads: Threads in which slow environments answer.
         engine: Cache and drafting of the rollouts.
         evaluation: Held-out problems.
+        parallel: Mesh of a run on several devices, which divides the trainer. With rollouts "engine", each process
+            has an engine with a copy of the policy.
     """
 
     sources: tuple[RlSource, ...]
@@ -281,6 +283,7 @@ class RlConfig(BatchConfig, RunConfig, FromCheckpoint):
     optimizer: OptimizerConfig = OptimizerConfig(weight_decay=0.0)
     checkpoints: CheckpointConfig = CheckpointConfig(every_steps=20)
     evaluation: RlEvaluation = RlEvaluation()
+    parallel: ParallelConfig = ParallelConfig()
 
     def __post_init__(self) -> None:
         check_fields(self, "the run")
@@ -334,6 +337,9 @@ class MopdConfig(RlConfig):
             comparison).
         min_reward: Learn only from samples with at least this reward (none: from all); with signal imitate, this is
             rejection-sampled fine-tuning.
+        teacher_placement: Where teachers are: resident (each process has all of them), turns (each process loads one
+            after another from its folder, in every step), sharded (each process of several has a part of all), or auto
+            (resident, and sharded where they would take more than a quarter of the free memory).
     """
 
     teachers: dict[str, str] = field(default_factory=dict)
@@ -341,6 +347,7 @@ class MopdConfig(RlConfig):
     top_k: PositiveInt | None = None
     writer: Literal["student", "teacher"] = "student"
     min_reward: PositiveFraction | None = None
+    teacher_placement: Literal["auto", "resident", "turns", "sharded"] = "auto"
     algorithm: str = "mopd"
     groups_per_step: PositiveInt = 64
     dynamic_sampling: bool = False
@@ -350,6 +357,11 @@ class MopdConfig(RlConfig):
         super().__post_init__()
         if self.writer == "teacher" and self.rollouts != "engine":
             raise ConfigError(f"rollouts {self.rollouts!r} has no effect with writer 'teacher'; leave it out.")
+        if self.writer == "teacher" and self.teacher_placement in ("turns", "sharded"):
+            raise ConfigError(
+                f"teacher_placement is {self.teacher_placement!r}, but with writer 'teacher' the engines of a process "
+                "run all teachers; take 'resident'."
+            )
         if self.top_k is not None and self.signal != "top_k":
             raise ConfigError(f"top_k has no effect with signal {self.signal!r}; leave it out.")
         if self.writer == "teacher" and self.signal == "sampled":

@@ -1,7 +1,7 @@
 """Evaluation of a policy on held-out problems of each source."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from openmimo.core.errors import UserError
@@ -75,6 +75,9 @@ class Evaluation:
                 )
 
 
+HeldOut = dict[str, dict[int, Sample]]  # by source and index of the problem
+
+
 def evaluate_policy(
     engine: Engine,
     sources: tuple[RlSource, ...],
@@ -86,7 +89,7 @@ def evaluate_policy(
     timeout_reward: float | None = None,
     thinking: bool = False,
 ) -> Evaluation:
-    """Roll out the first held-out problems of each source.
+    """Roll out the first held-out problems of each source, and evaluate them.
 
     Args:
         engine: The engine with the policy.
@@ -101,20 +104,44 @@ def evaluate_policy(
     Raises:
         UserError: A source has no reward for any problem.
     """
+    samples = roll_out_held_out(
+        engine, sources, problems=range(problems), seed=seed, temperature=temperature, calls=calls,
+        timeout_reward=timeout_reward, thinking=thinking,
+    )  # fmt: skip
+    return evaluation_of(samples)
+
+
+def roll_out_held_out(
+    engine: Engine,
+    sources: tuple[RlSource, ...],
+    *,
+    problems: Sequence[int],
+    seed: int,
+    temperature: float,
+    calls: EpisodeCalls | None,
+    timeout_reward: float | None,
+    thinking: bool,
+) -> HeldOut:
+    """Roll out the held-out problems of these indices of each source. Arguments as in `evaluate_policy`."""
     rollouts = EngineRollouts(
         engine, episode_opener(sources), calls=calls, timeout_reward=timeout_reward, seed=seed, record_routing=False,
         thinking=thinking,
     )  # fmt: skip
     streams = streams_of(sources, "validation", seed)
     for source in sources:
-        for index in range(problems):
+        for index in problems:
             rollouts.submit(_request(source, streams[source.name](index), index, temperature))
-    samples: dict[str, dict[int, Sample]] = {source.name: {} for source in sources}
+    samples: HeldOut = {source.name: {} for source in sources}
     while rollouts.num_running:
         for sample in rollouts.poll():
             assert isinstance(sample, Sample), "rewards are late only with late_rewards"
             samples[sample.domain][int(sample.group.rpartition("/")[2])] = sample
     rollouts.close()
+    return samples
+
+
+def evaluation_of(samples: HeldOut) -> Evaluation:
+    """The rewards of held-out problems. Raises UserError for a source without a reward for any problem."""
     evaluation = Evaluation()
     for name, by_index in samples.items():
         evaluation.rewards[name] = [_reward(by_index[index], evaluation) for index in sorted(by_index)]

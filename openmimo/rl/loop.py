@@ -22,16 +22,12 @@ from openmimo.core.sample_files import write_state
 from openmimo.core.samples import Sample
 from openmimo.core.services import close_services, service_metrics
 from openmimo.data.tokenizer import Tokenizer
-from openmimo.engine.engine import Engine
-from openmimo.model.backbone import checkpoint_activations
 from openmimo.model.mimo import MiMo
-from openmimo.rl.agents.environment import open_environment
-from openmimo.rl.agents.episode_calls import EpisodeCalls
 from openmimo.rl.algorithm import algorithm_of
-from openmimo.rl.config import MopdConfig, RlConfig
-from openmimo.rl.evaluate import evaluate_policy, streams_of
-from openmimo.rl.learning.policy_trainer import Objective, PolicyTrainer, UpdateReport, weighted_sum
-from openmimo.rl.rollouts.protocol import RunParts, open_rollouts
+from openmimo.rl.config import RlConfig
+from openmimo.rl.evaluate import evaluation_of, streams_of
+from openmimo.rl.learner import Learner, LocalLearner
+from openmimo.rl.learning.policy_trainer import UpdateReport
 from openmimo.rl.scheduling.event_log import LoggedScheduler
 from openmimo.rl.scheduling.groups import LateReward
 from openmimo.rl.scheduling.scheduler import DataScheduler
@@ -43,8 +39,7 @@ from openmimo.rl.step_metrics import (
     sample_metrics,
     update_metrics,
 )
-from openmimo.rl.teaching.teachers import Distillation
-from openmimo.train.checkpoint import Checkpoints, Progress, load_optimizer_state, optimizer_state
+from openmimo.train.checkpoint import Checkpoints, Progress
 from openmimo.train.optim import warmed_cosine
 
 
@@ -57,6 +52,7 @@ class RlRun:
         trainer: Updates the policy.
         rollouts: Roll out samples.
         log: The scheduler, with the log of its calls.
+        learner: What the run learns with; it has trainer, rollouts and distillation.
         distillation: The teachers of a distillation run.
     """
 
@@ -69,6 +65,7 @@ class RlRun:
         start: Progress,
         optimizer_tensors: dict[str, torch.Tensor] | None = None,
         console: Console | None = None,
+        learner: Learner | None = None,
     ):
         """
         Args:
@@ -78,35 +75,24 @@ class RlRun:
             start: The progress in the checkpoint.
             optimizer_tensors: The state of the optimizer in the checkpoint.
             console: Prints warnings and progress (None: on stderr).
+            learner: Trainer, engine, rollouts and teachers of the policy (None: those of one process).
 
         Raises:
             UserError: Settings contradict each other or the model.
         """
-        self.config, self.model, self.tokenizer = config, model, tokenizer
+        self.config, self.tokenizer = config, tokenizer
         self.console = console or Console(stderr=True)
         self.run_folder = Path(config.run_folder)
         self.step, self.tokens = start.step, start.tokens
         self.algorithm, self.options = algorithm_of(config)
-        checkpoint_activations(model.model, config.activations, recompute=config.activation_checkpointing)
-        self.trainer = _open_trainer(config, model, start, optimizer_tensors)
-        self.engine = Engine(model, tokenizer, config.engine)
-        opened = [open_environment(source.environment, source.options) for source in config.sources]
-        instant = all(environment.is_instant(options) for environment, options in opened)
-        self._calls = EpisodeCalls(threads=0 if instant else config.reward_threads, seconds=config.environment_seconds)
+        self.learner: Learner = learner or LocalLearner(
+            config, model, tokenizer, start=start, optimizer_tensors=optimizer_tensors, console=self.console
+        )
+        self.trainer, self.engine, self.rollouts = self.learner.trainer, self.learner.engine, self.learner.rollouts
+        self.distillation = self.learner.distillation
+        self._calls = self.learner.calls
         self._failures = Failures(self.console, max_lost_steps=config.max_lost_steps)
         self._learned_nothing = False
-        self.distillation = Distillation(config, model, self.console) if isinstance(config, MopdConfig) else None
-        self.rollouts = open_rollouts(
-            RunParts(
-                config,
-                model,
-                tokenizer,
-                self.engine,
-                self._calls,
-                teachers=self.distillation.teachers if self.distillation else None,
-                version=self.step,
-            )
-        )
         scheduler = DataScheduler(config.scheduler(), streams_of(config.sources, "train", config.seed))
         if start.loader:
             scheduler.load_state(start.loader)
@@ -122,7 +108,6 @@ class RlRun:
         self.checkpoints = Checkpoints(self.run_folder, config.checkpoints, write_state=write_state)
         self.metrics = MetricsWriter(self.run_folder, tensorboard=config.tensorboard)
         self.metrics.truncate_after(start.step or -1)  # the evaluation before the first step is repeated
-        self.engine.update_weights(None, version=self.step)
 
     def run(self, *, stop_after_step: int | None = None) -> None:
         """Run to the last step, or to `stop_after_step`. Writes metrics and checkpoints.
@@ -183,7 +168,7 @@ class RlRun:
         learned = time.perf_counter()
         self.step += 1
         self.tokens += sum(len(context) for sample in samples for context in sample.contexts())
-        self.rollouts.update_weights(self.step)
+        self.learner.update_weights(self.step)
         by_divergence = self.distillation is not None and self.distillation.objective is not None
         num_learned = sum(has_lesson(sample, by_divergence=by_divergence) for sample in samples)
         values = sample_metrics(samples) | {"learned_samples": num_learned}
@@ -279,7 +264,7 @@ class RlRun:
                 self.algorithm.annotate(part, self.options, [[] for _ in part])
             report = self.trainer.update(
                 part,
-                self._objective(),
+                self.learner.objective(),
                 learning_rate=self._learning_rate(),
                 version=self.step,
                 old_logprobs=[old_of[id(sample)] for sample in part] if old else None,
@@ -288,11 +273,6 @@ class RlRun:
             )
             reports.append(report)
         return reports
-
-    def _objective(self) -> Objective:
-        if self.distillation is not None and self.distillation.objective is not None:
-            return self.distillation.objective
-        return weighted_sum(lambda token_batch: self.algorithm.token_losses(token_batch, self.options))
 
     def _learning_rate(self) -> float:
         config, peak = self.config, self.config.learning_rate
@@ -325,51 +305,19 @@ class RlRun:
             skipped=guard.num_skipped,
             skipped_in_a_row=guard.skipped_in_a_row,
         )
-        path = self.checkpoints.save(
-            self.model, optimizer_state(self.model, self.trainer.optimizer), self.tokenizer, progress
-        )
+        model, optimizer_tensors = self.learner.saved()
+        path = self.checkpoints.save(model, optimizer_tensors, self.tokenizer, progress)
         self.log.forget_before(self.step)
         return path
 
     def _evaluate(self) -> None:
-        config, settings = self.config, self.config.evaluation
-        # with unfinished="partial", the engine may hold samples that continue in the next step
-        engine = Engine(self.model, self.tokenizer, config.engine) if self.engine.has_work else self.engine
-        evaluation = evaluate_policy(
-            engine,
-            config.sources,
-            problems=settings.problems,
-            seed=config.seed,
-            temperature=settings.temperature,
-            calls=self._calls,
-            timeout_reward=config.timeout_reward,
-            thinking=config.thinking,
-        )
+        evaluation = evaluation_of(self.learner.roll_out_held_out())
         for text in evaluation.failures().values():
             self.console.print(f"[yellow]warning:[/] {escape(text)}", highlight=False)
         values: dict[str, Any] = {f"evaluation/{name}": value for name, value in evaluation.means().items()}
         values |= {f"evaluation_errors/{name}": count for name, count in evaluation.num_errors.items()}
         values |= {f"evaluation_too_long/{name}": count for name, count in evaluation.num_too_long.items()}
         self.metrics.write(self.step, {**values, "evaluation/rewards": evaluation.rewards})
-
-
-def _open_trainer(
-    config: RlConfig, model: MiMo, start: Progress, optimizer_tensors: dict[str, torch.Tensor] | None
-) -> PolicyTrainer:
-    """The trainer of a run, with the state of its checkpoint."""
-    trainer = PolicyTrainer(
-        model,
-        config.optimizer,
-        tokens_per_microbatch=config.tokens_per_microbatch,
-        replay_routing=config.replay_routing,
-        bias_rate=config.bias_rate,
-        mtp_weight=config.mtp_weight,
-    )
-    if optimizer_tensors is not None:
-        load_optimizer_state(model, trainer.optimizer, optimizer_tensors)
-    trainer.guard.num_skipped = start.skipped
-    trainer.guard.skipped_in_a_row = start.skipped_in_a_row
-    return trainer
 
 
 def _parts(batch: list[list[Sample]], count: int) -> list[list[Sample]]:

@@ -1,11 +1,14 @@
 """`openmimo rl` and `openmimo mopd`: set up or resume a run, train, and write the report."""
 
+import os
 from pathlib import Path
 
 from rich.console import Console
 
 from openmimo.core.config import check_same_run
+from openmimo.core.errors import ConfigError
 from openmimo.core.metrics import read_metrics
+from openmimo.core.registry import load_object
 from openmimo.core.sample_files import read_state
 from openmimo.data.tokenizer import Tokenizer
 from openmimo.model.hf import check_replaceable, load_config, load_model
@@ -24,9 +27,10 @@ from openmimo.train.outcome import has_finished, held_run, use_device, write_out
 # Settings without effect on the weights, which may change when a run is resumed.
 FREE = (
     *outcome.FREE, "reward_threads", "rollout_workers", "environment_seconds", "max_lost_steps",
+    "teacher_placement",
 )  # fmt: skip
 GROWING = ("steps",)
-_TRACES = ("checkpoints", "events.jsonl", "events", "metrics.jsonl", "model")
+TRACES = ("checkpoints", "events.jsonl", "events", "metrics.jsonl", "model")
 
 
 def train(config: RlConfig, *, console: Console | None = None) -> Path:
@@ -38,14 +42,17 @@ def train(config: RlConfig, *, console: Console | None = None) -> Path:
     """
     console = console or Console(stderr=True)
     check_path(config.run_folder, "run_folder")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return load_object("openmimo.rl.ranks.run:train")(config, console)
+    _refuse_processes(config)
     folder = Path(config.run_folder)
     device = use_device(config)
     checkpoints = Checkpoints(folder, config.checkpoints)
     if has_finished(config, checkpoints, steps=config.steps, free=FREE, console=console):
         return folder / "model"
-    tokenizer = _check_start(config, folder)
+    tokenizer = check_start(config, folder)
     model = None if checkpoints.newest() else load_model(config.checkpoint, dtype="float32", device=str(device))
-    with held_run(config, checkpoints, free=FREE, growing=GROWING, traces=_TRACES, console=console) as newest:
+    with held_run(config, checkpoints, free=FREE, growing=GROWING, traces=TRACES, console=console) as newest:
         keep_problem_files(problem_files(config.sources), folder)
         if newest is None:
             model = model or load_model(config.checkpoint, dtype="float32", device=str(device))
@@ -60,9 +67,23 @@ def train(config: RlConfig, *, console: Console | None = None) -> Path:
         return written
 
 
-def _check_start(config: RlConfig, folder: Path) -> Tokenizer:
+def _refuse_processes(config: RlConfig) -> None:
+    """Raise ConfigError if the config needs several processes, because this is one."""
+    asked = [
+        f"parallel.{name} {size}" for name, size in vars(config.parallel).items() if isinstance(size, int) and size > 1
+    ]
+    if isinstance(config, MopdConfig) and config.teacher_placement == "sharded":
+        asked.append("teacher_placement sharded")
+    if asked:
+        raise ConfigError(
+            f"{', '.join(asked)}: this needs several processes, but this is one; start the command with torchrun "
+            "--nproc-per-node N -m openmimo ...."
+        )
+
+
+def check_start(config: RlConfig, folder: Path) -> Tokenizer:
     """Check settings, files and checkpoints before anything is written. Returns the tokenizer of the policy."""
-    if (folder / "config.json").exists() and any((folder / name).exists() for name in _TRACES):
+    if (folder / "config.json").exists() and any((folder / name).exists() for name in TRACES):
         check_same_run(config, folder / "config.json", free=FREE, growing=GROWING)
         check_same_problems(problem_files(config.sources), folder)
     check_replaceable(folder / "model")

@@ -140,7 +140,7 @@ def packs(
     key: Callable[[Sample], str] = lambda sample: "",
     share_prompts: bool = False,
 ) -> Iterable[PackedSamples]:
-    """Pack whole samples in order. A pack takes samples while they fit, and at least one.
+    """Pack whole samples in order; see `divide_into_packs`.
 
     Args:
         samples: The samples.
@@ -149,6 +149,18 @@ def packs(
         key: Samples with different keys are never in one pack.
         share_prompts: Adjacent samples with the same prompt, routed the same, compute the prompt once.
     """
+    for members in divide_into_packs(samples, tokens_per_pack, key=key, share_prompts=share_prompts):
+        yield pack_samples(members, device=device, share_prompts=share_prompts)
+
+
+def divide_into_packs(
+    samples: Iterable[Sample],
+    tokens_per_pack: int,
+    *,
+    key: Callable[[Sample], str] = lambda sample: "",
+    share_prompts: bool = False,
+) -> Iterable[list[Sample]]:
+    """The samples of each pack, in order. A pack takes samples while they fit, and at least one."""
     waiting: list[Sample] = []
     size = 0
     for sample in samples:
@@ -156,12 +168,12 @@ def packs(
         if share_prompts and waiting and _have_one_prompt(waiting[-1], sample):
             new -= sample.prompt_length
         if waiting and (size + new > tokens_per_pack or key(waiting[0]) != key(sample)):
-            yield pack_samples(waiting, device=device, share_prompts=share_prompts)
+            yield waiting
             waiting, size, new = [], 0, len(sample)
         waiting.append(sample)
         size += new
     if waiting:
-        yield pack_samples(waiting, device=device, share_prompts=share_prompts)
+        yield waiting
 
 
 def pack_samples(samples: list[Sample], *, device: torch.device, share_prompts: bool = False) -> PackedSamples:

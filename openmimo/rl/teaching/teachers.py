@@ -8,9 +8,9 @@ T packed tokens, N policy-written tokens, V vocabulary.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -20,13 +20,14 @@ from torch.utils.checkpoint import checkpoint
 from openmimo.core.errors import CheckpointError, ConfigError
 from openmimo.core.samples import Sample
 from openmimo.data.tokenizer import Tokenizer
+from openmimo.kernels.operations import linear
 from openmimo.model.hf import load_model
 from openmimo.model.mimo import MiMo
 from openmimo.rl.algorithm import Algorithm
 from openmimo.rl.config import MopdConfig
 from openmimo.rl.learning.annotation import episode_lengths, is_learnable, lengths_of, numbers_of, write_annotations
 from openmimo.rl.learning.packing import PackedSamples
-from openmimo.rl.learning.policy_trainer import Forward, Objective, PolicyTrainer, score_samples
+from openmimo.rl.learning.policy_trainer import Forward, Objective, score_samples
 from openmimo.rl.losses import distillation, normalize
 from openmimo.rl.losses.tokens import top_k_overlap
 
@@ -47,6 +48,8 @@ class Teachers:
         student: Path,
         device: torch.device,
         tokens_per_microbatch: int = 8192,
+        placement: str = "resident",
+        shard: Callable[[MiMo], None] | None = None,
     ):
         """
         Args:
@@ -55,6 +58,9 @@ class Teachers:
             student: The checkpoint that the student starts from.
             device: The device of the teachers.
             tokens_per_microbatch: Packed tokens of a forward pass; one sample may have more.
+            placement: resident: this process keeps all teachers; turns: it loads a teacher when it is used, in place of
+                the one before; sharded: it keeps a part of each.
+            shard: Distributes a teacher over the processes of the run in place; required if sharded.
 
         Raises:
             ConfigError: A domain has no teacher, or a teacher no domain.
@@ -70,21 +76,41 @@ class Teachers:
         self._tokens_per_microbatch = tokens_per_microbatch
         self._folders = {domain: student if path == SELF else Path(path) for domain, path in paths.items()}
         student_tokenizer = Tokenizer.load(student)
+        self._device, self._placement, self._shard = device, placement, shard
+        self._compute_dtype: torch.dtype | None = None
         self._models: dict[Path, MiMo] = {}
         for domain, folder in self._folders.items():
             _check_tokenizer(domain, folder, student_tokenizer)
-            if folder.resolve() not in self._models:
-                model = load_model(folder, dtype="float32", device=str(device)).requires_grad_(False)
-                self._models[folder.resolve()] = model
+        if placement != "turns":
+            for domain in paths:
+                self.model(domain)
 
     def model(self, domain: str) -> MiMo:
-        """The teacher of a domain."""
-        return self._models[self._folders[domain].resolve()]
+        """The teacher of a domain. Loads it if it is not there."""
+        folder = self._folders[domain].resolve()
+        if folder not in self._models:
+            if self._placement == "turns":
+                self._models.clear()  # before the next one needs its memory
+            self._models[folder] = self._load(folder)
+        return self._models[folder]
+
+    def _load(self, folder: Path) -> MiMo:
+        model = load_model(folder, dtype="float32", device=str(self._device)).requires_grad_(False)
+        model.compute_dtype = self._compute_dtype
+        if self._placement == "sharded":
+            assert self._shard is not None, "several processes"
+            self._shard(model)
+        return model
 
     def set_compute_dtype(self, dtype: torch.dtype | None) -> None:
         """Set the dtype of activations to the student's, so that a self-teacher has the student's log-probabilities."""
+        self._compute_dtype = dtype
         for model in self._models.values():
             model.compute_dtype = dtype
+
+    def _read_weight(self, states_ND: torch.Tensor, weight_VD: torch.Tensor) -> torch.Tensor:
+        """The weight of an output head. A sharded head frees its memory after the call, so it is copied."""
+        return weight_VD.clone() if self._placement == "sharded" else weight_VD
 
     def score(self, samples: list[Sample]) -> None:
         """Set `teacher_logprobs`: the log-probability of each policy-written token at the sample's temperature.
@@ -100,11 +126,15 @@ class Teachers:
                 sample.teacher_logprobs = logprobs
 
     @torch.no_grad()
-    def states(self, pack: PackedSamples) -> tuple[torch.Tensor, MiMo]:
-        """The teacher of a pack, and its states [N, D] that predict the policy-written tokens."""
+    def states(self, pack: PackedSamples) -> tuple[torch.Tensor, torch.Tensor]:
+        """The teacher of a pack: its states [N, D] that predict the policy-written tokens, and its output head [V, D].
+
+        Both have the dtype of the teacher's activations.
+        """
         model = self.model(pack.samples[0].domain)
         hidden = model(pack.tokens_T, pack.context())
-        return hidden.post_norm_TD[pack.rows_N], model
+        teacher_ND = hidden.post_norm_TD[pack.rows_N]
+        return teacher_ND, model.head(teacher_ND, self._read_weight)
 
 
 Divergence = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -143,28 +173,37 @@ def distillation_objective(student: MiMo, teachers: Teachers, divergence: Diverg
     """
 
     def objective(forward: Forward) -> torch.Tensor:
-        teacher_ND, teacher = teachers.states(forward.pack)
+        teacher_ND, teacher_VD = teachers.states(forward.pack)
         temperature_N1 = forward.pack.temperature_N[:, None]  # float32: it divides logits, not states
         observed: set[int] = set()  # starts of tiles, as each is computed again in the backward pass
 
-        def tile_loss(states_MD: torch.Tensor, rows: slice) -> torch.Tensor:
-            student_MV = student.head(states_MD) / temperature_N1[rows]
+        def tile_loss(states_MD: torch.Tensor, weight_VD: torch.Tensor, rows: slice) -> torch.Tensor:
+            student_MV = _logits(states_MD, weight_VD) / temperature_N1[rows]
             with torch.no_grad():
-                teacher_MV = teacher.head(teacher_ND[rows]) / temperature_N1[rows]
+                teacher_MV = _logits(teacher_ND[rows], teacher_VD) / temperature_N1[rows]
             divergence_M = divergence(student_MV, teacher_MV)
-            if rows.start not in observed:
+            if rows.start not in observed and not forward.is_filler:
                 observed.add(rows.start)
                 overlap = top_k_overlap(student_MV, teacher_MV, k=min(OVERLAP_TOKENS, student_MV.shape[1]))
                 observe(forward.pack.samples[0].domain, divergence_M.detach(), overlap)
             return (divergence_M * forward.weights_N[rows]).sum()
 
-        total = forward.states_ND.new_zeros(())
-        for start in range(0, len(forward.states_ND), TILE_ROWS):
-            rows = slice(start, start + TILE_ROWS)
-            total = total + checkpoint(tile_loss, forward.states_ND[rows], rows, use_reentrant=False)
-        return total
+        def all_tiles(states_ND: torch.Tensor, weight_VD: torch.Tensor) -> torch.Tensor:
+            total = forward.weights_N.new_zeros(())
+            for start in range(0, len(states_ND), TILE_ROWS):
+                rows = slice(start, start + TILE_ROWS)
+                total = total + checkpoint(tile_loss, states_ND[rows], weight_VD, rows, use_reentrant=False)
+            return total
+
+        return student.head(forward.states_ND, all_tiles)
 
     return objective
+
+
+def _logits(states_MD: torch.Tensor, weight_VD: torch.Tensor) -> torch.Tensor:
+    """The logits of an output head, [M, V], as `Head.forward` gives them."""
+    logits_MV = linear(states_MD, weight_VD)
+    return logits_MV if logits_MV.dtype == torch.float64 else logits_MV.float()
 
 
 def _check_tokenizer(domain: str, folder: Path, student: Tokenizer) -> None:
@@ -184,16 +223,40 @@ def _check_tokenizer(domain: str, folder: Path, student: Tokenizer) -> None:
 TOP_K = 64
 
 
+class Scorer(Protocol):
+    """Scores samples by the policy; a `PolicyTrainer`, for example."""
+
+    def logprobs(self, samples: list[Sample]) -> list[np.ndarray]:
+        """See `PolicyTrainer`."""
+        ...
+
+
 class Distillation:
     """The teachers of a run, and their signal.
 
     Attributes:
         teachers: The teacher models by domain.
         objective: The objective that replaces the algorithm's token losses; None with signal "sampled".
+        score: Sets `teacher_logprobs` of samples, as `Teachers.score` does in one process.
     """
 
-    def __init__(self, config: MopdConfig, student: MiMo, console: Console):
+    def __init__(
+        self,
+        config: MopdConfig,
+        student: MiMo,
+        console: Console,
+        *,
+        placement: str = "resident",
+        shard: Callable[[MiMo], None] | None = None,
+    ):
         """
+        Args:
+            config: The config of the run.
+            student: The policy.
+            console: Prints the distance from each teacher.
+            placement: See `Teachers`.
+            shard: See `Teachers`.
+
         Raises:
             ConfigError: Teachers and domains do not match, or top_k is larger than the vocabulary.
             CheckpointError: A teacher has another vocabulary or chat template.
@@ -205,7 +268,10 @@ class Distillation:
             student=Path(config.checkpoint),
             device=student.device,
             tokens_per_microbatch=config.tokens_per_microbatch,
+            placement=placement,
+            shard=shard,
         )
+        self.score: Callable[[list[Sample]], None] = self.teachers.score
         self.teachers.set_compute_dtype(student.compute_dtype)
         self._sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
         self._is_first = True
@@ -218,7 +284,7 @@ class Distillation:
             divergence = divergence_named(config.signal, config.top_k or TOP_K)
             self.objective = distillation_objective(student, self.teachers, divergence, observe=self._add_divergence)
 
-    def annotate(self, samples: list[Sample], trainer: PolicyTrainer, algorithm: Algorithm, options: Any) -> None:
+    def annotate(self, samples: list[Sample], trainer: Scorer, algorithm: Algorithm, options: Any) -> None:
         """Set advantages and weights of all samples; with signal "sampled", from the teachers' log-probabilities."""
         lowest = self._config.min_reward
         kept = [sample for sample in samples if is_learnable(sample) and (lowest is None or sample.reward >= lowest)]
@@ -228,7 +294,7 @@ class Distillation:
             return
         if self._config.signal == "sampled":
             policy_logprobs = trainer.logprobs(kept)
-            self.teachers.score(kept)
+            self.score(kept)
             self._add_sampled_divergence(kept, policy_logprobs)
             algorithm.annotate(kept, options, policy_logprobs)
             return
@@ -259,6 +325,18 @@ class Distillation:
                     "origin would be. Distillation from such a teacher tends to narrow or break the student; teachers "
                     "should be trained from the checkpoint that the student starts from."
                 )
+
+    def take_sums(self) -> dict[str, list[float]]:
+        """The sums behind `metrics`, by name, each with its count; they start again from 0."""
+        taken = {name: list(sums) for name, sums in self._sums.items()}
+        self._sums.clear()
+        return taken
+
+    def add_sums(self, sums: Mapping[str, Sequence[float]]) -> None:
+        """Add the sums of another process."""
+        for name, (value, count) in sums.items():
+            self._sums[name][0] += value
+            self._sums[name][1] += count
 
     def _add_divergence(self, domain: str, divergence_N: torch.Tensor, overlap: float) -> None:
         self._add(f"teacher_kl/{domain}", float(divergence_N.sum()), len(divergence_N))

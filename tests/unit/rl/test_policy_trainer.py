@@ -1,8 +1,10 @@
 """The policy's optimizer steps (which weights move, and in which direction), and the teachers."""
 
 import copy
+import weakref
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
@@ -352,8 +354,9 @@ def test_the_self_teacher_stays_what_the_student_was(folders):
     assert distance(student, teaching.teachers.model("math"), samples) < moved
 
 
-def teachers_of(folders, paths, domains=None):
-    return Teachers(paths, domains=domains or list(paths), student=folders / "student", device=torch.device("cpu"))
+def teachers_of(folders, paths, domains=None, **options):
+    domains = domains or list(paths)
+    return Teachers(paths, domains=domains, student=folders / "student", device=torch.device("cpu"), **options)
 
 
 def test_each_domain_is_scored_by_its_own_teacher(folders):
@@ -387,6 +390,20 @@ def test_one_checkpoint_is_loaded_once(folders, monkeypatch):
     assert teachers.model("a") is teachers.model("b")
     assert teachers.model("c") is teachers.model("d")
     assert not any(parameter.requires_grad for parameter in teachers.model("a").parameters())
+
+
+def test_teachers_that_take_turns_score_as_resident_ones_and_one_is_in_memory(folders):
+    paths = {"math": str(folders / "teacher"), "code": "self"}
+    samples = roll_out(policy(0, ends=2.0), lambda own: Scripted(), request(0))
+    samples = [replace(sample, domain=("math", "code")[number % 2]) for number, sample in enumerate(samples)]
+    teachers_of(folders, paths).score(samples)
+    expected = [sample.teacher_logprobs.copy() for sample in samples]
+    turns = teachers_of(folders, paths, placement="turns")
+    gone = weakref.ref(turns.model("math"))
+    turns.score(samples)
+    for sample, logprobs in zip(samples, expected, strict=True):
+        np.testing.assert_array_equal(sample.teacher_logprobs, logprobs)
+    assert gone() is None, "the first teacher is still in memory"
 
 
 def test_domains_and_teachers_must_match(folders):
