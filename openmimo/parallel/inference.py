@@ -240,7 +240,7 @@ class DividedHead(Head):
     first: int
     vocab_size: int
 
-    def forward(self, states_TD: torch.Tensor, reader: Reader | None = None) -> Any:
+    def forward(self, states_TD: torch.Tensor, reader: Reader | None = None, *, as_held: bool = False) -> Any:
         """Return logits [T, V] as `Head.forward`; no rank has the weight that a reader reads."""
         assert reader is None, "no rank has the whole weight"
         local_TW = super().forward(states_TD)
