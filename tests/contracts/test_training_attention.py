@@ -72,7 +72,7 @@ def test_triton_training_is_the_reference(name, run):
 @pytest.mark.parametrize("name", ["group of four, documents of one token", "group of sixteen", "full, ragged"])
 def test_triton_tilings_of_a_gpu_are_the_reference(name, options, run):
     """Tensor descriptors, loops without a loop, and several blocks of a window."""
-    from openmimo.kernels.attention import _triton_training as kernels
+    from openmimo.kernels.attention import _training as kernels
 
     def planned(q, k, v, sink, *, need, scale):
         plan = kernels.FLOAT32_PLAN
