@@ -123,7 +123,7 @@ def _kernel_call(
     layer: Layer, lengths: tuple[int, ...], kernel: str, choice: dict, device: torch.device
 ) -> Callable[[], Any]:
     """A call of one kernel with one tiling, of one pack."""
-    from openmimo.kernels.attention import _triton_training as kernels
+    from openmimo.kernels.attention import _training as kernels
 
     q, k, v, sink = _inputs(layer, sum(lengths), device)
     plan = kernels.FULL_PLAN if layer.window is None else kernels.WINDOW_PLAN

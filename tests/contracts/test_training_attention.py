@@ -72,7 +72,7 @@ def test_triton_training_is_the_reference(name, run):
 @pytest.mark.parametrize("name", ["group of four, documents of one token", "group of sixteen", "full, ragged"])
 def test_triton_tilings_of_a_gpu_are_the_reference(name, options, run):
     """Tensor descriptors, loops without a loop, and several blocks of a window."""
-    from openmimo.kernels.attention import _triton_training as kernels
+    from openmimo.kernels.attention import _training as kernels
 
     def planned(q, k, v, sink, *, need, scale):
         plan = kernels.FLOAT32_PLAN
@@ -87,6 +87,15 @@ def test_triton_tilings_of_a_gpu_are_the_reference(name, options, run):
     need, tensors = call_of(name)
     for ours, theirs in zip(gradients(planned, need, tensors), expected(need, tensors), strict=True):
         assert torch.allclose(ours.double(), theirs, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["dims of flash", "group of three", "full, ragged"])
+def test_triton_plans_of_a_gpu_are_the_reference_in_float16(name, run):
+    """The interpreter has no bfloat16; tiles, descriptors and loops are those of a GPU."""
+    need, tensors = call_of(name, torch.float16)
+    exact = expected(need, tensors)
+    for ours, theirs in zip(gradients(run, need, tensors), exact, strict=True):
+        assert (ours.double() - theirs).norm() / theirs.norm() < 3e-3
 
 
 def test_triton_training_has_the_same_bits_twice(run):

@@ -24,7 +24,7 @@ def run(
     scale: float,
 ) -> AttentionOut:
     """Implement `openmimo.kernels.attention.attend`."""
-    from openmimo.kernels.attention._triton_training import attend_pack, documents_of
+    from openmimo.kernels.attention._training import attend_pack, documents_of
 
     documents = documents_of(need.query_lengths, q_TNK.device)
     out_TNV = attend_pack(q_TNK, k_SGK, v_SGV, sink_N, documents, scale=scale, window_keys=need.window_keys)
