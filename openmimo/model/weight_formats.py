@@ -206,7 +206,7 @@ def train_float8(model: nn.Module) -> None:
     """Make the products of the weights that the format fp8 covers compute with FP8 numbers, for training.
 
     These are the input projections of attention, dense FFNs and experts; output projections, heads, embeddings, norms
-    and routers stay as they are (paper section 3.2). The weights stay plain.
+    and routers stay as they are (paper section 3.1). The weights stay plain.
     """
     for module, _, _ in _covered(model, "fp8", 1):
         module.trained_as = "fp8"

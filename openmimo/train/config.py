@@ -382,7 +382,7 @@ class TrainConfig(RunConfig):
             (`kernels/weights.py`), and the weights get their gradient. `openmimo convert --quantize` packs the result.
         quantization_stages: Stages of the packed format.
         fp8: Compute the products of attention's input projections, dense FFNs and experts with FP8 numbers, in both
-            passes (paper section 3.2). Weights, optimizer state and checkpoints are as without it. `OPENMIMO_FLOAT8`
+            passes (paper section 3.1). Weights, optimizer state and checkpoints are as without it. `OPENMIMO_FLOAT8`
             names the kernels (docs/runs.md).
     """
 

@@ -68,7 +68,7 @@ class TestCodes:
         assert values[1, :128].isfinite().all()
 
     def test_a_weight_has_the_codes_of_the_format_fp8(self):
-        """A model that was trained in FP8 and is then served in FP8 multiplies by the same numbers."""
+        """FFNs and experts that were trained in FP8 and are then served in FP8 multiply by the same numbers."""
         weight = draw(256, 200)
         codes = REFERENCE.quantize_weight((Float8Latent(weight, 1),), False)
         assert torch.equal(codes.dequantize(torch.float32)[0], quantize(weight, "fp8").dequantize(torch.float32))

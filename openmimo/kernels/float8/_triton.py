@@ -139,7 +139,7 @@ def _strides(codes: BlockScaled) -> tuple[int, int]:
 
 @triton.jit
 def _scale_of(largest):
-    return tl.where(largest >= _LEAST, tl.div_rn(largest, largest * 0.0 + _MOST), 1.0)
+    return tl.where(largest >= _LEAST, tl.div_rn(largest, _MOST), 1.0)
 
 
 @triton.jit
