@@ -238,7 +238,8 @@ def packs(bench: Bench) -> Iterator[Row]:
     unequal = tuple(int(total * share) for share in shares)
     unequal = (*unequal, total - sum(unequal))
     q, k, v = (bench.random(total, heads, dims) for heads, dims in ((N, K), (G, K), (G, V)))
-    work, found = {}, {}
+    work: dict[str, int] = {}
+    found: dict[str, list[float]] = {}
     for name, lengths in (("equal", equal), ("unequal", unequal)):
         work[name] = sum(length * (length + 1) // 2 for length in lengths)
         scaled = [ms * work[name] / work["equal"] for ms in found["equal"]] if found else None
