@@ -51,12 +51,8 @@ def run(config: ChainConfig) -> Path | None:
         except Interrupted as interrupt:
             if not limit.is_over:
                 raise
-            console.print(
-                f"stopped after {config.minutes:g} minutes: {interrupt.kept or 'finished parts are kept'} The same "
-                "command continues.",
-                soft_wrap=True,
-                highlight=False,
-            )
+            kept = interrupt.kept or "finished parts are kept. The same command continues from there."
+            console.print(f"stopped after {config.minutes:g} minutes: {kept}", soft_wrap=True, highlight=False)
             return None
 
 
