@@ -61,7 +61,7 @@ from openmimo.model.heads import micro_batch
 from openmimo.model.hf import save_model
 from openmimo.model.mimo import MiMo
 from openmimo.model.presets import small, tiny
-from openmimo.parallel.plan import MeshSizes, state_bytes
+from openmimo.parallel.plan import MASTER_BYTES, MeshSizes, kept_parameters
 from openmimo.parallel.step_memory import options as memory_options
 from openmimo.parallel.step_memory import step_bytes
 from openmimo.runtime.device import measured_matmul_flops, peak_memory_bytes, resolve_device, synchronize
@@ -509,7 +509,7 @@ def _train_row(
     step, tokens = _step_of(model, lengths), sum(lengths)
     ms = bench.milliseconds(step)
     predicted = step_bytes(config, activations, recompute=recompute, activation_bytes=bench.dtype.itemsize)
-    weights = state_bytes(config, MeshSizes()) / 2  # weights and gradients; there is no optimizer
+    weights = 2 * kept_parameters(config, MeshSizes()) * MASTER_BYTES  # with gradients; there is no optimizer
     expected = predicted.device * tokens + predicted.fixed + weights
     note = f"{1e3 * tokens / ms:,.0f} tokens/s"
     if bench.device.type != "cpu":

@@ -415,7 +415,6 @@ def _plan(arguments: list[str]) -> None:
         rows=stage.global_batch_size,
         micro_batch_rows=options.micro_batch_size,
         recompute=options.recompute,
-        activations=config.activations,
     )
     model = load_config(config.init_from) if config.init_from else model_config(config.model or "tiny")
     print_plan(options, model, step)
