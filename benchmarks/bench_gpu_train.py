@@ -23,8 +23,9 @@ The floor is the larger of the bytes at the measured rate of a copy and the FLOP
 product. Times are those of queued calls, so a launch counts only where it takes longer than its kernel. A backward time
 is that of forward and backward minus that of forward.
 
-A row that fails or takes longer than `--seconds` gives a remark with the error and the next row runs. After an error
-that leaves the accelerator unusable, the other rows run in a new process. Results are written after every row.
+A row that fails or takes longer than `--seconds`, peers apart, gives a remark with the error, and the next row runs.
+After an error that leaves the accelerator unusable, the other rows run in a new process. Results are written after
+every row.
 """
 
 import argparse
@@ -132,6 +133,7 @@ class Bench:
         product_rate: FLOPs of a large product in a millisecond.
         backends: Names of backends to measure in addition, by operation.
         has_peers: Whether peers are measured.
+        peer_seconds: Limit of a peer, which does not count for its row.
     """
 
     device: torch.device
@@ -141,6 +143,7 @@ class Bench:
     product_rate: float
     backends: dict[str, tuple[str, ...]]
     has_peers: bool
+    peer_seconds: int = 40
 
     def floor(self, *, num_bytes: float, flops: float) -> float:
         """Milliseconds of the bytes or of the FLOPs."""
@@ -184,12 +187,13 @@ class Bench:
         """Times of a peer, and the error of one that fails."""
         if not self.has_peers:
             return None, ""
+        left = signal.alarm(self.peer_seconds)
         try:
             return measure(), ""
-        except TooLongError:
-            raise
         except Exception as error:  # of any kind: a peer that fails must not lose our own figures
             return None, f"; the peer failed: {_first_line(error)}"
+        finally:
+            signal.alarm(left)
 
 
 # --- attention -------------------------------------------------------------------------------------------------------
@@ -590,6 +594,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rows", nargs="+", choices=MEASURES, help=f"what is measured (default: {' '.join(DEFAULT)})")
     parser.add_argument("--backends", nargs="+", default=[], help="OPERATION:NAME, such as attention:triton_training")
     parser.add_argument("--seconds", type=int, default=120, help="limit of a row (default: 120)")
+    parser.add_argument("--peer-seconds", type=int, default=40, help="limit of a peer (default: 40)")
     parser.add_argument("--no-peers", action="store_true", help="measure no peers")
     parser.add_argument("--dry", action="store_true", help="toy sizes, in float32, on any device; writes nothing")
     parser.add_argument("--no-write", action="store_true", help="write no results")
@@ -666,7 +671,9 @@ def _measure(bench: Bench, name: str, results: Results, seconds: int) -> bool:
 def _go_on(options: argparse.Namespace, names: list[str], path: Path) -> int:
     """Measures the other rows in a new process."""
     command = [sys.executable, "-m", "benchmarks.bench_gpu_train", "--rows", *names, "--after", str(path)]
-    command += ["--seconds", str(options.seconds)] + (["--backends", *options.backends] if options.backends else [])
+    command += ["--seconds", str(options.seconds), "--peer-seconds", str(options.peer_seconds)] + (
+        ["--backends", *options.backends] if options.backends else []
+    )
     command += (["--no-peers"] if options.no_peers else []) + (["--out", str(options.out)] if options.out else [])
     return subprocess.run(command, check=False).returncode
 
@@ -686,7 +693,7 @@ def _open(parser: argparse.ArgumentParser, options: argparse.Namespace, device: 
         from benchmarks.bench_gpu_kernels import copy_bytes_per_ms
 
         copies, products = copy_bytes_per_ms(device), measured_matmul_flops(device, dtype) / 1e3
-    return Bench(device, dtype, sizes, copies, products, named, not options.no_peers)
+    return Bench(device, dtype, sizes, copies, products, named, not options.no_peers, options.peer_seconds)
 
 
 @contextmanager
@@ -694,7 +701,7 @@ def _limit(seconds: int) -> Iterator[None]:
     """Raises TooLongError in the block after some seconds."""
 
     def stop(number: int, frame: object) -> None:
-        raise TooLongError(f"longer than {seconds} s")
+        raise TooLongError(f"longer than its limit ({seconds} s for a row)")
 
     before = signal.signal(signal.SIGALRM, stop)
     signal.alarm(seconds)

@@ -24,6 +24,7 @@ from openmimo.train.outcome import has_finished, held_run, use_device, write_out
 # Settings without effect on the weights, which may change when a run is resumed.
 FREE = (
     *outcome.FREE, "reward_threads", "rollout_workers", "environment_seconds", "max_lost_steps",
+    "activation_checkpointing",
 )  # fmt: skip
 GROWING = ("steps",)
 _TRACES = ("checkpoints", "events.jsonl", "events", "metrics.jsonl", "model")

@@ -365,6 +365,11 @@ class Trainer:
             self.loader = self._enter_stage(position.stage_index)
         return position.stage
 
+    def _keep_activations(self) -> None:
+        """Apply the settings of what a step keeps to the layers that do not have them yet."""
+        recompute = self.config.activation_checkpointing
+        checkpoint_activations(self.model.model, self.config.activations, recompute=recompute)
+
     def _steps_before_stage(self) -> int:
         return sum(stage.steps for stage in self.config.stages[: self._stage_index])
 
@@ -388,11 +393,6 @@ class Trainer:
                 self._keep_activations()
                 self.optimizer = self._new_optimizer(kept)
         return self._loaders[index]
-
-    def _keep_activations(self) -> None:
-        """Apply the settings of what a step keeps to the layers that do not have them yet."""
-        recompute = self.config.activation_checkpointing
-        checkpoint_activations(self.model.model, self.config.activations, recompute=recompute)
 
     def _new_optimizer(self, tensors: dict[str, torch.Tensor]) -> torch.optim.AdamW:
         optimizer = build_optimizer(self.model, self.config.optimizer, mesh_of=self.ranks.mesh_of)
