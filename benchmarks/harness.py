@@ -93,7 +93,13 @@ def print_rows(rows: list[Row]) -> None:
 
 
 def write_rows(
-    benchmark: str, rows: list[Row], *, device: torch.device, threads: int, remarks: tuple[str, ...] = ()
+    benchmark: str,
+    rows: list[Row],
+    *,
+    device: torch.device,
+    threads: int,
+    remarks: tuple[str, ...] = (),
+    folder: Path | None = None,
 ) -> Path:
     """Writes `results/<machine>/<date>_<benchmark>.json` and regenerates RESULTS.md from all results.
 
@@ -103,12 +109,13 @@ def write_rows(
         device: The measured device.
         threads: CPU threads.
         remarks: Findings without a time, one sentence each.
+        folder: Writes `<folder>/<date>_<benchmark>.json` instead, and leaves RESULTS.md as it is.
 
     Returns:
         The path of the JSON file.
     """
     machine = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
-    path = RESULTS / machine / f"{date.today().isoformat()}_{benchmark}.json"
+    path = (folder or RESULTS / machine) / f"{date.today().isoformat()}_{benchmark}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     result = {
         "benchmark": benchmark,
@@ -121,7 +128,8 @@ def write_rows(
         "rows": [asdict(row) | {"ratio": row.ratio} for row in rows],
     }
     path.write_text(json.dumps(result, indent=2) + "\n")
-    write_results_page()
+    if folder is None:
+        write_results_page()
     return path
 
 

@@ -33,7 +33,7 @@ from openmimo.core.errors import ConfigError, Interrupted, UserError, terminable
 from openmimo.core.fields import field_types
 from openmimo.core.records import SamplingParams, TextParams
 from openmimo.core.registry import load_object
-from openmimo.demo.config import DemoConfig
+from openmimo.demo.config import ChainConfig, DemoConfig
 from openmimo.engine.config import EngineConfig, WeightFormat, chosen_format
 from openmimo.engine.server.config import ServerConfig
 from openmimo.model.embedded import EMBEDDED, announce
@@ -207,7 +207,7 @@ def _with_overrides(verb: str, arguments: list[str], config_type: type, default_
 _MAIN = (
     "checkpoint", "base", "run_folder", "folder", "model", "init_from", "steps", "sequence_length", "global_batch_size",
     "groups_per_step", "learning_rate", "algorithm", "signal", "teachers", "problems", "seed", "device", "dtype",
-    "threads",
+    "threads", "minutes",
 )  # fmt: skip
 
 
@@ -420,7 +420,6 @@ def _plan(arguments: list[str]) -> None:
         rows=stage.global_batch_size,
         micro_batch_rows=options.micro_batch_size,
         recompute=options.recompute,
-        activations=config.activations,
     )
     model = load_config(config.init_from) if config.init_from else model_config(config.model or "tiny")
     print_plan(options, model, step)
@@ -628,6 +627,11 @@ VERBS: dict[str, Verb] = {
     "demo": Verb(
         "train, extend, post-train and measure a tiny model on a laptop; writes report.html",
         _run_recipe("demo", DemoConfig, "openmimo.demo.story:run"),
+        _KEPT_DEMO,
+    ),
+    "chain": Verb(
+        "pre-train, extend, post-train and compare on one device, in pieces of --minutes",
+        _run_recipe("chain", ChainConfig, "openmimo.demo.chain:run", "small_1gpu"),
         _KEPT_DEMO,
     ),
     "pretrain": Verb(

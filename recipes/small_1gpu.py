@@ -1,11 +1,15 @@
 """A hybrid MoE of 170 million parameters on one GPU in an evening: Wikipedia text and Python, at 4K, then 32K tokens.
 
-The post-training settings are scaled from `tiny_cpu` and have not been run at this size.
+The post-training settings are scaled from `tiny_cpu` and have not been run at this size. `openmimo chain small_1gpu`
+runs everything in pieces.
 """
 
+from dataclasses import replace
+
 from openmimo.data.config import MixtureConfig, SourceConfig, TaskConfig, demonstrations
+from openmimo.demo.config import ChainConfig
 from openmimo.engine.config import EngineConfig
-from openmimo.rl.config import MopdConfig, RlConfig, RlEvaluation, RlSource
+from openmimo.rl.config import CompareConfig, MopdConfig, RlConfig, RlEvaluation, RlSource
 from openmimo.train.config import (
     CheckpointConfig,
     EvaluationConfig,
@@ -152,4 +156,34 @@ def mopd() -> MopdConfig:
         tokens_per_microbatch=32_768,
         engine=ROLLOUTS,
         evaluation=RlEvaluation(every_steps=25, problems=500, temperature=1.0),
+    )
+
+
+def compare() -> CompareConfig:
+    """The fine-tuned model, the teachers and the student in all four domains."""
+    teachers: dict[str, tuple[str, ...]] = {
+        f"{name} teacher": (f"runs/small_1gpu_rl_{name}/model",) for name in DOMAINS
+    }
+    return CompareConfig(
+        run_folder="runs/small_1gpu_compare",
+        base="runs/small_1gpu_sft/model",
+        sources=(*(domain(name, level) for name, level in DOMAINS.items()), domain("boolean", 8)),
+        models=teachers | {"student": ("runs/small_1gpu_mopd/model",)},
+        teachers={name: f"{name} teacher" for name in DOMAINS},
+        problems=1000,
+        temperature=1.0,
+        engine=ROLLOUTS,
+    )
+
+
+def chain() -> ChainConfig:
+    """From random weights to the student, in pieces of a few minutes on one card (docs/rl.md)."""
+    return ChainConfig(
+        folder="runs/small_1gpu_chain",
+        pretrain=replace(pretrain(), checkpoints=CheckpointConfig(every_steps=250)),
+        extend=extend(),
+        sft=sft(),
+        teachers=tuple(rl_on(name) for name in DOMAINS),
+        mopd=mopd(),
+        compare=compare(),
     )

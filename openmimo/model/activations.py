@@ -32,6 +32,7 @@ from openmimo.runtime.device import OffloadedTensor, OffloadStream
 
 MIN_OFFLOADED_BYTES = 1 << 16
 Forward = Callable[..., Any]
+_DONE = "activations"  # the attribute of a layer that has its settings
 
 
 def keep_activations(model: nn.Module, config: ActivationConfig, *, recompute: bool) -> None:
@@ -47,8 +48,9 @@ def keep_activations(model: nn.Module, config: ActivationConfig, *, recompute: b
     """
     queue = _OffloadQueue()
     for number, layer in enumerate(_layers_of(model)):
-        if any("forward" in vars(part) for part in layer.modules()):
+        if _DONE in vars(layer):
             continue
+        vars(layer)[_DONE] = config
         if config.ffn_chunks > 1:
             _wrap(_ffn_of(layer), functools.partial(_in_chunks, config.ffn_chunks))
         if recompute and number % config.recompute_every == 0:

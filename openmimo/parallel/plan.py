@@ -1,7 +1,7 @@
 """The memory, communication and time of a training step on a mesh, predicted from the geometry, and a search of meshes.
 
 The bytes of weights and of messages are exact for an even load of the experts; tests compare them with those of real
-processes. Activations are those of `step_memory`. The time is that of the products at a stated
+processes. Activations are estimated from the tensors that autograd saves. The time is that of the products at a stated
 fraction of the card's peak, or of the gathering of weights if that takes longer, because both overlap; the other
 messages are added, because the layers wait for them.
 
@@ -15,8 +15,7 @@ from dataclasses import dataclass, fields
 
 from openmimo.core.errors import ConfigError
 from openmimo.model.attention import AttentionConfig, kv_spec
-from openmimo.model.config import ActivationConfig, ModelConfig, attention_parameters, training_flops_per_token
-from openmimo.parallel.step_memory import step_bytes
+from openmimo.model.config import ModelConfig, attention_parameters, training_flops_per_token
 
 MASTER_BYTES = 4  # weights, gradients and both moments are float32
 STATES = 4
@@ -84,7 +83,6 @@ class StepShape:
         micro_batch_rows: Rows of a micro-batch of one process.
         activation_bytes: Bytes of an activation.
         recompute: Whether layers recompute their activations in the backward pass.
-        activations: What is recomputed, divided and offloaded.
     """
 
     sequence_length: int
@@ -92,7 +90,6 @@ class StepShape:
     micro_batch_rows: int
     activation_bytes: int = 2
     recompute: bool = False
-    activations: ActivationConfig = ActivationConfig()
 
 
 @dataclass(frozen=True)
@@ -301,26 +298,42 @@ def kept_parameters(config: ModelConfig, sizes: MeshSizes) -> float:
 
 
 def _memory(config: ModelConfig, sizes: MeshSizes, step: StepShape) -> Memory:
+    units = _units(config, sizes.tp)
     kept = kept_parameters(config, sizes) * MASTER_BYTES
-    return Memory(kept, kept, 2 * kept, _gathered_bytes(config, sizes), activation_bytes(config, sizes, step))
-
-
-def _gathered_bytes(config: ModelConfig, sizes: MeshSizes) -> float:
-    return 3 * max(weights.gathered(sizes) for weights, _ in _units(config, sizes.tp)) * MASTER_BYTES
-
-
-def state_bytes(config: ModelConfig, sizes: MeshSizes) -> float:
-    """Return the bytes of a rank without activations."""
-    return STATES * kept_parameters(config, sizes) * MASTER_BYTES + _gathered_bytes(config, sizes)
+    largest = max(weights.gathered(sizes) for weights, _ in units) * MASTER_BYTES
+    return Memory(kept, kept, 2 * kept, 3 * largest, activation_bytes(config, sizes, step))
 
 
 def activation_bytes(config: ModelConfig, sizes: MeshSizes, step: StepShape) -> float:
-    """Return the bytes of activations of one micro-batch on one rank, at their peak."""
+    """Estimate the bytes that autograd keeps for the backward pass of one micro-batch on one rank."""
     T = step.micro_batch_rows * step.sequence_length / sizes.cp
-    found = step_bytes(
-        config, step.activations, recompute=step.recompute, activation_bytes=step.activation_bytes, tp=sizes.tp
-    )
-    return T * found.device + found.fixed
+    layers = [_layer_activations(config, index, sizes.tp) for index in range(len(config.layers))]
+    heads = [
+        _attention_activations(config, len(config.layers) + head, sizes.tp)
+        + 3 * config.dense_ffn_dim / sizes.tp
+        + 7 * config.hidden_size
+        for head in range(config.num_mtp_heads)
+    ]
+    kept = len(layers) * config.hidden_size + max(layers) if step.recompute else sum(layers)
+    return T * step.activation_bytes * (kept + sum(heads) + 3 * config.hidden_size)
+
+
+def _attention_activations(config: ModelConfig, index: int, tp: int) -> float:
+    """Return the saved values of a token: input and norm, projections, rotated and scaled, output."""
+    spec = config.attention_place(index).spec
+    queries, keys = spec.num_heads / tp, max(spec.num_kv_heads / tp, 1)
+    projected = (queries + keys) * spec.key_dim + keys * spec.value_dim
+    return 2 * config.hidden_size + 2 * projected + queries * spec.value_dim
+
+
+def _layer_activations(config: ModelConfig, index: int, tp: int) -> float:
+    D = config.hidden_size
+    attention = _attention_activations(config, index, tp)
+    if config.layers[index].ffn == "dense":
+        return attention + 2 * D + 4 * config.dense_ffn_dim / tp
+    assert config.moe is not None, "checked by the config"
+    A, F = config.moe.experts_per_token, config.moe.expert_dim
+    return attention + 2 * D + A * (2 * D + 4 * F) + 2 * config.moe.num_experts
 
 
 # --- messages --------------------------------------------------------------------------------------------------------

@@ -7,8 +7,18 @@ from rich.table import Table
 from openmimo.core.errors import ConfigError
 from openmimo.model.config import ModelConfig
 from openmimo.parallel.config import PlanConfig
-from openmimo.parallel.plan import CARDS, Card, MeshSizes, Plan, StepShape, search, state_bytes
-from openmimo.parallel.step_memory import longest
+from openmimo.parallel.plan import (
+    CARDS,
+    MASTER_BYTES,
+    STATES,
+    Card,
+    MeshSizes,
+    Plan,
+    StepShape,
+    kept_parameters,
+    search,
+)
+from openmimo.parallel.step_memory import gathered_bytes, longest
 from openmimo.parallel.step_memory import options as every_option
 
 _TERA, _GIGA, _KILO = 1e12, 1e9, 1e3
@@ -67,7 +77,9 @@ def print_plan(options: PlanConfig, model: ModelConfig, step: StepShape) -> None
 def _print_longest(console: Console, options: PlanConfig, model: ModelConfig, card: Card) -> None:
     """Print the longest row of each option."""
     sizes = MeshSizes(cp=options.gpus)
-    states = state_bytes(model, sizes)
+    states = STATES * kept_parameters(model, sizes) * MASTER_BYTES
+    if options.gpus > 1:
+        states += gathered_bytes(model)
     usable = 0.9 * card.memory_bytes  # a tenth for the allocator
     console.print(
         f"{options.gpus} x {options.gpu}: {usable / _GIGA:.0f} of {card.memory_bytes / _GIGA:.0f} GB a card, of which "

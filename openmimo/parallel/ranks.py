@@ -13,7 +13,6 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from openmimo.core.errors import ConfigError
 from openmimo.model.backbone import checkpoint_activations
-from openmimo.model.config import ActivationConfig
 from openmimo.model.context import PackedContext, RoutingTape
 from openmimo.model.heads import MicroBatch
 from openmimo.model.mimo import MiMo
@@ -109,15 +108,15 @@ class Ranks:
             )
         return rows // self.num_row_ranks
 
-    def apply(self, model: MiMo, *, recompute: bool, activations: ActivationConfig | None = None) -> None:
+    def apply(self, model: MiMo, *, recompute: bool) -> None:
         """Distribute a model, whole on every process, in place. Raises ConfigError for a model that does not fit.
 
         Args:
             model: The model.
             recompute: Whether layers recompute their activations in the backward pass.
-            activations: See `model.backbone.checkpoint_activations`.
         """
-        checkpoint_activations(model.model, activations, recompute=recompute)
+        if recompute:
+            checkpoint_activations(model.model)
         if self.mesh.pp.size() > 1:
             assert self._options is not None
             self._pipeline = Pipeline(model, self.mesh.pp.get_group(), self._options, self.device)

@@ -200,6 +200,14 @@ def _flops_per_token(config: ModelConfig, activations: ActivationConfig, length:
     return total + again
 
 
+def gathered_bytes(config: ModelConfig) -> float:
+    """Return the bytes of the largest layer's weights in float32 where layers are gathered.
+
+    They are those of a layer that runs and of one on its way, and the gradients of one.
+    """
+    return 3 * WIDE_BYTES * max(_weights(config, index) for index in range(len(config.layers)))
+
+
 def _blocks(config: ModelConfig, size: int, tp: int) -> Iterator[BlockBytes]:
     """Yield the blocks in the order of the forward pass."""
     D = config.hidden_size

@@ -16,13 +16,13 @@ from rich.console import Console
 from safetensors import SafetensorError
 
 from openmimo.core.config import check_same_run, keep_config, run_folder
-from openmimo.core.errors import CheckpointError
+from openmimo.core.errors import CheckpointError, ConfigError
 from openmimo.core.files import new_folder_atomic
 from openmimo.core.metrics import read_metrics
 from openmimo.data.tokenizer import Tokenizer
 from openmimo.model.hf import check_replaceable, write_model
 from openmimo.model.mimo import MiMo
-from openmimo.runtime.device import resolve_device
+from openmimo.runtime.device import resolve_device, works_ahead
 from openmimo.runtime.report import Report, length_axis, new_figure, step_axis
 from openmimo.train.checkpoint import Checkpoints, find_damage
 from openmimo.train.config import RunConfig
@@ -36,8 +36,13 @@ _FILES = ("config.json", "model/config.json", "model/tokenizer.json", "report.ht
 
 
 def use_device(config: RunConfig) -> torch.device:
-    """Return the device of a run, and set the number of CPU threads."""
+    """Return the device of a run, and set the number of CPU threads. Raises ConfigError for what it cannot do."""
     device = resolve_device(config.device)
+    if config.activations.offload and not works_ahead(device):
+        raise ConfigError(
+            f"activations.offload has no effect on device {str(device)!r}, whose memory is that of the host; leave it "
+            "out."
+        )
     if config.threads:
         torch.set_num_threads(config.threads)
     return device

@@ -19,14 +19,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as ProgressBar
 
-from openmimo.core.errors import CheckpointError, ConfigError, Interrupted, StopRequest, stop_requests
+from openmimo.core.errors import CheckpointError, Interrupted, StopRequest, stop_requests
 from openmimo.core.metrics import MetricsWriter, TimeLeft
 from openmimo.core.registry import load_object
 from openmimo.data.loader import Loader
 from openmimo.data.tokenizer import Tokenizer
 from openmimo.kernels.weights import Packing
 from openmimo.model.backbone import checkpoint_activations
-from openmimo.model.config import ActivationConfig, training_flops_per_token
+from openmimo.model.config import training_flops_per_token
 from openmimo.model.context import PackedContext, RoutingTape
 from openmimo.model.heads import MicroBatch
 from openmimo.model.mimo import MiMo
@@ -118,18 +118,10 @@ class Alone:
         """Return the number of rows of an optimizer step that this process reads. Raises ConfigError."""
         return rows
 
-    def apply(self, model: MiMo, *, recompute: bool, activations: ActivationConfig | None = None) -> None:
-        """Distribute a model in place; see `model.backbone.checkpoint_activations` for the other arguments.
-
-        Raises:
-            ConfigError: A setting has no effect on the device.
-        """
-        if activations is not None and activations.offload and not works_ahead(self.device):
-            raise ConfigError(
-                f"activations.offload has no effect on device {str(self.device)!r}, whose memory is that of the host; "
-                "leave it out."
-            )
-        checkpoint_activations(model.model, activations, recompute=recompute)
+    def apply(self, model: MiMo, *, recompute: bool) -> None:
+        """Distribute a model in place; `recompute`: layers recompute their activations in the backward pass."""
+        if recompute:
+            checkpoint_activations(model.model)
 
     def split(
         self,
@@ -270,7 +262,8 @@ class Trainer:
         self.loader = self._enter_stage(place_of(self.step, config.stages).stage_index)
         if start.loader and start.stage_index == self._stage_index:
             self.loader.load_state(start.loader)
-        ranks.apply(self.model, recompute=config.activation_checkpointing, activations=config.activations)
+        self._keep_activations()
+        ranks.apply(self.model, recompute=config.activation_checkpointing)
         self.optimizer = self._new_optimizer(optimizer_tensors or {})
         self._expert_step = self._new_expert_step() if config.expert_step.is_used else None
         self.guard = StepGuard(
@@ -517,6 +510,11 @@ class Trainer:
             self.loader = self._enter_stage(position.stage_index)
         return position.stage
 
+    def _keep_activations(self) -> None:
+        """Apply the settings of what a step keeps to the layers that do not have them yet."""
+        recompute = self.config.activation_checkpointing
+        checkpoint_activations(self.model.model, self.config.activations, recompute=recompute)
+
     def _steps_before_stage(self) -> int:
         return sum(stage.steps for stage in self.config.stages[: self._stage_index])
 
@@ -539,9 +537,7 @@ class Trainer:
             kept = optimizer_state(self.model, self.optimizer) if is_running else {}
             self.model.replicate_mtp_heads(stage.mtp_heads)
             if is_running:
-                checkpoint_activations(
-                    self.model.model, self.config.activations, recompute=self.config.activation_checkpointing
-                )
+                self._keep_activations()
                 self.optimizer = self._new_optimizer(kept)
         return self._loaders[index]
 

@@ -10,6 +10,7 @@ from conftest import tiny_model
 from distributed.processes import run_processes
 
 from openmimo.core.errors import ConfigError
+from openmimo.model.backbone import checkpoint_activations
 from openmimo.model.config import ActivationConfig
 from openmimo.model.context import RoutingTape
 from openmimo.model.heads import MicroBatch, micro_batch
@@ -94,7 +95,9 @@ def steps_on_meshes(
     for sizes in meshes:
         ranks = Ranks(build_mesh("cpu", **WHOLE | sizes), CPU)
         model = large_sink_model()
-        ranks.apply(model, recompute=recompute, activations=activations)
+        if activations is not None:
+            checkpoint_activations(model.model, activations)
+        ranks.apply(model, recompute=recompute)
         outcomes.append(step(model, ranks, batches()[ranks.row_rank :: ranks.num_row_ranks]))
     return outcomes if dist.get_rank() == 0 else []
 

@@ -11,13 +11,14 @@ from distributed.processes import run_processes
 from distributed.test_equals_one_process import CPU, WHOLE
 
 from openmimo.core.errors import ConfigError
-from openmimo.model.context import RoutingTape
+from openmimo.model.backbone import checkpoint_activations
+from openmimo.model.context import PackedContext, RoutingTape
 from openmimo.model.heads import micro_batch
 from openmimo.model.mimo import MiMo
 from openmimo.model.presets import model_config
 from openmimo.parallel.dry_run import dry_run
 from openmimo.parallel.mesh import build_mesh
-from openmimo.parallel.plan import CARDS, MeshSizes, StepShape, kept_parameters, meshes, plan, search
+from openmimo.parallel.plan import CARDS, MeshSizes, StepShape, activation_bytes, kept_parameters, meshes, plan, search
 from openmimo.parallel.ranks import Ranks
 from openmimo.train.loss import training_loss
 
@@ -104,6 +105,30 @@ def test_bytes_are_those_of_real_processes(tmp_path):
         assert mean["reduce"] == pytest.approx(traffic.replicate + traffic.tp), sizes
         # a random router is not even, and the counts of tokens travel as well
         assert mean["exchange"] == pytest.approx(traffic.cp + traffic.ep, rel=0.2 if sizes.ep > 1 else 1e-9), sizes
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_activations_are_those_that_autograd_keeps(recompute):
+    """The layers' tensors, not those of the loss, which depend on the vocabulary and are freed first."""
+    model = MiMo(replace(CONFIG, mtp=None))
+    model.initialize(torch.Generator().manual_seed(0))
+    if recompute:
+        checkpoint_activations(model.model)
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        hidden = model.train()(torch.arange(1024) % 160, PackedContext((1024,)))
+    step = StepShape(sequence_length=1024, rows=1, micro_batch_rows=1, activation_bytes=4, recompute=recompute)
+    predicted = activation_bytes(model.config, MeshSizes(), step)
+    assert hidden.post_norm_TD.requires_grad
+    print(sum(kept.values()), predicted)
 
 
 def test_the_search_sorts_meshes_by_time_and_memory():

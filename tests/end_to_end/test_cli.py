@@ -68,7 +68,7 @@ def test_help_needs_no_torch_and_names_every_verb():
 
 
 AUDIO = [f"audio {command}" for command in audio_commands.COMMANDS]
-DEMOS = ("demo", "audio demo")  # have the options of all training commands
+DEMOS = ("demo", "chain", "audio demo")  # have the options of all training commands
 
 
 @pytest.mark.parametrize("verb", [*(verb for verb in cli.VERBS if verb not in ("bench", "audio")), *AUDIO])

@@ -15,7 +15,9 @@ from openmimo.model.context import PackedContext, RoutingTape
 from openmimo.model.heads import micro_batch
 from openmimo.model.mimo import MiMo
 from openmimo.model.presets import model_config
+from openmimo.train.config import RunConfig
 from openmimo.train.loss import training_loss
+from openmimo.train.outcome import use_device
 from openmimo.train.trainer import Alone
 
 LENGTHS = (40, 23)
@@ -130,4 +132,12 @@ def test_settings_without_effect_are_refused(settings, checkpointing, message):
 
 def test_offloading_on_a_cpu_is_refused():
     with pytest.raises(ConfigError, match="activations.offload has no effect on device 'cpu'"):
-        Alone(torch.device("cpu")).apply(model_of(), recompute=True, activations=ActivationConfig(offload=True))
+        use_device(RunConfig("run", device="cpu", activations=ActivationConfig(offload=True)))
+
+
+def test_layers_that_keep_all_stay_so_when_the_model_is_distributed():
+    model = model_of()
+    checkpoint_activations(model.model, ActivationConfig(recompute_every=2))
+    Alone(torch.device("cpu")).apply(model, recompute=True)
+    wrapped = ["forward" in vars(layer) for layer in (*model.model.layers, *model.model.mtp.layers)]
+    assert wrapped == [True, False, True, False, True, False, True]

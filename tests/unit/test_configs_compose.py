@@ -22,7 +22,7 @@ from openmimo.core.records import SamplingParams
 from openmimo.data.audio.config import CorpusConfig
 from openmimo.data.config import TaskConfig
 from openmimo.demo.audio.config import AudioDemoConfig
-from openmimo.demo.config import DemoConfig
+from openmimo.demo.config import ChainConfig, DemoConfig
 from openmimo.engine.config import EngineConfig
 from openmimo.engine.llm import LLM
 from openmimo.evals.config import EvalConfig
@@ -34,7 +34,7 @@ from openmimo.train.config import ExtendConfig, PhaseSettings, PretrainConfig, R
 
 PACKAGE = Path(openmimo.__file__).parent
 COMMANDS = (
-    PretrainConfig, ExtendConfig, SftConfig, RlConfig, MopdConfig, CompareConfig, DemoConfig, EvalConfig,
+    PretrainConfig, ExtendConfig, SftConfig, RlConfig, MopdConfig, CompareConfig, DemoConfig, ChainConfig, EvalConfig,
     SpeakOptions, GenerateOptions, ServeOptions, PlanConfig, ExpertsOptions, AudioDemoConfig, AudioTrainConfig,
     AudioTokenizerTrainConfig, CorpusConfig,
 )  # fmt: skip

@@ -117,7 +117,7 @@ def test_kept_bytes_are_those_of_autograd(activations, recompute):
 @pytest.mark.parametrize(("activations", "recompute"), OF_DEVICE)
 def test_the_peak_is_that_of_live_tensors(activations, recompute):
     predicted = step_bytes(CONFIG, activations, recompute=recompute, activation_bytes=4)
-    measured = per_token(peak_bytes, model_that_keeps(activations, recompute), 1024, 4096)
+    measured = per_token(peak_bytes, model_that_keeps(activations, recompute), 2048, 8192)
     assert 0.9 < predicted.device / measured < 1.2
 
 

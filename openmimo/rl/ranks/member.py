@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 from openmimo.core.errors import stop_requests
 from openmimo.core.services import close_services
 from openmimo.data.tokenizer import Tokenizer
+from openmimo.model.backbone import checkpoint_activations
 from openmimo.model.mimo import MiMo
 from openmimo.parallel.ranks import Ranks
 from openmimo.rl.config import RlConfig
@@ -74,7 +75,8 @@ class Member:
         self.ranks = ranks
         self._has_engine = config.rollouts == "engine" or ranks.is_main
         engine_model = copy.deepcopy(model).requires_grad_(False) if self._has_engine else None
-        ranks.apply(model, recompute=config.activation_checkpointing, activations=config.activations)
+        checkpoint_activations(model.model, config.activations, recompute=config.activation_checkpointing)
+        ranks.apply(model, recompute=config.activation_checkpointing)
         self.learner = LocalLearner(
             config,
             model,

@@ -105,6 +105,8 @@ class AudioTrainConfig(TrainConfig):
             "z_weight": self.z_weight > 0,
             "balance_over": self.balance_over != "sequence",
             "loader_workers": self.loader_workers,
+            "activation_checkpointing": self.activation_checkpointing,
+            "activations": self.activations != AudioTrainConfig.activations,
             "tokenizer.train_megabytes": self.tokenizer.train_megabytes != TokenizerConfig.train_megabytes,
         }
         for name, is_set in unused.items():
