@@ -22,7 +22,7 @@ from openmimo.engine.llm import LLM
 from openmimo.model.embedded import EMBEDDED
 from openmimo.model.hf import load_model, save_model
 from openmimo.model.mimo import MiMo
-from openmimo.model.presets import tiny_alibi, tiny_fairy, tiny_hysparse
+from openmimo.model.presets import mimo_7b, tiny_alibi, tiny_fairy, tiny_hysparse
 from openmimo.parallel.inference import text_logprobs
 
 SMALL = EngineConfig(max_sequences=4, prefill_tokens=64, mixed_prefill_tokens=32, adaptive_drafts=False)
@@ -166,10 +166,31 @@ def test_drafts_of_a_trained_model_are_accepted():
         assert sum(engine.stats.accepted) > 0 and engine.stats.accepted == alone.stats.accepted
 
 
-def test_log_probabilities_of_a_text_are_those_of_one_device(checkpoint):
-    tokens_T = torch.tensor(ids(100))
-    expected_T = text_logprobs(load_model(checkpoint), tokens_T)
-    with forked_team(checkpoint, replace(SMALL, tp=2), dtype="float32") as team:
+def small_mimo_7b():
+    base = mimo_7b()
+    full = replace(base.layers[0].attention, num_heads=4, num_kv_heads=2, key_dim=16, value_dim=16, rotary_dim=16)
+    layers, mtp = (replace(base.layers[0], attention=full),) * 2, replace(base.mtp, attention=full)
+    return replace(base, vocab_size=160, hidden_size=64, dense_ffn_dim=96, layers=layers, mtp=mtp)
+
+
+def dense(config):
+    return replace(config, layers=tuple(replace(layer, ffn="dense") for layer in config.layers), moe=None)
+
+
+@pytest.mark.parametrize(
+    "config, weights",
+    [
+        (replace(tiny_config(mtp_heads=1), vocab_size=161), "plain"),  # the last rank has fewer tokens
+        (replace(tiny_config(), tie_embeddings=True), "int8"),
+        (small_mimo_7b(), "plain"),  # biases, and another layout of checkpoints
+    ],
+)
+def test_log_probabilities_of_a_text_are_those_of_one_device(tmp_path, config, weights):
+    save_model(randomize(MiMo(config), 0), tmp_path / "model")
+    tokens_T = torch.tensor([token % 161 % config.vocab_size for token in ids(100)])
+    expected_T = text_logprobs(load_model(tmp_path / "model", weights=weights), tokens_T)
+    options = {"dtype": "float32", "weights": weights}
+    with forked_team(tmp_path / "model", replace(SMALL, tp=2), **options) as team:
         torch.testing.assert_close(team.text_logprobs(tokens_T), expected_T.detach(), atol=1e-5, rtol=0)
 
 
@@ -215,10 +236,6 @@ def test_a_rank_that_cannot_load_ends_all(checkpoint, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="rank 1 of 2"):
         LLM(checkpoint, tp=2, device="cpu")
     assert not multiprocessing.active_children()
-
-
-def dense(config):
-    return replace(config, layers=tuple(replace(layer, ffn="dense") for layer in config.layers), moe=None)
 
 
 def saved(folder, config):
