@@ -21,6 +21,7 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
 from torch.distributed.tensor import DTensor
 
@@ -76,6 +77,21 @@ class Stage(nn.Module):
         hidden = Hidden(pre_norm_TD=x_TD, post_norm_TD=self.norm(x_TD))
         hidden = model(None, context, dict(enumerate(batch.shifted)), hidden=hidden)
         return [hidden.post_norm_TD, *hidden.mtp_TD.values()]
+
+
+def order_gathers(stage: Stage) -> None:
+    """Tell the sharded modules of a stage which weights to gather next in a backward pass.
+
+    By itself, a module gathers what ran before it, which is wrong as soon as another micro-batch ran in between.
+    """
+    blocks = [*stage.layers, *(stage.mtp.layers if stage.is_last else ())]
+    backward: list[nn.Module] = [stage.lm_head] if stage.is_last else []
+    for block in reversed(blocks):  # the experts of a layer may be sharded on their own
+        backward += [module for module in block.modules() if isinstance(module, FSDPModule)]
+    if "embed_tokens" in dict(stage.named_children()):
+        backward.append(stage.embed_tokens)
+    for module, following in zip(backward, [*backward[1:], stage], strict=True):
+        cast(FSDPModule, module).set_modules_to_backward_prefetch([cast(FSDPModule, following)])
 
 
 class PipelinedModel(MiMo):
@@ -278,15 +294,10 @@ class Pipeline:
         return self._schedules[key]
 
     def _torch_stage(self, index: int, num_tokens: int) -> PipelineStage:
-        states = torch.empty(
-            num_tokens,
-            self._model.config.hidden_size,
-            dtype=self._model.activation_dtype,
-            device="meta",
-            requires_grad=True,
-        )
+        shape, dtype = (num_tokens, self._model.config.hidden_size), self._model.activation_dtype
+        states = torch.empty((), dtype=dtype, device="meta", requires_grad=True).expand(shape)
         is_first, is_last = index == 0, index == self._num_stages - 1
-        return PipelineStage(
+        stage = _StageInTurn(
             _Called(lambda x, number: self._compute(index, None if is_first else x, self._batches[int(number)])),
             index,
             self._num_stages,
@@ -295,6 +306,8 @@ class Pipeline:
             output_args=torch.empty((), device="meta", requires_grad=True) if is_last else states,
             group=self._group,
         )
+        stage.states = (shape, dtype)
+        return stage
 
     def _sum_embedding_gradients(self) -> None:
         """Replace the gradients of the embedding in the first and the last stage by their sum."""
@@ -312,6 +325,49 @@ class Pipeline:
         for work in dist.batch_isend_irecv(operations):
             work.wait()
         mine += other
+
+
+class _StageInTurn(PipelineStage):
+    """Allocates the buffers of a micro-batch when it comes and frees them after its backward pass.
+
+    torch has one for every micro-batch of a step, from its start. It makes them like the given states, whose rows share
+    one number here, so that they take no memory until this class replaces them.
+
+    Attributes:
+        states: Shape and dtype of the states of a micro-batch.
+    """
+
+    states: tuple[tuple[int, int], torch.dtype]
+
+    def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
+        """As the base class."""
+        if not self.is_first:
+            self._allocate(self.args_recv_info[fwd_chunk_id])
+        return super().get_fwd_recv_ops(fwd_chunk_id)
+
+    def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
+        """As the base class."""
+        if not self.is_last:
+            self._allocate(self.grad_recv_info[bwd_chunk_id])
+        return super().get_bwd_recv_ops(bwd_chunk_id)
+
+    def backward_one_chunk(
+        self,
+        bwd_chunk_id: int,
+        loss: torch.Tensor | None = None,
+        full_backward: bool = True,
+        last_backward: bool = False,
+    ) -> None:
+        """As the base class."""
+        super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
+        received = () if self.is_first else self.args_recv_info[bwd_chunk_id]
+        for states in (*received, *(() if self.is_last else self.grad_recv_info[bwd_chunk_id])):
+            states.buffer = torch.empty(0)
+
+    def _allocate(self, received: Any) -> None:
+        (states,) = received
+        shape, dtype = self.states
+        states.buffer = torch.empty(shape, dtype=dtype, device=self.device)
 
 
 class _Called(nn.Module):

@@ -21,7 +21,7 @@ from openmimo.parallel.expert import distribute_experts
 from openmimo.parallel.fsdp import shard_model
 from openmimo.parallel.gradients import ShardedGradients, local_part
 from openmimo.parallel.mesh import Mesh, build_mesh, process_group
-from openmimo.parallel.pipeline import Pipeline, gather_from_stages
+from openmimo.parallel.pipeline import Pipeline, gather_from_stages, order_gathers
 from openmimo.parallel.stages import PipelineOptions
 from openmimo.parallel.tensor import divide_layers
 
@@ -111,6 +111,8 @@ class Ranks:
         stages = None if self._pipeline is None else self._pipeline.stages.values()
         shard_model(model, self.mesh.weights, self.mesh.experts, experts, called=stages)
         if self._pipeline is not None:
+            for stage in self._pipeline.stages.values():
+                order_gathers(stage)
             self.gradients = ShardedGradients(self.mesh.pp.get_group(), self._pipeline.copies())
 
     def split(
