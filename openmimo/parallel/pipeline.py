@@ -27,6 +27,7 @@ from torch.distributed.tensor import DTensor
 
 from openmimo.core.errors import ConfigError
 from openmimo.model.backbone import Hidden, LayerStack
+from openmimo.model.config import ModelConfig
 from openmimo.model.context import AttentionContext, PackedContext
 from openmimo.model.heads import Head, MicroBatch
 from openmimo.model.mimo import MiMo
@@ -85,13 +86,14 @@ def order_gathers(stage: Stage) -> None:
     By itself, a module gathers what ran before it, which is wrong as soon as another micro-batch ran in between.
     """
     blocks = [*stage.layers, *(stage.mtp.layers if stage.is_last else ())]
-    backward: list[nn.Module] = [stage.lm_head] if stage.is_last else []
-    for block in reversed(blocks):  # the experts of a layer may be sharded on their own
-        backward += [module for module in block.modules() if isinstance(module, FSDPModule)]
+    parts: list[nn.Module] = [stage.lm_head] if stage.is_last else []
+    for block in reversed(blocks):
+        parts += block.modules()  # the experts of a layer may be sharded on their own
     if "embed_tokens" in dict(stage.named_children()):
-        backward.append(stage.embed_tokens)
-    for module, following in zip(backward, [*backward[1:], stage], strict=True):
-        cast(FSDPModule, module).set_modules_to_backward_prefetch([cast(FSDPModule, following)])
+        parts.append(stage.embed_tokens)
+    backward = [part for part in (*parts, stage) if isinstance(part, FSDPModule)]
+    for module, following in itertools.pairwise(backward):
+        module.set_modules_to_backward_prefetch([following])
 
 
 class PipelinedModel(MiMo):
@@ -165,17 +167,10 @@ class Pipeline:
     """
 
     def __init__(self, model: MiMo, group: dist.ProcessGroup, options: PipelineOptions, device: torch.device):
-        if model.config.tie_embeddings:
-            raise ConfigError(
-                "the model has tied embeddings, which the first and the last pipeline stage would share; set "
-                "tie_embeddings false in its config, or parallel.pp 1."
-            )
+        layers = check_stages(model.config, options)
         self._model, self._group, self._device = model, group, device
         self._rank, self._size = dist.get_rank(group), dist.get_world_size(group)
         self._num_stages = options.stages
-        layers = stage_layers(
-            model.config, options.stages, sequence_length=options.sequence_length, boundaries=options.boundaries
-        )
         mine = range(self._rank, options.stages, self._size)
         self.has_last = options.stages - 1 in mine
         _keep(model, [index for stage in mine for index in layers[stage]], is_first=0 in mine, is_last=self.has_last)
@@ -388,6 +383,16 @@ class _Called(nn.Module):
 def _given(loss: torch.Tensor, number: torch.Tensor) -> torch.Tensor:
     """Return the loss that the last stage has computed."""
     return loss
+
+
+def check_stages(config: ModelConfig, options: PipelineOptions) -> tuple[range, ...]:
+    """Return the layers of each stage. Raises ConfigError if the model cannot be divided like this."""
+    if config.tie_embeddings:
+        raise ConfigError(
+            "the model has tied embeddings, which the first and the last pipeline stage would share; set "
+            "tie_embeddings false in its config, or parallel.pp 1."
+        )
+    return stage_layers(config, options.stages, sequence_length=options.sequence_length, boundaries=options.boundaries)
 
 
 def _keep(model: MiMo, layers: Sequence[int], *, is_first: bool, is_last: bool) -> None:
