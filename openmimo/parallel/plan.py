@@ -236,9 +236,8 @@ def _plan(model: _Model, sizes: MeshSizes, step: StepShape, card: Card, efficien
         overlapped = max(own, traffic.shard / _bandwidth(card, sizes, "shard"))
         names = ("cp", "tp", "ep", "pp")
         seconds.append(overlapped + sum(getattr(traffic, name) / _bandwidth(card, sizes, name) for name in names))
-    waiting = (sum(seconds) - max(seconds)) / micro_batches / sizes.stages_per_rank
     sums = max(traffic.replicate for traffic in traffics) / _bandwidth(card, sizes, "replicate")
-    step_seconds = max(seconds) + waiting + sums
+    step_seconds = pipeline_seconds(seconds, micro_batches, sizes.stages_per_rank) + sums
     memories = [_memory(model, sizes, step, rank, micro_batches) for rank in pipeline]
     return Plan(
         sizes,
@@ -251,6 +250,15 @@ def _plan(model: _Model, sizes: MeshSizes, step: StepShape, card: Card, efficien
         tuple(rank.stages for rank in pipeline),
         tuple(memory.total for memory in memories),
     )
+
+
+def pipeline_seconds(busy: list[float], micro_batches: int, stages_per_rank: int) -> float:
+    """Return the time of a step, given that in which each rank of a pipeline is busy.
+
+    The slowest rank never waits but for the first states and for the last gradients, in which time each other rank runs
+    one of its stages on one micro-batch. For equal ranks this is the time of the schedule, otherwise a bound.
+    """
+    return max(busy) + (sum(busy) - max(busy)) / micro_batches / stages_per_rank
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,17 @@ from openmimo.model.mimo import MiMo
 from openmimo.model.presets import model_config
 from openmimo.parallel.dry_run import dry_run
 from openmimo.parallel.mesh import build_mesh
-from openmimo.parallel.plan import CARDS, MeshSizes, StepShape, activation_bytes, kept_parameters, meshes, plan, search
+from openmimo.parallel.plan import (
+    CARDS,
+    MeshSizes,
+    StepShape,
+    activation_bytes,
+    kept_parameters,
+    meshes,
+    pipeline_seconds,
+    plan,
+    search,
+)
 from openmimo.parallel.ranks import Ranks
 from openmimo.parallel.stages import PipelineOptions
 from openmimo.train.loss import loss_of_states
@@ -173,6 +183,35 @@ def test_the_search_finds_meshes_for_the_published_model():
     assert all(found.memory.total > 70e9 for found in others)
     assert fitting == sorted(fitting, key=lambda found: found.step_seconds)
     assert not search(config, step, CARDS["h100"], num_cards=8, efficiency=0.4)[0]
+
+
+@pytest.mark.parametrize(
+    ("costs", "micro_batches"), [((1, 1), 4), ((1, 1, 1, 1), 8), ((1, 1, 1, 0.5), 8), ((1, 0.8, 1.2, 1), 16)]
+)
+def test_the_time_of_a_pipeline_is_that_of_its_schedule(costs, micro_batches):
+    """1F1B, in which a backward pass takes twice as long as a forward pass."""
+    ranks = len(costs)
+    left, clock, ended = {}, [0.0] * ranks, {}
+    for rank in range(ranks):
+        ahead = min(ranks - rank, micro_batches)
+        forward = [("forward", number, rank) for number in range(micro_batches)]
+        backward = [("backward", number, rank) for number in range(micro_batches)]
+        pairs = zip(backward, forward[ahead:], strict=False)
+        left[rank] = [*forward[:ahead], *(action for pair in pairs for action in pair), *backward[-ahead:]]
+    while any(left.values()):
+        for rank, actions in left.items():
+            while actions:
+                kind, number, _ = actions[0]
+                source = ("forward", number, rank - 1) if kind == "forward" else ("backward", number, rank + 1)
+                if 0 <= source[2] < ranks and source not in ended:
+                    break
+                start = max(clock[rank], ended.get(source, 0.0))
+                clock[rank] = start + costs[rank] * (1 if kind == "forward" else 2)
+                ended[actions.pop(0)] = clock[rank]
+    predicted = pipeline_seconds([3 * cost * micro_batches for cost in costs], micro_batches, 1)
+    assert (
+        max(clock) == pytest.approx(predicted) if len(set(costs)) == 1 else max(clock) <= predicted < 1.05 * max(clock)
+    )
 
 
 def test_meshes_use_every_card():
