@@ -290,7 +290,7 @@ class Pipeline:
 
     def _torch_stage(self, index: int, num_tokens: int) -> PipelineStage:
         shape, dtype = (num_tokens, self._model.config.hidden_size), self._model.activation_dtype
-        states = torch.empty((), dtype=dtype, device="meta", requires_grad=True).expand(shape)
+        states = torch.empty(shape, dtype=dtype, device="meta", requires_grad=True)
         is_first, is_last = index == 0, index == self._num_stages - 1
         stage = _StageInTurn(
             _Called(lambda x, number: self._compute(index, None if is_first else x, self._batches[int(number)])),
@@ -325,8 +325,8 @@ class Pipeline:
 class _StageInTurn(PipelineStage):
     """Allocates the buffers of a micro-batch when it comes and frees them after its backward pass.
 
-    torch has one for every micro-batch of a step, from its start. It makes them like the given states, whose rows share
-    one number here, so that they take no memory until this class replaces them.
+    torch has one for every micro-batch of a step, from its start. Here those are on the meta device until this class
+    replaces them.
 
     Attributes:
         states: Shape and dtype of the states of a micro-batch.
@@ -334,16 +334,30 @@ class _StageInTurn(PipelineStage):
 
     states: tuple[tuple[int, int], torch.dtype]
 
+    def _prepare_forward_infra(self, *arguments: Any, **options: Any) -> Any:  # the versions of torch have other ones
+        device, self.device = self.device, torch.device("meta")
+        try:
+            return super()._prepare_forward_infra(*arguments, **options)
+        finally:
+            self.device = device
+
+    def _prepare_backward_infra(self, *arguments: Any, **options: Any) -> Any:
+        device, self.device = self.device, torch.device("meta")
+        try:
+            return super()._prepare_backward_infra(*arguments, **options)
+        finally:
+            self.device = device
+
     def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
         """As the base class."""
         if not self.is_first:
-            self._allocate(self.args_recv_info[fwd_chunk_id])
+            self._allocate(self.args_recv_info[fwd_chunk_id], requires_grad=self.has_backward)
         return super().get_fwd_recv_ops(fwd_chunk_id)
 
     def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
         """As the base class."""
         if not self.is_last:
-            self._allocate(self.grad_recv_info[bwd_chunk_id])
+            self._allocate(self.grad_recv_info[bwd_chunk_id], requires_grad=False)
         return super().get_bwd_recv_ops(bwd_chunk_id)
 
     def backward_one_chunk(
@@ -359,10 +373,10 @@ class _StageInTurn(PipelineStage):
         for states in (*received, *(() if self.is_last else self.grad_recv_info[bwd_chunk_id])):
             states.buffer = torch.empty(0)
 
-    def _allocate(self, received: Any) -> None:
+    def _allocate(self, received: Any, *, requires_grad: bool) -> None:
         (states,) = received
         shape, dtype = self.states
-        states.buffer = torch.empty(shape, dtype=dtype, device=self.device)
+        states.buffer = torch.empty(shape, dtype=dtype, device=self.device, requires_grad=requires_grad)
 
 
 class _Called(nn.Module):

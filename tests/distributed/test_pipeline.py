@@ -143,7 +143,7 @@ def most_buffers() -> int:
         nonlocal most
         (schedule,) = model.pipeline._schedules.values()
         received = [info.buffer for infos in schedule._stage.args_recv_info.values() for info in infos]
-        most = max(most, sum(buffer.untyped_storage().nbytes() > 64 for buffer in received if buffer is not None))
+        most = max(most, sum(buffer is not None and not buffer.is_meta and buffer.numel() > 0 for buffer in received))
 
     ranks.backward(
         model,
