@@ -1,13 +1,15 @@
 """The pre-training of MiMo-V2-Flash with the numbers of the report (section 3.1): 27 trillion tokens in three stages.
 
-This recipe is a reference and a base for other recipes. The model does not fit in one process. The corpora are not
-public; replace the text folders with your own.
+This recipe is a reference and a base for other recipes. The corpora are not public; replace the text folders with your
+own. The model does not fit in one process: `on_256_devices` and `long_on_256_devices` have meshes for devices of 80 GB,
+by the prediction of `openmimo plan` and not by a run.
 """
 
 import math
+from dataclasses import replace
 
 from openmimo.data.config import MixtureConfig, SourceConfig
-from openmimo.train.config import CheckpointConfig, EvaluationConfig, Phase, PretrainConfig
+from openmimo.train.config import CheckpointConfig, EvaluationConfig, ParallelConfig, Phase, PretrainConfig
 
 TRILLION = 10**12
 LONG = 262_144
@@ -20,6 +22,7 @@ def text(folder: str, *, weight: float = 1.0) -> SourceConfig:
 
 
 ROWS = 2048
+ROWS_MULTIPLE = 128  # so that up to 128 ranks with different rows can share a step of the ramp
 ROWS_AT_START = 128  # not in the report, which states only the length and the end of the ramp
 # While the number of rows rises linearly, a step has the mean of the first and the last number on average.
 RAMP_STEPS = round(0.5 * TRILLION / (SHORT * (ROWS_AT_START + ROWS) / 2))
@@ -48,7 +51,8 @@ def pretrain() -> PretrainConfig:
         stages=(
             Phase(
                 name="1", steps=steps_from_start(22 * TRILLION), sequence_length=SHORT, global_batch_size=ROWS,
-                initial_batch_size=ROWS_AT_START, batch_warmup_steps=RAMP_STEPS, warmup_steps=warmup,
+                initial_batch_size=ROWS_AT_START, batch_warmup_steps=RAMP_STEPS, batch_multiple=ROWS_MULTIPLE,
+                warmup_steps=warmup,
                 constant_steps=steps_from_start(12.05 * TRILLION) - warmup, learning_rate=3.2e-4,
                 end_learning_rate=1e-4, mtp_weight=0.3, bias_rate=1e-3,
                 mixture=MixtureConfig((text("corpus/general"),)),
@@ -69,3 +73,16 @@ def pretrain() -> PretrainConfig:
         checkpoints=CheckpointConfig(every_steps=500, keep_last=2, keep_every=5000),
         evaluation=EvaluationConfig(every_steps=500, batches=8),
     )  # fmt: skip
+
+
+def on_256_devices() -> PretrainConfig:
+    """Eight pipeline stages of 32 devices, for rows of 32K: stages 1 and 2. 59 GB a device (planned)."""
+    return replace(pretrain(), parallel=ParallelConfig(pp=8, dp_shard=32, ep=8))
+
+
+def long_on_256_devices() -> PretrainConfig:
+    """Two pipeline stages of 128 devices, 16 of which share a row of 256K: stage 3. 44 GB a device (planned).
+
+    Stop the run of `on_256_devices` at the end of stage 2, and continue its folder with this function.
+    """
+    return replace(pretrain(), parallel=ParallelConfig(pp=2, dp_shard=8, cp=16, ep=8))

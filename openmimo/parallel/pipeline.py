@@ -21,11 +21,13 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
 from torch.distributed.tensor import DTensor
 
 from openmimo.core.errors import ConfigError
 from openmimo.model.backbone import Hidden, LayerStack
+from openmimo.model.config import ModelConfig
 from openmimo.model.context import AttentionContext, PackedContext
 from openmimo.model.heads import Head, MicroBatch
 from openmimo.model.mimo import MiMo
@@ -76,6 +78,22 @@ class Stage(nn.Module):
         hidden = Hidden(pre_norm_TD=x_TD, post_norm_TD=self.norm(x_TD))
         hidden = model(None, context, dict(enumerate(batch.shifted)), hidden=hidden)
         return [hidden.post_norm_TD, *hidden.mtp_TD.values()]
+
+
+def order_gathers(stage: Stage) -> None:
+    """Tell the sharded modules of a stage which weights to gather next in a backward pass.
+
+    By itself, a module gathers what ran before it, which is wrong as soon as another micro-batch ran in between.
+    """
+    blocks = [*stage.layers, *(stage.mtp.layers if stage.is_last else ())]
+    parts: list[nn.Module] = [stage.lm_head] if stage.is_last else []
+    for block in reversed(blocks):
+        parts += block.modules()  # the experts of a layer may be sharded on their own
+    if "embed_tokens" in dict(stage.named_children()):
+        parts.append(stage.embed_tokens)
+    backward = [part for part in (*parts, stage) if isinstance(part, FSDPModule)]
+    for module, following in itertools.pairwise(backward):
+        module.set_modules_to_backward_prefetch([following])
 
 
 class PipelinedModel(MiMo):
@@ -149,17 +167,10 @@ class Pipeline:
     """
 
     def __init__(self, model: MiMo, group: dist.ProcessGroup, options: PipelineOptions, device: torch.device):
-        if model.config.tie_embeddings:
-            raise ConfigError(
-                "the model has tied embeddings, which the first and the last pipeline stage would share; set "
-                "tie_embeddings false in its config, or parallel.pp 1."
-            )
+        layers = check_stages(model.config, options)
         self._model, self._group, self._device = model, group, device
         self._rank, self._size = dist.get_rank(group), dist.get_world_size(group)
         self._num_stages = options.stages
-        layers = stage_layers(
-            model.config, options.stages, sequence_length=options.sequence_length, boundaries=options.boundaries
-        )
         mine = range(self._rank, options.stages, self._size)
         self.has_last = options.stages - 1 in mine
         _keep(model, [index for stage in mine for index in layers[stage]], is_first=0 in mine, is_last=self.has_last)
@@ -278,15 +289,10 @@ class Pipeline:
         return self._schedules[key]
 
     def _torch_stage(self, index: int, num_tokens: int) -> PipelineStage:
-        states = torch.empty(
-            num_tokens,
-            self._model.config.hidden_size,
-            dtype=self._model.activation_dtype,
-            device="meta",
-            requires_grad=True,
-        )
+        shape, dtype = (num_tokens, self._model.config.hidden_size), self._model.activation_dtype
+        states = torch.empty(shape, dtype=dtype, device="meta", requires_grad=True)
         is_first, is_last = index == 0, index == self._num_stages - 1
-        return PipelineStage(
+        stage = _StageInTurn(
             _Called(lambda x, number: self._compute(index, None if is_first else x, self._batches[int(number)])),
             index,
             self._num_stages,
@@ -295,6 +301,8 @@ class Pipeline:
             output_args=torch.empty((), device="meta", requires_grad=True) if is_last else states,
             group=self._group,
         )
+        stage.states = (shape, dtype)
+        return stage
 
     def _sum_embedding_gradients(self) -> None:
         """Replace the gradients of the embedding in the first and the last stage by their sum."""
@@ -312,6 +320,63 @@ class Pipeline:
         for work in dist.batch_isend_irecv(operations):
             work.wait()
         mine += other
+
+
+class _StageInTurn(PipelineStage):
+    """Allocates the buffers of a micro-batch when it comes and frees them after its backward pass.
+
+    torch has one for every micro-batch of a step, from its start. Here those are on the meta device until this class
+    replaces them.
+
+    Attributes:
+        states: Shape and dtype of the states of a micro-batch.
+    """
+
+    states: tuple[tuple[int, int], torch.dtype]
+
+    def _prepare_forward_infra(self, *arguments: Any, **options: Any) -> Any:  # the versions of torch have other ones
+        device, self.device = self.device, torch.device("meta")
+        try:
+            return super()._prepare_forward_infra(*arguments, **options)
+        finally:
+            self.device = device
+
+    def _prepare_backward_infra(self, *arguments: Any, **options: Any) -> Any:
+        device, self.device = self.device, torch.device("meta")
+        try:
+            return super()._prepare_backward_infra(*arguments, **options)
+        finally:
+            self.device = device
+
+    def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
+        """As the base class."""
+        if not self.is_first:
+            self._allocate(self.args_recv_info[fwd_chunk_id], requires_grad=self.has_backward)
+        return super().get_fwd_recv_ops(fwd_chunk_id)
+
+    def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
+        """As the base class."""
+        if not self.is_last:
+            self._allocate(self.grad_recv_info[bwd_chunk_id], requires_grad=False)
+        return super().get_bwd_recv_ops(bwd_chunk_id)
+
+    def backward_one_chunk(
+        self,
+        bwd_chunk_id: int,
+        loss: torch.Tensor | None = None,
+        full_backward: bool = True,
+        last_backward: bool = False,
+    ) -> None:
+        """As the base class."""
+        super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
+        received = () if self.is_first else self.args_recv_info[bwd_chunk_id]
+        for states in (*received, *(() if self.is_last else self.grad_recv_info[bwd_chunk_id])):
+            states.buffer = torch.empty(0)
+
+    def _allocate(self, received: Any, *, requires_grad: bool) -> None:
+        (states,) = received
+        shape, dtype = self.states
+        states.buffer = torch.empty(shape, dtype=dtype, device=self.device, requires_grad=requires_grad)
 
 
 class _Called(nn.Module):
@@ -332,6 +397,16 @@ class _Called(nn.Module):
 def _given(loss: torch.Tensor, number: torch.Tensor) -> torch.Tensor:
     """Return the loss that the last stage has computed."""
     return loss
+
+
+def check_stages(config: ModelConfig, options: PipelineOptions) -> tuple[range, ...]:
+    """Return the layers of each stage. Raises ConfigError if the model cannot be divided like this."""
+    if config.tie_embeddings:
+        raise ConfigError(
+            "the model has tied embeddings, which the first and the last pipeline stage would share; set "
+            "tie_embeddings false in its config, or parallel.pp 1."
+        )
+    return stage_layers(config, options.stages, sequence_length=options.sequence_length, boundaries=options.boundaries)
 
 
 def _keep(model: MiMo, layers: Sequence[int], *, is_first: bool, is_last: bool) -> None:

@@ -3,7 +3,8 @@
 The bytes of weights and of messages are exact for an even load of the experts; tests compare them with those of real
 processes. Activations are estimated from the tensors that autograd saves. The time is that of the products at a stated
 fraction of the card's peak, or of the gathering of weights if that takes longer, because both overlap; the other
-messages are added, because the layers wait for them.
+messages are added, because the layers wait for them. With pipeline stages, it is the time of the slowest rank, and once
+the time that one micro-batch needs on the others, during which that rank waits.
 
 T tokens of a micro-batch on one rank, D model dim.
 """
@@ -11,11 +12,12 @@ T tokens of a micro-batch on one rank, D model dim.
 import functools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from openmimo.core.errors import ConfigError
 from openmimo.model.attention import AttentionConfig, kv_spec
 from openmimo.model.config import ModelConfig, attention_parameters, training_flops_per_token
+from openmimo.parallel.stages import allowed_boundaries, layer_costs, stage_layers
 
 MASTER_BYTES = 4  # weights, gradients and both moments are float32
 STATES = 4
@@ -57,6 +59,18 @@ class MeshSizes:
     cp: int = 1
     tp: int = 1
     ep: int = 1
+    pp: int = 1
+    stages_per_rank: int = 1
+
+    @property
+    def ranks(self) -> int:
+        """All ranks."""
+        return self.pp * self.row_ranks * self.cp * self.tp
+
+    @property
+    def num_stages(self) -> int:
+        """Pipeline stages."""
+        return self.pp * self.stages_per_rank
 
     @property
     def weight_ranks(self) -> int:
@@ -69,7 +83,7 @@ class MeshSizes:
         return self.dp_replicate * self.dp_shard
 
     def __str__(self) -> str:
-        sizes = [f"{field.name} {getattr(self, field.name)}" for field in fields(self)]
+        sizes = [f"{field.name.replace('_per_rank', ' a rank')} {getattr(self, field.name)}" for field in fields(self)]
         return ", ".join(size for size in sizes if not size.endswith(" 1")) or "one process"
 
 
@@ -126,6 +140,7 @@ class Traffic:
         cp: Keys and values, and their gradients.
         tp: Sums of outputs and of gradients.
         ep: Tokens sent to experts and back, and their gradients.
+        pp: States of the stage before, gradients of the stage after, and the gradient of the copied embedding.
     """
 
     shard: float
@@ -133,6 +148,7 @@ class Traffic:
     cp: float
     tp: float
     ep: float
+    pp: float
 
 
 @dataclass(frozen=True)
@@ -141,11 +157,14 @@ class Plan:
 
     Attributes:
         sizes: The mesh.
-        memory: Bytes of a rank.
+        memory: Bytes of a rank; with pipeline stages, of the one with the most.
         traffic: Bytes that a rank receives in a step.
-        compute_seconds: Time of the products.
+        compute_seconds: Time of the products, mean over ranks.
         step_seconds: Time of an optimizer step.
         tokens_per_day: Tokens of 24 hours of such steps.
+        bubble: Fraction of the step in which the mean rank waits for another stage.
+        stages: The layers of each stage, by rank of a pipeline.
+        memory_by_rank: Bytes of each rank of a pipeline.
     """
 
     sizes: MeshSizes
@@ -154,6 +173,9 @@ class Plan:
     compute_seconds: float
     step_seconds: float
     tokens_per_day: float
+    bubble: float
+    stages: tuple[tuple[range, ...], ...]
+    memory_by_rank: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -190,27 +212,108 @@ def plan(config: ModelConfig, sizes: MeshSizes, step: StepShape, card: Card, *, 
     Raises:
         ConfigError: The mesh does not fit the model or the step.
     """
-    check(config, sizes, step)
+    return _plan(_Model(config), sizes, step, card, efficiency)
+
+
+@dataclass(frozen=True, eq=False)
+class _Model:
+    """A model; what meshes have in common is computed once for each object."""
+
+    config: ModelConfig
+
+
+def _plan(model: _Model, sizes: MeshSizes, step: StepShape, card: Card, efficiency: float) -> Plan:
+    _check(model, sizes, step)
     micro_batches = step.rows // sizes.row_ranks // step.micro_batch_rows
     tokens = step.rows * step.sequence_length
-    traffic = _traffic(config, sizes, step, micro_batches)
-    ranks = sizes.row_ranks * sizes.cp * sizes.tp
-    flops = training_flops_per_token(config, step.sequence_length) * (4 / 3 if step.recompute else 1)
-    compute = flops * tokens / ranks / (card.flops * efficiency)
-    overlapped = max(compute, traffic.shard / _bandwidth(card, sizes, "shard"))
-    exposed = sum(getattr(traffic, name) / _bandwidth(card, sizes, name) for name in ("replicate", "cp", "tp", "ep"))
-    seconds = overlapped + exposed
-    return Plan(sizes, _memory(config, sizes, step), traffic, compute, seconds, tokens / seconds * 86_400)
+    pipeline = _pipeline(model, sizes.pp, sizes.stages_per_rank, step.sequence_length)
+    traffics = [_traffic(model, sizes, step, micro_batches, rank) for rank in pipeline]
+    flops = _flops(model, step.sequence_length) * (4 / 3 if step.recompute else 1)
+    compute = flops * tokens / sizes.ranks / (card.flops * efficiency)
+    seconds = []  # in which a rank is busy
+    for rank, traffic in zip(pipeline, traffics, strict=True):
+        own = compute * sizes.pp * rank.share
+        overlapped = max(own, traffic.shard / _bandwidth(card, sizes, "shard"))
+        names = ("cp", "tp", "ep", "pp")
+        seconds.append(overlapped + sum(getattr(traffic, name) / _bandwidth(card, sizes, name) for name in names))
+    sums = max(traffic.replicate for traffic in traffics) / _bandwidth(card, sizes, "replicate")
+    step_seconds = pipeline_seconds(seconds, micro_batches, sizes.stages_per_rank) + sums
+    memories = [_memory(model, sizes, step, rank, micro_batches) for rank in pipeline]
+    return Plan(
+        sizes,
+        max(memories, key=lambda memory: memory.total),
+        Traffic(*(sum(getattr(item, field.name) for item in traffics) / sizes.pp for field in fields(Traffic))),
+        compute,
+        step_seconds,
+        tokens / step_seconds * 86_400,
+        1 - (sum(seconds) / sizes.pp + sums) / step_seconds,
+        tuple(rank.stages for rank in pipeline),
+        tuple(memory.total for memory in memories),
+    )
+
+
+def pipeline_seconds(busy: list[float], micro_batches: int, stages_per_rank: int) -> float:
+    """Return the time of a step, given that in which each rank of a pipeline is busy.
+
+    The slowest rank never waits but for the first states and for the last gradients, in which time each other rank runs
+    one of its stages on one micro-batch. For equal ranks this is the time of the schedule, otherwise a bound.
+    """
+    return max(busy) + (sum(busy) - max(busy)) / micro_batches / stages_per_rank
+
+
+@dataclass(frozen=True)
+class _PipelineRank:
+    """The part of a model on one rank of a pipeline.
+
+    Attributes:
+        number: Its place in the pipeline.
+        stages: Indices of the layers of each of its stages.
+        is_first: Whether it has the embedding.
+        is_last: Whether it has the heads.
+        share: Its share of the FLOPs.
+    """
+
+    number: int
+    stages: tuple[range, ...]
+    is_first: bool
+    is_last: bool
+    share: float
+
+    @functools.cached_property
+    def layers(self) -> tuple[int, ...]:
+        """Indices of all of its layers."""
+        return tuple(index for stage in self.stages for index in stage)
+
+
+@functools.lru_cache(maxsize=256)
+def _flops(model: _Model, sequence_length: int) -> float:
+    return training_flops_per_token(model.config, sequence_length)
+
+
+@functools.lru_cache(maxsize=256)
+def _pipeline(model: _Model, pp: int, stages_per_rank: int, sequence_length: int) -> list[_PipelineRank]:
+    """Return the ranks of a pipeline."""
+    stages = stage_layers(model.config, pp * stages_per_rank, sequence_length=sequence_length)
+    *costs, heads = layer_costs(model.config, sequence_length)
+    ranks = []
+    for number in range(pp):
+        own, is_last = stages[number::pp], number == pp - 1
+        cost = sum(costs[index] for stage in own for index in stage) + (heads if is_last else 0.0)
+        ranks.append(_PipelineRank(number, own, number == 0, is_last, cost / (sum(costs) + heads)))
+    return ranks
 
 
 def search(
     config: ModelConfig, step: StepShape, card: Card, *, num_cards: int, efficiency: float
 ) -> tuple[list[Plan], list[Plan]]:
     """Return the plans of all meshes of `num_cards` cards, the fastest first: those that fit, and those that do not."""
-    plans = []
-    for sizes in meshes(num_cards, card.cards_per_node):
+    plans, model = [], _Model(config)
+    most_stages = len(allowed_boundaries(config)) + 1
+    for sizes in meshes(num_cards, card.cards_per_node, most_stages=most_stages):
+        if sizes.pp > 1 and step.rows < sizes.pp * sizes.row_ranks * step.micro_batch_rows:
+            continue  # a rank would mostly wait
         try:
-            plans.append(plan(config, sizes, step, card, efficiency=efficiency))
+            plans.append(_plan(model, sizes, step, card, efficiency))
         except ConfigError:
             continue
     plans.sort(key=lambda found: found.step_seconds)
@@ -221,8 +324,24 @@ def search(
     )
 
 
-def meshes(num_cards: int, cards_per_node: int) -> Iterator[MeshSizes]:
-    """Yield the meshes of `num_cards` cards; tensor-parallel ranks share a machine."""
+def meshes(num_cards: int, cards_per_node: int, *, most_stages: int = 1) -> Iterator[MeshSizes]:
+    """Yield the meshes of `num_cards` cards; tensor-parallel ranks share a machine.
+
+    Args:
+        num_cards: Number of cards.
+        cards_per_node: Cards of a machine.
+        most_stages: Largest number of pipeline stages.
+    """
+    for pp in _divisors(num_cards):
+        if pp > most_stages:
+            break
+        for sizes in _meshes_of_stage(num_cards // pp, cards_per_node):
+            yield replace(sizes, pp=pp)
+            if 1 < pp <= most_stages // 2:
+                yield replace(sizes, pp=pp, stages_per_rank=2)
+
+
+def _meshes_of_stage(num_cards: int, cards_per_node: int) -> Iterator[MeshSizes]:
     for tp in _divisors(min(num_cards, cards_per_node)):
         if num_cards % tp:
             continue
@@ -232,9 +351,17 @@ def meshes(num_cards: int, cards_per_node: int) -> Iterator[MeshSizes]:
                     yield MeshSizes(num_cards // tp // cp // dp_shard, dp_shard, cp, tp, ep)
 
 
-def check(config: ModelConfig, sizes: MeshSizes, step: StepShape) -> None:
+@functools.lru_cache(maxsize=256)
+def _is_divisible(model: _Model, tp: int) -> bool:
+    """Return True. Raises ConfigError if the model cannot be divided among `tp` tensor-parallel ranks."""
+    model.config.local(tp=tp)
+    return True
+
+
+def _check(model: _Model, sizes: MeshSizes, step: StepShape) -> None:
     """Raise ConfigError if a mesh does not fit a model or a step."""
-    config.local(tp=sizes.tp)
+    config = model.config
+    assert _is_divisible(model, sizes.tp)
     if sizes.weight_ranks % sizes.ep:
         raise ConfigError(f"ep {sizes.ep} does not divide dp_shard x cp = {sizes.weight_ranks}.")
     if sizes.ep > 1 and (config.moe is None or config.moe.num_experts % sizes.ep):
@@ -292,30 +419,76 @@ def _units(config: ModelConfig, tp: int) -> list[tuple[_Weights, int]]:
     return [*units, (vocabulary, 2 + heads), (vocabulary, 2 + 2 * heads), (_Weights(D, 0, 0), 2)]
 
 
-def kept_parameters(config: ModelConfig, sizes: MeshSizes) -> float:
-    """Return the parameters that a rank keeps."""
-    return sum(weights.kept(sizes) for weights, _ in _units(config, sizes.tp))
+_units_of_model = functools.lru_cache(maxsize=256)(lambda model, tp: _units(model.config, tp))
 
 
-def _memory(config: ModelConfig, sizes: MeshSizes, step: StepShape) -> Memory:
-    units = _units(config, sizes.tp)
-    kept = kept_parameters(config, sizes) * MASTER_BYTES
+def _units_of(model: _Model, tp: int, rank: _PipelineRank, *, is_divided: bool) -> list[tuple[_Weights, int]]:
+    """Return the units of one rank of a pipeline, which `is_divided` if it has several ranks."""
+    units, heads, count = _units_of_model(model, tp), model.config.num_mtp_heads, len(model.config.layers)
+    if not is_divided:
+        return units
+    (vocabulary, _), *ends = units[count + heads :]
+    own = [units[index] for index in rank.layers]
+    if rank.is_first:
+        own.append((vocabulary, 2))
+    if rank.is_last:
+        own += units[count : count + heads]
+        own += [(vocabulary, 1 + heads)] * (heads > 0)  # the copy for the MTP heads
+        own += ends
+    return own
+
+
+def kept_parameters(config: ModelConfig, sizes: MeshSizes, sequence_length: int = 1) -> float:
+    """Return the parameters that a rank keeps, mean over ranks. Stages are divided for a sequence length."""
+    model = _Model(config)
+    ranks = _pipeline(model, sizes.pp, sizes.stages_per_rank, sequence_length)
+    units = [_units_of(model, sizes.tp, rank, is_divided=sizes.pp > 1) for rank in ranks]
+    return sum(weights.kept(sizes) for own in units for weights, _ in own) / sizes.pp
+
+
+def _memory(model: _Model, sizes: MeshSizes, step: StepShape, rank: _PipelineRank, micro_batches: int) -> Memory:
+    units = _units_of(model, sizes.tp, rank, is_divided=sizes.pp > 1)
+    kept = sum(weights.kept(sizes) for weights, _ in units) * MASTER_BYTES
     largest = max(weights.gathered(sizes) for weights, _ in units) * MASTER_BYTES
-    return Memory(kept, kept, 2 * kept, 3 * largest, activation_bytes(config, sizes, step))
+    activations = _rank_activations(model, sizes, step, rank, micro_batches)
+    return Memory(kept, kept, 2 * kept, 3 * largest, activations)
 
 
 def activation_bytes(config: ModelConfig, sizes: MeshSizes, step: StepShape) -> float:
-    """Estimate the bytes that autograd keeps for the backward pass of one micro-batch on one rank."""
+    """Estimate the bytes that autograd keeps for the backward pass of one micro-batch on one rank without stages."""
+    model = _Model(config)
+    (rank,) = _pipeline(model, 1, 1, step.sequence_length)
+    return _rank_activations(model, sizes, step, rank, 1)
+
+
+def _rank_activations(
+    model: _Model, sizes: MeshSizes, step: StepShape, rank: _PipelineRank, micro_batches: int
+) -> float:
+    """Estimate the bytes that autograd keeps on one rank of a pipeline, for all micro-batches on their way."""
     T = step.micro_batch_rows * step.sequence_length / sizes.cp
-    layers = [_layer_activations(config, index, sizes.tp) for index in range(len(config.layers))]
-    heads = [
-        _attention_activations(config, len(config.layers) + head, sizes.tp)
-        + 3 * config.dense_ffn_dim / sizes.tp
-        + 7 * config.hidden_size
-        for head in range(config.num_mtp_heads)
-    ]
-    kept = len(layers) * config.hidden_size + max(layers) if step.recompute else sum(layers)
-    return T * step.activation_bytes * (kept + sum(heads) + 3 * config.hidden_size)
+    config, by_layer = model.config, _activations_by_layer(model, sizes.tp)
+    layers = [by_layer[index] for index in rank.layers]
+    recomputed = max(layers, default=0.0) if step.recompute else 0.0
+    kept = len(layers) * config.hidden_size if step.recompute else sum(layers)
+    heads = 0.0
+    if rank.is_last:
+        blocks = [
+            _attention_activations(config, len(config.layers) + head, sizes.tp)
+            + 3 * config.dense_ffn_dim / sizes.tp
+            + 7 * config.hidden_size
+            for head in range(config.num_mtp_heads)
+        ]
+        heads = sum(blocks) + 3 * config.hidden_size
+    return T * step.activation_bytes * (kept * _on_their_way(sizes, rank, micro_batches) + recomputed + heads)
+
+
+def _on_their_way(sizes: MeshSizes, rank: _PipelineRank, micro_batches: int) -> float:
+    """Return the micro-batches whose activations a rank keeps at a time; those of one of its stages count in part."""
+    after = sizes.pp - 1 - rank.number
+    if sizes.stages_per_rank == 1:
+        return min(micro_batches, after + 1)
+    passes = (sizes.stages_per_rank - 1) * min(sizes.pp, micro_batches) + 2 * after + 1
+    return min(passes / sizes.stages_per_rank, micro_batches)
 
 
 def _attention_activations(config: ModelConfig, index: int, tp: int) -> float:
@@ -324,6 +497,11 @@ def _attention_activations(config: ModelConfig, index: int, tp: int) -> float:
     queries, keys = spec.num_heads / tp, max(spec.num_kv_heads / tp, 1)
     projected = (queries + keys) * spec.key_dim + keys * spec.value_dim
     return 2 * config.hidden_size + 2 * projected + queries * spec.value_dim
+
+
+@functools.lru_cache(maxsize=256)
+def _activations_by_layer(model: _Model, tp: int) -> list[float]:
+    return [_layer_activations(model.config, index, tp) for index in range(len(model.config.layers))]
 
 
 def _layer_activations(config: ModelConfig, index: int, tp: int) -> float:
@@ -339,37 +517,61 @@ def _layer_activations(config: ModelConfig, index: int, tp: int) -> float:
 # --- messages --------------------------------------------------------------------------------------------------------
 
 
-def _traffic(config: ModelConfig, sizes: MeshSizes, step: StepShape, micro_batches: int) -> Traffic:
+def _traffic(model: _Model, sizes: MeshSizes, step: StepShape, micro_batches: int, rank: _PipelineRank) -> Traffic:
+    """Return the bytes that one rank of a pipeline receives."""
+    config = model.config
     passes = 3 if step.recompute else 2  # forward, backward, and the forward again
     T = step.micro_batch_rows * step.sequence_length / sizes.cp
     width = T * config.hidden_size * step.activation_bytes
     shard = replicate = 0.0
-    for weights, gathers in _units(config, sizes.tp):
+    for weights, gathers in _units_of(model, sizes.tp, rank, is_divided=sizes.pp > 1):
         plain = (weights.plain + weights.divided / sizes.tp) * MASTER_BYTES
         experts = weights.experts / sizes.ep * MASTER_BYTES
         for size, ranks in ((plain, sizes.weight_ranks), (experts, sizes.weight_ranks // sizes.ep)):
             shard += micro_batches * (gathers + 1) * size * (ranks - 1) / ranks  # gradients are scattered once
             replicate += micro_batches * 2 * size / ranks * (sizes.dp_replicate - 1) / sizes.dp_replicate
-    cp = sum(_fetched_values(config, index, sizes, step) for index in range(len(config.attention_layers())))
-    sums = 2 * (len(config.layers) + config.num_mtp_heads)
-    sums -= sum(layer.ffn != "dense" for layer in config.layers)
-    tp = sums * passes * 2 * width * (sizes.tp - 1) / sizes.tp
-    sparse, ep = sum(layer.ffn == "moe" for layer in config.layers), 0.0
+    heads = config.num_mtp_heads if rank.is_last else 0
+    attention = [*rank.layers, *range(len(config.layers), len(config.layers) + heads)]
+    fetched = _fetched_by_layer(model, sizes.cp, sizes.tp, step.sequence_length, step.micro_batch_rows)
+    cp = sum(fetched[index] for index in attention)
+    sparse = sum(config.layers[index].ffn == "moe" for index in rank.layers)
+    tp = (2 * len(attention) - sparse) * passes * 2 * width * (sizes.tp - 1) / sizes.tp
+    ep = 0.0
     if config.moe is not None:
         choices = width * config.moe.experts_per_token
         ep = sparse * passes * 2 * choices * (sizes.ep - 1) / sizes.ep
     return Traffic(
-        shard, replicate, micro_batches * passes * cp * step.activation_bytes, micro_batches * tp, micro_batches * ep
+        shard,
+        replicate,
+        micro_batches * passes * cp * step.activation_bytes,
+        micro_batches * tp,
+        micro_batches * ep,
+        _states(config, sizes, rank, width * micro_batches),
     )
 
 
-def _fetched_values(config: ModelConfig, index: int, sizes: MeshSizes, step: StepShape) -> float:
-    """Return the keys' and values' numbers that a rank fetches in one layer and micro-batch, mean over ranks."""
-    spec = config.attention_place(index).spec
-    if sizes.cp == 1 or kv_spec(spec).source_layer is not None:
+def _states(config: ModelConfig, sizes: MeshSizes, rank: _PipelineRank, width: float) -> float:
+    """Return the bytes that a rank receives of other stages, given those of the states of a step."""
+    if sizes.pp == 1:
         return 0.0
-    kv_heads = max(spec.num_kv_heads / sizes.tp, 1)
-    rows = fetched_rows(spec, sizes.cp, step.sequence_length, step.micro_batch_rows)
+    received = 2 * sizes.stages_per_rank - rank.is_first - rank.is_last  # states, and gradients of states
+    has_copy = config.num_mtp_heads > 0 and (rank.is_first or rank.is_last)
+    copy = config.vocab_size * config.hidden_size / sizes.weight_ranks * MASTER_BYTES if has_copy else 0.0
+    return received * width + copy
+
+
+@functools.lru_cache(maxsize=256)
+def _fetched_by_layer(model: _Model, cp: int, tp: int, sequence_length: int, micro_batch_rows: int) -> list[float]:
+    specs = model.config.attention_layers()
+    return [_fetched_values(spec, cp, tp, sequence_length, micro_batch_rows) for spec in specs]
+
+
+def _fetched_values(spec: AttentionConfig, cp: int, tp: int, sequence_length: int, micro_batch_rows: int) -> float:
+    """Return the keys' and values' numbers that a rank fetches in one layer and micro-batch, mean over ranks."""
+    if cp == 1 or kv_spec(spec).source_layer is not None:
+        return 0.0
+    kv_heads = max(spec.num_kv_heads / tp, 1)
+    rows = fetched_rows(spec, cp, sequence_length, micro_batch_rows)
     return rows * kv_heads * (spec.key_dim + spec.value_dim)
 
 
@@ -405,12 +607,13 @@ def _length(ranges: set[tuple[int, int]]) -> int:
 
 
 def _bandwidth(card: Card, sizes: MeshSizes, name: str) -> float:
-    """Return the bandwidth of the slowest link of a dimension. The mesh has tp innermost, then cp, then dp_shard."""
+    """Return the bandwidth of the slowest link of a dimension. The mesh has tp innermost, and pp outermost."""
     span = {
         "tp": sizes.tp,
         "ep": sizes.tp * sizes.ep,
         "cp": sizes.tp * sizes.cp,
         "shard": sizes.tp * sizes.weight_ranks,
         "replicate": sizes.tp * sizes.weight_ranks * sizes.dp_replicate,
+        "pp": sizes.ranks,
     }[name]
     return card.node_bytes_per_second if span <= card.cards_per_node else card.network_bytes_per_second

@@ -1,5 +1,7 @@
 """The tables of `openmimo plan`."""
 
+import itertools
+
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -58,12 +60,14 @@ def print_plan(options: PlanConfig, model: ModelConfig, step: StepShape) -> None
         )
     console.print(_speeds(shown))
     console.print(_parts(shown[0]))
+    if shown[0].sizes.pp > 1:
+        console.print(_stages(shown[0]))
     if options.dry_run:
         from openmimo.parallel.dry_run import dry_run
 
         counts = list(
             track(
-                dry_run(model, shown[0].sizes, recompute=step.recompute),
+                dry_run(model, shown[0].sizes, recompute=step.recompute, sequence_length=step.sequence_length),
                 total=options.gpus,
                 description="building the shards of each rank",
             )
@@ -115,7 +119,7 @@ def _print_longest(console: Console, options: PlanConfig, model: ModelConfig, ca
 
 def _speeds(plans: list[Plan]) -> Table:
     table = Table(box=None, title="meshes, the fastest first", title_justify="left")
-    for name in ("mesh", "memory, GB", "step, s", "products, s", "tokens a day"):
+    for name in ("mesh", "memory, GB", "step, s", "products, s", "bubble", "tokens a day"):
         table.add_column(name, justify="left" if name == "mesh" else "right")
     for found in plans:
         table.add_row(
@@ -123,6 +127,7 @@ def _speeds(plans: list[Plan]) -> Table:
             f"{found.memory.total / _GIGA:.1f}",
             f"{found.step_seconds:.2f}",
             f"{found.compute_seconds:.2f}",
+            f"{found.bubble:.1%}" if found.sizes.pp > 1 else "",
             f"{found.tokens_per_day / _GIGA:,.1f}e9",
         )
     return table
@@ -136,6 +141,21 @@ def _parts(best: Plan) -> Table:
     table.add_column("", justify="right")
     memory = [(name, value / _GIGA) for name, value in vars(best.memory).items()]
     traffic = [(name, value / _GIGA) for name, value in vars(best.traffic).items()]
-    for (part, size), (dimension, moved) in zip(memory, traffic, strict=True):
-        table.add_row(part, f"{size:.2f}", dimension, f"{moved:.2f}")
+    for (part, size), (dimension, moved) in itertools.zip_longest(memory, traffic, fillvalue=("", None)):
+        table.add_row(part, "" if size is None else f"{size:.2f}", dimension, f"{moved:.2f}")
     return table
+
+
+def _stages(best: Plan) -> Table:
+    table = Table(box=None, title="pipeline of the first mesh", title_justify="left")
+    for name in ("rank", "layers", "memory, GB"):
+        table.add_column(name, justify="left" if name == "layers" else "right")
+    for rank, (stages, size) in enumerate(zip(best.stages, best.memory_by_rank, strict=True)):
+        table.add_row(str(rank), "; ".join(map(_described, stages)), f"{size / _GIGA:.1f}")
+    return table
+
+
+def _described(layers: range) -> str:
+    if len(layers) < 2:
+        return str(layers[0]) if layers else "heads only"
+    return f"{layers[0]} to {layers[-1]}"

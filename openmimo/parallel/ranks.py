@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from openmimo.core.errors import ConfigError
 from openmimo.model.backbone import checkpoint_activations
+from openmimo.model.config import ModelConfig
 from openmimo.model.context import PackedContext, RoutingTape
 from openmimo.model.heads import MicroBatch
 from openmimo.model.mimo import MiMo
@@ -21,7 +22,7 @@ from openmimo.parallel.expert import distribute_experts
 from openmimo.parallel.fsdp import shard_model
 from openmimo.parallel.gradients import ShardedGradients, local_part
 from openmimo.parallel.mesh import Mesh, build_mesh, process_group
-from openmimo.parallel.pipeline import Pipeline, gather_from_stages
+from openmimo.parallel.pipeline import Pipeline, check_stages, gather_from_stages, order_gathers
 from openmimo.parallel.stages import PipelineOptions
 from openmimo.parallel.tensor import divide_layers
 
@@ -108,6 +109,11 @@ class Ranks:
             )
         return rows // self.num_row_ranks
 
+    def check(self, config: ModelConfig) -> None:
+        """Raise ConfigError if a model cannot be divided into the pipeline stages of the run."""
+        if self._options is not None:
+            check_stages(config, self._options)
+
     def apply(self, model: MiMo, *, recompute: bool) -> None:
         """Distribute a model, whole on every process, in place. Raises ConfigError for a model that does not fit.
 
@@ -126,6 +132,8 @@ class Ranks:
         stages = None if self._pipeline is None else self._pipeline.stages.values()
         shard_model(model, self.mesh.weights, self.mesh.experts, experts, called=stages)
         if self._pipeline is not None:
+            for stage in self._pipeline.stages.values():
+                order_gathers(stage)
             self.gradients = ShardedGradients(self.mesh.pp.get_group(), self._pipeline.copies())
 
     def split(

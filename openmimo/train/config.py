@@ -85,6 +85,7 @@ class Phase(PhaseSettings):
         constant_steps: Steps at the peak learning rate, before the decay.
         initial_batch_size: Sequences in the first step of a batch-size warm-up (None: no warm-up).
         batch_warmup_steps: Steps in which the batch size rises linearly to `global_batch_size`.
+        batch_multiple: The batch sizes of that warm-up are multiples of this, for a run on several devices.
         full_rope_theta: RoPE base of the full-attention layers from this phase on (None: unchanged).
         full_rope_scaling: Scaling of RoPE in the full-attention layers from this phase on (none: unchanged).
     """
@@ -96,6 +97,7 @@ class Phase(PhaseSettings):
     constant_steps: NonNegativeInt = 0
     initial_batch_size: PositiveInt | None = None
     batch_warmup_steps: NonNegativeInt = 0
+    batch_multiple: PositiveInt = 1
     mtp_weight: NonNegativeFloat = 0.3
     full_rope_theta: PositiveFloat | None = None
     full_rope_scaling: RopeScaling = RopeScaling()
@@ -121,6 +123,13 @@ class Phase(PhaseSettings):
             raise ConfigError(
                 f"{where} has initial_batch_size {self.initial_batch_size} above global_batch_size "
                 f"{self.global_batch_size}."
+            )
+        if self.batch_multiple > 1 and self.initial_batch_size is None:
+            raise ConfigError(f"{where}: batch_multiple has an effect only with a warm-up of the batch size.")
+        if self.global_batch_size % self.batch_multiple or (self.initial_batch_size or 0) % self.batch_multiple:
+            raise ConfigError(
+                f"{where} has batch_multiple {self.batch_multiple}, which must divide initial_batch_size "
+                f"{self.initial_batch_size} and global_batch_size {self.global_batch_size}."
             )
 
 

@@ -214,11 +214,12 @@ def warmed_cosine(
 
 
 def rows_of_step(stage: Phase, stage_step: int) -> int:
-    """Return the number of rows of an optimizer step: a linear batch-size warm-up, then constant."""
+    """Return the number of rows of an optimizer step: a linear batch-size warm-up in multiples, then constant."""
     if stage.initial_batch_size is None or stage_step >= stage.batch_warmup_steps:
         return stage.global_batch_size
     share = stage_step / stage.batch_warmup_steps
-    return round(stage.initial_batch_size + share * (stage.global_batch_size - stage.initial_batch_size))
+    rows = stage.initial_batch_size + share * (stage.global_batch_size - stage.initial_batch_size)
+    return round(rows / stage.batch_multiple) * stage.batch_multiple
 
 
 Reduce = Callable[[torch.Tensor], torch.Tensor]

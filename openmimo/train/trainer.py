@@ -26,7 +26,7 @@ from openmimo.data.loader import Loader
 from openmimo.data.tokenizer import Tokenizer
 from openmimo.kernels.weights import Packing
 from openmimo.model.backbone import checkpoint_activations
-from openmimo.model.config import training_flops_per_token
+from openmimo.model.config import ModelConfig, training_flops_per_token
 from openmimo.model.context import PackedContext, RoutingTape
 from openmimo.model.heads import MicroBatch
 from openmimo.model.mimo import MiMo
@@ -117,6 +117,9 @@ class Alone:
     def rows(self, rows: int) -> int:
         """Return the number of rows of an optimizer step that this process reads. Raises ConfigError."""
         return rows
+
+    def check(self, config: ModelConfig) -> None:
+        """Raise ConfigError if a model cannot be distributed like this."""
 
     def apply(self, model: MiMo, *, recompute: bool) -> None:
         """Distribute a model in place; `recompute`: layers recompute their activations in the backward pass."""

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.distributed_c10d as distributed_c10d
 from conftest import tiny_config
 from distributed.processes import run_processes
 from distributed.test_equals_one_process import CPU, WHOLE
@@ -18,15 +19,27 @@ from openmimo.model.mimo import MiMo
 from openmimo.model.presets import model_config
 from openmimo.parallel.dry_run import dry_run
 from openmimo.parallel.mesh import build_mesh
-from openmimo.parallel.plan import CARDS, MeshSizes, StepShape, activation_bytes, kept_parameters, meshes, plan, search
+from openmimo.parallel.plan import (
+    CARDS,
+    MeshSizes,
+    StepShape,
+    activation_bytes,
+    kept_parameters,
+    meshes,
+    pipeline_seconds,
+    plan,
+    search,
+)
 from openmimo.parallel.ranks import Ranks
-from openmimo.train.loss import training_loss
+from openmimo.parallel.stages import PipelineOptions
+from openmimo.train.loss import loss_of_states
 
 STEP = StepShape(sequence_length=128, rows=8, micro_batch_rows=2, activation_bytes=4)
 CONFIG = tiny_config(mtp_heads=2)
 MESHES = [
     MeshSizes(dp_shard=4), MeshSizes(dp_shard=2, cp=2), MeshSizes(cp=4), MeshSizes(dp_replicate=2, dp_shard=2),
     MeshSizes(dp_shard=2, tp=2), MeshSizes(dp_shard=2, cp=2, ep=4), MeshSizes(dp_shard=4, ep=2),
+    MeshSizes(dp_shard=2, pp=2), MeshSizes(cp=2, pp=2, stages_per_rank=2), MeshSizes(pp=4),
 ]  # fmt: skip
 
 
@@ -65,21 +78,39 @@ def measured(sizes: MeshSizes) -> dict[str, float]:
         return inner(output, given, output_split_sizes, input_split_sizes, group=group)
 
     dist.all_to_all_single = exchanged
-    mesh = {name: getattr(sizes, name) for name in WHOLE}
-    ranks = Ranks(build_mesh("cpu", **mesh), CPU)
+    receive = dist.irecv
+
+    def received(tensor, *arguments, **options):
+        counts["states"] += tensor.numel() * tensor.element_size()
+        return receive(tensor, *arguments, **options)
+
+    dist.irecv = distributed_c10d.irecv = received  # which the messages of a pipeline are compared with
+    mesh = {name: getattr(sizes, name) for name in (*WHOLE, "pp")}
+    ranks = Ranks(build_mesh("cpu", **mesh), CPU, pipeline_options(sizes))
     model = MiMo(CONFIG)
     model.initialize(torch.Generator().manual_seed(0))
     ranks.apply(model.train(), recompute=False)
     generator = torch.Generator().manual_seed(ranks.row_rank)
-    for _ in range(STEP.rows // sizes.row_ranks // STEP.micro_batch_rows):
-        tokens = torch.randint(0, CONFIG.vocab_size, (2 * 128,), generator=generator)
-        part, context = ranks.split(
-            micro_batch(tokens, (128, 128), None, 2), routing=RoutingTape(), balance_weight=0.0, balance_length=None
-        )
-        loss, _ = training_loss(model, part, context, label_counts=torch.tensor([100] * 3), mtp_weight=0.3)
-        loss.backward()
+    batches = [
+        micro_batch(torch.randint(0, CONFIG.vocab_size, (2 * 128,), generator=generator), (128, 128), None, 2)
+        for _ in range(STEP.rows // sizes.row_ranks // STEP.micro_batch_rows)
+    ]
+    ranks.backward(
+        model,
+        batches,
+        split=lambda batch: ranks.split(batch, routing=RoutingTape(), balance_weight=0.0, balance_length=None),
+        loss=lambda states, part: loss_of_states(
+            model, states, part, label_counts=torch.tensor([100] * 3), mtp_weight=0.3
+        ),
+        seen=lambda context: None,
+    )
     counts["kept"] = sum(ranks.local(parameter).numel() for parameter in model.parameters())
     return dict(counts)
+
+
+def pipeline_options(sizes: MeshSizes) -> PipelineOptions:
+    schedule = "1f1b" if sizes.stages_per_rank == 1 else "interleaved"
+    return PipelineOptions(schedule, sizes.num_stages, (), STEP.sequence_length)
 
 
 def all_measured() -> list[dict[str, float]]:
@@ -89,6 +120,7 @@ def all_measured() -> list[dict[str, float]]:
         outcomes.append(measured(sizes))
         for name in ("all_gather_single", "reduce_scatter_single", "all_reduce", "all_to_all_single"):
             setattr(dist, name, functions[name])
+        dist.irecv = distributed_c10d.irecv = functions["irecv"]
     return outcomes
 
 
@@ -100,7 +132,9 @@ def test_bytes_are_those_of_real_processes(tmp_path):
         for outcomes in by_rank:
             mean.update({kind: value / 4 for kind, value in outcomes[number].items()})
         traffic = plan(CONFIG, sizes, STEP, CARDS["h100"], efficiency=0.4).traffic
-        assert mean["kept"] == kept_parameters(CONFIG, sizes), sizes
+        assert mean["kept"] == kept_parameters(CONFIG, sizes, STEP.sequence_length), sizes
+        # the first exchange of a schedule also agrees on its shapes, in a few bytes
+        assert mean["states"] == pytest.approx(traffic.pp, abs=32), sizes
         assert mean["gather"] + mean["scatter"] == pytest.approx(traffic.shard), sizes
         assert mean["reduce"] == pytest.approx(traffic.replicate + traffic.tp), sizes
         # a random router is not even, and the counts of tokens travel as well
@@ -151,10 +185,40 @@ def test_the_search_finds_meshes_for_the_published_model():
     assert not search(config, step, CARDS["h100"], num_cards=8, efficiency=0.4)[0]
 
 
+@pytest.mark.parametrize(
+    ("costs", "micro_batches"), [((1, 1), 4), ((1, 1, 1, 1), 8), ((1, 1, 1, 0.5), 8), ((1, 0.8, 1.2, 1), 16)]
+)
+def test_the_time_of_a_pipeline_is_that_of_its_schedule(costs, micro_batches):
+    """1F1B, in which a backward pass takes twice as long as a forward pass."""
+    ranks = len(costs)
+    left, clock, ended = {}, [0.0] * ranks, {}
+    for rank in range(ranks):
+        ahead = min(ranks - rank, micro_batches)
+        forward = [("forward", number, rank) for number in range(micro_batches)]
+        backward = [("backward", number, rank) for number in range(micro_batches)]
+        pairs = zip(backward, forward[ahead:], strict=False)
+        left[rank] = [*forward[:ahead], *(action for pair in pairs for action in pair), *backward[-ahead:]]
+    while any(left.values()):
+        for rank, actions in left.items():
+            while actions:
+                kind, number, _ = actions[0]
+                source = ("forward", number, rank - 1) if kind == "forward" else ("backward", number, rank + 1)
+                if 0 <= source[2] < ranks and source not in ended:
+                    break
+                start = max(clock[rank], ended.get(source, 0.0))
+                clock[rank] = start + costs[rank] * (1 if kind == "forward" else 2)
+                ended[actions.pop(0)] = clock[rank]
+    predicted = pipeline_seconds([3 * cost * micro_batches for cost in costs], micro_batches, 1)
+    assert (
+        max(clock) == pytest.approx(predicted) if len(set(costs)) == 1 else max(clock) <= predicted < 1.05 * max(clock)
+    )
+
+
 def test_meshes_use_every_card():
-    found = list(meshes(16, 8))
+    found = list(meshes(16, 8, most_stages=8))
     assert len(set(found)) == len(found)
-    assert all(sizes.row_ranks * sizes.cp * sizes.tp == 16 for sizes in found)
+    assert all(sizes.ranks == 16 for sizes in found)
+    assert {sizes.num_stages for sizes in found} == {1, 2, 4, 8}
 
 
 @pytest.mark.parametrize(
@@ -170,10 +234,16 @@ def test_a_mesh_that_does_not_fit_is_refused(sizes, message):
         plan(CONFIG, sizes, STEP, CARDS["h100"], efficiency=0.4)
 
 
-@pytest.mark.parametrize("sizes", [MeshSizes(dp_shard=4, ep=2), MeshSizes(dp_replicate=2, cp=2, tp=2)])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        MeshSizes(dp_shard=4, ep=2), MeshSizes(dp_replicate=2, cp=2, tp=2),
+        MeshSizes(dp_shard=2, pp=2, stages_per_rank=2), MeshSizes(dp_shard=2, ep=2, pp=4),
+    ],
+)  # fmt: skip
 def test_a_dry_run_builds_every_rank(sizes):
     counts = list(dry_run(CONFIG, sizes, recompute=True))
-    assert len(counts) == sizes.row_ranks * sizes.cp * sizes.tp
+    assert len(counts) == sizes.ranks
     assert sum(counts) / len(counts) == pytest.approx(kept_parameters(CONFIG, sizes))
 
 

@@ -304,6 +304,7 @@ def test_the_balance_loss_is_of_training_rows():
         ({"full_rope_theta": -5.0}, "full_rope_theta"),
         ({"full_rope_theta": 0.0}, "full_rope_theta"),
         ({"initial_batch_size": 9, "batch_warmup_steps": 2}, "initial_batch_size"),
+        ({"batch_multiple": 3}, "batch_multiple"),
         ({"steps": 1.5}, "steps"),
     ],
 )

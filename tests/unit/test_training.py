@@ -120,6 +120,10 @@ class TestSchedule:
     def test_rows(self):
         assert [rows_of_step(self.stage, step) for step in (0, 10, 20, 99)] == [16, 40, 64, 64]
 
+    def test_rows_in_multiples(self):
+        stage = replace(self.stage, batch_multiple=16)
+        assert [rows_of_step(stage, step) for step in (0, 3, 4, 10, 19, 20)] == [16, 16, 32, 32, 64, 64]
+
     def test_places(self):
         stages = (self.stage, replace(self.stage, name="t"))
         assert place_of(99, stages).stage_index == 0
