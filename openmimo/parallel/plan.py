@@ -288,7 +288,7 @@ def _units(config: ModelConfig, tp: int) -> list[tuple[_Weights, int]]:
     for head in range(heads):
         block = _Weights(2 * D * D + 5 * D, 3 * D * config.dense_ffn_dim, 0)
         units.append((block + _attention_weights(config, len(config.layers) + head, tp), 2))
-    vocabulary = _Weights(config.vocab_size * D, 0, 0)
+    vocabulary = _Weights(0, config.vocab_size * D, 0)
     return [*units, (vocabulary, 2 + heads), (vocabulary, 2 + 2 * heads), (_Weights(D, 0, 0), 2)]
 
 
@@ -354,6 +354,7 @@ def _traffic(config: ModelConfig, sizes: MeshSizes, step: StepShape, micro_batch
     sums = 2 * (len(config.layers) + config.num_mtp_heads)
     sums -= sum(layer.ffn != "dense" for layer in config.layers)
     tp = sums * passes * 2 * width * (sizes.tp - 1) / sizes.tp
+    tp += _vocabulary_sums(config, sizes, step) * 2 * (sizes.tp - 1) / sizes.tp
     sparse, ep = sum(layer.ffn == "moe" for layer in config.layers), 0.0
     if config.moe is not None:
         choices = width * config.moe.experts_per_token
@@ -361,6 +362,20 @@ def _traffic(config: ModelConfig, sizes: MeshSizes, step: StepShape, micro_batch
     return Traffic(
         shard, replicate, micro_batches * passes * cp * step.activation_bytes, micro_batches * tp, micro_batches * ep
     )
+
+
+def _vocabulary_sums(config: ModelConfig, sizes: MeshSizes, step: StepShape) -> float:
+    """Return the bytes that the tensor-parallel ranks add up for embedding and losses, if a row is one document.
+
+    The embedding sums its outputs, and each loss the gradient of its inputs, and of each label the maximum, the sum and
+    the label's logit in float32.
+    """
+    if sizes.tp == 1:
+        return 0.0
+    heads, rows = 1 + config.num_mtp_heads, step.micro_batch_rows / sizes.cp
+    vector = config.hidden_size * step.activation_bytes
+    labels = sum(rows * max(step.sequence_length - 1 - head, 0) for head in range(heads))
+    return heads * rows * step.sequence_length * vector + labels * (vector + 3 * 4)
 
 
 def _fetched_values(config: ModelConfig, index: int, sizes: MeshSizes, step: StepShape) -> float:

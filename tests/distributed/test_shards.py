@@ -19,11 +19,11 @@ from openmimo.parallel import shards
 from openmimo.parallel.mesh import build_mesh
 from openmimo.parallel.ranks import Ranks
 from openmimo.parallel.shard_reader import open_shards
-from openmimo.train.checkpoint import Checkpoints, Progress, find_damage, optimizer_state, restore
+from openmimo.train.checkpoint import Checkpoints, Progress, find_damage, load_optimizer_state, optimizer_state, restore
 from openmimo.train.config import CheckpointConfig, OptimizerConfig
 from openmimo.train.loss import training_loss
 from openmimo.train.optim import build_optimizer
-from openmimo.train.sharded import ShardWriter
+from openmimo.train.sharded import ShardWriter, restore_local
 
 TEXT = ["shards of a model", "one rank writes what it holds"] * 20
 
@@ -83,6 +83,25 @@ def test_one_device_resumes_from_shards(saved):
     restored = {f"model.{name}": tensor for name, tensor in model.state_dict().items()} | tensors
     assert restored.keys() == expected.keys()
     assert all(torch.equal(restored[name], tensor) for name, tensor in expected.items())
+
+
+def resumed_on(path: Path, sizes: dict[str, int]) -> dict[str, torch.Tensor]:
+    ranks = Ranks(build_mesh("cpu", **WHOLE | sizes), CPU)
+    model, tensors, progress = restore_local(path, ranks)
+    assert progress == Progress(2, 7, 0, {"row": 2})
+    ranks.apply(model, recompute=True)
+    optimizer = build_optimizer(model, OptimizerConfig(), mesh_of=ranks.mesh_of)
+    load_optimizer_state(model, optimizer, tensors, like=ranks.like)
+    return state(model, optimizer)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [{"dp_shard": 3}, {"dp_shard": 2, "tp": 2}, {"dp_replicate": 2, "ep": 2}])
+def test_other_meshes_resume_from_shards(saved, tmp_path, sizes):
+    path, expected = saved
+    tensors = run_processes(tmp_path, 3 if sizes == {"dp_shard": 3} else 4, resumed_on, path, sizes)[0]
+    assert tensors.keys() == expected.keys()
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in expected.items())
 
 
 def test_shards_are_exported_as_a_model_folder(saved, tmp_path):
