@@ -43,6 +43,7 @@ class Unfilled:
 def fill(model: MiMo, weights: Unfilled, device: torch.device) -> None:
     """Allocate the parts of a distributed model that this process holds, and fill them."""
     model.to_empty(device=device)
+    model.tie_weights()
     blocks = model.model.mtp.layers
     model.model.mtp.layers = blocks[: weights.num_mtp_heads]
     weights.fill(model)

@@ -281,7 +281,8 @@ def _units(config: ModelConfig, tp: int) -> list[tuple[_Weights, int]]:
     """Return the modules that are gathered at once, and how often in a forward and backward pass.
 
     Every MTP head calls the embedding and the output head once more. The gradient of token ids is not needed, so that
-    the embedding is gathered once in the backward pass.
+    the embedding is gathered once in the backward pass. A tied weight stays gathered from the forward to the backward
+    pass.
     """
     D, heads = config.hidden_size, config.num_mtp_heads
     units = [(_layer_weights(config, index, tp), 2) for index in range(len(config.layers))]
@@ -289,7 +290,10 @@ def _units(config: ModelConfig, tp: int) -> list[tuple[_Weights, int]]:
         block = _Weights(2 * D * D + 5 * D, 3 * D * config.dense_ffn_dim, 0)
         units.append((block + _attention_weights(config, len(config.layers) + head, tp), 2))
     vocabulary = _Weights(0, config.vocab_size * D, 0)
-    return [*units, (vocabulary, 2 + heads), (vocabulary, 2 + 2 * heads), (_Weights(D, 0, 0), 2)]
+    norm = _Weights(D, 0, 0)
+    if config.tie_embeddings:
+        return [*units, (vocabulary + norm, 1)]
+    return [*units, (vocabulary, 2 + heads), (vocabulary, 2 + 2 * heads), (norm, 2)]
 
 
 def kept_parameters(config: ModelConfig, sizes: MeshSizes) -> float:

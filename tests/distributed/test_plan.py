@@ -13,6 +13,7 @@ from distributed.test_equals_one_process import CPU, WHOLE
 
 from openmimo.core.errors import ConfigError
 from openmimo.model.backbone import checkpoint_activations
+from openmimo.model.config import ModelConfig
 from openmimo.model.context import PackedContext, RoutingTape
 from openmimo.model.heads import micro_batch
 from openmimo.model.mimo import MiMo
@@ -31,7 +32,11 @@ MESHES = [
 ]  # fmt: skip
 
 
-def measured(sizes: MeshSizes) -> dict[str, float]:
+TIED = replace(CONFIG, tie_embeddings=True)
+CASES = [*((CONFIG, sizes) for sizes in MESHES), *((TIED, sizes) for sizes in (MESHES[0], MESHES[4]))]
+
+
+def measured(config: ModelConfig, sizes: MeshSizes) -> dict[str, float]:
     """Bytes that this process keeps, and receives in a step, with the messages of collectives counted by kind."""
     counts: Counter = Counter()
 
@@ -68,12 +73,12 @@ def measured(sizes: MeshSizes) -> dict[str, float]:
     dist.all_to_all_single = exchanged
     mesh = {name: getattr(sizes, name) for name in WHOLE}
     ranks = Ranks(build_mesh("cpu", **mesh), CPU)
-    model = MiMo(CONFIG)
+    model = MiMo(config)
     model.initialize(torch.Generator().manual_seed(0))
     ranks.apply(model.train(), recompute=False)
     generator = torch.Generator().manual_seed(ranks.row_rank)
     for _ in range(STEP.rows // sizes.row_ranks // STEP.micro_batch_rows):
-        tokens = torch.randint(0, CONFIG.vocab_size, (2 * 128,), generator=generator)
+        tokens = torch.randint(0, config.vocab_size, (2 * 128,), generator=generator)
         part, context = ranks.split(
             micro_batch(tokens, (128, 128), None, 2), routing=RoutingTape(), balance_weight=0.0, balance_length=None
         )
@@ -86,8 +91,8 @@ def measured(sizes: MeshSizes) -> dict[str, float]:
 def all_measured() -> list[dict[str, float]]:
     functions = dict(vars(dist))
     outcomes = []
-    for sizes in MESHES:
-        outcomes.append(measured(sizes))
+    for config, sizes in CASES:
+        outcomes.append(measured(config, sizes))
         for name in ("all_gather_single", "reduce_scatter_single", "all_reduce", "all_to_all_single"):
             setattr(dist, name, functions[name])
     return outcomes
@@ -96,12 +101,12 @@ def all_measured() -> list[dict[str, float]]:
 @pytest.mark.slow
 def test_bytes_are_those_of_real_processes(tmp_path):
     by_rank = run_processes(tmp_path, 4, all_measured)
-    for number, sizes in enumerate(MESHES):
+    for number, (config, sizes) in enumerate(CASES):
         mean: Counter = Counter()
         for outcomes in by_rank:
             mean.update({kind: value / 4 for kind, value in outcomes[number].items()})
-        traffic = plan(CONFIG, sizes, STEP, CARDS["h100"], efficiency=0.4).traffic
-        assert mean["kept"] == kept_parameters(CONFIG, sizes), sizes
+        traffic = plan(config, sizes, STEP, CARDS["h100"], efficiency=0.4).traffic
+        assert mean["kept"] == kept_parameters(config, sizes), sizes
         assert mean["gather"] + mean["scatter"] == pytest.approx(traffic.shard), sizes
         assert mean["reduce"] == pytest.approx(traffic.replicate + traffic.tp), sizes
         # a random router is not even, and the counts of tokens travel as well

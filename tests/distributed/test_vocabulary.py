@@ -8,14 +8,17 @@ import torch
 import torch.distributed as dist
 from conftest import randomize, tiny_config
 from distributed.processes import run_processes
-from distributed.test_equals_one_process import CPU, WHOLE, Outcome, assert_equal, batches, step, whole
+from distributed.test_equals_one_process import CPU, ROW, WHOLE, Outcome, assert_equal, batches, step, whole
 
 from openmimo.core.errors import ConfigError
+from openmimo.data.loader import Batch
 from openmimo.kernels.operations import token_logprobs
+from openmimo.model.config import ModelConfig
 from openmimo.model.heads import Head, MicroBatch, micro_batch
 from openmimo.model.mimo import MiMo
 from openmimo.parallel.mesh import build_mesh
 from openmimo.parallel.ranks import Ranks
+from openmimo.train.loss import Evaluation, evaluate
 from openmimo.train.trainer import Alone
 
 
@@ -105,6 +108,45 @@ def test_every_use_of_the_head(tmp_path, processes):
         for name, tensor in expected.items():
             scale = tensor.abs().max().clamp(min=1e-6) if tensor.is_floating_point() else 1
             assert (results[name] - tensor).abs().max() <= 2e-6 * scale, name
+
+
+def tied_config() -> ModelConfig:
+    return replace(tiny_config(mtp_heads=2, window_keys=40), tie_embeddings=True)
+
+
+def tied_model() -> MiMo:
+    model = MiMo(tied_config())
+    model.initialize(torch.Generator().manual_seed(2))
+    return model.train()
+
+
+def steps_with_tied_embeddings(meshes: list[dict[str, int]]) -> list[tuple[Outcome, Evaluation]]:
+    outcomes = []
+    for sizes in meshes:
+        ranks = Ranks(build_mesh("cpu", **WHOLE | sizes), CPU)
+        model = ranks.draw(tied_config(), 2).train()
+        ranks.apply(model, recompute=False)
+        names = [name for name, _ in model.named_parameters()]
+        evaluation = evaluate(model, held_out(), ROW)
+        assert names == [name for name, tensor in model.named_parameters() if hasattr(tensor, "full_tensor")]
+        outcomes.append((step(model.train(), ranks, batches()[ranks.row_rank :: ranks.num_row_ranks]), evaluation))
+    return outcomes
+
+
+def held_out() -> list[Batch]:
+    return [Batch(batches()[0].tokens_T.numpy(), (ROW, 51, 7, ROW - 58), None, {})]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("processes", "meshes"), [(2, [{}, {"tp": 2}, {"ep": 2}]), (4, [{"tp": 2}, {"cp": 2}])])
+def test_tied_embeddings(tmp_path, processes, meshes):
+    model = tied_model()
+    evaluation, alone = evaluate(model, held_out(), ROW), step(model.train(), Alone(CPU), batches())
+    assert "lm_head.weight" not in alone.gradients
+    outcomes, *_ = run_processes(tmp_path, processes, steps_with_tied_embeddings, meshes)
+    for sizes, (outcome, evaluated) in zip(meshes, outcomes, strict=True):
+        assert_equal(outcome, alone, sizes)
+        assert evaluated.losses == pytest.approx(evaluation.losses, rel=1e-5), sizes
 
 
 def tokens_without_a_rank() -> str:
