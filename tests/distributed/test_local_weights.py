@@ -24,7 +24,7 @@ from openmimo.train.config import CheckpointConfig, OptimizerConfig
 from openmimo.train.optim import build_optimizer
 from openmimo.train.sharded import restore_local
 
-CONFIG = tiny_config(mtp_heads=1)
+CONFIG = tiny_config(num_layers=2, mtp_heads=1)
 MESHES = [{}, {"tp": 2}, {"ep": 2}]
 
 
@@ -72,10 +72,10 @@ def held_bytes(model: MiMo, ranks: Ranks) -> int:
     return sum(ranks.local(tensor).nbytes for tensor in model.state_dict().values())
 
 
-def drawn_on_meshes() -> list[tuple[dict[str, torch.Tensor], int, int]]:
+def drawn_on_meshes(meshes: list[dict[str, int]]) -> list[tuple[dict[str, torch.Tensor], int, int]]:
     local_weights.MAX_DRAWN_BYTES = 4096
     outcomes = []
-    for sizes in MESHES:
+    for sizes in meshes:
         ranks = Ranks(build_mesh("cpu", **WHOLE | sizes), CPU)
         model = ranks.draw(CONFIG, 3)
         model.replicate_mtp_heads(3)
@@ -86,10 +86,13 @@ def drawn_on_meshes() -> list[tuple[dict[str, torch.Tensor], int, int]]:
     return outcomes
 
 
-def test_random_weights_have_the_bits_of_one_process(tmp_path):
+@pytest.mark.parametrize("meshes", [MESHES[1:2], pytest.param([MESHES[0], MESHES[2]], marks=pytest.mark.slow)])
+def test_random_weights_have_the_bits_of_one_process(tmp_path, meshes):
     expected = weights_of(reference())
     largest = max(tensor.nbytes for tensor in expected.values())
-    for (weights, peak, held), sizes in zip(run_processes(tmp_path, 2, drawn_on_meshes)[0], MESHES, strict=True):
+    for (weights, peak, held), sizes in zip(
+        run_processes(tmp_path, 2, drawn_on_meshes, meshes)[0], meshes, strict=True
+    ):
         assert weights.keys() == expected.keys()
         assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items()), sizes
         assert held <= peak < held + largest / 2, sizes
@@ -123,6 +126,7 @@ def loaded_on_meshes(folders: list[Path]) -> list[tuple[dict[str, torch.Tensor],
     return outcomes
 
 
+@pytest.mark.slow
 def test_a_folder_is_read_in_slices(tmp_path):
     """Plain tensors are read where they are held; quantized and fused ones as a whole."""
     model = reference()
@@ -161,6 +165,7 @@ def restored(path: Path) -> tuple[dict[str, torch.Tensor], Progress]:
     return weights_of(model) | moments, progress
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_one_device_resumes_on_several(tmp_path):
     model, optimizer = trained_alone()
     expected = weights_of(model) | optimizer_state(model, optimizer)

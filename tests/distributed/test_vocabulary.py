@@ -22,8 +22,9 @@ from openmimo.train.loss import Evaluation, evaluate
 from openmimo.train.trainer import Alone
 
 
-def uneven_model(vocab_size: int = 161) -> MiMo:
-    return randomize(MiMo(replace(tiny_config(mtp_heads=2, window_keys=40), vocab_size=vocab_size)), 0).train()
+def uneven_model(vocab_size: int = 161, num_layers: int = 5) -> MiMo:
+    config = replace(tiny_config(mtp_heads=2, window_keys=40, num_layers=num_layers), vocab_size=vocab_size)
+    return randomize(MiMo(config), 0).train()
 
 
 def masked() -> list[MicroBatch]:
@@ -50,6 +51,7 @@ def alone() -> Outcome:
     return step(uneven_model(), Alone(CPU), masked())
 
 
+@pytest.mark.slow
 def test_two_processes_with_an_uneven_vocabulary(tmp_path, alone):
     (outcome,), *_ = run_processes(tmp_path, 2, steps_with_uneven_vocabulary, [{"tp": 2}])
     assert_equal(outcome, alone, {"tp": 2})
@@ -96,14 +98,14 @@ def reader(states_TD, weight_VD, labels_T):
 
 
 def read_divided_head(dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    model = uneven_model().to(dtype)
+    model = uneven_model(num_layers=1).to(dtype)
     Ranks(build_mesh("cpu", **WHOLE | {"tp": dist.get_world_size()}), CPU).apply(model, recompute=False)
     return read_head(model.head, dtype)
 
 
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_every_use_of_the_head(tmp_path, processes):
-    expected = read_head(uneven_model().head, torch.float32)
+    expected = read_head(uneven_model(num_layers=1).head, torch.float32)
     for results in run_processes(tmp_path, processes, read_divided_head, torch.float32):
         for name, tensor in expected.items():
             scale = tensor.abs().max().clamp(min=1e-6) if tensor.is_floating_point() else 1
@@ -152,7 +154,7 @@ def test_tied_embeddings(tmp_path, processes, meshes):
 def tokens_without_a_rank() -> str:
     ranks = Ranks(build_mesh("cpu", **WHOLE | {"tp": 4}), CPU)
     with pytest.raises(ConfigError) as error:
-        ranks.apply(uneven_model(vocab_size=9), recompute=False)
+        ranks.apply(uneven_model(vocab_size=9, num_layers=1), recompute=False)
     return str(error.value)
 
 
