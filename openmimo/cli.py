@@ -335,7 +335,7 @@ def _convert(arguments: list[str]) -> None:
         """Rewrite a checkpoint folder in another dtype or layout; at most one shard is in memory.
 
         Args:
-            source: A checkpoint folder in the Hugging Face layout.
+            source: A checkpoint folder in the Hugging Face layout, or a checkpoint of a run in shards.
             destination: A folder that does not exist yet.
             dtype: float32, bfloat16, float16, or fp8 (128 x 128 block scales, as published).
             projections: split (q, k, v) or fused_qkv (stacked by rank).
@@ -351,7 +351,9 @@ def _convert(arguments: list[str]) -> None:
     values = parse(options, arguments, "openmimo convert")
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
+    from openmimo.core.registry import load_object
     from openmimo.model.convert import ConvertConfig, convert
+    from openmimo.model.hf import open_checkpoint
 
     config = ConvertConfig(
         dtype=values["dtype"],
@@ -368,7 +370,10 @@ def _convert(arguments: list[str]) -> None:
             task = bar.add_task("convert", total=total_bytes)
             return lambda num_bytes: bar.advance(task, num_bytes)
 
-        convert(values["source"], values["destination"], config, start=start)
+        open_source = open_checkpoint
+        if (Path(values["source"]) / "trainer" / "shards").is_dir():
+            open_source = load_object("openmimo.parallel.shard_reader:open_shards")
+        convert(values["source"], values["destination"], config, start=start, open_source=open_source)
     print(f"wrote {values['destination']}")
 
 

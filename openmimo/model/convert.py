@@ -71,7 +71,12 @@ class ConvertConfig:
 
 
 def convert(
-    source: str | Path, destination: str | Path, config: ConvertConfig, *, start: Callable[[int], Progress]
+    source: str | Path,
+    destination: str | Path,
+    config: ConvertConfig,
+    *,
+    start: Callable[[int], Progress],
+    open_source: Callable[[Path, int | None], tuple[ModelConfig, CheckpointReader]] = open_checkpoint,
 ) -> None:
     """Rewrite a checkpoint in another dtype or layout, tensor by tensor; at most one shard is in memory.
 
@@ -81,6 +86,7 @@ def convert(
         config: Dtype and layout to write.
         start: Called once with the total number of bytes. Returns the function that is called with the bytes of each
             finished tensor.
+        open_source: Opens the source, given its folder and the window; a checkpoint in shards has its own.
 
     Raises:
         CheckpointError: The source is not a valid checkpoint, or the destination exists. Nothing is written.
@@ -88,7 +94,7 @@ def convert(
     source, destination = Path(source), Path(destination)
     if destination.exists():
         raise CheckpointError(f"{destination} already exists; give a new folder.")
-    model_config, reader = open_checkpoint(source, config.window_keys)
+    model_config, reader = open_source(source, config.window_keys)
     companions = read_companions(source)
     with torch.device("meta"):
         model = MiMo(model_config)

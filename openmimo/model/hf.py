@@ -190,20 +190,40 @@ def packed_entry(packing: Packing) -> dict[str, Any]:
 
 
 def write_model(
-    model: MiMo, folder: Path, *, tokenizer: Tokenizer | None = None, max_shard_bytes: int = DEFAULT_SHARD_BYTES
+    model: MiMo,
+    folder: Path,
+    *,
+    tokenizer: Tokenizer | None = None,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    entries: list[Entry] | None = None,
 ) -> None:
-    """Write the files of `save_model` to an existing folder; the caller makes the write atomic."""
+    """Write the files of `save_model` to an existing folder; the caller makes the write atomic.
+
+    Args:
+        model: The model.
+        folder: The folder.
+        tokenizer: As in `save_model`.
+        max_shard_bytes: As in `save_model`.
+        entries: The tensors (None: those of the model, which this process holds whole).
+    """
     packing = _packing_of(model)
+    if entries is None:
+        entries = [entry for slot in slots(model) for entry in slot.entries()]
+    write_description(model, folder, tokenizer=tokenizer, extra=packed_entry(packing) if packing else {})
+    write_shards(folder, entries, max_shard_bytes=max_shard_bytes)
+
+
+def write_description(
+    model: MiMo, folder: Path, *, tokenizer: Tokenizer | None = None, extra: dict[str, Any] | None = None
+) -> None:
+    """Write `config.json`, with the entries of `extra`, and the tokenizer files of a model to an existing folder."""
     companions = model.companions if tokenizer is None else tokenizer.companions
     if model.is_extended:
         companions = companions.with_max_length(model.config.max_positions)
     if companions.files:
         companions.write(folder)
     dtype = str(model.model.embed_tokens.dtype).removeprefix("torch.")
-    entries = [entry for slot in slots(model) for entry in slot.entries()]
-    values = model.config_keys(config_to_hf(model.config, dtype=dtype)) | (packed_entry(packing) if packing else {})
-    _write_json(values, folder)
-    write_shards(folder, entries, max_shard_bytes=max_shard_bytes)
+    _write_json(model.config_keys(config_to_hf(model.config, dtype=dtype)) | (extra or {}), folder)
 
 
 def write_config(

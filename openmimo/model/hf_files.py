@@ -12,7 +12,7 @@ import json
 import math
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -232,6 +232,20 @@ class CheckpointReader:
         weight = self.read_weight(name, config)
         return weight if isinstance(weight, torch.Tensor) else weight.dequantize(torch.float32)
 
+    def read_part(self, name: str, config: ModelConfig, box: Sequence[tuple[int, int]]) -> torch.Tensor:
+        """Return a part of a logical tensor; the file is read only there, if the tensor is stored as it is.
+
+        Args:
+            name: The name of the tensor.
+            config: The model.
+            box: A range of indices of each dimension.
+        """
+        index = tuple(slice(start, stop) for start, stop in box)
+        is_plain = name in self.stored and self.stored[name].dtype in _FLOAT_DTYPES
+        if not is_plain or self.adapter is not None:
+            return self.read(name, config)[index]
+        return self._tensor(name, index)
+
     def read_weight(self, name: str, config: ModelConfig) -> Weight:
         """Return a logical tensor in its stored dtype, or its codes and scales if it is quantized.
 
@@ -270,14 +284,14 @@ class CheckpointReader:
     def _stored(self, name: str) -> StoredTensor:
         return self.stored[self._physical(name)]
 
-    def _tensor(self, name: str) -> torch.Tensor:
+    def _tensor(self, name: str, index: tuple[slice, ...] | None = None) -> torch.Tensor:
         file = self.stored[name].file
         if file not in self._open:
             while len(self._open) >= _MAX_OPEN_FILES:
                 self._open.pop(next(iter(self._open)))
             self._open[file] = open_safetensors(self.folder / file)
         try:
-            return self._open[file].get_tensor(name)
+            return self._open[file].get_tensor(name) if index is None else self._open[file].get_slice(name)[index]
         except SafetensorError as error:
             raise CheckpointError(f"{self.folder / file}: {name} cannot be read ({error}).") from error
 
@@ -334,7 +348,9 @@ def read_headers(folder: Path) -> dict[str, StoredTensor]:
     weight_map = _read_index(folder)
     names = set(weight_map.values()) if weight_map else {path.name for path in folder.glob("*.safetensors")}
     if not names:
-        raise CheckpointError(f"{folder} holds no *.safetensors file.")
+        in_shards = (folder / "trainer" / "shards").is_dir()
+        advice = f" It is a checkpoint in shards: `openmimo convert {folder} OUT` writes a model folder."
+        raise CheckpointError(f"{folder} holds no *.safetensors file.{advice if in_shards else ''}")
     findings: list[str] = []
     stored: dict[str, StoredTensor] = {}
     for name in sorted(names):

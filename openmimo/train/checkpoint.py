@@ -3,6 +3,8 @@
 A checkpoint is a model folder in the Hugging Face layout, so that it can be loaded, served and converted, with an
 additional folder `trainer/`. It is written atomically. A manifest has the checksum of each file, so that a damaged
 checkpoint is detected and the previous one used.
+
+A run on several devices writes weights and optimizer in shards to `trainer/shards/` instead (`train/sharded.py`).
 """
 
 import hashlib
@@ -10,10 +12,11 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -23,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from openmimo.core import config as config_io
 from openmimo.core.errors import CheckpointError, DivergedError
 from openmimo.core.files import new_folder_atomic, recover_folder, remove_unfinished
+from openmimo.core.registry import load_object
 from openmimo.data.tokenizer import Tokenizer
 from openmimo.model.hf import Model, load_model, write_model
 from openmimo.model.hf_files import umask_mode
@@ -30,11 +34,14 @@ from openmimo.model.mimo import MiMo
 from openmimo.runtime.device import rng_state, set_rng_state
 from openmimo.train.config import CheckpointConfig
 
+SHARDS = "shards"
 _MANIFEST = "manifest.json"
 _ARRAYS = "samples.arrays"
 _OPTIMIZER = "optimizer.safetensors"
 _OPTIMIZER_BEFORE = "optimiser.safetensors"  # its name in the previous version
-_REQUIRED = {"config.json", "trainer/progress.json", f"trainer/{_OPTIMIZER}"}
+_REQUIRED = {"config.json", "trainer/progress.json"}
+_REQUIRED_WHOLE = _REQUIRED | {f"trainer/{_OPTIMIZER}"}
+_REQUIRED_SHARDS = _REQUIRED | {f"trainer/{SHARDS}/.metadata"}
 StateWriter = Callable[[Any, Path], Any]
 StateReader = Callable[[Any, Path], Any]
 
@@ -101,7 +108,7 @@ class Checkpoints:
         """
         return self.write(
             progress.step,
-            lambda folder: _write(folder, model, optimizer_tensors, tokenizer, progress, self._write_state),
+            lambda folder: self._write(folder, model, optimizer_tensors, tokenizer, progress),
         )
 
     def write(self, step: int, write_files: Callable[[Path], None]) -> Path:
@@ -115,14 +122,14 @@ class Checkpoints:
         Raises:
             CheckpointError: It cannot be written. Earlier checkpoints are unchanged.
         """
-        path = self._path(step)
+        path = self.path_of(step)
         try:
             with new_folder_atomic(path) as folder:
                 write_files(folder)
-                _write_manifest(folder)
+                write_manifest(folder)
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"the checkpoint {path} could not be written: {error}. {self.standing()}") from error
-        self._delete_old()
+        self.delete_old()
         return path
 
     def newest_intact(self) -> Path | None:
@@ -153,7 +160,7 @@ class Checkpoints:
     def newest(self) -> Path | None:
         """Return the newest checkpoint, intact or not; None if there is none."""
         step = self.newest_step()
-        return None if step is None else self._path(step)
+        return None if step is None else self.path_of(step)
 
     def newest_step(self) -> int | None:
         """Return the step of the newest checkpoint, intact or not; None if there is none."""
@@ -184,13 +191,33 @@ class Checkpoints:
         except DivergedError as error:
             raise DivergedError(f"{error} {self.standing()}") from error
 
-    def _path(self, step: int) -> Path:
+    def path_of(self, step: int) -> Path:
+        """Return the folder of the checkpoint of a step."""
         return self.folder / f"step-{step:08d}"
 
     def _all(self) -> list[Path]:
         return sorted(path for path in self.folder.glob("step-*") if re.fullmatch(r"step-\d{8}", path.name))
 
-    def _delete_old(self) -> None:
+    def _write(
+        self,
+        folder: Path,
+        model: MiMo,
+        optimizer_tensors: dict[str, torch.Tensor],
+        tokenizer: Tokenizer,
+        progress: Progress,
+    ) -> None:
+        write_model(model, folder, tokenizer=tokenizer)
+        trainer = folder / "trainer"
+        trainer.mkdir()
+        write_tensors(trainer / _OPTIMIZER, {**optimizer_tensors, **generators(model.device)})
+        self.write_progress(trainer, progress)
+
+    def write_progress(self, folder: Path, progress: Progress) -> None:
+        """Write `progress.json`, and the arrays of the loader's state, to the folder `trainer` of a checkpoint."""
+        (folder / "progress.json").write_text(json.dumps(self._write_state(vars(progress), folder / _ARRAYS)))
+
+    def delete_old(self) -> None:
+        """Delete the checkpoints that the policy does not keep."""
         every = self.policy.keep_every
         for path in self._all()[: -max(self.policy.keep_last, 1)]:
             if not (every and int(path.name.removeprefix("step-")) % every == 0):
@@ -215,15 +242,29 @@ def restore(
     Returns:
         The model in float32, its optimizer state by name for `load_optimizer_state`, and the progress.
     """
+    if is_sharded(path):
+        return load_object("openmimo.train.sharded:restore")(path, device, read_state=read_state)
     model = load(path, "float32", str(device))
+    tensors = load_file(optimizer_file(path), device="cpu")
+    set_generators({name: tensors.pop(name) for name in list(tensors) if name.startswith("rng.")}, device)
+    return model, tensors, read_progress(path, read_state)
+
+
+def optimizer_file(path: Path) -> Path:
+    """Return the file of the optimizer's state of a checkpoint that is not in shards."""
     names = (_OPTIMIZER, _OPTIMIZER_BEFORE)
-    optimizer_path = next(path / "trainer" / name for name in names if (path / "trainer" / name).exists())
-    tensors = load_file(optimizer_path, device="cpu")
-    set_rng_state(
-        {name.removeprefix("rng."): tensors.pop(name) for name in list(tensors) if name.startswith("rng.")}, device
-    )
+    return next(path / "trainer" / name for name in names if (path / "trainer" / name).exists())
+
+
+def set_generators(tensors: dict[str, torch.Tensor], device: torch.device) -> None:
+    """Restore the random generators from the tensors `rng.*` of a checkpoint."""
+    set_rng_state({name.removeprefix("rng."): tensor for name, tensor in tensors.items()}, device)
+
+
+def read_progress(path: Path, read_state: StateReader = _as_it_is) -> Progress:
+    """Return the progress of a checkpoint; see `restore`."""
     progress = config_io.load(Progress, path / "trainer" / "progress.json")
-    return model, tensors, replace(progress, loader=read_state(progress.loader, path / "trainer" / _ARRAYS))
+    return replace(progress, loader=read_state(progress.loader, path / "trainer" / _ARRAYS))
 
 
 def optimizer_state(model: MiMo, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
@@ -238,9 +279,9 @@ def optimizer_state(model: MiMo, optimizer: torch.optim.Optimizer) -> dict[str, 
 def load_optimizer_state(
     model: MiMo,
     optimizer: torch.optim.Optimizer,
-    tensors: dict[str, torch.Tensor],
+    tensors: Mapping[str, Any],
     *,
-    like: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = lambda parameter, value: value,
+    like: Callable[[torch.Tensor, Any], torch.Tensor] = lambda parameter, value: value,
 ) -> None:
     """Load a result of `optimizer_state`. Parameters without an entry, such as new MTP heads, keep no state.
 
@@ -249,8 +290,8 @@ def load_optimizer_state(
     Args:
         model: The model.
         optimizer: Its optimizer.
-        tensors: The tensors, whole.
-        like: Distributes a tensor as a parameter is.
+        tensors: The tensors, whole, or what `like` takes.
+        like: Returns a tensor distributed as a parameter is.
     """
     parameters = dict(model.named_parameters())
     for name, value in tensors.items():
@@ -260,6 +301,11 @@ def load_optimizer_state(
         parameter = parameters[parameter_name]
         device = "cpu" if key == "step" and not optimizer.defaults.get("fused") else parameter.device
         optimizer.state[parameter][key] = like(parameter, value).to(device)
+
+
+def is_sharded(path: Path) -> bool:
+    """Return whether a checkpoint has its weights and optimizer in shards."""
+    return (path / "trainer" / SHARDS).is_dir()
 
 
 def find_damage(path: Path) -> str | None:
@@ -274,43 +320,39 @@ def find_damage(path: Path) -> str | None:
     if not isinstance(checksums, dict):
         return f"{manifest_path} is not a JSON object of file names and checksums."
     listed = {name.replace(_OPTIMIZER_BEFORE, _OPTIMIZER) for name in checksums}
-    unlisted = sorted(_REQUIRED - listed)
-    if unlisted or not any(name.endswith(".safetensors") and "/" not in name for name in checksums):
+    has_shards = is_sharded(path)
+    unlisted = sorted((_REQUIRED_SHARDS if has_shards else _REQUIRED_WHOLE) - listed)
+    has_weights = has_shards or any(name.endswith(".safetensors") and "/" not in name for name in checksums)
+    if unlisted or not has_weights:
         return f"{manifest_path} does not list {unlisted[0] if unlisted else 'the weights'}."
-    for name, checksum in checksums.items():
+    for name, expected in checksums.items():
         if not (path / name).is_file():
             return f"{path / name} is missing."
-        if _checksum(path / name) != checksum:
+        if checksum(path / name) != expected:
             return f"{path / name} does not match its checksum: it was truncated or changed."
     return None
 
 
-def _write(
-    folder: Path,
-    model: MiMo,
-    optimizer_tensors: dict[str, torch.Tensor],
-    tokenizer: Tokenizer,
-    progress: Progress,
-    write_state: StateWriter,
-) -> None:
-    write_model(model, folder, tokenizer=tokenizer)
-    trainer = folder / "trainer"
-    trainer.mkdir()
-    generators = {f"rng.{name}": state for name, state in rng_state(model.device).items()}
-    optimizer_path = trainer / _OPTIMIZER
-    with umask_mode(optimizer_path):
-        save_file({**optimizer_tensors, **generators}, optimizer_path)
-    plain = write_state(vars(progress), trainer / _ARRAYS)
-    (trainer / "progress.json").write_text(json.dumps(plain))
+def generators(device: torch.device) -> dict[str, torch.Tensor]:
+    """Return the state of the random generators as tensors `rng.*` of a checkpoint."""
+    return {f"rng.{name}": state for name, state in rng_state(device).items()}
 
 
-def _write_manifest(folder: Path) -> None:
-    """Write the checksum of each file of a checkpoint."""
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Write a safetensors file with the mode of the umask."""
+    with umask_mode(path):
+        save_file(tensors, path)
+
+
+def write_manifest(folder: Path, known: Mapping[str, str] = MappingProxyType({})) -> None:
+    """Write the checksum of each file of a checkpoint; those of `known` are computed already."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    manifest = {str(path.relative_to(folder)): _checksum(path) for path in files}
+    names = [str(path.relative_to(folder)) for path in files]
+    manifest = {name: known.get(name) or checksum(folder / name) for name in names}
     (folder / "trainer" / _MANIFEST).write_text(json.dumps(manifest, indent=2))
 
 
-def _checksum(path: Path) -> str:
+def checksum(path: Path) -> str:
+    """Return the SHA-256 of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -261,6 +261,8 @@ class ParallelConfig:
         pp_schedule: Order of the micro-batches: 1f1b, or interleaved with several stages for each process.
         pp_stages: Number of stages (0: pp for 1f1b, 2 pp for interleaved, or what pp_boundaries says).
         pp_boundaries: First layer of every stage after the first (none: stages of equal estimated cost).
+        checkpoints: shards (each process writes its part while training goes on) or whole (the main process gathers the
+            model and writes the format of one process).
     """
 
     dp_replicate: PositiveInt = 1
@@ -272,6 +274,7 @@ class ParallelConfig:
     pp_schedule: Literal["1f1b", "interleaved"] = "1f1b"
     pp_stages: NonNegativeInt = 0
     pp_boundaries: tuple[PositiveInt, ...] = ()
+    checkpoints: Literal["shards", "whole"] = "shards"
 
     def __post_init__(self) -> None:
         check_fields(self, "parallel")

@@ -6,9 +6,10 @@ guard, updates the parameters, and updates the experts' selection bias. A checkp
 an uninterrupted one.
 """
 
+import contextlib
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,6 +29,8 @@ from openmimo.model.backbone import checkpoint_activations
 from openmimo.model.config import ModelConfig, training_flops_per_token
 from openmimo.model.context import PackedContext, RoutingTape
 from openmimo.model.heads import MicroBatch
+from openmimo.model.hf import load_model
+from openmimo.model.hf_files import Entry
 from openmimo.model.mimo import MiMo
 from openmimo.model.weight_formats import train_packed
 from openmimo.runtime.device import activation_dtype, measured_matmul_flops, peak_memory_bytes, synchronize
@@ -78,10 +81,11 @@ class Alone:
         is_main: Whether this process writes files and messages.
         row_rank: Index of this process among those that read different rows.
         num_row_ranks: Number of processes that read different rows.
+        writes_shards: Whether a checkpoint is written in shards by all processes.
         gradients: Measures of the gradients.
     """
 
-    is_main, row_rank, num_row_ranks = True, 0, 1
+    is_main, row_rank, num_row_ranks, writes_shards = True, 0, 1, False
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -168,7 +172,7 @@ class Alone:
         """Return the part of a parameter, gradient or buffer that this process holds."""
         return tensor
 
-    def like(self, parameter: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
+    def like(self, parameter: torch.Tensor, whole: Any) -> torch.Tensor:
         """Return `whole`, of the shape of a parameter, distributed as the parameter is."""
         return whole
 
@@ -182,6 +186,20 @@ class Alone:
     def gathered(self, model: MiMo, optimizer_tensors: dict[str, torch.Tensor]) -> tuple[MiMo, dict[str, torch.Tensor]]:
         """Return the whole model and its optimizer's tensors, on the main process."""
         return model, optimizer_tensors
+
+    def draw(self, config: ModelConfig, seed: int) -> MiMo:
+        """Return a model with the random weights of a seed."""
+        model = MiMo(config)
+        model.initialize(torch.Generator().manual_seed(seed))
+        return model.to(self.device)
+
+    def load(self, path: str | Path) -> MiMo:
+        """Return the model of a Hugging Face folder. Raises CheckpointError."""
+        return load_model(path, dtype="float32", device=str(self.device))
+
+    def export(self, model: MiMo, function: Callable[[list[Entry] | None], Result]) -> Result:
+        """Call a function on the main process only, with the tensors to write of a model (None: the model's own)."""
+        return function(None)
 
     def main_first(self, function: Callable[[], Result]) -> Result:
         """Call a function on the main process, then on the others. An error of the main process ends all of them."""
@@ -197,7 +215,7 @@ class Trainer:
 
     Args:
         config: The config of the run.
-        model: The model in float32, whole; it is distributed in place.
+        model: The model in float32, as `ranks` draws or loads it; it is distributed in place.
         tokenizer: The tokenizer, which is saved with checkpoints.
         loaders: Loaders of the stages by number, from the current stage on.
         ranks: The part of this process in the run.
@@ -215,7 +233,7 @@ class Trainer:
         *,
         ranks: Alone,
         start: Progress,
-        optimizer_tensors: dict[str, torch.Tensor] | None = None,
+        optimizer_tensors: Mapping[str, Any] | None = None,
         console: Console | None = None,
     ):
         self.config = config
@@ -227,6 +245,7 @@ class Trainer:
         self.console = console or Console(stderr=True)
         self.run_folder = Path(config.run_folder)
         self.checkpoints = Checkpoints(self.run_folder, config.checkpoints)
+        self._shards = self._shard_writer() if ranks.writes_shards else None
         self.metrics = MetricsWriter(self.run_folder, tensorboard=config.tensorboard) if ranks.is_main else None
         if self.metrics is not None:
             self.metrics.truncate_after(start.step or -1)  # the evaluation before the first step is repeated
@@ -261,7 +280,8 @@ class Trainer:
         last = total_steps(self.config.stages)
         last = last if stop_after_step is None else min(last, stop_after_step)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with self.checkpoints.named_in_errors(), stop_requests() as stop:
+        completed = contextlib.nullcontext() if self._shards is None else self._shards.completed()
+        with self.checkpoints.named_in_errors(), completed, stop_requests() as stop:
             self.guard.check_weights(f"the model before step {self.step + 1}")
             if self.step == 0:
                 self._evaluate()
@@ -279,14 +299,24 @@ class Trainer:
                         self.console.print(said)
                     bar.update(task, completed=self.step, description=f"{stage.name} loss {report.losses[0]:.3f}")
             if self._is_stopped(stop):
+                if self._shards is not None:
+                    self._shards.wait()  # so that all processes see the same newest checkpoint
                 saved = self.checkpoints.save_before_end(self.step, self.save)
                 raise Interrupted(stop.signal or signal.SIGTERM, saved)
         if self.metrics is not None:
             self.metrics.close()
 
     def _is_stopped(self, stop: StopRequest) -> bool:
-        """Whether a signal has reached any process of the run."""
-        return bool(self.ranks.sum_over_all(torch.tensor([float(stop.signal is not None)])))
+        """Whether a signal has reached any process of the run. Raises CheckpointError if a writer has failed."""
+        has_failed = self._shards is not None and self._shards.has_failed
+        flags = self.ranks.sum_over_all(torch.tensor([stop.signal is not None, has_failed]).float())
+        if flags[1] and self._shards is not None:
+            self._shards.wait()
+        return bool(flags[0])
+
+    def _shard_writer(self) -> Any:
+        """Return the writer of checkpoints in shards, whose file is imported by the runs that ask for it."""
+        return load_object("openmimo.train.sharded:ShardWriter")(self.checkpoints, self.ranks)
 
     def train_step(self, stage: Phase, stage_step: int) -> StepReport:
         """Run one optimizer step of `stage` and advance the counters. Raises DivergedError."""
@@ -388,7 +418,12 @@ class Trainer:
         return dict(zip(layers, self.ranks.sum_over_stages(self.ranks.sum(loads_LE)), strict=True))
 
     def save(self) -> Path:
-        """Write a checkpoint. Raises DivergedError if the weights are not finite or give values that are not."""
+        """Write a checkpoint, or begin to write one in shards.
+
+        Raises:
+            DivergedError: The weights are not finite, or give values that are not.
+            CheckpointError: The checkpoint, or the one in shards before it, cannot be written.
+        """
         self._check_weights()
         if self.metrics is not None:
             self.metrics.sync()
@@ -402,7 +437,10 @@ class Trainer:
             skipped=self.guard.num_skipped,
             skipped_in_a_row=self.guard.skipped_in_a_row,
         )
-        model, tensors = self.ranks.gathered(self.model, optimizer_state(self.model, self.optimizer))
+        tensors = optimizer_state(self.model, self.optimizer)
+        if self._shards is not None:
+            return self._shards.save(self.model, tensors, self.tokenizer, progress)
+        model, tensors = self.ranks.gathered(self.model, tensors)
         return self.ranks.on_main(lambda: self.checkpoints.save(model, tensors, self.tokenizer, progress))
 
     def _check_weights(self) -> None:
@@ -448,7 +486,7 @@ class Trainer:
                 self.optimizer = self._new_optimizer(kept)
         return self._loaders[index]
 
-    def _new_optimizer(self, tensors: dict[str, torch.Tensor]) -> torch.optim.AdamW:
+    def _new_optimizer(self, tensors: Mapping[str, Any]) -> torch.optim.AdamW:
         optimizer = build_optimizer(self.model, self.config.optimizer, mesh_of=self.ranks.mesh_of)
         load_optimizer_state(self.model, optimizer, tensors, like=self.ranks.like)
         return optimizer
@@ -466,6 +504,8 @@ class Trainer:
             try:
                 self.save()
             except CheckpointError as error:
+                if not isinstance(self.ranks, Alone):
+                    raise  # the other processes do not know of it
                 self.console.print(f"[yellow]warning:[/] {error} Training continues.", soft_wrap=True)
 
     def _write(self, values: dict[str, Any]) -> None:

@@ -78,7 +78,10 @@ def alone(tmp_path_factory, recipe) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("mesh", [("--parallel.cp", "2", "--parallel.ep", "2"), ("--parallel.tp", "2"), ()])
+@pytest.mark.parametrize(
+    "mesh",
+    [("--parallel.cp", "2", "--parallel.ep", "2"), ("--parallel.tp", "2", "--parallel.checkpoints", "whole"), ()],
+)
 def test_a_run_has_the_losses_of_one_process(tmp_path, recipe, alone, mesh):
     finished = run(tmp_path / "run", 2, recipe, *mesh)
     assert finished.returncode == 0, finished.stderr
