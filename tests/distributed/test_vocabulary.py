@@ -109,7 +109,7 @@ def test_every_use_of_the_head(tmp_path, processes):
     for results in run_processes(tmp_path, processes, read_divided_head, torch.float32):
         for name, tensor in expected.items():
             scale = tensor.abs().max().clamp(min=1e-6) if tensor.is_floating_point() else 1
-            assert (results[name] - tensor).abs().max() <= 2e-6 * scale, name
+            assert (results[name] - tensor).abs().max() <= 1e-5 * scale, name
 
 
 def tied_config() -> ModelConfig:
