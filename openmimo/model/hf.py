@@ -190,11 +190,25 @@ def packed_entry(packing: Packing) -> dict[str, Any]:
 
 
 def write_model(
-    model: MiMo, folder: Path, *, tokenizer: Tokenizer | None = None, max_shard_bytes: int = DEFAULT_SHARD_BYTES
+    model: MiMo,
+    folder: Path,
+    *,
+    tokenizer: Tokenizer | None = None,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    entries: list[Entry] | None = None,
 ) -> None:
-    """Write the files of `save_model` to an existing folder; the caller makes the write atomic."""
+    """Write the files of `save_model` to an existing folder; the caller makes the write atomic.
+
+    Args:
+        model: The model.
+        folder: The folder.
+        tokenizer: As in `save_model`.
+        max_shard_bytes: As in `save_model`.
+        entries: The tensors (None: those of the model, which this process holds whole).
+    """
     packing = _packing_of(model)
-    entries = [entry for slot in slots(model) for entry in slot.entries()]
+    if entries is None:
+        entries = [entry for slot in slots(model) for entry in slot.entries()]
     write_description(model, folder, tokenizer=tokenizer, extra=packed_entry(packing) if packing else {})
     write_shards(folder, entries, max_shard_bytes=max_shard_bytes)
 

@@ -3,7 +3,7 @@
 T packed tokens, D model dim.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, cast
 
@@ -19,6 +19,12 @@ from openmimo.model.context import AttentionContext, PackedContext
 from openmimo.model.heads import MTP, Head, MicroBatch
 from openmimo.model.layers import Embedding, RMSNorm
 from openmimo.model.moe import Experts, Router
+
+Draw = Callable[[torch.Tensor, float, torch.Generator], object]
+
+
+def _draw(weight: torch.Tensor, std: float, generator: torch.Generator) -> object:
+    return weight.normal_(std=std, generator=generator)
 
 
 class MiMo(nn.Module):
@@ -158,16 +164,22 @@ class MiMo(nn.Module):
         self.config = self.config.with_mtp_heads(len(self.model.mtp.layers))
 
     @torch.no_grad()
-    def initialize(self, generator: torch.Generator) -> None:
-        """Draw weights from N(0, init_std) (paper section 3.1); set norms to one, biases and sinks to zero."""
+    def initialize(self, generator: torch.Generator, *, draw: Draw | None = None) -> None:
+        """Draw weights from N(0, init_std) (paper section 3.1); set norms to one, biases and sinks to zero.
+
+        Args:
+            generator: The source of all numbers.
+            draw: Fills a weight from N(0, std), given std and generator (None: `normal_`).
+        """
+        draw, std = draw or _draw, self.config.init_std
         for module in self.modules():
             for parameter in module.parameters(recurse=False):
                 parameter.zero_()
             if isinstance(module, (nn.Linear, nn.Embedding, Router)):
-                module.weight.normal_(std=self.config.init_std, generator=generator)
+                draw(module.weight, std, generator)
             if isinstance(module, Experts):
-                module.gate_up_proj.normal_(std=self.config.init_std, generator=generator)
-                module.down_proj.normal_(std=self.config.init_std, generator=generator)
+                draw(module.gate_up_proj, std, generator)
+                draw(module.down_proj, std, generator)
             if isinstance(module, RMSNorm):
                 module.weight.fill_(1.0)
             if isinstance(module, Router):

@@ -362,6 +362,8 @@ def _check(model: _Model, sizes: MeshSizes, step: StepShape) -> None:
     """Raise ConfigError if a mesh does not fit a model or a step."""
     config = model.config
     assert _is_divisible(model, sizes.tp)
+    if sizes.pp > 1 and config.tie_embeddings:
+        raise ConfigError("a model with tied embeddings cannot be divided into pipeline stages.")
     if sizes.weight_ranks % sizes.ep:
         raise ConfigError(f"ep {sizes.ep} does not divide dp_shard x cp = {sizes.weight_ranks}.")
     if sizes.ep > 1 and (config.moe is None or config.moe.num_experts % sizes.ep):
@@ -408,15 +410,19 @@ def _units(config: ModelConfig, tp: int) -> list[tuple[_Weights, int]]:
     """Return the modules that are gathered at once, and how often in a forward and backward pass.
 
     Every MTP head calls the embedding and the output head once more. The gradient of token ids is not needed, so that
-    the embedding is gathered once in the backward pass.
+    the embedding is gathered once in the backward pass. A tied weight stays gathered from the forward to the backward
+    pass.
     """
     D, heads = config.hidden_size, config.num_mtp_heads
     units = [(_layer_weights(config, index, tp), 2) for index in range(len(config.layers))]
     for head in range(heads):
         block = _Weights(2 * D * D + 5 * D, 3 * D * config.dense_ffn_dim, 0)
         units.append((block + _attention_weights(config, len(config.layers) + head, tp), 2))
-    vocabulary = _Weights(config.vocab_size * D, 0, 0)
-    return [*units, (vocabulary, 2 + heads), (vocabulary, 2 + 2 * heads), (_Weights(D, 0, 0), 2)]
+    vocabulary = _Weights(0, config.vocab_size * D, 0)
+    norm = _Weights(D, 0, 0)
+    if config.tie_embeddings:
+        return [*units, (vocabulary + norm, 1)]
+    return [*units, (vocabulary, 2 + heads), (vocabulary, 2 + 2 * heads), (norm, 2)]
 
 
 _units_of_model = functools.lru_cache(maxsize=256)(lambda model, tp: _units(model.config, tp))
@@ -536,6 +542,7 @@ def _traffic(model: _Model, sizes: MeshSizes, step: StepShape, micro_batches: in
     cp = sum(fetched[index] for index in attention)
     sparse = sum(config.layers[index].ffn == "moe" for index in rank.layers)
     tp = (2 * len(attention) - sparse) * passes * 2 * width * (sizes.tp - 1) / sizes.tp
+    tp += _vocabulary_sums(config, sizes, step, rank) * 2 * (sizes.tp - 1) / sizes.tp
     ep = 0.0
     if config.moe is not None:
         choices = width * config.moe.experts_per_token
@@ -550,13 +557,28 @@ def _traffic(model: _Model, sizes: MeshSizes, step: StepShape, micro_batches: in
     )
 
 
+def _vocabulary_sums(config: ModelConfig, sizes: MeshSizes, step: StepShape, rank: _PipelineRank) -> float:
+    """Return the bytes that the tensor-parallel ranks add up for embedding and losses, if a row is one document.
+
+    The embedding sums its outputs, and each loss the gradient of its inputs, and of each label the maximum, the sum and
+    the label's logit in float32.
+    """
+    if sizes.tp == 1:
+        return 0.0
+    heads, rows = config.num_mtp_heads, step.micro_batch_rows / sizes.cp
+    vector = config.hidden_size * step.activation_bytes
+    embedded = rank.is_first + heads * rank.is_last
+    labels = sum(rows * max(step.sequence_length - 1 - head, 0) for head in range(1 + heads)) * rank.is_last
+    return embedded * rows * step.sequence_length * vector + labels * (vector + 3 * 4)
+
+
 def _states(config: ModelConfig, sizes: MeshSizes, rank: _PipelineRank, width: float) -> float:
     """Return the bytes that a rank receives of other stages, given those of the states of a step."""
     if sizes.pp == 1:
         return 0.0
     received = 2 * sizes.stages_per_rank - rank.is_first - rank.is_last  # states, and gradients of states
     has_copy = config.num_mtp_heads > 0 and (rank.is_first or rank.is_last)
-    copy = config.vocab_size * config.hidden_size / sizes.weight_ranks * MASTER_BYTES if has_copy else 0.0
+    copy = config.vocab_size / sizes.tp * config.hidden_size / sizes.weight_ranks * MASTER_BYTES if has_copy else 0.0
     return received * width + copy
 
 

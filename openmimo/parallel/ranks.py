@@ -5,26 +5,35 @@ All processes call the methods together and in the same order.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from openmimo.core.errors import ConfigError
+from openmimo.data.tokenizer_files import read_companions
 from openmimo.model.backbone import checkpoint_activations
 from openmimo.model.config import ModelConfig
 from openmimo.model.context import PackedContext, RoutingTape
 from openmimo.model.heads import MicroBatch
+from openmimo.model.hf import check_fit, open_checkpoint
+from openmimo.model.hf_files import Entry
 from openmimo.model.mimo import MiMo
+from openmimo.parallel.boxes import local_box
 from openmimo.parallel.context import ContextSplit, ShardedContext
 from openmimo.parallel.expert import distribute_experts
 from openmimo.parallel.fsdp import shard_model
 from openmimo.parallel.gradients import ShardedGradients, local_part
+from openmimo.parallel.local_weights import StoredTensor, Unfilled, draw_weights, fill, read_folder
 from openmimo.parallel.mesh import Mesh, build_mesh, process_group
 from openmimo.parallel.pipeline import Pipeline, check_stages, gather_from_stages, order_gathers
+from openmimo.parallel.shard_reader import gathered_entries, read_model, sharded_config
 from openmimo.parallel.stages import PipelineOptions
 from openmimo.parallel.tensor import divide_layers
+from openmimo.parallel.vocabulary import divide_vocabulary
 
 Result = TypeVar("Result")
 
@@ -50,8 +59,7 @@ def open_ranks(
     """
     with process_group(device) as local_device:
         options = None if pipeline is None else PipelineOptions(**pipeline)
-        mesh = build_mesh(local_device.type, **sizes)
-        yield Ranks(mesh, local_device, options, writes_shards=writes_shards)
+        yield Ranks(build_mesh(local_device.type, **sizes), local_device, options, writes_shards=writes_shards)
 
 
 class Ranks:
@@ -69,16 +77,12 @@ class Ranks:
     """
 
     def __init__(
-        self,
-        mesh: Mesh,
-        device: torch.device,
-        pipeline: PipelineOptions | None = None,
-        *,
-        writes_shards: bool = True,
+        self, mesh: Mesh, device: torch.device, pipeline: PipelineOptions | None = None, *, writes_shards: bool = True
     ):
         if mesh.pp.size() > 1 and pipeline is None:
             raise ConfigError("this command cannot divide a model into pipeline stages; set parallel.pp 1.")
         self.writes_shards = writes_shards
+        self._unfilled: WeakKeyDictionary[MiMo, Unfilled] = WeakKeyDictionary()
         self.mesh = mesh
         self.device = device
         self.gradients = ShardedGradients()
@@ -115,10 +119,10 @@ class Ranks:
             check_stages(config, self._options)
 
     def apply(self, model: MiMo, *, recompute: bool) -> None:
-        """Distribute a model, whole on every process, in place. Raises ConfigError for a model that does not fit.
+        """Distribute a model in place. Raises ConfigError for a model that does not fit.
 
         Args:
-            model: The model.
+            model: The model, whole on every process, or a result of `draw` or `load`.
             recompute: Whether layers recompute their activations in the backward pass.
         """
         if recompute:
@@ -128,6 +132,7 @@ class Ranks:
             self._pipeline = Pipeline(model, self.mesh.pp.get_group(), self._options, self.device)
         if self.mesh.tp.size() > 1:
             divide_layers(model, self.mesh.weights["tp"])
+            divide_vocabulary(model, self.mesh.weights["tp"])
         experts = distribute_experts(model, self.mesh.ep) if self.mesh.ep.size() > 1 else []
         stages = None if self._pipeline is None else self._pipeline.stages.values()
         shard_model(model, self.mesh.weights, self.mesh.experts, experts, called=stages)
@@ -135,6 +140,41 @@ class Ranks:
             for stage in self._pipeline.stages.values():
                 order_gathers(stage)
             self.gradients = ShardedGradients(self.mesh.pp.get_group(), self._pipeline.copies())
+        if weights := self._unfilled.pop(model, None):
+            fill(model, weights, self.device)
+
+    def draw(self, config: ModelConfig, seed: int) -> MiMo:
+        """Return a model with the random weights of a seed, on the meta device until `apply` distributes it."""
+
+        def initialize(model: MiMo) -> None:
+            draw_weights(model, _on_meta(config), torch.Generator().manual_seed(seed))
+
+        return self._later(_on_meta(config), initialize)
+
+    def load(self, path: str | Path) -> MiMo:
+        """Return the model of a folder, on the meta device until `apply` distributes it.
+
+        Args:
+            path: A folder in the Hugging Face layout, or a checkpoint in shards.
+
+        Raises:
+            CheckpointError: As `model.hf.load_model`, according to the headers of the files.
+        """
+        folder = Path(path)
+        if (folder / "trainer" / "shards").is_dir():
+            config, companions = sharded_config(folder)
+            model = _on_meta(config)
+            model.companions = companions
+            return self._later(model, lambda model: read_model(folder, model))
+        config, reader = open_checkpoint(folder, None)
+        model, described = _on_meta(config), _on_meta(config)
+        check_fit(described, reader)
+        model.companions = read_companions(folder)
+        return self._later(model, lambda model: read_folder(model, reader, described))
+
+    def _later(self, model: MiMo, function: Callable[[MiMo], None]) -> MiMo:
+        self._unfilled[model] = Unfilled(model.config.num_mtp_heads, function)
+        return model
 
     def split(
         self,
@@ -216,10 +256,13 @@ class Ranks:
         """Return the part of a parameter, gradient or buffer that this process holds."""
         return local_part(tensor)
 
-    def like(self, parameter: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
-        """Return `whole`, of the shape of a parameter, distributed as the parameter is."""
+    def like(self, parameter: torch.Tensor, whole: Any) -> torch.Tensor:
+        """Return `whole`, a tensor or a StoredTensor of the shape of a parameter, distributed as the parameter is."""
         if not isinstance(parameter, DTensor) or whole.shape != parameter.shape:
-            return whole
+            return whole.whole() if isinstance(whole, StoredTensor) else whole
+        if isinstance(whole, StoredTensor):
+            local = whole.read(local_box(parameter)).to(self.device)
+            return _distributed(local, parameter)
         whole = whole.to(self.device)
         return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
@@ -259,6 +302,46 @@ class Ranks:
             return gather_from_stages(tensors, self.mesh.pp.get_group(), self.device)
         return ((name, _whole(tensor)) for name, tensor in tensors.items())
 
+    def export(self, model: MiMo, function: Callable[[list[Entry] | None], Result]) -> Result:
+        """Call a function on the main process only, with the tensors of a model in the Hugging Face layout.
+
+        A tensor is gathered when it is loaded, so that no process holds the whole model.
+
+        Args:
+            model: The model, distributed.
+            function: Its result (which is pickled) is returned on all processes.
+        """
+        state = model.state_dict()
+        if not self.is_main:
+            while (name := self._requested(None)) is not None:
+                self._whole_of(state, name)
+            return self.on_main(lambda: function(None))
+        entries = gathered_entries(
+            _on_meta(model.config), lambda name: self._whole_of(state, str(self._requested(name)))
+        )
+
+        def run() -> Result:
+            try:
+                return function(entries)
+            finally:
+                self._requested(None)
+
+        return self.on_main(run)
+
+    def _whole_of(self, state: dict[str, torch.Tensor], name: str) -> torch.Tensor:
+        """Return a tensor of the model, whole, on the main process and on those that hold it."""
+        if self._pipeline is None:
+            return _whole(state[name])
+        held = {name: state[name]} if name in state else {}
+        gathered = dict(gather_from_stages(held, self.mesh.pp.get_group(), self.device))
+        return gathered.get(name, torch.empty(0))
+
+    def _requested(self, name: str | None) -> str | None:
+        """Return the `name` of the main process on all processes."""
+        box = [name]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
     def main_first(self, function: Callable[[], Result]) -> Result:
         """Call a function on the main process, then on the others. An error of the main process ends all of them."""
         result: Any = None
@@ -289,6 +372,17 @@ class Ranks:
         if has_failed:
             raise SystemExit(1)  # the main process prints the error
         return shared, result
+
+
+def _on_meta(config: ModelConfig) -> MiMo:
+    with torch.device("meta"):
+        return MiMo(config)
+
+
+def _distributed(local: torch.Tensor, like: DTensor) -> DTensor:
+    return DTensor.from_local(
+        local, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+    )
 
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:

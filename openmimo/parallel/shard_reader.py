@@ -1,6 +1,7 @@
 """A checkpoint in shards as the tensors of the Hugging Face layout, read tensor by tensor on one device."""
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,10 +14,10 @@ from openmimo.kernels.weights import Weight
 from openmimo.model.config import ModelConfig
 from openmimo.model.hf import Slot, slots
 from openmimo.model.hf_config import config_from_hf
-from openmimo.model.hf_files import CheckpointReader
+from openmimo.model.hf_files import CheckpointReader, Entry
 from openmimo.model.mimo import MiMo
 from openmimo.parallel.boxes import Box, inside, slices_of, whole_box
-from openmimo.parallel.shards import ShardFolder
+from openmimo.parallel.shards import ShardFolder, read_shards
 
 _PREFIX = "model."  # of the weights among the tensors of a checkpoint
 _MAX_READ_BYTES = 1 << 30
@@ -57,6 +58,31 @@ def _box_in(base: torch.Tensor, view: torch.Tensor) -> Box:
         start, offset = divmod(int(offset), int(stride))
         box.append((start, start + length))
     return tuple(box)
+
+
+def gathered_entries(described: MiMo, gather: Callable[[str], torch.Tensor]) -> list[Entry]:
+    """Return the tensors of the layout, each a part of what `gather` returns for the name of its parameter.
+
+    Args:
+        described: The model, on the meta device.
+        gather: Returns a whole parameter. It is called once for the tensors of one parameter, which are consecutive.
+    """
+    latest = functools.lru_cache(maxsize=1)(gather)
+
+    def part(place: Place) -> torch.Tensor:
+        shape = place.slot.plain_target.shape
+        return place.slot.from_checkpoint(latest(place.parameter)[slices_of(place.box)].reshape(shape).clone())
+
+    return [
+        Entry(place.slot.name, tuple(place.slot.plain_target.shape), place.slot.plain_target.dtype, load)
+        for place in places(described)
+        for load in [functools.partial(part, place)]
+    ]
+
+
+def read_model(folder: Path, model: MiMo) -> None:
+    """Fill the parts that this process holds of a model with those of a checkpoint in shards."""
+    read_shards(folder / "trainer" / "shards", {_PREFIX + name: tensor for name, tensor in model.state_dict().items()})
 
 
 class ShardReader(CheckpointReader):

@@ -63,8 +63,8 @@ def write_shards(folder: Path, tensors: Mapping[str, torch.Tensor], group: dist.
 
     Args:
         folder: The folder, which is empty or does not exist.
-        tensors: Tensors of the run by name, the same names on every process. A distributed tensor is written in parts,
-            another one by one process.
+        tensors: The tensors that this process has, by name. A distributed tensor is written in parts, another by one
+            process.
         group: A group for this purpose only, because a thread uses it.
 
     Returns:

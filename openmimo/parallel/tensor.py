@@ -7,7 +7,8 @@ projection are divided, so that the sum of the ranks' outputs is the output:
     x (whole) -> gate, up of some dims -> product   -> columns of down_proj -> sum over ranks
 
 A layer with fewer key/value heads than ranks keeps its key and value projections whole, and each rank uses one head.
-Norms, router, experts, embedding and output head are whole on every rank, and computed by each.
+Norms, router and experts are whole on every rank, and computed by each. `parallel.vocabulary` divides embedding and
+output head.
 """
 
 from typing import Any, cast
@@ -72,7 +73,7 @@ class DividedAttention(Attention):
 
     def forward(self, x_TD: torch.Tensor, context: Any) -> torch.Tensor:
         """As `Attention.forward`."""
-        return _SumOverRanks.apply(super().forward(_CopyToRanks.apply(x_TD, self.group), context), self.group)
+        return SumOverRanks.apply(super().forward(_CopyToRanks.apply(x_TD, self.group), context), self.group)
 
 
 class DividedFFN(DenseFFN):
@@ -82,7 +83,7 @@ class DividedFFN(DenseFFN):
 
     def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
         """As `DenseFFN.forward`."""
-        return _SumOverRanks.apply(super().forward(_CopyToRanks.apply(x_TD, self.group)), self.group)
+        return SumOverRanks.apply(super().forward(_CopyToRanks.apply(x_TD, self.group)), self.group)
 
 
 def divide_layers(model: MiMo, mesh: DeviceMesh) -> None:
@@ -184,7 +185,7 @@ class _CopyToRanks(torch.autograd.Function):
         return gradient, None
 
 
-class _SumOverRanks(torch.autograd.Function):
+class SumOverRanks(torch.autograd.Function):
     """Returns the sum of the ranks' tensors, whose gradient all ranks have."""
 
     @staticmethod

@@ -245,11 +245,15 @@ def restore(
     if is_sharded(path):
         return load_object("openmimo.train.sharded:restore")(path, device, read_state=read_state)
     model = load(path, "float32", str(device))
-    names = (_OPTIMIZER, _OPTIMIZER_BEFORE)
-    optimizer_path = next(path / "trainer" / name for name in names if (path / "trainer" / name).exists())
-    tensors = load_file(optimizer_path, device="cpu")
+    tensors = load_file(optimizer_file(path), device="cpu")
     set_generators({name: tensors.pop(name) for name in list(tensors) if name.startswith("rng.")}, device)
     return model, tensors, read_progress(path, read_state)
+
+
+def optimizer_file(path: Path) -> Path:
+    """Return the file of the optimizer's state of a checkpoint that is not in shards."""
+    names = (_OPTIMIZER, _OPTIMIZER_BEFORE)
+    return next(path / "trainer" / name for name in names if (path / "trainer" / name).exists())
 
 
 def set_generators(tensors: dict[str, torch.Tensor], device: torch.device) -> None:
@@ -275,9 +279,9 @@ def optimizer_state(model: MiMo, optimizer: torch.optim.Optimizer) -> dict[str, 
 def load_optimizer_state(
     model: MiMo,
     optimizer: torch.optim.Optimizer,
-    tensors: dict[str, torch.Tensor],
+    tensors: Mapping[str, Any],
     *,
-    like: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = lambda parameter, value: value,
+    like: Callable[[torch.Tensor, Any], torch.Tensor] = lambda parameter, value: value,
 ) -> None:
     """Load a result of `optimizer_state`. Parameters without an entry, such as new MTP heads, keep no state.
 
@@ -286,8 +290,8 @@ def load_optimizer_state(
     Args:
         model: The model.
         optimizer: Its optimizer.
-        tensors: The tensors, whole.
-        like: Distributes a tensor as a parameter is.
+        tensors: The tensors, whole, or what `like` takes.
+        like: Returns a tensor distributed as a parameter is.
     """
     parameters = dict(model.named_parameters())
     for name, value in tensors.items():

@@ -21,6 +21,7 @@ from openmimo.core.files import new_folder_atomic
 from openmimo.core.metrics import read_metrics
 from openmimo.data.tokenizer import Tokenizer
 from openmimo.model.hf import check_replaceable, write_model
+from openmimo.model.hf_files import Entry
 from openmimo.model.mimo import MiMo
 from openmimo.runtime.device import resolve_device, works_ahead
 from openmimo.runtime.report import Report, length_axis, new_figure, step_axis
@@ -119,8 +120,19 @@ def write_outcome(
     folder: Path,
     write_report: Callable[[Path], Path],
     console: Console,
+    *,
+    entries: list[Entry] | None = None,
 ) -> Path:
     """Write the model with its tokenizer (atomically) and the report of a run. Returns the folder of the model.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        checkpoints: The checkpoints of the run.
+        folder: The folder of the run.
+        write_report: Writes the report of a run folder, and returns its path.
+        console: Console for the paths.
+        entries: The tensors to write (None: those of the model, which this process holds whole).
 
     Raises:
         CheckpointError: The model cannot be written (e.g. the disk is full), or its folder contains other files.
@@ -129,7 +141,7 @@ def write_outcome(
     check_replaceable(destination)
     try:
         with new_folder_atomic(destination) as unfinished:
-            write_model(model, unfinished, tokenizer=tokenizer)
+            write_model(model, unfinished, tokenizer=tokenizer, entries=entries)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"the model {destination} could not be written: {error}. {checkpoints.standing()} The same command "

@@ -4,12 +4,12 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-import torch
 from rich.console import Console
 
 from openmimo.core import config as config_io
@@ -22,7 +22,7 @@ from openmimo.data.loader import Loader
 from openmimo.data.source import TextSource, open_source, training_documents
 from openmimo.data.tokenizer import Tokenizer
 from openmimo.model.config import ModelConfig
-from openmimo.model.hf import check_replaceable, load_config, load_model
+from openmimo.model.hf import check_replaceable, load_config
 from openmimo.model.mimo import MiMo
 from openmimo.model.presets import model_config
 from openmimo.train import outcome
@@ -89,9 +89,11 @@ def _pretrain(config: PretrainConfig, ranks: Alone, console: Console) -> Path:
         )
         trainer = _open_trainer(config, prepared, newest, ranks, console)
         trainer.run()
-        model, _ = ranks.gathered(trainer.model, {})
-        return ranks.on_main(
-            lambda: write_outcome(model, trainer.tokenizer, checkpoints, folder, write_report, console)
+        return ranks.export(
+            trainer.model,
+            lambda entries: write_outcome(
+                trainer.model, trainer.tokenizer, checkpoints, folder, write_report, console, entries=entries
+            ),
         )
 
 
@@ -143,7 +145,7 @@ def _check_start(config: PretrainConfig, checkpoints: Checkpoints, ranks: Alone)
     _check_vocabulary(config, tokenizer, described)
     if checkpoints.newest() is not None:
         return _Prepared()
-    model = _initial_model(config, tokenizer, ranks.device) if config.init_from else None
+    model = _initial_model(config, tokenizer, ranks) if config.init_from else None
     return _Prepared(model, _open_loaders(config, tokenizer, ranks))
 
 
@@ -205,11 +207,12 @@ def _open_trainer(
     """Build the trainer of a run at its newest intact checkpoint, with the data of the remaining stages."""
     if newest is None:
         tokenizer = _given_tokenizer(config) or ranks.main_first(lambda: _own_tokenizer(config, console))
-        model = prepared.model or _initial_model(config, tokenizer, ranks.device)
-        optimizer_tensors, start = None, Progress.beginning()
+        model = prepared.model or _initial_model(config, tokenizer, ranks)
+        optimizer_tensors: Mapping[str, Any] = {}
+        start = Progress.beginning()
     else:
         tokenizer = Tokenizer.load(newest)
-        model, optimizer_tensors, start = restore(newest, ranks.device)
+        model, optimizer_tensors, start = _restored(newest, ranks)
     first_stage = place_of(start.step, config.stages).stage_index
     loaders = prepared.loaders or ranks.main_first(lambda: _open_loaders(config, tokenizer, ranks, first_stage))
     return Trainer(
@@ -297,17 +300,21 @@ def _fingerprint(source: SourceConfig) -> str:
     return plugin.fingerprint(options)
 
 
-def _initial_model(config: PretrainConfig, tokenizer: Tokenizer, device: torch.device) -> MiMo:
+def _restored(path: Path, ranks: Alone) -> tuple[MiMo, Mapping[str, Any], Progress]:
+    if isinstance(ranks, Alone):
+        return restore(path, ranks.device)
+    return load_object("openmimo.train.sharded:restore_local")(path, ranks)
+
+
+def _initial_model(config: PretrainConfig, tokenizer: Tokenizer, ranks: Alone) -> MiMo:
     described = _described(config)
     _check_vocabulary(config, tokenizer, described)
     if config.init_from is not None:
-        model = load_model(config.init_from, dtype="float32", device=str(device))
+        model = ranks.load(config.init_from)
         if config.tokenizer.path is not None:
             model.config = _with_token_ids(model.config, tokenizer)
         return model
-    model = MiMo(_with_token_ids(described, tokenizer))
-    model.initialize(torch.Generator().manual_seed(config.seed))
-    return model.to(device)
+    return ranks.draw(_with_token_ids(described, tokenizer), config.seed)
 
 
 def _with_token_ids(model: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:

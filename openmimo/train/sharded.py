@@ -9,6 +9,7 @@ so that nothing that a killed process leaves is taken for a checkpoint.
 """
 
 import contextlib
+import functools
 import sys
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,11 +23,13 @@ from openmimo.core.errors import CheckpointError
 from openmimo.core.files import new_folder_atomic
 from openmimo.data.tokenizer import Tokenizer
 from openmimo.model.hf import write_description
+from openmimo.model.hf_files import open_safetensors
 from openmimo.model.mimo import MiMo
-from openmimo.parallel.boxes import whole_box
+from openmimo.parallel.boxes import Box, slices_of
+from openmimo.parallel.local_weights import StoredTensor
 from openmimo.parallel.ranks import Ranks
-from openmimo.parallel.shard_reader import sharded_config
-from openmimo.parallel.shards import BackgroundGroup, ShardFolder, files_of, read_shards, reason_of, write_shards
+from openmimo.parallel.shard_reader import read_model, sharded_config
+from openmimo.parallel.shards import BackgroundGroup, ShardFolder, files_of, reason_of, write_shards
 from openmimo.train.checkpoint import (
     SHARDS,
     Checkpoints,
@@ -34,6 +37,8 @@ from openmimo.train.checkpoint import (
     StateReader,
     checksum,
     generators,
+    is_sharded,
+    optimizer_file,
     read_progress,
     set_generators,
     write_manifest,
@@ -160,10 +165,43 @@ def restore(
     config, companions = sharded_config(path)
     model = MiMo(config).to(device)
     model.companions = companions
-    shards = path / "trainer" / SHARDS
-    read_shards(shards, {_MODEL + name: tensor for name, tensor in model.state_dict().items()})
-    folder = ShardFolder(shards)
-    names = [name for name in folder.tensors if name.startswith(_OPTIMIZER)]
-    tensors = {name.removeprefix(_OPTIMIZER): folder.read(name, whole_box(folder.tensors[name].size)) for name in names}
+    read_model(path, model)
     set_generators(load_file(path / "trainer" / _GENERATORS), device)
+    tensors = {name: stored.whole() for name, stored in _stored_optimizer(path).items()}
     return model.eval(), tensors, read_progress(path, read_state)
+
+
+def restore_local(path: Path, ranks: Ranks) -> tuple[MiMo, dict[str, StoredTensor], Progress]:
+    """Load a checkpoint of any format on several devices.
+
+    Returns:
+        The model, on the meta device until it is distributed, the optimizer's state by name, of which each process will
+        read its part, and the progress.
+    """
+    if is_sharded(path):
+        tensors = _stored_optimizer(path)
+        states = load_file(path / "trainer" / _GENERATORS)
+    else:
+        tensors = {}
+        with open_safetensors(optimizer_file(path)) as file:
+            states = {name: file.get_tensor(name) for name in file.keys() if name.startswith("rng.")}  # noqa: SIM118
+            names = set(file.keys()) - set(states)
+            for name in names:
+                read = functools.partial(_read_slice, optimizer_file(path), name)
+                tensors[name] = StoredTensor(file.get_slice(name).get_shape(), read)
+    set_generators(states, ranks.device)
+    return ranks.load(path).eval(), tensors, read_progress(path)
+
+
+def _stored_optimizer(path: Path) -> dict[str, StoredTensor]:
+    folder = ShardFolder(path / "trainer" / SHARDS)
+    return {
+        name.removeprefix(_OPTIMIZER): StoredTensor(folder.tensors[name].size, functools.partial(folder.read, name))
+        for name in folder.tensors
+        if name.startswith(_OPTIMIZER)
+    }
+
+
+def _read_slice(path: Path, name: str, box: Box) -> torch.Tensor:
+    with open_safetensors(path) as file:
+        return file.get_slice(name)[slices_of(box)] if box else file.get_tensor(name)

@@ -9,7 +9,7 @@ an uninterrupted one.
 import contextlib
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,6 +29,8 @@ from openmimo.model.backbone import checkpoint_activations
 from openmimo.model.config import ModelConfig, training_flops_per_token
 from openmimo.model.context import PackedContext, RoutingTape
 from openmimo.model.heads import MicroBatch
+from openmimo.model.hf import load_model
+from openmimo.model.hf_files import Entry
 from openmimo.model.mimo import MiMo
 from openmimo.model.weight_formats import train_float8, train_packed
 from openmimo.runtime.device import (
@@ -195,7 +197,7 @@ class Alone:
         """Return the part of a parameter, gradient or buffer that this process holds."""
         return tensor
 
-    def like(self, parameter: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
+    def like(self, parameter: torch.Tensor, whole: Any) -> torch.Tensor:
         """Return `whole`, of the shape of a parameter, distributed as the parameter is."""
         return whole
 
@@ -209,6 +211,20 @@ class Alone:
     def gathered(self, model: MiMo, optimizer_tensors: dict[str, torch.Tensor]) -> tuple[MiMo, dict[str, torch.Tensor]]:
         """Return the whole model and its optimizer's tensors, on the main process."""
         return model, optimizer_tensors
+
+    def draw(self, config: ModelConfig, seed: int) -> MiMo:
+        """Return a model with the random weights of a seed."""
+        model = MiMo(config)
+        model.initialize(torch.Generator().manual_seed(seed))
+        return model.to(self.device)
+
+    def load(self, path: str | Path) -> MiMo:
+        """Return the model of a Hugging Face folder. Raises CheckpointError."""
+        return load_model(path, dtype="float32", device=str(self.device))
+
+    def export(self, model: MiMo, function: Callable[[list[Entry] | None], Result]) -> Result:
+        """Call a function on the main process only, with the tensors to write of a model (None: the model's own)."""
+        return function(None)
 
     def main_first(self, function: Callable[[], Result]) -> Result:
         """Call a function on the main process, then on the others. An error of the main process ends all of them."""
@@ -224,7 +240,7 @@ class Trainer:
 
     Args:
         config: The config of the run.
-        model: The model in float32, whole; it is distributed in place.
+        model: The model in float32, as `ranks` draws or loads it; it is distributed in place.
         tokenizer: The tokenizer, which is saved with checkpoints.
         loaders: Loaders of the stages by number, from the current stage on.
         ranks: The part of this process in the run.
@@ -242,7 +258,7 @@ class Trainer:
         *,
         ranks: Alone,
         start: Progress,
-        optimizer_tensors: dict[str, torch.Tensor] | None = None,
+        optimizer_tensors: Mapping[str, Any] | None = None,
         console: Console | None = None,
     ):
         self.config = config
@@ -544,7 +560,7 @@ class Trainer:
                 self.optimizer = self._new_optimizer(kept)
         return self._loaders[index]
 
-    def _new_optimizer(self, tensors: dict[str, torch.Tensor]) -> torch.optim.AdamW:
+    def _new_optimizer(self, tensors: Mapping[str, Any]) -> torch.optim.AdamW:
         optimizer = build_optimizer(self.model, self.config.optimizer, mesh_of=self.ranks.mesh_of)
         load_optimizer_state(self.model, optimizer, tensors, like=self.ranks.like)
         return optimizer

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import tiny_model
 from distributed.processes import run_processes
-from distributed.test_equals_one_process import CPU, ROW, WHOLE, batches, large_sink_model, whole
+from distributed.test_equals_one_process import CPU, WHOLE, whole
 
 from openmimo.core.errors import CheckpointError
 from openmimo.data.tokenizer import Tokenizer
@@ -19,11 +20,10 @@ from openmimo.parallel import shards
 from openmimo.parallel.mesh import build_mesh
 from openmimo.parallel.ranks import Ranks
 from openmimo.parallel.shard_reader import open_shards
-from openmimo.train.checkpoint import Checkpoints, Progress, find_damage, optimizer_state, restore
+from openmimo.train.checkpoint import Checkpoints, Progress, find_damage, load_optimizer_state, optimizer_state, restore
 from openmimo.train.config import CheckpointConfig, OptimizerConfig
-from openmimo.train.loss import training_loss
 from openmimo.train.optim import build_optimizer
-from openmimo.train.sharded import ShardWriter
+from openmimo.train.sharded import ShardWriter, restore_local
 
 TEXT = ["shards of a model", "one rank writes what it holds"] * 20
 
@@ -31,11 +31,11 @@ TEXT = ["shards of a model", "one rank writes what it holds"] * 20
 def trained(sizes: dict[str, int]):
     """A model of a mesh after one step, its optimizer, and the part of this process."""
     ranks = Ranks(build_mesh("cpu", **WHOLE | sizes), CPU)
-    model = large_sink_model()
+    model = tiny_model(num_layers=2, mtp_heads=1).train()
     ranks.apply(model, recompute=False)
     optimizer = build_optimizer(model, OptimizerConfig(), mesh_of=ranks.mesh_of)
-    batch, context = ranks.split(batches()[0], routing=None, balance_weight=0.01, balance_length=ROW)
-    training_loss(model, batch, context, label_counts=batch.label_counts(), mtp_weight=0.3)[0].backward()
+    for parameter in model.parameters():
+        parameter.grad = parameter.detach().sin()
     for group in optimizer.param_groups:
         group["lr"] = 1e-2
     optimizer.step()
@@ -53,8 +53,7 @@ def save_on(folder: Path, sizes: dict[str, int], tokenizer: Tokenizer) -> dict[s
     model, optimizer, ranks = trained(sizes)
     expected = state(model, optimizer)
     writer = ShardWriter(Checkpoints(folder, CheckpointConfig(keep_last=1)), ranks)
-    for number in (1, 2):
-        writer.save(model, optimizer_state(model, optimizer), tokenizer, Progress(number, 7, 0, {"row": number}))
+    writer.save(model, optimizer_state(model, optimizer), tokenizer, Progress(2, 7, 0, {"row": 2}))
     with torch.no_grad():  # training goes on while files are written
         for parameter in model.parameters():
             ranks.local(parameter).zero_()
@@ -70,6 +69,7 @@ def tokenizer() -> Tokenizer:
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory, tokenizer):
     folder = tmp_path_factory.mktemp("saved")
+    (folder / "checkpoints" / "step-00000001").mkdir(parents=True)  # an old one, which is not kept
     expected, _ = run_processes(folder, 2, save_on, folder, {"cp": 2, "ep": 2}, tokenizer)
     return folder / "checkpoints" / "step-00000002", expected
 
@@ -85,6 +85,26 @@ def test_one_device_resumes_from_shards(saved):
     assert all(torch.equal(restored[name], tensor) for name, tensor in expected.items())
 
 
+def resumed_on(path: Path, sizes: dict[str, int]) -> dict[str, torch.Tensor]:
+    ranks = Ranks(build_mesh("cpu", **WHOLE | sizes), CPU)
+    model, tensors, progress = restore_local(path, ranks)
+    assert progress == Progress(2, 7, 0, {"row": 2})
+    ranks.apply(model, recompute=True)
+    optimizer = build_optimizer(model, OptimizerConfig(), mesh_of=ranks.mesh_of)
+    load_optimizer_state(model, optimizer, tensors, like=ranks.like)
+    return state(model, optimizer)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [{"dp_shard": 3}, {"dp_shard": 2, "tp": 2}, {"dp_replicate": 2, "ep": 2}])
+def test_other_meshes_resume_from_shards(saved, tmp_path, sizes):
+    path, expected = saved
+    tensors = run_processes(tmp_path, 3 if sizes == {"dp_shard": 3} else 4, resumed_on, path, sizes)[0]
+    assert tensors.keys() == expected.keys()
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.slow
 def test_shards_are_exported_as_a_model_folder(saved, tmp_path):
     path, expected = saved
     model, *_ = restore(path, CPU)
@@ -152,9 +172,12 @@ def writer_that_fails(folder: Path, tokenizer: Tokenizer, ends: bool) -> list[st
     with pytest.raises((CheckpointError, RuntimeError)) as error:
         writer.wait()
     writer.wait()
+    if not ends:
+        dist.barrier()  # the main process has removed the folder
     return [str(error.value), str(checkpoints.newest()), *(path.name for path in checkpoints.folder.iterdir())]
 
 
+@pytest.mark.slow
 def test_a_failed_writer_is_an_error_of_every_process(tmp_path, tokenizer):
     for message, newest, *left in run_processes(tmp_path, 2, writer_that_fails, tmp_path, tokenizer, False):
         assert (

@@ -1,6 +1,6 @@
 """The training loop of audio models: that of text models, with other batches, another loss, and rates per part."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 import torch
@@ -91,7 +91,7 @@ class AudioTrainer(Trainer):
     def _weights(self, phase: AudioPhase) -> LossWeights:
         return LossWeights(phase.text_weight, phase.codebook_weights, phase.empty_weight)
 
-    def _new_optimizer(self, tensors: dict[str, torch.Tensor]) -> torch.optim.AdamW:
+    def _new_optimizer(self, tensors: Mapping[str, Any]) -> torch.optim.AdamW:
         parts = {parameter: part_of_name(name) for name, parameter in self.model.named_parameters()}
         optimizer = build_optimizer(
             self.model, self.config.optimizer, mesh_of=lambda parameter: _part(parts, parameter)
