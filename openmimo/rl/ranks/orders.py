@@ -55,15 +55,13 @@ class StepOrder:
 
 @dataclass(frozen=True)
 class ScoreOrder:
-    """Score the samples of each pack.
+    """Score the samples of packs.
 
     Attributes:
-        packs: The packs of this process.
-        teacher: The domain of the teacher that scores (None: the policy does).
+        parts: The domain of the teacher that scores (None: the policy does), and the packs of this process.
     """
 
-    packs: list[PackPlan]
-    teacher: str | None = None
+    parts: list[tuple[str | None, list[PackPlan]]]
 
 
 @dataclass(frozen=True)
