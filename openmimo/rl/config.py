@@ -359,7 +359,7 @@ class MopdConfig(RlConfig):
             raise ConfigError(f"rollouts {self.rollouts!r} has no effect with writer 'teacher'; leave it out.")
         if self.teacher_placement == "spread" and self.signal != "sampled":
             raise ConfigError(
-                f"teacher_placement 'spread' keeps a teacher on one process, and signal {self.signal!r} needs its logits "
+                f"teacher_placement 'spread' keeps a teacher on one process; signal {self.signal!r} needs its logits "
                 "on all; take 'turns' or 'sharded'."
             )
         if self.writer == "teacher" and self.teacher_placement in ("turns", "sharded"):
