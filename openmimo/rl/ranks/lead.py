@@ -12,7 +12,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from openmimo.core.errors import UserError
 from openmimo.core.samples import Sample
 from openmimo.model.mimo import MiMo
 from openmimo.rl.evaluate import HeldOut
@@ -78,7 +77,7 @@ class Crew:
         self._is_between_orders = True
         for one in answers:
             if one.error is not None:
-                raise UserError(one.error)
+                raise one.error
         return [one.value for one in answers]
 
     def by_rows(self, parts: Sequence[Order]) -> list[Any]:

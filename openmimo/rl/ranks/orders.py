@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
-from openmimo.core.errors import UserError
+from openmimo.core.errors import CheckpointError, ConfigError, DataError, DivergedError, UserError
 from openmimo.rl.learning.policy_trainer import PackPlan, StepPlan
 from openmimo.rl.rollouts.worker import Cancel
 from openmimo.rl.scheduling.groups import GroupRequest
@@ -97,10 +97,10 @@ Order = RolloutOrder | WeightsOrder | StepOrder | ScoreOrder | CheckOrder | Held
 
 @dataclass(frozen=True)
 class Answer:
-    """The result of an order, or the message of the error that the user can correct."""
+    """The result of an order, or the error that the user can correct."""
 
     value: Any = None
-    error: str | None = None
+    error: UserError | None = None
 
 
 def answer(execute: Callable[[Order], Any], order: Order) -> Answer:
@@ -108,7 +108,9 @@ def answer(execute: Callable[[Order], Any], order: Order) -> Answer:
     try:
         return Answer(execute(order))
     except UserError as error:
-        return Answer(error=str(error))
+        # a type whose only argument is the message survives the way to another process
+        kind = type(error) if type(error) in (ConfigError, CheckpointError, DataError, DivergedError) else UserError
+        return Answer(error=kind(str(error)))
 
 
 class Channel:
