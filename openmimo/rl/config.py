@@ -338,8 +338,9 @@ class MopdConfig(RlConfig):
         min_reward: Learn only from samples with at least this reward (none: from all); with signal imitate, this is
             rejection-sampled fine-tuning.
         teacher_placement: Where teachers are: resident (each process has all of them), turns (each process loads one
-            after another from its folder, in every step), sharded (each process of several has a part of all), or auto
-            (resident, and sharded where they would take more than a quarter of the free memory).
+            after another from its folder, in every step), spread (each is on one process of several; only with signal
+            sampled), sharded (each process of several has a part of all), or auto (the first of resident, spread and
+            sharded that takes at most a quarter of the free memory).
     """
 
     teachers: dict[str, str] = field(default_factory=dict)
@@ -347,7 +348,7 @@ class MopdConfig(RlConfig):
     top_k: PositiveInt | None = None
     writer: Literal["student", "teacher"] = "student"
     min_reward: PositiveFraction | None = None
-    teacher_placement: Literal["auto", "resident", "turns", "sharded"] = "auto"
+    teacher_placement: Literal["auto", "resident", "turns", "spread", "sharded"] = "auto"
     algorithm: str = "mopd"
     groups_per_step: PositiveInt = 64
     dynamic_sampling: bool = False
@@ -357,6 +358,11 @@ class MopdConfig(RlConfig):
         super().__post_init__()
         if self.writer == "teacher" and self.rollouts != "engine":
             raise ConfigError(f"rollouts {self.rollouts!r} has no effect with writer 'teacher'; leave it out.")
+        if self.teacher_placement == "spread" and self.signal != "sampled":
+            raise ConfigError(
+                f"teacher_placement 'spread' keeps a teacher on one process; signal {self.signal!r} needs its logits "
+                "on all; take 'turns' or 'sharded'."
+            )
         if self.writer == "teacher" and self.teacher_placement in ("turns", "sharded"):
             raise ConfigError(
                 f"teacher_placement is {self.teacher_placement!r}, but with writer 'teacher' the engines of a process "

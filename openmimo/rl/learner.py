@@ -119,6 +119,8 @@ class Part:
         like: Distributes a tensor as a parameter is.
         placement: Where teachers are, see `MopdConfig.teacher_placement`; never "auto" (None: as in the config).
         shard: Distributes a teacher over the processes in place (None: one process).
+        rank: The number of this process.
+        num_ranks: The number of processes.
         opens_rollouts: Whether this process rolls out, or starts workers that do. Others have no engine.
     """
 
@@ -127,6 +129,8 @@ class Part:
     like: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = lambda parameter, value: value
     placement: str | None = None
     shard: Callable[[MiMo], None] | None = None
+    rank: int = 0
+    num_ranks: int = 1
     opens_rollouts: bool = True
 
 
@@ -172,7 +176,15 @@ class LocalLearner:
         if isinstance(config, MopdConfig):
             named = "resident" if config.teacher_placement == "auto" else config.teacher_placement
             placement = self._part.placement or named
-            self.distillation = Distillation(config, model, console, placement=placement, shard=self._part.shard)
+            self.distillation = Distillation(
+                config,
+                model,
+                console,
+                placement=placement,
+                shard=self._part.shard,
+                rank=self._part.rank,
+                num_ranks=self._part.num_ranks,
+            )
         if self._part.opens_rollouts:
             self.engine = Engine(self._part.copy or model, tokenizer, config.engine)
             self.engine.update_weights(None, version=start.step)

@@ -72,8 +72,8 @@ def _refuse_processes(config: RlConfig) -> None:
     asked = [
         f"parallel.{name} {size}" for name, size in vars(config.parallel).items() if isinstance(size, int) and size > 1
     ]
-    if isinstance(config, MopdConfig) and config.teacher_placement == "sharded":
-        asked.append("teacher_placement sharded")
+    if isinstance(config, MopdConfig) and config.teacher_placement in ("spread", "sharded"):
+        asked.append(f"teacher_placement {config.teacher_placement}")
     if asked:
         raise ConfigError(
             f"{', '.join(asked)}: this needs several processes, but this is one; start the command with torchrun "

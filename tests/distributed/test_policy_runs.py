@@ -209,6 +209,13 @@ def test_an_error_of_any_process_ends_all(tmp_path, models):
     assert "reward" in error_of(config, 0) and "7.0" in error_of(config, 0)
 
 
+@pytest.mark.slow
+def test_a_run_that_diverges_ends_in_all_processes_and_names_its_checkpoint(tmp_path, models):
+    config = grpo_config(models, tmp_path / "run", learning_rate=1e30, warmup_steps=0)
+    assert finish(launch(config, 2)) == [2, 1]
+    assert "not finite" in error_of(config, 0) and "There is no checkpoint yet" in error_of(config, 0)
+
+
 class SecondFails(LettersEpisode):
     """Letters, with an impossible reward in the second process."""
 

@@ -178,7 +178,7 @@ def test_reinforcement_on_two_processes(tmp_path, folder):
 
 @pytest.mark.slow
 def test_distillation_on_two_processes(tmp_path, folder):
-    compare(tmp_path, 2, config_of("mopd", folder), [{}] * 3, ["resident", "turns", "sharded"])
+    compare(tmp_path, 2, config_of("mopd", folder), [{}] * 4, ["resident", "turns", "spread", "sharded"])
 
 
 @pytest.mark.slow

@@ -12,7 +12,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from openmimo.core.errors import UserError
 from openmimo.core.samples import Sample
 from openmimo.model.mimo import MiMo
 from openmimo.rl.evaluate import HeldOut
@@ -36,6 +35,7 @@ from openmimo.rl.ranks.orders import (
 from openmimo.rl.rollouts.protocol import Rollouts
 from openmimo.rl.rollouts.worker import Cancel
 from openmimo.rl.scheduling.groups import GroupRequest, LateReward
+from openmimo.rl.teaching.teachers import Distillation
 from openmimo.train.optim import StepGuard
 
 
@@ -52,6 +52,12 @@ class Crew:
         self.member, self.count, self.row_ranks = member, channel.count, row_ranks
         self._channel = channel
         self._is_between_orders = True
+
+    @property
+    def distillation(self) -> Distillation:
+        """The teachers of this process, in a run with teachers."""
+        assert self.member.learner.distillation is not None
+        return self.member.learner.distillation
 
     @property
     def num_row_ranks(self) -> int:
@@ -71,7 +77,7 @@ class Crew:
         self._is_between_orders = True
         for one in answers:
             if one.error is not None:
-                raise UserError(one.error)
+                raise one.error
         return [one.value for one in answers]
 
     def by_rows(self, parts: Sequence[Order]) -> list[Any]:
@@ -107,11 +113,31 @@ class CrewTrainer:
 
     def score(self, samples: list[Sample], *, teacher: str | None) -> list[np.ndarray]:
         """Log-probabilities of the tokens of each sample by the policy, or by the teacher of a domain."""
-        members = divide_into_packs(samples, self._own.tokens_per_microbatch, share_prompts=True)
-        packs = [PackPlan(own) for own in members]
+        packs = self._packs(samples)
         parts = divided(packs, self._crew.num_row_ranks, key=lambda sample: "")
-        results = self._crew.by_rows([ScoreOrder(part, teacher) for part in parts])
-        return [scores for own in joined(packs, parts, results) for scores in own]
+        answers = self._crew.by_rows([ScoreOrder([(teacher, part)]) for part in parts])
+        results = joined(packs, parts, [own for (own,) in answers])
+        return [scores for own in results for scores in own]
+
+    def score_by_owners(self, samples: Mapping[str, list[Sample]]) -> dict[str, list[np.ndarray]]:
+        """By domain, the log-probabilities by its teacher. Each process scores for the teachers that it has."""
+        teachers = self._crew.distillation.teachers
+        orders = [
+            ScoreOrder(
+                [(domain, self._packs(own)) for domain, own in samples.items() if teachers.owner(domain) == rank]
+            )
+            for rank in range(self._crew.count)
+        ]
+        found: dict[str, list[np.ndarray]] = {}
+        for order, answers in zip(orders, self._crew.execute(orders), strict=True):
+            for (domain, _), results in zip(order.parts, answers, strict=True):
+                assert domain is not None, "a teacher's"
+                found[domain] = [scores for own in results for scores in own]
+        return found
+
+    def _packs(self, samples: list[Sample]) -> list[PackPlan]:
+        members = divide_into_packs(samples, self._own.tokens_per_microbatch, share_prompts=True)
+        return [PackPlan(own) for own in members]
 
     def update(
         self,
@@ -140,8 +166,8 @@ class CrewTrainer:
         sums = []
         for step_sums, teacher_sums in answers:
             sums.append(step_sums)
-            if self._crew.member.learner.distillation is not None:
-                self._crew.member.learner.distillation.add_sums(teacher_sums)
+            if teacher_sums:
+                self._crew.distillation.add_sums(teacher_sums)
         return report_of(sums)
 
     def check_weights(self, where: str) -> None:
@@ -282,7 +308,13 @@ class Lead:
 
     def _score_by_teachers(self, samples: list[Sample]) -> None:
         """Set `teacher_logprobs`; see `Teachers.score`."""
-        for domain in dict.fromkeys(sample.domain for sample in samples):
-            of_domain = [sample for sample in samples if sample.domain == domain]
-            for sample, scores in zip(of_domain, self.trainer.score(of_domain, teacher=domain), strict=True):
+        by_domain: dict[str, list[Sample]] = {}
+        for sample in samples:
+            by_domain.setdefault(sample.domain, []).append(sample)
+        if self._crew.distillation.placement == "spread":
+            found = self.trainer.score_by_owners(by_domain)
+        else:
+            found = {domain: self.trainer.score(own, teacher=domain) for domain, own in by_domain.items()}
+        for domain, own in by_domain.items():
+            for sample, scores in zip(own, found[domain], strict=True):
                 sample.teacher_logprobs = scores

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from rich.console import Console
 from torch.distributed.tensor import DTensor
 
@@ -16,7 +17,7 @@ from openmimo.model.mimo import MiMo
 from openmimo.parallel.ranks import Ranks
 from openmimo.rl.config import RlConfig
 from openmimo.rl.learner import LocalLearner, Part
-from openmimo.rl.learning.policy_trainer import Sharing, StepSums, score_pack
+from openmimo.rl.learning.policy_trainer import PackPlan, Sharing, StepSums, score_pack
 from openmimo.rl.ranks.orders import (
     Channel,
     CheckOrder,
@@ -96,6 +97,8 @@ class Member:
                 like=ranks.like,
                 placement=placement,
                 shard=lambda teacher: ranks.apply(teacher, recompute=False),
+                rank=dist.get_rank(),
+                num_ranks=dist.get_world_size(),
                 opens_rollouts=self._has_engine,
             ),
         )
@@ -159,13 +162,17 @@ class Member:
             return sums, {}
         return sums, learner.distillation.take_sums()
 
-    def _score(self, order: ScoreOrder) -> list[Any]:
+    def _score(self, order: ScoreOrder) -> list[list[Any]]:
+        return [self._score_packs(teacher, packs) for teacher, packs in order.parts]
+
+    def _score_packs(self, teacher: str | None, packs: list[PackPlan]) -> list[Any]:
         learner = self.learner
-        model, replay = learner.model, learner.trainer.replay_routing
-        if order.teacher is not None:
-            assert learner.distillation is not None, "a run with teachers"
-            model, replay = learner.distillation.teachers.model(order.teacher), False
-        return [score_pack(model, pack.samples, replay=replay) for pack in order.packs]
+        if teacher is None:
+            replay = learner.trainer.replay_routing
+            return [score_pack(learner.model, pack.samples, replay=replay) for pack in packs]
+        assert learner.distillation is not None, "a run with teachers"
+        model = learner.distillation.teachers.model(teacher)
+        return [score_pack(model, pack.samples, replay=False) for pack in packs]
 
     def _gather(self, with_optimizer: bool) -> None:
         learner = self.learner

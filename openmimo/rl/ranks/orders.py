@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
-from openmimo.core.errors import UserError
+from openmimo.core.errors import CheckpointError, ConfigError, DataError, DivergedError, UserError
 from openmimo.rl.learning.policy_trainer import PackPlan, StepPlan
 from openmimo.rl.rollouts.worker import Cancel
 from openmimo.rl.scheduling.groups import GroupRequest
@@ -55,15 +55,13 @@ class StepOrder:
 
 @dataclass(frozen=True)
 class ScoreOrder:
-    """Score the samples of each pack.
+    """Score the samples of packs.
 
     Attributes:
-        packs: The packs of this process.
-        teacher: The domain of the teacher that scores (None: the policy does).
+        parts: The domain of the teacher that scores (None: the policy does), and the packs of this process.
     """
 
-    packs: list[PackPlan]
-    teacher: str | None = None
+    parts: list[tuple[str | None, list[PackPlan]]]
 
 
 @dataclass(frozen=True)
@@ -99,10 +97,10 @@ Order = RolloutOrder | WeightsOrder | StepOrder | ScoreOrder | CheckOrder | Held
 
 @dataclass(frozen=True)
 class Answer:
-    """The result of an order, or the message of the error that the user can correct."""
+    """The result of an order, or the error that the user can correct."""
 
     value: Any = None
-    error: str | None = None
+    error: UserError | None = None
 
 
 def answer(execute: Callable[[Order], Any], order: Order) -> Answer:
@@ -110,7 +108,9 @@ def answer(execute: Callable[[Order], Any], order: Order) -> Answer:
     try:
         return Answer(execute(order))
     except UserError as error:
-        return Answer(error=str(error))
+        # a type whose only argument is the message survives the way to another process
+        kind = type(error) if type(error) in (ConfigError, CheckpointError, DataError, DivergedError) else UserError
+        return Answer(error=kind(str(error)))
 
 
 class Channel:

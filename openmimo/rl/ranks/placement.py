@@ -16,7 +16,7 @@ _BYTES_PER_PARAMETER = 4  # teachers are loaded in float32
 
 
 def placement_of(config: RlConfig, device: torch.device, processes: int) -> str:
-    """The placement that the config names, or with "auto" one that fits: resident or sharded.
+    """The placement that the config names, or with "auto" the first that fits: resident, spread or sharded.
 
     Args:
         config: The config of the run.
@@ -29,14 +29,19 @@ def placement_of(config: RlConfig, device: torch.device, processes: int) -> str:
         return "resident"  # engines need whole teachers
     sharing = int(os.environ.get("LOCAL_WORLD_SIZE", processes)) if device.type == "cpu" else 1
     room = _SHARE_OF_MEMORY * free_memory_bytes(device) / sharing
-    return "resident" if teacher_bytes(config) <= room else "sharded"
+    sizes = list(teacher_bytes(config).values())
+    if sum(sizes) <= room:
+        return "resident"
+    most = max(sum(sizes[rank::processes]) for rank in range(processes))  # as `Teachers.owner`
+    return "spread" if config.signal == "sampled" and most <= room else "sharded"
 
 
-def teacher_bytes(config: MopdConfig) -> int:
-    """The bytes of the weights of all teachers; domains with the same checkpoint share one."""
-    folders = {Path(config.checkpoint if path == SELF else path).resolve() for path in config.teachers.values()}
-    total = 0
-    for folder in folders:
-        with torch.device("meta"):
-            total += sum(parameter.numel() for parameter in MiMo(load_config(folder)).parameters())
-    return _BYTES_PER_PARAMETER * total
+def teacher_bytes(config: MopdConfig) -> dict[Path, int]:
+    """The bytes of the weights of each teacher by its folder; domains with the same checkpoint share one."""
+    folders = [Path(config.checkpoint if path == SELF else path).resolve() for path in config.teachers.values()]
+    return {folder: _BYTES_PER_PARAMETER * _num_parameters(folder) for folder in dict.fromkeys(folders)}
+
+
+def _num_parameters(folder: Path) -> int:
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in MiMo(load_config(folder)).parameters())

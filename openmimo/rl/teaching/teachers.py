@@ -50,6 +50,8 @@ class Teachers:
         tokens_per_microbatch: int = 8192,
         placement: str = "resident",
         shard: Callable[[MiMo], None] | None = None,
+        rank: int = 0,
+        num_ranks: int = 1,
     ):
         """
         Args:
@@ -59,8 +61,10 @@ class Teachers:
             device: The device of the teachers.
             tokens_per_microbatch: Packed tokens of a forward pass; one sample may have more.
             placement: resident: this process keeps all teachers; turns: it loads a teacher when it is used, in place of
-                the one before; sharded: it keeps a part of each.
+                the one before; spread: it keeps those that it owns; sharded: it keeps a part of each.
             shard: Distributes a teacher over the processes of the run in place; required if sharded.
+            rank: The number of this process.
+            num_ranks: The number of processes.
 
         Raises:
             ConfigError: A domain has no teacher, or a teacher no domain.
@@ -81,9 +85,16 @@ class Teachers:
         self._models: dict[Path, MiMo] = {}
         for domain, folder in self._folders.items():
             _check_tokenizer(domain, folder, student_tokenizer)
+        folders = list(dict.fromkeys(folder.resolve() for folder in self._folders.values()))
+        self._owners = {folder: number % num_ranks for number, folder in enumerate(folders)}
         if placement != "turns":
             for domain in paths:
-                self.model(domain)
+                if placement != "spread" or self.owner(domain) == rank:
+                    self.model(domain)
+
+    def owner(self, domain: str) -> int:
+        """The process that has the teacher of a domain if teachers are spread."""
+        return self._owners[self._folders[domain].resolve()]
 
     def model(self, domain: str) -> MiMo:
         """The teacher of a domain. Loads it if it is not there."""
@@ -237,6 +248,7 @@ class Distillation:
     Attributes:
         teachers: The teacher models by domain.
         objective: The objective that replaces the algorithm's token losses; None with signal "sampled".
+        placement: Where the teachers are.
         score: Sets `teacher_logprobs` of samples, as `Teachers.score` does in one process.
     """
 
@@ -248,14 +260,18 @@ class Distillation:
         *,
         placement: str = "resident",
         shard: Callable[[MiMo], None] | None = None,
+        rank: int = 0,
+        num_ranks: int = 1,
     ):
         """
         Args:
             config: The config of the run.
             student: The policy.
             console: Prints the distance from each teacher.
-            placement: See `Teachers`.
-            shard: See `Teachers`.
+            placement: See `Teachers`, as for the arguments below.
+            shard: See there.
+            rank: See there.
+            num_ranks: See there.
 
         Raises:
             ConfigError: Teachers and domains do not match, or top_k is larger than the vocabulary.
@@ -270,7 +286,10 @@ class Distillation:
             tokens_per_microbatch=config.tokens_per_microbatch,
             placement=placement,
             shard=shard,
+            rank=rank,
+            num_ranks=num_ranks,
         )
+        self.placement = placement
         self.score: Callable[[list[Sample]], None] = self.teachers.score
         self.teachers.set_compute_dtype(student.compute_dtype)
         self._sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])

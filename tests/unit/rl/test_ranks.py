@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from rl_world import policy, tokenizer
+from rl_world import policy
 
 from openmimo.core.errors import ConfigError
 from openmimo.core.samples import Sample
@@ -16,6 +16,7 @@ from openmimo.rl.ranks.division import divided, joined
 from openmimo.rl.run import train
 from openmimo.train.config import ParallelConfig
 
+CPU = torch.device("cpu")
 SOURCES = tuple(RlSource(name, samples_per_prompt=1, options={"task": {"name": "addition"}}) for name in "ab")
 
 
@@ -37,18 +38,27 @@ def test_each_pack_is_computed_once_in_rounds_of_one_domain(count):
     assert joined(packs, parts, results) == list(map(id, packs))
 
 
-def test_teachers_are_resident_where_they_fit_and_sharded_elsewhere(tmp_path, monkeypatch):
+def test_teachers_are_resident_where_they_fit_then_spread_then_sharded(tmp_path, monkeypatch):
     model = policy(0)
-    save_model(model, tmp_path)
-    tokenizer().save(tmp_path)
+    for name in ("student", "teacher"):
+        save_model(model, tmp_path / name)
     one = 4 * sum(parameter.numel() for parameter in model.parameters())
-    config = MopdConfig(str(tmp_path), "run", SOURCES, teachers={"a": str(tmp_path), "b": "self"})
-    assert placement.teacher_bytes(config) == one, "one checkpoint counts once"
+    config = MopdConfig(
+        str(tmp_path / "student"), "run", SOURCES, teachers={"a": str(tmp_path / "teacher"), "b": "self"}
+    )
+    shared = replace(config, teachers={"a": str(tmp_path / "student"), "b": "self"})
+    assert list(placement.teacher_bytes(config).values()) == [one, one]
+    assert list(placement.teacher_bytes(shared).values()) == [one], "one checkpoint counts once"
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    for processes, expected in ((2, "resident"), (3, "sharded")):
-        monkeypatch.setattr(placement, "free_memory_bytes", lambda device: 8 * one)  # a quarter holds two copies
-        assert placement.placement_of(config, torch.device("cpu"), processes) == expected
-    assert placement.placement_of(replace(config, teacher_placement="turns"), torch.device("cpu"), 9) == "turns"
+    monkeypatch.setattr(placement, "free_memory_bytes", lambda device: 8 * one)  # a quarter holds two teachers in all
+    chosen = {
+        (own.signal, processes): placement.placement_of(own, CPU, processes)
+        for own in (config, replace(config, signal="full"))
+        for processes in (1, 2, 3)
+    }
+    assert list(chosen.values()) == ["resident", "spread", "sharded", "resident", "sharded", "sharded"]
+    assert placement.placement_of(shared, CPU, 2) == "resident"
+    assert placement.placement_of(replace(config, teacher_placement="turns"), CPU, 9) == "turns"
 
 
 def test_what_needs_several_processes_says_so(tmp_path):
@@ -57,6 +67,8 @@ def test_what_needs_several_processes_says_so(tmp_path):
         train(config)
     with pytest.raises(ConfigError, match="engines of a process"):
         replace(config, writer="teacher", signal="forward")
+    with pytest.raises(ConfigError, match="logits on all"):
+        replace(config, signal="full", teacher_placement="spread")
     with pytest.raises(ConfigError, match="parallel.tp 2"):
         train(
             replace(
