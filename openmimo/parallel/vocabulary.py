@@ -124,7 +124,9 @@ def divide_vocabulary(model: MiMo, mesh: DeviceMesh) -> None:
     if (size - 1) * -(-vocab_size // size) >= vocab_size:
         raise ConfigError(f"parallel.tp is {size}, but {vocab_size} tokens leave ranks without one; lower parallel.tp.")
     weights: dict[int, torch.nn.Parameter] = {}
-    for module, kind in ((model.model.embed_tokens, DividedEmbedding), (model.lm_head, DividedHead)):
+    kinds = {"model.embed_tokens": DividedEmbedding, "lm_head": DividedHead}
+    for module, kind in [(module, kinds[name]) for name, module in model.named_modules() if name in kinds]:
+        assert isinstance(module, (Embedding, Head))
         whole = module.weight
         if id(whole) not in weights:
             part = distribute_tensor(whole.detach(), mesh, [Shard(0)], src_data_rank=None)
