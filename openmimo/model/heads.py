@@ -24,7 +24,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from openmimo.kernels.operations import IGNORED_LABEL, joined_token_loss, token_argmax, token_logprobs, token_loss
+from openmimo.kernels.operations import (
+    IGNORED_LABEL,
+    joined_token_loss,
+    joins_heads,
+    token_argmax,
+    token_logprobs,
+    token_loss,
+)
 from openmimo.model.config import ModelConfig
 from openmimo.model.context import AttentionContext
 from openmimo.model.layers import Embedding, Linear, parts_of
@@ -68,6 +75,10 @@ class Head(Linear):
     ) -> torch.Tensor:
         """Return -sum of weights_T * log p(label), a scalar; see `kernels.operations.token_loss`."""
         return self(states_TD, functools.partial(token_loss, labels_T=labels_T, weights_T=weights_T, num_kept=num_kept))
+
+    def joins(self, states_TD: torch.Tensor) -> bool:
+        """Return whether `joined_loss` can be called with these states."""
+        return joins_heads(states_TD)
 
     def joined_loss(
         self, states_TD: torch.Tensor, labels_T: torch.Tensor, weights_T: torch.Tensor

@@ -54,31 +54,40 @@ def fill(model: MiMo, weights: Unfilled, device: torch.device) -> None:
             local_part(parameter).copy_(local_part(last))
 
 
-def draw(tensor: torch.Tensor, std: float, generator: torch.Generator) -> None:
-    """Fill the part of a tensor that this process holds as `normal_` fills the whole tensor."""
-    held, local = local_box(tensor), local_part(tensor)
-    for rows in _slabs(tensor.shape, tensor.element_size()):
-        box = (rows, *((0, size) for size in tensor.shape[1:]))
-        drawn = torch.empty(rows[1] - rows[0], *tensor.shape[1:], dtype=tensor.dtype)
-        drawn.normal_(std=std, generator=generator)
-        if common := common_box(box, held):
-            local[slices_of(inside(common, held))].copy_(drawn[slices_of(inside(common, box))])
-
-
-def draw_weights(model: MiMo, described: MiMo, generator: torch.Generator) -> None:
-    """Fill the parts of a model that this process holds as `MiMo.initialize` fills the whole model.
+def initialize(model: MiMo, seed: int, described: MiMo) -> None:
+    """Fill the parts that this process holds as `MiMo.initialize` fills a whole model.
 
     Args:
-        model: The model, distributed; a pipeline stage lacks the layers of others.
-        described: The whole model on the meta device, whose numbers are drawn in its order.
-        generator: The source of all numbers.
+        model: The model, distributed; it may lack modules.
+        seed: Seed of the generator.
+        described: The whole model on the meta device.
     """
-    model.initialize(generator, draw=lambda weight, std, generator: None)
-    own = dict(model.named_parameters())
+    model.initialize(torch.Generator(), draw=lambda *unused: None)  # all that is not random
+    held = model.state_dict()
     names = {id(parameter): name for name, parameter in described.named_parameters()}
-    described.initialize(
-        generator, draw=lambda weight, std, generator: draw(own.get(names[id(weight)], weight), std, generator)
-    )
+
+    def draw_held(weight: torch.Tensor, std: float, generator: torch.Generator) -> None:
+        draw(held.get(names[id(weight)]), weight, std, generator)
+
+    described.initialize(torch.Generator().manual_seed(seed), draw=draw_held)
+
+
+def draw(tensor: torch.Tensor | None, like: torch.Tensor, std: float, generator: torch.Generator) -> None:
+    """Fill the part of a tensor that this process holds as `normal_` fills the whole tensor.
+
+    Args:
+        tensor: The tensor (None: this process holds no part, and its numbers are drawn only).
+        like: A tensor of its shape and dtype.
+        std: Standard deviation.
+        generator: The source of the numbers.
+    """
+    held = None if tensor is None else local_box(tensor)
+    for rows in _slabs(like.shape, like.element_size()):
+        box = (rows, *((0, size) for size in like.shape[1:]))
+        drawn = torch.empty(rows[1] - rows[0], *like.shape[1:], dtype=like.dtype)
+        drawn.normal_(std=std, generator=generator)
+        if tensor is not None and held is not None and (common := common_box(box, held)):
+            local_part(tensor)[slices_of(inside(common, held))].copy_(drawn[slices_of(inside(common, box))])
 
 
 def _slabs(shape: Sequence[int], element_bytes: int) -> Iterator[tuple[int, int]]:
@@ -107,9 +116,9 @@ def read_folder(model: MiMo, reader: CheckpointReader, described: MiMo) -> None:
     by_name = {place.slot.name: place for place in places(described)}
     for name in reader.names_by_file(set(by_name)):
         place = by_name[name]
-        if place.parameter not in state:  # of another pipeline stage
+        tensor = state.get(place.parameter)
+        if tensor is None:  # a module that another process has
             continue
-        tensor = state[place.parameter]
         held = local_box(tensor)
         if (common := common_box(place.box, held)) is None:
             continue

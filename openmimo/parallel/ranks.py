@@ -27,7 +27,7 @@ from openmimo.parallel.context import ContextSplit, ShardedContext
 from openmimo.parallel.expert import distribute_experts
 from openmimo.parallel.fsdp import shard_model
 from openmimo.parallel.gradients import ShardedGradients, local_part
-from openmimo.parallel.local_weights import StoredTensor, Unfilled, draw_weights, fill, read_folder
+from openmimo.parallel.local_weights import StoredTensor, Unfilled, fill, initialize, read_folder
 from openmimo.parallel.mesh import Mesh, build_mesh, process_group
 from openmimo.parallel.pipeline import Pipeline, check_stages, gather_from_stages, order_gathers
 from openmimo.parallel.shard_reader import gathered_entries, read_model, sharded_config
@@ -145,11 +145,7 @@ class Ranks:
 
     def draw(self, config: ModelConfig, seed: int) -> MiMo:
         """Return a model with the random weights of a seed, on the meta device until `apply` distributes it."""
-
-        def initialize(model: MiMo) -> None:
-            draw_weights(model, _on_meta(config), torch.Generator().manual_seed(seed))
-
-        return self._later(_on_meta(config), initialize)
+        return self._later(_on_meta(config), lambda model: initialize(model, seed, _on_meta(config)))
 
     def load(self, path: str | Path) -> MiMo:
         """Return the model of a folder, on the meta device until `apply` distributes it.

@@ -22,7 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from openmimo.core.errors import ConfigError
-from openmimo.kernels.operations import IGNORED_LABEL
+from openmimo.kernels.operations import IGNORED_LABEL, kept_rows
 from openmimo.model.heads import Head, Reader
 from openmimo.model.layers import Embedding, as_dtype
 from openmimo.model.mimo import MiMo
@@ -67,7 +67,7 @@ class DividedHead(Head):
     group: dist.ProcessGroup
     rows: tuple[int, int]
 
-    def forward(self, states_TD: torch.Tensor, reader: Reader | None = None) -> Any:
+    def forward(self, states_TD: torch.Tensor, reader: Reader | None = None, *, as_held: bool = False) -> Any:
         """As `Head.forward`; all ranks of the group call it with the same states."""
         weight_RD = as_dtype(_local(self.weight), states_TD.dtype)
         if isinstance(reader, _Divided):
@@ -90,18 +90,24 @@ class DividedHead(Head):
 
         return self(states_TD, _Divided(function))
 
-    def loss(self, states_TD: torch.Tensor, labels_T: torch.Tensor, weights_T: torch.Tensor) -> torch.Tensor:
+    def joins(self, states_TD: torch.Tensor) -> bool:
+        """As `Head.joins`; the joined loss needs the weight of all ranks."""
+        return False
+
+    def loss(
+        self, states_TD: torch.Tensor, labels_T: torch.Tensor, weights_T: torch.Tensor, *, num_kept: int | None = None
+    ) -> torch.Tensor:
         """As `Head.loss`."""
-        kept = torch.nonzero((labels_T != IGNORED_LABEL) & (weights_T != 0)).squeeze(1)
+        kept_TD, kept_T, kept_weights_T = kept_rows(states_TD, labels_T, weights_T, num_kept)
 
         def function(
             states_TD: torch.Tensor, weight_RD: torch.Tensor, rows: tuple[int, int], group: dist.ProcessGroup
         ) -> torch.Tensor:
-            states_TD, weights = states_TD.index_select(0, kept), weights_T[kept].detach()
             needs_gradients = torch.is_grad_enabled() and (states_TD.requires_grad or weight_RD.requires_grad)
-            return _TokenLoss.apply(states_TD, weight_RD, labels_T[kept], weights, rows, group, needs_gradients)
+            weights_T = kept_weights_T.detach()
+            return _TokenLoss.apply(states_TD, weight_RD, kept_T, weights_T, rows, group, needs_gradients)
 
-        return self(states_TD, _Divided(function))
+        return self(kept_TD, _Divided(function))
 
     def argmax(self, states_TD: torch.Tensor) -> torch.Tensor:
         """As `Head.argmax`; of equal logits the first."""
@@ -125,15 +131,13 @@ def divide_vocabulary(model: MiMo, mesh: DeviceMesh) -> None:
         raise ConfigError(f"parallel.tp is {size}, but {vocab_size} tokens leave ranks without one; lower parallel.tp.")
     weights: dict[int, torch.nn.Parameter] = {}
     kinds = {"model.embed_tokens": DividedEmbedding, "lm_head": DividedHead}  # a pipeline stage may lack either
-    for name, module in [*model.named_modules()]:
-        if name not in kinds:
-            continue
+    for module, kind in [(module, kinds[name]) for name, module in model.named_modules() if name in kinds]:
         assert isinstance(module, (Embedding, Head))
         whole = module.weight
         if id(whole) not in weights:
             part = distribute_tensor(whole.detach(), mesh, [Shard(0)], src_data_rank=None)
             weights[id(whole)] = torch.nn.Parameter(part, requires_grad=whole.requires_grad)
-        module.__class__ = kinds[name]
+        module.__class__ = kind
         assert isinstance(module, (DividedEmbedding, DividedHead))
         module.weight = weights[id(whole)]
         module.group, module.rows = mesh.get_group(), local_box(module.weight)[0]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from openmimo.data.loader import Batch, Loader
-from openmimo.kernels.operations import IGNORED_LABEL, joins_heads, kept_rows
+from openmimo.kernels.operations import IGNORED_LABEL, kept_rows
 from openmimo.model.context import PackedContext
 from openmimo.model.heads import MicroBatch, micro_batch
 from openmimo.model.mimo import MiMo
@@ -42,7 +42,7 @@ def loss_of_states(
     model: MiMo, states: list[torch.Tensor], batch: MicroBatch, *, label_counts: torch.Tensor, mtp_weight: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute the loss of a micro-batch from the final states [T, D] of every head; see `training_loss`."""
-    if joins_heads(states[0]):
+    if model.head.joins(states[0]):
         return _joined_losses(model, states, batch, label_counts, mtp_weight)
     losses = [
         model.head.loss(states_TD, labels_T, _token_weights(labels_T, label_counts[head]), num_kept=num_kept)

@@ -102,7 +102,7 @@ def test_random_weights_have_the_bits_of_one_process(tmp_path, meshes):
 def test_slabs_have_the_bits_of_one_draw(shape, monkeypatch):
     monkeypatch.setattr(local_weights, "MAX_DRAWN_BYTES", 256)
     slabs, expected = torch.empty(shape), torch.empty(shape)
-    local_weights.draw(slabs, 0.3, torch.Generator().manual_seed(5))
+    local_weights.draw(slabs, slabs, 0.3, torch.Generator().manual_seed(5))
     assert torch.equal(slabs, expected.normal_(std=0.3, generator=torch.Generator().manual_seed(5)))
 
 

@@ -3,19 +3,22 @@
 import os
 import pickle
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import tiny_model
+from conftest import randomize, tiny_config
 from distributed.processes import run_processes
 from distributed.test_equals_one_process import CPU, WHOLE, whole
 
 from openmimo.core.errors import CheckpointError
 from openmimo.data.tokenizer import Tokenizer
 from openmimo.model.convert import ConvertConfig, convert
-from openmimo.model.hf import load_model, save_model
+from openmimo.model.hf import load_model, save_model, write_model
+from openmimo.model.hf_files import Entry
+from openmimo.model.mimo import MiMo
 from openmimo.parallel import shards
 from openmimo.parallel.mesh import build_mesh
 from openmimo.parallel.ranks import Ranks
@@ -28,10 +31,10 @@ from openmimo.train.sharded import ShardWriter, restore_local
 TEXT = ["shards of a model", "one rank writes what it holds"] * 20
 
 
-def trained(sizes: dict[str, int]):
+def trained(sizes: dict[str, int], *, tied: bool = False):
     """A model of a mesh after one step, its optimizer, and the part of this process."""
     ranks = Ranks(build_mesh("cpu", **WHOLE | sizes), CPU)
-    model = tiny_model(num_layers=2, mtp_heads=1).train()
+    model = randomize(MiMo(replace(tiny_config(num_layers=2, mtp_heads=1), tie_embeddings=tied)), 0).train()
     ranks.apply(model, recompute=False)
     optimizer = build_optimizer(model, OptimizerConfig(), mesh_of=ranks.mesh_of)
     for parameter in model.parameters():
@@ -193,3 +196,34 @@ def test_a_killed_writer_leaves_no_checkpoint(tmp_path, tokenizer):
     checkpoints = Checkpoints(tmp_path, CheckpointConfig())
     checkpoints.recover()
     assert not list(checkpoints.folder.iterdir())
+
+
+def save_tied(folder: Path, tokenizer: Tokenizer) -> dict[str, torch.Tensor]:
+    model, optimizer, ranks = trained({"tp": 2}, tied=True)
+    writer = ShardWriter(Checkpoints(folder, CheckpointConfig()), ranks)
+    writer.save(model, optimizer_state(model, optimizer), tokenizer, Progress(2, 7, 0, {"row": 2}))
+    writer.wait()
+
+    def write(entries: list[Entry] | None) -> None:
+        (folder / "exported").mkdir()
+        write_model(model, folder / "exported", entries=entries)
+
+    ranks.export(model, write)
+    return state(model, optimizer)
+
+
+@pytest.mark.slow
+def test_tied_embeddings_in_shards(tmp_path, tokenizer):
+    expected, _ = run_processes(tmp_path, 2, save_tied, tmp_path, tokenizer)
+    path = tmp_path / "checkpoints" / "step-00000002"
+    model, tensors, _ = restore(path, CPU)
+    optimizer = build_optimizer(model, OptimizerConfig())
+    load_optimizer_state(model, optimizer, tensors)
+    (tmp_path / "other").mkdir()
+    for restored in (state(model, optimizer), *run_processes(tmp_path / "other", 2, resumed_on, path, {"ep": 2})):
+        assert restored.keys() == expected.keys()
+        assert all(torch.equal(restored[name], tensor) for name, tensor in expected.items())
+    convert(path, tmp_path / "converted", ConvertConfig("float32"), start=lambda total: id, open_source=open_shards)
+    tokens = torch.arange(50)
+    for folder in ("converted", "exported"):
+        assert torch.equal(load_model(tmp_path / folder).logits(tokens), model.logits(tokens))
