@@ -194,21 +194,22 @@ class Team:
             for rank in range(config.tp)
         ]
         self._ranks = _Ranks([])
+        self._part: Part | None = None
         self._end = weakref.finalize(self, self._ranks.close)
         try:
             for setup in setups[1:]:
                 self._ranks.members.append((start or start_member)())
                 self._send_to(self._ranks.members[-1], encoded(setup))
             self._ranks.watch()
-            self._part = Part(setups[0])
-            self._loaded = [self._part.loaded(), *self._answers()]
-            self._connect()
+            part = self._part = Part(setups[0])
+            self._loaded = [part.loaded(), *self._answers()]
+            self._connect(part)
         except BaseException:
             self.close()
             raise
-        self.divided = self._part.divided
+        self.divided = part.divided
         self._caches = [0] * self.size
-        self._ranks.on_loss.append(self._part.group.abort)
+        self._ranks.on_loss.append(part.group.abort)
 
     @property
     def size(self) -> int:
@@ -243,6 +244,8 @@ class Team:
     def close(self) -> None:
         """End the other ranks. The model cannot be used any more."""
         self._end()
+        if self._part is not None:
+            self._part.group.use(None)  # ends its threads, which a process forked later would wait for
         torch.set_num_threads(self._threads_before)
 
     def worker(self, arena: PageArena, config: EngineConfig, *, num_drafts: int, max_decided: int) -> Worker:
@@ -319,12 +322,12 @@ class Team:
             answers.append(answer)
         return answers
 
-    def _connect(self) -> None:
+    def _connect(self, part: Part) -> None:
         folder = tempfile.mkdtemp(prefix="openmimo-ranks-")
         try:
             self.send(ConnectRanks(str(Path(folder) / "store")))
             with self.together():
-                self._part.connect(str(Path(folder) / "store"))
+                part.connect(str(Path(folder) / "store"))
             self._answers()
         finally:
             shutil.rmtree(folder, ignore_errors=True)

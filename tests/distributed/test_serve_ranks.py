@@ -36,10 +36,6 @@ class Running:
         self.errors = errors
         options = ["--tp", "2", "--ep", "--device", "cpu", "--threads", "2", "--port", str(self.port)]
         self.process = start_command(["serve", str(checkpoint), *options], errors)
-        deadline = time.monotonic() + 120
-        while not self.answers():
-            assert self.process.is_alive() and time.monotonic() < deadline, errors.read_text()
-            time.sleep(0.1)
 
     def answers(self) -> bool:
         try:
@@ -73,6 +69,10 @@ class Running:
 def running(checkpoint: Path, errors: Path) -> Iterator[Running]:
     server = Running(checkpoint, errors)
     try:
+        deadline = time.monotonic() + 120
+        while not server.answers():
+            assert server.process.is_alive() and time.monotonic() < deadline, errors.read_text()
+            time.sleep(0.1)
         yield server
     finally:
         server.process.kill()
