@@ -97,7 +97,7 @@ class AudioTrainConfig(TrainConfig):
             raise ConfigError(f"two stages share a name: {', '.join(names)}.")
         if self.quantization != "none":
             raise ConfigError("audio models are not trained with quantization; leave it out.")
-        if any(size > 1 for size in vars(self.parallel).values()):
+        if any(size > 1 for size in self.parallel.sizes.values()):
             raise ConfigError("audio models are trained by one process; leave parallel out.")
         unused = {
             "expert_trace": self.expert_trace,
