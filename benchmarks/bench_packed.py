@@ -2,6 +2,9 @@
 
     python -m benchmarks.bench_packed loss [--model FOLDER] [--text-rows 128]
     python -m benchmarks.bench_packed speed [--rounds 40]
+    LLAMA_CPP_LIBRARIES=FOLDER python -m benchmarks.bench_packed peer [--rounds 40]
+
+`peer` compares products with those of llama.cpp (see `peers.ggml_products`).
 
 The loss is that of held-out answers of the built-in model's tasks. int4 has one float scale (counted as 16 bits) for 32
 or 128 weights of a row.
@@ -19,10 +22,11 @@ from pathlib import Path
 import torch
 
 from benchmarks.harness import Row, print_rows, write_rows
+from benchmarks.peers.ggml_products import LIBRARIES, ggml_of_environment
 from openmimo.data.loader import Batch, Loader
 from openmimo.data.tokenizer import Tokenizer
 from openmimo.kernels.operations import linear
-from openmimo.kernels.weights import Packing, pack, quantize
+from openmimo.kernels.weights import Packed, Packing, Weight, pack, quantize
 from openmimo.model.embedded import EMBEDDED
 from openmimo.model.hf import load_model
 from openmimo.model.mimo import MiMo
@@ -33,29 +37,38 @@ from recipes import tiny_cpu
 CPU = torch.device("cpu")
 _GROUPS = (32, 128)
 _ROWS = 8  # of a batch
+_LEAST = "Times are the least of all rounds, because other programs used the processor."
+_THREADS = (1, 2)
 _CACHE_BYTES = 2**26
 _SHAPES = {"2048 x 2048": (2048, 2048), "10920 x 2048": (10920, 2048), "4096 x 4096": (4096, 4096)}
 _FORMATS = [
     Packing("binary"), Packing("ternary"), Packing("fairy"), Packing("fairy2i"), Packing("fairy2i", 2),
     Packing("binary", 2),
 ]  # fmt: skip
+_PEER_FORMATS = [
+    Packing("binary"), Packing("ternary"), Packing("fairy"), Packing("fairy2i"), Packing("fairy2i", 2),
+    Packing("fairy2i", 4),
+]  # fmt: skip
 
 
 def main() -> None:
     """Runs one measurement."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["loss", "speed"])
+    parser.add_argument("what", choices=["loss", "speed", "peer"])
     parser.add_argument("--model", default=EMBEDDED)
     parser.add_argument("--text-rows", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=40)
     options = parser.parse_args()
     if options.what == "loss":
         measure_loss(options.model, options.text_rows)
-    else:
+    elif options.what == "speed":
         rows = measure_speed(options.rounds)
         print_rows(rows)
-        remark = "Times are the least of all rounds, because other programs used the processor."
-        write_rows("bench_packed", rows, device=CPU, threads=torch.get_num_threads(), remarks=(remark,))
+        write_rows("bench_packed", rows, device=CPU, threads=torch.get_num_threads(), remarks=(_LEAST,))
+    else:
+        rows, remark = measure_against_llama_cpp(options.rounds)
+        print_rows(rows)
+        write_rows("bench_packed_peer", rows, device=CPU, threads=max(_THREADS), remarks=(_LEAST, remark))
 
 
 # --- loss by bits ----------------------------------------------------------------------------------------------------
@@ -166,6 +179,57 @@ def measure_speed(rounds: int) -> list[Row]:
                 floor = weight.nbytes / rate
                 rows.append(Row(f"{name} batch {batch} {label}", milliseconds, times[0], "bfloat16", floor, note=note))
     return rows
+
+
+@torch.inference_mode()
+def measure_against_llama_cpp(rounds: int) -> tuple[list[Row], str]:
+    """Compares products with those of llama.cpp: formats of 2 bits with TQ2_0, the others with Q4_0.
+
+    Returns:
+        The rows, without a peer when the environment names no libraries, and a sentence about the peer.
+    """
+    ggml = ggml_of_environment()
+    rows = []
+    for name, (outputs, dims) in _SHAPES.items():
+        plain = torch.randn(outputs, dims, generator=torch.Generator().manual_seed(0))
+        two_values = -(plain > 0).float()
+        weights = [plain.bfloat16(), quantize(plain, "int8"), *(pack(plain, packing) for packing in _PEER_FORMATS)]
+        copies = [[_copy(weight) for _ in range(2 + _CACHE_BYTES // weight.nbytes)] for weight in weights]
+        for threads in _THREADS:
+            torch.set_num_threads(threads)
+            for batch in (1, 4):
+                x = torch.randn(batch, dims, generator=torch.Generator().manual_seed(1))
+                calls = [_calls(x.bfloat16() if number == 0 else x, copies[number]) for number in range(len(weights))]
+                theirs = {}
+                if ggml:
+                    for kind, code_bits in (("TQ2_0", 2), ("Q4_0", 4)):
+                        count = 2 + 8 * _CACHE_BYTES // (code_bits * plain.numel())
+                        theirs[kind] = ggml.products(two_values, x, kind, copies=count, threads=threads)
+                times = _least_milliseconds([*calls, *(product.call for product in theirs.values())], rounds=rounds)
+                per_product = [
+                    time / product.count for time, product in zip(times[len(calls) :], theirs.values(), strict=True)
+                ]
+                peer_times = dict(zip(theirs, per_product, strict=True))
+                for product in theirs.values():
+                    product.free()
+                for weight, milliseconds in zip(weights, times, strict=False):
+                    label, kind = _label_and_peer(weight)
+                    peer = f"llama.cpp {kind}" if ggml else f"llama.cpp {kind}: not measured"
+                    note = f"{weight.nbytes / milliseconds / 1e6:.1f} GB/s"
+                    title = f"{name} batch {batch}, threads {threads}, {label}"
+                    rows.append(Row(title, milliseconds, peer_times.get(kind), peer, note=note))
+    if ggml is None:
+        return rows, f"llama.cpp: not measured, because {LIBRARIES} is not set."
+    return rows, f"llama.cpp: ggml {ggml.version}, {ggml.variant}; Q4_0 without the layout of loaded models."
+
+
+def _label_and_peer(weight: torch.Tensor | Weight) -> tuple[str, str]:
+    """Returns the name of a weight's format, and the format of llama.cpp with which it is compared."""
+    if isinstance(weight, torch.Tensor):
+        return "bfloat16", "Q4_0"
+    if not isinstance(weight, Packed):
+        return weight.format, "Q4_0"
+    return f"{weight.format} T={weight.packing.stages}", "Q4_0" if weight.packing.stages == 4 else "TQ2_0"
 
 
 def _copy(weight):
