@@ -38,7 +38,6 @@ CPU = torch.device("cpu")
 _GROUPS = (32, 128)
 _ROWS = 8  # of a batch
 _LEAST = "Times are the least of all rounds, because other programs used the processor."
-_THREADS = (1, 2)
 _CACHE_BYTES = 2**26
 _SHAPES = {"2048 x 2048": (2048, 2048), "10920 x 2048": (10920, 2048), "4096 x 4096": (4096, 4096)}
 _FORMATS = [
@@ -68,7 +67,7 @@ def main() -> None:
     else:
         rows, remark = measure_against_llama_cpp(options.rounds)
         print_rows(rows)
-        write_rows("bench_packed_peer", rows, device=CPU, threads=max(_THREADS), remarks=(_LEAST, remark))
+        write_rows("bench_packed_peer", rows, device=CPU, threads=1, remarks=(_LEAST, remark))
 
 
 # --- loss by bits ----------------------------------------------------------------------------------------------------
@@ -183,11 +182,12 @@ def measure_speed(rounds: int) -> list[Row]:
 
 @torch.inference_mode()
 def measure_against_llama_cpp(rounds: int) -> tuple[list[Row], str]:
-    """Compares products with those of llama.cpp: formats of 2 bits with TQ2_0, the others with Q4_0.
+    """Compares products of one thread with those of llama.cpp: formats of 2 bits with TQ2_0, the others with Q4_0.
 
     Returns:
         The rows, without a peer when the environment names no libraries, and a sentence about the peer.
     """
+    torch.set_num_threads(1)
     ggml = ggml_of_environment()
     rows = []
     for name, (outputs, dims) in _SHAPES.items():
@@ -195,29 +195,27 @@ def measure_against_llama_cpp(rounds: int) -> tuple[list[Row], str]:
         two_values = -(plain > 0).float()
         weights = [plain.bfloat16(), quantize(plain, "int8"), *(pack(plain, packing) for packing in _PEER_FORMATS)]
         copies = [[_copy(weight) for _ in range(2 + _CACHE_BYTES // weight.nbytes)] for weight in weights]
-        for threads in _THREADS:
-            torch.set_num_threads(threads)
-            for batch in (1, 4):
-                x = torch.randn(batch, dims, generator=torch.Generator().manual_seed(1))
-                calls = [_calls(x.bfloat16() if number == 0 else x, copies[number]) for number in range(len(weights))]
-                theirs = {}
-                if ggml:
-                    for kind, code_bits in (("TQ2_0", 2), ("Q4_0", 4)):
-                        count = 2 + 8 * _CACHE_BYTES // (code_bits * plain.numel())
-                        theirs[kind] = ggml.products(two_values, x, kind, copies=count, threads=threads)
-                times = _least_milliseconds([*calls, *(product.call for product in theirs.values())], rounds=rounds)
-                per_product = [
-                    time / product.count for time, product in zip(times[len(calls) :], theirs.values(), strict=True)
-                ]
-                peer_times = dict(zip(theirs, per_product, strict=True))
-                for product in theirs.values():
-                    product.free()
-                for weight, milliseconds in zip(weights, times, strict=False):
-                    label, kind = _label_and_peer(weight)
-                    peer = f"llama.cpp {kind}" if ggml else f"llama.cpp {kind}: not measured"
-                    note = f"{weight.nbytes / milliseconds / 1e6:.1f} GB/s"
-                    title = f"{name} batch {batch}, threads {threads}, {label}"
-                    rows.append(Row(title, milliseconds, peer_times.get(kind), peer, note=note))
+        for batch in (1, 4):
+            x = torch.randn(batch, dims, generator=torch.Generator().manual_seed(1))
+            calls = [_calls(x.bfloat16() if number == 0 else x, copies[number]) for number in range(len(weights))]
+            theirs = {}
+            if ggml:
+                for kind, code_bits in (("TQ2_0", 2), ("Q4_0", 4)):
+                    count = 2 + 8 * _CACHE_BYTES // (code_bits * plain.numel())
+                    theirs[kind] = ggml.products(two_values, x, kind, copies=count, threads=1)
+            times = _least_milliseconds([*calls, *(product.call for product in theirs.values())], rounds=rounds)
+            per_product = [
+                time / product.count for time, product in zip(times[len(calls) :], theirs.values(), strict=True)
+            ]
+            peer_times = dict(zip(theirs, per_product, strict=True))
+            for product in theirs.values():
+                product.free()
+            for weight, milliseconds in zip(weights, times, strict=False):
+                label, kind = _label_and_peer(weight)
+                peer = f"llama.cpp {kind}" if ggml else f"llama.cpp {kind}: not measured"
+                note = f"{weight.nbytes / milliseconds / 1e6:.1f} GB/s"
+                title = f"{name} batch {batch}, {label}"
+                rows.append(Row(title, milliseconds, peer_times.get(kind), peer, note=note))
     if ggml is None:
         return rows, f"llama.cpp: not measured, because {LIBRARIES} is not set."
     return rows, f"llama.cpp: ggml {ggml.version}, {ggml.variant}; Q4_0 without the layout of loaded models."
