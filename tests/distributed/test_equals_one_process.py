@@ -121,7 +121,7 @@ def assert_equal(outcome: Outcome, alone: Outcome, sizes: dict[str, int]) -> Non
         assert (outcome.updated[name] - alone.updated[name]).abs().max() < 1e-4, (sizes, name)
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_two_processes(tmp_path, alone, recompute):
     meshes = TWO if not recompute else [{"cp": 2, "ep": 2}]
     outcomes, _ = run_processes(tmp_path, 2, steps_on_meshes, meshes, recompute)
@@ -129,6 +129,7 @@ def test_two_processes(tmp_path, alone, recompute):
         assert_equal(outcome, alone, sizes)
 
 
+@pytest.mark.slow
 def test_two_processes_that_keep_less(tmp_path, alone):
     """Recomputed layers, chunks of experts whose ranks exchange tokens, and attention that is not called again."""
     keep = ActivationConfig(recompute="but_attention", ffn_chunks=3)
@@ -154,6 +155,7 @@ def steps_in_fp8(meshes: list[dict[str, int]]) -> list[Outcome]:
     return outcomes if dist.get_rank() == 0 else []
 
 
+@pytest.mark.slow
 def test_fp8_on_two_processes(tmp_path):
     """Shards change nothing: weights are quantized when they are whole. Other meshes change the 128 tokens that share a
     scale in the gradient of a weight, and no other code.

@@ -167,6 +167,7 @@ def compare(tmp_path: Path, count: int, config: RlConfig, meshes: list[dict[str,
         assert_equal(outcome, expected, (sizes, placement))
 
 
+@pytest.mark.slow
 def test_reinforcement_with_experts_on_two_processes(tmp_path, folder):
     compare(tmp_path, 2, config_of("grpo", folder), [{"ep": 2}], ["resident"])
 
