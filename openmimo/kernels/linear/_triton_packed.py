@@ -53,13 +53,14 @@ def prepare(x_RD: torch.Tensor, halves: int) -> tuple[torch.Tensor, torch.Tensor
     """Round inputs to int8 and sort them by the bit that multiplies them.
 
     Returns:
-        int8 [8, C, blocks * BYTES] for C = R * halves columns: element [j, c, b] is number 8 b + j of column c, or zero
-        behind the last. The sums of the blocks, int32 [C, blocks]. The scales of the columns, float32 [C].
+        int8 [C, blocks, 8, BYTES] for C = R * halves columns: element [c, k, j, b] is number 8 (k * BYTES + b) + j of
+        column c, or zero behind the last. The sums of the blocks, int32 [C, blocks]. The scales of the columns,
+        float32 [C].
     """
     R, D = x_RD.shape
     columns, dims = R * halves, triton.cdiv(D, halves)
     blocks = triton.cdiv(dims, 8 * BYTES)
-    numbers = x_RD.new_empty(8, columns, blocks * BYTES, dtype=torch.int8)
+    numbers = x_RD.new_empty(columns, blocks, 8, BYTES, dtype=torch.int8)
     sums = x_RD.new_empty(columns, blocks, dtype=torch.int32)
     scales = x_RD.new_empty(columns, dtype=torch.float32)
     _prepare[(columns, blocks)](x_RD, numbers, sums, scales, D, dims, HALVES=halves, BYTES=BYTES)
@@ -85,7 +86,7 @@ def _multiply_one(
         R, num_outputs if splits == 1 else width, start if splits == 1 else 0, outputs, part_rows, num_bytes, blocks,
         steps, triton.cdiv(steps, splits), tiles,
         FORMAT=packing.format, PARTS=parts, PLANES=planes, AXES=packing.axes, HALVES=halves, PER_ROW=packing.per_row,
-        STEPS_OF_MATRIX=stages * parts, TILE=TILE, COLUMNS=columns, BYTES=BYTES, IN_ASSEMBLY=in_assembly(),
+        PARTS_OF_MATRIX=stages * parts, TILE=TILE, COLUMNS=columns, BYTES=BYTES, IN_ASSEMBLY=in_assembly(),
         num_warps=_WARPS, num_stages=_STAGES,
     )  # fmt: skip
     if splits > 1:
@@ -98,7 +99,7 @@ def _multiply_one(
 @triton.jit
 def _prepare(x, numbers, sums, scales, num_dims, half_dims, HALVES: tl.constexpr, BYTES: tl.constexpr):
     column, block = tl.program_id(0), tl.program_id(1)
-    num_columns, num_blocks = tl.num_programs(0), tl.num_programs(1)
+    num_blocks = tl.num_programs(1)
     begin = column % HALVES * half_dims
     end = tl.minimum(begin + half_dims, num_dims)
     x_row = x + (column // HALVES).to(tl.int64) * num_dims
@@ -116,7 +117,7 @@ def _prepare(x, numbers, sums, scales, num_dims, half_dims, HALVES: tl.constexpr
     levels = tl.div_rn(values, tl.zeros_like(values) + scale)
     levels = tl.where(tl.abs(levels) <= 127.5, levels, 0.0)  # NaN as well
     levels = (levels + 12582912.0) - 12582912.0  # to the nearest integer, ties to even: 1.5 * 2^23
-    place = numbers + ((places % 8 * num_columns + column).to(tl.int64) * num_blocks + block) * BYTES + places // 8
+    place = numbers + (column.to(tl.int64) * num_blocks + block) * 8 * BYTES + places % 8 * BYTES + places // 8
     tl.store(place, levels.to(tl.int8))
     tl.store(sums + column * num_blocks + block, tl.sum(levels.to(tl.int32), axis=0))
     if block == 0:
@@ -144,26 +145,88 @@ def _next_bits(codes, IN_ASSEMBLY: tl.constexpr):
 
 
 @triton.jit
+def _add_block(
+    signs, turned, code_rows, is_output, number_rows, is_column, block, num_bytes,
+    PLANES: tl.constexpr, BYTES: tl.constexpr, IN_ASSEMBLY: tl.constexpr,
+):  # fmt: skip
+    """Add the sums over the bits of one block to `signs` and `turned`, [outputs, columns]."""
+    bytes_of_block = tl.arange(0, BYTES)
+    places = block * BYTES + bytes_of_block
+    is_code = is_output[:, None] & (places < num_bytes)[None, :]
+    place = code_rows[:, None] + places[None, :]
+    sign_bits = tl.load(place + (PLANES - 1) * num_bytes, mask=is_code, other=0)
+    turned_bits = sign_bits
+    if PLANES == 2:
+        turned_bits = sign_bits ^ tl.load(place, mask=is_code, other=0)
+    number_rows += block * (8 * BYTES)
+    for bit in tl.static_range(8):
+        x = tl.load(number_rows[:, None] + (bit * BYTES + bytes_of_block)[None, :], mask=is_column[:, None], other=0)
+        x = tl.trans(x)
+        signs = tl.dot(_lowest_bits(sign_bits, IN_ASSEMBLY), x, signs, out_dtype=tl.int32)
+        sign_bits = _next_bits(sign_bits, IN_ASSEMBLY)
+        if PLANES == 2:
+            turned = tl.dot(_lowest_bits(turned_bits, IN_ASSEMBLY), x, turned, out_dtype=tl.int32)
+            turned_bits = _next_bits(turned_bits, IN_ASSEMBLY)
+    return signs, turned
+
+
+@triton.jit
+def _add_stage(
+    real, imaginary, signs, turned, total, column_scale, scales, is_output, direction,
+    FORMAT: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Add the scaled sums of one part of a stage to the outputs, float32 [outputs, rows].
+
+    Args:
+        real: Outputs, or real parts of outputs.
+        imaginary: Imaginary parts of outputs; unchanged in real formats.
+        signs: Sums over the bits of the sign, [outputs, columns].
+        turned: Sums over the bits of sign xor first.
+        total: Sums of the columns.
+        column_scale: Scales of the columns.
+        scales: Pointers to the (first) scale of each output.
+        is_output: Whether an output exists.
+        direction: 1 for U and -1 for W of fairy2i: the sign of the imaginary part of the input.
+        FORMAT: Name of the format.
+        TILE: Number of outputs.
+        ROWS: Number of rows.
+    """
+    scale = tl.load(scales, mask=is_output, other=0.0)[:, None]
+    if FORMAT == "binary":
+        real += scale * ((total[None, :] - 2 * signs).to(tl.float32) * column_scale[None, :])
+    elif FORMAT == "ternary":
+        real += scale * ((turned - signs).to(tl.float32) * column_scale[None, :])
+    else:
+        scale_im = tl.load(scales + 1, mask=is_output, other=0.0)[:, None]
+        re = (total[None, :] - signs - turned).to(tl.float32) * column_scale[None, :]
+        im = (turned - signs).to(tl.float32) * column_scale[None, :]
+        if FORMAT == "fairy":
+            real += scale * re
+            imaginary += scale_im * im
+        else:
+            re_of_re, re_of_im = tl.split(tl.reshape(re, (TILE, ROWS, 2)))
+            im_of_re, im_of_im = tl.split(tl.reshape(im, (TILE, ROWS, 2)))
+            real += scale * re_of_re - direction * scale_im * im_of_im
+            imaginary += scale_im * im_of_re + direction * scale * re_of_im
+    return real, imaginary
+
+
+@triton.jit
 def _multiply(
     numbers, sums, column_scales, codes, scales, out,
     num_rows, out_stride, before, num_outputs, part_rows, num_bytes, num_blocks, num_steps, split_steps, tiles,
     FORMAT: tl.constexpr, PARTS: tl.constexpr, PLANES: tl.constexpr, AXES: tl.constexpr, HALVES: tl.constexpr,
-    PER_ROW: tl.constexpr, STEPS_OF_MATRIX: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr,
+    PER_ROW: tl.constexpr, PARTS_OF_MATRIX: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr,
     BYTES: tl.constexpr, IN_ASSEMBLY: tl.constexpr,
 ):  # fmt: skip
     ROWS: tl.constexpr = COLUMNS // HALVES
     matrix, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
-    first_part = matrix.to(tl.int64) * STEPS_OF_MATRIX
     outputs = tile * TILE + tl.arange(0, TILE)
     is_output = outputs < part_rows
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    num_columns = num_rows * HALVES
-    is_column = columns < num_columns
-    padded = num_blocks * BYTES
+    is_column = columns < num_rows * HALVES
     column_scale = tl.load(column_scales + columns, mask=is_column, other=0.0)
-    code_rows = codes + (first_part * part_rows + outputs) * (PLANES * num_bytes)
-    number_rows = numbers + columns.to(tl.int64) * padded
-    plane_numbers = tl.cast(num_columns, tl.int64) * padded
+    number_rows = numbers + columns.to(tl.int64) * num_blocks * (8 * BYTES)
     real = tl.zeros((TILE, ROWS), tl.float32)
     imaginary = tl.zeros((TILE, ROWS), tl.float32)
     signs = tl.zeros((TILE, COLUMNS), tl.int32)
@@ -174,43 +237,18 @@ def _multiply(
     for step in range(first, last):
         part = step // num_blocks
         block = step - part * num_blocks
-        places = block * BYTES + tl.arange(0, BYTES)
-        is_code = is_output[:, None] & (places < num_bytes)[None, :]
-        place = code_rows[:, None] + part.to(tl.int64) * part_rows * (PLANES * num_bytes) + places[None, :]
-        sign_bits = tl.load(place + (PLANES - 1) * num_bytes, mask=is_code, other=0)
-        turned_bits = sign_bits
-        if PLANES == 2:
-            turned_bits = sign_bits ^ tl.load(place, mask=is_code, other=0)
-        for bit in tl.static_range(8):
-            x = number_rows[:, None] + bit * plane_numbers + places[None, :]
-            x = tl.trans(tl.load(x, mask=is_column[:, None], other=0))
-            signs = tl.dot(_lowest_bits(sign_bits, IN_ASSEMBLY), x, signs, out_dtype=tl.int32)
-            sign_bits = _next_bits(sign_bits, IN_ASSEMBLY)
-            if PLANES == 2:
-                turned = tl.dot(_lowest_bits(turned_bits, IN_ASSEMBLY), x, turned, out_dtype=tl.int32)
-                turned_bits = _next_bits(turned_bits, IN_ASSEMBLY)
+        part_of_all = matrix.to(tl.int64) * PARTS_OF_MATRIX + part
+        code_rows = codes + (part_of_all * part_rows + outputs) * (PLANES * num_bytes)
+        signs, turned = _add_block(
+            signs, turned, code_rows, is_output, number_rows, is_column, block, num_bytes, PLANES, BYTES, IN_ASSEMBLY
+        )
         total += tl.load(sums + columns * num_blocks + block, mask=is_column, other=0)
         if (block == num_blocks - 1) | (step == last - 1):
-            scale_row = scales + (first_part + part) * (part_rows if PER_ROW else 1) * AXES
-            scale_rows = scale_row + (outputs * AXES if PER_ROW else outputs * 0)
-            scale = tl.load(scale_rows, mask=is_output, other=0.0)[:, None]
-            if FORMAT == "binary":
-                real += scale * ((total[None, :] - 2 * signs).to(tl.float32) * column_scale[None, :])
-            elif FORMAT == "ternary":
-                real += scale * ((turned - signs).to(tl.float32) * column_scale[None, :])
-            else:
-                scale_im = tl.load(scale_rows + 1, mask=is_output, other=0.0)[:, None]
-                re = (total[None, :] - signs - turned).to(tl.float32) * column_scale[None, :]
-                im = (turned - signs).to(tl.float32) * column_scale[None, :]
-                if FORMAT == "fairy":
-                    real += scale * re
-                    imaginary += scale_im * im
-                else:  # U x + W conj(x)
-                    re_of_re, re_of_im = tl.split(tl.reshape(re, (TILE, ROWS, 2)))
-                    im_of_re, im_of_im = tl.split(tl.reshape(im, (TILE, ROWS, 2)))
-                    direction = tl.where(part % PARTS == 0, 1.0, -1.0)
-                    real += scale * re_of_re - direction * scale_im * im_of_im
-                    imaginary += scale_im * im_of_re + direction * scale * re_of_im
+            scale_rows = part_of_all * part_rows + outputs if PER_ROW else part_of_all + outputs * 0
+            real, imaginary = _add_stage(
+                real, imaginary, signs, turned, total, column_scale, scales + scale_rows * AXES, is_output,
+                1.0 - 2.0 * (part % PARTS), FORMAT, TILE, ROWS,
+            )  # fmt: skip
             signs = tl.zeros((TILE, COLUMNS), tl.int32)
             turned = tl.zeros((TILE, COLUMNS), tl.int32)
             total = tl.zeros((COLUMNS,), tl.int32)
