@@ -29,11 +29,12 @@ from openmimo.kernels.linear._triton import _add_parts as add_parts
 from openmimo.kernels.linear._triton_float8 import in_assembly
 from openmimo.kernels.weights import Packed
 
-TILE = 64  # outputs of a program, or complex outputs
+TILE = 64  # outputs of a program, or complex outputs, for few columns
 BYTES = 64  # of a row of a plane in a step: 512 columns
-_MIN_COLUMNS, _MAX_COLUMNS = 16, 64  # of a program
-_PROGRAMS = 264  # that keep a device busy: two for each of 132 multiprocessors
-_WARPS, _STAGES = 4, 3
+_TILES = {16: (TILE, 4), 32: (TILE, 4), 64: (2 * TILE, 8)}  # columns of a program: outputs, warps
+_MIN_COLUMNS, _MAX_COLUMNS = min(_TILES), max(_TILES)
+_PROGRAMS = 256  # that keep a device busy: about two for each multiprocessor
+_STAGES = 3
 _ADDED = 1024  # sums of a program
 
 
@@ -74,20 +75,20 @@ def _multiply_one(
     packing, (outputs, _) = weight.packing, weight.matrix_shape
     stages, parts, part_rows, planes, num_bytes = weight.codes.shape[-5:]
     halves, blocks, (R, num_outputs) = packing.input_halves, inputs[1].shape[1], out_RO.shape
-    tiles, steps = triton.cdiv(part_rows, TILE), stages * parts * blocks
-    programs, splits = tiles * len(weight.codes), 1  # not by the number of rows
-    while programs * splits < _PROGRAMS and 2 * splits <= steps:
+    steps, splits = stages * parts * blocks, 1  # not by the number of rows
+    while triton.cdiv(part_rows, TILE) * len(weight.codes) * splits < _PROGRAMS and 2 * splits <= steps:
         splits *= 2
     columns = min(_MAX_COLUMNS, max(_MIN_COLUMNS, triton.next_power_of_2(R * halves)))
-    width = weight.shape[0]
+    tile, num_warps = _TILES[columns]
+    tiles, width = triton.cdiv(part_rows, tile), weight.shape[0]
     target = out_RO if splits == 1 else out_RO.new_empty(splits, R, width, dtype=torch.float32)
-    _multiply[(programs, triton.cdiv(R * halves, columns), splits)](
+    _multiply[(tiles * len(weight.codes), triton.cdiv(R * halves, columns), splits)](
         *inputs, weight.codes.view(torch.int8), weight.scales, target,
         R, num_outputs if splits == 1 else width, start if splits == 1 else 0, outputs, part_rows, num_bytes, blocks,
         steps, triton.cdiv(steps, splits), tiles,
         FORMAT=packing.format, PARTS=parts, PLANES=planes, AXES=packing.axes, HALVES=halves, PER_ROW=packing.per_row,
-        PARTS_OF_MATRIX=stages * parts, TILE=TILE, COLUMNS=columns, BYTES=BYTES, IN_ASSEMBLY=in_assembly(),
-        num_warps=_WARPS, num_stages=_STAGES,
+        PARTS_OF_MATRIX=stages * parts, TILE=tile, COLUMNS=columns, BYTES=BYTES, IN_ASSEMBLY=in_assembly(),
+        num_warps=num_warps, num_stages=_STAGES,
     )  # fmt: skip
     if splits > 1:
         out = out_RO if width == num_outputs else out_RO.new_empty(R, width)
