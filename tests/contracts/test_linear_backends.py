@@ -227,6 +227,57 @@ def test_a_row_of_packed_products_has_the_same_bits_in_any_batch(weight_format):
         assert torch.equal(linear(x[:rows], weight), alone[:rows])
 
 
+def of_integers(outputs, dims, packing, matrices):
+    """A packed weight whose scales are 1."""
+    weight = pack(draw(outputs, dims, dtype=torch.float32, seed=1), packing, matrices)
+    return weight._replace(scales=torch.ones_like(weight.scales))
+
+
+@pytest.mark.parametrize("rows", [1, 5, 33])
+@pytest.mark.parametrize("weight_format", PACKED)
+@torch.inference_mode()
+def test_triton_sums_packed_weights_exactly(weight_format, rows):
+    """Inputs are integers up to 127, so that their scales are 1, and each output is an integer."""
+    need = LinearNeed(rows, torch.float32, False, True, True, weight_format)
+    if reason := BACKENDS["triton_packed"].refuse(need):
+        pytest.skip(reason)
+    outputs, dims = (66 if weight_format == "fairy" else 67), 1101
+    weight = of_integers(2 * outputs, dims, Packing(weight_format, 2, per_row=rows == 5), 2)
+    x = torch.randint(-127, 128, (rows, dims), generator=torch.Generator().manual_seed(0)).float()
+    x[:, 0], x[:, -1] = 127.0, -127.0
+    layers = ((weight.rows(outputs, 2 * outputs), None), (weight, None))
+    exact = torch.cat([x.double() @ w.dequantize(torch.float64).T for w, _ in layers], dim=1)
+    assert torch.equal(BACKENDS["triton_packed"].run(x, layers).double(), exact)
+
+
+@pytest.mark.parametrize("weight_format", PACKED)
+@torch.inference_mode()
+def test_triton_has_the_same_bits_of_packed_products_for_a_row_alone(weight_format):
+    need = LinearNeed(1, torch.float32, False, True, True, weight_format)
+    if reason := BACKENDS["triton_packed"].refuse(need):
+        pytest.skip(reason)
+    layers = ((pack(draw(70, 600, dtype=torch.float32, seed=1), Packing(weight_format, 2)), None),)
+    x = draw(40, 600, dtype=torch.float32)
+    x[1], x[2, 3], x[3, 599] = 0.0, float("nan"), float("inf")
+    out = BACKENDS["triton_packed"].run(x, layers)
+    for row in (0, 39):
+        assert torch.equal(BACKENDS["triton_packed"].run(x[row : row + 1], layers)[0], out[row])
+    assert (out[1] == 0).all()
+    assert torch.isnan(out[2:4]).all()
+    assert torch.isfinite(out[4:]).all()
+
+
+@pytest.mark.parametrize("weight_format", PACKED)
+def test_triton_multiplies_packed_weights_where_its_name_asks_for_it(weight_format):
+    need = LinearNeed(1, torch.float16, False, True, False, weight_format)
+    assert LINEAR.best(need)[0] == "dequantized"
+    changes = [
+        {"num_rows": None}, {"num_rows": 0}, {"num_rows": 129}, {"dtype": torch.float64}, {"readable": False},
+        {"needs_gradients": True}, {"weight_format": "plain"}, {"weight_format": "latent"},
+    ]  # fmt: skip
+    assert all(BACKENDS["triton_packed"].refuse(need._replace(**change)) for change in changes)
+
+
 def test_triton_refuses_what_it_does_not_multiply():
     need = LinearNeed(1, torch.float16, False, True, True, "fp8", 64)
     changes = [

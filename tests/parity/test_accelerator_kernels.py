@@ -18,7 +18,7 @@ from openmimo.kernels.operations import (
     apply_experts,
     joined_linear,
 )
-from openmimo.kernels.weights import quantize
+from openmimo.kernels.weights import PACKED, Packing, pack, quantize
 from openmimo.runtime.device import resolve_device
 
 pytestmark = pytest.mark.gpu
@@ -71,6 +71,30 @@ def test_linear_layers_with_block_scaled_weights(device, rows, sizes, dims, weig
     for factor in (2.0**40, 2.0**-40):  # float16 holds no such numbers
         far = (factor * x.float()).bfloat16()
         assert relative(joined_linear(far, layers), factor * exact) < 4e-3
+
+
+@pytest.mark.parametrize("weight_format", PACKED)
+@pytest.mark.parametrize("rows, outputs, dims", [(1, 66, 200), (9, 2048, 2048), (33, 258, 4500), (128, 130, 1100)])
+@torch.inference_mode()
+def test_linear_layers_with_packed_weights(device, rows, outputs, dims, weight_format):
+    """With scales of 1 for weights and inputs, all sums are integers below 2^24, and float32 holds them exactly."""
+    backend, packing = dict(LINEAR.backends())["triton_packed"], Packing(weight_format, 2)
+    need = LinearNeed(rows, torch.float32, False, True, False, weight_format, dims)
+    assert backend.refuse(need) is None
+    weight = pack(torch.randn(2 * outputs, dims, device=device), packing, 2)
+    ones = weight._replace(scales=torch.ones_like(weight.scales))
+    x = torch.randint(-127, 128, (rows, dims), device=device).float()
+    x[:, 0], x[:, -1] = 127.0, -127.0
+    layers = ((ones, None), (ones.rows(0, outputs), None))
+    exact = torch.cat([x.double() @ part.dequantize(torch.float64).T for part, _ in layers], dim=1)
+    assert torch.equal(backend.run(x, layers).double(), exact)
+    per_row = pack(torch.randn(outputs, dims, device=device), packing._replace(per_row=True))
+    layers = ((weight, None), (per_row, torch.randn(outputs, device=device).bfloat16()))
+    x = torch.randn(rows, dims, device=device).bfloat16()
+    ours = backend.run(x, layers)
+    wide = tuple((part, None if bias is None else bias.double()) for part, bias in layers)
+    assert relative(ours, dict(LINEAR.backends())["reference"].run(x.double(), wide)) < 4e-3
+    assert torch.equal(backend.run(x[:1], layers)[0], ours[0])
 
 
 @pytest.mark.parametrize("weight_format", ["int8", "fp8"])
