@@ -62,6 +62,15 @@ def segments_of(document_lengths: tuple[int, ...], rank: int, num_ranks: int) ->
     return segments
 
 
+def fetched_rows(by_rank: list[list[Segment]]) -> float:
+    """Return the rows that a rank fetches for a full layer, mean over ranks, given the segments of all."""
+    needed = [
+        union_length((segment.document_start, segment.stop) for segment in segments) - _num_tokens(segments)
+        for segments in by_rank
+    ]
+    return sum(needed) / len(needed)
+
+
 class ContextSplit:
     """The cut of one micro-batch over the ranks of a group.
 
@@ -134,10 +143,7 @@ class ContextSplit:
     @functools.cached_property
     def fetched_rows(self) -> float:
         """Rows that a rank fetches for a full layer, mean over ranks."""
-        needed = (
-            union_length((segment.document_start, segment.stop) for segment in segments) for segments in self._by_rank
-        )
-        return (sum(needed) - sum(self.document_lengths)) / self.num_ranks
+        return fetched_rows(self._by_rank)
 
     def shares(self, exchange: str, num_heads: int, num_kv_heads: int) -> tuple[int, int] | None:
         """Return the query and key/value heads of a rank if a full layer exchanges heads, otherwise None."""
@@ -234,6 +240,10 @@ class ShardedContext(PackedContext):
         fetched = fetch_rows(joined, self._split.plan(window_keys), self._split.group).view(-1, G, K + v_TGV.shape[-1])
         lengths = tuple(segment.stop - segment.first_key(window_keys) for segment in self._split.segments)
         return SeenKeys(fetched[..., :K], fetched[..., K:], lengths)
+
+
+def _num_tokens(segments: list[Segment]) -> int:
+    return sum(segment.stop - segment.start for segment in segments)
 
 
 def _by_rank(x_THD: torch.Tensor, num_ranks: int) -> torch.Tensor:

@@ -55,6 +55,27 @@ def exchanges_heads(
     return exchange == "heads" or moved_heads(shares, num_tokens, num_ranks) < fetched_rows * num_kv_heads
 
 
+def gathered_heads(place: AttentionPlace, exchange: str, num_ranks: int) -> int:
+    """Return the heads of all tokens of a long document that a rank holds in a full layer.
+
+    One such head is K + V numbers, as in `moved_heads`.
+    """
+    heads, kv_heads = place.spec.num_heads, place.spec.num_kv_heads
+    shares = head_shares(heads, kv_heads, num_ranks)
+    if shares is None or why_only_keys(place, cp=num_ranks, tp=1) is not None:
+        return kv_heads
+    # one token a chunk has the ratio of the bytes of any length
+    by_heads = exchanges_heads(
+        exchange,
+        heads,
+        kv_heads,
+        num_ranks=num_ranks,
+        num_tokens=2 * num_ranks,
+        fetched_rows=1.5 * (num_ranks - 1),
+    )
+    return sum(shares) if by_heads else kv_heads
+
+
 def why_only_keys(place: AttentionPlace, *, cp: int, tp: int) -> str | None:
     """Return the reason why a full layer cannot exchange heads, as a predicate, or None."""
     spec = place.spec

@@ -159,28 +159,36 @@ def head_model() -> MiMo:
     return with_large_sinks(randomize(MiMo(replace(config, layers=layers, mtp=mtp)), 0))
 
 
-def steps_by_heads(meshes: list[dict[str, int]], activations: ActivationConfig | None = None) -> list[Outcome]:
+def steps_by_heads(
+    meshes: list[dict[str, int]], count: int = 4, activations: ActivationConfig | None = None
+) -> list[Outcome]:
     outcomes = []
     for sizes in meshes:
         ranks, model = Ranks(build_mesh("cpu", **WHOLE | sizes), CPU, cp_exchange="heads"), head_model()
         if activations is not None:
             checkpoint_activations(model.model, activations)
         ranks.apply(model, recompute=activations is not None)
-        outcomes.append(step(model, ranks, batches()[ranks.row_rank :: ranks.num_row_ranks]))
+        outcomes.append(step(model, ranks, batches()[:count][ranks.row_rank :: ranks.num_row_ranks]))
     return outcomes if dist.get_rank() == 0 else []
 
 
 def test_exchanged_heads_on_two_processes(tmp_path):
-    outcomes, _ = run_processes(tmp_path, 2, steps_by_heads, [{"cp": 2}])
-    assert_equal(outcomes[0], step(head_model(), Alone(CPU), batches()), {"cp": 2})
+    outcomes, _ = run_processes(tmp_path, 2, steps_by_heads, [{"cp": 2}], 1)
+    assert_equal(outcomes[0], step(head_model(), Alone(CPU), batches()[:1]), {"cp": 2})
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recompute", [None, "layers", "but_attention"])
-def test_exchanged_heads_on_other_meshes(tmp_path, recompute):
-    meshes = [{"cp": 4}, {"cp": 2, "tp": 2}, {"cp": 2, "ep": 4}, {"cp": 2, "dp_shard": 2}]
+@pytest.mark.parametrize(
+    ("meshes", "recompute"),
+    [
+        ([{"cp": 4}, {"cp": 2, "tp": 2}, {"cp": 2, "ep": 4}, {"cp": 2, "dp_shard": 2}], None),
+        ([{"cp": 2, "ep": 4}], "layers"),
+        ([{"cp": 4}], "but_attention"),
+    ],
+)
+def test_exchanged_heads_on_four_processes(tmp_path, meshes, recompute):
     activations = None if recompute is None else ActivationConfig(recompute=recompute)
-    outcomes, *_ = run_processes(tmp_path, 4, steps_by_heads, meshes, activations)
+    outcomes, *_ = run_processes(tmp_path, 4, steps_by_heads, meshes, 4, activations)
     alone = step(head_model(), Alone(CPU), batches())
     for sizes, outcome in zip(meshes, outcomes, strict=True):
         assert_equal(outcome, alone, sizes)
@@ -263,6 +271,13 @@ def refusals() -> list[str]:
         with pytest.raises(ConfigError) as error:
             build_mesh("cpu", **WHOLE | sizes)
         messages.append(str(error.value))
+    by_heads = Ranks(build_mesh("cpu", **WHOLE | {"cp": 2}), CPU, cp_exchange="heads")
+    for refuse in (
+        lambda: by_heads.check(model_config("tiny_hysparse")),
+        lambda: by_heads.apply(preset("tiny_hysparse"), recompute=False),
+    ):
+        with pytest.raises(ConfigError, match="cp_exchange is heads, but attention layer .* shares its keys"):
+            refuse()
     ranks = Ranks(build_mesh("cpu", **WHOLE), CPU)
     with pytest.raises(ConfigError) as error:
         ranks.rows(5)

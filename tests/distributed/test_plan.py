@@ -60,6 +60,7 @@ CASES = [
     *((TIED, sizes, STEP) for sizes in (MESHES[0], MESHES[4])),
     *((config, MeshSizes(cp=4), step) for config in (CONFIG, MANY_KEYS) for step in (HEADS, LONG)),
     (CONFIG, MeshSizes(cp=2, tp=2), HEADS),
+    (CONFIG, MeshSizes(cp=2, pp=2), HEADS),
     (MANY_KEYS, MeshSizes(cp=4), replace(LONG, cp_exchange="keys")),
 ]
 
