@@ -420,6 +420,7 @@ def _plan(arguments: list[str]) -> None:
         rows=stage.global_batch_size,
         micro_batch_rows=options.micro_batch_size,
         recompute=options.recompute,
+        cp_exchange=config.parallel.cp_exchange,
     )
     model = load_config(config.init_from) if config.init_from else model_config(config.model or "tiny")
     print_plan(options, model, step)

@@ -69,6 +69,37 @@ def fetch_rows(x: torch.Tensor, plan: FetchPlan, group: dist.ProcessGroup) -> to
     return torch.cat([x, received]).index_select(0, plan.layout_R)
 
 
+@dataclass(frozen=True)
+class RankOrder:
+    """The tokens of a micro-batch in the order of the ranks that hold them.
+
+    Attributes:
+        rows_W: The row of each token in the micro-batch, int64, in the order of ranks.
+        places_W: The inverse: the place of each row of the micro-batch.
+        counts: Tokens of each rank.
+        rank: This rank.
+    """
+
+    rows_W: torch.Tensor
+    places_W: torch.Tensor
+    counts: list[int]
+    rank: int
+
+
+def share_tokens(x_TCJ: torch.Tensor, order: RankOrder, group: dist.ProcessGroup) -> torch.Tensor:
+    """Send x[:, r] to each rank r. Returns what this rank has of all tokens [W, J], in the order of the micro-batch."""
+    T, C, J = x_TCJ.shape
+    sent = x_TCJ.transpose(0, 1).reshape(C * T, J)
+    return all_to_all(sent, [T] * C, order.counts, group).index_select(0, order.places_W)
+
+
+def return_tokens(x_WJ: torch.Tensor, order: RankOrder, group: dist.ProcessGroup) -> torch.Tensor:
+    """Send each token back to its rank: the inverse of `share_tokens`. Returns [T, C, J] by the rank that sent it."""
+    T, C = order.counts[order.rank], len(order.counts)
+    received = all_to_all(x_WJ.index_select(0, order.rows_W), order.counts, [T] * C, group)
+    return received.view(C, T, x_WJ.shape[1]).transpose(0, 1)
+
+
 def all_to_all(
     x: torch.Tensor, sent_counts: list[int], received_counts: list[int], group: dist.ProcessGroup
 ) -> torch.Tensor:

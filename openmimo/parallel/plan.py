@@ -16,7 +16,15 @@ from dataclasses import dataclass, fields, replace
 
 from openmimo.core.errors import ConfigError
 from openmimo.model.attention import AttentionConfig, kv_spec
-from openmimo.model.config import ModelConfig, attention_parameters, training_flops_per_token
+from openmimo.model.config import ModelConfig, attention_parameters, local_heads, training_flops_per_token
+from openmimo.parallel.head_exchange import (
+    check_exchange,
+    exchanges_heads,
+    head_shares,
+    moved_heads,
+    union_length,
+    why_only_keys,
+)
 from openmimo.parallel.stages import allowed_boundaries, layer_costs, stage_layers
 
 MASTER_BYTES = 4  # weights, gradients and both moments are float32
@@ -97,6 +105,7 @@ class StepShape:
         micro_batch_rows: Rows of a micro-batch of one process.
         activation_bytes: Bytes of an activation.
         recompute: Whether layers recompute their activations in the backward pass.
+        cp_exchange: What full layers exchange under context parallelism; see `parallel.head_exchange`.
     """
 
     sequence_length: int
@@ -104,6 +113,7 @@ class StepShape:
     micro_batch_rows: int
     activation_bytes: int = 2
     recompute: bool = False
+    cp_exchange: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -137,7 +147,7 @@ class Traffic:
     Attributes:
         shard: Weights gathered for the forward and the backward pass, and gradients of the shards.
         replicate: Gradients summed over replicas.
-        cp: Keys and values, and their gradients.
+        cp: Keys and values, or heads of queries and outputs as well, and their gradients.
         tp: Sums of outputs and of gradients.
         ep: Tokens sent to experts and back, and their gradients.
         pp: States of the stage before, gradients of the stage after, and the gradient of the copied embedding.
@@ -362,6 +372,7 @@ def _check(model: _Model, sizes: MeshSizes, step: StepShape) -> None:
     """Raise ConfigError if a mesh does not fit a model or a step."""
     config = model.config
     assert _is_divisible(model, sizes.tp)
+    check_exchange(config, step.cp_exchange, cp=sizes.cp, tp=sizes.tp)
     if sizes.pp > 1 and config.tie_embeddings:
         raise ConfigError("a model with tied embeddings cannot be divided into pipeline stages.")
     if sizes.weight_ranks % sizes.ep:
@@ -538,8 +549,8 @@ def _traffic(model: _Model, sizes: MeshSizes, step: StepShape, micro_batches: in
             replicate += micro_batches * 2 * size / ranks * (sizes.dp_replicate - 1) / sizes.dp_replicate
     heads = config.num_mtp_heads if rank.is_last else 0
     attention = [*rank.layers, *range(len(config.layers), len(config.layers) + heads)]
-    fetched = _fetched_by_layer(model, sizes.cp, sizes.tp, step.sequence_length, step.micro_batch_rows)
-    cp = sum(fetched[index] for index in attention)
+    moved = _moved_by_layer(model, sizes.cp, sizes.tp, step)
+    cp = sum(moved[index] for index in attention)
     sparse = sum(config.layers[index].ffn == "moe" for index in rank.layers)
     tp = (2 * len(attention) - sparse) * passes * 2 * width * (sizes.tp - 1) / sizes.tp
     tp += _vocabulary_sums(config, sizes, step, rank) * 2 * (sizes.tp - 1) / sizes.tp
@@ -583,18 +594,26 @@ def _states(config: ModelConfig, sizes: MeshSizes, rank: _PipelineRank, width: f
 
 
 @functools.lru_cache(maxsize=256)
-def _fetched_by_layer(model: _Model, cp: int, tp: int, sequence_length: int, micro_batch_rows: int) -> list[float]:
-    specs = model.config.attention_layers()
-    return [_fetched_values(spec, cp, tp, sequence_length, micro_batch_rows) for spec in specs]
+def _moved_by_layer(model: _Model, cp: int, tp: int, step: StepShape) -> list[float]:
+    return [_moved_values(model.config, index, cp, tp, step) for index in range(len(model.config.attention_layers()))]
 
 
-def _fetched_values(spec: AttentionConfig, cp: int, tp: int, sequence_length: int, micro_batch_rows: int) -> float:
-    """Return the keys' and values' numbers that a rank fetches in one layer and micro-batch, mean over ranks."""
-    if cp == 1 or kv_spec(spec).source_layer is not None:
+def _moved_values(config: ModelConfig, index: int, cp: int, tp: int, step: StepShape) -> float:
+    """Return the numbers that a rank receives for attention in one layer and micro-batch, mean over ranks."""
+    place = config.attention_place(index)
+    if cp == 1 or kv_spec(place.spec).source_layer is not None:
         return 0.0
-    kv_heads = max(spec.num_kv_heads / tp, 1)
-    rows = fetched_rows(spec, cp, sequence_length, micro_batch_rows)
-    return rows * kv_heads * (spec.key_dim + spec.value_dim)
+    spec, num_tokens = local_heads(place.spec, tp), step.sequence_length * step.micro_batch_rows
+    rows = fetched_rows(place.spec, cp, step.sequence_length, step.micro_batch_rows)
+    width = spec.key_dim + spec.value_dim
+    shares = head_shares(spec.num_heads, spec.num_kv_heads, cp)
+    may_choose = spec.window_keys is None and why_only_keys(place, cp=cp, tp=tp) is None
+    if may_choose and exchanges_heads(
+        step.cp_exchange, spec.num_heads, spec.num_kv_heads, num_ranks=cp, num_tokens=num_tokens, fetched_rows=rows
+    ):
+        assert shares is not None
+        return moved_heads(shares, num_tokens, cp) * width
+    return rows * spec.num_kv_heads * width
 
 
 @functools.cache
@@ -615,17 +634,8 @@ def fetched_rows(spec: AttentionConfig, cp: int, sequence_length: int, micro_bat
                 begin, end = max(start, row * sequence_length), min(stop, (row + 1) * sequence_length)
                 reach = begin if spec.window_keys is None else max(begin - spec.window_keys + 1, row * sequence_length)
                 needed.add((row * sequence_length if spec.window_keys is None else reach, end))
-        fetched += _length(needed | set(held)) - _length(set(held))
+        fetched += union_length(needed | set(held)) - union_length(set(held))
     return fetched / cp
-
-
-def _length(ranges: set[tuple[int, int]]) -> int:
-    """Return the number of integers in a union of ranges."""
-    total = reached = 0
-    for start, stop in sorted(ranges):
-        total += max(stop - max(start, reached), 0)
-        reached = max(reached, stop)
-    return total
 
 
 def _bandwidth(card: Card, sizes: MeshSizes, name: str) -> float:

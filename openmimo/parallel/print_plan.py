@@ -9,6 +9,7 @@ from rich.table import Table
 from openmimo.core.errors import ConfigError
 from openmimo.model.config import ModelConfig
 from openmimo.parallel.config import PlanConfig
+from openmimo.parallel.head_exchange import check_exchange
 from openmimo.parallel.plan import (
     CARDS,
     MASTER_BYTES,
@@ -39,7 +40,7 @@ def print_plan(options: PlanConfig, model: ModelConfig, step: StepShape) -> None
     """
     console, card = Console(soft_wrap=True), CARDS[options.gpu]
     if options.longest:
-        _print_longest(console, options, model, card)
+        _print_longest(console, options, model, card, step.cp_exchange)
         return
     fitting, others = search(model, step, card, num_cards=options.gpus, efficiency=options.efficiency)
     if not fitting and not others:
@@ -78,9 +79,10 @@ def print_plan(options: PlanConfig, model: ModelConfig, step: StepShape) -> None
         )
 
 
-def _print_longest(console: Console, options: PlanConfig, model: ModelConfig, card: Card) -> None:
+def _print_longest(console: Console, options: PlanConfig, model: ModelConfig, card: Card, cp_exchange: str) -> None:
     """Print the longest row of each option."""
     sizes = MeshSizes(cp=options.gpus)
+    check_exchange(model, cp_exchange, cp=sizes.cp, tp=1)
     states = STATES * kept_parameters(model, sizes) * MASTER_BYTES
     if options.gpus > 1:
         states += gathered_bytes(model)
@@ -100,7 +102,13 @@ def _print_longest(console: Console, options: PlanConfig, model: ModelConfig, ca
         table.add_column(name, justify="left" if name == "recompute" else "right", no_wrap=True)
     for activations, recompute in every_option():
         found = longest(
-            model, activations, recompute=recompute, memory_bytes=usable, state_bytes=states, cp=options.gpus
+            model,
+            activations,
+            recompute=recompute,
+            memory_bytes=usable,
+            state_bytes=states,
+            cp=options.gpus,
+            cp_exchange=cp_exchange,
         )
         seconds = found.work / (options.gpus * card.flops * options.efficiency)
         host = found.step.host * found.tokens / options.gpus / _GIGA

@@ -27,6 +27,7 @@ from openmimo.parallel.context import ContextSplit, ShardedContext
 from openmimo.parallel.expert import distribute_experts
 from openmimo.parallel.fsdp import shard_model
 from openmimo.parallel.gradients import ShardedGradients, local_part
+from openmimo.parallel.head_exchange import check_exchange
 from openmimo.parallel.local_weights import StoredTensor, Unfilled, fill, initialize, read_folder
 from openmimo.parallel.mesh import Mesh, build_mesh, process_group
 from openmimo.parallel.pipeline import Pipeline, check_stages, gather_from_stages, order_gathers
@@ -45,6 +46,7 @@ def open_ranks(
     pipeline: dict[str, Any] | None = None,
     *,
     writes_shards: bool = True,
+    cp_exchange: str = "auto",
 ) -> Iterator["Ranks"]:
     """Connect the processes of a run.
 
@@ -53,13 +55,15 @@ def open_ranks(
         sizes: Dimensions of the mesh, see `build_mesh`.
         pipeline: Fields of `PipelineOptions`, for a mesh with pipeline stages.
         writes_shards: Whether each process writes its part of a checkpoint.
+        cp_exchange: What full layers exchange under context parallelism; see `parallel.head_exchange`.
 
     Raises:
         ConfigError: The sizes do not fit the number of processes.
     """
     with process_group(device) as local_device:
         options = None if pipeline is None else PipelineOptions(**pipeline)
-        yield Ranks(build_mesh(local_device.type, **sizes), local_device, options, writes_shards=writes_shards)
+        mesh = build_mesh(local_device.type, **sizes)
+        yield Ranks(mesh, local_device, options, writes_shards=writes_shards, cp_exchange=cp_exchange)
 
 
 class Ranks:
@@ -77,11 +81,18 @@ class Ranks:
     """
 
     def __init__(
-        self, mesh: Mesh, device: torch.device, pipeline: PipelineOptions | None = None, *, writes_shards: bool = True
+        self,
+        mesh: Mesh,
+        device: torch.device,
+        pipeline: PipelineOptions | None = None,
+        *,
+        writes_shards: bool = True,
+        cp_exchange: str = "auto",
     ):
         if mesh.pp.size() > 1 and pipeline is None:
             raise ConfigError("this command cannot divide a model into pipeline stages; set parallel.pp 1.")
         self.writes_shards = writes_shards
+        self._cp_exchange = cp_exchange
         self._unfilled: WeakKeyDictionary[MiMo, Unfilled] = WeakKeyDictionary()
         self.mesh = mesh
         self.device = device
@@ -114,7 +125,8 @@ class Ranks:
         return rows // self.num_row_ranks
 
     def check(self, config: ModelConfig) -> None:
-        """Raise ConfigError if a model cannot be divided into the pipeline stages of the run."""
+        """Raise ConfigError if a model cannot be divided as the run asks for."""
+        check_exchange(config, self._cp_exchange, cp=self.mesh.cp.size(), tp=self.mesh.tp.size())
         if self._options is not None:
             check_stages(config, self._options)
 
@@ -125,6 +137,7 @@ class Ranks:
             model: The model, whole on every process, or a result of `draw` or `load`.
             recompute: Whether layers recompute their activations in the backward pass.
         """
+        check_exchange(model.config, self._cp_exchange, cp=self.mesh.cp.size(), tp=self.mesh.tp.size())
         if recompute:
             checkpoint_activations(model.model)
         if self.mesh.pp.size() > 1:
@@ -199,6 +212,7 @@ class Ranks:
             balance_length=balance_length,
             z_weight=z_weight,
             sum_over_ranks=lambda tensor: self._sum(tensor, ("cp",)),
+            exchange=self._cp_exchange,
         )
         return split.batch(batch), context
 

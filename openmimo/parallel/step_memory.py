@@ -11,6 +11,7 @@ Bytes are per token of a rank, if not stated otherwise. D model dim.
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from openmimo.model.attention import AttentionPlace
 from openmimo.model.config import (
     ActivationConfig,
     ModelConfig,
@@ -18,6 +19,7 @@ from openmimo.model.config import (
     attention_parameters,
     training_flops_per_token,
 )
+from openmimo.parallel.head_exchange import gathered_heads
 
 WIDE_BYTES = 4  # of numbers that are float32 in every run
 ID_BYTES = 8
@@ -162,6 +164,7 @@ def longest(
     state_bytes: float,
     activation_bytes: int = 2,
     cp: int = 1,
+    cp_exchange: str = "auto",
 ) -> Longest:
     """Find the longest row that fits.
 
@@ -172,17 +175,26 @@ def longest(
         memory_bytes: Memory of a rank that may be used.
         state_bytes: Bytes of weights, gradients and optimizer on a rank.
         activation_bytes: Bytes of an activation.
-        cp: Ranks that share the tokens. A full layer gathers the keys and values of all.
+        cp: Ranks that share the tokens. A full layer gathers the keys and values of all, or some heads of all.
+        cp_exchange: Which of both; see `parallel.head_exchange`.
     """
     step = step_bytes(config, activations, recompute=recompute, activation_bytes=activation_bytes)
     gathered = 0
     if cp > 1:
-        full = [spec for spec in config.attention_layers() if spec.window_keys is None]
-        gathered = max((spec.num_kv_heads * (spec.key_dim + spec.value_dim) for spec in full), default=0)
+        places = [config.attention_place(index) for index in range(len(config.attention_layers()))]
+        gathered = max((_gathered(place, cp_exchange, cp) for place in places), default=0)
     per_token = step.device / cp + 2 * gathered * activation_bytes  # with their gradients
     tokens = max(int((memory_bytes - state_bytes - step.fixed) / per_token), 0) // 1024 * 1024
     work = tokens * _flops_per_token(config, activations, tokens, recompute=recompute) if tokens else 0.0
     return Longest(activations, recompute, tokens, step, work)
+
+
+def _gathered(place: AttentionPlace, cp_exchange: str, cp: int) -> int:
+    """Return the numbers of every token of the row that a rank holds in a full layer; 0 for a sliding one."""
+    spec = place.spec
+    if spec.window_keys is not None:
+        return 0
+    return gathered_heads(place, cp_exchange, cp) * (spec.key_dim + spec.value_dim)
 
 
 def _flops_per_token(config: ModelConfig, activations: ActivationConfig, length: int, *, recompute: bool) -> float:

@@ -256,6 +256,8 @@ class ParallelConfig:
         dp_replicate: Groups of processes that hold the same shards of the weights and read other rows.
         dp_shard: Processes of a group that hold other shards and read other rows (-1: as many as are left).
         cp: Processes that share the tokens of each row. Sliding layers exchange the window's keys only.
+        cp_exchange: What full layers exchange with cp: the keys that queries see, heads (each process computes some
+            heads of all tokens), or auto (that which moves fewer bytes).
         tp: Processes that share the heads and hidden dims of each layer.
         ep: Processes that hold different experts; it divides dp_shard x cp.
         pp: Processes that hold different layers (pipeline stages). Micro-batches pass through them.
@@ -269,6 +271,7 @@ class ParallelConfig:
     dp_replicate: PositiveInt = 1
     dp_shard: Annotated[int, Bounds(least=-1)] = -1
     cp: PositiveInt = 1
+    cp_exchange: Literal["auto", "keys", "heads"] = "auto"
     tp: PositiveInt = 1
     ep: PositiveInt = 1
     pp: PositiveInt = 1
@@ -281,6 +284,8 @@ class ParallelConfig:
         check_fields(self, "parallel")
         if self.dp_shard == 0:
             raise ConfigError("parallel.dp_shard is 0; give the number of processes, or -1 for as many as are left.")
+        if self.cp == 1 and self.cp_exchange != "auto":
+            raise ConfigError("parallel.cp_exchange has no effect with parallel.cp 1; leave it out, or raise cp.")
         if self.pp == 1 and (self.pp_schedule != "1f1b" or self.pp_stages or self.pp_boundaries):
             raise ConfigError("parallel.pp_schedule, pp_stages and pp_boundaries have no effect with parallel.pp 1.")
         self._check_stages()

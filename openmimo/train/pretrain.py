@@ -62,8 +62,8 @@ def open_ranks(config: PretrainConfig) -> Iterator[Alone]:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         pipeline = config.parallel.pipeline(config.stages[0].sequence_length)
         open_parallel = load_object("openmimo.parallel.ranks:open_ranks")
-        writes_shards = config.parallel.checkpoints == "shards"
-        with open_parallel(device, sizes, pipeline, writes_shards=writes_shards) as ranks:
+        writes_shards, cp_exchange = config.parallel.checkpoints == "shards", config.parallel.cp_exchange
+        with open_parallel(device, sizes, pipeline, writes_shards=writes_shards, cp_exchange=cp_exchange) as ranks:
             yield ranks
         return
     if any(size > 1 for size in sizes.values()):

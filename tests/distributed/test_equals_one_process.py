@@ -1,12 +1,12 @@
 """A training step on several processes has the loss and every gradient of the same step on one."""
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import tiny_model
+from conftest import randomize, tiny_config, tiny_model
 from distributed.processes import run_processes
 
 from openmimo.core.errors import ConfigError
@@ -47,8 +47,12 @@ class Outcome:
 
 
 def large_sink_model() -> MiMo:
-    """Large sinks show a dropped sink gradient. A window reaches over several chunks of four ranks."""
-    model = tiny_model(mtp_heads=2, window_keys=40)
+    """A window reaches over several chunks of four ranks."""
+    return with_large_sinks(tiny_model(mtp_heads=2, window_keys=40))
+
+
+def with_large_sinks(model: MiMo) -> MiMo:
+    """Large sinks show a dropped sink gradient."""
     with torch.no_grad():
         for name, tensor in model.named_parameters():
             if "sink" in name:
@@ -145,6 +149,52 @@ def test_four_processes(tmp_path, alone):
         assert_equal(outcome, alone, sizes)
 
 
+def head_model() -> MiMo:
+    """Full layers and MTP heads with large sinks, with two key/value heads, which four ranks copy."""
+    config = tiny_config(mtp_heads=2, window_keys=40)
+    full = replace(config.layers[0].attention, sink=True)
+    layers = tuple(
+        replace(layer, attention=full) if layer.attention.kind == "full" else layer for layer in config.layers
+    )
+    mtp = replace(config.mtp, attention=full)
+    return with_large_sinks(randomize(MiMo(replace(config, layers=layers, mtp=mtp)), 0))
+
+
+def steps_by_heads(
+    meshes: list[dict[str, int]], count: int = 4, activations: ActivationConfig | None = None
+) -> list[Outcome]:
+    outcomes = []
+    for sizes in meshes:
+        ranks, model = Ranks(build_mesh("cpu", **WHOLE | sizes), CPU, cp_exchange="heads"), head_model()
+        if activations is not None:
+            checkpoint_activations(model.model, activations)
+        ranks.apply(model, recompute=activations is not None)
+        outcomes.append(step(model, ranks, batches()[:count][ranks.row_rank :: ranks.num_row_ranks]))
+    return outcomes if dist.get_rank() == 0 else []
+
+
+def test_exchanged_heads_on_two_processes(tmp_path):
+    outcomes, _ = run_processes(tmp_path, 2, steps_by_heads, [{"cp": 2}], 1)
+    assert_equal(outcomes[0], step(head_model(), Alone(CPU), batches()[:1]), {"cp": 2})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("meshes", "recompute"),
+    [
+        ([{"cp": 4}, {"cp": 2, "tp": 2}, {"cp": 2, "ep": 4}, {"cp": 2, "dp_shard": 2}], None),
+        ([{"cp": 2, "ep": 4}], "layers"),
+        ([{"cp": 4}], "but_attention"),
+    ],
+)
+def test_exchanged_heads_on_four_processes(tmp_path, meshes, recompute):
+    activations = None if recompute is None else ActivationConfig(recompute=recompute)
+    outcomes, *_ = run_processes(tmp_path, 4, steps_by_heads, meshes, 4, activations)
+    alone = step(head_model(), Alone(CPU), batches())
+    for sizes, outcome in zip(meshes, outcomes, strict=True):
+        assert_equal(outcome, alone, sizes)
+
+
 def steps_in_fp8(meshes: list[dict[str, int]]) -> list[Outcome]:
     outcomes = []
     for sizes in meshes:
@@ -223,6 +273,13 @@ def refusals() -> list[str]:
         with pytest.raises(ConfigError) as error:
             build_mesh("cpu", **WHOLE | sizes)
         messages.append(str(error.value))
+    by_heads = Ranks(build_mesh("cpu", **WHOLE | {"cp": 2}), CPU, cp_exchange="heads")
+    for refuse in (
+        lambda: by_heads.check(model_config("tiny_hysparse")),
+        lambda: by_heads.apply(preset("tiny_hysparse"), recompute=False),
+    ):
+        with pytest.raises(ConfigError, match="cp_exchange is heads, but attention layer .* shares its keys"):
+            refuse()
     ranks = Ranks(build_mesh("cpu", **WHOLE), CPU)
     with pytest.raises(ConfigError) as error:
         ranks.rows(5)

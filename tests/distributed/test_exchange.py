@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from openmimo.parallel.context import Segment, segments_of
+from openmimo.parallel.context import Segment, fetched_rows, segments_of
 from openmimo.parallel.exchange import plan_fetch
+from openmimo.parallel.head_exchange import exchanges_heads
 
 
 def held(lengths: tuple[int, ...], num_ranks: int) -> list[torch.Tensor]:
@@ -58,6 +59,27 @@ def test_a_full_layer_fetches_each_key_that_it_sees_once():
         last = 2 * num_ranks - 1 - rank  # the later of the two chunks
         plan = plan_fetch(rank, rows, needed, torch.device("cpu"))
         assert plan.num_received == (last + 1) * T // (2 * num_ranks) - len(rows[rank])
+
+
+@pytest.mark.parametrize("lengths", [(256,), (100, 3, 153), (16,) * 16, (90, 166)])
+@pytest.mark.parametrize("num_ranks", [2, 3, 4])
+def test_the_choice_of_an_exchange_counts_the_rows_that_travel(lengths, num_ranks):
+    by_rank = [segments_of(lengths, rank, num_ranks) for rank in range(num_ranks)]
+    needed = [torch.cat([torch.arange(piece.document_start, piece.stop) for piece in pieces]) for pieces in by_rank]
+    rows = held(lengths, num_ranks)
+    received = [plan_fetch(rank, rows, needed, torch.device("cpu")).num_received for rank in range(num_ranks)]
+    assert fetched_rows(by_rank) == pytest.approx(sum(received) / num_ranks)
+
+
+def test_auto_exchanges_keys_for_short_documents_and_heads_for_long_ones():
+    by_length = {
+        lengths: fetched_rows([segments_of(lengths, rank, 8) for rank in range(8)])
+        for lengths in ((4096,), (256,) * 16)
+    }
+    chosen = [
+        exchanges_heads("auto", 32, 8, num_ranks=8, num_tokens=4096, fetched_rows=rows) for rows in by_length.values()
+    ]
+    assert chosen == [True, False]
 
 
 def test_short_documents_need_nothing_of_other_ranks():

@@ -167,6 +167,7 @@ def test_a_stage_keeps_only_the_states_of_micro_batches_on_their_way(tmp_path):
     [
         ({"pp_stages": 2}, "no effect with parallel.pp 1"),
         ({"pp": 2, "pp_stages": 4}, "1f1b schedule has"),
+        ({"cp_exchange": "heads"}, "no effect with parallel.cp 1"),
         ({"pp": 2, "pp_schedule": "interleaved", "pp_stages": 3}, "two or more stages for each"),
         ({"pp": 2, "pp_schedule": "interleaved", "pp_stages": 4, "pp_boundaries": (1,)}, "gives 2 stages"),
     ],

@@ -46,10 +46,26 @@ MESHES = [
 
 
 TIED = replace(CONFIG, tie_embeddings=True)
-CASES = [*((CONFIG, sizes) for sizes in MESHES), *((TIED, sizes) for sizes in (MESHES[0], MESHES[4]))]
+MANY_KEYS = replace(
+    CONFIG,
+    layers=tuple(
+        replace(layer, attention=replace(layer.attention, num_kv_heads=8)) if layer.attention.kind == "full" else layer
+        for layer in CONFIG.layers
+    ),
+)
+HEADS = replace(STEP, cp_exchange="heads")
+LONG = replace(STEP, micro_batch_rows=1)
+CASES = [
+    *((CONFIG, sizes, STEP) for sizes in MESHES),
+    *((TIED, sizes, STEP) for sizes in (MESHES[0], MESHES[4])),
+    *((config, MeshSizes(cp=4), step) for config in (CONFIG, MANY_KEYS) for step in (HEADS, LONG)),
+    (CONFIG, MeshSizes(cp=2, tp=2), HEADS),
+    (CONFIG, MeshSizes(cp=2, pp=2), HEADS),
+    (MANY_KEYS, MeshSizes(cp=4), replace(LONG, cp_exchange="keys")),
+]
 
 
-def measured(config: ModelConfig, sizes: MeshSizes) -> dict[str, float]:
+def measured(config: ModelConfig, sizes: MeshSizes, shape: StepShape) -> dict[str, float]:
     """Bytes that this process keeps, and receives in a step, with the messages of collectives counted by kind."""
     counts: Counter = Counter()
 
@@ -92,14 +108,15 @@ def measured(config: ModelConfig, sizes: MeshSizes) -> dict[str, float]:
 
     dist.irecv = distributed_c10d.irecv = received  # which the messages of a pipeline are compared with
     mesh = {name: getattr(sizes, name) for name in (*WHOLE, "pp")}
-    ranks = Ranks(build_mesh("cpu", **mesh), CPU, pipeline_options(sizes))
+    ranks = Ranks(build_mesh("cpu", **mesh), CPU, pipeline_options(sizes), cp_exchange=shape.cp_exchange)
     model = MiMo(config)
     model.initialize(torch.Generator().manual_seed(0))
     ranks.apply(model.train(), recompute=False)
     generator = torch.Generator().manual_seed(ranks.row_rank)
+    rows = shape.micro_batch_rows
     batches = [
-        micro_batch(torch.randint(0, config.vocab_size, (2 * 128,), generator=generator), (128, 128), None, 2)
-        for _ in range(STEP.rows // sizes.row_ranks // STEP.micro_batch_rows)
+        micro_batch(torch.randint(0, config.vocab_size, (rows * 128,), generator=generator), (128,) * rows, None, 2)
+        for _ in range(shape.rows // sizes.row_ranks // rows)
     ]
     ranks.backward(
         model,
@@ -122,8 +139,8 @@ def pipeline_options(sizes: MeshSizes) -> PipelineOptions:
 def all_measured() -> list[dict[str, float]]:
     functions = dict(vars(dist))
     outcomes = []
-    for config, sizes in CASES:
-        outcomes.append(measured(config, sizes))
+    for config, sizes, shape in CASES:
+        outcomes.append(measured(config, sizes, shape))
         for name in ("all_gather_single", "reduce_scatter_single", "all_reduce", "all_to_all_single"):
             setattr(dist, name, functions[name])
         dist.irecv = distributed_c10d.irecv = functions["irecv"]
@@ -133,12 +150,12 @@ def all_measured() -> list[dict[str, float]]:
 @pytest.mark.slow
 def test_bytes_are_those_of_real_processes(tmp_path):
     by_rank = run_processes(tmp_path, 4, all_measured)
-    for number, (config, sizes) in enumerate(CASES):
+    for number, (config, sizes, shape) in enumerate(CASES):
         mean: Counter = Counter()
         for outcomes in by_rank:
             mean.update({kind: value / 4 for kind, value in outcomes[number].items()})
-        traffic = plan(config, sizes, STEP, CARDS["h100"], efficiency=0.4).traffic
-        assert mean["kept"] == kept_parameters(config, sizes, STEP.sequence_length), sizes
+        traffic = plan(config, sizes, shape, CARDS["h100"], efficiency=0.4).traffic
+        assert mean["kept"] == kept_parameters(config, sizes, shape.sequence_length), sizes
         # the first exchange of a schedule also agrees on its shapes, in a few bytes
         assert mean["states"] == pytest.approx(traffic.pp, abs=32), sizes
         assert mean["gather"] + mean["scatter"] == pytest.approx(traffic.shard), sizes
@@ -266,3 +283,27 @@ def test_context_parallelism_moves_less_than_gathering_all_keys():
     specs = [config.attention_place(index).spec for index in range(len(config.attention_layers()))]
     gathered = sum(spec.num_kv_heads * (spec.key_dim + spec.value_dim) for spec in specs) * 262_144 * 7 / 8 * 2
     assert gathered / moved > 9.6
+
+
+def test_auto_moves_the_fewest_bytes():
+    moved = {
+        exchange: plan(MANY_KEYS, MeshSizes(cp=4), replace(LONG, cp_exchange=exchange), CARDS["h100"], efficiency=0.4)
+        for exchange in ("auto", "keys", "heads")
+    }
+    assert moved["auto"].traffic.cp == moved["heads"].traffic.cp < moved["keys"].traffic.cp
+    few = [
+        plan(CONFIG, MeshSizes(cp=4), replace(LONG, cp_exchange=exchange), CARDS["h100"], efficiency=0.4).traffic.cp
+        for exchange in ("auto", "keys", "heads")
+    ]
+    assert few[0] == few[1] < few[2]
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "message"),
+    [("tiny_hysparse", MeshSizes(cp=2), "shares its keys"), ("flash_base", MeshSizes(cp=3), "64 heads")],
+)
+def test_heads_that_cannot_be_exchanged_are_refused_by_name(name, sizes, message):
+    step = StepShape(4096, 8, 1, cp_exchange="heads")
+    with pytest.raises(ConfigError, match=f"cp_exchange is heads, but attention layer .* {message}"):
+        plan(model_config(name), sizes, step, CARDS["h100"], efficiency=0.4)
+    plan(model_config(name), sizes, replace(step, cp_exchange="auto"), CARDS["h100"], efficiency=0.4)

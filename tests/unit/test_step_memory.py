@@ -14,6 +14,7 @@ from openmimo.model.context import PackedContext, RoutingTape
 from openmimo.model.heads import micro_batch
 from openmimo.model.mimo import MiMo
 from openmimo.model.presets import model_config
+from openmimo.parallel.head_exchange import gathered_heads
 from openmimo.parallel.step_memory import longest, options, step_bytes
 from openmimo.train.loss import training_loss
 
@@ -173,3 +174,19 @@ def test_the_command_prints_every_option(capsys, monkeypatch):
     with pytest.raises(SystemExit):
         run(monkeypatch, "plan", "small_1gpu", "--longest", "--dry-run")
     assert "dry_run has no effect with longest" in " ".join(capsys.readouterr().err.split())
+
+
+def test_ranks_that_exchange_heads_hold_a_share_of_them():
+    full = CONFIG.layers[0].attention
+    assert full.window_keys is None
+    place = CONFIG.attention_place(0)
+    shares = full.num_heads // 2 + max(full.num_kv_heads // 2, 1)
+    assert gathered_heads(place, "keys", 2) == full.num_kv_heads
+    assert gathered_heads(place, "heads", 2) == shares
+    by_exchange = {
+        exchange: longest(
+            CONFIG, ActivationConfig(), recompute=True, memory_bytes=2e9, state_bytes=1e8, cp=2, cp_exchange=exchange
+        ).tokens
+        for exchange in ("keys", "heads", "auto")
+    }
+    assert by_exchange["heads"] < by_exchange["keys"] == by_exchange["auto"]
