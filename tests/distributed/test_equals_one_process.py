@@ -236,10 +236,10 @@ def refusals_in_fp8() -> list[str]:
     return [str(error.value)]
 
 
-def other_models(names: list[str]) -> list[list[Outcome]]:
+def other_models(cases: list[tuple[str, str]]) -> list[Outcome]:
     outcomes = []
-    for name in names:
-        model, ranks = preset(name), Ranks(build_mesh("cpu", **WHOLE | {"cp": 2}), CPU)
+    for name, exchange in cases:
+        model, ranks = preset(name), Ranks(build_mesh("cpu", **WHOLE | {"cp": 2}), CPU, cp_exchange=exchange)
         ranks.apply(model, recompute=False)
         outcomes.append(step(model, ranks, batches()))
     return outcomes
@@ -255,9 +255,10 @@ def preset(name: str) -> MiMo:
 @pytest.mark.slow
 def test_other_kinds_of_layers_on_two_processes(tmp_path):
     """Sparse layers read the blocks of a layer before them, whose keys are fetched from other ranks."""
-    names = ["tiny_hysparse", "tiny_alibi", "tiny_fairy"]
-    outcomes, _ = run_processes(tmp_path, 2, other_models, names)
-    for name, outcome in zip(names, outcomes, strict=True):
+    cases = [(name, "auto") for name in ("tiny_hysparse", "tiny_alibi", "tiny_fairy")]
+    cases += [(name, "heads") for name in ("tiny_alibi", "tiny_fairy")]
+    outcomes, _ = run_processes(tmp_path, 2, other_models, cases)
+    for (name, _), outcome in zip(cases, outcomes, strict=True):
         alone = step(preset(name), Alone(CPU), batches())
         for parameter, gradient in alone.gradients.items():
             error = (outcome.gradients[parameter] - gradient).abs().max() / gradient.abs().max().clamp(min=1e-8)

@@ -13,6 +13,7 @@ from distributed.test_equals_one_process import (
     Outcome,
     assert_equal,
     batches,
+    head_model,
     large_sink_model,
     preset,
 )
@@ -110,6 +111,19 @@ def test_four_processes(tmp_path, alone):
     outcomes, *_ = run_processes(tmp_path, 4, steps_on_meshes, FOUR, False)
     for mesh, outcome in zip(FOUR, outcomes, strict=True):
         assert_equal(outcome, alone, mesh)
+
+
+def steps_by_heads() -> list[Outcome]:
+    ranks = Ranks(build_mesh("cpu", **WHOLE | {"pp": 2, "cp": 2}), CPU, ONE, cp_exchange="heads")
+    model = head_model()
+    ranks.apply(model, recompute=True)
+    return [step(model, ranks, batches())]
+
+
+@pytest.mark.slow
+def test_stages_whose_full_layers_exchange_heads(tmp_path):
+    (outcome,), *_ = run_processes(tmp_path, 4, steps_by_heads)
+    assert_equal(outcome, step(head_model(), Alone(CPU), batches()), {"pp": 2, "cp": 2})
 
 
 def other_models(names: list[str]) -> list[Outcome]:

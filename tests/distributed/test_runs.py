@@ -80,7 +80,11 @@ def alone(tmp_path_factory, recipe) -> Path:
 
 @pytest.mark.parametrize(
     "mesh",
-    [("--parallel.cp", "2", "--parallel.ep", "2"), ("--parallel.tp", "2", "--parallel.checkpoints", "whole"), ()],
+    [
+        ("--parallel.cp", "2", "--parallel.ep", "2", "--parallel.cp-exchange", "heads"),
+        ("--parallel.tp", "2", "--parallel.checkpoints", "whole"),
+        (),
+    ],
 )
 def test_a_run_has_the_losses_of_one_process(tmp_path, recipe, alone, mesh):
     finished = run(tmp_path / "run", 2, recipe, *mesh)
