@@ -186,6 +186,8 @@ def _check_experts(config: PretrainConfig, described: ModelConfig, ranks: Alone)
 
 def _check_placement(config: PretrainConfig, described: ModelConfig) -> None:
     source = config.parallel.expert_placement
+    if source != "off" and all(layer.ffn != "moe" for layer in described.layers):
+        raise ConfigError("parallel.expert_placement has no effect on a model without sparse layers; set it to off.")
     if source == "forecast" and not config.expert_trace:
         raise ConfigError("parallel.expert_placement forecast reads the recorded load; add --expert-trace.")
     if source not in ("off", "forecast"):

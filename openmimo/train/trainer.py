@@ -604,7 +604,7 @@ class Trainer:
                     raise  # the other processes do not know of it
                 self.console.print(f"[yellow]warning:[/] {error} Training continues.", soft_wrap=True)
         if self._placement is not None and not is_last and (values := self._placement.after_step(self.step)):
-            self._write(values)
+            self._write({"stage": stage.name, **values})
 
     def _write(self, values: dict[str, Any]) -> None:
         if self.metrics is not None:
