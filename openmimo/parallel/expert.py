@@ -21,17 +21,24 @@ from openmimo.parallel.exchange import all_to_all
 
 
 class ParallelExperts(Experts):
-    """The experts of one rank. Rank r of R holds the r-th of R equal runs of experts."""
+    """The experts of one rank. Rank r of R holds the r-th of R equal runs of slots, and a slot has one expert.
+
+    Attributes:
+        group: The ranks that hold the experts.
+        slot_of_expert_E: Slot of each expert, int64 [E] (None: slot e has expert e); `expert_placement` sets it.
+    """
 
     group: dist.ProcessGroup
+    slot_of_expert_E: torch.Tensor | None = None
 
     def forward(self, x_TD: torch.Tensor, ids_TA: torch.Tensor, weights_TA: torch.Tensor) -> torch.Tensor:
         """As `Experts.forward`; all ranks of the group call it together."""
         (T, A), D = ids_TA.shape, x_TD.shape[1]
         gate_up_EHD, down_EDF = self._held("gate_up_proj", x_TD.dtype), self._held("down_proj", x_TD.dtype)
         num_held, num_ranks = gate_up_EHD.shape[0], dist.get_world_size(self.group)
-        order = torch.argsort(ids_TA.flatten(), stable=True)
-        sent_RE = torch.bincount(ids_TA.flatten(), minlength=num_ranks * num_held).view(num_ranks, num_held)
+        slots_TA = ids_TA if self.slot_of_expert_E is None else self.slot_of_expert_E[ids_TA]
+        order = torch.argsort(slots_TA.flatten(), stable=True)
+        sent_RE = torch.bincount(slots_TA.flatten(), minlength=num_ranks * num_held).view(num_ranks, num_held)
         received_RE = torch.empty_like(sent_RE)
         dist.all_to_all_single(received_RE, sent_RE, group=self.group)
         sent_counts, received_counts = torch.stack([sent_RE.sum(1), received_RE.sum(1)]).tolist()

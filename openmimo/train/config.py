@@ -266,6 +266,10 @@ class ParallelConfig:
         pp_boundaries: First layer of every stage after the first (none: stages of equal estimated cost).
         checkpoints: shards (each process writes its part while training goes on) or whole (the main process gathers the
             model and writes the format of one process).
+        expert_placement: Which experts the processes of ep hold: off (equal runs in order), forecast (experts move
+            between steps; it needs expert_trace), or the path of a JSON file with the experts of each layer's slots.
+        placement_every_steps: Steps between two forecasts.
+        placement_predictor: Predictor of the load.
     """
 
     dp_replicate: PositiveInt = 1
@@ -279,9 +283,17 @@ class ParallelConfig:
     pp_stages: NonNegativeInt = 0
     pp_boundaries: tuple[PositiveInt, ...] = ()
     checkpoints: Literal["shards", "whole"] = "shards"
+    expert_placement: str = "off"
+    placement_every_steps: PositiveInt = 1000
+    placement_predictor: Literal["last_value", "window_average", "exponential_average"] = "window_average"
 
     def __post_init__(self) -> None:
         check_fields(self, "parallel")
+        if self.expert_placement != "off" and self.ep == 1:
+            raise ConfigError("parallel.expert_placement has no effect with parallel.ep 1; set it to off.")
+        forecast = (self.placement_every_steps, self.placement_predictor)
+        if self.expert_placement != "forecast" and forecast != (1000, "window_average"):
+            raise ConfigError("parallel.placement_* have an effect only with parallel.expert_placement forecast.")
         if self.dp_shard == 0:
             raise ConfigError("parallel.dp_shard is 0; give the number of processes, or -1 for as many as are left.")
         if self.cp == 1 and self.cp_exchange != "auto":

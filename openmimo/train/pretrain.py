@@ -134,6 +134,7 @@ def _check_start(config: PretrainConfig, checkpoints: Checkpoints, ranks: Alone)
     _check_experts(config, described, ranks)
     if config.expert_trace and described.moe is None:
         raise ConfigError("expert_trace has no effect on a model without experts; leave it out (--no-expert-trace).")
+    _check_placement(config, described)
     for stage in config.stages:
         for source in stage.mixture.sources:
             plugin, options = open_source(source)
@@ -181,6 +182,16 @@ def _check_experts(config: PretrainConfig, described: ModelConfig, ranks: Alone)
         raise ConfigError(
             "expert_step works on one device, because a process of several holds parts of experts; leave it out."
         )
+
+
+def _check_placement(config: PretrainConfig, described: ModelConfig) -> None:
+    source = config.parallel.expert_placement
+    if source != "off" and all(layer.ffn != "moe" for layer in described.layers):
+        raise ConfigError("parallel.expert_placement has no effect on a model without sparse layers; set it to off.")
+    if source == "forecast" and not config.expert_trace:
+        raise ConfigError("parallel.expert_placement forecast reads the recorded load; add --expert-trace.")
+    if source not in ("off", "forecast"):
+        load_object("openmimo.parallel.expert_placement:read_placement")(source, described)
 
 
 def _described(config: PretrainConfig) -> ModelConfig:

@@ -285,6 +285,7 @@ class Trainer:
         ranks.apply(self.model, recompute=config.activation_checkpointing)
         self.optimizer = self._new_optimizer(optimizer_tensors or {})
         self._expert_step = self._new_expert_step() if config.expert_step.is_used else None
+        self._placement = self._new_placement() if config.parallel.expert_placement != "off" else None
         self.guard = StepGuard(
             model,
             max_skipped_steps=config.optimizer.max_skipped_steps,
@@ -311,6 +312,8 @@ class Trainer:
         completed = contextlib.nullcontext() if self._shards is None else self._shards.completed()
         with self.checkpoints.named_in_errors(), completed, stop_requests() as stop:
             self.guard.check_weights(f"the model before step {self.step + 1}")
+            if self._placement is not None:
+                self._placement.begin(self.step)
             if self.step == 0:
                 self._evaluate()
             time_left, started, steps_ahead = TimeLeft(), 0.0, 0
@@ -336,6 +339,8 @@ class Trainer:
                     self._shards.wait()  # so that all processes see the same newest checkpoint
                 saved = self.checkpoints.save_before_end(self.step, self.save)
                 raise Interrupted(stop.signal or signal.SIGTERM, saved)
+        if self._placement is not None:
+            self._placement.end()
         if self.metrics is not None:
             self.metrics.close()
 
@@ -416,6 +421,19 @@ class Trainer:
     def _new_expert_step(self) -> Any:
         """Return the optimizer step by expert, whose file is imported by the runs that ask for it."""
         return load_object("openmimo.train.expert_step:ExpertStep")(self.model, self.config.expert_step)
+
+    def _new_placement(self) -> Any:
+        """Return the placement of experts, whose file is imported by the runs that ask for it."""
+        parallel = self.config.parallel
+        return load_object("openmimo.parallel.expert_placement:ExpertPlacement")(
+            self.model,
+            self.optimizer,
+            ranks=self.ranks,
+            source=parallel.expert_placement,
+            every_steps=parallel.placement_every_steps,
+            predictor=parallel.placement_predictor,
+            run_folder=self.run_folder,
+        )
 
     def _open_trace(self, after_step: int) -> Any:
         """Return the writer of the expert-load trace, whose file is imported by the runs that ask for it."""
@@ -503,6 +521,10 @@ class Trainer:
             skipped=self.guard.num_skipped,
             skipped_in_a_row=self.guard.skipped_in_a_row,
         )
+        with contextlib.nullcontext() if self._placement is None else self._placement.global_order():
+            return self._save(progress)
+
+    def _save(self, progress: Progress) -> Path:
         tensors = optimizer_state(self.model, self.optimizer)
         if self._shards is not None:
             return self._shards.save(self.model, tensors, self.tokenizer, progress)
@@ -581,6 +603,8 @@ class Trainer:
                 if not isinstance(self.ranks, Alone):
                     raise  # the other processes do not know of it
                 self.console.print(f"[yellow]warning:[/] {error} Training continues.", soft_wrap=True)
+        if self._placement is not None and not is_last and (values := self._placement.after_step(self.step)):
+            self._write({"stage": stage.name, **values})
 
     def _write(self, values: dict[str, Any]) -> None:
         if self.metrics is not None:
@@ -604,6 +628,8 @@ class Trainer:
         }
         for layer, load_E in report.load.items():
             values[f"expert_load/max_over_mean_{layer}"] = float(load_E.max() / load_E.float().mean())
+        if self._placement is not None:
+            values |= self._placement.load_metrics(report.load)
         if report.load:
             values["expert_load/by_layer"] = [load_E.tolist() for load_E in report.load.values()]
         return values
