@@ -27,6 +27,9 @@ from openmimo.core.errors import ConfigError, UserError
 from openmimo.runtime.device import process_device
 
 _TIMEOUT = datetime.timedelta(minutes=10)
+# For waits that last as long as the work of another process. One that has ended closes its connections, which ends the
+# wait at once.
+LONG_TIMEOUT = datetime.timedelta(days=7)
 
 
 @contextmanager

@@ -334,7 +334,7 @@ class Trainer:
             if self._is_stopped(stop):
                 if self._shards is not None:
                     self._shards.wait()  # so that all processes see the same newest checkpoint
-                saved = self.checkpoints.save_before_end(self.step, self.save)
+                saved = self.checkpoints.save_before_end(self.step, self._save_completely)
                 raise Interrupted(stop.signal or signal.SIGTERM, saved)
         if self.metrics is not None:
             self.metrics.close()
@@ -508,6 +508,13 @@ class Trainer:
             return self._shards.save(self.model, tensors, self.tokenizer, progress)
         model, tensors = self.ranks.gathered(self.model, tensors)
         return self.ranks.on_main(lambda: self.checkpoints.save(model, tensors, self.tokenizer, progress))
+
+    def _save_completely(self) -> Path:
+        """Write a checkpoint, also in shards, until it is complete. Raises as `save`."""
+        path = self.save()
+        if self._shards is not None:
+            self._shards.wait()
+        return path
 
     def _check_weights(self) -> None:
         self.guard.check_weights(f"the model after step {self.step}")

@@ -115,6 +115,38 @@ def test_a_killed_process_ends_the_run_which_continues_on_another_mesh(tmp_path,
     assert steps == list(range(1, 65))
 
 
+FULL_DISK = """
+import os, signal, sys
+import openmimo.train.sharded
+from openmimo.cli import main
+from openmimo.train.trainer import Trainer
+
+def write_manifest(*arguments):
+    raise OSError(28, "No space left on device")
+
+def train_step(trainer, *arguments):
+    report = step(trainer, *arguments)
+    os.kill(os.getpid(), signal.SIGTERM)
+    return report
+
+openmimo.train.sharded.write_manifest = write_manifest
+step, Trainer.train_step = Trainer.train_step, train_step
+main()
+"""
+
+
+def test_a_checkpoint_that_fails_at_the_signal_is_not_reported_as_saved(tmp_path, recipe):
+    (tmp_path / "full_disk.py").write_text(FULL_DISK)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(tmp_path / "full_disk.py")]
+    ended = subprocess.run(
+        [sys.executable, *launch, "pretrain", recipe, "--run-folder", str(tmp_path / "run")],
+        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+        timeout=300,
+    )  # fmt: skip
+    assert "step 1 is lost: the checkpoint" in ended.stderr and "No space left on device" in ended.stderr
+    assert "is saved" not in ended.stderr
+
+
 def wait_for(path: Path, process: subprocess.Popen) -> None:
     deadline = time.monotonic() + 120
     while not path.exists():

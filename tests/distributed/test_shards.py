@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import shutil
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +24,15 @@ from openmimo.parallel import shards
 from openmimo.parallel.mesh import build_mesh
 from openmimo.parallel.ranks import Ranks
 from openmimo.parallel.shard_reader import open_shards
-from openmimo.train.checkpoint import Checkpoints, Progress, find_damage, load_optimizer_state, optimizer_state, restore
+from openmimo.train.checkpoint import (
+    Checkpoints,
+    Progress,
+    find_damage,
+    load_optimizer_state,
+    optimizer_state,
+    restore,
+    write_manifest,
+)
 from openmimo.train.config import CheckpointConfig, OptimizerConfig
 from openmimo.train.optim import build_optimizer
 from openmimo.train.sharded import ShardWriter, restore_local
@@ -138,6 +147,19 @@ def test_a_damaged_shard_is_found(saved, tmp_path):
     assert "is missing" in str(find_damage(copy))
     with pytest.raises(CheckpointError, match="is missing"):
         restore(copy, CPU)
+
+
+def test_shards_on_the_disk_of_another_machine_are_not_a_checkpoint(saved, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(saved[0], copy)
+    manifest, shard = copy / "trainer" / "manifest.json", "trainer/shards/__1_0.distcp"
+    (copy / shard).unlink()
+    manifest.unlink()
+    with pytest.raises(FileNotFoundError, match="shared file system"):
+        write_manifest(copy, {shard: "0" * 64})
+    assert not manifest.exists()
+    write_manifest(copy)  # as an earlier version did
+    assert "__1_0.distcp is missing" in str(find_damage(copy))
 
 
 class Code:
