@@ -95,7 +95,7 @@ def measured(config: ModelConfig, sizes: MeshSizes) -> dict[str, float]:
     ranks = Ranks(build_mesh("cpu", **mesh), CPU, pipeline_options(sizes))
     model = MiMo(config)
     model.initialize(torch.Generator().manual_seed(0))
-    ranks.apply(model.train(), recompute=False)
+    ranks.apply(model.train())
     generator = torch.Generator().manual_seed(ranks.row_rank)
     batches = [
         micro_batch(torch.randint(0, config.vocab_size, (2 * 128,), generator=generator), (128, 128), None, 2)

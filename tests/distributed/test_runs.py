@@ -16,6 +16,8 @@ from openmimo.core.metrics import read_metrics
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 RECIPE = """
+from dataclasses import replace
+
 from openmimo.data.config import MixtureConfig, SourceConfig
 from openmimo.train.config import CheckpointConfig, EvaluationConfig, Phase, PretrainConfig, TokenizerConfig
 
@@ -42,6 +44,17 @@ def pretrain(steps=6):
 
 def long():
     return pretrain(60)
+
+
+def odd():
+    first, second = pretrain().stages
+    warm = replace(second, initial_batch_size=1, batch_warmup_steps=4, batch_multiple=1)
+    return replace(pretrain(), stages=(first, warm))
+
+
+def growing():
+    first, second = pretrain().stages
+    return replace(pretrain(), stages=(first, replace(second, mtp_heads=2)))
 """  # noqa: E501
 
 
@@ -113,6 +126,25 @@ def test_a_killed_process_ends_the_run_which_continues_on_another_mesh(tmp_path,
     assert "continuing from" in finished.stderr
     steps = [row["step"] for row in read_metrics(folder / "metrics.jsonl") if "loss/main" in row]
     assert steps == list(range(1, 65))
+
+
+@pytest.mark.parametrize(
+    ("entry", "options", "message"),
+    [
+        (":odd", (), "an optimizer step has 1 rows"),
+        (":growing", (), "mtp_heads rises in the middle of a run"),
+        ("", ("--model", "tiny_fairy", "--parallel.tp", "2"), "complex-valued layers"),
+        ("", ("--quantization", "int4", "--parallel.ep", "2"), "plain real weights only"),
+        ("", ("--parallel.ep", "3"), "ep is 3"),
+    ],
+)
+def test_what_the_mesh_does_not_divide_is_refused_once_before_a_file_is_written(
+    tmp_path, recipe, entry, options, message
+):
+    refused = run(tmp_path / "run", 2, recipe + entry, *options)
+    assert refused.returncode == 1
+    assert refused.stderr.count(message) == 1, refused.stderr
+    assert not (tmp_path / "run").exists()
 
 
 FULL_DISK = """

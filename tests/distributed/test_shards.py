@@ -16,6 +16,7 @@ from distributed.test_equals_one_process import CPU, WHOLE, whole
 
 from openmimo.core.errors import CheckpointError
 from openmimo.data.tokenizer import Tokenizer
+from openmimo.model.backbone import checkpoint_activations
 from openmimo.model.convert import ConvertConfig, convert
 from openmimo.model.hf import load_model, save_model, write_model
 from openmimo.model.hf_files import Entry
@@ -44,7 +45,7 @@ def trained(sizes: dict[str, int], *, tied: bool = False):
     """A model of a mesh after one step, its optimizer, and the part of this process."""
     ranks = Ranks(build_mesh("cpu", **WHOLE | sizes), CPU)
     model = randomize(MiMo(replace(tiny_config(num_layers=2, mtp_heads=1), tie_embeddings=tied)), 0).train()
-    ranks.apply(model, recompute=False)
+    ranks.apply(model)
     optimizer = build_optimizer(model, OptimizerConfig(), mesh_of=ranks.mesh_of)
     for parameter in model.parameters():
         parameter.grad = parameter.detach().sin()
@@ -101,7 +102,8 @@ def resumed_on(path: Path, sizes: dict[str, int]) -> dict[str, torch.Tensor]:
     ranks = Ranks(build_mesh("cpu", **WHOLE | sizes), CPU)
     model, tensors, progress = restore_local(path, ranks)
     assert progress == Progress(2, 7, 0, {"row": 2})
-    ranks.apply(model, recompute=True)
+    checkpoint_activations(model.model)
+    ranks.apply(model)
     optimizer = build_optimizer(model, OptimizerConfig(), mesh_of=ranks.mesh_of)
     load_optimizer_state(model, optimizer, tensors, like=ranks.like)
     return state(model, optimizer)
