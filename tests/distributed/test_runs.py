@@ -133,8 +133,6 @@ def test_a_killed_process_ends_the_run_which_continues_on_another_mesh(tmp_path,
     [
         (":odd", (), "an optimizer step has 1 rows"),
         (":growing", (), "mtp_heads rises in the middle of a run"),
-        ("", ("--model", "tiny_fairy", "--parallel.tp", "2"), "complex-valued layers"),
-        ("", ("--quantization", "int4", "--parallel.ep", "2"), "plain real weights only"),
         ("", ("--parallel.ep", "3"), "ep is 3"),
     ],
 )

@@ -17,11 +17,12 @@ from distributed.processes import run_processes
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from openmimo.core.errors import ConfigError, UserError
+from openmimo.data.config import MixtureConfig, SourceConfig
 from openmimo.model.mimo import MiMo
 from openmimo.model.presets import model_config
 from openmimo.parallel import mesh
 from openmimo.parallel.ranks import Ranks, open_ranks
-from openmimo.train.config import ParallelConfig, PretrainConfig
+from openmimo.train.config import ParallelConfig, Phase, PretrainConfig
 from openmimo.train.pretrain import open_ranks as open_run
 from openmimo.train.trainer import Alone, Trainer
 
@@ -31,7 +32,7 @@ SIZES = {"dp_replicate": 1, "dp_shard": -1, "cp": 1, "tp": 1, "ep": 1, "pp": 1}
 
 @contextlib.contextmanager
 def run_of_two(port: int) -> Iterator[Ranks]:
-    """A run as `torchrun` starts it, in the place of the processes of the test. A collective may take one second."""
+    """A run as `torchrun` starts it, in the place of the processes of the test. A collective may take three seconds."""
     rank = dist.get_rank()
     dist.destroy_process_group()
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -116,7 +117,7 @@ def mesh_of(processes: int, sizes: dict[str, int]) -> Iterator[Ranks]:
         (2, {"tp": 2}, tiny_config(), "fp8", "plain real weights"),
         (2, {"tp": 2}, replace(tiny_config(num_layers=1), vocab_size=1), None, "leave ranks without one"),
         (3, {"ep": 3}, tiny_config(), None, "ep is 3; it must divide the"),
-        (2, {"ep": 2}, tiny_config(), "int4", "plain real weights"),
+        (2, {"ep": 2}, tiny_config(), "binary", "plain real weights"),
     ],
 )
 def test_a_model_is_refused_by_its_config(processes, sizes, config, trained_as, message):
@@ -152,6 +153,11 @@ def test_metrics_of_a_step_are_those_of_all_processes(monkeypatch):
 
 
 def test_whole_checkpoints_are_refused_in_one_process(tmp_path):
-    config = PretrainConfig(str(tmp_path), parallel=ParallelConfig(checkpoints="whole"), device="cpu")
+    parallel = ParallelConfig(checkpoints="whole")
+    stage = Phase(
+        name="x", steps=1, sequence_length=64, global_batch_size=1, learning_rate=1e-3, end_learning_rate=1e-3,
+        mixture=MixtureConfig((SourceConfig("repeats"),)),
+    )  # fmt: skip
+    config = PretrainConfig(str(tmp_path), stages=(stage,), parallel=parallel, device="cpu")
     with pytest.raises(ConfigError, match=r"parallel.checkpoints whole has no effect"), open_run(config):
         pass
