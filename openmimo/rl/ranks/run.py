@@ -35,8 +35,8 @@ def _sizes(config: RlConfig) -> dict[str, int]:
 
 def train(config: RlConfig, console: Console) -> Path:
     """As `rl.run.train`, in each of several processes."""
-    _refuse_others(config)
     with open_ranks(use_device(config), _sizes(config)) as ranks:
+        _refuse_others(config)  # after the connection, so that one process prints the error
         return _train(config, ranks, console if ranks.is_main else Console(quiet=True))
 
 
