@@ -92,7 +92,8 @@ def main() -> None:
         sys.exit(1)
     except (UserError, OSError, MemoryError) as error:
         text = paragraph(_in_words(error))
-        _STDERR.print(f"[bold red]error:[/] {escape(text)}", soft_wrap=True, highlight=False)
+        if not (isinstance(error, UsageError) and os.environ.get("RANK", "0") != "0"):  # process 0 prints the same
+            _STDERR.print(f"[bold red]error:[/] {escape(text)}", soft_wrap=True, highlight=False)
         sys.exit(2 if isinstance(error, UsageError) else 1)
     except KeyboardInterrupt as interrupt:
         number, kept = int(signal.SIGINT), ""

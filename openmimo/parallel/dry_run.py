@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore  # torch has no public group without communication
 
+from openmimo.model.backbone import checkpoint_activations
 from openmimo.model.config import ModelConfig
 from openmimo.model.mimo import MiMo
 from openmimo.parallel.mesh import build_mesh
@@ -59,7 +60,9 @@ def _parts(
             model = MiMo(config)
         dimensions = {name: size for name, size in asdict(sizes).items() if name != "stages_per_rank"}
         ranks = Ranks(build_mesh("cpu", **dimensions), torch.device("meta"), stages)
-        ranks.apply(model, recompute=recompute)
+        if recompute:
+            checkpoint_activations(model.model)
+        ranks.apply(model)
         parts = {}
         for name, parameter in model.named_parameters():
             assert isinstance(parameter, DTensor)

@@ -64,23 +64,36 @@ def _local(weight: torch.Tensor) -> torch.Tensor:
     return weight.to_local()
 
 
+def check_experts(model: MiMo, size: int, trained_as: str | None = None) -> None:
+    """Raise ConfigError if the experts of a model cannot be divided.
+
+    Args:
+        model: The model.
+        size: Number of ranks.
+        trained_as: The format whose values products will use, if the experts do not have it yet.
+    """
+    moe = model.config.moe
+    if moe is None:
+        raise ConfigError(f"ep is {size}, but the model has no experts; set parallel.ep 1.")
+    if moe.num_experts % size:
+        raise ConfigError(f"ep is {size}; it must divide the {moe.num_experts} experts of the model.")
+    for experts in (cast(MoE, layer.mlp).experts for layer in model.model.layers if layer.is_sparse):
+        formats = (None, "fp8")
+        if type(experts) is not Experts or experts.trained_as not in formats or trained_as not in formats:
+            raise ConfigError("expert parallelism divides experts of plain real weights only; set parallel.ep 1.")
+
+
 def distribute_experts(model: MiMo, mesh: DeviceMesh) -> list[ParallelExperts]:
     """Replace the experts of every sparse layer by those of this rank. Returns them.
 
     Raises:
         ConfigError: The ranks cannot hold equal numbers of experts.
     """
-    moe = model.config.moe
-    if moe is None:
-        raise ConfigError(f"ep is {mesh.size()}, but the model has no experts; set parallel.ep 1.")
-    if moe.num_experts % mesh.size():
-        raise ConfigError(f"ep is {mesh.size()}; it must divide the {moe.num_experts} experts of the model.")
+    check_experts(model, mesh.size())
     replaced = []
     for layer in model.model.layers:
         if layer.is_sparse:
             experts = cast(MoE, layer.mlp).experts
-            if type(experts) is not Experts or experts.trained_as not in (None, "fp8"):
-                raise ConfigError("expert parallelism divides experts of plain real weights only; set parallel.ep 1.")
             experts.__class__ = ParallelExperts
             assert isinstance(experts, ParallelExperts)
             experts.group = mesh.get_group()

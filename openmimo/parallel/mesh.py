@@ -22,11 +22,17 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.rendezvous import rendezvous
 
 from openmimo.core.errors import ConfigError, UserError
 from openmimo.runtime.device import process_device
 
 _TIMEOUT = datetime.timedelta(minutes=10)
+_MAIN_ERROR = "main"
+_SAME_ERROR_TIMEOUT = datetime.timedelta(seconds=5)  # for the main process to raise what another one has raised
+# For waits that last as long as the work of another process. One that has ended closes its connections, which ends the
+# wait at once.
+LONG_TIMEOUT = datetime.timedelta(days=7)
 
 
 @contextmanager
@@ -34,22 +40,55 @@ def process_group(device: torch.device) -> Iterator[torch.device]:
     """Connect the processes of the run. Yields the device of this process; the connection ends with the block.
 
     Raises:
-        UserError: Another process has ended or does not answer.
+        UserError: Another process has ended or does not answer, or all processes have raised this error.
     """
     local_device = process_device(device, int(os.environ.get("LOCAL_RANK", "0")))
     backend = "gloo" if local_device.type == "cpu" else "nccl"
-    dist.init_process_group(backend, timeout=_TIMEOUT, device_id=local_device if backend == "nccl" else None)
+    store, rank, world_size = next(rendezvous("env://", timeout=_TIMEOUT))
+    dist.init_process_group(
+        backend,
+        timeout=_TIMEOUT,
+        store=dist.PrefixStore("run", store),
+        rank=rank,
+        world_size=world_size,
+        device_id=local_device if backend == "nccl" else None,
+    )
     try:
         yield local_device
+    except UserError as error:
+        if _main_prints(error, dist.PrefixStore("errors", store), rank):
+            raise SystemExit(1) from error
+        raise
     except RuntimeError as error:
         if not _is_lost_connection(error):
             raise
         raise UserError(
-            f"another process of the run has ended or does not answer, so process {dist.get_rank()} ends; torchrun "
-            "prints which process failed first. The same command continues from the newest checkpoint."
+            f"{_reason(error)}, so process {dist.get_rank()} ends; torchrun prints which process failed first. The "
+            "same command continues from the newest checkpoint."
         ) from error
     finally:
         dist.destroy_process_group()
+
+
+def _main_prints(error: UserError, store: dist.Store, rank: int) -> bool:
+    """Whether the main process raises the same error as this one, which is another."""
+    if rank == 0:
+        store.set(_MAIN_ERROR, str(error))
+        return False
+    try:
+        store.wait([_MAIN_ERROR], _SAME_ERROR_TIMEOUT)
+        return store.get(_MAIN_ERROR).decode() == str(error)
+    except dist.DistError:  # it raises none, or it has ended
+        return False
+
+
+def _reason(error: BaseException | None) -> str:
+    """Return why a collective has failed: a timeout does not show that another process has ended."""
+    while error is not None:
+        if "timed out" in str(error).lower() or "timeout" in str(error).lower():
+            return f"no answer of another process of the run came within {_TIMEOUT}; it is slow, or it waits itself"
+        error = error.__cause__
+    return "another process of the run has ended"
 
 
 def _is_lost_connection(error: RuntimeError) -> bool:

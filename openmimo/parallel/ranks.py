@@ -3,10 +3,11 @@
 All processes call the methods together and in the same order.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -15,7 +16,6 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from openmimo.core.errors import ConfigError
 from openmimo.data.tokenizer_files import read_companions
-from openmimo.model.backbone import checkpoint_activations
 from openmimo.model.config import ModelConfig
 from openmimo.model.context import PackedContext, RoutingTape
 from openmimo.model.heads import MicroBatch
@@ -24,17 +24,17 @@ from openmimo.model.hf_files import Entry
 from openmimo.model.mimo import MiMo
 from openmimo.parallel.boxes import local_box
 from openmimo.parallel.context import ContextSplit, ShardedContext
-from openmimo.parallel.expert import distribute_experts
+from openmimo.parallel.expert import check_experts, distribute_experts
 from openmimo.parallel.fsdp import shard_model
 from openmimo.parallel.gradients import ShardedGradients, local_part
 from openmimo.parallel.head_exchange import check_exchange
 from openmimo.parallel.local_weights import StoredTensor, Unfilled, fill, initialize, read_folder
-from openmimo.parallel.mesh import Mesh, build_mesh, process_group
+from openmimo.parallel.mesh import LONG_TIMEOUT, Mesh, build_mesh, process_group
 from openmimo.parallel.pipeline import Pipeline, check_stages, gather_from_stages, order_gathers
 from openmimo.parallel.shard_reader import gathered_entries, read_model, sharded_config
 from openmimo.parallel.stages import PipelineOptions
-from openmimo.parallel.tensor import divide_layers
-from openmimo.parallel.vocabulary import divide_vocabulary
+from openmimo.parallel.tensor import check_layers, divide_layers
+from openmimo.parallel.vocabulary import check_vocabulary, divide_vocabulary
 
 Result = TypeVar("Result")
 
@@ -99,11 +99,22 @@ class Ranks:
         self.gradients = ShardedGradients()
         self._options = pipeline
         self._pipeline: Pipeline | None = None
+        self._is_gathering = False  # on the main process, whether the others wait in a gather that it asked for
+
+    @functools.cached_property
+    def _patient(self) -> dist.ProcessGroup:
+        """All processes, for waits that last as long as the work of the main process."""
+        return dist.new_group(backend="gloo", timeout=LONG_TIMEOUT)
 
     @property
     def is_main(self) -> bool:
         """Whether this process writes files and messages."""
         return dist.get_rank() == 0
+
+    @property
+    def num_processes(self) -> int:
+        """Number of processes of the run."""
+        return dist.get_world_size()
 
     @property
     def row_rank(self) -> int:
@@ -124,22 +135,34 @@ class Ranks:
             )
         return rows // self.num_row_ranks
 
-    def check(self, config: ModelConfig) -> None:
-        """Raise ConfigError if a model cannot be divided as the run asks for."""
+    def check(self, config: ModelConfig, *, trained_as: str | None = None) -> None:
+        """Raise ConfigError if a model cannot be divided as the run asks for.
+
+        Args:
+            config: The model.
+            trained_as: The quantization whose values its products use, or fp8 (None: neither).
+        """
         check_exchange(config, self._cp_exchange, cp=self.mesh.cp.size(), tp=self.mesh.tp.size())
         if self._options is not None:
             check_stages(config, self._options)
+        tp, ep = self.mesh.tp.size(), self.mesh.ep.size()
+        if tp == ep == 1:
+            return
+        model = _on_meta(config)
+        if tp > 1:
+            check_layers(model, tp, trained_as)
+            check_vocabulary(config.vocab_size, tp)
+        if ep > 1:
+            check_experts(model, ep, trained_as)
 
-    def apply(self, model: MiMo, *, recompute: bool) -> None:
+    def apply(self, model: MiMo) -> None:
         """Distribute a model in place. Raises ConfigError for a model that does not fit.
 
         Args:
-            model: The model, whole on every process, or a result of `draw` or `load`.
-            recompute: Whether layers recompute their activations in the backward pass.
+            model: The model, whole on every process, or a result of `draw` or `load`. What its layers keep of their
+                activations is set already.
         """
         check_exchange(model.config, self._cp_exchange, cp=self.mesh.cp.size(), tp=self.mesh.tp.size())
-        if recompute:
-            checkpoint_activations(model.model)
         if self.mesh.pp.size() > 1:
             assert self._options is not None
             self._pipeline = Pipeline(model, self.mesh.pp.get_group(), self._options, self.device)
@@ -262,6 +285,12 @@ class Ranks:
         dist.all_reduce(total)
         return total
 
+    def max_over_all(self, value: int) -> int:
+        """Return the maximum of a number over all processes."""
+        largest = torch.tensor(value, device=self.device)
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return int(largest)
+
     def local(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return the part of a parameter, gradient or buffer that this process holds."""
         return local_part(tensor)
@@ -326,15 +355,22 @@ class Ranks:
             while (name := self._requested(None)) is not None:
                 self._whole_of(state, name)
             return self.on_main(lambda: function(None))
-        entries = gathered_entries(
-            _on_meta(model.config), lambda name: self._whole_of(state, str(self._requested(name)))
-        )
+
+        def whole(name: str) -> torch.Tensor:
+            self._requested(name)
+            self._is_gathering = True
+            tensor = self._whole_of(state, name)
+            self._is_gathering = False
+            return tensor
+
+        entries = gathered_entries(_on_meta(model.config), whole)
 
         def run() -> Result:
             try:
                 return function(entries)
             finally:
-                self._requested(None)
+                if not self._is_gathering:
+                    self._requested(None)
 
         return self.on_main(run)
 
@@ -349,18 +385,27 @@ class Ranks:
     def _requested(self, name: str | None) -> str | None:
         """Return the `name` of the main process on all processes."""
         box = [name]
-        dist.broadcast_object_list(box, src=0)
+        dist.broadcast_object_list(box, src=0, group=self._patient)
         return box[0]
 
     def main_first(self, function: Callable[[], Result]) -> Result:
-        """Call a function on the main process, then on the others. An error of the main process ends all of them."""
-        result: Any = None
+        """Call a function on the main process, then on the others. An error of one process ends all of them."""
+        result, failure = None, None
         if self.is_main:
             result = self._shared(function)[1]
         else:
             self._shared(None)
-            result = function()
-        return result
+            try:
+                result = function()
+            except Exception as error:  # of any kind: the other processes wait for an answer
+                failure = error
+        failures = [False] * dist.get_world_size()
+        dist.all_gather_object(failures, failure is not None, group=self._patient)
+        if failure is not None:
+            raise failure
+        if any(failures):
+            raise SystemExit(1)  # that process prints the error
+        return cast(Result, result)
 
     def on_main(self, function: Callable[[], Result]) -> Result:
         """Call a function on the main process only. Returns its result (which is pickled) on all processes."""
@@ -373,9 +418,11 @@ class Ranks:
             try:
                 result = function()
             except Exception as error:  # of any kind: the other processes wait for an answer
+                if self._is_gathering:
+                    raise  # they wait in the gather instead, until the connection ends
                 failure = error
         box = [(result if share else None, failure is not None)]
-        dist.broadcast_object_list(box, src=0)
+        dist.broadcast_object_list(box, src=0, group=self._patient)
         if failure is not None:
             raise failure
         shared, has_failed = box[0]

@@ -23,6 +23,7 @@ from openmimo.core.errors import CheckpointError
 from openmimo.core.files import file_in_folder, listed
 from openmimo.parallel.boxes import Box, local_box, size_of, slices_of
 from openmimo.parallel.gradients import local_part
+from openmimo.parallel.mesh import LONG_TIMEOUT
 
 METADATA = ".metadata"
 _ALLOWED = {
@@ -48,7 +49,7 @@ class BackgroundGroup:
     """
 
     def __init__(self) -> None:
-        self.group = dist.new_group(backend="gloo")
+        self.group = dist.new_group(backend="gloo", timeout=LONG_TIMEOUT)  # files can take long to write
         self.rank = dist.get_rank()
 
     def gather(self, value: Any) -> list[Any]:

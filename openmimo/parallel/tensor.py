@@ -88,22 +88,33 @@ class DividedFFN(DenseFFN):
 
 def divide_layers(model: MiMo, mesh: DeviceMesh) -> None:
     """Replace attention and dense FFNs by the parts of this rank. Raises ConfigError if they are not divisible."""
-    model.config.local(tp=mesh.size())
-    _check_divisible(model)
+    check_layers(model, mesh.size())
     for layer in (*model.model.layers, *model.model.mtp.layers):
         _divide_attention(cast(Attention, layer.self_attn), mesh)
         if isinstance(layer.mlp, DenseFFN):
             _divide_ffn(layer.mlp, mesh)
 
 
-def _check_divisible(model: MiMo) -> None:
+def check_layers(model: MiMo, size: int, trained_as: str | None = None) -> None:
+    """Raise ConfigError if the layers of a model cannot be divided.
+
+    Args:
+        model: The model.
+        size: Number of ranks.
+        trained_as: The format whose values products will use, if the layers do not have it yet.
+    """
+    model.config.local(tp=size)
     for layer in (*model.model.layers, *model.model.mtp.layers):
         parts = (layer.self_attn, layer.mlp)
-        if type(layer.self_attn) is not Attention or any(
-            type(part) is not Linear or part.trained_as is not None
-            for module in parts
-            for part in module.modules()
-            if isinstance(part, nn.Linear)
+        if (
+            trained_as is not None
+            or type(layer.self_attn) is not Attention
+            or any(
+                type(part) is not Linear or part.trained_as is not None
+                for module in parts
+                for part in module.modules()
+                if isinstance(part, nn.Linear)
+            )
         ):
             raise ConfigError(
                 "tensor parallelism divides full and sliding layers of plain real weights; this model has others. Set "

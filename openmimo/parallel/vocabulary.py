@@ -124,11 +124,15 @@ class _Divided:
         raise AssertionError("a divided head passes its rows and group")
 
 
-def divide_vocabulary(model: MiMo, mesh: DeviceMesh) -> None:
-    """Replace embedding and output head by this rank's rows. Raises ConfigError if a rank would have none."""
-    vocab_size, size = model.config.vocab_size, mesh.size()
+def check_vocabulary(vocab_size: int, size: int) -> None:
+    """Raise ConfigError if one of `size` ranks would have no token."""
     if (size - 1) * -(-vocab_size // size) >= vocab_size:
         raise ConfigError(f"parallel.tp is {size}, but {vocab_size} tokens leave ranks without one; lower parallel.tp.")
+
+
+def divide_vocabulary(model: MiMo, mesh: DeviceMesh) -> None:
+    """Replace embedding and output head by this rank's rows. Raises ConfigError if a rank would have none."""
+    check_vocabulary(model.config.vocab_size, mesh.size())
     weights: dict[int, torch.nn.Parameter] = {}
     kinds = {"model.embed_tokens": DividedEmbedding, "lm_head": DividedHead}  # a pipeline stage may lack either
     for module, kind in [(module, kinds[name]) for name, module in model.named_modules() if name in kinds]:

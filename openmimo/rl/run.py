@@ -72,6 +72,8 @@ def _refuse_processes(config: RlConfig) -> None:
     asked = [
         f"parallel.{name} {size}" for name, size in vars(config.parallel).items() if isinstance(size, int) and size > 1
     ]
+    if config.parallel.checkpoints != "shards":
+        raise ConfigError(f"parallel.checkpoints {config.parallel.checkpoints} has no effect here; leave it out.")
     if isinstance(config, MopdConfig) and config.teacher_placement in ("spread", "sharded"):
         asked.append(f"teacher_placement {config.teacher_placement}")
     if asked:

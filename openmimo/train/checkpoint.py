@@ -330,6 +330,15 @@ def find_damage(path: Path) -> str | None:
             return f"{path / name} is missing."
         if checksum(path / name) != expected:
             return f"{path / name} does not match its checksum: it was truncated or changed."
+    return _missing_shard(path) if has_shards else None
+
+
+def _missing_shard(path: Path) -> str | None:
+    """Return a sentence about metadata that name a file that does not exist, or None."""
+    try:
+        load_object("openmimo.parallel.shards:ShardFolder")(path / "trainer" / SHARDS)
+    except CheckpointError as error:
+        return str(error)
     return None
 
 
@@ -345,9 +354,22 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def write_manifest(folder: Path, known: Mapping[str, str] = MappingProxyType({})) -> None:
-    """Write the checksum of each file of a checkpoint; those of `known` are computed already."""
+    """Write the checksum of each file of a checkpoint.
+
+    Args:
+        folder: The folder of the checkpoint.
+        known: Checksums that the processes of the run have computed already, by name.
+
+    Raises:
+        FileNotFoundError: A file of `known` is not there.
+    """
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     names = [str(path.relative_to(folder)) for path in files]
+    if unseen := sorted(set(known) - set(names)):
+        raise FileNotFoundError(
+            f"{len(unseen)} of {len(known)} files of other processes, such as {unseen[0]}, are not in the folder that "
+            "the main process sees; set run_folder to a shared file system that all machines of the run have mounted"
+        )
     manifest = {name: known.get(name) or checksum(folder / name) for name in names}
     (folder / "trainer" / _MANIFEST).write_text(json.dumps(manifest, indent=2))
 

@@ -28,7 +28,7 @@ from openmimo.model.presets import model_config
 from openmimo.train import outcome
 from openmimo.train.checkpoint import Checkpoints, Progress, restore
 from openmimo.train.config import ExtendConfig, PretrainConfig, SftConfig
-from openmimo.train.optim import place_of, total_steps
+from openmimo.train.optim import place_of, rows_of_step, total_steps
 from openmimo.train.outcome import has_finished, held_run, use_device, write_outcome, write_report
 from openmimo.train.trainer import Alone, Trainer
 
@@ -70,6 +70,11 @@ def open_ranks(config: PretrainConfig) -> Iterator[Alone]:
         raise ConfigError(
             f"parallel asks for several processes ({', '.join(f'{name} {size}' for name, size in sizes.items())}), but "
             "this is one; start the command with torchrun --nproc-per-node N -m openmimo ...."
+        )
+    if config.parallel.checkpoints != "shards":
+        raise ConfigError(
+            f"parallel.checkpoints {config.parallel.checkpoints} has no effect in one process, which always writes "
+            "whole files; leave it out."
         )
     yield Alone(device)
 
@@ -128,7 +133,8 @@ def _check_start(config: PretrainConfig, checkpoints: Checkpoints, ranks: Alone)
     check_replaceable(folder / "model")
     described = _described(config)
     tokenizer = _given_tokenizer(config)
-    ranks.check(described)
+    ranks.check(described, trained_as=_trained_as(config))
+    _check_steps(config, described, checkpoints, ranks)
     _check_heads(config, described)
     _check_quantization(config, described)
     _check_experts(config, described, ranks)
@@ -148,6 +154,26 @@ def _check_start(config: PretrainConfig, checkpoints: Checkpoints, ranks: Alone)
         return _Prepared()
     model = _initial_model(config, tokenizer, ranks) if config.init_from else None
     return _Prepared(model, _open_loaders(config, tokenizer, ranks))
+
+
+def _trained_as(config: PretrainConfig) -> str | None:
+    if config.quantization != "none":
+        return config.quantization
+    return "fp8" if config.fp8 else None
+
+
+def _check_steps(config: PretrainConfig, described: ModelConfig, checkpoints: Checkpoints, ranks: Alone) -> None:
+    """Raise ConfigError if the processes cannot share the rows of every step that is left, or cannot add heads."""
+    newest = checkpoints.newest_step() or 0
+    first, heads = place_of(newest, config.stages).stage_index, described.num_mtp_heads
+    for index, stage in enumerate(config.stages):
+        if index > first and stage.mtp_heads is not None and stage.mtp_heads > heads:
+            ranks.check_growth()
+        heads = stage.mtp_heads or heads
+        if index >= first:
+            steps = range(min(stage.steps, stage.batch_warmup_steps + 1))
+            for rows in sorted({rows_of_step(stage, step) for step in steps}):
+                ranks.rows(rows)
 
 
 def _check_heads(config: PretrainConfig, described: ModelConfig) -> None:

@@ -106,11 +106,12 @@ class Alone:
         is_main: Whether this process writes files and messages.
         row_rank: Index of this process among those that read different rows.
         num_row_ranks: Number of processes that read different rows.
+        num_processes: Number of processes of the run.
         writes_shards: Whether a checkpoint is written in shards by all processes.
         gradients: Measures of the gradients.
     """
 
-    is_main, row_rank, num_row_ranks, writes_shards = True, 0, 1, False
+    is_main, row_rank, num_row_ranks, num_processes, writes_shards = True, 0, 1, 1, False
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -120,13 +121,11 @@ class Alone:
         """Return the number of rows of an optimizer step that this process reads. Raises ConfigError."""
         return rows
 
-    def check(self, config: ModelConfig) -> None:
+    def check(self, config: ModelConfig, *, trained_as: str | None = None) -> None:
         """Raise ConfigError if a model cannot be distributed like this."""
 
-    def apply(self, model: MiMo, *, recompute: bool) -> None:
-        """Distribute a model in place; `recompute`: layers recompute their activations in the backward pass."""
-        if recompute:
-            checkpoint_activations(model.model)
+    def apply(self, model: MiMo) -> None:
+        """Distribute a model in place. What its layers keep of their activations is set already."""
 
     def split(
         self,
@@ -192,6 +191,10 @@ class Alone:
     def sum_over_all(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return the sum of a tensor over all processes."""
         return tensor
+
+    def max_over_all(self, value: int) -> int:
+        """Return the maximum of a number over all processes."""
+        return value
 
     def local(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return the part of a parameter, gradient or buffer that this process holds."""
@@ -282,7 +285,7 @@ class Trainer:
         if start.loader and start.stage_index == self._stage_index:
             self.loader.load_state(start.loader)
         self._keep_activations()
-        ranks.apply(self.model, recompute=config.activation_checkpointing)
+        ranks.apply(self.model)
         self.optimizer = self._new_optimizer(optimizer_tensors or {})
         self._expert_step = self._new_expert_step() if config.expert_step.is_used else None
         self._placement = self._new_placement() if config.parallel.expert_placement != "off" else None
@@ -337,7 +340,7 @@ class Trainer:
             if self._is_stopped(stop):
                 if self._shards is not None:
                     self._shards.wait()  # so that all processes see the same newest checkpoint
-                saved = self.checkpoints.save_before_end(self.step, self.save)
+                saved = self.checkpoints.save_before_end(self.step, self._save_completely)
                 raise Interrupted(stop.signal or signal.SIGTERM, saved)
         if self._placement is not None:
             self._placement.end()
@@ -531,6 +534,13 @@ class Trainer:
         model, tensors = self.ranks.gathered(self.model, tensors)
         return self.ranks.on_main(lambda: self.checkpoints.save(model, tensors, self.tokenizer, progress))
 
+    def _save_completely(self) -> Path:
+        """Write a checkpoint, also in shards, until it is complete. Raises as `save`."""
+        path = self.save()
+        if self._shards is not None:
+            self._shards.wait()
+        return path
+
     def _check_weights(self) -> None:
         self.guard.check_weights(f"the model after step {self.step}")
         if self._probe is not None:
@@ -622,9 +632,9 @@ class Trainer:
             "lr": self.optimizer.param_groups[0]["lr"],
             "tokens_per_second": report.tokens / seconds,
             "flops": flops,
-            "matmul_utilization": flops / seconds / self._matmul_flops,
+            "matmul_utilization": flops / seconds / (self._matmul_flops * self.ranks.num_processes),
             "skipped_steps": self.guard.num_skipped,
-            "memory_bytes": peak_memory_bytes(self.device),
+            "memory_bytes": self.ranks.max_over_all(peak_memory_bytes(self.device)),
         }
         for layer, load_E in report.load.items():
             values[f"expert_load/max_over_mean_{layer}"] = float(load_E.max() / load_E.float().mean())

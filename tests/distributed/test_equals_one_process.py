@@ -99,9 +99,8 @@ def steps_on_meshes(
     for sizes in meshes:
         ranks = Ranks(build_mesh("cpu", **WHOLE | sizes), CPU)
         model = large_sink_model()
-        if activations is not None:
-            checkpoint_activations(model.model, activations)
-        ranks.apply(model, recompute=recompute)
+        checkpoint_activations(model.model, activations, recompute=recompute)
+        ranks.apply(model)
         outcomes.append(step(model, ranks, batches()[ranks.row_rank :: ranks.num_row_ranks]))
     return outcomes if dist.get_rank() == 0 else []
 
@@ -200,7 +199,8 @@ def steps_in_fp8(meshes: list[dict[str, int]]) -> list[Outcome]:
     for sizes in meshes:
         ranks, model = Ranks(build_mesh("cpu", **WHOLE | sizes), CPU), large_sink_model()
         train_float8(model)
-        ranks.apply(model, recompute=sizes == {})
+        checkpoint_activations(model.model, recompute=sizes == {})
+        ranks.apply(model)
         outcomes.append(step(model, ranks, batches()[ranks.row_rank :: ranks.num_row_ranks]))
     return outcomes if dist.get_rank() == 0 else []
 
@@ -232,7 +232,7 @@ def refusals_in_fp8() -> list[str]:
     model = large_sink_model()
     train_float8(model)
     with pytest.raises(ConfigError) as error:
-        Ranks(build_mesh("cpu", **WHOLE | {"tp": 2}), CPU).apply(model, recompute=False)
+        Ranks(build_mesh("cpu", **WHOLE | {"tp": 2}), CPU).apply(model)
     return [str(error.value)]
 
 
@@ -240,7 +240,7 @@ def other_models(cases: list[tuple[str, str]]) -> list[Outcome]:
     outcomes = []
     for name, exchange in cases:
         model, ranks = preset(name), Ranks(build_mesh("cpu", **WHOLE | {"cp": 2}), CPU, cp_exchange=exchange)
-        ranks.apply(model, recompute=False)
+        ranks.apply(model)
         outcomes.append(step(model, ranks, batches()))
     return outcomes
 
@@ -269,7 +269,7 @@ def refusals() -> list[str]:
     messages = []
     for sizes in ({"ep": 2}, {"tp": 2}):
         with pytest.raises(ConfigError, match="real weights|complex-valued"):
-            Ranks(build_mesh("cpu", **WHOLE | sizes), CPU).apply(preset("tiny_fairy"), recompute=False)
+            Ranks(build_mesh("cpu", **WHOLE | sizes), CPU).apply(preset("tiny_fairy"))
     for sizes in ({"cp": 4}, {"ep": 3}, {"dp_shard": 3}):
         with pytest.raises(ConfigError) as error:
             build_mesh("cpu", **WHOLE | sizes)

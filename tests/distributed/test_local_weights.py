@@ -81,7 +81,7 @@ def drawn_on_meshes(meshes: list[dict[str, int]]) -> list[tuple[dict[str, torch.
         model.replicate_mtp_heads(3)
         live = LiveBytes()
         with live:
-            ranks.apply(model, recompute=False)
+            ranks.apply(model)
         outcomes.append((weights_of(model), live.peak, held_bytes(model, ranks)))
     return outcomes
 
@@ -120,7 +120,7 @@ def loaded_on_meshes(folders: list[Path]) -> list[tuple[dict[str, torch.Tensor],
             return tensor
 
         CheckpointReader._tensor = counted
-        ranks.apply(model, recompute=False)
+        ranks.apply(model)
         CheckpointReader._tensor = inner
         outcomes.append((weights_of(model), sum(read)))
     return outcomes
@@ -158,7 +158,7 @@ def trained_alone() -> tuple[MiMo, torch.optim.Optimizer]:
 def restored(path: Path) -> tuple[dict[str, torch.Tensor], Progress]:
     ranks = Ranks(build_mesh("cpu", **WHOLE | {"tp": 2}), CPU)
     model, tensors, progress = restore_local(path, ranks)
-    ranks.apply(model, recompute=False)
+    ranks.apply(model)
     optimizer = build_optimizer(model, OptimizerConfig(), mesh_of=ranks.mesh_of)
     load_optimizer_state(model, optimizer, tensors, like=ranks.like)
     moments = {name: whole(tensor) for name, tensor in optimizer_state(model, optimizer).items()}

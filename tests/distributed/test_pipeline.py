@@ -19,6 +19,7 @@ from distributed.test_equals_one_process import (
 )
 
 from openmimo.core.errors import ConfigError
+from openmimo.model.backbone import checkpoint_activations
 from openmimo.model.context import PackedContext, RoutingTape
 from openmimo.model.heads import MicroBatch
 from openmimo.model.mimo import MiMo
@@ -86,7 +87,9 @@ def steps_on_meshes(meshes: list[tuple[PipelineOptions, dict[str, int]]], recomp
     for options, sizes in meshes:
         ranks = Ranks(build_mesh("cpu", **WHOLE | sizes), CPU, options)
         model = large_sink_model()
-        ranks.apply(model, recompute=recompute)
+        if recompute:
+            checkpoint_activations(model.model)
+        ranks.apply(model)
         outcomes.append(step(model, ranks, batches()[ranks.row_rank :: ranks.num_row_ranks]))
     return outcomes if dist.get_rank() == 0 else []
 
@@ -131,7 +134,7 @@ def other_models(names: list[str]) -> list[Outcome]:
     for name in names:
         model, sizes = preset(name), {"pp": 2}
         ranks = Ranks(build_mesh("cpu", **WHOLE | sizes), CPU, PipelineOptions("1f1b", 2, (), ROW))
-        ranks.apply(model, recompute=False)
+        ranks.apply(model)
         outcomes.append(step(model, ranks, batches()))
     return outcomes
 
@@ -150,7 +153,7 @@ def test_other_kinds_of_layers_on_two_processes(tmp_path):
 def most_buffers() -> int:
     ranks = Ranks(build_mesh("cpu", **WHOLE | {"pp": 2}), CPU, ONE)
     model = large_sink_model()
-    ranks.apply(model, recompute=False)
+    ranks.apply(model)
     most = 0
 
     def seen(context: PackedContext) -> None:

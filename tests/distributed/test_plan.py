@@ -111,7 +111,7 @@ def measured(config: ModelConfig, sizes: MeshSizes, shape: StepShape) -> dict[st
     ranks = Ranks(build_mesh("cpu", **mesh), CPU, pipeline_options(sizes), cp_exchange=shape.cp_exchange)
     model = MiMo(config)
     model.initialize(torch.Generator().manual_seed(0))
-    ranks.apply(model.train(), recompute=False)
+    ranks.apply(model.train())
     generator = torch.Generator().manual_seed(ranks.row_rank)
     rows = shape.micro_batch_rows
     batches = [

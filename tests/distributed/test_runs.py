@@ -16,6 +16,8 @@ from openmimo.core.metrics import read_metrics
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 RECIPE = """
+from dataclasses import replace
+
 from openmimo.data.config import MixtureConfig, SourceConfig
 from openmimo.train.config import CheckpointConfig, EvaluationConfig, Phase, PretrainConfig, TokenizerConfig
 
@@ -42,6 +44,17 @@ def pretrain(steps=6):
 
 def long():
     return pretrain(60)
+
+
+def odd():
+    first, second = pretrain().stages
+    warm = replace(second, initial_batch_size=1, batch_warmup_steps=4, batch_multiple=1)
+    return replace(pretrain(), stages=(first, warm))
+
+
+def growing():
+    first, second = pretrain().stages
+    return replace(pretrain(), stages=(first, replace(second, mtp_heads=2)))
 """  # noqa: E501
 
 
@@ -117,6 +130,55 @@ def test_a_killed_process_ends_the_run_which_continues_on_another_mesh(tmp_path,
     assert "continuing from" in finished.stderr
     steps = [row["step"] for row in read_metrics(folder / "metrics.jsonl") if "loss/main" in row]
     assert steps == list(range(1, 65))
+
+
+@pytest.mark.parametrize(
+    ("entry", "options", "message"),
+    [
+        (":odd", (), "an optimizer step has 1 rows"),
+        (":growing", (), "mtp_heads rises in the middle of a run"),
+        ("", ("--parallel.ep", "3"), "ep is 3"),
+    ],
+)
+def test_what_the_mesh_does_not_divide_is_refused_once_before_a_file_is_written(
+    tmp_path, recipe, entry, options, message
+):
+    refused = run(tmp_path / "run", 2, recipe + entry, *options)
+    assert refused.returncode == 1
+    assert refused.stderr.count(message) == 1, refused.stderr
+    assert not (tmp_path / "run").exists()
+
+
+FULL_DISK = """
+import os, signal, sys
+import openmimo.train.sharded
+from openmimo.cli import main
+from openmimo.train.trainer import Trainer
+
+def write_manifest(*arguments):
+    raise OSError(28, "No space left on device")
+
+def train_step(trainer, *arguments):
+    report = step(trainer, *arguments)
+    os.kill(os.getpid(), signal.SIGTERM)
+    return report
+
+openmimo.train.sharded.write_manifest = write_manifest
+step, Trainer.train_step = Trainer.train_step, train_step
+main()
+"""
+
+
+def test_a_checkpoint_that_fails_at_the_signal_is_not_reported_as_saved(tmp_path, recipe):
+    (tmp_path / "full_disk.py").write_text(FULL_DISK)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(tmp_path / "full_disk.py")]
+    ended = subprocess.run(
+        [sys.executable, *launch, "pretrain", recipe, "--run-folder", str(tmp_path / "run")],
+        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+        timeout=300,
+    )  # fmt: skip
+    assert "step 1 is lost: the checkpoint" in ended.stderr and "No space left on device" in ended.stderr
+    assert "is saved" not in ended.stderr
 
 
 def wait_for(path: Path, process: subprocess.Popen) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import shutil
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from distributed.test_equals_one_process import CPU, WHOLE, whole
 
 from openmimo.core.errors import CheckpointError
 from openmimo.data.tokenizer import Tokenizer
+from openmimo.model.backbone import checkpoint_activations
 from openmimo.model.convert import ConvertConfig, convert
 from openmimo.model.hf import load_model, save_model, write_model
 from openmimo.model.hf_files import Entry
@@ -23,7 +25,15 @@ from openmimo.parallel import shards
 from openmimo.parallel.mesh import build_mesh
 from openmimo.parallel.ranks import Ranks
 from openmimo.parallel.shard_reader import open_shards
-from openmimo.train.checkpoint import Checkpoints, Progress, find_damage, load_optimizer_state, optimizer_state, restore
+from openmimo.train.checkpoint import (
+    Checkpoints,
+    Progress,
+    find_damage,
+    load_optimizer_state,
+    optimizer_state,
+    restore,
+    write_manifest,
+)
 from openmimo.train.config import CheckpointConfig, OptimizerConfig
 from openmimo.train.optim import build_optimizer
 from openmimo.train.sharded import ShardWriter, restore_local
@@ -35,7 +45,7 @@ def trained(sizes: dict[str, int], *, tied: bool = False):
     """A model of a mesh after one step, its optimizer, and the part of this process."""
     ranks = Ranks(build_mesh("cpu", **WHOLE | sizes), CPU)
     model = randomize(MiMo(replace(tiny_config(num_layers=2, mtp_heads=1), tie_embeddings=tied)), 0).train()
-    ranks.apply(model, recompute=False)
+    ranks.apply(model)
     optimizer = build_optimizer(model, OptimizerConfig(), mesh_of=ranks.mesh_of)
     for parameter in model.parameters():
         parameter.grad = parameter.detach().sin()
@@ -92,7 +102,8 @@ def resumed_on(path: Path, sizes: dict[str, int]) -> dict[str, torch.Tensor]:
     ranks = Ranks(build_mesh("cpu", **WHOLE | sizes), CPU)
     model, tensors, progress = restore_local(path, ranks)
     assert progress == Progress(2, 7, 0, {"row": 2})
-    ranks.apply(model, recompute=True)
+    checkpoint_activations(model.model)
+    ranks.apply(model)
     optimizer = build_optimizer(model, OptimizerConfig(), mesh_of=ranks.mesh_of)
     load_optimizer_state(model, optimizer, tensors, like=ranks.like)
     return state(model, optimizer)
@@ -138,6 +149,19 @@ def test_a_damaged_shard_is_found(saved, tmp_path):
     assert "is missing" in str(find_damage(copy))
     with pytest.raises(CheckpointError, match="is missing"):
         restore(copy, CPU)
+
+
+def test_shards_on_the_disk_of_another_machine_are_not_a_checkpoint(saved, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(saved[0], copy)
+    manifest, shard = copy / "trainer" / "manifest.json", "trainer/shards/__1_0.distcp"
+    (copy / shard).unlink()
+    manifest.unlink()
+    with pytest.raises(FileNotFoundError, match="shared file system"):
+        write_manifest(copy, {shard: "0" * 64})
+    assert not manifest.exists()
+    write_manifest(copy)  # as an earlier version did
+    assert "__1_0.distcp is missing" in str(find_damage(copy))
 
 
 class Code:

@@ -41,7 +41,7 @@ def steps_with_uneven_vocabulary(meshes: list[dict[str, int]]) -> list[Outcome]:
     outcomes = []
     for sizes in meshes:
         ranks, model = Ranks(build_mesh("cpu", **WHOLE | sizes), CPU), uneven_model()
-        ranks.apply(model, recompute=False)
+        ranks.apply(model)
         outcomes.append(step(model, ranks, masked()[ranks.row_rank :: ranks.num_row_ranks]))
     return outcomes
 
@@ -99,7 +99,7 @@ def reader(states_TD, weight_VD, labels_T):
 
 def read_divided_head(dtype: torch.dtype) -> dict[str, torch.Tensor]:
     model = uneven_model(num_layers=1).to(dtype)
-    Ranks(build_mesh("cpu", **WHOLE | {"tp": dist.get_world_size()}), CPU).apply(model, recompute=False)
+    Ranks(build_mesh("cpu", **WHOLE | {"tp": dist.get_world_size()}), CPU).apply(model)
     return read_head(model.head, dtype)
 
 
@@ -127,7 +127,7 @@ def steps_with_tied_embeddings(meshes: list[dict[str, int]]) -> list[tuple[Outco
     for sizes in meshes:
         ranks = Ranks(build_mesh("cpu", **WHOLE | sizes), CPU)
         model = ranks.draw(tied_config(), 2).train()
-        ranks.apply(model, recompute=False)
+        ranks.apply(model)
         names = [name for name, _ in model.named_parameters()]
         evaluation = evaluate(model, held_out(), ROW)
         assert names == [name for name, tensor in model.named_parameters() if hasattr(tensor, "full_tensor")]
@@ -154,7 +154,7 @@ def test_tied_embeddings(tmp_path, processes, meshes):
 def tokens_without_a_rank() -> str:
     ranks = Ranks(build_mesh("cpu", **WHOLE | {"tp": 4}), CPU)
     with pytest.raises(ConfigError) as error:
-        ranks.apply(uneven_model(vocab_size=9, num_layers=1), recompute=False)
+        ranks.apply(uneven_model(vocab_size=9, num_layers=1))
     return str(error.value)
 
 

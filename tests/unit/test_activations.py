@@ -18,7 +18,6 @@ from openmimo.model.presets import model_config
 from openmimo.train.config import RunConfig
 from openmimo.train.loss import training_loss
 from openmimo.train.outcome import use_device
-from openmimo.train.trainer import Alone
 
 LENGTHS = (40, 23)
 EXACT = [
@@ -135,9 +134,9 @@ def test_offloading_on_a_cpu_is_refused():
         use_device(RunConfig("run", device="cpu", activations=ActivationConfig(offload=True)))
 
 
-def test_layers_that_keep_all_stay_so_when_the_model_is_distributed():
+def test_layers_that_keep_all_stay_so_when_the_settings_are_applied_again():
     model = model_of()
-    checkpoint_activations(model.model, ActivationConfig(recompute_every=2))
-    Alone(torch.device("cpu")).apply(model, recompute=True)
+    for _ in range(2):
+        checkpoint_activations(model.model, ActivationConfig(recompute_every=2))
     wrapped = ["forward" in vars(layer) for layer in (*model.model.layers, *model.model.mtp.layers)]
     assert wrapped == [True, False, True, False, True, False, True]

@@ -77,7 +77,7 @@ class Member:
         self._has_engine = config.rollouts == "engine" or ranks.is_main
         engine_model = copy.deepcopy(model).requires_grad_(False) if self._has_engine else None
         checkpoint_activations(model.model, config.activations, recompute=config.activation_checkpointing)
-        ranks.apply(model, recompute=config.activation_checkpointing)
+        ranks.apply(model)
         self.learner = LocalLearner(
             config,
             model,
@@ -96,7 +96,7 @@ class Member:
                 copy=engine_model,
                 like=ranks.like,
                 placement=placement,
-                shard=lambda teacher: ranks.apply(teacher, recompute=False),
+                shard=ranks.apply,
                 rank=dist.get_rank(),
                 num_ranks=dist.get_world_size(),
                 opens_rollouts=self._has_engine,

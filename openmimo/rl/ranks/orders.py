@@ -7,7 +7,6 @@ Orders travel through a gloo group of their own, because the other processes wai
 waits for environments. What an order makes them communicate (gradients, weights) uses the groups of the mesh.
 """
 
-import datetime
 import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,13 +16,13 @@ import torch
 import torch.distributed as dist
 
 from openmimo.core.errors import CheckpointError, ConfigError, DataError, DivergedError, UserError
+from openmimo.parallel.mesh import LONG_TIMEOUT
 from openmimo.rl.learning.policy_trainer import PackPlan, StepPlan
 from openmimo.rl.rollouts.worker import Cancel
 from openmimo.rl.scheduling.groups import GroupRequest
 
 _BLOCK_BYTES = 4096
 _LENGTH_BYTES = 8
-_TIMEOUT = datetime.timedelta(days=7)  # a process that has ended closes its connections, which ends the wait at once
 
 
 @dataclass(frozen=True)
@@ -121,7 +120,7 @@ class Channel:
     """
 
     def __init__(self) -> None:
-        self._group = dist.new_group(backend="gloo", timeout=_TIMEOUT)
+        self._group = dist.new_group(backend="gloo", timeout=LONG_TIMEOUT)
         self.rank, self.count = dist.get_rank(), dist.get_world_size()
 
     def scatter(self, orders: Sequence[Order]) -> None:

@@ -10,15 +10,15 @@ from rich.console import Console
 from openmimo.core.errors import ConfigError
 from openmimo.core.sample_files import read_state
 from openmimo.data.tokenizer import Tokenizer
-from openmimo.model.hf import load_model
+from openmimo.model.hf import load_config, load_model
 from openmimo.parallel.ranks import Ranks, open_ranks
 from openmimo.rl.agents.environment import keep_problem_files, problem_files
-from openmimo.rl.config import RlConfig
+from openmimo.rl.config import MopdConfig, RlConfig
 from openmimo.rl.loop import RlRun
 from openmimo.rl.ranks.lead import Crew, Lead
 from openmimo.rl.ranks.member import Member, follow
 from openmimo.rl.ranks.orders import Channel
-from openmimo.rl.ranks.placement import placement_of
+from openmimo.rl.ranks.placement import placement_of, teacher_bytes
 from openmimo.rl.report import write_report
 from openmimo.rl.run import FREE, GROWING, TRACES, check_start, learned_in
 from openmimo.runtime.device import activation_dtype
@@ -35,8 +35,8 @@ def _sizes(config: RlConfig) -> dict[str, int]:
 
 def train(config: RlConfig, console: Console) -> Path:
     """As `rl.run.train`, in each of several processes."""
-    _refuse_others(config)
     with open_ranks(use_device(config), _sizes(config)) as ranks:
+        _refuse_others(config)  # after the connection, so that one process prints the error
         return _train(config, ranks, console if ranks.is_main else Console(quiet=True))
 
 
@@ -60,6 +60,7 @@ def _train(config: RlConfig, ranks: Ranks, console: Console) -> Path:
     if ranks.on_main(lambda: has_finished(config, checkpoints, steps=config.steps, free=FREE, console=console)):
         return folder / "model"
     tokenizer = ranks.main_first(lambda: check_start(config, folder))
+    placement = ranks.on_main(lambda: _placement(config, ranks))
     channel = Channel()
     with contextlib.ExitStack() as held:
         newest = ranks.on_main(
@@ -67,7 +68,6 @@ def _train(config: RlConfig, ranks: Ranks, console: Console) -> Path:
                 held_run(config, checkpoints, free=FREE, growing=GROWING, traces=TRACES, console=console)
             )
         )
-        placement = ranks.on_main(lambda: placement_of(config, ranks.device, dist.get_world_size()))
         if ranks.is_main:
             keep_problem_files(problem_files(config.sources), folder)
         member, start = ranks.main_first(lambda: _open(config, tokenizer, ranks, newest, placement, console))
@@ -90,6 +90,16 @@ def _train(config: RlConfig, ranks: Ranks, console: Console) -> Path:
         written = write_outcome(model, tokenizer, checkpoints, folder, write_report, console)
         console.print(learned_in(config, folder), highlight=False)
         return written
+
+
+def _placement(config: RlConfig, ranks: Ranks) -> str:
+    """Return the placement of the teachers. Raises ConfigError if the mesh does not divide a model that it divides."""
+    ranks.check(load_config(config.checkpoint))
+    placement = placement_of(config, ranks.device, dist.get_world_size())
+    if isinstance(config, MopdConfig) and placement == "sharded":
+        for folder in teacher_bytes(config):
+            ranks.check(load_config(folder))
+    return placement
 
 
 def _open(

@@ -69,9 +69,8 @@ def test_what_needs_several_processes_says_so(tmp_path):
         replace(config, writer="teacher", signal="forward")
     with pytest.raises(ConfigError, match="logits on all"):
         replace(config, signal="full", teacher_placement="spread")
+    alone = RlConfig("model", str(tmp_path / "run"), SOURCES, dynamic_sampling=False)
     with pytest.raises(ConfigError, match="parallel.tp 2"):
-        train(
-            replace(
-                RlConfig("model", str(tmp_path / "run"), SOURCES, dynamic_sampling=False), parallel=ParallelConfig(tp=2)
-            )
-        )
+        train(replace(alone, parallel=ParallelConfig(tp=2)))
+    with pytest.raises(ConfigError, match="parallel.checkpoints whole has no effect"):
+        train(replace(alone, parallel=ParallelConfig(checkpoints="whole")))
