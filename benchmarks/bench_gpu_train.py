@@ -16,7 +16,8 @@ Rows, with the sizes of a layer of `flash` in bfloat16:
 - prefill: one prompt of 1,024 and 8,192 tokens through the engine, for the model `med`. The peer is transformers.
 - train: forward and backward of `small`, 8 rows of 4,096 tokens, tokens/s and GiB. The peer is transformers (eager).
 - memory: the same with each option of `ActivationConfig`; the note has measured and predicted bytes.
-- medium: forward and backward of `med`, with the share of the measured rate of products.
+- medium: forward and backward of `medium`, with the share of the measured rate of products.
+- fp8: the same with the products of the layers in FP8; the peer is the row before, measured again.
 - longest: one row of `small` with 1,048,576 tokens, recomputed layers and chunks; only if it is named.
 
 The floor is the larger of the bytes at the measured rate of a copy and the FLOPs at the measured rate of an 8192^3
@@ -61,7 +62,9 @@ from openmimo.model.context import PackedContext, RoutingTape
 from openmimo.model.heads import micro_batch
 from openmimo.model.hf import save_model
 from openmimo.model.mimo import MiMo
+from openmimo.model.presets import medium as medium_preset
 from openmimo.model.presets import small, tiny
+from openmimo.model.weight_formats import train_float8
 from openmimo.parallel.plan import MASTER_BYTES, MeshSizes, kept_parameters
 from openmimo.parallel.step_memory import options as memory_options
 from openmimo.parallel.step_memory import step_bytes
@@ -87,7 +90,8 @@ class Sizes:
         experts: Experts, experts of a token, model dim, hidden dim.
         loss: Tokens, model dim, vocabulary.
         model: The model of training rows.
-        medium: The model of prefill and of the row medium.
+        prefill: The model of prefill.
+        medium: The model of the rows medium and fp8.
         rows: Rows of a training step.
         row_length: Their tokens.
         prompts: Tokens of the prompts of prefill.
@@ -101,7 +105,8 @@ class Sizes:
     experts: tuple[int, int, int, int] = (256, 8, 4096, 2048)
     loss: tuple[int, int, int] = (8192, 4096, 152_576)
     model: ModelConfig = small()
-    medium: ModelConfig = replace(med(), vocab_size=32_000)
+    prefill: ModelConfig = replace(med(), vocab_size=32_000)
+    medium: ModelConfig = medium_preset()
     rows: int = 8
     row_length: int = 4096
     prompts: tuple[int, ...] = (1024, 8192)
@@ -112,8 +117,8 @@ class Sizes:
 
 SHALLOW = replace(tiny(), layers=tiny().layers[:2])
 DRY = Sizes(
-    lengths=(64,), heads=(4, 2, 1, 24, 16), experts=(4, 2, 64, 32), loss=(32, 64, 96), model=SHALLOW, medium=SHALLOW,
-    rows=2, row_length=48, prompts=(24,), longest=128, rounds=1, busy_ms=0.0,
+    lengths=(64,), heads=(4, 2, 1, 24, 16), experts=(4, 2, 64, 32), loss=(32, 64, 96), model=SHALLOW, prefill=SHALLOW,
+    medium=SHALLOW, rows=2, row_length=48, prompts=(24,), longest=128, rounds=1, busy_ms=0.0,
 )  # fmt: skip
 
 
@@ -451,7 +456,7 @@ def _theirs(model: MiMo) -> Any:
 
 def prefill(bench: Bench) -> Iterator[Row]:
     """One prompt until its first token."""
-    model = _model(bench, bench.sizes.medium).to(bench.dtype).eval().requires_grad_(False)
+    model = _model(bench, bench.sizes.prefill).to(bench.dtype).eval().requires_grad_(False)
     theirs: list[Any] = []
     for number, length in enumerate(bench.sizes.prompts):
         settings = EngineConfig(speculative=False, prefix_cache=False, prefill_tokens=max(length, 16))
@@ -505,9 +510,13 @@ def _train_row(
     activations: ActivationConfig,
     recompute: bool,
     lengths: tuple[int, ...],
+    *,
+    is_float8: bool = False,
 ) -> Row:
     """Tokens/s and GiB of forward and backward, with the predicted GiB."""
     model = _model(bench, config).train()
+    if is_float8:
+        train_float8(model)
     model.compute_dtype = bench.dtype
     checkpoint_activations(model.model, activations, recompute=recompute)
     step, tokens = _step_of(model, lengths), sum(lengths)
@@ -571,6 +580,16 @@ def medium(bench: Bench) -> Iterator[Row]:
     yield _train_row(bench, "train medium", bench.sizes.medium, ActivationConfig(), False, lengths)
 
 
+def fp8(bench: Bench) -> Iterator[Row]:
+    """The same step with products in FP8, against bfloat16."""
+    lengths = (bench.sizes.row_length,) * max(bench.sizes.rows // 2, 1)
+    plain = _train_row(bench, "bfloat16", bench.sizes.medium, ActivationConfig(), False, lengths)
+    gc.collect()
+    row = _train_row(bench, "train medium, fp8", bench.sizes.medium, ActivationConfig(), False, lengths, is_float8=True)
+    note = f"{row.note}; the predicted memory is that of bfloat16; bfloat16: {plain.note}"
+    yield replace(row, peer_ms=plain.ours_ms, peer="bfloat16", note=note)
+
+
 def longest(bench: Bench) -> Iterator[Row]:
     """One very long row."""
     config = ActivationConfig(recompute="layers", ffn_chunks=16)
@@ -580,7 +599,7 @@ def longest(bench: Bench) -> Iterator[Row]:
 
 MEASURES: dict[str, Callable[[Bench], Iterator[Row]]] = {
     measure.__name__: measure
-    for measure in (sliding, full, packs, experts, loss, prefill, train, memory, medium, longest)
+    for measure in (sliding, full, packs, experts, loss, prefill, train, memory, medium, fp8, longest)
 }
 DEFAULT = [name for name in MEASURES if name != "longest"]
 

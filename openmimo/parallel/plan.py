@@ -1,7 +1,7 @@
 """The memory, communication and time of a training step on a mesh, predicted from the geometry, and a search of meshes.
 
 The bytes of weights and of messages are exact for an even load of the experts; tests compare them with those of real
-processes. Activations are estimated from the tensors that autograd saves. The time is that of the products at a stated
+processes. Activations are those of `parallel.step_memory`, at their peak. The time is that of the products at a stated
 fraction of the card's peak, or of the gathering of weights if that takes longer, because both overlap; the other
 messages are added, because the layers wait for them. With pipeline stages, it is the time of the slowest rank, and once
 the time that one micro-batch needs on the others, during which that rank waits.
@@ -16,7 +16,13 @@ from dataclasses import dataclass, fields, replace
 
 from openmimo.core.errors import ConfigError
 from openmimo.model.attention import AttentionConfig, kv_spec
-from openmimo.model.config import ModelConfig, attention_parameters, local_heads, training_flops_per_token
+from openmimo.model.config import (
+    ActivationConfig,
+    ModelConfig,
+    attention_parameters,
+    local_heads,
+    training_flops_per_token,
+)
 from openmimo.parallel.head_exchange import (
     check_exchange,
     exchanges_heads,
@@ -26,6 +32,7 @@ from openmimo.parallel.head_exchange import (
     why_only_keys,
 )
 from openmimo.parallel.stages import allowed_boundaries, layer_costs, stage_layers
+from openmimo.parallel.step_memory import Part, StepBytes, step_bytes
 
 MASTER_BYTES = 4  # weights, gradients and both moments are float32
 STATES = 4
@@ -125,7 +132,8 @@ class Memory:
         gradients: Its shards of the gradients.
         optimizer: Both moments of its shards.
         gathered: The whole weights of two layers, one running and one on its way, and the gradients of one.
-        activations: Tensors kept for the backward pass of one micro-batch.
+        activations: Those of all micro-batches on their way, at the peak of a backward pass, with buffers of the loss
+            and cast weights.
     """
 
     weights: float
@@ -471,32 +479,22 @@ def _memory(model: _Model, sizes: MeshSizes, step: StepShape, rank: _PipelineRan
     return Memory(kept, kept, 2 * kept, 3 * largest, activations)
 
 
-def activation_bytes(config: ModelConfig, sizes: MeshSizes, step: StepShape) -> float:
-    """Estimate the bytes that autograd keeps for the backward pass of one micro-batch on one rank without stages."""
-    model = _Model(config)
-    (rank,) = _pipeline(model, 1, 1, step.sequence_length)
-    return _rank_activations(model, sizes, step, rank, 1)
-
-
 def _rank_activations(
     model: _Model, sizes: MeshSizes, step: StepShape, rank: _PipelineRank, micro_batches: int
 ) -> float:
-    """Estimate the bytes that autograd keeps on one rank of a pipeline, for all micro-batches on their way."""
-    T = step.micro_batch_rows * step.sequence_length / sizes.cp
-    config, by_layer = model.config, _activations_by_layer(model, sizes.tp)
-    layers = [by_layer[index] for index in rank.layers]
-    recomputed = max(layers, default=0.0) if step.recompute else 0.0
-    kept = len(layers) * config.hidden_size if step.recompute else sum(layers)
-    heads = 0.0
-    if rank.is_last:
-        blocks = [
-            _attention_activations(config, len(config.layers) + head, sizes.tp)
-            + 3 * config.dense_ffn_dim / sizes.tp
-            + 7 * config.hidden_size
-            for head in range(config.num_mtp_heads)
-        ]
-        heads = sum(blocks) + 3 * config.hidden_size
-    return T * step.activation_bytes * (kept * _on_their_way(sizes, rank, micro_batches) + recomputed + heads)
+    """Return the bytes of activations on one rank of a pipeline, for all micro-batches on their way."""
+    tokens = step.micro_batch_rows * step.sequence_length / sizes.cp
+    part = Part(rank.layers, rank.is_last, sizes.tp, sizes.ep)
+    found = _bytes_of_part(model, part, step.recompute, step.activation_bytes)
+    waiting = _on_their_way(sizes, rank, micro_batches) - 1
+    return tokens * (found.device + waiting * found.kept) + found.fixed
+
+
+@functools.lru_cache(maxsize=1024)
+def _bytes_of_part(model: _Model, part: Part, recompute: bool, activation_bytes: int) -> StepBytes:
+    return step_bytes(
+        model.config, ActivationConfig(), recompute=recompute, activation_bytes=activation_bytes, part=part
+    )
 
 
 def _on_their_way(sizes: MeshSizes, rank: _PipelineRank, micro_batches: int) -> float:
@@ -506,29 +504,6 @@ def _on_their_way(sizes: MeshSizes, rank: _PipelineRank, micro_batches: int) -> 
         return min(micro_batches, after + 1)
     passes = (sizes.stages_per_rank - 1) * min(sizes.pp, micro_batches) + 2 * after + 1
     return min(passes / sizes.stages_per_rank, micro_batches)
-
-
-def _attention_activations(config: ModelConfig, index: int, tp: int) -> float:
-    """Return the saved values of a token: input and norm, projections, rotated and scaled, output."""
-    spec = config.attention_place(index).spec
-    queries, keys = spec.num_heads / tp, max(spec.num_kv_heads / tp, 1)
-    projected = (queries + keys) * spec.key_dim + keys * spec.value_dim
-    return 2 * config.hidden_size + 2 * projected + queries * spec.value_dim
-
-
-@functools.lru_cache(maxsize=256)
-def _activations_by_layer(model: _Model, tp: int) -> list[float]:
-    return [_layer_activations(model.config, index, tp) for index in range(len(model.config.layers))]
-
-
-def _layer_activations(config: ModelConfig, index: int, tp: int) -> float:
-    D = config.hidden_size
-    attention = _attention_activations(config, index, tp)
-    if config.layers[index].ffn == "dense":
-        return attention + 2 * D + 4 * config.dense_ffn_dim / tp
-    assert config.moe is not None, "checked by the config"
-    A, F = config.moe.experts_per_token, config.moe.expert_dim
-    return attention + 2 * D + A * (2 * D + 4 * F) + 2 * config.moe.num_experts
 
 
 # --- messages --------------------------------------------------------------------------------------------------------

@@ -91,8 +91,41 @@ class StepBytes:
     fixed: float
 
 
+@dataclass(frozen=True)
+class Part:
+    """The part of a model that one rank computes.
+
+    Attributes:
+        layers: Indices of its layers (None: all).
+        has_heads: Whether it has the MTP blocks, the output head and the loss.
+        tp: Ranks that share the heads and hidden dims of a layer, and the vocabulary.
+        ep: Ranks that share the experts.
+    """
+
+    layers: tuple[int, ...] | None = None
+    has_heads: bool = True
+    tp: int = 1
+    ep: int = 1
+
+    def layers_of(self, config: ModelConfig) -> tuple[int, ...]:
+        """Return the indices of its layers."""
+        return tuple(range(len(config.layers))) if self.layers is None else self.layers
+
+    def num_heads(self, config: ModelConfig) -> int:
+        """Return the number of its output heads, with those of MTP blocks."""
+        return 1 + config.num_mtp_heads if self.has_heads else 0
+
+
+WHOLE_MODEL = Part()
+
+
 def step_bytes(
-    config: ModelConfig, activations: ActivationConfig, *, recompute: bool, activation_bytes: int, tp: int = 1
+    config: ModelConfig,
+    activations: ActivationConfig,
+    *,
+    recompute: bool,
+    activation_bytes: int,
+    part: Part = WHOLE_MODEL,
 ) -> StepBytes:
     """Predict the activations of a step.
 
@@ -101,11 +134,11 @@ def step_bytes(
         activations: What is kept.
         recompute: Whether activations are recomputed (`activation_checkpointing`).
         activation_bytes: Bytes of an activation.
-        tp: Ranks that share the heads and hidden dims of a layer.
+        part: The part of the model on the rank.
     """
     kept: list[float] = []
     peak = 0.0
-    blocks = list(_blocks(config, activation_bytes, tp))
+    blocks = list(_blocks(config, activation_bytes, part))
     for number, block in enumerate(blocks):
         is_recomputed = recompute and number % activations.recompute_every == 0
         what = activations.recompute if is_recomputed else "none"
@@ -113,14 +146,15 @@ def step_bytes(
         kept.append(block.kept(what, chunks=chunks))
         before = kept[-2:-1] if activations.offload else kept[:-1]
         peak = max(peak, sum(before) + block.inputs + block.running(chunks=chunks))
-    always = config.hidden_size * activation_bytes  # the input of the final norm, which the MTP heads share
-    around = always + _around(config, activation_bytes)
+    # the input of the final norm, which the MTP heads share
+    always = config.hidden_size * activation_bytes if part.has_heads else 0.0
+    around = always + _around(config, activation_bytes, part)
     host = sum(kept) if activations.offload else 0.0
     return StepBytes(
         device=peak + around,
         kept=sum(kept) + always,
         host=host,
-        fixed=_fixed(config, activation_bytes, every_cast=not recompute),
+        fixed=_fixed(config, activation_bytes, part, every_cast=not recompute),
     )
 
 
@@ -217,13 +251,14 @@ def gathered_bytes(config: ModelConfig) -> float:
 
     They are those of a layer that runs and of one on its way, and the gradients of one.
     """
-    return 3 * WIDE_BYTES * max(_weights(config, index) for index in range(len(config.layers)))
+    return 3 * WIDE_BYTES * max(_weights(config, index, WHOLE_MODEL) for index in range(len(config.layers)))
 
 
-def _blocks(config: ModelConfig, size: int, tp: int) -> Iterator[BlockBytes]:
+def _blocks(config: ModelConfig, size: int, part: Part) -> Iterator[BlockBytes]:
     """Yield the blocks in the order of the forward pass."""
-    D = config.hidden_size
-    for index, layer in enumerate(config.layers):
+    D, tp = config.hidden_size, part.tp
+    for index in part.layers_of(config):
+        layer = config.layers[index]
         router, ffn, ffn_gradients = 0.0, 4 * config.dense_ffn_dim / tp, 3 * config.dense_ffn_dim / tp + D
         if layer.ffn == "moe":
             assert config.moe is not None, "checked by the config"
@@ -233,7 +268,7 @@ def _blocks(config: ModelConfig, size: int, tp: int) -> Iterator[BlockBytes]:
             ffn = A * (D + wide * D + 4 * F) + A * (ID_BYTES + WIDE_BYTES) / size
             ffn_gradients = A * (wide * D + F) + D
         yield _block(config, index, size, tp, inputs=D, norms=3 * D, router=router, ffn=ffn, grown=ffn_gradients)
-    for head in range(config.num_mtp_heads):
+    for head in range(config.num_mtp_heads if part.has_heads else 0):
         ffn, grown = 4 * config.dense_ffn_dim / tp, 3 * config.dense_ffn_dim / tp + D
         yield _block(
             config, len(config.layers) + head, size, tp, inputs=D, norms=7 * D, router=0.0, ffn=ffn, grown=grown
@@ -260,33 +295,33 @@ def _block(
     )
 
 
-def _around(config: ModelConfig, size: int) -> float:
+def _around(config: ModelConfig, size: int, part: Part) -> float:
     """Return the bytes of a token that stay for the whole step: states of the heads, tables, ids."""
-    heads, moe = 1 + config.num_mtp_heads, config.moe
+    heads, moe = part.num_heads(config), config.moe
     states = 2 * heads * config.hidden_size * size  # with their gradients, which the loss computes at once
     rotations = {(spec.rotation.rotary_dim, spec.rotation.theta) for spec in config.attention_layers()}
     tables = sum(2 * dims for dims, _ in rotations) * size
-    sparse = sum(layer.ffn == "moe" for layer in config.layers)
+    sparse = sum(config.layers[index].ffn == "moe" for index in part.layers_of(config))
     routes = 0 if moe is None else sparse * moe.experts_per_token * ID_BYTES
     return states + tables + routes + ID_BYTES * (2 + 2 * heads)
 
 
-def _fixed(config: ModelConfig, size: int, *, every_cast: bool) -> float:
+def _fixed(config: ModelConfig, size: int, part: Part, *, every_cast: bool) -> float:
     """Return the bytes of buffers of the token loss, and of weights in the dtype of the activations."""
-    vocabulary = config.vocab_size * config.hidden_size
-    heads = 1 + config.num_mtp_heads
-    tile = LOSS_TILE_TOKENS * config.vocab_size * (size + WIDE_BYTES)
-    loss = vocabulary * (WIDE_BYTES + heads * size) + tile
+    loss, heads = 0.0, part.num_heads(config)
+    if heads:
+        tile = LOSS_TILE_TOKENS * config.vocab_size * (size + WIDE_BYTES)
+        loss = (config.vocab_size * config.hidden_size * (WIDE_BYTES + heads * size) + tile) / part.tp
     if size == WIDE_BYTES:
         return loss
-    layers = [_weights(config, index) for index in range(len(config.layers))]
-    return loss + size * (sum(layers) if every_cast else max(layers))
+    layers = [_weights(config, index, part) for index in part.layers_of(config)]
+    return loss + size * (sum(layers) if every_cast else max(layers, default=0.0))
 
 
-def _weights(config: ModelConfig, index: int) -> float:
-    """Return the number of weights of a layer that are cast."""
-    D, total = config.hidden_size, float(attention_parameters(config, index))
+def _weights(config: ModelConfig, index: int, part: Part) -> float:
+    """Return the number of weights of a layer that a rank casts."""
+    D, total = config.hidden_size, attention_parameters(config, index) / part.tp
     if config.layers[index].ffn == "dense":
-        return total + 3 * D * config.dense_ffn_dim
+        return total + 3 * D * config.dense_ffn_dim / part.tp
     assert config.moe is not None, "checked by the config"
-    return total + 3 * D * config.moe.num_experts * config.moe.expert_dim
+    return total + 3 * D * config.moe.num_experts * config.moe.expert_dim / part.ep

@@ -15,7 +15,8 @@ from openmimo.model.heads import micro_batch
 from openmimo.model.mimo import MiMo
 from openmimo.model.presets import model_config
 from openmimo.parallel.head_exchange import gathered_heads
-from openmimo.parallel.step_memory import longest, options, step_bytes
+from openmimo.parallel.plan import CARDS, MeshSizes, StepShape, plan
+from openmimo.parallel.step_memory import Part, longest, options, step_bytes
 from openmimo.train.loss import training_loss
 
 CONFIG = model_config("tiny")
@@ -120,6 +121,43 @@ def test_the_peak_is_that_of_live_tensors(activations, recompute):
     predicted = step_bytes(CONFIG, activations, recompute=recompute, activation_bytes=4)
     measured = per_token(peak_bytes, model_that_keeps(activations, recompute), 2048, 8192)
     assert 0.9 < predicted.device / measured < 1.2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_plan_of_a_mesh_has_the_peak_of_live_tensors(recompute):
+    planned = {
+        tokens: plan(
+            CONFIG, MeshSizes(), StepShape(tokens, 1, 1, 4, recompute), CARDS["h100"], efficiency=0.4
+        ).memory.activations
+        for tokens in (2048, 8192)
+    }
+    measured = per_token(peak_bytes, model_that_keeps(ActivationConfig(), recompute), 2048, 8192)
+    assert 0.9 < (planned[8192] - planned[2048]) / 6144 / measured < 1.2
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_stages_keep_together_what_the_whole_model_keeps(recompute):
+    count = len(CONFIG.layers)
+    parts = (Part(tuple(range(2)), False), Part(tuple(range(2, count)), True))
+    whole, first, last = (
+        step_bytes(CONFIG, ActivationConfig(), recompute=recompute, activation_bytes=4, part=part)
+        for part in (Part(), *parts)
+    )
+    assert first.kept + last.kept == pytest.approx(whole.kept)
+    assert max(first.device, last.device) < whole.device
+    assert first.fixed == 0 and last.fixed == whole.fixed, "the loss is that of the last stage"
+
+
+def test_a_stage_keeps_the_tokens_of_each_micro_batch_on_its_way():
+    """In 1F1B the first of two ranks has two micro-batches on their way, if the step has as many."""
+    one, two = (
+        plan(CONFIG, MeshSizes(pp=2), StepShape(256, rows, 1, 4), CARDS["h100"], efficiency=0.4) for rows in (1, 2)
+    )
+    layers = tuple(one.stages[0][0])
+    kept = step_bytes(CONFIG, ActivationConfig(), recompute=False, activation_bytes=4, part=Part(layers, False)).kept
+    assert two.memory_by_rank[0] - one.memory_by_rank[0] == pytest.approx(256 * kept)
+    assert two.memory_by_rank[1] == one.memory_by_rank[1]
 
 
 def test_offloaded_bytes_are_those_of_the_host():
