@@ -167,7 +167,7 @@ def steps_by_heads(
         ranks, model = Ranks(build_mesh("cpu", **WHOLE | sizes), CPU, cp_exchange="heads"), head_model()
         if activations is not None:
             checkpoint_activations(model.model, activations)
-        ranks.apply(model, recompute=activations is not None)
+        ranks.apply(model)
         outcomes.append(step(model, ranks, batches()[:count][ranks.row_rank :: ranks.num_row_ranks]))
     return outcomes if dist.get_rank() == 0 else []
 
@@ -277,7 +277,7 @@ def refusals() -> list[str]:
     by_heads = Ranks(build_mesh("cpu", **WHOLE | {"cp": 2}), CPU, cp_exchange="heads")
     for refuse in (
         lambda: by_heads.check(model_config("tiny_hysparse")),
-        lambda: by_heads.apply(preset("tiny_hysparse"), recompute=False),
+        lambda: by_heads.apply(preset("tiny_hysparse")),
     ):
         with pytest.raises(ConfigError, match="cp_exchange is heads, but attention layer .* shares its keys"):
             refuse()

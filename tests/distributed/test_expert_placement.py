@@ -54,7 +54,7 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 def train(sizes: dict[str, int], source: str, folder: str) -> tuple[list, dict, dict, list[dict]]:
     """Three steps. With a placement, the experts move after the first, home and back after the second."""
     ranks, model = Ranks(build_mesh("cpu", **WHOLE | sizes), CPU), tiny_model().train()
-    ranks.apply(model, recompute=False)
+    ranks.apply(model)
     optimizer = build_optimizer(model, OptimizerConfig(), mesh_of=ranks.mesh_of)
     for group in optimizer.param_groups:
         group["lr"] = 1e-3

@@ -142,7 +142,7 @@ def test_metrics_of_a_step_are_those_of_all_processes(monkeypatch):
     report = SimpleNamespace(losses=[1.0], gradient_norm=1.0, num_zero_gradients=0, tokens=64, load={})
     trainer = SimpleNamespace(
         model=SimpleNamespace(config=tiny_config()), tokens=64, device=CPU, _matmul_flops=1e9,
-        optimizer=SimpleNamespace(param_groups=[{"lr": 0.1}]), guard=SimpleNamespace(num_skipped=0),
+        optimizer=SimpleNamespace(param_groups=[{"lr": 0.1}]), guard=SimpleNamespace(num_skipped=0), _placement=None,
     )  # fmt: skip
     rows = []
     for trainer.ranks in (Alone(CPU), FourProcesses(CPU)):
