@@ -69,9 +69,7 @@ def train(config: RlConfig, *, console: Console | None = None) -> Path:
 
 def _refuse_processes(config: RlConfig) -> None:
     """Raise ConfigError if the config needs several processes, because this is one."""
-    asked = [
-        f"parallel.{name} {size}" for name, size in vars(config.parallel).items() if isinstance(size, int) and size > 1
-    ]
+    asked = [f"parallel.{name} {size}" for name, size in config.parallel.sizes.items() if size > 1]
     if config.parallel.checkpoints != "shards":
         raise ConfigError(f"parallel.checkpoints {config.parallel.checkpoints} has no effect here; leave it out.")
     if isinstance(config, MopdConfig) and config.teacher_placement in ("spread", "sharded"):
