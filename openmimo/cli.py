@@ -570,6 +570,10 @@ def _serve(arguments: list[str]) -> None:
     options = _parse_options(ServeOptions, arguments, "serve [PATH]", main)
     if options.stub and options.path != EMBEDDED:
         raise ConfigError("give either the folder of a checkpoint, or --stub to run without a model.")
+    if options.stub and options.engine != EngineConfig():
+        raise ConfigError(
+            "--stub serves no model, so --tp and the other options of the engine do nothing; leave them or --stub out."
+        )
     from openmimo.engine.server.serve import launch, launch_stub
 
     if options.stub:

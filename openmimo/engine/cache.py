@@ -30,6 +30,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from openmimo.core.errors import ConfigError
 from openmimo.kernels.attention import scale_bytes
 from openmimo.model.attention import AttentionConfig, KVSpec, kv_spec
 
@@ -182,6 +183,11 @@ class PageArena:
         self.layout = plan_pages(layers, page_positions, dtype=dtype)
         self.page_bytes = self.layout.page_numbers * dtype.itemsize
         self.num_pages = cache_bytes // self.page_bytes
+        if self.num_pages < 1:
+            raise ConfigError(
+                f"the cache has {cache_bytes:,} bytes, less than one page of {self.page_bytes:,} bytes; give "
+                f"cache_gigabytes of at least {_gigabytes(self.page_bytes)}."
+            )
         self.dtype = dtype
         self._layers = tuple(layers)
         self._free = list(range(self.num_pages - 1, -1, -1))
@@ -270,6 +276,11 @@ class PageArena:
     def all_global_bytes(self, length: int) -> int:
         """Bytes of `length` positions in a model of full layers (see `all_global_cache_bytes`)."""
         return all_global_cache_bytes(self._layers, length, self.dtype)
+
+
+def _gigabytes(num_bytes: int) -> str:
+    """Return a decimal number of gigabytes that is at least this size."""
+    return f"{math.ceil(num_bytes / 1e9 * 1e6) / 1e6:.6f}"
 
 
 def _zeros(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -39,9 +39,10 @@ class EngineConfig:
         speculative: Draft with the MTP heads (none: wherever there are some).
         num_drafts: MTP heads that draft (none: all).
         adaptive_drafts: Use fewer heads while they do not pay.
-        graphs: Replay captured graphs in decoding on an accelerator, where Triton is installed.
+        graphs: Replay captured graphs in decoding on an accelerator, where Triton is installed. No
+            effect with tp > 1.
         plans_ahead: Plan a step while an accelerator computes the last one. A text that a token or a stop string ends
-            is then computed for one step more, whose token is dropped.
+            is then computed for one step more, whose token is dropped. No effect with tp > 1.
         tp: Devices (or processes on CPUs) that share every layer of the model. Each holds a part of the weights and of
             the cache.
         ep: With tp, each holds all of some experts instead of a part of every expert.

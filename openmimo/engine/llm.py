@@ -86,7 +86,11 @@ class LLM:
             )
         self.model = model
         self.tokenizer = tokenizer
-        self.engine = Engine(model, tokenizer, config, ranks=self._ranks)
+        try:
+            self.engine = Engine(model, tokenizer, config, ranks=self._ranks)
+        except BaseException:
+            self.close()
+            raise
         self.num_drafts = self.engine.num_drafts
         self._request_numbers = itertools.count()
 

@@ -29,6 +29,7 @@ from openmimo.parallel.messages import decoded, encoded
 from openmimo.runtime.device import free_memory_bytes, process_device
 
 _PARENT_SECONDS = 0.5  # between looks at whether rank 0 lives
+_CONNECT_TIMEOUT = datetime.timedelta(seconds=30)  # all ranks have loaded their parts before they connect
 _STEP_TIMEOUT = datetime.timedelta(minutes=10)  # of a collective; a rank that has ended is noticed at once
 
 
@@ -145,7 +146,9 @@ class Part:
         """Wait for the other ranks."""
         places, division = dist.FileStore(store, self.division.size), self.division
         if self.device.type == "cpu":
-            self.group.use(dist.ProcessGroupGloo(places, division.rank, division.size, _STEP_TIMEOUT))
+            group = dist.ProcessGroupGloo(places, division.rank, division.size, _CONNECT_TIMEOUT)
+            group._set_default_timeout(_STEP_TIMEOUT)
+            self.group.use(group)
         else:
             options = dist.ProcessGroupNCCL.Options()
             options._timeout = _STEP_TIMEOUT

@@ -190,6 +190,10 @@ class Ranks(Protocol):
         """See there."""
         ...
 
+    def fail(self, reason: str) -> None:
+        """See there."""
+        ...
+
     def close(self) -> None:
         """See there."""
         ...

@@ -47,12 +47,13 @@ from openmimo.engine.member import (
 from openmimo.engine.step import HeadInput, StepInput, StepOutput
 from openmimo.engine.worker import Worker
 from openmimo.kernels.attention import Integers
-from openmimo.model.hf import load_config
+from openmimo.model.hf import checked_dtype, load_config
 from openmimo.model.mimo import MiMo
 from openmimo.parallel.inference import Division, check_division, text_logprobs
 from openmimo.parallel.messages import decoded, encoded
 from openmimo.runtime.device import device_count, free_memory_bytes, resolve_device
 
+_CONNECT_SECONDS = 0.05  # between looks at whether a rank has ended, while the ranks connect
 _LOSS_SECONDS = 5.0  # until the end of a rank explains why a collective failed
 _MEMBER = "from openmimo.engine.member import main; main()"  # not -m: the records would be those of a module __main__
 _END_SECONDS = 2.0  # for ranks to end by themselves
@@ -98,11 +99,13 @@ class _Ranks:
     Attributes:
         members: The other ranks, in order.
         loss: Which rank has ended and how; empty while all live.
+        threads_before: Torch's CPU threads before rank 0 took its share; `close` restores them.
         is_closing: Whether they are meant to end.
         on_loss: Called once, in another thread, when a rank ends that is not meant to.
     """
 
     members: list[MemberProcess]
+    threads_before: int
     loss: str = ""
     is_closing: bool = False
     on_loss: list[Callable[[], None]] = field(default_factory=list)
@@ -148,6 +151,7 @@ class _Ranks:
             except subprocess.TimeoutExpired:
                 member.process.kill()
                 member.process.wait()
+        torch.set_num_threads(self.threads_before)
 
 
 class Team:
@@ -186,14 +190,15 @@ class Team:
         self._size = config.tp
         division = Division(0, config.tp, config.ep)
         check_division(load_config(path), division, weights)
+        checked_dtype(dtype)
         found = _checked_device(device, config.tp)
-        self._threads_before = torch.get_num_threads()
-        threads = max(self._threads_before // config.tp, 1)
+        threads_before = torch.get_num_threads()
+        threads = max(threads_before // config.tp, 1)
         setups = [
             LoadPart(str(path), Division(rank, config.tp, config.ep), dtype, found.type, weights, threads)
             for rank in range(config.tp)
         ]
-        self._ranks = _Ranks([])
+        self._ranks = _Ranks([], threads_before)
         self._part: Part | None = None
         self._end = weakref.finalize(self, self._ranks.close)
         try:
@@ -246,7 +251,10 @@ class Team:
         self._end()
         if self._part is not None:
             self._part.group.use(None)  # ends its threads, which a process forked later would wait for
-        torch.set_num_threads(self._threads_before)
+
+    def fail(self, reason: str) -> None:
+        """Kill the other ranks, because one does not answer. The engine cannot continue."""
+        self._ranks.note(reason)
 
     def worker(self, arena: PageArena, config: EngineConfig, *, num_drafts: int, max_decided: int) -> Worker:
         """Make the workers of all ranks; returns that of rank 0, which makes the others execute each step too."""
@@ -326,11 +334,28 @@ class Team:
         folder = tempfile.mkdtemp(prefix="openmimo-ranks-")
         try:
             self.send(ConnectRanks(str(Path(folder) / "store")))
-            with self.together():
-                part.connect(str(Path(folder) / "store"))
+            self._wait_for(lambda: part.connect(str(Path(folder) / "store")))
             self._answers()
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+
+    def _wait_for(self, connect: Callable[[], None]) -> None:
+        """Connect in a thread, because torch notices neither signals nor the end of a rank meanwhile."""
+        failures: list[RuntimeError] = []
+
+        def run() -> None:
+            try:
+                connect()
+            except RuntimeError as error:
+                failures.append(error)
+
+        thread = threading.Thread(target=run, name="openmimo-connect", daemon=True)
+        thread.start()
+        while thread.is_alive():
+            self._check()
+            thread.join(_CONNECT_SECONDS)
+        if failures:
+            raise self._lost(f"the ranks could not connect: {failures[0]}") from failures[0]
 
     def whole_shape(self, name: str) -> tuple[int, ...] | None:
         """Return the shape of a parameter or buffer of the whole model; None if there is none of that name."""
@@ -360,13 +385,13 @@ class Team:
         }
 
     def lines(self) -> list[str]:
-        """Device and memory of each rank, a line each."""
+        """Device and memory of each rank, a line each, and which options have no effect."""
         device = self.model.device.type
         return [
             f"rank {rank} of {self.size} on {device if device == 'cpu' else f'{device}:{rank}'}: "
             f"{loaded.num_bytes / 2**20:,.1f} MiB of weights, {cache / 2**20:,.1f} MiB of cache"
             for rank, (loaded, cache) in enumerate(zip(self._loaded, self._caches, strict=True))
-        ]
+        ] + ["with tp > 1, steps use no captured graphs and are not planned ahead"]
 
 
 class LeadingWorker(Worker):

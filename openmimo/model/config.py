@@ -285,8 +285,8 @@ class ModelConfig:
         if tp > 1 and self.complex_layers is not None:
             raise ConfigError("complex-valued layers cannot be divided among tensor-parallel ranks; set tp to 1.")
         layers = [(f"layer {number}", layer.attention) for number, layer in enumerate(self.layers)]
-        layers += [("the MTP heads", self.mtp.attention)] if self.mtp else []
-        problems = [problem for where, spec in layers for problem in _undivided(spec, where, tp)]
+        layers += [("the layer of the MTP heads", self.mtp.attention)] if self.mtp else []
+        problems = _grouped([(where, reason) for where, spec in layers for reason in _undivided(spec, tp)])
         if (self.mtp or any(layer.ffn == "dense" for layer in self.layers)) and self.dense_ffn_dim % tp:
             problems.append(f"dense_ffn_dim is {self.dense_ffn_dim}")
         if problems:
@@ -324,13 +324,25 @@ class ModelConfig:
         return replace(self, mtp=replace(self.mtp, num_layers=num_heads))
 
 
-def _undivided(spec: AttentionConfig, where: str, tp: int) -> list[str]:
-    """Return the head counts of a layer that cannot be divided among `tp` ranks, as clauses of a message."""
-    problems = [f"{where} has {spec.num_heads} heads"] if spec.num_heads % tp else []
+def _grouped(problems: list[tuple[str, str]]) -> list[str]:
+    """Return each reason once, as a clause with its first layer and the number of the others."""
+    places: dict[str, list[str]] = {}
+    for where, reason in problems:
+        places.setdefault(reason, []).append(where)
+    others = {reason: len(found) - 1 for reason, found in places.items()}
+    return [
+        f"{found[0]} {reason}" + (f" (and {others[reason]} more)" if others[reason] else "")
+        for reason, found in places.items()
+    ]
+
+
+def _undivided(spec: AttentionConfig, tp: int) -> list[str]:
+    """Return the head counts of a layer that cannot be divided among `tp` ranks, as predicates of a message."""
+    problems = [f"has {spec.num_heads} heads"] if spec.num_heads % tp else []
     if tp > 1 and not attention_kind(spec.kind).divides_heads:
-        problems.append(f"{where} is {spec.kind!r}, a kind whose heads are not divided")
+        problems.append(f"is {spec.kind!r}, a kind whose heads are not divided")
     if spec.num_kv_heads % tp and tp % spec.num_kv_heads:
-        problems.append(f"{where} has {spec.num_kv_heads} key/value heads")
+        problems.append(f"has {spec.num_kv_heads} key/value heads")
     return problems
 
 

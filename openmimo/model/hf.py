@@ -77,7 +77,7 @@ def load_model(
     """
     _check_path(path)
     quantized_format(weights)
-    _dtype(dtype)
+    checked_dtype(dtype)
     resolve_device(device)
     config, reader = open_checkpoint(Path(path), window_keys)
     companions = read_companions(Path(path))
@@ -89,7 +89,7 @@ def load_model(
 
 def filled_model(model: Model, reader: CheckpointReader, *, dtype: str, device: str, weights: str = "plain") -> Model:
     """Return a model on the meta device with the weights of a checkpoint; the other arguments as in `load_model`."""
-    weights_dtype, weights_device = _dtype(dtype), resolve_device(device)
+    weights_dtype, weights_device = checked_dtype(dtype), resolve_device(device)
     weight_format, config = quantized_format(weights, reader.packing), model.config
     check_fit(model, reader)
     model = model.to(weights_dtype)
@@ -340,7 +340,8 @@ def _check_path(path: str | Path) -> None:
         raise ConfigError(f"path is {str(path)!r}; give the path of a checkpoint folder.")
 
 
-def _dtype(name: str) -> torch.dtype:
+def checked_dtype(name: str) -> torch.dtype:
+    """Return the dtype of a name. Raises ConfigError if it is none of `DTYPES`."""
     if not isinstance(name, str) or name not in DTYPES:
         raise ConfigError(f"dtype {name!r} is unknown; it must be one of {', '.join(DTYPES)}.")
     return DTYPES[name]

@@ -10,6 +10,7 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
@@ -42,6 +43,7 @@ _TEXT_LENGTHS = (16, 600)  # of up to 512 and 2,048 positions, the sizes of tabl
 _FLUSH_SECONDS = 5  # time for clients to read the ends of their replies after all replies are complete
 _AUDIO_PACKAGES = ("soundfile", "soxr", "python_multipart")
 _FAILURE_SECONDS = 2  # time for requests to end by themselves after a rank was lost
+_STUCK_SECONDS = 5  # after a second signal, for requests to end; after that a rank does not answer
 _EXIT_SECONDS = 15  # after that the process ends although work on an accelerator has not
 _QUEUED_MESSAGES = 1  # of a WebSocket connection, while a reply is generated
 
@@ -49,7 +51,7 @@ _QUEUED_MESSAGES = 1  # of a WebSocket connection, while a reply is generated
 class Server(uvicorn.Server):
     """A web server with a graceful shutdown: running requests finish, new ones get a 503."""
 
-    def __init__(self, backend: Backend, config: ServerConfig):
+    def __init__(self, backend: Backend, config: ServerConfig, ranks: Ranks | None = None):
         app = create_app(backend, config)
         super().__init__(
             uvicorn.Config(
@@ -64,6 +66,7 @@ class Server(uvicorn.Server):
             )
         )
         self._service = app.state.service
+        self._ranks = ranks
         self._loop: asyncio.AbstractEventLoop | None = None
         self._draining: asyncio.Task[None] | None = None
 
@@ -85,6 +88,9 @@ class Server(uvicorn.Server):
         if self._service.is_draining:
             assert self._loop is not None  # draining starts in the loop
             self._loop.call_soon_threadsafe(self._service.end_all)
+            if self._ranks is not None:
+                reason = "a rank did not answer after the second signal"
+                _start_timer(_STUCK_SECONDS, self._ranks.fail, reason)
         elif self._loop is None:
             self.should_exit = True
         else:
@@ -119,6 +125,12 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
 
+def _start_timer(seconds: float, action: Callable[..., object], argument: object) -> None:
+    timer = threading.Timer(seconds, action, (argument,))
+    timer.daemon = True
+    timer.start()
+
+
 def serve(backend: Backend, config: ServerConfig, ranks: Ranks | None = None) -> None:
     """Serve requests until SIGTERM or Ctrl-C, then drain.
 
@@ -127,15 +139,14 @@ def serve(backend: Backend, config: ServerConfig, ranks: Ranks | None = None) ->
     """
     gc.collect()
     gc.freeze()  # the loaded model lives as long as the process; scanning it would pause every request
-    server = Server(backend, config)
+    check_address(config)  # another server may have taken the port while the model was loaded
+    server = Server(backend, config, ranks)
     if ranks is None:
         server.run()
         return
 
     def fail() -> None:
-        exit_timer = threading.Timer(_EXIT_SECONDS, os._exit, (1,))  # a lost collective may block the engine's thread
-        exit_timer.daemon = True
-        exit_timer.start()
+        _start_timer(_EXIT_SECONDS, os._exit, 1)  # a lost collective may block the engine's thread
         server.fail()
 
     ranks.on_loss(fail)
@@ -188,12 +199,16 @@ def launch(
             path, engine, dtype=dtype, device=str(torch_device), weights=weights
         )
     model = load_model(path, dtype=dtype, device=str(torch_device), weights=weights) if ranks is None else ranks.model
-    served_engine = Engine(model, tokenizer, engine, ranks=ranks)
-    for line in ranks.lines() if ranks else ():
-        print(line, flush=True)
-    warm_up(served_engine, tokenizer, captures=server.warm_up)
-    name, *aliases = served_names(path)
-    serve(EngineBackend(served_engine, tokenizer, model_name=name, model_aliases=tuple(aliases)), server, ranks)
+    try:
+        served_engine = Engine(model, tokenizer, engine, ranks=ranks)
+        for line in ranks.lines() if ranks else ():
+            print(line, flush=True)
+        warm_up(served_engine, tokenizer, captures=server.warm_up)
+        name, *aliases = served_names(path)
+        serve(EngineBackend(served_engine, tokenizer, model_name=name, model_aliases=tuple(aliases)), server, ranks)
+    finally:
+        if ranks is not None:
+            ranks.close()
 
 
 def launch_audio(
