@@ -45,8 +45,9 @@ def run(config: ChainConfig) -> Path | None:
     _check_config(config, folder)
     with run_folder(folder):
         config_io.save(replace(config, minutes=0.0), folder / "config.json")
+        limit = _Limit()
         try:
-            with _limit(config.minutes) as limit:
+            with _ended_by(limit, config.minutes):
                 return _all_parts(config, folder, console)
         except Interrupted as interrupt:
             if not limit.is_over:
@@ -179,9 +180,8 @@ class _Limit:
 
 
 @contextmanager
-def _limit(minutes: float) -> Iterator[_Limit]:
+def _ended_by(limit: _Limit, minutes: float) -> Iterator[None]:
     """Send SIGTERM to this process after some minutes, which ends a run after its step and a checkpoint."""
-    limit = _Limit()
 
     def end(number: int, frame: object) -> None:
         limit.is_over = True
@@ -191,7 +191,7 @@ def _limit(minutes: float) -> Iterator[_Limit]:
         before = signal.signal(signal.SIGALRM, end)
         signal.setitimer(signal.ITIMER_REAL, 60 * minutes)
         try:
-            yield limit
+            yield
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, before)

@@ -1,11 +1,14 @@
 """Configuration of the demo, and of a chain of runs on one device. Imports no torch."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from openmimo.core.errors import ConfigError
-from openmimo.core.fields import NonNegativeFloat, PositiveInt, check_fields
+from openmimo.core.fields import Bounds, PositiveInt, check_fields
 from openmimo.rl.config import CompareConfig, MopdConfig, RlConfig
 from openmimo.train.config import ExtendConfig, PretrainConfig, SftConfig
+
+MAX_MINUTES = 60.0 * 24 * 365
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,7 @@ class ChainConfig:
     teachers: tuple[RlConfig, ...]
     mopd: MopdConfig
     compare: CompareConfig
-    minutes: NonNegativeFloat = 0.0
+    minutes: Annotated[float, Bounds(least=0.0, most=MAX_MINUTES)] = 0.0
     gap_steps: PositiveInt = 4
 
     def __post_init__(self) -> None:

@@ -59,6 +59,8 @@ from openmimo.train.optim import (
 )
 
 Result = TypeVar("Result")
+# Whether steps are queued on an accelerator before the decision on the last one is read. No accelerator has run it yet.
+QUEUES_STEPS = False
 
 
 class StepReport:
@@ -299,7 +301,9 @@ class Trainer:
         )
         self._probe: MicroBatch | None = None  # a micro-batch of the last step that was not skipped
         self._next_probe: MicroBatch | None = None  # the same of a step whose decision is on the device
-        self._runs_ahead = works_ahead(self.device) and isinstance(ranks, Alone) and self._expert_step is None
+        self._runs_ahead = (
+            QUEUES_STEPS and works_ahead(self.device) and isinstance(ranks, Alone) and self._expert_step is None
+        )
         self._matmul_flops = measured_matmul_flops(self.device, self.model.compute_dtype)
 
     def run(self, *, stop_after_step: int | None = None) -> None:

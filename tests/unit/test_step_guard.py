@@ -169,6 +169,7 @@ class Waits(TorchDispatchMode):
 def run_ahead(monkeypatch):
     """Makes trainers queue steps as on an accelerator."""
     monkeypatch.setattr(trainer_module, "works_ahead", lambda device: True)
+    monkeypatch.setattr(trainer_module, "QUEUES_STEPS", True)
 
 
 def test_a_step_on_an_accelerator_waits_for_nothing(tmp_path, monkeypatch):

@@ -185,7 +185,7 @@ class _Experts(torch.autograd.Function):
 
 def _sum_of_choices(sorted_PD: torch.Tensor, row_M: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     """Sum the rows of each token's choices [T, A] in float32, in order: [T, D] in the dtype of the rows."""
-    chosen_TAD = sorted_PD.index_select(0, row_M).view(*shape, -1)
+    chosen_TAD = sorted_PD.index_select(0, row_M).view(*shape, sorted_PD.shape[1])  # also without tokens
     return chosen_TAD.sum(dim=1, dtype=torch.float32).to(sorted_PD.dtype)
 
 
