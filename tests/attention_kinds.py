@@ -7,7 +7,7 @@ block scores that the earlier layer left in the context.
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from openmimo.model.attention import AttentionConfig, AttentionKind, AttentionPlace, KVSpec
+from openmimo.model.attention import AttentionConfig, AttentionKind, AttentionPlace, KVSpec, keys_within
 
 if TYPE_CHECKING:
     from torch import nn
@@ -42,7 +42,7 @@ def check_scored(spec: AttentionConfig, source: AttentionConfig | None) -> str |
 SHARED = AttentionKind(
     build=build_shared,
     kv=lambda spec: KVSpec(spec.num_kv_heads, spec.key_dim, spec.value_dim, None, source_layer=spec.kv_from),
-    visible_keys=lambda spec, position: min(position + 1, spec.window_keys or position + 1),
+    visible_keys=lambda spec, length: keys_within(length, spec.window_keys),
     is_global=lambda spec: spec.window_keys is None,
     check=check_shared,
 )

@@ -4,7 +4,6 @@ Geometry is stated per layer, never per model, because full and sliding layers d
 and the models of the family differ in more. Presets are in `presets.py`.
 """
 
-import functools
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
@@ -455,14 +454,13 @@ def mtp_matmul_parameters(config: ModelConfig) -> int:
 
 def attention_flops_per_token(spec: AttentionConfig, length: int) -> float:
     """Count the forward FLOPs of a layer's scores and weighted values, averaged over the positions of a sequence."""
-    return 2 * spec.num_heads * (spec.key_dim + spec.value_dim) * _visible_keys(spec, length) / length
-
-
-@functools.lru_cache(maxsize=256)
-def _visible_keys(spec: AttentionConfig, length: int) -> int:
-    """Count the keys that all queries of a sequence read.."""
-    visible_keys = attention_kind(spec.kind).visible_keys
-    return sum(visible_keys(spec, position) for position in range(length))
+    return (
+        2
+        * spec.num_heads
+        * (spec.key_dim + spec.value_dim)
+        * attention_kind(spec.kind).visible_keys(spec, length)
+        / length
+    )
 
 
 def training_flops_per_token(config: ModelConfig, length: int) -> float:

@@ -7,6 +7,7 @@ import torch
 from conftest import tiny_config, tiny_model
 
 from openmimo.core.errors import ConfigError
+from openmimo.model.attention import attention_kind, keys_within
 from openmimo.model.backbone import checkpoint_activations
 from openmimo.model.config import MTPConfig, training_flops_per_token
 from openmimo.model.context import PackedContext, RouterLoss, RoutingTape
@@ -218,3 +219,22 @@ def test_flops_are_counted_like_matrix_products():
 def test_impossible_models_are_refused(change, named):
     with pytest.raises(ConfigError, match=named):
         change(tiny_config())
+
+
+@pytest.mark.parametrize("most", [None, 1, 2, 7, 40])
+def test_the_keys_of_a_sequence_are_those_of_its_positions(most):
+    for length in (1, 2, 6, 7, 8, 33):
+        loop = sum(position + 1 if most is None else min(position + 1, most) for position in range(length))
+        assert keys_within(length, most) == loop
+
+
+def test_each_kind_counts_the_keys_that_its_queries_read():
+    window, selected, length = 5, 9, 23
+    spec = replace(tiny().layers[0].attention, window_keys=window, selected_keys=selected)
+    expected = {
+        "full": sum(position + 1 for position in range(length)),
+        "alibi": sum(position + 1 for position in range(length)),
+        "sliding": sum(min(position + 1, window) for position in range(length)),
+        "sparse": sum(min(position + 1, selected) + min(position + 1, window) for position in range(length)),
+    }
+    assert {kind: attention_kind(kind).visible_keys(spec, length) for kind in expected} == expected

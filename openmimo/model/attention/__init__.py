@@ -267,7 +267,7 @@ class AttentionKind:
         build: Builds the module of a layer. Its `forward(x_TD, context)` returns [T, D], and its `spec` is the geometry
             (see `AttentionModule`). `build` imports torch when it is called, so that configs are checked without torch.
         kv: Returns the cache requirements of a geometry.
-        visible_keys: Returns the number of keys that the query at a position reads, for FLOPs.
+        visible_keys: Returns the number of keys that all queries of a sequence of some length read, for FLOPs.
         is_global: Whether queries may read keys at any distance. Context extension changes the RoPE base of these
             layers only.
         check: Returns the reason why a geometry cannot be of this kind, as the predicate of a sentence about the layer,
@@ -283,6 +283,17 @@ class AttentionKind:
     check: Callable[[AttentionConfig, AttentionConfig | None], str | None]
     parameters: Callable[[AttentionPlace], int] = standard_parameters
     divides_heads: bool = True
+
+
+def keys_within(length: int, most: int | None) -> int:
+    """Count the keys that all queries of a sequence read.
+
+    Args:
+        length: Tokens of the sequence.
+        most: The most keys that a query reads (None: its own key and all before it).
+    """
+    reached = length if most is None else min(length, most)
+    return reached * (reached + 1) // 2 + (length - reached) * reached
 
 
 KINDS: Registry[AttentionKind] = Registry("openmimo.model.attention", AttentionKind)

@@ -12,7 +12,7 @@ The logits grow with the position; float32 resolves them to 0.004 at 64K positio
 
 from typing import TYPE_CHECKING
 
-from openmimo.model.attention import AttentionConfig, AttentionKind, AttentionPlace, KVSpec
+from openmimo.model.attention import AttentionConfig, AttentionKind, AttentionPlace, KVSpec, keys_within
 from openmimo.model.attention.full import check as check_full
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def check(spec: AttentionConfig, source: AttentionConfig | None) -> str | None:
 PLUGIN = AttentionKind(
     build=build,
     kv=lambda spec: KVSpec(spec.num_kv_heads, spec.key_dim + _POSITION_DIMS, spec.value_dim, keep_positions=None),
-    visible_keys=lambda spec, position: position + 1,
+    visible_keys=lambda spec, length: keys_within(length, None),
     is_global=lambda spec: True,
     check=check,
 )

@@ -2,7 +2,14 @@
 
 from typing import TYPE_CHECKING
 
-from openmimo.model.attention import AttentionConfig, AttentionKind, AttentionPlace, KVSpec, refuse_sparse_settings
+from openmimo.model.attention import (
+    AttentionConfig,
+    AttentionKind,
+    AttentionPlace,
+    KVSpec,
+    keys_within,
+    refuse_sparse_settings,
+)
 
 if TYPE_CHECKING:
     from torch import nn
@@ -27,7 +34,7 @@ def check(spec: AttentionConfig, source: AttentionConfig | None) -> str | None:
 PLUGIN = AttentionKind(
     build=build,
     kv=lambda spec: KVSpec(spec.num_kv_heads, spec.key_dim, spec.value_dim, keep_positions=None),
-    visible_keys=lambda spec, position: position + 1,
+    visible_keys=lambda spec, length: keys_within(length, None),
     is_global=lambda spec: True,
     check=check,
 )

@@ -2,7 +2,14 @@
 
 from typing import TYPE_CHECKING
 
-from openmimo.model.attention import AttentionConfig, AttentionKind, AttentionPlace, KVSpec, refuse_sparse_settings
+from openmimo.model.attention import (
+    AttentionConfig,
+    AttentionKind,
+    AttentionPlace,
+    KVSpec,
+    keys_within,
+    refuse_sparse_settings,
+)
 
 if TYPE_CHECKING:
     from torch import nn
@@ -36,7 +43,7 @@ def _window(spec: AttentionConfig) -> int:
 PLUGIN = AttentionKind(
     build=build,
     kv=lambda spec: KVSpec(spec.num_kv_heads, spec.key_dim, spec.value_dim, keep_positions=_window(spec) - 1),
-    visible_keys=lambda spec, position: min(position + 1, _window(spec)),
+    visible_keys=lambda spec, length: keys_within(length, _window(spec)),
     is_global=lambda spec: False,
     check=check,
 )

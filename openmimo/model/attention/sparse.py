@@ -6,7 +6,14 @@ the blocks with the highest scores. The cache keeps the keys of the window only.
 
 from typing import TYPE_CHECKING
 
-from openmimo.model.attention import AttentionConfig, AttentionKind, AttentionPlace, KVSpec, standard_parameters
+from openmimo.model.attention import (
+    AttentionConfig,
+    AttentionKind,
+    AttentionPlace,
+    KVSpec,
+    keys_within,
+    standard_parameters,
+)
 
 if TYPE_CHECKING:
     from torch import nn
@@ -44,9 +51,9 @@ def parameters(place: AttentionPlace) -> int:
     return standard_parameters(place) + (spec.num_heads if spec.sink else 0) + 2 * place.hidden_size * gates
 
 
-def _visible_keys(spec: AttentionConfig, position: int) -> int:
+def _visible_keys(spec: AttentionConfig, length: int) -> int:
     assert spec.window_keys is not None and spec.selected_keys is not None, "checked by the model's config"
-    return min(position + 1, spec.selected_keys) + min(position + 1, spec.window_keys)
+    return keys_within(length, spec.selected_keys) + keys_within(length, spec.window_keys)
 
 
 def _kv(spec: AttentionConfig) -> KVSpec:
