@@ -91,6 +91,7 @@ def _print_longest(console: Console, options: PlanConfig, model: ModelConfig, ca
         f"{options.gpus} x {options.gpu}: {usable / _GIGA:.0f} of {card.memory_bytes / _GIGA:.0f} GB a card, of which "
         f"weights, gradients and optimizer take {states / _GIGA:.1f} GB. One row in bfloat16; products at "
         f"{options.efficiency:.0%} of {card.flops / _TERA:.0f} TFLOP/s (an assumption: --efficiency)."
+        + (f" All {options.gpus} cards share the tokens of the row (parallel.cp)." if options.gpus > 1 else "")
     )
     table = Table(
         box=None,
@@ -119,8 +120,8 @@ def _print_longest(console: Console, options: PlanConfig, model: ModelConfig, ca
             f"{found.step.kept / _KILO:,.1f}",
             f"{found.step.device / _KILO:,.1f}",
             f"{host:.1f}" if host else "",
-            f"{found.tokens:,}",
-            f"{seconds:,.1f}",
+            f"{found.tokens:,}" if found.tokens else "does not fit",
+            f"{seconds:,.1f}" if found.tokens else "",
         )
     console.print(table)
 
