@@ -238,6 +238,23 @@ class TestGradients:
         assert joined_linear(x, ((Float8Latent(weight, 1), None),))[1].isnan().all()
 
 
+@pytest.mark.parametrize("name", [name for name in BACKENDS if name != "triton" or os.environ.get("TRITON_INTERPRET")])
+def test_no_rows_give_no_rows_and_gradients_of_zero(name):
+    """A rank of expert parallelism without choices, and a chunk without tokens."""
+    functions, dtype = BACKENDS[name].run, torch.bfloat16
+    x, weights = draw(0, 128, dtype=dtype).requires_grad_(), draw(0, 2).requires_grad_()
+    gate_up, down, weight = (draw(*shape).requires_grad_() for shape in ((3, 256, 128), (3, 128, 128), (256, 128)))
+    places = sort_choices(torch.zeros(0, 2, dtype=torch.int64), 3)
+    experts = _Experts.apply(x, weights, functions, True, places, gate_up, down)
+    linear = _Linear.apply(x, functions, True, weight)
+    assert experts.shape == (0, 128)
+    assert linear.shape == (0, 256)
+    gradients = torch.autograd.grad(experts.sum() + linear.sum(), (x, weights, gate_up, down, weight))
+    assert gradients[0].shape == x.shape
+    assert gradients[1].shape == weights.shape
+    assert not any(gradient.any() for gradient in gradients[2:])
+
+
 def test_the_backward_pass_keeps_one_byte_for_a_number_and_reads_it_once():
     """The input of a linear layer and gate and up of experts: 1 byte, and 4 bytes for 128 numbers.
 

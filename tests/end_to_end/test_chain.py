@@ -64,6 +64,9 @@ def test_the_time_ends_the_work_and_an_interrupt_of_the_user_is_passed_on(tmp_pa
     monkeypatch.setattr(chain, "pretrain", lambda own: time.sleep(20))
     assert chain.run(config) is None
     assert "stopped after 0.001 minutes" in capsys.readouterr().out
+    assert chain.run(replace(config, minutes=1e-12)) is None, "over before the first part"
+    with pytest.raises(ConfigError, match="minutes"):
+        replace(config, minutes=1e300)
 
     def interrupted(own):
         raise Interrupted(2, "kept")

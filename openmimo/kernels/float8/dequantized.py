@@ -35,6 +35,8 @@ def weight_gradient(gradient_OP: BlockScaled, input_CP: BlockScaled, ends_E: tor
     values_OP, values_CP = gradient_OP.dequantize(torch.bfloat16), input_CP.dequantize(torch.bfloat16)
     if ends_E is None:
         return (values_OP @ values_CP.T).float()[None]
+    if values_OP.shape[1] == 0:  # torch's grouped product refuses the strides of matrices without columns
+        return values_OP.new_zeros(len(ends_E), len(values_OP), len(values_CP), dtype=torch.float32)
     return F.grouped_mm(values_OP, values_CP.T, offs=ends_E).float()
 
 
