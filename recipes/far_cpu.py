@@ -6,8 +6,8 @@
     openmimo extend far_cpu:to_16384   # 64 times 256
     openmimo eval runs/far_16384/model --task needle --lengths 1024 4096 16384
 
-Four times the length and four times the base in each stage, as in `tiny_cpu` and the report. docs/long_context.md has the
-figures.
+Four times the length and four times the base in each stage, as in `tiny_cpu` and the report. The figures are in
+docs/long_context.md.
 """
 
 from dataclasses import replace
