@@ -39,6 +39,7 @@ import torch
 
 from benchmarks.harness import Row, print_rows, write_rows
 from openmimo.core.records import SamplingParams
+from openmimo.model.backbone import checkpoint_activations
 from openmimo.model.config import ModelConfig, training_flops_per_token
 from openmimo.model.context import PackedContext, RoutingTape
 from openmimo.model.heads import MicroBatch, micro_batch
@@ -142,7 +143,9 @@ def _model(ranks: Alone, config: ModelConfig, case: Case, *, is_dry: bool) -> tu
     model.initialize(torch.Generator(ranks.device).manual_seed(0))
     if not is_dry:
         model.compute_dtype = torch.bfloat16
-    ranks.apply(model.train(), recompute=case.recompute)
+    if case.recompute:
+        checkpoint_activations(model.model)
+    ranks.apply(model.train())
     optimizer = build_optimizer(model, OptimizerConfig(), mesh_of=ranks.mesh_of)
     return model, optimizer
 
