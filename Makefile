@@ -36,7 +36,7 @@ test: $(VENV)/dev
 	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile -m "not slow and not gpu"
 # gradients, losses and resumption on two and four processes; takes 2 to 6 minutes
 distributed: $(VENV)/dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/distributed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not long" tests/distributed
 types: $(VENV)/dev
 	$(BIN)/mypy
 # the C kernels, compiled with gcc's address and undefined-behavior sanitizers, under the tests that call them

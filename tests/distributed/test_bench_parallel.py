@@ -54,6 +54,7 @@ def test_a_row_without_figures_is_a_remark(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_rows_run_dry(capsys):
     assert bench.main(["--dry", "--rows", "fsdp", "tp", "--seconds", "200"]) == 0
     out = capsys.readouterr().out

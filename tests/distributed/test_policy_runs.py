@@ -163,6 +163,7 @@ def wait_for(path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_unfinished_samples_of_several_steps(tmp_path, models):
     run(grpo_config(models, tmp_path / "alone", unfinished="partial"))
     run_on(grpo_config(models, tmp_path / "two", unfinished="partial"), 2)
@@ -170,6 +171,7 @@ def test_unfinished_samples_of_several_steps(tmp_path, models):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_late_rewards(tmp_path, models):
     """Rewards that follow their samples, in no fixed order: each sample is learned from once."""
     own = source("letters", "rl_runs:LATE_LETTERS")
@@ -184,6 +186,7 @@ def test_late_rewards(tmp_path, models):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_workers_sample_for_a_sharded_trainer(tmp_path, models):
     config = grpo_config(models, tmp_path / "run", rollouts="processes", updates_per_step=1)
     run_on(config, 2)
